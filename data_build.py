@@ -1,0 +1,44 @@
+"""Build training files from graded samples.
+
+python data_build.py --objective pairs --samples_file log/samples.jsonl --save_file pairs.json
+"""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from src import cli, runlog
+from src.construct import pairs_from_samples
+from src.data.examples import read_samples
+from src.errors import UserError
+
+
+def main(
+    samples_file: str, save_file: str, objective: Literal["pairs"] = "pairs", pairs_a_problem: int = 4, seed: int = 1
+) -> None:
+    """Write a training file.
+
+    samples_file: samples.jsonl with outcomes, as solver_evaluate.py leaves it
+    save_file: the json file to write
+    objective: pairs = a right against a wrong solution of the same problem, for verifier_train.py
+    pairs_a_problem: most pairs from one problem
+    seed: seed of the matching and of the order of rows
+    """
+    samples = read_samples(samples_file)
+    if not any(sample.outcome for sample in samples):
+        raise UserError(f"{samples_file} has no outcomes; grade it first with solver_evaluate.py --samples_file")
+    rows = pairs_from_samples(samples, pairs_a_problem, seed)
+    if not rows:
+        raise UserError(f"{samples_file} gives no pair: no problem has both a right and a wrong sample; "
+                        f"sample more a problem or at a higher temperature")
+    target = Path(save_file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(target)
+    problems = len({row["instruction"] for row in rows})
+    runlog.logger().info("%d pairs from %d problems to %s", len(rows), problems, save_file)
+
+
+if __name__ == "__main__":
+    cli.run(main)

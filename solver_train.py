@@ -1,0 +1,78 @@
+"""Fine-tune a solver on instruction/output pairs, full or LoRA.
+
+torchrun --nproc_per_node 8 solver_train.py --ckpt_dir ckpt/8 --save_dir out --train_file dataset/GSM8K/train.json
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from src import assemble, cli, parallel
+from src.checkpoint import storage
+from src.data.examples import read_instructions
+from src.runlog import RunLog
+from src.training.loop import TrainLoop
+from src.training.solver import SolverData, n_supervised, sft_loss
+
+
+def main(
+    ckpt_dir: str, save_dir: str, train_file: str, model_type: str = "", tokenizer_file: str = "",
+    max_seq_len: int = 512, max_batch_size: int = 1, accumulation_steps: int = 1, epochs: int = 1,
+    lr: float = 1e-5, warmup_ratio: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
+    lora_rank: int = -1, lora_alpha: float = 16.0, lora_dropout: float = 0.0,
+    lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
+    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1,
+) -> None:
+    """Supervised fine-tuning; the loss is on outputs and their EOS only.
+
+    ckpt_dir: checkpoint directory to start from
+    save_dir: directory for epoch-N checkpoints, the final checkpoint, metrics.jsonl and run.json
+    train_file: json array or jsonl of {"instruction", "output": text or list of texts}
+    model_type: a family or released size the checkpoint must agree with; default: what params.json says
+    tokenizer_file: sentencepiece model; default: the one in ckpt_dir
+    max_seq_len: longest prompt + output in tokens; longer rows are dropped and counted, more than 1% is an error
+    max_batch_size: rows in one forward pass
+    accumulation_steps: forward passes in one optimizer step
+    epochs: passes over the training file
+    lr: peak learning rate of AdamW
+    warmup_ratio: share of all steps in which the rate rises; it then falls along a cosine to a tenth
+    weight_decay: decay of weight matrices
+    max_grad_norm: gradients are clipped to this global norm
+    lora_rank: rank of LoRA adapters; -1 trains all weights
+    lora_alpha: adapters are scaled by lora_alpha / lora_rank
+    lora_dropout: dropout before the adapters
+    lora_targets: linears that carry an adapter
+    save_dtype: type of the stored weights; default: as in ckpt_dir (adapters: float32)
+    seed: seed of data order and adapter initialisation
+    """
+    flags = locals().copy()
+    parallel.start(seed=seed)
+    storage.check_writable(Path(save_dir))
+    tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+    data = SolverData(read_instructions(train_file), tokenizer, max_seq_len=max_seq_len, seed=seed, source=train_file)
+    model = assemble.load_solver(ckpt_dir, model_type=model_type, dtype=torch.float32)
+    lora = assemble.add_lora_if(model, lora_rank, lora_alpha, lora_dropout, lora_targets, seed)
+    log = RunLog(save_dir, flags)
+    log.logger.info("%d rows (%d too long, dropped)", len(data.rows), data.dropped)
+    steps_per_epoch = data.steps_per_epoch(max_batch_size, accumulation_steps)
+    loop = TrainLoop(model, log, lr=lr, total_steps=steps_per_epoch * epochs, warmup_ratio=warmup_ratio,
+                     weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    model.train()
+    for epoch in range(1, epochs + 1):
+        log.progress(steps_per_epoch, "step")
+        for batches in data.epoch(epoch, max_batch_size, accumulation_steps):
+            normaliser = n_supervised(batches)
+            for batch in batches:
+                loop.backward(sft_loss(model, batch.to(parallel.device()), normaliser))
+            report = loop.step()
+            log.metrics(loop.steps, epoch=epoch, **report._asdict(), supervised_tokens=normaliser)
+            log.advance(tokens=sum(batch.tokens.numel() for batch in batches), loss=report.loss)
+        assemble.save_model(model, f"{save_dir}/epoch-{epoch}", ckpt_dir, save_dtype, lora)
+    assemble.publish(f"{save_dir}/epoch-{epochs}", save_dir)
+    log.close_progress()
+    log.logger.info("saved %s", save_dir)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,189 @@
+"""Checkpoint directory to ready model or tokenizer, and a trained model back to a checkpoint directory.
+
+A model is laid out on the meta device and filled from this rank's shard alone. An adapter directory (LoRA)
+names its base; loading it loads the base and folds the adapter in, in the requested dtype.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from src import parallel
+from src.checkpoint import adapters, shards, sources, storage
+from src.errors import UserError
+from src.models.config import ModelConfig
+from src.models.decoder import Decoder
+from src.models.families import check_model_type
+from src.models.lora import LoraConfig, add_lora, init_lora
+from src.text.tokenizer import Tokenizer
+
+
+def load_config(ckpt_dir: str, model_type: str = "") -> ModelConfig:
+    """The config of a checkpoint directory; --model_type must not contradict it. Raises UserError."""
+    config = sources.read_config(Path(ckpt_dir))
+    check_model_type(config, model_type, ckpt_dir)
+    return config
+
+
+def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "") -> Tokenizer:
+    """The tokenizer that travels in the checkpoint directory, or the one named. Raises UserError."""
+    return Tokenizer(Path(tokenizer_file) if tokenizer_file else Path(ckpt_dir) / "tokenizer.model")
+
+
+def load_solver(ckpt_dir: str, *, model_type: str = "", dtype: torch.dtype | None = None) -> Decoder:
+    """A language model on this rank's device. dtype None: float32 on a CPU, bfloat16 on a GPU."""
+    config = load_config(ckpt_dir, model_type)
+    if config.value_head:
+        raise UserError(f"{ckpt_dir} is a verifier (it has a value head); a solver is needed here")
+    return _load(Path(ckpt_dir), config, dtype)
+
+
+def load_verifier(
+    ckpt_dir: str, *, model_type: str = "", dtype: torch.dtype | None = None, from_solver: bool = False
+) -> Decoder:
+    """A model with a value head. With from_solver a solver will do: its value head starts at zero."""
+    config = load_config(ckpt_dir, model_type)
+    if not config.value_head and not from_solver:
+        raise UserError(
+            f"{ckpt_dir} is a solver (no value head); train a verifier from it with verifier_train.py"
+        )
+    return _load(Path(ckpt_dir), config, dtype, value_head=True)
+
+
+def _load(folder: Path, config: ModelConfig, dtype: torch.dtype | None, value_head: bool = False) -> Decoder:
+    """Lay the model out on the meta device and assign this rank's tensors to it."""
+    dtype = dtype or (torch.bfloat16 if parallel.device().type == "cuda" else torch.float32)
+    tensors = _local_tensors(folder, dtype)
+    if value_head and not config.value_head:
+        tensors.pop("output.weight", None)
+        tensors["v_head.weight"] = torch.zeros(1, config.dim, dtype=dtype, device=parallel.device())
+        config = solver_to_verifier(config)
+    with torch.device("meta"):
+        model = Decoder(config)
+    _assign(model, tensors, str(folder))
+    return model
+
+
+def solver_to_verifier(config: ModelConfig) -> ModelConfig:
+    """The config of the verifier that starts from a solver."""
+    return dataclasses.replace(config, value_head=True, tied=False)
+
+
+def _local_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """This rank's tensors of a directory on its device, adapters folded in. Raises UserError."""
+    adapter = adapters.read_adapter(folder)
+    kind = storage.ADAPTER if adapter else storage.WEIGHTS
+    paths = storage.shard_paths(folder, kind)
+    n = parallel.tensor_parallel_size()
+    if len(paths) != n:
+        raise UserError(
+            f"{folder} holds {len(paths)} shards but {n} ranks are running; start {len(paths)} "
+            f"processes, or run checkpoint_split.py --ckpt_file {folder} --save_path NEW_DIR --n {n}"
+        )
+    stored = storage.read_shard(paths[parallel.tensor_parallel_rank()])
+    device = parallel.device()
+    own = {
+        name: tensor.to(device, dtype, copy=True)
+        for name, tensor in stored.items()
+        if not name.endswith("freqs")
+    }  # Meta's shards carry rope.freqs, which the config implies
+    if adapter is None:
+        return own
+    return adapters.fold(_local_tensors(adapter.base, dtype), own, adapter.lora)
+
+
+def _assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Make these tensors the model's parameters. Raises UserError unless names and shapes match exactly."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise UserError(f"{source}: parameter {name!r} is missing from its shard")
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(
+                f"{source}: {name} has shape {list(tensors[name].shape)} but params.json means "
+                f"{list(shape)} on each of {parallel.tensor_parallel_size()} ranks"
+            )
+    unknown = sorted(set(tensors) - set(wanted))
+    if unknown:
+        raise UserError(f"{source}: unknown parameter {unknown[0]!r}; params.json describes no such tensor")
+    model.load_state_dict(tensors, assign=True)
+    for parameter in model.parameters():  # assigned tensors come without
+        parameter.requires_grad_(True)
+
+
+def put_lora_on(model: Decoder, lora: LoraConfig, seed: int) -> None:
+    """Freeze a loaded model and give it fresh float32 adapters; a value head stays trainable."""
+    with torch.device("meta"):
+        add_lora(model, lora)
+    n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
+
+    def local_slice(name: str, whole: Tensor) -> Tensor:
+        return shards.cut(whole, shards.split_dim(name, model.config), n, rank)
+
+    for name, tensor in init_lora(model, seed, local_slice):
+        model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(tensor.to(parallel.device()))
+
+
+def add_lora_if(
+    model: Decoder, rank: int, alpha: float, dropout: float, targets: list[str], seed: int
+) -> LoraConfig | None:
+    """Put adapters on a model as the --lora_* flags ask; rank -1 leaves it whole and returns None."""
+    if rank == -1:
+        return None
+    lora = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(targets))
+    put_lora_on(model, lora, seed)
+    return lora
+
+
+def set_score_statistics(verifier: Decoder, mean: float, std: float) -> None:
+    """Record a verifier's measured score statistics in its config, which save_model() writes."""
+    verifier.config = dataclasses.replace(verifier.config, score_mean=mean, score_std=std)
+
+
+def save_model(
+    model: Decoder, save_dir: str, ckpt_dir: str, dtype: str = "", lora: LoraConfig | None = None
+) -> None:
+    """Write a trained model as a checkpoint directory, each rank its own shard; all ranks call this.
+
+    ckpt_dir is where training started: it gives the tokenizer and, with LoRA, the base that the adapter
+    directory will name. dtype of the stored weights: empty = as in ckpt_dir; adapters are always float32.
+    """
+    folder, source = Path(save_dir), Path(ckpt_dir)
+    dtype = dtype or model.config.dtype
+    kind = storage.ADAPTER if lora else storage.WEIGHTS
+    if parallel.rank() == 0:
+        storage.begin(folder)
+    parallel.barrier()
+    stored = torch.float32 if lora else getattr(torch, dtype)
+    tensors = {
+        name: parameter.detach().to("cpu", stored)
+        for name, parameter in model.named_parameters()
+        if lora is None or parameter.requires_grad
+    }
+    storage.write_shard(folder, kind, parallel.tensor_parallel_rank(), tensors)
+    parallel.barrier()
+    if parallel.rank() == 0:
+        if lora:
+            adapters.write_adapter(folder, source, lora)
+        facts = {
+            "source": str(source),
+            "split": {name: shards.split_dim(name, model.config) for name in tensors},
+        }
+        storage.finish(
+            folder,
+            kind,
+            parallel.tensor_parallel_size(),
+            model.config.to_dict() | {"dtype": dtype},
+            storage.tokenizer_files(source),
+            facts,
+        )
+    parallel.barrier()
+
+
+def publish(source: str, target: str) -> None:
+    """Make `target` the same checkpoint as `source`, without storing it twice; all ranks call this."""
+    if parallel.rank() == 0:
+        storage.publish(Path(source), Path(target))
+    parallel.barrier()

@@ -1,0 +1,69 @@
+"""Adapter directories (LoRA): adapter.NN.pth beside an adapter.json that names the base they belong to."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from src.checkpoint import storage
+from src.errors import UserError
+from src.models.lora import LoraConfig, merged_weight
+
+
+class Adapter(NamedTuple):
+    """What adapter.json says: the base directory and the shape of the adapters."""
+
+    base: Path
+    lora: LoraConfig
+
+
+def write_adapter(folder: Path, base: Path, lora: LoraConfig) -> None:
+    """Write adapter.json; the base's weights are pinned by their fingerprint."""
+    storage.write_json(
+        folder / "adapter.json",
+        {
+            "base": str(base.resolve()),
+            "base_fingerprint": storage.fingerprint(base),
+            "rank": lora.rank,
+            "alpha": lora.alpha,
+            "targets": list(lora.targets),
+        },
+    )
+
+
+def read_adapter(folder: Path) -> Adapter | None:
+    """adapter.json of a directory, its base checked; None for a directory of full weights. Raises UserError."""
+    path = folder / "adapter.json"
+    if not path.is_file():
+        return None
+    values = storage.read_json(path)
+    for key in ("base", "base_fingerprint", "rank", "alpha", "targets"):
+        if key not in values:
+            raise UserError(f"{path}: key {key!r} is missing")
+    base = Path(str(values["base"]))
+    storage.check_complete(base)
+    if storage.fingerprint(base) != values["base_fingerprint"]:
+        raise UserError(f"{path}: the base {base} has changed since this adapter was trained; restore it")
+    lora = LoraConfig(
+        rank=values["rank"], alpha=values["alpha"], dropout=0.0, targets=tuple(values["targets"])
+    )
+    return Adapter(base, lora)
+
+
+def fold(base: dict[str, Tensor], own: dict[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
+    """Base tensors with an adapter's products added in float32; its whole tensors (a value head) take their place.
+
+    Works on whole tensors and on one rank's shards alike: a shard's product needs that shard's factors only.
+    """
+    if "v_head.weight" in own:
+        base.pop("output.weight", None)
+    for name, tensor in own.items():
+        if name.endswith(".lora_a.weight"):
+            stem = name.removesuffix(".lora_a.weight")
+            lora_b = own[f"{stem}.lora_b.weight"]
+            base[f"{stem}.weight"] = merged_weight(
+                base[f"{stem}.weight"], tensor, lora_b, lora.alpha / lora.rank
+            )
+        elif not name.endswith(".lora_b.weight"):
+            base[name] = tensor
+    return base

@@ -1,0 +1,299 @@
+"""Any checkpoint that a user brings, opened as one table of whole tensors under our names.
+
+Single files (a plain or nested dictionary, safetensors), lists of files, Hugging Face directories and
+directories of tensor-parallel shards all become a Source; tensors are read one at a time, when asked for.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from src.checkpoint import adapters, convert, storage
+from src.checkpoint.shards import expected_shapes, join, split_dim
+from src.checkpoint.storage import StoredTensor
+from src.errors import UserError
+from src.models.config import ModelConfig, config_from_dict
+from src.models.families import config_from_hf, config_from_meta
+
+_NESTED_KEYS = ("model", "state_dict")
+
+
+class Source(NamedTuple):
+    """An opened checkpoint: what it is, its whole tensors in our names and layout, its tokenizer's files."""
+
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]
+    tokenizer_files: list[Path]
+    folders: list[Path]
+
+
+class _File(NamedTuple):
+    """One tensor file as stored, and the params that some writers put beside the tensors."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    params: dict[str, object] | None
+
+
+def open_source(ckpt_file: str | list[str], config_file: str = "") -> Source:
+    """Open a file, a list of files or a directory. Raises UserError that names what is wrong with it.
+
+    The config comes from `config_file`, else from params.json or config.json beside the weights, else from
+    the `model_args` inside the file.
+    """
+    paths = [Path(path) for path in ([ckpt_file] if isinstance(ckpt_file, str) else ckpt_file)]
+    folder = paths[0] if paths[0].is_dir() else paths[0].parent
+    if adapter := adapters.read_adapter(folder):
+        return _open_adapter(folder, adapter)
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = _weight_files(folder)
+    files = [_open_file(path) for path in paths]
+    described, values = _read_config(folder, files, config_file)
+    hf = any(convert.uses_hf_names(file.tensors) for file in files)
+    named = [_our_names(file, hf) for file in files]
+    if len(named) > 1 and all(set(tensors) == set(named[0]) for tensors in named):
+        tensors, config = _join_shards(named, values, described)
+    else:
+        tensors = _merge_parts(files, named)
+        config = _config(values, described, tensors)
+    tensors = _drop_tied_copy(tensors, config, described)
+    if hf:
+        tensors = {name: _with_rotary_from_hf(name, stored, config) for name, stored in tensors.items()}
+    _check_shapes(tensors, config, described)
+    return Source(config, tensors, storage.tokenizer_files(folder), [folder])
+
+
+def _open_adapter(folder: Path, adapter: adapters.Adapter) -> Source:
+    """An adapter directory with its base: every adapted weight is merged in float32 when it is read."""
+    storage.check_complete(folder)
+    config = read_config(folder)
+    base = open_source(str(adapter.base))
+    pieces = [storage.read_shard(path) for path in storage.shard_paths(folder, storage.ADAPTER)]
+    own = {name: join([piece[name] for piece in pieces], split_dim(name, config)) for name in pieces[0]}
+
+    def merged(name: str) -> Tensor:
+        stem = name.removesuffix(".weight")
+        factors = {
+            key: own[key] for key in (f"{stem}.lora_a.weight", f"{stem}.lora_b.weight", name) if key in own
+        }
+        weight = {name: base.tensors[name].load()} if name in base.tensors else {}
+        return adapters.fold(weight, factors, adapter.lora)[name]
+
+    tensors = {
+        name: StoredTensor(shape, lambda name=name: merged(name))
+        for name, shape in expected_shapes(config).items()
+    }
+    return Source(config, tensors, storage.tokenizer_files(folder), [folder, *base.folders])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a directory: by its index, else by the usual names."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            return _indexed_files(folder / index)
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if found := sorted(folder.glob(pattern)):
+            return found
+    if found := storage.shard_paths(folder):
+        storage.check_complete(folder)
+        return found
+    raise UserError(
+        f"{folder} holds no weights; expected model*.safetensors, pytorch_model*.bin or consolidated.*.pth"
+    )
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that a Hugging Face index names; they must lie beside it."""
+    names = sorted(set(storage.read_json(index).get("weight_map", {}).values()))
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index}: weight_map names {name!r}, which is outside its directory")
+    return [index.parent / name for name in names]
+
+
+def _open_file(path: Path) -> _File:
+    """Open one tensor file; a dictionary nested under `model` or `state_dict` is unwrapped."""
+    if path.suffix == ".safetensors":
+        tensors, params = storage.read_safetensors(path), None
+    else:
+        values = storage.read_torch(path)
+        params = values.get("model_args") if isinstance(values.get("model_args"), dict) else None
+        for key in _NESTED_KEYS:
+            if isinstance(values.get(key), dict):
+                values = values[key]
+        tensors = {
+            name: StoredTensor(tuple(value.shape), lambda value=value: value)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+    if not tensors:
+        raise UserError(
+            f"{path} holds no tensors; expected a checkpoint, plain or under {' or '.join(_NESTED_KEYS)}"
+        )
+    return _File(path, tensors, params)
+
+
+def _read_config(folder: Path, files: list[_File], config_file: str) -> tuple[str, dict[str, object]]:
+    """Where the model is described, and the description as it stands there."""
+    candidates = [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
+    for path in candidates:
+        if config_file or path.is_file():
+            return str(path), storage.read_json(path)
+    if files[0].params is not None:
+        return f"{files[0].path} (model_args)", files[0].params
+    raise UserError(f"{folder} has neither params.json nor config.json; name one with --config_file")
+
+
+def _our_names(file: _File, hf: bool) -> dict[str, StoredTensor]:
+    """A file's tensors under our names, wrappers' prefixes and derived tensors removed; unknown names are listed."""
+    tensors, unknown = {}, []
+    for stored_name, stored in file.tensors.items():
+        name = convert.strip_wrappers(stored_name)
+        if convert.is_derived(name):
+            continue
+        try:
+            tensors[convert.from_hf_name(name) if hf else name] = stored
+        except UserError:
+            unknown.append(stored_name)
+    if unknown:
+        raise UserError(
+            f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; "
+            f"expected a Llama-family checkpoint"
+        )
+    return tensors
+
+
+def _merge_parts(files: list[_File], named: list[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """One table from files that each hold some of the parameters."""
+    tensors: dict[str, StoredTensor] = {}
+    for file, part in zip(files, named, strict=True):
+        twice = sorted(set(part) & set(tensors))
+        if twice:
+            raise UserError(
+                f"{file.path}: parameter {twice[0]!r} is in an earlier file too; expected parts of "
+                f"one checkpoint, or all its tensor-parallel shards"
+            )
+        tensors |= part
+    return tensors
+
+
+def _join_shards(
+    shards: list[dict[str, StoredTensor]], values: dict[str, object], described: str
+) -> tuple[dict[str, StoredTensor], ModelConfig]:
+    """Whole tensors from tensor-parallel shards, which all hold the same names."""
+    columns = shards[0]["tok_embeddings.weight"].shape[1]
+    # Llama 3 cuts the vocabulary, Llama 1 and 2 the width
+    embedding_dim = 0 if columns == values.get("dim", values.get("hidden_size")) else 1
+    config = _config(values, described, shards[0], scale=len(shards), embedding_dim=embedding_dim)
+    tensors = {}
+    for name, (shape, _) in shards[0].items():
+        cut = split_dim(name, config)
+        whole = tuple(size * len(shards) if axis == cut else size for axis, size in enumerate(shape))
+        pieces = [shard[name] for shard in shards]
+        for index, piece in enumerate(pieces):
+            if piece.shape != shape:
+                raise UserError(
+                    f"{described}: {name} is {list(piece.shape)} in shard {index} but {list(shape)} in "
+                    f"shard 0; the shards are not of one split"
+                )
+        tensors[name] = StoredTensor(
+            whole, lambda pieces=pieces, cut=cut: join([p.load() for p in pieces], cut)
+        )
+    return tensors, config
+
+
+def _config(
+    values: dict[str, object],
+    described: str,
+    tensors: dict[str, StoredTensor],
+    scale: int = 1,
+    embedding_dim: int = 1,
+) -> ModelConfig:
+    """The ModelConfig of a description in our, Hugging Face's or Meta's terms.
+
+    `tensors` may be shard 0 of `scale` shards whose embeddings are cut along `embedding_dim`.
+    """
+    if "ffn_dim" in values:
+        return config_from_dict(values, described)
+    dtype = str(next(iter(tensors.values())).load().dtype).removeprefix("torch.")
+    if "hidden_size" in values:
+        return config_from_hf(values, described, dtype)
+    for key in ("dim", "n_layers", "n_heads"):
+        if key not in values:
+            raise UserError(
+                f"{described}: key {key!r} is missing; expected a Meta params.json or an HF config.json"
+            )
+    for key in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+        if key not in tensors:
+            raise UserError(f"{described}: the weights lack parameter {key!r}")
+    ffn_rows = tensors["layers.0.feed_forward.w1.weight"].shape[0] * scale
+    vocab_rows = tensors["tok_embeddings.weight"].shape[0] * (scale if embedding_dim == 0 else 1)
+    return config_from_meta(
+        values,
+        described,
+        ffn_dim=ffn_rows,
+        vocab_size=vocab_rows,
+        dtype=dtype,
+        tied=_is_tied(tensors),
+        value_head="v_head.weight" in tensors,
+        embedding_split_dim=embedding_dim,
+    )
+
+
+def _is_tied(tensors: dict[str, StoredTensor]) -> bool:
+    """Whether Meta-style weights share the embedding with the output layer: no output, or the very same values."""
+    if "v_head.weight" in tensors:
+        return False
+    output, embedding = tensors.get("output.weight"), tensors["tok_embeddings.weight"]
+    return output is None or (
+        output.shape == embedding.shape and torch.equal(output.load(), embedding.load())
+    )
+
+
+def _drop_tied_copy(
+    tensors: dict[str, StoredTensor], config: ModelConfig, described: str
+) -> dict[str, StoredTensor]:
+    """Leave out the output layer that a tied checkpoint stores twice; a pair that has diverged is refused."""
+    output = tensors.get("output.weight")
+    if not config.tied or output is None:
+        return tensors
+    if not torch.equal(output.load(), tensors["tok_embeddings.weight"].load()):
+        raise UserError(
+            f"{described} says that embeddings are tied, but output and tok_embeddings differ; "
+            f"set tie_word_embeddings to false to keep both"
+        )
+    return {name: stored for name, stored in tensors.items() if name != "output.weight"}
+
+
+def _with_rotary_from_hf(name: str, stored: StoredTensor, config: ModelConfig) -> StoredTensor:
+    load: Callable[[], Tensor] = stored.load
+    return StoredTensor(stored.shape, lambda: convert.rotary_from_hf(name, load(), config))
+
+
+def _check_shapes(tensors: dict[str, StoredTensor], config: ModelConfig, described: str) -> None:
+    """Raise UserError unless the tensors are exactly those of the config."""
+    expected = expected_shapes(config)
+    unknown = sorted(set(tensors) - set(expected))
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} unknown parameters: {', '.join(unknown[:8])}; {described} describes none of them"
+        )
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise UserError(f"{described}: parameter {name!r} is missing from the weights")
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{name} has shape {list(tensors[name].shape)}, but {described} means {list(shape)}"
+            )
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of a shard directory, whoever wrote it. Raises UserError."""
+    storage.check_complete(folder)
+    values = storage.read_json(folder / "params.json")
+    if "ffn_dim" in values:
+        return config_from_dict(values, str(folder / "params.json"))
+    return open_source(str(folder)).config

@@ -1,0 +1,42 @@
+"""Judged samples to training files."""
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+from src.data.examples import Sample
+
+
+def pairs_from_samples(samples: Sequence[Sample], pairs_a_problem: int, seed: int) -> list[dict[str, object]]:
+    """Right against wrong solutions of the same problem: rows `{"instruction", "chosen", "rejected"}`.
+
+    Each row holds one text a side. Equal texts count once; the i-th of the shuffled right ones meets the i-th of the
+    shuffled wrong ones, the shorter list repeating, at most pairs_a_problem times. Samples that were not judged
+    right or wrong on their text (unparsed, timeout, error) count as wrong only if unparsed. Rows come in a
+    shuffled order, so that the last ones are a fair held-out share.
+    """
+    problems: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    instructions: dict[str, str] = {}
+    for sample in samples:
+        if sample.outcome in ("right", "wrong", "unparsed") and sample.response:
+            side = problems[sample.id][sample.outcome != "right"]
+            if sample.response not in side:
+                side.append(sample.response)
+            instructions[sample.id] = sample.prompt
+    generator = random.Random(seed)
+    rows = []
+    for name, (right, wrong) in problems.items():
+        if not right or not wrong:
+            continue
+        generator.shuffle(right)
+        generator.shuffle(wrong)
+        rows += [
+            {
+                "instruction": instructions[name],
+                "chosen": right[i % len(right)],
+                "rejected": wrong[i % len(wrong)],
+            }
+            for i in range(min(pairs_a_problem, max(len(right), len(wrong))))
+        ]
+    generator.shuffle(rows)
+    return rows

@@ -1,0 +1,183 @@
+"""Data files to typed examples. Every complaint names the file, the row and the key.
+
+A file is a json array or jsonl; rows follow the schemas in dataset/README.md.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from src.errors import UserError
+
+
+class Row(NamedTuple):
+    """One json object and where it stands: `where` is `FILE, row N` (or `line N`), counted from 1."""
+
+    where: str
+    values: dict[str, object]
+
+
+class Instruction(NamedTuple):
+    """A problem with one or more reference solutions."""
+
+    instruction: str
+    outputs: list[str]
+
+
+class Pair(NamedTuple):
+    """A problem with solutions that should score higher (chosen) and lower (rejected)."""
+
+    instruction: str
+    chosen: list[str]
+    rejected: list[str]
+
+
+class Prompt(NamedTuple):
+    """A problem to be solved; label is its answer where known, id names it in samples.jsonl."""
+
+    id: str
+    instruction: str
+    label: str | None
+    level: int | None
+    subject: str | None
+
+
+class Sample(NamedTuple):
+    """One line of samples.jsonl, as far as later stages need it."""
+
+    id: str
+    sample: int
+    prompt: str
+    response: str
+    outcome: str | None
+    values: dict[str, object]
+
+
+def read_rows(path: str) -> list[Row]:
+    """The objects of a json array or a jsonl file. Raises UserError if it is missing, torn or empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except UnicodeDecodeError as problem:
+        raise UserError(f"{path} is not UTF-8 (byte {problem.start}); convert it first") from None
+    rows = list(_array_rows(path, text) if text.lstrip().startswith("[") else _line_rows(path, text))
+    if not rows:
+        raise UserError(f"{path} holds no rows; expected a json array or one json object a line")
+    return rows
+
+
+def _array_rows(path: str, text: str) -> Iterator[Row]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise UserError(f"{path}, line {problem.lineno}: not valid json ({problem.msg})") from None
+    for number, value in enumerate(values, 1):
+        yield _row(f"{path}, row {number}", value)
+
+
+def _line_rows(path: str, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as problem:
+            raise UserError(f"{path}, line {number}: not valid json ({problem.msg})") from None
+        yield _row(f"{path}, line {number}", value)
+
+
+def _row(where: str, value: object) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: found a {type(value).__name__}; expected a json object")
+    return Row(where, value)
+
+
+def _text(row: Row, key: str) -> str:
+    """A string under `key`; an empty one is allowed."""
+    if key not in row.values:
+        raise UserError(f"{row.where}: key {key!r} is missing; found {', '.join(row.values) or 'no keys'}")
+    value = row.values[key]
+    if not isinstance(value, str):
+        raise UserError(f"{row.where}: {key!r} is a {type(value).__name__}; expected a string")
+    return value
+
+
+def _texts(row: Row, key: str) -> list[str]:
+    """A string or a list of strings under `key`, as a list of at least one non-empty string."""
+    value = row.values.get(key)
+    texts = value if isinstance(value, list) else [_text(row, key)]
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"{row.where}: {key!r} must be a non-empty string or a list of them")
+    return texts
+
+
+def _optional_text(row: Row, key: str) -> str | None:
+    """A string or number under `key` as text; None where the key is absent or null."""
+    value = row.values.get(key)
+    if value is not None and not isinstance(value, str | int | float):
+        raise UserError(f"{row.where}: {key!r} is a {type(value).__name__}; expected a string")
+    return None if value is None else str(value)
+
+
+def read_instructions(path: str) -> list[Instruction]:
+    """Rows `{"instruction", "output": text or list}`. Raises UserError."""
+    return [Instruction(_text(row, "instruction"), _texts(row, "output")) for row in read_rows(path)]
+
+
+def read_pairs(path: str) -> list[Pair]:
+    """Rows `{"instruction", "chosen", "rejected"}`, each side a text or list. Raises UserError."""
+    pairs = []
+    for row in read_rows(path):
+        pair = Pair(_text(row, "instruction"), _texts(row, "chosen"), _texts(row, "rejected"))
+        same = set(pair.chosen) & set(pair.rejected)
+        if same:
+            raise UserError(f"{row.where}: the same text is chosen and rejected: {min(same)[:60]!r}")
+        pairs.append(pair)
+    return pairs
+
+
+def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:
+    """Rows `{"instruction", "id"?, "label"?, "level"?, "subject"?}`; ids default to the row number from 0.
+
+    Raises UserError, also for an id that stands twice and, with need_label, for a row without a label.
+    """
+    prompts, seen = [], {}
+    for index, row in enumerate(read_rows(path)):
+        prompt = Prompt(
+            id=_optional_text(row, "id") or str(index),
+            instruction=_text(row, "instruction"),
+            label=_optional_text(row, "label"),
+            level=int(level) if (level := _optional_text(row, "level")) and level.isdigit() else None,
+            subject=_optional_text(row, "subject"),
+        )
+        if need_label and not prompt.label:
+            raise UserError(
+                f"{row.where}: key 'label' is missing or empty; grading needs the answer of every row"
+            )
+        if prompt.id in seen:
+            raise UserError(f"{row.where}: id {prompt.id!r} stands already at {seen[prompt.id]}")
+        seen[prompt.id] = row.where
+        prompts.append(prompt)
+    return prompts
+
+
+def read_samples(path: str) -> list[Sample]:
+    """samples.jsonl; a row without an id takes its place in the file. Raises UserError."""
+    samples, seen = [], set()
+    for index, row in enumerate(read_rows(path)):
+        number = row.values.get("sample", 0)
+        sample = Sample(
+            id=_optional_text(row, "id") or str(index),
+            sample=number if isinstance(number, int) else 0,
+            prompt=_text(row, "prompt") if "prompt" in row.values else "",
+            response=_text(row, "response"),
+            outcome=_optional_text(row, "outcome"),
+            values=row.values,
+        )
+        if (sample.id, sample.sample) in seen:
+            raise UserError(f"{row.where}: id {sample.id!r}, sample {sample.sample} stands twice")
+        seen.add((sample.id, sample.sample))
+        samples.append(sample)
+    return samples

@@ -1,0 +1,310 @@
+"""A benchmark from problems to numbers: sample, grade, count. Every problem asked for is in every denominator."""
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from src import parallel
+from src.data.collate import chunks, collate, encode_prompt, encode_response
+from src.data.examples import Prompt, Sample, read_samples
+from src.errors import UserError
+from src.evaluation.grade import GRADER_VERSION, Grader, Verdict
+from src.evaluation.vote import best_of, majority, pass_at_k, weighted_vote, wilson_interval
+from src.inference.engine import Completion, Request, generate
+from src.inference.sampling import Sampling
+from src.inference.scoring import response_scores
+from src.models.decoder import Decoder
+from src.runlog import RunLog
+from src.text.tokenizer import Tokenizer
+
+BOOTSTRAP_DRAWS = 1000
+
+
+class Graded(NamedTuple):
+    """One sample of a problem with its verdict; score is a verifier's, where one gave any."""
+
+    response: str
+    verdict: Verdict
+    score: float | None
+
+
+def claim_samples(path: Path, identity: dict[str, object]) -> None:
+    """Bind samples.jsonl to what its samples depend on; all ranks call this.
+
+    Raises UserError when the directory holds samples of another checkpoint or other sampling flags, which a
+    rerun would otherwise take for its own.
+    """
+    record = path.with_name("samples.identity.json")
+    if path.is_file() and record.is_file():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        for name, value in identity.items():
+            if found.get(name) != value:
+                raise UserError(
+                    f"{path} holds samples with {name}={found.get(name)}, but this run has {value}; "
+                    f"choose another --log_dir or delete that file"
+                )
+    parallel.barrier()  # nobody writes before all have read
+    if parallel.rank() == 0:
+        record.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+
+
+def sample_prompts(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    num_samples: int,
+    max_batch_size: int,
+    path: Path,
+    log: RunLog,
+) -> None:
+    """Sample every prompt into samples.jsonl, a line as each sample finishes; what the file holds is not redone.
+
+    When all are there the file is sorted by prompt and sample. All ranks call this; rank 0 writes.
+    """
+    done = {(sample.id, sample.sample) for sample in _finished_samples(path)}
+    parallel.barrier()  # nobody writes before all have read
+    requests = [
+        Request(prompt.id, sample, encode_prompt(tokenizer, prompt.instruction))
+        for prompt in prompts
+        for sample in range(num_samples)
+        if (prompt.id, sample) not in done
+    ]
+    by_id = {prompt.id: prompt for prompt in prompts}
+    log.progress(len(requests), "sample")
+    with path.open("a", encoding="utf-8") if parallel.rank() == 0 else open(os.devnull, "w") as file:
+        for completion in generate(
+            model, requests, sampling, eos_id=tokenizer.eos_id, max_batch_size=max_batch_size
+        ):
+            row = _sample_row(completion, by_id[completion.request.id], tokenizer)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            log.advance(tokens=len(completion.tokens))
+    log.close_progress()
+    if parallel.rank() == 0:
+        place = {prompt.id: index for index, prompt in enumerate(prompts)}
+        rows = [sample.values for sample in read_samples(str(path)) if sample.id in place]
+        write_samples(path, sorted(rows, key=lambda row: (place[row["id"]], row["sample"])))
+    parallel.barrier()
+
+
+def _finished_samples(path: Path) -> list[Sample]:
+    """The samples of an earlier, interrupted run; a torn last line is cut off."""
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data) and parallel.rank() == 0:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return read_samples(str(path)) if whole.strip() else []
+
+
+def _sample_row(completion: Completion, prompt: Prompt, tokenizer: Tokenizer) -> dict[str, object]:
+    """A line of samples.jsonl before grading."""
+    return {
+        "id": prompt.id,
+        "sample": completion.request.sample,
+        "prompt": prompt.instruction,
+        "response": tokenizer.decode(completion.tokens),
+        "token_count": len(completion.tokens),
+        "finish": completion.finish,
+        "logprob": round(sum(completion.logprobs), 6),
+        "label": prompt.label,
+    }
+
+
+def write_samples(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    """Write a whole samples.jsonl, complete or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def score_samples(
+    verifier: Decoder, tokenizer: Tokenizer, samples: Sequence[Sample], *, max_batch_size: int, log: RunLog
+) -> list[float]:
+    """The verifier's score of each sample, normalised by its measured mean and deviation, in sample order.
+
+    Sequences of like length share a batch. Raises UserError for a sample longer than the model's context.
+    """
+    config = verifier.config
+    encoded = [
+        encode_response(
+            tokenizer, sample.prompt, sample.response, finished=sample.values.get("finish", "stop") == "stop"
+        )
+        for sample in samples
+    ]
+    for sample, row in zip(samples, encoded, strict=True):
+        if len(row.tokens) > config.max_seq_len or not row.n_response:
+            raise UserError(
+                f"sample {sample.id!r}/{sample.sample} has {len(row.tokens)} tokens, {row.n_response} of "
+                f"them its response; a verifier with context {config.max_seq_len} cannot score it"
+            )
+    verifier.eval()
+    scores = [0.0] * len(samples)
+    log.progress(len(samples), "sample")
+    for rows in chunks(
+        sorted(range(len(samples)), key=lambda index: len(encoded[index].tokens)), max_batch_size
+    ):
+        batch = collate([encoded[index] for index in rows]).to(parallel.device())
+        for index, score in zip(rows, response_scores(verifier, *batch).tolist(), strict=True):
+            scores[index] = (score - config.score_mean) / config.score_std
+        log.advance(len(rows), tokens=batch.tokens.numel())
+    log.close_progress()
+    return scores
+
+
+def grade_samples(
+    task: str, prompts: Sequence[Prompt], samples: Sequence[Sample], path: Path
+) -> dict[str, object]:
+    """Grade samples against the prompts' labels; write them with answer and outcome to `path`, return results.
+
+    Raises UserError for a sample whose id no prompt has. A prompt without samples counts as a miss.
+    """
+    labels = {prompt.id: prompt.label or "" for prompt in prompts}
+    for sample in samples:
+        if sample.id not in labels:
+            raise UserError(
+                f"sample id {sample.id!r} is not among the {len(labels)} problems of the label file"
+            )
+    with Grader(task) as grader:
+        verdicts = grader.grade([s.response for s in samples], [labels[s.id] for s in samples])
+        rows = [
+            sample.values
+            | {
+                "id": sample.id,
+                "sample": sample.sample,
+                "label": labels[sample.id],
+                "answer": verdict.answer,
+                "outcome": verdict.outcome,
+            }
+            for sample, verdict in zip(samples, verdicts, strict=True)
+        ]
+        write_samples(path, rows)
+        problems: dict[str, list[Graded]] = defaultdict(list)
+        for sample, verdict in zip(samples, verdicts, strict=True):
+            problems[sample.id].append(Graded(sample.response, verdict, sample.values.get("score")))
+        return {"task": task, "grader": GRADER_VERSION} | summarize(prompts, problems, grader)
+
+
+def summarize(
+    prompts: Sequence[Prompt], problems: dict[str, list[Graded]], grader: Grader
+) -> dict[str, object]:
+    """The numbers of results.json. accuracy = mean over problems of the share of right samples.
+
+    n samples a problem is the most any problem has; one with fewer is filled up with misses. maj_at, best_of_at and
+    weighted_at average over the disjoint groups of k consecutive samples; their intervals are for the largest k.
+    """
+    n = max([1, *(len(samples) for samples in problems.values())])
+    nothing = Graded("", Verdict("unparsed", None), None)
+    filled = [
+        problems.get(prompt.id, []) + [nothing] * (n - len(problems.get(prompt.id, []))) for prompt in prompts
+    ]
+    outcomes = Counter(graded.verdict.outcome for samples in filled for graded in samples)
+    shares = [sum(graded.verdict.outcome == "right" for graded in samples) / n for samples in filled]
+    sizes = [2**i for i in range(n.bit_length())]
+    results: dict[str, object] = {
+        "accuracy": _mean(shares),
+        "interval": _interval(shares),
+        "problems": len(prompts),
+        "samples": sum(map(len, problems.values())),
+        "samples_a_problem": n,
+        "missing": outcomes["unparsed"],
+        "outcomes": {name: outcomes[name] for name in ("right", "wrong", "unparsed", "timeout", "error")},
+        "pass_at": {k: _mean([pass_at_k(n, round(share * n), k) for share in shares]) for k in sizes},
+        "by_level": _by_level(prompts, shares),
+    }
+    for name, choose in _choices(problems, grader).items() if n > 1 else ():
+        values = {k: [_chosen_share(samples, k, choose) for samples in filled] for k in sizes}
+        results[f"{name}_at"] = {k: _mean(shares) for k, shares in values.items()}
+        results[f"{name}_interval"] = _interval(values[sizes[-1]])
+    return results
+
+
+Choice = Callable[[Sequence[Graded]], int | None]  # which sample of a group to submit; None = no answer
+
+
+def _choices(problems: dict[str, list[Graded]], grader: Grader) -> dict[str, Choice]:
+    """The ways to submit one answer for several samples; those by score only where every sample has one."""
+
+    def answers(group: Sequence[Graded]) -> list[str | None]:
+        return [graded.verdict.answer for graded in group]
+
+    def scores(group: Sequence[Graded]) -> list[float]:
+        return [float("-inf") if graded.score is None else graded.score for graded in group]
+
+    choices: dict[str, Choice] = {"maj": lambda group: majority(answers(group), grader.equal)}
+    if all(graded.score is not None for samples in problems.values() for graded in samples):
+        choices["best_of"] = lambda group: best_of(scores(group))
+        choices["weighted"] = lambda group: weighted_vote(answers(group), scores(group), grader.equal)
+    return choices
+
+
+def _chosen_share(samples: Sequence[Graded], k: int, choose: Choice) -> float:
+    """Share of right submissions over the disjoint groups of k consecutive samples."""
+    groups = [samples[start : start + k] for start in range(0, len(samples) - k + 1, k)]
+    picks = [(group, choose(group)) for group in groups]
+    return sum(pick is not None and group[pick].verdict.outcome == "right" for group, pick in picks) / len(
+        groups
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _interval(shares: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean: Wilson for 0/1 shares, a seeded bootstrap over problems otherwise."""
+    if all(share in (0.0, 1.0) for share in shares):
+        return wilson_interval(int(sum(shares)), len(shares))
+    draws = np.random.default_rng(0).choice(np.array(shares), (BOOTSTRAP_DRAWS, len(shares))).mean(1)
+    return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
+
+
+def _by_level(prompts: Sequence[Prompt], shares: Sequence[float]) -> dict[int, dict[str, float]]:
+    """Accuracy and count of each level that problems name."""
+    levels: dict[int, list[float]] = defaultdict(list)
+    for prompt, share in zip(prompts, shares, strict=True):
+        if prompt.level is not None:
+            levels[prompt.level].append(share)
+    return {
+        level: {"accuracy": _mean(values), "problems": len(values)}
+        for level, values in sorted(levels.items())
+    }
+
+
+def results_table(results: dict[str, object]) -> str:
+    """results.json as a person reads it."""
+    low, high = results["interval"]
+    n = results["samples_a_problem"]
+    lines = [
+        f"{results['task']}: {results['problems']} problems, {n} samples each",
+        f"accuracy    {results['accuracy']:7.1%}   95% interval {low:.1%} .. {high:.1%}",
+    ]
+    for name, label in (
+        ("pass_at", "pass"),
+        ("maj_at", "majority"),
+        ("best_of_at", "best of"),
+        ("weighted_at", "weighted"),
+    ):
+        if n > 1 and name in results:
+            lines.append(
+                f"{label:10}  " + "   ".join(f"@{k} {value:.1%}" for k, value in results[name].items())
+            )
+    lines += [
+        f"level {level:<5} {entry['accuracy']:8.1%}   of {entry['problems']}"
+        for level, entry in results["by_level"].items()
+    ]
+    lines.append("outcomes    " + ", ".join(f"{count} {name}" for name, count in results["outcomes"].items()))
+    return "\n".join(lines)

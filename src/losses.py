@@ -1,0 +1,70 @@
+"""The arithmetic of the papers: pure functions of tensors.
+
+B batch, S sequence, N response tokens of a batch laid end to end. Losses come per token or per pair; the caller
+divides their sum by the global count it means. logprobs are normalised, in nats.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0  # exp() of more is no probability ratio that training could survive
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log sigmoid(chosen - rejected) of each pair (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1). [B] -> [B]."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over the True positions of each row.
+
+    rewards, values [B, S] float; mask [B, S] bool -> advantages [B, S], 0 where mask is False. Positions outside
+    the mask are skipped as if absent: the value and the running sum are carried over them. After the last
+    True position the episode is over and its value is 0.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value = torch.zeros_like(rewards[:, 0])
+    running = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        here = delta + gamma * lam * running
+        running = torch.where(mask[:, t], here, running)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages[:, t] = torch.where(mask[:, t], here, 0.0)
+    return advantages
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Shift and scale the masked entries to mean 0 and variance 1; the others become 0. Any shape, float32."""
+    chosen = x[mask]
+    spread = chosen.std(unbiased=False) if chosen.numel() > 1 else torch.zeros(())
+    return torch.where(mask, (x - chosen.mean()) / (spread + 1e-8), 0.0)
+
+
+def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """pi / pi_old of each token, its logarithm clamped to +-20. [N], [N] -> [N]."""
+    return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def ppo_policy_loss(ratio: Tensor, advantages: Tensor, clip_ratio: float) -> Tensor:
+    """Clipped surrogate of each token, to be minimised (Schulman et al. 2017, eq. 7). [N], [N] -> [N]."""
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Half the squared error, the worse of clipped and unclipped values (Schulman et al. 2017's code). [N] -> [N]."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Single-sample estimate of KL(policy, reference), unbiased, may be negative (Schulman 2020, k1). [N] -> [N]."""
+    return logprobs - reference_logprobs
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over [N] entries; 0 for constant returns. -> scalar."""
+    spread = returns.var(unbiased=False)
+    return torch.where(spread > 0, 1 - (returns - values).var(unbiased=False) / spread.clamp_min(1e-12), 0.0)

@@ -1,0 +1,82 @@
+"""What a decoder is made of: one frozen record of facts, read from and written to params.json."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from src.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Every fact needed to build a model. Names follow Meta's params.json where it has one.
+
+    max_seq_len is the longest context the model was made for. embedding_split_dim says how shards cut
+    tok_embeddings: 0 by vocabulary rows, 1 by width (Meta's Llama 1 and 2). A value head (`v_head`, one score a
+    position) replaces the output layer; score_mean and score_std are its measured score statistics.
+    """
+
+    family: str = "llama"
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    max_seq_len: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tied: bool = False
+    embedding_split_dim: int = 1
+    value_head: bool = False
+    score_mean: float = 0.0
+    score_std: float = 1.0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type is int and getattr(self, field.name) < 0:
+                raise UserError(f"{field.name}={getattr(self, field.name)}: expected a non-negative integer")
+        if self.n_kv_heads == 0 or self.n_heads % self.n_kv_heads:
+            raise UserError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
+        if self.tied and self.embedding_split_dim != 0:
+            raise UserError("tied embeddings are shared with the output layer: embedding_split_dim must be 0")
+
+    def check_divides(self, n: int, where: str) -> None:
+        """Raise UserError, naming the field, unless the model can be cut into n tensor-parallel shards."""
+        sizes = {
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+            "ffn_dim": self.ffn_dim,
+            "vocab_size": self.vocab_size,
+            "dim": self.dim,
+        }
+        for name, size in sizes.items():
+            if size % n:
+                raise UserError(
+                    f"{where}: {name}={size} does not divide into {n} shards; choose a divisor of it"
+                )
+
+    def to_dict(self) -> dict[str, object]:
+        """The contents of params.json."""
+        return dataclasses.asdict(self)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
+
+
+def config_from_dict(values: dict[str, object], source: str) -> ModelConfig:
+    """Rebuild a config from params.json; `source` names the file. Raises UserError on a missing or unknown key."""
+    unknown = sorted(set(values) - set(FIELDS))
+    if unknown:
+        raise UserError(
+            f"{source}: unknown key {unknown[0]!r}; a newer version of SplitRL may have written it"
+        )
+    missing = [
+        name for name, field in FIELDS.items() if field.default is dataclasses.MISSING and name not in values
+    ]
+    if missing:
+        raise UserError(f"{source}: key {missing[0]!r} is missing")
+    return ModelConfig(**values)

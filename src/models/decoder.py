@@ -1,0 +1,92 @@
+"""The decoder-only transformer: one model for every family, built from a ModelConfig.
+
+B batch, S sequence, T cached positions, D width, P vocabulary rows on this rank
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src import parallel
+from src.models.attention import Attention, KVCache, LayerCache
+from src.models.config import ModelConfig
+from src.models.feedforward import FeedForward, RMSNorm
+from src.models.rope import rope_frequencies, rope_rotation
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        positions: Tensor,
+        length: int,
+    ) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        x = x + self.attention(self.attention_norm(x), rotation, mask, cache, positions, length)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states, and hidden states to logits (a solver) or scores (a verifier or critic).
+
+    The two halves are separate calls so that the output layer only runs where someone wants its result.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        embedding = (parallel.VocabParallelEmbedding, parallel.ParallelEmbedding)[config.embedding_split_dim]
+        self.tok_embeddings = embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        if config.value_head:
+            self.v_head = nn.Linear(config.dim, 1, bias=False)
+        elif not config.tied:
+            self.output = parallel.ColumnParallelLinear(config.dim, config.vocab_size)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """tokens [B, S] int64 -> normalised hidden states [B, S, D].
+
+        Without a cache attention is causal over the row, so padding behind a row's end changes nothing before
+        it. With a cache the new tokens are written at `positions` [B, S] int64 (default 0 .. S-1) and see every
+        cached position of their row up to their own.
+        """
+        B, S = tokens.shape
+        if positions is None:
+            positions = torch.arange(S, device=tokens.device).expand(B, S)
+        mask, length = None, S
+        if cache is not None:
+            length = int(positions.max()) + 1
+            mask = torch.arange(length, device=tokens.device) <= positions[:, None, :, None]  # [B, 1, S, T]
+        with parallel.autocast():
+            x = self.tok_embeddings(tokens)
+            frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, tokens.device)
+            rotation = rope_rotation(positions, frequencies)
+            for index, layer in enumerate(self.layers):
+                x = layer(x, rotation, mask, cache.layers[index] if cache else None, positions, length)
+            return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This rank's vocabulary slice of the logits. hidden [..., D] -> [..., P]."""
+        with parallel.autocast():
+            if self.config.tied:
+                return F.linear(parallel.copy_to_tensor_parallel(hidden), self.tok_embeddings.weight)
+            return self.output(hidden)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The value head's score of each position. hidden [..., D] -> [...] float32."""
+        return F.linear(hidden.float(), self.v_head.weight.float()).squeeze(-1)

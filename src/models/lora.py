@@ -1,0 +1,108 @@
+"""Low-rank adapters (Hu et al. 2021) put on the linear layers of a finished model.
+
+y = W x + (alpha / rank) B A dropout(x), W frozen. On a column-parallel layer A is whole and B is split by rows;
+on a row-parallel layer A is split by columns and B is whole: each product then needs no further communication
+than the layers' own, and whole factors receive the same gradient on every rank.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.parallel import ColumnParallelLinear, RowParallelLinear
+
+LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Shape of the adapters: rank r, scale alpha / r, and the names of the linears that carry one."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"lora_rank={self.rank}: expected at least 1, or -1 for full fine-tuning")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"lora_dropout={self.dropout}: expected 0 <= p < 1")
+        for name in self.targets:
+            if name not in LINEARS:
+                raise UserError(f"lora_targets names {name!r}; expected some of {', '.join(LINEARS)}")
+        if not self.targets:
+            raise UserError(f"lora_targets is empty; expected some of {', '.join(LINEARS)}")
+
+
+class LoraLinear(nn.Module):
+    """A parallel linear with an adapter. The base weight keeps its place under `base`."""
+
+    def __init__(self, base: ColumnParallelLinear | RowParallelLinear, config: LoraConfig) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = config.alpha / config.rank
+        self.dropout = nn.Dropout(config.dropout)
+        if isinstance(base, ColumnParallelLinear):
+            self.lora_a: nn.Module = nn.Linear(base.in_features, config.rank, bias=False)
+            self.lora_b: nn.Module = ColumnParallelLinear(config.rank, base.out_features)
+        else:
+            self.lora_a = RowParallelLinear(base.in_features, config.rank)
+            self.lora_b = nn.Linear(config.rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], both as the base layer has them on this rank."""
+        return self.base(x) + self.scale * self.lora_b(self.lora_a(self.dropout(x)))
+
+
+def add_lora(model: nn.Module, config: LoraConfig) -> None:
+    """Wrap every target linear in place and freeze everything but the adapters and a value head.
+
+    The adapters are laid out uninitialised on the current default device; fill them with init_lora() or from a file.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in config.targets:
+                setattr(parent, name, LoraLinear(child, config))
+    for name, parameter in model.named_parameters():
+        if name == "v_head.weight":
+            parameter.requires_grad_(True)
+
+
+def init_lora(
+    model: nn.Module, seed: int, local_slice: Callable[[str, Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Starting values of every adapter tensor: A uniform as Kaiming's rule for a linear layer, B zero.
+
+    Yields (name, this rank's float32 tensor). A is drawn whole on the CPU from (seed, place in the model) and
+    cut by `local_slice`, so the adapters do not depend on the tensor-parallel size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            rank, in_features = module.lora_a.weight.shape[0], module.base.in_features
+            whole = torch.empty(rank, in_features).uniform_(-1, 1, generator=generator) / in_features**0.5
+            yield f"{name}.lora_a.weight", local_slice(f"{name}.lora_a.weight", whole)
+            yield f"{name}.lora_b.weight", torch.zeros(module.lora_b.weight.shape)
+
+
+def merged_weight(base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """W + scale * B A, computed in float32 and returned in W's dtype. Works on whole tensors and on shards alike."""
+    return (base.float() + scale * (lora_b.float() @ lora_a.float())).to(base.dtype)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold every adapter into its base weight in place and take the wrappers off."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoraLinear):
+                weight = merged_weight(
+                    child.base.weight, child.lora_a.weight, child.lora_b.weight, child.scale
+                )
+                child.base.weight.data = weight.detach()
+                setattr(parent, name, child.base)

@@ -1,0 +1,230 @@
+"""Ranks, groups and tensor-parallel layers: the only door to torch.distributed and fairscale.
+
+The layers are fairscale's, with one change: they take their own slice of the weight as an uninitialised tensor on
+the current default device, so that a model can be laid out on the meta device and filled from its shard alone.
+(fairscale's own constructors allocate on the CPU and draw the full weight on every rank.)
+
+Shape legend: B batch, S sequence, V vocabulary, P vocabulary rows on this rank.
+"""
+
+import atexit
+import contextlib
+import io
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as groups
+from fairscale.nn.model_parallel import layers, mappings
+from torch import Tensor, nn
+
+from src.errors import UserError
+
+
+def start(seed: int = 1) -> None:
+    """Join the process group that torchrun describes (or a group of one) and seed every generator alike.
+
+    All ranks form one tensor-parallel group. gloo on the CPU, NCCL where CUDA is present.
+    """
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # fairscale prints its group sizes; nothing else runs here
+            groups.initialize_model_parallel(dist.get_world_size())
+        atexit.register(stop)  # gloo's threads abort a process that exits while its groups are alive
+    seed_all(seed)
+
+
+def stop() -> None:
+    """Leave the process group; start() may be called again."""
+    if dist.is_initialized():
+        groups.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices). Equal on all ranks: replicated draws must agree."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rank() -> int:
+    """Global rank; 0 before start()."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes; 1 before start() outside torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def tensor_parallel_rank() -> int:
+    """This rank's place in its tensor-parallel group."""
+    return groups.get_model_parallel_rank()
+
+
+def tensor_parallel_size() -> int:
+    """Number of ranks that share one model."""
+    return groups.get_model_parallel_world_size()
+
+
+def device() -> torch.device:
+    """The device this rank computes on."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def autocast() -> contextlib.AbstractContextManager[object]:
+    """bfloat16 compute over float32 weights on a GPU; plain float32 on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else contextlib.nullcontext()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def sum_over_tensor_parallel(x: Tensor) -> Tensor:
+    """Sum over the tensor-parallel group, in place; no gradient. Returns x."""
+    dist.all_reduce(x, group=groups.get_model_parallel_group())
+    return x
+
+
+def broadcast_from_first(x: Tensor) -> Tensor:
+    """Give every tensor-parallel rank the first one's values, in place. Returns x."""
+    dist.broadcast(x, groups.get_model_parallel_src_rank(), group=groups.get_model_parallel_group())
+    return x
+
+
+def gather_vocab(local_logits: Tensor) -> Tensor:
+    """Join vocabulary slices. [..., P] -> [..., V] on every rank; differentiable."""
+    return mappings.gather_from_model_parallel_region(local_logits)
+
+
+class _VocabLogprobs(torch.autograd.Function):
+    """log softmax at one id a row, computed from vocabulary slices: two small all-reduces, nothing gathered."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, local_logits: Tensor, targets: Tensor) -> Tensor:
+        group = groups.get_model_parallel_group()
+        start = tensor_parallel_rank() * local_logits.shape[-1]
+        highest = local_logits.amax(-1, keepdim=True)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        shifted = local_logits - highest  # [N, P]
+        index = targets - start
+        here = (index >= 0) & (index < local_logits.shape[-1])
+        index = index.clamp(0, local_logits.shape[-1] - 1)
+        chosen = shifted.gather(-1, index[:, None]).squeeze(-1) * here
+        probs = shifted.exp_()
+        # one all-reduce for both sums
+        sums = torch.stack((probs.sum(-1), chosen))
+        dist.all_reduce(sums, group=group)
+        probs.div_(sums[0][:, None])
+        ctx.save_for_backward(probs, index, here)
+        return sums[1] - sums[0].log()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        probs, index, here = ctx.saved_tensors
+        grad_logits = probs * -grad[:, None]
+        grad_logits.scatter_add_(-1, index[:, None], (grad * here)[:, None])
+        return grad_logits, None
+
+
+def vocab_logprobs(local_logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of one id a row under a vocabulary-parallel softmax.
+
+    local_logits [N, P] (any float dtype), targets [N] int64 global ids -> [N] float32, nats. Differentiable.
+    """
+    return _VocabLogprobs.apply(local_logits.float(), targets)
+
+
+@torch.no_grad()
+def vocab_entropy(local_logits: Tensor) -> Tensor:
+    """Entropy of the vocabulary-parallel softmax. [N, P] -> [N] float32, nats. No gradient."""
+    logits = local_logits.float()
+    highest = logits.amax(-1, keepdim=True)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
+    shifted = logits - highest
+    exps = shifted.exp()
+    sums = sum_over_tensor_parallel(torch.stack((exps.sum(-1), (exps * shifted).sum(-1))))
+    return sums[0].log() - sums[1] / sums[0]
+
+
+def _slice_of(size: int, what: str) -> int:
+    """This rank's share of a dimension; UserError when it does not divide."""
+    if size % tensor_parallel_size():
+        raise UserError(
+            f"{what} has size {size}, which does not divide over {tensor_parallel_size()} ranks; "
+            f"choose a tensor-parallel size that divides it"
+        )
+    return size // tensor_parallel_size()
+
+
+class ColumnParallelLinear(layers.ColumnParallelLinear):
+    """y = x W^T with W [out_features, in_features] split by rows: each rank holds and yields its own outputs."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.gather_output = in_features, out_features, False
+        self.output_size_per_partition = _slice_of(out_features, "a column-parallel output")
+        self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
+        self.register_parameter("bias", None)
+
+
+class RowParallelLinear(layers.RowParallelLinear):
+    """y = x W^T with W [out_features, in_features] split by columns: inputs arrive split, outputs are summed."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.input_size_per_partition = _slice_of(in_features, "a row-parallel input")
+        self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
+        self.register_parameter("bias", None)
+
+
+def _lookup_settings(module: nn.Module, num_embeddings: int, embedding_dim: int) -> None:
+    """The attributes that both fairscale embeddings read in forward()."""
+    module.num_embeddings, module.embedding_dim = num_embeddings, embedding_dim
+    module.padding_idx = module.max_norm = None
+    module.norm_type, module.scale_grad_by_freq, module.sparse = 2.0, False, False
+
+
+class VocabParallelEmbedding(layers.VocabParallelEmbedding):
+    """Embedding [num_embeddings, embedding_dim] split by rows; shards coincide with a tied output layer's."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        _lookup_settings(self, num_embeddings, embedding_dim)
+        self.num_embeddings_per_partition = _slice_of(num_embeddings, "the vocabulary")
+        self.vocab_start_index = tensor_parallel_rank() * self.num_embeddings_per_partition
+        self.vocab_end_index = self.vocab_start_index + self.num_embeddings_per_partition
+        self.weight = nn.Parameter(torch.empty(self.num_embeddings_per_partition, embedding_dim))
+
+
+class ParallelEmbedding(layers.ParallelEmbedding):
+    """Embedding [num_embeddings, embedding_dim] split by columns, as Meta's Llama 1 and 2 shards have it."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        _lookup_settings(self, num_embeddings, embedding_dim)
+        self.embedding_dim_per_partition = _slice_of(embedding_dim, "the embedding width")
+        self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
+
+
+def copy_to_tensor_parallel(x: Tensor) -> Tensor:
+    """Identity forwards; sums the gradient over the tensor-parallel group backwards."""
+    return mappings.copy_to_model_parallel_region(x)

@@ -1,0 +1,120 @@
+"""What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, and run.json. Nothing else prints."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+_FORMAT = "%(asctime)s %(message)s"
+
+
+class _AboveProgressBar(logging.Handler):
+    """Writes records to standard error without tearing a running progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record as a line."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def logger() -> logging.Logger:
+    """The framework's logger. Rank 0 speaks; other ranks keep to warnings."""
+    log = logging.getLogger("splitrl")
+    if not log.handlers:
+        handler = _AboveProgressBar()
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+        log.addHandler(handler)
+        log.propagate = False
+        log.setLevel(logging.INFO if _is_rank_0() else logging.ERROR)
+    return log
+
+
+def table(text: str) -> None:
+    """Show a finished table on standard output (rank 0)."""
+    if _is_rank_0():
+        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.flush()
+
+
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+class RunLog:
+    """The record of one run in its directory: run.json at the start, metrics.jsonl line by line, a progress bar.
+
+    Every rank may hold one and call it; only rank 0 writes.
+    """
+
+    def __init__(self, folder: str, flags: Mapping[str, object]) -> None:
+        self.logger = logger()
+        self._folder = Path(folder)
+        self._metrics = None
+        self._bar: tqdm | None = None
+        self._started = self._last_time = time.monotonic()
+        self._last_tokens = 0
+        if _is_rank_0():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            facts = {"command": sys.argv, "flags": dict(flags), **_environment()}
+            (self._folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            self._metrics = (self._folder / "metrics.jsonl").open("w", encoding="utf-8")
+
+    def progress(self, total: int, unit: str) -> None:
+        """Start a progress bar of `total` units; a bar that runs already is closed."""
+        self.close_progress()
+        self._bar = tqdm(
+            total=total,
+            unit=unit,
+            disable=not _is_rank_0(),
+            file=sys.stderr,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
+        self._last_time, self._last_tokens = time.monotonic(), 0
+
+    def advance(self, by: int = 1, tokens: int = 0, **shown: float) -> None:
+        """Move the bar; `tokens` processed since the last call become tokens/s, `shown` stands beside it."""
+        if self._bar is None:
+            return
+        self._last_tokens += tokens
+        rate = self._last_tokens / max(time.monotonic() - self._last_time, 1e-9)
+        values = {name: f"{value:.4g}" for name, value in shown.items()}
+        self._bar.set_postfix(values | ({"tok/s": f"{rate:.0f}"} if tokens else {}), refresh=False)
+        self._bar.update(by)
+
+    def close_progress(self) -> None:
+        """End the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def metrics(self, step: int, **values: float) -> None:
+        """Append one line to metrics.jsonl: the step, the seconds since the start, and these values."""
+        if self._metrics is not None:
+            row = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+
+
+def _environment() -> dict[str, object]:
+    """Versions, revision and machine, for run.json."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "revision": git.stdout.strip(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }

@@ -1,0 +1,321 @@
+"""src/cli.py: parsing by direct calls; exit status, output and torchrun by real processes."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from src import cli
+from src.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SCRIPT = '''"""Train something small.
+
+torchrun --nproc_per_node 2 script.py --ckpt_dir ckpt/2 --a_command_wider_than_the_terminal 1
+"""
+
+import os
+import signal
+import time
+
+from src import cli
+from src.errors import UserError
+
+
+def main(ckpt_dir: str, fail: str = "", lr: float = 1e-5, resume: bool = False) -> str:
+    """Train.
+
+    ckpt_dir: where the weights are
+    fail: how to fail
+    lr: peak learning rate, reached after the warm-up and then lowered
+      along a cosine
+    resume: go on from the last checkpoint
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if fail == "all":
+        signal.signal(signal.SIGTERM, lambda *_: None)      # as a trainer that saves before it dies
+        raise UserError("4 shards but 2 ranks; run checkpoint_split.py")
+    if fail == "rank1" and rank == 1:
+        raise UserError("rank 1 has no shard")
+    if fail == "rank1":
+        time.sleep(100)
+    if fail.startswith("collective"):
+        import torch      # not at the top: it would add a second to every other case
+        from torch import distributed
+        distributed.init_process_group("gloo")
+        distributed.all_reduce(torch.ones(1))
+        if rank == 1:
+            raise UserError("rank 1 is out") if fail == "collective_user" else KeyError("rank 1 bug")
+        distributed.barrier()
+    if fail == "missing":
+        open("/no/such/file")
+    if fail == "full":
+        open("/dev/full", "w").write("x" * 100_000)
+    if fail == "bug":
+        raise KeyError("a bug")
+    if fail == "interrupt":
+        raise KeyboardInterrupt
+    print(repr((ckpt_dir, lr, resume)))
+    return "a result that nobody prints"
+
+
+if __name__ == "__main__":
+    cli.run(main)
+'''
+
+
+def main(ckpt_dir: str, n: int, lr: float = 1e-5, resume: bool = False, lora_rank: int = -1,
+         template: str = "", seed: int | None = 1, objective: Literal["pairwise", "outcome"] = "outcome",
+         files: list[str] | None = None, source: str | list[str] = "x", ks: list[int] | None = None,
+         shuffle: bool = True, no_eval: bool = False) -> None:
+    """Accept one flag of each kind.
+
+    ckpt_dir: where the weights are
+    n: how many shards to
+      write: one a rank
+    lr:
+    note that seed: is not at the start of the line
+
+    lora_rank: -1 for full training
+    """
+
+
+def one(*argv: str) -> cli.Value:
+    """The value of the only optional flag in argv."""
+    values = cli.parse(main, ["--ckpt_dir", "c", "--n", "2", *argv])
+    assert list(values)[:2] == ["ckpt_dir", "n"] and len(values) == 3, values
+    return list(values.values())[2]
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--template", "a,b"], "a,b"),
+    (["--template", "123"], "123"),
+    (["--template", "7B"], "7B"),
+    (["--template", "None"], "None"),
+    (["--template", "[1, 2]"], "[1, 2]"),
+    (["--template", ""], ""),
+    (["--template="], ""),
+    (["--template", "two words"], "two words"),
+    (["--template=-y"], "-y"),
+    (["--template=a=b"], "a=b"),
+    (["--template=--lr"], "--lr"),
+    (["--lr", "1e-5"], 1e-5),
+    (["--lr", "3"], 3.0),
+    (["--lr", "-.5"], -0.5),
+    (["--lr", "-inf"], float("-inf")),
+    (["--lora_rank", "-1"], -1),
+    (["--lora-rank", "8"], 8),
+    (["--lora-rank=8"], 8),
+    (["--resume"], True),
+    (["--noresume"], False),
+    (["--no_resume"], False),
+    (["--no-resume"], False),
+    (["--resume", "false"], False),
+    (["--resume=false"], False),
+    (["--resume", "False"], False),
+    (["--resume", "0"], False),
+    (["--resume=no"], False),
+    (["--resume", "true"], True),
+    (["--resume", "True"], True),
+    (["--resume", "1"], True),
+    (["--resume", "yes"], True),
+    (["--no_eval"], True),
+    (["--no_no_eval"], False),
+    (["--seed", "None"], None),
+    (["--seed", "none"], None),
+    (["--seed", "7"], 7),
+    (["--objective", "pairwise"], "pairwise"),
+    (["--files", "a.pth"], ["a.pth"]),
+    (["--files", "a.pth,b.pth"], ["a.pth", "b.pth"]),
+    (["--files", "a.pth", "b.pth"], ["a.pth", "b.pth"]),
+    (["--files=a.pth", "b.pth"], ["a.pth", "b.pth"]),
+    (["--files", "a,", "b"], ["a", "b"]),
+    (["--files", ""], []),
+    (["--files", "none"], None),
+    (["--source", "a,b"], "a,b"),
+    (["--source", "a,b", "c"], ["a,b", "c"]),
+    (["--ks", "1,4,16"], [1, 4, 16]),
+])
+def test_value_and_type(argv: list[str], expected: cli.Value) -> None:
+    value = one(*argv)
+    assert value == expected and type(value) is type(expected)
+
+
+def test_several_flags_in_any_order() -> None:
+    argv = ["--resume", "--files", "a", "b", "--lr", "-1", "--noshuffle", "--n=8", "--ckpt-dir", "7B"]
+    assert cli.parse(main, argv) == {"resume": True, "files": ["a", "b"], "lr": -1.0, "shuffle": False,
+                                     "n": 8, "ckpt_dir": "7B"}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--lora_rnk", "8"], "unknown flag --lora_rnk; did you mean --lora_rank?"),
+    (["--lora-rnk=8"], "unknown flag --lora-rnk; did you mean --lora_rank?"),
+    (["-lr", "8"], "unknown flag -lr; did you mean --lr?"),
+    (["--nolr"], "unknown flag --nolr; did you mean --lr?"),
+    (["--zzz"], "unknown flag --zzz; --help lists the flags of this script"),
+    (["--", "--trace"], "unknown flag --; --help lists the flags of this script"),
+    (["--lr"], "--lr has no value, expected number; write --lr 1e-5"),
+    (["--lr", "--resume"], "--lr has no value, expected number; write --lr 1e-5"),
+    (["--template", "-y"], "--template has no value, expected text; write --template VALUE "
+                           "(--template=VALUE when it begins with a dash)"),
+    (["--files"], "--files has no value, expected list of text or none; write --files VALUE"),
+    (["--lr", "abc"], "--lr is 'abc', expected number; write for example --lr 1e-5"),
+    (["--lora_rank", "1.5"], "--lora_rank is '1.5', expected whole number; write for example --lora_rank 8"),
+    (["--lora_rank", "1e3"], "--lora_rank is '1e3', expected whole number; write for example --lora_rank 8"),
+    (["--lora_rank="], "--lora_rank is '', expected whole number; write for example --lora_rank 8"),
+    (["--seed", "x"], "--seed is 'x', expected whole number or none; write for example --seed 8"),
+    (["--ks", "1,b"], "--ks is '1,b', expected list of whole number or none; write for example --ks 8"),
+    (["--resume", "maybe"], "--resume is 'maybe', expected true|false; write for example --resume true"),
+    (["--noresume", "true"], "--noresume is followed by 'true' but takes no value; write --noresume alone"),
+    (["--noresume=true"], "--noresume is followed by 'true' but takes no value; write --noresume alone"),
+    (["--objective", "pair"], "--objective is 'pair', expected pairwise|outcome; did you mean pairwise?"),
+    (["--objective", "x"], "--objective is 'x', expected pairwise|outcome; write for example"),
+    (["--lr", "1", "--lr", "2"], "--lr is given twice; keep one of them"),
+    (["--resume", "--noresume"], "--resume is given twice; keep one of them"),
+    (["out"], "'out' belongs to no flag; write --NAME before it"),
+    (["--lr", "1", "2"], "'2' belongs to no flag; write --NAME before it, or quotes"),
+])
+def test_mistake(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        cli.parse(main, ["--ckpt_dir=c", "--n=2", *argv])
+
+
+def test_missing_required_flags_are_all_named() -> None:
+    message = "missing required --ckpt_dir, --n; write --ckpt_dir VALUE, or see --help"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        cli.parse(main, ["--lr", "1"])
+
+
+def test_typo_is_reported_before_what_is_missing() -> None:
+    with pytest.raises(UserError, match="did you mean --ckpt_dir"):
+        cli.parse(main, ["--ckpt_dri", "x"])
+
+
+def test_run_hands_over_the_parsed_values_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+
+    def record(ckpt_dir: str, n: int = 8, files: list[str] | None = None) -> str:
+        calls.append((ckpt_dir, n, files))
+        return "not for stdout"
+
+    cli.run(record, ["--ckpt_dir", "1,2", "--files", "3", "{}"])
+    assert calls == [("1,2", 8, ["3", "{}"])]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_meanings_and_undocumented() -> None:
+    flags = cli.flags_of(main)
+    assert flags["n"].meaning == "how many shards to write: one a rank"
+    assert flags["lora_rank"].meaning == "-1 for full training"
+    documented = {"ckpt_dir", "n", "lora_rank"}      # lr has a line but no words
+    assert cli.undocumented(main) == [name for name in flags if name not in documented]
+
+
+@pytest.mark.parametrize("width", [20, 60, 300])
+def test_usage_fits_the_terminal(width: int) -> None:
+    text = cli.usage(main, width)
+    assert all(len(line) <= max(40, min(width, 100)) for line in text.splitlines())
+    assert text.index("--n  whole number") < text.index("Optional flags:") < text.index("--lr  number")
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def launch(*command: str | Path, columns: int = 60) -> subprocess.CompletedProcess[str]:
+    """Run a command with this repository importable and without the ranks of a torchrun around pytest."""
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
+    env |= {"PYTHONPATH": str(ROOT), "COLUMNS": str(columns), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("argv, status, stderr", [
+    (["--ckpt_dir", "123", "--resume=false"], 0, ""),
+    (["--ckpt_dir", "x", "--lr_"], 2, "error: unknown flag --lr_; did you mean --lr?\n"),
+    ([], 2, "error: missing required --ckpt_dir; write --ckpt_dir VALUE, or see --help\n"),
+    (["--ckpt_dir=x", "--fail=all"], 1, "error: 4 shards but 2 ranks; run checkpoint_split.py\n"),
+    (["--ckpt_dir=x", "--fail=missing"], 1, "error: /no/such/file: No such file or directory\n"),
+    (["--ckpt_dir=x", "--fail=full"], 1, "error: No space left on device\n"),
+    (["--ckpt_dir=x", "--fail=interrupt"], 130, "interrupted\n"),
+])
+def test_exit_status_and_stderr(script: Path, argv: list[str], status: int, stderr: str) -> None:
+    result = launch(script, *argv)
+    assert (result.returncode, result.stderr) == (status, stderr)
+    assert result.stdout == ("" if status else "('123', 1e-05, False)\n")
+
+
+def test_a_bug_keeps_its_traceback(script: Path) -> None:
+    result = launch(script, "--ckpt_dir=x", "--fail=bug")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback") and result.stderr.endswith("KeyError: 'a bug'\n")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--wrong", "--help"]])
+def test_help(script: Path, argv: list[str]) -> None:
+    result = launch(script, *argv)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == """Train something small.
+
+torchrun --nproc_per_node 2 script.py --ckpt_dir ckpt/2 --a_command_wider_than_the_terminal 1
+
+Required flags:
+  --ckpt_dir  text
+      where the weights are
+
+Optional flags:
+  --fail  text  (default: empty)
+      how to fail
+  --lr  number  (default: 1e-05)
+      peak learning rate, reached after the warm-up and then
+      lowered along a cosine
+  --resume  true|false  (default: false)
+      go on from the last checkpoint
+
+`--flag value` and `--flag=value` mean the same. A
+true|false flag alone means true, --noflag false. A list is
+several words, or one word with commas.
+"""
+
+
+def torchrun(script: Path, *argv: str) -> tuple[int, list[str], float]:
+    """Exit status, the stderr lines of the two ranks without torchrun's own report, and seconds taken."""
+    start = time.monotonic()
+    result = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv)
+    report = re.compile(r"^[WE]\d{4} ")      # torchrun logs first, then prints its own traceback
+    lines = result.stderr.splitlines()
+    end = next((i for i, line in enumerate(lines) if line.startswith("Traceback ")), len(lines))
+    ours = [line for line in lines[:end] if not report.match(line)]
+    return result.returncode, ours, time.monotonic() - start
+
+
+@pytest.mark.parametrize("argv, line", [
+    (["--ckpt_dir=x", "--fail=all"], "error: 4 shards but 2 ranks; run checkpoint_split.py"),
+    (["--ckpt_dir=x", "--lrr=1"], "error: unknown flag --lrr; did you mean --lr?"),
+    (["--ckpt_dir=x", "--fail=rank1"], "error: rank 1 has no shard"),
+    (["--ckpt_dir=x", "--fail=collective_user"], "error: rank 1 is out"),
+])
+def test_torchrun_shows_one_line(script: Path, argv: list[str], line: str) -> None:
+    status, lines, seconds = torchrun(script, *argv)
+    assert status != 0 and lines == [line]
+    assert seconds < 30      # torchrun turns from SIGTERM to SIGKILL after 30 s: no rank may need that
+
+
+def test_torchrun_shows_the_bug_of_rank_1_and_not_what_it_did_to_rank_0(script: Path) -> None:
+    status, lines, _ = torchrun(script, "--ckpt_dir=x", "--fail=collective_bug")
+    assert status != 0
+    assert "[rank1]: KeyError: 'rank 1 bug'" in lines
+    assert not any(line.startswith("[rank0]") for line in lines)
+
+
+def test_torchrun_prints_help_once(script: Path) -> None:
+    result = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, "--help")
+    assert result.returncode == 0 and result.stdout.count("Required flags:") == 1

@@ -1,0 +1,49 @@
+"""Score samples with a verifier and report what choosing by score is worth.
+
+torchrun --nproc_per_node 8 verifier_evaluate.py --task GSM8K --ckpt_dir verifier --samples_file log/samples.jsonl \
+    --label_file dataset/GSM8K/test.json --log_dir log/verified
+"""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from src import assemble, cli, parallel, runlog
+from src.checkpoint import storage
+from src.data.examples import read_prompts, read_samples
+from src.evaluation.evaluator import grade_samples, results_table, score_samples
+from src.runlog import RunLog
+
+
+def main(
+    task: Literal["GSM8K", "MATH", "toy"], ckpt_dir: str, samples_file: str, label_file: str, log_dir: str,
+    model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
+) -> None:
+    """Add a score to every sample; best-of-n and weighted voting beside majority voting.
+
+    task: how answers are found and compared
+    ckpt_dir: verifier checkpoint
+    samples_file: samples.jsonl of solver_evaluate.py, several samples a problem
+    label_file: the problems that were sampled, with labels
+    log_dir: directory for the scored samples.jsonl, results.json, run.json
+    model_type: a family or released size the checkpoint must agree with; default: what params.json says
+    tokenizer_file: sentencepiece model; default: the one in ckpt_dir
+    max_batch_size: samples in one forward pass
+    """
+    flags = locals().copy()
+    prompts, samples = read_prompts(label_file, need_label=True), read_samples(samples_file)
+    storage.check_writable(Path(log_dir))
+    parallel.start()
+    verifier = assemble.load_verifier(ckpt_dir, model_type=model_type)
+    tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+    scores = score_samples(verifier, tokenizer, samples, max_batch_size=max_batch_size, log=RunLog(log_dir, flags))
+    if parallel.rank() == 0:
+        scored = [sample._replace(values=sample.values | {"score": score})
+                  for sample, score in zip(samples, scores, strict=True)]
+        results = grade_samples(task, prompts, scored, Path(log_dir) / "samples.jsonl")
+        (Path(log_dir) / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        runlog.table(results_table(results))
+
+
+if __name__ == "__main__":
+    cli.run(main)
