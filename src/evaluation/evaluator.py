@@ -1,6 +1,7 @@
 """A benchmark from problems to numbers: sample, grade, count. Every problem asked for is in every denominator."""
 
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -37,11 +38,16 @@ class Graded(NamedTuple):
 def claim_samples(path: Path, identity: dict[str, object]) -> None:
     """Bind samples.jsonl to what its samples depend on; all ranks call this.
 
-    Raises UserError when the directory holds samples of another checkpoint or other sampling flags, which a
-    rerun would otherwise take for its own.
+    Raises UserError when the directory holds samples of another checkpoint, of other sampling flags or of unknown
+    origin, which a rerun would otherwise take for its own.
     """
-    record = path.with_name("samples.identity.json")
-    if path.is_file() and record.is_file():
+    record = _identity_file(path)
+    if path.is_file():
+        if not record.is_file():
+            raise UserError(
+                f"{path} was not sampled here (no {record.name} beside it); "
+                f"choose another --log_dir or delete that file"
+            )
         found = json.loads(record.read_text(encoding="utf-8"))
         for name, value in identity.items():
             if found.get(name) != value:
@@ -51,7 +57,17 @@ def claim_samples(path: Path, identity: dict[str, object]) -> None:
                 )
     parallel.barrier()  # nobody writes before all have read
     if parallel.rank() == 0:
-        record.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        _write(record, json.dumps(identity, indent=2) + "\n")
+
+
+def disclaim_samples(path: Path, samples_file: str) -> None:
+    """Forget what samples.jsonl is bound to, because graded samples of another file will take its place."""
+    if Path(samples_file).resolve() != path.resolve():
+        _identity_file(path).unlink(missing_ok=True)
+
+
+def _identity_file(path: Path) -> Path:
+    return path.with_name("samples.identity.json")
 
 
 def sample_prompts(
@@ -69,7 +85,7 @@ def sample_prompts(
 
     When all are there the file is sorted by prompt and sample. All ranks call this; rank 0 writes.
     """
-    done = {(sample.id, sample.sample) for sample in _finished_samples(path)}
+    done = _finished_samples(path, prompts, num_samples)
     parallel.barrier()  # nobody writes before all have read
     requests = [
         Request(prompt.id, sample, encode_prompt(tokenizer, prompt.instruction))
@@ -90,21 +106,31 @@ def sample_prompts(
     log.close_progress()
     if parallel.rank() == 0:
         place = {prompt.id: index for index, prompt in enumerate(prompts)}
-        rows = [sample.values for sample in read_samples(str(path)) if sample.id in place]
+        rows = [sample.values for sample in read_samples(str(path))]
         write_samples(path, sorted(rows, key=lambda row: (place[row["id"]], row["sample"])))
     parallel.barrier()
 
 
-def _finished_samples(path: Path) -> list[Sample]:
-    """The samples of an earlier, interrupted run; a torn last line is cut off."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data) and parallel.rank() == 0:
+def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -> set[tuple[str, int]]:
+    """(id, sample) of what an earlier, interrupted run left; a torn last line is cut off.
+
+    Raises UserError for a sample that is not asked for: it would be deleted, or graded against another problem.
+    """
+    if parallel.rank() == 0 and path.is_file():
+        data = path.read_bytes()
         with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return read_samples(str(path)) if whole.strip() else []
+            file.truncate(data.rfind(b"\n") + 1)
+    parallel.barrier()  # nobody reads before the torn line is gone
+    instructions = {prompt.id: prompt.instruction for prompt in prompts}
+    done = set()
+    for sample in read_samples(str(path)) if path.is_file() and path.stat().st_size else ():
+        if instructions.get(sample.id) != sample.prompt or sample.sample >= num_samples:
+            raise UserError(
+                f"{path} holds sample {sample.sample} of problem {sample.id!r}, which this run does not ask for "
+                f"(other problems, or fewer); choose another --log_dir or delete that file"
+            )
+        done.add((sample.id, sample.sample))
+    return done
 
 
 def _sample_row(completion: Completion, prompt: Prompt, tokenizer: Tokenizer) -> dict[str, object]:
@@ -123,10 +149,12 @@ def _sample_row(completion: Completion, prompt: Prompt, tokenizer: Tokenizer) ->
 
 def write_samples(path: Path, rows: Iterable[dict[str, object]]) -> None:
     """Write a whole samples.jsonl, complete or not at all."""
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -136,7 +164,8 @@ def score_samples(
 ) -> list[float]:
     """The verifier's score of each sample, normalised by its measured mean and deviation, in sample order.
 
-    Sequences of like length share a batch. Raises UserError for a sample longer than the model's context.
+    Sequences of like length share a batch. Raises UserError for a sample longer than the model's context, and for a
+    score that is not a finite number.
     """
     config = verifier.config
     encoded = [
@@ -160,6 +189,11 @@ def score_samples(
         batch = collate([encoded[index] for index in rows]).to(parallel.device())
         for index, score in zip(rows, response_scores(verifier, *batch).tolist(), strict=True):
             scores[index] = (score - config.score_mean) / config.score_std
+            if not math.isfinite(scores[index]):
+                raise UserError(
+                    f"the score of sample {samples[index].id!r}/{samples[index].sample} is {scores[index]}; "
+                    f"the verifier has diverged, train it again with a lower learning rate"
+                )
         log.advance(len(rows), tokens=batch.tokens.numel())
     log.close_progress()
     return scores
@@ -170,14 +204,10 @@ def grade_samples(
 ) -> dict[str, object]:
     """Grade samples against the prompts' labels; write them with answer and outcome to `path`, return results.
 
-    Raises UserError for a sample whose id no prompt has. A prompt without samples counts as a miss.
+    Samples of other problems are left out; a prompt without samples counts as a miss.
     """
     labels = {prompt.id: prompt.label or "" for prompt in prompts}
-    for sample in samples:
-        if sample.id not in labels:
-            raise UserError(
-                f"sample id {sample.id!r} is not among the {len(labels)} problems of the label file"
-            )
+    samples = [sample for sample in samples if sample.id in labels]
     with Grader(task) as grader:
         verdicts = grader.grade([s.response for s in samples], [labels[s.id] for s in samples])
         rows = [
@@ -185,6 +215,7 @@ def grade_samples(
             | {
                 "id": sample.id,
                 "sample": sample.sample,
+                "prompt": sample.prompt,
                 "label": labels[sample.id],
                 "answer": verdict.answer,
                 "outcome": verdict.outcome,
@@ -205,6 +236,7 @@ def summarize(
 
     n samples a problem is the most any problem has; one with fewer is filled up with misses. maj_at, best_of_at and
     weighted_at average over the disjoint groups of k consecutive samples; their intervals are for the largest k.
+    A weighted vote counts sigmoid(score).
     """
     n = max([1, *(len(samples) for samples in problems.values())])
     nothing = Graded("", Verdict("unparsed", None), None)
@@ -244,10 +276,14 @@ def _choices(problems: dict[str, list[Graded]], grader: Grader) -> dict[str, Cho
     def scores(group: Sequence[Graded]) -> list[float]:
         return [float("-inf") if graded.score is None else graded.score for graded in group]
 
+    def weights(group: Sequence[Graded]) -> list[float]:
+        # scores are about 0 on average: summed as they are, a class would gain nothing by its size
+        return [0.5 + 0.5 * math.tanh(0.5 * score) for score in scores(group)]
+
     choices: dict[str, Choice] = {"maj": lambda group: majority(answers(group), grader.equal)}
     if all(graded.score is not None for samples in problems.values() for graded in samples):
         choices["best_of"] = lambda group: best_of(scores(group))
-        choices["weighted"] = lambda group: weighted_vote(answers(group), scores(group), grader.equal)
+        choices["weighted"] = lambda group: weighted_vote(answers(group), weights(group), grader.equal)
     return choices
 
 

@@ -1,0 +1,335 @@
+r"""When two final answers are equal: string, exact rational, structure, and last a comparer of expressions.
+
+Policy: exact values; units, money, percent and degree signs and a variable name ("x=") are optional; no factor 100
+without a written percent sign; bare lists are unordered, tuples ordered; brackets of intervals and bases of numerals
+matter; a number is answered by a number, not by a sum left to compute; no decimals for exact fractions and surds.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+
+from src.evaluation.extract import CHOICE, numbers
+from src.evaluation.normalize import (
+    THOUSANDS,
+    Quantity,
+    closing,
+    join_thousands,
+    normalize,
+    quantity,
+    rational,
+    split_top,
+    strip_braces,
+)
+
+MAX_LENGTH = 4000       # longer answers are compared as strings
+MAX_LEAF_LENGTH = 300
+MAX_OPEN_PAIRS = 12     # elements of two lists that rules could not pair; more than that go to no leaf comparer
+MAX_DEPTH = 6
+
+Leaf = Callable[[str, str], bool]       # (answer, label), both normalised -> equal?
+
+NAME = re.compile(r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'?(?:\([^()]*\))?|\|[A-Z]+\||m?\\angle ?[A-Z]+|\([A-Za-z,;\\]+\)")
+IS = r"=|\\in(?![a-z]) ?"
+UP = ("<", "\\le")
+RELATION = re.compile(r"\\le(?![a-z]) ?|\\ge(?![a-z]) ?|<|>")
+LIST_SEPARATOR = r",(?!\d{3}(?!\d))|(?<!\d),|;|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
+ENVIRONMENT = re.compile(
+    r"\\begin\{([pbBvV]?)(small)?(matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1(?:small)?\3\}", re.DOTALL
+)
+BASE = re.compile(r"\(?([+-]?[0-9A-Z.]+)\)?_\{\(?(\w+)\)?\}")
+WORDS = re.compile(r"\(?[A-Za-z][A-Za-z0-9 .,;'():-]*")
+CLOCK = re.compile(r"(\d{1,2}(?::\d\d)*) ?([AaPp])\.?[Mm]\.?")
+HOPELESS = re.compile(r"\\(?:sum|int|prod|lim|binom)(?![a-z])|\^\{\^|\^\{[^{}]*\^|\^\{-?\d{4,}|\d{4,}!|\)!|!!")
+UNITS = {name: names.split()[0] for names in (
+    "meter m meters metre metres", "centimeter cm centimeters", "millimeter mm millimeters",
+    "kilometer km kilometers", "inch in inches", "foot ft feet", "yard yd yards", "mile mi miles",
+    "dollar dollars", "cent cents", "second s sec seconds", "minute min minutes", "hour h hr hrs hours",
+    "day days", "week weeks", "month months", "year years", "gram g gm grams", "kilogram kg kilograms",
+    "pound lb lbs pounds", "ounce oz ounces", "am", "pm",
+) for name in names.split()}
+
+
+def equal(answer: str, label: str, leaf: Leaf) -> bool:
+    """True if the answer says the same as the label. Calls leaf for pairs of expressions that no rule decides."""
+    if squeeze(answer) == squeeze(label):
+        return bool(squeeze(label))
+    if max(len(answer), len(label)) > MAX_LENGTH:
+        return False
+    return same(normalize(answer), normalize(label), leaf, 0)
+
+
+def squeeze(text: str) -> str:
+    """The text without white space."""
+    return "".join(text.split())
+
+
+def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
+    """equal() for normalised texts; every step below either decides or passes the pair on."""
+    if answer == label:
+        return bool(label)
+    if not answer or not label or depth > MAX_DEPTH:
+        return False
+    if is_words(label):
+        answer = split_name(answer)[1]
+        return is_words(answer) and words(answer) == words(label)
+    answer, label, agree = without_names(exact_part(answer), exact_part(label))
+    if not agree or not answer or not label:
+        return False
+    answer, label = as_interval(answer, label), as_interval(label, answer)
+    ours, theirs = elements(answer), elements(label)
+    if THOUSANDS.fullmatch(answer) and len(theirs) > 1:
+        ours = answer.split(",")
+    if THOUSANDS.fullmatch(label) and len(ours) > 1:
+        theirs = label.split(",")
+    if len(ours) > 1 or len(theirs) > 1:
+        return len(ours) == len(theirs) and same_bag(ours, theirs, leaf, depth + 1)
+    for compare in (same_union, same_sequence, same_matrix):
+        verdict = compare(ours[0], theirs[0], leaf, depth + 1)
+        if verdict is not None:
+            return verdict
+    return same_value(ours[0], theirs[0], leaf)
+
+
+def is_words(text: str) -> bool:
+    """A text answer: Saturday, (C), June 20 - and not a formula such as xy."""
+    called = "(" in text[1:].rstrip(")")         # f(x)
+    return not called and bool(WORDS.fullmatch(text)) and bool(re.search(r"[A-Z]|[a-z]{3}", text))
+
+
+def words(text: str) -> list[str]:
+    """The members of a text answer without case and punctuation; the order of a list does not count."""
+    members = re.split(r"[,;]|\band\b", text.lower().replace(".", ""))
+    return sorted(filter(None, (" ".join(re.findall(r"[a-z0-9']+", member)) for member in members)))
+
+
+def without_names(answer: str, label: str) -> tuple[str, str, bool]:
+    r"""Drop "x=" and "x \in" in front of both; False if both are named and the names differ. Where one side is an
+    equation that is more than a named value, both stay equations."""
+    (mine, value), (theirs, other) = split_name(answer), split_name(label)
+    if bool(mine) != bool(theirs) and "=" in (other if mine else value):
+        return answer, label, True
+    return value, other, not (mine and theirs and mine != theirs)
+
+
+def exact_part(text: str) -> str:
+    r"""The left side of "exact \approx 0.67", the right side of "x \approx 0.67"."""
+    left, _, right = text.partition("\\approx")
+    if rational(right.strip()) is None:
+        return text
+    return right.strip() if NAME.fullmatch(left) else left
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """("x", "5") for x=5, 5=x and x=2+3=5; ("", text) where no side is a mere name, or a list follows."""
+    sides = split_top(text, IS)
+    if len(sides) == 1 or RELATION.search(text) or len(sides) > 2 and len(split_top(text, LIST_SEPARATOR)) > 1:
+        return "", text
+    if all(NAME.fullmatch(part) for part in sides[0].split(":")):
+        return sides[0], sides[-1]
+    return (sides[1], sides[0]) if len(sides) == 2 and NAME.fullmatch(sides[1]) else ("", text)
+
+
+def as_interval(text: str, other: str) -> str:
+    r"""2\le x<5 as [2,5) where the other answer is no inequality."""
+    if not RELATION.search(text) or RELATION.search(other):
+        return text
+    parts, signs = RELATION.split(text), [sign.strip() for sign in RELATION.findall(text)]
+    strict = "<" if signs[0] in UP else ">"
+    beyond = {"<": ("-\\infty", "\\infty"), ">": ("\\infty", "-\\infty")}[strict]
+    if len(parts) == 2 and NAME.fullmatch(parts[0]):
+        parts, signs = [beyond[0], *parts], [strict, *signs]
+    elif len(parts) == 2:
+        parts, signs = [*parts, beyond[1]], [*signs, strict]
+    if len(parts) != 3 or not NAME.fullmatch(parts[1]) or (signs[0] in UP) != (signs[1] in UP):
+        return text
+    if strict == ">":
+        parts, signs = parts[::-1], signs[::-1]
+    opening, closed = ("(" if signs[0] in "<>" else "["), (")" if signs[1] in "<>" else "]")
+    return f"{opening}{parts[0]},{parts[2]}{closed}"
+
+
+def elements(text: str) -> list[str]:
+    r"""The members of a bare list, a set {...} or a pair a \pm b; [text] for anything else."""
+    inside = text
+    if text.startswith("\\{") and text.endswith("\\}") and closing(text, 1) == len(text) - 1:
+        inside = text[2:-2]
+    elif text.startswith("[") and closing(text, 0) == len(text) - 1 and len(split_top(text[1:-1], ",")) > 2:
+        inside = text[1:-1]
+    signed = []
+    for member in filter(None, split_top(inside, LIST_SEPARATOR)):
+        if member.count("\\pm") == 1:
+            signed += [strip_plus(member.replace("\\pm", "+")), member.replace("\\pm", "-")]
+        else:
+            signed.append(member)
+    return signed or [text]
+
+
+def strip_plus(text: str) -> str:
+    """The text without a leading plus."""
+    return text.removeprefix("+").strip()
+
+
+def key(text: str) -> str:
+    """A spelling that is the same for equal numbers."""
+    value = rational(text)
+    return text if value is None else str(value)
+
+
+def same_bag(ours: list[str], theirs: list[str], leaf: Leaf, depth: int) -> bool:
+    """Equal as unordered lists: first by spelling and exact value, then pair by pair."""
+    left = Counter(map(key, ours))
+    left.subtract(map(key, theirs))
+    missing = [text for text, count in left.items() for _ in range(-count)]
+    extra = [text for text, count in left.items() for _ in range(count)]
+    if len(missing) > MAX_OPEN_PAIRS:
+        return False
+    for label in missing:
+        partner = next((text for text in extra if same(text, label, leaf, depth)), None)
+        if partner is None:
+            return False
+        extra.remove(partner)
+    return True
+
+
+def same_union(answer: str, label: str, leaf: Leaf, depth: int) -> bool | None:
+    """Unions of intervals as unordered lists; None if neither is a union."""
+    ours, theirs = (split_top(text, r"\\cup(?![a-z])") for text in (answer, label))
+    if len(ours) == len(theirs) == 1:
+        return None
+    return len(ours) == len(theirs) and same_bag(ours, theirs, leaf, depth)
+
+
+def same_sequence(answer: str, label: str, leaf: Leaf, depth: int) -> bool | None:
+    """Tuples and intervals: same brackets, same members in order; None if neither is one."""
+    ours, theirs = sequence(answer), sequence(label)
+    if ours is None and theirs is None:
+        return None
+    if ours is None or theirs is None or ours[0] != theirs[0] or len(ours[1]) != len(theirs[1]):
+        return False
+    return all(same(mine, other, leaf, depth) for mine, other in zip(ours[1], theirs[1], strict=True))
+
+
+def sequence(text: str) -> tuple[str, list[str]] | None:
+    """("[)", ["2", "5"]) for [2,5); None for text that is no bracketed list."""
+    if text[0] not in "([" or closing(text, 0) != len(text) - 1:
+        return None
+    members = split_top(text[1:-1], LIST_SEPARATOR if ";" in text else ",")
+    return (text[0] + text[-1], members) if len(members) > 1 else None
+
+
+def same_matrix(answer: str, label: str, leaf: Leaf, depth: int) -> bool | None:
+    """Matrices cell by cell; None unless both are written out as one."""
+    ours, theirs = matrix(answer), matrix(label)
+    if ours is None or theirs is None:
+        return None
+    if [len(row) for row in ours] != [len(row) for row in theirs]:
+        return False
+    cells = [pair for rows in zip(ours, theirs, strict=True) for pair in zip(*rows, strict=True)]
+    return all(same(mine, other, leaf, depth) for mine, other in cells)
+
+
+def matrix(text: str) -> list[list[str]] | None:
+    """Rows of cells of a matrix in round or square brackets."""
+    if text[0] in "([" and closing(text, 0) == len(text) - 1:
+        text = text[1:-1]
+    match = ENVIRONMENT.fullmatch(text)
+    if match is None or match.group(1) in ("v", "V"):      # bars make a determinant
+        return None
+    rows = [row for row in re.split(r"\\\\|\\cr(?![a-z])", match.group(4)) if row.strip()]
+    return [[strip_braces(cell.strip()) for cell in row.split("&")] for row in rows]
+
+
+def same_value(answer: str, label: str, leaf: Leaf) -> bool:
+    """Single values: clock times, bases, ratios, quantities, equations, and the rest by the leaf comparer."""
+    answer, label = join_thousands(answer), join_thousands(label)
+    for form in (CLOCK, BASE):
+        mine, other = form.fullmatch(answer), form.fullmatch(label)
+        if mine or other:
+            return bool(mine and other) and [g.lower() for g in mine.groups()] == [g.lower() for g in other.groups()]
+    mine, other = split_top(answer, ":"), split_top(label, ":")
+    if len(mine) > 1 or len(other) > 1:
+        return len(mine) == len(other) and all(same_value(*pair, leaf) for pair in zip(mine, other, strict=True))
+    ours, theirs = quantity(answer), quantity(label)
+    if units_clash(ours.unit, theirs.unit):
+        return False
+    number = rational(theirs.value)
+    if number is not None:
+        return same_number(answer, ours, number, theirs, leaf)
+    value = rational(ours.value)
+    if value is not None and "." in ours.value:            # a decimal for an exact expression
+        return False
+    if ours.value == theirs.value:
+        return ours.scale == theirs.scale or not ours.scale or not theirs.scale
+    return same_expression(radians(ours), theirs.value, leaf)
+
+
+def same_number(answer: str, ours: Quantity, number: Fraction, theirs: Quantity, leaf: Leaf) -> bool:
+    """An answer for a label with an exact rational value."""
+    value = rational(ours.value)
+    if value is None and theirs.scale == "degree" and "\\pi" in ours.value and not ours.scale:
+        return call_leaf(ours.value, radians(theirs), leaf)
+    if value is None:
+        return only_number(answer) == number
+    if value == number:
+        return True
+    if ours.scale == theirs.scale:
+        return False
+    return "percent" in (ours.scale, theirs.scale) and (
+        value / 100 == number if ours.scale == "percent" else value == number / 100)
+
+
+def radians(angle: Quantity) -> str:
+    """The value, in radians if it is a number of degrees."""
+    degrees = rational(angle.value) if angle.scale == "degree" else None
+    return angle.value if degrees is None else f"\\frac{{{degrees.numerator}\\pi}}{{{180 * degrees.denominator}}}"
+
+
+def only_number(text: str) -> Fraction | None:
+    """The one number of a prose answer such as "Hillary has 7 nickels" or "20 + 3 = 23 miles" (there the result);
+    None for formulas and for several numbers."""
+    worked, _, text = text.rpartition("=")
+    found = numbers(text)
+    if len(found) != 1 or CHOICE.search(text):
+        return None
+    rest = re.sub(r"\([A-Za-z ]*\)|\\%|(?<=[A-Za-z])-(?=[A-Za-z])", " ", text.replace(found[0], " "))
+    rest += re.sub(r"[\d+/()=-]|\\cdot|\\frac|[{}%\\]", " ", worked)
+    if not re.fullmatch(r"[A-Za-z .,']*", rest) or re.search(r"\b[b-zB-Z]\b", rest):
+        return None
+    return rational(found[0])
+
+
+def units_clash(mine: str, other: str) -> bool:
+    """Both units are known ones and differ, or both say whether they are square or cubic and differ."""
+    (first, power), (second, other_power) = unit_kind(mine), unit_kind(other)
+    return bool(first and second and first != second) or bool(power and other_power and power != other_power)
+
+
+def unit_kind(unit: str) -> tuple[str | None, int]:
+    """The known unit a phrase ends in (None if unknown), and 2 or 3 if it says it is square or cubic."""
+    power = 2 if re.search(r"\bsq|\^\{2", unit) else 3 if re.search(r"\bcubic\b|\^\{3", unit) else 0
+    return UNITS.get(re.sub(r"\^.*|\.", "", unit).split(" ")[-1].lower()), power
+
+
+def same_expression(answer: str, label: str, leaf: Leaf) -> bool:
+    """Equations up to the sign of both sides; other expressions go to the leaf comparer as they are."""
+    sides, other_sides = split_top(answer, "="), split_top(label, "=")
+    if len(other_sides) == 1 and len(sides) > 1:
+        return False
+    if len(sides) == len(other_sides) == 2:
+        first, second = (f"{left}-({right})" for left, right in (sides, other_sides))
+        return call_leaf(first, second, leaf) or call_leaf(f"-({first})", second, leaf)
+    if len(sides) != len(other_sides):
+        return False
+    return call_leaf(answer, label, leaf)
+
+
+def call_leaf(answer: str, label: str, leaf: Leaf) -> bool:
+    """Ask the leaf comparer, unless the answer can only cost time: too long, or towers, sums and factorials that the
+    label does not have."""
+    if max(len(answer), len(label)) > MAX_LEAF_LENGTH or re.search(r"\d_\{", answer + label):
+        return False
+    if HOPELESS.search(answer) and not HOPELESS.search(label):
+        return False
+    return leaf(answer, label)

@@ -1,0 +1,188 @@
+"""Where the final answer stands in a response: a table of named rules for each task.
+
+Each task holds groups of rules, most trusted first. Inside a group the mark that stands last in the response wins.
+A mark with nothing behind it ends the search: that response has no answer.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+RULES_VERSION = "1"
+
+
+class Found(NamedTuple):
+    """What one rule saw: where its last mark starts, and the text that belongs to it ("" if the answer is cut off)."""
+
+    position: int
+    text: str
+
+
+class Rule(NamedTuple):
+    name: str
+    find: Callable[[str], Found | None]
+
+
+class Extraction(NamedTuple):
+    answer: str | None  # None: no mark of the task, or a mark without an answer
+    rule: str           # the rule that decided, "none" if no rule saw its mark
+
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+HOPE = re.compile(r"final answer is:?((?:(?!final answer is).){0,2000}?)\.?\s*I hope", re.IGNORECASE | re.DOTALL)
+HASHES = re.compile(r"####[ \t:]*([^\n]*)")
+ANSWER_HEADING = re.compile(r"^#+[ \t]*(?:final[ \t]+)?answer[ \t:*]*\n+([^\n]*)", re.IGNORECASE | re.MULTILINE)
+ANSWER_IS = re.compile(r"\banswer(?:\s+is\b|\W{0,3}:)[\s:*]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE)
+NEXT_PROBLEM = re.compile(r"^\W{0,4}(?:Q|Question|Problem)\W{0,2}:", re.MULTILINE)
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[])")
+MATH = re.compile(r"(?<![\\$])\$(?!\$)((?:[^$\\]|\\.){1,400})\$(?!\$)|\\\(((?:(?!\\\)).){1,400})\\\)", re.DOTALL)
+NUMBER = re.compile(
+    r"(?:(?<![\w)\].])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?:\.\d+)?)?|(?<![\w.])-?\.\d+"
+)
+FINISHED = re.compile(r"[.!?]\W{0,4}$")
+CHOICE = re.compile(r"(?<![A-Za-z])(?:or|either|maybe|possibly|not)(?![A-Za-z])", re.IGNORECASE)
+
+
+def numbers(text: str) -> list[str]:
+    """The numbers of a prose text, as written: 27,000 or -3.5 or 1/2."""
+    return NUMBER.findall(text)
+
+
+def braced(text: str, start: int) -> str | None:
+    """Content of the brace group that opens at text[start], None if it never closes."""
+    depth = 0
+    for match in re.compile(r"\\[{}]|[{}]").finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return text[start + 1 : match.start()]
+    return None
+
+
+def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The last match of the pattern in the text."""
+    found = deque(pattern.finditer(text), maxlen=1)
+    return found[0] if found else None
+
+
+def last_box(text: str) -> Found | None:
+    r"""Content of the last \boxed{...}, \fbox{...} or \boxed 5; "" if the box is cut off."""
+    mark = last_match(BOX, text)
+    if mark is None:
+        return None
+    if text[mark.end() : mark.end() + 1] == "{":
+        return Found(mark.start(), (braced(text, mark.end()) or "").strip())
+    bare = re.match(r"[^\s$.,;]+", text[mark.end() :])
+    return Found(mark.start(), bare.group() if bare else "")
+
+
+def after_hashes(text: str) -> Found | None:
+    """The rest of the line behind the last ####."""
+    mark = last_match(HASHES, text)
+    return mark and Found(mark.start(), statement(mark.group(1)))
+
+
+def after_heading(text: str) -> Found | None:
+    """The line under a heading "# Answer"."""
+    mark = last_match(ANSWER_HEADING, text)
+    return mark and Found(mark.start(), statement(mark.group(1)))
+
+
+def hoped_answer(text: str) -> Found | None:
+    """Minerva's form: "The final answer is X. I hope it is correct."; a cut before "I hope" does not count here."""
+    mark = last_match(HOPE, text)
+    return mark and Found(mark.start(), statement(mark.group(1)))
+
+
+def after_answer_is(text: str) -> Found | None:
+    """The statement behind the last "answer is", "Answer:" or line that starts with "A:"."""
+    mark = last_match(ANSWER_IS, text)
+    return mark and Found(mark.start(), statement(text[mark.end() :]))
+
+
+def statement(text: str) -> str:
+    """The first sentence of a text, without the mark-up and the full stop around it."""
+    text = text.strip().lstrip(":* ")
+    for opening, closing in (("$$", "$$"), ("\\[", "\\]")):
+        if text.startswith(opening):
+            inside, found, _ = text[2:].partition(closing)
+            return inside.strip().rstrip(".") if found else ""
+    line = text if "\\begin" in text[:200] else text.partition("\n")[0]
+    return SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t*").rstrip(" *.")
+
+
+def last_sentence(text: str) -> str | None:
+    """The last sentence, if the response ends as a finished one and does not waver between answers."""
+    text = text.rstrip()
+    if not FINISHED.search(text[-10:]):
+        return None
+    sentence = SENTENCE_END.split(text[-1000:].rpartition("\n")[2])[-1]
+    return None if CHOICE.search(sentence) else sentence
+
+
+def last_number(text: str) -> Found | None:
+    """The last number of a finished response."""
+    sentence = last_sentence(text)
+    found = numbers(sentence.replace("$", "")) if sentence else []
+    return Found(len(text), found[-1]) if found else None
+
+
+def last_statement(text: str) -> Found | None:
+    """What the last sentence of a finished response says: the end of its last inline formula, or its last number."""
+    sentence = last_sentence(text)
+    if sentence is None or "$$" in sentence:      # a display is a step of a derivation, not a conclusion
+        return None
+    formula = last_match(MATH, sentence)
+    if formula:
+        return Found(len(text), (formula.group(1) or formula.group(2)).rpartition("=")[2].strip(" ."))
+    return last_number(text)
+
+
+HASH_RULE = Rule("hashes", after_hashes)
+TASK_RULES: dict[str, tuple[tuple[Rule, ...], ...]] = {
+    "gsm8k": (
+        (HASH_RULE,),
+        (Rule("box", last_box), Rule("hope", hoped_answer)),
+        (Rule("answer-is", after_answer_is),),
+        (Rule("last-number", last_number),),
+    ),
+    "math": (
+        (Rule("box", last_box), Rule("hope", hoped_answer), Rule("heading", after_heading)),
+        (Rule("answer-is", after_answer_is),),
+        (Rule("last-statement", last_statement),),
+    ),
+    "toy": ((HASH_RULE,),),
+}
+
+
+def task_rules(task: str) -> tuple[tuple[Rule, ...], ...]:
+    """The rules of a task, whatever the case of its name. Raises ValueError for a task that has none."""
+    rules = TASK_RULES.get(task.lower())
+    if rules is None:
+        raise ValueError(f"no answer rules for task {task!r}; known tasks: {', '.join(TASK_RULES)} (any case)")
+    return rules
+
+
+def own_part(response: str) -> str:
+    """The response up to the next problem the model made up behind its own answer."""
+    for mark in NEXT_PROBLEM.finditer(response):
+        if response[: mark.start()].strip():
+            return response[: mark.start()]
+    return response
+
+
+def extract(task: str, response: str) -> Extraction:
+    """The final answer of a response and the name of the rule that found it."""
+    text = own_part(response)
+    for group in task_rules(task):
+        found = [(rule.find(text), rule.name) for rule in group]
+        seen = [(place.position, place.text, name) for place, name in found if place is not None]
+        if seen:
+            _, answer, name = max(seen)
+            return Extraction(answer or None, name)
+    return Extraction(None, "none")
+
+
+def extract_answer(task: str, response: str) -> str | None:
+    """The final answer a response gives, None if it gives none; see TASK_RULES for what counts."""
+    return extract(task, response).answer

@@ -1,0 +1,111 @@
+"""Killable processes for the expressions that need sympy: no answer of a model can hang or crash the caller."""
+
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STARTUP_SECONDS = 60.0
+REPO = Path(__file__).resolve().parents[2]
+
+
+class Worker:
+    """One process of src.evaluation.grade_worker, started at the first request and again after each death."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.pending = b""
+        self.requests = 0
+
+    def compare(self, answer: str, label: str, seconds: float) -> str:
+        """"right", "wrong", "timeout" or "error" (the process died or the library failed), within the seconds given,
+        the start of the process not counted."""
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        self.requests += 1
+        request = {"id": self.requests, "answer": answer, "label": label, "seconds": seconds}
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self.stop()
+            return "error"
+        return self.read(self.requests, seconds)
+
+    def start(self) -> None:
+        """Start the process and wait until it has imported sympy. Raises RuntimeError if it cannot start."""
+        self.stop()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "src.evaluation.grade_worker"], cwd=REPO, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )
+        if self.read("ready", STARTUP_SECONDS) != "":
+            raise RuntimeError("the grading process did not start: `python -m src.evaluation.grade_worker` says why; "
+                               "math-verify from requirements.txt must be installed")
+
+    def read(self, wanted: int | str, seconds: float) -> str:
+        """The outcome of one request; lines that are no reply to it are ignored. Kills the process on timeout."""
+        deadline = time.monotonic() + seconds
+        while True:
+            line, newline, rest = self.pending.partition(b"\n")
+            if newline:
+                self.pending = rest
+                reply = parse_reply(line)
+                if reply is not None and reply["id"] == wanted:
+                    return str(reply["outcome"])
+                continue
+            readable, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                self.stop()
+                return "timeout"
+            chunk = os.read(self.process.stdout.fileno(), 65536)
+            if not chunk:
+                self.stop()
+                return "error"
+            self.pending += chunk
+
+    def stop(self) -> None:
+        """Kill the process, if there is one, and wait for its end."""
+        if self.process is None:
+            return
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process, self.pending = None, b""
+
+
+def parse_reply(line: bytes) -> dict[str, object] | None:
+    """A reply of the worker, None for a stray line."""
+    try:
+        reply = json.loads(line)
+    except ValueError:
+        return None
+    return reply if isinstance(reply, dict) and {"id", "outcome"} <= reply.keys() else None
+
+
+class Pool:
+    """A number of workers that threads borrow one at a time."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = [Worker() for _ in range(workers)]
+        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
+
+    def compare(self, answer: str, label: str, seconds: float) -> str:
+        """Worker.compare on the next free worker."""
+        worker = self.idle.get()
+        try:
+            return worker.compare(answer, label, seconds)
+        finally:
+            self.idle.put(worker)
+
+    def stop(self) -> None:
+        """Kill all processes."""
+        for worker in self.workers:
+            worker.stop()

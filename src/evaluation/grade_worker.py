@@ -1,0 +1,102 @@
+"""The process that compares two expressions with math-verify; started by grade_pool, never imported.
+
+One JSON line in, {"id", "answer", "label", "seconds"}, one JSON line out, {"id", "outcome"}. The first line out says
+"ready". Expressions that need too long are stopped by an alarm; where that cannot reach (one huge integer power is a
+single C call), the parent kills the process, or the CPU limit does once the parent is gone.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from types import FrameType
+from typing import TextIO
+
+import sympy
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+
+MEMORY_LIMIT = 2 * 1024**3      # bytes of address space
+# units stay: ours are gone already, and the library takes the variable of 6+9c for one
+LATEX = [LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))]
+
+
+class OutOfTime(BaseException):
+    """Raised by the alarm; not an Exception, because math-verify swallows those."""
+
+
+def on_alarm(signum: int, frame: FrameType | None) -> None:
+    """Leave the comparison."""
+    raise OutOfTime
+
+
+def parse_one(text: str) -> sympy.Basic | sympy.MatrixBase | None:
+    """One LaTeX expression, None if it does not parse. The LaTeX grammar builds trees; nothing is evaluated as code."""
+    found = parse(f"${text}$", LATEX, fallback_mode="no_fallback", parsing_timeout=None)
+    if not found or not isinstance(found[0], sympy.Basic | sympy.MatrixBase):
+        return None
+    tree = found[0]
+    # math-verify reads i as a real variable in 5i and as the imaginary unit in 5 \\cdot i, and it rounds decimals
+    units = {symbol: sympy.I for symbol in tree.free_symbols if symbol.name == "i"}
+    return tree.subs(units | {decimal: sympy.Rational(str(decimal)) for decimal in tree.atoms(sympy.Float)})
+
+
+def differ_numerically(first: sympy.Basic, second: sympy.Basic) -> bool:
+    """True for two constants that differ in the first twenty digits, where math-verify only compares the difference
+    with zero: 1/2004! and 1/2006! are both next to it."""
+    if not all(isinstance(side, sympy.Expr) and side.is_number for side in (first, second)):
+        return False
+    left, right = sympy.N(first, 30), sympy.N(second, 30)
+    return bool(abs(left - right) > sympy.Float("1e-20") * max(abs(left), abs(right)))
+
+
+def compare(answer: str, label: str) -> str:
+    """"right" if both parse and are equal, else "wrong"."""
+    first, second = parse_one(answer), parse_one(label)
+    if first is None or second is None or differ_numerically(first, second):
+        return "wrong"
+    return "right" if verify(second, first, timeout_seconds=None) else "wrong"
+
+
+def answer_request(line: str) -> dict[str, object]:
+    """Compare under the alarm; any failure of the library is an "error", not a verdict."""
+    request = json.loads(line)
+    # SIGPROF has its default action: it ends the process even inside a C call, so no orphan computes for hours
+    signal.setitimer(signal.ITIMER_PROF, 2 * request["seconds"] + 1)
+    signal.setitimer(signal.ITIMER_REAL, 0.8 * request["seconds"])
+    try:
+        outcome = compare(request["answer"], request["label"])
+    except OutOfTime:
+        outcome = "timeout"
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        outcome = "error"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return {"id": request["id"], "outcome": outcome}
+
+
+def private_stdout() -> TextIO:
+    """The real standard output under another number; what libraries print from here on goes to standard error."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return replies
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    replies = private_stdout()
+    logging.disable(logging.CRITICAL)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))       # no answer can write a file
+    signal.signal(signal.SIGALRM, on_alarm)
+    compare("x+1", "1+x")                                   # the grammar's tables load on first use
+    print(json.dumps({"id": "ready", "outcome": ""}), file=replies)
+    for line in sys.stdin:
+        print(json.dumps(answer_request(line)), file=replies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from src.evaluation import equality
+from src.evaluation.extract import extract
+from src.evaluation.grade import Grader, Verdict, extract_answer
+from src.evaluation.grade_pool import Pool
+
+REPO = Path(__file__).resolve().parents[2]
+SHARED = REPO.parent / "shared" / "data"
+shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"labelled answers are not at {SHARED}")
+
+HOSTILE = ("(p+q+r+s)^{50}-(p+q+r+s)^{49}", "p+q")       # short enough for the worker, hours for sympy
+TOWER = ("x+9^{9^{9^9}}", "x+7^{7^{7^7}}")               # one power inside C code, which no alarm interrupts
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader("MATH") as grader:
+        yield grader
+
+
+@pytest.mark.parametrize(("task", "response", "answer"), [
+    ("GSM8K", "40 + 2 = 42\n#### 42", "42"),
+    ("gsm8k", "#### 1\nNo, again.\n#### $1,250.00", "$1,250.00"),
+    ("GSM8K", "#### ", None),
+    ("GSM8K", "The answer is 7 cats.\nQuestion: How many dogs?\nThe answer is 9.", "7 cats"),
+    ("GSM8K", "We get \\boxed{12}.", "12"),
+    ("GSM8K", "So **Answer:** 15", "15"),
+    ("GSM8K", "She has 3 left and buys 4. Now she has 7 pens.", "7"),
+    ("GSM8K", "She has 3 left and buys 4. Now she has 7 pe", None),
+    ("GSM8K", "It is either 3 or 4.", None),
+    ("MATH", "\\boxed{1} and then $\\boxed{\\frac{a}{\\{b\\}}}$.", "\\frac{a}{\\{b\\}}"),
+    ("MATH", "so $\\boxed{1}$, that is $\\boxed{\\frac{1}{", None),
+    ("MATH", "so \\fbox{3}", "3"),
+    ("MATH", "$\\boxed{2}$.\nFinal Answer: The final answer is $-2$. I hope it is correct.", "$-2$"),
+    ("MATH", "Work.\n# Answer\n\n3/4", "3/4"),
+    ("MATH", "The answer is: $4\\pi$", "$4\\pi$"),
+    ("MATH", "Thus $x=5$ and $y = 2 + 3 = 5$.", "5"),
+    ("MATH", "Thus $x=5$ and $y = 2 + 3 = 5$, so that", None),
+    ("MATH", "", None),
+    ("toy", "2 + 2 = 4\n#### 4", "4"),
+    ("toy", "The answer is 4. \\boxed{4}", None),
+])
+def test_extraction_by_hand(task: str, response: str, answer: str | None) -> None:
+    assert extract_answer(task, response) == answer
+
+
+def test_extraction_names_its_rule() -> None:
+    assert extract("GSM8K", "#### 4") == ("4", "hashes")
+    assert extract("MATH", "\\boxed{") == (None, "box")
+    assert extract("toy", "4") == (None, "none")
+
+
+def test_unknown_task_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'AIME'.*gsm8k, math, toy"):
+        Grader("AIME")
+
+
+RULES_DECIDE = [
+    ("1{,}024", "1024"), ("1 024", "1024"), ("$0.50", "1/2"), ("\\frac34", "0.75"), ("2\\frac{1}{2}", "\\frac52"),
+    ("-\\dfrac{1}{2}", "\\frac{-1}{2}"), ("18 ft", "18\\text{ feet}"), ("18", "18\\text{ feet}"), ("35%", "35"),
+    ("0.35", "35\\%"), ("70^\\circ", "70"), ("z = 4", "4"), ("4 = z", "z=4"), ("b, a", "a,b"),
+    ("\\{5, 6\\}", "6, 5"), ("4, 5, and 6", "4,5,6"), ("\\pm 7", "7, -7"), ("t > 2", "(2,\\infty)"),
+    ("1 \\le t < 4", "[1, 4)"), ("(6,8] \\cup [0,1)", "[0,1)\\cup(6,8]"), ("june", "\\text{June}"),
+    ("D", "\\textbf{(D)}"),
+    ("\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}", "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}"),
+    ("77_{\\text{8}}", "77_8"), ("8:05 PM", "\\text{8:05 p.m.}"), ("Bo has 6 hens", "6"), ("2 + 4 = 6 eggs", "6"),
+    ("\\\\frac{1}{3}", "\\frac{1}{3}"), ("3²", "3^{2}"), ("100,200", "100, 200"), ("5\\times10^{3}", "5000"),
+]
+LIBRARY_DECIDES = [
+    ("\\sqrt{18}", "3\\sqrt{2}"), ("(u+1)^2", "u^2+2u+1"), ("7-3i", "-3i+7"), ("\\frac{\\pi}{2}", "90^\\circ"),
+    ("2x - y = 3", "y = 2x - 3"), ("1.5\\pi", "\\frac{3\\pi}{2}"), ("\\tan a\\cos a", "\\sin a"), ("6+9c", "9c + 6"),
+]
+DIFFERENT = [
+    ("", "3"), ("4", "5"), ("1234", "12.34"), ("2500", "25\\%"), ("0.333333", "\\frac13"), ("1.4142", "\\sqrt2"),
+    ("5 cm", "5 m"), ("9 ft^2", "9 ft^3"), ("a=4", "b=4"), ("77_8", "77_9"), ("77", "77_8"), ("[2,3]", "(2,3)"),
+    ("(3,2)", "(2,3)"), ("2,3", "2,3,4"), ("3 or 4", "3"), ("not 3", "3"), ("\\text{odd or even}", "odd"),
+    ("B", "(C)"), ("3!", "6"), ("2+4", "6"), ("\\sqrt{49}", "7"), ("7\\sqrt{2}", "7\\sqrt{3}"), ("x+1", "y+1"),
+    ("x=3, y=4", "x=4, y=3"), ("2x+4y=6", "x+2y=3"), ("\\frac{1}{900!}", "\\frac{1}{901!}"), ("1:2", "2:1"),
+    ("\\begin{pmatrix}1&2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+    ("x < 2", "x > 2"), ("-221_4", "-221_3"),
+]
+
+
+@pytest.mark.parametrize(("answer", "label"), RULES_DECIDE)
+def test_rules_find_equal_answers_without_the_library(answer: str, label: str) -> None:
+    def no_leaf(first: str, second: str) -> bool:
+        raise AssertionError(f"{first} and {second} reached the library")
+    assert equality.equal(answer, label, no_leaf)
+
+
+@pytest.mark.parametrize(("answer", "label"), LIBRARY_DECIDES)
+def test_library_finds_equal_expressions(grader: Grader, answer: str, label: str) -> None:
+    assert grader.compare(answer, label) == "right"
+
+
+@pytest.mark.parametrize(("answer", "label"), DIFFERENT)
+def test_different_answers_are_wrong(grader: Grader, answer: str, label: str) -> None:
+    assert grader.compare(answer, label) == "wrong"
+
+
+def test_votes_count_equal_answers_in_both_directions(grader: Grader) -> None:
+    assert grader.equal("2^{10}", "1024") and grader.equal("1024", "2^{10}")
+    assert not grader.equal("2^{10}", "1025")
+
+
+def test_every_response_gets_a_verdict() -> None:
+    with Grader("toy") as grader:
+        verdicts = grader.grade(["#### 4", "4", "#### 5", ""], ["4", "4", "4", "4"])
+    unparsed = Verdict("unparsed", None)
+    assert verdicts == [Verdict("right", "4"), unparsed, Verdict("wrong", "5"), unparsed]
+    with pytest.raises(ValueError, match="2 responses but 1 labels"):
+        grader.grade(["a", "b"], ["4"])
+
+
+def test_rules_start_no_process() -> None:
+    with Grader("GSM8K") as grader:
+        grader.grade(["#### 4", "#### 1,000"], ["4.0", "1000"])
+        assert grader.pool.workers[0].process is None
+
+
+def test_timeout_is_a_verdict_and_the_next_answer_is_graded() -> None:
+    with Grader("MATH", seconds=1.5) as grader:
+        responses = [f"\\boxed{{{answer}}}" for answer in (HOSTILE[0], "x(x+1)")]
+        started = time.monotonic()
+        verdicts = grader.grade(responses, [HOSTILE[1], "x^2+x"])
+        assert [verdict.outcome for verdict in verdicts] == ["timeout", "right"]
+        assert time.monotonic() - started < 20       # most of it the start of the process
+        assert grader.compare(*HOSTILE) == "timeout"     # from the cache
+
+
+def test_a_worker_that_no_alarm_reaches_is_killed_and_replaced() -> None:
+    pool = Pool(1)
+    try:
+        assert pool.compare("x+1", "1+x", 30.0) == "right"
+        first = pool.workers[0].process
+        started = time.monotonic()
+        assert pool.compare(*TOWER, 1.0) in ("timeout", "error")      # error where the memory limit strikes first
+        assert time.monotonic() - started < 5
+        assert pool.compare("x+1", "1+x", 30.0) == "right"
+        assert pool.workers[0].process is not first or first.poll() is None
+    finally:
+        pool.stop()
+
+
+def test_a_dead_worker_counts_as_an_error_once() -> None:
+    pool = Pool(1)
+    try:
+        assert pool.compare("x+1", "1+x", 30.0) == "right"
+        worker = pool.workers[0].process
+        killer = threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL))
+        killer.start()
+        assert pool.compare(*HOSTILE, 30.0) == "error"
+        assert pool.compare("x+1", "1+x", 30.0) == "right"
+        assert worker.poll() == -signal.SIGKILL
+    finally:
+        pool.stop()
+
+
+def test_stray_output_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = "import json, sys\n" \
+            "print('hello'); print(json.dumps({'id': 'ready', 'outcome': ''}), flush=True)\n" \
+            "for line in sys.stdin:\n" \
+            "    number = json.loads(line)['id']\n" \
+            "    print('[]'); print('{\"id\": 99, \"outcome\": \"wrong\"}'); print('warning: 1')\n" \
+            "    print(json.dumps({'id': number, 'outcome': 'right'}), flush=True)\n"
+    popen = subprocess.Popen
+
+    def noisy(command: list[str], **settings: object) -> "subprocess.Popen[bytes]":
+        return popen([sys.executable, "-c", noise], **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", noisy)
+    pool = Pool(1)
+    assert pool.compare("a", "b", 30.0) == "right"
+    pool.stop()
+
+
+def test_worker_keeps_the_prints_of_libraries_out_of_its_replies() -> None:
+    code = "import src.evaluation.grade_worker as w\n" \
+           "right = w.compare\n" \
+           "w.compare = lambda a, b: print('{\"id\": 1, \"outcome\": \"right\"}') or right(a, b)\n" \
+           "w.main()\n"
+    request = json.dumps({"id": 1, "answer": "x", "label": "y", "seconds": 5})
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, input=request + "\n", capture_output=True,
+                          text=True, timeout=60, check=True)
+    assert [json.loads(line)["outcome"] for line in done.stdout.splitlines()] == ["", "wrong"]
+
+
+def test_threads_share_a_grader() -> None:
+    pairs = [(f"({n}+x)^2", f"x^2+{2 * n}x+{n * n + n % 2}") for n in range(1, 25)]
+    responses, labels = [f"\\boxed{{{answer}}}" for answer, _ in pairs], [label for _, label in pairs]
+    with Grader("MATH", workers=2) as grader:
+        verdicts = grader.grade(responses, labels)
+    assert [verdict.outcome for verdict in verdicts] == ["wrong" if n % 2 else "right" for n in range(1, 25)]
+
+
+@pytest.mark.parametrize("answer", [
+    "__import__('os').mkdir('made_by_an_answer')", "open('made_by_an_answer','w')", "exit()",
+    "[x for x in range(10**9)]", "\\text{exec(open('made_by_an_answer','w'))}+x", "{" * 3000, "\\frac{1}{" * 200,
+    "=" * 3999, "The final answer is" * 200, "\x00", "\\(" * 1900, "9" * 200_000,
+])
+def test_hostile_answers_are_wrong_and_leave_nothing(grader: Grader, answer: str) -> None:
+    started = time.monotonic()
+    assert grader.compare(answer, "x^2+7") == "wrong"
+    assert time.monotonic() - started < 10
+    assert not (REPO / "made_by_an_answer").exists()
+
+
+@pytest.mark.parametrize("piece", [
+    "answer is ", "The final answer is ", "\\boxed{", "$", "1, ", "[ ", "-", "Q: a\n", "\\\\", "\n", "A: ",
+])
+def test_extraction_is_linear(piece: str) -> None:
+    for task in ("GSM8K", "MATH", "toy"):
+        started = time.monotonic()
+        extract(task, piece * (200_000 // len(piece)) + ".")
+        assert time.monotonic() - started < 5
+
+
+def labelled(name: str) -> list[dict[str, str | bool]]:
+    return [json.loads(line) for line in (SHARED / "grading" / name).read_text().splitlines()]
+
+
+def outcomes(rows: list[dict[str, str | bool]], seconds: float) -> list[str]:
+    with Grader("MATH", seconds=seconds) as math, Grader("GSM8K") as gsm8k:
+        graders = {"math": math, "gsm8k": gsm8k}
+        return [
+            graders[row["task"]].compare(row["prediction"], row["gold"]) if row["form"] == "answer"
+            else graders[row["task"]].grade_one(row["prediction"], row["gold"]).outcome
+            for row in rows
+        ]
+
+
+@shared_data
+def test_agreement_with_labelled_answers() -> None:
+    rows = labelled("cases.jsonl")
+    found = [outcome == "right" for outcome in outcomes(rows, seconds=5.0)]
+    wrong = [row["id"] for row, right in zip(rows, found, strict=True) if right != row["correct"]]
+    false_right = [row["id"] for row, right in zip(rows, found, strict=True) if right and not row["correct"]]
+    assert len(wrong) <= 0.01 * len(rows), wrong
+    assert len(false_right) <= 0.005 * sum(not row["correct"] for row in rows), false_right
+
+
+@shared_data
+def test_hostile_collection_is_survived() -> None:
+    rows = labelled("robustness.jsonl")
+    with Grader("MATH", seconds=1.0) as math, Grader("GSM8K", seconds=1.0) as gsm8k:
+        for row in rows:
+            grader = math if row["task"] == "math" else gsm8k
+            started = time.monotonic()
+            outcome = (grader.compare(row["prediction"], row["gold"]) if row["form"] == "answer"
+                       else grader.grade_one(row["prediction"], row["gold"]).outcome)
+            assert (outcome == "right") == row["correct"], row["id"]
+            assert time.monotonic() - started < 8, row["id"]        # the limit and one start of a process
+        assert math.compare("v(v+2)", "v^2+2v") == "right"
