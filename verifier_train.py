@@ -3,37 +3,36 @@
 torchrun --nproc_per_node 8 verifier_train.py --ckpt_dir out --save_dir verifier --train_file pairs.json
 """
 
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from src import assemble, cli, parallel
-from src.checkpoint import storage
 from src.data.examples import read_pairs
-from src.errors import UserError
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
-from src.training.verifier import PairData, evaluate_pairs, pairwise_loss
+from src.training.verifier import PairData, evaluate_pairs, pairwise_loss, split_by_problem
 
 
 def main(
     ckpt_dir: str, save_dir: str, train_file: str, label_file: str = "", held_out: float = 0.1,
-    objective: Literal["pairwise"] = "pairwise", model_type: str = "", tokenizer_file: str = "",
+    objective: Literal["pairwise"] = "pairwise", score: Literal["last", "mean"] = "last",
+    model_type: str = "", tokenizer_file: str = "",
     max_seq_len: int = 512, max_batch_size: int = 1, accumulation_steps: int = 1, epochs: int = 1,
     lr: float = 1e-5, warmup_ratio: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
     lora_rank: int = -1, lora_alpha: float = 16.0, lora_dropout: float = 0.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1,
 ) -> None:
-    """Reward-model training on a value head that reads a solution's last token.
+    """Reward-model training on a value head.
 
     ckpt_dir: solver to start from (its value head starts at zero), or a verifier to train on
     save_dir: directory for epoch-N checkpoints, the final checkpoint, metrics.jsonl and run.json
     train_file: json array or jsonl of {"instruction", "chosen", "rejected"}; each side a text or a list
     label_file: held-out pairs in the same form; default: a share of train_file
-    held_out: share of train_file's rows, its last, that is kept for evaluation when there is no label_file
+    held_out: share of train_file's problems, its last, kept for evaluation when there is no label_file
     objective: pairwise = Bradley-Terry on the two scores
+    score: a solution's score is read at its last token, or is the mean over its tokens
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: sentencepiece model; default: the one in ckpt_dir
     max_seq_len: longest prompt + solution in tokens; longer pairs are dropped and counted, more than 1% is an error
@@ -52,18 +51,16 @@ def main(
     seed: seed of data order and adapter initialisation
     """
     flags = locals().copy()
+    cli.check_numbers(flags)
     parallel.start(seed=seed)
-    storage.check_writable(Path(save_dir))
+    assemble.check_save_dir(save_dir, ckpt_dir)
     rows = read_pairs(train_file)
-    if not label_file and not 0 < int(held_out * len(rows)) < len(rows):
-        raise UserError(f"--held_out {held_out} of {len(rows)} rows leaves nothing to train or test on; "
-                        f"give more rows or a --label_file")
-    held_rows = read_pairs(label_file) if label_file else rows[-int(held_out * len(rows)):]
-    train_rows = rows if label_file else rows[: -len(held_rows)]
+    train_rows, held_rows = (rows, read_pairs(label_file)) if label_file else split_by_problem(rows, held_out)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
-    data, held = (PairData(part, tokenizer, max_seq_len=max_seq_len, seed=seed, source=train_file)
-                  for part in (train_rows, held_rows))
+    data, held = (PairData(part, tokenizer, max_seq_len=max_seq_len, seed=seed, source=source)
+                  for part, source in ((train_rows, train_file), (held_rows, label_file or train_file)))
     model = assemble.load_verifier(ckpt_dir, model_type=model_type, dtype=torch.float32, from_solver=True)
+    assemble.set_score(model, score=score)
     lora = assemble.add_lora_if(model, lora_rank, lora_alpha, lora_dropout, lora_targets, seed)
     log = RunLog(save_dir, flags)
     log.logger.info("%d pairs (%d too long, dropped), %d held out", len(data.pairs), data.dropped, len(held.pairs))
@@ -83,7 +80,7 @@ def main(
         held_report = evaluate_pairs(model, held, max_batch_size)
         log.metrics(loop.steps, epoch=epoch, **held_report._asdict())
         log.logger.info("epoch %d: held-out pair accuracy %.3f", epoch, held_report.held_out_accuracy)
-        assemble.set_score_statistics(model, held_report.score_mean, held_report.score_std)
+        assemble.set_score(model, score_mean=held_report.score_mean, score_std=held_report.score_std)
         assemble.save_model(model, f"{save_dir}/epoch-{epoch}", ckpt_dir, save_dtype, lora)
     assemble.publish(f"{save_dir}/epoch-{epochs}", save_dir)
     log.close_progress()

@@ -28,8 +28,15 @@ def load_config(ckpt_dir: str, model_type: str = "") -> ModelConfig:
 
 
 def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "") -> Tokenizer:
-    """The tokenizer that travels in the checkpoint directory, or the one named. Raises UserError."""
-    return Tokenizer(Path(tokenizer_file) if tokenizer_file else Path(ckpt_dir) / "tokenizer.model")
+    """The tokenizer that travels in the checkpoint directory, or the one named; it must fit. Raises UserError."""
+    tokenizer = Tokenizer(Path(tokenizer_file) if tokenizer_file else Path(ckpt_dir) / "tokenizer.model")
+    rows = load_config(ckpt_dir).vocab_size
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces but {ckpt_dir} embeds {rows}; "
+            f"give the tokenizer that the checkpoint was trained with"
+        )
+    return tokenizer
 
 
 def load_solver(ckpt_dir: str, *, model_type: str = "", dtype: torch.dtype | None = None) -> Decoder:
@@ -137,9 +144,27 @@ def add_lora_if(
     return lora
 
 
-def set_score_statistics(verifier: Decoder, mean: float, std: float) -> None:
-    """Record a verifier's measured score statistics in its config, which save_model() writes."""
-    verifier.config = dataclasses.replace(verifier.config, score_mean=mean, score_std=std)
+def set_score(verifier: Decoder, **facts: str | float) -> None:
+    """Record in the config that save_model() writes how a verifier is read, or its score statistics."""
+    verifier.config = dataclasses.replace(verifier.config, **facts)
+
+
+def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
+    """Raise UserError unless a trainer can write there without touching a checkpoint that it reads.
+
+    An adapter's base counts: without it the adapter is worth nothing. Empty names are skipped.
+    """
+    target, unsafe = Path(save_dir), [Path(folder) for folder in ckpt_dirs if folder]
+    for folder in unsafe:
+        if folder.resolve() == target.resolve() or (
+            folder.resolve().parent == target.resolve() and folder.name.startswith("epoch-")
+        ):
+            raise UserError(
+                f"saving to {save_dir} would overwrite {folder}, which is read; choose another directory"
+            )
+        if adapter := adapters.read_adapter(folder):
+            unsafe.append(adapter.base)
+    storage.check_writable(target)
 
 
 def save_model(

@@ -8,6 +8,7 @@ can mend, 2 the flags are wrong, 130 interrupted.
 
 import difflib
 import inspect
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import sys
 import textwrap
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import fire
@@ -52,6 +53,35 @@ KINDS: dict[object, Kind] = {
 # None and choices come first because anything is text; text comes before lists so that, where both are
 # allowed, one word stays text.
 TRY_ORDER: list[object] = [types.NoneType, Literal, bool, int, float, str, list]
+
+
+class Numbers(NamedTuple):
+    """The numbers a flag may hold, in words and as a test that NaN fails."""
+
+    expects: str
+    allow: Callable[[float], bool]
+
+
+COUNT = Numbers("1 or more", lambda x: x >= 1)
+COUNT_OR_OFF = Numbers("1 or more, or -1", lambda x: x >= 1 or x == -1)
+FINITE = Numbers("0 or more", lambda x: 0 <= x < math.inf)
+POSITIVE = Numbers("more than 0", lambda x: 0 < x < math.inf)
+SHARE = Numbers("a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+# By the flag's name, whichever script has it.
+NUMBERS: dict[str, Numbers] = {
+    "n": COUNT, "pairs_a_problem": COUNT, "num_samples": COUNT, "limit": COUNT_OR_OFF,
+    "max_seq_len": COUNT, "max_new_tokens": COUNT, "max_batch_size": COUNT, "accumulation_steps": COUNT,
+    "rollout_batch_size": COUNT, "max_buffer_size": COUNT, "epochs": COUNT, "inner_epochs": COUNT,
+    "minibatches": COUNT, "max_steps": COUNT_OR_OFF, "lora_rank": COUNT_OR_OFF,
+    "critic_warmup": Numbers("0 or more, or -1", lambda x: x >= -1),
+    "lr": FINITE, "critic_lr": FINITE, "weight_decay": FINITE, "temperature": FINITE, "kl_coef": FINITE,
+    "missing_eos_penalty": FINITE, "max_grad_norm": POSITIVE, "clip_ratio": POSITIVE, "value_clip": POSITIVE,
+    "lora_alpha": POSITIVE, "warmup_ratio": SHARE, "held_out": SHARE, "gamma": SHARE, "gae_lambda": SHARE,
+    "lora_dropout": Numbers("0 or more and less than 1", lambda x: 0 <= x < 1),
+    "top_p": Numbers("more than 0 and at most 1", lambda x: 0 < x <= 1),
+    "seed": Numbers("a whole number of 64 bits", lambda x: -(2**63) <= x < 2**63),
+}
 
 
 class Flag(NamedTuple):
@@ -137,6 +167,13 @@ def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
         names = ", ".join(f"--{flag.name}" for flag in missing)
         raise UserError(f"missing required {names}; write {missing[0].example}, or see --help")
     return values
+
+
+def check_numbers(values: Mapping[str, Value]) -> None:
+    """Raise UserError for a number that its flag cannot mean: no samples, a negative rate."""
+    for name, value in values.items():
+        if name in NUMBERS and not NUMBERS[name].allow(value):
+            raise UserError(f"--{name} is {value}, expected {NUMBERS[name].expects}")
 
 
 def flags_of(main: Callable[..., None]) -> dict[str, Flag]:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from src.data.examples import Sample
+from src.errors import UserError
 
 
 def pairs_from_samples(samples: Sequence[Sample], pairs_a_problem: int, seed: int) -> list[dict[str, object]]:
@@ -13,11 +14,16 @@ def pairs_from_samples(samples: Sequence[Sample], pairs_a_problem: int, seed: in
     Each row holds one text a side. Equal texts count once; the i-th of the shuffled right ones meets the i-th of the
     shuffled wrong ones, the shorter list repeating, at most pairs_a_problem times. Samples that were not judged
     right or wrong on their text (unparsed, timeout, error) count as wrong only if unparsed. Rows come in a
-    shuffled order, so that the last ones are a fair held-out share.
+    shuffled order. Raises UserError for a sample without its prompt.
     """
     problems: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
     instructions: dict[str, str] = {}
     for sample in samples:
+        if "prompt" not in sample.values:
+            raise UserError(
+                f"sample {sample.id!r}/{sample.sample} has no key 'prompt'; "
+                f"grade the file with solver_evaluate.py --samples_file, which adds it"
+            )
         if sample.outcome in ("right", "wrong", "unparsed") and sample.response:
             side = problems[sample.id][sample.outcome != "right"]
             if sample.response not in side:

@@ -36,10 +36,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Shift and scale the masked entries to mean 0 and variance 1; the others become 0. Any shape, float32."""
+    """Shift and scale the masked entries to mean 0 and variance 1; the others become 0. Any shape, float32.
+
+    1e-8 is added to the variance: entries that are equal up to rounding become about 0, not noise of size 1.
+    """
     chosen = x[mask]
-    spread = chosen.std(unbiased=False) if chosen.numel() > 1 else torch.zeros(())
-    return torch.where(mask, (x - chosen.mean()) / (spread + 1e-8), 0.0)
+    scale = (chosen.var(unbiased=False) + 1e-8).sqrt()
+    return torch.where(mask, (x - chosen.mean()) / scale, 0.0)
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class _AboveProgressBar(logging.Handler):
 
 
 def logger() -> logging.Logger:
-    """The framework's logger. Rank 0 speaks; other ranks keep to warnings."""
+    """The framework's logger. Rank 0 speaks; other ranks keep to errors."""
     log = logging.getLogger("splitrl")
     if not log.handlers:
         handler = _AboveProgressBar()

@@ -4,7 +4,7 @@ A file is a json array or jsonl; rows follow the schemas in dataset/README.md.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,3 +181,23 @@ def read_samples(path: str) -> list[Sample]:
         seen.add((sample.id, sample.sample))
         samples.append(sample)
     return samples
+
+
+def match_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], source: str) -> list[Sample]:
+    """Samples with the id and the instruction of their problem: found by id, or by place where a row names none.
+
+    Raises UserError for a sample of no problem; `source` names the samples' file.
+    """
+    by_id = {prompt.id: prompt for prompt in prompts}
+    matched = []
+    for index, sample in enumerate(samples):
+        if sample.values.get("id") is None:
+            prompt = prompts[index] if index < len(prompts) else None
+        else:
+            prompt = by_id.get(sample.id)
+        if prompt is None:
+            raise UserError(
+                f"{source}: sample id {sample.id!r} is not among the {len(prompts)} problems of the label file"
+            )
+        matched.append(sample._replace(id=prompt.id, prompt=sample.prompt or prompt.instruction))
+    return matched

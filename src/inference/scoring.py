@@ -2,7 +2,7 @@
 
 B batch, S sequence, D width, N response tokens of the batch, row by row. The token at position t was predicted at
 position t - 1: its log-prob and the critic's value of the state it was chosen in are read there. A response's score is
-read at its own last token (EOS where it has one).
+read at its own last token (EOS where it has one), or is the mean over its tokens.
 """
 
 import torch
@@ -42,8 +42,13 @@ def response_values(critic: Decoder, tokens: Tensor, response_mask: Tensor) -> T
 
 
 def response_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor) -> Tensor:
-    """The verifier's score of each whole response, read at its last token. -> [B] float32. Differentiable."""
+    """The verifier's score of each whole response, read where its config says. -> [B] float32. Differentiable.
+
+    `last`: at the response's last token. `mean`: the mean over its tokens.
+    """
     hidden = verifier(tokens)
+    if verifier.config.score == "mean":
+        return (verifier.scores(hidden) * response_mask).sum(1) / response_mask.sum(1)
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     last = (positions * response_mask).argmax(1)
     return verifier.scores(hidden[torch.arange(len(tokens), device=tokens.device), last])

@@ -12,7 +12,9 @@ class ModelConfig:
 
     max_seq_len is the longest context the model was made for. embedding_split_dim says how shards cut
     tok_embeddings: 0 by vocabulary rows, 1 by width (Meta's Llama 1 and 2). A value head (`v_head`, one score a
-    position) replaces the output layer; score_mean and score_std are its measured score statistics.
+    position) replaces the output layer; score says where a verifier's score of a
+    response is read: at its `last` token, or as the `mean` over its tokens; score_mean and score_std are the
+    measured statistics of such scores.
     """
 
     family: str = "llama"
@@ -29,6 +31,7 @@ class ModelConfig:
     tied: bool = False
     embedding_split_dim: int = 1
     value_head: bool = False
+    score: str = "last"
     score_mean: float = 0.0
     score_std: float = 1.0
     dtype: str = "float32"
@@ -39,6 +42,8 @@ class ModelConfig:
                 raise UserError(f"{field.name}={getattr(self, field.name)}: expected a non-negative integer")
         if self.n_kv_heads == 0 or self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.score not in ("last", "mean"):
+            raise UserError(f"score={self.score!r}: expected last or mean")
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
         if self.tied and self.embedding_split_dim != 0:

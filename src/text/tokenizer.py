@@ -37,5 +37,5 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: list[int]) -> str:
-        """The text of some ids; special tokens vanish."""
-        return self._model.decode(ids)
+        """The text of some ids; special tokens vanish, and so do ids of a model's padded vocabulary."""
+        return self._model.decode([index for index in ids if index < self.vocab_size])

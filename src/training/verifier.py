@@ -10,10 +10,27 @@ from src import parallel
 from src.data import collate
 from src.data.collate import Batch, Encoded
 from src.data.examples import Pair
+from src.errors import UserError
 from src.inference.scoring import response_scores
 from src.losses import bradley_terry_loss
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
+
+
+def split_by_problem(rows: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
+    """Rows to train on and rows to test on: the last `share` of the problems. Pairs of one problem stay together.
+
+    Raises UserError when that leaves nothing on one side.
+    """
+    problems = list(dict.fromkeys(row.instruction for row in rows))
+    n_held = int(share * len(problems))
+    if not 0 < n_held < len(problems):
+        raise UserError(
+            f"--held_out {share} of {len(problems)} problems leaves nothing to train or test on; "
+            f"give more problems or a --label_file"
+        )
+    held = set(problems[-n_held:])
+    return [row for row in rows if row.instruction not in held], [row for row in rows if row.instruction in held]
 
 
 class PairData:
@@ -75,7 +92,10 @@ class PairReport(NamedTuple):
 
 @torch.no_grad()
 def evaluate_pairs(verifier: Decoder, data: PairData, max_batch_size: int) -> PairReport:
-    """Score every pair; a tie counts as wrong. The statistics are over chosen and rejected scores together."""
+    """Score every pair; a tie counts as wrong. The statistics are over chosen and rejected scores together.
+
+    Scores that are all equal have the deviation 1 here: what divides by it then gives 0.
+    """
     verifier.eval()
     scores = [
         response_scores(verifier, *batch.to(parallel.device())) for batch in data.in_order(max_batch_size)
@@ -84,5 +104,5 @@ def evaluate_pairs(verifier: Decoder, data: PairData, max_batch_size: int) -> Pa
     verifier.train()
     both = torch.cat((chosen, rejected))
     return PairReport(
-        (chosen > rejected).float().mean().item(), both.mean().item(), both.std(unbiased=False).item()
+        (chosen > rejected).float().mean().item(), both.mean().item(), both.std(unbiased=False).item() or 1.0
     )

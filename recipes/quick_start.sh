@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The whole job on the bundled toy problems: split, fine-tune, sample, verify, PPO, and a table of what each was worth.
+# Usage: bash recipes/quick_start.sh [--fresh]     results in runs/toy; finished stages are kept unless --fresh
+source "$(dirname "$0")/environment.sh" requirements.txt
+
+toy=dataset/toy run=runs/toy
+[ "${1:-}" = "--fresh" ] && rm -rf "$run"
+mkdir -p "$run"
+
+# stage NAME FILE COMMAND...: run COMMAND unless FILE, which it writes last, is there already
+stage() {
+    local name=$1 file=$2
+    shift 2
+    if [ -e "$file" ]; then
+        echo "== $name: done before ($file)"
+    else
+        echo "== $name"
+        "$@"
+    fi
+}
+# torchrun's workers share the cores: one thread each
+two() { OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 "$@"; }
+sample() { python solver_evaluate.py --task toy --max_batch_size 128 --max_new_tokens 128 "$@"; }
+
+stage "split the base checkpoint for two processes" $run/base-2/manifest.json \
+    python checkpoint_split.py --ckpt_file $toy/base --save_path $run/base-2 --n 2
+
+stage "fine-tune a solver, two tensor-parallel processes" $run/sft-2/manifest.json \
+    two solver_train.py --ckpt_dir $run/base-2 --save_dir $run/sft-2 --train_file $toy/train.json \
+    --max_batch_size 32 --lr 1e-3 --epochs 2
+
+stage "reshard base and solver for one process" $run/base/manifest.json \
+    python checkpoint_split.py --ckpt_file $run/base-2 --save_path $run/base --n 1
+stage "reshard the solver for one process" $run/sft/manifest.json \
+    python checkpoint_split.py --ckpt_file $run/sft-2 --save_path $run/sft --n 1
+
+stage "evaluate the base" $run/base-test/results.json \
+    sample --ckpt_dir $run/base --label_file $toy/test.json --log_dir $run/base-test
+stage "evaluate the solver" $run/sft-test/results.json \
+    sample --ckpt_dir $run/sft --label_file $toy/test.json --log_dir $run/sft-test
+stage "eight samples of each test problem" $run/sft-test-8/results.json \
+    sample --ckpt_dir $run/sft --label_file $toy/test.json --log_dir $run/sft-test-8 --num_samples 8 --temperature 1
+
+stage "eight samples of training problems" $run/sft-train-8/results.json \
+    sample --ckpt_dir $run/sft --label_file $toy/train.json --log_dir $run/sft-train-8 --num_samples 8 --temperature 1 \
+    --limit 1000
+stage "pairs of right and wrong samples" $run/pairs.json \
+    python data_build.py --samples_file $run/sft-train-8/samples.jsonl --save_file $run/pairs.json
+stage "train a verifier" $run/verifier/manifest.json \
+    python verifier_train.py --ckpt_dir $run/sft --save_dir $run/verifier --train_file $run/pairs.json \
+    --max_batch_size 32 --lr 5e-4 --epochs 2
+stage "choose among the eight by the verifier" $run/verified/results.json \
+    python verifier_evaluate.py --task toy --ckpt_dir $run/verifier --samples_file $run/sft-test-8/samples.jsonl \
+    --label_file $toy/test.json --log_dir $run/verified
+
+stage "PPO against the grader" $run/ppo/actor/manifest.json \
+    python ppo_train.py --actor_ckpt_dir $run/sft --actor_save_dir $run/ppo/actor --critic_ckpt_dir $run/verifier \
+    --critic_save_dir $run/ppo/critic --reward rule --task toy --train_file $toy/train.json
+stage "evaluate the PPO solver" $run/ppo-test/results.json \
+    sample --ckpt_dir $run/ppo/actor --label_file $toy/test.json --log_dir $run/ppo-test
+
+python recipes/toy_table.py --run_dir $run

@@ -1,0 +1,91 @@
+"""What a run would need, computed from its config and data alone: the answer to --dry_run.
+
+Bytes are per rank. Activations, the framework's own memory and padding of the data are not counted.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from src.checkpoint.shards import expected_shapes, split_dim
+from src.data.collate import Encoded
+from src.models.config import ModelConfig
+from src.models.lora import LoraConfig
+from src.text.tokenizer import Tokenizer
+
+FLOAT32 = 4
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def local_parameters(config: ModelConfig, n: int) -> int:
+    """Parameters that one of n tensor-parallel ranks holds."""
+    return sum(
+        math.prod(shape) // (1 if split_dim(name, config) is None else n)
+        for name, shape in expected_shapes(config).items()
+    )
+
+
+def local_lora_parameters(config: ModelConfig, lora: LoraConfig, n: int) -> int:
+    """Trainable parameters of one rank under LoRA: adapters, and the value head where there is one."""
+    total = config.dim if config.value_head else 0
+    for name, (*_, rows, columns) in expected_shapes(config).items():
+        stem = name.removesuffix(".weight")
+        if stem.split(".")[-1] in lora.targets:
+            for factor, size in (("lora_a", columns), ("lora_b", rows)):
+                whole = split_dim(f"{stem}.{factor}.weight", config) is None
+                total += lora.rank * size // (1 if whole else n)
+    return total
+
+
+def training_memory(
+    config: ModelConfig, n: int, lora: LoraConfig | None, n_rows: int, n_tokens: int
+) -> dict[str, int]:
+    """Bytes of one rank that trains n_rows rows of n_tokens supervised tokens in a forward pass."""
+    weights = local_parameters(config, n)
+    adapters = 0 if lora is None else local_lora_parameters(config, lora, n)
+    trainable = weights if lora is None else adapters
+    memory = {
+        "weights": FLOAT32 * (weights + adapters),
+        "gradients": FLOAT32 * trainable,
+        "optimizer": 2 * FLOAT32 * trainable,
+    }
+    if not config.value_head:  # logits, and the probabilities kept for the backward pass
+        memory["logits"] = 2 * FLOAT32 * n_rows * n_tokens * config.vocab_size // n
+    return memory
+
+
+def decoding_memory(config: ModelConfig, n: int, weight_bytes: int, n_rows: int, n_tokens: int) -> dict[str, int]:
+    """Bytes of one rank that decodes n_rows rows of at most n_tokens tokens."""
+    per_token = 2 * config.n_layers * config.n_kv_heads // n * config.head_dim
+    return {
+        "weights": weight_bytes * local_parameters(config, n),
+        "kv cache": weight_bytes * per_token * n_rows * n_tokens,
+        "logits": FLOAT32 * n_rows * config.vocab_size,
+    }
+
+
+def masked_text(encoded: Encoded, tokenizer: Tokenizer) -> str:
+    """One example as the model sees it; what carries loss stands in double brackets."""
+    prompt, response = encoded.tokens[1 : encoded.response_start], encoded.tokens[encoded.response_start :]
+    ending = "<eos>" if response[-1] == tokenizer.eos_id else ""
+    return f"<bos>{tokenizer.decode(prompt)}[[{tokenizer.decode(response)}{ending}]]"
+
+
+def report(facts: Mapping[str, object], memory: Mapping[str, Mapping[str, int]]) -> str:
+    """The plan as text: the facts line by line, then a row for each model's memory and their sum."""
+    lines = [f"{name:24}{value}" for name, value in facts.items()]
+    total = 0
+    for model, parts in memory.items():
+        total += sum(parts.values())
+        lines.append(f"{model + ', each rank':24}" + ", ".join(f"{name} {size(b)}" for name, b in parts.items()))
+    lines.append(f"{'memory, each rank':24}{size(total)} and activations")
+    return "\n".join(lines)
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as a person reads them."""
+    value, units: tuple[float, Sequence[str]] = n_bytes, ("B", "KiB", "MiB", "GiB", "TiB")
+    for unit in units:
+        if value < 1024 or unit == units[-1]:
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

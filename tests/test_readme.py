@@ -1,0 +1,70 @@
+"""README and dataset/README stay true: their commands parse, their files exist."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from src import cli
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The words of every python and torchrun command in a text's code blocks, continued lines joined."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    return [shlex.split(line) for line in lines if line.startswith(("python ", "torchrun "))]
+
+
+def docstring_commands() -> list[list[str]]:
+    """The commands in the header of every entry script."""
+    found = []
+    for name in SCRIPTS:
+        header = importlib.import_module(name).__doc__.replace("\\\n", " ")
+        found += [shlex.split(line) for line in header.split("\n") if line.startswith(("python ", "torchrun "))]
+    return found
+
+
+ALL_COMMANDS = commands(ROOT / "README.md") + docstring_commands()
+
+
+def test_every_script_has_a_command_in_its_header_and_in_readme() -> None:
+    for found in (docstring_commands(), commands(ROOT / "README.md")):
+        named = {word.removesuffix(".py") for words in found for word in words if word.endswith(".py")}
+        assert named >= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("words", ALL_COMMANDS, ids=lambda words: " ".join(words)[:60])
+def test_commands_parse_against_the_scripts_they_start(words: list[str]) -> None:
+    place = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    script = words[place].removesuffix(".py")
+    assert script in SCRIPTS
+    main = importlib.import_module(script).main
+    required = {flag.name for flag in cli.flags_of(main).values() if flag.required}
+    assert required <= set(cli.parse(main, words[place + 1 :]))
+
+
+def test_prepare_commands_name_its_tasks() -> None:
+    found = commands(ROOT / "dataset" / "README.md")
+    assert {tuple(words[:2]) for words in found} == {("python", "dataset/prepare.py")}
+    assert {words[2] for words in found} == {"gsm8k", "math"}
+
+
+def test_the_tree_names_every_script_and_module() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree", 1)[1]
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("src/*.py")]:
+        if path.stem != "__init__":
+            assert re.search(rf"^\s*{re.escape(path.name)}\s", tree, re.MULTILINE), path.name
+    for path in ROOT.glob("src/*/*.py"):
+        if path.stem not in ("__init__", "grade_pool", "grade_worker"):
+            assert re.search(rf"\b{path.stem}\b", tree), path
+
+
+def test_ci_runs_the_test_command_of_readme_and_nothing_else() -> None:
+    lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines == ['exec bash "$(dirname "$0")/../recipes/test.sh"']
+    assert "bash recipes/test.sh" in (ROOT / "README.md").read_text(encoding="utf-8")
