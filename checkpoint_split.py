@@ -27,6 +27,7 @@ def main(
     model_type: a family or released size the checkpoint must agree with, such as llama-2-7b
     dtype: type of the stored weights; default: as in the source
     """
+    cli.check_numbers(locals())
     if parallel.rank() != 0:  # under torchrun one process does the work
         return
     log = runlog.logger()

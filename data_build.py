@@ -24,6 +24,10 @@ def main(
     pairs_a_problem: most pairs from one problem
     seed: seed of the matching and of the order of rows
     """
+    cli.check_numbers(locals())
+    target = Path(save_file)
+    if target.is_dir():
+        raise UserError(f"--save_file {save_file} is a directory; expected the name of a json file")
     samples = read_samples(samples_file)
     if not any(sample.outcome for sample in samples):
         raise UserError(f"{samples_file} has no outcomes; grade it first with solver_evaluate.py --samples_file")
@@ -31,7 +35,6 @@ def main(
     if not rows:
         raise UserError(f"{samples_file} gives no pair: no problem has both a right and a wrong sample; "
                         f"sample more a problem or at a higher temperature")
-    target = Path(save_file)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 
 from src import assemble, cli, parallel
-from src.checkpoint import storage
 from src.data.collate import chunks, epoch_order
 from src.data.examples import read_prompts
 from src.errors import UserError
@@ -75,6 +74,7 @@ def main(
     seed: seed of prompt order, sampling and adapter initialisation
     """
     flags = locals().copy()
+    cli.check_numbers(flags)
     if reward == "verifier" and not reward_model_ckpt_dir:
         raise UserError("--reward verifier needs --reward_model_ckpt_dir; or grade answers with --reward rule")
     if temperature <= 0:
@@ -82,10 +82,11 @@ def main(
     if Path(actor_save_dir).resolve() == Path(critic_save_dir).resolve():
         raise UserError("--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other")
     parallel.start(seed=seed)
-    for folder in (actor_save_dir, critic_save_dir):
-        storage.check_writable(Path(folder))
+    for save_dir in (actor_save_dir, critic_save_dir):
+        assemble.check_save_dir(save_dir, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
     prompts = read_prompts(train_file, need_label=reward == "rule")
     tokenizer = assemble.load_tokenizer(actor_ckpt_dir, tokenizer_file)
+    assemble.check_tokenizer(tokenizer, critic_ckpt_dir, reward_model_ckpt_dir)
     actor = assemble.load_solver(actor_ckpt_dir, model_type=model_type, dtype=torch.float32)
     reference = assemble.load_solver(actor_ckpt_dir)
     critic = assemble.load_verifier(critic_ckpt_dir, dtype=torch.float32, from_solver=True)
@@ -107,6 +108,8 @@ def main(
     buffers = [(epoch, rows) for epoch in range(1, epochs + 1)
                for rows in chunks(epoch_order(len(prompts), seed, epoch), max_buffer_size)]
     buffers = buffers[: max_steps if max_steps >= 0 else None]
+    if critic_warmup > len(buffers):
+        raise UserError(f"--critic_warmup is {critic_warmup}, but there are only {len(buffers)} buffers; lower it")
     critic_warmup = critic_warmup if critic_warmup >= 0 else min(10, len(buffers) // 10)
     per_buffer = inner_epochs * minibatches
     schedule = {"warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}

@@ -4,15 +4,20 @@ torchrun --nproc_per_node 8 solver_evaluate.py --task GSM8K --ckpt_dir out --lab
     --log_dir log --max_batch_size 64
 """
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from src import assemble, cli, parallel, runlog
 from src.checkpoint import storage
-from src.data.examples import read_prompts, read_samples
+from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
-from src.evaluation.evaluator import claim_samples, grade_samples, results_table, sample_prompts
+from src.evaluation.evaluator import (
+    claim_samples,
+    disclaim_samples,
+    grade_samples,
+    results_table,
+    sample_prompts,
+)
 from src.inference.sampling import Sampling
 from src.runlog import RunLog
 
@@ -41,11 +46,15 @@ def main(
     seed: with the problem's id and the sample's number, all that a sample's randomness depends on
     """
     flags = locals().copy()
-    prompts = read_prompts(label_file, need_label=task != "none")[: limit if limit >= 0 else None]
-    storage.check_writable(Path(log_dir))
-    path = Path(log_dir) / "samples.jsonl"
+    cli.check_numbers(flags)
     if bool(ckpt_dir) == bool(samples_file):
         raise UserError("give either --ckpt_dir, to sample, or --samples_file, to grade what exists")
+    if samples_file and task == "none":
+        raise UserError("--task none grades nothing; name the task of --samples_file")
+    problems = read_prompts(label_file, need_label=task != "none")
+    prompts = problems[: limit if limit >= 0 else None]
+    storage.check_writable(Path(log_dir))
+    path = Path(log_dir) / "samples.jsonl"
     if samples_file and parallel.world_size() > 1:
         raise UserError("grading --samples_file needs one process; start it with python instead of torchrun")
     if ckpt_dir:
@@ -59,8 +68,11 @@ def main(
         sample_prompts(model, tokenizer, prompts, sampling, num_samples=num_samples, max_batch_size=max_batch_size,
                        path=path, log=log)
     if parallel.rank() == 0 and task != "none":
-        results = grade_samples(task, prompts, read_samples(samples_file or str(path)), path)
-        (Path(log_dir) / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        samples = match_samples(read_samples(samples_file or str(path)), problems, samples_file)
+        if samples_file:
+            disclaim_samples(path, samples_file)
+        results = grade_samples(task, prompts, samples, path)
+        storage.write_json(Path(log_dir) / "results.json", results)
         runlog.table(results_table(results))
 
 

@@ -3,13 +3,11 @@
 torchrun --nproc_per_node 8 solver_train.py --ckpt_dir ckpt/8 --save_dir out --train_file dataset/GSM8K/train.json
 """
 
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from src import assemble, cli, parallel
-from src.checkpoint import storage
 from src.data.examples import read_instructions
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
@@ -47,8 +45,9 @@ def main(
     seed: seed of data order and adapter initialisation
     """
     flags = locals().copy()
+    cli.check_numbers(flags)
     parallel.start(seed=seed)
-    storage.check_writable(Path(save_dir))
+    assemble.check_save_dir(save_dir, ckpt_dir)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
     data = SolverData(read_instructions(train_file), tokenizer, max_seq_len=max_seq_len, seed=seed, source=train_file)
     model = assemble.load_solver(ckpt_dir, model_type=model_type, dtype=torch.float32)

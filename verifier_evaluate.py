@@ -4,14 +4,13 @@ torchrun --nproc_per_node 8 verifier_evaluate.py --task GSM8K --ckpt_dir verifie
     --label_file dataset/GSM8K/test.json --log_dir log/verified
 """
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from src import assemble, cli, parallel, runlog
 from src.checkpoint import storage
-from src.data.examples import read_prompts, read_samples
-from src.evaluation.evaluator import grade_samples, results_table, score_samples
+from src.data.examples import match_samples, read_prompts, read_samples
+from src.evaluation.evaluator import disclaim_samples, grade_samples, results_table, score_samples
 from src.runlog import RunLog
 
 
@@ -31,7 +30,9 @@ def main(
     max_batch_size: samples in one forward pass
     """
     flags = locals().copy()
-    prompts, samples = read_prompts(label_file, need_label=True), read_samples(samples_file)
+    cli.check_numbers(flags)
+    prompts = read_prompts(label_file, need_label=True)
+    samples = match_samples(read_samples(samples_file), prompts, samples_file)
     storage.check_writable(Path(log_dir))
     parallel.start()
     verifier = assemble.load_verifier(ckpt_dir, model_type=model_type)
@@ -40,8 +41,10 @@ def main(
     if parallel.rank() == 0:
         scored = [sample._replace(values=sample.values | {"score": score})
                   for sample, score in zip(samples, scores, strict=True)]
-        results = grade_samples(task, prompts, scored, Path(log_dir) / "samples.jsonl")
-        (Path(log_dir) / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        path = Path(log_dir) / "samples.jsonl"
+        disclaim_samples(path, samples_file)
+        results = grade_samples(task, prompts, scored, path)
+        storage.write_json(Path(log_dir) / "results.json", results)
         runlog.table(results_table(results))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src import parallel
-from src.checkpoint import adapters, shards, sources, storage
+from src.checkpoint import adapters, convert, shards, sources, storage
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -37,6 +37,17 @@ def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "") -> Tokenizer:
             f"give the tokenizer that the checkpoint was trained with"
         )
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, *ckpt_dirs: str) -> None:
+    """Raise UserError if another tokenizer travels in one of these directories; empty names are skipped."""
+    for folder in filter(None, ckpt_dirs):
+        path = Path(folder) / "tokenizer.model"
+        if path.is_file() and storage.sha256(path) != storage.sha256(tokenizer.path):
+            raise UserError(
+                f"{folder} has another tokenizer than {tokenizer.path}; models that read each other's token ids "
+                f"need the same one"
+            )
 
 
 def load_solver(ckpt_dir: str, *, model_type: str = "", dtype: torch.dtype | None = None) -> Decoder:
@@ -80,6 +91,14 @@ def solver_to_verifier(config: ModelConfig) -> ModelConfig:
 
 def _local_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """This rank's tensors of a directory on its device, adapters folded in. Raises UserError."""
+    tensors = _stored_tensors(folder)
+    for name in tensors:  # one at a time: what was merged is freed as it is copied
+        tensors[name] = tensors[name].to(parallel.device(), dtype, copy=True)
+    return tensors
+
+
+def _stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """This rank's tensors as stored; adapters are folded in before any rounding to the dtype asked for."""
     adapter = adapters.read_adapter(folder)
     kind = storage.ADAPTER if adapter else storage.WEIGHTS
     paths = storage.shard_paths(folder, kind)
@@ -90,15 +109,8 @@ def _local_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
             f"processes, or run checkpoint_split.py --ckpt_file {folder} --save_path NEW_DIR --n {n}"
         )
     stored = storage.read_shard(paths[parallel.tensor_parallel_rank()])
-    device = parallel.device()
-    own = {
-        name: tensor.to(device, dtype, copy=True)
-        for name, tensor in stored.items()
-        if not name.endswith("freqs")
-    }  # Meta's shards carry rope.freqs, which the config implies
-    if adapter is None:
-        return own
-    return adapters.fold(_local_tensors(adapter.base, dtype), own, adapter.lora)
+    own = {name: tensor for name, tensor in stored.items() if not convert.is_derived(name)}
+    return adapters.fold(_stored_tensors(adapter.base), own, adapter.lora) if adapter else own
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -4,7 +4,7 @@ Bytes are per rank. Activations, the framework's own memory and padding of the d
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from src.checkpoint.shards import expected_shapes, split_dim
 from src.data.collate import Encoded
@@ -53,7 +53,9 @@ def training_memory(
     return memory
 
 
-def decoding_memory(config: ModelConfig, n: int, weight_bytes: int, n_rows: int, n_tokens: int) -> dict[str, int]:
+def decoding_memory(
+    config: ModelConfig, n: int, weight_bytes: int, n_rows: int, n_tokens: int
+) -> dict[str, int]:
     """Bytes of one rank that decodes n_rows rows of at most n_tokens tokens."""
     per_token = 2 * config.n_layers * config.n_kv_heads // n * config.head_dim
     return {
@@ -76,16 +78,14 @@ def report(facts: Mapping[str, object], memory: Mapping[str, Mapping[str, int]])
     total = 0
     for model, parts in memory.items():
         total += sum(parts.values())
-        lines.append(f"{model + ', each rank':24}" + ", ".join(f"{name} {size(b)}" for name, b in parts.items()))
+        lines.append(
+            f"{model + ', each rank':24}" + ", ".join(f"{name} {size(b)}" for name, b in parts.items())
+        )
     lines.append(f"{'memory, each rank':24}{size(total)} and activations")
     return "\n".join(lines)
 
 
 def size(n_bytes: int) -> str:
     """Bytes as a person reads them."""
-    value, units: tuple[float, Sequence[str]] = n_bytes, ("B", "KiB", "MiB", "GiB", "TiB")
-    for unit in units:
-        if value < 1024 or unit == units[-1]:
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+    power = max(0, min(4, (n_bytes.bit_length() - 1) // 10))
+    return f"{n_bytes / 1024**power:.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

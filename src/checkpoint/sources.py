@@ -107,7 +107,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     """The files that a Hugging Face index names; they must lie beside it."""
-    names = sorted(set(storage.read_json(index).get("weight_map", {}).values()))
+    weight_map = storage.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map names no files; expected parameter names with their files")
+    names = sorted(map(str, set(weight_map.values())))
     for name in names:
         if Path(name).name != name:
             raise UserError(f"{index}: weight_map names {name!r}, which is outside its directory")
@@ -125,7 +128,7 @@ def _open_file(path: Path) -> _File:
             if isinstance(values.get(key), dict):
                 values = values[key]
         tensors = {
-            name: StoredTensor(tuple(value.shape), lambda value=value: value)
+            str(name): StoredTensor(tuple(value.shape), lambda value=value: value)
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
@@ -155,9 +158,15 @@ def _our_names(file: _File, hf: bool) -> dict[str, StoredTensor]:
         if convert.is_derived(name):
             continue
         try:
-            tensors[convert.from_hf_name(name) if hf else name] = stored
+            name = convert.from_hf_name(name) if hf else name
         except UserError:
             unknown.append(stored_name)
+            continue
+        if name in tensors:
+            raise UserError(
+                f"{file.path}: {name!r} is stored twice, once as {stored_name}; remove one of them"
+            )
+        tensors[name] = stored
     if unknown:
         raise UserError(
             f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; "
@@ -184,6 +193,7 @@ def _join_shards(
     shards: list[dict[str, StoredTensor]], values: dict[str, object], described: str
 ) -> tuple[dict[str, StoredTensor], ModelConfig]:
     """Whole tensors from tensor-parallel shards, which all hold the same names."""
+    _check_present(shards[0], ("tok_embeddings.weight",), described)
     columns = shards[0]["tok_embeddings.weight"].shape[1]
     # Llama 3 cuts the vocabulary, Llama 1 and 2 the width
     embedding_dim = 0 if columns == values.get("dim", values.get("hidden_size")) else 1
@@ -226,9 +236,7 @@ def _config(
             raise UserError(
                 f"{described}: key {key!r} is missing; expected a Meta params.json or an HF config.json"
             )
-    for key in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
-        if key not in tensors:
-            raise UserError(f"{described}: the weights lack parameter {key!r}")
+    _check_present(tensors, ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"), described)
     ffn_rows = tensors["layers.0.feed_forward.w1.weight"].shape[0] * scale
     vocab_rows = tensors["tok_embeddings.weight"].shape[0] * (scale if embedding_dim == 0 else 1)
     return config_from_meta(
@@ -241,6 +249,13 @@ def _config(
         value_head="v_head.weight" in tensors,
         embedding_split_dim=embedding_dim,
     )
+
+
+def _check_present(tensors: dict[str, StoredTensor], names: tuple[str, ...], described: str) -> None:
+    """Raise UserError unless the weights hold the parameters that sizes are read from."""
+    for name in names:
+        if name not in tensors:
+            raise UserError(f"{described}: the weights lack parameter {name!r}")
 
 
 def _is_tied(tensors: dict[str, StoredTensor]) -> bool:

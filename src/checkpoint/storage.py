@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,20 @@ from torch import Tensor
 from src.errors import UserError
 
 WEIGHTS, ADAPTER = "consolidated", "adapter"
+
+# What torch.load raises on bytes that are no checkpoint: its unpickler checks little before it acts on them.
+_UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -104,9 +119,9 @@ def read_torch(path: Path) -> dict[str, object]:
     try:
         try:
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the pre-1.6 format cannot be memory-mapped
+        except RuntimeError:  # the format before torch 1.6 cannot be memory-mapped
             values = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as problem:
+    except _UNREADABLE as problem:
         reason = str(problem).strip().split("\n")[0] or type(problem).__name__
         raise UserError(
             f"{path} cannot be read as a checkpoint of tensors ({reason[:200]}); "
@@ -157,8 +172,8 @@ def begin(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("manifest.json", "params.json", "adapter.json"):
         (folder / name).unlink(missing_ok=True)
-    for kind in (WEIGHTS, ADAPTER):
-        for path in folder.glob(f"{kind}.*.pth"):
+    for pattern in (f"{WEIGHTS}.*.pth", f"{ADAPTER}.*.pth", ".*.tmp"):  # .tmp: left by a save that was killed
+        for path in folder.glob(pattern):
             path.unlink()
 
 
@@ -171,14 +186,19 @@ def finish(
     facts: Mapping[str, object],
 ) -> None:
     """Complete a directory whose n shards are written: tokenizer, params.json, and last of all the manifest."""
-    for source in tokenizer_files:
-        target = folder / ("tokenizer.model" if source.suffix == ".model" else source.name)
-        if source.resolve() != target.resolve():
-            _replace(target, lambda temporary, source=source: shutil.copyfile(source, temporary))
+    copy_tokenizer(tokenizer_files, folder)
     shards = [folder / shard_name(kind, index) for index in range(n)]
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in shards}
     write_json(folder / "params.json", params)
     write_json(folder / "manifest.json", {"format": 1, "shards": n, "files": files, **facts})
+
+
+def copy_tokenizer(files: Sequence[Path], folder: Path) -> None:
+    """Put a tokenizer's files into a directory; a sentencepiece model is always called tokenizer.model there."""
+    for source in files:
+        target = folder / ("tokenizer.model" if source.suffix == ".model" else source.name)
+        if source.resolve() != target.resolve():
+            _replace(target, lambda temporary, source=source: shutil.copyfile(source, temporary))
 
 
 def publish(source: Path, target: Path) -> None:
@@ -220,6 +240,9 @@ def check_complete(folder: Path) -> None:
     if not (folder / "manifest.json").is_file():
         return
     manifest = read_json(folder / "manifest.json")
+    for key in ("shards", "files"):
+        if key not in manifest:
+            raise UserError(f"{folder / 'manifest.json'}: key {key!r} is missing; split the checkpoint again")
     for name, facts in manifest["files"].items():
         if not (folder / name).is_file():
             raise UserError(

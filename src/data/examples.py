@@ -101,16 +101,22 @@ def _text(row: Row, key: str) -> str:
     value = row.values[key]
     if not isinstance(value, str):
         raise UserError(f"{row.where}: {key!r} is a {type(value).__name__}; expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as problem:
+        raise UserError(
+            f"{row.where}: {key!r} holds a lone surrogate at character {problem.start}; it is not valid Unicode"
+        ) from None
     return value
 
 
 def _texts(row: Row, key: str) -> list[str]:
     """A string or a list of strings under `key`, as a list of at least one non-empty string."""
     value = row.values.get(key)
-    texts = value if isinstance(value, list) else [_text(row, key)]
-    if not texts or not all(isinstance(text, str) and text for text in texts):
+    values = value if isinstance(value, list) else [_text(row, key)]
+    if not values or not all(isinstance(text, str) and text for text in values):
         raise UserError(f"{row.where}: {key!r} must be a non-empty string or a list of them")
-    return texts
+    return [_text(Row(row.where, {key: text}), key) for text in values]
 
 
 def _optional_text(row: Row, key: str) -> str | None:

@@ -142,7 +142,7 @@ def _sample_row(completion: Completion, prompt: Prompt, tokenizer: Tokenizer) ->
         "response": tokenizer.decode(completion.tokens),
         "token_count": len(completion.tokens),
         "finish": completion.finish,
-        "logprob": round(sum(completion.logprobs), 6),
+        "logprob": round(sum(completion.logprobs), 4),  # the digits behind vary with the batch
         "label": prompt.label,
     }
 

@@ -54,7 +54,7 @@ def _draw(probs: Tensor, top_p: float, u: Tensor) -> Tensor:
     """Invert the cumulative distribution at u. probs [B, V] float64 -> [B] int64."""
     order = None
     if top_p < 1:
-        probs, order = probs.sort(-1, descending=True, stable=True)
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
         probs = probs * (
             probs.cumsum(-1) - probs < top_p
         )  # a token stays if those before it fall short of top_p

@@ -38,8 +38,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.type is int and getattr(self, field.name) < 0:
-                raise UserError(f"{field.name}={getattr(self, field.name)}: expected a non-negative integer")
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 0):
+                raise UserError(f"{field.name}={value!r}: expected a non-negative integer")
+            if field.type is float and type(value) not in (int, float):
+                raise UserError(f"{field.name}={value!r}: expected a number")
         if self.n_kv_heads == 0 or self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.score not in ("last", "mean"):
@@ -51,6 +54,8 @@ class ModelConfig:
 
     def check_divides(self, n: int, where: str) -> None:
         """Raise UserError, naming the field, unless the model can be cut into n tensor-parallel shards."""
+        if n < 1:
+            raise UserError(f"{where}: cannot be cut into {n} shards; choose 1 or more")
         sizes = {
             "n_heads": self.n_heads,
             "n_kv_heads": self.n_kv_heads,

@@ -103,10 +103,18 @@ def config_from_hf(values: dict[str, object], source: str, dtype: str) -> ModelC
         facts[field] = values.get(key, default)
         if facts[field] is None:
             raise UserError(f"{source}: key {key!r} is missing")
+    _check_positive({key: values[key] for key in ("hidden_size", "num_attention_heads")}, source)
     facts["n_kv_heads"] = values.get("num_key_value_heads") or facts["n_heads"]
     facts["head_dim"] = values.get("head_dim") or facts["dim"] // facts["n_heads"]
     facts["embedding_split_dim"] = 0 if facts["tied"] else 1
     return ModelConfig(family=model_type, dtype=dtype, **facts)
+
+
+def _check_positive(values: dict[str, object], source: str) -> None:
+    """Raise UserError unless these sizes, which others are derived from, are integers above 0."""
+    for key, value in values.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{source}: {key}={value!r}; expected an integer of at least 1")
 
 
 def _rope_parameters(values: dict[str, object]) -> dict[str, object]:
@@ -136,7 +144,8 @@ def config_from_meta(
     The FFN width and vocabulary are the tensors', because `multiple_of`, `ffn_dim_multiplier` and a
     vocab_size of -1 only describe them indirectly; values that disagree are an error.
     """
-    dim, n_layers, n_heads = (int(values[key]) for key in ("dim", "n_layers", "n_heads"))
+    _check_positive({key: values[key] for key in ("dim", "n_layers", "n_heads")}, source)
+    dim, n_layers, n_heads = values["dim"], values["n_layers"], values["n_heads"]
     if "multiple_of" in values and not values.get("hidden_dim"):
         stated = meta_ffn_dim(dim, int(values["multiple_of"]), values.get("ffn_dim_multiplier"))
         if stated != ffn_dim:

@@ -94,15 +94,3 @@ def init_lora(
 def merged_weight(base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """W + scale * B A, computed in float32 and returned in W's dtype. Works on whole tensors and on shards alike."""
     return (base.float() + scale * (lora_b.float() @ lora_a.float())).to(base.dtype)
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Fold every adapter into its base weight in place and take the wrappers off."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoraLinear):
-                weight = merged_weight(
-                    child.base.weight, child.lora_a.weight, child.lora_b.weight, child.scale
-                )
-                child.base.weight.data = weight.detach()
-                setattr(parent, name, child.base)

@@ -30,11 +30,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS. Raises UserError on text that is not valid Unicode."""
         try:
-            return self._model.encode(text)
+            text.encode()  # sentencepiece's own complaint names no reason
         except UnicodeEncodeError as problem:
             raise UserError(
                 f"text holds a lone surrogate at character {problem.start}; it is not valid Unicode"
             ) from None
+        return self._model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids; special tokens vanish, and so do ids of a model's padded vocabulary."""

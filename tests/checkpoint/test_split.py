@@ -1,0 +1,201 @@
+"""checkpoint_split.py and src/checkpoint/split.py: nothing is lost, and a killed run leaves no half checkpoint."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.checkpoint import storage
+from src.checkpoint.sources import open_source, read_config
+from src.checkpoint.split import split
+from src.errors import UserError
+from tests import reference
+from tests.ranks import ROOT, command, succeed
+
+
+@pytest.fixture(scope="module", params=reference.MODELS)
+def hf_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Hugging Face model with a tokenizer beside it."""
+    folder = reference.make_llama(tmp_path_factory.mktemp(request.param), request.param)
+    reference.make_tokenizer(folder / "tokenizer.model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.make_llama(tmp_path_factory.mktemp("gqa"), "gqa")
+
+
+def cut(source: Path, folder: Path, n: int, dtype: str = "", tokenizer_file: str = "") -> Path:
+    split(open_source(str(source)), folder, n, dtype, tokenizer_file, str(source))
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: stored.load() for name, stored in open_source(str(folder)).tensors.items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_split_and_merge_are_bit_exact(tmp_path: Path, hf_folder: Path, n: int) -> None:
+    cut(hf_folder, tmp_path, n)
+    assert len(list(tmp_path.glob("consolidated.*.pth"))) == n
+    assert_equal(tensors(tmp_path), tensors(hf_folder))
+    assert open_source(str(tmp_path)).config == open_source(str(hf_folder)).config
+
+
+def test_resharding_is_bit_exact(tmp_path: Path, hf_folder: Path) -> None:
+    two = cut(hf_folder, tmp_path / "2", 2)
+    four = cut(two, tmp_path / "4", 4)
+    one = cut(four, tmp_path / "1", 1)
+    assert_equal(tensors(one), tensors(hf_folder))
+    assert storage.fingerprint(one) == storage.fingerprint(cut(hf_folder, tmp_path / "direct", 1))
+
+
+def test_shards_share_out_the_weights_evenly(tmp_path: Path, gqa: Path) -> None:
+    whole = storage.read_shard(cut(gqa, tmp_path / "1", 1) / "consolidated.00.pth")
+    for path in storage.shard_paths(cut(gqa, tmp_path / "4", 4)):
+        shard = storage.read_shard(path)
+        assert list(shard) == list(whole)
+        assert all(
+            shard[name].numel() * (1 if "norm" in name else 4) == tensor.numel()
+            for name, tensor in whole.items()
+        )
+
+
+@pytest.mark.parametrize("dtype", ["", "bfloat16", "float16"])
+def test_stored_dtype_is_the_one_asked_for_or_the_source_s(tmp_path: Path, gqa: Path, dtype: str) -> None:
+    cut(gqa, tmp_path, 2, dtype)
+    expected = getattr(torch, dtype or "float32")
+    assert read_config(tmp_path).dtype == (dtype or "float32")
+    original = tensors(gqa)
+    for name, tensor in tensors(tmp_path).items():
+        assert tensor.dtype == expected
+        assert torch.equal(tensor, original[name].to(expected))
+
+
+def test_tokenizer_travels_under_one_name(tmp_path: Path, hf_folder: Path, gqa: Path) -> None:
+    cut(hf_folder, tmp_path / "beside", 1)
+    vocabulary = (hf_folder / "tokenizer.model").read_bytes()
+    assert (tmp_path / "beside" / "tokenizer.model").read_bytes() == vocabulary
+    named = tmp_path / "tok64.model"
+    named.write_bytes(vocabulary)
+    cut(gqa, tmp_path / "named", 1, tokenizer_file=str(named))
+    assert (tmp_path / "named" / "tokenizer.model").read_bytes() == vocabulary
+    cut(tmp_path / "named", tmp_path / "again", 2)
+    assert (tmp_path / "again" / "tokenizer.model").read_bytes() == vocabulary
+
+
+def test_manifest_says_where_the_weights_come_from_and_how_they_are_cut(tmp_path: Path, gqa: Path) -> None:
+    manifest = json.loads((cut(gqa, tmp_path, 2) / "manifest.json").read_text())
+    assert manifest["shards"] == 2
+    assert manifest["source"] == str(gqa)
+    assert manifest["split"]["layers.0.attention.wo.weight"] == 1
+    assert manifest["split"]["norm.weight"] is None
+    for name, facts in manifest["files"].items():
+        assert facts == {
+            "bytes": (tmp_path / name).stat().st_size,
+            "sha256": storage.sha256(tmp_path / name),
+        }
+
+
+def test_fewer_shards_replace_more(tmp_path: Path, gqa: Path) -> None:
+    cut(gqa, tmp_path, 4)
+    cut(gqa, tmp_path, 2)
+    assert len(list(tmp_path.glob("consolidated*"))) == 2
+    assert_equal(tensors(tmp_path), tensors(gqa))
+
+
+@pytest.mark.parametrize(
+    ("n", "message"),
+    [
+        (3, "n_heads=8 does not divide into 3 shards"),
+        (8, "n_kv_heads=4 does not divide into 8 shards"),
+        (0, "cannot be cut into 0 shards"),
+        (-2, "cannot be cut into -2 shards"),
+    ],
+)
+def test_number_that_does_not_divide_the_model_is_refused(
+    tmp_path: Path, gqa: Path, n: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        cut(gqa, tmp_path / "out", n)
+    assert not (tmp_path / "out").exists()
+
+
+def test_source_is_never_its_own_target(tmp_path: Path, gqa: Path) -> None:
+    cut(gqa, tmp_path, 2)
+    with pytest.raises(UserError, match="is the source itself; choose another directory"):
+        cut(tmp_path, tmp_path / "." / "", 4)
+    assert_equal(tensors(tmp_path), tensors(gqa))
+
+
+def test_missing_tokenizer_file_is_refused_before_anything_is_written(tmp_path: Path, gqa: Path) -> None:
+    with pytest.raises(UserError, match=r"--tokenizer_file gone\.model does not exist"):
+        cut(gqa, tmp_path / "out", 1, tokenizer_file="gone.model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_works_under_torchrun_too(tmp_path: Path, gqa: Path) -> None:
+    out = tmp_path / "out"
+    # without the -- torchrun on Python 3.11 takes our --n for an unfinished --nnodes
+    done = succeed("--", "checkpoint_split.py", "--ckpt_file", gqa, "--save_path", out, "--n", 2, n=2)
+    assert_equal(tensors(out), tensors(gqa))
+    assert done.stderr.count("wrote 2 shards") + done.stdout.count("wrote 2 shards") == 1
+
+
+def test_command_ends_in_one_line_for_a_user_s_mistake(tmp_path: Path, gqa: Path) -> None:
+    done = command("checkpoint_split.py", "--ckpt_file", gqa, "--save_path", tmp_path, "--n", 3)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "n_heads=8 does not divide into 3 shards; choose a divisor of it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [".consolidated.00.pth.*.tmp", "consolidated.01.pth", "consolidated.03.pth", "params.json"],
+)
+def test_killed_command_leaves_no_half_checkpoint(tmp_path: Path, moment: str) -> None:
+    # large enough that writing takes a while; whenever the kill lands, what is left is refused or whole
+    source, out = tmp_path / "source.pth", tmp_path / "out"
+    weights = {
+        "tok_embeddings.weight": torch.ones(8192, 512),
+        "layers.0.feed_forward.w1.weight": torch.ones(8192, 512),
+        "layers.0.feed_forward.w2.weight": torch.ones(512, 8192),
+        "layers.0.feed_forward.w3.weight": torch.ones(8192, 512),
+        "norm.weight": torch.ones(512),
+        "output.weight": torch.full((8192, 512), 2.0),
+    }
+    weights |= {f"layers.0.attention.w{letter}.weight": torch.ones(512, 512) for letter in "qkvo"}
+    weights |= {f"layers.0.{name}_norm.weight": torch.ones(512) for name in ("attention", "ffn")}
+    torch.save(weights, source)
+    (tmp_path / "params.json").write_text('{"dim": 512, "n_layers": 1, "n_heads": 8}')
+    process = subprocess.Popen(
+        [sys.executable, "checkpoint_split.py", "--ckpt_file", source, "--save_path", out, "--n", "4"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(out.glob(moment)) and process.poll() is None:
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    try:
+        read_config(out)
+    except UserError as error:
+        assert "its save was interrupted" in str(error)
+        with pytest.raises(UserError):
+            open_source(str(out))
+    else:
+        assert moment == "params.json"  # the last file but the manifest: every shard is there
+        assert_equal(tensors(out), weights)

@@ -1,0 +1,158 @@
+"""src/checkpoint/storage.py: when a directory counts as a checkpoint, and what is said when it does not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import assemble, parallel
+from src.checkpoint import storage
+from src.checkpoint.sources import read_config
+from src.errors import UserError
+from src.models.config import ModelConfig
+
+CONFIG = ModelConfig(
+    dim=8, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=4, ffn_dim=8, vocab_size=8, max_seq_len=8
+)
+
+
+def save(folder: Path, n: int = 2, kind: str = storage.WEIGHTS) -> Path:
+    """A complete directory of n small shards. Returns the directory."""
+    storage.begin(folder)
+    for index in range(n):
+        storage.write_shard(folder, kind, index, {"norm.weight": torch.full((8,), float(index))})
+    storage.finish(folder, kind, n, CONFIG.to_dict(), [], {"source": "test"})
+    return folder
+
+
+def test_complete_directory_is_accepted_and_read_back(tmp_path: Path) -> None:
+    save(tmp_path)
+    storage.check_complete(tmp_path)
+    assert read_config(tmp_path) == CONFIG
+    assert storage.read_shard(tmp_path / "consolidated.01.pth")["norm.weight"].tolist() == [1.0] * 8
+
+
+def test_shards_are_ordered_by_number(tmp_path: Path) -> None:
+    paths = storage.shard_paths(save(tmp_path, n=12))
+    assert [storage.read_shard(path)["norm.weight"][0].item() for path in paths] == list(range(12))
+
+
+def test_shards_written_by_hand_are_ordered_by_number_too(tmp_path: Path) -> None:
+    for index in range(12):
+        torch.save({}, tmp_path / f"consolidated.{index}.pth")  # one digit, then two: names do not sort
+    assert [path.name for path in storage.shard_paths(tmp_path)][-2:] == [
+        "consolidated.10.pth",
+        "consolidated.11.pth",
+    ]
+
+
+def test_hole_in_the_numbering_is_named(tmp_path: Path) -> None:
+    (save(tmp_path, n=4) / "consolidated.01.pth").unlink()
+    with pytest.raises(UserError, match=r"3 consolidated shards but consolidated\.01\.pth is missing"):
+        storage.shard_paths(tmp_path)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "params.json missing": (
+        lambda folder: (folder / "params.json").unlink(),
+        r"has no params\.json: it is no checkpoint, or its save was interrupted",
+    ),
+    "last shard missing": (
+        lambda folder: (folder / "consolidated.01.pth").unlink(),
+        r"has 2 shards by its manifest but consolidated\.01\.pth is missing",
+    ),
+    "shard truncated": (
+        lambda folder: (folder / "consolidated.00.pth").write_bytes(b"PK"),
+        r"consolidated\.00\.pth has 2 bytes but the manifest says \d+: it was truncated or changed",
+    ),
+    "params.json cut": (
+        lambda folder: (folder / "params.json").write_text('{"dim": 8'),
+        r"params\.json is not valid json",
+    ),
+    "params.json of a newer version": (
+        lambda folder: (folder / "params.json").write_text(json.dumps(CONFIG.to_dict() | {"experts": 8})),
+        r"params\.json: unknown key 'experts'; a newer version",
+    ),
+    "params.json without a key": (
+        lambda folder: (folder / "params.json").write_text('{"ffn_dim": 8}'),
+        r"params\.json: key 'dim' is missing",
+    ),
+    "manifest cut": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is not valid json"),
+    "manifest of something else": (
+        lambda folder: (folder / "manifest.json").write_text("{}"),
+        r"manifest\.json: key 'shards' is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_directory_is_refused(tmp_path: Path, case: str) -> None:
+    damage, message = DAMAGES[case]
+    damage(save(tmp_path))
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path)
+
+
+def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a directory; expected a checkpoint made by"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_wrong_number_of_shards_for_the_ranks_is_refused(tmp_path: Path) -> None:
+    parallel.start()
+    message = (
+        r"holds 2 shards but 1 ranks are running; start 2 processes, or run checkpoint_split\.py --ckpt_file"
+    )
+    with pytest.raises(UserError, match=message):
+        assemble.load_solver(str(save(tmp_path)))
+
+
+def test_directory_being_written_is_no_checkpoint_until_finish(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / ".consolidated.00.pth.77.tmp").write_bytes(b"left by a killed save")
+    storage.begin(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == []
+    storage.write_shard(tmp_path, storage.WEIGHTS, 0, {"norm.weight": torch.ones(8)})
+    with pytest.raises(UserError, match="its save was interrupted"):
+        read_config(tmp_path)
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    storage.write_json(tmp_path / "params.json", {"dim": 8})
+    with pytest.raises(TypeError):
+        storage.write_json(tmp_path / "params.json", {"dim": object()})
+    assert storage.read_json(tmp_path / "params.json") == {"dim": 8}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_shard_with_anything_but_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save({"norm.weight": torch.ones(8), "step": 3}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(UserError, match=r"consolidated\.00\.pth: 'step' is a int; expected tensors only"):
+        storage.read_shard(tmp_path / "consolidated.00.pth")
+
+
+def test_fingerprint_is_that_of_the_weights(tmp_path: Path) -> None:
+    first, second = save(tmp_path / "a"), save(tmp_path / "b")
+    assert storage.fingerprint(first) == storage.fingerprint(second)
+    (first / "manifest.json").unlink()
+    assert storage.fingerprint(first) == storage.fingerprint(second)
+    assert storage.fingerprint(save(first, n=3)) != storage.fingerprint(second)
+
+
+def test_publish_makes_the_same_checkpoint_and_survives_the_source(tmp_path: Path) -> None:
+    source, target = save(tmp_path / "epoch-1"), save(tmp_path / "out", n=4)
+    fingerprint = storage.fingerprint(source)
+    storage.publish(source, target)
+    storage.check_complete(target)
+    assert storage.fingerprint(target) == fingerprint
+    save(source, n=1)  # another epoch takes its place
+    storage.check_complete(target)
+    assert storage.fingerprint(target) == fingerprint
+
+
+def test_unwritable_directory_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to .*; choose another directory"):
+        storage.check_writable(tmp_path / "file" / "out")

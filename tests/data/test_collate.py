@@ -1,0 +1,61 @@
+"""src/data/collate.py: masks, padding, what is dropped, and orders that depend on (seed, epoch) alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.data import collate
+from src.data.collate import Encoded
+from src.errors import UserError
+from tests.tiny import write_tokenizer
+
+
+def test_prompt_and_response_are_tokenised_apart(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path)
+    encoded = collate.encode_response(tokenizer, "1+2=", "3")
+    prompt = [tokenizer.bos_id, *tokenizer.encode("1+2=")]
+    assert collate.encode_prompt(tokenizer, "1+2=") == prompt
+    assert encoded.tokens == [*prompt, *tokenizer.encode("3"), tokenizer.eos_id]
+    assert encoded.response_start == len(prompt)
+    assert encoded.n_response == len(tokenizer.encode("3")) + 1
+    unfinished = collate.encode_response(tokenizer, "1+2=", "3", finished=False)
+    assert unfinished.tokens == encoded.tokens[:-1]
+
+
+def test_collate_pads_on_the_right_and_masks_by_length() -> None:
+    # token 0 is a real token of the first row and padding of the second
+    batch = collate.collate([Encoded([1, 5, 0, 2], 2), Encoded([1, 2], 1)])
+    assert batch.tokens.tolist() == [[1, 5, 0, 2], [1, 2, 0, 0]]
+    assert batch.response_mask.tolist() == [[False, False, True, True], [False, True, False, False]]
+    assert batch.to(torch.device("cpu")).tokens.dtype == torch.int64
+
+
+def test_long_rows_are_dropped_up_to_one_in_a_hundred() -> None:
+    short, long = Encoded([1] * 4, 1), Encoded([1] * 5, 1)
+    rows = [(short,)] * 99 + [(short, long)]
+    assert collate.drop_long(rows, 4, "f.json") == [(short,)] * 99
+    assert collate.drop_long(rows, 5, "f.json") == rows
+    message = r"f.json: 2 of 100 rows are longer than --max_seq_len 4 \(the longest has 5 tokens\)"
+    with pytest.raises(UserError, match=message):
+        collate.drop_long([*rows[1:], (long,)], 4, "f.json")
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch() -> None:
+    order = collate.epoch_order(50, 1, 1)
+    assert sorted(order) == list(range(50))
+    torch.manual_seed(9)
+    assert order == collate.epoch_order(50, 1, 1)
+    assert len({tuple(collate.epoch_order(50, seed, epoch)) for seed in (1, 2) for epoch in (1, 2)}) == 4
+
+
+def test_pick_is_a_pure_function_that_reaches_every_option() -> None:
+    picks = [collate.pick("abc", 1, epoch, row) for epoch in range(5) for row in range(5)]
+    assert picks == [collate.pick("abc", 1, epoch, row) for epoch in range(5) for row in range(5)]
+    assert set(picks) == set("abc")
+    assert collate.pick("a", 1, 1, 1) == "a"
+
+
+def test_chunks() -> None:
+    assert list(collate.chunks([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]
+    assert list(collate.chunks([], 2)) == []

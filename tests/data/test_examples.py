@@ -1,0 +1,165 @@
+"""src/data/examples.py: what the files may hold, and complaints that name file, row and key."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from src.data.examples import (
+    Instruction,
+    Pair,
+    Prompt,
+    match_samples,
+    read_instructions,
+    read_pairs,
+    read_prompts,
+    read_rows,
+    read_samples,
+)
+from src.errors import UserError
+
+Reader = Callable[[str], object]
+ROWS = [{"instruction": "1+1", "output": "2"}, {"instruction": "", "output": ["a", "b"]}]
+
+
+def graded_prompts(path: str) -> list[Prompt]:
+    """Prompts that need a label."""
+    return read_prompts(path, need_label=True)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[str], str]:
+    """Write a text to a file; its path."""
+
+    def write(text: str) -> str:
+        (tmp_path / "data.json").write_text(text, encoding="utf-8")
+        return str(tmp_path / "data.json")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(ROWS),
+        "\n " + json.dumps(ROWS, indent=2) + "\n",
+        "\n".join(map(json.dumps, ROWS)),
+        "\r\n".join(map(json.dumps, ROWS)) + "\r\n\r\n",
+    ],
+)
+def test_array_and_lines_hold_the_same(file: Callable[[str], str], text: str) -> None:
+    found = read_instructions(file(text))
+    assert found == [Instruction("1+1", ["2"]), Instruction("", ["a", "b"])]
+
+
+def test_a_line_separator_inside_a_text_ends_no_line(file: Callable[[str], str]) -> None:
+    path = file(json.dumps({"instruction": "a\u2028b\x85c", "output": "x"}, ensure_ascii=False))
+    assert read_instructions(path)[0].instruction == "a\u2028b\x85c"
+
+
+def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
+    assert read_pairs(file('{"instruction": "q", "chosen": "a", "rejected": ["b", "c"]}')) == [
+        Pair("q", ["a"], ["b", "c"])
+    ]
+    rows = [
+        {"instruction": "q", "label": 0, "level": 3, "subject": "algebra"},
+        {"instruction": "r", "label": "1/2", "id": "x", "level": "Level 5"},
+        {"instruction": "s"},
+    ]
+    assert read_prompts(file(json.dumps(rows)), need_label=False) == [
+        Prompt("0", "q", "0", 3, "algebra"),
+        Prompt("x", "r", "1/2", None, None),
+        Prompt("2", "s", None, None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "read, text, message",
+    [
+        (read_rows, "", "data.json holds no rows"),
+        (read_rows, "[]", "data.json holds no rows"),
+        (read_rows, "\n\n", "data.json holds no rows"),
+        (read_rows, '{"a": 1}\n{"a": \n{"a": 1}', "data.json, line 2: not valid json"),
+        (read_rows, '[\n{"a": 1},\n{"a": }\n]', "data.json, line 3: not valid json"),
+        (read_rows, '{"a": 1}\n\n[1]', "data.json, line 3: found a list; expected a json object"),
+        (read_rows, '[{"a": 1}, "b"]', "data.json, row 2: found a str; expected a json object"),
+        (read_instructions, '{"instruction": "q"}', "line 1: key 'output' is missing; found instruction"),
+        (read_instructions, "[{}]", "row 1: key 'instruction' is missing; found no keys"),
+        (
+            read_instructions,
+            '{"instruction": 1, "output": "a"}',
+            "line 1: 'instruction' is a int; expected a string",
+        ),
+        (
+            read_instructions,
+            '{"instruction": "q", "output": []}',
+            "line 1: 'output' must be a non-empty string",
+        ),
+        (
+            read_instructions,
+            '{"instruction": "q", "output": ["a", ""]}',
+            "line 1: 'output' must be a non-empty",
+        ),
+        (
+            read_instructions,
+            '{"instruction": "q", "output": "\\ud800"}',
+            "line 1: 'output' holds a lone surrogate",
+        ),
+        (
+            read_pairs,
+            '{"instruction": "q", "chosen": ["a", "b"], "rejected": "b"}',
+            "line 1: the same text is chosen and rejected: 'b'",
+        ),
+        (
+            graded_prompts,
+            '[{"instruction": "q", "label": "1"}, {"instruction": "r"}]',
+            "row 2: key 'label' is missing",
+        ),
+        (graded_prompts, '{"instruction": "q", "label": ""}', "line 1: key 'label' is missing or empty"),
+        (
+            graded_prompts,
+            '{"instruction": "q", "label": [1]}',
+            "line 1: 'label' is a list; expected a string",
+        ),
+        (
+            graded_prompts,
+            '{"instruction": "q", "label": "1", "id": 1}\n{"instruction": "r", "label": "1"}',
+            "line 2: id '1' stands already at",
+        ),
+        (
+            read_samples,
+            '{"response": "a"}\n{"id": "0", "response": "b"}',
+            "line 2: id '0', sample 0 stands twice",
+        ),
+        (read_samples, '{"id": "0"}', "line 1: key 'response' is missing; found id"),
+    ],
+)
+def test_mistake(file: Callable[[str], str], read: Reader, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(file(text))
+
+
+def test_a_missing_and_a_binary_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing.json does not exist"):
+        read_rows(str(tmp_path / "nothing.json"))
+    (tmp_path / "binary.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(UserError, match=r"binary.json is not UTF-8 \(byte 7\)"):
+        read_rows(str(tmp_path / "binary.json"))
+
+
+PROMPTS = [Prompt("x", "q", "1", None, None), Prompt("y", "r", "2", None, None)]
+
+
+def test_samples_find_their_problem_by_id_or_by_place(file: Callable[[str], str]) -> None:
+    by_id = read_samples(file('{"id": "y", "response": "b"}\n{"id": "x", "response": "a", "prompt": "own"}'))
+    assert [(s.id, s.prompt) for s in match_samples(by_id, PROMPTS, "f")] == [("y", "r"), ("x", "own")]
+    by_place = read_samples(file('{"response": "a"}\n{"response": "b"}'))
+    assert [(s.id, s.prompt) for s in match_samples(by_place, PROMPTS, "f")] == [("x", "q"), ("y", "r")]
+
+
+@pytest.mark.parametrize("text", ['{"id": "z", "response": "a"}', '{"response": "a"}\n' * 3])
+def test_samples_of_no_problem_are_refused(file: Callable[[str], str], text: str) -> None:
+    with pytest.raises(UserError, match="f: sample id '[z2]' is not among the 2 problems"):
+        match_samples(read_samples(file(text)), PROMPTS, "f")

@@ -1,0 +1,334 @@
+"""src/evaluation/evaluator.py: every problem counts, votes by hand, reruns that continue, samples of another run."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import solver_evaluate
+from src import assemble, parallel
+from src.data.examples import Prompt, Sample, read_prompts, read_samples
+from src.errors import UserError
+from src.evaluation import evaluator
+from src.evaluation.vote import wilson_interval
+from src.inference.sampling import Sampling
+from src.runlog import RunLog
+from tests.tiny import make_verifier, split, write_hf_llama
+
+LABELS = ["4", "7", "1"]
+ROWS = [
+    {"instruction": "2+2=", "label": "4", "level": 1},
+    {"instruction": "3+4=", "label": "7", "level": 2},
+    {"instruction": "1-0=", "label": "1", "level": 2},
+]
+
+
+def write_lines(path: Path, rows: list[dict[str, object]]) -> str:
+    """A jsonl file; its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def label_file(tmp_path: Path) -> str:
+    return write_lines(tmp_path / "labels.jsonl", ROWS)
+
+
+@pytest.fixture
+def prompts(label_file: str) -> list[Prompt]:
+    return read_prompts(label_file, need_label=True)
+
+
+def sample(problem: int, number: int, answer: str | None, **values: object) -> Sample:
+    """A sample that ends in `#### answer`, or has no answer."""
+    response = "none" if answer is None else f"so\n\n#### {answer}"
+    return Sample(
+        str(problem), number, ROWS[problem]["instruction"], response, None, {"response": response} | values
+    )
+
+
+def test_n_problems_in_n_verdicts_out(prompts: list[Prompt], tmp_path: Path) -> None:
+    samples = [sample(0, 0, "4"), sample(1, 0, None)]  # nothing for the third
+    results = evaluator.grade_samples("toy", prompts, samples, tmp_path / "samples.jsonl")
+    assert results["accuracy"] == pytest.approx(1 / 3)
+    assert results["interval"] == pytest.approx(wilson_interval(1, 3))
+    assert (results["problems"], results["samples"], results["missing"]) == (3, 2, 2)
+    assert results["outcomes"] == {"right": 1, "wrong": 0, "unparsed": 2, "timeout": 0, "error": 0}
+    assert results["by_level"] == {1: {"accuracy": 1.0, "problems": 1}, 2: {"accuracy": 0.0, "problems": 2}}
+    table = evaluator.results_table(results)
+    assert "3 problems, 1 samples each" in table and "33.3%" in table and "2 unparsed" in table
+
+
+def test_graded_samples_are_written_with_all_that_later_stages_need(
+    prompts: list[Prompt], tmp_path: Path
+) -> None:
+    path = tmp_path / "samples.jsonl"
+    evaluator.grade_samples("toy", prompts, [sample(1, 3, "7", score=0.5), sample(0, 0, None)], path)
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert first == {
+        "response": "so\n\n#### 7",
+        "score": 0.5,
+        "id": "1",
+        "sample": 3,
+        "prompt": "3+4=",
+        "label": "7",
+        "answer": "7",
+        "outcome": "right",
+    }
+    assert (second["answer"], second["outcome"]) == (None, "unparsed")
+
+
+def test_votes_by_hand(prompts: list[Prompt], tmp_path: Path) -> None:
+    answers = {0: ["4", "5", "5", "4"], 1: [None, "6", "6", "7"]}  # the third problem was never sampled
+    scores = {0: [2.0, -1.0, 0.0, 1.0], 1: [9.0, 0.0, 0.0, 1.0]}
+    samples = [
+        sample(problem, number, answer, score=scores[problem][number])
+        for problem, texts in answers.items()
+        for number, answer in enumerate(texts)
+    ]
+    results = evaluator.grade_samples("toy", prompts, samples, tmp_path / "samples.jsonl")
+    # shares of right samples 2/4 1/4 0
+    assert results["accuracy"] == pytest.approx(0.25)
+    low, high = results["interval"]
+    assert 0 <= low < 0.25 < high <= 0.5
+    # two of the right ones among any two drawn: 1 - 1/6 and 1 - 3/6; among four: both
+    assert results["pass_at"] == pytest.approx({1: 0.25, 2: (5 / 6 + 1 / 2) / 3, 4: 2 / 3})
+    # pairs (4 5)(5 4): the first of a tie wins, so one of two is right; (none 6)(6 7): 6 twice. All four: 4 by tie, 6
+    assert results["maj_at"] == pytest.approx({1: 0.25, 2: 0.5 / 3, 4: 1 / 3})
+    assert results["maj_interval"] == pytest.approx(wilson_interval(1, 3))
+    # the highest score of a pair: 4 and 4; none and 7. Of all four: 4; none
+    assert results["best_of_at"] == pytest.approx({1: 0.25, 2: 1.5 / 3, 4: 1 / 3})
+    # weights sigmoid(score): pairs as by best score, but 6 alone stands against none. Of all four: 0.88 + 0.73 for 4
+    # against 0.27 + 0.5; 0.5 + 0.5 for 6 against 0.73 for 7
+    assert results["weighted_at"] == pytest.approx({1: 0.25, 2: 1.5 / 3, 4: 1 / 3})
+    assert results["outcomes"]["right"] == 3 and results["missing"] == 5
+
+
+def test_without_scores_for_every_sample_there_is_no_vote_by_score(
+    prompts: list[Prompt], tmp_path: Path
+) -> None:
+    samples = [sample(0, 0, "4", score=1.0), sample(0, 1, "4")]
+    results = evaluator.grade_samples("toy", prompts, samples, tmp_path / "samples.jsonl")
+    assert "maj_at" in results and "best_of_at" not in results and "weighted_at" not in results
+
+
+class Run(NamedTuple):
+    """A solver on disk and in memory, ready to sample."""
+
+    ckpt_dir: str
+    verifier_dir: str
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("evaluator")
+    parallel.start()
+    ckpt_dir = split(write_hf_llama(folder / "hf"), folder / "one")
+    return Run(ckpt_dir, make_verifier(ckpt_dir, folder / "verifier", mean=1.0, std=4.0))
+
+
+FLAGS = {"task": "toy", "num_samples": 3, "temperature": 1.0, "max_new_tokens": 8, "max_batch_size": 4}
+
+
+def evaluate(run: Run, labels: str, log_dir: Path, **changes: object) -> list[str]:
+    """solver_evaluate.py's main; the lines of samples.jsonl."""
+    flags = FLAGS | {"ckpt_dir": run.ckpt_dir, "label_file": labels, "log_dir": str(log_dir)} | changes
+    solver_evaluate.main(**flags)
+    return (log_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def test_every_sample_is_there_in_order_and_depends_on_nothing_else(
+    run: Run, label_file: str, tmp_path: Path
+) -> None:
+    lines = evaluate(run, label_file, tmp_path / "a")
+    rows = [json.loads(line) for line in lines]
+    assert [(row["id"], row["sample"]) for row in rows] == [(str(p), s) for p in range(3) for s in range(3)]
+    assert rows[0].keys() >= {
+        "prompt",
+        "response",
+        "token_count",
+        "finish",
+        "logprob",
+        "label",
+        "answer",
+        "outcome",
+    }
+    assert all(row["finish"] == "stop" or row["token_count"] == 8 for row in rows)
+    assert lines == evaluate(run, label_file, tmp_path / "b", max_batch_size=1)
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert results["problems"] == 3 and results["samples"] == 9 and sum(results["outcomes"].values()) == 9
+
+
+def test_a_rerun_continues_behind_a_torn_line_with_the_same_result(
+    run: Run, label_file: str, tmp_path: Path
+) -> None:
+    log_dir = tmp_path / "log"
+    lines = evaluate(run, label_file, log_dir)
+    path = log_dir / "samples.jsonl"
+    results = (log_dir / "results.json").read_text()
+    for kept, torn in ((4, lines[4][:30]), (0, lines[0][:1]), (9, ""), (2, lines[5])):
+        path.write_text("\n".join([*lines[:kept], torn]), encoding="utf-8")
+        assert evaluate(run, label_file, log_dir) == lines
+        assert (log_dir / "results.json").read_text() == results
+    path.write_text(lines[1].replace('"response": "', '"response": "kept ') + "\n", encoding="utf-8")
+    again = evaluate(run, label_file, log_dir)
+    assert '"response": "kept ' in again[1] and again[2:] == lines[2:]  # what is there is not sampled again
+
+
+def test_more_samples_and_more_problems_can_be_asked_for_later(
+    run: Run, label_file: str, tmp_path: Path
+) -> None:
+    whole = evaluate(run, label_file, tmp_path / "whole")
+    evaluate(run, label_file, tmp_path / "part", limit=1, num_samples=1)
+    assert evaluate(run, label_file, tmp_path / "part") == whole
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seed": 2}, "holds samples with seed=1, but this run has 2"),
+        ({"temperature": 0.5}, "holds samples with temperature=1.0, but this run has 0.5"),
+        ({"max_new_tokens": 9}, "holds samples with max_new_tokens=8, but this run has 9"),
+        ({"num_samples": 2}, "holds sample 2 of problem '0', which this run does not ask for"),
+        ({"limit": 1}, "holds sample 0 of problem '1', which this run does not ask for"),
+        ({"label_file": "other.jsonl"}, "holds sample 0 of problem '0', which this run does not ask for"),
+    ],
+)
+def test_samples_of_another_run_are_refused(
+    run: Run,
+    label_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "other.jsonl", [row | {"instruction": row["instruction"] + " "} for row in ROWS])
+    before = evaluate(run, label_file, tmp_path / "log")
+    with pytest.raises(UserError, match=message):
+        evaluate(run, label_file, tmp_path / "log", **changes)
+    assert (tmp_path / "log/samples.jsonl").read_text().splitlines() == before
+
+
+def test_samples_of_another_checkpoint_or_of_unknown_origin_are_refused(
+    run: Run, label_file: str, tmp_path: Path
+) -> None:
+    evaluate(run, label_file, tmp_path / "log")
+    model = assemble.load_solver(run.ckpt_dir)
+    with torch.no_grad():
+        model.norm.weight += 1
+    assemble.save_model(model, str(tmp_path / "changed"), run.ckpt_dir)
+    with pytest.raises(UserError, match="holds samples with checkpoint="):
+        evaluate(run, label_file, tmp_path / "log", ckpt_dir=str(tmp_path / "changed"))
+    # graded samples of somebody else take the place of ours: from then on the directory is theirs
+    theirs = write_lines(tmp_path / "theirs.jsonl", [{"response": "#### 4"}])
+    evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=theirs)
+    with pytest.raises(UserError, match="samples.jsonl was not sampled here"):
+        evaluate(run, label_file, tmp_path / "log")
+
+
+def test_grading_again_in_place_keeps_the_directory_ours(run: Run, label_file: str, tmp_path: Path) -> None:
+    lines = evaluate(run, label_file, tmp_path / "log")
+    path = str(tmp_path / "log/samples.jsonl")
+    assert evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=path) == lines
+    assert evaluate(run, label_file, tmp_path / "log") == lines
+
+
+@pytest.mark.parametrize("ids", [None, ["x", "y", "z"]])
+def test_a_samples_file_is_graded_by_id_and_by_place(run: Run, tmp_path: Path, ids: list[str] | None) -> None:
+    problems = [
+        row | ({} if ids is None else {"id": name}) for row, name in zip(ROWS, ids or "abc", strict=True)
+    ]
+    labels = write_lines(tmp_path / "labels.jsonl", problems)
+    names = ids or ["0", "1", "2"]
+    by_place = [{"response": f"#### {label}"} for label in LABELS]
+    by_id = [{"id": names[place], "response": f"#### {LABELS[place]}"} for place in (2, 0, 1)]
+    for number, rows in enumerate((by_place, by_id)):
+        log_dir = tmp_path / str(number)
+        samples_file = write_lines(tmp_path / "samples.jsonl", rows)
+        lines = evaluate(run, labels, log_dir, ckpt_dir="", samples_file=samples_file)
+        graded = {row["id"]: row["prompt"] for row in map(json.loads, lines)}
+        assert graded == {name: row["instruction"] for name, row in zip(names, ROWS, strict=True)}
+        assert json.loads((log_dir / "results.json").read_text())["accuracy"] == 1.0
+    evaluate(run, labels, tmp_path / "2", ckpt_dir="", samples_file=samples_file, limit=2)
+    assert json.loads((tmp_path / "2/results.json").read_text())["problems"] == 2
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"id": "3", "response": "a"}], [{"response": "a"}] * 4, [{"id": 1.5, "response": "a"}]]
+)
+def test_an_unknown_id_is_refused(
+    run: Run, label_file: str, tmp_path: Path, rows: list[dict[str, object]]
+) -> None:
+    samples_file = write_lines(
+        tmp_path / "samples.jsonl", [row | {"sample": n} for n, row in enumerate(rows)]
+    )
+    with pytest.raises(UserError, match=r"sample id '(3|1.5)' is not among the 3 problems"):
+        evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=samples_file)
+    assert not (tmp_path / "log/results.json").exists()
+
+
+def test_scores_are_normalised_and_do_not_depend_on_the_batch(run: Run, tmp_path: Path) -> None:
+    verifier, tokenizer = assemble.load_verifier(run.verifier_dir), assemble.load_tokenizer(run.verifier_dir)
+    texts = ["4", "abc def 0123", "", "#### 7"]
+    samples = [
+        Sample(str(n), 0, "1+1=", text, None, {"finish": "length" if n == 1 else "stop"})
+        for n, text in enumerate(texts)
+    ]
+    log = RunLog(str(tmp_path), {})
+    found = evaluator.score_samples(verifier, tokenizer, samples, max_batch_size=3, log=log)
+    for n, text in enumerate(texts):
+        tokens = [1, *tokenizer.encode("1+1="), *tokenizer.encode(text), *([] if n == 1 else [2])]
+        score = verifier.scores(verifier(torch.tensor([tokens])))[0, -1].item()
+        assert found[n] == pytest.approx((score - 1.0) / 4.0, abs=1e-5)
+
+
+def test_a_diverged_verifier_and_a_sample_that_does_not_fit_are_refused(run: Run, tmp_path: Path) -> None:
+    verifier, tokenizer = assemble.load_verifier(run.verifier_dir), assemble.load_tokenizer(run.verifier_dir)
+    log = RunLog(str(tmp_path), {})
+    long = Sample("0", 0, "1+1=", "a" * 200, None, {})
+    with pytest.raises(UserError, match=r"sample '0'/0 has \d+ tokens"):
+        evaluator.score_samples(verifier, tokenizer, [long], max_batch_size=1, log=log)
+    with torch.no_grad():
+        verifier.v_head.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="the score of sample '0'/0 is nan; the verifier has diverged"):
+        evaluator.score_samples(verifier, tokenizer, [long._replace(response="a")], max_batch_size=1, log=log)
+
+
+def test_sampling_without_grading(run: Run, label_file: str, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in evaluate(run, label_file, tmp_path / "log", task="none")]
+    assert len(rows) == 9 and "outcome" not in rows[0]
+    assert not (tmp_path / "log/results.json").exists()
+    assert [s.prompt for s in read_samples(str(tmp_path / "log/samples.jsonl"))[::3]] == [
+        r["instruction"] for r in ROWS
+    ]
+
+
+def test_greedy_is_temperature_0(run: Run, prompts: list[Prompt], tmp_path: Path) -> None:
+    model, tokenizer = assemble.load_solver(run.ckpt_dir), assemble.load_tokenizer(run.ckpt_dir)
+    path = tmp_path / "samples.jsonl"
+    evaluator.sample_prompts(
+        model,
+        tokenizer,
+        prompts,
+        Sampling(temperature=0.0, max_new_tokens=5),
+        num_samples=1,
+        max_batch_size=2,
+        path=path,
+        log=RunLog(str(tmp_path), {}),
+    )
+    for line, prompt in zip(path.read_text().splitlines(), prompts, strict=True):
+        tokens = [1, *tokenizer.encode(prompt.instruction)]
+        start, total = len(tokens), 0.0
+        while len(tokens) < start + 5 and tokens[-1] != 2:
+            logprobs = model.logits(model(torch.tensor([tokens])))[0, -1].log_softmax(-1)
+            tokens.append(int(logprobs.argmax()))
+            total += logprobs.max().item()
+        row = json.loads(line)
+        assert (
+            row["response"] == tokenizer.decode(tokens[start:]) and row["token_count"] == len(tokens) - start
+        )
+        assert row["logprob"] == pytest.approx(total, abs=1e-3)

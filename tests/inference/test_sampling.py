@@ -1,0 +1,112 @@
+"""src/inference/sampling.py by hand and by frequency."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from src.errors import UserError
+from src.inference.sampling import Sampling, choose, uniforms
+
+# probabilities 0.1, 0.6, 0.3 of tokens 0, 1, 2
+LOGITS = torch.tensor([0.1, 0.6, 0.3]).log()
+
+
+def drawn(u: list[float], **settings: float) -> list[int]:
+    """The tokens that these numbers draw from LOGITS."""
+    sampling = Sampling(**{"temperature": 1.0} | settings)
+    return choose(LOGITS.expand(len(u), 3), sampling, torch.tensor(u, dtype=torch.float64))[0].tolist()
+
+
+def test_draw_inverts_the_cumulative_distribution() -> None:
+    # cumulative 0.1, 0.7, 1.0 in the order of ids
+    assert drawn([0.0, 0.0999, 0.1001, 0.6999, 0.7001, 0.9999]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    # by size: token 1 has 0.6, then token 2 makes 0.9, then token 0
+    assert drawn([0.0, 0.5, 0.9999], top_p=0.5) == [1, 1, 1]
+    assert drawn([0.0, 0.5, 0.9999], top_p=0.59) == [1, 1, 1]
+    # tokens 1 and 2 renormalised: 0.667 and 0.333
+    assert drawn([0.0, 0.666, 0.667, 0.9999], top_p=0.61) == [1, 1, 2, 2]
+    assert drawn([0.0, 0.666, 0.667, 0.9999], top_p=0.89) == [1, 1, 2, 2]
+    # all three, still by size
+    assert drawn([0.0, 0.599, 0.601, 0.899, 0.901], top_p=0.95) == [1, 1, 2, 2, 0]
+
+
+def test_top_p_keeps_at_least_one_token() -> None:
+    assert drawn([0.0, 0.9999], top_p=1e-9) == [1, 1]
+
+
+def test_temperature_sharpens_and_flattens() -> None:
+    # temperature 0.5 squares: 0.01, 0.36, 0.09 of 0.46 -> cumulative 0.0217, 0.8043
+    assert drawn([0.0216, 0.0218, 0.8042, 0.8044], temperature=0.5) == [0, 1, 1, 2]
+    # temperature 2 takes roots: 0.3162, 0.7746, 0.5477 of 1.6385 -> cumulative 0.1930, 0.6657
+    assert drawn([0.1929, 0.1931, 0.6656, 0.6658], temperature=2.0) == [0, 1, 1, 2]
+    # top_p acts on the distribution after temperature: 0.36 / 0.46 = 0.783
+    assert drawn([0.0, 0.9999], temperature=0.5, top_p=0.78) == [1, 1]
+    assert drawn([0.0, 0.9999], temperature=0.5, top_p=0.79) == [1, 2]
+
+
+def test_temperature_zero_is_greedy_and_takes_the_first_of_equals() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]])
+    tokens, _ = choose(logits, Sampling(temperature=0.0), torch.tensor([0.99, 0.99], dtype=torch.float64))
+    assert tokens.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
+def test_logprobs_are_those_of_the_plain_model(temperature: float) -> None:
+    sampling = Sampling(temperature=temperature, top_p=0.7)
+    tokens, logprobs = choose(5 + LOGITS[None].bfloat16(), sampling, torch.tensor([0.5], dtype=torch.float64))
+    assert logprobs.dtype == torch.float32
+    expected = (5 + LOGITS.bfloat16()).float().log_softmax(-1)[tokens]
+    torch.testing.assert_close(logprobs, expected)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.6)])
+def test_frequencies_are_those_of_the_distribution(temperature: float, top_p: float) -> None:
+    logits: Tensor = torch.tensor([2.0, -1.0, 0.5, 1.5, 0.0, -3.0])
+    probs = (logits / temperature).softmax(-1)
+    kept = probs.sort(descending=True)
+    mass, nucleus = 0.0, []
+    for p, token in zip(kept.values.tolist(), kept.indices.tolist(), strict=True):
+        if mass < top_p:
+            nucleus.append(token)
+        mass += p
+    expected = torch.zeros(6)
+    expected[nucleus] = probs[nucleus] / probs[nucleus].sum()
+    n = 20_000
+    u = torch.from_numpy(uniforms(1, "row", 0, n))
+    tokens, _ = choose(logits.expand(n, 6), Sampling(temperature=temperature, top_p=top_p), u)
+    found = torch.bincount(tokens, minlength=6) / n
+    assert (found - expected).abs().max() < 0.015  # four standard deviations of a share
+    assert not found[expected == 0].any()
+
+
+def test_uniforms_depend_on_seed_id_and_sample_alone() -> None:
+    first = uniforms(1, "a", 0, 8)
+    assert np.array_equal(uniforms(1, "a", 0, 8), first)
+    assert np.array_equal(uniforms(1, "a", 0, 100)[:8], first)  # a longer response begins alike
+    np.random.seed(0)
+    torch.manual_seed(0)
+    assert np.array_equal(uniforms(1, "a", 0, 8), first)
+    others = [uniforms(2, "a", 0, 8), uniforms(1, "b", 0, 8), uniforms(1, "a", 1, 8), uniforms(1, "a0", 0, 8)]
+    assert not any(np.isin(other, first).any() for other in others)
+
+
+def test_uniforms_are_uniform() -> None:
+    u = np.concatenate([uniforms(1, str(index), sample, 10) for index in range(100) for sample in range(10)])
+    assert u.dtype == np.float64
+    assert 0 <= u.min() < u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.012  # four standard deviations
+    counts = np.histogram(u, bins=10, range=(0, 1))[0]
+    assert np.abs(counts - 1000).max() < 120
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}],
+)
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(wrong))}=.*: expected"):
+        Sampling(**wrong)

@@ -1,0 +1,204 @@
+"""src/models/lora.py and adapter directories, at tensor-parallel sizes 1, 2 and 4; gradients against peft."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from src.checkpoint import adapters, storage
+from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
+from src.checkpoint.shards import join, split_dim
+from src.checkpoint.sources import open_source, read_config
+from src.checkpoint.split import split
+from src.errors import UserError
+from src.models.config import ModelConfig
+from src.models.lora import LoraConfig
+from tests import reference
+from tests.ranks import run_ranks, succeed
+
+SIZES = (1, 2, 4)
+
+
+class Run(NamedTuple):
+    """What the ranks of one size computed; the base and the adapter directory they used."""
+
+    results: list[dict[str, object]]
+    base: Path
+    adapter: Path
+
+    @property
+    def config(self) -> ModelConfig:
+        return read_config(self.base)
+
+    def joined(self, key: str) -> dict[str, Tensor]:
+        """The whole tensors under `key`; copies that every rank holds must be equal."""
+        whole = {}
+        for name in self.results[0][key]:
+            pieces, dim = [rank[key][name] for rank in self.results], split_dim(name, self.config)
+            if dim is None:
+                assert all(torch.equal(piece, pieces[0]) for piece in pieces), f"{name}: ranks disagree"
+            whole[name] = join(pieces, dim)
+        return whole
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.make_llama(tmp_path_factory.mktemp("hf"), "gqa")
+
+
+@pytest.fixture(scope="module")
+def run(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
+    """run(n): the worker's results on n ranks, computed once."""
+    runs: dict[int, Run] = {}
+    tokens, mask = (x.tolist() for x in reference.batch())
+
+    def on(n: int) -> Run:
+        if n not in runs:
+            root = tmp_path_factory.mktemp(f"lora-{n}")
+            base, adapter = root / "base", root / "adapter"
+            split(open_source(str(hf_folder)), base, n, "", "", "gqa")
+            arguments = {"folder": str(base), "save_dir": str(adapter), "tokens": tokens, "mask": mask}
+            runs[n] = Run(run_ranks(n, "tests.workers:lora", root, **arguments), base, adapter)
+        return runs[n]
+
+    return on
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_fresh_adapters_leave_the_output_as_it_was(run: Callable[[int], Run], n: int) -> None:
+    for rank in run(n).results:
+        assert torch.equal(rank["initial"], rank["base"])
+
+
+@pytest.mark.parametrize("n", SIZES[1:])
+def test_fresh_adapters_do_not_depend_on_the_tensor_parallel_size(run: Callable[[int], Run], n: int) -> None:
+    one, many = run(1).joined("adapters"), run(n).joined("adapters")
+    assert set(one) == set(many)
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert all(one[name].any() == name.endswith("lora_a.weight") for name in one)
+
+
+@pytest.mark.parametrize("n", SIZES[1:])
+def test_gradients_do_not_depend_on_the_tensor_parallel_size(run: Callable[[int], Run], n: int) -> None:
+    one, many = run(1).joined("gradients"), run(n).joined("gradients")
+    assert set(one) == set(many) == set(run(1).joined("adapters"))
+    for name in one:
+        assert reference.relative_difference(many[name], one[name]) < 1e-4, name
+
+
+def test_gradients_equal_peft(run: Callable[[int], Run], hf_folder: Path) -> None:
+    result, config = run(1).results[0], run(1).config
+    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(reference.hf_model(hf_folder), settings)
+    found = {}
+    for theirs, parameter in model.named_parameters():
+        if "lora_" in theirs:
+            stem, _, factor = theirs.removeprefix("base_model.model.").partition(".lora_")
+            name = from_hf_name(f"{stem}.weight").removesuffix("weight")
+            found[f"{name}lora_{factor[0].lower()}.weight"] = parameter
+    assert set(found) == set(result["gradients"])
+    values = result["filled"]
+    for name, parameter in found.items():
+        parameter.data = rotary_to_hf(_rotated(name), values[name], config)
+    reference.hf_logits_and_loss(model)[1].backward()
+    for name, parameter in found.items():
+        expected = rotary_from_hf(_rotated(name), parameter.grad, config)
+        assert reference.relative_difference(result["gradients"][name], expected) < 1e-4, name
+
+
+def _rotated(name: str) -> str:
+    """The weight whose rows a factor's rows are: B has its base's rows, A has none of them."""
+    return name.replace(".lora_b", "") if ".lora_b" in name else name
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_merged_and_loaded_adapters_give_the_trained_logits(run: Callable[[int], Run], n: int) -> None:
+    for rank in run(n).results:
+        assert reference.relative_difference(rank["trained"], rank["base"]) > 0.01
+        for way in ("loaded", "merged"):
+            assert reference.relative_difference(rank[way], rank["trained"]) < 1e-5
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_loading_an_adapter_in_bfloat16_equals_loading_the_merged_checkpoint(
+    run: Callable[[int], Run], n: int
+) -> None:
+    for rank in run(n).results:
+        loaded, merged = rank["loaded_bfloat16"], rank["merged_bfloat16"]
+        assert all(torch.equal(loaded[name], merged[name]) for name in merged)
+
+
+def test_split_command_merges_an_adapter_into_any_number_of_shards(
+    run: Callable[[int], Run], tmp_path: Path
+) -> None:
+    trained = run(2)
+    succeed("checkpoint_split.py", "--ckpt_file", trained.adapter, "--save_path", tmp_path, "--n", 4)
+    base, own = open_source(str(trained.base)), trained.joined("trained_adapters")
+    for name, stored in open_source(str(tmp_path)).tensors.items():
+        expected, stem = base.tensors[name].load(), name.removesuffix(".weight")
+        if f"{stem}.lora_a.weight" in own:
+            product = own[f"{stem}.lora_b.weight"] @ own[f"{stem}.lora_a.weight"]
+            expected = expected + 6.0 / 4 * product
+        torch.testing.assert_close(stored.load(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_an_optimizer_step_leaves_the_base_bit_equal(run: Callable[[int], Run], n: int) -> None:
+    assert all(rank["base_unchanged"] for rank in run(n).results)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_adapter_directory_holds_only_adapter_tensors(run: Callable[[int], Run], n: int) -> None:
+    folder = run(n).adapter
+    assert not list(folder.glob("consolidated*"))
+    paths = storage.shard_paths(folder, storage.ADAPTER)
+    assert len(paths) == n
+    for path in paths:
+        assert all(".lora_a." in name or ".lora_b." in name for name in storage.read_shard(path))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_dropout_acts_in_training_only(run: Callable[[int], Run], n: int) -> None:
+    for rank in run(n).results:
+        logits = rank["dropout"]
+        assert torch.equal(logits["eval"], logits["without"])
+        assert reference.relative_difference(logits["train"], logits["without"]) > 0.01
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_ranks_agree_on_what_dropout_drops(run: Callable[[int], Run], n: int) -> None:
+    first, *others = [rank["dropout"]["train"] for rank in run(n).results]
+    assert all(torch.equal(other, first) for other in others)
+
+
+def test_verifier_keeps_its_value_head_in_the_adapter_directory(run: Callable[[int], Run]) -> None:
+    scores = run(2).results[0]["verifier"]
+    torch.testing.assert_close(scores["loaded"], scores["saved"], rtol=0, atol=1e-5)
+    assert scores["saved"].abs().max() > 0.1
+    adapter = storage.read_shard(storage.shard_paths(run(2).base / "../verifier", storage.ADAPTER)[0])
+    assert sorted({name.split(".")[-2] for name in adapter}) == ["lora_a", "lora_b", "v_head"]
+
+
+def test_changed_base_is_refused(tmp_path: Path, hf_folder: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    source = open_source(str(hf_folder))
+    split(source, base, 1, "", "", "gqa")
+    adapter.mkdir()
+    adapters.write_adapter(adapter, base, LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=("wq",)))
+    assert adapters.read_adapter(adapter).base == base
+    split(source, base, 1, "bfloat16", "", "gqa")
+    with pytest.raises(UserError, match=r"adapter\.json: the base .*base has changed"):
+        adapters.read_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"rank": 0}, {"dropout": 1.0}, {"dropout": -0.1}, {"targets": ()}, {"targets": ("wq", "q_proj")}],
+)
+def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"lora_{next(iter(wrong))}"):
+        LoraConfig(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ("wq",)} | wrong)

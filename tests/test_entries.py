@@ -1,0 +1,544 @@
+"""The entry scripts: the whole path by real commands on two ranks, their flags, and one clear line for each mistake."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import checkpoint_split
+from src import assemble, cli, parallel
+from src.checkpoint import storage
+from src.errors import UserError
+from tests.reference import hf_model
+from tests.tiny import make_verifier, split, write_hf_llama, write_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+PROBLEMS = [
+    {"instruction": f"{a}+{b}=", "output": f"{a}+{b}={a + b}\n\n#### {a + b}", "label": str(a + b)}
+    for a in range(1, 5)
+    for b in range(1, 5)
+]
+EXACTLY_ONE_ERROR = re.compile(r"error: [^\n]+\n")
+
+
+def launch(
+    folder: Path, script: str, *flags: object, n: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in a folder, on n ranks if given. Under two minutes, or the test fails."""
+    torchrun = [] if n is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    return subprocess.run(
+        [sys.executable, *torchrun, str(ROOT / script), *map(str, flags)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def write_json(path: Path, rows: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def teach(folder: Path) -> None:
+    """Train transformers' model to answer the problems right about every other time."""
+    model, tokenizer = hf_model(folder), assemble.load_tokenizer(split(folder, folder / "ours"))
+    shutil.rmtree(folder / "ours")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    prompts = [[1, *tokenizer.encode(row["instruction"])] for row in PROBLEMS]
+    for step in range(120):
+        answers = [str(int(row["label"]) + (index + step) % 2) for index, row in enumerate(PROBLEMS)]
+        rows = [p + tokenizer.encode(f"#### {a}") + [2] for p, a in zip(prompts, answers, strict=True)]
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, padding_value=2)
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+
+
+def tear_samples(folder: Path, ckpt_dir: Path) -> None:
+    """What an evaluation of this checkpoint leaves when it is killed within its first line."""
+    numbers = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, "seed": 1}
+    write_json(folder / "samples.identity.json", {"checkpoint": storage.fingerprint(ckpt_dir)} | numbers)
+    (folder / "samples.jsonl").write_text('{"id": "0", "sam', encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the commands of the users' documents have run, from a Hugging Face directory to PPO."""
+    parallel.start()
+    folder = tmp_path_factory.mktemp("path")
+    teach(write_hf_llama(folder / "hf"))
+    write_json(folder / "dataset/GSM8K/train.json", PROBLEMS)
+    samples = "--num_samples 4 --temperature 1 --max_new_tokens 12"
+    trained = "--model_type llama --max_batch_size 4"
+    problems = "--label_file dataset/GSM8K/train.json"
+    train_solver = f"solver_train.py --ckpt_dir ckpt --train_file dataset/GSM8K/train.json {trained}"
+    train_verifier = f"verifier_train.py --ckpt_dir solver --train_file pairs.json {trained}"
+    for n, command in (
+        (None, "checkpoint_split.py --ckpt_file hf --save_path ckpt --n 2"),
+        (2, f"{train_solver} --save_dir solver --lora_rank -1"),
+        (2, f"{train_solver} --save_dir solver_lora --lora_rank 8"),
+        (
+            2,
+            f"solver_evaluate.py --task GSM8K --ckpt_dir solver_lora --log_dir log {problems} {trained} {samples}",
+        ),
+        (None, "data_build.py --samples_file log/samples.jsonl --save_file pairs.json"),
+        (2, f"{train_verifier} --save_dir verifier --lora_rank -1"),
+        (2, f"{train_verifier} --save_dir verifier_lora --lora_rank 8"),
+        (
+            2,
+            f"verifier_evaluate.py --task GSM8K --ckpt_dir verifier_lora --samples_file log/samples.jsonl {problems} "
+            "--log_dir scored --max_batch_size 8",
+        ),
+        (
+            2,
+            "ppo_train.py --actor_ckpt_dir solver_lora --actor_save_dir ppo/actor --critic_ckpt_dir verifier "
+            "--critic_save_dir ppo/critic --reward_model_ckpt_dir verifier_lora --max_batch_size 4 --max_buffer_size 8",
+        ),
+    ):
+        if command.startswith("solver_evaluate"):
+            tear_samples(folder / "log", folder / "solver_lora")
+        done = launch(folder, *command.split(), n=n)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("ckpt", "consolidated"),
+        ("solver", "consolidated"),
+        ("solver/epoch-1", "consolidated"),
+        ("solver_lora", "adapter"),
+        ("verifier", "consolidated"),
+        ("verifier_lora", "adapter"),
+        ("ppo/actor", "consolidated"),
+        ("ppo/critic", "consolidated"),
+    ],
+)
+def test_every_step_leaves_a_checkpoint_of_two_shards(whole_path: Path, name: str, kind: str) -> None:
+    folder = whole_path / name
+    storage.check_complete(folder)
+    assert [path.name for path in sorted(folder.glob("*.pth"))] == [f"{kind}.00.pth", f"{kind}.01.pth"]
+    for path in folder.glob("*.pth"):
+        assert all(torch.isfinite(tensor).all() for tensor in storage.read_shard(path).values())
+    verifier = name.startswith("verifier") or name.endswith("critic")
+    assert json.loads((folder / "params.json").read_text())["value_head"] is verifier
+    assert (folder / "tokenizer.model").is_file()
+    assert not list(folder.glob(".*"))  # no temporary file stays
+
+
+def test_training_left_its_record(whole_path: Path) -> None:
+    for name in ("solver", "solver_lora"):
+        rows = metrics(whole_path / name)
+        assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["grad_norm"] > 0 for row in rows)
+        run = json.loads((whole_path / name / "run.json").read_text())
+        assert run["world_size"] == 2 and run["flags"]["train_file"] == "dataset/GSM8K/train.json"
+    assert metrics(whole_path / "solver")[0]["loss"] == metrics(whole_path / "solver_lora")[0]["loss"]
+    for name in ("verifier", "verifier_lora"):
+        rows = metrics(whole_path / name)
+        assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+        assert 0 <= rows[-1]["held_out_accuracy"] <= 1
+        params = json.loads((whole_path / name / "params.json").read_text())
+        assert params["score_std"] == rows[-1]["score_std"] and params["score_mean"] == rows[-1]["score_mean"]
+    rows = metrics(whole_path / "ppo/actor")
+    assert len(rows) == 2 and rows[0]["kl"] == 0.0 and all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_evaluation_counts_and_scores_every_sample(whole_path: Path) -> None:
+    for name in ("log", "scored"):
+        results = json.loads((whole_path / name / "results.json").read_text())
+        assert results["problems"] == len(PROBLEMS) and results["samples"] == 4 * len(PROBLEMS)
+        assert 0.1 < results["accuracy"] < 0.9  # it was taught to be right every other time
+    assert results["best_of_at"].keys() == results["maj_at"].keys() == {"1", "2", "4"}
+    lines = (whole_path / "scored/samples.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["score"] for line in lines}) > 1
+
+
+def test_pairs_are_right_against_wrong(whole_path: Path) -> None:
+    labels = {row["instruction"]: row["label"] for row in PROBLEMS}
+    pairs = json.loads((whole_path / "pairs.json").read_text())
+    assert len(pairs) > 5
+    for row in pairs:
+        label = labels[row["instruction"]]
+        assert row["chosen"].endswith(f"#### {label}") and not row["rejected"].endswith(f"#### {label}")
+
+
+def test_the_actor_can_be_resharded_and_evaluated_on_one_rank(whole_path: Path, tmp_path: Path) -> None:
+    script = importlib.import_module("solver_evaluate")
+    for source in ("ppo/actor", "solver_lora"):
+        name = source.replace("/", "_")
+        checkpoint_split.main(str(whole_path / source), str(tmp_path / name), 1)
+        labels = str(whole_path / "dataset/GSM8K/train.json")
+        script.main("GSM8K", labels, str(tmp_path / f"log_{name}"), str(tmp_path / name), max_new_tokens=12)
+        found = json.loads((tmp_path / f"log_{name}/results.json").read_text())
+        assert found["problems"] == found["samples"] == len(PROBLEMS) and found["accuracy"] > 0
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_are_documented_and_their_numbers_have_bounds(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module(name).main
+    assert cli.undocumented(main) == []
+    flags = cli.flags_of(main)
+    numbers = {flag.name for flag in flags.values() if {int, float} & set(flag.kinds)}
+    assert numbers <= cli.NUMBERS.keys()
+    cli.check_numbers({flag.name: flag.default for flag in flags.values() if not flag.required})
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{flag}  " in shown for flag in flags)
+
+
+class World(NamedTuple):
+    """Good directories and files, and the flags with which every script would run."""
+
+    folder: Path
+    flags: dict[str, dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    parallel.start()
+    folder = tmp_path_factory.mktemp("world")
+    hf = write_hf_llama(folder / "hf")
+    one = split(hf, folder / "one")
+    split(hf, folder / "two", 2)
+    make_verifier(one, folder / "verifier")
+    write_json(folder / "train.json", PROBLEMS)
+    write_json(
+        folder / "pairs.json", [{"instruction": str(i), "chosen": "1", "rejected": "2"} for i in range(20)]
+    )
+    write_json(folder / "samples.json", [{"response": f"#### {row['label']}"} for row in PROBLEMS])
+    graded = [
+        {"prompt": "q", "response": "1", "outcome": "right"},
+        {"prompt": "q", "response": "2", "outcome": "wrong"},
+    ]
+    write_json(folder / "graded.json", [row | {"id": "0", "sample": n} for n, row in enumerate(graded)])
+    train = {"ckpt_dir": "one", "save_dir": "out", "train_file": "train.json"}
+    evaluate = {"task": "toy", "ckpt_dir": "one", "label_file": "train.json", "log_dir": "out"}
+    return World(
+        folder,
+        {
+            "checkpoint_split": {"ckpt_file": "hf", "save_path": "out", "n": 2},
+            "solver_train": train,
+            "solver_evaluate": evaluate,
+            "data_build": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
+            "verifier_train": train | {"train_file": "pairs.json"},
+            "verifier_evaluate": evaluate | {"ckpt_dir": "verifier", "samples_file": "samples.json"},
+            "ppo_train": {
+                "actor_ckpt_dir": "one",
+                "actor_save_dir": "out/actor",
+                "critic_ckpt_dir": "verifier",
+                "critic_save_dir": "out/critic",
+                "reward_model_ckpt_dir": "verifier",
+                "train_file": "train.json",
+            },
+        },
+    )
+
+
+def refuse(world: World, script: str, changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    """The script stops with this one line and leaves nothing that looks like a result."""
+    main = importlib.import_module(script).main
+    flags = world.flags[script] | changes
+    argv = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    with pytest.raises(UserError, match=message) as problem:
+        main(**cli.parse(main, argv))
+    assert "\n" not in str(problem.value)
+    left = {path.name for path in (tmp_path / "out").rglob("*")} if (tmp_path / "out").is_dir() else set()
+    assert not left & {"params.json", "manifest.json", "results.json", "pairs.json", "samples.jsonl"}, left
+
+
+@pytest.fixture
+def here(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh working directory in which the names of `world` are links."""
+    for path in world.folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def own_copy(here: Path, name: str) -> Path:
+    """A directory of `world` that may be damaged."""
+    return Path(shutil.copytree(here / name, here / "damaged"))
+
+
+def edit_params(folder: Path, **changes: object) -> None:
+    path = folder / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
+    (
+        "two",
+        lambda f: (f / "consolidated.01.pth").unlink(),
+        "has 2 shards by its manifest but consolidated.01.pth is",
+    ),
+    (
+        "two",
+        lambda f: cut(f / "consolidated.01.pth"),
+        r"consolidated.01.pth has \d+ bytes but the manifest says \d+",
+    ),
+    (
+        "one",
+        lambda f: ((f / "manifest.json").unlink(), cut(f / "consolidated.00.pth")),
+        "cannot be read as a checkpoint",
+    ),
+    (
+        "one",
+        lambda f: (f / "params.json").unlink(),
+        "has no params.json: it is no checkpoint, or its save was",
+    ),
+    ("one", lambda f: (f / "params.json").write_text("{"), "params.json is not valid json"),
+    (
+        "one",
+        lambda f: (f / "params.json").write_text("[]"),
+        "params.json holds a list; expected a json object",
+    ),
+    ("one", lambda f: (f / "manifest.json").write_text("{}"), "manifest.json"),
+    (
+        "one",
+        lambda f: (f / "tokenizer.model").unlink(),
+        "tokenizer.model does not exist; give checkpoint_split.py",
+    ),
+    ("one", lambda f: edit_params(f, n_layers=3), "parameter 'layers.2.attention.wq.weight' is missing"),
+    ("one", lambda f: edit_params(f, n_layers=1), "unknown parameter 'layers.1.attention.wk.weight'"),
+    (
+        "one",
+        lambda f: edit_params(f, ffn_dim=64),
+        r"w1.weight has shape \[48, 32\] but params.json means \[64, 32\]",
+    ),
+    (
+        "one",
+        lambda f: edit_params(f, vocab_size=16),
+        "has 27 pieces but damaged embeds 16|tok_embeddings.weight has shape",
+    ),
+    ("one", lambda f: edit_params(f, n_kv_heads=3), "n_heads=8 is not a multiple of n_kv_heads=3"),
+    ("one", lambda f: edit_params(f, dim="32"), "dim"),
+    ("one", lambda f: edit_params(f, n_heads=None), "n_heads"),
+    ("one", lambda f: edit_params(f, size=7), "unknown key 'size'"),
+]
+
+
+@pytest.mark.parametrize("source, damage, message", DAMAGE, ids=[message for _, _, message in DAMAGE])
+def test_a_damaged_checkpoint(
+    world: World, here: Path, source: str, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(own_copy(here, source))
+    for script in ("solver_train", "solver_evaluate"):
+        refuse(world, script, {"ckpt_dir": "damaged"}, message, here)
+
+
+DATA: list[tuple[str, str, str]] = [
+    ('{"instruction": "a", "output": "b"}\n{"instruction": \n', "bad.json, line 2: not valid json", "all"),
+    ("", "bad.json holds no rows", "all"),
+    ("[]", "bad.json holds no rows", "all"),
+    ('[{"output": "b"}]', "bad.json, row 1: key 'instruction' is missing; found output", "all"),
+    ('[{"instruction": "a"}]', "bad.json, row 1: key 'output' is missing", "solver_train"),
+    ('[{"instruction": "a"}]', "bad.json, row 1: key 'chosen' is missing", "verifier_train"),
+    (
+        '{"instruction": "a", "label": "1"}\n{"instruction": "b"}',
+        "bad.json, line 2: key 'label' is",
+        "solver_evaluate",
+    ),
+    (
+        '{"instruction": "a", "label": "1"}\n{"instruction": "b"}',
+        "bad.json, line 2: key 'label' is",
+        "ppo_train",
+    ),
+]
+
+
+@pytest.mark.parametrize("text, message, which", DATA)
+def test_a_bad_data_file(world: World, here: Path, text: str, message: str, which: str) -> None:
+    (here / "bad.json").write_text(text)
+    files = {
+        "solver_train": {"train_file": "bad.json"},
+        "verifier_train": {"train_file": "bad.json"},
+        "solver_evaluate": {"label_file": "bad.json"},
+        "verifier_evaluate": {"label_file": "bad.json"},
+        "ppo_train": {"train_file": "bad.json", "reward": "rule", "reward_model_ckpt_dir": None},
+    }
+    for script in files if which == "all" else [which]:
+        refuse(world, script, files[script], message, here)
+
+
+MISTAKES: list[tuple[str, dict[str, object], str]] = [
+    (
+        "solver_train",
+        {"ckpt_dir": "two"},
+        "two holds 2 shards but 1 ranks are running; start 2 processes, or run",
+    ),
+    ("ppo_train", {"actor_ckpt_dir": "two"}, "two holds 2 shards but 1 ranks are running"),
+    ("solver_train", {"ckpt_dir": "nowhere"}, "nowhere"),
+    ("solver_train", {"ckpt_dir": "hf"}, "hf has no params.json: it is no checkpoint"),
+    (
+        "solver_train",
+        {"ckpt_dir": "verifier"},
+        r"verifier is a verifier \(it has a value head\); a solver is needed",
+    ),
+    ("solver_evaluate", {"ckpt_dir": "verifier"}, "verifier is a verifier"),
+    (
+        "verifier_evaluate",
+        {"ckpt_dir": "one"},
+        r"one is a solver \(no value head\); train a verifier from it",
+    ),
+    ("ppo_train", {"actor_ckpt_dir": "verifier"}, "verifier is a verifier"),
+    ("ppo_train", {"reward_model_ckpt_dir": "one"}, r"one is a solver \(no value head\)"),
+    ("ppo_train", {"reward_model_ckpt_dir": None}, "--reward verifier needs --reward_model_ckpt_dir"),
+    ("ppo_train", {"temperature": 0}, "PPO learns from sampled responses; expected more than 0"),
+    ("ppo_train", {"critic_save_dir": "out/actor"}, "are the same directory; one would overwrite the other"),
+    (
+        "solver_train",
+        {"model_type": "llama-2-7b"},
+        "one has dim=32, but --model_type llama-2-7b means dim=4096",
+    ),
+    ("solver_train", {"model_type": "lama"}, "--model_type lama is unknown; expected one of llama, "),
+    ("verifier_evaluate", {"model_type": "llama-3-8b"}, "but --model_type llama-3-8b means"),
+    ("solver_train", {"save_dir": "train.json/out"}, r"cannot write to train.json/out \(Not a directory\)"),
+    ("verifier_train", {"save_dir": "train.json"}, r"cannot write to train.json \(File exists\)"),
+    ("solver_evaluate", {"log_dir": "train.json/out"}, "cannot write to train.json/out"),
+    ("verifier_evaluate", {"log_dir": "train.json/out"}, "cannot write to train.json/out"),
+    ("ppo_train", {"critic_save_dir": "train.json/out"}, "cannot write to train.json/out"),
+    ("checkpoint_split", {"save_path": "train.json/out"}, "cannot write to train.json/out"),
+    ("solver_train", {"save_dir": "one"}, "saving to one would overwrite one, which is read"),
+    (
+        "ppo_train",
+        {"actor_save_dir": "verifier"},
+        "saving to verifier would overwrite verifier, which is read",
+    ),
+    ("solver_train", {"lora_rank": 8, "lora_targets": "wq,wx"}, "lora_targets names 'wx'"),
+    ("solver_train", {"max_seq_len": 4}, "16 of 16 rows are longer than --max_seq_len 4"),
+    ("solver_train", {"tokenizer_file": "train.json"}, "train.json is not a sentencepiece model"),
+    ("verifier_train", {"held_out": 0}, "--held_out 0.0 of 20 problems leaves nothing"),
+    ("solver_evaluate", {"ckpt_dir": None}, "give either --ckpt_dir, to sample, or --samples_file"),
+    (
+        "solver_evaluate",
+        {"samples_file": "samples.json"},
+        "give either --ckpt_dir, to sample, or --samples_file",
+    ),
+    ("solver_evaluate", {"ckpt_dir": None, "samples_file": "samples.json", "task": "none"}, "grades nothing"),
+    ("solver_evaluate", {"top_p": 0}, "top_p is 0.0, expected more than 0 and at most 1"),
+    ("checkpoint_split", {"n": 3}, "hf: n_heads=8 does not divide into 3 shards"),
+    ("checkpoint_split", {"n": 0}, "--n is 0, expected 1 or more"),
+    ("checkpoint_split", {"n": -1}, "--n is -1, expected 1 or more"),
+    ("checkpoint_split", {"ckpt_file": "nowhere"}, "nowhere"),
+    ("checkpoint_split", {"ckpt_file": "train.json"}, "train.json cannot be read as a checkpoint"),
+    ("checkpoint_split", {"tokenizer_file": "nowhere"}, "--tokenizer_file nowhere does not exist"),
+    ("data_build", {"samples_file": "samples.json"}, "samples.json has no outcomes; grade it first"),
+    ("data_build", {"save_file": "one"}, "--save_file one is a directory"),
+    ("data_build", {"pairs_a_problem": 0}, "--pairs_a_problem is 0, expected 1 or more"),
+    ("solver_evaluate", {"limit": 0}, "--limit is 0, expected 1 or more, or -1"),
+    ("solver_evaluate", {"limit": -5}, "--limit is -5, expected 1 or more, or -1"),
+    ("solver_evaluate", {"num_samples": 0}, "--num_samples is 0, expected 1 or more"),
+    ("solver_evaluate", {"num_samples": -5}, "--num_samples is -5, expected 1 or more"),
+    ("solver_evaluate", {"temperature": "nan"}, "--temperature is nan, expected 0 or more"),
+    ("solver_train", {"epochs": 0}, "--epochs is 0, expected 1 or more"),
+    ("solver_train", {"max_batch_size": 0}, "--max_batch_size is 0, expected 1 or more"),
+    ("verifier_train", {"lr": -1e-5}, "--lr is -1e-05, expected 0 or more"),
+    ("solver_train", {"lr": "nan"}, "--lr is nan, expected 0 or more"),
+    ("solver_train", {"lora_rank": 0}, "--lora_rank is 0, expected 1 or more, or -1"),
+    ("solver_train", {"max_grad_norm": 0}, "--max_grad_norm is 0.0, expected more than 0"),
+    ("solver_train", {"seed": 10**30}, "--seed is 10+, expected a whole number of 64 bits"),
+    ("ppo_train", {"max_buffer_size": 0}, "--max_buffer_size is 0, expected 1 or more"),
+    ("ppo_train", {"max_steps": 0}, "--max_steps is 0, expected 1 or more, or -1"),
+    ("ppo_train", {"critic_warmup": 2}, "--critic_warmup is 2, but there are only 1 buffers"),
+    ("ppo_train", {"gamma": 1.5}, "--gamma is 1.5, expected a number from 0 to 1"),
+    ("ppo_train", {"critic_lr": "inf"}, "--critic_lr is inf, expected 0 or more"),
+    ("solver_train", {"lora_rnk": 8}, r"unknown flag --lora_rnk; did you mean --lora_rank\?"),
+]
+
+
+@pytest.mark.parametrize("script, changes, message", MISTAKES, ids=[f"{s} {c}" for s, c, _ in MISTAKES])
+def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, object], message: str) -> None:
+    refuse(world, script, changes, message, here)
+
+
+def test_an_adapter_s_base_is_not_overwritten(world: World, here: Path) -> None:
+    script = importlib.import_module("solver_train")
+    script.main("one", "adapter", "train.json", lora_rank=2)
+    refuse(
+        world,
+        "solver_train",
+        {"ckpt_dir": "adapter", "save_dir": "one"},
+        "would overwrite .*one, which",
+        here,
+    )
+    refuse(
+        world, "solver_train", {"ckpt_dir": "adapter/epoch-1", "save_dir": "adapter"}, "would overwrite", here
+    )
+
+
+def test_models_with_another_tokenizer_do_not_read_the_actor_s_ids(world: World, here: Path) -> None:
+    folder = own_copy(here, "verifier")
+    write_tokenizer(folder, "0123456789abc")
+    for flag in ("critic_ckpt_dir", "reward_model_ckpt_dir"):
+        refuse(world, "ppo_train", {flag: "damaged"}, "damaged has another tokenizer than", here)
+
+
+def test_a_prompt_that_fills_the_context(world: World, here: Path) -> None:
+    write_json(here / "long.json", [{"instruction": "a" * 200, "label": "1"}])
+    message = "prompt '0' has 202 tokens but the model's context is 128"
+    refuse(world, "ppo_train", {"train_file": "long.json"}, message, here)
+    with pytest.raises(UserError, match=message):
+        importlib.import_module("solver_evaluate").main("toy", "long.json", "log", "one")
+    assert not (here / "log/results.json").exists()
+
+
+def test_a_mistake_in_a_real_process(here: Path) -> None:
+    cut(own_copy(here, "one") / "consolidated.00.pth")
+    flags = ("--ckpt_dir", "damaged", "--save_dir", "out", "--train_file", "train.json")
+    for extra, status, message in (
+        ((), 1, "has .* bytes but the manifest"),
+        (("--lora_rnk", 8), 2, "unknown flag"),
+    ):
+        done = launch(here, "solver_train.py", *flags, *extra)
+        assert done.returncode == status and EXACTLY_ONE_ERROR.fullmatch(done.stderr), done.stderr
+        assert re.search(message, done.stderr) and not done.stdout
+
+
+def test_a_rank_that_fails_ends_the_job(here: Path) -> None:
+    folder = own_copy(here, "two")
+    (folder / "manifest.json").unlink()  # with it both ranks would see the damage
+    cut(folder / "consolidated.01.pth")
+    start = time.monotonic()
+    done = launch(
+        here,
+        "solver_train.py",
+        "--ckpt_dir",
+        "damaged",
+        "--save_dir",
+        "out",
+        "--train_file",
+        "train.json",
+        n=2,
+    )
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    (line,) = re.findall("error: [^\n]*", done.stderr)  # may stand behind the progress bar of the other rank
+    assert "consolidated.01.pth cannot be read as a checkpoint" in line
+    assert not (here / "out/params.json").exists()

@@ -1,0 +1,136 @@
+"""Imports flow down, and every third-party library has one door. The rules are the tables at the top."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+
+# A room of src/ -> the rooms it may import. src/errors.py is a leaf that everyone may import.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "cli": set(),
+    "runlog": set(),
+    "losses": set(),
+    "parallel": set(),
+    "text": set(),
+    "models": {"parallel"},
+    "checkpoint": {"models", "parallel"},
+    "data": {"text"},
+    "assemble": {"models", "checkpoint", "text", "parallel"},
+    "plan": {"models", "checkpoint", "text", "data"},
+    "inference": {"models", "text", "parallel"},
+    "evaluation": {"data", "inference", "models", "parallel", "runlog", "text"},
+    "construct": {"data", "evaluation"},
+    "training": {"parallel", "runlog", "losses", "models", "checkpoint", "data", "inference", "text"},
+}
+
+# What src/ and the scripts may import from outside, and where alone; None = anywhere.
+DOORS: dict[str, str | None] = {
+    "torch": None,
+    "numpy": None,
+    "torch.distributed": "src/parallel.py",
+    "torch.save": "src/checkpoint/storage.py",
+    "torch.load": "src/checkpoint/storage.py",
+    "fairscale": "src/parallel.py",
+    "fire": "src/cli.py",
+    "tqdm": "src/runlog.py",
+    "safetensors": "src/checkpoint/storage.py",
+    "sentencepiece": "src/text/tokenizer.py",
+    # answers of a model meet the equality library in a process that can be killed
+    "math_verify": "src/evaluation/grade_worker.py",
+    "latex2sympy2_extended": "src/evaluation/grade_worker.py",
+    "sympy": "src/evaluation/grade_worker.py",
+}
+
+# Names that write to the terminal, and the files that may use them; the worker's output is a pipe.
+SPEAKERS: dict[str, set[str]] = {
+    "print": {"src/cli.py", "src/evaluation/grade_worker.py"},
+    "sys.stdout": {"src/cli.py", "src/runlog.py", "src/evaluation/grade_worker.py"},
+    "sys.stderr": {"src/cli.py", "src/runlog.py"},
+}
+
+FILES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("*.py")])
+
+
+class Use(NamedTuple):
+    """A dotted name that a file imports or spells out, and the line."""
+
+    name: str
+    line: int
+
+
+def imports(tree: ast.Module) -> Iterator[Use]:
+    """Every imported module, or module.name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (Use(alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write it from src"
+            yield from (Use(f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def spelled(tree: ast.Module) -> Iterator[Use]:
+    """Every bare name, and every dotted name such as torch.load."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield Use(node.id, node.lineno)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield Use(f"{node.value.id}.{node.attr}", node.lineno)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def is_under(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def test_the_rules_are_a_hierarchy() -> None:
+    settled: set[str] = set()
+    while left := MAY_IMPORT.keys() - settled:
+        lowest = {room for room in left if MAY_IMPORT[room] <= settled}
+        assert lowest, f"these may import each other in a circle: {', '.join(sorted(left))}"
+        settled |= lowest
+
+
+def test_every_room_has_a_rule_and_every_rule_a_room() -> None:
+    rooms = {path.stem for path in (ROOT / "src").iterdir() if not path.name.startswith("_")}
+    assert rooms == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_rules(path: Path) -> None:
+    place = str(path.relative_to(ROOT))
+    room = path.relative_to(ROOT / "src").parts[0].removesuffix(".py") if place.startswith("src/") else None
+    for name, line in imports(parse(path)):
+        top, *rest = name.split(".")
+        assert top not in SCRIPTS, f"{place}:{line} imports the entry script {top}"
+        if top == "src":
+            allowed = {room, "errors"} | MAY_IMPORT[room] if room else MAY_IMPORT.keys()
+            assert rest[0] in allowed, f"{place}:{line}: {room} may not import {rest[0]}"
+        elif top not in sys.stdlib_module_names:
+            assert top in DOORS, f"{place}:{line} imports {top}, which no table allows"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_door_and_few_speakers(path: Path) -> None:
+    place, tree = str(path.relative_to(ROOT)), parse(path)
+    for name, line in (*imports(tree), *spelled(tree)):
+        for module, door in DOORS.items():
+            assert door in (None, place) or not is_under(name, module), (
+                f"{place}:{line}: {module} belongs in {door}"
+            )
+        for speaker, allowed in SPEAKERS.items():
+            assert place in allowed or not is_under(name, speaker), f"{place}:{line} uses {speaker}"
+
+
+def test_no_file_of_ours_shadows_the_standard_library() -> None:
+    for path in FILES:
+        assert path.stem not in sys.stdlib_module_names, path

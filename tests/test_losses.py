@@ -1,0 +1,122 @@
+"""src/losses.py against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from src import losses
+
+T, F = True, False
+
+
+def test_bradley_terry_by_hand() -> None:
+    # tie: -log 1/2 = log 2; margin log 3: -log(3/4); margin -log 3: -log(1/4)
+    margins = torch.tensor([0.0, math.log(3), -math.log(3)])
+    rejected = torch.tensor([5.0, -2.0, 0.0])
+    loss = losses.bradley_terry_loss(rejected + margins, rejected)
+    assert_close(loss, torch.tensor([math.log(2), math.log(4 / 3), math.log(4)]))
+
+
+@pytest.mark.parametrize(
+    "gamma, lam, expected",
+    [
+        # rewards 0 0 1, values 1/2: deltas with gamma 1 are 0, 0, 1/2; each step back halves
+        (1.0, 0.5, [0.125, 0.25, 0.5]),
+        (1.0, 0.0, [0.0, 0.0, 0.5]),
+        # lambda 1: the return minus the value
+        (1.0, 1.0, [0.5, 0.5, 0.5]),
+        # gamma 1/2: deltas -1/4, -1/4, 1/2; then -1/4 + 1/2 * 1/2 = 0, -1/4 + 0 = -1/4
+        (0.5, 1.0, [-0.25, 0.0, 0.5]),
+        # gamma * lambda = 1/4: -1/4 + 1/4 * 1/2 = -1/8, -1/4 - 1/32
+        (0.5, 0.5, [-0.28125, -0.125, 0.5]),
+        (0.0, 0.7, [-0.5, -0.5, 0.5]),
+    ],
+)
+def test_gae_by_hand(gamma: float, lam: float, expected: list[float]) -> None:
+    rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.full((1, 3), 0.5)
+    found = losses.gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma, lam)
+    assert_close(found, torch.tensor([expected]))
+
+
+def test_gae_skips_padding_wherever_it_stands() -> None:
+    # the episode has rewards 0 1 and values 1/2 1/4: deltas 1/4 - 1/2 = -1/4 and 3/4, so -1/4 + 1/2 * 3/4 = 1/8
+    rewards = torch.tensor([[0.0, 9.0, 1.0, 9.0], [9.0, 9.0, 0.0, 1.0], [0.0, 1.0, 9.0, 9.0]])
+    values = torch.tensor([[0.5, 7.0, 0.25, 7.0], [7.0, 7.0, 0.5, 0.25], [0.5, 0.25, 7.0, 7.0]])
+    mask = torch.tensor([[T, F, T, F], [F, F, T, T], [T, T, F, F]])
+    expected = torch.tensor([[0.125, 0, 0.75, 0], [0, 0, 0.125, 0.75], [0.125, 0.75, 0, 0]])
+    assert_close(losses.gae(rewards, values, mask, 1.0, 0.5), expected)
+
+
+def test_gae_of_one_token_is_reward_minus_value() -> None:
+    mask = torch.tensor([[F, T, F], [T, F, F]])
+    found = losses.gae(torch.full((2, 3), 2.0), torch.full((2, 3), 0.5), mask, 0.9, 0.9)
+    assert_close(found, torch.tensor([[0.0, 1.5, 0.0], [1.5, 0.0, 0.0]]))
+
+
+def test_gae_of_an_episode_cut_at_the_last_column_does_not_bootstrap() -> None:
+    # nothing follows the last True, so its successor is worth 0: the advantage is 0 - value
+    found = losses.gae(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.tensor([[T, T]]), 1.0, 1.0)
+    assert_close(found, torch.tensor([[-3.0, -4.0]]))
+
+
+def test_whiten_by_hand() -> None:
+    # 1 2 3 have mean 2 and variance 2/3
+    found = losses.whiten(torch.tensor([[1.0, 99.0, 2.0, 3.0]]), torch.tensor([[T, F, T, T]]))
+    assert_close(found, torch.tensor([[-math.sqrt(1.5), 0.0, 0.0, math.sqrt(1.5)]]))
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 1000])
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 5.0])
+def test_whiten_gives_nothing_for_equal_entries(n: int, value: float) -> None:
+    x = torch.full((1, n), value)
+    assert losses.whiten(x, torch.ones(1, n, dtype=torch.bool)).abs().max() < 0.02
+
+
+def test_probability_ratio_and_its_clamp() -> None:
+    old = torch.full((4,), -1.0)
+    ratio = losses.probability_ratio(old + torch.tensor([math.log(2), 0.0, 100.0, -100.0]), old)
+    assert_close(ratio, torch.tensor([2.0, 1.0, math.exp(20), math.exp(-20)]))
+
+
+def test_policy_loss_on_both_sides_of_the_clip_and_its_gradient() -> None:
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], requires_grad=True)
+    advantages = torch.tensor([2.0, -2.0, 2.0, -2.0, 3.0])
+    # the smaller of 3 and 2.4, of -3 and -2.4, of 1 and 1.6, of -1 and -1.6; the last ratio is inside the clip
+    loss = losses.ppo_policy_loss(ratio, advantages, clip_ratio=0.2)
+    assert_close(loss.detach(), torch.tensor([-2.4, 3.0, -1.0, 1.6, -3.3]))
+    # a ratio that has moved too far in the wanted direction is no longer pushed
+    loss.sum().backward()
+    assert_close(ratio.grad, torch.tensor([0.0, 2.0, -2.0, 0.0, -3.0]))
+
+
+def test_value_loss_is_half_the_worse_squared_error() -> None:
+    values = torch.tensor([1.0, 1.0, 0.1, -1.0], requires_grad=True)
+    returns = torch.tensor([2.0, 0.0, 1.0, -2.0])
+    # clipped to within 0.2 of 0: 0.2 0.2 0.1 -0.2; worse squares: (2 - 0.2)^2, (1 - 0)^2, 0.9^2, (2 - 0.2)^2
+    loss = losses.ppo_value_loss(values, torch.zeros(4), returns, clip=0.2)
+    assert_close(loss.detach(), torch.tensor([1.62, 0.5, 0.405, 1.62]))
+    loss.sum().backward()
+    assert_close(values.grad, torch.tensor([0.0, 1.0, -0.9, 0.0]))
+
+
+def test_kl_k1_is_the_difference_of_logprobs() -> None:
+    found = losses.kl_k1(torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -0.5]))
+    assert_close(found, torch.tensor([0.5, -1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "values, returns, expected",
+    [
+        # residuals 0 0 1 have variance 2/9, returns 1 2 4 have 14/9: 1 - 1/7
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 4.0], 6 / 7),
+        ([1.0, 2.0, 4.0], [1.0, 2.0, 4.0], 1.0),
+        ([0.0, 0.0, 0.0], [1.0, 2.0, 4.0], 0.0),
+        ([1.0, 2.0, 3.0], [5.0, 5.0, 5.0], 0.0),
+    ],
+)
+def test_explained_variance(values: list[float], returns: list[float], expected: float) -> None:
+    found: Tensor = losses.explained_variance(torch.tensor(values), torch.tensor(returns))
+    assert_close(found, torch.tensor(expected))

@@ -1,0 +1,82 @@
+"""src/parallel.py: vocabulary-parallel arithmetic and layers on 1 and 2 ranks."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.ranks import run_ranks
+from tests.workers import random_vocabulary
+
+N_ROWS, VOCAB = 6, 32
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, object]]:
+    """What each rank computed from its slice of the same logits."""
+    target = "tests.workers:vocabulary_and_layers"
+    return run_ranks(request.param, target, tmp_path_factory.mktemp("ranks"), n_rows=N_ROWS, vocab_size=VOCAB)
+
+
+def test_vocab_logprobs_equal_log_softmax(ranks: list[dict[str, object]]) -> None:
+    logits, targets, _ = random_vocabulary(N_ROWS, VOCAB)
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    huge = (logits * 1e4).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    for rank in ranks:
+        assert_close(rank["logprobs"], expected, rtol=0, atol=1e-6)
+        assert_close(rank["huge"], huge)
+        assert rank["bfloat16"].dtype == torch.float32
+        assert_close(rank["bfloat16"], expected, rtol=0, atol=0.05)
+        assert rank["none"].shape == (0,)
+
+
+def test_vocab_logprobs_have_the_gradient_of_log_softmax(ranks: list[dict[str, object]]) -> None:
+    logits, targets, weights = random_vocabulary(N_ROWS, VOCAB)
+    logits.requires_grad_()
+    (logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1) * weights).sum().backward()
+    assert_close(torch.cat([rank["gradient"] for rank in ranks], 1), logits.grad, rtol=0, atol=1e-6)
+
+
+def test_vocab_entropy_is_that_of_the_whole_distribution(ranks: list[dict[str, object]]) -> None:
+    logits, _, _ = random_vocabulary(N_ROWS, VOCAB)
+    for rank in ranks:
+        assert_close(rank["entropy"], torch.distributions.Categorical(logits=logits).entropy())
+        assert_close(rank["huge_entropy"], torch.zeros(N_ROWS))
+
+
+def test_gather_vocab_joins_slices_and_cuts_their_gradient(ranks: list[dict[str, object]]) -> None:
+    logits, _, _ = random_vocabulary(N_ROWS, VOCAB)
+    assert all(torch.equal(rank["gathered"], logits) for rank in ranks)
+    assert_close(torch.cat([rank["gathered_gradient"] for rank in ranks], 1), logits)
+
+
+def test_layers_lay_out_their_slice_on_the_meta_device(ranks: list[dict[str, object]]) -> None:
+    n = len(ranks)
+    assert ranks[0]["shapes"] == {
+        "tok_embeddings.weight": [32, 16 // n],
+        "layers.0.attention.wq.weight": [16 // n, 16],
+        "layers.0.attention.wk.weight": [8 // n, 16],
+        "layers.0.attention.wv.weight": [8 // n, 16],
+        "layers.0.attention.wo.weight": [16, 16 // n],
+        "layers.0.feed_forward.w1.weight": [24 // n, 16],
+        "layers.0.feed_forward.w2.weight": [16, 24 // n],
+        "layers.0.feed_forward.w3.weight": [24 // n, 16],
+        "layers.0.attention_norm.weight": [16],
+        "layers.0.ffn_norm.weight": [16],
+        "norm.weight": [16],
+        "output.weight": [32 // n, 16],
+    }
+
+
+def test_sizes_that_do_not_divide_are_refused(ranks: list[dict[str, object]]) -> None:
+    n = len(ranks)
+    for message in ranks[0]["refusals"]:
+        assert not message if n == 1 else f"size {2 * n + 1}, which does not divide over {n} ranks" in message
+
+
+def test_ranks_sum_share_and_draw_alike(ranks: list[dict[str, object]]) -> None:
+    for rank in ranks:
+        assert rank["sum"].item() == sum(range(1, len(ranks) + 1))
+        assert rank["from_first"].item() == 1.0
+        assert torch.equal(rank["draw"], ranks[0]["draw"])

@@ -1,0 +1,53 @@
+"""src/runlog.py: run.json, metrics.jsonl, who speaks, and what goes to which stream."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from src import runlog
+from src.runlog import RunLog
+
+
+def test_run_and_metrics_files(tmp_path: Path) -> None:
+    log = RunLog(str(tmp_path / "new"), {"lr": 1e-5, "lora_targets": ["wq"]})
+    log.metrics(1, loss=0.5)
+    log.metrics(2, loss=0.25, lr=1e-6)
+    facts = json.loads((tmp_path / "new/run.json").read_text())
+    assert facts["flags"] == {"lr": 1e-5, "lora_targets": ["wq"]}
+    assert facts["versions"]["torch"] and facts["command"] and facts["world_size"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "new/metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.5), (2, 0.25)]
+    assert rows[1]["lr"] == 1e-6 and 0 <= rows[0]["seconds"] <= rows[1]["seconds"]
+
+
+def test_progress_and_log_lines_go_to_stderr_and_tables_to_stdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(str(tmp_path), {})
+    log.advance(loss=1.0)  # no bar yet: nothing happens
+    log.progress(2, "step")
+    log.advance(tokens=100, loss=0.123456)
+    log.logger.info("in between")
+    log.advance(tokens=100, loss=0.1)
+    log.close_progress()
+    runlog.table("a  b\n1  2\n\n")
+    out, err = capsys.readouterr()
+    assert out == "a  b\n1  2\n"
+    assert "in between\n" in err and "2/2" in err and "loss=0.1" in err and "tok/s=" in err
+
+
+def test_other_ranks_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(logging.getLogger("splitrl"), "handlers", [])  # as a process that has not logged yet
+    log = RunLog(str(tmp_path / "rank1"), {})
+    log.metrics(1, loss=0.5)
+    log.progress(1, "step")
+    log.advance(tokens=1)
+    log.logger.info("quiet")
+    runlog.table("quiet")
+    assert capsys.readouterr() == ("", "") and not (tmp_path / "rank1").exists()
+    logging.getLogger("splitrl").setLevel(logging.INFO)

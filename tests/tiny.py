@@ -1,0 +1,68 @@
+"""Tiny checkpoints and their tokenizer, written to disk: what the tests of trainers and scripts run on."""
+
+import io
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+import checkpoint_split
+from src import assemble
+from src.checkpoint import storage
+from src.text.tokenizer import Tokenizer
+
+ALPHABET = "0123456789+-=# \nabcdefgh"
+
+
+def write_tokenizer(folder: Path, alphabet: str = ALPHABET) -> Tokenizer:
+    """A sentencepiece model with a piece for each character: fewer than the models' 64 rows."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([alphabet] * 20),
+        model_writer=model,
+        model_type="char",
+        vocab_size=64,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["\n"],
+        minloglevel=2,
+    )
+    path = folder / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+def write_hf_llama(folder: Path) -> Path:
+    """A random grouped-query Llama of transformers that often says EOS, and the tokenizer. Returns the directory."""
+    from tests.reference import hf_model, make_llama  # transformers costs seconds, and ranks need none of it
+
+    model = hf_model(make_llama(folder, "gqa"))
+    model.lm_head.weight.data[2] *= (
+        4  # a logit of high variance: EOS is near certain in some places, out in others
+    )
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def split(source: Path, folder: Path, n: int = 1) -> str:
+    """Cut a directory into n shards with checkpoint_split.py's main. Returns the directory of the shards."""
+    checkpoint_split.main(str(source), str(folder), n)
+    return str(folder)
+
+
+def make_verifier(ckpt_dir: str, folder: Path, *, mean: float = 0.0, std: float = 1.0) -> str:
+    """Save a one-shard solver as a verifier with a random value head. Returns the directory."""
+    verifier = assemble.load_verifier(ckpt_dir, from_solver=True)
+    with torch.no_grad():
+        verifier.v_head.weight.normal_(generator=torch.Generator().manual_seed(5))
+    assemble.set_score(verifier, score_mean=mean, score_std=std)
+    assemble.save_model(verifier, str(folder), ckpt_dir)
+    return str(folder)
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a one-shard directory."""
+    return storage.read_shard(Path(folder) / "consolidated.00.pth")

@@ -1,0 +1,129 @@
+"""src/training/loop.py: the schedule, the clipping, the guard, and AdamW against torch's own on transformers' model."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src import assemble
+from src.errors import UserError
+from src.runlog import RunLog
+from src.training.loop import TrainLoop, lr_factor
+from src.training.solver import n_supervised, sft_loss
+from tests.ranks import run_ranks
+from tests.reference import batch, hf_logits_and_loss, hf_model
+from tests.training.conftest import Folders
+from tests.training.workers import clipped_steps
+
+
+def make_loop(folder: str, tmp_path: Path, **options: float) -> TrainLoop:
+    """A loop over a solver of that directory."""
+    options = {"lr": 1e-2, "total_steps": 10, "warmup_ratio": 0.0} | options
+    return TrainLoop(assemble.load_solver(folder), RunLog(str(tmp_path), {}), **options)
+
+
+def test_schedule_by_hand() -> None:
+    # 2 steps up, then a cosine from 1 at step 2 to 0.1 at step 10; its middle is (1 + 0.1) / 2
+    found = [lr_factor(step, 11, 2, 0.1) for step in (0, 1, 2, 6, 10, 11)]
+    assert found == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1, 0.1])
+    # a quarter of the way cos(pi / 4) = sqrt(1/2) is left
+    assert lr_factor(4, 11, 2, 0.1) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5)))
+    assert [lr_factor(step, 3, 0, 0.0) for step in range(3)] == pytest.approx([1.0, 0.5, 0.0])
+    assert lr_factor(0, 1, 1, 0.1) == lr_factor(0, 1, 0, 0.1) == 1.0
+
+
+def test_the_loop_follows_the_schedule(folders: Folders, tmp_path: Path) -> None:
+    loop = make_loop(
+        folders.one, tmp_path, lr=1e-3, warmup_ratio=0.2, total_steps=11
+    )  # ceil(2.2) = 3 steps up
+    for step in range(11):
+        loop.backward(sft_loss(loop.model, batch(), 16))
+        report = loop.step()
+        assert report.lr == pytest.approx(1e-3 * lr_factor(step, 11, 3, 0.1))
+        assert {group["lr"] for group in loop.optimizer.param_groups} == {report.lr}
+
+
+def test_gradients_are_clipped_to_their_global_norm(folders: Folders, tmp_path: Path) -> None:
+    for limit in (0.01, 1e6):
+        loop = make_loop(folders.one, tmp_path, lr=0.0, max_grad_norm=limit)
+        loop.backward(sft_loss(loop.model, batch(), 16))
+        true_norm = torch.cat([p.grad.flatten() for p in loop.model.parameters()]).norm().item()
+        loop.optimizer.zero_grad = lambda set_to_none: None  # keep what step() leaves
+        report = loop.step()
+        left = torch.cat([p.grad.flatten() for p in loop.model.parameters()]).norm().item()
+        assert 0.01 < true_norm < 1e6
+        assert report.grad_norm == pytest.approx(true_norm, rel=1e-5)
+        assert left == pytest.approx(min(true_norm, limit), rel=1e-5)
+
+
+def test_clipping_and_steps_are_the_same_on_two_ranks(folders: Folders, tmp_path: Path) -> None:
+    one = clipped_steps(folders.one, str(tmp_path))
+    two = run_ranks(
+        2,
+        "tests.training.workers:clipped_steps",
+        tmp_path,
+        folder=folders.two,
+        log_dir=str(tmp_path / "log"),
+    )
+    for name, reports in one.items():
+        assert (reports[:, 1] > 0.5).all()  # the limit is felt
+        assert reports[2, 0] < reports[0, 0]
+        for found in two:
+            assert_close(found[name], reports, rtol=1e-4, atol=1e-6)
+
+
+def test_a_non_finite_step_is_skipped(folders: Folders, tmp_path: Path) -> None:
+    loop = make_loop(folders.one, tmp_path)
+    weight = loop.model.norm.weight
+    for poison in (math.nan, math.inf):
+        before = [p.detach().clone() for p in loop.model.parameters()]
+        loop.backward(sft_loss(loop.model, batch(), 16) + weight.sum() * poison)
+        report = loop.step()
+        assert not math.isfinite(report.loss)
+        assert all(map(torch.equal, before, loop.model.parameters()))
+        assert all(p.grad is None for p in loop.model.parameters())
+        assert not loop.optimizer.state  # the moments were not touched
+    loop.backward(sft_loss(loop.model, batch(), 16))
+    assert math.isfinite(loop.step().loss) and loop.steps == 3
+    assert not torch.equal(before[0], next(loop.model.parameters()))
+
+
+def test_five_bad_steps_in_a_row_end_the_run(folders: Folders, tmp_path: Path) -> None:
+    loop = make_loop(folders.one, tmp_path)
+    for poison in (math.nan, 1.0, math.nan, math.nan, math.nan, math.nan):
+        loop.backward(loop.model.norm.weight.sum() * poison)
+        loop.step()
+    loop.backward(loop.model.norm.weight.sum() * math.nan)
+    with pytest.raises(
+        UserError, match="5 steps in a row had a non-finite loss or gradient; lower the learning rate"
+    ):
+        loop.step()
+
+
+def test_adamw_equals_torch_on_transformers_model(folders: Folders, tmp_path: Path) -> None:
+    steps, lr, decay, limit = 6, 3e-3, 0.1, 1.0
+    loop = make_loop(folders.one, tmp_path, lr=lr, total_steps=steps, weight_decay=decay, warmup_ratio=0.3)
+    model = hf_model(folders.hf)
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) is flat] for flat in (True, False))
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    for step in range(steps):
+        loop.backward(sft_loss(loop.model, batch(), n_supervised([batch()])))
+        report = loop.step()
+        loss = hf_logits_and_loss(model)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * lr_factor(step, steps, 2, 0.1)  # ceil(0.3 * 6) = 2
+        optimizer.step()
+        assert report.loss == pytest.approx(loss.item(), abs=1e-4)
+        assert report.grad_norm == pytest.approx(norm.item(), rel=1e-3)
+    assert report.loss < 0.8 * loss_at_start(folders.one)
+
+
+def loss_at_start(folder: str) -> float:
+    """The loss of the untrained model."""
+    return sft_loss(assemble.load_solver(folder), batch(), n_supervised([batch()])).item()

@@ -1,0 +1,133 @@
+"""src/training/solver.py: what the loss is on, and that an update does not depend on how it is cut up."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src import assemble
+from src.data.collate import Batch
+from src.data.examples import Instruction
+from src.errors import UserError
+from src.models.decoder import Decoder
+from src.text.tokenizer import Tokenizer
+from src.training.solver import SolverData, n_supervised, sft_loss
+from tests.ranks import run_ranks
+from tests.training.conftest import Folders
+from tests.training.workers import INSTRUCTIONS, join_weights, sft_epochs
+
+
+@pytest.fixture
+def tokenizer(folders: Folders) -> Tokenizer:
+    return assemble.load_tokenizer(folders.one)
+
+
+@pytest.fixture
+def model(folders: Folders) -> Decoder:
+    return assemble.load_solver(folders.one)
+
+
+def make_data(
+    rows: list[Instruction], tokenizer: Tokenizer, max_seq_len: int = 64, seed: int = 1
+) -> SolverData:
+    """The rows as training data."""
+    return SolverData(rows, tokenizer, max_seq_len=max_seq_len, seed=seed, source="rows.json")
+
+
+def test_loss_is_the_mean_over_outputs_and_their_eos(model: Decoder, tokenizer: Tokenizer) -> None:
+    rows = [Instruction("1+1=", ["2"]), Instruction("a", ["bcd efg"])]
+    (batches,) = make_data(rows, tokenizer).epoch(1, max_batch_size=2, accumulation_steps=1)
+    expected, count = 0.0, 0
+    for row in rows:
+        prompt = [1, *tokenizer.encode(row.instruction)]
+        response = [*tokenizer.encode(row.outputs[0]), 2]
+        logprobs = model.logits(model(torch.tensor([prompt + response])))[0].log_softmax(-1)
+        for place, token in enumerate(response, len(prompt)):
+            expected -= logprobs[place - 1, token].item()
+            count += 1
+    assert n_supervised(batches) == count
+    assert sft_loss(model, batches[0], count).item() == pytest.approx(expected / count, abs=1e-5)
+
+
+def test_prompt_targets_and_padding_do_not_matter(model: Decoder, tokenizer: Tokenizer) -> None:
+    ((batch,),) = make_data(INSTRUCTIONS[:2], tokenizer).epoch(1, 2, 1)
+    loss = sft_loss(model, batch, 1)
+    assert not batch.response_mask[:, 0].any() and (~batch.response_mask).any(1).all()
+    wider = Batch(
+        torch.nn.functional.pad(batch.tokens, (0, 5), value=9),
+        torch.nn.functional.pad(batch.response_mask, (0, 5)),
+    )
+    end = batch.response_mask.int().argmax(1) + batch.response_mask.sum(1)
+    for row, place in enumerate(end):
+        wider.tokens[row, place:] = 63
+    assert_close(sft_loss(model, wider, 1), loss, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_batch_size, accumulation_steps", [(4, 1), (1, 4), (3, 2), (2, 3)])
+def test_gradient_and_update_do_not_depend_on_the_split(
+    folders: Folders, tmp_path: Path, max_batch_size: int, accumulation_steps: int
+) -> None:
+    per_step = max_batch_size * accumulation_steps
+    found = sft_epochs(folders.one, str(tmp_path), max_batch_size, accumulation_steps)
+    whole = sft_epochs(folders.one, str(tmp_path), per_step, 1)
+    assert found["losses"].shape == whole["losses"].shape == (2 * -(-len(INSTRUCTIONS) // per_step),)
+    for name, expected in whole.items():
+        assert_close(
+            found[name], expected, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_update_is_the_same_on_two_ranks(folders: Folders, model: Decoder, tmp_path: Path) -> None:
+    one = sft_epochs(folders.one, str(tmp_path / "log"))
+    two = run_ranks(
+        2, "tests.training.workers:sft_epochs", tmp_path, folder=folders.two, log_dir=str(tmp_path / "log")
+    )
+    assert_close(two[0].pop("losses"), one.pop("losses"), rtol=1e-6, atol=1e-5)
+    two[1].pop("losses")
+    for name, found in join_weights(two, model).items():
+        assert_close(found, one[name], rtol=1e-6, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+        assert not torch.equal(found, model.get_parameter(name))
+
+
+def texts_of(data: SolverData, tokenizer: Tokenizer, epoch: int) -> list[str]:
+    """The responses of an epoch in training order."""
+    batches = [batch for step in data.epoch(epoch, 2, 2) for batch in step]
+    return [
+        tokenizer.decode(tokens[mask].tolist())
+        for batch in batches
+        for tokens, mask in zip(batch.tokens, batch.response_mask, strict=True)
+    ]
+
+
+def test_order_and_choice_of_outputs_depend_on_seed_and_epoch_alone(tokenizer: Tokenizer) -> None:
+    data = make_data(INSTRUCTIONS, tokenizer)
+    second = texts_of(data, tokenizer, 2)
+    assert second == texts_of(
+        make_data(INSTRUCTIONS, tokenizer), tokenizer, 2
+    )  # epoch 1 was not drawn before
+    assert second != texts_of(data, tokenizer, 1)
+    assert second != texts_of(make_data(INSTRUCTIONS, tokenizer, seed=2), tokenizer, 2)
+
+
+def test_every_epoch_has_every_row_once_with_one_of_its_outputs(tokenizer: Tokenizer) -> None:
+    data = make_data(INSTRUCTIONS, tokenizer)
+    several = INSTRUCTIONS[3].outputs
+    seen = set()
+    for epoch in range(1, 9):
+        texts = texts_of(data, tokenizer, epoch)
+        (chosen,) = set(texts) & set(several)
+        seen.add(chosen)
+        assert sorted(texts) == sorted(
+            [chosen, *(row.outputs[0] for row in INSTRUCTIONS if row.outputs != several)]
+        )
+    assert seen == set(several)
+    assert data.steps_per_epoch(2, 2) == len(list(data.epoch(1, 2, 2))) == 2
+
+
+def test_long_rows_are_dropped_and_counted_up_to_one_percent(tokenizer: Tokenizer) -> None:
+    long = Instruction("a", ["b", "c" * 40])
+    data = make_data([Instruction("a", ["b"])] * 99 + [long], tokenizer, max_seq_len=30)
+    assert (len(data.rows), data.dropped) == (99, 1)
+    with pytest.raises(UserError, match="rows.json: 2 of 100 rows are longer than --max_seq_len 30"):
+        make_data([Instruction("a", ["b"])] * 98 + [long] * 2, tokenizer, max_seq_len=30)

@@ -1,0 +1,151 @@
+"""src/training/verifier.py: the pairwise loss, where a score is read, and the numbers that go into a checkpoint."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src import assemble
+from src.data import collate
+from src.data.examples import Pair
+from src.errors import UserError
+from src.inference.scoring import response_scores
+from src.models.decoder import Decoder
+from src.runlog import RunLog
+from src.text.tokenizer import Tokenizer
+from src.training.loop import TrainLoop
+from src.training.verifier import PairData, evaluate_pairs, pairwise_loss, split_by_problem
+from tests.training.conftest import Folders
+
+PAIRS = [
+    Pair("1+1=", ["2"], ["3", "abcdefgh 01"]),
+    Pair("a", ["b c d e", "f"], ["g"]),
+    Pair("", ["7"], ["8"]),
+]
+
+
+@pytest.fixture
+def tokenizer(folders: Folders) -> Tokenizer:
+    return assemble.load_tokenizer(folders.one)
+
+
+@pytest.fixture
+def verifier(folders: Folders) -> Decoder:
+    return assemble.load_verifier(folders.verifier)
+
+
+def make_data(rows: list[Pair], tokenizer: Tokenizer, max_seq_len: int = 64) -> PairData:
+    """The rows as training data."""
+    return PairData(rows, tokenizer, max_seq_len=max_seq_len, seed=1, source="pairs.json")
+
+
+def test_rows_give_as_many_pairs_as_their_longer_side(tokenizer: Tokenizer) -> None:
+    texts = [
+        tuple(tokenizer.decode(side.tokens[side.response_start :]) for side in pair)
+        for pair in make_data(PAIRS, tokenizer).pairs
+    ]
+    assert texts == [("2", "3"), ("2", "abcdefgh 01"), ("b c d e", "g"), ("f", "g"), ("7", "8")]
+
+
+def test_first_loss_is_ln_2(folders: Folders, tokenizer: Tokenizer) -> None:
+    fresh = assemble.load_verifier(folders.one, from_solver=True)
+    ((batch,),) = make_data(PAIRS, tokenizer).epoch(1, 5, 1)
+    assert pairwise_loss(fresh, batch, 5).item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_loss_by_hand_and_its_invariance_to_the_split(verifier: Decoder, tokenizer: Tokenizer) -> None:
+    data = make_data(PAIRS, tokenizer)
+    expected = 0.0
+    for pair in data.pairs:
+        better, worse = (response_scores(verifier, *collate.collate([side])).item() for side in pair)
+        expected += math.log(1 + math.exp(worse - better)) / len(data.pairs)
+    for size in (1, 2, 5):
+        (batches,) = data.epoch(1, size, 5 // size + 1)
+        loss = sum(pairwise_loss(verifier, batch, len(data.pairs)).item() for batch in batches)
+        assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_score_is_read_at_the_last_response_token(verifier: Decoder, tokenizer: Tokenizer) -> None:
+    rows = [
+        collate.encode_response(tokenizer, "1+1=", "2"),
+        collate.encode_response(tokenizer, "a", "bcdefgh abcdefgh", finished=False),
+        collate.encode_response(tokenizer, "a", "b c"),
+    ]
+    batch = collate.collate(rows)
+    batch.tokens[0, len(rows[0].tokens) :] = 63  # padding of another value
+    together = response_scores(verifier, *batch)
+    for row, score in zip(rows, together, strict=True):
+        hidden = verifier(torch.tensor([row.tokens]))
+        assert_close(score, verifier.scores(hidden)[0, -1], rtol=1e-5, atol=1e-5)
+        assert_close(score, response_scores(verifier, *collate.collate([row]))[0], rtol=1e-5, atol=1e-5)
+
+
+def test_mean_score_is_over_the_response_tokens(verifier: Decoder, tokenizer: Tokenizer) -> None:
+    assemble.set_score(verifier, score="mean")
+    rows = [
+        collate.encode_response(tokenizer, "1+1=", "2"),
+        collate.encode_response(tokenizer, "a", "bcdefgh a"),
+    ]
+    for row, score in zip(rows, response_scores(verifier, *collate.collate(rows)), strict=True):
+        each = verifier.scores(verifier(torch.tensor([row.tokens])))[0]
+        assert_close(score, each[row.response_start :].mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_report_counts_ties_as_wrong_and_measures_scores(verifier: Decoder, tokenizer: Tokenizer) -> None:
+    tie = Pair("2", ["abc"], ["abc"])  # read_pairs() refuses this; here it makes an exact tie
+    data = make_data([*PAIRS, tie], tokenizer)
+    scores = torch.cat([response_scores(verifier, *batch) for batch in data.in_order(1)]).view(-1, 2)
+    won = scores[:, 0] > scores[:, 1]
+    for size in (1, 4, 100):
+        report = evaluate_pairs(verifier, data, size)
+        assert report.held_out_accuracy == pytest.approx(won[:-1].sum().item() / 6)
+        assert report.score_mean == pytest.approx(scores.mean().item(), abs=1e-5)
+        assert report.score_std == pytest.approx(scores.std(unbiased=False).item(), abs=1e-5)
+
+
+def test_report_of_an_untrained_verifier_divides_by_one(folders: Folders, tokenizer: Tokenizer) -> None:
+    fresh = assemble.load_verifier(folders.one, from_solver=True)
+    assert evaluate_pairs(fresh, make_data(PAIRS, tokenizer), 2) == (0.0, 0.0, 1.0)
+
+
+def test_score_statistics_are_stored(folders: Folders, verifier: Decoder, tmp_path: Path) -> None:
+    assert (verifier.config.score_mean, verifier.config.score_std) == (0.5, 2.0)
+    assemble.set_score(verifier, score_mean=-3.25, score_std=0.125)
+    assemble.save_model(verifier, str(tmp_path / "saved"), folders.verifier)
+    again = assemble.load_verifier(str(tmp_path / "saved")).config
+    assert (again.score_mean, again.score_std, again.value_head) == (-3.25, 0.125, True)
+
+
+def test_it_learns_separable_pairs(folders: Folders, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [Pair(f"{a}+{b}=", [f"a{a} b{b}"], [f"a{b} c{a}"]) for a in range(8) for b in range(4)]
+    train, held = split_by_problem(rows, 0.25)
+    data, held_data = make_data(train, tokenizer), make_data(held, tokenizer)
+    model = assemble.load_verifier(folders.one, from_solver=True)
+    loop = TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=24)
+    reports = []
+    for epoch in range(1, 9):
+        for (batch,) in data.epoch(epoch, 8, 1):
+            loop.backward(pairwise_loss(model, batch, 8))
+            reports.append(loop.step())
+    assert reports[0].loss == pytest.approx(math.log(2), abs=1e-6) and reports[-1].loss < 0.1
+    assert evaluate_pairs(model, held_data, 8).held_out_accuracy == 1.0
+
+
+def test_held_out_problems_are_not_trained_on() -> None:
+    rows = [Pair(str(index % 10), [f"r{index}"], [f"w{index}"]) for index in range(30)]
+    train, held = split_by_problem(rows, 0.25)
+    assert {row.instruction for row in held} == {"8", "9"} and len(held) == 6 and len(train) == 24
+    assert not {row.instruction for row in train} & {row.instruction for row in held}
+    for share in (0.0, 0.05, 1.0):
+        with pytest.raises(UserError, match="of 10 problems leaves nothing to train or test on"):
+            split_by_problem(rows, share)
+
+
+def test_long_pairs_are_dropped_and_counted_up_to_one_percent(tokenizer: Tokenizer) -> None:
+    short, long = Pair("a", ["b"], ["c"]), Pair("a", ["b"], ["c" * 40])
+    data = make_data([short] * 99 + [long], tokenizer, max_seq_len=30)
+    assert (len(data.pairs), data.dropped) == (99, 1)
+    with pytest.raises(UserError, match="pairs.json: 2 of 100 rows are longer than --max_seq_len 30"):
+        make_data([short] * 98 + [long] * 2, tokenizer, max_seq_len=30)

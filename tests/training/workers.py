@@ -1,0 +1,131 @@
+"""What the ranks of the trainers' tests compute; each function also runs in the test's own process, on one rank.
+
+They import nothing heavier than src: every rank pays for it.
+"""
+
+import torch
+from torch import Tensor
+
+from src import assemble, parallel
+from src.checkpoint import shards
+from src.data.collate import Batch
+from src.data.examples import Instruction, Prompt
+from src.models.decoder import Decoder
+from src.runlog import RunLog
+from src.training import ppo
+from src.training.loop import TrainLoop
+from src.training.solver import SolverData, n_supervised, sft_loss
+
+INSTRUCTIONS = [
+    Instruction("1+1=", ["2"]),
+    Instruction("a", ["bcdefgh 0123"]),
+    Instruction("", ["7"]),
+    Instruction("which is it: 3 or 4", ["abc", "4", "2+2=4\n\n#### 4"]),
+    Instruction("0-0=", ["0 0 0"]),
+    Instruction("a b c", ["d"]),
+    Instruction("9-8=", ["#### 1"]),
+]
+PROMPTS = [
+    Prompt(str(index), text, "4", None, None)
+    for index, text in enumerate(("2+2=", "a", "", "1 2 3 4 5", "b-c"))
+]
+
+
+def local_weights(model: Decoder) -> dict[str, Tensor]:
+    """This rank's parameters, for join_weights()."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def join_weights(ranks: list[dict[str, Tensor]], model: Decoder) -> dict[str, Tensor]:
+    """The whole parameters from every rank's part; `model` is the same model on one rank."""
+    return {
+        name: shards.join([rank[name] for rank in ranks], shards.split_dim(name, model.config))
+        for name in ranks[0]
+    }
+
+
+def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
+    """Reports of 3 clipped steps, full and LoRA, as tensors [3, loss norm lr]."""
+    reports = {}
+    rows = Batch(torch.arange(1, 25).view(2, 12), torch.arange(12).expand(2, 12) > 3)
+    for name in ("full", "lora"):
+        model = assemble.load_solver(folder)
+        if name == "lora":
+            assemble.add_lora_if(model, 4, 16.0, 0.0, ["wq", "wo", "w1", "w2"], seed=1)
+        loop = TrainLoop(model, RunLog(log_dir, {}), lr=1e-2, total_steps=3, max_grad_norm=0.5)
+        found = []
+        for _ in range(3):
+            loop.backward(sft_loss(model, rows, n_supervised([rows])))
+            found.append(loop.step())
+        reports[name] = torch.tensor(found, dtype=torch.float64)
+    return reports
+
+
+def sft_epochs(
+    folder: str, log_dir: str, max_batch_size: int = 2, accumulation_steps: int = 2
+) -> dict[str, Tensor]:
+    """The weights after two epochs on INSTRUCTIONS, and every step's loss under `losses`."""
+    model = assemble.load_solver(folder)
+    tokenizer = assemble.load_tokenizer(folder)
+    data = SolverData(INSTRUCTIONS, tokenizer, max_seq_len=64, seed=3, source="INSTRUCTIONS")
+    loop = TrainLoop(model, RunLog(log_dir, {}), lr=1e-4, total_steps=4, weight_decay=0.1)
+    found = []
+    for epoch in (1, 2):
+        for batches in data.epoch(epoch, max_batch_size, accumulation_steps):
+            for batch in batches:
+                loop.backward(sft_loss(model, batch, n_supervised(batches)))
+            found.append(loop.step().loss)
+    return local_weights(model) | {"losses": torch.tensor(found)}
+
+
+def settings(**changes: float) -> ppo.Settings:
+    """PPO's numbers for a buffer of a few short episodes."""
+    numbers = {
+        "temperature": 0.8,
+        "max_new_tokens": 6,
+        "rollout_batch_size": 4,
+        "max_batch_size": 2,
+        "inner_epochs": 2,
+        "minibatches": 2,
+        "kl_coef": 0.1,
+        "clip_ratio": 0.2,
+        "value_clip": 0.2,
+        "gamma": 1.0,
+        "gae_lambda": 0.95,
+        "missing_eos_penalty": 0.5,
+        "seed": 11,
+    }
+    return ppo.Settings(**(numbers | changes))
+
+
+def ppo_models(actor: str, critic: str) -> ppo.Models:
+    """Actor and reference from one directory, the critic from another."""
+    return ppo.Models(
+        assemble.load_solver(actor),
+        assemble.load_solver(actor),
+        assemble.load_verifier(critic, from_solver=True),
+    )
+
+
+def ppo_buffers(
+    actor: str, critic: str, log_dir: str, max_batch_size: int = 2, lr: float = 1e-3
+) -> dict[str, dict[str, Tensor]]:
+    """Two buffers of PPO against the critic as verifier: weights, the rollouts' numbers, and what was logged."""
+    models, numbers = ppo_models(actor, critic), settings(max_batch_size=max_batch_size)
+    tokenizer, log = assemble.load_tokenizer(actor), RunLog(log_dir, {})
+    actor_loop, critic_loop = (
+        TrainLoop(model, log, lr=lr, total_steps=8) for model in (models.actor, models.critic)
+    )
+    reward = ppo.verifier_reward(assemble.load_verifier(critic), max_batch_size)
+    found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
+    for step in range(2):
+        rollouts = ppo.collect(models, PROMPTS, tokenizer, reward, numbers, step)
+        metrics = ppo.update(actor_loop, critic_loop, rollouts, numbers, step, train_actor=True)
+        values = rollouts._asdict() | rollouts.batch._asdict() | ppo.rollout_metrics(rollouts) | metrics
+        found["rollouts"] |= {
+            f"{name} {step}": torch.as_tensor(value)
+            for name, value in values.items()
+            if isinstance(value, Tensor | float)
+        }
+    parallel.barrier()
+    return found | {"actor": local_weights(models.actor), "critic": local_weights(models.critic)}
