@@ -88,7 +88,7 @@ def main(
     tokenizer = assemble.load_tokenizer(actor_ckpt_dir, tokenizer_file)
     assemble.check_tokenizer(tokenizer, critic_ckpt_dir, reward_model_ckpt_dir)
     actor = assemble.load_solver(actor_ckpt_dir, model_type=model_type, dtype=torch.float32)
-    reference = assemble.load_solver(actor_ckpt_dir)
+    reference = assemble.load_solver(actor_ckpt_dir, dtype=torch.float32)  # as the actor: their first KL is 0
     critic = assemble.load_verifier(critic_ckpt_dir, dtype=torch.float32, from_solver=True)
     lora = assemble.add_lora_if(actor, lora_rank, lora_alpha, 0.0, lora_targets, seed)
     assemble.add_lora_if(critic, lora_rank, lora_alpha, 0.0, lora_targets, seed)
@@ -128,7 +128,7 @@ def main(
             if step + 1 == len(buffers) or buffers[step + 1][0] != epoch:
                 for model, save_dir, source in ((actor, actor_save_dir, actor_ckpt_dir),
                                                 (critic, critic_save_dir, critic_ckpt_dir)):
-                    assemble.save_model(model, f"{save_dir}/epoch-{epoch}", source, save_dtype, lora)
+                    assemble.save_model(model, f"{save_dir}/epoch-{epoch}", source, save_dtype, lora, tokenizer_file)
                     assemble.publish(f"{save_dir}/epoch-{epoch}", save_dir)
     log.close_progress()
     log.logger.info("saved %s and %s", actor_save_dir, critic_save_dir)

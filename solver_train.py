@@ -67,7 +67,7 @@ def main(
             report = loop.step()
             log.metrics(loop.steps, epoch=epoch, **report._asdict(), supervised_tokens=normaliser)
             log.advance(tokens=sum(batch.tokens.numel() for batch in batches), loss=report.loss)
-        assemble.save_model(model, f"{save_dir}/epoch-{epoch}", ckpt_dir, save_dtype, lora)
+        assemble.save_model(model, f"{save_dir}/epoch-{epoch}", ckpt_dir, save_dtype, lora, tokenizer_file)
     assemble.publish(f"{save_dir}/epoch-{epochs}", save_dir)
     log.close_progress()
     log.logger.info("saved %s", save_dir)

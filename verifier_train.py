@@ -81,7 +81,7 @@ def main(
         log.metrics(loop.steps, epoch=epoch, **held_report._asdict())
         log.logger.info("epoch %d: held-out pair accuracy %.3f", epoch, held_report.held_out_accuracy)
         assemble.set_score(model, score_mean=held_report.score_mean, score_std=held_report.score_std)
-        assemble.save_model(model, f"{save_dir}/epoch-{epoch}", ckpt_dir, save_dtype, lora)
+        assemble.save_model(model, f"{save_dir}/epoch-{epoch}", ckpt_dir, save_dtype, lora, tokenizer_file)
     assemble.publish(f"{save_dir}/epoch-{epochs}", save_dir)
     log.close_progress()
     log.logger.info("saved %s", save_dir)

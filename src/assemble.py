@@ -180,12 +180,18 @@ def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
 
 
 def save_model(
-    model: Decoder, save_dir: str, ckpt_dir: str, dtype: str = "", lora: LoraConfig | None = None
+    model: Decoder,
+    save_dir: str,
+    ckpt_dir: str,
+    dtype: str = "",
+    lora: LoraConfig | None = None,
+    tokenizer_file: str = "",
 ) -> None:
     """Write a trained model as a checkpoint directory, each rank its own shard; all ranks call this.
 
-    ckpt_dir is where training started: it gives the tokenizer and, with LoRA, the base that the adapter
-    directory will name. dtype of the stored weights: empty = as in ckpt_dir; adapters are always float32.
+    ckpt_dir is where training started: it gives the tokenizer unless tokenizer_file does and, with LoRA, the base
+    that the adapter directory will name. dtype of the stored weights: empty = as in ckpt_dir; adapters are always
+    float32.
     """
     folder, source = Path(save_dir), Path(ckpt_dir)
     dtype = dtype or model.config.dtype
@@ -213,7 +219,7 @@ def save_model(
             kind,
             parallel.tensor_parallel_size(),
             model.config.to_dict() | {"dtype": dtype},
-            storage.tokenizer_files(source),
+            [Path(tokenizer_file)] if tokenizer_file else storage.tokenizer_files(source),
             facts,
         )
     parallel.barrier()

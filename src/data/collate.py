@@ -59,10 +59,13 @@ def encode_response(tokenizer: Tokenizer, instruction: str, output: str, *, fini
 def drop_long(
     rows: Sequence[tuple[Encoded, ...]], max_seq_len: int, source: str
 ) -> list[tuple[Encoded, ...]]:
-    """The rows all of whose sequences fit. Raises UserError when more than 1% do not: an answer is never cut."""
+    """The rows all of whose sequences fit. Raises UserError when more than 1% do not.
+
+    An answer is never cut. One long row alone is dropped however few there are.
+    """
     kept = [row for row in rows if all(len(encoded.tokens) <= max_seq_len for encoded in row)]
     dropped = len(rows) - len(kept)
-    if dropped > MAX_DROPPED_SHARE * len(rows):
+    if dropped > max(1, MAX_DROPPED_SHARE * len(rows)) or not kept:
         longest = max(len(encoded.tokens) for row in rows for encoded in row)
         raise UserError(
             f"{source}: {dropped} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} "

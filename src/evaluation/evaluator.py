@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from src import parallel
-from src.data.collate import chunks, collate, encode_prompt, encode_response
+from src.data.collate import Encoded, chunks, collate, encode_prompt, encode_response
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
 from src.evaluation.grade import GRADER_VERSION, Grader, Verdict
@@ -158,6 +158,18 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _encode_sample(tokenizer: Tokenizer, sample: Sample, max_seq_len: int) -> Encoded:
+    """A sample as ids. One that was cut off has no EOS, and loses what its text tokenises to beyond the context."""
+    finished = sample.values.get("finish", "stop") == "stop" or not sample.response
+    row = encode_response(tokenizer, sample.prompt, sample.response, finished=finished)
+    if finished and len(row.tokens) > max_seq_len or row.response_start >= max_seq_len:
+        raise UserError(
+            f"sample {sample.id!r}/{sample.sample} has {len(row.tokens)} tokens; a verifier with context "
+            f"{max_seq_len} cannot score it"
+        )
+    return Encoded(row.tokens[:max_seq_len], row.response_start)
+
+
 @torch.no_grad()
 def score_samples(
     verifier: Decoder, tokenizer: Tokenizer, samples: Sequence[Sample], *, max_batch_size: int, log: RunLog
@@ -168,18 +180,7 @@ def score_samples(
     score that is not a finite number.
     """
     config = verifier.config
-    encoded = [
-        encode_response(
-            tokenizer, sample.prompt, sample.response, finished=sample.values.get("finish", "stop") == "stop"
-        )
-        for sample in samples
-    ]
-    for sample, row in zip(samples, encoded, strict=True):
-        if len(row.tokens) > config.max_seq_len or not row.n_response:
-            raise UserError(
-                f"sample {sample.id!r}/{sample.sample} has {len(row.tokens)} tokens, {row.n_response} of "
-                f"them its response; a verifier with context {config.max_seq_len} cannot score it"
-            )
+    encoded = [_encode_sample(tokenizer, sample, config.max_seq_len) for sample in samples]
     verifier.eval()
     scores = [0.0] * len(samples)
     log.progress(len(samples), "sample")

@@ -92,5 +92,5 @@ def init_lora(
 
 
 def merged_weight(base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """W + scale * B A, computed in float32 and returned in W's dtype. Works on whole tensors and on shards alike."""
-    return (base.float() + scale * (lora_b.float() @ lora_a.float())).to(base.dtype)
+    """W + scale * B A in float32, whatever W's dtype: the caller rounds once, if at all."""
+    return base.float() + scale * (lora_b.float() @ lora_a.float())
