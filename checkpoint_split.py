@@ -6,7 +6,7 @@ python checkpoint_split.py --ckpt_file llama-2-7b-hf --save_path ckpt/8 --n 8
 from pathlib import Path
 from typing import Literal
 
-from src import cli, parallel, runlog
+from src import cli, parallel, plan, runlog
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.models.families import check_model_type
@@ -14,7 +14,7 @@ from src.models.families import check_model_type
 
 def main(
     ckpt_file: str | list[str], save_path: str, n: int, tokenizer_file: str = "", config_file: str = "",
-    model_type: str = "", dtype: Literal["", "float32", "bfloat16", "float16"] = "",
+    model_type: str = "", dtype: Literal["", "float32", "bfloat16", "float16"] = "", dry_run: bool = False,
 ) -> None:
     """Cut a checkpoint into n shards.
 
@@ -26,6 +26,7 @@ def main(
     config_file: params.json (Meta) or config.json (Hugging Face); default: the one beside ckpt_file
     model_type: a family or released size the checkpoint must agree with, such as llama-2-7b
     dtype: type of the stored weights; default: as in the source
+    dry_run: print the plan - parameters, heads and bytes of a shard, disk - and stop
     """
     cli.check_numbers(locals())
     if parallel.rank() != 0:  # under torchrun one process does the work
@@ -34,6 +35,9 @@ def main(
     source = open_source(ckpt_file, config_file)
     described = ckpt_file if isinstance(ckpt_file, str) else ", ".join(ckpt_file)
     check_model_type(source.config, model_type, described)
+    if dry_run:
+        runlog.table(plan.splitting(source.config, n, dtype))
+        return
     split(source, Path(save_path), n, dtype, tokenizer_file, described)
     log.info("wrote %d shards of %s to %s", n, described, save_path)
     if not tokenizer_file and not source.tokenizer_files:

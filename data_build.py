@@ -14,7 +14,8 @@ from src.errors import UserError
 
 
 def main(
-    samples_file: str, save_file: str, objective: Literal["pairs"] = "pairs", pairs_a_problem: int = 4, seed: int = 1
+    samples_file: str, save_file: str, objective: Literal["pairs"] = "pairs", pairs_a_problem: int = 4, seed: int = 1,
+    dry_run: bool = False,
 ) -> None:
     """Write a training file.
 
@@ -23,6 +24,7 @@ def main(
     objective: pairs = a right against a wrong solution of the same problem, for verifier_train.py
     pairs_a_problem: most pairs from one problem
     seed: seed of the matching and of the order of rows
+    dry_run: count the rows without writing them
     """
     cli.check_numbers(locals())
     target = Path(save_file)
@@ -35,12 +37,13 @@ def main(
     if not rows:
         raise UserError(f"{samples_file} gives no pair: no problem has both a right and a wrong sample; "
                         f"sample more a problem or at a higher temperature")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(target)
+    if not dry_run:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(target)
     problems = len({row["instruction"] for row in rows})
-    runlog.logger().info("%d pairs from %d problems to %s", len(rows), problems, save_file)
+    runlog.logger().info("%d pairs from %d problems%s", len(rows), problems, "" if dry_run else f" to {save_file}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-from src import assemble, cli, parallel
-from src.data.collate import chunks, epoch_order
+from src import assemble, cli, parallel, plan, runlog
+from src.data.collate import chunks, encode_prompt, epoch_order
 from src.data.examples import read_prompts
 from src.errors import UserError
 from src.evaluation.grade import Grader
@@ -31,7 +31,7 @@ def main(
     gamma: float = 1.0, gae_lambda: float = 0.95, missing_eos_penalty: float = 1.0,
     lora_rank: int = -1, lora_alpha: float = 16.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
-    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1,
+    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Proximal policy optimisation with a critic; rewards at the end of a response, KL per token.
 
@@ -72,6 +72,7 @@ def main(
     lora_targets: linears that carry an adapter
     save_dtype: type of the stored weights; default: as in the directories started from (adapters: float32)
     seed: seed of prompt order, sampling and adapter initialisation
+    dry_run: print the plan - buffers, memory of each rank for each model - and stop
     """
     flags = locals().copy()
     cli.check_numbers(flags)
@@ -81,17 +82,31 @@ def main(
         raise UserError(f"--temperature {temperature}: PPO learns from sampled responses; expected more than 0")
     if Path(actor_save_dir).resolve() == Path(critic_save_dir).resolve():
         raise UserError("--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other")
-    parallel.start(seed=seed)
-    for save_dir in (actor_save_dir, critic_save_dir):
-        assemble.check_save_dir(save_dir, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
     prompts = read_prompts(train_file, need_label=reward == "rule")
     tokenizer = assemble.load_tokenizer(actor_ckpt_dir, tokenizer_file)
     assemble.check_tokenizer(tokenizer, critic_ckpt_dir, reward_model_ckpt_dir)
+    lora = assemble.lora_config(lora_rank, lora_alpha, 0.0, lora_targets)
+    buffers = [(epoch, rows) for epoch in range(1, epochs + 1)
+               for rows in chunks(epoch_order(len(prompts), seed, epoch), max_buffer_size)]
+    buffers = buffers[: max_steps if max_steps >= 0 else None]
+    if critic_warmup > len(buffers):
+        raise UserError(f"--critic_warmup is {critic_warmup}, but there are only {len(buffers)} buffers; lower it")
+    if dry_run:
+        actor_config, critic_config = (assemble.load_config(folder) for folder in (actor_ckpt_dir, critic_ckpt_dir))
+        runlog.table(plan.ppo(actor_config, assemble.solver_to_verifier(critic_config),
+                              assemble.n_shards(actor_ckpt_dir), lora,
+                              [encode_prompt(tokenizer, prompt.instruction) for prompt in prompts],
+                              max_new_tokens=max_new_tokens, n_rows=max_batch_size, n_decoding=rollout_batch_size,
+                              buffers=len(buffers), with_verifier=reward == "verifier"))
+        return
+    parallel.start(seed=seed)
+    for save_dir in (actor_save_dir, critic_save_dir):
+        assemble.check_save_dir(save_dir, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
     actor = assemble.load_solver(actor_ckpt_dir, model_type=model_type, dtype=torch.float32)
     reference = assemble.load_solver(actor_ckpt_dir, dtype=torch.float32)  # as the actor: their first KL is 0
     critic = assemble.load_verifier(critic_ckpt_dir, dtype=torch.float32, from_solver=True)
-    lora = assemble.add_lora_if(actor, lora_rank, lora_alpha, 0.0, lora_targets, seed)
-    assemble.add_lora_if(critic, lora_rank, lora_alpha, 0.0, lora_targets, seed)
+    assemble.put_lora_on(actor, lora, seed)
+    assemble.put_lora_on(critic, lora, seed)
     settings = ppo.Settings(
         temperature=temperature, max_new_tokens=max_new_tokens, rollout_batch_size=rollout_batch_size,
         max_batch_size=max_batch_size, inner_epochs=inner_epochs, minibatches=minibatches, kl_coef=kl_coef,
@@ -105,11 +120,6 @@ def main(
         task_reward = ppo.graded_reward(lambda responses, labels: [
             verdict.outcome == "right" for verdict in grader.grade(responses, labels)])
     log = RunLog(log_dir or actor_save_dir, flags)
-    buffers = [(epoch, rows) for epoch in range(1, epochs + 1)
-               for rows in chunks(epoch_order(len(prompts), seed, epoch), max_buffer_size)]
-    buffers = buffers[: max_steps if max_steps >= 0 else None]
-    if critic_warmup > len(buffers):
-        raise UserError(f"--critic_warmup is {critic_warmup}, but there are only {len(buffers)} buffers; lower it")
     critic_warmup = critic_warmup if critic_warmup >= 0 else min(10, len(buffers) // 10)
     per_buffer = inner_epochs * minibatches
     schedule = {"warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}

@@ -7,8 +7,9 @@ torchrun --nproc_per_node 8 solver_evaluate.py --task GSM8K --ckpt_dir out --lab
 from pathlib import Path
 from typing import Literal
 
-from src import assemble, cli, parallel, runlog
+from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
+from src.data.collate import encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
 from src.evaluation.evaluator import (
@@ -26,7 +27,7 @@ def main(
     task: Literal["GSM8K", "MATH", "toy", "none"], label_file: str, log_dir: str, ckpt_dir: str = "",
     samples_file: str = "", model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
     max_new_tokens: int = 512, num_samples: int = 1, temperature: float = 0.0, top_p: float = 1.0,
-    limit: int = -1, seed: int = 1,
+    limit: int = -1, seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Batched decoding and grading. Writes samples.jsonl and results.json to log_dir; a rerun continues.
 
@@ -44,6 +45,7 @@ def main(
     top_p: sample from the smallest set of tokens with this probability
     limit: only the first so many problems; -1 = all
     seed: with the problem's id and the sample's number, all that a sample's randomness depends on
+    dry_run: print the plan - prompts, memory of each rank - and stop
     """
     flags = locals().copy()
     cli.check_numbers(flags)
@@ -53,6 +55,12 @@ def main(
         raise UserError("--task none grades nothing; name the task of --samples_file")
     problems = read_prompts(label_file, need_label=task != "none")
     prompts = problems[: limit if limit >= 0 else None]
+    if dry_run and ckpt_dir:
+        tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+        runlog.table(plan.decoding(assemble.load_config(ckpt_dir, model_type), assemble.n_shards(ckpt_dir),
+                                   [encode_prompt(tokenizer, prompt.instruction) for prompt in prompts],
+                                   samples=num_samples, max_new_tokens=max_new_tokens, n_rows=max_batch_size))
+        return
     storage.check_writable(Path(log_dir))
     path = Path(log_dir) / "samples.jsonl"
     if samples_file and parallel.world_size() > 1:

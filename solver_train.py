@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from src import assemble, cli, parallel
+from src import assemble, cli, parallel, plan, runlog
 from src.data.examples import read_instructions
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
@@ -20,7 +20,7 @@ def main(
     lr: float = 1e-5, warmup_ratio: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
     lora_rank: int = -1, lora_alpha: float = 16.0, lora_dropout: float = 0.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
-    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1,
+    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Supervised fine-tuning; the loss is on outputs and their EOS only.
 
@@ -43,18 +43,26 @@ def main(
     lora_targets: linears that carry an adapter
     save_dtype: type of the stored weights; default: as in ckpt_dir (adapters: float32)
     seed: seed of data order and adapter initialisation
+    dry_run: print the plan - steps, memory of each rank, disk, an example with its loss in brackets - and stop
     """
     flags = locals().copy()
     cli.check_numbers(flags)
-    parallel.start(seed=seed)
-    assemble.check_save_dir(save_dir, ckpt_dir)
+    config = assemble.load_config(ckpt_dir, model_type)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
     data = SolverData(read_instructions(train_file), tokenizer, max_seq_len=max_seq_len, seed=seed, source=train_file)
-    model = assemble.load_solver(ckpt_dir, model_type=model_type, dtype=torch.float32)
-    lora = assemble.add_lora_if(model, lora_rank, lora_alpha, lora_dropout, lora_targets, seed)
+    lora = assemble.lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
+    steps_per_epoch = data.steps_per_epoch(max_batch_size, accumulation_steps)
+    if dry_run:
+        examples = [encoded for row in data.rows for encoded in row]
+        runlog.table(plan.training(config, assemble.n_shards(ckpt_dir), lora, examples, tokenizer, epochs=epochs,
+                                   rows_a_forward=max_batch_size, steps=epochs * steps_per_epoch))
+        return
+    parallel.start(seed=seed)
+    assemble.check_save_dir(save_dir, ckpt_dir)
+    model = assemble.load_solver(ckpt_dir, dtype=torch.float32)
+    assemble.put_lora_on(model, lora, seed)
     log = RunLog(save_dir, flags)
     log.logger.info("%d rows (%d too long, dropped)", len(data.rows), data.dropped)
-    steps_per_epoch = data.steps_per_epoch(max_batch_size, accumulation_steps)
     loop = TrainLoop(model, log, lr=lr, total_steps=steps_per_epoch * epochs, warmup_ratio=warmup_ratio,
                      weight_decay=weight_decay, max_grad_norm=max_grad_norm)
     model.train()

@@ -7,7 +7,7 @@ torchrun --nproc_per_node 8 verifier_evaluate.py --task GSM8K --ckpt_dir verifie
 from pathlib import Path
 from typing import Literal
 
-from src import assemble, cli, parallel, runlog
+from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.evaluation.evaluator import disclaim_samples, grade_samples, results_table, score_samples
@@ -16,7 +16,7 @@ from src.runlog import RunLog
 
 def main(
     task: Literal["GSM8K", "MATH", "toy"], ckpt_dir: str, samples_file: str, label_file: str, log_dir: str,
-    model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
+    model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64, dry_run: bool = False,
 ) -> None:
     """Add a score to every sample; best-of-n and weighted voting beside majority voting.
 
@@ -28,11 +28,16 @@ def main(
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: sentencepiece model; default: the one in ckpt_dir
     max_batch_size: samples in one forward pass
+    dry_run: print the plan - samples, memory of each rank - and stop
     """
     flags = locals().copy()
     cli.check_numbers(flags)
     prompts = read_prompts(label_file, need_label=True)
     samples = match_samples(read_samples(samples_file), prompts, samples_file)
+    if dry_run:
+        config = assemble.load_config(ckpt_dir, model_type)
+        runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(samples)))
+        return
     storage.check_writable(Path(log_dir))
     parallel.start()
     verifier = assemble.load_verifier(ckpt_dir, model_type=model_type)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from src import assemble, cli, parallel
+from src import assemble, cli, parallel, plan, runlog
 from src.data.examples import read_pairs
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
@@ -22,7 +22,7 @@ def main(
     lr: float = 1e-5, warmup_ratio: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
     lora_rank: int = -1, lora_alpha: float = 16.0, lora_dropout: float = 0.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
-    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1,
+    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Reward-model training on a value head.
 
@@ -49,22 +49,31 @@ def main(
     lora_targets: linears that carry an adapter
     save_dtype: type of the stored weights; default: as in ckpt_dir (adapters: float32)
     seed: seed of data order and adapter initialisation
+    dry_run: print the plan - steps, memory of each rank, disk, an example with its loss in brackets - and stop
     """
     flags = locals().copy()
     cli.check_numbers(flags)
-    parallel.start(seed=seed)
-    assemble.check_save_dir(save_dir, ckpt_dir)
     rows = read_pairs(train_file)
     train_rows, held_rows = (rows, read_pairs(label_file)) if label_file else split_by_problem(rows, held_out)
+    config = assemble.load_config(ckpt_dir, model_type)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
     data, held = (PairData(part, tokenizer, max_seq_len=max_seq_len, seed=seed, source=source)
                   for part, source in ((train_rows, train_file), (held_rows, label_file or train_file)))
-    model = assemble.load_verifier(ckpt_dir, model_type=model_type, dtype=torch.float32, from_solver=True)
+    lora = assemble.lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
+    steps_per_epoch = data.steps_per_epoch(max_batch_size, accumulation_steps)
+    if dry_run:
+        examples = [encoded for pair in data.pairs for encoded in pair]
+        runlog.table(plan.training(assemble.solver_to_verifier(config), assemble.n_shards(ckpt_dir), lora, examples,
+                                   tokenizer, epochs=epochs, rows_a_forward=2 * max_batch_size,
+                                   steps=epochs * steps_per_epoch))
+        return
+    parallel.start(seed=seed)
+    assemble.check_save_dir(save_dir, ckpt_dir)
+    model = assemble.load_verifier(ckpt_dir, dtype=torch.float32, from_solver=True)
     assemble.set_score(model, score=score)
-    lora = assemble.add_lora_if(model, lora_rank, lora_alpha, lora_dropout, lora_targets, seed)
+    assemble.put_lora_on(model, lora, seed)
     log = RunLog(save_dir, flags)
     log.logger.info("%d pairs (%d too long, dropped), %d held out", len(data.pairs), data.dropped, len(held.pairs))
-    steps_per_epoch = data.steps_per_epoch(max_batch_size, accumulation_steps)
     loop = TrainLoop(model, log, lr=lr, total_steps=steps_per_epoch * epochs, warmup_ratio=warmup_ratio,
                      weight_decay=weight_decay, max_grad_norm=max_grad_norm)
     model.train()

@@ -27,6 +27,13 @@ def load_config(ckpt_dir: str, model_type: str = "") -> ModelConfig:
     return config
 
 
+def n_shards(ckpt_dir: str) -> int:
+    """How many ranks a checkpoint directory is cut for."""
+    folder = Path(ckpt_dir)
+    kind = storage.ADAPTER if (folder / "adapter.json").is_file() else storage.WEIGHTS
+    return len(storage.shard_paths(folder, kind))
+
+
 def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "") -> Tokenizer:
     """The tokenizer that travels in the checkpoint directory, or the one named; it must fit. Raises UserError."""
     tokenizer = Tokenizer(Path(tokenizer_file) if tokenizer_file else Path(ckpt_dir) / "tokenizer.model")
@@ -132,8 +139,10 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
         parameter.requires_grad_(True)
 
 
-def put_lora_on(model: Decoder, lora: LoraConfig, seed: int) -> None:
-    """Freeze a loaded model and give it fresh float32 adapters; a value head stays trainable."""
+def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
+    """Freeze a loaded model and give it fresh float32 adapters; a value head stays trainable. None changes nothing."""
+    if lora is None:
+        return
     with torch.device("meta"):
         add_lora(model, lora)
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
@@ -145,15 +154,9 @@ def put_lora_on(model: Decoder, lora: LoraConfig, seed: int) -> None:
         model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(tensor.to(parallel.device()))
 
 
-def add_lora_if(
-    model: Decoder, rank: int, alpha: float, dropout: float, targets: list[str], seed: int
-) -> LoraConfig | None:
-    """Put adapters on a model as the --lora_* flags ask; rank -1 leaves it whole and returns None."""
-    if rank == -1:
-        return None
-    lora = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(targets))
-    put_lora_on(model, lora, seed)
-    return lora
+def lora_config(rank: int, alpha: float, dropout: float, targets: list[str]) -> LoraConfig | None:
+    """What the --lora_* flags ask for; None (train all weights) for rank -1. Raises UserError."""
+    return None if rank == -1 else LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(targets))
 
 
 def set_score(verifier: Decoder, **facts: str | float) -> None:

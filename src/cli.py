@@ -41,8 +41,16 @@ class Kind(NamedTuple):
 
 
 NONE = {"None": None, "none": None}
-TRUTH = {"true": True, "True": True, "yes": True, "1": True,
-         "false": False, "False": False, "no": False, "0": False}
+TRUTH = {
+    "true": True,
+    "True": True,
+    "yes": True,
+    "1": True,
+    "false": False,
+    "False": False,
+    "no": False,
+    "0": False,
+}
 KINDS: dict[object, Kind] = {
     types.NoneType: Kind("none", "none", NONE.__getitem__),
     bool: Kind("true|false", "true", TRUTH.__getitem__),
@@ -70,14 +78,36 @@ SHARE = Numbers("a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 # By the flag's name, whichever script has it.
 NUMBERS: dict[str, Numbers] = {
-    "n": COUNT, "pairs_a_problem": COUNT, "num_samples": COUNT, "limit": COUNT_OR_OFF,
-    "max_seq_len": COUNT, "max_new_tokens": COUNT, "max_batch_size": COUNT, "accumulation_steps": COUNT,
-    "rollout_batch_size": COUNT, "max_buffer_size": COUNT, "epochs": COUNT, "inner_epochs": COUNT,
-    "minibatches": COUNT, "max_steps": COUNT_OR_OFF, "lora_rank": COUNT_OR_OFF,
+    "n": COUNT,
+    "pairs_a_problem": COUNT,
+    "num_samples": COUNT,
+    "limit": COUNT_OR_OFF,
+    "max_seq_len": COUNT,
+    "max_new_tokens": COUNT,
+    "max_batch_size": COUNT,
+    "accumulation_steps": COUNT,
+    "rollout_batch_size": COUNT,
+    "max_buffer_size": COUNT,
+    "epochs": COUNT,
+    "inner_epochs": COUNT,
+    "minibatches": COUNT,
+    "max_steps": COUNT_OR_OFF,
+    "lora_rank": COUNT_OR_OFF,
     "critic_warmup": Numbers("0 or more, or -1", lambda x: x >= -1),
-    "lr": FINITE, "critic_lr": FINITE, "weight_decay": FINITE, "temperature": FINITE, "kl_coef": FINITE,
-    "missing_eos_penalty": FINITE, "max_grad_norm": POSITIVE, "clip_ratio": POSITIVE, "value_clip": POSITIVE,
-    "lora_alpha": POSITIVE, "warmup_ratio": SHARE, "held_out": SHARE, "gamma": SHARE, "gae_lambda": SHARE,
+    "lr": FINITE,
+    "critic_lr": FINITE,
+    "weight_decay": FINITE,
+    "temperature": FINITE,
+    "kl_coef": FINITE,
+    "missing_eos_penalty": FINITE,
+    "max_grad_norm": POSITIVE,
+    "clip_ratio": POSITIVE,
+    "value_clip": POSITIVE,
+    "lora_alpha": POSITIVE,
+    "warmup_ratio": SHARE,
+    "held_out": SHARE,
+    "gamma": SHARE,
+    "gae_lambda": SHARE,
     "lora_dropout": Numbers("0 or more and less than 1", lambda x: 0 <= x < 1),
     "top_p": Numbers("more than 0 and at most 1", lambda x: 0 < x <= 1),
     "seed": Numbers("a whole number of 64 bits", lambda x: -(2**63) <= x < 2**63),
@@ -130,7 +160,7 @@ def run(main: Callable[..., None], argv: list[str] | None = None) -> None:
     except UserError as error:
         _stop(1, f"error: {error}")
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""      # a write to a full disk names no file
+        place = f"{error.filename}: " if error.filename else ""  # a write to a full disk names no file
         _stop(1, f"error: {place}{error.strerror or error}")
     except KeyboardInterrupt:
         _stop(130, "interrupted")
@@ -149,8 +179,10 @@ def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
     rest = list(argv)
     while rest:
         if not _looks_like_flag(rest[0]):
-            raise UserError(f"{rest[0]!r} belongs to no flag; write --NAME before it, or quotes around "
-                            "a value with spaces; --help lists the flags")
+            raise UserError(
+                f"{rest[0]!r} belongs to no flag; write --NAME before it, or quotes around "
+                "a value with spaces; --help lists the flags"
+            )
         head, equals, text = rest.pop(0).partition("=")
         flag, negated = _find(head, flags)
         if flag.name in values:
@@ -201,8 +233,13 @@ def usage(main: Callable[..., None], width: int) -> str:
     for title, required in (("Required flags:", True), ("Optional flags:", False)):
         entries = [_flag_help(flag, width) for flag in flags if flag.required is required]
         blocks += ["\n".join([title, *entries])] if entries else []
-    blocks.append(_wrap("`--flag value` and `--flag=value` mean the same. A true|false flag alone means "
-                        "true, --noflag false. A list is several words, or one word with commas.", width))
+    blocks.append(
+        _wrap(
+            "`--flag value` and `--flag=value` mean the same. A true|false flag alone means "
+            "true, --noflag false. A list is several words, or one word with commas.",
+            width,
+        )
+    )
     return "\n\n".join(blocks).lstrip()
 
 
@@ -246,7 +283,7 @@ def _read_as(kind: object, words: list[str], split: bool) -> Value:
     if get_origin(kind) is list:
         parts = [part.strip() for word in words for part in word.split(",")] if split else words
         return [KINDS[get_args(kind)[0]].read(part) for part in parts if part]
-    word, = words
+    (word,) = words
     if get_origin(kind) is Literal:
         return get_args(kind)[[str(choice) for choice in get_args(kind)].index(word)]
     return KINDS[kind].read(word)
@@ -278,8 +315,14 @@ def _reflow(text: str, width: int) -> str:
 
 
 def _wrap(text: str, width: int, margin: str = "") -> str:
-    return textwrap.fill(text, width, initial_indent=margin, subsequent_indent=margin,
-                         break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=margin,
+        subsequent_indent=margin,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _local_rank() -> int:

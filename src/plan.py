@@ -4,7 +4,7 @@ Bytes are per rank. Activations, the framework's own memory and padding of the d
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from src.checkpoint.shards import expected_shapes, split_dim
 from src.data.collate import Encoded
@@ -27,9 +27,10 @@ def local_parameters(config: ModelConfig, n: int) -> int:
 def local_lora_parameters(config: ModelConfig, lora: LoraConfig, n: int) -> int:
     """Trainable parameters of one rank under LoRA: adapters, and the value head where there is one."""
     total = config.dim if config.value_head else 0
-    for name, (*_, rows, columns) in expected_shapes(config).items():
+    for name, shape in expected_shapes(config).items():
         stem = name.removesuffix(".weight")
         if stem.split(".")[-1] in lora.targets:
+            rows, columns = shape
             for factor, size in (("lora_a", columns), ("lora_b", rows)):
                 whole = split_dim(f"{stem}.{factor}.weight", config) is None
                 total += lora.rank * size // (1 if whole else n)
@@ -65,6 +66,109 @@ def decoding_memory(
     }
 
 
+def training(
+    config: ModelConfig,
+    n: int,
+    lora: LoraConfig | None,
+    examples: Sequence[Encoded],
+    tokenizer: Tokenizer,
+    *,
+    rows_a_forward: int,
+    steps: int,
+    epochs: int,
+) -> str:
+    """The plan of a trainer that reads these examples: steps, lengths, memory and disk, and one example."""
+    config.check_divides(n, "this checkpoint")
+    longest = max(examples, key=lambda example: len(example.tokens))
+    stored = BYTES[config.dtype] * local_parameters(config, n)
+    if lora:
+        stored = FLOAT32 * local_lora_parameters(config, lora, n)
+    facts = {
+        "tensor-parallel ranks": n,
+        "examples": f"{len(examples)}, the longest {len(longest.tokens)} tokens",
+        "optimizer steps": steps,
+        "disk": f"{size(n * stored * epochs)} for {epochs} epochs",
+        "an example": masked_text(examples[0], tokenizer),
+    }
+    memory = training_memory(config, n, lora, rows_a_forward, longest.n_response)
+    return report(facts, {"model": memory})
+
+
+def decoding(
+    config: ModelConfig,
+    n: int,
+    prompts: Sequence[list[int]],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    n_rows: int,
+) -> str:
+    """The plan of decoding these prompts with at most n_rows rows at once."""
+    config.check_divides(n, "this checkpoint")
+    longest = max(map(len, prompts))
+    facts = {
+        "tensor-parallel ranks": n,
+        "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {config.max_seq_len}",
+        "samples": samples * len(prompts),
+    }
+    n_rows = min(n_rows, samples * len(prompts))
+    n_tokens = min(longest + max_new_tokens, config.max_seq_len)
+    return report(facts, {"model": decoding_memory(config, n, FLOAT32, n_rows, n_tokens)})
+
+
+def scoring(config: ModelConfig, n: int, samples: int) -> str:
+    """The plan of scoring samples with a verifier, which only holds its weights."""
+    config.check_divides(n, "this checkpoint")
+    memory = {"model": {"weights": FLOAT32 * local_parameters(config, n)}}
+    return report({"tensor-parallel ranks": n, "samples": samples}, memory)
+
+
+def ppo(
+    actor: ModelConfig,
+    critic: ModelConfig,
+    n: int,
+    lora: LoraConfig | None,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    n_rows: int,
+    n_decoding: int,
+    buffers: int,
+    with_verifier: bool,
+) -> str:
+    """The plan of PPO: actor and critic train, the reference and a verifier only hold their weights."""
+    actor.check_divides(n, "this checkpoint")
+    longest = max(map(len, prompts))
+    n_tokens = min(longest + max_new_tokens, actor.max_seq_len)
+    facts = {
+        "tensor-parallel ranks": n,
+        "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {actor.max_seq_len}",
+        "rollout buffers": buffers,
+    }
+    rollouts = decoding_memory(actor, n, FLOAT32, n_decoding, n_tokens)
+    memory = {
+        "actor": training_memory(actor, n, lora, n_rows, max_new_tokens),
+        "critic": training_memory(critic, n, lora, n_rows, max_new_tokens),
+        "reference": {"weights": rollouts["weights"]},
+        "rollouts": {"kv cache": rollouts["kv cache"], "logits": rollouts["logits"]},
+    }
+    if with_verifier:
+        memory["verifier"] = {"weights": FLOAT32 * local_parameters(critic, n)}
+    return report(facts, memory)
+
+
+def splitting(config: ModelConfig, n: int, dtype: str) -> str:
+    """The plan of cutting a checkpoint into n shards: what a shard holds and what the disk must."""
+    config.check_divides(n, "this checkpoint")
+    shard = BYTES[dtype or config.dtype] * local_parameters(config, n)
+    facts = {
+        "parameters": f"{local_parameters(config, 1):,}",
+        "shards": f"{n} of {size(shard)}: {config.n_heads // n} heads, {config.n_kv_heads // n} kv heads each",
+        "disk": size(n * shard),
+    }
+    return report(facts, {})
+
+
 def masked_text(encoded: Encoded, tokenizer: Tokenizer) -> str:
     """One example as the model sees it; what carries loss stands in double brackets."""
     prompt, response = encoded.tokens[1 : encoded.response_start], encoded.tokens[encoded.response_start :]
@@ -81,7 +185,8 @@ def report(facts: Mapping[str, object], memory: Mapping[str, Mapping[str, int]])
         lines.append(
             f"{model + ', each rank':24}" + ", ".join(f"{name} {size(b)}" for name, b in parts.items())
         )
-    lines.append(f"{'memory, each rank':24}{size(total)} and activations")
+    if memory:
+        lines.append(f"{'memory, each rank':24}{size(total)} and activations")
     return "\n".join(lines)
 
 

@@ -23,14 +23,16 @@ from src.evaluation.normalize import (
     strip_braces,
 )
 
-MAX_LENGTH = 4000       # longer answers are compared as strings
+MAX_LENGTH = 4000  # longer answers are compared as strings
 MAX_LEAF_LENGTH = 300
-MAX_OPEN_PAIRS = 12     # elements of two lists that rules could not pair; more than that go to no leaf comparer
+MAX_OPEN_PAIRS = 12  # elements of two lists that rules could not pair; more than that go to no leaf comparer
 MAX_DEPTH = 6
 
-Leaf = Callable[[str, str], bool]       # (answer, label), both normalised -> equal?
+Leaf = Callable[[str, str], bool]  # (answer, label), both normalised -> equal?
 
-NAME = re.compile(r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'?(?:\([^()]*\))?|\|[A-Z]+\||m?\\angle ?[A-Z]+|\([A-Za-z,;\\]+\)")
+NAME = re.compile(
+    r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'?(?:\([^()]*\))?|\|[A-Z]+\||m?\\angle ?[A-Z]+|\([A-Za-z,;\\]+\)"
+)
 IS = r"=|\\in(?![a-z]) ?"
 UP = ("<", "\\le")
 RELATION = re.compile(r"\\le(?![a-z]) ?|\\ge(?![a-z]) ?|<|>")
@@ -41,14 +43,38 @@ ENVIRONMENT = re.compile(
 BASE = re.compile(r"\(?([+-]?[0-9A-Z.]+)\)?_\{\(?(\w+)\)?\}")
 WORDS = re.compile(r"\(?[A-Za-z][A-Za-z0-9 .,;'():-]*")
 CLOCK = re.compile(r"(\d{1,2}(?::\d\d)*) ?([AaPp])\.?[Mm]\.?")
-HOPELESS = re.compile(r"\\(?:sum|int|prod|lim|binom)(?![a-z])|\^\{\^|\^\{[^{}]*\^|\^\{-?\d{4,}|\d{4,}!|\)!|!!")
-UNITS = {name: names.split()[0] for names in (
-    "meter m meters metre metres", "centimeter cm centimeters", "millimeter mm millimeters",
-    "kilometer km kilometers", "inch in inches", "foot ft feet", "yard yd yards", "mile mi miles",
-    "dollar dollars", "cent cents", "second s sec seconds", "minute min minutes", "hour h hr hrs hours",
-    "day days", "week weeks", "month months", "year years", "gram g gm grams", "kilogram kg kilograms",
-    "pound lb lbs pounds", "ounce oz ounces", "am", "pm",
-) for name in names.split()}
+HOPELESS = re.compile(
+    r"\\(?:sum|int|prod|lim|binom)(?![a-z])|\^\{\^|\^\{[^{}]*\^|\^\{-?\d{4,}|\d{4,}!|\)!|!!"
+)
+UNITS = {
+    name: names.split()[0]
+    for names in (
+        "meter m meters metre metres",
+        "centimeter cm centimeters",
+        "millimeter mm millimeters",
+        "kilometer km kilometers",
+        "inch in inches",
+        "foot ft feet",
+        "yard yd yards",
+        "mile mi miles",
+        "dollar dollars",
+        "cent cents",
+        "second s sec seconds",
+        "minute min minutes",
+        "hour h hr hrs hours",
+        "day days",
+        "week weeks",
+        "month months",
+        "year years",
+        "gram g gm grams",
+        "kilogram kg kilograms",
+        "pound lb lbs pounds",
+        "ounce oz ounces",
+        "am",
+        "pm",
+    )
+    for name in names.split()
+}
 
 
 def equal(answer: str, label: str, leaf: Leaf) -> bool:
@@ -94,7 +120,7 @@ def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
 
 def is_words(text: str) -> bool:
     """A text answer: Saturday, (C), June 20 - and not a formula such as xy."""
-    called = "(" in text[1:].rstrip(")")         # f(x)
+    called = "(" in text[1:].rstrip(")")  # f(x)
     return not called and bool(WORDS.fullmatch(text)) and bool(re.search(r"[A-Z]|[a-z]{3}", text))
 
 
@@ -124,7 +150,12 @@ def exact_part(text: str) -> str:
 def split_name(text: str) -> tuple[str, str]:
     """("x", "5") for x=5, 5=x and x=2+3=5; ("", text) where no side is a mere name, or a list follows."""
     sides = split_top(text, IS)
-    if len(sides) == 1 or RELATION.search(text) or len(sides) > 2 and len(split_top(text, LIST_SEPARATOR)) > 1:
+    if (
+        len(sides) == 1
+        or RELATION.search(text)
+        or len(sides) > 2
+        and len(split_top(text, LIST_SEPARATOR)) > 1
+    ):
         return "", text
     if all(NAME.fullmatch(part) for part in sides[0].split(":")):
         return sides[0], sides[-1]
@@ -235,7 +266,7 @@ def matrix(text: str) -> list[list[str]] | None:
     if text[0] in "([" and closing(text, 0) == len(text) - 1:
         text = text[1:-1]
     match = ENVIRONMENT.fullmatch(text)
-    if match is None or match.group(1) in ("v", "V"):      # bars make a determinant
+    if match is None or match.group(1) in ("v", "V"):  # bars make a determinant
         return None
     rows = [row for row in re.split(r"\\\\|\\cr(?![a-z])", match.group(4)) if row.strip()]
     return [[strip_braces(cell.strip()) for cell in row.split("&")] for row in rows]
@@ -247,10 +278,14 @@ def same_value(answer: str, label: str, leaf: Leaf) -> bool:
     for form in (CLOCK, BASE):
         mine, other = form.fullmatch(answer), form.fullmatch(label)
         if mine or other:
-            return bool(mine and other) and [g.lower() for g in mine.groups()] == [g.lower() for g in other.groups()]
+            return bool(mine and other) and [g.lower() for g in mine.groups()] == [
+                g.lower() for g in other.groups()
+            ]
     mine, other = split_top(answer, ":"), split_top(label, ":")
     if len(mine) > 1 or len(other) > 1:
-        return len(mine) == len(other) and all(same_value(*pair, leaf) for pair in zip(mine, other, strict=True))
+        return len(mine) == len(other) and all(
+            same_value(*pair, leaf) for pair in zip(mine, other, strict=True)
+        )
     ours, theirs = quantity(answer), quantity(label)
     if units_clash(ours.unit, theirs.unit):
         return False
@@ -258,7 +293,7 @@ def same_value(answer: str, label: str, leaf: Leaf) -> bool:
     if number is not None:
         return same_number(answer, ours, number, theirs, leaf)
     value = rational(ours.value)
-    if value is not None and "." in ours.value:            # a decimal for an exact expression
+    if value is not None and "." in ours.value:  # a decimal for an exact expression
         return False
     if ours.value == theirs.value:
         return ours.scale == theirs.scale or not ours.scale or not theirs.scale
@@ -277,13 +312,18 @@ def same_number(answer: str, ours: Quantity, number: Fraction, theirs: Quantity,
     if ours.scale == theirs.scale:
         return False
     return "percent" in (ours.scale, theirs.scale) and (
-        value / 100 == number if ours.scale == "percent" else value == number / 100)
+        value / 100 == number if ours.scale == "percent" else value == number / 100
+    )
 
 
 def radians(angle: Quantity) -> str:
     """The value, in radians if it is a number of degrees."""
     degrees = rational(angle.value) if angle.scale == "degree" else None
-    return angle.value if degrees is None else f"\\frac{{{degrees.numerator}\\pi}}{{{180 * degrees.denominator}}}"
+    return (
+        angle.value
+        if degrees is None
+        else f"\\frac{{{degrees.numerator}\\pi}}{{{180 * degrees.denominator}}}"
+    )
 
 
 def only_number(text: str) -> Fraction | None:

@@ -26,17 +26,23 @@ class Rule(NamedTuple):
 
 class Extraction(NamedTuple):
     answer: str | None  # None: no mark of the task, or a mark without an answer
-    rule: str           # the rule that decided, "none" if no rule saw its mark
+    rule: str  # the rule that decided, "none" if no rule saw its mark
 
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-HOPE = re.compile(r"final answer is:?((?:(?!final answer is).){0,2000}?)\.?\s*I hope", re.IGNORECASE | re.DOTALL)
+HOPE = re.compile(
+    r"final answer is:?((?:(?!final answer is).){0,2000}?)\.?\s*I hope", re.IGNORECASE | re.DOTALL
+)
 HASHES = re.compile(r"####[ \t:]*([^\n]*)")
-ANSWER_HEADING = re.compile(r"^#+[ \t]*(?:final[ \t]+)?answer[ \t:*]*\n+([^\n]*)", re.IGNORECASE | re.MULTILINE)
+ANSWER_HEADING = re.compile(
+    r"^#+[ \t]*(?:final[ \t]+)?answer[ \t:*]*\n+([^\n]*)", re.IGNORECASE | re.MULTILINE
+)
 ANSWER_IS = re.compile(r"\banswer(?:\s+is\b|\W{0,3}:)[\s:*]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE)
 NEXT_PROBLEM = re.compile(r"^\W{0,4}(?:Q|Question|Problem)\W{0,2}:", re.MULTILINE)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[])")
-MATH = re.compile(r"(?<![\\$])\$(?!\$)((?:[^$\\]|\\.){1,400})\$(?!\$)|\\\(((?:(?!\\\)).){1,400})\\\)", re.DOTALL)
+MATH = re.compile(
+    r"(?<![\\$])\$(?!\$)((?:[^$\\]|\\.){1,400})\$(?!\$)|\\\(((?:(?!\\\)).){1,400})\\\)", re.DOTALL
+)
 NUMBER = re.compile(
     r"(?:(?<![\w)\].])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?:\.\d+)?)?|(?<![\w.])-?\.\d+"
 )
@@ -130,7 +136,7 @@ def last_number(text: str) -> Found | None:
 def last_statement(text: str) -> Found | None:
     """What the last sentence of a finished response says: the end of its last inline formula, or its last number."""
     sentence = last_sentence(text)
-    if sentence is None or "$$" in sentence:      # a display is a step of a derivation, not a conclusion
+    if sentence is None or "$$" in sentence:  # a display is a step of a derivation, not a conclusion
         return None
     formula = last_match(MATH, sentence)
     if formula:
@@ -159,7 +165,9 @@ def task_rules(task: str) -> tuple[tuple[Rule, ...], ...]:
     """The rules of a task, whatever the case of its name. Raises ValueError for a task that has none."""
     rules = TASK_RULES.get(task.lower())
     if rules is None:
-        raise ValueError(f"no answer rules for task {task!r}; known tasks: {', '.join(TASK_RULES)} (any case)")
+        raise ValueError(
+            f"no answer rules for task {task!r}; known tasks: {', '.join(TASK_RULES)} (any case)"
+        )
     return rules
 
 

@@ -12,13 +12,13 @@ from src.evaluation.grade_pool import Pool
 
 __all__ = ["GRADER_VERSION", "Grader", "Verdict", "extract_answer"]
 
-GRADER_VERSION = "splitrl-1+math-verify-0.9.0"      # printed beside every score: graders differ by points
+GRADER_VERSION = "splitrl-1+math-verify-0.9.0"  # printed beside every score: graders differ by points
 CACHE_SIZE = 200_000
 
 
 class Verdict(NamedTuple):
-    outcome: str            # right | wrong | unparsed | timeout | error
-    answer: str | None      # what was extracted, None for unparsed
+    outcome: str  # right | wrong | unparsed | timeout | error
+    answer: str | None  # what was extracted, None for unparsed
 
 
 class Undecided(Exception):
@@ -26,7 +26,7 @@ class Undecided(Exception):
 
     def __init__(self, outcome: str) -> None:
         super().__init__(outcome)
-        self.outcome = outcome      # timeout | error
+        self.outcome = outcome  # timeout | error
 
 
 class Grader:
@@ -36,7 +36,7 @@ class Grader:
     """
 
     def __init__(self, task: str, workers: int = 1, seconds: float = 5.0) -> None:
-        task_rules(task)        # an unknown task stops here, not at the first response
+        task_rules(task)  # an unknown task stops here, not at the first response
         if workers < 1 or seconds <= 0:
             raise ValueError(f"workers={workers}, seconds={seconds}: expected a worker and a positive time")
         self.task = task
@@ -56,7 +56,9 @@ class Grader:
     def grade(self, responses: Sequence[str], labels: Sequence[str]) -> list[Verdict]:
         """A verdict for each response against the bare label beside it. Raises ValueError if the lengths differ."""
         if len(responses) != len(labels):
-            raise ValueError(f"{len(responses)} responses but {len(labels)} labels; expected one label a response")
+            raise ValueError(
+                f"{len(responses)} responses but {len(labels)} labels; expected one label a response"
+            )
         if self.n_workers == 1:
             return [self.grade_one(*pair) for pair in zip(responses, labels, strict=True)]
         with ThreadPoolExecutor(self.n_workers) as threads:
@@ -85,16 +87,18 @@ class Grader:
         except Undecided as undecided:
             return undecided.outcome
         except (ArithmeticError, LookupError, RecursionError, ValueError):
-            return "error"      # a fault of our rules on odd input: counted and reported, but it ends no run
+            return "error"  # a fault of our rules on odd input: counted and reported, but it ends no run
 
     def leaf_until(self, deadline: float) -> Callable[[str, str], bool]:
         """A leaf comparer that shares one deadline between all leaves of an answer."""
+
         def leaf(answer: str, label: str) -> bool:
             seconds = deadline - time.monotonic()
             outcome = self.pool.compare(answer, label, seconds) if seconds > 0 else "timeout"
             if outcome in ("timeout", "error"):
                 raise Undecided(outcome)
             return outcome == "right"
+
         return leaf
 
     def equal(self, first: str, second: str) -> bool:

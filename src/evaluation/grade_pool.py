@@ -22,7 +22,7 @@ class Worker:
         self.requests = 0
 
     def compare(self, answer: str, label: str, seconds: float) -> str:
-        """"right", "wrong", "timeout" or "error" (the process died or the library failed), within the seconds given,
+        """ "right", "wrong", "timeout" or "error" (the process died or the library failed), within the seconds given,
         the start of the process not counted."""
         if self.process is None or self.process.poll() is not None:
             self.start()
@@ -40,12 +40,17 @@ class Worker:
         """Start the process and wait until it has imported sympy. Raises RuntimeError if it cannot start."""
         self.stop()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "src.evaluation.grade_worker"], cwd=REPO, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            [sys.executable, "-m", "src.evaluation.grade_worker"],
+            cwd=REPO,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         if self.read("ready", STARTUP_SECONDS) != "":
-            raise RuntimeError("the grading process did not start: `python -m src.evaluation.grade_worker` says why; "
-                               "math-verify from requirements.txt must be installed")
+            raise RuntimeError(
+                "the grading process did not start: `python -m src.evaluation.grade_worker` says why; "
+                "math-verify from requirements.txt must be installed"
+            )
 
     def read(self, wanted: int | str, seconds: float) -> str:
         """The outcome of one request; lines that are no reply to it are ignored. Kills the process on timeout."""
@@ -58,7 +63,9 @@ class Worker:
                 if reply is not None and reply["id"] == wanted:
                     return str(reply["outcome"])
                 continue
-            readable, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            readable, _, _ = select.select(
+                [self.process.stdout], [], [], max(0.0, deadline - time.monotonic())
+            )
             if not readable:
                 self.stop()
                 return "timeout"

@@ -18,9 +18,11 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
-MEMORY_LIMIT = 2 * 1024**3      # bytes of address space
+MEMORY_LIMIT = 2 * 1024**3  # bytes of address space
 # units stay: ours are gone already, and the library takes the variable of 6+9c for one
-LATEX = [LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))]
+LATEX = [
+    LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))
+]
 
 
 class OutOfTime(BaseException):
@@ -53,7 +55,7 @@ def differ_numerically(first: sympy.Basic, second: sympy.Basic) -> bool:
 
 
 def compare(answer: str, label: str) -> str:
-    """"right" if both parse and are equal, else "wrong"."""
+    """ "right" if both parse and are equal, else "wrong"."""
     first, second = parse_one(answer), parse_one(label)
     if first is None or second is None or differ_numerically(first, second):
         return "wrong"
@@ -90,9 +92,9 @@ def main() -> None:
     replies = private_stdout()
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))       # no answer can write a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no answer can write a file
     signal.signal(signal.SIGALRM, on_alarm)
-    compare("x+1", "1+x")                                   # the grammar's tables load on first use
+    compare("x+1", "1+x")  # the grammar's tables load on first use
     print(json.dumps({"id": "ready", "outcome": ""}), file=replies)
     for line in sys.stdin:
         print(json.dumps(answer_request(line)), file=replies)

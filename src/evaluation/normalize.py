@@ -8,56 +8,94 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-MAX_DIGITS = 300    # longer numbers are compared as strings
+MAX_DIGITS = 300  # longer numbers are compared as strings
 
-UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "⁄": "/", "π": "\\pi ",
-    "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ", "°": "^{\\circ}", "º": "^{\\circ}", "≤": "\\le ", "≥": "\\ge ",
-    "≠": "\\ne ", "±": "\\pm ", "∈": "\\in ", "θ": "\\theta ", "∅": "\\emptyset ", "√": "\\sqrt ", "²": "^{2}",
-    "³": "^{3}", "½": "\\frac{1}{2}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}",
-    "⅔": "\\frac{2}{3}", "€": "", "£": "", "“": "", "”": "", "’": "'", "\u00a0": " ", "\u200b": "", "\u200c": "",
-    "\u200d": "", "\u2060": "", "\ufeff": "",
-})
+UNICODE = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "×": "\\times ",
+        "·": "\\cdot ",
+        "⋅": "\\cdot ",
+        "÷": "/",
+        "⁄": "/",
+        "π": "\\pi ",
+        "∞": "\\infty ",
+        "∪": "\\cup ",
+        "∩": "\\cap ",
+        "°": "^{\\circ}",
+        "º": "^{\\circ}",
+        "≤": "\\le ",
+        "≥": "\\ge ",
+        "≠": "\\ne ",
+        "±": "\\pm ",
+        "∈": "\\in ",
+        "θ": "\\theta ",
+        "∅": "\\emptyset ",
+        "√": "\\sqrt ",
+        "²": "^{2}",
+        "³": "^{3}",
+        "½": "\\frac{1}{2}",
+        "¼": "\\frac{1}{4}",
+        "¾": "\\frac{3}{4}",
+        "⅓": "\\frac{1}{3}",
+        "⅔": "\\frac{2}{3}",
+        "€": "",
+        "£": "",
+        "“": "",
+        "”": "",
+        "’": "'",
+        "\u00a0": " ",
+        "\u200b": "",
+        "\u200c": "",
+        "\u200d": "",
+        "\u2060": "",
+        "\ufeff": "",
+    }
+)
 TEXT_MACRO = re.compile(
     r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|mathit|textrm|textsf|emph|operatorname\*?|rm|bf)\s*\{([^{}]*)\}"
 )
-END = r"(?![A-Za-z])"      # a macro name ends here
-REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple((re.compile(pattern), new) for pattern, new in (
-    (rf"\\(?:left|right|bigl?|Bigl?|bigr|Bigr|bigg|Bigg){END}\.?", ""),
-    (rf"\\(?:displaystyle|textstyle|limits|mathstrut|quad|qquad){END}", " "),
-    (r"(?<!\\)\\!", ""),
-    (r"(?<=\d)(?:\\[,;: ]|~|\{,\})(?=\d{3}(?!\d))", ","),
-    (r"(?<!\\)\\[,;:\s]|~", " "),
-    (r"\{,\}", ","),
-    (rf"\\[dtc]frac{END}", r"\\frac"),
-    (rf"\\(?:leq|leqslant|le){END}|<=", r"\\le "),
-    (rf"\\(?:geq|geqslant|ge){END}|>=", r"\\ge "),
-    (rf"\\lt{END}", "<"),
-    (rf"\\gt{END}", ">"),
-    (rf"\\(?:[lr]?vert){END}", "|"),
-    (rf"\\langle{END}", "("),
-    (rf"\\rangle{END}", ")"),
-    (rf"\\lbrace{END}", r"\\{"),
-    (rf"\\rbrace{END}", r"\\}"),
-    (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
-    (rf"\\varnothing{END}", r"\\emptyset "),
-    (rf"\\(?:times|cdot|ast){END}|(?<!\*)\*(?!\*)", r"\\cdot "),
-    (r"\*\*", "^"),
-    (rf"\^\s*\{{?\s*\\(?:circ|degree){END}\s*\}}?|\\degree{END}", r"^{\\circ}"),
-    (r"\\%|%|\bpercent\b", r"\\%"),
-    (rf"(?<![\\A-Za-z])(?:infty|infinity){END}|\\infinity{END}", r"\\infty "),
-    (rf"(?<![\\A-Za-z])(pi|sqrt){END}", r"\\\1 "),
-    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r",\s+", ";"),                                   # 81, 256 is a list, 81,256 may be a number
-    (rf"\\sqrt\s*(\w|\\pi{END})", r"\\sqrt{\1}"),
-    (rf"\\frac\s*(\w|\\pi{END})\s*(\w|\\pi{END})", r"\\frac{\1}{\2}"),
-    (rf"\\frac\s*(\w|\\pi{END})\s*\{{", r"\\frac{\1}{"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
-    (r"([_^])\s*(\w)", r"\1{\2}"),
-    (r"(?<=[A-Za-z])\s+(?=[A-Za-z])", "\x00"),      # the only space that carries meaning
-    (r"\s+", ""),
-    ("\x00", " "),
-))
+END = r"(?![A-Za-z])"  # a macro name ends here
+REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (rf"\\(?:left|right|bigl?|Bigl?|bigr|Bigr|bigg|Bigg){END}\.?", ""),
+        (rf"\\(?:displaystyle|textstyle|limits|mathstrut|quad|qquad){END}", " "),
+        (r"(?<!\\)\\!", ""),
+        (r"(?<=\d)(?:\\[,;: ]|~|\{,\})(?=\d{3}(?!\d))", ","),
+        (r"(?<!\\)\\[,;:\s]|~", " "),
+        (r"\{,\}", ","),
+        (rf"\\[dtc]frac{END}", r"\\frac"),
+        (rf"\\(?:leq|leqslant|le){END}|<=", r"\\le "),
+        (rf"\\(?:geq|geqslant|ge){END}|>=", r"\\ge "),
+        (rf"\\lt{END}", "<"),
+        (rf"\\gt{END}", ">"),
+        (rf"\\(?:[lr]?vert){END}", "|"),
+        (rf"\\langle{END}", "("),
+        (rf"\\rangle{END}", ")"),
+        (rf"\\lbrace{END}", r"\\{"),
+        (rf"\\rbrace{END}", r"\\}"),
+        (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
+        (rf"\\varnothing{END}", r"\\emptyset "),
+        (rf"\\(?:times|cdot|ast){END}|(?<!\*)\*(?!\*)", r"\\cdot "),
+        (r"\*\*", "^"),
+        (rf"\^\s*\{{?\s*\\(?:circ|degree){END}\s*\}}?|\\degree{END}", r"^{\\circ}"),
+        (r"\\%|%|\bpercent\b", r"\\%"),
+        (rf"(?<![\\A-Za-z])(?:infty|infinity){END}|\\infinity{END}", r"\\infty "),
+        (rf"(?<![\\A-Za-z])(pi|sqrt){END}", r"\\\1 "),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r",\s+", ";"),  # 81, 256 is a list, 81,256 may be a number
+        (rf"\\sqrt\s*(\w|\\pi{END})", r"\\sqrt{\1}"),
+        (rf"\\frac\s*(\w|\\pi{END})\s*(\w|\\pi{END})", r"\\frac{\1}{\2}"),
+        (rf"\\frac\s*(\w|\\pi{END})\s*\{{", r"\\frac{\1}{"),
+        (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
+        (r"([_^])\s*(\w)", r"\1{\2}"),
+        (r"(?<=[A-Za-z])\s+(?=[A-Za-z])", "\x00"),  # the only space that carries meaning
+        (r"\s+", ""),
+        ("\x00", " "),
+    )
+)
 SPANS = re.compile(
     r"(?<!\\)(\$\$?)((?:[^$\\]|\\.)*)(?<!\\)\1|\\\(((?:(?!\\\)).)*)\\\)|\\\[((?:(?!\\\]).)*)\\\]", re.DOTALL
 )
@@ -65,7 +103,9 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])")
 SPACED_THOUSANDS = re.compile(r"-?[1-9]\d{0,2}(?: \d{3})+")
 TRAILING = re.compile(r"(?:[\s.,;:]|(?<!\\)\\[,;:! ])+$")
-MIXED = re.compile(r"(?<![\d.^_,])(\d{1,9})(?:\s*\\frac\s*\{(\d{1,9})\}\s*\{(\d{1,9})\}|\s+(\d{1,9})/(\d{1,9}))")
+MIXED = re.compile(
+    r"(?<![\d.^_,])(\d{1,9})(?:\s*\\frac\s*\{(\d{1,9})\}\s*\{(\d{1,9})\}|\s+(\d{1,9})/(\d{1,9}))"
+)
 DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 NUMBER = re.compile(rf"([+-]?)\(?({DECIMAL})\)?")
 SLASHED = rf"([+-]?{DECIMAL})/({DECIMAL})"
@@ -75,7 +115,7 @@ SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d+)?)\\cdot10\^\{(-?\d{1,2})\}")
 UNIT = re.compile(
     r"(?<=[\d})%ie])([ /]?[A-Za-z][A-Za-z.]*(?:/[A-Za-z]+)?(?: [A-Za-z.]+(?:/[A-Za-z]+)?)*)(\^\{[23]\})?$"
 )
-MAX_UNIT = 60       # characters
+MAX_UNIT = 60  # characters
 NOT_UNIT = re.compile(r"\b(?:[A-Za-z]|and|or|not|sin|cos|tan|cot|sec|csc|log|ln|mod|pi)\b")
 SHORT_UNITS = frozenset("m g s h L l".split())
 
@@ -84,15 +124,15 @@ class Quantity(NamedTuple):
     """A value, the words behind it, and the sign that scales it."""
 
     value: str
-    unit: str       # "" or words, as written
-    scale: str      # "", "percent" or "degree"
+    unit: str  # "" or words, as written
+    scale: str  # "", "percent" or "degree"
 
 
 def formulas_only(text: str) -> str:
     r"""The formulas of a text that marks them by $, \( or \[, as a comma list; words behind a single one stay."""
     spans = list(SPANS.finditer(text))
     rest = SPANS.sub(" ", text)
-    if not spans or re.search(r"\d", rest):       # digits outside: the dollars are money, or the prose matters too
+    if not spans or re.search(r"\d", rest):  # digits outside: the dollars are money, or the prose matters too
         return text
     formulas = [span.group(2) or span.group(3) or span.group(4) or "" for span in spans]
     tail = text[spans[0].end() :] if len(spans) == 1 else ""
@@ -109,7 +149,7 @@ def unwrap_text(text: str) -> str:
 def single_backslashes(text: str) -> str:
     r"""Undo doubled escaping (\\frac for \frac), which models copy from badly escaped prompts."""
     if "\\begin" in text and "\\\\begin" not in text:
-        return text                               # here \\ ends a row
+        return text  # here \\ ends a row
     return re.sub(r"\\\\(?=[A-Za-z%$])", r"\\", text)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-NORMAL_95 = 1.959963984540054       # two-sided 95 % quantile of the normal distribution
+NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 Equal = Callable[[str, str], bool]
 
@@ -17,7 +17,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not 0 <= c <= n:
         raise ValueError(f"c={c} right samples of n={n}: expected 0 <= c <= n")
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs at least {k} samples of every problem, found {n}; sample more or lower k")
+        raise ValueError(
+            f"pass@{k} needs at least {k} samples of every problem, found {n}; sample more or lower k"
+        )
     if n - c < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
@@ -67,7 +69,7 @@ def weighted_vote(answers: Sequence[str | None], scores: Sequence[float], equal:
     if len(answers) != len(scores):
         raise ValueError(f"{len(answers)} answers but {len(scores)} scores; expected one score an answer")
     refuse_nan(scores)
-    sums: dict[int, float] = {}      # index of the first member of a class -> its score
+    sums: dict[int, float] = {}  # index of the first member of a class -> its score
     for index, answer in enumerate(answers):
         if answer is None:
             continue
@@ -80,4 +82,6 @@ def refuse_nan(scores: Sequence[float]) -> None:
     """Raise ValueError if a score is not a number: every comparison with it would be false."""
     for index, score in enumerate(scores):
         if math.isnan(score):
-            raise ValueError(f"score {index} of {len(scores)} is not a number; the verifier that gave it has diverged")
+            raise ValueError(
+                f"score {index} of {len(scores)} is not a number; the verifier that gave it has diverged"
+            )

@@ -30,7 +30,9 @@ def split_by_problem(rows: Sequence[Pair], share: float) -> tuple[list[Pair], li
             f"give more problems or a --label_file"
         )
     held = set(problems[-n_held:])
-    return [row for row in rows if row.instruction not in held], [row for row in rows if row.instruction in held]
+    return [row for row in rows if row.instruction not in held], [
+        row for row in rows if row.instruction in held
+    ]
 
 
 class PairData:

@@ -51,7 +51,7 @@ def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
     for name in ("full", "lora"):
         model = assemble.load_solver(folder)
         if name == "lora":
-            assemble.add_lora_if(model, 4, 16.0, 0.0, ["wq", "wo", "w1", "w2"], seed=1)
+            assemble.put_lora_on(model, assemble.lora_config(4, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), seed=1)
         loop = TrainLoop(model, RunLog(log_dir, {}), lr=1e-2, total_steps=3, max_grad_norm=0.5)
         found = []
         for _ in range(3):

@@ -1,0 +1,64 @@
+"""The plan of --dry_run says what a run will really hold."""
+
+from pathlib import Path
+
+import pytest
+
+from src import assemble, parallel, plan
+from src.checkpoint import storage
+from src.models.config import ModelConfig
+from src.models.lora import LoraConfig
+from tests import tiny
+
+CONFIG = ModelConfig(
+    dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=12, vocab_size=10, max_seq_len=32
+)
+LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq", "w2"))
+
+
+def test_parameters_by_hand() -> None:
+    # embeddings and output 2*80; wq, wo 2*64; wk, wv 2*32; w1, w2, w3 3*96; three norms 3*8
+    assert plan.local_parameters(CONFIG, 1) == 160 + 128 + 64 + 288 + 24
+
+
+def test_lora_parameters_by_hand_on_two_ranks() -> None:
+    # wq [8, 8]: A 2*8 whole, B 8*2 halved; w2 [8, 12]: A 2*12 halved, B 8*2 whole
+    assert plan.local_lora_parameters(CONFIG, LORA, 2) == 16 + 8 + 12 + 16
+
+
+def test_training_memory_by_hand() -> None:
+    memory = plan.training_memory(CONFIG, 1, LORA, n_rows=3, n_tokens=5)
+    trainable = 16 + 16 + 24 + 16
+    assert memory == {
+        "weights": 4 * (664 + trainable),
+        "gradients": 4 * trainable,
+        "optimizer": 8 * trainable,
+        "logits": 2 * 4 * 3 * 5 * 10,
+    }
+
+
+def test_kv_cache_by_hand() -> None:
+    # keys and values, one layer, one kv head of 4, three rows of seven tokens, float32
+    assert plan.decoding_memory(CONFIG, 1, 4, n_rows=3, n_tokens=7)["kv cache"] == 2 * 4 * 4 * 3 * 7
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 * 2**30, "3.00 GiB")]
+)
+def test_sizes_as_a_person_reads_them(n_bytes: int, text: str) -> None:
+    assert plan.size(n_bytes) == text
+
+
+def test_the_plan_counts_what_shards_and_loaded_models_hold(tmp_path: Path) -> None:
+    source = tiny.write_hf_llama(tmp_path / "hf")
+    halves = tiny.split(source, tmp_path / "two", n=2)
+    config = assemble.load_config(halves)
+    for path in storage.shard_paths(Path(halves)):
+        held = sum(tensor.numel() for tensor in storage.read_shard(path).values())
+        assert held == plan.local_parameters(config, 2)
+    parallel.start()
+    model = assemble.load_verifier(tiny.split(source, tmp_path / "one"), from_solver=True)
+    assert sum(p.numel() for p in model.parameters()) == plan.local_parameters(model.config, 1)
+    assemble.put_lora_on(model, LORA, seed=1)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == plan.local_lora_parameters(model.config, LORA, 1)
