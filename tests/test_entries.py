@@ -479,6 +479,33 @@ def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, obj
     refuse(world, script, changes, message, here)
 
 
+@pytest.mark.parametrize(
+    ("script", "shown"),
+    [
+        ("checkpoint_split", "heads"),
+        ("solver_train", "[["),
+        ("solver_evaluate", "kv cache"),
+        ("data_build", "pairs from"),
+        ("verifier_train", "optimizer"),
+        ("verifier_evaluate", "weights"),
+        ("ppo_train", "critic, each rank"),
+    ],
+)
+def test_a_dry_run_shows_its_plan_and_writes_nothing(
+    world: World, here: Path, capsys: pytest.CaptureFixture[str], script: str, shown: str
+) -> None:
+    before = sorted(here.rglob("*"))
+    main = importlib.import_module(script).main
+    main(
+        **cli.parse(
+            main, [f"--{name}={value}" for name, value in world.flags[script].items()] + ["--dry_run"]
+        )
+    )
+    captured = capsys.readouterr()
+    assert shown in captured.out + captured.err
+    assert sorted(here.rglob("*")) == before
+
+
 def test_an_adapter_s_base_is_not_overwritten(world: World, here: Path) -> None:
     script = importlib.import_module("solver_train")
     script.main("one", "adapter", "train.json", lora_rank=2)
