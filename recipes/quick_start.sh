@@ -18,18 +18,18 @@ stage() {
         "$@"
     fi
 }
+# Threads that wait for each other must not spin: on a busy machine that costs more than the model.
+export OMP_WAIT_POLICY=PASSIVE
 # torchrun's workers share the cores: one thread each
 two() { OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 "$@"; }
-sample() { python solver_evaluate.py --task toy --max_batch_size 128 --max_new_tokens 128 "$@"; }
+sample() { python solver_evaluate.py --task toy --max_batch_size 512 --max_new_tokens 96 "$@"; }
 
 stage "split the base checkpoint for two processes" $run/base-2/manifest.json \
     python checkpoint_split.py --ckpt_file $toy/base --save_path $run/base-2 --n 2
-
-stage "fine-tune a solver, two tensor-parallel processes" $run/sft-2/manifest.json \
-    two solver_train.py --ckpt_dir $run/base-2 --save_dir $run/sft-2 --train_file $toy/train.json \
-    --max_batch_size 32 --lr 1e-3 --epochs 2
-
-stage "reshard base and solver for one process" $run/base/manifest.json \
+stage "fine-tune a solver on 50 demonstrations, two tensor-parallel processes" $run/sft-2/manifest.json \
+    two solver_train.py --ckpt_dir $run/base-2 --save_dir $run/sft-2 --train_file $toy/demonstrations.json \
+    --max_batch_size 16 --lr 1e-3 --epochs 16
+stage "reshard the base for one process" $run/base/manifest.json \
     python checkpoint_split.py --ckpt_file $run/base-2 --save_path $run/base --n 1
 stage "reshard the solver for one process" $run/sft/manifest.json \
     python checkpoint_split.py --ckpt_file $run/sft-2 --save_path $run/sft --n 1
@@ -39,23 +39,24 @@ stage "evaluate the base" $run/base-test/results.json \
 stage "evaluate the solver" $run/sft-test/results.json \
     sample --ckpt_dir $run/sft --label_file $toy/test.json --log_dir $run/sft-test
 stage "eight samples of each test problem" $run/sft-test-8/results.json \
-    sample --ckpt_dir $run/sft --label_file $toy/test.json --log_dir $run/sft-test-8 --num_samples 8 --temperature 1
+    sample --ckpt_dir $run/sft --label_file $toy/test.json --log_dir $run/sft-test-8 --num_samples 8 --temperature 0.7
 
-stage "eight samples of training problems" $run/sft-train-8/results.json \
-    sample --ckpt_dir $run/sft --label_file $toy/train.json --log_dir $run/sft-train-8 --num_samples 8 --temperature 1 \
-    --limit 1000
+stage "eight samples of each training problem" $run/sft-train-8/results.json \
+    sample --ckpt_dir $run/sft --label_file $toy/train.json --log_dir $run/sft-train-8 --num_samples 8 --temperature 1
 stage "pairs of right and wrong samples" $run/pairs.json \
     python data_build.py --samples_file $run/sft-train-8/samples.jsonl --save_file $run/pairs.json
 stage "train a verifier" $run/verifier/manifest.json \
-    python verifier_train.py --ckpt_dir $run/sft --save_dir $run/verifier --train_file $run/pairs.json \
-    --max_batch_size 32 --lr 5e-4 --epochs 2
+    python verifier_train.py --ckpt_dir $run/base --save_dir $run/verifier --train_file $run/pairs.json \
+    --max_batch_size 32 --lr 4e-4 --epochs 2 --score mean
 stage "choose among the eight by the verifier" $run/verified/results.json \
     python verifier_evaluate.py --task toy --ckpt_dir $run/verifier --samples_file $run/sft-test-8/samples.jsonl \
-    --label_file $toy/test.json --log_dir $run/verified
+    --label_file $toy/test.json --log_dir $run/verified --max_batch_size 256
 
 stage "PPO against the grader" $run/ppo/actor/manifest.json \
-    python ppo_train.py --actor_ckpt_dir $run/sft --actor_save_dir $run/ppo/actor --critic_ckpt_dir $run/verifier \
-    --critic_save_dir $run/ppo/critic --reward rule --task toy --train_file $toy/train.json
+    python ppo_train.py --actor_ckpt_dir $run/sft --actor_save_dir $run/ppo/actor --critic_ckpt_dir $run/sft \
+    --critic_save_dir $run/ppo/critic --reward rule --task toy --train_file $toy/train.json --max_buffer_size 256 \
+    --max_batch_size 64 --rollout_batch_size 256 --max_new_tokens 96 --epochs 2 --max_steps 16 --critic_warmup 2 \
+    --lr 3e-4 --critic_lr 1e-3 --kl_coef 0.01
 stage "evaluate the PPO solver" $run/ppo-test/results.json \
     sample --ckpt_dir $run/ppo/actor --label_file $toy/test.json --log_dir $run/ppo-test
 

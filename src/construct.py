@@ -12,11 +12,11 @@ def pairs_from_samples(samples: Sequence[Sample], pairs_a_problem: int, seed: in
     """Right against wrong solutions of the same problem: rows `{"instruction", "chosen", "rejected"}`.
 
     Each row holds one text a side. Equal texts count once; the i-th of the shuffled right ones meets the i-th of the
-    shuffled wrong ones, the shorter list repeating, at most pairs_a_problem times. Samples that were not judged
-    right or wrong on their text (unparsed, timeout, error) count as wrong only if unparsed. Rows come in a
-    shuffled order. Raises UserError for a sample without its prompt.
+    wrong ones, the shorter list repeating, at most pairs_a_problem times. Wrong answers come before missing ones
+    (unparsed), which any verifier tells apart; each kind is shuffled. Samples without a verdict on their text (timeout,
+    error) are left out. Rows come in a shuffled order. Raises UserError for a sample without its prompt.
     """
-    problems: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    problems: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"right": [], "wrong": [], "unparsed": []})
     instructions: dict[str, str] = {}
     for sample in samples:
         if "prompt" not in sample.values:
@@ -25,17 +25,18 @@ def pairs_from_samples(samples: Sequence[Sample], pairs_a_problem: int, seed: in
                 f"grade the file with solver_evaluate.py --samples_file, which adds it"
             )
         if sample.outcome in ("right", "wrong", "unparsed") and sample.response:
-            side = problems[sample.id][sample.outcome != "right"]
-            if sample.response not in side:
-                side.append(sample.response)
+            texts = problems[sample.id][sample.outcome]
+            if sample.response not in texts:
+                texts.append(sample.response)
             instructions[sample.id] = sample.prompt
     generator = random.Random(seed)
     rows = []
-    for name, (right, wrong) in problems.items():
+    for name, texts in problems.items():
+        for kind in texts.values():
+            generator.shuffle(kind)
+        right, wrong = texts["right"], texts["wrong"] + texts["unparsed"]
         if not right or not wrong:
             continue
-        generator.shuffle(right)
-        generator.shuffle(wrong)
         rows += [
             {
                 "instruction": instructions[name],
