@@ -25,11 +25,22 @@ def docstring_commands() -> list[list[str]]:
     found = []
     for name in SCRIPTS:
         header = importlib.import_module(name).__doc__.replace("\\\n", " ")
-        found += [shlex.split(line) for line in header.split("\n") if line.startswith(("python ", "torchrun "))]
+        found += [
+            shlex.split(line) for line in header.split("\n") if line.startswith(("python ", "torchrun "))
+        ]
     return found
 
 
-ALL_COMMANDS = commands(ROOT / "README.md") + docstring_commands()
+def quick_start_commands() -> list[list[str]]:
+    """Every start of a script in the quick start, its shell functions written out."""
+    text = (ROOT / "recipes" / "quick_start.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    sample = re.search(r"^sample\(\) \{ (python .*?) \"\$@\"; \}$", text, re.MULTILINE)[1]
+    text = re.sub(r"^(\s*)sample ", rf"\1{sample} ", text, flags=re.MULTILINE)
+    calls = re.findall(r"(?:python|two) (?!recipes)(\w+\.py [^;}\n]*)", text.replace('"$@"', ""))
+    return [["python", *shlex.split(call)] for call in calls if "_dir" in call or "_file" in call]
+
+
+ALL_COMMANDS = commands(ROOT / "README.md") + docstring_commands() + quick_start_commands()
 
 
 def test_every_script_has_a_command_in_its_header_and_in_readme() -> None:
@@ -65,6 +76,8 @@ def test_the_tree_names_every_script_and_module() -> None:
 
 
 def test_ci_runs_the_test_command_of_readme_and_nothing_else() -> None:
-    lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")
+    ]
     assert lines == ['exec bash "$(dirname "$0")/../recipes/test.sh"']
     assert "bash recipes/test.sh" in (ROOT / "README.md").read_text(encoding="utf-8")

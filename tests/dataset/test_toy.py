@@ -9,6 +9,8 @@ import re
 import pytest
 import sentencepiece
 
+from src.checkpoint.sources import open_source
+
 TOY = os.path.join(os.path.dirname(__file__), "..", "..", "dataset", "toy")
 FILES = ("train.json", "demonstrations.json", "test.json", "steps.json")
 
@@ -58,8 +60,22 @@ def test_seeds_differ():
     assert first["test.json"] != second["test.json"]
 
 
+def test_demonstrations_are_the_first_training_problems():
+    rows = read_rows("demonstrations.json")
+    assert rows == read_rows("train.json")[: len(rows)]
+    assert {row["level"] for row in rows} == set(generate.LEVELS)
+
+
+def test_the_base_opens_as_a_llama_whose_tokenizer_fits():
+    source = open_source(os.path.join(TOY, "base"))
+    assert source.config.dtype == "bfloat16"
+    model = sentencepiece.SentencePieceProcessor(model_file=str(source.tokenizer_files[0]))
+    assert model.vocab_size() == source.config.vocab_size
+
+
 def test_instructions_are_distinct_and_the_files_disjoint():
-    instructions = [row["instruction"] for name in FILES for row in read_rows(name)]
+    own = [name for name in FILES if name != "demonstrations.json"]
+    instructions = [row["instruction"] for name in own for row in read_rows(name)]
     assert len(instructions) == len(set(instructions)) == 4400
 
 
