@@ -148,7 +148,7 @@ def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
 
     def local_slice(name: str, whole: Tensor) -> Tensor:
-        return shards.cut(whole, shards.split_dim(name, model.config), n, rank)
+        return shards.cut(whole, shards.cut_of(name, model.config, n), rank)
 
     for name, tensor in init_lora(model, seed, local_slice):
         model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(tensor.to(parallel.device()))
@@ -215,7 +215,10 @@ def save_model(
             adapters.write_adapter(folder, source, lora)
         facts = {
             "source": str(source),
-            "split": {name: shards.split_dim(name, model.config) for name in tensors},
+            "split": {
+                name: shards.split_dim(name, model.config, parallel.tensor_parallel_size())
+                for name in tensors
+            },
         }
         storage.finish(
             folder,

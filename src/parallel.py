@@ -16,6 +16,7 @@ import random
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as groups
 from fairscale.nn.model_parallel import layers, mappings
 from torch import Tensor, nn
@@ -127,7 +128,7 @@ class _VocabLogprobs(torch.autograd.Function):
         index = targets - start
         here = (index >= 0) & (index < local_logits.shape[-1])
         index = index.clamp(0, local_logits.shape[-1] - 1)
-        chosen = shifted.gather(-1, index[:, None]).squeeze(-1) * here
+        chosen = shifted.gather(-1, index[:, None]).squeeze(-1).masked_fill(~here, 0.0)  # -inf in padding
         probs = shifted.exp_()
         # one all-reduce for both sums
         sums = torch.stack((probs.sum(-1), chosen))
@@ -160,38 +161,89 @@ def vocab_entropy(local_logits: Tensor) -> Tensor:
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
     shifted = logits - highest
     exps = shifted.exp()
-    sums = sum_over_tensor_parallel(torch.stack((exps.sum(-1), (exps * shifted).sum(-1))))
+    products = (exps * shifted).masked_fill(exps == 0, 0.0)  # p log p is 0 where p is, in padding too
+    sums = sum_over_tensor_parallel(torch.stack((exps.sum(-1), products.sum(-1))))
     return sums[0].log() - sums[1] / sums[0]
 
 
-def _slice_of(size: int, what: str) -> int:
-    """This rank's share of a dimension; UserError when it does not divide."""
-    if size % tensor_parallel_size():
-        raise UserError(
-            f"{what} has size {size}, which does not divide over {tensor_parallel_size()} ranks; "
-            f"choose a tensor-parallel size that divides it"
-        )
-    return size // tensor_parallel_size()
+def copy_to_tensor_parallel(x: Tensor) -> Tensor:
+    """Identity forwards; sums the gradient over the tensor-parallel group backwards."""
+    return mappings.copy_to_model_parallel_region(x)
+
+
+def share(size: int, n: int | None = None, index: int | None = None) -> range:
+    """The rows of a dimension that part `index` of n holds (default: this rank of its tensor-parallel group).
+
+    Parts are contiguous and as even as they can be: the first ones take what does not divide.
+    """
+    n = tensor_parallel_size() if n is None else n
+    index = tensor_parallel_rank() if index is None else index
+    each, rest = divmod(size, n)
+    start = index * each + min(index, rest)
+    return range(start, start + each + (index < rest))
+
+
+def padded_share(size: int, n: int | None = None, index: int | None = None) -> range:
+    """Like share(), but all parts are equally long: the last ones may run past the end, into padding."""
+    n = tensor_parallel_size() if n is None else n
+    index = tensor_parallel_rank() if index is None else index
+    each = -(-size // n)
+    return range(index * each, (index + 1) * each)
+
+
+class _SumGradientOverReplicas(torch.autograd.Function):
+    """Identity forwards; backwards the sum of the gradients of all ranks that hold the same rows."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor, rows: range, total: int) -> Tensor:
+        ctx.rows, ctx.total = rows, total
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        whole = grad.new_zeros(ctx.total, *grad.shape[1:])
+        own = slice(ctx.rows.start, ctx.rows.stop)
+        whole[own] = grad
+        return sum_over_tensor_parallel(whole)[own], None, None
 
 
 class ColumnParallelLinear(layers.ColumnParallelLinear):
-    """y = x W^T with W [out_features, in_features] split by rows: each rank holds and yields its own outputs."""
+    """y = x W^T with W [out_features, in_features] split by rows: each rank holds and yields its own outputs.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    `rows` are those of this rank (default: an even share, the first ranks taking what does not divide). With
+    `replicated` several ranks hold the same rows; their gradients are summed, so that copies stay equal.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rows: range | None = None, *, replicated: bool = False
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.gather_output = in_features, out_features, False
-        self.output_size_per_partition = _slice_of(out_features, "a column-parallel output")
+        self.rows = share(out_features) if rows is None else rows
+        self.replicated = replicated
+        self.output_size_per_partition = len(self.rows)
         self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
         self.register_parameter("bias", None)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., rows of this rank]."""
+        weight = self.weight
+        if self.replicated:
+            weight = _SumGradientOverReplicas.apply(weight, self.rows, self.out_features)
+        return F.linear(copy_to_tensor_parallel(x), weight, self.bias)
+
 
 class RowParallelLinear(layers.RowParallelLinear):
-    """y = x W^T with W [out_features, in_features] split by columns: inputs arrive split, outputs are summed."""
+    """y = x W^T with W [out_features, in_features] split by columns: inputs arrive split, outputs are summed.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    `columns` are those of this rank (default: an even share, the first ranks taking what does not divide).
+    """
+
+    def __init__(self, in_features: int, out_features: int, columns: range | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
-        self.input_size_per_partition = _slice_of(in_features, "a row-parallel input")
+        self.columns = share(in_features) if columns is None else columns
+        self.input_size_per_partition = len(self.columns)
         self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
         self.register_parameter("bias", None)
 
@@ -204,14 +256,17 @@ def _lookup_settings(module: nn.Module, num_embeddings: int, embedding_dim: int)
 
 
 class VocabParallelEmbedding(layers.VocabParallelEmbedding):
-    """Embedding [num_embeddings, embedding_dim] split by rows; shards coincide with a tied output layer's."""
+    """Embedding [num_embeddings, embedding_dim] split by rows; shards coincide with a tied output layer's.
+
+    Every rank holds equally many rows; the last ones may be padding, which no id reaches.
+    """
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         nn.Module.__init__(self)
         _lookup_settings(self, num_embeddings, embedding_dim)
-        self.num_embeddings_per_partition = _slice_of(num_embeddings, "the vocabulary")
-        self.vocab_start_index = tensor_parallel_rank() * self.num_embeddings_per_partition
-        self.vocab_end_index = self.vocab_start_index + self.num_embeddings_per_partition
+        rows = padded_share(num_embeddings)
+        self.num_embeddings_per_partition = len(rows)
+        self.vocab_start_index, self.vocab_end_index = rows.start, rows.stop
         self.weight = nn.Parameter(torch.empty(self.num_embeddings_per_partition, embedding_dim))
 
 
@@ -221,10 +276,10 @@ class ParallelEmbedding(layers.ParallelEmbedding):
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         nn.Module.__init__(self)
         _lookup_settings(self, num_embeddings, embedding_dim)
-        self.embedding_dim_per_partition = _slice_of(embedding_dim, "the embedding width")
+        if embedding_dim % tensor_parallel_size():
+            raise UserError(
+                f"the embedding width {embedding_dim} does not divide over {tensor_parallel_size()} ranks; "
+                f"split the vocabulary instead (embedding_split_dim 0)"
+            )
+        self.embedding_dim_per_partition = embedding_dim // tensor_parallel_size()
         self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
-
-
-def copy_to_tensor_parallel(x: Tensor) -> Tensor:
-    """Identity forwards; sums the gradient over the tensor-parallel group backwards."""
-    return mappings.copy_to_model_parallel_region(x)

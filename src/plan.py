@@ -6,7 +6,7 @@ Bytes are per rank. Activations, the framework's own memory and padding of the d
 import math
 from collections.abc import Mapping, Sequence
 
-from src.checkpoint.shards import expected_shapes, split_dim
+from src.checkpoint.shards import cut_of, expected_shapes
 from src.data.collate import Encoded
 from src.models.config import ModelConfig
 from src.models.lora import LoraConfig
@@ -17,11 +17,14 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def local_parameters(config: ModelConfig, n: int) -> int:
-    """Parameters that one of n tensor-parallel ranks holds."""
-    return sum(
-        math.prod(shape) // (1 if split_dim(name, config) is None else n)
-        for name, shape in expected_shapes(config).items()
-    )
+    """Parameters that the first of n tensor-parallel ranks holds; none holds more."""
+    return sum(_local_size(name, shape, config, n) for name, shape in expected_shapes(config).items())
+
+
+def _local_size(name: str, shape: Sequence[int], config: ModelConfig, n: int) -> int:
+    """Entries of a parameter of this whole shape on the first of n ranks."""
+    how = cut_of(name, config, n)
+    return math.prod(len(how.rows[0]) if axis == how.dim else size for axis, size in enumerate(shape))
 
 
 def local_lora_parameters(config: ModelConfig, lora: LoraConfig, n: int) -> int:
@@ -31,9 +34,8 @@ def local_lora_parameters(config: ModelConfig, lora: LoraConfig, n: int) -> int:
         stem = name.removesuffix(".weight")
         if stem.split(".")[-1] in lora.targets:
             rows, columns = shape
-            for factor, size in (("lora_a", columns), ("lora_b", rows)):
-                whole = split_dim(f"{stem}.{factor}.weight", config) is None
-                total += lora.rank * size // (1 if whole else n)
+            for factor, factor_shape in (("lora_a", (lora.rank, columns)), ("lora_b", (rows, lora.rank))):
+                total += _local_size(f"{stem}.{factor}.weight", factor_shape, config, n)
     return total
 
 
@@ -58,7 +60,7 @@ def decoding_memory(
     config: ModelConfig, n: int, weight_bytes: int, n_rows: int, n_tokens: int
 ) -> dict[str, int]:
     """Bytes of one rank that decodes n_rows rows of at most n_tokens tokens."""
-    per_token = 2 * config.n_layers * config.n_kv_heads // n * config.head_dim
+    per_token = 2 * config.n_layers * len(config.heads_on(n, 0)[1]) * config.head_dim
     return {
         "weights": weight_bytes * local_parameters(config, n),
         "kv cache": weight_bytes * per_token * n_rows * n_tokens,
@@ -163,10 +165,16 @@ def splitting(config: ModelConfig, n: int, dtype: str) -> str:
     shard = BYTES[dtype or config.dtype] * local_parameters(config, n)
     facts = {
         "parameters": f"{local_parameters(config, 1):,}",
-        "shards": f"{n} of {size(shard)}: {config.n_heads // n} heads, {config.n_kv_heads // n} kv heads each",
+        "shards": f"{n} of {size(shard)}: {_counts(config, n, 0)} heads, {_counts(config, n, 1)} kv heads each",
         "disk": size(n * shard),
     }
     return report(facts, {})
+
+
+def _counts(config: ModelConfig, n: int, kind: int) -> str:
+    """How many query (0) or KV heads (1) a shard holds: one number, or the fewest and the most."""
+    counts = sorted({len(config.heads_on(n, index)[kind]) for index in range(n)})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def masked_text(encoded: Encoded, tokenizer: Tokenizer) -> str:

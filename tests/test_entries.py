@@ -444,7 +444,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ),
     ("solver_evaluate", {"ckpt_dir": None, "samples_file": "samples.json", "task": "none"}, "grades nothing"),
     ("solver_evaluate", {"top_p": 0}, "top_p is 0.0, expected more than 0 and at most 1"),
-    ("checkpoint_split", {"n": 3}, "hf: n_heads=8 does not divide into 3 shards"),
+    ("checkpoint_split", {"n": 9}, "hf: n_heads=8 leaves nothing to do for shard"),
     ("checkpoint_split", {"n": 0}, "--n is 0, expected 1 or more"),
     ("checkpoint_split", {"n": -1}, "--n is -1, expected 1 or more"),
     ("checkpoint_split", {"ckpt_file": "nowhere"}, "nowhere"),

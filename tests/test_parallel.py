@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from src import parallel
 from tests.ranks import run_ranks
 from tests.workers import random_vocabulary
 
@@ -69,10 +70,19 @@ def test_layers_lay_out_their_slice_on_the_meta_device(ranks: list[dict[str, obj
     }
 
 
-def test_sizes_that_do_not_divide_are_refused(ranks: list[dict[str, object]]) -> None:
-    n = len(ranks)
-    for message in ranks[0]["refusals"]:
-        assert not message if n == 1 else f"size {2 * n + 1}, which does not divide over {n} ranks" in message
+def test_embedding_width_that_does_not_divide_is_refused(ranks: list[dict[str, object]]) -> None:
+    n, message = len(ranks), ranks[0]["refusal"]
+    assert not message if n == 1 else f"width {2 * n + 1} does not divide over {n} ranks" in message
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 52])
+def test_shares_cover_a_dimension_once(size: int) -> None:
+    for n in range(1, 9):
+        parts = [parallel.share(size, n, index) for index in range(n)]
+        assert [row for part in parts for row in part] == list(range(size))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        padded = [row for index in range(n) for row in parallel.padded_share(size, n, index)]
+        assert padded == list(range(-(-size // n) * n))
 
 
 def test_ranks_sum_share_and_draw_alike(ranks: list[dict[str, object]]) -> None:

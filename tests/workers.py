@@ -3,7 +3,6 @@
 They import nothing heavier than src: every rank pays for it.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from src.training.solver import n_supervised, sft_loss
 def all_logits(model: Decoder, tokens: Tensor) -> Tensor:
     """Logits [B, S, V] of right-padded rows, without gradient."""
     with torch.no_grad():
-        return parallel.gather_vocab(model.logits(model(tokens)))
+        return parallel.gather_vocab(model.logits(model(tokens)))[..., : model.config.vocab_size]
 
 
 def gradients(model: Decoder, batch: Batch) -> dict[str, Tensor]:
@@ -123,11 +122,10 @@ def fill_lora_b(model: Decoder) -> None:
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b.weight"):
-            dim = shards.split_dim(name, model.config)
-            whole = torch.randn(
-                parameter.shape[0] * (1 if dim is None else n), parameter.shape[1], generator=generator
-            )
-            parameter.data.copy_(shards.cut(whole, dim, n, rank) / 10)
+            how = shards.cut_of(name, model.config, n)
+            rows = parameter.shape[0] if how.dim is None else how.size
+            whole = torch.randn(rows, parameter.shape[1], generator=generator)
+            parameter.data.copy_(shards.cut(whole, how, rank) / 10)
 
 
 def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
@@ -201,11 +199,14 @@ def vocabulary_and_layers(n_rows: int, vocab_size: int) -> dict[str, object]:
     """Vocabulary-parallel log-probs and entropy of random logits with their gradients, and refused layer sizes."""
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
     logits, targets, weights = random_vocabulary(n_rows, vocab_size)
-    local = shards.cut(logits, 1, n, rank).requires_grad_()
+    columns = shards.Cut(
+        1, vocab_size, tuple(parallel.padded_share(vocab_size, n, index) for index in range(n))
+    )
+    local = shards.cut(logits, columns, rank).requires_grad_()
     logprobs = parallel.vocab_logprobs(local, targets)
     (logprobs * weights).sum().backward()
-    huge = shards.cut(logits * 1e4, 1, n, rank)
-    gathered = shards.cut(logits, 1, n, rank).requires_grad_()
+    huge = shards.cut(logits * 1e4, columns, rank)
+    gathered = shards.cut(logits, columns, rank).requires_grad_()
     (parallel.gather_vocab(gathered) * logits).sum().backward()
     with torch.device("meta"):
         model = Decoder(CONFIG)
@@ -220,7 +221,7 @@ def vocabulary_and_layers(n_rows: int, vocab_size: int) -> dict[str, object]:
         "gathered": parallel.gather_vocab(local.detach()),
         "gathered_gradient": gathered.grad,
         "shapes": {name: list(p.shape) for name, p in model.named_parameters() if p.is_meta},
-        "refusals": [refusal(layer, 2 * n + 1) for layer in LAYERS],
+        "refusal": refusal(2 * n + 1),
         "sum": parallel.sum_over_tensor_parallel(torch.tensor([1.0 + rank])),
         "from_first": parallel.broadcast_from_first(torch.tensor([1.0 + rank])),
         "draw": torch.rand(3),
@@ -240,19 +241,12 @@ def random_vocabulary(n_rows: int, vocab_size: int) -> tuple[Tensor, Tensor, Ten
 CONFIG = ModelConfig(
     dim=16, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=4, ffn_dim=24, vocab_size=32, max_seq_len=8
 )
-# Each layer made with one size that has to divide over the ranks.
-LAYERS: list[Callable[[int], nn.Module]] = [
-    lambda size: parallel.ColumnParallelLinear(4, size),
-    lambda size: parallel.RowParallelLinear(size, 4),
-    lambda size: parallel.VocabParallelEmbedding(size, 4),
-    lambda size: parallel.ParallelEmbedding(4, size),
-]
 
 
-def refusal(layer: Callable[[int], nn.Module], size: int) -> str:
-    """The message with which a layer of this size is refused; empty if it is not."""
+def refusal(width: int) -> str:
+    """The message with which an embedding cut along this width is refused; empty if it is not."""
     try:
-        layer(size)
+        parallel.ParallelEmbedding(4, width)
     except UserError as error:
         return str(error)
     return ""

@@ -1,12 +1,16 @@
 """Which dimension of which parameter the tensor-parallel ranks share out, and how to cut and join along it."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from src.errors import UserError
 from src.models.config import ModelConfig
+from src.parallel import padded_share, share
 
 # Last module name of a parameter -> the dimension that is split; None = every shard holds it whole.
 SPLIT_DIM: dict[str, int | None] = {
@@ -25,33 +29,116 @@ SPLIT_DIM: dict[str, int | None] = {
 }
 
 
-def split_dim(name: str, config: ModelConfig) -> int | None:
-    """The split dimension of a parameter, adapters included. Raises UserError for a name not in the table."""
+def split_dim(name: str, config: ModelConfig, n: int = 1) -> int | None:
+    """The dimension of a parameter that n shards share out. Raises UserError for a name not in the table."""
     parts = name.removesuffix(".weight").split(".")
-    if parts[-1] == "tok_embeddings":
-        return config.embedding_split_dim
+    module = _module(name)
+    if module == "tok_embeddings":
+        return config.embedding_dim_on(n)
     if parts[-1] in ("lora_a", "lora_b"):
         # an adapter's A shares its base's inputs, its B the base's outputs: one of the two is whole
-        dim = SPLIT_DIM[parts[-2]]
+        dim = SPLIT_DIM[module]
         return dim if dim == (1 if parts[-1] == "lora_a" else 0) else None
-    module = parts[-2] if parts[-1] == "base" else parts[-1]
     if module not in SPLIT_DIM or not name.endswith(".weight"):
         raise UserError(f"unknown parameter {name!r}; a Llama-family checkpoint has {', '.join(SPLIT_DIM)}")
     return SPLIT_DIM[module]
 
 
-def cut(tensor: Tensor, dim: int | None, n: int, index: int) -> Tensor:
-    """Slice `index` of n equal slices along `dim` (the whole tensor if None), as a copy with its own memory."""
-    piece = tensor if dim is None else tensor.chunk(n, dim)[index]
+def _base_name(name: str) -> str:
+    """The parameter of the plain model whose dimensions this one shares: itself, or what an adapter adapts."""
+    stem = name.removesuffix(".weight").removesuffix(".base").removesuffix(".lora_a").removesuffix(".lora_b")
+    return f"{stem}.weight"
+
+
+def _module(name: str) -> str:
+    """The linear, norm or embedding that a parameter belongs to, adapters and adapted bases included."""
+    return _base_name(name).removesuffix(".weight").split(".")[-1]
+
+
+class Cut(NamedTuple):
+    """How n shards share out one parameter: the dimension, its whole size, and the rows each shard holds.
+
+    Rows may be uneven, overlap (a KV head that several ranks hold) or run past the size (padding, zeros).
+    dim None: every shard holds the whole parameter.
+    """
+
+    dim: int | None
+    size: int
+    rows: tuple[range, ...]
+
+
+def cut_of(name: str, config: ModelConfig, n: int) -> Cut:
+    """How n shards share out a parameter, adapters included. Raises UserError for a name not in the table."""
+    dim, module = split_dim(name, config, n), _module(name)
+    if dim is None:
+        return Cut(None, 0, (range(0),) * n)
+    size = expected_shapes(config)[_base_name(name)][dim]
+    if module in ("wq", "wo"):
+        rows = [config.rows_of(config.heads_on(n, index)[0]) for index in range(n)]
+    elif module in ("wk", "wv"):
+        rows = [config.rows_of(config.heads_on(n, index)[1]) for index in range(n)]
+    elif module in ("tok_embeddings", "output"):
+        rows = [padded_share(size, n, index) for index in range(n)]
+    else:
+        rows = [share(size, n, index) for index in range(n)]
+    return Cut(dim, size, tuple(rows))
+
+
+def copies(how: Cut, index: int) -> int:
+    """How many of the shards hold the rows that shard `index` holds, itself included."""
+    return how.rows.count(how.rows[index])
+
+
+def cut(tensor: Tensor, how: Cut, index: int) -> Tensor:
+    """Shard `index` of a whole tensor, as a copy with its own memory; padding rows are zeros."""
+    if how.dim is None:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    rows = how.rows[index]
+    start, stop = min(rows.start, how.size), min(rows.stop, how.size)
+    piece = tensor.narrow(how.dim, start, stop - start)
+    if stop - start < len(rows):
+        shape = list(piece.shape)
+        shape[how.dim] = len(rows) - (stop - start)
+        return torch.cat([piece, piece.new_zeros(shape)], how.dim)
     return piece.clone(memory_format=torch.contiguous_format)
 
 
-def join(pieces: Sequence[Tensor], dim: int | None) -> Tensor:
-    """Put the slices of one parameter together again; whole copies must agree, the first is returned."""
-    return pieces[0] if dim is None else torch.cat(list(pieces), dim)
+def join(pieces: Sequence[Tensor], how: Cut) -> Tensor:
+    """The whole tensor from its shards, padding dropped and copies taken once.
+
+    Raises UserError when two shards disagree about what both hold.
+    """
+    if how.dim is None:
+        _check_copies(pieces, pieces[0])
+        return pieces[0]
+    shape = list(pieces[0].shape)
+    shape[how.dim] = how.size
+    whole, filled = pieces[0].new_empty(shape), 0
+    for piece, rows in zip(pieces, how.rows, strict=True):
+        length = min(rows.stop, how.size) - min(rows.start, how.size)
+        target, own = (
+            whole.narrow(how.dim, min(rows.start, how.size), length),
+            piece.narrow(how.dim, 0, length),
+        )
+        if rows.stop <= filled:  # rows come in order: these are copies
+            _check_copies([own], target)
+        else:
+            target.copy_(own)
+            filled = rows.stop
+    return whole
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _check_copies(copies: Sequence[Tensor], first: Tensor) -> None:
+    """Raise UserError unless these are bit-equal (NaN equals NaN)."""
+    for copy in copies:
+        if not torch.equal(copy.contiguous().view(torch.uint8), first.contiguous().view(torch.uint8)):
+            raise UserError(
+                "two shards hold different values of the same rows of a parameter; they are not of one checkpoint"
+            )
+
+
+@functools.lru_cache(maxsize=8)
+def expected_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Name and whole shape of every parameter that a checkpoint of this config holds."""
     queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     layer = {
@@ -73,4 +160,4 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["v_head.weight"] = (1, config.dim)
     elif not config.tied:
         shapes["output.weight"] = (config.vocab_size, config.dim)
-    return shapes
+    return MappingProxyType(shapes)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src.checkpoint import adapters, convert, storage
-from src.checkpoint.shards import expected_shapes, join, split_dim
+from src.checkpoint.shards import Cut, cut_of, expected_shapes, join
 from src.checkpoint.storage import StoredTensor
 from src.errors import UserError
 from src.models.config import ModelConfig, config_from_dict
@@ -72,7 +72,8 @@ def _open_adapter(folder: Path, adapter: adapters.Adapter) -> Source:
     config = read_config(folder)
     base = open_source(str(adapter.base))
     pieces = [storage.read_shard(path) for path in storage.shard_paths(folder, storage.ADAPTER)]
-    own = {name: join([piece[name] for piece in pieces], split_dim(name, config)) for name in pieces[0]}
+    cuts = {name: cut_of(name, config, len(pieces)) for name in pieces[0]}
+    own = {name: join([piece[name] for piece in pieces], how) for name, how in cuts.items()}
 
     def merged(name: str) -> Tensor:
         stem = name.removesuffix(".weight")
@@ -200,19 +201,24 @@ def _join_shards(
     config = _config(values, described, shards[0], scale=len(shards), embedding_dim=embedding_dim)
     tensors = {}
     for name, (shape, _) in shards[0].items():
-        cut = split_dim(name, config)
-        whole = tuple(size * len(shards) if axis == cut else size for axis, size in enumerate(shape))
+        how = cut_of(name, config, len(shards))
         pieces = [shard[name] for shard in shards]
         for index, piece in enumerate(pieces):
-            if piece.shape != shape:
+            if piece.shape != _piece_shape(shape, how, index):
                 raise UserError(
                     f"{described}: {name} is {list(piece.shape)} in shard {index} but {list(shape)} in "
                     f"shard 0; the shards are not of one split"
                 )
+        whole = tuple(how.size if axis == how.dim else size for axis, size in enumerate(shape))
         tensors[name] = StoredTensor(
-            whole, lambda pieces=pieces, cut=cut: join([p.load() for p in pieces], cut)
+            whole, lambda pieces=pieces, how=how: join([p.load() for p in pieces], how)
         )
     return tensors, config
+
+
+def _piece_shape(first: tuple[int, ...], how: Cut, index: int) -> tuple[int, ...]:
+    """The shape that shard `index` must have of a parameter whose part in shard 0 is `first`."""
+    return tuple(len(how.rows[index]) if axis == how.dim else size for axis, size in enumerate(first))
 
 
 def _config(

@@ -23,14 +23,18 @@ def split(source: Source, folder: Path, n: int, dtype: str, tokenizer_file: str,
     if any(path.resolve() == folder.resolve() for path in source.folders):
         raise UserError(f"--save_path {folder} is the source itself; choose another directory")
     stored = getattr(torch, dtype or source.config.dtype)
-    dims = {name: shards.split_dim(name, source.config) for name in source.tensors}
+    cuts = {name: shards.cut_of(name, source.config, n) for name in source.tensors}
     storage.begin(folder)
     for index in range(n):
         pieces = {
-            name: shards.cut(tensor.load(), dims[name], n, index).to(stored)
+            name: shards.cut(tensor.load(), cuts[name], index).to(stored)
             for name, tensor in source.tensors.items()
         }
         storage.write_shard(folder, storage.WEIGHTS, index, pieces)
     params = source.config.to_dict() | {"dtype": str(stored).removeprefix("torch.")}
-    facts = {"source": description, "rotary_layout": "interleaved", "split": dims}
+    facts = {
+        "source": description,
+        "rotary_layout": "interleaved",
+        "split": {name: how.dim for name, how in cuts.items()},
+    }
     storage.finish(folder, storage.WEIGHTS, n, params, tokenizer, facts)

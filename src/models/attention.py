@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from src.models.config import ModelConfig
 from src.models.rope import apply_rope
-from src.parallel import ColumnParallelLinear, RowParallelLinear, tensor_parallel_size
+from src.parallel import ColumnParallelLinear, RowParallelLinear, tensor_parallel_rank, tensor_parallel_size
 
 
 class LayerCache:
@@ -67,13 +67,15 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_heads = config.n_heads // tensor_parallel_size()
-        self.n_kv_heads = config.n_kv_heads // tensor_parallel_size()
-        self.head_dim = config.head_dim
-        self.wq = ColumnParallelLinear(config.dim, config.n_heads * config.head_dim)
-        self.wk = ColumnParallelLinear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wv = ColumnParallelLinear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wo = RowParallelLinear(config.n_heads * config.head_dim, config.dim)
+        heads, kv_heads = config.heads_on(tensor_parallel_size(), tensor_parallel_rank())
+        self.n_heads, self.n_kv_heads, self.head_dim = len(heads), len(kv_heads), config.head_dim
+        queries, keys = config.rows_of(heads), config.rows_of(kv_heads)
+        all_queries, all_keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        replicated = config.n_kv_heads < tensor_parallel_size()
+        self.wq = ColumnParallelLinear(config.dim, all_queries, queries)
+        self.wk = ColumnParallelLinear(config.dim, all_keys, keys, replicated=replicated)
+        self.wv = ColumnParallelLinear(config.dim, all_keys, keys, replicated=replicated)
+        self.wo = RowParallelLinear(all_queries, config.dim, queries)
 
     def forward(
         self,

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from src.errors import UserError
+from src.parallel import share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +53,43 @@ class ModelConfig:
         if self.tied and self.embedding_split_dim != 0:
             raise UserError("tied embeddings are shared with the output layer: embedding_split_dim must be 0")
 
+    def heads_on(self, n: int, index: int) -> tuple[range, range]:
+        """The query heads and the key-value heads that tensor-parallel part `index` of n holds.
+
+        KV heads are shared out as evenly as they can be, and query heads follow theirs. With fewer KV heads
+        than parts, several parts hold a copy of the same KV head and share out its query heads.
+        """
+        group = self.n_heads // self.n_kv_heads
+        if self.n_kv_heads >= n:
+            kv = share(self.n_kv_heads, n, index)
+            return range(kv.start * group, kv.stop * group), kv
+        head = index * self.n_kv_heads // n
+        copies = [part for part in range(n) if part * self.n_kv_heads // n == head]
+        queries = share(group, len(copies), copies.index(index))
+        return range(head * group + queries.start, head * group + queries.stop), range(head, head + 1)
+
+    def rows_of(self, heads: range) -> range:
+        """The rows of a projection that belong to these heads."""
+        return range(heads.start * self.head_dim, heads.stop * self.head_dim)
+
     def check_divides(self, n: int, where: str) -> None:
         """Raise UserError, naming the field, unless the model can be cut into n tensor-parallel shards."""
         if n < 1:
             raise UserError(f"{where}: cannot be cut into {n} shards; choose 1 or more")
-        sizes = {
-            "n_heads": self.n_heads,
-            "n_kv_heads": self.n_kv_heads,
-            "ffn_dim": self.ffn_dim,
-            "vocab_size": self.vocab_size,
-            "dim": self.dim,
-        }
-        for name, size in sizes.items():
-            if size % n:
-                raise UserError(
-                    f"{where}: {name}={size} does not divide into {n} shards; choose a divisor of it"
-                )
+        idle = [index for index in range(n) if not len(self.heads_on(n, index)[0])]
+        if idle:
+            raise UserError(
+                f"{where}: n_heads={self.n_heads} leaves nothing to do for shard {idle[0]} of {n}; "
+                f"choose at most {self.n_heads} shards"
+            )
+        if self.ffn_dim < n:
+            raise UserError(
+                f"{where}: ffn_dim={self.ffn_dim} cannot be shared out over {n} shards; choose fewer"
+            )
+
+    def embedding_dim_on(self, n: int) -> int:
+        """The dimension along which n shards cut tok_embeddings: the width only where it divides."""
+        return 0 if self.dim % n else self.embedding_split_dim
 
     def to_dict(self) -> dict[str, object]:
         """The contents of params.json."""

@@ -47,14 +47,16 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        embedding = (parallel.VocabParallelEmbedding, parallel.ParallelEmbedding)[config.embedding_split_dim]
+        by_width = config.embedding_dim_on(parallel.tensor_parallel_size()) == 1
+        embedding = parallel.ParallelEmbedding if by_width else parallel.VocabParallelEmbedding
         self.tok_embeddings = embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if config.value_head:
             self.v_head = nn.Linear(config.dim, 1, bias=False)
         elif not config.tied:
-            self.output = parallel.ColumnParallelLinear(config.dim, config.vocab_size)
+            rows = parallel.padded_share(config.vocab_size)
+            self.output = parallel.ColumnParallelLinear(config.dim, config.vocab_size, rows)
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
@@ -81,11 +83,17 @@ class Decoder(nn.Module):
             return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """This rank's vocabulary slice of the logits. hidden [..., D] -> [..., P]."""
+        """This rank's vocabulary slice of the logits, padding rows at -inf. hidden [..., D] -> [..., P]."""
         with parallel.autocast():
             if self.config.tied:
-                return F.linear(parallel.copy_to_tensor_parallel(hidden), self.tok_embeddings.weight)
-            return self.output(hidden)
+                local = F.linear(parallel.copy_to_tensor_parallel(hidden), self.tok_embeddings.weight)
+            else:
+                local = self.output(hidden)
+        rows = parallel.padded_share(self.config.vocab_size)
+        if rows.stop > self.config.vocab_size:
+            padding = torch.arange(rows.start, rows.stop, device=local.device) >= self.config.vocab_size
+            local = local.masked_fill(padding, float("-inf"))
+        return local
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The value head's score of each position. hidden [..., D] -> [...] float32."""

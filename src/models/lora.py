@@ -48,9 +48,11 @@ class LoraLinear(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if isinstance(base, ColumnParallelLinear):
             self.lora_a: nn.Module = nn.Linear(base.in_features, config.rank, bias=False)
-            self.lora_b: nn.Module = ColumnParallelLinear(config.rank, base.out_features)
+            self.lora_b: nn.Module = ColumnParallelLinear(
+                config.rank, base.out_features, base.rows, replicated=base.replicated
+            )
         else:
-            self.lora_a = RowParallelLinear(base.in_features, config.rank)
+            self.lora_a = RowParallelLinear(base.in_features, config.rank, base.columns)
             self.lora_b = nn.Linear(config.rank, base.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

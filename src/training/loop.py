@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from src import parallel
-from src.checkpoint.shards import split_dim
+from src.checkpoint import shards
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
@@ -49,8 +49,10 @@ class TrainLoop:
         self._loss = 0.0
         self._bad_steps = 0
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._sharded = [p for name, p in trainable if split_dim(name, model.config) is not None]
-        self._replicated = [p for name, p in trainable if split_dim(name, model.config) is None]
+        n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
+        self._copies = [
+            (p, shards.copies(shards.cut_of(name, model.config, n), rank)) for name, p in trainable
+        ]
         matrices = [p for _, p in trainable if p.dim() > 1]
         vectors = [p for _, p in trainable if p.dim() <= 1]  # norms are not decayed
         self.optimizer = torch.optim.AdamW(
@@ -88,21 +90,20 @@ class TrainLoop:
 
     def _clip(self) -> float:
         """Scale gradients to the maximum global norm; the norm before scaling, alike on every rank."""
-        sharded = parallel.sum_over_tensor_parallel(_sum_of_squares(self._sharded))
-        norm = math.sqrt((sharded + _sum_of_squares(self._replicated)).item())
+        norm = math.sqrt(parallel.sum_over_tensor_parallel(_sum_of_squares(self._copies)).item())
         if norm > self.max_grad_norm:
-            for parameter in self._sharded + self._replicated:
+            for parameter, _ in self._copies:
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.max_grad_norm / norm)
         return norm
 
 
-def _sum_of_squares(parameters: list[nn.Parameter]) -> Tensor:
-    """Sum of squared gradient entries, float32. -> scalar."""
+def _sum_of_squares(parameters: list[tuple[nn.Parameter, int]]) -> Tensor:
+    """This rank's part of the sum of squared gradient entries, float32: what several ranks hold counts once."""
     total = torch.zeros((), device=parallel.device())
-    for parameter in parameters:
+    for parameter, copies in parameters:
         if parameter.grad is not None:
-            total += parameter.grad.float().square().sum()
+            total += parameter.grad.float().square().sum() / copies
     return total
 
 

@@ -1,5 +1,7 @@
 """src/checkpoint/shards.py: where each parameter is cut, and that cutting and joining lose nothing."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -12,25 +14,64 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_cut_and_join_are_inverse_for_every_parameter(n: int) -> None:
-    for name, shape in shards.expected_shapes(CONFIG).items():
-        whole, dim = torch.randn(shape), shards.split_dim(name, CONFIG)
-        pieces = [shards.cut(whole, dim, n, index) for index in range(n)]
-        assert torch.equal(shards.join(pieces, dim), whole)
+ODD = ModelConfig(
+    dim=26, n_layers=1, n_heads=26, n_kv_heads=13, head_dim=4, ffn_dim=29, vocab_size=33, max_seq_len=8
+)
+GROUPED = dataclasses.replace(ODD, n_kv_heads=2, dim=16)
+
+
+@pytest.mark.parametrize("config", [CONFIG, ODD, GROUPED], ids=["even", "odd", "grouped"])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_cut_and_join_are_inverse_for_every_parameter(n: int, config: ModelConfig) -> None:
+    for name, shape in shards.expected_shapes(config).items():
+        whole, how = torch.randn(shape), shards.cut_of(name, config, n)
+        pieces = [shards.cut(whole, how, index) for index in range(n)]
+        assert torch.equal(shards.join(pieces, how), whole)
 
 
 def test_a_cut_holds_no_more_memory_than_it_shows() -> None:
-    piece = shards.cut(torch.randn(8, 6), 1, 2, 1)
+    piece = shards.cut(torch.randn(8, 6), shards.Cut(1, 6, (range(3), range(3, 6))), 1)
     assert piece.is_contiguous()
     assert piece.untyped_storage().nbytes() == 8 * 3 * 4
 
 
-def test_resharding_through_any_number_is_bit_exact() -> None:
-    whole = torch.randn(8, 8)
-    two = [shards.cut(whole, 1, 2, index) for index in range(2)]
-    four = [shards.cut(shards.join(two, 1), 1, 4, index) for index in range(4)]
-    assert torch.equal(shards.join(four, 1), whole)
+@pytest.mark.parametrize(
+    "name", ["layers.0.attention.wk.weight", "output.weight", "layers.0.feed_forward.w2.weight"]
+)
+def test_resharding_through_any_numbers_is_bit_exact(name: str) -> None:
+    whole = pieces = torch.randn(shards.expected_shapes(GROUPED)[name])
+    pieces, n = [whole], 1
+    for m in (5, 16, 3, 8, 1):
+        joined = shards.join(pieces, shards.cut_of(name, GROUPED, n))
+        pieces, n = [shards.cut(joined, shards.cut_of(name, GROUPED, m), index) for index in range(m)], m
+    assert torch.equal(pieces[0], whole)
+
+
+def test_kv_heads_fewer_than_shards_are_copied_and_query_heads_follow_them() -> None:
+    heads = [GROUPED.heads_on(4, index) for index in range(4)]
+    assert [kv for _, kv in heads] == [range(1), range(1), range(1, 2), range(1, 2)]
+    assert [queries for queries, _ in heads] == [range(7), range(7, 13), range(13, 20), range(20, 26)]
+    how = shards.cut_of("layers.0.attention.wk.weight", GROUPED, 4)
+    assert [shards.copies(how, index) for index in range(4)] == [2, 2, 2, 2]
+    assert [len(dataclasses.replace(ODD, n_heads=52, n_kv_heads=52).heads_on(8, i)[0]) for i in (0, 7)] == [
+        7,
+        6,
+    ]
+
+
+def test_copies_that_disagree_are_refused() -> None:
+    how = shards.cut_of("layers.0.attention.wk.weight", GROUPED, 4)
+    whole = torch.randn(8, 16)
+    pieces = [shards.cut(whole, how, index) for index in range(4)]
+    pieces[1][0, 0] += 1
+    with pytest.raises(UserError, match="different values of the same rows"):
+        shards.join(pieces, how)
+
+
+def test_width_that_does_not_divide_gives_way_to_the_vocabulary() -> None:
+    assert shards.cut_of("tok_embeddings.weight", ODD, 2).dim == 1
+    how = shards.cut_of("tok_embeddings.weight", ODD, 4)
+    assert how == shards.Cut(0, 33, (range(9), range(9, 18), range(18, 27), range(27, 36)))
 
 
 @pytest.mark.parametrize(

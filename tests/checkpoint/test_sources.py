@@ -1,5 +1,6 @@
 """src/checkpoint/sources.py: every kind of checkpoint that opens; test_sources_refused.py has the others."""
 
+import dataclasses
 import json
 from collections import OrderedDict
 from collections.abc import Callable
@@ -125,15 +126,10 @@ def test_hf_config_of_transformers_5_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("embedding_dim", [0, 1])
 @pytest.mark.parametrize("n", [2, 4])
 def test_meta_directory_of_shards_opens(tmp_path: Path, n: int, embedding_dim: int) -> None:
-    weights = random_weights()
+    weights, config = random_weights(), dataclasses.replace(CONFIG, embedding_split_dim=embedding_dim)
     for index in range(n):
         shard = {
-            name: shards.cut(
-                tensor,
-                embedding_dim if name == "tok_embeddings.weight" else shards.split_dim(name, CONFIG),
-                n,
-                index,
-            )
+            name: shards.cut(tensor, shards.cut_of(name, config, n), index)
             for name, tensor in weights.items()
         }
         torch.save(shard | {"rope.freqs": torch.ones(2)}, tmp_path / f"consolidated.{index:02d}.pth")
@@ -165,7 +161,7 @@ def test_shards_behind_the_tenth_keep_their_place(tmp_path: Path) -> None:
     weights = random_weights(config)
     for index in range(n):
         shard = {
-            name: shards.cut(tensor, shards.split_dim(name, config), n, index)
+            name: shards.cut(tensor, shards.cut_of(name, config, n), index)
             for name, tensor in weights.items()
         }
         torch.save(shard, tmp_path / f"consolidated.{index:02d}.pth")

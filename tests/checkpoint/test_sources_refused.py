@@ -38,7 +38,7 @@ def test_shards_of_different_splits_are_refused(tmp_path: Path) -> None:
     weights = random_weights()
     for index, n in enumerate((2, 4)):
         shard = {
-            name: shards.cut(tensor, shards.split_dim(name, CONFIG), n, 0) for name, tensor in weights.items()
+            name: shards.cut(tensor, shards.cut_of(name, CONFIG, n), 0) for name, tensor in weights.items()
         }
         torch.save(shard, tmp_path / f"consolidated.{index:02d}.pth")
     write_json(tmp_path / "params.json", META)

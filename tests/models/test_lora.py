@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.checkpoint import adapters, storage
 from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
-from src.checkpoint.shards import join, split_dim
+from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
 from src.errors import UserError
@@ -38,10 +38,8 @@ class Run(NamedTuple):
         """The whole tensors under `key`; copies that every rank holds must be equal."""
         whole = {}
         for name in self.results[0][key]:
-            pieces, dim = [rank[key][name] for rank in self.results], split_dim(name, self.config)
-            if dim is None:
-                assert all(torch.equal(piece, pieces[0]) for piece in pieces), f"{name}: ranks disagree"
-            whole[name] = join(pieces, dim)
+            pieces = [rank[key][name] for rank in self.results]
+            whole[name] = join(pieces, cut_of(name, self.config, len(pieces)))
         return whole
 
 

@@ -39,7 +39,7 @@ def local_weights(model: Decoder) -> dict[str, Tensor]:
 def join_weights(ranks: list[dict[str, Tensor]], model: Decoder) -> dict[str, Tensor]:
     """The whole parameters from every rank's part; `model` is the same model on one rank."""
     return {
-        name: shards.join([rank[name] for rank in ranks], shards.split_dim(name, model.config))
+        name: shards.join([rank[name] for rank in ranks], shards.cut_of(name, model.config, len(ranks)))
         for name in ranks[0]
     }
 
