@@ -1,15 +1,16 @@
-"""Where the final answer stands in a response: a table of named rules for each task.
+"""Where the final answer stands in a response: the named extractions that a task chooses from.
 
-Each task holds groups of rules, most trusted first. Inside a group the mark that stands last in the response wins.
-A mark with nothing behind it ends the search: that response has no answer.
+Most are groups of rules, most trusted first. Inside a group the mark that stands last in the response wins. A mark
+with nothing behind it ends the search: that response has no answer. A name ends in its version.
 """
 
 import re
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
-RULES_VERSION = "1"
+from src.evaluation.minerva import weak_to_strong_answer
 
 
 class Found(NamedTuple):
@@ -45,6 +46,9 @@ MATH = re.compile(
 )
 NUMBER = re.compile(
     r"(?:(?<![\w)\].])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?:\.\d+)?)?|(?<![\w.])-?\.\d+"
+)
+LETTER_FIRST = re.compile(
+    r"[\s$*\\]*(?:(?:text|mathrm|textbf|mathbf)\s*\{)?\s*(?:option |choice )?\(?([A-Z])\)?(?![A-Za-z'])"
 )
 FINISHED = re.compile(r"[.!?]\W{0,4}$")
 CHOICE = re.compile(r"(?<![A-Za-z])(?:or|either|maybe|possibly|not)(?![A-Za-z])", re.IGNORECASE)
@@ -144,31 +148,30 @@ def last_statement(text: str) -> Found | None:
     return last_number(text)
 
 
-HASH_RULE = Rule("hashes", after_hashes)
-TASK_RULES: dict[str, tuple[tuple[Rule, ...], ...]] = {
-    "gsm8k": (
-        (HASH_RULE,),
-        (Rule("box", last_box), Rule("hope", hoped_answer)),
-        (Rule("answer-is", after_answer_is),),
-        (Rule("last-number", last_number),),
-    ),
-    "math": (
-        (Rule("box", last_box), Rule("hope", hoped_answer), Rule("heading", after_heading)),
-        (Rule("answer-is", after_answer_is),),
-        (Rule("last-statement", last_statement),),
-    ),
-    "toy": ((HASH_RULE,),),
-}
+def leading_letters(text: str) -> str:
+    """The letters of choices that a statement begins with, as written: "A, C" of "A, C because ..."."""
+    found = []
+    while match := LETTER_FIRST.match(text):
+        found.append(match.group(1))
+        rest = re.match(r"\s*\}?\s*(?:,|;|and\b|&)", text[match.end() :])
+        if rest is None:
+            break
+        text = text[match.end() + rest.end() :]
+    return ", ".join(found)
 
 
-def task_rules(task: str) -> tuple[tuple[Rule, ...], ...]:
-    """The rules of a task, whatever the case of its name. Raises ValueError for a task that has none."""
-    rules = TASK_RULES.get(task.lower())
-    if rules is None:
-        raise ValueError(
-            f"no answer rules for task {task!r}; known tasks: {', '.join(TASK_RULES)} (any case)"
-        )
-    return rules
+def letters_of(find: Callable[[str], Found | None], text: str) -> Found | None:
+    """What another rule finds, reduced to the letters it begins with."""
+    found = find(text)
+    return found and Found(found.position, leading_letters(found.text))
+
+
+def last_letter(text: str) -> Found | None:
+    """The only choice that the last sentence of a finished response names in brackets, or that is all of it."""
+    sentence = last_sentence(text) or ""
+    bare = re.fullmatch(r"\W*([A-Z])\W*", text.rstrip().rpartition("\n")[2])
+    named = set(re.findall(r"\(([A-Z])\)", sentence)) or ({bare.group(1)} if bare else set())
+    return Found(len(text), named.pop()) if len(named) == 1 else None
 
 
 def own_part(response: str) -> str:
@@ -179,10 +182,13 @@ def own_part(response: str) -> str:
     return response
 
 
-def extract(task: str, response: str) -> Extraction:
-    """The final answer of a response and the name of the rule that found it."""
+Groups = tuple[tuple[Rule, ...], ...]
+
+
+def by_groups(groups: Groups, response: str) -> Extraction:
+    """The answer that the first group with a mark in the response gives."""
     text = own_part(response)
-    for group in task_rules(task):
+    for group in groups:
         found = [(rule.find(text), rule.name) for rule in group]
         seen = [(place.position, place.text, name) for place, name in found if place is not None]
         if seen:
@@ -191,6 +197,45 @@ def extract(task: str, response: str) -> Extraction:
     return Extraction(None, "none")
 
 
-def extract_answer(task: str, response: str) -> str | None:
-    """The final answer a response gives, None if it gives none; see TASK_RULES for what counts."""
-    return extract(task, response).answer
+def by_weak_to_strong(key: str, response: str) -> Extraction:
+    """The answer that weak-to-strong-reasoning sees behind its key."""
+    answer = weak_to_strong_answer(response, key)
+    return Extraction(answer or None, key if answer else "none")
+
+
+HASH_RULE = Rule("hashes", after_hashes)
+NUMBER_GROUPS: Groups = (
+    (HASH_RULE,),
+    (Rule("box", last_box), Rule("hope", hoped_answer)),
+    (Rule("answer-is", after_answer_is),),
+    (Rule("last-number", last_number),),
+)
+MATH_GROUPS: Groups = (
+    (Rule("box", last_box), Rule("hope", hoped_answer), Rule("heading", after_heading)),
+    (Rule("answer-is", after_answer_is),),
+    (Rule("last-statement", last_statement),),
+)
+CHOICE_GROUPS: Groups = (
+    tuple(
+        Rule(name, partial(letters_of, find))
+        for name, find in (("box", last_box), ("hope", hoped_answer), ("heading", after_heading))
+    ),
+    (
+        Rule("hashes", partial(letters_of, after_hashes)),
+        Rule("answer-is", partial(letters_of, after_answer_is)),
+    ),
+    (Rule("last-letter", last_letter),),
+)
+EXTRACTIONS: dict[str, Callable[[str], Extraction]] = {
+    "gsm8k/last-number@1": partial(by_groups, NUMBER_GROUPS),
+    "gsm8k/hashes@1": partial(by_groups, ((HASH_RULE,),)),
+    "math/last-box@1": partial(by_groups, MATH_GROUPS),
+    "choice/letter@1": partial(by_groups, CHOICE_GROUPS),
+    "weak-to-strong/hashes@1": partial(by_weak_to_strong, "####"),
+    "weak-to-strong/answer-is@1": partial(by_weak_to_strong, "The answer is:"),
+}
+
+
+def extract(extraction: str, response: str) -> Extraction:
+    """The final answer of a response and the name of the rule that found it; extraction is a name of EXTRACTIONS."""
+    return EXTRACTIONS[extraction](response)

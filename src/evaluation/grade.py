@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
 
-from src.evaluation import equality
-from src.evaluation.extract import extract_answer, task_rules
+from src.errors import UserError
+from src.evaluation.answer_types import ANY, EQUALITIES, AnswerType
+from src.evaluation.extract import extract
 from src.evaluation.grade_pool import Pool
-
-__all__ = ["GRADER_VERSION", "Grader", "Verdict", "extract_answer"]
+from src.evaluation.tasks import Task, find_task
 
 GRADER_VERSION = "splitrl-1+math-verify-0.9.0"  # printed beside every score: graders differ by points
 CACHE_SIZE = 200_000
@@ -30,20 +30,23 @@ class Undecided(Exception):
 
 
 class Grader:
-    """Grades responses of one task. Use as a context manager; safe to call from several threads.
+    """Grades responses of one task, by its name or as it is. Use as a context manager; safe to call from threads.
 
     seconds bounds the time of one answer. Worker processes start with the first answer that rules cannot decide.
+    Raises UserError for an unknown task or one that grades nothing.
     """
 
-    def __init__(self, task: str, workers: int = 1, seconds: float = 5.0) -> None:
-        task_rules(task)  # an unknown task stops here, not at the first response
+    def __init__(self, task: str | Task, workers: int = 1, seconds: float = 3.0) -> None:
+        self.task = find_task(task) if isinstance(task, str) else task
+        if not self.task.graded:
+            raise UserError(f"task {self.task.name} grades nothing; name the task of the answers")
         if workers < 1 or seconds <= 0:
             raise ValueError(f"workers={workers}, seconds={seconds}: expected a worker and a positive time")
-        self.task = task
+        self.same = EQUALITIES[self.task.equality]
         self.seconds = seconds
         self.n_workers = workers
         self.pool = Pool(workers)
-        self.cache: dict[tuple[str, str], str] = {}
+        self.cache: dict[tuple[str, str, AnswerType], str] = {}
 
     def __enter__(self) -> "Grader":
         return self
@@ -64,26 +67,29 @@ class Grader:
         with ThreadPoolExecutor(self.n_workers) as threads:
             return list(threads.map(self.grade_one, responses, labels))
 
-    def grade_one(self, response: str, label: str) -> Verdict:
+    def grade_one(self, response: str, label: str, answer_type: AnswerType = ANY) -> Verdict:
         """The verdict for one response."""
-        answer = extract_answer(self.task, response)
-        return Verdict("unparsed", None) if answer is None else Verdict(self.compare(answer, label), answer)
+        answer = extract(self.task.extraction, response).answer
+        if answer is None:
+            return Verdict("unparsed", None)
+        return Verdict(self.compare(answer, label, answer_type), answer)
 
-    def compare(self, answer: str, label: str) -> str:
+    def compare(self, answer: str, label: str, answer_type: AnswerType = ANY) -> str:
         """The outcome of a bare answer against a label: right, wrong, timeout or error."""
-        outcome = self.cache.get((answer, label))
+        key = answer, label, answer_type
+        outcome = self.cache.get(key)
         if outcome is None:
-            outcome = self.compare_uncached(answer, label)
+            outcome = self.compare_uncached(*key)
             if len(self.cache) >= CACHE_SIZE:
                 self.cache.clear()
-            self.cache[answer, label] = outcome
+            self.cache[key] = outcome
         return outcome
 
-    def compare_uncached(self, answer: str, label: str) -> str:
+    def compare_uncached(self, answer: str, label: str, answer_type: AnswerType) -> str:
         """compare() without the cache."""
         leaf = self.leaf_until(time.monotonic() + self.seconds)
         try:
-            return "right" if equality.equal(answer, label, leaf) else "wrong"
+            return "right" if self.same(answer, label, answer_type, leaf) else "wrong"
         except Undecided as undecided:
             return undecided.outcome
         except (ArithmeticError, LookupError, RecursionError, ValueError):
@@ -101,6 +107,9 @@ class Grader:
 
         return leaf
 
-    def equal(self, first: str, second: str) -> bool:
+    def equal(self, first: str, second: str, answer_type: AnswerType = ANY) -> bool:
         """Whether two answers are one vote: either would be right if the other were the label."""
-        return self.compare(first, second) == "right" or self.compare(second, first) == "right"
+        return "right" in (
+            self.compare(first, second, answer_type),
+            self.compare(second, first, answer_type),
+        )

@@ -14,10 +14,14 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 class Worker:
-    """One process of src.evaluation.grade_worker, started at the first request and again after each death."""
+    """One process of src.evaluation.grade_worker, started at the first request and again after each death.
+
+    After a kill the next process starts at once, so that it has imported sympy by the time it is asked.
+    """
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self.ready = False
         self.pending = b""
         self.requests = 0
 
@@ -25,7 +29,9 @@ class Worker:
         """ "right", "wrong", "timeout" or "error" (the process died or the library failed), within the seconds given,
         the start of the process not counted."""
         if self.process is None or self.process.poll() is not None:
-            self.start()
+            self.launch()
+        if not self.ready:
+            self.await_ready()
         self.requests += 1
         request = {"id": self.requests, "answer": answer, "label": label, "seconds": seconds}
         try:
@@ -36,8 +42,8 @@ class Worker:
             return "error"
         return self.read(self.requests, seconds)
 
-    def start(self) -> None:
-        """Start the process and wait until it has imported sympy. Raises RuntimeError if it cannot start."""
+    def launch(self) -> None:
+        """Start the process."""
         self.stop()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "src.evaluation.grade_worker"],
@@ -46,11 +52,16 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+
+    def await_ready(self) -> None:
+        """Wait until the process has imported sympy. Raises RuntimeError if it cannot."""
         if self.read("ready", STARTUP_SECONDS) != "":
+            self.stop()
             raise RuntimeError(
                 "the grading process did not start: `python -m src.evaluation.grade_worker` says why; "
                 "math-verify from requirements.txt must be installed"
             )
+        self.ready = True
 
     def read(self, wanted: int | str, seconds: float) -> str:
         """The outcome of one request; lines that are no reply to it are ignored. Kills the process on timeout."""
@@ -67,7 +78,7 @@ class Worker:
                 [self.process.stdout], [], [], max(0.0, deadline - time.monotonic())
             )
             if not readable:
-                self.stop()
+                self.launch()
                 return "timeout"
             chunk = os.read(self.process.stdout.fileno(), 65536)
             if not chunk:
@@ -83,7 +94,7 @@ class Worker:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
-        self.process, self.pending = None, b""
+        self.process, self.pending, self.ready = None, b"", False
 
 
 def parse_reply(line: bytes) -> dict[str, object] | None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from src.errors import UserError
 from src.evaluation import equality
-from src.evaluation.extract import extract
-from src.evaluation.grade import Grader, Verdict, extract_answer
+from src.evaluation.extract import EXTRACTIONS, extract
+from src.evaluation.grade import Grader, Verdict
 from src.evaluation.grade_pool import Pool
+from src.evaluation.tasks import find_task
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO.parent / "shared" / "data"
@@ -52,18 +54,20 @@ def grader() -> Iterator[Grader]:
     ("toy", "The answer is 4. \\boxed{4}", None),
 ])
 def test_extraction_by_hand(task: str, response: str, answer: str | None) -> None:
-    assert extract_answer(task, response) == answer
+    assert extract(find_task(task).extraction, response).answer == answer
 
 
 def test_extraction_names_its_rule() -> None:
-    assert extract("GSM8K", "#### 4") == ("4", "hashes")
-    assert extract("MATH", "\\boxed{") == (None, "box")
-    assert extract("toy", "4") == (None, "none")
+    assert extract("gsm8k/last-number@1", "#### 4") == ("4", "hashes")
+    assert extract("math/last-box@1", "\\boxed{") == (None, "box")
+    assert extract("gsm8k/hashes@1", "4") == (None, "none")
 
 
 def test_unknown_task_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'AIME'.*gsm8k, math, toy"):
+    with pytest.raises(UserError, match="'AIME'; known tasks: GSM8K, MATH.*json"):
         Grader("AIME")
+    with pytest.raises(UserError, match="task none grades nothing"):
+        Grader("none")
 
 
 RULES_DECIDE = [
@@ -217,12 +221,13 @@ def test_hostile_answers_are_wrong_and_leave_nothing(grader: Grader, answer: str
 
 
 @pytest.mark.parametrize("piece", [
-    "answer is ", "The final answer is ", "\\boxed{", "$", "1, ", "[ ", "-", "Q: a\n", "\\\\", "\n", "A: ",
+    "answer is ", "Answer: A, ", "(A) ", "#### ", "#### 1\n",
+    "The final answer is ", "\\boxed{", "$", "1, ", "[ ", "-", "Q: a\n", "\\\\", "\n", "A: ",
 ])
 def test_extraction_is_linear(piece: str) -> None:
-    for task in ("GSM8K", "MATH", "toy"):
+    for extraction in EXTRACTIONS:
         started = time.monotonic()
-        extract(task, piece * (200_000 // len(piece)) + ".")
+        extract(extraction, piece * (200_000 // len(piece)) + ".")
         assert time.monotonic() - started < 5
 
 

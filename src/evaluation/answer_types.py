@@ -1,0 +1,105 @@
+"""Equality by the kind of answer: the named rules a task chooses from.
+
+equality.py compares values of any shape exactly. Here stand the rules that need to know more: the letters of a
+multiple choice, true or false, a number that may be off by a stated tolerance.
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import NamedTuple
+
+from src.evaluation import equality
+from src.evaluation.equality import Leaf, split_name
+from src.evaluation.minerva import minerva_string
+from src.evaluation.normalize import join_thousands, normalize, quantity, rational
+
+
+class AnswerType(NamedTuple):
+    """What a row of a typed benchmark says of its answer; tolerance is absolute, 0 = exact."""
+
+    kind: str = ""  # a key of KINDS
+    tolerance: float = 0.0
+
+
+ANY = AnswerType()
+Equality = Callable[[str, str, AnswerType, Leaf], bool]  # (answer, label, type, leaf comparer) -> equal?
+
+LETTERS = re.compile(r"\(?([A-Z])\)?(?:[).:,]\s.*|\s+.*)?", re.DOTALL)
+SEVERAL = re.compile(r"\(?[A-Z]\)?(?:(?:\s*(?:,|;|and|&)\s*|\s*)\(?[A-Z]\)?)*")
+TRUTH = {
+    word: value
+    for value, words in ((True, "true t yes y correct right"), (False, "false f no n incorrect wrong"))
+    for word in words.split()
+}
+
+
+def exact(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
+    """The same value, whatever its shape; see equality.py."""
+    return equality.equal(answer, label, leaf)
+
+
+def choice_letters(text: str) -> str:
+    """The chosen letters in alphabetical order: "C" of "(C) 21", "AC" of "C and A"; "" if there is none."""
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}|[$*]", r"\1", text).strip(" .")
+    if SEVERAL.fullmatch(text):
+        return "".join(sorted(set(re.findall(r"[A-Z](?![a-z])", text))))
+    match = LETTERS.fullmatch(text)
+    return match.group(1) if match else ""
+
+
+def same_choice(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
+    """The same letters, whatever stands behind them and in whatever order."""
+    letters = choice_letters(label)
+    return bool(letters) and choice_letters(answer) == letters
+
+
+def same_truth(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
+    """Both say true, or both say false."""
+    values = [TRUTH.get(re.sub(r"\\text|[^A-Za-z]", "", text).lower()) for text in (answer, label)]
+    return values[0] is not None and values[0] == values[1]
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The value of a number with or without "x=", unit and separators of thousands; None for anything else."""
+    _, value = split_name(normalize(text))
+    return rational(quantity(join_thousands(value)).value)
+
+
+def near_number(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
+    """Two numbers no further apart than the tolerance; what is no plain number is compared exactly."""
+    ours, theirs = plain_number(answer), plain_number(label)
+    if not answer_type.tolerance or ours is None or theirs is None:
+        return equality.equal(answer, label, leaf)
+    return abs(ours - theirs) <= answer_type.tolerance
+
+
+def same_minerva_string(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
+    """The same string after Minerva's normalisation; an empty answer equals nothing."""
+    return bool(answer) and minerva_string(answer) == minerva_string(label)
+
+
+KINDS: dict[str, Equality] = {
+    "": exact,
+    "number": near_number,
+    "expression": exact,
+    "equation": exact,
+    "interval": exact,
+    "tuple": exact,
+    "set": exact,
+    "choice": same_choice,
+    "true_false": same_truth,
+}
+
+
+def by_kind(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
+    """The rule of the row's own kind."""
+    return KINDS[answer_type.kind](answer, label, answer_type, leaf)
+
+
+EQUALITIES: dict[str, Equality] = {
+    "exact@1": exact,
+    "choice@1": same_choice,
+    "typed@1": by_kind,
+    "minerva-strings@1": same_minerva_string,
+}

@@ -1,0 +1,129 @@
+"""Benchmarks as data: how a problem is put, where a response ends, and which rules find and compare its answer.
+
+A rule's name ends in its version: what a rule decides never changes under the same name, so a score can be compared
+with another one that names the same rules. A task of one's own is a json file with the fields of Task.
+"""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from src.errors import UserError
+from src.evaluation.answer_types import EQUALITIES
+from src.evaluation.extract import EXTRACTIONS
+
+INSTRUCTION = "{instruction}"  # where the problem stands in a template
+
+
+def check_template(template: str, what: str) -> None:
+    """Raise UserError unless the problem stands in the template exactly once."""
+    if template.count(INSTRUCTION) != 1:
+        raise UserError(
+            f"{what} holds {INSTRUCTION} {template.count(INSTRUCTION)} times; expected it once, in {template[:80]!r}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One benchmark. An empty extraction (task none) means that nothing is graded."""
+
+    name: str
+    prompt: str = INSTRUCTION
+    stop: tuple[str, ...] = ()
+    extraction: str  # a name of extract.EXTRACTIONS
+    equality: str  # a name of answer_types.EQUALITIES
+
+    def __post_init__(self) -> None:
+        check_template(self.prompt, f"task {self.name}: prompt")
+        if not self.extraction:
+            return
+        for kind, name, known in (
+            ("extraction", self.extraction, EXTRACTIONS),
+            ("equality", self.equality, EQUALITIES),
+        ):
+            if name not in known:
+                raise UserError(f"task {self.name}: no {kind} rule {name!r}; expected {', '.join(known)}")
+
+    @property
+    def graded(self) -> bool:
+        """Whether answers are looked for at all."""
+        return bool(self.extraction)
+
+    def facts(self) -> dict[str, object]:
+        """What results.json says about how the score came about."""
+        return {key: value for key, value in asdict(self).items() if key != "name"}
+
+
+NUMBER, MATH, EXACT = "gsm8k/last-number@1", "math/last-box@1", "exact@1"
+
+TASKS = {
+    task.name.lower(): task
+    for task in (
+        Task(name="GSM8K", extraction=NUMBER, equality=EXACT),
+        Task(name="MATH", extraction=MATH, equality=EXACT),
+        Task(name="MATH-500", extraction=MATH, equality=EXACT),
+        Task(name="SVAMP", extraction=NUMBER, equality=EXACT),
+        Task(name="ASDiv", extraction=NUMBER, equality=EXACT),
+        Task(name="MAWPS", extraction=NUMBER, equality=EXACT),
+        Task(name="AQuA", extraction="choice/letter@1", equality="choice@1"),
+        Task(name="choice", extraction="choice/letter@1", equality="choice@1"),
+        Task(name="OlympiadBench", extraction=MATH, equality="typed@1"),
+        # the formats and comparisons of two published code bases, to reproduce their numbers
+        Task(name="GSM8K-strict", extraction="gsm8k/hashes@1", equality=EXACT),
+        Task(
+            name="GSM8K-weak-to-strong",
+            prompt="Question: {instruction}\nAnswer:",
+            stop=("Question", "Answer"),
+            extraction="weak-to-strong/hashes@1",
+            equality="minerva-strings@1",
+        ),
+        Task(
+            name="MATH-weak-to-strong",
+            prompt="Question: {instruction}\nAnswer:",
+            stop=("Question", "Answer"),
+            extraction="weak-to-strong/answer-is@1",
+            equality="minerva-strings@1",
+        ),
+        Task(name="toy", extraction="gsm8k/hashes@1", equality=EXACT),
+        Task(name="none", extraction="", equality=""),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of this name, in any case, or of this json file. Raises UserError."""
+    if name.endswith(".json"):
+        return read_task(name)
+    task = TASKS.get(name.lower())
+    if task is None:
+        near = difflib.get_close_matches(name.lower(), TASKS, n=1)
+        hint = f"did you mean {TASKS[near[0]].name}?" if near else "or give a .json file"
+        raise UserError(
+            f"no task {name!r}; known tasks: {', '.join(task.name for task in TASKS.values())}; {hint}"
+        )
+    return task
+
+
+def read_task(path: str) -> Task:
+    """A task of one's own. Raises UserError for a key that Task does not have, or one that is missing or no text."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"task file {path} does not exist") from None
+    except ValueError as problem:
+        raise UserError(f"task file {path} is not json ({problem})") from None
+    known = {field.name for field in fields(Task)}
+    if not isinstance(values, dict) or not {"extraction", "equality"} <= values.keys() <= known:
+        found = ", ".join(values) if isinstance(values, dict) else type(values).__name__
+        raise UserError(
+            f"task file {path} holds {found}; expected extraction and equality, and perhaps "
+            f"{', '.join(sorted(known - {'extraction', 'equality'}))}"
+        )
+    stop = values.pop("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise UserError(f"task file {path}: 'stop' is {stop!r}; expected a list of texts")
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise UserError(f"task file {path}: {key!r} is a {type(value).__name__}; expected text")
+    return Task(**{"name": Path(path).stem} | values | {"stop": tuple(stop)})
