@@ -32,11 +32,12 @@ class Undecided(Exception):
 class Grader:
     """Grades responses of one task, by its name or as it is. Use as a context manager; safe to call from threads.
 
-    seconds bounds the time of one answer. Worker processes start with the first answer that rules cannot decide.
+    seconds bounds the time of one answer; half of it in processor time already ends one. Worker processes start with
+    the first answer that rules cannot decide.
     Raises UserError for an unknown task or one that grades nothing.
     """
 
-    def __init__(self, task: str | Task, workers: int = 1, seconds: float = 3.0) -> None:
+    def __init__(self, task: str | Task, workers: int = 1, seconds: float = 5.0) -> None:
         self.task = find_task(task) if isinstance(task, str) else task
         if not self.task.graded:
             raise UserError(f"task {self.task.name} grades nothing; name the task of the answers")

@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -82,8 +83,10 @@ class Worker:
                 return "timeout"
             chunk = os.read(self.process.stdout.fileno(), 65536)
             if not chunk:
-                self.stop()
-                return "error"
+                # the signal that the worker sets for the end of its processor time
+                out_of_time = self.process.wait() == -signal.SIGPROF
+                self.launch()
+                return "timeout" if out_of_time else "error"
             self.pending += chunk
 
     def stop(self) -> None:

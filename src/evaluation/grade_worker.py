@@ -1,8 +1,8 @@
 """The process that compares two expressions with math-verify; started by grade_pool, never imported.
 
 One JSON line in, {"id", "answer", "label", "seconds"}, one JSON line out, {"id", "outcome"}. The first line out says
-"ready". Expressions that need too long are stopped by an alarm; where that cannot reach (one huge integer power is a
-single C call), the parent kills the process, or the CPU limit does once the parent is gone.
+"ready". Expressions that need too long are stopped by an alarm, of processor time or of the clock; where that cannot
+reach (one huge integer power is a single C call), a signal of the kernel or the parent ends the process.
 """
 
 import json
@@ -18,6 +18,9 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
+# processor time an answer may take, as a share of its wall-clock limit: an answer that is merely slow gets its verdict
+# on a busy machine too, and which answers time out hardly depends on the load
+CPU_SHARE = 0.5
 MEMORY_LIMIT = 2 * 1024**3  # bytes of address space
 # units stay: ours are gone already, and the library takes the variable of 6+9c for one
 LATEX = [
@@ -65,8 +68,10 @@ def compare(answer: str, label: str) -> str:
 def answer_request(line: str) -> dict[str, object]:
     """Compare under the alarm; any failure of the library is an "error", not a verdict."""
     request = json.loads(line)
+    cpu = CPU_SHARE * request["seconds"]
     # SIGPROF has its default action: it ends the process even inside a C call, so no orphan computes for hours
-    signal.setitimer(signal.ITIMER_PROF, 2 * request["seconds"] + 1)
+    signal.setitimer(signal.ITIMER_PROF, 1.1 * cpu)
+    signal.setitimer(signal.ITIMER_VIRTUAL, cpu)
     signal.setitimer(signal.ITIMER_REAL, 0.8 * request["seconds"])
     try:
         outcome = compare(request["answer"], request["label"])
@@ -75,8 +80,8 @@ def answer_request(line: str) -> dict[str, object]:
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         outcome = "error"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+            signal.setitimer(timer, 0)
     return {"id": request["id"], "outcome": outcome}
 
 
@@ -94,6 +99,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no answer can write a file
     signal.signal(signal.SIGALRM, on_alarm)
+    signal.signal(signal.SIGVTALRM, on_alarm)
     compare("x+1", "1+x")  # the grammar's tables load on first use
     print(json.dumps({"id": "ready", "outcome": ""}), file=replies)
     for line in sys.stdin:
