@@ -8,18 +8,20 @@ from typing import Literal
 import torch
 
 from src import assemble, cli, parallel, plan, runlog
+from src.data.batches import Batching
 from src.data.examples import read_pairs
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
-from src.training.verifier import PairData, evaluate_pairs, pairwise_loss, split_by_problem
+from src.training.verifier import PairData, evaluate_pairs, n_pairs, pairwise_loss, split_by_problem
 
 
 def main(
     ckpt_dir: str, save_dir: str, train_file: str, label_file: str = "", held_out: float = 0.1,
     objective: Literal["pairwise"] = "pairwise", score: Literal["last", "mean"] = "last",
     model_type: str = "", tokenizer_file: str = "",
-    max_seq_len: int = 512, max_batch_size: int = 1, accumulation_steps: int = 1, epochs: int = 1,
-    lr: float = 1e-5, warmup_ratio: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
+    max_seq_len: int = 512, max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = False,
+    epochs: int = 1, lr: float = 1e-5, warmup_ratio: float = 0.03,
+    weight_decay: float = 0.0, max_grad_norm: float = 1.0,
     lora_rank: int = -1, lora_alpha: float = 16.0, lora_dropout: float = 0.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, dry_run: bool = False,
@@ -38,6 +40,7 @@ def main(
     max_seq_len: longest prompt + solution in tokens; longer pairs are dropped and counted, more than 1% is an error
     max_batch_size: pairs in one forward pass
     accumulation_steps: forward passes in one optimizer step
+    packing: lay the rows of a forward pass end to end instead of padding them; the update is the same
     epochs: passes over the training file
     lr: peak learning rate of AdamW
     warmup_ratio: share of all steps in which the rate rises; it then falls along a cosine to a tenth
@@ -57,10 +60,11 @@ def main(
     train_rows, held_rows = (rows, read_pairs(label_file)) if label_file else split_by_problem(rows, held_out)
     config = assemble.load_config(ckpt_dir, model_type)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
-    data, held = (PairData(part, tokenizer, max_seq_len=max_seq_len, seed=seed, source=source)
+    data, held = (PairData(part, tokenizer, max_seq_len=max_seq_len, source=source)
                   for part, source in ((train_rows, train_file), (held_rows, label_file or train_file)))
     lora = assemble.lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
-    steps_per_epoch = data.steps_per_epoch(max_batch_size, accumulation_steps)
+    batching = Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=seed)
+    steps_per_epoch = batching.steps_per_epoch(len(data.pairs))
     if dry_run:
         examples = [encoded for pair in data.pairs for encoded in pair]
         runlog.table(plan.training(assemble.solver_to_verifier(config), assemble.n_shards(ckpt_dir), lora, examples,
@@ -77,15 +81,16 @@ def main(
     loop = TrainLoop(model, log, lr=lr, total_steps=steps_per_epoch * epochs, warmup_ratio=warmup_ratio,
                      weight_decay=weight_decay, max_grad_norm=max_grad_norm)
     model.train()
-    for epoch in range(1, epochs + 1):
-        log.progress(steps_per_epoch, "step")
-        for batches in data.epoch(epoch, max_batch_size, accumulation_steps):
-            n_pairs = sum(len(batch.tokens) for batch in batches) // 2
-            for batch in batches:
-                loop.backward(pairwise_loss(model, batch.to(parallel.device()), n_pairs))
-            report = loop.step()
-            log.metrics(loop.steps, epoch=epoch, **report._asdict(), pairs=n_pairs)
-            log.advance(tokens=sum(batch.tokens.numel() for batch in batches), loss=report.loss)
+    log.progress(steps_per_epoch * epochs, "step")
+    for epoch, number, batches in data.steps(batching, packing=packing, epochs=epochs):
+        normaliser = n_pairs(batches)
+        for batch in batches:
+            loop.backward(pairwise_loss(model, batch.to(parallel.device()), normaliser))
+        report = loop.step()
+        log.metrics(number, epoch=epoch, **report._asdict(), pairs=normaliser)
+        log.advance(tokens=sum(batch.tokens.numel() for batch in batches), loss=report.loss)
+        if number % steps_per_epoch:
+            continue
         held_report = evaluate_pairs(model, held, max_batch_size)
         log.metrics(loop.steps, epoch=epoch, **held_report._asdict())
         log.logger.info("epoch %d: held-out pair accuracy %.3f", epoch, held_report.held_out_accuracy)

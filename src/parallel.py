@@ -100,7 +100,8 @@ def barrier() -> None:
 
 def sum_over_tensor_parallel(x: Tensor) -> Tensor:
     """Sum over the tensor-parallel group, in place; no gradient. Returns x."""
-    dist.all_reduce(x, group=groups.get_model_parallel_group())
+    if tensor_parallel_size() > 1:
+        dist.all_reduce(x, group=groups.get_model_parallel_group())
     return x
 
 
@@ -120,29 +121,33 @@ class _VocabLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, local_logits: Tensor, targets: Tensor) -> Tensor:
-        group = groups.get_model_parallel_group()
-        start = tensor_parallel_rank() * local_logits.shape[-1]
-        highest = local_logits.amax(-1, keepdim=True)
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-        shifted = local_logits - highest  # [N, P]
-        index = targets - start
-        here = (index >= 0) & (index < local_logits.shape[-1])
-        index = index.clamp(0, local_logits.shape[-1] - 1)
-        chosen = shifted.gather(-1, index[:, None]).squeeze(-1).masked_fill(~here, 0.0)  # -inf in padding
-        probs = shifted.exp_()
-        # one all-reduce for both sums
-        sums = torch.stack((probs.sum(-1), chosen))
-        dist.all_reduce(sums, group=group)
-        probs.div_(sums[0][:, None])
-        ctx.save_for_backward(probs, index, here)
-        return sums[1] - sums[0].log()
+        local = local_logits.log_softmax(-1)  # [N, P], over this rank's slice; one fused pass
+        index = targets - tensor_parallel_rank() * local.shape[-1]
+        here = (index >= 0) & (index < local.shape[-1])
+        index = index.clamp(0, local.shape[-1] - 1)
+        of_slice = _slice_logprob(local_logits[:, 0] - local[:, 0])  # log of this slice's probability
+        logprobs = sum_over_tensor_parallel(
+            (local.gather(-1, index[:, None])[:, 0] + of_slice).masked_fill(~here, 0.0)  # -inf in padding
+        )
+        ctx.save_for_backward(local, of_slice, index, here)
+        return logprobs
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        probs, index, here = ctx.saved_tensors
-        grad_logits = probs * -grad[:, None]
+        local, of_slice, index, here = ctx.saved_tensors
+        grad_logits = (local + of_slice[:, None]).exp_().mul_(-grad[:, None])
         grad_logits.scatter_add_(-1, index[:, None], (grad * here)[:, None])
         return grad_logits, None
+
+
+def _slice_logprob(log_normaliser: Tensor) -> Tensor:
+    """log of the probability that lies in this rank's vocabulary slice, from its own log-sum-exp. [N] -> [N]."""
+    if tensor_parallel_size() == 1:
+        return torch.zeros_like(log_normaliser)
+    highest = log_normaliser.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
+    total = sum_over_tensor_parallel((log_normaliser - highest).exp())
+    return log_normaliser - highest - total.log()
 
 
 def vocab_logprobs(local_logits: Tensor, targets: Tensor) -> Tensor:
@@ -157,13 +162,10 @@ def vocab_logprobs(local_logits: Tensor, targets: Tensor) -> Tensor:
 def vocab_entropy(local_logits: Tensor) -> Tensor:
     """Entropy of the vocabulary-parallel softmax. [N, P] -> [N] float32, nats. No gradient."""
     logits = local_logits.float()
-    highest = logits.amax(-1, keepdim=True)
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
-    shifted = logits - highest
-    exps = shifted.exp()
-    products = (exps * shifted).masked_fill(exps == 0, 0.0)  # p log p is 0 where p is, in padding too
-    sums = sum_over_tensor_parallel(torch.stack((exps.sum(-1), products.sum(-1))))
-    return sums[0].log() - sums[1] / sums[0]
+    local = logits.log_softmax(-1)
+    local += _slice_logprob(logits[:, 0] - local[:, 0])[:, None]
+    floor = torch.finfo(local.dtype).min  # -inf, an id that cannot be, times its probability 0 is 0
+    return -sum_over_tensor_parallel((local.exp() * local.clamp_min(floor)).sum(-1))
 
 
 def copy_to_tensor_parallel(x: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def hf_model(folder: Path) -> LlamaForCausalLM:
 
 def hf_logits_and_loss(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
     """Logits [B, S, V] of batch(), and the mean negative log-likelihood of its response tokens."""
-    tokens, mask = batch()
+    tokens, mask, _ = batch()
     logits = model(tokens).logits
     logprobs = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     return logits, -logprobs[mask[:, 1:]].mean()

@@ -34,14 +34,29 @@ class Encoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Right-padded rows. tokens [B, S] int64; response_mask [B, S] bool, True on response tokens."""
+    """Samples for one forward pass. tokens [B, S] int64; response_mask [B, S] bool, True on response tokens.
+
+    Rows padded on the right, one sample each; or, packed, one row with samples of these `lengths` end to end.
+    """
 
     tokens: Tensor
     response_mask: Tensor
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def n_samples(self) -> int:
+        """Samples in the batch, whichever way they lie."""
+        return len(self.lengths or self.tokens)
+
+    def response_counts(self) -> Tensor:
+        """Response tokens of each sample. -> [n_samples] int64."""
+        if self.lengths is None:
+            return self.response_mask.sum(1)
+        return torch.stack([sample.sum() for sample in self.response_mask[0].split(self.lengths)])
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return Batch(self.tokens.to(device), self.response_mask.to(device))
+        return Batch(self.tokens.to(device), self.response_mask.to(device), self.lengths)
 
 
 def encode_prompt(tokenizer: Tokenizer, instruction: str) -> list[int]:
@@ -83,6 +98,20 @@ def collate(rows: Sequence[Encoded]) -> Batch:
         tokens[index, : len(row.tokens)] = torch.tensor(row.tokens)
         response_mask[index, row.response_start : len(row.tokens)] = True
     return Batch(tokens, response_mask)
+
+
+def pack(rows: Sequence[Encoded]) -> Batch:
+    """Lay samples end to end in one row [1, sum of lengths]: no padding, and attention stays within each."""
+    return Batch(
+        torch.tensor([[token for row in rows for token in row.tokens]]),
+        torch.tensor([[place >= row.response_start for row in rows for place in range(len(row.tokens))]]),
+        tuple(len(row.tokens) for row in rows),
+    )
+
+
+def lay_out(samples: Sequence[Encoded], *, packing: bool) -> Batch:
+    """Samples as a batch, packed or padded."""
+    return pack(samples) if packing else collate(samples)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

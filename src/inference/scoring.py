@@ -3,13 +3,23 @@
 B batch, S sequence, D width, N response tokens of the batch, row by row. The token at position t was predicted at
 position t - 1: its log-prob and the critic's value of the state it was chosen in are read there. A response's score is
 read at its own last token (EOS where it has one), or is the mean over its tokens.
+
+Every function takes the fields of a data.collate.Batch: rows padded on the right, or, with `lengths`, one row of
+samples laid end to end. What it returns is the same either way.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from src import parallel
 from src.models.decoder import Decoder
+
+# Logits of this many float32 bytes exist at once; those of more positions are made again for the backward pass.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+
+Lengths = tuple[int, ...] | None
 
 
 def _predicting(hidden: Tensor, response_mask: Tensor) -> Tensor:
@@ -18,37 +28,83 @@ def _predicting(hidden: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def response_logprobs(
-    model: Decoder, tokens: Tensor, response_mask: Tensor, temperature: float = 1.0
+    model: Decoder,
+    tokens: Tensor,
+    response_mask: Tensor,
+    lengths: Lengths = None,
+    *,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Log-probability of every response token at a sampling temperature.
 
-    tokens [B, S] int64, response_mask [B, S] bool, False at position 0 -> [N] float32, nats. Differentiable.
+    tokens [B, S] int64, response_mask [B, S] bool, False where a sample starts -> [N] float32, nats.
+    Differentiable. Training, scoring and evaluation all take their log-probs and cross-entropies from here.
     """
-    return logprobs_and_entropy(model, tokens, response_mask, temperature, entropy=False)[0]
+    return _logprobs(model, tokens, response_mask, lengths, temperature, with_entropy=False)[0]
 
 
 def logprobs_and_entropy(
-    model: Decoder, tokens: Tensor, response_mask: Tensor, temperature: float, *, entropy: bool = True
+    model: Decoder,
+    tokens: Tensor,
+    response_mask: Tensor,
+    lengths: Lengths = None,
+    *,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """response_logprobs() and the entropy of each predicting distribution (no gradient; empty unless asked)."""
-    logits = model.logits(_predicting(model(tokens), response_mask)) / temperature  # [N, P]
-    logprobs = parallel.vocab_logprobs(logits, tokens[response_mask])
-    return logprobs, parallel.vocab_entropy(logits.detach()) if entropy else logprobs.new_empty(0)
+    """response_logprobs() and the entropy of each predicting distribution (no gradient). -> two [N] float32."""
+    return _logprobs(model, tokens, response_mask, lengths, temperature, with_entropy=True)
 
 
-def response_values(critic: Decoder, tokens: Tensor, response_mask: Tensor) -> Tensor:
+def _logprobs(
+    model: Decoder,
+    tokens: Tensor,
+    response_mask: Tensor,
+    lengths: Lengths,
+    temperature: float,
+    *,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (empty unless asked for), a chunk of positions at a time: [B, S, V] never exists."""
+
+    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.logits(hidden)  # [n, P]
+        if temperature != 1.0:
+            logits = logits / temperature
+        logprobs = parallel.vocab_logprobs(logits, targets)
+        return logprobs, parallel.vocab_entropy(logits) if with_entropy else logprobs.new_empty(0)
+
+    hidden = _predicting(model(tokens, lengths=lengths), response_mask)  # [N, D]
+    per_position = 4 * model.config.vocab_size // parallel.tensor_parallel_size()
+    size = max(1, CHUNK_BYTES[tokens.device.type] // per_position)
+    parts = list(zip(hidden.split(size), tokens[response_mask].split(size), strict=True))
+    if len(parts) == 1:
+        return chunk(*parts[0])
+    done = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    logprobs, entropies = zip(*done, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def response_values(
+    critic: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None
+) -> Tensor:
     """The critic's value of the state in which each response token was chosen. -> [N] float32. Differentiable."""
-    return critic.scores(_predicting(critic(tokens), response_mask))
+    return critic.scores(_predicting(critic(tokens, lengths=lengths), response_mask))
 
 
-def response_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor) -> Tensor:
+def response_scores(
+    verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None
+) -> Tensor:
     """The verifier's score of each whole response, read where its config says. -> [B] float32. Differentiable.
 
     `last`: at the response's last token. `mean`: the mean over its tokens.
     """
-    hidden = verifier(tokens)
+    scores = verifier.scores(verifier(tokens, lengths=lengths))  # [B, S]
+    if lengths is not None:
+        scores, response_mask = (
+            pad_sequence(row[0].split(lengths), batch_first=True) for row in (scores, response_mask)
+        )
     if verifier.config.score == "mean":
-        return (verifier.scores(hidden) * response_mask).sum(1) / response_mask.sum(1)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return (scores * response_mask).sum(1) / response_mask.sum(1).clamp_min(1)
+    positions = torch.arange(scores.shape[1], device=scores.device)
     last = (positions * response_mask).argmax(1)
-    return verifier.scores(hidden[torch.arange(len(tokens), device=tokens.device), last])
+    return scores[torch.arange(len(scores), device=scores.device), last]

@@ -3,9 +3,12 @@
 B batch, S new positions, T cached positions, H query heads and K kv heads on this rank, E head dim, D width
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from src.models.config import ModelConfig
 from src.models.rope import apply_rope
@@ -62,6 +65,33 @@ def _stack_rows(first: Tensor, second: Tensor, length: int) -> Tensor:
     return torch.cat([F.pad(x, (0, 0, 0, length - x.shape[2])) for x in (first, second)])
 
 
+# What each position may attend to: None = those before it in its row, itself included; a tensor [B, 1, S, T] of
+# booleans; or, for one row of samples laid end to end, the samples' lengths: those before it in its own sample.
+Visible = Tensor | tuple[int, ...] | None
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Visible) -> Tensor:
+    """Scaled dot-product attention. [B, H, S, E], [B, K, T, E], [B, K, T, E] -> [B, H, S, E]."""
+    grouped = queries.shape[1] != keys.shape[1]
+    if not isinstance(visible, tuple):
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped
+        )
+    if queries.is_cuda and queries.dtype in (torch.bfloat16, torch.float16):
+        return _attend_in_samples(queries, keys, values, visible)
+    parts = (heads.split(visible, dim=2) for heads in (queries, keys, values))
+    return torch.cat([attend(*part, None) for part in zip(*parts, strict=True)], dim=2)
+
+
+def _attend_in_samples(queries: Tensor, keys: Tensor, values: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """attend() within samples laid end to end, in one call of the GPU's flash kernel (half precision only)."""
+    ends = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=queries.device)
+    rows = [heads[0].transpose(0, 1) for heads in (queries, keys, values)]  # [S, H or K, E]
+    grouped, longest = queries.shape[1] != keys.shape[1], max(lengths)
+    mixed = varlen_attn(*rows, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    return mixed.transpose(0, 1)[None]
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped key-value heads (Ainslie et al. 2023) and rotary positions."""
 
@@ -81,12 +111,12 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        visible: Visible,
         cache: LayerCache | None,
         positions: Tensor,
         length: int,
     ) -> Tensor:
-        """x [B, S, D] -> [B, S, D]. mask [B, 1, S, T] bool, True = may attend; None = causal within x."""
+        """x [B, S, D] -> [B, S, D]."""
         B, S, _ = x.shape
         queries = apply_rope(self.wq(x).view(B, S, self.n_heads, self.head_dim), rotation)  # [B, S, H, E]
         keys = apply_rope(self.wk(x).view(B, S, self.n_kv_heads, self.head_dim), rotation)  # [B, S, K, E]
@@ -94,12 +124,5 @@ class Attention(nn.Module):
         queries, keys, values = (heads.transpose(1, 2) for heads in (queries, keys, values))
         if cache is not None:
             keys, values = cache.write(keys, values, positions, length)
-        mixed = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.n_heads != self.n_kv_heads,
-        )  # [B, H, S, E]
+        mixed = attend(queries, keys, values, visible)
         return self.wo(mixed.transpose(1, 2).reshape(B, S, -1))

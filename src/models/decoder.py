@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import parallel
-from src.models.attention import Attention, KVCache, LayerCache
+from src.models.attention import Attention, KVCache, LayerCache, Visible
 from src.models.config import ModelConfig
 from src.models.feedforward import FeedForward, RMSNorm
 from src.models.rope import rope_frequencies, rope_rotation
@@ -28,13 +28,13 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        visible: Visible,
         cache: LayerCache | None,
         positions: Tensor,
         length: int,
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), rotation, mask, cache, positions, length)
+        x = x + self.attention(self.attention_norm(x), rotation, visible, cache, positions, length)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -59,27 +59,36 @@ class Decoder(nn.Module):
             self.output = parallel.ColumnParallelLinear(config.dim, config.vocab_size, rows)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
         """tokens [B, S] int64 -> normalised hidden states [B, S, D].
 
         Without a cache attention is causal over the row, so padding behind a row's end changes nothing before
         it. With a cache the new tokens are written at `positions` [B, S] int64 (default 0 .. S-1) and see every
-        cached position of their row up to their own.
+        cached position of their row up to their own. With `lengths` the one row holds samples of these lengths
+        end to end: positions start again at 0 in each, and none sees another.
         """
         B, S = tokens.shape
         if positions is None:
-            positions = torch.arange(S, device=tokens.device).expand(B, S)
-        mask, length = None, S
+            starts = [torch.arange(n) for n in lengths or (S,)]
+            positions = torch.cat(starts).to(tokens.device).expand(B, S)
+        visible: Visible = lengths
+        length = S
         if cache is not None:
             length = int(positions.max()) + 1
-            mask = torch.arange(length, device=tokens.device) <= positions[:, None, :, None]  # [B, 1, S, T]
+            visible = (
+                torch.arange(length, device=tokens.device) <= positions[:, None, :, None]
+            )  # [B, 1, S, T]
         with parallel.autocast():
             x = self.tok_embeddings(tokens)
             frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, tokens.device)
             rotation = rope_rotation(positions, frequencies)
             for index, layer in enumerate(self.layers):
-                x = layer(x, rotation, mask, cache.layers[index] if cache else None, positions, length)
+                x = layer(x, rotation, visible, cache.layers[index] if cache else None, positions, length)
             return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

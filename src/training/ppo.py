@@ -97,13 +97,13 @@ def episodes_batch(completions: Sequence[Completion]) -> Batch:
 
 
 @torch.no_grad()
-def per_token(score: Callable[[Tensor, Tensor], Tensor], batch: Batch, max_batch_size: int) -> Tensor:
-    """Lay a [N]-valued score of (tokens, response_mask) out as [B, S], computed max_batch_size rows at a time."""
+def per_token(score: Callable[[Batch], Tensor], batch: Batch, max_batch_size: int) -> Tensor:
+    """Lay a [N]-valued score of a batch out as [B, S], computed max_batch_size rows at a time."""
     laid_out = torch.zeros(batch.tokens.shape)
     for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
         micro = trim(Batch(batch.tokens[rows], batch.response_mask[rows]))
         values = torch.zeros(micro.tokens.shape)
-        values[micro.response_mask] = score(*micro.to(parallel.device())).float().cpu()
+        values[micro.response_mask] = score(micro.to(parallel.device())).float().cpu()
         laid_out[rows, : values.shape[1]] = values
     return laid_out
 
@@ -153,15 +153,13 @@ def collect(
 
     def logprobs_of(model: Decoder) -> Tensor:
         return per_token(
-            lambda tokens, mask: response_logprobs(model, tokens, mask, settings.temperature),
+            lambda micro: response_logprobs(model, *micro, temperature=settings.temperature),
             batch,
             settings.max_batch_size,
         )
 
     old_logprobs, reference_logprobs = logprobs_of(models.actor), logprobs_of(models.reference)
-    values = per_token(
-        lambda tokens, mask: response_values(models.critic, tokens, mask), batch, settings.max_batch_size
-    )
+    values = per_token(lambda micro: response_values(models.critic, *micro), batch, settings.max_batch_size)
     task_rewards = task_reward(prompts, responses, batch)
     mask = batch.response_mask
     rewards = token_rewards(
@@ -260,7 +258,7 @@ def actor_loss(
 ) -> tuple[Tensor, ActorSums]:
     """Clipped policy loss of some episodes, divided by the step's token count."""
     batch, pick = _rows(rollouts, rows)
-    logprobs, entropy = logprobs_and_entropy(actor, batch.tokens, batch.response_mask, settings.temperature)
+    logprobs, entropy = logprobs_and_entropy(actor, *batch, temperature=settings.temperature)
     ratio = losses.probability_ratio(logprobs, pick(rollouts.old_logprobs))
     loss = losses.ppo_policy_loss(ratio, pick(rollouts.advantages), settings.clip_ratio)
     deviation = (ratio.detach() - 1).abs()
@@ -275,7 +273,7 @@ def critic_loss(
 ) -> Tensor:
     """Clipped value loss of some episodes, divided by the step's token count. -> scalar."""
     batch, pick = _rows(rollouts, rows)
-    values = response_values(critic, batch.tokens, batch.response_mask)
+    values = response_values(critic, *batch)
     loss = losses.ppo_value_loss(values, pick(rollouts.values), pick(rollouts.returns), settings.value_clip)
     return loss.sum() / normaliser
 
@@ -310,7 +308,7 @@ def verifier_reward(verifier: Decoder, max_batch_size: int) -> TaskReward:
         scores = []
         for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
             micro = trim(Batch(batch.tokens[rows], batch.response_mask[rows])).to(parallel.device())
-            scores.append(response_scores(verifier, micro.tokens, micro.response_mask).cpu())
+            scores.append(response_scores(verifier, *micro).cpu())
         return ((torch.cat(scores) - config.score_mean) / config.score_std).clamp(-SCORE_LIMIT, SCORE_LIMIT)
 
     return reward

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from src import parallel
 from src.data import collate
+from src.data.batches import Batching, Sample, Step
 from src.data.collate import Batch, Encoded
 from src.data.examples import Pair
 from src.errors import UserError
@@ -41,32 +42,30 @@ class PairData:
     A row with several texts a side gives as many pairs as its longer side has texts; the shorter side repeats.
     """
 
-    def __init__(
-        self, rows: Sequence[Pair], tokenizer: Tokenizer, *, max_seq_len: int, seed: int, source: str
-    ) -> None:
+    def __init__(self, rows: Sequence[Pair], tokenizer: Tokenizer, *, max_seq_len: int, source: str) -> None:
         """Pairs too long for max_seq_len are dropped; raises UserError when that is more than 1% of them."""
         pairs = [pair for row in rows for pair in _encode_pairs(row, tokenizer)]
         self.pairs = collate.drop_long(pairs, max_seq_len, source)
         self.dropped = len(pairs) - len(self.pairs)
-        self.seed = seed
 
-    def epoch(self, epoch: int, max_batch_size: int, accumulation_steps: int) -> Iterator[list[Batch]]:
-        """The micro-batches (max_batch_size pairs each) of each optimizer step, shuffled."""
-        order = collate.epoch_order(len(self.pairs), self.seed, epoch)
-        for step in collate.chunks(order, max_batch_size * accumulation_steps):
-            yield [self._collate(micro) for micro in collate.chunks(step, max_batch_size)]
+    def steps(self, batching: Batching, *, packing: bool, epochs: int, done: int = 0) -> Iterator[Step]:
+        """The optimizer steps of `epochs` epochs but the first `done`."""
+        return batching.steps(
+            len(self.pairs),
+            lambda epoch, row: self.pairs[row],
+            lambda pairs: _lay_out(pairs, packing=packing),
+            epochs=epochs,
+            done=done,
+        )
 
     def in_order(self, max_batch_size: int) -> Iterator[Batch]:
         """All pairs once, in file order."""
-        return (self._collate(micro) for micro in collate.chunks(range(len(self.pairs)), max_batch_size))
+        return (_lay_out(pairs) for pairs in collate.chunks(self.pairs, max_batch_size))
 
-    def steps_per_epoch(self, max_batch_size: int, accumulation_steps: int) -> int:
-        """Optimizer steps in one epoch."""
-        return -(-len(self.pairs) // (max_batch_size * accumulation_steps))
 
-    def _collate(self, indices: Sequence[int]) -> Batch:
-        chosen, rejected = zip(*(self.pairs[index] for index in indices), strict=True)
-        return collate.collate(chosen + rejected)
+def _lay_out(pairs: Sequence[Sample], *, packing: bool = False) -> Batch:
+    chosen, rejected = zip(*pairs, strict=True)
+    return collate.lay_out(chosen + rejected, packing=packing)
 
 
 def _encode_pairs(row: Pair, tokenizer: Tokenizer) -> Iterator[tuple[Encoded, Encoded]]:
@@ -78,10 +77,16 @@ def _encode_pairs(row: Pair, tokenizer: Tokenizer) -> Iterator[tuple[Encoded, En
         yield tuple(side[index % len(side)] for side in sides)
 
 
-def pairwise_loss(verifier: Decoder, batch: Batch, normaliser: int) -> Tensor:
+def n_pairs(batches: Sequence[Batch]) -> int:
+    """Pairs in the micro-batches of one step: what the loss is a mean over. Unsupervised ones do not count."""
+    return sum(int((batch.response_counts() > 0).sum()) for batch in batches) // 2
+
+
+def pairwise_loss(verifier: Decoder, batch: Batch, normaliser: float) -> Tensor:
     """Bradley-Terry loss of a batch whose first half is chosen, divided by the step's pair count. -> scalar."""
-    chosen, rejected = response_scores(verifier, batch.tokens, batch.response_mask).chunk(2)
-    return bradley_terry_loss(chosen, rejected).sum() / normaliser
+    chosen, rejected = response_scores(verifier, *batch).chunk(2)
+    supervised = batch.response_counts().chunk(2)[0] > 0
+    return (bradley_terry_loss(chosen, rejected) * supervised).sum() / normaliser
 
 
 class PairReport(NamedTuple):

@@ -12,9 +12,9 @@ from src.errors import UserError
 from src.runlog import RunLog
 from src.training.loop import TrainLoop, lr_factor
 from src.training.solver import n_supervised, sft_loss
+from tests.conftest import Folders
 from tests.ranks import run_ranks
 from tests.reference import batch, hf_logits_and_loss, hf_model
-from tests.training.conftest import Folders
 from tests.training.workers import clipped_steps
 
 

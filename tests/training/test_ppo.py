@@ -17,9 +17,9 @@ from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
 from src.training import ppo
 from src.training.loop import TrainLoop
+from tests.conftest import Folders
 from tests.ranks import run_ranks, succeed
 from tests.tiny import weights
-from tests.training.conftest import Folders
 from tests.training.workers import PROMPTS, join_weights, ppo_buffers, ppo_models, settings
 
 EOS = 2
@@ -79,7 +79,7 @@ def test_episodes_are_the_sampled_tokens_in_prompt_order(models: ppo.Models, tok
     episodes = ppo.sample_episodes(models.actor, PROMPTS, tokenizer, numbers, step=0)
     assert [done.request.id for done in episodes] == [prompt.id for prompt in PROMPTS]
     batch = ppo.episodes_batch(episodes)
-    for done, tokens, mask in zip(episodes, *batch, strict=True):
+    for done, tokens, mask in zip(episodes, batch.tokens, batch.response_mask, strict=True):
         assert tokens[mask].tolist() == done.tokens
         assert tokens[: len(done.request.prompt)].tolist() == done.request.prompt
     again = ppo.sample_episodes(models.actor, PROMPTS[::-1], tokenizer, numbers, step=0)[::-1]
@@ -93,7 +93,7 @@ def test_values_and_logprobs_belong_to_the_state_before_the_token(
 ) -> None:
     numbers = settings()
     found = ppo.collect(models, PROMPTS, tokenizer, by_length, numbers, step=0)
-    for row, (tokens, mask) in enumerate(zip(*found.batch, strict=True)):
+    for row, (tokens, mask) in enumerate(zip(found.batch.tokens, found.batch.response_mask, strict=True)):
         places = mask.nonzero()[:, 0]
         alone = tokens[None, : places[-1] + 1]
         scores = models.critic.scores(models.critic(alone))[0]
@@ -153,7 +153,7 @@ def test_policy_gradient_raises_what_was_good(
 
     def gain(rows: list[int]) -> float:
         batch = Batch(found.batch.tokens[rows], found.batch.response_mask[rows])
-        new = ppo.response_logprobs(models.actor, *batch, numbers.temperature)
+        new = ppo.response_logprobs(models.actor, *batch, temperature=numbers.temperature)
         weighted = (new - found.old_logprobs[rows][batch.response_mask]) * found.advantages[rows][
             batch.response_mask
         ]

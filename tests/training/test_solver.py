@@ -7,14 +7,15 @@ import torch
 from torch.testing import assert_close
 
 from src import assemble
+from src.data.batches import Batching
 from src.data.collate import Batch
 from src.data.examples import Instruction
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
 from src.training.solver import SolverData, n_supervised, sft_loss
+from tests.conftest import Folders
 from tests.ranks import run_ranks
-from tests.training.conftest import Folders
 from tests.training.workers import INSTRUCTIONS, join_weights, sft_epochs
 
 
@@ -28,16 +29,22 @@ def model(folders: Folders) -> Decoder:
     return assemble.load_solver(folders.one)
 
 
-def make_data(
-    rows: list[Instruction], tokenizer: Tokenizer, max_seq_len: int = 64, seed: int = 1
-) -> SolverData:
+def make_data(rows: list[Instruction], tokenizer: Tokenizer, max_seq_len: int = 64) -> SolverData:
     """The rows as training data."""
-    return SolverData(rows, tokenizer, max_seq_len=max_seq_len, seed=seed, source="rows.json")
+    return SolverData(rows, tokenizer, max_seq_len=max_seq_len, source="rows.json")
 
 
-def test_loss_is_the_mean_over_outputs_and_their_eos(model: Decoder, tokenizer: Tokenizer) -> None:
+def batching(max_batch_size: int, accumulation_steps: int, seed: int = 1) -> Batching:
+    """The steps of one data-parallel rank."""
+    return Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=seed)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_loss_is_the_mean_over_outputs_and_their_eos(
+    model: Decoder, tokenizer: Tokenizer, packing: bool
+) -> None:
     rows = [Instruction("1+1=", ["2"]), Instruction("a", ["bcd efg"])]
-    (batches,) = make_data(rows, tokenizer).epoch(1, max_batch_size=2, accumulation_steps=1)
+    ((_, _, batches),) = make_data(rows, tokenizer).steps(batching(2, 1), packing=packing, epochs=1)
     expected, count = 0.0, 0
     for row in rows:
         prompt = [1, *tokenizer.encode(row.instruction)]
@@ -51,7 +58,9 @@ def test_loss_is_the_mean_over_outputs_and_their_eos(model: Decoder, tokenizer: 
 
 
 def test_prompt_targets_and_padding_do_not_matter(model: Decoder, tokenizer: Tokenizer) -> None:
-    ((batch,),) = make_data(INSTRUCTIONS[:2], tokenizer).epoch(1, 2, 1)
+    ((_, _, (batch,)),) = make_data(INSTRUCTIONS[:2], tokenizer).steps(
+        batching(2, 1), packing=False, epochs=1
+    )
     loss = sft_loss(model, batch, 1)
     assert not batch.response_mask[:, 0].any() and (~batch.response_mask).any(1).all()
     wider = Batch(
@@ -65,11 +74,12 @@ def test_prompt_targets_and_padding_do_not_matter(model: Decoder, tokenizer: Tok
 
 
 @pytest.mark.parametrize("max_batch_size, accumulation_steps", [(4, 1), (1, 4), (3, 2), (2, 3)])
+@pytest.mark.parametrize("packing", [False, True])
 def test_gradient_and_update_do_not_depend_on_the_split(
-    folders: Folders, tmp_path: Path, max_batch_size: int, accumulation_steps: int
+    folders: Folders, tmp_path: Path, max_batch_size: int, accumulation_steps: int, packing: bool
 ) -> None:
     per_step = max_batch_size * accumulation_steps
-    found = sft_epochs(folders.one, str(tmp_path), max_batch_size, accumulation_steps)
+    found = sft_epochs(folders.one, str(tmp_path), max_batch_size, accumulation_steps, packing)
     whole = sft_epochs(folders.one, str(tmp_path), per_step, 1)
     assert found["losses"].shape == whole["losses"].shape == (2 * -(-len(INSTRUCTIONS) // per_step),)
     for name, expected in whole.items():
@@ -90,9 +100,10 @@ def test_update_is_the_same_on_two_ranks(folders: Folders, model: Decoder, tmp_p
         assert not torch.equal(found, model.get_parameter(name))
 
 
-def texts_of(data: SolverData, tokenizer: Tokenizer, epoch: int) -> list[str]:
+def texts_of(data: SolverData, tokenizer: Tokenizer, epoch: int, seed: int = 1) -> list[str]:
     """The responses of an epoch in training order."""
-    batches = [batch for step in data.epoch(epoch, 2, 2) for batch in step]
+    steps = data.steps(batching(2, 2, seed), packing=False, epochs=epoch, done=2 * (epoch - 1))
+    batches = [batch for step in steps for batch in step.batches]
     return [
         tokenizer.decode(tokens[mask].tolist())
         for batch in batches
@@ -107,7 +118,7 @@ def test_order_and_choice_of_outputs_depend_on_seed_and_epoch_alone(tokenizer: T
         make_data(INSTRUCTIONS, tokenizer), tokenizer, 2
     )  # epoch 1 was not drawn before
     assert second != texts_of(data, tokenizer, 1)
-    assert second != texts_of(make_data(INSTRUCTIONS, tokenizer, seed=2), tokenizer, 2)
+    assert second != texts_of(data, tokenizer, 2, seed=2)
 
 
 def test_every_epoch_has_every_row_once_with_one_of_its_outputs(tokenizer: Tokenizer) -> None:
@@ -122,7 +133,9 @@ def test_every_epoch_has_every_row_once_with_one_of_its_outputs(tokenizer: Token
             [chosen, *(row.outputs[0] for row in INSTRUCTIONS if row.outputs != several)]
         )
     assert seen == set(several)
-    assert data.steps_per_epoch(2, 2) == len(list(data.epoch(1, 2, 2))) == 2
+    steps = list(data.steps(batching(2, 2), packing=False, epochs=2))
+    assert [(step.epoch, step.number) for step in steps] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    assert batching(2, 2).steps_per_epoch(len(data.rows)) == 2
 
 
 def test_long_rows_are_dropped_and_counted_up_to_one_percent(tokenizer: Tokenizer) -> None:

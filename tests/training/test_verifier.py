@@ -1,5 +1,6 @@
 """src/training/verifier.py: the pairwise loss, where a score is read, and the numbers that go into a checkpoint."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 
 from src import assemble
 from src.data import collate
+from src.data.batches import Batching
 from src.data.examples import Pair
 from src.errors import UserError
 from src.inference.scoring import response_scores
@@ -16,8 +18,8 @@ from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
 from src.training.loop import TrainLoop
-from src.training.verifier import PairData, evaluate_pairs, pairwise_loss, split_by_problem
-from tests.training.conftest import Folders
+from src.training.verifier import PairData, evaluate_pairs, n_pairs, pairwise_loss, split_by_problem
+from tests.conftest import Folders
 
 PAIRS = [
     Pair("1+1=", ["2"], ["3", "abcdefgh 01"]),
@@ -38,7 +40,12 @@ def verifier(folders: Folders) -> Decoder:
 
 def make_data(rows: list[Pair], tokenizer: Tokenizer, max_seq_len: int = 64) -> PairData:
     """The rows as training data."""
-    return PairData(rows, tokenizer, max_seq_len=max_seq_len, seed=1, source="pairs.json")
+    return PairData(rows, tokenizer, max_seq_len=max_seq_len, source="pairs.json")
+
+
+def batching(max_batch_size: int, accumulation_steps: int) -> Batching:
+    """The steps of one data-parallel rank."""
+    return Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=1)
 
 
 def test_rows_give_as_many_pairs_as_their_longer_side(tokenizer: Tokenizer) -> None:
@@ -51,7 +58,7 @@ def test_rows_give_as_many_pairs_as_their_longer_side(tokenizer: Tokenizer) -> N
 
 def test_first_loss_is_ln_2(folders: Folders, tokenizer: Tokenizer) -> None:
     fresh = assemble.load_verifier(folders.one, from_solver=True)
-    ((batch,),) = make_data(PAIRS, tokenizer).epoch(1, 5, 1)
+    ((_, _, (batch,)),) = make_data(PAIRS, tokenizer).steps(batching(5, 1), packing=False, epochs=1)
     assert pairwise_loss(fresh, batch, 5).item() == pytest.approx(math.log(2), abs=1e-7)
 
 
@@ -61,8 +68,9 @@ def test_loss_by_hand_and_its_invariance_to_the_split(verifier: Decoder, tokeniz
     for pair in data.pairs:
         better, worse = (response_scores(verifier, *collate.collate([side])).item() for side in pair)
         expected += math.log(1 + math.exp(worse - better)) / len(data.pairs)
-    for size in (1, 2, 5):
-        (batches,) = data.epoch(1, size, 5 // size + 1)
+    for size, packing in itertools.product((1, 2, 5), (False, True)):
+        ((_, _, batches),) = data.steps(batching(size, 5 // size + 1), packing=packing, epochs=1)
+        assert n_pairs(batches) == len(data.pairs)
         loss = sum(pairwise_loss(verifier, batch, len(data.pairs)).item() for batch in batches)
         assert loss == pytest.approx(expected, abs=1e-5)
 
@@ -125,10 +133,9 @@ def test_it_learns_separable_pairs(folders: Folders, tokenizer: Tokenizer, tmp_p
     model = assemble.load_verifier(folders.one, from_solver=True)
     loop = TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=24)
     reports = []
-    for epoch in range(1, 9):
-        for (batch,) in data.epoch(epoch, 8, 1):
-            loop.backward(pairwise_loss(model, batch, 8))
-            reports.append(loop.step())
+    for _, _, (batch,) in data.steps(batching(8, 1), packing=False, epochs=8):
+        loop.backward(pairwise_loss(model, batch, 8))
+        reports.append(loop.step())
     assert reports[0].loss == pytest.approx(math.log(2), abs=1e-6) and reports[-1].loss < 0.1
     assert evaluate_pairs(model, held_data, 8).held_out_accuracy == 1.0
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from src import assemble, parallel
 from src.checkpoint import shards
+from src.data.batches import Batching
 from src.data.collate import Batch
 from src.data.examples import Instruction, Prompt
 from src.models.decoder import Decoder
@@ -62,19 +63,19 @@ def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
 
 
 def sft_epochs(
-    folder: str, log_dir: str, max_batch_size: int = 2, accumulation_steps: int = 2
+    folder: str, log_dir: str, max_batch_size: int = 2, accumulation_steps: int = 2, packing: bool = False
 ) -> dict[str, Tensor]:
     """The weights after two epochs on INSTRUCTIONS, and every step's loss under `losses`."""
     model = assemble.load_solver(folder)
     tokenizer = assemble.load_tokenizer(folder)
-    data = SolverData(INSTRUCTIONS, tokenizer, max_seq_len=64, seed=3, source="INSTRUCTIONS")
+    data = SolverData(INSTRUCTIONS, tokenizer, max_seq_len=64, source="INSTRUCTIONS")
     loop = TrainLoop(model, RunLog(log_dir, {}), lr=1e-4, total_steps=4, weight_decay=0.1)
     found = []
-    for epoch in (1, 2):
-        for batches in data.epoch(epoch, max_batch_size, accumulation_steps):
-            for batch in batches:
-                loop.backward(sft_loss(model, batch, n_supervised(batches)))
-            found.append(loop.step().loss)
+    batching = Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=3)
+    for _, _, batches in data.steps(batching, packing=packing, epochs=2):
+        for batch in batches:
+            loop.backward(sft_loss(model, batch, n_supervised(batches)))
+        found.append(loop.step().loss)
     return local_weights(model) | {"losses": torch.tensor(found)}
 
 

@@ -1,4 +1,4 @@
-"""The tiny checkpoints that the trainers' tests share."""
+"""The tiny checkpoints that several tests share."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,0 +1,75 @@
+"""src/inference/scoring.py: the same numbers and gradients however samples lie and logits are cut."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from src import assemble
+from src.data import collate
+from src.data.collate import Batch, Encoded
+from src.inference import scoring
+from src.models.decoder import Decoder
+from tests.conftest import Folders
+
+SAMPLES = [Encoded([1, 5, 9, 3, 2], 2), Encoded([1, 7, 2], 1), Encoded([1, *range(4, 60), 2], 20)]
+
+
+@pytest.fixture
+def model(folders: Folders) -> Decoder:
+    return assemble.load_solver(folders.one)
+
+
+def gradients(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Log-probs, entropies, and the gradient of a weighted sum of the log-probs."""
+    model.zero_grad()
+    logprobs, entropy = scoring.logprobs_and_entropy(model, *batch, temperature=0.7)
+    (logprobs * torch.arange(1, 1 + len(logprobs)).sqrt()).mean().backward()
+    return logprobs.detach(), entropy, [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("lay_out", [collate.collate, collate.pack])
+def test_packing_and_chunks_change_nothing(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, rows: int, lay_out: object
+) -> None:
+    expected = gradients(model, collate.collate(SAMPLES))
+    monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", rows * 4 * model.config.vocab_size)
+    found = gradients(model, lay_out(SAMPLES))
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_by_hand(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", 1)
+    alone = torch.tensor([SAMPLES[0].tokens])
+    logprobs = model.logits(model(alone))[0].log_softmax(-1)
+    expected = torch.stack([logprobs[1, 9], logprobs[2, 3], logprobs[3, 2]])
+    assert_close(scoring.response_logprobs(model, *collate.pack(SAMPLES))[:3], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_one_chunk_exist_at_once(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
+    monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", 7 * 4 * model.config.vocab_size)
+    scoring.response_logprobs(model, *collate.pack(SAMPLES)).sum().backward()
+    assert max(sizes) == 7 and sum(sizes) == 2 * sum(sample.n_response for sample in SAMPLES)
+
+
+@pytest.mark.parametrize("score", ["last", "mean"])
+def test_packed_scores_and_values_are_those_of_padded_rows(folders: Folders, score: str) -> None:
+    verifier = assemble.load_verifier(folders.verifier)
+    assemble.set_score(verifier, score=score)
+    padded, packed = collate.collate(SAMPLES), collate.pack(SAMPLES)
+    for read in (scoring.response_scores, scoring.response_values):
+        assert_close(read(verifier, *packed), read(verifier, *padded), rtol=1e-5, atol=1e-5)
+    assert torch.equal(padded.response_counts(), packed.response_counts())
+
+
+def test_no_position_sees_another_sample(model: Decoder) -> None:
+    first, second = Encoded([1, 5, 9, 3, 2], 2), Encoded([1, 7, 2], 1)
+    for other in (Encoded([1, 60, 2], 1), Encoded([3, 3, 3], 1)):
+        together = scoring.response_logprobs(model, *collate.pack([first, other, first]))
+        alone = scoring.response_logprobs(model, *collate.pack([first, second]))
+        assert_close(together[:3], alone[:3], rtol=0, atol=1e-6)
+        assert_close(together[-3:], alone[:3], rtol=0, atol=1e-6)
