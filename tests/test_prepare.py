@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dataset.prepare import main
+from dataset.prepare import main, read_levels
 from src.errors import UserError
 from src.evaluation.grade import Grader
 
@@ -105,13 +105,108 @@ def test_script_runs_from_the_repository_root(tmp_path: Path) -> None:
 def test_script_needs_a_known_benchmark(arguments: tuple[str, ...]) -> None:
     done = run_script(*arguments)
     assert done.returncode == 2
-    assert "gsm8k or math" in done.stderr and "Traceback" not in done.stderr
+    assert "expected one of gsm8k, math" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_script_reports_a_missing_file_in_one_line(tmp_path: Path) -> None:
     done = run_script("math", "--raw_file", str(tmp_path / "absent.jsonl"), "--save_file", str(tmp_path / "out.json"))
     assert done.returncode == 1
     assert "absent.jsonl" in done.stderr and "Traceback" not in done.stderr
+
+
+def completion(text: str, rating: int | None) -> dict[str, object]:
+    return {"text": text, "rating": rating, "flagged": False}
+
+
+PRM800K = {
+    "question": {"problem": "What is 2+2*3?", "ground_truth_answer": "8"},
+    "is_quality_control_question": False, "is_initial_screening_question": False,
+    "label": {"finish_reason": "solution", "steps": [
+        {"completions": [completion("2*3=6.", 1), completion("2+2=4.", -1)], "human_completion": None,
+         "chosen_completion": 0},
+        {"completions": [completion("So 12.", -1), completion("Hm.", 0)],
+         "human_completion": completion("2+6=8.", None), "chosen_completion": None},
+        {"completions": [completion("# Answer\n\n8", 1)], "human_completion": None, "chosen_completion": 0},
+    ]},
+}
+
+
+def test_prm800k_gives_the_path_and_every_alternative_step(tmp_path: Path) -> None:
+    other = PRM800K | {"question": {"problem": "What is 2*3+2?"}}
+    screening = PRM800K | {"is_initial_screening_question": True, "question": {"problem": "seen by all"}}
+    raw_file = write(tmp_path / "raw.jsonl", *(json.dumps(row) for row in (PRM800K, PRM800K, other, screening)))
+    rows = prepared("prm800k", raw_file, tmp_path)
+    assert [(row["steps"], row["labels"]) for row in rows[:4]] == [
+        (["2+2=4."], [0]),
+        (["2*3=6.", "So 12."], [None, 0]),
+        (["2*3=6.", "Hm."], [None, 1]),
+        (["2*3=6.", "2+6=8.", "# Answer\n\n8"], [1, None, 1]),
+    ]
+    # a row that stands twice counts once, the same steps of another problem count again
+    assert [row["instruction"] for row in rows] == 4 * ["What is 2+2*3?"] + 4 * ["What is 2*3+2?"]
+
+
+def test_math_shepherd_labels_the_step_that_each_mark_ends(tmp_path: Path) -> None:
+    text = "How many? Step 1: 2*3=6. ки\nStep 2: 6 + 2 = 9. The answer is: 9 ки"
+    judged = "How many? Step 1: 2*3=6. +\nStep 2: 6 + 2 = 9. The answer is: 9 -"
+    rows = prepared("math_shepherd", write(tmp_path / "raw.jsonl", {"input": text, "label": judged}), tmp_path)
+    assert rows == [{"instruction": "How many?", "labels": [1, 0],
+                     "steps": ["Step 1: 2*3=6.", "Step 2: 6 + 2 = 9. The answer is: 9"]}]
+
+
+def test_processbench_judges_up_to_the_first_wrong_step(tmp_path: Path) -> None:
+    raws = [{"id": str(label), "problem": "q", "steps": ["a", "b", "c"], "label": label} for label in (1, -1)]
+    (tmp_path / "raw.json").write_text(json.dumps(raws))
+    rows = prepared("processbench", str(tmp_path / "raw.json"), tmp_path)
+    assert [row["labels"] for row in rows] == [[1, 0, None], [1, 1, 1]]
+
+
+def test_hh_rlhf_parts_the_last_answers_of_one_dialogue(tmp_path: Path) -> None:
+    prompt = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2+2?\n\nAssistant:"
+    pairs = [{"chosen": f"{prompt} 4", "rejected": f"{prompt} {wrong}"} for wrong in ("5", "4")]
+    rows = prepared("hh_rlhf", write(tmp_path / "raw.jsonl", *map(json.dumps, pairs)), tmp_path)
+    assert rows == [{"instruction": prompt, "chosen": "4", "rejected": "5"}]
+
+
+def test_levels_come_from_the_original_problem_of_another_file(tmp_path: Path) -> None:
+    levels = (("Easy  one", "Level 2"), ("Hard", "Level 5"))
+    easy, hard = (MATH | {"problem": name, "level": level} for name, level in levels)
+    main(write(tmp_path / "math.jsonl", easy, hard), str(tmp_path / "levels.json"), "math")
+    rephrased = [{"query": f"{name}, again", "original_question": name, "response": "So.\nThe answer is: $7$"}
+                 for name in ("Easy one", "Hard", "Nowhere")]
+    raw_file, out = write(tmp_path / "raw.jsonl", *map(json.dumps, rephrased)), str(tmp_path / "out.json")
+    main(raw_file, out, "metamath", levels=[1, 2, 3], level_file=str(tmp_path / "levels.json"))
+    assert json.loads(Path(out).read_text()) == [
+        {"instruction": "Easy one, again", "output": ["So.\nThe answer is: $7$"], "label": "$7$"}]
+    with pytest.raises(UserError, match="3 none; expected rows of metamath with levels"):
+        main(raw_file, out, "metamath", levels=[1])
+    assert read_levels("") == {}
+
+
+@pytest.mark.parametrize(("task", "row", "problem"), [
+    ("prm800k", {"question": {"problem": "q"}, "label": {}}, "expected 'question' and 'label' with 'steps'"),
+    ("prm800k", {"question": {"problem": "q"}, "label": {"steps": [
+        {"completions": [completion("a", 2)], "chosen_completion": 0}]}}, "step 0: rating 2; expected -1, 0, 1"),
+    ("math_shepherd", {"input": "q Step 1: a ки", "label": "q Step 1: b +"}, "does not repeat 'input' .* mark 1"),
+    ("math_shepherd", {"input": "q a ки", "label": "q a +"}, "to hold 'Step 1:'"),
+    ("processbench", {"problem": "q", "steps": ["a"], "label": 1}, "'label' is 1; expected -1 or"),
+    ("processbench", {"problem": "q", "steps": [""], "label": 0}, "a list of texts under 'steps'"),
+    ("hh_rlhf", {"chosen": "Human: a", "rejected": "b"}, "'chosen' has no turn 'Assistant:'"),
+    ("metamath", {"query": "q", "response": "r"}, "'original_question'"),
+])
+def test_a_bad_row_of_verifier_data_is_named(
+    tmp_path: Path, task: str, row: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(UserError, match=f"raw.jsonl line 1.*{problem}"):
+        main(write(tmp_path / "raw.jsonl", json.dumps(row)), str(tmp_path / "out.json"), task)
+
+
+@shared_data
+def test_processbench_file_gives_a_row_for_each_solution(tmp_path: Path) -> None:
+    raw = json.loads((SHARED / "steps" / "processbench_gsm8k.json").read_text())
+    rows = prepared("processbench", str(SHARED / "steps" / "processbench_gsm8k.json"), tmp_path)
+    firsts = [row["labels"].index(0) if 0 in row["labels"] else -1 for row in rows]
+    assert firsts == [row["label"] for row in raw] and len(rows) == 400
 
 
 @shared_data

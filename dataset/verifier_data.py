@@ -1,0 +1,113 @@
+"""Published data for verifiers: judged steps, preferred answers, and rephrased problems to sample from.
+
+Every builder takes one raw row and yields the rows that it gives; the sources are named with each.
+"""
+
+import re
+from collections.abc import Iterator
+
+from dataset.raw import RawRow, Row
+from src.errors import UserError
+
+SHEPHERD_MARK = "ки"
+ASSISTANT = "\n\nAssistant:"
+
+
+def prm800k_rows(raw: RawRow) -> Iterator[Row]:
+    """PRM800K, phase 1 or 2 (Lightman et al. 2023): one row for the solution the labeller followed, one for each
+    alternative step, whose prefix carries no label of its own (null).
+
+    Ratings -1, 0, 1 become 0, 1, 1 (a neutral step is not wrong), a missing rating null. Quality-control and
+    screening questions, which several labellers saw, are left out.
+    """
+    if raw.fields.get("is_quality_control_question") or raw.fields.get("is_initial_screening_question"):
+        return
+    question, judged = raw.fields.get("question"), raw.fields.get("label")
+    if not isinstance(question, dict) or not isinstance(judged, dict) or not isinstance(judged.get("steps"), list):
+        raise UserError(f"{raw.place}: expected 'question' and 'label' with 'steps', found {', '.join(raw.fields)}")
+    problem = RawRow(f"{raw.place} question", question).text("problem")
+    prefix: list[str] = []
+    labels: list[int | None] = []
+    for number, step in enumerate(judged["steps"]):
+        place = f"{raw.place} step {number}"
+        completions, chosen = step.get("completions") or [], step.get("chosen_completion")
+        for index, completion in enumerate(completions):
+            if index != chosen and completion.get("rating") is not None:
+                text = RawRow(place, completion).text("text")
+                yield {"instruction": problem, "steps": [*prefix, text],
+                       "labels": [*[None] * len(prefix), rating_label(completion, place)]}
+        followed = step.get("human_completion") if chosen is None else completions[chosen]
+        if followed is None:  # the labeller gave up here
+            break
+        prefix.append(RawRow(place, followed).text("text"))
+        labels.append(rating_label(followed, place))
+    if any(label is not None for label in labels):
+        yield {"instruction": problem, "steps": prefix, "labels": labels}
+
+
+def rating_label(completion: dict[str, object], place: str) -> int | None:
+    """1 for a rating of 0 or 1, 0 for -1, None where nobody rated."""
+    rating = completion.get("rating")
+    if rating not in (None, -1, 0, 1):
+        raise UserError(f"{place}: rating {rating!r}; expected -1, 0, 1 or null")
+    return None if rating is None else int(rating >= 0)
+
+
+def math_shepherd_rows(raw: RawRow) -> Iterator[Row]:
+    """Math-Shepherd (Wang et al. 2024): `input` marks every step's end, `label` has + or - in the marks' place."""
+    text, judged = raw.text("input"), raw.text("label")
+    pieces = text.split(SHEPHERD_MARK)
+    labels, place = [], 0
+    for piece in pieces[:-1]:
+        place += len(piece)
+        verdict = judged[place:place + 1]
+        if not judged.startswith(piece, place - len(piece)) or verdict not in ("+", "-"):
+            raise UserError(f"{raw.place}: 'label' does not repeat 'input' with + or - for mark {len(labels) + 1}")
+        labels.append(int(verdict == "+"))
+        place += 1
+    question, step, first = pieces[0].partition("Step 1:")
+    if not step or not labels:
+        raise UserError(f"{raw.place}: expected 'input' to hold 'Step 1:' and a mark {SHEPHERD_MARK} behind each step")
+    steps = [step + first, *pieces[1:-1]]
+    yield {"instruction": question.strip(), "steps": [piece.strip() for piece in steps], "labels": labels}
+
+
+def processbench_rows(raw: RawRow) -> Iterator[Row]:
+    """ProcessBench (Zheng et al. 2024): `label` is the first wrong step, -1 for none; later steps are not judged."""
+    steps, wrong = raw.fields.get("steps"), raw.fields.get("label")
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
+        raise UserError(f"{raw.place}: expected a list of texts under 'steps', found {str(steps)[:60]!r}")
+    if type(wrong) is not int or not -1 <= wrong < len(steps):
+        raise UserError(f"{raw.place}: 'label' is {wrong!r}; expected -1 or the number of one of {len(steps)} steps")
+    right = len(steps) if wrong == -1 else wrong
+    labels = [1 if number < right else 0 if number == right else None for number in range(len(steps))]
+    row: Row = {"instruction": raw.text("problem"), "steps": steps, "labels": labels}
+    if "id" in raw.fields:
+        row["id"] = raw.text("id")
+    yield row
+
+
+def metamath_rows(raw: RawRow) -> Iterator[Row]:
+    """MetaMathQA (Yu et al. 2024): a rephrased problem, its solution, and the original it came from."""
+    solution = raw.text("response")
+    row: Row = {"instruction": raw.text("query"), "output": [solution], "original": raw.text("original_question")}
+    answer = re.search(r"The answer is:?\s*(.+?)\s*$", solution)
+    if answer:
+        row["label"] = answer[1]
+    yield row
+
+
+def hh_rlhf_rows(raw: RawRow) -> Iterator[Row]:
+    """hh-rlhf (Bai et al. 2022): two dialogues that differ in the last answer. Equal answers give no row."""
+    sides = {}
+    for name in ("chosen", "rejected"):
+        dialogue = raw.text(name)
+        before, turn, answer = dialogue.rpartition(ASSISTANT)
+        if not turn:
+            raise UserError(f"{raw.place}: {name!r} has no turn {ASSISTANT.strip()!r}")
+        sides[name] = before + turn, answer.strip()
+    (prompt, chosen), (other, rejected) = sides["chosen"], sides["rejected"]
+    if prompt != other:
+        return  # a few dialogues part before the last answer: no pair of answers to one prompt
+    if chosen and rejected and chosen != rejected:
+        yield {"instruction": prompt, "chosen": chosen, "rejected": rejected}
