@@ -4,6 +4,7 @@ A model is laid out on the meta device and filled from this rank's shard alone. 
 names its base; loading it loads the base and folds the adapter in, in the requested dtype.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -199,35 +200,30 @@ def save_model(
     folder, source = Path(save_dir), Path(ckpt_dir)
     dtype = dtype or model.config.dtype
     kind = storage.ADAPTER if lora else storage.WEIGHTS
-    if parallel.rank() == 0:
-        storage.begin(folder)
-    parallel.barrier()
-    stored = torch.float32 if lora else getattr(torch, dtype)
     tensors = {
-        name: parameter.detach().to("cpu", stored)
+        name: parameter
         for name, parameter in model.named_parameters()
         if lora is None or parameter.requires_grad
     }
-    storage.write_shard(folder, kind, parallel.tensor_parallel_rank(), tensors)
-    parallel.barrier()
-    if parallel.rank() == 0:
-        if lora:
-            adapters.write_adapter(folder, source, lora)
-        facts = {
-            "source": str(source),
-            "split": {
-                name: shards.split_dim(name, model.config, parallel.tensor_parallel_size())
-                for name in tensors
-            },
-        }
-        storage.finish(
-            folder,
-            kind,
-            parallel.tensor_parallel_size(),
-            model.config.to_dict() | {"dtype": dtype},
-            [Path(tokenizer_file)] if tokenizer_file else storage.tokenizer_files(source),
-            facts,
-        )
+    stored = torch.float32 if lora else getattr(torch, dtype)
+    with storage.writing(folder) if parallel.rank() == 0 else contextlib.nullcontext():
+        parallel.barrier()
+        storage.write_shard(folder, kind, parallel.tensor_parallel_rank(), tensors, stored)
+        parallel.barrier()
+        if parallel.rank() == 0:
+            documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
+            documents["params.json"] = model.config.to_dict() | {"dtype": dtype}
+            facts = {
+                "source": str(source),
+                "rotary_layout": "interleaved",
+                "tied": model.config.tied,
+                "split": {
+                    name: shards.split_dim(name, model.config, parallel.tensor_parallel_size())
+                    for name in tensors
+                },
+            }
+            tokenizer = [Path(tokenizer_file)] if tokenizer_file else storage.tokenizer_files(source)
+            storage.finish(folder, parallel.tensor_parallel_size(), documents, tokenizer, facts)
     parallel.barrier()
 
 

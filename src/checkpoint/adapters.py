@@ -17,18 +17,15 @@ class Adapter(NamedTuple):
     lora: LoraConfig
 
 
-def write_adapter(folder: Path, base: Path, lora: LoraConfig) -> None:
-    """Write adapter.json; the base's weights are pinned by their fingerprint."""
-    storage.write_json(
-        folder / "adapter.json",
-        {
-            "base": str(base.resolve()),
-            "base_fingerprint": storage.fingerprint(base),
-            "rank": lora.rank,
-            "alpha": lora.alpha,
-            "targets": list(lora.targets),
-        },
-    )
+def document(base: Path, lora: LoraConfig) -> dict[str, object]:
+    """The contents of adapter.json; the base's weights are pinned by their fingerprint."""
+    return {
+        "base": str(base.resolve()),
+        "base_fingerprint": storage.fingerprint(base),
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "targets": list(lora.targets),
+    }
 
 
 def read_adapter(folder: Path) -> Adapter | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src.checkpoint import adapters, convert, storage
 from src.checkpoint.shards import Cut, cut_of, expected_shapes, join
-from src.checkpoint.storage import StoredTensor
+from src.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch, stored
 from src.errors import UserError
 from src.models.config import ModelConfig, config_from_dict
 from src.models.families import config_from_hf, config_from_meta
@@ -84,7 +84,7 @@ def _open_adapter(folder: Path, adapter: adapters.Adapter) -> Source:
         return adapters.fold(weight, factors, adapter.lora)[name]
 
     tensors = {
-        name: StoredTensor(shape, lambda name=name: merged(name))
+        name: StoredTensor(shape, lambda name=name: merged(name), torch.float32)
         for name, shape in expected_shapes(config).items()
     }
     return Source(config, tensors, storage.tokenizer_files(folder), [folder, *base.folders])
@@ -97,7 +97,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return _indexed_files(folder / index)
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         if found := sorted(folder.glob(pattern)):
-            return found
+            return [storage.beside(folder, path) for path in found]
     if found := storage.shard_paths(folder):
         storage.check_complete(folder)
         return found
@@ -115,21 +115,21 @@ def _indexed_files(index: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise UserError(f"{index}: weight_map names {name!r}, which is outside its directory")
-    return [index.parent / name for name in names]
+    return [storage.beside(index.parent, index.parent / name) for name in names]
 
 
 def _open_file(path: Path) -> _File:
     """Open one tensor file; a dictionary nested under `model` or `state_dict` is unwrapped."""
     if path.suffix == ".safetensors":
-        tensors, params = storage.read_safetensors(path), None
+        tensors, params = read_safetensors(path), None
     else:
-        values = storage.read_torch(path)
+        values = read_torch(path)
         params = values.get("model_args") if isinstance(values.get("model_args"), dict) else None
         for key in _NESTED_KEYS:
             if isinstance(values.get(key), dict):
                 values = values[key]
         tensors = {
-            str(name): StoredTensor(tuple(value.shape), lambda value=value: value)
+            str(name): stored(path, str(name), value)
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
@@ -200,7 +200,7 @@ def _join_shards(
     embedding_dim = 0 if columns == values.get("dim", values.get("hidden_size")) else 1
     config = _config(values, described, shards[0], scale=len(shards), embedding_dim=embedding_dim)
     tensors = {}
-    for name, (shape, _) in shards[0].items():
+    for name, (shape, _, _) in shards[0].items():
         how = cut_of(name, config, len(shards))
         pieces = [shard[name] for shard in shards]
         for index, piece in enumerate(pieces):
@@ -211,7 +211,7 @@ def _join_shards(
                 )
         whole = tuple(how.size if axis == how.dim else size for axis, size in enumerate(shape))
         tensors[name] = StoredTensor(
-            whole, lambda pieces=pieces, how=how: join([p.load() for p in pieces], how)
+            whole, lambda pieces=pieces, how=how: join([p.load() for p in pieces], how), pieces[0].dtype
         )
     return tensors, config
 
@@ -234,7 +234,7 @@ def _config(
     """
     if "ffn_dim" in values:
         return config_from_dict(values, described)
-    dtype = str(next(iter(tensors.values())).load().dtype).removeprefix("torch.")
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     if "hidden_size" in values:
         return config_from_hf(values, described, dtype)
     for key in ("dim", "n_layers", "n_heads"):
@@ -291,7 +291,7 @@ def _drop_tied_copy(
 
 def _with_rotary_from_hf(name: str, stored: StoredTensor, config: ModelConfig) -> StoredTensor:
     load: Callable[[], Tensor] = stored.load
-    return StoredTensor(stored.shape, lambda: convert.rotary_from_hf(name, load(), config))
+    return stored._replace(load=lambda: convert.rotary_from_hf(name, load(), config))
 
 
 def _check_shapes(tensors: dict[str, StoredTensor], config: ModelConfig, described: str) -> None:

@@ -1,18 +1,21 @@
 """A source checkpoint cut into n tensor-parallel shards on disk."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from src.checkpoint import shards, storage
 from src.checkpoint.sources import Source
+from src.checkpoint.tensor_files import TensorSpec, open_torch_file
 from src.errors import UserError
 
 
 def split(source: Source, folder: Path, n: int, dtype: str, tokenizer_file: str, description: str) -> None:
-    """Write n shards of a source with params.json, tokenizer and manifest; one shard is in memory at a time.
+    """Write n shards of a source with params.json, tokenizer and manifest; one tensor is in memory at a time.
 
-    dtype "" keeps the source's. Raises UserError when the model does not divide or a file is missing.
+    dtype "" keeps every tensor's. Raises UserError when the model does not divide, a file is missing or the disk
+    too small.
     """
     source.config.check_divides(n, description)
     tokenizer = [Path(tokenizer_file)] if tokenizer_file else source.tokenizer_files
@@ -22,19 +25,37 @@ def split(source: Source, folder: Path, n: int, dtype: str, tokenizer_file: str,
     storage.check_writable(folder)
     if any(path.resolve() == folder.resolve() for path in source.folders):
         raise UserError(f"--save_path {folder} is the source itself; choose another directory")
-    stored = getattr(torch, dtype or source.config.dtype)
     cuts = {name: shards.cut_of(name, source.config, n) for name in source.tensors}
-    storage.begin(folder)
-    for index in range(n):
-        pieces = {
-            name: shards.cut(tensor.load(), cuts[name], index).to(stored)
-            for name, tensor in source.tensors.items()
+    layouts = [_layout(source, cuts, index, dtype) for index in range(n)]
+    storage.check_space(folder, sum(spec.nbytes for layout in layouts for spec in layout.values()))
+    with storage.writing(folder):
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(
+                    open_torch_file(storage.staging(folder) / storage.shard_name(storage.WEIGHTS, index), layout)
+                )
+                for index, layout in enumerate(layouts)
+            ]
+            for name, stored in source.tensors.items():
+                whole = stored.load()
+                for index, file in enumerate(files):
+                    file.write(name, shards.cut(whole, cuts[name], index))
+        params = source.config.to_dict() | {"dtype": dtype or source.config.dtype}
+        facts = {
+            "source": description,
+            "rotary_layout": "interleaved",
+            "tied": source.config.tied,
+            "split": {name: how.dim for name, how in cuts.items()},
         }
-        storage.write_shard(folder, storage.WEIGHTS, index, pieces)
-    params = source.config.to_dict() | {"dtype": str(stored).removeprefix("torch.")}
-    facts = {
-        "source": description,
-        "rotary_layout": "interleaved",
-        "split": {name: how.dim for name, how in cuts.items()},
-    }
-    storage.finish(folder, storage.WEIGHTS, n, params, tokenizer, facts)
+        storage.finish(folder, n, {"params.json": params}, tokenizer, facts)
+
+
+def _layout(
+    source: Source, cuts: dict[str, shards.Cut], index: int, dtype: str
+) -> dict[str, TensorSpec]:
+    """What shard `index` holds, without reading anything."""
+    layout = {}
+    for name, stored in source.tensors.items():
+        piece = shards.cut(torch.empty(stored.shape, device="meta"), cuts[name], index)
+        layout[name] = TensorSpec(tuple(piece.shape), getattr(torch, dtype) if dtype else stored.dtype)
+    return layout

@@ -1,42 +1,31 @@
-"""Every byte of a checkpoint on disk: tensor files, the manifest, and when a directory counts as complete.
+"""A checkpoint directory on disk: its files, the manifest, how it is written and when it counts as complete.
 
-The only door to safetensors and to torch.save and torch.load. A checkpoint directory holds
-`consolidated.NN.pth` (an adapter directory `adapter.NN.pth` and adapter.json), the tokenizer's files,
-params.json and manifest.json, written in this order: an interrupted save leaves no params.json and is refused.
+A directory holds `consolidated.NN.pth` (an adapter directory `adapter.NN.pth` and adapter.json), the tokenizer's
+files, params.json and manifest.json. All of it is written to a staging directory inside, flushed and hashed, and
+then moved into place, the manifest last: a save that is killed leaves the old checkpoint, or none that counts.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
-import pickle
 import shutil
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from src.checkpoint.tensor_files import TensorSpec, open_torch_file, read_torch, stored
 from src.errors import UserError
 
 WEIGHTS, ADAPTER = "consolidated", "adapter"
-
-# What torch.load raises on bytes that are no checkpoint: its unpickler checks little before it acts on them.
-_UNREADABLE = (
-    RuntimeError,
-    pickle.UnpicklingError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-)
+# A directory holds one checkpoint: what is written takes the place of all of these.
+WEIGHT_FILES = (f"{WEIGHTS}.*.pth", f"{ADAPTER}.*.pth")
+MANIFEST_FORMAT = 2  # 2 adds the rotary layout, the tie and the cut of each parameter
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -47,13 +36,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "generation_config.json",
 )
-
-
-class StoredTensor(NamedTuple):
-    """A tensor that is still on disk: its shape, and a call that reads it."""
-
-    shape: tuple[int, ...]
-    load: Callable[[], Tensor]
+_STAGING, _LOCK = ".partial", ".lock"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def shard_name(kind: str, index: int) -> str:
@@ -63,11 +47,16 @@ def shard_name(kind: str, index: int) -> str:
 
 def shard_paths(folder: Path, kind: str = WEIGHTS) -> list[Path]:
     """The shards of a directory by rank. Raises UserError when the numbering has a hole."""
-    found = {}
-    for path in folder.glob(f"{kind}.*.pth"):
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob(f"{kind}.*.pth")):
         number = path.name.removeprefix(f"{kind}.").removesuffix(".pth")
-        if number.isdigit():
-            found[int(number)] = path
+        if not (number.isascii() and number.isdigit()):
+            continue
+        if int(number) in found:
+            raise UserError(
+                f"{folder} has {found[int(number)].name} and {path.name}, which are both shard {int(number)}; remove one"
+            )
+        found[int(number)] = beside(folder, path)
     if sorted(found) != list(range(len(found))):
         hole = next(i for i in range(len(found)) if i not in found)
         raise UserError(
@@ -77,13 +66,25 @@ def shard_paths(folder: Path, kind: str = WEIGHTS) -> list[Path]:
     return [found[i] for i in range(len(found))]
 
 
+def beside(folder: Path, path: Path) -> Path:
+    """A file of a directory, proven to lie in it: a link must not lead out, except into the same hub cache.
+
+    huggingface_hub keeps a model as snapshots/REVISION/NAME -> ../../blobs/HASH. Raises UserError.
+    """
+    real, home = path.resolve(), folder.resolve()
+    in_cache = home.parent.name == "snapshots" and real.is_relative_to(home.parents[1] / "blobs")
+    if not (real.is_relative_to(home) or in_cache):
+        raise UserError(f"{path} is a link to {real}, outside its directory; name that file itself, or copy it here")
+    return path
+
+
 def read_json(path: Path) -> dict[str, object]:
     """A json object from a file. Raises UserError that names the file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{path} is not valid json ({problem})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}; expected a json object")
@@ -110,88 +111,141 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_torch(path: Path) -> dict[str, object]:
-    """The dictionary in a torch file, tensors memory-mapped where the format allows it; nothing is executed.
-
-    Raises UserError when the file is truncated, corrupt or holds more than tensors and plain values.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        try:
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be memory-mapped
-            values = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as problem:
-        reason = str(problem).strip().split("\n")[0] or type(problem).__name__
-        raise UserError(
-            f"{path} cannot be read as a checkpoint of tensors ({reason[:200]}); "
-            f"it is truncated, corrupt, or holds pickled code"
-        ) from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}; expected a dictionary of tensors")
-    return values
-
-
-def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, each read when asked for. Raises UserError on a bad file."""
-    try:
-        file = safetensors.safe_open(path, framework="pt")
-        return {
-            name: StoredTensor(
-                tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name)
-            )
-            for name in file.keys()
-        }
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except safetensors.SafetensorError as problem:
-        raise UserError(f"{path} is not a readable safetensors file ({problem})") from None
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors in the format that transformers reads."""
-    _replace(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-
-
 def read_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of one of our shards, memory-mapped. Raises UserError unless it holds tensors alone."""
     values = read_torch(path)
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}; expected tensors only")
+        stored(path, name, value)
     return values
 
 
-def write_shard(folder: Path, kind: str, index: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write one shard, complete or not at all."""
-    _replace(folder / shard_name(kind, index), lambda temporary: torch.save(dict(tensors), temporary))
+def staging(folder: Path) -> Path:
+    """Where the files of a save lie until finish() moves them into the directory."""
+    return folder / _STAGING
 
 
-def begin(folder: Path) -> None:
-    """Make a directory ready to be written: from here until finish() it does not count as a checkpoint."""
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold a directory for one save: no other process can write there. What finish() has not moved is discarded.
+
+    Raises UserError when another process is writing, or the disk is full; the directory is then as it was.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("manifest.json", "params.json", "adapter.json"):
-        (folder / name).unlink(missing_ok=True)
-    for pattern in (f"{WEIGHTS}.*.pth", f"{ADAPTER}.*.pth", ".*.tmp"):  # .tmp: left by a save that was killed
-        for path in folder.glob(pattern):
-            path.unlink()
+    with _locked(folder):
+        shutil.rmtree(staging(folder), ignore_errors=True)  # left by a save that was killed
+        staging(folder).mkdir()
+        try:
+            yield
+        except OSError as problem:
+            if problem.errno not in _DISK_FULL:
+                raise
+            raise UserError(
+                f"{folder}: {problem.strerror.lower()} in the middle of writing, with "
+                f"{shutil.disk_usage(folder).free:,} bytes free; what was there before is untouched. "
+                f"Free some space and run the same command again"
+            ) from None
+        finally:
+            shutil.rmtree(staging(folder), ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold folder/.lock, which the kernel lets go of when this process dies. Raises UserError if it is held."""
+    path = folder / _LOCK
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 20).decode(errors="replace")
+            os.close(file)
+            raise UserError(
+                f"{folder} is being written by process {holder or '?'}; wait for it, or choose another directory"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            break
+        os.close(file)  # its last holder removed it between our open and our lock
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, str(os.getpid()).encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def write_shard(
+    folder: Path, kind: str, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Write one shard of the save that is under way, a tensor at a time. dtype None keeps every tensor's."""
+    layout = {name: TensorSpec(tuple(tensor.shape), dtype or tensor.dtype) for name, tensor in tensors.items()}
+    with open_torch_file(staging(folder) / shard_name(kind, index), layout) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
 
 
 def finish(
     folder: Path,
-    kind: str,
     n: int,
-    params: Mapping[str, object],
+    documents: Mapping[str, Mapping[str, object]],
     tokenizer_files: Sequence[Path],
     facts: Mapping[str, object],
 ) -> None:
-    """Complete a directory whose n shards are written: tokenizer, params.json, and last of all the manifest."""
-    copy_tokenizer(tokenizer_files, folder)
-    shards = [folder / shard_name(kind, index) for index in range(n)]
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in shards}
-    write_json(folder / "params.json", params)
-    write_json(folder / "manifest.json", {"format": 1, "shards": n, "files": files, **facts})
+    """Complete the save whose n tensor files are written, and move it into place.
+
+    documents: json files by name, such as params.json; they follow the tensors, and manifest.json comes last.
+    facts: what the manifest says besides the number, size and hash of the tensor files.
+    """
+    place = staging(folder)
+    copy_tokenizer(tokenizer_files, place)
+    tensor_files = sorted(path for path in place.iterdir() if path.suffix in (".pth", ".safetensors"))
+    assert len(tensor_files) == n, tensor_files
+    manifest = {"format": MANIFEST_FORMAT, "shards": n, "files": _sealed(tensor_files), **facts}
+    documents = {**documents, "manifest.json": manifest}
+    for name, values in documents.items():
+        write_json(place / name, values)
+    _install(folder, list(documents))
+
+
+def _sealed(paths: Sequence[Path]) -> dict[str, dict[str, object]]:
+    """Size and hash of files that are on the disk when this returns; hashing and flushing go on side by side."""
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as cores:
+        flushed = [disk.submit(_flush, path) for path in paths]
+        digests = list(cores.map(sha256, paths))
+        for job in flushed:
+            job.result()
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
+    }
+
+
+def _flush(path: Path) -> None:
+    """Return once a file's bytes, or a directory's entries, are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _install(folder: Path, documents: Sequence[str]) -> None:
+    """Move a complete staging directory into place, documents last; the checkpoint that was there ends first."""
+    for name in ("manifest.json", "params.json", "config.json", "adapter.json"):
+        (folder / name).unlink(missing_ok=True)
+    _flush(folder)
+    for pattern in WEIGHT_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+    for path in staging(folder).iterdir():
+        if path.name not in documents:
+            os.replace(path, folder / path.name)
+    _flush(folder)
+    for name in documents:
+        os.replace(staging(folder) / name, folder / name)
+    _flush(folder)
 
 
 def copy_tokenizer(files: Sequence[Path], folder: Path) -> None:
@@ -207,10 +261,11 @@ def publish(source: Path, target: Path) -> None:
 
     Shards are hard links where the file system has them, so nothing is stored twice.
     """
-    begin(target)
-    last = ("params.json", "manifest.json")
-    for path in sorted(source.iterdir(), key=lambda path: (path.name in last, path.name == "manifest.json")):
-        _replace(target / path.name, lambda temporary, path=path: _link_or_copy(path, temporary))
+    with writing(target):
+        for path in source.iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                _link_or_copy(path, staging(target) / path.name)
+        _install(target, ["params.json", "manifest.json"])
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -238,19 +293,12 @@ def check_complete(folder: Path) -> None:
             f"{folder} has no params.json: it is no checkpoint, or its save was interrupted; "
             f"make it again with checkpoint_split.py or the trainer"
         )
-    if not (folder / "manifest.json").is_file():
-        return
-    manifest = read_json(folder / "manifest.json")
-    for key in ("shards", "files"):
-        if key not in manifest:
-            raise UserError(f"{folder / 'manifest.json'}: key {key!r} is missing; split the checkpoint again")
-    for name, facts in manifest["files"].items():
+    for name, facts in manifest_files(folder).items():
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder} has {manifest['shards']} shards by its manifest but {name} is missing; "
-                f"restore it or split the checkpoint again"
+                f"{folder} lacks {name}, which its manifest names; restore it or split the checkpoint again"
             )
-        size = (folder / name).stat().st_size
+        size = beside(folder, folder / name).stat().st_size
         if size != facts["bytes"]:
             raise UserError(
                 f"{folder / name} has {size} bytes but the manifest says {facts['bytes']}: it was "
@@ -258,19 +306,45 @@ def check_complete(folder: Path) -> None:
             )
 
 
+def manifest_files(folder: Path) -> dict[str, dict[str, object]]:
+    """Size and hash of each tensor file by the manifest; empty without one. Raises UserError if it is malformed."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return {}
+    manifest = read_json(path)
+    for key in ("shards", "files"):
+        if key not in manifest:
+            raise UserError(f"{path}: key {key!r} is missing; split the checkpoint again")
+    files = manifest["files"]
+    if not isinstance(files, dict):
+        raise UserError(f"{path}: files is a {type(files).__name__}; expected an object of file names")
+    for name, facts in files.items():
+        if Path(name).name != name or not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+            raise UserError(f"{path}: entry {name!r} is not a file of this directory with its bytes and sha256")
+    return files
+
+
+def verify_hashes(folder: Path) -> None:
+    """Read every tensor file of a directory and compare it with the manifest. Raises UserError that names the file."""
+    for name, facts in manifest_files(folder).items():
+        if sha256(folder / name) != facts["sha256"]:
+            raise UserError(
+                f"{folder / name} has the right size but other contents than were written: bits were "
+                f"flipped or it was edited; restore it or split the checkpoint again"
+            )
+
+
 def fingerprint(folder: Path) -> str:
     """One hash for a checkpoint's weights: of the manifest's file hashes, or of the shards without one."""
-    manifest = folder / "manifest.json"
-    if manifest.is_file():
-        hashes = [facts["sha256"] for _, facts in sorted(read_json(manifest)["files"].items())]
-    else:
-        hashes = [sha256(path) for path in shard_paths(folder)]
+    files = manifest_files(folder)
+    hashes = [str(files[name]["sha256"]) for name in sorted(files) if name.startswith((WEIGHTS, ADAPTER))]
+    hashes = hashes or [sha256(path) for path in shard_paths(folder)]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer files that lie in a directory."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return [beside(folder, folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def check_writable(folder: Path) -> None:
@@ -282,3 +356,12 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as problem:
         raise UserError(f"cannot write to {folder} ({problem.strerror}); choose another directory") from None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise UserError unless the disk of a directory has room for `needed` bytes more."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {needed:,} bytes are needed but {free:,} are free; free some space or choose another disk"
+        )

@@ -20,10 +20,10 @@ CONFIG = ModelConfig(
 
 def save(folder: Path, n: int = 2, kind: str = storage.WEIGHTS) -> Path:
     """A complete directory of n small shards. Returns the directory."""
-    storage.begin(folder)
-    for index in range(n):
-        storage.write_shard(folder, kind, index, {"norm.weight": torch.full((8,), float(index))})
-    storage.finish(folder, kind, n, CONFIG.to_dict(), [], {"source": "test"})
+    with storage.writing(folder):
+        for index in range(n):
+            storage.write_shard(folder, kind, index, {"norm.weight": torch.full((8,), float(index))})
+        storage.finish(folder, n, {"params.json": CONFIG.to_dict()}, [], {"source": "test"})
     return folder
 
 
@@ -61,7 +61,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "last shard missing": (
         lambda folder: (folder / "consolidated.01.pth").unlink(),
-        r"has 2 shards by its manifest but consolidated\.01\.pth is missing",
+        r"lacks consolidated\.01\.pth, which its manifest names",
     ),
     "shard truncated": (
         lambda folder: (folder / "consolidated.00.pth").write_bytes(b"PK"),
@@ -109,14 +109,23 @@ def test_wrong_number_of_shards_for_the_ranks_is_refused(tmp_path: Path) -> None
         assemble.load_solver(str(save(tmp_path)))
 
 
-def test_directory_being_written_is_no_checkpoint_until_finish(tmp_path: Path) -> None:
-    save(tmp_path)
-    (tmp_path / ".consolidated.00.pth.77.tmp").write_bytes(b"left by a killed save")
-    storage.begin(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == []
-    storage.write_shard(tmp_path, storage.WEIGHTS, 0, {"norm.weight": torch.ones(8)})
+def test_old_checkpoint_stands_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    old = storage.fingerprint(save(tmp_path))
+    with pytest.raises(KeyboardInterrupt), storage.writing(tmp_path):
+        storage.write_shard(tmp_path, storage.WEIGHTS, 0, {"norm.weight": torch.ones(8)})
+        raise KeyboardInterrupt
+    storage.check_complete(tmp_path)
+    assert storage.fingerprint(tmp_path) == old
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_makes_way(tmp_path: Path) -> None:
+    storage.staging(tmp_path).mkdir()
+    (storage.staging(tmp_path) / "consolidated.07.pth").write_bytes(b"half")
     with pytest.raises(UserError, match="its save was interrupted"):
         read_config(tmp_path)
+    storage.check_complete(save(tmp_path))
+    assert len(storage.shard_paths(tmp_path)) == 2
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

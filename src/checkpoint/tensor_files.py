@@ -1,0 +1,208 @@
+"""Files of tensors, torch's and safetensors': read through memory maps, written one tensor at a time.
+
+The only door to safetensors and to torch.save and torch.load. Reading executes nothing, and writing never holds
+more than the tensor at hand: a file is laid out first, with room for every tensor, then filled in place.
+"""
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import torch
+from torch import Tensor
+from torch.serialization import skip_data
+
+from src.errors import UserError
+
+# What torch.load raises on bytes that are no checkpoint: its unpickler checks little before it acts on them.
+_UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+    MemoryError,
+    struct.error,
+)
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor file's layout says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class StoredTensor(NamedTuple):
+    """A tensor that is still on disk: its shape, a call that reads it, and the type it is stored in."""
+
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+    dtype: torch.dtype
+
+
+def read_torch(path: Path) -> dict[str, object]:
+    """The dictionary in a torch file, tensors memory-mapped where the format allows it; nothing is executed.
+
+    Raises UserError when the file is truncated, corrupt or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    with path.open("rb") as file:
+        mappable = file.read(4) == _ZIP_MAGIC  # the format before torch 1.6 is read into memory
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except _UNREADABLE as problem:
+        reason = str(problem).strip().split("\n")[0] or type(problem).__name__
+        raise UserError(
+            f"{path} cannot be read as a checkpoint of tensors ({reason[:200]}); "
+            f"it is truncated, corrupt, or holds pickled code"
+        ) from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}; expected a dictionary of tensors")
+    return values
+
+
+def stored(path: Path, name: str, tensor: Tensor) -> StoredTensor:
+    """A tensor of a torch file that is what it claims to be. Raises UserError otherwise."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise UserError(
+            f"{path}: {name!r} is a {tensor.layout} tensor on {tensor.device}; expected a plain dense one with data"
+        )
+    claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if claimed > held:
+        raise UserError(
+            f"{path}: {name!r} claims {claimed} bytes of which the file holds {held}; the file is corrupt or forged"
+        )
+    return StoredTensor(tuple(tensor.shape), lambda: tensor, tensor.dtype)
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, each mapped when asked for. Raises UserError on a bad file."""
+    try:
+        file = safetensors.safe_open(path, framework="pt")
+        return {name: _stored_safetensor(path, file, name) for name in file.keys()}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (safetensors.SafetensorError, OSError) as problem:
+        raise UserError(f"{path} is not a readable safetensors file ({problem})") from None
+
+
+def _stored_safetensor(path: Path, file: safetensors.safe_open, name: str) -> StoredTensor:
+    piece = file.get_slice(name)
+    if piece.get_dtype() not in SAFETENSORS_DTYPES:
+        raise UserError(
+            f"{path}: {name!r} is stored as {piece.get_dtype()}; expected one of {', '.join(SAFETENSORS_DTYPES)}"
+        )
+    return StoredTensor(
+        tuple(piece.get_shape()), lambda: file.get_tensor(name), SAFETENSORS_DTYPES[piece.get_dtype()]
+    )
+
+
+class TensorFile:
+    """A laid-out file that is filled one tensor at a time, in any order; open_torch_file() makes one."""
+
+    def __init__(self, path: Path, layout: Mapping[str, TensorSpec], offsets: Mapping[str, int]) -> None:
+        self._path, self._layout, self._offsets = path, layout, offsets
+        self._missing = set(layout)
+        self._file = os.open(path, os.O_WRONLY)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor into its place, in the layout's type. Raises OSError when the disk is full."""
+        shape, dtype = self._layout[name]
+        assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} into room for {shape}"
+        flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+        data, offset = memoryview(flat.view(torch.uint8).numpy()), self._offsets[name]
+        while data:  # the kernel takes at most 2 GiB a call
+            written = os.pwrite(self._file, data, offset)
+            data, offset = data[written:], offset + written
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+@contextmanager
+def open_torch_file(path: Path, layout: Mapping[str, TensorSpec]) -> Iterator[TensorFile]:
+    """Create a file that torch.load(weights_only=True, mmap=True) opens as a dictionary of these tensors.
+
+    The zip archive's own CRC fields stay 0, as after torch.serialization.set_crc32_options(False); torch does not
+    read them.
+    """
+    with skip_data():  # lays the file out; the memory of torch.empty is never touched, so none is used
+        torch.save({name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}, path)
+    yield from _filled(path, layout, _torch_offsets(path, layout))
+
+
+def _torch_offsets(path: Path, layout: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Where each tensor's bytes begin in a file of torch.save, which numbers storages as they come."""
+    starts = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for record in archive.infolist():
+            file.seek(record.header_offset + 26)
+            name_length, extra_length = struct.unpack("<HH", file.read(4))
+            folder, _, number = record.filename.rpartition("/")
+            if folder.endswith("/data"):
+                starts[int(number)] = record.header_offset + 30 + name_length + extra_length
+    return {name: starts[index] for index, name in enumerate(layout)}
+
+
+@contextmanager
+def open_safetensors_file(path: Path, layout: Mapping[str, TensorSpec]) -> Iterator[TensorFile]:
+    """Create a safetensors file of these tensors (https://huggingface.co/docs/safetensors, Format)."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset, begins = 0, {}
+    # wide types first: every tensor then starts at a multiple of its element
+    for name, spec in sorted(layout.items(), key=lambda item: -item[1].dtype.itemsize):
+        begins[name] = offset
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + offset)
+    yield from _filled(path, layout, {name: 8 + len(text) + begin for name, begin in begins.items()})
+
+
+def _filled(path: Path, layout: Mapping[str, TensorSpec], offsets: Mapping[str, int]) -> Iterator[TensorFile]:
+    """The file while it is filled; what its user forgot is our bug."""
+    file = TensorFile(path, layout, offsets)
+    try:
+        yield file
+        assert not file._missing, f"{path}: nothing was written for {sorted(file._missing)[:3]}"
+    finally:
+        file.close()
