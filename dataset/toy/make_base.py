@@ -29,6 +29,8 @@ from src import cli  # noqa: E402
 from src.checkpoint import convert, storage  # noqa: E402
 from src.checkpoint.export import export_hf  # noqa: E402
 from src.checkpoint.shards import expected_shapes  # noqa: E402
+from src.checkpoint.sources import open_source  # noqa: E402
+from src.checkpoint.tensor_files import write_safetensors  # noqa: E402
 from src.models.config import ModelConfig  # noqa: E402
 from src.models.families import config_to_hf  # noqa: E402
 
@@ -135,7 +137,7 @@ def write_scratch(folder: Path, seed: int) -> None:
             spread /= (2 * CONFIG.n_layers) ** 0.5
         tensors[name] = torch.empty(shape).normal_(0, spread, generator=generator)
     folder.mkdir(parents=True)
-    storage.write_safetensors(
+    write_safetensors(
         folder / "model.safetensors", {convert.to_hf_name(name): tensor for name, tensor in tensors.items()}
     )
     storage.write_json(folder / "config.json", config_to_hf(CONFIG))
@@ -165,7 +167,7 @@ def main(save_dir: str, documents: int = 150_000, lr: float = 4e-3, seed: int = 
              "--train_file", work / "corpus.json", "--max_batch_size", "96", "--lr", lr, "--weight_decay", "0.05"],
         ):
             subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-        export_hf(str(work / "trained"), Path(save_dir), dtype="bfloat16")
+        export_hf(open_source(str(work / "trained")), Path(save_dir), "make_base.py", dtype="bfloat16")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ _HF_TOP = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.norm.weight": "norm.weight",
     "lm_head.weight": "output.weight",
+    "score.weight": "v_head.weight",  # transformers' classifiers with one label
+    "score.bias": "v_head.bias",
 }
 _HF_LAYER = {
     "self_attn.q_proj": "attention.wq",

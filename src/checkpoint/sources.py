@@ -4,6 +4,7 @@ Single files (a plain or nested dictionary, safetensors), lists of files, Huggin
 directories of tensor-parallel shards all become a Source; tensors are read one at a time, when asked for.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from src.checkpoint import adapters, convert, storage
 from src.checkpoint.shards import Cut, cut_of, expected_shapes, join
-from src.checkpoint.tensor_files import StoredTensor, read_safetensors, read_torch, stored
+from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
 from src.errors import UserError
 from src.models.config import ModelConfig, config_from_dict
 from src.models.families import config_from_hf, config_from_meta
@@ -59,6 +60,8 @@ def open_source(ckpt_file: str | list[str], config_file: str = "") -> Source:
     else:
         tensors = _merge_parts(files, named)
         config = _config(values, described, tensors)
+    if hf and "v_head.weight" in tensors:
+        tensors, config = _verifier_from_hf(tensors, values, config, described)
     tensors = _drop_tied_copy(tensors, config, described)
     if hf:
         tensors = {name: _with_rotary_from_hf(name, stored, config) for name, stored in tensors.items()}
@@ -129,7 +132,7 @@ def _open_file(path: Path) -> _File:
             if isinstance(values.get(key), dict):
                 values = values[key]
         tensors = {
-            str(name): stored(path, str(name), value)
+            str(name): as_stored(path, str(name), value)
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
@@ -154,7 +157,7 @@ def _read_config(folder: Path, files: list[_File], config_file: str) -> tuple[st
 def _our_names(file: _File, hf: bool) -> dict[str, StoredTensor]:
     """A file's tensors under our names, wrappers' prefixes and derived tensors removed; unknown names are listed."""
     tensors, unknown = {}, []
-    for stored_name, stored in file.tensors.items():
+    for stored_name, tensor in file.tensors.items():
         name = convert.strip_wrappers(stored_name)
         if convert.is_derived(name):
             continue
@@ -167,7 +170,7 @@ def _our_names(file: _File, hf: bool) -> dict[str, StoredTensor]:
             raise UserError(
                 f"{file.path}: {name!r} is stored twice, once as {stored_name}; remove one of them"
             )
-        tensors[name] = stored
+        tensors[name] = tensor
     if unknown:
         raise UserError(
             f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; "
@@ -287,6 +290,19 @@ def _drop_tied_copy(
             f"set tie_word_embeddings to false to keep both"
         )
     return {name: stored for name, stored in tensors.items() if name != "output.weight"}
+
+
+def _verifier_from_hf(
+    tensors: dict[str, StoredTensor], values: dict[str, object], config: ModelConfig, described: str
+) -> tuple[dict[str, StoredTensor], ModelConfig]:
+    """The verifier in a classifier of transformers with one label; where its scores are read, its export knows."""
+    bias = tensors.get("v_head.bias")
+    if bias is not None and bias.load().any():
+        raise UserError(f"{described}: score.bias is not zero, and a verifier's value head has no bias")
+    token_classifier = "TokenClassification" in str(values.get("architectures"))
+    facts = values.get("splitrl", {"score": "mean" if token_classifier else "last"})
+    config = dataclasses.replace(config, value_head=True, tied=False, **facts)
+    return {name: stored for name, stored in tensors.items() if name != "v_head.bias"}, config
 
 
 def _with_rotary_from_hf(name: str, stored: StoredTensor, config: ModelConfig) -> StoredTensor:

@@ -14,27 +14,22 @@ from src.errors import UserError
 def split(source: Source, folder: Path, n: int, dtype: str, tokenizer_file: str, description: str) -> None:
     """Write n shards of a source with params.json, tokenizer and manifest; one tensor is in memory at a time.
 
-    dtype "" keeps every tensor's. Raises UserError when the model does not divide, a file is missing or the disk
-    too small.
+    dtype "" keeps every tensor's. Raises UserError when the model cannot be cut so, a file is missing or the disk
+    is too small.
     """
     source.config.check_divides(n, description)
-    tokenizer = [Path(tokenizer_file)] if tokenizer_file else source.tokenizer_files
-    for path in tokenizer:
-        if not path.is_file():
-            raise UserError(f"--tokenizer_file {path} does not exist")
-    storage.check_writable(folder)
-    if any(path.resolve() == folder.resolve() for path in source.folders):
-        raise UserError(f"--save_path {folder} is the source itself; choose another directory")
+    tokenizer = tokenizer_of(source, tokenizer_file)
     cuts = {name: shards.cut_of(name, source.config, n) for name in source.tensors}
     layouts = [_layout(source, cuts, index, dtype) for index in range(n)]
-    storage.check_space(folder, sum(spec.nbytes for layout in layouts for spec in layout.values()))
+    prepare_target(folder, source, sum(spec.nbytes for layout in layouts for spec in layout.values()))
     with storage.writing(folder):
         with ExitStack() as stack:
+            paths = [
+                storage.staging(folder) / storage.shard_name(storage.WEIGHTS, index) for index in range(n)
+            ]
             files = [
-                stack.enter_context(
-                    open_torch_file(storage.staging(folder) / storage.shard_name(storage.WEIGHTS, index), layout)
-                )
-                for index, layout in enumerate(layouts)
+                stack.enter_context(open_torch_file(path, layout))
+                for path, layout in zip(paths, layouts, strict=True)
             ]
             for name, stored in source.tensors.items():
                 whole = stored.load()
@@ -50,9 +45,22 @@ def split(source: Source, folder: Path, n: int, dtype: str, tokenizer_file: str,
         storage.finish(folder, n, {"params.json": params}, tokenizer, facts)
 
 
-def _layout(
-    source: Source, cuts: dict[str, shards.Cut], index: int, dtype: str
-) -> dict[str, TensorSpec]:
+def tokenizer_of(source: Source, tokenizer_file: str) -> list[Path]:
+    """The tokenizer's files that go with a checkpoint: the one named, else those beside the source."""
+    if tokenizer_file and not Path(tokenizer_file).is_file():
+        raise UserError(f"--tokenizer_file {tokenizer_file} does not exist")
+    return [Path(tokenizer_file)] if tokenizer_file else source.tokenizer_files
+
+
+def prepare_target(folder: Path, source: Source, n_bytes: int) -> None:
+    """Raise UserError unless n_bytes of tensors can be written to a directory that is not the source itself."""
+    storage.check_writable(folder)
+    if any(path.resolve() == folder.resolve() for path in source.folders):
+        raise UserError(f"--save_path {folder} is the source itself; choose another directory")
+    storage.check_space(folder, n_bytes)
+
+
+def _layout(source: Source, cuts: dict[str, shards.Cut], index: int, dtype: str) -> dict[str, TensorSpec]:
     """What shard `index` holds, without reading anything."""
     layout = {}
     for name, stored in source.tensors.items():

@@ -19,12 +19,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src.checkpoint.tensor_files import TensorSpec, open_torch_file, read_torch, stored
+from src.checkpoint.tensor_files import TensorSpec, as_stored, open_torch_file, read_torch
 from src.errors import UserError
 
 WEIGHTS, ADAPTER = "consolidated", "adapter"
-# A directory holds one checkpoint: what is written takes the place of all of these.
-WEIGHT_FILES = (f"{WEIGHTS}.*.pth", f"{ADAPTER}.*.pth")
+# What would be taken for weights beside ours. Shards of an earlier save make way; these are not ours to remove.
+FOREIGN_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors")
+DOCUMENTS = (
+    "manifest.json",
+    "params.json",
+    "adapter.json",
+    "config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+)
 MANIFEST_FORMAT = 2  # 2 adds the rotary layout, the tie and the cut of each parameter
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -54,7 +62,7 @@ def shard_paths(folder: Path, kind: str = WEIGHTS) -> list[Path]:
             continue
         if int(number) in found:
             raise UserError(
-                f"{folder} has {found[int(number)].name} and {path.name}, which are both shard {int(number)}; remove one"
+                f"{folder}: {found[int(number)].name} and {path.name} are both shard {int(number)}; remove one"
             )
         found[int(number)] = beside(folder, path)
     if sorted(found) != list(range(len(found))):
@@ -74,7 +82,9 @@ def beside(folder: Path, path: Path) -> Path:
     real, home = path.resolve(), folder.resolve()
     in_cache = home.parent.name == "snapshots" and real.is_relative_to(home.parents[1] / "blobs")
     if not (real.is_relative_to(home) or in_cache):
-        raise UserError(f"{path} is a link to {real}, outside its directory; name that file itself, or copy it here")
+        raise UserError(
+            f"{path} is a link to {real}, outside its directory; name that file itself, or copy it here"
+        )
     return path
 
 
@@ -117,7 +127,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}; expected tensors only")
-        stored(path, name, value)
+        as_stored(path, name, value)
     return values
 
 
@@ -134,6 +144,8 @@ def writing(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
+        if not staging(folder).exists():  # else a killed save may have moved some of its own already
+            _check_nothing_foreign(folder)
         shutil.rmtree(staging(folder), ignore_errors=True)  # left by a save that was killed
         staging(folder).mkdir()
         try:
@@ -148,6 +160,17 @@ def writing(folder: Path) -> Iterator[None]:
             ) from None
         finally:
             shutil.rmtree(staging(folder), ignore_errors=True)
+
+
+def _check_nothing_foreign(folder: Path) -> None:
+    """Raise UserError if a directory holds weights that no save of ours left there."""
+    known = manifest_files(folder)
+    for pattern in FOREIGN_WEIGHTS:
+        for path in folder.glob(pattern):
+            if path.name not in known:
+                raise UserError(
+                    f"{folder} holds {path.name}, weights that were not written here; choose an empty directory"
+                )
 
 
 @contextmanager
@@ -180,7 +203,9 @@ def write_shard(
     folder: Path, kind: str, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
     """Write one shard of the save that is under way, a tensor at a time. dtype None keeps every tensor's."""
-    layout = {name: TensorSpec(tuple(tensor.shape), dtype or tensor.dtype) for name, tensor in tensors.items()}
+    layout = {
+        name: TensorSpec(tuple(tensor.shape), dtype or tensor.dtype) for name, tensor in tensors.items()
+    }
     with open_torch_file(staging(folder) / shard_name(kind, index), layout) as file:
         for name, tensor in tensors.items():
             file.write(name, tensor)
@@ -233,12 +258,12 @@ def _flush(path: Path) -> None:
 
 def _install(folder: Path, documents: Sequence[str]) -> None:
     """Move a complete staging directory into place, documents last; the checkpoint that was there ends first."""
-    for name in ("manifest.json", "params.json", "config.json", "adapter.json"):
+    old = [folder / name for name in manifest_files(folder)]
+    for name in DOCUMENTS:
         (folder / name).unlink(missing_ok=True)
     _flush(folder)
-    for pattern in WEIGHT_FILES:
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in (*old, *folder.glob(f"{WEIGHTS}.*.pth"), *folder.glob(f"{ADAPTER}.*.pth")):
+        path.unlink(missing_ok=True)
     for path in staging(folder).iterdir():
         if path.name not in documents:
             os.replace(path, folder / path.name)
@@ -320,7 +345,9 @@ def manifest_files(folder: Path) -> dict[str, dict[str, object]]:
         raise UserError(f"{path}: files is a {type(files).__name__}; expected an object of file names")
     for name, facts in files.items():
         if Path(name).name != name or not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
-            raise UserError(f"{path}: entry {name!r} is not a file of this directory with its bytes and sha256")
+            raise UserError(
+                f"{path}: entry {name!r} is not a file of this directory with its bytes and sha256"
+            )
     return files
 
 

@@ -93,7 +93,7 @@ def read_torch(path: Path) -> dict[str, object]:
     return values
 
 
-def stored(path: Path, name: str, tensor: Tensor) -> StoredTensor:
+def as_stored(path: Path, name: str, tensor: Tensor) -> StoredTensor:
     """A tensor of a torch file that is what it claims to be. Raises UserError otherwise."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise UserError(
@@ -196,6 +196,14 @@ def open_safetensors_file(path: Path, layout: Mapping[str, TensorSpec]) -> Itera
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path, 8 + len(text) + offset)
     yield from _filled(path, layout, {name: 8 + len(text) + begin for name, begin in begins.items()})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a small model that is in memory as one safetensors file."""
+    layout = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with open_safetensors_file(path, layout) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
 
 
 def _filled(path: Path, layout: Mapping[str, TensorSpec], offsets: Mapping[str, int]) -> Iterator[TensorFile]:

@@ -63,7 +63,7 @@ def test_every_parameter_has_one_hf_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.x.mlp.up_proj.weight", "score.weight"]
+    "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.x.mlp.up_proj.weight", "head.weight"]
 )
 def test_unknown_hf_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"unknown parameter '{name}'"):
