@@ -186,7 +186,8 @@ def test_changed_base_is_refused(tmp_path: Path, hf_folder: Path) -> None:
     source = open_source(str(hf_folder))
     split(source, base, 1, "", "", "gqa")
     adapter.mkdir()
-    adapters.write_adapter(adapter, base, LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=("wq",)))
+    lora = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=("wq",))
+    storage.write_json(adapter / "adapter.json", adapters.document(base, lora))
     assert adapters.read_adapter(adapter).base == base
     split(source, base, 1, "bfloat16", "", "gqa")
     with pytest.raises(UserError, match=r"adapter\.json: the base .*base has changed"):
