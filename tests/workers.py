@@ -16,7 +16,7 @@ from src.data.collate import Batch
 from src.errors import UserError
 from src.inference.engine import Request, generate
 from src.inference.sampling import Sampling
-from src.models.attention import KVCache
+from src.models.cache import KVCache, PromptCache
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.lora import LINEARS, LoraConfig
@@ -56,7 +56,7 @@ def decoders(
 def cached_logprobs(model: Decoder) -> dict[str, Tensor]:
     """Log-probs [S, V] of one row of 75 tokens, computed in every way there is.
 
-    With 64 positions a block, the cache grows on the way. `plain` is the reference for all.
+    Rows of 64 positions change their bucket on the way. `plain` is the reference for all.
     """
     row = torch.arange(75) * 7 % 61 + 1
     other = torch.arange(120) * 5 % 61 + 1
@@ -64,55 +64,61 @@ def cached_logprobs(model: Decoder) -> dict[str, Tensor]:
     def logprobs(hidden: Tensor) -> Tensor:
         return parallel.gather_vocab(model.logits(hidden)).log_softmax(-1)
 
-    def cached(pieces: list[int]) -> Tensor:
-        cache, outputs, start = KVCache(model.config.n_layers), [], 0
-        for piece in pieces:
-            positions = torch.arange(start, start + piece)[None]
-            outputs.append(logprobs(model(row[None, start : start + piece], positions, cache))[0])
-            start += piece
-        return torch.cat(outputs)
-
     padded = torch.zeros(3, 120, dtype=torch.int64)
     padded[0, :90], padded[1, :75], padded[2] = other[:90], row, other
     return {
         "plain": logprobs(model(row[None]))[0],
         "padded": logprobs(model(padded))[1, :75],
-        "token by token": cached([1] * 9 + [50] + [1] * 16),
-        "in chunks": cached([5, 30, 1, 28, 11]),
-        "rows come and go": _come_and_go(model, row, other),
+        "token by token": logprobs(_token_by_token(model, row, KVCache(1, parallel.device()))),
+        "among others": logprobs(_among_others(model, row, other)),
     }
 
 
-def _come_and_go(model: Decoder, row: Tensor, other: Tensor) -> Tensor:
-    """Log-probs of `row` decoded among rows of other lengths that leave and join the cache."""
-    outputs = []
+def _read(model: Decoder, cache: KVCache, prompts: dict[int, Tensor]) -> Tensor:
+    """Put each slot's prompt into the cache, all read in one batch. -> hidden states [B, S, D]."""
+    read = PromptCache()
+    hidden = model(nn.utils.rnn.pad_sequence(list(prompts.values()), batch_first=True), cache=read)
+    for index, (slot, prompt) in enumerate(prompts.items()):
+        cache.admit([slot], read.row(index, len(prompt)))
+    return hidden
 
-    def forward(tokens: list[Tensor], starts: list[int], cache: KVCache, index: int) -> None:
-        """Feed rows of different lengths from their own positions; keep what row `index` gives."""
-        lengths = [len(piece) for piece in tokens]
-        padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        positions = torch.tensor(starts)[:, None] + torch.arange(max(lengths))
-        hidden = model(padded, positions, cache)[index, : lengths[index]]
-        outputs.append(parallel.gather_vocab(model.logits(hidden)).log_softmax(-1))
 
-    cache = KVCache(model.config.n_layers)
-    forward([other[:11], row[:4], other[20:29]], [0, 0, 0], cache, 1)
-    forward([other[11:12], row[4:5], other[29:30]], [11, 4, 9], cache, 1)
-    cache.keep(torch.tensor([2, 1]))  # the first row leaves, the others change places
-    forward([other[30:31], row[5:6]], [10, 5], cache, 1)
-    joining = KVCache(model.config.n_layers)
-    model(torch.stack((other[:80], other[5:85])), cache=joining)  # longer than one block
-    cache.extend(joining)
-    forward([other[31:32], row[6:7], other[80:81], other[85:86]], [11, 6, 80, 80], cache, 1)
-    cache.keep(torch.tensor([1]))
-    forward([row[7:40]], [7], cache, 0)
-    late = KVCache(model.config.n_layers)
-    model(other[None, :3], cache=late)
-    late.extend(cache)  # a short cache takes a long one in
-    forward([other[40:61], row[40:61]], [3, 40], late, 1)
-    for position in range(61, 75):
-        token = row[position : position + 1]
-        forward([other[position : position + 1], token], [position - 37, position], late, 1)
+def _step(model: Decoder, cache: KVCache, sequences: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Feed every slot its sequence's next token. -> hidden state [1, D] by slot."""
+    starts, positions = cache.lengths.copy(), cache.advance()
+    tokens = torch.stack([sequences[slot][starts[slot]] for slot in cache.slots()])
+    return dict(zip(cache.slots(), model(tokens[:, None], positions, cache), strict=True))
+
+
+def _token_by_token(model: Decoder, row: Tensor, cache: KVCache) -> Tensor:
+    """Hidden states [S, D] of a row of which only the first token is read as a prompt."""
+    outputs = [_read(model, cache, {0: row[:1]})[0]]
+    outputs += [_step(model, cache, {0: row})[0] for _ in range(len(row) - 1)]
+    return torch.cat(outputs)
+
+
+def _among_others(model: Decoder, row: Tensor, other: Tensor) -> Tensor:
+    """Hidden states [S, D] of `row` decoded among rows of other lengths that come, outgrow buckets and leave."""
+    cache = KVCache(4, parallel.device())
+    sequences = {0: other, 1: row, 2: other[20:], 3: other[5:]}
+    outputs = [_read(model, cache, {0: other[:11], 1: row[:4], 2: other[20:29]})[1, :4]]
+
+    def steps(n: int) -> None:
+        outputs.extend(_step(model, cache, sequences)[1] for _ in range(n))
+
+    steps(2)
+    cache.release(0)  # another row takes its place
+    steps(1)
+    _read(model, cache, {3: other[5:85]})  # into the next bucket, which our row enters later
+    _read(model, cache, {0: other[:62]})  # leaves its bucket after two steps
+    steps(5)
+    cache.release(2)
+    steps(30)
+    cache.release(3)
+    cache.release(0)
+    _read(model, cache, {2: other[:63], 3: other[:2]})
+    sequences[2], sequences[3] = other, other
+    steps(len(row) - 42)
     return torch.cat(outputs)
 
 

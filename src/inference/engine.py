@@ -13,7 +13,7 @@ from torch import Tensor
 from src import parallel
 from src.errors import UserError
 from src.inference.sampling import Sampling, choose, uniforms
-from src.models.attention import KVCache
+from src.models.cache import KVCache, PromptCache
 from src.models.decoder import Decoder
 
 
@@ -65,36 +65,30 @@ def generate(
     waiting = sorted(
         requests, key=lambda request: len(request.prompt), reverse=True
     )  # popped from the short end
-    rows: list[_Row] = []
-    cache: KVCache | None = None
+    rows: dict[int, _Row] = {}  # by slot
+    cache = KVCache(max_batch_size, parallel.device())
     try:
         while rows or waiting:
+            free = cache.free_slots()
             if (
-                waiting and len(rows) <= max_batch_size // 2
+                waiting and 2 * len(free) >= max_batch_size
             ):  # refill in halves: few large prefills, not many small
-                new = [
-                    _Row(waiting.pop(), sampling, model.config.max_seq_len)
-                    for _ in range(min(max_batch_size - len(rows), len(waiting)))
-                ]
-                new_cache = KVCache(model.config.n_layers)
-                _choose(new, _prefill(model, new, new_cache), sampling)
-                if cache is None:
-                    cache = new_cache
-                else:
-                    cache.extend(new_cache)
-                rows += new
+                changed = {
+                    slot: _Row(waiting.pop(), sampling, model.config.max_seq_len) for slot in free if waiting
+                }
+                _choose(list(changed.values()), _prefill(model, changed, cache), sampling)
+                rows |= changed
             else:
-                _choose(rows, _decode(model, rows, cache), sampling)
-            finished = [row.finish(eos_id) for row in rows]
-            if any(finished):
-                yield from (
-                    Completion(row.request, row.tokens, row.logprobs, why)
-                    for row, why in zip(rows, finished, strict=True)
-                    if why
+                positions = cache.advance()
+                changed = {slot: rows[slot] for slot in cache.slots()}
+                _choose(
+                    list(changed.values()), _decode(model, list(changed.values()), positions, cache), sampling
                 )
-                staying = [index for index, why in enumerate(finished) if not why]
-                rows = [rows[index] for index in staying]
-                cache = _keep(cache, staying)
+            for slot, row in changed.items():
+                if why := row.finish(eos_id):
+                    yield Completion(row.request, row.tokens, row.logprobs, why)
+                    cache.release(slot)
+                    del rows[slot]
     finally:
         model.train(was_training)
 
@@ -108,30 +102,21 @@ def _check_lengths(requests: Sequence[Request], max_seq_len: int) -> None:
             )
 
 
-def _keep(cache: KVCache, staying: list[int]) -> KVCache | None:
-    """The cache with only the staying rows; None when nobody stays."""
-    if not staying:
-        return None
-    cache.keep(torch.tensor(staying, device=parallel.device()))
-    return cache
+def _prefill(model: Decoder, rows: dict[int, _Row], cache: KVCache) -> Tensor:
+    """Read the prompts into their slots of the cache; logits [B, V] of the position after each."""
+    prompts = [torch.tensor(row.request.prompt) for row in rows.values()]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    read = PromptCache()
+    hidden = model(tokens.to(parallel.device()), cache=read)
+    for index, slot in enumerate(rows):
+        cache.admit([slot], read.row(index, len(prompts[index])))
+    return parallel.gather_vocab(model.logits(hidden[torch.arange(len(prompts)), lengths - 1]))
 
 
-def _prefill(model: Decoder, rows: list[_Row], cache: KVCache) -> Tensor:
-    """Read the prompts into the cache; logits [B, V] of the position after each."""
-    lengths = torch.tensor([len(row.request.prompt) for row in rows], device=parallel.device())
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row.request.prompt)] = torch.tensor(row.request.prompt)
-    hidden = model(tokens.to(parallel.device()), cache=cache)
-    last = hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
-    return parallel.gather_vocab(model.logits(last))
-
-
-def _decode(model: Decoder, rows: list[_Row], cache: KVCache) -> Tensor:
+def _decode(model: Decoder, rows: list[_Row], positions: Tensor, cache: KVCache) -> Tensor:
     """Feed each row its newest token; logits [B, V] of the position after it."""
-    device = parallel.device()
-    tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
-    positions = torch.tensor([[len(row.request.prompt) + len(row.tokens) - 1] for row in rows], device=device)
+    tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=parallel.device())
     return parallel.gather_vocab(model.logits(model(tokens, positions, cache)[:, -1]))
 
 

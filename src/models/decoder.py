@@ -1,6 +1,6 @@
 """The decoder-only transformer: one model for every family, built from a ModelConfig.
 
-B batch, S sequence, T cached positions, D width, P vocabulary rows on this rank
+B batch, S sequence, D width, P vocabulary rows on this rank
 """
 
 import torch
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import parallel
-from src.models.attention import Attention, KVCache, LayerCache, Visible
+from src.models.attention import Attention, Visible
+from src.models.cache import Cache
 from src.models.config import ModelConfig
 from src.models.feedforward import FeedForward, RMSNorm
 from src.models.rope import rope_frequencies, rope_rotation
@@ -17,24 +18,18 @@ from src.models.rope import rope_frequencies, rope_rotation
 class Block(nn.Module):
     """Pre-norm residual block: attention, then feed-forward."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        visible: Visible,
-        cache: LayerCache | None,
-        positions: Tensor,
-        length: int,
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Cache | None
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), rotation, visible, cache, positions, length)
+        x = x + self.attention(self.attention_norm(x), rotation, visible, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -50,7 +45,7 @@ class Decoder(nn.Module):
         by_width = config.embedding_dim_on(parallel.tensor_parallel_size()) == 1
         embedding = parallel.ParallelEmbedding if by_width else parallel.VocabParallelEmbedding
         self.tok_embeddings = embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if config.value_head:
             self.v_head = nn.Linear(config.dim, 1, bias=False)
@@ -62,33 +57,26 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
         """tokens [B, S] int64 -> normalised hidden states [B, S, D].
 
         Without a cache attention is causal over the row, so padding behind a row's end changes nothing before
-        it. With a cache the new tokens are written at `positions` [B, S] int64 (default 0 .. S-1) and see every
-        cached position of their row up to their own. With `lengths` the one row holds samples of these lengths
-        end to end: positions start again at 0 in each, and none sees another.
+        it; a PromptCache keeps what such a forward computes. With a KVCache one token a row is read at the
+        `positions` [B, 1] int64 that it gave. With `lengths` the one row holds samples of these lengths end to end:
+        positions start again at 0 in each, and none sees another.
         """
         B, S = tokens.shape
         if positions is None:
             starts = [torch.arange(n) for n in lengths or (S,)]
             positions = torch.cat(starts).to(tokens.device).expand(B, S)
-        visible: Visible = lengths
-        length = S
-        if cache is not None:
-            length = int(positions.max()) + 1
-            visible = (
-                torch.arange(length, device=tokens.device) <= positions[:, None, :, None]
-            )  # [B, 1, S, T]
         with parallel.autocast():
             x = self.tok_embeddings(tokens)
             frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, tokens.device)
             rotation = rope_rotation(positions, frequencies)
-            for index, layer in enumerate(self.layers):
-                x = layer(x, rotation, visible, cache.layers[index] if cache else None, positions, length)
+            for layer in self.layers:
+                x = layer(x, rotation, lengths, cache)
             return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

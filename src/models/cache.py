@@ -1,0 +1,182 @@
+"""Where a decoder keeps the keys and values of what it has read, while rows come and go.
+
+B rows of a batch, S new positions, T cached positions, L layers, K kv heads on this rank, E head dim
+
+A cache is handed to Decoder.forward(), whose layers call write() with the keys and values of the new positions and
+attend to the groups of rows it returns.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Group(NamedTuple):
+    """Consecutive rows of a batch whose keys and values lie in one tensor, and what they may attend to."""
+
+    rows: slice
+    keys: Tensor  # [b, K, T, E]
+    values: Tensor
+    visible: Tensor | None  # [b, 1, S, T] bool, True = may attend; None = causal over the new positions alone
+
+
+def up_to(positions: Tensor, length: int) -> Tensor:
+    """Which of `length` cached positions each query may attend to: those up to its own.
+
+    positions [b, S] int64 -> [b, 1, S, length] bool.
+    """
+    return torch.arange(length, device=positions.device) <= positions[:, None, :, None]
+
+
+class PromptCache:
+    """Keys and values of freshly read prompts, right-padded rows of one batch: what prefill writes."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> list[Group]:
+        """Keep keys and values [B, K, S, E] of a layer, called once for each in order; attention stays in the batch."""
+        assert layer == len(self.layers), "a PromptCache reads one batch, once"
+        self.layers.append((keys, values))
+        return [Group(slice(None), keys, values, None)]
+
+    def row(self, index: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """One prompt's keys and values [K, length, E], layer by layer; views."""
+        return [(keys[index, :, :length], values[index, :, :length]) for keys, values in self.layers]
+
+
+class _Bucket:
+    """Rows of at most `capacity` positions: row i's position t lies at store[:, :, i, :, t].
+
+    The rows in use come first. What lies behind a row's end is stale or zero, never NaN: it is masked, and a
+    masked NaN would still spoil a sum.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.slots: list[int] = []
+        self.store: Tensor | None = None  # [2, L, n, K, capacity, E]; keys, then values
+
+    def reserve(self, n: int, n_layers: int, like: Tensor) -> None:
+        """Make room for n more rows of keys shaped like [K, T, E]."""
+        needed, had = len(self.slots) + n, 0 if self.store is None else self.store.shape[2]
+        if needed > had:
+            kv_heads, _, head_dim = like.shape
+            room = max(
+                needed, had * 3 // 2
+            )  # grown by half at least: a row is copied a few times, not every time
+            store = like.new_zeros(2, n_layers, room, kv_heads, self.capacity, head_dim)
+            if self.store is not None:
+                store[:, :, : len(self.slots)] = self.store[:, :, : len(self.slots)]
+            self.store = store
+
+    def remove(self, slot: int) -> None:
+        """Drop a row; the last one takes its place. A bucket that is mostly empty gives its memory back."""
+        index, last = self.slots.index(slot), len(self.slots) - 1
+        if index != last:
+            self.store[:, :, index] = self.store[:, :, last]
+        self.slots[index] = self.slots[last]
+        self.slots.pop()
+        if not self.slots:
+            self.store = None
+        elif len(self.slots) * 4 <= self.store.shape[2]:
+            self.store = self.store[:, :, : 2 * len(self.slots)].clone()
+
+
+class KVCache:
+    """The cache of continuous batching: a fixed number of slots, each empty or holding one sequence.
+
+    Rows live in buckets of like length - up to 64 positions, 128, 256, ... - and move to the next when they
+    outgrow theirs, so memory and reading follow what is used. slots() tells the order of the rows in the batch.
+    """
+
+    SMALLEST = 64  # positions; below it moving rows costs more than it saves
+
+    def __init__(self, n_slots: int, device: torch.device) -> None:
+        self.lengths = np.zeros(n_slots, dtype=np.int64)  # positions in use, by slot; 0 = empty
+        self.device = device
+        self._buckets: list[_Bucket] = []  # by capacity
+        self._targets: list[tuple[_Bucket, slice, Tensor, Tensor, Tensor]] = []
+
+    def slots(self) -> list[int]:
+        """The slots in use, in the order that the batch has them."""
+        return [slot for bucket in self._buckets for slot in bucket.slots]
+
+    def free_slots(self) -> list[int]:
+        """The empty slots."""
+        return np.flatnonzero(self.lengths == 0).tolist()
+
+    def admit(self, slots: Sequence[int], prompt: list[tuple[Tensor, Tensor]]) -> None:
+        """Put one prompt's keys and values, [K, T, E] a layer, into each of these empty slots."""
+        length = prompt[0][0].shape[1]
+        bucket = self._bucket_of(length + 1)
+        bucket.reserve(len(slots), len(prompt), prompt[0][0])
+        start, end = len(bucket.slots), len(bucket.slots) + len(slots)
+        for layer, (keys, values) in enumerate(prompt):
+            bucket.store[0, layer, start:end, :, :length] = keys
+            bucket.store[1, layer, start:end, :, :length] = values
+        bucket.slots += slots
+        self.lengths[slots] = length
+
+    def release(self, slot: int) -> None:
+        """Empty a slot."""
+        next(bucket for bucket in self._buckets if slot in bucket.slots).remove(slot)
+        self._buckets = [bucket for bucket in self._buckets if bucket.slots]
+        self.lengths[slot] = 0
+
+    def advance(self) -> Tensor:
+        """Make room for one more position in every row. -> its position in each, [B, 1] int64, in slots() order."""
+        for bucket in list(self._buckets):
+            for slot in [slot for slot in bucket.slots if self.lengths[slot] == bucket.capacity]:
+                self._move_up(slot, bucket)
+        self._buckets = [bucket for bucket in self._buckets if bucket.slots]
+        slots = self.slots()
+        positions = torch.from_numpy(self.lengths[slots]).to(self.device)
+        self.lengths[slots] += 1
+        self._targets, start = [], 0
+        for bucket in self._buckets:
+            rows = slice(start, start + len(bucket.slots))
+            start = rows.stop
+            here = positions[rows]
+            seen = up_to(here[:, None], int(self.lengths[bucket.slots].max()))
+            self._targets.append((bucket, rows, torch.arange(len(here), device=self.device), here, seen))
+        return positions[:, None]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> list[Group]:
+        """Store keys and values [B, K, 1, E] of a layer at the positions that advance() gave; what to attend to."""
+        groups = []
+        for bucket, rows, index, positions, seen in self._targets:
+            stored_keys, stored_values = bucket.store[0, layer], bucket.store[1, layer]
+            stored_keys[index, :, positions] = keys[rows, :, 0]
+            stored_values[index, :, positions] = values[rows, :, 0]
+            n, length = len(index), seen.shape[-1]
+            groups.append(Group(rows, stored_keys[:n, :, :length], stored_values[:n, :, :length], seen))
+        return groups
+
+    def n_bytes(self) -> int:
+        """Memory that the buckets hold."""
+        return sum(bucket.store.nbytes for bucket in self._buckets)
+
+    def _bucket_of(self, length: int) -> _Bucket:
+        """The bucket for rows of this many positions, made if there is none."""
+        capacity = max(self.SMALLEST, 1 << (length - 1).bit_length())
+        for bucket in self._buckets:
+            if bucket.capacity == capacity:
+                return bucket
+        self._buckets = sorted([*self._buckets, _Bucket(capacity)], key=lambda bucket: bucket.capacity)
+        return self._bucket_of(length)
+
+    def _move_up(self, slot: int, bucket: _Bucket) -> None:
+        """Copy a row that fills its bucket into the next one."""
+        target = self._bucket_of(bucket.capacity + 1)
+        row = bucket.store[:, :, bucket.slots.index(slot)]  # [2, L, K, capacity, E]
+        target.reserve(1, row.shape[1], row[0, 0])
+        target.store[:, :, len(target.slots), :, : bucket.capacity] = row
+        target.slots.append(slot)
+        bucket.remove(slot)
+
+
+Cache = PromptCache | KVCache

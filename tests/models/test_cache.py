@@ -1,0 +1,99 @@
+"""src/models/cache.py: where rows lie, what they may see, and how much memory they hold."""
+
+import random
+
+import torch
+from torch import Tensor
+
+from src.models.cache import KVCache, PromptCache, up_to
+
+LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
+ROW_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4  # of one position, float32
+CPU = torch.device("cpu")
+
+
+def keys_of(sequence: int, positions: Tensor, layer: int) -> Tensor:
+    """The keys [K, S, E] that a sequence has at some positions: every number tells where it belongs."""
+    numbers = sequence * 1e4 + layer * 1e3 + positions.float()
+    return numbers[None, :, None].expand(KV_HEADS, len(positions), HEAD_DIM)
+
+
+def prompt(sequence: int, length: int) -> list[tuple[Tensor, Tensor]]:
+    """A prompt's keys and values as PromptCache.row() gives them."""
+    layers = [keys_of(sequence, torch.arange(length), layer) for layer in range(LAYERS)]
+    return [(keys, -keys) for keys in layers]
+
+
+def step(cache: KVCache, sequences: dict[int, int]) -> None:
+    """Decode one position of every row; each layer must then see exactly its row's past and present."""
+    before = cache.lengths.copy()
+    positions = cache.advance()
+    slots = cache.slots()
+    assert positions[:, 0].tolist() == before[slots].tolist()
+    for layer in range(LAYERS):
+        new = torch.stack([keys_of(sequences[slot], positions[row], layer) for row, slot in enumerate(slots)])
+        seen = 0
+        for group in cache.write(layer, new, -new):
+            for row, slot in enumerate(slots[group.rows]):
+                mask = group.visible[row, 0, 0]
+                assert mask.sum() == before[slot] + 1
+                expected = keys_of(sequences[slot], torch.arange(int(before[slot]) + 1), layer)
+                assert torch.equal(group.keys[row][:, mask], expected)
+                assert torch.equal(group.values[row][:, mask], -expected)
+                assert group.values[row].isfinite().all()
+                seen += 1
+        assert seen == len(slots)
+
+
+def test_a_query_sees_its_own_position_and_those_before() -> None:
+    assert up_to(torch.tensor([[0], [2]]), 3)[:, 0, 0].tolist() == [[True, False, False], [True] * 3]
+
+
+def test_rows_keep_their_past_while_others_come_grow_and_go() -> None:
+    draw = random.Random(0)
+    cache, sequences = KVCache(6, CPU), {}
+    for sequence in range(1, 40):
+        if sequences and (not cache.free_slots() or draw.random() < 0.5):
+            slot = draw.choice(sorted(sequences))
+            cache.release(slot)
+            del sequences[slot]
+        free = cache.free_slots()
+        slots = free[: draw.randint(1, 2)]  # samples of one prompt share what was read
+        cache.admit(slots, prompt(sequence, draw.choice([1, 5, 60, 63, 64, 100, 127, 200])))
+        sequences |= dict.fromkeys(slots, sequence)
+        assert sorted(cache.slots()) == sorted(sequences)
+        for _ in range(draw.randint(0, 4)):
+            step(cache, sequences)
+
+
+def test_memory_follows_what_is_used() -> None:
+    cache = KVCache(100, CPU)
+    assert cache.n_bytes() == 0
+    cache.admit([3], prompt(1, 10))
+    assert cache.n_bytes() == 64 * ROW_BYTES
+    cache.admit([7], prompt(2, 200))
+    assert cache.n_bytes() == (64 + 256) * ROW_BYTES
+    cache.release(3)
+    assert cache.n_bytes() == 256 * ROW_BYTES
+    cache.release(7)
+    assert cache.n_bytes() == 0
+
+
+def test_a_bucket_that_empties_gives_memory_back() -> None:
+    cache = KVCache(32, CPU)
+    cache.admit(range(32), prompt(1, 3))
+    for slot in range(30):
+        cache.release(slot)
+    assert cache.n_bytes() <= 8 * 64 * ROW_BYTES
+    step(cache, {30: 1, 31: 1})
+
+
+def test_prompt_cache_keeps_rows_without_their_padding() -> None:
+    cache = PromptCache()
+    keys = torch.arange(2 * KV_HEADS * 5 * HEAD_DIM).view(2, KV_HEADS, 5, HEAD_DIM).float()
+    for layer in range(LAYERS):
+        (group,) = cache.write(layer, keys + layer, -keys)
+        assert group.visible is None and torch.equal(group.keys, keys + layer)
+    (first, second) = cache.row(1, 3)
+    assert torch.equal(first[0], keys[1, :, :3]) and torch.equal(second[0], keys[1, :, :3] + 1)
+    assert torch.equal(second[1], -keys[1, :, :3])
