@@ -14,7 +14,7 @@ from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.data.collate import Batch
 from src.errors import UserError
-from src.inference.engine import Request, generate
+from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.models.cache import KVCache, PromptCache
 from src.models.config import ModelConfig
@@ -258,16 +258,29 @@ def refusal(width: int) -> str:
     return ""
 
 
+# Every way of drawing a token, as settings of Sampling.
+WAYS: dict[str, dict[str, object]] = {
+    "greedy": {"temperature": 0.0},
+    "plain": {"temperature": 1.0},
+    "top_p": {"temperature": 1.5, "top_p": 0.9},
+    "top_k": {"temperature": 0.8, "top_k": 5},
+    "min_p": {"temperature": 2.0, "min_p": 0.05},
+    "all": {"temperature": 1.2, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "logit_bias": {7: 2.0, 40: -1e9}},
+}
+
+
 def completions(folder: str, requests: list[tuple[str, int, list[int]]]) -> dict[str, dict[str, list[int]]]:
-    """Tokens by temperature, then by "id/sample", as this rank has them."""
+    """Tokens by way of drawing, then by "id/sample", as this rank has them."""
     model = assemble.load_solver(folder)
     results = {}
-    for temperature in (0.0, 1.0):
-        sampling = Sampling(temperature=temperature, top_p=0.9, max_new_tokens=24, seed=3)
+    for way, settings in WAYS.items():
+        sampling = Sampling(**{"max_new_tokens": 24, "seed": 3} | settings)
         found = generate(
-            model, [Request(*request) for request in requests], sampling, eos_id=2, max_batch_size=4
+            model,
+            [Request(*request) for request in requests],
+            sampling,
+            vocabulary=Vocabulary((2,), 60),
+            max_batch_size=4,
         )
-        results[str(temperature)] = {
-            f"{done.request.id}/{done.request.sample}": done.tokens for done in found
-        }
+        results[way] = {f"{done.request.id}/{done.request.sample}": done.tokens for done in found}
     return results

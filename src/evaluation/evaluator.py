@@ -17,7 +17,7 @@ from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
 from src.evaluation.grade import GRADER_VERSION, Grader, Verdict
 from src.evaluation.vote import best_of, majority, pass_at_k, weighted_vote, wilson_interval
-from src.inference.engine import Completion, Request, generate
+from src.inference.engine import Completion, Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.inference.scoring import response_scores
 from src.models.decoder import Decoder
@@ -97,9 +97,9 @@ def sample_prompts(
     log.progress(len(requests), "sample")
     with path.open("a", encoding="utf-8") if parallel.rank() == 0 else open(os.devnull, "w") as file:
         for completion in generate(
-            model, requests, sampling, eos_id=tokenizer.eos_id, max_batch_size=max_batch_size
+            model, requests, sampling, vocabulary=vocabulary_of(tokenizer), max_batch_size=max_batch_size
         ):
-            row = _sample_row(completion, by_id[completion.request.id], tokenizer)
+            row = _sample_row(completion, by_id[completion.request.id])
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             log.advance(tokens=len(completion.tokens))
@@ -133,13 +133,13 @@ def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -
     return done
 
 
-def _sample_row(completion: Completion, prompt: Prompt, tokenizer: Tokenizer) -> dict[str, object]:
+def _sample_row(completion: Completion, prompt: Prompt) -> dict[str, object]:
     """A line of samples.jsonl before grading."""
     return {
         "id": prompt.id,
         "sample": completion.request.sample,
         "prompt": prompt.instruction,
-        "response": tokenizer.decode(completion.tokens),
+        "response": completion.text,
         "token_count": len(completion.tokens),
         "finish": completion.finish,
         "logprob": round(sum(completion.logprobs), 4),  # the digits behind vary with the batch

@@ -1,9 +1,11 @@
-"""Batched decoding with a key-value cache: finished rows leave the batch, waiting requests take their place.
+"""Continuous batching: finished rows leave their slot at once, waiting requests take it.
 
-B rows in the batch, S prompt length, V vocabulary
+B rows in the batch, P vocabulary rows on this rank
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +17,9 @@ from src.errors import UserError
 from src.inference.sampling import Sampling, choose, uniforms
 from src.models.cache import KVCache, PromptCache
 from src.models.decoder import Decoder
+from src.text.tokenizer import Tokenizer
+
+PREFILL_TOKENS = 2048  # of one forward over prompts, padding included: enough to use a processor, few to hold
 
 
 class Request(NamedTuple):
@@ -26,69 +31,67 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What was sampled: response ids (EOS included when it came), their plain log-probs, and why it ended."""
+    """What was sampled, and why it ended.
+
+    tokens are all that were drawn, EOS or stop string included; text is what they say, without it (empty when the
+    vocabulary cannot decode). logprobs are the plain model's, sampled_logprobs those of the distribution that was
+    sampled from, in nats.
+    """
 
     request: Request
     tokens: list[int]
     logprobs: list[float]
+    sampled_logprobs: list[float]
     finish: str  # stop | length
+    text: str
 
 
-class _Row:
-    """A request being decoded."""
+class Vocabulary(NamedTuple):
+    """What token ids mean to the engine: which end a response, how many are in use, how they read.
 
-    def __init__(self, request: Request, sampling: Sampling, max_seq_len: int) -> None:
-        self.request = request
-        self.limit = min(sampling.max_new_tokens, max_seq_len - len(request.prompt))
-        self.uniforms = uniforms(sampling.seed, request.id, request.sample, self.limit)
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
+    Rows of the embedding from `size` on are padding and never drawn; None: all are in use.
+    """
 
-    def finish(self, eos_id: int) -> str | None:
-        """Why this row is done, None while it is not."""
-        if self.tokens[-1] == eos_id:
-            return "stop"
-        return "length" if len(self.tokens) == self.limit else None
+    eos_ids: tuple[int, ...]
+    size: int | None = None
+    decode: Callable[[list[int]], str] | None = None
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """The vocabulary of a model that speaks this tokenizer's ids."""
+    return Vocabulary((tokenizer.eos_id,), tokenizer.vocab_size, tokenizer.decode)
+
+
+class _Read(NamedTuple):
+    """A prompt that has been read, and its requests that wait for a slot."""
+
+    requests: deque[Request]
+    cached: list[tuple[Tensor, Tensor]]
+    logits: Tensor  # [P] of the position after the prompt
 
 
 @torch.inference_mode()
 def generate(
-    model: Decoder, requests: Sequence[Request], sampling: Sampling, *, eos_id: int, max_batch_size: int
+    model: Decoder,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    *,
+    vocabulary: Vocabulary,
+    max_batch_size: int,
+    on_token: Callable[[Request, int], None] | None = None,
 ) -> Iterator[Completion]:
     """Yield completions as they finish; every tensor-parallel rank yields the same ones in the same order.
 
-    At most max_batch_size rows decode at once. Raises UserError for a prompt that fills the model's context.
+    At most max_batch_size rows decode at once. Requests with the same prompt share its reading. on_token hears of
+    every token as it is drawn. Raises UserError for a prompt that fills the model's context.
     """
     _check_lengths(requests, model.config.max_seq_len)
+    if sampling.stop and vocabulary.decode is None:
+        raise UserError("stop strings need a vocabulary that can decode")
     was_training = model.training
     model.eval()
-    waiting = sorted(
-        requests, key=lambda request: len(request.prompt), reverse=True
-    )  # popped from the short end
-    rows: dict[int, _Row] = {}  # by slot
-    cache = KVCache(max_batch_size, parallel.device())
     try:
-        while rows or waiting:
-            free = cache.free_slots()
-            if (
-                waiting and 2 * len(free) >= max_batch_size
-            ):  # refill in halves: few large prefills, not many small
-                changed = {
-                    slot: _Row(waiting.pop(), sampling, model.config.max_seq_len) for slot in free if waiting
-                }
-                _choose(list(changed.values()), _prefill(model, changed, cache), sampling)
-                rows |= changed
-            else:
-                positions = cache.advance()
-                changed = {slot: rows[slot] for slot in cache.slots()}
-                _choose(
-                    list(changed.values()), _decode(model, list(changed.values()), positions, cache), sampling
-                )
-            for slot, row in changed.items():
-                if why := row.finish(eos_id):
-                    yield Completion(row.request, row.tokens, row.logprobs, why)
-                    cache.release(slot)
-                    del rows[slot]
+        yield from _Batch(model, requests, sampling, vocabulary, max_batch_size, on_token).run()
     finally:
         model.train(was_training)
 
@@ -102,29 +105,153 @@ def _check_lengths(requests: Sequence[Request], max_seq_len: int) -> None:
             )
 
 
-def _prefill(model: Decoder, rows: dict[int, _Row], cache: KVCache) -> Tensor:
-    """Read the prompts into their slots of the cache; logits [B, V] of the position after each."""
-    prompts = [torch.tensor(row.request.prompt) for row in rows.values()]
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    read = PromptCache()
-    hidden = model(tokens.to(parallel.device()), cache=read)
-    for index, slot in enumerate(rows):
-        cache.admit([slot], read.row(index, len(prompts[index])))
-    return parallel.gather_vocab(model.logits(hidden[torch.arange(len(prompts)), lengths - 1]))
+class _Batch:
+    """The requests of one call: those waiting, those in slots and what has been drawn there.
+
+    Arrays with a row for each slot hold the state, so that a step costs the same few operations for any batch.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        vocabulary: Vocabulary,
+        n_slots: int,
+        on_token: Callable[[Request, int], None] | None,
+    ) -> None:
+        self.model, self.sampling, self.vocabulary, self.on_token = model, sampling, vocabulary, on_token
+        # the longest first: prefill batches hold little padding, and what may run longest starts early
+        ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.prompt))
+        self.waiting = deque(
+            deque(same) for _, same in groupby(ordered, key=lambda request: request.prompt)
+        )  # by prompt
+        self.read: deque[_Read] = deque()
+        n_slots = min(n_slots, len(requests))
+        shortest = min((len(request.prompt) for request in requests), default=0)
+        longest_response = min(sampling.max_new_tokens, model.config.max_seq_len - shortest)
+        self.cache = KVCache(n_slots, parallel.device())
+        self.requests: list[Request | None] = [None] * n_slots
+        self.limits = np.zeros(n_slots, dtype=np.int64)
+        self.counts = np.zeros(n_slots, dtype=np.int64)  # tokens drawn
+        self.tokens = np.zeros((n_slots, longest_response), dtype=np.int64)
+        self.logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
+        self.sampled_logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
+        self.uniforms = np.zeros((n_slots, longest_response))
+        self.bias: Tensor | None = None  # [P], once the logits' width is known
+        self.stop_window = 4 * max(map(len, sampling.stop), default=0) + 4  # a character is 4 tokens at most
+
+    def run(self) -> Iterator[Completion]:
+        """Admit and decode until nothing is left."""
+        while self.waiting or self.read or any(self.requests):
+            if admitted := self._admit():
+                yield from self._draw(*admitted)
+            if any(self.requests):
+                positions = self.cache.advance()
+                slots = self.cache.slots()
+                last = torch.from_numpy(self.tokens[slots, self.counts[slots] - 1]).to(positions.device)
+                hidden = self.model(last[:, None], positions, self.cache)
+                yield from self._draw(slots, self.model.logits(hidden[:, -1]))
+
+    def _admit(self) -> tuple[list[int], Tensor] | None:
+        """Fill empty slots with waiting requests. -> their slots and the logits [B, P] after their prompts."""
+        free = self.cache.free_slots()
+        # an eighth of the slots at a time: one forward then reads several prompts
+        if self.waiting and not self.read and 8 * len(free) >= len(self.requests):
+            self._prefill(len(free))
+        admitted, logits = [], []
+        while free and self.read:
+            read = self.read.popleft()
+            slots, free = free[: len(read.requests)], free[len(read.requests) :]
+            for slot in slots:
+                self._seat(read.requests.popleft(), slot)
+            self.cache.admit(slots, read.cached)
+            admitted += slots
+            logits.append(read.logits.expand(len(slots), -1))
+            if read.requests:  # the rest of this prompt's samples; the batch it was read in may go
+                cached = [(keys.clone(), values.clone()) for keys, values in read.cached]
+                self.read.appendleft(read._replace(cached=cached))
+        return (admitted, torch.cat(logits)) if admitted else None
+
+    def _prefill(self, n_slots: int) -> None:
+        """Read prompts of like length in one forward: as many as have samples for n slots, within the budget."""
+        chunk: list[deque[Request]] = []
+        while self.waiting and sum(map(len, chunk)) < n_slots:
+            longest = len((chunk or self.waiting)[0][0].prompt)
+            if chunk and longest * (len(chunk) + 1) > PREFILL_TOKENS:
+                break
+            chunk.append(self.waiting.popleft())
+        prompts = [torch.tensor(same[0].prompt) for same in chunk]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        cache, device = PromptCache(), parallel.device()
+        tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
+        hidden = self.model(tokens, cache=cache)
+        last = hidden[torch.arange(len(prompts), device=device), (lengths - 1).to(device)]
+        for index, (same, logits) in enumerate(zip(chunk, self.model.logits(last), strict=True)):
+            self.read.append(_Read(same, cache.row(index, int(lengths[index])), logits))
+
+    def _seat(self, request: Request, slot: int) -> None:
+        """Begin a response in an empty slot."""
+        limit = min(self.sampling.max_new_tokens, self.model.config.max_seq_len - len(request.prompt))
+        self.requests[slot], self.limits[slot], self.counts[slot] = request, limit, 0
+        self.uniforms[slot, :limit] = uniforms(self.sampling.seed, request.id, request.sample, limit)
+
+    def _draw(self, slots: list[int], local_logits: Tensor) -> Iterator[Completion]:
+        """Append the next token to each of these slots' rows; yield and empty those that it ends."""
+        if self.bias is None:
+            self.bias = _local_bias(self.sampling, self.vocabulary, local_logits)
+        places = slots, self.counts[slots]
+        u = torch.from_numpy(self.uniforms[places]).to(local_logits.device)
+        choice = choose(local_logits, self.sampling, u, self.bias)
+        self.tokens[places] = choice.tokens.cpu().numpy()
+        self.logprobs[places] = choice.logprobs.cpu().numpy()
+        self.sampled_logprobs[places] = choice.sampled_logprobs.cpu().numpy()
+        self.counts[slots] += 1
+        if self.on_token:
+            for slot, token in zip(slots, self.tokens[places].tolist(), strict=True):
+                self.on_token(self.requests[slot], token)
+        stopped = np.isin(self.tokens[places], self.vocabulary.eos_ids)
+        ended = stopped | (self.counts[slots] == self.limits[slots])
+        for slot, eos, end in zip(slots, stopped.tolist(), ended.tolist(), strict=True):
+            if end or self.sampling.stop:
+                text, cut = self._text(slot, end)
+                if end or cut:
+                    yield self._completion(slot, text, "stop" if eos or cut else "length")
+
+    def _text(self, slot: int, ended: bool) -> tuple[str, bool]:
+        """What a row says, up to its first stop string, and whether there is one; empty while nothing ends it."""
+        tokens = self.tokens[slot, : self.counts[slot]].tolist()
+        decode, stops = self.vocabulary.decode, self.sampling.stop
+        if decode is None:
+            return "", False
+        if not ended:
+            recent = decode(tokens[-self.stop_window :])
+            if not any(stop in recent for stop in stops):
+                return "", False
+        text = decode(tokens)
+        found = [text.find(stop) for stop in stops if stop in text]
+        return (text[: min(found)], True) if found else (text, False)
+
+    def _completion(self, slot: int, text: str, finish: str) -> Completion:
+        """The row of a slot, which is emptied."""
+        n = self.counts[slot]
+        columns = (self.tokens, self.logprobs, self.sampled_logprobs)
+        drawn = [column[slot, :n].tolist() for column in columns]
+        completion = Completion(self.requests[slot], *drawn, finish, text)
+        self.requests[slot] = None
+        self.cache.release(slot)
+        return completion
 
 
-def _decode(model: Decoder, rows: list[_Row], positions: Tensor, cache: KVCache) -> Tensor:
-    """Feed each row its newest token; logits [B, V] of the position after it."""
-    tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=parallel.device())
-    return parallel.gather_vocab(model.logits(model(tokens, positions, cache)[:, -1]))
-
-
-def _choose(rows: list[_Row], logits: Tensor, sampling: Sampling) -> None:
-    """Append the next token to every row; the first rank draws, the others receive."""
-    u = torch.from_numpy(np.array([row.uniforms[len(row.tokens)] for row in rows])).to(logits.device)
-    tokens, logprobs = choose(logits, sampling, u)
-    parallel.broadcast_from_first(tokens)
-    for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-        row.tokens.append(token)
-        row.logprobs.append(logprob)
+def _local_bias(sampling: Sampling, vocabulary: Vocabulary, local_logits: Tensor) -> Tensor | None:
+    """What is added to this rank's logits: the bias that was asked for, -inf for padding; None for nothing. -> [P]."""
+    width = local_logits.shape[-1]
+    first = parallel.tensor_parallel_rank() * width
+    bias = torch.zeros(width)
+    if vocabulary.size is not None:
+        bias[max(0, vocabulary.size - first) :] = float("-inf")
+    for index, value in sampling.logit_bias.items():
+        if 0 <= index - first < width:
+            bias[index - first] += value
+    # every rank adds or none: a sum with zeros may not decide what another rank does
+    return bias.to(local_logits.device) if vocabulary.size is not None or sampling.logit_bias else None

@@ -1,25 +1,44 @@
 """Choosing the next token, reproducibly: each sample's randomness depends on (seed, id, sample) alone.
 
-B batch, V vocabulary
+B batch, P vocabulary rows on this rank, R ranks, C candidates a rank sends
+
+Logits stay where they are: what crosses the tensor-parallel ranks is a row's sums, its best few candidates and the
+token drawn. Whatever the number of ranks, one number in [0, 1) selects the token by inverting the cumulative
+distribution in the order of ids - an order that rounding cannot change, as it could that of probabilities.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from src import parallel
 from src.errors import UserError
+
+CANDIDATES = 64  # a rank sends these first; a trained model's nucleus is rarely wider
+BLOCK = 256  # ids summed together: the draw looks for its block, then for its id
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 is greedy; top_p keeps the smallest set of that probability."""
+    """How tokens are drawn. temperature 0 is greedy.
+
+    The temperature comes first; then top_k keeps so many tokens (0 = all), top_p the smallest set of that share of
+    what is left, min_p those at least that likely relative to the likeliest. stop ends a response where one of
+    these strings begins. logit_bias is added to the logits of its ids before anything else; -inf bans an id.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -27,8 +46,31 @@ class Sampling:
             raise UserError(f"temperature={self.temperature}: expected 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: expected 0 < top_p <= 1")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k}: expected 0 (all tokens) or more")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={self.min_p}: expected 0 <= min_p <= 1")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
+        if "" in self.stop:
+            raise UserError("stop holds an empty string, which every response begins with; drop it")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can never be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+class Choice(NamedTuple):
+    """The next token of each row, alike on every rank.
+
+    logprobs are those of the plain model, sampled_logprobs those of the distribution that was sampled from (after
+    bias, temperature and truncation; 0 when greedy). Nats.
+    """
+
+    tokens: Tensor  # [B] int64
+    logprobs: Tensor  # [B] float32
+    sampled_logprobs: Tensor  # [B] float32
 
 
 def uniforms(seed: int, request_id: str, sample: int, n: int) -> np.ndarray:
@@ -37,28 +79,123 @@ def uniforms(seed: int, request_id: str, sample: int, n: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(n)
 
 
-def choose(logits: Tensor, sampling: Sampling, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The next token of each row and its log-prob under the plain model.
+def choose(local_logits: Tensor, sampling: Sampling, u: Tensor, bias: Tensor | None = None) -> Choice:
+    """Draw each row's next token.
 
-    logits [B, V], u [B] float64 in [0, 1) -> tokens [B] int64, logprobs [B] float32, nats.
+    local_logits [B, P] any float dtype, this rank's slice; u [B] float64 in [0, 1); bias [P] float32, this rank's.
     """
-    plain = logits.float().log_softmax(-1)
+    plain = local_logits.float()
+    biased = plain if bias is None else plain + bias
     if sampling.temperature == 0:
-        tokens = plain.argmax(-1)
+        choice = _greedy(plain, biased)
+    elif sampling.truncates:
+        choice = _draw_candidate(plain, biased / sampling.temperature, sampling, u)
     else:
-        tokens = _draw((plain / sampling.temperature).double().softmax(-1), sampling.top_p, u)
-    return tokens, plain.gather(-1, tokens[:, None]).squeeze(-1)
+        choice = _draw_any(plain, biased / sampling.temperature, u)
+    parallel.broadcast_from_first(choice.tokens)  # one rank's rounding decides for all
+    return choice
 
 
-def _draw(probs: Tensor, top_p: float, u: Tensor) -> Tensor:
-    """Invert the cumulative distribution at u. probs [B, V] float64 -> [B] int64."""
-    order = None
-    if top_p < 1:
-        probs, order = probs.sort(dim=-1, descending=True, stable=True)
-        probs = probs * (
-            probs.cumsum(-1) - probs < top_p
-        )  # a token stays if those before it fall short of top_p
-    cumulative = probs.cumsum(-1)
-    index = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)
-    index = index.clamp_max(probs.shape[-1] - 1)
-    return (index if order is None else order.gather(-1, index)).squeeze(-1)
+def _from_ranks(*columns: Tensor) -> Tensor:
+    """Every rank's float64 columns, in one message. [B] or [B, n] each -> [B, R, all n]."""
+    local = torch.cat([column.double().reshape(len(column), -1) for column in columns], -1)
+    return parallel.gather_vocab(local).unflatten(-1, (-1, local.shape[-1]))
+
+
+def _first_id(local_logits: Tensor) -> int:
+    """The id of this rank's first vocabulary row."""
+    return parallel.tensor_parallel_rank() * local_logits.shape[-1]
+
+
+def _of_rank(values: Tensor, ranks: Tensor) -> Tensor:
+    """Each row's entry of its own rank. values [B, R, n], ranks [B] int64 -> [B, n]."""
+    return values[torch.arange(len(values), device=values.device), ranks]
+
+
+def _greedy(plain: Tensor, biased: Tensor) -> Choice:
+    """The likeliest token; the first of equals."""
+    highest, index = biased.max(-1)
+    chosen = plain.gather(-1, index[:, None])
+    found = _from_ranks(highest, index + _first_id(plain), chosen, plain.logsumexp(-1))
+    best = _of_rank(found, found[:, :, 0].argmax(-1))
+    logprobs = best[:, 2] - found[:, :, 3].logsumexp(-1)
+    return Choice(best[:, 1].long(), logprobs.float(), torch.zeros_like(logprobs, dtype=torch.float32))
+
+
+def _draw_any(plain: Tensor, scaled: Tensor, u: Tensor) -> Choice:
+    """A draw from the whole softmax: sums decide which rank holds the token, its rank finds it."""
+    highest = scaled.amax(-1)
+    weights = torch.exp(scaled - highest.clamp_min(torch.finfo(scaled.dtype).min)[:, None])  # [B, P]
+    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1).double().cumsum(-1)  # [B, P / BLOCK]
+    found = _from_ranks(highest, sums[:, -1], plain.logsumexp(-1))
+    top = found[:, :, 0].amax(-1)
+    scale = (found[:, :, 0] - top[:, None]).exp()  # [B, R]
+    ends = (scale * found[:, :, 1]).cumsum(-1)
+    target = u * ends[:, -1]
+    owner = _position(ends, target)
+    # the rest of the search is the owner's; the others compute something that nobody reads
+    rank = parallel.tensor_parallel_rank()
+    rest = (target - ends[:, rank]) / scale[:, rank].clamp_min(1e-300) + sums[:, -1]
+    block = _position(sums, rest)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block].double().cumsum(-1)  # [B, BLOCK]
+    before = sums.gather(-1, block[:, None]).squeeze(-1) - inside[:, -1]
+    index = (block * BLOCK + _position(inside, rest - before)).clamp_max(plain.shape[-1] - 1)
+    values = [logits.gather(-1, index[:, None]) for logits in (plain, scaled)]
+    drawn = _of_rank(_from_ranks(index + _first_id(plain), *values), owner)
+    return Choice(
+        drawn[:, 0].long(),
+        (drawn[:, 1] - found[:, :, 2].logsumexp(-1)).float(),
+        (drawn[:, 2] - top - ends[:, -1].log()).float(),
+    )
+
+
+def _position(cumulative: Tensor, target: Tensor) -> Tensor:
+    """Where each row's target falls: the first entry above it that adds anything. [B, n], [B] -> [B] int64."""
+    above = torch.searchsorted(cumulative, target[:, None].clamp_min(0), right=True)
+    # rounding may put a target at the very end, behind the last entry that adds anything
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(above, last).squeeze(-1)
+
+
+def _draw_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tensor) -> Choice:
+    """A draw from the likeliest tokens: each rank sends its own few, more of them where they fall short."""
+    n = sampling.top_k or CANDIDATES
+    while True:
+        n = min(n, scaled.shape[-1])
+        values, index = scaled.topk(n)
+        found = _from_ranks(scaled.logsumexp(-1), plain.logsumexp(-1), values, index + _first_id(plain),
+                            plain.gather(-1, index))  # fmt: skip
+        values, ids, plain_values = (
+            columns.flatten(1) for columns in found[:, :, 2:].unflatten(-1, (3, n)).unbind(2)
+        )  # [B, R * n]
+        values, order = values.sort(descending=True, stable=True)
+        kept = _kept(values, found[:, :, 0].logsumexp(-1), sampling)
+        # all that any rank kept back is below its n-th: the first n in all are the true first n
+        if sampling.top_k or n == scaled.shape[-1] or not kept[:, n - 1 :].any():
+            break
+        n *= 16
+    width = int(kept.sum(-1).max())
+    ids, by_id = ids.gather(-1, order[:, :width]).sort()  # [B, width]
+    plain_values = plain_values.gather(-1, order[:, :width]).gather(-1, by_id)
+    logits = values[:, :width].masked_fill(~kept[:, :width], float("-inf")).gather(-1, by_id)
+    logprobs = logits.log_softmax(-1)
+    cumulative = logprobs.exp().cumsum(-1)
+    index = _position(cumulative, u * cumulative[:, -1])[:, None]
+    return Choice(
+        ids.gather(-1, index).squeeze(-1).long(),
+        (plain_values.gather(-1, index).squeeze(-1) - found[:, :, 1].logsumexp(-1)).float(),
+        logprobs.gather(-1, index).squeeze(-1).float(),
+    )
+
+
+def _kept(values: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
+    """Which of the sorted candidates may be drawn: always the first. values [B, n], total [B] log-sum -> [B, n]."""
+    place = torch.arange(values.shape[-1], device=values.device)
+    if sampling.top_k:
+        values = values.masked_fill(place >= sampling.top_k, float("-inf"))
+        total = values.logsumexp(-1)
+    probs = (values - total[:, None]).exp()
+    before = probs.cumsum(-1) - probs
+    kept = (before < sampling.top_p) & (probs >= sampling.min_p * probs[:, :1]) & (probs > 0)
+    return kept | (place == 0)

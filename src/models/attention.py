@@ -15,7 +15,6 @@ from src.models.config import ModelConfig
 from src.models.rope import apply_rope
 from src.parallel import ColumnParallelLinear, RowParallelLinear, tensor_parallel_rank, tensor_parallel_size
 
-
 # What each position may attend to: None = those before it in its row, itself included; a tensor [B, 1, S, T] of
 # booleans; or, for one row of samples laid end to end, the samples' lengths: those before it in its own sample.
 Visible = Tensor | tuple[int, ...] | None

@@ -14,7 +14,7 @@ from src import losses, parallel
 from src.data import collate
 from src.data.collate import Batch, Encoded
 from src.data.examples import Prompt
-from src.inference.engine import Completion, Request, generate
+from src.inference.engine import Completion, Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.inference.scoring import logprobs_and_entropy, response_logprobs, response_scores, response_values
 from src.models.decoder import Decoder
@@ -83,7 +83,11 @@ def sample_episodes(
         Request(prompt.id, step, collate.encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts
     ]
     completions = generate(
-        actor, requests, sampling, eos_id=tokenizer.eos_id, max_batch_size=settings.rollout_batch_size
+        actor,
+        requests,
+        sampling,
+        vocabulary=vocabulary_of(tokenizer),
+        max_batch_size=settings.rollout_batch_size,
     )
     by_id = {completion.request.id: completion for completion in completions}
     return [by_id[prompt.id] for prompt in prompts]

@@ -12,26 +12,27 @@ from src import assemble, parallel
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.errors import UserError
-from src.inference.engine import Completion, Request, generate
+from src.inference.engine import Completion, Request, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from tests import reference
 from tests.ranks import run_ranks, succeed
-from tests.workers import all_logits
+from tests.workers import WAYS, all_logits
 
 EOS = 2
+VOCABULARY = Vocabulary((EOS,))
 CONTEXT = 128
 LENGTHS = (1, 3, 3, 8, 20, 41, 70, 5, 2)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """One random model split for 1 and for 2 ranks."""
+    """One random model split for 1, 2 and 4 ranks."""
     root = tmp_path_factory.mktemp("engine")
     source = open_source(str(reference.make_llama(root / "hf", "gqa")))
-    for n in (1, 2):
+    for n in (1, 2, 4):
         split(source, root / str(n), n, "", "", "gqa")
-    return {n: root / str(n) for n in (1, 2)}
+    return {n: root / str(n) for n in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,15 @@ def requests() -> list[Request]:
 
 
 def sampled(
-    model: Decoder, requests: list[Request], max_batch_size: int = 64, **settings: float
+    model: Decoder,
+    requests: list[Request],
+    max_batch_size: int = 64,
+    vocabulary: Vocabulary = VOCABULARY,
+    **settings: object,
 ) -> dict[tuple[str, int], Completion]:
     """Completions by (id, sample)."""
     sampling = Sampling(**{"temperature": 1.0, "max_new_tokens": 30, "seed": 3} | settings)
-    found = list(generate(model, requests, sampling, eos_id=EOS, max_batch_size=max_batch_size))
+    found = list(generate(model, requests, sampling, vocabulary=vocabulary, max_batch_size=max_batch_size))
     assert len(found) == len(requests)
     return {(done.request.id, done.request.sample): done for done in found}
 
@@ -144,6 +149,93 @@ def test_prompt_that_fills_the_context_is_refused_by_id(model: Decoder, length: 
         sampled(model, requests)
 
 
+def read_as_letters(tokens: list[int]) -> str:
+    """A tokenizer's decode: two letters an id, so that strings span the borders of tokens; special ids vanish."""
+    return "".join(f"{chr(97 + token % 7)}{chr(97 + token // 7)}" for token in tokens if token > EOS)
+
+
+LETTERS = Vocabulary((EOS,), decode=read_as_letters)
+
+
+@pytest.mark.parametrize("max_batch_size", [2, 9])
+def test_stop_string_across_tokens_ends_the_response_and_is_left_out(
+    model: Decoder, requests: list[Request], max_batch_size: int
+) -> None:
+    free = sampled(model, requests, vocabulary=LETTERS)
+    # the last letter of one token and the first of the next, from the middle of a long response
+    text = max((done.text for done in free.values()), key=len)
+    stops = (text[21:23], text[31:34])
+    stopped = sampled(model, requests, max_batch_size, LETTERS, stop=stops)
+    assert sum(done.text != free[key].text for key, done in stopped.items()) > 1
+    for key, done in stopped.items():
+        whole = free[key].text
+        end = min((whole.find(stop) for stop in stops if stop in whole), default=len(whole))
+        assert done.text == whole[:end]
+        assert free[key].tokens[: len(done.tokens)] == done.tokens
+        assert done.finish == ("stop" if end < len(whole) else free[key].finish)
+        before = read_as_letters(done.tokens[:-1])
+        assert not any(stop in before for stop in stops)  # nothing is drawn behind a stop string
+
+
+def test_any_of_several_eos_ids_ends_a_response(model: Decoder, requests: list[Request]) -> None:
+    free = sampled(model, requests)
+    other = next(done.tokens[3] for done in free.values() if len(done.tokens) > 4)
+    for key, done in sampled(model, requests, vocabulary=Vocabulary((EOS, other))).items():
+        ends = [place for place, token in enumerate(free[key].tokens) if token in (EOS, other)]
+        assert done.tokens == free[key].tokens[: ends[0] + 1 if ends else None]
+        assert done.finish == ("stop" if ends else "length")
+
+
+def test_banned_and_padding_ids_are_never_drawn(model: Decoder, requests: list[Request]) -> None:
+    free = {token for done in sampled(model, requests).values() for token in done.tokens}
+    assert max(free) > 50 and 7 in free
+    ban = {7: float("-inf")}
+    for settings in ({}, {"top_p": 0.9}, {"temperature": 0.0}):
+        found = sampled(model, requests, vocabulary=Vocabulary((EOS,), 50), logit_bias=ban, **settings)
+        tokens = {token for done in found.values() for token in done.tokens}
+        assert max(tokens) < 50 and 7 not in tokens
+
+
+def test_samples_of_a_prompt_share_one_reading(
+    model: Decoder, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def count(module: Decoder, arguments: tuple[Tensor, ...]) -> None:
+        if arguments[0].shape[1] > 1:
+            read.append(len(arguments[0]))
+
+    many = [request._replace(sample=sample) for request in requests[10:14] for sample in range(5)]
+    handle = model.register_forward_pre_hook(count)
+    for slots in (1, 3, 64):  # a prompt's samples find room at different times
+        read.clear()
+        sampled(model, many, slots)
+        assert sum(read) == 2  # requests[10:14] are two prompts
+    handle.remove()
+
+
+def test_log_probs_of_the_sampled_distribution_renormalise_the_plain_ones(
+    model: Decoder, requests: list[Request]
+) -> None:
+    for done in sampled(model, requests, 4, temperature=0.7, top_k=3).values():
+        scaled = response_logits(model, done) / 0.7
+        third = scaled.topk(3).values[:, -1:]
+        logprobs = scaled.masked_fill(scaled < third, float("-inf")).log_softmax(-1)
+        expected = logprobs.gather(-1, torch.tensor(done.tokens)[:, None]).squeeze(-1)
+        torch.testing.assert_close(torch.tensor(done.sampled_logprobs), expected, rtol=0, atol=1e-4)
+
+
+def test_every_token_is_heard_as_it_is_drawn(model: Decoder, requests: list[Request]) -> None:
+    heard: dict[tuple[str, int], list[int]] = {}
+
+    def hear(request: Request, token: int) -> None:
+        heard.setdefault((request.id, request.sample), []).append(token)
+
+    sampling = Sampling(temperature=1.0, max_new_tokens=9)
+    for done in generate(model, requests, sampling, vocabulary=VOCABULARY, max_batch_size=5, on_token=hear):
+        assert heard[done.request.id, done.request.sample] == done.tokens
+
+
 def test_no_requests_give_no_completions(model: Decoder) -> None:
     assert sampled(model, []) == {}
 
@@ -153,7 +245,7 @@ def test_mode_of_the_model_is_restored_even_when_the_caller_stops_early(
     model: Decoder, requests: list[Request], training: bool
 ) -> None:
     model.train(training)
-    stream = generate(model, requests, Sampling(max_new_tokens=3), eos_id=EOS, max_batch_size=2)
+    stream = generate(model, requests, Sampling(max_new_tokens=3), vocabulary=VOCABULARY, max_batch_size=2)
     next(stream)
     assert not model.training
     stream.close()
@@ -161,32 +253,48 @@ def test_mode_of_the_model_is_restored_even_when_the_caller_stops_early(
     model.eval()
 
 
-def test_two_ranks_sample_what_one_samples(
-    model: Decoder, folders: dict[int, Path], requests: list[Request], tmp_path: Path
+@pytest.mark.parametrize("n", [2, 4])
+def test_ranks_sample_what_one_samples(
+    model: Decoder, folders: dict[int, Path], requests: list[Request], tmp_path: Path, n: int
 ) -> None:
-    first, second = run_ranks(
-        2, "tests.workers:completions", tmp_path, folder=str(folders[2]), requests=requests
+    first, *others = run_ranks(
+        n, "tests.workers:completions", tmp_path, folder=str(folders[n]), requests=requests
     )
-    assert first == second
-    for temperature, found in first.items():
-        alone = sampled(model, requests, 4, temperature=float(temperature), top_p=0.9, max_new_tokens=24)
-        assert found == {f"{name}/{sample}": done.tokens for (name, sample), done in alone.items()}
+    assert all(other == first for other in others)
+    for way, settings in WAYS.items():
+        alone = sampled(model, requests, 7, Vocabulary((EOS,), 60), **{"max_new_tokens": 24} | settings)
+        assert first[way] == {f"{name}/{sample}": done.tokens for (name, sample), done in alone.items()}, way
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_trained_model_reproduces_its_published_text(tmp_path: Path, n: int) -> None:
+def test_trained_model_reproduces_its_published_text_among_seven_others(tmp_path: Path, n: int) -> None:
     folder = reference.shared("weights/stories260K")
     golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
-    prompt = tmp_path / "prompt.jsonl"
-    prompt.write_text(json.dumps({"instruction": golden["prompt"]}) + "\n", encoding="utf-8")
+    others = [
+        "Tom",
+        "Lily and Ben went to the park. They saw",
+        "A dog",
+        "She",
+        "It was",
+        "Mom said",
+        "The sun",
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [
+        json.dumps({"instruction": prompt}) + "\n" for prompt in [*others[:3], golden["prompt"], *others[3:]]
+    ]
+    prompts.write_text("".join(rows), encoding="utf-8")
     succeed(
         "checkpoint_split.py", "--ckpt_file", folder / "stories260K.pt", "--save_path", tmp_path / "ckpt",
         f"--n={n}", "--tokenizer_file", folder / "tok512.model",
     )  # fmt: skip
     succeed(
-        *("solver_evaluate.py", "--task", "none", "--ckpt_dir", tmp_path / "ckpt", "--label_file", prompt),
+        *("solver_evaluate.py", "--task", "none", "--ckpt_dir", tmp_path / "ckpt", "--label_file", prompts),
         *("--max_new_tokens", golden["steps"], "--temperature", 0, "--log_dir", tmp_path / "log"),
+        *("--max_batch_size", 8),
         n=n if n > 1 else None,
     )
-    (line,) = (tmp_path / "log" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(line)["response"] == golden["text"]
+    lines = (tmp_path / "log" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = {sample["prompt"]: sample["response"] for sample in map(json.loads, lines)}
+    assert len(samples) == 8
+    assert samples[golden["prompt"]] == golden["text"]

@@ -1,21 +1,30 @@
 """src/inference/sampling.py by hand and by frequency."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from src import parallel
 from src.errors import UserError
+from src.inference import sampling as sampling_module
 from src.inference.sampling import Sampling, choose, uniforms
 
 # probabilities 0.1, 0.6, 0.3 of tokens 0, 1, 2
 LOGITS = torch.tensor([0.1, 0.6, 0.3]).log()
 
 
-def drawn(u: list[float], **settings: float) -> list[int]:
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> None:
+    parallel.start()
+
+
+def drawn(u: list[float], **settings: object) -> list[int]:
     """The tokens that these numbers draw from LOGITS."""
     sampling = Sampling(**{"temperature": 1.0} | settings)
-    return choose(LOGITS.expand(len(u), 3), sampling, torch.tensor(u, dtype=torch.float64))[0].tolist()
+    return choose(LOGITS.expand(len(u), 3), sampling, torch.tensor(u, dtype=torch.float64)).tokens.tolist()
 
 
 def test_draw_inverts_the_cumulative_distribution() -> None:
@@ -27,11 +36,70 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     # by size: token 1 has 0.6, then token 2 makes 0.9, then token 0
     assert drawn([0.0, 0.5, 0.9999], top_p=0.5) == [1, 1, 1]
     assert drawn([0.0, 0.5, 0.9999], top_p=0.59) == [1, 1, 1]
-    # tokens 1 and 2 renormalised: 0.667 and 0.333
+    # tokens 1 and 2 renormalised: 0.667 and 0.333, in the order of ids
     assert drawn([0.0, 0.666, 0.667, 0.9999], top_p=0.61) == [1, 1, 2, 2]
     assert drawn([0.0, 0.666, 0.667, 0.9999], top_p=0.89) == [1, 1, 2, 2]
-    # all three, still by size
-    assert drawn([0.0, 0.599, 0.601, 0.899, 0.901], top_p=0.95) == [1, 1, 2, 2, 0]
+    # all three
+    assert drawn([0.0, 0.0999, 0.1001, 0.6999, 0.7001], top_p=0.95) == [0, 0, 1, 1, 2]
+
+
+def test_top_k_keeps_the_likeliest() -> None:
+    assert drawn([0.0, 0.9999], top_k=1) == [1, 1]
+    assert drawn([0.0, 0.666, 0.667, 0.9999], top_k=2) == [1, 1, 2, 2]
+    assert drawn([0.0, 0.1001, 0.7001], top_k=3) == [0, 1, 2]
+    assert drawn([0.0, 0.1001, 0.7001], top_k=50) == [0, 1, 2]
+    # top_p is a share of what top_k leaves: 0.667 and 0.333
+    assert drawn([0.0, 0.9999], top_k=2, top_p=0.66) == [1, 1]
+    assert drawn([0.0, 0.9999], top_k=2, top_p=0.67) == [1, 2]
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    # 0.1, 0.6, 0.3 relative to 0.6: 0.167, 1, 0.5
+    assert drawn([0.0, 0.9999], min_p=0.51) == [1, 1]
+    assert drawn([0.0, 0.9999], min_p=0.49) == [1, 2]
+    assert drawn([0.0, 0.1001, 0.9999], min_p=0.16) == [0, 1, 2]
+
+
+def test_a_nucleus_wider_than_the_candidates_is_found_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_module, "CANDIDATES", 2)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 100, generator=generator)
+    u = torch.rand(5, dtype=torch.float64, generator=generator)
+    for top_p in (0.02, 0.5, 0.99):
+        probs, order = logits.double().softmax(-1).sort(descending=True)
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
+        in_order_of_ids = torch.zeros_like(probs).scatter(-1, order, probs)
+        cumulative = in_order_of_ids.cumsum(-1) / in_order_of_ids.sum(-1, keepdim=True)
+        choice = choose(logits, Sampling(temperature=1.0, top_p=top_p), u)
+        assert choice.tokens.tolist() == (cumulative <= u[:, None]).sum(-1).tolist()
+
+
+def test_bias_shifts_bans_and_leaves_the_plain_log_probs() -> None:
+    bias = torch.tensor([0.0, float("-inf"), 0.0])
+    u = torch.tensor([0.0, 0.2499, 0.2501, 0.9999], dtype=torch.float64)  # 0.1 and 0.3 of 0.4
+    for settings in ({}, {"top_p": 0.99}, {"top_k": 3}):
+        choice = choose(LOGITS.expand(4, 3), Sampling(temperature=1.0, **settings), u, bias)
+        assert choice.tokens.tolist() == [0, 0, 2, 2]
+        plain, sampled = LOGITS[choice.tokens], (LOGITS - math.log(0.4))[choice.tokens]
+        torch.testing.assert_close(choice.logprobs, plain)
+        torch.testing.assert_close(choice.sampled_logprobs, sampled)
+    greedy = choose(LOGITS[None], Sampling(), u[:1], bias)
+    assert greedy.tokens.tolist() == [2] and greedy.sampled_logprobs.tolist() == [0.0]
+    torch.testing.assert_close(greedy.logprobs, LOGITS[2:])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_p": 0.8}, {"top_k": 7}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.9, "min_p": 0.01}]
+)
+def test_sampled_log_probs_are_those_of_the_distribution_sampled_from(settings: dict[str, float]) -> None:
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3)) * 2
+    n = 4000
+    choice = choose(logits.expand(n, 40), Sampling(temperature=1.3, **settings), torch.arange(n).double() / n)
+    probs = torch.zeros(40).index_add(
+        0, choice.tokens, torch.full((n,), 1 / n)
+    )  # u is a grid: exact to 1 / n
+    for token, logprob in zip(choice.tokens.tolist(), choice.sampled_logprobs.tolist(), strict=True):
+        assert math.exp(logprob) == pytest.approx(probs[token].item(), abs=1.1 / n)
 
 
 def test_top_p_keeps_at_least_one_token() -> None:
@@ -50,14 +118,16 @@ def test_temperature_sharpens_and_flattens() -> None:
 
 def test_temperature_zero_is_greedy_and_takes_the_first_of_equals() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]])
-    tokens, _ = choose(logits, Sampling(temperature=0.0), torch.tensor([0.99, 0.99], dtype=torch.float64))
+    tokens, *_ = choose(logits, Sampling(temperature=0.0), torch.tensor([0.99, 0.99], dtype=torch.float64))
     assert tokens.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
 def test_logprobs_are_those_of_the_plain_model(temperature: float) -> None:
     sampling = Sampling(temperature=temperature, top_p=0.7)
-    tokens, logprobs = choose(5 + LOGITS[None].bfloat16(), sampling, torch.tensor([0.5], dtype=torch.float64))
+    tokens, logprobs, _ = choose(
+        5 + LOGITS[None].bfloat16(), sampling, torch.tensor([0.5], dtype=torch.float64)
+    )
     assert logprobs.dtype == torch.float32
     expected = (5 + LOGITS.bfloat16()).float().log_softmax(-1)[tokens]
     torch.testing.assert_close(logprobs, expected)
@@ -77,7 +147,7 @@ def test_frequencies_are_those_of_the_distribution(temperature: float, top_p: fl
     expected[nucleus] = probs[nucleus] / probs[nucleus].sum()
     n = 20_000
     u = torch.from_numpy(uniforms(1, "row", 0, n))
-    tokens, _ = choose(logits.expand(n, 6), Sampling(temperature=temperature, top_p=top_p), u)
+    tokens, *_ = choose(logits.expand(n, 6), Sampling(temperature=temperature, top_p=top_p), u)
     found = torch.bincount(tokens, minlength=6) / n
     assert (found - expected).abs().max() < 0.015  # four standard deviations of a share
     assert not found[expected == 0].any()
@@ -105,7 +175,14 @@ def test_uniforms_are_uniform() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}],
+    [
+        {"temperature": -0.1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": 1.5},
+        {"max_new_tokens": 0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(wrong))}=.*: expected"):
