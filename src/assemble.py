@@ -6,13 +6,14 @@ names its base; loading it loads the base and folds the adapter in, in the reque
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from src import parallel
-from src.checkpoint import adapters, convert, shards, sources, storage
+from src.checkpoint import adapters, shards, sources, storage
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -99,25 +100,17 @@ def solver_to_verifier(config: ModelConfig) -> ModelConfig:
 
 def _local_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """This rank's tensors of a directory on its device, adapters folded in. Raises UserError."""
-    tensors = _stored_tensors(folder)
-    for name in tensors:  # one at a time: what was merged is freed as it is copied
-        tensors[name] = tensors[name].to(parallel.device(), dtype, copy=True)
-    return tensors
+    place = {"device": parallel.device(), "dtype": dtype, "copy": True}
+    # one at a time: what was merged or resharded is freed as it is copied
+    return {name: load().to(**place) for name, load in _stored_tensors(folder).items()}
 
 
-def _stored_tensors(folder: Path) -> dict[str, Tensor]:
+def _stored_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
     """This rank's tensors as stored; adapters are folded in before any rounding to the dtype asked for."""
     adapter = adapters.read_adapter(folder)
     kind = storage.ADAPTER if adapter else storage.WEIGHTS
-    paths = storage.shard_paths(folder, kind)
-    n = parallel.tensor_parallel_size()
-    if len(paths) != n:
-        raise UserError(
-            f"{folder} holds {len(paths)} shards but {n} ranks are running; start {len(paths)} "
-            f"processes, or run checkpoint_split.py --ckpt_file {folder} --save_path NEW_DIR --n {n}"
-        )
-    stored = storage.read_shard(paths[parallel.tensor_parallel_rank()])
-    own = {name: tensor for name, tensor in stored.items() if not convert.is_derived(name)}
+    n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
+    own = sources.local_tensors(folder, kind, sources.read_config(folder), n, rank)
     return adapters.fold(_stored_tensors(adapter.base), own, adapter.lora) if adapter else own
 
 

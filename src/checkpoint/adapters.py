@@ -1,5 +1,7 @@
 """Adapter directories (LoRA): adapter.NN.pth beside an adapter.json that names the base they belong to."""
 
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +10,8 @@ from torch import Tensor
 from src.checkpoint import storage
 from src.errors import UserError
 from src.models.lora import LoraConfig, merged_weight
+
+Load = Callable[[], Tensor]
 
 
 class Adapter(NamedTuple):
@@ -47,20 +51,28 @@ def read_adapter(folder: Path) -> Adapter | None:
     return Adapter(base, lora)
 
 
-def fold(base: dict[str, Tensor], own: dict[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
-    """Base tensors with an adapter's products added in float32; its whole tensors (a value head) take their place.
+def fold(base: Mapping[str, Load], own: Mapping[str, Load], lora: LoraConfig) -> dict[str, Load]:
+    """A base's tensors with an adapter's products added in float32, each when it is read.
 
-    Works on whole tensors and on one rank's shards alike: a shard's product needs that shard's factors only.
+    The adapter's whole tensors (a value head) take their place. Works on whole tensors and on one rank's shards
+    alike: a shard's product needs that shard's factors only.
     """
+    merged = dict(base)
     if "v_head.weight" in own:
-        base.pop("output.weight", None)
-    for name, tensor in own.items():
+        merged.pop("output.weight", None)
+    for name, load in own.items():
         if name.endswith(".lora_a.weight"):
             stem = name.removesuffix(".lora_a.weight")
-            lora_b = own[f"{stem}.lora_b.weight"]
-            base[f"{stem}.weight"] = merged_weight(
-                base[f"{stem}.weight"], tensor, lora_b, lora.alpha / lora.rank
+            weight, other = f"{stem}.weight", f"{stem}.lora_b.weight"
+            if weight not in base or other not in own:
+                raise UserError(f"{name} adapts nothing: the base lacks {weight}, or the adapter {other}")
+            merged[weight] = functools.partial(
+                _merged, base[weight], load, own[other], lora.alpha / lora.rank
             )
         elif not name.endswith(".lora_b.weight"):
-            base[name] = tensor
-    return base
+            merged[name] = load
+    return merged
+
+
+def _merged(base: Load, lora_a: Load, lora_b: Load, scale: float) -> Tensor:
+    return merged_weight(base(), lora_a(), lora_b(), scale)

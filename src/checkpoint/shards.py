@@ -95,12 +95,8 @@ def cut(tensor: Tensor, how: Cut, index: int) -> Tensor:
         return tensor.clone(memory_format=torch.contiguous_format)
     rows = how.rows[index]
     start, stop = min(rows.start, how.size), min(rows.stop, how.size)
-    piece = tensor.narrow(how.dim, start, stop - start)
-    if stop - start < len(rows):
-        shape = list(piece.shape)
-        shape[how.dim] = len(rows) - (stop - start)
-        return torch.cat([piece, piece.new_zeros(shape)], how.dim)
-    return piece.clone(memory_format=torch.contiguous_format)
+    piece = tensor.narrow(how.dim, start, stop - start).clone(memory_format=torch.contiguous_format)
+    return _padded(piece, how.dim, len(rows))
 
 
 def join(pieces: Sequence[Tensor], how: Cut) -> Tensor:
@@ -109,23 +105,73 @@ def join(pieces: Sequence[Tensor], how: Cut) -> Tensor:
     Raises UserError when two shards disagree about what both hold.
     """
     if how.dim is None:
-        _check_copies(pieces, pieces[0])
+        _check_copies(pieces[1:], pieces[0])
         return pieces[0]
+    return _join_rows(pieces, how, range(how.size))
+
+
+def _join_rows(pieces: Sequence[Tensor], how: Cut, wanted: range) -> Tensor:
+    """Rows `wanted` of the whole tensor; nothing else of the shards is read. Raises UserError as join() does."""
     shape = list(pieces[0].shape)
-    shape[how.dim] = how.size
-    whole, filled = pieces[0].new_empty(shape), 0
+    shape[how.dim] = len(wanted)
+    whole, filled = pieces[0].new_empty(shape), wanted.start
     for piece, rows in zip(pieces, how.rows, strict=True):
-        length = min(rows.stop, how.size) - min(rows.start, how.size)
-        target, own = (
-            whole.narrow(how.dim, min(rows.start, how.size), length),
-            piece.narrow(how.dim, 0, length),
+        start, stop = max(rows.start, wanted.start), min(rows.stop, wanted.stop)
+        if start >= stop:
+            continue
+        own = piece.narrow(how.dim, start - rows.start, stop - start)
+        target = whole.narrow(how.dim, start - wanted.start, stop - start)
+        twice = max(
+            0, min(filled, stop) - start
+        )  # rows come in order: what is filled already, these are copies of
+        _check_copies([own.narrow(how.dim, 0, twice)], target.narrow(how.dim, 0, twice))
+        target.narrow(how.dim, twice, stop - start - twice).copy_(
+            own.narrow(how.dim, twice, stop - start - twice)
         )
-        if rows.stop <= filled:  # rows come in order: these are copies
-            _check_copies([own], target)
-        else:
-            target.copy_(own)
-            filled = rows.stop
+        filled = max(filled, stop)
+    assert filled == max(wanted.start, wanted.stop), f"the shards hold rows up to {filled} of {wanted}"
     return whole
+
+
+def reshard(pieces: Sequence[Tensor], how: Cut, other: Cut, index: int) -> Tensor:
+    """Shard `index` of the cut `other` from the shards of the cut `how`, reading only what it holds.
+
+    Also for optimizer state, whose tensors have their parameter's shape. Raises UserError as join() does.
+    """
+    if how.dim is None:
+        _check_copies(pieces[1:], pieces[0])
+        return cut(pieces[0], other, index)
+    if other.dim is None:
+        return join(pieces, how)
+    rows = other.rows[index]
+    held = range(min(rows.start, other.size), min(rows.stop, other.size))
+    if how.dim == other.dim:
+        piece = _join_rows(pieces, how, held)
+    else:  # the embedding, by its width in one and by its vocabulary in the other
+        piece = join([part.narrow(other.dim, held.start, len(held)) for part in pieces], how)
+    return _padded(piece, other.dim, len(rows))
+
+
+def _padded(piece: Tensor, dim: int, length: int) -> Tensor:
+    """A piece with zeros behind its end along `dim`."""
+    if piece.shape[dim] == length:
+        return piece
+    shape = list(piece.shape)
+    shape[dim] = length - piece.shape[dim]
+    return torch.cat([piece, piece.new_zeros(shape)], dim)
+
+
+def check_pieces(name: str, shapes: Sequence[tuple[int, ...]], how: Cut, where: str) -> None:
+    """Raise UserError unless the shapes of a parameter's shards are those of this cut."""
+    for index, shape in enumerate(shapes):
+        expected = tuple(
+            len(how.rows[index]) if axis == how.dim else size for axis, size in enumerate(shapes[0])
+        )
+        if shape != expected:
+            raise UserError(
+                f"{where}: {name} is {list(shape)} in shard {index}, expected {list(expected)} beside "
+                f"{list(shapes[0])} in shard 0; the shards are not of one split"
+            )
 
 
 def _check_copies(copies: Sequence[Tensor], first: Tensor) -> None:

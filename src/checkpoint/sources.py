@@ -5,6 +5,7 @@ directories of tensor-parallel shards all become a Source; tensors are read one 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from src.checkpoint import adapters, convert, storage
-from src.checkpoint.shards import Cut, cut_of, expected_shapes, join
+from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join, reshard
 from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
 from src.errors import UserError
 from src.models.config import ModelConfig, config_from_dict
@@ -74,23 +75,43 @@ def _open_adapter(folder: Path, adapter: adapters.Adapter) -> Source:
     storage.check_complete(folder)
     config = read_config(folder)
     base = open_source(str(adapter.base))
-    pieces = [storage.read_shard(path) for path in storage.shard_paths(folder, storage.ADAPTER)]
-    cuts = {name: cut_of(name, config, len(pieces)) for name in pieces[0]}
-    own = {name: join([piece[name] for piece in pieces], how) for name, how in cuts.items()}
-
-    def merged(name: str) -> Tensor:
-        stem = name.removesuffix(".weight")
-        factors = {
-            key: own[key] for key in (f"{stem}.lora_a.weight", f"{stem}.lora_b.weight", name) if key in own
-        }
-        weight = {name: base.tensors[name].load()} if name in base.tensors else {}
-        return adapters.fold(weight, factors, adapter.lora)[name]
-
+    own = local_tensors(folder, storage.ADAPTER, config, 1, 0)
+    plain = {name: stored.load for name, stored in base.tensors.items()}
+    merged = adapters.fold(plain, own, adapter.lora)
+    dtype = getattr(torch, config.dtype)
     tensors = {
-        name: StoredTensor(shape, lambda name=name: merged(name), torch.float32)
+        name: StoredTensor(shape, merged[name], base.tensors[name].dtype if name in base.tensors else dtype)
         for name, shape in expected_shapes(config).items()
     }
     return Source(config, tensors, storage.tokenizer_files(folder), [folder, *base.folders])
+
+
+def local_tensors(
+    folder: Path, kind: str, config: ModelConfig, n: int, index: int
+) -> dict[str, Callable[[], Tensor]]:
+    """What rank `index` of n holds of a directory of any number of shards, read when called.
+
+    Only the rows that this rank holds are read. Raises UserError when the shards are not of one split.
+    """
+    paths = storage.shard_paths(folder, kind)
+    if len(paths) == n:
+        own = storage.read_shard(paths[index])
+        return {
+            name: lambda tensor=tensor: tensor for name, tensor in own.items() if not convert.is_derived(name)
+        }
+    all_shards = [storage.read_shard(path) for path in paths]
+    tensors = {}
+    for name in all_shards[0]:
+        if convert.is_derived(name):
+            continue
+        for path, shard in zip(paths, all_shards, strict=True):
+            if name not in shard:
+                raise UserError(f"{path}: parameter {name!r} is missing, but {paths[0].name} has it")
+        pieces = [shard[name] for shard in all_shards]
+        how, other = cut_of(name, config, len(paths)), cut_of(name, config, n)
+        check_pieces(name, [tuple(piece.shape) for piece in pieces], how, str(folder))
+        tensors[name] = functools.partial(reshard, pieces, how, other, index)
+    return tensors
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -206,22 +227,12 @@ def _join_shards(
     for name, (shape, _, _) in shards[0].items():
         how = cut_of(name, config, len(shards))
         pieces = [shard[name] for shard in shards]
-        for index, piece in enumerate(pieces):
-            if piece.shape != _piece_shape(shape, how, index):
-                raise UserError(
-                    f"{described}: {name} is {list(piece.shape)} in shard {index} but {list(shape)} in "
-                    f"shard 0; the shards are not of one split"
-                )
+        check_pieces(name, [piece.shape for piece in pieces], how, described)
         whole = tuple(how.size if axis == how.dim else size for axis, size in enumerate(shape))
         tensors[name] = StoredTensor(
             whole, lambda pieces=pieces, how=how: join([p.load() for p in pieces], how), pieces[0].dtype
         )
     return tensors, config
-
-
-def _piece_shape(first: tuple[int, ...], how: Cut, index: int) -> tuple[int, ...]:
-    """The shape that shard `index` must have of a parameter whose part in shard 0 is `first`."""
-    return tuple(len(how.rows[index]) if axis == how.dim else size for axis, size in enumerate(first))
 
 
 def _config(

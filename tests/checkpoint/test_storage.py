@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import assemble, parallel
 from src.checkpoint import storage
 from src.checkpoint.sources import read_config
 from src.errors import UserError
@@ -98,15 +97,6 @@ def test_damaged_directory_is_refused(tmp_path: Path, case: str) -> None:
 def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a directory; expected a checkpoint made by"):
         read_config(tmp_path / "nowhere")
-
-
-def test_wrong_number_of_shards_for_the_ranks_is_refused(tmp_path: Path) -> None:
-    parallel.start()
-    message = (
-        r"holds 2 shards but 1 ranks are running; start 2 processes, or run checkpoint_split\.py --ckpt_file"
-    )
-    with pytest.raises(UserError, match=message):
-        assemble.load_solver(str(save(tmp_path)))
 
 
 def test_old_checkpoint_stands_until_the_new_one_is_complete(tmp_path: Path) -> None:

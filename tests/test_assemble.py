@@ -1,0 +1,108 @@
+"""src/assemble.py: any number of ranks opens any number of shards, and computes the same."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import assemble, parallel
+from src.checkpoint import storage
+from src.checkpoint.sources import open_source
+from src.checkpoint.split import split
+from src.models.decoder import Decoder
+from src.models.lora import LoraConfig
+from tests.checkpoint.weights import CONFIG, random_weights
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 query heads and 4 KV heads: with 8 shards a KV head lies in two of them."""
+    from tests import reference  # transformers costs seconds, and ranks need none of it
+
+    return reference.make_llama(tmp_path_factory.mktemp("hf"), "gqa")
+
+
+def cut(source: Path, folder: Path, n: int) -> str:
+    split(open_source(str(source)), folder, n, "", "", str(source))
+    return str(folder)
+
+
+def parameters(model: Decoder) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_one_process_opens_any_number_of_shards(tmp_path: Path, hf_folder: Path, n: int) -> None:
+    parallel.start()
+    expected = parameters(assemble.load_solver(cut(hf_folder, tmp_path / "1", 1)))
+    found = parameters(assemble.load_solver(cut(hf_folder, tmp_path / "n", n)))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("n", [12, 101])
+def test_shards_behind_the_tenth_and_the_hundredth_keep_their_place(tmp_path: Path, n: int) -> None:
+    config = dataclasses.replace(CONFIG, **{"n_heads": 104, "n_kv_heads": 2, "ffn_dim": 104})
+    weights = random_weights(config)
+    with storage.writing(tmp_path):
+        storage.write_shard(tmp_path, storage.WEIGHTS, 0, weights)
+        storage.finish(tmp_path, 1, {"params.json": config.to_dict()}, [], {})
+    parallel.start()
+    found = parameters(assemble.load_solver(cut(tmp_path, tmp_path / "n", n)))
+    assert len(storage.shard_paths(tmp_path / "n")) == n
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_compute_the_same_from_any_number_of_shards(
+    tmp_path: Path, hf_folder: Path, ranks: int
+) -> None:
+    folders = {str(n): cut(hf_folder, tmp_path / str(n), n) for n in (1, 2, 3, 8)}
+    tokens = [[1, 17, 5, 33, 8, 60, 2], [1, 40, 41, 9, 9, 12, 7]]
+    for result in run_ranks(
+        ranks, "tests.test_assemble:shard_sums", tmp_path, folders=folders, tokens=tokens
+    ):
+        own = result[str(ranks)]
+        for found in result.values():
+            assert all(torch.equal(found[name], own[name]) for name in own)
+
+
+def shard_sums(folders: dict[str, str], tokens: list[list[int]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameters and logits on this rank, by the directory that was opened."""
+    results = {}
+    for name, folder in folders.items():
+        model = assemble.load_solver(folder)
+        with torch.no_grad():
+            logits = parallel.gather_vocab(model.logits(model(torch.tensor(tokens))))
+        results[name] = parameters(model) | {"logits": logits}
+    return results
+
+
+def test_adapters_and_value_heads_open_on_another_number_of_ranks(tmp_path: Path, hf_folder: Path) -> None:
+    base = cut(hf_folder, tmp_path / "base", 3)
+    run_ranks(
+        2, "tests.test_assemble:save_verifier_adapter", tmp_path, base=base, folder=str(tmp_path / "lora")
+    )
+    assert len(storage.shard_paths(tmp_path / "lora", storage.ADAPTER)) == 2
+    parallel.start()
+    found = parameters(assemble.load_verifier(str(tmp_path / "lora")))
+    expected = {name: stored.load() for name, stored in open_source(str(tmp_path / "lora")).tensors.items()}
+    assert found["v_head.weight"].any()
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    plain = open_source(base).tensors["layers.0.attention.wq.weight"].load()
+    assert not torch.equal(found["layers.0.attention.wq.weight"], plain)
+
+
+def save_verifier_adapter(base: str, folder: str) -> dict[str, object]:
+    """A verifier's adapter with random factors and value head, alike whatever the number of ranks."""
+    verifier = assemble.load_verifier(base, from_solver=True)
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq", "wk", "wo", "w2"))
+    assemble.put_lora_on(verifier, lora, seed=1)
+    for name, parameter in verifier.named_parameters():
+        if parameter.requires_grad and "lora_b" in name or name == "v_head.weight":
+            torch.nn.init.constant_(parameter, 0.1)
+    assemble.save_model(verifier, folder, base, lora=lora)
+    return {}
