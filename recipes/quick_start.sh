@@ -44,7 +44,7 @@ stage "eight samples of each test problem" $run/sft-test-8/results.json \
 stage "eight samples of each training problem" $run/sft-train-8/results.json \
     sample --ckpt_dir $run/sft --label_file $toy/train.json --log_dir $run/sft-train-8 --num_samples 8 --temperature 1
 stage "pairs of right and wrong samples" $run/pairs.json \
-    python data_build.py --samples_file $run/sft-train-8/samples.jsonl --save_file $run/pairs.json
+    python data_build.py pairs --samples_file $run/sft-train-8/samples.jsonl --save_file $run/pairs.json
 stage "train a verifier" $run/verifier/manifest.json \
     python verifier_train.py --ckpt_dir $run/base --save_dir $run/verifier --train_file $run/pairs.json \
     --max_batch_size 32 --lr 4e-4 --epochs 2 --score mean

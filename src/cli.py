@@ -1,5 +1,8 @@
 """The command line of every entry script: `cli.run(main)` turns flags into a call of main.
 
+A script that does several things gives its functions by name instead, `cli.run({"pairs": pairs, ...})`: the first
+word of its command line picks one.
+
 Plain Fire runs the whole job on a mistyped flag and complains afterwards, hands `--resume=false` over as a
 truthy string and `--ckpt_dir a,b` as a tuple. Here every flag is read against main's annotations before any
 work starts, and a mistake ends in one line on stderr. Exit status: 0 done, 1 main met something only the user
@@ -80,6 +83,8 @@ SHARE = Numbers("a number from 0 to 1", lambda x: 0 <= x <= 1)
 NUMBERS: dict[str, Numbers] = {
     "n": COUNT,
     "pairs_a_problem": COUNT,
+    "rows_a_problem": COUNT,
+    "solutions_a_problem": COUNT,
     "num_samples": COUNT,
     "limit": COUNT_OR_OFF,
     "max_seq_len": COUNT,
@@ -96,6 +101,7 @@ NUMBERS: dict[str, Numbers] = {
     "critic_warmup": Numbers("0 or more, or -1", lambda x: x >= -1),
     "lr": FINITE,
     "critic_lr": FINITE,
+    "margin": FINITE,
     "weight_decay": FINITE,
     "temperature": FINITE,
     "kl_coef": FINITE,
@@ -110,6 +116,7 @@ NUMBERS: dict[str, Numbers] = {
     "gae_lambda": SHARE,
     "lora_dropout": Numbers("0 or more and less than 1", lambda x: 0 <= x < 1),
     "top_p": Numbers("more than 0 and at most 1", lambda x: 0 < x <= 1),
+    "max_ratio": Numbers("a number of at least 1", lambda x: 1 <= x < math.inf),
     "seed": Numbers("a whole number of 64 bits", lambda x: -(2**63) <= x < 2**63),
 }
 
@@ -136,12 +143,14 @@ class Flag(NamedTuple):
         return f"--{self.name} {KINDS[kind].example if kind in KINDS else kind}"
 
 
-def run(main: Callable[..., None], argv: list[str] | None = None) -> None:
+def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: list[str] | None = None) -> None:
     """Check argv (default: sys.argv[1:]), call main with typed values; exit as the top of this file says.
 
     Returns after success. An exception other than UserError and OSError is our bug and keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(main, Mapping):
+        main, argv = _pick(main, argv)
     if "--help" in argv or "-h" in argv:
         if _local_rank() == 0:
             print(usage(main, width=shutil.get_terminal_size().columns))
@@ -170,6 +179,39 @@ def run(main: Callable[..., None], argv: list[str] | None = None) -> None:
         if "RANK" in os.environ:
             time.sleep(GRACE_SECONDS)
         raise
+
+
+def _pick(
+    commands: Mapping[str, Callable[..., None]], argv: list[str]
+) -> tuple[Callable[..., None], list[str]]:
+    """The function that the first word names, and the other words. Without one, --help lists them all."""
+    if argv and argv[0] in commands:
+        return commands[argv[0]], argv[1:]
+    if "--help" in argv or "-h" in argv:
+        if _local_rank() == 0:
+            print(_commands_help(commands, width=shutil.get_terminal_size().columns))
+        sys.exit(0)
+    found = f"found {argv[0]!r}" if argv else "found nothing"
+    near = difflib.get_close_matches(argv[0], commands, n=1) if argv else []
+    hint = f"did you mean {near[0]}?" if near else "--help says what each does"
+    _stop(2, f"error: the first word must be one of {', '.join(commands)}, {found}; {hint}")
+
+
+def _commands_help(commands: Mapping[str, Callable[..., None]], width: int) -> str:
+    """The docstring of the script, then what each command does."""
+    width = max(40, min(width, 100))
+    module = sys.modules[next(iter(commands.values())).__module__]
+    lines = [
+        textwrap.fill(
+            (inspect.getdoc(command) or "").partition("\n")[0],
+            width,
+            initial_indent=f"  {name:12}",
+            subsequent_indent=" " * 14,
+        )
+        for name, command in commands.items()
+    ]
+    ending = "COMMAND --help lists the flags of a command."
+    return "\n\n".join([_reflow(inspect.cleandoc(module.__doc__ or ""), width), "\n".join(lines), ending])
 
 
 def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
@@ -226,10 +268,11 @@ def undocumented(main: Callable[..., None]) -> list[str]:
 
 
 def usage(main: Callable[..., None], width: int) -> str:
-    """The text of --help: the docstring of main's module, then every flag, required ones first."""
+    """The text of --help: the docstring of main's module (of a command: its own), then every flag, required first."""
     flags = flags_of(main).values()
     width = max(40, min(width, 100))
-    blocks = [_reflow(inspect.cleandoc(sys.modules[main.__module__].__doc__ or ""), width)]
+    about = sys.modules[main.__module__].__doc__ if main.__name__ == "main" else _about(main)
+    blocks = [_reflow(inspect.cleandoc(about or ""), width)]
     for title, required in (("Required flags:", True), ("Optional flags:", False)):
         entries = [_flag_help(flag, width) for flag in flags if flag.required is required]
         blocks += ["\n".join([title, *entries])] if entries else []
@@ -241,6 +284,12 @@ def usage(main: Callable[..., None], width: int) -> str:
         )
     )
     return "\n\n".join(blocks).lstrip()
+
+
+def _about(command: Callable[..., None]) -> str:
+    """A command's docstring without its lines on flags."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(text for text in paragraphs if not _meanings(text))
 
 
 def _find(head: str, flags: dict[str, Flag]) -> tuple[Flag, bool]:

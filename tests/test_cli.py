@@ -70,10 +70,21 @@ if __name__ == "__main__":
 '''
 
 
-def main(ckpt_dir: str, n: int, lr: float = 1e-5, resume: bool = False, lora_rank: int = -1,
-         template: str = "", seed: int | None = 1, objective: Literal["pairwise", "outcome"] = "outcome",
-         files: list[str] | None = None, source: str | list[str] = "x", ks: list[int] | None = None,
-         shuffle: bool = True, no_eval: bool = False) -> None:
+def main(
+    ckpt_dir: str,
+    n: int,
+    lr: float = 1e-5,
+    resume: bool = False,
+    lora_rank: int = -1,
+    template: str = "",
+    seed: int | None = 1,
+    objective: Literal["pairwise", "outcome"] = "outcome",
+    files: list[str] | None = None,
+    source: str | list[str] = "x",
+    ks: list[int] | None = None,
+    shuffle: bool = True,
+    no_eval: bool = False,
+) -> None:
     """Accept one flag of each kind.
 
     ckpt_dir: where the weights are
@@ -93,55 +104,58 @@ def one(*argv: str) -> cli.Value:
     return list(values.values())[2]
 
 
-@pytest.mark.parametrize("argv, expected", [
-    (["--template", "a,b"], "a,b"),
-    (["--template", "123"], "123"),
-    (["--template", "7B"], "7B"),
-    (["--template", "None"], "None"),
-    (["--template", "[1, 2]"], "[1, 2]"),
-    (["--template", ""], ""),
-    (["--template="], ""),
-    (["--template", "two words"], "two words"),
-    (["--template=-y"], "-y"),
-    (["--template=a=b"], "a=b"),
-    (["--template=--lr"], "--lr"),
-    (["--lr", "1e-5"], 1e-5),
-    (["--lr", "3"], 3.0),
-    (["--lr", "-.5"], -0.5),
-    (["--lr", "-inf"], float("-inf")),
-    (["--lora_rank", "-1"], -1),
-    (["--lora-rank", "8"], 8),
-    (["--lora-rank=8"], 8),
-    (["--resume"], True),
-    (["--noresume"], False),
-    (["--no_resume"], False),
-    (["--no-resume"], False),
-    (["--resume", "false"], False),
-    (["--resume=false"], False),
-    (["--resume", "False"], False),
-    (["--resume", "0"], False),
-    (["--resume=no"], False),
-    (["--resume", "true"], True),
-    (["--resume", "True"], True),
-    (["--resume", "1"], True),
-    (["--resume", "yes"], True),
-    (["--no_eval"], True),
-    (["--no_no_eval"], False),
-    (["--seed", "None"], None),
-    (["--seed", "none"], None),
-    (["--seed", "7"], 7),
-    (["--objective", "pairwise"], "pairwise"),
-    (["--files", "a.pth"], ["a.pth"]),
-    (["--files", "a.pth,b.pth"], ["a.pth", "b.pth"]),
-    (["--files", "a.pth", "b.pth"], ["a.pth", "b.pth"]),
-    (["--files=a.pth", "b.pth"], ["a.pth", "b.pth"]),
-    (["--files", "a,", "b"], ["a", "b"]),
-    (["--files", ""], []),
-    (["--files", "none"], None),
-    (["--source", "a,b"], "a,b"),
-    (["--source", "a,b", "c"], ["a,b", "c"]),
-    (["--ks", "1,4,16"], [1, 4, 16]),
-])
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--template", "a,b"], "a,b"),
+        (["--template", "123"], "123"),
+        (["--template", "7B"], "7B"),
+        (["--template", "None"], "None"),
+        (["--template", "[1, 2]"], "[1, 2]"),
+        (["--template", ""], ""),
+        (["--template="], ""),
+        (["--template", "two words"], "two words"),
+        (["--template=-y"], "-y"),
+        (["--template=a=b"], "a=b"),
+        (["--template=--lr"], "--lr"),
+        (["--lr", "1e-5"], 1e-5),
+        (["--lr", "3"], 3.0),
+        (["--lr", "-.5"], -0.5),
+        (["--lr", "-inf"], float("-inf")),
+        (["--lora_rank", "-1"], -1),
+        (["--lora-rank", "8"], 8),
+        (["--lora-rank=8"], 8),
+        (["--resume"], True),
+        (["--noresume"], False),
+        (["--no_resume"], False),
+        (["--no-resume"], False),
+        (["--resume", "false"], False),
+        (["--resume=false"], False),
+        (["--resume", "False"], False),
+        (["--resume", "0"], False),
+        (["--resume=no"], False),
+        (["--resume", "true"], True),
+        (["--resume", "True"], True),
+        (["--resume", "1"], True),
+        (["--resume", "yes"], True),
+        (["--no_eval"], True),
+        (["--no_no_eval"], False),
+        (["--seed", "None"], None),
+        (["--seed", "none"], None),
+        (["--seed", "7"], 7),
+        (["--objective", "pairwise"], "pairwise"),
+        (["--files", "a.pth"], ["a.pth"]),
+        (["--files", "a.pth,b.pth"], ["a.pth", "b.pth"]),
+        (["--files", "a.pth", "b.pth"], ["a.pth", "b.pth"]),
+        (["--files=a.pth", "b.pth"], ["a.pth", "b.pth"]),
+        (["--files", "a,", "b"], ["a", "b"]),
+        (["--files", ""], []),
+        (["--files", "none"], None),
+        (["--source", "a,b"], "a,b"),
+        (["--source", "a,b", "c"], ["a,b", "c"]),
+        (["--ks", "1,4,16"], [1, 4, 16]),
+    ],
+)
 def test_value_and_type(argv: list[str], expected: cli.Value) -> None:
     value = one(*argv)
     assert value == expected and type(value) is type(expected)
@@ -149,38 +163,59 @@ def test_value_and_type(argv: list[str], expected: cli.Value) -> None:
 
 def test_several_flags_in_any_order() -> None:
     argv = ["--resume", "--files", "a", "b", "--lr", "-1", "--noshuffle", "--n=8", "--ckpt-dir", "7B"]
-    assert cli.parse(main, argv) == {"resume": True, "files": ["a", "b"], "lr": -1.0, "shuffle": False,
-                                     "n": 8, "ckpt_dir": "7B"}
+    assert cli.parse(main, argv) == {
+        "resume": True,
+        "files": ["a", "b"],
+        "lr": -1.0,
+        "shuffle": False,
+        "n": 8,
+        "ckpt_dir": "7B",
+    }
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--lora_rnk", "8"], "unknown flag --lora_rnk; did you mean --lora_rank?"),
-    (["--lora-rnk=8"], "unknown flag --lora-rnk; did you mean --lora_rank?"),
-    (["-lr", "8"], "unknown flag -lr; did you mean --lr?"),
-    (["--nolr"], "unknown flag --nolr; did you mean --lr?"),
-    (["--zzz"], "unknown flag --zzz; --help lists the flags of this script"),
-    (["--", "--trace"], "unknown flag --; --help lists the flags of this script"),
-    (["--lr"], "--lr has no value, expected number; write --lr 1e-5"),
-    (["--lr", "--resume"], "--lr has no value, expected number; write --lr 1e-5"),
-    (["--template", "-y"], "--template has no value, expected text; write --template VALUE "
-                           "(--template=VALUE when it begins with a dash)"),
-    (["--files"], "--files has no value, expected list of text or none; write --files VALUE"),
-    (["--lr", "abc"], "--lr is 'abc', expected number; write for example --lr 1e-5"),
-    (["--lora_rank", "1.5"], "--lora_rank is '1.5', expected whole number; write for example --lora_rank 8"),
-    (["--lora_rank", "1e3"], "--lora_rank is '1e3', expected whole number; write for example --lora_rank 8"),
-    (["--lora_rank="], "--lora_rank is '', expected whole number; write for example --lora_rank 8"),
-    (["--seed", "x"], "--seed is 'x', expected whole number or none; write for example --seed 8"),
-    (["--ks", "1,b"], "--ks is '1,b', expected list of whole number or none; write for example --ks 8"),
-    (["--resume", "maybe"], "--resume is 'maybe', expected true|false; write for example --resume true"),
-    (["--noresume", "true"], "--noresume is followed by 'true' but takes no value; write --noresume alone"),
-    (["--noresume=true"], "--noresume is followed by 'true' but takes no value; write --noresume alone"),
-    (["--objective", "pair"], "--objective is 'pair', expected pairwise|outcome; did you mean pairwise?"),
-    (["--objective", "x"], "--objective is 'x', expected pairwise|outcome; write for example"),
-    (["--lr", "1", "--lr", "2"], "--lr is given twice; keep one of them"),
-    (["--resume", "--noresume"], "--resume is given twice; keep one of them"),
-    (["out"], "'out' belongs to no flag; write --NAME before it"),
-    (["--lr", "1", "2"], "'2' belongs to no flag; write --NAME before it, or quotes"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--lora_rnk", "8"], "unknown flag --lora_rnk; did you mean --lora_rank?"),
+        (["--lora-rnk=8"], "unknown flag --lora-rnk; did you mean --lora_rank?"),
+        (["-lr", "8"], "unknown flag -lr; did you mean --lr?"),
+        (["--nolr"], "unknown flag --nolr; did you mean --lr?"),
+        (["--zzz"], "unknown flag --zzz; --help lists the flags of this script"),
+        (["--", "--trace"], "unknown flag --; --help lists the flags of this script"),
+        (["--lr"], "--lr has no value, expected number; write --lr 1e-5"),
+        (["--lr", "--resume"], "--lr has no value, expected number; write --lr 1e-5"),
+        (
+            ["--template", "-y"],
+            "--template has no value, expected text; write --template VALUE "
+            "(--template=VALUE when it begins with a dash)",
+        ),
+        (["--files"], "--files has no value, expected list of text or none; write --files VALUE"),
+        (["--lr", "abc"], "--lr is 'abc', expected number; write for example --lr 1e-5"),
+        (
+            ["--lora_rank", "1.5"],
+            "--lora_rank is '1.5', expected whole number; write for example --lora_rank 8",
+        ),
+        (
+            ["--lora_rank", "1e3"],
+            "--lora_rank is '1e3', expected whole number; write for example --lora_rank 8",
+        ),
+        (["--lora_rank="], "--lora_rank is '', expected whole number; write for example --lora_rank 8"),
+        (["--seed", "x"], "--seed is 'x', expected whole number or none; write for example --seed 8"),
+        (["--ks", "1,b"], "--ks is '1,b', expected list of whole number or none; write for example --ks 8"),
+        (["--resume", "maybe"], "--resume is 'maybe', expected true|false; write for example --resume true"),
+        (
+            ["--noresume", "true"],
+            "--noresume is followed by 'true' but takes no value; write --noresume alone",
+        ),
+        (["--noresume=true"], "--noresume is followed by 'true' but takes no value; write --noresume alone"),
+        (["--objective", "pair"], "--objective is 'pair', expected pairwise|outcome; did you mean pairwise?"),
+        (["--objective", "x"], "--objective is 'x', expected pairwise|outcome; write for example"),
+        (["--lr", "1", "--lr", "2"], "--lr is given twice; keep one of them"),
+        (["--resume", "--noresume"], "--resume is given twice; keep one of them"),
+        (["out"], "'out' belongs to no flag; write --NAME before it"),
+        (["--lr", "1", "2"], "'2' belongs to no flag; write --NAME before it, or quotes"),
+    ],
+)
 def test_mistake(argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         cli.parse(main, ["--ckpt_dir=c", "--n=2", *argv])
@@ -213,7 +248,7 @@ def test_meanings_and_undocumented() -> None:
     flags = cli.flags_of(main)
     assert flags["n"].meaning == "how many shards to write: one a rank"
     assert flags["lora_rank"].meaning == "-1 for full training"
-    documented = {"ckpt_dir", "n", "lora_rank"}      # lr has a line but no words
+    documented = {"ckpt_dir", "n", "lora_rank"}  # lr has a line but no words
     assert cli.undocumented(main) == [name for name in flags if name not in documented]
 
 
@@ -238,15 +273,18 @@ def launch(*command: str | Path, columns: int = 60) -> subprocess.CompletedProce
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("argv, status, stderr", [
-    (["--ckpt_dir", "123", "--resume=false"], 0, ""),
-    (["--ckpt_dir", "x", "--lr_"], 2, "error: unknown flag --lr_; did you mean --lr?\n"),
-    ([], 2, "error: missing required --ckpt_dir; write --ckpt_dir VALUE, or see --help\n"),
-    (["--ckpt_dir=x", "--fail=all"], 1, "error: 4 shards but 2 ranks; run checkpoint_split.py\n"),
-    (["--ckpt_dir=x", "--fail=missing"], 1, "error: /no/such/file: No such file or directory\n"),
-    (["--ckpt_dir=x", "--fail=full"], 1, "error: No space left on device\n"),
-    (["--ckpt_dir=x", "--fail=interrupt"], 130, "interrupted\n"),
-])
+@pytest.mark.parametrize(
+    "argv, status, stderr",
+    [
+        (["--ckpt_dir", "123", "--resume=false"], 0, ""),
+        (["--ckpt_dir", "x", "--lr_"], 2, "error: unknown flag --lr_; did you mean --lr?\n"),
+        ([], 2, "error: missing required --ckpt_dir; write --ckpt_dir VALUE, or see --help\n"),
+        (["--ckpt_dir=x", "--fail=all"], 1, "error: 4 shards but 2 ranks; run checkpoint_split.py\n"),
+        (["--ckpt_dir=x", "--fail=missing"], 1, "error: /no/such/file: No such file or directory\n"),
+        (["--ckpt_dir=x", "--fail=full"], 1, "error: No space left on device\n"),
+        (["--ckpt_dir=x", "--fail=interrupt"], 130, "interrupted\n"),
+    ],
+)
 def test_exit_status_and_stderr(script: Path, argv: list[str], status: int, stderr: str) -> None:
     result = launch(script, *argv)
     assert (result.returncode, result.stderr) == (status, stderr)
@@ -263,7 +301,9 @@ def test_a_bug_keeps_its_traceback(script: Path) -> None:
 def test_help(script: Path, argv: list[str]) -> None:
     result = launch(script, *argv)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == """Train something small.
+    assert (
+        result.stdout
+        == """Train something small.
 
 torchrun --nproc_per_node 2 script.py --ckpt_dir ckpt/2 --a_command_wider_than_the_terminal 1
 
@@ -284,29 +324,33 @@ Optional flags:
 true|false flag alone means true, --noflag false. A list is
 several words, or one word with commas.
 """
+    )
 
 
 def torchrun(script: Path, *argv: str) -> tuple[int, list[str], float]:
     """Exit status, the stderr lines of the two ranks without torchrun's own report, and seconds taken."""
     start = time.monotonic()
     result = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv)
-    report = re.compile(r"^[WE]\d{4} ")      # torchrun logs first, then prints its own traceback
+    report = re.compile(r"^[WE]\d{4} ")  # torchrun logs first, then prints its own traceback
     lines = result.stderr.splitlines()
     end = next((i for i, line in enumerate(lines) if line.startswith("Traceback ")), len(lines))
     ours = [line for line in lines[:end] if not report.match(line)]
     return result.returncode, ours, time.monotonic() - start
 
 
-@pytest.mark.parametrize("argv, line", [
-    (["--ckpt_dir=x", "--fail=all"], "error: 4 shards but 2 ranks; run checkpoint_split.py"),
-    (["--ckpt_dir=x", "--lrr=1"], "error: unknown flag --lrr; did you mean --lr?"),
-    (["--ckpt_dir=x", "--fail=rank1"], "error: rank 1 has no shard"),
-    (["--ckpt_dir=x", "--fail=collective_user"], "error: rank 1 is out"),
-])
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        (["--ckpt_dir=x", "--fail=all"], "error: 4 shards but 2 ranks; run checkpoint_split.py"),
+        (["--ckpt_dir=x", "--lrr=1"], "error: unknown flag --lrr; did you mean --lr?"),
+        (["--ckpt_dir=x", "--fail=rank1"], "error: rank 1 has no shard"),
+        (["--ckpt_dir=x", "--fail=collective_user"], "error: rank 1 is out"),
+    ],
+)
 def test_torchrun_shows_one_line(script: Path, argv: list[str], line: str) -> None:
     status, lines, seconds = torchrun(script, *argv)
     assert status != 0 and lines == [line]
-    assert seconds < 30      # torchrun turns from SIGTERM to SIGKILL after 30 s: no rank may need that
+    assert seconds < 30  # torchrun turns from SIGTERM to SIGKILL after 30 s: no rank may need that
 
 
 def test_torchrun_shows_the_bug_of_rank_1_and_not_what_it_did_to_rank_0(script: Path) -> None:
@@ -319,3 +363,64 @@ def test_torchrun_shows_the_bug_of_rank_1_and_not_what_it_did_to_rank_0(script: 
 def test_torchrun_prints_help_once(script: Path) -> None:
     result = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, "--help")
     assert result.returncode == 0 and result.stdout.count("Required flags:") == 1
+
+
+def count(n: int, seed: int = 1) -> None:
+    """Count to a number.
+
+    Slowly.
+
+    n: where to stop
+    seed: unused
+    """
+    print(f"counted to {n}")
+
+
+def spell(word: str) -> None:
+    """Spell a word.
+
+    word: the word
+    """
+
+
+COMMANDS = {"count": count, "spell": spell}
+
+
+def test_the_first_word_picks_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(COMMANDS, ["count", "--n", "3"])
+    assert capsys.readouterr().out == "counted to 3\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "must be one of count, spell, found nothing; --help"),
+        (["cuont", "--n", "3"], "found 'cuont'; did you mean count?"),
+        (["--n", "3"], "found '--n'; --help"),
+        (["count", "--m", "3"], "unknown flag --m"),
+    ],
+)
+def test_a_wrong_command_stops_with_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(COMMANDS, words)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_help_lists_the_commands_and_then_the_flags_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, shown, hidden in (
+        (["--help"], ("count       Count to a number.", "spell       Spell a word."), "--n"),
+        (
+            ["count", "--help"],
+            ("Count to a number.\n\nSlowly.", "--n  whole number", "where to stop"),
+            "Spell",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(COMMANDS, words)
+        out = capsys.readouterr().out
+        assert stop.value.code == 0
+        assert all(text in out for text in shown) and hidden not in out

@@ -96,7 +96,7 @@ def whole_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             2,
             f"solver_evaluate.py --task GSM8K --ckpt_dir solver_lora --log_dir log {problems} {trained} {samples}",
         ),
-        (None, "data_build.py --samples_file log/samples.jsonl --save_file pairs.json"),
+        (None, "data_build.py pairs --samples_file log/samples.jsonl --save_file pairs.json"),
         (2, f"{train_verifier} --save_dir verifier --lora_rank -1"),
         (2, f"{train_verifier} --save_dir verifier_lora --lora_rank 8"),
         (
@@ -193,11 +193,26 @@ def test_the_actor_can_be_resharded_and_evaluated_on_one_rank(whole_path: Path, 
         assert found["problems"] == found["samples"] == len(PROBLEMS) and found["accuracy"] > 0
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+def entry(name: str) -> Callable[..., None]:
+    """What a script's name, and a command behind it, start: `solver_train`, `data_build pairs`."""
+    script, _, command = name.partition(" ")
+    module = importlib.import_module(script)
+    return module.COMMANDS[command] if command else module.main
+
+
+ENTRIES = [
+    name
+    for script in SCRIPTS
+    for name in [f"{script} {command}" for command in getattr(importlib.import_module(script), "COMMANDS", {})]
+    or [script]
+]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
 def test_flags_are_documented_and_their_numbers_have_bounds(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = importlib.import_module(name).main
+    main = entry(name)
     assert cli.undocumented(main) == []
     flags = cli.flags_of(main)
     numbers = {flag.name for flag in flags.values() if {int, float} & set(flag.kinds)}
@@ -243,7 +258,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "checkpoint_split": {"ckpt_file": "hf", "save_path": "out", "n": 2},
             "solver_train": train,
             "solver_evaluate": evaluate,
-            "data_build": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
+            "data_build pairs": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
+            "data_build outcome": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
+            "data_build reject": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
+            "data_build prefer": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
             "verifier_train": train | {"train_file": "pairs.json"},
             "verifier_evaluate": evaluate | {"ckpt_dir": "verifier", "samples_file": "samples.json"},
             "ppo_train": {
@@ -260,7 +278,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def refuse(world: World, script: str, changes: dict[str, object], message: str, tmp_path: Path) -> None:
     """The script stops with this one line and leaves nothing that looks like a result."""
-    main = importlib.import_module(script).main
+    main = entry(script)
     flags = world.flags[script] | changes
     argv = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     with pytest.raises(UserError, match=message) as problem:
@@ -444,9 +462,11 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("checkpoint_split", {"ckpt_file": "nowhere"}, "nowhere"),
     ("checkpoint_split", {"ckpt_file": "train.json"}, "train.json cannot be read as a checkpoint"),
     ("checkpoint_split", {"tokenizer_file": "nowhere"}, "--tokenizer_file nowhere does not exist"),
-    ("data_build", {"samples_file": "samples.json"}, "samples.json has no outcomes; grade it first"),
-    ("data_build", {"save_file": "one"}, "--save_file one is a directory"),
-    ("data_build", {"pairs_a_problem": 0}, "--pairs_a_problem is 0, expected 1 or more"),
+    ("data_build pairs", {"samples_file": "samples.json"}, "samples.json has no outcomes; grade it first"),
+    ("data_build pairs", {"save_file": "one"}, "--save_file one is a directory"),
+    ("data_build pairs", {"pairs_a_problem": 0}, "--pairs_a_problem is 0, expected 1 or more"),
+    ("data_build outcome", {"max_ratio": 0.5}, "--max_ratio is 0.5, expected a number of at least 1"),
+    ("data_build prefer", {}, "has the score None; expected a probability"),
     ("solver_evaluate", {"limit": 0}, "--limit is 0, expected 1 or more, or -1"),
     ("solver_evaluate", {"limit": -5}, "--limit is -5, expected 1 or more, or -1"),
     ("solver_evaluate", {"num_samples": 0}, "--num_samples is 0, expected 1 or more"),
@@ -479,7 +499,9 @@ def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, obj
         ("checkpoint_split", "heads"),
         ("solver_train", "[["),
         ("solver_evaluate", "kv cache"),
-        ("data_build", "pairs from"),
+        ("data_build pairs", "pairs from"),
+        ("data_build outcome", "solutions from"),
+        ("data_build reject", "problems with solutions from"),
         ("verifier_train", "optimizer"),
         ("verifier_evaluate", "weights"),
         ("ppo_train", "critic, each rank"),
@@ -489,7 +511,7 @@ def test_a_dry_run_shows_its_plan_and_writes_nothing(
     world: World, here: Path, capsys: pytest.CaptureFixture[str], script: str, shown: str
 ) -> None:
     before = sorted(here.rglob("*"))
-    main = importlib.import_module(script).main
+    main = entry(script)
     main(
         **cli.parse(
             main, [f"--{name}={value}" for name, value in world.flags[script].items()] + ["--dry_run"]

@@ -1,8 +1,8 @@
-"""src/construct.py: right against wrong solutions of the same problem."""
+"""src/construct/pairs.py: right against wrong solutions of the same problem."""
 
 import pytest
 
-from src.construct import pairs_from_samples
+from src.construct.pairs import pairs_from_samples, preferred_pairs
 from src.data.examples import Sample
 from src.errors import UserError
 
@@ -53,3 +53,28 @@ def test_a_sample_without_its_prompt_gives_no_pair_with_an_empty_instruction() -
     bare = Sample("0", 0, "", "r", "right", {"response": "r"})
     with pytest.raises(UserError, match="sample '0'/0 has no key 'prompt'; grade the file with"):
         pairs_from_samples([bare], 4, seed=1)
+
+
+def scored(number: int, response: str, outcome: str, score: float) -> Sample:
+    return Sample("0", number, "q", response, outcome, {"prompt": "q", "score": score})
+
+
+def test_preferred_pairs_differ_in_score_and_answer_together() -> None:
+    samples = [
+        scored(0, "right, believed", "right", 0.9),  # worth 1.9
+        scored(1, "right, doubted", "right", 0.2),  # 1.2
+        scored(2, "wrong, believed", "wrong", 0.8),  # 0.8
+        scored(3, "wrong, doubted", "wrong", 0.1),  # 0.1
+    ]
+    assert {(row["chosen"], row["rejected"]) for row in preferred_pairs(samples, 1.0, 9, seed=1)} == {
+        ("right, believed", "wrong, believed"),
+        ("right, believed", "wrong, doubted"),
+        ("right, doubted", "wrong, doubted"),
+    }
+    assert len(preferred_pairs(samples, 1.0, 2, seed=1)) == 2
+    assert len(preferred_pairs(samples, 0.0, 9, seed=1)) == 6
+
+
+def test_score_that_is_no_probability_is_refused() -> None:
+    with pytest.raises(UserError, match=r"sample '0'/0 has the score 2.5; expected a probability"):
+        preferred_pairs([scored(0, "r", "right", 2.5)], 1.0, 3, seed=1)

@@ -1,0 +1,39 @@
+"""Graded samples by problem: what every builder of training files starts from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from src.data.examples import Sample
+from src.errors import UserError
+
+
+class Problem(NamedTuple):
+    """A problem's distinct responses by outcome, in the order of the file. A timeout or an error is no verdict."""
+
+    instruction: str
+    right: list[Sample]
+    wrong: list[Sample]
+    unparsed: list[Sample]
+
+
+def by_problem(samples: Sequence[Sample]) -> dict[str, Problem]:
+    """The problems of graded samples by id; equal texts of one count once, empty ones not at all.
+
+    Samples without a verdict on their text (timeout, error) are left out. Raises UserError for a sample without its
+    prompt.
+    """
+    problems: dict[str, Problem] = {}
+    seen: set[tuple[str, str]] = set()
+    for sample in samples:
+        if "prompt" not in sample.values:
+            raise UserError(
+                f"sample {sample.id!r}/{sample.sample} has no key 'prompt'; "
+                f"grade the file with solver_evaluate.py --samples_file, which adds it"
+            )
+        if sample.outcome not in ("right", "wrong", "unparsed") or not sample.response:
+            continue
+        if (sample.id, sample.response) not in seen:
+            seen.add((sample.id, sample.response))
+            problem = problems.setdefault(sample.id, Problem(sample.prompt, [], [], []))
+            getattr(problem, sample.outcome).append(sample)
+    return problems
