@@ -17,6 +17,7 @@ from src.evaluation.grade import Grader
 from src.runlog import RunLog
 from src.training import ppo
 from src.training.loop import TrainLoop
+from src.training.saver import Saver, Trained
 
 
 def main(
@@ -31,6 +32,7 @@ def main(
     gamma: float = 1.0, gae_lambda: float = 0.95, missing_eos_penalty: float = 1.0,
     lora_rank: int = -1, lora_alpha: float = 16.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
+    save_every: int = -1, keep_last: int = 1, resume: Literal["none", "auto"] = "none",
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Proximal policy optimisation with a critic; rewards at the end of a response, KL per token.
@@ -70,6 +72,9 @@ def main(
     lora_rank: rank of LoRA adapters on actor and critic; -1 trains all weights
     lora_alpha: adapters are scaled by lora_alpha / lora_rank
     lora_targets: linears that carry an adapter
+    save_every: buffers between checkpoints to resume from; -1 = after each epoch
+    keep_last: how many of those are kept
+    resume: auto = go on from the newest complete one in both save directories, if there is one
     save_dtype: type of the stored weights; default: as in the directories started from (adapters: float32)
     seed: seed of prompt order, sampling and adapter initialisation
     dry_run: print the plan - buffers, memory of each rank for each model - and stop
@@ -122,12 +127,21 @@ def main(
     log = RunLog(log_dir or actor_save_dir, flags)
     critic_warmup = critic_warmup if critic_warmup >= 0 else min(10, len(buffers) // 10)
     per_buffer = inner_epochs * minibatches
-    schedule = {"warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
+    schedule = {"warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
+                "seed": seed}
     actor_loop = TrainLoop(actor, log, lr=lr, total_steps=(len(buffers) - critic_warmup) * per_buffer, **schedule)
     critic_loop = TrainLoop(critic, log, lr=critic_lr, total_steps=len(buffers) * per_buffer, **schedule)
-    log.progress(len(buffers), "buffer")
+    saver = Saver(
+        log, [Trained(save_dir, loop, lambda folder, state, model=model, source=source: assemble.save_model(
+            model, folder, source, save_dtype, lora, tokenizer_file, state))
+              for save_dir, loop, model, source in ((actor_save_dir, actor_loop, actor, actor_ckpt_dir),
+                                                    (critic_save_dir, critic_loop, critic, critic_ckpt_dir))],
+        save_every=save_every, keep_last=keep_last, steps_per_epoch=-(-len(prompts) // max_buffer_size),
+        total_steps=len(buffers), facts={"seed": seed, "prompts": len(prompts), "max_buffer_size": max_buffer_size})
+    done = saver.resume(resume)
+    log.progress(len(buffers), "buffer", done)
     with grader:
-        for step, (epoch, rows) in enumerate(buffers):
+        for step, (epoch, rows) in list(enumerate(buffers))[done:]:
             batch_prompts = [prompts[row] for row in rows]
             rollouts = ppo.collect(ppo.Models(actor, reference, critic), batch_prompts, tokenizer, task_reward,
                                    settings, step)
@@ -135,13 +149,8 @@ def main(
                 actor_loop, critic_loop, rollouts, settings, step, train_actor=step >= critic_warmup)
             log.metrics(step + 1, epoch=epoch, **metrics)
             log.advance(tokens=int(rollouts.batch.response_mask.sum()), reward=metrics["reward"], kl=metrics["kl"])
-            if step + 1 == len(buffers) or buffers[step + 1][0] != epoch:
-                for model, save_dir, source in ((actor, actor_save_dir, actor_ckpt_dir),
-                                                (critic, critic_save_dir, critic_ckpt_dir)):
-                    assemble.save_model(model, f"{save_dir}/epoch-{epoch}", source, save_dtype, lora, tokenizer_file)
-                    assemble.publish(f"{save_dir}/epoch-{epoch}", save_dir)
-    log.close_progress()
-    log.logger.info("saved %s and %s", actor_save_dir, critic_save_dir)
+            saver.step_done(step + 1)
+    saver.finish()
 
 
 if __name__ == "__main__":

@@ -12,16 +12,20 @@ from src.data.batches import Batching
 from src.data.examples import read_instructions
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
-from src.training.solver import SolverData, n_supervised, sft_loss
+from src.training.saver import Saver, Trained
+from src.training.solver import SolverData, n_supervised, sft_loss, validation_loss
 
 
 def main(
-    ckpt_dir: str, save_dir: str, train_file: str, model_type: str = "", tokenizer_file: str = "",
-    max_seq_len: int = 512, max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = False,
-    epochs: int = 1, lr: float = 1e-5, warmup_ratio: float = 0.03,
-    weight_decay: float = 0.0, max_grad_norm: float = 1.0,
+    ckpt_dir: str, save_dir: str, train_file: str, eval_file: str = "", model_type: str = "", tokenizer_file: str = "",
+    max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right"] = "drop",
+    max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = False, epochs: int = 1, max_steps: int = -1,
+    lr: float = 1e-5, schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.03,
+    min_lr_ratio: float = 0.1, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
+    activation_checkpointing: Literal["none", "selective", "full"] = "none", tensor_parallel_size: int = -1,
     lora_rank: int = -1, lora_alpha: float = 16.0, lora_dropout: float = 0.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
+    eval_every: int = -1, save_every: int = -1, keep_last: int = 1, resume: Literal["none", "auto"] = "none",
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Supervised fine-tuning; the loss is on outputs and their EOS only.
@@ -29,21 +33,34 @@ def main(
     ckpt_dir: checkpoint directory to start from
     save_dir: directory for epoch-N checkpoints, the final checkpoint, metrics.jsonl and run.json
     train_file: json array or jsonl of {"instruction", "output": text or list of texts}
+    eval_file: rows of the same form whose loss is measured while training; the best checkpoint by it is kept as best
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: sentencepiece model; default: the one in ckpt_dir
-    max_seq_len: longest prompt + output in tokens; longer rows are dropped and counted, more than 1% is an error
+    max_seq_len: longest prompt + output in tokens
+    truncation: for longer rows, counted: drop them; cut the prompt's left or the output's right; or end with an error.
+        More than 1% of the outputs dropped or cut is an error always
     max_batch_size: rows in one forward pass
     accumulation_steps: forward passes in one optimizer step
     packing: lay the rows of a forward pass end to end instead of padding them; the update is the same
     epochs: passes over the training file
+    max_steps: stop after so many optimizer steps; -1 = after all epochs
     lr: peak learning rate of AdamW
-    warmup_ratio: share of all steps in which the rate rises; it then falls along a cosine to a tenth
+    schedule: how the rate falls after it has risen
+    warmup_ratio: share of all steps in which the rate rises
+    min_lr_ratio: share of the peak rate that the last step has, unless the schedule is constant
     weight_decay: decay of weight matrices
     max_grad_norm: gradients are clipped to this global norm
+    activation_checkpointing: what the backward pass computes again to save memory: nothing, feed-forwards, or all
+    tensor_parallel_size: ranks that share one model; the others take other rows. -1 = the shards of ckpt_dir, if they
+        divide the ranks, else all ranks
     lora_rank: rank of LoRA adapters; -1 trains all weights
     lora_alpha: adapters are scaled by lora_alpha / lora_rank
     lora_dropout: dropout before the adapters
     lora_targets: linears that carry an adapter
+    eval_every: steps between measurements on eval_file; -1 = after each epoch
+    save_every: steps between checkpoints to resume from; -1 = after each epoch
+    keep_last: how many of those are kept
+    resume: auto = go on from the newest complete one in save_dir, if there is one
     save_dtype: type of the stored weights; default: as in ckpt_dir (adapters: float32)
     seed: seed of data order and adapter initialisation
     dry_run: print the plan - steps, memory of each rank, disk, an example with its loss in brackets - and stop
@@ -52,37 +69,51 @@ def main(
     cli.check_numbers(flags)
     config = assemble.load_config(ckpt_dir, model_type)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
-    data = SolverData(read_instructions(train_file), tokenizer, max_seq_len=max_seq_len, source=train_file)
+    data, held = (SolverData(read_instructions(file), tokenizer, max_seq_len=max_seq_len, truncation=truncation,
+                             source=file) if file else None for file in (train_file, eval_file))
     lora = assemble.lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
-    batching = Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=seed)
+    n_ranks = assemble.tensor_parallel_size(ckpt_dir, tensor_parallel_size)
+    batching = Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=seed,
+                        rank=parallel.rank() // n_ranks, ranks=parallel.world_size() // n_ranks)
     steps_per_epoch = batching.steps_per_epoch(len(data.rows))
+    total_steps = min(epochs * steps_per_epoch, max_steps if max_steps >= 0 else epochs * steps_per_epoch)
     if dry_run:
         examples = [encoded for row in data.rows for encoded in row]
         runlog.table(plan.training(config, assemble.n_shards(ckpt_dir), lora, examples, tokenizer, epochs=epochs,
-                                   rows_a_forward=max_batch_size, steps=epochs * steps_per_epoch))
+                                   rows_a_forward=max_batch_size, steps=total_steps))
         return
-    parallel.start(seed=seed)
+    parallel.start(seed, n_ranks)
     assemble.check_save_dir(save_dir, ckpt_dir)
     model = assemble.load_solver(ckpt_dir, dtype=torch.float32)
     assemble.put_lora_on(model, lora, seed)
     log = RunLog(save_dir, flags)
-    log.logger.info("%d rows (%d too long, dropped)", len(data.rows), data.dropped)
-    loop = TrainLoop(model, log, lr=lr, total_steps=steps_per_epoch * epochs, warmup_ratio=warmup_ratio,
-                     weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    log.logger.info("%s", data.report)
+    log.logger.info("first example: %s", plan.masked_text(data.rows[0][0], tokenizer))
+    loop = TrainLoop(model, log, lr=lr, total_steps=total_steps, schedule=schedule, warmup_ratio=warmup_ratio,
+                     min_lr_ratio=min_lr_ratio, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed,
+                     activation_checkpointing=activation_checkpointing)
+    saver = Saver(
+        log, [Trained(save_dir, loop, lambda folder, state: assemble.save_model(
+            model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state))],
+        save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+        facts={"seed": seed, "rows": len(data.rows), "rows_a_step": batching.rows_a_step})
+    done = saver.resume(resume)
     model.train()
-    log.progress(steps_per_epoch * epochs, "step")
-    for epoch, number, batches in data.steps(batching, packing=packing, epochs=epochs):
-        normaliser = n_supervised(batches)
+    log.progress(total_steps, "step", done)
+    for epoch, number, batches in data.steps(batching, packing=packing, epochs=epochs, done=done, stop=total_steps):
+        normaliser = parallel.sum_over_data_parallel(n_supervised(batches))
         for batch in batches:
-            loop.backward(sft_loss(model, batch.to(parallel.device()), normaliser))
+            loop.backward(sft_loss(model, batch.to(parallel.device()), normaliser), last=batch is batches[-1])
         report = loop.step()
         log.metrics(number, epoch=epoch, **report._asdict(), supervised_tokens=normaliser)
         log.advance(tokens=sum(batch.tokens.numel() for batch in batches), loss=report.loss)
-        if number % steps_per_epoch == 0:
-            assemble.save_model(model, f"{save_dir}/epoch-{epoch}", ckpt_dir, save_dtype, lora, tokenizer_file)
-    assemble.publish(f"{save_dir}/epoch-{epochs}", save_dir)
-    log.close_progress()
-    log.logger.info("saved %s", save_dir)
+        score = None
+        if held and (number == total_steps or number % (eval_every if eval_every >= 0 else steps_per_epoch) == 0):
+            eval_loss = validation_loss(model, held, batching, packing=packing)
+            log.metrics(number, epoch=epoch, eval_loss=eval_loss)
+            score = -eval_loss
+        saver.step_done(number, score)
+    saver.finish()
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ names its base; loading it loads the base and folds the adapter in, in the reque
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from src import parallel
-from src.checkpoint import adapters, shards, sources, storage
+from src.checkpoint import adapters, shards, sources, storage, training_state
+from src.checkpoint.training_state import RunState
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -34,6 +35,21 @@ def n_shards(ckpt_dir: str) -> int:
     folder = Path(ckpt_dir)
     kind = storage.ADAPTER if (folder / "adapter.json").is_file() else storage.WEIGHTS
     return len(storage.shard_paths(folder, kind))
+
+
+def tensor_parallel_size(ckpt_dir: str, asked: int = -1) -> int:
+    """How many ranks share one model: as many as asked; else the directory's shards if they divide the ranks, else all.
+
+    Raises UserError when `asked` does not divide the number of ranks.
+    """
+    world, n = parallel.world_size(), n_shards(ckpt_dir)
+    if asked == -1:
+        return n if n and world % n == 0 else world
+    if world % asked:
+        raise UserError(
+            f"--tensor_parallel_size {asked} does not divide the {world} processes that run; start a multiple of it"
+        )
+    return asked
 
 
 def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "") -> Tokenizer:
@@ -166,7 +182,8 @@ def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
     target, unsafe = Path(save_dir), [Path(folder) for folder in ckpt_dirs if folder]
     for folder in unsafe:
         if folder.resolve() == target.resolve() or (
-            folder.resolve().parent == target.resolve() and folder.name.startswith("epoch-")
+            folder.resolve().parent == target.resolve()
+            and folder.name.startswith(("epoch-", "step-", "best"))
         ):
             raise UserError(
                 f"saving to {save_dir} would overwrite {folder}, which is read; choose another directory"
@@ -174,6 +191,8 @@ def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
         if adapter := adapters.read_adapter(folder):
             unsafe.append(adapter.base)
     storage.check_writable(target)
+    if parallel.rank() == 0:
+        storage.hold(target)
 
 
 def save_model(
@@ -183,13 +202,15 @@ def save_model(
     dtype: str = "",
     lora: LoraConfig | None = None,
     tokenizer_file: str = "",
+    state: RunState | None = None,
 ) -> None:
     """Write a trained model as a checkpoint directory, each rank its own shard; all ranks call this.
 
     ckpt_dir is where training started: it gives the tokenizer unless tokenizer_file does and, with LoRA, the base
     that the adapter directory will name. dtype of the stored weights: empty = as in ckpt_dir; adapters are always
-    float32.
+    float32. With a state the directory is one that training can be resumed from.
     """
+    parallel.free_gathered(model)
     folder, source = Path(save_dir), Path(ckpt_dir)
     dtype = dtype or model.config.dtype
     kind = storage.ADAPTER if lora else storage.WEIGHTS
@@ -201,10 +222,14 @@ def save_model(
     stored = torch.float32 if lora else getattr(torch, dtype)
     with storage.writing(folder) if parallel.rank() == 0 else contextlib.nullcontext():
         parallel.barrier()
-        storage.write_shard(folder, kind, parallel.tensor_parallel_rank(), tensors, stored)
+        _write_tensors(folder, kind, tensors, stored)
+        if state:
+            _write_tensors(folder, training_state.OPTIMIZER, state.loop.tensors, torch.float32)
         parallel.barrier()
         if parallel.rank() == 0:
             documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
+            if state:
+                documents[training_state.STATE] = state.document()
             documents["params.json"] = model.config.to_dict() | {"dtype": dtype}
             facts = {
                 "source": str(source),
@@ -220,8 +245,10 @@ def save_model(
     parallel.barrier()
 
 
-def publish(source: str, target: str) -> None:
-    """Make `target` the same checkpoint as `source`, without storing it twice; all ranks call this."""
-    if parallel.rank() == 0:
-        storage.publish(Path(source), Path(target))
-    parallel.barrier()
+def _write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write this tensor-parallel rank's shard, a tensor at a time; data-parallel rank 0 gathers from the others."""
+    if parallel.data_parallel_rank() == 0:
+        storage.write_shard(folder, kind, parallel.tensor_parallel_rank(), tensors, dtype)
+    else:
+        for tensor in tensors.values():
+            parallel.whole(tensor)

@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import random
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -20,14 +21,18 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as groups
 from fairscale.nn.model_parallel import layers, mappings
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from src.errors import UserError
 
 
-def start(seed: int = 1) -> None:
+def start(seed: int = 1, tensor_parallel_size: int = -1) -> None:
     """Join the process group that torchrun describes (or a group of one) and seed every generator alike.
 
-    All ranks form one tensor-parallel group. gloo on the CPU, NCCL where CUDA is present.
+    Consecutive ranks form tensor-parallel groups of the given size (-1: one group of all ranks); ranks at the same
+    place in theirs form a data-parallel group. gloo on the CPU, NCCL where CUDA is present.
     """
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -40,7 +45,9 @@ def start(seed: int = 1) -> None:
         with contextlib.redirect_stdout(
             io.StringIO()
         ):  # fairscale prints its group sizes; nothing else runs here
-            groups.initialize_model_parallel(dist.get_world_size())
+            groups.initialize_model_parallel(
+                dist.get_world_size() if tensor_parallel_size == -1 else tensor_parallel_size
+            )
         atexit.register(stop)  # gloo's threads abort a process that exits while its groups are alive
     seed_all(seed)
 
@@ -79,6 +86,16 @@ def tensor_parallel_size() -> int:
     return groups.get_model_parallel_world_size()
 
 
+def data_parallel_rank() -> int:
+    """This rank's place among those that hold the same shard of the model and see other data."""
+    return groups.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    """Number of copies of the model that share a step's data."""
+    return groups.get_data_parallel_world_size()
+
+
 def device() -> torch.device:
     """The device this rank computes on."""
     return (
@@ -103,6 +120,77 @@ def sum_over_tensor_parallel(x: Tensor) -> Tensor:
     if tensor_parallel_size() > 1:
         dist.all_reduce(x, group=groups.get_model_parallel_group())
     return x
+
+
+def sum_over_data_parallel(x: float) -> float:
+    """Sum of a number over the data-parallel group: a step's global count from every rank's own."""
+    if data_parallel_size() == 1:
+        return x
+    total = torch.tensor(x, dtype=torch.float64, device=device())
+    dist.all_reduce(total, group=groups.get_data_parallel_group())
+    return total.item()
+
+
+def sum_over_all(x: Tensor) -> Tensor:
+    """Sum over every rank, in place; no gradient. Returns x."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; alike on every rank."""
+    return bool(sum_over_all(torch.tensor(float(flag), device=device())))
+
+
+def shard_over_data_parallel(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Share every parameter, its gradient and its optimizer state over the data-parallel group (FSDP2).
+
+    `blocks` are gathered one at a time, the rest of the model as a whole. Gradients are summed, not averaged: losses
+    are already divided by counts over all ranks. Nothing happens with one data-parallel rank.
+    """
+    if data_parallel_size() == 1:
+        return
+    mesh = DeviceMesh.from_group(
+        [groups.get_data_parallel_group(), groups.get_model_parallel_group()],
+        device().type,
+        mesh=torch.arange(world_size()).view(-1, tensor_parallel_size()),
+        mesh_dim_names=("dp", "tp"),
+    )
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh["dp"])
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+
+
+def communicate_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward() sums gradients over the data-parallel group, or leaves that to a later one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Give back what an evaluation gathered, so that the parameters are the optimizer's again."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def local(x: Tensor) -> Tensor:
+    """This data-parallel rank's part of a tensor, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor gathered from the data-parallel group, all of whose ranks call this."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def part_like(x: Tensor, like: Tensor) -> Tensor:
+    """This data-parallel rank's part of a whole tensor x, laid out and typed as `like` is; nothing is sent."""
+    x = x.to(like.device, like.dtype)
+    if isinstance(like, DTensor):
+        return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+    return x.clone()
 
 
 def broadcast_from_first(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -57,7 +58,8 @@ class RunLog:
     def __init__(self, folder: str, flags: Mapping[str, object]) -> None:
         self.logger = logger()
         self._folder = Path(folder)
-        self._metrics = None
+        self._metrics: TextIO | None = None
+        self._kept = 0  # steps of an earlier part of the run whose metrics stay
         self._bar: tqdm | None = None
         self._started = self._last_time = time.monotonic()
         self._last_tokens = 0
@@ -65,13 +67,26 @@ class RunLog:
             self._folder.mkdir(parents=True, exist_ok=True)
             facts = {"command": sys.argv, "flags": dict(flags), **_environment()}
             (self._folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            self._metrics = (self._folder / "metrics.jsonl").open("w", encoding="utf-8")
 
-    def progress(self, total: int, unit: str) -> None:
-        """Start a progress bar of `total` units; a bar that runs already is closed."""
+    def go_on_after(self, step: int) -> None:
+        """Keep the metrics of the steps up to this one, which an earlier part of the run has written."""
+        self._kept = step
+
+    def _open_metrics(self) -> TextIO:
+        """metrics.jsonl for appending; what lies behind the kept steps was of a part that is run again."""
+        path = self._folder / "metrics.jsonl"
+        rows = path.read_text(encoding="utf-8").splitlines() if self._kept and path.is_file() else []
+        whole = [row for row in rows if row.endswith("}")]  # a killed run may have torn its last line
+        kept = [row for row in whole if json.loads(row)["step"] <= self._kept]
+        path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
+        return path.open("a", encoding="utf-8")
+
+    def progress(self, total: int, unit: str, done: int = 0) -> None:
+        """Start a progress bar of `total` units, `done` of which lie behind; a bar that runs already is closed."""
         self.close_progress()
         self._bar = tqdm(
             total=total,
+            initial=done,
             unit=unit,
             disable=not _is_rank_0(),
             file=sys.stderr,
@@ -98,7 +113,9 @@ class RunLog:
 
     def metrics(self, step: int, **values: float) -> None:
         """Append one line to metrics.jsonl: the step, the seconds since the start, and these values."""
-        if self._metrics is not None:
+        if _is_rank_0():
+            if self._metrics is None:
+                self._metrics = self._open_metrics()
             row = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()

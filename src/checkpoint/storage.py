@@ -5,6 +5,7 @@ files, params.json and manifest.json. All of it is written to a staging director
 then moved into place, the manifest last: a save that is killed leaves the old checkpoint, or none that counts.
 """
 
+import atexit
 import errno
 import fcntl
 import hashlib
@@ -13,12 +14,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from src import parallel
 from src.checkpoint.tensor_files import TensorSpec, as_stored, open_torch_file, read_torch
 from src.errors import UserError
 
@@ -29,6 +31,7 @@ DOCUMENTS = (
     "manifest.json",
     "params.json",
     "adapter.json",
+    "state.json",
     "config.json",
     "adapter_config.json",
     "model.safetensors.index.json",
@@ -44,7 +47,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "generation_config.json",
 )
-_STAGING, _LOCK = ".partial", ".lock"
+_STAGING, _LOCK, _RUN_LOCK = ".partial", ".lock", ".run.lock"
+_HELD: dict[Path, AbstractContextManager[None]] = {}  # what hold() keeps
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -174,9 +178,9 @@ def _check_nothing_foreign(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold folder/.lock, which the kernel lets go of when this process dies. Raises UserError if it is held."""
-    path = folder / _LOCK
+def _locked(folder: Path, name: str = _LOCK) -> Iterator[None]:
+    """Hold a lock file of a directory, which the kernel frees when the process dies. Raises UserError if it is held."""
+    path = folder / name
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -199,6 +203,21 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
+def hold(folder: Path) -> None:
+    """Keep a directory for this process until it ends. Raises UserError if another process holds it."""
+    if folder.resolve() not in _HELD:
+        _HELD[folder.resolve()] = lock = _locked(folder, _RUN_LOCK)
+        lock.__enter__()
+        atexit.register(lock.__exit__, None, None, None)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint directory; from the first moment on it does not count as one."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    (folder / "params.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_shard(
     folder: Path, kind: str, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
@@ -208,7 +227,7 @@ def write_shard(
     }
     with open_torch_file(staging(folder) / shard_name(kind, index), layout) as file:
         for name, tensor in tensors.items():
-            file.write(name, tensor)
+            file.write(name, parallel.whole(tensor))
 
 
 def finish(
@@ -218,7 +237,7 @@ def finish(
     tokenizer_files: Sequence[Path],
     facts: Mapping[str, object],
 ) -> None:
-    """Complete the save whose n tensor files are written, and move it into place.
+    """Complete the save whose n shards (tensor files of each kind) are written, and move it into place.
 
     documents: json files by name, such as params.json; they follow the tensors, and manifest.json comes last.
     facts: what the manifest says besides the number, size and hash of the tensor files.
@@ -226,7 +245,7 @@ def finish(
     place = staging(folder)
     copy_tokenizer(tokenizer_files, place)
     tensor_files = sorted(path for path in place.iterdir() if path.suffix in (".pth", ".safetensors"))
-    assert len(tensor_files) == n, tensor_files
+    assert tensor_files and len(tensor_files) % n == 0, tensor_files  # a resumable checkpoint has two kinds
     manifest = {"format": MANIFEST_FORMAT, "shards": n, "files": _sealed(tensor_files), **facts}
     documents = {**documents, "manifest.json": manifest}
     for name, values in documents.items():
@@ -282,14 +301,18 @@ def copy_tokenizer(files: Sequence[Path], folder: Path) -> None:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Make `target` a checkpoint with the same contents as the complete directory `source`.
+    """Make `target` a checkpoint of the same weights as the complete directory `source`, without its training state.
 
     Shards are hard links where the file system has them, so nothing is stored twice.
     """
+    manifest = read_json(source / "manifest.json")
+    state = {"state.json", *(name for name in manifest["files"] if name.startswith("optimizer."))}
+    manifest["files"] = {name: facts for name, facts in manifest["files"].items() if name not in state}
     with writing(target):
         for path in source.iterdir():
-            if path.is_file() and not path.name.startswith("."):
+            if path.is_file() and not path.name.startswith(".") and path.name not in state:
                 _link_or_copy(path, staging(target) / path.name)
+        write_json(staging(target) / "manifest.json", manifest)
         _install(target, ["params.json", "manifest.json"])
 
 

@@ -49,8 +49,9 @@ class Batching:
         *,
         epochs: int,
         done: int = 0,
+        stop: int | None = None,
     ) -> Iterator[Step]:
-        """The steps of `epochs` epochs but the first `done`.
+        """The steps of `epochs` epochs behind number `done` and up to `stop` (None: to the end).
 
         encode(epoch, row) gives a row's sample in an epoch, lay_out() a batch of such samples.
         """
@@ -59,6 +60,8 @@ class Batching:
             order = collate.epoch_order(n_rows, self.seed, epoch)
             first = (epoch - 1) * per_epoch
             for number, rows in enumerate(collate.chunks(order, self.rows_a_step), first + 1):
+                if stop is not None and number > stop:
+                    return
                 if number > done:
                     samples = sorted((encode(epoch, row) for row in rows), key=n_tokens)
                     batches = [lay_out(picked) for picked in self._deal(samples)]

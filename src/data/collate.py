@@ -8,7 +8,7 @@ B batch, S sequence
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from src.errors import UserError
 from src.text.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
+Truncation = Literal["error", "drop", "left", "right"]
 
-MAX_DROPPED_SHARE = 0.01  # more rows than this over the length limit is a wrong flag, not noise
+MAX_DROPPED_SHARE = 0.01  # more answers than this lost to the length limit is a wrong flag, not noise
 
 
 class Encoded(NamedTuple):
@@ -71,22 +72,51 @@ def encode_response(tokenizer: Tokenizer, instruction: str, output: str, *, fini
     return Encoded(prompt + tokenizer.encode(output) + ending, len(prompt))
 
 
-def drop_long(
-    rows: Sequence[tuple[Encoded, ...]], max_seq_len: int, source: str
-) -> list[tuple[Encoded, ...]]:
-    """The rows all of whose sequences fit. Raises UserError when more than 1% do not.
+class Fitted(NamedTuple):
+    """The samples that fit the length limit, and a sentence on what became of the others."""
 
-    An answer is never cut. One long row alone is dropped however few there are.
+    rows: list[tuple[Encoded, ...]]
+    report: str
+
+
+def fit(
+    rows: Sequence[tuple[Encoded, ...]], max_seq_len: int, source: str, truncation: Truncation = "drop"
+) -> Fitted:
+    """Samples none of whose sequences is longer than max_seq_len; longer ones are treated as `truncation` says.
+
+    `left` cuts the prompt behind its first token and leaves the response whole, `right` cuts the end of the response;
+    where that leaves no response the sample is dropped. Raises UserError when more than 1% of the samples lose
+    response tokens or are dropped (one alone may, however few there are), and for any long one under `error`.
     """
-    kept = [row for row in rows if all(len(encoded.tokens) <= max_seq_len for encoded in row)]
-    dropped = len(rows) - len(kept)
-    if dropped > max(1, MAX_DROPPED_SHARE * len(rows)) or not kept:
+    kept, cut, lost = [], 0, 0
+    for row in rows:
+        if all(len(encoded.tokens) <= max_seq_len for encoded in row):
+            kept.append(row)
+            continue
+        shorter = tuple(_cut(encoded, max_seq_len, truncation) for encoded in row)
+        fits = all(encoded.n_response > 0 and len(encoded.tokens) <= max_seq_len for encoded in shorter)
+        cut += fits
+        lost += not fits or truncation == "right"
+        if fits:
+            kept.append(shorter)
+    long = len(rows) - len(kept) + cut
+    if lost > max(1, MAX_DROPPED_SHARE * len(rows)) or not kept or (long and truncation == "error"):
         longest = max(len(encoded.tokens) for row in rows for encoded in row)
         raise UserError(
-            f"{source}: {dropped} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} "
+            f"{source}: {lost or long} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} "
             f"(the longest has {longest} tokens); raise it or shorten the data"
         )
-    return kept
+    return Fitted(kept, f"{source}: {len(rows)} samples, {long} too long: {cut} cut, {long - cut} dropped")
+
+
+def _cut(encoded: Encoded, max_seq_len: int, truncation: Truncation) -> Encoded:
+    """A sequence cut to max_seq_len, or as it is where the policy cannot cut it."""
+    excess = len(encoded.tokens) - max_seq_len
+    if truncation == "left" and 0 < excess < encoded.response_start:
+        return Encoded(encoded.tokens[:1] + encoded.tokens[1 + excess :], encoded.response_start - excess)
+    if truncation == "right" and excess > 0:
+        return Encoded(encoded.tokens[:max_seq_len], min(encoded.response_start, max_seq_len))
+    return encoded
 
 
 def collate(rows: Sequence[Encoded]) -> Batch:

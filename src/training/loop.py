@@ -1,22 +1,34 @@
-"""One optimizer's life: accumulate, guard, clip, step, schedule. Every trainer drives its model through this."""
+"""One optimizer's life: accumulate, guard, clip, step, schedule, and come back from a checkpoint.
 
+Every trainer drives its model through this. Losses must already be divided by the count over the whole step (all
+micro-batches of all data-parallel ranks), so the update does not depend on how a step is cut up.
+"""
+
+import functools
 import math
-from typing import NamedTuple
+import random
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from src import parallel
 from src.checkpoint import shards
+from src.checkpoint.training_state import MASTER, MOMENTS, LoopState
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row after which training cannot be saved
 
+Schedule = Literal["cosine", "linear", "constant"]
+Checkpointing = Literal["none", "selective", "full"]
+
 
 class StepReport(NamedTuple):
-    """What one optimizer step did."""
+    """What one optimizer step did: the loss and gradient norm over all ranks, and the learning rate."""
 
     loss: float
     grad_norm: float
@@ -24,10 +36,10 @@ class StepReport(NamedTuple):
 
 
 class TrainLoop:
-    """AdamW over a model's trainable parameters with warm-up, cosine decay and true global-norm clipping.
+    """AdamW over a model's trainable parameters with warm-up, decay and true global-norm clipping.
 
-    backward() any number of times, then step(). Losses must already be divided by the count over the whole
-    step (all micro-batches), so the update does not depend on how a step is cut into micro-batches.
+    backward() any number of times, then step(). All ranks must call both equally often. Once it is made the
+    parameters belong to it: they are shared over the data-parallel ranks.
     """
 
     def __init__(
@@ -37,45 +49,54 @@ class TrainLoop:
         *,
         lr: float,
         total_steps: int,
+        schedule: Schedule = "cosine",
         warmup_ratio: float = 0.03,
         min_lr_ratio: float = 0.1,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
+        activation_checkpointing: Checkpointing = "none",
+        seed: int = 1,
     ) -> None:
-        self.model, self.log = model, log
+        self.model, self.log, self.seed = model, log, seed
         self.total_steps, self.warmup_steps = total_steps, math.ceil(warmup_ratio * total_steps)
         self.max_lr, self.min_lr_ratio, self.max_grad_norm = lr, min_lr_ratio, max_grad_norm
-        self.steps = 0
-        self._loss = 0.0
-        self._bad_steps = 0
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.schedule: Schedule = schedule
+        self.steps = self._updates = self._bad_steps = 0
+        self._loss = torch.zeros((), dtype=torch.float64, device=parallel.device())
+        checkpoint_activations(model, activation_checkpointing)
+        parallel.shard_over_data_parallel(model, model.layers)
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
-        self._copies = [
-            (p, shards.copies(shards.cut_of(name, model.config, n), rank)) for name, p in trainable
-        ]
-        matrices = [p for _, p in trainable if p.dim() > 1]
-        vectors = [p for _, p in trainable if p.dim() <= 1]  # norms are not decayed
+        self._copies = [shards.copies(shards.cut_of(name, model.config, n), rank) for name in self._trainable]
+        matrices = [p for p in self._trainable.values() if p.dim() > 1]
+        vectors = [p for p in self._trainable.values() if p.dim() <= 1]  # norms are not decayed
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=lr,
             betas=(0.9, 0.95),
+            fused=True,
         )
+        self._seed_step()
 
-    def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradient."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add a micro-batch's gradient. `last` of a step: only then do data-parallel ranks exchange gradients."""
+        parallel.communicate_gradients(self.model, last)
         loss.backward()
-        self._loss += loss.item()
+        self._loss += loss.detach()
 
     def step(self) -> StepReport:
         """Clip, update, advance the schedule. A non-finite step is skipped and reported; several end the run."""
-        lr = self.max_lr * lr_factor(self.steps, self.total_steps, self.warmup_steps, self.min_lr_ratio)
-        grad_norm = self._clip()
-        loss, self._loss = self._loss, 0.0
+        lr = self.max_lr * lr_factor(
+            self.steps, self.total_steps, self.warmup_steps, self.min_lr_ratio, self.schedule
+        )
+        loss, grad_norm = self._reduce()
         if math.isfinite(grad_norm) and math.isfinite(loss):
             self._bad_steps = 0
+            self._scale_gradients(grad_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self._updates += 1
         else:
             self._bad_steps += 1
             self.log.logger.warning("step %d skipped: loss %s, gradient norm %s", self.steps, loss, grad_norm)
@@ -85,31 +106,85 @@ class TrainLoop:
                     f"lower the learning rate or look for broken rows in the data"
                 )
         self.optimizer.zero_grad(set_to_none=True)
+        self._loss.zero_()
         self.steps += 1
+        self._seed_step()
         return StepReport(loss, grad_norm, lr)
 
-    def _clip(self) -> float:
-        """Scale gradients to the maximum global norm; the norm before scaling, alike on every rank."""
-        norm = math.sqrt(parallel.sum_over_tensor_parallel(_sum_of_squares(self._copies)).item())
+    def _reduce(self) -> tuple[float, float]:
+        """Loss and gradient norm over all ranks, in one all-reduce; alike on every rank.
+
+        The loss is summed over data-parallel ranks. The squares of the gradient are summed over all: what several
+        tensor-parallel ranks hold counts once.
+        """
+        squares = torch.zeros((), dtype=torch.float64, device=parallel.device())
+        for parameter, copies in zip(self._trainable.values(), self._copies, strict=True):
+            if parameter.grad is not None:
+                norm = torch.linalg.vector_norm(parallel.local(parameter.grad), dtype=torch.float32)
+                squares += norm.double().square() / copies
+        sums = parallel.sum_over_all(torch.stack((self._loss / parallel.tensor_parallel_size(), squares)))
+        loss, norm = torch.stack((sums[0], sums[1].sqrt())).tolist()
+        return loss, norm
+
+    def _scale_gradients(self, norm: float) -> None:
+        """Bring the gradient's global norm down to the maximum."""
         if norm > self.max_grad_norm:
-            for parameter, _ in self._copies:
+            for parameter in self._trainable.values():
                 if parameter.grad is not None:
-                    parameter.grad.mul_(self.max_grad_norm / norm)
-        return norm
+                    parallel.local(parameter.grad).mul_(self.max_grad_norm / norm)
+
+    def _seed_step(self) -> None:
+        """Make every random draw of the next step (dropout) a pure function of (seed, step, data-parallel rank)."""
+        place = f"{self.seed}/{self.steps}/{parallel.data_parallel_rank()}"
+        parallel.seed_all(random.Random(place).getrandbits(63))
+
+    def state(self) -> LoopState:
+        """What a checkpoint must hold beside the weights; nothing is copied. Tensors are parts of this rank.
+
+        Random states are not among it: they follow from the seed and the step.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._trainable.items():
+            moments = self.optimizer.state.get(parameter)  # none before the first update
+            for moment in MOMENTS:
+                tensors[f"{name}/{moment}"] = moments[moment] if moments else torch.zeros_like(parameter)
+            tensors[f"{name}/{MASTER}"] = parameter
+        counts = {"steps": self.steps, "updates": self._updates, "bad_steps": self._bad_steps}
+        return LoopState(tensors, counts)
+
+    def load(self, counts: dict[str, int], read: Callable[[str], Tensor]) -> None:
+        """Take up a state that state() gave. read(name): a tensor of this tensor-parallel rank, whole over dp ranks."""
+        self.steps, self._updates, self._bad_steps = (counts[k] for k in ("steps", "updates", "bad_steps"))
+        for name, parameter in self._trainable.items():
+            with torch.no_grad():
+                parallel.local(parameter).copy_(
+                    parallel.local(parallel.part_like(read(f"{name}/{MASTER}"), parameter))
+                )
+            if self._updates:
+                updates = torch.tensor(float(self._updates), device=parameter.device)
+                moments = {
+                    moment: parallel.part_like(read(f"{name}/{moment}"), parameter) for moment in MOMENTS
+                }
+                self.optimizer.state[parameter] = {"step": updates, **moments}
+        self._seed_step()
 
 
-def _sum_of_squares(parameters: list[tuple[nn.Parameter, int]]) -> Tensor:
-    """This rank's part of the sum of squared gradient entries, float32: what several ranks hold counts once."""
-    total = torch.zeros((), device=parallel.device())
-    for parameter, copies in parameters:
-        if parameter.grad is not None:
-            total += parameter.grad.float().square().sum() / copies
-    return total
+def checkpoint_activations(model: Decoder, kind: Checkpointing) -> None:
+    """Let the backward pass compute again what blocks (full) or their feed-forward halves (selective) produced."""
+    for layer in model.layers if kind != "none" else ():
+        module = layer if kind == "full" else layer.feed_forward
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
-def lr_factor(step: int, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then cosine down to min_ratio at the last step."""
+def lr_factor(
+    step: int, total_steps: int, warmup_steps: int, min_ratio: float, schedule: Schedule = "cosine"
+) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then down to min_ratio at the last step.
+
+    The way down is a cosine or a line; a constant schedule stays at the peak.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return min_ratio + (1 - min_ratio) * left[schedule]

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
+from src import parallel
 from src.data import collate
 from src.data.batches import Batching, Sample, Step
-from src.data.collate import Batch
+from src.data.collate import Batch, Truncation
 from src.data.examples import Instruction
 from src.inference.scoring import response_logprobs
 from src.models.decoder import Decoder
@@ -17,18 +19,28 @@ class SolverData:
     """Instruction rows as the batches of optimizer steps."""
 
     def __init__(
-        self, rows: Sequence[Instruction], tokenizer: Tokenizer, *, max_seq_len: int, source: str
+        self,
+        rows: Sequence[Instruction],
+        tokenizer: Tokenizer,
+        *,
+        max_seq_len: int,
+        source: str,
+        truncation: Truncation = "drop",
     ) -> None:
-        """Rows too long for max_seq_len are dropped; raises UserError when that is more than 1% of them."""
+        """collate.fit() says what becomes of rows that are too long."""
         options = [
             tuple(collate.encode_response(tokenizer, row.instruction, output) for output in row.outputs)
             for row in rows
         ]
-        self.rows = collate.drop_long(options, max_seq_len, source)
-        self.dropped = len(rows) - len(self.rows)
+        self.rows, self.report = collate.fit(options, max_seq_len, source, truncation)
 
-    def steps(self, batching: Batching, *, packing: bool, epochs: int, done: int = 0) -> Iterator[Step]:
-        """The optimizer steps of `epochs` epochs but the first `done`; a row with several outputs takes turns."""
+    def steps(
+        self, batching: Batching, *, packing: bool, epochs: int, done: int = 0, stop: int | None = None
+    ) -> Iterator[Step]:
+        """The optimizer steps of `epochs` epochs behind number `done` and up to `stop`.
+
+        A row with several outputs shows one of them in each epoch.
+        """
 
         def encode(epoch: int, row: int) -> Sample:
             return (collate.pick(self.rows[row], batching.seed, epoch, row),)
@@ -36,7 +48,7 @@ class SolverData:
         def lay_out(samples: Sequence[Sample]) -> Batch:
             return collate.lay_out([encoded for (encoded,) in samples], packing=packing)
 
-        return batching.steps(len(self.rows), encode, lay_out, epochs=epochs, done=done)
+        return batching.steps(len(self.rows), encode, lay_out, epochs=epochs, done=done, stop=stop)
 
 
 def n_supervised(batches: Sequence[Batch]) -> int:
@@ -47,3 +59,18 @@ def n_supervised(batches: Sequence[Batch]) -> int:
 def sft_loss(model: Decoder, batch: Batch, normaliser: float) -> Tensor:
     """Negative log-likelihood of the response tokens, summed and divided by the step's token count. -> scalar."""
     return -response_logprobs(model, *batch).sum() / normaliser
+
+
+@torch.no_grad()
+def validation_loss(model: Decoder, held: SolverData, batching: Batching, *, packing: bool) -> float:
+    """Mean negative log-likelihood of the response tokens of held-out rows, over all ranks."""
+    was_training = model.training
+    model.eval()
+    total, n_tokens = 0.0, 0
+    for step in held.steps(batching, packing=packing, epochs=1):
+        for batch in step.batches:
+            total += sft_loss(model, batch.to(parallel.device()), 1.0).item()
+            n_tokens += n_supervised([batch])
+    model.train(was_training)
+    parallel.free_gathered(model)
+    return parallel.sum_over_data_parallel(total) / parallel.sum_over_data_parallel(n_tokens)

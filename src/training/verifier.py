@@ -9,7 +9,7 @@ from torch import Tensor
 from src import parallel
 from src.data import collate
 from src.data.batches import Batching, Sample, Step
-from src.data.collate import Batch, Encoded
+from src.data.collate import Batch, Encoded, Truncation
 from src.data.examples import Pair
 from src.errors import UserError
 from src.inference.scoring import response_scores
@@ -42,20 +42,30 @@ class PairData:
     A row with several texts a side gives as many pairs as its longer side has texts; the shorter side repeats.
     """
 
-    def __init__(self, rows: Sequence[Pair], tokenizer: Tokenizer, *, max_seq_len: int, source: str) -> None:
-        """Pairs too long for max_seq_len are dropped; raises UserError when that is more than 1% of them."""
+    def __init__(
+        self,
+        rows: Sequence[Pair],
+        tokenizer: Tokenizer,
+        *,
+        max_seq_len: int,
+        source: str,
+        truncation: Truncation = "drop",
+    ) -> None:
+        """collate.fit() says what becomes of pairs with a text that is too long."""
         pairs = [pair for row in rows for pair in _encode_pairs(row, tokenizer)]
-        self.pairs = collate.drop_long(pairs, max_seq_len, source)
-        self.dropped = len(pairs) - len(self.pairs)
+        self.pairs, self.report = collate.fit(pairs, max_seq_len, source, truncation)
 
-    def steps(self, batching: Batching, *, packing: bool, epochs: int, done: int = 0) -> Iterator[Step]:
-        """The optimizer steps of `epochs` epochs but the first `done`."""
+    def steps(
+        self, batching: Batching, *, packing: bool, epochs: int, done: int = 0, stop: int | None = None
+    ) -> Iterator[Step]:
+        """The optimizer steps of `epochs` epochs behind number `done` and up to `stop`."""
         return batching.steps(
             len(self.pairs),
             lambda epoch, row: self.pairs[row],
             lambda pairs: _lay_out(pairs, packing=packing),
             epochs=epochs,
             done=done,
+            stop=stop,
         )
 
     def in_order(self, max_batch_size: int) -> Iterator[Batch]:
@@ -109,6 +119,7 @@ def evaluate_pairs(verifier: Decoder, data: PairData, max_batch_size: int) -> Pa
     ]
     chosen, rejected = (torch.cat(side) for side in zip(*(score.chunk(2) for score in scores), strict=True))
     verifier.train()
+    parallel.free_gathered(verifier)
     both = torch.cat((chosen, rejected))
     return PairReport(
         (chosen > rejected).float().mean().item(), both.mean().item(), both.std(unbiased=False).item() or 1.0

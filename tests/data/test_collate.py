@@ -34,11 +34,26 @@ def test_collate_pads_on_the_right_and_masks_by_length() -> None:
 def test_long_rows_are_dropped_up_to_one_in_a_hundred() -> None:
     short, long = Encoded([1] * 4, 1), Encoded([1] * 5, 1)
     rows = [(short,)] * 99 + [(short, long)]
-    assert collate.drop_long(rows, 4, "f.json") == [(short,)] * 99
-    assert collate.drop_long(rows, 5, "f.json") == rows
+    assert collate.fit(rows, 4, "f.json").rows == [(short,)] * 99
+    assert collate.fit(rows, 5, "f.json").rows == rows
     message = r"f.json: 2 of 100 rows are longer than --max_seq_len 4 \(the longest has 5 tokens\)"
     with pytest.raises(UserError, match=message):
-        collate.drop_long([*rows[1:], (long,)], 4, "f.json")
+        collate.fit([*rows[1:], (long,)], 4, "f.json")
+    with pytest.raises(UserError, match="f.json: 1 of 100 rows are longer"):
+        collate.fit(rows, 4, "f.json", "error")
+
+
+def test_truncation_by_hand() -> None:
+    short, prompt, answer = Encoded([1, 2], 1), Encoded([1, 2, 3, 4, 5, 6], 4), Encoded([1, 2, 3, 4, 5, 6], 1)
+    rows = [(short,)] * 200
+    left = collate.fit([*rows, (prompt,), (prompt,), (prompt,), (answer,)], 4, "f.json", "left")
+    assert left.rows == [*rows, *[(Encoded([1, 4, 5, 6], 2),)] * 3]  # a cut prompt costs no answer
+    assert left.report == "f.json: 204 samples, 4 too long: 3 cut, 1 dropped"
+    right = collate.fit([*rows, (answer,), (prompt,)], 5, "f.json", "right")
+    assert right.rows == [*rows, (Encoded([1, 2, 3, 4, 5], 1),), (Encoded([1, 2, 3, 4, 5], 4),)]
+    assert collate.fit([*rows, (prompt,)], 4, "f.json", "right").rows == rows  # no answer is left of it
+    with pytest.raises(UserError, match="3 of 203 rows are longer than --max_seq_len 5"):
+        collate.fit([*rows, *[(answer,)] * 3], 5, "f.json", "right")
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch() -> None:

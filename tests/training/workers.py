@@ -34,7 +34,7 @@ PROMPTS = [
 
 def local_weights(model: Decoder) -> dict[str, Tensor]:
     """This rank's parameters, for join_weights()."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {name: parallel.whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 
 
 def join_weights(ranks: list[dict[str, Tensor]], model: Decoder) -> dict[str, Tensor]:
@@ -62,19 +62,49 @@ def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
     return reports
 
 
+def invariance_cases(
+    folder: str, log_dir: str, cases: list[dict[str, object]]
+) -> dict[str, dict[str, Tensor]]:
+    """sft_epochs() of every case, by its place in the list."""
+    return {str(index): sft_epochs(folder, log_dir, **case) for index, case in enumerate(cases)}
+
+
 def sft_epochs(
-    folder: str, log_dir: str, max_batch_size: int = 2, accumulation_steps: int = 2, packing: bool = False
+    folder: str,
+    log_dir: str,
+    max_batch_size: int = 2,
+    accumulation_steps: int = 2,
+    packing: bool = False,
+    lora_rank: int = -1,
+    schedule: str = "cosine",
+    activation_checkpointing: str = "none",
 ) -> dict[str, Tensor]:
-    """The weights after two epochs on INSTRUCTIONS, and every step's loss under `losses`."""
+    """This tensor-parallel rank's weights after two epochs on INSTRUCTIONS, and every step's loss under `losses`."""
     model = assemble.load_solver(folder)
+    assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), seed=1)
     tokenizer = assemble.load_tokenizer(folder)
     data = SolverData(INSTRUCTIONS, tokenizer, max_seq_len=64, source="INSTRUCTIONS")
-    loop = TrainLoop(model, RunLog(log_dir, {}), lr=1e-4, total_steps=4, weight_decay=0.1)
+    loop = TrainLoop(
+        model,
+        RunLog(log_dir, {}),
+        lr=1e-4,
+        total_steps=4,
+        weight_decay=0.1,
+        schedule=schedule,
+        activation_checkpointing=activation_checkpointing,
+    )
     found = []
-    batching = Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=3)
+    batching = Batching(
+        max_batch_size=max_batch_size,
+        accumulation_steps=accumulation_steps,
+        seed=3,
+        rank=parallel.data_parallel_rank(),
+        ranks=parallel.data_parallel_size(),
+    )
     for _, _, batches in data.steps(batching, packing=packing, epochs=2):
+        normaliser = parallel.sum_over_data_parallel(n_supervised(batches))
         for batch in batches:
-            loop.backward(sft_loss(model, batch, n_supervised(batches)))
+            loop.backward(sft_loss(model, batch, normaliser), last=batch is batches[-1])
         found.append(loop.step().loss)
     return local_weights(model) | {"losses": torch.tensor(found)}
 

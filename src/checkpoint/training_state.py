@@ -1,0 +1,70 @@
+"""What a training checkpoint holds beside the weights: `optimizer.NN.pth` and state.json, resharded at will.
+
+optimizer.NN.pth has, for each trainable parameter, PARAMETER/exp_avg, PARAMETER/exp_avg_sq and PARAMETER/master (its
+float32 value), cut over tensor-parallel ranks as the parameter is and whole over data-parallel ones. state.json holds
+counts. Both are covered by the directory's manifest: a checkpoint whose save was interrupted does not count.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from src import parallel
+from src.checkpoint import shards, storage
+from src.errors import UserError
+from src.models.config import ModelConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW (Loshchilov and Hutter 2019)
+MASTER = "master"
+OPTIMIZER, STATE = "optimizer", "state.json"
+
+
+class LoopState(NamedTuple):
+    """A loop's tensors by name (PARAMETER/WHAT, parts of this rank), and its counts."""
+
+    tensors: Mapping[str, Tensor]
+    counts: Mapping[str, int]
+
+
+class RunState(NamedTuple):
+    """What is saved with one model of a run: its loop's state and the run's facts, json values for state.json."""
+
+    loop: LoopState
+    facts: Mapping[str, object]
+
+    def document(self) -> dict[str, object]:
+        """state.json."""
+        return {"loop": dict(self.loop.counts), **self.facts}
+
+
+def read_facts(folder: Path) -> dict[str, object]:
+    """state.json of a directory. Raises UserError unless the directory is a complete training checkpoint."""
+    storage.check_complete(folder)
+    names = storage.manifest_files(folder)
+    if not any(name.startswith(f"{OPTIMIZER}.") for name in names):
+        raise UserError(f"{folder} holds no optimizer state; it is a checkpoint to start from, not to resume")
+    return storage.read_json(folder / STATE)
+
+
+def reader(folder: Path, config: ModelConfig) -> Callable[[str], Tensor]:
+    """How to read a tensor of optimizer.NN.pth as this tensor-parallel rank holds it, whatever number wrote it.
+
+    Raises UserError for a tensor that the checkpoint lacks.
+    """
+    paths = storage.shard_paths(folder, OPTIMIZER)
+    n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
+    wanted = [paths[rank]] if len(paths) == n else paths
+    pieces = [storage.read_shard(path) for path in wanted]
+
+    def read(name: str) -> Tensor:
+        if name not in pieces[0]:
+            raise UserError(f"{wanted[0]}: {name!r} is missing; other parameters were trained then than now")
+        if len(paths) == n:
+            return pieces[0][name]
+        parameter = name.rpartition("/")[0]
+        whole = shards.join([piece[name] for piece in pieces], shards.cut_of(parameter, config, len(paths)))
+        return shards.cut(whole, shards.cut_of(parameter, config, n), rank)
+
+    return read

@@ -1,0 +1,163 @@
+"""When a run saves, what it keeps, and how it goes on after it was stopped.
+
+A run's directory holds `step-N`, training checkpoints that it can be resumed from, of which the newest few are kept;
+`epoch-N`, the weights of each epoch; `best`; and at the top the weights it ended with. The last three are hard links.
+"""
+
+import math
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Literal, NamedTuple
+
+from src import parallel
+from src.checkpoint import storage, training_state
+from src.checkpoint.training_state import RunState
+from src.errors import UserError
+from src.runlog import RunLog
+from src.training.loop import TrainLoop
+
+Resume = Literal["none", "auto"]
+
+
+class Trained(NamedTuple):
+    """One model of a run: its directory, its loop, and how its weights and a state are written to a directory."""
+
+    folder: str
+    loop: TrainLoop
+    write: Callable[[str, RunState], None]
+
+
+class Saver:
+    """Saves all models of a run together. Every rank makes one and calls the same methods in the same order."""
+
+    def __init__(
+        self,
+        log: RunLog,
+        models: Sequence[Trained],
+        *,
+        save_every: int,
+        keep_last: int,
+        steps_per_epoch: int,
+        total_steps: int,
+        facts: Mapping[str, object],
+    ) -> None:
+        """save_every: steps between saves besides those at the ends of epochs; -1 = none.
+
+        facts: json values by flag or name that must be the same when the run is resumed, for they fix its data order.
+        """
+        self._log, self._models, self._facts = log, models, {**facts, "total_steps": total_steps}
+        self._every, self._keep_last = save_every, keep_last
+        self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
+        self._best, self._best_step, self._stop_asked = -math.inf, 0, False
+        signal.signal(signal.SIGTERM, self._ask_to_stop)
+
+    def _ask_to_stop(self, signal_number: int, frame: FrameType | None) -> None:
+        self._stop_asked = True
+
+    def resume(self, mode: Resume) -> int:
+        """Take up the newest training checkpoint that is complete for all models; how many steps are done.
+
+        Raises UserError for an unfinished run that is not to be resumed, and for one that was started otherwise.
+        """
+        steps = sorted(set.intersection(*(_complete_steps(model.folder) for model in self._models)))
+        if not steps:
+            return 0
+        if mode == "none":
+            if steps[-1] < self._total_steps:
+                raise UserError(
+                    f"{self._models[0].folder} holds a run that stopped at step {steps[-1]}; continue it with "
+                    f"--resume auto, or choose another directory"
+                )
+            self._discard(steps)
+            return 0
+        for model in self._models:
+            self._load(model, steps[-1])
+        self._publish_due(steps[-1])  # in case the run was killed between the save and this
+        self._log.go_on_after(steps[-1])
+        self._log.logger.info("resumed after step %d of %d", steps[-1], self._total_steps)
+        return steps[-1]
+
+    def _load(self, model: Trained, step: int) -> None:
+        folder = _step_folder(model.folder, step)
+        stored = training_state.read_facts(folder)
+        for name, now in self._facts.items():
+            if stored[name] != now:
+                raise UserError(
+                    f"{folder}: {name} was {stored[name]} and is {now} now; resume with the data and flags of then"
+                )
+        self._best_step = stored["best_step"]
+        self._best = stored["best"] if self._best_step else -math.inf
+        model.loop.load(stored["loop"], training_state.reader(folder, model.loop.model.config))
+
+    def step_done(self, number: int, score: float | None = None) -> None:
+        """Save if this step is one to save after. score: held-out merit of the models now, where it was measured.
+
+        The best one is kept as `best`. After SIGTERM to any rank this saves and ends the process with status 0.
+        """
+        stop = parallel.any_rank(self._stop_asked)
+        if score is not None and score > self._best:
+            self._best, self._best_step = score, number
+        due = self._every > 0 and number % self._every == 0
+        at_end = number % self._steps_per_epoch == 0 or number == self._total_steps
+        if stop or due or at_end or self._best_step == number:
+            self._save(number)
+            self._publish_due(number)
+        if stop and number < self._total_steps:
+            self._log.close_progress()
+            self._log.logger.info("stopped by SIGTERM after step %d, saved; go on with --resume auto", number)
+            sys.exit(0)
+
+    def finish(self) -> None:
+        """Put the final weights at the top of the run's directory."""
+        self._publish(self._total_steps, ".")
+        self._log.close_progress()
+        for model in self._models:
+            self._log.logger.info("saved %s", model.folder)
+
+    def _save(self, step: int) -> None:
+        best = {"best": self._best if self._best_step else None, "best_step": self._best_step}
+        facts = {**self._facts, "step": step, **best}
+        for model in self._models:
+            model.write(str(_step_folder(model.folder, step)), RunState(model.loop.state(), facts))
+        self._discard(sorted(_complete_steps(self._models[0].folder))[: -self._keep_last])
+
+    def _discard(self, steps: Sequence[int]) -> None:
+        if parallel.rank() == 0:
+            for model in self._models:
+                for step in steps:
+                    storage.discard(_step_folder(model.folder, step))
+        parallel.barrier()
+
+    def _publish_due(self, step: int) -> None:
+        """The links that a saved step is the source of."""
+        if step == self._best_step:
+            self._publish(step, "best")
+        if step % self._steps_per_epoch == 0:
+            self._publish(step, f"epoch-{step // self._steps_per_epoch}")
+
+    def _publish(self, step: int, name: str) -> None:
+        if parallel.rank() == 0:
+            for model in self._models:
+                storage.publish(_step_folder(model.folder, step), Path(model.folder) / name)
+        parallel.barrier()
+
+
+def _step_folder(folder: str, step: int) -> Path:
+    return Path(folder) / f"step-{step}"
+
+
+def _complete_steps(folder: str) -> set[int]:
+    """Steps whose training checkpoints are complete; what an interrupted save left does not count."""
+    found = set()
+    for path in Path(folder).glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isascii() and number.isdigit() and (path / training_state.STATE).is_file():
+            try:
+                training_state.read_facts(path)
+            except UserError:
+                continue
+            found.add(int(number))
+    return found

@@ -1,0 +1,116 @@
+"""The update of a step does not depend on how the step is cut up: micro-batches, packing, ranks, recomputation."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from src import assemble
+from src.models.lora import merged_weight
+from tests.conftest import Folders
+from tests.ranks import run_ranks
+from tests.reference import relative_difference
+from tests.training.workers import join_weights, sft_epochs
+
+LIMIT = 1e-6  # relative, float32
+ROWS = 8  # in a step: more than the six that the last step of an epoch has
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Losses and the weights that act, adapters merged, within LIMIT.
+
+    (Adam divides gradients that are all rounding by their size; an adapter's B, which starts at 0, shows it.)
+    """
+    expected = merged(expected)
+    for name, tensor in merged(found).items():
+        assert relative_difference(tensor, expected[name]) < LIMIT, name
+
+
+def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every adapter's product added to its base."""
+    weights = dict(weights)
+    for name in [name for name in weights if name.endswith(".lora_a.weight")]:
+        stem = name.removesuffix(".lora_a.weight")
+        lora_b = weights.pop(f"{stem}.lora_b.weight")
+        weights[f"{stem}.base.weight"] = merged_weight(
+            weights[f"{stem}.base.weight"], weights.pop(name), lora_b, 16.0 / len(lora_b.T)
+        )
+    return weights
+
+
+@pytest.fixture(scope="module")
+def whole(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Tensor]]:
+    """Weights and losses with every step in one padded forward pass on one rank, by lora_rank."""
+    log_dir = str(tmp_path_factory.mktemp("log"))
+    return {rank: sft_epochs(folders.one, log_dir, ROWS, 1, lora_rank=rank) for rank in (-1, 4)}
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    accumulation_steps=st.sampled_from([1, 2, 4, 8]),
+    packing=st.booleans(),
+    lora_rank=st.sampled_from([-1, 4]),
+    recomputed=st.sampled_from(["none", "selective", "full"]),
+)
+def test_micro_batches_packing_and_recomputation(
+    folders: Folders,
+    whole: dict[int, dict[str, Tensor]],
+    tmp_path_factory: pytest.TempPathFactory,
+    accumulation_steps: int,
+    packing: bool,
+    lora_rank: int,
+    recomputed: str,
+) -> None:
+    log_dir = str(tmp_path_factory.mktemp("log"))
+    found = sft_epochs(
+        folders.one,
+        log_dir,
+        ROWS // accumulation_steps,
+        accumulation_steps,
+        packing,
+        lora_rank,
+        activation_checkpointing=recomputed,
+    )
+    assert_same(found, whole[lora_rank])
+
+
+@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (2, 2), (4, 2)])
+def test_ranks(
+    folders: Folders,
+    whole: dict[int, dict[str, Tensor]],
+    tmp_path: Path,
+    n: int,
+    tensor_parallel_size: int,
+) -> None:
+    data_parallel_size = n // tensor_parallel_size
+    cases = [
+        {"max_batch_size": size, "accumulation_steps": ROWS // size // data_parallel_size, **case}
+        for size, case in (
+            (4, {}),
+            (1, {"packing": True, "activation_checkpointing": "full"}),
+            (2, {"lora_rank": 4}),
+            (4, {"lora_rank": 4, "packing": True}),
+        )
+    ]
+    ranks = run_ranks(
+        n,
+        "tests.training.workers:invariance_cases",
+        tmp_path,
+        tensor_parallel_size,
+        folder=(folders.one, folders.two)[tensor_parallel_size - 1],
+        log_dir=str(tmp_path / "log"),
+        cases=cases,
+    )
+    for index, case in enumerate(cases):
+        lora_rank = case.get("lora_rank", -1)
+        model = assemble.load_solver(folders.one)
+        assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), 1)
+        found = [rank[str(index)] for rank in ranks]
+        losses = [rank.pop("losses") for rank in found]
+        for loss in losses:
+            assert relative_difference(loss, whole[lora_rank]["losses"]) < LIMIT
+        expected = {name: tensor for name, tensor in whole[lora_rank].items() if name != "losses"}
+        for first in range(0, n, tensor_parallel_size):  # every data-parallel copy
+            assert_same(join_weights(found[first : first + tensor_parallel_size], model), expected)
