@@ -41,6 +41,8 @@ DOORS: dict[str, str | None] = {
     "fire": "src/cli.py",
     "tqdm": "src/runlog.py",
     "safetensors": "src/checkpoint/tensor_files.py",
+    "matplotlib": "src/evaluation/plot.py",
+    "httpx2": "src/inference/remote.py",
     "sentencepiece": "src/text/tokenizer.py",
     # answers of a model meet the equality library in a process that can be killed
     "math_verify": "src/evaluation/grade_worker.py",
