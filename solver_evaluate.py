@@ -4,6 +4,8 @@ torchrun --nproc_per_node 8 solver_evaluate.py --task GSM8K --ckpt_dir out --lab
     --log_dir log --max_batch_size 64
 """
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -13,75 +15,108 @@ from src.data.collate import encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
 from src.evaluation.evaluator import (
+    Marking,
     claim_samples,
     disclaim_samples,
     grade_samples,
-    results_table,
+    local_sampler,
+    remote_sampler,
     sample_prompts,
 )
+from src.evaluation.plot import plot_results
+from src.evaluation.prompting import make_prompting, select_prompts
+from src.evaluation.report import results_table
+from src.evaluation.tasks import find_task
+from src.inference.remote import Server
 from src.inference.sampling import Sampling
 from src.runlog import RunLog
 
 
 def main(
-    task: Literal["GSM8K", "MATH", "toy", "none"], label_file: str, log_dir: str, ckpt_dir: str = "",
-    samples_file: str = "", model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
-    max_new_tokens: int = 512, num_samples: int = 1, temperature: float = 0.0, top_p: float = 1.0,
-    limit: int = -1, seed: int = 1, dry_run: bool = False,
+    task: str, label_file: str, log_dir: str, ckpt_dir: str = "", samples_file: str = "", model_type: str = "",
+    tokenizer_file: str = "", max_batch_size: int = 64, max_new_tokens: int = 512, num_samples: int = 1,
+    temperature: float = 0.0, top_p: float = 1.0, few_shot: str = "", prompt_template: str = "", split: str = "",
+    limit: int = -1, seed: int = 1, backend: Literal["engine", "openai"] = "engine", base_url: str = "",
+    model_name: str = "", api_key_env: str = "", dry_run: bool = False,
 ) -> None:
-    """Batched decoding and grading. Writes samples.jsonl and results.json to log_dir; a rerun continues.
+    """Batched decoding and grading. Writes samples.jsonl, results.json and results.png to log_dir; a rerun continues.
 
-    task: how answers are found and compared; none = sample without grading
-    label_file: problems, json array or jsonl of {"instruction", "label"?, "id"?, "level"?}
-    log_dir: directory for samples.jsonl, results.json, run.json
-    ckpt_dir: solver checkpoint; not needed with samples_file
+    task: how problems are put and answers found and compared: GSM8K, MATH, MATH-500, SVAMP, ASDiv, MAWPS, AQuA, choice,
+        OlympiadBench, toy, GSM8K-strict, GSM8K-weak-to-strong, MATH-weak-to-strong, none (sample without grading), or
+        FILE.json with one's own
+    label_file: problems, json array or jsonl of {"instruction", "label"?, "id"?, "level"?, "subject"?, "split"?}
+    log_dir: directory for samples.jsonl, results.json, results.png, run.json
+    ckpt_dir: solver checkpoint; not needed with samples_file or a server
     samples_file: grade these samples instead: jsonl of {"response", "id"?, "sample"?}, matched by id or row order
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: sentencepiece model; default: the one in ckpt_dir
-    max_batch_size: sequences that decode at once
+    max_batch_size: sequences that decode at once; requests under way at a server
     max_new_tokens: longest response
     num_samples: samples of each problem
     temperature: 0 = greedy
     top_p: sample from the smallest set of tokens with this probability
+    few_shot: demonstrations before each problem: gsm8k8, minerva4 or a json file (dataset/README.md)
+    prompt_template: text or file with {instruction} where the problem goes, \\n for a new line; default: the task's
+    split: only problems with this `split` field, or level=4, level=1-3, subject=Algebra|Geometry; a comma means and
     limit: only the first so many problems; -1 = all
     seed: with the problem's id and the sample's number, all that a sample's randomness depends on
+    backend: engine = the checkpoint, in this process; openai = a server that speaks the OpenAI completions protocol
+    base_url: the server's address up to /v1, for example http://localhost:8000/v1
+    model_name: the model's name at the server
+    api_key_env: name of the environment variable that holds the server's key
     dry_run: print the plan - prompts, memory of each rank - and stop
     """
     flags = locals().copy()
     cli.check_numbers(flags)
-    if bool(ckpt_dir) == bool(samples_file):
-        raise UserError("give either --ckpt_dir, to sample, or --samples_file, to grade what exists")
-    if samples_file and task == "none":
+    benchmark = find_task(task)
+    if [bool(ckpt_dir), bool(samples_file), backend == "openai"].count(True) != 1:
+        raise UserError("give one of --ckpt_dir, to sample, --samples_file, to grade what exists, or --backend openai")
+    if backend == "openai" and not (base_url and model_name):
+        raise UserError("--backend openai needs --base_url and --model_name")
+    if samples_file and not benchmark.graded:
         raise UserError("--task none grades nothing; name the task of --samples_file")
-    problems = read_prompts(label_file, need_label=task != "none")
-    prompts = problems[: limit if limit >= 0 else None]
+    if not ckpt_dir and parallel.world_size() > 1:
+        raise UserError("--samples_file and --backend openai need one process; start it with python, not torchrun")
+    prompting = make_prompting(benchmark, few_shot, prompt_template)
+    problems = read_prompts(label_file, need_label=benchmark.graded)
+    prompts = select_prompts(problems, split)[: limit if limit >= 0 else None]
     if dry_run and ckpt_dir:
         tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+        texts = [prompting.text(prompt.instruction) for prompt in prompts]
         runlog.table(plan.decoding(assemble.load_config(ckpt_dir, model_type), assemble.n_shards(ckpt_dir),
-                                   [encode_prompt(tokenizer, prompt.instruction) for prompt in prompts],
+                                   [encode_prompt(tokenizer, text) for text in texts],
                                    samples=num_samples, max_new_tokens=max_new_tokens, n_rows=max_batch_size))
         return
     storage.check_writable(Path(log_dir))
-    path = Path(log_dir) / "samples.jsonl"
-    if samples_file and parallel.world_size() > 1:
-        raise UserError("grading --samples_file needs one process; start it with python instead of torchrun")
-    if ckpt_dir:
-        sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
-        parallel.start(seed=seed)
-        model = assemble.load_solver(ckpt_dir, model_type=model_type)
-        tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
-        claim_samples(path, {"checkpoint": storage.fingerprint(Path(ckpt_dir)), "temperature": temperature,
-                             "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed})
-        log = RunLog(log_dir, flags)
-        sample_prompts(model, tokenizer, prompts, sampling, num_samples=num_samples, max_batch_size=max_batch_size,
-                       path=path, log=log)
-    if parallel.rank() == 0 and task != "none":
-        samples = match_samples(read_samples(samples_file or str(path)), problems, samples_file)
-        if samples_file:
-            disclaim_samples(path, samples_file)
-        results = grade_samples(task, prompts, samples, path)
-        storage.write_json(Path(log_dir) / "results.json", results)
-        runlog.table(results_table(results))
+    path, speed = Path(log_dir) / "samples.jsonl", None
+    marks = parallel.rank() == 0 and benchmark.graded
+    with Marking(benchmark, prompts) if marks else nullcontext() as marking:
+        if not samples_file:
+            sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
+                                stop=prompting.stop, seed=seed)
+            parallel.start(seed=seed)
+            if ckpt_dir:
+                model = assemble.load_solver(ckpt_dir, model_type=model_type)
+                tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+                source = {"checkpoint": storage.fingerprint(Path(ckpt_dir))}
+                sampler = local_sampler(model, tokenizer, prompting, sampling, max_batch_size)
+            else:
+                source = {"model_name": model_name}
+                server = Server(base_url=base_url, model_name=model_name, api_key=os.environ.get(api_key_env, ""))
+                sampler = remote_sampler(server, prompting, sampling, max_batch_size)
+            claim_samples(path, source | {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens,
+                                          "seed": seed} | prompting.facts())
+            speed = sample_prompts(sampler, prompts, num_samples=num_samples, path=path, log=RunLog(log_dir, flags),
+                                   marking=marking)
+        if marking:
+            samples = match_samples(read_samples(samples_file or str(path)), problems, samples_file)
+            if samples_file:
+                disclaim_samples(path, samples_file)
+            asked = {} if samples_file else prompting._asdict() | {"few_shot": few_shot}
+            results = grade_samples(marking, samples, path) | asked
+            storage.write_json(Path(log_dir) / "results.json", results)
+            plot_results(results, Path(log_dir) / "results.png")
+            runlog.table(results_table(results, speed))
 
 
 if __name__ == "__main__":

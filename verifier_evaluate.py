@@ -5,22 +5,24 @@ torchrun --nproc_per_node 8 verifier_evaluate.py --task GSM8K --ckpt_dir verifie
 """
 
 from pathlib import Path
-from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
 from src.data.examples import match_samples, read_prompts, read_samples
-from src.evaluation.evaluator import disclaim_samples, grade_samples, results_table, score_samples
+from src.evaluation.evaluator import Marking, disclaim_samples, grade_samples, score_samples
+from src.evaluation.plot import plot_results
+from src.evaluation.report import results_table
+from src.evaluation.tasks import find_task
 from src.runlog import RunLog
 
 
 def main(
-    task: Literal["GSM8K", "MATH", "toy"], ckpt_dir: str, samples_file: str, label_file: str, log_dir: str,
+    task: str, ckpt_dir: str, samples_file: str, label_file: str, log_dir: str,
     model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64, dry_run: bool = False,
 ) -> None:
     """Add a score to every sample; best-of-n and weighted voting beside majority voting.
 
-    task: how answers are found and compared
+    task: how answers are found and compared: a name that solver_evaluate.py --help lists, or FILE.json
     ckpt_dir: verifier checkpoint
     samples_file: samples.jsonl of solver_evaluate.py, several samples a problem
     label_file: the problems that were sampled, with labels
@@ -32,6 +34,7 @@ def main(
     """
     flags = locals().copy()
     cli.check_numbers(flags)
+    benchmark = find_task(task)
     prompts = read_prompts(label_file, need_label=True)
     samples = match_samples(read_samples(samples_file), prompts, samples_file)
     if dry_run:
@@ -48,8 +51,10 @@ def main(
                   for sample, score in zip(samples, scores, strict=True)]
         path = Path(log_dir) / "samples.jsonl"
         disclaim_samples(path, samples_file)
-        results = grade_samples(task, prompts, scored, path)
+        with Marking(benchmark, prompts) as marking:
+            results = grade_samples(marking, scored, path)
         storage.write_json(Path(log_dir) / "results.json", results)
+        plot_results(results, Path(log_dir) / "results.png")
         runlog.table(results_table(results))
 
 

@@ -19,6 +19,8 @@ import checkpoint_split
 from src import assemble, cli, parallel
 from src.checkpoint import storage
 from src.errors import UserError
+from src.evaluation.prompting import make_prompting
+from src.evaluation.tasks import find_task
 from tests.reference import hf_model
 from tests.tiny import make_verifier, split, write_hf_llama, write_tokenizer
 
@@ -72,6 +74,7 @@ def teach(folder: Path) -> None:
 def tear_samples(folder: Path, ckpt_dir: Path) -> None:
     """What an evaluation of this checkpoint leaves when it is killed within its first line."""
     numbers = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, "seed": 1}
+    numbers |= make_prompting(find_task("GSM8K")).facts()
     write_json(folder / "samples.identity.json", {"checkpoint": storage.fingerprint(ckpt_dir)} | numbers)
     (folder / "samples.jsonl").write_text('{"id": "0", "sam', encoding="utf-8")
 
@@ -448,11 +451,11 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("solver_train", {"max_seq_len": 4}, "16 of 16 rows are longer than --max_seq_len 4"),
     ("solver_train", {"tokenizer_file": "train.json"}, "train.json is not a sentencepiece model"),
     ("verifier_train", {"held_out": 0}, "--held_out 0.0 of 20 problems leaves nothing"),
-    ("solver_evaluate", {"ckpt_dir": None}, "give either --ckpt_dir, to sample, or --samples_file"),
+    ("solver_evaluate", {"ckpt_dir": None}, "give one of --ckpt_dir, to sample, --samples_file"),
     (
         "solver_evaluate",
         {"samples_file": "samples.json"},
-        "give either --ckpt_dir, to sample, or --samples_file",
+        "give one of --ckpt_dir, to sample, --samples_file",
     ),
     ("solver_evaluate", {"ckpt_dir": None, "samples_file": "samples.json", "task": "none"}, "grades nothing"),
     ("solver_evaluate", {"top_p": 0}, "top_p is 0.0, expected more than 0 and at most 1"),

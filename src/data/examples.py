@@ -4,6 +4,7 @@ A file is a json array or jsonl; rows follow the schemas in dataset/README.md.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,13 +35,20 @@ class Pair(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A problem to be solved; label is its answer where known, id names it in samples.jsonl."""
+    """A problem to be solved; label is its answer where known, id names it in samples.jsonl.
+
+    split names the part of the file it belongs to; answer_type and tolerance (absolute) say how its label is compared
+    by a task of typed answers.
+    """
 
     id: str
     instruction: str
     label: str | None
     level: int | None
     subject: str | None
+    split: str | None = None
+    answer_type: str = ""
+    tolerance: float = 0.0
 
 
 class Sample(NamedTuple):
@@ -145,7 +153,9 @@ def read_pairs(path: str) -> list[Pair]:
 
 
 def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:
-    """Rows `{"instruction", "id"?, "label"?, "level"?, "subject"?}`; ids default to the row number from 0.
+    """Rows `{"instruction", "id"?, "label"?, "level"?, "subject"?, "split"?, "answer_type"?, "tolerance"?}`.
+
+    Ids default to the row number from 0.
 
     Raises UserError, also for an id that stands twice and, with need_label, for a row without a label.
     """
@@ -157,6 +167,9 @@ def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:
             label=_optional_text(row, "label"),
             level=int(level) if (level := _optional_text(row, "level")) and level.isdigit() else None,
             subject=_optional_text(row, "subject"),
+            split=_optional_text(row, "split"),
+            answer_type=_optional_text(row, "answer_type") or "",
+            tolerance=_tolerance(row),
         )
         if need_label and not prompt.label:
             raise UserError(
@@ -167,6 +180,14 @@ def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:
         seen[prompt.id] = row.where
         prompts.append(prompt)
     return prompts
+
+
+def _tolerance(row: Row) -> float:
+    """How far a number may be from its label; 0 where nothing is said."""
+    value = row.values.get("tolerance")
+    if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
+        raise UserError(f"{row.where}: 'tolerance' is {value!r}; expected a number, 0 or more")
+    return float(value or 0)
 
 
 def read_samples(path: str) -> list[Sample]:

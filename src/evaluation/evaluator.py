@@ -1,38 +1,143 @@
-"""A benchmark from problems to numbers: sample, grade, count. Every problem asked for is in every denominator."""
+"""A benchmark from problems to graded samples: sample, write down, grade meanwhile. report.py counts."""
 
 import json
 import math
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from src import parallel
 from src.data.collate import Encoded, chunks, collate, encode_prompt, encode_response
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
-from src.evaluation.grade import GRADER_VERSION, Grader, Verdict
-from src.evaluation.vote import best_of, majority, pass_at_k, weighted_vote, wilson_interval
-from src.inference.engine import Completion, Request, generate, vocabulary_of
+from src.evaluation.answer_types import KINDS
+from src.evaluation.grade import Grader, Verdict
+from src.evaluation.prompting import Prompting
+from src.evaluation.report import Graded, Speed, summarize, type_of
+from src.evaluation.tasks import Task
+from src.inference.engine import Request, generate, vocabulary_of
+from src.inference.remote import RemoteRequest, Server, complete
 from src.inference.sampling import Sampling
 from src.inference.scoring import response_scores
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
 
-BOOTSTRAP_DRAWS = 1000
+GRADING_THREADS = 2  # and as many processes for the expressions that rules cannot decide
+Wanted = tuple[Prompt, int]  # a problem and the number of a sample
 
 
-class Graded(NamedTuple):
-    """One sample of a problem with its verdict; score is a verifier's, where one gave any."""
+class Drawn(NamedTuple):
+    """One sample as it comes from a sampler; with an error it failed and has no response."""
 
+    id: str
+    sample: int
     response: str
-    verdict: Verdict
-    score: float | None
+    token_count: int | None
+    finish: str
+    logprob: float | None
+    error: str = ""
+
+
+Sampler = Callable[[Sequence[Wanted]], Iterator[Drawn]]
+
+
+def local_sampler(
+    model: Decoder, tokenizer: Tokenizer, prompting: Prompting, sampling: Sampling, max_batch_size: int
+) -> Sampler:
+    """Samples from a model in this process; all ranks call it and get the same ones in the same order."""
+
+    def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+        requests = [
+            Request(prompt.id, number, encode_prompt(tokenizer, prompting.text(prompt.instruction)))
+            for prompt, number in wanted
+        ]
+        for completion in generate(
+            model, requests, sampling, vocabulary=vocabulary_of(tokenizer), max_batch_size=max_batch_size
+        ):
+            request, tokens = completion.request, completion.tokens
+            # a tenth of a nat: further digits depend on what else was in the batch, and a rerun would change the file
+            yield Drawn(
+                request.id,
+                request.sample,
+                completion.text,
+                len(tokens),
+                completion.finish,
+                round(sum(completion.logprobs), 1),
+            )
+
+    return sample
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the stop strings."""
+    return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
+
+
+def remote_sampler(server: Server, prompting: Prompting, sampling: Sampling, concurrency: int) -> Sampler:
+    """Samples from a server that speaks the OpenAI completions protocol."""
+
+    def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+        requests = [
+            RemoteRequest(prompt.id, number, prompting.text(prompt.instruction)) for prompt, number in wanted
+        ]
+        for answer in complete(server, requests, sampling, concurrency=concurrency):
+            name, number, _ = answer.request
+            text = _until(answer.text, prompting.stop)  # some servers leave the stop string in
+            yield Drawn(name, number, text, answer.token_count, answer.finish, None, answer.error)
+
+    return sample
+
+
+class Marking:
+    """Grades samples of a task in the background, while others are still being drawn. Use as a context manager.
+
+    Raises UserError for a problem of an unknown answer type.
+    """
+
+    def __init__(self, task: Task, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            if prompt.answer_type not in KINDS:
+                raise UserError(
+                    f"problem {prompt.id!r} has the answer_type {prompt.answer_type!r}; "
+                    f"expected {', '.join(filter(None, KINDS))}"
+                )
+        self.task = task
+        self.grader = Grader(task, workers=GRADING_THREADS)
+        self.prompts = {prompt.id: prompt for prompt in prompts}
+        self._threads = ThreadPoolExecutor(GRADING_THREADS)
+        self._verdicts: dict[tuple[str, int], Future[Verdict]] = {}
+
+    def __enter__(self) -> "Marking":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self.grader.__exit__(kind, error, traceback)
+
+    def submit(self, name: str, number: int, response: str) -> None:
+        """Take a sample; returns at once."""
+        prompt = self.prompts[name]
+        self._verdicts[name, number] = self._threads.submit(
+            self.grader.grade_one, response, prompt.label or "", type_of(prompt)
+        )
+
+    def has(self, name: str, number: int) -> bool:
+        """Whether a sample was submitted."""
+        return (name, number) in self._verdicts
+
+    def verdict(self, name: str, number: int) -> Verdict:
+        """The verdict of a sample that was submitted, as soon as there is one."""
+        return self._verdicts[name, number].result()
 
 
 def claim_samples(path: Path, identity: dict[str, object]) -> None:
@@ -71,48 +176,78 @@ def _identity_file(path: Path) -> Path:
 
 
 def sample_prompts(
-    model: Decoder,
-    tokenizer: Tokenizer,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
-    sampling: Sampling,
     *,
     num_samples: int,
-    max_batch_size: int,
     path: Path,
     log: RunLog,
-) -> None:
+    marking: Marking | None = None,
+) -> Speed:
     """Sample every prompt into samples.jsonl, a line as each sample finishes; what the file holds is not redone.
 
-    When all are there the file is sorted by prompt and sample. All ranks call this; rank 0 writes.
+    In the end the file is sorted by prompt and sample. A sample that failed is not in it but in failures.jsonl beside
+    it, and is tried again by a rerun. `marking` grades what is finished meanwhile. All ranks call this; rank 0 writes.
     """
     done = _finished_samples(path, prompts, num_samples)
     parallel.barrier()  # nobody writes before all have read
-    requests = [
-        Request(prompt.id, sample, encode_prompt(tokenizer, prompt.instruction))
+    wanted = [
+        (prompt, number)
         for prompt in prompts
-        for sample in range(num_samples)
-        if (prompt.id, sample) not in done
+        for number in range(num_samples)
+        if (prompt.id, number) not in done
     ]
+    for (name, number), response in done.items() if marking else ():
+        marking.submit(name, number, response)
+    started, drawn, failed, tokens = time.monotonic(), 0, [], 0
     by_id = {prompt.id: prompt for prompt in prompts}
-    log.progress(len(requests), "sample")
+    log.progress(len(wanted), "sample")
     with path.open("a", encoding="utf-8") if parallel.rank() == 0 else open(os.devnull, "w") as file:
-        for completion in generate(
-            model, requests, sampling, vocabulary=vocabulary_of(tokenizer), max_batch_size=max_batch_size
-        ):
-            row = _sample_row(completion, by_id[completion.request.id])
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for sample in sampler(wanted):
+            log.advance(tokens=sample.token_count or 0)
+            if sample.error:
+                failed.append({"id": sample.id, "sample": sample.sample, "error": sample.error})
+                continue
+            file.write(json.dumps(_sample_row(sample, by_id[sample.id]), ensure_ascii=False) + "\n")
             file.flush()
-            log.advance(tokens=len(completion.tokens))
+            if marking:
+                marking.submit(sample.id, sample.sample, sample.response)
+            drawn, tokens = drawn + 1, tokens + (sample.token_count or 0)
     log.close_progress()
+    speed = Speed(drawn, tokens, time.monotonic() - started)
+    log.metrics(0, samples=drawn, tokens=tokens, tokens_per_second=tokens / max(speed.seconds, 1e-9))
     if parallel.rank() == 0:
+        _report_failures(failed, path, log)
         place = {prompt.id: index for index, prompt in enumerate(prompts)}
+        if not path.stat().st_size:
+            raise UserError(
+                f"none of {len(failed)} samples came; the first failed with: {failed[0]['error']}"
+            )
         rows = [sample.values for sample in read_samples(str(path))]
         write_samples(path, sorted(rows, key=lambda row: (place[row["id"]], row["sample"])))
     parallel.barrier()
+    return speed
 
 
-def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -> set[tuple[str, int]]:
-    """(id, sample) of what an earlier, interrupted run left; a torn last line is cut off.
+def _report_failures(failed: Sequence[dict[str, object]], path: Path, log: RunLog) -> None:
+    """Leave failures.jsonl with what this start could not sample, or none if nothing failed."""
+    record = path.with_name("failures.jsonl")
+    if not failed:
+        record.unlink(missing_ok=True)
+        return
+    write_samples(record, failed)
+    names = ", ".join(f"{row['id']}/{row['sample']}" for row in failed[:10])
+    log.logger.warning(
+        "%d samples failed and count as missing until a rerun gets them: %s%s; reasons in %s",
+        len(failed),
+        names,
+        " ..." if len(failed) > 10 else "",
+        record,
+    )
+
+
+def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -> dict[tuple[str, int], str]:
+    """(id, sample) -> response of what an earlier, interrupted run left; a torn last line is cut off.
 
     Raises UserError for a sample that is not asked for: it would be deleted, or graded against another problem.
     """
@@ -122,27 +257,27 @@ def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -
             file.truncate(data.rfind(b"\n") + 1)
     parallel.barrier()  # nobody reads before the torn line is gone
     instructions = {prompt.id: prompt.instruction for prompt in prompts}
-    done = set()
+    done = {}
     for sample in read_samples(str(path)) if path.is_file() and path.stat().st_size else ():
         if instructions.get(sample.id) != sample.prompt or sample.sample >= num_samples:
             raise UserError(
                 f"{path} holds sample {sample.sample} of problem {sample.id!r}, which this run does not ask for "
                 f"(other problems, or fewer); choose another --log_dir or delete that file"
             )
-        done.add((sample.id, sample.sample))
+        done[sample.id, sample.sample] = sample.response
     return done
 
 
-def _sample_row(completion: Completion, prompt: Prompt) -> dict[str, object]:
+def _sample_row(sample: Drawn, prompt: Prompt) -> dict[str, object]:
     """A line of samples.jsonl before grading."""
     return {
         "id": prompt.id,
-        "sample": completion.request.sample,
+        "sample": sample.sample,
         "prompt": prompt.instruction,
-        "response": completion.text,
-        "token_count": len(completion.tokens),
-        "finish": completion.finish,
-        "logprob": round(sum(completion.logprobs), 4),  # the digits behind vary with the batch
+        "response": sample.response,
+        "token_count": sample.token_count,
+        "finish": sample.finish,
+        "logprob": sample.logprob,
         "label": prompt.label,
     }
 
@@ -200,148 +335,33 @@ def score_samples(
     return scores
 
 
-def grade_samples(
-    task: str, prompts: Sequence[Prompt], samples: Sequence[Sample], path: Path
-) -> dict[str, object]:
-    """Grade samples against the prompts' labels; write them with answer and outcome to `path`, return results.
+def grade_samples(marking: Marking, samples: Sequence[Sample], path: Path) -> dict[str, object]:
+    """Grade samples, write them with answer and outcome to `path`, return the results.
 
-    Samples of other problems are left out; a prompt without samples counts as a miss.
+    Samples that `marking` has graded already are not graded again. Samples of other problems are left out; a problem
+    without samples counts as a miss.
     """
-    labels = {prompt.id: prompt.label or "" for prompt in prompts}
-    samples = [sample for sample in samples if sample.id in labels]
-    with Grader(task) as grader:
-        verdicts = grader.grade([s.response for s in samples], [labels[s.id] for s in samples])
-        rows = [
+    samples = [sample for sample in samples if sample.id in marking.prompts]
+    for sample in samples:
+        if not marking.has(sample.id, sample.sample):
+            marking.submit(sample.id, sample.sample, sample.response)
+    rows, problems = [], defaultdict(list)
+    for sample in samples:
+        verdict = marking.verdict(sample.id, sample.sample)
+        rows.append(
             sample.values
             | {
                 "id": sample.id,
                 "sample": sample.sample,
                 "prompt": sample.prompt,
-                "label": labels[sample.id],
+                "label": marking.prompts[sample.id].label or "",
                 "answer": verdict.answer,
                 "outcome": verdict.outcome,
             }
-            for sample, verdict in zip(samples, verdicts, strict=True)
-        ]
-        write_samples(path, rows)
-        problems: dict[str, list[Graded]] = defaultdict(list)
-        for sample, verdict in zip(samples, verdicts, strict=True):
-            problems[sample.id].append(Graded(sample.response, verdict, sample.values.get("score")))
-        return {"task": task, "grader": GRADER_VERSION} | summarize(prompts, problems, grader)
-
-
-def summarize(
-    prompts: Sequence[Prompt], problems: dict[str, list[Graded]], grader: Grader
-) -> dict[str, object]:
-    """The numbers of results.json. accuracy = mean over problems of the share of right samples.
-
-    n samples a problem is the most any problem has; one with fewer is filled up with misses. maj_at, best_of_at and
-    weighted_at average over the disjoint groups of k consecutive samples; their intervals are for the largest k.
-    A weighted vote counts sigmoid(score).
-    """
-    n = max([1, *(len(samples) for samples in problems.values())])
-    nothing = Graded("", Verdict("unparsed", None), None)
-    filled = [
-        problems.get(prompt.id, []) + [nothing] * (n - len(problems.get(prompt.id, []))) for prompt in prompts
-    ]
-    outcomes = Counter(graded.verdict.outcome for samples in filled for graded in samples)
-    shares = [sum(graded.verdict.outcome == "right" for graded in samples) / n for samples in filled]
-    sizes = [2**i for i in range(n.bit_length())]
-    results: dict[str, object] = {
-        "accuracy": _mean(shares),
-        "interval": _interval(shares),
-        "problems": len(prompts),
-        "samples": sum(map(len, problems.values())),
-        "samples_a_problem": n,
-        "missing": outcomes["unparsed"],
-        "outcomes": {name: outcomes[name] for name in ("right", "wrong", "unparsed", "timeout", "error")},
-        "pass_at": {k: _mean([pass_at_k(n, round(share * n), k) for share in shares]) for k in sizes},
-        "by_level": _by_level(prompts, shares),
-    }
-    for name, choose in _choices(problems, grader).items() if n > 1 else ():
-        values = {k: [_chosen_share(samples, k, choose) for samples in filled] for k in sizes}
-        results[f"{name}_at"] = {k: _mean(shares) for k, shares in values.items()}
-        results[f"{name}_interval"] = _interval(values[sizes[-1]])
-    return results
-
-
-Choice = Callable[[Sequence[Graded]], int | None]  # which sample of a group to submit; None = no answer
-
-
-def _choices(problems: dict[str, list[Graded]], grader: Grader) -> dict[str, Choice]:
-    """The ways to submit one answer for several samples; those by score only where every sample has one."""
-
-    def answers(group: Sequence[Graded]) -> list[str | None]:
-        return [graded.verdict.answer for graded in group]
-
-    def scores(group: Sequence[Graded]) -> list[float]:
-        return [float("-inf") if graded.score is None else graded.score for graded in group]
-
-    def weights(group: Sequence[Graded]) -> list[float]:
-        # scores are about 0 on average: summed as they are, a class would gain nothing by its size
-        return [0.5 + 0.5 * math.tanh(0.5 * score) for score in scores(group)]
-
-    choices: dict[str, Choice] = {"maj": lambda group: majority(answers(group), grader.equal)}
-    if all(graded.score is not None for samples in problems.values() for graded in samples):
-        choices["best_of"] = lambda group: best_of(scores(group))
-        choices["weighted"] = lambda group: weighted_vote(answers(group), weights(group), grader.equal)
-    return choices
-
-
-def _chosen_share(samples: Sequence[Graded], k: int, choose: Choice) -> float:
-    """Share of right submissions over the disjoint groups of k consecutive samples."""
-    groups = [samples[start : start + k] for start in range(0, len(samples) - k + 1, k)]
-    picks = [(group, choose(group)) for group in groups]
-    return sum(pick is not None and group[pick].verdict.outcome == "right" for group, pick in picks) / len(
-        groups
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _interval(shares: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean: Wilson for 0/1 shares, a seeded bootstrap over problems otherwise."""
-    if all(share in (0.0, 1.0) for share in shares):
-        return wilson_interval(int(sum(shares)), len(shares))
-    draws = np.random.default_rng(0).choice(np.array(shares), (BOOTSTRAP_DRAWS, len(shares))).mean(1)
-    return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
-
-
-def _by_level(prompts: Sequence[Prompt], shares: Sequence[float]) -> dict[int, dict[str, float]]:
-    """Accuracy and count of each level that problems name."""
-    levels: dict[int, list[float]] = defaultdict(list)
-    for prompt, share in zip(prompts, shares, strict=True):
-        if prompt.level is not None:
-            levels[prompt.level].append(share)
-    return {
-        level: {"accuracy": _mean(values), "problems": len(values)}
-        for level, values in sorted(levels.items())
-    }
-
-
-def results_table(results: dict[str, object]) -> str:
-    """results.json as a person reads it."""
-    low, high = results["interval"]
-    n = results["samples_a_problem"]
-    lines = [
-        f"{results['task']}: {results['problems']} problems, {n} samples each",
-        f"accuracy    {results['accuracy']:7.1%}   95% interval {low:.1%} .. {high:.1%}",
-    ]
-    for name, label in (
-        ("pass_at", "pass"),
-        ("maj_at", "majority"),
-        ("best_of_at", "best of"),
-        ("weighted_at", "weighted"),
-    ):
-        if n > 1 and name in results:
-            lines.append(
-                f"{label:10}  " + "   ".join(f"@{k} {value:.1%}" for k, value in results[name].items())
-            )
-    lines += [
-        f"level {level:<5} {entry['accuracy']:8.1%}   of {entry['problems']}"
-        for level, entry in results["by_level"].items()
-    ]
-    lines.append("outcomes    " + ", ".join(f"{count} {name}" for name, count in results["outcomes"].items()))
-    return "\n".join(lines)
+        )
+        values = sample.values
+        problems[sample.id].append(
+            Graded(verdict, values.get("score"), values.get("finish"), values.get("token_count"))
+        )
+    write_samples(path, rows)
+    return summarize(marking.task, list(marking.prompts.values()), problems, marking.grader)

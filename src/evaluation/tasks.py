@@ -6,7 +6,7 @@ with another one that names the same rules. A task of one's own is a json file w
 
 import difflib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from src.errors import UserError
@@ -50,9 +50,9 @@ class Task:
         """Whether answers are looked for at all."""
         return bool(self.extraction)
 
-    def facts(self) -> dict[str, object]:
-        """What results.json says about how the score came about."""
-        return {key: value for key, value in asdict(self).items() if key != "name"}
+    def rules(self) -> dict[str, str]:
+        """What results.json says about how answers were found and compared."""
+        return {"extraction": self.extraction, "equality": self.equality}
 
 
 NUMBER, MATH, EXACT = "gsm8k/last-number@1", "math/last-box@1", "exact@1"

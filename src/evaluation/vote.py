@@ -39,6 +39,23 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def answer_classes(answers: Sequence[str | None], equal: Equal) -> list[int | None]:
+    """For each answer the index of the first answer of its class of equal ones; None for a missing answer (None).
+
+    Each answer joins the first class whose first member it equals.
+    """
+    firsts: list[int] = []
+    classes: list[int | None] = []
+    for index, answer in enumerate(answers):
+        first = None
+        if answer is not None:
+            first = next((first for first in firsts if equal(answers[first], answer)), index)
+            if first == index:
+                firsts.append(index)
+        classes.append(first)
+    return classes
+
+
 def majority(answers: Sequence[str | None], equal: Equal) -> int | None:
     """Index of the first answer of the largest class of equal answers (self-consistency, Wang et al. 2022).
 
@@ -63,18 +80,15 @@ def weighted_vote(answers: Sequence[str | None], scores: Sequence[float], equal:
     """Index of the first answer of the class with the highest sum of scores (Li et al. 2022, "DiVeRSe").
 
     Missing answers (None) have no vote; None is returned when nobody votes. Of equal sums the class seen first wins.
-    Each answer joins the first class whose first member it equals. Raises ValueError if the lengths differ or a
-    score is not a number.
+    Raises ValueError if the lengths differ or a score is not a number.
     """
     if len(answers) != len(scores):
         raise ValueError(f"{len(answers)} answers but {len(scores)} scores; expected one score an answer")
     refuse_nan(scores)
     sums: dict[int, float] = {}  # index of the first member of a class -> its score
-    for index, answer in enumerate(answers):
-        if answer is None:
-            continue
-        first = next((first for first in sums if equal(answers[first], answer)), index)
-        sums[first] = sums.get(first, 0.0) + scores[index]
+    for first, score in zip(answer_classes(answers, equal), scores, strict=True):
+        if first is not None:
+            sums[first] = sums.get(first, 0.0) + score
     return max(sums, key=sums.__getitem__) if sums else None
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,9 @@ from src import assemble, parallel
 from src.data.examples import Prompt, Sample, read_prompts, read_samples
 from src.errors import UserError
 from src.evaluation import evaluator
+from src.evaluation.prompting import make_prompting
+from src.evaluation.report import results_table
+from src.evaluation.tasks import find_task
 from src.evaluation.vote import wilson_interval
 from src.inference.sampling import Sampling
 from src.runlog import RunLog
@@ -42,6 +47,12 @@ def prompts(label_file: str) -> list[Prompt]:
     return read_prompts(label_file, need_label=True)
 
 
+def grade(task: str, prompts: list[Prompt], samples: list[Sample], path: Path) -> dict[str, object]:
+    """The results of these samples."""
+    with evaluator.Marking(find_task(task), prompts) as marking:
+        return evaluator.grade_samples(marking, samples, path)
+
+
 def sample(problem: int, number: int, answer: str | None, **values: object) -> Sample:
     """A sample that ends in `#### answer`, or has no answer."""
     response = "none" if answer is None else f"so\n\n#### {answer}"
@@ -52,21 +63,26 @@ def sample(problem: int, number: int, answer: str | None, **values: object) -> S
 
 def test_n_problems_in_n_verdicts_out(prompts: list[Prompt], tmp_path: Path) -> None:
     samples = [sample(0, 0, "4"), sample(1, 0, None)]  # nothing for the third
-    results = evaluator.grade_samples("toy", prompts, samples, tmp_path / "samples.jsonl")
+    results = grade("toy", prompts, samples, tmp_path / "samples.jsonl")
     assert results["accuracy"] == pytest.approx(1 / 3)
     assert results["interval"] == pytest.approx(wilson_interval(1, 3))
     assert (results["problems"], results["samples"], results["missing"]) == (3, 2, 2)
     assert results["outcomes"] == {"right": 1, "wrong": 0, "unparsed": 2, "timeout": 0, "error": 0}
-    assert results["by_level"] == {1: {"accuracy": 1.0, "problems": 1}, 2: {"accuracy": 0.0, "problems": 2}}
-    table = evaluator.results_table(results)
-    assert "3 problems, 1 samples each" in table and "33.3%" in table and "2 unparsed" in table
+    assert results["never_sampled"] == 1
+    assert results["by_level"] == {
+        1: {"accuracy": 1.0, "interval": wilson_interval(1, 1), "problems": 1},
+        2: {"accuracy": 0.0, "interval": wilson_interval(0, 2), "problems": 2},
+    }
+    table = results_table(results)
+    assert "3 problems, 1 samples each; gsm8k/hashes@1, exact@1" in table
+    assert "33.3%" in table and "2 unparsed" in table and "2, 1 missing, 0 cut at the limit" in table
 
 
 def test_graded_samples_are_written_with_all_that_later_stages_need(
     prompts: list[Prompt], tmp_path: Path
 ) -> None:
     path = tmp_path / "samples.jsonl"
-    evaluator.grade_samples("toy", prompts, [sample(1, 3, "7", score=0.5), sample(0, 0, None)], path)
+    grade("toy", prompts, [sample(1, 3, "7", score=0.5), sample(0, 0, None)], path)
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert first == {
         "response": "so\n\n#### 7",
@@ -89,7 +105,7 @@ def test_votes_by_hand(prompts: list[Prompt], tmp_path: Path) -> None:
         for problem, texts in answers.items()
         for number, answer in enumerate(texts)
     ]
-    results = evaluator.grade_samples("toy", prompts, samples, tmp_path / "samples.jsonl")
+    results = grade("toy", prompts, samples, tmp_path / "samples.jsonl")
     # shares of right samples 2/4 1/4 0
     assert results["accuracy"] == pytest.approx(0.25)
     low, high = results["interval"]
@@ -98,7 +114,9 @@ def test_votes_by_hand(prompts: list[Prompt], tmp_path: Path) -> None:
     assert results["pass_at"] == pytest.approx({1: 0.25, 2: (5 / 6 + 1 / 2) / 3, 4: 2 / 3})
     # pairs (4 5)(5 4): the first of a tie wins, so one of two is right; (none 6)(6 7): 6 twice. All four: 4 by tie, 6
     assert results["maj_at"] == pytest.approx({1: 0.25, 2: 0.5 / 3, 4: 1 / 3})
-    assert results["maj_interval"] == pytest.approx(wilson_interval(1, 3))
+    assert results["intervals"]["maj_at"][4] == pytest.approx(wilson_interval(1, 3))
+    low, high = results["intervals"]["maj_at"][2]  # 0.5, 0, 0: a bootstrap over problems
+    assert 0 == low < 0.5 / 3 < high <= 0.5
     # the highest score of a pair: 4 and 4; none and 7. Of all four: 4; none
     assert results["best_of_at"] == pytest.approx({1: 0.25, 2: 1.5 / 3, 4: 1 / 3})
     # weights sigmoid(score): pairs as by best score, but 6 alone stands against none. Of all four: 0.88 + 0.73 for 4
@@ -111,7 +129,7 @@ def test_without_scores_for_every_sample_there_is_no_vote_by_score(
     prompts: list[Prompt], tmp_path: Path
 ) -> None:
     samples = [sample(0, 0, "4", score=1.0), sample(0, 1, "4")]
-    results = evaluator.grade_samples("toy", prompts, samples, tmp_path / "samples.jsonl")
+    results = grade("toy", prompts, samples, tmp_path / "samples.jsonl")
     assert "maj_at" in results and "best_of_at" not in results and "weighted_at" not in results
 
 
@@ -310,16 +328,14 @@ def test_sampling_without_grading(run: Run, label_file: str, tmp_path: Path) -> 
 def test_greedy_is_temperature_0(run: Run, prompts: list[Prompt], tmp_path: Path) -> None:
     model, tokenizer = assemble.load_solver(run.ckpt_dir), assemble.load_tokenizer(run.ckpt_dir)
     path = tmp_path / "samples.jsonl"
-    evaluator.sample_prompts(
+    sampler = evaluator.local_sampler(
         model,
         tokenizer,
-        prompts,
+        make_prompting(find_task("toy")),
         Sampling(temperature=0.0, max_new_tokens=5),
-        num_samples=1,
         max_batch_size=2,
-        path=path,
-        log=RunLog(str(tmp_path), {}),
     )
+    evaluator.sample_prompts(sampler, prompts, num_samples=1, path=path, log=RunLog(str(tmp_path), {}))
     for line, prompt in zip(path.read_text().splitlines(), prompts, strict=True):
         tokens = [1, *tokenizer.encode(prompt.instruction)]
         start, total = len(tokens), 0.0
@@ -331,4 +347,72 @@ def test_greedy_is_temperature_0(run: Run, prompts: list[Prompt], tmp_path: Path
         assert (
             row["response"] == tokenizer.decode(tokens[start:]) and row["token_count"] == len(tokens) - start
         )
-        assert row["logprob"] == pytest.approx(total, abs=1e-3)
+        assert row["logprob"] == pytest.approx(total, abs=0.051)
+
+
+def test_grading_overlaps_sampling_and_never_holds_it_up(prompts: list[Prompt], tmp_path: Path) -> None:
+    hostile = "\\boxed{(p+q+r+s)^{50}-(p+q+r+s)^{49}}"  # seconds of work, in another process
+    prompts = [prompt._replace(label="p+q") for prompt in prompts]
+    finished: list[bool] = []
+
+    def sampler(wanted: Sequence[evaluator.Wanted]) -> Iterator[evaluator.Drawn]:
+        for prompt, number in wanted:
+            started = time.monotonic()
+            yield evaluator.Drawn(prompt.id, number, hostile if number else "\\boxed{q+p}", 1, "stop", 0.0)
+            assert time.monotonic() - started < 1.0  # taking a sample does not wait for its verdict
+        deadline = time.monotonic() + 60
+        while not marking._verdicts["0", 0].done() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        finished.append(marking._verdicts["0", 0].done())  # while we still sample
+
+    path = tmp_path / "samples.jsonl"
+    with evaluator.Marking(find_task("MATH"), prompts) as marking:
+        evaluator.sample_prompts(
+            sampler, prompts, num_samples=2, path=path, log=RunLog(str(tmp_path), {}), marking=marking
+        )
+        results = evaluator.grade_samples(marking, read_samples(str(path)), path)
+    assert finished == [True]
+    assert results["outcomes"] == {"right": 3, "wrong": 0, "unparsed": 0, "timeout": 3, "error": 0}
+
+
+def test_typed_answers_are_compared_by_the_row(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "a", "label": "3.1", "answer_type": "number", "tolerance": 0.1},
+        {"instruction": "b", "label": "B", "answer_type": "choice"},
+        {"instruction": "c", "label": "(1,2)"},
+    ]
+    prompts = read_prompts(write_lines(tmp_path / "typed.jsonl", rows), need_label=True)
+    texts = ["\\boxed{3.14}", "\\boxed{3.15}", "\\boxed{(B)}", "\\boxed{C}", "\\boxed{(1,2)}", "\\boxed{(2,1)}"]
+    samples = [
+        Sample(str(n // 2), n % 2, rows[n // 2]["instruction"], text, None, {}) for n, text in enumerate(texts)
+    ]
+    results = grade("OlympiadBench", prompts, samples, tmp_path / "samples.jsonl")
+    assert results["outcomes"]["right"] == 4 and results["accuracy"] == pytest.approx(4 / 6)
+    assert results["maj_at"][2] == pytest.approx(1.0)  # 3.14 and 3.15 are one vote at this tolerance
+    bad = [prompts[0]._replace(answer_type="numbr")]
+    with pytest.raises(UserError, match="problem '0' has the answer_type 'numbr'; expected number, expression"):
+        grade("OlympiadBench", bad, samples[:2], tmp_path / "samples.jsonl")
+
+
+def test_few_shot_reaches_the_model_and_stops_it(run: Run, label_file: str, tmp_path: Path) -> None:
+    shots = {"prompt": "a{instruction}b", "stop": ["4"], "demonstrations": [{"instruction": "1", "output": "2"}]}
+    (tmp_path / "shots.json").write_text(json.dumps(shots))
+    lines = evaluate(run, label_file, tmp_path / "plain", prompt_template="a{instruction}b")
+    plain = [json.loads(line) for line in lines]
+    shot = [
+        json.loads(line)
+        for line in evaluate(run, label_file, tmp_path / "shot", few_shot=str(tmp_path / "shots.json"))
+    ]
+    assert [row["prompt"] for row in plain] == [row["prompt"] for row in shot]  # the bare problem, for later stages
+    assert [row["response"] for row in plain] != [row["response"] for row in shot]
+    assert not any("4" in row["response"] for row in shot)
+    results = json.loads((tmp_path / "shot/results.json").read_text())
+    assert results["demonstrations"] == "a1b 2\n\n" and results["stop"] == ["4"]
+    with pytest.raises(UserError, match="holds samples with prompting="):
+        evaluate(run, label_file, tmp_path / "plain", few_shot=str(tmp_path / "shots.json"))
+
+
+def test_a_split_is_evaluated_alone(run: Run, label_file: str, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in evaluate(run, label_file, tmp_path / "log", split="level=2")]
+    assert {row["id"] for row in rows} == {"1", "2"}
+    assert json.loads((tmp_path / "log/results.json").read_text())["problems"] == 2

@@ -17,9 +17,7 @@ def test_tasks_are_found_in_any_case_and_name_versioned_rules(name: str) -> None
     task = find_task(name)
     assert task.name.lower() == name.lower()
     assert all(rule.rpartition("@")[2].isdigit() for rule in (task.extraction, task.equality))
-    assert task.facts() == {
-        "prompt": task.prompt, "stop": task.stop, "extraction": task.extraction, "equality": task.equality,
-    }
+    assert task.rules() == {"extraction": task.extraction, "equality": task.equality}
 
 
 def test_only_none_is_not_graded() -> None:

@@ -1,0 +1,70 @@
+"""results.json as a picture: accuracy over the number of samples, and by level and subject. The door to matplotlib."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from src.evaluation.report import CURVES
+
+
+def plot_results(results: dict[str, object], path: Path) -> None:
+    """Write a PNG; panels that have nothing to show are left out."""
+    panels = []
+    if results["samples_a_problem"] > 1:
+        panels.append(_over_samples)
+    panels += [
+        lambda axes, results, kind=kind: _by_group(axes, results, kind)
+        for kind in ("level", "subject")
+        if results[f"by_{kind}"]
+    ]
+    panels = panels or [_whole]
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    axes_row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for draw, axes in zip(panels, axes_row, strict=True):
+        draw(axes, results)
+        axes.set_ylim(0, 1)
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(f"{results['task']}, {results['problems']} problems", fontsize=10)
+    figure.savefig(path, dpi=110, metadata={"Software": None})  # equal numbers, equal bytes
+
+
+def _over_samples(axes: Axes, results: dict[str, object]) -> None:
+    """One line with its 95% band for each way to use k samples."""
+    for name, label in CURVES.items():
+        if name in results:
+            sizes, values = list(results[name]), list(results[name].values())
+            low, high = zip(*results["intervals"][name].values(), strict=True)
+            axes.plot(sizes, values, marker="o", markersize=3, label=label)
+            axes.fill_between(sizes, low, high, alpha=0.12)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(k) for k in sizes])
+    axes.set_xlabel("samples a problem")
+    axes.set_ylabel("accuracy")
+    axes.legend(fontsize=8)
+
+
+def _by_group(axes: Axes, results: dict[str, object], kind: str) -> None:
+    """A bar with its 95% interval for each level or subject."""
+    groups = results[f"by_{kind}"]
+    _bars(axes, [f"{name}\n{entry['problems']}" for name, entry in groups.items()], list(groups.values()))
+    axes.set_xlabel(f"{kind} (number of problems below)")
+    if kind == "subject":
+        axes.tick_params(axis="x", labelsize=6, rotation=30)
+
+
+def _whole(axes: Axes, results: dict[str, object]) -> None:
+    """The accuracy alone."""
+    _bars(axes, ["accuracy"], [results])
+
+
+def _bars(axes: Axes, names: list[str], entries: list[dict[str, object]]) -> None:
+    heights = [entry["accuracy"] for entry in entries]
+    ends = [
+        (height - entry["interval"][0], entry["interval"][1] - height)
+        for height, entry in zip(heights, entries, strict=True)
+    ]
+    axes.bar(
+        range(len(names)), heights, yerr=[[max(0.0, end[side]) for end in ends] for side in (0, 1)], capsize=3
+    )
+    axes.set_xticks(range(len(names)), names)

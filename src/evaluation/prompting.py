@@ -1,0 +1,121 @@
+"""What a solver is asked: which problems of a file, in which words, behind which demonstrations."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from src.data.examples import Prompt
+from src.errors import UserError
+from src.evaluation.tasks import INSTRUCTION, Task, check_template
+
+BUNDLED = Path(__file__).parent / "few_shot"  # gsm8k8, minerva4: problems and solutions of our own wording
+BETWEEN = "\n\n"  # demonstrations
+KEYS = ("split", "level", "subject")
+
+
+class Prompting(NamedTuple):
+    """How a problem becomes a prompt: demonstrations first, then the template with the problem in its place."""
+
+    prompt: str  # the template
+    demonstrations: str
+    stop: tuple[str, ...]
+
+    def text(self, instruction: str) -> str:
+        """The prompt of one problem."""
+        return self.demonstrations + self.prompt.replace(INSTRUCTION, instruction)
+
+    def facts(self) -> dict[str, object]:
+        """What samples depend on, as a log directory remembers it."""
+        digest = hashlib.sha256(json.dumps([self.demonstrations, self.prompt]).encode()).hexdigest()
+        return {"prompting": digest[:16], "stop": list(self.stop)}
+
+
+def make_prompting(task: Task, few_shot: str = "", prompt_template: str = "") -> Prompting:
+    r"""The task's own words, or those of the demonstrations, or the template given, which wins.
+
+    few_shot names a bundled set or a json file {"prompt"?, "stop"?, "demonstrations": [{"instruction", "output"}]}.
+    prompt_template is a file, or a text in which \n is a new line. Raises UserError.
+    """
+    template, stop, rows = task.prompt, task.stop, []
+    if few_shot:
+        values = _read_few_shot(few_shot)
+        template, rows = values.get("prompt", template), values["demonstrations"]
+        stop = (*stop, *(text for text in values.get("stop", ()) if text not in stop))
+    if prompt_template:
+        path = Path(prompt_template)
+        is_file = INSTRUCTION not in prompt_template and path.is_file()
+        template = path.read_text(encoding="utf-8") if is_file else prompt_template.replace("\\n", "\n")
+    check_template(
+        template, "--prompt_template" if prompt_template else f"the prompt of {few_shot or task.name}"
+    )
+    gap = "" if template[-1].isspace() else " "
+    shots = [
+        template.replace(INSTRUCTION, row["instruction"]) + gap + row["output"] + BETWEEN for row in rows
+    ]
+    return Prompting(template, "".join(shots), stop)
+
+
+def _read_few_shot(name: str) -> dict[str, object]:
+    """The object of a bundled or own file of demonstrations. Raises UserError."""
+    bundled = {path.stem: path for path in BUNDLED.glob("*.json")}
+    path = bundled.get(name, Path(name))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"--few_shot {name} is neither a file nor one of {', '.join(sorted(bundled))}"
+        ) from None
+    except ValueError as problem:
+        raise UserError(f"--few_shot {name} is not json ({problem})") from None
+    rows = values.get("demonstrations") if isinstance(values, dict) else None
+    if (
+        not isinstance(rows, list)
+        or not rows
+        or not all(_is_demonstration(row) for row in rows)
+        or not isinstance(values.get("prompt", ""), str)
+        or not all(isinstance(text, str) and text for text in values.get("stop", []))
+    ):
+        raise UserError(
+            f'--few_shot {name}: expected {{"prompt": text?, "stop": [text, ...]?, '
+            f'"demonstrations": [{{"instruction": text, "output": text}}, ...]}}'
+        )
+    return values
+
+
+def _is_demonstration(row: object) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("instruction", "output"))
+
+
+def select_prompts(prompts: Sequence[Prompt], split: str) -> list[Prompt]:
+    """The prompts that a split names: "level=4-5,subject=Geometry", or "dev" for those whose `split` field says dev.
+
+    All conditions must hold; a value may list alternatives with |. Empty = all. Raises UserError for a condition that
+    does not parse, or if nothing is left.
+    """
+    chosen = list(prompts)
+    for condition in filter(None, split.split(",")):
+        key, sign, value = condition.partition("=")
+        key, value = (key.strip(), value.strip()) if sign else ("split", key.strip())
+        if key not in KEYS or not value:
+            raise UserError(
+                f"--split {split!r}: {condition!r} is no condition; "
+                "expected NAME, level=4, level=1-3 or subject=Algebra"
+            )
+        found = sorted({str(getattr(prompt, key)) for prompt in chosen})
+        chosen = [prompt for prompt in chosen if _is_in(getattr(prompt, key), value)]
+        if not chosen:
+            raise UserError(
+                f"--split {split!r}: no problem has {key} {value}; found {', '.join(found)[:200]}"
+            )
+    return chosen
+
+
+def _is_in(value: str | int | None, wanted: str) -> bool:
+    """Whether a field is one of the alternatives, or lies in a range of numbers."""
+    span = re.fullmatch(r"(\d+)-(\d+)", wanted)
+    if span and isinstance(value, int):
+        return int(span.group(1)) <= value <= int(span.group(2))
+    return value is not None and str(value).lower() in [word.strip().lower() for word in wanted.split("|")]
