@@ -1,28 +1,41 @@
-"""Split a checkpoint into tensor-parallel shards, or reshard one.
+"""Split a checkpoint into tensor-parallel shards, reshard one, export it, or say what it is.
 
 python checkpoint_split.py --ckpt_file llama-2-7b-hf --save_path ckpt/8 --n 8
+python checkpoint_split.py --ckpt_file ckpt/8 --save_path llama-2-7b-tuned --format hf
+python checkpoint_split.py --inspect ckpt/8
 """
 
 from pathlib import Path
 from typing import Literal
 
-from src import cli, parallel, plan, runlog
-from src.checkpoint.sources import open_source
-from src.checkpoint.split import split
+from src import assemble, cli, parallel, plan, runlog
+from src.checkpoint import export, sources, storage
+from src.checkpoint.split import split, split_adapter
+from src.errors import UserError
 from src.models.families import check_model_type
 
 
 def main(
-    ckpt_file: str | list[str], save_path: str, n: int, tokenizer_file: str = "", config_file: str = "",
-    model_type: str = "", dtype: Literal["", "float32", "bfloat16", "float16"] = "", dry_run: bool = False,
+    ckpt_file: str | list[str] = "", save_path: str = "", n: int = 1,
+    format: Literal["shards", "hf", "peft"] = "shards", inspect: str = "", base_dir: str = "",
+    merge_lora: bool = True, verify: bool = False, verify_hashes: bool = True, max_shard_size: float = 5.0,
+    tokenizer_file: str = "", config_file: str = "", model_type: str = "",
+    dtype: Literal["", "float32", "bfloat16", "float16"] = "", dry_run: bool = False,
 ) -> None:
-    """Cut a checkpoint into n shards.
+    """Cut a checkpoint into n shards, or write it in another format.
 
-    ckpt_file: a .pth/.pt/.bin/.safetensors file, several of them, a Hugging Face or Meta directory, or a
-        directory made here (full weights or an adapter, which is merged into its base)
-    save_path: directory for consolidated.NN.pth, params.json, the tokenizer and manifest.json
-    n: number of shards = tensor-parallel processes that will open them
-    tokenizer_file: sentencepiece model to put beside the shards; default: the one beside ckpt_file
+    ckpt_file: a .pth/.pt/.bin/.safetensors file, several of them, a Hugging Face or Meta directory, an
+        adapter directory of PEFT, or a directory made here
+    save_path: directory to write: tensors, params.json or config.json, the tokenizer and manifest.json
+    n: number of shards; any number of tensor-parallel processes can open them, as many read fastest
+    format: shards = consolidated.NN.pth; hf = what transformers opens; peft = an adapter as PEFT opens it
+    inspect: a checkpoint to describe instead of writing one: sizes, and what 1, 2, 4 and 8 ranks would hold
+    base_dir: the base of an adapter, if it is not where the adapter says
+    merge_lora: merge an adapter into its base, in float32; false keeps it an adapter
+    verify: afterwards compare the logits of what was written with the source's, an adapter's unmerged
+    verify_hashes: compare the source with the hashes in its manifest before anything is written
+    max_shard_size: largest file of --format hf, in GB
+    tokenizer_file: sentencepiece model to put beside the weights; default: the one beside ckpt_file
     config_file: params.json (Meta) or config.json (Hugging Face); default: the one beside ckpt_file
     model_type: a family or released size the checkpoint must agree with, such as llama-2-7b
     dtype: type of the stored weights; default: as in the source
@@ -32,16 +45,46 @@ def main(
     if parallel.rank() != 0:  # under torchrun one process does the work
         return
     log = runlog.logger()
-    source = open_source(ckpt_file, config_file)
+    if inspect:
+        runlog.table(plan.inspection(*sources.describe(inspect)))
+        return
+    if not ckpt_file or not save_path:
+        raise UserError("--ckpt_file and --save_path are needed: what to read and where to write; or --inspect DIR")
+    if verify and parallel.world_size() > 1:
+        raise UserError("--verify computes with one process; start this script with python, not with torchrun")
     described = ckpt_file if isinstance(ckpt_file, str) else ", ".join(ckpt_file)
+    adapter = sources.open_adapter(Path(described), base_dir)
+    keep = adapter is not None and (format == "peft" or not merge_lora)
+    if format == "peft" and not keep:
+        raise UserError(f"--format peft: {described} is no adapter; write it with --format hf")
+    if format == "hf" and keep:
+        raise UserError("--format hf holds whole weights: merge the adapter, or write it with --format peft")
+    source = adapter if keep else sources.open_source(ckpt_file, config_file, base_dir)
     check_model_type(source.config, model_type, described)
     if dry_run:
         runlog.table(plan.splitting(source.config, n, dtype))
         return
-    split(source, Path(save_path), n, dtype, tokenizer_file, described)
-    log.info("wrote %d shards of %s to %s", n, described, save_path)
+    if verify_hashes:
+        for folder in sources.folders_of(source):
+            storage.verify_hashes(folder)
+    target = Path(save_path)
+    if format == "peft":
+        not_finite = export.export_peft(source, target, described, tokenizer_file)
+    elif format == "hf":
+        not_finite = export.export_hf(source, target, described, dtype=dtype, tokenizer_file=tokenizer_file,
+                                      max_shard_bytes=int(max_shard_size * 10**9))
+    elif keep:
+        not_finite = split_adapter(source, target, n, tokenizer_file, described)
+    else:
+        not_finite = split(source, target, n, dtype, tokenizer_file, described)
+    for name in not_finite:
+        log.warning("%s holds NaN or infinity: the source is damaged, or its training diverged", name)
+    log.info("wrote %s to %s", f"{n} shards of {described}" if format == "shards" else described, save_path)
     if not tokenizer_file and not source.tokenizer_files:
         log.warning("no tokenizer lies beside %s: give --tokenizer_file, or one to every later command", described)
+    if verify:
+        written = sources.open_adapter(target, base_dir) or sources.open_source(save_path)
+        log.info("logits before and after: %s", assemble.logit_difference(adapter or source, written))
 
 
 if __name__ == "__main__":

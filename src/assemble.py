@@ -8,12 +8,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from src import parallel
 from src.checkpoint import adapters, shards, sources, storage, training_state
+from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.training_state import RunState
 from src.errors import UserError
 from src.models.config import ModelConfig
@@ -252,3 +254,51 @@ def _write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor], dtype
     else:
         for tensor in tensors.values():
             parallel.whole(tensor)
+
+
+class LogitDifference(NamedTuple):
+    """Largest difference, largest value, and the share of positions whose likeliest token is the same."""
+
+    difference: float
+    scale: float
+    agreement: float
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.difference:.3g} of values up to {self.scale:.3g}, "
+            f"the same likeliest token at {self.agreement:.1%} of positions"
+        )
+
+
+@torch.no_grad()
+def logit_difference(before: Source | AdapterSource, after: Source | AdapterSource) -> LogitDifference:
+    """How far the logits (a verifier's scores) of a written checkpoint lie from those of what it was made of.
+
+    Both compute in float32 on random tokens, an adapter unmerged. One process; both models are in memory in turn.
+    """
+    length = min(64, before.config.max_seq_len)
+    tokens = torch.randint(before.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    first, second = (_outputs(source, tokens) for source in (before, after))
+    agreement = (first.argmax(-1) == second.argmax(-1)).float().mean().item()
+    return LogitDifference((first - second).abs().max().item(), first.abs().max().item(), agreement)
+
+
+def _outputs(source: Source | AdapterSource, tokens: Tensor) -> Tensor:
+    """Logits [B, S, V] or scores [B, S] of a checkpoint on one process, float32."""
+    parallel.start()
+    base, own = source, {}
+    if isinstance(source, AdapterSource):
+        base, own = sources.open_source(str(source.base)), source.tensors
+    with torch.device("meta"):
+        model = Decoder(source.config)
+        if own:
+            add_lora(model, source.lora)
+    tensors = {}
+    for name, _ in model.named_parameters():
+        plain = name.replace(".base.weight", ".weight")
+        tensors[name] = (
+            (own.get(name) or base.tensors[plain]).load().to(parallel.device(), torch.float32, copy=True)
+        )
+    _assign(model, tensors, "this checkpoint")
+    hidden = model(tokens.to(parallel.device()))
+    return model.scores(hidden) if source.config.value_head else model.logits(hidden).float()

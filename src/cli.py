@@ -114,6 +114,7 @@ NUMBERS: dict[str, Numbers] = {
     "clip_ratio": POSITIVE,
     "value_clip": POSITIVE,
     "lora_alpha": POSITIVE,
+    "max_shard_size": POSITIVE,
     "warmup_ratio": SHARE,
     "min_lr_ratio": SHARE,
     "held_out": SHARE,

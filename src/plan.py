@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from src.checkpoint.shards import cut_of, expected_shapes
+from src.checkpoint.sources import Source
 from src.data.collate import Encoded
+from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.lora import LoraConfig
 from src.text.tokenizer import Tokenizer
@@ -174,7 +176,49 @@ def splitting(config: ModelConfig, n: int, dtype: str) -> str:
 def _counts(config: ModelConfig, n: int, kind: int) -> str:
     """How many query (0) or KV heads (1) a shard holds: one number, or the fewest and the most."""
     counts = sorted({len(config.heads_on(n, index)[kind]) for index in range(n)})
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return _between(counts[0], counts[-1])
+
+
+def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] = (1, 2, 4, 8)) -> str:
+    """What a checkpoint is, and what each number of tensor-parallel ranks would hold of it, or why it cannot."""
+    config = source.config
+    params = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    n_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in source.tensors.values())
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in source.tensors.values()})
+    facts = {
+        "family": f"{config.family}, a {'verifier' if config.value_head else 'solver'}",
+        "parameters": f"{params:,}",
+        "stored as": f"{', '.join(dtypes)}, {size(n_bytes)}; {stored}: {n_shards}",
+        "layers": f"{config.n_layers} of width {config.dim}, feed-forward {config.ffn_dim}",
+        "heads": f"{config.n_heads} query, {config.n_kv_heads} key-value, of {config.head_dim}",
+        "vocabulary": f"{config.vocab_size}, {'tied to' if config.tied else 'apart from'} the output layer",
+        "context": config.max_seq_len,
+        "tokenizer": ", ".join(path.name for path in source.tokenizer_files) or "none: give --tokenizer_file",
+    }
+    head = f"{'ranks':8}{'a rank, ' + config.dtype:20}{'kv heads a rank':18}what to know"
+    return "\n".join([report(facts, {}), "", head, *(_rank_row(config, n) for n in ranks)])
+
+
+def _rank_row(config: ModelConfig, n: int) -> str:
+    """A line of inspection(): one number of ranks."""
+    try:
+        config.check_divides(n, "fails")
+    except UserError as problem:
+        return f"{n:<8}{problem}"
+    notes = []
+    if config.n_kv_heads < n:
+        copies = _between(n // config.n_kv_heads, -(-n // config.n_kv_heads))
+        notes.append(f"each key-value head lies on {copies} ranks")
+    elif config.n_heads % n or config.n_kv_heads % n:
+        notes.append(f"uneven: {_counts(config, n, 0)} query heads")
+    if padding := -config.vocab_size % n:
+        notes.append(f"{padding} rows of padding in the vocabulary")
+    weights = size(BYTES[config.dtype] * local_parameters(config, n))
+    return f"{n:<8}{weights:20}{_counts(config, n, 1):18}{'; '.join(notes) or 'even'}"
+
+
+def _between(fewest: int, most: int) -> str:
+    return str(fewest) if fewest == most else f"{fewest} to {most}"
 
 
 def masked_text(encoded: Encoded, tokenizer: Tokenizer) -> str:

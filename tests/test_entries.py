@@ -318,7 +318,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "two",
         lambda f: (f / "consolidated.01.pth").unlink(),
-        "has 2 shards by its manifest but consolidated.01.pth is",
+        "lacks consolidated.01.pth, which its manifest names",
     ),
     (
         "two",

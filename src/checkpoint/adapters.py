@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from src.checkpoint import storage
+from src.checkpoint import shards, storage
 from src.errors import UserError
+from src.models.config import ModelConfig
 from src.models.lora import LoraConfig, merged_weight
 
 Load = Callable[[], Tensor]
@@ -32,8 +33,8 @@ def document(base: Path, lora: LoraConfig) -> dict[str, object]:
     }
 
 
-def read_adapter(folder: Path) -> Adapter | None:
-    """adapter.json of a directory, its base checked; None for a directory of full weights. Raises UserError."""
+def read_adapter(folder: Path, base_dir: str = "") -> Adapter | None:
+    """adapter.json of a directory, its base (or base_dir) checked; None for full weights. Raises UserError."""
     path = folder / "adapter.json"
     if not path.is_file():
         return None
@@ -41,14 +42,30 @@ def read_adapter(folder: Path) -> Adapter | None:
     for key in ("base", "base_fingerprint", "rank", "alpha", "targets"):
         if key not in values:
             raise UserError(f"{path}: key {key!r} is missing")
-    base = Path(str(values["base"]))
+    base = Path(base_dir or str(values["base"]))
     storage.check_complete(base)
     if storage.fingerprint(base) != values["base_fingerprint"]:
         raise UserError(f"{path}: the base {base} has changed since this adapter was trained; restore it")
-    lora = LoraConfig(
-        rank=values["rank"], alpha=values["alpha"], dropout=0.0, targets=tuple(values["targets"])
-    )
+    rank, alpha, targets = values["rank"], values["alpha"], values["targets"]
+    if type(rank) is not int or type(alpha) not in (int, float) or not isinstance(targets, list):
+        raise UserError(
+            f"{path}: rank, alpha and targets must be a whole number, a number and a list of names"
+        )
+    lora = LoraConfig(rank=rank, alpha=alpha, dropout=0.0, targets=tuple(map(str, targets)))
     return Adapter(base, lora)
+
+
+def expected_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Name and whole shape of every tensor of an adapter, a verifier's value head included."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in shards.expected_shapes(config).items():
+        stem = name.removesuffix(".weight")
+        if stem.split(".")[-1] in lora.targets:
+            shapes[f"{stem}.lora_a.weight"] = (lora.rank, shape[1])
+            shapes[f"{stem}.lora_b.weight"] = (shape[0], lora.rank)
+    if config.value_head:
+        shapes["v_head.weight"] = (1, config.dim)
+    return shapes
 
 
 def fold(base: Mapping[str, Load], own: Mapping[str, Load], lora: LoraConfig) -> dict[str, Load]:

@@ -1,12 +1,14 @@
 """Foreign parameter names and rotary layouts, to ours and back. Ours are Meta's."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from src.errors import UserError
 from src.models.config import ModelConfig
+
+Reorder = Callable[[str, Tensor, ModelConfig], Tensor]
 
 _WRAPPERS = ("_orig_mod.", "module.")  # left by torch.compile and DistributedDataParallel
 

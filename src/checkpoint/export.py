@@ -1,14 +1,15 @@
-"""A checkpoint written back as the Hugging Face directory that transformers opens."""
+"""A checkpoint or an adapter written back as the directory that transformers or PEFT opens."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from src.checkpoint import convert, storage
-from src.checkpoint.sources import Source
-from src.checkpoint.split import prepare_target, tokenizer_of
+from src.checkpoint import convert, peft_layout, storage
+from src.checkpoint.sources import AdapterSource, Source
+from src.checkpoint.split import is_finite, refuse_source, tokenizer_of
 from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_safetensors_file
 from src.models.config import ModelConfig
 from src.models.families import config_to_hf
@@ -25,34 +26,68 @@ def export_hf(
     dtype: str = "",
     tokenizer_file: str = "",
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+) -> list[str]:
     """Write config.json, model*.safetensors of at most max_shard_bytes each, their index, and the tokenizer.
 
     One tensor is in memory at a time; dtype "" keeps every tensor's. A verifier becomes the sequence classifier
-    (score at the last token) or the token classifier (a score at each) of its family, with one label.
+    (score at the last token) or the token classifier (a score at each) of its family, with one label. Returns the
+    parameters that hold NaN or infinity.
     """
-    tokenizer = tokenizer_of(source, tokenizer_file)
+    tokenizer = tokenizer_of(source.tokenizer_files, tokenizer_file)
+    refuse_source(folder, source.folders)
     tensors = _hf_tensors(source)
-    layout = {
-        name: TensorSpec(stored.shape, getattr(torch, dtype) if dtype else stored.dtype)
-        for name, stored in tensors.items()
+    documents = {"config.json": _config_json(source.config, dtype or source.config.dtype)}
+    files = file_parts(tensors, dtype, max_shard_bytes)
+    if len(files) > 1:
+        weight_map = {name: file_name for file_name, layout in files.items() for name in layout}
+        documents = {INDEX: {"metadata": {"total_size": _total(files)}, "weight_map": weight_map}} | documents
+    facts = {"source": description, "rotary_layout": "halves", "tied": source.config.tied}
+    return _write(folder, files, tensors, documents, tokenizer, facts)
+
+
+def export_peft(
+    adapter: AdapterSource, folder: Path, description: str, tokenizer_file: str = ""
+) -> list[str]:
+    """Write adapter_model.safetensors and adapter_config.json, which PEFT opens on the same base."""
+    tokenizer = tokenizer_of(adapter.tokenizer_files, tokenizer_file)
+    refuse_source(folder, [adapter.folder, adapter.base])
+    documents = {
+        peft_layout.CONFIG: peft_layout.config_json(adapter.config, adapter.lora, str(adapter.base.resolve()))
     }
-    total = sum(spec.nbytes for spec in layout.values())
-    prepare_target(folder, source, total)
-    parts = file_parts(layout, max_shard_bytes)
+    tensors = peft_layout.as_peft(adapter.tensors, adapter.config)
+    files = {peft_layout.WEIGHTS: {name: TensorSpec(t.shape, t.dtype) for name, t in tensors.items()}}
+    return _write(
+        folder, files, tensors, documents, tokenizer, {"source": description, "rotary_layout": "halves"}
+    )
+
+
+def _write(
+    folder: Path,
+    files: Mapping[str, Mapping[str, TensorSpec]],
+    tensors: Mapping[str, StoredTensor],
+    documents: Mapping[str, Mapping[str, object]],
+    tokenizer: list[Path],
+    facts: Mapping[str, object],
+) -> list[str]:
+    """Fill the files one after the other, and complete the directory."""
+    storage.check_writable(folder)
+    storage.check_space(folder, _total(files))
+    not_finite = []
     with storage.writing(folder):
-        for file_name, names in parts.items():
-            part = {name: layout[name] for name in names}
-            with open_safetensors_file(storage.staging(folder) / file_name, part) as file:
-                for name in names:
-                    file.write(name, tensors[name].load())
-        documents: dict[str, dict[str, object]] = {}
-        if len(parts) > 1:
-            weight_map = {name: file_name for file_name, names in parts.items() for name in names}
-            documents[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        documents["config.json"] = _config_json(source.config, dtype or source.config.dtype)
-        facts = {"source": description, "rotary_layout": "halves", "tied": source.config.tied}
-        storage.finish(folder, len(parts), documents, tokenizer, facts)
+        for file_name, layout in files.items():
+            with open_safetensors_file(storage.staging(folder) / file_name, layout) as file:
+                for name in layout:
+                    tensor = tensors[name].load()
+                    if not is_finite(tensor):
+                        not_finite.append(name)
+                    file.write(name, tensor)
+        storage.finish(folder, len(files), documents, tokenizer, facts)
+    return not_finite
+
+
+def _total(files: Mapping[str, Mapping[str, TensorSpec]]) -> int:
+    """Bytes of tensors in these files."""
+    return sum(spec.nbytes for layout in files.values() for spec in layout.values())
 
 
 def _hf_tensors(source: Source) -> dict[str, StoredTensor]:
@@ -72,19 +107,22 @@ def _load_for_hf(name: str, stored: StoredTensor, config: ModelConfig) -> Tensor
     return convert.rotary_to_hf(name, stored.load(), config)
 
 
-def file_parts(layout: dict[str, TensorSpec], max_bytes: int) -> dict[str, list[str]]:
-    """Parameter names by the file that holds them; files are filled in order up to max_bytes, a tensor at least."""
-    parts: list[list[str]] = [[]]
+def file_parts(
+    tensors: Mapping[str, StoredTensor], dtype: str, max_bytes: int
+) -> dict[str, dict[str, TensorSpec]]:
+    """What each file holds: files are filled in order up to max_bytes, with a tensor at least."""
+    parts: list[dict[str, TensorSpec]] = [{}]
     filled = 0
-    for name, spec in layout.items():
+    for name, stored in tensors.items():
+        spec = TensorSpec(stored.shape, getattr(torch, dtype) if dtype else stored.dtype)
         if parts[-1] and filled + spec.nbytes > max_bytes:
-            parts.append([])
+            parts.append({})
             filled = 0
-        parts[-1].append(name)
+        parts[-1][name] = spec
         filled += spec.nbytes
     if len(parts) == 1:
         return {"model.safetensors": parts[0]}
-    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": names for i, names in enumerate(parts, 1)}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 def _config_json(config: ModelConfig, dtype: str) -> dict[str, object]:

@@ -91,12 +91,18 @@ def copies(how: Cut, index: int) -> int:
 
 def cut(tensor: Tensor, how: Cut, index: int) -> Tensor:
     """Shard `index` of a whole tensor, as a copy with its own memory; padding rows are zeros."""
+    piece = view_of(tensor, how, index)
+    shares = piece.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return piece.clone(memory_format=torch.contiguous_format) if shares else piece
+
+
+def view_of(tensor: Tensor, how: Cut, index: int) -> Tensor:
+    """Shard `index` of a whole tensor in the tensor's own memory, unless padding rows (zeros) must be added."""
     if how.dim is None:
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return tensor
     rows = how.rows[index]
     start, stop = min(rows.start, how.size), min(rows.stop, how.size)
-    piece = tensor.narrow(how.dim, start, stop - start).clone(memory_format=torch.contiguous_format)
-    return _padded(piece, how.dim, len(rows))
+    return _padded(tensor.narrow(how.dim, start, stop - start), how.dim, len(rows))
 
 
 def join(pieces: Sequence[Tensor], how: Cut) -> Tensor:

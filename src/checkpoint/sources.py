@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.checkpoint import adapters, convert, storage
+from src.checkpoint import adapters, convert, peft_layout, storage
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join, reshard
 from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
 from src.errors import UserError
 from src.models.config import ModelConfig, config_from_dict
 from src.models.families import config_from_hf, config_from_meta
+from src.models.lora import LoraConfig
 
 _NESTED_KEYS = ("model", "state_dict")
 
@@ -40,16 +41,16 @@ class _File(NamedTuple):
     params: dict[str, object] | None
 
 
-def open_source(ckpt_file: str | list[str], config_file: str = "") -> Source:
+def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str = "") -> Source:
     """Open a file, a list of files or a directory. Raises UserError that names what is wrong with it.
 
     The config comes from `config_file`, else from params.json or config.json beside the weights, else from
-    the `model_args` inside the file.
+    the `model_args` inside the file. An adapter is merged into its base, or into `base_dir`.
     """
     paths = [Path(path) for path in ([ckpt_file] if isinstance(ckpt_file, str) else ckpt_file)]
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
-    if adapter := adapters.read_adapter(folder):
-        return _open_adapter(folder, adapter)
+    if adapter := open_adapter(folder, base_dir):
+        return merge(adapter)
     if len(paths) == 1 and paths[0].is_dir():
         paths = _weight_files(folder)
     files = [_open_file(path) for path in paths]
@@ -70,20 +71,85 @@ def open_source(ckpt_file: str | list[str], config_file: str = "") -> Source:
     return Source(config, tensors, storage.tokenizer_files(folder), [folder])
 
 
-def _open_adapter(folder: Path, adapter: adapters.Adapter) -> Source:
-    """An adapter directory with its base: every adapted weight is merged in float32 when it is read."""
+class AdapterSource(NamedTuple):
+    """An opened adapter: its own whole tensors in our names and layout, and the base that it adapts."""
+
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]
+    lora: LoraConfig
+    base: Path
+    folder: Path
+    tokenizer_files: list[Path]
+
+
+def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
+    """The adapter in a directory of ours or of PEFT; None when there is none. Raises UserError.
+
+    base_dir takes the place of the base that the adapter names; for one of ours it must hold the same weights.
+    """
+    if (folder / peft_layout.CONFIG).is_file():
+        return _open_peft(folder, base_dir)
+    adapter = adapters.read_adapter(folder, base_dir)
+    if adapter is None:
+        return None
     storage.check_complete(folder)
     config = read_config(folder)
+    shard = storage.read_shard(storage.shard_paths(folder, storage.ADAPTER)[0])
+    shapes = adapters.expected_shapes(config, adapter.lora)
+    tensors = {}
+    for name, load in local_tensors(folder, storage.ADAPTER, config, 1, 0).items():
+        if name not in shapes:
+            raise UserError(f"{folder}: unknown parameter {name!r}; adapter.json describes no such tensor")
+        tensors[name] = StoredTensor(shapes[name], load, shard[name].dtype)
+    return AdapterSource(config, tensors, adapter.lora, adapter.base, folder, storage.tokenizer_files(folder))
+
+
+def _open_peft(folder: Path, base_dir: str) -> AdapterSource:
+    adapter = peft_layout.read(folder)
+    base = Path(base_dir or adapter.base)
+    if not base.exists():
+        raise UserError(
+            f"{folder} adapts {adapter.base}, which is no directory here; name its base with --base_dir"
+        )
+    config = open_source(str(base)).config
+    if "v_head.weight" in adapter.tensors and not config.value_head:
+        config = dataclasses.replace(config, value_head=True, tied=False)
+    tensors = peft_layout.as_ours(adapter, config)
+    return AdapterSource(config, tensors, adapter.lora, base, folder, storage.tokenizer_files(folder))
+
+
+def merge(adapter: AdapterSource) -> Source:
+    """An adapter with its base: every adapted weight is merged in float32 when it is read, and stored as the base's."""
     base = open_source(str(adapter.base))
-    own = local_tensors(folder, storage.ADAPTER, config, 1, 0)
     plain = {name: stored.load for name, stored in base.tensors.items()}
+    own = {name: stored.load for name, stored in adapter.tensors.items()}
     merged = adapters.fold(plain, own, adapter.lora)
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, adapter.config.dtype)
     tensors = {
         name: StoredTensor(shape, merged[name], base.tensors[name].dtype if name in base.tensors else dtype)
-        for name, shape in expected_shapes(config).items()
+        for name, shape in expected_shapes(adapter.config).items()
     }
-    return Source(config, tensors, storage.tokenizer_files(folder), [folder, *base.folders])
+    tokenizer = adapter.tokenizer_files or base.tokenizer_files
+    return Source(adapter.config, tensors, tokenizer, [adapter.folder, *base.folders])
+
+
+def folders_of(source: Source | AdapterSource) -> list[Path]:
+    """The directories that a checkpoint is read from, an adapter's base included."""
+    return source.folders if isinstance(source, Source) else [source.folder, source.base]
+
+
+def describe(ckpt_dir: str) -> tuple[Source, str, int]:
+    """A checkpoint, what kind of files it is stored in and how many they are. Raises UserError if it cannot be read."""
+    folder = Path(ckpt_dir)
+    source = open_source(ckpt_dir)
+    if open_adapter(folder):
+        return source, "files of the adapter and its base", sum(len(_tensor_files(f)) for f in source.folders)
+    kind = "shards" if storage.shard_paths(folder) else "Hugging Face files"
+    return source, kind, len(_tensor_files(folder))
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix in (".pth", ".safetensors", ".bin")]
 
 
 def local_tensors(

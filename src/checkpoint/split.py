@@ -1,69 +1,120 @@
-"""A source checkpoint cut into n tensor-parallel shards on disk."""
+"""A checkpoint or an adapter cut into n tensor-parallel shards on disk."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from src.checkpoint import shards, storage
-from src.checkpoint.sources import Source
-from src.checkpoint.tensor_files import TensorSpec, open_torch_file
+from src.checkpoint import adapters, shards, storage
+from src.checkpoint.shards import Cut
+from src.checkpoint.sources import AdapterSource, Source
+from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_torch_file
 from src.errors import UserError
+from src.models.config import ModelConfig
 
 
-def split(source: Source, folder: Path, n: int, dtype: str, tokenizer_file: str, description: str) -> None:
+def split(
+    source: Source, folder: Path, n: int, dtype: str, tokenizer_file: str, description: str
+) -> list[str]:
     """Write n shards of a source with params.json, tokenizer and manifest; one tensor is in memory at a time.
 
-    dtype "" keeps every tensor's. Raises UserError when the model cannot be cut so, a file is missing or the disk
-    is too small.
+    dtype "" keeps every tensor's. Returns the parameters that hold NaN or infinity. Raises UserError when the model
+    cannot be cut so, a file is missing or the disk is too small.
     """
     source.config.check_divides(n, description)
-    tokenizer = tokenizer_of(source, tokenizer_file)
-    cuts = {name: shards.cut_of(name, source.config, n) for name in source.tensors}
-    layouts = [_layout(source, cuts, index, dtype) for index in range(n)]
-    prepare_target(folder, source, sum(spec.nbytes for layout in layouts for spec in layout.values()))
+    tokenizer = tokenizer_of(source.tokenizer_files, tokenizer_file)
+    documents = {"params.json": source.config.to_dict() | {"dtype": dtype or source.config.dtype}}
+    refuse_source(folder, source.folders)
+    return _write(
+        source.tensors, source.config, folder, storage.WEIGHTS, n, dtype, documents, tokenizer, description
+    )
+
+
+def split_adapter(
+    adapter: AdapterSource, folder: Path, n: int, tokenizer_file: str, description: str
+) -> list[str]:
+    """Write n shards of an adapter, unmerged, with adapter.json that names its base. Otherwise as split()."""
+    adapter.config.check_divides(n, description)
+    storage.check_complete(adapter.base)
+    tokenizer = tokenizer_of(adapter.tokenizer_files, tokenizer_file)
+    documents = {
+        "adapter.json": adapters.document(adapter.base, adapter.lora),
+        "params.json": adapter.config.to_dict(),
+    }
+    refuse_source(folder, [adapter.folder, adapter.base])
+    return _write(
+        adapter.tensors, adapter.config, folder, storage.ADAPTER, n, "", documents, tokenizer, description
+    )
+
+
+def _write(
+    tensors: Mapping[str, StoredTensor],
+    config: ModelConfig,
+    folder: Path,
+    kind: str,
+    n: int,
+    dtype: str,
+    documents: Mapping[str, Mapping[str, object]],
+    tokenizer: list[Path],
+    description: str,
+) -> list[str]:
+    """Fill n shards in one pass over the tensors, and complete the directory."""
+    cuts = {name: shards.cut_of(name, config, n) for name in tensors}
+    layouts = [_layout(tensors, cuts, index, dtype) for index in range(n)]
+    storage.check_writable(folder)
+    storage.check_space(folder, sum(spec.nbytes for layout in layouts for spec in layout.values()))
+    not_finite = []
     with storage.writing(folder):
         with ExitStack() as stack:
-            paths = [
-                storage.staging(folder) / storage.shard_name(storage.WEIGHTS, index) for index in range(n)
-            ]
+            paths = [storage.staging(folder) / storage.shard_name(kind, index) for index in range(n)]
             files = [
                 stack.enter_context(open_torch_file(path, layout))
                 for path, layout in zip(paths, layouts, strict=True)
             ]
-            for name, stored in source.tensors.items():
+            for name, stored in tensors.items():
                 whole = stored.load()
+                if not is_finite(whole):
+                    not_finite.append(name)
                 for index, file in enumerate(files):
-                    file.write(name, shards.cut(whole, cuts[name], index))
-        params = source.config.to_dict() | {"dtype": dtype or source.config.dtype}
+                    file.write(name, shards.view_of(whole, cuts[name], index))
         facts = {
             "source": description,
             "rotary_layout": "interleaved",
-            "tied": source.config.tied,
+            "tied": config.tied,
             "split": {name: how.dim for name, how in cuts.items()},
         }
-        storage.finish(folder, n, {"params.json": params}, tokenizer, facts)
+        storage.finish(folder, n, documents, tokenizer, facts)
+    return not_finite
 
 
-def tokenizer_of(source: Source, tokenizer_file: str) -> list[Path]:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is a number; one pass, nothing allocated."""
+    if tensor.numel() == 0:
+        return True
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+
+
+def tokenizer_of(beside: list[Path], tokenizer_file: str) -> list[Path]:
     """The tokenizer's files that go with a checkpoint: the one named, else those beside the source."""
     if tokenizer_file and not Path(tokenizer_file).is_file():
         raise UserError(f"--tokenizer_file {tokenizer_file} does not exist")
-    return [Path(tokenizer_file)] if tokenizer_file else source.tokenizer_files
+    return [Path(tokenizer_file)] if tokenizer_file else beside
 
 
-def prepare_target(folder: Path, source: Source, n_bytes: int) -> None:
-    """Raise UserError unless n_bytes of tensors can be written to a directory that is not the source itself."""
-    storage.check_writable(folder)
-    if any(path.resolve() == folder.resolve() for path in source.folders):
+def refuse_source(folder: Path, sources: list[Path]) -> None:
+    """Raise UserError if a checkpoint would be written over what it is read from."""
+    if any(path.resolve() == folder.resolve() for path in sources):
         raise UserError(f"--save_path {folder} is the source itself; choose another directory")
-    storage.check_space(folder, n_bytes)
 
 
-def _layout(source: Source, cuts: dict[str, shards.Cut], index: int, dtype: str) -> dict[str, TensorSpec]:
+def _layout(
+    tensors: Mapping[str, StoredTensor], cuts: Mapping[str, Cut], index: int, dtype: str
+) -> dict[str, TensorSpec]:
     """What shard `index` holds, without reading anything."""
     layout = {}
-    for name, stored in source.tensors.items():
-        piece = shards.cut(torch.empty(stored.shape, device="meta"), cuts[name], index)
+    for name, stored in tensors.items():
+        piece = shards.view_of(torch.empty(stored.shape, device="meta"), cuts[name], index)
         layout[name] = TensorSpec(tuple(piece.shape), getattr(torch, dtype) if dtype else stored.dtype)
     return layout

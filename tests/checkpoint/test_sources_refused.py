@@ -42,7 +42,9 @@ def test_shards_of_different_splits_are_refused(tmp_path: Path) -> None:
         }
         torch.save(shard, tmp_path / f"consolidated.{index:02d}.pth")
     write_json(tmp_path / "params.json", META)
-    with pytest.raises(UserError, match="in shard 1, expected .* in shard 0; the shards are not of one split"):
+    with pytest.raises(
+        UserError, match="in shard 1, expected .* in shard 0; the shards are not of one split"
+    ):
         open_source(str(tmp_path))
 
 
