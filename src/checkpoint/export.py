@@ -76,7 +76,7 @@ def _write(
     with storage.writing(folder):
         for file_name, layout in files.items():
             with open_safetensors_file(storage.staging(folder) / file_name, layout) as file:
-                for name in layout:
+                for name in file.names:
                     tensor = tensors[name].load()
                     if not is_finite(tensor):
                         not_finite.append(name)

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from src import parallel
-from src.checkpoint.tensor_files import TensorSpec, as_stored, open_torch_file, read_torch
+from src.checkpoint.tensor_files import TensorSpec, as_stored, digest_path, open_torch_file, read_torch
 from src.errors import UserError
 
 WEIGHTS, ADAPTER = "consolidated", "adapter"
@@ -246,24 +245,20 @@ def finish(
     copy_tokenizer(tokenizer_files, place)
     tensor_files = sorted(path for path in place.iterdir() if path.suffix in (".pth", ".safetensors"))
     assert tensor_files and len(tensor_files) % n == 0, tensor_files  # a resumable checkpoint has two kinds
-    manifest = {"format": MANIFEST_FORMAT, "shards": n, "files": _sealed(tensor_files), **facts}
+    files = {path.name: _facts(path) for path in tensor_files}
+    manifest = {"format": MANIFEST_FORMAT, "shards": n, "files": files, **facts}
     documents = {**documents, "manifest.json": manifest}
     for name, values in documents.items():
         write_json(place / name, values)
     _install(folder, list(documents))
 
 
-def _sealed(paths: Sequence[Path]) -> dict[str, dict[str, object]]:
-    """Size and hash of files that are on the disk when this returns; hashing and flushing go on side by side."""
-    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as cores:
-        flushed = [disk.submit(_flush, path) for path in paths]
-        digests = list(cores.map(sha256, paths))
-        for job in flushed:
-            job.result()
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, digests, strict=True)
-    }
+def _facts(path: Path) -> dict[str, object]:
+    """Size and hash of a tensor file, the hash from where its writer left it."""
+    digest = digest_path(path)
+    text = digest.read_text()
+    digest.unlink()
+    return {"bytes": path.stat().st_size, "sha256": text}
 
 
 def _flush(path: Path) -> None:

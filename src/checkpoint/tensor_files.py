@@ -4,12 +4,15 @@ The only door to safetensors and to torch.save and torch.load. Reading executes 
 more than the tensor at hand: a file is laid out first, with room for every tensor, then filled in place.
 """
 
+import hashlib
 import json
 import os
 import pickle
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +52,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+FLUSH_BYTES = 32 * 2**20  # enough for a disk to work at its full speed
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -130,26 +134,67 @@ def _stored_safetensor(path: Path, file: safetensors.safe_open, name: str) -> St
 
 
 class TensorFile:
-    """A laid-out file that is filled one tensor at a time, in any order; open_torch_file() makes one."""
+    """A laid-out file that is filled one tensor at a time, in the order of `names`; open_torch_file() makes one.
+
+    The SHA-256 of the file is taken on the way, by a thread of its own, so nothing is read twice.
+    """
 
     def __init__(self, path: Path, layout: Mapping[str, TensorSpec], offsets: Mapping[str, int]) -> None:
+        self.names = sorted(layout, key=lambda name: offsets[name])
         self._path, self._layout, self._offsets = path, layout, offsets
-        self._missing = set(layout)
-        self._file = os.open(path, os.O_WRONLY)
+        self._file = os.open(path, os.O_RDWR)
+        self._written = 0  # tensors
+        self._hash, self._hashed = hashlib.sha256(), 0  # bytes
+        self._hasher = ThreadPoolExecutor(1)
+        self._hashing: Future[None] | None = None
+        self._flushing = 0  # bytes that the disk has been asked to take
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor into its place, in the layout's type. Raises OSError when the disk is full."""
+        """Put the next tensor into its place, in the layout's type. Raises OSError when the disk is full."""
         shape, dtype = self._layout[name]
         assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} into room for {shape}"
+        assert name == self.names[self._written], f"{name} is written before {self.names[self._written]}"
         flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
         data, offset = memoryview(flat.view(torch.uint8).numpy()), self._offsets[name]
+        self._wait()  # so that one tensor a file is in memory
+        self._hashing = self._hasher.submit(self._update, offset, data)
         while data:  # the kernel takes at most 2 GiB a call
             written = os.pwrite(self._file, data, offset)
             data, offset = data[written:], offset + written
-        self._missing.discard(name)
+        self._written += 1
+        if offset - self._flushing > FLUSH_BYTES and sys.platform == "linux":
+            # starts writing without waiting for it, so that the fsync at the end is short
+            os.posix_fadvise(self._file, self._flushing, offset - self._flushing, os.POSIX_FADV_DONTNEED)
+            self._flushing = offset
+
+    def _update(self, offset: int, data: memoryview) -> None:
+        """Hash what the layout put before this tensor, and its bytes."""
+        self._hash.update(os.pread(self._file, offset - self._hashed, self._hashed))
+        self._hash.update(data)
+        self._hashed = offset + len(data)
+
+    def _wait(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+
+    def complete(self) -> None:
+        """Put the file on the disk, and its hash beside it."""
+        assert self._written == len(self.names), (
+            f"{self._path}: nothing was written for {self.names[self._written]}"
+        )
+        self._wait()
+        self._update(os.fstat(self._file).st_size, memoryview(b""))
+        os.fsync(self._file)
+        digest_path(self._path).write_text(self._hash.hexdigest())
 
     def close(self) -> None:
+        self._hasher.shutdown()
         os.close(self._file)
+
+
+def digest_path(path: Path) -> Path:
+    """Where the hash of a file lies until the manifest takes it."""
+    return path.with_name(path.name + ".sha256")
 
 
 @contextmanager
@@ -202,15 +247,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a small model that is in memory as one safetensors file."""
     layout = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     with open_safetensors_file(path, layout) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
+        for name in file.names:
+            file.write(name, tensors[name])
+    digest_path(path).unlink()
 
 
 def _filled(path: Path, layout: Mapping[str, TensorSpec], offsets: Mapping[str, int]) -> Iterator[TensorFile]:
-    """The file while it is filled; what its user forgot is our bug."""
+    """The file while it is filled; complete unless its user fails."""
     file = TensorFile(path, layout, offsets)
     try:
         yield file
-        assert not file._missing, f"{path}: nothing was written for {sorted(file._missing)[:3]}"
+        file.complete()
     finally:
         file.close()

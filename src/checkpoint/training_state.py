@@ -64,7 +64,7 @@ def reader(folder: Path, config: ModelConfig) -> Callable[[str], Tensor]:
         if len(paths) == n:
             return pieces[0][name]
         parameter = name.rpartition("/")[0]
-        whole = shards.join([piece[name] for piece in pieces], shards.cut_of(parameter, config, len(paths)))
-        return shards.cut(whole, shards.cut_of(parameter, config, n), rank)
+        how, other = shards.cut_of(parameter, config, len(paths)), shards.cut_of(parameter, config, n)
+        return shards.reshard([piece[name] for piece in pieces], how, other, rank)
 
     return read
