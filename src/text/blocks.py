@@ -1,0 +1,180 @@
+"""Solutions with code (LCE: natural language, code, execution; Wang et al. 2023, MathCoder): messages made of blocks.
+
+As text: `<|assistant|><|text|>So<|endofblock|><|code|>print(2)<|endofblock|><|endofmessage|>`, nothing between
+the parts. Only the eight markers, spelled exactly, part the text; any other `<|` belongs to what surrounds it.
+A program may print a marker all the same, so the form to turn into ids is the list of pieces, in which a marker
+and a text that looks like one are two things.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from src.errors import UserError
+
+
+class Marker(StrEnum):
+    """The special tokens, in the order in which they extend a vocabulary."""
+
+    USER = "<|user|>"
+    SYSTEM = "<|system|>"
+    ASSISTANT = "<|assistant|>"
+    TEXT = "<|text|>"
+    CODE = "<|code|>"
+    EXECUTION = "<|execution|>"
+    END_OF_BLOCK = "<|endofblock|>"
+    END_OF_MESSAGE = "<|endofmessage|>"
+
+
+ROLES = {marker.name.lower(): marker for marker in (Marker.SYSTEM, Marker.USER, Marker.ASSISTANT)}
+KINDS = {marker.name.lower(): marker for marker in (Marker.TEXT, Marker.CODE, Marker.EXECUTION)}
+ANY_MARKER = re.compile("(" + "|".join(re.escape(marker) for marker in Marker) + ")")
+
+Piece = Marker | str  # a str that is no Marker is content, whatever it spells
+
+
+@dataclass(frozen=True)
+class Block:
+    """kind: "text", "code" or "execution"."""
+
+    kind: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """role: "system", "user" or "assistant". A message that is not ended can be continued: a prompt, or the first steps
+    of a solution."""
+
+    role: str
+    blocks: tuple[Block, ...]
+    ended: bool = True
+
+
+def pieces(messages: Iterable[Message]) -> list[Piece]:
+    """The parts of the text form in order. Raises UserError if a message other than the last is not ended."""
+    parts: list[Piece] = []
+    for number, message in enumerate(messages, start=1):
+        if parts and parts[-1] != Marker.END_OF_MESSAGE:
+            raise UserError(f"message {number} follows one that is not ended; only the last may be left open")
+        parts.append(ROLES[message.role])
+        for block in message.blocks:
+            parts += [KINDS[block.kind], block.content, Marker.END_OF_BLOCK]
+        if message.ended:
+            parts.append(Marker.END_OF_MESSAGE)
+    return parts
+
+
+def render(messages: Iterable[Message]) -> str:
+    """The text form. Raises UserError if a content holds a marker, which the text form cannot tell from a real one."""
+    parts = pieces(messages)
+    for part in parts:
+        if not isinstance(part, Marker) and (found := ANY_MARKER.search(part)):
+            place = part[max(0, found.start() - 20) : found.end() + 20]
+            raise UserError(
+                f"a block holds the marker {found[0]} as text, in {place!r}; drop the row, or encode its pieces"
+            )
+    return "".join(parts)
+
+
+def parse(text: str) -> list[Message]:
+    """The messages of a text form; render gives the text back. Raises UserError, with the place, if it is none."""
+    parts = [Marker(part) if part in set(Marker) else part for part in ANY_MARKER.split(text)]
+    return parse_pieces([part for part in parts if part])
+
+
+def parse_pieces(parts: Sequence[Piece]) -> list[Message]:
+    """The messages of a list of pieces; empty content may be missing. Raises UserError if they are out of order."""
+    reader = _Reader(parts)
+    messages = []
+    while not reader.at_end():
+        if messages and not messages[-1].ended:
+            reader.complain("the end")
+        messages.append(reader.message())
+    return messages
+
+
+class _Reader:
+    """A place in a list of pieces."""
+
+    def __init__(self, parts: Sequence[Piece]) -> None:
+        self.parts, self.index = parts, 0
+
+    def at_end(self) -> bool:
+        return self.index == len(self.parts)
+
+    def take(self, wanted: Iterable[Marker]) -> Marker | None:
+        """The next piece if it is a wanted marker."""
+        part = None if self.at_end() else self.parts[self.index]
+        if not isinstance(part, Marker) or part not in wanted:
+            return None
+        self.index += 1
+        return part
+
+    def message(self) -> Message:
+        role = self.take(ROLES.values()) or self.complain("a role")
+        blocks = []
+        while kind := self.take(KINDS.values()):
+            blocks.append(Block(kind.name.lower(), self.content()))
+        ended = self.take([Marker.END_OF_MESSAGE]) is not None
+        if not ended and not self.at_end():
+            self.complain(f"a block or {Marker.END_OF_MESSAGE}")
+        return Message(role.name.lower(), tuple(blocks), ended)
+
+    def content(self) -> str:
+        """The text up to the end of its block."""
+        texts = []
+        while not self.at_end() and not isinstance(self.parts[self.index], Marker):
+            texts.append(self.parts[self.index])
+            self.index += 1
+        if not self.take([Marker.END_OF_BLOCK]):
+            self.complain(Marker.END_OF_BLOCK)
+        return "".join(texts)
+
+    def complain(self, expected: str) -> None:
+        """Raise UserError at the present place."""
+        found = "the end" if self.at_end() else repr(self.parts[self.index][:40])
+        place = sum(map(len, self.parts[: self.index]))
+        raise UserError(f"solution with code, character {place}: found {found}, expected {expected}")
+
+
+def from_messages(rows: Sequence[Mapping[str, object]]) -> list[Message]:
+    """The training form: [{"role", "content": [{"type", "content"}, ...]}, ...]. Raises UserError naming the row."""
+    messages = []
+    for number, row in enumerate(rows, start=1):
+        role, content = row.get("role"), row.get("content")
+        if role not in ROLES:
+            raise UserError(f"message {number}: role {role!r}; expected one of {', '.join(ROLES)}")
+        if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
+            raise UserError(f'message {number}: content is no list of {{"type", "content"}} blocks')
+        blocks = (_block(block.get("type"), block.get("content"), f"message {number}") for block in content)
+        messages.append(Message(role, tuple(blocks)))
+    return messages
+
+
+def from_flat(rows: Sequence[Mapping[str, object]]) -> list[Message]:
+    """The run-time form: [{"role": "system" | "user" | "text" | "code" | "execution", "content"}, ...], in which the
+    blocks of one answer follow each other. Raises UserError naming the row, also for one that marks a failure."""
+    messages: list[Message] = []
+    for number, row in enumerate(rows, start=1):
+        role, content = row.get("role"), row.get("content")
+        if role in ("system", "user"):
+            messages.append(Message(role, (_block("text", content, f"row {number}"),)))
+            continue
+        block = _block(role, content, f"row {number}")
+        if messages and messages[-1].role == "assistant":
+            block_list = (*messages.pop().blocks, block)
+        else:
+            block_list = (block,)
+        messages.append(Message("assistant", block_list))
+    return messages
+
+
+def _block(kind: object, content: object, place: str) -> Block:
+    """A block of checked values."""
+    if kind not in KINDS:
+        raise UserError(f"{place}: {kind!r} is no kind of block; expected one of {', '.join(KINDS)}")
+    if not isinstance(content, str):
+        raise UserError(f"{place}: content of a {kind} block is {type(content).__name__}, expected text")
+    return Block(str(kind), content)
