@@ -50,10 +50,15 @@ DOORS: dict[str, str | None] = {
     "sympy": "src/evaluation/grade_worker.py",
 }
 
-# Names that write to the terminal, and the files that may use them; the worker's output is a pipe.
+# Names that write to the terminal, and the files that may use them; the workers' output is a pipe.
 SPEAKERS: dict[str, set[str]] = {
     "print": {"src/cli.py", "src/evaluation/grade_worker.py"},
-    "sys.stdout": {"src/cli.py", "src/runlog.py", "src/evaluation/grade_worker.py"},
+    "sys.stdout": {
+        "src/evaluation/code_worker.py",
+        "src/cli.py",
+        "src/runlog.py",
+        "src/evaluation/grade_worker.py",
+    },
     "sys.stderr": {"src/cli.py", "src/runlog.py"},
 }
 

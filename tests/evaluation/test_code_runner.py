@@ -1,0 +1,248 @@
+"""src/evaluation/code_runner.py: what a block shows, how it ends, where it refuses. Attacks: test_code_attacks.py."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from src.errors import UserError
+from src.evaluation.code_runner import Execution, Limits, Notebook, best_isolation, first_difference, run
+
+REPO = Path(__file__).resolve().parents[2]
+OTHER_USER = 54321
+try:
+    best_isolation()
+    REFUSAL = ""
+except UserError as refusal:
+    REFUSAL = str(refusal)
+isolated = pytest.mark.skipif(bool(REFUSAL), reason=REFUSAL)
+pytestmark = isolated
+
+
+@pytest.fixture(params=["isolated", "none"])
+def isolation(request: pytest.FixtureRequest) -> str | None:
+    return "none" if request.param == "none" else None
+
+
+@pytest.mark.parametrize(("blocks", "output", "status"), [
+    (["print(1 + 1)"], "2\n", "ok"),
+    (["1 + 1"], "2\n", "ok"),
+    (["x = 3\nx"], "3\n", "ok"),
+    (["x = 3\nx;"], "", "ok"),
+    (["'a\\tb'"], "'a\\tb'\n", "ok"),
+    (["None"], "", "ok"),
+    ([""], "", "ok"),
+    (["# nothing"], "", "ok"),
+    (["x = 3", "def f(): return x", "f()"], "3\n", "ok"),
+    (["print('lost')", "print('kept')"], "kept\n", "ok"),
+    (["print('lost', end='')", "2"], "2\n", "ok"),
+    (["import sys\nx = 1\nprint(1, file=sys.stderr)\n1/0\nx = 2", "x"], "1\n", "ok"),
+    (["import sys; sys.exit(3)", "4"], "4\n", "ok"),
+    (["import sys; print(1); sys.exit()"], "1\n", "ok"),
+    (["import os; os._exit(0)", "print('never')"], "", "replay"),
+    (["import sys\nprint('a')\nprint('b', file=sys.stderr)\nprint('c')"], "a\nb\nc\n", "ok"),
+    (["print('\\u00e9', '\\U0001f600')"], "\u00e9 \U0001f600\n", "ok"),
+    (["print('\\ud83d')"], "surrogates not allowed\n", "error"),
+    (["import os\nos.write(1, b'\\xff\\x1b[1m\\x00\\r\\n')\nNone"], "\ufffd\ufffd[1m\ufffd\n", "ok"),
+    (["input()"], "EOFError: EOF when reading a line\n", "error"),
+    (["x = (1"], "SyntaxError: '(' was never closed\n", "error"),
+    (["x = '\\0'", "exec('\\0')"], "null bytes", "error"),
+    (["raise KeyboardInterrupt"], "KeyboardInterrupt\n", "error"),
+    (["import sys; sys.exit('no')"], "SystemExit: no\n", "error"),
+    (["raise MemoryError"], "MemoryError\n", "memory"),
+    (["import os; os.kill(os.getpid(), 11)"], "", "crashed"),
+    (["print('x' * 70000)"], "x" * 65536, "output_limit"),
+    (["import pickle\nclass A:\n    x = 1", "pickle.loads(pickle.dumps(A())).x"], "1\n", "ok"),
+    (["open('f', 'w').write('7')", "open('f').read()"], "'7'\n", "ok"),
+    (["from concurrent import futures", "with futures.ThreadPoolExecutor() as p: print([*p.map(abs, [-1, -2])])"],
+     "[1, 2]\n", "ok"),
+    (["import subprocess", "print(subprocess.run(['echo', '5'], capture_output=True).stdout)"], "b'5\\n'\n", "ok"),
+])  # fmt: skip
+def test_a_block_shows_what_a_notebook_shows(blocks: list[str], output: str, status: str) -> None:
+    execution = run(blocks)
+    assert execution.status == status, execution.output
+    if status == "error":
+        assert execution.output.endswith(output) or output in execution.output
+    else:
+        assert execution.output.endswith(output) if status == "memory" else execution.output == output
+
+
+def test_a_traceback_shows_the_block_and_nothing_of_the_runner(isolation: str | None) -> None:
+    execution = run(["def f(x):\n    return 1 / x", "print('so far')\nf(0)"], isolation=isolation)
+    lines = [
+        line for line in execution.output.split("\n") if set(line) - set(" ^~")
+    ]  # marks differ by version
+    assert execution.status == "error"
+    assert lines == [
+        "so far",
+        "Traceback (most recent call last):",
+        '  File "<block 2>", line 2, in <module>',
+        "    f(0)",
+        '  File "<block 1>", line 2, in f',
+        "    return 1 / x",
+        "ZeroDivisionError: division by zero",
+    ]
+
+
+def test_packages_of_the_caller_are_there() -> None:
+    execution = run(["from sympy import *", "x = symbols('x')", "integrate(x**2, x)"])
+    assert execution == Execution("x**3/3\n", "ok")
+
+
+def test_scdpo_06_a_killed_block_does_not_disturb_the_next(isolation: str | None) -> None:
+    notebook = Notebook(Limits(wall_seconds=1.0), isolation)
+    assert notebook.execute("x = 1\nprint('A')") == Execution("A\n", "ok")
+    assert notebook.execute("import time\ntime.sleep(9)\nprint('SLOW')") == Execution("", "timeout")
+    assert notebook.execute("print('B')") == Execution("B\n", "ok")
+    assert notebook.execute("print('so far')\nwhile True: pass") == Execution("so far\n", "timeout")
+    assert notebook.execute("print('C', x)") == Execution("C 1\n", "ok")
+
+
+def test_every_block_has_its_own_time() -> None:
+    slow = "import time\ntime.sleep(0.7)\nprint(1)"
+    assert run([slow] * 3, Limits(wall_seconds=1.4)) == Execution("1\n", "ok")
+
+
+def test_processor_time_is_limited() -> None:
+    before = os.times().children_user
+    limits = Limits(cpu_seconds=1, wall_seconds=60)
+    assert run(["while True: pass"], limits) == Execution("", "timeout")
+    ignoring = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    assert run([ignoring], limits) == Execution("", "timeout")
+    assert os.times().children_user - before < 6
+
+
+def test_scdpo_14_a_solution_that_cannot_be_replayed_is_found() -> None:
+    blocks = ["import random\nx = 1", "print(sorted({'a', 'b'}), {'b', 'c', 'a'})", "print(x)"]
+    outputs = [run(blocks[: end + 1]).output for end in range(3)]
+    assert first_difference(blocks, outputs) is None
+    assert first_difference(blocks, [*outputs[:2], "2\n"]) == 2
+    blocks[1] = "print(random.random())"
+    assert first_difference(blocks, [outputs[0], run(blocks[:2]).output, outputs[2]]) == 1
+    with pytest.raises(ValueError):
+        first_difference(blocks, outputs[:2])
+
+
+def test_runs_do_not_meet() -> None:
+    def one(number: int) -> Execution:
+        code = f"import os\nopen('f', 'x').write('{number}')\nprint(open('f').read(), os.listdir('.'))"
+        return run([code])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(one, range(8))) == [Execution(f"{n} ['f']\n", "ok") for n in range(8)]
+
+
+def test_nothing_is_left_of_a_run() -> None:
+    before = set(os.listdir("/proc/self/fd")), threading.active_count(), mounts()
+    for code in ("1", "1/0", "import os\nos.fork()"):
+        run([code])
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count(), mounts()) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def mounts() -> str:
+    return Path("/proc/self/mounts").read_text()
+
+
+def test_the_code_ends_with_its_caller() -> None:
+    name = f"orphan{os.getpid()}"
+    code = f"import ctypes\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\nwhile True: pass"
+    script = (
+        f"from src.evaluation.code_runner import *; run([{code!r}], Limits(cpu_seconds=99, wall_seconds=99))"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", script], cwd=REPO)
+    assert until(lambda: processes(name) != []), "the code never started"
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    assert until(lambda: processes(name) == []), "the code outlives its caller"
+
+
+def processes(name: str) -> list[str]:
+    """Paths in /proc of the processes of a name."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            found += [str(path)] * (path.read_text().strip() == name)
+        except OSError:  # it has ended in between
+            continue
+    return found
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Wait for a condition; False if it never came."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="util-linux is not installed")
+def test_a_machine_without_namespaces_is_refused_unless_told_otherwise() -> None:
+    script = (
+        "from src.errors import UserError\nfrom src.evaluation.code_runner import *\n"
+        "try: run(['1'])\nexcept UserError as refusal: print('refused:', refusal)\n"
+        "print(run(['1'], isolation='none'))"
+    )
+    close = 'echo 0 > /proc/sys/user/max_user_namespaces; exec "$0" -c "$1"'
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", close, sys.executable, script]
+    output = subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout
+    assert output.startswith("refused: this machine does not isolate a solution's code: bubblewrap: ")
+    assert "namespaces): [Errno 28] unshare" in output
+    assert "or say isolation='none' to run the code with your own rights" in output
+    assert output.endswith("Execution(output='1\\n', status='ok')\n")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("isolation", ["namespaces", "bubblewrap"])
+def test_another_user_is_isolated_too(isolation: str) -> None:
+    if isolation == "bubblewrap" and shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    attacks = (
+        "import os, socket\nfor attack in (lambda: open('/etc/passwd'), lambda: open('/usr/x', 'w'),\n"
+        " lambda: socket.socket(), lambda: os.kill(1, 9), lambda: open('/proc/1/mem')):\n"
+        "  try: print('done', attack())\n  except OSError as problem: print(problem.errno)\n"
+        "print(os.getuid(), os.getpid(), os.listdir('.'))"
+    )
+    script = f"from src.evaluation.code_runner import *; print(run([{attacks!r}], isolation={isolation!r}))"
+    as_other = {"user": OTHER_USER, "group": OTHER_USER, "extra_groups": [], "cwd": REPO, "text": True}
+    python = next(filter(usable_by_other, (sys.executable, "/usr/bin/python3")), None)
+    if python is None:
+        pytest.skip("no Python 3.11 that another user can start")
+    done = subprocess.run([python, "-B", "-c", script], capture_output=True, env={}, **as_other)
+    # (kill of process 1 is done, and it lives)
+    assert done.stdout == "Execution(output='2\\n30\\n1\\ndone None\\n13\\n1000 2 []\\n', status='ok')\n", (
+        done.stderr
+    )
+
+
+def usable_by_other(python: str) -> bool:
+    """Whether OTHER_USER can start it, it is new enough, and the repository is readable."""
+    code = "import sys, src.errors; assert sys.version_info >= (3, 11)"
+    try:
+        return not subprocess.run(
+            [python, "-B", "-c", code], cwd=REPO, user=OTHER_USER, group=OTHER_USER, capture_output=True
+        ).returncode
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["cpu_seconds", "wall_seconds", "memory_bytes", "output_bytes", "processes"])
+def test_a_limit_is_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=0; a limit is positive"):
+        Limits(**{name: 0})
+
+
+def test_no_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="no block to run"):
+        run([])
