@@ -3,12 +3,15 @@
 import math
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch.testing import assert_close
 
 from src import assemble
+from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.errors import UserError
+from src.models.lora import LINEARS
 from src.runlog import RunLog
 from src.training.loop import TrainLoop, lr_factor
 from src.training.solver import n_supervised, sft_loss
@@ -18,10 +21,12 @@ from tests.reference import batch, hf_logits_and_loss, hf_model
 from tests.training.workers import clipped_steps
 
 
-def make_loop(folder: str, tmp_path: Path, **options: float) -> TrainLoop:
+def make_loop(folder: str, tmp_path: Path, lora_rank: int = -1, **options: float) -> TrainLoop:
     """A loop over a solver of that directory."""
     options = {"lr": 1e-2, "total_steps": 10, "warmup_ratio": 0.0} | options
-    return TrainLoop(assemble.load_solver(folder), RunLog(str(tmp_path), {}), **options)
+    model = assemble.load_solver(folder)
+    assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, list(LINEARS)), seed=1)
+    return TrainLoop(model, RunLog(str(tmp_path), {}), **options)
 
 
 def test_schedule_by_hand() -> None:
@@ -32,6 +37,9 @@ def test_schedule_by_hand() -> None:
     assert lr_factor(4, 11, 2, 0.1) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5)))
     assert [lr_factor(step, 3, 0, 0.0) for step in range(3)] == pytest.approx([1.0, 0.5, 0.0])
     assert lr_factor(0, 1, 1, 0.1) == lr_factor(0, 1, 0, 0.1) == 1.0
+    line = [lr_factor(step, 11, 2, 0.1, "linear") for step in (0, 1, 2, 6, 10)]
+    assert line == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
+    assert [lr_factor(step, 11, 2, 0.1, "constant") for step in (0, 5, 10)] == [0.5, 1.0, 1.0]
 
 
 def test_the_loop_follows_the_schedule(folders: Folders, tmp_path: Path) -> None:
@@ -103,7 +111,7 @@ def test_five_bad_steps_in_a_row_end_the_run(folders: Folders, tmp_path: Path) -
 
 
 def test_adamw_equals_torch_on_transformers_model(folders: Folders, tmp_path: Path) -> None:
-    steps, lr, decay, limit = 6, 3e-3, 0.1, 1.0
+    steps, lr, decay, limit = 50, 1e-3, 0.1, 1.0
     loop = make_loop(folders.one, tmp_path, lr=lr, total_steps=steps, weight_decay=decay, warmup_ratio=0.3)
     model = hf_model(folders.hf)
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) is flat] for flat in (True, False))
@@ -117,7 +125,7 @@ def test_adamw_equals_torch_on_transformers_model(folders: Folders, tmp_path: Pa
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         for group in optimizer.param_groups:
-            group["lr"] = lr * lr_factor(step, steps, 2, 0.1)  # ceil(0.3 * 6) = 2
+            group["lr"] = lr * lr_factor(step, steps, 15, 0.1)  # ceil(0.3 * 50) = 15
         optimizer.step()
         assert report.loss == pytest.approx(loss.item(), abs=1e-4)
         assert report.grad_norm == pytest.approx(norm.item(), rel=1e-3)
@@ -127,3 +135,39 @@ def test_adamw_equals_torch_on_transformers_model(folders: Folders, tmp_path: Pa
 def loss_at_start(folder: str) -> float:
     """The loss of the untrained model."""
     return sft_loss(assemble.load_solver(folder), batch(), n_supervised([batch()])).item()
+
+
+def test_ten_steps_of_adapters_equal_peft(folders: Folders, tmp_path: Path) -> None:
+    steps, lr = 10, 1e-3
+    loop = make_loop(folders.one, tmp_path, lora_rank=4, lr=lr, total_steps=steps, max_grad_norm=1e6)
+    config = loop.model.config
+    settings = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(hf_model(folders.hf), settings)
+    ours = {name: p for name, p in loop.model.named_parameters() if p.requires_grad}
+    theirs = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            stem, _, factor = name.removeprefix("base_model.model.").partition(".lora_")
+            stem = from_hf_name(f"{stem}.weight").removesuffix(".weight")
+            name = f"{stem}.lora_{factor[0].lower()}.weight"
+            # a B has the outputs of its base, which in wq and wk lie in another order
+            base = f"{stem}.weight" if factor[0] == "B" else name
+            theirs[name] = (base, parameter)
+            parameter.data = rotary_to_hf(base, ours[name].detach().clone(), config)
+    assert theirs.keys() == ours.keys() and len(ours) == 2 * 7 * config.n_layers
+    optimizer = torch.optim.AdamW(
+        [parameter for _, parameter in theirs.values()], betas=(0.9, 0.95), weight_decay=0
+    )
+    for step in range(steps):
+        loop.backward(sft_loss(loop.model, batch(), n_supervised([batch()])))
+        report = loop.step()
+        loss = hf_logits_and_loss(model)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * lr_factor(step, steps, 0, 0.1)
+        optimizer.step()
+        assert report.loss == pytest.approx(loss.item(), abs=1e-5)
+    for name, (base, parameter) in theirs.items():
+        assert_close(ours[name].detach(), rotary_from_hf(base, parameter.detach(), config), rtol=0, atol=1e-5)
+        assert ours[name].abs().max() > 1e-3

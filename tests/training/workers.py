@@ -15,6 +15,7 @@ from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.training import ppo
 from src.training.loop import TrainLoop
+from src.training.saver import Saver, Trained
 from src.training.solver import SolverData, n_supervised, sft_loss
 
 INSTRUCTIONS = [
@@ -160,3 +161,39 @@ def ppo_buffers(
         }
     parallel.barrier()
     return found | {"actor": local_weights(models.actor), "critic": local_weights(models.critic)}
+
+
+def resumed_epochs(
+    folder: str, save_dir: str, first: int, last: int, lora_rank: int = -1
+) -> dict[str, Tensor]:
+    """Steps `first` + 1 .. `last` of a run of 8 on INSTRUCTIONS, saved after each; losses and every rank's weights."""
+    model = assemble.load_solver(folder, dtype=torch.float32)
+    lora = assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"])
+    assemble.put_lora_on(model, lora, seed=1)
+    data = SolverData(INSTRUCTIONS, assemble.load_tokenizer(folder), max_seq_len=64, source="INSTRUCTIONS")
+    ranks = parallel.data_parallel_size()
+    batching = Batching(
+        max_batch_size=2,
+        accumulation_steps=2 // ranks,
+        seed=3,
+        rank=parallel.data_parallel_rank(),
+        ranks=ranks,
+    )
+    log = RunLog(save_dir, {})
+    loop = TrainLoop(model, log, lr=1e-3, total_steps=8, weight_decay=0.1)
+    trained = Trained(
+        save_dir,
+        loop,
+        lambda target, state: assemble.save_model(model, target, folder, "", lora, state=state),
+    )
+    saver = Saver(log, [trained], save_every=1, keep_last=1, steps_per_epoch=2, total_steps=8, facts={})
+    assert saver.resume("auto") == first
+    model.train()
+    losses = []
+    for step in data.steps(batching, packing=True, epochs=4, done=first, stop=last):
+        normaliser = parallel.sum_over_data_parallel(n_supervised(step.batches))
+        for batch in step.batches:
+            loop.backward(sft_loss(model, batch, normaliser), last=batch is step.batches[-1])
+        losses.append(loop.step().loss)
+        saver.step_done(step.number)
+    return local_weights(model) | {"losses": torch.tensor(losses)}

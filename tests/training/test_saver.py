@@ -1,0 +1,203 @@
+"""src/training/saver.py: what a stopped run goes on from, and that it then does what it would have done."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from src import assemble, parallel
+from src.checkpoint import storage
+from src.data.collate import Batch
+from src.errors import UserError
+from src.runlog import RunLog
+from src.training.loop import TrainLoop
+from src.training.saver import Saver, Trained
+from src.training.solver import n_supervised, sft_loss
+from tests.conftest import Folders
+from tests.ranks import run_ranks
+from tests.reference import batch
+from tests.training.workers import resumed_epochs
+
+STEPS, KILLED = 6, 77
+OPERATIONS = ("mkdir", "replace", "unlink", "rmdir", "link", "fsync", "pwrite", "truncate", "ftruncate")
+
+
+class Run:
+    """A run of six steps in two epochs on one batch, at the step it was resumed at."""
+
+    def __init__(self, ckpt_dir: str, folder: Path, lora_rank: int = -1, **options: object) -> None:
+        self.folder = folder
+        self.model = assemble.load_solver(ckpt_dir, dtype=torch.float32)
+        lora = assemble.lora_config(lora_rank, 16.0, 0.1, ["wq", "w2"])
+        assemble.put_lora_on(self.model, lora, seed=1)
+        log = RunLog(str(folder), {})
+        self.loop = TrainLoop(self.model, log, lr=1e-2, total_steps=STEPS, weight_decay=0.1)
+
+        def write(target: str, state: object) -> None:
+            assemble.save_model(self.model, target, ckpt_dir, "bfloat16", lora, state=state)
+
+        options = {"save_every": -1, "keep_last": 1} | options
+        self.saver = Saver(
+            log,
+            [Trained(str(folder), self.loop, write)],
+            steps_per_epoch=3,
+            total_steps=STEPS,
+            facts={"seed": 1},
+            **options,
+        )
+        self.model.train()
+
+    def step(self, score: float | None = None) -> None:
+        micro = Batch(*(part[:2] for part in batch()[:2]))
+        for each in (micro, batch()):
+            self.loop.backward(sft_loss(self.model, each, 2 * n_supervised([micro, batch()])))
+        self.loop.step()
+        self.saver.step_done(self.loop.steps, score)
+
+    def bits(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        return {name: tensor.detach().clone() for name, tensor in self.loop.state().tensors.items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture(autouse=True)
+def alone(folders: Folders) -> None:
+    parallel.start()
+
+
+@pytest.mark.parametrize("lora_rank", [-1, 4])
+def test_a_resumed_run_ends_with_the_same_bits(folders: Folders, tmp_path: Path, lora_rank: int) -> None:
+    whole = Run(folders.one, tmp_path / "whole", lora_rank)
+    for _ in range(STEPS):
+        whole.step()
+    for stop in (1, 3, 5):  # in an epoch, at its end, behind it
+        folder = tmp_path / str(stop)
+        first = Run(folders.one, folder, lora_rank, save_every=1)
+        assert first.saver.resume("auto") == 0
+        for _ in range(stop):
+            first.step()
+        rest = Run(folders.one, folder, lora_rank)
+        torch.manual_seed(99)  # what the process drew before does not matter
+        assert rest.saver.resume("auto") == stop
+        for _ in range(stop, STEPS):
+            rest.step()
+        assert_equal(rest.bits(), whole.bits())
+        rest.saver.finish()
+        storage.check_complete(folder)
+        assert not list(folder.glob("optimizer*"))
+
+
+def test_what_is_kept(folders: Folders, tmp_path: Path) -> None:
+    run = Run(folders.one, tmp_path, save_every=2, keep_last=2)
+    for score in (None, 0.5, None, 0.7, 0.6, None):
+        run.step(score)
+    run.saver.finish()
+    kept = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert kept == {"step-4", "step-6", "epoch-1", "epoch-2", "best"}
+    weights = [storage.read_shard(tmp_path / name / "consolidated.00.pth") for name in ("best", "step-4")]
+    assert_equal(*weights)
+    again = Run(folders.one, tmp_path, save_every=2)
+    assert again.saver.resume("auto") == STEPS
+    assert json.loads((tmp_path / "step-6" / "state.json").read_text())["best"] == 0.7
+
+
+def test_an_unfinished_run_is_not_overwritten_and_not_mixed(folders: Folders, tmp_path: Path) -> None:
+    Run(folders.one, tmp_path, save_every=1).step()
+    with pytest.raises(UserError, match="holds a run that stopped at step 1; continue it with --resume auto"):
+        Run(folders.one, tmp_path).saver.resume("none")
+    other = Run(folders.one, tmp_path)
+    other.saver._facts = other.saver._facts | {"seed": 2}
+    with pytest.raises(UserError, match="seed was 1 and is 2 now; resume with the data and flags of then"):
+        other.saver.resume("auto")
+    with pytest.raises(UserError, match="is missing; other parameters were trained then than now"):
+        Run(folders.one, tmp_path, lora_rank=4).saver.resume("auto")
+
+
+def test_sigterm_saves_and_ends_with_status_0(folders: Folders, tmp_path: Path) -> None:
+    run = Run(folders.one, tmp_path)
+    run.step()
+    run.saver._ask_to_stop(15, None)
+    with pytest.raises(SystemExit) as end:
+        run.step()
+    assert not end.value.code
+    assert Run(folders.one, tmp_path).saver.resume("auto") == 2
+
+
+def test_a_save_killed_at_any_file_operation_leaves_one_to_resume_from(
+    folders: Folders, tmp_path: Path
+) -> None:
+    """The process dies, without any clean-up, at its k-th file operation of the third step's save, for every k."""
+    run = Run(folders.one, tmp_path / "run", lora_rank=2, save_every=1)
+    states = []
+    for _ in range(2):
+        run.step()
+        states.append(run.bits())
+    resumed, k = set(), 0
+    while True:
+        k += 1
+        child = os.fork()
+        if not child:
+            _die_at_operation(k)
+            run.step()
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, KILLED)
+        rest = Run(folders.one, tmp_path / "run", lora_rank=2)
+        done = rest.saver.resume("auto")
+        resumed.add(done)
+        if done == 2:
+            assert_equal(rest.bits(), states[1])
+        else:
+            assert done == 3
+            break
+    while status:  # the kills after the save was complete: publishing, discarding
+        k += 1
+        child = os.fork()
+        if not child:
+            _die_at_operation(k)
+            run.step()
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert Run(folders.one, tmp_path / "run", lora_rank=2).saver.resume("auto") == 3
+    assert resumed == {2, 3} and k > 30
+    storage.check_complete(tmp_path / "run" / "epoch-1")
+
+
+def _die_at_operation(k: int) -> None:
+    """In a forked child: let the k-th change to the file system be the last thing this process tries."""
+    left = k
+    parallel.barrier = lambda: None  # the threads that would carry it stayed with the parent
+
+    def counted(operation: object, *arguments: object, **options: object) -> object:
+        nonlocal left
+        left -= 1
+        if not left:
+            os._exit(KILLED)
+        return operation(*arguments, **options)
+
+    for name in OPERATIONS:
+        setattr(os, name, functools.partial(counted, getattr(os, name)))
+
+
+def test_a_run_goes_on_at_another_number_of_ranks(folders: Folders, tmp_path: Path) -> None:
+    whole = resumed_epochs(folders.one, str(tmp_path / "whole"), 0, 8)
+    target = "tests.training.workers:resumed_epochs"
+    save_dir = str(tmp_path / "run")
+    run_ranks(
+        2, target, tmp_path, folder=folders.two, save_dir=save_dir, first=0, last=4
+    )  # tensor-parallel 2
+    shared = run_ranks(2, target, tmp_path, 1, folder=folders.one, save_dir=save_dir, first=4, last=6)
+    alone = resumed_epochs(folders.one, save_dir, 6, 8)
+    assert torch.equal(shared[0]["losses"], shared[1]["losses"])
+    assert_close(shared[0]["losses"], whole["losses"][4:6], rtol=0, atol=1e-4)
+    assert_close(alone["losses"], whole["losses"][6:], rtol=0, atol=1e-4)
