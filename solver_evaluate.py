@@ -2,6 +2,7 @@
 
 torchrun --nproc_per_node 8 solver_evaluate.py --task GSM8K --ckpt_dir out --label_file dataset/GSM8K/test.json \
     --log_dir log --max_batch_size 64
+python solver_evaluate.py --task GSM8K --ckpt_dir out --interactive
 """
 
 import os
@@ -23,6 +24,7 @@ from src.evaluation.evaluator import (
     remote_sampler,
     sample_prompts,
 )
+from src.evaluation.interactive import Solver, converse
 from src.evaluation.plot import plot_results
 from src.evaluation.prompting import make_prompting, select_prompts
 from src.evaluation.report import results_table
@@ -33,11 +35,12 @@ from src.runlog import RunLog
 
 
 def main(
-    task: str, label_file: str, log_dir: str, ckpt_dir: str = "", samples_file: str = "", model_type: str = "",
-    tokenizer_file: str = "", max_batch_size: int = 64, max_new_tokens: int = 512, num_samples: int = 1,
-    temperature: float = 0.0, top_p: float = 1.0, few_shot: str = "", prompt_template: str = "", split: str = "",
-    limit: int = -1, seed: int = 1, backend: Literal["engine", "openai"] = "engine", base_url: str = "",
-    model_name: str = "", api_key_env: str = "", dry_run: bool = False,
+    task: str, label_file: str = "", log_dir: str = "", ckpt_dir: str = "", samples_file: str = "",
+    model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64, max_new_tokens: int = 512,
+    num_samples: int = 1, temperature: float = 0.0, top_p: float = 1.0, few_shot: str = "", prompt_template: str = "",
+    split: str = "", limit: int = -1, seed: int = 1, backend: Literal["engine", "openai"] = "engine",
+    base_url: str = "", model_name: str = "", api_key_env: str = "", interactive: bool = False,
+    verifier_ckpt_dir: str = "", dry_run: bool = False,
 ) -> None:
     """Batched decoding and grading. Writes samples.jsonl, results.json and results.png to log_dir; a rerun continues.
 
@@ -64,11 +67,17 @@ def main(
     base_url: the server's address up to /v1, for example http://localhost:8000/v1
     model_name: the model's name at the server
     api_key_env: name of the environment variable that holds the server's key
+    interactive: answer problems typed on standard input instead; needs no label_file and no log_dir
+    verifier_ckpt_dir: with interactive, the verifier that scores every step of a solution
     dry_run: print the plan - prompts, memory of each rank - and stop
     """
     flags = locals().copy()
     cli.check_numbers(flags)
     benchmark = find_task(task)
+    if not interactive and not (label_file and log_dir) or interactive and (label_file or log_dir or not ckpt_dir):
+        raise UserError("give --label_file and --log_dir, or --interactive with --ckpt_dir and without these two")
+    if verifier_ckpt_dir and not interactive:
+        raise UserError("--verifier_ckpt_dir goes with --interactive; verifier_evaluate.py scores samples.jsonl")
     if [bool(ckpt_dir), bool(samples_file), backend == "openai"].count(True) != 1:
         raise UserError("give one of --ckpt_dir, to sample, --samples_file, to grade what exists, or --backend openai")
     if backend == "openai" and not (base_url and model_name):
@@ -78,6 +87,16 @@ def main(
     if not ckpt_dir and parallel.world_size() > 1:
         raise UserError("--samples_file and --backend openai need one process; start it with python, not torchrun")
     prompting = make_prompting(benchmark, few_shot, prompt_template)
+    sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=prompting.stop,
+                        seed=seed)
+    if interactive:
+        parallel.start(seed=seed)
+        tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+        assemble.check_tokenizer(tokenizer, verifier_ckpt_dir)
+        model = assemble.load_solver(ckpt_dir, model_type=model_type)
+        verifier = assemble.load_verifier(verifier_ckpt_dir) if verifier_ckpt_dir else None
+        converse(Solver(model, tokenizer, prompting, sampling, benchmark, verifier))
+        return
     problems = read_prompts(label_file, need_label=benchmark.graded)
     prompts = select_prompts(problems, split)[: limit if limit >= 0 else None]
     if dry_run and ckpt_dir:
@@ -92,8 +111,6 @@ def main(
     marks = parallel.rank() == 0 and benchmark.graded
     with Marking(benchmark, prompts) if marks else nullcontext() as marking:
         if not samples_file:
-            sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
-                                stop=prompting.stop, seed=seed)
             parallel.start(seed=seed)
             if ckpt_dir:
                 model = assemble.load_solver(ckpt_dir, model_type=model_type)

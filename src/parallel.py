@@ -199,6 +199,13 @@ def broadcast_from_first(x: Tensor) -> Tensor:
     return x
 
 
+def broadcast_text(text: str | None) -> str | None:
+    """The first rank's text on every rank."""
+    texts = [text]
+    dist.broadcast_object_list(texts)
+    return texts[0]
+
+
 def gather_vocab(local_logits: Tensor) -> Tensor:
     """Join vocabulary slices. [..., P] -> [..., V] on every rank; differentiable."""
     return mappings.gather_from_model_parallel_region(local_logits)

@@ -45,6 +45,20 @@ def table(text: str) -> None:
         sys.stdout.flush()
 
 
+def say(text: str) -> None:
+    """Show text on standard output as it is, at once (rank 0)."""
+    if _is_rank_0():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def ask(question: str) -> str | None:
+    """A line typed on standard input, without its end; None when the input has ended."""
+    say(question)
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None
+
+
 def _is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 

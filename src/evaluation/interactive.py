@@ -1,0 +1,124 @@
+"""A conversation with a solver: type a problem, watch the solution come, see its answer and what a verifier thinks."""
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import NamedTuple
+
+import torch
+
+from src import parallel, runlog
+from src.data.collate import collate, encode_prompt, encode_response
+from src.evaluation.extract import extract
+from src.evaluation.prompting import Prompting
+from src.evaluation.tasks import Task
+from src.inference.engine import Request, generate, vocabulary_of
+from src.inference.sampling import Sampling
+from src.inference.scoring import response_scores
+from src.models.decoder import Decoder
+from src.text.tokenizer import Tokenizer
+
+
+class Solver(NamedTuple):
+    """All that answering a problem takes; verifier may be None."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    prompting: Prompting
+    sampling: Sampling
+    task: Task
+    verifier: Decoder | None
+
+
+def converse(solver: Solver) -> None:
+    r"""Answer problems until the input ends; in a problem \n is a new line. All ranks call this, rank 0 reads."""
+    for number in count():
+        typed = parallel.broadcast_text(runlog.ask("problem> ") if parallel.rank() == 0 else None)
+        if typed is None:
+            return
+        instruction = typed.replace("\\n", "\n").strip()
+        if instruction:
+            runlog.table(answer_problem(solver, instruction, str(number)))
+
+
+def answer_problem(solver: Solver, instruction: str, name: str) -> str:
+    """Stream the solution of one problem to the screen; what is to be said of it as a whole, as lines."""
+    request = Request(name, 0, encode_prompt(solver.tokenizer, solver.prompting.text(instruction)))
+    stream = Stream(solver.tokenizer.decode, solver.sampling.stop, runlog.say)
+    (completion,) = generate(
+        solver.model,
+        [request],
+        solver.sampling,
+        vocabulary=vocabulary_of(solver.tokenizer),
+        max_batch_size=1,
+        on_token=lambda _, token: stream.add(token),
+    )
+    stream.finish(completion.text)
+    lines = [] if completion.finish == "stop" else [f"cut at {len(completion.tokens)} tokens"]
+    if solver.task.graded:
+        found = extract(solver.task.extraction, completion.text)
+        lines.append("no answer found" if found.answer is None else f"answer  {found.answer}   ({found.rule})")
+    if solver.verifier is not None and completion.text:
+        steps = [step for step in completion.text.split("\n") if step.strip()]
+        scores = step_scores(
+            solver.verifier, solver.tokenizer, instruction, completion.text, completion.finish == "stop"
+        )
+        lines += [f"{score:8.3f}  {step}" for score, step in zip(scores, steps, strict=True)]
+    return "\n".join(lines)
+
+
+class Stream:
+    """Text of tokens as they come, without the half of a character and without what may become a stop string."""
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], stop: Sequence[str], say: Callable[[str], None]
+    ) -> None:
+        self.decode, self.stop, self.say = decode, stop, say
+        self.tokens: list[int] = []
+        self.said = 0  # characters
+
+    def add(self, token: int) -> None:
+        """Take a token and say what is certain by now."""
+        self.tokens.append(token)
+        text = self.decode(self.tokens).rstrip("\ufffd")
+        places = [text.find(stop) for stop in self.stop if stop in text]
+        self._say_up_to(text, min(places) if places else len(text) - self._withheld(text))
+
+    def finish(self, text: str) -> None:
+        """Say the rest of the whole text."""
+        self._say_up_to(text, len(text))
+        self.say("\n")
+
+    def _say_up_to(self, text: str, end: int) -> None:
+        if end > self.said:
+            self.say(text[self.said : end])
+            self.said = end
+
+    def _withheld(self, text: str) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        lengths = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(lengths, default=0)
+
+
+@torch.no_grad()
+def step_scores(
+    verifier: Decoder, tokenizer: Tokenizer, instruction: str, response: str, finished: bool
+) -> list[float]:
+    """A verifier's normalised score of the solution up to each of its steps, the lines that are not empty.
+
+    The solution as far as a step is scored like a response that is cut there; the last one ends as the response does.
+    """
+    lines = response.split("\n")
+    ends = [index + 1 for index, line in enumerate(lines) if line.strip()]
+    rows = [
+        encode_response(
+            tokenizer,
+            instruction,
+            response if end == ends[-1] else "\n".join(lines[:end]),
+            finished=finished and end == ends[-1],
+        )
+        for end in ends
+    ]
+    batch = collate(rows).to(parallel.device())
+    verifier.eval()
+    scores = response_scores(verifier, batch.tokens, batch.response_mask)
+    return ((scores - verifier.config.score_mean) / verifier.config.score_std).tolist()

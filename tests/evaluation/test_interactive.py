@@ -1,0 +1,112 @@
+"""src/evaluation/interactive.py: solutions that stream, the answer behind them, step scores; on one rank and on two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import solver_evaluate
+from src import assemble, parallel
+from src.errors import UserError
+from src.evaluation.interactive import Stream, step_scores
+from tests.tiny import make_verifier, split, write_hf_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBLEMS = "2+2=\n\n3+4=\\n\n"
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parallel.start()
+    return write_hf_llama(tmp_path_factory.mktemp("interactive") / "hf")
+
+
+def responses(ckpt_dir: str, folder: Path) -> list[str]:
+    """What an evaluation of the same problems samples, under the ids that a conversation gives them."""
+    rows = [{"id": "0", "instruction": "2+2="}, {"id": "2", "instruction": "3+4="}]
+    (folder / "labels.json").write_text(json.dumps(rows))
+    solver_evaluate.main("none", str(folder / "labels.json"), str(folder / "log"), ckpt_dir, temperature=1.0,
+                         max_new_tokens=12)
+    return [json.loads(line)["response"] for line in (folder / "log/samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_is_typed_is_answered_like_an_evaluation(hf: Path, tmp_path: Path, n: int) -> None:
+    ckpt_dir = split(hf, tmp_path / "ckpt", n)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(ROOT / "solver_evaluate.py"), "--task", "GSM8K", "--ckpt_dir", ckpt_dir,
+         "--interactive", "--temperature", "1", "--max_new_tokens", "12"],
+        input=PROBLEMS, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, empty, second, last = done.stdout.split("problem> ")[1:]
+    assert (empty, last.strip()) == ("", "")
+    for shown, response in zip((first, second), responses(split(hf, tmp_path / "one"), tmp_path), strict=True):
+        assert shown.startswith(response + "\n")
+        assert "answer" in shown[len(response) :]
+
+
+def test_streamed_text_comes_in_pieces_and_stops_where_it_should() -> None:
+    pieces = ["ab", "c", "Que", "x", "é", "Ques", "tion", "more"]
+    said: list[str] = []
+
+    def decode(tokens: list[int]) -> str:
+        text = "".join(pieces[token] for token in tokens)
+        return text.removesuffix("é") + "\ufffd" if text.endswith("é") else text  # half a character
+
+    stream = Stream(decode, ["Question"], said.append)
+    for token in range(len(pieces)):
+        stream.add(token)
+    stream.finish("abcQuexé")
+    assert said == ["ab", "c", "Quex", "é", "\n"]  # nothing that may become the stop string is said too early
+
+
+def test_a_step_is_scored_as_a_response_that_ends_there(hf: Path, tmp_path: Path) -> None:
+    ckpt_dir = split(hf, tmp_path / "ckpt")
+    verifier_dir = make_verifier(ckpt_dir, tmp_path / "verifier", mean=1.0, std=4.0)
+    verifier, tokenizer = assemble.load_verifier(verifier_dir), assemble.load_tokenizer(ckpt_dir)
+    found = step_scores(verifier, tokenizer, "1+1=", "a+b\n\n= 2", finished=True)
+    for score, text, ending in zip(found, ("a+b", "a+b\n\n= 2"), ([], [2]), strict=True):
+        tokens = [1, *tokenizer.encode("1+1="), *tokenizer.encode(text), *ending]
+        expected = verifier.scores(verifier(torch.tensor([tokens])))[0, -1].item()
+        assert score == pytest.approx((expected - 1.0) / 4.0, abs=1e-5)
+
+
+def test_scores_stand_beside_the_steps(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ckpt_dir = split(hf, tmp_path / "ckpt")
+    verifier_dir = make_verifier(ckpt_dir, tmp_path / "verifier")
+    (tmp_path / "typed.txt").write_text("2+2=\n")
+    with (tmp_path / "typed.txt").open() as typed:
+        monkeypatch.setattr(sys, "stdin", typed)
+        solver_evaluate.main("GSM8K", ckpt_dir=ckpt_dir, interactive=True, verifier_ckpt_dir=verifier_dir,
+                             temperature=1.0, max_new_tokens=12)
+    shown = capsys.readouterr().out
+    response = responses(ckpt_dir, tmp_path)[0]
+    assert f"problem> {response}\n" in shown
+    steps = [step for step in response.split("\n") if step.strip()]
+    assert steps and [line[10:] for line in shown.splitlines()[-1 - len(steps) : -1]] == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ckpt_dir": ""}, "--interactive with --ckpt_dir"),
+        ({"label_file": "a.json"}, "without these two"),
+        ({"interactive": False, "label_file": "a.json"}, "give --label_file and --log_dir"),
+        (
+            {"interactive": False, "label_file": "a.json", "log_dir": "b", "verifier_ckpt_dir": "v"},
+            "goes with --interactive",
+        ),
+    ],
+)
+def test_flags_that_contradict(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        solver_evaluate.main(**({"task": "GSM8K", "ckpt_dir": "one", "interactive": True} | changes))
