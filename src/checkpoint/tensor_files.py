@@ -4,6 +4,7 @@ The only door to safetensors and to torch.save and torch.load. Reading executes 
 more than the tensor at hand: a file is laid out first, with room for every tensor, then filled in place.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -204,8 +205,13 @@ def open_torch_file(path: Path, layout: Mapping[str, TensorSpec]) -> Iterator[Te
     The zip archive's own CRC fields stay 0, as after torch.serialization.set_crc32_options(False); torch does not
     read them.
     """
-    with skip_data():  # lays the file out; the memory of torch.empty is never touched, so none is used
-        torch.save({name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}, path)
+    try:
+        with skip_data():  # lays the file out; the memory of torch.empty is never touched, so none is used
+            torch.save(
+                {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}, path
+            )
+    except RuntimeError:  # of torch's writer, which tells no errno
+        raise OSError(errno.EFBIG, "The disk or a limit on files is full", str(path)) from None
     yield from _filled(path, layout, _torch_offsets(path, layout))
 
 

@@ -48,6 +48,8 @@ class ModelConfig:
             raise UserError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.score not in ("last", "mean"):
             raise UserError(f"score={self.score!r}: expected last or mean")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"dtype={self.dtype!r}: expected float32, bfloat16 or float16")
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
         if self.tied and self.embedding_split_dim != 0:
