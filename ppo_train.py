@@ -33,7 +33,8 @@ def main(
     lora_rank: int = -1, lora_alpha: float = 16.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
     save_every: int = -1, keep_last: int = 1, resume: Literal["none", "auto"] = "none",
-    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, dry_run: bool = False,
+    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", quantize: Literal["", "int8", "int4"] = "",
+    seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Proximal policy optimisation with a critic; rewards at the end of a response, KL per token.
 
@@ -76,6 +77,7 @@ def main(
     keep_last: how many of those are kept
     resume: auto = go on from the newest complete one in both save directories, if there is one
     save_dtype: type of the stored weights; default: as in the directories started from (adapters: float32)
+    quantize: hold the frozen models, reference and verifier, in 8 or 4 bits a weight; the first KL is then not 0
     seed: seed of prompt order, sampling and adapter initialisation
     dry_run: print the plan - buffers, memory of each rank for each model - and stop
     """
@@ -102,13 +104,14 @@ def main(
                               assemble.n_shards(actor_ckpt_dir), lora,
                               [encode_prompt(tokenizer, prompt.instruction) for prompt in prompts],
                               max_new_tokens=max_new_tokens, n_rows=max_batch_size, n_decoding=rollout_batch_size,
-                              buffers=len(buffers), with_verifier=reward == "verifier"))
+                              buffers=len(buffers), with_verifier=reward == "verifier", quantize=quantize))
         return
     parallel.start(seed=seed)
     for save_dir in (actor_save_dir, critic_save_dir):
         assemble.check_save_dir(save_dir, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
     actor = assemble.load_solver(actor_ckpt_dir, model_type=model_type, dtype=torch.float32)
-    reference = assemble.load_solver(actor_ckpt_dir, dtype=torch.float32)  # as the actor: their first KL is 0
+    # as the actor: their first KL is 0, unless the reference is quantised
+    reference = assemble.load_solver(actor_ckpt_dir, dtype=torch.float32, quantize=quantize)
     critic = assemble.load_verifier(critic_ckpt_dir, dtype=torch.float32, from_solver=True)
     assemble.put_lora_on(actor, lora, seed)
     assemble.put_lora_on(critic, lora, seed)
@@ -120,7 +123,8 @@ def main(
     )
     grader = Grader(task)
     if reward == "verifier":
-        task_reward = ppo.verifier_reward(assemble.load_verifier(reward_model_ckpt_dir), max_batch_size)
+        verifier = assemble.load_verifier(reward_model_ckpt_dir, quantize=quantize)
+        task_reward = ppo.verifier_reward(verifier, max_batch_size)
     else:
         task_reward = ppo.graded_reward(lambda responses, labels: [
             verdict.outcome == "right" for verdict in grader.grade(responses, labels)])

@@ -37,7 +37,8 @@ from src.runlog import RunLog
 def main(
     task: str, label_file: str = "", log_dir: str = "", ckpt_dir: str = "", samples_file: str = "",
     model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64, max_new_tokens: int = 512,
-    num_samples: int = 1, temperature: float = 0.0, top_p: float = 1.0, few_shot: str = "", prompt_template: str = "",
+    num_samples: int = 1, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
+    quantize: Literal["", "int8", "int4"] = "", few_shot: str = "", prompt_template: str = "",
     split: str = "", limit: int = -1, seed: int = 1, backend: Literal["engine", "openai"] = "engine",
     base_url: str = "", model_name: str = "", api_key_env: str = "", interactive: bool = False,
     verifier_ckpt_dir: str = "", dry_run: bool = False,
@@ -58,6 +59,9 @@ def main(
     num_samples: samples of each problem
     temperature: 0 = greedy
     top_p: sample from the smallest set of tokens with this probability
+    top_k: sample from so many likeliest tokens; 0 = all. It comes before top_p, the temperature before both
+    min_p: sample from tokens at least this likely relative to the likeliest
+    quantize: hold weights in 8 or 4 bits, in groups of 128 or 32 that share a scale; default: as they are computed with
     few_shot: demonstrations before each problem: gsm8k8, minerva4 or a json file (dataset/README.md)
     prompt_template: text or file with {instruction} where the problem goes, \\n for a new line; default: the task's
     split: only problems with this `split` field, or level=4, level=1-3, subject=Algebra|Geometry; a comma means and
@@ -82,19 +86,21 @@ def main(
         raise UserError("give one of --ckpt_dir, to sample, --samples_file, to grade what exists, or --backend openai")
     if backend == "openai" and not (base_url and model_name):
         raise UserError("--backend openai needs --base_url and --model_name")
+    if backend == "openai" and (top_k or min_p or quantize):
+        raise UserError("--top_k, --min_p and --quantize are not in the OpenAI protocol; drop them, or set them there")
     if samples_file and not benchmark.graded:
         raise UserError("--task none grades nothing; name the task of --samples_file")
     if not ckpt_dir and parallel.world_size() > 1:
         raise UserError("--samples_file and --backend openai need one process; start it with python, not torchrun")
     prompting = make_prompting(benchmark, few_shot, prompt_template)
-    sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=prompting.stop,
-                        seed=seed)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+                        max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)
     if interactive:
         parallel.start(seed=seed)
         tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
         assemble.check_tokenizer(tokenizer, verifier_ckpt_dir)
-        model = assemble.load_solver(ckpt_dir, model_type=model_type)
-        verifier = assemble.load_verifier(verifier_ckpt_dir) if verifier_ckpt_dir else None
+        model = assemble.load_solver(ckpt_dir, model_type=model_type, quantize=quantize)
+        verifier = assemble.load_verifier(verifier_ckpt_dir, quantize=quantize) if verifier_ckpt_dir else None
         converse(Solver(model, tokenizer, prompting, sampling, benchmark, verifier))
         return
     problems = read_prompts(label_file, need_label=benchmark.graded)
@@ -104,7 +110,8 @@ def main(
         texts = [prompting.text(prompt.instruction) for prompt in prompts]
         runlog.table(plan.decoding(assemble.load_config(ckpt_dir, model_type), assemble.n_shards(ckpt_dir),
                                    [encode_prompt(tokenizer, text) for text in texts],
-                                   samples=num_samples, max_new_tokens=max_new_tokens, n_rows=max_batch_size))
+                                   samples=num_samples, max_new_tokens=max_new_tokens, n_rows=max_batch_size,
+                                   quantize=quantize))
         return
     storage.check_writable(Path(log_dir))
     path, speed = Path(log_dir) / "samples.jsonl", None
@@ -113,7 +120,7 @@ def main(
         if not samples_file:
             parallel.start(seed=seed)
             if ckpt_dir:
-                model = assemble.load_solver(ckpt_dir, model_type=model_type)
+                model = assemble.load_solver(ckpt_dir, model_type=model_type, quantize=quantize)
                 tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
                 source = {"checkpoint": storage.fingerprint(Path(ckpt_dir))}
                 sampler = local_sampler(model, tokenizer, prompting, sampling, max_batch_size)
@@ -121,7 +128,8 @@ def main(
                 source = {"model_name": model_name}
                 server = Server(base_url=base_url, model_name=model_name, api_key=os.environ.get(api_key_env, ""))
                 sampler = remote_sampler(server, prompting, sampling, max_batch_size)
-            claim_samples(path, source | {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens,
+            claim_samples(path, source | {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+                                          "max_new_tokens": max_new_tokens, "quantize": quantize,
                                           "seed": seed} | prompting.facts())
             speed = sample_prompts(sampler, prompts, num_samples=num_samples, path=path, log=RunLog(log_dir, flags),
                                    marking=marking)

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 8 verifier_evaluate.py --task GSM8K --ckpt_dir verifie
 """
 
 from pathlib import Path
+from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
@@ -18,7 +19,8 @@ from src.runlog import RunLog
 
 def main(
     task: str, ckpt_dir: str, samples_file: str, label_file: str, log_dir: str,
-    model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64, dry_run: bool = False,
+    model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
+    quantize: Literal["", "int8", "int4"] = "", dry_run: bool = False,
 ) -> None:
     """Add a score to every sample; best-of-n and weighted voting beside majority voting.
 
@@ -30,6 +32,7 @@ def main(
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: sentencepiece model; default: the one in ckpt_dir
     max_batch_size: samples in one forward pass
+    quantize: hold weights in 8 or 4 bits, in groups of 128 or 32 that share a scale; default: as they are computed with
     dry_run: print the plan - samples, memory of each rank - and stop
     """
     flags = locals().copy()
@@ -39,11 +42,11 @@ def main(
     samples = match_samples(read_samples(samples_file), prompts, samples_file)
     if dry_run:
         config = assemble.load_config(ckpt_dir, model_type)
-        runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(samples)))
+        runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(samples), quantize))
         return
     storage.check_writable(Path(log_dir))
     parallel.start()
-    verifier = assemble.load_verifier(ckpt_dir, model_type=model_type)
+    verifier = assemble.load_verifier(ckpt_dir, model_type=model_type, quantize=quantize)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
     scores = score_samples(verifier, tokenizer, samples, max_batch_size=max_batch_size, log=RunLog(log_dir, flags))
     if parallel.rank() == 0:

@@ -22,6 +22,7 @@ from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.families import check_model_type
 from src.models.lora import LoraConfig, add_lora, init_lora
+from src.models.quantize import quantize_weights
 from src.text.tokenizer import Tokenizer
 
 
@@ -77,30 +78,52 @@ def check_tokenizer(tokenizer: Tokenizer, *ckpt_dirs: str) -> None:
             )
 
 
-def load_solver(ckpt_dir: str, *, model_type: str = "", dtype: torch.dtype | None = None) -> Decoder:
-    """A language model on this rank's device. dtype None: float32 on a CPU, bfloat16 on a GPU."""
+def load_solver(
+    ckpt_dir: str, *, model_type: str = "", dtype: torch.dtype | None = None, quantize: str = ""
+) -> Decoder:
+    """A language model on this rank's device. dtype None: float32 on a CPU, bfloat16 on a GPU.
+
+    quantize: empty, or a precision of models/quantize.py for weights that will not be trained.
+    """
     config = load_config(ckpt_dir, model_type)
     if config.value_head:
         raise UserError(f"{ckpt_dir} is a verifier (it has a value head); a solver is needed here")
-    return _load(Path(ckpt_dir), config, dtype)
+    return _load(Path(ckpt_dir), config, dtype, quantize=quantize)
 
 
 def load_verifier(
-    ckpt_dir: str, *, model_type: str = "", dtype: torch.dtype | None = None, from_solver: bool = False
+    ckpt_dir: str,
+    *,
+    model_type: str = "",
+    dtype: torch.dtype | None = None,
+    from_solver: bool = False,
+    quantize: str = "",
 ) -> Decoder:
-    """A model with a value head. With from_solver a solver will do: its value head starts at zero."""
+    """A model with a value head; dtype and quantize as for load_solver().
+
+    With from_solver a solver will do: its value head starts at zero.
+    """
     config = load_config(ckpt_dir, model_type)
     if not config.value_head and not from_solver:
         raise UserError(
             f"{ckpt_dir} is a solver (no value head); train a verifier from it with verifier_train.py"
         )
-    return _load(Path(ckpt_dir), config, dtype, value_head=True)
+    return _load(Path(ckpt_dir), config, dtype, value_head=True, quantize=quantize)
 
 
-def _load(folder: Path, config: ModelConfig, dtype: torch.dtype | None, value_head: bool = False) -> Decoder:
+def _load(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    *,
+    value_head: bool = False,
+    quantize: str = "",
+) -> Decoder:
     """Lay the model out on the meta device and assign this rank's tensors to it."""
     dtype = dtype or (torch.bfloat16 if parallel.device().type == "cuda" else torch.float32)
-    tensors = _local_tensors(folder, dtype)
+    tensors = _local_tensors(
+        folder, None if quantize else dtype
+    )  # not larger than stored, to be made smaller
     if value_head and not config.value_head:
         tensors.pop("output.weight", None)
         tensors["v_head.weight"] = torch.zeros(1, config.dim, dtype=dtype, device=parallel.device())
@@ -108,6 +131,9 @@ def _load(folder: Path, config: ModelConfig, dtype: torch.dtype | None, value_he
     with torch.device("meta"):
         model = Decoder(config)
     _assign(model, tensors, str(folder))
+    if quantize:
+        tensors.clear()  # each weight goes as its codes come
+        quantize_weights(model, quantize, dtype)
     return model
 
 
@@ -116,8 +142,8 @@ def solver_to_verifier(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, value_head=True, tied=False)
 
 
-def _local_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """This rank's tensors of a directory on its device, adapters folded in. Raises UserError."""
+def _local_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """This rank's tensors of a directory on its device, adapters folded in; None = as stored. Raises UserError."""
     place = {"device": parallel.device(), "dtype": dtype, "copy": True}
     # one at a time: what was merged or resharded is freed as it is copied
     return {name: load().to(**place) for name, load in _stored_tensors(folder).items()}

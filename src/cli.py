@@ -121,6 +121,8 @@ NUMBERS: dict[str, Numbers] = {
     "gamma": SHARE,
     "gae_lambda": SHARE,
     "lora_dropout": Numbers("0 or more and less than 1", lambda x: 0 <= x < 1),
+    "top_k": Numbers("0 (all) or more", lambda x: x >= 0),
+    "min_p": SHARE,
     "top_p": Numbers("more than 0 and at most 1", lambda x: 0 < x <= 1),
     "max_ratio": Numbers("a number of at least 1", lambda x: 1 <= x < math.inf),
     "seed": Numbers("a whole number of 64 bits", lambda x: -(2**63) <= x < 2**63),

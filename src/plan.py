@@ -12,6 +12,7 @@ from src.data.collate import Encoded
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.lora import LoraConfig
+from src.models.quantize import bytes_a_weight
 from src.text.tokenizer import Tokenizer
 
 FLOAT32 = 4
@@ -59,13 +60,13 @@ def training_memory(
 
 
 def decoding_memory(
-    config: ModelConfig, n: int, weight_bytes: int, n_rows: int, n_tokens: int
+    config: ModelConfig, n: int, n_rows: int, n_tokens: int, quantize: str = ""
 ) -> dict[str, int]:
-    """Bytes of one rank that decodes n_rows rows of at most n_tokens tokens."""
+    """Bytes of one rank that decodes n_rows rows of at most n_tokens tokens, if all get that long at once."""
     per_token = 2 * config.n_layers * len(config.heads_on(n, 0)[1]) * config.head_dim
     return {
-        "weights": weight_bytes * local_parameters(config, n),
-        "kv cache": weight_bytes * per_token * n_rows * n_tokens,
+        "weights": int(bytes_a_weight(quantize) * local_parameters(config, n)),
+        "kv cache": FLOAT32 * per_token * n_rows * n_tokens,
         "logits": FLOAT32 * n_rows * config.vocab_size,
     }
 
@@ -106,6 +107,7 @@ def decoding(
     samples: int,
     max_new_tokens: int,
     n_rows: int,
+    quantize: str = "",
 ) -> str:
     """The plan of decoding these prompts with at most n_rows rows at once."""
     config.check_divides(n, "this checkpoint")
@@ -117,13 +119,13 @@ def decoding(
     }
     n_rows = min(n_rows, samples * len(prompts))
     n_tokens = min(longest + max_new_tokens, config.max_seq_len)
-    return report(facts, {"model": decoding_memory(config, n, FLOAT32, n_rows, n_tokens)})
+    return report(facts, {"model": decoding_memory(config, n, n_rows, n_tokens, quantize)})
 
 
-def scoring(config: ModelConfig, n: int, samples: int) -> str:
+def scoring(config: ModelConfig, n: int, samples: int, quantize: str = "") -> str:
     """The plan of scoring samples with a verifier, which only holds its weights."""
     config.check_divides(n, "this checkpoint")
-    memory = {"model": {"weights": FLOAT32 * local_parameters(config, n)}}
+    memory = {"model": {"weights": int(bytes_a_weight(quantize) * local_parameters(config, n))}}
     return report({"tensor-parallel ranks": n, "samples": samples}, memory)
 
 
@@ -139,6 +141,7 @@ def ppo(
     n_decoding: int,
     buffers: int,
     with_verifier: bool,
+    quantize: str = "",
 ) -> str:
     """The plan of PPO: actor and critic train, the reference and a verifier only hold their weights."""
     actor.check_divides(n, "this checkpoint")
@@ -149,7 +152,7 @@ def ppo(
         "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {actor.max_seq_len}",
         "rollout buffers": buffers,
     }
-    rollouts = decoding_memory(actor, n, FLOAT32, n_decoding, n_tokens)
+    rollouts = decoding_memory(actor, n, n_decoding, n_tokens, quantize)
     memory = {
         "actor": training_memory(actor, n, lora, n_rows, max_new_tokens),
         "critic": training_memory(critic, n, lora, n_rows, max_new_tokens),
@@ -157,7 +160,7 @@ def ppo(
         "rollouts": {"kv cache": rollouts["kv cache"], "logits": rollouts["logits"]},
     }
     if with_verifier:
-        memory["verifier"] = {"weights": FLOAT32 * local_parameters(critic, n)}
+        memory["verifier"] = {"weights": int(bytes_a_weight(quantize) * local_parameters(critic, n))}
     return report(facts, memory)
 
 

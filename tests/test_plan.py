@@ -39,7 +39,7 @@ def test_training_memory_by_hand() -> None:
 
 def test_kv_cache_by_hand() -> None:
     # keys and values, one layer, one kv head of 4, three rows of seven tokens, float32
-    assert plan.decoding_memory(CONFIG, 1, 4, n_rows=3, n_tokens=7)["kv cache"] == 2 * 4 * 4 * 3 * 7
+    assert plan.decoding_memory(CONFIG, 1, n_rows=3, n_tokens=7)["kv cache"] == 2 * 4 * 4 * 3 * 7
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from src.models.cache import KVCache, PromptCache
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.lora import LINEARS, LoraConfig
+from src.models.quantize import weight_bytes
 from src.training.solver import n_supervised, sft_loss
 
 
@@ -284,3 +285,16 @@ def completions(folder: str, requests: list[tuple[str, int, list[int]]]) -> dict
         )
         results[way] = {f"{done.request.id}/{done.request.sample}": done.tokens for done in found}
     return results
+
+
+def quantised_logits(
+    folder: str, texts: list[list[int]], precisions: list[str]
+) -> dict[str, tuple[list[Tensor], float]]:
+    """By precision: logits [S, V] of each text, and the weights' memory as a share of float32's on this rank."""
+    whole = weight_bytes(assemble.load_solver(folder))
+    found = {}
+    for precision in precisions:
+        model = assemble.load_solver(folder, quantize=precision)
+        logits = [all_logits(model, torch.tensor([text]))[0] for text in texts]
+        found[precision] = logits, weight_bytes(model) / whole
+    return found

@@ -23,11 +23,15 @@ PREFILL_TOKENS = 2048  # of one forward over prompts, padding included: enough t
 
 
 class Request(NamedTuple):
-    """A prompt to continue; (id, sample) names the result and seeds its randomness."""
+    """A prompt to continue; (id, sample) names the result and seeds its randomness.
+
+    max_new_tokens: this response's own limit below the sampling's; None: it has none.
+    """
 
     id: str
     sample: int
     prompt: list[int]
+    max_new_tokens: int | None = None
 
 
 class Completion(NamedTuple):
@@ -192,7 +196,8 @@ class _Batch:
 
     def _seat(self, request: Request, slot: int) -> None:
         """Begin a response in an empty slot."""
-        limit = min(self.sampling.max_new_tokens, self.model.config.max_seq_len - len(request.prompt))
+        room = self.model.config.max_seq_len - len(request.prompt)
+        limit = min(self.sampling.max_new_tokens, request.max_new_tokens or room, room)
         self.requests[slot], self.limits[slot], self.counts[slot] = request, limit, 0
         self.uniforms[slot, :limit] = uniforms(self.sampling.seed, request.id, request.sample, limit)
 

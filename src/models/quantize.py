@@ -1,0 +1,142 @@
+"""Weight-only quantisation of a loaded model that will not be trained: 8 or 4 bits a weight, groups with a scale each.
+
+Codes are unsigned integers: weight = code * scale + low, with scale and low of each group of consecutive input
+columns in bfloat16. A layer's matrix is made dense when it is used and dropped again; arithmetic keeps the model's
+dtype. Groups are cut on each rank, so ranks whose share of the columns is no multiple of the group round a little
+differently from one rank alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src import parallel
+
+
+class Precision(NamedTuple):
+    """Bits of a weight and how many share a scale."""
+
+    bits: int
+    group: int
+
+
+PRECISIONS = {"int8": Precision(8, 128), "int4": Precision(4, 32)}
+
+
+class QuantizedMatrix(nn.Module):
+    """A matrix [rows, columns] as codes [rows, groups, group] (two to a byte for 4 bits), scales and lows."""
+
+    def __init__(self, weight: Tensor, precision: Precision, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.columns, self.bits, self.dtype = weight.shape[1], precision.bits, dtype
+        group = min(precision.group, self.columns + self.columns % 2)
+        values = weight.float()
+        # what fills the last group repeats a weight: it must not widen the group's range
+        padding = values[:, -1:].expand(-1, -self.columns % group)
+        values = torch.cat([values, padding], 1).unflatten(1, (-1, group))
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        top = 2**precision.bits - 1
+        scale = ((high - low) / top).clamp_min(torch.finfo(torch.bfloat16).tiny)
+        self.register_buffer("scale", scale.bfloat16())
+        self.register_buffer("low", low.bfloat16())
+        # against the rounded scale and low, so that their rounding adds no error
+        codes = ((values - self.low.float()) / self.scale.float()).round_().clamp_(0, top).to(torch.uint8)
+        if precision.bits == 4:
+            codes = codes[..., ::2] | codes[..., 1::2] << 4
+        self.register_buffer("codes", codes)
+
+    def dense(self) -> Tensor:
+        """The whole matrix. -> [rows, columns]."""
+        return self._decode(self.codes, self.scale, self.low)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Some rows. indices [...] int64 -> [..., columns]."""
+        return self._decode(self.codes[indices], self.scale[indices], self.low[indices])
+
+    def _decode(self, codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+        if self.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+        values = torch.addcmul(low.float(), codes.float(), scale.float())
+        return values.flatten(-2)[..., : self.columns].to(self.dtype)
+
+
+class QuantizedLinear(nn.Module):
+    """A column- or row-parallel linear over a quantised matrix; no gradient."""
+
+    def __init__(
+        self, layer: parallel.ColumnParallelLinear | parallel.RowParallelLinear, matrix: QuantizedMatrix
+    ) -> None:
+        super().__init__()
+        self.matrix, self.bias = matrix, layer.bias
+        self.sums = isinstance(layer, parallel.RowParallelLinear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer it stands for returns: x [..., in] -> [..., out], both as this rank has them."""
+        y = F.linear(x, self.matrix.dense())
+        if self.sums:
+            parallel.sum_over_tensor_parallel(y)
+        return y if self.bias is None else y + self.bias
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding split by rows or by width over a quantised matrix; no gradient."""
+
+    def __init__(
+        self, layer: parallel.VocabParallelEmbedding | parallel.ParallelEmbedding, matrix: QuantizedMatrix
+    ) -> None:
+        super().__init__()
+        self.matrix = matrix
+        by_rows = isinstance(layer, parallel.VocabParallelEmbedding)
+        self.ids = range(layer.vocab_start_index, layer.vocab_end_index) if by_rows else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix, for an output layer that shares it."""
+        return self.matrix.dense()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, S] int64 -> [B, S, D]."""
+        if self.ids is None:
+            return parallel.gather_vocab(self.matrix.rows(tokens))
+        here = (tokens >= self.ids.start) & (tokens < self.ids.stop)
+        rows = self.matrix.rows((tokens - self.ids.start).clamp(0, len(self.ids) - 1))
+        return parallel.sum_over_tensor_parallel(rows * here[..., None])
+
+
+STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
+    parallel.ColumnParallelLinear: QuantizedLinear,
+    parallel.RowParallelLinear: QuantizedLinear,
+    parallel.VocabParallelEmbedding: QuantizedEmbedding,
+    parallel.ParallelEmbedding: QuantizedEmbedding,
+}
+
+
+@torch.no_grad()
+def quantize_weights(model: nn.Module, precision: str, dtype: torch.dtype) -> None:
+    """Replace every linear's and embedding's weight in place, one at a time, and freeze the model.
+
+    precision names an entry of PRECISIONS. dtype is what the model computes in; norms and a value head are cast to it.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in STAND_INS:
+                matrix = QuantizedMatrix(child.weight, PRECISIONS[precision], dtype)
+                setattr(parent, name, STAND_INS[type(child)](child, matrix))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(False)
+
+
+def bytes_a_weight(precision: str) -> float:
+    """What a weight of this precision takes, its share of scale and low included; float32 for an empty name."""
+    if not precision:
+        return 4.0
+    bits, group = PRECISIONS[precision]
+    return bits / 8 + 4 / group
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Memory of a model's parameters and buffers on this rank."""
+    return sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
