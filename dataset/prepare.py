@@ -16,7 +16,15 @@ from typing import Literal, NamedTuple
 # python puts the folder of this script on the path, not the repository root that holds src
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.benchmarks import gsm8k_row, math_row  # noqa: E402
+from dataset.benchmarks import (  # noqa: E402
+    aqua_row,
+    asdiv_row,
+    gsm8k_row,
+    math_row,
+    mawps_row,
+    olympiad_row,
+    svamp_row,
+)
 from dataset.raw import RawRow, Row, read_raw  # noqa: E402
 from dataset.verifier_data import (  # noqa: E402
     hh_rlhf_rows,
@@ -29,17 +37,24 @@ from src import cli  # noqa: E402
 from src.data.examples import read_prompts  # noqa: E402
 from src.errors import UserError  # noqa: E402
 
+# every problem of a benchmark counts, also one that stands there twice
+BENCHMARKS: dict[str, Callable[[RawRow], Row]] = {
+    "gsm8k": gsm8k_row,
+    "math": math_row,
+    "svamp": svamp_row,
+    "asdiv": asdiv_row,
+    "mawps": mawps_row,
+    "aqua": aqua_row,
+    "olympiadbench": olympiad_row,
+}
 BUILDERS: dict[str, Callable[[RawRow], Iterable[Row]]] = {
-    "gsm8k": lambda raw: [gsm8k_row(raw)],
-    "math": lambda raw: [math_row(raw)],
+    **{task: lambda raw, make_row=make_row: [make_row(raw)] for task, make_row in BENCHMARKS.items()},
     "metamath": metamath_rows,
     "prm800k": prm800k_rows,
     "math_shepherd": math_shepherd_rows,
     "processbench": processbench_rows,
     "hh_rlhf": hh_rlhf_rows,
 }
-
-BENCHMARKS = ("gsm8k", "math")  # every problem of a benchmark counts, also one that stands there twice
 
 
 class Report(NamedTuple):
@@ -92,12 +107,13 @@ def save(rows: list[Row], path: Path) -> None:
 
 def main(
     raw_file: str, save_file: str,
-    task: Literal["gsm8k", "math", "metamath", "prm800k", "math_shepherd", "processbench", "hh_rlhf"],
+    task: Literal["gsm8k", "math", "svamp", "asdiv", "mawps", "aqua", "olympiadbench", "metamath", "prm800k",
+                  "math_shepherd", "processbench", "hh_rlhf"],
     levels: list[int] = [], level_file: str = "",  # noqa: B006 (shown by --help, never changed)
 ) -> None:
     """Convert one file.
 
-    raw_file: the published file: .jsonl, .json or .parquet
+    raw_file: the published file: .jsonl, .json, .parquet or (ASDiv) .xml
     save_file: the json file to write
     task: what the file holds; written first and without --task
     levels: only problems of these levels, such as 1,2,3; default: all

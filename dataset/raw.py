@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 from src.errors import UserError
 
@@ -27,9 +28,11 @@ class RawRow(NamedTuple):
 
 
 def read_raw(path: Path) -> Iterator[RawRow]:
-    """Rows of a .parquet, .jsonl or .json file (one array). Raises UserError that names file and row."""
+    """Rows of a .parquet, .jsonl, .json (one array) or .xml file. Raises UserError that names file and row."""
     if path.suffix == ".parquet":
         return read_parquet(path)
+    if path.suffix == ".xml":
+        return read_problems(path)
     with path.open("rb") as file:
         is_array = file.read(64).lstrip().startswith(b"[")
     return read_array(path) if is_array else read_jsonl(path)
@@ -74,3 +77,14 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
         raise UserError(f"{path}: not a parquet file ({error})") from error
     for number, fields in enumerate(rows, start=1):
         yield RawRow(f"{path} row {number}", fields)
+
+
+def read_problems(path: Path) -> Iterator[RawRow]:
+    """The <Problem> elements of an XML file (ASDiv): attributes and children by name."""
+    try:
+        problems = list(ElementTree.parse(path).iter("Problem"))
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path}: not XML ({error})") from error
+    for number, problem in enumerate(problems, start=1):
+        fields: dict[str, object] = dict(problem.attrib)
+        yield RawRow(f"{path} problem {number}", fields | {child.tag: child.text for child in problem})

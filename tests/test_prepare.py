@@ -8,8 +8,10 @@ import pyarrow.parquet
 import pytest
 
 from dataset.prepare import main, read_levels
+from src.data.examples import read_prompts
 from src.errors import UserError
 from src.evaluation.grade import Grader
+from src.evaluation.report import type_of
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared" / "data"
@@ -221,3 +223,77 @@ def test_published_rows_grade_right_against_their_own_labels(
         verdicts = grader.grade([row["output"][0] for row in rows], [row["label"] for row in rows])
     assert len(rows) == count
     assert [row["label"] for row, verdict in zip(rows, verdicts, strict=True) if verdict.outcome != "right"] == []
+
+
+ASDIV = """<?xml version="1.0"?><Machine-Reading-Corpus-File><ProblemSet>
+<Problem ID="nluds-1" Grade="1"><Body>Seven red apples and two green apples are in the basket.</Body>
+<Question>How many apples are there?</Question><Solution-Type>Addition</Solution-Type>
+<Answer>9 (apples)</Answer><Formula>7+2=9</Formula></Problem>
+<Problem ID="nluds-2"><Body>A and B sum to 5 and differ by 1</Body><Question>What are they?</Question>
+<Answer>3; 2</Answer></Problem></ProblemSet></Machine-Reading-Corpus-File>"""
+AQUA = {"question": "What is 3*7?", "options": ["A)20", "B)21", "C)22"], "rationale": "3*7=21", "correct": "B"}
+OLYMPIAD = {"id": 7, "question": "Find x.", "solution": ["Halve."], "final_answer": ["$\\frac{1}{2}$"],
+            "subfield": "Algebra", "is_multiple_answer": False, "unit": None, "answer_type": "Numerical", "error": None}
+
+
+@pytest.mark.parametrize(("task", "row", "expected"), [
+    ("svamp", {"ID": "chal-1", "Body": "Ann has 3 hats", "Question": "How many hats?", "Answer": 3.0, "Type": "Sum"},
+     {"instruction": "Ann has 3 hats. How many hats?", "label": "3", "id": "chal-1", "subject": "Sum"}),
+    ("asdiv", {"body": "Two cats.", "question": "How many legs?", "answer": "8 (legs)", "solution_type": "Product"},
+     {"instruction": "Two cats. How many legs?", "label": "8", "subject": "Product"}),
+    ("mawps", {"iIndex": 4, "sQuestion": "How much is 1/2 of 5? ", "lEquations": ["X=2.5"], "lSolutions": [2.5]},
+     {"instruction": "How much is 1/2 of 5?", "label": "2.5", "id": "4"}),
+    ("mawps", {"sQuestion": "Which two?", "lSolutions": [3.0, 2.0]}, {"instruction": "Which two?", "label": "3, 2"}),
+    ("aqua", AQUA, {"instruction": "What is 3*7?\nOptions: (A) 20 (B) 21 (C) 22", "label": "B",
+                    "output": ["3*7=21\nThe answer is (B)."]}),
+    ("olympiadbench", OLYMPIAD, {"instruction": "Find x.", "label": "\\frac{1}{2}", "output": ["Halve."], "id": "7",
+                                 "answer_type": "number", "subject": "Algebra"}),
+    ("olympiadbench", OLYMPIAD | {"final_answer": ["$1$", "$-1$"], "is_multiple_answer": True},
+     {"instruction": "Find x.", "label": "1, -1", "output": ["Halve."], "id": "7", "answer_type": "set",
+      "subject": "Algebra"}),
+    ("olympiadbench", OLYMPIAD | {"final_answer": ["3.1"], "error": "1e-1"},
+     {"instruction": "Find x.", "label": "3.1", "output": ["Halve."], "id": "7", "answer_type": "number",
+      "tolerance": 0.1, "subject": "Algebra"}),
+    ("math", {"problem": "p", "solution": "$\\boxed{1}$", "answer": "1", "subject": "Algebra", "level": 2,
+              "unique_id": "test/algebra/1.json"},
+     {"instruction": "p", "output": ["$\\boxed{1}$"], "label": "1", "level": 2, "subject": "Algebra",
+      "id": "test/algebra/1.json"}),
+])
+def test_benchmarks_in_their_published_schemas(
+    tmp_path: Path, task: str, row: dict[str, object], expected: dict[str, object]
+) -> None:
+    assert prepared(task, write(tmp_path / "raw.jsonl", row), tmp_path) == [expected]
+
+
+def test_asdiv_is_read_from_xml(tmp_path: Path) -> None:
+    (tmp_path / "ASDiv.xml").write_text(ASDIV)
+    assert prepared("asdiv", str(tmp_path / "ASDiv.xml"), tmp_path) == [
+        {"instruction": "Seven red apples and two green apples are in the basket. How many apples are there?",
+         "label": "9", "id": "nluds-1", "subject": "Addition"},
+        {"instruction": "A and B sum to 5 and differ by 1. What are they?", "label": "3, 2", "id": "nluds-2"},
+    ]
+
+
+@pytest.mark.parametrize(("task", "row", "problem"), [
+    ("svamp", {"Body": "a", "Question": "b", "Answer": "many"}, "a number under 'Answer', found 'many'"),
+    ("asdiv", {"body": "a", "question": "b", "answer": "(apples)"}, "'9 \\(apples\\)', found '\\(apples\\)'"),
+    ("mawps", {"sQuestion": "a", "lSolutions": []}, "a list of numbers under 'lSolutions'"),
+    ("aqua", AQUA | {"correct": "E"}, "with 'E' among them"),
+    ("aqua", AQUA | {"options": "A)20"}, "a list of texts under 'options'"),
+    ("olympiadbench", OLYMPIAD | {"final_answer": None}, "proofs have none"),
+    ("olympiadbench", OLYMPIAD | {"error": "small"}, "a number under 'error', found 'small'"),
+])
+def test_a_bad_row_of_a_benchmark_is_named(tmp_path: Path, task: str, row: dict[str, object], problem: str) -> None:
+    with pytest.raises(UserError, match=f"raw.jsonl line 1: .*{problem}"):
+        main(write(tmp_path / "raw.jsonl", row), str(tmp_path / "out.json"), task)
+
+
+def test_what_is_prepared_is_graded_by_its_task(tmp_path: Path) -> None:
+    for task, row, response in (
+        ("aqua", AQUA, "3*7=21\nThe answer is (B)."),
+        ("olympiadbench", OLYMPIAD | {"final_answer": ["3.1"], "error": "1e-1"}, "So \\boxed{3.14}"),
+    ):
+        rows = prepared(task, write(tmp_path / "raw.jsonl", row), tmp_path)
+        prompt = read_prompts(str(tmp_path / "new/out.json"), need_label=True)[0]
+        with Grader(task) as grader:
+            assert grader.grade_one(response, rows[0]["label"], type_of(prompt)).outcome == "right"
