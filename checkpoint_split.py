@@ -35,7 +35,7 @@ def main(
     verify: afterwards compare the logits of what was written with the source's, an adapter's unmerged
     verify_hashes: compare the source with the hashes in its manifest before anything is written
     max_shard_size: largest file of --format hf, in GB
-    tokenizer_file: sentencepiece model to put beside the weights; default: the one beside ckpt_file
+    tokenizer_file: tokenizer file of any kind to put beside the weights; default: the one beside ckpt_file
     config_file: params.json (Meta) or config.json (Hugging Face); default: the one beside ckpt_file
     model_type: a family or released size the checkpoint must agree with, such as llama-2-7b
     dtype: type of the stored weights; default: as in the source

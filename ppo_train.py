@@ -48,7 +48,7 @@ def main(
     task: how --reward rule finds and compares answers
     log_dir: directory for metrics.jsonl and run.json; default: actor_save_dir
     model_type: a family or released size the actor must agree with; default: what params.json says
-    tokenizer_file: sentencepiece model; default: the one in actor_ckpt_dir
+    tokenizer_file: tokenizer file of any kind; default: the one in actor_ckpt_dir
     max_new_tokens: longest response
     max_buffer_size: episodes in one rollout buffer
     max_batch_size: episodes in one training forward pass

@@ -36,7 +36,8 @@ from src.runlog import RunLog
 
 def main(
     task: str, label_file: str = "", log_dir: str = "", ckpt_dir: str = "", samples_file: str = "",
-    model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64, max_new_tokens: int = 512,
+    model_type: str = "", tokenizer_file: str = "", chat_template: str = "",
+    max_batch_size: int = 64, max_new_tokens: int = 512,
     num_samples: int = 1, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
     quantize: Literal["", "int8", "int4"] = "", few_shot: str = "", prompt_template: str = "",
     split: str = "", limit: int = -1, seed: int = 1, backend: Literal["engine", "openai"] = "engine",
@@ -53,7 +54,9 @@ def main(
     ckpt_dir: solver checkpoint; not needed with samples_file or a server
     samples_file: grade these samples instead: jsonl of {"response", "id"?, "sample"?}, matched by id or row order
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
-    tokenizer_file: sentencepiece model; default: the one in ckpt_dir
+    tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
+    chat_template: form of prompts: none, file (the tokenizer's own) or llama-2, llama-3, mistral, qwen, deepseek,
+        gemma, internlm2; default: what ckpt_dir was trained with, else none
     max_batch_size: sequences that decode at once; requests under way at a server
     max_new_tokens: longest response
     num_samples: samples of each problem
@@ -97,7 +100,7 @@ def main(
                         max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)
     if interactive:
         parallel.start(seed=seed)
-        tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+        tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
         assemble.check_tokenizer(tokenizer, verifier_ckpt_dir)
         model = assemble.load_solver(ckpt_dir, model_type=model_type, quantize=quantize)
         verifier = assemble.load_verifier(verifier_ckpt_dir, quantize=quantize) if verifier_ckpt_dir else None
@@ -106,7 +109,7 @@ def main(
     problems = read_prompts(label_file, need_label=benchmark.graded)
     prompts = select_prompts(problems, split)[: limit if limit >= 0 else None]
     if dry_run and ckpt_dir:
-        tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+        tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
         texts = [prompting.text(prompt.instruction) for prompt in prompts]
         runlog.table(plan.decoding(assemble.load_config(ckpt_dir, model_type), assemble.n_shards(ckpt_dir),
                                    [encode_prompt(tokenizer, text) for text in texts],
@@ -121,8 +124,8 @@ def main(
             parallel.start(seed=seed)
             if ckpt_dir:
                 model = assemble.load_solver(ckpt_dir, model_type=model_type, quantize=quantize)
-                tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
-                source = {"checkpoint": storage.fingerprint(Path(ckpt_dir))}
+                tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
+                source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), "chat_template": tokenizer.chat_template}
                 sampler = local_sampler(model, tokenizer, prompting, sampling, max_batch_size)
             else:
                 source = {"model_name": model_name}

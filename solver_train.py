@@ -18,6 +18,7 @@ from src.training.solver import SolverData, n_supervised, sft_loss, validation_l
 
 def main(
     ckpt_dir: str, save_dir: str, train_file: str, eval_file: str = "", model_type: str = "", tokenizer_file: str = "",
+    chat_template: str = "",
     max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right"] = "drop",
     max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = False, epochs: int = 1, max_steps: int = -1,
     lr: float = 1e-5, schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.03,
@@ -35,7 +36,9 @@ def main(
     train_file: json array or jsonl of {"instruction", "output": text or list of texts}
     eval_file: rows of the same form whose loss is measured while training; the best checkpoint by it is kept as best
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
-    tokenizer_file: sentencepiece model; default: the one in ckpt_dir
+    tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
+    chat_template: form of prompts and outputs: none, file (the tokenizer's own) or llama-2, llama-3, mistral, qwen,
+        deepseek, gemma, internlm2; recorded for later commands; default: what ckpt_dir was trained with, else none
     max_seq_len: longest prompt + output in tokens
     truncation: for longer rows, counted: drop them; cut the prompt's left or the output's right; or end with an error.
         More than 1% of the outputs dropped or cut is an error always
@@ -68,7 +71,7 @@ def main(
     flags = locals().copy()
     cli.check_numbers(flags)
     config = assemble.load_config(ckpt_dir, model_type)
-    tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+    tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
     data, held = (SolverData(read_instructions(file), tokenizer, max_seq_len=max_seq_len, truncation=truncation,
                              source=file) if file else None for file in (train_file, eval_file))
     lora = assemble.lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
@@ -85,6 +88,7 @@ def main(
     parallel.start(seed, n_ranks)
     assemble.check_save_dir(save_dir, ckpt_dir)
     model = assemble.load_solver(ckpt_dir, dtype=torch.float32)
+    assemble.set_chat_template(model, tokenizer)
     assemble.put_lora_on(model, lora, seed)
     log = RunLog(save_dir, flags)
     log.logger.info("%s", data.report)

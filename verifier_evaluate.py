@@ -30,7 +30,7 @@ def main(
     label_file: the problems that were sampled, with labels
     log_dir: directory for the scored samples.jsonl, results.json, run.json
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
-    tokenizer_file: sentencepiece model; default: the one in ckpt_dir
+    tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
     max_batch_size: samples in one forward pass
     quantize: hold weights in 8 or 4 bits, in groups of 128 or 32 that share a scale; default: as they are computed with
     dry_run: print the plan - samples, memory of each rank - and stop

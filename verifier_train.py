@@ -40,7 +40,7 @@ def main(
     objective: pairwise = Bradley-Terry on the two scores
     score: a solution's score is read at its last token, or is the mean over its tokens
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
-    tokenizer_file: sentencepiece model; default: the one in ckpt_dir
+    tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
     max_seq_len: longest prompt + solution in tokens
     truncation: for pairs with a longer one, counted: drop them; cut the prompt's left or the solution's right; or end
         with an error. More than 1% of the pairs dropped or cut on the right is an error always

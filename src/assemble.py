@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from src import parallel
+from src import parallel, runlog
 from src.checkpoint import adapters, shards, sources, storage, training_state
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.training_state import RunState
@@ -23,7 +23,7 @@ from src.models.decoder import Decoder
 from src.models.families import check_model_type
 from src.models.lora import LoraConfig, add_lora, init_lora
 from src.models.quantize import quantize_weights
-from src.text.tokenizer import Tokenizer
+from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
 
 
 def load_config(ckpt_dir: str, model_type: str = "") -> ModelConfig:
@@ -55,10 +55,21 @@ def tensor_parallel_size(ckpt_dir: str, asked: int = -1) -> int:
     return asked
 
 
-def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "") -> Tokenizer:
-    """The tokenizer that travels in the checkpoint directory, or the one named; it must fit. Raises UserError."""
-    tokenizer = Tokenizer(Path(tokenizer_file) if tokenizer_file else Path(ckpt_dir) / "tokenizer.model")
-    rows = load_config(ckpt_dir).vocab_size
+def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "", chat_template: str = "") -> Tokenizer:
+    """The tokenizer that travels in the checkpoint directory, or the one named; it must fit. Raises UserError.
+
+    chat_template: none, file or a built-in name; empty = what training used, as params.json says, else none.
+    """
+    config = load_config(ckpt_dir)
+    if chat_template and config.chat_template not in ("", chat_template):
+        runlog.logger().warning(
+            "%s was trained with chat template %s; --chat_template %s shows it texts in another form",
+            ckpt_dir,
+            config.chat_template,
+            chat_template,
+        )
+    tokenizer = Tokenizer(Path(tokenizer_file or ckpt_dir), chat_template or config.chat_template or "none")
+    rows = config.vocab_size
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces but {ckpt_dir} embeds {rows}; "
@@ -68,13 +79,25 @@ def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "") -> Tokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer, *ckpt_dirs: str) -> None:
-    """Raise UserError if another tokenizer travels in one of these directories; empty names are skipped."""
+    """Raise UserError if another tokenizer travels in one of these directories, warn if another chat template does.
+
+    Empty names are skipped, and so are directories without a tokenizer.
+    """
     for folder in filter(None, ckpt_dirs):
-        path = Path(folder) / "tokenizer.model"
-        if path.is_file() and storage.sha256(path) != storage.sha256(tokenizer.path):
+        if not any((Path(folder) / name).is_file() for name in VOCABULARY_FILES):
+            continue
+        if Tokenizer(Path(folder)).fingerprint() != tokenizer.fingerprint():
             raise UserError(
                 f"{folder} has another tokenizer than {tokenizer.path}; models that read each other's token ids "
                 f"need the same one"
+            )
+        trained_with = load_config(folder).chat_template
+        if trained_with not in ("", tokenizer.chat_template):
+            runlog.logger().warning(
+                "%s was trained with chat template %s, but reads texts in the form of %s here",
+                folder,
+                trained_with,
+                tokenizer.chat_template,
             )
 
 
@@ -202,6 +225,11 @@ def set_score(verifier: Decoder, **facts: str | float) -> None:
     verifier.config = dataclasses.replace(verifier.config, **facts)
 
 
+def set_chat_template(model: Decoder, tokenizer: Tokenizer) -> None:
+    """Record in the config that save_model() writes how texts were put to the model; later commands follow it."""
+    model.config = dataclasses.replace(model.config, chat_template=tokenizer.chat_template)
+
+
 def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
     """Raise UserError unless a trainer can write there without touching a checkpoint that it reads.
 
@@ -268,7 +296,7 @@ def save_model(
                     for name in tensors
                 },
             }
-            tokenizer = [Path(tokenizer_file)] if tokenizer_file else storage.tokenizer_files(source)
+            tokenizer = storage.tokenizer_files(Path(tokenizer_file) if tokenizer_file else source)
             storage.finish(folder, parallel.tensor_parallel_size(), documents, tokenizer, facts)
     parallel.barrier()
 

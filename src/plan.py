@@ -226,9 +226,9 @@ def _between(fewest: int, most: int) -> str:
 
 def masked_text(encoded: Encoded, tokenizer: Tokenizer) -> str:
     """One example as the model sees it; what carries loss stands in double brackets."""
-    prompt, response = encoded.tokens[1 : encoded.response_start], encoded.tokens[encoded.response_start :]
-    ending = "<eos>" if response[-1] == tokenizer.eos_id else ""
-    return f"<bos>{tokenizer.decode(prompt)}[[{tokenizer.decode(response)}{ending}]]"
+    prompt, response = encoded.tokens[: encoded.response_start], encoded.tokens[encoded.response_start :]
+    shown = (tokenizer.decode(ids, show_control=True) for ids in (prompt, response))
+    return "{}[[{}]]".format(*shown)
 
 
 def report(facts: Mapping[str, object], memory: Mapping[str, Mapping[str, int]]) -> str:

@@ -73,7 +73,7 @@ def teach(folder: Path) -> None:
 
 def tear_samples(folder: Path, ckpt_dir: Path) -> None:
     """What an evaluation of this checkpoint leaves when it is killed within its first line."""
-    numbers = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, "seed": 1}
+    numbers = {"chat_template": "none", "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, "seed": 1}
     numbers |= make_prompting(find_task("GSM8K")).facts()
     write_json(folder / "samples.identity.json", {"checkpoint": storage.fingerprint(ckpt_dir)} | numbers)
     (folder / "samples.jsonl").write_text('{"id": "0", "sam', encoding="utf-8")
@@ -345,7 +345,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "one",
         lambda f: (f / "tokenizer.model").unlink(),
-        "tokenizer.model does not exist; give checkpoint_split.py",
+        r"holds no tokenizer \(.*\); give checkpoint_split.py",
     ),
     ("one", lambda f: edit_params(f, n_layers=3), "parameter 'layers.2.attention.wq.weight' is missing"),
     ("one", lambda f: edit_params(f, n_layers=1), "unknown parameter 'layers.1.attention.wk.weight'"),
@@ -449,7 +449,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ),
     ("solver_train", {"lora_rank": 8, "lora_targets": "wq,wx"}, "lora_targets names 'wx'"),
     ("solver_train", {"max_seq_len": 4}, "16 of 16 rows are longer than --max_seq_len 4"),
-    ("solver_train", {"tokenizer_file": "train.json"}, "train.json is not a sentencepiece model"),
+    ("solver_train", {"tokenizer_file": "train.json"}, "train.json is no tokenizer"),
     ("verifier_train", {"held_out": 0}, "--held_out 0.0 of 20 problems leaves nothing"),
     ("solver_evaluate", {"ckpt_dir": None}, "give one of --ckpt_dir, to sample, --samples_file"),
     (

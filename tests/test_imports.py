@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"parallel"},
     "checkpoint": {"models", "parallel"},
     "data": {"text"},
-    "assemble": {"models", "checkpoint", "text", "parallel"},
+    "assemble": {"models", "checkpoint", "text", "parallel", "runlog"},
     "plan": {"models", "checkpoint", "text", "data"},
     "inference": {"models", "text", "parallel"},
     "evaluation": {"data", "inference", "models", "parallel", "runlog", "text"},
@@ -43,7 +43,11 @@ DOORS: dict[str, str | None] = {
     "safetensors": "src/checkpoint/tensor_files.py",
     "matplotlib": "src/evaluation/plot.py",
     "httpx2": "src/inference/remote.py",
-    "sentencepiece": "src/text/tokenizer.py",
+    "sentencepiece": "src/text/vocabulary.py",
+    "tiktoken": "src/text/vocabulary.py",
+    "tokenizers": "src/text/vocabulary.py",
+    # templates of strangers are rendered in a process that can be killed
+    "jinja2": "src/text/chat_worker.py",
     # answers of a model meet the equality library in a process that can be killed
     "math_verify": "src/evaluation/grade_worker.py",
     "latex2sympy2_extended": "src/evaluation/grade_worker.py",

@@ -98,9 +98,11 @@ def is_finite(tensor: Tensor) -> bool:
 
 def tokenizer_of(beside: list[Path], tokenizer_file: str) -> list[Path]:
     """The tokenizer's files that go with a checkpoint: the one named, else those beside the source."""
-    if tokenizer_file and not Path(tokenizer_file).is_file():
+    if not tokenizer_file:
+        return beside
+    if not Path(tokenizer_file).exists():
         raise UserError(f"--tokenizer_file {tokenizer_file} does not exist")
-    return [Path(tokenizer_file)] if tokenizer_file else beside
+    return storage.tokenizer_files(Path(tokenizer_file))
 
 
 def refuse_source(folder: Path, sources: list[Path]) -> None:

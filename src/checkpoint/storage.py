@@ -36,16 +36,18 @@ DOCUMENTS = (
     "model.safetensors.index.json",
 )
 MANIFEST_FORMAT = 2  # 2 adds the rotary layout, the tie and the cut of each parameter
+# A tokenizer is a vocabulary, one or two files, and what stands beside it about special tokens and chats.
+VOCABULARY_FILES = ("tokenizer.model", "qwen.tiktoken", "tokenizer.json", "vocab.json", "merges.txt")
 TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
+    *VOCABULARY_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
     "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
 )
+_NAMES_BY_SUFFIX = {".model": "tokenizer.model", ".tiktoken": "qwen.tiktoken"}
 _STAGING, _LOCK, _RUN_LOCK = ".partial", ".lock", ".run.lock"
 _HELD: dict[Path, AbstractContextManager[None]] = {}  # what hold() keeps
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -278,6 +280,9 @@ def _install(folder: Path, documents: Sequence[str]) -> None:
     _flush(folder)
     for path in (*old, *folder.glob(f"{WEIGHTS}.*.pth"), *folder.glob(f"{ADAPTER}.*.pth")):
         path.unlink(missing_ok=True)
+    if tokenizer_files(staging(folder)):  # no file of an earlier tokenizer must mingle with it
+        for name in TOKENIZER_FILES:
+            (folder / name).unlink(missing_ok=True)
     for path in staging(folder).iterdir():
         if path.name not in documents:
             os.replace(path, folder / path.name)
@@ -288,9 +293,9 @@ def _install(folder: Path, documents: Sequence[str]) -> None:
 
 
 def copy_tokenizer(files: Sequence[Path], folder: Path) -> None:
-    """Put a tokenizer's files into a directory; a sentencepiece model is always called tokenizer.model there."""
+    """Put a tokenizer's files into a directory, where a vocabulary has the name by which it is found."""
     for source in files:
-        target = folder / ("tokenizer.model" if source.suffix == ".model" else source.name)
+        target = folder / _NAMES_BY_SUFFIX.get(source.suffix, source.name)
         if source.resolve() != target.resolve():
             _replace(target, lambda temporary, source=source: shutil.copyfile(source, temporary))
 
@@ -387,9 +392,16 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer files that lie in a directory."""
-    return [beside(folder, folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()]
+def tokenizer_files(path: Path) -> list[Path]:
+    """The tokenizer files that lie in a directory, or a vocabulary file with those that stand beside it.
+
+    Other vocabularies beside a named one stay behind: they are other tokenizers.
+    """
+    if path.is_dir():
+        return [beside(path, path / name) for name in TOKENIZER_FILES if (path / name).is_file()]
+    with_it = {"vocab.json": ("merges.txt",)}.get(path.name, ())
+    names = [name for name in TOKENIZER_FILES if name in with_it or name not in VOCABULARY_FILES]
+    return [path, *(path.with_name(name) for name in names if path.with_name(name).is_file())]
 
 
 def check_writable(folder: Path) -> None:

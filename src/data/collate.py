@@ -1,7 +1,9 @@
 """Examples to token batches: the only code that tokenises, drops, pads and masks for training and scoring.
 
-A prompt is BOS + instruction, a response is output + EOS. The two are tokenised apart and joined, so the border
-between them is known by construction, and the same in training, sampling and scoring.
+Without a chat template a prompt is BOS + instruction and a response is output + EOS; with one, both are what the
+template writes around them, ended by its end token, and its own control tokens are all there are. Prompt and response
+are tokenised apart and joined, so the border between them is known by construction, and the same in training,
+sampling and scoring.
 
 B batch, S sequence
 """
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
+from src.text.chat import Message
 from src.text.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -32,6 +35,13 @@ class Encoded(NamedTuple):
     def n_response(self) -> int:
         """Number of response tokens, EOS included: the supervised ones."""
         return len(self.tokens) - self.response_start
+
+
+class Conversation(NamedTuple):
+    """A whole chat as ids; answer_mask is True on the assistant's tokens, those that end its turns included."""
+
+    tokens: list[int]
+    answer_mask: list[bool]
 
 
 class Batch(NamedTuple):
@@ -61,15 +71,48 @@ class Batch(NamedTuple):
 
 
 def encode_prompt(tokenizer: Tokenizer, instruction: str) -> list[int]:
-    """BOS and the instruction's ids."""
-    return [tokenizer.bos_id, *tokenizer.encode(instruction)]
+    """BOS (where the vocabulary has one) and the instruction's ids, or what the chat template makes of it.
+
+    Raises UserError for an empty prompt without BOS: there is nothing to continue.
+    """
+    if tokenizer.chat:
+        return tokenizer.encode_rendered(tokenizer.chat.prompt([_message("user", instruction)]))
+    prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(instruction)
+    if not prompt:
+        raise UserError(
+            f"an instruction is empty and {tokenizer.path} has no BOS: the prompt would hold no token"
+        )
+    return prompt
 
 
 def encode_response(tokenizer: Tokenizer, instruction: str, output: str, *, finished: bool = True) -> Encoded:
-    """A prompt with its response; EOS ends a finished one."""
+    """A prompt with its response; EOS, or the chat template's end token, ends a finished one."""
     prompt = encode_prompt(tokenizer, instruction)
-    ending = [tokenizer.eos_id] if finished else []
-    return Encoded(prompt + tokenizer.encode(output) + ending, len(prompt))
+    if tokenizer.chat:
+        messages = [_message("user", instruction), _message("assistant", output)]
+        response = tokenizer.encode_rendered(tokenizer.chat.turns(messages)[0].answer)
+    else:
+        response = [*tokenizer.encode(output), tokenizer.eos_id]
+    return Encoded(prompt + (response if finished else response[:-1]), len(prompt))
+
+
+def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
+    """A chat in the tokenizer's template up to its last answer. Raises UserError without template or answer."""
+    if not tokenizer.chat:
+        raise UserError("messages need a --chat_template: a built-in name, or file for the tokenizer's own")
+    tokens, mask = [], []
+    for turn in tokenizer.chat.turns(messages):
+        for text, is_answer in zip(turn, (False, True), strict=True):
+            ids = tokenizer.encode_rendered(text)
+            tokens += ids
+            mask += [is_answer] * len(ids)
+    if not tokens:
+        raise UserError("a conversation holds no message of the assistant; there is nothing to learn from it")
+    return Conversation(tokens, mask)
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 class Fitted(NamedTuple):

@@ -63,7 +63,7 @@ class Vocabulary(NamedTuple):
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """The vocabulary of a model that speaks this tokenizer's ids."""
-    return Vocabulary((tokenizer.eos_id,), tokenizer.vocab_size, tokenizer.decode)
+    return Vocabulary(tuple(sorted(tokenizer.stop_ids)), tokenizer.vocab_size, tokenizer.decode)
 
 
 class _Read(NamedTuple):

@@ -15,7 +15,8 @@ class ModelConfig:
     tok_embeddings: 0 by vocabulary rows, 1 by width (Meta's Llama 1 and 2). A value head (`v_head`, one score a
     position) replaces the output layer; score says where a verifier's score of a
     response is read: at its `last` token, or as the `mean` over its tokens; score_mean and score_std are the
-    measured statistics of such scores.
+    measured statistics of such scores. chat_template names the format that training put texts in
+    (none for none); empty where no training here has chosen one.
     """
 
     family: str = "llama"
@@ -36,6 +37,7 @@ class ModelConfig:
     score_mean: float = 0.0
     score_std: float = 1.0
     dtype: str = "float32"
+    chat_template: str = ""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -1,42 +1,294 @@
-"""Text to token ids and back: the only door to tokenizer libraries."""
+"""Text to token ids and back: one vocabulary with its control tokens and, where asked for, its chat template."""
 
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
-
 from src.errors import UserError
+from src.text.chat import MARK, ChatTemplate, control_tokens, find_source
+from src.text.vocabulary import Added, Vocabulary, open_vocabulary, read_json
+
+# Which file of a directory is opened: sentencepiece first, because a tokenizer.json beside it is derived from it.
+VOCABULARY_FILES = ("tokenizer.model", "qwen.tiktoken", "tokenizer.json", "vocab.json")
 
 
 class Tokenizer:
-    """A sentencepiece vocabulary. Ids carry no special tokens unless a caller adds them."""
+    """A vocabulary of any kind. Plain texts never become control tokens; only this class's ids and a template do.
 
-    def __init__(self, path: Path) -> None:
-        """Raises UserError when the file is missing or no sentencepiece model."""
-        if not path.is_file():
+    kind: what the file is. vocab_size: ids are below this. bos_id: begins a sequence, None where none does. eos_id:
+    ends a response. stop_ids: any of these ends a sampled response. control: names and ids of all control tokens.
+    chat: the template that prompts and responses are put in, None for none; then eos_id is its end of a turn.
+    """
+
+    def __init__(self, path: Path, chat_template: str = "none") -> None:
+        """Open a vocabulary file, or the one in a directory, with the config files beside it.
+
+        chat_template: none, file (the one beside it) or a built-in name. Raises UserError that says what is missing
+        or damaged.
+        """
+        self.path = _find_file(path)
+        folder = self.path.parent
+        config = _read_config(folder)
+        self._vocabulary: Vocabulary = open_vocabulary(self.path, config.get("tokenizer_class"))
+        self.kind = self._vocabulary.kind
+        beside = _read_added(folder, config, self._vocabulary)
+        self._check_added(beside)
+        renamed = {facts.id for facts in beside.values()}
+        own = {token: facts for token, facts in self._vocabulary.added.items() if facts.id not in renamed}
+        added = own | beside
+        self._identity = sorted((token, facts.id) for token, facts in added.items())
+        source = "" if chat_template == "none" else find_source(chat_template, folder)
+        for token in control_tokens(source):
+            index = added[token].id if token in added else self._vocabulary.token_id(token)
+            if index is not None:
+                added[token] = Added(index, control=True)
+        self.control = {token: facts.id for token, facts in added.items() if facts.control}
+        self.vocab_size = max(self._vocabulary.size, *(facts.id + 1 for facts in added.values()), 0)
+        self._set_ends(folder, config)
+        self._set_patterns(added)
+        self.chat = None
+        if source:
+            self._put_in_chat(chat_template, source, config)
+
+    def _check_added(self, added: Mapping[str, Added]) -> None:
+        """Raise UserError when the tokens that config files add do not go with the vocabulary or with each other."""
+        seen: dict[int, str] = {}
+        for token, facts in added.items():
+            known = self._vocabulary.token_id(token)
+            other = seen.get(facts.id)
+            if known not in (None, facts.id) and not self._vocabulary.renames:
+                other = f"id {known} in the vocabulary"
+            elif known is None and facts.id < self._vocabulary.size and not self._vocabulary.renames:
+                other = "another token in the vocabulary"
+            if other is not None:
+                raise UserError(
+                    f"{self.path}: the added tokens beside it give id {facts.id} to {token!r}, but that is {other}; "
+                    f"they are of another tokenizer"
+                )
+            seen[facts.id] = repr(token)
+
+    def _set_ends(self, folder: Path, config: Mapping[str, object]) -> None:
+        """Find bos_id, eos_id and stop_ids: by the config where it says, else by what the kind of file means."""
+        bos = config.get("bos_token", self._vocabulary.bos)
+        eos = config.get("eos_token", self._vocabulary.eos)
+        adds_bos = config.get("add_bos_token")
+        adds_bos = self._vocabulary.adds_bos if adds_bos is None else adds_bos
+        self.bos_id = self._named_id("bos_token", bos) if bos and adds_bos else None
+        self.eos_id = self._named_id("eos_token", eos)
+        stops = {self.eos_id} | {self.control[token] for token in self._vocabulary.stops}
+        self.stop_ids = frozenset(stops | _read_stops(folder, self.vocab_size))
+
+    def _named_id(self, name: str, token: object) -> int:
+        """The id of the token called bos_token or eos_token; it counts as a control token from here on."""
+        index = self.control.get(token, self._vocabulary.token_id(token)) if isinstance(token, str) else None
+        if index is None:
             raise UserError(
-                f"{path} does not exist; give checkpoint_split.py a --tokenizer_file (sentencepiece)"
+                f"{self.path}: {name} is {token!r}, which the vocabulary does not have; expected tokenizer_config.json "
+                f"beside it to name one"
             )
-        try:
-            self._model = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
-            raise UserError(f"{path} is not a sentencepiece model; only those are supported so far") from None
-        self.path = path
-        self.vocab_size: int = self._model.vocab_size()
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise UserError(f"{path} has no <s> or </s> piece; training and decoding need both")
+        self.control[token] = index
+        return index
+
+    def _set_patterns(self, added: Mapping[str, Added]) -> None:
+        """What texts are split by."""
+        self._names = {index: token for token, index in self.control.items()}
+        self._control = _alternatives(self.control, added)
+        own = {self._vocabulary.spelling(index) for index in self._names if index < self._vocabulary.size}
+        inside = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in own if text[1:])
+        self._inside = re.compile("|".join(inside) or r"(?!)")
+        plain = {token: facts.id for token, facts in added.items() if not facts.control}
+        self._plain = {token: index for token, index in plain.items() if token not in self._vocabulary.added}
+        self._plain_names = {index: token for token, index in self._plain.items()}
+        self._plain_pattern = _alternatives(self._plain, added)
+
+    def _put_in_chat(self, name: str, source: str, config: Mapping[str, object]) -> None:
+        """Attach a template. Raises UserError when it needs tokens that the vocabulary does not have."""
+        missing = sorted(control_tokens(source) - self.control.keys())
+        if missing and name != "file":  # a file's may name tokens for tools, which it never writes here
+            raise UserError(
+                f"{self.path} has no token {missing[0]!r}, which --chat_template {name} needs; choose the format that "
+                f"the model was made for"
+            )
+        names = {
+            key: token for key, token in config.items() if key.endswith("_token") and isinstance(token, str)
+        }
+        names.setdefault("eos_token", self._names[self.eos_id])
+        if "bos_token" not in config and self._vocabulary.bos is not None:
+            names["bos_token"] = self._vocabulary.bos
+        self.chat = ChatTemplate(name, source, names, self.control)
+        self.eos_id = self.control[self.chat.end_token]
+        self.stop_ids |= {self.eos_id}
+
+    @property
+    def chat_template(self) -> str:
+        """The name of the template, none without one."""
+        return self.chat.name if self.chat else "none"
+
+    def fingerprint(self) -> str:
+        """A hash of the ids that texts become: of the vocabulary's file and the tokens beside it."""
+        digest = hashlib.sha256(self.path.read_bytes())
+        if self.path.name == "vocab.json":
+            digest.update(self.path.with_name("merges.txt").read_bytes())
+        digest.update(repr(self._identity).encode())
+        return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without BOS and EOS. Raises UserError on text that is not valid Unicode."""
+        """Ids of a plain text, without BOS and EOS. Raises UserError on text that is not valid Unicode.
+
+        What spells a control token in it becomes ordinary pieces.
+        """
+        return self._encode_text(text, start=True)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a chat template's text: control tokens are read as such, except where MARK breaks them.
+
+        The stretches between them are encoded apart. Where a vocabulary puts a space before a sequence, a stretch
+        that begins with one gets no second: "[INST]" and " [INST]" give the same ids, as in Meta's and Mistral's code.
+        """
+        ids: list[int] = []
+        for index, stretch in enumerate(self._control.split(text)):
+            if index % 2:
+                ids.append(self.control[stretch if stretch in self.control else stretch.strip()])
+            else:
+                stretch = stretch.replace(MARK, "")
+                if self._vocabulary.puts_space:
+                    stretch = stretch.removeprefix(" ")
+                ids += self._encode_text(stretch, start=True)
+        return ids
+
+    def _encode_text(self, text: str, *, start: bool) -> list[int]:
         try:
-            text.encode()  # sentencepiece's own complaint names no reason
+            text.encode()  # the libraries' own complaints name no reason
         except UnicodeEncodeError as problem:
             raise UserError(
                 f"text holds a lone surrogate at character {problem.start}; it is not valid Unicode"
             ) from None
-        return self._model.encode(text)
+        ids: list[int] = []
+        for index, stretch in enumerate(self._plain_pattern.split(text)):
+            if index % 2:
+                ids.append(self._plain[stretch])
+            elif stretch:
+                ids += self._encode_stretch(stretch, start=start and not index)
+        return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of some ids; special tokens vanish, and so do ids of a model's padded vocabulary."""
-        return self._model.decode([index for index in ids if index < self.vocab_size])
+    def _encode_stretch(self, text: str, *, start: bool) -> list[int]:
+        """Ids of a text without added tokens. Some vocabularies would find control tokens in it: then it is cut there.
+
+        Gemma's sentencepiece model holds <start_of_turn> as a user-defined piece, InternLM2's its <|im_end|> under
+        the name [UNUSED_TOKEN_145].
+        """
+        ids = self._vocabulary.encode(text, start=start)
+        if self._names.keys().isdisjoint(ids):
+            return ids
+        first, *others = self._inside.split(text)
+        ids = self._vocabulary.encode(first, start=start)
+        for part in others:
+            ids += self._vocabulary.encode(part, start=False)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, show_control: bool = False) -> str:
+        """The text of some ids; control tokens vanish unless shown, and so do ids of a model's padded vocabulary."""
+        shown = self._plain_names | (self._names if show_control else {})
+        text, pending, start = "", [], True
+        for index in ids:
+            if index in shown:
+                text += self._decode_stretch(pending, start=start) + shown[index]
+                pending, start = [], index in self._names
+            elif index < self._vocabulary.size and index not in self._names:
+                pending.append(index)
+        return text + self._decode_stretch(pending, start=start)
+
+    def _decode_stretch(self, ids: Sequence[int], *, start: bool) -> str:
+        return self._vocabulary.decode(ids, start=start) if ids else ""
+
+
+def _alternatives(tokens: Iterable[str], added: Mapping[str, Added]) -> re.Pattern[str]:
+    """A pattern whose split() gives the tokens at odd places, with the white space that belongs to them."""
+    parts = []
+    for token in sorted(tokens, key=len, reverse=True):
+        facts = added.get(token, Added(0, control=True))
+        left, right = (r"\s*" if eats else "" for eats in (facts.eats_left, facts.eats_right))
+        parts.append(left + re.escape(token) + right)
+    return re.compile(f"({'|'.join(parts)})" if parts else r"((?!))")
+
+
+def _find_file(path: Path) -> Path:
+    """The vocabulary file that a path means."""
+    if path.is_file():
+        return path
+    for name in VOCABULARY_FILES:
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir():
+        raise UserError(
+            f"{path} holds no tokenizer ({', '.join(VOCABULARY_FILES)}); give checkpoint_split.py a --tokenizer_file"
+        )
+    raise UserError(f"{path} does not exist; expected a tokenizer's file or directory")
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    """tokenizer_config.json over special_tokens_map.json, as far as they are there; named tokens become texts."""
+    config: dict[str, object] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config |= read_json(folder / name)
+    return {
+        key: value["content"]
+        if key.endswith("_token") and isinstance(value, dict) and "content" in value
+        else value
+        for key, value in config.items()
+    }
+
+
+def _read_added(folder: Path, config: Mapping[str, object], vocabulary: Vocabulary) -> dict[str, Added]:
+    """The tokens that the config files add to a vocabulary, or set apart in it. Raises UserError for odd entries.
+
+    Those named in the config (eos_token, additional_special_tokens, ...) and those marked special are control tokens.
+    """
+    path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    lists = [config.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
+    named = {value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
+    named |= {_content(path, entry) for entries in lists if isinstance(entries, list) for entry in entries}
+    added: dict[str, Added] = {}
+    for token, index in (read_json(added_path) if added_path.is_file() else {}).items():
+        added[token] = Added(_id(added_path, token, index), control=token in named)
+    for index, facts in (config.get("added_tokens_decoder") or {}).items():
+        token = _content(path, facts)
+        control = bool(facts.get("special")) or token in named
+        added[token] = Added(
+            _id(path, token, index), control, bool(facts.get("lstrip")), bool(facts.get("rstrip"))
+        )
+    for token in named - added.keys():
+        index = vocabulary.token_id(token)
+        if index is not None:
+            added[token] = Added(index, control=True)
+    return added
+
+
+def _content(path: Path, entry: object) -> str:
+    """The text of a token, which stands there plainly or as {"content": text, ...}. Raises UserError."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(text, str) or not text:
+        raise UserError(
+            f"{path}: found {entry!r} for an added token; expected a text or an object with its content"
+        )
+    return text
+
+
+def _id(path: Path, token: str, index: object) -> int:
+    """An id as a number; json keys are text. Raises UserError."""
+    if not str(index).isdecimal():
+        raise UserError(f"{path}: token {token!r} has id {index!r}; expected a whole number")
+    return int(str(index))
+
+
+def _read_stops(folder: Path, size: int) -> set[int]:
+    """The ids that generation_config.json lets end a response: one, several, or none said. Raises UserError."""
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    for index in ids:
+        if type(index) is not int or not 0 <= index < size:
+            raise UserError(f"{path}: eos_token_id {index!r} is not among the tokenizer's {size} ids")
+    return set(ids)

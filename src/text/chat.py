@@ -1,0 +1,283 @@
+"""Chat templates: conversations to the text that a model was trained on. Built-in ones are data; files bring others.
+
+Texts that come out of here hold control tokens (<|im_end|>, ...) of the template. Where the *content* of a message
+spells one, MARK breaks it, so that whoever tokenises the text can tell them apart and nobody can forge a turn.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from src.errors import UserError
+from src.text.vocabulary import read_json
+
+MARK = "\ufdd0"  # a Unicode noncharacter: valid in strings, assigned to nothing
+FILE = "file"  # the name of the template that travels with the tokenizer
+ROLES = ("system", "user", "assistant")
+RENDER_SECONDS = 5.0  # processor time; a template needs well under a millisecond
+REPO = Path(__file__).resolve().parents[2]
+
+Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
+
+_ALTERNATE = """
+{%- for message in turns -%}
+    {%- if message.role != ("user" if loop.index0 % 2 == 0 else "assistant") -%}
+        {{ raise_exception("roles must alternate user, assistant, user, ... after at most one system message") }}
+    {%- endif -%}
+{%- endfor -%}"""
+_SYSTEM_FIRST = """
+{%- set system = messages[0].content if messages[0].role == "system" else none -%}
+{%- set turns = messages if system is none else messages[1:] -%}"""
+_NO_SYSTEM = """
+{%- if messages[0].role == "system" -%}{{ raise_exception("this format has no system message") }}{%- endif -%}
+{%- set turns = messages -%}"""
+_CHATML = """
+{%- for message in messages -%}
+    {{ "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}"""
+
+# The formats of the released instruction models, each after the source in its comment.
+TEMPLATES: dict[str, str] = {
+    # chat_completion in generation.py of meta-llama/llama; chat_template of Llama-2-7b-chat-hf
+    "llama-2": _SYSTEM_FIRST
+    + _ALTERNATE
+    + """
+{%- for message in turns -%}
+    {%- if message.role == "user" -%}
+        {%- set head = "" if system is none or not loop.first else "<<SYS>>\n" + system + "\n<</SYS>>\n\n" -%}
+        {{ bos_token + "[INST] " + (head + message.content).strip() + " [/INST]" }}
+    {%- else -%}
+        {{ " " + message.content.strip() + " " + eos_token }}
+    {%- endif -%}
+{%- endfor -%}""",
+    # ChatFormat in llama/tokenizer.py of meta-llama/llama3; chat_template of Meta-Llama-3-8B-Instruct
+    "llama-3": """
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{ "<|start_header_id|>" + message.role + "<|end_header_id|>\n\n" + message.content.strip() + "<|eot_id|>" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<|start_header_id|>assistant<|end_header_id|>\n\n" }}{%- endif -%}""",
+    # tokenizer v1 of mistral-common: Mistral-7B-Instruct-v0.1 and v0.2, Mixtral-8x7B-Instruct-v0.1
+    "mistral": _SYSTEM_FIRST
+    + _ALTERNATE
+    + """
+{{- bos_token -}}
+{%- for message in turns -%}
+    {%- if message.role == "user" -%}
+        {%- set head = "" if system is none or not loop.first else system + "\n\n" -%}
+        {{ " [INST] " + head + message.content + " [/INST]" }}
+    {%- else -%}
+        {{ " " + message.content + eos_token }}
+    {%- endif -%}
+{%- endfor -%}""",
+    # chat_template of Qwen2-7B-Instruct (ChatML with a default system message); Qwen v1 says the same
+    "qwen": """
+{%- if messages[0].role != "system" -%}
+    {{ "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" }}
+{%- endif -%}"""
+    + _CHATML,
+    # chat_template of deepseek-llm-7b-chat and deepseek-math-7b-instruct
+    "deepseek": """
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message.role == "system" -%}
+        {{ message.content + "\n\n" }}
+    {%- elif message.role == "user" -%}
+        {{ "User: " + message.content + "\n\n" }}
+    {%- else -%}
+        {{ "Assistant: " + message.content + eos_token }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "Assistant:" }}{%- endif -%}""",
+    # chat_template of gemma-2b-it, gemma-7b-it and gemma-2-9b-it
+    "gemma": _NO_SYSTEM
+    + _ALTERNATE
+    + """
+{{- bos_token -}}
+{%- for message in turns -%}
+    {%- set role = "model" if message.role == "assistant" else "user" -%}
+    {{ "<start_of_turn>" + role + "\n" + message.content.strip() + "<end_of_turn>\n" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<start_of_turn>model\n" }}{%- endif -%}""",
+    # chat_template of internlm2-chat-7b and -20b
+    "internlm2": "{{- bos_token -}}" + _CHATML,
+}
+# Control tokens that a vocabulary may hold as ordinary pieces, as Gemma's and DeepSeek's do
+_CONTROL = re.compile(r"<([|｜])[^|｜<>\s]+\1>|<(?:start|end)_of_turn>")
+
+
+class Turn(NamedTuple):
+    """What leads up to an assistant's answer since the last one, and the answer with the token that ends it."""
+
+    prompt: str
+    answer: str
+
+
+class ChatTemplate:
+    """A jinja template with the names of the control tokens that it may write."""
+
+    def __init__(self, name: str, source: str, names: Mapping[str, str], control: Collection[str]) -> None:
+        """names: what the template may call bos_token, eos_token, ...; control: all control tokens.
+
+        Raises UserError when the template does not end an assistant's turn with a control token.
+        """
+        self.name = name
+        self._source = source
+        self._names = dict(names)
+        self._control = re.compile(
+            "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)"
+        )
+        self._heads = {token[:length] for token in control for length in range(1, len(token))}
+        self._tails = {token[length:] for token in control for length in range(1, len(token))}
+        self._longest = max(map(len, control), default=0)
+        self._worker = _Worker()
+        self.end_token = self._find_end()
+
+    def _find_end(self) -> str:
+        """The control token behind an answer, found in a conversation whose content holds none."""
+        question = [{"role": "user", "content": "1"}]
+        prompt = self._render(question, add_generation_prompt=True)
+        text = self._render([*question, {"role": "assistant", "content": "2"}], add_generation_prompt=False)
+        found = self._control.search(text, len(prompt))
+        if not text.startswith(prompt) or not found:
+            raise UserError(
+                f"chat template {self.name} renders an answer as {text[-60:]!r} after {prompt[-60:]!r}; expected the "
+                f"prompt, the answer, and a control token that ends it"
+            )
+        return found[0]
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text after which the model answers."""
+        return self._render(self._shielded(messages), add_generation_prompt=True)
+
+    def turns(self, messages: Sequence[Message]) -> list[Turn]:
+        """A conversation cut where answers begin and end; what follows the last answer is left out.
+
+        An answer begins where the prompt for it ends, and ends with the first end token: content can hold none.
+        Raises UserError when the template writes a turn in another way once others follow.
+        """
+        shielded = self._shielded(messages)
+        turns, done = [], ""
+        for index, message in enumerate(shielded):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(shielded[:index], add_generation_prompt=True)
+            text = self._render(shielded[: index + 1], add_generation_prompt=False)
+            last = text.find(self.end_token, len(prompt))
+            if not prompt.startswith(done) or not text.startswith(prompt) or last < 0:
+                raise UserError(
+                    f"chat template {self.name} changes earlier text when message {index + 1} is added, or does not "
+                    f"end it with {self.end_token}; its answers cannot be told from its prompts"
+                )
+            turns.append(Turn(prompt[len(done) :], text[len(prompt) : last + len(self.end_token)]))
+            done = text[: last + len(self.end_token)]
+        return turns
+
+    def _shielded(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        """The messages with MARK inside whatever spells a control token, or could become one at an edge."""
+        if not messages:
+            raise UserError("a conversation has no messages; expected at least one from the user")
+        return [self._shielded_message(number, message) for number, message in enumerate(messages, 1)]
+
+    def _shielded_message(self, number: int, message: Message) -> dict[str, str]:
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES or not isinstance(content, str):
+            raise UserError(
+                f"message {number} has role {role!r} and content of type {type(content).__name__}; expected text "
+                f"from {', '.join(ROLES)}"
+            )
+        if MARK in content:
+            raise UserError(f"message {number} holds U+{ord(MARK):X}, which is no character; remove it")
+        content = self._control.sub(lambda found: found[0][0] + MARK + found[0][1:], content)
+        lengths = range(1, self._longest)
+        if any(content[-length:] in self._heads for length in lengths):
+            content += MARK
+        if any(content[:length] in self._tails for length in lengths):
+            content = MARK + content
+        return {"role": role, "content": content}
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        context = self._names | {
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
+        return self._worker.render(self.name, self._source, context)
+
+
+class _Worker:
+    """A process of src.text.chat_worker, started at the first request and again after its death."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(self, name: str, source: str, context: Mapping[str, object]) -> str:
+        """The text of a template. Raises UserError when it fails, or takes too much time or memory."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "src.text.chat_worker"],
+                cwd=REPO,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            weakref.finalize(self, _end, self._process)
+        request = {"template": source, "context": context, "seconds": RENDER_SECONDS}
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:  # the kernel has ended it
+            _end(self._process)
+            self._process = None
+            raise UserError(
+                f"chat template {name} did not finish within {RENDER_SECONDS:g} s of processor time and the memory it "
+                f"is given; it may be hostile"
+            )
+        reply = json.loads(line)
+        if "error" in reply:
+            raise UserError(f"chat template {name}: {reply['error']}")
+        return reply["text"]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker that nobody can ask any more."""
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def find_source(name: str, folder: Path) -> str:
+    """The jinja source of a built-in template, or with `file` of the one beside the tokenizer. Raises UserError."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name != FILE:
+        raise UserError(
+            f"--chat_template {name} is unknown; expected none, file (the tokenizer's own) or one of "
+            f"{', '.join(TEMPLATES)}"
+        )
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        path = folder / file
+        found = read_json(path).get("chat_template") if path.is_file() else None
+        if isinstance(found, list):  # named ones; the others are for tools and retrieval
+            found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+        if isinstance(found, str):
+            return found
+    raise UserError(
+        f"--chat_template file: {folder} holds no chat template (chat_template.jinja, or chat_template in "
+        f"tokenizer_config.json); choose a built-in one of {', '.join(TEMPLATES)}"
+    )
+
+
+def control_tokens(source: str) -> set[str]:
+    """The control tokens that a template's source spells out."""
+    return {found[0] for found in _CONTROL.finditer(source)}

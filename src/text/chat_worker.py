@@ -1,0 +1,96 @@
+"""The process that renders chat templates; started by chat.py, never imported. The only door to jinja2.
+
+A template comes with a checkpoint, from a stranger. It runs in jinja2's sandbox, in a process whose memory is limited
+and which the kernel ends when one rendering uses too much time, even inside a C call.
+
+One JSON line in, {"template", "context", "seconds"}, one JSON line out, {"text"} or {"error"}.
+"""
+
+import functools
+import json
+import os
+import resource
+import signal
+import sys
+
+import jinja2
+from jinja2 import ext, nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY_LIMIT = 1024**3  # bytes of address space
+MAX_CHARACTERS = 16 * 1024**2
+
+
+class Generation(ext.Extension):
+    """`{% generation %}`, with which some templates mark the assistant's words; here they render as they are."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes between the tag and its end."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def raise_exception(message: str) -> None:
+    """A template's way to refuse a conversation."""
+    raise jinja2.TemplateError(message)
+
+
+def tojson(value: object, indent: int | None = None) -> str:
+    """Json as models were trained on it: jinja2's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+@functools.cache
+def compiled(source: str) -> jinja2.Template:
+    """A template in the environment that Hugging Face's templates are written for.
+
+    Its strftime_now is left out on purpose: a prompt must not depend on the day.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = tojson
+    return environment.from_string(source)
+
+
+def render(source: str, context: dict[str, object]) -> dict[str, str]:
+    """The rendered text, or why there is none: a stranger's template may raise anything."""
+    try:
+        text = compiled(source).render(context)
+    except jinja2.TemplateSyntaxError as problem:
+        return {"error": f"line {problem.lineno}: {problem.message}"}
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as problem:
+        return {"error": str(problem) or type(problem).__name__}
+    if len(text) > MAX_CHARACTERS:
+        return {"error": f"the text has {len(text)} characters; at most {MAX_CHARACTERS} are read"}
+    return {"text": text}
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    for line in sys.stdin:
+        request = json.loads(line)
+        # SIGPROF has its default action, which ends the process
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+        reply = render(request["template"], request["context"])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        os.write(1, json.dumps(reply).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

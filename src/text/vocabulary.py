@@ -1,0 +1,397 @@
+"""Vocabulary files of four kinds behind one small interface: the only door to the tokenizer libraries.
+
+The kind is read off the content: Llama 2 and Llama 3 both call their file tokenizer.model. Encoding here knows plain
+text only; text/tokenizer.py puts control tokens (<s>, <|im_end|>, ...) around texts and keeps them out of texts.
+"""
+
+import base64
+import binascii
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import tiktoken
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from src.errors import UserError
+
+
+class Added(NamedTuple):
+    """A token beside the pieces that merging makes. A control token never stands for text; the others do.
+
+    eats_left, eats_right: white space beside the token belongs to it (Hugging Face's lstrip and rstrip).
+    """
+
+    id: int
+    control: bool
+    eats_left: bool = False
+    eats_right: bool = False
+
+
+class Vocabulary(Protocol):
+    """One opened vocabulary file.
+
+    size: its ids are 0 .. size-1. added: the tokens that the file itself, or its published description, sets apart;
+    encode() finds those of them that are not control tokens. renames: config files give other names to ids that are
+    in the file (InternLM2's unused pieces, Llama 3's reserved tokens). bos, eos: the names that begin and end a
+    sequence unless a config file says otherwise; None where the file does not tell. adds_bos: whether sequences begin
+    with bos by default. stops: further tokens that end an answer. puts_space: a space is put before a sequence.
+    """
+
+    kind: str
+    size: int
+    added: dict[str, Added]
+    renames: bool
+    bos: str | None
+    eos: str | None
+    adds_bos: bool
+    stops: tuple[str, ...]
+    puts_space: bool
+
+    def encode(self, text: str, *, start: bool) -> list[int]:
+        """Ids of a text, which begins a sequence or continues one."""
+
+    def decode(self, ids: Sequence[int], *, start: bool) -> str:
+        """The text of ids below size, which begin a sequence or continue one."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one piece as the file writes it, None if there is no such piece."""
+
+    def spelling(self, index: int) -> str:
+        """How the file writes the piece of an id, whatever config files call it."""
+
+
+class SentencePiece:
+    """Llama 1 and 2, Mistral, Gemma, InternLM2."""
+
+    kind = "sentencepiece"
+    renames = True
+    adds_bos = True
+    stops = ()
+    # protobuf merges what is appended: normalizer_spec (field 3) { add_dummy_prefix (field 3): false }
+    _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError when the file is no sentencepiece model."""
+        content = path.read_bytes()
+        try:
+            self._model = SentencePieceProcessor(model_proto=content)
+            self._continued = SentencePieceProcessor(model_proto=content + self._NO_DUMMY_PREFIX)
+            pieces = [self._model.id_to_piece(index) for index in range(self._model.vocab_size())]
+        except (RuntimeError, OSError, ValueError):
+            raise UserError(
+                f"{path} is no tokenizer: expected a sentencepiece model, a tiktoken file, tokenizer.json, or "
+                f"vocab.json with merges.txt; it may be truncated"
+            ) from None
+        self.size = len(pieces)
+        self.added = {
+            piece: Added(index, control=True)
+            for index, piece in enumerate(pieces)
+            if self._model.is_control(index)
+        }
+        self.bos, self.eos = (
+            pieces[index] if index >= 0 else None for index in (self._model.bos_id(), self._model.eos_id())
+        )
+        self.puts_space = self._model.encode("a") != self._continued.encode("a")
+
+    def encode(self, text: str, *, start: bool) -> list[int]:
+        """Ids of a text."""
+        return (self._model if start else self._continued).encode(text)
+
+    def decode(self, ids: Sequence[int], *, start: bool) -> str:
+        """The text of ids."""
+        return (self._model if start else self._continued).decode(list(ids))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a piece; the unknown piece stands for nothing."""
+        index = self._model.piece_to_id(token)
+        return None if self._model.is_unknown(index) and token != self._model.id_to_piece(index) else index
+
+    def spelling(self, index: int) -> str:
+        """The piece of an id."""
+        return self._model.id_to_piece(index)
+
+
+class _Ranks(NamedTuple):
+    """What a tiktoken file leaves out: how text is cut before merging, and the tokens after the last rank."""
+
+    pattern: str
+    nfc: bool
+    control: tuple[str, ...]
+    bos: str | None
+    eos: str
+    stops: tuple[str, ...]
+
+
+_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_RESERVED = tuple(f"<|reserved_special_token_{index}|>" for index in range(248))
+_LLAMA_3 = _Ranks(
+    pattern=_CUT.format(digits="{1,3}"),
+    nfc=False,
+    # the names of Llama 3.1; Llama 3 has reserved ones for eom_id, python_tag and finetune_right_pad_id
+    control=(
+        *("<|begin_of_text|>", "<|end_of_text|>", *_RESERVED[:2], "<|finetune_right_pad_id|>", _RESERVED[2]),
+        *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+        *_RESERVED[3:],
+    ),
+    bos="<|begin_of_text|>",
+    eos="<|end_of_text|>",
+    stops=("<|eot_id|>",),
+)
+_QWEN = _Ranks(
+    pattern=_CUT.format(digits=""),
+    nfc=True,
+    control=(
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *(f"<|extra_{index}|>" for index in range(205)),
+    ),
+    bos=None,
+    eos="<|endoftext|>",
+    stops=("<|im_end|>",),
+)
+# Known by their number of ranks: Meta's llama3/tokenizer.py and Qwen v1's tokenization_qwen.py hold the rest.
+_TIKTOKEN = {128000: _LLAMA_3, 151643: _QWEN}
+
+
+class Tiktoken:
+    """Llama 3 (tokenizer.model) and Qwen v1 (qwen.tiktoken): lines of a base64 token and its rank."""
+
+    kind = "tiktoken"
+    renames = True
+    puts_space = False
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError for a damaged file, or one whose pattern is not known."""
+        ranks = _read_ranks(path)
+        if len(ranks) not in _TIKTOKEN:
+            raise UserError(
+                f"{path} holds {len(ranks)} tiktoken ranks; known are {' and '.join(map(str, _TIKTOKEN))} (Llama 3, "
+                f"Qwen v1), because the file does not tell how text is cut; give the tokenizer.json instead"
+            )
+        facts = _TIKTOKEN[len(ranks)]
+        control = {token: len(ranks) + index for index, token in enumerate(facts.control)}
+        self._encoding = tiktoken.Encoding(
+            path.name, pat_str=facts.pattern, mergeable_ranks=ranks, special_tokens=control
+        )
+        self._nfc = facts.nfc
+        self.size: int = self._encoding.n_vocab
+        self.added = {token: Added(index, control=True) for token, index in control.items()}
+        self.bos, self.eos, self.stops = facts.bos, facts.eos, facts.stops
+        self.adds_bos = facts.bos is not None
+
+    def encode(self, text: str, *, start: bool) -> list[int]:
+        """Ids of a text."""
+        return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self._nfc else text)
+
+    def decode(self, ids: Sequence[int], *, start: bool) -> str:
+        """The text of ids; bytes that form no character become U+FFFD."""
+        return self._encoding.decode(list(ids))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a control token."""
+        return self.added[token].id if token in self.added else None
+
+    def spelling(self, index: int) -> str:
+        """The bytes of an id as text."""
+        return self._encoding.decode([index])
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """The ranks of a tiktoken file, which are 0 .. n-1 and hold every byte. Raises UserError that names the line."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            piece, index = base64.b64decode(token, validate=True), int(rank)
+        except (binascii.Error, ValueError):
+            raise UserError(
+                f"{path}, line {number}: expected a base64 token and its rank; the file is damaged"
+            ) from None
+        if piece in ranks or index != len(ranks):
+            raise UserError(
+                f"{path}, line {number}: found rank {index}, token {piece!r}; expected rank {len(ranks)} and a "
+                f"token that did not stand before; the file is damaged"
+            )
+        ranks[piece] = index
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(f"{path} has no token for byte {missing[0]}; the file is damaged")
+    return ranks
+
+
+class HfTokenizers:
+    """A tokenizer.json, or vocab.json with merges.txt, run by the `tokenizers` library."""
+
+    eos = None
+    stops = ()
+    renames = False
+
+    def __init__(self, model: tokenizers.Tokenizer, kind: str) -> None:
+        """Takes over a model of the library; from_json and from_merges open files."""
+        model.no_truncation()  # a file may carry the settings of whoever saved it
+        model.no_padding()
+        model.encode_special_tokens = True  # text that spells a control token stays text
+        self.kind = kind
+        self._model = model
+        self.added = {
+            token.content: Added(index, token.special, token.lstrip, token.rstrip)
+            for index, token in model.get_added_tokens_decoder().items()
+        }
+        ids = model.get_vocab(with_added_tokens=True).values()
+        self.size = max(ids) + 1
+        text, sequence = model.encode("a", add_special_tokens=False).tokens, model.encode("a").tokens
+        self.adds_bos = sequence[: len(text)] != text  # the file may put tokens around a sequence
+        self.bos = sequence[0] if self.adds_bos else None
+        self.puts_space = "".join(text).startswith(("▁", "Ġ"))
+
+    @classmethod
+    def from_json(cls, path: Path) -> "HfTokenizers":
+        """Open a tokenizer.json. Raises UserError when it is damaged or two tokens share an id."""
+        content = path.read_bytes()
+        try:
+            model = tokenizers.Tokenizer.from_buffer(content)
+        except ValueError as problem:
+            raise UserError(f"{path} is no readable tokenizer.json ({problem})") from None
+        _check_unique(path, model.get_vocab(with_added_tokens=True))
+        return cls(model, "tokenizer.json")
+
+    @classmethod
+    def from_merges(cls, path: Path, tokenizer_class: object) -> "HfTokenizers":
+        """Open vocab.json and the merges.txt beside it (GPT-2's byte-level BPE).
+
+        tokenizer_class, from tokenizer_config.json, tells how text is cut. Raises UserError for a damaged file, a
+        merge of unknown pieces, or a class that is not known.
+        """
+        cut = _MERGES.get(str(tokenizer_class).removesuffix("Fast"))
+        if cut is None:
+            raise UserError(
+                f"{path}: tokenizer_config.json beside it names tokenizer_class {tokenizer_class!r}; expected one of "
+                f"{', '.join(_MERGES)}, which tells how text is cut; or give the tokenizer.json"
+            )
+        vocab = read_json(path)
+        for token, index in vocab.items():
+            if type(index) is not int or index < 0:
+                raise UserError(f"{path}: token {token!r} has id {index!r}; expected a whole number")
+        _check_unique(path, vocab)
+        missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys())
+        if missing:
+            raise UserError(f"{path} has no token for the byte {missing[0]!r}; expected byte-level BPE")
+        model = tokenizers.Tokenizer(
+            models.BPE(vocab=vocab, merges=_read_merges(path.with_name("merges.txt"), vocab))
+        )
+        if cut.nfc:
+            model.normalizer = normalizers.NFC()
+        model.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(cut.pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        model.decoder = decoders.ByteLevel()
+        return cls(model, "vocab.json and merges.txt")
+
+    def encode(self, text: str, *, start: bool) -> list[int]:
+        """Ids of a text."""
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], *, start: bool) -> str:
+        """The text of ids."""
+        return self._model.decode(list(ids), skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a piece."""
+        return self._model.token_to_id(token)
+
+    def spelling(self, index: int) -> str:
+        """The piece of an id; empty for one that the file leaves out."""
+        return self._model.id_to_token(index) or ""
+
+
+class _Cut(NamedTuple):
+    """How text is cut before merging, and whether it is put into Unicode's composed form first."""
+
+    pattern: str
+    nfc: bool
+
+
+_MERGES = {
+    "Qwen2Tokenizer": _Cut(_QWEN.pattern, nfc=True),
+    "GPT2Tokenizer": _Cut(
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", nfc=False
+    ),
+}
+
+
+def _read_merges(path: Path, vocab: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The pairs of merges.txt in order. Raises UserError that names the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; vocab.json alone does not say how pieces merge") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8; the file is damaged") from None
+    merges = []
+    for number, line in enumerate(lines, 1):
+        if not line or number == 1 and line.startswith("#version"):
+            continue
+        left, _, right = line.partition(" ")
+        if any(piece not in vocab for piece in (left, right, left + right)):
+            raise UserError(
+                f"{path}, line {number}: {line[:60]!r} merges pieces that vocab.json does not have"
+            )
+        merges.append((left, right))
+    if not merges:
+        raise UserError(f"{path} holds no merges; expected one pair of pieces a line")
+    return merges
+
+
+def _check_unique(path: Path, vocab: Mapping[str, object]) -> None:
+    """Raise UserError when two tokens have one id, or there are none."""
+    seen: dict[object, str] = {}
+    for token, index in vocab.items():
+        if index in seen:
+            raise UserError(
+                f"{path}: {seen[index]!r} and {token!r} both have id {index}; the file is damaged"
+            )
+        seen[index] = token
+    if not seen:
+        raise UserError(f"{path} holds no tokens")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A json object from a file that is there. Raises UserError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{path} is not valid json ({problem})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}; expected a json object")
+    return values
+
+
+def open_vocabulary(path: Path, tokenizer_class: object) -> Vocabulary:
+    """Open a vocabulary file of any kind, recognised by its content. Raises UserError."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+    if head.lstrip().startswith(b"{"):
+        is_whole = isinstance(read_json(path).get("model"), dict)
+        return HfTokenizers.from_json(path) if is_whole else HfTokenizers.from_merges(path, tokenizer_class)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", head):
+        return Tiktoken(path)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` where it is from"
+        )
+    return SentencePiece(path)

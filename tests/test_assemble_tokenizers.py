@@ -1,0 +1,146 @@
+"""src/assemble.py: tokenizers of every kind travel with checkpoints, and so does the chat template of training."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import checkpoint_split
+import solver_evaluate
+import solver_train
+from src import assemble, parallel, runlog
+from src.checkpoint import storage
+from src.checkpoint.export import export_hf
+from src.checkpoint.sources import open_source
+from src.data.examples import read_samples
+from src.errors import UserError
+from src.text import tokenizer as text_tokenizer
+from src.text.tokenizer import Tokenizer
+from tests.text.files import TEXTS, WRITERS, write_json, write_merges, write_sentencepiece
+
+ROWS = [{"instruction": f"{a}+1=", "output": f"#### {a + 1}", "label": str(a + 1)} for a in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def one_process() -> None:
+    parallel.start()
+
+
+def write_model(folder: Path, kind: str) -> Path:
+    """A tiny Llama in Hugging Face's form with a tokenizer of this kind. Returns the directory."""
+    folder.mkdir()
+    WRITERS[kind](folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=Tokenizer(folder).vocab_size,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    """The tokenizer's files in a directory; transformers writes a generation_config.json of its own."""
+    return {path.name for path in storage.tokenizer_files(folder)} - {"generation_config.json"}
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """The framework's warnings."""
+    monkeypatch.setattr(runlog.logger(), "propagate", True)
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def test_both_rooms_mean_the_same_files() -> None:
+    assert set(text_tokenizer.VOCABULARY_FILES) == set(storage.VOCABULARY_FILES) - {"merges.txt"}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_tokenizers_travel_through_split_train_save_and_export(tmp_path: Path, kind: str) -> None:
+    hf = write_model(tmp_path / "hf", kind)
+    expected, files = Tokenizer(hf), names(hf)
+    checkpoint_split.main(str(hf), str(tmp_path / "split"), 1)
+    rows = str(write_json(tmp_path / "train.json", ROWS))
+    solver_train.main(str(tmp_path / "split"), str(tmp_path / "trained"), rows, max_batch_size=3)
+    trained = str(tmp_path / "trained")
+    export_hf(open_source(trained), tmp_path / "exported", trained)
+    for folder in ("split", "trained/epoch-1", "trained", "exported"):
+        assert names(tmp_path / folder) == files
+        found = Tokenizer(tmp_path / folder)
+        assert found.kind == kind and found.fingerprint() == expected.fingerprint()
+        assert found.control == expected.control and found.stop_ids == expected.stop_ids
+        assert [found.encode(text) for text in TEXTS] == [expected.encode(text) for text in TEXTS]
+    assemble.check_tokenizer(expected, str(tmp_path / "trained"), "")
+
+
+def test_a_named_tokenizer_comes_with_its_own_files_and_replaces_the_old_one(tmp_path: Path) -> None:
+    hf = write_model(tmp_path / "hf", "sentencepiece")
+    out = tmp_path / "out"
+    checkpoint_split.main(str(hf), str(out), 1)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_sentencepiece(other)  # lies beside vocab.json, and is another tokenizer
+    write_merges(other)
+    checkpoint_split.main(str(hf), str(out), 1, tokenizer_file=str(other / "vocab.json"))
+    assert names(out) == {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    assert Tokenizer(out).fingerprint() == Tokenizer(other / "vocab.json").fingerprint()
+    (other / "tokenizer.model").rename(other / "own.tiktoken")
+    checkpoint_split.main(str(hf), str(out), 1, tokenizer_file=str(other / "own.tiktoken"))
+    assert names(out) == {"qwen.tiktoken", "tokenizer_config.json"}
+
+
+def test_ids_beyond_the_model_s_rows_are_refused(tmp_path: Path) -> None:
+    hf = write_model(tmp_path / "hf", "vocab.json and merges.txt")
+    write_json(hf / "added_tokens.json", {"<more>": Tokenizer(hf).vocab_size})
+    checkpoint_split.main(str(hf), str(tmp_path / "out"), 1)
+    with pytest.raises(UserError, match=r"vocab.json has \d+ pieces but .*out embeds \d+"):
+        assemble.load_tokenizer(str(tmp_path / "out"))
+
+
+def test_later_commands_follow_the_chat_template_of_training(
+    tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    hf = write_model(tmp_path / "hf", "sentencepiece")
+    out, log, rows = (
+        str(tmp_path / "out"),
+        str(tmp_path / "log"),
+        str(write_json(tmp_path / "rows.json", ROWS)),
+    )
+    checkpoint_split.main(str(hf), str(tmp_path / "base"), 1)
+    assert assemble.load_tokenizer(str(tmp_path / "base")).chat is None
+    for rank in (-1, 2):
+        solver_train.main(str(tmp_path / "base"), out, rows, chat_template="gemma", lora_rank=rank)
+        assert assemble.load_config(out).chat_template == "gemma"
+        assert assemble.load_tokenizer(out).chat_template == "gemma"
+    # not given again, it is kept
+    solver_train.main(out, str(tmp_path / "more"), rows)
+    assert assemble.load_config(str(tmp_path / "more")).chat_template == "gemma"
+    solver_evaluate.main("none", rows, log, out, max_new_tokens=40)
+    assert len(read_samples(f"{log}/samples.jsonl")) == len(ROWS)
+    assert not warned.records
+    with pytest.raises(UserError, match="holds samples with chat_template=gemma, but this run has none"):
+        solver_evaluate.main("none", rows, log, out, chat_template="none", max_new_tokens=40)
+    assert "was trained with chat template gemma; --chat_template none shows it texts in" in warned.text
+    warned.clear()
+    assemble.check_tokenizer(assemble.load_tokenizer(str(tmp_path / "base")), out)
+    assert "was trained with chat template gemma, but reads texts in the form of none here" in warned.text
+
+
+def test_a_dry_run_shows_the_chat_with_its_answer_in_brackets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = write_model(tmp_path / "hf", "sentencepiece")
+    checkpoint_split.main(str(hf), str(tmp_path / "base"), 1)
+    rows = str(write_json(tmp_path / "rows.json", ROWS))
+    solver_train.main(
+        str(tmp_path / "base"), str(tmp_path / "out"), rows, chat_template="gemma", dry_run=True
+    )
+    shown = capsys.readouterr().out
+    assert "<s><start_of_turn>user\n0+1=<end_of_turn>\n<start_of_turn>model\n[[#### 1<end_of_turn>]]" in shown
