@@ -89,6 +89,8 @@ def main(
         raise UserError("give one of --ckpt_dir, to sample, --samples_file, to grade what exists, or --backend openai")
     if backend == "openai" and not (base_url and model_name):
         raise UserError("--backend openai needs --base_url and --model_name")
+    if api_key_env and api_key_env not in os.environ:
+        raise UserError(f"--api_key_env {api_key_env}: there is no such environment variable; export the server's key")
     if backend == "openai" and (top_k or min_p or quantize):
         raise UserError("--top_k, --min_p and --quantize are not in the OpenAI protocol; drop them, or set them there")
     if samples_file and not benchmark.graded:
@@ -108,7 +110,10 @@ def main(
         return
     problems = read_prompts(label_file, need_label=benchmark.graded)
     prompts = select_prompts(problems, split)[: limit if limit >= 0 else None]
-    if dry_run and ckpt_dir:
+    if dry_run and not ckpt_dir:
+        runlog.table(plan.report({"problems": len(prompts), "a prompt": prompting.text(prompts[0].instruction)}, {}))
+        return
+    if dry_run:
         tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
         texts = [prompting.text(prompt.instruction) for prompt in prompts]
         runlog.table(plan.decoding(assemble.load_config(ckpt_dir, model_type), assemble.n_shards(ckpt_dir),

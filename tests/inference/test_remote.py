@@ -153,3 +153,19 @@ def test_a_server_that_fails_everything_is_one_error(
     with pytest.raises(UserError, match="none of 10 samples came; the first failed with: status 500"):
         evaluate(upstream, proxy, tmp_path)
     proxy.stop()
+
+
+def test_flags_of_a_server_are_checked_before_it_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text('[{"instruction": "1+1=", "label": "2"}]')
+    asked = {"task": "toy", "label_file": str(tmp_path / "labels.json"), "log_dir": str(tmp_path / "log"),
+             "backend": "openai", "base_url": "http://127.0.0.1:1/v1", "model_name": "m"}
+    for changes, message in (
+        ({"model_name": ""}, "needs --base_url and --model_name"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "there is no such environment variable"),
+        ({"top_k": 5}, "not in the OpenAI protocol"),
+        ({"ckpt_dir": "somewhere"}, "give one of --ckpt_dir"),
+    ):
+        with pytest.raises(UserError, match=message):
+            solver_evaluate.main(**(asked | changes))
+    solver_evaluate.main(**asked, dry_run=True)  # plans without a server
+    assert not (tmp_path / "log").exists()
