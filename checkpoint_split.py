@@ -12,7 +12,7 @@ from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import export, sources, storage
 from src.checkpoint.split import split, split_adapter
 from src.errors import UserError
-from src.models.families import check_model_type
+from src.models.foreign import check_model_type
 
 
 def main(
@@ -20,7 +20,8 @@ def main(
     format: Literal["shards", "hf", "peft"] = "shards", inspect: str = "", base_dir: str = "",
     merge_lora: bool = True, verify: bool = False, verify_hashes: bool = True, max_shard_size: float = 5.0,
     tokenizer_file: str = "", config_file: str = "", model_type: str = "",
-    dtype: Literal["", "float32", "bfloat16", "float16"] = "", dry_run: bool = False,
+    dtype: Literal["", "float32", "bfloat16", "float16"] = "", num_added_tokens: int = 0,
+    dry_run: bool = False,
 ) -> None:
     """Cut a checkpoint into n shards, or write it in another format.
 
@@ -39,6 +40,7 @@ def main(
     config_file: params.json (Meta) or config.json (Hugging Face); default: the one beside ckpt_file
     model_type: a family or released size the checkpoint must agree with, such as llama-2-7b
     dtype: type of the stored weights; default: as in the source
+    num_added_tokens: rows to put behind the vocabulary, each the mean of the rows that are there
     dry_run: print the plan - parameters, heads and bytes of a shard, disk - and stop
     """
     cli.check_numbers(locals())
@@ -61,6 +63,10 @@ def main(
         raise UserError("--format hf holds whole weights: merge the adapter, or write it with --format peft")
     source = adapter if keep else sources.open_source(ckpt_file, config_file, base_dir)
     check_model_type(source.config, model_type, described)
+    if num_added_tokens:
+        if keep:
+            raise UserError("--num_added_tokens extends whole weights: merge the adapter")
+        source = sources.with_added_tokens(source, num_added_tokens)
     if dry_run:
         runlog.table(plan.splitting(source.config, n, dtype))
         return

@@ -20,8 +20,8 @@ from src.checkpoint.training_state import RunState
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
-from src.models.families import check_model_type
-from src.models.lora import LoraConfig, add_lora, init_lora
+from src.models.foreign import check_model_type
+from src.models.lora import LoraConfig, add_lora, check_targets, init_lora
 from src.models.quantize import quantize_weights
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
 
@@ -204,6 +204,7 @@ def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
     """Freeze a loaded model and give it fresh float32 adapters; a value head stays trainable. None changes nothing."""
     if lora is None:
         return
+    check_targets(lora, model.config)
     with torch.device("meta"):
         add_lora(model, lora)
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()

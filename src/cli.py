@@ -82,6 +82,7 @@ SHARE = Numbers("a number from 0 to 1", lambda x: 0 <= x <= 1)
 # By the flag's name, whichever script has it.
 NUMBERS: dict[str, Numbers] = {
     "n": COUNT,
+    "num_added_tokens": FINITE,
     "pairs_a_problem": COUNT,
     "rows_a_problem": COUNT,
     "solutions_a_problem": COUNT,

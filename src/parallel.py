@@ -268,6 +268,11 @@ def copy_to_tensor_parallel(x: Tensor) -> Tensor:
     return mappings.copy_to_model_parallel_region(x)
 
 
+def reduce_from_tensor_parallel(x: Tensor) -> Tensor:
+    """Sum over the tensor-parallel group forwards; identity backwards."""
+    return mappings.reduce_from_model_parallel_region(x)
+
+
 def share(size: int, n: int | None = None, index: int | None = None) -> range:
     """The rows of a dimension that part `index` of n holds (default: this rank of its tensor-parallel group).
 
@@ -312,7 +317,13 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, rows: range | None = None, *, replicated: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        rows: range | None = None,
+        *,
+        bias: bool = False,
+        replicated: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.gather_output = in_features, out_features, False
@@ -320,14 +331,17 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         self.replicated = replicated
         self.output_size_per_partition = len(self.rows)
         self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
-        self.register_parameter("bias", None)
+        self.bias = nn.Parameter(torch.empty(self.output_size_per_partition)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., rows of this rank]."""
-        weight = self.weight
+        weight, bias = self.weight, self.bias
         if self.replicated:
             weight = _SumGradientOverReplicas.apply(weight, self.rows, self.out_features)
-        return F.linear(copy_to_tensor_parallel(x), weight, self.bias)
+            bias = (
+                None if bias is None else _SumGradientOverReplicas.apply(bias, self.rows, self.out_features)
+            )
+        return F.linear(copy_to_tensor_parallel(x), weight, bias)
 
 
 class RowParallelLinear(layers.RowParallelLinear):

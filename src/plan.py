@@ -11,7 +11,7 @@ from src.checkpoint.sources import Source
 from src.data.collate import Encoded
 from src.errors import UserError
 from src.models.config import ModelConfig
-from src.models.lora import LoraConfig
+from src.models.lora import LoraConfig, check_targets
 from src.models.quantize import bytes_a_weight
 from src.text.tokenizer import Tokenizer
 
@@ -32,6 +32,7 @@ def _local_size(name: str, shape: Sequence[int], config: ModelConfig, n: int) ->
 
 def local_lora_parameters(config: ModelConfig, lora: LoraConfig, n: int) -> int:
     """Trainable parameters of one rank under LoRA: adapters, and the value head where there is one."""
+    check_targets(lora, config)
     total = config.dim if config.value_head else 0
     for name, shape in expected_shapes(config).items():
         stem = name.removesuffix(".weight")
@@ -192,7 +193,7 @@ def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] 
         "family": f"{config.family}, a {'verifier' if config.value_head else 'solver'}",
         "parameters": f"{params:,}",
         "stored as": f"{', '.join(dtypes)}, {size(n_bytes)}; {stored}: {n_shards}",
-        "layers": f"{config.n_layers} of width {config.dim}, feed-forward {config.ffn_dim}",
+        "layers": f"{config.n_layers} of width {config.dim}, {_feed_forward(config)}",
         "heads": f"{config.n_heads} query, {config.n_kv_heads} key-value, of {config.head_dim}",
         "vocabulary": f"{config.vocab_size}, {'tied to' if config.tied else 'apart from'} the output layer",
         "context": config.max_seq_len,
@@ -200,6 +201,13 @@ def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] 
     }
     head = f"{'ranks':8}{'a rank, ' + config.dtype:20}{'kv heads a rank':18}what to know"
     return "\n".join([report(facts, {}), "", head, *(_rank_row(config, n) for n in ranks)])
+
+
+def _feed_forward(config: ModelConfig) -> str:
+    """How wide the feed-forward layers are, and how many of them a token passes."""
+    if config.n_experts:
+        return f"{config.n_active_experts} of {config.n_experts} experts of {config.ffn_dim}"
+    return f"feed-forward {config.ffn_dim}"
 
 
 def _rank_row(config: ModelConfig, n: int) -> str:

@@ -113,5 +113,5 @@ def hf_gradients(model: LlamaForCausalLM, config: ModelConfig) -> Iterator[tuple
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference as a share of the largest expected value."""
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+    """Largest difference as a share of the largest expected value, which may be zero."""
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()

@@ -21,7 +21,12 @@ from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.lora import LINEARS, LoraConfig
 from src.models.quantize import weight_bytes
+from src.runlog import RunLog
+from src.training.loop import TrainLoop
 from src.training.solver import n_supervised, sft_loss
+
+# Longer than a block of the cache.
+LONG_ROW = torch.arange(75) * 7 % 61
 
 
 def all_logits(model: Decoder, tokens: Tensor) -> Tensor:
@@ -40,8 +45,9 @@ def gradients(model: Decoder, batch: Batch) -> dict[str, Tensor]:
 def decoders(
     folders: dict[str, str], tokens: list[list[int]], mask: list[list[bool]], cached: list[str]
 ) -> dict[str, object]:
-    """Logits and SFT gradients of several checkpoints, and cached decoding of those named in `cached`."""
+    """Logits, SFT gradients and a step of several checkpoints, and cached decoding of those named in `cached`."""
     batch = Batch(torch.tensor(tokens), torch.tensor(mask))
+    log = RunLog(f"{next(iter(folders.values()))}-log", {})
     results = {}
     for name, folder in folders.items():
         model = assemble.load_solver(folder)
@@ -49,8 +55,17 @@ def decoders(
             "logits": all_logits(model, batch.tokens),
             "gradients": gradients(model, batch),
             "cached": cached_logprobs(model) if name in cached else {},
+            "stepped": one_step(model, batch, log),
         }
     return results
+
+
+def one_step(model: Decoder, batch: Batch, log: RunLog) -> dict[str, object]:
+    """The gradient's norm and this rank's weights after one optimizer step."""
+    model.zero_grad(set_to_none=True)
+    loop = TrainLoop(model, log, lr=0.01, total_steps=1, warmup_ratio=0.0)
+    loop.backward(sft_loss(model, batch, n_supervised([batch])))
+    return {"grad_norm": loop.step().grad_norm, "weights": adapter_tensors(model)}
 
 
 @torch.no_grad()
@@ -59,8 +74,8 @@ def cached_logprobs(model: Decoder) -> dict[str, Tensor]:
 
     Rows of 64 positions change their bucket on the way. `plain` is the reference for all.
     """
-    row = torch.arange(75) * 7 % 61 + 1
-    other = torch.arange(120) * 5 % 61 + 1
+    row = LONG_ROW
+    other = torch.arange(120) * 5 % 61
 
     def logprobs(hidden: Tensor) -> Tensor:
         return parallel.gather_vocab(model.logits(hidden)).log_softmax(-1)
@@ -70,6 +85,7 @@ def cached_logprobs(model: Decoder) -> dict[str, Tensor]:
     return {
         "plain": logprobs(model(row[None]))[0],
         "padded": logprobs(model(padded))[1, :75],
+        "packed": logprobs(model(torch.cat((other[:30], row))[None], lengths=(30, 75)))[0, 30:],
         "token by token": logprobs(_token_by_token(model, row, KVCache(1, parallel.device()))),
         "among others": logprobs(_among_others(model, row, other)),
     }

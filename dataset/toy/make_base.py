@@ -32,7 +32,7 @@ from src.checkpoint.shards import expected_shapes  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.tensor_files import write_safetensors  # noqa: E402
 from src.models.config import ModelConfig  # noqa: E402
-from src.models.families import config_to_hf  # noqa: E402
+from src.models.foreign import config_to_hf  # noqa: E402
 
 VOCAB_SIZE = 640
 CONFIG = ModelConfig(

@@ -1,12 +1,17 @@
-"""Foreign parameter names and rotary layouts, to ours and back. Ours are Meta's."""
+"""Foreign parameter names, rotary layouts and fused tensors, to ours and back. Ours are Meta's."""
 
+import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch import Tensor
 
+from src.checkpoint.shards import expected_shapes
+from src.checkpoint.tensor_files import StoredTensor
 from src.errors import UserError
 from src.models.config import ModelConfig
+from src.models.families import PLAIN
 
 Reorder = Callable[[str, Tensor, ModelConfig], Tensor]
 
@@ -15,26 +20,79 @@ _WRAPPERS = ("_orig_mod.", "module.")  # left by torch.compile and DistributedDa
 # Tensors that some writers store although they follow from the config.
 _DERIVED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs|freqs_cos|freqs_sin)$")
 
-_HF_TOP = {
-    "model.embed_tokens.weight": "tok_embeddings.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "output.weight",
-    "score.weight": "v_head.weight",  # transformers' classifiers with one label
-    "score.bias": "v_head.bias",
+# Names without their last part (weight or bias), theirs -> ours; # stands for a number. Where two of theirs mean one of
+# ours, exports have the first. Ours that end in _stacked or _grouped are tensors that hold several of our parameters.
+_HF = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "score": "v_head",  # transformers' classifiers with one label
+    "model.layers.#.self_attn.q_proj": "layers.#.attention.wq",
+    "model.layers.#.self_attn.k_proj": "layers.#.attention.wk",
+    "model.layers.#.self_attn.v_proj": "layers.#.attention.wv",
+    "model.layers.#.self_attn.o_proj": "layers.#.attention.wo",
+    "model.layers.#.self_attn.q_norm": "layers.#.attention.q_norm",
+    "model.layers.#.self_attn.k_norm": "layers.#.attention.k_norm",
+    "model.layers.#.mlp.gate_proj": "layers.#.feed_forward.w1",
+    "model.layers.#.mlp.down_proj": "layers.#.feed_forward.w2",
+    "model.layers.#.mlp.up_proj": "layers.#.feed_forward.w3",
+    "model.layers.#.input_layernorm": "layers.#.attention_norm",
+    "model.layers.#.post_attention_layernorm": "layers.#.ffn_norm",
 }
-_HF_LAYER = {
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
+_STACKED_EXPERTS = {  # in memory, and in files of transformers 5 alone
+    "model.layers.#.mlp.gate": "layers.#.feed_forward.gate",
+    "model.layers.#.mlp.experts.gate_up_proj": "layers.#.feed_forward.experts.w13_stacked",
+    "model.layers.#.mlp.experts.down_proj": "layers.#.feed_forward.experts.w2_stacked",
 }
-_OUR_LAYER = {ours: theirs for theirs, ours in _HF_LAYER.items()}
-_OUR_TOP = {ours: theirs for theirs, ours in _HF_TOP.items()}
+_NAMES: dict[str, dict[str, str]] = {
+    "mixtral": _HF
+    | {
+        "model.layers.#.block_sparse_moe.gate": "layers.#.feed_forward.gate",
+        "model.layers.#.block_sparse_moe.experts.#.w1": "layers.#.feed_forward.experts.#.w1",
+        "model.layers.#.block_sparse_moe.experts.#.w2": "layers.#.feed_forward.experts.#.w2",
+        "model.layers.#.block_sparse_moe.experts.#.w3": "layers.#.feed_forward.experts.#.w3",
+    }
+    | _STACKED_EXPERTS,
+    "qwen": {
+        "transformer.wte": "tok_embeddings",
+        "transformer.ln_f": "norm",
+        "lm_head": "output",
+        "transformer.h.#.attn.c_attn": "layers.#.attention.wqkv_stacked",
+        "transformer.h.#.attn.c_proj": "layers.#.attention.wo",
+        "transformer.h.#.mlp.w2": "layers.#.feed_forward.w1",  # c_proj(w1(x) * silu(w2(x)))
+        "transformer.h.#.mlp.w1": "layers.#.feed_forward.w3",
+        "transformer.h.#.mlp.c_proj": "layers.#.feed_forward.w2",
+        "transformer.h.#.ln_1": "layers.#.attention_norm",
+        "transformer.h.#.ln_2": "layers.#.ffn_norm",
+    },
+    "qwen3_moe": _HF
+    | {
+        "model.layers.#.mlp.experts.#.gate_proj": "layers.#.feed_forward.experts.#.w1",
+        "model.layers.#.mlp.experts.#.down_proj": "layers.#.feed_forward.experts.#.w2",
+        "model.layers.#.mlp.experts.#.up_proj": "layers.#.feed_forward.experts.#.w3",
+    }
+    | _STACKED_EXPERTS,
+    "gemma2": _HF
+    | {
+        "model.layers.#.post_attention_layernorm": "layers.#.attention_post_norm",
+        "model.layers.#.pre_feedforward_layernorm": "layers.#.ffn_norm",
+        "model.layers.#.post_feedforward_layernorm": "layers.#.ffn_post_norm",
+    },
+    "internlm2": {
+        "model.tok_embeddings": "tok_embeddings",
+        "model.norm": "norm",
+        "output": "output",
+        "model.layers.#.attention.wqkv": "layers.#.attention.wqkv_grouped",
+        "model.layers.#.attention.wo": "layers.#.attention.wo",
+        "model.layers.#.feed_forward.w1": "layers.#.feed_forward.w1",
+        "model.layers.#.feed_forward.w2": "layers.#.feed_forward.w2",
+        "model.layers.#.feed_forward.w3": "layers.#.feed_forward.w3",
+        "model.layers.#.attention_norm": "layers.#.attention_norm",
+        "model.layers.#.ffn_norm": "layers.#.ffn_norm",
+    },
+}
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_QKV = ("wq", "wk", "wv")
 
 
 def strip_wrappers(name: str) -> str:
@@ -51,36 +109,164 @@ def is_derived(name: str) -> bool:
 
 def uses_hf_names(names: Iterable[str]) -> bool:
     """Whether a checkpoint speaks Hugging Face's names rather than Meta's."""
-    return any(strip_wrappers(name).startswith("model.") for name in names)
+    return any(strip_wrappers(name).startswith(("model.", "transformer.")) for name in names)
 
 
-def from_hf_name(name: str) -> str:
-    """Our name of a Hugging Face parameter. Raises UserError for one we do not know."""
-    if name in _HF_TOP:
-        return _HF_TOP[name]
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
-    if not match or match[2] not in _HF_LAYER:
-        raise UserError(f"unknown parameter {name!r}; this Llama-family importer knows no place for it")
-    return f"layers.{match[1]}.{_HF_LAYER[match[2]]}.weight"
+def from_hf_name(name: str, family: str = PLAIN) -> str:
+    """Our name of a Hugging Face parameter, or of the tensor it is fused in. Raises UserError for an unknown one."""
+    ours = _rename(name, _NAMES.get(family, _HF))
+    if ours is None:
+        raise UserError(
+            f"unknown parameter {name!r}; the importer of {family} checkpoints knows no place for it"
+        )
+    return ours
 
 
-def to_hf_name(name: str) -> str:
-    """The Hugging Face name of one of our parameters."""
-    if name in _OUR_TOP:
-        return _OUR_TOP[name]
-    _, index, rest = name.removesuffix(".weight").split(".", 2)
-    return f"model.layers.{index}.{_OUR_LAYER[rest]}.weight"
+def to_hf_name(name: str, family: str = PLAIN) -> str:
+    """The Hugging Face name of one of our parameters, or of a fused tensor under our name for it."""
+    table = _NAMES.get(family, _HF)
+    theirs = _rename(name, {ours: theirs for theirs, ours in reversed(table.items())})
+    assert theirs is not None, f"{name} has no place in a {family} checkpoint"
+    return theirs
+
+
+def _rename(name: str, table: Mapping[str, str]) -> str | None:
+    """A name looked up with its numbers replaced by #, which are put back; None if it is not there."""
+    stem, _, kind = name.rpartition(".")
+    if kind not in ("weight", "bias"):  # transformers' stacked experts have bare names
+        stem, kind = name, ""
+    found = table.get(_NUMBER.sub("#", stem))
+    if found is None:
+        return None
+    for number in _NUMBER.findall(stem):
+        found = found.replace("#", number, 1)
+    return f"{found}.{kind}" if kind else found
+
+
+def as_ours(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+    """A Hugging Face checkpoint's tensors, under our names already, as our parameters in our rotary layout.
+
+    Raises UserError for a fused tensor whose shape does not fit the config.
+    """
+    ours: dict[str, StoredTensor] = {}
+    for name, stored in tensors.items():
+        parts = _parts(name, stored, config) if "_stacked" in name or "_grouped" in name else {name: stored}
+        for part, piece in parts.items():
+            load = functools.partial(_load_from_hf, part, piece.load, config)
+            ours[part] = piece._replace(load=load)
+    return ours
+
+
+def _load_from_hf(name: str, load: Callable[[], Tensor], config: ModelConfig) -> Tensor:
+    return rotary_from_hf(name, load(), config)
+
+
+def as_hf(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+    """Our whole parameters as Hugging Face's: its names, its rotary layout, fused where the family fuses."""
+    fused = {ours.rpartition("_")[2] for ours in _NAMES.get(config.family, _HF).values() if "wqkv_" in ours}
+    theirs: dict[str, StoredTensor] = {}
+    for name, stored in tensors.items():
+        stem, kind = name.rsplit(".", 1)
+        parent, _, module = stem.rpartition(".")
+        if not fused or module not in _QKV:
+            load = functools.partial(_load_to_hf, name, stored.load, config)
+            theirs[to_hf_name(name, config.family)] = stored._replace(load=load)
+        elif module == "wq":
+            (way,) = fused
+            parts = {part: tensors[f"{parent}.{part}.{kind}"] for part in _QKV}
+            rows = sum(part.shape[0] for part in parts.values())
+            load = functools.partial(_load_fused, parent, kind, parts, way, config)
+            whole = to_hf_name(f"{parent}.wqkv_{way}.{kind}", config.family)
+            theirs[whole] = StoredTensor((rows, *stored.shape[1:]), load, stored.dtype)
+    return theirs
+
+
+def _load_to_hf(name: str, load: Callable[[], Tensor], config: ModelConfig) -> Tensor:
+    return rotary_to_hf(name, load(), config).contiguous()
+
+
+def _load_fused(
+    parent: str, kind: str, parts: Mapping[str, StoredTensor], way: str, config: ModelConfig
+) -> Tensor:
+    """Queries, keys and values as one tensor: stacked, or for each kv head its queries, key and value."""
+    pieces = [_load_to_hf(f"{parent}.{part}.{kind}", stored.load, config) for part, stored in parts.items()]
+    if way == "grouped":
+        pieces = [piece.unflatten(0, (config.n_kv_heads, -1, config.head_dim)) for piece in pieces]
+        return torch.cat(pieces, 1).flatten(0, 2)
+    return torch.cat(pieces)
+
+
+def _parts(name: str, fused: StoredTensor, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Our parameters that a fused tensor holds, each cut from it when read. Raises UserError on a wrong shape."""
+    shapes = expected_shapes(config)
+    stem, way = re.fullmatch(r"(.+)_(stacked|grouped)(?:\.(?:weight|bias))?", name).groups()
+    parent, _, modules = stem.rpartition(".")
+    if modules == "wqkv":
+        takes = _qkv_parts(f"{parent}.{{}}.{name.rpartition('.')[2]}", way, config)
+        leading: tuple[int, ...] = ((config.n_heads + 2 * config.n_kv_heads) * config.head_dim,)
+    else:
+        takes = _expert_parts(parent, modules, config)
+        leading = (config.n_experts, 2 * config.ffn_dim if modules == "w13" else config.dim)
+    first = next(iter(takes), "")
+    if first not in shapes:
+        raise UserError(f"unknown parameter {name}: the config describes no {first or 'experts'}")
+    whole = (*leading, *shapes[first][1:])
+    if fused.shape != whole:
+        raise UserError(f"{name} has shape {list(fused.shape)}, but the config means {list(whole)}")
+    return {
+        part: StoredTensor(shapes[part], functools.partial(_load_part, fused, take), fused.dtype)
+        for part, take in takes.items()
+    }
+
+
+Take = Callable[[Tensor], Tensor]
+
+
+def _load_part(fused: StoredTensor, take: Take) -> Tensor:
+    return take(_load_whole(fused)).contiguous()
+
+
+@functools.lru_cache(maxsize=1)
+def _load_whole(fused: StoredTensor) -> Tensor:
+    """A fused tensor; the last one is kept, because its parts are read one after the other."""
+    return fused.load()
+
+
+def _qkv_parts(pattern: str, way: str, config: ModelConfig) -> dict[str, Take]:
+    """How queries, keys and values are taken from one tensor of them all [heads * E, ...], {} standing for each."""
+    sizes = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+    if way == "grouped":
+        sizes = [size // config.n_kv_heads for size in sizes]
+
+    def take(whole: Tensor, index: int) -> Tensor:
+        heads = whole.unflatten(0, (-1, sum(sizes), config.head_dim))
+        return heads.split(sizes, 1)[index].flatten(0, 2)
+
+    return {pattern.format(module): functools.partial(take, index=index) for index, module in enumerate(_QKV)}
+
+
+def _expert_parts(parent: str, modules: str, config: ModelConfig) -> dict[str, Take]:
+    """How single experts' linears are taken from [X, rows, columns]; w13 has w1's rows above w3's."""
+
+    def take(whole: Tensor, expert: int, half: int) -> Tensor:
+        return whole[expert].chunk(2)[half] if modules == "w13" else whole[expert]
+
+    halves = {"w1": 0, "w3": 1} if modules == "w13" else {"w2": 0}
+    return {
+        f"{parent}.{expert}.{module}.weight": functools.partial(take, expert=expert, half=half)
+        for expert in range(config.n_experts)
+        for module, half in halves.items()
+    }
 
 
 def _rotary_heads(name: str, config: ModelConfig) -> int | None:
-    """How many rotary heads lie in a projection's rows; None for every other parameter."""
-    if name.endswith("attention.wq.weight"):
-        return config.n_heads
-    return config.n_kv_heads if name.endswith("attention.wk.weight") else None
+    """How many rotary heads lie in a parameter's rows; None where there are none."""
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads, "q_norm": 1, "k_norm": 1}
+    return heads.get(name.split(".")[-2])
 
 
 def rotary_from_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Reorder a whole wq or wk from Hugging Face's rotary layout to ours; other tensors pass through.
+    """Reorder a whole wq or wk, its bias or its norm from Hugging Face's rotary layout to ours; others pass through.
 
     Hugging Face pairs row i of a head with row i + E/2; ours (Meta's) pairs rows 2i and 2i + 1.
     """

@@ -1,18 +1,18 @@
 """A checkpoint or an adapter written back as the directory that transformers or PEFT opens."""
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from src.checkpoint import convert, peft_layout, storage
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.split import is_finite, refuse_source, tokenizer_of
 from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_safetensors_file
+from src.errors import UserError
 from src.models.config import ModelConfig
-from src.models.families import config_to_hf
+from src.models.families import FAMILIES
+from src.models.foreign import config_to_hf
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -33,6 +33,10 @@ def export_hf(
     (score at the last token) or the token classifier (a score at each) of its family, with one label. Returns the
     parameters that hold NaN or infinity.
     """
+    if source.config.value_head and FAMILIES[source.config.family].remote:
+        raise UserError(
+            f"{description} is a verifier; transformers has no classifier of {source.config.family} models"
+        )
     tokenizer = tokenizer_of(source.tokenizer_files, tokenizer_file)
     refuse_source(folder, source.folders)
     tensors = _hf_tensors(source)
@@ -91,20 +95,13 @@ def _total(files: Mapping[str, Mapping[str, TensorSpec]]) -> int:
 
 
 def _hf_tensors(source: Source) -> dict[str, StoredTensor]:
-    """The tensors under Hugging Face's names and in its rotary layout, still on disk."""
-    tensors = {}
-    for name, stored in source.tensors.items():
-        load = functools.partial(_load_for_hf, name, stored, source.config)
-        tensors[convert.to_hf_name(name)] = stored._replace(load=load)
+    """The tensors under Hugging Face's names and in its layout, still on disk."""
+    tensors = convert.as_hf(source.tensors, source.config)
     if source.config.value_head and source.config.score != "last":
         # transformers' token classifiers have a bias, its sequence classifiers none
         dtype = tensors["score.weight"].dtype
         tensors["score.bias"] = StoredTensor((1,), lambda: torch.zeros(1, dtype=dtype), dtype)
     return tensors
-
-
-def _load_for_hf(name: str, stored: StoredTensor, config: ModelConfig) -> Tensor:
-    return convert.rotary_to_hf(name, stored.load(), config)
 
 
 def file_parts(

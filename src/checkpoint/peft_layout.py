@@ -15,6 +15,7 @@ from src.checkpoint import adapters, convert, storage
 from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
 from src.errors import UserError
 from src.models.config import ModelConfig
+from src.models.families import FAMILIES
 from src.models.lora import LINEARS, LoraConfig
 
 CONFIG = "adapter_config.json"
@@ -123,7 +124,12 @@ def _reordered(reorder: convert.Reorder, name: str, stored: StoredTensor, config
 
 
 def as_peft(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
-    """Our adapter's tensors under PEFT's names and in Hugging Face's rotary layout."""
+    """Our adapter's tensors under PEFT's names and in Hugging Face's rotary layout.
+
+    Raises UserError for a family whose code is remote: PEFT adapts its fused linears, we adapt their parts.
+    """
+    if FAMILIES[config.family].remote:
+        raise UserError(f"an adapter of a {config.family} model has no form in PEFT; merge it with --merge_lora")
     theirs = {}
     for name, stored in tensors.items():
         load = functools.partial(_reordered, convert.rotary_to_hf, name, stored, config)

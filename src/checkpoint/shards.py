@@ -22,8 +22,13 @@ SPLIT_DIM: dict[str, int | None] = {
     "w2": 1,
     "w3": 0,
     "output": 0,
+    "gate": None,
+    "q_norm": None,
+    "k_norm": None,
     "attention_norm": None,
+    "attention_post_norm": None,
     "ffn_norm": None,
+    "ffn_post_norm": None,
     "norm": None,
     "v_head": None,
 }
@@ -31,28 +36,30 @@ SPLIT_DIM: dict[str, int | None] = {
 
 def split_dim(name: str, config: ModelConfig, n: int = 1) -> int | None:
     """The dimension of a parameter that n shards share out. Raises UserError for a name not in the table."""
-    parts = name.removesuffix(".weight").split(".")
+    parts = name.split(".")
     module = _module(name)
     if module == "tok_embeddings":
         return config.embedding_dim_on(n)
-    if parts[-1] in ("lora_a", "lora_b"):
+    if module not in SPLIT_DIM or parts[-1] not in ("weight", "bias"):
+        raise UserError(f"unknown parameter {name!r}; a checkpoint has {', '.join(SPLIT_DIM)}")
+    dim = SPLIT_DIM[module]
+    if parts[-2] in ("lora_a", "lora_b"):
         # an adapter's A shares its base's inputs, its B the base's outputs: one of the two is whole
-        dim = SPLIT_DIM[module]
-        return dim if dim == (1 if parts[-1] == "lora_a" else 0) else None
-    if module not in SPLIT_DIM or not name.endswith(".weight"):
-        raise UserError(f"unknown parameter {name!r}; a Llama-family checkpoint has {', '.join(SPLIT_DIM)}")
-    return SPLIT_DIM[module]
+        return dim if dim == (1 if parts[-2] == "lora_a" else 0) else None
+    if parts[-1] == "bias" and dim != 0:
+        raise UserError(f"unknown parameter {name!r}; only linears split by their outputs have a bias")
+    return dim
 
 
 def _base_name(name: str) -> str:
     """The parameter of the plain model whose dimensions this one shares: itself, or what an adapter adapts."""
-    stem = name.removesuffix(".weight").removesuffix(".base").removesuffix(".lora_a").removesuffix(".lora_b")
-    return f"{stem}.weight"
+    stem, _, kind = name.rpartition(".")
+    return f"{stem.removesuffix('.base').removesuffix('.lora_a').removesuffix('.lora_b')}.{kind}"
 
 
 def _module(name: str) -> str:
     """The linear, norm or embedding that a parameter belongs to, adapters and adapted bases included."""
-    return _base_name(name).removesuffix(".weight").split(".")[-1]
+    return _base_name(name).rpartition(".")[0].split(".")[-1]
 
 
 class Cut(NamedTuple):
@@ -68,10 +75,12 @@ class Cut(NamedTuple):
 
 
 def cut_of(name: str, config: ModelConfig, n: int) -> Cut:
-    """How n shards share out a parameter, adapters included. Raises UserError for a name not in the table."""
+    """How n shards share out a parameter, adapters included. Raises UserError for one that the config lacks."""
     dim, module = split_dim(name, config, n), _module(name)
     if dim is None:
         return Cut(None, 0, (range(0),) * n)
+    if _base_name(name) not in expected_shapes(config):
+        raise UserError(f"unknown parameter {name!r}; the config describes no such tensor")
     size = expected_shapes(config)[_base_name(name)][dim]
     if module in ("wq", "wo"):
         rows = [config.rows_of(config.heads_on(n, index)[0]) for index in range(n)]
@@ -192,24 +201,52 @@ def _check_copies(copies: Sequence[Tensor], first: Tensor) -> None:
 @functools.lru_cache(maxsize=8)
 def expected_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Name and whole shape of every parameter that a checkpoint of this config holds."""
-    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer = {
-        "attention.wq": (queries, config.dim),
-        "attention.wk": (keys, config.dim),
-        "attention.wv": (keys, config.dim),
-        "attention.wo": (config.dim, queries),
-        "feed_forward.w1": (config.ffn_dim, config.dim),
-        "feed_forward.w2": (config.dim, config.ffn_dim),
-        "feed_forward.w3": (config.ffn_dim, config.dim),
-        "attention_norm": (config.dim,),
-        "ffn_norm": (config.dim,),
-    }
+    layer = _attention_shapes(config) | _feed_forward_shapes(config)
+    norms = ["attention_norm", "ffn_norm"] + ["attention_post_norm", "ffn_post_norm"] * config.post_norms
+    layer |= {f"{norm}.weight": (config.dim,) for norm in norms}
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, config.dim)}
     for index in range(config.n_layers):
-        shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
     shapes["norm.weight"] = (config.dim,)
     if config.value_head:
         shapes["v_head.weight"] = (1, config.dim)
     elif not config.tied:
         shapes["output.weight"] = (config.vocab_size, config.dim)
     return MappingProxyType(shapes)
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of one layer's attention parameters."""
+    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "attention.wq.weight": (queries, config.dim),
+        "attention.wk.weight": (keys, config.dim),
+        "attention.wv.weight": (keys, config.dim),
+        "attention.wo.weight": (config.dim, queries),
+    }
+    if config.qkv_bias:
+        shapes |= {
+            "attention.wq.bias": (queries,),
+            "attention.wk.bias": (keys,),
+            "attention.wv.bias": (keys,),
+        }
+    if config.qk_norm:
+        shapes |= {f"attention.{norm}.weight": (config.head_dim,) for norm in ("q_norm", "k_norm")}
+    return shapes
+
+
+def _feed_forward_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of one layer's feed-forward parameters, or of its router and experts."""
+    linears = {
+        "w1.weight": (config.ffn_dim, config.dim),
+        "w2.weight": (config.dim, config.ffn_dim),
+        "w3.weight": (config.ffn_dim, config.dim),
+    }
+    if not config.n_experts:
+        return {f"feed_forward.{name}": shape for name, shape in linears.items()}
+    experts = {
+        f"feed_forward.experts.{expert}.{name}": shape
+        for expert in range(config.n_experts)
+        for name, shape in linears.items()
+    }
+    return {"feed_forward.gate.weight": (config.n_experts, config.dim)} | experts

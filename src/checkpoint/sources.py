@@ -18,7 +18,8 @@ from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join, r
 from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
 from src.errors import UserError
 from src.models.config import ModelConfig, config_from_dict
-from src.models.families import config_from_hf, config_from_meta
+from src.models.families import PLAIN
+from src.models.foreign import MetaWeights, config_from_hf, config_from_meta
 from src.models.lora import LoraConfig
 
 _NESTED_KEYS = ("model", "state_dict")
@@ -56,7 +57,8 @@ def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str
     files = [_open_file(path) for path in paths]
     described, values = _read_config(folder, files, config_file)
     hf = any(convert.uses_hf_names(file.tensors) for file in files)
-    named = [_our_names(file, hf) for file in files]
+    family = str(values.get("model_type", PLAIN)) if hf else None
+    named = [_our_names(file, family) for file in files]
     if len(named) > 1 and all(set(tensors) == set(named[0]) for tensors in named):
         tensors, config = _join_shards(named, values, described)
     else:
@@ -66,7 +68,7 @@ def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str
         tensors, config = _verifier_from_hf(tensors, values, config, described)
     tensors = _drop_tied_copy(tensors, config, described)
     if hf:
-        tensors = {name: _with_rotary_from_hf(name, stored, config) for name, stored in tensors.items()}
+        tensors = convert.as_ours(tensors, config)
     _check_shapes(tensors, config, described)
     return Source(config, tensors, storage.tokenizer_files(folder), [folder])
 
@@ -241,15 +243,18 @@ def _read_config(folder: Path, files: list[_File], config_file: str) -> tuple[st
     raise UserError(f"{folder} has neither params.json nor config.json; name one with --config_file")
 
 
-def _our_names(file: _File, hf: bool) -> dict[str, StoredTensor]:
-    """A file's tensors under our names, wrappers' prefixes and derived tensors removed; unknown names are listed."""
+def _our_names(file: _File, family: str | None) -> dict[str, StoredTensor]:
+    """A file's tensors under our names, wrappers' prefixes and derived tensors removed; unknown names are listed.
+
+    family: whose Hugging Face names they are; None = they are ours.
+    """
     tensors, unknown = {}, []
     for stored_name, tensor in file.tensors.items():
         name = convert.strip_wrappers(stored_name)
         if convert.is_derived(name):
             continue
         try:
-            name = convert.from_hf_name(name) if hf else name
+            name = name if family is None else convert.from_hf_name(name, family)
         except UserError:
             unknown.append(stored_name)
             continue
@@ -261,7 +266,7 @@ def _our_names(file: _File, hf: bool) -> dict[str, StoredTensor]:
     if unknown:
         raise UserError(
             f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; "
-            f"expected a Llama-family checkpoint"
+            f"expected a checkpoint in the names of {family or 'Meta'}"
         )
     return tensors
 
@@ -322,12 +327,11 @@ def _config(
             raise UserError(
                 f"{described}: key {key!r} is missing; expected a Meta params.json or an HF config.json"
             )
-    _check_present(tensors, ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"), described)
-    ffn_rows = tensors["layers.0.feed_forward.w1.weight"].shape[0] * scale
+    inner = f"layers.0.feed_forward.{'experts.0.' if values.get('moe') else ''}w1.weight"
+    _check_present(tensors, ("tok_embeddings.weight", inner), described)
+    ffn_rows = tensors[inner].shape[0] * scale
     vocab_rows = tensors["tok_embeddings.weight"].shape[0] * (scale if embedding_dim == 0 else 1)
-    return config_from_meta(
-        values,
-        described,
+    weights = MetaWeights(
         ffn_dim=ffn_rows,
         vocab_size=vocab_rows,
         dtype=dtype,
@@ -335,6 +339,7 @@ def _config(
         value_head="v_head.weight" in tensors,
         embedding_split_dim=embedding_dim,
     )
+    return config_from_meta(values, described, weights)
 
 
 def _check_present(tensors: dict[str, StoredTensor], names: tuple[str, ...], described: str) -> None:
@@ -382,11 +387,6 @@ def _verifier_from_hf(
     return {name: stored for name, stored in tensors.items() if name != "v_head.bias"}, config
 
 
-def _with_rotary_from_hf(name: str, stored: StoredTensor, config: ModelConfig) -> StoredTensor:
-    load: Callable[[], Tensor] = stored.load
-    return stored._replace(load=lambda: convert.rotary_from_hf(name, load(), config))
-
-
 def _check_shapes(tensors: dict[str, StoredTensor], config: ModelConfig, described: str) -> None:
     """Raise UserError unless the tensors are exactly those of the config."""
     expected = expected_shapes(config)
@@ -411,3 +411,24 @@ def read_config(folder: Path) -> ModelConfig:
     if "ffn_dim" in values:
         return config_from_dict(values, str(folder / "params.json"))
     return open_source(str(folder)).config
+
+
+def with_added_tokens(source: Source, n: int) -> Source:
+    """A checkpoint whose vocabulary has n more rows at its end, each the mean of the old ones (Hewitt 2021)."""
+    tensors = dict(source.tensors)
+    for name in tensors.keys() & {"tok_embeddings.weight", "output.weight"}:
+        stored = tensors[name]
+        shape = (stored.shape[0] + n, stored.shape[1])
+        tensors[name] = stored._replace(shape=shape, load=functools.partial(_load_extended, stored, n))
+    config = dataclasses.replace(
+        source.config,
+        vocab_size=source.config.vocab_size + n,
+        n_added_tokens=source.config.n_added_tokens + n,
+    )
+    return source._replace(config=config, tensors=tensors)
+
+
+def _load_extended(stored: StoredTensor, n: int) -> Tensor:
+    whole = stored.load()
+    mean = whole.mean(0, dtype=torch.float32).type_as(whole)
+    return torch.cat([whole, mean.expand(n, -1)])

@@ -4,6 +4,7 @@ B batch, S new positions, T cached positions, H query heads and K kv heads on th
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,34 +13,106 @@ from torch.nn.attention.varlen import varlen_attn
 
 from src.models.cache import Cache, Group
 from src.models.config import ModelConfig
+from src.models.feedforward import RMSNorm
 from src.models.rope import apply_rope
-from src.parallel import ColumnParallelLinear, RowParallelLinear, tensor_parallel_rank, tensor_parallel_size
+from src.parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_parallel,
+    tensor_parallel_rank,
+    tensor_parallel_size,
+)
 
 # What each position may attend to: None = those before it in its row, itself included; a tensor [B, 1, S, T] of
 # booleans; or, for one row of samples laid end to end, the samples' lengths: those before it in its own sample.
 Visible = Tensor | tuple[int, ...] | None
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Visible) -> Tensor:
+class Scores(NamedTuple):
+    """How a layer makes attention scores of queries and keys."""
+
+    scale: float
+    softcap: float  # scores x become softcap * tanh(x / softcap); 0 = they stay
+    window: int  # positions that each one sees, its own included; 0 = all before it
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Visible, scores: Scores) -> Tensor:
     """Scaled dot-product attention. [B, H, S, E], [B, K, T, E], [B, K, T, E] -> [B, H, S, E]."""
-    grouped = queries.shape[1] != keys.shape[1]
-    if not isinstance(visible, tuple):
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped
+    if isinstance(visible, tuple):
+        if queries.is_cuda and queries.dtype in (torch.bfloat16, torch.float16) and not scores.softcap:
+            return _attend_in_samples(queries, keys, values, visible, scores)
+        parts = (heads.split(visible, dim=2) for heads in (queries, keys, values))
+        return torch.cat([attend(*part, None, scores) for part in zip(*parts, strict=True)], dim=2)
+    if 0 < scores.window < keys.shape[2]:
+        visible = _in_window(_causal(queries) if visible is None else visible, scores.window)
+    if scores.softcap:
+        return _attend_softcapped(
+            queries, keys, values, _causal(queries) if visible is None else visible, scores
         )
-    if queries.is_cuda and queries.dtype in (torch.bfloat16, torch.float16):
-        return _attend_in_samples(queries, keys, values, visible)
-    parts = (heads.split(visible, dim=2) for heads in (queries, keys, values))
-    return torch.cat([attend(*part, None) for part in zip(*parts, strict=True)], dim=2)
+    grouped = queries.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=visible,
+        is_causal=visible is None,
+        scale=scores.scale,
+        enable_gqa=grouped,
+    )
 
 
-def _attend_in_samples(queries: Tensor, keys: Tensor, values: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _causal(queries: Tensor) -> Tensor:
+    """What None stands for: every position sees those before it, itself included. -> [1, 1, S, S] bool."""
+    S = queries.shape[2]
+    return torch.ones(1, 1, S, S, dtype=torch.bool, device=queries.device).tril()
+
+
+def _in_window(visible: Tensor, window: int) -> Tensor:
+    """The last `window` of the positions that each one sees, which are the first of their row. [B, 1, S, T] bool."""
+    first = visible.sum(-1, keepdim=True) - window
+    return visible & (torch.arange(visible.shape[-1], device=visible.device) >= first)
+
+
+def _attend_softcapped(
+    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scores: Scores
+) -> Tensor:
+    """attend() with a softcap, which no fused kernel has: scores [B, K, H / K, S, T] are held in float32."""
+    grouped = queries.unflatten(1, (keys.shape[1], -1))  # [B, K, H / K, S, E]
+    raw = scores.scale * (grouped @ keys[:, :, None].transpose(-1, -2)).float()
+    capped = scores.softcap * torch.tanh(raw / scores.softcap)
+    weights = capped.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1).type_as(values)
+    return (weights @ values[:, :, None]).flatten(1, 2)
+
+
+def _attend_in_samples(
+    queries: Tensor, keys: Tensor, values: Tensor, lengths: tuple[int, ...], scores: Scores
+) -> Tensor:
     """attend() within samples laid end to end, in one call of the GPU's flash kernel (half precision only)."""
     ends = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=queries.device)
     rows = [heads[0].transpose(0, 1) for heads in (queries, keys, values)]  # [S, H or K, E]
-    grouped, longest = queries.shape[1] != keys.shape[1], max(lengths)
-    mixed = varlen_attn(*rows, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    longest, before = max(lengths), scores.window - 1 if scores.window else -1
+    mixed = varlen_attn(
+        *rows,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scores.scale,
+        window_size=(before, 0),
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
     return mixed.transpose(0, 1)[None]
+
+
+class HeadNorm(RMSNorm):
+    """RMS normalisation of each head (Henry et al. 2020): every rank holds the weight, and meets some of the heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.head_dim, config.norm_eps, config.norm_offset)
+
+    def scale(self) -> Tensor:
+        """The factor of each dimension, its gradient summed over the ranks. -> [E] float32."""
+        return copy_to_tensor_parallel(super().scale())
 
 
 class Attention(nn.Module):
@@ -53,29 +126,34 @@ class Attention(nn.Module):
         queries, keys = config.rows_of(heads), config.rows_of(kv_heads)
         all_queries, all_keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         replicated = config.n_kv_heads < tensor_parallel_size()
-        self.wq = ColumnParallelLinear(config.dim, all_queries, queries)
-        self.wk = ColumnParallelLinear(config.dim, all_keys, keys, replicated=replicated)
-        self.wv = ColumnParallelLinear(config.dim, all_keys, keys, replicated=replicated)
+        bias = config.qkv_bias
+        self.wq = ColumnParallelLinear(config.dim, all_queries, queries, bias=bias)
+        self.wk = ColumnParallelLinear(config.dim, all_keys, keys, bias=bias, replicated=replicated)
+        self.wv = ColumnParallelLinear(config.dim, all_keys, keys, bias=bias, replicated=replicated)
         self.wo = RowParallelLinear(all_queries, config.dim, queries)
+        self.q_norm = HeadNorm(config) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(config) if config.qk_norm else nn.Identity()
+        self.scores = Scores(config.attention_scale, config.attention_softcap, config.window_of(layer))
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Cache | None
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D]. A cache takes the new keys and values and says itself what is visible."""
         B, S, _ = x.shape
-        queries = apply_rope(self.wq(x).view(B, S, self.n_heads, self.head_dim), rotation)  # [B, S, H, E]
-        keys = apply_rope(self.wk(x).view(B, S, self.n_kv_heads, self.head_dim), rotation)  # [B, S, K, E]
+        queries = self.q_norm(self.wq(x).view(B, S, self.n_heads, self.head_dim))  # [B, S, H, E]
+        keys = self.k_norm(self.wk(x).view(B, S, self.n_kv_heads, self.head_dim))  # [B, S, K, E]
         values = self.wv(x).view(B, S, self.n_kv_heads, self.head_dim)
+        queries, keys = apply_rope(queries, rotation), apply_rope(keys, rotation)
         queries, keys, values = (heads.transpose(1, 2) for heads in (queries, keys, values))
         if cache is None:
-            mixed = attend(queries, keys, values, visible)
+            mixed = attend(queries, keys, values, visible, self.scores)
         else:
-            mixed = _attend_to_groups(queries, cache.write(self.layer, keys, values))
+            mixed = _attend_to_groups(queries, cache.write(self.layer, keys, values), self.scores)
         return self.wo(mixed.transpose(1, 2).reshape(B, S, -1))
 
 
-def _attend_to_groups(queries: Tensor, groups: list[Group]) -> Tensor:
+def _attend_to_groups(queries: Tensor, groups: list[Group], scores: Scores) -> Tensor:
     """attend(), each group of rows to what the cache holds of it. [B, H, S, E] -> [B, H, S, E]."""
     return torch.cat(
-        [attend(queries[group.rows], group.keys, group.values, group.visible) for group in groups]
+        [attend(queries[group.rows], group.keys, group.values, group.visible, scores) for group in groups]
     )

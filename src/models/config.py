@@ -4,22 +4,46 @@ import dataclasses
 from dataclasses import dataclass
 
 from src.errors import UserError
+from src.models.families import PLAIN
 from src.parallel import share
+
+CHOICES: dict[str, tuple[str | int, ...]] = {
+    "activation": ("silu", "gelu_tanh"),
+    "rope_type": ("default", "linear", "wavelength", "dynamic"),
+    "embedding_split_dim": (0, 1),
+    "score": ("last", "mean"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Every fact needed to build a model. Names follow Meta's params.json where it has one.
 
-    max_seq_len is the longest context the model was made for. embedding_split_dim says how shards cut
-    tok_embeddings: 0 by vocabulary rows, 1 by width (Meta's Llama 1 and 2). A value head (`v_head`, one score a
-    position) replaces the output layer; score says where a verifier's score of a
-    response is read: at its `last` token, or as the `mean` over its tokens; score_mean and score_std are the
-    measured statistics of such scores. chat_template names the format that training put texts in
-    (none for none); empty where no training here has chosen one.
+    max_seq_len is the longest context the model was made for. tok_embeddings are cut along embedding_split_dim:
+    0 by vocabulary rows, 1 by width (Meta's first releases). The last n_added_tokens rows of the vocabulary
+    are not of the released model.
+
+    rope_type says how rotary frequencies are stretched: `linear` divides all by rope_factor, `wavelength` only
+    those that turn less than rope_low_freq_factor to rope_high_freq_factor times within
+    rope_original_max_seq_len, `dynamic` none as long as no position exceeds max_seq_len - beyond it, nor beyond it
+    with logn_attention, the model's rule is not implemented and the decoder refuses.
+
+    windows holds each layer's sliding window in positions, its own included; 0, or an empty tuple, is unlimited.
+    query_pre_attn_scalar divides attention scores by its root; 0 stands for head_dim. A softcap of c turns scores
+    x into c tanh(x / c); 0 leaves them. norm_offset: norms store their weight minus one. post_norms: attention and
+    feed-forward outputs are normalised too. scaled_embeddings: embeddings are multiplied by the root of dim.
+
+    With n_experts > 0 a router sends each token to n_active_experts feed-forward layers of width ffn_dim;
+    renormalised_experts: the chosen ones' probabilities are made to sum to one.
+
+    A value head (`v_head`, one score a position) replaces the output layer; score says where a verifier's score
+    of a response is read: at its `last` token, or as the `mean` over its tokens; score_mean and score_std are the
+    measured statistics of such scores. chat_template names the format that training put texts in (none for none);
+    empty where no training here has chosen one.
     """
 
-    family: str = "llama"
+    family: str = PLAIN
     dim: int
     n_layers: int
     n_heads: int
@@ -27,10 +51,30 @@ class ModelConfig:
     head_dim: int
     ffn_dim: int
     vocab_size: int
+    n_added_tokens: int = 0
     max_seq_len: int
     norm_eps: float = 1e-5
+    norm_offset: bool = False
+    post_norms: bool = False
+    activation: str = "silu"
     rope_theta: float = 10000.0
+    rope_type: str = "default"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_max_seq_len: int = 8192
+    logn_attention: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    query_pre_attn_scalar: float = 0.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    windows: tuple[int, ...] = ()
+    n_experts: int = 0
+    n_active_experts: int = 0
+    renormalised_experts: bool = True
     tied: bool = False
+    scaled_embeddings: bool = False
     embedding_split_dim: int = 1
     value_head: bool = False
     score: str = "last"
@@ -46,12 +90,27 @@ class ModelConfig:
                 raise UserError(f"{field.name}={value!r}: expected a non-negative integer")
             if field.type is float and type(value) not in (int, float):
                 raise UserError(f"{field.name}={value!r}: expected a number")
+            if field.type is bool and type(value) is not bool:
+                raise UserError(f"{field.name}={value!r}: expected true or false")
         if self.n_kv_heads == 0 or self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
-        if self.score not in ("last", "mean"):
-            raise UserError(f"score={self.score!r}: expected last or mean")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype={self.dtype!r}: expected float32, bfloat16 or float16")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                expected = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}"
+                raise UserError(f"{name}={getattr(self, name)!r}: expected {expected}")
+        if self.windows and (
+            len(self.windows) != self.n_layers
+            or any(type(window) is not int or window < 0 for window in self.windows)
+        ):
+            raise UserError(
+                f"windows={list(self.windows)}: expected {self.n_layers} non-negative integers, one a layer"
+            )
+        if self.n_experts and not 0 < self.n_active_experts <= self.n_experts:
+            raise UserError(
+                f"n_active_experts={self.n_active_experts}: expected 1 to n_experts={self.n_experts}"
+            )
+        if self.rope_factor <= 0:
+            raise UserError(f"rope_factor={self.rope_factor}: expected a number above 0")
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
         if self.tied and self.embedding_split_dim != 0:
@@ -95,6 +154,20 @@ class ModelConfig:
         """The dimension along which n shards cut tok_embeddings: the width only where it divides."""
         return 0 if self.dim % n else self.embedding_split_dim
 
+    def window_of(self, layer: int) -> int:
+        """The sliding window of a layer in positions; 0 = unlimited."""
+        return self.windows[layer] if self.windows else 0
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    @property
+    def bounded_context(self) -> bool:
+        """Whether positions beyond max_seq_len follow a rule that is not implemented."""
+        return self.rope_type == "dynamic" or self.logn_attention
+
     def to_dict(self) -> dict[str, object]:
         """The contents of params.json."""
         return dataclasses.asdict(self)
@@ -115,4 +188,8 @@ def config_from_dict(values: dict[str, object], source: str) -> ModelConfig:
     ]
     if missing:
         raise UserError(f"{source}: key {missing[0]!r} is missing")
-    return ModelConfig(**values)
+    if not isinstance(values.get("windows", []), list):
+        raise UserError(
+            f"{source}: windows={values['windows']!r}; expected a list with an integer for each layer"
+        )
+    return ModelConfig(**values | {"windows": tuple(values.get("windows", []))})

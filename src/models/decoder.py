@@ -8,29 +8,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import parallel
+from src.errors import UserError
 from src.models.attention import Attention, Visible
 from src.models.cache import Cache
 from src.models.config import ModelConfig
-from src.models.feedforward import FeedForward, RMSNorm
+from src.models.feedforward import FeedForward, MixtureOfExperts, RMSNorm
 from src.models.rope import rope_frequencies, rope_rotation
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
+    """Pre-norm residual block: attention, then feed-forward; with post_norms both outputs are normalised too."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention = Attention(config, layer)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = MixtureOfExperts(config) if config.n_experts else FeedForward(config)
+        self.attention_norm = _norm(config)
+        self.ffn_norm = _norm(config)
+        self.attention_post_norm = _norm(config) if config.post_norms else nn.Identity()
+        self.ffn_post_norm = _norm(config) if config.post_norms else nn.Identity()
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Cache | None
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), rotation, visible, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotation, visible, cache))
+        return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
+
+
+def _norm(config: ModelConfig) -> RMSNorm:
+    """A norm over the model's width."""
+    return RMSNorm(config.dim, config.norm_eps, config.norm_offset)
 
 
 class Decoder(nn.Module):
@@ -46,7 +54,7 @@ class Decoder(nn.Module):
         embedding = parallel.ParallelEmbedding if by_width else parallel.VocabParallelEmbedding
         self.tok_embeddings = embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = _norm(config)
         if config.value_head:
             self.v_head = nn.Linear(config.dim, 1, bias=False)
         elif not config.tied:
@@ -71,13 +79,25 @@ class Decoder(nn.Module):
         if positions is None:
             starts = [torch.arange(n) for n in lengths or (S,)]
             positions = torch.cat(starts).to(tokens.device).expand(B, S)
+        self._check_context(positions)
         with parallel.autocast():
             x = self.tok_embeddings(tokens)
-            frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, tokens.device)
+            if self.config.scaled_embeddings:  # the root is rounded to x's dtype, as in training
+                x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype, device=x.device)
+            frequencies = rope_frequencies(self.config, tokens.device)
             rotation = rope_rotation(positions, frequencies)
             for layer in self.layers:
                 x = layer(x, rotation, lengths, cache)
             return self.norm(x)
+
+    def _check_context(self, positions: Tensor) -> None:
+        """Raise UserError for positions whose rule we lack; most models have none."""
+        if self.config.bounded_context and int(positions.max()) >= self.config.max_seq_len:
+            raise UserError(
+                f"position {int(positions.max())} lies beyond the model's context of {self.config.max_seq_len}, "
+                f"where its dynamic rotary positions or logn attention would begin; they are not implemented: "
+                f"shorten the text"
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's vocabulary slice of the logits, padding rows at -inf. hidden [..., D] -> [..., P]."""
@@ -86,6 +106,8 @@ class Decoder(nn.Module):
                 local = F.linear(parallel.copy_to_tensor_parallel(hidden), self.tok_embeddings.weight)
             else:
                 local = self.output(hidden)
+        if self.config.logit_softcap:
+            local = self.config.logit_softcap * torch.tanh(local / self.config.logit_softcap)
         rows = parallel.padded_share(self.config.vocab_size)
         if rows.stop > self.config.vocab_size:
             padding = torch.arange(rows.start, rows.stop, device=local.device) >= self.config.vocab_size

@@ -1,198 +1,343 @@
-"""Model families and sizes as data: what a foreign config must say, and what its fields are called here.
+"""Model families and released sizes as data: what a foreign config must say, and what it means here.
 
-The sizes are public facts of the released checkpoints (their config.json and params.json files).
+The facts are those of the released checkpoints' config.json and params.json files. src/models/foreign.py reads
+these tables; the naming of each family's tensors is in src/checkpoint/convert.py.
 """
 
 from typing import NamedTuple
 
-from src.errors import UserError
-from src.models.config import ModelConfig
+Value = int | float | str | bool | None
 
 
 class Family(NamedTuple):
-    """How a Hugging Face config of one `model_type` maps to ModelConfig.
+    """How a Hugging Face config of one `model_type` maps to ModelConfig, and back.
 
-    architecture: the class that transformers opens an export with.
-    fields: config.json key -> (ModelConfig field, default; None means required).
+    architecture: the class that transformers opens an export with; remote: its module and repository, where
+    transformers itself has no such class.
+    fields: config.json key -> (ModelConfig field, value of an absent key; None means required).
+    facts: ModelConfig fields that are alike in the whole family.
     fixed: config.json key -> the values we implement; absent counts as the first.
+    aliases: what other writers call a key of `fields` -> that key.
+    flags: config.json key -> (ModelConfig field, its value where the key is true).
+    window: the layers that `sliding_window` holds for: none, `all`, `alternate` ones from the first, the `late`
+    ones from max_window_layers; with `-if-used` only where use_sliding_window is true.
+    window_default: sliding_window of a config that does not mention it.
+    ffn_parts: how many FFN widths the config's intermediate_size counts.
     """
 
     architecture: str
-    fields: dict[str, tuple[str, int | float | bool | None]]
-    fixed: dict[str, tuple[object, ...]]
+    fields: dict[str, tuple[str, Value]]
+    facts: dict[str, Value] = {}
+    fixed: dict[str, tuple[Value | list[int], ...]] = {}
+    aliases: dict[str, str] = {}
+    flags: dict[str, tuple[str, Value]] = {}
+    window: str = ""
+    window_default: int | None = None
+    ffn_parts: int = 1
+    remote: tuple[str, str, str] | None = None
 
+
+_FIELDS: dict[str, tuple[str, Value]] = {
+    "hidden_size": ("dim", None),
+    "num_hidden_layers": ("n_layers", None),
+    "num_attention_heads": ("n_heads", None),
+    "num_key_value_heads": ("n_kv_heads", None),
+    "head_dim": ("head_dim", 0),  # 0: dim / n_heads
+    "intermediate_size": ("ffn_dim", None),
+    "vocab_size": ("vocab_size", None),
+    "max_position_embeddings": ("max_seq_len", None),
+    "rms_norm_eps": ("norm_eps", None),
+    "rope_theta": ("rope_theta", None),
+    "tie_word_embeddings": ("tied", False),
+}
+_EXPERTS = {"num_experts_per_tok": ("n_active_experts", None)}
+_SILU = {"hidden_act": ("silu",)}
+_NO_BIAS = {"attention_bias": (False,)}
+_GEMMA_FIELDS = _FIELDS | {"head_dim": ("head_dim", None), "tie_word_embeddings": ("tied", True)}
+_GEMMA_FACTS = {"activation": "gelu_tanh", "norm_offset": True, "scaled_embeddings": True}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
+        fields=_FIELDS
+        | {
+            "num_key_value_heads": ("n_kv_heads", 0),  # 0: n_heads
+            "max_position_embeddings": ("max_seq_len", 2048),
+            "rms_norm_eps": ("norm_eps", 1e-6),
+            "rope_theta": ("rope_theta", 10000.0),
+        },
+        fixed=_SILU | _NO_BIAS | {"mlp_bias": (False,)},
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM", fields=_FIELDS, fixed=_SILU, window="all", window_default=4096
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        fields=_FIELDS | _EXPERTS | {"num_local_experts": ("n_experts", None)},
+        facts={"renormalised_experts": True},
+        fixed=_SILU,
+        window="all",
+    ),
+    "qwen": Family(
+        architecture="QWenLMHeadModel",
         fields={
             "hidden_size": ("dim", None),
             "num_hidden_layers": ("n_layers", None),
             "num_attention_heads": ("n_heads", None),
+            "kv_channels": ("head_dim", None),
             "intermediate_size": ("ffn_dim", None),
             "vocab_size": ("vocab_size", None),
-            "max_position_embeddings": ("max_seq_len", 2048),
-            "rms_norm_eps": ("norm_eps", 1e-6),
-            "rope_theta": ("rope_theta", 10000.0),
+            "seq_length": ("max_seq_len", None),
+            "layer_norm_epsilon": ("norm_eps", None),
+            "rotary_emb_base": ("rope_theta", 10000.0),
             "tie_word_embeddings": ("tied", False),
+            "use_logn_attn": ("logn_attention", True),
         },
-        fixed={
-            "hidden_act": ("silu",),
-            "rope_scaling": (None,),
-            "attention_bias": (False,),
-            "mlp_bias": (False,),
+        facts={"qkv_bias": True},
+        fixed={"no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)},
+        flags={"use_dynamic_ntk": ("rope_type", "dynamic")},
+        ffn_parts=2,
+        remote=("Qwen/Qwen-7B", "configuration_qwen.QWenConfig", "modeling_qwen.QWenLMHeadModel"),
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        fields=_FIELDS,
+        facts={"qkv_bias": True},
+        fixed=_SILU,
+        window="late-if-used",
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        fields=_FIELDS | {"head_dim": ("head_dim", None)},
+        facts={"qk_norm": True},
+        fixed=_SILU | _NO_BIAS,
+        window="late-if-used",
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        fields=_FIELDS
+        | _EXPERTS
+        | {
+            "intermediate_size": ("", 0),  # of dense layers, which decoder_sparse_step 1 leaves none of
+            "moe_intermediate_size": ("ffn_dim", None),
+            "num_experts": ("n_experts", None),
+            "norm_topk_prob": ("renormalised_experts", False),
+        },
+        facts={"qk_norm": True},
+        aliases={"num_local_experts": "num_experts"},
+        fixed=_SILU | _NO_BIAS | {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+        window="all-if-used",
+    ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        fields=_GEMMA_FIELDS,
+        facts=_GEMMA_FACTS,
+        fixed=_NO_BIAS | {"hidden_act": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (None, False)},
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        fields=_GEMMA_FIELDS
+        | {
+            "query_pre_attn_scalar": ("query_pre_attn_scalar", None),
+            "attn_logit_softcapping": ("attention_softcap", None),
+            "final_logit_softcapping": ("logit_softcap", None),
+        },
+        facts=_GEMMA_FACTS | {"post_norms": True},
+        fixed=_NO_BIAS
+        | {"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (None, False)},
+        window="alternate",
+        window_default=4096,
+    ),
+    "internlm2": Family(
+        architecture="InternLM2ForCausalLM",
+        fields=_FIELDS,
+        fixed=_SILU | {"bias": (False,)},
+        remote=(
+            "internlm/internlm2-7b",
+            "configuration_internlm2.InternLM2Config",
+            "modeling_internlm2.InternLM2ForCausalLM",
+        ),
+    ),
+}
+
+# The family that every field's default describes, and what Meta's layout holds beside it: a checkpoint whose params
+# state hidden_dim and head_dim, and one with experts.
+PLAIN, META_OWN_HEAD_DIM, META_EXPERTS = "llama", "mistral", "mixtral"
+
+# Meta's use_scaled_rope states no factor: it is 8 in Llama 3.1 and 32 in the small models of 3.2, which are tied.
+META_ROPE_FACTOR, META_ROPE_FACTOR_TIED = 8.0, 32.0
+
+# rope_type of a config.json -> rope_type here, and its parameters: key -> ModelConfig field.
+ROPE_TYPES: dict[str, tuple[str, dict[str, str]]] = {
+    "linear": ("linear", {"factor": "rope_factor"}),
+    "dynamic": ("dynamic", {"factor": "rope_factor"}),
+    "llama3": (
+        "wavelength",
+        {
+            "factor": "rope_factor",
+            "low_freq_factor": "rope_low_freq_factor",
+            "high_freq_factor": "rope_high_freq_factor",
+            "original_max_position_embeddings": "rope_original_max_seq_len",
         },
     ),
 }
 
-_LLAMA_1 = {"norm_eps": 1e-6, "vocab_size": 32000, "rope_theta": 1e4}
-_LLAMA_2 = {"norm_eps": 1e-5, "vocab_size": 32000, "rope_theta": 1e4}
-_LLAMA_3 = {"norm_eps": 1e-5, "vocab_size": 128256, "rope_theta": 5e5}
-_7B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "ffn_dim": 11008}
-_13B = {"dim": 5120, "n_layers": 40, "n_heads": 40, "n_kv_heads": 40, "ffn_dim": 13824}
-_33B = {"dim": 6656, "n_layers": 60, "n_heads": 52, "n_kv_heads": 52, "ffn_dim": 17920}
-_65B = {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 64, "ffn_dim": 22016}
-_70B = {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "ffn_dim": 28672}
-_8B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "ffn_dim": 14336}
 
-# What --model_type may say: a family alone, or a released size whose facts must then hold.
-MODEL_TYPES: dict[str, dict[str, int | float]] = {
-    "llama": {},
-    "llama-1-7b": _7B | _LLAMA_1,
-    "llama-1-13b": _13B | _LLAMA_1,
-    "llama-1-30b": _33B | _LLAMA_1,
-    "llama-1-33b": _33B | _LLAMA_1,
-    "llama-1-65b": _65B | _LLAMA_1 | {"norm_eps": 1e-5},
-    "llama-2-7b": _7B | _LLAMA_2,
-    "llama-2-13b": _13B | _LLAMA_2,
-    "llama-2-70b": _70B | _LLAMA_2,
-    "llama-3-8b": _8B | _LLAMA_3,
-    "llama-3-70b": _70B | _LLAMA_3,
-}
+class Released(NamedTuple):
+    """What --model_type claims: the family, and facts of ModelConfig. Facts left out are the family's."""
+
+    family: str
+    facts: dict[str, int | float | str | bool]
 
 
-def check_model_type(config: ModelConfig, model_type: str, source: str) -> None:
-    """Raise UserError when --model_type contradicts the checkpoint; an empty string claims nothing."""
-    if not model_type:
-        return
-    if model_type not in MODEL_TYPES:
-        raise UserError(f"--model_type {model_type} is unknown; expected one of {', '.join(MODEL_TYPES)}")
-    for name, expected in MODEL_TYPES[model_type].items():
-        found = getattr(config, name)
-        if found != expected:
-            raise UserError(
-                f"{source} has {name}={found}, but --model_type {model_type} means {name}={expected}; "
-                f"drop --model_type (params.json knows) or give the right checkpoint"
-            )
-
-
-def config_from_hf(values: dict[str, object], source: str, dtype: str) -> ModelConfig:
-    """Read a Hugging Face config.json. Raises UserError that names the field we lack or do not implement."""
-    model_type = values.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"{source}: model_type {model_type!r} is not supported; expected {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[model_type]
-    values = values | _rope_parameters(values)
-    for key, allowed in family.fixed.items():
-        if values.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{source}: {key}={values[key]!r} is not implemented; supported: {allowed[0]!r}")
-    facts: dict[str, object] = {}
-    for key, (field, default) in family.fields.items():
-        facts[field] = values.get(key, default)
-        if facts[field] is None:
-            raise UserError(f"{source}: key {key!r} is missing")
-    _check_positive({key: values[key] for key in ("hidden_size", "num_attention_heads")}, source)
-    facts["n_kv_heads"] = values.get("num_key_value_heads") or facts["n_heads"]
-    facts["head_dim"] = values.get("head_dim") or facts["dim"] // facts["n_heads"]
-    facts["embedding_split_dim"] = 0 if facts["tied"] else 1
-    return ModelConfig(family=model_type, dtype=dtype, **facts)
-
-
-def _check_positive(values: dict[str, object], source: str) -> None:
-    """Raise UserError unless these sizes, which others are derived from, are integers above 0."""
-    for key, value in values.items():
-        if type(value) is not int or value < 1:
-            raise UserError(f"{source}: {key}={value!r}; expected an integer of at least 1")
-
-
-def _rope_parameters(values: dict[str, object]) -> dict[str, object]:
-    """transformers 5 nests rope_theta and the scaling type in `rope_parameters`; lay them flat as 4.x did."""
-    rope = values.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return {}
-    flat: dict[str, object] = {"rope_theta": rope.get("rope_theta", 10000.0)}
-    if rope.get("rope_type", "default") != "default":
-        flat["rope_scaling"] = rope
-    return flat
-
-
-def config_from_meta(
-    values: dict[str, object],
-    source: str,
-    *,
-    ffn_dim: int,
-    vocab_size: int,
-    tied: bool,
-    value_head: bool,
-    embedding_split_dim: int,
-    dtype: str,
-) -> ModelConfig:
-    """Read Meta's (or llama2.c's) params; the weights settle what the file leaves open.
-
-    The FFN width and vocabulary are the tensors', because `multiple_of`, `ffn_dim_multiplier` and a
-    vocab_size of -1 only describe them indirectly; values that disagree are an error.
-    """
-    _check_positive({key: values[key] for key in ("dim", "n_layers", "n_heads")}, source)
-    dim, n_layers, n_heads = values["dim"], values["n_layers"], values["n_heads"]
-    if "multiple_of" in values and not values.get("hidden_dim"):
-        stated = meta_ffn_dim(dim, int(values["multiple_of"]), values.get("ffn_dim_multiplier"))
-        if stated != ffn_dim:
-            raise UserError(
-                f"{source}: multiple_of and ffn_dim_multiplier mean an FFN width of {stated}, "
-                f"but feed_forward.w1 has {ffn_dim} rows"
-            )
-    if int(values.get("vocab_size", -1)) not in (-1, vocab_size):
-        raise UserError(
-            f"{source}: vocab_size={values['vocab_size']}, but tok_embeddings has {vocab_size} rows"
-        )
-    if values.get("use_scaled_rope"):
-        raise UserError(f"{source}: use_scaled_rope is not implemented; only unscaled rotary positions are")
-    return ModelConfig(
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=int(values.get("n_kv_heads") or n_heads),
-        head_dim=int(values.get("head_dim") or dim // n_heads),
-        ffn_dim=ffn_dim,
-        vocab_size=vocab_size,
-        max_seq_len=int(values.get("max_seq_len") or 2048),
-        norm_eps=float(values.get("norm_eps", 1e-5)),
-        rope_theta=float(values.get("rope_theta", 10000.0)),
-        tied=tied,
-        value_head=value_head,
-        embedding_split_dim=0 if tied else embedding_split_dim,
-        dtype=dtype,
-    )
-
-
-def meta_ffn_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None = None) -> int:
-    """FFN width as Meta's model.py derives it from params.json."""
-    hidden = int(8 * dim / 3)
-    if ffn_dim_multiplier:
-        hidden = int(float(ffn_dim_multiplier) * hidden)
-    return multiple_of * -(-hidden // multiple_of)
-
-
-def config_to_hf(config: ModelConfig) -> dict[str, object]:
-    """The config.json of a solver, as transformers reads it."""
-    family = FAMILIES[config.family]
-    values: dict[str, object] = {"architectures": [family.architecture], "model_type": config.family}
-    values |= {key: getattr(config, field) for key, (field, _) in family.fields.items()}
-    values |= {key: allowed[0] for key, allowed in family.fixed.items()}
-    return values | {
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "torch_dtype": config.dtype,
+def _sizes(family: str, shared: dict[str, Value], rows: dict[str, tuple[Value, ...]]) -> dict[str, Released]:
+    """Rows of (dim, n_layers, n_heads, n_kv_heads, ffn_dim, further facts) under their released names."""
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim")
+    return {
+        name: Released(family, dict(zip(names, row[:5], strict=True)) | shared | dict(row[5:]))
+        for name, row in rows.items()
     }
+
+
+_7B = (4096, 32, 32, 32, 11008)
+_13B = (5120, 40, 40, 40, 13824)
+_33B = (6656, 60, 52, 52, 17920)
+_34B = (8192, 48, 64, 8, 22016)
+_65B = (8192, 80, 64, 64, 22016)
+_70B = (8192, 80, 64, 8, 28672)
+_8B = (4096, 32, 32, 8, 14336)
+_LLAMA_2 = {"vocab_size": 32000, "norm_eps": 1e-5, "rope_theta": 1e4}
+_LLAMA_3 = {"vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 5e5}
+_LLAMA_31 = _LLAMA_3 | {"rope_type": "wavelength", "rope_factor": 8.0}
+_LLAMA_32 = _LLAMA_31 | {"rope_factor": 32.0, "tied": True}
+_CODE = {"norm_eps": 1e-5, "rope_theta": 1e6}
+_DEEPSEEK = {"vocab_size": 102400, "norm_eps": 1e-6, "rope_theta": 1e4}
+_CODER = {"vocab_size": 32256, "norm_eps": 1e-6, "rope_theta": 1e5, "rope_type": "linear", "rope_factor": 4.0}
+_MISTRAL = {"vocab_size": 32000, "norm_eps": 1e-5, "rope_theta": 1e6}
+_QWEN = {"vocab_size": 151936, "norm_eps": 1e-6, "rope_theta": 1e6}
+_QWEN_25 = {"vocab_size": 151936, "rope_theta": 1e6}  # base and instruct models differ in norm_eps
+_QWEN_3 = _QWEN | {"head_dim": 128}
+_GEMMA = {"vocab_size": 256000, "norm_eps": 1e-6, "rope_theta": 1e4, "tied": True, "head_dim": 256}
+_GEMMA_2 = _GEMMA | {"attention_softcap": 50.0, "logit_softcap": 30.0}
+_INTERNLM_2 = {"vocab_size": 92544, "norm_eps": 1e-5, "rope_theta": 1e6}
+_TIED, _WIDE_VOCAB = ("tied", True), ("vocab_size", 152064)
+
+# Names without a size claim the family alone. A row's name may be followed by -base, -chat, -instruct or -it.
+MODEL_TYPES: dict[str, Released] = (
+    {
+        "llama": Released("llama", {}),
+        "mistral": Released("mistral", {}),
+        "mixtral": Released("mixtral", {}),
+        "qwen": Released("qwen", {}),
+        "qwen-1.5": Released("qwen2", {}),
+        "qwen-2": Released("qwen2", {}),
+        "qwen-2.5": Released("qwen2", {}),
+        "qwen-3": Released("qwen3", {}),
+        "qwen-3-moe": Released("qwen3_moe", {}),
+        "deepseek": Released("llama", {}),
+        "gemma": Released("gemma", {}),
+        "gemma-2": Released("gemma2", {}),
+        "internlm2": Released("internlm2", {}),
+    }
+    | _sizes("llama", _LLAMA_2 | {"norm_eps": 1e-6}, {
+        "llama-1-7b": _7B,
+        "llama-1-13b": _13B,
+        "llama-1-30b": _33B,
+        "llama-1-33b": _33B,
+        "llama-1-65b": (*_65B, ("norm_eps", 1e-5)),
+    })
+    | _sizes("llama", _LLAMA_2, {"llama-2-7b": _7B, "llama-2-13b": _13B, "llama-2-70b": _70B})
+    | _sizes("llama", _LLAMA_3, {"llama-3-8b": _8B, "llama-3-70b": _70B})
+    | _sizes("llama", _LLAMA_31, {
+        "llama-3.1-8b": _8B,
+        "llama-3.1-70b": _70B,
+        "llama-3.1-405b": (16384, 126, 128, 8, 53248),
+        "llama-3.3-70b": _70B,
+    })
+    | _sizes("llama", _LLAMA_32, {
+        "llama-3.2-1b": (2048, 16, 32, 8, 8192),
+        "llama-3.2-3b": (3072, 28, 24, 8, 8192),
+    })
+    | _sizes("llama", _CODE, {
+        "codellama-7b": (*_7B, ("vocab_size", 32016)),
+        "codellama-13b": (*_13B, ("vocab_size", 32016)),
+        "codellama-34b": (*_34B, ("vocab_size", 32000)),
+        "llemma-7b": (*_7B, ("vocab_size", 32016), ("rope_theta", 1e4)),
+        "llemma-34b": (*_34B, ("vocab_size", 32000)),
+    })
+    | _sizes("llama", _DEEPSEEK, {
+        "deepseek-llm-7b": (4096, 30, 32, 32, 11008),
+        "deepseek-llm-67b": (8192, 95, 64, 8, 22016),
+        "deepseek-math-7b": (4096, 30, 32, 32, 11008),
+    })
+    | _sizes("llama", _CODER, {
+        "deepseek-coder-1.3b": (2048, 24, 16, 16, 5504),
+        "deepseek-coder-6.7b": _7B,
+        "deepseek-coder-33b": (7168, 62, 56, 8, 19200),
+    })
+    | _sizes("mistral", _MISTRAL, {
+        "mistral-7b": (*_8B, ("rope_theta", 1e4), ("window", 4096)),
+        "mistral-7b-v0.1": (*_8B, ("rope_theta", 1e4), ("window", 4096)),
+        "mistral-7b-v0.3": (*_8B, ("vocab_size", 32768)),
+        "mistral-7b-instruct-v0.1": (*_8B, ("rope_theta", 1e4), ("window", 4096)),
+        "mistral-7b-instruct-v0.2": _8B,
+        "mistral-7b-instruct-v0.3": (*_8B, ("vocab_size", 32768)),
+    })
+    | _sizes("mixtral", _MISTRAL | {"n_experts": 8, "n_active_experts": 2}, {
+        "mixtral-8x7b-v0.1": _8B,
+        "mixtral-8x7b-instruct-v0.1": _8B,
+    })
+    | _sizes("qwen", _QWEN | {"rope_theta": 1e4}, {
+        "qwen-1.8b": (2048, 24, 16, 16, 5504),
+        "qwen-7b": _7B,
+        "qwen-14b": (5120, 40, 40, 40, 13696, _WIDE_VOCAB),
+        "qwen-72b": (8192, 80, 64, 64, 24576, _WIDE_VOCAB, ("rope_theta", 1e6)),
+    })
+    | _sizes("qwen2", _QWEN, {
+        "qwen-1.5-0.5b": (1024, 24, 16, 16, 2816, _TIED),
+        "qwen-1.5-1.8b": (2048, 24, 16, 16, 5504),
+        "qwen-1.5-7b": _7B,
+        "qwen-1.5-14b": (5120, 40, 40, 40, 13696, _WIDE_VOCAB),
+        "qwen-1.5-32b": (5120, 64, 40, 8, 27392, _WIDE_VOCAB),
+        "qwen-1.5-72b": (8192, 80, 64, 64, 24576, _WIDE_VOCAB),
+        "qwen-2-0.5b": (896, 24, 14, 2, 4864, _TIED),
+        "qwen-2-1.5b": (1536, 28, 12, 2, 8960, _TIED),
+        "qwen-2-7b": (3584, 28, 28, 4, 18944, _WIDE_VOCAB),
+        "qwen-2-72b": (8192, 80, 64, 8, 29568, _WIDE_VOCAB),
+    })
+    | _sizes("qwen2", _QWEN_25, {
+        "qwen-2.5-0.5b": (896, 24, 14, 2, 4864, _TIED),
+        "qwen-2.5-1.5b": (1536, 28, 12, 2, 8960, _TIED),
+        "qwen-2.5-3b": (2048, 36, 16, 2, 11008, _TIED),
+        "qwen-2.5-7b": (3584, 28, 28, 4, 18944, _WIDE_VOCAB),
+        "qwen-2.5-14b": (5120, 48, 40, 8, 13824, _WIDE_VOCAB),
+        "qwen-2.5-32b": (5120, 64, 40, 8, 27648, _WIDE_VOCAB),
+        "qwen-2.5-72b": (8192, 80, 64, 8, 29568, _WIDE_VOCAB),
+        "qwen-2.5-math-1.5b": (1536, 28, 12, 2, 8960, _TIED, ("rope_theta", 1e4)),
+        "qwen-2.5-math-7b": (3584, 28, 28, 4, 18944, _WIDE_VOCAB, ("rope_theta", 1e4)),
+    })
+    | _sizes("qwen3", _QWEN_3, {
+        "qwen-3-0.6b": (1024, 28, 16, 8, 3072, _TIED),
+        "qwen-3-1.7b": (2048, 28, 16, 8, 6144, _TIED),
+        "qwen-3-4b": (2560, 36, 32, 8, 9728, _TIED),
+        "qwen-3-8b": (4096, 36, 32, 8, 12288),
+        "qwen-3-14b": (5120, 40, 40, 8, 17408),
+        "qwen-3-32b": (5120, 64, 64, 8, 25600),
+    })
+    | _sizes("qwen3_moe", _QWEN_3 | {"n_experts": 128, "n_active_experts": 8}, {
+        "qwen-3-30b-a3b": (2048, 48, 32, 4, 768),
+        "qwen-3-235b-a22b": (4096, 94, 64, 4, 1536),
+    })
+    | _sizes("gemma", _GEMMA, {"gemma-2b": (2048, 18, 8, 1, 16384), "gemma-7b": (3072, 28, 16, 16, 24576)})
+    | _sizes("gemma2", _GEMMA_2, {
+        "gemma-2-2b": (2304, 26, 8, 4, 9216, ("query_pre_attn_scalar", 256.0), ("window", 4096)),
+        "gemma-2-9b": (3584, 42, 16, 8, 14336, ("query_pre_attn_scalar", 256.0), ("window", 4096)),
+        "gemma-2-27b": (
+            4608, 46, 32, 16, 36864, ("head_dim", 128), ("query_pre_attn_scalar", 144.0), ("window", 4096)
+        ),
+    })
+    | _sizes("internlm2", _INTERNLM_2, {
+        "internlm2-7b": _8B,
+        "internlm2-20b": (6144, 48, 48, 8, 16384),
+    })
+)  # fmt: skip

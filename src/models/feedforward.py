@@ -1,35 +1,91 @@
-"""The gated feed-forward layer and RMS normalisation."""
+"""The gated feed-forward layer, alone or as one of several experts, and RMS normalisation.
+
+B batch, S sequence, D width, N tokens, X experts
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.models.config import ModelConfig
-from src.parallel import ColumnParallelLinear, RowParallelLinear
+from src.parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_parallel,
+    reduce_from_tensor_parallel,
+)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x), with its inner width split over the ranks."""
+    """Gated linear unit (Shazeer 2020): w2(act(w1 x) * w3 x), with its inner width split over the ranks."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation = config.activation
         self.w1 = ColumnParallelLinear(config.dim, config.ffn_dim)
         self.w2 = RowParallelLinear(config.ffn_dim, config.dim)
         self.w3 = ColumnParallelLinear(config.dim, config.ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(activate(self.w1(x), self.activation) * self.w3(x))
+
+    def partial_output(self, x: Tensor) -> Tensor:
+        """This rank's summand of the output, for callers that sum over ranks themselves. x [N, D] -> [N, D]."""
+        inner = activate(F.linear(x, self.w1.weight), self.activation) * F.linear(x, self.w3.weight)
+        return F.linear(inner, self.w2.weight)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The gate's nonlinearity: silu, or gelu in its tanh approximation."""
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token through its n_active_experts most probable experts (Shazeer et al. 2017), none dropped.
+
+    Every expert is split over the ranks like a plain feed-forward layer. All ranks route alike, so the experts'
+    outputs are summed over the ranks once, however many were used.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_active, self.renormalised = config.n_active_experts, config.renormalised_experts
+        self.gate = nn.Linear(config.dim, config.n_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        tokens = x.flatten(0, 1)  # [N, D]
+        weights, chosen = self.gate(tokens).float().softmax(-1).topk(self.n_active, dim=-1)  # [N, n_active]
+        if self.renormalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        # each rank has a part of every expert, hence a part of these gradients
+        tokens, weights = copy_to_tensor_parallel(tokens), copy_to_tensor_parallel(weights)
+        output = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            rows, places = (chosen == index).nonzero(as_tuple=True)
+            if (
+                not len(rows) and not torch.is_grad_enabled()
+            ):  # in training an idle expert has a gradient of zero
+                continue
+            mixed = expert.partial_output(tokens[rows]) * weights[rows, places, None]
+            output = output.index_add(0, rows, mixed.type_as(output))
+        return reduce_from_tensor_parallel(output).view_as(x)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019), computed in float32."""
+    """x / rms(x) * weight (Zhang and Sennrich 2019), computed in float32; with offset, * (1 + weight)."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, offset: bool) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.empty(dim))
+
+    def scale(self) -> Tensor:
+        """The factor of each dimension. -> [D] float32."""
+        return self.weight.float() + 1 if self.offset else self.weight.float()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]; dtype of x is kept."""
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
+        return F.rms_norm(x.float(), x.shape[-1:], self.scale(), self.eps).type_as(x)

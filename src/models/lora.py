@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import UserError
+from src.models.config import ModelConfig
 from src.parallel import ColumnParallelLinear, RowParallelLinear
 
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
@@ -36,6 +37,16 @@ class LoraConfig:
                 raise UserError(f"lora_targets names {name!r}; expected some of {', '.join(LINEARS)}")
         if not self.targets:
             raise UserError(f"lora_targets is empty; expected some of {', '.join(LINEARS)}")
+
+
+def check_targets(lora: LoraConfig, config: ModelConfig) -> None:
+    """Raise UserError for targets that this model cannot adapt: the linears of experts."""
+    experts = [name for name in lora.targets if name in ("w1", "w2", "w3")]
+    if config.n_experts and experts:
+        raise UserError(
+            f"lora_targets names {', '.join(experts)}, but this model has experts, which carry no adapters; "
+            f"give --lora_targets wq,wk,wv,wo"
+        )
 
 
 class LoraLinear(nn.Module):

@@ -72,6 +72,11 @@ class QuantizedLinear(nn.Module):
         self.matrix, self.bias = matrix, layer.bias
         self.sums = isinstance(layer, parallel.RowParallelLinear)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix, for an expert, which sums over the ranks itself."""
+        return self.matrix.dense()
+
     def forward(self, x: Tensor) -> Tensor:
         """What the layer it stands for returns: x [..., in] -> [..., out], both as this rank has them."""
         y = F.linear(x, self.matrix.dense())

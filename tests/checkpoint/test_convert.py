@@ -4,16 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig
+from safetensors.torch import load_file, save_file
 
 from src.checkpoint import convert
 from src.checkpoint.shards import expected_shapes
 from src.checkpoint.sources import open_source
 from src.errors import UserError
 from src.models.config import ModelConfig
-from src.models.families import config_from_hf, config_to_hf
-from tests import reference
+from tests import zoo
 
 
 def test_rotary_layout_by_hand() -> None:
@@ -30,28 +28,41 @@ def test_rotary_layout_by_hand() -> None:
     assert convert.rotary_from_hf("layers.0.attention.wv.weight", rows[:4], config) is not keys
 
 
-@pytest.mark.parametrize("kind", reference.MODELS)
-def test_hf_to_ours_to_hf_gives_identical_tensors(tmp_path: Path, kind: str) -> None:
-    original = load_file(reference.make_llama(tmp_path, kind) / "model.safetensors")
-    source = open_source(str(tmp_path))
-    back = {
-        convert.to_hf_name(name): convert.rotary_to_hf(name, stored.load(), source.config)
-        for name, stored in source.tensors.items()
-    }
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_hf_to_ours_to_hf_gives_identical_tensors(tmp_path: Path, name: str) -> None:
+    original = load_file(zoo.make(tmp_path / name, name) / "model.safetensors")
+    source = open_source(str(tmp_path / name))
+    back = convert.as_hf(source.tensors, source.config)
     assert set(back) == set(original)
-    assert all(torch.equal(back[name], original[name]) for name in original)
-    assert all(back[name].dtype == original[name].dtype for name in original)
+    for key, stored in back.items():
+        assert stored.shape == tuple(original[key].shape)
+        assert stored.dtype == original[key].dtype
+        assert torch.equal(stored.load(), original[key]), key
 
 
-@pytest.mark.parametrize("kind", reference.MODELS)
-def test_config_survives_the_way_to_hf_and_back(tmp_path: Path, kind: str) -> None:
-    config = open_source(str(reference.make_llama(tmp_path, kind))).config
-    exported = config_to_hf(config)
-    assert config_from_hf(exported, "config.json", config.dtype) == config
-    theirs = LlamaConfig(**exported)
-    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
-    assert theirs.head_dim == config.head_dim
-    assert theirs.num_key_value_heads == config.n_kv_heads
+@pytest.mark.parametrize("name", ["mixtral", "qwen-3-moe"])
+def test_experts_stacked_by_transformers_are_read(tmp_path: Path, name: str) -> None:
+    folder = zoo.make(tmp_path / name, name)
+    single = open_source(str(folder)).tensors
+    model = zoo.reference_model(folder)
+    stacked = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    assert any(key.endswith("experts.gate_up_proj") for key in stacked)
+    (folder / "model.safetensors").unlink()
+    torch.save(stacked, folder / "pytorch_model.bin")
+    read = open_source(str(folder)).tensors
+    assert set(read) == set(single)
+    assert all(torch.equal(read[key].load(), single[key].load()) for key in single)
+
+
+def test_fused_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    folder = zoo.make(tmp_path / "internlm2", "internlm2")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.attention.wqkv.weight"
+    save_file(tensors | {name: tensors[name][:-1].clone()}, folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"layers.0.attention.wqkv_grouped.weight has shape \[63, 32\], but .* \[64, 32\]"
+    ):
+        open_source(str(folder))
 
 
 def test_every_parameter_has_one_hf_name() -> None:
@@ -63,7 +74,7 @@ def test_every_parameter_has_one_hf_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.x.mlp.up_proj.weight", "head.weight"]
+    "name", ["model.layers.0.self_attn.qkv_proj.bias", "model.layers.x.mlp.up_proj.weight", "head.weight"]
 )
 def test_unknown_hf_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"unknown parameter '{name}'"):

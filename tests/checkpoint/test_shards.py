@@ -18,15 +18,23 @@ ODD = ModelConfig(
     dim=26, n_layers=1, n_heads=26, n_kv_heads=13, head_dim=4, ffn_dim=29, vocab_size=33, max_seq_len=8
 )
 GROUPED = dataclasses.replace(ODD, n_kv_heads=2, dim=16)
+EXPERTS = dataclasses.replace(
+    GROUPED, qkv_bias=True, qk_norm=True, post_norms=True, n_experts=3, n_active_experts=2
+)
 
 
-@pytest.mark.parametrize("config", [CONFIG, ODD, GROUPED], ids=["even", "odd", "grouped"])
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("config", [CONFIG, ODD, GROUPED, EXPERTS], ids=["even", "odd", "grouped", "experts"])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 16])
 def test_cut_and_join_are_inverse_for_every_parameter(n: int, config: ModelConfig) -> None:
     for name, shape in shards.expected_shapes(config).items():
         whole, how = torch.randn(shape), shards.cut_of(name, config, n)
         pieces = [shards.cut(whole, how, index) for index in range(n)]
         assert torch.equal(shards.join(pieces, how), whole)
+
+
+def test_parameter_that_the_config_lacks_is_refused() -> None:
+    with pytest.raises(UserError, match=r"unknown parameter 'layers\.0\.attention\.wk\.bias'; the config"):
+        shards.cut_of("layers.0.attention.wk.bias", CONFIG, 2)
 
 
 def test_a_cut_holds_no_more_memory_than_it_shows() -> None:
@@ -81,13 +89,20 @@ def test_width_that_does_not_divide_gives_way_to_the_vocabulary() -> None:
         ("layers.1.attention.wo.weight", 1),
         ("layers.1.feed_forward.w2.weight", 1),
         ("layers.1.feed_forward.w3.weight", 0),
+        ("layers.1.feed_forward.gate.weight", None),
+        ("layers.1.feed_forward.experts.7.w1.weight", 0),
+        ("layers.1.feed_forward.experts.7.w2.weight", 1),
+        ("layers.1.attention.wk.bias", 0),
+        ("layers.1.attention.q_norm.weight", None),
         ("layers.1.attention_norm.weight", None),
+        ("layers.1.ffn_post_norm.weight", None),
         ("norm.weight", None),
         ("output.weight", 0),
         ("v_head.weight", None),
         ("tok_embeddings.weight", 1),
         # under an adapter: the base keeps its dimension, of A and B one is whole
         ("layers.1.attention.wq.base.weight", 0),
+        ("layers.1.attention.wq.base.bias", 0),
         ("layers.1.attention.wo.base.weight", 1),
         ("layers.1.attention.wq.lora_a.weight", None),
         ("layers.1.attention.wq.lora_b.weight", 0),
@@ -99,7 +114,7 @@ def test_split_dimension(name: str, dim: int | None) -> None:
     assert shards.split_dim(name, CONFIG) == dim
 
 
-@pytest.mark.parametrize("name", ["layers.0.attention.wx.weight", "layers.0.attention.wq.bias", "wq.scales"])
+@pytest.mark.parametrize("name", ["layers.0.attention.wx.weight", "layers.0.attention.wo.bias", "wq.scales"])
 def test_name_outside_the_table_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"unknown parameter '{name}'"):
         shards.split_dim(name, CONFIG)

@@ -65,8 +65,8 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[Tensors], dict[object, object]], str]] 
         r"2 unknown parameters: layers\.0\.attention\.wq\.bias, lm\.weight",
     ),
     "unknown Hugging Face names are listed": (
-        lambda weights: as_hf(weights) | {"model.layers.0.self_attn.q_proj.bias": torch.ones(1)},
-        r"1 unknown parameters: model\.layers\.0\.self_attn\.q_proj\.bias",
+        lambda weights: as_hf(weights) | {"model.layers.0.self_attn.qkv_proj.bias": torch.ones(1)},
+        r"1 unknown parameters: model\.layers\.0\.self_attn\.qkv_proj\.bias",
     ),
     "missing parameter": (
         lambda weights: without(weights, "layers.1.feed_forward.w2.weight"),
@@ -114,27 +114,28 @@ def test_shards_without_embeddings_are_refused(tmp_path: Path) -> None:
 
 
 WRONG_PARAMS: dict[str, tuple[dict[str, object], str]] = {
-    "multiple_of": (META | {"multiple_of": 64}, "mean an FFN width of 64, but .* has 48 rows"),
+    "multiple_of": (META | {"multiple_of": 64}, "means an FFN width of 64, but w1 has 48 rows"),
     "vocab_size": (META | {"vocab_size": 100}, "vocab_size=100, but tok_embeddings has 64 rows"),
-    "use_scaled_rope": (META | {"use_scaled_rope": True}, "use_scaled_rope is not implemented"),
+    "hidden_dim": (META | {"hidden_dim": 47}, "means an FFN width of 47, but w1 has 48 rows"),
+    "moe": (META | {"moe": {"num_experts": 2, "num_experts_per_tok": 1}}, r"lack parameter 'layers\.0\..*experts\.0"),
     "no dim": ({"n_layers": 2, "n_heads": 8}, "key 'dim' is missing"),
     "heads": (META | {"n_kv_heads": 3}, "n_heads=8 is not a multiple of n_kv_heads=3"),
-    "rope_scaling": (HF | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling=.* not implemented"),
+    "rope_scaling": (HF | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling=.* not implemented"),
     "rope_parameters": (
         HF | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}},
-        "rope_scaling=.*llama3.* not implemented",
+        "rope_scaling of type llama3 lacks 'low_freq_factor'",
     ),
     "attention_bias": (HF | {"attention_bias": True}, "attention_bias=True is not implemented"),
     "mlp_bias": (HF | {"mlp_bias": True}, "mlp_bias=True is not implemented"),
     "hidden_act": (HF | {"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented; supported: 'silu'"),
-    "model_type": (HF | {"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+    "model_type": (HF | {"model_type": "mamba"}, "model_type 'mamba' is not supported"),
     "no intermediate_size": (
         {key: value for key, value in HF.items() if key != "intermediate_size"},
         "key 'intermediate_size' is missing",
     ),
-    "text for a number": (HF | {"intermediate_size": "48"}, "ffn_dim='48': expected a non-negative integer"),
-    "fraction for a number": (HF | {"num_hidden_layers": 2.5}, "n_layers=2.5: expected a non-negative integer"),
-    "no heads": (HF | {"num_attention_heads": 0}, "n_heads=0"),
+    "text for a number": (HF | {"intermediate_size": "48"}, "intermediate_size='48'; expected a number above 0"),
+    "fraction for a number": (HF | {"num_hidden_layers": 2.5}, "num_hidden_layers=2.5; expected an integer"),
+    "no heads": (HF | {"num_attention_heads": 0}, "num_attention_heads=0; expected a number above 0"),
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from src.checkpoint import storage
 from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
 from src.errors import UserError
-from tests import reference
+from tests import reference, zoo
 from tests.ranks import ROOT, command, succeed
 
 
@@ -198,3 +198,29 @@ def test_killed_command_leaves_no_half_checkpoint(tmp_path: Path, moment: str) -
     else:
         assert moment == "params.json"  # the last file but the manifest: every shard is there
         assert_equal(tensors(out), weights)
+
+
+@pytest.mark.parametrize("name", ["llama-1", "qwen-3"])  # with an output layer, and tied
+def test_added_tokens_are_the_mean_of_the_old(tmp_path: Path, name: str) -> None:
+    source = zoo.make(tmp_path / "hf", name)
+    done = succeed(
+        "checkpoint_split.py",
+        "--ckpt_file",
+        source,
+        "--save_path",
+        tmp_path / "two",
+        "--n",
+        2,
+        "--num_added_tokens",
+        3,
+    )
+    assert "wrote 2 shards" in done.stderr
+    before, after = open_source(str(source)), open_source(str(tmp_path / "two"))
+    assert (after.config.vocab_size, after.config.n_added_tokens) == (before.config.vocab_size + 3, 3)
+    for key, stored in before.tensors.items():
+        old, new = stored.load(), after.tensors[key].load()
+        assert torch.equal(new[: len(old)], old), key
+        if key in ("tok_embeddings.weight", "output.weight"):
+            torch.testing.assert_close(new[len(old) :], old.mean(0).expand(3, -1))
+        else:
+            assert new.shape == old.shape

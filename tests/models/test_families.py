@@ -1,33 +1,150 @@
-"""src/models/families.py: the facts of released models, and claims that contradict a checkpoint."""
+"""Every family against transformers: logits, gradients and cached decoding at tensor-parallel sizes 1, 2 and 4."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+from torch import Tensor
 
-from src.errors import UserError
-from src.models.families import MODEL_TYPES, check_model_type, meta_ffn_dim
-from tests.checkpoint.weights import CONFIG
+from src import parallel
+from src.checkpoint import convert
+from src.checkpoint.shards import cut_of, join
+from src.checkpoint.sources import open_source, read_config
+from src.checkpoint.split import split
+from src.checkpoint.tensor_files import StoredTensor
+from src.models.config import ModelConfig
+from tests import reference, workers, zoo
+from tests.ranks import run_ranks
 
-
-@pytest.mark.parametrize(
-    ("model_type", "multiple_of", "multiplier"),
-    [
-        ("llama-1-7b", 256, None),
-        ("llama-1-13b", 256, None),
-        ("llama-1-30b", 256, None),
-        ("llama-1-65b", 256, None),
-        ("llama-2-70b", 4096, 1.3),
-        ("llama-3-8b", 1024, 1.3),
-        ("llama-3-70b", 4096, 1.3),
+# The models that run on n ranks, and those that decode there: one of each kind of arithmetic beyond one rank.
+RUNS = {
+    1: list(zoo.MODELS),
+    2: list(zoo.MODELS),
+    4: [
+        "llama-1",
+        "llama-2-70b",
+        "one kv head",
+        "uneven",
+        "mixtral",
+        "qwen-2",
+        "qwen-3",
+        "qwen-3-moe",
+        "gemma-2",
     ],
-)
-def test_ffn_width_of_released_models(model_type: str, multiple_of: int, multiplier: float | None) -> None:
-    facts = MODEL_TYPES[model_type]
-    assert meta_ffn_dim(facts["dim"], multiple_of, multiplier) == facts["ffn_dim"]
+}
+DECODES = {
+    1: ["mistral-window", "qwen", "qwen-2-window", "qwen-3-moe", "gemma-2", "llama-3.1", "deepseek-coder"],
+    2: ["one kv head", "uneven", "gemma-2"],
+}
+WAYS = ["padded", "packed", "token by token", "among others"]
+runs = pytest.mark.parametrize(("n", "name"), [(n, name) for n in RUNS for name in RUNS[n]])
+decodes = pytest.mark.parametrize(("n", "name"), [(n, name) for n in DECODES for name in DECODES[n]])
 
 
-def test_model_type_must_not_contradict_the_checkpoint() -> None:
-    check_model_type(CONFIG, "", "ckpt")
-    check_model_type(CONFIG, "llama", "ckpt")
-    with pytest.raises(UserError, match="ckpt has dim=32, but --model_type llama-2-7b means dim=4096"):
-        check_model_type(CONFIG, "llama-2-7b", "ckpt")
-    with pytest.raises(UserError, match="--model_type gpt is unknown; expected one of llama, "):
-        check_model_type(CONFIG, "gpt", "ckpt")
+class Ranks(NamedTuple):
+    """What n ranks computed for each model, and the models' configs."""
+
+    results: list[dict[str, dict[str, object]]]
+    configs: dict[str, ModelConfig]
+
+
+On = Callable[[int], Ranks]
+
+
+@pytest.fixture(scope="module")
+def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every model as a Hugging Face directory."""
+    root = tmp_path_factory.mktemp("hf")
+    return {name: zoo.make(root / name, name) for name in zoo.MODELS}
+
+
+@pytest.fixture(scope="module")
+def on(hf_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> On:
+    """What n ranks say of every model that runs there: split for them, and run in one launch."""
+
+    @functools.cache
+    def on(n: int) -> Ranks:
+        root = tmp_path_factory.mktemp("split")
+        for name in RUNS[n]:
+            split(open_source(str(hf_folders[name])), root / name, n, "", "", name)
+        folders = {name: str(root / name) for name in RUNS[n]}
+        tokens, mask, _ = reference.batch()
+        arguments = {
+            "folders": folders,
+            "tokens": tokens.tolist(),
+            "mask": mask.tolist(),
+            "cached": DECODES.get(n, []),
+        }
+        if n == 1:
+            parallel.start()
+            results = [workers.decoders(**arguments)]
+        else:
+            results = run_ranks(n, "tests.workers:decoders", root, **arguments)
+        return Ranks(results, {name: read_config(root / name) for name in folders})
+
+    return on
+
+
+@runs
+def test_logits_equal_transformers(on: On, hf_folders: dict[str, Path], n: int, name: str) -> None:
+    with torch.no_grad():
+        expected, _ = reference.hf_logits_and_loss(zoo.reference_model(hf_folders[name]))
+    vocab = expected.shape[-1]
+    for rank in on(n).results:
+        assert rank[name]["logits"][..., vocab:].eq(float("-inf")).all()  # padding of the vocabulary
+        assert reference.relative_difference(rank[name]["logits"][..., :vocab], expected) < 1e-4
+
+
+@runs
+def test_gradients_of_the_sft_loss_equal_transformers(
+    on: On, hf_folders: dict[str, Path], n: int, name: str
+) -> None:
+    pieces = [rank[name]["gradients"] for rank in on(n).results]
+    expected = _hf_gradients(hf_folders[name], on(n).configs[name])
+    assert set(expected) == set(pieces[0])
+    for parameter, gradient in expected.items():
+        own = [piece[parameter] for piece in pieces]
+        whole = join(own, cut_of(parameter, on(n).configs[name], len(own)))  # refuses copies that disagree
+        assert reference.relative_difference(whole, gradient) < 1e-4, parameter
+
+
+def _hf_gradients(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Gradients of transformers' model under our names and in our rotary layout."""
+    model = zoo.reference_model(folder)
+    reference.hf_logits_and_loss(model)[1].backward()
+    family = model.config.model_type
+    stored = {
+        convert.from_hf_name(name, family): StoredTensor(tuple(p.shape), lambda p=p: p.grad, p.dtype)
+        for name, p in model.named_parameters()
+    }
+    return {name: tensor.load() for name, tensor in convert.as_ours(stored, config).items()}
+
+
+@runs
+def test_an_optimizer_step_keeps_copies_equal_and_counts_them_once(on: On, n: int, name: str) -> None:
+    stepped, config = [rank[name]["stepped"] for rank in on(n).results], on(n).configs[name]
+    for parameter in stepped[0]["weights"]:
+        own = [rank["weights"][parameter] for rank in stepped]
+        join(own, cut_of(parameter, config, n))  # refuses copies that disagree
+    alone = on(1).results[0][name]["stepped"]["grad_norm"]
+    assert [rank["grad_norm"] for rank in stepped] == pytest.approx([alone] * n, rel=1e-4)
+
+
+@decodes
+def test_long_rows_equal_transformers(on: On, hf_folders: dict[str, Path], n: int, name: str) -> None:
+    with torch.no_grad():
+        expected = zoo.reference_model(hf_folders[name])(workers.LONG_ROW[None]).logits[0].log_softmax(-1)
+    for rank in on(n).results:
+        found = rank[name]["cached"]["plain"][:, : expected.shape[-1]]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@decodes
+def test_cached_decoding_equals_plain(on: On, n: int, name: str, way: str) -> None:
+    for rank in on(n).results:
+        logprobs = rank[name]["cached"]
+        torch.testing.assert_close(logprobs[way], logprobs["plain"], rtol=1e-6, atol=2e-5)

@@ -1,5 +1,6 @@
 """src/models/lora.py and adapter directories, at tensor-parallel sizes 1, 2 and 4; gradients against peft."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +17,9 @@ from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
 from src.errors import UserError
 from src.models.config import ModelConfig
-from src.models.lora import LoraConfig
+from src.models.lora import LoraConfig, check_targets
 from tests import reference
+from tests.checkpoint.weights import CONFIG
 from tests.ranks import run_ranks, succeed
 
 SIZES = (1, 2, 4)
@@ -192,6 +194,15 @@ def test_changed_base_is_refused(tmp_path: Path, hf_folder: Path) -> None:
     split(source, base, 1, "bfloat16", "", "gqa")
     with pytest.raises(UserError, match=r"adapter\.json: the base .*base has changed"):
         adapters.read_adapter(adapter)
+
+
+def test_experts_carry_no_adapters() -> None:
+    config = dataclasses.replace(CONFIG, n_experts=4, n_active_experts=2)
+    lora = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=("wq", "w2"))
+    check_targets(lora, CONFIG)
+    with pytest.raises(UserError, match="lora_targets names w2, but this model has experts"):
+        check_targets(lora, config)
+    check_targets(dataclasses.replace(lora, targets=("wq", "wo")), config)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,221 @@
+"""src/models/foreign.py and the tables of families.py: released facts, foreign configs, and claims that contradict."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from src.errors import UserError
+from src.models.config import ModelConfig, config_from_dict
+from src.models.families import FAMILIES, MODEL_TYPES
+from src.models.foreign import (
+    MetaWeights,
+    check_model_type,
+    claimed_facts,
+    config_from_hf,
+    config_from_meta,
+    config_to_hf,
+    meta_ffn_dim,
+    released,
+)
+from tests import reference, zoo
+from tests.checkpoint.weights import CONFIG, HF, META
+
+HF_QWEN = HF | {
+    "model_type": "qwen2",
+    "use_sliding_window": False,
+    "sliding_window": 16,
+    "max_window_layers": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "multiple_of", "multiplier"),
+    [
+        ("llama-1-7b", 256, None),
+        ("llama-1-13b", 256, None),
+        ("llama-1-30b", 256, None),
+        ("llama-1-65b", 256, None),
+        ("llama-2-70b", 4096, 1.3),
+        ("llama-3-8b", 1024, 1.3),
+        ("llama-3-70b", 4096, 1.3),
+        ("llama-3.1-405b", 4096, 1.2),
+        ("llama-3.2-1b", 256, 1.5),
+        ("llama-3.2-3b", 256, 1.0),
+    ],
+)
+def test_ffn_width_of_released_models(model_type: str, multiple_of: int, multiplier: float | None) -> None:
+    facts = MODEL_TYPES[model_type].facts
+    assert meta_ffn_dim(facts["dim"], multiple_of, multiplier) == facts["ffn_dim"]
+
+
+def test_sizes_are_the_published_ones() -> None:
+    published = json.loads(reference.shared("model_facts.json").read_text(encoding="utf-8"))
+    names = {
+        "hidden": "dim", "layers": "n_layers", "heads": "n_heads", "kv": "n_kv_heads", "ffn": "ffn_dim",
+        "vocab": "vocab_size", "rope_theta": "rope_theta", "norm_eps": "norm_eps", "experts": "n_experts",
+        "experts_per_tok": "n_active_experts", "kv_channels": "head_dim", "tie": "tied",
+    }  # fmt: skip
+    rows = {
+        name.removesuffix(" (v1)").replace("qwen2", "qwen-2"): row
+        for name, row in published.items()
+        if name != "_note"
+    }
+    assert len(rows) == 25
+    for name, row in rows.items():
+        claimed = claimed_facts(released(name), CONFIG)
+        for key, field in names.items():
+            if key in row and (field in claimed or key != "norm_eps"):
+                assert claimed[field] == row[key], f"{name}: {key}"
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in MODEL_TYPES.items() if row.facts])
+def test_every_released_size_is_a_model_that_its_family_can_say(model_type: str) -> None:
+    row = MODEL_TYPES[model_type]
+    facts = claimed_facts(row, CONFIG)
+    assert not {"dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "rope_theta"} - set(
+        facts
+    )
+    config = ModelConfig(**facts, max_seq_len=4096, embedding_split_dim=0)
+    check_model_type(config, model_type, "itself")
+    back = config_from_hf(config_to_hf(config), "config.json", "float32")
+    assert back == dataclasses.replace(config, embedding_split_dim=0 if config.tied else 1)
+    check_model_type(config, f"{model_type}-chat", "itself")
+
+
+def test_model_type_must_not_contradict_the_checkpoint() -> None:
+    check_model_type(CONFIG, "", "ckpt")
+    check_model_type(CONFIG, "llama", "ckpt")
+    with pytest.raises(UserError, match="ckpt has dim=32, but --model_type llama-2-7b means dim=4096"):
+        check_model_type(CONFIG, "llama-2-7b", "ckpt")
+    with pytest.raises(UserError, match="--model_type gpt is unknown; expected one of llama, "):
+        check_model_type(CONFIG, "gpt", "ckpt")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "wrong", "named"),
+    [
+        ("llama-3.1-8b", {"rope_type": "default", "rope_factor": 1.0}, "rope_type=default"),
+        ("llama-2-7b", {"vocab_size": 32001}, "vocab_size=32001"),
+        ("mistral-7b-instruct-v0.1", {"windows": ()}, r"windows=\(\)"),
+        ("mistral-7b-instruct-v0.2", {"rope_theta": 1e4}, "rope_theta=10000.0"),
+        ("mixtral-8x7b-instruct-v0.1", {"n_active_experts": 1}, "n_active_experts=1"),
+        ("qwen-7b", {"qkv_bias": False}, "qkv_bias=False"),
+        ("qwen-3-8b", {"head_dim": 64}, "head_dim=64"),
+        ("gemma-2-27b", {"query_pre_attn_scalar": 128.0}, "query_pre_attn_scalar=128.0"),
+        ("internlm2", {"family": "llama"}, "family=llama"),
+    ],
+)
+def test_each_fact_of_a_released_model_is_checked(
+    model_type: str, wrong: dict[str, object], named: str
+) -> None:
+    facts = claimed_facts(released(model_type), CONFIG)
+    facts = (
+        (dataclasses.asdict(CONFIG) if len(facts) < 10 else {"max_seq_len": 4096})
+        | facts
+        | {"embedding_split_dim": 0}
+    )
+    config = ModelConfig(**facts | wrong)
+    with pytest.raises(UserError, match=f"ckpt has {named}, but --model_type {model_type} means"):
+        check_model_type(config, model_type, "ckpt")
+
+
+def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
+    facts = claimed_facts(released("llama-2-7b"), CONFIG) | {"vocab_size": 32003, "max_seq_len": 4096}
+    check_model_type(ModelConfig(**facts, n_added_tokens=3), "llama-2-7b", "ckpt")
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling=.*yarn"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear lacks 'factor'"),
+        ({"rope_parameters": {"full": {"rope_theta": 1e4}}}, "rope_parameters differ between layers"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+        ({"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types="),
+        ({"model_type": "gemma", "head_dim": 8, "hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"model_type": "qwen3", "head_dim": 8, "attention_bias": True}, "attention_bias=True"),
+        ({"model_type": "qwen3"}, "key 'head_dim' is missing"),
+        ({"model_type": "mixtral"}, "key 'num_experts_per_tok' is missing"),
+        ({"model_type": "internlm2", "bias": True}, "bias=True"),
+        ({"hidden_size": "32"}, "hidden_size='32'; expected a number"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps=0; expected a number above 0"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0; expected an integer"),
+    ],
+)
+def test_what_we_do_not_implement_is_refused_by_name(values: dict[str, object], named: str) -> None:
+    config_from_hf(HF, "config.json", "float32")
+    with pytest.raises(UserError, match=f"config.json: .*{named}|config.json: {named}"):
+        config_from_hf(HF | values, "config.json", "float32")
+
+
+def test_released_configs_of_gemma_leave_their_activation_null() -> None:
+    values = HF | {"model_type": "gemma", "head_dim": 8, "hidden_act": "gelu", "hidden_activation": None}
+    assert config_from_hf(values, "config.json", "float32").activation == "gelu_tanh"
+
+
+def meta(values: dict[str, object], tied: bool = False) -> ModelConfig:
+    weights = MetaWeights(
+        ffn_dim=48, vocab_size=64, tied=tied, value_head=False, embedding_split_dim=0, dtype="bfloat16"
+    )
+    return config_from_meta(values, "params.json", weights)
+
+
+def test_meta_rope_is_scaled_by_8_and_in_the_small_tied_models_by_32() -> None:
+    scaled = META | {"use_scaled_rope": True}
+    assert (meta(scaled).rope_type, meta(scaled).rope_factor) == ("wavelength", 8.0)
+    assert meta(scaled, tied=True).rope_factor == 32.0
+    assert meta(scaled | {"rope_scaling_factor": 16}).rope_factor == 16.0
+    assert meta(META | {"use_scaled_rope": False}).rope_type == "default"
+
+
+def test_params_of_mistral_and_mixtral() -> None:
+    values = {
+        "dim": 32, "n_layers": 2, "head_dim": 4, "hidden_dim": 48, "n_heads": 8, "n_kv_heads": 4, "norm_eps": 1e-5,
+        "vocab_size": 64, "rope_theta": 1e6,
+    }  # fmt: skip
+    assert meta(values).family == "mistral"
+    assert meta(values).windows == ()
+    assert meta(values | {"sliding_window": 4096}).windows == (4096, 4096)
+    experts = meta(values | {"moe": {"num_experts": 8, "num_experts_per_tok": 2}})
+    assert (experts.family, experts.n_experts, experts.n_active_experts) == ("mixtral", 8, 2)
+    assert experts.renormalised_experts
+
+
+def test_windows_by_layer() -> None:
+    def windows(**values: object) -> tuple[int, ...]:
+        return config_from_hf(HF_QWEN | values, "config.json", "float32").windows
+
+    assert windows() == ()
+    assert windows(use_sliding_window=True) == (0, 16)
+    assert windows(use_sliding_window=True, layer_types=["sliding_attention", "full_attention"]) == (16, 0)
+    assert windows(use_sliding_window=True, max_window_layers=2) == ()
+    assert windows(model_type="mistral") == (16, 16)
+    assert windows(model_type="mistral", sliding_window=None) == ()
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_config_survives_the_way_to_hf_and_back(tmp_path: Path, name: str) -> None:
+    values = json.loads((zoo.make(tmp_path / name, name) / "config.json").read_text(encoding="utf-8"))
+    config = config_from_hf(values, "config.json", "float32")
+    assert config_from_dict(json.loads(json.dumps(config.to_dict())), "params.json") == config
+    exported = config_to_hf(config)
+    assert config_from_hf(exported, "config.json", "float32") == config
+    if FAMILIES[config.family].remote:  # every key of the published layout says what it said
+        common = set(values) & set(exported) - {"architectures"}
+        assert {key: exported[key] for key in common if key != "rope_scaling"} == {
+            key: values[key] for key in common if key != "rope_scaling"
+        }
+        return
+    theirs = transformers.AutoConfig.for_model(**exported)
+    assert theirs.head_dim == config.head_dim if hasattr(theirs, "head_dim") else True
+    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    assert theirs.num_key_value_heads == config.n_kv_heads
