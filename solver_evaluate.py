@@ -39,7 +39,7 @@ def main(
     model_type: str = "", tokenizer_file: str = "", chat_template: str = "",
     max_batch_size: int = 64, max_new_tokens: int = 512,
     num_samples: int = 1, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
-    quantize: Literal["", "int8", "int4"] = "", few_shot: str = "", prompt_template: str = "",
+    quantize: Literal["", "int8", "int4"] = "", compile: bool = False, few_shot: str = "", prompt_template: str = "",
     split: str = "", limit: int = -1, seed: int = 1, backend: Literal["engine", "openai"] = "engine",
     base_url: str = "", model_name: str = "", api_key_env: str = "", interactive: bool = False,
     verifier_ckpt_dir: str = "", dry_run: bool = False,
@@ -65,6 +65,7 @@ def main(
     top_k: sample from so many likeliest tokens; 0 = all. It comes before top_p, the temperature before both
     min_p: sample from tokens at least this likely relative to the likeliest
     quantize: hold weights in 8 or 4 bits, in groups of 128 or 32 that share a scale; default: as they are computed with
+    compile: decode from compiled CUDA graphs; without a GPU it changes nothing
     few_shot: demonstrations before each problem: gsm8k8, minerva4 or a json file (dataset/README.md)
     prompt_template: text or file with {instruction} where the problem goes, \\n for a new line; default: the task's
     split: only problems with this `split` field, or level=4, level=1-3, subject=Algebra|Geometry; a comma means and
@@ -131,7 +132,7 @@ def main(
                 model = assemble.load_solver(ckpt_dir, model_type=model_type, quantize=quantize)
                 tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
                 source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), "chat_template": tokenizer.chat_template}
-                sampler = local_sampler(model, tokenizer, prompting, sampling, max_batch_size)
+                sampler = local_sampler(model, tokenizer, prompting, sampling, max_batch_size, compiled=compile)
             else:
                 source = {"model_name": model_name}
                 server = Server(base_url=base_url, model_name=model_name, api_key=os.environ.get(api_key_env, ""))

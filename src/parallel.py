@@ -195,7 +195,8 @@ def part_like(x: Tensor, like: Tensor) -> Tensor:
 
 def broadcast_from_first(x: Tensor) -> Tensor:
     """Give every tensor-parallel rank the first one's values, in place. Returns x."""
-    dist.broadcast(x, groups.get_model_parallel_src_rank(), group=groups.get_model_parallel_group())
+    if tensor_parallel_size() > 1:
+        dist.broadcast(x, groups.get_model_parallel_src_rank(), group=groups.get_model_parallel_group())
     return x
 
 
@@ -357,6 +358,12 @@ class RowParallelLinear(layers.RowParallelLinear):
         self.input_size_per_partition = len(self.columns)
         self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
         self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., columns of this rank] -> [..., out_features], summed over the ranks."""
+        if tensor_parallel_size() == 1:  # fairscale's sum, which has nothing to add, would end a compiled graph
+            return F.linear(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 def _lookup_settings(module: nn.Module, num_embeddings: int, embedding_dim: int) -> None:

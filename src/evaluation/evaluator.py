@@ -50,7 +50,13 @@ Sampler = Callable[[Sequence[Wanted]], Iterator[Drawn]]
 
 
 def local_sampler(
-    model: Decoder, tokenizer: Tokenizer, prompting: Prompting, sampling: Sampling, max_batch_size: int
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompting: Prompting,
+    sampling: Sampling,
+    max_batch_size: int,
+    *,
+    compiled: bool = False,
 ) -> Sampler:
     """Samples from a model in this process; all ranks call it and get the same ones in the same order."""
 
@@ -60,7 +66,12 @@ def local_sampler(
             for prompt, number in wanted
         ]
         for completion in generate(
-            model, requests, sampling, vocabulary=vocabulary_of(tokenizer), max_batch_size=max_batch_size
+            model,
+            requests,
+            sampling,
+            vocabulary=vocabulary_of(tokenizer),
+            max_batch_size=max_batch_size,
+            compiled=compiled,
         ):
             request, tokens = completion.request, completion.tokens
             # a tenth of a nat: further digits depend on what else was in the batch, and a rerun would change the file

@@ -15,7 +15,8 @@ from torch import Tensor
 from src import parallel
 from src.errors import UserError
 from src.inference.sampling import Sampling, choose, uniforms
-from src.models.cache import KVCache, PromptCache
+from src.inference.step import make_step
+from src.models.cache import PromptCache
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
 
@@ -83,11 +84,13 @@ def generate(
     vocabulary: Vocabulary,
     max_batch_size: int,
     on_token: Callable[[Request, int], None] | None = None,
+    compiled: bool = False,
 ) -> Iterator[Completion]:
     """Yield completions as they finish; every tensor-parallel rank yields the same ones in the same order.
 
     At most max_batch_size rows decode at once. Requests with the same prompt share its reading. on_token hears of
-    every token as it is drawn. Raises UserError for a prompt that fills the model's context.
+    every token as it is drawn. compiled: on a GPU, decode from compiled CUDA graphs. Raises UserError for a prompt
+    that fills the model's context.
     """
     _check_lengths(requests, model.config.max_seq_len)
     if sampling.stop and vocabulary.decode is None:
@@ -95,7 +98,8 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        yield from _Batch(model, requests, sampling, vocabulary, max_batch_size, on_token).run()
+        batch = _Batch(model, requests, sampling, vocabulary, max_batch_size, on_token, compiled=compiled)
+        yield from batch.run()
     finally:
         model.train(was_training)
 
@@ -123,6 +127,8 @@ class _Batch:
         vocabulary: Vocabulary,
         n_slots: int,
         on_token: Callable[[Request, int], None] | None,
+        *,
+        compiled: bool,
     ) -> None:
         self.model, self.sampling, self.vocabulary, self.on_token = model, sampling, vocabulary, on_token
         # the longest first: prefill batches hold little padding, and what may run longest starts early
@@ -134,7 +140,8 @@ class _Batch:
         n_slots = min(n_slots, len(requests))
         shortest = min((len(request.prompt) for request in requests), default=0)
         longest_response = min(sampling.max_new_tokens, model.config.max_seq_len - shortest)
-        self.cache = KVCache(n_slots, parallel.device())
+        self.step = make_step(model, n_slots, compiled=compiled)
+        self.cache = self.step.cache
         self.requests: list[Request | None] = [None] * n_slots
         self.limits = np.zeros(n_slots, dtype=np.int64)
         self.counts = np.zeros(n_slots, dtype=np.int64)  # tokens drawn
@@ -151,11 +158,10 @@ class _Batch:
             if admitted := self._admit():
                 yield from self._draw(*admitted)
             if any(self.requests):
-                positions = self.cache.advance()
+                self.cache.advance()  # rows may change places
                 slots = self.cache.slots()
-                last = torch.from_numpy(self.tokens[slots, self.counts[slots] - 1]).to(positions.device)
-                hidden = self.model(last[:, None], positions, self.cache)
-                yield from self._draw(slots, self.model.logits(hidden[:, -1]))
+                newest = torch.from_numpy(self.tokens[slots, self.counts[slots] - 1])
+                yield from self._draw(slots, self.step(newest))
 
     def _admit(self) -> tuple[list[int], Tensor] | None:
         """Fill empty slots with waiting requests. -> their slots and the logits [B, P] after their prompts."""

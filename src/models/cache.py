@@ -98,6 +98,9 @@ class KVCache:
     def __init__(self, n_slots: int, device: torch.device) -> None:
         self.lengths = np.zeros(n_slots, dtype=np.int64)  # positions in use, by slot; 0 = empty
         self.device = device
+        self.positions = torch.zeros(
+            0, 1, dtype=torch.int64, device=device
+        )  # [B, 1], what advance() made room for
         self._buckets: list[_Bucket] = []  # by capacity
         self._targets: list[tuple[_Bucket, slice, Tensor, Tensor, Tensor]] = []
 
@@ -143,7 +146,8 @@ class KVCache:
             here = positions[rows]
             seen = up_to(here[:, None], int(self.lengths[bucket.slots].max()))
             self._targets.append((bucket, rows, torch.arange(len(here), device=self.device), here, seen))
-        return positions[:, None]
+        self.positions = positions[:, None]
+        return self.positions
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> list[Group]:
         """Store keys and values [B, K, 1, E] of a layer at the positions that advance() gave; what to attend to."""
@@ -179,4 +183,71 @@ class KVCache:
         bucket.remove(slot)
 
 
-Cache = PromptCache | KVCache
+class FixedCache:
+    """The slots of a KVCache in one tensor that is read whole, empty slots too: what a CUDA graph needs.
+
+    Addresses and shapes change only when a row outgrows the capacity, which then doubles; `generation` counts that.
+    """
+
+    SMALLEST = 256  # positions; below it a graph would be captured too often
+
+    def __init__(self, n_slots: int, device: torch.device) -> None:
+        self.lengths = np.zeros(n_slots, dtype=np.int64)  # positions in use, by slot; 0 = empty
+        self.generation = 0
+        self.positions = torch.zeros(n_slots, 1, dtype=torch.int64, device=device)
+        self.index = torch.arange(n_slots, device=device)
+        self.seen: Tensor | None = None  # [n, 1, 1, capacity] bool
+        self.store: Tensor | None = None  # [2, L, n, K, capacity, E]; keys, then values
+
+    def slots(self) -> list[int]:
+        """The slots in use."""
+        return np.flatnonzero(self.lengths).tolist()
+
+    def free_slots(self) -> list[int]:
+        """The empty slots."""
+        return np.flatnonzero(self.lengths == 0).tolist()
+
+    def admit(self, slots: Sequence[int], prompt: list[tuple[Tensor, Tensor]]) -> None:
+        """Put one prompt's keys and values, [K, T, E] a layer, into each of these empty slots."""
+        length = prompt[0][0].shape[1]
+        self._reserve(length + 1, len(prompt), prompt[0][0])
+        for layer, (keys, values) in enumerate(prompt):
+            self.store[0, layer, slots, :, :length] = keys
+            self.store[1, layer, slots, :, :length] = values
+        self.lengths[slots] = length
+
+    def release(self, slot: int) -> None:
+        """Empty a slot."""
+        self.lengths[slot] = 0
+
+    def advance(self) -> Tensor:
+        """Make room for one more position in every slot. -> its position in each, [n, 1] int64, always one tensor."""
+        self._reserve(int(self.lengths.max()) + 1, self.store.shape[1], self.store[0, 0, 0])
+        self.positions.copy_(torch.from_numpy(self.lengths)[:, None])
+        self.seen.copy_(up_to(self.positions, self.seen.shape[-1]))
+        self.lengths[self.slots()] += 1
+        return self.positions
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> list[Group]:
+        """Store keys and values [n, K, 1, E] of a layer at the positions that advance() gave; what to attend to."""
+        stored_keys, stored_values = self.store[0, layer], self.store[1, layer]
+        stored_keys[self.index, :, self.positions[:, 0]] = keys[:, :, 0]
+        stored_values[self.index, :, self.positions[:, 0]] = values[:, :, 0]
+        return [Group(slice(None), stored_keys, stored_values, self.seen)]
+
+    def _reserve(self, length: int, n_layers: int, like: Tensor) -> None:
+        """Make room for rows of this many positions of keys shaped like [K, T, E]."""
+        had = 0 if self.store is None else self.store.shape[4]
+        if length <= had:
+            return
+        capacity = max(self.SMALLEST, 1 << (length - 1).bit_length())
+        kv_heads, _, head_dim = like.shape
+        store = like.new_zeros(2, n_layers, len(self.lengths), kv_heads, capacity, head_dim)
+        if self.store is not None:
+            store[:, :, :, :, :had] = self.store
+        self.store = store
+        self.seen = torch.zeros(len(self.lengths), 1, 1, capacity, dtype=torch.bool, device=like.device)
+        self.generation += 1
+
+
+Cache = PromptCache | KVCache | FixedCache

@@ -1,0 +1,82 @@
+"""One decoding step for every sequence in the cache: eagerly, or compiled and replayed from a CUDA graph.
+
+B rows in the batch, n slots, P vocabulary rows on this rank
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from src import parallel
+from src.models.cache import FixedCache, KVCache
+from src.models.decoder import Decoder
+
+
+class Step(Protocol):
+    """What the engine decodes with; the cache holds the sequences."""
+
+    cache: KVCache | FixedCache
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Feed every row its newest token, after cache.advance().
+
+        tokens [B] int64 on the CPU, in cache.slots() order -> logits [B, P].
+        """
+
+
+class EagerStep:
+    """A plain forward over the rows in use."""
+
+    def __init__(self, model: Decoder, n_slots: int) -> None:
+        self.model, self.cache = model, KVCache(n_slots, parallel.device())
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        hidden = self.model(tokens.to(parallel.device())[:, None], self.cache.positions, self.cache)
+        return self.model.logits(hidden[:, -1])
+
+
+class GraphStep:
+    """A compiled forward over all slots, replayed from a CUDA graph that is captured anew when the cache grows.
+
+    At few rows a decoding step is bound by launching kernels; a graph launches them at once and Inductor fuses them.
+    """
+
+    def __init__(self, model: Decoder, n_slots: int) -> None:
+        self.model, self.cache = model, FixedCache(n_slots, parallel.device())
+        self.tokens = torch.zeros(n_slots, 1, dtype=torch.int64, device=parallel.device())
+        self.forward = torch.compile(self._forward, dynamic=False)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.generation = -1  # of the cache that the graph reads
+        self.logits: Tensor | None = None  # [n, P], where the graph leaves its result
+
+    def _forward(self) -> Tensor:
+        return self.model.logits(self.model(self.tokens, self.cache.positions, self.cache)[:, -1])
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        slots = torch.tensor(self.cache.slots())
+        everyone = torch.zeros(len(self.tokens), dtype=torch.int64)
+        everyone[slots] = tokens
+        self.tokens.copy_(everyone[:, None])
+        if self.generation != self.cache.generation:
+            self._capture()
+        self.graph.replay()
+        return self.logits[slots.to(self.logits.device)]
+
+    def _capture(self) -> None:
+        """Compile for the cache's new shape, then record one step. A step may run twice: it writes the same keys."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compilation and the libraries' lazy set-up must not be recorded
+                self.forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.forward()
+        self.generation = self.cache.generation
+
+
+def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> Step:
+    """A step of this many slots; `compiled` takes effect on a GPU alone."""
+    return (GraphStep if compiled and parallel.device().type == "cuda" else EagerStep)(model, n_slots)

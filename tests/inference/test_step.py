@@ -1,0 +1,75 @@
+"""src/inference/step.py: what a graph would record, run without one; the graph itself needs a GPU."""
+
+
+import pytest
+import torch
+
+from src import assemble, parallel
+from src.checkpoint.sources import open_source
+from src.checkpoint.split import split
+from src.inference import engine
+from src.inference.engine import Request, Vocabulary, generate
+from src.inference.sampling import Sampling
+from src.inference.step import EagerStep, GraphStep, make_step
+from src.models.cache import FixedCache
+from src.models.decoder import Decoder
+from tests import reference
+
+REQUESTS = [
+    Request(f"p{length}", sample, [1 + (7 * place + length) % 60 for place in range(length)])
+    for length in (3, 40, 5, 90)
+    for sample in (0, 1)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    root = tmp_path_factory.mktemp("step")
+    split(open_source(str(reference.make_llama(root / "hf", "gqa"))), root / "1", 1, "", "", "gqa")
+    parallel.start()
+    return assemble.load_solver(str(root / "1"))
+
+
+class FixedStep(EagerStep):
+    """GraphStep's work on its own cache, without compiler and graph: all slots are fed, those in use are read."""
+
+    def __init__(self, model: Decoder, n_slots: int) -> None:
+        self.model, self.cache = model, FixedCache(n_slots, parallel.device())
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        slots, everyone = self.cache.slots(), torch.zeros(len(self.cache.lengths), dtype=torch.int64)
+        everyone[slots] = tokens
+        return super().__call__(everyone)[slots]
+
+
+def sampled(model: Decoder, max_batch_size: int) -> dict[tuple[str, int], list[int]]:
+    sampling = Sampling(temperature=1.0, max_new_tokens=30)
+    found = generate(
+        model, REQUESTS, sampling, vocabulary=Vocabulary((2,)), max_batch_size=max_batch_size, compiled=True
+    )
+    return {(done.request.id, done.request.sample): done.tokens for done in found}
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 3, 8])
+def test_fixed_cache_decodes_what_buckets_decode(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, max_batch_size: int
+) -> None:
+    expected = sampled(model, max_batch_size)
+    monkeypatch.setattr(FixedCache, "SMALLEST", 16)  # it grows while rows are in flight
+    monkeypatch.setattr(engine, "make_step", lambda model, n_slots, compiled: FixedStep(model, n_slots))
+    assert sampled(model, max_batch_size) == expected
+
+
+def test_compiling_is_for_a_gpu(model: Decoder) -> None:
+    kind = GraphStep if parallel.device().type == "cuda" else EagerStep
+    assert type(make_step(model, 2, compiled=True)) is kind
+    assert type(make_step(model, 2, compiled=False)) is EagerStep
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_decode_what_eager_steps_decode(model: Decoder) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "make_step", lambda model, n_slots, compiled: EagerStep(model, n_slots))
+        expected = sampled(model, 8)
+    assert sampled(model, 8) == expected
