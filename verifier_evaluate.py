@@ -1,7 +1,8 @@
-"""Score samples with a verifier and report what choosing by score is worth.
+"""Score samples with a verifier and report what choosing by score is worth; or score judged steps.
 
 torchrun --nproc_per_node 8 verifier_evaluate.py --task GSM8K --ckpt_dir verifier --samples_file log/samples.jsonl \
     --label_file dataset/GSM8K/test.json --log_dir log/verified
+torchrun --nproc_per_node 8 verifier_evaluate.py --ckpt_dir prm --steps_file processbench.json --log_dir log/steps
 """
 
 from pathlib import Path
@@ -9,26 +10,39 @@ from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
-from src.data.examples import match_samples, read_prompts, read_samples
-from src.evaluation.evaluator import Marking, disclaim_samples, grade_samples, score_samples
-from src.evaluation.plot import plot_results
-from src.evaluation.report import results_table
+from src.data.examples import match_samples, read_judged, read_prompts, read_samples
+from src.errors import UserError
+from src.evaluation.evaluator import Marking, disclaim_samples, grade_samples
+from src.evaluation.judging import score_samples, score_steps
+from src.evaluation.plot import plot_verifier
 from src.evaluation.tasks import find_task
+from src.evaluation.verifier_report import (
+    choose_threshold,
+    judged_samples,
+    report_samples,
+    report_steps,
+    report_table,
+    steps_table,
+)
 from src.runlog import RunLog
 
 
 def main(
-    task: str, ckpt_dir: str, samples_file: str, label_file: str, log_dir: str,
+    ckpt_dir: str, log_dir: str, task: str = "", samples_file: str = "", label_file: str = "", steps_file: str = "",
+    threshold_file: str = "", aggregation: Literal["prod", "min", "last", "mean", "max"] = "prod",
     model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
     quantize: Literal["", "int8", "int4"] = "", dry_run: bool = False,
 ) -> None:
-    """Add a score to every sample; best-of-n and weighted voting beside majority voting.
+    """Add scores to samples: best-of-n and weighted voting over n beside majority voting; or judge steps.
 
-    task: how answers are found and compared: a name that solver_evaluate.py --help lists, or FILE.json
     ckpt_dir: verifier checkpoint
+    log_dir: directory for the scored samples.jsonl, results.json, verifier.png, run.json; a rerun continues
+    task: how answers are found and compared: a name that solver_evaluate.py --help lists, or FILE.json
     samples_file: samples.jsonl of solver_evaluate.py, several samples a problem
     label_file: the problems that were sampled, with labels
-    log_dir: directory for the scored samples.jsonl, results.json, run.json
+    steps_file: instead of samples, solutions with judged steps: {"instruction", "steps", "labels"}
+    threshold_file: solutions with judged steps on which the threshold of the first-error F1 is chosen; default: 0.5
+    aggregation: what makes one score of the steps of a solution (process verifiers)
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
     max_batch_size: samples in one forward pass
@@ -37,28 +51,47 @@ def main(
     """
     flags = locals().copy()
     cli.check_numbers(flags)
-    benchmark = find_task(task)
-    prompts = read_prompts(label_file, need_label=True)
-    samples = match_samples(read_samples(samples_file), prompts, samples_file)
+    if bool(steps_file) == bool(samples_file) or (samples_file and not (task and label_file)):
+        raise UserError("give either --samples_file with --task and --label_file, or --steps_file")
+    prompts = read_prompts(label_file, need_label=True) if samples_file else []
+    samples = match_samples(read_samples(samples_file), prompts, samples_file) if samples_file else []
+    judged = read_judged(steps_file) if steps_file else []
+    config = assemble.load_config(ckpt_dir, model_type)
+    if steps_file and config.objective == "pairwise":
+        raise UserError(f"{ckpt_dir} is a pairwise verifier and cannot judge steps; give an outcome or process one")
     if dry_run:
-        config = assemble.load_config(ckpt_dir, model_type)
-        runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(samples), quantize))
+        runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(samples or judged), quantize))
         return
     storage.check_writable(Path(log_dir))
     parallel.start()
-    verifier = assemble.load_verifier(ckpt_dir, model_type=model_type, quantize=quantize)
+    verifier = assemble.load_verifier(ckpt_dir, quantize=quantize)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
-    scores = score_samples(verifier, tokenizer, samples, max_batch_size=max_batch_size, log=RunLog(log_dir, flags))
+    log, folder = RunLog(log_dir, flags), Path(log_dir)
+    if steps_file:
+        threshold = None
+        if threshold_file:
+            rows = read_judged(threshold_file)
+            found = list(score_steps(verifier, tokenizer, rows, max_batch_size=max_batch_size))
+            threshold = choose_threshold(rows, found)
+        found = list(score_steps(verifier, tokenizer, judged, max_batch_size=max_batch_size))
+        if parallel.rank() == 0:
+            report = report_steps(judged, found, threshold)
+            storage.write_json(folder / "results.json", report)
+            runlog.table(steps_table(report))
+        return
+    scores = score_samples(verifier, tokenizer, samples, aggregation=aggregation, max_batch_size=max_batch_size,
+                           path=folder / f"scores.{storage.fingerprint(Path(ckpt_dir))[:12]}{quantize}.jsonl", log=log)
     if parallel.rank() == 0:
-        scored = [sample._replace(values=sample.values | {"score": score})
-                  for sample, score in zip(samples, scores, strict=True)]
-        path = Path(log_dir) / "samples.jsonl"
-        disclaim_samples(path, samples_file)
-        with Marking(benchmark, prompts) as marking:
-            results = grade_samples(marking, scored, path)
-        storage.write_json(Path(log_dir) / "results.json", results)
-        plot_results(results, Path(log_dir) / "results.png")
-        runlog.table(results_table(results))
+        scored = [sample._replace(values=sample.values | {"score": found.score} | (
+            {} if found.step_scores is None else {"step_scores": found.step_scores}))
+            for sample, found in zip(samples, scores, strict=True)]
+        disclaim_samples(folder / "samples.jsonl", samples_file)
+        with Marking(find_task(task), prompts) as marking:
+            results = grade_samples(marking, scored, folder / "samples.jsonl")
+            report = report_samples(judged_samples(marking, scored))
+        storage.write_json(folder / "results.json", results | {"verifier": report})
+        plot_verifier(report, folder / "verifier.png")
+        runlog.table(report_table(report))
 
 
 if __name__ == "__main__":

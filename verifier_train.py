@@ -1,6 +1,7 @@
-"""Train a verifier (reward model) from a solver checkpoint and pairs of solutions, full or LoRA.
+"""Train a verifier (reward model) from a solver checkpoint on pairs of solutions, on their outcomes or on their steps.
 
 torchrun --nproc_per_node 8 verifier_train.py --ckpt_dir out --save_dir verifier --train_file pairs.json
+torchrun --nproc_per_node 8 verifier_train.py --ckpt_dir out --save_dir prm --train_file steps.json --objective process
 """
 
 from typing import Literal
@@ -9,16 +10,17 @@ import torch
 
 from src import assemble, cli, parallel, plan, runlog
 from src.data.batches import Batching
-from src.data.examples import read_pairs
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
 from src.training.saver import Saver, Trained
-from src.training.verifier import PairData, evaluate_pairs, n_pairs, pairwise_loss, split_by_problem
+from src.training.verifier import open_data
 
 
 def main(
-    ckpt_dir: str, save_dir: str, train_file: str, label_file: str = "", held_out: float = 0.1,
-    objective: Literal["pairwise"] = "pairwise", score: Literal["last", "mean"] = "last",
+    ckpt_dir: str, save_dir: str, train_file: str | list[str], weights: list[float] = [],  # noqa: B006 (never changed)
+    label_file: str = "", held_out: float = 0.1, objective: Literal["pairwise", "outcome", "process"] = "pairwise",
+    score: Literal["last", "mean"] = "last", margin: float = 0.0, centring: float = 0.0,
+    label_tokens: Literal["all", "last"] = "all", balance: bool = False,
     model_type: str = "", tokenizer_file: str = "",
     max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right"] = "drop",
     max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = False, epochs: int = 1, max_steps: int = -1,
@@ -34,17 +36,23 @@ def main(
 
     ckpt_dir: solver to start from (its value head starts at zero), or a verifier to train on
     save_dir: directory for epoch-N checkpoints, the final checkpoint, metrics.jsonl and run.json
-    train_file: json array or jsonl of {"instruction", "chosen", "rejected"}; each side a text or a list
-    label_file: held-out pairs in the same form; default: a share of train_file
-    held_out: share of train_file's problems, its last, kept for evaluation when there is no label_file
-    objective: pairwise = Bradley-Terry on the two scores
-    score: a solution's score is read at its last token, or is the mean over its tokens
+    train_file: json array or jsonl, or several. pairwise: {"instruction", "chosen", "rejected"}, each side a text or a
+        list; outcome: {"instruction", "output", "correct"}; process: {"instruction", "steps", "labels"}, and outcomes
+    weights: how often the rows of each training file count, such as 1,0.5; default: once
+    label_file: held-out rows in the same form; default: a share of the training rows
+    held_out: share of the problems, the last ones, kept for evaluation when there is no label_file
+    objective: pairwise = Bradley-Terry on two scores; outcome = is the solution right; process = is each step right
+    score: pairwise: a solution's score is read at its last token, or is the mean over its tokens
+    margin: pairwise: what a chosen score should be ahead by
+    centring: pairwise: weight of the squared sum of the two scores, which keeps scores around 0
+    label_tokens: outcome: a solution is judged at each of its tokens, or at its last
+    balance: outcome and process: let right labels weigh as much in all as wrong ones
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
     max_seq_len: longest prompt + solution in tokens
-    truncation: for pairs with a longer one, counted: drop them; cut the prompt's left or the solution's right; or end
-        with an error. More than 1% of the pairs dropped or cut on the right is an error always
-    max_batch_size: pairs in one forward pass
+    truncation: for rows with a longer one, counted: drop them; cut the prompt's left or the solution's right; or end
+        with an error. More than 1% of the rows dropped or cut on the right is an error always
+    max_batch_size: pairs or solutions in one forward pass
     accumulation_steps: forward passes in one optimizer step
     packing: lay the texts of a forward pass end to end instead of padding them; the update is the same
     epochs: passes over the training file
@@ -56,13 +64,13 @@ def main(
     weight_decay: decay of weight matrices
     max_grad_norm: gradients are clipped to this global norm
     activation_checkpointing: what the backward pass computes again to save memory: nothing, feed-forwards, or all
-    tensor_parallel_size: ranks that share one model; the others take other pairs. -1 = the shards of ckpt_dir, if they
+    tensor_parallel_size: ranks that share one model; the others take other rows. -1 = the shards of ckpt_dir, if they
         divide the ranks, else all ranks
     lora_rank: rank of LoRA adapters; -1 trains all weights
     lora_alpha: adapters are scaled by lora_alpha / lora_rank
     lora_dropout: dropout before the adapters
     lora_targets: linears that carry an adapter
-    eval_every: steps between measurements on held-out pairs; -1 = after each epoch
+    eval_every: steps between measurements on held-out rows; -1 = after each epoch
     save_every: steps between checkpoints to resume from; -1 = after each epoch
     keep_last: how many of those are kept
     resume: auto = go on from the newest complete one in save_dir, if there is one
@@ -72,31 +80,33 @@ def main(
     """
     flags = locals().copy()
     cli.check_numbers(flags)
-    rows = read_pairs(train_file)
-    train_rows, held_rows = (rows, read_pairs(label_file)) if label_file else split_by_problem(rows, held_out)
     config = assemble.load_config(ckpt_dir, model_type)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
-    data, held = (PairData(part, tokenizer, max_seq_len=max_seq_len, truncation=truncation, source=source)
-                  for part, source in ((train_rows, train_file), (held_rows, label_file or train_file)))
+    options = {"margin": margin, "centring": centring} if objective == "pairwise" else {
+        "label_tokens": label_tokens, "balance": balance}
+    data, held = open_data(objective, train_file, weights, label_file, held_out, tokenizer, seed=seed,
+                           max_seq_len=max_seq_len, truncation=truncation, **options)
     lora = assemble.lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
     n_ranks = assemble.tensor_parallel_size(ckpt_dir, tensor_parallel_size)
     batching = Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=seed,
                         rank=parallel.rank() // n_ranks, ranks=parallel.world_size() // n_ranks)
-    steps_per_epoch = batching.steps_per_epoch(len(data.pairs))
+    steps_per_epoch = batching.steps_per_epoch(len(data.samples))
     total_steps = min(epochs * steps_per_epoch, max_steps if max_steps >= 0 else epochs * steps_per_epoch)
     if dry_run:
-        examples = [encoded for pair in data.pairs for encoded in pair]
+        examples = [encoded for sample in data.samples for encoded in sample]
         runlog.table(plan.training(assemble.solver_to_verifier(config), assemble.n_shards(ckpt_dir), lora, examples,
-                                   tokenizer, epochs=epochs, rows_a_forward=2 * max_batch_size, steps=total_steps))
+                                   tokenizer, epochs=epochs, rows_a_forward=len(data.samples[0]) * max_batch_size,
+                                   steps=total_steps))
         return
     parallel.start(seed, n_ranks)
     assemble.check_save_dir(save_dir, ckpt_dir)
     model = assemble.load_verifier(ckpt_dir, dtype=torch.float32, from_solver=True)
-    assemble.set_score(model, score=score)
+    score = {"pairwise": score, "outcome": "last", "process": "steps"}[objective]
+    assemble.set_score(model, objective=objective, score=score)
     assemble.put_lora_on(model, lora, seed)
     log = RunLog(save_dir, flags)
-    log.logger.info("%s; %d pairs held out", data.report, len(held.pairs))
-    log.logger.info("first example, the chosen side: %s", plan.masked_text(data.pairs[0][0], tokenizer))
+    log.logger.info("%s; held out: %s", data.report, held.report)
+    log.logger.info("first example: %s", plan.masked_text(data.samples[0][0], tokenizer))
     loop = TrainLoop(model, log, lr=lr, total_steps=total_steps, schedule=schedule, warmup_ratio=warmup_ratio,
                      min_lr_ratio=min_lr_ratio, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed,
                      activation_checkpointing=activation_checkpointing)
@@ -104,23 +114,23 @@ def main(
         log, [Trained(save_dir, loop, lambda folder, state: assemble.save_model(
             model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state))],
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
-        facts={"seed": seed, "pairs": len(data.pairs), "pairs_a_step": batching.rows_a_step})
+        facts={"seed": seed, "rows": len(data.samples), "rows_a_step": batching.rows_a_step})
     done = saver.resume(resume)
     model.train()
     log.progress(total_steps, "step", done)
     for epoch, number, batches in data.steps(batching, packing=packing, epochs=epochs, done=done, stop=total_steps):
-        normaliser = parallel.sum_over_data_parallel(n_pairs(batches))
+        normaliser = parallel.sum_over_data_parallel(data.n_judged(batches))
         for batch in batches:
-            loop.backward(pairwise_loss(model, batch.to(parallel.device()), normaliser), last=batch is batches[-1])
+            loop.backward(data.loss(model, batch.to(parallel.device()), normaliser), last=batch is batches[-1])
         report = loop.step()
-        log.metrics(number, epoch=epoch, **report._asdict(), pairs=normaliser)
+        log.metrics(number, epoch=epoch, **report._asdict(), judged=normaliser)
         log.advance(tokens=sum(batch.tokens.numel() for batch in batches), loss=report.loss)
         accuracy = None
         if number == total_steps or number % (eval_every if eval_every >= 0 else steps_per_epoch) == 0:
-            held_report = evaluate_pairs(model, held, max_batch_size)
+            held_report = held.evaluate(model, max_batch_size)
             accuracy = held_report.held_out_accuracy
             log.metrics(number, epoch=epoch, **held_report._asdict())
-            log.logger.info("step %d: held-out pair accuracy %.3f", number, accuracy)
+            log.logger.info("step %d: held-out accuracy %.3f", number, accuracy)
             assemble.set_score(model, score_mean=held_report.score_mean, score_std=held_report.score_std)
         saver.step_done(number, accuracy)
     saver.finish()

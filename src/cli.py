@@ -107,6 +107,8 @@ NUMBERS: dict[str, Numbers] = {
     "lr": FINITE,
     "critic_lr": FINITE,
     "margin": FINITE,
+    "centring": FINITE,
+    "weights": Numbers("more than 0 each", lambda x: all(0 < weight < math.inf for weight in x)),
     "weight_decay": FINITE,
     "temperature": FINITE,
     "kl_coef": FINITE,

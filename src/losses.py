@@ -16,6 +16,15 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected)
 
 
+def judgement_loss(scores: Tensor, labels: Tensor, right_weight: float = 1.0) -> Tensor:
+    """Binary cross-entropy of logits with labels in [0, 1] (Cobbe et al. 2021; Lightman et al. 2023). [N] -> [N].
+
+    right_weight multiplies the term of a right label, to even out classes of unequal size.
+    """
+    weight = torch.tensor(right_weight, device=scores.device)
+    return F.binary_cross_entropy_with_logits(scores, labels, pos_weight=weight, reduction="none")
+
+
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over the True positions of each row.
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import pytest
 
-from src import parallel
+from src import assemble, parallel
+from src.text.tokenizer import Tokenizer
 from tests.tiny import make_verifier, split, write_hf_llama
 
 
@@ -30,3 +31,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return Folders(
         hf, one, split(hf, folder / "two", 2), verifier, split(Path(verifier), folder / "verifier_two", 2)
     )
+
+
+@pytest.fixture
+def tokenizer(folders: Folders) -> Tokenizer:
+    return assemble.load_tokenizer(folders.one)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import checkpoint_split
+import data_build
 from src import assemble, cli, parallel
 from src.checkpoint import storage
 from src.errors import UserError
@@ -247,6 +248,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_json(
         folder / "pairs.json", [{"instruction": str(i), "chosen": "1", "rejected": "2"} for i in range(20)]
     )
+    steps = [{"instruction": str(i), "steps": ["1", "2"], "labels": [1, i % 2]} for i in range(20)]
+    write_json(folder / "steps.json", steps)
+    write_json(folder / "short.json", [steps[0] | {"labels": [1]}])
+    write_json(folder / "empty_step.json", [steps[0] | {"steps": ["1", " "]}])
+    write_json(folder / "beyond.json", [steps[0] | {"labels": [1, 2]}])
     write_json(folder / "samples.json", [{"response": f"#### {row['label']}"} for row in PROBLEMS])
     graded = [
         {"prompt": "q", "response": "1", "outcome": "right"},
@@ -487,6 +493,16 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("ppo_train", {"critic_warmup": 2}, "--critic_warmup is 2, but there are only 1 buffers"),
     ("ppo_train", {"gamma": 1.5}, "--gamma is 1.5, expected a number from 0 to 1"),
     ("ppo_train", {"critic_lr": "inf"}, "--critic_lr is inf, expected 0 or more"),
+    ("verifier_train", {"train_file": "steps.json"}, "steps.json, row 1: key 'chosen' is missing"),
+    ("verifier_train", {"train_file": "short.json", "objective": "process"}, "short.json, row 1: .* found 2 and 1"),
+    ("verifier_train", {"train_file": "empty_step.json", "objective": "process"}, "row 1: step 1 is ' '"),
+    ("verifier_train", {"train_file": "beyond.json", "objective": "process"}, "row 1: label 1 is 2; expected 0 to 1"),
+    ("verifier_train", {"train_file": "pairs.json", "objective": "outcome"}, "row 1: 'correct' is None; expected true"),
+    ("verifier_train", {"weights": "1,2"}, "--weights has 2 numbers for 1 training files"),
+    ("verifier_train", {"weights": "0"}, r"--weights is \[0.0\], expected more than 0 each"),
+    ("verifier_evaluate", {"samples_file": None}, "give either --samples_file with --task and --label_file"),
+    ("verifier_evaluate", {"samples_file": None, "steps_file": "steps.json"}, "is a pairwise verifier"),
+    ("verifier_evaluate", {"ckpt_dir": "one"}, r"is a solver \(no value head\)"),
     ("solver_train", {"lora_rnk": 8}, r"unknown flag --lora_rnk; did you mean --lora_rank\?"),
 ]
 
@@ -588,3 +604,39 @@ def test_a_rank_that_fails_ends_the_job(here: Path) -> None:
     (line,) = re.findall("error: [^\n]*", done.stderr)  # may stand behind the progress bar of the other rank
     assert "consolidated.01.pth cannot be read as a checkpoint" in line
     assert not (here / "out/params.json").exists()
+
+
+@pytest.mark.parametrize(("objective", "files"), [("outcome", ["o"]), ("process", ["s", "o"])])
+def test_verifiers_of_outcomes_and_steps_from_samples_to_scores(
+    world: World, here: Path, objective: str, files: list[str]
+) -> None:
+    texts = [(f"{n}\n\n#### {row['label']}", f"{n}\n\n#### 9") for n, row in enumerate(PROBLEMS)]
+    samples = [
+        {"id": str(i), "sample": n, "prompt": row["instruction"], "response": text, "outcome": outcome}
+        for i, row in enumerate(PROBLEMS)
+        for n, (text, outcome) in enumerate(zip(texts[i], ("right", "wrong"), strict=True))
+    ]
+    write_json(here / "graded_two.json", samples)
+    data_build.outcome("graded_two.json", "o.json")
+    steps = [
+        {"instruction": row["prompt"], "steps": row["response"].split("\n\n"), "labels": [1, int(row["sample"] == 0)]}
+        for row in samples
+    ]
+    write_json(here / "s.json", steps)
+    importlib.import_module("verifier_train").main(
+        "one", "trained", [f"{name}.json" for name in files], objective=objective, max_batch_size=8, packing=True,
+        epochs=2, lr=1e-3, label_tokens="last", balance=True,
+    )
+    config = assemble.load_config("trained")
+    assert (config.objective, config.score) == (objective, "last" if objective == "outcome" else "steps")
+    evaluate = importlib.import_module("verifier_evaluate").main
+    evaluate("trained", "log", "toy", "graded_two.json", "train.json", aggregation="min")
+    scored = [json.loads(line) for line in (here / "log/samples.jsonl").read_text().splitlines()]
+    assert len(scored) == len(samples) and all(len(row["step_scores"]) == 2 for row in scored)
+    for row in scored:
+        assert row["score"] == (row["step_scores"][-1] if objective == "outcome" else min(row["step_scores"]))
+    report = json.loads((here / "log/results.json").read_text())["verifier"]
+    assert report["curves"]["pass"]["n"] == [1, 2] and (here / "log/verifier.png").is_file()
+    evaluate("trained", "log_steps", steps_file="s.json", threshold_file="s.json")
+    found = json.loads((here / "log_steps/results.json").read_text())
+    assert found["steps"] == 2 * len(samples) and 0 <= found["f1"] <= 1

@@ -8,6 +8,7 @@ sampling and scoring.
 B batch, S sequence
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypeVar
@@ -26,10 +27,14 @@ MAX_DROPPED_SHARE = 0.01  # more answers than this lost to the length limit is a
 
 
 class Encoded(NamedTuple):
-    """One prompt and response as ids; response_start is where the response begins."""
+    """One prompt and response as ids; response_start is where the response begins.
+
+    targets, where a verifier is to judge: what its score at each response token should be, nan = it is not read there.
+    """
 
     tokens: list[int]
     response_start: int
+    targets: tuple[float, ...] = ()
 
     @property
     def n_response(self) -> int:
@@ -68,6 +73,27 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         return Batch(self.tokens.to(device), self.response_mask.to(device), self.lengths)
+
+
+class JudgedBatch(NamedTuple):
+    """A batch with what a verifier's score should be: targets [B, S] float32, nan where none is read."""
+
+    batch: Batch
+    targets: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """The batch's tokens."""
+        return self.batch.tokens
+
+    @property
+    def n_judged(self) -> int:
+        """Scores that are read."""
+        return int((~self.targets.isnan()).sum())
+
+    def to(self, device: torch.device) -> "JudgedBatch":
+        """The same batch on a device."""
+        return JudgedBatch(self.batch.to(device), self.targets.to(device))
 
 
 def encode_prompt(tokenizer: Tokenizer, instruction: str) -> list[int]:
@@ -115,6 +141,43 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+STEP_END = "\n\n"  # between the steps of a solution
+
+
+def split_steps(solution: str) -> list[str]:
+    """The steps of a solution: its paragraphs. At least one."""
+    return [step for step in solution.split(STEP_END) if step.strip()] or [solution]
+
+
+def encode_steps(
+    tokenizer: Tokenizer,
+    instruction: str,
+    steps: Sequence[str],
+    labels: Sequence[float | None],
+    *,
+    finished: bool = True,
+) -> Encoded:
+    """A solution in steps, each judged at its last token: the one place that says which token carries a step's score.
+
+    Steps are tokenised apart, a blank line behind each but the last and EOS behind that if it is finished, so that the
+    position of every step's end is known by construction. A step with the label None is not judged.
+    """
+    prompt = encode_prompt(tokenizer, instruction)
+    response: list[int] = []
+    targets: list[float] = []
+    for number, (step, label) in enumerate(zip(steps, labels, strict=True)):
+        last = number == len(steps) - 1
+        pieces = tokenizer.encode(step if last else step + STEP_END, start=number == 0)
+        response += [*pieces, tokenizer.eos_id] if last and finished else pieces
+        targets += [math.nan] * (len(response) - len(targets) - 1) + [math.nan if label is None else label]
+    return Encoded(prompt + response, len(prompt), tuple(targets))
+
+
+def judged_everywhere(encoded: Encoded, label: float) -> Encoded:
+    """A response judged at each of its tokens (Cobbe et al. 2021, token-level verifiers)."""
+    return encoded._replace(targets=(label,) * encoded.n_response)
+
+
 class Fitted(NamedTuple):
     """The samples that fit the length limit, and a sentence on what became of the others."""
 
@@ -156,9 +219,11 @@ def _cut(encoded: Encoded, max_seq_len: int, truncation: Truncation) -> Encoded:
     """A sequence cut to max_seq_len, or as it is where the policy cannot cut it."""
     excess = len(encoded.tokens) - max_seq_len
     if truncation == "left" and 0 < excess < encoded.response_start:
-        return Encoded(encoded.tokens[:1] + encoded.tokens[1 + excess :], encoded.response_start - excess)
+        tokens = encoded.tokens[:1] + encoded.tokens[1 + excess :]
+        return Encoded(tokens, encoded.response_start - excess, encoded.targets)
     if truncation == "right" and excess > 0:
-        return Encoded(encoded.tokens[:max_seq_len], min(encoded.response_start, max_seq_len))
+        start = min(encoded.response_start, max_seq_len)
+        return Encoded(encoded.tokens[:max_seq_len], start, encoded.targets[: max_seq_len - start])
     return encoded
 
 
@@ -185,6 +250,15 @@ def pack(rows: Sequence[Encoded]) -> Batch:
 def lay_out(samples: Sequence[Encoded], *, packing: bool) -> Batch:
     """Samples as a batch, packed or padded."""
     return pack(samples) if packing else collate(samples)
+
+
+def lay_out_judged(samples: Sequence[Encoded], *, packing: bool) -> JudgedBatch:
+    """Samples with their targets as a batch, packed or padded."""
+    batch = lay_out(samples, packing=packing)
+    targets = torch.full(batch.tokens.shape, math.nan)
+    flat = [target for sample in samples for target in sample.targets]
+    targets[batch.response_mask] = torch.tensor(flat, dtype=torch.float32)  # one target a response token
+    return JudgedBatch(batch, targets)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

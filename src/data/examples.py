@@ -34,6 +34,17 @@ class Pair(NamedTuple):
     rejected: list[str]
 
 
+class Judged(NamedTuple):
+    """A problem with a solution in steps and what is known of each: 0 wrong to 1 right, None = not judged.
+
+    An outcome row is one whose whole solution is a single step.
+    """
+
+    instruction: str
+    steps: list[str]
+    labels: list[float | None]
+
+
 class Prompt(NamedTuple):
     """A problem to be solved; label is its answer where known, id names it in samples.jsonl.
 
@@ -150,6 +161,48 @@ def read_pairs(path: str) -> list[Pair]:
             raise UserError(f"{row.where}: the same text is chosen and rejected: {min(same)[:60]!r}")
         pairs.append(pair)
     return pairs
+
+
+def read_judged(path: str) -> list[Judged]:
+    """Outcome rows `{"instruction", "output", "correct": bool}` or judged steps `{"instruction", "steps": [text, ...],
+    "labels": [0 to 1 or null, ...]}`, by the keys of the first row. Raises UserError.
+
+    A row none of whose steps is judged is an error: it could teach nothing.
+    """
+    rows = read_rows(path)
+    read = _judged_steps if "steps" in rows[0].values else _judged_outcome
+    return [read(row) for row in rows]
+
+
+def _judged_outcome(row: Row) -> Judged:
+    correct = row.values.get("correct")
+    if not isinstance(correct, bool):
+        raise UserError(
+            f"{row.where}: 'correct' is {correct!r}; expected true or false beside 'output', or 'steps' and 'labels'"
+        )
+    (output,) = _texts(Row(row.where, {"output": _text(row, "output")}), "output")
+    return Judged(_text(row, "instruction"), [output], [float(correct)])
+
+
+def _judged_steps(row: Row) -> Judged:
+    steps, labels = row.values.get("steps"), row.values.get("labels")
+    lengths = [len(side) if isinstance(side, list) else repr(side) for side in (steps, labels)]
+    if not isinstance(steps, list) or not isinstance(labels, list) or not steps or len(steps) != len(labels):
+        raise UserError(
+            f"{row.where}: expected lists of equal length under 'steps' and 'labels', "
+            f"found {lengths[0]} and {lengths[1]}"
+        )
+    for number, (step, label) in enumerate(zip(steps, labels, strict=True)):
+        if not isinstance(step, str) or not step.strip():
+            raise UserError(f"{row.where}: step {number} is {step!r}; expected a text that is not empty")
+        _text(Row(row.where, {f"step {number}": step}), f"step {number}")
+        if label is not None and (not isinstance(label, int | float) or not 0 <= label <= 1):
+            raise UserError(
+                f"{row.where}: label {number} is {label!r}; expected 0 to 1, or null for not judged"
+            )
+    if all(label is None for label in labels):
+        raise UserError(f"{row.where}: every label is null; leave out a row that judges nothing")
+    return Judged(_text(row, "instruction"), steps, [None if x is None else float(x) for x in labels])
 
 
 def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:

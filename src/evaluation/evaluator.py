@@ -1,7 +1,6 @@
 """A benchmark from problems to graded samples: sample, write down, grade meanwhile. report.py counts."""
 
 import json
-import math
 import os
 import time
 from collections import defaultdict
@@ -11,10 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-import torch
-
 from src import parallel
-from src.data.collate import Encoded, chunks, collate, encode_prompt, encode_response
+from src.data.collate import encode_prompt
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
 from src.evaluation.answer_types import KINDS
@@ -25,7 +22,6 @@ from src.evaluation.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.remote import RemoteRequest, Server, complete
 from src.inference.sampling import Sampling
-from src.inference.scoring import response_scores
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
@@ -302,48 +298,6 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _encode_sample(tokenizer: Tokenizer, sample: Sample, max_seq_len: int) -> Encoded:
-    """A sample as ids. One that was cut off has no EOS, and loses what its text tokenises to beyond the context."""
-    finished = sample.values.get("finish", "stop") == "stop" or not sample.response
-    row = encode_response(tokenizer, sample.prompt, sample.response, finished=finished)
-    if finished and len(row.tokens) > max_seq_len or row.response_start >= max_seq_len:
-        raise UserError(
-            f"sample {sample.id!r}/{sample.sample} has {len(row.tokens)} tokens; a verifier with context "
-            f"{max_seq_len} cannot score it"
-        )
-    return Encoded(row.tokens[:max_seq_len], row.response_start)
-
-
-@torch.no_grad()
-def score_samples(
-    verifier: Decoder, tokenizer: Tokenizer, samples: Sequence[Sample], *, max_batch_size: int, log: RunLog
-) -> list[float]:
-    """The verifier's score of each sample, normalised by its measured mean and deviation, in sample order.
-
-    Sequences of like length share a batch. Raises UserError for a sample longer than the model's context, and for a
-    score that is not a finite number.
-    """
-    config = verifier.config
-    encoded = [_encode_sample(tokenizer, sample, config.max_seq_len) for sample in samples]
-    verifier.eval()
-    scores = [0.0] * len(samples)
-    log.progress(len(samples), "sample")
-    for rows in chunks(
-        sorted(range(len(samples)), key=lambda index: len(encoded[index].tokens)), max_batch_size
-    ):
-        batch = collate([encoded[index] for index in rows]).to(parallel.device())
-        for index, score in zip(rows, response_scores(verifier, *batch).tolist(), strict=True):
-            scores[index] = (score - config.score_mean) / config.score_std
-            if not math.isfinite(scores[index]):
-                raise UserError(
-                    f"the score of sample {samples[index].id!r}/{samples[index].sample} is {scores[index]}; "
-                    f"the verifier has diverged, train it again with a lower learning rate"
-                )
-        log.advance(len(rows), tokens=batch.tokens.numel())
-    log.close_progress()
-    return scores
 
 
 def grade_samples(marking: Marking, samples: Sequence[Sample], path: Path) -> dict[str, object]:

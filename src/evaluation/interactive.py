@@ -4,16 +4,15 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import NamedTuple
 
-import torch
-
 from src import parallel, runlog
-from src.data.collate import collate, encode_prompt, encode_response
+from src.data.collate import encode_prompt, split_steps
+from src.data.examples import Sample
 from src.evaluation.extract import extract
+from src.evaluation.judging import score_one
 from src.evaluation.prompting import Prompting
 from src.evaluation.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
-from src.inference.scoring import response_scores
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
 
@@ -56,13 +55,16 @@ def answer_problem(solver: Solver, instruction: str, name: str) -> str:
     lines = [] if completion.finish == "stop" else [f"cut at {len(completion.tokens)} tokens"]
     if solver.task.graded:
         found = extract(solver.task.extraction, completion.text)
-        lines.append("no answer found" if found.answer is None else f"answer  {found.answer}   ({found.rule})")
-    if solver.verifier is not None and completion.text:
-        steps = [step for step in completion.text.split("\n") if step.strip()]
-        scores = step_scores(
-            solver.verifier, solver.tokenizer, instruction, completion.text, completion.finish == "stop"
+        lines.append(
+            "no answer found" if found.answer is None else f"answer  {found.answer}   ({found.rule})"
         )
-        lines += [f"{score:8.3f}  {step}" for score, step in zip(scores, steps, strict=True)]
+    if solver.verifier is not None and completion.text:
+        solution = Sample(name, 0, instruction, completion.text, None, {"finish": completion.finish})
+        scored = score_one(solver.verifier, solver.tokenizer, solution)
+        steps = split_steps(completion.text) if scored.step_scores else [completion.text]
+        lines += [
+            f"{p:8.3f}  {step}" for p, step in zip(scored.step_scores or [scored.score], steps, strict=True)
+        ]
     return "\n".join(lines)
 
 
@@ -97,28 +99,3 @@ class Stream:
         """Length of the longest end of the text that a stop string begins with."""
         lengths = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
         return max(lengths, default=0)
-
-
-@torch.no_grad()
-def step_scores(
-    verifier: Decoder, tokenizer: Tokenizer, instruction: str, response: str, finished: bool
-) -> list[float]:
-    """A verifier's normalised score of the solution up to each of its steps, the lines that are not empty.
-
-    The solution as far as a step is scored like a response that is cut there; the last one ends as the response does.
-    """
-    lines = response.split("\n")
-    ends = [index + 1 for index, line in enumerate(lines) if line.strip()]
-    rows = [
-        encode_response(
-            tokenizer,
-            instruction,
-            response if end == ends[-1] else "\n".join(lines[:end]),
-            finished=finished and end == ends[-1],
-        )
-        for end in ends
-    ]
-    batch = collate(rows).to(parallel.device())
-    verifier.eval()
-    scores = response_scores(verifier, batch.tokens, batch.response_mask)
-    return ((scores - verifier.config.score_mean) / verifier.config.score_std).tolist()

@@ -29,6 +29,26 @@ def plot_results(results: dict[str, object], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})  # equal numbers, equal bytes
 
 
+def plot_verifier(report: dict[str, object], path: Path) -> None:
+    """Write a PNG: accuracy of every way of choosing over n, and how often a score of p is right."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    over_n, reliability = figure.subplots(1, 2)
+    for name, curve in report["curves"].items():
+        over_n.plot(curve["n"], curve["accuracy"], marker="o", markersize=3, label=name)
+        over_n.fill_between(curve["n"], curve["low"], curve["high"], alpha=0.08)
+    over_n.set_xscale("log", base=2)
+    over_n.set_xticks(curve["n"], [str(n) for n in curve["n"]])
+    over_n.set_xlabel("samples a problem")
+    over_n.set_ylabel("accuracy")
+    over_n.legend(fontsize=6)
+    bins = report["calibration"]
+    reliability.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    reliability.plot([each["probability"] for each in bins], [each["accuracy"] for each in bins], marker="o")
+    reliability.set_xlabel("score")
+    reliability.set_ylabel("share right")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
 def _over_samples(axes: Axes, results: dict[str, object]) -> None:
     """One line with its 95% band for each way to use k samples."""
     for name, label in CURVES.items():

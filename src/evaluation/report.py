@@ -63,7 +63,7 @@ def summarize(
 
     n samples a problem is the most any problem has; one with fewer is filled up with misses. maj_at, best_of_at and
     weighted_at average over the disjoint groups of k consecutive samples, and count classes of equal answers; of equal
-    votes the answer seen first wins. A weighted vote counts sigmoid(score). Intervals are 95%.
+    votes the answer seen first wins. choices() says what a vote by score weighs. Intervals are 95%.
     """
     n = max([1, *(len(samples) for samples in problems.values())])
     filled = []
@@ -90,7 +90,7 @@ def summarize(
         "mean_tokens": _mean(lengths) if lengths else None,
         "outcomes": {name: outcomes[name] for name in OUTCOMES},
     }
-    curves = _curves(filled, shares, n, scored=all(graded.score is not None for graded in given))
+    curves = _curves(filled, shares, n, [graded.score for graded in given])
     for name, values in curves.items():
         results[name] = {k: _mean(share) for k, share in values.items()}
     results["intervals"] = {
@@ -101,12 +101,12 @@ def summarize(
 
 
 def _curves(
-    filled: Sequence[Sequence[Graded]], shares: Sequence[float], n: int, *, scored: bool
+    filled: Sequence[Sequence[Graded]], shares: Sequence[float], n: int, scores: Sequence[float | None]
 ) -> dict[str, dict[int, list[float]]]:
     """For each way to use k samples and each k = 1, 2, 4 .. n: the problems' chances to be right."""
     sizes = [2**i for i in range(n.bit_length())]
     curves = {"pass_at": {k: [pass_at_k(n, round(share * n), k) for share in shares] for k in sizes}}
-    for name, choose in choices(scored).items() if n > 1 else ():
+    for name, choose in choices(scores).items() if n > 1 else ():
         curves[name] = {k: [_chosen_share(samples, k, choose) for samples in filled] for k in sizes}
     return curves
 
@@ -114,15 +114,20 @@ def _curves(
 Choice = Callable[[Sequence[Graded]], int | None]  # which sample of a group to submit; None = no answer
 
 
-def choices(scored: bool) -> dict[str, Choice]:
-    """The ways to submit one answer for several samples; those by score only where every sample has one."""
+def choices(all_scores: Sequence[float | None]) -> dict[str, Choice]:
+    """The ways to submit one answer for several samples; those by score only where every sample has one.
+
+    Scores that all lie between 0 and 1 weigh a vote as they are, others by their sigmoid: scores around 0, summed as
+    they are, would give a class nothing for its size.
+    """
+    scored = None not in all_scores
+    shares = scored and all(0 <= score <= 1 for score in all_scores)
 
     def scores(group: Sequence[Graded]) -> list[float]:
         return [float("-inf") if graded.score is None else graded.score for graded in group]
 
     def weights(group: Sequence[Graded]) -> list[float]:
-        # scores are about 0 on average: summed as they are, a class would gain nothing by its size
-        return [0.5 + 0.5 * math.tanh(0.5 * score) for score in scores(group)]
+        return [max(0.0, s) if shares else 0.5 + 0.5 * math.tanh(0.5 * s) for s in scores(group)]
 
     def votes(group: Sequence[Graded]) -> list[str | None]:
         return [graded.vote for graded in group]

@@ -91,6 +91,11 @@ def response_values(
     return critic.scores(_predicting(critic(tokens, lengths=lengths), response_mask))
 
 
+def token_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None) -> Tensor:
+    """The verifier's score of each token, having read up to and including it. -> [B, S] float32. Differentiable."""
+    return verifier.scores(verifier(tokens, lengths=lengths))
+
+
 def response_scores(
     verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None
 ) -> Tensor:
@@ -98,7 +103,7 @@ def response_scores(
 
     `last`: at the response's last token. `mean`: the mean over its tokens.
     """
-    scores = verifier.scores(verifier(tokens, lengths=lengths))  # [B, S]
+    scores = token_scores(verifier, tokens, response_mask, lengths)
     if lengths is not None:
         scores, response_mask = (
             pad_sequence(row[0].split(lengths), batch_first=True) for row in (scores, response_mask)

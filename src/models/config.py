@@ -11,7 +11,8 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "activation": ("silu", "gelu_tanh"),
     "rope_type": ("default", "linear", "wavelength", "dynamic"),
     "embedding_split_dim": (0, 1),
-    "score": ("last", "mean"),
+    "objective": ("pairwise", "outcome", "process"),
+    "score": ("last", "mean", "steps"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
 
@@ -37,10 +38,11 @@ class ModelConfig:
     With n_experts > 0 a router sends each token to n_active_experts feed-forward layers of width ffn_dim;
     renormalised_experts: the chosen ones' probabilities are made to sum to one.
 
-    A value head (`v_head`, one score a position) replaces the output layer; score says where a verifier's score
-    of a response is read: at its `last` token, or as the `mean` over its tokens; score_mean and score_std are the
-    measured statistics of such scores. chat_template names the format that training put texts in (none for none);
-    empty where no training here has chosen one.
+    A value head (`v_head`, one score a position) replaces the output layer. objective says what a verifier was
+    trained for: pairwise (scores order two solutions), outcome or process (scores are logits of a solution or a step
+    being right); score says where the score of a response is read: at its `last` token, as the `mean` over its tokens,
+    or at the end of its `steps`; score_mean and score_std are the measured statistics of such scores. chat_template
+    names the format that training put texts in (none for none); empty where no training here has chosen one.
     """
 
     family: str = PLAIN
@@ -77,6 +79,7 @@ class ModelConfig:
     scaled_embeddings: bool = False
     embedding_split_dim: int = 1
     value_head: bool = False
+    objective: str = "pairwise"
     score: str = "last"
     score_mean: float = 0.0
     score_std: float = 1.0

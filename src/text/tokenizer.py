@@ -133,12 +133,13 @@ class Tokenizer:
         digest.update(repr(self._identity).encode())
         return digest.hexdigest()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
         """Ids of a plain text, without BOS and EOS. Raises UserError on text that is not valid Unicode.
 
-        What spells a control token in it becomes ordinary pieces.
+        What spells a control token in it becomes ordinary pieces. start False: the text goes on from an earlier one,
+        so a vocabulary that puts a space before a sequence puts none.
         """
-        return self._encode_text(text, start=True)
+        return self._encode_text(text, start=start)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of a chat template's text: control tokens are read as such, except where MARK breaks them.

@@ -1,25 +1,115 @@
-"""Training a pairwise verifier: the chosen solution of a pair should score above the rejected one."""
+"""What the three objectives of verifier_train.py have in common, and where their data come from."""
 
+import random
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from src import parallel
-from src.data import collate
 from src.data.batches import Batching, Sample, Step
-from src.data.collate import Batch, Encoded, Truncation
-from src.data.examples import Pair
+from src.data.collate import Batch, JudgedBatch
+from src.data.examples import Judged, Pair, read_judged, read_pairs
 from src.errors import UserError
-from src.inference.scoring import response_scores
-from src.losses import bradley_terry_loss
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
+from src.training.judgement import JudgedData
+from src.training.pairs import PairData
+
+Objective = Literal["pairwise", "outcome", "process"]
+Row = TypeVar("Row", Pair, Judged)
 
 
-def split_by_problem(rows: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
-    """Rows to train on and rows to test on: the last `share` of the problems. Pairs of one problem stay together.
+class Report(Protocol):
+    """A verifier on rows it was not trained on; each objective adds numbers of its own."""
+
+    held_out_accuracy: float
+    score_mean: float
+    score_std: float
+
+    def _asdict(self) -> dict[str, float]: ...
+
+
+class VerifierData(Protocol):
+    """Rows of one objective as the batches of optimizer steps, and what is done with a batch."""
+
+    samples: list[Sample]
+    report: str
+
+    def steps(
+        self, batching: Batching, *, packing: bool, epochs: int, done: int = 0, stop: int | None = None
+    ) -> Iterator[Step]:
+        """The optimizer steps of `epochs` epochs behind number `done` and up to `stop`."""
+
+    def n_judged(self, batches: Sequence[Batch | JudgedBatch]) -> int:
+        """What the loss of one step is a mean over: pairs, or labels."""
+
+    def loss(self, verifier: Decoder, batch: Batch | JudgedBatch, normaliser: float) -> Tensor:
+        """The loss of a batch, divided by the step's count. -> scalar."""
+
+    def evaluate(self, verifier: Decoder, max_batch_size: int) -> Report:
+        """Score every row."""
+
+
+def open_data(
+    objective: Objective,
+    train_file: str | list[str],
+    weights: Sequence[float],
+    label_file: str,
+    held_out: float,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    **options: object,
+) -> tuple[VerifierData, VerifierData]:
+    """The data to train on and to test on; `options` are those of the objective's data class. Raises UserError.
+
+    Without a label_file the last `held_out` of the problems are kept. Several files are mixed by their weights only
+    then, so that no row is on both sides.
+    """
+    files = [train_file] if isinstance(train_file, str) else train_file
+    parts = [read_rows(objective, path) for path in files]
+    held = read_rows(objective, label_file) if label_file else []
+    if not label_file:
+        held_problems = last_problems([row for rows in parts for row in rows], held_out)
+        held = [row for rows in parts for row in rows if row.instruction in held_problems]
+        parts = [[row for row in rows if row.instruction not in held_problems] for rows in parts]
+    kind = PairData if objective == "pairwise" else JudgedData
+    source = ", ".join(files)
+    return (
+        kind(mix(parts, weights, seed), tokenizer, source=source, **options),
+        kind(held, tokenizer, source=label_file or source, **options),
+    )
+
+
+def mix(files: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> list[Row]:
+    """The rows of several files in one list, each file `weight` times: whole copies and a drawn part.
+
+    No weights: each file once. Raises UserError for another number of weights than files.
+    """
+    weights = weights or [1.0] * len(files)
+    if len(files) != len(weights):
+        raise UserError(
+            f"--weights has {len(weights)} numbers for {len(files)} training files; give one a file"
+        )
+    generator = random.Random(seed)
+    mixed: list[Row] = []
+    for rows, weight in zip(files, weights, strict=True):
+        mixed += [*rows] * int(weight) + generator.sample(rows, round(len(rows) * (weight % 1)))
+    return mixed
+
+
+def read_rows(objective: Objective, path: str) -> list[Pair] | list[Judged]:
+    """The rows of a file, which must hold what the objective learns from. Raises UserError."""
+    if objective == "pairwise":
+        return read_pairs(path)
+    rows = read_judged(path)
+    if objective == "outcome" and any(len(row.steps) > 1 for row in rows):
+        raise UserError(f"{path} holds judged steps; train on them with --objective process")
+    return rows
+
+
+def last_problems(rows: Sequence[Row], share: float) -> set[str]:
+    """The last `share` of the problems, to test on; rows of one problem stay together.
 
     Raises UserError when that leaves nothing on one side.
     """
@@ -30,97 +120,4 @@ def split_by_problem(rows: Sequence[Pair], share: float) -> tuple[list[Pair], li
             f"--held_out {share} of {len(problems)} problems leaves nothing to train or test on; "
             f"give more problems or a --label_file"
         )
-    held = set(problems[-n_held:])
-    return [row for row in rows if row.instruction not in held], [
-        row for row in rows if row.instruction in held
-    ]
-
-
-class PairData:
-    """Pairs as token batches: the chosen rows of a micro-batch first, its rejected rows behind them.
-
-    A row with several texts a side gives as many pairs as its longer side has texts; the shorter side repeats.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Pair],
-        tokenizer: Tokenizer,
-        *,
-        max_seq_len: int,
-        source: str,
-        truncation: Truncation = "drop",
-    ) -> None:
-        """collate.fit() says what becomes of pairs with a text that is too long."""
-        pairs = [pair for row in rows for pair in _encode_pairs(row, tokenizer)]
-        self.pairs, self.report = collate.fit(pairs, max_seq_len, source, truncation)
-
-    def steps(
-        self, batching: Batching, *, packing: bool, epochs: int, done: int = 0, stop: int | None = None
-    ) -> Iterator[Step]:
-        """The optimizer steps of `epochs` epochs behind number `done` and up to `stop`."""
-        return batching.steps(
-            len(self.pairs),
-            lambda epoch, row: self.pairs[row],
-            lambda pairs: _lay_out(pairs, packing=packing),
-            epochs=epochs,
-            done=done,
-            stop=stop,
-        )
-
-    def in_order(self, max_batch_size: int) -> Iterator[Batch]:
-        """All pairs once, in file order."""
-        return (_lay_out(pairs) for pairs in collate.chunks(self.pairs, max_batch_size))
-
-
-def _lay_out(pairs: Sequence[Sample], *, packing: bool = False) -> Batch:
-    chosen, rejected = zip(*pairs, strict=True)
-    return collate.lay_out(chosen + rejected, packing=packing)
-
-
-def _encode_pairs(row: Pair, tokenizer: Tokenizer) -> Iterator[tuple[Encoded, Encoded]]:
-    sides = [
-        [collate.encode_response(tokenizer, row.instruction, text) for text in side]
-        for side in (row.chosen, row.rejected)
-    ]
-    for index in range(max(map(len, sides))):
-        yield tuple(side[index % len(side)] for side in sides)
-
-
-def n_pairs(batches: Sequence[Batch]) -> int:
-    """Pairs in the micro-batches of one step: what the loss is a mean over. Unsupervised ones do not count."""
-    return sum(int((batch.response_counts() > 0).sum()) for batch in batches) // 2
-
-
-def pairwise_loss(verifier: Decoder, batch: Batch, normaliser: float) -> Tensor:
-    """Bradley-Terry loss of a batch whose first half is chosen, divided by the step's pair count. -> scalar."""
-    chosen, rejected = response_scores(verifier, *batch).chunk(2)
-    supervised = batch.response_counts().chunk(2)[0] > 0
-    return (bradley_terry_loss(chosen, rejected) * supervised).sum() / normaliser
-
-
-class PairReport(NamedTuple):
-    """A verifier on pairs it was not trained on: how often chosen wins, and the scores' mean and deviation."""
-
-    held_out_accuracy: float
-    score_mean: float
-    score_std: float
-
-
-@torch.no_grad()
-def evaluate_pairs(verifier: Decoder, data: PairData, max_batch_size: int) -> PairReport:
-    """Score every pair; a tie counts as wrong. The statistics are over chosen and rejected scores together.
-
-    Scores that are all equal have the deviation 1 here: what divides by it then gives 0.
-    """
-    verifier.eval()
-    scores = [
-        response_scores(verifier, *batch.to(parallel.device())) for batch in data.in_order(max_batch_size)
-    ]
-    chosen, rejected = (torch.cat(side) for side in zip(*(score.chunk(2) for score in scores), strict=True))
-    verifier.train()
-    parallel.free_gathered(verifier)
-    both = torch.cat((chosen, rejected))
-    return PairReport(
-        (chosen > rejected).float().mean().item(), both.mean().item(), both.std(unbiased=False).item() or 1.0
-    )
+    return set(problems[-n_held:])

@@ -1,7 +1,6 @@
 """src/evaluation/evaluator.py: every problem counts, votes by hand, reruns that continue, samples of another run."""
 
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -287,33 +286,6 @@ def test_an_unknown_id_is_refused(
     with pytest.raises(UserError, match=r"sample id '(3|1.5)' is not among the 3 problems"):
         evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=samples_file)
     assert not (tmp_path / "log/results.json").exists()
-
-
-def test_scores_are_normalised_and_do_not_depend_on_the_batch(run: Run, tmp_path: Path) -> None:
-    verifier, tokenizer = assemble.load_verifier(run.verifier_dir), assemble.load_tokenizer(run.verifier_dir)
-    texts = ["4", "abc def 0123", "", "#### 7"]
-    samples = [
-        Sample(str(n), 0, "1+1=", text, None, {"finish": "length" if n == 1 else "stop"})
-        for n, text in enumerate(texts)
-    ]
-    log = RunLog(str(tmp_path), {})
-    found = evaluator.score_samples(verifier, tokenizer, samples, max_batch_size=3, log=log)
-    for n, text in enumerate(texts):
-        tokens = [1, *tokenizer.encode("1+1="), *tokenizer.encode(text), *([] if n == 1 else [2])]
-        score = verifier.scores(verifier(torch.tensor([tokens])))[0, -1].item()
-        assert found[n] == pytest.approx((score - 1.0) / 4.0, abs=1e-5)
-
-
-def test_a_diverged_verifier_and_a_sample_that_does_not_fit_are_refused(run: Run, tmp_path: Path) -> None:
-    verifier, tokenizer = assemble.load_verifier(run.verifier_dir), assemble.load_tokenizer(run.verifier_dir)
-    log = RunLog(str(tmp_path), {})
-    long = Sample("0", 0, "1+1=", "a" * 200, None, {})
-    with pytest.raises(UserError, match=r"sample '0'/0 has \d+ tokens"):
-        evaluator.score_samples(verifier, tokenizer, [long], max_batch_size=1, log=log)
-    with torch.no_grad():
-        verifier.v_head.weight.fill_(math.nan)
-    with pytest.raises(UserError, match="the score of sample '0'/0 is nan; the verifier has diverged"):
-        evaluator.score_samples(verifier, tokenizer, [long._replace(response="a")], max_batch_size=1, log=log)
 
 
 def test_sampling_without_grading(run: Run, label_file: str, tmp_path: Path) -> None:

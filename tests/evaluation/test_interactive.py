@@ -2,17 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import solver_evaluate
-from src import assemble, parallel
+from src import parallel
+from src.data.collate import split_steps
 from src.errors import UserError
-from src.evaluation.interactive import Stream, step_scores
+from src.evaluation.interactive import Stream
 from tests.tiny import make_verifier, split, write_hf_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,22 +68,12 @@ def test_streamed_text_comes_in_pieces_and_stops_where_it_should() -> None:
     assert said == ["ab", "c", "Quex", "é", "\n"]  # nothing that may become the stop string is said too early
 
 
-def test_a_step_is_scored_as_a_response_that_ends_there(hf: Path, tmp_path: Path) -> None:
-    ckpt_dir = split(hf, tmp_path / "ckpt")
-    verifier_dir = make_verifier(ckpt_dir, tmp_path / "verifier", mean=1.0, std=4.0)
-    verifier, tokenizer = assemble.load_verifier(verifier_dir), assemble.load_tokenizer(ckpt_dir)
-    found = step_scores(verifier, tokenizer, "1+1=", "a+b\n\n= 2", finished=True)
-    for score, text, ending in zip(found, ("a+b", "a+b\n\n= 2"), ([], [2]), strict=True):
-        tokens = [1, *tokenizer.encode("1+1="), *tokenizer.encode(text), *ending]
-        expected = verifier.scores(verifier(torch.tensor([tokens])))[0, -1].item()
-        assert score == pytest.approx((expected - 1.0) / 4.0, abs=1e-5)
-
-
+@pytest.mark.parametrize("objective", ["pairwise", "process"])
 def test_scores_stand_beside_the_steps(
-    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], objective: str
 ) -> None:
     ckpt_dir = split(hf, tmp_path / "ckpt")
-    verifier_dir = make_verifier(ckpt_dir, tmp_path / "verifier")
+    verifier_dir = make_verifier(ckpt_dir, tmp_path / "verifier", objective=objective)
     (tmp_path / "typed.txt").write_text("2+2=\n")
     with (tmp_path / "typed.txt").open() as typed:
         monkeypatch.setattr(sys, "stdin", typed)
@@ -91,8 +82,9 @@ def test_scores_stand_beside_the_steps(
     shown = capsys.readouterr().out
     response = responses(ckpt_dir, tmp_path)[0]
     assert f"problem> {response}\n" in shown
-    steps = [step for step in response.split("\n") if step.strip()]
-    assert steps and [line[10:] for line in shown.splitlines()[-1 - len(steps) : -1]] == steps
+    steps = split_steps(response) if objective == "process" else [response]
+    said = shown.split("problem> ")[1]
+    assert [bool(re.search(rf"0\.\d{{3}}  {re.escape(step)}", said)) for step in steps] == [True] * len(steps)
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,6 @@ EOS = 2
 
 
 @pytest.fixture
-def tokenizer(folders: Folders) -> Tokenizer:
-    return assemble.load_tokenizer(folders.one)
-
-
-@pytest.fixture
 def models(folders: Folders) -> ppo.Models:
     return ppo_models(folders.one, folders.verifier)
 

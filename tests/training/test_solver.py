@@ -20,11 +20,6 @@ from tests.training.workers import INSTRUCTIONS, join_weights, sft_epochs
 
 
 @pytest.fixture
-def tokenizer(folders: Folders) -> Tokenizer:
-    return assemble.load_tokenizer(folders.one)
-
-
-@pytest.fixture
 def model(folders: Folders) -> Decoder:
     return assemble.load_solver(folders.one)
 

@@ -1,158 +1,63 @@
-"""src/training/verifier.py: the pairwise loss, where a score is read, and the numbers that go into a checkpoint."""
+"""src/training/verifier.py: which rows are trained on, and in which number."""
 
-import itertools
-import math
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from torch.testing import assert_close
 
-from src import assemble
-from src.data import collate
-from src.data.batches import Batching
-from src.data.examples import Pair
+from src.data.examples import Judged, Pair
 from src.errors import UserError
-from src.inference.scoring import response_scores
-from src.models.decoder import Decoder
-from src.runlog import RunLog
-from src.text.tokenizer import Tokenizer
-from src.training.loop import TrainLoop
-from src.training.verifier import PairData, evaluate_pairs, n_pairs, pairwise_loss, split_by_problem
-from tests.conftest import Folders
+from src.training.verifier import last_problems, mix, open_data, read_rows
 
-PAIRS = [
-    Pair("1+1=", ["2"], ["3", "abcdefgh 01"]),
-    Pair("a", ["b c d e", "f"], ["g"]),
-    Pair("", ["7"], ["8"]),
-]
+STEPS = {"instruction": "1+1=", "steps": ["a", "#### 2"], "labels": [1, 0]}
+OUTCOME = {"instruction": "2+2=", "output": "#### 4", "correct": True}
 
 
-@pytest.fixture
-def tokenizer(folders: Folders) -> Tokenizer:
-    return assemble.load_tokenizer(folders.one)
+def write(path: Path, *rows: dict[str, object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-@pytest.fixture
-def verifier(folders: Folders) -> Decoder:
-    return assemble.load_verifier(folders.verifier)
-
-
-def make_data(rows: list[Pair], tokenizer: Tokenizer, max_seq_len: int = 64) -> PairData:
-    """The rows as training data."""
-    return PairData(rows, tokenizer, max_seq_len=max_seq_len, source="pairs.json")
-
-
-def batching(max_batch_size: int, accumulation_steps: int) -> Batching:
-    """The steps of one data-parallel rank."""
-    return Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=1)
-
-
-def test_rows_give_as_many_pairs_as_their_longer_side(tokenizer: Tokenizer) -> None:
-    texts = [
-        tuple(tokenizer.decode(side.tokens[side.response_start :]) for side in pair)
-        for pair in make_data(PAIRS, tokenizer).pairs
-    ]
-    assert texts == [("2", "3"), ("2", "abcdefgh 01"), ("b c d e", "g"), ("f", "g"), ("7", "8")]
-
-
-def test_first_loss_is_ln_2(folders: Folders, tokenizer: Tokenizer) -> None:
-    fresh = assemble.load_verifier(folders.one, from_solver=True)
-    ((_, _, (batch,)),) = make_data(PAIRS, tokenizer).steps(batching(5, 1), packing=False, epochs=1)
-    assert pairwise_loss(fresh, batch, 5).item() == pytest.approx(math.log(2), abs=1e-7)
-
-
-def test_loss_by_hand_and_its_invariance_to_the_split(verifier: Decoder, tokenizer: Tokenizer) -> None:
-    data = make_data(PAIRS, tokenizer)
-    expected = 0.0
-    for pair in data.pairs:
-        better, worse = (response_scores(verifier, *collate.collate([side])).item() for side in pair)
-        expected += math.log(1 + math.exp(worse - better)) / len(data.pairs)
-    for size, packing in itertools.product((1, 2, 5), (False, True)):
-        ((_, _, batches),) = data.steps(batching(size, 5 // size + 1), packing=packing, epochs=1)
-        assert n_pairs(batches) == len(data.pairs)
-        loss = sum(pairwise_loss(verifier, batch, len(data.pairs)).item() for batch in batches)
-        assert loss == pytest.approx(expected, abs=1e-5)
-
-
-def test_score_is_read_at_the_last_response_token(verifier: Decoder, tokenizer: Tokenizer) -> None:
-    rows = [
-        collate.encode_response(tokenizer, "1+1=", "2"),
-        collate.encode_response(tokenizer, "a", "bcdefgh abcdefgh", finished=False),
-        collate.encode_response(tokenizer, "a", "b c"),
-    ]
-    batch = collate.collate(rows)
-    batch.tokens[0, len(rows[0].tokens) :] = 63  # padding of another value
-    together = response_scores(verifier, *batch)
-    for row, score in zip(rows, together, strict=True):
-        hidden = verifier(torch.tensor([row.tokens]))
-        assert_close(score, verifier.scores(hidden)[0, -1], rtol=1e-5, atol=1e-5)
-        assert_close(score, response_scores(verifier, *collate.collate([row]))[0], rtol=1e-5, atol=1e-5)
-
-
-def test_mean_score_is_over_the_response_tokens(verifier: Decoder, tokenizer: Tokenizer) -> None:
-    assemble.set_score(verifier, score="mean")
-    rows = [
-        collate.encode_response(tokenizer, "1+1=", "2"),
-        collate.encode_response(tokenizer, "a", "bcdefgh a"),
-    ]
-    for row, score in zip(rows, response_scores(verifier, *collate.collate(rows)), strict=True):
-        each = verifier.scores(verifier(torch.tensor([row.tokens])))[0]
-        assert_close(score, each[row.response_start :].mean(), rtol=1e-5, atol=1e-5)
-
-
-def test_report_counts_ties_as_wrong_and_measures_scores(verifier: Decoder, tokenizer: Tokenizer) -> None:
-    tie = Pair("2", ["abc"], ["abc"])  # read_pairs() refuses this; here it makes an exact tie
-    data = make_data([*PAIRS, tie], tokenizer)
-    scores = torch.cat([response_scores(verifier, *batch) for batch in data.in_order(1)]).view(-1, 2)
-    won = scores[:, 0] > scores[:, 1]
-    for size in (1, 4, 100):
-        report = evaluate_pairs(verifier, data, size)
-        assert report.held_out_accuracy == pytest.approx(won[:-1].sum().item() / 6)
-        assert report.score_mean == pytest.approx(scores.mean().item(), abs=1e-5)
-        assert report.score_std == pytest.approx(scores.std(unbiased=False).item(), abs=1e-5)
-
-
-def test_report_of_an_untrained_verifier_divides_by_one(folders: Folders, tokenizer: Tokenizer) -> None:
-    fresh = assemble.load_verifier(folders.one, from_solver=True)
-    assert evaluate_pairs(fresh, make_data(PAIRS, tokenizer), 2) == (0.0, 0.0, 1.0)
-
-
-def test_score_statistics_are_stored(folders: Folders, verifier: Decoder, tmp_path: Path) -> None:
-    assert (verifier.config.score_mean, verifier.config.score_std) == (0.5, 2.0)
-    assemble.set_score(verifier, score_mean=-3.25, score_std=0.125)
-    assemble.save_model(verifier, str(tmp_path / "saved"), folders.verifier)
-    again = assemble.load_verifier(str(tmp_path / "saved")).config
-    assert (again.score_mean, again.score_std, again.value_head) == (-3.25, 0.125, True)
-
-
-def test_it_learns_separable_pairs(folders: Folders, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    rows = [Pair(f"{a}+{b}=", [f"a{a} b{b}"], [f"a{b} c{a}"]) for a in range(8) for b in range(4)]
-    train, held = split_by_problem(rows, 0.25)
-    data, held_data = make_data(train, tokenizer), make_data(held, tokenizer)
-    model = assemble.load_verifier(folders.one, from_solver=True)
-    loop = TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=24)
-    reports = []
-    for _, _, (batch,) in data.steps(batching(8, 1), packing=False, epochs=8):
-        loop.backward(pairwise_loss(model, batch, 8))
-        reports.append(loop.step())
-    assert reports[0].loss == pytest.approx(math.log(2), abs=1e-6) and reports[-1].loss < 0.1
-    assert evaluate_pairs(model, held_data, 8).held_out_accuracy == 1.0
-
-
-def test_held_out_problems_are_not_trained_on() -> None:
+def test_the_last_problems_are_held_out_whole() -> None:
     rows = [Pair(str(index % 10), [f"r{index}"], [f"w{index}"]) for index in range(30)]
-    train, held = split_by_problem(rows, 0.25)
-    assert {row.instruction for row in held} == {"8", "9"} and len(held) == 6 and len(train) == 24
-    assert not {row.instruction for row in train} & {row.instruction for row in held}
+    assert last_problems(rows, 0.25) == {"8", "9"}
     for share in (0.0, 0.05, 1.0):
         with pytest.raises(UserError, match="of 10 problems leaves nothing to train or test on"):
-            split_by_problem(rows, share)
+            last_problems(rows, share)
 
 
-def test_long_pairs_are_dropped_and_counted_up_to_one_percent(tokenizer: Tokenizer) -> None:
-    short, long = Pair("a", ["b"], ["c"]), Pair("a", ["b"], ["c" * 40])
-    data = make_data([short] * 99 + [long], tokenizer, max_seq_len=30)
-    assert len(data.pairs) == 99 and data.report == "pairs.json: 100 samples, 1 too long: 0 cut, 1 dropped"
-    with pytest.raises(UserError, match="pairs.json: 2 of 100 rows are longer than --max_seq_len 30"):
-        make_data([short] * 98 + [long] * 2, tokenizer, max_seq_len=30)
+def test_a_weight_is_whole_copies_and_a_drawn_part() -> None:
+    files = [[Judged(f"{name}{i}", ["s"], [1.0]) for i in range(4)] for name in "ab"]
+    counts = Counter(row.instruction for row in mix(files, [2.5, 0.25], seed=1))
+    assert sorted(counts[f"a{i}"] for i in range(4)) == [2, 2, 3, 3]
+    assert sum(counts[f"b{i}"] for i in range(4)) == 1
+    assert mix(files, [], seed=1) == [*files[0], *files[1]]
+    with pytest.raises(UserError, match="--weights has 1 numbers for 2 training files"):
+        mix(files, [1.0], seed=1)
+
+
+def test_outcomes_and_steps_mix_under_the_process_objective(tmp_path: Path) -> None:
+    steps, outcomes = write(tmp_path / "s.jsonl", STEPS), write(tmp_path / "o.jsonl", OUTCOME)
+    assert read_rows("process", outcomes) == [Judged("2+2=", ["#### 4"], [1.0])]
+    assert read_rows("process", steps) == [Judged("1+1=", ["a", "#### 2"], [1.0, 0.0])]
+    with pytest.raises(UserError, match="s.jsonl holds judged steps; train on them with --objective process"):
+        read_rows("outcome", steps)
+
+
+def test_no_problem_is_on_both_sides(tmp_path: Path, tokenizer: object) -> None:
+    rows = [
+        {"instruction": f"{i}+1=", "output": f"#### {n}", "correct": n == 1}
+        for i in range(8)
+        for n in range(2)
+    ]
+    files = [write(tmp_path / f"{part}.jsonl", *rows[part::2]) for part in range(2)]
+    options = {"max_seq_len": 64, "label_tokens": "last", "balance": True}
+    train, held = open_data("outcome", files, [1.0, 2.0], "", 0.25, tokenizer, seed=1, **options)
+    prompts = [
+        {tuple(sample.tokens[: sample.response_start]) for (sample,) in data.samples}
+        for data in (train, held)
+    ]
+    assert len(prompts[0]) == 6 and len(prompts[1]) == 2 and not prompts[0] & prompts[1]
+    assert len(train.samples) == 3 * 6 and len(held.samples) == 4
+    assert train.right_weight == pytest.approx(0.5)  # the right ones are in the file that counts twice

@@ -1,0 +1,183 @@
+"""What a verifier is worth: how well its scores tell right from wrong, and what choosing by them gains."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from src.data.examples import Judged, Sample
+from src.evaluation.curves import MISSING, Choices, Curve, curves
+from src.evaluation.evaluator import Marking
+from src.evaluation.report import Graded, type_of, with_votes
+from src.evaluation.step_scores import (
+    AGGREGATIONS,
+    auc,
+    best_threshold,
+    calibration,
+    first_wrong_step,
+    processbench_f1,
+)
+
+
+class ScoredSample(NamedTuple):
+    """A graded sample with what the verifier said of it."""
+
+    graded: Graded
+    score: float
+    step_scores: list[float] | None
+
+
+def report_samples(problems: Sequence[Sequence[ScoredSample]]) -> dict[str, object]:
+    """The numbers on samples, some of each problem, with votes: accuracy on pairs, AUC, calibration, length, curves."""
+    pooled = [sample for problem in problems for sample in problem]
+    scores = np.array([sample.score for sample in pooled])
+    right = np.array([sample.graded.verdict.outcome == "right" for sample in pooled])
+    lengths = np.array([sample.graded.token_count or math.nan for sample in pooled])
+    error, bins = calibration(scores, right)
+    return {
+        "pair_accuracy": pair_accuracy(problems),
+        "auc": auc(scores, right),
+        "calibration_error": error,
+        "calibration": bins,
+        "length_correlation": correlation(scores, lengths),
+        "curves": {name: curve._asdict() for name, curve in choice_curves(problems).items()},
+    }
+
+
+def pair_accuracy(problems: Sequence[Sequence[ScoredSample]]) -> float:
+    """Share of the pairs of a right and a wrong sample of one problem in which the right one scores higher; a tie
+    counts half. Every problem with both kinds weighs the same; nan if there is none."""
+    shares = [
+        auc(
+            np.array([sample.score for sample in problem]),
+            np.array([sample.graded.verdict.outcome == "right" for sample in problem]),
+        )
+        for problem in problems
+        if problem
+    ]
+    return float(np.nanmean(shares)) if not np.isnan(shares).all() else math.nan
+
+
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Pearson's correlation where both are numbers; nan if one does not vary."""
+    known = ~(np.isnan(first) | np.isnan(second))
+    first, second = first[known], second[known]
+    return (
+        float(np.corrcoef(first, second)[0, 1])
+        if len(first) > 1 and first.std() and second.std()
+        else math.nan
+    )
+
+
+def choice_curves(problems: Sequence[Sequence[ScoredSample]]) -> dict[str, Curve]:
+    """Every way of choosing over n; step scores in every aggregation. A missing sample is wrong and comes last."""
+    n = max(map(len, problems))
+    classes = np.full((len(problems), n), MISSING)
+    right = np.zeros((len(problems), n), dtype=bool)
+    has_steps = all(sample.step_scores for problem in problems for sample in problem)
+    names = list(AGGREGATIONS) if has_steps else ["score"]
+    scores = {name: np.full((len(problems), n), -np.inf) for name in names}
+    for row, problem in enumerate(problems):
+        for column, sample in enumerate(problem):
+            if sample.graded.vote is not None:
+                classes[row, column] = int(sample.graded.vote)
+            right[row, column] = sample.graded.verdict.outcome == "right"
+            for name in names:
+                scores[name][row, column] = (
+                    AGGREGATIONS[name](sample.step_scores) if has_steps else sample.score
+                )
+    return curves(Choices(classes, right), scores)
+
+
+def report_steps(
+    rows: Sequence[Judged], found: Sequence[Sequence[float]], threshold: float | None = None
+) -> dict[str, object]:
+    """The numbers on judged steps: accuracy at one half, on each kind of label, AUC, and ProcessBench's F1.
+
+    threshold: below it a step counts as wrong in F1; default one half. F1 is null where no row, or every row, has a
+    wrong step.
+    """
+    pairs = [
+        (score, label >= 0.5)
+        for row, scores in zip(rows, found, strict=True)
+        for score, label in zip(scores, row.labels, strict=True)
+        if label is not None
+    ]
+    scores, right = np.array([score for score, _ in pairs]), np.array([label for _, label in pairs])
+    agree = (scores >= 0.5) == right
+    threshold = 0.5 if threshold is None else threshold
+    expected = first_wrong(rows)
+    wrong_steps = [first_wrong_step(scores, threshold) for scores in found]
+    both = min(expected) < 0 <= max(expected)
+    return {
+        "solutions": len(rows),
+        "steps": len(pairs),
+        "step_accuracy": float(agree.mean()),
+        "step_accuracy_on_right": float(agree[right].mean()) if right.any() else None,
+        "step_accuracy_on_wrong": float(agree[~right].mean()) if not right.all() else None,
+        "step_auc": auc(scores, right),
+        "f1": processbench_f1(wrong_steps, expected) if both else None,
+        "f1_threshold": threshold,
+    }
+
+
+def first_wrong(rows: Sequence[Judged]) -> list[int]:
+    """The number of each row's first step that is labelled wrong; -1 for none."""
+    return [
+        next((place for place, label in enumerate(row.labels) if label is not None and label < 0.5), -1)
+        for row in rows
+    ]
+
+
+def choose_threshold(rows: Sequence[Judged], found: Sequence[Sequence[float]]) -> float:
+    """The threshold with the best F1 on these solutions."""
+    return best_threshold(found, first_wrong(rows))
+
+
+def judged_samples(marking: Marking, samples: Sequence[Sample]) -> list[list[ScoredSample]]:
+    """Scored samples by problem, in the order of the problems, with verdicts and votes; none for one never sampled."""
+    groups: dict[str, list[Sample]] = {name: [] for name in marking.prompts}
+    for sample in samples:
+        if sample.id in groups:
+            groups[sample.id].append(sample)
+    problems = []
+    for name, group in groups.items():
+        graded = [
+            Graded(marking.verdict(name, sample.sample), token_count=sample.values.get("token_count"))
+            for sample in group
+        ]
+        voting = with_votes(graded, type_of(marking.prompts[name]), marking.grader)
+        problems.append(
+            [
+                ScoredSample(each, sample.values["score"], sample.values.get("step_scores"))
+                for each, sample in zip(voting, group, strict=True)
+            ]
+        )
+    return problems
+
+
+def report_table(report: dict[str, object]) -> str:
+    """The report as a person reads it."""
+    lines = [
+        f"pairs       {report['pair_accuracy']:7.1%} right before wrong; AUC {report['auc']:.3f}; calibration error "
+        f"{report['calibration_error']:.3f}; correlation with length {report['length_correlation']:+.2f}"
+    ]
+    width = max(map(len, report["curves"]))
+    for name, curve in report["curves"].items():
+        values = "  ".join(
+            f"@{n} {value:.1%}" for n, value in zip(curve["n"], curve["accuracy"], strict=True)
+        )
+        lines.append(f"{name:{width}}  {values}   ({curve['low'][-1]:.1%} .. {curve['high'][-1]:.1%})")
+    return "\n".join(lines)
+
+
+def steps_table(report: dict[str, object]) -> str:
+    """The report on steps as a person reads it."""
+    f1 = "none (one kind of solution is absent)" if report["f1"] is None else f"{report['f1']:.1%}"
+    kinds = {"right": report["step_accuracy_on_right"], "wrong": report["step_accuracy_on_wrong"]}
+    parts = ", ".join(f"{value:.1%} of {kind} steps" for kind, value in kinds.items() if value is not None)
+    return (
+        f"steps       {report['step_accuracy']:7.1%} of {report['steps']} ({parts}); AUC {report['step_auc']:.3f}\n"
+        f"first error F1 {f1} at threshold {report['f1_threshold']:.3f}, {report['solutions']} solutions"
+    )

@@ -1,0 +1,120 @@
+"""src/training/judgement.py: which token is judged, and the loss against plain PyTorch."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src import assemble
+from src.data import collate
+from src.data.batches import Batching
+from src.data.collate import STEP_END
+from src.data.examples import Judged
+from src.models.decoder import Decoder
+from src.runlog import RunLog
+from src.text.tokenizer import Tokenizer
+from src.training.judgement import JudgedData
+from src.training.loop import TrainLoop
+from tests.conftest import Folders
+
+ROWS = [
+    Judged("1+1=", ["a b", "c", "#### 2"], [1.0, None, 0.0]),
+    Judged("a", ["9-8=1", "#### 1"], [0.25, 1.0]),
+    Judged("", ["7"], [1.0]),
+]
+
+
+@pytest.fixture
+def verifier(folders: Folders) -> Decoder:
+    return assemble.load_verifier(folders.verifier)
+
+
+def make_data(rows: list[Judged], tokenizer: Tokenizer, **options: object) -> JudgedData:
+    return JudgedData(rows, tokenizer, max_seq_len=64, source="steps.json", **options)
+
+
+def batching(max_batch_size: int, accumulation_steps: int) -> Batching:
+    return Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=1)
+
+
+def test_each_step_is_judged_at_its_last_token(tokenizer: Tokenizer) -> None:
+    encoded = collate.encode_steps(tokenizer, *ROWS[0])
+    response = encoded.tokens[encoded.response_start :]
+    read = [place for place, target in enumerate(encoded.targets) if not math.isnan(target)]
+    assert len(encoded.targets) == len(response) == encoded.n_response
+    assert tokenizer.decode(response[: read[0] + 1]) == f"a b{STEP_END}"
+    assert response[read[1]] == tokenizer.eos_id and read[1] == len(response) - 1
+    assert [encoded.targets[place] for place in read] == [1.0, 0.0]
+    assert tokenizer.decode(response[:-1]) == STEP_END.join(ROWS[0].steps)
+
+
+def expected_terms(verifier: Decoder, data: JudgedData) -> list[float]:
+    """The loss of every label, one sequence at a time by plain PyTorch."""
+    terms = []
+    for (sample,) in data.samples:
+        scores = verifier.scores(verifier(torch.tensor([sample.tokens])))[0, sample.response_start :]
+        for score, target in zip(scores, sample.targets, strict=True):
+            if not math.isnan(target):
+                weight = torch.tensor(data.right_weight)
+                loss = F.binary_cross_entropy_with_logits(score, torch.tensor(target), pos_weight=weight)
+                terms.append(loss.item())
+    return terms
+
+
+@pytest.mark.parametrize("options", [{}, {"label_tokens": "last"}, {"balance": True}], ids=str)
+def test_loss_is_the_mean_over_labels_however_a_step_is_split(
+    verifier: Decoder, tokenizer: Tokenizer, options: dict[str, object]
+) -> None:
+    data = make_data(ROWS, tokenizer, **options)
+    terms = expected_terms(verifier, data)
+    all_tokens = options.get("label_tokens", "all") == "all"
+    assert len(terms) == 4 + (len(data.samples[2][0].targets) if all_tokens else 1)
+    for size, packing in itertools.product((1, 2, 3), (False, True)):
+        ((_, _, batches),) = data.steps(batching(size, 3 // size + 1), packing=packing, epochs=1)
+        n = data.n_judged(batches)
+        assert n == len(terms)
+        loss = sum(data.loss(verifier, batch, n).item() for batch in batches)
+        assert loss == pytest.approx(sum(terms) / n, abs=1e-5)
+
+
+def test_balance_lets_both_kinds_weigh_alike(tokenizer: Tokenizer) -> None:
+    rows = [Judged("q", ["s"], [float(index == 0)]) for index in range(4)]
+    assert make_data(rows, tokenizer, balance=True).right_weight == pytest.approx(3.0)
+    assert make_data(rows, tokenizer).right_weight == 1.0
+
+
+def test_report_by_hand(verifier: Decoder, tokenizer: Tokenizer) -> None:
+    data = make_data(ROWS[:2], tokenizer)
+    scores = [
+        score.item()
+        for (sample,) in data.samples
+        for score, target in zip(
+            verifier.scores(verifier(torch.tensor([sample.tokens])))[0, sample.response_start :],
+            sample.targets,
+            strict=True,
+        )
+        if not math.isnan(target)
+    ]
+    report = data.evaluate(verifier, 2)
+    agree = [(score > 0) == right for score, right in zip(scores, [True, False, False, True], strict=True)]
+    assert report.held_out_accuracy == pytest.approx(sum(agree) / 4)
+    assert report.accuracy_on_right == pytest.approx((agree[0] + agree[3]) / 2)
+    assert report.accuracy_on_wrong == pytest.approx((agree[1] + agree[2]) / 2)
+    assert report.score_mean == pytest.approx(sum(scores) / 4, abs=1e-5)
+
+
+def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [
+        Judged(f"{a}", [f"{a} {a}", f"{a} {b}"], [1.0, float(a == b)]) for a in range(4) for b in range(4)
+    ]
+    data = make_data(rows, tokenizer, balance=True)
+    model = assemble.load_verifier(folders.one, from_solver=True)
+    loop = TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=60)
+    for _, _, batches in data.steps(batching(16, 1), packing=True, epochs=60):
+        loop.backward(data.loss(model, batches[0], data.n_judged(batches)))
+        loop.step()
+    report = data.evaluate(model, 16)
+    assert report.accuracy_on_right == report.accuracy_on_wrong == 1.0
