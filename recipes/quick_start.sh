@@ -26,9 +26,9 @@ sample() { python solver_evaluate.py --task toy --max_batch_size 512 --max_new_t
 
 stage "split the base checkpoint for two processes" $run/base-2/manifest.json \
     python checkpoint_split.py --ckpt_file $toy/base --save_path $run/base-2 --n 2
-stage "fine-tune a solver on 50 demonstrations, two tensor-parallel processes" $run/sft-2/manifest.json \
+stage "fine-tune a solver on 200 demonstrations, two tensor-parallel processes" $run/sft-2/manifest.json \
     two solver_train.py --ckpt_dir $run/base-2 --save_dir $run/sft-2 --train_file $toy/demonstrations.json \
-    --max_batch_size 16 --lr 1e-3 --epochs 16
+    --max_batch_size 16 --lr 1e-3 --epochs 4
 stage "reshard the base for one process" $run/base/manifest.json \
     python checkpoint_split.py --ckpt_file $run/base-2 --save_path $run/base --n 1
 stage "reshard the solver for one process" $run/sft/manifest.json \
@@ -42,12 +42,12 @@ stage "eight samples of each test problem" $run/sft-test-8/results.json \
     sample --ckpt_dir $run/sft --label_file $toy/test.json --log_dir $run/sft-test-8 --num_samples 8 --temperature 0.7
 
 stage "eight samples of each training problem" $run/sft-train-8/results.json \
-    sample --ckpt_dir $run/sft --label_file $toy/train.json --log_dir $run/sft-train-8 --num_samples 8 --temperature 1
+    sample --ckpt_dir $run/sft --label_file $toy/train.json --log_dir $run/sft-train-8 --num_samples 8 --temperature 0.85
 stage "pairs of right and wrong samples" $run/pairs.json \
     python data_build.py pairs --samples_file $run/sft-train-8/samples.jsonl --save_file $run/pairs.json
 stage "train a verifier" $run/verifier/manifest.json \
     python verifier_train.py --ckpt_dir $run/base --save_dir $run/verifier --train_file $run/pairs.json \
-    --max_batch_size 32 --lr 4e-4 --epochs 2 --score mean
+    --max_batch_size 32 --lr 6e-4 --epochs 2 --score mean
 stage "choose among the eight by the verifier" $run/verified/results.json \
     python verifier_evaluate.py --task toy --ckpt_dir $run/verifier --samples_file $run/sft-test-8/samples.jsonl \
     --label_file $toy/test.json --log_dir $run/verified --max_batch_size 256

@@ -7,6 +7,7 @@ import json
 import sys
 from functools import reduce
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, the repository is not
 
@@ -20,19 +21,42 @@ ROWS = (
     ("SFT, best of 8 by the verifier", "verified", ("best_of_at", "8"), ("intervals", "best_of_at", "8")),
     ("PPO, greedy", "ppo-test", ("accuracy",), ("interval",)),
 )
+BASELINE = "SFT, greedy"
+CLAIMS = ("SFT, best of 8 by the verifier", "PPO, greedy")  # should lie above it, interval and all
+
+
+class Row(NamedTuple):
+    """An accuracy and its 95% interval, as fractions, and the number of problems behind them."""
+
+    accuracy: float
+    low: float
+    high: float
+    problems: int
+
+
+def read_row(path: Path, accuracy_at: tuple[str, ...], interval_at: tuple[str, ...]) -> Row:
+    """The row that a results.json holds at two paths of keys."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    accuracy, (low, high) = (reduce(dict.__getitem__, keys, results) for keys in (accuracy_at, interval_at))
+    return Row(accuracy, low, high, results["problems"])
+
+
+def verdict(name: str, claim: Row, baseline: Row) -> str:
+    """Whether a row beats the baseline beyond the intervals: its lower end above the baseline's upper end."""
+    beats, sign = ("beats", ">") if claim.low > baseline.high else ("does not beat", "<=")
+    return f"{name} {beats} {BASELINE} beyond the interval: {claim.low:.1%} {sign} {baseline.high:.1%}"
 
 
 def main(run_dir: str) -> None:
-    """Print the table.
+    """Print the table, and whether the verifier and PPO beat fine-tuning.
 
     run_dir: directory of the quick start
     """
-    lines = [f"{'':32}accuracy   95% interval"]
-    for name, folder, accuracy_at, interval_at in ROWS:
-        results = json.loads((Path(run_dir) / folder / "results.json").read_text(encoding="utf-8"))
-        accuracy, (low, high) = (reduce(dict.__getitem__, keys, results) for keys in (accuracy_at, interval_at))
-        lines.append(f"{name:32}{accuracy:8.1%}   {low:.1%} .. {high:.1%}")
-    lines.append(f"{results['problems']} test problems")
+    root = Path(run_dir)
+    rows = {name: read_row(root / folder / "results.json", *where) for name, folder, *where in ROWS}
+    lines = [f"{f'{rows[BASELINE].problems} test problems':32}accuracy   95% interval"]
+    lines += [f"{name:32}{row.accuracy:8.1%}   {row.low:.1%} .. {row.high:.1%}" for name, row in rows.items()]
+    lines += [verdict(name, rows[name], rows[BASELINE]) for name in CLAIMS]
     runlog.table("\n".join(lines))
 
 

@@ -19,7 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is o
 from src import cli  # noqa: E402
 
 LEVELS = (1, 2, 3, 4, 5)
-DEMONSTRATIONS = 50  # few enough that fine-tuning on them leaves something to verifiers and rewards
+# Demonstrations show the form of a solution and seldom a hard sum: of those the base has seen more wrong than right,
+# and a solver that keeps its doubts leaves something to verifiers and rewards.
+EASY_DEMONSTRATIONS = 175
+HARD_DEMONSTRATIONS = 25
 LARGEST = 120
 EQUATION = re.compile(r"(\d{1,4})([-+x/])(\d{1,4})=(\d{1,4})")
 STEP = re.compile(r"[A-Z][A-Za-z' ]*: " + EQUATION.pattern + r"\.")
@@ -255,6 +258,14 @@ def is_hard(e: Equation) -> bool:
     return e.left > 10 and e.right > 2
 
 
+def demonstrations(problems: list[Problem]) -> list[Problem]:
+    """The first EASY_DEMONSTRATIONS of the problems without a hard sum, then the first HARD_DEMONSTRATIONS with one."""
+    has_hard_sum = [any(is_hard(read_step(step)) for step in problem.steps) for problem in problems]
+    easy = [problem for problem, hard in zip(problems, has_hard_sum, strict=True) if not hard]
+    hard = [problem for problem, hard in zip(problems, has_hard_sum, strict=True) if hard]
+    return easy[:EASY_DEMONSTRATIONS] + hard[:HARD_DEMONSTRATIONS]
+
+
 def with_slips(problem: Problem, rng: random.Random, slips: list[bool]) -> list[tuple[str, Equation]]:
     """The steps of a solution that goes wrong where `slips` says so, and carries the wrong numbers on."""
     changed: dict[int, int] = {}  # a true result -> what this solution has in its place
@@ -314,7 +325,7 @@ def make_files(seed: int, train_count: int, test_count: int, step_count: int) ->
     steps = [step_row(problem, step_rng) for problem in distinct_problems(step_rng, step_count, seen)]
     return {
         "train.json": [instruction_row(problem) for problem in train],
-        "demonstrations.json": [instruction_row(problem) for problem in train[:DEMONSTRATIONS]],
+        "demonstrations.json": [instruction_row(problem) for problem in demonstrations(train)],
         "test.json": [instruction_row(problem) for problem in test],
         "steps.json": steps,
     }
@@ -328,7 +339,7 @@ def as_text(rows: list[dict]) -> str:
 def main(
     save_dir: str, seed: int = 1, train_count: int = 3000, test_count: int = 400, step_count: int = 1000
 ) -> None:
-    """Write train.json, demonstrations.json (its first problems), test.json and steps.json.
+    """Write train.json, demonstrations.json (a choice of its problems), test.json and steps.json.
 
     save_dir: directory for the files
     seed: equal seeds give equal bytes

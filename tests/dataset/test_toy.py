@@ -60,10 +60,13 @@ def test_seeds_differ():
     assert first["test.json"] != second["test.json"]
 
 
-def test_demonstrations_are_the_first_training_problems():
-    rows = read_rows("demonstrations.json")
-    assert rows == read_rows("train.json")[: len(rows)]
+def test_demonstrations_are_training_problems_one_in_eight_with_a_hard_sum():
+    rows, train = read_rows("demonstrations.json"), read_rows("train.json")
+    assert all(row in train for row in rows)
+    assert len({row["instruction"] for row in rows}) == len(rows) == 200
     assert {row["level"] for row in rows} == set(generate.LEVELS)
+    equations = [[generate.read_step(step) for step in row["output"][0].split("\n\n")[:-1]] for row in rows]
+    assert [any(map(generate.is_hard, own)) for own in equations] == [False] * 175 + [True] * 25
 
 
 def test_the_base_opens_as_a_llama_whose_tokenizer_fits():
