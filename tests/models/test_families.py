@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from src import parallel
+from src import assemble, parallel
 from src.checkpoint import convert
 from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
 from src.checkpoint.tensor_files import StoredTensor
+from src.errors import UserError
 from src.models.config import ModelConfig
 from tests import reference, workers, zoo
 from tests.ranks import run_ranks
@@ -148,3 +149,35 @@ def test_cached_decoding_equals_plain(on: On, n: int, name: str, way: str) -> No
     for rank in on(n).results:
         logprobs = rank[name]["cached"]
         torch.testing.assert_close(logprobs[way], logprobs["plain"], rtol=1e-6, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(hf_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A model of the zoo as a directory of one shard."""
+    parallel.start()
+
+    @functools.cache
+    def alone(name: str) -> str:
+        folder = tmp_path_factory.mktemp("alone") / name.replace(" ", "-")
+        split(open_source(str(hf_folders[name])), folder, 1, "", "", name)
+        return str(folder)
+
+    return alone
+
+
+@pytest.mark.parametrize("name", ["qwen", "internlm2"])
+def test_context_beyond_what_is_implemented_is_refused(alone: Callable[[str], str], name: str) -> None:
+    model = assemble.load_solver(alone(name))
+    assert model.config.max_seq_len == 128
+    model(torch.ones(1, 128, dtype=torch.int64))
+    with pytest.raises(UserError, match="position 128 lies beyond the model's context of 128"):
+        model(torch.ones(1, 129, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen-3-moe"])
+def test_experts_can_be_quantised(alone: Callable[[str], str], name: str) -> None:
+    tokens = reference.batch()[0]
+    full, small = (
+        workers.all_logits(assemble.load_solver(alone(name), quantize=q), tokens) for q in ("", "int8")
+    )
+    assert 0 < reference.relative_difference(small, full) < 0.1
