@@ -52,6 +52,8 @@ def main(
         return
     if not ckpt_file or not save_path:
         raise UserError("--ckpt_file and --save_path are needed: what to read and where to write; or --inspect DIR")
+    if verify and num_added_tokens:
+        raise UserError("--verify compares logits over one vocabulary; leave it out with --num_added_tokens")
     if verify and parallel.world_size() > 1:
         raise UserError("--verify computes with one process; start this script with python, not with torchrun")
     described = ckpt_file if isinstance(ckpt_file, str) else ", ".join(ckpt_file)

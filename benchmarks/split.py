@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -80,8 +80,16 @@ def naive(source: Path, target: Path) -> None:
     flush(target)
 
 
-def measured(way: Way, source: Path, target: Path) -> tuple[float, int]:
-    """Seconds that the work of one way took in a process of its own, and its peak of RssAnon in bytes."""
+class Run(NamedTuple):
+    """One piece of work: seconds on the clock, seconds of processors (cp's included), peak of RssAnon in bytes."""
+
+    seconds: float
+    processor: float
+    peak: int
+
+
+def measured(way: Way, source: Path, target: Path) -> Run:
+    """What the work of one way took in a process of its own."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
     command = [sys.executable, __file__, "--folder", str(source.parent), "--way", way]
@@ -94,8 +102,8 @@ def measured(way: Way, source: Path, target: Path) -> tuple[float, int]:
             break
         peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
         time.sleep(0.005)
-    seconds = float(process.communicate()[0].split()[-1])
-    return seconds, 1024 * peak
+    words = process.communicate()[0].split()
+    return Run(float(words[-2]), float(words[-1]), 1024 * peak)
 
 
 def main(folder: str, repeats: int = 3, way: Literal["", "cp", "split", "naive"] = "") -> None:
@@ -108,25 +116,26 @@ def main(folder: str, repeats: int = 3, way: Literal["", "cp", "split", "naive"]
     source, target = Path(folder) / "source", Path(folder) / "target"
     if way:
         work = {"cp": copy, "split": ours, "naive": naive}[way]
-        start = time.monotonic()
+        start, used = time.monotonic(), sum(os.times()[:4])
         work(source, target)
-        print(time.monotonic() - start)
+        print(time.monotonic() - start, sum(os.times()[:4]) - used)
         return
     write_model(source)
     n_bytes = (source / "model.safetensors").stat().st_size
     largest = 2 * CONFIG.vocab_size * CONFIG.dim
-    results: dict[Way, list[tuple[float, int]]] = {"cp": [], "split": [], "naive": []}
+    results: dict[Way, list[Run]] = {"cp": [], "split": [], "naive": []}
     for _ in range(repeats):
         for side in results:
             results[side].append(measured(side, source, target))
     shutil.rmtree(target)
-    copied = statistics.median(seconds for seconds, _ in results["cp"])
+    copied = statistics.median(run.seconds for run in results["cp"])
     print(f"{n_bytes / 1e9:.2f} GB into {SHARDS} shards; largest tensor {largest / 1e6:.0f} MB; median of {repeats}")
     for side, runs in results.items():
-        seconds, peak = statistics.median(s for s, _ in runs), max(p for _, p in runs)
+        seconds, processor = (statistics.median(values) for values in list(zip(*runs, strict=True))[:2])
+        peak = max(run.peak for run in runs)
         print(
             f"{side:8}{seconds:7.1f} s {n_bytes / 1e6 / seconds:7.0f} MB/s {copied / seconds:6.0%} of cp"
-            f"   peak {peak / 1e6:6.0f} MB anonymous"
+            f"{processor:7.1f} s of processors   peak {peak / 1e6:6.0f} MB anonymous"
         )
     print(f"allowed  {(2 * largest + 400e6) / 1e6:.0f} MB anonymous and at least 60% of cp")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from src import assemble, parallel, plan
-from src.checkpoint import storage
+from src.checkpoint import sources, storage
 from src.models.config import ModelConfig
 from src.models.lora import LoraConfig
 from tests import tiny
@@ -62,3 +62,20 @@ def test_the_plan_counts_what_shards_and_loaded_models_hold(tmp_path: Path) -> N
     assemble.put_lora_on(model, LORA, seed=1)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == plan.local_lora_parameters(model.config, LORA, 1)
+
+
+def test_inspection_says_what_each_number_of_ranks_would_hold(tmp_path: Path) -> None:
+    halves = tiny.split(tiny.write_hf_llama(tmp_path / "hf"), tmp_path / "two", n=2)
+    facts, _, table = plan.inspection(*sources.describe(halves), ranks=(1, 3, 8, 9)).partition("\n\n")
+    assert "llama, a solver" in facts
+    assert "float32, " in facts and "shards: 2" in facts
+    assert "8 query, 4 key-value, of 4" in facts
+    one, three, eight, nine = table.splitlines()[1:]
+    assert one.split()[:3] == [
+        "1",
+        plan.size(4 * plan.local_parameters(assemble.load_config(halves), 1)).split()[0],
+        "KiB",
+    ]
+    assert "uneven: 2 to 4 query heads; 2 rows of padding in the vocabulary" in three
+    assert "each key-value head lies on 2 ranks" in eight
+    assert "n_heads=8 leaves nothing to do for shard" in nine

@@ -89,6 +89,11 @@ def read_torch(path: Path) -> dict[str, object]:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except _UNREADABLE as problem:
         reason = str(problem).strip().split("\n")[0] or type(problem).__name__
+        if "Cannot allocate memory" in reason:  # torch maps a file privately, which the kernel may refuse
+            raise UserError(
+                f"{path} is larger than the memory that this machine lets a process map; "
+                f"read it elsewhere, or set vm.overcommit_memory=1"
+            ) from None
         raise UserError(
             f"{path} cannot be read as a checkpoint of tensors ({reason[:200]}); "
             f"it is truncated, corrupt, or holds pickled code"

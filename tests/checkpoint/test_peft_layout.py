@@ -1,6 +1,7 @@
 """src/checkpoint/peft_layout.py: adapters come from PEFT and go back, bit for bit, through any number of shards."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint_split
 from src import assemble
 from src.checkpoint import export, storage
 from src.checkpoint.sources import merge, open_adapter, open_source
@@ -119,3 +121,24 @@ def test_adapter_of_some_layers_or_without_its_base_is_refused(
         open_adapter(adapter, str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"has no params\.json"):  # a base that no rank could open
         split_adapter(open_adapter(adapter, str(base)), tmp_path / "out", 2, "", "adapter")
+
+
+def test_command_merges_keeps_and_verifies(
+    tmp_path: Path, base: Path, adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="splitrl")
+    ours = str(tmp_path / "base")
+    checkpoint_split.main(str(base), ours, 2)
+    checkpoint_split.main(
+        str(adapter), str(tmp_path / "lora"), 2, base_dir=ours, merge_lora=False, verify=True
+    )
+    assert "logits before and after: largest difference 0 of values" in caplog.text
+    checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "hf"), format="hf", verify=True)
+    difference = float(re.findall(r"largest difference (\S+) of", caplog.text)[-1])
+    assert difference < 1e-4
+    checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "peft"), format="peft")
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
+    with pytest.raises(UserError, match="is no adapter; write it with --format hf"):
+        checkpoint_split.main(ours, str(tmp_path / "x"), format="peft")
+    with pytest.raises(UserError, match="--format hf holds whole weights: merge the adapter"):
+        checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "x"), format="hf", merge_lora=False)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import checkpoint_split
 from src import assemble, parallel
 from src.checkpoint import shards
 from src.checkpoint.sources import Source, open_source
@@ -195,3 +196,18 @@ def test_tied_checkpoint_that_stores_its_embedding_twice_opens(tmp_path: Path) -
     source = open_source(str(tmp_path))
     assert source.config.tied
     assert "output.weight" not in source.tensors
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_added_tokens_are_the_mean_of_the_old(tmp_path: Path, n: int) -> None:
+    weights = random_weights()
+    torch.save(weights, tmp_path / "weights.pth")
+    write_json(tmp_path / "params.json", META)
+    checkpoint_split.main(str(tmp_path / "weights.pth"), str(tmp_path / "out"), n, num_added_tokens=3)
+    source = open_source(str(tmp_path / "out"))
+    assert source.config.vocab_size == CONFIG.vocab_size + 3
+    for name in ("tok_embeddings.weight", "output.weight"):
+        rows = source.tensors[name].load()
+        assert torch.equal(rows[:-3], weights[name])
+        assert torch.equal(rows[-3:], weights[name].mean(0).expand(3, -1))
+    assert torch.equal(source.tensors["norm.weight"].load(), weights["norm.weight"])
