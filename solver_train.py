@@ -12,6 +12,7 @@ from src.data.batches import Batching
 from src.data.examples import read_instructions
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
+from src.training.meter import Meter
 from src.training.saver import Saver, Trained
 from src.training.solver import SolverData, n_supervised, sft_loss, validation_loss
 
@@ -104,13 +105,16 @@ def main(
     done = saver.resume(resume)
     model.train()
     log.progress(total_steps, "step", done)
-    for epoch, number, batches in data.steps(batching, packing=packing, epochs=epochs, done=done, stop=total_steps):
+    meter = Meter(config)
+    steps = data.steps(batching, packing=packing, epochs=epochs, done=done, stop=total_steps)
+    for epoch, number, batches in meter.timed(steps):
         normaliser = parallel.sum_over_data_parallel(n_supervised(batches))
         for batch in batches:
             loop.backward(sft_loss(model, batch.to(parallel.device()), normaliser), last=batch is batches[-1])
         report = loop.step()
-        log.metrics(number, epoch=epoch, **report._asdict(), supervised_tokens=normaliser)
-        log.advance(tokens=sum(batch.tokens.numel() for batch in batches), loss=report.loss)
+        measured = meter.measure(batches, normaliser)
+        log.metrics(number, epoch=epoch, **report._asdict(), supervised_tokens=normaliser, **measured)
+        log.advance(tokens=int(measured["tokens"]), loss=report.loss)
         score = None
         if held and (number == total_steps or number % (eval_every if eval_every >= 0 else steps_per_epoch) == 0):
             eval_loss = validation_loss(model, held, batching, packing=packing)

@@ -12,6 +12,7 @@ from src import assemble, cli, parallel, plan, runlog
 from src.data.batches import Batching
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
+from src.training.meter import Meter
 from src.training.saver import Saver, Trained
 from src.training.verifier import open_data
 
@@ -118,13 +119,16 @@ def main(
     done = saver.resume(resume)
     model.train()
     log.progress(total_steps, "step", done)
-    for epoch, number, batches in data.steps(batching, packing=packing, epochs=epochs, done=done, stop=total_steps):
+    meter = Meter(model.config)
+    steps = data.steps(batching, packing=packing, epochs=epochs, done=done, stop=total_steps)
+    for epoch, number, batches in meter.timed(steps):
         normaliser = parallel.sum_over_data_parallel(data.n_judged(batches))
         for batch in batches:
             loop.backward(data.loss(model, batch.to(parallel.device()), normaliser), last=batch is batches[-1])
         report = loop.step()
-        log.metrics(number, epoch=epoch, **report._asdict(), judged=normaliser)
-        log.advance(tokens=sum(batch.tokens.numel() for batch in batches), loss=report.loss)
+        measured = meter.measure(batches, normaliser)
+        log.metrics(number, epoch=epoch, **report._asdict(), judged=normaliser, **measured)
+        log.advance(tokens=int(measured["tokens"]), loss=report.loss)
         accuracy = None
         if number == total_steps or number % (eval_every if eval_every >= 0 else steps_per_epoch) == 0:
             held_report = held.evaluate(model, max_batch_size)

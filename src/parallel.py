@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import random
+import resource
 from collections.abc import Iterable
 
 import numpy as np
@@ -108,6 +109,13 @@ def device() -> torch.device:
 def autocast() -> contextlib.AbstractContextManager[object]:
     """bfloat16 compute over float32 weights on a GPU; plain float32 on a CPU."""
     return torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else contextlib.nullcontext()
+
+
+def peak_memory() -> float:
+    """Most bytes this process has held: on the GPU where it computes on one, else resident."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def barrier() -> None:

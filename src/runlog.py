@@ -1,4 +1,5 @@
-"""What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, and run.json. Nothing else prints."""
+"""What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, TensorBoard, and run.json. Nothing else
+prints."""
 
 import json
 import logging
@@ -9,11 +10,14 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import torch
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _FORMAT = "%(asctime)s %(message)s"
 
@@ -73,6 +77,7 @@ class RunLog:
         self.logger = logger()
         self._folder = Path(folder)
         self._metrics: TextIO | None = None
+        self._curves: SummaryWriter
         self._kept = 0  # steps of an earlier part of the run whose metrics stay
         self._bar: tqdm | None = None
         self._started = self._last_time = time.monotonic()
@@ -130,9 +135,20 @@ class RunLog:
         if _is_rank_0():
             if self._metrics is None:
                 self._metrics = self._open_metrics()
+                self._curves = _summary_writer(self._folder / "tensorboard", purge_step=self._kept + 1)
             row = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
+            for name, value in values.items():
+                self._curves.add_scalar(name, value, step)
+
+
+def _summary_writer(folder: Path, purge_step: int) -> "SummaryWriter":
+    """TensorBoard's event file; what an earlier part of the run wrote from purge_step on disappears."""
+    # importing it costs half a second and more: not for a process that never writes
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _environment() -> dict[str, object]:

@@ -64,6 +64,12 @@ class Batch(NamedTuple):
         """Samples in the batch, whichever way they lie."""
         return len(self.lengths or self.tokens)
 
+    def sample_lengths(self) -> Tensor:
+        """Tokens of each sample up to its last response token. -> [n_samples] int64."""
+        if self.lengths is not None:
+            return torch.tensor(self.lengths)
+        return (torch.arange(1, self.tokens.shape[1] + 1) * self.response_mask).amax(1)
+
     def response_counts(self) -> Tensor:
         """Response tokens of each sample. -> [n_samples] int64."""
         if self.lengths is None:

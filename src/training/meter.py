@@ -1,0 +1,78 @@
+"""How fast a training step was: tokens a second, model FLOP utilisation, padding, memory, and where the time went."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from src import parallel
+from src.checkpoint.shards import expected_shapes
+from src.data.batches import Step
+from src.data.collate import Batch
+from src.models.config import ModelConfig
+
+
+class Meter:
+    """Measures steps for metrics.jsonl. Every rank makes one and calls the same methods in the same order."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        shapes = expected_shapes(config)
+        self._weights = sum(
+            shape[0] * shape[1]
+            for name, shape in shapes.items()
+            if len(shape) == 2 and name not in ("tok_embeddings.weight", "output.weight")
+        )
+        self._head = config.vocab_size * config.dim if not config.value_head else 0
+        self._attention = 6 * config.n_layers * config.n_heads * config.head_dim
+        self._peak = matrix_rate()
+        self._data_seconds, self._began = 0.0, time.perf_counter()
+
+    def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps, with the time taken to lay each of them out noted."""
+        while True:
+            began = time.perf_counter()
+            step = next(steps, None)
+            if step is None:
+                return
+            self._began = time.perf_counter()
+            self._data_seconds = self._began - began
+            yield step
+
+    def measure(self, batches: Sequence[Batch], supervised: float) -> dict[str, float]:
+        """Numbers of the step that has just ended; `supervised` tokens or pairs are counted over all ranks.
+
+        mfu: 6 FLOP for each matrix weight and token - the output layer's only where a token is supervised - and
+        6 L H E S for
+        causal attention within samples of length S (after Chowdhery et al. 2022, appendix B), a second and rank, as
+        a share of the rate at which this rank multiplied matrices before training. Recomputation and LoRA's
+        smaller backward pass are not taken into account.
+        """
+        seconds = time.perf_counter() - self._began  # step() has read the loss: the device is done
+        lengths = torch.cat([batch.sample_lengths() for batch in batches]).double()
+        n_tokens = parallel.sum_over_data_parallel(lengths.sum().item())
+        squares = parallel.sum_over_data_parallel(lengths.square().sum().item())
+        held = parallel.sum_over_data_parallel(float(sum(batch.tokens.numel() for batch in batches)))
+        flops = 6 * (self._weights * n_tokens + self._head * supervised) + self._attention * squares
+        return {
+            "tokens": n_tokens,
+            "tokens_per_second": n_tokens / seconds,
+            "supervised_per_second": supervised / seconds,
+            "mfu": flops / (seconds * self._peak * parallel.world_size()),
+            "padding_share": 1 - n_tokens / held,
+            "peak_memory": parallel.peak_memory(),
+            "data_seconds": self._data_seconds,
+            "step_seconds": seconds,
+        }
+
+
+def matrix_rate() -> float:
+    """FLOP a second of one square matrix product here: bfloat16 on a GPU, float32 on a CPU; the best of five."""
+    on_gpu = parallel.device().type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
+    a = torch.ones(size, size, dtype=dtype, device=parallel.device())
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

@@ -1,0 +1,41 @@
+"""src/training/meter.py: counts by hand, and a share of the machine's rate that can be."""
+
+import time
+
+import pytest
+
+from src import parallel
+from src.data import collate
+from src.data.batches import Step
+from src.data.collate import Encoded
+from src.models.config import ModelConfig
+from src.training import meter as module
+from src.training.meter import Meter
+
+CONFIG = ModelConfig(
+    dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=12, vocab_size=10, max_seq_len=32
+)
+SAMPLES = [Encoded([1, 5, 2], 1), Encoded([1, 5, 6, 7, 2], 3)]
+
+
+@pytest.mark.parametrize(("lay_out", "padding"), [(collate.collate, 2 / 10), (collate.pack, 0.0)])
+def test_a_step_by_hand(monkeypatch: pytest.MonkeyPatch, lay_out: object, padding: float) -> None:
+    parallel.start()
+    monkeypatch.setattr(module, "matrix_rate", lambda: 1e6)
+    clock = iter([0.0, 10.0, 11.0, 13.0])  # made; asked for a step; got it; done with it
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    meter, batches = Meter(CONFIG), [lay_out(SAMPLES)]
+    next(meter.timed(iter([Step(1, 1, batches)])))
+    clock = iter([13.0])
+    found = meter.measure(batches, 4)
+    # wq, wo 2*64; wk, wv 2*32; w1, w2, w3 3*96; 8 tokens; the head's 80 for 4; attention 6*1*2*4 * (9 + 25)
+    flops = 6 * (480 * 8 + 80 * 4) + 48 * 34
+    assert found["padding_share"] == pytest.approx(padding) and found["tokens"] == 8
+    assert found["step_seconds"] == 2.0 and found["data_seconds"] == 1.0
+    assert found["tokens_per_second"] == 4.0 and found["supervised_per_second"] == 2.0
+    assert found["mfu"] == pytest.approx(flops / 2.0 / 1e6)
+
+
+def test_the_rate_of_matrix_products_is_one_a_machine_can_have() -> None:
+    parallel.start()
+    assert 1e8 < module.matrix_rate() < 1e16
