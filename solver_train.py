@@ -34,7 +34,8 @@ def main(
 
     ckpt_dir: checkpoint directory to start from
     save_dir: directory for epoch-N checkpoints, the final checkpoint, metrics.jsonl and run.json
-    train_file: json array or jsonl of {"instruction", "output": text or list of texts}
+    train_file: json array, jsonl, parquet or a saved datasets directory of {"instruction", "output": text or list of
+        texts} or {"messages": [{"role", "content"}, ...]}, where every answer of the assistant is learnt
     eval_file: rows of the same form whose loss is measured while training; the best checkpoint by it is kept as best
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir

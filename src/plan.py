@@ -3,6 +3,7 @@
 Bytes are per rank. Activations, the framework's own memory and padding of the data are not counted.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -234,9 +235,12 @@ def _between(fewest: int, most: int) -> str:
 
 def masked_text(encoded: Encoded, tokenizer: Tokenizer) -> str:
     """One example as the model sees it; what carries loss stands in double brackets."""
-    prompt, response = encoded.tokens[: encoded.response_start], encoded.tokens[encoded.response_start :]
-    shown = (tokenizer.decode(ids, show_control=True) for ids in (prompt, response))
-    return "{}[[{}]]".format(*shown)
+    parts = []
+    pairs = zip(encoded.tokens, encoded.supervised, strict=True)
+    for supervised, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group], show_control=True)
+        parts.append(f"[[{text}]]" if supervised else text)
+    return "".join(parts)
 
 
 def report(facts: Mapping[str, object], memory: Mapping[str, Mapping[str, int]]) -> str:

@@ -42,6 +42,7 @@ DOORS: dict[str, str | None] = {
     "tqdm": "src/runlog.py",
     "safetensors": "src/checkpoint/tensor_files.py",
     "matplotlib": "src/evaluation/plot.py",
+    "pyarrow": "src/data/tables.py",
     "httpx2": "src/inference/remote.py",
     "sentencepiece": "src/text/vocabulary.py",
     "tiktoken": "src/text/vocabulary.py",

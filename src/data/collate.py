@@ -30,16 +30,24 @@ class Encoded(NamedTuple):
     """One prompt and response as ids; response_start is where the response begins.
 
     targets, where a verifier is to judge: what its score at each response token should be, nan = it is not read there.
+    In a conversation of several turns answer_mask says which tokens are the assistant's, and the first of them is
+    where the response begins.
     """
 
     tokens: list[int]
     response_start: int
     targets: tuple[float, ...] = ()
+    answer_mask: list[bool] | None = None
+
+    @property
+    def supervised(self) -> list[bool]:
+        """For each token whether it is one to learn."""
+        return self.answer_mask or [place >= self.response_start for place in range(len(self.tokens))]
 
     @property
     def n_response(self) -> int:
         """Number of response tokens, EOS included: the supervised ones."""
-        return len(self.tokens) - self.response_start
+        return sum(self.supervised)
 
 
 class Conversation(NamedTuple):
@@ -91,6 +99,10 @@ class JudgedBatch(NamedTuple):
     def tokens(self) -> Tensor:
         """The batch's tokens."""
         return self.batch.tokens
+
+    def sample_lengths(self) -> Tensor:
+        """The batch's sample_lengths()."""
+        return self.batch.sample_lengths()
 
     @property
     def n_judged(self) -> int:
@@ -196,9 +208,10 @@ def fit(
 ) -> Fitted:
     """Samples none of whose sequences is longer than max_seq_len; longer ones are treated as `truncation` says.
 
-    `left` cuts the prompt behind its first token and leaves the response whole, `right` cuts the end of the response;
-    where that leaves no response the sample is dropped. Raises UserError when more than 1% of the samples lose
-    response tokens or are dropped (one alone may, however few there are), and for any long one under `error`.
+    `left` cuts the prompt behind its first token and leaves the response whole (conversations, whose prompts are
+    turns, are not cut), `right` cuts the end of the response; where that leaves no response the sample is dropped.
+    Raises UserError when more than 1% of the samples lose response tokens or are dropped (one alone may, however
+    few there are), and for any long one under `error`.
     """
     kept, cut, lost = [], 0, 0
     for row in rows:
@@ -224,12 +237,13 @@ def fit(
 def _cut(encoded: Encoded, max_seq_len: int, truncation: Truncation) -> Encoded:
     """A sequence cut to max_seq_len, or as it is where the policy cannot cut it."""
     excess = len(encoded.tokens) - max_seq_len
-    if truncation == "left" and 0 < excess < encoded.response_start:
+    if truncation == "left" and 0 < excess < encoded.response_start and not encoded.answer_mask:
         tokens = encoded.tokens[:1] + encoded.tokens[1 + excess :]
         return Encoded(tokens, encoded.response_start - excess, encoded.targets)
     if truncation == "right" and excess > 0:
         start = min(encoded.response_start, max_seq_len)
-        return Encoded(encoded.tokens[:max_seq_len], start, encoded.targets[: max_seq_len - start])
+        mask = encoded.answer_mask and encoded.answer_mask[:max_seq_len]
+        return Encoded(encoded.tokens[:max_seq_len], start, encoded.targets[: max_seq_len - start], mask)
     return encoded
 
 
@@ -240,7 +254,7 @@ def collate(rows: Sequence[Encoded]) -> Batch:
     response_mask = torch.zeros(len(rows), longest, dtype=torch.bool)
     for index, row in enumerate(rows):
         tokens[index, : len(row.tokens)] = torch.tensor(row.tokens)
-        response_mask[index, row.response_start : len(row.tokens)] = True
+        response_mask[index, : len(row.tokens)] = torch.tensor(row.supervised)
     return Batch(tokens, response_mask)
 
 
@@ -248,7 +262,7 @@ def pack(rows: Sequence[Encoded]) -> Batch:
     """Lay samples end to end in one row [1, sum of lengths]: no padding, and attention stays within each."""
     return Batch(
         torch.tensor([[token for row in rows for token in row.tokens]]),
-        torch.tensor([[place >= row.response_start for row in rows for place in range(len(row.tokens))]]),
+        torch.tensor([[supervised for row in rows for supervised in row.supervised]]),
         tuple(len(row.tokens) for row in rows),
     )
 

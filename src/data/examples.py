@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from src.data import tables
 from src.errors import UserError
 
 
@@ -24,6 +25,13 @@ class Instruction(NamedTuple):
 
     instruction: str
     outputs: list[str]
+
+
+class Chat(NamedTuple):
+    """A conversation: every answer of the assistant is learnt. `where` it stands is for messages."""
+
+    where: str
+    messages: list[dict[str, str]]
 
 
 class Pair(NamedTuple):
@@ -74,7 +82,15 @@ class Sample(NamedTuple):
 
 
 def read_rows(path: str) -> list[Row]:
-    """The objects of a json array or a jsonl file. Raises UserError if it is missing, torn or empty."""
+    """The objects of a json array, a jsonl or parquet file, or a saved `datasets` directory.
+
+    Raises UserError if it is missing, torn or empty.
+    """
+    if tables.is_table(Path(path)) and Path(path).exists():
+        rows = [Row(f"{path}, row {n}", values) for n, values in enumerate(tables.read_table(Path(path)), 1)]
+        if not rows:
+            raise UserError(f"{path} holds no rows")
+        return rows
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -146,9 +162,37 @@ def _optional_text(row: Row, key: str) -> str | None:
     return None if value is None else str(value)
 
 
-def read_instructions(path: str) -> list[Instruction]:
-    """Rows `{"instruction", "output": text or list}`. Raises UserError."""
-    return [Instruction(_text(row, "instruction"), _texts(row, "output")) for row in read_rows(path)]
+def read_instructions(path: str) -> list[Instruction | Chat]:
+    """Rows `{"instruction", "output": text or list}` or `{"messages": [{"role", "content"}, ...]}`.
+
+    Raises UserError.
+    """
+    return [
+        _chat(row)
+        if "messages" in row.values
+        else Instruction(_text(row, "instruction"), _texts(row, "output"))
+        for row in read_rows(path)
+    ]
+
+
+def _chat(row: Row) -> Chat:
+    """A conversation in which the assistant says something. Raises UserError."""
+    messages = row.values["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{row.where}: 'messages' must be a non-empty list of {{'role', 'content'}}")
+    read = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise UserError(
+                f"{row.where}: message {number} is a {type(message).__name__}; expected an object"
+            )
+        inside = Row(f"{row.where}, message {number}", message)
+        read.append({"role": _text(inside, "role"), "content": _text(inside, "content")})
+    if not any(message["role"] == "assistant" and message["content"] for message in read):
+        raise UserError(
+            f"{row.where}: the assistant says nothing in 'messages'; there is nothing to learn from it"
+        )
+    return Chat(row.where, read)
 
 
 def read_pairs(path: str) -> list[Pair]:

@@ -8,8 +8,9 @@ from torch import Tensor
 from src import parallel
 from src.data import collate
 from src.data.batches import Batching, Sample, Step
-from src.data.collate import Batch, Truncation
-from src.data.examples import Instruction
+from src.data.collate import Batch, Encoded, Truncation
+from src.data.examples import Chat, Instruction
+from src.errors import UserError
 from src.inference.scoring import response_logprobs
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ class SolverData:
 
     def __init__(
         self,
-        rows: Sequence[Instruction],
+        rows: Sequence[Instruction | Chat],
         tokenizer: Tokenizer,
         *,
         max_seq_len: int,
@@ -28,10 +29,7 @@ class SolverData:
         truncation: Truncation = "drop",
     ) -> None:
         """collate.fit() says what becomes of rows that are too long."""
-        options = [
-            tuple(collate.encode_response(tokenizer, row.instruction, output) for output in row.outputs)
-            for row in rows
-        ]
+        options = [_encode(tokenizer, row) for row in rows]
         self.rows, self.report = collate.fit(options, max_seq_len, source, truncation)
 
     def steps(
@@ -49,6 +47,17 @@ class SolverData:
             return collate.lay_out([encoded for (encoded,) in samples], packing=packing)
 
         return batching.steps(len(self.rows), encode, lay_out, epochs=epochs, done=done, stop=stop)
+
+
+def _encode(tokenizer: Tokenizer, row: Instruction | Chat) -> tuple[Encoded, ...]:
+    """A row's alternatives: one for each output, or the one conversation."""
+    if isinstance(row, Instruction):
+        return tuple(collate.encode_response(tokenizer, row.instruction, output) for output in row.outputs)
+    try:
+        tokens, mask = collate.encode_conversation(tokenizer, row.messages)
+    except UserError as problem:
+        raise UserError(f"{row.where}: {problem}") from None
+    return (Encoded(tokens, mask.index(True), answer_mask=mask),)
 
 
 def n_supervised(batches: Sequence[Batch]) -> int:

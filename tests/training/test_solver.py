@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src import assemble
+from src import assemble, plan
 from src.data.batches import Batching
 from src.data.collate import Batch
-from src.data.examples import Instruction
+from src.data.examples import Chat, Instruction
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
@@ -139,3 +139,23 @@ def test_long_rows_are_dropped_and_counted_up_to_one_percent(tokenizer: Tokenize
     assert len(data.rows) == 99 and data.report == "rows.json: 100 samples, 1 too long: 0 cut, 1 dropped"
     with pytest.raises(UserError, match="rows.json: 2 of 100 rows are longer than --max_seq_len 30"):
         make_data([Instruction("a", ["b"])] * 98 + [long] * 2, tokenizer, max_seq_len=30)
+
+
+def test_every_answer_of_a_conversation_is_learnt(folders: Folders, model: Decoder) -> None:
+    tokenizer = assemble.load_tokenizer(folders.one, chat_template="llama-2")
+    messages = [
+        {"role": "user", "content": "1+1="},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "cd"},
+    ]
+    data = SolverData([Chat("f, row 1", messages)], tokenizer, max_seq_len=200, source="f")
+    for packing in (False, True):
+        ((_, _, (found,)),) = data.steps(batching(1, 1), packing=packing, epochs=1)
+        learnt = found.tokens[found.response_mask].tolist()
+        assert tokenizer.decode(learnt).split() == ["2", "cd"] and learnt.count(tokenizer.eos_id) == 2
+    shown = plan.masked_text(data.rows[0][0], tokenizer)
+    assert shown.count("[[2") == shown.count("[[cd") == 1 and shown.count("[[") == 2
+    plain = assemble.load_tokenizer(folders.one)
+    with pytest.raises(UserError, match="f, row 1: messages need a --chat_template"):
+        SolverData([Chat("f, row 1", messages)], plain, max_seq_len=200, source="f")

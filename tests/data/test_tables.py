@@ -1,0 +1,49 @@
+"""src/data/tables.py: parquet files and directories of Hugging Face `datasets` give the rows that json gives."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+from src.data.examples import Chat, Instruction, read_instructions
+from src.errors import UserError
+
+ROWS = [{"instruction": f"{n}+1=", "output": [str(n + 1), "so"]} for n in range(5)]
+CHAT = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+
+
+def test_every_container_gives_the_same_rows(tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.to_json(tmp_path / "rows.jsonl")
+    dataset.save_to_disk(tmp_path / "saved", num_shards=2)
+    expected = [Instruction(row["instruction"], row["output"]) for row in ROWS]
+    for name in ("rows.parquet", "rows.jsonl", "saved"):
+        assert read_instructions(str(tmp_path / name)) == expected
+
+
+def test_conversations(tmp_path: Path) -> None:
+    path = tmp_path / "chats.parquet"
+    datasets.Dataset.from_list([{"messages": CHAT}]).to_parquet(path)
+    assert read_instructions(str(path)) == [Chat(f"{path}, row 1", CHAT)]
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "rows.arrow").write_bytes(b"\xff" * 100)
+    datasets.Dataset.from_list([{"messages": CHAT[:1]}]).to_parquet(tmp_path / "silent.parquet")
+    datasets.Dataset.from_list([{"messages": "hi"}]).to_parquet(tmp_path / "text.parquet")
+    for name, message in {
+        "torn.parquet": "torn.parquet cannot be read as a table",
+        "splits": "splits is a directory without rows: it holds the splits train; name one of them",
+        "empty": "empty is a directory without rows: expected",
+        "bad": "bad cannot be read as a table",
+        "none.parquet": "none.parquet does not exist",
+        "silent.parquet": "silent.parquet, row 1: the assistant says nothing",
+        "text.parquet": "row 1: 'messages' must be a non-empty list",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read_instructions(str(tmp_path / name))
