@@ -28,7 +28,6 @@ from src.evaluation import code_jail
 
 REPO = Path(__file__).resolve().parents[2]
 WORKER = "src.evaluation.code_worker"
-WORKER_FILES = ("src/evaluation/code_worker.py", "src/evaluation/code_jail.py")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 STARTUP_SECONDS = 60.0
@@ -39,7 +38,6 @@ ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "PYTHONUTF8": "1",
     "PYTHONHASHSEED": "0",  # a replayed block prints its sets in the same order
-    "PYTHONDONTWRITEBYTECODE": "1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -224,8 +222,7 @@ def bubblewrap(limits: Limits) -> list[str]:
             words += ["--symlink", os.readlink(path), path]
         elif os.path.exists(path):
             words += ["--dev-bind" if path in DEVICES else "--ro-bind", path, path]
-    for file in WORKER_FILES:
-        words += ["--ro-bind", str(REPO / file), f"/runner/{file}"]
+    words += ["--ro-bind", str(REPO / "src" / "evaluation"), "/runner/src/evaluation"]
     words += ["--proc", "/proc", "--dir", code_jail.FOLDER, "--remount-ro", "/"]
     words += ["--size", str(limits.disk_bytes), "--tmpfs", code_jail.FOLDER, "--chdir", "/runner", "--"]
     return words

@@ -22,7 +22,6 @@ import signal
 import sys
 import time
 import traceback
-from typing import NoReturn
 
 from src.evaluation import code_jail
 
@@ -182,8 +181,8 @@ def outcome(exit_code: int, usage: resource.struct_rusage, limits: dict) -> str:
     return {EXIT_OK: "ok", EXIT_MEMORY: "memory"}.get(exit_code, "error")
 
 
-def run_code(job: dict, isolated: bool, output: int, marks: int) -> NoReturn:
-    """In the forked process: put up the inner walls, run the blocks, end with the last one's exit code."""
+def run_code(job: dict, isolated: bool, output: int, marks: int) -> None:
+    """In the forked process: put up the inner walls, run the blocks, end with the last one's exit code; no return."""
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
@@ -218,6 +217,7 @@ def prepare_interpreter(site_packages: list[str]) -> None:
     sys.path[0] = os.getcwd()  # in place of the directory of this file
     sys.path += site_packages
     sys.argv = [""]
+    sys.dont_write_bytecode = True
     sys.modules["__main__"] = type(sys)("__main__")
     sys.stdout.reconfigure(line_buffering=True)
 
