@@ -74,7 +74,8 @@ def teach(folder: Path) -> None:
 
 def tear_samples(folder: Path, ckpt_dir: Path) -> None:
     """What an evaluation of this checkpoint leaves when it is killed within its first line."""
-    numbers = {"chat_template": "none", "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, "seed": 1}
+    numbers = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_new_tokens": 12, "seed": 1}
+    numbers |= {"chat_template": "none", "quantize": ""}
     numbers |= make_prompting(find_task("GSM8K")).facts()
     write_json(folder / "samples.identity.json", {"checkpoint": storage.fingerprint(ckpt_dir)} | numbers)
     (folder / "samples.jsonl").write_text('{"id": "0", "sam', encoding="utf-8")
