@@ -73,7 +73,10 @@ class RunLog:
     Every rank may hold one and call it; only rank 0 writes.
     """
 
-    def __init__(self, folder: str, flags: Mapping[str, object]) -> None:
+    def __init__(
+        self, folder: str, flags: Mapping[str, object], facts: Mapping[str, object] | None = None
+    ) -> None:
+        """facts: what run.json is to say besides, json values by name."""
         self.logger = logger()
         self._folder = Path(folder)
         self._metrics: TextIO | None = None
@@ -84,8 +87,8 @@ class RunLog:
         self._last_tokens = 0
         if _is_rank_0():
             self._folder.mkdir(parents=True, exist_ok=True)
-            facts = {"command": sys.argv, "flags": dict(flags), **_environment()}
-            (self._folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            record = {"command": sys.argv, "flags": dict(flags), **(facts or {}), **_environment()}
+            (self._folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def go_on_after(self, step: int) -> None:
         """Keep the metrics of the steps up to this one, which an earlier part of the run has written."""

@@ -249,6 +249,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_json(
         folder / "pairs.json", [{"instruction": str(i), "chosen": "1", "rejected": "2"} for i in range(20)]
     )
+    pair = {"instruction": "1", "chosen": "1", "rejected": "2", "prefix": ["0"]}
+    write_json(folder / "prefix.json", [pair])
     steps = [{"instruction": str(i), "steps": ["1", "2"], "labels": [1, i % 2]} for i in range(20)]
     write_json(folder / "steps.json", steps)
     write_json(folder / "short.json", [steps[0] | {"labels": [1]}])
@@ -273,6 +275,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "data_build reject": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
             "data_build prefer": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
             "verifier_train": train | {"train_file": "pairs.json"},
+            "preference_train": train | {"train_file": "pairs.json"},
             "verifier_evaluate": evaluate | {"ckpt_dir": "verifier", "samples_file": "samples.json"},
             "ppo_train": {
                 "actor_ckpt_dir": "one",
@@ -389,6 +392,7 @@ DATA: list[tuple[str, str, str]] = [
     ('[{"output": "b"}]', "bad.json, row 1: key 'instruction' is missing; found output", "all"),
     ('[{"instruction": "a"}]', "bad.json, row 1: key 'output' is missing", "solver_train"),
     ('[{"instruction": "a"}]', "bad.json, row 1: key 'chosen' is missing", "verifier_train"),
+    ('[{"instruction": "a"}]', "bad.json, row 1: key 'chosen' is missing", "preference_train"),
     (
         '{"instruction": "a", "label": "1"}\n{"instruction": "b"}',
         "bad.json, line 2: key 'label' is",
@@ -408,6 +412,7 @@ def test_a_bad_data_file(world: World, here: Path, text: str, message: str, whic
     files = {
         "solver_train": {"train_file": "bad.json"},
         "verifier_train": {"train_file": "bad.json"},
+        "preference_train": {"train_file": "bad.json"},
         "solver_evaluate": {"label_file": "bad.json"},
         "verifier_evaluate": {"label_file": "bad.json"},
         "ppo_train": {"train_file": "bad.json", "reward": "rule", "reward_model_ckpt_dir": None},
@@ -504,6 +509,19 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("verifier_evaluate", {"samples_file": None}, "give either --samples_file with --task and --label_file"),
     ("verifier_evaluate", {"samples_file": None, "steps_file": "steps.json"}, "is a pairwise verifier"),
     ("verifier_evaluate", {"ckpt_dir": "one"}, r"is a solver \(no value head\)"),
+    ("preference_train", {"objective": "cdpo"}, "--label_smoothing is 0.0; --objective cdpo needs the share of wrong"),
+    ("preference_train", {"label_smoothing": 0.1}, "--label_smoothing is of --objective cdpo, not of dpo"),
+    ("preference_train", {"label_smoothing": 0.5}, "--label_smoothing is 0.5, expected 0 or more and less than 0.5"),
+    ("preference_train", {"margin": 1}, "--margin is of --objective simpo, not of dpo"),
+    ("preference_train", {"objective": "ipo", "length_normalize": True}, "ipo always takes means a token"),
+    ("preference_train", {"objective": "orpo", "reference_ckpt_dir": "two"}, "--objective orpo has no reference"),
+    ("preference_train", {"objective": "simpo", "reference_file": "r"}, "--reference_file is given, but --objective"),
+    ("preference_train", {"beta": 0}, "--beta is 0.0, expected more than 0"),
+    ("preference_train", {"train_file": "steps.json"}, "steps.json, row 1: key 'chosen' is missing"),
+    ("preference_train", {"train_file": "prefix.json"}, "prefix.json, row 1: 'prefix' is a list; expected a string"),
+    ("preference_train", {"reference_ckpt_dir": "verifier"}, r"verifier is a verifier \(it has a value head\)"),
+    ("preference_train", {"reference_file": "samples.json"}, "samples.json, row 1: expected the keys 'key' and"),
+    ("preference_train", {"reference_ckpt_dir": "two", "save_dir": "two"}, "would overwrite two, which is read"),
     ("solver_train", {"lora_rnk": 8}, r"unknown flag --lora_rnk; did you mean --lora_rank\?"),
 ]
 
@@ -523,6 +541,7 @@ def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, obj
         ("data_build outcome", "solutions from"),
         ("data_build reject", "problems with solutions from"),
         ("verifier_train", "optimizer"),
+        ("preference_train", "[["),
         ("verifier_evaluate", "weights"),
         ("ppo_train", "critic, each rank"),
     ],

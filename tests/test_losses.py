@@ -127,3 +127,25 @@ def test_judgement_loss_by_hand() -> None:
     softplus = [math.log(2), math.log1p(math.exp(2)), math.log1p(math.exp(-1)) + 0.25]
     assert losses.judgement_loss(scores, labels).tolist() == pytest.approx(softplus, rel=1e-6)
     assert losses.judgement_loss(scores[:1], labels[:1], 3.0).item() == pytest.approx(3 * math.log(2))
+
+
+def test_dpo_family_golden_numbers() -> None:
+    margins = losses.dpo_margins(*(torch.tensor([x]) for x in (-10.0, -14.0, -11.0, -13.5)))
+    assert margins.item() == 1.5
+    assert losses.dpo_loss(margins, 0.1).item() == pytest.approx(0.620957, abs=1e-6)
+    assert losses.dpo_loss(torch.zeros(1), 0.1).item() == pytest.approx(math.log(2), abs=1e-7)
+    smoothed = 0.9 * math.log1p(math.exp(-0.15)) + 0.1 * math.log1p(math.exp(0.15))
+    assert losses.dpo_loss(margins, 0.1, 0.1).item() == pytest.approx(smoothed, abs=1e-6)
+    assert losses.ipo_loss(margins, 0.5).item() == pytest.approx(0.25)
+    chosen, rejected = torch.tensor([-0.5]), torch.tensor([-1.5])
+    nll = 0.5
+    assert nll + losses.orpo_loss(chosen, rejected, 0.1).item() == pytest.approx(0.517086, abs=1e-6)
+    assert losses.simpo_loss(chosen, rejected, 2.0, 1.0).item() == pytest.approx(math.log1p(math.exp(-1.0)))
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-8, -1e-3])
+def test_orpo_stays_finite_near_certainty(value: float) -> None:
+    chosen = torch.tensor([value], dtype=torch.bfloat16, requires_grad=True)
+    loss = losses.orpo_loss(chosen, torch.tensor([-1.0]), 0.1)
+    loss.sum().backward()
+    assert loss.isfinite().all() and chosen.grad.isfinite().all()

@@ -114,30 +114,61 @@ class JudgedBatch(NamedTuple):
         return JudgedBatch(self.batch.to(device), self.targets.to(device))
 
 
-def encode_prompt(tokenizer: Tokenizer, instruction: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, instruction: str, prefix: str = "") -> list[int]:
     """BOS (where the vocabulary has one) and the instruction's ids, or what the chat template makes of it.
 
-    Raises UserError for an empty prompt without BOS: there is nothing to continue.
+    prefix: the beginning of the answer, to be gone on from; its ids, tokenised apart, end the prompt. Raises UserError
+    for an empty prompt without BOS, for there is nothing to continue, and for a prefix that the template changes.
     """
     if tokenizer.chat:
-        return tokenizer.encode_rendered(tokenizer.chat.prompt([_message("user", instruction)]))
+        rendered = tokenizer.chat.prompt([_message("user", instruction)])
+        begun = tokenizer.encode_rendered(_begun(tokenizer, instruction, prefix)) if prefix else []
+        return tokenizer.encode_rendered(rendered) + begun
     prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(instruction)
     if not prompt:
         raise UserError(
             f"an instruction is empty and {tokenizer.path} has no BOS: the prompt would hold no token"
         )
-    return prompt
+    return prompt + (tokenizer.encode(prefix) if prefix else [])
 
 
-def encode_response(tokenizer: Tokenizer, instruction: str, output: str, *, finished: bool = True) -> Encoded:
-    """A prompt with its response; EOS, or the chat template's end token, ends a finished one."""
-    prompt = encode_prompt(tokenizer, instruction)
+def encode_response(
+    tokenizer: Tokenizer, instruction: str, output: str, *, prefix: str = "", finished: bool = True
+) -> Encoded:
+    """A prompt with its response; EOS, or the chat template's end token, ends a finished one.
+
+    prefix: the beginning of the answer; it belongs to the prompt, and the response is what follows it.
+    """
+    prompt = encode_prompt(tokenizer, instruction, prefix)
     if tokenizer.chat:
-        messages = [_message("user", instruction), _message("assistant", output)]
-        response = tokenizer.encode_rendered(tokenizer.chat.turns(messages)[0].answer)
+        begun = _begun(tokenizer, instruction, prefix) if prefix else ""
+        answer = _answer(tokenizer, instruction, prefix + output)
+        if not answer.startswith(begun):
+            raise _changed(tokenizer, prefix)
+        response = tokenizer.encode_rendered(answer.removeprefix(begun), start=not prefix)
     else:
-        response = [*tokenizer.encode(output), tokenizer.eos_id]
+        response = [*tokenizer.encode(output, start=not prefix), tokenizer.eos_id]
     return Encoded(prompt + (response if finished else response[:-1]), len(prompt))
+
+
+def _answer(tokenizer: Tokenizer, instruction: str, output: str) -> str:
+    """What the chat template makes of an answer, its end included."""
+    return tokenizer.chat.turns([_message("user", instruction), _message("assistant", output)])[0].answer
+
+
+def _begun(tokenizer: Tokenizer, instruction: str, prefix: str) -> str:
+    """An answer in the chat template that stops behind the prefix. Raises UserError if the template changes it."""
+    before, found, _ = _answer(tokenizer, instruction, prefix + ".").partition(prefix)
+    if not found:
+        raise _changed(tokenizer, prefix)
+    return before + prefix
+
+
+def _changed(tokenizer: Tokenizer, prefix: str) -> UserError:
+    return UserError(
+        f"chat template {tokenizer.chat_template} changes the partial answer {prefix[:40]!r}, so nothing can go on "
+        f"from it; expected one that begins with a letter or digit and spells no control token"
+    )
 
 
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:

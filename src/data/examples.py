@@ -35,11 +35,15 @@ class Chat(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A problem with solutions that should score higher (chosen) and lower (rejected)."""
+    """A problem with solutions that should score higher (chosen) and lower (rejected).
+
+    prefix is a partial solution that both sides go on from; it is given, and nothing is learnt from it.
+    """
 
     instruction: str
     chosen: list[str]
     rejected: list[str]
+    prefix: str = ""
 
 
 class Judged(NamedTuple):
@@ -196,10 +200,11 @@ def _chat(row: Row) -> Chat:
 
 
 def read_pairs(path: str) -> list[Pair]:
-    """Rows `{"instruction", "chosen", "rejected"}`, each side a text or list. Raises UserError."""
+    """Rows `{"instruction", "chosen", "rejected", "prefix"?}`, each side a text or list. Raises UserError."""
     pairs = []
     for row in read_rows(path):
-        pair = Pair(_text(row, "instruction"), _texts(row, "chosen"), _texts(row, "rejected"))
+        prefix = _text(row, "prefix") if "prefix" in row.values else ""
+        pair = Pair(_text(row, "instruction"), _texts(row, "chosen"), _texts(row, "rejected"), prefix)
         same = set(pair.chosen) & set(pair.rejected)
         if same:
             raise UserError(f"{row.where}: the same text is chosen and rejected: {min(same)[:60]!r}")

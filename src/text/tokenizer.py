@@ -141,21 +141,22 @@ class Tokenizer:
         """
         return self._encode_text(text, start=start)
 
-    def encode_rendered(self, text: str) -> list[int]:
+    def encode_rendered(self, text: str, *, start: bool = True) -> list[int]:
         """Ids of a chat template's text: control tokens are read as such, except where MARK breaks them.
 
         The stretches between them are encoded apart. Where a vocabulary puts a space before a sequence, a stretch
         that begins with one gets no second: "[INST]" and " [INST]" give the same ids, as in Meta's and Mistral's code.
+        start False: the text goes on from an earlier one, in the middle of a stretch.
         """
         ids: list[int] = []
         for index, stretch in enumerate(self._control.split(text)):
             if index % 2:
                 ids.append(self.control[stretch if stretch in self.control else stretch.strip()])
             else:
-                stretch = stretch.replace(MARK, "")
-                if self._vocabulary.puts_space:
+                stretch, begins = stretch.replace(MARK, ""), start or index > 0
+                if self._vocabulary.puts_space and begins:
                     stretch = stretch.removeprefix(" ")
-                ids += self._encode_text(stretch, start=True)
+                ids += self._encode_text(stretch, start=begins)
         return ids
 
     def _encode_text(self, text: str, *, start: bool) -> list[int]:

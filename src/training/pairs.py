@@ -43,7 +43,7 @@ class PairData:
         centring: float = 0.0,
     ) -> None:
         """collate.fit() says what becomes of pairs with a text that is too long."""
-        pairs = [pair for row in rows for pair in _encode_pairs(row, tokenizer)]
+        pairs = [pair for row in rows for pair in encode_pairs(row, tokenizer)]
         self.samples, self.report = collate.fit(pairs, max_seq_len, source, truncation)
         self.margin, self.centring = margin, centring
 
@@ -54,7 +54,7 @@ class PairData:
         return batching.steps(
             len(self.samples),
             lambda epoch, row: self.samples[row],
-            lambda pairs: _lay_out(pairs, packing=packing),
+            lambda pairs: lay_out_pairs(pairs, packing=packing),
             epochs=epochs,
             done=done,
             stop=stop,
@@ -62,7 +62,7 @@ class PairData:
 
     def in_order(self, max_batch_size: int) -> Iterator[Batch]:
         """All pairs once, in file order."""
-        return (_lay_out(pairs) for pairs in collate.chunks(self.samples, max_batch_size))
+        return (lay_out_pairs(pairs) for pairs in collate.chunks(self.samples, max_batch_size))
 
     def n_judged(self, batches: Sequence[Batch]) -> int:
         """Pairs in the micro-batches of one step: what the loss is a mean over. Unsupervised ones do not count."""
@@ -98,14 +98,16 @@ class PairData:
         return PairReport(won, both.mean().item(), both.std(unbiased=False).item() or 1.0)
 
 
-def _lay_out(pairs: Sequence[Sample], *, packing: bool = False) -> Batch:
+def lay_out_pairs(pairs: Sequence[Sample], *, packing: bool = False) -> Batch:
+    """Pairs as a batch: all chosen sides, then all rejected ones."""
     chosen, rejected = zip(*pairs, strict=True)
     return collate.lay_out(chosen + rejected, packing=packing)
 
 
-def _encode_pairs(row: Pair, tokenizer: Tokenizer) -> Iterator[tuple[Encoded, Encoded]]:
+def encode_pairs(row: Pair, tokenizer: Tokenizer) -> Iterator[tuple[Encoded, Encoded]]:
+    """The pairs of a row: as many as its longer side has texts; the shorter side repeats."""
     sides = [
-        [collate.encode_response(tokenizer, row.instruction, text) for text in side]
+        [collate.encode_response(tokenizer, row.instruction, text, prefix=row.prefix) for text in side]
         for side in (row.chosen, row.rejected)
     ]
     for index in range(max(map(len, sides))):

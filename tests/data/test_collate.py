@@ -100,6 +100,17 @@ def test_a_chat_template_is_all_that_stands_around_texts(tmp_path: Path) -> None
     assert conversation.answer_mask == [False] * len(prompt) + [True] * encoded.n_response
 
 
+def test_a_partial_answer_in_a_chat_template_belongs_to_the_prompt(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_merges(tmp_path), "qwen")
+    bare, text = collate.encode_prompt(tokenizer, "1+2="), tokenizer.encode
+    encoded = collate.encode_response(tokenizer, "1+2=", "3", prefix="12\n\n")
+    prompt = [*bare, *text("12\n\n")]
+    assert encoded == Encoded([*prompt, *text("3", start=False), tokenizer.eos_id], len(prompt))
+    assert collate.encode_prompt(tokenizer, "1+2=", "12\n\n") == prompt
+    with pytest.raises(UserError, match="chat template qwen changes the partial answer"):
+        collate.encode_prompt(tokenizer, "1+2=", "1<|im_end|>")
+
+
 def test_a_conversation_needs_a_template_and_an_answer(tmp_path: Path) -> None:
     path, question = write_merges(tmp_path), [{"role": "user", "content": "1+2="}]
     with pytest.raises(UserError, match="messages need a --chat_template"):

@@ -63,6 +63,8 @@ def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
     assert read_pairs(file('{"instruction": "q", "chosen": "a", "rejected": ["b", "c"]}')) == [
         Pair("q", ["a"], ["b", "c"])
     ]
+    step_controlled = '{"instruction": "q", "chosen": "a", "rejected": "b", "prefix": "c"}'
+    assert read_pairs(file(step_controlled)) == [Pair("q", ["a"], ["b"], "c")]
     rows = [
         {"instruction": "q", "label": 0, "level": 3, "subject": "algebra"},
         {"instruction": "r", "label": "1/2", "id": "x", "level": "Level 5"},

@@ -3,6 +3,8 @@
 They import nothing heavier than src: every rank pays for it.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,12 @@ from src import assemble, parallel
 from src.checkpoint import shards
 from src.data.batches import Batching
 from src.data.collate import Batch
-from src.data.examples import Instruction, Prompt
+from src.data.examples import Instruction, Pair, Prompt
 from src.models.decoder import Decoder
 from src.runlog import RunLog
-from src.training import ppo
+from src.training import ppo, preference
 from src.training.loop import TrainLoop
+from src.training.reference import reference_logprobs
 from src.training.saver import Saver, Trained
 from src.training.solver import SolverData, n_supervised, sft_loss
 
@@ -26,6 +29,13 @@ INSTRUCTIONS = [
     Instruction("0-0=", ["0 0 0"]),
     Instruction("a b c", ["d"]),
     Instruction("9-8=", ["#### 1"]),
+]
+PAIRS = [
+    Pair("1+1=", ["2"], ["3", "abcdefgh 01"]),
+    Pair("a", ["b c d e", "f"], ["g"]),
+    Pair("", ["7"], ["8"]),
+    Pair("2+2=", ["4\n\n#### 4"], ["5\n\n#### 5"], "2+2\n\n"),
+    Pair("0-0=", ["0"], ["1 1 1 1 1 1 1 1"]),
 ]
 PROMPTS = [
     Prompt(str(index), text, "4", None, None)
@@ -108,6 +118,56 @@ def sft_epochs(
             loop.backward(sft_loss(model, batch, normaliser), last=batch is batches[-1])
         found.append(loop.step().loss)
     return local_weights(model) | {"losses": torch.tensor(found)}
+
+
+def preference_cases(
+    folder: str, log_dir: str, cases: list[dict[str, object]]
+) -> dict[str, dict[str, Tensor]]:
+    """preference_epochs() of every case, by its place in the list."""
+    return {str(index): preference_epochs(folder, log_dir, **case) for index, case in enumerate(cases)}
+
+
+def preference_epochs(
+    folder: str,
+    log_dir: str,
+    max_batch_size: int = 8,
+    accumulation_steps: int = 1,
+    packing: bool = False,
+    lora_rank: int = -1,
+    **options: object,
+) -> dict[str, Tensor]:
+    """This tensor-parallel rank's weights after two steps of 8 on PAIRS, and the reports of every step."""
+    kind = preference.Preference(**{"objective": "dpo", "beta": 0.1} | options)
+    tokenizer, log = assemble.load_tokenizer(folder), RunLog(log_dir, {})
+    data = preference.PreferenceData(PAIRS, tokenizer, max_seq_len=64, source="PAIRS")
+    model, reference = assemble.load_solver(folder), None
+    if kind.needs_reference:
+        path = Path(log_dir) / f"{folder.replace('/', '_')}.jsonl"
+        reference = reference_logprobs(model, data.samples, path, "identity", max_batch_size=2, log=log)
+    assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), seed=1)
+    loop = TrainLoop(model, log, lr=1e-4, total_steps=2, weight_decay=0.1)
+    batching = Batching(
+        max_batch_size=max_batch_size,
+        accumulation_steps=accumulation_steps,
+        seed=3,
+        rank=parallel.data_parallel_rank(),
+        ranks=parallel.data_parallel_size(),
+    )
+    model.train()
+    losses, reports = [], []
+    for _, _, batches in data.steps(batching, reference, packing=packing, epochs=2):
+        normaliser, tallies = parallel.sum_over_data_parallel(preference.n_pairs(batches)), []
+        for batch in batches:
+            loss, tally = kind.loss(model, batch, normaliser)
+            loop.backward(loss, last=batch is batches[-1])
+            tallies.append(tally)
+        losses.append(loop.step().loss)
+        reports.append(preference.report(tallies))
+    if kind.needs_reference:
+        reports[0] = reports[0]._replace(accuracy=0.0)  # margins of 0: rounding decides who is ahead
+    held = preference.evaluate(model, data, reference, kind, batching, packing=packing)
+    found = {"losses": losses, "reports": reports, "held": held}
+    return local_weights(model) | {name: torch.tensor(values) for name, values in found.items()}
 
 
 def settings(**changes: float) -> ppo.Settings:
