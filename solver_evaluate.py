@@ -6,6 +6,7 @@ python solver_evaluate.py --task GSM8K --ckpt_dir out --interactive
 """
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ from src.evaluation.interactive import Solver, converse
 from src.evaluation.plot import plot_results
 from src.evaluation.prompting import make_prompting, select_prompts
 from src.evaluation.report import results_table
-from src.evaluation.tasks import find_task
+from src.evaluation.tasks import Task, find_task
 from src.inference.remote import Server
 from src.inference.sampling import Sampling
 from src.runlog import RunLog
@@ -82,32 +83,17 @@ def main(
     flags = locals().copy()
     cli.check_numbers(flags)
     benchmark = find_task(task)
-    if not interactive and not (label_file and log_dir) or interactive and (label_file or log_dir or not ckpt_dir):
-        raise UserError("give --label_file and --log_dir, or --interactive with --ckpt_dir and without these two")
-    if verifier_ckpt_dir and not interactive:
-        raise UserError("--verifier_ckpt_dir goes with --interactive; verifier_evaluate.py scores samples.jsonl")
-    if [bool(ckpt_dir), bool(samples_file), backend == "openai"].count(True) != 1:
-        raise UserError("give one of --ckpt_dir, to sample, --samples_file, to grade what exists, or --backend openai")
-    if backend == "openai" and not (base_url and model_name):
-        raise UserError("--backend openai needs --base_url and --model_name")
-    if api_key_env and api_key_env not in os.environ:
-        raise UserError(f"--api_key_env {api_key_env}: there is no such environment variable; export the server's key")
-    if backend == "openai" and (top_k or min_p or quantize):
-        raise UserError("--top_k, --min_p and --quantize are not in the OpenAI protocol; drop them, or set them there")
-    if samples_file and not benchmark.graded:
-        raise UserError("--task none grades nothing; name the task of --samples_file")
-    if not ckpt_dir and parallel.world_size() > 1:
-        raise UserError("--samples_file and --backend openai need one process; start it with python, not torchrun")
+    refuse_contradictions(flags, benchmark)
     prompting = make_prompting(benchmark, few_shot, prompt_template)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                         max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)
+    solver = {"model_type": model_type, "quantize": quantize}
     if interactive:
         parallel.start(seed=seed)
         tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
         assemble.check_tokenizer(tokenizer, verifier_ckpt_dir)
-        model = assemble.load_solver(ckpt_dir, model_type=model_type, quantize=quantize)
         verifier = assemble.load_verifier(verifier_ckpt_dir, quantize=quantize) if verifier_ckpt_dir else None
-        converse(Solver(model, tokenizer, prompting, sampling, benchmark, verifier))
+        converse(Solver(assemble.load_solver(ckpt_dir, **solver), tokenizer, prompting, sampling, benchmark, verifier))
         return
     problems = read_prompts(label_file, need_label=benchmark.graded)
     prompts = select_prompts(problems, split)[: limit if limit >= 0 else None]
@@ -129,7 +115,7 @@ def main(
         if not samples_file:
             parallel.start(seed=seed)
             if ckpt_dir:
-                model = assemble.load_solver(ckpt_dir, model_type=model_type, quantize=quantize)
+                model = assemble.load_solver(ckpt_dir, **solver)
                 tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
                 source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), "chat_template": tokenizer.chat_template}
                 sampler = local_sampler(model, tokenizer, prompting, sampling, max_batch_size, compiled=compile)
@@ -151,6 +137,32 @@ def main(
             storage.write_json(Path(log_dir) / "results.json", results)
             plot_results(results, Path(log_dir) / "results.png")
             runlog.table(results_table(results, speed))
+
+
+def refuse_contradictions(flags: Mapping[str, object], benchmark: Task) -> None:
+    """Raise UserError for flags that do not go together: one run samples, asks a server, grades or converses."""
+    on = {name for name, value in flags.items() if value} | ({"server"} if flags["backend"] == "openai" else set())
+    if "interactive" in on:
+        if "ckpt_dir" not in on or on & {"label_file", "log_dir"}:
+            raise UserError("--interactive needs --ckpt_dir, and neither --label_file nor --log_dir")
+    elif not {"label_file", "log_dir"} <= on:
+        raise UserError("give --label_file and --log_dir, or --interactive with --ckpt_dir")
+    elif "verifier_ckpt_dir" in on:
+        raise UserError("--verifier_ckpt_dir goes with --interactive; verifier_evaluate.py scores samples.jsonl")
+    if len(on & {"ckpt_dir", "samples_file", "server"}) != 1:
+        raise UserError("give one of --ckpt_dir, to sample, --samples_file, to grade what exists, or --backend openai")
+    if "samples_file" in on and not benchmark.graded:
+        raise UserError("--task none grades nothing; name the task of --samples_file")
+    if "ckpt_dir" not in on and parallel.world_size() > 1:
+        raise UserError("--samples_file and --backend openai need one process; start it with python, not torchrun")
+    if "server" in on:
+        if not {"base_url", "model_name"} <= on:
+            raise UserError("--backend openai needs --base_url and --model_name")
+        if on & {"top_k", "min_p", "quantize"}:
+            raise UserError("--top_k, --min_p and --quantize are not in the OpenAI protocol; set them at the server")
+    key = flags["api_key_env"]
+    if key and key not in os.environ:
+        raise UserError(f"--api_key_env {key}: there is no such environment variable; export the server's key")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def test_scores_stand_beside_the_steps(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ckpt_dir": ""}, "--interactive with --ckpt_dir"),
-        ({"label_file": "a.json"}, "without these two"),
+        ({"ckpt_dir": ""}, "--interactive needs --ckpt_dir"),
+        ({"label_file": "a.json"}, "neither --label_file nor --log_dir"),
         ({"interactive": False, "label_file": "a.json"}, "give --label_file and --log_dir"),
         (
             {"interactive": False, "label_file": "a.json", "log_dir": "b", "verifier_ckpt_dir": "v"},
