@@ -195,8 +195,7 @@ def test_killed_command_leaves_no_half_checkpoint(tmp_path: Path, moment: str) -
         assert "its save was interrupted" in str(error)
         with pytest.raises(UserError):
             open_source(str(out))
-    else:
-        assert moment == "params.json"  # the last file but the manifest: every shard is there
+    else:  # the kill came when every file was in place
         assert_equal(tensors(out), weights)
 
 

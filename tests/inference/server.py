@@ -73,7 +73,7 @@ def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
 class FaultyProxy:
     """Forwards to a server; before a request gets through, it meets the faults in turn.
 
-    Faults: a status ("429", "500"), "hang-up" (the connection closes), "slow" (no answer for a second), "torn" (half
+    Faults: a status ("429", "500"), "hang-up" (the connection closes), "slow" (no answer for 3 s), "torn" (half
     a body). `always` maps a piece of a prompt to a status that its requests get every time.
     """
 
@@ -123,7 +123,7 @@ class FaultyProxy:
             self.reply(handler, int(fault), b"not now")
         else:
             if fault == "slow":
-                time.sleep(1.0)
+                time.sleep(3.0)
             connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=60)
             headers = {"Content-Type": "application/json"}
             connection.request("POST", handler.path, body, headers)
