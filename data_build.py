@@ -4,13 +4,21 @@ python data_build.py pairs --samples_file log/samples.jsonl --save_file pairs.js
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from src import cli, runlog
+from src.construct import weak_to_strong
+from src.construct.origin import read_origin, same_rules, write_origin
 from src.construct.outcomes import outcome_rows, right_solutions
 from src.construct.pairs import pairs_from_samples, preferred_pairs
-from src.data.examples import Sample, read_samples
+from src.data.examples import Sample, read_instruction_rows, read_samples, read_votes
 from src.errors import UserError
+from src.evaluation.grade import Grader
+from src.evaluation.tasks import Task
+
+SAMPLE_MORE = "sample more a problem or at a higher temperature"
+ONE_KIND = f"no problem has both a right and a wrong sample; {SAMPLE_MORE}"
 
 
 def pairs(samples_file: str, save_file: str, pairs_a_problem: int = 4, seed: int = 1, dry_run: bool = False) -> None:
@@ -24,7 +32,7 @@ def pairs(samples_file: str, save_file: str, pairs_a_problem: int = 4, seed: int
     """
     cli.check_numbers(locals())
     rows = pairs_from_samples(read_graded(samples_file, save_file), pairs_a_problem, seed)
-    save(rows, "pairs", "no problem has both a right and a wrong sample", samples_file, save_file, dry_run)
+    save(rows, "pairs", ONE_KIND, samples_file, save_file, dry_run)
 
 
 def outcome(
@@ -42,7 +50,7 @@ def outcome(
     """
     cli.check_numbers(locals())
     rows = outcome_rows(read_graded(samples_file, save_file), max_ratio, rows_a_problem, seed)
-    save(rows, "solutions", "no problem has both a right and a wrong sample", samples_file, save_file, dry_run)
+    save(rows, "solutions", ONE_KIND, samples_file, save_file, dry_run)
 
 
 def reject(
@@ -58,7 +66,7 @@ def reject(
     """
     cli.check_numbers(locals())
     rows = right_solutions(read_graded(samples_file, save_file), solutions_a_problem, seed)
-    save(rows, "problems with solutions", "no sample is right", samples_file, save_file, dry_run)
+    save(rows, "problems with solutions", f"no sample is right; {SAMPLE_MORE}", samples_file, save_file, dry_run)
 
 
 def prefer(
@@ -77,7 +85,137 @@ def prefer(
     """
     cli.check_numbers(locals())
     rows = preferred_pairs(read_graded(samples_file, save_file), margin, pairs_a_problem, seed)
-    save(rows, "pairs", f"no two samples of a problem differ by more than {margin}", samples_file, save_file, dry_run)
+    why_none = f"no two samples of a problem differ by more than {margin}; {SAMPLE_MORE}"
+    save(rows, "pairs", why_none, samples_file, save_file, dry_run)
+
+
+def split(
+    train_file: str, first_file: str, second_file: str, test_file: str = "", share: float = 0.5,
+    allow_overlap: bool = False, seed: int = 1, dry_run: bool = False,
+) -> None:
+    """Instruction data in two parts without a question in common: one to teach the weak model, one for it to label.
+
+    Questions that differ in case, width or blanks count as the same.
+
+    train_file: rows with "instruction"; all their keys are kept
+    first_file: the json file for the first part
+    second_file: the json file for the second part
+    test_file: rows none of whose questions may be in train_file
+    share: share of the questions in the first part
+    allow_overlap: leave out what is in test_file, and count it, instead of ending with an error
+    seed: seed of the choice
+    dry_run: count the rows without writing them
+    """
+    cli.check_numbers(locals())
+    rows = read_instruction_rows(train_file)
+    shared = weak_to_strong.overlap(rows, read_instruction_rows(test_file)) if test_file else set()
+    if shared and not allow_overlap:
+        raise UserError(f"{len(shared)} questions of {train_file} are in {test_file}, such as {min(shared)[:60]!r}; "
+                        f"drop them with --allow_overlap")
+    kept = [row for row in rows if weak_to_strong.normalized_question(row["instruction"]) not in shared]
+    first, second = weak_to_strong.split_problems(kept, share, seed)
+    runlog.logger().info("%d of %d rows left out: in the test file", len(rows) - len(kept), len(rows))
+    for part, file in ((first, first_file), (second, second_file)):
+        save(part, "rows", f"--share {share} leaves it none", train_file, file, dry_run)
+
+
+def full_weak(samples_file: str, save_file: str, weak_model: str = "", dry_run: bool = False) -> None:
+    """All that the weak model wrote, right or wrong, as instruction data: the baseline of weak-to-strong.
+
+    samples_file: graded samples.jsonl of the weak model, one a problem
+    save_file: the json file to write
+    weak_model: checkpoint directory, or name at a server, that the samples must be of; default: not checked
+    dry_run: count the rows without writing them
+    """
+    origin = read_origin(samples_file, weak_model)
+    samples = weak_to_strong.one_each(read_samples(samples_file), samples_file)
+    rows = [weak_to_strong.instruction_row(sample) for sample in samples.values() if sample.response]
+    runlog.logger().info("%d of %d responses left out: empty", len(samples) - len(rows), len(samples))
+    save(rows, "responses", "all are empty", samples_file, save_file, dry_run)
+    if not dry_run:
+        write_origin(save_file, origin)
+
+
+def weak_icl(
+    weak_file: str, icl_file: str, save_dir: str, weak_model: str = "", strong_model: str = "", dry_run: bool = False
+) -> None:
+    """Instruction data of problems on which the weak model and the strong one with demonstrations agree.
+
+    No label is read. Writes weak.json, icl.json and hybrid.json, the rows of both in turns; train on each from the
+    strong model as it was.
+
+    weak_file: graded samples.jsonl of the weak model, one a problem
+    icl_file: graded samples.jsonl of the strong model on the same problems, one a problem
+    save_dir: directory to write to
+    weak_model: checkpoint directory, or name at a server, that the weak samples must be of; default: not checked
+    strong_model: the same for the strong samples
+    dry_run: count the rows without writing them
+    """
+    origins = read_origin(weak_file, weak_model), read_origin(icl_file, strong_model)
+    with grader_of(same_rules(weak_file, origins[0], icl_file, origins[1])) as grader:
+        weak, icl = (weak_to_strong.one_each(read_samples(file), file) for file in (weak_file, icl_file))
+        found = weak_to_strong.agreement(weak, icl, grader.equal)
+    tell(found.counts)
+    for name in ("weak", "icl", "hybrid"):
+        save(getattr(found, name), f"{name} rows", "the models agree on none", weak_file,
+             str(Path(save_dir) / f"{name}.json"), dry_run)
+
+
+def vote(samples_file: str, save_file: str, strong_model: str = "", dry_run: bool = False) -> None:
+    """Samples by the majority of their answers, with its share of the votes, as jsonl for `contrast`.
+
+    samples_file: graded samples.jsonl with several samples a problem
+    save_file: the jsonl file to write
+    strong_model: checkpoint directory, or name at a server, that the samples must be of; default: not checked
+    dry_run: count the rows without writing them
+    """
+    origin = read_origin(samples_file, strong_model)
+    with grader_of(origin.rules) as grader:
+        found = weak_to_strong.votes(read_samples(samples_file), grader.equal)
+    tell(Counter("with a majority" if row.answer else "without any answer" for row in found))
+    if not dry_run:
+        write("".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in found), save_file)
+        write_origin(save_file, origin)
+
+
+def contrast(
+    vote_file: str, weak_file: str, save_file: str, weak_model: str = "", strong_model: str = "",
+    min_confidence: float = 0.6, flip_confidence: float = 0.8, pairs_a_problem: int = 1, seed: int = 42,
+    dry_run: bool = False,
+) -> None:
+    """Pairs of the weak model's response and the strong model's samples, for preference_train.py. No label is read.
+
+    Where the weak answer is the majority's it is chosen, else rejected, with a higher confidence asked for.
+
+    vote_file: what `vote` wrote
+    weak_file: graded samples.jsonl of the weak model, one a problem
+    save_file: the json file to write
+    weak_model: checkpoint directory, or name at a server, that the weak samples must be of; default: not checked
+    strong_model: the same for the samples of the votes
+    min_confidence: least share of the votes for the majority's answer
+    flip_confidence: least share to reject the weak response
+    pairs_a_problem: most pairs from one problem
+    seed: seed of the choice of samples
+    dry_run: count the rows without writing them
+    """
+    cli.check_numbers(locals())
+    origins = read_origin(vote_file, strong_model), read_origin(weak_file, weak_model)
+    with grader_of(same_rules(vote_file, origins[0], weak_file, origins[1])) as grader:
+        weak = weak_to_strong.one_each(read_samples(weak_file), weak_file)
+        found = weak_to_strong.contrast(read_votes(vote_file), weak, grader.equal, min_confidence=min_confidence,
+                                        flip_confidence=flip_confidence, pairs_a_problem=pairs_a_problem, seed=seed)
+    tell(found.counts)
+    save(found.pairs, "pairs", f"no problem passes; {SAMPLE_MORE}", vote_file, save_file, dry_run)
+
+
+def grader_of(rules: dict[str, str]) -> Grader:
+    """What says whether two answers that these rules found are the same."""
+    return Grader(Task(name="samples", **rules))
+
+
+def tell(counts: Counter[str]) -> None:
+    """Say what became of the problems."""
+    runlog.logger().info("problems: %s", ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
 
 
 def read_graded(samples_file: str, save_file: str) -> list[Sample]:
@@ -95,18 +233,26 @@ def save(
 ) -> None:
     """Write a json array, whole or not at all, and say what it holds. Raises UserError if there is nothing to write."""
     if not rows:
-        raise UserError(f"{samples_file} gives no {what}: {why_none}; sample more a problem or at a higher temperature")
-    target = Path(save_file)
+        raise UserError(f"{samples_file} gives no {what}: {why_none}")
     if not dry_run:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(target)
+        write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", save_file)
     problems = len({row["instruction"] for row in rows})
     runlog.logger().info("%d %s from %d problems%s", len(rows), what, problems, "" if dry_run else f" to {save_file}")
 
 
-COMMANDS = {"pairs": pairs, "outcome": outcome, "reject": reject, "prefer": prefer}
+def write(text: str, save_file: str) -> None:
+    """Write a file, whole or not at all."""
+    target = Path(save_file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(target)
+
+
+COMMANDS = {
+    "pairs": pairs, "outcome": outcome, "reject": reject, "prefer": prefer, "split": split, "full_weak": full_weak,
+    "weak_icl": weak_icl, "vote": vote, "contrast": contrast,
+}
 
 if __name__ == "__main__":
     cli.run(COMMANDS)

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"models", "checkpoint", "text", "data"},
     "inference": {"models", "text", "parallel"},
     "evaluation": {"data", "inference", "models", "parallel", "runlog", "text"},
-    "construct": {"data", "evaluation"},
+    "construct": {"checkpoint", "data", "evaluation"},
     "training": {"parallel", "runlog", "losses", "models", "checkpoint", "data", "inference", "text"},
 }
 

@@ -85,6 +85,21 @@ class Sample(NamedTuple):
     values: dict[str, object]
 
 
+class Vote(NamedTuple):
+    """Samples of one problem by their answer: those of the majority, and the others.
+
+    confidence is the majority's share of all samples. Where no sample has an answer there is none: answer None,
+    confidence 0, and every sample negative.
+    """
+
+    id: str
+    prompt: str
+    answer: str | None
+    confidence: float
+    positives: list[str]
+    negatives: list[str]
+
+
 def read_rows(path: str) -> list[Row]:
     """The objects of a json array, a jsonl or parquet file, or a saved `datasets` directory.
 
@@ -290,6 +305,40 @@ def _tolerance(row: Row) -> float:
     if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
         raise UserError(f"{row.where}: 'tolerance' is {value!r}; expected a number, 0 or more")
     return float(value or 0)
+
+
+def read_instruction_rows(path: str) -> list[dict[str, object]]:
+    """Rows with an "instruction" and whatever else they hold. Raises UserError."""
+    rows = read_rows(path)
+    for row in rows:
+        _text(row, "instruction")
+    return [row.values for row in rows]
+
+
+def read_votes(path: str) -> list[Vote]:
+    """Rows `{"id", "prompt", "answer": text or null, "confidence", "positives", "negatives"}`. Raises UserError."""
+    found = []
+    for row in read_rows(path):
+        confidence, sides = (
+            row.values.get("confidence"),
+            [row.values.get(x) for x in ("positives", "negatives")],
+        )
+        texts = all(isinstance(side, list) and all(isinstance(x, str) for x in side) for side in sides)
+        if not isinstance(confidence, int | float) or not 0 <= confidence <= 1 or not texts:
+            raise UserError(
+                f"{row.where}: expected a 'confidence' from 0 to 1 and lists of texts under 'positives' and "
+                f"'negatives'; build the file with data_build.py vote"
+            )
+        found.append(
+            Vote(
+                _text(row, "id"),
+                _text(row, "prompt"),
+                _optional_text(row, "answer"),
+                float(confidence),
+                *sides,
+            )
+        )
+    return found
 
 
 def read_samples(path: str) -> list[Sample]:

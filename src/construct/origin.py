@@ -1,0 +1,70 @@
+"""Where samples come from: the model that wrote them and the rules that found their answers."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from src.checkpoint import storage
+from src.errors import UserError
+
+
+class Origin(NamedTuple):
+    """The model's fingerprint, or its name at a server, and the rules of results.json."""
+
+    model: str
+    rules: dict[str, str]
+
+    def document(self) -> dict[str, object]:
+        """What write_origin() leaves beside a file."""
+        return {"checkpoint": self.model, "rules": self.rules}
+
+
+def identity_file(path: Path) -> Path:
+    """Where a file's origin stands: beside it, samples.jsonl -> samples.identity.json."""
+    return path.with_name(f"{path.stem}.identity.json")
+
+
+def read_origin(file: str, model: str = "") -> Origin:
+    """The origin of graded samples, or of a file made from them.
+
+    model: the checkpoint directory, or the name at a server, that it must be of; empty: any. Raises UserError for
+    another model, and for samples that nobody can tell the origin of.
+    """
+    path = Path(file)
+    if not identity_file(path).is_file():
+        raise UserError(
+            f"{file} has no {identity_file(path).name} beside it, so its model is unknown; expected samples in the "
+            f"directory where solver_evaluate.py sampled them, or a file of data_build.py"
+        )
+    values = storage.read_json(identity_file(path))
+    rules = values.get("rules") or storage.read_json(path.with_name("results.json")).get("rules")
+    if not isinstance(rules, dict) or not rules.get("extraction"):
+        raise UserError(
+            f"{file} is not graded; grade it with solver_evaluate.py, so that answers can be compared"
+        )
+    found = str(values.get("checkpoint") or values.get("model_name"))
+    wanted = storage.fingerprint(Path(model)) if Path(model).is_dir() and model else model
+    if wanted and found != wanted:
+        raise UserError(
+            f"{file} was sampled from the model {found[:16]}, but {model} is {wanted[:16]}; give the samples of {model}"
+        )
+    return Origin(found, rules)
+
+
+def same_rules(first: str, one: Origin, second: str, other: Origin) -> dict[str, str]:
+    """The rules that found the answers of both files. Raises UserError where they differ."""
+    if one.rules != other.rules:
+        raise UserError(
+            f"{first} was graded by {_named(one.rules)} and {second} by {_named(other.rules)}, so their answers cannot "
+            f"be compared; grade both with one --task"
+        )
+    return one.rules
+
+
+def write_origin(file: str, origin: Origin) -> None:
+    """Leave a file's origin beside it."""
+    storage.write_json(identity_file(Path(file)), origin.document())
+
+
+def _named(rules: dict[str, str]) -> str:
+    return json.dumps(list(rules.values()))

@@ -1,0 +1,192 @@
+"""Supervision from a weak model (Yang et al. 2024, Weak-to-Strong Reasoning): agreement, votes, contrast.
+
+Nothing here reads a gold answer: only `answer`, what was found in a response, and never `label` or `outcome`.
+"""
+
+import random
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from src.data.examples import Sample, Vote
+from src.errors import UserError
+from src.evaluation.vote import Equal, answer_classes
+
+Row = dict[str, object]
+
+
+class Agreement(NamedTuple):
+    """Rows of the weak model, of the strong one, both in turns, and what became of every problem."""
+
+    weak: list[Row]
+    icl: list[Row]
+    hybrid: list[Row]
+    counts: Counter[str]
+
+
+class Contrast(NamedTuple):
+    """Pairs, and what became of every problem."""
+
+    pairs: list[Row]
+    counts: Counter[str]
+
+
+def normalized_question(text: str) -> str:
+    """A question as it counts for being the same: letters in one case and one width, words apart by one space."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+def split_problems(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows `{"instruction", ...}` in two parts that have no question in common, both in the order of the file.
+
+    The first part has `share` of the questions; which ones follows from the seed.
+    """
+    questions = sorted({normalized_question(str(row["instruction"])) for row in rows})
+    first = set(random.Random(seed).sample(questions, round(share * len(questions))))
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        sides[normalized_question(str(row["instruction"])) not in first].append(row)
+    return sides
+
+
+def overlap(rows: Iterable[Row], test: Iterable[Row]) -> set[str]:
+    """The normalised questions that both have."""
+    first, second = ({normalized_question(str(row["instruction"])) for row in side} for side in (rows, test))
+    return first & second
+
+
+def one_each(samples: Sequence[Sample], source: str) -> dict[str, Sample]:
+    """The samples by problem, one of each. Raises UserError for a second one."""
+    found: dict[str, Sample] = {}
+    for sample in samples:
+        if sample.id in found:
+            raise UserError(
+                f"{source} has several samples of problem {sample.id!r}; expected one, of greedy decoding"
+            )
+        found[sample.id] = sample
+    return found
+
+
+def instruction_row(sample: Sample) -> Row:
+    """A response as something to be imitated."""
+    return {"id": sample.id, "instruction": sample.prompt, "output": sample.response}
+
+
+def agreement(weak: dict[str, Sample], icl: dict[str, Sample], equal: Equal) -> Agreement:
+    """Problems to which both models give an answer and the same one (section 3.1): rows of either, and in turns.
+
+    Raises UserError unless both have the same problems.
+    """
+    if weak.keys() != icl.keys():
+        other = sorted(weak.keys() ^ icl.keys())[0]
+        raise UserError(
+            f"problem {other!r} was answered by one of the two models only; sample both to the end"
+        )
+    counts: Counter[str] = Counter()
+    kept: list[tuple[Row, Row]] = []
+    for name, first in weak.items():
+        second = icl[name]
+        if first.prompt != second.prompt:
+            raise UserError(
+                f"problem {name!r} is {first.prompt[:40]!r} to one model and another to the other"
+            )
+        answers = answer_of(first), answer_of(second)
+        if None in answers:
+            counts["without an answer"] += 1
+        elif not equal(*answers):
+            counts["of different answers"] += 1
+        else:
+            counts["kept"] += 1
+            kept.append((instruction_row(first), instruction_row(second)))
+    rows = [[pair[side] for pair in kept] for side in (0, 1)]
+    return Agreement(*rows, [row for pair in kept for row in pair], counts)
+
+
+def answer_of(sample: Sample) -> str | None:
+    """What was found in a response; None for nothing, and for an empty answer."""
+    answer = sample.values.get("answer")
+    return answer if isinstance(answer, str) and answer else None
+
+
+def votes(samples: Sequence[Sample], equal: Equal) -> list[Vote]:
+    """The majority among the samples of each problem; of answers with as many votes the one seen first wins.
+
+    Raises UserError where problems have unequal numbers of samples, for their confidences would mean different things.
+    """
+    problems: dict[str, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda sample: sample.sample):
+        problems.setdefault(sample.id, []).append(sample)
+    order = dict.fromkeys(sample.id for sample in samples)
+    most = max(map(len, problems.values()))
+    found = []
+    for name in order:
+        group = problems[name]
+        if len(group) != most:
+            raise UserError(f"problem {name!r} has {len(group)} samples, others {most}; sample it to the end")
+        found.append(_vote(group, equal))
+    return found
+
+
+def _vote(group: Sequence[Sample], equal: Equal) -> Vote:
+    classes = answer_classes([answer_of(sample) for sample in group], equal)
+    sizes = Counter(place for place in classes if place is not None)
+    top = max(sizes, key=lambda place: (sizes[place], -place)) if sizes else None
+    sides: tuple[list[str], list[str]] = ([], [])
+    for sample, place in zip(group, classes, strict=True):
+        sides[top is None or place != top].append(sample.response)
+    answer = None if top is None else answer_of(group[top])
+    return Vote(group[0].id, group[0].prompt, answer, len(sides[0]) / len(group), *sides)
+
+
+def contrast(
+    found: Sequence[Vote],
+    weak: dict[str, Sample],
+    equal: Equal,
+    *,
+    min_confidence: float,
+    flip_confidence: float,
+    pairs_a_problem: int,
+    seed: int,
+) -> Contrast:
+    """Pairs with the weak model's response on one side and the strong one's samples on the other (section 3.2).
+
+    Where the weak answer is the majority's, it is chosen over samples with another answer; where it is not, and the
+    confidence reaches flip_confidence, samples of the majority are chosen over it. Raises UserError for a problem that
+    the weak model has not answered.
+    """
+    generator = random.Random(seed)
+    counts: Counter[str] = Counter()
+    pairs: list[Row] = []
+    for vote in found:
+        if vote.id not in weak or weak[vote.id].prompt != vote.prompt:
+            raise UserError(
+                f"problem {vote.id!r} of the votes has no sample of the weak model, or is another problem"
+            )
+        sample = weak[vote.id]
+        answer = answer_of(sample)
+        agrees = answer is not None and vote.answer is not None and equal(answer, vote.answer)
+        others = [text for text in dict.fromkeys(vote.negatives if agrees else vote.positives) if text]
+        if vote.answer is None or vote.confidence < min_confidence:
+            counts["of low confidence"] += 1
+        elif not agrees and vote.confidence < flip_confidence:
+            counts["not sure enough against the weak answer"] += 1
+        elif not sample.response or not others:
+            counts["with nothing to contrast"] += 1
+        else:
+            drawn = generator.sample(others, min(pairs_a_problem, len(others)))
+            counts["weak chosen" if agrees else "weak rejected"] += 1
+            pairs += [_pair(vote, sample.response, other, agrees) for other in drawn]
+    return Contrast(pairs, counts)
+
+
+def _pair(vote: Vote, weak: str, strong: str, weak_chosen: bool) -> Row:
+    chosen, rejected = (weak, strong) if weak_chosen else (strong, weak)
+    return {
+        "id": vote.id,
+        "instruction": vote.prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "weak": "chosen" if weak_chosen else "rejected",
+    }
