@@ -56,13 +56,30 @@ def run_split(source: Path, target: Path, n: int) -> None:
     split(open_source(str(source)), target, n, "", "", str(source))
 
 
-def seconds_of_a_split(source: Path, target: Path) -> float:
-    start = time.monotonic()
+def processor_seconds(pid: int) -> float:
+    """The processor time that a process has used, in steps of 1/100 s; unlike the clock's it knows no busy machine."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def work_of_a_split(source: Path, target: Path) -> float:
+    """Processor seconds of a split that nothing disturbs."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = fork.Process(target=run_split, args=(source, target, 4))
     process.start()
     process.join()
     assert process.exitcode == 0
-    return time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def kill_after(process: multiprocessing.process.BaseProcess, work: float) -> None:
+    """Kill a process once it has used so much processor time, or when it has ended."""
+    while process.is_alive() and processor_seconds(process.pid) < work:
+        time.sleep(0.0005)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
 
 
 @pytest.mark.parametrize("replaces", [False, True])
@@ -70,7 +87,7 @@ def test_killed_at_ten_random_moments_leaves_all_or_nothing(tmp_path: Path, repl
     new, old = random_weights(BIG), {name: -w for name, w in random_weights(BIG).items()}
     source = directory(new, tmp_path / "source", 2, BIG)
     before = directory(old, tmp_path / "before", 3, BIG) if replaces else None
-    duration = min(seconds_of_a_split(source, tmp_path / f"timed-{number}") for number in range(3))
+    work = work_of_a_split(source, tmp_path / "undisturbed")
     chance, found = random.Random(7), []
     for moment in range(10):
         target = tmp_path / f"target-{moment}"
@@ -78,9 +95,9 @@ def test_killed_at_ten_random_moments_leaves_all_or_nothing(tmp_path: Path, repl
             storage.publish(before, target)
         process = fork.Process(target=run_split, args=(source, target, 4))
         process.start()
-        time.sleep((moment + chance.random()) / 10 * 1.5 * duration)  # spread evenly, some behind the end
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        kill_after(
+            process, (moment + chance.random()) / 10 * 1.2 * work
+        )  # spread evenly, some behind the end
         try:
             found.append("new" if holds(target, new) else "old" if before and holds(target, old) else "mixed")
         except UserError as error:
