@@ -3,12 +3,14 @@
 python checkpoint_split.py --ckpt_file llama-2-7b-hf --save_path ckpt/8 --n 8
 python checkpoint_split.py --ckpt_file ckpt/8 --save_path llama-2-7b-tuned --format hf
 python checkpoint_split.py --inspect ckpt/8
+python checkpoint_split.py --certify ckpt/8
 """
 
 from pathlib import Path
 from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
+from src import certify as certificate
 from src.checkpoint import export, sources, storage
 from src.checkpoint.split import split, split_adapter
 from src.errors import UserError
@@ -21,6 +23,7 @@ def main(
     merge_lora: bool = True, verify: bool = False, verify_hashes: bool = True, max_shard_size: float = 5.0,
     tokenizer_file: str = "", config_file: str = "", model_type: str = "",
     dtype: Literal["", "float32", "bfloat16", "float16"] = "", num_added_tokens: int = 0,
+    certify: str = "", certify_ranks: list[int] = [1, 2, 4], certify_layers: int = 2,  # noqa: B006 (never changed)
     dry_run: bool = False,
 ) -> None:
     """Cut a checkpoint into n shards, or write it in another format.
@@ -41,6 +44,10 @@ def main(
     model_type: a family or released size the checkpoint must agree with, such as llama-2-7b
     dtype: type of the stored weights; default: as in the source
     num_added_tokens: rows to put behind the vocabulary, each the mean of the rows that are there
+    certify: a directory made here to compute with instead, on several ranks of this CPU, padded, packed, decoded and
+        with a chunked loss: how far logits, log-probs and gradients lie from a plain forward; status 1 beyond rounding
+    certify_ranks: the tensor-parallel sizes of --certify; 1 is always among them
+    certify_layers: the first so many layers take part in --certify; -1 = all
     dry_run: print the plan - parameters, heads and bytes of a shard, disk - and stop
     """
     cli.check_numbers(locals())
@@ -49,6 +56,14 @@ def main(
     log = runlog.logger()
     if inspect:
         runlog.table(plan.inspection(*sources.describe(inspect)))
+        return
+    if certify:
+        if verify_hashes:
+            storage.verify_hashes(Path(certify))
+        found = certificate.certify(certify, certify_ranks, certify_layers)
+        runlog.table(str(found))
+        if not found.passed:
+            raise UserError(f"{certify} computes differently where the table says DIFFERS; do not use it that way")
         return
     if not ckpt_file or not save_path:
         raise UserError("--ckpt_file and --save_path are needed: what to read and where to write; or --inspect DIR")

@@ -102,16 +102,22 @@ def check_tokenizer(tokenizer: Tokenizer, *ckpt_dirs: str) -> None:
 
 
 def load_solver(
-    ckpt_dir: str, *, model_type: str = "", dtype: torch.dtype | None = None, quantize: str = ""
+    ckpt_dir: str,
+    *,
+    model_type: str = "",
+    dtype: torch.dtype | None = None,
+    quantize: str = "",
+    n_layers: int | None = None,
 ) -> Decoder:
     """A language model on this rank's device. dtype None: float32 on a CPU, bfloat16 on a GPU.
 
     quantize: empty, or a precision of models/quantize.py for weights that will not be trained.
+    n_layers: leave out the layers behind this many; None keeps all.
     """
     config = load_config(ckpt_dir, model_type)
     if config.value_head:
         raise UserError(f"{ckpt_dir} is a verifier (it has a value head); a solver is needed here")
-    return _load(Path(ckpt_dir), config, dtype, quantize=quantize)
+    return _load(Path(ckpt_dir), config, dtype, quantize=quantize, n_layers=n_layers)
 
 
 def load_verifier(
@@ -141,11 +147,14 @@ def _load(
     *,
     value_head: bool = False,
     quantize: str = "",
+    n_layers: int | None = None,
 ) -> Decoder:
     """Lay the model out on the meta device and assign this rank's tensors to it."""
+    left_out = range(config.n_layers if n_layers is None else n_layers, config.n_layers)
+    config = dataclasses.replace(config, n_layers=left_out.start)
     dtype = dtype or (torch.bfloat16 if parallel.device().type == "cuda" else torch.float32)
     tensors = _local_tensors(
-        folder, None if quantize else dtype
+        folder, None if quantize else dtype, left_out
     )  # not larger than stored, to be made smaller
     if value_head and not config.value_head:
         tensors.pop("output.weight", None)
@@ -165,11 +174,18 @@ def solver_to_verifier(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, value_head=True, tied=False)
 
 
-def _local_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """This rank's tensors of a directory on its device, adapters folded in; None = as stored. Raises UserError."""
+def _local_tensors(folder: Path, dtype: torch.dtype | None, left_out: range) -> dict[str, Tensor]:
+    """This rank's tensors of a directory on its device, adapters folded in, some layers left out.
+
+    dtype None = as stored. Raises UserError.
+    """
     place = {"device": parallel.device(), "dtype": dtype, "copy": True}
     # one at a time: what was merged or resharded is freed as it is copied
-    return {name: load().to(**place) for name, load in _stored_tensors(folder).items()}
+    return {
+        name: load().to(**place)
+        for name, load in _stored_tensors(folder).items()
+        if shards.layer_of(name) not in left_out
+    }
 
 
 def _stored_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:

@@ -83,6 +83,8 @@ SHARE = Numbers("a number from 0 to 1", lambda x: 0 <= x <= 1)
 NUMBERS: dict[str, Numbers] = {
     "n": COUNT,
     "num_added_tokens": FINITE,
+    "certify_ranks": Numbers("1 or more each", lambda x: len(x) > 0 and all(n >= 1 for n in x)),
+    "certify_layers": COUNT_OR_OFF,
     "pairs_a_problem": COUNT,
     "rows_a_problem": COUNT,
     "solutions_a_problem": COUNT,

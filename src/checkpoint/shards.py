@@ -62,6 +62,12 @@ def _module(name: str) -> str:
     return _base_name(name).rpartition(".")[0].split(".")[-1]
 
 
+def layer_of(name: str) -> int | None:
+    """The layer that a parameter belongs to; None for embeddings, the last norm and what lies behind it."""
+    place, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if place == "layers" else None
+
+
 class Cut(NamedTuple):
     """How n shards share out one parameter: the dimension, its whole size, and the rows each shard holds.
 

@@ -34,13 +34,15 @@ def response_logprobs(
     lengths: Lengths = None,
     *,
     temperature: float = 1.0,
+    chunk: int | None = None,
 ) -> Tensor:
     """Log-probability of every response token at a sampling temperature.
 
     tokens [B, S] int64, response_mask [B, S] bool, False where a sample starts -> [N] float32, nats.
     Differentiable. Training, scoring and evaluation all take their log-probs and cross-entropies from here.
+    chunk: positions whose logits exist at once; default: as many as CHUNK_BYTES holds.
     """
-    return _logprobs(model, tokens, response_mask, lengths, temperature, with_entropy=False)[0]
+    return _logprobs(model, tokens, response_mask, lengths, temperature, with_entropy=False, chunk=chunk)[0]
 
 
 def logprobs_and_entropy(
@@ -63,10 +65,11 @@ def _logprobs(
     temperature: float,
     *,
     with_entropy: bool,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (empty unless asked for), a chunk of positions at a time: [B, S, V] never exists."""
 
-    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def part_of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.logits(hidden)  # [n, P]
         if temperature != 1.0:
             logits = logits / temperature
@@ -75,11 +78,11 @@ def _logprobs(
 
     hidden = _predicting(model(tokens, lengths=lengths), response_mask)  # [N, D]
     per_position = 4 * model.config.vocab_size // parallel.tensor_parallel_size()
-    size = max(1, CHUNK_BYTES[tokens.device.type] // per_position)
+    size = chunk or max(1, CHUNK_BYTES[tokens.device.type] // per_position)
     parts = list(zip(hidden.split(size), tokens[response_mask].split(size), strict=True))
     if len(parts) == 1:
-        return chunk(*parts[0])
-    done = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return part_of(*parts[0])
+    done = [checkpoint(part_of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     logprobs, entropies = zip(*done, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
 
