@@ -1,9 +1,10 @@
-"""Improve a solver by PPO against a verifier or a grader.
+"""Improve a solver by reinforcement learning - PPO, GRPO, RLOO, REINFORCE++ - against a verifier, a grader or both.
 
 torchrun --nproc_per_node 8 ppo_train.py --actor_ckpt_dir out --actor_save_dir ppo/actor --critic_ckpt_dir verifier \
     --critic_save_dir ppo/critic --reward_model_ckpt_dir verifier --train_file dataset/GSM8K/train.json
 """
 
+import contextlib
 from pathlib import Path
 from typing import Literal
 
@@ -14,41 +15,58 @@ from src.data.collate import chunks, encode_prompt, epoch_order
 from src.data.examples import read_prompts
 from src.errors import UserError
 from src.evaluation.grade import Grader
-from src.runlog import RunLog
-from src.training import ppo
+from src.evaluation.user_reward import UserReward
+from src.runlog import Phases, RunLog
+from src.training import health, ppo, ppo_settings, rewards, rollouts
 from src.training.loop import TrainLoop
+from src.training.ppo_settings import Advantage, Aggregation, KlLoss, Truncated
+from src.training.rewards import OutcomeReward, StepReward
 from src.training.saver import Saver, Trained
 
 
 def main(
-    actor_ckpt_dir: str, actor_save_dir: str, critic_ckpt_dir: str, critic_save_dir: str,
-    reward_model_ckpt_dir: str = "", reward: Literal["verifier", "rule"] = "verifier",
-    train_file: str = "dataset/GSM8K/train.json", task: Literal["GSM8K", "MATH", "toy"] = "GSM8K",
-    log_dir: str = "", model_type: str = "", tokenizer_file: str = "", max_new_tokens: int = 256,
+    actor_ckpt_dir: str, actor_save_dir: str, critic_ckpt_dir: str = "", critic_save_dir: str = "",
+    reward_model_ckpt_dir: str = "", reward: list[str] = ["verifier"], reward_weights: list[float] = [],  # noqa: B006
+    train_file: str = "dataset/GSM8K/train.json", eval_file: str = "", task: Literal["GSM8K", "MATH", "toy"] = "GSM8K",
+    log_dir: str = "", model_type: str = "", tokenizer_file: str = "", advantage: Advantage = "gae",
+    group_size: int = -1, filter_groups: bool = False, max_new_tokens: int = 256,
     max_buffer_size: int = 96, max_batch_size: int = 4, rollout_batch_size: int = 64, epochs: int = 1,
     max_steps: int = -1, inner_epochs: int = 2, minibatches: int = 4, lr: float = 1e-6, critic_lr: float = 9e-6,
     critic_warmup: int = -1, warmup_ratio: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
-    temperature: float = 1.0, kl_coef: float = 0.02, clip_ratio: float = 0.2, value_clip: float = 0.2,
-    gamma: float = 1.0, gae_lambda: float = 0.95, missing_eos_penalty: float = 1.0,
+    temperature: float = 1.0, kl_coef: float = -1.0, kl_loss: KlLoss = "none", kl_loss_coef: float = 1e-3,
+    kl_target: float = -1.0, kl_horizon: float = 10_000.0, clip_ratio: float = 0.2, clip_high: float = -1.0,
+    dual_clip: float = 0.0, loss_aggregation: Literal["", Aggregation] = "", value_clip: float = 0.2,
+    gamma: float = 1.0, gae_lambda: float = 0.95, critic_lambda: float = -1.0,
+    outcome_reward: OutcomeReward = "probability", step_reward: StepReward = "min-drop", step_bonus: float = 0.0,
+    truncated: Truncated = "penalty", missing_eos_penalty: float = 1.0, overlong_buffer: int = 0,
     lora_rank: int = -1, lora_alpha: float = 16.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
-    save_every: int = -1, keep_last: int = 1, resume: Literal["none", "auto"] = "none",
+    eval_every: int = -1, rollout_samples: int = 8, save_every: int = -1, keep_last: int = 1,
+    resume: Literal["none", "auto"] = "none",
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", quantize: Literal["", "int8", "int4"] = "",
     seed: int = 1, dry_run: bool = False,
 ) -> None:
-    """Proximal policy optimisation with a critic; rewards at the end of a response, KL per token.
+    """Reinforcement learning; rewards at the ends of responses or of their steps, KL per token.
 
     actor_ckpt_dir: solver to improve; a frozen copy of it is the reference
-    actor_save_dir: directory for the improved solver, metrics.jsonl and run.json
+    actor_save_dir: directory for the improved solver, metrics.jsonl, run.json and rollouts/
     critic_ckpt_dir: verifier that the critic starts from; a solver will do (its value head starts at zero)
-    critic_save_dir: directory for the critic
+    critic_save_dir: directory for the critic; only --advantage gae has one
     reward_model_ckpt_dir: verifier that scores responses; needed for --reward verifier
-    reward: verifier = its normalised score; rule = 1 for an answer that grades right against the label, else 0
-    train_file: prompts, json array or jsonl of {"instruction", "label"?}; --reward rule needs labels
-    task: how --reward rule finds and compares answers
-    log_dir: directory for metrics.jsonl and run.json; default: actor_save_dir
+    reward: one or more, added up: verifier = its score (pairwise, outcome) or those of the steps (process); rule = 1
+        for an answer that grades right against the label, else 0 (0 without a label beside another reward);
+        FILE.py:FUNCTION = what your function (prompt, response, label or None) -> number says
+    reward_weights: what each of them weighs, 0 to log it only; default: 1 each
+    train_file: prompts, json array or jsonl of {"instruction", "label"?}; --reward rule alone needs labels
+    eval_file: prompts with labels on which greedy accuracy is measured; the best actor is kept as best/
+    task: how --reward rule and --eval_file find and compare answers
+    log_dir: directory for metrics.jsonl, run.json and rollouts/; default: actor_save_dir
     model_type: a family or released size the actor must agree with; default: what params.json says
     tokenizer_file: tokenizer file of any kind; default: the one in actor_ckpt_dir
+    advantage: gae = PPO with a critic; the others have none: grpo, dr_grpo and rloo compare the responses to one
+        prompt, reinforce++ compares all of a buffer (and, in groups, takes off the group's mean)
+    group_size: responses to each prompt; -1 = 8 for grpo, dr_grpo and rloo, else 1
+    filter_groups: do not learn from groups whose rewards are all equal
     max_new_tokens: longest response
     max_buffer_size: episodes in one rollout buffer
     max_batch_size: episodes in one training forward pass
@@ -64,15 +82,32 @@ def main(
     weight_decay: decay of weight matrices
     max_grad_norm: gradients are clipped to this global norm
     temperature: sampling temperature; ratios and KL are at the same temperature
-    kl_coef: weight of the per-token KL to the reference in the reward
-    clip_ratio: probability ratios are clipped to 1 +- this
+    kl_coef: weight of the per-token KL (k1) to the reference in the reward; -1 = 0.02, for grpo and dr_grpo 0
+    kl_loss: a KL term in the loss: k2 has the KL's gradient, k3 (GRPO's) less variance and a bias
+    kl_loss_coef: its weight
+    kl_target: nats of KL a response that both weights are steered to; -1 = weights stay fixed
+    kl_horizon: episodes in which a KL twice the target multiplies the weights by 1.2
+    clip_ratio: probability ratios are clipped to 1 - this ... 1 + clip_high
+    clip_high: -1 = 0.28 for grpo and dr_grpo, else as clip_ratio
+    dual_clip: bound of the ratio also where the advantage is negative, 3 is usual; 0 = none
+    loss_aggregation: what the policy loss is a mean over: tokens, or sequences of the mean or sum of their tokens or
+        of their sum / max_new_tokens; default: token-mean, for grpo seq-mean, for dr_grpo seq-constant
     value_clip: the critic moves at most this far from its rollout values without penalty
     gamma: discount
-    gae_lambda: lambda of generalised advantage estimation
+    gae_lambda: lambda of generalised advantage estimation; 1 suits a single reward at the end
+    critic_lambda: lambda of the returns that the critic learns (VAPO's decoupled GAE); -1 = as gae_lambda
+    outcome_reward: what an outcome verifier gives: its probability, or its normalised logit within +-5
+    step_reward: what a process verifier gives at the end of a step: raw = its probability; min-drop, prod-drop = how
+        far it takes the least, or the product of, probabilities so far down
+    step_bonus: added at the end of every step that a process verifier scores
+    truncated: what befalls a response that did not end: penalty, zero = it earns nothing, mask = nothing is learned
     missing_eos_penalty: taken from the reward of a response that did not end by itself
+    overlong_buffer: tokens before the limit in which that penalty sets in, growing linearly
     lora_rank: rank of LoRA adapters on actor and critic; -1 trains all weights
     lora_alpha: adapters are scaled by lora_alpha / lora_rank
     lora_targets: linears that carry an adapter
+    eval_every: buffers between measurements on eval_file; -1 = after each epoch
+    rollout_samples: episodes of each buffer written to rollouts/
     save_every: buffers between checkpoints to resume from; -1 = after each epoch
     keep_last: how many of those are kept
     resume: auto = go on from the newest complete one in both save directories, if there is one
@@ -83,77 +118,113 @@ def main(
     """
     flags = locals().copy()
     cli.check_numbers(flags)
-    if reward == "verifier" and not reward_model_ckpt_dir:
+    settings = ppo_settings.from_flags(flags)
+    if "verifier" in reward and not reward_model_ckpt_dir:
         raise UserError("--reward verifier needs --reward_model_ckpt_dir; or grade answers with --reward rule")
-    if temperature <= 0:
-        raise UserError(f"--temperature {temperature}: PPO learns from sampled responses; expected more than 0")
-    if Path(actor_save_dir).resolve() == Path(critic_save_dir).resolve():
+    if settings.has_critic != bool(critic_ckpt_dir) or settings.has_critic != bool(critic_save_dir):
+        raise UserError(f"--advantage {advantage} {'needs' if settings.has_critic else 'has no critic; leave out'} "
+                        f"--critic_ckpt_dir and --critic_save_dir")
+    if settings.has_critic and Path(actor_save_dir).resolve() == Path(critic_save_dir).resolve():
         raise UserError("--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other")
-    prompts = read_prompts(train_file, need_label=reward == "rule")
+    weights = rewards.weights_of(reward, reward_weights)
+    user_rewards = {name: UserReward(name) for name in reward if name not in ("verifier", "rule")}
+    prompts = read_prompts(train_file, need_label=reward == ["rule"])
+    held_out = read_prompts(eval_file, need_label=True) if eval_file else []
     tokenizer = assemble.load_tokenizer(actor_ckpt_dir, tokenizer_file)
     assemble.check_tokenizer(tokenizer, critic_ckpt_dir, reward_model_ckpt_dir)
     lora = assemble.lora_config(lora_rank, lora_alpha, 0.0, lora_targets)
     buffers = [(epoch, rows) for epoch in range(1, epochs + 1)
-               for rows in chunks(epoch_order(len(prompts), seed, epoch), max_buffer_size)]
+               for rows in chunks(epoch_order(len(prompts), seed, epoch), settings.prompts_a_buffer)]
     buffers = buffers[: max_steps if max_steps >= 0 else None]
-    if critic_warmup > len(buffers):
-        raise UserError(f"--critic_warmup is {critic_warmup}, but there are only {len(buffers)} buffers; lower it")
+    if critic_warmup > (len(buffers) if settings.has_critic else 0):
+        raise UserError(f"--critic_warmup is {critic_warmup}, but there are only {len(buffers)} buffers; lower it"
+                        if settings.has_critic else f"--critic_warmup: --advantage {advantage} has no critic")
     if dry_run:
-        actor_config, critic_config = (assemble.load_config(folder) for folder in (actor_ckpt_dir, critic_ckpt_dir))
+        verifier_dir = critic_ckpt_dir or reward_model_ckpt_dir or actor_ckpt_dir
+        actor_config, critic_config = (assemble.load_config(folder) for folder in (actor_ckpt_dir, verifier_dir))
         runlog.table(plan.ppo(actor_config, assemble.solver_to_verifier(critic_config),
                               assemble.n_shards(actor_ckpt_dir), lora,
                               [encode_prompt(tokenizer, prompt.instruction) for prompt in prompts],
                               max_new_tokens=max_new_tokens, n_rows=max_batch_size, n_decoding=rollout_batch_size,
-                              buffers=len(buffers), with_verifier=reward == "verifier", quantize=quantize))
+                              buffers=len(buffers), with_critic=settings.has_critic,
+                              with_verifier="verifier" in reward, quantize=quantize))
         return
     parallel.start(seed=seed)
-    for save_dir in (actor_save_dir, critic_save_dir):
+    for save_dir in filter(None, (actor_save_dir, critic_save_dir)):
         assemble.check_save_dir(save_dir, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
     actor = assemble.load_solver(actor_ckpt_dir, model_type=model_type, dtype=torch.float32)
     # as the actor: their first KL is 0, unless the reference is quantised
     reference = assemble.load_solver(actor_ckpt_dir, dtype=torch.float32, quantize=quantize)
-    critic = assemble.load_verifier(critic_ckpt_dir, dtype=torch.float32, from_solver=True)
     assemble.put_lora_on(actor, lora, seed)
-    assemble.put_lora_on(critic, lora, seed)
-    settings = ppo.Settings(
-        temperature=temperature, max_new_tokens=max_new_tokens, rollout_batch_size=rollout_batch_size,
-        max_batch_size=max_batch_size, inner_epochs=inner_epochs, minibatches=minibatches, kl_coef=kl_coef,
-        clip_ratio=clip_ratio, value_clip=value_clip, gamma=gamma, gae_lambda=gae_lambda,
-        missing_eos_penalty=missing_eos_penalty, seed=seed,
-    )
-    grader = Grader(task)
-    if reward == "verifier":
-        verifier = assemble.load_verifier(reward_model_ckpt_dir, quantize=quantize)
-        task_reward = ppo.verifier_reward(verifier, max_batch_size)
-    else:
-        task_reward = ppo.graded_reward(lambda responses, labels: [
-            verdict.outcome == "right" for verdict in grader.grade(responses, labels)])
+    critic = None
+    if settings.has_critic:
+        critic = assemble.load_verifier(critic_ckpt_dir, dtype=torch.float32, from_solver=True)
+        assemble.put_lora_on(critic, lora, seed)
+    models = ppo.Models(actor, reference, critic)
+    grader, outcomes = Grader(task), {}
+
+    def grade(responses: list[str], labels: list[str]) -> list[str]:
+        return [verdict.outcome for verdict in grader.grade(responses, labels)]
+
+    parts = {}
+    for name in reward:
+        if name == "verifier":
+            scored = rewards.verifier_reward(
+                assemble.load_verifier(reward_model_ckpt_dir, quantize=quantize), tokenizer, max_batch_size,
+                outcome=outcome_reward, steps=step_reward, step_bonus=step_bonus)
+        else:
+            scored = rewards.graded_reward(grade, outcomes) if name == "rule" else rewards.function_reward(
+                user_rewards[name].score)
+        parts[rewards.short_name(name)] = rewards.Part(weights[name], scored)
     log = RunLog(log_dir or actor_save_dir, flags)
-    critic_warmup = critic_warmup if critic_warmup >= 0 else min(10, len(buffers) // 10)
+    if critic_warmup < 0:
+        critic_warmup = min(10, len(buffers) // 10) if critic else 0
     per_buffer = inner_epochs * minibatches
     schedule = {"warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
                 "seed": seed}
     actor_loop = TrainLoop(actor, log, lr=lr, total_steps=(len(buffers) - critic_warmup) * per_buffer, **schedule)
-    critic_loop = TrainLoop(critic, log, lr=critic_lr, total_steps=len(buffers) * per_buffer, **schedule)
+    critic_loop = critic and TrainLoop(critic, log, lr=critic_lr, total_steps=len(buffers) * per_buffer, **schedule)
+    steps_per_epoch = -(-len(prompts) // settings.prompts_a_buffer)
+    state = {"kl_scale": 1.0}
     saver = Saver(
-        log, [Trained(save_dir, loop, lambda folder, state, model=model, source=source: assemble.save_model(
+        log, [Trained(save_dir, loop, lambda folder, state, model=loop.model, source=source: assemble.save_model(
             model, folder, source, save_dtype, lora, tokenizer_file, state))
-              for save_dir, loop, model, source in ((actor_save_dir, actor_loop, actor, actor_ckpt_dir),
-                                                    (critic_save_dir, critic_loop, critic, critic_ckpt_dir))],
-        save_every=save_every, keep_last=keep_last, steps_per_epoch=-(-len(prompts) // max_buffer_size),
-        total_steps=len(buffers), facts={"seed": seed, "prompts": len(prompts), "max_buffer_size": max_buffer_size})
+              for save_dir, loop, source in ((actor_save_dir, actor_loop, actor_ckpt_dir),
+                                             (critic_save_dir, critic_loop, critic_ckpt_dir)) if loop],
+        save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=len(buffers),
+        facts={"seed": seed, "prompts": len(prompts), "max_buffer_size": max_buffer_size, "advantage": advantage,
+               "group_size": settings.group_size},
+        numbers=state)
     done = saver.resume(resume)
+    alarms = health.Alarms(log.logger)
     log.progress(len(buffers), "buffer", done)
-    with grader:
+    with contextlib.ExitStack() as workers:
+        for worker in (grader, *user_rewards.values()):
+            workers.enter_context(worker)
         for step, (epoch, rows) in list(enumerate(buffers))[done:]:
-            batch_prompts = [prompts[row] for row in rows]
-            rollouts = ppo.collect(ppo.Models(actor, reference, critic), batch_prompts, tokenizer, task_reward,
-                                   settings, step)
-            metrics = ppo.rollout_metrics(rollouts) | ppo.update(
-                actor_loop, critic_loop, rollouts, settings, step, train_actor=step >= critic_warmup)
-            log.metrics(step + 1, epoch=epoch, **metrics)
-            log.advance(tokens=int(rollouts.batch.response_mask.sum()), reward=metrics["reward"], kl=metrics["kl"])
-            saver.step_done(step + 1)
+            now = settings.with_kl_scale(state["kl_scale"])
+            phases = Phases()
+            found = ppo.collect(models, [prompts[row] for row in rows], tokenizer, parts, now, step, phases)
+            metrics = health.rollout_metrics(found, now) | outcomes
+            if step == 0:
+                health.check_start(metrics, found, same_reference=not quantize)
+            with phases("update"):
+                metrics |= ppo.update(actor_loop, critic_loop, found, now, step, train_actor=step >= critic_warmup)
+            if step == critic_warmup:
+                health.check_first_update(metrics, found)
+            state["kl_scale"] *= health.kl_factor(metrics["kl_response"], len(found.task_rewards), settings)
+            score = None
+            every = eval_every if eval_every > 0 else steps_per_epoch
+            if held_out and ((step + 1) % every == 0 or step + 1 == len(buffers)):
+                with phases("evaluate"):
+                    score = rollouts.greedy_accuracy(actor, held_out, tokenizer, grade, settings)
+                metrics["eval_accuracy"] = score
+            tokens = int(found.episodes.lengths.sum())
+            log.metrics(step + 1, epoch=epoch, **metrics, **phases.seconds, tokens_per_second=phases.rate(tokens))
+            log.rows(f"rollouts/step-{step + 1:06}.jsonl", health.samples(found, rollout_samples))
+            alarms.look(step + 1, metrics)
+            log.advance(tokens=tokens, reward=metrics["reward"], kl=metrics["kl"])
+            saver.step_done(step + 1, score)
     saver.finish()
 
 

@@ -76,6 +76,7 @@ class Numbers(NamedTuple):
 COUNT = Numbers("1 or more", lambda x: x >= 1)
 COUNT_OR_OFF = Numbers("1 or more, or -1", lambda x: x >= 1 or x == -1)
 FINITE = Numbers("0 or more", lambda x: 0 <= x < math.inf)
+FINITE_OR_OFF = Numbers("0 or more, or -1", lambda x: 0 <= x < math.inf or x == -1)
 POSITIVE = Numbers("more than 0", lambda x: 0 < x < math.inf)
 SHARE = Numbers("a number from 0 to 1", lambda x: 0 <= x <= 1)
 
@@ -116,7 +117,18 @@ NUMBERS: dict[str, Numbers] = {
     "weights": Numbers("more than 0 each", lambda x: all(0 < weight < math.inf for weight in x)),
     "weight_decay": FINITE,
     "temperature": FINITE,
-    "kl_coef": FINITE,
+    "kl_coef": FINITE_OR_OFF,
+    "kl_loss_coef": FINITE,
+    "kl_target": Numbers("more than 0, or -1", lambda x: 0 < x < math.inf or x == -1),
+    "kl_horizon": POSITIVE,
+    "group_size": COUNT_OR_OFF,
+    "clip_high": Numbers("more than 0, or -1", lambda x: 0 < x < math.inf or x == -1),
+    "dual_clip": FINITE,
+    "critic_lambda": Numbers("a number from 0 to 1, or -1", lambda x: 0 <= x <= 1 or x == -1),
+    "overlong_buffer": FINITE,
+    "step_bonus": Numbers("a finite number", math.isfinite),
+    "reward_weights": Numbers("0 or more each", lambda x: all(0 <= weight < math.inf for weight in x)),
+    "rollout_samples": FINITE,
     "missing_eos_penalty": FINITE,
     "max_grad_norm": POSITIVE,
     "clip_ratio": POSITIVE,

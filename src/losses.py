@@ -59,10 +59,19 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def ppo_policy_loss(ratio: Tensor, advantages: Tensor, clip_ratio: float) -> Tensor:
-    """Clipped surrogate of each token, to be minimised (Schulman et al. 2017, eq. 7). [N], [N] -> [N]."""
-    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+def ppo_policy_loss(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float = 0.0
+) -> Tensor:
+    """Clipped surrogate of each token, to be minimised (Schulman et al. 2017, eq. 7). [N], [N] -> [N].
+
+    The ratio is clipped to [1 - clip_low, 1 + clip_high]; a higher clip_high is DAPO's clip-higher (Yu et al. 2025,
+    section 3.1). dual_clip c > 1 also bounds the loss at -c A where A < 0 (Ye et al. 2020, eq. 5); 0 = off.
+    """
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip:
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    return -surrogate
 
 
 def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
@@ -115,6 +124,70 @@ def _log1mexp(x: Tensor) -> Tensor:
 def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
     """-log sigmoid(beta * (chosen - rejected) - gamma) on mean log-probs, no reference (Meng et al. 2024, eq. 6)."""
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def kl_k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Half the squared log-ratio (Schulman 2020, k2): biased in value, its gradient is that of the KL. [N]."""
+    return 0.5 * (logprobs - reference_logprobs) ** 2
+
+
+def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Unbiased, never negative estimate of the KL (Schulman 2020, k3). As a loss its gradient is biased. [N] -> [N]."""
+    log_ratio = (reference_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio.exp() - log_ratio - 1
+
+
+def grpo_advantages(rewards: Tensor, *, divide_by_std: bool) -> Tensor:
+    """Reward minus the group's mean. [P, G] rewards of G samples of each of P prompts -> [P, G].
+
+    divide_by_std also divides by the group's (unbiased) deviation + 1e-4 (GRPO, Shao et al. 2024, section 4.1.2);
+    without it this is Dr. GRPO (Liu et al. 2025, section 3.2), which does not favour problems of little spread.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True) + 1e-4) if divide_by_std else centred
+
+
+def rloo_advantages(rewards: Tensor) -> Tensor:
+    """Reward minus the mean of the group's other samples (RLOO, Ahmadian et al. 2024, eq. 9). [P, G], G > 1."""
+    n = rewards.shape[1]
+    return (rewards - rewards.mean(1, keepdim=True)) * n / (n - 1)
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Sum of the discounted rewards from each True position to its row's last; 0 elsewhere. [B, S] -> [B, S].
+
+    What REINFORCE++ (Hu et al. 2025, eq. 5) takes as advantages before it whitens them over the batch.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+
+
+def sequence_weights(counts: Tensor, aggregation: str, constant_length: int) -> Tensor:
+    """What each token of a row weighs in the loss. counts [B] int64: tokens of each row -> [B] float32.
+
+    The weighted sum over all rows is then divided by the number of rows, or for token-mean by that of all tokens.
+
+    token-mean: every token alike. seq-mean: 1 / its row's length (GRPO). seq-sum: 1.
+    seq-constant: 1 / constant_length (Dr. GRPO).
+    """
+    if aggregation == "seq-mean":
+        return 1.0 / counts.clamp_min(1)
+    return torch.full(counts.shape, 1.0 / constant_length if aggregation == "seq-constant" else 1.0)
+
+
+def process_rewards(probabilities: Tensor, mask: Tensor, shape: str, upper: float = 1.0) -> Tensor:
+    """Reward at the end of each step from the probabilities that steps are right. [B, T], [B, T] bool -> [B, T].
+
+    raw: the probability itself. min-drop: how far it falls below the running minimum, which starts at `upper`;
+    prod-drop: how far the running product falls (Sun et al. 2024, Easy-to-Hard, section 3.4; both are never positive
+    and sum up to min or product minus `upper`). Steps outside the mask get 0.
+    """
+    if shape == "raw":
+        return probabilities * mask
+    factors = probabilities.masked_fill(~mask, 1.0)
+    start = torch.full_like(factors[:, :1], upper)
+    joined = torch.cat((start, factors), 1)
+    running = joined.cummin(1).values if shape == "min-drop" else joined.cumprod(1)
+    return (running[:, 1:] - running[:, :-1]) * mask
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:

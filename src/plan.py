@@ -142,10 +142,11 @@ def ppo(
     n_rows: int,
     n_decoding: int,
     buffers: int,
+    with_critic: bool,
     with_verifier: bool,
     quantize: str = "",
 ) -> str:
-    """The plan of PPO: actor and critic train, the reference and a verifier only hold their weights."""
+    """The plan of PPO: the actor, and a critic if any, train; the reference and a verifier only hold their weights."""
     actor.check_divides(n, "this checkpoint")
     longest = max(map(len, prompts))
     n_tokens = min(longest + max_new_tokens, actor.max_seq_len)
@@ -157,10 +158,11 @@ def ppo(
     rollouts = decoding_memory(actor, n, n_decoding, n_tokens, quantize)
     memory = {
         "actor": training_memory(actor, n, lora, n_rows, max_new_tokens),
-        "critic": training_memory(critic, n, lora, n_rows, max_new_tokens),
         "reference": {"weights": rollouts["weights"]},
         "rollouts": {"kv cache": rollouts["kv cache"], "logits": rollouts["logits"]},
     }
+    if with_critic:
+        memory["critic"] = training_memory(critic, n, lora, n_rows, max_new_tokens)
     if with_verifier:
         memory["verifier"] = {"weights": int(bytes_a_weight(quantize) * local_parameters(critic, n))}
     return report(facts, memory)

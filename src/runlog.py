@@ -1,6 +1,7 @@
 """What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, TensorBoard, and run.json. Nothing else
 prints."""
 
+import contextlib
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -65,6 +66,25 @@ def ask(question: str) -> str | None:
 
 def _is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+class Phases:
+    """Seconds spent in each phase of a buffer; `with phases("sample"): ...` adds to one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time what runs inside."""
+        started = time.monotonic()
+        yield
+        key = f"seconds_{name}"
+        self.seconds[key] = round(self.seconds.get(key, 0.0) + time.monotonic() - started, 4)
+
+    def rate(self, tokens: int) -> float:
+        """Tokens a second over all phases."""
+        return tokens / max(sum(self.seconds.values()), 1e-9)
 
 
 class RunLog:
@@ -144,6 +164,13 @@ class RunLog:
             self._metrics.flush()
             for name, value in values.items():
                 self._curves.add_scalar(name, value, step)
+
+    def rows(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Write rows as a jsonl file of this name in the run's directory, in place of an older one."""
+        if _is_rank_0() and rows:
+            path = self._folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _summary_writer(folder: Path, purge_step: int) -> "SummaryWriter":

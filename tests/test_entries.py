@@ -166,6 +166,9 @@ def test_training_left_its_record(whole_path: Path) -> None:
         assert params["score_std"] == rows[-1]["score_std"] and params["score_mean"] == rows[-1]["score_mean"]
     rows = metrics(whole_path / "ppo/actor")
     assert len(rows) == 2 and rows[0]["kl"] == 0.0 and all(row["grad_norm"] > 0 for row in rows)
+    assert all(row["sampler_mismatch"] < 1e-4 and row["tokens_per_second"] > 0 for row in rows)
+    samples = (whole_path / "ppo/actor/rollouts/step-000002.jsonl").read_text().splitlines()
+    assert len(samples) == 8 and json.loads(samples[0]).keys() >= {"prompt", "response", "rewards", "learned"}
 
 
 def test_evaluation_counts_and_scores_every_sample(whole_path: Path) -> None:
@@ -439,6 +442,16 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("ppo_train", {"actor_ckpt_dir": "verifier"}, "verifier is a verifier"),
     ("ppo_train", {"reward_model_ckpt_dir": "one"}, r"one is a solver \(no value head\)"),
     ("ppo_train", {"reward_model_ckpt_dir": None}, "--reward verifier needs --reward_model_ckpt_dir"),
+    ("ppo_train", {"advantage": "grpo"}, "--advantage grpo has no critic; leave out --critic_ckpt_dir and"),
+    ("ppo_train", {"critic_ckpt_dir": None}, "--advantage gae needs --critic_ckpt_dir and --critic_save_dir"),
+    ("ppo_train", {"advantage": "rloo", "group_size": 1}, "--group_size is 1, but --advantage rloo compares"),
+    ("ppo_train", {"group_size": 5}, "--max_buffer_size 96 episodes are no whole number of groups"),
+    ("ppo_train", {"dual_clip": 0.5}, "--dual_clip is 0.5, expected more than 1, or 0"),
+    ("ppo_train", {"filter_groups": "true"}, "--filter_groups drops groups of equal rewards, so --group_size"),
+    ("ppo_train", {"overlong_buffer": 300}, "--overlong_buffer 300 needs --truncated penalty and more"),
+    ("ppo_train", {"kl_coef": 0, "kl_target": 1}, "--kl_target adapts a KL term, but --kl_coef is 0"),
+    ("ppo_train", {"reward": "nowhere.py:f"}, "--reward 'nowhere.py:f' is neither verifier nor rule"),
+    ("ppo_train", {"reward_weights": "1,2"}, "--reward_weights has 2 numbers for 1 rewards"),
     ("ppo_train", {"temperature": 0}, "PPO learns from sampled responses; expected more than 0"),
     ("ppo_train", {"critic_save_dir": "out/actor"}, "are the same directory; one would overwrite the other"),
     (

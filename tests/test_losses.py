@@ -85,7 +85,7 @@ def test_policy_loss_on_both_sides_of_the_clip_and_its_gradient() -> None:
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], requires_grad=True)
     advantages = torch.tensor([2.0, -2.0, 2.0, -2.0, 3.0])
     # the smaller of 3 and 2.4, of -3 and -2.4, of 1 and 1.6, of -1 and -1.6; the last ratio is inside the clip
-    loss = losses.ppo_policy_loss(ratio, advantages, clip_ratio=0.2)
+    loss = losses.ppo_policy_loss(ratio, advantages, 0.2, 0.2)
     assert_close(loss.detach(), torch.tensor([-2.4, 3.0, -1.0, 1.6, -3.3]))
     # a ratio that has moved too far in the wanted direction is no longer pushed
     loss.sum().backward()
@@ -149,3 +149,67 @@ def test_orpo_stays_finite_near_certainty(value: float) -> None:
     loss = losses.orpo_loss(chosen, torch.tensor([-1.0]), 0.1)
     loss.sum().backward()
     assert loss.isfinite().all() and chosen.grad.isfinite().all()
+
+
+def test_clip_higher_and_dual_clip_by_hand() -> None:
+    ratio, advantages = torch.tensor([1.5, 1.25, 0.5, 5.0]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    assert losses.ppo_policy_loss(ratio, advantages, 0.2, 0.28).tolist() == pytest.approx(
+        [-1.28, -1.25, 0.8, 5.0]
+    )
+    assert losses.ppo_policy_loss(ratio, advantages, 0.2, 0.28, 3.0).tolist() == pytest.approx(
+        [-1.28, -1.25, 0.8, 3.0]
+    )
+
+
+def test_kl_estimators_by_hand_and_their_means() -> None:
+    p, q = (
+        torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
+        torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64),
+    )
+    exact = (p * (p / q).log()).sum().item()
+    assert (p * losses.kl_k1(p.log(), q.log())).sum().item() == pytest.approx(exact)
+    assert (p * losses.kl_k3(p.log(), q.log())).sum().item() == pytest.approx(exact)
+    assert (losses.kl_k3(p.log(), q.log()) >= 0).all()
+    assert losses.kl_k2(torch.tensor([-1.0]), torch.tensor([-3.0])).item() == 2.0
+
+
+def test_group_advantages_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    assert losses.grpo_advantages(rewards, divide_by_std=False).tolist() == [
+        [0.5, -0.5, -0.5, 0.5],
+        [0.0] * 4,
+    ]
+    std = math.sqrt(1 / 3) + 1e-4
+    found = losses.grpo_advantages(rewards, divide_by_std=True)
+    assert found[0].tolist() == pytest.approx([0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std])
+    assert found[1].tolist() == [0.0] * 4
+    assert losses.rloo_advantages(rewards)[0].tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
+
+
+def test_returns_by_hand() -> None:
+    mask = torch.tensor([[False, True, False, True]])
+    found = losses.discounted_returns(torch.tensor([[9.0, 1.0, 9.0, 2.0]]), mask, 0.5)
+    assert found.tolist() == [[0.0, 2.0, 0.0, 2.0]]
+
+
+def test_aggregation_weights_by_hand() -> None:
+    counts = torch.tensor([2, 4])
+    assert losses.sequence_weights(counts, "token-mean", 8).tolist() == [1.0, 1.0]
+    assert losses.sequence_weights(counts, "seq-mean", 8).tolist() == [0.5, 0.25]
+    assert losses.sequence_weights(counts, "seq-sum", 8).tolist() == [1.0, 1.0]
+    assert losses.sequence_weights(counts, "seq-constant", 8).tolist() == [0.125, 0.125]
+
+
+def test_process_rewards_by_hand() -> None:
+    probabilities = torch.tensor([[0.8, 0.9, 0.5, 0.3]])
+    mask = torch.tensor([[True, True, True, False]])
+    shapes = {
+        "raw": [0.8, 0.9, 0.5, 0.0],
+        "min-drop": [-0.2, 0.0, -0.3, 0.0],
+        "prod-drop": [-0.2, -0.08, -0.36, 0.0],
+    }
+    for shape, expected in shapes.items():
+        assert losses.process_rewards(probabilities, mask, shape)[0].tolist() == pytest.approx(expected)
+    assert losses.process_rewards(probabilities, mask, "min-drop", upper=0.6)[0].tolist() == pytest.approx(
+        [0.0, 0.0, -0.1, 0.0]
+    )

@@ -8,35 +8,43 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 STARTUP_SECONDS = 60.0
+GRADER = "src.evaluation.grade_worker"
 REPO = Path(__file__).resolve().parents[2]
 
 
 class Worker:
-    """One process of src.evaluation.grade_worker, started at the first request and again after each death.
+    """One process of a worker module, started at the first request and again after each death.
 
-    After a kill the next process starts at once, so that it has imported sympy by the time it is asked.
+    After a kill the next process starts at once, so that it has imported what it needs by the time it is asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = GRADER, arguments: Sequence[str] = ()) -> None:
+        self.command = ["-m", module, *arguments]
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = False
         self.pending = b""
         self.requests = 0
 
     def compare(self, answer: str, label: str, seconds: float) -> str:
-        """ "right", "wrong", "timeout" or "error" (the process died or the library failed), within the seconds given,
-        the start of the process not counted."""
+        """ "right", "wrong", "timeout" or "error" (the process died or the library failed), as ask() gives it."""
+        return self.ask({"answer": answer, "label": label, "seconds": seconds}, seconds)
+
+    def ask(self, request: Mapping[str, object], seconds: float) -> str:
+        """What the process replies; "timeout" or "error" where it has to be killed or dies.
+
+        seconds bounds the reply, the start of the process not counted.
+        """
         if self.process is None or self.process.poll() is not None:
             self.launch()
         if not self.ready:
             self.await_ready()
         self.requests += 1
-        request = {"id": self.requests, "answer": answer, "label": label, "seconds": seconds}
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.write(json.dumps({"id": self.requests, **request}).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             self.stop()
@@ -47,7 +55,7 @@ class Worker:
         """Start the process."""
         self.stop()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "src.evaluation.grade_worker"],
+            [sys.executable, *self.command],
             cwd=REPO,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -55,12 +63,12 @@ class Worker:
         )
 
     def await_ready(self) -> None:
-        """Wait until the process has imported sympy. Raises RuntimeError if it cannot."""
-        if self.read("ready", STARTUP_SECONDS) != "":
+        """Wait until the process has imported what it needs. Raises RuntimeError if it cannot, with what it says."""
+        if trouble := self.read("ready", STARTUP_SECONDS):
             self.stop()
             raise RuntimeError(
-                "the grading process did not start: `python -m src.evaluation.grade_worker` says why; "
-                "math-verify from requirements.txt must be installed"
+                f"the process did not start ({trouble}): `python {' '.join(self.command)}` says why; "
+                f"everything in requirements.txt must be installed"
             )
         self.ready = True
 

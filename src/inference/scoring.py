@@ -35,14 +35,17 @@ def response_logprobs(
     *,
     temperature: float = 1.0,
     chunk: int | None = None,
+    n_ids: int | None = None,
 ) -> Tensor:
-    """Log-probability of every response token at a sampling temperature.
+    """Log-probability of every response token at a sampling temperature, among the first n_ids ids (None: all).
 
     tokens [B, S] int64, response_mask [B, S] bool, False where a sample starts -> [N] float32, nats.
     Differentiable. Training, scoring and evaluation all take their log-probs and cross-entropies from here.
     chunk: positions whose logits exist at once; default: as many as CHUNK_BYTES holds.
     """
-    return _logprobs(model, tokens, response_mask, lengths, temperature, with_entropy=False, chunk=chunk)[0]
+    return _logprobs(
+        model, tokens, response_mask, lengths, temperature, n_ids, with_entropy=False, chunk=chunk
+    )[0]
 
 
 def logprobs_and_entropy(
@@ -52,9 +55,10 @@ def logprobs_and_entropy(
     lengths: Lengths = None,
     *,
     temperature: float = 1.0,
+    n_ids: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """response_logprobs() and the entropy of each predicting distribution (no gradient). -> two [N] float32."""
-    return _logprobs(model, tokens, response_mask, lengths, temperature, with_entropy=True)
+    return _logprobs(model, tokens, response_mask, lengths, temperature, n_ids, with_entropy=True)
 
 
 def _logprobs(
@@ -63,6 +67,7 @@ def _logprobs(
     response_mask: Tensor,
     lengths: Lengths,
     temperature: float,
+    n_ids: int | None,
     *,
     with_entropy: bool,
     chunk: int | None = None,
@@ -73,6 +78,8 @@ def _logprobs(
         logits = model.logits(hidden)  # [n, P]
         if temperature != 1.0:
             logits = logits / temperature
+        if n_ids is not None and n_ids < model.config.vocab_size:
+            logits = _without_padding(logits, n_ids)
         logprobs = parallel.vocab_logprobs(logits, targets)
         return logprobs, parallel.vocab_entropy(logits) if with_entropy else logprobs.new_empty(0)
 
@@ -85,6 +92,16 @@ def _logprobs(
     done = [checkpoint(part_of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     logprobs, entropies = zip(*done, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _without_padding(logits: Tensor, n_ids: int) -> Tensor:
+    """Take all probability from ids that no text has, which a sampler never draws. [n, P] -> [n, P], this rank's.
+
+    The value is finite: the slice of a rank that holds padding alone must still have a normaliser.
+    """
+    start = parallel.tensor_parallel_rank() * logits.shape[-1]
+    ids = torch.arange(start, start + logits.shape[-1], device=logits.device)
+    return logits.masked_fill(ids >= n_ids, -1e4)
 
 
 def response_values(

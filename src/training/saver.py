@@ -43,12 +43,15 @@ class Saver:
         steps_per_epoch: int,
         total_steps: int,
         facts: Mapping[str, object],
+        numbers: dict[str, float] | None = None,
     ) -> None:
         """save_every: steps between saves besides those at the ends of epochs; -1 = none.
 
         facts: json values by flag or name that must be the same when the run is resumed, for they fix its data order.
+        numbers: state of the run that changes as it goes; every save holds it, and resume() brings it back.
         """
         self._log, self._models, self._facts = log, models, {**facts, "total_steps": total_steps}
+        self._numbers = {} if numbers is None else numbers
         self._every, self._keep_last = save_every, keep_last
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         self._best, self._best_step, self._stop_asked = -math.inf, 0, False
@@ -88,6 +91,7 @@ class Saver:
                 raise UserError(
                     f"{folder}: {name} was {stored[name]} and is {now} now; resume with the data and flags of then"
                 )
+        self._numbers.update({name: stored[name] for name in self._numbers})
         self._best_step = stored["best_step"]
         self._best = stored["best"] if self._best_step else -math.inf
         model.loop.load(stored["loop"], training_state.reader(folder, model.loop.model.config))
@@ -119,7 +123,7 @@ class Saver:
 
     def _save(self, step: int) -> None:
         best = {"best": self._best if self._best_step else None, "best_step": self._best_step}
-        facts = {**self._facts, "step": step, **best}
+        facts = {**self._facts, **self._numbers, "step": step, **best}
         for model in self._models:
             model.write(str(_step_folder(model.folder, step)), RunState(model.loop.state(), facts))
         self._discard(sorted(_complete_steps(self._models[0].folder))[: -self._keep_last])

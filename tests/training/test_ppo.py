@@ -1,7 +1,7 @@
 """src/training/ppo.py: where rewards, values and log-probs sit, the first minibatch, and invariance of the update."""
 
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from src import assemble
 from src.data.collate import Batch
-from src.data.examples import Prompt
-from src.inference.scoring import response_scores
-from src.runlog import RunLog
+from src.inference.scoring import response_logprobs, response_values
+from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
 from src.training import ppo
+from src.training.health import rollout_metrics
 from src.training.loop import TrainLoop
+from src.training.ppo_settings import Settings
+from src.training.rewards import Part, TaskReward, at_last
+from src.training.rollouts import Episodes
 from tests.conftest import Folders
 from tests.ranks import run_ranks, succeed
 from tests.tiny import weights
@@ -30,69 +32,47 @@ def models(folders: Folders) -> ppo.Models:
     return ppo_models(folders.one, folders.verifier)
 
 
-def by_length(prompts: Sequence[Prompt], responses: Sequence[str], batch: Batch) -> Tensor:
+def by_length(episodes: Episodes) -> Tensor:
     """A reward that differs between episodes."""
-    return batch.response_mask.sum(1).float() - 2.5
+    return at_last(episodes.lengths.float() - 2.5, episodes)
 
 
-def test_reward_of_each_token_by_hand() -> None:
-    # an episode that ended, one that did not, one of a single token
-    mask = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]).bool()
-    kl = torch.tensor([[9.0, 1, 2, 3, 9], [9, 9, 0, -1, 2], [9, 4, 9, 9, 9]])
-    found = ppo.token_rewards(
-        torch.tensor([1.0, 1.0, -2.0]),
-        torch.tensor([True, False, True]),
-        kl,
-        mask,
-        kl_coef=0.5,
-        missing_eos_penalty=0.25,
-    )
-    expected = [[0, -0.5, -1, 1 - 1.5, 0], [0, 0, 0, 0.5, 1 - 0.25 - 1], [0, -2 - 2, 0, 0, 0]]
-    assert_close(found, torch.tensor(expected))
+def collect(
+    models: ppo.Models, tokenizer: Tokenizer, reward: TaskReward, numbers: Settings, step: int
+) -> ppo.Rollouts:
+    """A buffer of PROMPTS with one reward."""
+    return ppo.collect(models, PROMPTS, tokenizer, {"length": Part(1.0, reward)}, numbers, step, Phases())
 
 
 def test_rewards_of_a_buffer_sit_on_the_last_tokens(models: ppo.Models, tokenizer: Tokenizer) -> None:
     # with gamma = lambda = 1 and no KL the return of every token is the reward still to come: all of it
     numbers = settings(gamma=1.0, gae_lambda=1.0, kl_coef=0.0)
-    found = ppo.collect(models, PROMPTS, tokenizer, by_length, numbers, step=1)
+    found = collect(models, tokenizer, by_length, numbers, step=1)
     mask = found.batch.response_mask
-    rewards = found.task_rewards - 0.5 * ~found.finished
+    rewards = found.task_rewards - 0.5 * ~found.episodes.finished
     assert_close(found.returns, rewards[:, None] * mask)
     # with gamma = 0 only the token that the reward sits on returns it
-    found = ppo.collect(models, PROMPTS, tokenizer, by_length, settings(gamma=0.0, kl_coef=0.0), step=1)
+    found = collect(models, tokenizer, by_length, settings(gamma=0.0, kl_coef=0.0), step=1)
     last = (torch.arange(mask.shape[1]) * mask).argmax(1)
     expected = torch.zeros(mask.shape)
     expected[torch.arange(len(mask)), last] = rewards
     assert_close(found.returns, expected, rtol=1e-5, atol=1e-5)
     # the last token is EOS exactly where the response ended by itself
-    assert torch.equal(found.batch.tokens[torch.arange(len(mask)), last] == EOS, found.finished)
-    assert 0 < found.finished.sum() < len(mask)
-
-
-def test_episodes_are_the_sampled_tokens_in_prompt_order(models: ppo.Models, tokenizer: Tokenizer) -> None:
-    numbers = settings()
-    episodes = ppo.sample_episodes(models.actor, PROMPTS, tokenizer, numbers, step=0)
-    assert [done.request.id for done in episodes] == [prompt.id for prompt in PROMPTS]
-    batch = ppo.episodes_batch(episodes)
-    for done, tokens, mask in zip(episodes, batch.tokens, batch.response_mask, strict=True):
-        assert tokens[mask].tolist() == done.tokens
-        assert tokens[: len(done.request.prompt)].tolist() == done.request.prompt
-    again = ppo.sample_episodes(models.actor, PROMPTS[::-1], tokenizer, numbers, step=0)[::-1]
-    assert [done.tokens for done in again] == [done.tokens for done in episodes]
-    other = ppo.sample_episodes(models.actor, PROMPTS, tokenizer, numbers, step=1)
-    assert [done.tokens for done in other] != [done.tokens for done in episodes]
+    assert torch.equal(found.batch.tokens[torch.arange(len(mask)), last] == EOS, found.episodes.finished)
+    assert 0 < found.episodes.finished.sum() < len(mask)
 
 
 def test_values_and_logprobs_belong_to_the_state_before_the_token(
     models: ppo.Models, tokenizer: Tokenizer
 ) -> None:
     numbers = settings()
-    found = ppo.collect(models, PROMPTS, tokenizer, by_length, numbers, step=0)
+    found = collect(models, tokenizer, by_length, numbers, step=0)
     for row, (tokens, mask) in enumerate(zip(found.batch.tokens, found.batch.response_mask, strict=True)):
         places = mask.nonzero()[:, 0]
         alone = tokens[None, : places[-1] + 1]
         scores = models.critic.scores(models.critic(alone))[0]
-        logprobs = (models.actor.logits(models.actor(alone))[0] / numbers.temperature).log_softmax(-1)
+        logits = models.actor.logits(models.actor(alone))[0, :, : tokenizer.vocab_size]
+        logprobs = (logits / numbers.temperature).log_softmax(-1)
         assert_close(found.values[row, places], scores[places - 1], rtol=1e-5, atol=1e-5)
         expected = logprobs[places - 1, tokens[places]]
         assert_close(found.old_logprobs[row, places], expected, rtol=1e-5, atol=1e-5)
@@ -100,15 +80,18 @@ def test_values_and_logprobs_belong_to_the_state_before_the_token(
             :, row, ~mask
         ]
         assert not outside.any()
+    # the sampler draws from the very distribution that is trained, though half of the embedding is padding
+    assert tokenizer.vocab_size < models.actor.config.vocab_size
+    assert_close(found.episodes.sampled_logprobs, found.old_logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_first_minibatch_has_ratio_1_and_no_kl_but_a_gradient(
     models: ppo.Models, tokenizer: Tokenizer
 ) -> None:
     numbers = settings(max_batch_size=2)
-    found = ppo.collect(models, PROMPTS, tokenizer, by_length, numbers, step=0)
+    found = collect(models, tokenizer, by_length, numbers, step=0)
     assert torch.equal(found.old_logprobs, found.reference_logprobs)
-    assert ppo.rollout_metrics(found)["kl"] == 0.0
+    assert rollout_metrics(found, numbers)["kl"] == 0.0
     advantages = found.advantages[found.batch.response_mask]
     assert advantages.mean().abs() < 1e-5
     assert advantages.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-4)
@@ -118,7 +101,11 @@ def test_first_minibatch_has_ratio_1_and_no_kl_but_a_gradient(
     for rows in micros:
         loss, seen = ppo.actor_loss(models.actor, found, rows, numbers, n_tokens)
         loss.backward()
-        assert seen.ratio_deviation_max < 1e-5 and seen.clipped == 0 and seen.entropy > 0
+        assert (
+            seen.ratio_deviation_max < 1e-5
+            and seen.clipped_low == seen.clipped_high == 0
+            and seen.entropy > 0
+        )
         picked += loss.item()
         value_loss = ppo.critic_loss(models.critic, found, rows, numbers, n_tokens)
         value_loss.backward()
@@ -136,10 +123,10 @@ def test_policy_gradient_raises_what_was_good(
 ) -> None:
     numbers = settings(kl_coef=0.0, minibatches=1, inner_epochs=1, missing_eos_penalty=0.0)
 
-    def seven(prompts: Sequence[Prompt], responses: Sequence[str], batch: Batch) -> Tensor:
-        return torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0])
+    def seven(episodes: Episodes) -> Tensor:
+        return at_last(torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), episodes)
 
-    found = ppo.collect(models, PROMPTS, tokenizer, seven, numbers, step=0)
+    found = collect(models, tokenizer, seven, numbers, step=0)
     loops = [
         TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-3, total_steps=2)
         for model in (models[0], models[2])
@@ -148,14 +135,14 @@ def test_policy_gradient_raises_what_was_good(
 
     def gain(rows: list[int]) -> float:
         batch = Batch(found.batch.tokens[rows], found.batch.response_mask[rows])
-        new = ppo.response_logprobs(models.actor, *batch, temperature=numbers.temperature)
+        new = response_logprobs(models.actor, *batch, temperature=numbers.temperature, n_ids=found.n_ids)
         weighted = (new - found.old_logprobs[rows][batch.response_mask]) * found.advantages[rows][
             batch.response_mask
         ]
         return weighted.sum().item()
 
     assert gain(list(range(len(PROMPTS)))) > 0
-    values = ppo.response_values(models.critic, *found.batch)
+    values = response_values(models.critic, *found.batch)
     mask = found.batch.response_mask
     error, old_error = ((v - found.returns[mask]).square().mean() for v in (values, found.values[mask]))
     assert error < old_error
@@ -163,7 +150,7 @@ def test_policy_gradient_raises_what_was_good(
 
 def test_minibatches_hold_every_episode_once_an_inner_epoch(models: ppo.Models, tokenizer: Tokenizer) -> None:
     numbers = settings(max_batch_size=2, minibatches=2)
-    found = ppo.collect(models, PROMPTS, tokenizer, by_length, numbers, step=0)
+    found = collect(models, tokenizer, by_length, numbers, step=0)
     orders = []
     for inner_epoch in (0, 1):
         steps = list(ppo.minibatches(found, numbers, step=0, inner_epoch=inner_epoch))
@@ -179,7 +166,7 @@ def test_critic_warm_up_leaves_the_actor_alone(
     models: ppo.Models, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     numbers = settings()
-    found = ppo.collect(models, PROMPTS, tokenizer, by_length, numbers, step=0)
+    found = collect(models, tokenizer, by_length, numbers, step=0)
     log = RunLog(str(tmp_path), {})
     actor_loop, critic_loop = (
         TrainLoop(model, log, lr=1e-3, total_steps=4) for model in (models[0], models[2])
@@ -227,30 +214,6 @@ def test_update_is_the_same_on_two_ranks(folders: Folders, models: ppo.Models, t
             assert not torch.equal(found, model.get_parameter(name)), name
 
 
-def test_verifier_reward_is_its_normalised_clamped_score(
-    folders: Folders, models: ppo.Models, tokenizer: Tokenizer
-) -> None:
-    episodes = ppo.episodes_batch(ppo.sample_episodes(models.actor, PROMPTS, tokenizer, settings(), 0))
-    verifier = assemble.load_verifier(folders.verifier)  # score statistics 0.5 and 2
-    scores = response_scores(verifier, *episodes)
-    responses = [""] * len(PROMPTS)
-    for size in (1, 2, 5):
-        found = ppo.verifier_reward(verifier, size)(PROMPTS, responses, episodes)
-        assert_close(found, ((scores - 0.5) / 2).clamp(-5, 5), rtol=1e-5, atol=1e-5)
-    assemble.set_score(verifier, score_std=1e-3)
-    extreme = ppo.verifier_reward(verifier, 5)(PROMPTS, responses, episodes)
-    assert set(extreme.tolist()) <= {-5.0, 5.0} and not extreme.requires_grad
-
-
-def test_graded_reward_compares_with_the_labels() -> None:
-    prompts = [Prompt(str(index), "q", label, None, None) for index, label in enumerate(["1", "2", "3"])]
-    reward = ppo.graded_reward(
-        lambda responses, labels: [r == label for r, label in zip(responses, labels, strict=True)]
-    )
-    found = reward(prompts, ["1", "3", "3"], Batch(torch.zeros(3, 1), torch.zeros(3, 1)))
-    assert_close(found, torch.tensor([1.0, 0.0, 1.0]))
-
-
 def test_learning_rate_0_leaves_every_bit(folders: Folders, tmp_path: Path) -> None:
     rows = [{"instruction": prompt.instruction} for prompt in PROMPTS]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
@@ -275,5 +238,123 @@ def test_learning_rate_0_leaves_every_bit(folders: Folders, tmp_path: Path) -> N
     steps = [json.loads(line) for line in (tmp_path / "actor/metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2
     for row in steps:  # nothing moved, so this holds beyond the first minibatch
-        assert row["kl"] == 0.0 and row["ratio_deviation_max"] < 1e-5 and row["clipped"] == 0.0
+        assert (
+            row["kl"] == 0.0
+            and row["ratio_deviation_max"] < 1e-5
+            and row["clipped_low"] == row["clipped_high"] == 0.0
+        )
         assert row["grad_norm"] > 0 and row["critic_grad_norm"] > 0
+
+
+def estimates(advantage: str, group_size: int, kept: list[int]) -> list[list[float]]:
+    """Advantages of four episodes: returns 1 and 3 of one prompt, 4 and 0 of another; the first two have two tokens."""
+    rewards = torch.tensor([[9.0, 0.5, 0.5], [9.0, 1.0, 2.0], [9.0, 4.0, 9.0], [9.0, 0.0, 9.0]])
+    mask = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 0], [0, 1, 0]]).bool()
+    numbers = settings(advantage=advantage, group_size=group_size)
+    advantages, returns = ppo.estimate(
+        rewards * mask, None, mask, torch.tensor(kept, dtype=torch.int64), numbers
+    )
+    assert returns is None and not advantages[~mask].any()
+    return advantages.tolist()
+
+
+def test_critic_free_advantages_by_hand() -> None:
+    everyone = [0, 1, 2, 3]
+    assert estimates("dr_grpo", 2, everyone) == [[0, -1, -1], [0, 1, 1], [0, 2, 0], [0, -2, 0]]
+    assert estimates("rloo", 2, everyone) == [[0, -2, -2], [0, 2, 2], [0, 4, 0], [0, -4, 0]]
+    # deviations sqrt(2) and sqrt(8) of two samples each
+    a, b = 1 / (2**0.5 + 1e-4), 2 / (8**0.5 + 1e-4)
+    expected = torch.tensor([[0, -a, -a], [0, a, a], [0, b, 0], [0, -b, 0]])
+    assert_close(torch.tensor(estimates("grpo", 2, everyone)), expected)
+    # returns to go 1 .5, 3 2, 4, 0: mean 1.75, variance 12.875 / 6 of the six tokens
+    to_go = torch.tensor([[1, 0.5], [3, 2], [4, 1.75], [0, 1.75]])
+    expected = (to_go - 1.75) / (sum((x - 1.75) ** 2 for x in (1, 0.5, 3, 2, 4, 0)) / 6) ** 0.5
+    assert_close(torch.tensor(estimates("reinforce++", 1, everyone))[:, 1:], expected)
+    # less the group's means 2 and 2: -1 -1.5 1 0 2 -2, mean -0.25
+    centred = (-1, -1.5, 1, 0, 2, -2)
+    scale = (sum((x + 0.25) ** 2 for x in centred) / 6) ** 0.5
+    found = torch.tensor(estimates("reinforce++", 2, everyone))[:, 1:]
+    assert_close(found[0, 0].item(), (-1 + 0.25) / scale, rtol=1e-5, atol=1e-5)
+
+
+def test_whitening_is_over_the_kept_episodes_alone() -> None:
+    # returns to go of the kept: 4 and 0
+    found = estimates("reinforce++", 1, [2, 3])
+    assert found[2][1] == pytest.approx(1.0) and found[3][1] == pytest.approx(-1.0) and not any(found[0])
+    assert not any(map(any, estimates("reinforce++", 1, [])))
+
+
+def test_decoupled_lambda_changes_returns_alone() -> None:
+    rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.full((1, 3), 0.5)
+    mask, kept = torch.ones(1, 3).bool(), torch.tensor([0])
+    plain = ppo.estimate(rewards, values, mask, kept, settings(gae_lambda=0.5))
+    apart = ppo.estimate(rewards, values, mask, kept, settings(gae_lambda=0.5, critic_lambda=1.0))
+    assert torch.equal(plain[0], apart[0])
+    assert_close(plain[1], torch.tensor([[0.625, 0.75, 1.0]]))
+    assert_close(apart[1], torch.ones(1, 3))
+
+
+def test_groups_without_signal_and_unfinished_responses_are_dropped(
+    models: ppo.Models, tokenizer: Tokenizer
+) -> None:
+    numbers = settings(advantage="grpo", group_size=2, filter_groups=True)
+
+    def second_group_differs(episodes: Episodes) -> Tensor:
+        return at_last(torch.tensor([1.0, 1, 0, 1, 0, 0, 0, 0, 0.5, 0.5]), episodes)
+
+    free = models._replace(critic=None)
+    found = collect(free, tokenizer, second_group_differs, numbers, step=0)
+    assert found.kept.tolist() == [2, 3]
+    assert [prompt.id for prompt in found.episodes.prompts] == [id for id in "01234" for _ in range(2)]
+    assert len({tuple(row.tolist()) for row in found.batch.tokens}) > 5  # the samples of a group differ
+    assert rollout_metrics(found, numbers)["dead_groups"] == pytest.approx(0.8)
+    for inner_epoch in (0, 1):
+        rows = [micros for micros in ppo.minibatches(found, numbers, 0, inner_epoch)]
+        assert sorted(torch.cat([torch.cat(micros) for micros in rows]).tolist()) == [2, 3]
+    masked = collect(models, tokenizer, by_length, settings(truncated="mask"), step=0)
+    assert masked.kept.tolist() == masked.episodes.finished.nonzero()[:, 0].tolist()
+    assert 0 < len(masked.kept) < len(PROMPTS)
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean", "seq-sum", "seq-constant"])
+def test_aggregations_by_hand(models: ppo.Models, tokenizer: Tokenizer, aggregation: str) -> None:
+    numbers = settings(advantage="dr_grpo", group_size=2, loss_aggregation=aggregation, max_batch_size=3)
+    found = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=0)
+    advantages, lengths = found.advantages.double(), found.episodes.lengths
+    sums = advantages.sum(1)
+    expected = {
+        "token-mean": sums.sum() / lengths.sum(),
+        "seq-mean": (sums / lengths).mean(),
+        "seq-sum": sums.mean(),
+        "seq-constant": (sums / numbers.max_new_tokens).mean(),
+    }[aggregation]
+    rows, total = torch.arange(len(sums)), 0.0
+    normaliser = int(lengths.sum()) if aggregation == "token-mean" else len(sums)
+    for part in rows.split(3):  # every ratio is 1
+        total -= ppo.actor_loss(models.actor, found, part, numbers, normaliser)[0].item()
+    assert total == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_kl_loss_adds_its_estimate(models: ppo.Models, tokenizer: Tokenizer) -> None:
+    numbers = settings(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
+    found = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=0)
+    apart = found._replace(reference_logprobs=found.reference_logprobs - 0.5 * found.batch.response_mask)
+    rows, n = torch.arange(len(found.kept)), int(found.episodes.lengths.sum())
+    plain = ppo.actor_loss(models.actor, apart, rows, numbers, n)[0]
+    for kind, expected in (("k2", 0.125), ("k3", 2.718281828**-0.5 + 0.5 - 1)):
+        loss = ppo.actor_loss(models.actor, apart, rows, replace(numbers, kl_loss=kind), n)[0]
+        assert (loss - plain).item() == pytest.approx(0.01 * expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "reinforce++"])
+def test_critic_free_updates_do_not_depend_on_max_batch_size(
+    folders: Folders, tmp_path: Path, advantage: str
+) -> None:
+    flags = {"advantage": advantage, "group_size": 2, "kl_loss": "k3", "lr": 1e-5}
+    expected, found = (
+        ppo_buffers(folders.one, folders.verifier, str(tmp_path), max_batch_size=size, **flags)
+        for size in (10, 3)
+    )
+    assert expected.keys() == found.keys() == {"rollouts", "actor"}
+    for name, tensor in expected["actor"].items():
+        assert_close(found["actor"][name], tensor, rtol=1e-5, atol=1e-6, msg=name.__add__)

@@ -14,10 +14,13 @@ from src.data.batches import Batching
 from src.data.collate import Batch
 from src.data.examples import Instruction, Pair, Prompt
 from src.models.decoder import Decoder
-from src.runlog import RunLog
+from src.runlog import Phases, RunLog
 from src.training import ppo, preference
+from src.training.health import rollout_metrics
 from src.training.loop import TrainLoop
+from src.training.ppo_settings import Settings, from_flags
 from src.training.reference import reference_logprobs
+from src.training.rewards import Part, pairwise_reward
 from src.training.saver import Saver, Trained
 from src.training.solver import SolverData, n_supervised, sft_loss
 
@@ -170,57 +173,73 @@ def preference_epochs(
     return local_weights(model) | {name: torch.tensor(values) for name, values in found.items()}
 
 
-def settings(**changes: float) -> ppo.Settings:
+def settings(**changes: object) -> Settings:
     """PPO's numbers for a buffer of a few short episodes."""
     numbers = {
+        "advantage": "gae",
+        "group_size": -1,
         "temperature": 0.8,
         "max_new_tokens": 6,
         "rollout_batch_size": 4,
+        "max_buffer_size": 16,
         "max_batch_size": 2,
         "inner_epochs": 2,
         "minibatches": 2,
+        "loss_aggregation": "",
         "kl_coef": 0.1,
+        "kl_loss": "none",
+        "kl_loss_coef": 0.01,
+        "kl_target": -1,
+        "kl_horizon": 100.0,
         "clip_ratio": 0.2,
+        "clip_high": -1,
+        "dual_clip": 0.0,
         "value_clip": 0.2,
         "gamma": 1.0,
         "gae_lambda": 0.95,
+        "critic_lambda": -1,
+        "truncated": "penalty",
         "missing_eos_penalty": 0.5,
+        "overlong_buffer": 0,
+        "filter_groups": False,
         "seed": 11,
     }
-    return ppo.Settings(**(numbers | changes))
+    return from_flags(numbers | changes)
 
 
 def ppo_models(actor: str, critic: str) -> ppo.Models:
-    """Actor and reference from one directory, the critic from another."""
+    """Actor and reference from one directory, the critic from another (empty: none)."""
     return ppo.Models(
         assemble.load_solver(actor),
         assemble.load_solver(actor),
-        assemble.load_verifier(critic, from_solver=True),
+        assemble.load_verifier(critic, from_solver=True) if critic else None,
     )
 
 
 def ppo_buffers(
-    actor: str, critic: str, log_dir: str, max_batch_size: int = 2, lr: float = 1e-3
+    actor: str, critic: str, log_dir: str, max_batch_size: int = 2, lr: float = 1e-3, **changes: object
 ) -> dict[str, dict[str, Tensor]]:
-    """Two buffers of PPO against the critic as verifier: weights, the rollouts' numbers, and what was logged."""
-    models, numbers = ppo_models(actor, critic), settings(max_batch_size=max_batch_size)
+    """Two buffers against the critic as verifier: weights, the rollouts' numbers, and what was logged."""
+    numbers = settings(max_batch_size=max_batch_size, **changes)
+    models = ppo_models(actor, critic if numbers.has_critic else "")
     tokenizer, log = assemble.load_tokenizer(actor), RunLog(log_dir, {})
     actor_loop, critic_loop = (
-        TrainLoop(model, log, lr=lr, total_steps=8) for model in (models.actor, models.critic)
+        model and TrainLoop(model, log, lr=lr, total_steps=8) for model in (models.actor, models.critic)
     )
-    reward = ppo.verifier_reward(assemble.load_verifier(critic), max_batch_size)
+    parts = {"verifier": Part(1.0, pairwise_reward(assemble.load_verifier(critic), max_batch_size))}
     found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
     for step in range(2):
-        rollouts = ppo.collect(models, PROMPTS, tokenizer, reward, numbers, step)
+        rollouts = ppo.collect(models, PROMPTS, tokenizer, parts, numbers, step, Phases())
         metrics = ppo.update(actor_loop, critic_loop, rollouts, numbers, step, train_actor=True)
-        values = rollouts._asdict() | rollouts.batch._asdict() | ppo.rollout_metrics(rollouts) | metrics
+        values = rollouts._asdict() | rollouts.batch._asdict() | rollout_metrics(rollouts, numbers) | metrics
         found["rollouts"] |= {
             f"{name} {step}": torch.as_tensor(value)
             for name, value in values.items()
             if isinstance(value, Tensor | float)
         }
     parallel.barrier()
-    return found | {"actor": local_weights(models.actor), "critic": local_weights(models.critic)}
+    trained = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
+    return found | {name: local_weights(model) for name, model in trained.items()}
 
 
 def resumed_epochs(

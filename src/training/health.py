@@ -1,0 +1,225 @@
+"""Whether a run of PPO is healthy: its numbers for the log, checks at its start, alarms that name a flag."""
+
+import logging
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from src import losses, parallel
+from src.errors import UserError
+from src.training.ppo import Rollouts, has_signal
+from src.training.ppo_settings import Settings
+
+# Largest differences at the start that rounding explains: of log-probs of one model computed twice, in float32 and in
+# bfloat16. Between sampler and training forward the mean difference counts.
+ROUNDING = {"cpu": 1e-3, "cuda": 0.25}
+MISMATCH_LIMIT = 0.05  # nats; of mean |log-prob| difference: above it the sampler is another policy
+
+
+def rollout_metrics(rollouts: Rollouts, settings: Settings) -> dict[str, float]:
+    """Means over a buffer for the log."""
+    episodes, mask = rollouts.episodes, rollouts.batch.response_mask
+    old, reference = rollouts.old_logprobs[mask], rollouts.reference_logprobs[mask]
+    rewards, lengths = rollouts.task_rewards, episodes.lengths.float()
+    mismatch = (episodes.sampled_logprobs[mask] - old).abs()
+    kl = losses.kl_k1(old, reference)
+    found = {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(unbiased=False).item(),
+        **{f"reward_{name}": part.mean().item() for name, part in rollouts.reward_parts.items()},
+        "kl": kl.mean().item(),
+        "kl_k3": losses.kl_k3(old, reference).mean().item(),
+        "kl_response": kl.sum().item() / len(rewards),
+        "kl_coef": settings.kl_coef,
+        "response_tokens": lengths.mean().item(),
+        "response_tokens_max": lengths.max().item(),
+        "truncated_share": 1 - episodes.finished.float().mean().item(),
+        "kept_share": len(rollouts.kept) / len(rewards),
+        "reward_length_correlation": correlation(rewards, lengths),
+        "sampler_mismatch": mismatch.mean().item(),
+        "sampler_mismatch_max": mismatch.max().item(),
+    }
+    if settings.group_size > 1:
+        found["dead_groups"] = 1 - has_signal(rewards, settings.group_size).float().mean().item()
+    if rollouts.values is not None and rollouts.returns is not None:
+        found["explained_variance"] = losses.explained_variance(
+            rollouts.values[mask], rollouts.returns[mask]
+        ).item()
+    return found
+
+
+def correlation(first: Tensor, second: Tensor) -> float:
+    """Pearson's correlation of two [N] tensors; 0 where one of them is constant."""
+    first, second = first - first.mean(), second - second.mean()
+    scale = (first.norm() * second.norm()).item()
+    return (first @ second).item() / scale if scale > 1e-12 else 0.0
+
+
+def check_start(metrics: Mapping[str, float], rollouts: Rollouts, *, same_reference: bool) -> None:
+    """Refuse a run whose first buffer shows that it computes something else than PPO. Raises UserError.
+
+    same_reference: the reference is bit for bit the actor, so that their KL must be 0.
+    """
+    tolerance = ROUNDING[parallel.device().type]
+    apart = (rollouts.old_logprobs - rollouts.reference_logprobs).abs().max().item()
+    if same_reference and apart > tolerance:
+        raise UserError(
+            f"the reference differs from the untrained actor by {apart:.3g} nats at a token, expected 0; "
+            f"was --actor_ckpt_dir changed while it was read?"
+        )
+    if metrics["sampler_mismatch"] > MISMATCH_LIMIT:
+        raise UserError(
+            f"sampler and training forward differ by {metrics['sampler_mismatch']:.3g} nats a token, expected at most "
+            f"{MISMATCH_LIMIT}: episodes are drawn from another policy than the one trained"
+        )
+
+
+def check_first_update(metrics: Mapping[str, float], rollouts: Rollouts) -> None:
+    """Refuse a run whose first actor update starts from another policy, or has no gradient. Raises UserError."""
+    ratio, limit = metrics["first_ratio_deviation"], ROUNDING[parallel.device().type]
+    if ratio > limit:
+        raise UserError(
+            f"the first probability ratio is off 1 by {ratio:.3g}, expected at most {limit}: the old log-probs are "
+            f"not those of the policy that is trained; is something random (dropout) left in the actor?"
+        )
+    learned = rollouts.advantages[rollouts.kept]
+    if learned.numel() and learned.abs().max() > 0 and metrics["grad_norm"] == 0:
+        raise UserError(
+            "the first update has advantages but no gradient; no weight of the actor is trainable"
+        )
+
+
+def kl_factor(kl: float, n_episodes: int, settings: Settings) -> float:
+    """By what the KL weights are multiplied after a buffer (Ziegler et al. 2019, section 2.2); 1 without --kl_target.
+
+    kl: nats a response. The proportional error is clipped to +-0.2 and acts over kl_horizon episodes.
+    """
+    if settings.kl_target < 0:
+        return 1.0
+    error = max(-0.2, min(0.2, kl / settings.kl_target - 1))
+    return 1 + error * n_episodes / settings.kl_horizon
+
+
+def samples(rollouts: Rollouts, n: int) -> list[dict[str, object]]:
+    """The first n episodes of a buffer to be read by a person."""
+    episodes = rollouts.episodes
+    kl = losses.kl_k1(rollouts.old_logprobs, rollouts.reference_logprobs).sum(1).tolist()
+    kept = set(rollouts.kept.tolist())
+    return [
+        {
+            "id": episodes.prompts[row].id,
+            "prompt": episodes.prompts[row].instruction,
+            "label": episodes.prompts[row].label,
+            "response": episodes.responses[row],
+            "rewards": {name: part[row].item() for name, part in rollouts.reward_parts.items()},
+            "kl": kl[row],
+            "tokens": int(episodes.lengths[row]),
+            "finished": bool(episodes.finished[row]),
+            "learned": row in kept,
+        }
+        for row in range(min(n, len(episodes.prompts)))
+    ]
+
+
+class Illness(NamedTuple):
+    """A state in which a run should not stay: how it shows in a buffer's metrics, and its cause and cure."""
+
+    name: str
+    shows: Callable[[Mapping[str, float]], bool]
+    advice: str
+
+
+ILLNESSES = [
+    Illness(
+        "no spread",
+        lambda seen: seen["reward_std"] == 0,
+        "all responses earn the same, so there is nothing to learn; look at rollouts/ and check --reward and --task",
+    ),
+    Illness(
+        "cut off",
+        lambda seen: seen["truncated_share"] > 0.3,
+        "over 30% of the responses did not end; raise --max_new_tokens, or --missing_eos_penalty if they ramble",
+    ),
+    Illness(
+        "far away",
+        lambda seen: seen["kl"] > 0.5,
+        "the policy is over 0.5 nats a token from the reference; raise --kl_coef or lower --lr",
+    ),
+    Illness(
+        "clipped",
+        lambda seen: seen["clipped_low"] + seen["clipped_high"] > 0.3,
+        "over 30% of the probability ratios are clipped; lower --lr or --inner_epochs",
+    ),
+    Illness(
+        "collapsed",
+        lambda seen: 0 < seen["entropy"] < 0.01,
+        "the policy's entropy is below 0.01 nats, it explores no more; raise --kl_coef or --clip_high, lower --lr",
+    ),
+    Illness(
+        "blind critic",
+        lambda seen: seen.get("explained_variance", 0.0) < -0.5,
+        "the critic is worse than a constant; raise --critic_warmup, or lower --critic_lr if value_loss rises",
+    ),
+    Illness(
+        "dead groups",
+        lambda seen: seen.get("dead_groups", 0.0) > 0.8,
+        "over 80% of the groups earn equal rewards; raise --group_size, or choose prompts of middling difficulty",
+    ),
+    Illness(
+        "length",
+        lambda seen: seen["reward_length_correlation"] > 0.8,
+        "the reward follows the length of the response, not its merit; set --overlong_buffer or mend the reward",
+    ),
+    Illness(
+        "unreadable",
+        lambda seen: seen.get("graded_unparsed", 0.0) > 0.5,
+        "over half of the responses hold no answer that --task finds; fine-tune on its form first, or change --task",
+    ),
+]
+REPEAT = 20  # buffers between two warnings of one illness
+WINDOW = 20  # buffers over which a trend is looked for
+HACKED = (
+    "the verifier's reward rises while the grader's falls: the policy has found the verifier's weakness; "
+    "raise --kl_coef, give the rule more of --reward_weights, or train the verifier on these responses"
+)
+
+
+class Alarms:
+    """Warns of illnesses by their likely cause and the flag to change, each at most once in REPEAT buffers."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._warned: dict[str, int] = {}
+        self._rewards: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Look at one buffer's metrics."""
+        for illness in ILLNESSES:
+            if illness.shows(metrics):
+                self._warn(step, illness.name, illness.advice)
+        if {"reward_verifier", "graded_right"} <= metrics.keys():
+            self._rewards.append((metrics["reward_verifier"], metrics["graded_right"]))
+            if len(self._rewards) == WINDOW and hacked(list(self._rewards)):
+                self._warn(step, "hacked", HACKED)
+
+    def _warn(self, step: int, name: str, advice: str) -> None:
+        if step - self._warned.get(name, -REPEAT) >= REPEAT:
+            self._warned[name] = step
+            self._logger.warning("buffer %d: %s", step, advice)
+
+
+def hacked(rewards: Sequence[tuple[float, float]]) -> bool:
+    """Whether (verifier, grader) rewards part: from first to second half one rises and the other falls, both by more
+    than two standard errors of the difference."""
+    half = len(rewards) // 2
+
+    def shift(column: Sequence[float]) -> float:
+        old, new = column[:half], column[-half:]
+        error = ((statistics.variance(old) + statistics.variance(new)) / half) ** 0.5
+        return (statistics.fmean(new) - statistics.fmean(old)) / max(error, 1e-9)
+
+    verifier, grader = zip(*rewards, strict=True)
+    return shift(verifier) > 2 and shift(grader) < -2

@@ -1,0 +1,131 @@
+"""The numbers of PPO and of its relatives without a critic, and which of them go together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple
+
+from src.errors import UserError
+
+Advantage = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"]
+Aggregation = Literal["token-mean", "seq-mean", "seq-sum", "seq-constant"]
+Truncated = Literal["penalty", "zero", "mask"]
+KlLoss = Literal["none", "k2", "k3"]
+
+
+class Estimator(NamedTuple):
+    """What an advantage estimator needs, and the defaults that go with it by the name of their flag."""
+
+    has_critic: bool
+    least_group: int
+    defaults: Mapping[str, object]
+
+
+# Critic-free estimators: Shao et al. 2024 (GRPO), Liu et al. 2025 (Dr. GRPO), Ahmadian et al. 2024 (RLOO),
+# Hu et al. 2025 (REINFORCE++). The wider upper clip is DAPO's (Yu et al. 2025).
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": Estimator(True, 1, {"group_size": 1, "kl_coef": 0.02, "loss_aggregation": "token-mean"}),
+    "grpo": Estimator(
+        False,
+        2,
+        {"group_size": 8, "kl_coef": 0.0, "clip_high": 0.28, "loss_aggregation": "seq-mean"},
+    ),
+    "dr_grpo": Estimator(
+        False,
+        2,
+        {"group_size": 8, "kl_coef": 0.0, "clip_high": 0.28, "loss_aggregation": "seq-constant"},
+    ),
+    "rloo": Estimator(False, 2, {"group_size": 8, "kl_coef": 0.02, "loss_aggregation": "token-mean"}),
+    "reinforce++": Estimator(False, 1, {"group_size": 1, "kl_coef": 0.02, "loss_aggregation": "token-mean"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The numbers of the algorithm; ppo_train.py's flags of the same names say what each means."""
+
+    advantage: Advantage
+    group_size: int
+    temperature: float
+    max_new_tokens: int
+    rollout_batch_size: int
+    max_buffer_size: int
+    max_batch_size: int
+    inner_epochs: int
+    minibatches: int
+    loss_aggregation: Aggregation
+    kl_coef: float
+    kl_loss: KlLoss
+    kl_loss_coef: float
+    kl_target: float
+    kl_horizon: float
+    clip_ratio: float
+    clip_high: float
+    dual_clip: float
+    value_clip: float
+    gamma: float
+    gae_lambda: float
+    critic_lambda: float
+    truncated: Truncated
+    missing_eos_penalty: float
+    overlong_buffer: int
+    filter_groups: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers that contradict each other."""
+        least = ESTIMATORS[self.advantage].least_group
+        if self.group_size < least:
+            raise UserError(
+                f"--group_size is {self.group_size}, but --advantage {self.advantage} compares the responses to one "
+                f"prompt; expected {least} or more"
+            )
+        if self.max_buffer_size % self.group_size:
+            raise UserError(
+                f"--max_buffer_size {self.max_buffer_size} episodes are no whole number of groups of --group_size "
+                f"{self.group_size}; give a multiple of it"
+            )
+        if self.temperature <= 0:
+            raise UserError(
+                f"--temperature {self.temperature}: PPO learns from sampled responses; expected more than 0"
+            )
+        if self.dual_clip and self.dual_clip <= 1:
+            raise UserError(f"--dual_clip is {self.dual_clip}, expected more than 1, or 0 for none")
+        if self.filter_groups and self.group_size == 1:
+            raise UserError(
+                "--filter_groups drops groups of equal rewards, so --group_size must be 2 or more"
+            )
+        if self.overlong_buffer and (
+            self.truncated != "penalty" or self.overlong_buffer >= self.max_new_tokens
+        ):
+            raise UserError(
+                f"--overlong_buffer {self.overlong_buffer} needs --truncated penalty and more --max_new_tokens than "
+                f"it; they are {self.truncated} and {self.max_new_tokens}"
+            )
+        if self.kl_target >= 0 and not self.kl_coef and self.kl_loss == "none":
+            raise UserError(
+                "--kl_target adapts a KL term, but --kl_coef is 0 and --kl_loss none; give one of them"
+            )
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained."""
+        return ESTIMATORS[self.advantage].has_critic
+
+    @property
+    def prompts_a_buffer(self) -> int:
+        """Prompts whose groups fill a buffer."""
+        return self.max_buffer_size // self.group_size
+
+    def with_kl_scale(self, scale: float) -> "Settings":
+        """The same with both KL weights multiplied."""
+        return replace(self, kl_coef=self.kl_coef * scale, kl_loss_coef=self.kl_loss_coef * scale)
+
+
+def from_flags(flags: Mapping[str, object]) -> Settings:
+    """The flags named like the fields of Settings; where one is -1 or empty its default takes its place."""
+    values = {field.name: flags[field.name] for field in fields(Settings)}
+    defaults = {"clip_high": values["clip_ratio"], "critic_lambda": values["gae_lambda"]}
+    defaults |= ESTIMATORS[str(values["advantage"])].defaults
+    return Settings(
+        **values | {name: default for name, default in defaults.items() if values[name] in (-1, "")}
+    )

@@ -1,0 +1,157 @@
+"""src/training/health.py: the panel by hand, what stops a run at its start, and when an alarm rings."""
+
+import logging
+
+import pytest
+import torch
+
+from src.data.collate import Batch
+from src.data.examples import Prompt
+from src.errors import UserError
+from src.training import health
+from src.training.ppo import Rollouts
+from src.training.rollouts import Episodes
+from tests.training.workers import settings
+
+
+def buffer(**changes: object) -> Rollouts:
+    """Two groups of two episodes of 1, 2, 2 and 3 tokens."""
+    mask = torch.tensor([[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]]).bool()
+    episodes = Episodes(
+        [Prompt(str(index // 2), "q", "4", None, None) for index in range(4)],
+        ["a", "b", "c", "d"],
+        Batch(torch.zeros(4, 4, dtype=torch.int64), mask),
+        torch.tensor([True, True, True, False]),
+        -0.9 * mask,
+    )
+    numbers = {
+        "episodes": episodes,
+        "reward_parts": {"rule": torch.tensor([0.0, 0.0, 0.0, 2.0])},
+        "old_logprobs": -1.0 * mask,
+        "reference_logprobs": -1.5 * mask,
+        "values": None,
+        "advantages": mask.float(),
+        "returns": None,
+        "weights": mask.float(),
+        "kept": torch.arange(4),
+        "n_ids": 8,
+    }
+    return Rollouts(**(numbers | changes))
+
+
+def test_panel_by_hand() -> None:
+    found = health.rollout_metrics(buffer(), settings(advantage="grpo", group_size=2, kl_coef=0.3))
+    expected = {
+        "reward": 0.5,
+        "reward_std": 0.75**0.5,
+        "reward_rule": 0.5,
+        "kl": 0.5,
+        "kl_k3": 2.718281828**-0.5 + 0.5 - 1,
+        "kl_response": 1.0,  # 8 tokens of half a nat in 4 responses
+        "kl_coef": 0.3,
+        "response_tokens": 2.0,
+        "response_tokens_max": 3.0,
+        "truncated_share": 0.25,
+        "kept_share": 1.0,
+        # deviations -.5 -.5 -.5 1.5 and -1 0 0 1: 2 / (sqrt 3 sqrt 2)
+        "reward_length_correlation": 2 / 6**0.5,
+        "sampler_mismatch": 0.1,
+        "sampler_mismatch_max": 0.1,
+        "dead_groups": 0.5,
+    }
+    assert found == {name: pytest.approx(value, abs=1e-5) for name, value in expected.items()}
+    assert health.correlation(torch.ones(3), torch.arange(3.0)) == 0.0
+
+
+def test_samples_can_be_read() -> None:
+    first, second = health.samples(buffer(kept=torch.tensor([1])), 2)
+    assert (
+        first | {"id": "0", "response": "a", "rewards": {"rule": 0.0}, "tokens": 1, "learned": False} == first
+    )
+    assert second["kl"] == 1.0 and second["learned"] and health.samples(buffer(), 0) == []
+
+
+def test_start_is_refused_where_the_models_disagree() -> None:
+    numbers = settings(group_size=1)
+    same = buffer(reference_logprobs=buffer().old_logprobs)
+    good = health.rollout_metrics(same, numbers) | {"sampler_mismatch": 1e-6}
+    health.check_start(good, same, same_reference=True)
+    health.check_start(good, buffer(), same_reference=False)
+    with pytest.raises(UserError, match="reference differs from the untrained actor by 0.5 nats"):
+        health.check_start(good, buffer(), same_reference=True)
+    with pytest.raises(UserError, match="sampler and training forward differ by 0.1 nats"):
+        health.check_start(good | {"sampler_mismatch": 0.1}, same, same_reference=True)
+
+
+def test_first_update_is_refused_without_gradient_or_with_another_policy() -> None:
+    good = {"first_ratio_deviation": 1e-6, "grad_norm": 1.0}
+    health.check_first_update(good, buffer())
+    with pytest.raises(UserError, match="first probability ratio is off 1 by 0.5"):
+        health.check_first_update(good | {"first_ratio_deviation": 0.5}, buffer())
+    with pytest.raises(UserError, match="advantages but no gradient"):
+        health.check_first_update(good | {"grad_norm": 0.0}, buffer())
+    nothing = buffer(advantages=torch.zeros(4, 4))  # equal rewards: nothing to learn is no mistake
+    health.check_first_update(good | {"grad_norm": 0.0}, nothing)
+
+
+def test_kl_controller_by_hand() -> None:
+    numbers = settings(kl_target=2.0, kl_horizon=100.0)
+    assert health.kl_factor(2.0, 10, numbers) == 1.0
+    assert health.kl_factor(2.2, 10, numbers) == pytest.approx(1.01)
+    assert health.kl_factor(9.0, 10, numbers) == pytest.approx(1.02)  # clipped at 0.2
+    assert health.kl_factor(0.0, 10, numbers) == pytest.approx(0.98)
+    assert health.kl_factor(9.0, 10, settings()) == 1.0
+
+
+WELL = {
+    "reward_std": 0.5,
+    "truncated_share": 0.1,
+    "kl": 0.01,
+    "clipped_low": 0.05,
+    "clipped_high": 0.05,
+    "entropy": 0.5,
+    "reward_length_correlation": 0.3,
+    "graded_right": 0.5,
+    "reward_verifier": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    "ill, flag",
+    [
+        ({"reward_std": 0.0}, "--reward"),
+        ({"truncated_share": 0.4}, "--max_new_tokens"),
+        ({"kl": 0.6}, "--kl_coef"),
+        ({"clipped_low": 0.3}, "--inner_epochs"),
+        ({"entropy": 0.001}, "--clip_high"),
+        ({"explained_variance": -2.0}, "--critic_warmup"),
+        ({"dead_groups": 0.9}, "--group_size"),
+        ({"reward_length_correlation": 0.9}, "--overlong_buffer"),
+        ({"graded_unparsed": 0.7}, "--task"),
+    ],
+)
+def test_an_alarm_names_its_flag_and_does_not_repeat(
+    ill: dict[str, float], flag: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    alarms = health.Alarms(logging.getLogger("test"))
+    alarms.look(1, WELL)
+    assert not caplog.records
+    for step in range(2, 12):
+        alarms.look(step, WELL | ill)
+    assert len(caplog.records) == 1 and flag in caplog.text
+    alarms.look(2 + health.REPEAT, WELL | ill)
+    assert len(caplog.records) == 2
+
+
+def test_hacking_is_a_rising_verifier_with_falling_answers(caplog: pytest.LogCaptureFixture) -> None:
+    for sign, rings in ((1, False), (-1, True)):
+        caplog.clear()
+        alarms = health.Alarms(logging.getLogger("test"))
+        for step in range(health.WINDOW):
+            noise = 0.01 * (-1) ** step
+            alarms.look(
+                step,
+                WELL
+                | {"reward_verifier": 0.1 * step + noise, "graded_right": 0.5 + sign * 0.01 * step + noise},
+            )
+        assert ("found the verifier's weakness" in caplog.text) is rings

@@ -1,0 +1,86 @@
+"""A run of ppo_train.py that fails in the middle of a buffer ends, once resumed, as one that never stopped."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from tests.conftest import Folders
+from tests.ranks import command, succeed
+from tests.tiny import weights
+from tests.training.workers import PROMPTS
+
+REWARD = """
+from pathlib import Path
+
+calls = 0
+
+def length(prompt, response, label):
+    global calls
+    calls += 1
+    if calls > 9 and Path(__file__).with_name("stop").exists():
+        raise RuntimeError("stopped")
+    return len(response) / 10
+"""
+
+
+def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(REWARD)
+    rows = [{"instruction": prompt.instruction, "label": "4"} for prompt in PROMPTS]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    (tmp_path / "eval.json").write_text(json.dumps(rows[:2]))
+
+    def words(name: str) -> list[str]:
+        flags = {
+            "actor_ckpt_dir": folders.one,
+            "actor_save_dir": tmp_path / name / "actor",
+            "critic_ckpt_dir": folders.verifier,
+            "critic_save_dir": tmp_path / name / "critic",
+            "reward": f"rule,{tmp_path}/mine.py:length",
+            "reward_weights": "0,1",
+            "train_file": tmp_path / "prompts.json",
+            "eval_file": tmp_path / "eval.json",
+            "max_new_tokens": 5,
+            "max_buffer_size": 4,
+            "group_size": 2,
+            "kl_target": 0.5,
+            "kl_horizon": 10,
+            "kl_loss": "k3",
+            "critic_warmup": 1,
+            "save_every": 1,
+            "lr": 1e-3,
+            "resume": "auto",
+        }
+        return ["ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items())]
+
+    succeed(*words("whole"))
+    (tmp_path / "stop").touch()
+    failed = command(*words("parts"))
+    assert failed.returncode == 1 and "raised RuntimeError: stopped" in failed.stderr
+    (tmp_path / "stop").unlink()
+    resumed = succeed(*words("parts"))
+    assert "resumed after step 2 of 3" in resumed.stderr
+
+    for model in ("actor", "critic"):
+        whole, parts = (weights(tmp_path / name / model) for name in ("whole", "parts"))
+        assert all(torch.equal(whole[name], parts[name]) for name in whole | parts)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "actor/metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    timed = ("seconds", "tokens_per_second")
+    expected, found = (
+        [{key: row[key] for key in row if not key.startswith(timed)} for row in rows] for rows in logs
+    )
+    assert found == expected and len(found) == 3
+    assert found[0]["kl_coef"] != found[2]["kl_coef"]  # adapted, and the resumed part knew it
+    assert found[0]["policy_loss"] == 0.0 and found[1]["grad_norm"] > 0  # the critic was warmed up
+    assert all(row["reward_rule"] == 0.0 and row["reward"] == row["reward_length"] for row in found)
+    assert 0 <= found[2]["eval_accuracy"] <= 1
+    assert (tmp_path / "whole/actor/best/params.json").is_file()
+    first = (tmp_path / "whole/actor/rollouts/step-000001.jsonl").read_text()
+    assert first == (tmp_path / "parts/actor/rollouts/step-000001.jsonl").read_text()
+    assert len(first.splitlines()) == 4 and json.loads(first.splitlines()[0])["rewards"].keys() == {
+        "rule",
+        "length",
+    }

@@ -1,0 +1,47 @@
+"""src/training/rollouts.py: which episodes a buffer holds, and how they lie in it."""
+
+import pytest
+import torch
+
+from src import assemble
+from src.data.collate import encode_prompt
+from src.models.decoder import Decoder
+from src.text.tokenizer import Tokenizer
+from src.training.rollouts import greedy_accuracy, sample_episodes
+from tests.conftest import Folders
+from tests.training.workers import PROMPTS, settings
+
+
+@pytest.fixture
+def actor(folders: Folders) -> Decoder:
+    return assemble.load_solver(folders.one)
+
+
+def test_episodes_are_sampled_in_prompt_order_and_reproducibly(actor: Decoder, tokenizer: Tokenizer) -> None:
+    numbers = settings()
+    found = sample_episodes(actor, PROMPTS, tokenizer, numbers, step=0)
+    assert found.prompts == PROMPTS
+    for prompt, tokens, mask, text in zip(PROMPTS, *found.batch[:2], found.responses, strict=True):
+        ids = encode_prompt(tokenizer, prompt.instruction)
+        assert tokens[: len(ids)].tolist() == ids and mask.nonzero()[0] == len(ids)
+        assert tokenizer.decode(tokens[mask].tolist()) == text
+    again = sample_episodes(actor, PROMPTS[::-1], tokenizer, numbers, step=0)
+    assert again.responses[::-1] == found.responses
+    assert sample_episodes(actor, PROMPTS, tokenizer, numbers, step=1).responses != found.responses
+    assert torch.equal(found.lengths, found.batch.response_mask.sum(1))
+    assert torch.equal(found.last, torch.tensor([int(mask.nonzero().max()) for mask in found.batch[1]]))
+
+
+def test_groups_of_different_steps_do_not_share_samples(actor: Decoder, tokenizer: Tokenizer) -> None:
+    numbers = settings(advantage="grpo", group_size=3, max_buffer_size=18)
+    first, second = (sample_episodes(actor, PROMPTS[:2], tokenizer, numbers, step) for step in (0, 1))
+    assert [prompt.id for prompt in first.prompts] == ["0", "0", "0", "1", "1", "1"]
+    assert len(set(first.responses + second.responses)) > 8  # of 12
+
+
+def test_greedy_accuracy_counts_every_prompt(actor: Decoder, tokenizer: Tokenizer) -> None:
+    def two_right(responses: list[str], labels: list[str]) -> list[str]:
+        assert labels == ["4"] * 5
+        return ["right", "wrong", "unparsed", "right", "timeout"]
+
+    assert greedy_accuracy(actor, PROMPTS, tokenizer, two_right, settings()) == pytest.approx(0.4)
