@@ -1,21 +1,31 @@
 """Build training files from graded samples.
 
 python data_build.py pairs --samples_file log/samples.jsonl --save_file pairs.json
+torchrun --nproc_per_node 8 data_build.py process --ckpt_dir out --task GSM8K --samples_file log/samples.jsonl \\
+    --log_dir log/rollouts --save_file steps.json
 """
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
-from src import cli, runlog
-from src.construct import weak_to_strong
+from src import assemble, cli, parallel, runlog
+from src.checkpoint import storage
+from src.construct import steps, weak_to_strong
+from src.construct.continuation import Begun, Schedule, Solver, branching_sampler, rollout_sampler
 from src.construct.origin import read_origin, same_rules, write_origin
 from src.construct.outcomes import outcome_rows, right_solutions
 from src.construct.pairs import pairs_from_samples, preferred_pairs
 from src.data.examples import Sample, read_instruction_rows, read_samples, read_votes
 from src.errors import UserError
+from src.evaluation.evaluator import Marking, Sampler, claim_samples, grade_samples, sample_prompts
 from src.evaluation.grade import Grader
-from src.evaluation.tasks import Task
+from src.evaluation.prompting import Prompting, make_prompting
+from src.evaluation.tasks import Task, find_task
+from src.inference.sampling import Sampling
+from src.runlog import RunLog
 
 SAMPLE_MORE = "sample more a problem or at a higher temperature"
 ONE_KIND = f"no problem has both a right and a wrong sample; {SAMPLE_MORE}"
@@ -208,6 +218,135 @@ def contrast(
     save(found.pairs, "pairs", f"no problem passes; {SAMPLE_MORE}", vote_file, save_file, dry_run)
 
 
+def process(
+    ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, rollouts: int = 8,
+    label: Literal["hard", "soft"] = "hard", solutions_a_problem: int = 4, temperature: float = 0.7,
+    max_new_tokens: int = 512, max_batch_size: int = 64, prompt_template: str = "", seed: int = 1,
+    dry_run: bool = False,
+) -> None:
+    """Judge every step of solutions by rollouts from behind it, for verifier_train.py --objective process.
+
+    Needs a solver: start it with torchrun. A rerun continues.
+
+    ckpt_dir: solver that goes on from behind each step
+    task: how answers are found and compared; the samples must have been graded by the same rules
+    samples_file: graded samples.jsonl with the solutions to judge
+    log_dir: directory for the rollouts, samples.jsonl and results.json
+    save_file: the json file to write
+    rollouts: samples from behind each step
+    label: hard = does any rollout come out right; soft = the share of those that do
+    solutions_a_problem: most solutions of one problem
+    temperature: of the rollouts
+    max_new_tokens: longest rollout
+    max_batch_size: sequences that decode at once
+    prompt_template: text or file with {instruction} where the problem goes, as for solver_evaluate.py
+    seed: seed of the rollouts
+    dry_run: count the steps without sampling
+    """
+    cli.check_numbers(flags := locals().copy())
+    chosen = steps.solutions_to_judge(read_graded(samples_file, save_file), solutions_a_problem)
+    prompting, benchmark = asked_of(task, prompt_template, samples_file)
+    jobs = steps.beginnings(chosen)
+    if not jobs:
+        raise UserError(f"{samples_file} has no solution of two steps or more to judge; blank lines part them")
+    runlog.logger().info("%d steps of %d solutions to go on from, %d times each", len(jobs), len(chosen), rollouts)
+    if dry_run:
+        return
+    sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)
+    solver = open_solver(ckpt_dir, prompting, max_batch_size, seed)
+    facts = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    sampler = rollout_sampler(solver, {job.prompt.id: job.prefix for job in jobs}, sampling)
+    path = draw(sampler, jobs, rollouts, ckpt_dir, log_dir, flags, facts | prompting.facts(), benchmark)
+    if parallel.rank() == 0:
+        rows = steps.judged_steps(chosen, read_samples(str(path)), hard=label == "hard")
+        save(rows, "judged solutions", "no sample is graded", samples_file, save_file, dry_run)
+
+
+def branch(
+    ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, pairs_a_problem: int = 2,
+    attempts: int = 100, temperature: float = 1.1, temperature_rise: float = 0.1, temperature_cap: float = 1.4,
+    steps_a_solution: int = 24, characters_a_step: int = 3000, max_new_tokens: int = 512, max_batch_size: int = 64,
+    prompt_template: str = "", seed: int = 1, dry_run: bool = False,
+) -> None:
+    """Step-controlled pairs for preference_train.py: wrong ways on from behind the first steps of a right solution.
+
+    Needs a solver: start it with torchrun. A rerun continues.
+
+    ckpt_dir: solver that goes wrong
+    task: how answers are found and compared; the samples must have been graded by the same rules
+    samples_file: graded samples.jsonl with right solutions
+    log_dir: directory for the wrong solutions, samples.jsonl, and failures.jsonl for branches that never went wrong
+    save_file: the json file to write
+    pairs_a_problem: most points to leave the right solution of a problem at
+    attempts: how often a branch is tried until it comes to a wrong answer
+    temperature: of the first step behind the given ones
+    temperature_rise: added for every further step
+    temperature_cap: never above this
+    steps_a_solution: longer solutions are left out
+    characters_a_step: solutions with a longer step are left out
+    max_new_tokens: longest step
+    max_batch_size: sequences that decode at once
+    prompt_template: text or file with {instruction} where the problem goes, as for solver_evaluate.py
+    seed: seed of the points and of the samples
+    dry_run: count the branches without sampling
+    """
+    cli.check_numbers(flags := locals().copy())
+    jobs = steps.branches(read_graded(samples_file, save_file), pairs_a_problem, seed)
+    prompting, benchmark = asked_of(task, prompt_template, samples_file)
+    if not jobs:
+        raise UserError(f"{samples_file} has no right solution of three steps or more to leave; {SAMPLE_MORE}")
+    runlog.logger().info("%d branches of %d problems", len(jobs), len({job.sample.id for job in jobs}))
+    if dry_run:
+        return
+    schedule = Schedule(temperature, temperature_rise, temperature_cap)
+    solver = open_solver(ckpt_dir, prompting, max_batch_size, seed)
+    facts = schedule._asdict() | {"attempts": attempts, "steps_a_solution": steps_a_solution,
+                                  "max_new_tokens": max_new_tokens, "seed": seed}
+    with Grader(benchmark) as grader:
+        sampler = branching_sampler(
+            solver, {job.prompt.id: job.prefix for job in jobs}, schedule,
+            lambda response, answer: grader.grade_one(response, answer).outcome, attempts=attempts,
+            max_steps=steps_a_solution, max_new_tokens=max_new_tokens, seed=seed)
+        path = draw(sampler, jobs, 1, ckpt_dir, log_dir, flags, facts | prompting.facts())
+    if parallel.rank() == 0:
+        found = steps.step_controlled_pairs(jobs, read_samples(str(path)), schedule, max_steps=steps_a_solution,
+                                            max_step_characters=characters_a_step)
+        tell(found.counts)
+        save(found.pairs, "pairs", "no branch is kept", samples_file, save_file, dry_run)
+
+
+def asked_of(task: str, prompt_template: str, samples_file: str) -> tuple[Prompting, Task]:
+    """How problems are put and graded. Raises UserError unless the samples were graded by the task's rules."""
+    benchmark = find_task(task)
+    rules = read_origin(samples_file).rules
+    if rules != benchmark.rules():
+        raise UserError(f"{samples_file} was graded by {', '.join(rules.values())}, but --task {task} means "
+                        f"{', '.join(benchmark.rules().values())}; name the task of the samples")
+    return make_prompting(benchmark, prompt_template=prompt_template), benchmark
+
+
+def open_solver(ckpt_dir: str, prompting: Prompting, max_batch_size: int, seed: int) -> Solver:
+    """The model of a checkpoint on this rank, with what it is asked in."""
+    tokenizer = assemble.load_tokenizer(ckpt_dir)
+    parallel.start(seed=seed)
+    return Solver(assemble.load_solver(ckpt_dir), tokenizer, prompting, max_batch_size)
+
+
+def draw(
+    sampler: Sampler, jobs: list[Begun], n: int, ckpt_dir: str, log_dir: str, flags: dict[str, object],
+    facts: dict[str, object], grade: Task | None = None,
+) -> Path:
+    """Sample n times for every job into log_dir/samples.jsonl, and grade what comes by the task given. -> the file."""
+    path, prompts = Path(log_dir) / "samples.jsonl", [job.prompt for job in jobs]
+    storage.check_writable(path.parent)
+    claim_samples(path, {"checkpoint": storage.fingerprint(Path(ckpt_dir))} | facts)
+    with Marking(grade, prompts) if grade and parallel.rank() == 0 else nullcontext() as marking:
+        sample_prompts(sampler, prompts, num_samples=n, path=path, log=RunLog(log_dir, flags), marking=marking)
+        if marking:
+            storage.write_json(path.with_name("results.json"), grade_samples(marking, read_samples(str(path)), path))
+    return path
+
+
 def grader_of(rules: dict[str, str]) -> Grader:
     """What says whether two answers that these rules found are the same."""
     return Grader(Task(name="samples", **rules))
@@ -251,7 +390,7 @@ def write(text: str, save_file: str) -> None:
 
 COMMANDS = {
     "pairs": pairs, "outcome": outcome, "reject": reject, "prefer": prefer, "split": split, "full_weak": full_weak,
-    "weak_icl": weak_icl, "vote": vote, "contrast": contrast,
+    "weak_icl": weak_icl, "vote": vote, "contrast": contrast, "process": process, "branch": branch,
 }
 
 if __name__ == "__main__":

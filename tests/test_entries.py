@@ -266,6 +266,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     ]
     write_json(folder / "graded.json", [row | {"id": "0", "sample": n} for n, row in enumerate(graded)])
     train = {"ckpt_dir": "one", "save_dir": "out", "train_file": "train.json"}
+    in_steps = [row | {"id": "0", "sample": n, "label": "1"} for n, row in enumerate(graded)]
+    write_json(folder / "judged.json", [in_steps[0], in_steps[1] | {"response": "1\n\n2"}])
+    write_json(folder / "judged.identity.json", {"checkpoint": "m", "rules": find_task("toy").rules()})
+    build = {"ckpt_dir": "one", "task": "toy", "samples_file": "judged.json", "log_dir": "out",
+             "save_file": "out/pairs.json"}  # fmt: skip
     evaluate = {"task": "toy", "ckpt_dir": "one", "label_file": "train.json", "log_dir": "out"}
     return World(
         folder,
@@ -278,6 +283,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "data_build reject": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
             "data_build prefer": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
             "data_build split": {"train_file": "train.json", "first_file": "out/a.json", "second_file": "out/b.json"},
+            "data_build process": build,
+            "data_build branch": build,
             "verifier_train": train | {"train_file": "pairs.json"},
             "preference_train": train | {"train_file": "pairs.json"},
             "verifier_evaluate": evaluate | {"ckpt_dir": "verifier", "samples_file": "samples.json"},
@@ -526,6 +533,13 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("data_build split", {"share": 0}, "train.json gives no rows: --share 0.0 leaves it none"),
     ("data_build split", {"share": 2}, "--share is 2.0, expected a number from 0 to 1"),
     ("data_build split", {"test_file": "train.json"}, "16 questions of train.json are in train.json"),
+    ("data_build process", {"samples_file": "graded.json"}, "has no key 'label'; grade the file"),
+    ("data_build process", {"task": "MATH"}, "was graded by gsm8k/hashes@1, exact@1, but --task MATH means"),
+    ("data_build process", {"solutions_a_problem": 1}, "judged.json has no solution of two steps or more to judge"),
+    ("data_build process", {"rollouts": 0}, "--rollouts is 0, expected 1 or more"),
+    ("data_build branch", {}, "judged.json has no right solution of three steps or more to leave"),
+    ("data_build branch", {"samples_file": "pairs.json"}, "pairs.json, row 1: key 'response' is missing"),
+    ("data_build branch", {"attempts": 0}, "--attempts is 0, expected 1 or more"),
     ("preference_train", {"objective": "cdpo"}, "--label_smoothing is 0.0; --objective cdpo needs the share of wrong"),
     ("preference_train", {"label_smoothing": 0.1}, "--label_smoothing is of --objective cdpo, not of dpo"),
     ("preference_train", {"label_smoothing": 0.5}, "--label_smoothing is 0.5, expected 0 or more and less than 0.5"),
@@ -558,6 +572,7 @@ def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, obj
         ("data_build outcome", "solutions from"),
         ("data_build reject", "problems with solutions from"),
         ("data_build split", "8 rows from 8 problems"),
+        ("data_build process", "1 steps of 2 solutions"),
         ("verifier_train", "optimizer"),
         ("preference_train", "[["),
         ("verifier_evaluate", "weights"),

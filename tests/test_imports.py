@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "certify": {"assemble", "checkpoint", "cli", "inference", "models", "parallel"},
     "inference": {"models", "text", "parallel"},
     "evaluation": {"data", "inference", "models", "parallel", "runlog", "text"},
-    "construct": {"checkpoint", "data", "evaluation"},
+    "construct": {"checkpoint", "data", "evaluation", "inference", "models", "parallel", "text"},
     "training": {"parallel", "runlog", "losses", "models", "checkpoint", "data", "inference", "text"},
 }
 

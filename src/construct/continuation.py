@@ -1,0 +1,231 @@
+"""Solutions gone on with from a given beginning: rollouts that judge a step, and branches that go wrong behind one."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from src import parallel
+from src.data.collate import STEP_END, encode_prompt, split_steps
+from src.data.examples import Prompt, Sample
+from src.evaluation.evaluator import Drawn, Sampler, Wanted
+from src.evaluation.prompting import Prompting
+from src.inference.engine import Request, generate, vocabulary_of
+from src.inference.sampling import Sampling
+from src.models.decoder import Decoder
+from src.text.tokenizer import Tokenizer
+
+EOS, LENGTH, CONTEXT_FULL, TOO_MANY_STEPS = "eos", "length", "context full", "too many steps"
+
+
+class Begun(NamedTuple):
+    """A solution of which the first k steps are given; prompt.id names it: PROBLEM/SAMPLE/K."""
+
+    prompt: Prompt
+    sample: Sample
+    steps: list[str]  # of the whole solution
+    k: int
+
+    @property
+    def prefix(self) -> str:
+        """The given steps as text, a blank line behind each."""
+        return "".join(step + STEP_END for step in self.steps[: self.k])
+
+    @property
+    def rest(self) -> str:
+        """What the solution itself says behind them."""
+        return STEP_END.join(self.steps[self.k :])
+
+
+def begun(sample: Sample, k: int) -> Begun:
+    """A sample's solution up to its k-th step."""
+    name = f"{sample.id}/{sample.sample}/{k}"
+    prompt = Prompt(name, sample.prompt, str(sample.values.get("label") or ""), None, None)
+    return Begun(prompt, sample, split_steps(sample.response), k)
+
+
+class Solver(NamedTuple):
+    """What goes on with solutions."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    prompting: Prompting
+    max_batch_size: int
+
+
+class Asked(NamedTuple):
+    """A text to go on with; (id, sample) seeds its randomness."""
+
+    id: str
+    sample: int
+    instruction: str
+    prefix: str
+
+
+class Continued(NamedTuple):
+    """What follows the prefix, and its end: EOS, LENGTH, CONTEXT_FULL, or the stop string that was met."""
+
+    asked: Asked
+    text: str
+    n_tokens: int
+    logprob: float
+    end: str
+
+
+def continuations(solver: Solver, asked: Sequence[Asked], sampling: Sampling) -> Iterator[Continued]:
+    """Go on from every prefix, as each is done; samples of one prefix share its reading.
+
+    All ranks call this and get the same ones in the same order. A prefix that fills the context is not gone on from.
+    """
+    tokenizer, requests, places = solver.tokenizer, [], {}
+    for item in asked:
+        text = solver.prompting.text(item.instruction)
+        ids = encode_prompt(tokenizer, text, item.prefix)
+        if len(ids) >= solver.model.config.max_seq_len:
+            yield Continued(item, "", 0, 0.0, CONTEXT_FULL)
+            continue
+        requests.append(Request(item.id, item.sample, ids))
+        places[item.id, item.sample] = item, ids[len(encode_prompt(tokenizer, text)) :]
+    for done in generate(
+        solver.model,
+        requests,
+        sampling,
+        vocabulary=vocabulary_of(tokenizer),
+        max_batch_size=solver.max_batch_size,
+    ):
+        item, before = places[done.request.id, done.request.sample]
+        # read behind the prefix: a vocabulary may drop a space at the beginning of a text, but not in the middle
+        text = tokenizer.decode([*before, *done.tokens])[len(tokenizer.decode(before)) :]
+        met = min((stop for stop in sampling.stop if stop in text), key=text.index, default="")
+        end = met or (EOS if done.tokens[-1] in tokenizer.stop_ids else LENGTH)
+        yield Continued(
+            item, text.partition(met)[0] if met else text, len(done.tokens), sum(done.logprobs), end
+        )
+
+
+def rollout_sampler(solver: Solver, prefixes: Mapping[str, str], sampling: Sampling) -> Sampler:
+    """Whole solutions that begin with the prefix of their id, as sample_prompts() takes them."""
+
+    def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+        asked = [
+            Asked(prompt.id, number, prompt.instruction, prefixes[prompt.id]) for prompt, number in wanted
+        ]
+        for found in continuations(solver, asked, sampling):
+            error = CONTEXT_FULL if found.end == CONTEXT_FULL else ""
+            finish = "length" if found.end == LENGTH else "stop"
+            response = found.asked.prefix + found.text
+            logprob = round(found.logprob, 1)
+            yield Drawn(found.asked.id, found.asked.sample, response, found.n_tokens, finish, logprob, error)
+
+    return sample
+
+
+class Schedule(NamedTuple):
+    """The temperature of each step behind the given ones: from `start` up by `rise` a step, `cap` at most."""
+
+    start: float
+    rise: float
+    cap: float
+
+    def at(self, step: int) -> float:
+        """The temperature of a step, counted from 0."""
+        return min(self.start + self.rise * step, self.cap)
+
+
+class Written(NamedTuple):
+    """A continuation of several steps and how it ended; as Continued, or TOO_MANY_STEPS."""
+
+    text: str
+    n_tokens: int
+    logprob: float
+    end: str
+
+
+def branching_sampler(
+    solver: Solver,
+    prefixes: Mapping[str, str],
+    schedule: Schedule,
+    outcome: Callable[[str, str], str],
+    *,
+    attempts: int,
+    max_steps: int,
+    max_new_tokens: int,
+    seed: int,
+) -> Sampler:
+    """Wrong solutions that begin with the prefix of their id (Lu et al. 2024, Step-Controlled DPO, section 3.2).
+
+    Each is tried up to `attempts` times, a step at a time with rising temperature, until it ends with a wrong
+    answer. One that does not is an error, and so is one that never ends: it is no wrong solution. outcome(response,
+    label) is asked on rank 0 alone. max_new_tokens bounds a step.
+    """
+
+    def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+        live = list(wanted)
+        ends: dict[str, str] = {}
+        for attempt in range(attempts):
+            asked = [Asked(p.id, attempt, p.instruction, prefixes[p.id]) for p, _ in live]
+            written = write_steps(
+                solver, asked, schedule, max_steps=max_steps, max_new_tokens=max_new_tokens, seed=seed
+            )
+            verdicts = _on_rank_0(
+                lambda jobs=live, texts=written: {
+                    p.id: outcome(prefixes[p.id] + texts[p.id].text, p.label or "") for p, _ in jobs
+                }
+            )
+            left = []
+            for prompt, number in live:
+                found = written[prompt.id]
+                ends[prompt.id] = f"{found.end}, {verdicts[prompt.id]}"
+                ended = found.end not in (LENGTH, CONTEXT_FULL, TOO_MANY_STEPS)
+                if ended and found.text.strip() and verdicts[prompt.id] == "wrong":
+                    response, logprob = prefixes[prompt.id] + found.text, round(found.logprob, 1)
+                    yield Drawn(prompt.id, number, response, found.n_tokens, "stop", logprob)
+                else:
+                    left.append((prompt, number))
+            live = left
+        for prompt, number in live:
+            error = f"not wrong in {attempts} attempts; the last: {ends[prompt.id]}"
+            yield Drawn(prompt.id, number, "", None, "", None, error)
+
+    return sample
+
+
+def write_steps(
+    solver: Solver,
+    asked: Sequence[Asked],
+    schedule: Schedule,
+    *,
+    max_steps: int,
+    max_new_tokens: int,
+    seed: int,
+) -> dict[str, Written]:
+    """Go on from every prefix step by step, each step at its own temperature, all texts in step. -> by id."""
+    written = {item.id: Written("", 0, 0.0, "") for item in asked}
+    for step in range(max_steps):
+        sampling = Sampling(
+            temperature=schedule.at(step),
+            max_new_tokens=max_new_tokens,
+            stop=(STEP_END, *solver.prompting.stop),
+            seed=seed,
+        )
+        # the id counts the step, so that each draws its own random numbers
+        going = {f"{item.id}/{step}": item for item in asked if not written[item.id].end}
+        requests = [
+            item._replace(id=name, prefix=item.prefix + written[item.id].text) for name, item in going.items()
+        ]
+        for found in continuations(solver, requests, sampling):
+            name = going[found.asked.id].id
+            before, more = written[name], found.end == STEP_END
+            written[name] = Written(
+                before.text + found.text + (STEP_END if more else ""),
+                before.n_tokens + found.n_tokens,
+                before.logprob + found.logprob,
+                "" if more else found.end,
+            )
+    return {
+        name: found if found.end else found._replace(end=TOO_MANY_STEPS) for name, found in written.items()
+    }
+
+
+def _on_rank_0(verdicts: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What rank 0 says, on every rank: a timeout on one alone would part their ways."""
+    return json.loads(parallel.broadcast_text(json.dumps(verdicts()) if parallel.rank() == 0 else None))

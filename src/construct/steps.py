@@ -1,0 +1,128 @@
+"""Which beginnings of solutions to go on from, and what is learnt of them: step labels, step-controlled pairs."""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from src.construct.continuation import Begun, Schedule, begun
+from src.construct.problems import by_problem
+from src.data.collate import split_steps
+from src.data.examples import Sample
+from src.errors import UserError
+
+Row = dict[str, object]
+
+
+class Branched(NamedTuple):
+    """Step-controlled pairs, and what became of every branch."""
+
+    pairs: list[Row]
+    counts: Counter[str]
+
+
+def solutions_to_judge(samples: Sequence[Sample], solutions_a_problem: int) -> list[Sample]:
+    """The first different right and wrong solutions of each problem, in turns as the file has them.
+
+    Raises UserError for a sample without its label.
+    """
+    chosen = []
+    for problem in by_problem(samples).values():
+        ordered = sorted((*problem.right, *problem.wrong), key=lambda sample: sample.sample)
+        chosen += ordered[:solutions_a_problem]
+    for sample in chosen:
+        if not sample.values.get("label"):
+            raise UserError(
+                f"sample {sample.id!r}/{sample.sample} has no key 'label'; grade the file with solver_evaluate.py"
+            )
+    return chosen
+
+
+def beginnings(solutions: Sequence[Sample]) -> list[Begun]:
+    """Every beginning of every solution: its first step, its first two, ... all but the last."""
+    return [begun(sample, k) for sample in solutions for k in range(1, len(split_steps(sample.response)))]
+
+
+def judged_steps(solutions: Sequence[Sample], rollouts: Sequence[Sample], *, hard: bool) -> list[Row]:
+    """Rows `{"instruction", "steps", "labels"}` from graded rollouts (Wang et al. 2024, Math-Shepherd, section 3.2).
+
+    A step's label says whether a rollout from behind it comes out right (hard), or the share of those that do (soft).
+    The last step's label is the solution's own outcome; a step without rollouts is not judged.
+    """
+    outcomes = defaultdict(list)
+    for rollout in rollouts:
+        outcomes[rollout.id].append(rollout.outcome == "right")
+    rows = []
+    for sample in solutions:
+        steps = split_steps(sample.response)
+        labels: list[float | None] = []
+        for k in range(1, len(steps)):
+            found = outcomes[f"{sample.id}/{sample.sample}/{k}"]
+            share = sum(found) / len(found) if found else None
+            labels.append(float(share > 0) if hard and share is not None else share)
+        labels.append(float(sample.outcome == "right"))
+        rows.append({"id": sample.id, "instruction": sample.prompt, "steps": steps, "labels": labels})
+    return rows
+
+
+def branch_points(n_steps: int) -> range:
+    """After how many steps of a solution a branch may leave it: one at least, and two at least are left out."""
+    return range(1, n_steps - 1)
+
+
+def branches(samples: Sequence[Sample], pairs_a_problem: int, seed: int) -> list[Begun]:
+    """Where to leave the first right solution of each problem: at most so many points, drawn by the seed."""
+    generator = random.Random(seed)
+    chosen = []
+    for problem in by_problem(samples).values():
+        if problem.right:
+            points = branch_points(len(split_steps(problem.right[0].response)))
+            drawn = sorted(generator.sample(points, min(pairs_a_problem, len(points))))
+            chosen += [begun(problem.right[0], k) for k in drawn]
+    if any(not item.prompt.label for item in chosen):
+        raise UserError("the samples have no key 'label'; grade the file with solver_evaluate.py")
+    return chosen
+
+
+def step_controlled_pairs(
+    jobs: Sequence[Begun],
+    found: Sequence[Sample],
+    schedule: Schedule,
+    *,
+    max_steps: int,
+    max_step_characters: int,
+) -> Branched:
+    """Rows `{"instruction", "prefix", "chosen", "rejected"}`: a right and a wrong way on from the same first steps.
+
+    found: the wrong solutions that came, by the id of their job.
+    Solutions of more steps, or with a longer step, are left out as noise (section 3.2, filters of the released code).
+    """
+    texts = {sample.id: sample for sample in found}
+    counts: Counter[str] = Counter()
+    pairs = []
+    for job in jobs:
+        sample = texts.get(job.prompt.id)
+        if sample is None:
+            counts["never wrong"] += 1
+            continue
+        wrong = split_steps(sample.response.removeprefix(job.prefix))
+        if max(len(job.steps), job.k + len(wrong)) > max_steps:
+            counts["with too many steps"] += 1
+        elif max(map(len, (*job.steps, *wrong))) > max_step_characters:
+            counts["with too long a step"] += 1
+        else:
+            counts["kept"] += 1
+            pairs.append(_pair(job, sample.response.removeprefix(job.prefix), len(wrong), schedule))
+    return Branched(pairs, counts)
+
+
+def _pair(job: Begun, rejected: str, n_wrong: int, schedule: Schedule) -> Row:
+    return {
+        "id": job.prompt.id,
+        "instruction": job.prompt.instruction,
+        "prefix": job.prefix,
+        "chosen": job.rest,
+        "rejected": rejected,
+        "start_steps": job.k,
+        "temperatures": [round(schedule.at(step), 6) for step in range(n_wrong)],
+    }

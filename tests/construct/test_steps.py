@@ -1,0 +1,226 @@
+"""src/construct/steps.py and continuation.py: rollouts from every step, branches that go wrong, by a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import data_build
+from src import assemble
+from src.construct.continuation import Asked, Schedule, Solver, begun, continuations, write_steps
+from src.construct.steps import beginnings, branch_points, judged_steps, step_controlled_pairs
+from src.data.collate import encode_prompt
+from src.data.examples import Sample, read_judged, read_pairs, read_samples
+from src.errors import UserError
+from src.evaluation.prompting import make_prompting
+from src.evaluation.tasks import find_task
+from src.inference.sampling import Sampling
+from src.training.preference import open_preferences
+from tests.conftest import Folders
+from tests.ranks import succeed
+
+RULES = {"extraction": "gsm8k/hashes@1", "equality": "exact@1"}
+SOLUTION = "1+1 #### 2\n\n2+2=3 #### 3\n\na\n\n#### 4"  # until the last step its answer is another
+
+
+def sample(name: str, number: int, response: str, outcome: str) -> Sample:
+    values = {"id": name, "sample": number, "prompt": f"{name}+1=", "response": response, "label": "4",
+              "outcome": outcome, "answer": "4"}  # fmt: skip
+    return Sample(name, number, f"{name}+1=", response, outcome, values)
+
+
+def log_dir(folder: Path, samples: list[Sample], rules: dict[str, str] = RULES) -> str:
+    folder.mkdir()
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample.values) + "\n" for sample in samples))
+    (folder / "samples.identity.json").write_text(json.dumps({"checkpoint": "m"}))
+    (folder / "results.json").write_text(json.dumps({"rules": rules}))
+    return str(folder / "samples.jsonl")
+
+
+@pytest.fixture
+def solver(folders: Folders) -> Solver:
+    tokenizer = assemble.load_tokenizer(folders.one)
+    return Solver(assemble.load_solver(folders.one), tokenizer, make_prompting(find_task("toy")), 8)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Schedule(1.1, 0.1, 1.4), [1.1, 1.2, 1.3, 1.4, 1.4]),
+        (Schedule(1.0, 0.05, 1.3), [1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.3]),
+        (Schedule(1.0, 0.05, 1.2), [1.0, 1.05, 1.1, 1.15, 1.2, 1.2]),
+        (Schedule(1.1, 0.05, 1.4), [1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4, 1.4]),
+    ],
+)
+def test_scdpo_13_temperatures_rise_to_their_cap(schedule: Schedule, expected: list[float]) -> None:
+    assert [schedule.at(step) for step in range(len(expected))] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("n", "points"), [(1, []), (2, []), (3, [1]), (4, [1, 2]), (7, [1, 2, 3, 4, 5])])
+def test_scdpo_12_two_steps_at_least_are_left_out(n: int, points: list[int]) -> None:
+    assert list(branch_points(n)) == points
+
+
+def test_a_beginning_and_its_rest_are_the_solution() -> None:
+    for item in beginnings([sample("0", 0, SOLUTION, "right")]):
+        assert item.prefix + item.rest == SOLUTION
+    assert [item.prompt.id for item in beginnings([sample("0", 3, SOLUTION, "right")])] == [
+        "0/3/1",
+        "0/3/2",
+        "0/3/3",
+    ]
+
+
+def test_continuing_greedily_gives_what_was_cut_off(solver: Solver) -> None:
+    greedy = Sampling(temperature=0.0, max_new_tokens=12)
+    (whole,) = continuations(solver, [Asked("x", 0, "1+1=", "12\n\n")], greedy)
+    ids = encode_prompt(solver.tokenizer, "1+1=", "12\n\n")
+    assert ids == [1, *solver.tokenizer.encode("1+1="), *solver.tokenizer.encode("12\n\n")]
+    assert whole.n_tokens <= 12 and whole.end in ("eos", "length")
+    (full,) = continuations(solver, [Asked("x", 0, "1+1=", "12" * 80)], greedy)
+    assert (full.end, full.text) == ("context full", "")
+
+
+def test_steps_do_not_depend_on_what_else_is_asked(solver: Solver) -> None:
+    asked = [Asked(str(n), n % 2, f"{n}+1=", "1\n\n" * (n % 3)) for n in range(5)]
+    options = {"max_steps": 3, "max_new_tokens": 8, "seed": 7}
+    together = write_steps(solver, asked, Schedule(1.0, 0.1, 1.2), **options)
+    for item in asked:
+        alone = write_steps(solver, [item], Schedule(1.0, 0.1, 1.2), **options)[item.id]
+        assert (alone.text, alone.end) == (together[item.id].text, together[item.id].end)
+
+
+def test_labels_by_hand() -> None:
+    solution = sample("0", 0, SOLUTION, "wrong")
+    outcomes = {1: ["right", "wrong"], 2: ["wrong", "unparsed"], 3: []}
+    rollouts = [sample(f"0/0/{k}", n, "", x) for k, given in outcomes.items() for n, x in enumerate(given)]
+    (soft,) = judged_steps([solution], rollouts, hard=False)
+    (hard,) = judged_steps([solution], rollouts, hard=True)
+    assert soft["labels"] == [0.5, 0.0, None, 0.0] and hard["labels"] == [1.0, 0.0, None, 0.0]
+    assert soft["steps"] == SOLUTION.split("\n\n")
+
+
+PROCESS = {"rollouts": 3, "max_new_tokens": 12, "temperature": 1.0, "max_batch_size": 8}
+
+
+def test_process_judges_steps_and_continues(folders: Folders, tmp_path: Path) -> None:
+    samples = [
+        sample(str(n), k, SOLUTION + "0" * k, ("right", "wrong")[k]) for n in range(2) for k in range(2)
+    ]
+    source, save_file = log_dir(tmp_path / "log", samples), tmp_path / "steps.json"
+    build = lambda name, **more: data_build.process(  # noqa: E731
+        folders.one, "toy", source, str(tmp_path / name), str(save_file), **PROCESS | more
+    )
+    build("a")
+    expected, rollouts = save_file.read_bytes(), (tmp_path / "a/samples.jsonl").read_bytes()
+    rows = read_judged(str(save_file))
+    assert len(rows) == 4 and all(len(row.labels) == 4 for row in rows)
+    assert [row.labels[-1] for row in rows] == [1.0, 0.0, 1.0, 0.0]
+    found = read_samples(str(tmp_path / "a/samples.jsonl"))
+    assert len(found) == 4 * 3 * 3 and all(item.outcome for item in found)
+    prefixes = {item.prompt.id: item.prefix for item in beginnings(samples)}
+    assert all(item.response.startswith(prefixes[item.id]) for item in found)
+    (tmp_path / "a/samples.jsonl").write_bytes(rollouts[: len(rollouts) // 2])  # killed within a line
+    build("a")
+    assert save_file.read_bytes() == expected and (tmp_path / "a/samples.jsonl").read_bytes() == rollouts
+    build("a", label="soft")
+    assert {label for row in read_judged(str(save_file)) for label in row.labels} <= {0, 1 / 3, 2 / 3, 1}
+    with pytest.raises(UserError, match="holds samples with seed=1, but this run has 2"):
+        build("a", seed=2)
+
+
+BRANCH = {"attempts": 40, "max_new_tokens": 12, "max_batch_size": 8, "steps_a_solution": 8}
+
+
+def branched(folders: Folders, source: str, folder: Path, **more: object) -> list[dict[str, object]]:
+    save_file = folder.with_suffix(".json")
+    data_build.branch(folders.one, "toy", source, str(folder), str(save_file), **BRANCH | more)
+    return json.loads(save_file.read_text())
+
+
+def test_scdpo_15_a_branch_shares_the_first_steps_and_is_wrong(folders: Folders, tmp_path: Path) -> None:
+    samples = [sample(str(n), 0, SOLUTION, "right") for n in range(3)]
+    source = log_dir(tmp_path / "log", samples)
+    rows = branched(folders, source, tmp_path / "a")
+    steps = SOLUTION.split("\n\n")
+    grader = data_build.grader_of(RULES)
+    with grader:
+        for row in rows:
+            k = row["start_steps"]
+            assert row["prefix"] == "".join(f"{step}\n\n" for step in steps[:k])
+            assert row["prefix"] + row["chosen"] == SOLUTION
+            assert grader.grade_one(row["prefix"] + row["chosen"], "4").outcome == "right"
+            assert grader.grade_one(row["prefix"] + row["rejected"], "4").outcome == "wrong"
+            assert row["temperatures"][0] == 1.1 and max(row["temperatures"]) <= 1.4
+    assert read_pairs(str(tmp_path / "a.json"))[0].prefix.endswith("\n\n")
+    again = (tmp_path / "a/samples.jsonl").read_bytes()
+    (tmp_path / "a/samples.jsonl").write_bytes(again[:-20])  # killed within a line
+    assert branched(folders, source, tmp_path / "a") == rows
+    assert (tmp_path / "a/samples.jsonl").read_bytes() == again
+
+
+def test_scdpo_10_what_never_ends_or_fills_the_context_is_not_wrong(folders: Folders, tmp_path: Path) -> None:
+    """A solution whose beginning fills the context is in failures.jsonl and in no other file."""
+    long = "\n\n".join(["####" + "1" * 56, "2" * 60, "3" * 60, "#### 4"])
+    source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right"), sample("1", 0, long, "right")])
+    rows = branched(folders, source, tmp_path / "a", pairs_a_problem=2)
+    failed = [json.loads(line) for line in (tmp_path / "a/failures.jsonl").read_text().splitlines()]
+    assert ("1/0/2", "context full") in [
+        (row["id"], row["error"].split("last: ")[1].split(",")[0]) for row in failed
+    ]
+    assert not {row["id"] for row in failed} & {row["id"] for row in rows}
+
+
+def test_scdpo_16_noise_is_left_out_and_counted() -> None:
+    right = sample("0", 0, SOLUTION, "right")
+    jobs = [begun(right, 1), begun(right, 2)]
+    found = [
+        sample("0/0/1", 0, jobs[0].prefix + "5", "wrong"),
+        sample("0/0/2", 0, jobs[1].prefix + "5" * 14, "wrong"),
+    ]
+    schedule = Schedule(1.1, 0.1, 1.4)
+    for limits, counts in (
+        ((9, 99), {"kept": 2}),
+        ((3, 99), {"with too many steps": 2}),  # the right solution has four
+        ((9, 13), {"kept": 1, "with too long a step": 1}),
+    ):
+        pairs, told = step_controlled_pairs(
+            jobs, found, schedule, max_steps=limits[0], max_step_characters=limits[1]
+        )
+        assert told == counts and len(pairs) == counts.get("kept", 0)
+    assert step_controlled_pairs(jobs, found[:1], schedule, max_steps=9, max_step_characters=99).counts == {
+        "kept": 1,
+        "never wrong": 1,
+    }
+
+
+def test_scdpo_17_the_limit_is_of_each_problem(folders: Folders, tmp_path: Path) -> None:
+    solution = "#### 1\n\n2\n\n3\n\n4\n\n5\n\n#### 4"  # four points to leave it at
+    source = log_dir(tmp_path / "log", [sample(str(n), 0, solution, "right") for n in range(5)])
+    rows = branched(folders, source, tmp_path / "a", pairs_a_problem=2)
+    by_problem = [sum(row["instruction"] == f"{n}+1=" for row in rows) for n in range(5)]
+    assert by_problem == [2] * 5
+
+
+def test_scdpo_18_held_out_pairs_share_no_question(folders: Folders, tmp_path: Path) -> None:
+    source = log_dir(tmp_path / "log", [sample(str(n), 0, SOLUTION, "right") for n in range(5)])
+    branched(folders, source, tmp_path / "a")
+    tokenizer = assemble.load_tokenizer(folders.one)
+    data, held = open_preferences(str(tmp_path / "a.json"), "", 0.4, tokenizer, max_seq_len=128)
+    questions = [{tokenizer.decode(pair[0].tokens)[:4] for pair in side.samples} for side in (data, held)]
+    assert [len(side) for side in questions] == [3, 2] and not questions[0] & questions[1]
+
+
+def test_samples_of_another_scorer_are_refused(folders: Folders, tmp_path: Path) -> None:
+    source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right")], RULES | {"equality": "choice@1"})
+    with pytest.raises(UserError, match="was graded by gsm8k/hashes@1, choice@1, but --task toy means"):
+        branched(folders, source, tmp_path / "a")
+
+
+def test_two_ranks_build_the_same(folders: Folders, tmp_path: Path) -> None:
+    source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right")])
+    expected = branched(folders, source, tmp_path / "a")
+    flags = {"ckpt_dir": folders.two, "task": "toy", "samples_file": source, "log_dir": tmp_path / "b",
+             "save_file": tmp_path / "b.json", **BRANCH}  # fmt: skip
+    succeed("data_build.py", "branch", *(f"--{name}={value}" for name, value in flags.items()), n=2)
+    assert json.loads((tmp_path / "b.json").read_text()) == expected
