@@ -48,7 +48,7 @@ def main(
 ) -> None:
     """Reinforcement learning; rewards at the ends of responses or of their steps, KL per token.
 
-    actor_ckpt_dir: solver to improve; a frozen copy of it is the reference
+    actor_ckpt_dir: solver to improve; a frozen copy of it, or with LoRA itself without adapters, is the reference
     actor_save_dir: directory for the improved solver, metrics.jsonl, run.json and rollouts/
     critic_ckpt_dir: verifier that the critic starts from; a solver will do (its value head starts at zero)
     critic_save_dir: directory for the critic; only --advantage gae has one
@@ -112,7 +112,8 @@ def main(
     keep_last: how many of those are kept
     resume: auto = go on from the newest complete one in both save directories, if there is one
     save_dtype: type of the stored weights; default: as in the directories started from (adapters: float32)
-    quantize: hold the frozen models, reference and verifier, in 8 or 4 bits a weight; the first KL is then not 0
+    quantize: hold the frozen models, verifier and (without LoRA) reference, in 8 or 4 bits a weight; with such a
+        reference the first KL is not 0
     seed: seed of prompt order, sampling and adapter initialisation
     dry_run: print the plan - buffers, memory of each rank for each model - and stop
     """
@@ -153,8 +154,8 @@ def main(
     for save_dir in filter(None, (actor_save_dir, critic_save_dir)):
         assemble.check_save_dir(save_dir, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
     actor = assemble.load_solver(actor_ckpt_dir, model_type=model_type, dtype=torch.float32)
-    # as the actor: their first KL is 0, unless the reference is quantised
-    reference = assemble.load_solver(actor_ckpt_dir, dtype=torch.float32, quantize=quantize)
+    # as the actor: their first KL is 0, unless the reference is quantised; with adapters it is the actor without them
+    reference = None if lora else assemble.load_solver(actor_ckpt_dir, dtype=torch.float32, quantize=quantize)
     assemble.put_lora_on(actor, lora, seed)
     critic = None
     if settings.has_critic:
@@ -207,7 +208,7 @@ def main(
             found = ppo.collect(models, [prompts[row] for row in rows], tokenizer, parts, now, step, phases)
             metrics = health.rollout_metrics(found, now) | outcomes
             if step == 0:
-                health.check_start(metrics, found, same_reference=not quantize)
+                health.check_start(metrics, found, same_reference=bool(lora) or not quantize)
             with phases("update"):
                 metrics |= ppo.update(actor_loop, critic_loop, found, now, step, train_actor=step >= critic_warmup)
             if step == critic_warmup:

@@ -158,9 +158,10 @@ def ppo(
     rollouts = decoding_memory(actor, n, n_decoding, n_tokens, quantize)
     memory = {
         "actor": training_memory(actor, n, lora, n_rows, max_new_tokens),
-        "reference": {"weights": rollouts["weights"]},
         "rollouts": {"kv cache": rollouts["kv cache"], "logits": rollouts["logits"]},
     }
+    if lora is None:  # with adapters the reference is the actor without them
+        memory["reference"] = {"weights": rollouts["weights"]}
     if with_critic:
         memory["critic"] = training_memory(critic, n, lora, n_rows, max_new_tokens)
     if with_verifier:

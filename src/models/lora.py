@@ -5,6 +5,7 @@ on a row-parallel layer A is split by columns and B is whole: each product then 
 than the layers' own, and whole factors receive the same gradient on every rank.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scale = config.alpha / config.rank
         self.dropout = nn.Dropout(config.dropout)
+        self.adapted = True  # without_adapters() turns it off
         if isinstance(base, ColumnParallelLinear):
             self.lora_a: nn.Module = nn.Linear(base.in_features, config.rank, bias=False)
             self.lora_b: nn.Module = ColumnParallelLinear(
@@ -68,7 +70,22 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], both as the base layer has them on this rank."""
+        if not self.adapted:
+            return self.base(x)
         return self.base(x) + self.scale * self.lora_b(self.lora_a(self.dropout(x)))
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the one that its adapters were put on."""
+    linears = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for linear in linears:
+        linear.adapted = False
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.adapted = True
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:

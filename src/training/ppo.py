@@ -3,6 +3,7 @@
 B episodes, S sequence, N response tokens of some episodes laid end to end in row order
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from src.data.collate import Batch
 from src.data.examples import Prompt
 from src.inference.scoring import logprobs_and_entropy, response_logprobs, response_values
 from src.models.decoder import Decoder
+from src.models.lora import without_adapters
 from src.runlog import Phases
 from src.text.tokenizer import Tokenizer
 from src.training.loop import StepReport, TrainLoop
@@ -26,10 +28,13 @@ KL_LOSSES = {"k2": losses.kl_k2, "k3": losses.kl_k3}
 
 
 class Models(NamedTuple):
-    """The models that PPO needs beside the reward; critic None where the estimator has none."""
+    """The models that PPO needs beside the reward.
+
+    reference None: the actor without its adapters. critic None: the estimator has none.
+    """
 
     actor: Decoder
-    reference: Decoder
+    reference: Decoder | None
     critic: Decoder | None
 
 
@@ -86,7 +91,9 @@ def collect(
         )
 
     with phases("score"):
-        old_logprobs, reference_logprobs = logprobs_of(models.actor), logprobs_of(models.reference)
+        old_logprobs = logprobs_of(models.actor)
+        with contextlib.nullcontext() if models.reference else without_adapters(models.actor):
+            reference_logprobs = logprobs_of(models.reference or models.actor)
         critic, values = models.critic, None
         if critic is not None:
             values = per_token(lambda micro: response_values(critic, *micro), batch, settings.max_batch_size)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from src import assemble
 from src.data.collate import Batch
 from src.inference.scoring import response_logprobs, response_values
 from src.runlog import Phases, RunLog
@@ -358,3 +359,21 @@ def test_critic_free_updates_do_not_depend_on_max_batch_size(
     assert expected.keys() == found.keys() == {"rollouts", "actor"}
     for name, tensor in expected["actor"].items():
         assert_close(found["actor"][name], tensor, rtol=1e-5, atol=1e-6, msg=name.__add__)
+
+
+def test_with_adapters_the_reference_is_the_actor_without_them(
+    folders: Folders, models: ppo.Models, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    lora = assemble.lora_config(4, 16.0, 0.0, ["wq", "wo", "w1", "w2"])
+    assemble.put_lora_on(models.actor, lora, seed=1)
+    numbers = settings(advantage="grpo", group_size=2)
+    alone = models._replace(reference=None, critic=None)
+    first = collect(alone, tokenizer, by_length, numbers, step=0)
+    assert torch.equal(first.old_logprobs, first.reference_logprobs)
+    loop = TrainLoop(models.actor, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=4)
+    ppo.update(loop, None, first, numbers, 0, train_actor=True)
+    shared = collect(alone, tokenizer, by_length, numbers, step=1)
+    apart = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=1)
+    assert (shared.old_logprobs - shared.reference_logprobs).abs().max() > 1e-3
+    assert torch.equal(shared.reference_logprobs, apart.reference_logprobs)
+    assert torch.equal(shared.old_logprobs, apart.old_logprobs)

@@ -1,8 +1,9 @@
-"""A run of ppo_train.py that fails in the middle of a buffer ends, once resumed, as one that never stopped."""
+"""ppo_train.py as a whole: a run that fails in the middle of a buffer ends, once resumed, as one that never stopped."""
 
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.conftest import Folders
@@ -84,3 +85,30 @@ def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_
         "rule",
         "length",
     }
+
+
+def test_grpo_with_adapters_runs_without_critic_or_reference(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text(json.dumps([{"instruction": row.instruction} for row in PROMPTS]))
+    flags = {
+        "actor_ckpt_dir": folders.one,
+        "actor_save_dir": tmp_path / "actor",
+        "reward_model_ckpt_dir": folders.verifier,
+        "reward": "verifier,rule",
+        "train_file": tmp_path / "prompts.json",
+        "advantage": "grpo",
+        "group_size": 4,
+        "filter_groups": "true",
+        "truncated": "mask",
+        "lora_rank": 4,
+        "max_new_tokens": 6,
+        "max_buffer_size": 12,
+        "lr": 1e-2,
+    }
+    done = succeed("ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items()))
+    rows = [json.loads(line) for line in (tmp_path / "actor/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and (tmp_path / "actor/adapter.json").is_file()
+    assert rows[0]["kl"] == 0.0 != rows[1]["kl"] and rows[0]["first_ratio_deviation"] < 1e-5
+    assert rows[0]["grad_norm"] > 0 and rows[0]["value_loss"] == 0.0 and rows[0]["kl_coef"] == 0.0
+    assert all(row["kept_share"] == pytest.approx(1 - row["truncated_share"]) for row in rows), rows
+    assert all(row["reward"] == row["reward_verifier"] != row["reward_rule"] == 0.0 for row in rows)
+    assert "30% of the responses did not end" in done.stderr
