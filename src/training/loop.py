@@ -20,6 +20,7 @@ from src.checkpoint.training_state import MASTER, MOMENTS, LoopState
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
+from src.training import watchdog
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row after which training cannot be saved
 
@@ -76,6 +77,7 @@ class TrainLoop:
             betas=(0.9, 0.95),
             fused=True,
         )
+        self._watchdog = watchdog.of_process()
         self._seed_step()
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -108,6 +110,7 @@ class TrainLoop:
         self.optimizer.zero_grad(set_to_none=True)
         self._loss.zero_()
         self.steps += 1
+        self._watchdog.step = self.steps
         self._seed_step()
         return StepReport(loss, grad_norm, lr)
 
@@ -166,6 +169,7 @@ class TrainLoop:
                     moment: parallel.part_like(read(f"{name}/{moment}"), parameter) for moment in MOMENTS
                 }
                 self.optimizer.state[parameter] = {"step": updates, **moments}
+        self._watchdog.step = self.steps
         self._seed_step()
 
 

@@ -3,19 +3,21 @@
 They import nothing heavier than src: every rank pays for it.
 """
 
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from src import assemble, parallel
+from src import assemble, cli, parallel
 from src.checkpoint import shards
 from src.data.batches import Batching
 from src.data.collate import Batch
 from src.data.examples import Instruction, Pair, Prompt
+from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import Phases, RunLog
-from src.training import ppo, preference
+from src.training import ppo, preference, watchdog
 from src.training.health import rollout_metrics
 from src.training.loop import TrainLoop
 from src.training.ppo_settings import Settings, from_flags
@@ -276,3 +278,28 @@ def resumed_epochs(
         losses.append(loop.step().loss)
         saver.step_done(step.number)
     return local_weights(model) | {"losses": torch.tensor(losses)}
+
+
+def interrupted(folder: str, save_dir: str, how: str) -> None:
+    """Two steps of a run that catches SIGTERM; in the second one rank sleeps for good, or fails."""
+    watchdog.HANG_SECONDS = {"cpu": 3.0}
+    model = assemble.load_solver(folder, dtype=torch.float32)
+    log = RunLog(save_dir, {})
+    loop = TrainLoop(model, log, lr=1e-3, total_steps=2)
+    trained = Trained(save_dir, loop, lambda target, state: None)
+    Saver(log, [trained], save_every=-1, keep_last=1, steps_per_epoch=9, total_steps=9, facts={})
+    for step in range(2):
+        if step == 1 and parallel.rank() == 1:
+            (Path(save_dir) / "since").write_text(str(time.time()), encoding="utf-8")
+            if how == "hangs":
+                time.sleep(1000)
+            raise UserError("row 7 is broken")
+        loop.backward(
+            sft_loss(model, Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]])), 2.0)
+        )
+        loop.step()
+
+
+if __name__ == "__main__":  # a rank whose mistakes end as those of an entry script
+    parallel.start(1)
+    cli.run(interrupted)
