@@ -26,12 +26,12 @@ from src.evaluation.evaluator import (
     sample_prompts,
 )
 from src.evaluation.interactive import Solver, converse
-from src.evaluation.plot import plot_results
 from src.evaluation.prompting import make_prompting, select_prompts
-from src.evaluation.report import results_table
+from src.evaluation.report import CURVES, results_table
 from src.evaluation.tasks import Task, find_task
 from src.inference.remote import Server
 from src.inference.sampling import Sampling
+from src.plot import plot_results
 from src.runlog import RunLog
 
 
@@ -135,7 +135,7 @@ def main(
             asked = {} if samples_file else prompting._asdict() | {"few_shot": few_shot}
             results = grade_samples(marking, samples, path) | asked
             storage.write_json(Path(log_dir) / "results.json", results)
-            plot_results(results, Path(log_dir) / "results.png")
+            plot_results(results, CURVES, Path(log_dir) / "results.png")
             runlog.table(results_table(results, speed))
 
 

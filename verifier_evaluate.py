@@ -14,7 +14,6 @@ from src.data.examples import match_samples, read_judged, read_prompts, read_sam
 from src.errors import UserError
 from src.evaluation.evaluator import Marking, disclaim_samples, grade_samples
 from src.evaluation.judging import score_samples, score_steps
-from src.evaluation.plot import plot_verifier
 from src.evaluation.tasks import find_task
 from src.evaluation.verifier_report import (
     choose_threshold,
@@ -24,6 +23,7 @@ from src.evaluation.verifier_report import (
     report_table,
     steps_table,
 )
+from src.plot import plot_verifier
 from src.runlog import RunLog
 
 

@@ -1,5 +1,9 @@
 """What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, TensorBoard, and run.json. Nothing else
-prints."""
+prints.
+
+python -m src.runlog RUN_DIR
+draws the metrics of a run, which may still be going on, into RUN_DIR/metrics.png.
+"""
 
 import contextlib
 import json
@@ -17,9 +21,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from src.errors import UserError
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+METRICS = "metrics.jsonl"
 _FORMAT = "%(asctime)s %(message)s"
 
 
@@ -116,10 +123,9 @@ class RunLog:
 
     def _open_metrics(self) -> TextIO:
         """metrics.jsonl for appending; what lies behind the kept steps was of a part that is run again."""
-        path = self._folder / "metrics.jsonl"
-        rows = path.read_text(encoding="utf-8").splitlines() if self._kept and path.is_file() else []
-        whole = [row for row in rows if row.endswith("}")]  # a killed run may have torn its last line
-        kept = [row for row in whole if json.loads(row)["step"] <= self._kept]
+        path = self._folder / METRICS
+        rows = _whole_lines(path) if self._kept and path.is_file() else []
+        kept = [row for row in rows if json.loads(row)["step"] <= self._kept]
         path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
         return path.open("a", encoding="utf-8")
 
@@ -173,6 +179,35 @@ class RunLog:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a metrics file; a killed run may have torn its last one."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def draw(folder: Path) -> Path:
+    """Draw the metrics of a run. Returns the PNG. Raises UserError for a directory without any."""
+    from src.plot import plot_run  # matplotlib costs half a second: not for every run
+
+    path, picture = folder / METRICS, folder / "metrics.png"
+    rows = [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
+    if not rows:
+        raise UserError(
+            f"{folder} holds no {METRICS} with a line in it; give the directory of a run that has begun"
+        )
+    plot_run(rows, str(folder), picture)
+    return picture
+
+
+def _command(arguments: Sequence[str]) -> None:
+    """What this file does as a program."""
+    if len(arguments) != 1:
+        sys.exit(f"error: found {len(arguments)} arguments; expected one: python -m src.runlog RUN_DIR")
+    try:
+        table(f"wrote {draw(Path(arguments[0]))}")
+    except UserError as problem:
+        sys.exit(f"error: {problem}")
+
+
 def _summary_writer(folder: Path, purge_step: int) -> "SummaryWriter":
     """TensorBoard's event file; what an earlier part of the run wrote from purge_step on disappears."""
     # importing it costs half a second and more: not for a process that never writes
@@ -195,3 +230,7 @@ def _environment() -> dict[str, object]:
             "numpy": np.__version__,
         },
     }
+
+
+if __name__ == "__main__":
+    _command(sys.argv[1:])

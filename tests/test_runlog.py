@@ -8,6 +8,7 @@ import pytest
 
 from src import runlog
 from src.runlog import RunLog
+from tests.ranks import command
 
 
 def test_run_and_metrics_files(tmp_path: Path) -> None:
@@ -51,3 +52,25 @@ def test_other_ranks_write_nothing(
     runlog.table("quiet")
     assert capsys.readouterr() == ("", "") and not (tmp_path / "rank1").exists()
     logging.getLogger("splitrl").setLevel(logging.INFO)
+
+
+def test_a_run_is_drawn_while_it_goes_on(tmp_path: Path) -> None:
+    log = RunLog(str(tmp_path), {})
+    for step in range(1, 5):
+        log.metrics(step, epoch=0, loss=1 / step, grad_norm=float("nan") if step == 3 else 1.0)
+    log.metrics(4, epoch=0, eval_loss=0.3, accuracy=0.5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # a line that is being written
+    done = command("-m", "src.runlog", tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'metrics.png'}\n"), done.stderr
+    data = (tmp_path / "metrics.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(data[place : place + 4], "big") for place in (16, 20))
+    # seconds, loss with eval_loss over it, grad_norm; accuracy in a second row
+    assert (width, height) == (int(4.2 * 3 * 110), int(2.6 * 2 * 110))
+
+
+@pytest.mark.parametrize("words", [("nowhere",), (), ("a", "b")])
+def test_what_cannot_be_drawn_is_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = command("-m", "src.runlog", *words)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""src/evaluation/plot.py: a picture for every shape of results, the same bytes for the same numbers."""
+"""src/plot.py: a picture for every shape of results, the same bytes for the same numbers."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 from src.data.examples import Prompt
 from src.evaluation.evaluator import Marking
 from src.evaluation.grade import Verdict
-from src.evaluation.plot import plot_results
-from src.evaluation.report import Graded, summarize
+from src.evaluation.report import CURVES, Graded, summarize
 from src.evaluation.tasks import find_task
+from src.plot import plot_results
 
 
 def results(n: int, level: int | None, scored: bool) -> dict[str, object]:
@@ -27,7 +27,7 @@ def results(n: int, level: int | None, scored: bool) -> dict[str, object]:
 @pytest.mark.parametrize("n, level, scored, panels", [(1, None, False, 1), (1, 2, False, 1), (4, 2, True, 2)])
 def test_a_picture_is_written(tmp_path: Path, n: int, level: int | None, scored: bool, panels: int) -> None:
     for name in ("first.png", "second.png"):
-        plot_results(results(n, level, scored), tmp_path / name)
+        plot_results(results(n, level, scored), CURVES, tmp_path / name)
     data = (tmp_path / "first.png").read_bytes()
     assert data.startswith(b"\x89PNG") and data == (tmp_path / "second.png").read_bytes()
     width = int.from_bytes(data[16:20], "big")

@@ -1,18 +1,49 @@
-"""results.json as a picture: accuracy over the number of samples, and by level and subject. The door to matplotlib."""
+"""Pictures of what was measured: results.json, a verifier's report, a run's metrics. The door to matplotlib."""
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from src.evaluation.report import CURVES
+_COLUMNS = 3  # panels side by side in a run's picture
 
 
-def plot_results(results: dict[str, object], path: Path) -> None:
-    """Write a PNG; panels that have nothing to show are left out."""
+def plot_run(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
+    """Write a PNG with a panel for every metric of a run over its steps; `eval_x` lies over `x`.
+
+    rows: the lines of metrics.jsonl. Raises ValueError when there is no number to draw.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("step", "epoch")))
+    panels = [
+        name for name in names if name.removeprefix("eval_") not in names or not name.startswith("eval_")
+    ]
+    if not panels:
+        raise ValueError("no metrics to draw")
+    n_rows = math.ceil(len(panels) / _COLUMNS)
+    figure = Figure(figsize=(4.2 * _COLUMNS, 2.6 * n_rows), layout="constrained")
+    axes_list = figure.subplots(n_rows, _COLUMNS, squeeze=False).flat
+    for name, axes in zip(panels, axes_list, strict=False):
+        for drawn in (name, f"eval_{name}"):
+            points = [(row["step"], row[drawn]) for row in rows if drawn in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=drawn)
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+        if f"eval_{name}" in names:
+            axes.legend(fontsize=7)
+    for axes in axes_list:  # what zip has left over
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def plot_results(results: dict[str, object], curves: Mapping[str, str], path: Path) -> None:
+    """Write a PNG; panels that have nothing to show are left out. curves: keys of results over k, and their labels."""
     panels = []
     if results["samples_a_problem"] > 1:
-        panels.append(_over_samples)
+        panels.append(lambda axes, results: _over_samples(axes, results, curves))
     panels += [
         lambda axes, results, kind=kind: _by_group(axes, results, kind)
         for kind in ("level", "subject")
@@ -49,9 +80,9 @@ def plot_verifier(report: dict[str, object], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def _over_samples(axes: Axes, results: dict[str, object]) -> None:
+def _over_samples(axes: Axes, results: dict[str, object], curves: Mapping[str, str]) -> None:
     """One line with its 95% band for each way to use k samples."""
-    for name, label in CURVES.items():
+    for name, label in curves.items():
         if name in results:
             sizes, values = list(results[name]), list(results[name].values())
             low, high = zip(*results["intervals"][name].values(), strict=True)
