@@ -1,0 +1,100 @@
+"""Weak-to-strong from end to end on a tiny taught model: the files of each step are what the next one reads."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+import data_build
+from src import parallel
+from src.checkpoint import storage
+from src.errors import UserError
+from tests.test_entries import PROBLEMS, teach, write_json
+from tests.tiny import split, write_hf_llama
+
+TRAIN = {"lr": 1e-5, "max_batch_size": 4}
+SAMPLE = {"max_new_tokens": 12, "max_batch_size": 80}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the pipeline has run, the weak model's training to stage II."""
+    parallel.start()
+    folder = tmp_path_factory.mktemp("weak")
+    teach(write_hf_llama(folder / "hf"))
+    base = split(folder / "hf", folder / "base")
+    solver_train, evaluate = (importlib.import_module(x).main for x in ("solver_train", "solver_evaluate"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_json(folder / "train.json", PROBLEMS)
+        data_build.split("train.json", "train_1.json", "train_2.json", share=0.25)
+        solver_train(base, "weak", "train_1.json", **TRAIN)
+        evaluate("toy", "train_2.json", "log/weak", "weak", **SAMPLE)
+        evaluate("toy", "train_2.json", "log/icl", base, temperature=1.0, **SAMPLE)  # so that they differ
+        data_build.full_weak("log/weak/samples.jsonl", "full_weak.json", weak_model="weak")
+        data_build.weak_icl(
+            "log/weak/samples.jsonl", "log/icl/samples.jsonl", "stage_1", weak_model="weak", strong_model=base
+        )
+        for name in ("weak", "icl", "hybrid"):
+            solver_train(base, f"plus/{name}", f"stage_1/{name}.json", **TRAIN)
+        evaluate("toy", "train_2.json", "log/plus", "plus/hybrid", num_samples=10, temperature=1.0, **SAMPLE)
+        data_build.vote("log/plus/samples.jsonl", "votes.jsonl", strong_model="plus/hybrid")
+        data_build.contrast(
+            "votes.jsonl",
+            "log/weak/samples.jsonl",
+            "pairs.json",
+            weak_model="weak",
+            strong_model="plus/hybrid",
+        )
+        importlib.import_module("preference_train").main(
+            "plus/hybrid", "pro", "pairs.json", held_out=0.3, lora_rank=4, lr=1e-4, max_batch_size=2
+        )
+    return folder
+
+
+def rows(file: Path) -> list[dict[str, object]]:
+    text = file.read_text()
+    return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+
+
+def test_w2s_22_every_step_has_left_its_file(path: Path) -> None:
+    train_2, weak, samples = (
+        rows(path / x) for x in ("train_2.json", "full_weak.json", "log/weak/samples.jsonl")
+    )
+    assert len(train_2) == len(weak) == len(samples) == 12
+    assert {row["instruction"] for row in weak} == {row["instruction"] for row in train_2}
+    stage_1 = {name: rows(path / f"stage_1/{name}.json") for name in ("weak", "icl", "hybrid")}
+    assert 0 < len(stage_1["weak"]) == len(stage_1["icl"]) < 12
+    assert stage_1["hybrid"] == [
+        row for pair in zip(stage_1["weak"], stage_1["icl"], strict=True) for row in pair
+    ]
+    assert len(rows(path / "votes.jsonl")) == 12 and rows(path / "pairs.json")
+    storage.check_complete(path / "pro")
+
+
+def test_w2s_13_stage_1_starts_from_the_base_each_time(path: Path) -> None:
+    for name in ("weak", "icl", "hybrid"):
+        manifest = json.loads((path / f"plus/{name}/manifest.json").read_text())
+        assert manifest["source"] == str(path / "base")
+
+
+def test_w2s_18_the_reference_is_the_stage_1_model(path: Path) -> None:
+    run = json.loads((path / "pro/run.json").read_text())
+    assert run["reference"]["fingerprint"] == storage.fingerprint(path / "plus/hybrid")
+    first = json.loads((path / "pro/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_w2s_17_votes_of_another_model_or_scorer_are_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path)
+    with pytest.raises(UserError, match="log/icl/samples.jsonl was sampled from the model .* but weak is"):
+        data_build.contrast("votes.jsonl", "log/icl/samples.jsonl", "other.json", weak_model="weak")
+    importlib.import_module("solver_evaluate").main(
+        "MATH", "train_2.json", "log/math", samples_file="log/weak/samples.jsonl"
+    )
+    with pytest.raises(UserError, match="has no samples.identity.json beside it"):
+        data_build.contrast("votes.jsonl", "log/math/samples.jsonl", "other.json")
+    assert not (path / "other.json").exists()
