@@ -146,8 +146,33 @@ def full_weak(samples_file: str, save_file: str, weak_model: str = "", dry_run: 
         write_origin(save_file, origin)
 
 
+def demonstrations(
+    samples_file: str, save_file: str, shots: int = 4, weak_model: str = "", seed: int = 1, dry_run: bool = False
+) -> None:
+    """Some of the weak model's responses as demonstrations for the strong one, for solver_evaluate.py --few_shot.
+
+    No label is read: they may be wrong, but each holds an answer.
+
+    samples_file: graded samples.jsonl of the weak model, one a problem
+    save_file: the json file to write
+    shots: how many
+    weak_model: checkpoint directory, or name at a server, that the samples must be of; default: not checked
+    seed: seed of the choice
+    dry_run: choose without writing
+    """
+    cli.check_numbers(locals())
+    origin = read_origin(samples_file, weak_model)
+    samples = weak_to_strong.one_each(read_samples(samples_file), samples_file)
+    rows = weak_to_strong.demonstrations(samples, shots, seed)
+    runlog.logger().info("demonstrations: problems %s", ", ".join(str(row["id"]) for row in rows))
+    if not dry_run:
+        write(json.dumps({"demonstrations": rows}, indent=1, ensure_ascii=False) + "\n", save_file)
+        write_origin(save_file, origin)
+
+
 def weak_icl(
-    weak_file: str, icl_file: str, save_dir: str, weak_model: str = "", strong_model: str = "", dry_run: bool = False
+    weak_file: str, icl_file: str, save_dir: str, weak_model: str = "", strong_model: str = "",
+    demonstrations_file: str = "", dry_run: bool = False,
 ) -> None:
     """Instruction data of problems on which the weak model and the strong one with demonstrations agree.
 
@@ -159,12 +184,14 @@ def weak_icl(
     save_dir: directory to write to
     weak_model: checkpoint directory, or name at a server, that the weak samples must be of; default: not checked
     strong_model: the same for the strong samples
+    demonstrations_file: what the strong model was shown; its problems are left out
     dry_run: count the rows without writing them
     """
+    shown = weak_to_strong.shown_problems(demonstrations_file) if demonstrations_file else []
     origins = read_origin(weak_file, weak_model), read_origin(icl_file, strong_model)
     with grader_of(same_rules(weak_file, origins[0], icl_file, origins[1])) as grader:
         weak, icl = (weak_to_strong.one_each(read_samples(file), file) for file in (weak_file, icl_file))
-        found = weak_to_strong.agreement(weak, icl, grader.equal)
+        found = weak_to_strong.agreement(weak, icl, grader.equal, shown)
     tell(found.counts)
     for name in ("weak", "icl", "hybrid"):
         save(getattr(found, name), f"{name} rows", "the models agree on none", weak_file,
@@ -390,7 +417,8 @@ def write(text: str, save_file: str) -> None:
 
 COMMANDS = {
     "pairs": pairs, "outcome": outcome, "reject": reject, "prefer": prefer, "split": split, "full_weak": full_weak,
-    "weak_icl": weak_icl, "vote": vote, "contrast": contrast, "process": process, "branch": branch,
+    "demonstrations": demonstrations, "weak_icl": weak_icl, "vote": vote, "contrast": contrast, "process": process,
+    "branch": branch,
 }
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ NUMBERS: dict[str, Numbers] = {
     "steps_a_solution": COUNT,
     "characters_a_step": COUNT,
     "rollouts": COUNT,
+    "shots": COUNT,
     "attempts": COUNT,
     "num_samples": COUNT,
     "limit": COUNT_OR_OFF,

@@ -7,9 +7,11 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from src.checkpoint import storage
 from src.data.examples import Sample, Vote
 from src.errors import UserError
 from src.evaluation.vote import Equal, answer_classes
@@ -74,10 +76,31 @@ def instruction_row(sample: Sample) -> Row:
     return {"id": sample.id, "instruction": sample.prompt, "output": sample.response}
 
 
-def agreement(weak: dict[str, Sample], icl: dict[str, Sample], equal: Equal) -> Agreement:
+def demonstrations(samples: dict[str, Sample], shots: int, seed: int) -> list[Row]:
+    """Responses that hold an answer, right or wrong, drawn by the seed, to show the strong model (section 3.1)."""
+    answered = [sample for sample in samples.values() if answer_of(sample)]
+    if len(answered) < shots:
+        raise UserError(f"{len(answered)} responses hold an answer, fewer than --shots {shots}; lower it")
+    return [instruction_row(sample) for sample in random.Random(seed).sample(answered, shots)]
+
+
+def shown_problems(file: str) -> list[str]:
+    """The problems of a file of demonstrations. Raises UserError for one that does not name them."""
+    rows = storage.read_json(Path(file)).get("demonstrations")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
+        raise UserError(
+            f"{file}: expected an id in each row of 'demonstrations', as data_build.py demonstrations leaves it"
+        )
+    return [str(row["id"]) for row in rows]
+
+
+def agreement(
+    weak: dict[str, Sample], icl: dict[str, Sample], equal: Equal, shown: Collection[str] = ()
+) -> Agreement:
     """Problems to which both models give an answer and the same one (section 3.1): rows of either, and in turns.
 
-    Raises UserError unless both have the same problems.
+    shown: problems that the strong model saw with their weak solution, which are left out. Raises UserError unless
+    both have the same problems.
     """
     if weak.keys() != icl.keys():
         other = sorted(weak.keys() ^ icl.keys())[0]
@@ -93,7 +116,9 @@ def agreement(weak: dict[str, Sample], icl: dict[str, Sample], equal: Equal) -> 
                 f"problem {name!r} is {first.prompt[:40]!r} to one model and another to the other"
             )
         answers = answer_of(first), answer_of(second)
-        if None in answers:
+        if name in shown:
+            counts["shown as demonstrations"] += 1
+        elif None in answers:
             counts["without an answer"] += 1
         elif not equal(*answers):
             counts["of different answers"] += 1

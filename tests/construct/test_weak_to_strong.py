@@ -10,6 +10,8 @@ import data_build
 from src.construct.weak_to_strong import contrast, normalized_question, votes
 from src.data.examples import Sample, Vote, read_samples, read_votes
 from src.errors import UserError
+from src.evaluation.prompting import make_prompting
+from src.evaluation.tasks import find_task
 
 RULES = {"extraction": "weak-to-strong/hashes@1", "equality": "minerva-strings@1"}
 GOLD = {"label": "never read", "outcome": "wrong"}
@@ -118,6 +120,32 @@ def test_w2s_11_counts_say_what_the_filter_kept(tmp_path: Path, monkeypatch: pyt
     data_build.weak_icl(weak, icl, str(tmp_path / "out"), dry_run=True)
     assert said == [{"kept": 3, "without an answer": 2, "of different answers": 1}]
     assert not (tmp_path / "out").exists()
+
+
+def test_w2s_09_demonstrations_are_the_weak_model_s_own_by_id(tmp_path: Path) -> None:
+    weak, icl = log_dir(tmp_path / "weak", WEAK, "w", **GOLD), log_dir(tmp_path / "icl", ICL, "s")
+    demo_file = tmp_path / "demo.json"
+    data_build.demonstrations(weak, str(demo_file), shots=3, weak_model="w")
+    rows = load(demo_file)["demonstrations"]
+    given = {sample.id: sample for sample in read_samples(weak)}
+    assert len({row["id"] for row in rows}) == 3
+    for row in rows:
+        assert (row["instruction"], row["output"]) == (given[row["id"]].prompt, given[row["id"]].response)
+        assert given[row["id"]].values["answer"]
+    prompt = make_prompting(find_task("GSM8K-weak-to-strong"), str(demo_file)).text("1+1?")
+    shots = "".join(f"Question: {row['instruction']}\nAnswer: {row['output']}\n\n" for row in rows)
+    assert prompt == shots + "Question: 1+1?\nAnswer:"
+    data_build.demonstrations(weak, str(demo_file), shots=1, seed=3)
+    (shown,) = load(demo_file)["demonstrations"]
+    data_build.weak_icl(weak, icl, str(tmp_path / "out"), demonstrations_file=str(demo_file))
+    kept = {row["id"] for row in load(tmp_path / "out/weak.json")}
+    assert kept == {"0", "4", "5"} - {shown["id"]}
+    with pytest.raises(UserError, match="4 responses hold an answer, fewer than --shots 5"):
+        data_build.demonstrations(weak, str(demo_file), shots=5)
+    with pytest.raises(UserError, match="weak.json holds a list; expected a json object"):
+        data_build.weak_icl(
+            weak, icl, str(tmp_path / "x"), demonstrations_file=str(tmp_path / "out/weak.json")
+        )
 
 
 @pytest.mark.parametrize(
