@@ -35,8 +35,8 @@ def main(
     critic_warmup: int = -1, warmup_ratio: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
     temperature: float = 1.0, kl_coef: float = -1.0, kl_loss: KlLoss = "none", kl_loss_coef: float = 1e-3,
     kl_target: float = -1.0, kl_horizon: float = 10_000.0, clip_ratio: float = 0.2, clip_high: float = -1.0,
-    dual_clip: float = 0.0, loss_aggregation: Literal["", Aggregation] = "", value_clip: float = 0.2,
-    gamma: float = 1.0, gae_lambda: float = 0.95, critic_lambda: float = -1.0,
+    dual_clip: float = 0.0, entropy_coef: float = 0.0, loss_aggregation: Literal["", Aggregation] = "",
+    value_clip: float = 0.2, gamma: float = 1.0, gae_lambda: float = 0.95, critic_lambda: float = -1.0,
     outcome_reward: OutcomeReward = "probability", step_reward: StepReward = "min-drop", step_bonus: float = 0.0,
     truncated: Truncated = "penalty", missing_eos_penalty: float = 1.0, overlong_buffer: int = 0,
     lora_rank: int = -1, lora_alpha: float = 16.0,
@@ -90,6 +90,7 @@ def main(
     clip_ratio: probability ratios are clipped to 1 - this ... 1 + clip_high
     clip_high: -1 = 0.28 for grpo and dr_grpo, else as clip_ratio
     dual_clip: bound of the ratio also where the advantage is negative, 3 is usual; 0 = none
+    entropy_coef: weight of the policy's entropy, which the loss then rewards; it is logged in any case
     loss_aggregation: what the policy loss is a mean over: tokens, or sequences of the mean or sum of their tokens or
         of their sum / max_new_tokens; default: token-mean, for grpo seq-mean, for dr_grpo seq-constant
     value_clip: the critic moves at most this far from its rollout values without penalty

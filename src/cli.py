@@ -126,6 +126,7 @@ NUMBERS: dict[str, Numbers] = {
     "temperature_cap": FINITE,
     "kl_coef": FINITE_OR_OFF,
     "kl_loss_coef": FINITE,
+    "entropy_coef": FINITE,
     "kl_target": Numbers("more than 0, or -1", lambda x: 0 < x < math.inf or x == -1),
     "kl_horizon": POSITIVE,
     "group_size": COUNT_OR_OFF,

@@ -262,14 +262,27 @@ def vocab_logprobs(local_logits: Tensor, targets: Tensor) -> Tensor:
     return _VocabLogprobs.apply(local_logits.float(), targets)
 
 
-@torch.no_grad()
+class _VocabEntropy(torch.autograd.Function):
+    """Entropy of a vocabulary-parallel softmax; its gradient -p (log p + H) needs no communication."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, local_logits: Tensor) -> Tensor:
+        local = local_logits.log_softmax(-1)  # [N, P]
+        local += _slice_logprob(local_logits[:, 0] - local[:, 0])[:, None]
+        local.clamp_min_(torch.finfo(local.dtype).min)  # -inf, an id that cannot be, times its probability 0 is 0
+        entropy = -sum_over_tensor_parallel((local.exp() * local).sum(-1))
+        ctx.save_for_backward(local, entropy)
+        return entropy
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        local, entropy = ctx.saved_tensors
+        return -grad[:, None] * local.exp() * (local + entropy[:, None])
+
+
 def vocab_entropy(local_logits: Tensor) -> Tensor:
-    """Entropy of the vocabulary-parallel softmax. [N, P] -> [N] float32, nats. No gradient."""
-    logits = local_logits.float()
-    local = logits.log_softmax(-1)
-    local += _slice_logprob(logits[:, 0] - local[:, 0])[:, None]
-    floor = torch.finfo(local.dtype).min  # -inf, an id that cannot be, times its probability 0 is 0
-    return -sum_over_tensor_parallel((local.exp() * local.clamp_min(floor)).sum(-1))
+    """Entropy of the vocabulary-parallel softmax. [N, P] -> [N] float32, nats. Differentiable."""
+    return _VocabEntropy.apply(local_logits.float())
 
 
 def copy_to_tensor_parallel(x: Tensor) -> Tensor:

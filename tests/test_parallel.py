@@ -40,9 +40,13 @@ def test_vocab_logprobs_have_the_gradient_of_log_softmax(ranks: list[dict[str, o
 
 
 def test_vocab_entropy_is_that_of_the_whole_distribution(ranks: list[dict[str, object]]) -> None:
-    logits, _, _ = random_vocabulary(N_ROWS, VOCAB)
+    logits, _, weights = random_vocabulary(N_ROWS, VOCAB)
+    entropy = torch.distributions.Categorical(logits=logits.requires_grad_()).entropy()
+    (entropy * weights).sum().backward()
+    gradient = torch.cat([rank["entropy_gradient"] for rank in ranks], 1)
+    assert_close(gradient, logits.grad, rtol=0, atol=1e-6)
     for rank in ranks:
-        assert_close(rank["entropy"], torch.distributions.Categorical(logits=logits).entropy())
+        assert_close(rank["entropy"], entropy.detach())
         assert_close(rank["huge_entropy"], torch.zeros(N_ROWS))
 
 

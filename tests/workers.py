@@ -228,6 +228,8 @@ def vocabulary_and_layers(n_rows: int, vocab_size: int) -> dict[str, object]:
     local = shards.cut(logits, columns, rank).requires_grad_()
     logprobs = parallel.vocab_logprobs(local, targets)
     (logprobs * weights).sum().backward()
+    spread = shards.cut(logits, columns, rank).requires_grad_()
+    (parallel.vocab_entropy(spread) * weights).sum().backward()
     huge = shards.cut(logits * 1e4, columns, rank)
     gathered = shards.cut(logits, columns, rank).requires_grad_()
     (parallel.gather_vocab(gathered) * logits).sum().backward()
@@ -239,7 +241,8 @@ def vocabulary_and_layers(n_rows: int, vocab_size: int) -> dict[str, object]:
         "bfloat16": parallel.vocab_logprobs(local.detach().bfloat16(), targets),
         "huge": parallel.vocab_logprobs(huge, targets),
         "none": parallel.vocab_logprobs(local[:0], targets[:0]),
-        "entropy": parallel.vocab_entropy(local),
+        "entropy": parallel.vocab_entropy(spread.detach()),
+        "entropy_gradient": spread.grad,
         "huge_entropy": parallel.vocab_entropy(huge),
         "gathered": parallel.gather_vocab(local.detach()),
         "gathered_gradient": gathered.grad,

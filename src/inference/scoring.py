@@ -8,6 +8,8 @@ Every function takes the fields of a data.collate.Batch: rows padded on the righ
 samples laid end to end. What it returns is the same either way.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -44,7 +46,7 @@ def response_logprobs(
     chunk: positions whose logits exist at once; default: as many as CHUNK_BYTES holds.
     """
     return _logprobs(
-        model, tokens, response_mask, lengths, temperature, n_ids, with_entropy=False, chunk=chunk
+        model, tokens, response_mask, lengths, temperature, n_ids, entropy="none", chunk=chunk
     )[0]
 
 
@@ -56,9 +58,14 @@ def logprobs_and_entropy(
     *,
     temperature: float = 1.0,
     n_ids: int | None = None,
+    learn_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """response_logprobs() and the entropy of each predicting distribution (no gradient). -> two [N] float32."""
-    return _logprobs(model, tokens, response_mask, lengths, temperature, n_ids, with_entropy=True)
+    """response_logprobs() and the entropy of each predicting distribution. -> two [N] float32.
+
+    The entropy has a gradient only with learn_entropy: its backward pass keeps another [n, V].
+    """
+    kind = "learned" if learn_entropy else "logged"
+    return _logprobs(model, tokens, response_mask, lengths, temperature, n_ids, entropy=kind)
 
 
 def _logprobs(
@@ -69,7 +76,7 @@ def _logprobs(
     temperature: float,
     n_ids: int | None,
     *,
-    with_entropy: bool,
+    entropy: Literal["none", "logged", "learned"],
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (empty unless asked for), a chunk of positions at a time: [B, S, V] never exists."""
@@ -81,7 +88,9 @@ def _logprobs(
         if n_ids is not None and n_ids < model.config.vocab_size:
             logits = _without_padding(logits, n_ids)
         logprobs = parallel.vocab_logprobs(logits, targets)
-        return logprobs, parallel.vocab_entropy(logits) if with_entropy else logprobs.new_empty(0)
+        if entropy == "none":
+            return logprobs, logprobs.new_empty(0)
+        return logprobs, parallel.vocab_entropy(logits if entropy == "learned" else logits.detach())
 
     hidden = _predicting(model(tokens, lengths=lengths), response_mask)  # [N, D]
     per_position = 4 * model.config.vocab_size // parallel.tensor_parallel_size()

@@ -252,10 +252,14 @@ def _update_metrics(
 def actor_loss(
     actor: Decoder, rollouts: Rollouts, rows: Tensor, settings: Settings, normaliser: int
 ) -> tuple[Tensor, ActorSums]:
-    """Clipped policy loss of some episodes, and the KL term, weighted and divided by the step's count."""
+    """Clipped policy loss of some episodes with its KL and entropy terms, weighted and divided by the step's count."""
     batch, pick = _rows(rollouts, rows)
     logprobs, entropy = logprobs_and_entropy(
-        actor, *batch, temperature=settings.temperature, n_ids=rollouts.n_ids
+        actor,
+        *batch,
+        temperature=settings.temperature,
+        n_ids=rollouts.n_ids,
+        learn_entropy=settings.entropy_coef > 0,
     )
     ratio = losses.probability_ratio(logprobs, pick(rollouts.old_logprobs))
     loss = losses.ppo_policy_loss(
@@ -264,6 +268,8 @@ def actor_loss(
     if settings.kl_loss != "none":
         kl = KL_LOSSES[settings.kl_loss](logprobs, pick(rollouts.reference_logprobs))
         loss = loss + settings.kl_loss_coef * kl
+    if settings.entropy_coef:
+        loss = loss - settings.entropy_coef * entropy
     deviation = ratio.detach() - 1
     sums = ActorSums(
         entropy.sum().item(),

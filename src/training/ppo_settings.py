@@ -53,6 +53,7 @@ class Settings:
     inner_epochs: int
     minibatches: int
     loss_aggregation: Aggregation
+    entropy_coef: float
     kl_coef: float
     kl_loss: KlLoss
     kl_loss_coef: float

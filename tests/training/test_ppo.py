@@ -377,3 +377,19 @@ def test_with_adapters_the_reference_is_the_actor_without_them(
     assert (shared.old_logprobs - shared.reference_logprobs).abs().max() > 1e-3
     assert torch.equal(shared.reference_logprobs, apart.reference_logprobs)
     assert torch.equal(shared.old_logprobs, apart.old_logprobs)
+
+
+def test_entropy_bonus_is_subtracted_and_pushes_the_entropy_up(
+    models: ppo.Models, tokenizer: Tokenizer
+) -> None:
+    numbers = settings(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
+    found = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=0)
+    rows, n = torch.arange(len(found.kept)), int(found.episodes.lengths.sum())
+    plain, sums = ppo.actor_loss(models.actor, found, rows, numbers, n)
+    with_bonus, _ = ppo.actor_loss(models.actor, found, rows, replace(numbers, entropy_coef=0.5), n)
+    assert (plain - with_bonus).item() == pytest.approx(0.5 * sums.entropy / n, rel=1e-4)
+    gradients = torch.autograd.grad(with_bonus - plain, list(models.actor.parameters()))
+    with torch.no_grad():
+        for parameter, gradient in zip(models.actor.parameters(), gradients, strict=True):
+            parameter -= 1e-2 * gradient
+    assert ppo.actor_loss(models.actor, found, rows, numbers, n)[1].entropy > sums.entropy + 1e-4

@@ -188,6 +188,7 @@ def settings(**changes: object) -> Settings:
         "inner_epochs": 2,
         "minibatches": 2,
         "loss_aggregation": "",
+        "entropy_coef": 0.0,
         "kl_coef": 0.1,
         "kl_loss": "none",
         "kl_loss_coef": 0.01,
