@@ -3,6 +3,9 @@
 import functools
 import json
 import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from src.training.loop import TrainLoop
 from src.training.saver import Saver, Trained
 from src.training.solver import n_supervised, sft_loss
 from tests.conftest import Folders
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from tests.reference import batch
 from tests.training.workers import resumed_epochs
 
@@ -201,3 +204,35 @@ def test_a_run_goes_on_at_another_number_of_ranks(folders: Folders, tmp_path: Pa
     assert torch.equal(shared[0]["losses"], shared[1]["losses"])
     assert_close(shared[0]["losses"], whole["losses"][4:6], rtol=0, atol=1e-4)
     assert_close(alone["losses"], whole["losses"][6:], rtol=0, atol=1e-4)
+
+
+def test_a_disk_that_fills_during_a_save_leaves_one_to_resume_from(folders: Folders, tmp_path: Path) -> None:
+    """The kernel refuses to let a file grow, as it does on a full disk."""
+    run = Run(folders.one, tmp_path, save_every=1)
+    run.step()
+    expected = run.bits()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(UserError, match=r"in the middle of writing, .* Free some space and run the same"):
+            run.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again = Run(folders.one, tmp_path, save_every=1)
+    assert again.saver.resume("auto") == 1
+    assert_equal(again.bits(), expected)
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(folders: Folders, tmp_path: Path) -> None:
+    """Another run holds it until its process ends, be it killed."""
+    holder = (
+        f"from src import assemble as a; a.check_save_dir({str(tmp_path)!r}); print(1, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"1\n"
+        with pytest.raises(UserError, match=rf"is being written by process {process.pid}; wait for it"):
+            assemble.check_save_dir(str(tmp_path), folders.one)
+        process.kill()
+    assemble.check_save_dir(str(tmp_path), folders.one)

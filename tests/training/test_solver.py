@@ -159,3 +159,29 @@ def test_every_answer_of_a_conversation_is_learnt(folders: Folders, model: Decod
     plain = assemble.load_tokenizer(folders.one)
     with pytest.raises(UserError, match="f, row 1: messages need a --chat_template"):
         SolverData([Chat("f, row 1", messages)], plain, max_seq_len=200, source="f")
+
+
+@pytest.mark.parametrize("truncation", ["error", "drop", "left", "right"])
+def test_a_text_of_100_kb_is_refused_or_fitted_and_counted(tokenizer: Tokenizer, truncation: str) -> None:
+    """An answer longer than the context may be lost once, counted; two of two are refused."""
+    long = Instruction("1+1=", ["2" * 100_000])
+
+    def fitted(rows: list[Instruction]) -> SolverData:
+        return SolverData(rows, tokenizer, max_seq_len=64, source="rows.json", truncation=truncation)
+
+    with pytest.raises(
+        UserError, match=r"rows.json: 2 of 2 rows are longer than --max_seq_len 64 \(the longest has 100"
+    ):
+        fitted([long, long])
+    prompt = Instruction("1" * 100_000, ["2"])
+    if truncation == "left":  # only the prompt's beginning is lost
+        ((cut,),) = fitted([prompt]).rows
+        (whole,) = make_data([Instruction("1", ["2"])], tokenizer).rows[0]
+        assert len(cut.tokens) == 64 and cut.tokens[-cut.n_response :] == whole.tokens[-whole.n_response :]
+    else:
+        with pytest.raises(UserError, match="1 of 1 rows are longer"):
+            fitted([prompt])
+    if truncation != "error":
+        data = fitted([Instruction("1+1=", ["2"])] * 200 + [long])
+        assert data.report.startswith("rows.json: 201 samples, 1 too long")
+        assert max(len(option.tokens) for row in data.rows for option in row) <= 64
