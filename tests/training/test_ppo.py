@@ -193,9 +193,19 @@ def test_update_does_not_depend_on_max_batch_size(folders: Folders, tmp_path: Pa
                 )
 
 
-def test_update_is_the_same_on_two_ranks(folders: Folders, models: ppo.Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"advantage": "gae"},
+        {"advantage": "grpo", "group_size": 2, "kl_loss": "k3", "entropy_coef": 0.01},
+    ],
+    ids=["gae", "grpo"],
+)
+def test_update_is_the_same_on_two_ranks(
+    folders: Folders, models: ppo.Models, tmp_path: Path, flags: dict[str, object]
+) -> None:
     log_dir = str(tmp_path / "log")
-    one = ppo_buffers(folders.one, folders.verifier, log_dir)
+    one = ppo_buffers(folders.one, folders.verifier, log_dir, **flags)
     two = run_ranks(
         2,
         "tests.training.workers:ppo_buffers",
@@ -203,13 +213,15 @@ def test_update_is_the_same_on_two_ranks(folders: Folders, models: ppo.Models, t
         actor=folders.two,
         critic=folders.verifier_two,
         log_dir=log_dir,
+        **flags,
     )
     for rank in two:
         for name, tensor in one["rollouts"].items():
             assert_close(
                 rank["rollouts"][name], tensor, rtol=1e-3, atol=1e-4, check_dtype=False, msg=name.__add__
             )
-    for part, model in (("actor", models.actor), ("critic", models.critic)):
+    trained = {"actor": models.actor, "critic": models.critic}
+    for part, model in trained.items() if "critic" in one else [("actor", models.actor)]:
         for name, found in join_weights([rank[part] for rank in two], model).items():
             assert_close(found, one[part][name], rtol=1e-4, atol=1e-4, msg=name.__add__)
             assert not torch.equal(found, model.get_parameter(name)), name
