@@ -162,6 +162,8 @@ def branching_sampler(
         live = list(wanted)
         ends: dict[str, str] = {}
         for attempt in range(attempts):
+            if not live:
+                break
             asked = [Asked(p.id, attempt, p.instruction, prefixes[p.id]) for p, _ in live]
             written = write_steps(
                 solver, asked, schedule, max_steps=max_steps, max_new_tokens=max_new_tokens, seed=seed
@@ -209,6 +211,8 @@ def write_steps(
         )
         # the id counts the step, so that each draws its own random numbers
         going = {f"{item.id}/{step}": item for item in asked if not written[item.id].end}
+        if not going:
+            break
         requests = [
             item._replace(id=name, prefix=item.prefix + written[item.id].text) for name, item in going.items()
         ]
