@@ -267,6 +267,7 @@ def graded_reward(
             [episodes.prompts[row].label or "" for row in labelled],
         )
         outcomes.clear()
+        outcomes["graded_right"] = 0.0  # a share that an alarm watches, present also where none is right
         outcomes.update({f"graded_{name}": n / len(found) for name, n in Counter(found).items()})
         scores = [0.0] * len(episodes.prompts)
         for row, outcome in zip(labelled, found, strict=True):

@@ -145,6 +145,8 @@ def test_graded_reward_compares_with_labels_and_leaves_the_unlabelled_nothing(to
     found = rewards.graded_reward(grade, outcomes)(episodes)
     assert_close(found, rewards.at_last(torch.tensor([1.0, 0.0, 1.0, 0.0]), episodes))
     assert outcomes == {"graded_right": pytest.approx(2 / 3), "graded_wrong": pytest.approx(1 / 3)}
+    rewards.graded_reward(lambda responses, labels: ["unparsed"] * len(labels), outcomes)(episodes)
+    assert outcomes == {"graded_right": 0.0, "graded_unparsed": 1.0}
 
 
 def test_parts_are_weighted_and_weights_belong_to_names(tokenizer: Tokenizer) -> None:
