@@ -15,9 +15,11 @@ from src.checkpoint import storage
 from src.data.batches import Batching
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
+from src.training.meter import Meter
 from src.training.preference import Preference, evaluate, n_pairs, open_preferences, report
 from src.training.reference import reference_identity, reference_logprobs
 from src.training.saver import Saver, Trained
+from src.training.solver import n_supervised
 
 
 def main(
@@ -131,16 +133,19 @@ def main(
     done = saver.resume(resume)
     model.train()
     log.progress(total_steps, "step", done)
-    for epoch, number, batches in data.steps(batching, reference, packing=packing, epochs=epochs, done=done,
-                                             stop=total_steps):
+    meter = Meter(config)
+    steps = data.steps(batching, reference, packing=packing, epochs=epochs, done=done, stop=total_steps)
+    for epoch, number, batches in meter.timed(steps):
         normaliser, tallies = parallel.sum_over_data_parallel(n_pairs(batches)), []
         for batch in batches:
             loss, tally = preference.loss(model, batch.to(parallel.device()), normaliser)
             loop.backward(loss, last=batch is batches[-1])
             tallies.append(tally)
         step = loop.step()
-        log.metrics(number, epoch=epoch, **report(tallies)._asdict() | step._asdict(), pairs=normaliser)
-        log.advance(tokens=sum(batch.tokens.numel() for batch in batches), loss=step.loss)
+        plain = [batch.batch for batch in batches]
+        measured = meter.measure(plain, parallel.sum_over_data_parallel(n_supervised(plain)))
+        log.metrics(number, epoch=epoch, **report(tallies)._asdict() | step._asdict(), pairs=normaliser, **measured)
+        log.advance(tokens=int(measured["tokens"]), loss=step.loss)
         score = None
         if number == total_steps or number % (eval_every if eval_every >= 0 else steps_per_epoch) == 0:
             found = evaluate(model, held, reference, preference, batching, packing=packing)
