@@ -269,7 +269,9 @@ class _VocabEntropy(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, local_logits: Tensor) -> Tensor:
         local = local_logits.log_softmax(-1)  # [N, P]
         local += _slice_logprob(local_logits[:, 0] - local[:, 0])[:, None]
-        local.clamp_min_(torch.finfo(local.dtype).min)  # -inf, an id that cannot be, times its probability 0 is 0
+        local.clamp_min_(
+            torch.finfo(local.dtype).min
+        )  # -inf, an id that cannot be, times its probability 0 is 0
         entropy = -sum_over_tensor_parallel((local.exp() * local).sum(-1))
         ctx.save_for_backward(local, entropy)
         return entropy
@@ -382,7 +384,9 @@ class RowParallelLinear(layers.RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., columns of this rank] -> [..., out_features], summed over the ranks."""
-        if tensor_parallel_size() == 1:  # fairscale's sum, which has nothing to add, would end a compiled graph
+        if (
+            tensor_parallel_size() == 1
+        ):  # fairscale's sum, which has nothing to add, would end a compiled graph
             return F.linear(x, self.weight, self.bias)
         return super().forward(x)
 

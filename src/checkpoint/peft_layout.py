@@ -129,7 +129,9 @@ def as_peft(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[st
     Raises UserError for a family whose code is remote: PEFT adapts its fused linears, we adapt their parts.
     """
     if FAMILIES[config.family].remote:
-        raise UserError(f"an adapter of a {config.family} model has no form in PEFT; merge it with --merge_lora")
+        raise UserError(
+            f"an adapter of a {config.family} model has no form in PEFT; merge it with --merge_lora"
+        )
     theirs = {}
     for name, stored in tensors.items():
         load = functools.partial(_reordered, convert.rotary_to_hf, name, stored, config)

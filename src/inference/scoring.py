@@ -45,9 +45,9 @@ def response_logprobs(
     Differentiable. Training, scoring and evaluation all take their log-probs and cross-entropies from here.
     chunk: positions whose logits exist at once; default: as many as CHUNK_BYTES holds.
     """
-    return _logprobs(
-        model, tokens, response_mask, lengths, temperature, n_ids, entropy="none", chunk=chunk
-    )[0]
+    return _logprobs(model, tokens, response_mask, lengths, temperature, n_ids, entropy="none", chunk=chunk)[
+        0
+    ]
 
 
 def logprobs_and_entropy(
