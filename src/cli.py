@@ -3,10 +3,8 @@
 A script that does several things gives its functions by name instead, `cli.run({"pairs": pairs, ...})`: the first
 word of its command line picks one.
 
-Plain Fire runs the whole job on a mistyped flag and complains afterwards, hands `--resume=false` over as a
-truthy string and `--ckpt_dir a,b` as a tuple. Here every flag is read against main's annotations before any
-work starts, and a mistake ends in one line on stderr. Exit status: 0 done, 1 main met something only the user
-can mend, 2 the flags are wrong, 130 interrupted.
+A mistake ends in one line on stderr. Exit status: 0 done, 1 main met something only the user can mend, 2 the flags
+are wrong, 130 interrupted.
 """
 
 import difflib
@@ -19,51 +17,17 @@ import signal
 import sys
 import textwrap
 import time
-import types
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import NamedTuple, NoReturn
 
 import fire
 
 from src.errors import UserError
-
-Scalar = str | int | float | bool | None
-Value = Scalar | list[Scalar]
+from src.flags import Flag, Value, flags_of, meanings_of, parse
 
 # torchrun looks at its workers every 0.1 s and kills the others once one has failed: a rank that is still
 # alive after this many seconds is the one with something to say.
 GRACE_SECONDS = 2.0
-
-
-class Kind(NamedTuple):
-    """A type one word can have: its name in --help, an example, a reader raising ValueError or KeyError."""
-
-    name: str
-    example: str
-    read: Callable[[str], Scalar]
-
-
-NONE = {"None": None, "none": None}
-TRUTH = {
-    "true": True,
-    "True": True,
-    "yes": True,
-    "1": True,
-    "false": False,
-    "False": False,
-    "no": False,
-    "0": False,
-}
-KINDS: dict[object, Kind] = {
-    types.NoneType: Kind("none", "none", NONE.__getitem__),
-    bool: Kind("true|false", "true", TRUTH.__getitem__),
-    int: Kind("whole number", "8", int),
-    float: Kind("number", "1e-5", float),
-    str: Kind("text", "VALUE", str),
-}
-# None and choices come first because anything is text; text comes before lists so that, where both are
-# allowed, one word stays text.
-TRY_ORDER: list[object] = [types.NoneType, Literal, bool, int, float, str, list]
 
 
 class Numbers(NamedTuple):
@@ -160,28 +124,6 @@ NUMBERS: dict[str, Numbers] = {
 }
 
 
-class Flag(NamedTuple):
-    """One parameter of main; `kinds` are the members of its annotation: (int, NoneType) for `int | None`."""
-
-    name: str
-    kinds: tuple[object, ...]
-    default: object
-    meaning: str
-
-    @property
-    def required(self) -> bool:
-        return self.default is inspect.Parameter.empty
-
-    @property
-    def expects(self) -> str:
-        return " or ".join(_describe(kind) for kind in self.kinds)
-
-    @property
-    def example(self) -> str:
-        kind = (*get_args(self.kinds[0]), self.kinds[0])[0]
-        return f"--{self.name} {KINDS[kind].example if kind in KINDS else kind}"
-
-
 def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: list[str] | None = None) -> None:
     """Check argv (default: sys.argv[1:]), call main with typed values; exit as the top of this file says.
 
@@ -253,57 +195,11 @@ def _commands_help(commands: Mapping[str, Callable[..., None]], width: int) -> s
     return "\n\n".join([_reflow(inspect.cleandoc(module.__doc__ or ""), width), "\n".join(lines), ending])
 
 
-def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
-    """The flags given in argv, typed as main annotates them; defaults stay with main. Raises UserError."""
-    flags = flags_of(main)
-    values: dict[str, Value] = {}
-    rest = list(argv)
-    while rest:
-        if not _looks_like_flag(rest[0]):
-            raise UserError(
-                f"{rest[0]!r} belongs to no flag; write --NAME before it, or quotes around "
-                "a value with spaces; --help lists the flags"
-            )
-        head, equals, text = rest.pop(0).partition("=")
-        flag, negated = _find(head, flags)
-        if flag.name in values:
-            raise UserError(f"--{flag.name} is given twice; keep one of them")
-        words = [text] if equals else []
-        takes_many = any(get_origin(kind) is list for kind in flag.kinds)
-        while rest and not _looks_like_flag(rest[0]) and (takes_many or not words):
-            words.append(rest.pop(0))
-        if negated and words:
-            raise UserError(f"{head} is followed by {words[0]!r} but takes no value; write {head} alone")
-        values[flag.name] = not negated if bool in flag.kinds and not words else _read(flag, words)
-    missing = [flag for flag in flags.values() if flag.required and flag.name not in values]
-    if missing:
-        names = ", ".join(f"--{flag.name}" for flag in missing)
-        raise UserError(f"missing required {names}; write {missing[0].example}, or see --help")
-    return values
-
-
 def check_numbers(values: Mapping[str, Value]) -> None:
     """Raise UserError for a number that its flag cannot mean: no samples, a negative rate."""
     for name, value in values.items():
         if name in NUMBERS and not NUMBERS[name].allow(value):
             raise UserError(f"--{name} is {value}, expected {NUMBERS[name].expects}")
-
-
-def flags_of(main: Callable[..., None]) -> dict[str, Flag]:
-    """What main accepts, in the order of its signature, with the meanings its docstring gives."""
-    hints, meanings = get_type_hints(main), _meanings(inspect.getdoc(main) or "")
-    flags = {}
-    for name, parameter in inspect.signature(main).parameters.items():
-        hint = hints[name]
-        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        assert all((get_origin(kind) or kind) in TRY_ORDER for kind in kinds), f"{name}: cannot read {hint}"
-        flags[name] = Flag(name, kinds, parameter.default, meanings.get(name, ""))
-    return flags
-
-
-def undocumented(main: Callable[..., None]) -> list[str]:
-    """Parameters without a `name: meaning` line in main's docstring: --help cannot say what they are for."""
-    return [flag.name for flag in flags_of(main).values() if not flag.meaning]
 
 
 def usage(main: Callable[..., None], width: int) -> str:
@@ -328,65 +224,7 @@ def usage(main: Callable[..., None], width: int) -> str:
 def _about(command: Callable[..., None]) -> str:
     """A command's docstring without its lines on flags."""
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
-    return "\n\n".join(text for text in paragraphs if not _meanings(text))
-
-
-def _find(head: str, flags: dict[str, Flag]) -> tuple[Flag, bool]:
-    """The flag that `--name`, `--noname` or `--no_name` stands for, and whether it is negated."""
-    name = head.lstrip("-").replace("-", "_")
-    if head.startswith("--"):
-        if name in flags:
-            return flags[name], False
-        positive = name.removeprefix("no").removeprefix("_")
-        if name.startswith("no") and positive in flags and bool in flags[positive].kinds:
-            return flags[positive], True
-    near = difflib.get_close_matches(name.lower(), flags, n=1)
-    hint = f"did you mean --{near[0]}?" if near else "--help lists the flags of this script"
-    raise UserError(f"unknown flag {head}; {hint}")
-
-
-def _looks_like_flag(word: str) -> bool:
-    """Negative numbers are values; other words with a leading dash are values only as in `--flag=-word`."""
-    return word.startswith("-") and not re.match(r"-(\d|\.\d|inf$)", word)
-
-
-def _read(flag: Flag, words: list[str]) -> Value:
-    """The words behind a flag as the first of its kinds that fits them. Raises UserError."""
-    if not words:
-        dashed = f" (--{flag.name}=VALUE when it begins with a dash)" if str in flag.kinds else ""
-        raise UserError(f"--{flag.name} has no value, expected {flag.expects}; write {flag.example}{dashed}")
-    for kind in sorted(flag.kinds, key=lambda kind: TRY_ORDER.index(get_origin(kind) or kind)):
-        try:
-            return _read_as(kind, words, split=str not in flag.kinds)
-        except (ValueError, KeyError):
-            continue
-    choices = [str(choice) for kind in flag.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    near = difflib.get_close_matches(words[0], choices, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"write for example {flag.example}"
-    raise UserError(f"--{flag.name} is {' '.join(words)!r}, expected {flag.expects}; {hint}")
-
-
-def _read_as(kind: object, words: list[str], split: bool) -> Value:
-    """The words as one kind; split: commas part the words of a list. Raises ValueError or KeyError."""
-    if get_origin(kind) is list:
-        parts = [part.strip() for word in words for part in word.split(",")] if split else words
-        return [KINDS[get_args(kind)[0]].read(part) for part in parts if part]
-    (word,) = words
-    if get_origin(kind) is Literal:
-        return get_args(kind)[[str(choice) for choice in get_args(kind)].index(word)]
-    return KINDS[kind].read(word)
-
-
-def _describe(kind: object) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(str(choice) for choice in get_args(kind))
-    return f"list of {KINDS[get_args(kind)[0]].name}" if get_origin(kind) is list else KINDS[kind].name
-
-
-def _meanings(docstring: str) -> dict[str, str]:
-    """The `name: meaning` lines of a docstring; lines indented deeper than the name continue its meaning."""
-    entries = re.findall(r"^( *)(\w+):(.*(?:\n\1 +.*)*)", docstring, re.MULTILINE)
-    return {name: " ".join(meaning.split()) for _, name, meaning in entries}
+    return "\n\n".join(text for text in paragraphs if not meanings_of(text))
 
 
 def _flag_help(flag: Flag, width: int) -> str:

@@ -1,10 +1,6 @@
-"""Ranks, groups and tensor-parallel layers: the only door to torch.distributed and fairscale.
+"""Ranks, groups and what is sent between them: the only door to torch.distributed and fairscale's groups.
 
-The layers are fairscale's, with one change: they take their own slice of the weight as an uninitialised tensor on
-the current default device, so that a model can be laid out on the meta device and filled from its shard alone.
-(fairscale's own constructors allocate on the CPU and draw the full weight on every rank.)
-
-Shape legend: B batch, S sequence, V vocabulary, P vocabulary rows on this rank.
+V vocabulary, P vocabulary rows on this rank
 """
 
 import atexit
@@ -18,15 +14,12 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as groups
-from fairscale.nn.model_parallel import layers, mappings
+from fairscale.nn.model_parallel import mappings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from src.errors import UserError
 
 
 def start(seed: int = 1, tensor_parallel_size: int = -1) -> None:
@@ -130,6 +123,13 @@ def sum_over_tensor_parallel(x: Tensor) -> Tensor:
     return x
 
 
+def max_over_tensor_parallel(x: Tensor) -> Tensor:
+    """Largest over the tensor-parallel group, element by element, in place; no gradient. Returns x."""
+    if tensor_parallel_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
+    return x
+
+
 def sum_over_data_parallel(x: float) -> float:
     """Sum of a number over the data-parallel group: a step's global count from every rank's own."""
     if data_parallel_size() == 1:
@@ -220,73 +220,6 @@ def gather_vocab(local_logits: Tensor) -> Tensor:
     return mappings.gather_from_model_parallel_region(local_logits)
 
 
-class _VocabLogprobs(torch.autograd.Function):
-    """log softmax at one id a row, computed from vocabulary slices: two small all-reduces, nothing gathered."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, local_logits: Tensor, targets: Tensor) -> Tensor:
-        local = local_logits.log_softmax(-1)  # [N, P], over this rank's slice; one fused pass
-        index = targets - tensor_parallel_rank() * local.shape[-1]
-        here = (index >= 0) & (index < local.shape[-1])
-        index = index.clamp(0, local.shape[-1] - 1)
-        of_slice = _slice_logprob(local_logits[:, 0] - local[:, 0])  # log of this slice's probability
-        logprobs = sum_over_tensor_parallel(
-            (local.gather(-1, index[:, None])[:, 0] + of_slice).masked_fill(~here, 0.0)  # -inf in padding
-        )
-        ctx.save_for_backward(local, of_slice, index, here)
-        return logprobs
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        local, of_slice, index, here = ctx.saved_tensors
-        grad_logits = (local + of_slice[:, None]).exp_().mul_(-grad[:, None])
-        grad_logits.scatter_add_(-1, index[:, None], (grad * here)[:, None])
-        return grad_logits, None
-
-
-def _slice_logprob(log_normaliser: Tensor) -> Tensor:
-    """log of the probability that lies in this rank's vocabulary slice, from its own log-sum-exp. [N] -> [N]."""
-    if tensor_parallel_size() == 1:
-        return torch.zeros_like(log_normaliser)
-    highest = log_normaliser.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
-    total = sum_over_tensor_parallel((log_normaliser - highest).exp())
-    return log_normaliser - highest - total.log()
-
-
-def vocab_logprobs(local_logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of one id a row under a vocabulary-parallel softmax.
-
-    local_logits [N, P] (any float dtype), targets [N] int64 global ids -> [N] float32, nats. Differentiable.
-    """
-    return _VocabLogprobs.apply(local_logits.float(), targets)
-
-
-class _VocabEntropy(torch.autograd.Function):
-    """Entropy of a vocabulary-parallel softmax; its gradient -p (log p + H) needs no communication."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, local_logits: Tensor) -> Tensor:
-        local = local_logits.log_softmax(-1)  # [N, P]
-        local += _slice_logprob(local_logits[:, 0] - local[:, 0])[:, None]
-        local.clamp_min_(
-            torch.finfo(local.dtype).min
-        )  # -inf, an id that cannot be, times its probability 0 is 0
-        entropy = -sum_over_tensor_parallel((local.exp() * local).sum(-1))
-        ctx.save_for_backward(local, entropy)
-        return entropy
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        local, entropy = ctx.saved_tensors
-        return -grad[:, None] * local.exp() * (local + entropy[:, None])
-
-
-def vocab_entropy(local_logits: Tensor) -> Tensor:
-    """Entropy of the vocabulary-parallel softmax. [N, P] -> [N] float32, nats. Differentiable."""
-    return _VocabEntropy.apply(local_logits.float())
-
-
 def copy_to_tensor_parallel(x: Tensor) -> Tensor:
     """Identity forwards; sums the gradient over the tensor-parallel group backwards."""
     return mappings.copy_to_model_parallel_region(x)
@@ -315,114 +248,3 @@ def padded_share(size: int, n: int | None = None, index: int | None = None) -> r
     index = tensor_parallel_rank() if index is None else index
     each = -(-size // n)
     return range(index * each, (index + 1) * each)
-
-
-class _SumGradientOverReplicas(torch.autograd.Function):
-    """Identity forwards; backwards the sum of the gradients of all ranks that hold the same rows."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor, rows: range, total: int) -> Tensor:
-        ctx.rows, ctx.total = rows, total
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        whole = grad.new_zeros(ctx.total, *grad.shape[1:])
-        own = slice(ctx.rows.start, ctx.rows.stop)
-        whole[own] = grad
-        return sum_over_tensor_parallel(whole)[own], None, None
-
-
-class ColumnParallelLinear(layers.ColumnParallelLinear):
-    """y = x W^T with W [out_features, in_features] split by rows: each rank holds and yields its own outputs.
-
-    `rows` are those of this rank (default: an even share, the first ranks taking what does not divide). With
-    `replicated` several ranks hold the same rows; their gradients are summed, so that copies stay equal.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rows: range | None = None,
-        *,
-        bias: bool = False,
-        replicated: bool = False,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.gather_output = in_features, out_features, False
-        self.rows = share(out_features) if rows is None else rows
-        self.replicated = replicated
-        self.output_size_per_partition = len(self.rows)
-        self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
-        self.bias = nn.Parameter(torch.empty(self.output_size_per_partition)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., rows of this rank]."""
-        weight, bias = self.weight, self.bias
-        if self.replicated:
-            weight = _SumGradientOverReplicas.apply(weight, self.rows, self.out_features)
-            bias = (
-                None if bias is None else _SumGradientOverReplicas.apply(bias, self.rows, self.out_features)
-            )
-        return F.linear(copy_to_tensor_parallel(x), weight, bias)
-
-
-class RowParallelLinear(layers.RowParallelLinear):
-    """y = x W^T with W [out_features, in_features] split by columns: inputs arrive split, outputs are summed.
-
-    `columns` are those of this rank (default: an even share, the first ranks taking what does not divide).
-    """
-
-    def __init__(self, in_features: int, out_features: int, columns: range | None = None) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
-        self.columns = share(in_features) if columns is None else columns
-        self.input_size_per_partition = len(self.columns)
-        self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
-        self.register_parameter("bias", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., columns of this rank] -> [..., out_features], summed over the ranks."""
-        if (
-            tensor_parallel_size() == 1
-        ):  # fairscale's sum, which has nothing to add, would end a compiled graph
-            return F.linear(x, self.weight, self.bias)
-        return super().forward(x)
-
-
-def _lookup_settings(module: nn.Module, num_embeddings: int, embedding_dim: int) -> None:
-    """The attributes that both fairscale embeddings read in forward()."""
-    module.num_embeddings, module.embedding_dim = num_embeddings, embedding_dim
-    module.padding_idx = module.max_norm = None
-    module.norm_type, module.scale_grad_by_freq, module.sparse = 2.0, False, False
-
-
-class VocabParallelEmbedding(layers.VocabParallelEmbedding):
-    """Embedding [num_embeddings, embedding_dim] split by rows; shards coincide with a tied output layer's.
-
-    Every rank holds equally many rows; the last ones may be padding, which no id reaches.
-    """
-
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        nn.Module.__init__(self)
-        _lookup_settings(self, num_embeddings, embedding_dim)
-        rows = padded_share(num_embeddings)
-        self.num_embeddings_per_partition = len(rows)
-        self.vocab_start_index, self.vocab_end_index = rows.start, rows.stop
-        self.weight = nn.Parameter(torch.empty(self.num_embeddings_per_partition, embedding_dim))
-
-
-class ParallelEmbedding(layers.ParallelEmbedding):
-    """Embedding [num_embeddings, embedding_dim] split by columns, as Meta's Llama 1 and 2 shards have it."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        nn.Module.__init__(self)
-        _lookup_settings(self, num_embeddings, embedding_dim)
-        if embedding_dim % tensor_parallel_size():
-            raise UserError(
-                f"the embedding width {embedding_dim} does not divide over {tensor_parallel_size()} ranks; "
-                f"split the vocabulary instead (embedding_split_dim 0)"
-            )
-        self.embedding_dim_per_partition = embedding_dim // tensor_parallel_size()
-        self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))

@@ -22,6 +22,7 @@ from src.checkpoint import storage
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
 from src.evaluation.tasks import find_task
+from src.flags import flags_of, parse, undocumented
 from tests.reference import hf_model
 from tests.tiny import make_verifier, split, write_hf_llama, write_tokenizer
 
@@ -221,8 +222,8 @@ def test_flags_are_documented_and_their_numbers_have_bounds(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = entry(name)
-    assert cli.undocumented(main) == []
-    flags = cli.flags_of(main)
+    assert undocumented(main) == []
+    flags = flags_of(main)
     numbers = {flag.name for flag in flags.values() if {int, float} & set(flag.kinds)}
     assert numbers <= cli.NUMBERS.keys()
     cli.check_numbers({flag.name: flag.default for flag in flags.values() if not flag.required})
@@ -306,7 +307,7 @@ def refuse(world: World, script: str, changes: dict[str, object], message: str, 
     flags = world.flags[script] | changes
     argv = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     with pytest.raises(UserError, match=message) as problem:
-        main(**cli.parse(main, argv))
+        main(**parse(main, argv))
     assert "\n" not in str(problem.value)
     left = {path.name for path in (tmp_path / "out").rglob("*")} if (tmp_path / "out").is_dir() else set()
     assert not left & {"params.json", "manifest.json", "results.json", "pairs.json", "samples.jsonl"}, left
@@ -585,7 +586,7 @@ def test_a_dry_run_shows_its_plan_and_writes_nothing(
     before = sorted(here.rglob("*"))
     main = entry(script)
     main(
-        **cli.parse(
+        **parse(
             main, [f"--{name}={value}" for name, value in world.flags[script].items()] + ["--dry_run"]
         )
     )

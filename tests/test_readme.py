@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dataset.prepare import BUILDERS
-from src import cli
+from src.flags import flags_of, parse
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -57,8 +57,8 @@ def test_commands_parse_against_the_scripts_they_start(words: list[str]) -> None
     assert script in SCRIPTS
     module = importlib.import_module(script)
     main = module.main if hasattr(module, "main") else module.COMMANDS[flags.pop(0)]
-    required = {flag.name for flag in cli.flags_of(main).values() if flag.required}
-    assert required <= set(cli.parse(main, flags))
+    required = {flag.name for flag in flags_of(main).values() if flag.required}
+    assert required <= set(parse(main, flags))
 
 
 def test_prepare_commands_name_its_tasks() -> None:

@@ -19,8 +19,10 @@ from src.inference.sampling import Sampling
 from src.models.cache import KVCache, PromptCache
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
+from src.models.layers import ParallelEmbedding
 from src.models.lora import LINEARS, LoraConfig
 from src.models.quantize import weight_bytes
+from src.models.vocab_softmax import vocab_entropy, vocab_logprobs
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
 from src.training.solver import n_supervised, sft_loss
@@ -226,10 +228,10 @@ def vocabulary_and_layers(n_rows: int, vocab_size: int) -> dict[str, object]:
         1, vocab_size, tuple(parallel.padded_share(vocab_size, n, index) for index in range(n))
     )
     local = shards.cut(logits, columns, rank).requires_grad_()
-    logprobs = parallel.vocab_logprobs(local, targets)
+    logprobs = vocab_logprobs(local, targets)
     (logprobs * weights).sum().backward()
     spread = shards.cut(logits, columns, rank).requires_grad_()
-    (parallel.vocab_entropy(spread) * weights).sum().backward()
+    (vocab_entropy(spread) * weights).sum().backward()
     huge = shards.cut(logits * 1e4, columns, rank)
     gathered = shards.cut(logits, columns, rank).requires_grad_()
     (parallel.gather_vocab(gathered) * logits).sum().backward()
@@ -238,12 +240,12 @@ def vocabulary_and_layers(n_rows: int, vocab_size: int) -> dict[str, object]:
     return {
         "logprobs": logprobs.detach(),
         "gradient": local.grad,
-        "bfloat16": parallel.vocab_logprobs(local.detach().bfloat16(), targets),
-        "huge": parallel.vocab_logprobs(huge, targets),
-        "none": parallel.vocab_logprobs(local[:0], targets[:0]),
-        "entropy": parallel.vocab_entropy(spread.detach()),
+        "bfloat16": vocab_logprobs(local.detach().bfloat16(), targets),
+        "huge": vocab_logprobs(huge, targets),
+        "none": vocab_logprobs(local[:0], targets[:0]),
+        "entropy": vocab_entropy(spread.detach()),
         "entropy_gradient": spread.grad,
-        "huge_entropy": parallel.vocab_entropy(huge),
+        "huge_entropy": vocab_entropy(huge),
         "gathered": parallel.gather_vocab(local.detach()),
         "gathered_gradient": gathered.grad,
         "shapes": {name: list(p.shape) for name, p in model.named_parameters() if p.is_meta},
@@ -272,7 +274,7 @@ CONFIG = ModelConfig(
 def refusal(width: int) -> str:
     """The message with which an embedding cut along this width is refused; empty if it is not."""
     try:
-        parallel.ParallelEmbedding(4, width)
+        ParallelEmbedding(4, width)
     except UserError as error:
         return str(error)
     return ""

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src import parallel
 from src.models.decoder import Decoder
+from src.models.vocab_softmax import vocab_entropy, vocab_logprobs
 
 # Logits of this many float32 bytes exist at once; those of more positions are made again for the backward pass.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
@@ -87,10 +88,10 @@ def _logprobs(
             logits = logits / temperature
         if n_ids is not None and n_ids < model.config.vocab_size:
             logits = _without_padding(logits, n_ids)
-        logprobs = parallel.vocab_logprobs(logits, targets)
+        logprobs = vocab_logprobs(logits, targets)
         if entropy == "none":
             return logprobs, logprobs.new_empty(0)
-        return logprobs, parallel.vocab_entropy(logits if entropy == "learned" else logits.detach())
+        return logprobs, vocab_entropy(logits if entropy == "learned" else logits.detach())
 
     hidden = _predicting(model(tokens, lengths=lengths), response_mask)  # [N, D]
     per_position = 4 * model.config.vocab_size // parallel.tensor_parallel_size()

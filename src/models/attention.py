@@ -14,14 +14,9 @@ from torch.nn.attention.varlen import varlen_attn
 from src.models.cache import Cache, Group
 from src.models.config import ModelConfig
 from src.models.feedforward import RMSNorm
+from src.models.layers import ColumnParallelLinear, RowParallelLinear
 from src.models.rope import apply_rope
-from src.parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_parallel,
-    tensor_parallel_rank,
-    tensor_parallel_size,
-)
+from src.parallel import copy_to_tensor_parallel, tensor_parallel_rank, tensor_parallel_size
 
 # What each position may attend to: None = those before it in its row, itself included; a tensor [B, 1, S, T] of
 # booleans; or, for one row of samples laid end to end, the samples' lengths: those before it in its own sample.

@@ -13,6 +13,7 @@ from src.models.attention import Attention, Visible
 from src.models.cache import Cache
 from src.models.config import ModelConfig
 from src.models.feedforward import FeedForward, MixtureOfExperts, RMSNorm
+from src.models.layers import ColumnParallelLinear, ParallelEmbedding, VocabParallelEmbedding
 from src.models.rope import rope_frequencies, rope_rotation
 
 
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         by_width = config.embedding_dim_on(parallel.tensor_parallel_size()) == 1
-        embedding = parallel.ParallelEmbedding if by_width else parallel.VocabParallelEmbedding
+        embedding = ParallelEmbedding if by_width else VocabParallelEmbedding
         self.tok_embeddings = embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = _norm(config)
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
             self.v_head = nn.Linear(config.dim, 1, bias=False)
         elif not config.tied:
             rows = parallel.padded_share(config.vocab_size)
-            self.output = parallel.ColumnParallelLinear(config.dim, config.vocab_size, rows)
+            self.output = ColumnParallelLinear(config.dim, config.vocab_size, rows)
 
     def forward(
         self,

@@ -8,12 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.models.config import ModelConfig
-from src.parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_parallel,
-    reduce_from_tensor_parallel,
-)
+from src.models.layers import ColumnParallelLinear, RowParallelLinear
+from src.parallel import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 
 class FeedForward(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from src.errors import UserError
 from src.models.config import ModelConfig
-from src.parallel import ColumnParallelLinear, RowParallelLinear
+from src.models.layers import ColumnParallelLinear, RowParallelLinear
 
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 

@@ -13,6 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import parallel
+from src.models.layers import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 
 
 class Precision(NamedTuple):
@@ -65,12 +71,10 @@ class QuantizedMatrix(nn.Module):
 class QuantizedLinear(nn.Module):
     """A column- or row-parallel linear over a quantised matrix; no gradient."""
 
-    def __init__(
-        self, layer: parallel.ColumnParallelLinear | parallel.RowParallelLinear, matrix: QuantizedMatrix
-    ) -> None:
+    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, matrix: QuantizedMatrix) -> None:
         super().__init__()
         self.matrix, self.bias = matrix, layer.bias
-        self.sums = isinstance(layer, parallel.RowParallelLinear)
+        self.sums = isinstance(layer, RowParallelLinear)
 
     @property
     def weight(self) -> Tensor:
@@ -88,12 +92,10 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """An embedding split by rows or by width over a quantised matrix; no gradient."""
 
-    def __init__(
-        self, layer: parallel.VocabParallelEmbedding | parallel.ParallelEmbedding, matrix: QuantizedMatrix
-    ) -> None:
+    def __init__(self, layer: VocabParallelEmbedding | ParallelEmbedding, matrix: QuantizedMatrix) -> None:
         super().__init__()
         self.matrix = matrix
-        by_rows = isinstance(layer, parallel.VocabParallelEmbedding)
+        by_rows = isinstance(layer, VocabParallelEmbedding)
         self.ids = range(layer.vocab_start_index, layer.vocab_end_index) if by_rows else None
 
     @property
@@ -111,10 +113,10 @@ class QuantizedEmbedding(nn.Module):
 
 
 STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
-    parallel.ColumnParallelLinear: QuantizedLinear,
-    parallel.RowParallelLinear: QuantizedLinear,
-    parallel.VocabParallelEmbedding: QuantizedEmbedding,
-    parallel.ParallelEmbedding: QuantizedEmbedding,
+    ColumnParallelLinear: QuantizedLinear,
+    RowParallelLinear: QuantizedLinear,
+    VocabParallelEmbedding: QuantizedEmbedding,
+    ParallelEmbedding: QuantizedEmbedding,
 }
 
 

@@ -1,0 +1,131 @@
+"""Tensor-parallel layers: fairscale's, laid out from this rank's slice alone.
+
+They take their own slice of the weight as an uninitialised tensor on the current default device, so that a model can
+be laid out on the meta device and filled from its shard alone. (fairscale's own constructors allocate on the CPU and
+draw the full weight on every rank.)
+"""
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import layers
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.parallel import (
+    copy_to_tensor_parallel,
+    padded_share,
+    share,
+    sum_over_tensor_parallel,
+    tensor_parallel_size,
+)
+
+
+class _SumGradientOverReplicas(torch.autograd.Function):
+    """Identity forwards; backwards the sum of the gradients of all ranks that hold the same rows."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor, rows: range, total: int) -> Tensor:
+        ctx.rows, ctx.total = rows, total
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        whole = grad.new_zeros(ctx.total, *grad.shape[1:])
+        own = slice(ctx.rows.start, ctx.rows.stop)
+        whole[own] = grad
+        return sum_over_tensor_parallel(whole)[own], None, None
+
+
+class ColumnParallelLinear(layers.ColumnParallelLinear):
+    """y = x W^T with W [out_features, in_features] split by rows: each rank holds and yields its own outputs.
+
+    `rows` are those of this rank (default: an even share, the first ranks taking what does not divide). With
+    `replicated` several ranks hold the same rows; their gradients are summed, so that copies stay equal.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rows: range | None = None,
+        *,
+        bias: bool = False,
+        replicated: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.gather_output = in_features, out_features, False
+        self.rows = share(out_features) if rows is None else rows
+        self.replicated = replicated
+        self.output_size_per_partition = len(self.rows)
+        self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
+        self.bias = nn.Parameter(torch.empty(self.output_size_per_partition)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., rows of this rank]."""
+        weight, bias = self.weight, self.bias
+        if self.replicated:
+            weight = _SumGradientOverReplicas.apply(weight, self.rows, self.out_features)
+            bias = (
+                None if bias is None else _SumGradientOverReplicas.apply(bias, self.rows, self.out_features)
+            )
+        return F.linear(copy_to_tensor_parallel(x), weight, bias)
+
+
+class RowParallelLinear(layers.RowParallelLinear):
+    """y = x W^T with W [out_features, in_features] split by columns: inputs arrive split, outputs are summed.
+
+    `columns` are those of this rank (default: an even share, the first ranks taking what does not divide).
+    """
+
+    def __init__(self, in_features: int, out_features: int, columns: range | None = None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.columns = share(in_features) if columns is None else columns
+        self.input_size_per_partition = len(self.columns)
+        self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., columns of this rank] -> [..., out_features], summed over the ranks."""
+        if (
+            tensor_parallel_size() == 1
+        ):  # fairscale's sum, which has nothing to add, would end a compiled graph
+            return F.linear(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def _lookup_settings(module: nn.Module, num_embeddings: int, embedding_dim: int) -> None:
+    """The attributes that both fairscale embeddings read in forward()."""
+    module.num_embeddings, module.embedding_dim = num_embeddings, embedding_dim
+    module.padding_idx = module.max_norm = None
+    module.norm_type, module.scale_grad_by_freq, module.sparse = 2.0, False, False
+
+
+class VocabParallelEmbedding(layers.VocabParallelEmbedding):
+    """Embedding [num_embeddings, embedding_dim] split by rows; shards coincide with a tied output layer's.
+
+    Every rank holds equally many rows; the last ones may be padding, which no id reaches.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        _lookup_settings(self, num_embeddings, embedding_dim)
+        rows = padded_share(num_embeddings)
+        self.num_embeddings_per_partition = len(rows)
+        self.vocab_start_index, self.vocab_end_index = rows.start, rows.stop
+        self.weight = nn.Parameter(torch.empty(self.num_embeddings_per_partition, embedding_dim))
+
+
+class ParallelEmbedding(layers.ParallelEmbedding):
+    """Embedding [num_embeddings, embedding_dim] split by columns, as Meta's Llama 1 and 2 shards have it."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        _lookup_settings(self, num_embeddings, embedding_dim)
+        if embedding_dim % tensor_parallel_size():
+            raise UserError(
+                f"the embedding width {embedding_dim} does not divide over {tensor_parallel_size()} ranks; "
+                f"split the vocabulary instead (embedding_split_dim 0)"
+            )
+        self.embedding_dim_per_partition = embedding_dim // tensor_parallel_size()
+        self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
