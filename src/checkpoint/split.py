@@ -1,7 +1,7 @@
 """A checkpoint or an adapter cut into n tensor-parallel shards on disk."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ def _write(
     storage.check_writable(folder)
     storage.check_space(folder, sum(spec.nbytes for layout in layouts for spec in layout.values()))
     not_finite = []
-    with storage.writing(folder):
+    with storage.writing(folder), _one_thread():
         with ExitStack() as stack:
             paths = [storage.staging(folder) / storage.shard_name(kind, index) for index in range(n)]
             files = [
@@ -87,6 +87,17 @@ def _write(
         }
         storage.finish(folder, n, documents, tokenizer, facts)
     return not_finite
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: its own would spin on the processors on which the files are hashed and written."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def is_finite(tensor: Tensor) -> bool:

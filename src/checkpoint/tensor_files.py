@@ -142,32 +142,41 @@ def _stored_safetensor(path: Path, file: safetensors.safe_open, name: str) -> St
 class TensorFile:
     """A laid-out file that is filled one tensor at a time, in the order of `names`; open_torch_file() makes one.
 
-    The SHA-256 of the file is taken on the way, by a thread of its own, so nothing is read twice.
+    A thread of its own hashes (SHA-256) and writes each tensor: nothing is read twice, and files that are filled side
+    by side share the processors.
     """
 
     def __init__(self, path: Path, layout: Mapping[str, TensorSpec], offsets: Mapping[str, int]) -> None:
         self.names = sorted(layout, key=lambda name: offsets[name])
         self._path, self._layout, self._offsets = path, layout, offsets
         self._file = os.open(path, os.O_RDWR)
-        self._written = 0  # tensors
+        self._taken = 0  # tensors
         self._hash, self._hashed = hashlib.sha256(), 0  # bytes
-        self._hasher = ThreadPoolExecutor(1)
-        self._hashing: Future[None] | None = None
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         self._flushing = 0  # bytes that the disk has been asked to take
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put the next tensor into its place, in the layout's type. Raises OSError when the disk is full."""
+        """Take the next tensor, in the layout's type, once the one before it is written. It must not change any more.
+
+        Raises OSError when the disk is full, of this tensor at the next call.
+        """
         shape, dtype = self._layout[name]
         assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} into room for {shape}"
-        assert name == self.names[self._written], f"{name} is written before {self.names[self._written]}"
+        assert name == self.names[self._taken], f"{name} is written before {self.names[self._taken]}"
         flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
-        data, offset = memoryview(flat.view(torch.uint8).numpy()), self._offsets[name]
         self._wait()  # so that one tensor a file is in memory
-        self._hashing = self._hasher.submit(self._update, offset, data)
+        self._writing = self._writer.submit(
+            self._put, self._offsets[name], memoryview(flat.view(torch.uint8).numpy())
+        )
+        self._taken += 1
+
+    def _put(self, offset: int, data: memoryview) -> None:
+        """Hash and write a tensor's bytes."""
+        self._update(offset, data)
         while data:  # the kernel takes at most 2 GiB a call
             written = os.pwrite(self._file, data, offset)
             data, offset = data[written:], offset + written
-        self._written += 1
         if offset - self._flushing > FLUSH_BYTES and sys.platform == "linux":
             # starts writing without waiting for it, so that the fsync at the end is short
             os.posix_fadvise(self._file, self._flushing, offset - self._flushing, os.POSIX_FADV_DONTNEED)
@@ -180,21 +189,19 @@ class TensorFile:
         self._hashed = offset + len(data)
 
     def _wait(self) -> None:
-        if self._hashing is not None:
-            self._hashing.result()
+        if self._writing is not None:
+            self._writing.result()
 
     def complete(self) -> None:
-        """Put the file on the disk, and its hash beside it."""
-        assert self._written == len(self.names), (
-            f"{self._path}: nothing was written for {self.names[self._written]}"
-        )
+        """Put the file on the disk, and its hash beside it. Raises OSError when the disk is full."""
+        assert self._taken == len(self.names), f"{self._path}: nothing was written for {self.names[self._taken]}"
         self._wait()
         self._update(os.fstat(self._file).st_size, memoryview(b""))
         os.fsync(self._file)
         digest_path(self._path).write_text(self._hash.hexdigest())
 
     def close(self) -> None:
-        self._hasher.shutdown()
+        self._writer.shutdown()
         os.close(self._file)
 
 
