@@ -189,10 +189,14 @@ def _local_tensors(folder: Path, dtype: torch.dtype | None, left_out: range) -> 
 
 
 def _stored_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """This rank's tensors as stored; adapters are folded in before any rounding to the dtype asked for."""
+    """This rank's tensors as stored; adapters are folded in before any rounding to the dtype asked for.
+
+    The ranks share the files out to compare them with their hashes: a flipped bit must not train on in silence.
+    """
     adapter = adapters.read_adapter(folder)
     kind = storage.ADAPTER if adapter else storage.WEIGHTS
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
+    storage.verify_hashes(folder, kind, rank, n)
     own = sources.local_tensors(folder, kind, sources.read_config(folder), n, rank)
     return adapters.fold(_stored_tensors(adapter.base), own, adapter.lora) if adapter else own
 

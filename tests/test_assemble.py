@@ -10,6 +10,7 @@ from src import assemble, parallel
 from src.checkpoint import storage
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
+from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.lora import LoraConfig
 from tests.checkpoint.weights import CONFIG, random_weights
@@ -40,6 +41,17 @@ def test_one_process_opens_any_number_of_shards(tmp_path: Path, hf_folder: Path,
     found = parameters(assemble.load_solver(cut(hf_folder, tmp_path / "n", n)))
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("file", ["consolidated.00.pth", "consolidated.01.pth"])
+def test_flipped_bit_is_found_by_whoever_loads(tmp_path: Path, hf_folder: Path, file: str) -> None:
+    folder = Path(cut(hf_folder, tmp_path / "2", 2))
+    data = bytearray((folder / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / file).write_bytes(data)
+    parallel.start()
+    with pytest.raises(UserError, match=f"{file} has the right size but other contents"):
+        assemble.load_solver(str(folder))
 
 
 @pytest.mark.parametrize("n", [12, 101])

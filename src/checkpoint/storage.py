@@ -374,9 +374,15 @@ def manifest_files(folder: Path) -> dict[str, dict[str, object]]:
     return files
 
 
-def verify_hashes(folder: Path) -> None:
-    """Read every tensor file of a directory and compare it with the manifest. Raises UserError that names the file."""
-    for name, facts in manifest_files(folder).items():
+def verify_hashes(folder: Path, prefix: str = "", index: int = 0, n: int = 1) -> None:
+    """Read the tensor files of a directory and compare them with the manifest. Raises UserError that names the file.
+
+    prefix: only files whose names begin so. Of n processes that share the work, this is number `index`.
+    """
+    files = [
+        (name, facts) for name, facts in sorted(manifest_files(folder).items()) if name.startswith(prefix)
+    ]
+    for name, facts in files[index::n]:
         if sha256(folder / name) != facts["sha256"]:
             raise UserError(
                 f"{folder / name} has the right size but other contents than were written: bits were "

@@ -194,7 +194,9 @@ class TensorFile:
 
     def complete(self) -> None:
         """Put the file on the disk, and its hash beside it. Raises OSError when the disk is full."""
-        assert self._taken == len(self.names), f"{self._path}: nothing was written for {self.names[self._taken]}"
+        assert self._taken == len(self.names), (
+            f"{self._path}: nothing was written for {self.names[self._taken]}"
+        )
         self._wait()
         self._update(os.fstat(self._file).st_size, memoryview(b""))
         os.fsync(self._file)

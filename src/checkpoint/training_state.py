@@ -51,10 +51,11 @@ def read_facts(folder: Path) -> dict[str, object]:
 def reader(folder: Path, config: ModelConfig) -> Callable[[str], Tensor]:
     """How to read a tensor of optimizer.NN.pth as this tensor-parallel rank holds it, whatever number wrote it.
 
-    Raises UserError for a tensor that the checkpoint lacks.
+    Raises UserError for a tensor that the checkpoint lacks, or bytes that are not those that were written.
     """
     paths = storage.shard_paths(folder, OPTIMIZER)
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
+    storage.verify_hashes(folder, OPTIMIZER, rank, n)
     wanted = [paths[rank]] if len(paths) == n else paths
     pieces = [storage.read_shard(path) for path in wanted]
 

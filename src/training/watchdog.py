@@ -17,7 +17,9 @@ from src import parallel, runlog
 # A little less than torch's own limits, which end the process with less to read.
 HANG_SECONDS = {"cuda": 0.9 * 600, "cpu": 0.9 * 1800}
 SAMPLES = 60  # looks in that time; a busy loop is never met at the same place in all of them
-GRACE_SECONDS = 15.0  # until the others have spoken, on a busy machine too: torchrun kills them once this one is gone
+GRACE_SECONDS = (
+    15.0  # until the others have spoken, on a busy machine too: torchrun kills them once this one is gone
+)
 
 _ROOT = Path(__file__).parents[2]
 
