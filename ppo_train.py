@@ -42,6 +42,7 @@ def main(
     lora_rank: int = -1, lora_alpha: float = 16.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
     eval_every: int = -1, rollout_samples: int = 8, save_every: int = -1, keep_last: int = 1,
+    background_save: bool = False,
     resume: Literal["none", "auto"] = "none",
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", quantize: Literal["", "int8", "int4"] = "",
     seed: int = 1, dry_run: bool = False,
@@ -111,6 +112,8 @@ def main(
     rollout_samples: episodes of each buffer written to rollouts/
     save_every: buffers between checkpoints to resume from; -1 = after each epoch
     keep_last: how many of those are kept
+    background_save: write checkpoints to resume from while training goes on; a copy of what they hold is then in main
+        memory until they are written
     resume: auto = go on from the newest complete one in both save directories, if there is one
     save_dtype: type of the stored weights; default: as in the directories started from (adapters: float32)
     quantize: hold the frozen models, verifier and (without LoRA) reference, in 8 or 4 bits a weight; with such a
@@ -189,8 +192,8 @@ def main(
     steps_per_epoch = -(-len(prompts) // settings.prompts_a_buffer)
     state = {"kl_scale": 1.0}
     saver = Saver(
-        log, [Trained(save_dir, loop, lambda folder, state, model=loop.model, source=source: assemble.save_model(
-            model, folder, source, save_dtype, lora, tokenizer_file, state))
+        log, [Trained(save_dir, loop, lambda folder, state, model=loop.model, source=source: assemble.begin_save(
+            model, folder, source, save_dtype, lora, tokenizer_file, state, background_save))
               for save_dir, loop, source in ((actor_save_dir, actor_loop, actor_ckpt_dir),
                                              (critic_save_dir, critic_loop, critic_ckpt_dir)) if loop],
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=len(buffers),

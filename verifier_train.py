@@ -30,7 +30,8 @@ def main(
     activation_checkpointing: Literal["none", "selective", "full"] = "none", tensor_parallel_size: int = -1,
     lora_rank: int = -1, lora_alpha: float = 16.0, lora_dropout: float = 0.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
-    eval_every: int = -1, save_every: int = -1, keep_last: int = 1, resume: Literal["none", "auto"] = "none",
+    eval_every: int = -1, save_every: int = -1, keep_last: int = 1, background_save: bool = False,
+    resume: Literal["none", "auto"] = "none",
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Reward-model training on a value head.
@@ -74,6 +75,8 @@ def main(
     eval_every: steps between measurements on held-out rows; -1 = after each epoch
     save_every: steps between checkpoints to resume from; -1 = after each epoch
     keep_last: how many of those are kept
+    background_save: write checkpoints to resume from while training goes on; a copy of what they hold is then in main
+        memory until they are written
     resume: auto = go on from the newest complete one in save_dir, if there is one
     save_dtype: type of the stored weights; default: as in ckpt_dir (adapters: float32)
     seed: seed of data order and adapter initialisation
@@ -112,8 +115,8 @@ def main(
                      min_lr_ratio=min_lr_ratio, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed,
                      activation_checkpointing=activation_checkpointing)
     saver = Saver(
-        log, [Trained(save_dir, loop, lambda folder, state: assemble.save_model(
-            model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state))],
+        log, [Trained(save_dir, loop, lambda folder, state: assemble.begin_save(
+            model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state, background_save))],
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
         facts={"seed": seed, "rows": len(data.samples), "rows_a_step": batching.rows_a_step})
     done = saver.resume(resume)

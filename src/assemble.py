@@ -4,9 +4,8 @@ A model is laid out on the meta device and filled from this rank's shard alone. 
 names its base; loading it loads the base and folds the adapter in, in the requested dtype.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from src import parallel, runlog
 from src.checkpoint import adapters, shards, sources, storage, training_state
+from src.checkpoint.saving import Save, TensorGroup
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.training_state import RunState
 from src.errors import UserError
@@ -278,57 +278,55 @@ def save_model(
     ckpt_dir: str,
     dtype: str = "",
     lora: LoraConfig | None = None,
-    tokenizer_file: str = "",
-    state: RunState | None = None,
 ) -> None:
     """Write a trained model as a checkpoint directory, each rank its own shard; all ranks call this.
 
+    The arguments are begin_save()'s.
+    """
+    begin_save(model, save_dir, ckpt_dir, dtype, lora).complete()
+
+
+def begin_save(
+    model: Decoder,
+    save_dir: str,
+    ckpt_dir: str,
+    dtype: str = "",
+    lora: LoraConfig | None = None,
+    tokenizer_file: str = "",
+    state: RunState | None = None,
+    background: bool = False,
+) -> Save:
+    """A save of the model as it is now, for all ranks to complete.
+
     ckpt_dir is where training started: it gives the tokenizer unless tokenizer_file does and, with LoRA, the base
     that the adapter directory will name. dtype of the stored weights: empty = as in ckpt_dir; adapters are always
-    float32. With a state the directory is one that training can be resumed from.
+    float32. With a state the directory is one that training can be resumed from. In the background the model may
+    change before complete() is called.
     """
     parallel.free_gathered(model)
-    folder, source = Path(save_dir), Path(ckpt_dir)
+    source = Path(ckpt_dir)
     dtype = dtype or model.config.dtype
-    kind = storage.ADAPTER if lora else storage.WEIGHTS
     tensors = {
         name: parameter
         for name, parameter in model.named_parameters()
         if lora is None or parameter.requires_grad
     }
-    stored = torch.float32 if lora else getattr(torch, dtype)
-    with storage.writing(folder) if parallel.rank() == 0 else contextlib.nullcontext():
-        parallel.barrier()
-        _write_tensors(folder, kind, tensors, stored)
-        if state:
-            _write_tensors(folder, training_state.OPTIMIZER, state.loop.tensors, torch.float32)
-        parallel.barrier()
-        if parallel.rank() == 0:
-            documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
-            if state:
-                documents[training_state.STATE] = state.document()
-            documents["params.json"] = model.config.to_dict() | {"dtype": dtype}
-            facts = {
-                "source": str(source),
-                "rotary_layout": "interleaved",
-                "tied": model.config.tied,
-                "split": {
-                    name: shards.split_dim(name, model.config, parallel.tensor_parallel_size())
-                    for name in tensors
-                },
-            }
-            tokenizer = storage.tokenizer_files(Path(tokenizer_file) if tokenizer_file else source)
-            storage.finish(folder, parallel.tensor_parallel_size(), documents, tokenizer, facts)
-    parallel.barrier()
-
-
-def _write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Write this tensor-parallel rank's shard, a tensor at a time; data-parallel rank 0 gathers from the others."""
-    if parallel.data_parallel_rank() == 0:
-        storage.write_shard(folder, kind, parallel.tensor_parallel_rank(), tensors, dtype)
-    else:
-        for tensor in tensors.values():
-            parallel.whole(tensor)
+    kind, stored = (storage.ADAPTER, torch.float32) if lora else (storage.WEIGHTS, getattr(torch, dtype))
+    groups = [TensorGroup(kind, tensors, stored)]
+    documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
+    if state:
+        groups.append(TensorGroup(training_state.OPTIMIZER, state.loop.tensors, torch.float32))
+        documents[training_state.STATE] = state.document()
+    documents["params.json"] = model.config.to_dict() | {"dtype": dtype}
+    n = parallel.tensor_parallel_size()
+    facts = {
+        "source": str(source),
+        "rotary_layout": "interleaved",
+        "tied": model.config.tied,
+        "split": {name: shards.split_dim(name, model.config, n) for name in tensors},
+    }
+    tokenizer = storage.tokenizer_files(Path(tokenizer_file) if tokenizer_file else source)
+    return Save(Path(save_dir), groups, documents, tokenizer, facts, background=background)
 
 
 class LogitDifference(NamedTuple):

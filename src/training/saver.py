@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from src import parallel
 from src.checkpoint import storage, training_state
+from src.checkpoint.saving import Save
 from src.checkpoint.training_state import RunState
 from src.errors import UserError
 from src.runlog import RunLog
@@ -23,11 +24,11 @@ Resume = Literal["none", "auto"]
 
 
 class Trained(NamedTuple):
-    """One model of a run: its directory, its loop, and how its weights and a state are written to a directory."""
+    """One model of a run: its directory, its loop, and how a save of it and a state to a directory is begun."""
 
     folder: str
     loop: TrainLoop
-    write: Callable[[str, RunState], None]
+    begin_save: Callable[[str, RunState], Save]
 
 
 class Saver:
@@ -55,6 +56,8 @@ class Saver:
         self._every, self._keep_last = save_every, keep_last
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         self._best, self._best_step, self._stop_asked = -math.inf, 0, False
+        self._saves: list[Save] = []  # under way, one a model, of this step:
+        self._saved_step = 0
         signal.signal(signal.SIGTERM, self._ask_to_stop)
 
     def _ask_to_stop(self, signal_number: int, frame: FrameType | None) -> None:
@@ -100,33 +103,54 @@ class Saver:
         """Save if this step is one to save after. score: held-out merit of the models now, where it was measured.
 
         The best one is kept as `best`. After SIGTERM to any rank this saves and ends the process with status 0.
+        A save that is written in the background counts from the first step on at whose end it is all written.
         """
         stop = parallel.any_rank(self._stop_asked)
+        self._complete_if_written()
         if score is not None and score > self._best:
             self._best, self._best_step = score, number
         due = self._every > 0 and number % self._every == 0
         at_end = number % self._steps_per_epoch == 0 or number == self._total_steps
         if stop or due or at_end or self._best_step == number:
             self._save(number)
-            self._publish_due(number)
         if stop and number < self._total_steps:
+            self.complete()
             self._log.close_progress()
             self._log.logger.info("stopped by SIGTERM after step %d, saved; go on with --resume auto", number)
             sys.exit(0)
 
     def finish(self) -> None:
         """Put the final weights at the top of the run's directory."""
+        self.complete()
         self._publish(self._total_steps, ".")
         self._log.close_progress()
         for model in self._models:
             self._log.logger.info("saved %s", model.folder)
 
     def _save(self, step: int) -> None:
+        self.complete()
         best = {"best": self._best if self._best_step else None, "best_step": self._best_step}
         facts = {**self._facts, **self._numbers, "step": step, **best}
+        self._saved_step = step
         for model in self._models:
-            model.write(str(_step_folder(model.folder, step)), RunState(model.loop.state(), facts))
+            state = RunState(model.loop.state(), facts)
+            self._saves.append(model.begin_save(str(_step_folder(model.folder, step)), state))
+        self._complete_if_written()
+
+    def _complete_if_written(self) -> None:
+        """Complete the save under way, if there is one and no rank would have to wait."""
+        if self._saves and not parallel.any_rank(not all(save.is_written() for save in self._saves)):
+            self.complete()
+
+    def complete(self) -> None:
+        """Make the save under way, if there is one, count; discard what it replaces."""
+        if not self._saves:
+            return
+        saves, self._saves = self._saves, []
+        for save in saves:
+            save.complete()
         self._discard(sorted(_complete_steps(self._models[0].folder))[: -self._keep_last])
+        self._publish_due(self._saved_step)
 
     def _discard(self, steps: Sequence[int]) -> None:
         if parallel.rank() == 0:

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from torch.testing import assert_close
 
 from src import assemble, parallel
 from src.checkpoint import storage
+from src.checkpoint.saving import Save
+from src.checkpoint.training_state import RunState
 from src.data.collate import Batch
 from src.errors import UserError
 from src.runlog import RunLog
@@ -33,7 +36,9 @@ OPERATIONS = ("mkdir", "replace", "unlink", "rmdir", "link", "fsync", "pwrite", 
 class Run:
     """A run of six steps in two epochs on one batch, at the step it was resumed at."""
 
-    def __init__(self, ckpt_dir: str, folder: Path, lora_rank: int = -1, **options: object) -> None:
+    def __init__(
+        self, ckpt_dir: str, folder: Path, lora_rank: int = -1, background: bool = False, **options: object
+    ) -> None:
         self.folder = folder
         self.model = assemble.load_solver(ckpt_dir, dtype=torch.float32)
         lora = assemble.lora_config(lora_rank, 16.0, 0.1, ["wq", "w2"])
@@ -41,13 +46,15 @@ class Run:
         log = RunLog(str(folder), {})
         self.loop = TrainLoop(self.model, log, lr=1e-2, total_steps=STEPS, weight_decay=0.1)
 
-        def write(target: str, state: object) -> None:
-            assemble.save_model(self.model, target, ckpt_dir, "bfloat16", lora, state=state)
+        def begin_save(target: str, state: RunState) -> Save:
+            return assemble.begin_save(
+                self.model, target, ckpt_dir, "bfloat16", lora, state=state, background=background
+            )
 
         options = {"save_every": -1, "keep_last": 1} | options
         self.saver = Saver(
             log,
-            [Trained(str(folder), self.loop, write)],
+            [Trained(str(folder), self.loop, begin_save)],
             steps_per_epoch=3,
             total_steps=STEPS,
             facts={"seed": 1},
@@ -126,8 +133,9 @@ def test_an_unfinished_run_is_not_overwritten_and_not_mixed(folders: Folders, tm
         Run(folders.one, tmp_path, lora_rank=4).saver.resume("auto")
 
 
-def test_sigterm_saves_and_ends_with_status_0(folders: Folders, tmp_path: Path) -> None:
-    run = Run(folders.one, tmp_path)
+@pytest.mark.parametrize("background", [False, True])
+def test_sigterm_saves_and_ends_with_status_0(folders: Folders, tmp_path: Path, background: bool) -> None:
+    run = Run(folders.one, tmp_path, background=background)
     run.step()
     run.saver._ask_to_stop(15, None)
     with pytest.raises(SystemExit) as end:
@@ -136,22 +144,25 @@ def test_sigterm_saves_and_ends_with_status_0(folders: Folders, tmp_path: Path) 
     assert Run(folders.one, tmp_path).saver.resume("auto") == 2
 
 
+@pytest.mark.parametrize(("background", "stride"), [(False, 1), (True, 4)])
 def test_a_save_killed_at_any_file_operation_leaves_one_to_resume_from(
-    folders: Folders, tmp_path: Path
+    folders: Folders, tmp_path: Path, background: bool, stride: int
 ) -> None:
-    """The process dies, without any clean-up, at its k-th file operation of the third step's save, for every k."""
-    run = Run(folders.one, tmp_path / "run", lora_rank=2, save_every=1)
+    """The process dies, without any clean-up, at its k-th file operation of the third step's save, for every (fourth) k."""
+    run = Run(folders.one, tmp_path / "run", lora_rank=2, background=background, save_every=1)
     states = []
     for _ in range(2):
         run.step()
+        run.saver.complete()
         states.append(run.bits())
     resumed, k = set(), 0
     while True:
-        k += 1
+        k += stride
         child = os.fork()
         if not child:
             _die_at_operation(k)
             run.step()
+            run.saver.complete()
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, KILLED)
@@ -164,11 +175,12 @@ def test_a_save_killed_at_any_file_operation_leaves_one_to_resume_from(
             assert done == 3
             break
     while status:  # the kills after the save was complete: publishing, discarding
-        k += 1
+        k += stride
         child = os.fork()
         if not child:
             _die_at_operation(k)
             run.step()
+            run.saver.complete()
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert Run(folders.one, tmp_path / "run", lora_rank=2).saver.resume("auto") == 3
@@ -193,28 +205,61 @@ def _die_at_operation(k: int) -> None:
 
 
 def test_a_run_goes_on_at_another_number_of_ranks(folders: Folders, tmp_path: Path) -> None:
-    whole = resumed_epochs(folders.one, str(tmp_path / "whole"), 0, 8)
-    target = "tests.training.workers:resumed_epochs"
+    """Tensor-parallel 2, then 4, then data-parallel 2, then alone; the first two write in the background."""
+    whole = resumed_epochs(folders.one, str(tmp_path / "whole"), 0, 8)["losses"]
     save_dir = str(tmp_path / "run")
-    run_ranks(
-        2, target, tmp_path, folder=folders.two, save_dir=save_dir, first=0, last=4
-    )  # tensor-parallel 2
-    shared = run_ranks(2, target, tmp_path, 1, folder=folders.one, save_dir=save_dir, first=4, last=6)
-    alone = resumed_epochs(folders.one, save_dir, 6, 8)
-    assert torch.equal(shared[0]["losses"], shared[1]["losses"])
-    assert_close(shared[0]["losses"], whole["losses"][4:6], rtol=0, atol=1e-4)
-    assert_close(alone["losses"], whole["losses"][6:], rtol=0, atol=1e-4)
+    target = "tests.training.workers:resumed_epochs"
+    parts = [
+        run_ranks(n, target, tmp_path, tensor_parallel_size, folder=folder, save_dir=save_dir, **arguments)
+        for n, tensor_parallel_size, folder, arguments in (
+            (2, 2, folders.two, {"first": 0, "last": 2, "background": True}),
+            (4, 4, folders.two, {"first": 2, "last": 4, "background": True}),
+            (2, 1, folders.one, {"first": 4, "last": 6}),
+        )
+    ]
+    parts.append([resumed_epochs(folders.one, save_dir, 6, 8)])
+    for ranks, expected in zip(parts, whole.split(2), strict=True):
+        for rank in ranks:
+            assert_close(rank["losses"], expected, rtol=0, atol=1e-4)
 
 
-def test_a_disk_that_fills_during_a_save_leaves_one_to_resume_from(folders: Folders, tmp_path: Path) -> None:
-    """The kernel refuses to let a file grow, as it does on a full disk."""
-    run = Run(folders.one, tmp_path, save_every=1)
+def test_a_save_in_the_background_is_of_the_moment_it_began(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes nothing until it is let: training goes on, the next save waits, nothing counts meanwhile."""
+    options = {"save_every": 2, "keep_last": 2}
+    at_once = Run(folders.one, tmp_path / "at once", **options)
+    run = Run(folders.one, tmp_path / "run", background=True, **options)
+    let, write = threading.Event(), storage.write_shard
+    monkeypatch.setattr(storage, "write_shard", lambda *rest: (let.wait(60), write(*rest)))
+    for _ in range(2):
+        run.step()
+    assert Run(folders.one, tmp_path / "run").saver.resume("auto") == 0
+    threading.Timer(1.0, let.set).start()
+    run.step()  # the end of the epoch: it trains, then waits to save
+    run.saver.complete()
+    monkeypatch.undo()
+    for _ in range(3):
+        at_once.step()
+    for step in ("step-2", "step-3"):
+        one, other = (storage.manifest_files(tmp_path / name / step) for name in ("at once", "run"))
+        assert one == other and len(one) == 2  # the same bytes, by their hashes
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_fills_during_a_save_leaves_one_to_resume_from(
+    folders: Folders, tmp_path: Path, background: bool
+) -> None:
+    """The kernel refuses to let a file grow, as it does on a full disk; a writing thread's error ends the run."""
+    run = Run(folders.one, tmp_path, background=background, save_every=1)
     run.step()
+    run.saver.complete()
     expected = run.bits()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(UserError, match=r"in the middle of writing, .* Free some space and run the same"):
+            run.step()
             run.step()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

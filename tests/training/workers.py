@@ -246,7 +246,7 @@ def ppo_buffers(
 
 
 def resumed_epochs(
-    folder: str, save_dir: str, first: int, last: int, lora_rank: int = -1
+    folder: str, save_dir: str, first: int, last: int, lora_rank: int = -1, background: bool = False
 ) -> dict[str, Tensor]:
     """Steps `first` + 1 .. `last` of a run of 8 on INSTRUCTIONS, saved after each; losses and every rank's weights."""
     model = assemble.load_solver(folder, dtype=torch.float32)
@@ -266,7 +266,7 @@ def resumed_epochs(
     trained = Trained(
         save_dir,
         loop,
-        lambda target, state: assemble.save_model(model, target, folder, "", lora, state=state),
+        lambda target, state: assemble.begin_save(model, target, folder, "", lora, "", state, background),
     )
     saver = Saver(log, [trained], save_every=1, keep_last=1, steps_per_epoch=2, total_steps=8, facts={})
     assert saver.resume("auto") == first
@@ -278,6 +278,7 @@ def resumed_epochs(
             loop.backward(sft_loss(model, batch, normaliser), last=batch is step.batches[-1])
         losses.append(loop.step().loss)
         saver.step_done(step.number)
+    saver.complete()
     return local_weights(model) | {"losses": torch.tensor(losses)}
 
 
