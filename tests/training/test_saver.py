@@ -148,7 +148,7 @@ def test_sigterm_saves_and_ends_with_status_0(folders: Folders, tmp_path: Path, 
 def test_a_save_killed_at_any_file_operation_leaves_one_to_resume_from(
     folders: Folders, tmp_path: Path, background: bool, stride: int
 ) -> None:
-    """The process dies, without any clean-up, at its k-th file operation of the third step's save, for every (fourth) k."""
+    """The process dies, without any clean-up, at its k-th file operation of the third save, for every (fourth) k."""
     run = Run(folders.one, tmp_path / "run", lora_rank=2, background=background, save_every=1)
     states = []
     for _ in range(2):
