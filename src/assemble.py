@@ -221,7 +221,10 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
 
 
 def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
-    """Freeze a loaded model and give it fresh float32 adapters; a value head stays trainable. None changes nothing."""
+    """Freeze a loaded model and give it fresh float32 adapters; a value head stays trainable. None changes nothing.
+
+    The model may be one that quantize_weights() has changed.
+    """
     if lora is None:
         return
     check_targets(lora, model.config)
@@ -239,6 +242,15 @@ def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
 def lora_config(rank: int, alpha: float, dropout: float, targets: list[str]) -> LoraConfig | None:
     """What the --lora_* flags ask for; None (train all weights) for rank -1. Raises UserError."""
     return None if rank == -1 else LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(targets))
+
+
+def check_quantize(quantize: str, lora: LoraConfig | None) -> None:
+    """Raise UserError for a base in few bits that is to be trained itself."""
+    if quantize and lora is None:
+        raise UserError(
+            f"--quantize {quantize} holds weights that are not trained, but --lora_rank -1 trains all of them; "
+            f"give a --lora_rank, or leave --quantize out"
+        )
 
 
 def set_score(verifier: Decoder, **facts: str | float) -> None:

@@ -104,6 +104,11 @@ def autocast() -> contextlib.AbstractContextManager[object]:
     return torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else contextlib.nullcontext()
 
 
+def autocasted(x: Tensor) -> Tensor:
+    """x in the type that products of float32 tensors are computed in here: what autocast() asks for, else x's own."""
+    return x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x
+
+
 def peak_memory() -> float:
     """Most bytes this process has held: on the GPU where it computes on one, else resident."""
     if torch.cuda.is_available():
@@ -222,12 +227,12 @@ def gather_vocab(local_logits: Tensor) -> Tensor:
 
 def copy_to_tensor_parallel(x: Tensor) -> Tensor:
     """Identity forwards; sums the gradient over the tensor-parallel group backwards."""
-    return mappings.copy_to_model_parallel_region(x)
+    return mappings.copy_to_model_parallel_region(x) if tensor_parallel_size() > 1 else x
 
 
 def reduce_from_tensor_parallel(x: Tensor) -> Tensor:
     """Sum over the tensor-parallel group forwards; identity backwards."""
-    return mappings.reduce_from_model_parallel_region(x)
+    return mappings.reduce_from_model_parallel_region(x) if tensor_parallel_size() > 1 else x
 
 
 def share(size: int, n: int | None = None, index: int | None = None) -> range:

@@ -482,6 +482,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
         "saving to verifier would overwrite verifier, which is read",
     ),
     ("solver_train", {"lora_rank": 8, "lora_targets": "wq,wx"}, "lora_targets names 'wx'"),
+    ("solver_train", {"quantize": "int8"}, "--quantize int8 holds weights that are not trained, but --lora_rank -1"),
     ("solver_train", {"max_seq_len": 4}, "16 of 16 rows are longer than --max_seq_len 4"),
     ("solver_train", {"tokenizer_file": "train.json"}, "train.json is no tokenizer"),
     ("verifier_train", {"held_out": 0}, "--held_out 0.0 of 20 problems leaves nothing"),

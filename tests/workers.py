@@ -319,3 +319,53 @@ def quantised_logits(
         logits = [all_logits(model, torch.tensor([text]))[0] for text in texts]
         found[precision] = logits, weight_bytes(model) / whole
     return found
+
+
+def kept_shapes(model: Decoder, batch: Batch) -> list[list[int]]:
+    """Shapes of the tensors that the SFT loss keeps for its backward pass."""
+    shapes: list[list[int]] = []
+
+    def keep(x: Tensor) -> Tensor:
+        shapes.append(list(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        sft_loss(model, batch, n_supervised([batch]))
+    return shapes
+
+
+# without w3, so that one linear of the base carries none
+ADAPTERS = LoraConfig(rank=4, alpha=6.0, dropout=0.0, targets=("wq", "wk", "wv", "wo", "w1", "w2"))
+
+
+def quantised_lora(
+    folder: str, save_dir: str, tokens: list[list[int]], mask: list[list[bool]], precisions: list[str]
+) -> dict[str, dict[str, object]]:
+    """By precision: gradients of adapters on a frozen base in few bits, and that base's weights made dense.
+
+    Also the shapes of what the graph keeps for the backward pass, the weights' memory, and the logits of the float32
+    base with these adapters, put on it in memory and loaded from the directory that was saved.
+    """
+    batch = Batch(torch.tensor(tokens), torch.tensor(mask))
+    config = ADAPTERS
+    found = {}
+    for precision in precisions:
+        models = {"": assemble.load_solver(folder), precision: assemble.load_solver(folder, quantize=precision)}
+        for model in models.values():
+            assemble.put_lora_on(model, config, seed=5)
+            fill_lora_b(model)
+        model = models[precision]
+        assemble.save_model(model, f"{save_dir}/{precision}", folder, lora=config)
+        found[precision] = {
+            "kept": kept_shapes(model, batch),
+            "bytes": weight_bytes(model),
+            "gradients": gradients(model, batch),
+            "dense": {
+                name.removesuffix(".matrix").removesuffix(".base") + ".weight": module.dense()
+                for name, module in model.named_modules()
+                if name.endswith(".matrix")
+            },
+            "adapted": all_logits(models[""], batch.tokens),
+            "loaded": all_logits(assemble.load_solver(f"{save_dir}/{precision}"), batch.tokens),
+        }
+    return found

@@ -55,6 +55,7 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.gather_output = in_features, out_features, False
         self.rows = share(out_features) if rows is None else rows
+        self.columns = None  # whole on every rank
         self.replicated = replicated
         self.output_size_per_partition = len(self.rows)
         self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
@@ -62,13 +63,12 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., rows of this rank]."""
-        weight, bias = self.weight, self.bias
-        if self.replicated:
-            weight = _SumGradientOverReplicas.apply(weight, self.rows, self.out_features)
-            bias = (
-                None if bias is None else _SumGradientOverReplicas.apply(bias, self.rows, self.out_features)
-            )
-        return F.linear(copy_to_tensor_parallel(x), weight, bias)
+        bias = None if self.bias is None else self.sum_over_replicas(self.bias)
+        return F.linear(copy_to_tensor_parallel(x), self.sum_over_replicas(self.weight), bias)
+
+    def sum_over_replicas(self, x: Tensor) -> Tensor:
+        """x, its gradient summed over the ranks that hold the same rows. [rows of this rank, ...], unchanged."""
+        return _SumGradientOverReplicas.apply(x, self.rows, self.out_features) if self.replicated else x
 
 
 class RowParallelLinear(layers.RowParallelLinear):
@@ -81,6 +81,7 @@ class RowParallelLinear(layers.RowParallelLinear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
         self.columns = share(in_features) if columns is None else columns
+        self.rows, self.replicated = None, False  # whole on every rank
         self.input_size_per_partition = len(self.columns)
         self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
         self.register_parameter("bias", None)

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src import parallel
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.layers import ColumnParallelLinear, RowParallelLinear
+from src.models.quantize import QuantizedLinear
 
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
@@ -50,16 +53,61 @@ def check_targets(lora: LoraConfig, config: ModelConfig) -> None:
         )
 
 
+Frozen = ColumnParallelLinear | RowParallelLinear | QuantizedLinear
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """x W^T + scale (x * kept) A^T B^T on this rank, as one node of the graph.
+
+    The low-rank part is added by the matrix product that makes it, so nothing as wide as the output is written twice;
+    x is all that is kept of that width. W has no gradient and is asked for again backwards: a quantised base is then
+    never dense but for the product under way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        kept: Tensor | None,
+        base: Frozen,
+        scale: float,
+    ) -> Tensor:
+        """x [N, in], lora_a [rank, in], lora_b [out, rank], kept [N, in] or None -> [N, out] in x's dtype."""
+        low = scale * (x if kept is None else x * kept) @ lora_a.type_as(x).T  # [N, rank]
+        ctx.save_for_backward(x, lora_a, lora_b, kept, low)
+        ctx.base, ctx.scale = base, scale
+        bias = None if base.bias is None else base.bias.type_as(x)
+        return F.linear(x, base.weight.type_as(x), bias).addmm_(low, lora_b.type_as(x).T)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+        x, lora_a, lora_b, kept, low = ctx.saved_tensors
+        grad_low = ctx.scale * (grad @ lora_b.type_as(grad))  # [N, rank]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ ctx.base.weight.type_as(grad)
+            if kept is None:
+                grad_x.addmm_(grad_low, lora_a.type_as(grad))
+            else:
+                grad_x.addcmul_(grad_low @ lora_a.type_as(grad), kept)
+        seen = x if kept is None else x * kept
+        return grad_x, grad_low.T @ seen, grad.T @ low, None, None, None
+
+
 class LoraLinear(nn.Module):
     """A parallel linear with an adapter. The base weight keeps its place under `base`."""
 
-    def __init__(self, base: ColumnParallelLinear | RowParallelLinear, config: LoraConfig) -> None:
+    def __init__(self, base: Frozen, config: LoraConfig) -> None:
         super().__init__()
         self.base = base
-        self.scale = config.alpha / config.rank
-        self.dropout = nn.Dropout(config.dropout)
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
         self.adapted = True  # without_adapters() turns it off
-        if isinstance(base, ColumnParallelLinear):
+        self.by_rows = base.columns is None
+        if self.by_rows:
             self.lora_a: nn.Module = nn.Linear(base.in_features, config.rank, bias=False)
             self.lora_b: nn.Module = ColumnParallelLinear(
                 config.rank, base.out_features, base.rows, replicated=base.replicated
@@ -72,7 +120,19 @@ class LoraLinear(nn.Module):
         """x [..., in] -> [..., out], both as the base layer has them on this rank."""
         if not self.adapted:
             return self.base(x)
-        return self.base(x) + self.scale * self.lora_b(self.lora_a(self.dropout(x)))
+        kept = F.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
+        x, lora_a, lora_b = parallel.autocasted(x), self.lora_a.weight, self.lora_b.weight
+        # a whole factor meets a part of the product on each rank: its gradient is the sum over the ranks
+        if self.by_rows:
+            x, lora_a = parallel.copy_to_tensor_parallel(x), parallel.copy_to_tensor_parallel(lora_a)
+            lora_b = self.lora_b.sum_over_replicas(lora_b)
+        else:
+            lora_b = parallel.copy_to_tensor_parallel(lora_b)
+        rows = x.flatten(0, -2)
+        kept = None if kept is None else kept.type_as(x).flatten(0, -2)
+        y = _AdaptedProduct.apply(rows, lora_a, lora_b, kept, self.base, self.scale)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if self.by_rows else parallel.reduce_from_tensor_parallel(y)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Weight-only quantisation of a loaded model that will not be trained: 8 or 4 bits a weight, groups with a scale each.
+"""Frozen weights of a loaded model in fewer bits: 8 or 4 bits a weight, groups with a scale each, or bfloat16.
 
 Codes are unsigned integers: weight = code * scale + low, with scale and low of each group of consecutive input
 columns in bfloat16. A layer's matrix is made dense when it is used and dropped again; arithmetic keeps the model's
@@ -68,31 +68,67 @@ class QuantizedMatrix(nn.Module):
         return values.flatten(-2)[..., : self.columns].to(self.dtype)
 
 
+class RoundedMatrix(nn.Module):
+    """A matrix [rows, columns] held in bfloat16, for a model that computes in another dtype."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("values", weight.bfloat16())
+
+    def dense(self) -> Tensor:
+        """The whole matrix. -> [rows, columns]."""
+        return self.values.to(self.dtype)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Some rows. indices [...] int64 -> [..., columns]."""
+        return self.values[indices].to(self.dtype)
+
+
+Matrix = QuantizedMatrix | RoundedMatrix
+
+
 class QuantizedLinear(nn.Module):
     """A column- or row-parallel linear over a quantised matrix; no gradient."""
 
-    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, matrix: QuantizedMatrix) -> None:
+    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, matrix: Matrix) -> None:
         super().__init__()
         self.matrix, self.bias = matrix, layer.bias
-        self.sums = isinstance(layer, RowParallelLinear)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.rows, self.columns, self.replicated = layer.rows, layer.columns, layer.replicated
 
     @property
     def weight(self) -> Tensor:
-        """The dense matrix, for an expert, which sums over the ranks itself."""
+        """The dense matrix, for an expert, which sums over the ranks itself, and for an adapter."""
         return self.matrix.dense()
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer it stands for returns: x [..., in] -> [..., out], both as this rank has them."""
-        y = F.linear(x, self.matrix.dense())
-        if self.sums:
-            parallel.sum_over_tensor_parallel(y)
+        if self.columns is None:
+            x = parallel.copy_to_tensor_parallel(x)
+        y = _FrozenProduct.apply(x, self.matrix) if x.requires_grad else F.linear(x, self.matrix.dense())
+        if self.columns is not None:
+            y = parallel.reduce_from_tensor_parallel(y)
         return y if self.bias is None else y + self.bias
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T, whose W is made dense again for the backward pass instead of being kept for it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, matrix: Matrix) -> Tensor:
+        ctx.matrix = matrix
+        return F.linear(x, matrix.dense())
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.matrix.dense(), None
 
 
 class QuantizedEmbedding(nn.Module):
     """An embedding split by rows or by width over a quantised matrix; no gradient."""
 
-    def __init__(self, layer: VocabParallelEmbedding | ParallelEmbedding, matrix: QuantizedMatrix) -> None:
+    def __init__(self, layer: VocabParallelEmbedding | ParallelEmbedding, matrix: Matrix) -> None:
         super().__init__()
         self.matrix = matrix
         by_rows = isinstance(layer, VocabParallelEmbedding)
@@ -124,12 +160,17 @@ STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
 def quantize_weights(model: nn.Module, precision: str, dtype: torch.dtype) -> None:
     """Replace every linear's and embedding's weight in place, one at a time, and freeze the model.
 
-    precision names an entry of PRECISIONS. dtype is what the model computes in; norms and a value head are cast to it.
+    precision: bfloat16, or an entry of PRECISIONS. dtype is what the model computes in; norms and a value head are
+    cast to it.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in STAND_INS:
-                matrix = QuantizedMatrix(child.weight, PRECISIONS[precision], dtype)
+                matrix: Matrix = (
+                    RoundedMatrix(child.weight, dtype)
+                    if precision == "bfloat16"
+                    else QuantizedMatrix(child.weight, PRECISIONS[precision], dtype)
+                )
                 setattr(parent, name, STAND_INS[type(child)](child, matrix))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -138,8 +179,8 @@ def quantize_weights(model: nn.Module, precision: str, dtype: torch.dtype) -> No
 
 def bytes_a_weight(precision: str) -> float:
     """What a weight of this precision takes, its share of scale and low included; float32 for an empty name."""
-    if not precision:
-        return 4.0
+    if precision in ("", "bfloat16"):
+        return 2.0 if precision else 4.0
     bits, group = PRECISIONS[precision]
     return bits / 8 + 4 / group
 

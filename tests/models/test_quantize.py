@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from src import assemble, parallel
+from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
+from src.models.config import ModelConfig
 from src.models.quantize import PRECISIONS, Precision, QuantizedMatrix, bytes_a_weight, weight_bytes
 from src.text.tokenizer import Tokenizer
 from tests import reference, tiny
+from tests.conftest import Folders
 from tests.ranks import run_ranks
-from tests.workers import all_logits, quantised_logits
+from tests.workers import ADAPTERS, all_logits, fill_lora_b, gradients, quantised_logits, quantised_lora
 
 TEXTS = [
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
@@ -111,3 +114,47 @@ def test_quantised_verifier_and_tied_solver_are_close(tmp_path: Path) -> None:
         models = [assemble.load_verifier(verifier, quantize=way) for way in ("", "int8")]
         scores = [model.scores(model(tokens)) for model in models]
     assert reference.relative_difference(scores[1], scores[0]) < 0.05
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_adapters_on_a_frozen_base_in_few_bits(folders: Folders, tmp_path: Path, n: int) -> None:
+    """Their gradients are those on a float32 base of the same weights; nothing dense is kept; they load on the base."""
+    parallel.start()
+    rows = reference.batch()
+    arguments = {
+        "folder": (folders.one, folders.two)[n - 1],
+        "save_dir": str(tmp_path),
+        "tokens": rows.tokens.tolist(),
+        "mask": rows.response_mask.tolist(),
+        "precisions": ["bfloat16", *PRECISIONS],
+    }
+    ranks = (
+        [quantised_lora(**arguments)]
+        if n == 1
+        else run_ranks(n, "tests.workers:quantised_lora", tmp_path, **arguments)
+    )
+    model = assemble.load_solver(folders.one)
+    config, whole = model.config, weight_bytes(model)
+    for precision in arguments["precisions"]:
+        found = [rank[precision] for rank in ranks]
+        model = assemble.load_solver(folders.one)
+        dense = joined([rank["dense"] for rank in found], config)
+        for name, tensor in dense.items():
+            original = model.get_parameter(name).data
+            assert not torch.equal(original, tensor)
+            original.copy_(tensor)
+        assemble.put_lora_on(model, ADAPTERS, seed=5)
+        fill_lora_b(model)
+        expected = gradients(model, rows)
+        for name, gradient in joined([rank["gradients"] for rank in found], config).items():
+            assert reference.relative_difference(gradient, expected[name]) < 1e-5, name
+        for rank in found:
+            shapes = [list(tensor.shape) for tensor in rank["dense"].values()]
+            assert not [shape for shape in rank["kept"] if shape in shapes or shape[::-1] in shapes]
+            assert reference.relative_difference(rank["loaded"], rank["adapted"]) < 1e-5
+            assert rank["bytes"] < 0.75 * whole / n
+
+
+def joined(ranks: list[dict[str, torch.Tensor]], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Whole tensors from every rank's part."""
+    return {name: join([rank[name] for rank in ranks], cut_of(name, config, len(ranks))) for name in ranks[0]}
