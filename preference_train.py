@@ -28,7 +28,7 @@ def main(
     label_smoothing: float = 0.0, length_normalize: bool = False, nll_weight: float = 0.0,
     reference_ckpt_dir: str = "", reference_file: str = "", model_type: str = "", tokenizer_file: str = "",
     max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right"] = "drop",
-    max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = False, epochs: int = 1, max_steps: int = -1,
+    max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = True, epochs: int = 1, max_steps: int = -1,
     lr: float = 5e-7, schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.1,
     min_lr_ratio: float = 0.1, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
     activation_checkpointing: Literal["none", "selective", "full"] = "none", tensor_parallel_size: int = -1,
@@ -62,7 +62,8 @@ def main(
         with an error. More than 1% of the pairs dropped or cut on the right is an error always
     max_batch_size: pairs in one forward pass
     accumulation_steps: forward passes in one optimizer step
-    packing: lay the texts of a forward pass end to end instead of padding them; the update is the same
+    packing: lay the pairs of a forward pass end to end, the prompt of each only once, instead of padding both texts;
+        the update is the same. On a GPU false may be faster for many short pairs: attention takes them in turn
     epochs: passes over the training file
     max_steps: stop after so many optimizer steps; -1 = after all epochs
     lr: peak learning rate of AdamW

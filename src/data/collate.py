@@ -60,29 +60,41 @@ class Conversation(NamedTuple):
 class Batch(NamedTuple):
     """Samples for one forward pass. tokens [B, S] int64; response_mask [B, S] bool, True on response tokens.
 
-    Rows padded on the right, one sample each; or, packed, one row with samples of these `lengths` end to end.
+    Rows padded on the right, one sample each; or, packed, one row with samples of these `lengths` end to end, an entry
+    (shared, rest, rest, ...) standing for samples whose common beginning lies there once.
     """
 
     tokens: Tensor
     response_mask: Tensor
-    lengths: tuple[int, ...] | None = None
+    lengths: tuple[int | tuple[int, ...], ...] | None = None
 
     @property
     def n_samples(self) -> int:
         """Samples in the batch, whichever way they lie."""
-        return len(self.lengths or self.tokens)
+        return len(self.tokens if self.lengths is None else self._runs())
+
+    def _runs(self) -> list[int]:
+        """Lengths of the row's parts, one a sample; a common beginning belongs to the first that has it."""
+        forks = (sample if isinstance(sample, tuple) else (0, sample) for sample in self.lengths)
+        return [length for shared, first, *others in forks for length in (shared + first, *others)]
 
     def sample_lengths(self) -> Tensor:
-        """Tokens of each sample up to its last response token. -> [n_samples] int64."""
+        """Tokens of each sample up to its last response token, those in common counted once. -> [n_samples] int64."""
         if self.lengths is not None:
-            return torch.tensor(self.lengths)
+            return torch.tensor(self._runs())
         return (torch.arange(1, self.tokens.shape[1] + 1) * self.response_mask).amax(1)
+
+    def n_attended(self) -> float:
+        """Twice the pairs of positions that causal attention compares: the sum of squared lengths."""
+        squares = self.sample_lengths().double().square().sum().item()
+        forks = (sample for sample in self.lengths or () if isinstance(sample, tuple))
+        return squares + sum(2 * shared * sum(others) for shared, _, *others in forks)
 
     def response_counts(self) -> Tensor:
         """Response tokens of each sample. -> [n_samples] int64."""
         if self.lengths is None:
             return self.response_mask.sum(1)
-        return torch.stack([sample.sum() for sample in self.response_mask[0].split(self.lengths)])
+        return torch.stack([sample.sum() for sample in self.response_mask[0].split(self._runs())])
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -103,6 +115,10 @@ class JudgedBatch(NamedTuple):
     def sample_lengths(self) -> Tensor:
         """The batch's sample_lengths()."""
         return self.batch.sample_lengths()
+
+    def n_attended(self) -> float:
+        """The batch's n_attended()."""
+        return self.batch.n_attended()
 
     @property
     def n_judged(self) -> int:
@@ -296,6 +312,28 @@ def pack(rows: Sequence[Encoded]) -> Batch:
         torch.tensor([[supervised for row in rows for supervised in row.supervised]]),
         tuple(len(row.tokens) for row in rows),
     )
+
+
+def pack_forked(groups: Sequence[tuple[Encoded, ...]]) -> Batch:
+    """Lay groups of samples end to end in one row, the tokens that begin all samples of a group only once.
+
+    The last of them before a response stays with each sample, for it predicts the response's first token.
+    """
+    tokens, supervised, lengths = [], [], []
+    for group in groups:
+        shared = _n_shared(group)
+        rests = [encoded.tokens[shared:] for encoded in group]
+        tokens += [*group[0].tokens[:shared], *(token for rest in rests for token in rest)]
+        supervised += [False] * shared + [here for encoded in group for here in encoded.supervised[shared:]]
+        lengths.append((shared, *map(len, rests)))
+    return Batch(torch.tensor([tokens]), torch.tensor([supervised]), tuple(lengths))
+
+
+def _n_shared(group: Sequence[Encoded]) -> int:
+    """How many tokens all samples begin with, short of the last before any response."""
+    most = min(encoded.response_start for encoded in group) - 1
+    first, *others = (encoded.tokens for encoded in group)
+    return next((n for n in range(most) if any(other[n] != first[n] for other in others)), max(most, 0))
 
 
 def lay_out(samples: Sequence[Encoded], *, packing: bool) -> Batch:

@@ -16,13 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from src import parallel
+from src.models.attention import Packed
 from src.models.decoder import Decoder
 from src.models.vocab_softmax import vocab_entropy, vocab_logprobs
 
 # Logits of this many float32 bytes exist at once; those of more positions are made again for the backward pass.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 
-Lengths = tuple[int, ...] | None
+Lengths = Packed | None
 
 
 def _predicting(hidden: Tensor, response_mask: Tensor) -> Tensor:

@@ -19,8 +19,11 @@ from src.models.rope import apply_rope
 from src.parallel import copy_to_tensor_parallel, tensor_parallel_rank, tensor_parallel_size
 
 # What each position may attend to: None = those before it in its row, itself included; a tensor [B, 1, S, T] of
-# booleans; or, for one row of samples laid end to end, the samples' lengths: those before it in its own sample.
-Visible = Tensor | tuple[int, ...] | None
+# booleans; or, for one row of samples laid end to end, what lies in it: those before it in its own sample.
+# In a row lies a sample of so many positions; or samples that begin alike as (shared, rest, rest, ...): their common
+# beginning once and behind it what each of them has of its own.
+Packed = tuple[int | tuple[int, ...], ...]
+Visible = Tensor | Packed | None
 
 
 class Scores(NamedTuple):
@@ -34,15 +37,16 @@ class Scores(NamedTuple):
 def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Visible, scores: Scores) -> Tensor:
     """Scaled dot-product attention. [B, H, S, E], [B, K, T, E], [B, K, T, E] -> [B, H, S, E]."""
     if isinstance(visible, tuple):
-        if queries.is_cuda and queries.dtype in (torch.bfloat16, torch.float16) and not scores.softcap:
+        plain = all(isinstance(sample, int) for sample in visible)
+        half = queries.dtype in (torch.bfloat16, torch.float16)
+        if queries.is_cuda and half and plain and not scores.softcap:
             return _attend_in_samples(queries, keys, values, visible, scores)
-        parts = (heads.split(visible, dim=2) for heads in (queries, keys, values))
-        return torch.cat([attend(*part, None, scores) for part in zip(*parts, strict=True)], dim=2)
+        return _attend_in_turn(queries, keys, values, visible, scores)
     if 0 < scores.window < keys.shape[2]:
-        visible = _in_window(_causal(queries) if visible is None else visible, scores.window)
+        visible = _in_window(_causal(queries, keys) if visible is None else visible, scores.window)
     if scores.softcap:
         return _attend_softcapped(
-            queries, keys, values, _causal(queries) if visible is None else visible, scores
+            queries, keys, values, _causal(queries, keys) if visible is None else visible, scores
         )
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(
@@ -56,10 +60,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Visible, scor
     )
 
 
-def _causal(queries: Tensor) -> Tensor:
-    """What None stands for: every position sees those before it, itself included. -> [1, 1, S, S] bool."""
-    S = queries.shape[2]
-    return torch.ones(1, 1, S, S, dtype=torch.bool, device=queries.device).tril()
+def _causal(queries: Tensor, keys: Tensor) -> Tensor:
+    """The last S of T positions each see those before them, themselves included. -> [1, 1, S, T] bool."""
+    S, T = queries.shape[2], keys.shape[2]
+    return torch.ones(1, 1, S, T, dtype=torch.bool, device=queries.device).tril(T - S)
 
 
 def _in_window(visible: Tensor, window: int) -> Tensor:
@@ -77,6 +81,23 @@ def _attend_softcapped(
     capped = scores.softcap * torch.tanh(raw / scores.softcap)
     weights = capped.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1).type_as(values)
     return (weights @ values[:, :, None]).flatten(1, 2)
+
+
+def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scores: Scores) -> Tensor:
+    """attend() within samples laid end to end, one after the other."""
+    forks = [sample if isinstance(sample, tuple) else (0, sample) for sample in packed]
+    runs = [length for shared, first, *others in forks for length in (shared + first, *others)]
+    rows = zip(*(heads.split(runs, dim=2) for heads in (queries, keys, values)), strict=True)
+    mixed = []
+    for shared, _, *others in forks:
+        first = next(rows)
+        mixed.append(attend(*first, None, scores))
+        beginning = [heads[:, :, :shared] for heads in first[1:]]
+        for _ in others:
+            own, *rest = next(rows)
+            seen = [torch.cat(both, dim=2) for both in zip(beginning, rest, strict=True)]
+            mixed.append(attend(own, *seen, _causal(own, seen[0]), scores))
+    return torch.cat(mixed, dim=2)
 
 
 def _attend_in_samples(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from src import parallel
 from src.errors import UserError
-from src.models.attention import Attention, Visible
+from src.models.attention import Attention, Packed, Visible
 from src.models.cache import Cache
 from src.models.config import ModelConfig
 from src.models.feedforward import FeedForward, MixtureOfExperts, RMSNorm
@@ -35,6 +35,15 @@ class Block(nn.Module):
         """x [B, S, D] -> [B, S, D]."""
         x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotation, visible, cache))
         return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
+
+
+def _positions(packed: Packed) -> Tensor:
+    """The place of each token in its own sample. -> [S] int64."""
+    parts = []
+    for sample in packed:
+        shared, first, *others = sample if isinstance(sample, tuple) else (0, sample)
+        parts += [torch.arange(shared + first), *(torch.arange(shared, shared + n) for n in others)]
+    return torch.cat(parts)
 
 
 def _norm(config: ModelConfig) -> RMSNorm:
@@ -67,19 +76,19 @@ class Decoder(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         cache: Cache | None = None,
-        lengths: tuple[int, ...] | None = None,
+        lengths: Packed | None = None,
     ) -> Tensor:
         """tokens [B, S] int64 -> normalised hidden states [B, S, D].
 
         Without a cache attention is causal over the row, so padding behind a row's end changes nothing before
         it; a PromptCache keeps what such a forward computes. With a KVCache one token a row is read at the
         `positions` [B, 1] int64 that it gave. With `lengths` the one row holds samples of these lengths end to end:
-        positions start again at 0 in each, and none sees another.
+        positions start again at 0 in each, and none sees another. An entry (shared, rest, rest, ...) stands for
+        samples that begin alike: the beginning lies there once, and positions behind it start again for each rest.
         """
         B, S = tokens.shape
         if positions is None:
-            starts = [torch.arange(n) for n in lengths or (S,)]
-            positions = torch.cat(starts).to(tokens.device).expand(B, S)
+            positions = _positions(lengths or (S,)).to(tokens.device).expand(B, S)
         self._check_context(positions)
         with parallel.autocast():
             x = self.tok_embeddings(tokens)

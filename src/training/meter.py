@@ -48,9 +48,10 @@ class Meter:
         smaller backward pass are not taken into account.
         """
         seconds = time.perf_counter() - self._began  # step() has read the loss: the device is done
-        lengths = torch.cat([batch.sample_lengths() for batch in batches]).double()
-        n_tokens = parallel.sum_over_data_parallel(lengths.sum().item())
-        squares = parallel.sum_over_data_parallel(lengths.square().sum().item())
+        n_tokens = parallel.sum_over_data_parallel(
+            float(sum(int(batch.sample_lengths().sum()) for batch in batches))
+        )
+        squares = parallel.sum_over_data_parallel(sum(batch.n_attended() for batch in batches))
         held = parallel.sum_over_data_parallel(float(sum(batch.tokens.numel() for batch in batches)))
         flops = 6 * (self._weights * n_tokens + self._head * supervised) + self._attention * squares
         return {

@@ -1,6 +1,6 @@
 """Preference optimisation: a policy learns to find chosen responses likelier than rejected ones, without a verifier.
 
-B pairs of a batch; its 2 B samples are the chosen sides and behind them the rejected ones
+B pairs of a batch; its 2 B samples are chosen and rejected sides in turns
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from src.data.examples import Pair, read_pairs
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
-from src.training.pairs import encode_pairs, lay_out_pairs
+from src.training.pairs import encode_pairs
 from src.training.reference import Reference, response_sums
 from src.training.verifier import last_problems
 
@@ -89,12 +89,16 @@ class PreferenceData:
         done: int = 0,
         stop: int | None = None,
     ) -> Iterator[PreferenceStep]:
-        """The optimizer steps of `epochs` epochs behind number `done` and up to `stop`."""
+        """The optimizer steps of `epochs` epochs behind number `done` and up to `stop`.
+
+        packing: pairs end to end in one row, the prompt of each only once.
+        """
 
         def lay_out(pairs: Sequence[Sample]) -> PreferenceBatch:
-            sides = [encoded for side in zip(*pairs, strict=True) for encoded in side]
+            sides = [encoded for pair in pairs for encoded in pair]
             said = [reference.of(encoded) if reference else 0.0 for encoded in sides]
-            return PreferenceBatch(lay_out_pairs(pairs, packing=packing), torch.tensor(said))
+            batch = collate.pack_forked(pairs) if packing else collate.collate(sides)
+            return PreferenceBatch(batch, torch.tensor(said))
 
         for step in batching.steps(
             len(self.samples),
@@ -181,9 +185,9 @@ class Preference:
         sums = response_sums(policy, pairs.batch)  # [2 B]
         counts = pairs.batch.response_counts()
         each, margins = self.pair_losses(sums, pairs.reference, counts)
-        supervised = counts.chunk(2)[0] > 0
+        supervised = _sides(counts)[0] > 0
         with torch.no_grad():
-            means = (sums / counts.clamp_min(1)).chunk(2)
+            means = _sides(sums / counts.clamp_min(1))
             columns = torch.stack((torch.ones_like(each), each, (margins > 0).float(), margins, *means))
             tally = (columns * supervised).double().sum(1)
         return (each * supervised).sum() / normaliser, tally
@@ -192,7 +196,7 @@ class Preference:
         """Losses and margins of pairs from summed log-probs and token counts, each [2 B]. -> two [B] float32."""
         counts = counts.clamp_min(1)
         means = logprobs / counts
-        chosen, rejected = means.chunk(2)
+        chosen, rejected = _sides(means)
         if self.objective == "orpo":
             each = losses.orpo_loss(chosen, rejected, self.beta) - chosen
             margins = chosen - rejected
@@ -202,12 +206,17 @@ class Preference:
         else:
             of_means = self.length_normalize or self.objective == "ipo"
             policy, frozen = (means, reference / counts) if of_means else (logprobs, reference)
-            margins = losses.dpo_margins(*policy.chunk(2), *frozen.chunk(2))
+            margins = losses.dpo_margins(*_sides(policy), *_sides(frozen))
             if self.objective == "ipo":
                 each = losses.ipo_loss(margins, self.beta)
             else:
                 each = losses.dpo_loss(margins, self.beta, self.label_smoothing)
         return each - self.nll_weight * chosen, margins
+
+
+def _sides(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen sides' values and the rejected sides'. [2 B] -> [B], [B]."""
+    return values[0::2], values[1::2]
 
 
 def report(tallies: Sequence[Tensor]) -> PreferenceReport:

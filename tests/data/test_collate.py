@@ -33,6 +33,22 @@ def test_collate_pads_on_the_right_and_masks_by_length() -> None:
     assert batch.to(torch.device("cpu")).tokens.dtype == torch.int64
 
 
+def test_forks_by_hand() -> None:
+    pair = Encoded([1, 5, 6, 9, 2], 3), Encoded([1, 5, 6, 2], 3)
+    alone = Encoded([1, 2], 1), Encoded([1, 7, 2], 1), Encoded([1, 2], 1)
+    no_pair = Encoded([1, 3, 4, 2], 3), Encoded([1, 4, 4, 2], 3)
+    batch = collate.pack_forked([pair, alone, no_pair])
+    assert batch.lengths == ((2, 3, 2), (0, 2, 3, 2), (1, 3, 3))
+    # 1 5 once; 6 twice, for it predicts 9 and 2
+    assert batch.tokens.tolist() == [[1, 5, 6, 9, 2, 6, 2, 1, 2, 1, 7, 2, 1, 2, 1, 3, 4, 2, 4, 4, 2]]
+    assert batch.tokens[batch.response_mask].tolist() == [9, 2, 2, 2, 7, 2, 2, 2, 2]
+    assert batch.response_counts().tolist() == [2, 1, 1, 2, 1, 1, 1] and batch.n_samples == 7
+    assert batch.sample_lengths().tolist() == [5, 2, 2, 3, 2, 4, 3]
+    # 5^2 + 2^2 + 2 * 2 * 2; no beginning; 4^2 + 3^2 + 2 * 1 * 3
+    assert batch.n_attended() == (25 + 4 + 8) + (4 + 9 + 4) + (16 + 9 + 6)
+    assert collate.pack([*pair]).n_attended() == 25 + 16
+
+
 def test_long_rows_are_dropped_up_to_one_in_a_hundred() -> None:
     short, long = Encoded([1] * 4, 1), Encoded([1] * 5, 1)
     rows = [(short,)] * 99 + [(short, long)]

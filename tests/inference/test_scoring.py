@@ -1,5 +1,7 @@
 """src/inference/scoring.py: the same numbers and gradients however samples lie and logits are cut."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from src.data import collate
 from src.data.collate import Batch, Encoded
 from src.inference import scoring
 from src.models.decoder import Decoder
+from tests import zoo
 from tests.conftest import Folders
+from tests.tiny import split
 
 SAMPLES = [Encoded([1, 5, 9, 3, 2], 2), Encoded([1, 7, 2], 1), Encoded([1, *range(4, 60), 2], 20)]
 
@@ -37,6 +41,21 @@ def test_packing_and_chunks_change_nothing(
     monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", rows * 4 * model.config.vocab_size)
     found = gradients(model, lay_out(SAMPLES))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+FORKS = [
+    (Encoded([1, *range(4, 30), 2], 12), Encoded([1, *range(4, 15), 33, 34, 2], 12)),
+    (Encoded([1, 7, 2], 1), Encoded([1, 8, 9, 2], 1)),
+    (Encoded([1, 9, 9, 4, 2], 3), Encoded([1, 9, 9, 5, 2], 3), Encoded([1, 9, 9, 4, 2], 3)),
+]
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "mistral-window", "gemma-2"])
+def test_a_common_beginning_read_once_changes_nothing(tmp_path: Path, name: str) -> None:
+    """Beside rows of their own: plain, with a window shorter than the beginning, and with softcapped scores."""
+    forked = assemble.load_solver(split(zoo.make(tmp_path / "hf", name), tmp_path / "split"))
+    expected = gradients(forked, collate.collate([row for group in FORKS for row in group]))
+    assert_close(gradients(forked, collate.pack_forked(FORKS)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_by_hand(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

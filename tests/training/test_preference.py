@@ -214,8 +214,9 @@ def test_w2s_18_ranks(
         found = [rank[str(place)] for rank in ranks]
         for name in ("losses", "reports", "held"):
             for rank in found:
+                # margins are small differences of sums of some 30 nats
                 assert_close(
-                    rank.pop(name), expected[name], rtol=1e-5, atol=2e-6, msg=f"{KINDS[place]} {name}"
+                    rank.pop(name), expected[name], rtol=1e-5, atol=1e-5, msg=f"{KINDS[place]} {name}"
                 )
         for first in range(0, n, tensor_parallel_size):
             joined = join_weights(found[first : first + tensor_parallel_size], model)

@@ -83,7 +83,7 @@ def test_losses_and_logprobs_equal_trl(
     batching, found = Batching(max_batch_size=BATCH, accumulation_steps=1, seed=1), []
     for _, _, (batch,) in data.steps(batching, reference, packing=False, epochs=1):
         with torch.no_grad():
-            sides = response_sums(model, batch.batch).view(2, BATCH).mean(1).tolist()
+            sides = response_sums(model, batch.batch).view(BATCH, 2).mean(0).tolist()
         loss, tally = preference.loss(model, batch, BATCH)
         loop.backward(loss)
         found.append((loop.step(), report([tally]), sides))
