@@ -19,7 +19,16 @@ from fairscale.nn.model_parallel import mappings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from src.stopwatch import Stopwatch
+
+# Every collective of a training step passes it: ours below, fairscale's, and those of FSDP.
+communication = Stopwatch()
+# fairscale's layers send what they send in these two; its autograd functions look them up by name
+mappings._reduce = communication.measure()(mappings._reduce)
+mappings._gather = communication.measure()(mappings._gather)
 
 
 def start(seed: int = 1, tensor_parallel_size: int = -1) -> None:
@@ -124,14 +133,16 @@ def barrier() -> None:
 def sum_over_tensor_parallel(x: Tensor) -> Tensor:
     """Sum over the tensor-parallel group, in place; no gradient. Returns x."""
     if tensor_parallel_size() > 1:
-        dist.all_reduce(x, group=groups.get_model_parallel_group())
+        with communication.measure():
+            dist.all_reduce(x, group=groups.get_model_parallel_group())
     return x
 
 
 def max_over_tensor_parallel(x: Tensor) -> Tensor:
     """Largest over the tensor-parallel group, element by element, in place; no gradient. Returns x."""
     if tensor_parallel_size() > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
+        with communication.measure():
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
     return x
 
 
@@ -140,20 +151,38 @@ def sum_over_data_parallel(x: float) -> float:
     if data_parallel_size() == 1:
         return x
     total = torch.tensor(x, dtype=torch.float64, device=device())
-    dist.all_reduce(total, group=groups.get_data_parallel_group())
+    with communication.measure():
+        dist.all_reduce(total, group=groups.get_data_parallel_group())
     return total.item()
 
 
 def sum_over_all(x: Tensor) -> Tensor:
     """Sum over every rank, in place; no gradient. Returns x."""
     if world_size() > 1:
-        dist.all_reduce(x)
+        with communication.measure():
+            dist.all_reduce(x)
     return x
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; alike on every rank."""
     return bool(sum_over_all(torch.tensor(float(flag), device=device())))
+
+
+class _TimedAllGather(DefaultAllGather):
+    """FSDP's own, timed."""
+
+    def __call__(self, *arguments: object, **options: object) -> dist.Work | None:
+        with communication.measure():
+            return super().__call__(*arguments, **options)
+
+
+class _TimedReduceScatter(DefaultReduceScatter):
+    """FSDP's own, timed."""
+
+    def __call__(self, *arguments: object, **options: object) -> dist.Work | None:
+        with communication.measure():
+            return super().__call__(*arguments, **options)
 
 
 def shard_over_data_parallel(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
@@ -174,6 +203,8 @@ def shard_over_data_parallel(model: nn.Module, blocks: Iterable[nn.Module]) -> N
         fully_shard(module, mesh=mesh["dp"])
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+        module.set_custom_all_gather(_TimedAllGather())
+        module.set_custom_reduce_scatter(_TimedReduceScatter())
 
 
 def communicate_gradients(model: nn.Module, now: bool) -> None:
@@ -209,7 +240,8 @@ def part_like(x: Tensor, like: Tensor) -> Tensor:
 def broadcast_from_first(x: Tensor) -> Tensor:
     """Give every tensor-parallel rank the first one's values, in place. Returns x."""
     if tensor_parallel_size() > 1:
-        dist.broadcast(x, groups.get_model_parallel_src_rank(), group=groups.get_model_parallel_group())
+        with communication.measure():
+            dist.broadcast(x, groups.get_model_parallel_src_rank(), group=groups.get_model_parallel_group())
     return x
 
 

@@ -36,6 +36,7 @@ class Meter:
                 return
             self._began = time.perf_counter()
             self._data_seconds = self._began - began
+            parallel.communication.start()
             yield step
 
     def measure(self, batches: Sequence[Batch], supervised: float) -> dict[str, float]:
@@ -46,8 +47,11 @@ class Meter:
         causal attention within samples of length S (after Chowdhery et al. 2022, appendix B), a second and rank, as
         a share of the rate at which this rank multiplied matrices before training. Recomputation and LoRA's
         smaller backward pass are not taken into account.
+        communication_seconds: of step_seconds, what this rank spent in collectives, waiting for slower ranks included.
+        On a GPU it is their time on their streams, so FSDP's, which run beside the computation, may overlap with it.
         """
         seconds = time.perf_counter() - self._began  # step() has read the loss: the device is done
+        communication = parallel.communication.stop()
         n_tokens = parallel.sum_over_data_parallel(
             float(sum(int(batch.sample_lengths().sum()) for batch in batches))
         )
@@ -63,6 +67,7 @@ class Meter:
             "peak_memory": parallel.peak_memory(),
             "data_seconds": self._data_seconds,
             "step_seconds": seconds,
+            "communication_seconds": communication,
         }
 
 

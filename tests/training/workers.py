@@ -282,6 +282,24 @@ def resumed_epochs(
     return local_weights(model) | {"losses": torch.tensor(losses)}
 
 
+def late_step(folder: str, log_dir: str) -> dict[str, float]:
+    """Seconds in collectives of a forward and of a backward pass that rank 1 comes to late by one second."""
+    model = assemble.load_solver(folder, dtype=torch.float32)
+    loop = TrainLoop(model, RunLog(log_dir, {}), lr=1e-3, total_steps=1)
+    batch = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
+    found = {}
+    for phase in ("forward", "backward"):
+        parallel.barrier()
+        time.sleep(float(parallel.rank() == 1))
+        parallel.communication.start()
+        if phase == "forward":
+            loss = sft_loss(model, batch, 2.0)
+        else:
+            loop.backward(loss)
+        found[phase] = parallel.communication.stop()
+    return found
+
+
 def interrupted(folder: str, save_dir: str, how: str) -> None:
     """Two steps of a run that catches SIGTERM; in the second one rank sleeps for good, or fails."""
     watchdog.HANG_SECONDS = {"cpu": 3.0}
