@@ -148,7 +148,7 @@ def killed_twice(case: Case, run: Path, phases: tuple[Phase, Phase], rng: random
     while True:
         shutil.rmtree(run, ignore_errors=True)
         first = kill_in(phases[0], case, run, rng.randint(1, 10), rng)
-        second = first and kill_in(phases[1], case, run, rng.randint(first.step, 18), rng)
+        second = first and kill_in(phases[1], case, run, first.step + rng.randint(0, 3), rng)
         if second:
             return [first, second]
 
