@@ -109,7 +109,8 @@ def main(
         log, [Trained(save_dir, loop, lambda folder, state: assemble.begin_save(
             model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state, background_save))],
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
-        facts={"seed": seed, "rows": len(data.rows), "rows_a_step": batching.rows_a_step})
+        facts={"seed": seed, "rows": len(data.rows), "rows_a_step": batching.rows_a_step,
+               "chat_template": tokenizer.chat_template})
     done = saver.resume(resume)
     model.train()
     log.progress(total_steps, "step", done)

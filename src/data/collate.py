@@ -257,8 +257,8 @@ def fit(
 
     `left` cuts the prompt behind its first token and leaves the response whole (conversations, whose prompts are
     turns, are not cut), `right` cuts the end of the response; where that leaves no response the sample is dropped.
-    Raises UserError when more than 1% of the samples lose response tokens or are dropped (one alone may, however
-    few there are), and for any long one under `error`.
+    Raises UserError when more than 1% of the samples lose response tokens or are dropped - of fewer than 100, when one
+    does - and for any long one under `error`.
     """
     kept, cut, lost = [], 0, 0
     for row in rows:
@@ -272,7 +272,7 @@ def fit(
         if fits:
             kept.append(shorter)
     long = len(rows) - len(kept) + cut
-    if lost > max(1, MAX_DROPPED_SHARE * len(rows)) or not kept or (long and truncation == "error"):
+    if lost > MAX_DROPPED_SHARE * len(rows) or not kept or (long and truncation == "error"):
         longest = max(len(encoded.tokens) for row in rows for encoded in row)
         raise UserError(
             f"{source}: {lost or long} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} "

@@ -90,7 +90,7 @@ class Saver:
         folder = _step_folder(model.folder, step)
         stored = training_state.read_facts(folder)
         for name, now in self._facts.items():
-            if stored[name] != now:
+            if stored.get(name, now) != now:  # checkpoints of earlier versions lack some facts
                 raise UserError(
                     f"{folder}: {name} was {stored[name]} and is {now} now; resume with the data and flags of then"
                 )

@@ -59,6 +59,8 @@ def test_long_rows_are_dropped_up_to_one_in_a_hundred() -> None:
         collate.fit([*rows[1:], (long,)], 4, "f.json")
     with pytest.raises(UserError, match="f.json: 1 of 100 rows are longer"):
         collate.fit(rows, 4, "f.json", "error")
+    with pytest.raises(UserError, match="f.json: 1 of 10 rows are longer"):
+        collate.fit(rows[-10:], 4, "f.json")
 
 
 def test_truncation_by_hand() -> None:
