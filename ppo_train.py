@@ -12,15 +12,16 @@ import torch
 
 from src import assemble, cli, parallel, plan, runlog
 from src.data.collate import chunks, encode_prompt, epoch_order
-from src.data.examples import read_prompts
-from src.errors import UserError
+from src.data.examples import Prompt, read_prompts
 from src.evaluation.grade import Grader
 from src.evaluation.user_reward import UserReward
+from src.models.decoder import Decoder
 from src.runlog import Phases, RunLog
-from src.training import health, ppo, ppo_settings, rewards, rollouts
+from src.training import buffer, health, ppo, ppo_settings, rewards, rollouts
 from src.training.loop import TrainLoop
 from src.training.ppo_settings import Advantage, Aggregation, KlLoss, Truncated
-from src.training.rewards import OutcomeReward, StepReward
+from src.training.residence import Arrangement
+from src.training.rewards import OutcomeReward, Part, Shape, StepReward
 from src.training.saver import Saver, Trained
 
 
@@ -29,15 +30,20 @@ def main(
     reward_model_ckpt_dir: str = "", reward: list[str] = ["verifier"], reward_weights: list[float] = [],  # noqa: B006
     train_file: str = "dataset/GSM8K/train.json", eval_file: str = "", task: Literal["GSM8K", "MATH", "toy"] = "GSM8K",
     log_dir: str = "", model_type: str = "", tokenizer_file: str = "", advantage: Advantage = "gae",
-    group_size: int = -1, filter_groups: bool = False, max_new_tokens: int = 256,
+    group_size: int = -1, filter_groups: bool = False, max_refills: int = 0, max_new_tokens: int = 256,
     max_buffer_size: int = 96, max_batch_size: int = 4, rollout_batch_size: int = 64, epochs: int = 1,
     max_steps: int = -1, inner_epochs: int = 2, minibatches: int = 4, lr: float = 1e-6, critic_lr: float = 9e-6,
-    critic_warmup: int = -1, warmup_ratio: float = 0.03, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
+    critic_warmup: int = -1, schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.03,
+    min_lr_ratio: float = 0.1, weight_decay: float = 0.0, adam_eps: float = 1e-8, max_grad_norm: float = 1.0,
+    activation_checkpointing: Literal["none", "selective", "full"] = "none", tensor_parallel_size: int = -1,
     temperature: float = 1.0, kl_coef: float = -1.0, kl_loss: KlLoss = "none", kl_loss_coef: float = 1e-3,
-    kl_target: float = -1.0, kl_horizon: float = 10_000.0, clip_ratio: float = 0.2, clip_high: float = -1.0,
+    kl_target: float = -1.0, kl_horizon: float = 10_000.0, reference_refresh: int = -1,
+    clip_ratio: float = 0.2, clip_high: float = -1.0,
     dual_clip: float = 0.0, entropy_coef: float = 0.0, loss_aggregation: Literal["", Aggregation] = "",
-    value_clip: float = 0.2, gamma: float = 1.0, gae_lambda: float = 0.95, critic_lambda: float = -1.0,
+    value_clip: float = 0.2, gamma: float = 1.0, gae_lambda: float = -1.0, critic_lambda: float = -1.0,
+    whiten_rewards: bool = False, whiten_advantages: bool = True, tis_cap: float = 0.0,
     outcome_reward: OutcomeReward = "probability", step_reward: StepReward = "min-drop", step_bonus: float = 0.0,
+    reward_clip: float = 5.0, format_penalty: float = 0.0,
     truncated: Truncated = "penalty", missing_eos_penalty: float = 1.0, overlong_buffer: int = 0,
     lora_rank: int = -1, lora_alpha: float = 16.0,
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
@@ -45,7 +51,7 @@ def main(
     background_save: bool = False,
     resume: Literal["none", "auto"] = "none",
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", quantize: Literal["", "int8", "int4"] = "",
-    seed: int = 1, dry_run: bool = False,
+    phases: bool = False, seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Reinforcement learning; rewards at the ends of responses or of their steps, KL per token.
 
@@ -68,10 +74,11 @@ def main(
         prompt, reinforce++ compares all of a buffer (and, in groups, takes off the group's mean)
     group_size: responses to each prompt; -1 = 8 for grpo, dr_grpo and rloo, else 1
     filter_groups: do not learn from groups whose rewards are all equal
+    max_refills: how often a buffer is refilled with groups of further prompts for those that were filtered out
     max_new_tokens: longest response
-    max_buffer_size: episodes in one rollout buffer
-    max_batch_size: episodes in one training forward pass
-    rollout_batch_size: sequences that decode at once
+    max_buffer_size: episodes in one rollout buffer, over all ranks
+    max_batch_size: episodes in one training forward pass of a rank
+    rollout_batch_size: sequences that decode at once on a rank
     epochs: passes over the prompts
     max_steps: stop after so many buffers; -1 = after all epochs
     inner_epochs: passes over each buffer
@@ -79,15 +86,22 @@ def main(
     lr: peak learning rate of the actor
     critic_lr: peak learning rate of the critic
     critic_warmup: first buffers, from which only the critic learns; -1 = a tenth of all, at most 10
-    warmup_ratio: share of all steps in which the rates rise; they then fall along a cosine to a tenth
+    schedule: how the rates fall after they have risen
+    warmup_ratio: share of all optimizer steps in which the rates rise
+    min_lr_ratio: share of the peak rate that the last step has, unless the schedule is constant
     weight_decay: decay of weight matrices
+    adam_eps: what Adam adds to the root of its second moment
     max_grad_norm: gradients are clipped to this global norm
+    activation_checkpointing: what the backward pass computes again to save memory: nothing, feed-forwards, or all
+    tensor_parallel_size: ranks that share one model; the others take other episodes. -1 = the shards of
+        actor_ckpt_dir, if they divide the ranks, else all ranks
     temperature: sampling temperature; ratios and KL are at the same temperature
     kl_coef: weight of the per-token KL (k1) to the reference in the reward; -1 = 0.02, for grpo and dr_grpo 0
     kl_loss: a KL term in the loss: k2 has the KL's gradient, k3 (GRPO's) less variance and a bias
     kl_loss_coef: its weight
     kl_target: nats of KL a response that both weights are steered to; -1 = weights stay fixed
     kl_horizon: episodes in which a KL twice the target multiplies the weights by 1.2
+    reference_refresh: buffers after which the reference becomes the actor as it is saved then; -1 = it stays
     clip_ratio: probability ratios are clipped to 1 - this ... 1 + clip_high
     clip_high: -1 = 0.28 for grpo and dr_grpo, else as clip_ratio
     dual_clip: bound of the ratio also where the advantage is negative, 3 is usual; 0 = none
@@ -96,12 +110,18 @@ def main(
         of their sum / max_new_tokens; default: token-mean, for grpo seq-mean, for dr_grpo seq-constant
     value_clip: the critic moves at most this far from its rollout values without penalty
     gamma: discount
-    gae_lambda: lambda of generalised advantage estimation; 1 suits a single reward at the end
+    gae_lambda: lambda of generalised advantage estimation; -1 = 1 for --reward rule alone, else 0.95
     critic_lambda: lambda of the returns that the critic learns (VAPO's decoupled GAE); -1 = as gae_lambda
-    outcome_reward: what an outcome verifier gives: its probability, or its normalised logit within +-5
+    whiten_rewards: divide the rewards, KL included, by their deviation over the buffer
+    whiten_advantages: gae and reinforce++: bring the advantages of a buffer, over all ranks, to mean 0 and variance 1
+    tis_cap: weigh each token by its probability in training over that in sampling, at most this (truncated importance
+        sampling); 0 = off
+    outcome_reward: what an outcome verifier gives: its probability, or its normalised logit
     step_reward: what a process verifier gives at the end of a step: raw = its probability; min-drop, prod-drop = how
         far it takes the least, or the product of, probabilities so far down
     step_bonus: added at the end of every step that a process verifier scores
+    reward_clip: pairwise scores and outcome logits are kept within so many deviations of their mean; 0 = no limit
+    format_penalty: taken from the reward of a response in which --task finds no answer
     truncated: what befalls a response that did not end: penalty, zero = it earns nothing, mask = nothing is learned
     missing_eos_penalty: taken from the reward of a response that did not end by itself
     overlong_buffer: tokens before the limit in which that penalty sets in, growing linearly
@@ -118,19 +138,15 @@ def main(
     save_dtype: type of the stored weights; default: as in the directories started from (adapters: float32)
     quantize: hold the frozen models, verifier and (without LoRA) reference, in 8 or 4 bits a weight; with such a
         reference the first KL is not 0
+    phases: hold each model, and its optimizer's state, only while a phase uses it; the rest waits in CPU memory, on a
+        CPU in files; the results are the same
     seed: seed of prompt order, sampling and adapter initialisation
     dry_run: print the plan - buffers, memory of each rank for each model - and stop
     """
     flags = locals().copy()
     cli.check_numbers(flags)
+    ppo_settings.check_together(flags)
     settings = ppo_settings.from_flags(flags)
-    if "verifier" in reward and not reward_model_ckpt_dir:
-        raise UserError("--reward verifier needs --reward_model_ckpt_dir; or grade answers with --reward rule")
-    if settings.has_critic != bool(critic_ckpt_dir) or settings.has_critic != bool(critic_save_dir):
-        raise UserError(f"--advantage {advantage} {'needs' if settings.has_critic else 'has no critic; leave out'} "
-                        f"--critic_ckpt_dir and --critic_save_dir")
-    if settings.has_critic and Path(actor_save_dir).resolve() == Path(critic_save_dir).resolve():
-        raise UserError("--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other")
     weights = rewards.weights_of(reward, reward_weights)
     user_rewards = {name: UserReward(name) for name in reward if name not in ("verifier", "rule")}
     prompts = read_prompts(train_file, need_label=reward == ["rule"])
@@ -141,9 +157,7 @@ def main(
     buffers = [(epoch, rows) for epoch in range(1, epochs + 1)
                for rows in chunks(epoch_order(len(prompts), seed, epoch), settings.prompts_a_buffer)]
     buffers = buffers[: max_steps if max_steps >= 0 else None]
-    if critic_warmup > (len(buffers) if settings.has_critic else 0):
-        raise UserError(f"--critic_warmup is {critic_warmup}, but there are only {len(buffers)} buffers; lower it"
-                        if settings.has_critic else f"--critic_warmup: --advantage {advantage} has no critic")
+    critic_warmup = settings.critic_warmup(critic_warmup, len(buffers))
     if dry_run:
         verifier_dir = critic_ckpt_dir or reward_model_ckpt_dir or actor_ckpt_dir
         actor_config, critic_config = (assemble.load_config(folder) for folder in (actor_ckpt_dir, verifier_dir))
@@ -154,19 +168,50 @@ def main(
                               buffers=len(buffers), with_critic=settings.has_critic,
                               with_verifier="verifier" in reward, quantize=quantize))
         return
-    parallel.start(seed=seed)
+    parallel.start(seed, assemble.tensor_parallel_size(actor_ckpt_dir, tensor_parallel_size))
     for save_dir in filter(None, (actor_save_dir, critic_save_dir)):
         assemble.check_save_dir(save_dir, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
-    actor = assemble.load_solver(actor_ckpt_dir, model_type=model_type, dtype=torch.float32)
-    # as the actor: their first KL is 0, unless the reference is quantised; with adapters it is the actor without them
-    reference = None if lora else assemble.load_solver(actor_ckpt_dir, dtype=torch.float32, quantize=quantize)
-    assemble.put_lora_on(actor, lora, seed)
-    critic = None
-    if settings.has_critic:
-        critic = assemble.load_verifier(critic_ckpt_dir, dtype=torch.float32, from_solver=True)
-        assemble.put_lora_on(critic, lora, seed)
-    models = ppo.Models(actor, reference, critic)
-    grader, outcomes = Grader(task), {}
+    log = RunLog(log_dir or actor_save_dir, flags)
+    arrangement = Arrangement(Path(log_dir or actor_save_dir) / ".waiting" if phases else None)
+
+    def trained(model: Decoder, peak: float, total_buffers: int) -> TrainLoop:
+        assemble.put_lora_on(model, lora, seed)
+        loop = TrainLoop(model, log, lr=peak, total_steps=total_buffers * inner_epochs * minibatches, seed=seed,
+                         schedule=schedule, warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio,
+                         weight_decay=weight_decay, adam_eps=adam_eps, max_grad_norm=max_grad_norm,
+                         activation_checkpointing=activation_checkpointing)
+        arrangement.add(model, loop)
+        return loop
+
+    def frozen_reference(folder: str) -> Decoder:
+        # as the actor: their first KL is 0, unless the reference is quantised
+        model = assemble.load_solver(folder, dtype=torch.float32, quantize=quantize)
+        arrangement.add(model)
+        return model
+
+    actor_loop = trained(assemble.load_solver(actor_ckpt_dir, model_type=model_type, dtype=torch.float32), lr,
+                         len(buffers) - critic_warmup)
+    critic_loop = trained(assemble.load_verifier(critic_ckpt_dir, dtype=torch.float32, from_solver=True), critic_lr,
+                          len(buffers)) if settings.has_critic else None
+    steps_per_epoch = -(-len(prompts) // settings.prompts_a_buffer)
+    state = {"kl_scale": 1.0}
+    saver = Saver(
+        log, [Trained(save_dir, loop, lambda folder, state, model=loop.model, source=source: assemble.begin_save(
+            model, folder, source, save_dtype, lora, tokenizer_file, state, background_save),
+            lambda model=loop.model: arrangement.training(model))
+              for save_dir, loop, source in ((actor_save_dir, actor_loop, actor_ckpt_dir),
+                                             (critic_save_dir, critic_loop, critic_ckpt_dir)) if loop],
+        save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=len(buffers),
+        facts={"seed": seed, "prompts": len(prompts), "max_buffer_size": max_buffer_size, "advantage": advantage,
+               "group_size": settings.group_size, "max_refills": max_refills, "reference_refresh": reference_refresh},
+        numbers=state, snapshots={"reference": reference_refresh} if reference_refresh > 0 else {})
+    done = saver.resume(resume)
+    refreshed = str(Path(actor_save_dir) / "reference")
+    reference = None if lora else frozen_reference(actor_ckpt_dir)  # with adapters: the actor without them
+    if 0 < reference_refresh <= done:
+        reference = frozen_reference(refreshed)
+    models = buffer.Models(actor_loop.model, reference, critic_loop and critic_loop.model, arrangement)
+    grader, outcomes = Grader(task), []
 
     def grade(responses: list[str], labels: list[str]) -> list[str]:
         return [verdict.outcome for verdict in grader.grade(responses, labels)]
@@ -174,63 +219,56 @@ def main(
     parts = {}
     for name in reward:
         if name == "verifier":
-            scored = rewards.verifier_reward(
-                assemble.load_verifier(reward_model_ckpt_dir, quantize=quantize), tokenizer, max_batch_size,
-                outcome=outcome_reward, steps=step_reward, step_bonus=step_bonus)
+            verifier = assemble.load_verifier(reward_model_ckpt_dir, quantize=quantize)
+            arrangement.add(verifier)
+            scored = arrangement.lent(verifier, rewards.verifier_reward(
+                verifier, tokenizer, max_batch_size, Shape(outcome_reward, step_reward, step_bonus, reward_clip)))
         else:
             scored = rewards.graded_reward(grade, outcomes) if name == "rule" else rewards.function_reward(
                 user_rewards[name].score)
-        parts[rewards.short_name(name)] = rewards.Part(weights[name], scored)
-    log = RunLog(log_dir or actor_save_dir, flags)
-    if critic_warmup < 0:
-        critic_warmup = min(10, len(buffers) // 10) if critic else 0
-    per_buffer = inner_epochs * minibatches
-    schedule = {"warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-                "seed": seed}
-    actor_loop = TrainLoop(actor, log, lr=lr, total_steps=(len(buffers) - critic_warmup) * per_buffer, **schedule)
-    critic_loop = critic and TrainLoop(critic, log, lr=critic_lr, total_steps=len(buffers) * per_buffer, **schedule)
-    steps_per_epoch = -(-len(prompts) // settings.prompts_a_buffer)
-    state = {"kl_scale": 1.0}
-    saver = Saver(
-        log, [Trained(save_dir, loop, lambda folder, state, model=loop.model, source=source: assemble.begin_save(
-            model, folder, source, save_dtype, lora, tokenizer_file, state, background_save))
-              for save_dir, loop, source in ((actor_save_dir, actor_loop, actor_ckpt_dir),
-                                             (critic_save_dir, critic_loop, critic_ckpt_dir)) if loop],
-        save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=len(buffers),
-        facts={"seed": seed, "prompts": len(prompts), "max_buffer_size": max_buffer_size, "advantage": advantage,
-               "group_size": settings.group_size},
-        numbers=state)
-    done = saver.resume(resume)
+        parts[rewards.short_name(name)] = Part(weights[name], scored)
+    if format_penalty:
+        parts["format"] = Part(1.0, rewards.format_reward(grader.readable, format_penalty))
     alarms = health.Alarms(log.logger)
     log.progress(len(buffers), "buffer", done)
     with contextlib.ExitStack() as workers:
         for worker in (grader, *user_rewards.values()):
             workers.enter_context(worker)
         for step, (epoch, rows) in list(enumerate(buffers))[done:]:
-            now = settings.with_kl_scale(state["kl_scale"])
-            phases = Phases()
-            found = ppo.collect(models, [prompts[row] for row in rows], tokenizer, parts, now, step, phases)
-            metrics = health.rollout_metrics(found, now) | outcomes
+            now, timed = settings.with_kl_scale(state["kl_scale"]), Phases()
+
+            def drawn(refill: int, step: int = step, rows: list[int] = rows) -> list[Prompt]:
+                more = buffer.refill_rows(len(prompts), len(rows), settings, step, refill) if refill else rows
+                return [prompts[row] for row in more]
+
+            found = buffer.collect(models, drawn, tokenizer, parts, now, step, timed)
+            metrics = health.rollout_metrics(found, now) | rewards.outcome_shares(outcomes)
             if step == 0:
                 health.check_start(metrics, found, same_reference=bool(lora) or not quantize)
-            with phases("update"):
-                metrics |= ppo.update(actor_loop, critic_loop, found, now, step, train_actor=step >= critic_warmup)
+            with timed("update"):
+                metrics |= ppo.update(actor_loop, critic_loop, found, now, step, arrangement=arrangement,
+                                      train_actor=step >= critic_warmup)
             if step == critic_warmup:
                 health.check_first_update(metrics, found)
             state["kl_scale"] *= health.kl_factor(metrics["kl_response"], len(found.task_rewards), settings)
             score = None
             every = eval_every if eval_every > 0 else steps_per_epoch
             if held_out and ((step + 1) % every == 0 or step + 1 == len(buffers)):
-                with phases("evaluate"):
-                    score = rollouts.greedy_accuracy(actor, held_out, tokenizer, grade, settings)
+                with timed("evaluate"), arrangement.using(models.actor):
+                    score = rollouts.greedy_accuracy(models.actor, held_out, tokenizer, grade, settings)
                 metrics["eval_accuracy"] = score
             tokens = int(found.episodes.lengths.sum())
-            log.metrics(step + 1, epoch=epoch, **metrics, **phases.seconds, tokens_per_second=phases.rate(tokens))
+            log.metrics(step + 1, epoch=epoch, **metrics, **timed.seconds, tokens_per_second=timed.rate(tokens))
             log.rows(f"rollouts/step-{step + 1:06}.jsonl", health.samples(found, rollout_samples))
             alarms.look(step + 1, metrics)
             log.advance(tokens=tokens, reward=metrics["reward"], kl=metrics["kl"])
             saver.step_done(step + 1, score)
+            if reference_refresh > 0 and (step + 1) % reference_refresh == 0:
+                saver.complete()
+                arrangement.drop(models.reference)
+                models = models._replace(reference=frozen_reference(refreshed))
     saver.finish()
+    arrangement.close()
 
 
 if __name__ == "__main__":

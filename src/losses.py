@@ -44,19 +44,28 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages
 
 
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, *, shift: bool = True) -> Tensor:
     """Shift and scale the masked entries to mean 0 and variance 1; the others become 0. Any shape, float32.
 
-    1e-8 is added to the variance: entries that are equal up to rounding become about 0, not noise of size 1.
+    shift False leaves the mean in, so that rewards keep their signs. 1e-8 is added to the variance: entries that are
+    equal up to rounding become about 0, not noise of size 1.
     """
     chosen = x[mask]
     scale = (chosen.var(unbiased=False) + 1e-8).sqrt()
-    return torch.where(mask, (x - chosen.mean()) / scale, 0.0)
+    return torch.where(mask, (x - chosen.mean() if shift else x) / scale, 0.0)
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """pi / pi_old of each token, its logarithm clamped to +-20. [N], [N] -> [N]."""
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def truncated_importance(old_logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
+    """min(pi_old / pi_sampler, cap) of each token: corrects for a sampler that is not quite the policy trained.
+
+    Truncated importance sampling (Ionides 2008; for samplers, Yao et al. 2025). Any shape.
+    """
+    return probability_ratio(old_logprobs, sampled_logprobs).clamp_max(cap)
 
 
 def ppo_policy_loss(

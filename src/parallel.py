@@ -9,7 +9,8 @@ import io
 import os
 import random
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from src.stopwatch import Stopwatch
+
+Item = TypeVar("Item")
 
 # Every collective of a training step passes it: ours below, fairscale's, and those of FSDP.
 communication = Stopwatch()
@@ -164,6 +167,26 @@ def sum_over_all(x: Tensor) -> Tensor:
     return x
 
 
+def gather_over_data_parallel(items: list[Item]) -> list[Item]:
+    """The lists of all data-parallel ranks joined in their order, alike on each. Items must be picklable."""
+    if data_parallel_size() == 1:
+        return items
+    found: list[list[Item]] = [[] for _ in range(data_parallel_size())]
+    with communication.measure():
+        dist.all_gather_object(found, items, group=groups.get_data_parallel_group())
+    return [item for part in found for item in part]
+
+
+def join_over_data_parallel(x: Tensor) -> Tensor:
+    """Sum of CPU tensors of which each data-parallel rank has filled its own entries, 0 elsewhere. -> on the CPU."""
+    if data_parallel_size() == 1:
+        return x
+    total = x.to(device(), copy=True)
+    with communication.measure():
+        dist.all_reduce(total, group=groups.get_data_parallel_group())
+    return total.cpu()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; alike on every rank."""
     return bool(sum_over_all(torch.tensor(float(flag), device=device())))
@@ -217,6 +240,24 @@ def free_gathered(model: nn.Module) -> None:
     """Give back what an evaluation gathered, so that the parameters are the optimizer's again."""
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, each data-parallel rank holds the whole parameters: forward passes send nothing to other such ranks.
+
+    They may then make different numbers of them, as sampling does. No backward pass inside.
+    """
+    shared = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shared:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shared:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
 
 
 def local(x: Tensor) -> Tensor:

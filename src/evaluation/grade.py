@@ -75,6 +75,10 @@ class Grader:
             return Verdict("unparsed", None)
         return Verdict(self.compare(answer, label, answer_type), answer)
 
+    def readable(self, response: str) -> bool:
+        """Whether an answer is found in a response."""
+        return extract(self.task.extraction, response).answer is not None
+
     def compare(self, answer: str, label: str, answer_type: AnswerType = ANY) -> str:
         """The outcome of a bare answer against a label: right, wrong, timeout or error."""
         key = answer, label, answer_type

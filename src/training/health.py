@@ -10,7 +10,7 @@ from torch import Tensor
 
 from src import losses, parallel
 from src.errors import UserError
-from src.training.ppo import Rollouts, has_signal
+from src.training.buffer import Rollouts
 from src.training.ppo_settings import Settings
 
 # Largest differences at the start that rounding explains: of log-probs of one model computed twice, in float32 and in
@@ -43,7 +43,10 @@ def rollout_metrics(rollouts: Rollouts, settings: Settings) -> dict[str, float]:
         "sampler_mismatch_max": mismatch.max().item(),
     }
     if settings.group_size > 1:
-        found["dead_groups"] = 1 - has_signal(rewards, settings.group_size).float().mean().item()
+        found["dead_groups"] = rollouts.sampled.dead_groups / rollouts.sampled.groups
+    if settings.max_refills:
+        found["sampled_reward"] = rollouts.sampled.mean_reward
+        found["sampled_groups"] = float(rollouts.sampled.groups)
     if rollouts.values is not None and rollouts.returns is not None:
         found["explained_variance"] = losses.explained_variance(
             rollouts.values[mask], rollouts.returns[mask]

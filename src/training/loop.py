@@ -7,7 +7,7 @@ micro-batches of all data-parallel ranks), so the update does not depend on how 
 import functools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ class TrainLoop:
         warmup_ratio: float = 0.03,
         min_lr_ratio: float = 0.1,
         weight_decay: float = 0.0,
+        adam_eps: float = 1e-8,
         max_grad_norm: float = 1.0,
         activation_checkpointing: Checkpointing = "none",
         seed: int = 1,
@@ -75,6 +76,7 @@ class TrainLoop:
             [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=lr,
             betas=(0.9, 0.95),
+            eps=adam_eps,
             fused=True,
         )
         self._watchdog = watchdog.of_process()
@@ -140,6 +142,11 @@ class TrainLoop:
         """Make every random draw of the next step (dropout) a pure function of (seed, step, data-parallel rank)."""
         place = f"{self.seed}/{self.steps}/{parallel.data_parallel_rank()}"
         parallel.seed_all(random.Random(place).getrandbits(63))
+
+    def moments(self) -> Iterator[Tensor]:
+        """The optimizer's tensors of the weights' shapes, which exist from the first step on."""
+        for state in self.optimizer.state.values():
+            yield from (state[moment] for moment in MOMENTS)
 
     def state(self) -> LoopState:
         """What a checkpoint must hold beside the weights; nothing is copied. Tensors are parts of this rank.

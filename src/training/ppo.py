@@ -1,10 +1,9 @@
-"""Proximal policy optimisation: episodes to rewards, rewards to advantages, advantages to updates.
+"""Proximal policy optimisation: a rollout buffer's advantages to updates of actor and critic.
 
-B episodes, S sequence, N response tokens of some episodes laid end to end in row order
+N response tokens of some episodes laid end to end in row order
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,182 +12,61 @@ from torch import Tensor
 from src import losses, parallel
 from src.data import collate
 from src.data.collate import Batch
-from src.data.examples import Prompt
-from src.inference.scoring import logprobs_and_entropy, response_logprobs, response_values
+from src.inference.scoring import logprobs_and_entropy, response_values
 from src.models.decoder import Decoder
-from src.models.lora import without_adapters
-from src.runlog import Phases
-from src.text.tokenizer import Tokenizer
-from src.training.loop import StepReport, TrainLoop
+from src.training.buffer import Rollouts
+from src.training.loop import TrainLoop
 from src.training.ppo_settings import Settings
-from src.training.rewards import Part, score_parts, settle_ending
-from src.training.rollouts import Episodes, per_token, sample_episodes, trim
+from src.training.residence import Arrangement
+from src.training.rollouts import my_share, trim
 
 KL_LOSSES = {"k2": losses.kl_k2, "k3": losses.kl_k3}
 
 
-class Models(NamedTuple):
-    """The models that PPO needs beside the reward.
+class Micro(NamedTuple):
+    """A forward pass of a data-parallel rank: rows of the buffer, which count unless the rank only keeps others
+    company."""
 
-    reference None: the actor without its adapters. critic None: the estimator has none.
-    """
-
-    actor: Decoder
-    reference: Decoder | None
-    critic: Decoder | None
+    rows: Tensor
+    counts: bool = True
 
 
-class Rollouts(NamedTuple):
-    """A buffer of episodes. Per-token tensors are [B, S] float32 on the CPU, 0 outside the response mask."""
+class OptimizerStep(NamedTuple):
+    """This rank's forward passes of an optimizer step, and what all ranks' passes hold together."""
 
-    episodes: Episodes
-    reward_parts: dict[str, Tensor]  # each [B], summed over its tokens
-    old_logprobs: Tensor
-    reference_logprobs: Tensor
-    values: Tensor | None
-    advantages: Tensor
-    returns: Tensor | None
-    weights: Tensor  # what each token weighs in the policy loss
-    kept: Tensor  # [K] int64: the episodes that are learned from
-    n_ids: int  # that the sampler could draw
-
-    @property
-    def batch(self) -> Batch:
-        """The episodes' tokens."""
-        return self.episodes.batch
-
-    @property
-    def task_rewards(self) -> Tensor:
-        """All parts of an episode's reward but KL and penalties. [B] float32."""
-        return torch.stack(list(self.reward_parts.values())).sum(0)
-
-
-def collect(
-    models: Models,
-    prompts: Sequence[Prompt],
-    tokenizer: Tokenizer,
-    parts: Mapping[str, Part],
-    settings: Settings,
-    step: int,
-    phases: Phases,
-) -> Rollouts:
-    """Fill a buffer: sample, score, and turn rewards into advantages.
-
-    The old log-probs come from the training forward at the sampling temperature, not from the sampler, so that
-    the first ratio of the update is 1 by construction.
-    """
-    with phases("sample"):
-        episodes = sample_episodes(models.actor, prompts, tokenizer, settings, step)
-    batch, mask = episodes.batch, episodes.batch.response_mask
-
-    def logprobs_of(model: Decoder) -> Tensor:
-        return per_token(
-            lambda micro: response_logprobs(
-                model, *micro, temperature=settings.temperature, n_ids=tokenizer.vocab_size
-            ),
-            batch,
-            settings.max_batch_size,
-        )
-
-    with phases("score"):
-        old_logprobs = logprobs_of(models.actor)
-        with contextlib.nullcontext() if models.reference else without_adapters(models.actor):
-            reference_logprobs = logprobs_of(models.reference or models.actor)
-        critic, values = models.critic, None
-        if critic is not None:
-            values = per_token(lambda micro: response_values(critic, *micro), batch, settings.max_batch_size)
-    with phases("reward"):
-        scored = score_parts(parts, episodes)
-    reward_parts = {name: reward.sum(1) for name, reward in scored.items()}
-    kept = kept_rows(torch.stack(list(reward_parts.values())).sum(0), episodes, settings)
-    task = settle_ending(torch.stack(list(scored.values())).sum(0), episodes, settings)
-    rewards = (task - settings.kl_coef * losses.kl_k1(old_logprobs, reference_logprobs)) * mask
-    weights = losses.sequence_weights(episodes.lengths, settings.loss_aggregation, settings.max_new_tokens)
-    return Rollouts(
-        episodes,
-        reward_parts,
-        old_logprobs,
-        reference_logprobs,
-        values,
-        *estimate(rewards, values, mask, kept, settings),
-        weights[:, None] * mask,
-        kept,
-        tokenizer.vocab_size,
-    )
-
-
-def kept_rows(task_rewards: Tensor, episodes: Episodes, settings: Settings) -> Tensor:
-    """The episodes that are learned from. task_rewards [B] -> [K] int64, K <= B.
-
-    --filter_groups drops groups whose rewards are equal (DAPO, Yu et al. 2025, section 3.2), --truncated mask
-    responses that did not end (its section 3.4).
-    """
-    keep = torch.ones(len(task_rewards), dtype=torch.bool)
-    if settings.filter_groups:
-        keep &= has_signal(task_rewards, settings.group_size).repeat_interleave(settings.group_size)
-    if settings.truncated == "mask":
-        keep &= episodes.finished
-    return keep.nonzero()[:, 0]
-
-
-def has_signal(task_rewards: Tensor, group_size: int) -> Tensor:
-    """Whether the rewards in a group differ by more than rounding. [P * G] -> [P] bool."""
-    groups = task_rewards.view(-1, group_size)
-    return groups.amax(1) - groups.amin(1) > 1e-6
-
-
-def estimate(
-    rewards: Tensor, values: Tensor | None, mask: Tensor, kept: Tensor, settings: Settings
-) -> tuple[Tensor, Tensor | None]:
-    """Advantages, and for a critic the returns that it learns. rewards, mask [B, S] -> [B, S] each.
-
-    Estimators with a critic or a baseline over the batch are whitened over the tokens of the kept rows; those of a
-    group compare the whole reward of each episode with the others' and give all its tokens the same advantage.
-    """
-    learned = torch.zeros_like(mask)
-    learned[kept] = mask[kept]
-    if values is not None:
-        advantages = losses.gae(rewards, values, mask, settings.gamma, settings.gae_lambda)
-        returns = losses.gae(rewards, values, mask, settings.gamma, settings.critic_lambda) + values
-        return _whitened(advantages, learned), returns * mask
-    groups = rewards.sum(1).view(-1, settings.group_size)
-    if settings.advantage == "reinforce++":
-        advantages = losses.discounted_returns(rewards, mask, settings.gamma)
-        if settings.group_size > 1:  # REINFORCE++-baseline
-            advantages -= groups.mean(1).repeat_interleave(settings.group_size)[:, None]
-        return _whitened(advantages, learned), None
-    if settings.advantage == "rloo":
-        of_groups = losses.rloo_advantages(groups)
-    else:
-        of_groups = losses.grpo_advantages(groups, divide_by_std=settings.advantage == "grpo")
-    return of_groups.reshape(-1, 1) * mask, None
-
-
-def _whitened(advantages: Tensor, learned: Tensor) -> Tensor:
-    return losses.whiten(advantages, learned) if learned.any() else torch.zeros_like(advantages)
+    micros: list[Micro]
+    episodes: int
+    tokens: int
 
 
 def minibatches(
     rollouts: Rollouts, settings: Settings, step: int, inner_epoch: int
-) -> Iterator[list[Tensor]]:
-    """The episodes of each optimizer step, as micro-batches of row numbers; shuffled by (seed, step, inner epoch).
+) -> Iterator[OptimizerStep]:
+    """The optimizer steps of a pass over the buffer; shuffled by (seed, step, inner epoch).
 
-    Inside a step rows are ordered by length: micro-batches then hold little padding, and the update is the same.
-    Yields nothing where no episode is kept.
+    Inside a step rows are ordered by length and dealt in turn to the data-parallel ranks: passes hold little padding,
+    and those that run at the same time are alike in size. The update does not depend on it. Yields nothing where no
+    episode is kept.
     """
     n = len(rollouts.kept)
     order = collate.epoch_order(n, settings.seed, step * settings.inner_epochs + inner_epoch)
     kept = rollouts.kept[torch.tensor(order, dtype=torch.int64)]
     for rows in kept.tensor_split(min(settings.minibatches, n)) if n else ():
-        yield list(rows[rollouts.episodes.last[rows].argsort(stable=True)].split(settings.max_batch_size))
+        by_length = rows[rollouts.episodes.last[rows].argsort(stable=True)]
+        passes = by_length.split(settings.max_batch_size)
+        micros = [Micro(part) for part in my_share(passes)]
+        busiest = -(-len(passes) // parallel.data_parallel_size())
+        micros += [Micro(by_length[:1], counts=False)] * (busiest - len(micros))
+        yield OptimizerStep(micros, len(rows), int(rollouts.batch.response_mask[rows].sum()))
 
 
 class ActorSums(NamedTuple):
-    """Sums over a micro-batch's tokens for the log, and the largest |ratio - 1| in it."""
+    """Sums over a forward pass's tokens for the log, and the largest |ratio - 1| in it."""
 
     entropy: float
     clipped_low: float
     clipped_high: float
+    kl_loss: float
     ratio_deviation_max: float
 
 
@@ -200,60 +78,88 @@ def update(
     step: int,
     *,
     train_actor: bool,
+    arrangement: Arrangement = Arrangement(),  # noqa: B008 (never changed: it holds no model)
 ) -> dict[str, float]:
-    """inner_epochs passes over a buffer, `minibatches` optimizer steps each. Returns means for the log."""
-    seen: list[ActorSums] = []
-    actor_steps: list[StepReport] = []
-    critic_steps: list[StepReport] = []
-    n_tokens = 0
-    for inner_epoch in range(settings.inner_epochs):
-        for micros in minibatches(rollouts, settings, step, inner_epoch):
-            rows_of_step = torch.cat(micros)
-            tokens = int(rollouts.batch.response_mask[rows_of_step].sum())
-            n_tokens += tokens
-            for rows in micros if critic_loop is not None else ():
-                critic_loop.backward(critic_loss(critic_loop.model, rollouts, rows, settings, tokens))
-            for rows in micros if train_actor else ():
-                normaliser = tokens if settings.loss_aggregation == "token-mean" else len(rows_of_step)
-                loss, sums = actor_loss(actor_loop.model, rollouts, rows, settings, normaliser)
-                actor_loop.backward(loss)
-                seen.append(sums)
-            if critic_loop is not None:
-                critic_steps.append(critic_loop.step())
-            if train_actor:
-                actor_steps.append(actor_loop.step())
-    return _update_metrics(seen, n_tokens, actor_steps, critic_steps)
+    """inner_epochs passes over a buffer, `minibatches` optimizer steps each. Returns means for the log.
+
+    The critic learns first, then the actor: neither reads the other, and only one of them need be in memory.
+    """
+    metrics: dict[str, float] = {}
+    if critic_loop is not None:
+        with arrangement.training(critic_loop.model):
+            metrics |= _update_critic(critic_loop, rollouts, settings, step)
+    if train_actor:
+        with arrangement.training(actor_loop.model):
+            metrics |= _update_actor(actor_loop, rollouts, settings, step)
+    return NOTHING_LEARNED | metrics
 
 
-def _update_metrics(
-    seen: Sequence[ActorSums],
-    n_tokens: int,
-    actor_steps: Sequence[StepReport],
-    critic_steps: Sequence[StepReport],
-) -> dict[str, float]:
-    """Means over the tokens and optimizer steps of an update."""
+NOTHING_LEARNED = dict.fromkeys(
+    (
+        "policy_loss", "grad_norm", "value_loss", "critic_grad_norm", "value_clipped", "entropy", "kl_loss",
+        "clipped_low", "clipped_high", "ratio_deviation_max", "first_ratio_deviation",
+    ), 0.0,
+)  # fmt: skip
 
-    def mean(values: Iterator[float], count: int) -> float:
-        return sum(values) / max(1, count)
 
+def _update_critic(loop: TrainLoop, rollouts: Rollouts, settings: Settings, step: int) -> dict[str, float]:
+    """Means over the tokens and optimizer steps of the critic's update."""
+    clipped: list[float] = []
+    reports, n_tokens = [], 0
+    for now in _steps(rollouts, settings, step):
+        for micro in now.micros:
+            loss, n_clipped = critic_loss(loop.model, rollouts, micro, settings, now.tokens)
+            loop.backward(loss, last=micro is now.micros[-1])
+            clipped.append(n_clipped)
+        reports.append(loop.step())
+        n_tokens += now.tokens
     return {
-        "policy_loss": mean((report.loss for report in actor_steps), len(actor_steps)),
-        "grad_norm": mean((report.grad_norm for report in actor_steps), len(actor_steps)),
-        "value_loss": mean((report.loss for report in critic_steps), len(critic_steps)),
-        "critic_grad_norm": mean((report.grad_norm for report in critic_steps), len(critic_steps)),
-        "entropy": mean((sums.entropy for sums in seen), n_tokens),
-        "clipped_low": mean((sums.clipped_low for sums in seen), n_tokens),
-        "clipped_high": mean((sums.clipped_high for sums in seen), n_tokens),
-        "ratio_deviation_max": max((sums.ratio_deviation_max for sums in seen), default=0.0),
-        "first_ratio_deviation": seen[0].ratio_deviation_max if seen else 0.0,
+        "value_loss": _mean([report.loss for report in reports]),
+        "critic_grad_norm": _mean([report.grad_norm for report in reports]),
+        "value_clipped": parallel.sum_over_data_parallel(sum(clipped)) / max(1, n_tokens),
     }
 
 
+def _update_actor(loop: TrainLoop, rollouts: Rollouts, settings: Settings, step: int) -> dict[str, float]:
+    """Means over the tokens and optimizer steps of the actor's update, and the largest deviations of a ratio from 1."""
+    seen: list[ActorSums] = []
+    first: list[float] = []  # of the very first pass of each rank, before any step
+    reports, n_tokens = [], 0
+    for now in _steps(rollouts, settings, step):
+        normaliser = now.tokens if settings.loss_aggregation == "token-mean" else now.episodes
+        for micro in now.micros:
+            loss, sums = actor_loss(loop.model, rollouts, micro, settings, normaliser)
+            loop.backward(loss, last=micro is now.micros[-1])
+            seen.append(sums)
+        first = first or [sums.ratio_deviation_max for sums in seen]
+        reports.append(loop.step())
+        n_tokens += now.tokens
+    seen, first = (parallel.gather_over_data_parallel(found) for found in (seen, first))
+    totals = {name: sum(getattr(sums, name) for sums in seen) for name in ActorSums._fields[:-1]}
+    return {
+        "policy_loss": _mean([report.loss for report in reports]),
+        "grad_norm": _mean([report.grad_norm for report in reports]),
+        **{name: total / max(1, n_tokens) for name, total in totals.items()},
+        "ratio_deviation_max": max((sums.ratio_deviation_max for sums in seen), default=0.0),
+        "first_ratio_deviation": max(first, default=0.0),
+    }
+
+
+def _steps(rollouts: Rollouts, settings: Settings, step: int) -> Iterator[OptimizerStep]:
+    """The optimizer steps of all passes over a buffer."""
+    for inner_epoch in range(settings.inner_epochs):
+        yield from minibatches(rollouts, settings, step, inner_epoch)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
 def actor_loss(
-    actor: Decoder, rollouts: Rollouts, rows: Tensor, settings: Settings, normaliser: int
+    actor: Decoder, rollouts: Rollouts, micro: Micro, settings: Settings, normaliser: int
 ) -> tuple[Tensor, ActorSums]:
     """Clipped policy loss of some episodes with its KL and entropy terms, weighted and divided by the step's count."""
-    batch, pick = _rows(rollouts, rows)
+    batch, pick = _rows(rollouts, micro)
     logprobs, entropy = logprobs_and_entropy(
         actor,
         *batch,
@@ -265,6 +171,7 @@ def actor_loss(
     loss = losses.ppo_policy_loss(
         ratio, pick(rollouts.advantages), settings.clip_ratio, settings.clip_high, settings.dual_clip
     )
+    kl = torch.zeros(())
     if settings.kl_loss != "none":
         kl = KL_LOSSES[settings.kl_loss](logprobs, pick(rollouts.reference_logprobs))
         loss = loss + settings.kl_loss_coef * kl
@@ -275,23 +182,29 @@ def actor_loss(
         entropy.sum().item(),
         (deviation < -settings.clip_ratio).sum().item(),
         (deviation > settings.clip_high).sum().item(),
-        deviation.abs().max().item(),
+        kl.sum().item(),
+        deviation.abs().max().item() if micro.counts else 0.0,
     )
     return (loss * pick(rollouts.weights)).sum() / normaliser, sums
 
 
 def critic_loss(
-    critic: Decoder, rollouts: Rollouts, rows: Tensor, settings: Settings, normaliser: int
-) -> Tensor:
-    """Clipped value loss of some episodes, divided by the step's token count. -> scalar."""
-    batch, pick = _rows(rollouts, rows)
-    values = response_values(critic, *batch)
-    loss = losses.ppo_value_loss(values, pick(rollouts.values), pick(rollouts.returns), settings.value_clip)
-    return loss.sum() / normaliser
+    critic: Decoder, rollouts: Rollouts, micro: Micro, settings: Settings, normaliser: int
+) -> tuple[Tensor, float]:
+    """Clipped value loss of some episodes, divided by the step's token count. -> scalar, and how many values were
+    farther from their old ones than the clip allows."""
+    batch, pick = _rows(rollouts, micro)
+    values, old = response_values(critic, *batch), pick(rollouts.values)
+    loss = losses.ppo_value_loss(values, old, pick(rollouts.returns), settings.value_clip)
+    n_clipped = ((values.detach() - old).abs() > settings.value_clip).sum().item()
+    return loss.sum() / normaliser, n_clipped
 
 
-def _rows(rollouts: Rollouts, rows: Tensor) -> tuple[Batch, Callable[[Tensor], Tensor]]:
+def _rows(rollouts: Rollouts, micro: Micro) -> tuple[Batch, Callable[[Tensor], Tensor]]:
     """Some episodes of a buffer on the device, and how to pick their response tokens [N] from a [B, S] tensor."""
-    mask = rollouts.batch.response_mask[rows]
-    batch = trim(Batch(rollouts.batch.tokens[rows], mask)).to(parallel.device())
-    return batch, lambda tensor: tensor[rows][mask].to(parallel.device())
+    tokens, mask = trim(Batch(rollouts.batch.tokens[micro.rows], rollouts.batch.response_mask[micro.rows]))[
+        :2
+    ]
+    batch = Batch(tokens, mask & micro.counts).to(parallel.device())
+    wanted = rollouts.batch.response_mask[micro.rows] & micro.counts
+    return batch, lambda tensor: tensor[micro.rows][wanted].to(parallel.device())

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from src.errors import UserError
@@ -66,10 +67,14 @@ class Settings:
     gamma: float
     gae_lambda: float
     critic_lambda: float
+    whiten_rewards: bool
+    whiten_advantages: bool
+    tis_cap: float
     truncated: Truncated
     missing_eos_penalty: float
     overlong_buffer: int
     filter_groups: bool
+    max_refills: int
     seed: int
 
     def __post_init__(self) -> None:
@@ -95,6 +100,8 @@ class Settings:
             raise UserError(
                 "--filter_groups drops groups of equal rewards, so --group_size must be 2 or more"
             )
+        if self.max_refills and not self.filter_groups:
+            raise UserError("--max_refills replaces the groups that --filter_groups drops; give both")
         if self.overlong_buffer and (
             self.truncated != "penalty" or self.overlong_buffer >= self.max_new_tokens
         ):
@@ -117,16 +124,52 @@ class Settings:
         """Prompts whose groups fill a buffer."""
         return self.max_buffer_size // self.group_size
 
+    def critic_warmup(self, asked: int, n_buffers: int) -> int:
+        """Buffers from which only the critic learns: as many as asked, or for -1 a tenth of all, at most 10."""
+        if asked < 0:
+            return min(10, n_buffers // 10) if self.has_critic else 0
+        if asked and not self.has_critic:
+            raise UserError(f"--critic_warmup: --advantage {self.advantage} has no critic")
+        if asked > n_buffers:
+            raise UserError(f"--critic_warmup is {asked}, but there are only {n_buffers} buffers; lower it")
+        return asked
+
     def with_kl_scale(self, scale: float) -> "Settings":
         """The same with both KL weights multiplied."""
         return replace(self, kl_coef=self.kl_coef * scale, kl_loss_coef=self.kl_loss_coef * scale)
 
 
 def from_flags(flags: Mapping[str, object]) -> Settings:
-    """The flags named like the fields of Settings; where one is -1 or empty its default takes its place."""
+    """The flags named like the fields of Settings; where one is -1 or empty its default takes its place.
+
+    A grader's reward comes at the end and is exact: the returns need no critic to hold their variance down, and
+    lambda is 1.
+    """
     values = {field.name: flags[field.name] for field in fields(Settings)}
+    if values["gae_lambda"] == -1:
+        values["gae_lambda"] = 1.0 if flags["reward"] == ["rule"] else 0.95
     defaults = {"clip_high": values["clip_ratio"], "critic_lambda": values["gae_lambda"]}
     defaults |= ESTIMATORS[str(values["advantage"])].defaults
     return Settings(
         **values | {name: default for name, default in defaults.items() if values[name] in (-1, "")}
     )
+
+
+def check_together(flags: Mapping[str, object]) -> None:
+    """Raise UserError for flags of ppo_train.py that name models and directories and do not go together."""
+    advantage = str(flags["advantage"])
+    actor, critic = Path(str(flags["actor_save_dir"])), Path(str(flags["critic_save_dir"]))
+    has_critic = ESTIMATORS[advantage].has_critic
+    if "verifier" in flags["reward"] and not flags["reward_model_ckpt_dir"]:
+        raise UserError(
+            "--reward verifier needs --reward_model_ckpt_dir; or grade answers with --reward rule"
+        )
+    if not has_critic == bool(flags["critic_ckpt_dir"]) == bool(flags["critic_save_dir"]):
+        raise UserError(
+            f"--advantage {advantage} {'needs' if has_critic else 'has no critic; leave out'} "
+            f"--critic_ckpt_dir and --critic_save_dir"
+        )
+    if has_critic and actor.resolve() == critic.resolve():
+        raise UserError(
+            "--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other"
+        )

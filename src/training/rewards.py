@@ -17,12 +17,11 @@ from src.data import collate
 from src.data.collate import Batch, Encoded
 from src.errors import UserError
 from src.inference.scoring import response_scores, token_scores
+from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_settings import Settings
-from src.training.rollouts import Episodes, trim
-
-SCORE_LIMIT = 5.0  # a verifier's normalised score beyond this many deviations is noise, not merit
+from src.training.rollouts import Episodes, my_share, trim
 
 StepReward = Literal["raw", "min-drop", "prod-drop"]
 OutcomeReward = Literal["probability", "logit"]
@@ -66,8 +65,16 @@ def at_last(scores: Tensor, episodes: Episodes) -> Tensor:
 
 
 def score_parts(parts: Mapping[str, Part], episodes: Episodes) -> dict[str, Tensor]:
-    """Every part's weighted reward. -> name to [B, S]."""
-    return {name: part.weight * part.reward(episodes) for name, part in parts.items()}
+    """Every part's weighted reward. -> name to [B, S]. Each data-parallel rank judges its share and gets all."""
+    everyone = list(range(len(episodes.prompts)))
+    # a rank without a share judges an episode all the same: every rank asks every reward
+    rows, counts = torch.tensor(my_share(everyone) or everyone[:1]), float(bool(my_share(everyone)))
+    mine, found = episodes.take(rows), {}
+    for name, part in parts.items():
+        laid_out = torch.zeros(episodes.batch.tokens.shape)
+        laid_out[rows] = counts * part.weight * part.reward(mine)
+        found[name] = parallel.join_over_data_parallel(laid_out)
+    return found
 
 
 def settle_ending(task: Tensor, episodes: Episodes, settings: Settings) -> Tensor:
@@ -88,26 +95,33 @@ def settle_ending(task: Tensor, episodes: Episodes, settings: Settings) -> Tenso
     return task - at_last(settings.missing_eos_penalty * share, episodes)
 
 
-def verifier_reward(
-    verifier: Decoder,
-    tokenizer: Tokenizer,
-    max_batch_size: int,
-    *,
-    outcome: OutcomeReward,
-    steps: StepReward,
-    step_bonus: float,
-) -> TaskReward:
+class Shape(NamedTuple):
+    """How what a verifier says becomes a reward; ppo_train.py's flags outcome_reward, step_reward, step_bonus and
+    reward_clip say what each means."""
+
+    outcome: OutcomeReward = "probability"
+    steps: StepReward = "min-drop"
+    step_bonus: float = 0.0
+    clip: float = 5.0
+
+
+def verifier_reward(verifier: Decoder, tokenizer: Tokenizer, max_batch_size: int, shape: Shape) -> TaskReward:
     """The reward of a verifier, by what its config says it was trained for."""
     if verifier.config.objective == "outcome":
-        return outcome_reward(verifier, tokenizer, max_batch_size, outcome)
+        return outcome_reward(verifier, tokenizer, max_batch_size, shape)
     if verifier.config.objective == "process":
-        return process_reward(verifier, tokenizer, max_batch_size, steps, step_bonus)
-    return pairwise_reward(verifier, max_batch_size)
+        return process_reward(verifier, tokenizer, max_batch_size, shape)
+    return pairwise_reward(verifier, max_batch_size, shape)
 
 
-def pairwise_reward(verifier: Decoder, max_batch_size: int) -> TaskReward:
-    """A pairwise verifier's normalised score of each response, within +-SCORE_LIMIT, at its last token."""
-    config = verifier.config
+def _clipped(scores: Tensor, config: ModelConfig, shape: Shape) -> Tensor:
+    """Scores in deviations from the mean on the verifier's training data, clipped; 0 does not clip. [B] -> [B]."""
+    normalised = (scores - config.score_mean) / config.score_std
+    return normalised.clamp(-shape.clip, shape.clip) if shape.clip else normalised
+
+
+def pairwise_reward(verifier: Decoder, max_batch_size: int, shape: Shape) -> TaskReward:
+    """A pairwise verifier's normalised, clipped score of each response, at its last token."""
 
     @torch.no_grad()
     def reward(episodes: Episodes) -> Tensor:
@@ -115,39 +129,32 @@ def pairwise_reward(verifier: Decoder, max_batch_size: int) -> TaskReward:
         for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
             micro = trim(Batch(batch.tokens[rows], batch.response_mask[rows])).to(parallel.device())
             scores.append(response_scores(verifier, *micro).cpu())
-        normalised = (torch.cat(scores) - config.score_mean) / config.score_std
-        return at_last(normalised.clamp(-SCORE_LIMIT, SCORE_LIMIT), episodes)
+        return at_last(_clipped(torch.cat(scores), verifier.config, shape), episodes)
 
     return reward
 
 
-def outcome_reward(
-    verifier: Decoder, tokenizer: Tokenizer, max_batch_size: int, scale: OutcomeReward
-) -> TaskReward:
+def outcome_reward(verifier: Decoder, tokenizer: Tokenizer, max_batch_size: int, shape: Shape) -> TaskReward:
     """An outcome verifier's word on each whole response, at its last token.
 
-    probability: of being right; logit: its score, normalised and within +-SCORE_LIMIT.
+    probability: of being right; logit: its score, normalised and clipped.
     """
-    config = verifier.config
 
     def reward(episodes: Episodes) -> Tensor:
         logits = torch.tensor(
             [steps[-1] for steps in step_logits(verifier, tokenizer, episodes, max_batch_size)]
         )
-        if scale == "probability":
+        if shape.outcome == "probability":
             return at_last(logits.sigmoid(), episodes)
-        normalised = (logits - config.score_mean) / config.score_std
-        return at_last(normalised.clamp(-SCORE_LIMIT, SCORE_LIMIT), episodes)
+        return at_last(_clipped(logits, verifier.config, shape), episodes)
 
     return reward
 
 
-def process_reward(
-    verifier: Decoder, tokenizer: Tokenizer, max_batch_size: int, shape: StepReward, step_bonus: float
-) -> TaskReward:
+def process_reward(verifier: Decoder, tokenizer: Tokenizer, max_batch_size: int, shape: Shape) -> TaskReward:
     """A process verifier's word on each step, at the sampled token that ends the step.
 
-    shape: losses.process_rewards() has the three. step_bonus is added for every step.
+    losses.process_rewards() has the three kinds. The bonus is added for every step.
     """
 
     def reward(episodes: Episodes) -> Tensor:
@@ -155,11 +162,13 @@ def process_reward(
         logits = step_logits(verifier, tokenizer, episodes, max_batch_size)
         for row, (steps, start) in enumerate(zip(logits, _response_starts(episodes), strict=True)):
             probabilities = torch.tensor([steps]).sigmoid()
-            worth = losses.process_rewards(probabilities, torch.ones_like(probabilities).bool(), shape)[0]
+            worth = losses.process_rewards(probabilities, torch.ones_like(probabilities).bool(), shape.steps)[
+                0
+            ]
             tokens = episodes.batch.tokens[row][episodes.batch.response_mask[row]].tolist()
             ends = step_ends(tokenizer, tokens, episodes.responses[row])
             # two steps may end in one token, and a solution too long for the verifier has fewer scores than steps
-            for end, value in zip(ends, (worth + step_bonus).tolist(), strict=False):
+            for end, value in zip(ends, (worth + shape.step_bonus).tolist(), strict=False):
                 laid_out[row, start + end] += value
         return laid_out
 
@@ -253,11 +262,11 @@ def function_reward(
 
 
 def graded_reward(
-    grade: Callable[[Sequence[str], Sequence[str]], Sequence[str]], outcomes: dict[str, float]
+    grade: Callable[[Sequence[str], Sequence[str]], Sequence[str]], outcomes: list[str]
 ) -> TaskReward:
     """1 for a response that `grade` (of responses and labels) finds "right", else 0. Without a label it is 0.
 
-    outcomes is filled with the share of each outcome among the labelled responses, for the log of the first rank.
+    The outcomes of this rank's labelled responses are appended to `outcomes`, for outcome_shares().
     """
 
     def score(episodes: Episodes) -> list[float]:
@@ -266,12 +275,29 @@ def graded_reward(
             [episodes.responses[row] for row in labelled],
             [episodes.prompts[row].label or "" for row in labelled],
         )
-        outcomes.clear()
-        outcomes["graded_right"] = 0.0  # a share that an alarm watches, present also where none is right
-        outcomes.update({f"graded_{name}": n / len(found) for name, n in Counter(found).items()})
+        outcomes.extend(found)
         scores = [0.0] * len(episodes.prompts)
         for row, outcome in zip(labelled, found, strict=True):
             scores[row] = float(outcome == "right")
         return scores
 
     return scored_reward(score)
+
+
+def format_reward(readable: Callable[[str], bool], penalty: float) -> TaskReward:
+    """Minus the penalty for a response in which no answer can be read, at its last token."""
+    return scored_reward(
+        lambda episodes: [0.0 if readable(response) else -penalty for response in episodes.responses]
+    )
+
+
+def outcome_shares(outcomes: list[str]) -> dict[str, float]:
+    """The share of each outcome over all data-parallel ranks for the log of the first rank; empty where none was
+    graded. `outcomes` is emptied."""
+    found = Counter(parallel.gather_over_data_parallel(list(outcomes)))
+    outcomes.clear()
+    if not found:
+        return {}
+    # present also where none is right: an alarm watches it
+    shares = {"graded_right": 0.0}
+    return shares | {f"graded_{name}": n / found.total() for name, n in found.items()}

@@ -4,10 +4,12 @@ B episodes, S sequence, N response tokens of some episodes laid end to end in ro
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from src import parallel
@@ -20,6 +22,8 @@ from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_settings import Settings
+
+Item = TypeVar("Item")
 
 
 class Episodes(NamedTuple):
@@ -42,31 +46,64 @@ class Episodes(NamedTuple):
         mask = self.batch.response_mask
         return (torch.arange(mask.shape[1]) * mask).argmax(1)
 
+    def take(self, rows: Tensor) -> "Episodes":
+        """Some of the episodes, as wide as before. rows [K] int64."""
+        return Episodes(
+            [self.prompts[row] for row in rows],
+            [self.responses[row] for row in rows],
+            Batch(self.batch.tokens[rows], self.batch.response_mask[rows]),
+            self.finished[rows],
+            self.sampled_logprobs[rows],
+        )
+
+
+def join(parts: Sequence[Episodes]) -> Episodes:
+    """Episodes below one another, padded to the longest."""
+    width = max(part.batch.tokens.shape[1] for part in parts)
+
+    def rows(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([widen(tensor, width) for tensor in tensors])
+
+    return Episodes(
+        [prompt for part in parts for prompt in part.prompts],
+        [response for part in parts for response in part.responses],
+        Batch(rows(part.batch.tokens for part in parts), rows(part.batch.response_mask for part in parts)),
+        torch.cat([part.finished for part in parts]),
+        rows(part.sampled_logprobs for part in parts),
+    )
+
+
+def widen(tensor: Tensor, width: int) -> Tensor:
+    """[B, S] -> [B, width], zeros (padding's id, False) behind."""
+    return F.pad(tensor, (0, width - tensor.shape[1]))
+
+
+def my_share(order: Sequence[Item]) -> Sequence[Item]:
+    """What this data-parallel rank takes of things that are dealt out in this order."""
+    return order[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+
 
 def sample_episodes(
-    actor: Decoder, prompts: Sequence[Prompt], tokenizer: Tokenizer, settings: Settings, step: int
+    actor: Decoder,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    step: int,
+    refill: int = 0,
 ) -> Episodes:
-    """group_size responses to each prompt from the current policy; (seed, step, id, place in the group) fixes each.
+    """group_size responses to each prompt from the current policy; (seed, step, refill, id, place in the group) fixes
+    each, whatever the number of ranks. Every data-parallel rank samples its share and gets all.
 
-    Raises UserError unless all ranks drew the same tokens.
+    Raises UserError unless all tensor-parallel ranks drew the same tokens.
     """
-    sampling = Sampling(
-        temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed
-    )
     size = settings.group_size
+    first = (step * (1 + settings.max_refills) + refill) * size
     requests = [
-        Request(prompt.id, step * size + place, collate.encode_prompt(tokenizer, prompt.instruction))
+        Request(prompt.id, first + place, collate.encode_prompt(tokenizer, prompt.instruction))
         for prompt in prompts
         for place in range(size)
     ]
-    completions = generate(
-        actor,
-        requests,
-        sampling,
-        vocabulary=vocabulary_of(tokenizer),
-        max_batch_size=settings.rollout_batch_size,
-    )
-    done = {(one.request.id, one.request.sample): one for one in completions}
+    done = _generate(actor, requests, tokenizer, settings, settings.temperature)
     in_order = [done[request.id, request.sample] for request in requests]
     return lay_out([prompt for prompt in prompts for _ in range(size)], in_order, tokenizer)
 
@@ -78,21 +115,43 @@ def greedy_accuracy(
     grade: Callable[[Sequence[str], Sequence[str]], list[str]],
     settings: Settings,
 ) -> float:
-    """Share of labelled prompts whose greedy response `grade` finds "right". The first rank's word holds."""
+    """Share of labelled prompts whose greedy response `grade` finds "right". The first rank's word holds.
+
+    Every data-parallel rank grades its share.
+    """
     requests = [
         Request(prompt.id, 0, collate.encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts
     ]
-    completions = generate(
-        actor,
-        requests,
-        Sampling(temperature=0.0, max_new_tokens=settings.max_new_tokens, seed=settings.seed),
-        vocabulary=vocabulary_of(tokenizer),
-        max_batch_size=settings.rollout_batch_size,
-    )
-    texts = {done.request.id: done.text for done in completions}
-    outcomes = grade([texts[prompt.id] for prompt in prompts], [prompt.label or "" for prompt in prompts])
+    done = _generate(actor, requests, tokenizer, settings, temperature=0.0)
+    mine = my_share(prompts)
+    outcomes = grade([done[prompt.id, 0].text for prompt in mine], [prompt.label or "" for prompt in mine])
     right = torch.tensor(float(outcomes.count("right")), device=parallel.device())
-    return parallel.broadcast_from_first(right).item() / len(prompts)
+    right = parallel.broadcast_from_first(right).item()
+    return parallel.sum_over_data_parallel(right) / len(prompts)
+
+
+def _generate(
+    actor: Decoder,
+    requests: Sequence[Request],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    temperature: float,
+) -> dict[tuple[str, int], Completion]:
+    """All completions by id and sample, on every rank; each data-parallel rank samples its share."""
+    sampling = Sampling(temperature=temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed)
+    by_prompt = [list(same) for _, same in groupby(requests, key=lambda request: request.id)]
+    mine = [request for same in my_share(by_prompt) for request in same]
+    with parallel.gathered(actor):
+        completions = generate(
+            actor,
+            mine,
+            sampling,
+            vocabulary=vocabulary_of(tokenizer),
+            max_batch_size=settings.rollout_batch_size,
+        )
+        own = list(completions) if mine else []
+    everyone = parallel.gather_over_data_parallel(own)
+    return {(done.request.id, done.request.sample): done for done in everyone}
 
 
 def lay_out(prompts: list[Prompt], completions: Sequence[Completion], tokenizer: Tokenizer) -> Episodes:
@@ -126,15 +185,22 @@ def _check_alike(tokens: Tensor) -> None:
 
 
 @torch.no_grad()
-def per_token(score: Callable[[Batch], Tensor], batch: Batch, max_batch_size: int) -> Tensor:
-    """Lay a [N]-valued score of a batch out as [B, S], computed max_batch_size rows at a time."""
+def per_token(
+    model: Decoder, score: Callable[[Decoder, Batch], Tensor], batch: Batch, max_batch_size: int
+) -> Tensor:
+    """Lay a [N]-valued score of a batch out as [B, S], computed max_batch_size rows of like length at a time.
+
+    Every data-parallel rank computes its share and gets all.
+    """
     laid_out = torch.zeros(batch.tokens.shape)
-    for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
-        micro = trim(Batch(batch.tokens[rows], batch.response_mask[rows]))
-        values = torch.zeros(micro.tokens.shape)
-        values[micro.response_mask] = score(micro.to(parallel.device())).float().cpu()
-        laid_out[rows, : values.shape[1]] = values
-    return laid_out
+    by_length = batch.response_mask.int().cumsum(1).argmax(1).argsort(stable=True)
+    with parallel.gathered(model):
+        for rows in my_share(by_length.split(max_batch_size)):
+            micro = trim(Batch(batch.tokens[rows], batch.response_mask[rows]))
+            values = torch.zeros(micro.tokens.shape)
+            values[micro.response_mask] = score(model, micro.to(parallel.device())).float().cpu()
+            laid_out[rows] = widen(values, laid_out.shape[1])
+    return parallel.join_over_data_parallel(laid_out)
 
 
 def trim(batch: Batch) -> Batch:

@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Literal, NamedTuple
@@ -24,11 +25,15 @@ Resume = Literal["none", "auto"]
 
 
 class Trained(NamedTuple):
-    """One model of a run: its directory, its loop, and how a save of it and a state to a directory is begun."""
+    """One model of a run: its directory, its loop, and how a save of it and a state to a directory is begun.
+
+    here: brings the model and its optimizer's state into memory, where they are not there all the time.
+    """
 
     folder: str
     loop: TrainLoop
     begin_save: Callable[[str, RunState], Save]
+    here: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Saver:
@@ -45,14 +50,17 @@ class Saver:
         total_steps: int,
         facts: Mapping[str, object],
         numbers: dict[str, float] | None = None,
+        snapshots: Mapping[str, int] | None = None,
     ) -> None:
         """save_every: steps between saves besides those at the ends of epochs; -1 = none.
 
         facts: json values by flag or name that must be the same when the run is resumed, for they fix its data order.
         numbers: state of the run that changes as it goes; every save holds it, and resume() brings it back.
+        snapshots: names under which the first model's weights are kept besides, each renewed every so many steps.
         """
         self._log, self._models, self._facts = log, models, {**facts, "total_steps": total_steps}
         self._numbers = {} if numbers is None else numbers
+        self._snapshots = snapshots or {}
         self._every, self._keep_last = save_every, keep_last
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         self._best, self._best_step, self._stop_asked = -math.inf, 0, False
@@ -97,7 +105,8 @@ class Saver:
         self._numbers.update({name: stored[name] for name in self._numbers})
         self._best_step = stored["best_step"]
         self._best = stored["best"] if self._best_step else -math.inf
-        model.loop.load(stored["loop"], training_state.reader(folder, model.loop.model.config))
+        with model.here():
+            model.loop.load(stored["loop"], training_state.reader(folder, model.loop.model.config))
 
     def step_done(self, number: int, score: float | None = None) -> None:
         """Save if this step is one to save after. score: held-out merit of the models now, where it was measured.
@@ -109,7 +118,7 @@ class Saver:
         self._complete_if_written()
         if score is not None and score > self._best:
             self._best, self._best_step = score, number
-        due = self._every > 0 and number % self._every == 0
+        due = self._every > 0 and number % self._every == 0 or bool(self._snapshots_of(number))
         at_end = number % self._steps_per_epoch == 0 or number == self._total_steps
         if stop or due or at_end or self._best_step == number:
             self._save(number)
@@ -133,8 +142,9 @@ class Saver:
         facts = {**self._facts, **self._numbers, "step": step, **best}
         self._saved_step = step
         for model in self._models:
-            state = RunState(model.loop.state(), facts)
-            self._saves.append(model.begin_save(str(_step_folder(model.folder, step)), state))
+            with model.here():
+                state = RunState(model.loop.state(), facts)
+                self._saves.append(model.begin_save(str(_step_folder(model.folder, step)), state))
         self._complete_if_written()
 
     def _complete_if_written(self) -> None:
@@ -147,8 +157,9 @@ class Saver:
         if not self._saves:
             return
         saves, self._saves = self._saves, []
-        for save in saves:
-            save.complete()
+        for save, model in zip(saves, self._models, strict=True):
+            with model.here():
+                save.complete()
         self._discard(sorted(_complete_steps(self._models[0].folder))[: -self._keep_last])
         self._publish_due(self._saved_step)
 
@@ -165,10 +176,16 @@ class Saver:
             self._publish(step, "best")
         if step % self._steps_per_epoch == 0:
             self._publish(step, f"epoch-{step // self._steps_per_epoch}")
+        for name in self._snapshots_of(step):
+            self._publish(step, name, self._models[:1])
 
-    def _publish(self, step: int, name: str) -> None:
+    def _snapshots_of(self, step: int) -> list[str]:
+        """The snapshots that a step renews."""
+        return [name for name, every in self._snapshots.items() if step % every == 0]
+
+    def _publish(self, step: int, name: str, models: Sequence[Trained] | None = None) -> None:
         if parallel.rank() == 0:
-            for model in self._models:
+            for model in models or self._models:
                 storage.publish(_step_folder(model.folder, step), Path(model.folder) / name)
         parallel.barrier()
 

@@ -9,7 +9,7 @@ from src.data.collate import Batch
 from src.data.examples import Prompt
 from src.errors import UserError
 from src.training import health
-from src.training.ppo import Rollouts
+from src.training.buffer import Rollouts, Sampled
 from src.training.rollouts import Episodes
 from tests.training.workers import settings
 
@@ -35,6 +35,7 @@ def buffer(**changes: object) -> Rollouts:
         "weights": mask.float(),
         "kept": torch.arange(4),
         "n_ids": 8,
+        "sampled": Sampled(2, 1, 0.5),
     }
     return Rollouts(**(numbers | changes))
 

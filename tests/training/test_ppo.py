@@ -1,6 +1,7 @@
 """src/training/ppo.py: where rewards, values and log-probs sit, the first minibatch, and invariance of the update."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from src import assemble
+from src import assemble, losses
 from src.data.collate import Batch
+from src.data.examples import Prompt
 from src.inference.scoring import response_logprobs, response_values
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
-from src.training import ppo
+from src.training import buffer, ppo
 from src.training.health import rollout_metrics
 from src.training.loop import TrainLoop
 from src.training.ppo_settings import Settings
@@ -29,7 +31,7 @@ EOS = 2
 
 
 @pytest.fixture
-def models(folders: Folders) -> ppo.Models:
+def models(folders: Folders) -> buffer.Models:
     return ppo_models(folders.one, folders.verifier)
 
 
@@ -39,13 +41,14 @@ def by_length(episodes: Episodes) -> Tensor:
 
 
 def collect(
-    models: ppo.Models, tokenizer: Tokenizer, reward: TaskReward, numbers: Settings, step: int
-) -> ppo.Rollouts:
+    models: buffer.Models, tokenizer: Tokenizer, reward: TaskReward, numbers: Settings, step: int
+) -> buffer.Rollouts:
     """A buffer of PROMPTS with one reward."""
-    return ppo.collect(models, PROMPTS, tokenizer, {"length": Part(1.0, reward)}, numbers, step, Phases())
+    parts = {"length": Part(1.0, reward)}
+    return buffer.collect(models, lambda refill: PROMPTS, tokenizer, parts, numbers, step, Phases())
 
 
-def test_rewards_of_a_buffer_sit_on_the_last_tokens(models: ppo.Models, tokenizer: Tokenizer) -> None:
+def test_rewards_of_a_buffer_sit_on_the_last_tokens(models: buffer.Models, tokenizer: Tokenizer) -> None:
     # with gamma = lambda = 1 and no KL the return of every token is the reward still to come: all of it
     numbers = settings(gamma=1.0, gae_lambda=1.0, kl_coef=0.0)
     found = collect(models, tokenizer, by_length, numbers, step=1)
@@ -64,7 +67,7 @@ def test_rewards_of_a_buffer_sit_on_the_last_tokens(models: ppo.Models, tokenize
 
 
 def test_values_and_logprobs_belong_to_the_state_before_the_token(
-    models: ppo.Models, tokenizer: Tokenizer
+    models: buffer.Models, tokenizer: Tokenizer
 ) -> None:
     numbers = settings()
     found = collect(models, tokenizer, by_length, numbers, step=0)
@@ -87,7 +90,7 @@ def test_values_and_logprobs_belong_to_the_state_before_the_token(
 
 
 def test_first_minibatch_has_ratio_1_and_no_kl_but_a_gradient(
-    models: ppo.Models, tokenizer: Tokenizer
+    models: buffer.Models, tokenizer: Tokenizer
 ) -> None:
     numbers = settings(max_batch_size=2)
     found = collect(models, tokenizer, by_length, numbers, step=0)
@@ -96,10 +99,12 @@ def test_first_minibatch_has_ratio_1_and_no_kl_but_a_gradient(
     advantages = found.advantages[found.batch.response_mask]
     assert advantages.mean().abs() < 1e-5
     assert advantages.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-4)
-    micros = next(ppo.minibatches(found, numbers, step=0, inner_epoch=0))
-    n_tokens = int(found.batch.response_mask[torch.cat(micros)].sum())
+    first = next(ppo.minibatches(found, numbers, step=0, inner_epoch=0))
+    everyone = torch.cat([micro.rows for micro in first.micros])
+    n_tokens = int(found.batch.response_mask[everyone].sum())
+    assert (first.tokens, first.episodes) == (n_tokens, len(everyone))
     picked = 0.0
-    for rows in micros:
+    for rows in first.micros:
         loss, seen = ppo.actor_loss(models.actor, found, rows, numbers, n_tokens)
         loss.backward()
         assert (
@@ -108,11 +113,12 @@ def test_first_minibatch_has_ratio_1_and_no_kl_but_a_gradient(
             and seen.entropy > 0
         )
         picked += loss.item()
-        value_loss = ppo.critic_loss(models.critic, found, rows, numbers, n_tokens)
+        value_loss, n_clipped = ppo.critic_loss(models.critic, found, rows, numbers, n_tokens)
+        assert n_clipped == 0
         value_loss.backward()
     # every ratio is 1, so the loss is minus the mean advantage of the minibatch
-    mask = found.batch.response_mask[torch.cat(micros)]
-    expected = -found.advantages[torch.cat(micros)][mask].mean().item()
+    mask = found.batch.response_mask[everyone]
+    expected = -found.advantages[everyone][mask].mean().item()
     assert picked == pytest.approx(expected, abs=1e-5)
     for model in (models.actor, models.critic):
         norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
@@ -120,7 +126,7 @@ def test_first_minibatch_has_ratio_1_and_no_kl_but_a_gradient(
 
 
 def test_policy_gradient_raises_what_was_good(
-    models: ppo.Models, tokenizer: Tokenizer, tmp_path: Path
+    models: buffer.Models, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     numbers = settings(kl_coef=0.0, minibatches=1, inner_epochs=1, missing_eos_penalty=0.0)
 
@@ -149,14 +155,21 @@ def test_policy_gradient_raises_what_was_good(
     assert error < old_error
 
 
-def test_minibatches_hold_every_episode_once_an_inner_epoch(models: ppo.Models, tokenizer: Tokenizer) -> None:
+def rows_of(step: ppo.OptimizerStep) -> list[int]:
+    """The episodes of an optimizer step."""
+    return [row for micro in step.micros for row in micro.rows.tolist()]
+
+
+def test_minibatches_hold_every_episode_once_an_inner_epoch(
+    models: buffer.Models, tokenizer: Tokenizer
+) -> None:
     numbers = settings(max_batch_size=2, minibatches=2)
     found = collect(models, tokenizer, by_length, numbers, step=0)
     orders = []
     for inner_epoch in (0, 1):
         steps = list(ppo.minibatches(found, numbers, step=0, inner_epoch=inner_epoch))
-        assert len(steps) == 2 and all(len(rows) <= 2 for micros in steps for rows in micros)
-        orders.append([sorted(torch.cat(micros).tolist()) for micros in steps])
+        assert len(steps) == 2 and all(len(micro.rows) <= 2 for one in steps for micro in one.micros)
+        orders.append([sorted(rows_of(one)) for one in steps])
         assert sorted(orders[-1][0] + orders[-1][1]) == list(range(len(PROMPTS)))
     assert orders[0] != orders[1]
     few = list(ppo.minibatches(found, settings(minibatches=9), step=0, inner_epoch=0))
@@ -164,7 +177,7 @@ def test_minibatches_hold_every_episode_once_an_inner_epoch(models: ppo.Models, 
 
 
 def test_critic_warm_up_leaves_the_actor_alone(
-    models: ppo.Models, tokenizer: Tokenizer, tmp_path: Path
+    models: buffer.Models, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     numbers = settings()
     found = collect(models, tokenizer, by_length, numbers, step=0)
@@ -193,38 +206,63 @@ def test_update_does_not_depend_on_max_batch_size(folders: Folders, tmp_path: Pa
                 )
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"advantage": "gae"},
-        {"advantage": "grpo", "group_size": 2, "kl_loss": "k3", "entropy_coef": 0.01},
-    ],
-    ids=["gae", "grpo"],
-)
-def test_update_is_the_same_on_two_ranks(
-    folders: Folders, models: ppo.Models, tmp_path: Path, flags: dict[str, object]
+CASES = [
+    {"advantage": "gae", "max_batch_size": 1},
+    {"advantage": "grpo", "group_size": 2, "kl_loss": "k3", "entropy_coef": 0.01},
+    {"advantage": "reinforce++", "group_size": 2, "lora_rank": 4, "filter_groups": True},
+]
+
+
+def test_update_is_the_same_on_two_tensor_parallel_ranks(
+    folders: Folders, models: buffer.Models, tmp_path: Path
 ) -> None:
-    log_dir = str(tmp_path / "log")
-    one = ppo_buffers(folders.one, folders.verifier, log_dir, **flags)
-    two = run_ranks(
+    log_dir, cases = str(tmp_path / "log"), CASES[:2]
+    ranks = run_ranks(
         2,
-        "tests.training.workers:ppo_buffers",
+        "tests.training.workers:ppo_cases",
         tmp_path,
         actor=folders.two,
         critic=folders.verifier_two,
         log_dir=log_dir,
-        **flags,
+        cases=cases,
     )
-    for rank in two:
-        for name, tensor in one["rollouts"].items():
-            assert_close(
-                rank["rollouts"][name], tensor, rtol=1e-3, atol=1e-4, check_dtype=False, msg=name.__add__
-            )
-    trained = {"actor": models.actor, "critic": models.critic}
-    for part, model in trained.items() if "critic" in one else [("actor", models.actor)]:
-        for name, found in join_weights([rank[part] for rank in two], model).items():
-            assert_close(found, one[part][name], rtol=1e-4, atol=1e-4, msg=name.__add__)
-            assert not torch.equal(found, model.get_parameter(name)), name
+    for index, flags in enumerate(cases):
+        one = ppo_buffers(folders.one, folders.verifier, log_dir, **flags)
+        for rank in ranks:
+            for name, tensor in one["rollouts"].items():
+                found = rank[str(index)]["rollouts"][name]
+                assert_close(found, tensor, rtol=1e-3, atol=1e-4, check_dtype=False, msg=name.__add__)
+        trained = {"actor": models.actor, "critic": models.critic}
+        for part in one.keys() - {"rollouts"}:
+            joined = join_weights([rank[str(index)][part] for rank in ranks], trained[part])
+            for name, found in joined.items():
+                assert_close(found, one[part][name], rtol=1e-4, atol=1e-4, msg=name.__add__)
+                assert not torch.equal(found, trained[part].get_parameter(name)), name
+
+
+@pytest.mark.parametrize(("n_ranks", "cases"), [(2, CASES), (3, CASES[:1])])
+def test_episodes_and_update_are_the_same_on_data_parallel_ranks(
+    folders: Folders, tmp_path: Path, n_ranks: int, cases: list[dict[str, object]]
+) -> None:
+    # five prompts: three ranks sample 2, 2 and 1 of them, and in some forward passes one keeps the others company
+    log_dir, cases = str(tmp_path / "log"), [{**flags, "lr": 1e-5} for flags in cases]
+    ranks = run_ranks(
+        n_ranks,
+        "tests.training.workers:ppo_cases",
+        tmp_path,
+        tensor_parallel_size=1,
+        actor=folders.one,
+        critic=folders.verifier,
+        log_dir=log_dir,
+        cases=cases,
+    )
+    for index, flags in enumerate(cases):
+        one = ppo_buffers(folders.one, folders.verifier, log_dir, **flags)
+        for rank in ranks:
+            for part, tensors in one.items():
+                for name, tensor in tensors.items():
+                    found, atol = rank[str(index)][part][name], 1e-5 if part == "rollouts" else 1e-6
+                    assert_close(found, tensor, rtol=1e-4, atol=atol, check_dtype=False, msg=name.__add__)
 
 
 def test_learning_rate_0_leaves_every_bit(folders: Folders, tmp_path: Path) -> None:
@@ -264,7 +302,7 @@ def estimates(advantage: str, group_size: int, kept: list[int]) -> list[list[flo
     rewards = torch.tensor([[9.0, 0.5, 0.5], [9.0, 1.0, 2.0], [9.0, 4.0, 9.0], [9.0, 0.0, 9.0]])
     mask = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 0], [0, 1, 0]]).bool()
     numbers = settings(advantage=advantage, group_size=group_size)
-    advantages, returns = ppo.estimate(
+    advantages, returns = buffer.estimate(
         rewards * mask, None, mask, torch.tensor(kept, dtype=torch.int64), numbers
     )
     assert returns is None and not advantages[~mask].any()
@@ -300,15 +338,15 @@ def test_whitening_is_over_the_kept_episodes_alone() -> None:
 def test_decoupled_lambda_changes_returns_alone() -> None:
     rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.full((1, 3), 0.5)
     mask, kept = torch.ones(1, 3).bool(), torch.tensor([0])
-    plain = ppo.estimate(rewards, values, mask, kept, settings(gae_lambda=0.5))
-    apart = ppo.estimate(rewards, values, mask, kept, settings(gae_lambda=0.5, critic_lambda=1.0))
+    plain = buffer.estimate(rewards, values, mask, kept, settings(gae_lambda=0.5))
+    apart = buffer.estimate(rewards, values, mask, kept, settings(gae_lambda=0.5, critic_lambda=1.0))
     assert torch.equal(plain[0], apart[0])
     assert_close(plain[1], torch.tensor([[0.625, 0.75, 1.0]]))
     assert_close(apart[1], torch.ones(1, 3))
 
 
 def test_groups_without_signal_and_unfinished_responses_are_dropped(
-    models: ppo.Models, tokenizer: Tokenizer
+    models: buffer.Models, tokenizer: Tokenizer
 ) -> None:
     numbers = settings(advantage="grpo", group_size=2, filter_groups=True)
 
@@ -322,15 +360,64 @@ def test_groups_without_signal_and_unfinished_responses_are_dropped(
     assert len({tuple(row.tolist()) for row in found.batch.tokens}) > 5  # the samples of a group differ
     assert rollout_metrics(found, numbers)["dead_groups"] == pytest.approx(0.8)
     for inner_epoch in (0, 1):
-        rows = [micros for micros in ppo.minibatches(found, numbers, 0, inner_epoch)]
-        assert sorted(torch.cat([torch.cat(micros) for micros in rows]).tolist()) == [2, 3]
+        steps = ppo.minibatches(found, numbers, 0, inner_epoch)
+        assert sorted(row for one in steps for row in rows_of(one)) == [2, 3]
     masked = collect(models, tokenizer, by_length, settings(truncated="mask"), step=0)
     assert masked.kept.tolist() == masked.episodes.finished.nonzero()[:, 0].tolist()
     assert 0 < len(masked.kept) < len(PROMPTS)
 
 
+def test_a_buffer_is_refilled_until_it_is_full_or_the_limit_is_reached(
+    models: buffer.Models, tokenizer: Tokenizer
+) -> None:
+    def first_group_alone_differs(episodes: Episodes) -> Tensor:
+        scores = torch.zeros(len(episodes.prompts))
+        scores[0] = 1.0
+        return at_last(scores, episodes)
+
+    def fill(max_refills: int, drawn: list[int]) -> buffer.Rollouts:
+        def prompts(refill: int) -> list[Prompt]:
+            drawn.append(refill)
+            rows = buffer.refill_rows(len(PROMPTS), 3, numbers, 0, refill) if refill else [0, 1, 2]
+            return [PROMPTS[row] for row in rows]
+
+        numbers = settings(advantage="grpo", group_size=2, filter_groups=True, max_refills=max_refills)
+        parts = {"first": Part(1.0, first_group_alone_differs)}
+        return buffer.collect(models._replace(critic=None), prompts, tokenizer, parts, numbers, 0, Phases())
+
+    rounds: list[int] = []
+    full = fill(9, rounds)  # one group a round, three wanted
+    assert set(rounds) == {0, 1, 2} and len(full.kept) == len(full.episodes.prompts) == 6
+    assert full.sampled == (9, 6, pytest.approx(3 / 18))
+    assert full.task_rewards.tolist() == [1.0, 0.0] * 3
+    assert len({(p.id, r) for p, r in zip(full.episodes.prompts, full.episodes.responses, strict=True)}) > 3
+    short = fill(1, [])
+    assert len(short.kept) == 4 and short.sampled.groups == 6
+    # what was there without refills is there with them
+    assert short.episodes.prompts[:2] == full.episodes.prompts[:2] == [PROMPTS[0]] * 2
+
+
+def test_whitened_rewards_and_truncated_importance(models: buffer.Models, tokenizer: Tokenizer) -> None:
+    rewards, values = torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, 1.0]]), torch.zeros(2, 3)
+    mask, kept = torch.ones(2, 3).bool(), torch.tensor([0, 1])
+    numbers = settings(gae_lambda=1.0, whiten_rewards=True, whiten_advantages=False)
+    advantages, returns = buffer.estimate(rewards, values, mask, kept, numbers)
+    deviation = (10 / 6 - (4 / 6) ** 2) ** 0.5  # of 0 0 3 0 0 1; the mean stays
+    expected = torch.tensor([[3.0] * 3, [1.0] * 3]) / deviation
+    assert_close(advantages, expected) and assert_close(returns, expected)
+    # a sampler that finds every token twice as likely: its tokens count half; the other way round at most the cap
+    plain = collect(models, tokenizer, by_length, settings(), step=0)
+    for factor, cap, weight in ((2.0, 2.0, 0.5), (0.25, 2.0, 2.0)):
+        found = losses.truncated_importance(plain.old_logprobs, plain.old_logprobs + math.log(factor), cap)
+        assert_close(found, torch.full_like(found, weight))
+    weighed = collect(models, tokenizer, by_length, settings(tis_cap=2.0), step=0)
+    importance = (plain.old_logprobs - plain.episodes.sampled_logprobs).exp()
+    assert_close(weighed.advantages, plain.advantages * importance)
+    assert torch.equal(weighed.returns, plain.returns)
+
+
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean", "seq-sum", "seq-constant"])
-def test_aggregations_by_hand(models: ppo.Models, tokenizer: Tokenizer, aggregation: str) -> None:
+def test_aggregations_by_hand(models: buffer.Models, tokenizer: Tokenizer, aggregation: str) -> None:
     numbers = settings(advantage="dr_grpo", group_size=2, loss_aggregation=aggregation, max_batch_size=3)
     found = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=0)
     advantages, lengths = found.advantages.double(), found.episodes.lengths
@@ -344,15 +431,15 @@ def test_aggregations_by_hand(models: ppo.Models, tokenizer: Tokenizer, aggregat
     rows, total = torch.arange(len(sums)), 0.0
     normaliser = int(lengths.sum()) if aggregation == "token-mean" else len(sums)
     for part in rows.split(3):  # every ratio is 1
-        total -= ppo.actor_loss(models.actor, found, part, numbers, normaliser)[0].item()
+        total -= ppo.actor_loss(models.actor, found, ppo.Micro(part), numbers, normaliser)[0].item()
     assert total == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_kl_loss_adds_its_estimate(models: ppo.Models, tokenizer: Tokenizer) -> None:
+def test_kl_loss_adds_its_estimate(models: buffer.Models, tokenizer: Tokenizer) -> None:
     numbers = settings(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
     found = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=0)
     apart = found._replace(reference_logprobs=found.reference_logprobs - 0.5 * found.batch.response_mask)
-    rows, n = torch.arange(len(found.kept)), int(found.episodes.lengths.sum())
+    rows, n = ppo.Micro(torch.arange(len(found.kept))), int(found.episodes.lengths.sum())
     plain = ppo.actor_loss(models.actor, apart, rows, numbers, n)[0]
     for kind, expected in (("k2", 0.125), ("k3", 2.718281828**-0.5 + 0.5 - 1)):
         loss = ppo.actor_loss(models.actor, apart, rows, replace(numbers, kl_loss=kind), n)[0]
@@ -374,7 +461,7 @@ def test_critic_free_updates_do_not_depend_on_max_batch_size(
 
 
 def test_with_adapters_the_reference_is_the_actor_without_them(
-    folders: Folders, models: ppo.Models, tokenizer: Tokenizer, tmp_path: Path
+    folders: Folders, models: buffer.Models, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     lora = assemble.lora_config(4, 16.0, 0.0, ["wq", "wo", "w1", "w2"])
     assemble.put_lora_on(models.actor, lora, seed=1)
@@ -392,11 +479,11 @@ def test_with_adapters_the_reference_is_the_actor_without_them(
 
 
 def test_entropy_bonus_is_subtracted_and_pushes_the_entropy_up(
-    models: ppo.Models, tokenizer: Tokenizer
+    models: buffer.Models, tokenizer: Tokenizer
 ) -> None:
     numbers = settings(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
     found = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=0)
-    rows, n = torch.arange(len(found.kept)), int(found.episodes.lengths.sum())
+    rows, n = ppo.Micro(torch.arange(len(found.kept))), int(found.episodes.lengths.sum())
     plain, sums = ppo.actor_loss(models.actor, found, rows, numbers, n)
     with_bonus, _ = ppo.actor_loss(models.actor, found, rows, replace(numbers, entropy_coef=0.5), n)
     assert (plain - with_bonus).item() == pytest.approx(0.5 * sums.entropy / n, rel=1e-4)

@@ -31,7 +31,7 @@ def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
     (tmp_path / "eval.json").write_text(json.dumps(rows[:2]))
 
-    def words(name: str) -> list[str]:
+    def words(name: str, phases: bool = False) -> list[str]:
         flags = {
             "actor_ckpt_dir": folders.one,
             "actor_save_dir": tmp_path / name / "actor",
@@ -48,6 +48,8 @@ def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_
             "kl_horizon": 10,
             "kl_loss": "k3",
             "critic_warmup": 1,
+            "reference_refresh": 2,
+            "phases": phases,
             "save_every": 1,
             "lr": 1e-3,
             "resume": "auto",
@@ -62,18 +64,24 @@ def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_
     resumed = succeed(*words("parts"))
     assert "resumed after step 2 of 3" in resumed.stderr
 
+    # one model at a time in memory, and the others in files meanwhile
+    succeed(*words("phased", phases=True))
+    assert not list((tmp_path / "phased").rglob("*-weights"))
     for model in ("actor", "critic"):
-        whole, parts = (weights(tmp_path / name / model) for name in ("whole", "parts"))
-        assert all(torch.equal(whole[name], parts[name]) for name in whole | parts)
+        whole = weights(tmp_path / "whole" / model)
+        for other in (weights(tmp_path / name / model) for name in ("parts", "phased")):
+            assert all(torch.equal(whole[name], other[name]) for name in whole | other)
     logs = [
         [json.loads(line) for line in (tmp_path / name / "actor/metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "parts")
+        for name in ("whole", "parts", "phased")
     ]
     timed = ("seconds", "tokens_per_second")
-    expected, found = (
+    expected, found, phased = (
         [{key: row[key] for key in row if not key.startswith(timed)} for row in rows] for rows in logs
     )
-    assert found == expected and len(found) == 3
+    assert found == expected == phased and len(found) == 3
+    # the reference is the actor as it was saved after the second buffer
+    assert found[1]["grad_norm"] > 0 and found[2]["kl"] == 0.0
     assert found[0]["kl_coef"] != found[2]["kl_coef"]  # adapted, and the resumed part knew it
     assert found[0]["policy_loss"] == 0.0 and found[1]["grad_norm"] > 0  # the critic was warmed up
     assert all(row["reward_rule"] == 0.0 and row["reward"] == row["reward_length"] for row in found)

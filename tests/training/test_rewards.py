@@ -16,6 +16,7 @@ from src.inference.scoring import response_scores, token_scores
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
 from src.training import rewards
+from src.training.rewards import Shape
 from src.training.rollouts import Episodes
 from tests.conftest import Folders
 from tests.training.workers import settings
@@ -67,11 +68,11 @@ def test_pairwise_reward_is_the_normalised_clamped_score(verifier: Decoder, toke
     episodes = episodes_of(tokenizer, TEXTS, [True, False, True])
     scores = response_scores(verifier, *episodes.batch)
     for size in (1, 2, 5):
-        found = rewards.pairwise_reward(verifier, size)(episodes)
+        found = rewards.pairwise_reward(verifier, size, Shape())(episodes)
         expected = rewards.at_last(((scores - 0.5) / 2).clamp(-5, 5), episodes)
         assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assemble.set_score(verifier, score_std=1e-6)
-    extreme = rewards.pairwise_reward(verifier, 5)(episodes)
+    extreme = rewards.pairwise_reward(verifier, 5, Shape())(episodes)
     assert set(extreme[extreme != 0].tolist()) <= {-5.0, 5.0} and not extreme.requires_grad
 
 
@@ -90,14 +91,14 @@ def test_outcome_reward_is_the_last_probability(verifier: Decoder, tokenizer: To
     episodes = episodes_of(tokenizer, TEXTS, endings)
     last = torch.tensor([alone(verifier, tokenizer, *row)[-1] for row in zip(TEXTS, endings, strict=True)])
     for scale, expected in (("probability", last.sigmoid()), ("logit", ((last - 0.5) / 2).clamp(-5, 5))):
-        find = rewards.verifier_reward(verifier, tokenizer, 2, outcome=scale, steps="raw", step_bonus=0.0)
+        find = rewards.verifier_reward(verifier, tokenizer, 2, Shape(scale))
         assert_close(find(episodes), rewards.at_last(expected, episodes), rtol=1e-5, atol=1e-5)
 
 
 def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tokenizer: Tokenizer) -> None:
     assemble.set_score(verifier, objective="process")
     episodes = episodes_of(tokenizer, TEXTS, [True, False, True])
-    find = rewards.verifier_reward(verifier, tokenizer, 2, outcome="logit", steps="raw", step_bonus=0.25)
+    find = rewards.verifier_reward(verifier, tokenizer, 2, Shape("logit", "raw", 0.25))
     found = find(episodes)
     for row, (text, finished) in enumerate(zip(TEXTS, (True, False, True), strict=True)):
         tokens = episodes.batch.tokens[row][episodes.batch.response_mask[row]].tolist()
@@ -109,7 +110,7 @@ def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tok
     # min-drop sums up to the least probability less 1, prod-drop to their product less 1
     probabilities = torch.tensor(alone(verifier, tokenizer, TEXTS[0], True)).sigmoid()
     for shape, total in (("min-drop", probabilities.min()), ("prod-drop", probabilities.prod())):
-        find = rewards.process_reward(verifier, tokenizer, 2, shape, 0.0)
+        find = rewards.process_reward(verifier, tokenizer, 2, Shape(steps=shape))
         assert find(episodes)[0].sum().item() == pytest.approx(total.item() - 1, abs=1e-5)
 
 
@@ -137,16 +138,24 @@ def test_a_response_too_long_for_the_verifier_is_cut(verifier: Decoder, tokenize
 def test_graded_reward_compares_with_labels_and_leaves_the_unlabelled_nothing(tokenizer: Tokenizer) -> None:
     episodes = episodes_of(tokenizer, ["1", "3", "3", "3"], [True] * 4)
     episodes = episodes._replace(prompts=[prompt(i, label) for i, label in enumerate(["1", "2", "3", None])])
-    outcomes: dict[str, float] = {"graded_old": 1.0}
+    outcomes: list[str] = []
 
     def grade(responses: list[str], labels: list[str]) -> list[str]:
         return ["right" if r == label else "wrong" for r, label in zip(responses, labels, strict=True)]
 
     found = rewards.graded_reward(grade, outcomes)(episodes)
     assert_close(found, rewards.at_last(torch.tensor([1.0, 0.0, 1.0, 0.0]), episodes))
-    assert outcomes == {"graded_right": pytest.approx(2 / 3), "graded_wrong": pytest.approx(1 / 3)}
+    shares = rewards.outcome_shares(outcomes)
+    assert shares == {"graded_right": pytest.approx(2 / 3), "graded_wrong": pytest.approx(1 / 3)}
     rewards.graded_reward(lambda responses, labels: ["unparsed"] * len(labels), outcomes)(episodes)
-    assert outcomes == {"graded_right": 0.0, "graded_unparsed": 1.0}
+    assert rewards.outcome_shares(outcomes) == {"graded_right": 0.0, "graded_unparsed": 1.0}
+    assert rewards.outcome_shares(outcomes) == {}
+
+
+def test_format_penalty_is_for_responses_without_an_answer(tokenizer: Tokenizer) -> None:
+    episodes = episodes_of(tokenizer, ["#### 1", "3"], [True, False])
+    found = rewards.format_reward(lambda response: "####" in response, 0.25)(episodes)
+    assert_close(found, rewards.at_last(torch.tensor([0.0, -0.25]), episodes))
 
 
 def test_parts_are_weighted_and_weights_belong_to_names(tokenizer: Tokenizer) -> None:

@@ -17,12 +17,12 @@ from src.data.examples import Instruction, Pair, Prompt
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import Phases, RunLog
-from src.training import ppo, preference, watchdog
+from src.training import buffer, ppo, preference, watchdog
 from src.training.health import rollout_metrics
 from src.training.loop import TrainLoop
 from src.training.ppo_settings import Settings, from_flags
 from src.training.reference import reference_logprobs
-from src.training.rewards import Part, pairwise_reward
+from src.training.rewards import Part, Shape, pairwise_reward
 from src.training.saver import Saver, Trained
 from src.training.solver import SolverData, n_supervised, sft_loss
 
@@ -201,38 +201,59 @@ def settings(**changes: object) -> Settings:
         "gamma": 1.0,
         "gae_lambda": 0.95,
         "critic_lambda": -1,
+        "whiten_rewards": False,
+        "whiten_advantages": True,
+        "tis_cap": 0.0,
         "truncated": "penalty",
         "missing_eos_penalty": 0.5,
         "overlong_buffer": 0,
         "filter_groups": False,
+        "max_refills": 0,
         "seed": 11,
     }
     return from_flags(numbers | changes)
 
 
-def ppo_models(actor: str, critic: str) -> ppo.Models:
+def ppo_models(actor: str, critic: str) -> buffer.Models:
     """Actor and reference from one directory, the critic from another (empty: none)."""
-    return ppo.Models(
+    return buffer.Models(
         assemble.load_solver(actor),
         assemble.load_solver(actor),
         assemble.load_verifier(critic, from_solver=True) if critic else None,
     )
 
 
+def ppo_cases(
+    actor: str, critic: str, log_dir: str, cases: list[dict[str, object]]
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """ppo_buffers() of every case, by its place in the list."""
+    return {str(index): ppo_buffers(actor, critic, log_dir, **case) for index, case in enumerate(cases)}
+
+
 def ppo_buffers(
-    actor: str, critic: str, log_dir: str, max_batch_size: int = 2, lr: float = 1e-3, **changes: object
+    actor: str,
+    critic: str,
+    log_dir: str,
+    max_batch_size: int = 2,
+    lr: float = 1e-3,
+    lora_rank: int = -1,
+    **changes: object,
 ) -> dict[str, dict[str, Tensor]]:
     """Two buffers against the critic as verifier: weights, the rollouts' numbers, and what was logged."""
     numbers = settings(max_batch_size=max_batch_size, **changes)
     models = ppo_models(actor, critic if numbers.has_critic else "")
+    if lora_rank > 0:
+        lora = assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"])
+        assemble.put_lora_on(models.actor, lora, seed=1)
+        models = models._replace(reference=None)
     tokenizer, log = assemble.load_tokenizer(actor), RunLog(log_dir, {})
     actor_loop, critic_loop = (
         model and TrainLoop(model, log, lr=lr, total_steps=8) for model in (models.actor, models.critic)
     )
-    parts = {"verifier": Part(1.0, pairwise_reward(assemble.load_verifier(critic), max_batch_size))}
+    parts = {"verifier": Part(1.0, pairwise_reward(assemble.load_verifier(critic), max_batch_size, Shape()))}
     found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
     for step in range(2):
-        rollouts = ppo.collect(models, PROMPTS, tokenizer, parts, numbers, step, Phases())
+        rollouts = buffer.collect(models, lambda refill: PROMPTS, tokenizer, parts, numbers, step, Phases())
         metrics = ppo.update(actor_loop, critic_loop, rollouts, numbers, step, train_actor=True)
         values = rollouts._asdict() | rollouts.batch._asdict() | rollout_metrics(rollouts, numbers) | metrics
         found["rollouts"] |= {

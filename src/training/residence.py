@@ -1,0 +1,136 @@
+"""Which models are in memory: all of them all the time, or each only in the phases that use it.
+
+Small machines hold one model at a time (as Llama-RLHF's PPO did); what is not in use waits in CPU memory, or, where the
+models compute on the CPU, in files.
+"""
+
+import contextlib
+import itertools
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from src import parallel
+from src.training.loop import TrainLoop
+
+Argument, Result = TypeVar("Argument"), TypeVar("Result")
+
+
+class Residence:
+    """Tensors that take memory only inside `with`; they come back bit for bit, at other addresses.
+
+    tensors() lists those that exist when they leave: an optimizer has none before its first step.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], path: Path) -> None:
+        self._tensors, self._path = tensors, path
+        self._inside = 0
+        self._away: list[torch.UntypedStorage] = []
+        self._bytes: Tensor | None = None  # in CPU memory, of tensors of another device
+        self._sizes: list[int] = []
+
+    def __enter__(self) -> None:
+        self._inside += 1
+        if self._inside > 1 or not self._away:
+            return
+        waiting = self._waiting(sum(self._sizes)) if self._bytes is None else self._bytes
+        for storage, piece in zip(self._away, waiting.split(self._sizes), strict=True):
+            storage.resize_(len(piece))
+            _bytes_of(storage).copy_(piece)
+        self._away, self._bytes = [], None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self.leave()
+
+    def leave(self) -> None:
+        """Free the memory of the tensors that exist now."""
+        self._away = [_resizable(parallel.local(tensor)) for tensor in self._tensors()]
+        self._sizes = [storage.nbytes() for storage in self._away]
+        if not self._away:
+            return
+        on_cpu = parallel.device().type == "cpu"
+        waiting = (
+            self._waiting(sum(self._sizes)) if on_cpu else torch.empty(sum(self._sizes), dtype=torch.uint8)
+        )
+        for storage, piece in zip(self._away, waiting.split(self._sizes), strict=True):
+            piece.copy_(_bytes_of(storage))
+            storage.resize_(0)
+        self._bytes = None if on_cpu else waiting
+
+    def _waiting(self, size: int) -> Tensor:
+        """The file's bytes, mapped: the kernel may write them out and take their memory."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return torch.from_file(str(self._path), shared=True, size=size, dtype=torch.uint8)
+
+
+def _resizable(tensor: Tensor) -> torch.UntypedStorage:
+    """The tensor's storage; a new one if NumPy has seen it, as it does when a checkpoint is written: PyTorch then
+    keeps its size."""
+    if not tensor.untyped_storage().resizable():
+        tensor.data = tensor.detach().clone()
+    return tensor.untyped_storage()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+class Arrangement:
+    """Which models are in memory: with a folder, where files may wait, each only inside `with using(model)`."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder, self._added = folder, 0
+        self._weights: dict[nn.Module, Residence] = {}
+        self._moments: dict[nn.Module, Residence] = {}
+
+    def add(self, model: nn.Module, loop: TrainLoop | None = None) -> None:
+        """Let a model, and with its loop the optimizer's state, leave memory now and after every use."""
+        if self._folder is None:
+            return
+        place = self._folder / f"rank-{parallel.rank()}"
+        name = f"{self._added}"
+        self._added += 1
+        self._weights[model] = Residence(
+            lambda: itertools.chain(model.parameters(), model.buffers()), place / f"{name}-weights"
+        )
+        self._weights[model].leave()
+        if loop is not None:
+            self._moments[model] = Residence(loop.moments, place / f"{name}-moments")
+
+    def drop(self, model: nn.Module | None) -> None:
+        """Forget a model that is used no more."""
+        self._weights.pop(model, None)
+        self._moments.pop(model, None)
+
+    def close(self) -> None:
+        """Remove this rank's files."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder / f"rank-{parallel.rank()}", ignore_errors=True)
+
+    def using(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model's weights are in memory."""
+        return self._weights.get(model, contextlib.nullcontext())
+
+    def lent(self, model: nn.Module, use: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
+        """A function that uses the model, with it in memory for each call."""
+
+        def with_model(argument: Argument) -> Result:
+            with self.using(model):
+                return use(argument)
+
+        return with_model
+
+    @contextlib.contextmanager
+    def training(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model's weights and the state of its optimizer are in memory."""
+        with self.using(model), self._moments.get(model, contextlib.nullcontext()):
+            yield
