@@ -6,15 +6,22 @@ python checkpoint_split.py --inspect ckpt/8
 python checkpoint_split.py --certify ckpt/8
 """
 
+import atexit
+import dataclasses
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src import certify as certificate
 from src.checkpoint import export, sources, storage
+from src.checkpoint.sources import Source
 from src.checkpoint.split import split, split_adapter
 from src.errors import UserError
 from src.models.foreign import check_model_type
+from src.text.blocks import CODE_FORM, Marker
+from src.text.extend import add_control_tokens
 
 
 def main(
@@ -22,7 +29,7 @@ def main(
     format: Literal["shards", "hf", "peft"] = "shards", inspect: str = "", base_dir: str = "",
     merge_lora: bool = True, verify: bool = False, verify_hashes: bool = True, max_shard_size: float = 5.0,
     tokenizer_file: str = "", config_file: str = "", model_type: str = "",
-    dtype: Literal["", "float32", "bfloat16", "float16"] = "", num_added_tokens: int = 0,
+    dtype: Literal["", "float32", "bfloat16", "float16"] = "", num_added_tokens: int = 0, code_tokens: bool = False,
     certify: str = "", certify_ranks: list[int] = [1, 2, 4], certify_layers: int = 2,  # noqa: B006 (never changed)
     dry_run: bool = False,
 ) -> None:
@@ -44,6 +51,8 @@ def main(
     model_type: a family or released size the checkpoint must agree with, such as llama-2-7b
     dtype: type of the stored weights; default: as in the source
     num_added_tokens: rows to put behind the vocabulary, each the mean of the rows that are there
+    code_tokens: put the eight markers of solutions with code behind the tokenizer's vocabulary, each row the mean of
+        those before; later commands then write such solutions, as --chat_template code
     certify: a directory made here to compute with instead, on several ranks of this CPU, padded, packed, decoded and
         with a chunked loss: how far logits, log-probs and gradients lie from a plain forward; status 1 beyond rounding
     certify_ranks: the tensor-parallel sizes of --certify; 1 is always among them
@@ -84,6 +93,10 @@ def main(
         if keep:
             raise UserError("--num_added_tokens extends whole weights: merge the adapter")
         source = sources.with_added_tokens(source, num_added_tokens)
+    if code_tokens:
+        if keep:
+            raise UserError("--code_tokens extends whole weights: merge the adapter")
+        source, tokenizer_file = with_code_tokens(source, tokenizer_file, described)
     if dry_run:
         runlog.table(plan.splitting(source.config, n, dtype))
         return
@@ -108,6 +121,18 @@ def main(
     if verify:
         written = sources.open_adapter(target, base_dir) or sources.open_source(save_path)
         log.info("logits before and after: %s", assemble.logit_difference(adapter or source, written))
+
+
+def with_code_tokens(source: Source, tokenizer_file: str, described: str) -> tuple[Source, str]:
+    """A checkpoint whose vocabulary has the markers of solutions with code, and the directory of its tokenizer."""
+    files = storage.tokenizer_files(Path(tokenizer_file)) if tokenizer_file else source.tokenizer_files
+    if not files:
+        raise UserError(f"--code_tokens extends a tokenizer, but none lies beside {described}; give --tokenizer_file")
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    first = add_control_tokens(files, Path(folder), list(Marker))
+    source = sources.with_added_tokens(source, len(Marker), first)
+    return source._replace(config=dataclasses.replace(source.config, chat_template=CODE_FORM)), folder
 
 
 if __name__ == "__main__":

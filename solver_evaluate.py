@@ -16,6 +16,7 @@ from src.checkpoint import storage
 from src.data.collate import encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
+from src.evaluation.coding import Coding
 from src.evaluation.evaluator import (
     Marking,
     claim_samples,
@@ -42,6 +43,7 @@ def main(
     num_samples: int = 1, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
     quantize: Literal["", "int8", "int4"] = "", compile: bool = False, few_shot: str = "", prompt_template: str = "",
     split: str = "", limit: int = -1, seed: int = 1, backend: Literal["engine", "openai"] = "engine",
+    max_rounds: int = 24, isolation: Literal["", "bubblewrap", "namespaces", "none"] = "",
     base_url: str = "", model_name: str = "", api_key_env: str = "", interactive: bool = False,
     verifier_ckpt_dir: str = "", dry_run: bool = False,
 ) -> None:
@@ -57,7 +59,7 @@ def main(
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
     chat_template: form of prompts: none, file (the tokenizer's own) or llama-2, llama-3, mistral, qwen, deepseek,
-        gemma, internlm2; default: what ckpt_dir was trained with, else none
+        gemma, internlm2, code; default: what ckpt_dir was trained with, else none
     max_batch_size: sequences that decode at once; requests under way at a server
     max_new_tokens: longest response
     num_samples: samples of each problem
@@ -73,6 +75,8 @@ def main(
     limit: only the first so many problems; -1 = all
     seed: with the problem's id and the sample's number, all that a sample's randomness depends on
     backend: engine = the checkpoint, in this process; openai = a server that speaks the OpenAI completions protocol
+    max_rounds: of a model that writes solutions with code (--chat_template code): blocks of text and code at most
+    isolation: what such code runs in; default: what this machine has; none = your own rights, under limits alone
     base_url: the server's address up to /v1, for example http://localhost:8000/v1
     model_name: the model's name at the server
     api_key_env: name of the environment variable that holds the server's key
@@ -118,7 +122,10 @@ def main(
                 model = assemble.load_solver(ckpt_dir, **solver)
                 tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
                 source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), "chat_template": tokenizer.chat_template}
-                sampler = local_sampler(model, tokenizer, prompting, sampling, max_batch_size, compiled=compile)
+                coding = Coding(tokenizer, max_rounds, isolation or None) if tokenizer.code else None
+                source |= {"max_rounds": max_rounds} if coding else {}
+                sampler = local_sampler(model, tokenizer, prompting, sampling, max_batch_size, compiled=compile,
+                                        coding=coding)
             else:
                 source = {"model_name": model_name}
                 server = Server(base_url=base_url, model_name=model_name, api_key=os.environ.get(api_key_env, ""))

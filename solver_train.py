@@ -20,6 +20,7 @@ from src.training.solver import SolverData, n_supervised, sft_loss, validation_l
 def main(
     ckpt_dir: str, save_dir: str, train_file: str, eval_file: str = "", model_type: str = "", tokenizer_file: str = "",
     chat_template: str = "",
+    loss_on: Literal["assistant_no_execution", "assistant", "all"] = "assistant_no_execution",
     max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right"] = "drop",
     max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = False, epochs: int = 1, max_steps: int = -1,
     lr: float = 1e-5, schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.03,
@@ -37,12 +38,15 @@ def main(
     ckpt_dir: checkpoint directory to start from
     save_dir: directory for epoch-N checkpoints, the final checkpoint, metrics.jsonl and run.json
     train_file: json array, jsonl, parquet or a saved datasets directory of {"instruction", "output": text or list of
-        texts} or {"messages": [{"role", "content"}, ...]}, where every answer of the assistant is learnt
+        texts} or {"messages": [{"role", "content"}, ...]}, where every answer of the assistant is learnt, and a
+        content may be a list of blocks of text, code and execution (dataset/README.md)
     eval_file: rows of the same form whose loss is measured while training; the best checkpoint by it is kept as best
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
     chat_template: form of prompts and outputs: none, file (the tokenizer's own) or llama-2, llama-3, mistral, qwen,
-        deepseek, gemma, internlm2; recorded for later commands; default: what ckpt_dir was trained with, else none
+        deepseek, gemma, internlm2, or code (solutions with code); recorded for later commands; default: what
+        ckpt_dir was trained with, else none
+    loss_on: the tokens to learn: the assistant's without what its code printed, all of the assistant's, or every one
     max_seq_len: longest prompt + output in tokens
     truncation: for longer rows, counted: drop them; cut the prompt's left or the output's right; or end with an error.
         More than 1% of the outputs dropped or cut is an error always
@@ -81,7 +85,7 @@ def main(
     config = assemble.load_config(ckpt_dir, model_type)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
     data, held = (SolverData(read_instructions(file), tokenizer, max_seq_len=max_seq_len, truncation=truncation,
-                             source=file) if file else None for file in (train_file, eval_file))
+                             loss_on=loss_on, source=file) if file else None for file in (train_file, eval_file))
     lora = assemble.lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
     assemble.check_quantize(quantize, lora)
     n_ranks = assemble.tensor_parallel_size(ckpt_dir, tensor_parallel_size)

@@ -62,6 +62,7 @@ NUMBERS: dict[str, Numbers] = {
     "limit": COUNT_OR_OFF,
     "max_seq_len": COUNT,
     "max_new_tokens": COUNT,
+    "max_rounds": COUNT,
     "max_batch_size": COUNT,
     "accumulation_steps": COUNT,
     "rollout_batch_size": COUNT,

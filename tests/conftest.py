@@ -5,9 +5,12 @@ from typing import NamedTuple
 
 import pytest
 
+import checkpoint_split
 from src import assemble, parallel
 from src.text.tokenizer import Tokenizer
 from tests.tiny import make_verifier, split, write_hf_llama
+
+TOY_BASE = Path(__file__).parents[1] / "dataset" / "toy" / "base"
 
 
 class Folders(NamedTuple):
@@ -31,6 +34,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return Folders(
         hf, one, split(hf, folder / "two", 2), verifier, split(Path(verifier), folder / "verifier_two", 2)
     )
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer() -> Tokenizer:
+    return Tokenizer(TOY_BASE)
+
+
+@pytest.fixture(scope="session")
+def code_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The toy's base with the markers of solutions with code."""
+    folder = tmp_path_factory.mktemp("code") / "base"
+    checkpoint_split.main(str(TOY_BASE), str(folder), 1, dtype="float32", code_tokens=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def code_tokenizer(code_base: str) -> Tokenizer:
+    """Its tokenizer; the checkpoint says which form it writes."""
+    return assemble.load_tokenizer(code_base)
 
 
 @pytest.fixture

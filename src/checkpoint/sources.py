@@ -413,22 +413,27 @@ def read_config(folder: Path) -> ModelConfig:
     return open_source(str(folder)).config
 
 
-def with_added_tokens(source: Source, n: int) -> Source:
-    """A checkpoint whose vocabulary has n more rows at its end, each the mean of the old ones (Hewitt 2021)."""
+def with_added_tokens(source: Source, n: int, first: int | None = None) -> Source:
+    """A checkpoint with n tokens from id `first` on, each the mean of the rows below (Hewitt 2021).
+
+    first None: behind the last row. Where the embedding is larger than the tokenizer's vocabulary, rows that nothing
+    used so far become those tokens'.
+    """
+    had = source.config.vocab_size
+    first = had if first is None else first
+    rows = max(had, first + n)
     tensors = dict(source.tensors)
     for name in tensors.keys() & {"tok_embeddings.weight", "output.weight"}:
         stored = tensors[name]
-        shape = (stored.shape[0] + n, stored.shape[1])
-        tensors[name] = stored._replace(shape=shape, load=functools.partial(_load_extended, stored, n))
+        load = functools.partial(_load_extended, stored, first, n)
+        tensors[name] = stored._replace(shape=(rows, stored.shape[1]), load=load)
     config = dataclasses.replace(
-        source.config,
-        vocab_size=source.config.vocab_size + n,
-        n_added_tokens=source.config.n_added_tokens + n,
+        source.config, vocab_size=rows, n_added_tokens=source.config.n_added_tokens + rows - had
     )
     return source._replace(config=config, tensors=tensors)
 
 
-def _load_extended(stored: StoredTensor, n: int) -> Tensor:
+def _load_extended(stored: StoredTensor, first: int, n: int) -> Tensor:
     whole = stored.load()
-    mean = whole.mean(0, dtype=torch.float32).type_as(whole)
-    return torch.cat([whole, mean.expand(n, -1)])
+    mean = whole[:first].mean(0, dtype=torch.float32).type_as(whole)
+    return torch.cat([whole[:first], mean.expand(n, -1), whole[first + n :]])

@@ -1,22 +1,25 @@
 """Examples to token batches: the only code that tokenises, drops, pads and masks for training and scoring.
 
 Without a chat template a prompt is BOS + instruction and a response is output + EOS; with one, both are what the
-template writes around them, ended by its end token, and its own control tokens are all there are. Prompt and response
-are tokenised apart and joined, so the border between them is known by construction, and the same in training,
-sampling and scoring.
+template writes around them, ended by its end token, and its own control tokens are all there are. Solutions with code
+(text.blocks) are such a template. Prompt and response are tokenised apart and joined, so the border between them is
+known by construction, and the same in training, sampling and scoring.
 
 B batch, S sequence
 """
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from src.errors import UserError
+from src.text import blocks
+from src.text.blocks import Learnt, Marker, Piece
 from src.text.chat import Message
 from src.text.tokenizer import Tokenizer
 
@@ -136,6 +139,9 @@ def encode_prompt(tokenizer: Tokenizer, instruction: str, prefix: str = "") -> l
     prefix: the beginning of the answer, to be gone on from; its ids, tokenised apart, end the prompt. Raises UserError
     for an empty prompt without BOS, for there is nothing to continue, and for a prefix that the template changes.
     """
+    if tokenizer.code:
+        begun = blocks.answer_pieces(prefix) if prefix else []
+        return list(chain(*tokenizer.encode_pieces([*blocks.prompt_pieces(instruction), *begun])))
     if tokenizer.chat:
         rendered = tokenizer.chat.prompt([_message("user", instruction)])
         begun = tokenizer.encode_rendered(_begun(tokenizer, instruction, prefix)) if prefix else []
@@ -153,9 +159,15 @@ def encode_response(
 ) -> Encoded:
     """A prompt with its response; EOS, or the chat template's end token, ends a finished one.
 
-    prefix: the beginning of the answer; it belongs to the prompt, and the response is what follows it.
+    prefix: the beginning of the answer; it belongs to the prompt, and the response is what follows it. What the
+    interpreter showed in a solution with code is part of the response, but nothing to learn.
     """
     prompt = encode_prompt(tokenizer, instruction, prefix)
+    if tokenizer.code:
+        parts = [*blocks.answer_pieces(output), *([Marker.END_OF_MESSAGE] if finished else [])]
+        ids, mask = _encode_pieces(tokenizer, [Marker.ASSISTANT, *parts], "assistant_no_execution")
+        answer_mask = [False] * len(prompt) + mask[1:]
+        return Encoded(prompt + ids[1:], len(prompt), answer_mask=None if all(mask[1:]) else answer_mask)
     if tokenizer.chat:
         begun = _begun(tokenizer, instruction, prefix) if prefix else ""
         answer = _answer(tokenizer, instruction, prefix + output)
@@ -165,6 +177,13 @@ def encode_response(
     else:
         response = [*tokenizer.encode(output, start=not prefix), tokenizer.eos_id]
     return Encoded(prompt + (response if finished else response[:-1]), len(prompt))
+
+
+def _encode_pieces(tokenizer: Tokenizer, parts: Sequence[Piece], what: Learnt) -> Conversation:
+    """Pieces as ids, with a mask of those to learn."""
+    ids = tokenizer.encode_pieces(parts)
+    mask = [[is_learnt] * len(own) for own, is_learnt in zip(ids, blocks.learnt(parts, what), strict=True)]
+    return Conversation(list(chain(*ids)), list(chain(*mask)))
 
 
 def _answer(tokenizer: Tokenizer, instruction: str, output: str) -> str:
@@ -187,18 +206,43 @@ def _changed(tokenizer: Tokenizer, prefix: str) -> UserError:
     )
 
 
-def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
-    """A chat in the tokenizer's template up to its last answer. Raises UserError without template or answer."""
-    if not tokenizer.chat:
+def learn_all(encoded: Encoded) -> Encoded:
+    """The same sequence with every token to learn that another one precedes."""
+    return encoded._replace(response_start=1, answer_mask=[False] + [True] * (len(encoded.tokens) - 1))
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], learnt: Learnt = "assistant_no_execution"
+) -> Conversation:
+    """A chat in the tokenizer's template up to its last answer; its mask says what `learnt` names, the answers or all.
+
+    Raises UserError without template or answer, and for messages with blocks in a template that has none.
+    """
+    if tokenizer.code:
+        conversation = _encode_pieces(tokenizer, blocks.pieces(blocks.from_messages(messages)), learnt)
+    elif tokenizer.chat:
+        conversation = _encode_turns(tokenizer, messages, learnt)
+    else:
         raise UserError("messages need a --chat_template: a built-in name, or file for the tokenizer's own")
+    if not any(conversation.answer_mask):
+        raise UserError("a conversation holds no message of the assistant; there is nothing to learn from it")
+    conversation.answer_mask[0] = False  # nothing predicts the first token
+    return conversation
+
+
+def _encode_turns(tokenizer: Tokenizer, messages: Sequence[Message], learnt: Learnt) -> Conversation:
+    """A chat of plain texts in the tokenizer's template."""
+    if any(not isinstance(message["content"], str) for message in messages):
+        raise UserError(
+            f"a message holds blocks, which --chat_template {tokenizer.chat_template} has no form for; train with "
+            f"--chat_template code"
+        )
     tokens, mask = [], []
     for turn in tokenizer.chat.turns(messages):
         for text, is_answer in zip(turn, (False, True), strict=True):
             ids = tokenizer.encode_rendered(text)
             tokens += ids
-            mask += [is_answer] * len(ids)
-    if not tokens:
-        raise UserError("a conversation holds no message of the assistant; there is nothing to learn from it")
+            mask += [is_answer or learnt == "all"] * len(ids)
     return Conversation(tokens, mask)
 
 

@@ -28,10 +28,13 @@ class Instruction(NamedTuple):
 
 
 class Chat(NamedTuple):
-    """A conversation: every answer of the assistant is learnt. `where` it stands is for messages."""
+    """A conversation: every answer of the assistant is learnt. `where` it stands is for messages.
+
+    The content of a message is a text, or a list of {"type": text | code | execution, "content": text} blocks.
+    """
 
     where: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, object]]
 
 
 class Pair(NamedTuple):
@@ -206,12 +209,28 @@ def _chat(row: Row) -> Chat:
                 f"{row.where}: message {number} is a {type(message).__name__}; expected an object"
             )
         inside = Row(f"{row.where}, message {number}", message)
-        read.append({"role": _text(inside, "role"), "content": _text(inside, "content")})
+        read.append({"role": _text(inside, "role"), "content": _content(inside)})
     if not any(message["role"] == "assistant" and message["content"] for message in read):
         raise UserError(
             f"{row.where}: the assistant says nothing in 'messages'; there is nothing to learn from it"
         )
     return Chat(row.where, read)
+
+
+def _content(message: Row) -> str | list[dict[str, str]]:
+    """What a message says: a text, or blocks of texts."""
+    blocks = message.values.get("content")
+    if not isinstance(blocks, list):
+        return _text(message, "content")
+    read = []
+    for number, block in enumerate(blocks, 1):
+        if not isinstance(block, dict):
+            raise UserError(
+                f"{message.where}: block {number} is a {type(block).__name__}; expected an object"
+            )
+        inside = Row(f"{message.where}, block {number}", block)
+        read.append({"type": _text(inside, "type"), "content": _text(inside, "content")})
+    return read
 
 
 def read_pairs(path: str) -> list[Pair]:

@@ -15,6 +15,7 @@ from src.data.collate import encode_prompt
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
 from src.evaluation.answer_types import KINDS
+from src.evaluation.coding import INFRASTRUCTURE, Coding
 from src.evaluation.grade import Grader, Verdict
 from src.evaluation.prompting import Prompting
 from src.evaluation.report import Graded, Speed, summarize, type_of
@@ -53,8 +54,14 @@ def local_sampler(
     max_batch_size: int,
     *,
     compiled: bool = False,
+    coding: Coding | None = None,
 ) -> Sampler:
-    """Samples from a model in this process; all ranks call it and get the same ones in the same order."""
+    """Samples from a model in this process; all ranks call it and get the same ones in the same order.
+
+    coding: how the code of solutions is run; None leaves it as text.
+    """
+    sampling = coding.sampling(sampling) if coding else sampling
+    pausing = coding.pausing() if coding else None
 
     def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
         requests = [
@@ -68,16 +75,19 @@ def local_sampler(
             vocabulary=vocabulary_of(tokenizer),
             max_batch_size=max_batch_size,
             compiled=compiled,
+            pausing=pausing,
         ):
             request, tokens = completion.request, completion.tokens
+            finish = coding.end(completion, model.config.max_seq_len) if coding else completion.finish
             # a tenth of a nat: further digits depend on what else was in the batch, and a rerun would change the file
             yield Drawn(
                 request.id,
                 request.sample,
                 completion.text,
                 len(tokens),
-                completion.finish,
+                finish,
                 round(sum(completion.logprobs), 1),
+                finish if finish.startswith(INFRASTRUCTURE) else "",
             )
 
     return sample

@@ -11,6 +11,7 @@ from src.evaluation.answer_types import ANY, EQUALITIES, AnswerType
 from src.evaluation.extract import extract
 from src.evaluation.grade_pool import Pool
 from src.evaluation.tasks import Task, find_task
+from src.text.blocks import last_text
 
 GRADER_VERSION = "splitrl-1+math-verify-0.9.0"  # printed beside every score: graders differ by points
 CACHE_SIZE = 200_000
@@ -69,8 +70,8 @@ class Grader:
             return list(threads.map(self.grade_one, responses, labels))
 
     def grade_one(self, response: str, label: str, answer_type: AnswerType = ANY) -> Verdict:
-        """The verdict for one response."""
-        answer = extract(self.task.extraction, response).answer
+        """The verdict for one response; of a solution with code its last block of text is read."""
+        answer = extract(self.task.extraction, last_text(response)).answer
         if answer is None:
             return Verdict("unparsed", None)
         return Verdict(self.compare(answer, label, answer_type), answer)

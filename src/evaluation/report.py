@@ -11,6 +11,7 @@ import numpy as np
 
 from src.data.examples import Prompt
 from src.evaluation.answer_types import AnswerType
+from src.evaluation.coding import CONTEXT_FULL, MAX_ROUNDS, MAX_TOKENS
 from src.evaluation.grade import GRADER_VERSION, Grader, Verdict
 from src.evaluation.tasks import Task
 from src.evaluation.vote import answer_classes, best_of, majority, pass_at_k, weighted_vote, wilson_interval
@@ -18,6 +19,9 @@ from src.evaluation.vote import answer_classes, best_of, majority, pass_at_k, we
 BOOTSTRAP_DRAWS = 1000
 OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")
 CURVES = {"pass_at": "pass", "maj_at": "majority", "best_of_at": "best of", "weighted_at": "weighted"}
+
+
+CUT = ("length", MAX_TOKENS, CONTEXT_FULL, MAX_ROUNDS)  # ends of samples that were not done
 
 
 class Graded(NamedTuple):
@@ -86,7 +90,7 @@ def summarize(
         "samples_a_problem": n,
         "missing": outcomes["unparsed"],
         "never_sampled": n * len(prompts) - len(given),
-        "truncated": sum(graded.finish == "length" for graded in given),
+        "truncated": sum(graded.finish in CUT for graded in given),
         "mean_tokens": _mean(lengths) if lengths else None,
         "outcomes": {name: outcomes[name] for name in OUTCOMES},
     }

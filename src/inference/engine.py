@@ -38,17 +38,29 @@ class Request(NamedTuple):
 class Completion(NamedTuple):
     """What was sampled, and why it ended.
 
-    tokens are all that were drawn, EOS or stop string included; text is what they say, without it (empty when the
-    vocabulary cannot decode). logprobs are the plain model's, sampled_logprobs those of the distribution that was
-    sampled from, in nats.
+    tokens are all that were drawn, EOS or stop string included, and what was put behind pauses; text is what they say,
+    without it (empty when the vocabulary cannot decode). logprobs are the plain model's, sampled_logprobs those of the
+    distribution that was sampled from, in nats; 0 for tokens that were not drawn.
     """
 
     request: Request
     tokens: list[int]
     logprobs: list[float]
     sampled_logprobs: list[float]
-    finish: str  # stop | length
+    finish: str  # stop | length | what Pausing says
     text: str
+
+
+class Pausing(NamedTuple):
+    """Rows that draw one of these ids pause, and something else says how each goes on.
+
+    go_on(rows) gets the request and the tokens of every row that paused in this step, and returns for each the tokens
+    to put behind them, perhaps none, or a text: the reason why it ends. All ranks call it and must get the same.
+    max_new_tokens then bounds what is drawn between two pauses.
+    """
+
+    ids: tuple[int, ...]
+    go_on: Callable[[list[tuple[Request, list[int]]]], list[list[int] | str]]
 
 
 class Vocabulary(NamedTuple):
@@ -64,7 +76,19 @@ class Vocabulary(NamedTuple):
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """The vocabulary of a model that speaks this tokenizer's ids."""
-    return Vocabulary(tuple(sorted(tokenizer.stop_ids)), tokenizer.vocab_size, tokenizer.decode)
+    decode = _decode_blocks(tokenizer) if tokenizer.code else tokenizer.decode
+    return Vocabulary(tuple(sorted(tokenizer.stop_ids)), tokenizer.vocab_size, decode)
+
+
+def _decode_blocks(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
+    """Solutions with code are read in their text form, markers shown, but for what ends them."""
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(
+            [index for index in ids if index not in tokenizer.stop_ids], show_control=True
+        )
+
+    return decode
 
 
 class _Read(NamedTuple):
@@ -85,6 +109,7 @@ def generate(
     max_batch_size: int,
     on_token: Callable[[Request, int], None] | None = None,
     compiled: bool = False,
+    pausing: Pausing | None = None,
 ) -> Iterator[Completion]:
     """Yield completions as they finish; every tensor-parallel rank yields the same ones in the same order.
 
@@ -98,7 +123,16 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        batch = _Batch(model, requests, sampling, vocabulary, max_batch_size, on_token, compiled=compiled)
+        batch = _Batch(
+            model,
+            requests,
+            sampling,
+            vocabulary,
+            max_batch_size,
+            on_token,
+            compiled=compiled,
+            pausing=pausing,
+        )
         yield from batch.run()
     finally:
         model.train(was_training)
@@ -129,8 +163,10 @@ class _Batch:
         on_token: Callable[[Request, int], None] | None,
         *,
         compiled: bool,
+        pausing: Pausing | None,
     ) -> None:
         self.model, self.sampling, self.vocabulary, self.on_token = model, sampling, vocabulary, on_token
+        self.pausing = pausing
         # the longest first: prefill batches hold little padding, and what may run longest starts early
         ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.prompt))
         self.waiting = deque(
@@ -139,11 +175,16 @@ class _Batch:
         self.read: deque[_Read] = deque()
         n_slots = min(n_slots, len(requests))
         shortest = min((len(request.prompt) for request in requests), default=0)
-        longest_response = min(sampling.max_new_tokens, model.config.max_seq_len - shortest)
+        longest_response = model.config.max_seq_len - shortest
+        if not pausing:
+            longest_response = min(sampling.max_new_tokens, longest_response)
         self.step = make_step(model, n_slots, compiled=compiled)
         self.cache = self.step.cache
         self.requests: list[Request | None] = [None] * n_slots
         self.limits = np.zeros(n_slots, dtype=np.int64)
+        self.given: list[deque[int]] = [
+            deque() for _ in range(n_slots)
+        ]  # to come next, instead of what is drawn
         self.counts = np.zeros(n_slots, dtype=np.int64)  # tokens drawn
         self.tokens = np.zeros((n_slots, longest_response), dtype=np.int64)
         self.logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
@@ -202,10 +243,15 @@ class _Batch:
 
     def _seat(self, request: Request, slot: int) -> None:
         """Begin a response in an empty slot."""
-        room = self.model.config.max_seq_len - len(request.prompt)
+        room = self._room(request)
         limit = min(self.sampling.max_new_tokens, request.max_new_tokens or room, room)
         self.requests[slot], self.limits[slot], self.counts[slot] = request, limit, 0
-        self.uniforms[slot, :limit] = uniforms(self.sampling.seed, request.id, request.sample, limit)
+        n = room if self.pausing else limit
+        self.uniforms[slot, :n] = uniforms(self.sampling.seed, request.id, request.sample, n)
+
+    def _room(self, request: Request) -> int:
+        """Tokens that the model's context leaves behind a prompt."""
+        return self.model.config.max_seq_len - len(request.prompt)
 
     def _draw(self, slots: list[int], local_logits: Tensor) -> Iterator[Completion]:
         """Append the next token to each of these slots' rows; yield and empty those that it ends."""
@@ -217,17 +263,43 @@ class _Batch:
         self.tokens[places] = choice.tokens.cpu().numpy()
         self.logprobs[places] = choice.logprobs.cpu().numpy()
         self.sampled_logprobs[places] = choice.sampled_logprobs.cpu().numpy()
+        drawn = self._put_given(slots)
         self.counts[slots] += 1
         if self.on_token:
             for slot, token in zip(slots, self.tokens[places].tolist(), strict=True):
                 self.on_token(self.requests[slot], token)
-        stopped = np.isin(self.tokens[places], self.vocabulary.eos_ids)
+        stopped = drawn & np.isin(self.tokens[places], self.vocabulary.eos_ids)
         ended = stopped | (self.counts[slots] == self.limits[slots])
+        if self.pausing:
+            paused = drawn & ~ended & np.isin(self.tokens[places], self.pausing.ids)
+            yield from self._go_on([slot for slot, here in zip(slots, paused, strict=True) if here])
         for slot, eos, end in zip(slots, stopped.tolist(), ended.tolist(), strict=True):
-            if end or self.sampling.stop:
+            if end or (self.sampling.stop and self.requests[slot]):
                 text, cut = self._text(slot, end)
                 if end or cut:
                     yield self._completion(slot, text, "stop" if eos or cut else "length")
+
+    def _put_given(self, slots: list[int]) -> np.ndarray:
+        """Overwrite what was drawn where tokens were given. -> [B] bool, False there."""
+        drawn = np.array([not self.given[slot] for slot in slots])
+        for slot in (slot for slot in slots if self.given[slot]):
+            place = slot, self.counts[slot]
+            self.tokens[place] = self.given[slot].popleft()
+            self.logprobs[place] = self.sampled_logprobs[place] = 0
+        return drawn
+
+    def _go_on(self, slots: list[int]) -> Iterator[Completion]:
+        """Take what comes behind a pause in these slots; yield and empty those that it ends."""
+        rows = [(self.requests[slot], self.tokens[slot, : self.counts[slot]].tolist()) for slot in slots]
+        for slot, (request, _), more in zip(
+            slots, rows, self.pausing.go_on(rows) if rows else (), strict=True
+        ):
+            if isinstance(more, str):
+                yield self._completion(slot, self._text(slot, True)[0], more)
+                continue
+            self.given[slot] = deque(more)
+            limit = self.counts[slot] + len(more) + self.sampling.max_new_tokens
+            self.limits[slot] = min(limit, self._room(request))
 
     def _text(self, slot: int, ended: bool) -> tuple[str, bool]:
         """What a row says, up to its first stop string, and whether there is one; empty while nothing ends it."""
@@ -250,6 +322,7 @@ class _Batch:
         drawn = [column[slot, :n].tolist() for column in columns]
         completion = Completion(self.requests[slot], *drawn, finish, text)
         self.requests[slot] = None
+        self.given[slot].clear()
         self.cache.release(slot)
         return completion
 

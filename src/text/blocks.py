@@ -1,15 +1,20 @@
 """Solutions with code (LCE: natural language, code, execution; Wang et al. 2023, MathCoder): messages made of blocks.
 
-As text: `<|assistant|><|text|>So<|endofblock|><|code|>print(2)<|endofblock|><|endofmessage|>`, nothing between
-the parts. Only the eight markers, spelled exactly, part the text; any other `<|` belongs to what surrounds it.
-A program may print a marker all the same, so the form to turn into ids is the list of pieces, in which a marker
-and a text that looks like one are two things.
+With the chat template "code" a model reads and writes this form: a problem is the user's text block, a response the
+blocks of the assistant's message. As text, nothing between the parts:
+
+    <|assistant|><|text|>So<|endofblock|><|code|>print(2)<|endofblock|><|endofmessage|>
+
+Only the eight markers, spelled exactly, part the text; any other `<|` belongs to what surrounds it. A program may
+print a marker all the same, so the form to turn into ids is the list of pieces, in which a marker and a text that
+looks like one are two things.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from src.errors import UserError
 
@@ -32,6 +37,8 @@ KINDS = {marker.name.lower(): marker for marker in (Marker.TEXT, Marker.CODE, Ma
 ANY_MARKER = re.compile("(" + "|".join(re.escape(marker) for marker in Marker) + ")")
 
 Piece = Marker | str  # a str that is no Marker is content, whatever it spells
+Learnt = Literal["assistant_no_execution", "assistant", "all"]
+CODE_FORM = "code"  # the name among chat templates
 
 
 @dataclass(frozen=True)
@@ -78,10 +85,48 @@ def render(messages: Iterable[Message]) -> str:
     return "".join(parts)
 
 
+def prompt_pieces(problem: str) -> list[Piece]:
+    """A problem, up to where the assistant's blocks begin."""
+    return pieces([Message("user", (Block("text", problem),)), Message("assistant", (), ended=False)])
+
+
+def answer_pieces(answer: str) -> list[Piece]:
+    """A response or its beginning, which may stop inside a block; one without any marker is a block of text."""
+    return split_text(answer) if ANY_MARKER.search(answer) else [Marker.TEXT, answer, Marker.END_OF_BLOCK]
+
+
+def last_text(answer: str) -> str:
+    """The content of an answer's last block of text, where its result stands; an answer without markers is all text."""
+    if not ANY_MARKER.search(answer):
+        return answer
+    _, found, rest = answer.rpartition(Marker.TEXT)
+    return ANY_MARKER.split(rest)[0] if found else ""
+
+
+def learnt(parts: Sequence[Piece], what: Learnt) -> list[bool]:
+    """For each piece whether it is one to learn: all, what stands in the assistant's messages, or of that what the
+    model writes itself - an execution is the interpreter's, markers included."""
+    found, role, kind = [], None, None
+    for part in parts:
+        if isinstance(part, Marker):
+            role = part if part in ROLES.values() else role
+            kind = part if part in KINDS.values() else kind
+        inside = role == Marker.ASSISTANT and part != Marker.ASSISTANT
+        found.append(what == "all" or (inside and (what == "assistant" or kind != Marker.EXECUTION)))
+        if part == Marker.END_OF_BLOCK:
+            kind = None
+    return found
+
+
+def split_text(text: str) -> list[Piece]:
+    """The pieces of a text form."""
+    parts = [Marker(part) if part in set(Marker) else part for part in ANY_MARKER.split(text)]
+    return [part for part in parts if part]
+
+
 def parse(text: str) -> list[Message]:
     """The messages of a text form; render gives the text back. Raises UserError, with the place, if it is none."""
-    parts = [Marker(part) if part in set(Marker) else part for part in ANY_MARKER.split(text)]
-    return parse_pieces([part for part in parts if part])
+    return parse_pieces(split_text(text))
 
 
 def parse_pieces(parts: Sequence[Piece]) -> list[Message]:
@@ -140,12 +185,15 @@ class _Reader:
 
 
 def from_messages(rows: Sequence[Mapping[str, object]]) -> list[Message]:
-    """The training form: [{"role", "content": [{"type", "content"}, ...]}, ...]. Raises UserError naming the row."""
+    """The training form: [{"role", "content": text or [{"type", "content"}, ...]}, ...]. Raises UserError naming the
+    message."""
     messages = []
     for number, row in enumerate(rows, start=1):
         role, content = row.get("role"), row.get("content")
         if role not in ROLES:
             raise UserError(f"message {number}: role {role!r}; expected one of {', '.join(ROLES)}")
+        if isinstance(content, str):
+            content = [{"type": "text", "content": content}]
         if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
             raise UserError(f'message {number}: content is no list of {{"type", "content"}} blocks')
         blocks = (_block(block.get("type"), block.get("content"), f"message {number}") for block in content)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from src.errors import UserError
+from src.text.blocks import CODE_FORM, Marker, Piece
 from src.text.chat import MARK, ChatTemplate, control_tokens, find_source
 from src.text.vocabulary import Added, Vocabulary, open_vocabulary, read_json
 
@@ -18,14 +19,15 @@ class Tokenizer:
 
     kind: what the file is. vocab_size: ids are below this. bos_id: begins a sequence, None where none does. eos_id:
     ends a response. stop_ids: any of these ends a sampled response. control: names and ids of all control tokens.
-    chat: the template that prompts and responses are put in, None for none; then eos_id is its end of a turn.
+    chat: the template that prompts and responses are put in, None for none; then eos_id is its end of a turn. code:
+    whether they are put in the form of solutions with code (blocks.py); then eos_id is its end of a message.
     """
 
     def __init__(self, path: Path, chat_template: str = "none") -> None:
         """Open a vocabulary file, or the one in a directory, with the config files beside it.
 
-        chat_template: none, file (the one beside it) or a built-in name. Raises UserError that says what is missing
-        or damaged.
+        chat_template: none, file (the one beside it), a built-in name or code. Raises UserError that says what is
+        missing or damaged.
         """
         self.path = _find_file(path)
         folder = self.path.parent
@@ -38,7 +40,8 @@ class Tokenizer:
         own = {token: facts for token, facts in self._vocabulary.added.items() if facts.id not in renamed}
         added = own | beside
         self._identity = sorted((token, facts.id) for token, facts in added.items())
-        source = "" if chat_template == "none" else find_source(chat_template, folder)
+        self.code = chat_template == CODE_FORM
+        source = "" if self.code or chat_template == "none" else find_source(chat_template, folder)
         for token in control_tokens(source):
             index = added[token].id if token in added else self._vocabulary.token_id(token)
             if index is not None:
@@ -50,6 +53,8 @@ class Tokenizer:
         self.chat = None
         if source:
             self._put_in_chat(chat_template, source, config)
+        if self.code:
+            self._put_in_code_form()
 
     def _check_added(self, added: Mapping[str, Added]) -> None:
         """Raise UserError when the tokens that config files add do not go with the vocabulary or with each other."""
@@ -120,9 +125,22 @@ class Tokenizer:
         self.eos_id = self.control[self.chat.end_token]
         self.stop_ids |= {self.eos_id}
 
+    def _put_in_code_form(self) -> None:
+        """End responses as messages of solutions with code end. Raises UserError when the markers are missing."""
+        missing = [marker for marker in Marker if marker not in self.control]
+        if missing:
+            raise UserError(
+                f"{self.path} has no token {missing[0].value!r}, which --chat_template code needs; put the "
+                f"markers behind its vocabulary with checkpoint_split.py --code_tokens"
+            )
+        self.eos_id = self.control[Marker.END_OF_MESSAGE]
+        self.stop_ids |= {self.eos_id}
+
     @property
     def chat_template(self) -> str:
         """The name of the template, none without one."""
+        if self.code:
+            return CODE_FORM
         return self.chat.name if self.chat else "none"
 
     def fingerprint(self) -> str:
@@ -140,6 +158,13 @@ class Tokenizer:
         so a vocabulary that puts a space before a sequence puts none.
         """
         return self._encode_text(text, start=start)
+
+    def encode_pieces(self, parts: Iterable[Piece]) -> list[list[int]]:
+        """Ids of each piece of a solution with code: a marker is its control token, a content is encoded apart."""
+        return [
+            [self.control[part]] if isinstance(part, Marker) else self._encode_text(part, start=True)
+            for part in parts
+        ]
 
     def encode_rendered(self, text: str, *, start: bool = True) -> list[int]:
         """Ids of a chat template's text: control tokens are read as such, except where MARK breaks them.

@@ -13,6 +13,7 @@ from src.data.examples import Chat, Instruction
 from src.errors import UserError
 from src.inference.scoring import response_logprobs
 from src.models.decoder import Decoder
+from src.text.blocks import Learnt
 from src.text.tokenizer import Tokenizer
 
 
@@ -27,9 +28,10 @@ class SolverData:
         max_seq_len: int,
         source: str,
         truncation: Truncation = "drop",
+        loss_on: Learnt = "assistant_no_execution",
     ) -> None:
-        """collate.fit() says what becomes of rows that are too long."""
-        options = [_encode(tokenizer, row) for row in rows]
+        """collate.fit() says what becomes of rows that are too long. loss_on: the tokens to learn."""
+        options = [_encode(tokenizer, row, loss_on) for row in rows]
         self.rows, self.report = collate.fit(options, max_seq_len, source, truncation)
 
     def steps(
@@ -49,12 +51,13 @@ class SolverData:
         return batching.steps(len(self.rows), encode, lay_out, epochs=epochs, done=done, stop=stop)
 
 
-def _encode(tokenizer: Tokenizer, row: Instruction | Chat) -> tuple[Encoded, ...]:
+def _encode(tokenizer: Tokenizer, row: Instruction | Chat, loss_on: Learnt) -> tuple[Encoded, ...]:
     """A row's alternatives: one for each output, or the one conversation."""
     if isinstance(row, Instruction):
-        return tuple(collate.encode_response(tokenizer, row.instruction, output) for output in row.outputs)
+        outputs = (collate.encode_response(tokenizer, row.instruction, output) for output in row.outputs)
+        return tuple(collate.learn_all(encoded) if loss_on == "all" else encoded for encoded in outputs)
     try:
-        tokens, mask = collate.encode_conversation(tokenizer, row.messages)
+        tokens, mask = collate.encode_conversation(tokenizer, row.messages, loss_on)
     except UserError as problem:
         raise UserError(f"{row.where}: {problem}") from None
     return (Encoded(tokens, mask.index(True), answer_mask=mask),)

@@ -12,7 +12,7 @@ from src import assemble, parallel
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.errors import UserError
-from src.inference.engine import Completion, Request, Vocabulary, generate
+from src.inference.engine import Completion, Pausing, Request, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from tests import reference
@@ -54,11 +54,16 @@ def sampled(
     requests: list[Request],
     max_batch_size: int = 64,
     vocabulary: Vocabulary = VOCABULARY,
+    pausing: Pausing | None = None,
     **settings: object,
 ) -> dict[tuple[str, int], Completion]:
     """Completions by (id, sample)."""
     sampling = Sampling(**{"temperature": 1.0, "max_new_tokens": 30, "seed": 3} | settings)
-    found = list(generate(model, requests, sampling, vocabulary=vocabulary, max_batch_size=max_batch_size))
+    found = list(
+        generate(
+            model, requests, sampling, vocabulary=vocabulary, max_batch_size=max_batch_size, pausing=pausing
+        )
+    )
     assert len(found) == len(requests)
     return {(done.request.id, done.request.sample): done for done in found}
 
@@ -298,3 +303,76 @@ def test_trained_model_reproduces_its_published_text_among_seven_others(tmp_path
     samples = {sample["prompt"]: sample["response"] for sample in map(json.loads, lines)}
     assert len(samples) == 8
     assert samples[golden["prompt"]] == golden["text"]
+
+
+GIVEN = [7, 11, 13, 5]
+
+
+def paused_at(model: Decoder, request: Request) -> int:
+    """A token that the model draws greedily behind a prompt, the fourth."""
+    drawn = sampled(model, [request], temperature=0.0, max_new_tokens=4)
+    return drawn[request.id, request.sample].tokens[-1]
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 3, 64])
+def test_what_is_put_behind_a_pause_is_gone_on_from(
+    model: Decoder, requests: list[Request], max_batch_size: int
+) -> None:
+    """As if the prompt had held it from the beginning: the cache has taken it in."""
+    request = requests[6]
+    pause = paused_at(model, request)
+    heard = []
+
+    def go_on(rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
+        heard.extend(rows)
+        return [GIVEN if tokens.count(pause) == 1 else "enough" for _, tokens in rows]
+
+    found = sampled(
+        model, requests, max_batch_size, temperature=0.0, max_new_tokens=20, pausing=Pausing((pause,), go_on)
+    )[request.id, request.sample]
+    first = found.tokens.index(pause) + 1
+    assert found.tokens[first : first + len(GIVEN)] == GIVEN
+    assert found.logprobs[first : first + len(GIVEN)] == [0.0] * len(GIVEN)
+    assert (request, found.tokens[:first]) in heard
+    rest = found.tokens[first + len(GIVEN) :]
+    again = Request("again", 0, [*request.prompt, *found.tokens[: first + len(GIVEN)]])
+    alone = sampled(model, [again], temperature=0.0, max_new_tokens=max(1, len(rest)))["again", 0]
+    assert rest == alone.tokens[: len(rest)]
+    assert len(rest) > 3
+    torch.testing.assert_close(
+        torch.tensor(found.logprobs[-len(rest) :]), torch.tensor(alone.logprobs), rtol=0, atol=1e-4
+    )
+
+
+def test_a_pause_can_end_a_row_and_nothing_given_pauses_again(model: Decoder, requests: list[Request]) -> None:
+    request = requests[6]
+    pause = paused_at(model, request)
+    ended = sampled(
+        model, [request], temperature=0.0, pausing=Pausing((pause,), lambda rows: ["why"] * len(rows))
+    )
+    assert ended[request.id, request.sample].finish == "why"
+    calls = []
+
+    def go_on(rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
+        calls.append(len(rows))
+        return [[pause, EOS, pause] if len(calls) == 1 else "twice"]
+
+    found = sampled(model, [request], temperature=0.0, max_new_tokens=5, pausing=Pausing((pause,), go_on))
+    tokens = found[request.id, request.sample].tokens
+    first = tokens.index(pause)
+    assert tokens[first + 1 : first + 4] == [pause, EOS, pause]
+    assert len(tokens) > first + 4
+
+
+def test_each_stretch_between_pauses_has_its_own_limit(model: Decoder, requests: list[Request]) -> None:
+    request = requests[6]
+    pause = paused_at(model, request)
+    first = Pausing((pause,), lambda rows: [GIVEN * 5 if len(tokens) < 10 else [] for _, tokens in rows])
+    found = sampled(model, [request], temperature=0.0, max_new_tokens=6, pausing=first)
+    tokens = found[request.id, request.sample].tokens
+    assert len(tokens) >= tokens.index(pause) + 1 + 20 + 6
+    whole = sampled(
+        model, [request], temperature=0.0, max_new_tokens=6,
+        pausing=Pausing((pause,), lambda rows: [GIVEN * 100 for _ in rows]),
+    )[request.id, request.sample]  # fmt: skip
+    assert (len(request.prompt) + len(whole.tokens), whole.finish) == (CONTEXT, "length")

@@ -11,6 +11,7 @@ from src.text.blocks import (
     Message,
     from_flat,
     from_messages,
+    last_text,
     parse,
     parse_pieces,
     pieces,
@@ -153,11 +154,29 @@ def test_a_flat_row_that_is_no_block_is_refused(rows: list[dict[str, object]], p
         from_flat(rows)
 
 
+def test_a_message_of_plain_text_is_one_block() -> None:
+    assert from_messages([{"role": "user", "content": "x"}]) == [Message("user", (Block("text", "x"),))]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("<|text|>a<|endofblock|><|code|>b<|endofblock|><|text|>c 7<|endofblock|>", "c 7"),
+        ("<|text|>a 3<|endofblock|><|code|>print(b", "a 3"),
+        ("<|text|>a<|endofblock|><|text|>cut he", "cut he"),
+        ("<|code|>print(7)<|endofblock|>", ""),
+        ("no marker, 7", "no marker, 7"),
+    ],
+)
+def test_the_result_stands_in_the_last_block_of_text(answer: str, text: str) -> None:
+    assert last_text(answer) == text
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
         ({"role": "tool", "content": []}, "message 1: role 'tool'; expected one of system, user, assistant"),
-        ({"role": "user", "content": "x"}, "message 1: content is no list"),
+        ({"role": "user", "content": 5}, "message 1: content is no list"),
         (
             {"role": "user", "content": [{"type": "image", "content": ""}]},
             "message 1: 'image' is no kind of block",

@@ -1,0 +1,67 @@
+"""src/text/extend.py and checkpoint_split.py --code_tokens: tokens by id, rows for them, the same ids afterwards."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint_split
+from src import assemble, parallel
+from src.checkpoint.sources import open_source, with_added_tokens
+from src.errors import UserError
+from src.text.blocks import Marker
+from src.text.extend import add_control_tokens
+from src.text.tokenizer import Tokenizer
+from tests.conftest import TOY_BASE
+
+TEXT = "What is <|text|> 6 x 7?\n\n#### 42"
+
+
+def test_scdpo_02_markers_get_the_ids_behind_the_vocabulary(toy_tokenizer: Tokenizer, code_base: str) -> None:
+    extended = assemble.load_tokenizer(code_base)
+    size = toy_tokenizer.vocab_size
+    assert [extended.control[marker] for marker in Marker] == list(range(size, size + 8))
+    assert extended.vocab_size == size + 8
+    assert extended.encode(TEXT) == toy_tokenizer.encode(TEXT)
+    assert (extended.chat_template, extended.eos_id) == ("code", extended.control[Marker.END_OF_MESSAGE])
+
+
+def test_scdpo_02_each_new_row_is_the_mean_of_the_old_ones(code_base: str) -> None:
+    old, new = open_source(str(TOY_BASE)), open_source(code_base)
+    for name in ("tok_embeddings.weight", "output.weight"):
+        before, after = old.tensors[name].load().float(), new.tensors[name].load().float()
+        assert after.shape[0] == before.shape[0] + 8
+        assert torch.equal(after[: len(before)], before)
+        mean = before.mean(0).to(torch.bfloat16).float()  # the source's type
+        assert all(torch.equal(row, mean) for row in after[len(before) :])
+
+
+def test_scdpo_02_rows_that_pad_the_vocabulary_become_the_tokens() -> None:
+    source = open_source(str(TOY_BASE))
+    rows = source.config.vocab_size
+    extended = with_added_tokens(source, 8, rows - 30)
+    whole = extended.tensors["output.weight"].load()
+    assert (extended.config.vocab_size, extended.config.n_added_tokens) == (rows, 0)
+    assert extended.tensors["output.weight"].shape == whole.shape == source.tensors["output.weight"].shape
+    mean = source.tensors["output.weight"].load()[: rows - 30].float().mean(0).to(whole.dtype)
+    assert all(torch.equal(row, mean) for row in whole[rows - 30 : rows - 22])
+    assert torch.equal(whole[rows - 22 :], source.tensors["output.weight"].load()[rows - 22 :])
+
+
+def test_scdpo_02_reshard_and_export_keep_the_tokens(tmp_path: Path, code_base: str) -> None:
+    checkpoint_split.main(code_base, str(tmp_path / "two"), 2)
+    checkpoint_split.main(str(tmp_path / "two"), str(tmp_path / "hf"), format="hf")
+    tokenizer = Tokenizer(tmp_path / "hf", "code")
+    assert tokenizer.fingerprint() == assemble.load_tokenizer(code_base).fingerprint()
+    parallel.start()
+    model = assemble.load_solver(str(tmp_path / "two"))
+    assert model.config.chat_template == "code"
+    assert model.config.vocab_size == tokenizer.vocab_size
+
+
+def test_tokens_that_are_there_are_not_added_again(tmp_path: Path, code_base: str) -> None:
+    with pytest.raises(UserError, match=r"the tokenizer has '<\|user\|>' already"):
+        checkpoint_split.main(code_base, str(tmp_path / "again"), 1, code_tokens=True)
+    files = [path for path in Path(code_base).iterdir() if path.name.startswith("tokenizer")]
+    with pytest.raises(UserError, match="already"):
+        add_control_tokens(files, tmp_path, [Marker.CODE])
