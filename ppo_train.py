@@ -13,10 +13,12 @@ import torch
 from src import assemble, cli, parallel, plan, runlog
 from src.data.collate import chunks, encode_prompt, epoch_order
 from src.data.examples import Prompt, read_prompts
+from src.errors import UserError
 from src.evaluation.grade import Grader
 from src.evaluation.user_reward import UserReward
 from src.models.decoder import Decoder
 from src.runlog import Phases, RunLog
+from src.sharing import SharedBase
 from src.training import buffer, health, ppo, ppo_settings, rewards, rollouts
 from src.training.loop import TrainLoop
 from src.training.ppo_settings import Advantage, Aggregation, KlLoss, Truncated
@@ -51,7 +53,7 @@ def main(
     background_save: bool = False,
     resume: Literal["none", "auto"] = "none",
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", quantize: Literal["", "int8", "int4"] = "",
-    phases: bool = False, seed: int = 1, dry_run: bool = False,
+    share_base: bool = False, phases: bool = False, seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Reinforcement learning; rewards at the ends of responses or of their steps, KL per token.
 
@@ -138,6 +140,8 @@ def main(
     save_dtype: type of the stored weights; default: as in the directories started from (adapters: float32)
     quantize: hold the frozen models, verifier and (without LoRA) reference, in 8 or 4 bits a weight; with such a
         reference the first KL is not 0
+    share_base: with --lora_rank: hold the weights below all adapters once; actor, critic and verifier must be the same
+        full weights or adapters on them
     phases: hold each model, and its optimizer's state, only while a phase uses it; the rest waits in CPU memory, on a
         CPU in files; the results are the same
     seed: seed of prompt order, sampling and adapter initialisation
@@ -145,8 +149,8 @@ def main(
     """
     flags = locals().copy()
     cli.check_numbers(flags)
-    ppo_settings.check_together(flags)
     settings = ppo_settings.from_flags(flags)
+    ppo_settings.check_together(flags)
     weights = rewards.weights_of(reward, reward_weights)
     user_rewards = {name: UserReward(name) for name in reward if name not in ("verifier", "rule")}
     prompts = read_prompts(train_file, need_label=reward == ["rule"])
@@ -165,14 +169,29 @@ def main(
                               assemble.n_shards(actor_ckpt_dir), lora,
                               [encode_prompt(tokenizer, prompt.instruction) for prompt in prompts],
                               max_new_tokens=max_new_tokens, n_rows=max_batch_size, n_decoding=rollout_batch_size,
-                              buffers=len(buffers), with_critic=settings.has_critic,
-                              with_verifier="verifier" in reward, quantize=quantize))
+                              buffers=len(buffers), inner_epochs=inner_epochs, minibatches=minibatches,
+                              with_critic=settings.has_critic, with_verifier="verifier" in reward, quantize=quantize))
         return
     parallel.start(seed, assemble.tensor_parallel_size(actor_ckpt_dir, tensor_parallel_size))
     for save_dir in filter(None, (actor_save_dir, critic_save_dir)):
         assemble.check_save_dir(save_dir, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
     log = RunLog(log_dir or actor_save_dir, flags)
     arrangement = Arrangement(Path(log_dir or actor_save_dir) / ".waiting" if phases else None)
+
+    if share_base and parallel.data_parallel_size() > 1:
+        raise UserError("--share_base: data-parallel ranks would cut the base for each model; make all ranks one "
+                        "tensor-parallel group with --tensor_parallel_size")
+    shared = SharedBase(actor_ckpt_dir) if share_base else None
+
+    def solver(folder: str) -> Decoder:
+        return shared.model(folder) if shared else assemble.load_solver(
+            folder, model_type=model_type, dtype=torch.float32)
+
+    def verifier_of(folder: str, *, trained: bool = False) -> Decoder:
+        if shared:
+            return shared.model(folder, value_head=True, from_solver=trained)
+        return assemble.load_verifier(folder, dtype=torch.float32 if trained else None, from_solver=trained,
+                                      quantize="" if trained else quantize)
 
     def trained(model: Decoder, peak: float, total_buffers: int) -> TrainLoop:
         assemble.put_lora_on(model, lora, seed)
@@ -189,10 +208,10 @@ def main(
         arrangement.add(model)
         return model
 
-    actor_loop = trained(assemble.load_solver(actor_ckpt_dir, model_type=model_type, dtype=torch.float32), lr,
-                         len(buffers) - critic_warmup)
-    critic_loop = trained(assemble.load_verifier(critic_ckpt_dir, dtype=torch.float32, from_solver=True), critic_lr,
-                          len(buffers)) if settings.has_critic else None
+    actor_loop = trained(solver(actor_ckpt_dir), lr, len(buffers) - critic_warmup)
+    critic_loop = None
+    if settings.has_critic:
+        critic_loop = trained(verifier_of(critic_ckpt_dir, trained=True), critic_lr, len(buffers))
     steps_per_epoch = -(-len(prompts) // settings.prompts_a_buffer)
     state = {"kl_scale": 1.0}
     saver = Saver(
@@ -219,7 +238,7 @@ def main(
     parts = {}
     for name in reward:
         if name == "verifier":
-            verifier = assemble.load_verifier(reward_model_ckpt_dir, quantize=quantize)
+            verifier = verifier_of(reward_model_ckpt_dir)
             arrangement.add(verifier)
             scored = arrangement.lent(verifier, rewards.verifier_reward(
                 verifier, tokenizer, max_batch_size, Shape(outcome_reward, step_reward, step_bonus, reward_clip)))

@@ -153,7 +153,7 @@ def _load(
     left_out = range(config.n_layers if n_layers is None else n_layers, config.n_layers)
     config = dataclasses.replace(config, n_layers=left_out.start)
     dtype = dtype or (torch.bfloat16 if parallel.device().type == "cuda" else torch.float32)
-    tensors = _local_tensors(
+    tensors = local_tensors(
         folder, None if quantize else dtype, left_out
     )  # not larger than stored, to be made smaller
     if value_head and not config.value_head:
@@ -162,7 +162,7 @@ def _load(
         config = solver_to_verifier(config)
     with torch.device("meta"):
         model = Decoder(config)
-    _assign(model, tensors, str(folder))
+    assign(model, tensors, str(folder))
     if quantize:
         tensors.clear()  # each weight goes as its codes come
         quantize_weights(model, quantize, dtype)
@@ -174,7 +174,7 @@ def solver_to_verifier(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, value_head=True, tied=False)
 
 
-def _local_tensors(folder: Path, dtype: torch.dtype | None, left_out: range) -> dict[str, Tensor]:
+def local_tensors(folder: Path, dtype: torch.dtype | None, left_out: range = range(0)) -> dict[str, Tensor]:
     """This rank's tensors of a directory on its device, adapters folded in, some layers left out.
 
     dtype None = as stored. Raises UserError.
@@ -201,7 +201,7 @@ def _stored_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
     return adapters.fold(_stored_tensors(adapter.base), own, adapter.lora) if adapter else own
 
 
-def _assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+def assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Make these tensors the model's parameters. Raises UserError unless names and shapes match exactly."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, shape in wanted.items():
@@ -384,6 +384,6 @@ def _outputs(source: Source | AdapterSource, tokens: Tensor) -> Tensor:
         tensors[name] = (
             (own.get(name) or base.tensors[plain]).load().to(parallel.device(), torch.float32, copy=True)
         )
-    _assign(model, tensors, "this checkpoint")
+    assign(model, tensors, "this checkpoint")
     hidden = model(tokens.to(parallel.device()))
     return model.scores(hidden) if source.config.value_head else model.logits(hidden).float()

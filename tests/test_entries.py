@@ -520,6 +520,9 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("ppo_train", {"max_buffer_size": 0}, "--max_buffer_size is 0, expected 1 or more"),
     ("ppo_train", {"max_steps": 0}, "--max_steps is 0, expected 1 or more, or -1"),
     ("ppo_train", {"critic_warmup": 2}, "--critic_warmup is 2, but there are only 1 buffers"),
+    ("ppo_train", {"share_base": "true"}, "--share_base shares frozen weights below adapters; give --lora_rank"),
+    ("ppo_train", {"share_base": "true", "lora_rank": 2, "phases": "true"}, "one base in float32 for the whole run"),
+    ("ppo_train", {"max_refills": 2}, "--max_refills replaces the groups that --filter_groups drops; give both"),
     ("ppo_train", {"gamma": 1.5}, "--gamma is 1.5, expected a number from 0 to 1"),
     ("ppo_train", {"critic_lr": "inf"}, "--critic_lr is inf, expected 0 or more"),
     ("verifier_train", {"train_file": "steps.json"}, "steps.json, row 1: key 'chosen' is missing"),
@@ -579,6 +582,7 @@ def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, obj
         ("preference_train", "[["),
         ("verifier_evaluate", "weights"),
         ("ppo_train", "critic, each rank"),
+        ("ppo_train", "all at once"),
     ],
 )
 def test_a_dry_run_shows_its_plan_and_writes_nothing(

@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"text"},
     "assemble": {"models", "checkpoint", "text", "parallel", "runlog"},
     "plan": {"models", "checkpoint", "text", "data"},
+    "sharing": {"assemble", "checkpoint", "models", "parallel"},
     "certify": {"assemble", "checkpoint", "cli", "inference", "models", "parallel"},
     "inference": {"models", "text", "parallel"},
     "evaluation": {"data", "inference", "models", "parallel", "runlog", "text"},

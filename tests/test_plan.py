@@ -37,6 +37,27 @@ def test_training_memory_by_hand() -> None:
     }
 
 
+def test_ppo_arrangements_by_hand() -> None:
+    critic = assemble.solver_to_verifier(CONFIG)
+    base, head, adapters = 664, 80, 72  # the critic has a head of 8 in place of the output layer
+    actor = 4 * (base + 4 * adapters) + 2 * 4 * 3 * 5 * 10
+    trained = 4 * (base - head + 8 + adapters) + 3 * 4 * (adapters + 8)
+    rollouts = 2 * 4 * 4 * 2 * 7 + 4 * 2 * 10
+    verifier = 4 * (base - head + 8)
+    numbers = {"max_new_tokens": 5, "n_rows": 3, "n_decoding": 2, "buffers": 1, "inner_epochs": 2, "minibatches": 4}
+    plain = plan.ppo(CONFIG, critic, 1, LORA, [[1, 2]], **numbers, with_critic=True, with_verifier=True)
+    # the critic's adapters count its head once, in its weights
+    everything = actor + trained + rollouts + verifier
+    shared = everything - 4 * (base - head + 8) - verifier + 4 * (adapters + 8)
+    held = plain.splitlines()[-1].removeprefix("held").strip()
+    assert held.split(", ") == [
+        f"all at once {plan.size(everything + 4 * 8)}",
+        f"--phases {plan.size(max(actor, rollouts + 4 * (base + adapters)))}",
+        f"--share_base {plan.size(shared + 4 * 8)}",
+    ]
+    assert "each for 2 x 4 optimizer steps" in plain
+
+
 def test_kv_cache_by_hand() -> None:
     # keys and values, one layer, one kv head of 4, three rows of seven tokens, float32
     assert plan.decoding_memory(CONFIG, 1, n_rows=3, n_tokens=7)["kv cache"] == 2 * 4 * 4 * 3 * 7

@@ -6,8 +6,9 @@ than the layers' own, and whole factors receive the same gradient on every rank.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -179,6 +180,35 @@ def init_lora(
             whole = torch.empty(rank, in_features).uniform_(-1, 1, generator=generator) / in_features**0.5
             yield f"{name}.lora_a.weight", local_slice(f"{name}.lora_a.weight", whole)
             yield f"{name}.lora_b.weight", torch.zeros(module.lora_b.weight.shape)
+
+
+class Factors(NamedTuple):
+    """An adapter of one linear that will not be trained: lora_a [rank, in], lora_b [out, rank], alpha / rank."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+
+class AdaptedMatrix(nn.Module):
+    """A base's matrix [out, in] with adapters added when it is used; the base may belong to several models."""
+
+    def __init__(self, base: Tensor, chain: Sequence[Factors]) -> None:
+        """chain: the adapters in the order in which they were trained."""
+        super().__init__()
+        self.register_buffer("base", base.detach())
+        self.scales = [factors.scale for factors in chain]
+        for index, factors in enumerate(chain):
+            self.register_buffer(f"lora_a_{index}", factors.lora_a)
+            self.register_buffer(f"lora_b_{index}", factors.lora_b)
+
+    def dense(self) -> Tensor:
+        """The whole matrix. -> [out, in] float32."""
+        weight = self.base
+        for index, scale in enumerate(self.scales):
+            lora_a, lora_b = self.get_buffer(f"lora_a_{index}"), self.get_buffer(f"lora_b_{index}")
+            weight = merged_weight(weight, lora_a, lora_b, scale)
+        return weight
 
 
 def merged_weight(base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:

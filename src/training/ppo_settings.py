@@ -173,3 +173,14 @@ def check_together(flags: Mapping[str, object]) -> None:
         raise UserError(
             "--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other"
         )
+    if flags["share_base"]:
+        _check_share_base(flags)
+
+
+def _check_share_base(flags: Mapping[str, object]) -> None:
+    """Raise UserError for flags that contradict --share_base."""
+    if flags["lora_rank"] == -1:
+        raise UserError("--share_base shares frozen weights below adapters; give --lora_rank")
+    for name, off in (("phases", False), ("quantize", ""), ("reference_refresh", -1)):
+        if flags[name] != off:
+            raise UserError(f"--share_base holds one base in float32 for the whole run; leave out --{name}")

@@ -1,0 +1,84 @@
+"""Several models on one base in memory: each is a chain of adapters, as LoRA training leaves them, on it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from src import assemble, parallel
+from src.checkpoint import adapters, sources, storage
+from src.errors import UserError
+from src.models.decoder import Decoder
+from src.models.lora import AdaptedMatrix, Factors
+from src.models.quantize import QuantizedLinear
+
+
+class SharedBase:
+    """The weights below a checkpoint directory's adapters, held once in float32 for every model made of them."""
+
+    def __init__(self, ckpt_dir: str) -> None:
+        """ckpt_dir: full weights, or an adapter whose base (or its base's base) is meant."""
+        self.folder = _chain(Path(ckpt_dir))[-1]
+        self._tensors = assemble.local_tensors(self.folder, torch.float32)
+
+    def model(self, ckpt_dir: str, *, value_head: bool = False, from_solver: bool = False) -> Decoder:
+        """The model of a directory: this base, and adapters that are held beside it.
+
+        What they add to a matrix is added when it is used; a gradient passes through to adapters put on top.
+        from_solver: where a value head is wanted, a solver will do, with a head that starts at zero. Raises UserError
+        for another base, and for a solver or verifier where the other is needed.
+        """
+        config, chain = assemble.load_config(ckpt_dir), _chain(Path(ckpt_dir))
+        if chain[-1].resolve() != self.folder.resolve():
+            raise UserError(
+                f"--share_base: {ckpt_dir} stands on {chain[-1]} and not on {self.folder}; train it from there with "
+                f"--lora_rank"
+            )
+        whole, factors = dict(self._tensors), {}
+        for folder in reversed(chain[:-1]):
+            self._lay_on(folder, whole, factors)
+        if config.value_head != value_head:
+            if not (value_head and from_solver):
+                wanted, found = ("verifier", "solver") if value_head else ("solver", "verifier")
+                raise UserError(f"{ckpt_dir} is a {found}; a {wanted} is needed here")
+            config = assemble.solver_to_verifier(config)
+            whole["v_head.weight"] = torch.zeros(1, config.dim, device=parallel.device())
+        if value_head:
+            whole.pop("output.weight", None)
+        with torch.device("meta"):
+            model = Decoder(config)
+        assemble.assign(model, whole, ckpt_dir)
+        for name, chained in factors.items():
+            _replace_linear(model, name, AdaptedMatrix(whole[f"{name}.weight"], chained))
+        return model
+
+    def _lay_on(self, folder: Path, whole: dict[str, Tensor], factors: dict[str, list[Factors]]) -> None:
+        """Add the products of an adapter directory to `factors` by linear; its whole tensors take their place."""
+        lora = adapters.read_adapter(folder).lora
+        n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
+        own = {
+            name: load().to(parallel.device(), torch.float32, copy=True)
+            for name, load in sources.local_tensors(
+                folder, storage.ADAPTER, sources.read_config(folder), n, rank
+            ).items()
+        }
+        for name, tensor in own.items():
+            stem = name.removesuffix(".lora_a.weight")
+            if stem != name:
+                pair = Factors(tensor, own[f"{stem}.lora_b.weight"], lora.alpha / lora.rank)
+                factors.setdefault(stem, []).append(pair)
+            elif not name.endswith(".lora_b.weight"):
+                whole[name] = tensor
+
+
+def _chain(folder: Path) -> list[Path]:
+    """A directory, the base of its adapter, that one's base, down to full weights."""
+    adapter = adapters.read_adapter(folder)
+    return [folder, *_chain(adapter.base)] if adapter else [folder]
+
+
+def _replace_linear(model: nn.Module, name: str, matrix: AdaptedMatrix) -> None:
+    """Let a linear compute with this matrix."""
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(parent)
+    setattr(module, child, QuantizedLinear(getattr(module, child), matrix))

@@ -1,0 +1,93 @@
+"""src/sharing.py: models on one base compute what separate ones compute, and hold the base once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src import assemble
+from src.errors import UserError
+from src.models.decoder import Decoder
+from src.runlog import Phases, RunLog
+from src.sharing import SharedBase
+from src.text.tokenizer import Tokenizer
+from src.training import buffer, ppo
+from src.training.loop import TrainLoop
+from src.training.rewards import Part, Shape, pairwise_reward
+from tests.conftest import Folders
+from tests.training.workers import PROMPTS, settings
+
+LORA = assemble.lora_config(4, 16.0, 0.0, ["wq", "wo", "w1", "w2"])
+
+
+def save_adapter(model: Decoder, base: str, folder: Path, seed: int) -> str:
+    """Put random adapters on a loaded model and save them. Returns the directory."""
+    assemble.put_lora_on(model, LORA, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.05, generator=generator)
+    assemble.save_model(model, str(folder), base, lora=LORA)
+    return str(folder)
+
+
+@pytest.fixture
+def made(folders: Folders, tmp_path: Path) -> dict[str, str]:
+    """A solver and a verifier that are adapters on folders.one, and an adapter on that verifier."""
+    solver = save_adapter(assemble.load_solver(folders.one), folders.one, tmp_path / "solver", 2)
+    verifier = save_adapter(
+        assemble.load_verifier(folders.one, from_solver=True), folders.one, tmp_path / "verifier", 3
+    )
+    second = save_adapter(assemble.load_verifier(verifier), verifier, tmp_path / "second", 4)
+    return {"solver": solver, "verifier": verifier, "second": second}
+
+
+def test_ppo_on_one_base_is_ppo_on_four_models(
+    made: dict[str, str], folders: Folders, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    numbers, found = settings(), []
+    for shared in (None, SharedBase(made["solver"])):
+        if shared:
+            actor = shared.model(made["solver"])
+            critic, verifier = (shared.model(made[name], value_head=True) for name in ("verifier", "second"))
+        else:
+            actor = assemble.load_solver(made["solver"])
+            critic, verifier = (assemble.load_verifier(made[name]) for name in ("verifier", "second"))
+        for model in (actor, critic):
+            assemble.put_lora_on(model, LORA, seed=1)
+        models = buffer.Models(actor, None, critic)
+        loops = [
+            TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-3, total_steps=8) for model in (actor, critic)
+        ]
+        parts = {"verifier": Part(1.0, pairwise_reward(verifier, 2, Shape()))}
+        seen = {}
+        for step in range(2):
+            rollouts = buffer.collect(models, lambda _: PROMPTS, tokenizer, parts, numbers, step, Phases())
+            metrics = ppo.update(*loops, rollouts, numbers, step, train_actor=True)
+            seen |= {f"{name} {step}": torch.tensor(value) for name, value in metrics.items()}
+            tensors = {**rollouts._asdict(), **rollouts.reward_parts}
+            seen |= {f"{name} {step}": t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+        found.append(seen)
+    separate, one = found
+    for name, expected in separate.items():
+        assert_close(one[name], expected, rtol=1e-4, atol=1e-5, msg=name.__add__)
+    assert separate["policy_loss 1"] != 0.0 and (separate["verifier 0"].std() > 0)
+    base = {p.untyped_storage().data_ptr() for p in shared._tensors.values()}
+    for model in (actor, critic, verifier):
+        tensors = [*model.parameters(), *model.buffers()]
+        own = sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in base)
+        assert own < 0.6 * sum(t.nbytes for t in shared._tensors.values()) and len(tensors) > 20
+
+
+def test_another_base_or_kind_of_model_is_refused(made: dict[str, str], folders: Folders) -> None:
+    shared = SharedBase(made["solver"])
+    with pytest.raises(UserError, match=f"{folders.verifier} stands on {folders.verifier} and not on"):
+        shared.model(folders.verifier, value_head=True)
+    with pytest.raises(UserError, match="solver is a solver; a verifier is needed"):
+        shared.model(made["solver"], value_head=True)
+    with pytest.raises(UserError, match="verifier is a verifier; a solver is needed"):
+        shared.model(made["verifier"])
+    head = shared.model(made["solver"], value_head=True, from_solver=True).v_head.weight
+    assert not head.any()
