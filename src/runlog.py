@@ -6,6 +6,7 @@ draws the metrics of a run, which may still be going on, into RUN_DIR/metrics.pn
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -114,7 +115,8 @@ class RunLog:
         self._last_tokens = 0
         if _is_rank_0():
             self._folder.mkdir(parents=True, exist_ok=True)
-            record = {"command": sys.argv, "flags": dict(flags), **(facts or {}), **_environment()}
+            record = {"command": sys.argv, "flags": dict(flags), "inputs": _hashes(flags)}
+            record |= {**(facts or {}), **_environment()}
             (self._folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def go_on_after(self, step: int) -> None:
@@ -214,6 +216,21 @@ def _summary_writer(folder: Path, purge_step: int) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _hashes(flags: Mapping[str, object]) -> dict[str, str]:
+    """SHA-256 of the files that a run reads, by flag: what became of them later is told from what was read."""
+    hashes = {}
+    for name, value in flags.items():
+        if (
+            name.endswith("_file")
+            and name != "save_file"
+            and isinstance(value, str)
+            and Path(value).is_file()
+        ):
+            with Path(value).open("rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def _environment() -> dict[str, object]:
