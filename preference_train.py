@@ -27,7 +27,7 @@ def main(
     objective: Literal["dpo", "cdpo", "ipo", "orpo", "simpo"] = "dpo", beta: float = 0.1, margin: float = 0.0,
     label_smoothing: float = 0.0, length_normalize: bool = False, nll_weight: float = 0.0,
     reference_ckpt_dir: str = "", reference_file: str = "", model_type: str = "", tokenizer_file: str = "",
-    max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right"] = "drop",
+    max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right", "keep_end"] = "drop",
     max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = True, epochs: int = 1, max_steps: int = -1,
     lr: float = 5e-7, schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.1,
     min_lr_ratio: float = 0.1, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
@@ -59,7 +59,8 @@ def main(
     tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
     max_seq_len: longest prompt + response in tokens
     truncation: for pairs with a longer one, counted: drop them; cut the prompt's left or the response's right; or end
-        with an error. More than 1% of the pairs dropped or cut on the right is an error always
+        with an error; keep_end, as trl 0.7.10, keeps half of max_seq_len of the prompt's end, even where that cuts the
+        question. More than 1% of the pairs dropped or short of response tokens is an error always
     max_batch_size: pairs in one forward pass
     accumulation_steps: forward passes in one optimizer step
     packing: lay the pairs of a forward pass end to end, the prompt of each only once, instead of padding both texts;

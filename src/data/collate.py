@@ -24,7 +24,7 @@ from src.text.chat import Message
 from src.text.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
-Truncation = Literal["error", "drop", "left", "right"]
+Truncation = Literal["error", "drop", "left", "right", "keep_end"]
 
 MAX_DROPPED_SHARE = 0.01  # more answers than this lost to the length limit is a wrong flag, not noise
 
@@ -301,6 +301,7 @@ def fit(
 
     `left` cuts the prompt behind its first token and leaves the response whole (conversations, whose prompts are
     turns, are not cut), `right` cuts the end of the response; where that leaves no response the sample is dropped.
+    `keep_end` is what the published preference runs did (_keep_end()).
     Raises UserError when more than 1% of the samples lose response tokens or are dropped - of fewer than 100, when one
     does - and for any long one under `error`.
     """
@@ -309,10 +310,15 @@ def fit(
         if all(len(encoded.tokens) <= max_seq_len for encoded in row):
             kept.append(row)
             continue
-        shorter = tuple(_cut(encoded, max_seq_len, truncation) for encoded in row)
+        if truncation == "keep_end":
+            shorter = _keep_end(row, max_seq_len)
+        else:
+            shorter = tuple(_cut(encoded, max_seq_len, truncation) for encoded in row)
         fits = all(encoded.n_response > 0 and len(encoded.tokens) <= max_seq_len for encoded in shorter)
         cut += fits
-        lost += not fits or truncation == "right"
+        lost += not fits or any(
+            short.n_response < whole.n_response for short, whole in zip(shorter, row, strict=True)
+        )
         if fits:
             kept.append(shorter)
     long = len(rows) - len(kept) + cut
@@ -336,6 +342,22 @@ def _cut(encoded: Encoded, max_seq_len: int, truncation: Truncation) -> Encoded:
         mask = encoded.answer_mask and encoded.answer_mask[:max_seq_len]
         return Encoded(encoded.tokens[:max_seq_len], start, encoded.targets[: max_seq_len - start], mask)
     return encoded
+
+
+def _keep_end(row: tuple[Encoded, ...], max_seq_len: int) -> tuple[Encoded, ...]:
+    """A sample cut as trl 0.7.10 cuts a pair with max_prompt_length half of max_length: the prompt's last
+    max_seq_len / 2 tokens stay - BOS and the question go first - and then, if need be, as many of each response."""
+    half = max_seq_len // 2
+    longest = max(encoded.n_response for encoded in row)
+    cut = []
+    for encoded in row:
+        first = max(0, encoded.response_start - half)
+        start = encoded.response_start - first
+        kept = encoded.n_response if start + longest <= max_seq_len else max_seq_len - half
+        cut.append(
+            Encoded(encoded.tokens[first : encoded.response_start + kept], start, encoded.targets[:kept])
+        )
+    return tuple(cut)
 
 
 def collate(rows: Sequence[Encoded]) -> Batch:

@@ -1,5 +1,6 @@
 """src/data/collate.py: masks, padding, what is dropped, and orders that depend on (seed, epoch) alone."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,40 @@ def test_truncation_by_hand() -> None:
         collate.fit([*rows, *[(answer,)] * 3], 5, "f.json", "right")
 
 
+def trl_pair(prompt: list[int], sides: list[list[int]], max_length: int, max_prompt_length: int) -> list[list[int]]:
+    """What trl 0.7.10 makes of a pair (DPOTrainer.tokenize_row with truncation_mode keep_end), ids for ids."""
+    longer = max(map(len, sides))
+    if len(prompt) + longer > max_length:
+        prompt = prompt[-max_prompt_length:]
+    if len(prompt) + longer > max_length:
+        sides = [side[: max_length - max_prompt_length] for side in sides]
+    return [prompt + side for side in sides]
+
+
+@pytest.mark.parametrize("max_seq_len", [8, 12, 16, 20, 64])
+def test_scdpo_21_keep_end_is_trl_s_truncation(max_seq_len: int) -> None:
+    generator = random.Random(max_seq_len)
+    draw = lambda most: [generator.randrange(99) for _ in range(generator.randint(1, most))]  # noqa: E731
+    for _ in range(200):
+        prompt, sides = draw(20), [draw(20), draw(20)]
+        pair = tuple(Encoded(prompt + side, len(prompt)) for side in sides)
+        others = [(Encoded([1, 2], 1),) * 2] * 100  # beside them one short of response tokens may pass
+        found = collate.fit([pair, *others], max_seq_len, "f.json", "keep_end").rows[0]
+        assert [side.tokens for side in found] == trl_pair(prompt, sides, max_seq_len, max_seq_len // 2)
+        assert all(side.n_response == len(side.tokens) - found[0].response_start for side in found)
+
+
+def test_scdpo_21_a_question_that_would_be_cut_is_refused_dropped_or_counted() -> None:
+    short, long = Encoded([1, 2, 3], 1), Encoded([1, 7, 8, 9, 4, 5], 4)
+    rows = [(short, short)] * 200 + [(long, long)]
+    with pytest.raises(UserError, match="1 of 201 rows are longer than --max_seq_len 5"):
+        collate.fit(rows, 5, "f.json", "error")
+    assert collate.fit(rows, 5, "f.json").report == "f.json: 201 samples, 1 too long: 0 cut, 1 dropped"
+    kept = collate.fit(rows, 5, "f.json", "keep_end")
+    assert kept.report == "f.json: 201 samples, 1 too long: 1 cut, 0 dropped"
+    assert kept.rows[-1] == (Encoded([8, 9, 4, 5], 2),) * 2  # BOS and the question's first word are gone
+
+
 def test_order_is_a_pure_function_of_seed_and_epoch() -> None:
     order = collate.epoch_order(50, 1, 1)
     assert sorted(order) == list(range(50))
@@ -118,7 +153,7 @@ def test_a_chat_template_is_all_that_stands_around_texts(tmp_path: Path) -> None
     assert conversation.answer_mask == [False] * len(prompt) + [True] * encoded.n_response
 
 
-def test_a_partial_answer_in_a_chat_template_belongs_to_the_prompt(tmp_path: Path) -> None:
+def test_scdpo_19_a_partial_answer_in_a_chat_template_belongs_to_the_prompt(tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_merges(tmp_path), "qwen")
     bare, text = collate.encode_prompt(tokenizer, "1+2="), tokenizer.encode
     encoded = collate.encode_response(tokenizer, "1+2=", "3", prefix="12\n\n")
