@@ -1,0 +1,66 @@
+"""Where a preference-trained solver sees the mistake: the credit of every token of judged solutions.
+
+torchrun --nproc_per_node 8 preference_evaluate.py --ckpt_dir results/dpo --reference_ckpt_dir results/solver \\
+    --steps_file steps.json --log_dir log/credit
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from src import assemble, cli, parallel, plan, runlog
+from src.checkpoint import storage
+from src.data.collate import Encoded
+from src.data.examples import read_judged
+from src.evaluation.credit import credit, credit_table, encode_solutions, report_credit, token_logprobs
+from src.runlog import RunLog
+
+
+def main(
+    ckpt_dir: str, reference_ckpt_dir: str, steps_file: str, log_dir: str, beta: float = 0.1, model_type: str = "",
+    tokenizer_file: str = "", max_batch_size: int = 64, dry_run: bool = False,
+) -> None:
+    """Credit of tokens and steps, beta times the log-ratio of a solver and its reference, and what it finds.
+
+    ckpt_dir: solver that preference_train.py has trained
+    reference_ckpt_dir: the solver it started from
+    steps_file: solutions with judged steps, {"instruction", "steps", "labels"}, as `data_build.py process` leaves them
+    log_dir: directory for credits.jsonl, results.json and run.json
+    beta: as in training; it scales credits, and changes nothing about which is the least
+    model_type: a family or released size the checkpoint must agree with; default: what params.json says
+    tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
+    max_batch_size: solutions in one forward pass
+    dry_run: print the plan - solutions, memory of each rank - and stop
+    """
+    flags = locals().copy()
+    cli.check_numbers(flags)
+    rows = read_judged(steps_file)
+    config = assemble.load_config(ckpt_dir, model_type)
+    if dry_run:
+        runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(rows), ""))
+        return
+    tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+    assemble.check_tokenizer(tokenizer, reference_ckpt_dir)
+    encoded = encode_solutions(rows, tokenizer, config.max_seq_len)
+    storage.check_writable(Path(log_dir))
+    parallel.start()
+    RunLog(log_dir, flags)
+    policy, reference = (logprobs_of(folder, encoded, max_batch_size) for folder in (ckpt_dir, reference_ckpt_dir))
+    if parallel.rank() == 0:
+        found = [credit(*each, beta, tokenizer) for each in zip(encoded, policy, reference, strict=True)]
+        with (Path(log_dir) / "credits.jsonl").open("w", encoding="utf-8") as file:
+            for row, each in zip(rows, found, strict=True):
+                file.write(json.dumps(row._asdict() | each._asdict() | {"reward": each.reward}) + "\n")
+        report = report_credit(rows, found)
+        storage.write_json(Path(log_dir) / "results.json", report)
+        runlog.table(credit_table(report))
+
+
+def logprobs_of(ckpt_dir: str, encoded: list[Encoded], max_batch_size: int) -> list[list[float]]:
+    """The log-prob of each response token by the solver in a directory, which is gone afterwards."""
+    return list(token_logprobs(assemble.load_solver(ckpt_dir, dtype=torch.float32), encoded, max_batch_size))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,65 @@
+"""src/evaluation/credit.py: credits by hand, and that a solution's add up to its reward."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src import assemble
+from src.data import collate
+from src.data.examples import Judged
+from src.errors import UserError
+from src.evaluation.credit import Credit, credit, encode_solutions, report_credit, token_logprobs
+from src.text.tokenizer import Tokenizer
+from src.training.reference import response_sums
+from tests.conftest import Folders
+
+ROWS = [
+    Judged("1+1=", ["1+1=2", "abc", "#### 2"], [1, 1, 1]),
+    Judged("2+2=", ["2+2=5", "#### 5"], [0, 0]),
+    Judged("a", ["b c", "d", "e", "#### 1"], [1, None, 0, 0]),
+]
+
+
+def test_scdpo_24_token_credits_add_up_to_the_sequence_reward(folders: Folders, tokenizer: Tokenizer) -> None:
+    """Eq. 7: beta times the log-ratio of each token; here of a model and the same one with other weights."""
+    policy, reference = assemble.load_solver(folders.one), assemble.load_solver(folders.one)
+    with torch.no_grad():
+        reference.norm.weight.mul_(1.3)
+    encoded = encode_solutions(ROWS, tokenizer, policy.config.max_seq_len)
+    said = [list(token_logprobs(model, encoded, max_batch_size=2)) for model in (policy, reference)]
+    with torch.no_grad():
+        sums = [response_sums(model, collate.collate(encoded)) for model in (policy, reference)]
+    rewards = 0.3 * (sums[0] - sums[1])
+    for row, each, new, old, reward in zip(ROWS, encoded, *said, rewards.tolist(), strict=True):
+        found = credit(each, new, old, 0.3, tokenizer)
+        assert found.reward == pytest.approx(reward, abs=1e-4) and abs(reward) > 0.01
+        assert sum(found.step_credits) == pytest.approx(found.reward, abs=1e-9)
+        assert len(found.step_credits) == len(found.step_lowest) == len(row.steps)
+        assert len(found.tokens) == len(found.credits) == each.n_response
+        assert min(found.credits) == min(found.step_lowest)
+    alone = list(token_logprobs(policy, encoded[2:], max_batch_size=1))
+    assert_close(torch.tensor(alone[0]), torch.tensor(said[0][2]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match=r"a solution has \d+ tokens, but the solver's context 9"):
+        encode_solutions(ROWS, tokenizer, 9)
+
+
+def credited(*steps: list[float]) -> Credit:
+    flat = [value for step in steps for value in step]
+    return Credit([""] * len(flat), flat, [sum(step) for step in steps], [min(step) for step in steps])
+
+
+def test_report_by_hand() -> None:
+    found = [
+        credited([0.1], [0.2], [0.3]),  # right: nothing to find, but its reward counts
+        credited(
+            [-0.4, 0.5], [-0.1, -0.1]
+        ),  # the lowest token is in the first step, the least sum in the second
+        credited([0.1], [0.0], [-1.0, 0.8], [-0.1]),  # found both ways
+    ]
+    report = report_credit(ROWS, found)
+    assert (report["solutions"], report["with_a_wrong_step"]) == (3, 2)
+    assert report["blindly"] == pytest.approx((1 / 2 + 1 / 4) / 2)
+    assert report["by_sum"]["accuracy"] == 0.5 and report["by_lowest_token"]["accuracy"] == 1.0
+    assert report["reward_auc"] == 1.0
+    with pytest.raises(UserError, match="none of the 1 solutions has a wrong step"):
+        report_credit(ROWS[:1], found[:1])
