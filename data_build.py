@@ -17,8 +17,9 @@ from src.construct import steps, weak_to_strong
 from src.construct.continuation import Begun, Schedule, Solver, branching_sampler, rollout_sampler
 from src.construct.origin import read_origin, same_rules, write_origin
 from src.construct.outcomes import outcome_rows, right_solutions
-from src.construct.pairs import pairs_from_samples, preferred_pairs
-from src.data.examples import Sample, read_instruction_rows, read_samples, read_votes
+from src.construct.pairs import mixed_pairs, pairs_from_samples, preferred_pairs
+from src.construct.problems import without_phrases
+from src.data.examples import Sample, read_instruction_rows, read_pairs, read_samples, read_votes
 from src.errors import UserError
 from src.evaluation.evaluator import Marking, Sampler, claim_samples, grade_samples, sample_prompts
 from src.evaluation.grade import Grader
@@ -31,17 +32,22 @@ SAMPLE_MORE = "sample more a problem or at a higher temperature"
 ONE_KIND = f"no problem has both a right and a wrong sample; {SAMPLE_MORE}"
 
 
-def pairs(samples_file: str, save_file: str, pairs_a_problem: int = 4, seed: int = 1, dry_run: bool = False) -> None:
+def pairs(
+    samples_file: str, save_file: str, pairs_a_problem: int = 4, error_phrases: list[str] = [],  # noqa: B006
+    seed: int = 1, dry_run: bool = False,
+) -> None:
     """A right against a wrong solution of the same problem, for verifier_train.py.
 
     samples_file: samples.jsonl with outcomes, as solver_evaluate.py leaves it
     save_file: the json file to write
     pairs_a_problem: most pairs from one problem
+    error_phrases: leave out right solutions that hold one of these, in any case, such as: error apolog
     seed: seed of the matching and of the order of rows
     dry_run: count the rows without writing them
     """
     cli.check_numbers(locals())
-    rows = pairs_from_samples(read_graded(samples_file, save_file), pairs_a_problem, seed)
+    samples = read_faultless(samples_file, save_file, error_phrases)
+    rows = pairs_from_samples(samples, pairs_a_problem, seed)
     save(rows, "pairs", ONE_KIND, samples_file, save_file, dry_run)
 
 
@@ -172,7 +178,7 @@ def demonstrations(
 
 def weak_icl(
     weak_file: str, icl_file: str, save_dir: str, weak_model: str = "", strong_model: str = "",
-    demonstrations_file: str = "", dry_run: bool = False,
+    demonstrations_file: str = "", fill_up_to: int = -1, seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Instruction data of problems on which the weak model and the strong one with demonstrations agree.
 
@@ -185,17 +191,33 @@ def weak_icl(
     weak_model: checkpoint directory, or name at a server, that the weak samples must be of; default: not checked
     strong_model: the same for the strong samples
     demonstrations_file: what the strong model was shown; its problems are left out
+    fill_up_to: where the models agree on fewer problems, add some of different answers, counted; -1 = none
+    seed: seed of those
     dry_run: count the rows without writing them
     """
+    cli.check_numbers(locals())
     shown = weak_to_strong.shown_problems(demonstrations_file) if demonstrations_file else []
     origins = read_origin(weak_file, weak_model), read_origin(icl_file, strong_model)
     with grader_of(same_rules(weak_file, origins[0], icl_file, origins[1])) as grader:
         weak, icl = (weak_to_strong.one_each(read_samples(file), file) for file in (weak_file, icl_file))
-        found = weak_to_strong.agreement(weak, icl, grader.equal, shown)
+        found = weak_to_strong.agreement(weak, icl, grader.equal, shown, fill_up_to=fill_up_to, seed=seed)
     tell(found.counts)
     for name in ("weak", "icl", "hybrid"):
         save(getattr(found, name), f"{name} rows", "the models agree on none", weak_file,
              str(Path(save_dir) / f"{name}.json"), dry_run)
+
+
+def report(rows_file: str, samples_file: str, save_file: str) -> None:
+    """How many problems a stage of weak-to-strong kept, and how many of its rows are right, where labels are known.
+
+    rows_file: weak.json or icl.json of `weak_icl`, or what `full_weak` wrote
+    samples_file: graded samples.jsonl that these rows were made of, one a problem
+    save_file: json file for the numbers
+    """
+    samples = weak_to_strong.one_each(read_graded(samples_file, save_file), samples_file)
+    found = weak_to_strong.kept_right(read_instruction_rows(rows_file), samples)
+    runlog.logger().info("%s: %s", rows_file, found.words())
+    write(json.dumps(found._asdict(), indent=1) + "\n", save_file)
 
 
 def vote(samples_file: str, save_file: str, strong_model: str = "", dry_run: bool = False) -> None:
@@ -292,8 +314,9 @@ def process(
 def branch(
     ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, pairs_a_problem: int = 2,
     attempts: int = 100, temperature: float = 1.1, temperature_rise: float = 0.1, temperature_cap: float = 1.4,
-    steps_a_solution: int = 24, characters_a_step: int = 3000, max_new_tokens: int = 512, max_batch_size: int = 64,
-    prompt_template: str = "", seed: int = 1, dry_run: bool = False,
+    steps_a_solution: int = 24, characters_a_step: int = 3000, error_phrases: list[str] = [],  # noqa: B006
+    max_new_tokens: int = 512, max_batch_size: int = 64, prompt_template: str = "", seed: int = 1,
+    dry_run: bool = False,
 ) -> None:
     """Step-controlled pairs for preference_train.py: wrong ways on from behind the first steps of a right solution.
 
@@ -311,6 +334,7 @@ def branch(
     temperature_cap: never above this
     steps_a_solution: longer solutions are left out
     characters_a_step: solutions with a longer step are left out
+    error_phrases: leave out right solutions that hold one of these, in any case, such as: error apolog
     max_new_tokens: longest step
     max_batch_size: sequences that decode at once
     prompt_template: text or file with {instruction} where the problem goes, as for solver_evaluate.py
@@ -318,7 +342,7 @@ def branch(
     dry_run: count the branches without sampling
     """
     cli.check_numbers(flags := locals().copy())
-    jobs = steps.branches(read_graded(samples_file, save_file), pairs_a_problem, seed)
+    jobs = steps.branches(read_faultless(samples_file, save_file, error_phrases), pairs_a_problem, seed)
     prompting, benchmark = asked_of(task, prompt_template, samples_file)
     if not jobs:
         raise UserError(f"{samples_file} has no right solution of three steps or more to leave; {SAMPLE_MORE}")
@@ -340,6 +364,30 @@ def branch(
                                             max_step_characters=characters_a_step)
         tell(found.counts)
         save(found.pairs, "pairs", "no branch is kept", samples_file, save_file, dry_run)
+
+
+def mix(
+    pairs_file: str, branch_file: str, save_file: str, control_file: str = "", share: float = 0.5, seed: int = 1,
+    dry_run: bool = False,
+) -> None:
+    """Ordinary and step-controlled pairs in one file, and a file of as many ordinary ones to compare with.
+
+    pairs_file: ordinary pairs, as `pairs` leaves them
+    branch_file: step-controlled pairs, as `branch` leaves them; all are taken
+    save_file: the json file to write
+    control_file: json file for as many ordinary pairs, those of the mix among them
+    share: share of ordinary pairs in the mix
+    seed: seed of the choice and of the order of rows
+    dry_run: count the rows without writing them
+    """
+    cli.check_numbers(locals())
+    for file in (pairs_file, branch_file):
+        read_pairs(file)  # names the row that is no pair
+    ordinary, branched = read_instruction_rows(pairs_file), read_instruction_rows(branch_file)
+    mixed, control = mixed_pairs(ordinary, branched, share, seed)
+    save(mixed, "pairs", "", pairs_file, save_file, dry_run)
+    if control_file:
+        save(control, "pairs", "", pairs_file, control_file, dry_run)
 
 
 def asked_of(task: str, prompt_template: str, samples_file: str) -> tuple[Prompting, Task]:
@@ -394,6 +442,15 @@ def read_graded(samples_file: str, save_file: str) -> list[Sample]:
     return samples
 
 
+def read_faultless(samples_file: str, save_file: str, error_phrases: list[str]) -> list[Sample]:
+    """The samples of a graded file but for right ones with one of the phrases, counted. Raises UserError."""
+    samples = read_graded(samples_file, save_file)
+    kept = without_phrases(samples, error_phrases)
+    if error_phrases:
+        runlog.logger().info("%d right samples left out: they speak of an error", len(samples) - len(kept))
+    return kept
+
+
 def save(
     rows: list[dict[str, object]], what: str, why_none: str, samples_file: str, save_file: str, dry_run: bool
 ) -> None:
@@ -417,8 +474,8 @@ def write(text: str, save_file: str) -> None:
 
 COMMANDS = {
     "pairs": pairs, "outcome": outcome, "reject": reject, "prefer": prefer, "split": split, "full_weak": full_weak,
-    "demonstrations": demonstrations, "weak_icl": weak_icl, "vote": vote, "contrast": contrast, "process": process,
-    "branch": branch,
+    "demonstrations": demonstrations, "weak_icl": weak_icl, "report": report, "vote": vote, "contrast": contrast,
+    "process": process, "branch": branch, "mix": mix,
 }
 
 if __name__ == "__main__":

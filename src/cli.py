@@ -57,6 +57,7 @@ NUMBERS: dict[str, Numbers] = {
     "characters_a_step": COUNT,
     "rollouts": COUNT,
     "shots": COUNT,
+    "fill_up_to": COUNT_OR_OFF,
     "attempts": COUNT,
     "num_samples": COUNT,
     "limit": COUNT_OR_OFF,

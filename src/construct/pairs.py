@@ -49,6 +49,28 @@ def preferred_pairs(samples: Sequence[Sample], margin: float, pairs_a_problem: i
     return rows
 
 
+def mixed_pairs(
+    ordinary: Sequence[Row], branched: Sequence[Row], share: float, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """All step-controlled pairs with so many ordinary ones that these are `share` of the mix, and a control: as many
+    ordinary pairs alone as the mix has, those of the mix among them (Lu et al. 2024, section 4.1, "data-equal").
+
+    Which ordinary pairs, and both orders, follow from the seed. Raises UserError when there are too few.
+    """
+    total = round(len(branched) / (1 - share)) if share < 1 else 0
+    if not len(branched) < total <= len(ordinary):
+        raise UserError(
+            f"{len(branched)} step-controlled pairs and a --share {share} of ordinary ones make {total} rows, and the "
+            f"control needs as many ordinary pairs; found {len(ordinary)}: sample more, or take another share"
+        )
+    generator = random.Random(seed)
+    control = generator.sample(list(ordinary), total)
+    mix = [*control[: total - len(branched)], *branched]
+    generator.shuffle(mix)
+    generator.shuffle(control)
+    return mix, control
+
+
 def _pair(instruction: str, chosen: Sample, rejected: Sample) -> Row:
     return {"instruction": instruction, "chosen": chosen.response, "rejected": rejected.response}
 

@@ -16,6 +16,17 @@ class Problem(NamedTuple):
     unparsed: list[Sample]
 
 
+def without_phrases(samples: Sequence[Sample], phrases: Sequence[str]) -> list[Sample]:
+    """The samples but for right ones whose response holds one of the phrases, in any case: who finds a mistake of his
+    own on the way, or apologises for it, is no example to follow (Lu et al. 2024, the released code's third kind)."""
+    small = [phrase.casefold() for phrase in phrases]
+    return [
+        sample
+        for sample in samples
+        if sample.outcome != "right" or not any(phrase in sample.response.casefold() for phrase in small)
+    ]
+
+
 def by_problem(samples: Sequence[Sample]) -> dict[str, Problem]:
     """The problems of graded samples by id; equal texts of one count once, empty ones not at all.
 

@@ -8,12 +8,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from src.checkpoint import storage
 from src.data.examples import Sample, Vote
 from src.errors import UserError
+from src.evaluation.answer_types import AnswerType
 from src.evaluation.vote import Equal, answer_classes
 
 Row = dict[str, object]
@@ -95,12 +97,19 @@ def shown_problems(file: str) -> list[str]:
 
 
 def agreement(
-    weak: dict[str, Sample], icl: dict[str, Sample], equal: Equal, shown: Collection[str] = ()
+    weak: dict[str, Sample],
+    icl: dict[str, Sample],
+    equal: Equal,
+    shown: Collection[str] = (),
+    *,
+    fill_up_to: int = -1,
+    seed: int = 1,
 ) -> Agreement:
     """Problems to which both models give an answer and the same one (section 3.1): rows of either, and in turns.
 
-    shown: problems that the strong model saw with their weak solution, which are left out. Raises UserError unless
-    both have the same problems.
+    shown: problems that the strong model saw with their weak solution, which are left out. fill_up_to: where fewer are
+    kept, problems of two different answers, drawn by the seed, until there are so many, in the order of the file; the
+    paper's sets for MATH are filled so. Raises UserError unless both have the same problems.
     """
     if weak.keys() != icl.keys():
         other = sorted(weak.keys() ^ icl.keys())[0]
@@ -108,7 +117,8 @@ def agreement(
             f"problem {other!r} was answered by one of the two models only; sample both to the end"
         )
     counts: Counter[str] = Counter()
-    kept: list[tuple[Row, Row]] = []
+    kept: dict[str, tuple[Row, Row]] = {}
+    apart: dict[str, tuple[Row, Row]] = {}
     for name, first in weak.items():
         second = icl[name]
         if first.prompt != second.prompt:
@@ -120,13 +130,64 @@ def agreement(
             counts["shown as demonstrations"] += 1
         elif None in answers:
             counts["without an answer"] += 1
-        elif not equal(*answers):
+        elif not typed(equal, first)(*answers):
             counts["of different answers"] += 1
+            apart[name] = instruction_row(first), instruction_row(second)
         else:
             counts["kept"] += 1
-            kept.append((instruction_row(first), instruction_row(second)))
-    rows = [[pair[side] for pair in kept] for side in (0, 1)]
-    return Agreement(*rows, [row for pair in kept for row in pair], counts)
+            kept[name] = instruction_row(first), instruction_row(second)
+    drawn = random.Random(seed).sample(sorted(apart), min(max(0, fill_up_to - len(kept)), len(apart)))
+    if drawn:
+        counts["kept although of different answers"] = len(drawn)
+        kept |= {name: apart[name] for name in drawn}
+    pairs = [kept[name] for name in weak if name in kept]
+    rows = [[pair[side] for pair in pairs] for side in (0, 1)]
+    return Agreement(*rows, [row for pair in pairs for row in pair], counts)
+
+
+def typed(equal: Equal, sample: Sample) -> Equal:
+    """`equal` with the kind of answer that the sample's problem has, where it names one."""
+    kind, tolerance = (sample.values.get(key) for key in ("answer_type", "tolerance"))
+    if not kind and not tolerance:
+        return equal
+    return partial(equal, answer_type=AnswerType(str(kind or ""), float(tolerance or 0.0)))
+
+
+class Kept(NamedTuple):
+    """What a filter kept of the problems, and how many of either are right: the report of a stage."""
+
+    problems: int
+    kept: int
+    right: int
+    right_of_kept: int
+
+    def words(self) -> str:
+        """The report as a sentence."""
+        return (
+            f"{self.kept} of {self.problems} problems kept; right: {self.right_of_kept / self.kept:.1%} of the kept, "
+            f"{self.right / self.problems:.1%} of all"
+        )
+
+
+def kept_right(rows: Iterable[Row], samples: dict[str, Sample]) -> Kept:
+    """How pure the rows of a stage are by the outcomes of the samples they were made of: the one place that reads gold.
+
+    Raises UserError for a row whose response is not the sample's, and for samples without outcomes.
+    """
+    names = set()
+    for row in rows:
+        name = str(row.get("id"))
+        if name not in samples or samples[name].response != row.get("output"):
+            raise UserError(
+                f"the row of problem {name!r} is not made of these samples; give those that it is made of"
+            )
+        names.add(name)
+    right = {name for name, sample in samples.items() if sample.outcome == "right"}
+    if not any(sample.outcome for sample in samples.values()) or not names:
+        raise UserError(
+            "the samples have no outcomes to report; grade them with labels by solver_evaluate.py"
+        )
+    return Kept(len(samples), len(names), len(right), len(right & names))
 
 
 def answer_of(sample: Sample) -> str | None:
@@ -155,7 +216,7 @@ def votes(samples: Sequence[Sample], equal: Equal) -> list[Vote]:
 
 
 def _vote(group: Sequence[Sample], equal: Equal) -> Vote:
-    classes = answer_classes([answer_of(sample) for sample in group], equal)
+    classes = answer_classes([answer_of(sample) for sample in group], typed(equal, group[0]))
     sizes = Counter(place for place in classes if place is not None)
     top = max(sizes, key=lambda place: (sizes[place], -place)) if sizes else None
     sides: tuple[list[str], list[str]] = ([], [])
@@ -191,7 +252,7 @@ def contrast(
             )
         sample = weak[vote.id]
         answer = answer_of(sample)
-        agrees = answer is not None and vote.answer is not None and equal(answer, vote.answer)
+        agrees = answer is not None and vote.answer is not None and typed(equal, sample)(answer, vote.answer)
         others = [text for text in dict.fromkeys(vote.negatives if agrees else vote.positives) if text]
         if vote.answer is None or vote.confidence < min_confidence:
             counts["of low confidence"] += 1

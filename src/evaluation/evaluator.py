@@ -296,6 +296,8 @@ def _sample_row(sample: Drawn, prompt: Prompt) -> dict[str, object]:
         "finish": sample.finish,
         "logprob": sample.logprob,
         "label": prompt.label,
+        **({"answer_type": prompt.answer_type} if prompt.answer_type else {}),
+        **({"tolerance": prompt.tolerance} if prompt.tolerance else {}),
     }
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from src.construct.pairs import pairs_from_samples, preferred_pairs
+from src.construct.pairs import mixed_pairs, pairs_from_samples, preferred_pairs
+from src.construct.problems import without_phrases
 from src.data.examples import Sample
 from src.errors import UserError
 
@@ -78,3 +79,32 @@ def test_preferred_pairs_differ_in_score_and_answer_together() -> None:
 def test_score_that_is_no_probability_is_refused() -> None:
     with pytest.raises(UserError, match=r"sample '0'/0 has the score 2.5; expected a probability"):
         preferred_pairs([scored(0, "r", "right", 2.5)], 1.0, 3, seed=1)
+
+
+def test_scdpo_11_right_solutions_that_speak_of_an_error_are_set_apart() -> None:
+    samples = [
+        sample("0", 0, "2, sorry, I APOLOGIZE: 3", "right"),
+        sample("0", 1, "an error of 2 gives 3", "right"),
+        sample("0", 2, "3", "right"),
+        sample("0", 3, "an error of 2 gives 4", "wrong"),  # wrong ones may say what they like
+        Sample("1", 0, "What is the error?", "3", "right", {"prompt": "What is the error?"}),  # and so may questions
+    ]
+    kept = without_phrases(samples, ["error", "apolog"])
+    assert [(x.id, x.sample) for x in kept] == [("0", 2), ("0", 3), ("1", 0)]
+    assert without_phrases(samples, []) == samples
+    assert len(without_phrases(samples, ["traceback (most recent"])) == 5
+
+
+def test_scdpo_22_the_control_has_as_many_pairs_as_the_mix() -> None:
+    ordinary = [{"instruction": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(30)]
+    branched = [{**row, "prefix": "x"} for row in ordinary[:10]]
+    mix, control = mixed_pairs(ordinary, branched, 0.5, seed=3)
+    assert len(mix) == len(control) == 20 and all(row in mix for row in branched)
+    plain = [row for row in mix if "prefix" not in row]
+    assert len(plain) == 10 and all(row in control for row in plain)
+    assert len({row["instruction"] for row in control}) == 20 and not any("prefix" in row for row in control)
+    assert (mix, control) == mixed_pairs(ordinary, branched, 0.5, seed=3)
+    assert mix != mixed_pairs(ordinary, branched, 0.5, seed=4)[0]
+    for share in (0.8, 1.0, 0.0):
+        with pytest.raises(UserError, match="10 step-controlled pairs and a --share"):
+            mixed_pairs(ordinary, branched, share, seed=3)

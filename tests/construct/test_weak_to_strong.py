@@ -122,6 +122,70 @@ def test_w2s_11_counts_say_what_the_filter_kept(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "out").exists()
 
 
+def test_w2s_12_filling_up_is_asked_for_drawn_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[dict[str, int]] = []
+    monkeypatch.setattr(data_build, "tell", said.append)
+    weak = log_dir(tmp_path / "weak", {str(n): [str(n % 2)] for n in range(20)}, "w", **GOLD)
+    icl = log_dir(tmp_path / "icl", {str(n): ["0"] for n in range(20)}, "s", **GOLD)
+    found = {}
+    for name, options in {
+        "off": {}, "some": {"fill_up_to": 14}, "again": {"fill_up_to": 14}, "other": {"fill_up_to": 14, "seed": 2},
+        "all": {"fill_up_to": 99}, "fewer": {"fill_up_to": 3},
+    }.items():  # fmt: skip
+        data_build.weak_icl(weak, icl, str(tmp_path / name), **options)
+        found[name] = [int(row["id"]) for row in load(tmp_path / name / "weak.json")]
+    agreeing = list(range(0, 20, 2))
+    assert found["off"] == found["fewer"] == agreeing and found["all"] == list(range(20))
+    assert len(found["some"]) == 14 and set(agreeing) < set(found["some"]) and found["some"] == sorted(found["some"])
+    assert found["again"] == found["some"] != found["other"]
+    assert said[0] == {"kept": 10, "of different answers": 10}
+    assert said[1] == said[0] | {"kept although of different answers": 4}
+    hybrid = load(tmp_path / "some/hybrid.json")
+    assert [row["output"][0] for row in hybrid] == ["w", "s"] * 14
+
+
+def test_w2s_21_the_report_of_a_stage_reads_gold_and_the_filter_does_not(tmp_path: Path) -> None:
+    weak, icl = log_dir(tmp_path / "weak", WEAK, "w"), log_dir(tmp_path / "icl", ICL, "s")
+    data_build.weak_icl(weak, icl, str(tmp_path / "stage"))
+    rows, report = str(tmp_path / "stage/weak.json"), tmp_path / "report.json"
+    with pytest.raises(UserError, match="has no outcomes; grade it first"):
+        data_build.report(rows, weak, str(report))
+    graded = [json.loads(line) for line in Path(weak).read_text().splitlines()]
+    outcomes = {"0": "right", "4": "right", "5": "wrong", "1": "right"}
+    lines = [json.dumps(row | {"outcome": outcomes.get(row["id"], "wrong")}) for row in graded]
+    Path(weak).write_text("\n".join(lines) + "\n")
+    data_build.report(rows, weak, str(report))
+    assert load(report) == {"problems": 6, "kept": 3, "right": 3, "right_of_kept": 2}
+    with pytest.raises(UserError, match="the row of problem '0' is not made of these samples"):
+        data_build.report(str(tmp_path / "stage/icl.json"), weak, str(report))
+
+
+def test_w2s_23_consistency_and_votes_judge_by_the_kind_of_answer(tmp_path: Path) -> None:
+    """Letters, truth values and numbers within a tolerance are the same answer in other words."""
+    rules = {"extraction": "math/last-box@1", "equality": "typed@1"}
+    kinds = {"0": ("choice", 0), "1": ("true_false", 0), "2": ("number", 0.01), "3": ("number", 0.01), "4": ("", 0)}
+    answers = {
+        "0": ("C and A", "A, C"), "1": ("True", "correct"), "2": ("2.001", "2"), "3": ("2.1", "2"), "4": ("x", "y"),
+    }  # fmt: skip
+    files = []
+    for side in (0, 1):
+        path = Path(log_dir(tmp_path / str(side), {k: [x[side]] for k, x in answers.items()}, "ws"[side], rules))
+        given = [json.loads(line) for line in path.read_text().splitlines()]
+        typed = [row | dict(zip(("answer_type", "tolerance"), kinds[row["id"]], strict=True)) for row in given]
+        path.write_text("".join(json.dumps(row) + "\n" for row in typed))
+        files.append(str(path))
+    data_build.weak_icl(*files, str(tmp_path / "out"))
+    assert [row["id"] for row in load(tmp_path / "out/weak.json")] == ["0", "1", "2"]
+    data_build.vote(files[1], str(tmp_path / "votes.jsonl"))
+    found = [vote._replace(negatives=["s #### no"]) for vote in read_votes(str(tmp_path / "votes.jsonl"))]
+    weak = {sample.id: sample for sample in read_samples(files[0])}
+    with data_build.grader_of(rules) as grader:
+        pairs = contrast(found, weak, grader.equal, min_confidence=0.6, flip_confidence=0.8, pairs_a_problem=1, seed=1)
+    assert {row["id"]: row["weak"] for row in pairs.pairs} == {
+        "0": "chosen", "1": "chosen", "2": "chosen", "3": "rejected", "4": "rejected",
+    }  # fmt: skip
+
+
 def test_w2s_09_demonstrations_are_the_weak_model_s_own_by_id(tmp_path: Path) -> None:
     weak, icl = log_dir(tmp_path / "weak", WEAK, "w", **GOLD), log_dir(tmp_path / "icl", ICL, "s")
     demo_file = tmp_path / "demo.json"
