@@ -1,7 +1,9 @@
 """Weak-to-strong from end to end on a tiny taught model: the files of each step are what the next one reads."""
 
+import hashlib
 import importlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from src.errors import UserError
 from tests.test_entries import PROBLEMS, teach, write_json
 from tests.tiny import split, write_hf_llama
 
+STAGES = Path(__file__).parents[1] / "recipes" / "stages.sh"
 TRAIN = {"lr": 1e-5, "max_batch_size": 4}
 SAMPLE = {"max_new_tokens": 12, "max_batch_size": 80}
 
@@ -38,6 +41,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for name in ("weak", "icl", "hybrid"):
             solver_train(base, f"plus/{name}", f"stage_1/{name}.json", **TRAIN)
+        for name in ("weak", "icl"):
+            evaluate("toy", "train_2.json", f"log/2/{name}", f"plus/{name}", temperature=0.7, **SAMPLE)
+        data_build.weak_icl(
+            "log/2/weak/samples.jsonl", "log/2/icl/samples.jsonl", "stage_2", weak_model="plus/weak",
+            strong_model="plus/icl",
+        )  # fmt: skip
+        solver_train(base, "plus/hybrid_2", "stage_2/hybrid.json", **TRAIN)
         evaluate("toy", "train_2.json", "log/plus", "plus/hybrid", num_samples=10, temperature=1.0, **SAMPLE)
         data_build.vote("log/plus/samples.jsonl", "votes.jsonl", strong_model="plus/hybrid")
         data_build.contrast(
@@ -73,10 +83,48 @@ def test_w2s_22_every_step_has_left_its_file(path: Path) -> None:
     storage.check_complete(path / "pro")
 
 
+def test_w2s_22_every_run_names_its_inputs_by_hash(path: Path) -> None:
+    for name, file in (("weak", "train_1.json"), ("plus/hybrid", "stage_1/hybrid.json"), ("pro", "pairs.json")):
+        hashes = json.loads((path / name / "run.json").read_text())["inputs"]
+        assert hashlib.sha256((path / file).read_bytes()).hexdigest() in json.dumps(hashes)
+
+
+def test_w2s_22_a_recipe_skips_what_is_done(tmp_path: Path) -> None:
+    recipe = f"""source {STAGES}
+    work() {{ echo worked >> {tmp_path}/log; [ "$1" = ends ] && touch {tmp_path}/done; }}
+    stage one {tmp_path}/done work fails || true
+    stage one {tmp_path}/done work ends
+    stage one {tmp_path}/done work ends"""
+    said = subprocess.run(["bash", "-c", recipe], check=True, capture_output=True, text=True).stdout
+    assert (tmp_path / "log").read_text() == "worked\n" * 2
+    assert said.splitlines() == ["== one", "== one", f"== one: done before ({tmp_path}/done)"]
+
+
 def test_w2s_13_stage_1_starts_from_the_base_each_time(path: Path) -> None:
-    for name in ("weak", "icl", "hybrid"):
+    for name in ("weak", "icl", "hybrid", "hybrid_2"):
         manifest = json.loads((path / f"plus/{name}/manifest.json").read_text())
         assert manifest["source"] == str(path / "base")
+        assert fingerprint_at_start(path, f"plus/{name}") == storage.fingerprint(path / "base")
+
+
+def fingerprint_at_start(path: Path, name: str) -> str:
+    """The fingerprint of the checkpoint that a run says it began with."""
+    run = json.loads((path / name / "run.json").read_text())
+    return storage.fingerprint(Path(run["flags"]["ckpt_dir"]))
+
+
+def test_w2s_14_the_second_round_s_filter_reads_both_models_of_the_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weak, icl, hybrid = (rows(path / f"stage_2/{name}.json") for name in ("weak", "icl", "hybrid"))
+    given = {row["id"]: row["response"] for row in rows(path / "log/2/weak/samples.jsonl")}
+    assert 0 < len(weak) == len(icl) and all(given[row["id"]] == row["output"] for row in weak)
+    assert hybrid == [row for pair in zip(weak, icl, strict=True) for row in pair]
+    monkeypatch.chdir(path)
+    with pytest.raises(UserError, match="was sampled from the model"):
+        data_build.weak_icl(
+            "log/2/weak/samples.jsonl", "log/2/icl/samples.jsonl", "other", strong_model="base"
+        )
 
 
 def test_w2s_18_the_reference_is_the_stage_1_model(path: Path) -> None:

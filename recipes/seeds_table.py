@@ -1,0 +1,118 @@
+"""The closing table of a recipe of several seeds: mean accuracies with intervals, and what they show.
+
+python recipes/seeds_table.py --run_dir runs/weak_to_strong --rows weak pro ceiling --names "weak" "stage II" "gold" \\
+    --claim pro --baseline weak --floor weak --ceiling ceiling
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # a script's own folder is on the path, the repository is not
+
+from src import cli, runlog  # noqa: E402
+from src.data.examples import read_samples  # noqa: E402
+from src.errors import UserError  # noqa: E402
+
+RESAMPLES = 4000
+Floats = NDArray[np.float64]
+
+
+def outcomes(run_dir: Path, row: str) -> Floats:
+    """1 where a seed's model was right, by seed and test problem. -> [seeds, problems]."""
+    files = sorted(run_dir.glob(f"seed-*/{row}-test/samples.jsonl"))
+    found = [
+        [
+            sample.outcome == "right"
+            for sample in sorted(read_samples(str(file)), key=lambda sample: sample.id)
+        ]
+        for file in files
+    ]
+    if not found or len({len(right) for right in found}) > 1:
+        raise UserError(
+            f"{run_dir} holds {len(found)} finished seeds of {row}; expected at least one, and equal ones"
+        )
+    return np.array(found, dtype=np.float64)
+
+
+def resampled(right: dict[str, Floats], seed: int = 0) -> dict[str, Floats]:
+    """Mean accuracies of every row on the same draws of seeds and of problems. -> [RESAMPLES] each."""
+    generator = np.random.default_rng(seed)
+    n_seeds, n_problems = next(iter(right.values())).shape
+    means: dict[str, list[float]] = {row: [] for row in right}
+    for _ in range(RESAMPLES):
+        drawn = np.ix_(
+            generator.integers(n_seeds, size=n_seeds), generator.integers(n_problems, size=n_problems)
+        )
+        for row, values in right.items():
+            means[row].append(values[drawn].mean())
+    return {row: np.array(values) for row, values in means.items()}
+
+
+def interval(draws: Floats) -> str:
+    """The middle 95% of bootstrap draws, in percent."""
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return f"{low:7.1%} .. {high:.1%}"
+
+
+def main(
+    run_dir: str,
+    rows: list[str],
+    names: list[str],
+    claim: str,
+    baseline: str,
+    floor: str = "",
+    ceiling: str = "",
+) -> None:
+    """Print accuracies on the test problems over all finished seeds, and whether the claim beats its baseline.
+
+    Intervals are 95%, from drawing seeds and problems again; a difference is taken within each draw.
+
+    run_dir: directory of the recipe, with seed-N/ROW-test
+    rows: folders to show, without -test
+    names: what to call them
+    claim: row that should be better
+    baseline: than this one
+    floor: row from which the recovered share of the gap is counted; default: no such column
+    ceiling: row at which the gap is closed
+    """
+    right = {row: outcomes(Path(run_dir), row) for row in rows}
+    draws = resampled(right)
+    n_seeds, n_problems = right[rows[0]].shape
+    lines = [f"{f'{n_problems} test problems, {n_seeds} seeds':34}accuracy   95% interval      "
+             f"{'of the gap   95% interval' if floor else ''}"]  # fmt: skip
+    for row, name in zip(rows, names, strict=True):
+        line = f"{name:34}{right[row].mean():8.1%}  {interval(draws[row]):20}"
+        if floor and row not in (floor, ceiling):
+            line += _recovered(right, draws, row, floor, ceiling)
+        lines.append(f"{line}   seeds {_each(right[row])}")
+    lines.append(_verdict(right, draws, claim, baseline, dict(zip(rows, names, strict=True))))
+    runlog.table("\n".join(lines))
+
+
+def _recovered(right: dict[str, Floats], draws: dict[str, Floats], row: str, floor: str, ceiling: str) -> str:
+    """The share of the gap between floor and ceiling that a row recovers (Burns et al. 2023, section 3)."""
+    share = (right[row].mean() - right[floor].mean()) / (right[ceiling].mean() - right[floor].mean())
+    spread = (draws[row] - draws[floor]) / (draws[ceiling] - draws[floor])
+    return f"{share:8.0%}  {interval(spread)}"
+
+
+def _each(right: Floats) -> str:
+    return " ".join(f"{mean:.1%}" for mean in right.mean(1))
+
+
+def _verdict(
+    right: dict[str, Floats], draws: dict[str, Floats], claim: str, baseline: str, names: dict[str, str]
+) -> str:
+    difference = draws[claim] - draws[baseline]
+    beats = "beats" if np.quantile(difference, 0.025) > 0 else "does not beat"
+    gain = right[claim].mean() - right[baseline].mean()
+    return f"{names[claim]} {beats} {names[baseline]}: {gain:+.1%}, 95% interval{interval(difference)}"
+
+
+if __name__ == "__main__":
+    cli.run(main)
