@@ -38,7 +38,7 @@ def adapter(base: Path) -> Path:
     return base / "lora"
 
 
-def test_merged_adapter_computes_what_peft_computes(tmp_path: Path, base: Path, adapter: Path) -> None:
+def test_w2s_20_merged_adapter_computes_what_peft_computes(tmp_path: Path, base: Path, adapter: Path) -> None:
     export.export_hf(open_source(str(adapter), base_dir=str(base)), tmp_path, "adapter")
     tokens = reference.batch()[0]
     theirs = peft.PeftModel.from_pretrained(reference.hf_model(base), adapter)(tokens).logits

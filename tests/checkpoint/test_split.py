@@ -200,7 +200,7 @@ def test_killed_command_leaves_no_half_checkpoint(tmp_path: Path, moment: str) -
 
 
 @pytest.mark.parametrize("name", ["llama-1", "qwen-3"])  # with an output layer, and tied
-def test_added_tokens_are_the_mean_of_the_old(tmp_path: Path, name: str) -> None:
+def test_scdpo_02_added_tokens_are_the_mean_of_the_old(tmp_path: Path, name: str) -> None:
     source = zoo.make(tmp_path / "hf", name)
     done = succeed(
         "checkpoint_split.py",

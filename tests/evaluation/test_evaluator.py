@@ -60,7 +60,7 @@ def sample(problem: int, number: int, answer: str | None, **values: object) -> S
     )
 
 
-def test_n_problems_in_n_verdicts_out(prompts: list[Prompt], tmp_path: Path) -> None:
+def test_w2s_04_n_problems_in_n_verdicts_out(prompts: list[Prompt], tmp_path: Path) -> None:
     samples = [sample(0, 0, "4"), sample(1, 0, None)]  # nothing for the third
     results = grade("toy", prompts, samples, tmp_path / "samples.jsonl")
     assert results["accuracy"] == pytest.approx(1 / 3)
@@ -247,7 +247,7 @@ def test_samples_of_another_checkpoint_or_of_unknown_origin_are_refused(
         evaluate(run, label_file, tmp_path / "log")
 
 
-def test_grading_again_in_place_keeps_the_directory_ours(run: Run, label_file: str, tmp_path: Path) -> None:
+def test_w2s_07_grading_again_in_place_keeps_the_directory_ours(run: Run, label_file: str, tmp_path: Path) -> None:
     lines = evaluate(run, label_file, tmp_path / "log")
     path = str(tmp_path / "log/samples.jsonl")
     assert evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=path) == lines
@@ -277,7 +277,7 @@ def test_a_samples_file_is_graded_by_id_and_by_place(run: Run, tmp_path: Path, i
 @pytest.mark.parametrize(
     "rows", [[{"id": "3", "response": "a"}], [{"response": "a"}] * 4, [{"id": 1.5, "response": "a"}]]
 )
-def test_an_unknown_id_is_refused(
+def test_w2s_07_an_unknown_id_is_refused(
     run: Run, label_file: str, tmp_path: Path, rows: list[dict[str, object]]
 ) -> None:
     samples_file = write_lines(
@@ -366,7 +366,7 @@ def test_typed_answers_are_compared_by_the_row(tmp_path: Path) -> None:
         grade("OlympiadBench", bad, samples[:2], tmp_path / "samples.jsonl")
 
 
-def test_few_shot_reaches_the_model_and_stops_it(run: Run, label_file: str, tmp_path: Path) -> None:
+def test_w2s_10_few_shot_reaches_the_model_and_stops_it(run: Run, label_file: str, tmp_path: Path) -> None:
     shots = {"prompt": "a{instruction}b", "stop": ["4"], "demonstrations": [{"instruction": "1", "output": "2"}]}
     (tmp_path / "shots.json").write_text(json.dumps(shots))
     lines = evaluate(run, label_file, tmp_path / "plain", prompt_template="a{instruction}b")

@@ -18,7 +18,7 @@ published = SHARED / "weak_to_strong" / "llama2_7b_gsm8k_train_2_results.jsonl"
     ("\\frac12", "\\frac{1}{2}"),
     ("\\boxed{7}", "7"), ("12\\text{ feet}", "12"), ("$3$", "3"), ("-615,000", "-615,000"), ("sqrt3", "sqrt{3}"),
 ])
-def test_normal_form_by_hand(answer: str, normal: str) -> None:
+def test_w2s_06_normal_form_by_hand(answer: str, normal: str) -> None:
     assert minerva_string(answer) == normal
 
 
@@ -29,7 +29,7 @@ def test_normal_form_by_hand(answer: str, normal: str) -> None:
     ("The answer is 1250 dollars", "1250"),
     ("#### 4\nQuestion: another\n#### 9", "4"),
 ])
-def test_extraction_by_hand(response: str, answer: str | None) -> None:
+def test_w2s_06_extraction_by_hand(response: str, answer: str | None) -> None:
     assert extract("weak-to-strong/hashes@1", response).answer == answer
 
 
@@ -38,7 +38,7 @@ def test_the_key_of_math() -> None:
 
 
 @pytest.mark.skipif(not published.is_file(), reason=f"published results are not at {published}")
-def test_all_published_extractions_and_verdicts_are_reproduced() -> None:
+def test_w2s_06_all_published_extractions_and_verdicts_are_reproduced() -> None:
     rows = [json.loads(line) for line in published.read_text(encoding="utf-8").splitlines()]
     answers = [extract("weak-to-strong/hashes@1", row["response"]).answer or "" for row in rows]
     assert len(rows) == 7000 and answers == [row["pred"] for row in rows]

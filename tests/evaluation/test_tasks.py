@@ -24,6 +24,11 @@ def test_only_none_is_not_graded() -> None:
     assert [name for name, task in TASKS.items() if not task.graded] == ["none"]
 
 
+def test_w2s_05_no_stop_cuts_the_mark_of_an_answer() -> None:
+    for task in TASKS.values():
+        assert not any(stop in "#### 5" or stop in "The answer is: 5" for stop in task.stop), task.name
+
+
 def test_a_misspelt_task_is_told_the_near_one() -> None:
     with pytest.raises(UserError, match="no task 'GSM9K'; known tasks: .*; did you mean GSM8K?"):
         find_task("GSM9K")

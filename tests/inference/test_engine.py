@@ -73,7 +73,7 @@ def texts(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, int
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 2, 3, 5, 18])
-def test_samples_do_not_depend_on_batch_size_order_or_slot(
+def test_w2s_15_samples_do_not_depend_on_batch_size_order_or_slot(
     model: Decoder, requests: list[Request], max_batch_size: int
 ) -> None:
     expected = sampled(model, requests)
@@ -91,7 +91,7 @@ def test_sample_is_the_same_without_the_others(model: Decoder, requests: list[Re
     assert texts(sampled(model, requests[6:7])).items() <= texts(sampled(model, requests)).items()
 
 
-def test_samples_differ_by_seed_id_and_sample(model: Decoder) -> None:
+def test_w2s_15_samples_differ_by_seed_id_and_sample(model: Decoder) -> None:
     prompt = [1, 5, 9]
     requests = [Request("a", 0, prompt), Request("a", 1, prompt), Request("b", 0, prompt)]
     first, second = texts(sampled(model, requests)), texts(sampled(model, requests, seed=4))
@@ -163,7 +163,7 @@ LETTERS = Vocabulary((EOS,), decode=read_as_letters)
 
 
 @pytest.mark.parametrize("max_batch_size", [2, 9])
-def test_stop_string_across_tokens_ends_the_response_and_is_left_out(
+def test_w2s_05_stop_string_across_tokens_ends_the_response_and_is_left_out(
     model: Decoder, requests: list[Request], max_batch_size: int
 ) -> None:
     free = sampled(model, requests, vocabulary=LETTERS)
@@ -191,7 +191,7 @@ def test_any_of_several_eos_ids_ends_a_response(model: Decoder, requests: list[R
         assert done.finish == ("stop" if ends else "length")
 
 
-def test_banned_and_padding_ids_are_never_drawn(model: Decoder, requests: list[Request]) -> None:
+def test_scdpo_02_banned_and_padding_ids_are_never_drawn(model: Decoder, requests: list[Request]) -> None:
     free = {token for done in sampled(model, requests).values() for token in done.tokens}
     assert max(free) > 50 and 7 in free
     ban = {7: float("-inf")}
@@ -259,7 +259,7 @@ def test_mode_of_the_model_is_restored_even_when_the_caller_stops_early(
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_ranks_sample_what_one_samples(
+def test_w2s_04_ranks_sample_what_one_samples(
     model: Decoder, folders: dict[int, Path], requests: list[Request], tmp_path: Path, n: int
 ) -> None:
     first, *others = run_ranks(

@@ -34,7 +34,7 @@ def gradients(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 @pytest.mark.parametrize("lay_out", [collate.collate, collate.pack])
-def test_packing_and_chunks_change_nothing(
+def test_scdpo_04_packing_and_chunks_change_nothing(
     model: Decoder, monkeypatch: pytest.MonkeyPatch, rows: int, lay_out: object
 ) -> None:
     expected = gradients(model, collate.collate(SAMPLES))
@@ -85,7 +85,7 @@ def test_packed_scores_and_values_are_those_of_padded_rows(folders: Folders, sco
     assert torch.equal(padded.response_counts(), packed.response_counts())
 
 
-def test_no_position_sees_another_sample(model: Decoder) -> None:
+def test_scdpo_04_no_position_sees_another_sample(model: Decoder) -> None:
     first, second = Encoded([1, 5, 9, 3, 2], 2), Encoded([1, 7, 2], 1)
     for other in (Encoded([1, 60, 2], 1), Encoded([3, 3, 3], 1)):
         together = scoring.response_logprobs(model, *collate.pack([first, other, first]))

@@ -116,7 +116,7 @@ def _rotated(name: str) -> str:
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_merged_and_loaded_adapters_give_the_trained_logits(run: Callable[[int], Run], n: int) -> None:
+def test_w2s_20_merged_and_loaded_adapters_give_the_trained_logits(run: Callable[[int], Run], n: int) -> None:
     for rank in run(n).results:
         assert reference.relative_difference(rank["trained"], rank["base"]) > 0.01
         for way in ("loaded", "merged"):

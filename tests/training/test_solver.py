@@ -7,12 +7,15 @@ import torch
 from torch.testing import assert_close
 
 from src import assemble, plan
+from src.data import collate
 from src.data.batches import Batching
 from src.data.collate import Batch
 from src.data.examples import Chat, Instruction
 from src.errors import UserError
 from src.models.decoder import Decoder
+from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
+from src.training.loop import TrainLoop
 from src.training.solver import SolverData, n_supervised, sft_loss
 from tests.conftest import Folders
 from tests.ranks import run_ranks
@@ -35,7 +38,7 @@ def batching(max_batch_size: int, accumulation_steps: int, seed: int = 1) -> Bat
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_loss_is_the_mean_over_outputs_and_their_eos(
+def test_w2s_03_loss_is_the_mean_over_outputs_and_their_eos(
     model: Decoder, tokenizer: Tokenizer, packing: bool
 ) -> None:
     rows = [Instruction("1+1=", ["2"]), Instruction("a", ["bcd efg"])]
@@ -50,6 +53,22 @@ def test_loss_is_the_mean_over_outputs_and_their_eos(
             count += 1
     assert n_supervised(batches) == count
     assert sft_loss(model, batches[0], count).item() == pytest.approx(expected / count, abs=1e-5)
+
+
+def test_w2s_03_four_rows_are_learnt_by_heart(model: Decoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [Instruction(f"{n}+1=", [f"{n + 1} #### {n + 1}"]) for n in range(4)]
+    data = make_data(rows, tokenizer)
+    encoded = collate.encode_response(tokenizer, rows[0].instruction, rows[0].outputs[0])
+    assert encoded.tokens.count(tokenizer.eos_id) == 1 and encoded.tokens[-1] == tokenizer.eos_id
+    assert encoded.tokens.count(tokenizer.bos_id) == 1
+    assert not any(encoded.supervised[: encoded.response_start])
+    loop = TrainLoop(
+        model, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=60, schedule="constant", warmup_ratio=0.0
+    )
+    for _, _, (batch,) in data.steps(batching(4, 1), packing=False, epochs=60):
+        loop.backward(sft_loss(model, batch, n_supervised([batch])))
+        loss = loop.step().loss
+    assert loss < 0.05
 
 
 def test_prompt_targets_and_padding_do_not_matter(model: Decoder, tokenizer: Tokenizer) -> None:
