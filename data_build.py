@@ -19,6 +19,7 @@ from src.construct.origin import read_origin, same_rules, write_origin
 from src.construct.outcomes import outcome_rows, right_solutions
 from src.construct.pairs import mixed_pairs, pairs_from_samples, preferred_pairs
 from src.construct.problems import without_phrases
+from src.data.collate import STEP_END
 from src.data.examples import Sample, read_instruction_rows, read_pairs, read_samples, read_votes
 from src.errors import UserError
 from src.evaluation.evaluator import Marking, Sampler, claim_samples, grade_samples, sample_prompts
@@ -315,8 +316,8 @@ def branch(
     ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, pairs_a_problem: int = 2,
     attempts: int = 100, temperature: float = 1.1, temperature_rise: float = 0.1, temperature_cap: float = 1.4,
     steps_a_solution: int = 24, characters_a_step: int = 3000, error_phrases: list[str] = [],  # noqa: B006
-    max_new_tokens: int = 512, max_batch_size: int = 64, prompt_template: str = "", seed: int = 1,
-    dry_run: bool = False,
+    step: Literal["paragraph", "line"] = "paragraph", max_new_tokens: int = 512, max_batch_size: int = 64,
+    prompt_template: str = "", seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Step-controlled pairs for preference_train.py: wrong ways on from behind the first steps of a right solution.
 
@@ -335,6 +336,7 @@ def branch(
     steps_a_solution: longer solutions are left out
     characters_a_step: solutions with a longer step are left out
     error_phrases: leave out right solutions that hold one of these, in any case, such as: error apolog
+    step: what a step is: a paragraph, with a blank line behind it, or a line
     max_new_tokens: longest step
     max_batch_size: sequences that decode at once
     prompt_template: text or file with {instruction} where the problem goes, as for solver_evaluate.py
@@ -342,7 +344,9 @@ def branch(
     dry_run: count the branches without sampling
     """
     cli.check_numbers(flags := locals().copy())
-    jobs = steps.branches(read_faultless(samples_file, save_file, error_phrases), pairs_a_problem, seed)
+    step_end = {"paragraph": STEP_END, "line": "\n"}[step]
+    samples = read_faultless(samples_file, save_file, error_phrases)
+    jobs = steps.branches(samples, pairs_a_problem, seed, step_end)
     prompting, benchmark = asked_of(task, prompt_template, samples_file)
     if not jobs:
         raise UserError(f"{samples_file} has no right solution of three steps or more to leave; {SAMPLE_MORE}")
@@ -352,12 +356,12 @@ def branch(
     schedule = Schedule(temperature, temperature_rise, temperature_cap)
     solver = open_solver(ckpt_dir, prompting, max_batch_size, seed)
     facts = schedule._asdict() | {"attempts": attempts, "steps_a_solution": steps_a_solution,
-                                  "max_new_tokens": max_new_tokens, "seed": seed}
+                                  "max_new_tokens": max_new_tokens, "seed": seed, "step": step}
     with Grader(benchmark) as grader:
         sampler = branching_sampler(
             solver, {job.prompt.id: job.prefix for job in jobs}, schedule,
             lambda response, answer: grader.grade_one(response, answer).outcome, attempts=attempts,
-            max_steps=steps_a_solution, max_new_tokens=max_new_tokens, seed=seed)
+            max_steps=steps_a_solution, max_new_tokens=max_new_tokens, seed=seed, step_end=step_end)
         path = draw(sampler, jobs, 1, ckpt_dir, log_dir, flags, facts | prompting.facts())
     if parallel.rank() == 0:
         found = steps.step_controlled_pairs(jobs, read_samples(str(path)), schedule, max_steps=steps_a_solution,

@@ -13,7 +13,8 @@ TASK=${TASK:-toy} TRAIN=${TRAIN:-dataset/toy/train.json} TEST=${TEST:-dataset/to
 WEAK=${WEAK:-$RUN/weak-base} STRONG=${STRONG:-$RUN/strong-base}
 # SHOTS: weak demonstrations in the strong model's prompt. 0: a model as small as the toy's learns nothing from its prompt;
 # it is trained on GLANCE steps of the weak answers instead
-SHOTS=${SHOTS:-0} GLANCE=${GLANCE:-20} ITERATIONS=${ITERATIONS:-1} SAMPLES=${SAMPLES:-8}
+SHOTS=${SHOTS:-0} GLANCE=${GLANCE:-20} ITERATIONS=${ITERATIONS:-1} SAMPLES=${SAMPLES:-8} PAIRS=${PAIRS:-2}
+TEMPERATURE=${TEMPERATURE:-0.7} # of the samples that vote; the paper's is 1.0, at which the toy's solver writes gibberish
 SHARE=${SHARE:-0.6} # of the problems to teach the weak model; it labels the others
 SOLVER_FLAGS=${SOLVER_FLAGS:---max_batch_size 16 --lr 1e-3} WEAK_FLAGS=${WEAK_FLAGS:---max_batch_size 16 --lr 2e-3}
 DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 1e-4 --beta 0.1}
@@ -101,13 +102,13 @@ for seed in $SEEDS; do
 
     stage "samples to vote" "$run/samples/results.json" \
         answer --ckpt_dir "$run/$plus" --label_file "$run/unlabelled.json" --log_dir "$run/samples" \
-        --num_samples "$SAMPLES" --temperature 1.0
+        --num_samples "$SAMPLES" --temperature "$TEMPERATURE"
     stage "votes" "$run/votes.jsonl" \
         python data_build.py vote --samples_file "$run/samples/samples.jsonl" --strong_model "$run/$plus" \
         --save_file "$run/votes.jsonl"
     stage "pairs" "$run/pairs.json" \
         python data_build.py contrast --vote_file "$run/votes.jsonl" --weak_file "$run/weak-answers/samples.jsonl" \
-        --weak_model "$run/weak" --strong_model "$run/$plus" --save_file "$run/pairs.json" --seed "$seed"
+        --weak_model "$run/weak" --strong_model "$run/$plus" --save_file "$run/pairs.json" --pairs_a_problem "$PAIRS" --seed "$seed"
     stage "pro: preferences" "$run/pro/manifest.json" \
         many preference_train.py --ckpt_dir "$run/$plus" --save_dir "$run/pro" --train_file "$run/pairs.json" \
         --seed "$seed" $DPO_FLAGS

@@ -24,23 +24,24 @@ class Begun(NamedTuple):
     sample: Sample
     steps: list[str]  # of the whole solution
     k: int
+    step_end: str  # what parts them
 
     @property
     def prefix(self) -> str:
-        """The given steps as text, a blank line behind each."""
-        return "".join(step + STEP_END for step in self.steps[: self.k])
+        """The given steps as text, what ends a step behind each."""
+        return "".join(step + self.step_end for step in self.steps[: self.k])
 
     @property
     def rest(self) -> str:
         """What the solution itself says behind them."""
-        return STEP_END.join(self.steps[self.k :])
+        return self.step_end.join(self.steps[self.k :])
 
 
-def begun(sample: Sample, k: int) -> Begun:
+def begun(sample: Sample, k: int, step_end: str = STEP_END) -> Begun:
     """A sample's solution up to its k-th step."""
     name = f"{sample.id}/{sample.sample}/{k}"
     prompt = Prompt(name, sample.prompt, str(sample.values.get("label") or ""), None, None)
-    return Begun(prompt, sample, split_steps(sample.response), k)
+    return Begun(prompt, sample, split_steps(sample.response, step_end), k, step_end)
 
 
 class Solver(NamedTuple):
@@ -150,6 +151,7 @@ def branching_sampler(
     max_steps: int,
     max_new_tokens: int,
     seed: int,
+    step_end: str = STEP_END,
 ) -> Sampler:
     """Wrong solutions that begin with the prefix of their id (Lu et al. 2024, Step-Controlled DPO, section 3.2).
 
@@ -166,7 +168,13 @@ def branching_sampler(
                 break
             asked = [Asked(p.id, attempt, p.instruction, prefixes[p.id]) for p, _ in live]
             written = write_steps(
-                solver, asked, schedule, max_steps=max_steps, max_new_tokens=max_new_tokens, seed=seed
+                solver,
+                asked,
+                schedule,
+                max_steps=max_steps,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                step_end=step_end,
             )
             verdicts = _on_rank_0(
                 lambda jobs=live, texts=written: {
@@ -199,6 +207,7 @@ def write_steps(
     max_steps: int,
     max_new_tokens: int,
     seed: int,
+    step_end: str = STEP_END,
 ) -> dict[str, Written]:
     """Go on from every prefix step by step, each step at its own temperature, all texts in step. -> by id."""
     written = {item.id: Written("", 0, 0.0, "") for item in asked}
@@ -206,7 +215,7 @@ def write_steps(
         sampling = Sampling(
             temperature=schedule.at(step),
             max_new_tokens=max_new_tokens,
-            stop=(STEP_END, *solver.prompting.stop),
+            stop=(step_end, *solver.prompting.stop),
             seed=seed,
         )
         # the id counts the step, so that each draws its own random numbers
@@ -218,9 +227,9 @@ def write_steps(
         ]
         for found in continuations(solver, requests, sampling):
             name = going[found.asked.id].id
-            before, more = written[name], found.end == STEP_END
+            before, more = written[name], found.end == step_end
             written[name] = Written(
-                before.text + found.text + (STEP_END if more else ""),
+                before.text + found.text + (step_end if more else ""),
                 before.n_tokens + found.n_tokens,
                 before.logprob + found.logprob,
                 "" if more else found.end,

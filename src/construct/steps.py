@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from src.construct.continuation import Begun, Schedule, begun
 from src.construct.problems import by_problem
-from src.data.collate import split_steps
+from src.data.collate import STEP_END, split_steps
 from src.data.examples import Sample
 from src.errors import UserError
 
@@ -70,15 +70,17 @@ def branch_points(n_steps: int) -> range:
     return range(1, n_steps - 1)
 
 
-def branches(samples: Sequence[Sample], pairs_a_problem: int, seed: int) -> list[Begun]:
+def branches(
+    samples: Sequence[Sample], pairs_a_problem: int, seed: int, step_end: str = STEP_END
+) -> list[Begun]:
     """Where to leave the first right solution of each problem: at most so many points, drawn by the seed."""
     generator = random.Random(seed)
     chosen = []
     for problem in by_problem(samples).values():
         if problem.right:
-            points = branch_points(len(split_steps(problem.right[0].response)))
+            points = branch_points(len(split_steps(problem.right[0].response, step_end)))
             drawn = sorted(generator.sample(points, min(pairs_a_problem, len(points))))
-            chosen += [begun(problem.right[0], k) for k in drawn]
+            chosen += [begun(problem.right[0], k, step_end) for k in drawn]
     if any(not item.prompt.label for item in chosen):
         raise UserError("the samples have no key 'label'; grade the file with solver_evaluate.py")
     return chosen
@@ -105,7 +107,7 @@ def step_controlled_pairs(
         if sample is None:
             counts["never wrong"] += 1
             continue
-        wrong = split_steps(sample.response.removeprefix(job.prefix))
+        wrong = split_steps(sample.response.removeprefix(job.prefix), job.step_end)
         if max(len(job.steps), job.k + len(wrong)) > max_steps:
             counts["with too many steps"] += 1
         elif max(map(len, (*job.steps, *wrong))) > max_step_characters:

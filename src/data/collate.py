@@ -253,9 +253,9 @@ def _message(role: str, content: str) -> dict[str, str]:
 STEP_END = "\n\n"  # between the steps of a solution
 
 
-def split_steps(solution: str) -> list[str]:
-    """The steps of a solution: its paragraphs. At least one."""
-    return [step for step in solution.split(STEP_END) if step.strip()] or [solution]
+def split_steps(solution: str, step_end: str = STEP_END) -> list[str]:
+    """The steps of a solution: its paragraphs, or what else step_end parts. At least one."""
+    return [step for step in solution.split(step_end) if step.strip()] or [solution]
 
 
 def encode_steps(

@@ -159,6 +159,19 @@ def test_scdpo_15_a_branch_shares_the_first_steps_and_is_wrong(folders: Folders,
     assert (tmp_path / "a/samples.jsonl").read_bytes() == again
 
 
+def test_scdpo_25_a_step_may_be_a_line(folders: Folders, tmp_path: Path) -> None:
+    """Solutions of chain-of-thought data have no blank lines; nothing runs in between."""
+    lines = SOLUTION.replace("\n\n", "\n")
+    source = log_dir(tmp_path / "log", [sample(str(n), 0, lines, "right") for n in range(3)])
+    with pytest.raises(UserError, match="no right solution of three steps or more to leave"):
+        branched(folders, source, tmp_path / "none")
+    for row in branched(folders, source, tmp_path / "a", step="line"):
+        assert row["prefix"] == "".join(f"{step}\n" for step in lines.split("\n")[: row["start_steps"]])
+        assert row["prefix"] + row["chosen"] == lines
+        wrong = [step for step in row["rejected"].split("\n") if step.strip()]
+        assert len(wrong) == len(row["temperatures"])
+
+
 def test_scdpo_10_what_never_ends_or_fills_the_context_is_not_wrong(folders: Folders, tmp_path: Path) -> None:
     """A solution whose beginning fills the context is in failures.jsonl and in no other file."""
     long = "\n\n".join(["####" + "1" * 56, "2" * 60, "3" * 60, "#### 4"])

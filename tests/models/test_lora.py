@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from src import assemble
 from src.checkpoint import adapters, storage
 from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.checkpoint.shards import cut_of, join
@@ -20,6 +21,7 @@ from src.models.config import ModelConfig
 from src.models.lora import LoraConfig, check_targets
 from tests import reference
 from tests.checkpoint.weights import CONFIG
+from tests.conftest import Folders
 from tests.ranks import run_ranks, succeed
 
 SIZES = (1, 2, 4)
@@ -121,6 +123,17 @@ def test_w2s_20_merged_and_loaded_adapters_give_the_trained_logits(run: Callable
         assert reference.relative_difference(rank["trained"], rank["base"]) > 0.01
         for way in ("loaded", "merged"):
             assert reference.relative_difference(rank[way], rank["trained"]) < 1e-5
+
+
+def test_w2s_20_parameters_are_as_many_as_the_formula_says(folders: Folders) -> None:
+    model, rank = assemble.load_solver(folders.one), 8
+    names = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
+    assemble.put_lora_on(model, assemble.lora_config(rank, 16.0, 0.0, names), seed=1)
+    config = model.config
+    heads, kv, ffn = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.ffn_dim
+    widths = [heads, kv, kv, heads, ffn, ffn, ffn]  # each linear leads from or to the model's width
+    expected = config.n_layers * sum(rank * (config.dim + width) for width in widths)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -186,6 +186,25 @@ def test_micro_batches_and_packing(
             assert relative_difference(tensor, expected[name]) < 2e-6, (kind, name)
 
 
+@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(4, 4), (4, 2)])
+def test_w2s_18_first_loss_is_ln_2_on_four_ranks(
+    folders: Folders, tmp_path: Path, n: int, tensor_parallel_size: int
+) -> None:
+    cases = [{"max_batch_size": 4, "accumulation_steps": 2, "packing": packing} for packing in (False, True)]
+    for rank in run_ranks(
+        n,
+        "tests.training.workers:preference_cases",
+        tmp_path,
+        tensor_parallel_size,
+        folder=folders.two,
+        log_dir=str(tmp_path / "log"),
+        cases=cases,
+    ):
+        for place in ("0", "1"):
+            assert rank[place]["reports"][0][0].item() == pytest.approx(LN2, abs=1e-6)
+            assert rank[place]["reports"][1][0] < rank[place]["reports"][0][0]
+
+
 @pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (2, 2)])
 def test_w2s_18_ranks(
     folders: Folders, whole: list[dict[str, Tensor]], tmp_path: Path, n: int, tensor_parallel_size: int
