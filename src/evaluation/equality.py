@@ -22,6 +22,7 @@ from src.evaluation.normalize import (
     split_top,
     strip_braces,
 )
+from src.evaluation.polynomial import same_polynomial
 
 MAX_LENGTH = 4000  # longer answers are compared as strings
 MAX_LEAF_LENGTH = 300
@@ -366,10 +367,11 @@ def same_expression(answer: str, label: str, leaf: Leaf) -> bool:
 
 
 def call_leaf(answer: str, label: str, leaf: Leaf) -> bool:
-    """Ask the leaf comparer, unless the answer can only cost time: too long, or towers, sums and factorials that the
-    label does not have."""
+    """Compare term by term where both are sums of simple terms, else ask the leaf comparer, unless the answer can only
+    cost time: too long, or towers, sums and factorials that the label does not have."""
     if max(len(answer), len(label)) > MAX_LEAF_LENGTH or re.search(r"\d_\{", answer + label):
         return False
     if HOPELESS.search(answer) and not HOPELESS.search(label):
         return False
-    return leaf(answer, label)
+    verdict = same_polynomial(answer, label)
+    return leaf(answer, label) if verdict is None else verdict

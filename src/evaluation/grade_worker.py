@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+from functools import lru_cache
 from types import FrameType
 from typing import TextIO
 
@@ -37,6 +38,7 @@ def on_alarm(signum: int, frame: FrameType | None) -> None:
     raise OutOfTime
 
 
+@lru_cache(maxsize=1024)  # samples of one problem share its label; the grammar is most of the time
 def parse_one(text: str) -> sympy.Basic | sympy.MatrixBase | None:
     """One LaTeX expression, None if it does not parse. The LaTeX grammar builds trees; nothing is evaluated as code."""
     found = parse(f"${text}$", LATEX, fallback_mode="no_fallback", parsing_timeout=None)
