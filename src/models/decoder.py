@@ -14,6 +14,7 @@ from src.models.cache import Cache
 from src.models.config import ModelConfig
 from src.models.feedforward import FeedForward, MixtureOfExperts, RMSNorm
 from src.models.layers import ColumnParallelLinear, ParallelEmbedding, VocabParallelEmbedding
+from src.models.linear import linear
 from src.models.rope import rope_frequencies, rope_rotation
 
 
@@ -113,7 +114,7 @@ class Decoder(nn.Module):
         """This rank's vocabulary slice of the logits, padding rows at -inf. hidden [..., D] -> [..., P]."""
         with parallel.autocast():
             if self.config.tied:
-                local = F.linear(parallel.copy_to_tensor_parallel(hidden), self.tok_embeddings.weight)
+                local = linear(parallel.copy_to_tensor_parallel(hidden), self.tok_embeddings.weight)
             else:
                 local = self.output(hidden)
         if self.config.logit_softcap:

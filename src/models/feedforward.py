@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from src.models.config import ModelConfig
 from src.models.layers import ColumnParallelLinear, RowParallelLinear
+from src.models.linear import linear
 from src.parallel import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 
@@ -28,8 +29,8 @@ class FeedForward(nn.Module):
 
     def partial_output(self, x: Tensor) -> Tensor:
         """This rank's summand of the output, for callers that sum over ranks themselves. x [N, D] -> [N, D]."""
-        inner = activate(F.linear(x, self.w1.weight), self.activation) * F.linear(x, self.w3.weight)
-        return F.linear(inner, self.w2.weight)
+        inner = activate(linear(x, self.w1.weight), self.activation) * linear(x, self.w3.weight)
+        return linear(inner, self.w2.weight)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -6,14 +6,15 @@ draw the full weight on every rank.)
 """
 
 import torch
-import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers
 from torch import Tensor, nn
 
 from src.errors import UserError
+from src.models.linear import linear
 from src.parallel import (
     copy_to_tensor_parallel,
     padded_share,
+    reduce_from_tensor_parallel,
     share,
     sum_over_tensor_parallel,
     tensor_parallel_size,
@@ -64,7 +65,7 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., rows of this rank]."""
         bias = None if self.bias is None else self.sum_over_replicas(self.bias)
-        return F.linear(copy_to_tensor_parallel(x), self.sum_over_replicas(self.weight), bias)
+        return linear(copy_to_tensor_parallel(x), self.sum_over_replicas(self.weight), bias)
 
     def sum_over_replicas(self, x: Tensor) -> Tensor:
         """x, its gradient summed over the ranks that hold the same rows. [rows of this rank, ...], unchanged."""
@@ -88,11 +89,7 @@ class RowParallelLinear(layers.RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., columns of this rank] -> [..., out_features], summed over the ranks."""
-        if (
-            tensor_parallel_size() == 1
-        ):  # fairscale's sum, which has nothing to add, would end a compiled graph
-            return F.linear(x, self.weight, self.bias)
-        return super().forward(x)
+        return reduce_from_tensor_parallel(linear(x, self.weight))
 
 
 def _lookup_settings(module: nn.Module, num_embeddings: int, embedding_dim: int) -> None:

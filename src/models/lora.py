@@ -18,6 +18,7 @@ from src import parallel
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.layers import ColumnParallelLinear, RowParallelLinear
+from src.models.linear import linear
 from src.models.quantize import QuantizedLinear
 
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
@@ -80,7 +81,7 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.save_for_backward(x, lora_a, lora_b, kept, low)
         ctx.base, ctx.scale = base, scale
         bias = None if base.bias is None else base.bias.type_as(x)
-        return F.linear(x, base.weight.type_as(x), bias).addmm_(low, lora_b.type_as(x).T)
+        return linear(x, base.weight.type_as(x), bias).addmm_(low, lora_b.type_as(x).T)
 
     @staticmethod
     def backward(

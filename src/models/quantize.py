@@ -19,6 +19,7 @@ from src.models.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from src.models.linear import linear
 
 
 class Precision(NamedTuple):
@@ -106,7 +107,7 @@ class QuantizedLinear(nn.Module):
         """What the layer it stands for returns: x [..., in] -> [..., out], both as this rank has them."""
         if self.columns is None:
             x = parallel.copy_to_tensor_parallel(x)
-        y = _FrozenProduct.apply(x, self.matrix) if x.requires_grad else F.linear(x, self.matrix.dense())
+        y = _FrozenProduct.apply(x, self.matrix) if x.requires_grad else linear(x, self.matrix.dense())
         if self.columns is not None:
             y = parallel.reduce_from_tensor_parallel(y)
         return y if self.bias is None else y + self.bias
