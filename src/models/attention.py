@@ -170,6 +170,9 @@ class Attention(nn.Module):
 
 def _attend_to_groups(queries: Tensor, groups: list[Group], scores: Scores) -> Tensor:
     """attend(), each group of rows to what the cache holds of it. [B, H, S, E] -> [B, H, S, E]."""
-    return torch.cat(
-        [attend(queries[group.rows], group.keys, group.values, group.visible, scores) for group in groups]
-    )
+    B, H, S, E = queries.shape
+    if S == 1 and groups[0].visible is not None:
+        # the query heads that share a key head become positions of it: its keys and values are read once for all
+        queries = queries.reshape(B, groups[0].keys.shape[1], -1, E)
+    parts = [attend(queries[group.rows], group.keys, group.values, group.visible, scores) for group in groups]
+    return torch.cat(parts).view(B, H, S, E)

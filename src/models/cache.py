@@ -66,15 +66,15 @@ class _Bucket:
         if needed > had:
             kv_heads, _, head_dim = like.shape
             room = max(
-                needed, had * 3 // 2
-            )  # grown by half at least: a row is copied a few times, not every time
+                needed, had * 5 // 4
+            )  # grown by a quarter: a row is copied a few times, not every time
             store = like.new_zeros(2, n_layers, room, kv_heads, self.capacity, head_dim)
             if self.store is not None:
                 store[:, :, : len(self.slots)] = self.store[:, :, : len(self.slots)]
             self.store = store
 
     def remove(self, slot: int) -> None:
-        """Drop a row; the last one takes its place. A bucket that is mostly empty gives its memory back."""
+        """Drop a row; the last one takes its place. A bucket that is a quarter empty gives its memory back."""
         index, last = self.slots.index(slot), len(self.slots) - 1
         if index != last:
             self.store[:, :, index] = self.store[:, :, last]
@@ -82,15 +82,15 @@ class _Bucket:
         self.slots.pop()
         if not self.slots:
             self.store = None
-        elif len(self.slots) * 4 <= self.store.shape[2]:
-            self.store = self.store[:, :, : 2 * len(self.slots)].clone()
+        elif len(self.slots) * 4 <= 3 * self.store.shape[2]:
+            self.store = self.store[:, :, : len(self.slots)].clone()
 
 
 class KVCache:
     """The cache of continuous batching: a fixed number of slots, each empty or holding one sequence.
 
-    Rows live in buckets of like length - up to 64 positions, 128, 256, ... - and move to the next when they
-    outgrow theirs, so memory and reading follow what is used. slots() tells the order of the rows in the batch.
+    Rows live in buckets of like length - up to 64 positions, 96, 128, 192, 256, ... - and move to the next when
+    they outgrow theirs, so memory and reading follow what is used. slots() tells the order of the rows in the batch.
     """
 
     SMALLEST = 64  # positions; below it moving rows costs more than it saves
@@ -166,7 +166,8 @@ class KVCache:
 
     def _bucket_of(self, length: int) -> _Bucket:
         """The bucket for rows of this many positions, made if there is none."""
-        capacity = max(self.SMALLEST, 1 << (length - 1).bit_length())
+        power = max(self.SMALLEST, 1 << (length - 1).bit_length())
+        capacity = power * 3 // 4 if self.SMALLEST < length <= power * 3 // 4 else power
         for bucket in self._buckets:
             if bucket.capacity == capacity:
                 return bucket

@@ -73,7 +73,10 @@ def test_memory_follows_what_is_used() -> None:
     assert cache.n_bytes() == 64 * ROW_BYTES
     cache.admit([7], prompt(2, 200))
     assert cache.n_bytes() == (64 + 256) * ROW_BYTES
+    cache.admit([8], prompt(3, 130))
+    assert cache.n_bytes() == (64 + 192 + 256) * ROW_BYTES
     cache.release(3)
+    cache.release(8)
     assert cache.n_bytes() == 256 * ROW_BYTES
     cache.release(7)
     assert cache.n_bytes() == 0
@@ -97,3 +100,12 @@ def test_prompt_cache_keeps_rows_without_their_padding() -> None:
     (first, second) = cache.row(1, 3)
     assert torch.equal(first[0], keys[1, :, :3]) and torch.equal(second[0], keys[1, :, :3] + 1)
     assert torch.equal(second[1], -keys[1, :, :3])
+
+
+def test_a_bucket_shrinks_with_its_rows() -> None:
+    cache = KVCache(20, CPU)
+    for slot in range(20):
+        cache.admit([slot], prompt(slot, 10))
+    for slot in range(20):
+        cache.release(slot)
+        assert 3 * cache.n_bytes() <= 4 * 64 * ROW_BYTES * (19 - slot)
