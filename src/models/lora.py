@@ -141,13 +141,13 @@ class LoraLinear(nn.Module):
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the one that its adapters were put on."""
     linears = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    for linear in linears:
-        linear.adapted = False
+    for layer in linears:
+        layer.adapted = False
     try:
         yield
     finally:
-        for linear in linears:
-            linear.adapted = True
+        for layer in linears:
+            layer.adapted = True
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
