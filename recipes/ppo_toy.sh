@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# What reinforcement learning is worth on the bundled toy: SFT, then PPO against the grader, an outcome verifier and a
+# process verifier, and GRPO; and what a deliberately bad verifier does, which the health panel must notice.
+# Usage: bash recipes/ppo_toy.sh [--fresh]     results in runs/ppo_toy; finished stages are kept unless --fresh,
+# and a run that was stopped goes on from its last checkpoint. SEEDS="1 2 3" and JOBS=2 runs at once by default.
+source "$(dirname "$0")/environment.sh" requirements.txt
+source recipes/stages.sh
+
+export TOY=dataset/toy RUN=${RUN:-runs/ppo_toy} SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-2}
+sample() { python solver_evaluate.py --task toy --max_batch_size 512 --max_new_tokens 96 "$@"; }
+
+# learn SEED NAME FLAG...: a policy from this seed's solver, and its accuracy
+learn() {
+    local seed=$1 name=$2 dir=$RUN/seed-$1
+    shift 2
+    stage "seed $seed: $name" "$dir/$name/actor/manifest.json" \
+        python ppo_train.py --actor_ckpt_dir "$dir/sft" --actor_save_dir "$dir/$name/actor" --task toy \
+        --train_file "$RUN/train.json" --eval_file "$RUN/held.json" --eval_every 4 --max_batch_size 64 \
+        --rollout_batch_size 256 --max_new_tokens 96 --epochs 2 --lr 3e-4 --kl_coef 0.01 --save_every 4 --resume auto \
+        --seed "$seed" "$@"
+    stage "seed $seed: evaluate $name" "$dir/$name-test/results.json" \
+        sample --ckpt_dir "$dir/$name/actor" --label_file $TOY/test.json --log_dir "$dir/$name-test"
+}
+
+# critic SEED NAME: the flags of PPO with a critic that starts from the solver
+critic() {
+    echo "--critic_ckpt_dir $RUN/seed-$1/sft --critic_save_dir $RUN/seed-$1/$2/critic --critic_lr 1e-3 --gae_lambda 0.95" \
+        "--critic_warmup 2"
+}
+
+# judged SEED NAME VERIFIER: the flags of PPO against a verifier; the grader only looks on
+judged() {
+    echo "$(critic "$1" "$2") --reward verifier,rule --reward_weights 1,0 --reward_model_ckpt_dir $3 --format_penalty 1"
+}
+
+# All stages of one seed.
+run_seed() {
+    local seed=$1 dir=$RUN/seed-$1
+    stage "seed $seed: fine-tune a solver on 200 demonstrations" "$dir/sft/manifest.json" \
+        python solver_train.py --ckpt_dir "$RUN/base" --save_dir "$dir/sft" --train_file $TOY/demonstrations.json \
+        --max_batch_size 16 --lr 1e-3 --epochs 4 --seed "$seed"
+    stage "seed $seed: evaluate it" "$dir/sft-test/results.json" \
+        sample --ckpt_dir "$dir/sft" --label_file $TOY/test.json --log_dir "$dir/sft-test"
+    stage "seed $seed: eight samples of 800 training problems" "$dir/samples/results.json" \
+        sample --ckpt_dir "$dir/sft" --label_file "$RUN/train.json" --limit 800 --log_dir "$dir/samples" \
+        --num_samples 8 --temperature 1.0 --seed "$seed"
+    stage "seed $seed: their outcomes" "$dir/outcome.json" \
+        python data_build.py outcome --samples_file "$dir/samples/samples.jsonl" --save_file "$dir/outcome.json"
+    stage "seed $seed: train an outcome verifier" "$dir/outcome/manifest.json" \
+        python verifier_train.py --objective outcome --ckpt_dir "$RUN/base" --save_dir "$dir/outcome" \
+        --train_file "$dir/outcome.json" --max_batch_size 32 --packing --lr 6e-4 --epochs 3 --seed "$seed"
+    stage "seed $seed: train a process verifier on 1000 solutions with judged steps" "$dir/process/manifest.json" \
+        python verifier_train.py --objective process --ckpt_dir "$RUN/base" --save_dir "$dir/process" \
+        --train_file $TOY/steps.json --max_batch_size 32 --packing --lr 6e-4 --epochs 6 --seed "$seed"
+    learn "$seed" ppo-rule --reward rule --max_buffer_size 256 --max_steps 16 $(critic "$seed" ppo-rule)
+    learn "$seed" ppo-outcome --max_buffer_size 256 --max_steps 16 $(judged "$seed" ppo-outcome "$dir/outcome")
+    learn "$seed" ppo-process --max_buffer_size 256 --max_steps 16 $(judged "$seed" ppo-process "$dir/process")
+    learn "$seed" grpo --reward rule --advantage grpo --group_size 8 --max_buffer_size 256 --max_steps 16
+    [ "$seed" = "${SEEDS%% *}" ] || return 0
+    stage "the same outcomes with right and wrong exchanged" "$dir/inverted.json" \
+        python recipes/invert_outcomes.py --train_file "$dir/outcome.json" --save_file "$dir/inverted.json"
+    stage "train a bad verifier on them" "$dir/inverted/manifest.json" \
+        python verifier_train.py --objective outcome --ckpt_dir "$RUN/base" --save_dir "$dir/inverted" \
+        --train_file "$dir/inverted.json" --max_batch_size 32 --packing --lr 6e-4 --epochs 3 --seed "$seed"
+    learn "$seed" ppo-bad --max_buffer_size 128 --max_steps 24 $(judged "$seed" ppo-bad "$dir/inverted")
+}
+
+if [ "${1:-}" = "--seed" ]; then
+    run_seed "$2"
+    exit
+fi
+[ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
+mkdir -p "$RUN"
+stage "the base checkpoint" "$RUN/base/manifest.json" \
+    python checkpoint_split.py --ckpt_file $TOY/base --save_path "$RUN/base" --n 1
+stage "hold problems back" "$RUN/held.json" \
+    python data_build.py split --train_file $TOY/train.json --first_file "$RUN/train.json" --second_file "$RUN/held.json" \
+    --share 0.95
+echo $SEEDS | xargs -n 1 -P "$JOBS" bash "$0" --seed
+python recipes/ppo_toy_table.py --run_dir "$RUN" --seeds "${SEEDS// /,}"

@@ -1,0 +1,88 @@
+"""The closing table of ppo_toy.sh: what each way of reinforcement learning was worth, and who noticed a bad verifier.
+
+python recipes/ppo_toy_table.py --run_dir runs/ppo_toy --seeds 1,2,3
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # a script's own folder is on the path, the repository is not
+
+from recipes.seeds_table import Floats, outcomes, resampled  # noqa: E402
+from src import cli, plot, runlog  # noqa: E402
+from src.training.health import WINDOW, hacked  # noqa: E402
+
+ARMS = {
+    "ppo-rule": "PPO, grader",
+    "ppo-outcome": "PPO, outcome verifier",
+    "ppo-process": "PPO, process verifier",
+    "grpo": "GRPO, grader",
+    "ppo-bad": "PPO, inverted verifier",
+}
+BAD = "ppo-bad"
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def gain(before: Floats, after: Floats) -> tuple[float, float, float]:
+    """By how much accuracy rose, and the 95% interval of it over draws of seeds and problems. [seeds, problems]."""
+    draws = resampled({"before": before, "after": after})
+    low, high = np.quantile(draws["after"] - draws["before"], (0.025, 0.975))
+    return float((after - before).mean()), float(low), float(high)
+
+
+def alarm(rows: list[dict[str, float]]) -> int | None:
+    """The buffer at which the panel says that the policy has found the verifier's weakness."""
+    pairs = [(row["reward_verifier"], row["graded_right"]) for row in rows if "reward_verifier" in row]
+    ends = range(WINDOW, len(pairs) + 1)
+    return next((end for end in ends if hacked(pairs[end - WINDOW : end])), None)
+
+
+def main(run_dir: str, seeds: list[int]) -> None:
+    """Print the table and draw the curves.
+
+    run_dir: directory of ppo_toy.sh
+    seeds: the seeds that it ran; the first one met the bad verifier
+    """
+    folders = [Path(run_dir) / f"seed-{seed}" for seed in seeds]
+    before = outcomes(Path(run_dir), "sft")
+    lines = [
+        f"{f'{before.shape[1]} test problems, seeds {seeds}':32}accuracy   gain over SFT, 95% interval",
+        f"{'SFT':32}{before.mean():8.1%}",
+    ]
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {"held-out accuracy": {}, "reward": {}}
+    for arm, name in ARMS.items():
+        ran = folders[:1] if arm == BAD else folders
+        if not all((folder / f"{arm}-test" / "results.json").exists() for folder in ran):
+            lines.append(f"{name:32}not finished")
+            continue
+        after = outcomes(Path(run_dir), arm)
+        rise, low, high = gain(before[: len(ran)], after)
+        beyond = "beyond it" if low > 0 else "below it" if high < 0 else "within it"
+        lines.append(f"{name:32}{after.mean():8.1%}   {rise:+.1%} [{low:+.1%}, {high:+.1%}] {beyond}")
+        logs = [metrics(folder / arm / "actor") for folder in ran]
+        for seed, rows in zip(seeds, logs, strict=False):
+            label = f"{name}, seed {seed}"
+            curves["held-out accuracy"][label] = [
+                (row["step"], row["eval_accuracy"]) for row in rows if "eval_accuracy" in row
+            ]
+            curves["reward"][label] = [(row["step"], row["reward"]) for row in rows]
+        found = [alarm(rows) for rows in logs]
+        if "verifier" in name:
+            said = [f"at buffer {buffer}" for buffer in found if buffer]
+            lines.append(f"{'':32}alarm for a hacked verifier: {', '.join(said) or 'none'}")
+    picture = Path(run_dir) / "curves.png"
+    plot.plot_curves(curves, "buffer", picture)
+    runlog.table("\n".join([*lines, f"curves in {picture}"]))
+
+
+if __name__ == "__main__":
+    cli.run(main)
