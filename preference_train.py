@@ -29,7 +29,8 @@ def main(
     reference_ckpt_dir: str = "", reference_file: str = "", model_type: str = "", tokenizer_file: str = "",
     max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right", "keep_end"] = "drop",
     max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = True, epochs: int = 1, max_steps: int = -1,
-    lr: float = 5e-7, schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.1,
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw", lr: float = 5e-7,
+    schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.1,
     min_lr_ratio: float = 0.1, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
     activation_checkpointing: Literal["none", "selective", "full"] = "none", tensor_parallel_size: int = -1,
     lora_rank: int = -1, lora_alpha: float = 16.0, lora_dropout: float = 0.0,
@@ -67,6 +68,7 @@ def main(
         the update is the same. On a GPU false may be faster for many short pairs: attention takes them in turn
     epochs: passes over the training file
     max_steps: stop after so many optimizer steps; -1 = after all epochs
+    optimizer: AdamW with its moments in float32, or in 8 bits (torchao), a quarter of their memory
     lr: peak learning rate of AdamW
     schedule: how the rate falls after it has risen
     warmup_ratio: share of all steps in which the rate rises
@@ -128,7 +130,7 @@ def main(
     assemble.put_lora_on(model, lora, seed)
     loop = TrainLoop(model, log, lr=lr, total_steps=total_steps, schedule=schedule, warmup_ratio=warmup_ratio,
                      min_lr_ratio=min_lr_ratio, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed,
-                     activation_checkpointing=activation_checkpointing)
+                     activation_checkpointing=activation_checkpointing, optimizer=optimizer)
     saver = Saver(
         log, [Trained(save_dir, loop, lambda folder, state: assemble.begin_save(
             model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state, background_save))],

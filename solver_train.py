@@ -23,7 +23,8 @@ def main(
     loss_on: Literal["assistant_no_execution", "assistant", "all"] = "assistant_no_execution",
     max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right"] = "drop",
     max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = False, epochs: int = 1, max_steps: int = -1,
-    lr: float = 1e-5, schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.03,
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw", lr: float = 1e-5,
+    schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.03,
     min_lr_ratio: float = 0.1, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
     activation_checkpointing: Literal["none", "selective", "full"] = "none", tensor_parallel_size: int = -1,
     lora_rank: int = -1, lora_alpha: float = 16.0, lora_dropout: float = 0.0,
@@ -55,6 +56,7 @@ def main(
     packing: lay the rows of a forward pass end to end instead of padding them; the update is the same
     epochs: passes over the training file
     max_steps: stop after so many optimizer steps; -1 = after all epochs
+    optimizer: AdamW with its moments in float32, or in 8 bits (torchao), a quarter of their memory
     lr: peak learning rate of AdamW
     schedule: how the rate falls after it has risen
     warmup_ratio: share of all steps in which the rate rises
@@ -108,7 +110,7 @@ def main(
     log.logger.info("first example: %s", plan.masked_text(data.rows[0][0], tokenizer))
     loop = TrainLoop(model, log, lr=lr, total_steps=total_steps, schedule=schedule, warmup_ratio=warmup_ratio,
                      min_lr_ratio=min_lr_ratio, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed,
-                     activation_checkpointing=activation_checkpointing)
+                     activation_checkpointing=activation_checkpointing, optimizer=optimizer)
     saver = Saver(
         log, [Trained(save_dir, loop, lambda folder, state: assemble.begin_save(
             model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state, background_save))],

@@ -278,6 +278,14 @@ def part_like(x: Tensor, like: Tensor) -> Tensor:
     return x.clone()
 
 
+def as_part(x: Tensor, like: Tensor) -> Tensor:
+    """This data-parallel rank's part x, known to be one of a tensor laid out as `like` is; nothing is copied."""
+    if isinstance(like, DTensor):
+        place = {"device_mesh": like.device_mesh, "placements": like.placements}
+        return DTensor.from_local(x, **place, run_check=False, shape=like.shape, stride=like.stride())
+    return x
+
+
 def broadcast_from_first(x: Tensor) -> Tensor:
     """Give every tensor-parallel rank the first one's values, in place. Returns x."""
     if tensor_parallel_size() > 1:

@@ -21,6 +21,7 @@ from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.training import watchdog
+from src.training.optimizers import AdamW, Deferred, OptimizerName
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row after which training cannot be saved
 
@@ -57,6 +58,7 @@ class TrainLoop:
         adam_eps: float = 1e-8,
         max_grad_norm: float = 1.0,
         activation_checkpointing: Checkpointing = "none",
+        optimizer: OptimizerName = "adamw",
         seed: int = 1,
     ) -> None:
         self.model, self.log, self.seed = model, log, seed
@@ -72,13 +74,11 @@ class TrainLoop:
         self._copies = [shards.copies(shards.cut_of(name, model.config, n), rank) for name in self._trainable]
         matrices = [p for p in self._trainable.values() if p.dim() > 1]
         vectors = [p for p in self._trainable.values() if p.dim() <= 1]  # norms are not decayed
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=lr,
-            betas=(0.9, 0.95),
-            eps=adam_eps,
-            fused=True,
-        )
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], lr)
         self._watchdog = watchdog.of_process()
         self._seed_step()
 
@@ -97,9 +97,7 @@ class TrainLoop:
         if math.isfinite(grad_norm) and math.isfinite(loss):
             self._bad_steps = 0
             self._scale_gradients(grad_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+            self.optimizer.step(lr)
             self._updates += 1
         else:
             self._bad_steps += 1
@@ -109,7 +107,7 @@ class TrainLoop:
                     f"{MAX_BAD_STEPS} steps in a row had a non-finite loss or gradient; "
                     f"lower the learning rate or look for broken rows in the data"
                 )
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self._loss.zero_()
         self.steps += 1
         self._watchdog.step = self.steps
@@ -144,23 +142,21 @@ class TrainLoop:
         parallel.seed_all(random.Random(place).getrandbits(63))
 
     def moments(self) -> Iterator[Tensor]:
-        """The optimizer's tensors of the weights' shapes, which exist from the first step on."""
-        for state in self.optimizer.state.values():
-            yield from (state[moment] for moment in MOMENTS)
+        """The optimizer's tensors, which exist from the first step on."""
+        return self.optimizer.held()
 
     def state(self) -> LoopState:
-        """What a checkpoint must hold beside the weights; nothing is copied. Tensors are parts of this rank.
+        """What a checkpoint must hold beside the weights. Tensors are parts of this rank, made as they are asked for.
 
         Random states are not among it: they follow from the seed and the step.
         """
-        tensors: dict[str, Tensor] = {}
+        makers: dict[str, Callable[[], Tensor]] = {}
         for name, parameter in self._trainable.items():
-            moments = self.optimizer.state.get(parameter)  # none before the first update
             for moment in MOMENTS:
-                tensors[f"{name}/{moment}"] = moments[moment] if moments else torch.zeros_like(parameter)
-            tensors[f"{name}/{MASTER}"] = parameter
+                makers[f"{name}/{moment}"] = functools.partial(self.optimizer.moment, parameter, moment)
+            makers[f"{name}/{MASTER}"] = functools.partial(torch.Tensor.detach, parameter)
         counts = {"steps": self.steps, "updates": self._updates, "bad_steps": self._bad_steps}
-        return LoopState(tensors, counts)
+        return LoopState(Deferred(makers), counts)
 
     def load(self, counts: dict[str, int], read: Callable[[str], Tensor]) -> None:
         """Take up a state that state() gave. read(name): a tensor of this tensor-parallel rank, whole over dp ranks."""
@@ -171,11 +167,10 @@ class TrainLoop:
                     parallel.local(parallel.part_like(read(f"{name}/{MASTER}"), parameter))
                 )
             if self._updates:
-                updates = torch.tensor(float(self._updates), device=parameter.device)
                 moments = {
                     moment: parallel.part_like(read(f"{name}/{moment}"), parameter) for moment in MOMENTS
                 }
-                self.optimizer.state[parameter] = {"step": updates, **moments}
+                self.optimizer.load(parameter, self._updates, moments)
         self._watchdog.step = self.steps
         self._seed_step()
 

@@ -267,7 +267,13 @@ def ppo_buffers(
 
 
 def resumed_epochs(
-    folder: str, save_dir: str, first: int, last: int, lora_rank: int = -1, background: bool = False
+    folder: str,
+    save_dir: str,
+    first: int,
+    last: int,
+    lora_rank: int = -1,
+    background: bool = False,
+    optimizer: str = "adamw",
 ) -> dict[str, Tensor]:
     """Steps `first` + 1 .. `last` of a run of 8 on INSTRUCTIONS, saved after each; losses and every rank's weights."""
     model = assemble.load_solver(folder, dtype=torch.float32)
@@ -283,7 +289,7 @@ def resumed_epochs(
         ranks=ranks,
     )
     log = RunLog(save_dir, {})
-    loop = TrainLoop(model, log, lr=1e-3, total_steps=8, weight_decay=0.1)
+    loop = TrainLoop(model, log, lr=1e-3, total_steps=8, weight_decay=0.1, optimizer=optimizer)
     trained = Trained(
         save_dir,
         loop,

@@ -1,0 +1,146 @@
+"""AdamW (Loshchilov and Hutter 2019) with its moments in float32 or in 8 bits, behind one interface.
+
+The 8-bit moments are torchao's, in blocks of 256 values that share a scale (Dettmers et al. 2022); tensors of fewer
+than 4096 values keep float32 ones. What goes to disk is float32 either way, so a run may be resumed on any ranks and
+with either of the two; with the same one on as many ranks, bit for bit.
+"""
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from src import parallel
+from src.checkpoint.training_state import MOMENTS
+from src.errors import UserError
+
+if TYPE_CHECKING:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+OptimizerName = Literal["adamw", "adamw_8bit"]
+BETAS = (0.9, 0.95)
+
+
+class Deferred(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for and not kept."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+class AdamW:
+    """AdamW over groups of parameters; its moments are read and set as float32 tensors, whatever they are held in."""
+
+    def __init__(self, name: OptimizerName, groups: Sequence[Mapping[str, object]], lr: float) -> None:
+        """groups: parameters with their weight_decay, as torch's optimizers take them. Raises UserError."""
+        if name == "adamw":
+            self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+        else:
+            check_available(name)
+            # it reports libraries for other devices that it cannot load
+            logging.getLogger("torchao").setLevel(logging.ERROR)
+            from torchao.optim import AdamW8bit
+
+            self._optimizer = AdamW8bit(groups, lr=lr, betas=BETAS)
+        self._in_8_bits = name == "adamw_8bit"
+
+    def step(self, lr: float) -> None:
+        """One update from the gradients at this learning rate."""
+        for group in self._optimizer.param_groups:
+            if self._in_8_bits:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        # torchao compiles its arithmetic; on a CPU that would need a C++ compiler and seconds a shape
+        eager = self._in_8_bits and parallel.device().type == "cpu"
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            self._optimizer.step()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last update."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """One of MOMENTS, float32, laid out as its parameter; zero before the first update."""
+        state = self._optimizer.state.get(parameter)
+        if not state:
+            return torch.zeros_like(parameter)
+        held = parallel.local(state[name])
+        return parallel.as_part(held.dequantize(), parameter) if _has_codes(held) else state[name]
+
+    def load(self, parameter: nn.Parameter, updates: int, moments: Mapping[str, Tensor]) -> None:
+        """Take up a parameter's MOMENTS, float32 and laid out as it is, after so many updates."""
+        step = torch.tensor(float(updates), device="cpu" if self._in_8_bits else parameter.device)
+        held = dict(moments)
+        if self._in_8_bits:
+            for name in MOMENTS:
+                held[name] = self._optimizer._new_buffer(parameter, signed=name == "exp_avg")
+                local = parallel.local(held[name])
+                if _has_codes(local):
+                    encode(local, parallel.local(moments[name]))
+                else:
+                    local.copy_(parallel.local(moments[name]))
+        self._optimizer.state[parameter] = {"step": step, **held}
+
+    def held(self) -> Iterator[Tensor]:
+        """What the moments lie in on this rank: they themselves, or their codes and scales."""
+        for state in self._optimizer.state.values():
+            for name in MOMENTS:
+                held = parallel.local(state[name])
+                yield from (held.codes, held.scale) if _has_codes(held) else (held,)
+
+
+def check_available(name: OptimizerName) -> None:
+    """Raise UserError for an optimizer whose library is not installed."""
+    if name == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            "--optimizer adamw_8bit needs the package torchao, which is not installed; "
+            "pip install torchao==0.18.0, or leave --optimizer at adamw"
+        )
+
+
+def _has_codes(x: Tensor) -> bool:
+    """Whether this is one of torchao's 8-bit tensors."""
+    return type(x) is not Tensor and type(x).__name__ == "OptimState8bit"
+
+
+@torch.no_grad()
+def encode(held: "OptimState8bit", values: Tensor) -> None:
+    """Put float32 values into an 8-bit tensor; if they came out of one of the same blocks, none of them changes.
+
+    A block's scale is its largest size: what has that size gets the code of 1. But the code of -1 stands for -0.993, so
+    where the largest was negative the scale was larger than what came out, and is looked for among the numbers nearby.
+    """
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap
+
+    held.copy_(values)
+    blocks = values.reshape(-1, held.block_size)
+    codes = held.codes.view(blocks.shape)
+    lowest = held.qmap[0].abs()
+    if not lowest:  # the second moment is not negative
+        return
+    for ulps in (0, 1, -1, 2, -2):
+        changed = (held.dequantize().view(blocks.shape) != blocks).any(1)
+        scale = (blocks[changed].abs().amax(1) / lowest).view(torch.int32).add(ulps).view(torch.float32)
+        found = quantize_8bit_with_qmap(blocks[changed] / scale[:, None], held.qmap)
+        same = (held.qmap[found.int()] * scale[:, None] == blocks[changed]).all(1)
+        places = changed.nonzero()[:, 0][same]
+        codes[places], held.scale[places] = found[same], scale[same]
