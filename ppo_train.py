@@ -53,7 +53,8 @@ def main(
     background_save: bool = False,
     resume: Literal["none", "auto"] = "none",
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", quantize: Literal["", "int8", "int4"] = "",
-    share_base: bool = False, phases: bool = False, seed: int = 1, dry_run: bool = False,
+    share_base: bool = False, phases: bool = False, seed: int = 1, wandb: str = "",
+    dry_run: bool = False,
 ) -> None:
     """Reinforcement learning; rewards at the ends of responses or of their steps, KL per token.
 
@@ -145,6 +146,8 @@ def main(
     phases: hold each model, and its optimizer's state, only while a phase uses it; the rest waits in CPU memory, on a
         CPU in files; the results are the same
     seed: seed of prompt order, sampling and adapter initialisation
+    wandb: PROJECT or PROJECT/NAME to show the metrics under in Weights & Biases; WANDB_MODE=offline keeps them in the
+        run's directory
     dry_run: print the plan - buffers, memory of each rank for each model - and stop
     """
     flags = locals().copy()
@@ -175,7 +178,7 @@ def main(
     parallel.start(seed, assemble.tensor_parallel_size(actor_ckpt_dir, tensor_parallel_size))
     for save_dir in filter(None, (actor_save_dir, critic_save_dir)):
         assemble.check_save_dir(save_dir, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
-    log = RunLog(log_dir or actor_save_dir, flags)
+    log = RunLog(log_dir or actor_save_dir, flags, wandb=wandb)
     arrangement = Arrangement(Path(log_dir or actor_save_dir) / ".waiting" if phases else None)
 
     if share_base and parallel.data_parallel_size() > 1:

@@ -32,7 +32,8 @@ def main(
     quantize: Literal["", "bfloat16", "int8", "int4"] = "",
     eval_every: int = -1, save_every: int = -1, keep_last: int = 1, background_save: bool = False,
     resume: Literal["none", "auto"] = "none",
-    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, dry_run: bool = False,
+    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, wandb: str = "",
+    dry_run: bool = False,
 ) -> None:
     """Supervised fine-tuning; the loss is on outputs and their EOS only.
 
@@ -80,6 +81,8 @@ def main(
     resume: auto = go on from the newest complete one in save_dir, if there is one
     save_dtype: type of the stored weights; default: as in ckpt_dir (adapters: float32)
     seed: seed of data order and adapter initialisation
+    wandb: PROJECT or PROJECT/NAME to show the metrics under in Weights & Biases; WANDB_MODE=offline keeps them in the
+        run's directory
     dry_run: print the plan - steps, memory of each rank, disk, an example with its loss in brackets - and stop
     """
     flags = locals().copy()
@@ -105,7 +108,7 @@ def main(
     model = assemble.load_solver(ckpt_dir, dtype=None if quantize else torch.float32, quantize=quantize)
     assemble.set_chat_template(model, tokenizer)
     assemble.put_lora_on(model, lora, seed)
-    log = RunLog(save_dir, flags)
+    log = RunLog(save_dir, flags, wandb=wandb)
     log.logger.info("%s", data.report)
     log.logger.info("first example: %s", plan.masked_text(data.rows[0][0], tokenizer))
     loop = TrainLoop(model, log, lr=lr, total_steps=total_steps, schedule=schedule, warmup_ratio=warmup_ratio,

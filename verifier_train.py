@@ -33,7 +33,8 @@ def main(
     lora_targets: list[str] = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"],  # noqa: B006 (shown by --help, never changed)
     eval_every: int = -1, save_every: int = -1, keep_last: int = 1, background_save: bool = False,
     resume: Literal["none", "auto"] = "none",
-    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, dry_run: bool = False,
+    save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", seed: int = 1, wandb: str = "",
+    dry_run: bool = False,
 ) -> None:
     """Reward-model training on a value head.
 
@@ -82,6 +83,8 @@ def main(
     resume: auto = go on from the newest complete one in save_dir, if there is one
     save_dtype: type of the stored weights; default: as in ckpt_dir (adapters: float32)
     seed: seed of data order and adapter initialisation
+    wandb: PROJECT or PROJECT/NAME to show the metrics under in Weights & Biases; WANDB_MODE=offline keeps them in the
+        run's directory
     dry_run: print the plan - steps, memory of each rank, disk, an example with its loss in brackets - and stop
     """
     flags = locals().copy()
@@ -110,7 +113,7 @@ def main(
     score = {"pairwise": score, "outcome": "last", "process": "steps"}[objective]
     assemble.set_score(model, objective=objective, score=score)
     assemble.put_lora_on(model, lora, seed)
-    log = RunLog(save_dir, flags)
+    log = RunLog(save_dir, flags, wandb=wandb)
     log.logger.info("%s; held out: %s", data.report, held.report)
     log.logger.info("first example: %s", plan.masked_text(data.samples[0][0], tokenizer))
     loop = TrainLoop(model, log, lr=lr, total_steps=total_steps, schedule=schedule, warmup_ratio=warmup_ratio,

@@ -1,4 +1,4 @@
-"""What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, TensorBoard, and run.json. Nothing else
+"""What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, TensorBoard, W&B, and run.json. Nothing else
 prints.
 
 python -m src.runlog RUN_DIR
@@ -7,6 +7,7 @@ draws the metrics of a run, which may still be going on, into RUN_DIR/metrics.pn
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -25,6 +27,7 @@ from tqdm import tqdm
 from src.errors import UserError
 
 if TYPE_CHECKING:
+    import wandb
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
@@ -102,11 +105,21 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: str, flags: Mapping[str, object], facts: Mapping[str, object] | None = None
+        self,
+        folder: str,
+        flags: Mapping[str, object],
+        facts: Mapping[str, object] | None = None,
+        wandb: str = "",
     ) -> None:
-        """facts: what run.json is to say besides, json values by name."""
+        """facts: what run.json is to say besides, json values by name.
+
+        wandb: PROJECT or PROJECT/NAME that Weights & Biases shows the metrics under; empty = without. Raises UserError
+        if it is not installed.
+        """
+        check_wandb(wandb)
         self.logger = logger()
-        self._folder = Path(folder)
+        self._folder, self._flags, self._wandb = Path(folder), dict(flags), wandb
+        self._wandb_run: wandb.Run | None = None
         self._metrics: TextIO | None = None
         self._curves: SummaryWriter
         self._kept = 0  # steps of an earlier part of the run whose metrics stay
@@ -167,11 +180,17 @@ class RunLog:
             if self._metrics is None:
                 self._metrics = self._open_metrics()
                 self._curves = _summary_writer(self._folder / "tensorboard", purge_step=self._kept + 1)
+                if self._wandb:
+                    self._wandb_run = _wandb_run(
+                        self._wandb, self._folder, self._flags, resumed=self._kept > 0
+                    )
             row = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
             for name, value in values.items():
                 self._curves.add_scalar(name, value, step)
+            if self._wandb_run:
+                self._wandb_run.log(row)
 
     def rows(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
         """Write rows as a jsonl file of this name in the run's directory, in place of an older one."""
@@ -231,6 +250,42 @@ def _hashes(flags: Mapping[str, object]) -> dict[str, str]:
             with Path(value).open("rb") as file:
                 hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+def check_wandb(wandb: str) -> None:
+    """Raise UserError where --wandb is asked for and the package is missing."""
+    if wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {wandb} needs the package wandb, which is not installed; pip install wandb")
+
+
+def _wandb_run(place: str, folder: Path, flags: Mapping[str, object], *, resumed: bool) -> "wandb.Run":
+    """The run that W&B keeps for this directory; a resumed one goes on under its id. Raises UserError.
+
+    place: PROJECT or PROJECT/NAME. Offline (WANDB_MODE=offline) it lies in the directory, for `wandb sync`.
+    """
+    import wandb  # a second and its own process: only where it is asked for
+
+    project, _, name = place.partition("/")
+    identity = folder / "wandb" / "id"
+    identity.parent.mkdir(exist_ok=True)
+    if not (resumed and identity.is_file()):
+        identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    try:
+        run = wandb.init(
+            project=project,
+            name=name or folder.resolve().name,
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=folder,
+            config=dict(flags),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except wandb.Error as problem:
+        raise UserError(
+            f"--wandb {place}: {problem}; log in with `wandb login`, or set WANDB_MODE=offline"
+        ) from None
+    run.define_metric("*", step_metric="step")  # steps that a killed part had reached come again
+    return run
 
 
 def _environment() -> dict[str, object]:

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 
 from src import runlog
+from src.errors import UserError
 from src.runlog import RunLog
 from tests.ranks import command
 
@@ -74,3 +76,31 @@ def test_a_run_is_drawn_while_it_goes_on(tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
     done = command("-m", "src.runlog", *words)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_wandb_holds_the_metrics_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: flags as config, every step's values, and the same run when it is resumed."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for part in (0, 1):
+        log = RunLog(str(tmp_path), {"lr": 1e-5}, wandb="splitrl/first")
+        if part:
+            log.go_on_after(2)
+        for step in (1 + 2 * part, 2 + 2 * part):
+            log.metrics(step, loss=1 / step)
+        run = log._wandb_run
+        assert (run.project, run.name, run.config["lr"]) == ("splitrl", "first", 1e-5)
+        assert run.summary["step"] == step and run.summary["loss"] == 1 / step
+        run.finish()
+        assert run.id == (tmp_path / "wandb" / "id").read_text()
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*/run-{run.id}.wandb"))) == 2
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    RunLog(str(tmp_path), {}, wandb="splitrl").metrics(1, loss=0.0)
+    assert (tmp_path / "wandb" / "id").read_text() != run.id
+
+
+def test_missing_wandb_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    RunLog(str(tmp_path), {})
+    with pytest.raises(UserError, match="--wandb splitrl needs the package wandb, which is not installed"):
+        RunLog(str(tmp_path), {}, wandb="splitrl")
