@@ -22,7 +22,7 @@ def main(
     chat_template: str = "",
     loss_on: Literal["assistant_no_execution", "assistant", "all"] = "assistant_no_execution",
     max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right"] = "drop",
-    max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = False, epochs: int = 1, max_steps: int = -1,
+    max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = True, epochs: int = 1, max_steps: int = -1,
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw", lr: float = 1e-5,
     schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.03,
     min_lr_ratio: float = 0.1, weight_decay: float = 0.0, max_grad_norm: float = 1.0,

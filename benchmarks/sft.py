@@ -1,14 +1,18 @@
 """Supervised fine-tuning beside trl's SFTTrainer, and LoRA beside peft: same weights, same token ids, same order.
 
-python benchmarks/sft.py [--repeats 7] [--only NAME]
+python benchmarks/sft.py [--repeats 7] [--only "padded 5M 2k,LoRA 5M 2k"] [--steps 3] [--profile]
 
 CPU, float32, eager, logging and gradient checkpointing off on both sides. Every measurement is a fresh process of one
-thread, timed in processor seconds, which other work on the machine disturbs least; ours and theirs take turns
-(A B B A ...). The losses of both must agree within 1e-4 before a time counts: step by step when padded, as the mean
-over the same samples when packed (trl's packs hold other samples).
+thread, timed in processor seconds, which other work on the machine disturbs least, and by the clock; the sides take
+turns (A B C C B A ...). The losses of both must agree within 1e-4 before a time counts: step by step, or as the mean
+over the same samples where trl packs (its packs hold other samples).
+
+Ours runs twice beside a peer that pads: as it does by default, a step's rows laid end to end, and padded like the peer.
+Rates count real tokens, padding not. --profile shows instead where our step's time goes.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -23,12 +27,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 WARM_UP = 2  # steps that are not timed
 BATCH, MAX_LENGTH = 8, 512
 MODELS = {
     "5M": {"dim": 256, "layers": 4, "heads": 4, "ffn": 688},
     "60M": {"dim": 768, "layers": 8, "heads": 12, "ffn": 2048},
 }
+
+
+Run = dict[
+    str, object
+]  # what one process measured: losses, supervised tokens and times of its steps, peak memory
 
 
 class Case(NamedTuple):
@@ -53,6 +63,11 @@ CASES = {
     "LoRA 60M 2k": Case("60M", 2048, lora=True, steps=5),
     "memory 152k": Case("5M", 151936, steps=3, median_length=0),
 }
+
+
+def now() -> tuple[float, float]:
+    """Processor seconds of this process, and the clock."""
+    return time.process_time(), time.perf_counter()
 
 
 def samples(case: Case) -> list[tuple[list[int], int]]:
@@ -92,8 +107,8 @@ def write_model(case: Case, folder: Path) -> None:
     split(open_source(str(folder / "hf")), folder / "ours", 1, "", "", "benchmark")
 
 
-def ours(case: Case, folder: Path) -> dict[str, object]:
-    """Our TrainLoop on the samples."""
+def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]:
+    """Our TrainLoop on the samples, the rows of a step end to end or padded."""
     import torch
 
     from src import assemble, parallel
@@ -116,14 +131,14 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
         warmup_ratio=0.0,
     )
     model.train()
-    losses, counts, times = [], [], [time.process_time()]
+    losses, counts, times = [], [], [now()]
     rows = [Encoded(*row) for row in samples(case)]
     for group in chunks(rows, BATCH if case.median_length else 1):
-        batch = collate.lay_out(group, packing=case.packing)
+        batch = collate.lay_out(group, packing=packing)
         loop.backward(sft_loss(model, batch, n_supervised([batch])))
         losses.append(loop.step().loss)
         counts.append(n_supervised([batch]))
-        times.append(time.process_time())
+        times.append(now())
     return {"losses": losses, "supervised": counts, "times": times}
 
 
@@ -149,10 +164,10 @@ def _trl(case: Case, model: object, rows: Sequence[dict[str, list[int]]], folder
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *_: object, **__: object) -> None:
-            times.append(time.process_time())
+            times.append(now())
 
         def on_step_end(self, *_: object, **__: object) -> None:
-            times.append(time.process_time())
+            times.append(now())
 
     class InOrder(SFTTrainer):
         def _get_train_sampler(self, *_: object) -> torch.utils.data.Sampler:
@@ -212,7 +227,7 @@ def _peft(model: object, rows: Sequence[dict[str, list[int]]]) -> dict[str, obje
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     model.train()
-    losses, counts, times = [], [], [time.process_time()]
+    losses, counts, times = [], [], [now()]
     for start in range(0, len(rows), BATCH):
         group = rows[start : start + BATCH]
         longest = max(len(row["input_ids"]) for row in group)
@@ -228,49 +243,86 @@ def _peft(model: object, rows: Sequence[dict[str, list[int]]]) -> dict[str, obje
         optimizer.zero_grad()
         losses.append(loss.item())
         counts.append(int((padded["labels"][:, 1:] != -100).sum()))
-        times.append(time.process_time())
+        times.append(now())
     return {"losses": losses, "supervised": counts, "times": times}
 
 
-def measure(name: str, side: str, folder: Path) -> dict[str, object]:
+def profile(case: Case, folder: Path) -> None:
+    """Print which operators our steps spend their time in."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        ours(case, folder)
+    spent = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in spent)
+    for event in spent[:12]:
+        print(f"{event.self_cpu_time_total / total:7.1%}  {event.count:6}  {event.key}")
+
+
+SIDES = {
+    "ours": ours,
+    "ours, padded": functools.partial(ours, packing=False),
+    "theirs": theirs,
+}
+
+
+def measure(name: str, side: str, folder: Path, steps: int) -> dict[str, object]:
     """One side of a case in a fresh process."""
-    command = [sys.executable, __file__, "--side", side, "--only", name, "--folder", str(folder)]
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--only",
+        name,
+        "--folder",
+        str(folder),
+        "--steps",
+        str(steps),
+    ]
     done = subprocess.run(
         command,
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     if done.returncode:
         raise SystemExit(f"{name}, {side}:\n{done.stdout}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(name: str, repeats: int) -> str:
-    """The row of one case."""
-    case = CASES[name]
-    found: dict[str, list[dict[str, object]]] = {"ours": [], "theirs": []}
+def compare(name: str, case: Case, repeats: int) -> list[str]:
+    """The rows of one case: ours on each of its sides beside theirs."""
+    sides = ["ours", "theirs"] if case.packing or not case.median_length else list(SIDES)
+    found: dict[str, list[dict[str, object]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         write_model(case, Path(folder))
         for turn in range(repeats):
-            for side in ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours"):
-                found[side].append(measure(name, side, Path(folder)))
-    gap = loss_gap(case, found["ours"][0], found["theirs"][0])
+            for side in sides if turn % 2 == 0 else reversed(sides):
+                found[side].append(measure(name, side, Path(folder), case.steps))
+    return [row(name, case, side, found[side], found["theirs"]) for side in sides if side != "theirs"]
+
+
+def row(name: str, case: Case, side: str, own: Sequence[Run], theirs: Sequence[Run]) -> str:
+    """One line of the table."""
+    gap = loss_gap(case, own[0], theirs[0])
+    label = name + side.removeprefix("ours")
     if gap > 1e-4:
-        return f"{name:16}losses differ by {gap:.1e}: no comparison"
-    rates = {side: [rate(case, run) for run in runs] for side, runs in found.items()}
-    peaks = {side: min(run["peak"] for run in runs) / 2**20 for side, runs in found.items()}
-    fast = {side: statistics.median(values) for side, values in rates.items()}
+        return f"{label:24}losses differ by {gap:.1e}: no comparison"
+    rates = [[rate(case, run, 0) for run in runs] for runs in (own, theirs)]
+    fast = [statistics.median(values) for values in rates]
+    by_clock = [statistics.median(rate(case, run, 1) for run in runs) for runs in (own, theirs)]
+    peaks = [min(run["peak"] for run in runs) / 2**20 for runs in (own, theirs)]
     return (
-        f"{name:16}{fast['ours']:8.0f} (best {max(rates['ours']):.0f}) {fast['theirs']:8.0f} "
-        f"(best {max(rates['theirs']):.0f})  x{fast['ours'] / fast['theirs']:.2f}   "
-        f"{peaks['ours']:6.0f} {peaks['theirs']:6.0f} MiB x{peaks['ours'] / peaks['theirs']:.2f}   {gap:.0e}"
+        f"{label:24}{fast[0]:7.0f} (best {max(rates[0]):.0f}) {fast[1]:7.0f} (best {max(rates[1]):.0f})  "
+        f"x{fast[0] / fast[1]:.2f}    x{by_clock[0] / by_clock[1]:.2f}   "
+        f"{peaks[0]:6.0f} {peaks[1]:6.0f} MiB x{peaks[0] / peaks[1]:.2f}   {gap:.0e}"
     )
 
 
-def loss_gap(case: Case, left: dict[str, object], right: dict[str, object]) -> float:
+def loss_gap(case: Case, left: Run, right: Run) -> float:
     """How far the two sides' losses lie apart; LoRA's A is drawn differently, so only its first loss is the same."""
     if case.packing:
         means = [
@@ -282,31 +334,50 @@ def loss_gap(case: Case, left: dict[str, object], right: dict[str, object]) -> f
     return max(abs(one - other) for one, other in pairs)
 
 
-def rate(case: Case, run: dict[str, object]) -> float:
-    """Real tokens a second behind the warm-up, prompts included, padding not."""
+def rate(case: Case, run: Run, clock: int) -> float:
+    """Real tokens a processor second (clock 0) or second (1) behind the warm-up, prompts included, padding not."""
     total, supervised = sum(len(ids) for ids, _ in samples(case)), run["supervised"]
     share = sum(supervised[WARM_UP:]) / sum(supervised)
-    return total * share / (run["times"][-1] - run["times"][WARM_UP])
+    return total * share / (run["times"][-1][clock] - run["times"][WARM_UP][clock])
 
 
 def main() -> None:
     """Print the table, or measure one side as JSON."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", choices=["", *CASES])
+    parser.add_argument("--only", default=",".join(CASES), help="rows, with commas between")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--side", default="", choices=["", "ours", "theirs"])
+    parser.add_argument(
+        "--steps", type=int, default=0, help="timed steps of each run; default: those of the case"
+    )
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--side", default="", choices=["", *SIDES])
     parser.add_argument("--folder", default="")
     options = parser.parse_args()
+    cases = {name: CASES[name] for name in options.only.split(",")}
+    if options.steps:
+        cases = {name: case._replace(steps=options.steps) for name, case in cases.items()}
     if options.side:
-        result = {"ours": ours, "theirs": theirs}[options.side](CASES[options.only], Path(options.folder))
+        (case,) = cases.values()
+        result = SIDES[options.side](case, Path(options.folder))
         result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(result))
         return
+    if options.profile:
+        for name, case in cases.items():
+            print(name)
+            with tempfile.TemporaryDirectory() as folder:
+                write_model(case, Path(folder))
+                profile(case, Path(folder))
+        return
+    print(f"load {os.getloadavg()[0]:.1f} at the start")
     print(
-        f"{'':16}{'tokens/cpu-s ours':>22} {'theirs':>22}  ratio   peak resident memory ours, theirs   loss gap"
+        f"{'':24}{'tokens/cpu-s ours':>22} {'theirs':>19}   by cpu  by clock   "
+        f"peak resident memory ours, theirs   loss gap"
     )
-    for name in [options.only] if options.only else CASES:
-        print(compare(name, options.repeats), flush=True)
+    for name, case in cases.items():
+        for line in compare(name, case, options.repeats):
+            print(line, flush=True)
+    print(f"load {os.getloadavg()[0]:.1f} at the end")
 
 
 if __name__ == "__main__":

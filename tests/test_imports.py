@@ -48,7 +48,8 @@ DOORS: dict[str, str | None] = {
     "fairscale.nn.model_parallel.layers": "src/models/layers.py",
     "fire": "src/cli.py",
     "tqdm": "src/runlog.py",
-    "wandb": "src/runlog.py",
+    "wandb": None,  # also the name of a flag
+    "wandb.init": "src/runlog.py",
     "torchao": "src/training/optimizers.py",
     "safetensors": "src/checkpoint/tensor_files.py",
     "matplotlib": "src/plot.py",
