@@ -7,27 +7,23 @@ torchrun --nproc_per_node 8 data_build.py process --ckpt_dir out --task GSM8K --
 
 import json
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 from src import assemble, cli, parallel, runlog
-from src.checkpoint import storage
 from src.construct import steps, weak_to_strong
-from src.construct.continuation import Begun, Schedule, Solver, branching_sampler, rollout_sampler
+from src.construct.continuation import Schedule, Solver, branching_sampler, rollout_sampler
+from src.construct.drawing import asked_of, draw, grader_of
+from src.construct.files import read_faultless, read_graded, save, tell, write
 from src.construct.origin import read_origin, same_rules, write_origin
 from src.construct.outcomes import outcome_rows, right_solutions
 from src.construct.pairs import mixed_pairs, pairs_from_samples, preferred_pairs
-from src.construct.problems import without_phrases
 from src.data.collate import STEP_END
-from src.data.examples import Sample, read_instruction_rows, read_pairs, read_samples, read_votes
+from src.data.examples import read_instruction_rows, read_pairs, read_prompts, read_samples, read_votes
 from src.errors import UserError
-from src.evaluation.evaluator import Marking, Sampler, claim_samples, grade_samples, sample_prompts
 from src.evaluation.grade import Grader
-from src.evaluation.prompting import Prompting, make_prompting
-from src.evaluation.tasks import Task, find_task
+from src.evaluation.prompting import Prompting, select_prompts
 from src.inference.sampling import Sampling
-from src.runlog import RunLog
 
 SAMPLE_MORE = "sample more a problem or at a higher temperature"
 ONE_KIND = f"no problem has both a right and a wrong sample; {SAMPLE_MORE}"
@@ -104,6 +100,20 @@ def prefer(
     rows = preferred_pairs(read_graded(samples_file, save_file), margin, pairs_a_problem, seed)
     why_none = f"no two samples of a problem differ by more than {margin}; {SAMPLE_MORE}"
     save(rows, "pairs", why_none, samples_file, save_file, dry_run)
+
+
+def select(train_file: str, split: str, save_file: str, dry_run: bool = False) -> None:
+    """The rows of a data file whose problems a split names, with all their keys: easy problems to train on, say.
+
+    train_file: rows with "instruction"
+    split: level=1-3, subject=Algebra|Geometry, or a name that stands under "split"; a comma means and
+    save_file: the json file to write
+    dry_run: count the rows without writing them
+    """
+    prompts, rows = read_prompts(train_file, need_label=False), read_instruction_rows(train_file)
+    chosen = {prompt.id for prompt in select_prompts(prompts, split)}
+    kept = [row for prompt, row in zip(prompts, rows, strict=True) if prompt.id in chosen]
+    save(kept, "rows", "none is in the split", train_file, save_file, dry_run)
 
 
 def split(
@@ -296,17 +306,18 @@ def process(
     cli.check_numbers(flags := locals().copy())
     chosen = steps.solutions_to_judge(read_graded(samples_file, save_file), solutions_a_problem)
     prompting, benchmark = asked_of(task, prompt_template, samples_file)
-    jobs = steps.beginnings(chosen)
+    jobs = list(steps.beginnings(chosen).values())
     if not jobs:
         raise UserError(f"{samples_file} has no solution of two steps or more to judge; blank lines part them")
-    runlog.logger().info("%d steps of %d solutions to go on from, %d times each", len(jobs), len(chosen), rollouts)
+    runlog.logger().info("%d beginnings of %d solutions to go on from, %d times each", len(jobs), len(chosen), rollouts)
     if dry_run:
         return
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)
     solver = open_solver(ckpt_dir, prompting, max_batch_size, seed)
     facts = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     sampler = rollout_sampler(solver, {job.prompt.id: job.prefix for job in jobs}, sampling)
-    path = draw(sampler, jobs, rollouts, ckpt_dir, log_dir, flags, facts | prompting.facts(), benchmark)
+    path = draw(sampler, jobs, rollouts, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
+                facts=facts | prompting.facts(), grade=benchmark)
     if parallel.rank() == 0:
         rows = steps.judged_steps(chosen, read_samples(str(path)), hard=label == "hard")
         save(rows, "judged solutions", "no sample is graded", samples_file, save_file, dry_run)
@@ -362,7 +373,8 @@ def branch(
             solver, {job.prompt.id: job.prefix for job in jobs}, schedule,
             lambda response, answer: grader.grade_one(response, answer).outcome, attempts=attempts,
             max_steps=steps_a_solution, max_new_tokens=max_new_tokens, seed=seed, step_end=step_end)
-        path = draw(sampler, jobs, 1, ckpt_dir, log_dir, flags, facts | prompting.facts())
+        path = draw(sampler, jobs, 1, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
+                    facts=facts | prompting.facts())
     if parallel.rank() == 0:
         found = steps.step_controlled_pairs(jobs, read_samples(str(path)), schedule, max_steps=steps_a_solution,
                                             max_step_characters=characters_a_step)
@@ -394,16 +406,6 @@ def mix(
         save(control, "pairs", "", pairs_file, control_file, dry_run)
 
 
-def asked_of(task: str, prompt_template: str, samples_file: str) -> tuple[Prompting, Task]:
-    """How problems are put and graded. Raises UserError unless the samples were graded by the task's rules."""
-    benchmark = find_task(task)
-    rules = read_origin(samples_file).rules
-    if rules != benchmark.rules():
-        raise UserError(f"{samples_file} was graded by {', '.join(rules.values())}, but --task {task} means "
-                        f"{', '.join(benchmark.rules().values())}; name the task of the samples")
-    return make_prompting(benchmark, prompt_template=prompt_template), benchmark
-
-
 def open_solver(ckpt_dir: str, prompting: Prompting, max_batch_size: int, seed: int) -> Solver:
     """The model of a checkpoint on this rank, with what it is asked in."""
     tokenizer = assemble.load_tokenizer(ckpt_dir)
@@ -411,75 +413,10 @@ def open_solver(ckpt_dir: str, prompting: Prompting, max_batch_size: int, seed: 
     return Solver(assemble.load_solver(ckpt_dir), tokenizer, prompting, max_batch_size)
 
 
-def draw(
-    sampler: Sampler, jobs: list[Begun], n: int, ckpt_dir: str, log_dir: str, flags: dict[str, object],
-    facts: dict[str, object], grade: Task | None = None,
-) -> Path:
-    """Sample n times for every job into log_dir/samples.jsonl, and grade what comes by the task given. -> the file."""
-    path, prompts = Path(log_dir) / "samples.jsonl", [job.prompt for job in jobs]
-    storage.check_writable(path.parent)
-    claim_samples(path, {"checkpoint": storage.fingerprint(Path(ckpt_dir))} | facts)
-    with Marking(grade, prompts) if grade and parallel.rank() == 0 else nullcontext() as marking:
-        sample_prompts(sampler, prompts, num_samples=n, path=path, log=RunLog(log_dir, flags), marking=marking)
-        if marking:
-            storage.write_json(path.with_name("results.json"), grade_samples(marking, read_samples(str(path)), path))
-    return path
-
-
-def grader_of(rules: dict[str, str]) -> Grader:
-    """What says whether two answers that these rules found are the same."""
-    return Grader(Task(name="samples", **rules))
-
-
-def tell(counts: Counter[str]) -> None:
-    """Say what became of the problems."""
-    runlog.logger().info("problems: %s", ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
-
-
-def read_graded(samples_file: str, save_file: str) -> list[Sample]:
-    """The samples of a graded file. Raises UserError, also when the rows could not be saved afterwards."""
-    if Path(save_file).is_dir():
-        raise UserError(f"--save_file {save_file} is a directory; expected the name of a json file")
-    samples = read_samples(samples_file)
-    if not any(sample.outcome for sample in samples):
-        raise UserError(f"{samples_file} has no outcomes; grade it first with solver_evaluate.py --samples_file")
-    return samples
-
-
-def read_faultless(samples_file: str, save_file: str, error_phrases: list[str]) -> list[Sample]:
-    """The samples of a graded file but for right ones with one of the phrases, counted. Raises UserError."""
-    samples = read_graded(samples_file, save_file)
-    kept = without_phrases(samples, error_phrases)
-    if error_phrases:
-        runlog.logger().info("%d right samples left out: they speak of an error", len(samples) - len(kept))
-    return kept
-
-
-def save(
-    rows: list[dict[str, object]], what: str, why_none: str, samples_file: str, save_file: str, dry_run: bool
-) -> None:
-    """Write a json array, whole or not at all, and say what it holds. Raises UserError if there is nothing to write."""
-    if not rows:
-        raise UserError(f"{samples_file} gives no {what}: {why_none}")
-    if not dry_run:
-        write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", save_file)
-    problems = len({row["instruction"] for row in rows})
-    runlog.logger().info("%d %s from %d problems%s", len(rows), what, problems, "" if dry_run else f" to {save_file}")
-
-
-def write(text: str, save_file: str) -> None:
-    """Write a file, whole or not at all."""
-    target = Path(save_file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
-
-
 COMMANDS = {
-    "pairs": pairs, "outcome": outcome, "reject": reject, "prefer": prefer, "split": split, "full_weak": full_weak,
-    "demonstrations": demonstrations, "weak_icl": weak_icl, "report": report, "vote": vote, "contrast": contrast,
-    "process": process, "branch": branch, "mix": mix,
+    "pairs": pairs, "outcome": outcome, "reject": reject, "prefer": prefer, "select": select, "split": split,
+    "full_weak": full_weak, "demonstrations": demonstrations, "weak_icl": weak_icl, "report": report, "vote": vote,
+    "contrast": contrast, "process": process, "branch": branch, "mix": mix,
 }
 
 if __name__ == "__main__":

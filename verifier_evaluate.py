@@ -14,6 +14,7 @@ from src.data.examples import match_samples, read_judged, read_prompts, read_sam
 from src.errors import UserError
 from src.evaluation.evaluator import Marking, disclaim_samples, grade_samples
 from src.evaluation.judging import score_samples, score_steps
+from src.evaluation.prompting import select_prompts
 from src.evaluation.tasks import find_task
 from src.evaluation.verifier_report import (
     choose_threshold,
@@ -28,8 +29,8 @@ from src.runlog import RunLog
 
 
 def main(
-    ckpt_dir: str, log_dir: str, task: str = "", samples_file: str = "", label_file: str = "", steps_file: str = "",
-    threshold_file: str = "", aggregation: Literal["prod", "min", "last", "mean", "max"] = "prod",
+    ckpt_dir: str, log_dir: str, task: str = "", samples_file: str = "", label_file: str = "", split: str = "",
+    steps_file: str = "", threshold_file: str = "", aggregation: Literal["prod", "min", "last", "mean", "max"] = "prod",
     model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
     quantize: Literal["", "int8", "int4"] = "", dry_run: bool = False,
 ) -> None:
@@ -40,6 +41,7 @@ def main(
     task: how answers are found and compared: a name that solver_evaluate.py --help lists, or FILE.json
     samples_file: samples.jsonl of solver_evaluate.py, several samples a problem
     label_file: the problems that were sampled, with labels
+    split: only problems with this `split` field, or level=4-5, subject=Algebra, as for solver_evaluate.py
     steps_file: instead of samples, solutions with judged steps: {"instruction", "steps", "labels"}
     threshold_file: solutions with judged steps on which the threshold of the first-error F1 is chosen; default: 0.5
     aggregation: what makes one score of the steps of a solution (process verifiers)
@@ -53,8 +55,11 @@ def main(
     cli.check_numbers(flags)
     if bool(steps_file) == bool(samples_file) or (samples_file and not (task and label_file)):
         raise UserError("give either --samples_file with --task and --label_file, or --steps_file")
-    prompts = read_prompts(label_file, need_label=True) if samples_file else []
-    samples = match_samples(read_samples(samples_file), prompts, samples_file) if samples_file else []
+    problems = read_prompts(label_file, need_label=True) if samples_file else []
+    prompts = select_prompts(problems, split) if samples_file else []
+    asked = {prompt.id for prompt in prompts}
+    matched = match_samples(read_samples(samples_file), problems, samples_file) if samples_file else []
+    samples = [sample for sample in matched if sample.id in asked]
     judged = read_judged(steps_file) if steps_file else []
     config = assemble.load_config(ckpt_dir, model_type)
     if steps_file and config.objective == "pairwise":

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "certify": {"assemble", "checkpoint", "cli", "inference", "models", "parallel"},
     "inference": {"models", "text", "parallel"},
     "evaluation": {"data", "inference", "models", "parallel", "runlog", "text"},
-    "construct": {"checkpoint", "data", "evaluation", "inference", "models", "parallel", "text"},
+    "construct": {"checkpoint", "data", "evaluation", "inference", "models", "parallel", "runlog", "text"},
     "training": {"parallel", "runlog", "losses", "models", "checkpoint", "data", "inference", "text"},
 }
 

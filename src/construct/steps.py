@@ -22,13 +22,15 @@ class Branched(NamedTuple):
 
 
 def solutions_to_judge(samples: Sequence[Sample], solutions_a_problem: int) -> list[Sample]:
-    """The first different right and wrong solutions of each problem, in turns as the file has them.
+    """The first different solutions of each problem, in turns as the file has them.
 
-    Raises UserError for a sample without its label.
+    Those without an answer are among them: a verifier that never saw one may well prefer it. Raises UserError for a
+    sample without its label.
     """
     chosen = []
     for problem in by_problem(samples).values():
-        ordered = sorted((*problem.right, *problem.wrong), key=lambda sample: sample.sample)
+        solutions = (*problem.right, *problem.wrong, *problem.unparsed)
+        ordered = sorted(solutions, key=lambda sample: sample.sample)
         chosen += ordered[:solutions_a_problem]
     for sample in chosen:
         if not sample.values.get("label"):

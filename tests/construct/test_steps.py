@@ -8,7 +8,14 @@ import pytest
 import data_build
 from src import assemble
 from src.construct.continuation import Asked, Schedule, Solver, begun, continuations, write_steps
-from src.construct.steps import beginnings, branch_points, judged_steps, step_controlled_pairs
+from src.construct.drawing import grader_of
+from src.construct.steps import (
+    beginnings,
+    branch_points,
+    judged_steps,
+    solutions_to_judge,
+    step_controlled_pairs,
+)
 from src.data.collate import encode_prompt
 from src.data.examples import Sample, read_judged, read_pairs, read_samples
 from src.errors import UserError
@@ -100,6 +107,17 @@ def test_labels_by_hand() -> None:
     assert soft["steps"] == SOLUTION.split("\n\n")
 
 
+def test_solutions_without_an_answer_are_judged_too() -> None:
+    samples = [
+        sample("0", number, f"a{number}\n\n#### 4", outcome)
+        for number, outcome in enumerate(("wrong", "unparsed", "right", "error", "unparsed"))
+    ]
+    assert [item.sample for item in solutions_to_judge(samples, 3)] == [0, 1, 2]
+    assert [item.sample for item in solutions_to_judge(samples, 9)] == [0, 1, 2, 4]
+    (row,) = judged_steps(samples[1:2], [], hard=True)
+    assert row["labels"] == [None, 0.0]
+
+
 PROCESS = {"rollouts": 3, "max_new_tokens": 12, "temperature": 1.0, "max_batch_size": 8}
 
 
@@ -143,7 +161,7 @@ def test_scdpo_15_a_branch_shares_the_first_steps_and_is_wrong(folders: Folders,
     source = log_dir(tmp_path / "log", samples)
     rows = branched(folders, source, tmp_path / "a")
     steps = SOLUTION.split("\n\n")
-    grader = data_build.grader_of(RULES)
+    grader = grader_of(RULES)
     with grader:
         for row in rows:
             k = row["start_steps"]

@@ -1,0 +1,134 @@
+"""Outcome and process verifiers: the update does not depend on how a step is cut up, and a killed run ends the same."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import verifier_train
+from src import assemble
+from src.training.loop import StepReport, TrainLoop
+from tests.conftest import Folders
+from tests.ranks import run_ranks
+from tests.training.test_invariance import assert_same
+from tests.training.verifier_workers import ROWS, verifier_epochs
+from tests.training.workers import join_weights
+
+OBJECTIVES = ("outcome", "process")
+APART = ("losses", "report")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    folders: Folders, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """Weights, losses and report with every step in one padded forward pass on one rank."""
+    log_dir = str(tmp_path_factory.mktemp("log"))
+    return {
+        (objective, rank): verifier_epochs(folders.verifier, log_dir, objective, lora_rank=rank)
+        for objective, rank in itertools.product(OBJECTIVES, (-1, 4))
+    }
+
+
+def assert_same_run(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name in APART:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert_same(*({name: x for name, x in run.items() if name not in APART} for run in (found, expected)))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("max_batch_size", "accumulation_steps", "packing", "lora_rank"),
+    [(8, 1, True, -1), (1, 8, False, -1), (2, 4, True, 4), (4, 2, False, 4)],
+)
+def test_micro_batches_and_packing(
+    folders: Folders,
+    whole: dict[tuple[str, int], dict[str, Tensor]],
+    tmp_path: Path,
+    objective: str,
+    max_batch_size: int,
+    accumulation_steps: int,
+    packing: bool,
+    lora_rank: int,
+) -> None:
+    found = verifier_epochs(
+        folders.verifier, str(tmp_path), objective, max_batch_size, accumulation_steps, packing, lora_rank
+    )
+    assert_same_run(found, whole[objective, lora_rank])
+
+
+@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (2, 2), (4, 2)])
+def test_ranks(
+    folders: Folders,
+    whole: dict[tuple[str, int], dict[str, Tensor]],
+    tmp_path: Path,
+    n: int,
+    tensor_parallel_size: int,
+) -> None:
+    data_parallel_size = n // tensor_parallel_size
+    cases = [
+        {"objective": objective, "max_batch_size": size, "accumulation_steps": 8 // size // data_parallel_size, **case}
+        for objective in OBJECTIVES
+        for size, case in ((4, {}), (1, {"packing": True}), (2, {"lora_rank": 4}))
+    ]  # fmt: skip
+    ranks = run_ranks(
+        n,
+        "tests.training.verifier_workers:verifier_cases",
+        tmp_path,
+        tensor_parallel_size,
+        folder=(folders.verifier, folders.verifier_two)[tensor_parallel_size - 1],
+        log_dir=str(tmp_path / "log"),
+        cases=cases,
+    )
+    for index, case in enumerate(cases):
+        lora_rank = case.get("lora_rank", -1)
+        model = assemble.load_verifier(folders.verifier)
+        assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), 1)
+        found = [rank[str(index)] for rank in ranks]
+        apart = [{name: rank.pop(name) for name in APART} for rank in found]
+        for first in range(0, n, tensor_parallel_size):  # every data-parallel copy
+            joined = join_weights(found[first : first + tensor_parallel_size], model)
+            assert_same_run(joined | apart[first], whole[case["objective"], lora_rank])
+
+
+class Killed(BaseException):
+    """What a run dies of; nothing catches it."""
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_killed_run_ends_with_the_same_bits(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    keys = ("output", "correct") if objective == "outcome" else ("steps", "labels")
+    sides = [(row.steps[0], row.labels[0] == 1) if objective == "outcome" else (row.steps, row.labels)
+             for row in ROWS[objective]]  # fmt: skip
+    rows = [{"instruction": row.instruction or "q", **dict(zip(keys, side, strict=True))}
+            for row, side in zip(ROWS[objective], sides, strict=True)]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    def train(name: str, **more: object) -> Path:
+        verifier_train.main(
+            folders.one, str(tmp_path / name), str(tmp_path / "rows.json"), objective=objective, held_out=0.2,
+            max_seq_len=64, max_batch_size=2, epochs=3, lr=1e-3, packing=True, save_every=1, **more,
+        )  # fmt: skip
+        return tmp_path / name
+
+    expected = train("whole")
+    steps = itertools.count(1)
+    step = TrainLoop.step
+
+    def dying(loop: TrainLoop) -> StepReport:
+        if next(steps) == 5:
+            raise Killed
+        return step(loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLoop, "step", dying)
+        with pytest.raises(Killed):
+            train("killed")
+    found = train("killed", resume="auto")
+    for name in ("consolidated.00.pth", "params.json"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes()

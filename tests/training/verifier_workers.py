@@ -1,0 +1,70 @@
+"""What the ranks of the verifiers' tests compute; it also runs in the test's own process, on one rank."""
+
+import torch
+from torch import Tensor
+
+from src import assemble, parallel
+from src.data.batches import Batching
+from src.data.examples import Judged
+from src.runlog import RunLog
+from src.training.judgement import JudgedData
+from src.training.loop import TrainLoop
+from tests.training.workers import local_weights
+
+ROWS = {
+    "outcome": [
+        Judged("1+1=", ["2"], [1.0]),
+        Judged("a", ["bcdefgh\n\n0123"], [0.0]),
+        Judged("", ["7"], [1.0]),
+        Judged("which is it: 3 or 4", ["abc"], [0.0]),
+        Judged("0-0=", ["0 0 0\n\n#### 0"], [1.0]),
+        Judged("9-8=", ["#### 2"], [0.0]),
+    ],
+    "process": [
+        Judged("1+1=", ["1+1=2", "#### 2"], [1.0, 1.0]),
+        Judged("a", ["b", "cdefgh", "0", "#### 3"], [1.0, 0.25, None, 0.0]),
+        Judged("", ["7"], [1.0]),
+        Judged("which is it: 3 or 4", ["abc\n\nd"], [0.0]),  # an outcome among judged steps
+        Judged("0-0=", ["0 0 0", "1"], [1.0, 0.0]),
+        Judged("9-8=", ["1", "2", "3"], [None, None, 0.0]),
+    ],
+}
+
+
+def verifier_cases(folder: str, log_dir: str, cases: list[dict[str, object]]) -> dict[str, dict[str, Tensor]]:
+    """verifier_epochs() of every case, by its place in the list."""
+    return {str(index): verifier_epochs(folder, log_dir, **case) for index, case in enumerate(cases)}
+
+
+def verifier_epochs(
+    folder: str,
+    log_dir: str,
+    objective: str,
+    max_batch_size: int = 8,
+    accumulation_steps: int = 1,
+    packing: bool = False,
+    lora_rank: int = -1,
+    label_tokens: str = "all",
+) -> dict[str, Tensor]:
+    """This tensor-parallel rank's weights after two steps on ROWS, the losses, and the report on ROWS."""
+    model = assemble.load_verifier(folder, dtype=torch.float32)
+    assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), seed=1)
+    options = {"max_seq_len": 64, "source": "ROWS", "label_tokens": label_tokens, "balance": True}
+    data = JudgedData(ROWS[objective], assemble.load_tokenizer(folder), **options)
+    loop = TrainLoop(model, RunLog(log_dir, {}), lr=1e-4, total_steps=2, weight_decay=0.1)
+    batching = Batching(
+        max_batch_size=max_batch_size,
+        accumulation_steps=accumulation_steps,
+        seed=3,
+        rank=parallel.data_parallel_rank(),
+        ranks=parallel.data_parallel_size(),
+    )
+    model.train()
+    losses = []
+    for _, _, batches in data.steps(batching, packing=packing, epochs=2):
+        normaliser = parallel.sum_over_data_parallel(data.n_judged(batches))
+        for batch in batches:
+            loop.backward(data.loss(model, batch, normaliser), last=batch is batches[-1])
+        losses.append(loop.step().loss)
+    report = data.evaluate(model, max_batch_size)
+    return local_weights(model) | {"losses": torch.tensor(losses), "report": torch.tensor(report)}
