@@ -40,9 +40,17 @@ def solutions_to_judge(samples: Sequence[Sample], solutions_a_problem: int) -> l
     return chosen
 
 
-def beginnings(solutions: Sequence[Sample]) -> list[Begun]:
-    """Every beginning of every solution: its first step, its first two, ... all but the last."""
-    return [begun(sample, k) for sample in solutions for k in range(1, len(split_steps(sample.response)))]
+def beginnings(solutions: Sequence[Sample]) -> dict[tuple[str, str], Begun]:
+    """Every beginning of every solution: its first step, its first two, ... all but the last.
+
+    Solutions of one problem that begin alike share it, under (problem, prefix): it is judged once.
+    """
+    found: dict[tuple[str, str], Begun] = {}
+    for sample in solutions:
+        for k in range(1, len(split_steps(sample.response))):
+            item = begun(sample, k)
+            found.setdefault((sample.id, item.prefix), item)
+    return found
 
 
 def judged_steps(solutions: Sequence[Sample], rollouts: Sequence[Sample], *, hard: bool) -> list[Row]:
@@ -54,12 +62,13 @@ def judged_steps(solutions: Sequence[Sample], rollouts: Sequence[Sample], *, har
     outcomes = defaultdict(list)
     for rollout in rollouts:
         outcomes[rollout.id].append(rollout.outcome == "right")
+    judged = beginnings(solutions)
     rows = []
     for sample in solutions:
         steps = split_steps(sample.response)
         labels: list[float | None] = []
         for k in range(1, len(steps)):
-            found = outcomes[f"{sample.id}/{sample.sample}/{k}"]
+            found = outcomes[judged[sample.id, begun(sample, k).prefix].prompt.id]
             share = sum(found) / len(found) if found else None
             labels.append(float(share > 0) if hard and share is not None else share)
         labels.append(float(sample.outcome == "right"))

@@ -69,13 +69,21 @@ def test_scdpo_12_two_steps_at_least_are_left_out(n: int, points: list[int]) -> 
 
 
 def test_a_beginning_and_its_rest_are_the_solution() -> None:
-    for item in beginnings([sample("0", 0, SOLUTION, "right")]):
+    for item in beginnings([sample("0", 0, SOLUTION, "right")]).values():
         assert item.prefix + item.rest == SOLUTION
-    assert [item.prompt.id for item in beginnings([sample("0", 3, SOLUTION, "right")])] == [
-        "0/3/1",
-        "0/3/2",
-        "0/3/3",
-    ]
+    found = beginnings([sample("0", 3, SOLUTION, "right")]).values()
+    assert [item.prompt.id for item in found] == ["0/3/1", "0/3/2", "0/3/3"]
+
+
+def test_a_beginning_that_solutions_share_is_judged_once() -> None:
+    solutions = [sample("0", 0, "a\n\nb\n\n#### 4", "right"), sample("0", 1, "a\n\nc\n\n#### 5", "wrong"),
+                 sample("1", 0, "a\n\n#### 4", "right")]  # fmt: skip
+    names = [item.prompt.id for item in beginnings(solutions).values()]
+    assert names == ["0/0/1", "0/0/2", "0/1/2", "1/0/1"]
+    rollouts = [sample(name, 0, "", outcome)
+                for name, outcome in zip(names, ("right", "right", "wrong", "wrong"), strict=True)]  # fmt: skip
+    rows = judged_steps(solutions, rollouts, hard=True)
+    assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0]]
 
 
 def test_continuing_greedily_gives_what_was_cut_off(solver: Solver) -> None:
@@ -135,8 +143,8 @@ def test_process_judges_steps_and_continues(folders: Folders, tmp_path: Path) ->
     assert len(rows) == 4 and all(len(row.labels) == 4 for row in rows)
     assert [row.labels[-1] for row in rows] == [1.0, 0.0, 1.0, 0.0]
     found = read_samples(str(tmp_path / "a/samples.jsonl"))
-    assert len(found) == 4 * 3 * 3 and all(item.outcome for item in found)
-    prefixes = {item.prompt.id: item.prefix for item in beginnings(samples)}
+    assert len(found) == 2 * 3 * 3 and all(item.outcome for item in found)
+    prefixes = {item.prompt.id: item.prefix for item in beginnings(samples).values()}
     assert all(item.response.startswith(prefixes[item.id]) for item in found)
     (tmp_path / "a/samples.jsonl").write_bytes(rollouts[: len(rollouts) // 2])  # killed within a line
     build("a")
