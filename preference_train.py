@@ -13,6 +13,7 @@ import torch
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
 from src.data.batches import Batching
+from src.memory import Training
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
 from src.training.meter import Meter
@@ -112,8 +113,11 @@ def main(
     total_steps = min(epochs * steps_per_epoch, max_steps if max_steps >= 0 else epochs * steps_per_epoch)
     if dry_run:
         examples = [encoded for pair in data.samples for encoded in pair]
-        runlog.table(plan.training(config, assemble.n_shards(ckpt_dir), lora, examples, tokenizer, epochs=epochs,
-                                   rows_a_forward=2 * max_batch_size, steps=total_steps))
+        how = Training(lora, "", activation_checkpointing, batching.ranks, accumulation_steps > 1,
+                       parallel.device().type == "cuda")
+        largest = plan.largest_pass(examples, 2 * max_batch_size, packing=packing)
+        runlog.table(plan.training(config, assemble.n_shards(ckpt_dir), how, largest, examples, tokenizer,
+                                   epochs=epochs, steps=total_steps))
         return
     parallel.start(seed, n_ranks)
     assemble.check_save_dir(save_dir, ckpt_dir, reference_ckpt_dir)

@@ -10,6 +10,7 @@ import torch
 from src import assemble, cli, parallel, plan, runlog
 from src.data.batches import Batching
 from src.data.examples import read_instructions
+from src.memory import Training
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
 from src.training.meter import Meter
@@ -100,8 +101,12 @@ def main(
     total_steps = min(epochs * steps_per_epoch, max_steps if max_steps >= 0 else epochs * steps_per_epoch)
     if dry_run:
         examples = [encoded for row in data.rows for encoded in row]
-        runlog.table(plan.training(config, assemble.n_shards(ckpt_dir), lora, examples, tokenizer, epochs=epochs,
-                                   rows_a_forward=max_batch_size, steps=total_steps))
+        how = Training(lora, quantize, activation_checkpointing, batching.ranks, accumulation_steps > 1,
+                       parallel.device().type == "cuda")
+        largest = data.largest_pass(batching, packing=packing, epochs=epochs, stop=total_steps)
+        n_planned = n_ranks if parallel.world_size() > 1 else assemble.n_shards(ckpt_dir)
+        runlog.table(plan.training(config, n_planned, how, largest, examples, tokenizer, epochs=epochs,
+                                   steps=total_steps))
         return
     parallel.start(seed, n_ranks)
     assemble.check_save_dir(save_dir, ckpt_dir)

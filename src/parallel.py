@@ -128,6 +128,15 @@ def peak_memory() -> float:
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def resident_memory() -> int:
+    """Bytes of main memory that this process holds now; on systems without /proc the most it has held."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except FileNotFoundError:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()

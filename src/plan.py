@@ -1,104 +1,87 @@
 """What a run would need, computed from its config and data alone: the answer to --dry_run.
 
-Bytes are per rank. Activations, the framework's own memory and padding of the data are not counted.
+python -m src.plan llama-2-7b llama-2-13b llama-2-70b
+shows what each GPU of tensor-parallel 8 x data-parallel 1 .. 64 would hold of these, trained on packs of 4096 tokens.
 """
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 
-from src.checkpoint.shards import cut_of, expected_shapes
+from src import parallel, runlog
 from src.checkpoint.sources import Source
 from src.data.collate import Encoded
 from src.errors import UserError
+from src.memory import (
+    FLOAT32,
+    Pass,
+    Training,
+    decoding_memory,
+    loading_memory,
+    local_lora_parameters,
+    local_parameters,
+    training_memory,
+)
 from src.models.config import ModelConfig
-from src.models.lora import LoraConfig, check_targets
+from src.models.foreign import released_config
+from src.models.lora import LINEARS, LoraConfig
 from src.models.quantize import bytes_a_weight
 from src.text.tokenizer import Tokenizer
 
-FLOAT32 = 4
+# What a run adds on a CPU to what its dry run holds: the process group, TensorBoard and the kernels' code (measured)
+STILL_TO_COME = 28 * 2**20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def local_parameters(config: ModelConfig, n: int) -> int:
-    """Parameters that the first of n tensor-parallel ranks holds; none holds more."""
-    return sum(_local_size(name, shape, config, n) for name, shape in expected_shapes(config).items())
-
-
-def _local_size(name: str, shape: Sequence[int], config: ModelConfig, n: int) -> int:
-    """Entries of a parameter of this whole shape on the first of n ranks."""
-    how = cut_of(name, config, n)
-    return math.prod(len(how.rows[0]) if axis == how.dim else size for axis, size in enumerate(shape))
-
-
-def local_lora_parameters(config: ModelConfig, lora: LoraConfig, n: int) -> int:
-    """Trainable parameters of one rank under LoRA: adapters, and the value head where there is one."""
-    check_targets(lora, config)
-    total = config.dim if config.value_head else 0
-    for name, shape in expected_shapes(config).items():
-        stem = name.removesuffix(".weight")
-        if stem.split(".")[-1] in lora.targets:
-            rows, columns = shape
-            for factor, factor_shape in (("lora_a", (lora.rank, columns)), ("lora_b", (rows, lora.rank))):
-                total += _local_size(f"{stem}.{factor}.weight", factor_shape, config, n)
-    return total
-
-
-def training_memory(
-    config: ModelConfig, n: int, lora: LoraConfig | None, n_rows: int, n_tokens: int
-) -> dict[str, int]:
-    """Bytes of one rank that trains n_rows rows of n_tokens supervised tokens in a forward pass."""
-    weights = local_parameters(config, n)
-    adapters = 0 if lora is None else local_lora_parameters(config, lora, n)
-    trainable = weights if lora is None else adapters
-    memory = {
-        "weights": FLOAT32 * (weights + adapters),
-        "gradients": FLOAT32 * trainable,
-        "optimizer": 2 * FLOAT32 * trainable,
-    }
-    if not config.value_head:  # logits, and the probabilities kept for the backward pass
-        memory["logits"] = 2 * FLOAT32 * n_rows * n_tokens * config.vocab_size // n
-    return memory
-
-
-def decoding_memory(
-    config: ModelConfig, n: int, n_rows: int, n_tokens: int, quantize: str = ""
-) -> dict[str, int]:
-    """Bytes of one rank that decodes n_rows rows of at most n_tokens tokens, if all get that long at once."""
-    per_token = 2 * config.n_layers * len(config.heads_on(n, 0)[1]) * config.head_dim
-    return {
-        "weights": int(bytes_a_weight(quantize) * local_parameters(config, n)),
-        "kv cache": FLOAT32 * per_token * n_rows * n_tokens,
-        "logits": FLOAT32 * n_rows * config.vocab_size,
-    }
+def largest_pass(examples: Sequence[Encoded], rows: int, *, packing: bool) -> Pass:
+    """The forward pass of this many rows, should the longest ones meet in it."""
+    longest = sorted(examples, key=lambda example: len(example.tokens))[-rows:]
+    n_tokens = sum(len(e.tokens) for e in longest) if packing else rows * len(longest[-1].tokens)
+    return Pass(n_tokens, sum(example.n_response for example in longest), packing)
 
 
 def training(
     config: ModelConfig,
     n: int,
-    lora: LoraConfig | None,
+    how: Training,
+    largest: Pass,
     examples: Sequence[Encoded],
     tokenizer: Tokenizer,
     *,
-    rows_a_forward: int,
     steps: int,
     epochs: int,
 ) -> str:
     """The plan of a trainer that reads these examples: steps, lengths, memory and disk, and one example."""
     config.check_divides(n, "this checkpoint")
-    longest = max(examples, key=lambda example: len(example.tokens))
     stored = BYTES[config.dtype] * local_parameters(config, n)
-    if lora:
-        stored = FLOAT32 * local_lora_parameters(config, lora, n)
     facts = {
         "tensor-parallel ranks": n,
-        "examples": f"{len(examples)}, the longest {len(longest.tokens)} tokens",
+        "data-parallel ranks": how.data_parallel,
+        "examples": f"{len(examples)}, the longest {max(len(e.tokens) for e in examples)} tokens",
+        "largest forward pass": f"{largest.n_tokens} tokens, {largest.n_supervised} of them supervised",
         "optimizer steps": steps,
-        "disk": f"{size(n * stored * epochs)} for {epochs} epochs",
+        "disk": f"{size(n * _saved(config, n, how) * epochs)} for {epochs} epochs",
         "an example": masked_text(examples[0], tokenizer),
     }
-    memory = training_memory(config, n, lora, rows_a_forward, longest.n_response)
-    return report(facts, {"model": memory})
+    parts = training_memory(config, n, largest, how)
+    base = 0 if how.on_gpu else parallel.resident_memory() + STILL_TO_COME
+    peaks = {"training": sum(parts.values()), "loading": loading_memory(config, n, stored, how.quantize)}
+    peak = max(peaks, key=peaks.__getitem__)
+    lines = [
+        report(facts, {}),
+        f"{'memory of each rank':24}{size(base + peaks[peak])}, its peak while {peak}",
+    ]
+    lines += [f"  {name:22}{size(held)}" for name, held in ({"process": base} | parts).items() if held]
+    lines += [f"  {'while loading':22}{size(base + peaks['loading'])} in all"]
+    return "\n".join(lines)
+
+
+def _saved(config: ModelConfig, n: int, how: Training) -> int:
+    """Bytes that a rank puts into a checkpoint to start from."""
+    if how.lora:
+        return FLOAT32 * local_lora_parameters(config, how.lora, n)
+    return BYTES[config.dtype] * local_parameters(config, n)
 
 
 def decoding(
@@ -160,15 +143,17 @@ def ppo(
         "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {actor.max_seq_len}",
         "rollout buffers": f"{buffers}, each for {inner_epochs} x {minibatches} optimizer steps",
     }
+    largest = Pass(n_rows * n_tokens, n_rows * max_new_tokens)
+    how = Training(lora, on_gpu=parallel.device().type == "cuda")
     rollouts = decoding_memory(actor, n, n_decoding, n_tokens, quantize)
     memory = {
-        "actor": training_memory(actor, n, lora, n_rows, max_new_tokens),
+        "actor": training_memory(actor, n, largest, how),
         "rollouts": {"kv cache": rollouts["kv cache"], "logits": rollouts["logits"]},
     }
     if lora is None:  # with adapters the reference is the actor without them
         memory["reference"] = {"weights": rollouts["weights"]}
     if with_critic:
-        memory["critic"] = training_memory(critic, n, lora, n_rows, max_new_tokens)
+        memory["critic"] = training_memory(critic, n, largest, how)
     if with_verifier:
         memory["verifier"] = {"weights": int(bytes_a_weight(quantize) * local_parameters(critic, n))}
     return f"{report(facts, memory)}\n{_arrangements(memory, critic, n, lora)}"
@@ -279,7 +264,7 @@ def report(facts: Mapping[str, object], memory: Mapping[str, Mapping[str, int]])
             f"{model + ', each rank':24}" + ", ".join(f"{name} {size(b)}" for name, b in parts.items())
         )
     if memory:
-        lines.append(f"{'memory, each rank':24}{size(total)} and activations")
+        lines.append(f"{'memory, each rank':24}{size(total)}")
     return "\n".join(lines)
 
 
@@ -287,3 +272,34 @@ def size(n_bytes: int) -> str:
     """Bytes as a person reads them."""
     power = max(0, min(4, (n_bytes.bit_length() - 1) // 10))
     return f"{n_bytes / 1024**power:.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+# What a card of 80 GB leaves to tensors, beside the CUDA context, NCCL's buffers and holes between blocks
+CARD_BYTES = 75 * 2**30
+GROUPS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def cluster(model_types: Sequence[str], n: int = 8, n_tokens: int = 4096) -> str:
+    """GiB on each GPU by model and number of data-parallel groups of n ranks; a star: does not fit a card of 80 GB.
+
+    Packs of n_tokens, all supervised, blocks computed again; LoRA of rank 16 on all linears of a bfloat16 base.
+    """
+    lora = LoraConfig(rank=16, alpha=16.0, dropout=0.0, targets=LINEARS)
+    lines = [f"{f'GiB a GPU, tp {n} x dp':24}" + "".join(f"{groups:>8}" for groups in GROUPS)]
+    for model_type in model_types:
+        config = released_config(model_type, n_tokens)
+        for name, how in (("full", Training()), ("LoRA", Training(lora, "bfloat16"))):
+            row = f"{model_type + ' ' + name:24}"
+            for groups in GROUPS:
+                how = how._replace(checkpointing="full", data_parallel=groups, on_gpu=True)
+                held = sum(training_memory(config, n, Pass(n_tokens, n_tokens, True), how).values())
+                row += f"{f'{held / 2**30:.1f}' + '*' * (held > CARD_BYTES):>8}"
+            lines.append(row)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        runlog.table(cluster(sys.argv[1:]))
+    except UserError as problem:
+        sys.exit(f"error: {problem}")

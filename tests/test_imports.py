@@ -26,13 +26,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"models", "parallel"},
     "data": {"text"},
     "assemble": {"models", "checkpoint", "text", "parallel", "runlog"},
-    "plan": {"models", "checkpoint", "text", "data"},
+    "memory": {"models", "checkpoint", "inference"},
+    "plan": {"memory", "models", "checkpoint", "text", "data", "parallel", "runlog"},
     "sharing": {"assemble", "checkpoint", "models", "parallel"},
     "certify": {"assemble", "checkpoint", "cli", "inference", "models", "parallel"},
     "inference": {"models", "text", "parallel"},
     "evaluation": {"data", "inference", "models", "parallel", "runlog", "text"},
     "construct": {"checkpoint", "data", "evaluation", "inference", "models", "parallel", "runlog", "text"},
-    "training": {"parallel", "runlog", "losses", "models", "checkpoint", "data", "inference", "text"},
+    "training": {"memory", "parallel", "runlog", "losses", "models", "checkpoint", "data", "inference", "text"},
 }
 
 # What src/ and the scripts may import from outside, and where alone; None = anywhere.

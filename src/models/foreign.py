@@ -57,6 +57,19 @@ def released(model_type: str) -> Released:
     raise UserError(f"--model_type {model_type} is unknown; expected one of {', '.join(MODEL_TYPES)}")
 
 
+def released_config(model_type: str, max_seq_len: int) -> ModelConfig:
+    """The shape of a released size, for a plan without its checkpoint. Raises UserError for a name that has none."""
+    row = released(model_type)
+    if "dim" not in row.facts:
+        raise UserError(f"{model_type} names a family; expected a size, such as llama-2-7b")
+    facts: dict[str, object] = {
+        "head_dim": row.facts["dim"] // row.facts["n_heads"],
+        **FAMILIES[row.family].facts,
+    }
+    facts |= {name: value for name, value in row.facts.items() if name in FIELDS}
+    return ModelConfig(**facts | {"family": row.family, "max_seq_len": max_seq_len})
+
+
 def claimed_facts(row: Released, config: ModelConfig) -> dict[str, object]:
     """Everything that a row says of a checkpoint of this config, by ModelConfig field."""
     family, facts = FAMILIES[row.family], dict(row.facts)
