@@ -53,8 +53,13 @@ agree() {
 if [ "$TASK" = toy ]; then
     stage "a small model: the toy's base without its last layer" "$RUN/weak-base/manifest.json" \
         python dataset/toy/make_small.py --base_dir dataset/toy/base --save_dir "$RUN/weak-base" --layers 3
-    stage "the toy's base as the strong model" "$RUN/strong-base/manifest.json" \
-        python checkpoint_split.py --ckpt_file dataset/toy/base --save_path "$RUN/strong-base" --n 1
+    stage "the toy's base" "$RUN/base/manifest.json" \
+        python checkpoint_split.py --ckpt_file dataset/toy/base --save_path "$RUN/base" --n 1
+    stage "right sums, for the strong model alone" "$RUN/sums.json" \
+        python dataset/toy/make_sums.py --save_file "$RUN/sums.json"
+    stage "a strong model: the base when it has read them" "$RUN/strong-base/manifest.json" \
+        python solver_train.py --ckpt_dir "$RUN/base" --save_dir "$RUN/strong-base" --train_file "$RUN/sums.json" \
+        --max_batch_size 16 --lr 1e-3
 fi
 for seed in $SEEDS; do
     run=$RUN/seed-$seed shown=

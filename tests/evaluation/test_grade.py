@@ -113,6 +113,23 @@ def test_different_answers_are_wrong(grader: Grader, answer: str, label: str) ->
     assert grader.compare(answer, label) == "wrong"
 
 
+@pytest.mark.parametrize(("response", "label", "right"), [
+    ("\\boxed{0.001}", "0.004", False),                     # rounded to two places these were equal
+    ("\\boxed{1/3}", "0.33", False),
+    ("\\boxed{1,2}", "2,1,1", False),                       # a list has its members as often as they are in it
+    ("\\boxed{(1, 2)}", "(2, 1)", False),
+    ("\\boxed{3} and so \\boxed{4}", "4", True),            # the last box, not the first
+    ("\\boxed{3} and so \\boxed{4}", "3", False),
+    ("\\boxed{\\frac{1}{2}} of {all}", "0.5", True),        # braces are matched
+    ("\\boxed{\\frac12}", "0.5", True),
+    ("\\boxed{x^2+1}", "1+x^2", True),
+    ("The answer is 27", "27", True),                       # without a box
+    ("\\boxed{9^{9^{9}}}", "5", False),
+])
+def test_scdpo_23_scorer_where_the_published_one_errs(grader: Grader, response: str, label: str, right: bool) -> None:
+    assert (grader.grade_one(response, label).outcome == "right") == right
+
+
 def test_votes_count_equal_answers_in_both_directions(grader: Grader) -> None:
     assert grader.equal("2^{10}", "1024") and grader.equal("1024", "2^{10}")
     assert not grader.equal("2^{10}", "1025")
