@@ -43,11 +43,14 @@ test_on() {
     stage "$1: test" "$run/$1-test/results.json" \
         answer --ckpt_dir "$2" --label_file "$TEST" --log_dir "$run/$1-test"
 }
-# agree NAME WEAK_ANSWERS WEAK_MODEL STRONG_ANSWERS STRONG_MODEL: stage I's files from answers on which both agree
+# agree NAME WEAK_ANSWERS WEAK_MODEL STRONG_ANSWERS STRONG_MODEL: stage I's files, and a report on them
 agree() {
-    stage "$1: the answers on which both agree" "$run/$1/hybrid.json" \
+    stage "$1: answers on which both agree" "$run/$1/hybrid.json" \
         python data_build.py weak_icl --weak_file "$run/$2/samples.jsonl" --weak_model "$3" \
         --icl_file "$run/$4/samples.jsonl" --strong_model "$5" --save_dir "$run/$1" $shown
+    stage "$1: how pure they are, by labels that nothing else reads" "$run/$1/report.json" \
+        python data_build.py report --rows_file "$run/$1/weak.json" --samples_file "$run/$2/samples.jsonl" \
+        --save_file "$run/$1/report.json"
 }
 
 if [ "$TASK" = toy ]; then

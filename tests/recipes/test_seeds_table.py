@@ -1,4 +1,4 @@
-"""The closing tables of recipes of several seeds: shares of the gap, verdicts from the difference's interval, credit."""
+"""The closing tables of recipes of several seeds: shares of the gap, the verdict on the difference, credit."""
 
 import json
 import runpy
