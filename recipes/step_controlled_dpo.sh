@@ -67,6 +67,6 @@ for seed in $SEEDS; do
     prefer scdpo "$run/mix.json"
 done
 python recipes/seeds_table.py --run_dir "$RUN" --claim scdpo --baseline sft --rows sft dpo scdpo \
-    --names "fine-tuned solver" "DPO on ordinary pairs" "DPO on a mix with step-controlled ones"
+    --names "fine-tuned solver" "DPO on ordinary pairs" "DPO with step-controlled pairs"
 [ -z "$STEPS" ] || python recipes/credit_table.py --run_dir "$RUN" --rows dpo scdpo \
-    --names "DPO on ordinary pairs" "DPO on a mix with step-controlled ones"
+    --names "DPO on ordinary pairs" "DPO with step-controlled pairs"
