@@ -289,6 +289,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "data_build branch": build,
             "verifier_train": train | {"train_file": "pairs.json"},
             "preference_train": train | {"train_file": "pairs.json"},
+            "preference_evaluate": {"ckpt_dir": "one", "reference_ckpt_dir": "one", "steps_file": "steps.json",
+                                    "log_dir": "out"},  # fmt: skip
             "verifier_evaluate": evaluate | {"ckpt_dir": "verifier", "samples_file": "samples.json"},
             "ppo_train": {
                 "actor_ckpt_dir": "one",
@@ -552,6 +554,8 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("preference_train", {"objective": "cdpo"}, "--label_smoothing is 0.0; --objective cdpo needs the share of wrong"),
     ("preference_train", {"label_smoothing": 0.1}, "--label_smoothing is of --objective cdpo, not of dpo"),
     ("preference_train", {"label_smoothing": 0.5}, "--label_smoothing is 0.5, expected 0 or more and less than 0.5"),
+    ("preference_evaluate", {"steps_file": "judged.json"}, "judged.json"),
+    ("preference_evaluate", {"reference_ckpt_dir": "nowhere"}, "nowhere"),
     ("preference_train", {"margin": 1}, "--margin is of --objective simpo, not of dpo"),
     ("preference_train", {"objective": "ipo", "length_normalize": True}, "ipo always takes means a token"),
     ("preference_train", {"objective": "orpo", "reference_ckpt_dir": "two"}, "--objective orpo has no reference"),
@@ -584,6 +588,7 @@ def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, obj
         ("data_build process", "1 steps of 2 solutions"),
         ("verifier_train", "optimizer"),
         ("preference_train", "[["),
+        ("preference_evaluate", "weights"),
         ("verifier_evaluate", "weights"),
         ("ppo_train", "critic, each rank"),
         ("ppo_train", "all at once"),
