@@ -206,6 +206,8 @@ def sample_prompts(
     In the end the file is sorted by prompt and sample. A sample that failed is not in it but in failures.jsonl beside
     it, and is tried again by a rerun. `marking` grades what is finished meanwhile. All ranks call this; rank 0 writes.
     """
+    if not prompts:
+        raise UserError(f"there is no prompt to sample for {path}; expected at least one")
     done = _finished_samples(path, prompts, num_samples)
     parallel.barrier()  # nobody writes before all have read
     wanted = [

@@ -388,3 +388,9 @@ def test_a_split_is_evaluated_alone(run: Run, label_file: str, tmp_path: Path) -
     rows = [json.loads(line) for line in evaluate(run, label_file, tmp_path / "log", split="level=2")]
     assert {row["id"] for row in rows} == {"1", "2"}
     assert json.loads((tmp_path / "log/results.json").read_text())["problems"] == 2
+
+
+def test_sampling_for_no_prompt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no prompt to sample for .*samples.jsonl; expected at least one"):
+        log = RunLog(str(tmp_path), {})
+        evaluator.sample_prompts(iter, [], num_samples=1, path=tmp_path / "samples.jsonl", log=log)
