@@ -12,26 +12,80 @@ from typing import Literal
 
 from src import assemble, cli, parallel, runlog
 from src.construct import steps, weak_to_strong
-from src.construct.continuation import Schedule, Solver, branching_sampler, rollout_sampler
-from src.construct.drawing import asked_of, draw, grader_of
+from src.construct.attempts import Enough, until_enough
+from src.construct.continuation import Schedule, Solver, branching_sampler, replayable, rollout_sampler
+from src.construct.drawing import asked_of, draw, drawn_before, grader_of
 from src.construct.files import read_faultless, read_graded, save, tell, write
 from src.construct.origin import read_origin, same_rules, write_origin
 from src.construct.outcomes import outcome_rows, right_solutions
 from src.construct.pairs import mixed_pairs, pairs_from_samples, preferred_pairs
+from src.construct.problems import without_similar
 from src.data.collate import STEP_END
 from src.data.examples import read_instruction_rows, read_pairs, read_prompts, read_samples, read_votes
 from src.errors import UserError
+from src.evaluation.coding import Coding
+from src.evaluation.evaluator import local_sampler
 from src.evaluation.grade import Grader
-from src.evaluation.prompting import Prompting, select_prompts
+from src.evaluation.prompting import Prompting, make_prompting, select_prompts
+from src.evaluation.report import type_of
+from src.evaluation.tasks import find_task
 from src.inference.sampling import Sampling
+from src.text.blocks import CODE_FORM, Marker
 
 SAMPLE_MORE = "sample more a problem or at a higher temperature"
 ONE_KIND = f"no problem has both a right and a wrong sample; {SAMPLE_MORE}"
 
 
+def attempts(
+    ckpt_dir: str, task: str, label_file: str, log_dir: str, right: int = 1, wrong: int = 1, attempts: int = 100,
+    temperature: float = 1.0, max_new_tokens: int = 512, max_batch_size: int = 64, max_rounds: int = 24,
+    isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "", split: str = "",
+    seed: int = 1, dry_run: bool = False,
+) -> None:
+    """Graded samples of each problem until it has right and wrong ones, for the commands pairs and branch.
+
+    Needs a solver: start it with torchrun. A rerun continues.
+
+    ckpt_dir: solver that is asked
+    task: how problems are put, and answers found and compared
+    label_file: problems with their answers
+    log_dir: directory for samples.jsonl and what else an evaluation leaves
+    right: right samples that are enough for a problem
+    wrong: wrong samples that are enough; one that was cut off is neither right nor wrong
+    attempts: samples of a problem at most
+    temperature: of the samples
+    max_new_tokens: longest response; of a solution with code the longest block
+    max_batch_size: sequences that decode at once
+    max_rounds: of solutions with code: blocks of text and code at most
+    isolation: what the code of solutions with code runs in; default: what this machine has; none = your own rights
+    prompt_template: text or file with {instruction} where the problem goes, as for solver_evaluate.py
+    split: only problems of this part, as for solver_evaluate.py
+    seed: seed of the samples
+    dry_run: count the problems without sampling
+    """
+    cli.check_numbers(flags := locals().copy())
+    benchmark, problems = find_task(task), select_prompts(read_prompts(label_file, need_label=True), split)
+    runlog.logger().info("%d problems, %d attempts at most each", len(problems), attempts)
+    if dry_run:
+        return
+    prompting = make_prompting(benchmark, prompt_template=prompt_template)
+    sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)
+    solver = open_solver(ckpt_dir, prompting, max_batch_size, seed, max_rounds, isolation)
+    facts = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "right": right, "wrong": wrong,
+             "max_rounds": max_rounds}
+    sampler = local_sampler(solver.model, solver.tokenizer, prompting, sampling, max_batch_size, coding=solver.coding)
+    with Grader(benchmark) as grader:
+        sampler = until_enough(
+            sampler, Enough(right, wrong),
+            lambda problem, response: grader.grade_one(response, problem.label, type_of(problem)).outcome,
+            drawn_before(log_dir))
+        draw(sampler, problems, attempts, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
+             facts=facts | prompting.facts(), grade=benchmark)
+
+
 def pairs(
     samples_file: str, save_file: str, pairs_a_problem: int = 4, error_phrases: list[str] = [],  # noqa: B006
-    seed: int = 1, dry_run: bool = False,
+    similar_characters: int = 0, seed: int = 1, dry_run: bool = False,
 ) -> None:
     """A right against a wrong solution of the same problem, for verifier_train.py.
 
@@ -39,11 +93,13 @@ def pairs(
     save_file: the json file to write
     pairs_a_problem: most pairs from one problem
     error_phrases: leave out right solutions that hold one of these, in any case, such as: error apolog
+    similar_characters: leave out a solution of as many steps as an earlier one of its problem and outcome whose length
+        is less than so many characters away; 0 = keep all
     seed: seed of the matching and of the order of rows
     dry_run: count the rows without writing them
     """
     cli.check_numbers(locals())
-    samples = read_faultless(samples_file, save_file, error_phrases)
+    samples = without_similar(read_faultless(samples_file, save_file, error_phrases), similar_characters)
     rows = pairs_from_samples(samples, pairs_a_problem, seed)
     save(rows, "pairs", ONE_KIND, samples_file, save_file, dry_run)
 
@@ -314,9 +370,11 @@ def process(
         return
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)
     solver = open_solver(ckpt_dir, prompting, max_batch_size, seed)
+    if solver.coding:
+        raise UserError("process judges the paragraphs of a solution; it has no labels for blocks of code")
     facts = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     sampler = rollout_sampler(solver, {job.prompt.id: job.prefix for job in jobs}, sampling)
-    path = draw(sampler, jobs, rollouts, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
+    path = draw(sampler, [job.prompt for job in jobs], rollouts, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
                 facts=facts | prompting.facts(), grade=benchmark)
     if parallel.rank() == 0:
         rows = steps.judged_steps(chosen, read_samples(str(path)), hard=label == "hard")
@@ -328,7 +386,8 @@ def branch(
     attempts: int = 100, temperature: float = 1.1, temperature_rise: float = 0.1, temperature_cap: float = 1.4,
     steps_a_solution: int = 24, characters_a_step: int = 3000, error_phrases: list[str] = [],  # noqa: B006
     step: Literal["paragraph", "line"] = "paragraph", max_new_tokens: int = 512, max_batch_size: int = 64,
-    prompt_template: str = "", seed: int = 1, dry_run: bool = False,
+    isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "", seed: int = 1,
+    dry_run: bool = False,
 ) -> None:
     """Step-controlled pairs for preference_train.py: wrong ways on from behind the first steps of a right solution.
 
@@ -347,15 +406,18 @@ def branch(
     steps_a_solution: longer solutions are left out
     characters_a_step: solutions with a longer step are left out
     error_phrases: leave out right solutions that hold one of these, in any case, such as: error apolog
-    step: what a step is: a paragraph, with a blank line behind it, or a line
+    step: what a step is: a paragraph, with a blank line behind it, or a line; of solutions with code it is a block
     max_new_tokens: longest step
     max_batch_size: sequences that decode at once
+    isolation: what the code of solutions with code runs in; default: what this machine has; none = your own rights
     prompt_template: text or file with {instruction} where the problem goes, as for solver_evaluate.py
     seed: seed of the points and of the samples
     dry_run: count the branches without sampling
     """
     cli.check_numbers(flags := locals().copy())
-    step_end = {"paragraph": STEP_END, "line": "\n"}[step]
+    step_end = STEP_END if step == "paragraph" else "\n"
+    if assemble.load_config(ckpt_dir).chat_template == CODE_FORM:
+        step_end = Marker.END_OF_BLOCK
     samples = read_faultless(samples_file, save_file, error_phrases)
     jobs = steps.branches(samples, pairs_a_problem, seed, step_end)
     prompting, benchmark = asked_of(task, prompt_template, samples_file)
@@ -365,7 +427,10 @@ def branch(
     if dry_run:
         return
     schedule = Schedule(temperature, temperature_rise, temperature_cap)
-    solver = open_solver(ckpt_dir, prompting, max_batch_size, seed)
+    solver = open_solver(ckpt_dir, prompting, max_batch_size, seed, steps_a_solution, isolation)
+    if solver.coding:
+        jobs = replayable(jobs, solver.coding)
+        runlog.logger().info("%d of them leave solutions whose code prints the same again", len(jobs))
     facts = schedule._asdict() | {"attempts": attempts, "steps_a_solution": steps_a_solution,
                                   "max_new_tokens": max_new_tokens, "seed": seed, "step": step}
     with Grader(benchmark) as grader:
@@ -373,7 +438,7 @@ def branch(
             solver, {job.prompt.id: job.prefix for job in jobs}, schedule,
             lambda response, answer: grader.grade_one(response, answer).outcome, attempts=attempts,
             max_steps=steps_a_solution, max_new_tokens=max_new_tokens, seed=seed, step_end=step_end)
-        path = draw(sampler, jobs, 1, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
+        path = draw(sampler, [job.prompt for job in jobs], 1, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
                     facts=facts | prompting.facts())
     if parallel.rank() == 0:
         found = steps.step_controlled_pairs(jobs, read_samples(str(path)), schedule, max_steps=steps_a_solution,
@@ -406,17 +471,20 @@ def mix(
         save(control, "pairs", "", pairs_file, control_file, dry_run)
 
 
-def open_solver(ckpt_dir: str, prompting: Prompting, max_batch_size: int, seed: int) -> Solver:
-    """The model of a checkpoint on this rank, with what it is asked in."""
+def open_solver(
+    ckpt_dir: str, prompting: Prompting, max_batch_size: int, seed: int, max_rounds: int = 24, isolation: str = "",
+) -> Solver:
+    """The model of a checkpoint on this rank, with what it is asked in, and what runs the code that it writes."""
     tokenizer = assemble.load_tokenizer(ckpt_dir)
     parallel.start(seed=seed)
-    return Solver(assemble.load_solver(ckpt_dir), tokenizer, prompting, max_batch_size)
+    coding = Coding(tokenizer, max_rounds, isolation or None) if tokenizer.code else None
+    return Solver(assemble.load_solver(ckpt_dir), tokenizer, prompting, max_batch_size, coding)
 
 
 COMMANDS = {
-    "pairs": pairs, "outcome": outcome, "reject": reject, "prefer": prefer, "select": select, "split": split,
-    "full_weak": full_weak, "demonstrations": demonstrations, "weak_icl": weak_icl, "report": report, "vote": vote,
-    "contrast": contrast, "process": process, "branch": branch, "mix": mix,
+    "attempts": attempts, "pairs": pairs, "outcome": outcome, "reject": reject, "prefer": prefer, "select": select,
+    "split": split, "full_weak": full_weak, "demonstrations": demonstrations, "weak_icl": weak_icl, "report": report,
+    "vote": vote, "contrast": contrast, "process": process, "branch": branch, "mix": mix,
 }
 
 if __name__ == "__main__":

@@ -1,16 +1,31 @@
 """The tiny checkpoints that several tests share."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import checkpoint_split
+import solver_train
 from src import assemble, parallel
 from src.text.tokenizer import Tokenizer
 from tests.tiny import make_verifier, split, write_hf_llama
 
 TOY_BASE = Path(__file__).parents[1] / "dataset" / "toy" / "base"
+
+
+CODE_QUESTION = "Ana has 76 pears. She loses 20. She finds 4 bags of 3. How many pears are there now?"
+CODE_BLOCKS = [
+    {"type": "text", "content": "Left:"},
+    {"type": "code", "content": "x=76-20\nprint(x)"},
+    {"type": "execution", "content": "56\n"},
+    {"type": "text", "content": "Then:"},
+    {"type": "code", "content": "print(x+4*3)"},
+    {"type": "execution", "content": "68\n"},
+    {"type": "text", "content": "#### 68"},
+]
+CODE_SOLUTION = "".join(f"<|{block['type']}|>{block['content']}<|endofblock|>" for block in CODE_BLOCKS)
 
 
 class Folders(NamedTuple):
@@ -53,6 +68,22 @@ def code_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def code_tokenizer(code_base: str) -> Tokenizer:
     """Its tokenizer; the checkpoint says which form it writes."""
     return assemble.load_tokenizer(code_base)
+
+
+@pytest.fixture(scope="session")
+def code_solver(code_base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """That base, trained until it knows one solution with code by heart, and goes wrong in it one time in three."""
+    folder = tmp_path_factory.mktemp("code-solver")
+    wrong = [*CODE_BLOCKS[:4]]
+    wrong += [block | {"content": block["content"].replace("*3", "*2").replace("8", "4")} for block in CODE_BLOCKS[4:]]
+    rows = [
+        {"messages": [{"role": "user", "content": CODE_QUESTION}, {"role": "assistant", "content": blocks}]}
+        for blocks in (CODE_BLOCKS, CODE_BLOCKS, wrong)
+    ]
+    (folder / "train.json").write_text(json.dumps(rows))
+    flags = {"epochs": 40, "lr": 4e-3, "max_batch_size": 3}
+    solver_train.main(code_base, str(folder / "out"), str(folder / "train.json"), **flags)
+    return str(folder / "out")
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ from typing import NamedTuple
 from src import parallel
 from src.data.collate import STEP_END, encode_prompt, split_steps
 from src.data.examples import Prompt, Sample
+from src.evaluation.coding import MALFORMED, Coding
 from src.evaluation.evaluator import Drawn, Sampler, Wanted
 from src.evaluation.prompting import Prompting
 from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
+from src.text.blocks import ANY_MARKER, Marker
 from src.text.tokenizer import Tokenizer
 
 EOS, LENGTH, CONTEXT_FULL, TOO_MANY_STEPS = "eos", "length", "context full", "too many steps"
@@ -22,26 +24,39 @@ class Begun(NamedTuple):
 
     prompt: Prompt
     sample: Sample
-    steps: list[str]  # of the whole solution
+    steps: list[str]  # of the whole solution, each with what parts it from the next
     k: int
     step_end: str  # what parts them
 
     @property
     def prefix(self) -> str:
-        """The given steps as text, what ends a step behind each."""
-        return "".join(step + self.step_end for step in self.steps[: self.k])
+        """The given steps as text."""
+        return "".join(self.steps[: self.k])
 
     @property
     def rest(self) -> str:
         """What the solution itself says behind them."""
-        return self.step_end.join(self.steps[self.k :])
+        return "".join(self.steps[self.k :])
+
+
+def step_end_of(solution: str, otherwise: str = STEP_END) -> str:
+    """What ends a step of a solution: of one with code a block's end."""
+    return Marker.END_OF_BLOCK if ANY_MARKER.search(solution) else otherwise
+
+
+def whole_steps(solution: str, step_end: str = STEP_END) -> list[str]:
+    """The steps of a solution, which join to it: paragraphs or lines, or the blocks of one with code."""
+    if step_end == Marker.END_OF_BLOCK:
+        return [f"{block}{step_end}" for block in solution.split(step_end)[:-1]]
+    *steps, last = split_steps(solution, step_end)
+    return [step + step_end for step in steps] + [last]
 
 
 def begun(sample: Sample, k: int, step_end: str = STEP_END) -> Begun:
     """A sample's solution up to its k-th step."""
     name = f"{sample.id}/{sample.sample}/{k}"
     prompt = Prompt(name, sample.prompt, str(sample.values.get("label") or ""), None, None)
-    return Begun(prompt, sample, split_steps(sample.response, step_end), k, step_end)
+    return Begun(prompt, sample, whole_steps(sample.response, step_end), k, step_end)
 
 
 class Solver(NamedTuple):
@@ -51,6 +66,7 @@ class Solver(NamedTuple):
     tokenizer: Tokenizer
     prompting: Prompting
     max_batch_size: int
+    coding: Coding | None = None  # of one that writes solutions with code
 
 
 class Asked(NamedTuple):
@@ -78,6 +94,7 @@ def continuations(solver: Solver, asked: Sequence[Asked], sampling: Sampling) ->
     All ranks call this and get the same ones in the same order. A prefix that fills the context is not gone on from.
     """
     tokenizer, requests, places = solver.tokenizer, [], {}
+    vocabulary = vocabulary_of(tokenizer)
     for item in asked:
         text = solver.prompting.text(item.instruction)
         ids = encode_prompt(tokenizer, text, item.prefix)
@@ -90,12 +107,12 @@ def continuations(solver: Solver, asked: Sequence[Asked], sampling: Sampling) ->
         solver.model,
         requests,
         sampling,
-        vocabulary=vocabulary_of(tokenizer),
+        vocabulary=vocabulary,
         max_batch_size=solver.max_batch_size,
     ):
         item, before = places[done.request.id, done.request.sample]
         # read behind the prefix: a vocabulary may drop a space at the beginning of a text, but not in the middle
-        text = tokenizer.decode([*before, *done.tokens])[len(tokenizer.decode(before)) :]
+        text = vocabulary.decode([*before, *done.tokens])[len(vocabulary.decode(before)) :]
         met = min((stop for stop in sampling.stop if stop in text), key=text.index, default="")
         end = met or (EOS if done.tokens[-1] in tokenizer.stop_ids else LENGTH)
         yield Continued(
@@ -133,7 +150,7 @@ class Schedule(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A continuation of several steps and how it ended; as Continued, or TOO_MANY_STEPS."""
+    """A continuation of several steps and how it ended; as Continued, as Coding says, or TOO_MANY_STEPS."""
 
     text: str
     n_tokens: int
@@ -176,7 +193,7 @@ def branching_sampler(
                 seed=seed,
                 step_end=step_end,
             )
-            verdicts = _on_rank_0(
+            verdicts = on_rank_0(
                 lambda jobs=live, texts=written: {
                     p.id: outcome(prefixes[p.id] + texts[p.id].text, p.label or "") for p, _ in jobs
                 }
@@ -185,7 +202,7 @@ def branching_sampler(
             for prompt, number in live:
                 found = written[prompt.id]
                 ends[prompt.id] = f"{found.end}, {verdicts[prompt.id]}"
-                ended = found.end not in (LENGTH, CONTEXT_FULL, TOO_MANY_STEPS)
+                ended = found.end in (EOS, *solver.prompting.stop)
                 if ended and found.text.strip() and verdicts[prompt.id] == "wrong":
                     response, logprob = prefixes[prompt.id] + found.text, round(found.logprob, 1)
                     yield Drawn(prompt.id, number, response, found.n_tokens, "stop", logprob)
@@ -209,7 +226,10 @@ def write_steps(
     seed: int,
     step_end: str = STEP_END,
 ) -> dict[str, Written]:
-    """Go on from every prefix step by step, each step at its own temperature, all texts in step. -> by id."""
+    """Go on from every prefix step by step, each step at its own temperature, all texts in step. -> by id.
+
+    The steps of a solution with code are its blocks; what its code prints is put behind them.
+    """
     written = {item.id: Written("", 0, 0.0, "") for item in asked}
     for step in range(max_steps):
         sampling = Sampling(
@@ -218,6 +238,7 @@ def write_steps(
             stop=(step_end, *solver.prompting.stop),
             seed=seed,
         )
+        sampling = solver.coding.sampling(sampling) if solver.coding else sampling
         # the id counts the step, so that each draws its own random numbers
         going = {f"{item.id}/{step}": item for item in asked if not written[item.id].end}
         if not going:
@@ -232,13 +253,36 @@ def write_steps(
                 before.text + found.text + (step_end if more else ""),
                 before.n_tokens + found.n_tokens,
                 before.logprob + found.logprob,
-                "" if more else found.end,
+                ""
+                if more
+                else MALFORMED
+                if solver.coding and found.text
+                else found.end,  # it ends within a block
             )
+        if solver.coding:
+            _execute(solver.coding, {item.id: item.prefix for item in going.values()}, written)
     return {
         name: found if found.end else found._replace(end=TOO_MANY_STEPS) for name, found in written.items()
     }
 
 
-def _on_rank_0(verdicts: Callable[[], dict[str, str]]) -> dict[str, str]:
+def _execute(coding: Coding, prefixes: Mapping[str, str], written: dict[str, Written]) -> None:
+    """Put what their code prints behind the solutions that go on, in place."""
+    names = [name for name in prefixes if not written[name].end]
+    answers = [prefixes[name] + written[name].text for name in names]
+    for name, (shown, reason) in zip(names, coding.behind(answers), strict=True):
+        written[name] = written[name]._replace(text=written[name].text + shown, end=reason)
+
+
+def replayable(jobs: Sequence[Begun], coding: Coding) -> list[Begun]:
+    """Those of solutions whose code prints again what stands in them; all ranks call this."""
+    responses = {job.sample.id: job.sample.response for job in jobs}
+    verdicts = on_rank_0(
+        lambda: {name: str(coding.replays(response)) for name, response in responses.items()}
+    )
+    return [job for job in jobs if verdicts[job.sample.id] == str(True)]
+
+
+def on_rank_0(verdicts: Callable[[], dict[str, str]]) -> dict[str, str]:
     """What rank 0 says, on every rank: a timeout on one alone would part their ways."""
     return json.loads(parallel.broadcast_text(json.dumps(verdicts()) if parallel.rank() == 0 else None))

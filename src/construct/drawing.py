@@ -1,14 +1,14 @@
 """Builders that sample with a solver: how its problems are put, and where what it writes is kept and graded."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from src import parallel
 from src.checkpoint import storage
-from src.construct.continuation import Begun
 from src.construct.origin import read_origin
-from src.data.examples import read_samples
+from src.data.examples import Prompt, read_samples
 from src.errors import UserError
 from src.evaluation.evaluator import Marking, Sampler, claim_samples, grade_samples, sample_prompts
 from src.evaluation.grade import Grader
@@ -31,7 +31,7 @@ def asked_of(task: str, prompt_template: str, samples_file: str) -> tuple[Prompt
 
 def draw(
     sampler: Sampler,
-    jobs: list[Begun],
+    prompts: Sequence[Prompt],
     n: int,
     *,
     ckpt_dir: str,
@@ -40,11 +40,11 @@ def draw(
     facts: Mapping[str, object],
     grade: Task | None = None,
 ) -> Path:
-    """Sample n times for every job into log_dir/samples.jsonl, and grade what comes by the task given. -> the file.
+    """Sample n times for every problem into log_dir/samples.jsonl, and grade what comes by the task given. -> the file.
 
     facts: what the samples depend on beside the checkpoint; a directory with others is refused (UserError).
     """
-    path, prompts = Path(log_dir) / "samples.jsonl", [job.prompt for job in jobs]
+    path = Path(log_dir) / "samples.jsonl"
     storage.check_writable(path.parent)
     claim_samples(path, {"checkpoint": storage.fingerprint(Path(ckpt_dir)), **facts})
     with Marking(grade, prompts) if grade and parallel.rank() == 0 else nullcontext() as marking:
@@ -54,6 +54,17 @@ def draw(
             results = grade_samples(marking, read_samples(str(path)), path)
             storage.write_json(path.with_name("results.json"), results)
     return path
+
+
+def drawn_before(log_dir: str) -> dict[tuple[str, int], str]:
+    """(id, sample) -> response of what an earlier run left in a directory, empty where it was cut off.
+
+    A torn last line does not count.
+    """
+    path = Path(log_dir) / "samples.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    return {(row["id"], row["sample"]): row["response"] if row["finish"] == "stop" else "" for row in rows}
 
 
 def grader_of(rules: Mapping[str, str]) -> Grader:

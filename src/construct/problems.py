@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from src.construct.continuation import step_end_of, whole_steps
 from src.data.examples import Sample
 from src.errors import UserError
 
@@ -25,6 +26,20 @@ def without_phrases(samples: Sequence[Sample], phrases: Sequence[str]) -> list[S
         for sample in samples
         if sample.outcome != "right" or not any(phrase in sample.response.casefold() for phrase in small)
     ]
+
+
+def without_similar(samples: Sequence[Sample], characters: int) -> list[Sample]:
+    """The samples without those much like an earlier one of the same problem and outcome: as many steps, and a length
+    less than so many characters away (the released code of Step-Controlled DPO: 500). 0 keeps all."""
+    kept: list[Sample] = []
+    shapes: dict[tuple[str, str | None, int], list[int]] = {}
+    for sample in samples:
+        n_steps = len(whole_steps(sample.response, step_end_of(sample.response)))
+        lengths = shapes.setdefault((sample.id, sample.outcome, n_steps), [])
+        if all(abs(len(sample.response) - length) >= characters for length in lengths):
+            lengths.append(len(sample.response))
+            kept.append(sample)
+    return kept
 
 
 def by_problem(samples: Sequence[Sample]) -> dict[str, Problem]:

@@ -5,11 +5,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from src.construct.continuation import Begun, Schedule, begun
+from src.construct.continuation import Begun, Schedule, begun, whole_steps
 from src.construct.problems import by_problem
 from src.data.collate import STEP_END, split_steps
 from src.data.examples import Sample
 from src.errors import UserError
+from src.text.blocks import Marker
 
 Row = dict[str, object]
 
@@ -76,9 +77,12 @@ def judged_steps(solutions: Sequence[Sample], rollouts: Sequence[Sample], *, har
     return rows
 
 
-def branch_points(n_steps: int) -> range:
-    """After how many steps of a solution a branch may leave it: one at least, and two at least are left out."""
-    return range(1, n_steps - 1)
+def branch_points(steps: Sequence[str]) -> list[int]:
+    """After how many steps of a solution a branch may leave it: one at least, and two at least are left out.
+
+    A block of code is not left before its output (the released jobs of Step-Controlled DPO end at text or execution).
+    """
+    return [k for k in range(1, len(steps) - 1) if not steps[k - 1].startswith(Marker.CODE)]
 
 
 def branches(
@@ -89,7 +93,7 @@ def branches(
     chosen = []
     for problem in by_problem(samples).values():
         if problem.right:
-            points = branch_points(len(split_steps(problem.right[0].response, step_end)))
+            points = branch_points(whole_steps(problem.right[0].response, step_end))
             drawn = sorted(generator.sample(points, min(pairs_a_problem, len(points))))
             chosen += [begun(problem.right[0], k, step_end) for k in drawn]
     if any(not item.prompt.label for item in chosen):
@@ -118,10 +122,10 @@ def step_controlled_pairs(
         if sample is None:
             counts["never wrong"] += 1
             continue
-        wrong = split_steps(sample.response.removeprefix(job.prefix), job.step_end)
+        wrong = whole_steps(sample.response.removeprefix(job.prefix), job.step_end)
         if max(len(job.steps), job.k + len(wrong)) > max_steps:
             counts["with too many steps"] += 1
-        elif max(map(len, (*job.steps, *wrong))) > max_step_characters:
+        elif max(len(step.strip()) for step in (*job.steps, *wrong)) > max_step_characters:
             counts["with too long a step"] += 1
         else:
             counts["kept"] += 1

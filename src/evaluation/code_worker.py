@@ -30,6 +30,7 @@ EXIT_OK, EXIT_ERROR, EXIT_MEMORY = 0, 1, 3
 SAMPLE_SECONDS = 0.05
 CHUNK = 65536  # bytes
 FRAMES = 50  # of a traceback; an endless recursion has millions
+BLOCK = "<block"  # beginning of the name that a block has in tracebacks
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -207,7 +208,7 @@ def run_code(job: dict, isolated: bool, output: int, marks: int) -> None:
             os.close(output)
         limit_processor_time(job["limits"]["cpu_seconds"], len(job["blocks"]))
         os.write(marks, b".")
-        code = run_block(block, f"<block {number}>", namespace)
+        code = run_block(block, f"{BLOCK} {number}>", namespace)
         flush()
     os._exit(code)
 
@@ -260,7 +261,9 @@ def run_block(block: str, name: str, namespace: dict) -> int:
 def report(error: BaseException) -> None:
     """The traceback from the block on, where the block's output goes."""
     flush()
-    frames = error.__traceback__.tb_next if error.__traceback__ else None  # without this file's frame
+    frames = error.__traceback__
+    while frames and not frames.tb_frame.f_code.co_filename.startswith(BLOCK):  # this file's, the parser's
+        frames = frames.tb_next
     with contextlib.suppress(MemoryError, OSError):
         text = "".join(traceback.format_exception(type(error), error, frames, limit=FRAMES))
         os.write(2, text.encode(errors="backslashreplace"))

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 from src import parallel
@@ -15,7 +16,7 @@ from src.evaluation import code_runner
 from src.evaluation.code_runner import Limits, SandboxError
 from src.inference.engine import Completion, Pausing, Request
 from src.inference.sampling import Sampling
-from src.text.blocks import ANY_MARKER, KINDS, Block, Marker
+from src.text.blocks import ANY_MARKER, Block, Marker, Piece, ended_blocks, split_text
 from src.text.tokenizer import Tokenizer
 
 SHOWN = ("ok", "error", "output_limit")  # after these a solution sees the output and goes on
@@ -58,17 +59,38 @@ class Coding(NamedTuple):
         n_tokens = len(completion.request.prompt) + len(completion.tokens)
         return CONTEXT_FULL if n_tokens >= max_seq_len else MAX_TOKENS
 
+    def behind(self, answers: Sequence[str]) -> list[tuple[str, str]]:
+        """For begun answers in their text form, each up to the end of a block: the execution that follows, perhaps
+        none, and why the answer ends there, or "". All ranks call it."""
+        told = self._run([ended_blocks(split_text(answer)) for answer in answers])
+        return [("" if output is None else "".join(_execution(output)), reason) for output, reason in told]
+
+    def replays(self, answer: str) -> bool:
+        """Whether the code of an answer prints what stands behind it when it is run again.
+
+        A solution for which it is false must not be gone on with: its state cannot be rebuilt.
+        """
+        blocks = ended_blocks(split_text(answer))
+        code, outputs = (
+            [block.content for block in blocks if block.kind == kind] for kind in ("code", "execution")
+        )
+        found = len(code) == len(outputs)
+        return found and code_runner.first_difference(code, outputs, self.limits, self.isolation) is None
+
     def _go_on(self, rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
-        """Rank 0 runs the code of all rows side by side; every rank hears what came of it."""
+        """What the engine puts behind pauses."""
+        told = self._run([self.blocks(request.prompt, tokens) for request, tokens in rows])
+        return [
+            reason or ([] if output is None else self._ids(_execution(output))) for output, reason in told
+        ]
+
+    def _run(self, solutions: list[list[Block]]) -> list[tuple[str | None, str]]:
+        """Rank 0 runs the code at the end of all solutions side by side; every rank hears what came of it."""
         text = None
         if parallel.rank() == 0:
-            solutions = [self.blocks(request.prompt, tokens) for request, tokens in rows]
             with ThreadPoolExecutor(THREADS) as pool:
                 text = json.dumps(list(pool.map(self._next, solutions)))
-        return [
-            reason or ([] if output is None else self._execution(output))
-            for output, reason in json.loads(parallel.broadcast_text(text))
-        ]
+        return json.loads(parallel.broadcast_text(text))
 
     def _next(self, solution: Sequence[Block]) -> tuple[str | None, str]:
         """What the last block of a solution printed, None where it is no code, and why the solution ends, or ""."""
@@ -83,29 +105,22 @@ class Coding(NamedTuple):
             return None, f"{INFRASTRUCTURE}: {problem}"
         return (execution.output, "") if execution.status in SHOWN else (None, f"exec_{execution.status}")
 
-    def _execution(self, output: str) -> list[int]:
-        """The tokens of an execution block."""
-        harmless = ANY_MARKER.sub(
-            lambda found: f"<| {found[0][2:]}", output
-        )  # the text form must not mistake it
-        parts = self.tokenizer.encode_pieces([Marker.EXECUTION, harmless, Marker.END_OF_BLOCK])
-        return [index for part in parts for index in part]
+    def _ids(self, parts: Sequence[Piece]) -> list[int]:
+        return [index for part in self.tokenizer.encode_pieces(parts) for index in part]
 
     def blocks(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[Block]:
-        """The finished blocks of the answer that a prompt may begin and these tokens go on with.
-
-        kind "" is a block that no marker began.
-        """
-        control = self.tokenizer.control
-        kinds = {control[marker]: kind for kind, marker in KINDS.items()}
+        """The ended blocks of the answer that a prompt may begin and these tokens go on with."""
+        markers = {self.tokenizer.control[marker]: marker for marker in Marker}
         ids = [*prompt, *tokens]
-        start = len(ids) - 1 - ids[::-1].index(control[Marker.ASSISTANT])
-        found: list[Block] = []
-        kind, begin = "", start + 1
-        for place in range(start, len(ids)):
-            if ids[place] in kinds:
-                kind, begin = kinds[ids[place]], place + 1
-            elif ids[place] == control[Marker.END_OF_BLOCK]:
-                found.append(Block(kind, self.tokenizer.decode(ids[begin:place])))
-                kind = ""
-        return found
+        start = len(ids) - ids[::-1].index(self.tokenizer.control[Marker.ASSISTANT])
+        parts: list[Piece] = []
+        for is_marker, group in groupby(ids[start:], markers.__contains__):
+            stretch = list(group)
+            parts += [markers[index] for index in stretch] if is_marker else [self.tokenizer.decode(stretch)]
+        return ended_blocks(parts)
+
+
+def _execution(output: str) -> list[Piece]:
+    """The block that shows an output, markers in it broken: the text form of a solution must not mistake them."""
+    harmless = ANY_MARKER.sub(lambda found: f"<| {found[0][2:]}", output)
+    return [Marker.EXECUTION, harmless, Marker.END_OF_BLOCK]

@@ -140,6 +140,20 @@ def parse_pieces(parts: Sequence[Piece]) -> list[Message]:
     return messages
 
 
+def ended_blocks(parts: Iterable[Piece]) -> list[Block]:
+    """The blocks of an answer that are ended, whatever stands between them; kind "" is one that no marker began."""
+    found, kind, content = [], "", ""
+    for part in parts:
+        if part == Marker.END_OF_BLOCK and isinstance(part, Marker):
+            found.append(Block(kind, content))
+            kind = content = ""
+        elif isinstance(part, Marker):
+            kind, content = part.name.lower() if part in KINDS.values() else "", ""
+        else:
+            content += part
+    return found
+
+
 class _Reader:
     """A place in a list of pieces."""
 

@@ -6,8 +6,17 @@ from pathlib import Path
 import pytest
 
 import data_build
-from src import assemble
-from src.construct.continuation import Asked, Schedule, Solver, begun, continuations, write_steps
+from src import assemble, parallel
+from src.construct.continuation import (
+    Asked,
+    Schedule,
+    Solver,
+    begun,
+    continuations,
+    replayable,
+    whole_steps,
+    write_steps,
+)
 from src.construct.drawing import grader_of
 from src.construct.steps import (
     beginnings,
@@ -19,11 +28,13 @@ from src.construct.steps import (
 from src.data.collate import encode_prompt
 from src.data.examples import Sample, read_judged, read_pairs, read_samples
 from src.errors import UserError
+from src.evaluation.coding import Coding
 from src.evaluation.prompting import make_prompting
 from src.evaluation.tasks import find_task
 from src.inference.sampling import Sampling
+from src.text.blocks import Marker
 from src.training.preference import open_preferences
-from tests.conftest import Folders
+from tests.conftest import CODE_QUESTION, CODE_SOLUTION, Folders
 from tests.ranks import succeed
 
 RULES = {"extraction": "gsm8k/hashes@1", "equality": "exact@1"}
@@ -63,9 +74,16 @@ def test_scdpo_13_temperatures_rise_to_their_cap(schedule: Schedule, expected: l
     assert [schedule.at(step) for step in range(len(expected))] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("kinds", "points"), [("tcet", [1]), ("tcetcet", [1, 3, 4]), ("cet", []), ("t", [])])
+def test_scdpo_12_code_is_not_left_before_its_output(kinds: str, points: list[int]) -> None:
+    names = {"t": "text", "c": "code", "e": "execution"}
+    solution = "".join(f"<|{names[kind]}|>{kind}<|endofblock|>" for kind in kinds)
+    assert branch_points(whole_steps(solution, Marker.END_OF_BLOCK)) == points
+
+
 @pytest.mark.parametrize(("n", "points"), [(1, []), (2, []), (3, [1]), (4, [1, 2]), (7, [1, 2, 3, 4, 5])])
 def test_scdpo_12_two_steps_at_least_are_left_out(n: int, points: list[int]) -> None:
-    assert list(branch_points(n)) == points
+    assert branch_points(["a\n\n"] * n) == points
 
 
 def test_a_beginning_and_its_rest_are_the_solution() -> None:
@@ -263,3 +281,52 @@ def test_two_ranks_build_the_same(folders: Folders, tmp_path: Path) -> None:
              "save_file": tmp_path / "b.json", **BRANCH}  # fmt: skip
     succeed("data_build.py", "branch", *(f"--{name}={value}" for name, value in flags.items()), n=2)
     assert json.loads((tmp_path / "b.json").read_text()) == expected
+
+
+CODE_BRANCH = {"attempts": 30, "max_new_tokens": 20, "max_batch_size": 8, "steps_a_solution": 12,
+               "temperature": 0.8, "temperature_rise": 0.02, "temperature_cap": 0.9, "pairs_a_problem": 3}  # fmt: skip
+
+
+def test_scdpo_15_branches_of_code_share_their_first_blocks(code_solver: str, tmp_path: Path) -> None:
+    """Replayed prefixes, blocks gone on with, executions by the interpreter; what comes is a row to train on."""
+    solution = sample("0", 0, CODE_SOLUTION, "right")
+    values = solution.values | {"prompt": CODE_QUESTION, "label": "68"}
+    solution = solution._replace(prompt=CODE_QUESTION, values=values)
+    source = log_dir(tmp_path / "log", [solution])
+    save_file = tmp_path / "pairs.json"
+    data_build.branch(code_solver, "toy", source, str(tmp_path / "a"), str(save_file), **CODE_BRANCH)
+    rows = json.loads(save_file.read_text())
+    assert rows
+    tokenizer = assemble.load_tokenizer(code_solver)
+    coding = Coding(tokenizer, 12)
+    for row in rows:
+        assert row["start_steps"] in (1, 3, 4)
+        assert row["prefix"] == "".join(whole_steps(CODE_SOLUTION, Marker.END_OF_BLOCK)[: row["start_steps"]])
+        assert row["prefix"] + row["chosen"] == CODE_SOLUTION
+        assert coding.replays(row["prefix"] + row["rejected"])
+    save_file.write_text(json.dumps([rows[0], rows[0] | {"instruction": "Another?"}]))
+    data, _ = open_preferences(str(save_file), "", 0.5, tokenizer, max_seq_len=512)
+    chosen, rejected = data.samples[0]
+    assert chosen.tokens[: chosen.response_start] == rejected.tokens[: rejected.response_start]
+    assert 0 < chosen.n_response < len(chosen.tokens) - chosen.response_start  # executions carry no loss
+
+
+def test_scdpo_14_code_that_prints_something_else_is_not_left(code_solver: str, tmp_path: Path) -> None:
+    parallel.start()
+    coding = Coding(assemble.load_tokenizer(code_solver), 12)
+    random = "".join(
+        f"<|{kind}|>{content}<|endofblock|>"
+        for kind, content in (
+            ("code", "import random\nprint(random.random())"),
+            ("execution", "0.5\n"),
+            ("text", "#### 4"),
+        )
+    )
+    jobs = [begun(sample("0", 0, CODE_SOLUTION, "right"), 1), begun(sample("1", 0, random, "right"), 2)]
+    assert [job.sample.id for job in replayable(jobs, coding)] == ["0"]
+
+
+def test_step_labels_of_code_are_refused(code_solver: str, tmp_path: Path) -> None:
+    source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right")])
+    with pytest.raises(UserError, match="no labels for blocks of code"):
+        data_build.process(code_solver, "toy", source, str(tmp_path / "a"), str(tmp_path / "a.json"))

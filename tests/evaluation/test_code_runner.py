@@ -92,6 +92,11 @@ def test_a_traceback_shows_the_block_and_nothing_of_the_runner(isolation: str | 
     ]
 
 
+def test_a_syntax_error_names_no_file_of_ours() -> None:
+    shown = run(["p k"]).output
+    assert shown.splitlines() == ['  File "<block 1>", line 1', "    p k", "      ^", "SyntaxError: invalid syntax"]
+
+
 def test_packages_of_the_caller_are_there() -> None:
     execution = run(["from sympy import *", "x = symbols('x')", "integrate(x**2, x)"])
     assert execution == Execution("x**3/3\n", "ok")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import solver_evaluate
-import solver_train
 from src import parallel
 from src.evaluation.code_runner import Limits
 from src.evaluation.coding import Coding
@@ -14,10 +13,10 @@ from src.inference.engine import Completion, Request
 from src.inference.sampling import Sampling
 from src.text.blocks import Block, Marker, answer_pieces, prompt_pieces
 from src.text.tokenizer import Tokenizer
+from tests.conftest import CODE_QUESTION, CODE_SOLUTION
 from tests.text.files import write_json
 
 QUICK = Limits(cpu_seconds=2, wall_seconds=2, output_bytes=300)
-QUESTION = "Ana has 76 pears. She loses 20. How many pears are there now?"
 
 
 @pytest.fixture(autouse=True)
@@ -121,27 +120,14 @@ def test_a_solution_cannot_write_what_the_interpreter_says(code_tokenizer: Token
     assert sampling.logit_bias[3] == 1.0
 
 
-def test_a_trained_solver_writes_runs_and_reads_its_code(tmp_path: Path, code_base: str) -> None:
-    """Trained on one solution whose code prints 56; asked the same, what the code prints is what it goes on from."""
-    content = [
-        {"type": "text", "content": "Ana loses some:"},
-        {"type": "code", "content": "print(76-20)"},
-        {"type": "execution", "content": "56\n"},
-        {"type": "text", "content": "#### 56"},
-    ]
-    rows = [{"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": content}]}]
-    train = write_json(tmp_path / "train.json", rows)
-    solver_train.main(code_base, str(tmp_path / "out"), str(train), epochs=40, lr=4e-3, schedule="constant")
-    problems = [{"instruction": QUESTION, "label": "56"}]
-    test = write_json(tmp_path / "test.json", problems)
-    flags = {"label_file": str(test), "ckpt_dir": str(tmp_path / "out"), "max_new_tokens": 40}
+def test_a_trained_solver_writes_runs_and_reads_its_code(tmp_path: Path, code_solver: str) -> None:
+    """What the code prints is put there by the interpreter alone: the model was never taught to write it."""
+    test = write_json(tmp_path / "test.json", [{"instruction": CODE_QUESTION, "label": "68"}])
+    flags = {"label_file": str(test), "ckpt_dir": code_solver, "max_new_tokens": 40}
     solver_evaluate.main("toy", log_dir=str(tmp_path / "log"), **flags)
     (sample,) = (json.loads(line) for line in (tmp_path / "log" / "samples.jsonl").read_text().splitlines())
-    assert sample["response"] == (
-        "<|text|>Ana loses some:<|endofblock|><|code|>print(76-20)<|endofblock|><|execution|>56\n<|endofblock|>"
-        "<|text|>#### 56<|endofblock|>"
-    )
-    assert (sample["finish"], sample["answer"], sample["outcome"]) == ("stop", "56", "right")
+    assert sample["response"] == CODE_SOLUTION
+    assert (sample["finish"], sample["answer"], sample["outcome"]) == ("stop", "68", "right")
     solver_evaluate.main("toy", log_dir=str(tmp_path / "short"), max_rounds=2, **flags)
     (cut,) = (json.loads(line) for line in (tmp_path / "short" / "samples.jsonl").read_text().splitlines())
     assert (cut["finish"], cut["outcome"]) == ("max_rounds", "unparsed")
