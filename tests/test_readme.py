@@ -41,7 +41,24 @@ def quick_start_commands() -> list[list[str]]:
     return [["python", *shlex.split(call)] for call in calls if "_dir" in call or "_file" in call]
 
 
-ALL_COMMANDS = commands(ROOT / "README.md") + docstring_commands() + quick_start_commands()
+def easy_to_hard_commands() -> list[list[str]]:
+    """Every start of a script in the easy-to-hard recipe, with the defaults of its variables, for each verifier."""
+    text = (ROOT / "recipes" / "easy_to_hard.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    values = dict(re.findall(r"(\w+)=\$\{\w+:-([^}]*)\}", text))
+    sample = re.search(r'sample\(\) \{ many (.*?) "\$@"; \}', text)[1]
+    text = re.sub(r" sample --", f" many {sample} --", text)
+    calls = re.findall(r"(?:many|python) (?!recipes)(\w+\.py --[^;}\n]*|data_build\.py [^;}\n]*)", text)
+    calls = [
+        call.replace("$files", files) for files in re.findall(r'files="(.*?)"', text) for call in calls
+    ]
+    calls = [call for call in dict.fromkeys(calls) if "$@" not in call]  # the definition of sample itself
+    filled = [re.sub(r"\$(\w+)", lambda name: values.get(name[1], "1"), call) for call in calls]
+    return [["python", *shlex.split(call)] for call in filled]
+
+
+ALL_COMMANDS = (
+    commands(ROOT / "README.md") + docstring_commands() + quick_start_commands() + easy_to_hard_commands()
+)
 
 
 def test_every_script_has_a_command_in_its_header_and_in_readme() -> None:

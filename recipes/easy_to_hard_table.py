@@ -1,0 +1,164 @@
+"""The closing tables of easy_to_hard.sh: what verifiers that learnt from easy problems are worth on hard ones.
+
+python recipes/easy_to_hard_table.py --run_dir runs/easy_to_hard --seeds 1,2,3
+
+Differences come with 95% intervals of a paired bootstrap: each seed is a solver and verifiers of its own on the same
+problems, a problem's difference is its mean over the seeds, and whole problems are drawn again 10,000 times.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
+
+from dataset.toy.generate import Problem, check_steps  # noqa: E402
+from src import cli, runlog  # noqa: E402
+from src.construct.drawing import grader_of  # noqa: E402
+from src.data.collate import split_steps  # noqa: E402
+from src.data.examples import Sample, read_instruction_rows, read_samples  # noqa: E402
+from src.evaluation.step_scores import AGGREGATIONS, auc  # noqa: E402
+from src.evaluation.vote import best_of, majority, weighted_vote  # noqa: E402
+
+# A verifier -> what makes one score of its steps for voting and for best-of-n: prod and min are the paper's choice
+# (section 3.3), an outcome verifier judges the whole solution at its end.
+VERIFIERS = {"process": ("prod", "min"), "outcome": ("last", "last"), "mixed": ("prod", "min")}
+TOY = ROOT / "dataset" / "toy"
+PAPER = """Sun et al. 2024, Easy-to-Hard Generalization (arXiv 2403.09472v2), 7b models, PRM800K, of 1024 samples:
+MATH500 levels 4-5  majority 19.2%   weighted vote: process 22.8%, outcome 21.2%, mixed 24.1%
+MATH500, all        majority 37.1%   weighted vote: process 40.5%, outcome 40.0%, mixed 42.7%
+                    SFT, greedy 19.8%   best of n: process 31.6%, outcome 32.8%, mixed 36.7%
+step accuracy       process 80.4%, outcome 64.3%, mixed 79.8%"""
+
+
+def by_problem(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """The samples of each problem, in the order of the file."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.id, []).append(sample)
+    return iter(groups.values())
+
+
+def choose(
+    samples: Sequence[Sample], pick: Callable[[list[Sample], list[str | None]], int | None]
+) -> np.ndarray:
+    """Whether the sample that `pick` takes of each problem, by its place, is right. None is a wrong answer. -> [P]."""
+    right = []
+    for group in by_problem(samples):
+        place = pick(group, [sample.values.get("answer") for sample in group])
+        right.append(place is not None and group[place].outcome == "right")
+    return np.array(right, dtype=float)
+
+
+def step_score(name: str) -> Callable[[Sample], float]:
+    """The score of a sample from its steps' scores, by an aggregation."""
+    return lambda sample: AGGREGATIONS[name](sample.values["step_scores"])
+
+
+def ways_of_seed(folder: Path) -> dict[str, np.ndarray]:
+    """Every way of choosing on the hard problems, of one seed's solver and verifiers."""
+    rules = json.loads((folder / "hard" / "results.json").read_text(encoding="utf-8"))["rules"]
+    ways = {"greedy": choose(read_samples(str(folder / "greedy" / "samples.jsonl")), lambda group, _: 0)}
+    with grader_of(rules) as grader:
+        samples = read_samples(str(folder / "hard" / "samples.jsonl"))
+        ways["pass"] = np.array([any(s.outcome == "right" for s in group) for group in by_problem(samples)], float)
+        ways["majority"] = choose(samples, lambda _, answers: majority(answers, grader.equal))
+        for name, (for_vote, for_best) in VERIFIERS.items():
+            scored = read_samples(str(folder / f"{name}-hard" / "samples.jsonl"))
+            vote, best = step_score(for_vote), step_score(for_best)
+            ways[f"weighted vote, {name}"] = choose(
+                scored, lambda group, answers, vote=vote: weighted_vote(answers, list(map(vote, group)), grader.equal))
+            ways[f"best of n, {name}"] = choose(
+                scored, lambda group, _, best=best: best_of(list(map(best, group))))
+    return ways
+
+
+def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """The 95% interval of a mean over problems, which are drawn again. [P] -> low, high."""
+    places = np.random.default_rng(1).integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[places].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def choices_table(seeds: Sequence[Mapping[str, np.ndarray]]) -> str:
+    """Accuracy of every way, for each seed and in the mean, with its difference from what it should beat."""
+    mean = {name: np.mean([seed[name] for seed in seeds], axis=0) for name in seeds[0]}
+    heads = "".join(f"   seed {number}" for number in range(1, len(seeds) + 1))
+    lines = [f"{len(mean['greedy'])} hard problems{'':11}{heads}     mean   difference (95% interval)"]
+    for name, values in mean.items():
+        baseline = {"weighted vote": "majority", "best of n": "greedy"}.get(name.split(",")[0])
+        cells = "".join(f"{seed[name].mean():9.1%}" for seed in seeds)
+        gain = ""
+        if baseline:
+            gained = values - mean[baseline]
+            low, high = bootstrap(gained)
+            verdict = "beats it" if low > 0 else "does not beat it"
+            gain = f"   {gained.mean():+.1%} ({low:+.1%} .. {high:+.1%}) from {baseline}: {verdict}"
+        lines.append(f"{name:27}{cells}{values.mean():9.1%}{gain}")
+    return "\n".join(lines)
+
+
+def toy_problems() -> dict[str, Problem]:
+    """The bundled problems by their text, with the true steps."""
+    rows = [row for name in ("train", "test") for row in read_instruction_rows(str(TOY / f"{name}.json"))]
+    return {row["instruction"]: Problem(row["instruction"], split_steps(row["output"][0])[:-1], row["label"],
+                                        row["level"]) for row in rows}  # fmt: skip
+
+
+def agreement(pairs: Sequence[tuple[float, bool]]) -> str:
+    """How often a label or score of at least one half says what is true, on right and on wrong steps, and the AUC."""
+    said, true = np.array([score for score, _ in pairs]), np.array([truth for _, truth in pairs])
+    agree = (said >= 0.5) == true
+    return (f"{agree.mean():6.1%} of {len(agree)} (right steps {agree[true].mean():.1%}, wrong ones "
+            f"{agree[~true].mean():.1%}; AUC {auc(said, true):.3f})")
+
+
+def truths(problem: Problem, steps: Sequence[str]) -> list[bool]:
+    """Whether each step is right by the domain's exact truth."""
+    return check_steps(problem, "\n\n".join(steps))
+
+
+def toy_truth_table(run: Path, seeds: Sequence[int]) -> str:
+    """Rollout labels and verifiers' step scores against the exact truth, over all seeds."""
+    problems, lines = toy_problems(), []
+    labels = [
+        (label, true)
+        for seed in seeds
+        for row in read_instruction_rows(str(run / f"seed-{seed}" / "steps.json"))
+        for label, true in zip(row["labels"], truths(problems[row["instruction"]], row["steps"]), strict=True)
+        if label is not None
+    ]
+    lines.append(f"labels by rollouts, easy problems {agreement(labels)}")
+    for name in VERIFIERS:
+        pairs = [
+            (score, true)
+            for seed in seeds
+            for sample in read_samples(str(run / f"seed-{seed}" / f"{name}-hard" / "samples.jsonl"))
+            for score, true in zip(
+                sample.values["step_scores"],
+                truths(problems[sample.prompt], split_steps(sample.response)), strict=True)
+        ]
+        lines.append(f"{name:8} verifier, hard problems   {agreement(pairs)}")
+    return "\n".join(lines)
+
+
+def main(run_dir: str, seeds: list[int], toy: bool = True) -> None:
+    """Print the tables, the paper's last.
+
+    run_dir: directory of the recipe
+    seeds: the seeds it ran with
+    toy: whether the problems are the bundled ones, of whose steps the exact truth is known
+    """
+    run = Path(run_dir)
+    tables = [choices_table([ways_of_seed(run / f"seed-{seed}") for seed in seeds])]
+    if toy:
+        tables.append("steps said right or wrong as they truly are\n" + toy_truth_table(run, seeds))
+    runlog.table("\n\n".join([*tables, PAPER]))
+
+
+if __name__ == "__main__":
+    cli.run(main)
