@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -214,7 +213,10 @@ def summary(iterations: list[dict[str, float]]) -> dict[str, object]:
     """Medians over the timed iterations, and the peak resident memory in bytes."""
     timed = iterations[WARM_UP:]
     found = {name: statistics.median(row[name] for row in timed) for name in timed[0]}
-    return found | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    # not getrusage()'s: a child inherits that of the process it was forked from
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return found | {"peak": 1024 * peak}
 
 
 def theirs(case: Case, folder: Path) -> dict[str, object]:
@@ -292,7 +294,7 @@ def trl_ppo(case: Case, folder: Path, micro: int, given: object = None) -> dict[
     )  # fmt: skip
     rows = datasets.Dataset.from_list([{"input_ids": ids} for ids in prompts(False)])
     trainer = PPOTrainer(
-        args=settings, processing_class=words(folder), model=policy, ref_model=reference, reward_model=Scripted(),
+        args=settings, processing_class=words("pad"), model=policy, ref_model=reference, reward_model=Scripted(),
         value_model=value, train_dataset=rows, eval_dataset=rows.select(range(EPISODES)), callbacks=[Watch()],
     )  # fmt: skip
     trainer.train()
@@ -307,9 +309,12 @@ def trl_ppo(case: Case, folder: Path, micro: int, given: object = None) -> dict[
     return summary([phases_of(*mark) for mark in marks])
 
 
-def words(folder: Path) -> object:
-    """A tokenizer of transformers with a word for each id, and a padding id behind them: theirs takes every id equal to
-    it for padding, and it must not be sampled."""
+def words(pad: str) -> object:
+    """A tokenizer of transformers with a word for each id.
+
+    pad: "pad", an id behind the embedding - PPO's trainer takes every id equal to it for padding, so it must not be
+    sampled, and is never read, for all rows are equally long - or a word, where it is read.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -319,7 +324,7 @@ def words(folder: Path) -> object:
     model = Tokenizer(WordLevel(vocabulary, unk_token="0"))
     model.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="pad", eos_token="1", unk_token="0", padding_side="left"
+        tokenizer_object=model, pad_token=pad, eos_token="1", unk_token="0", padding_side="left"
     )
 
 
@@ -363,7 +368,7 @@ def trl_grpo(case: Case, folder: Path) -> dict[str, object]:
         train_dataset=datasets.Dataset.from_list(
             [{"prompt": " ".join(map(str, ids))} for ids in prompts(True)]
         ),
-        processing_class=words(folder),
+        processing_class=words("0"),
         callbacks=[Watch()],
     )
     trainer.train()
