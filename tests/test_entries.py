@@ -585,7 +585,7 @@ def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, obj
         ("data_build outcome", "solutions from"),
         ("data_build reject", "problems with solutions from"),
         ("data_build split", "8 rows from 8 problems"),
-        ("data_build process", "1 steps of 2 solutions"),
+        ("data_build process", "1 beginnings of 2 solutions"),
         ("verifier_train", "optimizer"),
         ("preference_train", "[["),
         ("preference_evaluate", "weights"),
