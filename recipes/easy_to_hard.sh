@@ -45,7 +45,7 @@ run_seed() {
         case $name in
             process) files="--objective process --train_file $dir/steps.json" ;;
             outcome) files="--objective outcome --train_file $dir/outcome.json" ;;
-            mixed) files="--objective process --train_file $dir/steps.json,$dir/outcome.json" ;;
+            mixed) files="--objective process --train_file $dir/steps.json $dir/outcome.json" ;;
         esac
         stage "seed $seed: train the $name verifier" $dir/$name/manifest.json \
             many verifier_train.py --ckpt_dir "$RUN/base" --save_dir $dir/$name $files $VERIFIER_FLAGS \

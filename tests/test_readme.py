@@ -74,8 +74,10 @@ def test_commands_parse_against_the_scripts_they_start(words: list[str]) -> None
     assert script in SCRIPTS
     module = importlib.import_module(script)
     main = module.main if hasattr(module, "main") else module.COMMANDS[flags.pop(0)]
-    required = {flag.name for flag in flags_of(main).values() if flag.required}
-    assert required <= set(parse(main, flags))
+    required, parsed = {flag.name for flag in flags_of(main).values() if flag.required}, parse(main, flags)
+    assert required <= set(parsed)
+    files = [value for name, value in parsed.items() if name.endswith("_file") and isinstance(value, str)]
+    assert not any("," in file for file in files)  # one word is one file; several are several words
 
 
 def test_prepare_commands_name_its_tasks() -> None:
