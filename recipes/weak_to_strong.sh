@@ -17,7 +17,7 @@ SHOTS=${SHOTS:-0} GLANCE=${GLANCE:-20} ITERATIONS=${ITERATIONS:-1} SAMPLES=${SAM
 TEMPERATURE=${TEMPERATURE:-0.7} # of the samples that vote; the paper's is 1.0, at which the toy's solver writes gibberish
 SHARE=${SHARE:-0.6} # of the problems to teach the weak model; it labels the others
 SOLVER_FLAGS=${SOLVER_FLAGS:---max_batch_size 16 --lr 1e-3} WEAK_FLAGS=${WEAK_FLAGS:---max_batch_size 16 --lr 2e-3}
-DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 1e-4 --beta 0.1}
+DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 3e-5 --beta 0.1}
 DECODE_FLAGS=${DECODE_FLAGS:---max_batch_size 512 --max_new_tokens 96}
 [ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
 mkdir -p "$RUN"
