@@ -57,7 +57,7 @@ def main(
         with a chunked loss: how far logits, log-probs and gradients lie from a plain forward; status 1 beyond rounding
     certify_ranks: the tensor-parallel sizes of --certify; 1 is always among them
     certify_layers: the first so many layers take part in --certify; -1 = all
-    dry_run: print the plan - parameters, heads and bytes of a shard, disk - and stop
+    dry_run: print the plan - parameters, heads and bytes of a shard or files, disk - and stop
     """
     cli.check_numbers(locals())
     if parallel.rank() != 0:  # under torchrun one process does the work
@@ -98,7 +98,9 @@ def main(
             raise UserError("--code_tokens extends whole weights: merge the adapter")
         source, tokenizer_file = with_code_tokens(source, tokenizer_file, described)
     if dry_run:
-        runlog.table(plan.splitting(source.config, n, dtype))
+        adapted = plan.adapting(source.config, source.lora, 1 if format == "peft" else n) if keep else None
+        whole = plan.exporting(source.config, dtype, int(max_shard_size * 10**9)) if format == "hf" else None
+        runlog.table(adapted or whole or plan.splitting(source.config, n, dtype))
         return
     if verify_hashes:
         for folder in sources.folders_of(source):

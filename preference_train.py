@@ -114,7 +114,7 @@ def main(
     if dry_run:
         examples = [encoded for pair in data.samples for encoded in pair]
         how = Training(lora, "", activation_checkpointing, batching.ranks, accumulation_steps > 1,
-                       parallel.device().type == "cuda")
+                       parallel.device().type == "cuda", optimizer)
         largest = plan.largest_pass(examples, 2 * max_batch_size, packing=packing)
         runlog.table(plan.training(config, assemble.n_shards(ckpt_dir), how, largest, examples, tokenizer,
                                    epochs=epochs, steps=total_steps))

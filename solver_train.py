@@ -102,7 +102,7 @@ def main(
     if dry_run:
         examples = [encoded for row in data.rows for encoded in row]
         how = Training(lora, quantize, activation_checkpointing, batching.ranks, accumulation_steps > 1,
-                       parallel.device().type == "cuda")
+                       parallel.device().type == "cuda", optimizer)
         largest = data.largest_pass(batching, packing=packing, epochs=epochs, stop=total_steps)
         n_planned = n_ranks if parallel.world_size() > 1 else assemble.n_shards(ckpt_dir)
         runlog.table(plan.training(config, n_planned, how, largest, examples, tokenizer, epochs=epochs,
@@ -124,7 +124,7 @@ def main(
             model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state, background_save))],
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
         facts={"seed": seed, "rows": len(data.rows), "rows_a_step": batching.rows_a_step,
-               "chat_template": tokenizer.chat_template})
+               "chat_template": tokenizer.chat_template, "loss_on": loss_on, "quantize": quantize})
     done = saver.resume(resume)
     model.train()
     log.progress(total_steps, "step", done)

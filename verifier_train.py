@@ -105,7 +105,7 @@ def main(
     if dry_run:
         examples = [encoded for sample in data.samples for encoded in sample]
         how = Training(lora, "", activation_checkpointing, batching.ranks, accumulation_steps > 1,
-                       parallel.device().type == "cuda")
+                       parallel.device().type == "cuda", optimizer)
         largest = plan.largest_pass(examples, len(data.samples[0]) * max_batch_size, packing=packing)
         runlog.table(plan.training(assemble.solver_to_verifier(config), assemble.n_shards(ckpt_dir), how, largest,
                                    examples, tokenizer, epochs=epochs, steps=total_steps))

@@ -20,6 +20,8 @@ from src.models.quantize import bytes_a_weight
 FLOAT32 = 4
 # glibc's malloc returns freed blocks of this size at once (the highest its threshold rises to); smaller ones stay
 HEAP_BLOCK = 32 * 2**20
+# of both moments of a weight; in 8 bits 256 of them share a float32 scale
+MOMENT_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2 * (1 + FLOAT32 / 256)}
 Checkpointing = Literal["none", "selective", "full"]
 
 
@@ -40,6 +42,7 @@ class Training(NamedTuple):
     data_parallel: int = 1
     accumulates: bool = False
     on_gpu: bool = False
+    optimizer: str = "adamw"
 
 
 def local_parameters(config: ModelConfig, n: int) -> int:
@@ -81,7 +84,7 @@ def training_memory(config: ModelConfig, n: int, largest: Pass, how: Training) -
     trainable = adapters or sum(sizes.values())
     parts = {
         "weights": (int(bytes_a_weight(how.quantize) * frozen) + FLOAT32 * trainable) // how.data_parallel,
-        "optimizer": 2 * FLOAT32 * trainable // how.data_parallel,
+        "optimizer": int(MOMENT_BYTES[how.optimizer] * trainable) // how.data_parallel,
     }
     kept, worked = activations(config, n, largest, how)
     gradients = FLOAT32 * trainable // (1 if how.accumulates else how.data_parallel)

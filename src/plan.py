@@ -189,6 +189,28 @@ def splitting(config: ModelConfig, n: int, dtype: str) -> str:
     return report(facts, {})
 
 
+def exporting(config: ModelConfig, dtype: str, max_file_bytes: int) -> str:
+    """The plan of writing a checkpoint as Hugging Face's: its files, none larger than max_file_bytes if it can be."""
+    n_bytes = BYTES[dtype or config.dtype] * local_parameters(config, 1)
+    facts = {
+        "parameters": f"{local_parameters(config, 1):,}",
+        "files": f"about {-(-n_bytes // max_file_bytes)} of at most {size(max_file_bytes)}",
+        "disk": size(n_bytes),
+    }
+    return report(facts, {})
+
+
+def adapting(config: ModelConfig, lora: LoraConfig, n: int = 1) -> str:
+    """The plan of writing an adapter in n files."""
+    n_bytes = FLOAT32 * local_lora_parameters(config, lora, n)
+    facts = {
+        "adapter": f"rank {lora.rank} on {', '.join(lora.targets)}",
+        "parameters": f"{local_lora_parameters(config, lora, 1):,}",
+        "disk": size(n * n_bytes),
+    }
+    return report(facts, {})
+
+
 def _counts(config: ModelConfig, n: int, kind: int) -> str:
     """How many query (0) or KV heads (1) a shard holds: one number, or the fewest and the most."""
     counts = sorted({len(config.heads_on(n, index)[kind]) for index in range(n)})

@@ -95,6 +95,16 @@ def test_activations_are_those_that_autograd_keeps(
     assert next(counted) - next(counted) == next(found) - next(found)  # a block
 
 
+def test_moments_in_8_bits_are_a_quarter() -> None:
+    """A byte a moment, and a float32 scale for 256 of them."""
+    plain, small = (
+        training_memory(WIDE, 1, Pass(64, 64), Training(optimizer=name))["optimizer"]
+        for name in ("adamw", "adamw_8bit")
+    )
+    assert plain == 8 * local_parameters(WIDE, 1)
+    assert small == int((2 + 2 * 4 / 256) * local_parameters(WIDE, 1))
+
+
 def test_what_is_computed_again_is_not_kept() -> None:
     size, depth = Pass(100, 50), [dataclasses.replace(WIDE, n_layers=n) for n in (3, 4)]
     for kind, share in (("none", 1.0), ("selective", 0.6), ("full", 0.1)):

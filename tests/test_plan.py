@@ -3,11 +3,16 @@
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+import checkpoint_split
+import solver_train
 from src import assemble, parallel, plan
 from src.checkpoint import sources, storage
+from src.checkpoint.tensor_files import read_safetensors
 from src.memory import Pass, Training, local_lora_parameters, local_parameters, training_memory
 from tests import tiny
+from tests.conftest import Folders
 from tests.test_memory import CONFIG, LORA
 
 
@@ -70,3 +75,34 @@ def test_inspection_says_what_each_number_of_ranks_would_hold(tmp_path: Path) ->
     assert "uneven: 2 to 4 query heads; 2 rows of padding in the vocabulary" in three
     assert "each key-value head lies on 2 ranks" in eight
     assert "n_heads=8 leaves nothing to do for shard" in nine
+
+
+def test_a_split_s_plan_is_of_the_form_that_is_asked_for(
+    tmp_path: Path, folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shards, Hugging Face's files, an adapter: what the plan says the disk must hold, it holds afterwards."""
+    adapter = tmp_path / "adapter"
+    rows = '[{"instruction": "1+1=", "output": "2"}]'
+    (tmp_path / "rows.json").write_text(rows)
+    solver_train.main(folders.one, str(adapter), str(tmp_path / "rows.json"), lora_rank=2, max_steps=1)
+    for source, flags, word in (
+        (folders.one, {"format": "hf"}, "files"),
+        (str(adapter), {"format": "peft"}, "adapter"),
+        (folders.one, {"n": 2}, "shards"),
+    ):
+        target = tmp_path / "written" / word
+        capsys.readouterr()
+        checkpoint_split.main(source, str(target), dry_run=True, **flags)
+        told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert word in told and not target.exists()
+        checkpoint_split.main(source, str(target), **flags)
+        tensors = [
+            tensor for path in target.iterdir() if path.suffix in (".safetensors", ".pth") for tensor in read(path)
+        ]
+        assert told["disk"].strip() == plan.size(sum(tensor.nbytes for tensor in tensors))
+
+
+def read(path: Path) -> list[Tensor]:
+    if path.suffix == ".pth":
+        return list(storage.read_shard(path).values())
+    return [stored.load() for stored in read_safetensors(path).values()]
