@@ -6,6 +6,7 @@
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
 
+export VERIFIER_FLAGS=${VERIFIER_FLAGS:---max_batch_size 16 --lr 1e-3 --warmup_ratio 0.1}
 export TOY=dataset/toy RUN=${RUN:-runs/ppo_toy} SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-2}
 sample() { python solver_evaluate.py --task toy --max_batch_size 512 --max_new_tokens 96 "$@"; }
 
@@ -48,10 +49,10 @@ run_seed() {
         python data_build.py outcome --samples_file "$dir/samples/samples.jsonl" --save_file "$dir/outcome.json"
     stage "seed $seed: train an outcome verifier" "$dir/outcome/manifest.json" \
         python verifier_train.py --objective outcome --ckpt_dir "$RUN/base" --save_dir "$dir/outcome" \
-        --train_file "$dir/outcome.json" --max_batch_size 32 --packing --lr 6e-4 --epochs 3 --seed "$seed"
+        --train_file "$dir/outcome.json" $VERIFIER_FLAGS --epochs 3 --seed "$seed"
     stage "seed $seed: train a process verifier on 1000 solutions with judged steps" "$dir/process/manifest.json" \
         python verifier_train.py --objective process --ckpt_dir "$RUN/base" --save_dir "$dir/process" \
-        --train_file $TOY/steps.json --max_batch_size 32 --packing --lr 6e-4 --epochs 6 --seed "$seed"
+        --train_file $TOY/steps.json $VERIFIER_FLAGS --epochs 6 --seed "$seed"
     learn "$seed" ppo-rule --reward rule --max_buffer_size 256 --max_steps 16 $(critic "$seed" ppo-rule)
     learn "$seed" ppo-outcome --max_buffer_size 256 --max_steps 16 $(judged "$seed" ppo-outcome "$dir/outcome")
     learn "$seed" ppo-process --max_buffer_size 256 --max_steps 16 $(judged "$seed" ppo-process "$dir/process")
@@ -61,7 +62,7 @@ run_seed() {
         python recipes/invert_outcomes.py --train_file "$dir/outcome.json" --save_file "$dir/inverted.json"
     stage "train a bad verifier on them" "$dir/inverted/manifest.json" \
         python verifier_train.py --objective outcome --ckpt_dir "$RUN/base" --save_dir "$dir/inverted" \
-        --train_file "$dir/inverted.json" --max_batch_size 32 --packing --lr 6e-4 --epochs 3 --seed "$seed"
+        --train_file "$dir/inverted.json" $VERIFIER_FLAGS --epochs 3 --seed "$seed"
     learn "$seed" ppo-bad --max_buffer_size 128 --max_steps 24 $(judged "$seed" ppo-bad "$dir/inverted")
 }
 
