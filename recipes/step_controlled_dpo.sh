@@ -14,7 +14,7 @@ TASK=${TASK:-toy} TRAIN=${TRAIN:-dataset/toy/train.json} TEST=${TEST:-dataset/to
 SOLVER=${SOLVER:-} # without one the toy's base is fine-tuned
 PROBLEMS=${PROBLEMS:-1000} SAMPLES=${SAMPLES:-8} TEMPERATURE=${TEMPERATURE:-0.85} ATTEMPTS=${ATTEMPTS:-20}
 STEPS=${STEPS-dataset/toy/steps.json} # solutions with the truth of every step, to see whether credit finds it
-DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 1e-4 --beta 0.1}
+DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 3e-5 --beta 0.1}
 DECODE_FLAGS=${DECODE_FLAGS:---max_batch_size 512 --max_new_tokens 96}
 [ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
 mkdir -p "$RUN"
