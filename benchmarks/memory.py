@@ -1,9 +1,9 @@
-"""What --dry_run says a run will hold, beside what the run held: peak resident memory of each rank, on the CPU.
+"""What --dry_run says a run will hold, beside what the run held: peak resident memory of a rank, on the CPU.
 
 python benchmarks/memory.py [--only NAME]
 
-Both are solver_train.py itself: once with --dry_run, once for three steps. A run's figure is the largest that the
-system counted for any of its processes that trained (torchrun's own is small).
+Both are solver_train.py itself: once with --dry_run, once for three steps. Of several ranks only rank 0 is compared:
+it alone writes metrics.jsonl, where the peak that the system counted for it stands.
 """
 
 import argparse

@@ -24,7 +24,7 @@ class Meter:
         )
         self._head = config.vocab_size * config.dim if not config.value_head else 0
         self._attention = 6 * config.n_layers * config.n_heads * config.head_dim
-        self._peak = matrix_rate()
+        self.peak = matrix_rate()
         self._data_seconds, self._began = 0.0, time.perf_counter()
 
     def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
@@ -62,7 +62,7 @@ class Meter:
             "tokens": n_tokens,
             "tokens_per_second": n_tokens / seconds,
             "supervised_per_second": supervised / seconds,
-            "mfu": flops / (seconds * self._peak * parallel.world_size()),
+            "mfu": flops / (seconds * self.peak * parallel.world_size()),
             "padding_share": 1 - n_tokens / held,
             "peak_memory": parallel.peak_memory(),
             "data_seconds": self._data_seconds,
