@@ -89,8 +89,9 @@ def training_memory(config: ModelConfig, n: int, largest: Pass, how: Training) -
     kept, worked = activations(config, n, largest, how)
     gradients = FLOAT32 * trainable // (1 if how.accumulates else how.data_parallel)
     logits = logits_memory(config, n, largest, how)
-    if kept + logits > gradients + worked:
-        parts |= {"gradients": gradients if how.accumulates else 0, "activations": kept, "logits": logits}
+    held = gradients if how.accumulates else 0  # of the passes before, as the largest begins
+    if held + kept + logits > gradients + worked:
+        parts |= {"gradients": held, "activations": kept, "logits": logits}
     else:
         parts |= {"gradients": gradients, "activations": worked, "logits": 0}
     if how.data_parallel > 1:

@@ -95,6 +95,19 @@ def test_activations_are_those_that_autograd_keeps(
     assert next(counted) - next(counted) == next(found) - next(found)  # a block
 
 
+def test_accumulated_gradients_meet_the_next_passes_activations() -> None:
+    """They are there from a step's second pass on: at its peak beside all activations, however few those are."""
+    largest, how = Pass(16, 16), Training(accumulates=True)
+    gradients = 4 * local_parameters(WIDE, 1)
+    kept, worked = activations(WIDE, 1, largest, how)
+    assert worked < kept < gradients  # one pass alone would have its peak at its end
+    held = training_memory(WIDE, 1, largest, how)
+    assert (held["gradients"], held["activations"]) == (gradients, kept)
+    assert held["logits"] > 0
+    alone = training_memory(WIDE, 1, largest, Training())
+    assert (alone["gradients"], alone["activations"], alone["logits"]) == (gradients, worked, 0)
+
+
 def test_moments_in_8_bits_are_a_quarter() -> None:
     """A byte a moment, and a float32 scale for 256 of them."""
     plain, small = (
