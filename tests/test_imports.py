@@ -53,6 +53,7 @@ DOORS: dict[str, str | None] = {
     "wandb.init": "src/runlog.py",
     "torchao": "src/training/optimizers.py",
     "safetensors": "src/checkpoint/tensor_files.py",
+    "blake3": "src/checkpoint/tensor_files.py",
     "matplotlib": "src/plot.py",
     "pyarrow": "src/data/tables.py",
     "httpx2": "src/inference/remote.py",

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from src import parallel
-from src.checkpoint.tensor_files import TensorSpec, as_stored, digest_path, open_torch_file, read_torch
+from src.checkpoint.tensor_files import (
+    TensorSpec,
+    as_stored,
+    digest_path,
+    file_hash,
+    open_torch_file,
+    read_torch,
+)
 from src.errors import UserError
 
 WEIGHTS, ADAPTER = "consolidated", "adapter"
@@ -35,7 +42,7 @@ DOCUMENTS = (
     "adapter_config.json",
     "model.safetensors.index.json",
 )
-MANIFEST_FORMAT = 2  # 2 adds the rotary layout, the tie and the cut of each parameter
+MANIFEST_FORMAT = 3  # 2 added the rotary layout, the tie and the cut of each parameter, 3 hashes by BLAKE3
 # A tokenizer is a vocabulary, one or two files, and what stands beside it about special tokens and chats.
 VOCABULARY_FILES = ("tokenizer.model", "qwen.tiktoken", "tokenizer.json", "vocab.json", "merges.txt")
 TOKENIZER_FILES = (
@@ -260,7 +267,7 @@ def _facts(path: Path) -> dict[str, object]:
     digest = digest_path(path)
     text = digest.read_text()
     digest.unlink()
-    return {"bytes": path.stat().st_size, "sha256": text}
+    return {"bytes": path.stat().st_size, "blake3": text}
 
 
 def _flush(path: Path) -> None:
@@ -323,12 +330,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_complete(folder: Path) -> None:
     """Raise UserError unless every file that the manifest names is there with its size.
 
@@ -367,9 +368,9 @@ def manifest_files(folder: Path) -> dict[str, dict[str, object]]:
     if not isinstance(files, dict):
         raise UserError(f"{path}: files is a {type(files).__name__}; expected an object of file names")
     for name, facts in files.items():
-        if Path(name).name != name or not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+        if Path(name).name != name or not isinstance(facts, dict) or not {"bytes", "blake3"} <= facts.keys():
             raise UserError(
-                f"{path}: entry {name!r} is not a file of this directory with its bytes and sha256"
+                f"{path}: entry {name!r} is not a file of this directory with its bytes and blake3"
             )
     return files
 
@@ -383,7 +384,7 @@ def verify_hashes(folder: Path, prefix: str = "", index: int = 0, n: int = 1) ->
         (name, facts) for name, facts in sorted(manifest_files(folder).items()) if name.startswith(prefix)
     ]
     for name, facts in files[index::n]:
-        if sha256(folder / name) != facts["sha256"]:
+        if file_hash(folder / name) != facts["blake3"]:
             raise UserError(
                 f"{folder / name} has the right size but other contents than were written: bits were "
                 f"flipped or it was edited; restore it or split the checkpoint again"
@@ -393,8 +394,8 @@ def verify_hashes(folder: Path, prefix: str = "", index: int = 0, n: int = 1) ->
 def fingerprint(folder: Path) -> str:
     """One hash for a checkpoint's weights: of the manifest's file hashes, or of the shards without one."""
     files = manifest_files(folder)
-    hashes = [str(files[name]["sha256"]) for name in sorted(files) if name.startswith((WEIGHTS, ADAPTER))]
-    hashes = hashes or [sha256(path) for path in shard_paths(folder)]
+    hashes = [str(files[name]["blake3"]) for name in sorted(files) if name.startswith((WEIGHTS, ADAPTER))]
+    hashes = hashes or [file_hash(path) for path in shard_paths(folder)]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Files of tensors, torch's and safetensors': read through memory maps, written one tensor at a time.
 
-The only door to safetensors and to torch.save and torch.load. Reading executes nothing, and writing never holds
-more than the tensor at hand: a file is laid out first, with room for every tensor, then filled in place.
+The only door to safetensors, to torch.save and torch.load, and to BLAKE3. Reading executes nothing, and writing never
+holds more than the tensor at hand: a file is laid out first, with room for every tensor, then filled in place.
 """
 
 import errno
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import safetensors
 import torch
+from blake3 import blake3
 from torch import Tensor
 from torch.serialization import skip_data
 
@@ -142,7 +143,7 @@ def _stored_safetensor(path: Path, file: safetensors.safe_open, name: str) -> St
 class TensorFile:
     """A laid-out file that is filled one tensor at a time, in the order of `names`; open_torch_file() makes one.
 
-    A thread of its own hashes (SHA-256) and writes each tensor: nothing is read twice, and files that are filled side
+    A thread of its own hashes (BLAKE3) and writes each tensor: nothing is read twice, and files that are filled side
     by side share the processors.
     """
 
@@ -151,7 +152,7 @@ class TensorFile:
         self._path, self._layout, self._offsets = path, layout, offsets
         self._file = os.open(path, os.O_RDWR)
         self._taken = 0  # tensors
-        self._hash, self._hashed = hashlib.sha256(), 0  # bytes
+        self._hash, self._hashed = blake3(), 0  # bytes
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._flushing = 0  # bytes that the disk has been asked to take
@@ -207,9 +208,15 @@ class TensorFile:
         os.close(self._file)
 
 
+def file_hash(path: Path) -> str:
+    """Hex BLAKE3 of a file's bytes; a processor does several GB a second, three times what SHA-256 instructions do."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, blake3).hexdigest()
+
+
 def digest_path(path: Path) -> Path:
     """Where the hash of a file lies until the manifest takes it."""
-    return path.with_name(path.name + ".sha256")
+    return path.with_name(path.name + ".blake3")
 
 
 @contextmanager

@@ -288,10 +288,10 @@ def test_huggingface_cache_may_link_to_its_own_blobs(tmp_path: Path) -> None:
     ("files", "message"),
     [
         (
-            {"../elsewhere.pth": {"bytes": 1, "sha256": ""}},
+            {"../elsewhere.pth": {"bytes": 1, "blake3": ""}},
             "entry '../elsewhere.pth' is not a file of this directory",
         ),
-        ({"consolidated.00.pth": {"bytes": 1}}, "is not a file of this directory with its bytes and sha256"),
+        ({"consolidated.00.pth": {"bytes": 1}}, "is not a file of this directory with its bytes and blake3"),
         ({"consolidated.00.pth": 7}, "is not a file of this directory"),
         ([], "files is a list; expected an object"),
     ],

@@ -14,6 +14,7 @@ from torch import Tensor
 from src.checkpoint import storage
 from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
+from src.checkpoint.tensor_files import file_hash
 from src.errors import UserError
 from tests import reference, zoo
 from tests.ranks import ROOT, command, succeed
@@ -105,7 +106,7 @@ def test_manifest_says_where_the_weights_come_from_and_how_they_are_cut(tmp_path
     for name, facts in manifest["files"].items():
         assert facts == {
             "bytes": (tmp_path / name).stat().st_size,
-            "sha256": storage.sha256(tmp_path / name),
+            "blake3": file_hash(tmp_path / name),
         }
 
 
