@@ -2,22 +2,12 @@
 # The whole job on the bundled toy problems: split, fine-tune, sample, verify, PPO, and a table of what each was worth.
 # Usage: bash recipes/quick_start.sh [--fresh]     results in runs/toy; finished stages are kept unless --fresh
 source "$(dirname "$0")/environment.sh" requirements.txt
+source recipes/stage.sh
 
 toy=dataset/toy run=runs/toy
 [ "${1:-}" = "--fresh" ] && rm -rf "$run"
 mkdir -p "$run"
 
-# stage NAME FILE COMMAND...: run COMMAND unless FILE, which it writes last, is there already
-stage() {
-    local name=$1 file=$2
-    shift 2
-    if [ -e "$file" ]; then
-        echo "== $name: done before ($file)"
-    else
-        echo "== $name"
-        "$@"
-    fi
-}
 # Threads that wait for each other must not spin: on a busy machine that costs more than the model.
 export OMP_WAIT_POLICY=PASSIVE
 # torchrun's workers share the cores: one thread each

@@ -1,16 +1,6 @@
 # Sourced by the recipes of several seeds: what they have in common.
+source "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
 
-# stage NAME FILE COMMAND...: run COMMAND unless FILE, which it writes last, is there already
-stage() {
-    local name=$1 file=$2
-    shift 2
-    if [ -e "$file" ]; then
-        echo "== $name: done before ($file)"
-    else
-        echo "== $name"
-        "$@"
-    fi
-}
 # A small model is fastest on one thread, and threads that wait for each other must not spin.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
 
