@@ -44,7 +44,8 @@ def attempts(
 ) -> None:
     """Graded samples of each problem until it has right and wrong ones, for the commands pairs and branch.
 
-    Needs a solver: start it with torchrun. A rerun continues.
+    Needs a solver: start it with torchrun. A rerun continues. The accuracy in log_dir/results.json is no measure of the
+    solver: samples that were not needed count as misses there.
 
     ckpt_dir: solver that is asked
     task: how problems are put, and answers found and compared
