@@ -18,7 +18,7 @@ from src import parallel
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.layers import ColumnParallelLinear, RowParallelLinear
-from src.models.linear import linear
+from src.models.linear import input_gradient, linear, weight_gradient
 from src.models.quantize import QuantizedLinear
 
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
@@ -77,7 +77,7 @@ class _AdaptedProduct(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         """x [N, in], lora_a [rank, in], lora_b [out, rank], kept [N, in] or None -> [N, out] in x's dtype."""
-        low = scale * (x if kept is None else x * kept) @ lora_a.type_as(x).T  # [N, rank]
+        low = scale * linear(x if kept is None else x * kept, lora_a.type_as(x))  # [N, rank]
         ctx.save_for_backward(x, lora_a, lora_b, kept, low)
         ctx.base, ctx.scale = base, scale
         bias = None if base.bias is None else base.bias.type_as(x)
@@ -88,16 +88,17 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
         x, lora_a, lora_b, kept, low = ctx.saved_tensors
-        grad_low = ctx.scale * (grad @ lora_b.type_as(grad))  # [N, rank]
+        grad_low = ctx.scale * input_gradient(grad, lora_b.type_as(grad))  # [N, rank]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.base.weight.type_as(grad)
+            grad_x = input_gradient(grad, ctx.base.weight.type_as(grad))
             if kept is None:
                 grad_x.addmm_(grad_low, lora_a.type_as(grad))
             else:
                 grad_x.addcmul_(grad_low @ lora_a.type_as(grad), kept)
         seen = x if kept is None else x * kept
-        return grad_x, grad_low.T @ seen, grad.T @ low, None, None, None
+        grad_b = weight_gradient(low, grad).T  # several times as fast as grad^T low: the rank is the smaller side
+        return grad_x, weight_gradient(grad_low, seen), grad_b, None, None, None
 
 
 class LoraLinear(nn.Module):

@@ -9,7 +9,6 @@ differently from one rank alone.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src import parallel
@@ -19,7 +18,7 @@ from src.models.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from src.models.linear import linear
+from src.models.linear import input_gradient, linear
 
 
 class Precision(NamedTuple):
@@ -119,11 +118,12 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, matrix: Matrix) -> Tensor:
         ctx.matrix = matrix
-        return F.linear(x, matrix.dense())
+        return linear(x, matrix.dense())
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.matrix.dense(), None
+        weight = ctx.matrix.dense()
+        return input_gradient(grad.flatten(0, -2), weight).view(*grad.shape[:-1], -1), None
 
 
 class QuantizedEmbedding(nn.Module):

@@ -32,12 +32,51 @@ def test_a_row_is_the_same_whatever_stands_beside_it() -> None:
             assert torch.equal(linear(x[:n], weight), whole[:n]), n
 
 
-def test_outside_of_decoding_the_product_is_torchs_own() -> None:
+def test_a_small_product_outside_of_decoding_is_torchs_own() -> None:
     x, weight = torch.randn(3, 8), torch.randn(5, 8, requires_grad=True)
     with torch.no_grad():
         assert torch.equal(linear(x, weight), F.linear(x, weight))
     linear(x, weight).sum().backward()
     assert_close(weight.grad, x.sum(0).expand(5, 8))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (64,), (131,), (3, 0)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_are_those_of_the_other_library(shape: tuple[int, ...], bias: bool) -> None:
+    x, weight = torch.randn(*shape, 120), torch.randn(80, 120)
+    added = torch.randn(80) if bias else None
+    direction = torch.randn(*shape, 80)
+    found, expected = [], []
+    for product, gradients in ((linear, found), (F.linear, expected)):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, weight, added) if leaf is not None]
+        y = product(*leaves)
+        y.backward(direction)
+        gradients.extend([y.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
+
+
+def test_training_scoring_and_decoding_multiply_alike() -> None:
+    x, weight = torch.randn(70, 120), torch.randn(80, 120)
+    assert weight.numel() >= module.SMALL
+    trained = linear(x, weight.clone().requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight), trained)
+    with torch.inference_mode():
+        assert torch.equal(linear(x, weight), trained)
+
+
+def test_a_gradient_spread_over_its_rows() -> None:
+    x, weight = torch.randn(70, 120, requires_grad=True), torch.randn(80, 120, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert_close(x.grad, weight.detach().sum(0).expand(70, 120), atol=2e-5, rtol=1e-5)
+    assert_close(weight.grad, x.detach().sum(0).expand(80, 120), atol=2e-5, rtol=1e-5)
+
+
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    x, weight = torch.randn(70, 120, requires_grad=True), torch.randn(80, 120)
+    linear(x, weight).sum().backward()
+    assert weight.grad is None and x.grad is not None
 
 
 def test_other_precisions_go_the_usual_way() -> None:
@@ -47,6 +86,6 @@ def test_other_precisions_go_the_usual_way() -> None:
 
 
 def test_few_row_counts_reach_the_library() -> None:
-    counts = {module._padded(n) for n in range(1, 2049)}
-    assert len(counts) == len(module.ROWS) + 15
-    assert all(module._padded(n) >= n for n in range(1, 2049))
+    counts = {module._row_count(n) for n in range(1, 2049)}
+    assert len(counts) == len(module.ROWS) + 31
+    assert all(module._row_count(n) >= n for n in range(1, 2049))
