@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
 EPISODES, PROMPT, RESPONSE, VOCAB, GROUP, EPOCHS = 64, 16, 64, 2048, 8, 2
 WARM_UP, TIMED = 1, 3  # iterations
 LR = 1e-4
