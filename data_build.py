@@ -19,7 +19,7 @@ from src.construct.files import read_faultless, read_graded, save, tell, write
 from src.construct.origin import read_origin, same_rules, write_origin
 from src.construct.outcomes import outcome_rows, right_solutions
 from src.construct.pairs import mixed_pairs, pairs_from_samples, preferred_pairs
-from src.construct.problems import without_similar
+from src.construct.problems import ErrorPlace, without_similar
 from src.data.collate import STEP_END
 from src.data.examples import read_instruction_rows, read_pairs, read_prompts, read_samples, read_votes
 from src.errors import UserError
@@ -86,7 +86,7 @@ def attempts(
 
 def pairs(
     samples_file: str, save_file: str, pairs_a_problem: int = 4, error_phrases: list[str] = [],  # noqa: B006
-    similar_characters: int = 0, seed: int = 1, dry_run: bool = False,
+    error_place: ErrorPlace = "solution", similar_characters: int = 0, seed: int = 1, dry_run: bool = False,
 ) -> None:
     """A right against a wrong solution of the same problem, for verifier_train.py.
 
@@ -94,13 +94,14 @@ def pairs(
     save_file: the json file to write
     pairs_a_problem: most pairs from one problem
     error_phrases: leave out right solutions that hold one of these, in any case, such as: error apolog
+    error_place: where they are looked for: all of a solution, or only what its code printed, such as tracebacks
     similar_characters: leave out a solution of as many steps as an earlier one of its problem and outcome whose length
         is less than so many characters away; 0 = keep all
     seed: seed of the matching and of the order of rows
     dry_run: count the rows without writing them
     """
     cli.check_numbers(locals())
-    samples = without_similar(read_faultless(samples_file, save_file, error_phrases), similar_characters)
+    samples = without_similar(read_faultless(samples_file, save_file, error_phrases, error_place), similar_characters)
     rows = pairs_from_samples(samples, pairs_a_problem, seed)
     save(rows, "pairs", ONE_KIND, samples_file, save_file, dry_run)
 
@@ -386,7 +387,8 @@ def branch(
     ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, pairs_a_problem: int = 2,
     attempts: int = 100, temperature: float = 1.1, temperature_rise: float = 0.1, temperature_cap: float = 1.4,
     steps_a_solution: int = 24, characters_a_step: int = 3000, error_phrases: list[str] = [],  # noqa: B006
-    step: Literal["paragraph", "line"] = "paragraph", max_new_tokens: int = 512, max_batch_size: int = 64,
+    error_place: ErrorPlace = "solution", step: Literal["paragraph", "line"] = "paragraph",
+    max_new_tokens: int = 512, max_batch_size: int = 64,
     isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "", seed: int = 1,
     dry_run: bool = False,
 ) -> None:
@@ -407,6 +409,7 @@ def branch(
     steps_a_solution: longer solutions are left out
     characters_a_step: solutions with a longer step are left out
     error_phrases: leave out right solutions that hold one of these, in any case, such as: error apolog
+    error_place: where they are looked for: all of a solution, or only what its code printed, such as tracebacks
     step: what a step is: a paragraph, with a blank line behind it, or a line; of solutions with code it is a block
     max_new_tokens: longest step
     max_batch_size: sequences that decode at once
@@ -419,7 +422,7 @@ def branch(
     step_end = STEP_END if step == "paragraph" else "\n"
     if assemble.load_config(ckpt_dir).chat_template == CODE_FORM:
         step_end = Marker.END_OF_BLOCK
-    samples = read_faultless(samples_file, save_file, error_phrases)
+    samples = read_faultless(samples_file, save_file, error_phrases, error_place)
     jobs = steps.branches(samples, pairs_a_problem, seed, step_end)
     prompting, benchmark = asked_of(task, prompt_template, samples_file)
     if not jobs:

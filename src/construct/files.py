@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from src import runlog
-from src.construct.problems import without_phrases
+from src.construct.problems import ErrorPlace, without_phrases
 from src.data.examples import Sample, read_samples
 from src.errors import UserError
 
@@ -22,10 +22,12 @@ def read_graded(samples_file: str, save_file: str) -> list[Sample]:
     return samples
 
 
-def read_faultless(samples_file: str, save_file: str, error_phrases: list[str]) -> list[Sample]:
-    """The samples of a graded file but for right ones with one of the phrases, counted. Raises UserError."""
+def read_faultless(
+    samples_file: str, save_file: str, error_phrases: list[str], error_place: ErrorPlace
+) -> list[Sample]:
+    """The samples of a graded file but for right ones with one of the phrases there, counted. Raises UserError."""
     samples = read_graded(samples_file, save_file)
-    kept = without_phrases(samples, error_phrases)
+    kept = without_phrases(samples, error_phrases, error_place)
     if error_phrases:
         runlog.logger().info("%d right samples left out: they speak of an error", len(samples) - len(kept))
     return kept

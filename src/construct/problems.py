@@ -1,11 +1,14 @@
 """Graded samples by problem: what every builder of training files starts from."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from src.construct.continuation import step_end_of, whole_steps
 from src.data.examples import Sample
 from src.errors import UserError
+from src.text.blocks import ended_blocks, split_text
+
+ErrorPlace = Literal["solution", "executions"]
 
 
 class Problem(NamedTuple):
@@ -17,15 +20,28 @@ class Problem(NamedTuple):
     unparsed: list[Sample]
 
 
-def without_phrases(samples: Sequence[Sample], phrases: Sequence[str]) -> list[Sample]:
+def without_phrases(
+    samples: Sequence[Sample], phrases: Sequence[str], place: ErrorPlace = "solution"
+) -> list[Sample]:
     """The samples but for right ones whose response holds one of the phrases, in any case: who finds a mistake of his
-    own on the way, or apologises for it, is no example to follow (Lu et al. 2024, the released code's third kind)."""
+    own on the way, or apologises for it, is no example to follow (Lu et al. 2024, the released code's third kind).
+
+    place "executions" looks at nothing but what the solution's code printed, where tracebacks stand: a text may speak
+    of the error of a measurement.
+    """
     small = [phrase.casefold() for phrase in phrases]
-    return [
-        sample
-        for sample in samples
-        if sample.outcome != "right" or not any(phrase in sample.response.casefold() for phrase in small)
-    ]
+
+    def faulty(sample: Sample) -> bool:
+        text = sample.response if place == "solution" else printed(sample.response)
+        return any(phrase in text.casefold() for phrase in small)
+
+    return [sample for sample in samples if sample.outcome != "right" or not faulty(sample)]
+
+
+def printed(solution: str) -> str:
+    """What the code of a solution printed, block by block; of a solution without code nothing."""
+    blocks = ended_blocks(split_text(solution))
+    return "\n".join(block.content for block in blocks if block.kind == "execution")
 
 
 def without_similar(samples: Sequence[Sample], characters: int) -> list[Sample]:

@@ -95,6 +95,22 @@ def test_scdpo_11_right_solutions_that_speak_of_an_error_are_set_apart() -> None
     assert len(without_phrases(samples, ["traceback (most recent"])) == 5
 
 
+def test_scdpo_11_tracebacks_alone_can_be_looked_for() -> None:
+    def coded(printed: str) -> str:
+        code, execution = "<|code|>print(1/x)<|endofblock|>", f"<|execution|>{printed}<|endofblock|>"
+        return f"<|text|>The error of x is 2.<|endofblock|>{code}{execution}<|endofmessage|>"
+
+    samples = [
+        sample("0", 0, coded("0.5\n"), "right"),
+        sample("0", 1, coded("Traceback ...\nZeroDivisionError: division by zero\n"), "right"),
+        sample("0", 2, coded("NameError: x\n"), "wrong"),
+        sample("0", 3, "an error of 2 gives 3", "right"),  # no code, nothing printed
+    ]
+    kept = without_phrases(samples, ["error"], "executions")
+    assert [x.sample for x in kept] == [0, 2, 3]
+    assert [x.sample for x in without_phrases(samples, ["error"], "solution")] == [2]
+
+
 def test_scdpo_22_the_control_has_as_many_pairs_as_the_mix() -> None:
     ordinary = [{"instruction": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(30)]
     branched = [{**row, "prefix": "x"} for row in ordinary[:10]]
