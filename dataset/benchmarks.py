@@ -35,6 +35,12 @@ def math_row(raw: RawRow) -> Row:
     return row | optional(raw, id="unique_id")  # MATH-500 names its problems
 
 
+def with_answer_said(row: Row) -> Row:
+    """A MATH row whose solution ends with its label, where the task MATH-weak-to-strong looks for it (the data that
+    Yang et al. 2024 publish)."""
+    return row | {"output": [f"{solution} The answer is: {row['label']}" for solution in row["output"]]}
+
+
 def level_number(raw: RawRow) -> int | None:
     """4 for "Level 4" or 4; None for the few problems of the training set marked "Level ?"."""
     level = re.fullmatch(r"(?:Level )?(\d|\?)", str(raw.fields["level"]))

@@ -24,6 +24,7 @@ from dataset.benchmarks import (  # noqa: E402
     mawps_row,
     olympiad_row,
     svamp_row,
+    with_answer_said,
 )
 from dataset.raw import RawRow, Row, read_raw  # noqa: E402
 from dataset.verifier_data import (  # noqa: E402
@@ -110,6 +111,7 @@ def main(
     task: Literal["gsm8k", "math", "svamp", "asdiv", "mawps", "aqua", "olympiadbench", "metamath", "prm800k",
                   "math_shepherd", "processbench", "hh_rlhf"],
     levels: list[int] = [], level_file: str = "",  # noqa: B006 (shown by --help, never changed)
+    say_answer: bool = False,
 ) -> None:
     """Convert one file.
 
@@ -118,7 +120,10 @@ def main(
     task: what the file holds; written first and without --task
     levels: only problems of these levels, such as 1,2,3; default: all
     level_file: prompts with levels (such as dataset/MATH/train.json), for files whose rows carry none
+    say_answer: end every solution of MATH with "The answer is: LABEL", where --task MATH-weak-to-strong looks for it
     """
+    if say_answer and task != "math":
+        raise UserError(f"--say_answer is for math, whose solutions end in any words; found {task}")
     path = Path(raw_file)
     if not path.is_file():
         raise UserError(f"--raw_file {raw_file} is not a file; name the downloaded .jsonl, .json or .parquet file")
@@ -127,7 +132,7 @@ def main(
         found = f"; {report.other_levels} rows have other levels, {report.unknown_level} none" if levels else ""
         raise UserError(f"--raw_file {raw_file} gives no rows{found}; expected rows of {task}"
                         + (f" with levels {levels}; give --level_file" if levels else ""))
-    save(report.rows, Path(save_file))
+    save([with_answer_said(row) for row in report.rows] if say_answer else report.rows, Path(save_file))
     left_out = {"repeated": report.repeated, "of other levels": report.other_levels,
                 "of unknown level": report.unknown_level}
     counts = "".join(f", {count} {why} left out" for why, count in left_out.items() if count)

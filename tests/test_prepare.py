@@ -12,6 +12,7 @@ from src.data.examples import read_prompts
 from src.errors import UserError
 from src.evaluation.grade import Grader
 from src.evaluation.report import type_of
+from src.evaluation.tasks import find_task
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared" / "data"
@@ -50,6 +51,17 @@ def test_math_row(tmp_path: Path) -> None:
     rows = prepared("math", write(tmp_path / "raw.jsonl", MATH), tmp_path)
     assert rows == [{"instruction": MATH["problem"], "output": [MATH["solution"]], "label": "\\frac{1}{2}",
                      "level": 4, "subject": "Algebra"}]
+
+
+def test_w2s_01_math_solutions_end_with_their_answer(tmp_path: Path) -> None:
+    raw_file = write(tmp_path / "raw.jsonl", MATH, MATH | {"unique_id": "test/1.json"})
+    main(raw_file, str(tmp_path / "out.json"), "math", say_answer=True)
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["output"] for row in rows] == [[MATH["solution"] + " The answer is: \\frac{1}{2}"]] * 2
+    with Grader(find_task("MATH-weak-to-strong")) as grader:
+        assert all(grader.grade_one(row["output"][0], row["label"]).outcome == "right" for row in rows)
+    with pytest.raises(UserError, match="--say_answer is for math, .* found gsm8k"):
+        main(write(tmp_path / "raw.jsonl", GSM8K), str(tmp_path / "out.json"), "gsm8k", say_answer=True)
 
 
 @pytest.mark.parametrize(("solution", "label"), [
