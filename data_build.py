@@ -28,7 +28,7 @@ from src.evaluation.evaluator import local_sampler
 from src.evaluation.grade import Grader
 from src.evaluation.prompting import Prompting, make_prompting, select_prompts
 from src.evaluation.report import type_of
-from src.evaluation.tasks import find_task
+from src.evaluation.tasks import check_template, find_task
 from src.inference.sampling import Sampling
 from src.text.blocks import CODE_FORM, Marker
 
@@ -214,7 +214,7 @@ def full_weak(samples_file: str, save_file: str, weak_model: str = "", dry_run: 
     """
     origin = read_origin(samples_file, weak_model)
     samples = weak_to_strong.one_each(read_samples(samples_file), samples_file)
-    rows = [weak_to_strong.instruction_row(sample) for sample in samples.values() if sample.response]
+    rows = [row for sample in samples.values() if (row := weak_to_strong.instruction_row(sample))["output"]]
     runlog.logger().info("%d of %d responses left out: empty", len(samples) - len(rows), len(samples))
     save(rows, "responses", "all are empty", samples_file, save_file, dry_run)
     if not dry_run:
@@ -222,9 +222,11 @@ def full_weak(samples_file: str, save_file: str, weak_model: str = "", dry_run: 
 
 
 def demonstrations(
-    samples_file: str, save_file: str, shots: int = 4, weak_model: str = "", seed: int = 1, dry_run: bool = False
+    samples_file: str, save_file: str, shots: int = 4, weak_model: str = "",
+    prompt_template: str = "Question: {instruction}\\nAnswer:", stop: list[str] = ["Question:"],  # noqa: B006
+    seed: int = 1, dry_run: bool = False,
 ) -> None:
-    """Some of the weak model's responses as demonstrations for the strong one, for solver_evaluate.py --few_shot.
+    r"""Some of the weak model's responses as demonstrations for the strong one, for solver_evaluate.py --few_shot.
 
     No label is read: they may be wrong, but each holds an answer.
 
@@ -232,16 +234,20 @@ def demonstrations(
     save_file: the json file to write
     shots: how many
     weak_model: checkpoint directory, or name at a server, that the samples must be of; default: not checked
+    prompt_template: how the strong model is shown a problem, with {instruction} where it goes and \n for a new line
+    stop: texts that end its response: a base model goes on with the next problem
     seed: seed of the choice
     dry_run: choose without writing
     """
     cli.check_numbers(locals())
+    check_template(template := prompt_template.replace("\\n", "\n"), "--prompt_template")
     origin = read_origin(samples_file, weak_model)
     samples = weak_to_strong.one_each(read_samples(samples_file), samples_file)
     rows = weak_to_strong.demonstrations(samples, shots, seed)
     runlog.logger().info("demonstrations: problems %s", ", ".join(str(row["id"]) for row in rows))
     if not dry_run:
-        write(json.dumps({"demonstrations": rows}, indent=1, ensure_ascii=False) + "\n", save_file)
+        values = {"prompt": template, "stop": stop, "demonstrations": rows}
+        write(json.dumps(values, indent=1, ensure_ascii=False) + "\n", save_file)
         write_origin(save_file, origin)
 
 

@@ -12,6 +12,8 @@ import data_build
 from src import parallel
 from src.checkpoint import storage
 from src.errors import UserError
+from src.evaluation.prompting import make_prompting
+from src.evaluation.tasks import find_task
 from tests.test_entries import PROBLEMS, teach, write_json
 from tests.tiny import split, write_hf_llama
 
@@ -61,6 +63,36 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "plus/hybrid", "pro", "pairs.json", held_out=0.3, lora_rank=4, lr=1e-4, max_batch_size=2
         )
     return folder
+
+
+@pytest.fixture(scope="module")
+def few_shot(path: Path) -> Path:
+    """The same folder when a strong model that reads demonstrations has gone through stage I with two of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        evaluate = importlib.import_module("solver_evaluate").main
+        solver_train = importlib.import_module("solver_train").main
+        samples, shown = "log/weak/samples.jsonl", "demonstrations.json"
+        data_build.demonstrations(samples, shown, shots=2, weak_model="weak", prompt_template="a {instruction}\\nb",
+                                  stop=["\na"])  # fmt: skip
+        text = make_prompting(find_task("toy"), shown).text
+        write_json(
+            path / "context.json",
+            [
+                {"instruction": form(row["instruction"]), "output": f" #### {int(row['label']) + n}{tail}"}
+                for row in PROBLEMS
+                for n in (0, 1)  # right every other time
+                for form, tail in ((str, ""), (text, "\n\na 1+1=\nb #### 2"))
+            ],
+        )
+        solver_train("base", "reader", "context.json", lr=5e-3, epochs=12, max_batch_size=16)
+        evaluate("toy", "train_2.json", "log/shown", "reader", few_shot=shown, **SAMPLE | {"max_new_tokens": 24})
+        data_build.weak_icl(samples, "log/shown/samples.jsonl", "stage_1_shown", weak_model="weak",
+                            strong_model="reader", demonstrations_file=shown)  # fmt: skip
+        solver_train("reader", "plus/shown", "stage_1_shown/hybrid.json", **TRAIN)
+        evaluate("toy", "train_2.json", "log/plus_shown", "plus/shown", num_samples=4, temperature=1.0, **SAMPLE)
+        data_build.vote("log/plus_shown/samples.jsonl", "votes_shown.jsonl", strong_model="plus/shown")
+    return path
 
 
 def rows(file: Path) -> list[dict[str, object]]:
@@ -146,3 +178,16 @@ def test_w2s_17_votes_of_another_model_or_scorer_are_refused(
     with pytest.raises(UserError, match="has no samples.identity.json beside it"):
         data_build.contrast("votes.jsonl", "log/math/samples.jsonl", "other.json")
     assert not (path / "other.json").exists()
+
+
+def test_w2s_10_demonstrations_go_through_the_whole_pipeline(few_shot: Path) -> None:
+    shown = {row["id"] for row in json.loads((few_shot / "demonstrations.json").read_text())["demonstrations"]}
+    samples = {row["id"]: row for row in rows(few_shot / "log/shown/samples.jsonl")}
+    kept = rows(few_shot / "stage_1_shown/icl.json")
+    assert len(shown) == 2 and len(samples) == 12 and kept and not shown & {row["id"] for row in kept}
+    for row in kept:  # it wrote as it was shown, was stopped before the next problem, and is learnt as a bare answer
+        response = samples[row["id"]]["response"]
+        assert response.startswith(" #") and response.endswith("\n") and "a" not in response
+        assert row["output"] == response.strip() and row["instruction"] == samples[row["id"]]["prompt"]
+    votes = rows(few_shot / "votes_shown.jsonl")
+    assert len(votes) == 12 and all("\n" not in text for vote in votes for text in vote["positives"])

@@ -74,8 +74,8 @@ def one_each(samples: Sequence[Sample], source: str) -> dict[str, Sample]:
 
 
 def instruction_row(sample: Sample) -> Row:
-    """A response as something to be imitated."""
-    return {"id": sample.id, "instruction": sample.prompt, "output": sample.response}
+    """A response as something to be imitated, without the blanks around it that a few-shot prompt's form brings."""
+    return {"id": sample.id, "instruction": sample.prompt, "output": sample.response.strip()}
 
 
 def demonstrations(samples: dict[str, Sample], shots: int, seed: int) -> list[Row]:
@@ -177,7 +177,7 @@ def kept_right(rows: Iterable[Row], samples: dict[str, Sample]) -> Kept:
     names = set()
     for row in rows:
         name = str(row.get("id"))
-        if name not in samples or samples[name].response != row.get("output"):
+        if name not in samples or instruction_row(samples[name])["output"] != row.get("output"):
             raise UserError(
                 f"the row of problem {name!r} is not made of these samples; give those that it is made of"
             )
