@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Easy-to-Hard (Sun et al. 2024): a solver and verifiers that learn from easy problems alone, tested on hard ones.
-# Usage: bash recipes/easy_to_hard.sh [--fresh]     results in runs/easy_to_hard; finished stages are kept unless --fresh
+# Usage: bash recipes/easy_to_hard.sh [--fresh | --improve dpo|rest_em|ppo]   results in runs/easy_to_hard; finished stages
+# are kept unless --fresh. --improve goes on with two rounds that make the solver better on easy problems (improve.sh).
 #
 # Toy by default, 3 seeds, two at a time. Steps are labelled by rollouts, as a user has to who knows answers alone; the
 # toy's exact truth serves the last table only. Every variable below may be set; MATH on 8 GPUs, files from prepare.py:
@@ -11,6 +12,7 @@
 #   SAMPLE_FLAGS="--max_batch_size 256 --max_new_tokens 768" bash recipes/easy_to_hard.sh
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
+source recipes/improve.sh
 
 export TASK=${TASK:-toy} BASE=${BASE:-dataset/toy/base} TRAIN=${TRAIN:-dataset/toy/train.json}
 export DEMONSTRATIONS=${DEMONSTRATIONS:-dataset/toy/demonstrations.json} TEST=${TEST:-dataset/toy/test.json}
@@ -54,6 +56,7 @@ run_seed() {
             many verifier_evaluate.py --task "$TASK" --ckpt_dir $dir/$name --samples_file $dir/hard/samples.jsonl \
             --label_file "$TEST" --split "$HARD" --log_dir $dir/$name-hard --max_batch_size 256
     done
+    [ -z "$IMPROVE" ] || improve "$seed"
 }
 
 if [ "${1:-}" = "--seed" ]; then
@@ -61,6 +64,7 @@ if [ "${1:-}" = "--seed" ]; then
     exit
 fi
 [ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
+[ "${1:-}" = "--improve" ] && choose_method "${2:-}"
 mkdir -p "$RUN"
 stage "the base checkpoint" $RUN/base/manifest.json \
     python checkpoint_split.py --ckpt_file "$BASE" --save_path "$RUN/base" --n "$NPROC"
@@ -69,3 +73,4 @@ stage "easy demonstrations" $RUN/demonstrations.json \
 echo $SEEDS | xargs -n 1 -P "$JOBS" bash "$0" --seed
 is_toy=$([ "$TASK" = toy ] && echo true || echo false)
 python recipes/easy_to_hard_table.py --run_dir "$RUN" --seeds "${SEEDS// /,}" --toy "$is_toy"
+[ -z "$IMPROVE" ] || improved_table

@@ -42,8 +42,10 @@ def quick_start_commands() -> list[list[str]]:
 
 
 def easy_to_hard_commands() -> list[list[str]]:
-    """Every start of a script in the easy-to-hard recipe, with the defaults of its variables, for each verifier."""
-    text = (ROOT / "recipes" / "easy_to_hard.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    """Every start of a script in the easy-to-hard recipe and in what improves its solvers, with the defaults of its
+    variables, for each verifier."""
+    texts = [(ROOT / "recipes" / f"{name}.sh").read_text(encoding="utf-8") for name in ("easy_to_hard", "improve")]
+    text = "\n".join(texts).replace("\\\n", " ")
     values = dict(re.findall(r"(\w+)=\$\{\w+:-([^}]*)\}", text))
     sample = re.search(r'sample\(\) \{ many (.*?) "\$@"; \}', text)[1]
     text = re.sub(r" sample --", f" many {sample} --", text)
