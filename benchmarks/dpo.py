@@ -140,12 +140,10 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
 
 def theirs(case: Case, folder: Path) -> dict[str, object]:
     """trl's DPOTrainer on the same ids."""
-    import datasets
     import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from transformers import LlamaForCausalLM, TrainerCallback
+
+    from benchmarks import trl_dpo
 
     watch = Watch()
 
@@ -157,51 +155,11 @@ def theirs(case: Case, folder: Path) -> dict[str, object]:
         def on_step_end(self, *_: object, **__: object) -> None:
             watch.tick()
 
-    class AsGiven(DPOTrainer):
-        """Rows that are token ids already, in their order."""
-
-        def _prepare_dataset(self, dataset: object, *_: object) -> object:
-            return dataset
-
-        def _get_train_sampler(self, *_: object) -> torch.utils.data.Sampler:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-        def compute_loss(self, *given: object, **options: object) -> torch.Tensor:
-            loss = super().compute_loss(*given, **options)
-            watch.losses.append(loss.item())
-            return loss
-
-    words = WordLevel({"<pad>": 0, "a": 1, "<eos>": 2}, unk_token="a")
-    settings = DPOConfig(
-        output_dir=str(folder / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=PAIRS_A_STEP,
-        num_train_epochs=1,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        beta=BETA,
-        precompute_ref_log_probs=True,
-        max_length=None,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in pairs(case)]
-    AsGiven(
-        model=LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32),
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(words), pad_token="<pad>", eos_token="<eos>"
-        ),
-        callbacks=[Clock()],
-    ).train()
+    model = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    options = {"pairs_a_step": PAIRS_A_STEP, "lr": LR, "beta": BETA, "callbacks": [Clock()]}
+    trainer = trl_dpo.trainer(model, pairs(case), folder, **options)
+    trainer.train()
+    watch.losses = trainer.losses
     return watch.record()
 
 

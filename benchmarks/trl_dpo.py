@@ -1,0 +1,81 @@
+"""trl's DPOTrainer on rows that are token ids already, in their order: what our preference training is held against."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+Row = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
+
+
+class AsGiven(DPOTrainer):
+    """Rows in the order given; `losses` holds that of every step."""
+
+    def __init__(self, *given: object, **options: object) -> None:
+        self.losses: list[float] = []
+        super().__init__(*given, **options)
+
+    def _prepare_dataset(self, dataset: object, *_: object) -> object:
+        return dataset
+
+    def _get_train_sampler(self, *_: object) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, *given: object, **options: object) -> torch.Tensor:
+        loss = super().compute_loss(*given, **options)
+        self.losses.append(loss.item())
+        return loss
+
+
+def trainer(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    pairs_a_step: int,
+    lr: float,
+    beta: float,
+    callbacks: Sequence[TrainerCallback] = (),
+    logging: bool = False,
+) -> AsGiven:
+    """A trainer of one epoch on the CPU in float32 with the settings that ours has, at a constant rate.
+
+    The reference's log-probs are computed before the first step. The tokenizer is one that nothing is tokenised with.
+    """
+    words = Tokenizer(WordLevel({"<pad>": 0, "a": 1, "<eos>": 2}, unk_token="a"))
+    settings = DPOConfig(
+        output_dir=str(folder / "trl"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=pairs_a_step,
+        num_train_epochs=1,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        beta=beta,
+        precompute_ref_log_probs=True,
+        max_length=None,
+        logging_strategy="steps" if logging else "no",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return AsGiven(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_list([dict(zip(names, row, strict=True)) for row in rows]),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
+        ),
+        callbacks=list(callbacks),
+    )
