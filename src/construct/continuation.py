@@ -173,17 +173,18 @@ def branching_sampler(
     """Wrong solutions that begin with the prefix of their id (Lu et al. 2024, Step-Controlled DPO, section 3.2).
 
     Each is tried up to `attempts` times, a step at a time with rising temperature, until it ends with a wrong
-    answer. One that does not is an error, and so is one that never ends: it is no wrong solution. outcome(response,
-    label) is asked on rank 0 alone. max_new_tokens bounds a step.
+    answer; attempts go in waves(), and the first that is wrong counts, so that the result is that of one after the
+    other. One that never is wrong is an error, and so is one that never ends. outcome(response, label) is asked on
+    rank 0 alone. max_new_tokens bounds a step.
     """
 
     def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
-        live = list(wanted)
+        live = {prompt.id: (prompt, number) for prompt, number in wanted}
         ends: dict[str, str] = {}
-        for attempt in range(attempts):
+        for wave in waves(attempts):
             if not live:
                 break
-            asked = [Asked(p.id, attempt, p.instruction, prefixes[p.id]) for p, _ in live]
+            asked = [Asked(p.id, n, p.instruction, prefixes[p.id]) for p, _ in live.values() for n in wave]
             written = write_steps(
                 solver,
                 asked,
@@ -193,27 +194,35 @@ def branching_sampler(
                 seed=seed,
                 step_end=step_end,
             )
+            labels = {name: prompt.label or "" for name, (prompt, _) in live.items()}
             verdicts = on_rank_0(
-                lambda jobs=live, texts=written: {
-                    p.id: outcome(prefixes[p.id] + texts[p.id].text, p.label or "") for p, _ in jobs
+                lambda found=written, labels=labels: {
+                    f"{item.id}/{item.sample}": outcome(item.prefix + text.text, labels[item.id])
+                    for item, text in found.items()
                 }
             )
-            left = []
-            for prompt, number in live:
-                found = written[prompt.id]
-                ends[prompt.id] = f"{found.end}, {verdicts[prompt.id]}"
-                ended = found.end in (EOS, *solver.prompting.stop)
-                if ended and found.text.strip() and verdicts[prompt.id] == "wrong":
-                    response, logprob = prefixes[prompt.id] + found.text, round(found.logprob, 1)
-                    yield Drawn(prompt.id, number, response, found.n_tokens, "stop", logprob)
-                else:
-                    left.append((prompt, number))
-            live = left
-        for prompt, number in live:
-            error = f"not wrong in {attempts} attempts; the last: {ends[prompt.id]}"
-            yield Drawn(prompt.id, number, "", None, "", None, error)
+            for item, found in written.items():
+                verdict = verdicts[f"{item.id}/{item.sample}"]
+                ends[item.id] = f"{found.end}, {verdict}"
+                ended = found.end in (EOS, *solver.prompting.stop) and found.text.strip()
+                if item.id in live and ended and verdict == "wrong":
+                    _, number = live.pop(item.id)
+                    response, logprob = item.prefix + found.text, round(found.logprob, 1)
+                    yield Drawn(item.id, number, response, found.n_tokens, "stop", logprob)
+        for name, (_, number) in live.items():
+            error = f"not wrong in {attempts} attempts; the last: {ends[name]}"
+            yield Drawn(name, number, "", None, "", None, error)
 
     return sample
+
+
+def waves(attempts: int) -> Iterator[range]:
+    """The numbers of attempts in groups that double, to be made at once: many solutions need few attempts, and the
+    few that need many would else decode one by one."""
+    first = 0
+    while first < attempts:
+        yield range(first, min(2 * first + 1, attempts))
+        first = 2 * first + 1
 
 
 def write_steps(
@@ -225,12 +234,12 @@ def write_steps(
     max_new_tokens: int,
     seed: int,
     step_end: str = STEP_END,
-) -> dict[str, Written]:
-    """Go on from every prefix step by step, each step at its own temperature, all texts in step. -> by id.
+) -> dict[Asked, Written]:
+    """Go on from every prefix step by step, each step at its own temperature, all texts in step.
 
     The steps of a solution with code are its blocks; what its code prints is put behind them.
     """
-    written = {item.id: Written("", 0, 0.0, "") for item in asked}
+    written = {item: Written("", 0, 0.0, "") for item in asked}
     for step in range(max_steps):
         sampling = Sampling(
             temperature=schedule.at(step),
@@ -240,16 +249,17 @@ def write_steps(
         )
         sampling = solver.coding.sampling(sampling) if solver.coding else sampling
         # the id counts the step, so that each draws its own random numbers
-        going = {f"{item.id}/{step}": item for item in asked if not written[item.id].end}
+        going = {(f"{item.id}/{step}", item.sample): item for item in asked if not written[item].end}
         if not going:
             break
         requests = [
-            item._replace(id=name, prefix=item.prefix + written[item.id].text) for name, item in going.items()
+            item._replace(id=name, prefix=item.prefix + written[item].text)
+            for (name, _), item in going.items()
         ]
         for found in continuations(solver, requests, sampling):
-            name = going[found.asked.id].id
-            before, more = written[name], found.end == step_end
-            written[name] = Written(
+            item = going[found.asked.id, found.asked.sample]
+            before, more = written[item], found.end == step_end
+            written[item] = Written(
                 before.text + found.text + (step_end if more else ""),
                 before.n_tokens + found.n_tokens,
                 before.logprob + found.logprob,
@@ -260,18 +270,17 @@ def write_steps(
                 else found.end,  # it ends within a block
             )
         if solver.coding:
-            _execute(solver.coding, {item.id: item.prefix for item in going.values()}, written)
+            _execute(solver.coding, [item for item in going.values() if not written[item].end], written)
     return {
-        name: found if found.end else found._replace(end=TOO_MANY_STEPS) for name, found in written.items()
+        item: found if found.end else found._replace(end=TOO_MANY_STEPS) for item, found in written.items()
     }
 
 
-def _execute(coding: Coding, prefixes: Mapping[str, str], written: dict[str, Written]) -> None:
-    """Put what their code prints behind the solutions that go on, in place."""
-    names = [name for name in prefixes if not written[name].end]
-    answers = [prefixes[name] + written[name].text for name in names]
-    for name, (shown, reason) in zip(names, coding.behind(answers), strict=True):
-        written[name] = written[name]._replace(text=written[name].text + shown, end=reason)
+def _execute(coding: Coding, asked: Sequence[Asked], written: dict[Asked, Written]) -> None:
+    """Put what their code prints behind these solutions, in place."""
+    answers = [item.prefix + written[item].text for item in asked]
+    for item, (shown, reason) in zip(asked, coding.behind(answers), strict=True):
+        written[item] = written[item]._replace(text=written[item].text + shown, end=reason)
 
 
 def replayable(jobs: Sequence[Begun], coding: Coding) -> list[Begun]:

@@ -14,6 +14,7 @@ from src.construct.continuation import (
     begun,
     continuations,
     replayable,
+    waves,
     whole_steps,
     write_steps,
 )
@@ -119,8 +120,8 @@ def test_steps_do_not_depend_on_what_else_is_asked(solver: Solver) -> None:
     options = {"max_steps": 3, "max_new_tokens": 8, "seed": 7}
     together = write_steps(solver, asked, Schedule(1.0, 0.1, 1.2), **options)
     for item in asked:
-        alone = write_steps(solver, [item], Schedule(1.0, 0.1, 1.2), **options)[item.id]
-        assert (alone.text, alone.end) == (together[item.id].text, together[item.id].end)
+        alone = write_steps(solver, [item], Schedule(1.0, 0.1, 1.2), **options)[item]
+        assert (alone.text, alone.end) == (together[item].text, together[item].end)
 
 
 def test_labels_by_hand() -> None:
@@ -201,6 +202,20 @@ def test_scdpo_15_a_branch_shares_the_first_steps_and_is_wrong(folders: Folders,
     (tmp_path / "a/samples.jsonl").write_bytes(again[:-20])  # killed within a line
     assert branched(folders, source, tmp_path / "a") == rows
     assert (tmp_path / "a/samples.jsonl").read_bytes() == again
+
+
+def test_scdpo_15_attempts_made_at_once_are_those_made_in_turn(folders: Folders, tmp_path: Path) -> None:
+    """The first wrong attempt counts, however many more the cap allows; none is made beyond it, none is left out."""
+    assert [list(wave) for wave in waves(12)] == [[0], [1, 2], [3, 4, 5, 6], [7, 8, 9, 10, 11]]
+    source = log_dir(tmp_path / "log", [sample(str(n), 0, SOLUTION, "right") for n in range(6)])
+    found: list[dict[str, object]] = []
+    for attempts in (1, 2, 3, 5, 40):
+        folder = tmp_path / str(attempts)
+        branched(folders, source, folder, attempts=attempts)
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        assert all(row in rows for row in found)
+        found = rows
+    assert len(found) == 12
 
 
 def test_scdpo_25_a_step_may_be_a_line(folders: Folders, tmp_path: Path) -> None:
