@@ -2,13 +2,13 @@
 # Weak-to-strong reasoning (Yang et al. 2024): what a strong model learns from the answers of a weak one.
 # Usage: bash recipes/weak_to_strong.sh [--fresh]     results in $RUN; finished steps are kept unless --fresh
 #
-# The toy by default. Your own models and problems by variables, here with GSM8K:
+# The toy by default, 3 seeds, two at a time. Your own models and problems by variables, here with GSM8K:
 #   WEAK=ckpt/gemma-2b STRONG=ckpt/llama-2-70b TRAIN=dataset/GSM8K/train.json TEST=dataset/GSM8K/test.json TASK=GSM8K \
-#       SHOTS=4 ITERATIONS=2 NPROC=8 SEEDS=1 RUN=runs/gsm8k bash recipes/weak_to_strong.sh
+#       SHOTS=4 ITERATIONS=2 NPROC=8 JOBS=1 SEEDS=1 RUN=runs/gsm8k bash recipes/weak_to_strong.sh
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
 
-RUN=${RUN:-runs/weak_to_strong} SEEDS=${SEEDS:-1 2 3} NPROC=${NPROC:-1}
+RUN=${RUN:-runs/weak_to_strong} SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-2} NPROC=${NPROC:-1}
 TASK=${TASK:-toy} TRAIN=${TRAIN:-dataset/toy/train.json} TEST=${TEST:-dataset/toy/test.json}
 WEAK=${WEAK:-$RUN/weak-base} STRONG=${STRONG:-$RUN/strong-base}
 # SHOTS: weak demonstrations in the strong model's prompt. 0: a model as small as the toy's learns nothing from its prompt;
@@ -19,8 +19,6 @@ SHARE=${SHARE:-0.6} # of the problems to teach the weak model; it labels the oth
 SOLVER_FLAGS=${SOLVER_FLAGS:---max_batch_size 16 --lr 1e-3} WEAK_FLAGS=${WEAK_FLAGS:---max_batch_size 16 --lr 2e-3}
 DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 3e-5 --beta 0.1}
 DECODE_FLAGS=${DECODE_FLAGS:---max_batch_size 512 --max_new_tokens 96}
-[ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
-mkdir -p "$RUN"
 
 train() { many solver_train.py --seed "$seed" "$@"; }
 answer() { many solver_evaluate.py --task "$TASK" --seed "$seed" $DECODE_FLAGS "$@"; }
@@ -28,60 +26,50 @@ answer() { many solver_evaluate.py --task "$TASK" --seed "$seed" $DECODE_FLAGS "
 fit() {
     local name=$1 start=$2 file=$3
     shift 3
-    stage "$name: fine-tune" "$run/$name/manifest.json" \
+    stage "seed $seed: $name: fine-tune" "$run/$name/manifest.json" \
         train --ckpt_dir "$start" --save_dir "$run/$name" --train_file "$file" "$@"
 }
 # label NAME CHECKPOINT FLAGS: greedy answers to the weak model's problems into $run/NAME
 label() {
     local name=$1 checkpoint=$2
     shift 2
-    stage "$name" "$run/$name/results.json" \
+    stage "seed $seed: $name" "$run/$name/results.json" \
         answer --ckpt_dir "$checkpoint" --label_file "$run/unlabelled.json" --log_dir "$run/$name" "$@"
 }
 # test_on NAME CHECKPOINT: greedy accuracy on the test problems
 test_on() {
-    stage "$1: test" "$run/$1-test/results.json" \
+    stage "seed $seed: $1: test" "$run/$1-test/results.json" \
         answer --ckpt_dir "$2" --label_file "$TEST" --log_dir "$run/$1-test"
 }
 # agree NAME WEAK_ANSWERS WEAK_MODEL STRONG_ANSWERS STRONG_MODEL: stage I's files, and a report on them
 agree() {
-    stage "$1: answers on which both agree" "$run/$1/hybrid.json" \
+    stage "seed $seed: $1: answers on which both agree" "$run/$1/hybrid.json" \
         python data_build.py weak_icl --weak_file "$run/$2/samples.jsonl" --weak_model "$3" \
         --icl_file "$run/$4/samples.jsonl" --strong_model "$5" --save_dir "$run/$1" $shown
-    stage "$1: how pure they are, by labels that nothing else reads" "$run/$1/report.json" \
+    stage "seed $seed: $1: how pure they are, by labels that nothing else reads" "$run/$1/report.json" \
         python data_build.py report --rows_file "$run/$1/weak.json" --samples_file "$run/$2/samples.jsonl" \
         --save_file "$run/$1/report.json"
 }
 
-if [ "$TASK" = toy ]; then
-    stage "a small model: the toy's base without its last layer" "$RUN/weak-base/manifest.json" \
-        python dataset/toy/make_small.py --base_dir dataset/toy/base --save_dir "$RUN/weak-base" --layers 3
-    stage "the toy's base" "$RUN/base/manifest.json" \
-        python checkpoint_split.py --ckpt_file dataset/toy/base --save_path "$RUN/base" --n 1
-    stage "right sums, for the strong model alone" "$RUN/sums.json" \
-        python dataset/toy/make_sums.py --save_file "$RUN/sums.json"
-    stage "a strong model: the base when it has read them" "$RUN/strong-base/manifest.json" \
-        python solver_train.py --ckpt_dir "$RUN/base" --save_dir "$RUN/strong-base" --train_file "$RUN/sums.json" \
-        --max_batch_size 16 --lr 1e-3
-fi
-for seed in $SEEDS; do
-    run=$RUN/seed-$seed shown=
+# All stages of one seed.
+run_seed() {
+    local seed=$1 run=$RUN/seed-$1 shown= icl_model plus=plus before kind iteration
     mkdir -p "$run"
-    stage "split the problems" "$run/unlabelled.json" \
+    stage "seed $seed: split the problems" "$run/unlabelled.json" \
         python data_build.py split --train_file "$TRAIN" --first_file "$run/taught.json" \
         --second_file "$run/unlabelled.json" --share "$SHARE" --seed "$seed"
     fit weak "$WEAK" "$run/taught.json" $WEAK_FLAGS
     test_on weak "$run/weak"
     label weak-answers "$run/weak"
 
-    stage "all weak answers" "$run/full.json" \
+    stage "seed $seed: all weak answers" "$run/full.json" \
         python data_build.py full_weak --samples_file "$run/weak-answers/samples.jsonl" --weak_model "$run/weak" \
         --save_file "$run/full.json"
     fit full-weak "$STRONG" "$run/full.json" $SOLVER_FLAGS
     test_on full-weak "$run/full-weak"
 
     if [ "$SHOTS" -gt 0 ]; then
-        stage "weak demonstrations" "$run/demonstrations.json" \
+        stage "seed $seed: weak demonstrations" "$run/demonstrations.json" \
             python data_build.py demonstrations --samples_file "$run/weak-answers/samples.jsonl" --shots "$SHOTS" \
             --weak_model "$run/weak" --save_file "$run/demonstrations.json" --seed "$seed"
         label icl-answers "$STRONG" --few_shot "$run/demonstrations.json"
@@ -104,27 +92,46 @@ for seed in $SEEDS; do
             "icl-answers-$iteration" "$run/icl-$iteration"
         fit "plus-$iteration" "$STRONG" "$run/stage-$iteration/hybrid.json" $SOLVER_FLAGS
     done
-    plus=plus
     [ "$ITERATIONS" -gt 1 ] && plus=plus-$ITERATIONS
     test_on plus "$run/$plus"
 
-    stage "samples to vote" "$run/samples/results.json" \
+    stage "seed $seed: samples to vote" "$run/samples/results.json" \
         answer --ckpt_dir "$run/$plus" --label_file "$run/unlabelled.json" --log_dir "$run/samples" \
         --num_samples "$SAMPLES" --temperature "$TEMPERATURE"
-    stage "votes" "$run/votes.jsonl" \
+    stage "seed $seed: votes" "$run/votes.jsonl" \
         python data_build.py vote --samples_file "$run/samples/samples.jsonl" --strong_model "$run/$plus" \
         --save_file "$run/votes.jsonl"
-    stage "pairs" "$run/pairs.json" \
+    stage "seed $seed: pairs" "$run/pairs.json" \
         python data_build.py contrast --vote_file "$run/votes.jsonl" --weak_file "$run/weak-answers/samples.jsonl" \
-        --weak_model "$run/weak" --strong_model "$run/$plus" --save_file "$run/pairs.json" --pairs_a_problem "$PAIRS" --seed "$seed"
-    stage "pro: preferences" "$run/pro/manifest.json" \
+        --weak_model "$run/weak" --strong_model "$run/$plus" --save_file "$run/pairs.json" \
+        --pairs_a_problem "$PAIRS" --seed "$seed"
+    stage "seed $seed: pro: preferences" "$run/pro/manifest.json" \
         many preference_train.py --ckpt_dir "$run/$plus" --save_dir "$run/pro" --train_file "$run/pairs.json" \
         --seed "$seed" $DPO_FLAGS
     test_on pro "$run/pro"
 
     fit ceiling "$STRONG" "$run/unlabelled.json" $SOLVER_FLAGS
     test_on ceiling "$run/ceiling"
-done
+}
+
+if [ "${1:-}" = "--seed" ]; then
+    run_seed "$2"
+    exit
+fi
+[ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
+mkdir -p "$RUN"
+if [ "$TASK" = toy ]; then
+    stage "a small model: the toy's base without its last layer" "$RUN/weak-base/manifest.json" \
+        python dataset/toy/make_small.py --base_dir dataset/toy/base --save_dir "$RUN/weak-base" --layers 3
+    stage "the toy's base" "$RUN/base/manifest.json" \
+        python checkpoint_split.py --ckpt_file dataset/toy/base --save_path "$RUN/base" --n 1
+    stage "right sums, for the strong model alone" "$RUN/sums.json" \
+        python dataset/toy/make_sums.py --save_file "$RUN/sums.json"
+    stage "a strong model: the base when it has read them" "$RUN/strong-base/manifest.json" \
+        python solver_train.py --ckpt_dir "$RUN/base" --save_dir "$RUN/strong-base" --train_file "$RUN/sums.json" \
+        --max_batch_size 16 --lr 1e-3
+fi
+echo $SEEDS | xargs -n 1 -P "$JOBS" bash recipes/weak_to_strong.sh --seed
 python recipes/seeds_table.py --run_dir "$RUN" --floor weak --ceiling ceiling --claim pro --baseline full-weak \
     --rows weak full-weak plus pro ceiling --names "weak model" "full weak fine-tuning" "stage I: agreement" \
     "stage II: preferences" "strong ceiling: gold"
