@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
