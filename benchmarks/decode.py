@@ -47,6 +47,7 @@ class Workload(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
+        """Tokens to decode, prompts left out."""
         return sum(map(sum, self.lengths))
 
 

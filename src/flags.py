@@ -59,14 +59,17 @@ class Flag(NamedTuple):
 
     @property
     def required(self) -> bool:
+        """Whether the command line has to give it."""
         return self.default is inspect.Parameter.empty
 
     @property
     def expects(self) -> str:
+        """The kinds of value it takes, in words."""
         return " or ".join(_describe(kind) for kind in self.kinds)
 
     @property
     def example(self) -> str:
+        """The flag with a value of its first kind, as one would write it."""
         kind = (*get_args(self.kinds[0]), self.kinds[0])[0]
         return f"--{self.name} {KINDS[kind].example if kind in KINDS else kind}"
 

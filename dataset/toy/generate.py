@@ -39,6 +39,8 @@ ITEMS = (
 
 
 class Problem(NamedTuple):
+    """A word problem with the truth about it."""
+
     instruction: str
     steps: list[str]  # one sentence with one equation each, without the final answer
     label: str
@@ -46,6 +48,8 @@ class Problem(NamedTuple):
 
 
 class Equation(NamedTuple):
+    """left operation right = result, right or wrong."""
+
     left: int
     operation: str
     right: int
@@ -71,10 +75,12 @@ def compute(left: int, operation: str, right: int) -> int:
 
 
 def equation(left: int, operation: str, right: int) -> Equation:
+    """The equation with its right result."""
     return Equation(left, operation, right, compute(left, operation, right))
 
 
 def gain(rng: random.Random, name: str, value: int) -> Scene | None:
+    """A few things more."""
     amount = rng.randint(3, 49)
     verb, step = rng.choice((
         ("finds {} more.", "{} finds more"),
@@ -86,6 +92,7 @@ def gain(rng: random.Random, name: str, value: int) -> Scene | None:
 
 
 def lose(rng: random.Random, name: str, value: int) -> Scene | None:
+    """A few things less; None where there are too few to lose any."""
     if value < 6:
         return None
     amount = rng.randint(2, min(value - 2, 59))
@@ -99,6 +106,7 @@ def lose(rng: random.Random, name: str, value: int) -> Scene | None:
 
 
 def multiply(rng: random.Random, name: str, value: int) -> Scene | None:
+    """Each thing becomes several; None above LARGEST."""
     factor = rng.randint(2, 6)
     if value * factor > LARGEST:
         return None
@@ -107,6 +115,7 @@ def multiply(rng: random.Random, name: str, value: int) -> Scene | None:
 
 
 def divide(rng: random.Random, name: str, value: int) -> Scene | None:
+    """One of several equal parts is kept; None where no division is exact."""
     parts = [n for n in (2, 3, 4, 5, 6) if value % n == 0 and value >= 4 * n]
     if not parts:
         return None
@@ -116,6 +125,7 @@ def divide(rng: random.Random, name: str, value: int) -> Scene | None:
 
 
 def gain_packs(rng: random.Random, name: str, value: int) -> Scene | None:
+    """Packs of things come: a product, then a sum."""
     packs, size = rng.randint(2, 9), rng.randint(3, 9)
     held = equation(packs, "x", size)
     words = rng.choice(("buys {} packs of {}.", "opens {} boxes of {}."))
@@ -123,6 +133,7 @@ def gain_packs(rng: random.Random, name: str, value: int) -> Scene | None:
 
 
 def lose_packs(rng: random.Random, name: str, value: int) -> Scene | None:
+    """Packs of things go: a product, then a difference; None where there are too few."""
     packs, size = rng.randint(2, 6), rng.randint(3, 9)
     held = equation(packs, "x", size)
     if held.result > value - 2:
@@ -133,6 +144,7 @@ def lose_packs(rng: random.Random, name: str, value: int) -> Scene | None:
 
 
 def pool(rng: random.Random, name: str, value: int) -> Scene | None:
+    """Another person has some more, and both put theirs together: two sums."""
     other = rng.choice([n for n in PRONOUNS if n != name])
     amount = rng.randint(2, 30)
     theirs = equation(value, "+", amount)
@@ -141,6 +153,7 @@ def pool(rng: random.Random, name: str, value: int) -> Scene | None:
 
 
 def sell_all(rng: random.Random, name: str, value: int) -> Scene | None:
+    """All things become dollars, the last scene of a story; None above LARGEST."""
     price = rng.randint(2, 9)
     if value * price > LARGEST:
         return None
@@ -188,6 +201,7 @@ def make_problem(rng: random.Random, level: int) -> Problem:
 
 
 def write(e: Equation) -> str:
+    """As it stands in a solution: 3+4=7."""
     return f"{e.left}{e.operation}{e.right}={e.result}"
 
 
@@ -203,6 +217,7 @@ def read_step(step: str) -> Equation | None:
 
 
 def same_step(found: Equation, truth: Equation) -> bool:
+    """Whether two equations are one; the operands of + and x may be swapped."""
     if found == truth:
         return True
     return truth.operation in "+x" and found == truth._replace(left=truth.right, right=truth.left)
@@ -308,6 +323,7 @@ def distinct_problems(
 
 
 def instruction_row(problem: Problem) -> dict:
+    """A row of train.json and test.json."""
     return {
         "instruction": problem.instruction,
         "output": [solution(problem)],

@@ -58,6 +58,7 @@ def random_sum(rng: random.Random) -> generate.Equation:
 
 
 def slips_here(e: generate.Equation, rng: random.Random) -> bool:
+    """Whether the corpus shows this sum wrong here: hard ones more often."""
     return rng.random() < (HARD_SLIP_RATE if generate.is_hard(e) else EASY_SLIP_RATE)
 
 

@@ -66,6 +66,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -204,6 +205,7 @@ class TensorFile:
         digest_path(self._path).write_text(self._hash.hexdigest())
 
     def close(self) -> None:
+        """End the writer's thread and close the file; what was not finished is nothing that counts."""
         self._writer.shutdown()
         os.close(self._file)
 

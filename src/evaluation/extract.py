@@ -21,11 +21,15 @@ class Found(NamedTuple):
 
 
 class Rule(NamedTuple):
+    """One way to find an answer in a response."""
+
     name: str
     find: Callable[[str], Found | None]
 
 
 class Extraction(NamedTuple):
+    """The answer of a response and the rule that found it."""
+
     answer: str | None  # None: no mark of the task, or a mark without an answer
     rule: str  # the rule that decided, "none" if no rule saw its mark
 

@@ -18,6 +18,8 @@ CACHE_SIZE = 200_000
 
 
 class Verdict(NamedTuple):
+    """What the grader says of one response."""
+
     outcome: str  # right | wrong | unparsed | timeout | error
     answer: str | None  # what was extracted, None for unparsed
 

@@ -32,6 +32,7 @@ class EagerStep:
         self.model, self.cache = model, KVCache(n_slots, parallel.device())
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        """One token a row in use, [n] int64 -> this rank's logits of the next [n, P]."""
         hidden = self.model(tokens.to(parallel.device())[:, None], self.cache.positions, self.cache)
         return self.model.logits(hidden[:, -1])
 
@@ -54,6 +55,7 @@ class GraphStep:
         return self.model.logits(self.model(self.tokens, self.cache.positions, self.cache)[:, -1])
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        """As EagerStep: [n] int64 -> [n, P]."""
         slots = torch.tensor(self.cache.slots())
         everyone = torch.zeros(len(self.tokens), dtype=torch.int64)
         everyone[slots] = tokens
