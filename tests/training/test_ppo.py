@@ -1,4 +1,4 @@
-"""src/training/ppo.py: where rewards, values and log-probs sit, the first minibatch, and invariance of the update."""
+"""src/training/ppo.py: where rewards, values and log-probs sit, and the first minibatch."""
 
 import json
 import math
@@ -23,9 +23,9 @@ from src.training.ppo_settings import Settings
 from src.training.rewards import Part, TaskReward, at_last
 from src.training.rollouts import Episodes
 from tests.conftest import Folders
-from tests.ranks import run_ranks, succeed
+from tests.ranks import succeed
 from tests.tiny import weights
-from tests.training.workers import PROMPTS, join_weights, ppo_buffers, ppo_models, settings
+from tests.training.workers import PROMPTS, ppo_models, settings
 
 EOS = 2
 
@@ -189,80 +189,6 @@ def test_critic_warm_up_leaves_the_actor_alone(
     assert (actor_loop.steps, critic_loop.steps) == (0, 4)
     for found_weight, expected in zip(models.actor.parameters(), models.reference.parameters(), strict=True):
         assert torch.equal(found_weight, expected)
-
-
-def test_update_does_not_depend_on_max_batch_size(folders: Folders, tmp_path: Path) -> None:
-    expected = ppo_buffers(folders.one, folders.verifier, str(tmp_path), max_batch_size=5, lr=1e-5)
-    for size in (1, 3):
-        found = ppo_buffers(folders.one, folders.verifier, str(tmp_path), max_batch_size=size, lr=1e-5)
-        for part, tensors in expected.items():
-            for name, tensor in tensors.items():
-                assert_close(
-                    found[part][name],
-                    tensor,
-                    rtol=1e-5,
-                    atol=1e-6 if part != "rollouts" else 1e-5,
-                    msg=name.__add__,
-                )
-
-
-CASES = [
-    {"advantage": "gae", "max_batch_size": 1},
-    {"advantage": "grpo", "group_size": 2, "kl_loss": "k3", "entropy_coef": 0.01},
-    {"advantage": "reinforce++", "group_size": 2, "lora_rank": 4, "filter_groups": True},
-]
-
-
-def test_update_is_the_same_on_two_tensor_parallel_ranks(
-    folders: Folders, models: buffer.Models, tmp_path: Path
-) -> None:
-    log_dir, cases = str(tmp_path / "log"), CASES[:2]
-    ranks = run_ranks(
-        2,
-        "tests.training.workers:ppo_cases",
-        tmp_path,
-        actor=folders.two,
-        critic=folders.verifier_two,
-        log_dir=log_dir,
-        cases=cases,
-    )
-    for index, flags in enumerate(cases):
-        one = ppo_buffers(folders.one, folders.verifier, log_dir, **flags)
-        for rank in ranks:
-            for name, tensor in one["rollouts"].items():
-                found = rank[str(index)]["rollouts"][name]
-                assert_close(found, tensor, rtol=1e-3, atol=1e-4, check_dtype=False, msg=name.__add__)
-        trained = {"actor": models.actor, "critic": models.critic}
-        for part in one.keys() - {"rollouts"}:
-            joined = join_weights([rank[str(index)][part] for rank in ranks], trained[part])
-            for name, found in joined.items():
-                assert_close(found, one[part][name], rtol=1e-4, atol=1e-4, msg=name.__add__)
-                assert not torch.equal(found, trained[part].get_parameter(name)), name
-
-
-@pytest.mark.parametrize(("n_ranks", "cases"), [(2, CASES), (3, CASES[:1])])
-def test_episodes_and_update_are_the_same_on_data_parallel_ranks(
-    folders: Folders, tmp_path: Path, n_ranks: int, cases: list[dict[str, object]]
-) -> None:
-    # five prompts: three ranks sample 2, 2 and 1 of them, and in some forward passes one keeps the others company
-    log_dir, cases = str(tmp_path / "log"), [{**flags, "lr": 1e-5} for flags in cases]
-    ranks = run_ranks(
-        n_ranks,
-        "tests.training.workers:ppo_cases",
-        tmp_path,
-        tensor_parallel_size=1,
-        actor=folders.one,
-        critic=folders.verifier,
-        log_dir=log_dir,
-        cases=cases,
-    )
-    for index, flags in enumerate(cases):
-        one = ppo_buffers(folders.one, folders.verifier, log_dir, **flags)
-        for rank in ranks:
-            for part, tensors in one.items():
-                for name, tensor in tensors.items():
-                    found, atol = rank[str(index)][part][name], 1e-5 if part == "rollouts" else 1e-6
-                    assert_close(found, tensor, rtol=1e-4, atol=atol, check_dtype=False, msg=name.__add__)
 
 
 def test_learning_rate_0_leaves_every_bit(folders: Folders, tmp_path: Path) -> None:
@@ -444,20 +370,6 @@ def test_kl_loss_adds_its_estimate(models: buffer.Models, tokenizer: Tokenizer) 
     for kind, expected in (("k2", 0.125), ("k3", 2.718281828**-0.5 + 0.5 - 1)):
         loss = ppo.actor_loss(models.actor, apart, rows, replace(numbers, kl_loss=kind), n)[0]
         assert (loss - plain).item() == pytest.approx(0.01 * expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("advantage", ["grpo", "reinforce++"])
-def test_critic_free_updates_do_not_depend_on_max_batch_size(
-    folders: Folders, tmp_path: Path, advantage: str
-) -> None:
-    flags = {"advantage": advantage, "group_size": 2, "kl_loss": "k3", "lr": 1e-5}
-    expected, found = (
-        ppo_buffers(folders.one, folders.verifier, str(tmp_path), max_batch_size=size, **flags)
-        for size in (10, 3)
-    )
-    assert expected.keys() == found.keys() == {"rollouts", "actor"}
-    for name, tensor in expected["actor"].items():
-        assert_close(found["actor"][name], tensor, rtol=1e-5, atol=1e-6, msg=name.__add__)
 
 
 def test_with_adapters_the_reference_is_the_actor_without_them(

@@ -235,7 +235,6 @@ def ppo_buffers(
     critic: str,
     log_dir: str,
     max_batch_size: int = 2,
-    lr: float = 1e-3,
     lora_rank: int = -1,
     **changes: object,
 ) -> dict[str, dict[str, Tensor]]:
@@ -248,7 +247,7 @@ def ppo_buffers(
         models = models._replace(reference=None)
     tokenizer, log = assemble.load_tokenizer(actor), RunLog(log_dir, {})
     actor_loop, critic_loop = (
-        model and TrainLoop(model, log, lr=lr, total_steps=8) for model in (models.actor, models.critic)
+        model and TrainLoop(model, log, lr=1e-4, total_steps=8) for model in (models.actor, models.critic)
     )
     parts = {"verifier": Part(1.0, pairwise_reward(assemble.load_verifier(critic), max_batch_size, Shape()))}
     found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
