@@ -216,7 +216,8 @@ def main(
     if settings.has_critic:
         critic_loop = trained(verifier_of(critic_ckpt_dir, trained=True), critic_lr, len(buffers))
     steps_per_epoch = -(-len(prompts) // settings.prompts_a_buffer)
-    state = {"kl_scale": 1.0}
+    state: dict[str, object] = {"kl_scale": 1.0}
+    alarms = health.Alarms(log.logger, state)
     saver = Saver(
         log, [Trained(save_dir, loop, lambda folder, state, model=loop.model, source=source: assemble.begin_save(
             model, folder, source, save_dtype, lora, tokenizer_file, state, background_save),
@@ -226,7 +227,7 @@ def main(
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=len(buffers),
         facts={"seed": seed, "prompts": len(prompts), "max_buffer_size": max_buffer_size, "advantage": advantage,
                "group_size": settings.group_size, "max_refills": max_refills, "reference_refresh": reference_refresh},
-        numbers=state, snapshots={"reference": reference_refresh} if reference_refresh > 0 else {})
+        state=state, snapshots={"reference": reference_refresh} if reference_refresh > 0 else {})
     done = saver.resume(resume)
     refreshed = str(Path(actor_save_dir) / "reference")
     reference = None if lora else frozen_reference(actor_ckpt_dir)  # with adapters: the actor without them
@@ -251,7 +252,6 @@ def main(
         parts[rewards.short_name(name)] = Part(weights[name], scored)
     if format_penalty:
         parts["format"] = Part(1.0, rewards.format_reward(grader.readable, format_penalty))
-    alarms = health.Alarms(log.logger)
     log.progress(len(buffers), "buffer", done)
     with contextlib.ExitStack() as workers:
         for worker in (grader, *user_rewards.values()):

@@ -2,7 +2,6 @@
 
 import logging
 import statistics
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -191,12 +190,15 @@ HACKED = (
 
 
 class Alarms:
-    """Warns of illnesses by their likely cause and the flag to change, each at most once in REPEAT buffers."""
+    """Warns of illnesses by their likely cause and the flag to change, each at most once in REPEAT buffers.
 
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger = logger
-        self._warned: dict[str, int] = {}
-        self._rewards: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+    What they remember is in the run's state and saved with it: a resumed run warns as one that was never stopped.
+    """
+
+    def __init__(self, logger: logging.Logger, state: dict[str, object]) -> None:
+        """Adds to the state what was warned of at which buffer, and the last WINDOW pairs of rewards."""
+        self._logger, self._state = logger, state
+        state |= {"warned": {}, "reward_pairs": []}
 
     def look(self, step: int, metrics: Mapping[str, float]) -> None:
         """Look at one buffer's metrics."""
@@ -204,13 +206,15 @@ class Alarms:
             if illness.shows(metrics):
                 self._warn(step, illness.name, illness.advice)
         if {"reward_verifier", "graded_right"} <= metrics.keys():
-            self._rewards.append((metrics["reward_verifier"], metrics["graded_right"]))
-            if len(self._rewards) == WINDOW and hacked(list(self._rewards)):
+            pair = (metrics["reward_verifier"], metrics["graded_right"])
+            # values are replaced, never changed: a save under way may still hold them
+            self._state["reward_pairs"] = pairs = [*self._state["reward_pairs"], pair][-WINDOW:]
+            if len(pairs) == WINDOW and hacked(pairs):
                 self._warn(step, "hacked", HACKED)
 
     def _warn(self, step: int, name: str, advice: str) -> None:
-        if step - self._warned.get(name, -REPEAT) >= REPEAT:
-            self._warned[name] = step
+        if step - self._state["warned"].get(name, -REPEAT) >= REPEAT:
+            self._state["warned"] = {**self._state["warned"], name: step}
             self._logger.warning("buffer %d: %s", step, advice)
 
 

@@ -49,17 +49,17 @@ class Saver:
         steps_per_epoch: int,
         total_steps: int,
         facts: Mapping[str, object],
-        numbers: dict[str, float] | None = None,
+        state: dict[str, object] | None = None,
         snapshots: Mapping[str, int] | None = None,
     ) -> None:
         """save_every: steps between saves besides those at the ends of epochs; -1 = none.
 
         facts: json values by flag or name that must be the same when the run is resumed, for they fix its data order.
-        numbers: state of the run that changes as it goes; every save holds it, and resume() brings it back.
+        state: json values that change as the run goes; every save holds them, and resume() brings them back.
         snapshots: names under which the first model's weights are kept besides, each renewed every so many steps.
         """
         self._log, self._models, self._facts = log, models, {**facts, "total_steps": total_steps}
-        self._numbers = {} if numbers is None else numbers
+        self._state = {} if state is None else state
         self._snapshots = snapshots or {}
         self._every, self._keep_last = save_every, keep_last
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
@@ -98,11 +98,11 @@ class Saver:
         folder = _step_folder(model.folder, step)
         stored = training_state.read_facts(folder)
         for name, now in self._facts.items():
-            if stored.get(name, now) != now:  # checkpoints of earlier versions lack some facts
+            if stored.get(name, now) != now:  # earlier versions saved fewer facts, and less state
                 raise UserError(
                     f"{folder}: {name} was {stored[name]} and is {now} now; resume with the data and flags of then"
                 )
-        self._numbers.update({name: stored[name] for name in self._numbers})
+        self._state.update({name: stored.get(name, now) for name, now in self._state.items()})
         self._best_step = stored["best_step"]
         self._best = stored["best"] if self._best_step else -math.inf
         with model.here():
@@ -139,7 +139,7 @@ class Saver:
     def _save(self, step: int) -> None:
         self.complete()
         best = {"best": self._best if self._best_step else None, "best_step": self._best_step}
-        facts = {**self._facts, **self._numbers, "step": step, **best}
+        facts = {**self._facts, **self._state, "step": step, **best}
         self._saved_step = step
         for model in self._models:
             with model.here():

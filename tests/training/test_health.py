@@ -1,5 +1,6 @@
 """src/training/health.py: the panel by hand, what stops a run at its start, and when an alarm rings."""
 
+import json
 import logging
 
 import pytest
@@ -134,7 +135,7 @@ WELL = {
 def test_an_alarm_names_its_flag_and_does_not_repeat(
     ill: dict[str, float], flag: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    alarms = health.Alarms(logging.getLogger("test"))
+    alarms = health.Alarms(logging.getLogger("test"), {})
     alarms.look(1, WELL)
     assert not caplog.records
     for step in range(2, 12):
@@ -144,15 +145,20 @@ def test_an_alarm_names_its_flag_and_does_not_repeat(
     assert len(caplog.records) == 2
 
 
-def test_hacking_is_a_rising_verifier_with_falling_answers(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("stopped_after", [None, 7])
+def test_hacking_is_a_rising_verifier_with_falling_answers(
+    caplog: pytest.LogCaptureFixture, stopped_after: int | None
+) -> None:
     for sign, rings in ((1, False), (-1, True)):
         caplog.clear()
-        alarms = health.Alarms(logging.getLogger("test"))
-        for step in range(health.WINDOW):
+        state: dict[str, object] = {}
+        alarms = health.Alarms(logging.getLogger("test"), state)
+        for step in range(health.WINDOW + health.REPEAT // 2):
             noise = 0.01 * (-1) ** step
-            alarms.look(
-                step,
-                WELL
-                | {"reward_verifier": 0.1 * step + noise, "graded_right": 0.5 + sign * 0.01 * step + noise},
-            )
-        assert ("found the verifier's weakness" in caplog.text) is rings
+            rewards = {"reward_verifier": 0.1 * step + noise, "graded_right": 0.5 + sign * 0.01 * step + noise}
+            alarms.look(step, WELL | rewards)
+            if step in (stopped_after, health.WINDOW + 2):  # before the alarm and behind it: saved and resumed
+                saved = json.loads(json.dumps(state))
+                alarms = health.Alarms(logging.getLogger("test"), state)
+                state.update(saved)
+        assert caplog.text.count("found the verifier's weakness") == rings

@@ -56,13 +56,16 @@ def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_
         }
         return ["ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items())]
 
-    succeed(*words("whole"))
+    whole_run = succeed(*words("whole"))
     (tmp_path / "stop").touch()
     failed = command(*words("parts"))
     assert failed.returncode == 1 and "raised RuntimeError: stopped" in failed.stderr
     (tmp_path / "stop").unlink()
     resumed = succeed(*words("parts"))
     assert "resumed after step 2 of 3" in resumed.stderr
+    # every buffer is cut off, and the resumed part knows that it was said
+    warnings = [done.stderr.count("responses did not end") for done in (whole_run, failed, resumed)]
+    assert warnings == [1, 1, 0]
 
     # one model at a time in memory, and the others in files meanwhile
     succeed(*words("phased", phases=True))
