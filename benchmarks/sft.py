@@ -51,6 +51,11 @@ class Case(NamedTuple):
     steps: int = 10
     median_length: int = 120
 
+    @property
+    def rows_a_step(self) -> int:
+        """Samples of an optimizer step."""
+        return BATCH if self.median_length else 1
+
 
 CASES = {
     "padded 5M 2k": Case("5M", 2048),
@@ -62,6 +67,7 @@ CASES = {
     "LoRA 5M 2k": Case("5M", 2048, lora=True),
     "LoRA 60M 2k": Case("60M", 2048, lora=True, steps=5),
     "memory 152k": Case("5M", 151936, steps=3, median_length=0),
+    "memory 152k LoRA": Case("5M", 151936, lora=True, steps=3, median_length=0),
 }
 
 
@@ -74,7 +80,7 @@ def samples(case: Case) -> list[tuple[list[int], int]]:
     """Token ids and where the response begins, GSM8K-like: a third prompt, lognormal lengths."""
     rng = random.Random(7)
     rows = []
-    for _ in range((BATCH if case.median_length else 1) * (case.steps + WARM_UP)):
+    for _ in range(case.rows_a_step * (case.steps + WARM_UP)):
         drawn = case.median_length * rng.lognormvariate(0, 0.5) if case.median_length else MAX_LENGTH
         length = max(16, min(MAX_LENGTH, int(drawn)))
         start = length // 3 if case.median_length else 1
@@ -133,7 +139,7 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
     model.train()
     losses, counts, times = [], [], [now()]
     rows = [Encoded(*row) for row in samples(case)]
-    for group in chunks(rows, BATCH if case.median_length else 1):
+    for group in chunks(rows, case.rows_a_step):
         batch = collate.lay_out(group, packing=packing)
         loop.backward(sft_loss(model, batch, n_supervised([batch])))
         losses.append(loop.step().loss)
@@ -149,7 +155,7 @@ def theirs(case: Case, folder: Path) -> dict[str, object]:
 
     model = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     rows = [{"input_ids": ids, "labels": [-100] * start + ids[start:]} for ids, start in samples(case)]
-    return _peft(model, rows) if case.lora else _trl(case, model, rows, folder)
+    return _peft(model, rows, case.rows_a_step) if case.lora else _trl(case, model, rows, folder)
 
 
 def _trl(case: Case, model: object, rows: Sequence[dict[str, list[int]]], folder: Path) -> dict[str, object]:
@@ -192,7 +198,7 @@ def _trl(case: Case, model: object, rows: Sequence[dict[str, list[int]]], folder
         bf16=False,
         fp16=False,
         gradient_checkpointing=False,
-        per_device_train_batch_size=(2 if case.packing else BATCH) if case.median_length else 1,
+        per_device_train_batch_size=2 if case.packing else case.rows_a_step,
         num_train_epochs=1,
         learning_rate=0.0 if case.packing else 1e-4,
         lr_scheduler_type="constant",
@@ -218,7 +224,7 @@ def _trl(case: Case, model: object, rows: Sequence[dict[str, list[int]]], folder
     return {"losses": losses, "supervised": counts, "times": times}
 
 
-def _peft(model: object, rows: Sequence[dict[str, list[int]]]) -> dict[str, object]:
+def _peft(model: object, rows: Sequence[dict[str, list[int]]], n: int) -> dict[str, object]:
     import peft
     import torch
 
@@ -228,8 +234,8 @@ def _peft(model: object, rows: Sequence[dict[str, list[int]]]) -> dict[str, obje
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     model.train()
     losses, counts, times = [], [], [now()]
-    for start in range(0, len(rows), BATCH):
-        group = rows[start : start + BATCH]
+    for start in range(0, len(rows), n):
+        group = rows[start : start + n]
         longest = max(len(row["input_ids"]) for row in group)
         padded = {
             key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in group])
