@@ -27,6 +27,7 @@ class AsGiven(DPOTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def compute_loss(self, *given: object, **options: object) -> torch.Tensor:
+        """trl's loss, noted."""
         loss = super().compute_loss(*given, **options)
         self.losses.append(loss.item())
         return loss
