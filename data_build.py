@@ -20,7 +20,7 @@ from src.construct.origin import read_origin, same_rules, write_origin
 from src.construct.outcomes import outcome_rows, right_solutions
 from src.construct.pairs import mixed_pairs, pairs_from_samples, preferred_pairs
 from src.construct.problems import ErrorPlace, without_similar
-from src.data.collate import STEP_END
+from src.data.encoding import STEP_END
 from src.data.examples import read_instruction_rows, read_pairs, read_prompts, read_samples, read_votes
 from src.errors import UserError
 from src.evaluation.coding import Coding

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 
 from src import assemble, cli, parallel, plan, runlog
-from src.data.collate import chunks, encode_prompt, epoch_order
+from src.data.collate import chunks, epoch_order
+from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, read_prompts
 from src.errors import UserError
 from src.evaluation.grade import Grader

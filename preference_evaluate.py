@@ -11,7 +11,7 @@ import torch
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
-from src.data.collate import Encoded
+from src.data.encoding import Encoded
 from src.data.examples import read_judged
 from src.evaluation.credit import credit, credit_table, encode_solutions, report_credit, token_logprobs
 from src.runlog import RunLog

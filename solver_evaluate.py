@@ -13,7 +13,7 @@ from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
-from src.data.collate import encode_prompt
+from src.data.encoding import encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
 from src.evaluation.coding import Coding

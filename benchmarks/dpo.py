@@ -107,7 +107,7 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
 
     from src import assemble, parallel
     from src.data import collate
-    from src.data.collate import Encoded
+    from src.data.encoding import Encoded
     from src.runlog import RunLog
     from src.training.loop import TrainLoop
     from src.training.preference import Preference, PreferenceBatch

@@ -34,7 +34,8 @@ from src import assemble, cli, parallel
 from src.checkpoint.convert import rotary_from_hf, to_hf_name
 from src.data import collate
 from src.data.batches import Step
-from src.data.collate import Batch, Encoded
+from src.data.collate import Batch
+from src.data.encoding import Encoded
 from src.inference.scoring import response_logprobs
 from src.memory import Pass, Training, training_memory
 from src.models.config import ModelConfig

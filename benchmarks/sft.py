@@ -119,7 +119,8 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
 
     from src import assemble, parallel
     from src.data import collate
-    from src.data.collate import Encoded, chunks
+    from src.data.collate import chunks
+    from src.data.encoding import Encoded
     from src.runlog import RunLog
     from src.training.loop import TrainLoop
     from src.training.solver import n_supervised, sft_loss

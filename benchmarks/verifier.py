@@ -31,7 +31,7 @@ from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.split import split  # noqa: E402
 from src.data import collate  # noqa: E402
 from src.data.batches import Batching  # noqa: E402
-from src.data.collate import Encoded  # noqa: E402
+from src.data.encoding import Encoded, encode_steps, split_steps  # noqa: E402
 from src.data.examples import Judged, Sample  # noqa: E402
 from src.evaluation.judging import score_samples  # noqa: E402
 from src.losses import judgement_loss  # noqa: E402
@@ -96,7 +96,7 @@ PROBLEM = "Ana has 34 seeds. She sells 4 bags of 4 and keeps half of them. She o
 
 def one_sequence_a_step(tokenizer: Tokenizer, row: Judged) -> list[Encoded]:
     """Every step behind those before it in a sequence of its own, only its end judged."""
-    whole = collate.encode_steps(tokenizer, row.instruction, row.steps, row.labels)
+    whole = encode_steps(tokenizer, row.instruction, row.steps, row.labels)
     ends = [place for place, target in enumerate(whole.targets) if not math.isnan(target)]
     return [
         Encoded(
@@ -161,8 +161,8 @@ def transformers_scorer(
         for part in collate.chunks(samples, batch_size):
             encoded = []
             for sample in part:
-                steps = collate.split_steps(sample.response)
-                encoded.append(collate.encode_steps(tokenizer, sample.prompt, steps, [0.0] * len(steps)))
+                steps = split_steps(sample.response)
+                encoded.append(encode_steps(tokenizer, sample.prompt, steps, [0.0] * len(steps)))
             batch = collate.lay_out_judged(encoded, packing=False)
             lengths = torch.tensor([len(row.tokens) for row in encoded])
             mask = torch.arange(batch.tokens.shape[1]) < lengths[:, None]

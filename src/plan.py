@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from src import parallel, runlog
 from src.checkpoint.sources import Source
-from src.data.collate import Encoded
+from src.data.encoding import Encoded
 from src.errors import UserError
 from src.memory import (
     FLOAT32,

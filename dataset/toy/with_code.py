@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is o
 
 from dataset.toy.generate import ANSWER, EQUATION  # noqa: E402
 from src import cli  # noqa: E402
-from src.data.collate import split_steps  # noqa: E402
+from src.data.encoding import split_steps  # noqa: E402
 from src.data.examples import read_instruction_rows  # noqa: E402
 
 OPERATIONS = {"+": "+", "-": "-", "x": "*", "/": "//"}

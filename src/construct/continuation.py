@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from src import parallel
-from src.data.collate import STEP_END, encode_prompt, split_steps
+from src.data.encoding import STEP_END, encode_prompt, split_steps
 from src.data.examples import Prompt, Sample
 from src.evaluation.coding import MALFORMED, Coding
 from src.evaluation.evaluator import Drawn, Sampler, Wanted

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from src.construct.continuation import Begun, Schedule, begun, whole_steps
 from src.construct.problems import by_problem
-from src.data.collate import STEP_END, split_steps
+from src.data.encoding import STEP_END, split_steps
 from src.data.examples import Sample
 from src.errors import UserError
 from src.text.blocks import Marker

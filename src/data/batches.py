@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from src.data import collate
-from src.data.collate import Batch, Encoded
+from src.data.collate import Batch
+from src.data.encoding import Encoded
 
 Sample = tuple[Encoded, ...]  # the sequences that stay together: one, or a chosen and a rejected one
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from src import parallel
-from src.data.collate import encode_prompt
+from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
 from src.evaluation.answer_types import KINDS

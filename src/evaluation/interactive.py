@@ -5,7 +5,7 @@ from itertools import count
 from typing import NamedTuple
 
 from src import parallel, runlog
-from src.data.collate import encode_prompt, split_steps
+from src.data.encoding import encode_prompt, split_steps
 from src.data.examples import Sample
 from src.evaluation.extract import extract
 from src.evaluation.judging import score_one

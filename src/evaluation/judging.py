@@ -15,7 +15,7 @@ import torch
 
 from src import parallel
 from src.data import collate
-from src.data.collate import Encoded
+from src.data.encoding import Encoded, encode_response, encode_steps, split_steps
 from src.data.examples import Judged, Sample, read_rows
 from src.errors import UserError
 from src.evaluation.step_scores import AGGREGATIONS, sigmoid
@@ -83,10 +83,10 @@ def _encode(tokenizer: Tokenizer, sample: Sample, max_seq_len: int, by_steps: bo
     """A sample as ids, laid out as its verifier was trained. One that was cut off has no EOS."""
     finished = sample.values.get("finish", "stop") == "stop" or not sample.response
     if by_steps:
-        steps = collate.split_steps(sample.response)
-        row = collate.encode_steps(tokenizer, sample.prompt, steps, [0.0] * len(steps), finished=finished)
+        steps = split_steps(sample.response)
+        row = encode_steps(tokenizer, sample.prompt, steps, [0.0] * len(steps), finished=finished)
     else:
-        row = collate.encode_response(tokenizer, sample.prompt, sample.response, finished=finished)
+        row = encode_response(tokenizer, sample.prompt, sample.response, finished=finished)
     too_long = len(row.tokens) > max_seq_len and (finished or by_steps)
     if too_long or row.response_start >= max_seq_len:
         raise UserError(
@@ -151,7 +151,7 @@ def score_steps(
 ) -> Iterator[list[float]]:
     """The probability that each step is right, of all steps of each row, in order of the rows."""
     encoded = [
-        collate.encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps)) for row in rows
+        encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps)) for row in rows
     ]
     longest = max(encoded, key=lambda row: len(row.tokens))
     if len(longest.tokens) > verifier.config.max_seq_len:

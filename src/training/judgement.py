@@ -11,7 +11,8 @@ from torch import Tensor
 from src import parallel
 from src.data import collate
 from src.data.batches import Batching, Sample, Step
-from src.data.collate import Encoded, JudgedBatch, Truncation
+from src.data.collate import JudgedBatch, Truncation
+from src.data.encoding import Encoded, encode_steps, judged_everywhere, split_steps
 from src.data.examples import Judged
 from src.inference.scoring import token_scores
 from src.losses import judgement_loss
@@ -110,11 +111,11 @@ def _lay_out(samples: Sequence[Sample], *, packing: bool) -> JudgedBatch:
 def _encode(row: Judged, tokenizer: Tokenizer, label_tokens: str) -> Encoded:
     """A row with its targets. A solution judged as a whole is laid out in steps too, as when it is scored."""
     if len(row.steps) > 1:
-        return collate.encode_steps(tokenizer, row.instruction, row.steps, row.labels)
-    steps = collate.split_steps(row.steps[0])
+        return encode_steps(tokenizer, row.instruction, row.steps, row.labels)
+    steps = split_steps(row.steps[0])
     labels = [None] * (len(steps) - 1) + row.labels
-    encoded = collate.encode_steps(tokenizer, row.instruction, steps, labels)
-    return collate.judged_everywhere(encoded, row.labels[0]) if label_tokens == "all" else encoded
+    encoded = encode_steps(tokenizer, row.instruction, steps, labels)
+    return judged_everywhere(encoded, row.labels[0]) if label_tokens == "all" else encoded
 
 
 def read_scores(verifier: Decoder, batch: JudgedBatch) -> tuple[Tensor, Tensor]:

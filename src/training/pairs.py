@@ -9,7 +9,8 @@ from torch import Tensor
 from src import parallel
 from src.data import collate
 from src.data.batches import Batching, Sample, Step
-from src.data.collate import Batch, Encoded, Truncation
+from src.data.collate import Batch, Truncation
+from src.data.encoding import Encoded, encode_response
 from src.data.examples import Pair
 from src.inference.scoring import response_scores
 from src.losses import bradley_terry_loss
@@ -107,7 +108,7 @@ def lay_out_pairs(pairs: Sequence[Sample], *, packing: bool = False) -> Batch:
 def encode_pairs(row: Pair, tokenizer: Tokenizer) -> Iterator[tuple[Encoded, Encoded]]:
     """The pairs of a row: as many as its longer side has texts; the shorter side repeats."""
     sides = [
-        [collate.encode_response(tokenizer, row.instruction, text, prefix=row.prefix) for text in side]
+        [encode_response(tokenizer, row.instruction, text, prefix=row.prefix) for text in side]
         for side in (row.chosen, row.rejected)
     ]
     for index in range(max(map(len, sides))):

@@ -12,7 +12,8 @@ import torch
 from src import parallel
 from src.data import collate
 from src.data.batches import Sample
-from src.data.collate import Batch, Encoded
+from src.data.collate import Batch
+from src.data.encoding import Encoded
 from src.data.examples import read_rows
 from src.errors import UserError
 from src.inference.scoring import response_logprobs

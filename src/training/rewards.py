@@ -14,7 +14,8 @@ from torch import Tensor
 
 from src import losses, parallel
 from src.data import collate
-from src.data.collate import Batch, Encoded
+from src.data.collate import Batch
+from src.data.encoding import STEP_END, Encoded, encode_steps, split_steps
 from src.errors import UserError
 from src.inference.scoring import response_scores, token_scores
 from src.models.config import ModelConfig
@@ -202,9 +203,9 @@ def _in_steps(
     tokenizer: Tokenizer, instruction: str, response: str, finished: bool, max_seq_len: int
 ) -> Encoded:
     """A response laid out in steps. One that is too long is cut; its last token then speaks for the step cut there."""
-    steps = collate.split_steps(response)
+    steps = split_steps(response)
     # a response of control tokens alone has no text; its end is then all there is to judge
-    row = collate.encode_steps(
+    row = encode_steps(
         tokenizer, instruction, steps, [0.0] * len(steps), finished=finished or not response
     )
     if len(row.tokens) <= max_seq_len:
@@ -223,9 +224,9 @@ def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str) -> lis
 
     A step ends with the blank line behind it, the last one with the response's last token.
     """
-    steps, ends, behind = collate.split_steps(response), [], 0
+    steps, ends, behind = split_steps(response), [], 0
     for step in steps[:-1]:
-        behind = response.index(step, behind) + len(step) + len(collate.STEP_END)
+        behind = response.index(step, behind) + len(step) + len(STEP_END)
         ends.append(_token_reaching(tokenizer, tokens, behind))
     return [*ends, len(tokens) - 1]
 

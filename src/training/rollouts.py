@@ -14,7 +14,8 @@ from torch import Tensor
 
 from src import parallel
 from src.data import collate
-from src.data.collate import Batch, Encoded
+from src.data.collate import Batch
+from src.data.encoding import Encoded, encode_prompt
 from src.data.examples import Prompt
 from src.errors import UserError
 from src.inference.engine import Completion, Request, generate, vocabulary_of
@@ -99,7 +100,7 @@ def sample_episodes(
     size = settings.group_size
     first = (step * (1 + settings.max_refills) + refill) * size
     requests = [
-        Request(prompt.id, first + place, collate.encode_prompt(tokenizer, prompt.instruction))
+        Request(prompt.id, first + place, encode_prompt(tokenizer, prompt.instruction))
         for prompt in prompts
         for place in range(size)
     ]
@@ -120,7 +121,7 @@ def greedy_accuracy(
     Every data-parallel rank grades its share.
     """
     requests = [
-        Request(prompt.id, 0, collate.encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts
+        Request(prompt.id, 0, encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts
     ]
     done = _generate(actor, requests, tokenizer, settings, temperature=0.0)
     mine = my_share(prompts)

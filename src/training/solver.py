@@ -8,7 +8,8 @@ from torch import Tensor
 from src import parallel
 from src.data import collate
 from src.data.batches import Batching, Sample, Step
-from src.data.collate import Batch, Encoded, Truncation
+from src.data.collate import Batch, Truncation
+from src.data.encoding import Encoded, encode_conversation, encode_response, learn_all
 from src.data.examples import Chat, Instruction
 from src.errors import UserError
 from src.inference.scoring import response_logprobs
@@ -69,10 +70,10 @@ class SolverData:
 def _encode(tokenizer: Tokenizer, row: Instruction | Chat, loss_on: Learnt) -> tuple[Encoded, ...]:
     """A row's alternatives: one for each output, or the one conversation."""
     if isinstance(row, Instruction):
-        outputs = (collate.encode_response(tokenizer, row.instruction, output) for output in row.outputs)
-        return tuple(collate.learn_all(encoded) if loss_on == "all" else encoded for encoded in outputs)
+        outputs = (encode_response(tokenizer, row.instruction, output) for output in row.outputs)
+        return tuple(learn_all(encoded) if loss_on == "all" else encoded for encoded in outputs)
     try:
-        tokens, mask = collate.encode_conversation(tokenizer, row.messages, loss_on)
+        tokens, mask = encode_conversation(tokenizer, row.messages, loss_on)
     except UserError as problem:
         raise UserError(f"{row.where}: {problem}") from None
     return (Encoded(tokens, mask.index(True), answer_mask=mask),)

@@ -26,7 +26,7 @@ from src.construct.steps import (
     solutions_to_judge,
     step_controlled_pairs,
 )
-from src.data.collate import encode_prompt
+from src.data.encoding import encode_prompt
 from src.data.examples import Sample, read_judged, read_pairs, read_samples
 from src.errors import UserError
 from src.evaluation.coding import Coding

@@ -4,7 +4,8 @@ import pytest
 
 from src.data import collate
 from src.data.batches import Batching, Sample, unsupervised
-from src.data.collate import Batch, Encoded
+from src.data.collate import Batch
+from src.data.encoding import Encoded
 
 LENGTHS = [3, 9, 4, 4, 7, 2, 8, 5, 6, 2, 3]
 

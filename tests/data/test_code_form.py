@@ -1,10 +1,10 @@
-"""src/data/collate.py: solutions with code as ids, and which of them are learnt."""
+"""src/data/encoding.py: solutions with code as ids, and which of them are learnt."""
 
 from pathlib import Path
 
 import pytest
 
-from src.data.collate import Encoded, encode_conversation, encode_prompt, encode_response
+from src.data.encoding import Encoded, encode_conversation, encode_prompt, encode_response
 from src.data.examples import read_instructions
 from src.errors import UserError
 from src.text.blocks import Marker, split_text

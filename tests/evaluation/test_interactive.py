@@ -11,7 +11,7 @@ import pytest
 
 import solver_evaluate
 from src import parallel
-from src.data.collate import split_steps
+from src.data.encoding import split_steps
 from src.errors import UserError
 from src.evaluation.interactive import Stream
 from tests.tiny import make_verifier, split, write_hf_llama

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from src import assemble
 from src.data import collate
-from src.data.collate import Batch, Encoded
+from src.data.collate import Batch
+from src.data.encoding import Encoded
 from src.inference import scoring
 from src.models.decoder import Decoder
 from tests import zoo

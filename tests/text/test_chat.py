@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from src.data.collate import encode_conversation
+from src.data.encoding import encode_conversation
 from src.errors import UserError
 from src.text import chat
 from src.text.chat import MARK, TEMPLATES, ChatTemplate, Turn, find_source

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from src import assemble
-from src.data import collate
 from src.data.batches import Batching
-from src.data.collate import STEP_END
+from src.data.encoding import STEP_END, encode_steps
 from src.data.examples import Judged
 from src.models.decoder import Decoder
 from src.runlog import RunLog
@@ -41,7 +40,7 @@ def batching(max_batch_size: int, accumulation_steps: int) -> Batching:
 
 
 def test_each_step_is_judged_at_its_last_token(tokenizer: Tokenizer) -> None:
-    encoded = collate.encode_steps(tokenizer, *ROWS[0])
+    encoded = encode_steps(tokenizer, *ROWS[0])
     response = encoded.tokens[encoded.response_start :]
     read = [place for place, target in enumerate(encoded.targets) if not math.isnan(target)]
     assert len(encoded.targets) == len(response) == encoded.n_response

@@ -7,7 +7,7 @@ import pytest
 from src import parallel
 from src.data import collate
 from src.data.batches import Step
-from src.data.collate import Encoded
+from src.data.encoding import Encoded
 from src.models.config import ModelConfig
 from src.training import meter as module
 from src.training.meter import Meter

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from src import assemble
 from src.data import collate
 from src.data.batches import Batching
+from src.data.encoding import encode_response
 from src.data.examples import Pair
 from src.errors import UserError
 from src.inference.scoring import response_scores
@@ -72,9 +73,9 @@ def test_loss_by_hand_and_its_invariance_to_the_split(verifier: Decoder, tokeniz
 
 def test_score_is_read_at_the_last_response_token(verifier: Decoder, tokenizer: Tokenizer) -> None:
     rows = [
-        collate.encode_response(tokenizer, "1+1=", "2"),
-        collate.encode_response(tokenizer, "a", "bcdefgh abcdefgh", finished=False),
-        collate.encode_response(tokenizer, "a", "b c"),
+        encode_response(tokenizer, "1+1=", "2"),
+        encode_response(tokenizer, "a", "bcdefgh abcdefgh", finished=False),
+        encode_response(tokenizer, "a", "b c"),
     ]
     batch = collate.collate(rows)
     batch.tokens[0, len(rows[0].tokens) :] = 63  # padding of another value
@@ -88,8 +89,8 @@ def test_score_is_read_at_the_last_response_token(verifier: Decoder, tokenizer: 
 def test_mean_score_is_over_the_response_tokens(verifier: Decoder, tokenizer: Tokenizer) -> None:
     assemble.set_score(verifier, score="mean")
     rows = [
-        collate.encode_response(tokenizer, "1+1=", "2"),
-        collate.encode_response(tokenizer, "a", "bcdefgh a"),
+        encode_response(tokenizer, "1+1=", "2"),
+        encode_response(tokenizer, "a", "bcdefgh a"),
     ]
     for row, score in zip(rows, response_scores(verifier, *collate.collate(rows)), strict=True):
         each = verifier.scores(verifier(torch.tensor([row.tokens])))[0]

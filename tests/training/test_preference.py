@@ -14,8 +14,8 @@ from torch.testing import assert_close
 import preference_train
 from src import assemble, losses
 from src.checkpoint import storage
-from src.data import collate
 from src.data.batches import Batching
+from src.data.encoding import encode_prompt, encode_response
 from src.data.examples import Pair
 from src.errors import UserError
 from src.models.decoder import Decoder
@@ -256,7 +256,7 @@ def test_scdpo_20_a_prefix_carries_no_loss(folders: Folders, tokenizer: Tokenize
     model = assemble.load_solver(folders.one)
     for prefix in ("", "1+1\n\n", "1+1\n\n2+2\n\nabc\n\n"):
         chosen, rejected = make_data([Pair("a", ["b c"], ["d"], prefix)], tokenizer).samples[0]
-        prompt = collate.encode_prompt(tokenizer, "a", prefix)
+        prompt = encode_prompt(tokenizer, "a", prefix)
         assert chosen.tokens[: chosen.response_start] == rejected.tokens[: rejected.response_start] == prompt
         assert (
             tokenizer.decode(chosen.tokens) == f"a {prefix}b c"
@@ -285,7 +285,7 @@ def test_scdpo_05_the_prompt_of_training_is_that_of_generation(tokenizer: Tokeni
     for row in PAIRS:
         for pair in make_data([row], tokenizer).samples:
             for side in pair:
-                prompt = collate.encode_prompt(tokenizer, row.instruction, row.prefix)
+                prompt = encode_prompt(tokenizer, row.instruction, row.prefix)
                 assert side.tokens[: side.response_start] == prompt
                 assert side.tokens.count(tokenizer.bos_id) == side.tokens.count(tokenizer.eos_id) == 1
 
@@ -320,7 +320,7 @@ def test_reference_is_computed_once_and_never_taken_for_another(
 
 def test_a_row_is_known_by_its_prompt_and_response_and_their_border(tokenizer: Tokenizer) -> None:
     rows = [
-        collate.encode_response(tokenizer, *texts, prefix=prefix)
+        encode_response(tokenizer, *texts, prefix=prefix)
         for *texts, prefix in (("a", "b", ""), ("ab", "b", ""), ("a", "bb", ""), ("a", "b", "b"))
     ]
     assert len({row_key(identity, row) for identity in "xy" for row in rows}) == 8

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from src import assemble
 from src.data import collate
-from src.data.collate import Encoded
+from src.data.encoding import Encoded, encode_prompt, encode_steps, split_steps
 from src.data.examples import Prompt
 from src.errors import UserError
 from src.inference.scoring import response_scores, token_scores
@@ -30,7 +30,7 @@ def episodes_of(tokenizer: Tokenizer, responses: list[str], finished: list[bool]
     """Episodes as if these texts had been sampled."""
     rows = []
     for text, ended in zip(responses, finished, strict=True):
-        ids = collate.encode_prompt(tokenizer, "2+2=")
+        ids = encode_prompt(tokenizer, "2+2=")
         rows.append(Encoded(ids + tokenizer.encode(text) + [tokenizer.eos_id] * ended, len(ids)))
     batch = collate.collate(rows)
     prompts = [prompt(index) for index in range(len(rows))]
@@ -78,8 +78,8 @@ def test_pairwise_reward_is_the_normalised_clamped_score(verifier: Decoder, toke
 
 def alone(verifier: Decoder, tokenizer: Tokenizer, text: str, finished: bool) -> list[float]:
     """Logits at the ends of a text's steps, without padding."""
-    steps = collate.split_steps(text)
-    row = collate.encode_steps(tokenizer, "2+2=", steps, [1.0] * len(steps), finished=finished)
+    steps = split_steps(text)
+    row = encode_steps(tokenizer, "2+2=", steps, [1.0] * len(steps), finished=finished)
     batch = collate.collate([row])
     scores = token_scores(verifier, *batch)[0][batch.response_mask[0]]
     return scores[~torch.tensor(row.targets).isnan()].tolist()
@@ -118,9 +118,9 @@ def test_steps_end_where_their_characters_do(tokenizer: Tokenizer) -> None:
     for text in (*TEXTS, "a\n\n\n\nb\n\n", "a\n\n\nb", "\n\na", "a\n\na\n\na"):
         tokens = [*tokenizer.encode(text), tokenizer.eos_id]
         ends = rewards.step_ends(tokenizer, tokens, text)
-        assert len(ends) == len(collate.split_steps(text)) and ends == sorted(ends)
+        assert len(ends) == len(split_steps(text)) and ends == sorted(ends)
         assert ends[-1] == len(tokens) - 1
-        for end, step in zip(ends, collate.split_steps(text)[:-1], strict=False):
+        for end, step in zip(ends, split_steps(text)[:-1], strict=False):
             before, with_it = tokenizer.decode(tokens[:end]), tokenizer.decode(tokens[: end + 1])
             assert (step + "\n\n") in with_it and not before.endswith(step + "\n\n")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from src import assemble
-from src.data.collate import encode_prompt
+from src.data.encoding import encode_prompt
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
 from src.training.rollouts import greedy_accuracy, sample_episodes

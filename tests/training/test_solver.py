@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from src import assemble, plan
-from src.data import collate
 from src.data.batches import Batching
 from src.data.collate import Batch
+from src.data.encoding import encode_response
 from src.data.examples import Chat, Instruction
 from src.errors import UserError
 from src.models.decoder import Decoder
@@ -58,7 +58,7 @@ def test_w2s_03_loss_is_the_mean_over_outputs_and_their_eos(
 def test_w2s_03_four_rows_are_learnt_by_heart(model: Decoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [Instruction(f"{n}+1=", [f"{n + 1} #### {n + 1}"]) for n in range(4)]
     data = make_data(rows, tokenizer)
-    encoded = collate.encode_response(tokenizer, rows[0].instruction, rows[0].outputs[0])
+    encoded = encode_response(tokenizer, rows[0].instruction, rows[0].outputs[0])
     assert encoded.tokens.count(tokenizer.eos_id) == 1 and encoded.tokens[-1] == tokenizer.eos_id
     assert encoded.tokens.count(tokenizer.bos_id) == 1
     assert not any(encoded.supervised[: encoded.response_start])

@@ -1,0 +1,202 @@
+"""Texts to token ids, with what is to learn: the only code that tokenises for training, sampling and scoring.
+
+Without a chat template a prompt is BOS + instruction and a response is output + EOS; with one, both are what the
+template writes around them, ended by its end token, and its own control tokens are all there are. Solutions with code
+(text.blocks) are such a template. Prompt and response are tokenised apart and joined, so the border between them is
+known by construction, and the same in training, sampling and scoring.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+from src.errors import UserError
+from src.text import blocks
+from src.text.blocks import Learnt, Marker, Piece
+from src.text.chat import Message
+from src.text.tokenizer import Tokenizer
+
+STEP_END = "\n\n"  # between the steps of a solution
+
+
+class Encoded(NamedTuple):
+    """One prompt and response as ids; response_start is where the response begins.
+
+    targets, where a verifier is to judge: what its score at each response token should be, nan = it is not read there.
+    In a conversation of several turns answer_mask says which tokens are the assistant's, and the first of them is
+    where the response begins.
+    """
+
+    tokens: list[int]
+    response_start: int
+    targets: tuple[float, ...] = ()
+    answer_mask: list[bool] | None = None
+
+    @property
+    def supervised(self) -> list[bool]:
+        """For each token whether it is one to learn."""
+        return self.answer_mask or [place >= self.response_start for place in range(len(self.tokens))]
+
+    @property
+    def n_response(self) -> int:
+        """Number of response tokens, EOS included: the supervised ones."""
+        return sum(self.supervised)
+
+
+class Conversation(NamedTuple):
+    """A whole chat as ids; answer_mask is True on the assistant's tokens, those that end its turns included."""
+
+    tokens: list[int]
+    answer_mask: list[bool]
+
+
+def encode_prompt(tokenizer: Tokenizer, instruction: str, prefix: str = "") -> list[int]:
+    """BOS (where the vocabulary has one) and the instruction's ids, or what the chat template makes of it.
+
+    prefix: the beginning of the answer, to be gone on from; its ids, tokenised apart, end the prompt. Raises UserError
+    for an empty prompt without BOS, for there is nothing to continue, and for a prefix that the template changes.
+    """
+    if tokenizer.code:
+        begun = blocks.answer_pieces(prefix) if prefix else []
+        return list(chain(*tokenizer.encode_pieces([*blocks.prompt_pieces(instruction), *begun])))
+    if tokenizer.chat:
+        rendered = tokenizer.chat.prompt([_message("user", instruction)])
+        begun = tokenizer.encode_rendered(_begun(tokenizer, instruction, prefix)) if prefix else []
+        return tokenizer.encode_rendered(rendered) + begun
+    prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(instruction)
+    if not prompt:
+        raise UserError(
+            f"an instruction is empty and {tokenizer.path} has no BOS: the prompt would hold no token"
+        )
+    return prompt + (tokenizer.encode(prefix) if prefix else [])
+
+
+def encode_response(
+    tokenizer: Tokenizer, instruction: str, output: str, *, prefix: str = "", finished: bool = True
+) -> Encoded:
+    """A prompt with its response; EOS, or the chat template's end token, ends a finished one.
+
+    prefix: the beginning of the answer; it belongs to the prompt, and the response is what follows it. What the
+    interpreter showed in a solution with code is part of the response, but nothing to learn.
+    """
+    prompt = encode_prompt(tokenizer, instruction, prefix)
+    if tokenizer.code:
+        parts = [*blocks.answer_pieces(output), *([Marker.END_OF_MESSAGE] if finished else [])]
+        ids, mask = _encode_pieces(tokenizer, [Marker.ASSISTANT, *parts], "assistant_no_execution")
+        answer_mask = [False] * len(prompt) + mask[1:]
+        return Encoded(prompt + ids[1:], len(prompt), answer_mask=None if all(mask[1:]) else answer_mask)
+    if tokenizer.chat:
+        begun = _begun(tokenizer, instruction, prefix) if prefix else ""
+        answer = _answer(tokenizer, instruction, prefix + output)
+        if not answer.startswith(begun):
+            raise _changed(tokenizer, prefix)
+        response = tokenizer.encode_rendered(answer.removeprefix(begun), start=not prefix)
+    else:
+        response = [*tokenizer.encode(output, start=not prefix), tokenizer.eos_id]
+    return Encoded(prompt + (response if finished else response[:-1]), len(prompt))
+
+
+def _encode_pieces(tokenizer: Tokenizer, parts: Sequence[Piece], what: Learnt) -> Conversation:
+    """Pieces as ids, with a mask of those to learn."""
+    ids = tokenizer.encode_pieces(parts)
+    mask = [[is_learnt] * len(own) for own, is_learnt in zip(ids, blocks.learnt(parts, what), strict=True)]
+    return Conversation(list(chain(*ids)), list(chain(*mask)))
+
+
+def _answer(tokenizer: Tokenizer, instruction: str, output: str) -> str:
+    """What the chat template makes of an answer, its end included."""
+    return tokenizer.chat.turns([_message("user", instruction), _message("assistant", output)])[0].answer
+
+
+def _begun(tokenizer: Tokenizer, instruction: str, prefix: str) -> str:
+    """An answer in the chat template that stops behind the prefix. Raises UserError if the template changes it."""
+    before, found, _ = _answer(tokenizer, instruction, prefix + ".").partition(prefix)
+    if not found:
+        raise _changed(tokenizer, prefix)
+    return before + prefix
+
+
+def _changed(tokenizer: Tokenizer, prefix: str) -> UserError:
+    return UserError(
+        f"chat template {tokenizer.chat_template} changes the partial answer {prefix[:40]!r}, so nothing can go on "
+        f"from it; expected one that begins with a letter or digit and spells no control token"
+    )
+
+
+def learn_all(encoded: Encoded) -> Encoded:
+    """The same sequence with every token to learn that another one precedes."""
+    return encoded._replace(response_start=1, answer_mask=[False] + [True] * (len(encoded.tokens) - 1))
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], learnt: Learnt = "assistant_no_execution"
+) -> Conversation:
+    """A chat in the tokenizer's template up to its last answer; its mask says what `learnt` names, the answers or all.
+
+    Raises UserError without template or answer, and for messages with blocks in a template that has none.
+    """
+    if tokenizer.code:
+        conversation = _encode_pieces(tokenizer, blocks.pieces(blocks.from_messages(messages)), learnt)
+    elif tokenizer.chat:
+        conversation = _encode_turns(tokenizer, messages, learnt)
+    else:
+        raise UserError("messages need a --chat_template: a built-in name, or file for the tokenizer's own")
+    if not any(conversation.answer_mask):
+        raise UserError("a conversation holds no message of the assistant; there is nothing to learn from it")
+    conversation.answer_mask[0] = False  # nothing predicts the first token
+    return conversation
+
+
+def _encode_turns(tokenizer: Tokenizer, messages: Sequence[Message], learnt: Learnt) -> Conversation:
+    """A chat of plain texts in the tokenizer's template."""
+    if any(not isinstance(message["content"], str) for message in messages):
+        raise UserError(
+            f"a message holds blocks, which --chat_template {tokenizer.chat_template} has no form for; train with "
+            f"--chat_template code"
+        )
+    tokens, mask = [], []
+    for turn in tokenizer.chat.turns(messages):
+        for text, is_answer in zip(turn, (False, True), strict=True):
+            ids = tokenizer.encode_rendered(text)
+            tokens += ids
+            mask += [is_answer or learnt == "all"] * len(ids)
+    return Conversation(tokens, mask)
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def split_steps(solution: str, step_end: str = STEP_END) -> list[str]:
+    """The steps of a solution: its paragraphs, or what else step_end parts. At least one."""
+    return [step for step in solution.split(step_end) if step.strip()] or [solution]
+
+
+def encode_steps(
+    tokenizer: Tokenizer,
+    instruction: str,
+    steps: Sequence[str],
+    labels: Sequence[float | None],
+    *,
+    finished: bool = True,
+) -> Encoded:
+    """A solution in steps, each judged at its last token: the one place that says which token carries a step's score.
+
+    Steps are tokenised apart, a blank line behind each but the last and EOS behind that if it is finished, so that the
+    position of every step's end is known by construction. A step with the label None is not judged.
+    """
+    prompt = encode_prompt(tokenizer, instruction)
+    response: list[int] = []
+    targets: list[float] = []
+    for number, (step, label) in enumerate(zip(steps, labels, strict=True)):
+        last = number == len(steps) - 1
+        pieces = tokenizer.encode(step if last else step + STEP_END, start=number == 0)
+        response += [*pieces, tokenizer.eos_id] if last and finished else pieces
+        targets += [math.nan] * (len(response) - len(targets) - 1) + [math.nan if label is None else label]
+    return Encoded(prompt + response, len(prompt), tuple(targets))
+
+
+def judged_everywhere(encoded: Encoded, label: float) -> Encoded:
+    """A response judged at each of its tokens (Cobbe et al. 2021, token-level verifiers)."""
+    return encoded._replace(targets=(label,) * encoded.n_response)

@@ -1,0 +1,64 @@
+"""src/data/encoding.py: prompts and responses as ids, with and without a template."""
+
+from pathlib import Path
+
+import pytest
+
+from src.data.encoding import Encoded, encode_conversation, encode_prompt, encode_response
+from src.errors import UserError
+from src.text.tokenizer import Tokenizer
+from tests.text.files import write_merges
+from tests.tiny import write_tokenizer
+
+
+def test_prompt_and_response_are_tokenised_apart(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path)
+    encoded = encode_response(tokenizer, "1+2=", "3")
+    prompt = [tokenizer.bos_id, *tokenizer.encode("1+2=")]
+    assert encode_prompt(tokenizer, "1+2=") == prompt
+    assert encoded.tokens == [*prompt, *tokenizer.encode("3"), tokenizer.eos_id]
+    assert encoded.response_start == len(prompt)
+    assert encoded.n_response == len(tokenizer.encode("3")) + 1
+    unfinished = encode_response(tokenizer, "1+2=", "3", finished=False)
+    assert unfinished.tokens == encoded.tokens[:-1]
+
+
+def test_a_vocabulary_without_bos_puts_none(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_merges(tmp_path))
+    assert encode_prompt(tokenizer, "12") == tokenizer.encode("12")
+    with pytest.raises(UserError, match="an instruction is empty and .* has no BOS"):
+        encode_prompt(tokenizer, "")
+
+
+def test_a_chat_template_is_all_that_stands_around_texts(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_merges(tmp_path), "qwen")
+    text, start, end = tokenizer.encode, tokenizer.control["<|im_start|>"], tokenizer.control["<|im_end|>"]
+    system = [start, *text("system\nYou are a helpful assistant."), end, *text("\n")]
+    prompt = [*system, start, *text("user\n1+2="), end, *text("\n"), start, *text("assistant\n")]
+    encoded = encode_response(tokenizer, "1+2=", "3")
+    assert encode_prompt(tokenizer, "1+2=") == prompt
+    assert encoded == Encoded([*prompt, *text("3"), end], len(prompt))
+    assert encode_response(tokenizer, "1+2=", "3", finished=False).tokens == encoded.tokens[:-1]
+    messages = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"}]
+    conversation = encode_conversation(tokenizer, messages)
+    assert conversation.tokens == encoded.tokens
+    assert conversation.answer_mask == [False] * len(prompt) + [True] * encoded.n_response
+
+
+def test_scdpo_19_a_partial_answer_in_a_chat_template_belongs_to_the_prompt(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_merges(tmp_path), "qwen")
+    bare, text = encode_prompt(tokenizer, "1+2="), tokenizer.encode
+    encoded = encode_response(tokenizer, "1+2=", "3", prefix="12\n\n")
+    prompt = [*bare, *text("12\n\n")]
+    assert encoded == Encoded([*prompt, *text("3", start=False), tokenizer.eos_id], len(prompt))
+    assert encode_prompt(tokenizer, "1+2=", "12\n\n") == prompt
+    with pytest.raises(UserError, match="chat template qwen changes the partial answer"):
+        encode_prompt(tokenizer, "1+2=", "1<|im_end|>")
+
+
+def test_a_conversation_needs_a_template_and_an_answer(tmp_path: Path) -> None:
+    path, question = write_merges(tmp_path), [{"role": "user", "content": "1+2="}]
+    with pytest.raises(UserError, match="messages need a --chat_template"):
+        encode_conversation(Tokenizer(path), question)
+    with pytest.raises(UserError, match="holds no message of the assistant"):
+        encode_conversation(Tokenizer(path, "qwen"), question)
