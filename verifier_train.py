@@ -19,7 +19,7 @@ from src.training.verifier import open_data
 
 
 def main(
-    ckpt_dir: str, save_dir: str, train_file: str | list[str], weights: list[float] = [],  # noqa: B006 (never changed)
+    ckpt_dir: str, save_dir: str, train_file: list[str], weights: list[float] = [],  # noqa: B006 (never changed)
     label_file: str = "", held_out: float = 0.1, objective: Literal["pairwise", "outcome", "process"] = "pairwise",
     score: Literal["last", "mean"] = "last", margin: float = 0.0, centring: float = 0.0,
     label_tokens: Literal["all", "last"] = "all", balance: bool = False,

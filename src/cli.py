@@ -225,7 +225,8 @@ def usage(main: Callable[..., None], width: int) -> str:
     blocks.append(
         _wrap(
             "`--flag value` and `--flag=value` mean the same. A true|false flag alone means "
-            "true, --noflag false. A list is several words, or one word with commas.",
+            "true, --noflag false. A list is several words, or one word with commas; where a text is "
+            "expected too, a comma is part of it.",
             width,
         )
     )

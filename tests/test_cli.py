@@ -151,7 +151,8 @@ Optional flags:
 
 `--flag value` and `--flag=value` mean the same. A
 true|false flag alone means true, --noflag false. A list is
-several words, or one word with commas.
+several words, or one word with commas; where a text is
+expected too, a comma is part of it.
 """
     )
 

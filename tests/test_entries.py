@@ -534,6 +534,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("verifier_train", {"train_file": "beyond.json", "objective": "process"}, "row 1: label 1 is 2; expected 0 to 1"),
     ("verifier_train", {"train_file": "pairs.json", "objective": "outcome"}, "row 1: 'correct' is None; expected true"),
     ("verifier_train", {"weights": "1,2"}, "--weights has 2 numbers for 1 training files"),
+    ("verifier_train", {"train_file": "pairs.json,nowhere.json"}, "^nowhere.json does not exist"),
     ("verifier_train", {"weights": "0"}, r"--weights is \[0.0\], expected more than 0 each"),
     ("verifier_evaluate", {"samples_file": None}, "give either --samples_file with --task and --label_file"),
     ("verifier_evaluate", {"samples_file": None, "steps_file": "steps.json"}, "is a pairwise verifier"),

@@ -52,7 +52,7 @@ class VerifierData(Protocol):
 
 def open_data(
     objective: Objective,
-    train_file: str | list[str],
+    train_files: Sequence[str],
     weights: Sequence[float],
     label_file: str,
     held_out: float,
@@ -66,15 +66,14 @@ def open_data(
     Without a label_file the last `held_out` of the problems are kept. Several files are mixed by their weights only
     then, so that no row is on both sides.
     """
-    files = [train_file] if isinstance(train_file, str) else train_file
-    parts = [read_rows(objective, path) for path in files]
+    parts = [read_rows(objective, path) for path in train_files]
     held = read_rows(objective, label_file) if label_file else []
     if not label_file:
         held_problems = last_problems([row for rows in parts for row in rows], held_out)
         held = [row for rows in parts for row in rows if row.instruction in held_problems]
         parts = [[row for row in rows if row.instruction not in held_problems] for rows in parts]
     kind = PairData if objective == "pairwise" else JudgedData
-    source = ", ".join(files)
+    source = ", ".join(train_files)
     return (
         kind(mix(parts, weights, seed), tokenizer, source=source, **options),
         kind(held, tokenizer, source=label_file or source, **options),

@@ -111,7 +111,7 @@ def test_a_killed_run_ends_with_the_same_bits(
 
     def train(name: str, **more: object) -> Path:
         verifier_train.main(
-            folders.one, str(tmp_path / name), str(tmp_path / "rows.json"), objective=objective, held_out=0.2,
+            folders.one, str(tmp_path / name), [str(tmp_path / "rows.json")], objective=objective, held_out=0.2,
             max_seq_len=64, max_batch_size=2, epochs=3, lr=1e-3, packing=True, save_every=1, **more,
         )  # fmt: skip
         return tmp_path / name
