@@ -60,7 +60,7 @@ def test_micro_batches_and_packing(
     assert_same_run(found, whole[objective, lora_rank])
 
 
-@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (2, 2), (4, 2), (4, 4)])
 def test_ranks(
     folders: Folders,
     whole: dict[tuple[str, int], dict[str, Tensor]],
@@ -79,7 +79,7 @@ def test_ranks(
         "tests.training.verifier_workers:verifier_cases",
         tmp_path,
         tensor_parallel_size,
-        folder=(folders.verifier, folders.verifier_two)[tensor_parallel_size - 1],
+        folder=folders.verifier if tensor_parallel_size == 1 else folders.verifier_two,
         log_dir=str(tmp_path / "log"),
         cases=cases,
     )
