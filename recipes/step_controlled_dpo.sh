@@ -19,7 +19,8 @@ PROBLEMS=${PROBLEMS:-1500} SAMPLES=${SAMPLES:-8}
 TEMPERATURE=${TEMPERATURE:-0.6}
 BRANCH_FLAGS=${BRANCH_FLAGS:---attempts 20 --temperature 0.6 --temperature_rise 0.1 --temperature_cap 0.8}
 STEPS=${STEPS-dataset/toy/steps.json} # solutions with the truth of every step, to see whether credit finds it
-DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 3e-5 --beta 0.1}
+# without the chosen solution's own likelihood DPO lowers that of both sides, and the toy's accuracy with it
+DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 2e-4 --nll_weight 10}
 DECODE_FLAGS=${DECODE_FLAGS:---max_batch_size 512 --max_new_tokens 96}
 
 answer() { many solver_evaluate.py --task "$TASK" --seed "$seed" $DECODE_FLAGS "$@"; }

@@ -4,7 +4,7 @@
 #
 # The toy by default, 3 seeds, two at a time. Your own models and problems by variables, here with GSM8K:
 #   WEAK=ckpt/gemma-2b STRONG=ckpt/llama-2-70b TRAIN=dataset/GSM8K/train.json TEST=dataset/GSM8K/test.json TASK=GSM8K \
-#       SHOTS=4 ITERATIONS=2 NPROC=8 JOBS=1 SEEDS=1 RUN=runs/gsm8k bash recipes/weak_to_strong.sh
+#       SHOTS=4 NPROC=8 JOBS=1 SEEDS=1 RUN=runs/gsm8k bash recipes/weak_to_strong.sh
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
 
@@ -13,7 +13,7 @@ TASK=${TASK:-toy} TRAIN=${TRAIN:-dataset/toy/train.json} TEST=${TEST:-dataset/to
 WEAK=${WEAK:-$RUN/weak-base} STRONG=${STRONG:-$RUN/strong-base}
 # SHOTS: weak demonstrations in the strong model's prompt. 0: a model as small as the toy's learns nothing from its prompt;
 # it is trained on GLANCE steps of the weak answers instead
-SHOTS=${SHOTS:-0} GLANCE=${GLANCE:-20} ITERATIONS=${ITERATIONS:-1} SAMPLES=${SAMPLES:-8} PAIRS=${PAIRS:-2}
+SHOTS=${SHOTS:-0} GLANCE=${GLANCE:-20} ITERATIONS=${ITERATIONS:-2} SAMPLES=${SAMPLES:-8} PAIRS=${PAIRS:-2}
 TEMPERATURE=${TEMPERATURE:-0.7} # of the samples that vote; the paper's is 1.0, at which the toy's solver writes gibberish
 SHARE=${SHARE:-0.6} # of the problems to teach the weak model; it labels the others
 SOLVER_FLAGS=${SOLVER_FLAGS:---max_batch_size 16 --lr 1e-3} WEAK_FLAGS=${WEAK_FLAGS:---max_batch_size 16 --lr 2e-3}
