@@ -4,8 +4,9 @@ export IMPROVE=${IMPROVE:-} ITERATIONS=${ITERATIONS:-2}
 export IMPROVE_SAMPLE_FLAGS=${IMPROVE_SAMPLE_FLAGS:---num_samples 8 --temperature 0.7}
 export DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 1e-4 --nll_weight 5}
 export REST_EM_FLAGS=${REST_EM_FLAGS:---max_batch_size 16 --lr 1e-3 --epochs 2}
-export PPO_FLAGS=${PPO_FLAGS:---max_batch_size 64 --max_buffer_size 256 --max_steps 8 --lr 3e-4 --critic_lr 1e-3 --kl_coef 0.01 \
---rollout_batch_size 256 --max_new_tokens 96}
+# the answer counts most: where the verifier had the same say, the toy's solver left steps out
+export PPO_FLAGS=${PPO_FLAGS:---max_batch_size 64 --max_buffer_size 256 --max_steps 10 --lr 3e-4 --critic_lr 1e-3 \
+--critic_warmup 2 --gae_lambda 0.95 --kl_coef 0.03 --reward_weights 1,0.2 --rollout_batch_size 256 --max_new_tokens 96}
 
 # choose_method METHOD: what --improve names
 choose_method() {
@@ -45,7 +46,7 @@ improve_by_rest_em() {
 }
 improve_by_ppo() {
     local critic=$before-critic
-    [ -e $critic ] || critic=$dir/process
+    [ -e $critic ] || critic=$before # a verifier's scores lie far from the returns
     stage "$what: easy problems" $dir/easy.json \
         python data_build.py select --train_file "$TRAIN" --split "$EASY" --save_file $dir/easy.json
     stage "$what: reinforcement by answers and steps" $now/manifest.json \
