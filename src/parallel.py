@@ -5,6 +5,7 @@ V vocabulary, P vocabulary rows on this rank
 
 import atexit
 import contextlib
+import ctypes
 import io
 import os
 import random
@@ -135,6 +136,15 @@ def resident_memory() -> int:
             return int(file.read().split()[1]) * resource.getpagesize()
     except FileNotFoundError:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the device or the system: one phase's blocks seldom fit the next one's tensors."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    else:
+        with contextlib.suppress(AttributeError, TypeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def barrier() -> None:

@@ -1,5 +1,7 @@
 """src/parallel.py, models/vocab_softmax.py and models/layers.py on 1 and 2 ranks."""
 
+import platform
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -94,3 +96,15 @@ def test_ranks_sum_share_and_draw_alike(ranks: list[dict[str, object]]) -> None:
         assert rank["sum"].item() == sum(range(1, len(ranks) + 1))
         assert rank["from_first"].item() == 1.0
         assert torch.equal(rank["draw"], ranks[0]["draw"])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no malloc_trim")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    megabyte = 2**18  # float32
+    torch.ones(megabyte)  # from now on blocks of this size lie in the heap
+    blocks = [torch.ones(megabyte) for _ in range(64)]
+    pins = [torch.ones(64) for _ in range(4096)]  # what stays behind them keeps the heap from shrinking
+    del blocks
+    held = parallel.resident_memory()
+    parallel.release_memory()
+    assert parallel.resident_memory() < held - 32 * 2**20 and len(pins) == 4096

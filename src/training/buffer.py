@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src import losses
+from src import losses, parallel
 from src.data import collate
 from src.data.collate import Batch
 from src.data.examples import Prompt
@@ -85,6 +85,7 @@ def collect(
     The old log-probs come from the training forward at the sampling temperature, not from the sampler, so that
     the first ratio of the update is 1 by construction.
     """
+    parallel.release_memory()  # of the update before
     episodes, scored, sampled = _filled(models, prompts, tokenizer, parts, settings, step, phases)
     batch, mask = episodes.batch, episodes.batch.response_mask
     with phases("score"):

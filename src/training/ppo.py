@@ -85,6 +85,7 @@ def update(
     The critic learns first, then the actor: neither reads the other, and only one of them need be in memory.
     """
     metrics: dict[str, float] = {}
+    parallel.release_memory()  # of the buffer's collection
     if critic_loop is not None:
         with arrangement.training(critic_loop.model):
             metrics |= _update_critic(critic_loop, rollouts, settings, step)
