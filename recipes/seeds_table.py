@@ -80,6 +80,8 @@ def main(
     floor: row from which the recovered share of the gap is counted; default: no such column
     ceiling: row at which the gap is closed
     """
+    if len(rows) != len(names):
+        raise UserError(f"found {len(rows)} --rows and {len(names)} --names; give as many, a comma parts two")
     right = {row: outcomes(Path(run_dir), row) for row in rows}
     draws = resampled(right)
     n_seeds, n_problems = right[rows[0]].shape
@@ -87,8 +89,9 @@ def main(
              f"{'of the gap   95% interval' if floor else ''}"]  # fmt: skip
     for row, name in zip(rows, names, strict=True):
         line = f"{name:34}{right[row].mean():8.1%}  {interval(draws[row]):20}"
-        if floor and row not in (floor, ceiling):
-            line += _recovered(right, draws, row, floor, ceiling)
+        if floor:
+            share = "" if row in (floor, ceiling) else _recovered(right, draws, row, floor, ceiling)
+            line += f"{share:28}"
         lines.append(f"{line}   seeds {_each(right[row])}")
     lines.append(_verdict(right, draws, claim, baseline, dict(zip(rows, names, strict=True))))
     runlog.table("\n".join(lines))

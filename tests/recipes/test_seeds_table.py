@@ -43,6 +43,9 @@ def test_the_gap_and_the_verdict(
     text = capfd.readouterr().out
     assert verdict in text and "100 test problems, 2 seeds" in text
     assert f"{(claimed - 20) / 80:.0%}" in text and "25%" in text  # of the gap: pro and full
+    assert len({line.index("seeds ") for line in text.splitlines()[1:5]}) == 1
+    with pytest.raises(UserError, match="found 4 --rows and 5 --names"):
+        main(str(tmp_path), rows, ["weak", "full", "pro", "gold", " or not"], "pro", "full")
     write_samples(tmp_path, 3, "weak", [True])
     with pytest.raises(UserError, match="3 finished seeds of weak"):
         main(str(tmp_path), rows, rows, "pro", "full")
