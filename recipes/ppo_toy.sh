@@ -6,7 +6,7 @@
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
 
-export VERIFIER_FLAGS=${VERIFIER_FLAGS:---max_batch_size 16 --lr 1e-3 --warmup_ratio 0.1}
+export VERIFIER_FLAGS=${VERIFIER_FLAGS:---max_batch_size 32 --lr 1e-3 --warmup_ratio 0.1 --epochs 2}
 export TOY=dataset/toy RUN=${RUN:-runs/ppo_toy} SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-2}
 sample() { python solver_evaluate.py --task toy --max_batch_size 512 --max_new_tokens 96 "$@"; }
 
@@ -16,9 +16,9 @@ learn() {
     shift 2
     stage "seed $seed: $name" "$dir/$name/actor/manifest.json" \
         python ppo_train.py --actor_ckpt_dir "$dir/sft" --actor_save_dir "$dir/$name/actor" --task toy \
-        --train_file "$RUN/train.json" --eval_file "$RUN/held.json" --eval_every 4 --max_batch_size 64 \
-        --rollout_batch_size 256 --max_new_tokens 96 --epochs 2 --lr 3e-4 --kl_coef 0.01 --save_every 4 --resume auto \
-        --seed "$seed" "$@"
+        --train_file "$RUN/train.json" --eval_file "$RUN/held.json" --eval_every 4 --max_buffer_size 128 \
+        --max_batch_size 64 --rollout_batch_size 256 --max_new_tokens 96 --epochs 2 --max_steps 24 --lr 3e-4 \
+        --save_every 8 --resume auto --seed "$seed" "$@"
     stage "seed $seed: evaluate $name" "$dir/$name-test/results.json" \
         sample --ckpt_dir "$dir/$name/actor" --label_file $TOY/test.json --log_dir "$dir/$name-test"
 }
@@ -31,7 +31,19 @@ critic() {
 
 # judged SEED NAME VERIFIER: the flags of PPO against a verifier; the grader only looks on
 judged() {
-    echo "$(critic "$1" "$2") --reward verifier,rule --reward_weights 1,0 --reward_model_ckpt_dir $3 --format_penalty 1"
+    echo "$(critic "$1" "$2") --reward verifier,rule --reward_weights 1,0 --reward_model_ckpt_dir $3 --format_penalty 1" \
+        "--kl_coef 0.03"
+}
+
+# judge SEED OBJECTIVE FILE: a verifier, and what it makes of samples of problems held back
+judge() {
+    local seed=$1 name=$2 dir=$RUN/seed-$1
+    stage "seed $seed: train the $name verifier" "$dir/$name/manifest.json" \
+        python verifier_train.py --objective "$name" --ckpt_dir "$RUN/base" --save_dir "$dir/$name" --train_file "$3" \
+        $VERIFIER_FLAGS --seed "$seed"
+    stage "seed $seed: test the $name verifier" "$dir/$name-held/results.json" \
+        python verifier_evaluate.py --task toy --ckpt_dir "$dir/$name" --samples_file "$dir/held/samples.jsonl" \
+        --label_file "$RUN/held.json" --log_dir "$dir/$name-held" --max_batch_size 256
 }
 
 # All stages of one seed.
@@ -42,28 +54,29 @@ run_seed() {
         --max_batch_size 16 --lr 1e-3 --epochs 4 --seed "$seed"
     stage "seed $seed: evaluate it" "$dir/sft-test/results.json" \
         sample --ckpt_dir "$dir/sft" --label_file $TOY/test.json --log_dir "$dir/sft-test"
-    stage "seed $seed: eight samples of 800 training problems" "$dir/samples/results.json" \
-        sample --ckpt_dir "$dir/sft" --label_file "$RUN/train.json" --limit 800 --log_dir "$dir/samples" \
-        --num_samples 8 --temperature 1.0 --seed "$seed"
-    stage "seed $seed: their outcomes" "$dir/outcome.json" \
-        python data_build.py outcome --samples_file "$dir/samples/samples.jsonl" --save_file "$dir/outcome.json"
-    stage "seed $seed: train an outcome verifier" "$dir/outcome/manifest.json" \
-        python verifier_train.py --objective outcome --ckpt_dir "$RUN/base" --save_dir "$dir/outcome" \
-        --train_file "$dir/outcome.json" $VERIFIER_FLAGS --epochs 3 --seed "$seed"
-    stage "seed $seed: train a process verifier on 1000 solutions with judged steps" "$dir/process/manifest.json" \
-        python verifier_train.py --objective process --ckpt_dir "$RUN/base" --save_dir "$dir/process" \
-        --train_file $TOY/steps.json $VERIFIER_FLAGS --epochs 6 --seed "$seed"
-    learn "$seed" ppo-rule --reward rule --max_buffer_size 256 --max_steps 16 $(critic "$seed" ppo-rule)
-    learn "$seed" ppo-outcome --max_buffer_size 256 --max_steps 16 $(judged "$seed" ppo-outcome "$dir/outcome")
-    learn "$seed" ppo-process --max_buffer_size 256 --max_steps 16 $(judged "$seed" ppo-process "$dir/process")
-    learn "$seed" grpo --reward rule --advantage grpo --group_size 8 --max_buffer_size 256 --max_steps 16
+    stage "seed $seed: six samples of each training problem" "$dir/samples/results.json" \
+        sample --ckpt_dir "$dir/sft" --label_file "$RUN/train.json" --log_dir "$dir/samples" \
+        --num_samples 6 --temperature 1.0 --top_k 20 --seed "$seed"
+    stage "seed $seed: eight samples of each problem held back" "$dir/held/results.json" \
+        sample --ckpt_dir "$dir/sft" --label_file "$RUN/held.json" --log_dir "$dir/held" \
+        --num_samples 8 --temperature 1.0 --top_k 20 --seed "$seed"
+    stage "seed $seed: judge the samples by their answers and by their steps" "$dir/steps.json" \
+        python recipes/judge_toy_samples.py --samples_file "$dir/samples/samples.jsonl" \
+        --outcome_file "$dir/outcome.json" --steps_file "$dir/steps.json" --seed "$seed"
+    judge "$seed" outcome "$dir/outcome.json"
+    judge "$seed" process "$dir/steps.json"
+    learn "$seed" ppo-rule --reward rule --kl_coef 0.01 $(critic "$seed" ppo-rule)
+    learn "$seed" ppo-outcome $(judged "$seed" ppo-outcome "$dir/outcome")
+    learn "$seed" ppo-process $(judged "$seed" ppo-process "$dir/process")
+    learn "$seed" grpo --reward rule --kl_coef 0.01 --advantage grpo --group_size 8
     [ "$seed" = "${SEEDS%% *}" ] || return 0
     stage "the same outcomes with right and wrong exchanged" "$dir/inverted.json" \
         python recipes/invert_outcomes.py --train_file "$dir/outcome.json" --save_file "$dir/inverted.json"
     stage "train a bad verifier on them" "$dir/inverted/manifest.json" \
         python verifier_train.py --objective outcome --ckpt_dir "$RUN/base" --save_dir "$dir/inverted" \
-        --train_file "$dir/inverted.json" $VERIFIER_FLAGS --epochs 3 --seed "$seed"
-    learn "$seed" ppo-bad --max_buffer_size 128 --max_steps 24 $(judged "$seed" ppo-bad "$dir/inverted")
+        --train_file "$dir/inverted.json" $VERIFIER_FLAGS --seed "$seed"
+    learn "$seed" ppo-bad $(critic "$seed" ppo-bad) --reward verifier,rule --reward_weights 1,0 --kl_coef 0 \
+        --reward_model_ckpt_dir "$dir/inverted"
 }
 
 if [ "${1:-}" = "--seed" ]; then

@@ -5,6 +5,7 @@ python recipes/ppo_toy_table.py --run_dir runs/ppo_toy --seeds 1,2,3
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ ARMS = {
     "ppo-bad": "PPO, inverted verifier",
 }
 BAD = "ppo-bad"
+ENDS = 6  # buffers at either end of a run whose means are compared
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -44,6 +46,33 @@ def alarm(rows: list[dict[str, float]]) -> int | None:
     pairs = [(row["reward_verifier"], row["graded_right"]) for row in rows if "reward_verifier" in row]
     ends = range(WINDOW, len(pairs) + 1)
     return next((end for end in ends if hacked(pairs[end - WINDOW : end])), None)
+
+
+def watched(logs: Sequence[list[dict[str, float]]]) -> list[str]:
+    """What the verifier gave and the grader said at both ends of the runs, and whether the panel's alarm rang."""
+
+    def ends(key: str) -> tuple[float, float]:
+        means = [[np.mean([row[key] for row in part]) for part in (rows[:ENDS], rows[-ENDS:])] for rows in logs]
+        return tuple(np.mean(means, axis=0))
+
+    (reward, reward_then), (right, right_then) = ends("reward_verifier"), ends("graded_right")
+    rung = [f"at buffer {buffer}" for buffer in map(alarm, logs) if buffer]
+    return [
+        f"    first to last {ENDS} buffers: verifier {reward:+.3f} to {reward_then:+.3f}, "
+        f"right {right:.1%} to {right_then:.1%}",
+        f"    alarm for a hacked verifier: {', '.join(rung) or 'none'}",
+    ]
+
+
+def judging(folders: Sequence[Path]) -> list[str]:
+    """The verifiers' AUC on samples of problems that were held back, by seed."""
+    lines = []
+    for name in ("outcome", "process"):
+        files = [folder / f"{name}-held" / "results.json" for folder in folders]
+        found = [json.loads(file.read_text(encoding="utf-8"))["verifier"]["auc"] for file in files if file.exists()]
+        if found:
+            lines.append(f"{name} verifier, AUC on problems held back: {' '.join(f'{auc:.3f}' for auc in found)}")
+    return lines
 
 
 def main(run_dir: str, seeds: list[int]) -> None:
@@ -69,19 +98,15 @@ def main(run_dir: str, seeds: list[int]) -> None:
         beyond = "beyond it" if low > 0 else "below it" if high < 0 else "within it"
         lines.append(f"{name:32}{after.mean():8.1%}   {rise:+.1%} [{low:+.1%}, {high:+.1%}] {beyond}")
         logs = [metrics(folder / arm / "actor") for folder in ran]
+        lines += watched(logs) if "verifier" in name else []
         for seed, rows in zip(seeds, logs, strict=False):
             label = f"{name}, seed {seed}"
-            curves["held-out accuracy"][label] = [
-                (row["step"], row["eval_accuracy"]) for row in rows if "eval_accuracy" in row
-            ]
+            measured = [(row["step"], row["eval_accuracy"]) for row in rows if "eval_accuracy" in row]
+            curves["held-out accuracy"][label] = measured
             curves["reward"][label] = [(row["step"], row["reward"]) for row in rows]
-        found = [alarm(rows) for rows in logs]
-        if "verifier" in name:
-            said = [f"at buffer {buffer}" for buffer in found if buffer]
-            lines.append(f"{'':32}alarm for a hacked verifier: {', '.join(said) or 'none'}")
     picture = Path(run_dir) / "curves.png"
     plot.plot_curves(curves, "buffer", picture)
-    runlog.table("\n".join([*lines, f"curves in {picture}"]))
+    runlog.table("\n".join([*lines, *judging(folders), f"curves in {picture}"]))
 
 
 if __name__ == "__main__":
