@@ -26,7 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     y = _Product.apply(rows, weight, bias) if torch.is_grad_enabled() else _product(rows, weight, bias)
-    return y.view(*x.shape[:-1], len(weight))
+    # no view, as in torch's own linear: the sum over tensor-parallel ranks writes into it
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], len(weight)])
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:

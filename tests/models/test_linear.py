@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.testing import assert_close
 
 from src.models import linear as module
@@ -89,3 +90,29 @@ def test_few_row_counts_reach_the_library() -> None:
     counts = {module._row_count(n) for n in range(1, 2049)}
     assert len(counts) == len(module.ROWS) + 31
     assert all(module._row_count(n) >= n for n in range(1, 2049))
+
+
+class Doubled(torch.autograd.Function):
+    """Doubles its input in place, as the sum over tensor-parallel ranks changes it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        """x of any shape."""
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        """The gradient of x."""
+        return 2 * grad
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 64), (1, 5, 64), (5, 64)])
+def test_a_product_may_be_written_into(shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(96, 64, requires_grad=True)
+    found = Doubled.apply(linear(x, weight))
+    expected = 2 * F.linear(x, weight)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    g = torch.randn_like(expected)
+    for mine, theirs in zip(*(torch.autograd.grad(y, (x, weight), g) for y in (found, expected)), strict=True):
+        assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
