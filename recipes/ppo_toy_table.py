@@ -76,7 +76,7 @@ def judging(folders: Sequence[Path]) -> list[str]:
 
 
 def main(run_dir: str, seeds: list[int]) -> None:
-    """Print the table and draw the curves.
+    """Print the table and draw the curves, means over the seeds.
 
     run_dir: directory of ppo_toy.sh
     seeds: the seeds that it ran; the first one met the bad verifier
@@ -84,26 +84,25 @@ def main(run_dir: str, seeds: list[int]) -> None:
     folders = [Path(run_dir) / f"seed-{seed}" for seed in seeds]
     before = outcomes(Path(run_dir), "sft")
     lines = [
-        f"{f'{before.shape[1]} test problems, seeds {seeds}':32}accuracy   gain over SFT, 95% interval",
-        f"{'SFT':32}{before.mean():8.1%}",
+        f"{f'{before.shape[1]} test problems, seeds {seeds}':36}accuracy   gain over SFT, 95% interval",
+        f"{'SFT':36}{before.mean():8.1%}",
     ]
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {"held-out accuracy": {}, "reward": {}}
     for arm, name in ARMS.items():
         ran = folders[:1] if arm == BAD else folders
         if not all((folder / f"{arm}-test" / "results.json").exists() for folder in ran):
-            lines.append(f"{name:32}not finished")
+            lines.append(f"{name:36}not finished")
             continue
         after = outcomes(Path(run_dir), arm)
         rise, low, high = gain(before[: len(ran)], after)
         beyond = "beyond it" if low > 0 else "below it" if high < 0 else "within it"
-        lines.append(f"{name:32}{after.mean():8.1%}   {rise:+.1%} [{low:+.1%}, {high:+.1%}] {beyond}")
+        lines.append(f"{name:36}{after.mean():8.1%}   {rise:+.1%} [{low:+.1%}, {high:+.1%}] {beyond}")
         logs = [metrics(folder / arm / "actor") for folder in ran]
         lines += watched(logs) if "verifier" in name else []
-        for seed, rows in zip(seeds, logs, strict=False):
-            label = f"{name}, seed {seed}"
-            measured = [(row["step"], row["eval_accuracy"]) for row in rows if "eval_accuracy" in row]
-            curves["held-out accuracy"][label] = measured
-            curves["reward"][label] = [(row["step"], row["reward"]) for row in rows]
+        for title, key in (("held-out accuracy", "eval_accuracy"), ("reward", "reward")):
+            runs = [[(row["step"], row[key]) for row in rows if key in row] for rows in logs]
+            means = np.mean(runs, axis=0)  # over seeds, which measure at the same buffers
+            curves[title][name] = [(float(step), float(value)) for step, value in means]
     picture = Path(run_dir) / "curves.png"
     plot.plot_curves(curves, "buffer", picture)
     runlog.table("\n".join([*lines, *judging(folders), f"curves in {picture}"]))
