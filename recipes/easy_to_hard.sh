@@ -17,14 +17,37 @@ source recipes/improve.sh
 export TASK=${TASK:-toy} BASE=${BASE:-dataset/toy/base} TRAIN=${TRAIN:-dataset/toy/train.json}
 export DEMONSTRATIONS=${DEMONSTRATIONS:-dataset/toy/demonstrations.json} TEST=${TEST:-dataset/toy/test.json}
 export EASY=${EASY:-level=1-3} HARD=${HARD:-level=4-5} RUN=${RUN:-runs/easy_to_hard} SEEDS=${SEEDS:-1 2 3}
+is_toy=$([ "$TASK" = toy ] && echo true || echo false)
+export VERIFIER_BASE=${VERIFIER_BASE:-$RUN/$([ "$is_toy" = true ] && echo verifier-base || echo base)}
 export SAMPLES=${SAMPLES:-64} NPROC=${NPROC:-1} JOBS=${JOBS:-2}
 export SFT_FLAGS=${SFT_FLAGS:---max_batch_size 16 --lr 1e-3 --epochs 4}
-export VERIFIER_FLAGS=${VERIFIER_FLAGS:---max_batch_size 32 --packing --lr 6e-4 --warmup_ratio 0.1 --epochs 3}
+export VERIFIER_FLAGS=${VERIFIER_FLAGS:---max_batch_size 24 --packing --lr 6e-4 --warmup_ratio 0.1 --epochs 3}
+export OUTCOME_FLAGS=${OUTCOME_FLAGS:---max_batch_size 24 --packing --lr 8e-4 --warmup_ratio 0.1 --epochs 1}
 export SAMPLE_FLAGS=${SAMPLE_FLAGS:---max_batch_size 512 --max_new_tokens 96}
+
+# What the toy's verifiers start from, as Llemma is what the paper's start from: a model that knows sums. The base, when it
+# has read right sums, gets two more layers and judges sums, of which half are wrong. It sees no problem, and the numbers
+# of hard problems are no larger than those of easy ones.
+make_verifier_base() {
+    local dir=$RUN/verifier-base
+    stage "right sums" $dir-sums.json python dataset/toy/make_sums.py --save_file $dir-sums.json
+    stage "the base, when it has read them" $dir-read/manifest.json \
+        python solver_train.py --ckpt_dir "$RUN/base" --save_dir $dir-read --train_file $dir-sums.json \
+        --max_batch_size 16 --lr 1e-3 --resume auto
+    stage "the same for make_deep.py" $dir-hf/manifest.json \
+        python checkpoint_split.py --ckpt_file $dir-read --save_path $dir-hf --format hf
+    stage "two layers more" $dir-deep/manifest.json \
+        python dataset/toy/make_deep.py --base_dir $dir-hf --save_dir $dir-deep --layers 6
+    stage "sums to judge" $dir-judged.json \
+        python dataset/toy/make_sums.py --save_file $dir-judged.json --judged --rows 65000
+    stage "the verifiers' base, when it has judged them" $dir/manifest.json \
+        python verifier_train.py --ckpt_dir $dir-deep --save_dir $dir --train_file $dir-judged.json \
+        --objective process --held_out 0.01 --max_batch_size 48 --lr 3e-3 --resume auto
+}
 
 # All stages of one seed: a solver of its own, its samples, their labels, three verifiers, and what these choose.
 run_seed() {
-    local seed=$1 dir=$RUN/seed-$1 name files
+    local seed=$1 dir=$RUN/seed-$1 name files flags
     sample() { many solver_evaluate.py --task "$TASK" $SAMPLE_FLAGS --seed "$seed" "$@"; }
     stage "seed $seed: fine-tune a solver on easy demonstrations" $dir/solver/manifest.json \
         many solver_train.py --ckpt_dir "$RUN/base" --save_dir $dir/solver --train_file "$RUN/demonstrations.json" \
@@ -44,13 +67,14 @@ run_seed() {
         sample --ckpt_dir $dir/solver --label_file "$TEST" --split "$HARD" --log_dir $dir/hard \
         --num_samples "$SAMPLES" --temperature 0.7 --top_k 20
     for name in process outcome mixed; do
+        flags=$VERIFIER_FLAGS
         case $name in
             process) files="--objective process --train_file $dir/steps.json" ;;
-            outcome) files="--objective outcome --train_file $dir/outcome.json" ;;
+            outcome) files="--objective outcome --train_file $dir/outcome.json" flags=$OUTCOME_FLAGS ;;
             mixed) files="--objective process --train_file $dir/steps.json $dir/outcome.json" ;;
         esac
         stage "seed $seed: train the $name verifier" $dir/$name/manifest.json \
-            many verifier_train.py --ckpt_dir "$RUN/base" --save_dir $dir/$name $files $VERIFIER_FLAGS \
+            many verifier_train.py --ckpt_dir "$VERIFIER_BASE" --save_dir $dir/$name $files $flags \
             --resume auto --seed "$seed"
         stage "seed $seed: score the samples of hard problems, $name" $dir/$name-hard/results.json \
             many verifier_evaluate.py --task "$TASK" --ckpt_dir $dir/$name --samples_file $dir/hard/samples.jsonl \
@@ -70,7 +94,7 @@ stage "the base checkpoint" $RUN/base/manifest.json \
     python checkpoint_split.py --ckpt_file "$BASE" --save_path "$RUN/base" --n "$NPROC"
 stage "easy demonstrations" $RUN/demonstrations.json \
     python data_build.py select --train_file "$DEMONSTRATIONS" --split "$EASY" --save_file "$RUN/demonstrations.json"
+[ "$VERIFIER_BASE" = "$RUN/verifier-base" ] && make_verifier_base
 echo $SEEDS | xargs -n 1 -P "$JOBS" bash "$0" --seed
-is_toy=$([ "$TASK" = toy ] && echo true || echo false)
 python recipes/easy_to_hard_table.py --run_dir "$RUN" --seeds "${SEEDS// /,}" --toy "$is_toy"
 [ -z "$IMPROVE" ] || improved_table

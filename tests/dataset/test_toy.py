@@ -5,11 +5,17 @@ import json
 import os
 import random
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 
+import checkpoint_split
+from src import assemble, parallel
 from src.checkpoint.sources import open_source
+from src.errors import UserError
 
 TOY = os.path.join(os.path.dirname(__file__), "..", "..", "dataset", "toy")
 FILES = ("train.json", "demonstrations.json", "test.json", "steps.json")
@@ -165,3 +171,33 @@ def test_tokenizer_round_trip():
         tokens = tokenizer.encode(text)
         assert tokenizer.decode(tokens) == text
         assert tokenizer.unk_id() not in tokens
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_sums_are_right_or_judged(judged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TOY)
+    sys.modules.pop("generate", None)
+    load_script("make_sums").main(str(tmp_path / "sums.json"), rows=200, judged=judged)
+    rows = json.loads((tmp_path / "sums.json").read_text())
+    assert len(rows) == 200 and len({row["instruction"] for row in rows}) == (200 if judged else 1)
+    labels = [label for row in rows for label in row.get("labels", [])]
+    if judged:
+        assert 0.45 < sum(labels) / len(labels) < 0.55
+        assert all(is_true(step) == bool(label) for row in rows
+                   for step, label in zip(row["steps"], row["labels"], strict=True))  # fmt: skip
+    else:
+        assert all(is_true(f"{one}.") for row in rows for one in row["output"].rstrip(".").split(". "))
+
+
+def test_a_deep_model_says_what_its_base_says(tmp_path: Path) -> None:
+    base, deep = str(tmp_path / "base"), str(tmp_path / "deep")
+    checkpoint_split.main(os.path.join(TOY, "base"), base)
+    load_script("make_deep").main(os.path.join(TOY, "base"), deep, layers=6)
+    assert assemble.load_config(deep).n_layers == 6
+    tokens = torch.tensor([[1, 5, 40, 100, 7, 300]])
+    parallel.start()
+    with torch.no_grad():
+        said = [model.logits(model(tokens)) for model in map(assemble.load_solver, (base, deep))]
+    torch.testing.assert_close(*said, rtol=0, atol=0)
+    with pytest.raises(UserError, match="--layers is 4, but .* has 4; expected more"):
+        load_script("make_deep").main(os.path.join(TOY, "base"), deep, layers=4)
