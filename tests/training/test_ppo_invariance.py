@@ -57,7 +57,7 @@ def test_micro_batches(folders: Folders, whole: list[Run], tmp_path: Path, max_b
 
 
 # five prompts: three ranks sample 2, 2 and 1 of them, and in some forward passes one keeps the others company
-@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (3, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(3, 1), (2, 2), (4, 2)])
 def test_ranks(folders: Folders, whole: list[Run], tmp_path: Path, n: int, tensor_parallel_size: int) -> None:
     place = tensor_parallel_size - 1
     ranks = run_ranks(

@@ -15,6 +15,7 @@ from src.data.batches import Batching
 from src.data.collate import Batch
 from src.data.examples import Instruction, Pair, Prompt
 from src.errors import UserError
+from src.models import linear
 from src.models.decoder import Decoder
 from src.runlog import Phases, RunLog
 from src.training import buffer, ppo, preference, watchdog
@@ -81,7 +82,8 @@ def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
 def invariance_cases(
     folder: str, log_dir: str, cases: list[dict[str, object]]
 ) -> dict[str, dict[str, Tensor]]:
-    """sft_epochs() of every case, by its place in the list."""
+    """sft_epochs() of every case, by its place in the list; oneDNN multiplies, as in models of real width."""
+    linear.SMALL = 0
     return {str(index): sft_epochs(folder, log_dir, **case) for index, case in enumerate(cases)}
 
 
@@ -226,7 +228,8 @@ def ppo_models(actor: str, critic: str) -> buffer.Models:
 def ppo_cases(
     actor: str, critic: str, log_dir: str, cases: list[dict[str, object]]
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """ppo_buffers() of every case, by its place in the list."""
+    """ppo_buffers() of every case, by its place in the list; oneDNN multiplies, as in models of real width."""
+    linear.SMALL = 0
     return {str(index): ppo_buffers(actor, critic, log_dir, **case) for index, case in enumerate(cases)}
 
 
