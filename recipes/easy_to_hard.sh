@@ -39,10 +39,10 @@ make_verifier_base() {
     stage "two layers more" $dir-deep/manifest.json \
         python dataset/toy/make_deep.py --base_dir $dir-hf --save_dir $dir-deep --layers 6
     stage "sums to judge" $dir-judged.json \
-        python dataset/toy/make_sums.py --save_file $dir-judged.json --judged --rows 65000
+        python dataset/toy/make_sums.py --save_file $dir-judged.json --judged --rows 45000
     stage "the verifiers' base, when it has judged them" $dir/manifest.json \
         python verifier_train.py --ckpt_dir $dir-deep --save_dir $dir --train_file $dir-judged.json \
-        --objective process --held_out 0.01 --max_batch_size 48 --lr 3e-3 --resume auto
+        --objective process --held_out 0.01 --max_batch_size 32 --lr 1e-3 --resume auto
 }
 
 # All stages of one seed: a solver of its own, its samples, their labels, three verifiers, and what these choose.
