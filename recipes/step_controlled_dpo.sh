@@ -2,7 +2,7 @@
 # Step-controlled DPO (Lu et al. 2024): pairs that part at a known step, beside ordinary pairs, with equal data.
 # Usage: bash recipes/step_controlled_dpo.sh [--fresh]     results in $RUN; finished steps are kept unless --fresh
 #
-# The toy by default, 3 seeds, two at a time. Your own model, fine-tuned to write a step a paragraph, and problems by
+# The toy by default, 3 seeds, two at a time; FORM=code has its solver compute with Python. Your own model, fine-tuned to write a step a paragraph, and problems by
 # variables, here with GSM8K:
 #   SOLVER=ckpt/sft TRAIN=dataset/GSM8K/train.json TEST=dataset/GSM8K/test.json TASK=GSM8K NPROC=8 JOBS=1 SEEDS=1 \
 #       STEPS= RUN=runs/gsm8k TEMPERATURE=1.0 BRANCH_FLAGS="--attempts 100" \
@@ -11,6 +11,16 @@
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
 
+FORM=${FORM:-text} # what a step is: a paragraph, or a block of code and what it printed
+case $FORM in
+    # STEPS: solutions with the truth of every step, to see whether credit finds it
+    text) : "${SFT_FLAGS=--epochs 4}" "${STEPS=dataset/toy/steps.json}" ;;
+    code) # fewer solutions, for each runs its code in a process of its own; credit knows no blocks
+        : "${SFT_FLAGS=--epochs 10}" "${STEPS=}" "${PROBLEMS=500}" "${SAMPLES=4}" "${TEMPERATURE=0.3}" \
+            "${BRANCH_FLAGS=--attempts 20 --temperature 0.3 --temperature_rise 0.1 --temperature_cap 0.5}" \
+            "${DECODE_FLAGS=--max_batch_size 512 --max_new_tokens 160}" "${RUN=runs/step_controlled_dpo_code}" ;;
+    *) echo "error: FORM=$FORM; expected text or code" >&2; exit 1 ;;
+esac
 RUN=${RUN:-runs/step_controlled_dpo} SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-2} NPROC=${NPROC:-1}
 TASK=${TASK:-toy} TRAIN=${TRAIN:-dataset/toy/train.json} TEST=${TEST:-dataset/toy/test.json}
 SOLVER=${SOLVER:-} # without one the toy's base is fine-tuned
@@ -18,7 +28,6 @@ PROBLEMS=${PROBLEMS:-1500} SAMPLES=${SAMPLES:-8}
 # The paper samples at 1.0 and branches at 1.1 to 1.4; there this small solver writes gibberish, and learns to shun that alone
 TEMPERATURE=${TEMPERATURE:-0.6}
 BRANCH_FLAGS=${BRANCH_FLAGS:---attempts 20 --temperature 0.6 --temperature_rise 0.1 --temperature_cap 0.8}
-STEPS=${STEPS-dataset/toy/steps.json} # solutions with the truth of every step, to see whether credit finds it
 # without the chosen solution's own likelihood DPO lowers that of both sides, and the toy's accuracy with it
 DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 2e-4 --nll_weight 10}
 DECODE_FLAGS=${DECODE_FLAGS:---max_batch_size 512 --max_new_tokens 96}
@@ -43,13 +52,14 @@ prefer() {
 
 # All stages of one seed.
 run_seed() {
-    local seed=$1 run=$RUN/seed-$1 solver=$SOLVER
+    local seed=$1 run=$RUN/seed-$1 solver=$SOLVER demonstrations=dataset/toy/demonstrations.json
+    [ "$FORM" = text ] || demonstrations=$RUN/demonstrations.json
     mkdir -p "$run"
     if [ -z "$SOLVER" ]; then
         solver=$run/sft
         stage "seed $seed: sft: fine-tune" "$run/sft/manifest.json" \
             python solver_train.py --ckpt_dir "$RUN/base" --save_dir "$run/sft" --seed "$seed" \
-            --train_file dataset/toy/demonstrations.json --max_batch_size 16 --lr 1e-3 --epochs 4
+            --train_file "$demonstrations" --max_batch_size 16 --lr 1e-3 $SFT_FLAGS
     fi
     test_on sft "$solver"
     stage "seed $seed: samples" "$run/samples/results.json" \
@@ -76,8 +86,11 @@ fi
 [ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
 mkdir -p "$RUN"
 if [ -z "$SOLVER" ]; then
+    [ "$FORM" = text ] || stage "demonstrations with code" "$RUN/demonstrations.json" \
+        python dataset/toy/with_code.py --in_file dataset/toy/demonstrations.json --out_file "$RUN/demonstrations.json"
     stage "the toy's base" "$RUN/base/manifest.json" \
-        python checkpoint_split.py --ckpt_file dataset/toy/base --save_path "$RUN/base" --n 1
+        python checkpoint_split.py --ckpt_file dataset/toy/base --save_path "$RUN/base" --n 1 \
+        --code_tokens "$([ "$FORM" = code ] && echo true || echo false)"
 fi
 echo $SEEDS | xargs -n 1 -P "$JOBS" bash recipes/step_controlled_dpo.sh --seed
 python recipes/seeds_table.py --run_dir "$RUN" --claim scdpo --baseline sft --rows sft dpo scdpo \
