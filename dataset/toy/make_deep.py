@@ -7,19 +7,17 @@ what a verifier does, it needs layers behind those. Their outputs start at zero,
 """
 
 import json
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(
     0, str(Path(__file__).parents[2])
 )  # a script's own folder is on the path, the repository is not
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import checkpoint_split  # noqa: E402
+from dataset.toy.make_small import write_checkpoint  # noqa: E402
 from src import cli  # noqa: E402
 from src.errors import UserError  # noqa: E402
 
@@ -41,12 +39,7 @@ def main(base_dir: str, save_dir: str, layers: int) -> None:
     tensors = load_file(base / "model.safetensors")
     for layer in range(n_layers, layers):
         tensors |= silent_layer(tensors, n_layers - 1, layer)
-    with tempfile.TemporaryDirectory() as scratch:
-        deep = Path(scratch)
-        save_file(tensors, deep / "model.safetensors", metadata={"format": "pt"})
-        (deep / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-        shutil.copy(base / "tokenizer.model", deep)
-        checkpoint_split.main(str(deep), save_dir)
+    write_checkpoint(base, config | {"num_hidden_layers": layers}, tensors, save_dir)
 
 
 def silent_layer(tensors: dict[str, Tensor], source: int, layer: int) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ sys.path.insert(
 )  # a script's own folder is on the path, the repository is not
 
 from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 import checkpoint_split  # noqa: E402
 from src import cli  # noqa: E402
@@ -36,12 +37,17 @@ def main(base_dir: str, save_dir: str, layers: int) -> None:
         raise UserError(f"--layers is {layers}, but {base_dir} has {config['num_hidden_layers']}; expected fewer")
     tensors = load_file(base / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if layer_of(name) < layers}
+    write_checkpoint(base, config | {"num_hidden_layers": layers}, kept, save_dir)
+
+
+def write_checkpoint(base: Path, config: dict[str, object], tensors: dict[str, Tensor], save_dir: str) -> None:
+    """A checkpoint of one shard from a Hugging Face config and tensors, with the tokenizer of a base."""
     with tempfile.TemporaryDirectory() as scratch:
-        small = Path(scratch)
-        save_file(kept, small / "model.safetensors", metadata={"format": "pt"})
-        (small / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-        shutil.copy(base / "tokenizer.model", small)
-        checkpoint_split.main(str(small), save_dir)
+        changed = Path(scratch)
+        save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+        (changed / "config.json").write_text(json.dumps(config))
+        shutil.copy(base / "tokenizer.model", changed)
+        checkpoint_split.main(str(changed), save_dir)
 
 
 def layer_of(name: str) -> int:
