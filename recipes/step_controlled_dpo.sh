@@ -16,7 +16,7 @@ case $FORM in
     # STEPS: solutions with the truth of every step, to see whether credit finds it
     text) : "${SFT_FLAGS=--epochs 4}" "${STEPS=dataset/toy/steps.json}" ;;
     code) # fewer solutions, for each runs its code in a process of its own; credit knows no blocks
-        : "${SFT_FLAGS=--epochs 10}" "${STEPS=}" "${PROBLEMS=500}" "${SAMPLES=4}" "${TEMPERATURE=0.3}" \
+        : "${SFT_FLAGS=--epochs 10}" "${STEPS=}" "${PROBLEMS=500}" "${SAMPLES=4}" "${SHARE=0.3}" "${TEMPERATURE=0.3}" \
             "${BRANCH_FLAGS=--attempts 20 --temperature 0.3 --temperature_rise 0.1 --temperature_cap 0.5}" \
             "${DECODE_FLAGS=--max_batch_size 512 --max_new_tokens 160}" "${RUN=runs/step_controlled_dpo_code}" ;;
     *) echo "error: FORM=$FORM; expected text or code" >&2; exit 1 ;;
@@ -24,7 +24,7 @@ esac
 RUN=${RUN:-runs/step_controlled_dpo} SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-2} NPROC=${NPROC:-1}
 TASK=${TASK:-toy} TRAIN=${TRAIN:-dataset/toy/train.json} TEST=${TEST:-dataset/toy/test.json}
 SOLVER=${SOLVER:-} # without one the toy's base is fine-tuned
-PROBLEMS=${PROBLEMS:-1500} SAMPLES=${SAMPLES:-8}
+PROBLEMS=${PROBLEMS:-1500} SAMPLES=${SAMPLES:-8} SHARE=${SHARE:-0.5} # of ordinary pairs in the mix
 # The paper samples at 1.0 and branches at 1.1 to 1.4; there this small solver writes gibberish, and learns to shun that alone
 TEMPERATURE=${TEMPERATURE:-0.6}
 BRANCH_FLAGS=${BRANCH_FLAGS:---attempts 20 --temperature 0.6 --temperature_rise 0.1 --temperature_cap 0.8}
@@ -74,7 +74,7 @@ run_seed() {
         $BRANCH_FLAGS $DECODE_FLAGS
     stage "seed $seed: a mix of both, and as many ordinary ones" "$run/control.json" \
         python data_build.py mix --pairs_file "$run/ordinary.json" --branch_file "$run/branches.json" \
-        --save_file "$run/mix.json" --control_file "$run/control.json" --seed "$seed"
+        --save_file "$run/mix.json" --control_file "$run/control.json" --share "$SHARE" --seed "$seed"
     prefer dpo "$run/control.json"
     prefer scdpo "$run/mix.json"
 }
