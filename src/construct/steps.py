@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from src.construct.continuation import Begun, Schedule, begun, whole_steps
@@ -57,24 +57,44 @@ def beginnings(solutions: Sequence[Sample]) -> dict[tuple[str, str], Begun]:
 def judged_steps(solutions: Sequence[Sample], rollouts: Sequence[Sample], *, hard: bool) -> list[Row]:
     """Rows `{"instruction", "steps", "labels"}` from graded rollouts (Wang et al. 2024, Math-Shepherd, section 3.2).
 
-    A step's label says whether a rollout from behind it comes out right (hard), or the share of those that do (soft).
-    The last step's label is the solution's own outcome; a step without rollouts is not judged.
+    A step's label says whether a way on from behind it is known that comes out right (hard), or the share of its
+    rollouts that do (soft). The known ways are its rollouts, those from behind later steps, and the solutions
+    themselves: a problem's beginnings share what they lead to. The last step's label is the solution's own outcome; a
+    step of which nothing is known is not judged.
     """
     outcomes = defaultdict(list)
     for rollout in rollouts:
         outcomes[rollout.id].append(rollout.outcome == "right")
-    judged = beginnings(solutions)
+    judged = {key: outcomes[item.prompt.id] for key, item in beginnings(solutions).items()}
+    on_the_way = _on_the_way(solutions, judged)
     rows = []
     for sample in solutions:
         steps = split_steps(sample.response)
         labels: list[float | None] = []
         for k in range(1, len(steps)):
-            found = outcomes[judged[sample.id, begun(sample, k).prefix].prompt.id]
-            share = sum(found) / len(found) if found else None
-            labels.append(float(share > 0) if hard and share is not None else share)
+            key = sample.id, begun(sample, k).prefix
+            found = judged[key]
+            if hard and key in on_the_way:
+                labels.append(1.0)
+            else:
+                labels.append(sum(found) / len(found) if found else None)
         labels.append(float(sample.outcome == "right"))
         rows.append({"id": sample.id, "instruction": sample.prompt, "steps": steps, "labels": labels})
     return rows
+
+
+def _on_the_way(
+    solutions: Sequence[Sample], judged: Mapping[tuple[str, str], Sequence[bool]]
+) -> set[tuple[str, str]]:
+    """The beginnings, as (problem, prefix), from which a solution or a rollout is known to come out right."""
+    found = set()
+    for sample in solutions:
+        prefixes = [begun(sample, k).prefix for k in range(1, len(split_steps(sample.response)))]
+        lengths = [n for n, prefix in enumerate(prefixes, start=1) if any(judged[sample.id, prefix])]
+        if sample.outcome == "right":
+            lengths.append(len(prefixes))
+        found |= {(sample.id, prefix) for prefix in prefixes[: max(lengths, default=0)]}
+    return found
 
 
 def branch_points(steps: Sequence[str]) -> list[int]:

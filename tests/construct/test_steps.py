@@ -102,7 +102,20 @@ def test_a_beginning_that_solutions_share_is_judged_once() -> None:
     rollouts = [sample(name, 0, "", outcome)
                 for name, outcome in zip(names, ("right", "right", "wrong", "wrong"), strict=True)]  # fmt: skip
     rows = judged_steps(solutions, rollouts, hard=True)
-    assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0]]
+    assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 1.0]]
+    soft = judged_steps(solutions, rollouts, hard=False)
+    assert [row["labels"] for row in soft] == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0]]
+
+
+def test_a_beginning_is_right_when_a_longer_one_or_a_solution_behind_it_is() -> None:
+    solutions = [sample("0", 0, "a\n\nb\n\nc\n\n#### 5", "wrong"), sample("0", 1, "a\n\nd\n\n#### 4", "right"),
+                 sample("0", 2, "e\n\n#### 4", "wrong")]  # fmt: skip
+    rollouts = [sample(name, number, "", outcome)
+                for name, outcomes in {"0/0/1": ("wrong",), "0/0/2": ("wrong",), "0/0/3": ("wrong", "right"),
+                                       "0/1/2": ("wrong",)}.items()
+                for number, outcome in enumerate(outcomes)]  # fmt: skip
+    rows = judged_steps(solutions, rollouts, hard=True)
+    assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [None, 0.0]]
 
 
 def test_continuing_greedily_gives_what_was_cut_off(solver: Solver) -> None:
