@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from src import assemble, cli, parallel, runlog
-from src.construct import steps, weak_to_strong
+from src.construct import joined, steps, weak_to_strong
 from src.construct.attempts import Enough, until_enough
 from src.construct.continuation import Schedule, Solver, branching_sampler, replayable, rollout_sampler
 from src.construct.drawing import asked_of, draw, drawn_before, grader_of
@@ -21,7 +21,14 @@ from src.construct.outcomes import outcome_rows, right_solutions
 from src.construct.pairs import mixed_pairs, pairs_from_samples, preferred_pairs
 from src.construct.problems import ErrorPlace, without_similar
 from src.data.encoding import STEP_END
-from src.data.examples import read_instruction_rows, read_pairs, read_prompts, read_samples, read_votes
+from src.data.examples import (
+    read_instruction_rows,
+    read_judged,
+    read_pairs,
+    read_prompts,
+    read_samples,
+    read_votes,
+)
 from src.errors import UserError
 from src.evaluation.coding import Coding
 from src.evaluation.evaluator import local_sampler
@@ -389,6 +396,27 @@ def process(
         save(rows, "judged solutions", "no sample is graded", samples_file, save_file, dry_run)
 
 
+def join(
+    train_file: str, save_file: str, share: float = 0.5, wrong_share: float = 0.3, seed: int = 1, dry_run: bool = False
+) -> None:
+    """Judged steps, some behind the solution of another problem, so that a verifier meets longer solutions.
+
+    A verifier of problems harder than those that it learns from needs this: their solutions have more steps.
+
+    train_file: rows of judged steps, as `process` leaves them
+    save_file: the json file to write
+    share: share of the rows that get another problem's solution in front; the others stay as they are
+    wrong_share: share of wrong ones among the solutions in front; what comes behind them counts as wrong
+    seed: seed of the choice
+    dry_run: count the rows without writing them
+    """
+    cli.check_numbers(locals())
+    rows = read_judged(train_file)
+    if not any(joined.fronts(rows)):
+        raise UserError(f"{train_file} has no judged solution of two steps or more; build it by data_build.py process")
+    save(joined.joined(rows, share, wrong_share, seed), "judged solutions", "", train_file, save_file, dry_run)
+
+
 def branch(
     ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, pairs_a_problem: int = 2,
     attempts: int = 100, temperature: float = 1.1, temperature_rise: float = 0.1, temperature_cap: float = 1.4,
@@ -494,7 +522,8 @@ def open_solver(
 COMMANDS = {
     "attempts": attempts, "pairs": pairs, "outcome": outcome, "reject": reject, "prefer": prefer, "select": select,
     "split": split, "full_weak": full_weak, "demonstrations": demonstrations, "weak_icl": weak_icl, "report": report,
-    "vote": vote, "contrast": contrast, "process": process, "branch": branch, "mix": mix,
+    "vote": vote, "contrast": contrast, "process": process, "join": join, "branch": branch,
+    "mix": mix,
 }
 
 if __name__ == "__main__":

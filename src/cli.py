@@ -122,6 +122,7 @@ NUMBERS: dict[str, Numbers] = {
     "min_lr_ratio": SHARE,
     "held_out": SHARE,
     "share": SHARE,
+    "wrong_share": SHARE,
     "min_confidence": SHARE,
     "flip_confidence": SHARE,
     "gamma": SHARE,

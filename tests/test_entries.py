@@ -286,6 +286,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "data_build select": {"train_file": "train.json", "split": "level=1-3", "save_file": "out/easy.json"},
             "data_build split": {"train_file": "train.json", "first_file": "out/a.json", "second_file": "out/b.json"},
             "data_build process": build,
+            "data_build join": {"train_file": "steps.json", "save_file": "out/joined.json"},
             "data_build branch": build,
             "verifier_train": train | {"train_file": "pairs.json"},
             "preference_train": train | {"train_file": "pairs.json"},

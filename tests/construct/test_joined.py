@@ -1,0 +1,70 @@
+"""src/construct/joined.py: another problem's solution in front, and what it makes of the labels."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import data_build
+from src.construct.joined import fronts, join, joined
+from src.data.examples import Judged, read_judged
+from src.errors import UserError
+
+RIGHT = Judged("1+1?", ["1+1=2", "#### 2"], [1.0, 1.0])
+WRONG = Judged("2+3?", ["2=2", "2+3=6", "#### 6"], [1.0, 0.0, 0.0])
+ROW = Judged("4+4?", ["4+4=8", "8=9", "#### 9"], [0.7, None, 0.0])
+
+
+def test_steps_behind_a_right_solution_keep_their_labels() -> None:
+    assert join(RIGHT, ROW) == Judged(
+        "1+1? 4+4?", ["1+1=2", "4+4=8", "8=9", "#### 9"], [1.0, 0.7, None, 0.0]
+    )
+
+
+def test_all_is_wrong_behind_a_wrong_solution() -> None:
+    assert join(WRONG, RIGHT) == Judged(
+        "2+3? 1+1?", ["2=2", "2+3=6", "1+1=2", "#### 2"], [1.0, 0.0, 0.0, 0.0]
+    )
+
+
+def test_in_front_stand_solutions_of_which_it_is_known_how_they_end() -> None:
+    outcome = Judged("5?", ["#### 5"], [1.0])  # nothing would be left of it
+    slip_at_the_end = Judged("6?", ["6=6", "#### 7"], [1.0, 0.0])  # neither: its steps are right
+    unknown = Judged("7?", ["7=7", "#### 7"], [1.0, None])
+    found = fronts([RIGHT, WRONG, outcome, slip_at_the_end, unknown, ROW])
+    assert found.right == [RIGHT] and found.wrong == [WRONG]
+
+
+def test_share_and_wrong_share_are_met() -> None:
+    rows = [
+        row._replace(instruction=f"{n} {row.instruction}") for n in range(1000) for row in (RIGHT, WRONG, ROW)
+    ]
+    made = joined(rows, share=0.6, wrong_share=0.3, seed=1)
+    assert len(made) == len(rows)
+    behind = [row for row in made if row["instruction"].count("?") == 2]
+    assert len(behind) / len(made) == pytest.approx(0.6, abs=0.03)
+    lost = [row for row in behind if "2+3?" in row["instruction"].split("? ")[0] + "?"]
+    assert len(lost) / len(behind) == pytest.approx(0.3, abs=0.03)
+    assert all(label == 0 for row in lost for label in row["labels"][1:])
+    assert joined(rows, 0.6, 0.3, seed=1) == made != joined(rows, 0.6, 0.3, seed=2)
+
+
+def test_no_row_stands_behind_its_own_problem() -> None:
+    assert joined([RIGHT, RIGHT], share=1.0, wrong_share=0.0, seed=1) == [RIGHT._asdict()] * 2
+    made = joined([RIGHT, ROW], share=1.0, wrong_share=1.0, seed=1)
+    assert made == [RIGHT._asdict(), ROW._asdict()]  # there is no wrong solution to stand in front
+
+
+def test_the_command_writes_rows_that_a_verifier_learns_from(tmp_path: Path) -> None:
+    source, target = tmp_path / "steps.json", tmp_path / "joined.json"
+    source.write_text(json.dumps([row._asdict() for row in (RIGHT, WRONG, ROW)]))
+    data_build.join(str(source), str(target), share=1.0, wrong_share=0.0)
+    rows = read_judged(str(target))
+    assert rows[1:] == [join(RIGHT, WRONG), join(RIGHT, ROW)]
+
+
+def test_outcome_rows_have_no_steps_to_join(tmp_path: Path) -> None:
+    source = tmp_path / "outcome.json"
+    source.write_text(json.dumps([{"instruction": "1+1?", "output": "2", "correct": True}]))
+    with pytest.raises(UserError, match="no judged solution of two steps or more; build it by data_b"):
+        data_build.join(str(source), str(tmp_path / "joined.json"))
