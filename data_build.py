@@ -399,12 +399,12 @@ def process(
 def join(
     train_file: str, save_file: str, share: float = 0.5, wrong_share: float = 0.3, seed: int = 1, dry_run: bool = False
 ) -> None:
-    """Judged steps, some behind the solution of another problem, so that a verifier meets longer solutions.
+    """Judged solutions, some behind that of another problem, so that a verifier meets longer ones.
 
     A verifier of problems harder than those that it learns from needs this: their solutions have more steps.
 
-    train_file: rows of judged steps, as `process` leaves them
-    save_file: the json file to write
+    train_file: judged steps, as `process` leaves them, or outcomes, as `outcome` does; paragraphs are steps
+    save_file: the json file to write, with rows of the same kind
     share: share of the rows that get another problem's solution in front; the others stay as they are
     wrong_share: share of wrong ones among the solutions in front; what comes behind them counts as wrong
     seed: seed of the choice
@@ -412,9 +412,14 @@ def join(
     """
     cli.check_numbers(locals())
     rows = read_judged(train_file)
+    outcomes = all(len(row.steps) == 1 for row in rows)
+    if outcomes:
+        rows = [joined.in_paragraphs(row) for row in rows]
     if not any(joined.fronts(rows)):
-        raise UserError(f"{train_file} has no judged solution of two steps or more; build it by data_build.py process")
-    save(joined.joined(rows, share, wrong_share, seed), "judged solutions", "", train_file, save_file, dry_run)
+        raise UserError(f"{train_file} has no solution of two steps or more to put in front; blank lines part them")
+    made = joined.joined(rows, share, wrong_share, seed)
+    written = [joined.as_outcome(row) if outcomes else row._asdict() for row in made]
+    save(written, "judged solutions", "", train_file, save_file, dry_run)
 
 
 def branch(

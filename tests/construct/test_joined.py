@@ -27,12 +27,13 @@ def test_all_is_wrong_behind_a_wrong_solution() -> None:
     )
 
 
-def test_in_front_stand_solutions_of_which_it_is_known_how_they_end() -> None:
-    outcome = Judged("5?", ["#### 5"], [1.0])  # nothing would be left of it
+def test_in_front_stand_solutions_that_are_right_or_were_lost_before_their_end() -> None:
+    short = Judged("5?", ["#### 5"], [1.0])  # nothing would be left of it
     slip_at_the_end = Judged("6?", ["6=6", "#### 7"], [1.0, 0.0])  # neither: its steps are right
     unknown = Judged("7?", ["7=7", "#### 7"], [1.0, None])
-    found = fronts([RIGHT, WRONG, outcome, slip_at_the_end, unknown, ROW])
-    assert found.right == [RIGHT] and found.wrong == [WRONG]
+    lucky = Judged("8?", ["8=9", "#### 8"], [0.0, 1.0])
+    found = fronts([RIGHT, WRONG, short, slip_at_the_end, unknown, lucky, ROW])
+    assert found.right == [RIGHT] and found.wrong == [WRONG, ROW]
 
 
 def test_share_and_wrong_share_are_met() -> None:
@@ -41,18 +42,17 @@ def test_share_and_wrong_share_are_met() -> None:
     ]
     made = joined(rows, share=0.6, wrong_share=0.3, seed=1)
     assert len(made) == len(rows)
-    behind = [row for row in made if row["instruction"].count("?") == 2]
+    behind = [row for row in made if row.instruction.count("?") == 2]
     assert len(behind) / len(made) == pytest.approx(0.6, abs=0.03)
-    lost = [row for row in behind if "2+3?" in row["instruction"].split("? ")[0] + "?"]
+    lost = [row for row in behind if not row.instruction.split("? ")[0].endswith("1+1")]
     assert len(lost) / len(behind) == pytest.approx(0.3, abs=0.03)
-    assert all(label == 0 for row in lost for label in row["labels"][1:])
+    assert all(label == 0 for row in lost for label in row.labels[-2:])
     assert joined(rows, 0.6, 0.3, seed=1) == made != joined(rows, 0.6, 0.3, seed=2)
 
 
 def test_no_row_stands_behind_its_own_problem() -> None:
-    assert joined([RIGHT, RIGHT], share=1.0, wrong_share=0.0, seed=1) == [RIGHT._asdict()] * 2
-    made = joined([RIGHT, ROW], share=1.0, wrong_share=1.0, seed=1)
-    assert made == [RIGHT._asdict(), ROW._asdict()]  # there is no wrong solution to stand in front
+    assert joined([RIGHT, RIGHT], share=1.0, wrong_share=0.0, seed=1) == [RIGHT, RIGHT]
+    assert joined([RIGHT, RIGHT], share=1.0, wrong_share=1.0, seed=1) == [RIGHT, RIGHT]  # nothing wrong to put there
 
 
 def test_the_command_writes_rows_that_a_verifier_learns_from(tmp_path: Path) -> None:
@@ -63,8 +63,23 @@ def test_the_command_writes_rows_that_a_verifier_learns_from(tmp_path: Path) -> 
     assert rows[1:] == [join(RIGHT, WRONG), join(RIGHT, ROW)]
 
 
-def test_outcome_rows_have_no_steps_to_join(tmp_path: Path) -> None:
+def test_outcomes_are_joined_by_paragraphs(tmp_path: Path) -> None:
+    source, target = tmp_path / "outcome.json", tmp_path / "joined.json"
+    rows = [{"instruction": "1+1?", "output": "1+1=2\n\n#### 2", "correct": True},
+            {"instruction": "2+3?", "output": "2=2\n\n2+3=6\n\n#### 6", "correct": False}]  # fmt: skip
+    source.write_text(json.dumps(rows))
+    data_build.join(str(source), str(target), share=1.0, wrong_share=1.0)
+    right, wrong = json.loads(target.read_text())
+    assert right == {"instruction": "2+3? 1+1?", "output": "2=2\n\n2+3=6\n\n1+1=2\n\n#### 2", "correct": False}
+    assert wrong == rows[1]
+    data_build.join(str(source), str(target), share=1.0, wrong_share=0.0)
+    right, wrong = json.loads(target.read_text())
+    assert right == rows[0]
+    assert wrong == {"instruction": "1+1? 2+3?", "output": "1+1=2\n\n2=2\n\n2+3=6\n\n#### 6", "correct": False}
+
+
+def test_solutions_of_one_step_cannot_be_joined(tmp_path: Path) -> None:
     source = tmp_path / "outcome.json"
     source.write_text(json.dumps([{"instruction": "1+1?", "output": "2", "correct": True}]))
-    with pytest.raises(UserError, match="no judged solution of two steps or more; build it by data_b"):
+    with pytest.raises(UserError, match="no solution of two steps or more to put in front; blank lines part them"):
         data_build.join(str(source), str(tmp_path / "joined.json"))
