@@ -8,10 +8,11 @@
 #   TASK=MATH BASE=llemma_7b TRAIN=dataset/MATH/train.json DEMONSTRATIONS=dataset/MATH/train.json \
 #   TEST=dataset/MATH/math500.json SAMPLES=1024 NPROC=8 JOBS=1 SEEDS=1 \
 #   SFT_FLAGS="--max_batch_size 16 --accumulation_steps 8 --lr 2e-5 --epochs 3 --max_seq_len 768" \
-#   VERIFIER_FLAGS="--max_batch_size 16 --accumulation_steps 8 --lr 2e-5 --epochs 2 --max_seq_len 1024" \
+#   VERIFIER_FLAGS="--max_batch_size 16 --accumulation_steps 8 --lr 2e-5 --epochs 2 --max_seq_len 2048" \
 #   SAMPLE_FLAGS="--max_batch_size 256 --max_new_tokens 768" bash recipes/easy_to_hard.sh
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
+source recipes/verifier_base.sh
 source recipes/improve.sh
 
 export TASK=${TASK:-toy} BASE=${BASE:-dataset/toy/base} TRAIN=${TRAIN:-dataset/toy/train.json}
@@ -21,34 +22,15 @@ is_toy=$([ "$TASK" = toy ] && echo true || echo false)
 export VERIFIER_BASE=${VERIFIER_BASE:-$RUN/$([ "$is_toy" = true ] && echo verifier-base || echo base)}
 export SAMPLES=${SAMPLES:-64} NPROC=${NPROC:-1} JOBS=${JOBS:-2}
 export SFT_FLAGS=${SFT_FLAGS:---max_batch_size 16 --lr 1e-3 --epochs 4}
-export VERIFIER_FLAGS=${VERIFIER_FLAGS:---max_batch_size 24 --packing --lr 6e-4 --warmup_ratio 0.1 --epochs 3}
-export OUTCOME_FLAGS=${OUTCOME_FLAGS:---max_batch_size 24 --packing --lr 8e-4 --warmup_ratio 0.1 --epochs 1}
+export JOIN_FLAGS=${JOIN_FLAGS:---share 0.6 --wrong_share 0.3}
+export VERIFIER_FLAGS=${VERIFIER_FLAGS:---max_batch_size 24 --packing --balance --lr 6e-4 --warmup_ratio 0.1 --epochs 2}
 export SAMPLE_FLAGS=${SAMPLE_FLAGS:---max_batch_size 512 --max_new_tokens 96}
 
-# What the toy's verifiers start from, as Llemma is what the paper's start from: a model that knows sums. The base, when it
-# has read right sums, gets two more layers and judges sums, of which half are wrong. It sees no problem, and the numbers
-# of hard problems are no larger than those of easy ones.
-make_verifier_base() {
-    local dir=$RUN/verifier-base
-    stage "right sums" $dir-sums.json python dataset/toy/make_sums.py --save_file $dir-sums.json
-    stage "the base, when it has read them" $dir-read/manifest.json \
-        python solver_train.py --ckpt_dir "$RUN/base" --save_dir $dir-read --train_file $dir-sums.json \
-        --max_batch_size 16 --lr 1e-3 --resume auto
-    stage "the same for make_deep.py" $dir-hf/manifest.json \
-        python checkpoint_split.py --ckpt_file $dir-read --save_path $dir-hf --format hf
-    stage "two layers more" $dir-deep/manifest.json \
-        python dataset/toy/make_deep.py --base_dir $dir-hf --save_dir $dir-deep --layers 6
-    stage "sums to judge" $dir-judged.json \
-        python dataset/toy/make_sums.py --save_file $dir-judged.json --judged --rows 45000
-    stage "the verifiers' base, when it has judged them" $dir/manifest.json \
-        python verifier_train.py --ckpt_dir $dir-deep --save_dir $dir --train_file $dir-judged.json \
-        --objective process --held_out 0.01 --max_batch_size 32 --lr 1e-3 --resume auto
-}
+sample() { many solver_evaluate.py --task "$TASK" $SAMPLE_FLAGS --seed "$seed" "$@"; }
 
-# All stages of one seed: a solver of its own, its samples, their labels, three verifiers, and what these choose.
-run_seed() {
-    local seed=$1 dir=$RUN/seed-$1 name files flags
-    sample() { many solver_evaluate.py --task "$TASK" $SAMPLE_FLAGS --seed "$seed" "$@"; }
+# solver SEED: a solver of its own, its samples, and their labels
+solver() {
+    local seed=$1 dir=$RUN/seed-$1 kind
     stage "seed $seed: fine-tune a solver on easy demonstrations" $dir/solver/manifest.json \
         many solver_train.py --ckpt_dir "$RUN/base" --save_dir $dir/solver --train_file "$RUN/demonstrations.json" \
         $SFT_FLAGS --resume auto --seed "$seed"
@@ -61,32 +43,35 @@ run_seed() {
         many data_build.py process --ckpt_dir $dir/solver --task "$TASK" --samples_file $dir/easy/samples.jsonl \
         --log_dir $dir/rollouts --save_file $dir/steps.json --solutions_a_problem 8 --rollouts 8 --temperature 0.85 \
         $SAMPLE_FLAGS --seed "$seed"
+    for kind in steps outcome; do
+        stage "seed $seed: two problems as one, for solutions as long as hard ones, $kind" $dir/long-$kind.json \
+            python data_build.py join --train_file $dir/$kind.json --save_file $dir/long-$kind.json $JOIN_FLAGS \
+            --seed "$seed"
+    done
     stage "seed $seed: greedy answers to hard problems" $dir/greedy/results.json \
         sample --ckpt_dir $dir/solver --label_file "$TEST" --split "$HARD" --log_dir $dir/greedy
     stage "seed $seed: $SAMPLES samples of each hard problem" $dir/hard/results.json \
         sample --ckpt_dir $dir/solver --label_file "$TEST" --split "$HARD" --log_dir $dir/hard \
         --num_samples "$SAMPLES" --temperature 0.7 --top_k 20
-    for name in process outcome mixed; do
-        flags=$VERIFIER_FLAGS
-        case $name in
-            process) files="--objective process --train_file $dir/steps.json" ;;
-            outcome) files="--objective outcome --train_file $dir/outcome.json" flags=$OUTCOME_FLAGS ;;
-            mixed) files="--objective process --train_file $dir/steps.json $dir/outcome.json" ;;
-        esac
-        stage "seed $seed: train the $name verifier" $dir/$name/manifest.json \
-            many verifier_train.py --ckpt_dir "$VERIFIER_BASE" --save_dir $dir/$name $files $flags \
-            --resume auto --seed "$seed"
-        stage "seed $seed: score the samples of hard problems, $name" $dir/$name-hard/results.json \
-            many verifier_evaluate.py --task "$TASK" --ckpt_dir $dir/$name --samples_file $dir/hard/samples.jsonl \
-            --label_file "$TEST" --split "$HARD" --log_dir $dir/$name-hard --max_batch_size 256
-    done
-    [ -z "$IMPROVE" ] || improve "$seed"
 }
 
-if [ "${1:-}" = "--seed" ]; then
-    run_seed "$2"
-    exit
-fi
+# verifier SEED process|outcome|mixed: learns from the labels, and scores what it will be asked to choose among
+verifier() {
+    local seed=$1 name=$2 dir=$RUN/seed-$1 files
+    case $name in
+        process) files="--objective process --train_file $dir/long-steps.json" ;;
+        outcome) files="--objective outcome --train_file $dir/long-outcome.json" ;;
+        mixed) files="--objective process --train_file $dir/long-steps.json $dir/long-outcome.json" ;;
+    esac
+    stage "seed $seed: train the $name verifier" $dir/$name/manifest.json \
+        many verifier_train.py --ckpt_dir "$VERIFIER_BASE" --save_dir $dir/$name $files $VERIFIER_FLAGS \
+        --resume auto --seed "$seed"
+    stage "seed $seed: score the samples of hard problems, $name" $dir/$name-hard/results.json \
+        many verifier_evaluate.py --task "$TASK" --ckpt_dir $dir/$name --samples_file $dir/hard/samples.jsonl \
+        --label_file "$TEST" --split "$HARD" --log_dir $dir/$name-hard --max_batch_size 256
+}
+
+started_as_job "$@"
 [ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
 [ "${1:-}" = "--improve" ] && choose_method "${2:-}"
 mkdir -p "$RUN"
@@ -94,7 +79,14 @@ stage "the base checkpoint" $RUN/base/manifest.json \
     python checkpoint_split.py --ckpt_file "$BASE" --save_path "$RUN/base" --n "$NPROC"
 stage "easy demonstrations" $RUN/demonstrations.json \
     python data_build.py select --train_file "$DEMONSTRATIONS" --split "$EASY" --save_file "$RUN/demonstrations.json"
-[ "$VERIFIER_BASE" = "$RUN/verifier-base" ] && make_verifier_base
-echo $SEEDS | xargs -n 1 -P "$JOBS" bash "$0" --seed
+solvers=() verifiers=()
+for seed in $SEEDS; do
+    solvers+=("solver $seed")
+    for name in mixed process outcome; do verifiers+=("verifier $seed $name"); done
+done
+[ "$VERIFIER_BASE" = "$RUN/verifier-base" ] && solvers=("verifier_base $VERIFIER_BASE" "${solvers[@]}")
+at_once "${solvers[@]}"
+at_once "${verifiers[@]}"
+[ -z "$IMPROVE" ] || for_each_seed improve
 python recipes/easy_to_hard_table.py --run_dir "$RUN" --seeds "${SEEDS// /,}" --toy "$is_toy"
 [ -z "$IMPROVE" ] || improved_table

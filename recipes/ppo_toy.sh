@@ -5,8 +5,9 @@
 # and a run that was stopped goes on from its last checkpoint. SEEDS="1 2 3" and JOBS=2 runs at once by default.
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
+source recipes/verifier_base.sh
 
-export VERIFIER_FLAGS=${VERIFIER_FLAGS:---max_batch_size 32 --lr 1e-3 --warmup_ratio 0.1 --epochs 2}
+export VERIFIER_FLAGS=${VERIFIER_FLAGS:---max_batch_size 32 --packing --balance --lr 6e-4 --warmup_ratio 0.1 --epochs 2}
 export TOY=dataset/toy RUN=${RUN:-runs/ppo_toy} SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-2}
 sample() { python solver_evaluate.py --task toy --max_batch_size 512 --max_new_tokens 96 "$@"; }
 
@@ -35,19 +36,19 @@ judged() {
         "--kl_coef 0.03"
 }
 
-# judge SEED OBJECTIVE FILE: a verifier, and what it makes of samples of problems held back
+# judge SEED NAME OBJECTIVE FILE BASE: a verifier, and what it makes of samples of problems held back
 judge() {
-    local seed=$1 name=$2 dir=$RUN/seed-$1
+    local seed=$1 name=$2 objective=$3 file=$4 base=$5 dir=$RUN/seed-$1
     stage "seed $seed: train the $name verifier" "$dir/$name/manifest.json" \
-        python verifier_train.py --objective "$name" --ckpt_dir "$RUN/base" --save_dir "$dir/$name" --train_file "$3" \
-        $VERIFIER_FLAGS --seed "$seed"
+        python verifier_train.py --objective "$objective" --ckpt_dir "$base" --save_dir "$dir/$name" \
+        --train_file "$file" $VERIFIER_FLAGS --resume auto --seed "$seed"
     stage "seed $seed: test the $name verifier" "$dir/$name-held/results.json" \
         python verifier_evaluate.py --task toy --ckpt_dir "$dir/$name" --samples_file "$dir/held/samples.jsonl" \
         --label_file "$RUN/held.json" --log_dir "$dir/$name-held" --max_batch_size 256
 }
 
-# All stages of one seed.
-run_seed() {
+# solver SEED: the policy that all arms of a seed start from, and what its verifiers learn from
+solver() {
     local seed=$1 dir=$RUN/seed-$1
     stage "seed $seed: fine-tune a solver on 200 demonstrations" "$dir/sft/manifest.json" \
         python solver_train.py --ckpt_dir "$RUN/base" --save_dir "$dir/sft" --train_file $TOY/demonstrations.json \
@@ -63,26 +64,30 @@ run_seed() {
     stage "seed $seed: judge the samples by their answers and by their steps" "$dir/steps.json" \
         python recipes/judge_toy_samples.py --samples_file "$dir/samples/samples.jsonl" \
         --outcome_file "$dir/outcome.json" --steps_file "$dir/steps.json" --seed "$seed"
-    judge "$seed" outcome "$dir/outcome.json"
-    judge "$seed" process "$dir/steps.json"
-    learn "$seed" ppo-rule --reward rule --kl_coef 0.01 $(critic "$seed" ppo-rule)
-    learn "$seed" ppo-outcome $(judged "$seed" ppo-outcome "$dir/outcome")
-    learn "$seed" ppo-process $(judged "$seed" ppo-process "$dir/process")
-    learn "$seed" grpo --reward rule --kl_coef 0.01 --advantage grpo --group_size 8
-    [ "$seed" = "${SEEDS%% *}" ] || return 0
-    stage "the same outcomes with right and wrong exchanged" "$dir/inverted.json" \
-        python recipes/invert_outcomes.py --train_file "$dir/outcome.json" --save_file "$dir/inverted.json"
-    stage "train a bad verifier on them" "$dir/inverted/manifest.json" \
-        python verifier_train.py --objective outcome --ckpt_dir "$RUN/base" --save_dir "$dir/inverted" \
-        --train_file "$dir/inverted.json" $VERIFIER_FLAGS --seed "$seed"
-    learn "$seed" ppo-bad $(critic "$seed" ppo-bad) --reward verifier,rule --reward_weights 1,0 --kl_coef 0 \
-        --reward_model_ckpt_dir "$dir/inverted"
 }
 
-if [ "${1:-}" = "--seed" ]; then
-    run_seed "$2"
-    exit
-fi
+# arm NAME SEED: one way to reinforce it
+arm() {
+    local name=$1 seed=$2 dir=$RUN/seed-$2
+    case $name in
+        ppo-rule) learn "$seed" ppo-rule --reward rule --kl_coef 0.01 $(critic "$seed" ppo-rule) ;;
+        grpo) learn "$seed" grpo --reward rule --kl_coef 0.01 --advantage grpo --group_size 8 ;;
+        ppo-outcome)
+            judge "$seed" outcome outcome "$dir/outcome.json" "$RUN/verifier-base"
+            learn "$seed" ppo-outcome $(judged "$seed" ppo-outcome "$dir/outcome") ;;
+        ppo-process)
+            judge "$seed" process process "$dir/steps.json" "$RUN/verifier-base"
+            learn "$seed" ppo-process $(judged "$seed" ppo-process "$dir/process") ;;
+        ppo-bad)
+            stage "the same outcomes with right and wrong exchanged" "$dir/inverted.json" \
+                python recipes/invert_outcomes.py --train_file "$dir/outcome.json" --save_file "$dir/inverted.json"
+            judge "$seed" inverted outcome "$dir/inverted.json" "$RUN/base"
+            learn "$seed" ppo-bad $(critic "$seed" ppo-bad) --reward verifier,rule --reward_weights 1,0 --kl_coef 0 \
+                --reward_model_ckpt_dir "$dir/inverted" ;;
+    esac
+}
+
+started_as_job "$@"
 [ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
 mkdir -p "$RUN"
 stage "the base checkpoint" "$RUN/base/manifest.json" \
@@ -90,5 +95,11 @@ stage "the base checkpoint" "$RUN/base/manifest.json" \
 stage "hold problems back" "$RUN/held.json" \
     python data_build.py split --train_file $TOY/train.json --first_file "$RUN/train.json" --second_file "$RUN/held.json" \
     --share 0.95
-echo $SEEDS | xargs -n 1 -P "$JOBS" bash "$0" --seed
+solvers=("verifier_base $RUN/verifier-base") arms=()
+for seed in $SEEDS; do solvers+=("solver $seed"); done
+for name in ppo-outcome ppo-process ppo-rule grpo; do # the longest first
+    for seed in $SEEDS; do arms+=("arm $name $seed"); done
+done
+at_once "${solvers[@]}"
+at_once "${arms[@]}" "arm ppo-bad ${SEEDS%% *}"
 python recipes/ppo_toy_table.py --run_dir "$RUN" --seeds "${SEEDS// /,}"

@@ -8,3 +8,21 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
 many() {
     if [ "$NPROC" -gt 1 ]; then torchrun --standalone --nproc_per_node "$NPROC" "$@"; else python "$@"; fi
 }
+
+# at_once JOB...: functions of the recipe with their arguments, JOBS of them at a time, each in a shell of its own
+at_once() { printf '%s\n' "$@" | xargs -L 1 -P "$JOBS" bash "recipes/$(basename "$0")" --job; }
+
+# for_each_seed JOB: the same of all SEEDS
+for_each_seed() {
+    local seed jobs=()
+    for seed in $SEEDS; do jobs+=("$1 $seed"); done
+    at_once "${jobs[@]}"
+}
+
+# started_as_job ARGUMENTS: do that job and end, if the recipe was started by at_once
+started_as_job() {
+    [ "${1:-}" = "--job" ] || return 0
+    shift
+    "$@"
+    exit
+}

@@ -79,10 +79,7 @@ run_seed() {
     prefer scdpo "$run/mix.json"
 }
 
-if [ "${1:-}" = "--seed" ]; then
-    run_seed "$2"
-    exit
-fi
+started_as_job "$@"
 [ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
 mkdir -p "$RUN"
 if [ -z "$SOLVER" ]; then
@@ -92,7 +89,7 @@ if [ -z "$SOLVER" ]; then
         python checkpoint_split.py --ckpt_file dataset/toy/base --save_path "$RUN/base" --n 1 \
         --code_tokens "$([ "$FORM" = code ] && echo true || echo false)"
 fi
-echo $SEEDS | xargs -n 1 -P "$JOBS" bash recipes/step_controlled_dpo.sh --seed
+for_each_seed run_seed
 python recipes/seeds_table.py --run_dir "$RUN" --claim scdpo --baseline sft --rows sft dpo scdpo \
     --names "fine-tuned solver" "DPO on ordinary pairs" "DPO with step-controlled pairs"
 [ -z "$STEPS" ] || python recipes/credit_table.py --run_dir "$RUN" --rows dpo scdpo \

@@ -114,10 +114,7 @@ run_seed() {
     test_on ceiling "$run/ceiling"
 }
 
-if [ "${1:-}" = "--seed" ]; then
-    run_seed "$2"
-    exit
-fi
+started_as_job "$@"
 [ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
 mkdir -p "$RUN"
 if [ "$TASK" = toy ]; then
@@ -131,7 +128,7 @@ if [ "$TASK" = toy ]; then
         python solver_train.py --ckpt_dir "$RUN/base" --save_dir "$RUN/strong-base" --train_file "$RUN/sums.json" \
         --max_batch_size 16 --lr 1e-3
 fi
-echo $SEEDS | xargs -n 1 -P "$JOBS" bash recipes/weak_to_strong.sh --seed
+for_each_seed run_seed
 python recipes/seeds_table.py --run_dir "$RUN" --floor weak --ceiling ceiling --claim pro --baseline full-weak \
     --rows weak full-weak plus pro ceiling --names "weak model" "full weak fine-tuning" "stage I: agreement" \
     "stage II: preferences" "strong ceiling: gold"
