@@ -365,7 +365,8 @@ def process(
     log_dir: directory for the rollouts, samples.jsonl and results.json
     save_file: the json file to write
     rollouts: samples from behind each step
-    label: hard = does any rollout come out right; soft = the share of those that do
+    label: hard = is a way on known that comes out right: a rollout from here or a later step, or a solution;
+        soft = the share of the step's own rollouts that do
     solutions_a_problem: most solutions of one problem
     temperature: of the rollouts
     max_new_tokens: longest rollout
@@ -403,7 +404,7 @@ def join(
 
     A verifier of problems harder than those that it learns from needs this: their solutions have more steps.
 
-    train_file: judged steps, as `process` leaves them, or outcomes, as `outcome` does; paragraphs are steps
+    train_file: judged steps, as `process` leaves them, or outcomes, as `outcome` does
     save_file: the json file to write, with rows of the same kind
     share: share of the rows that get another problem's solution in front; the others stay as they are
     wrong_share: share of wrong ones among the solutions in front; what comes behind them counts as wrong
@@ -411,14 +412,9 @@ def join(
     dry_run: count the rows without writing them
     """
     cli.check_numbers(locals())
-    rows = read_judged(train_file)
-    outcomes = all(len(row.steps) == 1 for row in rows)
-    if outcomes:
-        rows = [joined.in_paragraphs(row) for row in rows]
-    if not any(joined.fronts(rows)):
-        raise UserError(f"{train_file} has no solution of two steps or more to put in front; blank lines part them")
+    rows, in_steps = read_judged(train_file), "steps" in read_instruction_rows(train_file)[0]
     made = joined.joined(rows, share, wrong_share, seed)
-    written = [joined.as_outcome(row) if outcomes else row._asdict() for row in made]
+    written = [row._asdict() if in_steps else joined.as_outcome(row) for row in made]
     save(written, "judged solutions", "", train_file, save_file, dry_run)
 
 

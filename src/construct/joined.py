@@ -4,71 +4,83 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from src.data.encoding import STEP_END, split_steps
+from src.data.encoding import STEP_END
 from src.data.examples import Judged
+from src.errors import UserError
 
 Row = dict[str, object]
 
 
 class Fronts(NamedTuple):
-    """Judged solutions that may stand in front of another, by how they end."""
+    """Judged solutions that may stand in front of another, by whether the way they went was right."""
 
     right: list[Judged]
     wrong: list[Judged]
 
 
 def fronts(rows: Sequence[Judged]) -> Fronts:
-    """Those of the rows that have steps before their last one and that are right, or were lost before it.
+    """The rows that are right to their end, and those with a mistake that they did not get out of by luck.
 
     A label of at least one half is right.
     """
-    long = [row for row in rows if len(row.steps) > 1]
-    right = [row for row in long if row.labels[-1] is not None and not any(map(_is_wrong, row.labels))]
-    wrong = [row for row in long if _is_wrong(row.labels[-1]) and (row.labels[-2] or 0) < 0.5]
+    right = [row for row in rows if not _lost(row) and row.labels[-1] is not None]
+    wrong = [row for row in rows if _lost(row) and (row.labels[-1] or 0) < 0.5]
     return Fronts(right, wrong)
 
 
 def joined(rows: Sequence[Judged], share: float, wrong_share: float, seed: int) -> list[Judged]:
     """The rows, a share of them behind a solution of another problem.
 
-    A verifier that has seen short solutions alone takes "late" for "wrong". Behind another solution, which loses its
-    last step, the answer, every step comes late. Of the solutions in front wrong_share are wrong, and then all that
-    comes behind is wrong, too: without these, a verifier learns to forgive what lies far back. A kind of front that
-    the rows lack is left out, and so is one of the row's own problem.
+    A verifier that has seen short solutions alone takes "late" for "wrong". Behind another solution every step comes
+    late. Of the solutions in front wrong_share are wrong, and then all that comes behind is wrong, too: without these,
+    a verifier learns to forgive what lies far back. A row that meets its own problem stays as it is.
+
+    Raises UserError where the rows have none of a kind that is asked for.
     """
     generator = random.Random(seed)
     chosen = fronts(rows)
+    for kind, solutions, asked in (("right", chosen.right, wrong_share < 1), ("wrong", chosen.wrong, wrong_share > 0)):
+        if asked and not solutions:
+            raise UserError(
+                f"no {kind} solution to put in front of others; set --wrong_share {int(kind == 'right')}, or judge more"
+            )
     made = []
     for row in rows:
-        kind = chosen.wrong if generator.random() < wrong_share else chosen.right
-        front = generator.choice(kind) if kind and generator.random() < share else row
-        made.append(row if front.instruction == row.instruction else join(front, row))
+        front = generator.choice(chosen.wrong if generator.random() < wrong_share else chosen.right)
+        stays = generator.random() >= share or front.instruction == row.instruction
+        made.append(row if stays else join(front, row))
     return made
 
 
 def join(front: Judged, row: Judged) -> Judged:
-    """Both problems as one instruction, the steps of both without the first's answer; wrong stays wrong."""
-    lost = _is_wrong(front.labels[-1])
+    """Both problems as one instruction, the steps of both; wrong stays wrong."""
+    before = _without_answer(front)
     return Judged(
         f"{front.instruction} {row.instruction}",
-        [*front.steps[:-1], *row.steps],
-        [*front.labels[:-1], *([0.0] * len(row.labels) if lost else row.labels)],
+        [*before.steps, *row.steps],
+        [*before.labels, *([0.0] * len(row.labels) if _lost(front) else row.labels)],
     )
 
 
-def in_paragraphs(row: Judged) -> Judged:
-    """An outcome row, whose solution is one step, with its paragraphs as steps; only the last has a label."""
-    steps = split_steps(row.steps[0])
-    return Judged(row.instruction, steps, [None] * (len(steps) - 1) + row.labels)
-
-
 def as_outcome(row: Judged) -> Row:
-    """What `in_paragraphs` took apart, as a row `{"instruction", "output", "correct"}`."""
+    """The solution, whatever steps it was joined from, as a row `{"instruction", "output", "correct"}`."""
     return {
         "instruction": row.instruction,
         "output": STEP_END.join(row.steps),
         "correct": row.labels[-1] == 1.0,
     }
+
+
+def _without_answer(row: Judged) -> Judged:
+    """A solution without its last step, unless that is all there is, or the first that is wrong."""
+    if len(row.steps) == 1 or (_lost(row) and not any(map(_is_wrong, row.labels[:-1]))):
+        return row
+    return Judged(row.instruction, row.steps[:-1], row.labels[:-1])
+
+
+def _lost(row: Judged) -> bool:
+    """Whether a step is known to be wrong."""
+    return any(map(_is_wrong, row.labels))
 
 
 def _is_wrong(label: float | None) -> bool:

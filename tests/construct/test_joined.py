@@ -27,12 +27,18 @@ def test_all_is_wrong_behind_a_wrong_solution() -> None:
     )
 
 
-def test_in_front_stand_solutions_that_are_right_or_were_lost_before_their_end() -> None:
-    short = Judged("5?", ["#### 5"], [1.0])  # nothing would be left of it
-    slip_at_the_end = Judged("6?", ["6=6", "#### 7"], [1.0, 0.0])  # neither: its steps are right
+def test_a_solution_that_is_wrong_in_its_last_step_keeps_it() -> None:
+    """PRM800K's rows end with the first mistake, and of an alternative step only that one is judged."""
+    ended = Judged("6?", ["6=6", "6=7"], [1.0, 0.0])
+    assert join(ended, RIGHT) == Judged("6? 1+1?", ["6=6", "6=7", "1+1=2", "#### 2"], [1.0, 0.0, 0.0, 0.0])
+    alternative = Judged("6?", ["6=6", "6=7"], [None, 0.0])
+    assert join(alternative, RIGHT).labels == [None, 0.0, 0.0, 0.0]
+
+
+def test_in_front_stand_right_solutions_and_lost_ones() -> None:
     unknown = Judged("7?", ["7=7", "#### 7"], [1.0, None])
     lucky = Judged("8?", ["8=9", "#### 8"], [0.0, 1.0])
-    found = fronts([RIGHT, WRONG, short, slip_at_the_end, unknown, lucky, ROW])
+    found = fronts([RIGHT, WRONG, unknown, lucky, ROW])
     assert found.right == [RIGHT] and found.wrong == [WRONG, ROW]
 
 
@@ -52,7 +58,13 @@ def test_share_and_wrong_share_are_met() -> None:
 
 def test_no_row_stands_behind_its_own_problem() -> None:
     assert joined([RIGHT, RIGHT], share=1.0, wrong_share=0.0, seed=1) == [RIGHT, RIGHT]
-    assert joined([RIGHT, RIGHT], share=1.0, wrong_share=1.0, seed=1) == [RIGHT, RIGHT]  # nothing wrong to put there
+
+
+def test_a_kind_that_is_asked_for_must_be_there() -> None:
+    with pytest.raises(UserError, match="no wrong solution to put in front of others; set --wrong_share 0"):
+        joined([RIGHT], share=0.5, wrong_share=0.3, seed=1)
+    with pytest.raises(UserError, match="no right solution to put in front of others; set --wrong_share 1"):
+        joined([WRONG, ROW], share=0.5, wrong_share=0.3, seed=1)
 
 
 def test_the_command_writes_rows_that_a_verifier_learns_from(tmp_path: Path) -> None:
@@ -63,23 +75,24 @@ def test_the_command_writes_rows_that_a_verifier_learns_from(tmp_path: Path) -> 
     assert rows[1:] == [join(RIGHT, WRONG), join(RIGHT, ROW)]
 
 
-def test_outcomes_are_joined_by_paragraphs(tmp_path: Path) -> None:
+def test_outcomes_are_joined_whole(tmp_path: Path) -> None:
     source, target = tmp_path / "outcome.json", tmp_path / "joined.json"
-    rows = [{"instruction": "1+1?", "output": "1+1=2\n\n#### 2", "correct": True},
-            {"instruction": "2+3?", "output": "2=2\n\n2+3=6\n\n#### 6", "correct": False}]  # fmt: skip
+    rows = [{"instruction": "1+1?", "output": "1+1=2\n\n\n#### 2", "correct": True},
+            {"instruction": "2+3?", "output": "2+3=6\n\n#### 6", "correct": False}]  # fmt: skip
     source.write_text(json.dumps(rows))
     data_build.join(str(source), str(target), share=1.0, wrong_share=1.0)
     right, wrong = json.loads(target.read_text())
-    assert right == {"instruction": "2+3? 1+1?", "output": "2=2\n\n2+3=6\n\n1+1=2\n\n#### 2", "correct": False}
-    assert wrong == rows[1]
+    text = "2+3=6\n\n#### 6\n\n1+1=2\n\n\n#### 2"
+    assert right == {"instruction": "2+3? 1+1?", "output": text, "correct": False} and wrong == rows[1]
     data_build.join(str(source), str(target), share=1.0, wrong_share=0.0)
     right, wrong = json.loads(target.read_text())
-    assert right == rows[0]
-    assert wrong == {"instruction": "1+1? 2+3?", "output": "1+1=2\n\n2=2\n\n2+3=6\n\n#### 6", "correct": False}
+    text = "1+1=2\n\n\n#### 2\n\n2+3=6\n\n#### 6"
+    assert wrong == {"instruction": "1+1? 2+3?", "output": text, "correct": False} and right == rows[0]
 
 
-def test_solutions_of_one_step_cannot_be_joined(tmp_path: Path) -> None:
-    source = tmp_path / "outcome.json"
-    source.write_text(json.dumps([{"instruction": "1+1?", "output": "2", "correct": True}]))
-    with pytest.raises(UserError, match="no solution of two steps or more to put in front; blank lines part them"):
-        data_build.join(str(source), str(tmp_path / "joined.json"))
+def test_judged_steps_stay_so_even_when_each_solution_has_one(tmp_path: Path) -> None:
+    source, target = tmp_path / "steps.json", tmp_path / "joined.json"
+    rows = [{"instruction": f"{n}?", "steps": [f"{n}"], "labels": [0.7]} for n in range(2)]
+    source.write_text(json.dumps(rows))
+    data_build.join(str(source), str(target), share=0.0, wrong_share=0.0)
+    assert json.loads(target.read_text()) == rows
