@@ -78,7 +78,7 @@ class TrainLoop:
             {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], lr)
+        self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], lr, adam_eps)
         self._watchdog = watchdog.of_process()
         self._seed_step()
 

@@ -44,17 +44,19 @@ class Deferred(Mapping[str, Tensor]):
 class AdamW:
     """AdamW over groups of parameters; its moments are read and set as float32 tensors, whatever they are held in."""
 
-    def __init__(self, name: OptimizerName, groups: Sequence[Mapping[str, object]], lr: float) -> None:
+    def __init__(
+        self, name: OptimizerName, groups: Sequence[Mapping[str, object]], lr: float, eps: float = 1e-8
+    ) -> None:
         """groups: parameters with their weight_decay, as torch's optimizers take them. Raises UserError."""
         if name == "adamw":
-            self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+            self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=eps, fused=True)
         else:
             check_available(name)
             # it reports libraries for other devices that it cannot load
             logging.getLogger("torchao").setLevel(logging.ERROR)
             from torchao.optim import AdamW8bit
 
-            self._optimizer = AdamW8bit(groups, lr=lr, betas=BETAS)
+            self._optimizer = AdamW8bit(groups, lr=lr, betas=BETAS, eps=eps)
         self._in_8_bits = name == "adamw_8bit"
 
     def step(self, lr: float) -> None:

@@ -111,12 +111,14 @@ def test_five_bad_steps_in_a_row_end_the_run(folders: Folders, tmp_path: Path) -
 
 
 def test_adamw_equals_torch_on_transformers_model(folders: Folders, tmp_path: Path) -> None:
-    steps, lr, decay, limit = 50, 1e-3, 0.1, 1.0
-    loop = make_loop(folders.one, tmp_path, lr=lr, total_steps=steps, weight_decay=decay, warmup_ratio=0.3)
+    steps, lr, decay, limit, eps = 50, 1e-3, 0.1, 1.0, 1e-4
+    loop = make_loop(
+        folders.one, tmp_path, lr=lr, total_steps=steps, weight_decay=decay, warmup_ratio=0.3, adam_eps=eps
+    )
     model = hf_model(folders.hf)
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) is flat] for flat in (True, False))
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps)
     for step in range(steps):
         loop.backward(sft_loss(loop.model, batch(), n_supervised([batch()])))
         report = loop.step()
