@@ -43,10 +43,18 @@ solver() {
         many data_build.py process --ckpt_dir $dir/solver --task "$TASK" --samples_file $dir/easy/samples.jsonl \
         --log_dir $dir/rollouts --save_file $dir/steps.json --solutions_a_problem 8 --rollouts 8 --temperature 0.85 \
         $SAMPLE_FLAGS --seed "$seed"
+    # problems to test a verifier on are kept apart before two problems become one
+    stage "seed $seed: hold some problems' steps back" $dir/steps-held.json \
+        python data_build.py split --train_file $dir/steps.json --first_file $dir/steps-learnt.json \
+        --second_file $dir/steps-held.json --share 0.9 --seed "$seed"
+    stage "seed $seed: and some problems' outcomes" $dir/outcome-held.json \
+        python data_build.py split --train_file $dir/outcome.json --first_file $dir/outcome-learnt.json \
+        --second_file $dir/outcome-held.json --share 0.9 --test_file $dir/steps-held.json --allow_overlap \
+        --seed "$seed"
     for kind in steps outcome; do
-        stage "seed $seed: two problems as one, for solutions as long as hard ones, $kind" $dir/long-$kind.json \
-            python data_build.py join --train_file $dir/$kind.json --save_file $dir/long-$kind.json $JOIN_FLAGS \
-            --seed "$seed"
+        stage "seed $seed: two problems as one, for solutions as long as hard ones, $kind" $dir/$kind-joined.json \
+            python data_build.py join --train_file $dir/$kind-learnt.json --save_file $dir/$kind-joined.json \
+            $JOIN_FLAGS --seed "$seed"
     done
     stage "seed $seed: greedy answers to hard problems" $dir/greedy/results.json \
         sample --ckpt_dir $dir/solver --label_file "$TEST" --split "$HARD" --log_dir $dir/greedy
@@ -59,9 +67,10 @@ solver() {
 verifier() {
     local seed=$1 name=$2 dir=$RUN/seed-$1 files
     case $name in
-        process) files="--objective process --train_file $dir/long-steps.json" ;;
-        outcome) files="--objective outcome --train_file $dir/long-outcome.json" ;;
-        mixed) files="--objective process --train_file $dir/long-steps.json $dir/long-outcome.json" ;;
+        process) files="--objective process --train_file $dir/steps-joined.json --label_file $dir/steps-held.json" ;;
+        outcome) files="--objective outcome --train_file $dir/outcome-joined.json --label_file $dir/outcome-held.json" ;;
+        mixed) files="--objective process --train_file $dir/steps-joined.json $dir/outcome-joined.json \
+            --label_file $dir/steps-held.json" ;;
     esac
     stage "seed $seed: train the $name verifier" $dir/$name/manifest.json \
         many verifier_train.py --ckpt_dir "$VERIFIER_BASE" --save_dir $dir/$name $files $VERIFIER_FLAGS \
@@ -84,7 +93,7 @@ for seed in $SEEDS; do
     solvers+=("solver $seed")
     for name in mixed process outcome; do verifiers+=("verifier $seed $name"); done
 done
-[ "$VERIFIER_BASE" = "$RUN/verifier-base" ] && solvers=("verifier_base $VERIFIER_BASE" "${solvers[@]}")
+[ "$VERIFIER_BASE" = "$RUN/verifier-base" ] && solvers=(verifier_base "${solvers[@]}")
 at_once "${solvers[@]}"
 at_once "${verifiers[@]}"
 [ -z "$IMPROVE" ] || for_each_seed improve

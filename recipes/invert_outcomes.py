@@ -12,6 +12,7 @@ sys.path.insert(
 )  # a script's own folder is on the path, the repository is not
 
 from src import cli  # noqa: E402
+from src.construct.files import write  # noqa: E402
 
 
 def main(train_file: str, save_file: str) -> None:
@@ -22,7 +23,7 @@ def main(train_file: str, save_file: str) -> None:
     """
     rows = json.loads(Path(train_file).read_text(encoding="utf-8"))
     inverted = [row | {"correct": not row["correct"]} for row in rows]
-    Path(save_file).write_text(json.dumps(inverted), encoding="utf-8")
+    write(json.dumps(inverted), save_file)
 
 
 if __name__ == "__main__":

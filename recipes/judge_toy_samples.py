@@ -19,6 +19,7 @@ sys.path.insert(
 from dataset.toy.generate import read_step  # noqa: E402
 from recipes.easy_to_hard_table import toy_problems, truths  # noqa: E402
 from src import cli, runlog  # noqa: E402
+from src.construct.files import write  # noqa: E402
 from src.construct.outcomes import outcome_rows  # noqa: E402
 from src.construct.problems import by_problem  # noqa: E402
 from src.data.encoding import STEP_END, split_steps  # noqa: E402
@@ -79,7 +80,7 @@ def main(
         (outcome_file, outcome_rows(samples, max_ratio=3.0, rows_a_problem=32, seed=seed)),
         (steps_file, step_rows(samples, seed)),
     ):
-        Path(path).write_text(json.dumps(found[:rows]), encoding="utf-8")
+        write(json.dumps(found[:rows]), path)
         runlog.table(f"{min(rows, len(found))} of {len(found)} judged solutions in {path}")
 
 

@@ -9,6 +9,7 @@ source recipes/verifier_base.sh
 
 export VERIFIER_FLAGS=${VERIFIER_FLAGS:---max_batch_size 32 --packing --balance --lr 6e-4 --warmup_ratio 0.1 --epochs 2}
 export TOY=dataset/toy RUN=${RUN:-runs/ppo_toy} SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-2}
+export VERIFIER_BASE=${VERIFIER_BASE:-$RUN/verifier-base}
 sample() { python solver_evaluate.py --task toy --max_batch_size 512 --max_new_tokens 96 "$@"; }
 
 # learn SEED NAME FLAG...: a policy from this seed's solver, and its accuracy
@@ -52,7 +53,7 @@ solver() {
     local seed=$1 dir=$RUN/seed-$1
     stage "seed $seed: fine-tune a solver on 200 demonstrations" "$dir/sft/manifest.json" \
         python solver_train.py --ckpt_dir "$RUN/base" --save_dir "$dir/sft" --train_file $TOY/demonstrations.json \
-        --max_batch_size 16 --lr 1e-3 --epochs 4 --seed "$seed"
+        --max_batch_size 16 --lr 1e-3 --epochs 4 --resume auto --seed "$seed"
     stage "seed $seed: evaluate it" "$dir/sft-test/results.json" \
         sample --ckpt_dir "$dir/sft" --label_file $TOY/test.json --log_dir "$dir/sft-test"
     stage "seed $seed: six samples of each training problem" "$dir/samples/results.json" \
@@ -73,10 +74,10 @@ arm() {
         ppo-rule) learn "$seed" ppo-rule --reward rule --kl_coef 0.01 $(critic "$seed" ppo-rule) ;;
         grpo) learn "$seed" grpo --reward rule --kl_coef 0.01 --advantage grpo --group_size 8 ;;
         ppo-outcome)
-            judge "$seed" outcome outcome "$dir/outcome.json" "$RUN/verifier-base"
+            judge "$seed" outcome outcome "$dir/outcome.json" "$VERIFIER_BASE"
             learn "$seed" ppo-outcome $(judged "$seed" ppo-outcome "$dir/outcome") ;;
         ppo-process)
-            judge "$seed" process process "$dir/steps.json" "$RUN/verifier-base"
+            judge "$seed" process process "$dir/steps.json" "$VERIFIER_BASE"
             learn "$seed" ppo-process $(judged "$seed" ppo-process "$dir/process") ;;
         ppo-bad)
             stage "the same outcomes with right and wrong exchanged" "$dir/inverted.json" \
@@ -95,11 +96,11 @@ stage "the base checkpoint" "$RUN/base/manifest.json" \
 stage "hold problems back" "$RUN/held.json" \
     python data_build.py split --train_file $TOY/train.json --first_file "$RUN/train.json" --second_file "$RUN/held.json" \
     --share 0.95
-solvers=("verifier_base $RUN/verifier-base") arms=()
+solvers=(verifier_base) arms=() first=($SEEDS)
 for seed in $SEEDS; do solvers+=("solver $seed"); done
 for name in ppo-outcome ppo-process ppo-rule grpo; do # the longest first
     for seed in $SEEDS; do arms+=("arm $name $seed"); done
 done
 at_once "${solvers[@]}"
-at_once "${arms[@]}" "arm ppo-bad ${SEEDS%% *}"
+at_once "${arms[@]}" "arm ppo-bad ${first[0]}"
 python recipes/ppo_toy_table.py --run_dir "$RUN" --seeds "${SEEDS// /,}"

@@ -1,6 +1,6 @@
 # Sourced by the recipes, whose stages are done once.
 
-# stage NAME FILE COMMAND...: run COMMAND unless FILE, which it writes last, is there already
+# stage NAME FILE COMMAND...: run COMMAND unless FILE, which it writes last, is there already; it must leave it
 stage() {
     local name=$1 file=$2
     shift 2
@@ -9,5 +9,7 @@ stage() {
     else
         echo "== $name"
         "$@"
+        # a trainer that was told to stop saves, and ends well
+        [ -e "$file" ] || { echo "error: $name ended without $file; start the recipe again to go on" >&2; exit 1; }
     fi
 }

@@ -23,6 +23,9 @@ for_each_seed() {
 started_as_job() {
     [ "${1:-}" = "--job" ] || return 0
     shift
+    job=$*
+    # 255: xargs starts no further job
+    trap '[ $? -eq 0 ] || { echo "error: $job did not end well; what is finished stays, start the recipe again" >&2; exit 255; }' EXIT
     "$@"
     exit
 }

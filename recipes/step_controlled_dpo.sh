@@ -41,7 +41,7 @@ test_on() {
 # prefer NAME FILE: preferences from a file of pairs, their test, and where their credit sees mistakes
 prefer() {
     stage "seed $seed: $1: preferences" "$run/$1/manifest.json" \
-        many preference_train.py --ckpt_dir "$solver" --save_dir "$run/$1" --train_file "$2" --seed "$seed" $DPO_FLAGS
+        many preference_train.py --ckpt_dir "$solver" --save_dir "$run/$1" --train_file "$2" --seed "$seed" --resume auto $DPO_FLAGS
     test_on "$1" "$run/$1"
     if [ -n "$STEPS" ]; then
         stage "seed $seed: $1: credit" "$run/$1-credit/results.json" \
@@ -59,7 +59,7 @@ run_seed() {
         solver=$run/sft
         stage "seed $seed: sft: fine-tune" "$run/sft/manifest.json" \
             python solver_train.py --ckpt_dir "$RUN/base" --save_dir "$run/sft" --seed "$seed" \
-            --train_file "$demonstrations" --max_batch_size 16 --lr 1e-3 $SFT_FLAGS
+            --train_file "$demonstrations" --max_batch_size 16 --lr 1e-3 $SFT_FLAGS --resume auto
     fi
     test_on sft "$solver"
     stage "seed $seed: samples" "$run/samples/results.json" \

@@ -1,10 +1,10 @@
 # Sourced by the recipes whose verifiers have to check sums: what these start from on the toy.
 
-# verifier_base DIR: a model that knows sums, as Llemma, which the paper's verifiers start from, does. The base, when it has
+# verifier_base: in VERIFIER_BASE, a model that knows sums, as Llemma, which the paper's verifiers start from, does. The base, when it has
 # read right sums, gets two more layers and judges sums, of which half are wrong. It sees no problem, and the numbers of hard
 # problems are no larger than those of easy ones.
 verifier_base() {
-    local dir=$1
+    local dir=$VERIFIER_BASE
     stage "right sums" $dir-sums.json python dataset/toy/make_sums.py --save_file $dir-sums.json
     stage "the base, when it has read them" $dir-read/manifest.json \
         python solver_train.py --ckpt_dir "$RUN/base" --save_dir $dir-read --train_file $dir-sums.json \

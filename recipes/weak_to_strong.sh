@@ -20,7 +20,7 @@ SOLVER_FLAGS=${SOLVER_FLAGS:---max_batch_size 16 --lr 1e-3} WEAK_FLAGS=${WEAK_FL
 DPO_FLAGS=${DPO_FLAGS:---max_batch_size 16 --lr 3e-5 --beta 0.1}
 DECODE_FLAGS=${DECODE_FLAGS:---max_batch_size 512 --max_new_tokens 96}
 
-train() { many solver_train.py --seed "$seed" "$@"; }
+train() { many solver_train.py --seed "$seed" --resume auto "$@"; }
 answer() { many solver_evaluate.py --task "$TASK" --seed "$seed" $DECODE_FLAGS "$@"; }
 # fit NAME CHECKPOINT FILE FLAGS: fine-tune a checkpoint on a file into $run/NAME
 fit() {
@@ -126,7 +126,7 @@ if [ "$TASK" = toy ]; then
         python dataset/toy/make_sums.py --save_file "$RUN/sums.json"
     stage "a strong model: the base when it has read them" "$RUN/strong-base/manifest.json" \
         python solver_train.py --ckpt_dir "$RUN/base" --save_dir "$RUN/strong-base" --train_file "$RUN/sums.json" \
-        --max_batch_size 16 --lr 1e-3
+        --max_batch_size 16 --lr 1e-3 --resume auto
 fi
 for_each_seed run_seed
 python recipes/seeds_table.py --run_dir "$RUN" --floor weak --ceiling ceiling --claim pro --baseline full-weak \

@@ -9,12 +9,12 @@ numbers of the same size, so sums of that size are no hint at hard problems.
 """
 
 import random
-from pathlib import Path
 
 import generate
 import make_base
 
 from src import cli
+from src.construct.files import write
 
 NEAR = (-20, -10, -3, -2, -1, 1, 2, 3, 10, 20)  # how far a wrong result lies off that is no typical slip
 
@@ -29,7 +29,7 @@ def main(save_file: str, rows: int = 3000, judged: bool = False, seed: int = 1) 
     """
     rng = random.Random(f"{seed} {'judged' if judged else 'right'} sums")
     sums = [judged_row(rng, number) if judged else right_row(rng) for number in range(rows)]
-    Path(save_file).write_text(generate.as_text(sums), encoding="utf-8")
+    write(generate.as_text(sums), save_file)
 
 
 def right_row(rng: random.Random) -> dict:

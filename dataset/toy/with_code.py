@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is o
 
 from dataset.toy.generate import ANSWER, EQUATION  # noqa: E402
 from src import cli  # noqa: E402
+from src.construct.files import write  # noqa: E402
 from src.data.encoding import split_steps  # noqa: E402
 from src.data.examples import read_instruction_rows  # noqa: E402
 
@@ -46,9 +47,7 @@ def main(in_file: str, out_file: str) -> None:
         }
         for row in read_instruction_rows(in_file)
     ]
-    Path(out_file).write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), out_file)
 
 
 if __name__ == "__main__":
