@@ -126,7 +126,8 @@ def main(
     step_bonus: added at the end of every step that a process verifier scores
     reward_clip: pairwise scores and outcome logits are kept within so many deviations of their mean; 0 = no limit
     format_penalty: taken from the reward of a response in which --task finds no answer
-    truncated: what befalls a response that did not end: penalty, zero = it earns nothing, mask = nothing is learned
+    truncated: what befalls a response that did not end: penalty; zero = it earns nothing, and keeps what it
+        loses; mask = nothing is learned
     missing_eos_penalty: taken from the reward of a response that did not end by itself
     overlong_buffer: tokens before the limit in which that penalty sets in, growing linearly
     lora_rank: rank of LoRA adapters on actor and critic; -1 trains all weights
@@ -265,7 +266,8 @@ def main(
                 return [prompts[row] for row in more]
 
             found = buffer.collect(models, drawn, tokenizer, parts, now, step, timed)
-            metrics = health.rollout_metrics(found, now) | rewards.outcome_shares(outcomes)
+            metrics = health.rollout_metrics(found, now) | rewards.outcome_shares(outcomes) | rewards.failed_shares(
+                {rewards.short_name(name): function.counts() for name, function in user_rewards.items()})
             if step == 0:
                 health.check_start(metrics, found, same_reference=bool(lora) or not quantize)
             with timed("update"):
@@ -273,7 +275,8 @@ def main(
                                       train_actor=step >= critic_warmup)
             if step == critic_warmup:
                 health.check_first_update(metrics, found)
-            state["kl_scale"] *= health.kl_factor(metrics["kl_response"], len(found.task_rewards), settings)
+            if step >= critic_warmup:  # before, the policy is the reference
+                state["kl_scale"] *= health.kl_factor(metrics["kl_response"], len(found.task_rewards), settings)
             score = None
             every = eval_every if eval_every > 0 else steps_per_epoch
             if held_out and ((step + 1) % every == 0 or step + 1 == len(buffers)):

@@ -15,7 +15,7 @@ from src.evaluation.grade_pool import Worker
 class UserReward:
     """Calls the function for each response. Use as a context manager.
 
-    A call that takes longer than `seconds`, or that ends its process, is worth 0; `failed` counts them.
+    A call that takes longer than `seconds`, or that ends its process, is worth 0; counts() tells how many.
     Raises UserError for a file or function that is not there.
     """
 
@@ -25,7 +25,7 @@ class UserReward:
             raise UserError(
                 f"--reward {place!r} is neither verifier nor rule nor FILE.py:FUNCTION with a file that exists"
             )
-        self.place, self.seconds, self.failed = place, seconds, 0
+        self.place, self.seconds, self._calls, self._failed = place, seconds, 0, 0
         self._worker = Worker("src.evaluation.reward_worker", (str(Path(path).resolve()), name))
 
     def __enter__(self) -> "UserReward":
@@ -42,14 +42,20 @@ class UserReward:
         """The function's word on each response. Raises UserError for one it raises an exception for, or no number."""
         return [self._score(*row) for row in zip(prompts, responses, labels, strict=True)]
 
+    def counts(self) -> tuple[int, int]:
+        """How many calls failed and how many there were since this was asked last."""
+        counts, self._failed, self._calls = (self._failed, self._calls), 0, 0
+        return counts
+
     def _score(self, prompt: str, response: str, label: str | None) -> float:
+        self._calls += 1
         request = {"prompt": prompt, "response": response, "label": label}
         try:
             outcome = self._worker.ask(request, self.seconds)
         except RuntimeError as trouble:
             raise UserError(f"--reward {self.place}: {trouble}") from None
         if outcome in ("timeout", "error"):
-            self.failed += 1
+            self._failed += 1
             return 0.0
         if outcome.startswith("raised") or not math.isfinite(float(outcome)):
             raise UserError(

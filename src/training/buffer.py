@@ -20,8 +20,8 @@ from src.runlog import Phases
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_settings import Settings
 from src.training.residence import Arrangement
-from src.training.rewards import Part, score_parts, settle_ending
-from src.training.rollouts import Episodes, join, per_token, sample_episodes, widen
+from src.training.rewards import Part, Scored, join_scored, score_parts, settle_ending
+from src.training.rollouts import Episodes, join, per_token, sample_episodes
 
 
 class Models(NamedTuple):
@@ -49,7 +49,8 @@ class Rollouts(NamedTuple):
     response mask."""
 
     episodes: Episodes
-    reward_parts: dict[str, Tensor]  # each [B], summed over its tokens
+    reward_parts: dict[str, Tensor]  # each [B], summed over its tokens, not weighted
+    task_rewards: Tensor  # [B]: their weighted sum, all of an episode's reward but KL and penalties
     old_logprobs: Tensor
     reference_logprobs: Tensor
     values: Tensor | None
@@ -64,11 +65,6 @@ class Rollouts(NamedTuple):
     def batch(self) -> Batch:
         """The episodes' tokens."""
         return self.episodes.batch
-
-    @property
-    def task_rewards(self) -> Tensor:
-        """All parts of an episode's reward but KL and penalties. [B] float32."""
-        return torch.stack(list(self.reward_parts.values())).sum(0)
 
 
 def collect(
@@ -91,9 +87,9 @@ def collect(
     with phases("score"):
         old_logprobs, reference_logprobs = policy_logprobs(models, batch, settings, tokenizer.vocab_size)
         values = critic_values(models, batch, settings)
-    reward_parts = {name: reward.sum(1) for name, reward in scored.items()}
-    kept = kept_rows(torch.stack(list(reward_parts.values())).sum(0), episodes, settings)
-    task = settle_ending(torch.stack(list(scored.values())).sum(0), episodes, settings)
+    task_rewards = scored.task.sum(1)
+    kept = kept_rows(task_rewards, episodes, settings)
+    task = settle_ending(scored.task, episodes, settings)
     rewards = (task - settings.kl_coef * losses.kl_k1(old_logprobs, reference_logprobs)) * mask
     advantages, returns = estimate(rewards, values, mask, kept, settings)
     if settings.tis_cap:
@@ -102,7 +98,8 @@ def collect(
     weights = losses.sequence_weights(episodes.lengths, settings.loss_aggregation, settings.max_new_tokens)
     return Rollouts(
         episodes,
-        reward_parts,
+        {name: part.sum(1) for name, part in scored.parts.items()},
+        task_rewards,
         old_logprobs,
         reference_logprobs,
         values,
@@ -123,27 +120,27 @@ def _filled(
     settings: Settings,
     step: int,
     phases: Phases,
-) -> tuple[Episodes, dict[str, Tensor], Sampled]:
-    """The episodes of a buffer and their rewards by part, [B, S] each.
+) -> tuple[Episodes, Scored, Sampled]:
+    """The episodes of a buffer and what they earn.
 
     With max_refills groups without signal give their place to those of further prompts (dynamic sampling: DAPO, Yu et
     al. 2025, section 3.2) until the buffer is full or was refilled that often.
     """
-    found: list[tuple[Episodes, dict[str, Tensor]]] = []
+    found: list[tuple[Episodes, Scored]] = []
     groups, dead, missing, everything = 0, 0, len(prompts(0)), []
     for refill in range(1 + settings.max_refills):
         with phases("sample"), models.arrangement.using(models.actor):
             episodes = sample_episodes(models.actor, prompts(refill), tokenizer, settings, step, refill)
         with phases("reward"):
             scored = score_parts(parts, episodes)
-        task = torch.stack([reward.sum(1) for reward in scored.values()]).sum(0)
+        task = scored.task.sum(1)
         alive = has_signal(task, settings.group_size)
         groups, dead = groups + len(alive), dead + int((~alive).sum())
         everything.append(task)
         if settings.max_refills:
             rows = alive.repeat_interleave(settings.group_size).nonzero()[: missing * settings.group_size, 0]
             missing -= len(rows) // settings.group_size
-            part = episodes.take(rows), {name: reward[rows] for name, reward in scored.items()}
+            part = episodes.take(rows), scored.take(rows)
         else:
             missing, part = 0, (episodes, scored)
         found += [part] if len(part[0].prompts) else []
@@ -155,12 +152,7 @@ def _filled(
     ):  # nothing to learn from: the last ones stand for the log, and filter_groups keeps none of them
         return episodes, scored, sampled
     joined = join([episodes for episodes, _ in found])
-    width = joined.batch.tokens.shape[1]
-    return (
-        joined,
-        {name: torch.cat([widen(scored[name], width) for _, scored in found]) for name in scored},
-        sampled,
-    )
+    return joined, join_scored([scored for _, scored in found], joined.batch.tokens.shape[1]), sampled
 
 
 def refill_rows(n_prompts: int, n_rows: int, settings: Settings, step: int, refill: int) -> list[int]:

@@ -65,12 +65,12 @@ def check_start(metrics: Mapping[str, float], rollouts: Rollouts, *, same_refere
 
     same_reference: the reference is bit for bit the actor, so that their KL must be 0.
     """
-    tolerance = ROUNDING[parallel.device().type]
-    apart = (rollouts.old_logprobs - rollouts.reference_logprobs).abs().max().item()
-    if same_reference and apart > tolerance:
+    apart = (rollouts.old_logprobs - rollouts.reference_logprobs).abs()[rollouts.batch.response_mask]
+    worst, mean = apart.max().item(), apart.mean().item()
+    if same_reference and (worst > ROUNDING[parallel.device().type] or mean > MISMATCH_LIMIT):
         raise UserError(
-            f"the reference differs from the untrained actor by {apart:.3g} nats at a token, expected 0; "
-            f"was --actor_ckpt_dir changed while it was read?"
+            f"the reference differs from the untrained actor by {worst:.3g} nats at a token, {mean:.3g} on average, "
+            f"expected 0; was --actor_ckpt_dir changed while it was read?"
         )
     if metrics["sampler_mismatch"] > MISMATCH_LIMIT:
         raise UserError(
@@ -97,12 +97,13 @@ def check_first_update(metrics: Mapping[str, float], rollouts: Rollouts) -> None
 def kl_factor(kl: float, n_episodes: int, settings: Settings) -> float:
     """By what the KL weights are multiplied after a buffer (Ziegler et al. 2019, section 2.2); 1 without --kl_target.
 
-    kl: nats a response. The proportional error is clipped to +-0.2 and acts over kl_horizon episodes.
+    kl: nats a response. The proportional error is clipped to +-0.2 and acts over kl_horizon episodes. It is compounded,
+    where the paper adds: a buffer larger than the horizon would turn the paper's factor negative.
     """
     if settings.kl_target < 0:
         return 1.0
     error = max(-0.2, min(0.2, kl / settings.kl_target - 1))
-    return 1 + error * n_episodes / settings.kl_horizon
+    return (1 + error) ** (n_episodes / settings.kl_horizon)
 
 
 def samples(rollouts: Rollouts, n: int) -> list[dict[str, object]]:
@@ -124,6 +125,12 @@ def samples(rollouts: Rollouts, n: int) -> list[dict[str, object]]:
         }
         for row in range(min(n, len(episodes.prompts)))
     ]
+
+
+def _not_judged(seen: Mapping[str, float]) -> list[float]:
+    """The shares of responses that the grader and each user's function failed to judge."""
+    graded = seen.get("graded_timeout", 0.0) + seen.get("graded_error", 0.0)
+    return [graded, *(share for name, share in seen.items() if name.endswith("_failed"))]
 
 
 class Illness(NamedTuple):
@@ -179,6 +186,12 @@ ILLNESSES = [
         "unreadable",
         lambda seen: seen.get("graded_unparsed", 0.0) > 0.5,
         "over half of the responses hold no answer that --task finds; fine-tune on its form first, or change --task",
+    ),
+    Illness(
+        "not judged",
+        lambda seen: max(_not_judged(seen)) > 0.1,
+        "over 10% of the responses earn 0 because the grader or your --reward function ran out of time or died; "
+        "look at rollouts/ for what they stumble on",
     ),
 ]
 REPEAT = 20  # buffers between two warnings of one illness

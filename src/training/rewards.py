@@ -6,7 +6,7 @@ response token earns, 0 everywhere else.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_settings import Settings
-from src.training.rollouts import Episodes, my_share, trim
+from src.training.rollouts import Episodes, my_share, trim, widen
 
 StepReward = Literal["raw", "min-drop", "prod-drop"]
 OutcomeReward = Literal["probability", "logit"]
@@ -36,16 +36,39 @@ class TaskReward(Protocol):
 
 
 class Part(NamedTuple):
-    """One of the rewards that are added up, and what it weighs."""
+    """One of the rewards that are added up, and what it weighs; 0 = it only looks on."""
 
     weight: float
     reward: TaskReward
 
 
+class Scored(NamedTuple):
+    """What episodes earn."""
+
+    parts: dict[str, Tensor]  # by name, not weighted, [B, S] each
+    task: Tensor  # their weighted sum [B, S]
+
+    def take(self, rows: Tensor) -> "Scored":
+        """What some of the episodes earn. rows [K] int64."""
+        return Scored({name: part[rows] for name, part in self.parts.items()}, self.task[rows])
+
+
+LOGGED = ("format", "std")  # metrics reward_format and reward_std, which are no user's function
+
+
 def weights_of(names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
-    """What each reward weighs; 1 each where no weights are given. Raises UserError where the two do not match."""
+    """What each reward weighs; 1 each where no weights are given.
+
+    Raises UserError where the two do not match, and for functions that the log could not tell apart.
+    """
     if not names or len(set(names)) < len(names):
         raise UserError(f"--reward is {' '.join(names) or 'empty'}; expected one or more, each named once")
+    short = [*map(short_name, names), *LOGGED]
+    twice = [name for name in names if ":" in name and short.count(short_name(name)) > 1]
+    if twice:
+        raise UserError(
+            f"--reward {' '.join(twice)}: the log has another {short_name(twice[-1])!r}; rename the function"
+        )
     if weights and len(weights) != len(names):
         raise UserError(
             f"--reward_weights has {len(weights)} numbers for {len(names)} rewards; give one for each"
@@ -65,28 +88,41 @@ def at_last(scores: Tensor, episodes: Episodes) -> Tensor:
     return laid_out
 
 
-def score_parts(parts: Mapping[str, Part], episodes: Episodes) -> dict[str, Tensor]:
-    """Every part's weighted reward. -> name to [B, S]. Each data-parallel rank judges its share and gets all."""
+def score_parts(parts: Mapping[str, Part], episodes: Episodes) -> Scored:
+    """Every part's reward, and their weighted sum. Each data-parallel rank judges its share and gets all."""
     everyone = list(range(len(episodes.prompts)))
     # a rank without a share judges an episode all the same: every rank asks every reward
     rows, counts = torch.tensor(my_share(everyone) or everyone[:1]), float(bool(my_share(everyone)))
     mine, found = episodes.take(rows), {}
     for name, part in parts.items():
         laid_out = torch.zeros(episodes.batch.tokens.shape)
-        laid_out[rows] = counts * part.weight * part.reward(mine)
+        laid_out[rows] = counts * part.reward(mine)
         found[name] = parallel.join_over_data_parallel(laid_out)
-    return found
+    return Scored(found, torch.stack([part.weight * found[name] for name, part in parts.items()]).sum(0))
+
+
+def join_scored(found: Sequence[Scored], width: int) -> Scored:
+    """What the episodes of several parts of a buffer earn, below one another and padded to the same width."""
+
+    def rows(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([widen(tensor, width) for tensor in tensors])
+
+    return Scored(
+        {name: rows(scored.parts[name] for scored in found) for name in found[0].parts},
+        rows(scored.task for scored in found),
+    )
 
 
 def settle_ending(task: Tensor, episodes: Episodes, settings: Settings) -> Tensor:
     """Take what a response loses for not ending, or for coming close to the limit. [B, S] -> [B, S].
 
-    `zero` leaves a response without end nothing. `penalty` takes missing_eos_penalty, of which longer and longer
+    `zero` leaves a response without end nothing but what it lost: where rewards are negative, nothing would be the best
+    of all. `penalty` takes missing_eos_penalty, of which longer and longer
     responses lose a growing share in the last overlong_buffer tokens before the limit (DAPO, Yu et al. 2025, eq. 13).
     """
     unfinished = ~episodes.finished
     if settings.truncated == "zero":
-        return task.masked_fill(unfinished[:, None], 0.0)
+        return torch.where(unfinished[:, None], task.clamp_max(0.0), task)
     if settings.truncated == "mask":
         return task
     share = unfinished.float()
@@ -290,6 +326,18 @@ def format_reward(readable: Callable[[str], bool], penalty: float) -> TaskReward
     return scored_reward(
         lambda episodes: [0.0 if readable(response) else -penalty for response in episodes.responses]
     )
+
+
+def failed_shares(counts: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """The share of failed calls of each user's function over all data-parallel ranks, for the log.
+
+    counts: by the function's name in the log, how many calls of this rank failed and how many there were.
+    """
+    found = {}
+    for name, own in counts.items():
+        failed, calls = map(sum, zip(*parallel.gather_over_data_parallel([own]), strict=True))
+        found[f"reward_{name}_failed"] = failed / max(1, calls)
+    return found
 
 
 def outcome_shares(outcomes: list[str]) -> dict[str, float]:

@@ -31,7 +31,8 @@ def test_calls_survive_hanging_and_dying_functions(tmp_path: Path) -> None:
         texts = ["a", "hang", "bc", "die", ""]
         found = reward.score(["pp"] * 5, texts, ["1", None, None, None, "2"])
         assert found == [3.0, 0.0, 4.25, 0.0, 2.0]
-        assert reward.failed == 2
+        assert reward.counts() == (2, 5)
+        assert reward.counts() == (0, 0)
         with pytest.raises(UserError, match="raised KeyError: 'no such thing' for the response 'raise'"):
             reward.score(["p"], ["raise"], [None])
         with pytest.raises(UserError, match="nan for the response 'nan'; expected a finite number"):

@@ -28,6 +28,7 @@ def buffer(**changes: object) -> Rollouts:
     numbers = {
         "episodes": episodes,
         "reward_parts": {"rule": torch.tensor([0.0, 0.0, 0.0, 2.0])},
+        "task_rewards": torch.tensor([0.0, 0.0, 0.0, 2.0]),
         "old_logprobs": -1.0 * mask,
         "reference_logprobs": -1.5 * mask,
         "values": None,
@@ -99,9 +100,10 @@ def test_first_update_is_refused_without_gradient_or_with_another_policy() -> No
 def test_kl_controller_by_hand() -> None:
     numbers = settings(kl_target=2.0, kl_horizon=100.0)
     assert health.kl_factor(2.0, 10, numbers) == 1.0
-    assert health.kl_factor(2.2, 10, numbers) == pytest.approx(1.01)
-    assert health.kl_factor(9.0, 10, numbers) == pytest.approx(1.02)  # clipped at 0.2
-    assert health.kl_factor(0.0, 10, numbers) == pytest.approx(0.98)
+    assert health.kl_factor(2.2, 10, numbers) == pytest.approx(1.1**0.1)
+    assert health.kl_factor(9.0, 100, numbers) == pytest.approx(1.2)  # clipped at 0.2
+    assert health.kl_factor(0.0, 100, numbers) == pytest.approx(0.8)
+    assert health.kl_factor(0.0, 1000, numbers) == pytest.approx(0.8**10)  # a large buffer leaves it positive
     assert health.kl_factor(9.0, 10, settings()) == 1.0
 
 
@@ -128,6 +130,8 @@ WELL = {
         ({"entropy": 0.001}, "--clip_high"),
         ({"explained_variance": -2.0}, "--critic_warmup"),
         ({"dead_groups": 0.9}, "--group_size"),
+        ({"graded_timeout": 0.08, "graded_error": 0.04}, "--reward"),
+        ({"reward_mine_failed": 0.2}, "--reward"),
         ({"reward_length_correlation": 0.9}, "--overlong_buffer"),
         ({"graded_unparsed": 0.7}, "--task"),
     ],

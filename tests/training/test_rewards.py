@@ -48,7 +48,7 @@ TEXTS = ["1+1=2\n\n3\n\n#### 4", "abc", "4\n\n5 6"]
 def test_ending_costs_what_truncated_says(tokenizer: Tokenizer) -> None:
     episodes = episodes_of(tokenizer, TEXTS, [True, False, False])
     task = rewards.at_last(torch.tensor([1.0, 1.0, -2.0]), episodes)
-    lost = {"penalty": [1.0, 0.5, -2.5], "zero": [1.0, 0.0, 0.0], "mask": [1.0, 1.0, -2.0]}
+    lost = {"penalty": [1.0, 0.5, -2.5], "zero": [1.0, 0.0, -2.0], "mask": [1.0, 1.0, -2.0]}
     for policy, expected in lost.items():
         found = rewards.settle_ending(task, episodes, settings(truncated=policy))
         assert_close(found, rewards.at_last(torch.tensor(expected), episodes))
@@ -166,10 +166,15 @@ def test_parts_are_weighted_and_weights_belong_to_names(tokenizer: Tokenizer) ->
 
     parts = {"a": rewards.Part(0.5, ones), "b": rewards.Part(0.0, ones)}
     found = rewards.score_parts(parts, episodes)
-    assert {name: part.sum().item() for name, part in found.items()} == {"a": 1.0, "b": 0.0}
+    assert {name: part.sum().item() for name, part in found.parts.items()} == {"a": 2.0, "b": 2.0}  # 0 looks on
+    assert_close(found.task, 0.5 * rewards.at_last(torch.ones(2), episodes))
     assert rewards.weights_of(["rule", "verifier"], []) == {"rule": 1.0, "verifier": 1.0}
     assert rewards.weights_of(["rule", "verifier"], [1, 0]) == {"rule": 1, "verifier": 0}
     with pytest.raises(UserError, match="--reward_weights has 1 numbers for 2 rewards"):
         rewards.weights_of(["rule", "verifier"], [1.0])
     with pytest.raises(UserError, match="each named once"):
         rewards.weights_of(["rule", "rule"], [])
+    for names in (["a.py:score", "b.py:score"], ["rule", "a.py:rule"], ["a.py:std"], ["a.py:format"]):
+        with pytest.raises(UserError, match=r"the log has another '\w+'; rename the function"):
+            rewards.weights_of(names, [])
+    assert rewards.weights_of(["a.py:one", "b.py:two"], [1, 2]) == {"a.py:one": 1, "b.py:two": 2}
