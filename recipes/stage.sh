@@ -10,6 +10,6 @@ stage() {
         echo "== $name"
         "$@"
         # a trainer that was told to stop saves, and ends well
-        [ -e "$file" ] || { echo "error: $name ended without $file; start the recipe again to go on" >&2; exit 1; }
+        [ -e "$file" ] || { echo "error: $name ended without $file; start the recipe again to go on" >&2; return 1; }
     fi
 }
