@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,11 @@ def test_ci_runs_the_test_command_of_readme_and_nothing_else() -> None:
     ]
     assert lines == ['exec bash "$(dirname "$0")/../recipes/test.sh"']
     assert "bash recipes/test.sh" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_clone_holds_no_links() -> None:
+    """A link to a developer's own environment would take the place of the one that README's commands make."""
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git clone")
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
