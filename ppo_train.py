@@ -10,9 +10,8 @@ from typing import Literal
 
 import torch
 
-from src import assemble, cli, parallel, plan, runlog
+from src import assemble, cli, parallel, ppo_plan, runlog
 from src.data.collate import chunks, epoch_order
-from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, read_prompts
 from src.errors import UserError
 from src.evaluation.grade import Grader
@@ -150,7 +149,8 @@ def main(
     seed: seed of prompt order, sampling and adapter initialisation
     wandb: PROJECT or PROJECT/NAME to show the metrics under in Weights & Biases; WANDB_MODE=offline keeps them in the
         run's directory
-    dry_run: print the plan - buffers, memory of each rank for each model - and stop
+    dry_run: print the plan - buffers, disk, where rewards lie, a prompt, memory of each rank in every arrangement -
+        and stop
     """
     flags = locals().copy()
     cli.check_numbers(flags)
@@ -168,14 +168,7 @@ def main(
     buffers = buffers[: max_steps if max_steps >= 0 else None]
     critic_warmup = settings.critic_warmup(critic_warmup, len(buffers))
     if dry_run:
-        verifier_dir = critic_ckpt_dir or reward_model_ckpt_dir or actor_ckpt_dir
-        actor_config, critic_config = (assemble.load_config(folder) for folder in (actor_ckpt_dir, verifier_dir))
-        runlog.table(plan.ppo(actor_config, assemble.solver_to_verifier(critic_config),
-                              assemble.n_shards(actor_ckpt_dir), lora,
-                              [encode_prompt(tokenizer, prompt.instruction) for prompt in prompts],
-                              max_new_tokens=max_new_tokens, n_rows=max_batch_size, n_decoding=rollout_batch_size,
-                              buffers=len(buffers), inner_epochs=inner_epochs, minibatches=minibatches,
-                              with_critic=settings.has_critic, with_verifier="verifier" in reward, quantize=quantize))
+        runlog.table(ppo_plan.of_run(flags, settings, lora, weights, prompts, held_out, tokenizer, len(buffers)))
         return
     parallel.start(seed, assemble.tensor_parallel_size(actor_ckpt_dir, tensor_parallel_size))
     for save_dir in filter(None, (actor_save_dir, critic_save_dir)):

@@ -114,69 +114,6 @@ def scoring(config: ModelConfig, n: int, samples: int, quantize: str = "") -> st
     return report({"tensor-parallel ranks": n, "samples": samples}, memory)
 
 
-def ppo(
-    actor: ModelConfig,
-    critic: ModelConfig,
-    n: int,
-    lora: LoraConfig | None,
-    prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    n_rows: int,
-    n_decoding: int,
-    buffers: int,
-    inner_epochs: int,
-    minibatches: int,
-    with_critic: bool,
-    with_verifier: bool,
-    quantize: str = "",
-) -> str:
-    """The plan of PPO: the actor, and a critic if any, train; the reference and a verifier only hold their weights.
-
-    The last line compares the arrangements: all models at once, one at a time, and as adapters on one base.
-    """
-    actor.check_divides(n, "this checkpoint")
-    longest = max(map(len, prompts))
-    n_tokens = min(longest + max_new_tokens, actor.max_seq_len)
-    facts = {
-        "tensor-parallel ranks": n,
-        "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {actor.max_seq_len}",
-        "rollout buffers": f"{buffers}, each for {inner_epochs} x {minibatches} optimizer steps",
-    }
-    largest = Pass(n_rows * n_tokens, n_rows * max_new_tokens)
-    how = Training(lora, on_gpu=parallel.device().type == "cuda")
-    rollouts = decoding_memory(actor, n, n_decoding, n_tokens, quantize)
-    memory = {
-        "actor": training_memory(actor, n, largest, how),
-        "rollouts": {"kv cache": rollouts["kv cache"], "logits": rollouts["logits"]},
-    }
-    if lora is None:  # with adapters the reference is the actor without them
-        memory["reference"] = {"weights": rollouts["weights"]}
-    if with_critic:
-        memory["critic"] = training_memory(critic, n, largest, how)
-    if with_verifier:
-        memory["verifier"] = {"weights": int(bytes_a_weight(quantize) * local_parameters(critic, n))}
-    return f"{report(facts, memory)}\n{_arrangements(memory, critic, n, lora)}"
-
-
-def _arrangements(
-    memory: Mapping[str, Mapping[str, int]], critic: ModelConfig, n: int, lora: LoraConfig | None
-) -> str:
-    """The memory of a rank by how PPO's models are held. --phases: the largest of what one phase needs at once."""
-    rollouts = sum(memory["rollouts"].values())
-    phased = [sum(parts.values()) for model, parts in memory.items() if model != "rollouts"]
-    totals = {"all at once": rollouts + sum(phased)}
-    totals["--phases"] = max(*phased, rollouts + memory["actor"]["weights"])
-    if (
-        lora
-    ):  # models but the actor bring adapters alone; those of the verifier are taken to be of the same rank
-        saved = FLOAT32 * local_parameters(critic, n) if "critic" in memory else 0
-        if "verifier" in memory:
-            saved += memory["verifier"]["weights"] - FLOAT32 * local_lora_parameters(critic, lora, n)
-        totals["--share_base"] = totals["all at once"] - saved
-    return f"{'held':24}" + ", ".join(f"{name} {size(total)}" for name, total in totals.items())
-
-
 def splitting(config: ModelConfig, n: int, dtype: str) -> str:
     """The plan of cutting a checkpoint into n shards: what a shard holds and what the disk must."""
     config.check_divides(n, "this checkpoint")

@@ -592,8 +592,7 @@ def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, obj
         ("preference_train", "[["),
         ("preference_evaluate", "weights"),
         ("verifier_evaluate", "weights"),
-        ("ppo_train", "critic, each rank"),
-        ("ppo_train", "all at once"),
+        ("ppo_train", "its peak while"),
     ],
 )
 def test_a_dry_run_shows_its_plan_and_writes_nothing(

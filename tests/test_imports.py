@@ -28,6 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assemble": {"models", "checkpoint", "text", "parallel", "runlog"},
     "memory": {"models", "checkpoint", "inference"},
     "plan": {"memory", "models", "checkpoint", "text", "data", "parallel", "runlog"},
+    "ppo_plan": {
+        "assemble", "checkpoint", "data", "memory", "models", "parallel", "plan", "text", "training"
+    },
     "sharing": {"assemble", "checkpoint", "models", "parallel"},
     "certify": {"assemble", "checkpoint", "cli", "inference", "models", "parallel"},
     "inference": {"models", "text", "parallel"},

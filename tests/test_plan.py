@@ -10,32 +10,10 @@ import solver_train
 from src import assemble, parallel, plan
 from src.checkpoint import sources, storage
 from src.checkpoint.tensor_files import read_safetensors
-from src.memory import Pass, Training, local_lora_parameters, local_parameters, training_memory
+from src.memory import local_lora_parameters, local_parameters
 from tests import tiny
 from tests.conftest import Folders
-from tests.test_memory import CONFIG, LORA
-
-
-def test_ppo_arrangements_by_hand() -> None:
-    critic = assemble.solver_to_verifier(CONFIG)
-    base, head, adapters = 664, 80, 72  # the critic has a head of 8 in place of the output layer
-    largest = Pass(3 * 7, 3 * 5)
-    held, trained = (training_memory(config, 1, largest, Training(LORA)) for config in (CONFIG, critic))
-    assert held["weights"] == 4 * (base + adapters) and trained["weights"] == 4 * (base - head + 8 + adapters + 8)
-    rollouts = 2 * 4 * 4 * 2 * 7 + 4 * 2 * 10
-    verifier = 4 * (base - head + 8)
-    numbers = {"max_new_tokens": 5, "n_rows": 3, "n_decoding": 2, "buffers": 1, "inner_epochs": 2, "minibatches": 4}
-    plain = plan.ppo(CONFIG, critic, 1, LORA, [[1, 2]], **numbers, with_critic=True, with_verifier=True)
-    actor, learner = sum(held.values()), sum(trained.values())
-    everything = actor + learner + rollouts + verifier
-    shared = everything - 4 * (base - head + 8) - verifier + 4 * (adapters + 8)
-    found = plain.splitlines()[-1].removeprefix("held").strip()
-    assert found.split(", ") == [
-        f"all at once {plan.size(everything)}",
-        f"--phases {plan.size(max(actor, learner, verifier, rollouts + held['weights']))}",
-        f"--share_base {plan.size(shared)}",
-    ]
-    assert "each for 2 x 4 optimizer steps" in plain
+from tests.test_memory import LORA
 
 
 @pytest.mark.parametrize(
