@@ -225,10 +225,11 @@ def main(
         state=state, snapshots={"reference": reference_refresh} if reference_refresh > 0 else {})
     done = saver.resume(resume)
     refreshed = str(Path(actor_save_dir) / "reference")
-    reference = None if lora else frozen_reference(actor_ckpt_dir)  # with adapters: the actor without them
+    origin = "" if lora else actor_ckpt_dir  # with adapters: the actor without them
     if 0 < reference_refresh <= done:
-        reference = frozen_reference(refreshed)
-    models = buffer.Models(actor_loop.model, reference, critic_loop and critic_loop.model, arrangement)
+        origin = refreshed
+    models = buffer.Models(actor_loop.model, frozen_reference(origin) if origin else None,
+                           critic_loop and critic_loop.model, arrangement)
     grader, outcomes = Grader(task), []
 
     def grade(responses: list[str], labels: list[str]) -> list[str]:
@@ -248,9 +249,9 @@ def main(
     if format_penalty:
         parts["format"] = Part(1.0, rewards.format_reward(grader.readable, format_penalty))
     log.progress(len(buffers), "buffer", done)
-    with contextlib.ExitStack() as workers:
-        for worker in (grader, *user_rewards.values()):
-            workers.enter_context(worker)
+    with contextlib.ExitStack() as in_use:
+        for each in (arrangement, grader, *user_rewards.values()):
+            in_use.enter_context(each)
         for step, (epoch, rows) in list(enumerate(buffers))[done:]:
             now, timed = settings.with_kl_scale(state["kl_scale"]), Phases()
 
@@ -285,9 +286,9 @@ def main(
             if reference_refresh > 0 and (step + 1) % reference_refresh == 0:
                 saver.complete()
                 arrangement.drop(models.reference)
+                models = models._replace(reference=None)  # gone before the new one comes
                 models = models._replace(reference=frozen_reference(refreshed))
-    saver.finish()
-    arrangement.close()
+        saver.finish()
 
 
 if __name__ == "__main__":

@@ -66,6 +66,10 @@ class Residence:
             storage.resize_(0)
         self._bytes = None if on_cpu else waiting
 
+    def discard(self) -> None:
+        """Remove the file, if there is one; the tensors do not come back."""
+        self._path.unlink(missing_ok=True)
+
     def _waiting(self, size: int) -> Tensor:
         """The file's bytes, mapped: the kernel may write them out and take their memory."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,12 +89,24 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 class Arrangement:
-    """Which models are in memory: with a folder, where files may wait, each only inside `with using(model)`."""
+    """Which models are in memory: with a folder, where files may wait, each only inside `with using(model)`.
+
+    As a context manager it removes this rank's files in the end; no model can be used from then on.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder, self._added = folder, 0
         self._weights: dict[nn.Module, Residence] = {}
         self._moments: dict[nn.Module, Residence] = {}
+
+    def __enter__(self) -> "Arrangement":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder / f"rank-{parallel.rank()}", ignore_errors=True)
 
     def add(self, model: nn.Module, loop: TrainLoop | None = None) -> None:
         """Let a model, and with its loop the optimizer's state, leave memory now and after every use."""
@@ -107,14 +123,10 @@ class Arrangement:
             self._moments[model] = Residence(loop.moments, place / f"{name}-moments")
 
     def drop(self, model: nn.Module | None) -> None:
-        """Forget a model that is used no more."""
-        self._weights.pop(model, None)
-        self._moments.pop(model, None)
-
-    def close(self) -> None:
-        """Remove this rank's files."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder / f"rank-{parallel.rank()}", ignore_errors=True)
+        """Forget a model that is used no more, and remove its files."""
+        for residences in (self._weights, self._moments):
+            if residence := residences.pop(model, None):
+                residence.discard()
 
     def using(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Inside, the model's weights are in memory."""

@@ -1,11 +1,16 @@
 """ppo_train.py as a whole: a run that fails in the middle of a buffer ends, once resumed, as one that never stopped."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+import ppo_train
+from src import assemble
+from src.models.decoder import Decoder
 from tests.conftest import Folders
 from tests.ranks import command, succeed
 from tests.tiny import weights
@@ -123,3 +128,55 @@ def test_grpo_with_adapters_runs_without_critic_or_reference(folders: Folders, t
     assert all(row["kept_share"] == pytest.approx(1 - row["truncated_share"]) for row in rows), rows
     assert all(row["reward"] == row["reward_verifier"] != row["reward_rule"] == 0.0 for row in rows)
     assert "30% of the responses did not end" in done.stderr
+
+
+def prompts_file(folder: Path) -> Path:
+    """PROMPTS with labels as a file."""
+    rows = [{"instruction": prompt.instruction, "label": "4"} for prompt in PROMPTS]
+    (folder / "prompts.json").write_text(json.dumps(rows))
+    return folder / "prompts.json"
+
+
+def test_one_reference_is_in_memory_however_often_it_is_refreshed(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Decoder]] = []
+    alive: list[int] = []
+
+    def load(folder: str, **options: object) -> Decoder:
+        gc.collect()
+        alive.append(sum(model() is not None for model in loaded))
+        model = load_solver(folder, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    load_solver = assemble.load_solver
+    monkeypatch.setattr(assemble, "load_solver", load)
+    numbers = {"max_new_tokens": 3, "max_buffer_size": 4, "group_size": 2, "reference_refresh": 1}
+    ppo_train.main(
+        folders.one, str(tmp_path / "actor"), reward=["rule"], train_file=str(prompts_file(tmp_path)),
+        advantage="rloo", **numbers,
+    )  # fmt: skip
+    # the actor, its first reference, and one in the place of another after each of three buffers
+    assert alive == [0, 1, 1, 1, 1]
+
+
+def test_a_run_that_is_told_to_stop_leaves_no_waiting_files(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "stop.py").write_text(
+        "import os, signal\n\n\ndef now(prompt, response, label):\n"
+        "    os.kill(os.getppid(), signal.SIGTERM)\n    return len(response)\n"
+    )
+    flags = {
+        "actor_ckpt_dir": folders.one,
+        "actor_save_dir": tmp_path / "actor",
+        "reward": f"{tmp_path}/stop.py:now",
+        "train_file": prompts_file(tmp_path),
+        "advantage": "rloo",
+        "group_size": 2,
+        "max_new_tokens": 3,
+        "max_buffer_size": 4,
+        "phases": True,
+    }
+    done = succeed("ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items()))
+    assert "stopped by SIGTERM after step 1, saved" in done.stderr
+    assert not list((tmp_path / "actor/.waiting").rglob("*-*s"))
