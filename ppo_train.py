@@ -162,6 +162,10 @@ def main(
     held_out = read_prompts(eval_file, need_label=True) if eval_file else []
     tokenizer = assemble.load_tokenizer(actor_ckpt_dir, tokenizer_file)
     assemble.check_tokenizer(tokenizer, critic_ckpt_dir, reward_model_ckpt_dir)
+    contexts = {folder: assemble.load_config(folder).max_seq_len
+                for folder in (actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir) if folder}
+    rollouts.check_lengths(prompts, train_file, tokenizer, contexts, max_new_tokens)
+    rollouts.check_lengths(held_out, eval_file, tokenizer, {actor_ckpt_dir: contexts[actor_ckpt_dir]}, max_new_tokens)
     lora = assemble.lora_config(lora_rank, lora_alpha, 0.0, lora_targets)
     buffers = [(epoch, rows) for epoch in range(1, epochs + 1)
                for rows in chunks(epoch_order(len(prompts), seed, epoch), settings.prompts_a_buffer)]

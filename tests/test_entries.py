@@ -419,6 +419,11 @@ DATA: list[tuple[str, str, str]] = [
         "bad.json, line 2: key 'label' is",
         "ppo_train",
     ),
+    (
+        json.dumps([{"instruction": "1" * n, "label": "1"} for n in (2, 200)]),
+        r"bad.json, row 2 \(id '1'\): the prompt has 20\d tokens, expected fewer than the context of one, 128;",
+        "ppo_train",
+    ),
 ]
 
 

@@ -4,7 +4,7 @@ B episodes, S sequence, N response tokens of some episodes laid end to end in ro
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import parallel
+from src import parallel, runlog
 from src.data import collate
 from src.data.collate import Batch
 from src.data.encoding import Encoded, encode_prompt
@@ -77,6 +77,38 @@ def join(parts: Sequence[Episodes]) -> Episodes:
 def widen(tensor: Tensor, width: int) -> Tensor:
     """[B, S] -> [B, width], zeros (padding's id, False) behind."""
     return F.pad(tensor, (0, width - tensor.shape[1]))
+
+
+def check_lengths(
+    prompts: Sequence[Prompt],
+    source: str,
+    tokenizer: Tokenizer,
+    contexts: Mapping[str, int],
+    max_new_tokens: int,
+) -> None:
+    """Raise UserError for a prompt of the file `source` that leaves a model no token of its context.
+
+    contexts: tokens by checkpoint directory. Warns where a response may be cut off before max_new_tokens.
+    """
+    least, n_cut = min(contexts, key=contexts.__getitem__), 0
+    for row, prompt in enumerate(prompts, 1):
+        n_tokens = len(encode_prompt(tokenizer, prompt.instruction))
+        if n_tokens >= contexts[least]:
+            raise UserError(
+                f"{source}, row {row} (id {prompt.id!r}): the prompt has {n_tokens} tokens, expected fewer than the "
+                f"context of {least}, {contexts[least]}; shorten or drop it"
+            )
+        n_cut += n_tokens + max_new_tokens > contexts[least]
+    if n_cut:
+        runlog.logger().warning(
+            "%s: %d of %d prompts leave less than --max_new_tokens %d in the context of %s, %d tokens",
+            source,
+            n_cut,
+            len(prompts),
+            max_new_tokens,
+            least,
+            contexts[least],
+        )
 
 
 def my_share(order: Sequence[Item]) -> Sequence[Item]:

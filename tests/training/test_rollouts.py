@@ -1,13 +1,16 @@
 """src/training/rollouts.py: which episodes a buffer holds, and how they lie in it."""
 
+import logging
+
 import pytest
 import torch
 
 from src import assemble
 from src.data.encoding import encode_prompt
+from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
-from src.training.rollouts import greedy_accuracy, sample_episodes
+from src.training.rollouts import check_lengths, greedy_accuracy, sample_episodes
 from tests.conftest import Folders
 from tests.training.workers import PROMPTS, settings
 
@@ -45,3 +48,16 @@ def test_greedy_accuracy_counts_every_prompt(actor: Decoder, tokenizer: Tokenize
         return ["right", "wrong", "unparsed", "right", "timeout"]
 
     assert greedy_accuracy(actor, PROMPTS, tokenizer, two_right, settings()) == pytest.approx(0.4)
+
+
+def test_prompts_must_leave_every_model_a_token(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("splitrl"), "propagate", True)
+    longest = max(len(encode_prompt(tokenizer, prompt.instruction)) for prompt in PROMPTS)
+    check_lengths(PROMPTS, "p.json", tokenizer, {"actor": 99, "verifier": longest + 6}, max_new_tokens=6)
+    assert not caplog.records
+    check_lengths(PROMPTS, "p.json", tokenizer, {"actor": 99, "verifier": longest + 1}, max_new_tokens=6)
+    assert "of 5 prompts leave less than --max_new_tokens 6 in the context of verifier" in caplog.text
+    with pytest.raises(UserError, match=rf"p.json, row 4 \(id '3'\): the prompt has {longest} tokens, .* verifier"):
+        check_lengths(PROMPTS, "p.json", tokenizer, {"actor": 99, "verifier": longest}, max_new_tokens=6)
