@@ -161,6 +161,9 @@ def main(
     prompts = read_prompts(train_file, need_label=reward == ["rule"])
     held_out = read_prompts(eval_file, need_label=True) if eval_file else []
     tokenizer = assemble.load_tokenizer(actor_ckpt_dir, tokenizer_file)
+    if tokenizer.code:
+        raise UserError(f"{actor_ckpt_dir} writes solutions with code, but rollouts run none; expected a solver that "
+                        f"answers in text alone, trained without --chat_template code")
     assemble.check_tokenizer(tokenizer, critic_ckpt_dir, reward_model_ckpt_dir)
     contexts = {folder: assemble.load_config(folder).max_seq_len
                 for folder in (actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir) if folder}

@@ -10,6 +10,7 @@ import torch
 
 import ppo_train
 from src import assemble
+from src.errors import UserError
 from src.models.decoder import Decoder
 from tests.conftest import Folders
 from tests.ranks import command, succeed
@@ -180,3 +181,11 @@ def test_a_run_that_is_told_to_stop_leaves_no_waiting_files(folders: Folders, tm
     done = succeed("ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items()))
     assert "stopped by SIGTERM after step 1, saved" in done.stderr
     assert not list((tmp_path / "actor/.waiting").rglob("*-*s"))
+
+
+def test_a_solver_of_solutions_with_code_is_refused(code_base: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="writes solutions with code, but rollouts run none; expected a solver"):
+        ppo_train.main(
+            code_base, str(tmp_path / "actor"), reward=["rule"], train_file=str(prompts_file(tmp_path)),
+            advantage="grpo",
+        )  # fmt: skip
