@@ -218,7 +218,7 @@ def main(
     if settings.has_critic:
         critic_loop = trained(verifier_of(critic_ckpt_dir, trained=True), critic_lr, len(buffers))
     steps_per_epoch = -(-len(prompts) // settings.prompts_a_buffer)
-    state: dict[str, object] = {"kl_scale": 1.0}
+    state: dict[str, object] = {"kl_scale": 1.0, "update_checked": False}
     alarms = health.Alarms(log.logger, state)
     saver = Saver(
         log, [Trained(save_dir, loop, lambda folder, state, model=loop.model, source=source: assemble.begin_save(
@@ -274,8 +274,8 @@ def main(
             with timed("update"):
                 metrics |= ppo.update(actor_loop, critic_loop, found, now, step, arrangement=arrangement,
                                       train_actor=step >= critic_warmup)
-            if step == critic_warmup:
-                health.check_first_update(metrics, found)
+            if step >= critic_warmup and not state["update_checked"]:
+                state["update_checked"] = health.check_first_update(metrics, found)
             if step >= critic_warmup:  # before, the policy is the reference
                 state["kl_scale"] *= health.kl_factor(metrics["kl_response"], len(found.task_rewards), settings)
             score = None

@@ -79,19 +79,23 @@ def check_start(metrics: Mapping[str, float], rollouts: Rollouts, *, same_refere
         )
 
 
-def check_first_update(metrics: Mapping[str, float], rollouts: Rollouts) -> None:
-    """Refuse a run whose first actor update starts from another policy, or has no gradient. Raises UserError."""
+def check_first_update(metrics: Mapping[str, float], rollouts: Rollouts) -> bool:
+    """Refuse a run whose first actor update starts from another policy, or has no gradient. Raises UserError.
+
+    Returns whether there was anything to learn: without it a later buffer's update is the first one.
+    """
     ratio, limit = metrics["first_ratio_deviation"], ROUNDING[parallel.device().type]
     if ratio > limit:
         raise UserError(
             f"the first probability ratio is off 1 by {ratio:.3g}, expected at most {limit}: the old log-probs are "
             f"not those of the policy that is trained; is something random (dropout) left in the actor?"
         )
-    learned = rollouts.advantages[rollouts.kept]
-    if learned.numel() and learned.abs().max() > 0 and metrics["grad_norm"] == 0:
+    learned = bool(rollouts.advantages[rollouts.kept].any())
+    if learned and metrics["grad_norm"] == 0:
         raise UserError(
             "the first update has advantages but no gradient; no weight of the actor is trainable"
         )
+    return learned
 
 
 def kl_factor(kl: float, n_episodes: int, settings: Settings) -> float:

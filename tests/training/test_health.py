@@ -88,13 +88,15 @@ def test_start_is_refused_where_the_models_disagree() -> None:
 
 def test_first_update_is_refused_without_gradient_or_with_another_policy() -> None:
     good = {"first_ratio_deviation": 1e-6, "grad_norm": 1.0}
-    health.check_first_update(good, buffer())
+    assert health.check_first_update(good, buffer())
     with pytest.raises(UserError, match="first probability ratio is off 1 by 0.5"):
         health.check_first_update(good | {"first_ratio_deviation": 0.5}, buffer())
     with pytest.raises(UserError, match="advantages but no gradient"):
         health.check_first_update(good | {"grad_norm": 0.0}, buffer())
     nothing = buffer(advantages=torch.zeros(4, 4))  # equal rewards: nothing to learn is no mistake
-    health.check_first_update(good | {"grad_norm": 0.0}, nothing)
+    assert not health.check_first_update(good | {"grad_norm": 0.0}, nothing)
+    empty = buffer(kept=torch.zeros(0, dtype=torch.int64))  # nor is a buffer without an episode to learn from
+    assert not health.check_first_update(good | {"first_ratio_deviation": 0.0, "grad_norm": 0.0}, empty)
 
 
 def test_kl_controller_by_hand() -> None:

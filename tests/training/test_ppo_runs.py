@@ -12,6 +12,8 @@ import ppo_train
 from src import assemble
 from src.errors import UserError
 from src.models.decoder import Decoder
+from src.training import health
+from src.training.buffer import Rollouts
 from tests.conftest import Folders
 from tests.ranks import command, succeed
 from tests.tiny import weights
@@ -189,3 +191,28 @@ def test_a_solver_of_solutions_with_code_is_refused(code_base: str, tmp_path: Pa
             code_base, str(tmp_path / "actor"), reward=["rule"], train_file=str(prompts_file(tmp_path)),
             advantage="grpo",
         )  # fmt: skip
+
+
+def test_the_first_update_is_checked_when_it_comes(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first buffer's groups are all equal and dropped; a run that is resumed behind it has yet to be checked."""
+    (tmp_path / "late.py").write_text(
+        "calls = 0\n\n\ndef late(prompt, response, label):\n    global calls\n    calls += 1\n"
+        "    return calls * (calls > 4)\n"
+    )
+    checked: list[bool] = []
+
+    def check(metrics: dict[str, float], rollouts: Rollouts) -> bool:
+        checked.append(check_first_update(metrics, rollouts))
+        return checked[-1]
+
+    check_first_update = health.check_first_update
+    monkeypatch.setattr(health, "check_first_update", check)
+    ppo_train.main(
+        folders.one, str(tmp_path / "actor"), reward=[f"{tmp_path}/late.py:late"], advantage="rloo",
+        train_file=str(prompts_file(tmp_path)), filter_groups=True, group_size=2, max_buffer_size=4, max_new_tokens=3,
+    )  # fmt: skip
+    assert checked == [False, True]
+    saved = json.loads((tmp_path / "actor/step-3/state.json").read_text())
+    assert saved["update_checked"] is True
