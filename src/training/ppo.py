@@ -97,8 +97,8 @@ def update(
 
 NOTHING_LEARNED = dict.fromkeys(
     (
-        "policy_loss", "grad_norm", "value_loss", "critic_grad_norm", "value_clipped", "entropy", "kl_loss",
-        "clipped_low", "clipped_high", "ratio_deviation_max", "first_ratio_deviation",
+        "policy_loss", "grad_norm", "lr", "value_loss", "critic_grad_norm", "value_clipped", "critic_lr", "entropy",
+        "kl_loss", "clipped_low", "clipped_high", "ratio_deviation_max", "first_ratio_deviation",
     ), 0.0,
 )  # fmt: skip
 
@@ -118,6 +118,7 @@ def _update_critic(loop: TrainLoop, rollouts: Rollouts, settings: Settings, step
         "value_loss": _mean([report.loss for report in reports]),
         "critic_grad_norm": _mean([report.grad_norm for report in reports]),
         "value_clipped": parallel.sum_over_data_parallel(sum(clipped)) / max(1, n_tokens),
+        "critic_lr": _mean([report.lr for report in reports]),
     }
 
 
@@ -140,6 +141,7 @@ def _update_actor(loop: TrainLoop, rollouts: Rollouts, settings: Settings, step:
     return {
         "policy_loss": _mean([report.loss for report in reports]),
         "grad_norm": _mean([report.grad_norm for report in reports]),
+        "lr": _mean([report.lr for report in reports]),
         **{name: total / max(1, n_tokens) for name, total in totals.items()},
         "ratio_deviation_max": max((sums.ratio_deviation_max for sums in seen), default=0.0),
         "first_ratio_deviation": max(first, default=0.0),

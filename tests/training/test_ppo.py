@@ -18,7 +18,7 @@ from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
 from src.training import buffer, ppo
 from src.training.health import rollout_metrics
-from src.training.loop import TrainLoop
+from src.training.loop import TrainLoop, lr_factor
 from src.training.ppo_settings import Settings
 from src.training.rewards import Part, TaskReward, at_last
 from src.training.rollouts import Episodes
@@ -185,8 +185,10 @@ def test_critic_warm_up_leaves_the_actor_alone(
     actor_loop, critic_loop = (
         TrainLoop(model, log, lr=1e-3, total_steps=4) for model in (models[0], models[2])
     )
-    ppo.update(actor_loop, critic_loop, found, numbers, 0, train_actor=False)
+    metrics = ppo.update(actor_loop, critic_loop, found, numbers, 0, train_actor=False)
     assert (actor_loop.steps, critic_loop.steps) == (0, 4)
+    factors = [lr_factor(number, 4, 1, 0.1) for number in range(4)]
+    assert metrics["lr"] == 0.0 and metrics["critic_lr"] == pytest.approx(1e-3 * sum(factors) / 4)
     for found_weight, expected in zip(models.actor.parameters(), models.reference.parameters(), strict=True):
         assert torch.equal(found_weight, expected)
 
