@@ -68,7 +68,8 @@ def main(
         FILE.py:FUNCTION = what your function (prompt, response, label or None) -> number says
     reward_weights: what each of them weighs, 0 to log it only; default: 1 each
     train_file: prompts, json array or jsonl of {"instruction", "label"?}; --reward rule alone needs labels
-    eval_file: prompts with labels on which greedy accuracy is measured; the best actor is kept as best/
+    eval_file: prompts with labels on which greedy accuracy is measured, first of all (step 0 in metrics.jsonl); the
+        best actor is kept as best/ if it is better than the one started from
     task: how --reward rule and --eval_file find and compare answers
     log_dir: directory for metrics.jsonl, run.json and rollouts/; default: actor_save_dir
     model_type: a family or released size the actor must agree with; default: what params.json says
@@ -255,10 +256,20 @@ def main(
         parts[rewards.short_name(name)] = Part(weights[name], scored)
     if format_penalty:
         parts["format"] = Part(1.0, rewards.format_reward(grader.readable, format_penalty))
+
+    def held_out_accuracy(timed: Phases) -> float:
+        with timed("evaluate"), arrangement.using(actor_loop.model):
+            return rollouts.greedy_accuracy(actor_loop.model, held_out, tokenizer, grade, settings)
+
     log.progress(len(buffers), "buffer", done)
     with contextlib.ExitStack() as in_use:
         for each in (arrangement, grader, *user_rewards.values()):
             in_use.enter_context(each)
+        if held_out and not done:
+            timed = Phases()
+            score = held_out_accuracy(timed)
+            log.metrics(0, eval_accuracy=score, **timed.seconds)
+            saver.measured_start(score)
         for step, (epoch, rows) in list(enumerate(buffers))[done:]:
             now, timed = settings.with_kl_scale(state["kl_scale"]), Phases()
 
@@ -281,9 +292,7 @@ def main(
             score = None
             every = eval_every if eval_every > 0 else steps_per_epoch
             if held_out and ((step + 1) % every == 0 or step + 1 == len(buffers)):
-                with timed("evaluate"), arrangement.using(models.actor):
-                    score = rollouts.greedy_accuracy(models.actor, held_out, tokenizer, grade, settings)
-                metrics["eval_accuracy"] = score
+                metrics["eval_accuracy"] = score = held_out_accuracy(timed)
             tokens = int(found.episodes.lengths.sum())
             log.metrics(step + 1, epoch=epoch, **metrics, **timed.seconds, tokens_per_second=timed.rate(tokens))
             log.rows(f"rollouts/step-{step + 1:06}.jsonl", health.samples(found, rollout_samples))

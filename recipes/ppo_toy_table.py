@@ -52,7 +52,8 @@ def watched(logs: Sequence[list[dict[str, float]]]) -> list[str]:
     """What the verifier gave and the grader said at both ends of the runs, and whether the panel's alarm rang."""
 
     def ends(key: str) -> tuple[float, float]:
-        means = [[np.mean([row[key] for row in part]) for part in (rows[:ENDS], rows[-ENDS:])] for rows in logs]
+        runs = [[row[key] for row in rows if key in row] for rows in logs]  # step 0 has a held-out accuracy alone
+        means = [[np.mean(part) for part in (values[:ENDS], values[-ENDS:])] for values in runs]
         return tuple(np.mean(means, axis=0))
 
     (reward, reward_then), (right, right_then) = ends("reward_verifier"), ends("graded_right")

@@ -104,9 +104,17 @@ class Saver:
                 )
         self._state.update({name: stored.get(name, now) for name, now in self._state.items()})
         self._best_step = stored["best_step"]
-        self._best = stored["best"] if self._best_step else -math.inf
+        self._best = -math.inf if stored["best"] is None else stored["best"]
         with model.here():
             model.loop.load(stored["loop"], training_state.reader(folder, model.loop.model.config))
+
+    def measured_start(self, score: float) -> None:
+        """Held-out merit of the models before the first step: only what does better becomes `best`."""
+        self._best = score
+        if parallel.rank() == 0:
+            for model in self._models:
+                storage.discard(Path(model.folder) / "best")  # of an earlier run
+        parallel.barrier()
 
     def step_done(self, number: int, score: float | None = None) -> None:
         """Save if this step is one to save after. score: held-out merit of the models now, where it was measured.
@@ -133,12 +141,16 @@ class Saver:
         self.complete()
         self._publish(self._total_steps, ".")
         self._log.close_progress()
+        if not self._best_step and self._best > -math.inf:
+            self._log.logger.warning(
+                "nothing did better on held-out data than the start, %.4g, so that there is no best", self._best
+            )
         for model in self._models:
             self._log.logger.info("saved %s", model.folder)
 
     def _save(self, step: int) -> None:
         self.complete()
-        best = {"best": self._best if self._best_step else None, "best_step": self._best_step}
+        best = {"best": None if self._best == -math.inf else self._best, "best_step": self._best_step}
         facts = {**self._facts, **self._state, "step": step, **best}
         self._saved_step = step
         for model in self._models:

@@ -19,3 +19,9 @@ def test_the_alarm_is_the_panel_s() -> None:
     assert table.alarm(worse) == 20
     assert table.alarm([row | {"graded_right": 0.01 * i} for i, row in enumerate(worse)]) is None
     assert table.alarm([{"reward": 1.0}] * 30) is None
+
+
+def test_the_ends_of_a_run_are_of_its_buffers() -> None:
+    start = {"step": 0, "eval_accuracy": 0.5}
+    run = [{"step": i, "reward_verifier": 0.1 * (i > 6), "graded_right": 0.25} for i in range(1, 13)]
+    assert "verifier +0.000 to +0.100, right 25.0% to 25.0%" in table.watched([[start, *run]])[0]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import resource
 import subprocess
@@ -119,6 +120,30 @@ def test_what_is_kept(folders: Folders, tmp_path: Path) -> None:
     again = Run(folders.one, tmp_path, save_every=2)
     assert again.saver.resume("auto") == STEPS
     assert json.loads((tmp_path / "step-6" / "state.json").read_text())["best"] == 0.7
+
+
+def test_only_what_is_better_than_the_start_is_best(
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("splitrl"), "propagate", True)
+    for stop in (0, 2):  # the second run is stopped and resumed, and takes the place of the first
+        run = Run(folders.one, tmp_path, save_every=1)
+        assert run.saver.resume("none") == 0
+        run.saver.measured_start(0.6)
+        assert not (tmp_path / "best").exists()
+        for number in range(1, STEPS + 1):
+            run.step(0.6 if number < 5 or not stop else 0.7)
+            if number == stop:
+                run = Run(folders.one, tmp_path, save_every=1)
+                assert run.saver.resume("auto") == stop
+        run.saver.finish()
+        warned = "nothing did better on held-out data than the start, 0.6" in caplog.text
+        assert warned == (not stop) == (not (tmp_path / "best").exists())
+        caplog.clear()
+    run = Run(folders.one, tmp_path)
+    assert run.saver.resume("none") == 0
+    run.saver.measured_start(0.6)
+    assert not (tmp_path / "best").exists()  # it was of another run
 
 
 def test_an_unfinished_run_is_not_overwritten_and_not_mixed(folders: Folders, tmp_path: Path) -> None:
