@@ -229,7 +229,8 @@ def main(
                                              (critic_save_dir, critic_loop, critic_ckpt_dir)) if loop],
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=len(buffers),
         facts={"seed": seed, "prompts": len(prompts), "max_buffer_size": max_buffer_size, "advantage": advantage,
-               "group_size": settings.group_size, "max_refills": max_refills, "reference_refresh": reference_refresh},
+               "group_size": settings.group_size, "max_refills": max_refills, "inner_epochs": inner_epochs,
+               "minibatches": minibatches, "reference_refresh": reference_refresh},
         state=state, snapshots={"reference": reference_refresh} if reference_refresh > 0 else {})
     done = saver.resume(resume)
     refreshed = str(Path(actor_save_dir) / "reference")
@@ -284,7 +285,7 @@ def main(
                 health.check_start(metrics, found, same_reference=bool(lora) or not quantize)
             with timed("update"):
                 metrics |= ppo.update(actor_loop, critic_loop, found, now, step, arrangement=arrangement,
-                                      train_actor=step >= critic_warmup)
+                                      critic_warmup=critic_warmup)
             if step >= critic_warmup and not state["update_checked"]:
                 state["update_checked"] = health.check_first_update(metrics, found)
             if step >= critic_warmup:  # before, the policy is the reference

@@ -189,7 +189,7 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
         began = clock()
         found, _ = side.collect(step)
         collected = clock()
-        metrics = ppo.update(side.actor_loop, side.critic_loop, found, side.settings, step, train_actor=True)
+        metrics = ppo.update(side.actor_loop, side.critic_loop, found, side.settings, step)
         assert metrics["grad_norm"] > 0 and int(found.episodes.lengths.min()) == RESPONSE
         iterations.append(phases_of(began, collected, clock()))
     return summary(iterations)

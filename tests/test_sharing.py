@@ -65,7 +65,7 @@ def test_ppo_on_one_base_is_ppo_on_four_models(
         seen = {}
         for step in range(2):
             rollouts = buffer.collect(models, lambda _: PROMPTS, tokenizer, parts, numbers, step, Phases())
-            metrics = ppo.update(*loops, rollouts, numbers, step, train_actor=True)
+            metrics = ppo.update(*loops, rollouts, numbers, step)
             seen |= {f"{name} {step}": torch.tensor(value) for name, value in metrics.items()}
             tensors = {**rollouts._asdict(), **rollouts.reward_parts}
             seen |= {f"{name} {step}": t for name, t in tensors.items() if isinstance(t, torch.Tensor)}

@@ -114,6 +114,11 @@ class TrainLoop:
         self._seed_step()
         return StepReport(loss, grad_norm, lr)
 
+    def go_to(self, step: int) -> None:
+        """Let the next step be this one of the schedule, where fewer were done than it counted on."""
+        self.steps = step
+        self._seed_step()
+
     def _reduce(self) -> tuple[float, float]:
         """Loss and gradient norm over all ranks, in one all-reduce; alike on every rank.
 

@@ -77,19 +77,23 @@ def update(
     settings: Settings,
     step: int,
     *,
-    train_actor: bool,
+    critic_warmup: int = 0,
     arrangement: Arrangement = Arrangement(),  # noqa: B008 (never changed: it holds no model)
 ) -> dict[str, float]:
     """inner_epochs passes over a buffer, `minibatches` optimizer steps each. Returns means for the log.
 
-    The critic learns first, then the actor: neither reads the other, and only one of them need be in memory.
+    The critic learns first, then, behind the first critic_warmup buffers, the actor: neither reads the other, and only
+    one of them need be in memory. The rates follow the buffers: one that gave fewer steps does not hold them back.
     """
+    steps_a_buffer = settings.inner_epochs * settings.minibatches
     metrics: dict[str, float] = {}
     parallel.release_memory()  # of the buffer's collection
     if critic_loop is not None:
+        critic_loop.go_to(step * steps_a_buffer)
         with arrangement.training(critic_loop.model):
             metrics |= _update_critic(critic_loop, rollouts, settings, step)
-    if train_actor:
+    if step >= critic_warmup:
+        actor_loop.go_to((step - critic_warmup) * steps_a_buffer)
         with arrangement.training(actor_loop.model):
             metrics |= _update_actor(actor_loop, rollouts, settings, step)
     return NOTHING_LEARNED | metrics

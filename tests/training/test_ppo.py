@@ -138,7 +138,7 @@ def test_policy_gradient_raises_what_was_good(
         TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-3, total_steps=2)
         for model in (models[0], models[2])
     ]
-    ppo.update(*loops, found, numbers, 0, train_actor=True)
+    ppo.update(*loops, found, numbers, 0)
 
     def gain(rows: list[int]) -> float:
         batch = Batch(found.batch.tokens[rows], found.batch.response_mask[rows])
@@ -185,12 +185,35 @@ def test_critic_warm_up_leaves_the_actor_alone(
     actor_loop, critic_loop = (
         TrainLoop(model, log, lr=1e-3, total_steps=4) for model in (models[0], models[2])
     )
-    metrics = ppo.update(actor_loop, critic_loop, found, numbers, 0, train_actor=False)
+    metrics = ppo.update(actor_loop, critic_loop, found, numbers, 0, critic_warmup=1)
     assert (actor_loop.steps, critic_loop.steps) == (0, 4)
     factors = [lr_factor(number, 4, 1, 0.1) for number in range(4)]
     assert metrics["lr"] == 0.0 and metrics["critic_lr"] == pytest.approx(1e-3 * sum(factors) / 4)
     for found_weight, expected in zip(models.actor.parameters(), models.reference.parameters(), strict=True):
         assert torch.equal(found_weight, expected)
+
+
+def test_rates_follow_the_buffers_also_behind_one_that_kept_nothing(
+    models: buffer.Models, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    numbers = settings()
+    found = collect(models, tokenizer, by_length, numbers, step=0)
+    log, rates = RunLog(str(tmp_path), {}), {"lr": [], "critic_lr": []}
+    actor_loop, critic_loop = (
+        TrainLoop(model, log, lr=1e-3, total_steps=total_steps, warmup_ratio=0.0, schedule="linear")
+        for model, total_steps in ((models[0], 8), (models[2], 12))
+    )
+    nothing = found._replace(kept=torch.zeros(0, dtype=torch.int64))
+    for step, rollouts in enumerate((found, nothing, found)):
+        metrics = ppo.update(actor_loop, critic_loop, rollouts, numbers, step, critic_warmup=1)
+        for name, found_rates in rates.items():
+            found_rates.append(metrics[name])
+
+    def mean_rate(first: int, total: int) -> float:
+        return 1e-3 * sum(lr_factor(first + place, total, 0, 0.1, "linear") for place in range(4)) / 4
+
+    assert rates["lr"] == pytest.approx([0.0, 0.0, mean_rate(4, 8)])
+    assert rates["critic_lr"] == pytest.approx([mean_rate(0, 12), 0.0, mean_rate(8, 12)])
 
 
 def test_learning_rate_0_leaves_every_bit(folders: Folders, tmp_path: Path) -> None:
@@ -384,7 +407,7 @@ def test_with_adapters_the_reference_is_the_actor_without_them(
     first = collect(alone, tokenizer, by_length, numbers, step=0)
     assert torch.equal(first.old_logprobs, first.reference_logprobs)
     loop = TrainLoop(models.actor, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=4)
-    ppo.update(loop, None, first, numbers, 0, train_actor=True)
+    ppo.update(loop, None, first, numbers, 0)
     shared = collect(alone, tokenizer, by_length, numbers, step=1)
     apart = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=1)
     assert (shared.old_logprobs - shared.reference_logprobs).abs().max() > 1e-3

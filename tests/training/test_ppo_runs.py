@@ -165,6 +165,11 @@ def test_one_reference_is_in_memory_however_often_it_is_refreshed(
     )  # fmt: skip
     # the actor, its first reference, and one in the place of another after each of three buffers
     assert alive == [0, 1, 1, 1, 1]
+    with pytest.raises(UserError, match="inner_epochs was 2 and is 3 now"):  # it fixes the schedule
+        ppo_train.main(
+            folders.one, str(tmp_path / "actor"), reward=["rule"], train_file=str(tmp_path / "prompts.json"),
+            advantage="rloo", resume="auto", inner_epochs=3, **numbers,
+        )  # fmt: skip
 
 
 def test_a_run_that_is_told_to_stop_leaves_no_waiting_files(folders: Folders, tmp_path: Path) -> None:

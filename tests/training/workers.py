@@ -256,7 +256,7 @@ def ppo_buffers(
     found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
     for step in range(2):
         rollouts = buffer.collect(models, lambda refill: PROMPTS, tokenizer, parts, numbers, step, Phases())
-        metrics = ppo.update(actor_loop, critic_loop, rollouts, numbers, step, train_actor=True)
+        metrics = ppo.update(actor_loop, critic_loop, rollouts, numbers, step)
         values = rollouts._asdict() | rollouts.batch._asdict() | rollout_metrics(rollouts, numbers) | metrics
         found["rollouts"] |= {
             f"{name} {step}": torch.as_tensor(value)
