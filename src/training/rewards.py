@@ -90,13 +90,12 @@ def at_last(scores: Tensor, episodes: Episodes) -> Tensor:
 
 def score_parts(parts: Mapping[str, Part], episodes: Episodes) -> Scored:
     """Every part's reward, and their weighted sum. Each data-parallel rank judges its share and gets all."""
-    everyone = list(range(len(episodes.prompts)))
-    # a rank without a share judges an episode all the same: every rank asks every reward
-    rows, counts = torch.tensor(my_share(everyone) or everyone[:1]), float(bool(my_share(everyone)))
+    rows = torch.tensor(my_share(range(len(episodes.prompts))), dtype=torch.int64)
     mine, found = episodes.take(rows), {}
     for name, part in parts.items():
         laid_out = torch.zeros(episodes.batch.tokens.shape)
-        laid_out[rows] = counts * part.reward(mine)
+        if len(rows):  # else there are more ranks than episodes
+            laid_out[rows] = part.reward(mine)
         found[name] = parallel.join_over_data_parallel(laid_out)
     return Scored(found, torch.stack([part.weight * found[name] for name, part in parts.items()]).sum(0))
 

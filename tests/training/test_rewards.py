@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from src.training import rewards
 from src.training.rewards import Shape
 from src.training.rollouts import Episodes
 from tests.conftest import Folders
+from tests.ranks import run_ranks
 from tests.training.workers import settings
 
 
@@ -178,3 +180,8 @@ def test_parts_are_weighted_and_weights_belong_to_names(tokenizer: Tokenizer) ->
         with pytest.raises(UserError, match=r"the log has another '\w+'; rename the function"):
             rewards.weights_of(names, [])
     assert rewards.weights_of(["a.py:one", "b.py:two"], [1, 2]) == {"a.py:one": 1, "b.py:two": 2}
+
+
+def test_an_episode_is_graded_once_on_more_ranks_than_episodes(tmp_path: Path) -> None:
+    for found in run_ranks(2, "tests.training.workers:graded_once", tmp_path, 1):
+        assert found["earned"].tolist() == [[0.0, 0.0, 1.0]] and found["graded"] == 1

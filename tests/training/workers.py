@@ -23,7 +23,8 @@ from src.training.health import rollout_metrics
 from src.training.loop import TrainLoop
 from src.training.ppo_settings import Settings, from_flags
 from src.training.reference import reference_logprobs
-from src.training.rewards import Part, Shape, pairwise_reward
+from src.training.rewards import Part, Shape, graded_reward, pairwise_reward, score_parts
+from src.training.rollouts import Episodes
 from src.training.saver import Saver, Trained
 from src.training.solver import SolverData, n_supervised, sft_loss
 
@@ -266,6 +267,16 @@ def ppo_buffers(
     parallel.barrier()
     trained = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
     return found | {name: local_weights(model) for name, model in trained.items()}
+
+
+def graded_once() -> dict[str, Tensor]:
+    """One right episode, on however many data-parallel ranks: what it earns, and how many episodes were graded."""
+    batch = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
+    episodes = Episodes(PROMPTS[:1], ["4"], batch, torch.tensor([True]), torch.zeros(1, 3))
+    outcomes: list[str] = []
+    parts = {"rule": Part(1.0, graded_reward(lambda responses, labels: ["right"] * len(labels), outcomes))}
+    earned = score_parts(parts, episodes).task
+    return {"earned": earned, "graded": torch.tensor(len(parallel.gather_over_data_parallel(outcomes)))}
 
 
 def resumed_epochs(
