@@ -39,7 +39,10 @@ def joined(rows: Sequence[Judged], share: float, wrong_share: float, seed: int) 
     """
     generator = random.Random(seed)
     chosen = fronts(rows)
-    for kind, solutions, asked in (("right", chosen.right, wrong_share < 1), ("wrong", chosen.wrong, wrong_share > 0)):
+    for kind, solutions, asked in (
+        ("right", chosen.right, wrong_share < 1),
+        ("wrong", chosen.wrong, wrong_share > 0),
+    ):
         if asked and not solutions:
             raise UserError(
                 f"no {kind} solution to put in front of others; set --wrong_share {int(kind == 'right')}, or judge more"

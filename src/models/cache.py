@@ -133,8 +133,9 @@ class KVCache:
     def advance(self) -> Tensor:
         """Make room for one more position in every row. -> its position in each, [B, 1] int64, in slots() order."""
         for bucket in list(self._buckets):
-            for slot in [slot for slot in bucket.slots if self.lengths[slot] == bucket.capacity]:
-                self._move_up(slot, bucket)
+            full = [slot for slot in bucket.slots if self.lengths[slot] == bucket.capacity]
+            if full:
+                self._move_up(full, bucket)
         self._buckets = [bucket for bucket in self._buckets if bucket.slots]
         slots = self.slots()
         positions = torch.from_numpy(self.lengths[slots]).to(self.device)
@@ -174,14 +175,15 @@ class KVCache:
         self._buckets = sorted([*self._buckets, _Bucket(capacity)], key=lambda bucket: bucket.capacity)
         return self._bucket_of(length)
 
-    def _move_up(self, slot: int, bucket: _Bucket) -> None:
-        """Copy a row that fills its bucket into the next one."""
+    def _move_up(self, slots: Sequence[int], bucket: _Bucket) -> None:
+        """Copy rows that fill their bucket into the next one; prompts of equal length do so together."""
         target = self._bucket_of(bucket.capacity + 1)
-        row = bucket.store[:, :, bucket.slots.index(slot)]  # [2, L, K, capacity, E]
-        target.reserve(1, row.shape[1], row[0, 0])
-        target.store[:, :, len(target.slots), :, : bucket.capacity] = row
-        target.slots.append(slot)
-        bucket.remove(slot)
+        target.reserve(len(slots), bucket.store.shape[1], bucket.store[0, 0, 0])
+        for slot in slots:
+            row = bucket.store[:, :, bucket.slots.index(slot)]  # [2, L, K, capacity, E]
+            target.store[:, :, len(target.slots), :, : bucket.capacity] = row
+            target.slots.append(slot)
+            bucket.remove(slot)
 
 
 class FixedCache:

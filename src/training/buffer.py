@@ -84,6 +84,7 @@ def collect(
     parallel.release_memory()  # of the update before
     episodes, scored, sampled = _filled(models, prompts, tokenizer, parts, settings, step, phases)
     batch, mask = episodes.batch, episodes.batch.response_mask
+    parallel.release_memory()  # of decoding and of the verifier
     with phases("score"):
         old_logprobs, reference_logprobs = policy_logprobs(models, batch, settings, tokenizer.vocab_size)
         values = critic_values(models, batch, settings)

@@ -92,6 +92,7 @@ def update(
         critic_loop.go_to(step * steps_a_buffer)
         with arrangement.training(critic_loop.model):
             metrics |= _update_critic(critic_loop, rollouts, settings, step)
+        parallel.release_memory()
     if step >= critic_warmup:
         actor_loop.go_to((step - critic_warmup) * steps_a_buffer)
         with arrangement.training(actor_loop.model):
