@@ -104,9 +104,8 @@ def main(
         how = Training(lora, quantize, activation_checkpointing, batching.ranks, accumulation_steps > 1,
                        parallel.device().type == "cuda", optimizer)
         largest = data.largest_pass(batching, packing=packing, epochs=epochs, stop=total_steps)
-        n_planned = n_ranks if parallel.world_size() > 1 else assemble.n_shards(ckpt_dir)
-        runlog.table(plan.training(config, n_planned, how, largest, examples, tokenizer, epochs=epochs,
-                                   steps=total_steps))
+        runlog.table(plan.training(config, assemble.planned_ranks(ckpt_dir, tensor_parallel_size), how, largest,
+                                   examples, tokenizer, epochs=epochs, steps=total_steps))
         return
     parallel.start(seed, n_ranks)
     assemble.check_save_dir(save_dir, ckpt_dir)

@@ -107,8 +107,9 @@ def main(
         how = Training(lora, "", activation_checkpointing, batching.ranks, accumulation_steps > 1,
                        parallel.device().type == "cuda", optimizer)
         largest = plan.largest_pass(examples, len(data.samples[0]) * max_batch_size, packing=packing)
-        runlog.table(plan.training(assemble.solver_to_verifier(config), assemble.n_shards(ckpt_dir), how, largest,
-                                   examples, tokenizer, epochs=epochs, steps=total_steps))
+        runlog.table(plan.training(assemble.solver_to_verifier(config),
+                                   assemble.planned_ranks(ckpt_dir, tensor_parallel_size), how, largest, examples,
+                                   tokenizer, epochs=epochs, steps=total_steps))
         return
     parallel.start(seed, n_ranks)
     assemble.check_save_dir(save_dir, ckpt_dir)

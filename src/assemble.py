@@ -55,6 +55,12 @@ def tensor_parallel_size(ckpt_dir: str, asked: int = -1) -> int:
     return asked
 
 
+def planned_ranks(ckpt_dir: str, asked: int = -1) -> int:
+    """How many ranks share one model in a dry run: those of the command, or without torchrun the shards."""
+    n_ranks = tensor_parallel_size(ckpt_dir, asked)
+    return n_ranks if parallel.world_size() > 1 else n_shards(ckpt_dir)
+
+
 def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "", chat_template: str = "") -> Tokenizer:
     """The tokenizer that travels in the checkpoint directory, or the one named; it must fit. Raises UserError.
 

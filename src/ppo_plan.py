@@ -122,9 +122,9 @@ def _models(
     """The models that the flags name, each by the config of its own directory."""
     folder = str(flags["actor_ckpt_dir"])
     actor = assemble.load_config(folder, str(flags["model_type"]))
-    n = assemble.tensor_parallel_size(folder, int(flags["tensor_parallel_size"]))
-    ranks = parallel.world_size() // n
-    n = n if parallel.world_size() > 1 else assemble.n_shards(folder)
+    asked = int(flags["tensor_parallel_size"])
+    ranks = parallel.world_size() // assemble.tensor_parallel_size(folder, asked)
+    n = assemble.planned_ranks(folder, asked)
     critic = verifier = None
     if settings.has_critic:
         critic = assemble.solver_to_verifier(assemble.load_config(str(flags["critic_ckpt_dir"])))

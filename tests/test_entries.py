@@ -615,6 +615,19 @@ def test_a_dry_run_shows_its_plan_and_writes_nothing(
     assert sorted(here.rglob("*")) == before
 
 
+@pytest.mark.parametrize("script", ["solver_train", "verifier_train", "preference_train"])
+def test_a_dry_run_of_several_ranks_is_planned_for_them(
+    world: World, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str
+) -> None:
+    monkeypatch.setattr(parallel, "world_size", lambda: 4)  # as under torchrun
+    main, held = entry(script), []
+    for ranks in (1, 2, 4):
+        flags = [f"--{name}={value}" for name, value in world.flags[script].items()]
+        main(**parse(main, [*flags, f"--tensor_parallel_size={ranks}", "--dry_run"]))
+        held.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights")))
+    assert len(set(held)) == 3  # a rank holds less of a model that more of them share
+
+
 def test_a_run_is_resumed_with_the_chat_template_it_began_with(world: World, here: Path) -> None:
     script = importlib.import_module("solver_train")
     script.main("one", "run", "train.json", max_batch_size=8, max_steps=1)
