@@ -662,9 +662,9 @@ def test_models_with_another_tokenizer_do_not_read_the_actor_s_ids(world: World,
 
 def test_a_prompt_that_fills_the_context(world: World, here: Path) -> None:
     write_json(here / "long.json", [{"instruction": "a" * 200, "label": "1"}])
-    message = "prompt '0' has 202 tokens but the model's context is 128"
-    refuse(world, "ppo_train", {"train_file": "long.json"}, message, here)
-    with pytest.raises(UserError, match=message):
+    told = r"long.json, row 1 \(id '0'\): the prompt has 202 tokens, expected fewer than the context of one, 128"
+    refuse(world, "ppo_train", {"train_file": "long.json"}, told, here)
+    with pytest.raises(UserError, match="prompt '0' has 202 tokens but the model's context is 128"):
         importlib.import_module("solver_evaluate").main("toy", "long.json", "log", "one")
     assert not (here / "log/results.json").exists()
 
