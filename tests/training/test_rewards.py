@@ -185,3 +185,8 @@ def test_parts_are_weighted_and_weights_belong_to_names(tokenizer: Tokenizer) ->
 def test_an_episode_is_graded_once_on_more_ranks_than_episodes(tmp_path: Path) -> None:
     for found in run_ranks(2, "tests.training.workers:graded_once", tmp_path, 1):
         assert found["earned"].tolist() == [[0.0, 0.0, 1.0]] and found["graded"] == 1
+
+
+def test_the_share_of_failed_calls_is_told_by_function() -> None:
+    found = rewards.failed_shares({"mine": (1, 4), "idle": (0, 0)})
+    assert found == {"reward_mine_failed": 0.25, "reward_idle_failed": 0.0}
