@@ -413,7 +413,7 @@ def join(
     """
     cli.check_numbers(locals())
     rows, in_steps = read_judged(train_file), "steps" in read_instruction_rows(train_file)[0]
-    made = joined.joined(rows, share, wrong_share, seed)
+    made = joined.joined(rows, share, wrong_share, seed, train_file)
     written = [row._asdict() if in_steps else joined.as_outcome(row) for row in made]
     save(written, "judged solutions", "", train_file, save_file, dry_run)
 

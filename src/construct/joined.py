@@ -28,14 +28,14 @@ def fronts(rows: Sequence[Judged]) -> Fronts:
     return Fronts(right, wrong)
 
 
-def joined(rows: Sequence[Judged], share: float, wrong_share: float, seed: int) -> list[Judged]:
+def joined(rows: Sequence[Judged], share: float, wrong_share: float, seed: int, source: str) -> list[Judged]:
     """The rows, a share of them behind a solution of another problem.
 
     A verifier that has seen short solutions alone takes "late" for "wrong". Behind another solution every step comes
     late. Of the solutions in front wrong_share are wrong, and then all that comes behind is wrong, too: without these,
     a verifier learns to forgive what lies far back. A row that meets its own problem stays as it is.
 
-    Raises UserError where the rows have none of a kind that is asked for.
+    Raises UserError where the rows, which are those of the file `source`, have none of a kind that is asked for.
     """
     generator = random.Random(seed)
     chosen = fronts(rows)
@@ -45,7 +45,8 @@ def joined(rows: Sequence[Judged], share: float, wrong_share: float, seed: int) 
     ):
         if asked and not solutions:
             raise UserError(
-                f"no {kind} solution to put in front of others; set --wrong_share {int(kind == 'right')}, or judge more"
+                f"{source} has no {kind} solution to put in front of others; set --wrong_share {int(kind == 'right')}, "
+                "or judge more"
             )
     made = []
     for row in rows:

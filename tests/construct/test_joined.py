@@ -16,9 +16,7 @@ ROW = Judged("4+4?", ["4+4=8", "8=9", "#### 9"], [0.7, None, 0.0])
 
 
 def test_steps_behind_a_right_solution_keep_their_labels() -> None:
-    assert join(RIGHT, ROW) == Judged(
-        "1+1? 4+4?", ["1+1=2", "4+4=8", "8=9", "#### 9"], [1.0, 0.7, None, 0.0]
-    )
+    assert join(RIGHT, ROW) == Judged("1+1? 4+4?", ["1+1=2", "4+4=8", "8=9", "#### 9"], [1.0, 0.7, None, 0.0])
 
 
 def test_all_is_wrong_behind_a_wrong_solution() -> None:
@@ -46,25 +44,29 @@ def test_share_and_wrong_share_are_met() -> None:
     rows = [
         row._replace(instruction=f"{n} {row.instruction}") for n in range(1000) for row in (RIGHT, WRONG, ROW)
     ]
-    made = joined(rows, share=0.6, wrong_share=0.3, seed=1)
+    made = joined(rows, share=0.6, wrong_share=0.3, seed=1, source="rows.json")
     assert len(made) == len(rows)
     behind = [row for row in made if row.instruction.count("?") == 2]
     assert len(behind) / len(made) == pytest.approx(0.6, abs=0.03)
     lost = [row for row in behind if not row.instruction.split("? ")[0].endswith("1+1")]
     assert len(lost) / len(behind) == pytest.approx(0.3, abs=0.03)
     assert all(label == 0 for row in lost for label in row.labels[-2:])
-    assert joined(rows, 0.6, 0.3, seed=1) == made != joined(rows, 0.6, 0.3, seed=2)
+    assert joined(rows, 0.6, 0.3, seed=1, source="a") == made != joined(rows, 0.6, 0.3, seed=2, source="a")
 
 
 def test_no_row_stands_behind_its_own_problem() -> None:
-    assert joined([RIGHT, RIGHT], share=1.0, wrong_share=0.0, seed=1) == [RIGHT, RIGHT]
+    assert joined([RIGHT, RIGHT], share=1.0, wrong_share=0.0, seed=1, source="rows.json") == [RIGHT, RIGHT]
 
 
 def test_a_kind_that_is_asked_for_must_be_there() -> None:
-    with pytest.raises(UserError, match="no wrong solution to put in front of others; set --wrong_share 0"):
-        joined([RIGHT], share=0.5, wrong_share=0.3, seed=1)
-    with pytest.raises(UserError, match="no right solution to put in front of others; set --wrong_share 1"):
-        joined([WRONG, ROW], share=0.5, wrong_share=0.3, seed=1)
+    with pytest.raises(
+        UserError, match="rows.json has no wrong solution to put in front of others; set --wrong_share 0"
+    ):
+        joined([RIGHT], share=0.5, wrong_share=0.3, seed=1, source="rows.json")
+    with pytest.raises(
+        UserError, match="rows.json has no right solution to put in front of others; set --wrong_share 1"
+    ):
+        joined([WRONG, ROW], share=0.5, wrong_share=0.3, seed=1, source="rows.json")
 
 
 def test_the_command_writes_rows_that_a_verifier_learns_from(tmp_path: Path) -> None:
