@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from src import parallel, runlog
-from src.checkpoint import adapters, shards, sources, storage, training_state
+from src.checkpoint import adapters, peft_forward, shards, sources, storage, training_state
 from src.checkpoint.saving import Save, TensorGroup
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.training_state import RunState
@@ -365,7 +365,8 @@ class LogitDifference(NamedTuple):
 def logit_difference(before: Source | AdapterSource, after: Source | AdapterSource) -> LogitDifference:
     """How far the logits (a verifier's scores) of a written checkpoint lie from those of what it was made of.
 
-    Both compute in float32 on random tokens, an adapter unmerged. One process; both models are in memory in turn.
+    Both compute in float32 on random tokens, an adapter unmerged, and one of PEFT's from what PEFT stored. One process;
+    both models are in memory in turn.
     """
     length = min(64, before.config.max_seq_len)
     tokens = torch.randint(before.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
@@ -377,12 +378,12 @@ def logit_difference(before: Source | AdapterSource, after: Source | AdapterSour
 def _outputs(source: Source | AdapterSource, tokens: Tensor) -> Tensor:
     """Logits [B, S, V] or scores [B, S] of a checkpoint on one process, float32."""
     parallel.start()
-    base, own = source, {}
+    base, own, foreign = source, {}, None
     if isinstance(source, AdapterSource):
-        base, own = sources.open_source(str(source.base)), source.tensors
+        base, own, foreign = sources.open_source(str(source.base)), source.tensors, source.foreign
     with torch.device("meta"):
         model = Decoder(source.config)
-        if own:
+        if own and not foreign:
             add_lora(model, source.lora)
     tensors = {}
     for name, _ in model.named_parameters():
@@ -391,5 +392,8 @@ def _outputs(source: Source | AdapterSource, tokens: Tensor) -> Tensor:
             (own.get(name) or base.tensors[plain]).load().to(parallel.device(), torch.float32, copy=True)
         )
     assign(model, tensors, "this checkpoint")
+    for stem in foreign.linears() if foreign else ():
+        linear = model.get_submodule(stem)
+        linear.register_forward_hook(peft_forward.forward_hook(foreign, stem, source.config))
     hidden = model(tokens.to(parallel.device()))
     return model.scores(hidden) if source.config.value_head else model.logits(hidden).float()

@@ -1,6 +1,7 @@
 """Adapters in PEFT's layout: adapter_model.safetensors beside adapter_config.json, read and described.
 
-PEFT puts lora_A and lora_B under the module's Hugging Face name; B's rows have that module's rotary layout.
+PEFT puts lora_A and lora_B under the module's Hugging Face name; B's rows have that module's rotary layout. Ours have
+one rank and one scale, and stand on the base as it is: what PEFT does by module or to the base goes into the factors.
 """
 
 import functools
@@ -9,65 +10,55 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from src.checkpoint import adapters, convert, storage
+from src.checkpoint import adapters, convert, peft_config, storage
+from src.checkpoint.peft_config import PeftConfig, Scaled
 from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.families import FAMILIES
 from src.models.lora import LINEARS, LoraConfig
 
-CONFIG = "adapter_config.json"
+CONFIG = peft_config.CONFIG
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
-
-# What PEFT can do and we cannot: key -> the values that mean it is off; absent counts as off.
-_OFF: dict[str, tuple[object, ...]] = {
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none",),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
-}
 
 
 class PeftAdapter(NamedTuple):
     """adapter_config.json and the tensors, under our names but in Hugging Face's rotary layout."""
 
-    lora: LoraConfig
-    base: str
+    config: PeftConfig
     tensors: dict[str, StoredTensor]
-    path: Path
+    folder: Path
+
+    def linears(self) -> dict[str, Scaled]:
+        """Our names of the linears that carry an adapter, and what theirs are multiplied with."""
+        stems = sorted({name.rpartition(".lora_")[0] for name in self.tensors if ".lora_" in name})
+        return {stem: self.config.scaled(module_name(stem)) for stem in stems}
 
 
 def read(folder: Path) -> PeftAdapter:
     """Open an adapter directory of PEFT. Raises UserError for what it names that we do not implement."""
-    path = folder / CONFIG
-    values = storage.read_json(path)
-    if values.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type={values.get('peft_type')!r} is not implemented; only LORA is")
-    for key, allowed in _OFF.items():
-        if values.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{path}: {key}={values[key]!r} is not implemented; expected {allowed[0]!r}")
-    rank, alpha = values.get("r"), values.get("lora_alpha")
-    if type(rank) is not int or type(alpha) not in (int, float):
-        raise UserError(f"{path}: r={rank!r} and lora_alpha={alpha!r}; expected a whole number and a number")
+    config = peft_config.read(folder)
     stored = _tensors(folder)
-    tensors = {_our_name(name, path): tensor for name, tensor in stored.items()}
+    tensors = {_our_name(name, folder): tensor for name, tensor in stored.items()}
     if len(tensors) != len(stored):
-        raise UserError(f"{path.parent}: two tensors mean the same parameter; remove one of them")
-    targets = {name.split(".")[-3] for name in tensors if ".lora_" in name}
-    lora = LoraConfig(
-        rank=rank, alpha=alpha, dropout=0.0, targets=tuple(name for name in LINEARS if name in targets)
-    )
-    return PeftAdapter(lora, str(values.get("base_model_name_or_path")), tensors, path)
+        raise UserError(f"{folder}: two tensors mean the same parameter; remove one of them")
+    if config.has_score != ("v_head.weight" in tensors):
+        raise UserError(
+            f"{config.path}: task_type and modules_to_save {'name' if config.has_score else 'lack'} the score layer "
+            f"of a classifier, but the tensors {'lack' if config.has_score else 'hold'} it"
+        )
+    return PeftAdapter(config, tensors, folder)
+
+
+def module_name(stem: str) -> str:
+    """Hugging Face's name of one of our linears."""
+    return convert.to_hf_name(f"{stem}.weight").removesuffix(".weight")
 
 
 def _tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -82,38 +73,116 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _our_name(name: str, path: Path) -> str:
+def _our_name(name: str, folder: Path) -> str:
     """Our name of a tensor of PEFT. Raises UserError for one that adapts what we cannot adapt."""
     plain = name.removeprefix(_PREFIX)
     factor = _FACTOR.fullmatch(plain)
     if factor is None:
         if plain == "score.weight":
             return "v_head.weight"
-        raise UserError(f"{path.parent}: {name!r} is no LoRA factor of a linear layer; it cannot be read")
+        raise UserError(f"{folder}: {name!r} is no LoRA factor of a linear layer; it cannot be read")
     ours = convert.from_hf_name(f"{factor[1]}.weight").removesuffix(".weight")
     if ours.split(".")[-1] not in LINEARS:
-        raise UserError(f"{path.parent}: {name!r} adapts {ours}; expected only {', '.join(LINEARS)}")
+        raise UserError(f"{folder}: {name!r} adapts {ours}; expected only {', '.join(LINEARS)}")
     return f"{ours}.lora_{factor[2].lower()}.weight"
 
 
-def as_ours(adapter: PeftAdapter, config: ModelConfig) -> dict[str, StoredTensor]:
-    """The adapter's tensors in our rotary layout. Raises UserError unless they are exactly those of the config."""
-    expected = adapters.expected_shapes(config, adapter.lora)
-    for name in sorted(expected.keys() ^ adapter.tensors.keys()):
-        what = "missing" if name in expected else "one too many"
-        raise UserError(
-            f"{adapter.path.parent}: {name} is {what}; adapters of some layers only are not implemented"
-        )
-    tensors = {}
-    for name, stored in adapter.tensors.items():
-        if stored.shape != expected[name]:
+def check(adapter: PeftAdapter, config: ModelConfig) -> None:
+    """Raise UserError unless the tensors are exactly those that adapter_config.json and the base mean."""
+    folder, linears = adapter.folder, adapter.linears()
+    kinds = tuple(name for name in LINEARS if any(stem.endswith(f".{name}") for stem in linears))
+    if not kinds:
+        raise UserError(f"{folder} holds no LoRA factors; expected lora_A and lora_B of some linear layers")
+    of_rank_1 = adapters.expected_shapes(config, LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=kinds))
+    for name in sorted(of_rank_1.keys() ^ adapter.tensors.keys()):
+        what = "missing" if name in of_rank_1 else "one too many"
+        raise UserError(f"{folder}: {name} is {what}; adapters of some layers only are not implemented")
+    for stem, (rank, _) in linears.items():
+        if not adapter.config.targets(module_name(stem)):
             raise UserError(
-                f"{adapter.path.parent}: {name} is {list(stored.shape)}, but r={adapter.lora.rank} and the base mean "
-                f"{list(expected[name])}"
+                f"{adapter.config.path}: target_modules leaves out {module_name(stem)}, which has factors"
             )
-        load = functools.partial(_reordered, convert.rotary_from_hf, name, stored, config)
-        tensors[name] = stored._replace(load=load)
-    return tensors
+        for name, axis in ((f"{stem}.lora_a.weight", 0), (f"{stem}.lora_b.weight", 1)):
+            found, expected = adapter.tensors[name].shape, list(of_rank_1[name])
+            expected[axis] = rank
+            if list(found) != expected:
+                raise UserError(
+                    f"{folder}: {name} is {list(found)}, but r={rank} and the base mean {expected}"
+                )
+    head = "v_head.weight"
+    if head in of_rank_1 and adapter.tensors[head].shape != of_rank_1[head]:
+        raise UserError(
+            f"{folder}: {head} is {list(adapter.tensors[head].shape)}; expected {list(of_rank_1[head])}"
+        )
+
+
+def as_ours(
+    adapter: PeftAdapter, config: ModelConfig, base: Mapping[str, StoredTensor]
+) -> tuple[dict[str, StoredTensor], LoraConfig]:
+    """A plain adapter, of one rank and scale, that makes of the base what PEFT makes of it; in our rotary layout.
+
+    Raises UserError unless the tensors are exactly those of the config.
+    """
+    check(adapter, config)
+    linears, changes_base = adapter.linears(), adapter.config.init in peft_config.CHANGE_BASE
+    rank = max(each.rank for each in linears.values()) * (2 if changes_base else 1)
+    first = max(linears.values(), key=lambda each: abs(each.scale))
+    alpha = first.alpha if rank == first.rank else first.alpha * rank / first.rank
+    lora = LoraConfig(
+        rank=rank,
+        alpha=alpha,
+        dropout=0.0,
+        targets=tuple(name for name in LINEARS if any(stem.endswith(f".{name}") for stem in linears)),
+    )
+    tensors = dict(adapter.tensors)
+    for stem, each in linears.items():
+        if changes_base or each != (rank, alpha):
+            share = each.scale / first.scale if first.scale else 1.0
+            both = functools.cache(
+                functools.partial(_plain_factors, adapter, stem, base, config, rank, share)
+            )
+            for index, (name, axis) in enumerate(
+                ((f"{stem}.lora_a.weight", 0), (f"{stem}.lora_b.weight", 1))
+            ):
+                shape = list(tensors[name].shape)
+                shape[axis] = rank
+                tensors[name] = StoredTensor(
+                    tuple(shape), lambda both=both, index=index: both()[index], torch.float32
+                )
+    return {
+        name: stored._replace(
+            load=functools.partial(_reordered, convert.rotary_from_hf, name, stored, config)
+        )
+        for name, stored in tensors.items()
+    }, lora
+
+
+def _plain_factors(
+    adapter: PeftAdapter,
+    stem: str,
+    base: Mapping[str, StoredTensor],
+    config: ModelConfig,
+    rank: int,
+    share: float,
+) -> tuple[Tensor, Tensor]:
+    """Factors of `rank` whose product is `share` of B A, less what PEFT took from the base. [rank, in], [out, rank]."""
+    lora_a, lora_b = (adapter.tensors[f"{stem}.lora_{which}.weight"].load().float() for which in "ab")
+    if adapter.config.init in peft_config.CHANGE_BASE:
+        weight = f"{stem}.weight"
+        whole = convert.rotary_to_hf(weight, base[weight].load(), config).float()
+        taken_a, taken_b = _taken(str(adapter.config.init), whole, adapter.linears()[stem])
+        lora_a, lora_b = torch.cat([lora_a, taken_a]), torch.cat([lora_b, -taken_b], 1)
+    missing = rank - len(lora_a)
+    return F.pad(lora_a, (0, 0, 0, missing)), F.pad(share * lora_b, (0, missing))
+
+
+def _taken(init: str, weight: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor]:
+    """Factors [r, in] and [out, r]: PEFT subtracts their product, times the scale, from a base's matrix."""
+    if init == "olora":  # Büyükakyüz 2024
+        basis, rest = torch.linalg.qr(weight)
+        return rest[: scaled.rank], basis[:, : scaled.rank]
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)  # PiSSA, Meng et al. 2024
+    return right[: scaled.rank], left[:, : scaled.rank] * (values[: scaled.rank] / scaled.scale)
 
 
 def _reordered(reorder: convert.Reorder, name: str, stored: StoredTensor, config: ModelConfig) -> Tensor:

@@ -74,7 +74,10 @@ def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str
 
 
 class AdapterSource(NamedTuple):
-    """An opened adapter: its own whole tensors in our names and layout, and the base that it adapts."""
+    """An opened adapter: its own whole tensors in our names and layout, and the base that it adapts.
+
+    foreign: what PEFT stored, where these tensors were made of it.
+    """
 
     config: ModelConfig
     tensors: dict[str, StoredTensor]
@@ -82,6 +85,7 @@ class AdapterSource(NamedTuple):
     base: Path
     folder: Path
     tokenizer_files: list[Path]
+    foreign: peft_layout.PeftAdapter | None = None
 
 
 def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
@@ -108,16 +112,28 @@ def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
 
 def _open_peft(folder: Path, base_dir: str) -> AdapterSource:
     adapter = peft_layout.read(folder)
-    base = Path(base_dir or adapter.base)
-    if not base.exists():
-        raise UserError(
-            f"{folder} adapts {adapter.base}, which is no directory here; name its base with --base_dir"
-        )
-    config = open_source(str(base)).config
+    base = _base_of(adapter, base_dir)
+    opened = open_source(str(base))
+    config = opened.config
     if "v_head.weight" in adapter.tensors and not config.value_head:
         config = dataclasses.replace(config, value_head=True, tied=False)
-    tensors = peft_layout.as_ours(adapter, config)
-    return AdapterSource(config, tensors, adapter.lora, base, folder, storage.tokenizer_files(folder))
+    tensors, lora = peft_layout.as_ours(adapter, config, opened.tensors)
+    return AdapterSource(config, tensors, lora, base, folder, storage.tokenizer_files(folder), adapter)
+
+
+def _base_of(adapter: peft_layout.PeftAdapter, base_dir: str) -> Path:
+    """base_dir, or the base that a foreign adapter names, seen from here or from the adapter. Raises UserError."""
+    named = Path(base_dir or adapter.config.base)
+    places = [path for path in ([named] if base_dir else [named, adapter.folder / named]) if path.exists()]
+    if not places:
+        raise UserError(
+            f"{adapter.folder} adapts {named}, which is no directory here; name its base with --base_dir"
+        )
+    if len({path.resolve() for path in places}) > 1:
+        raise UserError(
+            f"{adapter.folder} adapts {named}: {places[0]} or {places[1]}? Name one with --base_dir"
+        )
+    return places[0]
 
 
 def merge(adapter: AdapterSource) -> Source:

@@ -1,5 +1,6 @@
 """src/checkpoint/peft_layout.py: adapters come from PEFT and go back, bit for bit, through any number of shards."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint_split
 from src import assemble
-from src.checkpoint import export, storage
+from src.checkpoint import export, peft_config, storage
 from src.checkpoint.sources import merge, open_adapter, open_source
 from src.checkpoint.split import split, split_adapter
 from src.errors import UserError
@@ -86,12 +87,190 @@ def test_adapter_goes_from_any_number_of_shards_to_any_other(
     assert storage.fingerprint(folder) == storage.fingerprint(once)
 
 
+RANKS = {"q_proj": 8, "layers.1.mlp.up_proj": 2}
+ALPHAS = {r"^model\.layers\.0\.self_attn\.v_proj": 3, r".*\.1\.mlp\.(up|down)_proj": 0.5}
+VARIANTS: dict[str, dict[str, object]] = {
+    "rank-stabilised": {"use_rslora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
+    "patterns": {"rank_pattern": RANKS, "alpha_pattern": ALPHAS},
+    "patterns, rank-stabilised": {"rank_pattern": RANKS, "alpha_pattern": ALPHAS, "use_rslora": True},
+    "one scale, ranks differ": {"rank_pattern": {"k_proj": 8}, "alpha_pattern": {"k_proj": 16}},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "pissa, rank-stabilised": {"init_lora_weights": "pissa", "use_rslora": True},
+    "pissa, patterns": {"init_lora_weights": "pissa", "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
+    "olora, patterns, rank-stabilised": {
+        "init_lora_weights": "olora",
+        "rank_pattern": RANKS,
+        "use_rslora": True,
+    },
+    "olora, no scale": {"init_lora_weights": "olora", "lora_alpha": 0},
+    "modules left out": {"exclude_modules": ["o_proj", "mlp.up_proj"]},
+    "an expression": {
+        "target_modules": r".*\.(self_attn|mlp)\.(k_proj|down_proj)",
+        "init_lora_weights": "pissa",
+    },
+}
+
+
+def save_variant(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+    """An adapter of PEFT of some kind, every factor moved as training would. Returns its directory."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | changes
+    model = peft.get_peft_model(reference.hf_model(base), peft.LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": str(base)}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+    return folder
+
+
+def peft_logits(base: Path, folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(reference.hf_model(base), folder)(reference.batch()[0]).logits
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_variants_compute_what_peft_computes(tmp_path: Path, base: Path, kind: str) -> None:
+    """Merged, and as the plain adapter that stands for it: on the base as it is, in ours and in PEFT's format."""
+    folder = save_variant(base, tmp_path / "lora", **VARIANTS[kind])
+    theirs, opened = peft_logits(base, folder), open_adapter(folder)
+    export.export_hf(merge(opened), tmp_path / "merged", "adapter")
+    merged = reference.hf_model(tmp_path / "merged")(reference.batch()[0]).logits
+    assert reference.relative_difference(merged, theirs) < 2e-5
+    export.export_peft(opened, tmp_path / "plain", "adapter")
+    assert reference.relative_difference(peft_logits(base, tmp_path / "plain"), theirs) < 2e-5
+    for written in (merge(opened), open_adapter(tmp_path / "plain")):
+        found = assemble.logit_difference(opened, written)
+        assert (
+            found.difference < 1e-4 * found.scale
+        )  # PEFT's singular vectors are float32, the measure's float64
+    untouched = reference.hf_model(base)(reference.batch()[0]).logits
+    assert reference.relative_difference(untouched, theirs) > 1e-2 or opened.lora.alpha == 0
+
+
+@pytest.mark.parametrize("kind", ["rank-stabilised", "pissa, patterns", "olora"])
+def test_variants_in_bfloat16_compute_what_peft_computes(tmp_path: Path, base: Path, kind: str) -> None:
+    reference.hf_model(base).bfloat16().save_pretrained(tmp_path / "base")
+    folder = save_variant(tmp_path / "base", tmp_path / "lora", torch.bfloat16, **VARIANTS[kind])
+    split(open_source(str(tmp_path / "base")), tmp_path / "ours", 2, "", "", "base")
+    for base_dir in ("", str(tmp_path / "ours")):
+        opened = open_adapter(folder, base_dir)
+        export.export_hf(merge(opened), tmp_path / "merged", "adapter", dtype="float32")
+        merged = reference.hf_model(tmp_path / "merged")(reference.batch()[0]).logits
+        assert reference.relative_difference(merged, peft_logits(tmp_path / "base", folder)) < 2e-5
+
+
+def test_merge_onto_the_wrong_base_shows(tmp_path: Path, base: Path) -> None:
+    """--verify measures against what PEFT does with the files, and not against what was read from them."""
+    pissa = save_variant(base, tmp_path / "pissa", init_lora_weights="pissa")
+    scaled = save_variant(base, tmp_path / "scaled", use_rslora=True, alpha_pattern={"v_proj": 1})
+    for folder, change in (
+        (pissa, {"init_lora_weights": True}),
+        (scaled, {"use_rslora": False, "alpha_pattern": {}}),
+    ):
+        naive = shutil.copytree(folder, tmp_path / f"naive-{folder.name}")
+        values = json.loads((naive / "adapter_config.json").read_text())
+        (naive / "adapter_config.json").write_text(json.dumps(values | change))
+        assert assemble.logit_difference(open_adapter(folder), merge(open_adapter(naive))).difference > 0.1
+
+
+def test_a_base_beside_the_adapter_is_found(tmp_path: Path, base: Path, adapter: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    folder = shutil.copytree(adapter, tmp_path / "lora")
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": "../base"}))
+    assert open_adapter(folder).base.resolve() == tmp_path / "base"
+
+
+def test_published_adapters_that_change_their_base_or_sleep(tmp_path: Path) -> None:
+    for name in ("pissa", "olora"):
+        folder = reference.shared("reports/PF1_pissa_olora") / name
+        opened, theirs = open_adapter(folder), peft_logits(folder.parent / "base", folder)
+        export.export_hf(merge(opened), tmp_path / name, name)
+        merged = reference.hf_model(tmp_path / name)(reference.batch()[0]).logits
+        assert reference.relative_difference(merged, theirs) < 2e-5
+        found = assemble.logit_difference(opened, open_source(str(tmp_path / name)))
+        assert found.difference < 1e-4 * found.scale
+    with pytest.raises(UserError, match=r"alora_invocation_tokens=\[3, 4\] is not implemented"):
+        open_source(str(reference.shared("reports/PF2_alora") / "alora"))
+
+
+def test_every_key_of_peft_is_known() -> None:
+    """A new release of PEFT with a key that is not in the table fails here, not in somebody's weights."""
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields - {"_custom_modules"} <= peft_config._KEYS.keys()
+
+
+def test_every_value_that_is_not_known_to_be_right_is_refused(tmp_path: Path, adapter: Path) -> None:
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    path = tmp_path / "adapter_config.json"
+    for key, allowed in peft_config._KEYS.items():
+        for value in (True, 1, 0, "all", [1], {"a": 1}) if allowed else ():
+            if not any(type(value) is type(each) and value == each for each in allowed):
+                path.write_text(json.dumps(values | {key: value}))
+                with pytest.raises(UserError, match=rf"{key}=.* is not implemented"):
+                    peft_config.read(tmp_path)
+    for key, value in {"use_next": True, "next_config": {"a": None}, "next_rank": 0, "next_ids": [0]}.items():
+        path.write_text(json.dumps(values | {key: value}))
+        with pytest.raises(
+            UserError, match=f"key '{key}' is unknown and may change what the adapter computes"
+        ):
+            peft_config.read(tmp_path)
+    path.write_text(json.dumps(values | {"use_next": False, "next_config": None, "runtime_config": {"a": 1}}))
+    assert peft_config.read(tmp_path).values["r"] == 4
+
+
 CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "dora": ({"use_dora": True}, "use_dora=True is not implemented"),
-    "rank-stabilised": ({"use_rslora": True}, "use_rslora=True is not implemented"),
-    "other ranks": ({"rank_pattern": {"q_proj": 8}}, "rank_pattern=.* is not implemented"),
+    "other ranks": (
+        {"rank_pattern": {"q_proj": 8}},
+        r"wq\.lora_a\.weight is .4, 32., but r=8 and the base mean",
+    ),
+    "random start": (
+        {"init_lora_weights": "pissa_niter_4"},
+        "'pissa_niter_4' is not .*path_initial_model_for_weight",
+    ),
+    "gradients": (
+        {"init_lora_weights": "lora_ga"},
+        "'lora_ga' is not implemented; .*trained on another base",
+    ),
+    "covariances": ({"init_lora_weights": "corda"}, "'corda' is not implemented; .*trained on another base"),
+    "quantised": ({"init_lora_weights": "loftq"}, "'loftq' is not implemented; .*trained on another base"),
+    "divided by nothing": ({"init_lora_weights": "pissa", "lora_alpha": 0}, "divides by lora_alpha"),
+    "another task": ({"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS' is not implemented"),
+    "a classifier without a score": (
+        {"task_type": "SEQ_CLS"},
+        "name the score layer .* but the tensors lack it",
+    ),
+    "no modules": ({"target_modules": None}, "target_modules=None; expected a list of names"),
+    "fewer modules": (
+        {"target_modules": TARGETS[1:]},
+        r"target_modules leaves out model\.layers\.0\.self_attn\.q_proj",
+    ),
+    "modules excluded": ({"exclude_modules": ".*up_proj"}, r"target_modules leaves out .*mlp\.up_proj"),
+    "some layers": ({"layers_to_transform": 1}, "layers_to_transform=1 is not implemented"),
+    "rank of a pattern": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern=.*; expected names of modules"),
+    "alpha of a pattern": ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern=.*; expected names of modules"),
+    "no expression": ({"alpha_pattern": {"(q_proj": 8}}, "'.q_proj', no regular expression"),
+    "endless expression": ({"rank_pattern": {"([a-z._0-9]+)+X": 8}}, "expected fewer repetitions"),
+    "slow expression": ({"target_modules": ".*" * 20 + "X"}, "expected fewer repetitions"),
+    "alpha that is none": ({"lora_alpha": float("nan")}, "expected a whole number"),
+    "alpha beyond floats": ({"lora_alpha": 10**400}, "expected a whole number"),
+    "truth as a rank": ({"r": True}, "r=True and lora_alpha=8; expected a whole number"),
     "biases": ({"bias": "all"}, "bias='all' is not implemented"),
-    "saved modules": ({"modules_to_save": ["embed_tokens"]}, "modules_to_save=.* is not implemented"),
+    "saved modules": (
+        {"modules_to_save": ["score", "embed_tokens"]},
+        "modules_to_save=.* is not implemented",
+    ),
     "another method": ({"peft_type": "IA3"}, "peft_type='IA3' is not implemented; only LORA is"),
     "another rank": ({"r": 8}, "r=8 and the base mean"),
     "no rank": ({"r": "four"}, "r='four' and lora_alpha=8; expected a whole number"),
@@ -124,17 +303,16 @@ def test_adapter_of_some_layers_or_without_its_base_is_refused(
 
 
 def test_command_merges_keeps_and_verifies(
-    tmp_path: Path, base: Path, adapter: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    caplog.set_level("INFO", logger="splitrl")
     ours = str(tmp_path / "base")
     checkpoint_split.main(str(base), ours, 2)
     checkpoint_split.main(
         str(adapter), str(tmp_path / "lora"), 2, base_dir=ours, merge_lora=False, verify=True
     )
-    assert "logits before and after: largest difference 0 of values" in caplog.text
+    assert "logits before and after: largest difference 0 of values" in capsys.readouterr().err
     checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "hf"), format="hf", verify=True)
-    difference = float(re.findall(r"largest difference (\S+) of", caplog.text)[-1])
+    difference = float(re.findall(r"largest difference (\S+) of", capsys.readouterr().err)[-1])
     assert difference < 1e-4
     checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "peft"), format="peft")
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
