@@ -20,7 +20,7 @@ from src.construct.origin import read_origin, same_rules, write_origin
 from src.construct.outcomes import outcome_rows, right_solutions
 from src.construct.pairs import mixed_pairs, pairs_from_samples, preferred_pairs
 from src.construct.problems import ErrorPlace, without_similar
-from src.data.encoding import STEP_END
+from src.data.encoding import STEP_ENDS, StepKind
 from src.data.examples import (
     read_instruction_rows,
     read_judged,
@@ -351,9 +351,9 @@ def contrast(
 
 def process(
     ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, rollouts: int = 8,
-    label: Literal["hard", "soft"] = "hard", solutions_a_problem: int = 4, temperature: float = 0.7,
-    max_new_tokens: int = 512, max_batch_size: int = 64, prompt_template: str = "", seed: int = 1,
-    dry_run: bool = False,
+    label: Literal["hard", "soft"] = "hard", solutions_a_problem: int = 4, step: StepKind = "paragraph",
+    temperature: float = 0.7, max_new_tokens: int = 512, max_batch_size: int = 64, prompt_template: str = "",
+    seed: int = 1, dry_run: bool = False,
 ) -> None:
     """Judge every step of solutions by rollouts from behind it, for verifier_train.py --objective process.
 
@@ -368,6 +368,8 @@ def process(
     label: hard = is a way on known that comes out right: a rollout from here or a later step, or a solution;
         soft = the share of the step's own rollouts that do
     solutions_a_problem: most solutions of one problem
+    step: what a step is: a paragraph, with a blank line behind it, or a line, as in GSM8K and MetaMath; train the
+        verifier with the same --step
     temperature: of the rollouts
     max_new_tokens: longest rollout
     max_batch_size: sequences that decode at once
@@ -378,9 +380,10 @@ def process(
     cli.check_numbers(flags := locals().copy())
     chosen = steps.solutions_to_judge(read_graded(samples_file, save_file), solutions_a_problem)
     prompting, benchmark = asked_of(task, prompt_template, samples_file)
-    jobs = list(steps.beginnings(chosen).values())
+    jobs = list(steps.beginnings(chosen, STEP_ENDS[step]).values())
     if not jobs:
-        raise UserError(f"{samples_file} has no solution of two steps or more to judge; blank lines part them")
+        raise UserError(f"{samples_file} has no solution of two steps or more to judge; with --step {step} a step is a "
+                        f"{step}")
     runlog.logger().info("%d beginnings of %d solutions to go on from, %d times each", len(jobs), len(chosen), rollouts)
     if dry_run:
         return
@@ -388,12 +391,12 @@ def process(
     solver = open_solver(ckpt_dir, prompting, max_batch_size, seed)
     if solver.coding:
         raise UserError("process judges the paragraphs of a solution; it has no labels for blocks of code")
-    facts = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    facts = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "step": step}
     sampler = rollout_sampler(solver, {job.prompt.id: job.prefix for job in jobs}, sampling)
     path = draw(sampler, [job.prompt for job in jobs], rollouts, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
                 facts=facts | prompting.facts(), grade=benchmark)
     if parallel.rank() == 0:
-        rows = steps.judged_steps(chosen, read_samples(str(path)), hard=label == "hard")
+        rows = steps.judged_steps(chosen, read_samples(str(path)), STEP_ENDS[step], hard=label == "hard")
         save(rows, "judged solutions", "no sample is graded", samples_file, save_file, dry_run)
 
 
@@ -422,7 +425,7 @@ def branch(
     ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, pairs_a_problem: int = 2,
     attempts: int = 100, temperature: float = 1.1, temperature_rise: float = 0.1, temperature_cap: float = 1.4,
     steps_a_solution: int = 24, characters_a_step: int = 3000, error_phrases: list[str] = [],  # noqa: B006
-    error_place: ErrorPlace = "solution", step: Literal["paragraph", "line"] = "paragraph",
+    error_place: ErrorPlace = "solution", step: StepKind = "paragraph",
     max_new_tokens: int = 512, max_batch_size: int = 64,
     isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "", seed: int = 1,
     dry_run: bool = False,
@@ -454,7 +457,7 @@ def branch(
     dry_run: count the branches without sampling
     """
     cli.check_numbers(flags := locals().copy())
-    step_end = STEP_END if step == "paragraph" else "\n"
+    step_end = STEP_ENDS[step]
     if assemble.load_config(ckpt_dir).chat_template == CODE_FORM:
         step_end = Marker.END_OF_BLOCK
     samples = read_faultless(samples_file, save_file, error_phrases, error_place)

@@ -12,6 +12,7 @@ import torch
 
 from src import assemble, cli, parallel, ppo_plan, runlog
 from src.data.collate import chunks, epoch_order
+from src.data.encoding import StepKind
 from src.data.examples import Prompt, read_prompts
 from src.errors import UserError
 from src.evaluation.grade import Grader
@@ -45,6 +46,7 @@ def main(
     value_clip: float = 0.2, gamma: float = 1.0, gae_lambda: float = -1.0, critic_lambda: float = -1.0,
     whiten_rewards: bool = False, whiten_advantages: bool = True, tis_cap: float = 0.0,
     outcome_reward: OutcomeReward = "probability", step_reward: StepReward = "min-drop", step_bonus: float = 0.0,
+    step: Literal["", StepKind] = "",
     reward_clip: float = 5.0, format_penalty: float = 0.0,
     truncated: Truncated = "penalty", missing_eos_penalty: float = 1.0, overlong_buffer: int = 0,
     lora_rank: int = -1, lora_alpha: float = 16.0,
@@ -124,6 +126,8 @@ def main(
     step_reward: what a process verifier gives at the end of a step: raw = its probability; min-drop, prod-drop = how
         far it takes the least, or the product of, probabilities so far down
     step_bonus: added at the end of every step that a process verifier scores
+    step: what a step is: a paragraph, with a blank line behind it, or a line; default: what it was in the verifier's
+        training, which nothing else may be
     reward_clip: pairwise scores and outcome logits are kept within so many deviations of their mean; 0 = no limit
     format_penalty: taken from the reward of a response in which --task finds no answer
     truncated: what befalls a response that did not end: penalty; zero = it earns nothing, and keeps what it
@@ -170,6 +174,10 @@ def main(
                 for folder in (actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir) if folder}
     rollouts.check_lengths(prompts, train_file, tokenizer, contexts, max_new_tokens)
     rollouts.check_lengths(held_out, eval_file, tokenizer, {actor_ckpt_dir: contexts[actor_ckpt_dir]}, max_new_tokens)
+    if "verifier" in reward:
+        assemble.check_step(reward_model_ckpt_dir, assemble.load_config(reward_model_ckpt_dir), step)
+    elif step:
+        raise UserError(f"--step {step} says what a verifier judges; give --reward verifier with it")
     lora = assemble.lora_config(lora_rank, lora_alpha, 0.0, lora_targets)
     buffers = [(epoch, rows) for epoch in range(1, epochs + 1)
                for rows in chunks(epoch_order(len(prompts), seed, epoch), settings.prompts_a_buffer)]
@@ -271,36 +279,36 @@ def main(
             score = held_out_accuracy(timed)
             log.metrics(0, eval_accuracy=score, **timed.seconds)
             saver.measured_start(score)
-        for step, (epoch, rows) in list(enumerate(buffers))[done:]:
+        for index, (epoch, rows) in list(enumerate(buffers))[done:]:
             now, timed = settings.with_kl_scale(state["kl_scale"]), Phases()
 
-            def drawn(refill: int, step: int = step, rows: list[int] = rows) -> list[Prompt]:
-                more = buffer.refill_rows(len(prompts), len(rows), settings, step, refill) if refill else rows
+            def drawn(refill: int, index: int = index, rows: list[int] = rows) -> list[Prompt]:
+                more = buffer.refill_rows(len(prompts), len(rows), settings, index, refill) if refill else rows
                 return [prompts[row] for row in more]
 
-            found = buffer.collect(models, drawn, tokenizer, parts, now, step, timed)
+            found = buffer.collect(models, drawn, tokenizer, parts, now, index, timed)
             metrics = health.rollout_metrics(found, now) | rewards.outcome_shares(outcomes) | rewards.failed_shares(
                 {rewards.short_name(name): function.counts() for name, function in user_rewards.items()})
-            if step == 0:
+            if index == 0:
                 health.check_start(metrics, found, same_reference=bool(lora) or not quantize)
             with timed("update"):
-                metrics |= ppo.update(actor_loop, critic_loop, found, now, step, arrangement=arrangement,
+                metrics |= ppo.update(actor_loop, critic_loop, found, now, index, arrangement=arrangement,
                                       critic_warmup=critic_warmup)
-            if step >= critic_warmup and not state["update_checked"]:
+            if index >= critic_warmup and not state["update_checked"]:
                 state["update_checked"] = health.check_first_update(metrics, found)
-            if step >= critic_warmup:  # before, the policy is the reference
+            if index >= critic_warmup:  # before, the policy is the reference
                 state["kl_scale"] *= health.kl_factor(metrics["kl_response"], len(found.task_rewards), settings)
             score = None
             every = eval_every if eval_every > 0 else steps_per_epoch
-            if held_out and ((step + 1) % every == 0 or step + 1 == len(buffers)):
+            if held_out and ((index + 1) % every == 0 or index + 1 == len(buffers)):
                 metrics["eval_accuracy"] = score = held_out_accuracy(timed)
             tokens = int(found.episodes.lengths.sum())
-            log.metrics(step + 1, epoch=epoch, **metrics, **timed.seconds, tokens_per_second=timed.rate(tokens))
-            log.rows(f"rollouts/step-{step + 1:06}.jsonl", health.samples(found, rollout_samples))
-            alarms.look(step + 1, metrics)
+            log.metrics(index + 1, epoch=epoch, **metrics, **timed.seconds, tokens_per_second=timed.rate(tokens))
+            log.rows(f"rollouts/step-{index + 1:06}.jsonl", health.samples(found, rollout_samples))
+            alarms.look(index + 1, metrics)
             log.advance(tokens=tokens, reward=metrics["reward"], kl=metrics["kl"])
-            saver.step_done(step + 1, score)
-            if reference_refresh > 0 and (step + 1) % reference_refresh == 0:
+            saver.step_done(index + 1, score)
+            if reference_refresh > 0 and (index + 1) % reference_refresh == 0:
                 saver.complete()
                 arrangement.drop(models.reference)
                 models = models._replace(reference=None)  # gone before the new one comes

@@ -11,15 +11,17 @@ import torch
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
-from src.data.encoding import Encoded
+from src.data.encoding import Encoded, StepKind
 from src.data.examples import read_judged
-from src.evaluation.credit import credit, credit_table, encode_solutions, report_credit, token_logprobs
+from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
+from src.evaluation.judging import encode_solutions, tell_too_long
 from src.runlog import RunLog
 
 
 def main(
-    ckpt_dir: str, reference_ckpt_dir: str, steps_file: str, log_dir: str, beta: float = 0.1, model_type: str = "",
-    tokenizer_file: str = "", max_batch_size: int = 64, dry_run: bool = False,
+    ckpt_dir: str, reference_ckpt_dir: str, steps_file: str, log_dir: str, beta: float = 0.1,
+    step: StepKind = "paragraph", model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
+    dry_run: bool = False,
 ) -> None:
     """Credit of tokens and steps, beta times the log-ratio of a solver and its reference, and what it finds.
 
@@ -28,6 +30,7 @@ def main(
     steps_file: solutions with judged steps, {"instruction", "steps", "labels"}, as `data_build.py process` leaves them
     log_dir: directory for credits.jsonl, results.json and run.json
     beta: as in training; it scales credits, and changes nothing about which is the least
+    step: what a step is: a paragraph, with a blank line behind it, or a line, as the solver writes them
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
     max_batch_size: solutions in one forward pass
@@ -42,7 +45,10 @@ def main(
         return
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
     assemble.check_tokenizer(tokenizer, reference_ckpt_dir)
-    encoded = encode_solutions(rows, tokenizer, config.max_seq_len)
+    solutions = encode_solutions(rows, tokenizer, config.max_seq_len, step)
+    tell_too_long(solutions, "solutions", config.max_seq_len)
+    encoded = [solution for solution in solutions if solution]
+    rows = [row for row, solution in zip(rows, solutions, strict=True) if solution]
     storage.check_writable(Path(log_dir))
     parallel.start()
     RunLog(log_dir, flags)
@@ -52,7 +58,7 @@ def main(
         with (Path(log_dir) / "credits.jsonl").open("w", encoding="utf-8") as file:
             for row, each in zip(rows, found, strict=True):
                 file.write(json.dumps(row._asdict() | each._asdict() | {"reward": each.reward}) + "\n")
-        report = report_credit(rows, found)
+        report = report_credit(rows, found) | {"too_long": len(solutions) - len(rows)}
         storage.write_json(Path(log_dir) / "results.json", report)
         runlog.table(credit_table(report))
 

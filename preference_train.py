@@ -28,7 +28,7 @@ def main(
     objective: Literal["dpo", "cdpo", "ipo", "orpo", "simpo"] = "dpo", beta: float = 0.1, margin: float = 0.0,
     label_smoothing: float = 0.0, length_normalize: bool = False, nll_weight: float = 0.0,
     reference_ckpt_dir: str = "", reference_file: str = "", model_type: str = "", tokenizer_file: str = "",
-    max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right", "keep_end"] = "drop",
+    max_seq_len: int = -1, truncation: Literal["error", "drop", "left", "right", "keep_end"] = "drop",
     max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = True, epochs: int = 1, max_steps: int = -1,
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw", lr: float = 5e-7,
     schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.1,
@@ -60,7 +60,7 @@ def main(
     reference_file: file that keeps the reference's log-probs, also for other runs; default: reference.jsonl in save_dir
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
-    max_seq_len: longest prompt + response in tokens
+    max_seq_len: longest prompt + response in tokens, at most the model's context; -1 = 512, or that if it is less
     truncation: for pairs with a longer one, counted: drop them; cut the prompt's left or the response's right; or end
         with an error; keep_end, as trl 0.7.10, keeps half of max_seq_len of the prompt's end, even where that cuts the
         question. More than 1% of the pairs dropped or short of response tokens is an error always
@@ -103,8 +103,8 @@ def main(
     against = preference.reference_dir(ckpt_dir, reference_ckpt_dir, reference_file)
     config = assemble.load_config(ckpt_dir, model_type)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
-    data, held = open_preferences(train_file, label_file, held_out, tokenizer, max_seq_len=max_seq_len,
-                                  truncation=truncation)
+    data, held = open_preferences(train_file, label_file, held_out, tokenizer, truncation=truncation,
+                                  max_seq_len=assemble.context_limit(max_seq_len, ckpt_dir, config))
     lora = assemble.lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
     n_ranks = assemble.tensor_parallel_size(ckpt_dir, tensor_parallel_size)
     batching = Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=seed,

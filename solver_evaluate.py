@@ -13,7 +13,7 @@ from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
-from src.data.encoding import encode_prompt
+from src.data.encoding import StepKind, encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
 from src.evaluation.coding import Coding
@@ -45,7 +45,7 @@ def main(
     split: str = "", limit: int = -1, seed: int = 1, backend: Literal["engine", "openai"] = "engine",
     max_rounds: int = 24, isolation: Literal["", "bubblewrap", "namespaces", "none"] = "",
     base_url: str = "", model_name: str = "", api_key_env: str = "", interactive: bool = False,
-    verifier_ckpt_dir: str = "", dry_run: bool = False,
+    verifier_ckpt_dir: str = "", step: Literal["", StepKind] = "", dry_run: bool = False,
 ) -> None:
     """Batched decoding and grading. Writes samples.jsonl, results.json and results.png to log_dir; a rerun continues.
 
@@ -82,6 +82,8 @@ def main(
     api_key_env: name of the environment variable that holds the server's key
     interactive: answer problems typed on standard input instead; needs no label_file and no log_dir
     verifier_ckpt_dir: with interactive, the verifier that scores every step of a solution
+    step: what such a step is: a paragraph, with a blank line behind it, or a line; default: what it was in the
+        verifier's training, which nothing else may be
     dry_run: print the plan - prompts, memory of each rank - and stop
     """
     flags = locals().copy()
@@ -96,6 +98,8 @@ def main(
         parallel.start(seed=seed)
         tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
         assemble.check_tokenizer(tokenizer, verifier_ckpt_dir)
+        if verifier_ckpt_dir:
+            assemble.check_step(verifier_ckpt_dir, assemble.load_config(verifier_ckpt_dir), step)
         verifier = assemble.load_verifier(verifier_ckpt_dir, quantize=quantize) if verifier_ckpt_dir else None
         converse(Solver(assemble.load_solver(ckpt_dir, **solver), tokenizer, prompting, sampling, benchmark, verifier))
         return
@@ -156,6 +160,8 @@ def refuse_contradictions(flags: Mapping[str, object], benchmark: Task) -> None:
         raise UserError("give --label_file and --log_dir, or --interactive with --ckpt_dir")
     elif "verifier_ckpt_dir" in on:
         raise UserError("--verifier_ckpt_dir goes with --interactive; verifier_evaluate.py scores samples.jsonl")
+    if "step" in on and "verifier_ckpt_dir" not in on:
+        raise UserError("--step says what a verifier judges; give --interactive and --verifier_ckpt_dir with it")
     if len(on & {"ckpt_dir", "samples_file", "server"}) != 1:
         raise UserError("give one of --ckpt_dir, to sample, --samples_file, to grade what exists, or --backend openai")
     if "samples_file" in on and not benchmark.graded:

@@ -22,7 +22,7 @@ def main(
     ckpt_dir: str, save_dir: str, train_file: str, eval_file: str = "", model_type: str = "", tokenizer_file: str = "",
     chat_template: str = "",
     loss_on: Literal["assistant_no_execution", "assistant", "all"] = "assistant_no_execution",
-    max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right"] = "drop",
+    max_seq_len: int = -1, truncation: Literal["error", "drop", "left", "right"] = "drop",
     max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = True, epochs: int = 1, max_steps: int = -1,
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw", lr: float = 1e-5,
     schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.03,
@@ -50,7 +50,7 @@ def main(
         deepseek, gemma, internlm2, or code (solutions with code); recorded for later commands; default: what
         ckpt_dir was trained with, else none
     loss_on: the tokens to learn: the assistant's without what its code printed, all of the assistant's, or every one
-    max_seq_len: longest prompt + output in tokens
+    max_seq_len: longest prompt + output in tokens, at most the model's context; -1 = 512, or that if it is less
     truncation: for longer rows, counted: drop them; cut the prompt's left or the output's right; or end with an error.
         More than 1% of the outputs dropped or cut is an error always
     max_batch_size: rows in one forward pass
@@ -90,7 +90,8 @@ def main(
     cli.check_numbers(flags)
     config = assemble.load_config(ckpt_dir, model_type)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
-    data, held = (SolverData(read_instructions(file), tokenizer, max_seq_len=max_seq_len, truncation=truncation,
+    longest = assemble.context_limit(max_seq_len, ckpt_dir, config)
+    data, held = (SolverData(read_instructions(file), tokenizer, max_seq_len=longest, truncation=truncation,
                              loss_on=loss_on, source=file) if file else None for file in (train_file, eval_file))
     lora = assemble.lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
     assemble.check_quantize(quantize, lora)

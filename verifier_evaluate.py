@@ -10,10 +10,11 @@ from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
+from src.data.encoding import StepKind
 from src.data.examples import match_samples, read_judged, read_prompts, read_samples
 from src.errors import UserError
 from src.evaluation.evaluator import Marking, disclaim_samples, grade_samples
-from src.evaluation.judging import score_samples, score_steps
+from src.evaluation.judging import score_samples, score_steps, with_score
 from src.evaluation.prompting import select_prompts
 from src.evaluation.tasks import find_task
 from src.evaluation.verifier_report import (
@@ -31,7 +32,7 @@ from src.runlog import RunLog
 def main(
     ckpt_dir: str, log_dir: str, task: str = "", samples_file: str = "", label_file: str = "", split: str = "",
     steps_file: str = "", threshold_file: str = "", aggregation: Literal["prod", "min", "last", "mean", "max"] = "prod",
-    model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
+    step: Literal["", StepKind] = "", model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
     quantize: Literal["", "int8", "int4"] = "", dry_run: bool = False,
 ) -> None:
     """Add scores to samples: best-of-n and weighted voting over n beside majority voting; or judge steps.
@@ -45,6 +46,8 @@ def main(
     steps_file: instead of samples, solutions with judged steps: {"instruction", "steps", "labels"}
     threshold_file: solutions with judged steps on which the threshold of the first-error F1 is chosen; default: 0.5
     aggregation: what makes one score of the steps of a solution (process verifiers)
+    step: what a step is: a paragraph, with a blank line behind it, or a line; default: what it was in the verifier's
+        training, which nothing else may be
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
     max_batch_size: samples in one forward pass
@@ -64,6 +67,7 @@ def main(
     config = assemble.load_config(ckpt_dir, model_type)
     if steps_file and config.objective == "pairwise":
         raise UserError(f"{ckpt_dir} is a pairwise verifier and cannot judge steps; give an outcome or process one")
+    assemble.check_step(ckpt_dir, config, step)
     if dry_run:
         runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(samples or judged), quantize))
         return
@@ -76,9 +80,9 @@ def main(
         threshold = None
         if threshold_file:
             rows = read_judged(threshold_file)
-            found = list(score_steps(verifier, tokenizer, rows, max_batch_size=max_batch_size))
+            found = score_steps(verifier, tokenizer, rows, max_batch_size=max_batch_size)
             threshold = choose_threshold(rows, found)
-        found = list(score_steps(verifier, tokenizer, judged, max_batch_size=max_batch_size))
+        found = score_steps(verifier, tokenizer, judged, max_batch_size=max_batch_size)
         if parallel.rank() == 0:
             report = report_steps(judged, found, threshold)
             storage.write_json(folder / "results.json", report)
@@ -87,9 +91,7 @@ def main(
     scores = score_samples(verifier, tokenizer, samples, aggregation=aggregation, max_batch_size=max_batch_size,
                            path=folder / f"scores.{storage.fingerprint(Path(ckpt_dir))[:12]}{quantize}.jsonl", log=log)
     if parallel.rank() == 0:
-        scored = [sample._replace(values=sample.values | {"score": found.score} | (
-            {} if found.step_scores is None else {"step_scores": found.step_scores}))
-            for sample, found in zip(samples, scores, strict=True)]
+        scored = [with_score(sample, found) for sample, found in zip(samples, scores, strict=True)]
         disclaim_samples(folder / "samples.jsonl", samples_file)
         with Marking(find_task(task), prompts) as marking:
             results = grade_samples(marking, scored, folder / "samples.jsonl")

@@ -10,6 +10,8 @@ import torch
 
 from src import assemble, cli, parallel, plan, runlog
 from src.data.batches import Batching
+from src.data.encoding import StepKind
+from src.errors import UserError
 from src.memory import Training
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
@@ -22,9 +24,9 @@ def main(
     ckpt_dir: str, save_dir: str, train_file: list[str], weights: list[float] = [],  # noqa: B006 (never changed)
     label_file: str = "", held_out: float = 0.1, objective: Literal["pairwise", "outcome", "process"] = "pairwise",
     score: Literal["last", "mean"] = "last", margin: float = 0.0, centring: float = 0.0,
-    label_tokens: Literal["all", "last"] = "all", balance: bool = False,
+    label_tokens: Literal["all", "last"] = "all", balance: bool = False, step: Literal["", StepKind] = "",
     model_type: str = "", tokenizer_file: str = "",
-    max_seq_len: int = 512, truncation: Literal["error", "drop", "left", "right"] = "drop",
+    max_seq_len: int = -1, truncation: Literal["error", "drop", "left", "right"] = "drop",
     max_batch_size: int = 1, accumulation_steps: int = 1, packing: bool = True, epochs: int = 1, max_steps: int = -1,
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw", lr: float = 1e-5,
     schedule: Literal["cosine", "linear", "constant"] = "cosine", warmup_ratio: float = 0.03,
@@ -50,11 +52,14 @@ def main(
     score: pairwise: a solution's score is read at its last token, or is the mean over its tokens
     margin: pairwise: what a chosen score should be ahead by
     centring: pairwise: weight of the squared sum of the two scores, which keeps scores around 0
-    label_tokens: outcome: a solution is judged at each of its tokens, or at its last
+    label_tokens: outcome: a solution is judged at each of its tokens, or at its last. Held-out ones are judged at the
+        last alone, and so are outcomes among the rows of process
     balance: outcome and process: let right labels weigh as much in all as wrong ones
+    step: outcome and process: what a step is: a paragraph, with a blank line behind it, or a line, as in GSM8K and
+        MetaMath; later commands follow it. Default: as the verifier in ckpt_dir learnt it, else paragraph
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
     tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
-    max_seq_len: longest prompt + solution in tokens
+    max_seq_len: longest prompt + solution in tokens, at most the model's context; -1 = 512, or that if it is less
     truncation: for rows with a longer one, counted: drop them; cut the prompt's left or the solution's right; or end
         with an error. More than 1% of the rows dropped or cut on the right is an error always
     max_batch_size: pairs or solutions in one forward pass
@@ -92,10 +97,16 @@ def main(
     cli.check_numbers(flags)
     config = assemble.load_config(ckpt_dir, model_type)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
+    if step and objective == "pairwise":
+        raise UserError(f"--step {step} goes with --objective outcome or process; pairwise scores know no steps")
+    if config.value_head and config.objective != "pairwise":
+        assemble.check_step(ckpt_dir, config, step)
+    step = step or config.step
     options = {"margin": margin, "centring": centring} if objective == "pairwise" else {
-        "label_tokens": label_tokens, "balance": balance}
+        "label_tokens": label_tokens if objective == "outcome" else "last", "balance": balance, "step": step}
     data, held = open_data(objective, train_file, weights, label_file, held_out, tokenizer, seed=seed,
-                           max_seq_len=max_seq_len, truncation=truncation, **options)
+                           max_seq_len=assemble.context_limit(max_seq_len, ckpt_dir, config), truncation=truncation,
+                           **options)
     lora = assemble.lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
     n_ranks = assemble.tensor_parallel_size(ckpt_dir, tensor_parallel_size)
     batching = Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=seed,
@@ -115,7 +126,7 @@ def main(
     assemble.check_save_dir(save_dir, ckpt_dir)
     model = assemble.load_verifier(ckpt_dir, dtype=torch.float32, from_solver=True)
     score = {"pairwise": score, "outcome": "last", "process": "steps"}[objective]
-    assemble.set_score(model, objective=objective, score=score)
+    assemble.set_score(model, objective=objective, score=score, step=step)
     assemble.put_lora_on(model, lora, seed)
     log = RunLog(save_dir, flags, wandb=wandb)
     log.logger.info("%s; held out: %s", data.report, held.report)

@@ -259,6 +259,30 @@ def check_quantize(quantize: str, lora: LoraConfig | None) -> None:
         )
 
 
+def check_step(ckpt_dir: str, config: ModelConfig, asked: str) -> None:
+    """Raise UserError if --step asks for other steps than those that a verifier has learnt to judge; empty follows."""
+    if asked and config.objective == "pairwise":
+        raise UserError(f"{ckpt_dir} is no verifier of outcomes or steps; leave --step {asked} out")
+    if asked not in ("", config.step):
+        raise UserError(
+            f"{ckpt_dir} has learnt steps that are {config.step}s, but --step is {asked}; leave it out to follow "
+            f"the checkpoint, or give a verifier that was trained with --step {asked}"
+        )
+
+
+def context_limit(max_seq_len: int, ckpt_dir: str, config: ModelConfig) -> int:
+    """The longest training sequence: --max_seq_len, -1 being 512 or the model's context if that is less.
+
+    Raises UserError for more than the context: positions that the model has never seen teach it nothing.
+    """
+    if max_seq_len > config.max_seq_len:
+        raise UserError(
+            f"--max_seq_len {max_seq_len} is more than the context of {ckpt_dir}, {config.max_seq_len} tokens "
+            f"(max_seq_len in its params.json); give at most that"
+        )
+    return min(512, config.max_seq_len) if max_seq_len == -1 else max_seq_len
+
+
 def set_score(verifier: Decoder, **facts: str | float) -> None:
     """Record in the config that save_model() writes how a verifier is read, or its score statistics."""
     verifier.config = dataclasses.replace(verifier.config, **facts)

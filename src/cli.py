@@ -64,7 +64,7 @@ NUMBERS: dict[str, Numbers] = {
     "similar_characters": FINITE,
     "num_samples": COUNT,
     "limit": COUNT_OR_OFF,
-    "max_seq_len": COUNT,
+    "max_seq_len": COUNT_OR_OFF,
     "max_new_tokens": COUNT,
     "max_rounds": COUNT,
     "max_batch_size": COUNT,

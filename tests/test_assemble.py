@@ -14,6 +14,7 @@ from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.lora import LoraConfig
 from tests.checkpoint.weights import CONFIG, random_weights
+from tests.conftest import Folders
 from tests.ranks import run_ranks
 
 
@@ -118,3 +119,13 @@ def save_verifier_adapter(base: str, folder: str) -> dict[str, object]:
             torch.nn.init.constant_(parameter, 0.1)
     assemble.save_model(verifier, folder, base, lora=lora)
     return {}
+
+
+def test_no_training_sequence_is_longer_than_the_context(folders: Folders) -> None:
+    config = assemble.load_config(folders.one)  # of 128 positions
+    long = dataclasses.replace(config, max_seq_len=4096)
+    assert [assemble.context_limit(asked, "d", config) for asked in (-1, 1, 128)] == [128, 1, 128]
+    assert [assemble.context_limit(asked, "d", long) for asked in (-1, 1024, 4096)] == [512, 1024, 4096]
+    for asked, own in ((129, config), (4097, long)):
+        with pytest.raises(UserError, match=f"--max_seq_len {asked} is more than the context of d, {asked - 1} tokens"):
+            assemble.context_limit(asked, "d", own)

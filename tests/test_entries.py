@@ -573,6 +573,15 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("preference_train", {"reference_ckpt_dir": "verifier"}, r"verifier is a verifier \(it has a value head\)"),
     ("preference_train", {"reference_file": "samples.json"}, "samples.json, row 1: expected the keys 'key' and"),
     ("preference_train", {"reference_ckpt_dir": "two", "save_dir": "two"}, "would overwrite two, which is read"),
+    ("solver_train", {"max_seq_len": 129}, "--max_seq_len 129 is more than the context of one, 128 tokens"),
+    ("verifier_train", {"max_seq_len": 4096}, "--max_seq_len 4096 is more than the context of one, 128 tokens"),
+    ("preference_train", {"max_seq_len": 129}, "--max_seq_len 129 is more than the context of one, 128 tokens"),
+    ("verifier_train", {"max_seq_len": 0}, "--max_seq_len is 0, expected 1 or more, or -1"),
+    ("verifier_train", {"step": "line"}, "--step line goes with --objective outcome or process; pairwise scores know"),
+    ("verifier_evaluate", {"step": "line"}, "verifier is no verifier of outcomes or steps; leave --step line out"),
+    ("ppo_train", {"step": "paragraph"}, "verifier is no verifier of outcomes or steps; leave --step paragraph out"),
+    ("ppo_train", {"step": "line", "reward": "rule"}, "--step line says what a verifier judges; give --reward"),
+    ("solver_evaluate", {"step": "line"}, "--step says what a verifier judges; give --interactive and"),
     ("solver_train", {"lora_rnk": 8}, r"unknown flag --lora_rnk; did you mean --lora_rank\?"),
 ]
 
@@ -737,3 +746,43 @@ def test_verifiers_of_outcomes_and_steps_from_samples_to_scores(
     evaluate("trained", "log_steps", steps_file="s.json", threshold_file="s.json")
     found = json.loads((here / "log_steps/results.json").read_text())
     assert found["steps"] == 2 * len(samples) and 0 <= found["f1"] <= 1
+
+
+def test_what_a_step_is_is_learnt_once_and_followed(
+    world: World, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps that are lines, as in GSM8K: training records it, later commands follow, and a contradiction is refused."""
+    texts = [f"{row['instruction'][:-1]}\n{row['label']}\n#### {row['label']}" for row in PROBLEMS]
+    both = list(zip(PROBLEMS, texts, strict=True))
+    steps = [row | {"steps": text.split("\n"), "labels": [1, 1, n % 2]} for n, (row, text) in enumerate(both)]
+    write_json(here / "s.json", steps)
+    write_json(here / "o.json", [row | {"output": text, "correct": True} for row, text in both])
+    stale = {"sample": 0, "score": 7, "step_scores": [7]}
+    rows = [stale | {"id": str(n), "response": text} for n, text in enumerate(texts)]
+    write_json(here / "lines.json", [*rows, {"id": "0", "sample": 1, "response": "1" * 200}])
+    train, evaluate = (importlib.import_module(name).main for name in ("verifier_train", "verifier_evaluate"))
+    train("one", "prm", ["s.json", "o.json"], objective="process", step="line", max_batch_size=8, lr=1e-3)
+    assert assemble.load_config("prm").step == "line"
+    counted = [json.loads(line) for line in Path("prm/metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("judged", 0) for row in counted) == 4 * 15  # of each row its labels: three and one
+    evaluate("prm", "log", "toy", "lines.json", "train.json", step="line")
+    *scored, long = [json.loads(line) for line in Path("log/samples.jsonl").read_text().splitlines()]
+    assert [len(row["step_scores"]) for row in scored] == [3] * len(texts)
+    report = json.loads(Path("log/results.json").read_text())
+    assert "score" not in long and report["samples"] == len(texts) + 1 and report["verifier"]["too_long"] == 1
+    train("prm", "further", ["s.json"], objective="process", max_batch_size=8)
+    assert assemble.load_config("further").step == "line"
+    message = "prm has learnt steps that are lines, but --step is paragraph; leave it out to follow"
+    refuse(world, "verifier_train", {"ckpt_dir": "prm", "objective": "process", "train_file": "s.json",
+                                     "step": "paragraph"}, message, here)  # fmt: skip
+    refuse(world, "verifier_evaluate", {"ckpt_dir": "prm", "step": "paragraph"}, message, here)
+    refuse(world, "ppo_train", {"reward_model_ckpt_dir": "prm", "step": "paragraph"}, message, here)
+    with pytest.raises(UserError, match=message):
+        importlib.import_module("solver_evaluate").main("toy", ckpt_dir="one", interactive=True,
+                                                        verifier_ckpt_dir="prm", step="paragraph")
+    write_json(here / "s.json", [*steps, steps[0] | {"steps": ["1" * 80, "2" * 80], "labels": [1, 0]}])
+    evaluate("prm", "log_steps", steps_file="s.json", threshold_file="s.json")
+    assert json.loads(Path("log_steps/results.json").read_text())["too_long"] == 1
+    assert "1 more are too long for the verifier" in capsys.readouterr().out
+    importlib.import_module("preference_evaluate").main("one", "one", "s.json", "credit", step="line")
+    assert json.loads(Path("credit/results.json").read_text())["too_long"] == 1

@@ -41,20 +41,22 @@ def solutions_to_judge(samples: Sequence[Sample], solutions_a_problem: int) -> l
     return chosen
 
 
-def beginnings(solutions: Sequence[Sample]) -> dict[tuple[str, str], Begun]:
+def beginnings(solutions: Sequence[Sample], step_end: str = STEP_END) -> dict[tuple[str, str], Begun]:
     """Every beginning of every solution: its first step, its first two, ... all but the last.
 
     Solutions of one problem that begin alike share it, under (problem, prefix): it is judged once.
     """
     found: dict[tuple[str, str], Begun] = {}
     for sample in solutions:
-        for k in range(1, len(split_steps(sample.response))):
-            item = begun(sample, k)
+        for k in range(1, len(split_steps(sample.response, step_end))):
+            item = begun(sample, k, step_end)
             found.setdefault((sample.id, item.prefix), item)
     return found
 
 
-def judged_steps(solutions: Sequence[Sample], rollouts: Sequence[Sample], *, hard: bool) -> list[Row]:
+def judged_steps(
+    solutions: Sequence[Sample], rollouts: Sequence[Sample], step_end: str = STEP_END, *, hard: bool
+) -> list[Row]:
     """Rows `{"instruction", "steps", "labels"}` from graded rollouts (Wang et al. 2024, Math-Shepherd, section 3.2).
 
     A step's label says whether a way on from behind it is known that comes out right (hard), or the share of its
@@ -65,14 +67,14 @@ def judged_steps(solutions: Sequence[Sample], rollouts: Sequence[Sample], *, har
     outcomes = defaultdict(list)
     for rollout in rollouts:
         outcomes[rollout.id].append(rollout.outcome == "right")
-    judged = {key: outcomes[item.prompt.id] for key, item in beginnings(solutions).items()}
-    on_the_way = _on_the_way(solutions, judged)
+    judged = {key: outcomes[item.prompt.id] for key, item in beginnings(solutions, step_end).items()}
+    on_the_way = _on_the_way(solutions, judged, step_end)
     rows = []
     for sample in solutions:
-        steps = split_steps(sample.response)
+        steps = split_steps(sample.response, step_end)
         labels: list[float | None] = []
         for k in range(1, len(steps)):
-            key = sample.id, begun(sample, k).prefix
+            key = sample.id, begun(sample, k, step_end).prefix
             found = judged[key]
             if hard and key in on_the_way:
                 labels.append(1.0)
@@ -84,12 +86,13 @@ def judged_steps(solutions: Sequence[Sample], rollouts: Sequence[Sample], *, har
 
 
 def _on_the_way(
-    solutions: Sequence[Sample], judged: Mapping[tuple[str, str], Sequence[bool]]
+    solutions: Sequence[Sample], judged: Mapping[tuple[str, str], Sequence[bool]], step_end: str
 ) -> set[tuple[str, str]]:
     """The beginnings, as (problem, prefix), from which a solution or a rollout is known to come out right."""
     found = set()
     for sample in solutions:
-        prefixes = [begun(sample, k).prefix for k in range(1, len(split_steps(sample.response)))]
+        n_steps = len(split_steps(sample.response, step_end))
+        prefixes = [begun(sample, k, step_end).prefix for k in range(1, n_steps)]
         lengths = [n for n, prefix in enumerate(prefixes, start=1) if any(judged[sample.id, prefix])]
         if sample.outcome == "right":
             lengths.append(len(prefixes))

@@ -106,7 +106,8 @@ def fit(
     """Samples none of whose sequences is longer than max_seq_len; longer ones are treated as `truncation` says.
 
     `left` cuts the prompt behind its first token and leaves the response whole (conversations, whose prompts are
-    turns, are not cut), `right` cuts the end of the response; where that leaves no response the sample is dropped.
+    turns, are not cut), `right` cuts the end of the response; where that leaves no response, or none of a verifier's
+    targets, the sample is dropped.
     `keep_end` is what the published preference runs did (_keep_end()).
     Raises UserError when more than 1% of the samples lose response tokens or are dropped - of fewer than 100, when one
     does - and for any long one under `error`.
@@ -120,7 +121,9 @@ def fit(
             shorter = _keep_end(row, max_seq_len)
         else:
             shorter = tuple(_cut(encoded, max_seq_len, truncation) for encoded in row)
-        fits = all(encoded.n_response > 0 and len(encoded.tokens) <= max_seq_len for encoded in shorter)
+        fits = all(
+            encoded.n_response > 0 and len(encoded.tokens) <= max_seq_len and encoded.is_judged for encoded in shorter
+        )
         cut += fits
         lost += not fits or any(
             short.n_response < whole.n_response for short, whole in zip(shorter, row, strict=True)

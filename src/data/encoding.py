@@ -9,7 +9,7 @@ known by construction, and the same in training, sampling and scoring.
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from src.errors import UserError
 from src.text import blocks
@@ -17,7 +17,10 @@ from src.text.blocks import Learnt, Marker, Piece
 from src.text.chat import Message
 from src.text.tokenizer import Tokenizer
 
-STEP_END = "\n\n"  # between the steps of a solution
+# What parts the steps of a solution: those of GSM8K, MetaMath and Math-Shepherd are lines
+StepKind = Literal["paragraph", "line"]
+STEP_ENDS: dict[str, str] = {"paragraph": "\n\n", "line": "\n"}
+STEP_END = STEP_ENDS["paragraph"]
 
 
 class Encoded(NamedTuple):
@@ -37,6 +40,11 @@ class Encoded(NamedTuple):
     def supervised(self) -> list[bool]:
         """For each token whether it is one to learn."""
         return self.answer_mask or [place >= self.response_start for place in range(len(self.tokens))]
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a target is left to read, where there were any."""
+        return not self.targets or not all(map(math.isnan, self.targets))
 
     @property
     def n_response(self) -> int:
@@ -169,7 +177,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def split_steps(solution: str, step_end: str = STEP_END) -> list[str]:
-    """The steps of a solution: its paragraphs, or what else step_end parts. At least one."""
+    """The steps of a solution: its paragraphs, or what else step_end parts; blank ones are none. At least one."""
     return [step for step in solution.split(step_end) if step.strip()] or [solution]
 
 
@@ -180,10 +188,11 @@ def encode_steps(
     labels: Sequence[float | None],
     *,
     finished: bool = True,
+    step_end: str = STEP_END,
 ) -> Encoded:
     """A solution in steps, each judged at its last token: the one place that says which token carries a step's score.
 
-    Steps are tokenised apart, a blank line behind each but the last and EOS behind that if it is finished, so that the
+    Steps are tokenised apart, step_end behind each but the last and EOS behind that if it is finished, so that the
     position of every step's end is known by construction. A step with the label None is not judged.
     """
     prompt = encode_prompt(tokenizer, instruction)
@@ -191,7 +200,7 @@ def encode_steps(
     targets: list[float] = []
     for number, (step, label) in enumerate(zip(steps, labels, strict=True)):
         last = number == len(steps) - 1
-        pieces = tokenizer.encode(step if last else step + STEP_END, start=number == 0)
+        pieces = tokenizer.encode(step if last else step + step_end, start=number == 0)
         response += [*pieces, tokenizer.eos_id] if last and finished else pieces
         targets += [math.nan] * (len(response) - len(targets) - 1) + [math.nan if label is None else label]
     return Encoded(prompt + response, len(prompt), tuple(targets))

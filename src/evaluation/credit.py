@@ -13,7 +13,7 @@ import torch
 
 from src import parallel
 from src.data import collate
-from src.data.encoding import Encoded, encode_steps
+from src.data.encoding import Encoded
 from src.data.examples import Judged
 from src.errors import UserError
 from src.evaluation.step_scores import auc
@@ -36,19 +36,6 @@ class Credit(NamedTuple):
     def reward(self) -> float:
         """The sequence's implicit reward."""
         return math.fsum(self.credits)
-
-
-def encode_solutions(rows: Sequence[Judged], tokenizer: Tokenizer, max_seq_len: int) -> list[Encoded]:
-    """The solutions as ids with the ends of their steps marked. Raises UserError for one that fills the context."""
-    encoded = [
-        encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps)) for row in rows
-    ]
-    longest = max(len(row.tokens) for row in encoded)
-    if longest > max_seq_len:
-        raise UserError(
-            f"a solution has {longest} tokens, but the solver's context {max_seq_len}; shorten it"
-        )
-    return encoded
 
 
 @torch.no_grad()

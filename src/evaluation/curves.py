@@ -98,8 +98,8 @@ def curves(
 ) -> dict[str, Curve]:
     """Every way of choosing over n: pass, majority, and best-of-n and weighted voting by each named score [P, N].
 
-    Scores that are negative somewhere choose the best of n only: they cannot weigh a vote. Draws and bootstrap follow
-    from the seed.
+    Scores that are negative somewhere choose the best of n only: they cannot weigh a vote. A sample of score -inf comes
+    last, and its vote has no weight. Draws and bootstrap follow from the seed.
     """
     generator = np.random.default_rng(seed)
     draws = generator.permuted(np.tile(np.arange(choices.right.shape[1]), (n_draws, 1)), axis=1)
@@ -111,8 +111,9 @@ def curves(
     }
     for name, values in scores.items():
         ways[f"best of n, {name}"] = lambda n, values=values: best_of_n(choices.right, values, n)
-        if (values[choices.classes != MISSING] >= 0).all():
-            ways[f"weighted vote, {name}"] = lambda n, values=values: vote(choices, values, n, draws)
+        weights = np.where(np.isneginf(values), 0.0, values)
+        if (weights[choices.classes != MISSING] >= 0).all():
+            ways[f"weighted vote, {name}"] = lambda n, weights=weights: vote(choices, weights, n, draws)
     return {
         name: _curve([way(n) for n in sizes(choices.right.shape[1])], choices, resampled)
         for name, way in ways.items()

@@ -5,10 +5,10 @@ from itertools import count
 from typing import NamedTuple
 
 from src import parallel, runlog
-from src.data.encoding import encode_prompt, split_steps
+from src.data.encoding import STEP_ENDS, encode_prompt, split_steps
 from src.data.examples import Sample
 from src.evaluation.extract import extract
-from src.evaluation.judging import score_one
+from src.evaluation.judging import Scored, score_one
 from src.evaluation.prompting import Prompting
 from src.evaluation.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of
@@ -60,12 +60,16 @@ def answer_problem(solver: Solver, instruction: str, name: str) -> str:
         )
     if solver.verifier is not None and completion.text:
         solution = Sample(name, 0, instruction, completion.text, None, {"finish": completion.finish})
-        scored = score_one(solver.verifier, solver.tokenizer, solution)
-        steps = split_steps(completion.text) if scored.step_scores else [completion.text]
-        lines += [
-            f"{p:8.3f}  {step}" for p, step in zip(scored.step_scores or [scored.score], steps, strict=True)
-        ]
+        lines += _scores(score_one(solver.verifier, solver.tokenizer, solution), completion.text, solver.verifier)
     return "\n".join(lines)
+
+
+def _scores(scored: Scored | None, text: str, verifier: Decoder) -> list[str]:
+    """A solution's steps, each behind its score."""
+    if scored is None:
+        return [f"no score: longer than the verifier's context of {verifier.config.max_seq_len} tokens"]
+    steps = split_steps(text, STEP_ENDS[verifier.config.step]) if scored.step_scores else [text]
+    return [f"{p:8.3f}  {step}" for p, step in zip(scored.step_scores or [scored.score], steps, strict=True)]
 
 
 class Stream:

@@ -7,15 +7,15 @@ orders samples as the score does and lets a vote weigh them.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from src import parallel
+from src import parallel, runlog
 from src.data import collate
-from src.data.encoding import Encoded, encode_response, encode_steps, split_steps
+from src.data.encoding import STEP_ENDS, Encoded, encode_response, encode_steps, split_steps
 from src.data.examples import Judged, Sample, read_rows
 from src.errors import UserError
 from src.evaluation.step_scores import AGGREGATIONS, sigmoid
@@ -42,20 +42,23 @@ def score_samples(
     max_batch_size: int,
     path: Path,
     log: RunLog,
-) -> list[Scored]:
+) -> list[Scored | None]:
     """Score every sample, in their order. `aggregation` makes one score of a process verifier's steps.
 
+    A sample longer than the model's context has none, and the log says how many there are.
     Raw scores go to `path` as they come; what is there of the same texts is not scored again. All ranks call this.
-    Raises UserError for a sample longer than the model's context, and for a score that is not a finite number.
+    Raises UserError where no sample fits, and for a score that is not a finite number.
     """
     config = verifier.config
     by_steps = config.objective != "pairwise"
-    encoded = [_encode(tokenizer, sample, config.max_seq_len, by_steps) for sample in samples]
+    encoded = [_encode(tokenizer, sample, config) for sample in samples]
+    tell_too_long(encoded, "samples", config.max_seq_len)
+    _tell_uncut(samples, config)
     keys = [_key(sample) for sample in samples]
     raw = _read_scores(path)
     parallel.barrier()  # nobody writes before all have read
-    waiting = sorted({key: index for index, key in enumerate(keys) if key not in raw}.values(),
-                     key=lambda index: len(encoded[index].tokens))  # fmt: skip
+    waiting = {key: index for index, key in enumerate(keys) if encoded[index] and key not in raw}
+    waiting = sorted(waiting.values(), key=lambda index: len(encoded[index].tokens))
     read = _read_steps if by_steps else _read_response
     log.progress(len(waiting), "sample")
     with path.open("a", encoding="utf-8") as file:
@@ -68,32 +71,71 @@ def score_samples(
             file.flush()
             log.advance(len(rows), tokens=sum(len(encoded[index].tokens) for index in rows))
     log.close_progress()
-    return [_scored(raw[key], config, aggregation) for key in keys]
+    return [
+        _scored(raw[key], config, aggregation) if row else None for key, row in zip(keys, encoded, strict=True)
+    ]
 
 
-def score_one(verifier: Decoder, tokenizer: Tokenizer, sample: Sample) -> Scored:
-    """Score a single sample; a process verifier's steps are multiplied. Raises UserError as score_samples() does."""
-    by_steps = verifier.config.objective != "pairwise"
-    read = _read_steps if by_steps else _read_response
-    (raw,) = read(verifier, [_encode(tokenizer, sample, verifier.config.max_seq_len, by_steps)])
-    return _scored(raw, verifier.config, "prod")
+def with_score(sample: Sample, scored: Scored | None) -> Sample:
+    """The sample as samples.jsonl keeps it, without what another verifier has said of it."""
+    values = {key: value for key, value in sample.values.items() if key not in Scored._fields}
+    said = {} if scored is None else scored._asdict()
+    return sample._replace(values=values | {key: value for key, value in said.items() if value is not None})
 
 
-def _encode(tokenizer: Tokenizer, sample: Sample, max_seq_len: int, by_steps: bool) -> Encoded:
-    """A sample as ids, laid out as its verifier was trained. One that was cut off has no EOS."""
+def score_one(verifier: Decoder, tokenizer: Tokenizer, sample: Sample) -> Scored | None:
+    """Score a single sample; a process verifier's steps are multiplied. None for one longer than the context."""
+    read = _read_response if verifier.config.objective == "pairwise" else _read_steps
+    row = _encode(tokenizer, sample, verifier.config)
+    return _scored(read(verifier, [row])[0], verifier.config, "prod") if row else None
+
+
+def _encode(tokenizer: Tokenizer, sample: Sample, config: ModelConfig) -> Encoded | None:
+    """A sample as ids, laid out as its verifier was trained. One that was cut off has no EOS. None = too long."""
     finished = sample.values.get("finish", "stop") == "stop" or not sample.response
+    by_steps, longest = config.objective != "pairwise", config.max_seq_len
     if by_steps:
-        steps = split_steps(sample.response)
-        row = encode_steps(tokenizer, sample.prompt, steps, [0.0] * len(steps), finished=finished)
+        step_end = STEP_ENDS[config.step]
+        steps = split_steps(sample.response, step_end)
+        labels = [0.0] * len(steps)
+        row = encode_steps(tokenizer, sample.prompt, steps, labels, finished=finished, step_end=step_end)
     else:
         row = encode_response(tokenizer, sample.prompt, sample.response, finished=finished)
-    too_long = len(row.tokens) > max_seq_len and (finished or by_steps)
-    if too_long or row.response_start >= max_seq_len:
+    too_long = len(row.tokens) > longest and (finished or by_steps)
+    if too_long or row.response_start >= longest:
+        return None
+    return Encoded(row.tokens[:longest], row.response_start, row.targets)
+
+
+def tell_too_long(encoded: Sequence[Encoded | None], what: str, max_seq_len: int) -> None:
+    """Say how many solutions a model cannot read, None among the encoded. Raises UserError if it can read none."""
+    left_out = sum(row is None for row in encoded)
+    if encoded and left_out == len(encoded):
         raise UserError(
-            f"sample {sample.id!r}/{sample.sample} has {len(row.tokens)} tokens; a verifier with context "
-            f"{max_seq_len} cannot score it"
+            f"each of the {left_out} {what} is longer than the model's context of {max_seq_len} tokens"
         )
-    return Encoded(row.tokens[:max_seq_len], row.response_start, row.targets)
+    if left_out:
+        runlog.logger().warning(
+            "%d of %d %s are longer than the model's context of %d tokens and get no score",
+            left_out,
+            len(encoded),
+            what,
+            max_seq_len,
+        )
+
+
+def _tell_uncut(samples: Sequence[Sample], config: ModelConfig) -> None:
+    """Say that a verifier of paragraphs reads solutions of lines, each of which is then one step to it."""
+    if config.objective == "process" and config.step == "paragraph":
+        lines = [sample for sample in samples if len(split_steps(sample.response, STEP_ENDS["line"])) > 1]
+        uncut = sum(len(split_steps(sample.response)) == 1 for sample in lines)
+        if 2 * uncut > len(lines):
+            runlog.logger().warning(
+                "%d of the %d samples of several lines have no blank line and are one step each to this verifier; "
+                "one that is to judge their lines learns it with verifier_train.py --step line",
+                uncut,
+                len(lines),
+            )
 
 
 @torch.no_grad()
@@ -148,17 +190,25 @@ def _read_scores(path: Path) -> dict[str, list[float]]:
 
 def score_steps(
     verifier: Decoder, tokenizer: Tokenizer, rows: Sequence[Judged], *, max_batch_size: int
-) -> Iterator[list[float]]:
-    """The probability that each step is right, of all steps of each row, in order of the rows."""
+) -> list[list[float] | None]:
+    """The probability that each step is right, of all steps of each row, in order of the rows.
+
+    A row longer than the model's context has none, and the log says how many there are. Raises UserError if all are.
+    """
+    config = verifier.config
+    encoded = encode_solutions(rows, tokenizer, config.max_seq_len, config.step)
+    tell_too_long(encoded, "solutions", config.max_seq_len)
+    fitting = [row for row in encoded if row]
+    found = (logits for chunk in collate.chunks(fitting, max_batch_size) for logits in _read_steps(verifier, chunk))
+    return [[sigmoid(logit) for logit in next(found)] if row else None for row in encoded]
+
+
+def encode_solutions(
+    rows: Sequence[Judged], tokenizer: Tokenizer, max_seq_len: int, step: str
+) -> list[Encoded | None]:
+    """The solutions as ids with the ends of all their steps marked; None for one longer than max_seq_len."""
     encoded = [
-        encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps)) for row in rows
+        encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps), step_end=STEP_ENDS[step])
+        for row in rows
     ]
-    longest = max(encoded, key=lambda row: len(row.tokens))
-    if len(longest.tokens) > verifier.config.max_seq_len:
-        raise UserError(
-            f"a solution has {len(longest.tokens)} tokens; a verifier with context {verifier.config.max_seq_len} "
-            f"cannot score it"
-        )
-    for chunk in collate.chunks(encoded, max_batch_size):
-        for logits in _read_steps(verifier, chunk):
-            yield [sigmoid(logit) for logit in logits]
+    return [row if len(row.tokens) <= max_seq_len else None for row in encoded]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from src.data.examples import Judged, Sample
+from src.errors import UserError
 from src.evaluation.curves import MISSING, Choices, Curve, curves
 from src.evaluation.evaluator import Marking
 from src.evaluation.report import Graded, type_of, with_votes
@@ -21,21 +22,26 @@ from src.evaluation.step_scores import (
 
 
 class ScoredSample(NamedTuple):
-    """A graded sample with what the verifier said of it."""
+    """A graded sample with what the verifier said of it: no score of one that is longer than its context."""
 
     graded: Graded
-    score: float
+    score: float | None
     step_scores: list[float] | None
 
 
 def report_samples(problems: Sequence[Sequence[ScoredSample]]) -> dict[str, object]:
-    """The numbers on samples, some of each problem, with votes: accuracy on pairs, AUC, calibration, length, curves."""
-    pooled = [sample for problem in problems for sample in problem]
+    """The numbers on samples, some of each problem, with votes: accuracy on pairs, AUC, calibration, length, curves.
+
+    Samples without a score are counted as too_long; they count in the curves alone, chosen last and without weight.
+    """
+    everyone = [sample for problem in problems for sample in problem]
+    pooled = [sample for sample in everyone if sample.score is not None]
     scores = np.array([sample.score for sample in pooled])
     right = np.array([sample.graded.verdict.outcome == "right" for sample in pooled])
     lengths = np.array([sample.graded.token_count or math.nan for sample in pooled])
     error, bins = calibration(scores, right)
     return {
+        "too_long": len(everyone) - len(pooled),
         "pair_accuracy": pair_accuracy(problems),
         "auc": auc(scores, right),
         "calibration_error": error,
@@ -53,7 +59,7 @@ def pair_accuracy(problems: Sequence[Sequence[ScoredSample]]) -> float:
             np.array([sample.score for sample in problem]),
             np.array([sample.graded.verdict.outcome == "right" for sample in problem]),
         )
-        for problem in problems
+        for problem in ([sample for sample in problem if sample.score is not None] for problem in problems)
         if problem
     ]
     return float(np.nanmean(shares)) if not np.isnan(shares).all() else math.nan
@@ -71,11 +77,13 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def choice_curves(problems: Sequence[Sequence[ScoredSample]]) -> dict[str, Curve]:
-    """Every way of choosing over n; step scores in every aggregation. A missing sample is wrong and comes last."""
+    """Every way of choosing over n; step scores in every aggregation. A missing sample is wrong and comes last, as does
+    one without a score."""
     n = max(map(len, problems))
     classes = np.full((len(problems), n), MISSING)
     right = np.zeros((len(problems), n), dtype=bool)
-    has_steps = all(sample.step_scores for problem in problems for sample in problem)
+    scored = [sample for problem in problems for sample in problem if sample.score is not None]
+    has_steps = all(sample.step_scores for sample in scored)
     names = list(AGGREGATIONS) if has_steps else ["score"]
     scores = {name: np.full((len(problems), n), -np.inf) for name in names}
     for row, problem in enumerate(problems):
@@ -83,7 +91,7 @@ def choice_curves(problems: Sequence[Sequence[ScoredSample]]) -> dict[str, Curve
             if sample.graded.vote is not None:
                 classes[row, column] = int(sample.graded.vote)
             right[row, column] = sample.graded.verdict.outcome == "right"
-            for name in names:
+            for name in names if sample.score is not None else ():
                 scores[name][row, column] = (
                     AGGREGATIONS[name](sample.step_scores) if has_steps else sample.score
                 )
@@ -91,13 +99,16 @@ def choice_curves(problems: Sequence[Sequence[ScoredSample]]) -> dict[str, Curve
 
 
 def report_steps(
-    rows: Sequence[Judged], found: Sequence[Sequence[float]], threshold: float | None = None
+    rows: Sequence[Judged], found: Sequence[Sequence[float] | None], threshold: float | None = None
 ) -> dict[str, object]:
     """The numbers on judged steps: accuracy at one half, on each kind of label, AUC, and ProcessBench's F1.
 
+    Solutions of which nothing was found are counted as too_long, and not among the others.
     threshold: below it a step counts as wrong in F1; default one half. F1 is null where no row, or every row, has a
     wrong step.
     """
+    too_long = sum(scores is None for scores in found)
+    rows, found = _scored(rows, found)
     pairs = [
         (score, label >= 0.5)
         for row, scores in zip(rows, found, strict=True)
@@ -112,6 +123,7 @@ def report_steps(
     both = min(expected) < 0 <= max(expected)
     return {
         "solutions": len(rows),
+        "too_long": too_long,
         "steps": len(pairs),
         "step_accuracy": float(agree.mean()),
         "step_accuracy_on_right": float(agree[right].mean()) if right.any() else None,
@@ -130,8 +142,24 @@ def first_wrong(rows: Sequence[Judged]) -> list[int]:
     ]
 
 
-def choose_threshold(rows: Sequence[Judged], found: Sequence[Sequence[float]]) -> float:
-    """The threshold with the best F1 on these solutions."""
+def _scored(
+    rows: Sequence[Judged], found: Sequence[Sequence[float] | None]
+) -> tuple[list[Judged], list[Sequence[float]]]:
+    """The rows that have scores, and these."""
+    kept = [(row, scores) for row, scores in zip(rows, found, strict=True) if scores is not None]
+    return [row for row, _ in kept], [scores for _, scores in kept]
+
+
+def choose_threshold(rows: Sequence[Judged], found: Sequence[Sequence[float] | None]) -> float:
+    """The threshold with the best F1 on these solutions, as far as they have scores.
+
+    Raises UserError where none of these, or all, have a wrong step.
+    """
+    rows, found = _scored(rows, found)
+    n_wrong = sum(place >= 0 for place in first_wrong(rows))
+    if n_wrong in (0, len(rows)):
+        raise UserError(f"--threshold_file: {n_wrong} of its {len(rows)} solutions have a wrong step; F1 needs some "
+                        "with one and some without")
     return best_threshold(found, first_wrong(rows))
 
 
@@ -150,7 +178,7 @@ def judged_samples(marking: Marking, samples: Sequence[Sample]) -> list[list[Sco
         voting = with_votes(graded, type_of(marking.prompts[name]), marking.grader)
         problems.append(
             [
-                ScoredSample(each, sample.values["score"], sample.values.get("step_scores"))
+                ScoredSample(each, sample.values.get("score"), sample.values.get("step_scores"))
                 for each, sample in zip(voting, group, strict=True)
             ]
         )
@@ -163,6 +191,8 @@ def report_table(report: dict[str, object]) -> str:
         f"pairs       {report['pair_accuracy']:7.1%} right before wrong; AUC {report['auc']:.3f}; calibration error "
         f"{report['calibration_error']:.3f}; correlation with length {report['length_correlation']:+.2f}"
     ]
+    if report["too_long"]:
+        lines.append(f"{report['too_long']} samples are too long for the verifier: they come last and have no weight")
     width = max(map(len, report["curves"]))
     for name, curve in report["curves"].items():
         values = "  ".join(
@@ -180,4 +210,5 @@ def steps_table(report: dict[str, object]) -> str:
     return (
         f"steps       {report['step_accuracy']:7.1%} of {report['steps']} ({parts}); AUC {report['step_auc']:.3f}\n"
         f"first error F1 {f1} at threshold {report['f1_threshold']:.3f}, {report['solutions']} solutions"
+        + f"; {report['too_long']} more are too long for the verifier" * bool(report["too_long"])
     )

@@ -13,6 +13,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "embedding_split_dim": (0, 1),
     "objective": ("pairwise", "outcome", "process"),
     "score": ("last", "mean", "steps"),
+    "step": ("paragraph", "line"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
 
@@ -41,8 +42,9 @@ class ModelConfig:
     A value head (`v_head`, one score a position) replaces the output layer. objective says what a verifier was
     trained for: pairwise (scores order two solutions), outcome or process (scores are logits of a solution or a step
     being right); score says where the score of a response is read: at its `last` token, as the `mean` over its tokens,
-    or at the end of its `steps`; score_mean and score_std are the measured statistics of such scores. chat_template
-    names the format that training put texts in (none for none); empty where no training here has chosen one.
+    or at the end of its `steps`; score_mean and score_std are the measured statistics of such scores; step says what
+    a step was to an outcome or process verifier in training. chat_template names the format that training put texts in
+    (none for none); empty where no training here has chosen one.
     """
 
     family: str = PLAIN
@@ -83,6 +85,7 @@ class ModelConfig:
     score: str = "last"
     score_mean: float = 0.0
     score_std: float = 1.0
+    step: str = "paragraph"
     dtype: str = "float32"
     chat_template: str = ""
 

@@ -24,7 +24,7 @@ from src.models.families import (
 _UNCLAIMED = {
     "family", "n_added_tokens", "max_seq_len", "rope_original_max_seq_len", "rope_low_freq_factor",
     "rope_high_freq_factor", "logn_attention", "renormalised_experts", "norm_eps", "embedding_split_dim",
-    "value_head", "score", "score_mean", "score_std", "dtype", "chat_template",
+    "value_head", "score", "score_mean", "score_std", "step", "dtype", "chat_template",
 }  # fmt: skip
 _SUFFIXES = ("-base", "-chat", "-instruct", "-it")
 

@@ -12,7 +12,7 @@ from src import parallel
 from src.data import collate
 from src.data.batches import Batching, Sample, Step
 from src.data.collate import JudgedBatch, Truncation
-from src.data.encoding import Encoded, encode_steps, judged_everywhere, split_steps
+from src.data.encoding import STEP_ENDS, Encoded, StepKind, encode_steps, judged_everywhere, split_steps
 from src.data.examples import Judged
 from src.inference.scoring import token_scores
 from src.losses import judgement_loss
@@ -45,17 +45,19 @@ class JudgedData:
         max_seq_len: int,
         source: str,
         truncation: Truncation = "drop",
-        label_tokens: LabelTokens = "all",
+        label_tokens: LabelTokens = "last",
         balance: bool = False,
+        step: StepKind = "paragraph",
     ) -> None:
         """collate.fit() says what becomes of solutions that are too long.
 
-        label_tokens `all` judges a solution of one step at each of its tokens, `last` at its last. balance weighs
-        right labels so that they count as much as wrong ones.
+        Every label is read once, at the last token of its step or of its solution; label_tokens `all`, which is for
+        outcomes, judges a solution at each of its tokens instead. balance weighs right labels so that they count as
+        much as wrong ones. step says what parts the steps.
         """
-        encoded = [(_encode(row, tokenizer, label_tokens),) for row in rows]
+        encoded = [(_encode(row, tokenizer, label_tokens, STEP_ENDS[step]),) for row in rows]
         self.samples, report = collate.fit(encoded, max_seq_len, source, truncation)
-        labels = [label for row in rows for label in row.labels if label is not None]
+        labels = [label for (sample,) in self.samples for label in sample.targets if not math.isnan(label)]
         right = sum(labels) / len(labels)
         self.right_weight = (1 - right) / right if balance and 0 < right < 1 else 1.0
         self.report = (
@@ -108,14 +110,15 @@ def _lay_out(samples: Sequence[Sample], *, packing: bool) -> JudgedBatch:
     return collate.lay_out_judged([encoded for (encoded,) in samples], packing=packing)
 
 
-def _encode(row: Judged, tokenizer: Tokenizer, label_tokens: str) -> Encoded:
+def _encode(row: Judged, tokenizer: Tokenizer, label_tokens: str, step_end: str) -> Encoded:
     """A row with its targets. A solution judged as a whole is laid out in steps too, as when it is scored."""
-    if len(row.steps) > 1:
-        return encode_steps(tokenizer, row.instruction, row.steps, row.labels)
-    steps = split_steps(row.steps[0])
-    labels = [None] * (len(steps) - 1) + row.labels
-    encoded = encode_steps(tokenizer, row.instruction, steps, labels)
-    return judged_everywhere(encoded, row.labels[0]) if label_tokens == "all" else encoded
+    steps, labels = row.steps, row.labels
+    if len(steps) == 1:
+        steps = split_steps(steps[0], step_end)
+        labels = [None] * (len(steps) - 1) + labels
+    encoded = encode_steps(tokenizer, row.instruction, steps, labels, step_end=step_end)
+    everywhere = label_tokens == "all" and len(row.steps) == 1
+    return judged_everywhere(encoded, row.labels[0]) if everywhere else encoded
 
 
 def read_scores(verifier: Decoder, batch: JudgedBatch) -> tuple[Tensor, Tensor]:

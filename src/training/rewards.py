@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from src import losses, parallel
+from src import losses, parallel, runlog
 from src.data import collate
 from src.data.collate import Batch
-from src.data.encoding import STEP_END, Encoded, encode_steps, split_steps
+from src.data.encoding import STEP_ENDS, Encoded, encode_steps, split_steps
 from src.errors import UserError
 from src.inference.scoring import response_scores, token_scores
 from src.models.config import ModelConfig
@@ -157,13 +157,18 @@ def _clipped(scores: Tensor, config: ModelConfig, shape: Shape) -> Tensor:
 
 
 def pairwise_reward(verifier: Decoder, max_batch_size: int, shape: Shape) -> TaskReward:
-    """A pairwise verifier's normalised, clipped score of each response, at its last token."""
+    """A pairwise verifier's normalised, clipped score of each response, at its last token.
+
+    Of one that is longer than the verifier's context it reads the beginning, and the log says so.
+    """
 
     @torch.no_grad()
     def reward(episodes: Episodes) -> Tensor:
-        scores, batch = [], episodes.batch
+        scores, batch, longest = [], episodes.batch, verifier.config.max_seq_len
+        _tell_cut(int((episodes.last >= longest).sum()), len(episodes.prompts), longest)
         for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
-            micro = trim(Batch(batch.tokens[rows], batch.response_mask[rows])).to(parallel.device())
+            fitting = Batch(batch.tokens[rows, :longest], batch.response_mask[rows, :longest])
+            micro = trim(fitting).to(parallel.device())
             scores.append(response_scores(verifier, *micro).cpu())
         return at_last(_clipped(torch.cat(scores), verifier.config, shape), episodes)
 
@@ -202,13 +207,23 @@ def process_reward(verifier: Decoder, tokenizer: Tokenizer, max_batch_size: int,
                 0
             ]
             tokens = episodes.batch.tokens[row][episodes.batch.response_mask[row]].tolist()
-            ends = step_ends(tokenizer, tokens, episodes.responses[row])
+            ends = step_ends(tokenizer, tokens, episodes.responses[row], STEP_ENDS[verifier.config.step])
             # two steps may end in one token, and a solution too long for the verifier has fewer scores than steps
             for end, value in zip(ends, (worth + shape.step_bonus).tolist(), strict=False):
                 laid_out[row, start + end] += value
         return laid_out
 
     return reward
+
+
+def _tell_cut(n_cut: int, n: int, max_seq_len: int) -> None:
+    if n_cut:
+        runlog.logger().warning(
+            "%d of %d responses are longer than the verifier's context of %d tokens; it judges their beginnings",
+            n_cut,
+            n,
+            max_seq_len,
+        )
 
 
 def _response_starts(episodes: Episodes) -> list[int]:
@@ -219,13 +234,18 @@ def _response_starts(episodes: Episodes) -> list[int]:
 def step_logits(
     verifier: Decoder, tokenizer: Tokenizer, episodes: Episodes, max_batch_size: int
 ) -> list[list[float]]:
-    """The verifier's logit at the end of every step of every response, read in the layout that it was trained on."""
+    """The verifier's logit at the end of every step of every response, read in the layout that it was trained on.
+
+    Of a response longer than the verifier's context it reads the beginning, and the log says so.
+    """
     rows = [
-        _in_steps(tokenizer, prompt.instruction, response, finished, verifier.config.max_seq_len)
+        _in_steps(tokenizer, prompt.instruction, response, finished, verifier.config)
         for prompt, response, finished in zip(
             episodes.prompts, episodes.responses, episodes.finished.tolist(), strict=True
         )
     ]
+    rows, cut = zip(*rows, strict=True)
+    _tell_cut(sum(cut), len(rows), verifier.config.max_seq_len)
     found: list[list[float]] = []
     for chunk in collate.chunks(rows, max_batch_size):
         judged = collate.lay_out_judged(chunk, packing=False).to(parallel.device())
@@ -235,33 +255,35 @@ def step_logits(
 
 
 def _in_steps(
-    tokenizer: Tokenizer, instruction: str, response: str, finished: bool, max_seq_len: int
-) -> Encoded:
-    """A response laid out in steps. One that is too long is cut; its last token then speaks for the step cut there."""
-    steps = split_steps(response)
+    tokenizer: Tokenizer, instruction: str, response: str, finished: bool, config: ModelConfig
+) -> tuple[Encoded, bool]:
+    """A response laid out in steps, and whether it is cut for being too long; its last token then speaks for the step
+    cut there."""
+    step_end, max_seq_len = STEP_ENDS[config.step], config.max_seq_len
+    steps = split_steps(response, step_end)
+    labels = [0.0] * len(steps)
     # a response of control tokens alone has no text; its end is then all there is to judge
-    row = encode_steps(
-        tokenizer, instruction, steps, [0.0] * len(steps), finished=finished or not response
-    )
+    ended = finished or not response
+    row = encode_steps(tokenizer, instruction, steps, labels, finished=ended, step_end=step_end)
     if len(row.tokens) <= max_seq_len:
-        return row
+        return row, False
     if row.response_start >= max_seq_len:
         raise UserError(
             f"a prompt has {row.response_start} tokens, which leaves none of the verifier's context of {max_seq_len}; "
             f"drop it from --train_file"
         )
     targets = row.targets[: max_seq_len - row.response_start - 1]
-    return Encoded(row.tokens[:max_seq_len], row.response_start, (*targets, 0.0))
+    return Encoded(row.tokens[:max_seq_len], row.response_start, (*targets, 0.0)), True
 
 
-def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str) -> list[int]:
+def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str, step_end: str) -> list[int]:
     """The places among sampled response tokens where the steps of their text end, by characters.
 
-    A step ends with the blank line behind it, the last one with the response's last token.
+    A step ends with the step_end behind it, the last one with the response's last token.
     """
-    steps, ends, behind = split_steps(response), [], 0
+    steps, ends, behind = split_steps(response, step_end), [], 0
     for step in steps[:-1]:
-        behind = response.index(step, behind) + len(step) + len(STEP_END)
+        behind = response.index(step, behind) + len(step) + len(step_end)
         ends.append(_token_reaching(tokenizer, tokens, behind))
     return [*ends, len(tokens) - 1]
 

@@ -64,7 +64,7 @@ def open_data(
     """The data to train on and to test on; `options` are those of the objective's data class. Raises UserError.
 
     Without a label_file the last `held_out` of the problems are kept. Several files are mixed by their weights only
-    then, so that no row is on both sides.
+    then, so that no row is on both sides. A held-out outcome is one label, read where a score is read: at the end.
     """
     parts = [read_rows(objective, path) for path in train_files]
     held = read_rows(objective, label_file) if label_file else []
@@ -73,10 +73,11 @@ def open_data(
         held = [row for rows in parts for row in rows if row.instruction in held_problems]
         parts = [[row for row in rows if row.instruction not in held_problems] for rows in parts]
     kind = PairData if objective == "pairwise" else JudgedData
+    at_the_end = {} if objective == "pairwise" else {"label_tokens": "last"}
     source = ", ".join(train_files)
     return (
         kind(mix(parts, weights, seed), tokenizer, source=source, **options),
-        kind(held, tokenizer, source=label_file or source, **options),
+        kind(held, tokenizer, source=label_file or source, **options | at_the_end),
     )
 
 

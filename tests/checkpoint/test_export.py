@@ -82,7 +82,8 @@ def test_parts_hold_one_tensor_at_least() -> None:
 
 @pytest.mark.parametrize("score", ["last", "mean"])
 def test_verifier_is_transformers_classifier(tmp_path: Path, score: str) -> None:
-    config = ModelConfig(**CONFIG.to_dict() | {"value_head": True, "score": score, "score_mean": 0.5})
+    facts = {"value_head": True, "objective": "process", "score": score, "score_mean": 0.5, "step": "line"}
+    config = ModelConfig(**CONFIG.to_dict() | facts)
     folder = shards_of(config, tmp_path / "ours", 2)
     export.export_hf(open_source(str(folder)), tmp_path / "hf", "ours")
     parallel.start()

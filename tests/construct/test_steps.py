@@ -187,6 +187,27 @@ def test_process_judges_steps_and_continues(folders: Folders, tmp_path: Path) ->
         build("a", seed=2)
 
 
+@pytest.mark.parametrize("parting", ["\n", "\n\n", "\n \n"])
+def test_process_judges_lines(folders: Folders, tmp_path: Path, parting: str) -> None:
+    """Whatever stands between them; a run by paragraphs does not continue one by lines."""
+    lines = SOLUTION.split("\n\n")
+    source = log_dir(tmp_path / "log", [sample("0", 0, parting.join(lines), "right")])
+    save_file = tmp_path / "steps.json"
+
+    def build(step: str) -> None:
+        data_build.process(folders.one, "toy", source, str(tmp_path / "a"), str(save_file), step=step, **PROCESS)
+
+    build("line")
+    (row,) = read_judged(str(save_file))
+    assert row.steps == lines and row.labels[-1] == 1.0
+    found = read_samples(str(tmp_path / "a/samples.jsonl"))
+    begins = {f"0/0/{k}": "".join(line + "\n" for line in lines[:k]) for k in (1, 2, 3)}
+    assert len(found) == 3 * 3 and all(item.response.startswith(begins[item.id]) for item in found)
+    message = "with --step paragraph a step is a paragraph" if parting != "\n\n" else "step=line, but this run has par"
+    with pytest.raises(UserError, match=message):
+        build("paragraph")
+
+
 BRANCH = {"attempts": 40, "max_new_tokens": 12, "max_batch_size": 8, "steps_a_solution": 8}
 
 

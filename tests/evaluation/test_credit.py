@@ -8,7 +8,8 @@ from src import assemble
 from src.data import collate
 from src.data.examples import Judged
 from src.errors import UserError
-from src.evaluation.credit import Credit, credit, encode_solutions, report_credit, token_logprobs
+from src.evaluation.credit import Credit, credit, report_credit, token_logprobs
+from src.evaluation.judging import encode_solutions
 from src.text.tokenizer import Tokenizer
 from src.training.reference import response_sums
 from tests.conftest import Folders
@@ -25,7 +26,7 @@ def test_scdpo_24_token_credits_add_up_to_the_sequence_reward(folders: Folders, 
     policy, reference = assemble.load_solver(folders.one), assemble.load_solver(folders.one)
     with torch.no_grad():
         reference.norm.weight.mul_(1.3)
-    encoded = encode_solutions(ROWS, tokenizer, policy.config.max_seq_len)
+    encoded = encode_solutions(ROWS, tokenizer, policy.config.max_seq_len, "paragraph")
     said = [list(token_logprobs(model, encoded, max_batch_size=2)) for model in (policy, reference)]
     with torch.no_grad():
         sums = [response_sums(model, collate.collate(encoded)) for model in (policy, reference)]
@@ -39,8 +40,9 @@ def test_scdpo_24_token_credits_add_up_to_the_sequence_reward(folders: Folders, 
         assert min(found.credits) == min(found.step_lowest)
     alone = list(token_logprobs(policy, encoded[2:], max_batch_size=1))
     assert_close(torch.tensor(alone[0]), torch.tensor(said[0][2]), rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match=r"a solution has \d+ tokens, but the solver's context 9"):
-        encode_solutions(ROWS, tokenizer, 9)
+    lengths = [len(each.tokens) for each in encoded]
+    assert encode_solutions(ROWS, tokenizer, sorted(lengths)[1], "paragraph").count(None) == 1
+    assert encode_solutions(ROWS, tokenizer, 9, "line") == [None] * 3
 
 
 def credited(*steps: list[float]) -> Credit:

@@ -68,6 +68,21 @@ def test_streamed_text_comes_in_pieces_and_stops_where_it_should() -> None:
     assert said == ["ab", "c", "Quex", "é", "\n"]  # nothing that may become the stop string is said too early
 
 
+def test_a_solution_longer_than_the_verifier_s_context_has_no_score(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ckpt_dir = split(hf, tmp_path / "ckpt")
+    verifier_dir = make_verifier(ckpt_dir, tmp_path / "verifier", objective="process")
+    params = tmp_path / "verifier/params.json"
+    params.write_text(json.dumps(json.loads(params.read_text()) | {"max_seq_len": 8}))
+    (tmp_path / "typed.txt").write_text("2+2=2+2=\n3+4=3+4=\n")
+    with (tmp_path / "typed.txt").open() as typed:
+        monkeypatch.setattr(sys, "stdin", typed)
+        solver_evaluate.main("GSM8K", ckpt_dir=ckpt_dir, interactive=True, verifier_ckpt_dir=verifier_dir,
+                             temperature=1.0, max_new_tokens=12)
+    assert capsys.readouterr().out.count("no score: longer than the verifier's context of 8 tokens") == 2
+
+
 @pytest.mark.parametrize("objective", ["pairwise", "process"])
 def test_scores_stand_beside_the_steps(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], objective: str

@@ -1,5 +1,6 @@
 """src/evaluation/judging.py: scores between 0 and 1, the same in any batch, and a rerun that continues."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from src import assemble
 from src.data.examples import Judged, Sample
 from src.errors import UserError
-from src.evaluation.judging import Scored, score_samples, score_steps
+from src.evaluation.judging import Scored, score_one, score_samples, score_steps, with_score
 from src.evaluation.step_scores import sigmoid
 from src.models.decoder import Decoder
 from src.runlog import RunLog
@@ -26,6 +27,13 @@ SAMPLES = [
 @pytest.fixture
 def verifier(folders: Folders) -> Decoder:
     return assemble.load_verifier(folders.verifier)  # its scores have mean 0.5 and deviation 2
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the framework's logger says."""
+    monkeypatch.setattr(logging.getLogger("splitrl"), "propagate", True)
+    return caplog
 
 
 def score(
@@ -86,13 +94,68 @@ def test_a_rerun_scores_only_what_is_missing(
         assert after.score == pytest.approx(before.score, abs=1e-6)
 
 
-def test_a_diverged_verifier_and_a_sample_that_does_not_fit_are_refused(
-    verifier: Decoder, tokenizer: Tokenizer, tmp_path: Path
+LONG = Sample("0", 0, "1+1=", "a" * 200, None, {})
+
+
+@pytest.mark.parametrize("objective", ["pairwise", "outcome", "process"])
+@pytest.mark.parametrize("long", [LONG, LONG._replace(prompt="1" * 200, response="a")], ids=["solution", "problem"])
+def test_a_sample_longer_than_the_context_is_left_without_a_score(
+    verifier: Decoder,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    told: pytest.LogCaptureFixture,
+    objective: str,
+    long: Sample,
 ) -> None:
-    long = Sample("0", 0, "1+1=", "a" * 200, None, {})
-    with pytest.raises(UserError, match=r"sample '0'/0 has \d+ tokens"):
-        score(verifier, tokenizer, tmp_path, [long])
+    assemble.set_score(verifier, objective=objective)
+    found = score(verifier, tokenizer, tmp_path, [SAMPLES[0], long, SAMPLES[3], long])
+    assert found[1] is found[3] is None and "2 of 4 samples are longer than the model's context of 128" in told.text
+    alone = score(verifier, tokenizer, tmp_path / "b", [SAMPLES[0], SAMPLES[3]])
+    assert [found[0].score, found[2].score] == pytest.approx([each.score for each in alone], abs=1e-5)
+    assert score(verifier, tokenizer, tmp_path, [SAMPLES[0], long]) == [found[0], None]  # a rerun says the same
+    assert score_one(verifier, tokenizer, long) is None
+    with pytest.raises(UserError, match="each of the 2 samples is longer than the model's context of 128 tokens"):
+        score(verifier, tokenizer, tmp_path, [long, long])
+
+
+def test_a_judged_solution_longer_than_the_context_is_left_without_scores(
+    verifier: Decoder, tokenizer: Tokenizer, told: pytest.LogCaptureFixture
+) -> None:
+    long, short = Judged("1+1=", ["a" * 90, "b" * 90], [1.0, 0.0]), Judged("1+1=", ["a", "b"], [1.0, 0.0])
+    found = score_steps(verifier, tokenizer, [long, short, long], max_batch_size=2)
+    assert found[0] is found[2] is None and len(found[1]) == 2
+    assert "2 of 3 solutions are longer than the model's context of 128" in told.text
+    with pytest.raises(UserError, match="each of the 1 solutions is longer"):
+        score_steps(verifier, tokenizer, [long], max_batch_size=2)
+
+
+@pytest.mark.parametrize("text", ["a b\n1+1=2\n#### 2", "a b\n\n1+1=2\n#### 2\n"])
+def test_a_verifier_of_lines_scores_lines(
+    verifier: Decoder, tokenizer: Tokenizer, tmp_path: Path, told: pytest.LogCaptureFixture, text: str
+) -> None:
+    """Every way to score follows the checkpoint: samples, judged steps, one sample."""
+    assemble.set_score(verifier, objective="process", step="line")
+    sample, judged = SAMPLES[0]._replace(response=text), Judged("1+1=", ["a b", "1+1=2", "#### 2"], [1.0] * 3)
+    (scored,) = score(verifier, tokenizer, tmp_path, [sample])
+    assert len(scored.step_scores) == 3
+    assert score_steps(verifier, tokenizer, [judged], max_batch_size=1)[0] == pytest.approx(scored.step_scores)
+    assert score_one(verifier, tokenizer, sample).step_scores == pytest.approx(scored.step_scores)
+    assert not told.records
+    assemble.set_score(verifier, step="paragraph")
+    paragraphs = score(verifier, tokenizer, tmp_path / "b", [sample])[0].step_scores
+    assert len(paragraphs) == text.count("\n\n") + 1
+    assert ("1 of the 1 samples of several lines have no blank line" in told.text) == (len(paragraphs) == 1)
+
+
+def test_no_score_of_another_verifier_stays() -> None:
+    before = SAMPLES[0]._replace(values={"finish": "stop", "score": 0.1, "step_scores": [0.2]})
+    for scored, expected in ((None, {}), (Scored(0.5, None), {"score": 0.5}),
+                             (Scored(0.5, [0.5]), {"score": 0.5, "step_scores": [0.5]})):  # fmt: skip
+        assert with_score(before, scored).values == {"finish": "stop"} | expected
+
+
+def test_a_diverged_verifier_is_refused(verifier: Decoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
     with torch.no_grad():
         verifier.v_head.weight.fill_(math.nan)
     with pytest.raises(UserError, match="the score of sample '0'/0 is nan; the verifier has diverged"):
-        score(verifier, tokenizer, tmp_path, [long._replace(response="a")])
+        score(verifier, tokenizer, tmp_path, [LONG._replace(response="a")])

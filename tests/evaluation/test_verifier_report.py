@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from src.data.examples import Judged
+from src.errors import UserError
 from src.evaluation.grade import Verdict
 from src.evaluation.report import Graded
 from src.evaluation.verifier_report import (
@@ -56,6 +57,23 @@ def test_report_on_samples_by_hand(tmp_path: Path) -> None:
     assert (tmp_path / "verifier.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("steps", [None, [0.9, 0.8]])
+def test_samples_without_a_score_are_counted_come_last_and_weigh_nothing(steps: list[float] | None) -> None:
+    long = sample(False, 0.0)._replace(score=None)
+    problems = [[sample(True, 0.9, steps), long, long], [long, long, sample(True, 0.2, steps)]]
+    report = report_samples(problems)
+    assert report["too_long"] == 4 and "4 samples are too long for the verifier" in report_table(report)
+    alone = report_samples([[sample(True, 0.9, steps)], [sample(True, 0.2, steps)]])
+    assert report["calibration"] == alone["calibration"] and alone["too_long"] == 0
+    curves, name = report["curves"], "prod" if steps else "score"
+    assert curves["majority"]["accuracy"][-1] == 0.0  # they still vote, and still count in pass at 1
+    assert curves["pass"]["accuracy"][0] == pytest.approx(1 / 3)
+    assert curves[f"best of n, {name}"]["accuracy"][-1] == 1.0
+    assert curves[f"weighted vote, {name}"]["accuracy"][-1] == 1.0
+    none = report_samples([[long], [sample(True, 0.9, steps)]])
+    assert none["curves"][f"best of n, {name}"]["accuracy"] == [0.5]
+
+
 def test_scores_of_whole_solutions_give_one_curve_each() -> None:
     problems = [[sample(True, 0.9), sample(False, 0.1)]]
     curves = report_samples(problems)["curves"]
@@ -76,8 +94,13 @@ def test_report_on_steps_by_hand() -> None:
         report["step_accuracy_on_right"] == pytest.approx(2 / 3) and report["step_accuracy_on_wrong"] == 0.0
     )
     assert report["f1"] == 0.0  # first errors found: step 2 and step 0
+    with_long = report_steps([*ROWS, Judged("q", ["d"], [0.0])], [[0.9, 0.6, 0.1], [0.4, 0.8], None])
+    assert with_long == report | {"too_long": 1} and "1 more are too long" in steps_table(with_long)
     perfect = [[0.9, 0.6, 0.1], [0.7, 0.8]]
     threshold = choose_threshold(ROWS, perfect)
+    for found, n in (([None, perfect[1]], 0), ([perfect[0], None], 1)):
+        with pytest.raises(UserError, match=f"--threshold_file: {n} of its 1 solutions have a wrong step"):
+            choose_threshold(ROWS, found)
     assert 0.6 < threshold <= 0.7
     assert report_steps(ROWS, perfect, threshold)["f1"] == 1.0
     assert "F1 100.0%" in steps_table(report_steps(ROWS, perfect, threshold))

@@ -63,13 +63,13 @@ def expected_terms(verifier: Decoder, data: JudgedData) -> list[float]:
     return terms
 
 
-@pytest.mark.parametrize("options", [{}, {"label_tokens": "last"}, {"balance": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_tokens": "all"}, {"balance": True}], ids=str)
 def test_loss_is_the_mean_over_labels_however_a_step_is_split(
     verifier: Decoder, tokenizer: Tokenizer, options: dict[str, object]
 ) -> None:
     data = make_data(ROWS, tokenizer, **options)
     terms = expected_terms(verifier, data)
-    all_tokens = options.get("label_tokens", "all") == "all"
+    all_tokens = "label_tokens" in options
     assert len(terms) == 4 + (len(data.samples[2][0].targets) if all_tokens else 1)
     for size, packing in itertools.product((1, 2, 3), (False, True)):
         ((_, _, batches),) = data.steps(batching(size, 3 // size + 1), packing=packing, epochs=1)
@@ -83,6 +83,69 @@ def test_balance_lets_both_kinds_weigh_alike(tokenizer: Tokenizer) -> None:
     rows = [Judged("q", ["s"], [float(index == 0)]) for index in range(4)]
     assert make_data(rows, tokenizer, balance=True).right_weight == pytest.approx(3.0)
     assert make_data(rows, tokenizer).right_weight == 1.0
+
+
+def test_balance_counts_what_is_read(tokenizer: Tokenizer) -> None:
+    """The labels of rows that were dropped do not count, and a solution judged everywhere counts with each token."""
+    kept = [Judged("q", ["s"], [1.0])] * 150 + [Judged("q", ["abcd"], [0.0])] * 50
+    long = Judged("q", ["0" * 100], [0.0])
+    assert make_data([*kept, long, long], tokenizer, balance=True).right_weight == pytest.approx(1 / 3)
+    n_right, n_wrong = (len(tokenizer.encode(text)) + 1 for text in ("s", "abcd"))
+    everywhere = make_data(kept, tokenizer, balance=True, label_tokens="all").right_weight
+    assert everywhere == pytest.approx(50 * n_wrong / (150 * n_right)) and n_wrong > n_right
+
+
+# the same step as PRM800K gives it: the first and only one of its row, the last of its row, or one in the middle
+FIRST, LATER = Judged("q", ["a" * 20], [0.0]), Judged("q", ["b", "a" * 20], [None, 0.0])
+INNER = Judged("q", ["b", "a" * 20, "c"], [1.0, 0.0, None])
+
+
+@pytest.mark.parametrize("row", [FIRST, LATER, INNER, Judged("q", ["a\n\nbc\n\nd"], [0.0])], ids=str)
+def test_one_step_is_one_label_wherever_it_stands_and_however_long_it_is(
+    verifier: Decoder, tokenizer: Tokenizer, row: Judged
+) -> None:
+    n_labels = sum(label is not None for label in row.labels)
+    data = make_data([row] * 3, tokenizer)
+    for packing in (False, True):
+        ((_, _, batches),) = data.steps(batching(3, 1), packing=packing, epochs=1)
+        assert data.n_judged(batches) == sum(batch.n_judged for batch in batches) == 3 * n_labels
+    assert f"{3 * n_labels} labels" in data.report
+    short = Judged("q", ["z"], [1.0])
+    mixed = make_data([row, short], tokenizer, balance=True)
+    n_right = 1 + sum(label == 1.0 for label in row.labels)
+    assert mixed.right_weight == pytest.approx((n_labels + 1 - n_right) / n_right)
+    agree = [
+        (score > 0) == bool(target)
+        for each in (row, short)
+        for (sample,) in make_data([each], tokenizer).samples
+        for score, target in zip(
+            verifier.scores(verifier(torch.tensor([sample.tokens])))[0, sample.response_start :],
+            sample.targets,
+            strict=True,
+        )
+        if not math.isnan(target)
+    ]
+    assert len(agree) == n_labels + 1
+    assert mixed.evaluate(verifier, 2).held_out_accuracy == pytest.approx(sum(agree) / len(agree))
+
+
+def test_a_row_whose_judged_steps_are_cut_off_is_dropped(tokenizer: Tokenizer) -> None:
+    rows = [Judged("q", ["a"], [1.0])] * 200 + [Judged("q", ["b" * 80, "c"], [None, 0.0])]
+    assert "1 too long: 0 cut, 1 dropped; 200 labels" in make_data(rows, tokenizer, truncation="right").report
+
+
+@pytest.mark.parametrize("text", ["a\nb c\n#### 2", "a\n\nb c\n\n\n#### 2\n"])
+def test_steps_that_are_lines_are_laid_out_as_lines(tokenizer: Tokenizer, text: str) -> None:
+    """A solution and the list of its steps are the same tokens, each line judged at its end."""
+    lines = ["a", "b c", "#### 2"]
+    rows = [Judged("1+1=", lines, [1.0, 0.0, 1.0]), Judged("1+1=", [text], [1.0])]
+    (judged,), (whole,) = make_data(rows, tokenizer, step="line").samples
+    assert judged.tokens == whole.tokens
+    ids = [token for n, line in enumerate(lines) for token in tokenizer.encode(line + "\n" * (n < 2), start=n == 0)]
+    assert judged.tokens[judged.response_start :] == [*ids, tokenizer.eos_id]
+    assert [target for target in judged.targets if not math.isnan(target)] == [1.0, 0.0, 1.0]
+    assert math.isnan(whole.targets[-2]) and whole.targets[-1] == 1.0
+    assert make_data(rows, tokenizer).samples[0][0].tokens != judged.tokens
 
 
 def test_report_by_hand(verifier: Decoder, tokenizer: Tokenizer) -> None:

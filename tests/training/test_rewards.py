@@ -1,5 +1,6 @@
 """src/training/rewards.py: what each reward is and on which token it lies."""
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 from src import assemble
 from src.data import collate
+from src.data.collate import Batch
 from src.data.encoding import Encoded, encode_prompt, encode_steps, split_steps
 from src.data.examples import Prompt
 from src.errors import UserError
@@ -104,7 +106,7 @@ def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tok
     found = find(episodes)
     for row, (text, finished) in enumerate(zip(TEXTS, (True, False, True), strict=True)):
         tokens = episodes.batch.tokens[row][episodes.batch.response_mask[row]].tolist()
-        ends = rewards.step_ends(tokenizer, tokens, text)
+        ends = rewards.step_ends(tokenizer, tokens, text, "\n\n")
         expected = torch.zeros(len(tokens))
         expected[ends] = torch.tensor(alone(verifier, tokenizer, text, finished)).sigmoid() + 0.25
         assert_close(found[row][episodes.batch.response_mask[row]], expected, rtol=1e-5, atol=1e-5)
@@ -116,22 +118,48 @@ def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tok
         assert find(episodes)[0].sum().item() == pytest.approx(total.item() - 1, abs=1e-5)
 
 
-def test_steps_end_where_their_characters_do(tokenizer: Tokenizer) -> None:
-    for text in (*TEXTS, "a\n\n\n\nb\n\n", "a\n\n\nb", "\n\na", "a\n\na\n\na"):
+@pytest.mark.parametrize("step_end", ["\n\n", "\n"])
+def test_steps_end_where_their_characters_do(tokenizer: Tokenizer, step_end: str) -> None:
+    for text in (*TEXTS, "a\n\n\n\nb\n\n", "a\n\n\nb", "\n\na", "a\n\na\n\na", "a\nb\n\na\na\n", "\na\nb"):
         tokens = [*tokenizer.encode(text), tokenizer.eos_id]
-        ends = rewards.step_ends(tokenizer, tokens, text)
-        assert len(ends) == len(split_steps(text)) and ends == sorted(ends)
+        ends, steps = rewards.step_ends(tokenizer, tokens, text, step_end), split_steps(text, step_end)
+        assert len(ends) == len(steps) and ends == sorted(ends)
         assert ends[-1] == len(tokens) - 1
-        for end, step in zip(ends, split_steps(text)[:-1], strict=False):
+        for end, step in zip(ends, steps[:-1], strict=False):
             before, with_it = tokenizer.decode(tokens[:end]), tokenizer.decode(tokens[: end + 1])
-            assert (step + "\n\n") in with_it and not before.endswith(step + "\n\n")
+            assert (step + step_end) in with_it and not before.endswith(step + step_end)
 
 
-def test_a_response_too_long_for_the_verifier_is_cut(verifier: Decoder, tokenizer: Tokenizer) -> None:
+def test_a_verifier_of_lines_rewards_lines(verifier: Decoder, tokenizer: Tokenizer) -> None:
+    assemble.set_score(verifier, objective="process", step="line")
+    text = "1+1=2\n3\n#### 4"
+    episodes = episodes_of(tokenizer, [text], [True])
+    steps = text.split("\n")
+    row = encode_steps(tokenizer, "2+2=", steps, [1.0] * 3, step_end="\n")
+    scores = token_scores(verifier, *collate.collate([row]))[0, row.response_start :].sigmoid()
+    expected = scores[~torch.tensor(row.targets).isnan()]
+    found = rewards.process_reward(verifier, tokenizer, 2, Shape(steps="raw"))(episodes)
+    lengths = [len(tokenizer.encode(step + "\n", start=n == 0)) for n, step in enumerate(steps)]
+    ends = torch.tensor(lengths).cumsum(0) + row.response_start - 1
+    assert ends[-1] == len(row.tokens) - 1  # EOS stands where the last newline would
+    assert_close(found[0, ends], expected, rtol=1e-5, atol=1e-5)
+    assert found.count_nonzero() == 3
+    assemble.set_score(verifier, step="paragraph")
+    assert rewards.process_reward(verifier, tokenizer, 2, Shape(steps="raw"))(episodes).count_nonzero() == 1
+
+
+def test_a_response_too_long_for_the_verifier_is_cut_and_counted(
+    verifier: Decoder, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("splitrl"), "propagate", True)
     verifier.config = replace(verifier.config, max_seq_len=12)
     episodes = episodes_of(tokenizer, ["1\n\n" + "2" * 30 + "\n\n3", ""], [True, False])
     logits = rewards.step_logits(verifier, tokenizer, episodes, 2)
     assert [len(steps) for steps in logits] == [2, 1] and all(map(math.isfinite, logits[0]))
+    assert "1 of 2 responses are longer than the verifier's context of 12 tokens" in caplog.text
+    pairwise = rewards.pairwise_reward(verifier, 2, Shape())(episodes)
+    short = Batch(episodes.batch.tokens[:1, :12], episodes.batch.response_mask[:1, :12])
+    assert pairwise[0].sum().item() == pytest.approx((response_scores(verifier, *short).item() - 0.5) / 2, abs=1e-4)
     verifier.config = replace(verifier.config, max_seq_len=3)
     with pytest.raises(UserError, match="leaves none of the verifier's context of 3"):
         rewards.step_logits(verifier, tokenizer, episodes, 2)

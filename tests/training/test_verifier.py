@@ -8,6 +8,7 @@ import pytest
 
 from src.data.examples import Judged, Pair
 from src.errors import UserError
+from src.text.tokenizer import Tokenizer
 from src.training.verifier import last_problems, mix, open_data, read_rows
 
 STEPS = {"instruction": "1+1=", "steps": ["a", "#### 2"], "labels": [1, 0]}
@@ -43,6 +44,17 @@ def test_outcomes_and_steps_mix_under_the_process_objective(tmp_path: Path) -> N
     assert read_rows("process", steps) == [Judged("1+1=", ["a", "#### 2"], [1.0, 0.0])]
     with pytest.raises(UserError, match="s.jsonl holds judged steps; train on them with --objective process"):
         read_rows("outcome", steps)
+
+
+@pytest.mark.parametrize("label_tokens", ["all", "last"])
+def test_held_out_outcomes_are_one_label_each(tmp_path: Path, tokenizer: Tokenizer, label_tokens: str) -> None:
+    rows = [{"instruction": f"{n}", "output": "a" * (1 + 5 * n), "correct": n % 2 == 0} for n in range(8)]
+    options = {"max_seq_len": 64, "label_tokens": label_tokens}
+    file = write(tmp_path / "o.jsonl", *rows)
+    train, held = open_data("outcome", [file], [], "", 0.5, tokenizer, seed=1, **options)
+    n_tokens = sum(encoded.n_response for (encoded,) in train.samples)
+    assert train.report.split("; ")[1].startswith(f"{n_tokens if label_tokens == 'all' else 4} labels")
+    assert held.report.split("; ")[1].startswith("4 labels, 50.0% right")
 
 
 def test_no_problem_is_on_both_sides(tmp_path: Path, tokenizer: object) -> None:
