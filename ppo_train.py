@@ -69,9 +69,10 @@ def main(
         for an answer that grades right against the label, else 0 (0 without a label beside another reward);
         FILE.py:FUNCTION = what your function (prompt, response, label or None) -> number says
     reward_weights: what each of them weighs, 0 to log it only; default: 1 each
-    train_file: prompts, json array or jsonl of {"instruction", "label"?}; --reward rule alone needs labels
+    train_file: prompts, json array or jsonl of {"instruction", "label"?}; --reward rule alone needs labels. Those that
+        fill a model's context are left out, counted and named
     eval_file: prompts with labels on which greedy accuracy is measured, first of all (step 0 in metrics.jsonl); the
-        best actor is kept as best/ if it is better than the one started from
+        best actor is kept as best/ if it is better than the one started from. Those that fill the context are wrong
     task: how --reward rule and --eval_file find and compare answers
     log_dir: directory for metrics.jsonl, run.json and rollouts/; default: actor_save_dir
     model_type: a family or released size the actor must agree with; default: what params.json says
@@ -172,8 +173,10 @@ def main(
     assemble.check_tokenizer(tokenizer, critic_ckpt_dir, reward_model_ckpt_dir)
     contexts = {folder: assemble.load_config(folder).max_seq_len
                 for folder in (actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir) if folder}
-    rollouts.check_lengths(prompts, train_file, tokenizer, contexts, max_new_tokens)
-    rollouts.check_lengths(held_out, eval_file, tokenizer, {actor_ckpt_dir: contexts[actor_ckpt_dir]}, max_new_tokens)
+    prompts = rollouts.fitting_prompts(prompts, train_file, tokenizer, contexts, max_new_tokens)
+    n_asked, own = len(held_out), {actor_ckpt_dir: contexts[actor_ckpt_dir]}
+    if eval_file:
+        held_out = rollouts.fitting_prompts(held_out, eval_file, tokenizer, own, max_new_tokens)
     if "verifier" in reward:
         assemble.check_step(reward_model_ckpt_dir, assemble.load_config(reward_model_ckpt_dir), step)
     elif step:
@@ -268,7 +271,8 @@ def main(
 
     def held_out_accuracy(timed: Phases) -> float:
         with timed("evaluate"), arrangement.using(actor_loop.model):
-            return rollouts.greedy_accuracy(actor_loop.model, held_out, tokenizer, grade, settings)
+            return rollouts.greedy_accuracy(actor_loop.model, held_out, tokenizer, grade, settings,
+                                            n_left_out=n_asked - len(held_out))
 
     log.progress(len(buffers), "buffer", done)
     with contextlib.ExitStack() as in_use:

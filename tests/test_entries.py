@@ -671,7 +671,7 @@ def test_models_with_another_tokenizer_do_not_read_the_actor_s_ids(world: World,
 
 def test_a_prompt_that_fills_the_context(world: World, here: Path) -> None:
     write_json(here / "long.json", [{"instruction": "a" * 200, "label": "1"}])
-    told = r"long.json, row 1 \(id '0'\): the prompt has 202 tokens, expected fewer than the context of one, 128"
+    told = r"1 of 1 prompts fill the context of one, 128 tokens; the first is row 1 \(id '0', 202 tokens\)"
     refuse(world, "ppo_train", {"train_file": "long.json"}, told, here)
     with pytest.raises(UserError, match="prompt '0' has 202 tokens but the model's context is 128"):
         importlib.import_module("solver_evaluate").main("toy", "long.json", "log", "one")
@@ -786,3 +786,21 @@ def test_what_a_step_is_is_learnt_once_and_followed(
     assert "1 more are too long for the verifier" in capsys.readouterr().out
     importlib.import_module("preference_evaluate").main("one", "one", "s.json", "credit", step="line")
     assert json.loads(Path("credit/results.json").read_text())["too_long"] == 1
+
+
+def test_ppo_leaves_out_prompts_that_are_too_long(world: World, here: Path) -> None:
+    """They are counted and named; of --eval_file they are wrong."""
+    rows = [{"instruction": "1+1=", "label": "2"}, {"instruction": "a" * 200, "label": "1"},
+            {"instruction": "2+2=", "label": "4"}]  # fmt: skip
+    write_json(here / "long.json", rows)
+    done = launch(here, "ppo_train.py", "--actor_ckpt_dir", "one", "--actor_save_dir", "out", "--reward", "rule",
+                  "--advantage", "grpo", "--group_size", 2, "--max_buffer_size", 4, "--max_new_tokens", 8,
+                  "--train_file", "long.json", "--eval_file", "long.json", "--task", "toy", "--minibatches", 1,
+                  "--format_penalty", 0.1)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = "long.json: 1 of 3 prompts fill the context of one, 128 tokens, and are left out: row 2 (id '1', 202 tokens)"
+    assert done.stderr.count(told) == 2
+    seen = {json.loads(line)["prompt"] for line in Path("out/rollouts/step-000001.jsonl").read_text().splitlines()}
+    assert seen == {"1+1=", "2+2="}
+    accuracies = [row["eval_accuracy"] for row in metrics(here / "out") if "eval_accuracy" in row]
+    assert all(3 * accuracy == pytest.approx(round(3 * accuracy)) and accuracy <= 2 / 3 for accuracy in accuracies)

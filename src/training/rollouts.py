@@ -26,6 +26,8 @@ from src.training.ppo_settings import Settings
 
 Item = TypeVar("Item")
 
+NAMED = 5  # prompts that a warning names; it counts all
+
 
 class Episodes(NamedTuple):
     """A response to each prompt; the prompts of a group are equal and stand together."""
@@ -79,36 +81,44 @@ def widen(tensor: Tensor, width: int) -> Tensor:
     return F.pad(tensor, (0, width - tensor.shape[1]))
 
 
-def check_lengths(
+def fitting_prompts(
     prompts: Sequence[Prompt],
     source: str,
     tokenizer: Tokenizer,
     contexts: Mapping[str, int],
     max_new_tokens: int,
-) -> None:
-    """Raise UserError for a prompt of the file `source` that leaves a model no token of its context.
+) -> list[Prompt]:
+    """The prompts of the file `source` that leave every model a token of its context; warns of the others, by name.
 
-    contexts: tokens by checkpoint directory. Warns where a response may be cut off before max_new_tokens.
+    contexts: tokens by checkpoint directory. Warns too where a response may be cut off before max_new_tokens. Raises
+    UserError if no prompt is left.
     """
-    least, n_cut = min(contexts, key=contexts.__getitem__), 0
-    for row, prompt in enumerate(prompts, 1):
-        n_tokens = len(encode_prompt(tokenizer, prompt.instruction))
-        if n_tokens >= contexts[least]:
-            raise UserError(
-                f"{source}, row {row} (id {prompt.id!r}): the prompt has {n_tokens} tokens, expected fewer than the "
-                f"context of {least}, {contexts[least]}; shorten or drop it"
-            )
-        n_cut += n_tokens + max_new_tokens > contexts[least]
+    folder, context = min(contexts.items(), key=lambda item: item[1])
+    n_tokens = [len(encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts]
+    left_out = [
+        f"row {row} (id {prompt.id!r}, {n} tokens)"
+        for row, (prompt, n) in enumerate(zip(prompts, n_tokens, strict=True), 1)
+        if n >= context
+    ]
+    told = f"{source}: {len(left_out)} of {len(prompts)} prompts fill the context of {folder}, {context} tokens"
+    if len(left_out) == len(prompts):
+        raise UserError(f"{told}; the first is {left_out[0]}; shorten them or give models with a longer context")
+    if left_out:
+        more = ", ..." if len(left_out) > NAMED else ""
+        runlog.logger().warning("%s, and are left out: %s%s", told, ", ".join(left_out[:NAMED]), more)
+    kept = [prompt for prompt, n in zip(prompts, n_tokens, strict=True) if n < context]
+    n_cut = sum(context - max_new_tokens < n < context for n in n_tokens)
     if n_cut:
         runlog.logger().warning(
             "%s: %d of %d prompts leave less than --max_new_tokens %d in the context of %s, %d tokens",
             source,
             n_cut,
-            len(prompts),
+            len(kept),
             max_new_tokens,
-            least,
-            contexts[least],
+            folder,
+            context,
         )
+    return kept
 
 
 def my_share(order: Sequence[Item]) -> Sequence[Item]:
@@ -147,9 +157,11 @@ def greedy_accuracy(
     tokenizer: Tokenizer,
     grade: Callable[[Sequence[str], Sequence[str]], list[str]],
     settings: Settings,
+    n_left_out: int = 0,
 ) -> float:
     """Share of labelled prompts whose greedy response `grade` finds "right". The first rank's word holds.
 
+    n_left_out: further prompts, too long to be answered, which are not right either.
     Every data-parallel rank grades its share.
     """
     requests = [
@@ -160,7 +172,7 @@ def greedy_accuracy(
     outcomes = grade([done[prompt.id, 0].text for prompt in mine], [prompt.label or "" for prompt in mine])
     right = torch.tensor(float(outcomes.count("right")), device=parallel.device())
     right = parallel.broadcast_from_first(right).item()
-    return parallel.sum_over_data_parallel(right) / len(prompts)
+    return parallel.sum_over_data_parallel(right) / (len(prompts) + n_left_out)
 
 
 def _generate(

@@ -7,10 +7,11 @@ import torch
 
 from src import assemble
 from src.data.encoding import encode_prompt
+from src.data.examples import Prompt
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
-from src.training.rollouts import check_lengths, greedy_accuracy, sample_episodes
+from src.training.rollouts import fitting_prompts, greedy_accuracy, sample_episodes
 from tests.conftest import Folders
 from tests.training.workers import PROMPTS, settings
 
@@ -48,16 +49,30 @@ def test_greedy_accuracy_counts_every_prompt(actor: Decoder, tokenizer: Tokenize
         return ["right", "wrong", "unparsed", "right", "timeout"]
 
     assert greedy_accuracy(actor, PROMPTS, tokenizer, two_right, settings()) == pytest.approx(0.4)
+    left_out = {"n_left_out": 3}  # too long to be answered: not right
+    assert greedy_accuracy(actor, PROMPTS, tokenizer, two_right, settings(), **left_out) == pytest.approx(2 / 8)
 
 
-def test_prompts_must_leave_every_model_a_token(
+def test_prompts_that_leave_a_model_no_token_are_left_out_counted_and_named(
     tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("splitrl"), "propagate", True)
-    longest = max(len(encode_prompt(tokenizer, prompt.instruction)) for prompt in PROMPTS)
-    check_lengths(PROMPTS, "p.json", tokenizer, {"actor": 99, "verifier": longest + 6}, max_new_tokens=6)
-    assert not caplog.records
-    check_lengths(PROMPTS, "p.json", tokenizer, {"actor": 99, "verifier": longest + 1}, max_new_tokens=6)
+    lengths = [len(encode_prompt(tokenizer, prompt.instruction)) for prompt in PROMPTS]
+    longest = max(lengths)
+
+    def fitting(context: int) -> list[Prompt]:
+        caplog.clear()
+        contexts = {"actor": 99, "verifier": context}
+        return fitting_prompts(PROMPTS, "p.json", tokenizer, contexts, max_new_tokens=6)
+
+    assert fitting(longest + 6) == PROMPTS and not caplog.records
+    assert fitting(longest + 1) == PROMPTS
     assert "of 5 prompts leave less than --max_new_tokens 6 in the context of verifier" in caplog.text
-    with pytest.raises(UserError, match=rf"p.json, row 4 \(id '3'\): the prompt has {longest} tokens, .* verifier"):
-        check_lengths(PROMPTS, "p.json", tokenizer, {"actor": 99, "verifier": longest}, max_new_tokens=6)
+    for context in range(min(lengths) + 1, longest + 1):
+        kept = [prompt for prompt, n in zip(PROMPTS, lengths, strict=True) if n < context]
+        assert fitting(context) == kept
+        told = f"p.json: {5 - len(kept)} of 5 prompts fill the context of verifier, {context} tokens, and are left out"
+        assert told in caplog.text
+        assert all((f"(id {prompt.id!r}, " in caplog.text) == (prompt not in kept) for prompt in PROMPTS)
+    with pytest.raises(UserError, match=r"p.json: 5 of 5 prompts fill .*; the first is row 1 \(id '0', \d+ tokens\)"):
+        fitting(min(lengths))
