@@ -16,7 +16,7 @@ ROWS = {
         Judged("1+1=", ["2"], [1.0]),
         Judged("a", ["bcdefgh\n\n0123"], [0.0]),
         Judged("", ["7"], [1.0]),
-        Judged("which is it: 3 or 4", ["abc"], [0.0]),
+        Judged("which is it: 3 or 4", ["gd"], [0.0]),
         Judged("0-0=", ["0 0 0\n\n#### 0"], [1.0]),
         Judged("9-8=", ["#### 2"], [0.0]),
     ],
