@@ -12,7 +12,8 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ SAFETENSORS_DTYPES = {
 }
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 FLUSH_BYTES = 32 * 2**20  # enough for a disk to work at its full speed
+PIECE_BYTES = 2**18
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -148,9 +150,16 @@ class TensorFile:
     by side share the processors.
     """
 
-    def __init__(self, path: Path, layout: Mapping[str, TensorSpec], offsets: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: Mapping[str, TensorSpec],
+        offsets: Mapping[str, int],
+        checksums: Mapping[str, Sequence[int]],
+    ) -> None:
+        """offsets: where a tensor's bytes begin; checksums: where their CRC-32 stands, behind them."""
         self.names = sorted(layout, key=lambda name: offsets[name])
-        self._path, self._layout, self._offsets = path, layout, offsets
+        self._path, self._layout, self._offsets, self._checksums = path, layout, offsets, checksums
         self._file = os.open(path, os.O_RDWR)
         self._taken = 0  # tensors
         self._hash, self._hashed = blake3(), 0  # bytes
@@ -168,27 +177,33 @@ class TensorFile:
         assert name == self.names[self._taken], f"{name} is written before {self.names[self._taken]}"
         flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
         self._wait()  # so that one tensor a file is in memory
-        self._writing = self._writer.submit(
-            self._put, self._offsets[name], memoryview(flat.view(torch.uint8).numpy())
-        )
+        self._writing = self._writer.submit(self._put, name, memoryview(flat.view(torch.uint8).numpy()))
         self._taken += 1
 
-    def _put(self, offset: int, data: memoryview) -> None:
-        """Hash and write a tensor's bytes."""
-        self._update(offset, data)
-        while data:  # the kernel takes at most 2 GiB a call
-            written = os.pwrite(self._file, data, offset)
-            data, offset = data[written:], offset + written
-        if offset - self._flushing > FLUSH_BYTES and sys.platform == "linux":
+    def _put(self, name: str, data: memoryview) -> None:
+        """Hash, sum up and write a tensor's bytes, a piece that stays in the processor's cache at a time."""
+        checksum = 0
+        self._hash_until(self._offsets[name])
+        while data:
+            piece = data[:PIECE_BYTES]
+            self._hash.update(piece)
+            if self._checksums:
+                checksum = zlib.crc32(piece, checksum)
+            while piece:
+                written = os.pwrite(self._file, piece, self._hashed)
+                data, piece, self._hashed = data[written:], piece[written:], self._hashed + written
+        for place in self._checksums.get(name, ()):
+            os.pwrite(self._file, struct.pack("<I", checksum), place)
+        if self._hashed - self._flushing > FLUSH_BYTES and sys.platform == "linux":
             # starts writing without waiting for it, so that the fsync at the end is short
-            os.posix_fadvise(self._file, self._flushing, offset - self._flushing, os.POSIX_FADV_DONTNEED)
-            self._flushing = offset
+            size = self._hashed - self._flushing
+            os.posix_fadvise(self._file, self._flushing, size, os.POSIX_FADV_DONTNEED)
+            self._flushing = self._hashed
 
-    def _update(self, offset: int, data: memoryview) -> None:
-        """Hash what the layout put before this tensor, and its bytes."""
+    def _hash_until(self, offset: int) -> None:
+        """Hash what stands between the bytes hashed so far and this place."""
         self._hash.update(os.pread(self._file, offset - self._hashed, self._hashed))
-        self._hash.update(data)
-        self._hashed = offset + len(data)
+        self._hashed = offset
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -200,7 +215,7 @@ class TensorFile:
             f"{self._path}: nothing was written for {self.names[self._taken]}"
         )
         self._wait()
-        self._update(os.fstat(self._file).st_size, memoryview(b""))
+        self._hash_until(os.fstat(self._file).st_size)
         os.fsync(self._file)
         digest_path(self._path).write_text(self._hash.hexdigest())
 
@@ -223,11 +238,7 @@ def digest_path(path: Path) -> Path:
 
 @contextmanager
 def open_torch_file(path: Path, layout: Mapping[str, TensorSpec]) -> Iterator[TensorFile]:
-    """Create a file that torch.load(weights_only=True, mmap=True) opens as a dictionary of these tensors.
-
-    The zip archive's own CRC fields stay 0, as after torch.serialization.set_crc32_options(False); torch does not
-    read them.
-    """
+    """Create a file that torch.load(weights_only=True, mmap=True) opens as a dictionary of these tensors."""
     try:
         with skip_data():  # lays the file out; the memory of torch.empty is never touched, so none is used
             torch.save(
@@ -235,20 +246,30 @@ def open_torch_file(path: Path, layout: Mapping[str, TensorSpec]) -> Iterator[Te
             )
     except RuntimeError:  # of torch's writer, which tells no errno
         raise OSError(errno.EFBIG, "The disk or a limit on files is full", str(path)) from None
-    yield from _filled(path, layout, _torch_offsets(path, layout))
+    yield from _filled(path, layout, *_torch_offsets(path, layout))
 
 
-def _torch_offsets(path: Path, layout: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Where each tensor's bytes begin in a file of torch.save, which numbers storages as they come."""
-    starts = {}
+def _torch_offsets(
+    path: Path, layout: Mapping[str, TensorSpec]
+) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Where each tensor's bytes begin in a file of torch.save, which numbers storages as they come, and their CRC-32s.
+
+    A CRC-32 stands behind the bytes (in the data descriptor) and in the archive's directory (APPNOTE.TXT, 4.3).
+    """
+    starts, checksums = {}, {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        entry = archive.start_dir
         for record in archive.infolist():
             file.seek(record.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
             folder, _, number = record.filename.rpartition("/")
             if folder.endswith("/data"):
-                starts[int(number)] = record.header_offset + 30 + name_length + extra_length
-    return {name: starts[index] for index, name in enumerate(layout)}
+                begin = record.header_offset + 30 + name_length + extra_length
+                starts[int(number)] = begin
+                checksums[int(number)] = begin + record.file_size + 4, entry + 16
+            file.seek(entry + 28)
+            entry += 46 + sum(struct.unpack("<HHH", file.read(6)))  # its name, extra field and comment
+    return tuple({name: of[index] for index, name in enumerate(layout)} for of in (starts, checksums))
 
 
 @contextmanager
@@ -269,7 +290,7 @@ def open_safetensors_file(path: Path, layout: Mapping[str, TensorSpec]) -> Itera
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path, 8 + len(text) + offset)
-    yield from _filled(path, layout, {name: 8 + len(text) + begin for name, begin in begins.items()})
+    yield from _filled(path, layout, {name: 8 + len(text) + begin for name, begin in begins.items()}, {})
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -281,9 +302,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     digest_path(path).unlink()
 
 
-def _filled(path: Path, layout: Mapping[str, TensorSpec], offsets: Mapping[str, int]) -> Iterator[TensorFile]:
+def _filled(
+    path: Path,
+    layout: Mapping[str, TensorSpec],
+    offsets: Mapping[str, int],
+    checksums: Mapping[str, Sequence[int]],
+) -> Iterator[TensorFile]:
     """The file while it is filled; complete unless its user fails."""
-    file = TensorFile(path, layout, offsets)
+    file = TensorFile(path, layout, offsets, checksums)
     try:
         yield file
         file.complete()
