@@ -17,13 +17,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": set(),
     "cli": {"flags"},
     "plot": set(),
-    "runlog": {"cli", "plot"},
+    "runlog": {"plot"},
     "losses": set(),
     "stopwatch": set(),
     "parallel": {"stopwatch"},
     "text": set(),
     "models": {"parallel"},
-    "checkpoint": {"models", "parallel"},
+    "checkpoint": {"models", "parallel", "runlog"},
     "data": {"text"},
     "assemble": {"models", "checkpoint", "text", "parallel", "runlog"},
     "memory": {"models", "checkpoint", "inference"},
@@ -73,10 +73,11 @@ DOORS: dict[str, str | None] = {
 
 # Names that write to the terminal, and the files that may use them; the workers' output is a pipe.
 SPEAKERS: dict[str, set[str]] = {
-    "print": {"src/evaluation/grade_worker.py"},
+    "print": {"src/cli.py", "src/evaluation/grade_worker.py"},
     "sys.stdout": {
         "src/evaluation/code_worker.py",
         "src/cli.py",
+        "src/runlog.py",
         "src/evaluation/grade_worker.py",
     },
     "sys.stderr": {"src/cli.py", "src/runlog.py"},

@@ -28,11 +28,15 @@ _GROUPS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 class Tiny(NamedTuple):
-    """A model to make: transformers' model_type, what its config says beyond _SIZES, how its files are rearranged."""
+    """A model to make: transformers' model_type, what its config says beyond _SIZES, how its files are rearranged.
+
+    stated: what its config.json says in place of what transformers wrote there.
+    """
 
     model_type: str
     settings: dict[str, object]
     layout: str = ""
+    stated: dict[str, object] = {}
 
 
 def _rope(theta: float, rope_type: str = "default", **parameters: float) -> dict[str, object]:
@@ -94,11 +98,72 @@ MODELS: dict[str, Tiny] = {
     "internlm2": Tiny("llama", _GROUPS | _rope(1e6), layout="internlm2"),
 }
 
+_MIXED = ["full_attention", "sliding_attention", "full_attention"]
+_ALL_FULL = ["full_attention"] * 3
+_LAYERS = {"sliding_window": 4, "layer_types": _MIXED}
+
+# Further configs of the same families, which say in other words what is computed.
+VARIANTS: dict[str, Tiny] = {
+    "ministral": Tiny("ministral", _LAYERS | {"head_dim": 8}),
+    # transformers makes a ministral of it
+    "mistral by layer": Tiny("ministral", _LAYERS | {"head_dim": 8}, stated={"model_type": "mistral"}),
+    "mistral, no layer windowed": Tiny(
+        "ministral", {"head_dim": 8, "sliding_window": 4, "layer_types": _ALL_FULL}, stated={"model_type": "mistral"}
+    ),
+    "mixtral-window": Tiny("mixtral", _EXPERTS | {"num_local_experts": 4, "sliding_window": 4}),
+    "qwen-2 by layer": Tiny("qwen2", _LAYERS | {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen-2, window unused": Tiny("qwen2", {"sliding_window": 4, "max_window_layers": 0}),
+    "qwen-3-window": Tiny(
+        "qwen3", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+    ),
+    "qwen-3-moe-window": Tiny(
+        "qwen3_moe",
+        _EXPERTS
+        | {"num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8}
+        | {"use_sliding_window": True, "sliding_window": 4},
+    ),
+    "gemma-2 by layer": Tiny("gemma2", _LAYERS | {"head_dim": 16, "query_pre_attn_scalar": 24}),
+    "gemma-2 without window": Tiny(
+        "gemma2",
+        {
+            "head_dim": 8,
+            "layer_types": _ALL_FULL,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "dynamic": Tiny("llama", _rope(1e4, "dynamic", factor=2.0)),
+    # the forms of 4.x
+    "rope_scaling": Tiny(
+        "llama",
+        _rope(5e5, "linear", factor=2.0),
+        stated={"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    ),
+    "theta in rope_scaling": Tiny(
+        "llama",
+        _rope(5e5, "linear", factor=2.0),
+        stated={"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+    ),
+    "type in rope_parameters": Tiny(
+        "llama",
+        _rope(5e5, "linear", factor=2.0),
+        stated={"rope_parameters": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+    ),
+    "odds and ends": Tiny(
+        "llama",
+        {
+            "head_dim": 16, "attention_dropout": 0.1, "initializer_range": 0.2, "pad_token_id": 7, "bos_token_id": None,
+            "eos_token_id": [3, 5], "rms_norm_eps": 1e-3,
+        },
+    ),
+}  # fmt: skip
+
 
 def make(folder: Path, name: str) -> Path:
-    """Save a model of MODELS, random and float32, as a Hugging Face directory. Returns the directory."""
+    """Save a model of MODELS or VARIANTS, random and float32, as a Hugging Face directory. Returns the directory."""
     torch.manual_seed(0)
-    tiny = MODELS[name]
+    tiny = (MODELS | VARIANTS)[name]
     config = transformers.AutoConfig.for_model(tiny.model_type, **_SIZES | tiny.settings)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
@@ -107,6 +172,12 @@ def make(folder: Path, name: str) -> Path:
                 0.5, 1.5
             )  # they begin at 0 or 1, where a wrong order of operations can hide
     model.save_pretrained(folder)
+    if tiny.stated:
+        path = folder / "config.json"
+        values = json.loads(path.read_text(encoding="utf-8")) | tiny.stated
+        path.write_text(
+            json.dumps({key: value for key, value in values.items() if value is not None}), encoding="utf-8"
+        )
     if tiny.layout:
         reference = reference_folder(folder)
         folder.rename(reference)

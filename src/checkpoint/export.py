@@ -130,6 +130,4 @@ def _config_json(config: ModelConfig, dtype: str) -> dict[str, object]:
         (architecture,) = values["architectures"]
         values["architectures"] = [architecture.replace("ForCausalLM", kind)]
         values |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-        facts = ("objective", "score", "score_mean", "score_std", "step")
-        values["splitrl"] = {key: getattr(config, key) for key in facts}
     return values

@@ -6,7 +6,8 @@ directories of tensor-parallel shards all become a Source; tensors are read one 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +16,18 @@ from torch import Tensor
 
 from src.checkpoint import adapters, convert, peft_layout, storage
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join, reshard
-from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
+from src.checkpoint.tensor_files import StoredTensor
+from src.checkpoint.weight_files import OpenedFile, open_file, weight_files
 from src.errors import UserError
-from src.models.config import ModelConfig, config_from_dict
+from src.models.config import ModelConfig, config_from_dict, refuse_infinities
 from src.models.families import PLAIN
-from src.models.foreign import MetaWeights, config_from_hf, config_from_meta
+from src.models.foreign import config_from_hf, family_of
 from src.models.lora import LoraConfig
+from src.models.meta import MetaWeights, config_from_meta
 
-_NESTED_KEYS = ("model", "state_dict")
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERTS_STACKED = re.compile(r"\.experts\.\w+_stacked")
 
 
 class Source(NamedTuple):
@@ -32,14 +37,6 @@ class Source(NamedTuple):
     tensors: dict[str, StoredTensor]
     tokenizer_files: list[Path]
     folders: list[Path]
-
-
-class _File(NamedTuple):
-    """One tensor file as stored, and the params that some writers put beside the tensors."""
-
-    path: Path
-    tensors: dict[str, StoredTensor]
-    params: dict[str, object] | None
 
 
 def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str = "") -> Source:
@@ -52,13 +49,17 @@ def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
     if adapter := open_adapter(folder, base_dir):
         return merge(adapter)
+    descriptions = _read_descriptions(
+        folder, config_file
+    )  # an unsupported family is named before its tensors
     if len(paths) == 1 and paths[0].is_dir():
-        paths = _weight_files(folder)
-    files = [_open_file(path) for path in paths]
-    described, values = _read_config(folder, files, config_file)
+        paths = weight_files(folder)
+    files = [open_file(path) for path in paths]
     hf = any(convert.uses_hf_names(file.tensors) for file in files)
+    described, values = _choose_description(descriptions, folder, files[0], hf)
     family = str(values.get("model_type", PLAIN)) if hf else None
     named = [_our_names(file, family) for file in files]
+    _check_counts(values, {name: stored.shape for part in named for name, stored in part.items()}, described)
     if len(named) > 1 and all(set(tensors) == set(named[0]) for tensors in named):
         tensors, config = _join_shards(named, values, described)
     else:
@@ -66,7 +67,7 @@ def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str
         config = _config(values, described, tensors)
     if hf and "v_head.weight" in tensors:
         tensors, config = _verifier_from_hf(tensors, values, config, described)
-    tensors = _drop_tied_copy(tensors, config, described)
+    tensors = _one_of_tied(tensors, config, described)
     if hf:
         tensors = convert.as_ours(tensors, config)
     _check_shapes(tensors, config, described)
@@ -198,68 +199,55 @@ def local_tensors(
     return tensors
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a directory: by its index, else by the usual names."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            return _indexed_files(folder / index)
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if found := sorted(folder.glob(pattern)):
-            return [storage.beside(folder, path) for path in found]
-    if found := storage.shard_paths(folder):
-        storage.check_complete(folder)
-        return found
-    raise UserError(
-        f"{folder} holds no weights; expected model*.safetensors, pytorch_model*.bin or consolidated.*.pth"
-    )
+def _read_descriptions(folder: Path, config_file: str) -> dict[str, dict[str, object]]:
+    """What describes the model, by file: the one named, or params.json and config.json as far as they are there.
 
-
-def _indexed_files(index: Path) -> list[Path]:
-    """The files that a Hugging Face index names; they must lie beside it."""
-    weight_map = storage.read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map names no files; expected parameter names with their files")
-    names = sorted(map(str, set(weight_map.values())))
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index}: weight_map names {name!r}, which is outside its directory")
-    return [storage.beside(index.parent, index.parent / name) for name in names]
-
-
-def _open_file(path: Path) -> _File:
-    """Open one tensor file; a dictionary nested under `model` or `state_dict` is unwrapped."""
-    if path.suffix == ".safetensors":
-        tensors, params = read_safetensors(path), None
-    else:
-        values = read_torch(path)
-        params = values.get("model_args") if isinstance(values.get("model_args"), dict) else None
-        for key in _NESTED_KEYS:
-            if isinstance(values.get(key), dict):
-                values = values[key]
-        tensors = {
-            str(name): as_stored(path, str(name), value)
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
-    if not tensors:
-        raise UserError(
-            f"{path} holds no tensors; expected a checkpoint, plain or under {' or '.join(_NESTED_KEYS)}"
-        )
-    return _File(path, tensors, params)
-
-
-def _read_config(folder: Path, files: list[_File], config_file: str) -> tuple[str, dict[str, object]]:
-    """Where the model is described, and the description as it stands there."""
+    Raises UserError for a family that is not supported, and for numbers that are none.
+    """
     candidates = [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
-    for path in candidates:
-        if config_file or path.is_file():
-            return str(path), storage.read_json(path)
-    if files[0].params is not None:
-        return f"{files[0].path} (model_args)", files[0].params
+    found = {str(path): storage.read_json(path) for path in candidates if config_file or path.is_file()}
+    for described, values in found.items():
+        refuse_infinities(values, described)
+        if "model_type" in values and "dim" not in values:
+            family_of(values, described)
+    return found
+
+
+def _choose_description(
+    found: dict[str, dict[str, object]], folder: Path, file: OpenedFile, hf: bool
+) -> tuple[str, dict[str, object]]:
+    """Where the model is described, and the description as it stands there."""
+    if found:
+        # tensors under Hugging Face's names go by config.json, as in transformers
+        return list(found.items())[-1 if hf else 0]
+    if file.params is not None:
+        described = f"{file.path} (model_args)"
+        refuse_infinities(file.params, described)
+        return described, file.params
     raise UserError(f"{folder} has neither params.json nor config.json; name one with --config_file")
 
 
-def _our_names(file: _File, family: str | None) -> dict[str, StoredTensor]:
+def _check_counts(values: dict[str, object], shapes: Mapping[str, tuple[int, ...]], described: str) -> None:
+    """Raise UserError where a description counts more layers or experts than the weights hold.
+
+    Whatever is as large as these numbers say comes after this.
+    """
+    layers = {found[1] for name in shapes if (found := _LAYER.match(name))}
+    experts = {found[1] for name in shapes if (found := _EXPERT.search(name))}
+    stacked = [shape[0] for name, shape in shapes.items() if _EXPERTS_STACKED.search(name) and shape]
+    held = {
+        **dict.fromkeys(("n_layers", "num_hidden_layers"), ("layers", len(layers))),
+        **dict.fromkeys(
+            ("n_experts", "num_experts", "num_local_experts"), ("experts", max([len(experts), *stacked]))
+        ),
+    }
+    meta_experts = values.get("moe")
+    for key, value in (values | (meta_experts if isinstance(meta_experts, dict) else {})).items():
+        if key in held and type(value) is int and value > held[key][1]:
+            raise UserError(f"{described}: {key}={value}, but the weights hold {held[key][1]} {held[key][0]}")
+
+
+def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
     """A file's tensors under our names, wrappers' prefixes and derived tensors removed; unknown names are listed.
 
     family: whose Hugging Face names they are; None = they are ours.
@@ -287,7 +275,7 @@ def _our_names(file: _File, family: str | None) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _merge_parts(files: list[_File], named: list[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+def _merge_parts(files: list[OpenedFile], named: list[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     """One table from files that each hold some of the parameters."""
     tensors: dict[str, StoredTensor] = {}
     for file, part in zip(files, named, strict=True):
@@ -375,18 +363,23 @@ def _is_tied(tensors: dict[str, StoredTensor]) -> bool:
     )
 
 
-def _drop_tied_copy(
+def _one_of_tied(
     tensors: dict[str, StoredTensor], config: ModelConfig, described: str
 ) -> dict[str, StoredTensor]:
-    """Leave out the output layer that a tied checkpoint stores twice; a pair that has diverged is refused."""
+    """The matrix of a tied checkpoint once, under the embedding's name, whichever of the two it was stored under.
+
+    A pair that has diverged is refused.
+    """
     output = tensors.get("output.weight")
     if not config.tied or output is None:
         return tensors
-    if not torch.equal(output.load(), tensors["tok_embeddings.weight"].load()):
+    embedding = tensors.get("tok_embeddings.weight", output)
+    if embedding is not output and not torch.equal(output.load(), embedding.load()):
         raise UserError(
             f"{described} says that embeddings are tied, but output and tok_embeddings differ; "
             f"set tie_word_embeddings to false to keep both"
         )
+    tensors = tensors | {"tok_embeddings.weight": embedding}
     return {name: stored for name, stored in tensors.items() if name != "output.weight"}
 
 
@@ -398,7 +391,7 @@ def _verifier_from_hf(
     if bias is not None and bias.load().any():
         raise UserError(f"{described}: score.bias is not zero, and a verifier's value head has no bias")
     token_classifier = "TokenClassification" in str(values.get("architectures"))
-    facts = values.get("splitrl", {"score": "mean" if token_classifier else "last"})
+    facts = {} if "splitrl" in values else {"score": "mean" if token_classifier else "last"}
     config = dataclasses.replace(config, value_head=True, tied=False, **facts)
     return {name: stored for name, stored in tensors.items() if name != "v_head.bias"}, config
 
@@ -423,10 +416,14 @@ def _check_shapes(tensors: dict[str, StoredTensor], config: ModelConfig, describ
 def read_config(folder: Path) -> ModelConfig:
     """The config of a shard directory, whoever wrote it. Raises UserError."""
     storage.check_complete(folder)
-    values = storage.read_json(folder / "params.json")
-    if "ffn_dim" in values:
-        return config_from_dict(values, str(folder / "params.json"))
-    return open_source(str(folder)).config
+    path = folder / "params.json"
+    values = storage.read_json(path)
+    if "ffn_dim" not in values:
+        return open_source(str(folder)).config
+    refuse_infinities(values, str(path))
+    if names := storage.parameter_names(folder):
+        _check_counts(values, dict.fromkeys(names, ()), str(path))
+    return config_from_dict(values, str(path))
 
 
 def with_added_tokens(source: Source, n: int, first: int | None = None) -> Source:

@@ -355,24 +355,39 @@ def check_complete(folder: Path) -> None:
             )
 
 
-def manifest_files(folder: Path) -> dict[str, dict[str, object]]:
-    """Size and hash of each tensor file by the manifest; empty without one. Raises UserError if it is malformed."""
+def _manifest(folder: Path) -> dict[str, object]:
+    """The manifest of a directory, empty without one. Raises UserError if it is malformed or names no file."""
     path = folder / "manifest.json"
     if not path.is_file():
         return {}
     manifest = read_json(path)
-    for key in ("shards", "files"):
-        if key not in manifest:
+    for key, kind in (("shards", int), ("files", dict), ("split", dict)):
+        if key not in manifest and key != "split":
             raise UserError(f"{path}: key {key!r} is missing; split the checkpoint again")
-    files = manifest["files"]
-    if not isinstance(files, dict):
-        raise UserError(f"{path}: files is a {type(files).__name__}; expected an object of file names")
-    for name, facts in files.items():
+        if type(manifest.get(key, kind())) is not kind:
+            expected = "a number" if kind is int else "an object by name"
+            raise UserError(f"{path}: {key}={str(manifest[key])[:100]}; expected {expected}")
+    if not manifest["files"]:
+        raise UserError(
+            f"{path} names no files, so nothing shows that the weights are whole; split the checkpoint again"
+        )
+    for name, facts in manifest["files"].items():
         if Path(name).name != name or not isinstance(facts, dict) or not {"bytes", "blake3"} <= facts.keys():
             raise UserError(
                 f"{path}: entry {name!r} is not a file of this directory with its bytes and blake3"
             )
-    return files
+    return manifest
+
+
+def manifest_files(folder: Path) -> dict[str, dict[str, object]]:
+    """Size and hash of each tensor file by the manifest; empty without one. Raises UserError if it is malformed."""
+    return _manifest(folder).get("files", {})
+
+
+def parameter_names(folder: Path) -> list[str]:
+    """The parameters that a directory of ours holds, by its manifest, or else by its first shard."""
+    paths = shard_paths(folder) or shard_paths(folder, ADAPTER)
+    return list(_manifest(folder).get("split") or (read_shard(paths[0]) if paths else ()))
 
 
 def verify_hashes(folder: Path, prefix: str = "", index: int = 0, n: int = 1) -> None:

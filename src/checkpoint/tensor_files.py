@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import stat
 import struct
 import sys
 import zipfile
@@ -42,6 +44,8 @@ _UNREADABLE = (
     MemoryError,
     struct.error,
 )
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory"}
+_PICKLED_CODE = re.compile(r"GLOBAL ([\w.]+)")
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -80,27 +84,40 @@ class StoredTensor(NamedTuple):
     dtype: torch.dtype
 
 
+def check_regular(path: Path) -> None:
+    """Raise UserError, without opening it, for what is not a file of bytes: reading a pipe would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        raise UserError(f"{path} does not exist") from None
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "a device")
+        raise UserError(f"{path} is {kind}; expected a regular file")
+
+
 def read_torch(path: Path) -> dict[str, object]:
     """The dictionary in a torch file, tensors memory-mapped where the format allows it; nothing is executed.
 
     Raises UserError when the file is truncated, corrupt or holds more than tensors and plain values.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    check_regular(path)
     with path.open("rb") as file:
         mappable = file.read(4) == _ZIP_MAGIC  # the format before torch 1.6 is read into memory
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except _UNREADABLE as problem:
-        reason = str(problem).strip().split("\n")[0] or type(problem).__name__
-        if "Cannot allocate memory" in reason:  # torch maps a file privately, which the kernel may refuse
+        if "Cannot allocate memory" in str(
+            problem
+        ):  # torch maps a file privately, which the kernel may refuse
             raise UserError(
                 f"{path} is larger than the memory that this machine lets a process map; "
                 f"read it elsewhere, or set vm.overcommit_memory=1"
             ) from None
+        # torch's own words advise to run the code that such a file holds: only the name of it is repeated
+        found = _PICKLED_CODE.search(str(problem))
         raise UserError(
-            f"{path} cannot be read as a checkpoint of tensors ({reason[:200]}); "
-            f"it is truncated, corrupt, or holds pickled code"
+            f"{path} cannot be read as a checkpoint of tensors: it is truncated, corrupt, or holds pickled code"
+            + (f" ({found[1][:100]})" if found else "")
         ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}; expected a dictionary of tensors")
@@ -123,11 +140,10 @@ def as_stored(path: Path, name: str, tensor: Tensor) -> StoredTensor:
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, each mapped when asked for. Raises UserError on a bad file."""
+    check_regular(path)
     try:
         file = safetensors.safe_open(path, framework="pt")
         return {name: _stored_safetensor(path, file, name) for name in file.keys()}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except (safetensors.SafetensorError, OSError) as problem:
         raise UserError(f"{path} is not a readable safetensors file ({problem})") from None
 
@@ -226,7 +242,11 @@ class TensorFile:
 
 
 def file_hash(path: Path) -> str:
-    """Hex BLAKE3 of a file's bytes; a processor does several GB a second, three times what SHA-256 instructions do."""
+    """Hex BLAKE3 of a file's bytes; a processor does several GB a second, three times what SHA-256 instructions do.
+
+    Raises UserError for what is no regular file.
+    """
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, blake3).hexdigest()
 

@@ -1,10 +1,11 @@
 """What a decoder is made of: one frozen record of facts, read from and written to params.json."""
 
 import dataclasses
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from src.errors import UserError
-from src.models.families import PLAIN
+from src.models.families import FAMILIES, PLAIN
 from src.parallel import share
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
@@ -15,7 +16,10 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "score": ("last", "mean", "steps"),
     "step": ("paragraph", "line"),
     "dtype": ("float32", "bfloat16", "float16"),
+    "family": tuple(FAMILIES),
 }
+LARGEST = 2**53  # beyond it json's numbers are not exact
+_MAY_BE_NEGATIVE = {"score_mean"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,9 @@ class ModelConfig:
     or at the end of its `steps`; score_mean and score_std are the measured statistics of such scores; step says what
     a step was to an outcome or process verifier in training. chat_template names the format that training put texts in
     (none for none); empty where no training here has chosen one.
+
+    carried holds what else a Hugging Face config.json said (ids of special tokens, dropout, ...): nothing is computed
+    from it here, and an export says it again.
     """
 
     family: str = PLAIN
@@ -88,16 +95,19 @@ class ModelConfig:
     step: str = "paragraph"
     dtype: str = "float32"
     chat_template: str = ""
+    carried: dict[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 0):
-                raise UserError(f"{field.name}={value!r}: expected a non-negative integer")
-            if field.type is float and type(value) not in (int, float):
-                raise UserError(f"{field.name}={value!r}: expected a number")
-            if field.type is bool and type(value) is not bool:
-                raise UserError(f"{field.name}={value!r}: expected true or false")
+        for name, kind in TYPES.items():
+            value = getattr(self, name)
+            if kind is int and (type(value) is not int or not 0 <= value < LARGEST):
+                raise UserError(f"{name}={value!r}: expected a non-negative integer")
+            if kind is float and not (is_number(value) and (value >= 0 or name in _MAY_BE_NEGATIVE)):
+                raise UserError(f"{name}={value!r}: expected a number, not below 0")
+            if kind is bool and type(value) is not bool:
+                raise UserError(f"{name}={value!r}: expected true or false")
+            if kind is str and type(value) is not str:
+                raise UserError(f"{name}={value!r}: expected a text")
         if self.n_kv_heads == 0 or self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         for name, allowed in CHOICES.items():
@@ -115,8 +125,14 @@ class ModelConfig:
             raise UserError(
                 f"n_active_experts={self.n_active_experts}: expected 1 to n_experts={self.n_experts}"
             )
-        if self.rope_factor <= 0:
-            raise UserError(f"rope_factor={self.rope_factor}: expected a number above 0")
+        for name in ("rope_factor", "rope_theta", "head_dim"):
+            if getattr(self, name) == 0:
+                raise UserError(f"{name}={getattr(self, name)}: expected a number above 0")
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise UserError(
+                f"rope_low_freq_factor={self.rope_low_freq_factor}: expected a number below "
+                f"rope_high_freq_factor={self.rope_high_freq_factor}"
+            )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
         if self.tied and self.embedding_split_dim != 0:
@@ -180,6 +196,24 @@ class ModelConfig:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
+TYPES = {name: field.type for name, field in FIELDS.items()}
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number that a float can hold; true, false and NaN are none."""
+    return type(value) in (int, float) and -1e308 < value < 1e308
+
+
+def refuse_infinities(values: object, source: str, key: str = "") -> None:
+    """Raise UserError, by key and value, for NaN or an infinity anywhere in what a json file said."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            refuse_infinities(value, source, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            refuse_infinities(value, source, f"{key}[{index}]")
+    elif type(values) is float and not math.isfinite(values):
+        raise UserError(f"{source}: {key}={values}; expected a finite number")
 
 
 def config_from_dict(values: dict[str, object], source: str) -> ModelConfig:
@@ -194,8 +228,11 @@ def config_from_dict(values: dict[str, object], source: str) -> ModelConfig:
     ]
     if missing:
         raise UserError(f"{source}: key {missing[0]!r} is missing")
-    if not isinstance(values.get("windows", []), list):
-        raise UserError(
-            f"{source}: windows={values['windows']!r}; expected a list with an integer for each layer"
-        )
-    return ModelConfig(**values | {"windows": tuple(values.get("windows", []))})
+    for name, kind in (("windows", list), ("carried", dict)):
+        if not isinstance(values.get(name, kind()), kind):
+            what = "a list with an integer for each layer" if kind is list else "an object"
+            raise UserError(f"{source}: {name}={values[name]!r}; expected {what}")
+    try:
+        return ModelConfig(**values | {"windows": tuple(values.get("windows", []))})
+    except UserError as problem:
+        raise UserError(f"{source}: {problem}") from None

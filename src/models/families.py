@@ -22,6 +22,7 @@ class Family(NamedTuple):
     window: the layers that `sliding_window` holds for: none, `all`, `alternate` ones from the first, the `late`
     ones from max_window_layers; with `-if-used` only where use_sliding_window is true.
     window_default: sliding_window of a config that does not mention it.
+    layer_types: whether transformers reads this key, which says the same layer by layer and rules over the others.
     ffn_parts: how many FFN widths the config's intermediate_size counts.
     """
 
@@ -33,6 +34,7 @@ class Family(NamedTuple):
     flags: dict[str, tuple[str, Value]] = {}
     window: str = ""
     window_default: int | None = None
+    layer_types: bool = False
     ffn_parts: int = 1
     remote: tuple[str, str, str] | None = None
 
@@ -56,6 +58,15 @@ _NO_BIAS = {"attention_bias": (False,)}
 _GEMMA_FIELDS = _FIELDS | {"head_dim": ("head_dim", None), "tie_word_embeddings": ("tied", True)}
 _GEMMA_FACTS = {"activation": "gelu_tanh", "norm_offset": True, "scaled_embeddings": True}
 
+_MISTRAL_LIKE = Family(
+    architecture="MistralForCausalLM",
+    fields=_FIELDS,
+    fixed=_SILU,
+    window="all",
+    window_default=4096,
+    layer_types=True,
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -68,9 +79,9 @@ FAMILIES: dict[str, Family] = {
         },
         fixed=_SILU | _NO_BIAS | {"mlp_bias": (False,)},
     ),
-    "mistral": Family(
-        architecture="MistralForCausalLM", fields=_FIELDS, fixed=_SILU, window="all", window_default=4096
-    ),
+    "mistral": _MISTRAL_LIKE,
+    # what transformers makes of a mistral config with layer_types, and what it then saves
+    "ministral": _MISTRAL_LIKE._replace(architecture="MinistralForCausalLM"),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
         fields=_FIELDS | _EXPERTS | {"num_local_experts": ("n_experts", None)},
@@ -105,6 +116,8 @@ FAMILIES: dict[str, Family] = {
         facts={"qkv_bias": True},
         fixed=_SILU,
         window="late-if-used",
+        window_default=4096,
+        layer_types=True,
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -112,13 +125,15 @@ FAMILIES: dict[str, Family] = {
         facts={"qk_norm": True},
         fixed=_SILU | _NO_BIAS,
         window="late-if-used",
+        window_default=4096,
+        layer_types=True,
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
-        fields=_FIELDS
+        # intermediate_size is of dense layers, which decoder_sparse_step 1 leaves none of
+        fields={key: field for key, field in _FIELDS.items() if key != "intermediate_size"}
         | _EXPERTS
         | {
-            "intermediate_size": ("", 0),  # of dense layers, which decoder_sparse_step 1 leaves none of
             "moe_intermediate_size": ("ffn_dim", None),
             "num_experts": ("n_experts", None),
             "norm_topk_prob": ("renormalised_experts", False),
@@ -127,6 +142,7 @@ FAMILIES: dict[str, Family] = {
         aliases={"num_local_experts": "num_experts"},
         fixed=_SILU | _NO_BIAS | {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
         window="all-if-used",
+        window_default=4096,
     ),
     "gemma": Family(
         architecture="GemmaForCausalLM",
@@ -147,6 +163,7 @@ FAMILIES: dict[str, Family] = {
         | {"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (None, False)},
         window="alternate",
         window_default=4096,
+        layer_types=True,
     ),
     "internlm2": Family(
         architecture="InternLM2ForCausalLM",
@@ -163,6 +180,8 @@ FAMILIES: dict[str, Family] = {
 # The family that every field's default describes, and what Meta's layout holds beside it: a checkpoint whose params
 # state hidden_dim and head_dim, and one with experts.
 PLAIN, META_OWN_HEAD_DIM, META_EXPERTS = "llama", "mistral", "mixtral"
+
+MAX_WINDOW_LAYERS = 28  # what transformers takes for a max_window_layers that is not there
 
 # Meta's use_scaled_rope states no factor: it is 8 in Llama 3.1 and 32 in the small models of 3.2, which are tied.
 META_ROPE_FACTOR, META_ROPE_FACTOR_TIED = 8.0, 32.0

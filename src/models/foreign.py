@@ -1,20 +1,16 @@
-"""Foreign descriptions of a model - Hugging Face's config.json, Meta's params.json - to ModelConfig and back.
+"""Hugging Face's config.json to ModelConfig and back, and what --model_type claims; meta.py reads Meta's params.json.
 
 What differs between families stands in src/models/families.py; nothing here knows a family by name.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 from src.errors import UserError
-from src.models.config import FIELDS, ModelConfig
+from src.models.config import FIELDS, ModelConfig, is_number
 from src.models.families import (
     FAMILIES,
-    META_EXPERTS,
-    META_OWN_HEAD_DIM,
-    META_ROPE_FACTOR,
-    META_ROPE_FACTOR_TIED,
+    MAX_WINDOW_LAYERS,
     MODEL_TYPES,
-    PLAIN,
     ROPE_TYPES,
     Family,
     Released,
@@ -24,14 +20,34 @@ from src.models.families import (
 _UNCLAIMED = {
     "family", "n_added_tokens", "max_seq_len", "rope_original_max_seq_len", "rope_low_freq_factor",
     "rope_high_freq_factor", "logn_attention", "renormalised_experts", "norm_eps", "embedding_split_dim",
-    "value_head", "score", "score_mean", "score_std", "step", "dtype", "chat_template",
+    "value_head", "score", "score_mean", "score_std", "step", "dtype", "chat_template", "carried",
 }  # fmt: skip
+# Facts that only SplitRL reads; they stand under `splitrl` in a config.json.
+_OWN_FACTS = {"n_added_tokens", "objective", "score", "score_mean", "score_std", "step", "chat_template"}
 _SUFFIXES = ("-base", "-chat", "-instruct", "-it")
 
 # ModelConfig fields where a foreign 0 or null has a meaning: derived from other fields, or switched off.
 _MAY_BE_ZERO = {"n_kv_heads", "head_dim", "attention_softcap", "logit_softcap"}
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+
+# What changes a model's arithmetic in transformers and is not implemented: key -> the values that leave it alone.
+_REFUSED: dict[str, tuple[object, ...]] = {
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1.0),
+    "is_causal": (None, True),
+    "use_bidirectional_attention": (None, False),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "per_layer_config": (None, {}),
+    "transformers_weights": (None,),  # the name of another file of weights
+}
+_BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")  # they may stand in rope_parameters or on their own
+# What an export says anew, beside the keys of ModelConfig's facts.
+_NOT_CARRIED = {
+    "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters",
+    "layer_types", "id2label", "label2id", "num_labels", "splitrl", "transformers_version", "_name_or_path",
+}  # fmt: skip
 
 
 def check_model_type(config: ModelConfig, model_type: str, source: str) -> None:
@@ -78,7 +94,7 @@ def claimed_facts(row: Released, config: ModelConfig) -> dict[str, object]:
     window = facts.pop("window", 0)
     claimed: dict[str, object] = facts | {"family": row.family}
     claimed.setdefault("head_dim", facts["dim"] // facts["n_heads"])
-    stated = {"sliding_window": window, "use_sliding_window": window > 0}
+    stated = {"sliding_window": window or None, "use_sliding_window": window > 0, "max_window_layers": 0}
     claimed["windows"] = _windows(stated, family, facts["n_layers"], "--model_type")
     claimed |= family.facts
     claimed |= {name: FIELDS[name].default for name in FIELDS.keys() - _UNCLAIMED - claimed.keys()}
@@ -89,22 +105,23 @@ def claimed_facts(row: Released, config: ModelConfig) -> dict[str, object]:
 
 def family_of(values: dict[str, object], source: str) -> Family:
     """The family of a Hugging Face config. Raises UserError for one we do not know."""
-    if values.get("model_type") not in FAMILIES:
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"{source}: model_type {values.get('model_type')!r} is not supported; expected {', '.join(FAMILIES)}"
+            f"{source}: model_type {model_type!r} is not supported; expected {', '.join(FAMILIES)}"
         )
-    return FAMILIES[values["model_type"]]
+    return FAMILIES[model_type]
 
 
-def config_from_hf(values: dict[str, object], source: str, dtype: str) -> ModelConfig:
+def config_from_hf(stated: dict[str, object], source: str, dtype: str) -> ModelConfig:
     """Read a Hugging Face config.json. Raises UserError that names the field we lack or do not implement."""
-    family = family_of(values, source)
-    values = values | {key: values[other] for other, key in family.aliases.items() if other in values}
-    values = values | _rope_parameters(values, source)
+    family = family_of(stated, source)
+    values = stated | _aliased(stated, family, source)
+    values |= _rope(values, source)
     _check_fixed(values, family, source)
-    facts = {field: _field(values, key, family, source) for key, (field, _) in family.fields.items() if field}
-    facts |= family.facts | _rope_facts(values, source)
-    facts |= {field: value for key, (field, value) in family.flags.items() if values.get(key)}
+    facts = {field: _field(values, key, family, source) for key, (field, _) in family.fields.items()}
+    facts |= family.facts | _rope_facts(values["rope_scaling"], source)
+    facts |= {field: value for key, (field, value) in family.flags.items() if is_true(values, key, source)}
     if facts["ffn_dim"] % family.ffn_parts:
         raise UserError(f"{source}: intermediate_size={values['intermediate_size']}; expected an even number")
     facts["ffn_dim"] //= family.ffn_parts
@@ -112,30 +129,71 @@ def config_from_hf(values: dict[str, object], source: str, dtype: str) -> ModelC
     facts["head_dim"] = facts.get("head_dim") or facts["dim"] // facts["n_heads"]
     facts["windows"] = _windows(values, family, facts["n_layers"], source)
     facts["embedding_split_dim"] = 0 if facts["tied"] else 1
-    return ModelConfig(family=values["model_type"], dtype=dtype, **facts)
+    try:
+        config = ModelConfig(family=values["model_type"], dtype=dtype, **facts)
+    except UserError as problem:
+        raise UserError(f"{source}: {problem}") from None
+    own = stated.get("splitrl", {})
+    if not isinstance(own, dict) or own.keys() - _OWN_FACTS:
+        raise UserError(
+            f"{source}: splitrl={own!r}; expected an object with some of {', '.join(sorted(_OWN_FACTS))}"
+        )
+    return dataclasses.replace(config, carried=_carried(stated, config, source), **own)
+
+
+def _carried(stated: dict[str, object], config: ModelConfig, source: str) -> dict[str, object]:
+    """What a config.json says beyond what ModelConfig holds. Raises UserError for ids that are none."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = stated.get(key)
+        for index in ids if isinstance(ids, list) else [ids]:
+            if index is not None and type(index) is not int:
+                raise UserError(f"{source}: {key}={ids!r}; expected a token's id, or several for an end")
+    family = FAMILIES[config.family]
+    said = _hf_values(config).keys() | _REFUSED.keys() | family.aliases.keys() | _NOT_CARRIED
+    return {key: value for key, value in stated.items() if key not in said}
+
+
+def _aliased(values: dict[str, object], family: Family, source: str) -> dict[str, object]:
+    """The values of keys under other writers' names for them. Raises UserError where both names stand and differ."""
+    for other, key in family.aliases.items():
+        if other in values and values.get(key, values[other]) != values[other]:
+            raise UserError(
+                f"{source}: {key}={values[key]!r} but {other}={values[other]!r}; remove one of them"
+            )
+    return {key: values[other] for other, key in family.aliases.items() if other in values}
+
+
+def is_true(values: dict[str, object], key: str, source: str) -> bool:
+    """A switch, off where it is absent or null. Raises UserError for what is neither true nor false."""
+    if not isinstance(values.get(key) or False, bool):
+        raise UserError(f"{source}: {key}={values[key]!r}; expected true or false")
+    return bool(values.get(key))
 
 
 def _field(values: dict[str, object], key: str, family: Family, source: str) -> object:
-    """The value of a config key for its ModelConfig field, of that field's type. Raises UserError."""
     field, default = family.fields[key]
     if key not in values and default is None:
         raise UserError(f"{source}: key {key!r} is missing")
     value = values.get(key, default)
     if FIELDS[field].type is bool:
-        return bool(value)
-    value = 0 if value is None else value
-    if type(value) not in (int, float) or value < 0 or (value == 0 and field not in _MAY_BE_ZERO):
-        raise UserError(f"{source}: {key}={values.get(key)!r}; expected a number above 0")
-    if FIELDS[field].type is int and type(value) is not int:
+        return is_true({key: value}, key, source)
+    if field in _MAY_BE_ZERO and (value is None or key not in values):
+        return 0
+    return above_zero(value, key, FIELDS[field].type, source)
+
+
+def above_zero(value: object, key: str, kind: object, source: str) -> int | float:
+    """A number of a foreign description. kind: int where it must be whole. Raises UserError that names the key."""
+    if not is_number(value) or value <= 0:
+        raise UserError(f"{source}: {key}={value!r}; expected a number above 0")
+    if kind is int and type(value) is not int:
         raise UserError(f"{source}: {key}={value!r}; expected an integer")
     return value
 
 
 def _check_fixed(values: dict[str, object], family: Family, source: str) -> None:
     """Raise UserError for a config that asks for arithmetic we do not implement."""
-    refused = {"quantization_config": (None,), "partial_rotary_factor": (None, 1.0)}
-    if not family.window:
-        refused["sliding_window"] = (None,)
+    refused = _REFUSED | ({} if family.window else {"sliding_window": (None,)})
     if "hidden_act" in family.fixed and "hidden_activation" in values:
         # the newer key rules; its null stands for the family's own activation, whatever the older one says
         values = values | {"hidden_act": values["hidden_activation"] or family.fixed["hidden_act"][0]}
@@ -144,136 +202,132 @@ def _check_fixed(values: dict[str, object], family: Family, source: str) -> None
             raise UserError(f"{source}: {key}={values[key]!r} is not implemented; supported: {allowed[0]!r}")
 
 
-def _rope_parameters(values: dict[str, object], source: str) -> dict[str, object]:
-    """transformers 5 nests rope_theta and the scaling in `rope_parameters`; lay them flat as 4.x did."""
-    rope = values.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return {}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"{source}: rope_parameters differ between layers, which is not implemented")
-    flat: dict[str, object] = {
-        key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope
-    }
-    if rope.get("rope_type", "default") != "default":
-        flat["rope_scaling"] = rope
-    return flat
+def _rope(values: dict[str, object], source: str) -> dict[str, object]:
+    """`rope_theta`, `partial_rotary_factor` and `rope_scaling`, wherever they stand.
+
+    transformers 5 nests all three in `rope_parameters`, and where `rope_scaling` stands too it reads that alone.
+    Raises UserError where two places say different things.
+    """
+    said = []
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{source}: {key}={rope!r} is not implemented; expected an object or null")
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise UserError(f"{source}: {key} differ between layers, which is not implemented")
+        beside = {name: values[name] for name in _BESIDE_ROPE if values.get(name) is not None}
+        for name in beside.keys() & rope.keys():
+            if beside[name] != rope[name]:
+                raise UserError(
+                    f"{source}: {name}={beside[name]!r}, but {rope[name]!r} in {key}; remove one of them"
+                )
+        if rope:
+            inside = {name: rope[name] for name in _BESIDE_ROPE if name in rope}
+            said.append(beside | inside | {"rope_scaling": rope})
+    if len(said) == 2:
+        first, second = (each | {"rope_scaling": _rope_facts(each["rope_scaling"], source)} for each in said)
+        if first != second:
+            raise UserError(
+                f"{source}: rope_scaling={values['rope_scaling']!r} and rope_parameters={values['rope_parameters']!r} "
+                f"differ; remove the one that is not meant (transformers reads rope_scaling alone)"
+            )
+    return said[0] if said else {"rope_scaling": {}}
 
 
-def _rope_facts(values: dict[str, object], source: str) -> dict[str, object]:
-    """The ModelConfig fields of `rope_scaling`. Raises UserError for a type that is not implemented."""
-    scaling = values.get("rope_scaling")
-    if not scaling:
+def _rope_facts(rope: dict[str, object], source: str) -> dict[str, object]:
+    """The ModelConfig fields of a stretched rope. Raises UserError for a type that is not implemented."""
+    kinds = [rope[key] for key in ("rope_type", "type") if key in rope]
+    if not kinds and not rope.keys() - set(_BESIDE_ROPE):
         return {}
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else scaling
-    if kind == "default":
+    if kinds and kinds[0] == kinds[-1] == "default":
         return {}
-    if kind not in ROPE_TYPES:
+    if not kinds or kinds[0] != kinds[-1] or not isinstance(kinds[0], str) or kinds[0] not in ROPE_TYPES:
         raise UserError(
-            f"{source}: rope_scaling={scaling!r} is not implemented; supported: {', '.join(ROPE_TYPES)}"
+            f"{source}: rope_scaling={rope!r} is not implemented; supported: {', '.join(ROPE_TYPES)}"
         )
-    rope_type, keys = ROPE_TYPES[kind]
-    missing = [key for key in keys if key not in scaling]
+    rope_type, keys = ROPE_TYPES[kinds[0]]
+    missing = [key for key in keys if key not in rope]
     if missing:
-        raise UserError(f"{source}: rope_scaling of type {kind} lacks {missing[0]!r}")
-    return {"rope_type": rope_type} | {field: scaling[key] for key, field in keys.items()}
+        raise UserError(f"{source}: rope_scaling of type {kinds[0]} lacks {missing[0]!r}")
+    facts = {
+        field: above_zero(rope[key], f"rope_scaling.{key}", FIELDS[field].type, source)
+        for key, field in keys.items()
+    }
+    return {"rope_type": rope_type} | facts
 
 
 def _windows(values: dict[str, object], family: Family, n_layers: int, source: str) -> tuple[int, ...]:
-    """The sliding window of each layer; empty where none has one. Raises UserError."""
+    """The sliding window of each layer; empty where none has one.
+
+    Raises UserError where layer_types says what the family's models in transformers do not compute.
+    """
     which = family.window.removesuffix("-if-used")
     window = values.get("sliding_window", family.window_default)
-    if not which or not window or (which != family.window and not values.get("use_sliding_window")):
-        return ()
-    first = {"late": values.get("max_window_layers", n_layers)}.get(which, 0)
-    windowed = [index >= first and (which != "alternate" or index % 2 == 0) for index in range(n_layers)]
-    kinds = values.get("layer_types") or [_SLIDING if sliding else _FULL for sliding in windowed]
-    if len(kinds) != n_layers or set(kinds) - {_SLIDING, _FULL}:
+    if which == family.window:
+        used = bool(which)
+    else:
+        used = is_true(values, "use_sliding_window", source)
+    if window is not None:
+        above_zero(window, "sliding_window", int, source)
+    slides = used and window is not None
+    first = 0
+    if which == "late" and slides:
+        first = values.get("max_window_layers", MAX_WINDOW_LAYERS)
+        if type(first) is not int:
+            raise UserError(f"{source}: max_window_layers={first!r}; expected an integer")
+    own = [
+        _SLIDING if slides and index >= first and (which != "alternate" or index % 2 == 0) else _FULL
+        for index in range(n_layers)
+    ]
+    kinds = own if values.get("layer_types") is None else values["layer_types"]
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != n_layers
+        or any(k not in (_SLIDING, _FULL) for k in kinds)
+    ):
         raise UserError(
             f"{source}: layer_types={kinds!r}; expected {_FULL} or {_SLIDING} for each of {n_layers} layers"
+        )
+    if kinds != own and not family.layer_types:
+        raise UserError(
+            f"{source}: layer_types={kinds!r}, which transformers does not read for this family: its layers are "
+            f"{own!r} by the other keys; remove layer_types, or make it say the same"
+        )
+    if _SLIDING in kinds and not slides:
+        raise UserError(
+            f"{source}: layer_types={kinds!r}, but no window is in use (sliding_window={window!r}); give the "
+            f"sliding_window, or make all layers {_FULL}"
         )
     return tuple(window if kind == _SLIDING else 0 for kind in kinds) if _SLIDING in kinds else ()
 
 
-class MetaWeights(NamedTuple):
-    """What Meta's params leave open and the tensors settle."""
-
-    ffn_dim: int
-    vocab_size: int
-    tied: bool
-    value_head: bool
-    embedding_split_dim: int
-    dtype: str
-
-
-def config_from_meta(values: dict[str, object], source: str, weights: MetaWeights) -> ModelConfig:
-    """Read a params.json or a file's model_args; the weights settle what the file leaves open.
-
-    The FFN width and vocabulary are the tensors', because `multiple_of`, `ffn_dim_multiplier` and a
-    vocab_size of -1 only describe them indirectly; values that disagree are an error.
-    """
-    for key in ("dim", "n_layers", "n_heads"):
-        if type(values[key]) is not int or values[key] < 1:
-            raise UserError(f"{source}: {key}={values[key]!r}; expected an integer of at least 1")
-    dim, n_layers, n_heads = values["dim"], values["n_layers"], values["n_heads"]
-    stated = values.get("hidden_dim")
-    if "multiple_of" in values and not stated:
-        stated = meta_ffn_dim(dim, int(values["multiple_of"]), values.get("ffn_dim_multiplier"))
-    if stated not in (None, weights.ffn_dim):
-        raise UserError(f"{source} means an FFN width of {stated}, but w1 has {weights.ffn_dim} rows")
-    if int(values.get("vocab_size", -1)) not in (-1, weights.vocab_size):
-        raise UserError(
-            f"{source}: vocab_size={values['vocab_size']}, but tok_embeddings has {weights.vocab_size} rows"
-        )
-    experts = values.get("moe") or {}
-    own_head_dim = "hidden_dim" in values and "head_dim" in values
-    family = META_EXPERTS if experts else META_OWN_HEAD_DIM if own_head_dim else PLAIN
-    window = values.get("sliding_window")
-    return ModelConfig(
-        family=family,
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=int(values.get("n_kv_heads") or n_heads),
-        head_dim=int(values.get("head_dim") or dim // n_heads),
-        max_seq_len=int(values.get("max_seq_len") or 2048),
-        norm_eps=float(values.get("norm_eps", 1e-5)),
-        rope_theta=float(values.get("rope_theta", 10000.0)),
-        windows=(window,) * n_layers if window else (),
-        n_experts=experts.get("num_experts", 0),
-        n_active_experts=experts.get("num_experts_per_tok", 0),
-        **_meta_rope(values, weights.tied),
-        **weights._replace(embedding_split_dim=0 if weights.tied else weights.embedding_split_dim)._asdict(),
-    )
-
-
-def _meta_rope(values: dict[str, object], tied: bool) -> dict[str, object]:
-    """The ModelConfig fields of Meta's `use_scaled_rope`."""
-    if not values.get("use_scaled_rope"):
-        return {}
-    factor = values.get("rope_scaling_factor") or (META_ROPE_FACTOR_TIED if tied else META_ROPE_FACTOR)
-    high = values.get("rope_high_freq_factor") or 4.0
-    return {"rope_type": "wavelength", "rope_factor": float(factor), "rope_high_freq_factor": float(high)}
-
-
-def meta_ffn_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None = None) -> int:
-    """FFN width as Meta's model.py derives it from params.json."""
-    hidden = int(8 * dim / 3)
-    if ffn_dim_multiplier:
-        hidden = int(float(ffn_dim_multiplier) * hidden)
-    return multiple_of * -(-hidden // multiple_of)
-
-
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
-    """The config.json of a solver, as transformers reads it."""
+    """The config.json of a solver, as transformers reads it. Raises UserError for what no config of its family says."""
+    own = {name: getattr(config, name) for name in sorted(_OWN_FACTS)}
+    own = {name: value for name, value in own.items() if value != FIELDS[name].default}
+    values = config.carried | _hf_values(config) | ({"splitrl": own} if own or config.value_head else {})
+    back = config_from_hf(values, "the exported config.json", config.dtype)
+    for name in FIELDS.keys() - {"embedding_split_dim", "value_head"}:  # said by the tensors
+        if getattr(back, name) != getattr(config, name):
+            raise UserError(
+                f"{name}={getattr(config, name)!r} has no form in a config.json of family {config.family}, where it "
+                f"would be read as {getattr(back, name)!r}; keep the checkpoint in SplitRL's own format"
+            )
+    return values
+
+
+def _hf_values(config: ModelConfig) -> dict[str, object]:
+    """What a config.json says of ModelConfig's facts."""
     family = FAMILIES[config.family]
     values: dict[str, object] = {"architectures": [family.architecture], "model_type": config.family}
-    values |= {key: getattr(config, field) if field else 0 for key, (field, _) in family.fields.items()}
+    values |= {key: getattr(config, field) for key, (field, _) in family.fields.items()}
     values |= {
         key: values[key] or None for key, (field, _) in family.fields.items() if field.endswith("softcap")
     }
     values |= {key: getattr(config, field) == value for key, (field, value) in family.flags.items()}
     values |= {key: allowed[0] for key, allowed in family.fixed.items()}
-    values["intermediate_size"] = family.ffn_parts * config.ffn_dim
+    if family.ffn_parts > 1:
+        values["intermediate_size"] = family.ffn_parts * config.ffn_dim
     if family.remote:
         repository, config_class, model_class = family.remote
         classes = {"AutoConfig": config_class, "AutoModelForCausalLM": model_class}
@@ -289,7 +343,9 @@ def _rope_to_hf(config: ModelConfig, family: Family) -> dict[str, object]:
         return {}
     for kind, (rope_type, keys) in ROPE_TYPES.items():
         if config.rope_type == rope_type:
-            scaling = {"rope_type": kind} | {key: getattr(config, field) for key, field in keys.items()}
+            # code of remote families knows the older name alone
+            name = "type" if family.remote else "rope_type"
+            scaling = {name: kind} | {key: getattr(config, field) for key, field in keys.items()}
             return {"rope_scaling": scaling}
     return {"rope_scaling": None}
 
@@ -299,11 +355,16 @@ def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, object]:
     if not family.window:
         return {}
     window = max(config.windows, default=0)
-    values: dict[str, object] = {"sliding_window": window or None}
+    values: dict[str, object] = {}
     if family.window.endswith("-if-used"):
         values["use_sliding_window"] = window > 0
-    if family.window.startswith("late"):
-        values["max_window_layers"] = config.windows.index(window) if window else config.n_layers
-    if window and not family.window.startswith("all"):
-        values["layer_types"] = [_SLIDING if each else _FULL for each in config.windows]
+    if window and family.window.startswith("late"):
+        values["max_window_layers"] = config.windows.index(window)
+    # layer_types makes another model of one whose layers are alike by family: it is said where they differ
+    if family.layer_types and (family.window != "all" or len(set(config.windows)) > 1):
+        values["layer_types"] = [
+            _SLIDING if config.window_of(layer) else _FULL for layer in range(config.n_layers)
+        ]
+    if window or "layer_types" not in values:  # else no layer reads it
+        values["sliding_window"] = window or None
     return values

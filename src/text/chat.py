@@ -269,7 +269,8 @@ def find_source(name: str, folder: Path) -> str:
         path = folder / file
         found = read_json(path).get("chat_template") if path.is_file() else None
         if isinstance(found, list):  # named ones; the others are for tools and retrieval
-            found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+            named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+            found = named[0].get("template") if named else None
         if isinstance(found, str):
             return found
     raise UserError(

@@ -280,7 +280,10 @@ def _read_added(folder: Path, config: Mapping[str, object], vocabulary: Vocabula
     added: dict[str, Added] = {}
     for token, index in (read_json(added_path) if added_path.is_file() else {}).items():
         added[token] = Added(_id(added_path, token, index), control=token in named)
-    for index, facts in (config.get("added_tokens_decoder") or {}).items():
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or not all(isinstance(facts, dict) for facts in decoder.values()):
+        raise UserError(f"{path}: added_tokens_decoder must give an object with its content for each id")
+    for index, facts in decoder.items():
         token = _content(path, facts)
         control = bool(facts.get("special")) or token in named
         added[token] = Added(

@@ -107,7 +107,8 @@ def test_wrong_weights_are_refused(tmp_path: Path, case: str) -> None:
 
 def test_shards_without_embeddings_are_refused(tmp_path: Path) -> None:
     for index in range(2):
-        torch.save({"norm.weight": torch.ones(32)}, tmp_path / f"consolidated.{index:02d}.pth")
+        norms = {f"layers.{layer}.ffn_norm.weight": torch.ones(32) for layer in range(2)}
+        torch.save(norms, tmp_path / f"consolidated.{index:02d}.pth")
     write_json(tmp_path / "params.json", META)
     with pytest.raises(UserError, match=r"lack parameter 'tok_embeddings\.weight'"):
         open_source(str(tmp_path))
@@ -117,7 +118,7 @@ WRONG_PARAMS: dict[str, tuple[dict[str, object], str]] = {
     "multiple_of": (META | {"multiple_of": 64}, "means an FFN width of 64, but w1 has 48 rows"),
     "vocab_size": (META | {"vocab_size": 100}, "vocab_size=100, but tok_embeddings has 64 rows"),
     "hidden_dim": (META | {"hidden_dim": 47}, "means an FFN width of 47, but w1 has 48 rows"),
-    "moe": (META | {"moe": {"num_experts": 2, "num_experts_per_tok": 1}}, r"lack parameter 'layers\.0\..*experts\.0"),
+    "moe": (META | {"moe": {"num_experts": 2, "num_experts_per_tok": 1}}, "num_experts=2, but the weights hold 0 "),
     "no dim": ({"n_layers": 2, "n_heads": 8}, "key 'dim' is missing"),
     "heads": (META | {"n_kv_heads": 3}, "n_heads=8 is not a multiple of n_kv_heads=3"),
     "rope_scaling": (HF | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling=.* not implemented"),
@@ -155,7 +156,7 @@ def test_description_we_cannot_honour_is_refused(tmp_path: Path, case: str) -> N
         ({"norm.weight": "../outside.safetensors"}, r"weight_map names '\.\./outside\.safetensors', which is outside"),
         ({"norm.weight": "/etc/passwd"}, "names '/etc/passwd', which is outside"),
         ({"norm.weight": "gone.safetensors"}, r"gone\.safetensors does not exist"),
-        ({"norm.weight": 3}, "hf/3 does not exist"),
+        ({"norm.weight": 3}, "weight_map gives 3 for norm.weight; expected a file's name"),
         ({}, "weight_map"),
         (["model.safetensors"], "weight_map"),
     ],

@@ -21,7 +21,8 @@ def save(folder: Path, n: int = 2, kind: str = storage.WEIGHTS) -> Path:
     """A complete directory of n small shards. Returns the directory."""
     with storage.writing(folder):
         for index in range(n):
-            storage.write_shard(folder, kind, index, {"norm.weight": torch.full((8,), float(index))})
+            norms = {name: torch.full((8,), float(index)) for name in ("norm.weight", "layers.0.ffn_norm.weight")}
+            storage.write_shard(folder, kind, index, norms)
         storage.finish(folder, n, {"params.json": CONFIG.to_dict()}, [], {"source": "test"})
     return folder
 

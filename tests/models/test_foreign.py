@@ -11,15 +11,13 @@ from src.errors import UserError
 from src.models.config import ModelConfig, config_from_dict
 from src.models.families import FAMILIES, MODEL_TYPES
 from src.models.foreign import (
-    MetaWeights,
     check_model_type,
     claimed_facts,
     config_from_hf,
-    config_from_meta,
     config_to_hf,
-    meta_ffn_dim,
     released,
 )
+from src.models.meta import MetaWeights, config_from_meta, meta_ffn_dim
 from tests import reference, zoo
 from tests.checkpoint.weights import CONFIG, HF, META
 
@@ -29,6 +27,9 @@ HF_QWEN = HF | {
     "sliding_window": 16,
     "max_window_layers": 1,
 }
+
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+MIXED = ["full_attention", "sliding_attention"]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,63 @@ def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
         ({"hidden_size": "32"}, "hidden_size='32'; expected a number"),
         ({"rms_norm_eps": 0}, "rms_norm_eps=0; expected a number above 0"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0; expected an integer"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan; expected a number above 0"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf; expected a number above 0"),
+        ({"hidden_size": 10**400}, "hidden_size=1000"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0; expected a number above 0"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no'; expected true or false"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"is_causal": False}, "is_causal=False is not implemented"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ({"per_layer_config": {"0": {"sliding_window": 4}}}, "per_layer_config="),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights='other.safetensors'"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>'; expected a token's id"),
+        ({"pad_token_id": True}, "pad_token_id=True; expected a token's id"),
+        ({"splitrl": {"dim": 4}}, "splitrl="),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types=.*does not read for this family"),
+        # rope_scaling
+        ({"rope_scaling": ["linear"]}, r"rope_scaling=\['linear'\]"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling=.*is not implemented"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling=.*is not implemented",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "rope_scaling.factor=nan"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 1.0}},
+            "rope_theta=500000.0, but 1.0 in",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, "rope_theta=500000.0, but 1.0 in"),
+        ({"rope_parameters": {"type": "yarn", "factor": 4.0}}, "rope_scaling=.*yarn"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling=.*linear.* and rope_parameters=.*default.*differ",
+        ),
+        # windows
+        (
+            {"model_type": "mixtral", "layer_types": ["full_attention"] * 2} | EXPERTS,
+            "layer_types=.*does not read",
+        ),
+        ({"model_type": "mistral", "layer_types": [[], {}]}, "layer_types="),
+        (
+            {"model_type": "mistral", "layer_types": MIXED, "sliding_window": None},
+            "layer_types=.*no window is in use",
+        ),
+        ({"model_type": "qwen2", "layer_types": MIXED}, "layer_types=.*no window is in use"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0; expected a number above 0"),
+        ({"model_type": "mistral", "sliding_window": "8"}, "sliding_window='8'"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": "false"},
+            "use_sliding_window='false'; expected true or false",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": None},
+            "max_window_layers=None",
+        ),
     ],
 )
 def test_what_we_do_not_implement_is_refused_by_name(values: dict[str, object], named: str) -> None:
@@ -200,6 +258,61 @@ def test_windows_by_layer() -> None:
     assert windows(use_sliding_window=True, max_window_layers=2) == ()
     assert windows(model_type="mistral") == (16, 16)
     assert windows(model_type="mistral", sliding_window=None) == ()
+    assert windows(model_type="mistral", layer_types=MIXED) == (0, 16)
+    assert windows(model_type="mistral", layer_types=MIXED[:1] * 2) == ()
+    assert windows(model_type="mistral", layer_types=None) == (16, 16)
+
+
+def test_a_window_that_qwen_leaves_to_transformers_is_4096_from_layer_28_on() -> None:
+    values = {
+        key: value for key, value in HF_QWEN.items() if key not in ("sliding_window", "max_window_layers")
+    }
+    config = config_from_hf(
+        values | {"use_sliding_window": True, "num_hidden_layers": 30}, "config.json", "float32"
+    )
+    theirs = transformers.Qwen2Config(**values | {"use_sliding_window": True, "num_hidden_layers": 30})
+    windowed = [kind == "sliding_attention" for kind in theirs.layer_types]
+    assert config.windows == tuple(theirs.sliding_window * each for each in windowed) and sum(windowed) == 2
+
+
+def test_rope_that_is_said_twice_alike_is_read() -> None:
+    linear = {"rope_type": "linear", "factor": 2.0}
+    both = HF | {"rope_scaling": linear, "rope_parameters": linear | {"rope_theta": HF["rope_theta"]}}
+    assert config_from_hf(both, "config.json", "float32").rope_factor == 2.0
+
+
+def test_what_no_config_of_the_family_says_is_not_exported() -> None:
+    for wrong in (
+        {"windows": (4, 8)},
+        {"qkv_bias": True},
+        {"rope_low_freq_factor": 2.0},
+        {"windows": (4, 0)},
+    ):
+        with pytest.raises(UserError, match="has no form in a config.json of family llama"):
+            config_to_hf(dataclasses.replace(CONFIG, **wrong))
+    mixed = dataclasses.replace(CONFIG, family="mistral", windows=(0, 8))
+    assert config_to_hf(mixed)["layer_types"] == MIXED
+    with pytest.raises(UserError, match=r"windows=\(4, 8\) has no form"):
+        config_to_hf(dataclasses.replace(mixed, windows=(4, 8)))
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"n_kv_heads": "4"}, "n_kv_heads='4'"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan"),
+        ({"multiple_of": [256]}, r"multiple_of=\[256\]"),
+        ({"moe": ["experts"]}, "moe="),
+        ({"moe": {"num_experts": 2.5, "num_experts_per_tok": 1}}, "num_experts=2.5; expected an integer"),
+        ({"sliding_window": [4, None]}, r"sliding_window=\[4, None\]"),
+        ({"use_scaled_rope": "yes"}, "use_scaled_rope='yes'; expected true or false"),
+        ({"vocab_size": "64"}, "vocab_size='64', but tok_embeddings has 64 rows"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0; expected a number above 0"),
+    ],
+)
+def test_odd_values_in_params_of_meta_are_refused_by_key(values: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=f"params.json: {named}"):
+        meta(META | values)
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
@@ -210,10 +323,7 @@ def test_config_survives_the_way_to_hf_and_back(tmp_path: Path, name: str) -> No
     exported = config_to_hf(config)
     assert config_from_hf(exported, "config.json", "float32") == config
     if FAMILIES[config.family].remote:  # every key of the published layout says what it said
-        common = set(values) & set(exported) - {"architectures"}
-        assert {key: exported[key] for key in common if key != "rope_scaling"} == {
-            key: values[key] for key in common if key != "rope_scaling"
-        }
+        assert {key: exported[key] for key in values} == values
         return
     theirs = transformers.AutoConfig.for_model(**exported)
     assert theirs.head_dim == config.head_dim if hasattr(theirs, "head_dim") else True
