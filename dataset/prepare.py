@@ -136,7 +136,7 @@ def main(
     left_out = {"repeated": report.repeated, "of other levels": report.other_levels,
                 "of unknown level": report.unknown_level}
     counts = "".join(f", {count} {why} left out" for why, count in left_out.items() if count)
-    print(f"{len(report.rows)} rows written to {save_file}{counts}")
+    cli.show(f"{len(report.rows)} rows written to {save_file}{counts}\n")
 
 
 if __name__ == "__main__":

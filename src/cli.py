@@ -7,8 +7,10 @@ A mistake ends in one line on stderr. Exit status: 0 done, 1 main met something 
 are wrong, 130 interrupted.
 """
 
+import contextlib
 import difflib
 import inspect
+import io
 import math
 import os
 import re
@@ -17,12 +19,13 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TextIO
 
 import fire
 
-from src.errors import UserError
+from src.errors import UserError, leave_for_torchrun
 from src.flags import Flag, Value, flags_of, meanings_of, parse
 
 # torchrun looks at its workers every 0.1 s and kills the others once one has failed: a rank that is still
@@ -142,12 +145,14 @@ def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: lis
     Returns after success. An exception other than UserError and OSError is our bug and keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
+    guarded(lambda: _run(main, argv))
+
+
+def _run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: list[str]) -> None:
     if isinstance(main, Mapping):
         main, argv = _pick(main, argv)
     if "--help" in argv or "-h" in argv:
-        if _local_rank() == 0:
-            print(usage(main, width=shutil.get_terminal_size().columns))
-        sys.exit(0)
+        _help(usage(main, width=shutil.get_terminal_size().columns))
     try:
         values = parse(main, argv)
     except UserError as error:
@@ -157,8 +162,14 @@ def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: lis
         # With the values bound Fire has nothing left to parse, and without a result it has nothing to print.
         main(**values)
 
+    fire.Fire(command, command=[])
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Call it; what only the user can mend ends the process with one line. Other exceptions pass."""
+    _open_streams()
     try:
-        fire.Fire(command, command=[])
+        command()
     except UserError as error:
         _stop(1, f"error: {error}")
     except OSError as error:
@@ -166,12 +177,74 @@ def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: lis
         _stop(1, f"error: {place}{error.strerror or error}")
     except KeyboardInterrupt:
         _stop(130, "interrupted")
-    except Exception:
+    except Exception as error:
+        if line := _in_words(error):
+            _stop(1, f"error: {line}")
         # The death of another rank breaks the collectives of this one. Then the other has told the cause, and
         # torchrun ends this wait.
         if "RANK" in os.environ:
             time.sleep(GRACE_SECONDS)
+        leave_for_torchrun(traceback.format_exc())
         raise
+
+
+def _in_words(error: Exception) -> str:
+    """What a user can do about an exception that comes from too deep to be a UserError; empty for a bug."""
+    first = str(error).partition("\n")[0]
+    # torch's OutOfMemoryError by its name: scripts without torch come here too
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
+        return f"out of memory ({first or 'MemoryError'}); --dry_run says what a run takes, smaller batches take less"
+    if isinstance(error, ValueError) and "embedded null" in first:
+        return "the name of a file holds a NUL character; look for one in the files that name other files"
+    return ""
+
+
+def _open_streams() -> None:
+    """Give a process that was started without standard streams (`>&-`) empty ones.
+
+    Otherwise the next file that is opened takes the place of one, and what a library prints goes into it.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def show(text: str) -> None:
+    """Write to standard output at once. A reader that has gone (`| head`) misses nothing. Raises UserError."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        _to_nowhere(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(f"cannot write to standard output: {error.strerror}") from None
+
+
+def show_problem(line: str) -> None:
+    """Write a line to standard error, where somebody reads it."""
+    try:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+    except OSError:
+        _to_nowhere(sys.stderr)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Lose what a stream holds and will be given: the interpreter would fail at its end to write it."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _help(text: str) -> NoReturn:
+    if _local_rank() == 0:
+        show(text + "\n")
+    sys.exit(0)
 
 
 def _pick(
@@ -181,9 +254,7 @@ def _pick(
     if argv and argv[0] in commands:
         return commands[argv[0]], argv[1:]
     if "--help" in argv or "-h" in argv:
-        if _local_rank() == 0:
-            print(_commands_help(commands, width=shutil.get_terminal_size().columns))
-        sys.exit(0)
+        _help(_commands_help(commands, width=shutil.get_terminal_size().columns))
     found = f"found {argv[0]!r}" if argv else "found nothing"
     near = difflib.get_close_matches(argv[0], commands, n=1) if argv else []
     hint = f"did you mean {near[0]}?" if near else "--help says what each does"
@@ -272,7 +343,7 @@ def _local_rank() -> int:
 def _stop(status: int, line: str) -> NoReturn:
     """Print the line and exit; under torchrun one rank a machine prints when all fail alike."""
     if "RANK" not in os.environ:
-        sys.stderr.write(line + "\n")
+        show_problem(line)
         sys.exit(status)
     # A trainer may catch these to save before it dies. This rank is past saving: let a kill work at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -281,9 +352,10 @@ def _stop(status: int, line: str) -> NoReturn:
         # If rank 0 fails for the same reason, it prints and exits now, and torchrun kills this rank in its
         # sleep. If not, rank 0 works on or waits in a collective, and this rank's line is the one to show.
         time.sleep(GRACE_SECONDS)
-    sys.stderr.write(line + "\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    show_problem(line)
+    leave_for_torchrun(line)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     # Not sys.exit: the interpreter's shutdown tears down process groups and may wait there for ranks that
     # never answer, while torchrun kills those ranks only once this process is gone.
     os._exit(status)

@@ -95,6 +95,9 @@ def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
     """The flags given in argv, typed as main annotates them; defaults stay with main. Raises UserError."""
     flags = flags_of(main)
     values: dict[str, Value] = {}
+    for word in argv:
+        if "\0" in word or any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise UserError(f"{word!r} on the command line holds a NUL or is not UTF-8; rename the file it names")
     rest = list(argv)
     while rest:
         if not _looks_like_flag(rest[0]):

@@ -8,34 +8,40 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _COLUMNS = 3  # panels side by side in a run's picture
+_MOST_PANELS = 99  # beyond that a picture is slow to draw and too tall to look at
+_LARGEST = 1e300  # of the numbers that are drawn: margins around larger ones are none
 
 
-def plot_run(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
+def plot_run(rows: Sequence[Mapping[str, object]], title: str, path: Path) -> None:
     """Write a PNG with a panel for every metric of a run over its steps; `eval_x` lies over `x`.
 
-    rows: the lines of metrics.jsonl. Raises ValueError when there is no number to draw.
+    rows: the lines of metrics.jsonl; only numbers in them are drawn. Raises ValueError when there is none.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("step", "epoch")))
-    panels = [
-        name for name in names if name.removeprefix("eval_") not in names or not name.startswith("eval_")
-    ]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("step", "epoch") and isinstance(value, int | float) and abs(value) <= _LARGEST:
+                curves.setdefault(name, []).append((row["step"], value))
+            elif isinstance(value, float):  # a gap
+                curves.setdefault(name, []).append((row["step"], math.nan))
+    panels = [name for name in curves if not name.startswith("eval_") or name.removeprefix("eval_") not in curves]
     if not panels:
         raise ValueError("no metrics to draw")
+    panels = panels[:_MOST_PANELS]
     n_rows = math.ceil(len(panels) / _COLUMNS)
     figure = Figure(figsize=(4.2 * _COLUMNS, 2.6 * n_rows), layout="constrained")
     axes_list = figure.subplots(n_rows, _COLUMNS, squeeze=False).flat
     for name, axes in zip(panels, axes_list, strict=False):
         for drawn in (name, f"eval_{name}"):
-            points = [(row["step"], row[drawn]) for row in rows if drawn in row]
-            if points:
+            if points := curves.get(drawn):
                 axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=drawn)
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name, fontsize=9, parse_math=False)
         axes.grid(alpha=0.3)
-        if f"eval_{name}" in names:
+        if f"eval_{name}" in curves:
             axes.legend(fontsize=7)
     for axes in axes_list:  # what zip has left over
         axes.set_axis_off()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 

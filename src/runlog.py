@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from src import cli
 from src.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 _FORMAT = "%(asctime)s %(message)s"
 
 
@@ -39,7 +42,20 @@ class _AboveProgressBar(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record as a line."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        with tqdm.external_write_mode(file=sys.stderr):
+            cli.show_problem(self.format(record))
+
+
+class _Lines:
+    """Standard error for a progress bar where nobody sees it move: each state of the bar becomes a line."""
+
+    def write(self, text: str) -> None:
+        """What tqdm writes is a carriage return, a state, and spaces over the rest of the last one."""
+        if line := text.strip():
+            cli.show_problem(line)
+
+    def flush(self) -> None:
+        """Lines are written at once."""
 
 
 def logger() -> logging.Logger:
@@ -57,15 +73,13 @@ def logger() -> logging.Logger:
 def table(text: str) -> None:
     """Show a finished table on standard output (rank 0)."""
     if _is_rank_0():
-        sys.stdout.write(text.rstrip("\n") + "\n")
-        sys.stdout.flush()
+        cli.show(text.rstrip("\n") + "\n")
 
 
 def say(text: str) -> None:
     """Show text on standard output as it is, at once (rank 0)."""
     if _is_rank_0():
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        cli.show(text)
 
 
 def ask(question: str) -> str | None:
@@ -139,22 +153,27 @@ class RunLog:
     def _open_metrics(self) -> TextIO:
         """metrics.jsonl for appending; what lies behind the kept steps was of a part that is run again."""
         path = self._folder / METRICS
-        rows = _whole_lines(path) if self._kept and path.is_file() else []
-        kept = [row for row in rows if json.loads(row)["step"] <= self._kept]
-        path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
+        rows = _read_metrics(path) if self._kept and path.is_file() else []
+        kept = [row for row in rows if row["step"] <= self._kept]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         return path.open("a", encoding="utf-8")
 
     def progress(self, total: int, unit: str, done: int = 0) -> None:
-        """Start a progress bar of `total` units, `done` of which lie behind; a bar that runs already is closed."""
+        """Start a progress bar of `total` units, `done` of which lie behind; a bar that runs already is closed.
+
+        Where standard error is no terminal it is a line every half minute.
+        """
         self.close_progress()
+        seen = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
             initial=done,
             unit=unit,
             disable=not _is_rank_0(),
-            file=sys.stderr,
-            mininterval=1.0,
-            dynamic_ncols=True,
+            file=sys.stderr if seen else _Lines(),
+            mininterval=1.0 if seen else LINE_SECONDS,
+            miniters=1,
+            dynamic_ncols=seen,
         )
         self._last_time, self._last_tokens = time.monotonic(), 0
 
@@ -200,9 +219,23 @@ class RunLog:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a metrics file; a killed run may have torn its last one."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+def _read_metrics(path: Path) -> list[dict[str, object]]:
+    """The rows of a metrics file that have a step. Others are left out with a warning.
+
+    The last line may be torn: the run was killed, or is writing it.
+    """
+    lines, rows, odd = path.read_bytes().split(b"\n"), [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not math.isfinite(row["step"]):
+                raise ValueError
+            rows.append(row)
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+            odd += [number] if line.strip() and number < len(lines) else []
+    if odd:
+        logger().warning("%s: %d lines without a step are left out, the first is line %d", path, len(odd), odd[0])
+    return rows
 
 
 def draw(folder: Path) -> Path:
@@ -210,23 +243,23 @@ def draw(folder: Path) -> Path:
     from src.plot import plot_run  # matplotlib costs half a second: not for every run
 
     path, picture = folder / METRICS, folder / "metrics.png"
-    rows = [json.loads(line) for line in _whole_lines(path)] if path.is_file() else []
+    rows = _read_metrics(path) if path.is_file() else []
     if not rows:
         raise UserError(
             f"{folder} holds no {METRICS} with a line in it; give the directory of a run that has begun"
         )
-    plot_run(rows, str(folder), picture)
+    try:
+        plot_run(rows, str(folder), picture)
+    except ValueError:
+        raise UserError(f"{path} holds no number to draw beside the steps; is it of another program?") from None
     return picture
 
 
 def _command(arguments: Sequence[str]) -> None:
     """What this file does as a program."""
     if len(arguments) != 1:
-        sys.exit(f"error: found {len(arguments)} arguments; expected one: python -m src.runlog RUN_DIR")
-    try:
-        table(f"wrote {draw(Path(arguments[0]))}")
-    except UserError as problem:
-        sys.exit(f"error: {problem}")
+        raise UserError(f"found {len(arguments)} arguments; expected one: python -m src.runlog RUN_DIR")
+    table(f"wrote {draw(Path(arguments[0]))}")
 
 
 def _summary_writer(folder: Path, purge_step: int) -> "SummaryWriter":
@@ -305,4 +338,4 @@ def _environment() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    _command(sys.argv[1:])
+    cli.guarded(lambda: _command(sys.argv[1:]))

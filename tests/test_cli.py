@@ -56,11 +56,15 @@ def main(ckpt_dir: str, fail: str = "", lr: float = 1e-5, resume: bool = False) 
         open("/no/such/file")
     if fail == "full":
         open("/dev/full", "w").write("x" * 100_000)
+    if fail == "memory":
+        raise MemoryError
+    if fail == "nul":
+        open("checkpoint\\0")
     if fail == "bug":
         raise KeyError("a bug")
     if fail == "interrupt":
         raise KeyboardInterrupt
-    print(repr((ckpt_dir, lr, resume)))
+    cli.show(f"{(ckpt_dir, lr, resume)!r}\\n")
     return "a result that nobody prints"
 
 
@@ -111,6 +115,12 @@ def launch(*command: str | Path, columns: int = 60) -> subprocess.CompletedProce
         (["--ckpt_dir=x", "--fail=all"], 1, "error: 4 shards but 2 ranks; run checkpoint_split.py\n"),
         (["--ckpt_dir=x", "--fail=missing"], 1, "error: /no/such/file: No such file or directory\n"),
         (["--ckpt_dir=x", "--fail=full"], 1, "error: No space left on device\n"),
+        (["--ckpt_dir=\udcff"], 2, "error: '--ckpt_dir=\\udcff' on the command line holds a NUL or is not UTF-8; "
+         "rename the file it names\n"),
+        (["--ckpt_dir=x", "--fail=nul"], 1, "error: the name of a file holds a NUL character; look for one in the "
+         "files that name other files\n"),
+        (["--ckpt_dir=x", "--fail=memory"], 1, "error: out of memory (MemoryError); --dry_run says what a run takes, "
+         "smaller batches take less\n"),
         (["--ckpt_dir=x", "--fail=interrupt"], 130, "interrupted\n"),
     ],
 )
@@ -118,6 +128,49 @@ def test_exit_status_and_stderr(script: Path, argv: list[str], status: int, stde
     result = launch(script, *argv)
     assert (result.returncode, result.stderr) == (status, stderr)
     assert result.stdout == ("" if status else "('123', 1e-05, False)\n")
+
+
+ALL_FINE = "('x', 1e-05, False)\n"
+
+
+@pytest.mark.parametrize(
+    "words, status, out, err",
+    [
+        ("--ckpt_dir=x | (exec 0<&-; sleep 1)", 0, "", ""),  # a reader that goes without reading
+        ("--help | (exec 0<&-; sleep 1)", 0, "", ""),
+        ("--help >&-", 0, "", ""),
+        ("--ckpt_dir=x >&-", 0, "", ""),
+        ("--ckpt_dir=x <&- 2>&-", 0, ALL_FINE, ""),
+        ("--lrr >&- 2>&- <&-", 2, "", ""),
+        ("--lrr 2> >(exec 0<&-; sleep 1)", 2, "", ""),
+        ("--lrr 2>/dev/full", 2, "", ""),
+        ("--help >/dev/full", 1, "", "error: cannot write to standard output: No space left on device\n"),
+        ("--ckpt_dir=x >/dev/full", 1, "", "error: cannot write to standard output: No space left on device\n"),
+        ("--ckpt_dir=x --fail=all >&-", 1, "", "error: 4 shards but 2 ranks; run checkpoint_split.py\n"),
+    ],
+)
+def test_streams_that_are_closed_full_or_not_read(
+    script: Path, words: str, status: int, out: str, err: str
+) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    shell = ["bash", "-o", "pipefail", "-c", f"{sys.executable} {script} {words}"]
+    done = subprocess.run(shell, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+
+
+def test_a_closed_stream_s_place_is_taken_by_no_file(tmp_path: Path) -> None:
+    """What a library prints must not land in the next file that is opened."""
+    code = "import os; from src import cli; cli.guarded(lambda: os.write(open('kept', 'w').fileno() and 1, b'noise'))"
+    shell = ["bash", "-c", f'{sys.executable} -c "{code}" >&-']
+    done = subprocess.run(shell, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "kept").read_bytes() == b""
+
+
+def test_a_name_that_the_terminal_cannot_show_is_shown(tmp_path: Path) -> None:
+    code = "from src import cli; cli.guarded(lambda: cli.show('caf\u00e9 \\udcff\\n'))"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9 \\udcff\n", "")
 
 
 def test_a_bug_keeps_its_traceback(script: Path) -> None:
@@ -157,15 +210,15 @@ expected too, a comma is part of it.
     )
 
 
-def torchrun(script: Path, *argv: str) -> tuple[int, list[str], float]:
-    """Exit status, the stderr lines of the two ranks without torchrun's own report, and seconds taken."""
+def torchrun(script: Path, *argv: str) -> tuple[int, list[str], str, float]:
+    """Exit status, the stderr lines of the two ranks, torchrun's report, and seconds taken."""
     start = time.monotonic()
     result = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv)
-    report = re.compile(r"^[WE]\d{4} ")  # torchrun logs first, then prints its own traceback
+    logged = re.compile(r"^[WE]\d{4} ")  # torchrun logs first, then prints its own traceback
     lines = result.stderr.splitlines()
     end = next((i for i, line in enumerate(lines) if line.startswith("Traceback ")), len(lines))
-    ours = [line for line in lines[:end] if not report.match(line)]
-    return result.returncode, ours, time.monotonic() - start
+    ours = [line for line in lines[:end] if not logged.match(line)]
+    return result.returncode, ours, "\n".join(lines[end:]), time.monotonic() - start
 
 
 @pytest.mark.parametrize(
@@ -178,14 +231,16 @@ def torchrun(script: Path, *argv: str) -> tuple[int, list[str], float]:
     ],
 )
 def test_torchrun_shows_one_line(script: Path, argv: list[str], line: str) -> None:
-    status, lines, seconds = torchrun(script, *argv)
+    status, lines, report, seconds = torchrun(script, *argv)
     assert status != 0 and lines == [line]
+    box = report[report.index("ChildFailedError") :]
+    assert box.count(line) == 1 and f"traceback : {line}" in box.partition("Root Cause")[2]
     assert seconds < 30  # torchrun turns from SIGTERM to SIGKILL after 30 s: no rank may need that
 
 
 def test_torchrun_shows_the_bug_of_rank_1_and_not_what_it_did_to_rank_0(script: Path) -> None:
-    status, lines, _ = torchrun(script, "--ckpt_dir=x", "--fail=collective_bug")
-    assert status != 0
+    status, lines, report, _ = torchrun(script, "--ckpt_dir=x", "--fail=collective_bug")
+    assert status != 0 and "KeyError: 'rank 1 bug'" in report.partition("Root Cause")[2]
     assert "[rank1]: KeyError: 'rank 1 bug'" in lines
     assert not any(line.startswith("[rank0]") for line in lines)
 

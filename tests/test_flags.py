@@ -177,3 +177,11 @@ def test_meanings_and_undocumented() -> None:
     assert flags["lora_rank"].meaning == "-1 for full training"
     documented = {"ckpt_dir", "n", "lora_rank"}  # lr has a line but no words
     assert undocumented(main) == [name for name in flags if name not in documented]
+
+
+@pytest.mark.parametrize("word", ["a\0b", "\udcff", "caf\udce9/x"])
+@pytest.mark.parametrize("form", [["--template", "{}"], ["--files=a,{}"], ["--{}", "1"], ["{}"]])
+def test_names_that_are_no_text_are_refused(word: str, form: list[str]) -> None:
+    with pytest.raises(UserError, match="holds a NUL or is not UTF-8") as problem:
+        parse(main, ["--ckpt_dir", "c", "--n", "2", *(part.format(word) for part in form)])
+    str(problem.value).encode()

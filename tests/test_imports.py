@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": set(),
     "cli": {"flags"},
     "plot": set(),
-    "runlog": {"plot"},
+    "runlog": {"cli", "plot"},
     "losses": set(),
     "stopwatch": set(),
     "parallel": {"stopwatch"},
@@ -73,11 +73,10 @@ DOORS: dict[str, str | None] = {
 
 # Names that write to the terminal, and the files that may use them; the workers' output is a pipe.
 SPEAKERS: dict[str, set[str]] = {
-    "print": {"src/cli.py", "src/evaluation/grade_worker.py"},
+    "print": {"src/evaluation/grade_worker.py"},
     "sys.stdout": {
         "src/evaluation/code_worker.py",
         "src/cli.py",
-        "src/runlog.py",
         "src/evaluation/grade_worker.py",
     },
     "sys.stderr": {"src/cli.py", "src/runlog.py"},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from src import runlog
+from src import plot, runlog
 from src.errors import UserError
 from src.runlog import RunLog
 from tests.ranks import command
@@ -38,7 +38,7 @@ def test_progress_and_log_lines_go_to_stderr_and_tables_to_stdout(
     runlog.table("a  b\n1  2\n\n")
     out, err = capsys.readouterr()
     assert out == "a  b\n1  2\n"
-    assert "in between\n" in err and "2/2" in err and "loss=0.1" in err and "tok/s=" in err
+    assert "in between\n" in err and "2/2 [" in err and "loss=0.1" in err and "tok/s=" in err
 
 
 def test_other_ranks_write_nothing(
@@ -70,6 +70,92 @@ def test_a_run_is_drawn_while_it_goes_on(tmp_path: Path) -> None:
     width, height = (int.from_bytes(data[place : place + 4], "big") for place in (16, 20))
     # seconds, loss with eval_loss over it, grad_norm; accuracy in a second row
     assert (width, height) == (int(4.2 * 3 * 110), int(2.6 * 2 * 110))
+
+
+ODD_ROWS = [
+    b'\xff\xfe{"step": 1}',
+    b"{",
+    b"null",
+    b"7",
+    b'"step"',
+    b'["step"]',
+    b'{"loss": 1}',
+    b'{"step": null}',
+    b'{"step": "2"}',
+    b'{"step": [1]}',
+    b'{"step": NaN}',
+    b'{"step": 1e999}',
+    b'{"step": 1' + b"0" * 400 + b"}",
+    b'{"step": ' + b"1" * 6000 + b"}",
+    b"[" * 100_000,
+    b'{"step": 1, "deep": ' + b"[" * 100_000 + b"}",
+]
+
+
+def test_odd_rows_of_metrics_are_left_out_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drawing and going on keep the rows with a step, whatever stands between them."""
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 1, "loss": NaN}', b'{"step": 2, "loss": 0.5}', b'{"step": 3, "loss": 0.25}']
+    path.write_bytes(b"\n".join([good[0], *ODD_ROWS, b"", *good[1:], b'{"step": 4, "lo']))
+    assert runlog.draw(tmp_path).read_bytes().startswith(b"\x89PNG")
+    told = f"{len(ODD_ROWS)} lines without a step are left out, the first is line 2\n"
+    assert capsys.readouterr().err.count(told) == 1
+    log = RunLog(str(tmp_path), {})
+    log.go_on_after(2)
+    log.metrics(3, loss=0.125)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows[1:]] == [(2, 0.5), (3, 0.125)] and rows[0]["step"] == 1
+    assert capsys.readouterr().err.count(told) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"loss": "high"},
+        {"loss": None},
+        {"loss": [1, 2], "note": {"a": 1}},
+        {"loss": True},
+        {"loss": float("inf")},
+        {"loss": 10**400},
+        {"$\\frac{": 1.0, "a_$^b$": 2.0},
+        {f"key{number}": 1.0 for number in range(40)},
+        {"": 1.0},
+        {"eval_loss": 0.5},
+        {"epoch": 2},
+    ],
+    ids=lambda row: str(row)[:30],
+)
+def test_a_row_with_odd_values_is_drawn(
+    row: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "_MOST_PANELS", 6)  # 40 are more than there is room for
+    folder = tmp_path / "a_$^b$ run"
+    folder.mkdir()
+    rows = [{"step": 1, "reward": 1.0}, {"step": 2, **row}, {"step": 10**300, "reward": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert runlog.draw(folder).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_without_a_number_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "note": "none"}\n')
+    with pytest.raises(UserError, match="metrics.jsonl holds no number to draw"):
+        runlog.draw(tmp_path)
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tmp_path: Path) -> None:
+    """Into a pipe go whole lines, no more of them than the time allows, and none is torn by a log line."""
+    code = (
+        "import time; from src import runlog; runlog.LINE_SECONDS = 0.2\n"
+        f"log = runlog.RunLog({str(tmp_path)!r}, {{}}); log.progress(103, 'step', 3)\n"
+        "for number in range(100):\n    time.sleep(0.01); log.advance(tokens=10, loss=number)\n"
+        "    if number == 50: log.logger.info('half')\nlog.close_progress()"
+    )
+    done = command("-c", code)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 and "\r" not in done.stderr and done.stderr.endswith("\n")
+    assert "3/103" in lines[0] and "103/103" in lines[-1] and "loss=99" in lines[-1]
+    assert 4 <= len(lines) <= 20 and sum(line.endswith(" half") for line in lines) == 1
+    assert all("/103 [" in line or line.endswith(" half") for line in lines)
 
 
 @pytest.mark.parametrize("words", [("nowhere",), (), ("a", "b")])
