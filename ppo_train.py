@@ -55,7 +55,7 @@ def main(
     background_save: bool = False,
     resume: Literal["none", "auto"] = "none",
     save_dtype: Literal["", "float32", "bfloat16", "float16"] = "", quantize: Literal["", "int8", "int4"] = "",
-    share_base: bool = False, phases: bool = False, seed: int = 1, wandb: str = "",
+    share_base: bool = False, phases: bool = False, stop_on_alarm: bool = False, seed: int = 1, wandb: str = "",
     dry_run: bool = False,
 ) -> None:
     """Reinforcement learning; rewards at the ends of responses or of their steps, KL per token.
@@ -152,6 +152,8 @@ def main(
         full weights or adapters on them
     phases: hold each model, and its optimizer's state, only while a phase uses it; the rest waits in CPU memory, on a
         CPU in files; the results are the same
+    stop_on_alarm: save and stop with status 1 at an alarm; with --resume auto the run goes on, and the same alarm stops
+        it again 20 buffers later at the earliest
     seed: seed of prompt order, sampling and adapter initialisation
     wandb: PROJECT or PROJECT/NAME to show the metrics under in Weights & Biases; WANDB_MODE=offline keeps them in the
         run's directory
@@ -307,17 +309,19 @@ def main(
             if held_out and ((index + 1) % every == 0 or index + 1 == len(buffers)):
                 metrics["eval_accuracy"] = score = held_out_accuracy(timed)
             tokens = int(found.episodes.lengths.sum())
-            log.metrics(index + 1, epoch=epoch, **metrics, **timed.seconds, tokens_per_second=timed.rate(tokens))
+            shown = alarms.look(index + 1, metrics)
+            log.metrics(index + 1, shown, epoch=epoch, **metrics, **timed.seconds, tokens_per_second=timed.rate(tokens))
             log.rows(f"rollouts/step-{index + 1:06}.jsonl", health.samples(found, rollout_samples))
-            alarms.look(index + 1, metrics)
+            said = alarms.warn(index + 1, shown)
             log.advance(tokens=tokens, reward=metrics["reward"], kl=metrics["kl"])
-            saver.step_done(index + 1, score)
+            saver.step_done(index + 1, score, "; ".join(said) if stop_on_alarm else "")
             if reference_refresh > 0 and (index + 1) % reference_refresh == 0:
                 saver.complete()
                 arrangement.drop(models.reference)
                 models = models._replace(reference=None)  # gone before the new one comes
                 models = models._replace(reference=frozen_reference(refreshed))
         saver.finish()
+        alarms.summary(len(buffers))
 
 
 if __name__ == "__main__":

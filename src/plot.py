@@ -15,7 +15,8 @@ _LARGEST = 1e300  # of the numbers that are drawn: margins around larger ones ar
 def plot_run(rows: Sequence[Mapping[str, object]], title: str, path: Path) -> None:
     """Write a PNG with a panel for every metric of a run over its steps; `eval_x` lies over `x`.
 
-    rows: the lines of metrics.jsonl; only numbers in them are drawn. Raises ValueError when there is none.
+    rows: the lines of metrics.jsonl; only numbers in them are drawn, and the names of `alarms` at the steps that have
+    them. Raises ValueError when there is no number.
     """
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -28,9 +29,12 @@ def plot_run(rows: Sequence[Mapping[str, object]], title: str, path: Path) -> No
     if not panels:
         raise ValueError("no metrics to draw")
     panels = panels[:_MOST_PANELS]
-    n_rows = math.ceil(len(panels) / _COLUMNS)
+    alarms = [(row["step"], name) for row in rows if isinstance(row.get("alarms"), dict) for name in row["alarms"]]
+    n_rows = math.ceil((len(panels) + bool(alarms)) / _COLUMNS)
     figure = Figure(figsize=(4.2 * _COLUMNS, 2.6 * n_rows), layout="constrained")
     axes_list = figure.subplots(n_rows, _COLUMNS, squeeze=False).flat
+    if alarms:
+        _over_steps(next(axes_list), alarms, [row["step"] for row in rows])
     for name, axes in zip(panels, axes_list, strict=False):
         for drawn in (name, f"eval_{name}"):
             if points := curves.get(drawn):
@@ -100,6 +104,17 @@ def plot_verifier(report: dict[str, object], path: Path) -> None:
     reliability.set_xlabel("score")
     reliability.set_ylabel("share right")
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _over_steps(axes: Axes, alarms: Sequence[tuple[float, str]], steps: Sequence[float]) -> None:
+    """A red mark for each alarm at every one of the run's steps where it rang."""
+    names = list(dict.fromkeys(name for _, name in alarms))
+    axes.plot([min(steps), max(steps)], [0, 0], alpha=0)  # as wide as the other panels
+    axes.plot([step for step, _ in alarms], [names.index(name) for _, name in alarms], "|", color="tab:red")
+    axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_title("alarms", fontsize=9, color="tab:red")
+    axes.grid(alpha=0.3)
 
 
 def _over_samples(axes: Axes, results: dict[str, object], curves: Mapping[str, str]) -> None:

@@ -193,8 +193,11 @@ class RunLog:
             self._bar.close()
             self._bar = None
 
-    def metrics(self, step: int, **values: float) -> None:
-        """Append one line to metrics.jsonl: the step, the seconds since the start, and these values."""
+    def metrics(self, step: int, alarms: Mapping[str, str] | None = None, **values: float) -> None:
+        """Append one line to metrics.jsonl: the step, the seconds since the start, and these values.
+
+        alarms: what is wrong at this step by name, and what to do; they stand in the line and in its picture.
+        """
         if _is_rank_0():
             if self._metrics is None:
                 self._metrics = self._open_metrics()
@@ -204,6 +207,7 @@ class RunLog:
                         self._wandb, self._folder, self._flags, resumed=self._kept > 0
                     )
             row = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
+            row |= {"alarms": dict(alarms)} if alarms else {}
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
             for name, value in values.items():

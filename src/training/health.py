@@ -207,32 +207,50 @@ HACKED = (
 
 
 class Alarms:
-    """Warns of illnesses by their likely cause and the flag to change, each at most once in REPEAT buffers.
+    """Watches a run for illnesses, and tells their likely cause and the flag to change.
 
     What they remember is in the run's state and saved with it: a resumed run warns as one that was never stopped.
     """
 
     def __init__(self, logger: logging.Logger, state: dict[str, object]) -> None:
-        """Adds to the state what was warned of at which buffer, and the last WINDOW pairs of rewards."""
+        """Adds to the state what was warned of at which buffer, the last WINDOW pairs of rewards, and for each illness
+        the buffers that showed it: the first, the last, their number, and the advice."""
         self._logger, self._state = logger, state
-        state |= {"warned": {}, "reward_pairs": []}
+        state |= {"warned": {}, "reward_pairs": [], "alarms": {}}
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Look at one buffer's metrics."""
-        for illness in ILLNESSES:
-            if illness.shows(metrics):
-                self._warn(step, illness.name, illness.advice)
+    def look(self, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
+        """The illnesses that a buffer's metrics show, and the advice for each."""
+        shown = {illness.name: illness.advice for illness in ILLNESSES if illness.shows(metrics)}
         if {"reward_verifier", "graded_right"} <= metrics.keys():
             pair = (metrics["reward_verifier"], metrics["graded_right"])
             # values are replaced, never changed: a save under way may still hold them
             self._state["reward_pairs"] = pairs = [*self._state["reward_pairs"], pair][-WINDOW:]
             if len(pairs) == WINDOW and hacked(pairs):
-                self._warn(step, "hacked", HACKED)
+                shown["hacked"] = HACKED
+        seen = self._state["alarms"]
+        for name, advice in shown.items():
+            first, _, count, _ = seen.get(name, (step, step, 0, advice))
+            seen = {**seen, name: (first, step, count + 1, advice)}
+        self._state["alarms"] = seen
+        return shown
 
-    def _warn(self, step: int, name: str, advice: str) -> None:
-        if step - self._state["warned"].get(name, -REPEAT) >= REPEAT:
-            self._state["warned"] = {**self._state["warned"], name: step}
-            self._logger.warning("buffer %d: %s", step, advice)
+    def warn(self, step: int, shown: Mapping[str, str]) -> list[str]:
+        """Say what a buffer shows, of one illness at most once in REPEAT buffers. Returns what was said."""
+        warned = self._state["warned"]
+        names = [name for name in shown if step - warned.get(name, -REPEAT) >= REPEAT]
+        self._state["warned"] = {**warned, **dict.fromkeys(names, step)}
+        for name in names:
+            self._logger.warning("buffer %d: %s: %s", step, name, shown[name])
+        return [f"{name}: {shown[name]}" for name in names]
+
+    def summary(self, n_buffers: int) -> None:
+        """Say of the whole run which illnesses showed, and in how many buffers."""
+        for name, (first, last, count, advice) in self._state["alarms"].items():
+            self._logger.warning(
+                "alarm in %d of %d buffers, from %d to %d: %s: %s", count, n_buffers, first, last, name, advice
+            )
+        if not self._state["alarms"]:
+            self._logger.info("no alarm in %d buffers", n_buffers)
 
 
 def hacked(rewards: Sequence[tuple[float, float]]) -> bool:

@@ -116,13 +116,14 @@ class Saver:
                 storage.discard(Path(model.folder) / "best")  # of an earlier run
         parallel.barrier()
 
-    def step_done(self, number: int, score: float | None = None) -> None:
+    def step_done(self, number: int, score: float | None = None, stop_because: str = "") -> None:
         """Save if this step is one to save after. score: held-out merit of the models now, where it was measured.
 
         The best one is kept as `best`. After SIGTERM to any rank this saves and ends the process with status 0.
+        stop_because: a reason, alike on all ranks, to save and raise a UserError that gives it.
         A save that is written in the background counts from the first step on at whose end it is all written.
         """
-        stop = parallel.any_rank(self._stop_asked)
+        stop = parallel.any_rank(self._stop_asked) or bool(stop_because)
         self._complete_if_written()
         if score is not None and score > self._best:
             self._best, self._best_step = score, number
@@ -133,6 +134,8 @@ class Saver:
         if stop and number < self._total_steps:
             self.complete()
             self._log.close_progress()
+            if stop_because:
+                raise UserError(f"stopped after step {number}, saved; go on with --resume auto: {stop_because}")
             self._log.logger.info("stopped by SIGTERM after step %d, saved; go on with --resume auto", number)
             sys.exit(0)
 

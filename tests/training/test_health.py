@@ -142,13 +142,35 @@ def test_an_alarm_names_its_flag_and_does_not_repeat(
     ill: dict[str, float], flag: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     alarms = health.Alarms(logging.getLogger("test"), {})
-    alarms.look(1, WELL)
-    assert not caplog.records
-    for step in range(2, 12):
-        alarms.look(step, WELL | ill)
-    assert len(caplog.records) == 1 and flag in caplog.text
-    alarms.look(2 + health.REPEAT, WELL | ill)
-    assert len(caplog.records) == 2
+    assert not alarms.look(1, WELL) and not alarms.warn(1, {}) and not caplog.records
+    said = []
+    for step in (*range(2, 12), 2 + health.REPEAT):
+        shown = alarms.look(step, WELL | ill)
+        ((name, advice),) = shown.items()
+        assert flag in advice
+        said.append(alarms.warn(step, shown))
+    assert said == [[f"{name}: {advice}"], *([[]] * 9), [f"{name}: {advice}"]]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"buffer {step}: {name}: {advice}" for step in (2, 2 + health.REPEAT)
+    ]
+
+
+def test_the_summary_counts_the_buffers_of_each_alarm_over_a_resume(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    logger, state = logging.getLogger("test"), {}
+    alarms = health.Alarms(logger, state)
+    alarms.summary(3)
+    assert caplog.records.pop().getMessage() == "no alarm in 3 buffers"
+    for step in range(1, 9):
+        if step == 5:  # saved and resumed
+            saved = json.loads(json.dumps(state))
+            alarms = health.Alarms(logger, state)
+            state.update(saved)
+        alarms.look(step, WELL | {"kl": 0.6 if step % 2 else 0.0, "reward_std": float(step != 7)})
+    alarms.summary(8)
+    far, none = (record.getMessage() for record in caplog.records)
+    assert far.startswith("alarm in 4 of 8 buffers, from 1 to 7: far away: the policy is over 0.5 nats")
+    assert none.startswith("alarm in 1 of 8 buffers, from 7 to 7: no spread: ")
 
 
 @pytest.mark.parametrize("stopped_after", [None, 7])
@@ -162,7 +184,7 @@ def test_hacking_is_a_rising_verifier_with_falling_answers(
         for step in range(health.WINDOW + health.REPEAT // 2):
             noise = 0.01 * (-1) ** step
             rewards = {"reward_verifier": 0.1 * step + noise, "graded_right": 0.5 + sign * 0.01 * step + noise}
-            alarms.look(step, WELL | rewards)
+            alarms.warn(step, alarms.look(step, WELL | rewards))
             if step in (stopped_after, health.WINDOW + 2):  # before the alarm and behind it: saved and resumed
                 saved = json.loads(json.dumps(state))
                 alarms = health.Alarms(logging.getLogger("test"), state)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ppo_train
-from src import assemble
+from src import assemble, runlog
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.training import health
@@ -72,8 +72,9 @@ def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_
     resumed = succeed(*words("parts"))
     assert "resumed after step 2 of 3" in resumed.stderr
     # every buffer is cut off, and the resumed part knows that it was said
-    warnings = [done.stderr.count("responses did not end") for done in (whole_run, failed, resumed)]
+    warnings = [done.stderr.count("buffer 1: cut off: over 30%") for done in (whole_run, failed, resumed)]
     assert warnings == [1, 1, 0]
+    assert all("3 of 3 buffers, from 1 to 3: cut off" in done.stderr for done in (whole_run, resumed))
 
     # one model at a time in memory, and the others in files meanwhile
     succeed(*words("phased", phases=True))
@@ -191,6 +192,32 @@ def test_a_run_that_is_told_to_stop_leaves_no_waiting_files(folders: Folders, tm
     done = succeed("ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items()))
     assert "stopped by SIGTERM after step 1, saved" in done.stderr
     assert not list((tmp_path / "actor/.waiting").rglob("*-*s"))
+
+
+def test_alarms_stand_in_the_run_and_stop_it_where_that_is_asked_for(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every reward is the same: that rings at each buffer. The run stops at the first, and once resumed ends."""
+    (tmp_path / "same.py").write_text("def same(prompt, response, label):\n    return 1.0\n")
+    actor = tmp_path / "actor"
+
+    def run(**changes: object) -> None:
+        ppo_train.main(
+            folders.one, str(actor), reward=[f"{tmp_path}/same.py:same"], train_file=str(prompts_file(tmp_path)),
+            advantage="rloo", group_size=2, max_new_tokens=3, max_buffer_size=4, **changes,
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match="stopped after step 1, saved; go on with --resume auto: no spread: all resp"):
+        run(stop_on_alarm=True)
+    assert (actor / "step-1/state.json").is_file() and not (actor / "params.json").exists()
+    run(stop_on_alarm=True, resume="auto")  # the alarm was told: it does not stop the run at once again
+    assert "alarm in 3 of 3 buffers, from 1 to 3: no spread: all responses earn the same" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (actor / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all("check --reward" in row["alarms"]["no spread"] for row in rows)
+    with_alarms = runlog.draw(actor).read_bytes()
+    (actor / "metrics.jsonl").write_text("".join(json.dumps(row | {"alarms": {}}) + "\n" for row in rows))
+    assert runlog.draw(actor).read_bytes() != with_alarms
 
 
 def test_a_solver_of_solutions_with_code_is_refused(code_base: str, tmp_path: Path) -> None:
