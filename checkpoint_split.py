@@ -15,7 +15,7 @@ from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src import certify as certificate
-from src.checkpoint import export, sources, storage
+from src.checkpoint import export, sources, storage, training_state
 from src.checkpoint.sources import Source
 from src.checkpoint.split import split, split_adapter
 from src.errors import UserError
@@ -67,6 +67,7 @@ def main(
         runlog.table(plan.inspection(*sources.describe(inspect)))
         return
     if certify:
+        assemble.load_config(certify, kind="solver")
         if verify_hashes:
             storage.verify_hashes(Path(certify))
         found = certificate.certify(certify, certify_ranks, certify_layers)
@@ -87,16 +88,20 @@ def main(
         raise UserError(f"--format peft: {described} is no adapter; write it with --format hf")
     if format == "hf" and keep:
         raise UserError("--format hf holds whole weights: merge the adapter, or write it with --format peft")
+    if base_dir and adapter is None:
+        raise UserError(f"--base_dir names the base of an adapter, but {described} is none")
+    changes = {"--num_added_tokens": num_added_tokens, "--code_tokens": code_tokens, "--dtype": dtype}
+    if keep and any(changes.values()):
+        raise UserError(f"{' '.join(filter(changes.get, changes))} changes whole weights: merge the adapter")
     source = adapter if keep else sources.open_source(ckpt_file, config_file, base_dir)
     check_model_type(source.config, model_type, described)
     if num_added_tokens:
-        if keep:
-            raise UserError("--num_added_tokens extends whole weights: merge the adapter")
         source = sources.with_added_tokens(source, num_added_tokens)
     if code_tokens:
-        if keep:
-            raise UserError("--code_tokens extends whole weights: merge the adapter")
         source, tokenizer_file = with_code_tokens(source, tokenizer_file, described)
+    if (Path(described) / training_state.STATE).is_file():
+        log.warning("%s is a training checkpoint: its weights are written, and its optimizer and place in the run are "
+                    "left out. --resume opens it as it is, on any number of ranks", described)
     if dry_run:
         adapted = plan.adapting(source.config, source.lora, 1 if format == "peft" else n) if keep else None
         whole = plan.exporting(source.config, dtype, int(max_shard_size * 10**9)) if format == "hf" else None

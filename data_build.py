@@ -458,7 +458,7 @@ def branch(
     """
     cli.check_numbers(flags := locals().copy())
     step_end = STEP_ENDS[step]
-    if assemble.load_config(ckpt_dir).chat_template == CODE_FORM:
+    if assemble.load_config(ckpt_dir, kind="solver").chat_template == CODE_FORM:
         step_end = Marker.END_OF_BLOCK
     samples = read_faultless(samples_file, save_file, error_phrases, error_place)
     jobs = steps.branches(samples, pairs_a_problem, seed, step_end)

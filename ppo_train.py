@@ -166,6 +166,8 @@ def main(
     ppo_settings.check_together(flags)
     weights = rewards.weights_of(reward, reward_weights)
     user_rewards = {name: UserReward(name) for name in reward if name not in ("verifier", "rule")}
+    kinds = ((actor_ckpt_dir, "solver"), (critic_ckpt_dir, ""), (reward_model_ckpt_dir, "verifier"))
+    contexts = {folder: assemble.load_config(folder, kind=kind).max_seq_len for folder, kind in kinds if folder}
     prompts = read_prompts(train_file, need_label=reward == ["rule"])
     held_out = read_prompts(eval_file, need_label=True) if eval_file else []
     tokenizer = assemble.load_tokenizer(actor_ckpt_dir, tokenizer_file)
@@ -173,8 +175,6 @@ def main(
         raise UserError(f"{actor_ckpt_dir} writes solutions with code, but rollouts run none; expected a solver that "
                         f"answers in text alone, trained without --chat_template code")
     assemble.check_tokenizer(tokenizer, critic_ckpt_dir, reward_model_ckpt_dir)
-    contexts = {folder: assemble.load_config(folder).max_seq_len
-                for folder in (actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir) if folder}
     prompts = rollouts.fitting_prompts(prompts, train_file, tokenizer, contexts, max_new_tokens)
     n_asked, own = len(held_out), {actor_ckpt_dir: contexts[actor_ckpt_dir]}
     if eval_file:

@@ -38,8 +38,9 @@ def main(
     """
     flags = locals().copy()
     cli.check_numbers(flags)
+    config = assemble.load_config(ckpt_dir, model_type, "solver")
+    assemble.load_config(reference_ckpt_dir, kind="solver")
     rows = read_judged(steps_file)
-    config = assemble.load_config(ckpt_dir, model_type)
     if dry_run:
         runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(rows), ""))
         return

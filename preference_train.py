@@ -101,7 +101,9 @@ def main(
     preference = Preference(objective=objective, beta=beta, margin=margin, label_smoothing=label_smoothing,
                             length_normalize=length_normalize, nll_weight=nll_weight)
     against = preference.reference_dir(ckpt_dir, reference_ckpt_dir, reference_file)
-    config = assemble.load_config(ckpt_dir, model_type)
+    config = assemble.load_config(ckpt_dir, model_type, "solver")
+    if reference_ckpt_dir:
+        assemble.load_config(reference_ckpt_dir, kind="solver")
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
     data, held = open_preferences(train_file, label_file, held_out, tokenizer, truncation=truncation,
                                   max_seq_len=assemble.context_limit(max_seq_len, ckpt_dir, config))

@@ -90,6 +90,9 @@ def main(
     cli.check_numbers(flags)
     benchmark = find_task(task)
     refuse_contradictions(flags, benchmark)
+    for folder, kind in ((ckpt_dir, "solver"), (verifier_ckpt_dir, "verifier")):
+        if folder:
+            assemble.load_config(folder, kind=kind)
     prompting = make_prompting(benchmark, few_shot, prompt_template)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                         max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)

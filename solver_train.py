@@ -88,7 +88,7 @@ def main(
     """
     flags = locals().copy()
     cli.check_numbers(flags)
-    config = assemble.load_config(ckpt_dir, model_type)
+    config = assemble.load_config(ckpt_dir, model_type, "solver")
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
     longest = assemble.context_limit(max_seq_len, ckpt_dir, config)
     data, held = (SolverData(read_instructions(file), tokenizer, max_seq_len=longest, truncation=truncation,

@@ -58,13 +58,13 @@ def main(
     cli.check_numbers(flags)
     if bool(steps_file) == bool(samples_file) or (samples_file and not (task and label_file)):
         raise UserError("give either --samples_file with --task and --label_file, or --steps_file")
+    config = assemble.load_config(ckpt_dir, model_type, "verifier")
     problems = read_prompts(label_file, need_label=True) if samples_file else []
     prompts = select_prompts(problems, split) if samples_file else []
     asked = {prompt.id for prompt in prompts}
     matched = match_samples(read_samples(samples_file), problems, samples_file) if samples_file else []
     samples = [sample for sample in matched if sample.id in asked]
     judged = read_judged(steps_file) if steps_file else []
-    config = assemble.load_config(ckpt_dir, model_type)
     if steps_file and config.objective == "pairwise":
         raise UserError(f"{ckpt_dir} is a pairwise verifier and cannot judge steps; give an outcome or process one")
     assemble.check_step(ckpt_dir, config, step)

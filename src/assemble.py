@@ -7,7 +7,7 @@ names its base; loading it loads the base and folds the adapter in, in the reque
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,21 @@ from src.models.quantize import quantize_weights
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
 
 
-def load_config(ckpt_dir: str, model_type: str = "") -> ModelConfig:
-    """The config of a checkpoint directory; --model_type must not contradict it. Raises UserError."""
+def load_config(
+    ckpt_dir: str, model_type: str = "", kind: Literal["", "solver", "verifier"] = ""
+) -> ModelConfig:
+    """The config of a checkpoint directory, which --model_type must not contradict and must be of this kind.
+
+    Scripts call this before any work. Raises UserError.
+    """
     config = sources.read_config(Path(ckpt_dir))
     check_model_type(config, model_type, ckpt_dir)
+    if kind == "solver" and config.value_head:
+        raise UserError(f"{ckpt_dir} is a verifier (it has a value head); a solver is needed here")
+    if kind == "verifier" and not config.value_head:
+        raise UserError(
+            f"{ckpt_dir} is a solver (no value head); train a verifier from it with verifier_train.py"
+        )
     return config
 
 
@@ -120,9 +131,7 @@ def load_solver(
     quantize: empty, or a precision of models/quantize.py for weights that will not be trained.
     n_layers: leave out the layers behind this many; None keeps all.
     """
-    config = load_config(ckpt_dir, model_type)
-    if config.value_head:
-        raise UserError(f"{ckpt_dir} is a verifier (it has a value head); a solver is needed here")
+    config = load_config(ckpt_dir, model_type, "solver")
     return _load(Path(ckpt_dir), config, dtype, quantize=quantize, n_layers=n_layers)
 
 
@@ -138,11 +147,7 @@ def load_verifier(
 
     With from_solver a solver will do: its value head starts at zero.
     """
-    config = load_config(ckpt_dir, model_type)
-    if not config.value_head and not from_solver:
-        raise UserError(
-            f"{ckpt_dir} is a solver (no value head); train a verifier from it with verifier_train.py"
-        )
+    config = load_config(ckpt_dir, model_type, "" if from_solver else "verifier")
     return _load(Path(ckpt_dir), config, dtype, value_head=True, quantize=quantize)
 
 
@@ -416,8 +421,7 @@ def _outputs(source: Source | AdapterSource, tokens: Tensor) -> Tensor:
             (own.get(name) or base.tensors[plain]).load().to(parallel.device(), torch.float32, copy=True)
         )
     assign(model, tensors, "this checkpoint")
-    for stem in foreign.linears() if foreign else ():
-        linear = model.get_submodule(stem)
-        linear.register_forward_hook(peft_forward.forward_hook(foreign, stem, source.config))
+    if foreign:
+        peft_forward.put_on(model, foreign, source.config)
     hidden = model(tokens.to(parallel.device()))
     return model.scores(hidden) if source.config.value_head else model.logits(hidden).float()

@@ -97,7 +97,7 @@ def certify(ckpt_dir: str, ranks: Sequence[int], n_layers: int) -> Certificate:
     Rows are padded on the right only: nothing here pads on the left. Raises UserError when the checkpoint cannot be
     read, is a verifier, or its shards contradict each other.
     """
-    config = assemble.load_config(ckpt_dir)
+    config = assemble.load_config(ckpt_dir, kind="solver")
     kept = config.n_layers if n_layers == -1 else min(n_layers, config.n_layers)
     rows, skipped = [], {}
     with tempfile.TemporaryDirectory(prefix="certificate-") as scratch:

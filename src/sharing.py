@@ -28,7 +28,8 @@ class SharedBase:
         from_solver: where a value head is wanted, a solver will do, with a head that starts at zero. Raises UserError
         for another base, and for a solver or verifier where the other is needed.
         """
-        config, chain = assemble.load_config(ckpt_dir), _chain(Path(ckpt_dir))
+        kind = "solver" if not value_head else "" if from_solver else "verifier"
+        config, chain = assemble.load_config(ckpt_dir, kind=kind), _chain(Path(ckpt_dir))
         if chain[-1].resolve() != self.folder.resolve():
             raise UserError(
                 f"--share_base: {ckpt_dir} stands on {chain[-1]} and not on {self.folder}; train it from there with "
@@ -38,9 +39,6 @@ class SharedBase:
         for folder in reversed(chain[:-1]):
             self._lay_on(folder, whole, factors)
         if config.value_head != value_head:
-            if not (value_head and from_solver):
-                wanted, found = ("verifier", "solver") if value_head else ("solver", "verifier")
-                raise UserError(f"{ckpt_dir} is a {found}; a {wanted} is needed here")
             config = assemble.solver_to_verifier(config)
             whole["v_head.weight"] = torch.zeros(1, config.dim, device=parallel.device())
         if value_head:

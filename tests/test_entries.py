@@ -591,6 +591,41 @@ def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, obj
     refuse(world, script, changes, message, here)
 
 
+SOLVER, VERIFIER = r"verifier is a verifier \(it has a value head\); a solver", r"one is a solver \(no value head\)"
+FOREIGN = "hf has no params.json: it is no checkpoint of ours but what config.json describes; bring it here with"
+KINDS: list[tuple[str, dict[str, object], str]] = [
+    ("checkpoint_split", {"certify": "verifier"}, SOLVER),
+    ("checkpoint_split", {"certify": "hf"}, FOREIGN),
+    ("solver_train", {"ckpt_dir": "verifier", "train_file": "gone"}, SOLVER),
+    ("solver_evaluate", {"ckpt_dir": "verifier", "label_file": "gone"}, SOLVER),
+    ("solver_evaluate", {"ckpt_dir": "verifier", "interactive": True, "label_file": None, "log_dir": None}, SOLVER),
+    ("solver_evaluate", {"verifier_ckpt_dir": "one", "interactive": True, "label_file": None, "log_dir": None},
+     VERIFIER),
+    ("verifier_train", {"ckpt_dir": "hf", "train_file": "gone"}, FOREIGN),
+    ("verifier_evaluate", {"ckpt_dir": "one", "label_file": "gone"}, VERIFIER),
+    ("verifier_evaluate", {"ckpt_dir": "one", "samples_file": None, "steps_file": "gone", "dry_run": True}, VERIFIER),
+    ("preference_train", {"ckpt_dir": "verifier", "train_file": "gone"}, SOLVER),
+    ("preference_train", {"reference_ckpt_dir": "verifier", "train_file": "gone"}, SOLVER),
+    ("preference_train", {"ckpt_dir": "verifier", "dry_run": True}, SOLVER),
+    ("preference_evaluate", {"ckpt_dir": "verifier", "steps_file": "gone"}, SOLVER),
+    ("preference_evaluate", {"reference_ckpt_dir": "verifier", "steps_file": "gone"}, SOLVER),
+    ("preference_evaluate", {"reference_ckpt_dir": "hf", "steps_file": "gone"}, FOREIGN),
+    ("ppo_train", {"actor_ckpt_dir": "verifier", "train_file": "gone"}, SOLVER),
+    ("ppo_train", {"reward_model_ckpt_dir": "one", "train_file": "gone"}, VERIFIER),
+    ("ppo_train", {"actor_ckpt_dir": "verifier", "dry_run": True}, SOLVER),
+    ("data_build process", {"ckpt_dir": "verifier"}, SOLVER),
+    ("data_build branch", {"ckpt_dir": "verifier", "samples_file": "gone"}, SOLVER),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, changes, message", KINDS, ids=[f"{s} {c}" for s, c, _ in KINDS])
+def test_the_wrong_kind_of_checkpoint_is_refused_before_anything_else(
+    world: World, here: Path, script: str, changes: dict[str, object], message: str
+) -> None:
+    """Before the data, which is not there at all."""
+    refuse(world, script, changes, message, here)
+
+
 @pytest.mark.parametrize(
     ("script", "shown"),
     [

@@ -85,9 +85,9 @@ def test_another_base_or_kind_of_model_is_refused(made: dict[str, str], folders:
     shared = SharedBase(made["solver"])
     with pytest.raises(UserError, match=f"{folders.verifier} stands on {folders.verifier} and not on"):
         shared.model(folders.verifier, value_head=True)
-    with pytest.raises(UserError, match="solver is a solver; a verifier is needed"):
+    with pytest.raises(UserError, match="solver is a solver .no value head.; train a verifier"):
         shared.model(made["solver"], value_head=True)
-    with pytest.raises(UserError, match="verifier is a verifier; a solver is needed"):
+    with pytest.raises(UserError, match="verifier is a verifier .it has a value head.; a solver is needed"):
         shared.model(made["verifier"])
     head = shared.model(made["solver"], value_head=True, from_solver=True).v_head.weight
     assert not head.any()

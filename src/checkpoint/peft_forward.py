@@ -18,7 +18,13 @@ from src.models.config import ModelConfig
 Hook = Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]
 
 
-def forward_hook(adapter: PeftAdapter, stem: str, config: ModelConfig) -> Hook:
+def put_on(base: nn.Module, adapter: PeftAdapter, config: ModelConfig) -> None:
+    """Let a base in our layout compute what it computes under PEFT with this adapter."""
+    for stem in adapter.linears():
+        base.get_submodule(stem).register_forward_hook(_forward_hook(adapter, stem, config))
+
+
+def _forward_hook(adapter: PeftAdapter, stem: str, config: ModelConfig) -> Hook:
     """For a linear of the base, under our name: its input [..., I] and output [..., O] -> the output under PEFT."""
     lora_a, lora_b = (adapter.tensors[f"{stem}.lora_{which}.weight"].load().float() for which in "ab")
     lora_b = rotary_from_hf(f"{stem}.weight", lora_b, config)

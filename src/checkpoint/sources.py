@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.checkpoint import adapters, convert, peft_layout, storage
+from src.checkpoint import adapters, convert, peft_layout, storage, training_state
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join, reshard
 from src.checkpoint.tensor_files import StoredTensor
 from src.checkpoint.weight_files import OpenedFile, open_file, weight_files
@@ -168,7 +168,12 @@ def describe(ckpt_dir: str) -> tuple[Source, str, int]:
 
 
 def _tensor_files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.suffix in (".pth", ".safetensors", ".bin")]
+    optimizer = f"{training_state.OPTIMIZER}."
+    return [
+        path
+        for path in folder.iterdir()
+        if path.suffix in (".pth", ".safetensors", ".bin") and not path.name.startswith(optimizer)
+    ]
 
 
 def local_tensors(

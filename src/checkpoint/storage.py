@@ -338,8 +338,12 @@ def check_complete(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory; expected a checkpoint made by checkpoint_split.py")
     if not (folder / "params.json").is_file():
+        foreign = [name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
         raise UserError(
-            f"{folder} has no params.json: it is no checkpoint, or its save was interrupted; "
+            f"{folder} has no params.json: it is no checkpoint of ours but what {foreign[0]} describes; bring it here "
+            f"with checkpoint_split.py --ckpt_file {folder} --save_path NEW"
+            if foreign
+            else f"{folder} has no params.json: it is no checkpoint, or its save was interrupted; "
             f"make it again with checkpoint_split.py or the trainer"
         )
     for name, facts in manifest_files(folder).items():

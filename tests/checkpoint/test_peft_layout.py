@@ -318,5 +318,11 @@ def test_command_merges_keeps_and_verifies(
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
     with pytest.raises(UserError, match="is no adapter; write it with --format hf"):
         checkpoint_split.main(ours, str(tmp_path / "x"), format="peft")
+    with pytest.raises(UserError, match="--base_dir names the base of an adapter, but .*base is none"):
+        checkpoint_split.main(ours, str(tmp_path / "x"), base_dir=ours)
+    with pytest.raises(UserError, match="--dtype changes whole weights: merge the adapter"):
+        checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "x"), merge_lora=False, dtype="bfloat16")
+    with pytest.raises(UserError, match="of ours but what adapter_config.json describes; bring it here with"):
+        assemble.load_solver(str(adapter))
     with pytest.raises(UserError, match="--format hf holds whole weights: merge the adapter"):
         checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "x"), format="hf", merge_lora=False)

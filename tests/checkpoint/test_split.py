@@ -1,6 +1,7 @@
 """checkpoint_split.py and src/checkpoint/split.py: nothing is lost, and a killed run leaves no half checkpoint."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import checkpoint_split
+import solver_train
 from src.checkpoint import storage
 from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
 from src.checkpoint.tensor_files import file_hash
 from src.errors import UserError
 from tests import reference, zoo
+from tests.conftest import Folders
 from tests.ranks import ROOT, command, succeed
 
 
@@ -144,6 +148,36 @@ def test_missing_tokenizer_file_is_refused_before_anything_is_written(tmp_path: 
     with pytest.raises(UserError, match=r"--tokenizer_file gone\.model does not exist"):
         cut(gqa, tmp_path / "out", 1, tokenizer_file="gone.model")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lora_rank", [-1, 4])
+def test_training_checkpoint_is_split_without_its_optimizer_aloud(
+    tmp_path: Path, folders: Folders, capsys: pytest.CaptureFixture[str], lora_rank: int
+) -> None:
+    """What is written starts training anew; nothing of the optimizer travels, and a line says so."""
+    rows = [{"instruction": f"{i}+1=", "output": f"{i + 1}"} for i in range(4)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    solver_train.main(
+        folders.one, str(tmp_path / "run"), str(tmp_path / "train.json"), save_every=1, max_batch_size=2,
+        epochs=1, lora_rank=lora_rank,
+    )  # fmt: skip
+    step = str(tmp_path / "run" / "step-2")
+    for format in ("shards", "hf"):
+        checkpoint_split.main(step, str(tmp_path / format), 2, format=format)
+        told = capsys.readouterr().err
+        assert (
+            f"{step} is a training checkpoint: its weights are written, and its optimizer and place in"
+            in told
+        )
+        assert not [
+            path for path in (tmp_path / format).iterdir() if path.name.startswith(("optimizer", "state"))
+        ]
+    checkpoint_split.main(inspect=step)
+    assert re.search(
+        r"(shards|and its base): [12]\b", capsys.readouterr().out
+    )  # the optimizer's file is no shard
+    checkpoint_split.main(str(tmp_path / "run"), str(tmp_path / "top"), 2)
+    assert "training checkpoint" not in capsys.readouterr().err
 
 
 def test_command_works_under_torchrun_too(tmp_path: Path, gqa: Path) -> None:
