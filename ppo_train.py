@@ -5,6 +5,7 @@ torchrun --nproc_per_node 8 ppo_train.py --actor_ckpt_dir out --actor_save_dir p
 """
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from src.training import buffer, health, ppo, ppo_settings, rewards, rollouts
 from src.training.loop import TrainLoop
 from src.training.ppo_settings import Advantage, Aggregation, KlLoss, Truncated
 from src.training.residence import Arrangement
+from src.training.resuming import find_start, run_facts
 from src.training.rewards import OutcomeReward, Part, Shape, StepReward
 from src.training.saver import Saver, Trained
 
@@ -192,8 +194,11 @@ def main(
         runlog.table(ppo_plan.of_run(flags, settings, lora, weights, prompts, held_out, tokenizer, len(buffers)))
         return
     parallel.start(seed, assemble.tensor_parallel_size(actor_ckpt_dir, tensor_parallel_size))
-    for save_dir in filter(None, (actor_save_dir, critic_save_dir)):
+    save_dirs = [actor_save_dir, critic_save_dir] if settings.has_critic else [actor_save_dir]
+    for save_dir in save_dirs:
         assemble.check_save_dir(save_dir, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
+    facts = run_facts("ppo_train", flags, **dataclasses.asdict(settings), critic_warmup=critic_warmup)
+    find_start(save_dirs, resume, facts, len(buffers))
     log = RunLog(log_dir or actor_save_dir, flags, wandb=wandb)
     arrangement = Arrangement(Path(log_dir or actor_save_dir) / ".waiting" if phases else None)
 
@@ -241,10 +246,7 @@ def main(
               for save_dir, loop, source in ((actor_save_dir, actor_loop, actor_ckpt_dir),
                                              (critic_save_dir, critic_loop, critic_ckpt_dir)) if loop],
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=len(buffers),
-        facts={"seed": seed, "prompts": len(prompts), "max_buffer_size": max_buffer_size, "advantage": advantage,
-               "group_size": settings.group_size, "max_refills": max_refills, "inner_epochs": inner_epochs,
-               "minibatches": minibatches, "reference_refresh": reference_refresh},
-        state=state, snapshots={"reference": reference_refresh} if reference_refresh > 0 else {})
+        facts=facts, state=state, snapshots={"reference": reference_refresh} if reference_refresh > 0 else {})
     done = saver.resume(resume)
     refreshed = str(Path(actor_save_dir) / "reference")
     origin = "" if lora else actor_ckpt_dir  # with adapters: the actor without them

@@ -19,6 +19,7 @@ from src.training.loop import TrainLoop
 from src.training.meter import Meter
 from src.training.preference import Preference, evaluate, n_pairs, open_preferences, report
 from src.training.reference import reference_identity, reference_logprobs
+from src.training.resuming import find_start, run_facts
 from src.training.saver import Saver, Trained
 from src.training.solver import n_supervised
 
@@ -124,6 +125,8 @@ def main(
     parallel.start(seed, n_ranks)
     assemble.check_save_dir(save_dir, ckpt_dir, reference_ckpt_dir)
     assemble.check_tokenizer(tokenizer, reference_ckpt_dir)
+    facts = run_facts("preference_train", flags, rows=len(data.samples), rows_a_step=batching.rows_a_step)
+    find_start([save_dir], resume, facts, total_steps)
     fingerprint = storage.fingerprint(Path(against)) if against else None
     log = RunLog(save_dir, flags, {"reference": {"ckpt_dir": against, "fingerprint": fingerprint}}, wandb=wandb)
     log.logger.info("%s; held out: %s", data.report, held.report)
@@ -144,8 +147,7 @@ def main(
         log, [Trained(save_dir, loop, lambda folder, state: assemble.begin_save(
             model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state, background_save))],
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
-        facts={"seed": seed, "rows": len(data.samples), "rows_a_step": batching.rows_a_step, "objective": objective,
-               "reference": fingerprint})
+        facts=facts)
     done = saver.resume(resume)
     model.train()
     log.progress(total_steps, "step", done)

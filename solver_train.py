@@ -14,6 +14,7 @@ from src.memory import Training
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
 from src.training.meter import Meter
+from src.training.resuming import find_start, run_facts
 from src.training.saver import Saver, Trained
 from src.training.solver import SolverData, n_supervised, sft_loss, validation_loss
 
@@ -110,6 +111,9 @@ def main(
         return
     parallel.start(seed, n_ranks)
     assemble.check_save_dir(save_dir, ckpt_dir)
+    facts = run_facts("solver_train", flags, rows=len(data.rows), rows_a_step=batching.rows_a_step,
+                      chat_template=tokenizer.chat_template)
+    find_start([save_dir], resume, facts, total_steps)
     model = assemble.load_solver(ckpt_dir, dtype=None if quantize else torch.float32, quantize=quantize)
     assemble.set_chat_template(model, tokenizer)
     assemble.put_lora_on(model, lora, seed)
@@ -123,8 +127,7 @@ def main(
         log, [Trained(save_dir, loop, lambda folder, state: assemble.begin_save(
             model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state, background_save))],
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
-        facts={"seed": seed, "rows": len(data.rows), "rows_a_step": batching.rows_a_step,
-               "chat_template": tokenizer.chat_template, "loss_on": loss_on, "quantize": quantize})
+        facts=facts)
     done = saver.resume(resume)
     model.train()
     log.progress(total_steps, "step", done)

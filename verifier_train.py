@@ -16,6 +16,7 @@ from src.memory import Training
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
 from src.training.meter import Meter
+from src.training.resuming import find_start, run_facts
 from src.training.saver import Saver, Trained
 from src.training.verifier import open_data
 
@@ -124,6 +125,8 @@ def main(
         return
     parallel.start(seed, n_ranks)
     assemble.check_save_dir(save_dir, ckpt_dir)
+    facts = run_facts("verifier_train", flags, rows=len(data.samples), rows_a_step=batching.rows_a_step)
+    find_start([save_dir], resume, facts, total_steps)
     model = assemble.load_verifier(ckpt_dir, dtype=torch.float32, from_solver=True)
     score = {"pairwise": score, "outcome": "last", "process": "steps"}[objective]
     assemble.set_score(model, objective=objective, score=score, step=step)
@@ -138,7 +141,7 @@ def main(
         log, [Trained(save_dir, loop, lambda folder, state: assemble.begin_save(
             model, folder, ckpt_dir, save_dtype, lora, tokenizer_file, state, background_save))],
         save_every=save_every, keep_last=keep_last, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
-        facts={"seed": seed, "rows": len(data.samples), "rows_a_step": batching.rows_a_step})
+        facts=facts)
     done = saver.resume(resume)
     model.train()
     log.progress(total_steps, "step", done)

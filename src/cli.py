@@ -26,7 +26,7 @@ from typing import NamedTuple, NoReturn, TextIO
 import fire
 
 from src.errors import UserError, leave_for_torchrun
-from src.flags import Flag, Value, flags_of, meanings_of, parse
+from src.flags import FREE_ON_RESUME, Flag, Value, flags_of, meanings_of, parse
 
 # torchrun looks at its workers every 0.1 s and kills the others once one has failed: a rank that is still
 # alive after this many seconds is the one with something to say.
@@ -287,13 +287,24 @@ def check_numbers(values: Mapping[str, Value]) -> None:
 
 def usage(main: Callable[..., None], width: int) -> str:
     """The text of --help: the docstring of main's module (of a command: its own), then every flag, required first."""
-    flags = flags_of(main).values()
+    accepted = flags_of(main)
+    flags = accepted.values()
     width = max(40, min(width, 100))
     about = sys.modules[main.__module__].__doc__ if main.__name__ == "main" else _about(main)
     blocks = [_reflow(inspect.cleandoc(about or ""), width)]
     for title, required in (("Required flags:", True), ("Optional flags:", False)):
         entries = [_flag_help(flag, width) for flag in flags if flag.required is required]
         blocks += ["\n".join([title, *entries])] if entries else []
+    if "save_every" in accepted:  # a trainer
+        free = ", ".join(name for name in FREE_ON_RESUME if name in accepted)
+        blocks.append(
+            _wrap(
+                f"With --resume auto these may differ from what they were when the run began: {free}; the rows of a "
+                "step stay as many. With anything else changed, the contents of its inputs included, a run is not "
+                "resumed.",
+                width,
+            )
+        )
     blocks.append(
         _wrap(
             "`--flag value` and `--flag=value` mean the same. A true|false flag alone means "

@@ -49,6 +49,21 @@ KINDS: dict[object, Kind] = {
 TRY_ORDER: list[object] = [types.NoneType, Literal, bool, int, float, str, list]
 
 
+# What may differ when a run of a trainer is resumed: how it goes on, where it writes, and how the work of a step is cut
+# up, none of which changes what was learnt so far. Any other flag is compared with what it was.
+FREE_ON_RESUME = (
+    "lr", "critic_lr", "schedule", "warmup_ratio", "min_lr_ratio", "epochs", "max_steps", "max_batch_size",
+    "accumulation_steps", "packing", "rollout_batch_size", "activation_checkpointing", "tensor_parallel_size", "phases",
+    "save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "reference_file", "model_type", "eval_every",
+    "rollout_samples", "save_every", "keep_last", "background_save", "save_dtype", "resume", "wandb", "dry_run",
+)  # fmt: skip
+
+
+def is_path(name: str) -> bool:
+    """Whether a flag of this name holds a path, or several."""
+    return name.endswith(("_file", "_dir", "_path")) or name in ("inspect", "certify")
+
+
 class Flag(NamedTuple):
     """One parameter of main; `kinds` are the members of its annotation: (int, NoneType) for `int | None`."""
 

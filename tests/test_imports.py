@@ -36,7 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"models", "text", "parallel"},
     "evaluation": {"data", "inference", "models", "parallel", "runlog", "text"},
     "construct": {"checkpoint", "data", "evaluation", "inference", "models", "parallel", "runlog", "text"},
-    "training": {"memory", "parallel", "runlog", "losses", "models", "checkpoint", "data", "inference", "text"},
+    "training": {
+        "flags", "memory", "parallel", "runlog", "losses", "models", "checkpoint", "data", "inference", "text"
+    },
 }
 
 # What src/ and the scripts may import from outside, and where alone; None = anywhere.

@@ -7,11 +7,11 @@ A run's directory holds `step-N`, training checkpoints that it can be resumed fr
 import math
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from src import parallel
 from src.checkpoint import storage, training_state
@@ -20,8 +20,7 @@ from src.checkpoint.training_state import RunState
 from src.errors import UserError
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
-
-Resume = Literal["none", "auto"]
+from src.training.resuming import Resume, complete_steps, find_start, read_state, step_folder
 
 
 class Trained(NamedTuple):
@@ -54,11 +53,11 @@ class Saver:
     ) -> None:
         """save_every: steps between saves besides those at the ends of epochs; -1 = none.
 
-        facts: json values by flag or name that must be the same when the run is resumed, for they fix its data order.
+        facts: json values by flag or name that must be the same when the run is resumed (resuming.run_facts()).
         state: json values that change as the run goes; every save holds them, and resume() brings them back.
         snapshots: names under which the first model's weights are kept besides, each renewed every so many steps.
         """
-        self._log, self._models, self._facts = log, models, {**facts, "total_steps": total_steps}
+        self._log, self._models, self._facts = log, models, dict(facts)
         self._state = {} if state is None else state
         self._snapshots = snapshots or {}
         self._every, self._keep_last = save_every, keep_last
@@ -76,33 +75,29 @@ class Saver:
 
         Raises UserError for an unfinished run that is not to be resumed, and for one that was started otherwise.
         """
-        steps = sorted(set.intersection(*(_complete_steps(model.folder) for model in self._models)))
-        if not steps:
-            return 0
-        if mode == "none":
-            if steps[-1] < self._total_steps:
-                raise UserError(
-                    f"{self._models[0].folder} holds a run that stopped at step {steps[-1]}; continue it with "
-                    f"--resume auto, or choose another directory"
-                )
-            self._discard(steps)
+        folders = [model.folder for model in self._models]
+        step = find_start(folders, mode, self._facts, self._total_steps)
+        parallel.barrier()  # nobody writes before all have looked
+        if not step:
+            for model in self._models:  # of a finished run that is to be replaced
+                self._discard(model.folder, complete_steps(model.folder))
+            parallel.barrier()
             return 0
         for model in self._models:
-            self._load(model, steps[-1])
-        self._publish_due(steps[-1])  # in case the run was killed between the save and this
-        self._log.go_on_after(steps[-1])
-        self._log.logger.info("resumed after step %d of %d", steps[-1], self._total_steps)
-        return steps[-1]
+            self._load(model, step)
+        self._publish_due(step)  # in case the run was killed between the save and this
+        self._log.go_on_after(step)
+        self._log.logger.info("resumed after step %d of %d", step, self._total_steps)
+        return step
 
     def _load(self, model: Trained, step: int) -> None:
-        folder = _step_folder(model.folder, step)
-        stored = training_state.read_facts(folder)
-        for name, now in self._facts.items():
-            if stored.get(name, now) != now:  # earlier versions saved fewer facts, and less state
+        folder, stored = step_folder(model.folder, step), read_state(model.folder, step)
+        for name, now in self._state.items():
+            if type(stored.get(name)) is not type(now):
                 raise UserError(
-                    f"{folder}: {name} was {stored[name]} and is {now} now; resume with the data and flags of then"
+                    f"{folder / training_state.STATE}: {name!r} is {stored.get(name)!r}; expected the like of {now!r}"
                 )
-        self._state.update({name: stored.get(name, now) for name, now in self._state.items()})
+        self._state.update({name: stored[name] for name in self._state})
         self._best_step = stored["best_step"]
         self._best = -math.inf if stored["best"] is None else stored["best"]
         with model.here():
@@ -154,12 +149,12 @@ class Saver:
     def _save(self, step: int) -> None:
         self.complete()
         best = {"best": None if self._best == -math.inf else self._best, "best_step": self._best_step}
-        facts = {**self._facts, **self._state, "step": step, **best}
+        facts = {"run": self._facts, **self._state, "step": step, "total_steps": self._total_steps, **best}
         self._saved_step = step
-        for model in self._models:
+        for part, model in enumerate(self._models):
             with model.here():
-                state = RunState(model.loop.state(), facts)
-                self._saves.append(model.begin_save(str(_step_folder(model.folder, step)), state))
+                state = RunState(model.loop.state(), {**facts, "part": part})
+                self._saves.append(model.begin_save(str(step_folder(model.folder, step)), state))
         self._complete_if_written()
 
     def _complete_if_written(self) -> None:
@@ -175,15 +170,15 @@ class Saver:
         for save, model in zip(saves, self._models, strict=True):
             with model.here():
                 save.complete()
-        self._discard(sorted(_complete_steps(self._models[0].folder))[: -self._keep_last])
+        for model in self._models:
+            self._discard(model.folder, sorted(complete_steps(model.folder))[: -self._keep_last])
+        parallel.barrier()
         self._publish_due(self._saved_step)
 
-    def _discard(self, steps: Sequence[int]) -> None:
+    def _discard(self, folder: str, steps: Iterable[int]) -> None:
         if parallel.rank() == 0:
-            for model in self._models:
-                for step in steps:
-                    storage.discard(_step_folder(model.folder, step))
-        parallel.barrier()
+            for step in steps:
+                storage.discard(step_folder(folder, step))
 
     def _publish_due(self, step: int) -> None:
         """The links that a saved step is the source of."""
@@ -201,23 +196,5 @@ class Saver:
     def _publish(self, step: int, name: str, models: Sequence[Trained] | None = None) -> None:
         if parallel.rank() == 0:
             for model in models or self._models:
-                storage.publish(_step_folder(model.folder, step), Path(model.folder) / name)
+                storage.publish(step_folder(model.folder, step), Path(model.folder) / name)
         parallel.barrier()
-
-
-def _step_folder(folder: str, step: int) -> Path:
-    return Path(folder) / f"step-{step}"
-
-
-def _complete_steps(folder: str) -> set[int]:
-    """Steps whose training checkpoints are complete; what an interrupted save left does not count."""
-    found = set()
-    for path in Path(folder).glob("step-*"):
-        number = path.name.removeprefix("step-")
-        if number.isascii() and number.isdigit() and (path / training_state.STATE).is_file():
-            try:
-                training_state.read_facts(path)
-            except UserError:
-                continue
-            found.add(int(number))
-    return found

@@ -1,0 +1,187 @@
+"""What a run is known by, and from which step the one that a directory holds may be gone on with.
+
+Every flag is compared, inputs by their contents, unless src/flags.py names it among those that may differ: a flag that
+is added is compared without a word here.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from src import parallel
+from src.checkpoint import storage, training_state
+from src.checkpoint.tensor_files import file_hash
+from src.errors import UserError
+from src.flags import FREE_ON_RESUME, is_path
+
+Resume = Literal["none", "auto"]
+COUNTS = ("steps", "updates", "bad_steps")  # of a loop
+WEIGHTS = ("params.json", "epoch-*/params.json", "best/params.json")  # what a finished run, or a part of it, leaves
+
+
+def run_facts(trainer: str, flags: Mapping[str, object], **derived: object) -> dict[str, object]:
+    """What must be the same when a run is resumed, as json values by name. All ranks call this and get the same.
+
+    A flag that names files or checkpoints stands as {"path", "hash"}. derived: what follows from flags that may differ
+    or have a default that depends on others; it takes the place of the flag of its name.
+    """
+    known = {"trainer": trainer, **flags, **derived}
+    facts = {name: value for name, value in known.items() if name not in FREE_ON_RESUME}
+    text = None
+    if parallel.rank() == 0:  # one reader of large files
+        text = json.dumps({name: _with_contents(name, value) for name, value in facts.items()})
+    return json.loads(parallel.broadcast_text(text))
+
+
+def _with_contents(name: str, value: object) -> object:
+    """A flag's value; what is a path, alone or in a list, with the hash of what lies there."""
+    words = value if isinstance(value, list) else [value]
+    paths = [path for word in words if isinstance(word, str) and (path := _path_in(name, word))]
+    if not paths:
+        return value
+    hashes = [content_hash(path) for path in paths]
+    return {"path": ", ".join(map(str, words)), "hash": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
+
+
+def _path_in(name: str, word: str) -> Path | None:
+    """The path that a word of a flag names: all of it, or of FILE.py:FUNCTION the file."""
+    path = Path(word if is_path(name) else word.partition(":")[0])
+    return path if word and path.exists() and (is_path(name) or path.suffix and path.is_file()) else None
+
+
+def content_hash(path: Path) -> str:
+    """One hash for a file, a directory of data, or a checkpoint with all that it is read with; not for its name."""
+    if path.is_file():
+        return file_hash(path)
+    if not (path / "params.json").is_file():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        parts = [[str(file.relative_to(path)), file_hash(file)] for file in files]
+    else:
+        adapter = storage.read_json(path / "adapter.json") if (path / "adapter.json").is_file() else {}
+        parts = [storage.fingerprint(path), {key: adapter[key] for key in adapter if key != "base"}]
+        parts += [file_hash(file) for file in (path / "params.json", *storage.tokenizer_files(path))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def find_start(folders: Sequence[str], mode: Resume, facts: Mapping[str, object], total_steps: int) -> int:
+    """The step that a run of one model in each folder goes on behind; 0 = it begins. Reads alone.
+
+    Raises UserError for a run that was started otherwise, is damaged, or would be lost: one that is not finished where
+    it is not to be resumed, and weights without anything to resume from where it is.
+    """
+    steps = {folder: complete_steps(folder) for folder in folders}
+    if mode == "none":
+        for folder, found in steps.items():
+            if found and max(found) < read_state(folder, max(found))["total_steps"]:
+                raise UserError(
+                    f"{folder} holds a run that stopped at step {max(found)}; continue it with --resume auto, or "
+                    f"choose another directory"
+                )
+        return 0
+    common = set.intersection(*steps.values())
+    if not common:
+        _refuse_loss(steps)
+        return 0
+    step = max(common)
+    for part, folder in enumerate(folders):
+        state = read_state(folder, step)
+        _check_same(step_folder(folder, step), state["run"], facts)
+        if state.get("part") != part:
+            raise UserError(
+                f"{folder} holds another model of its run than is to go on there; exchange the actor's directory and "
+                f"the critic's"
+            )
+    if step > total_steps:
+        raise UserError(
+            f"{folders[0]} holds a run of {step} steps, more than the {total_steps} that are asked for now; give more "
+            f"--epochs or --max_steps"
+        )
+    return step
+
+
+def _refuse_loss(steps: Mapping[str, set[int]]) -> None:
+    """Raise UserError if a run that begins in these directories would replace what was trained there."""
+    for folder, found in steps.items():
+        if found:
+            others = " and ".join(f"{other} {_listed(at)}" for other, at in steps.items() if other != folder)
+            raise UserError(
+                f"{folder} holds {_listed(found)} of a run, but {others}; a run goes on from a step that all its "
+                f"directories hold: name those that it was started with, or choose others"
+            )
+        for pattern in WEIGHTS:
+            for path in Path(folder).glob(pattern):
+                raise UserError(
+                    f"{folder} holds trained weights ({path.relative_to(folder)}) but no step-N to resume from; choose "
+                    f"another directory, or remove what is there"
+                )
+
+
+def _listed(steps: set[int]) -> str:
+    return ", ".join(f"step-{step}" for step in sorted(steps)) or "none"
+
+
+def _check_same(folder: Path, then: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Raise UserError that names every fact that differs."""
+    found = [
+        _difference(name, then, now)
+        for name in {**then, **now}
+        if name not in FREE_ON_RESUME and _known(then.get(name)) != _known(now.get(name))
+        or (name in then) != (name in now)
+    ]  # fmt: skip
+    if found:
+        raise UserError(
+            f"{folder}: {'; '.join(found)}; resume with the data and flags of then, or choose another directory "
+            f"(--help lists what may differ)"
+        )
+
+
+def _known(value: object) -> object:
+    """What two values are compared by."""
+    return value["hash"] if isinstance(value, dict) and "hash" in value else value
+
+
+def _difference(name: str, then: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """What became of a fact, in words."""
+    if name not in then or name not in now:
+        return f"{name} is not known {'then' if name in now else 'now'} (another version, or another trainer)"
+    was, is_now = ("nothing" if each[name] in ("", [], None) else each[name] for each in (then, now))
+    if isinstance(was, dict) and isinstance(is_now, dict) and was["path"] == is_now["path"]:
+        return f"{name} {was['path']} had other contents"
+    was, is_now = (each["path"] if isinstance(each, dict) else each for each in (was, is_now))
+    return f"{name} was {was} and is {is_now} now"
+
+
+def step_folder(folder: str, step: int) -> Path:
+    """Where the training checkpoint of a step lies."""
+    return Path(folder) / f"step-{step}"
+
+
+def complete_steps(folder: str) -> set[int]:
+    """Steps whose training checkpoints are complete: the manifest, which comes last, is there."""
+    names = (path.parent.name.removeprefix("step-") for path in Path(folder).glob("step-*/manifest.json"))
+    return {int(name) for name in names if name.isascii() and name.isdigit()}
+
+
+def read_state(folder: str, step: int) -> dict[str, object]:
+    """state.json of a step. Raises UserError for one that is damaged, or that no version of this kind wrote."""
+    path = step_folder(folder, step)
+    state = training_state.read_facts(path)
+    counts, best = state.get("loop"), state.get("best", "")
+    right = {
+        "run": isinstance(state.get("run"), dict),
+        "loop": isinstance(counts, dict) and all(type(counts.get(name)) is int for name in COUNTS),
+        "step": state.get("step") == step,
+        "total_steps": type(state.get("total_steps")) is int,
+        "best": best is None or type(best) in (int, float) and math.isfinite(best),
+        "best_step": type(state.get("best_step")) is int,
+    }
+    for name, is_right in right.items():
+        if not is_right:
+            raise UserError(
+                f"{path / training_state.STATE}: {name!r} is {json.dumps(state.get(name))[:60]}, not what a save of "
+                f"step {step} leaves: the file is damaged or another version's; remove {path} to go on without it"
+            )
+    return state
