@@ -10,11 +10,12 @@ outside in:
 - resource limits: memory of one process, processor time, processes, open files, file size, no core dumps;
 - no capability, no way to gain one, and where the caller is root, the rights of nobody;
 - a system-call filter: no namespaces, mounts, tracing, keys, sockets other than local ones, memory outside the
-  accounts.
+  accounts, and of the host's files no locks, news or flushes.
 
 Bubblewrap puts up the first two walls instead of this file where code_runner starts it.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -46,6 +47,18 @@ CAPABILITY_VERSION_3 = 0x20080522
 SCMP_ACT_ALLOW, SCMP_ACT_ERRNO = 0x7FFF0000, 0x00050000
 SCMP_CMP_NE, SCMP_CMP_MASKED_EQ = 1, 7
 
+LOWER_HALF = 0xFFFFFFFF  # of an argument, where the kernel reads an int: a filter that compares all is passed by
+MAP_SHARED_ANONYMOUS = 0x21  # sys/mman.h
+# fcntl.h: set a lock, and wait for it, of the process or of the file; a lease; a watch; a pipe's size; a delegation
+DENIED_FCNTL = (6, 7, 37, 38, 1024, 1026, 1031, 1040)
+SO_SNDBUF, SO_SNDBUFFORCE = 7, 32  # asm-generic/socket.h
+
+# files that say whether one who is not root may make user namespaces, and what they say where not: Debian, Ubuntu
+SWITCHES = {
+    "/proc/sys/kernel/unprivileged_userns_clone": "0",
+    "/proc/sys/kernel/apparmor_restrict_unprivileged_userns": "1",
+}
+
 DENIED_CALLS = (
     # a new view of the system
     "unshare setns mount umount umount2 pivot_root chroot move_mount open_tree open_tree_attr fsopen fsconfig fsmount "
@@ -54,10 +67,13 @@ DENIED_CALLS = (
     "ptrace process_vm_readv process_vm_writev process_madvise kcmp pidfd_getfd migrate_pages move_pages "
     # memory that no limit counts, or that outlives its maker
     "memfd_create memfd_secret shmget shmat shmctl shmdt msgget msgsnd msgrcv msgctl semget semop semctl semtimedop "
-    "mq_open mq_unlink mq_timedsend mq_timedreceive "
+    "mq_open mq_unlink mq_timedsend mq_timedreceive vmsplice setxattr lsetxattr fsetxattr setxattrat "
+    # what the host's files share with the host although they are read-only: locks, news of changes, the disk
+    "flock inotify_init inotify_init1 inotify_add_watch fanotify_init fanotify_mark "
+    "sync syncfs fsync fdatasync sync_file_range sync_file_range2 msync fadvise64 readahead "
     # keys, clocks, the kernel itself
     "keyctl add_key request_key settimeofday clock_settime clock_adjtime adjtimex personality "
-    "bpf perf_event_open io_uring_setup io_uring_enter io_uring_register userfaultfd fanotify_init "
+    "bpf perf_event_open io_uring_setup io_uring_enter io_uring_register userfaultfd "
     "kexec_load kexec_file_load init_module finit_module delete_module reboot swapon swapoff syslog acct quotactl "
     "quotactl_fd vhangup iopl ioperm modify_ldt lookup_dcookie nfsservctl sethostname setdomainname"
 ).split()
@@ -87,13 +103,34 @@ def enter_namespaces() -> None:
     and ends as it ends."""
     map_users()
     for name in ("mount", "pid", "net", "ipc", "uts", "cgroup"):
-        call("unshare", NEW_NAMESPACES[name])
+        unshare(name)
     child = os.fork()
     if child:
         die_with_parent()  # again: new credentials clear it
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     die_with_parent()
+
+
+def unshare(kind: str) -> None:
+    """Enter a new namespace of this kind. Raises OSError with what the machine has against it."""
+    try:
+        call("unshare", NEW_NAMESPACES[kind])
+    except OSError as problem:
+        raise refusal(kind, problem) from None
+
+
+def refusal(kind: str, problem: OSError) -> OSError:
+    """Why there is no new namespace: the kernel says ENOSPC where their number is limited, and that may be to none."""
+    limit = f"/proc/sys/user/max_{'mnt' if kind == 'mount' else kind}_namespaces"
+    switches = {limit: "0"} if problem.errno == errno.ENOSPC else SWITCHES
+    for path, off in switches.items():
+        with contextlib.suppress(OSError), open(path) as file:
+            if file.read().strip() == off:
+                return OSError(f"{kind} namespaces are switched off here: {path} is {off}")
+    if problem.errno == errno.ENOSPC:
+        return OSError(f"no more {kind} namespaces are allowed here: {limit}, or that of a namespace around this one")
+    return OSError(f"{kind} namespaces are not allowed here: {problem.strerror}")
 
 
 def map_users() -> None:
@@ -110,12 +147,12 @@ def map_users() -> None:
         os._exit(write_maps(target, user, group))
     os.close(go_read)
     try:
-        call("unshare", NEW_NAMESPACES["user"])
+        unshare("user")
     finally:
         os.close(go_write)
         _, status = os.waitpid(writer, 0)
     if status:
-        raise OSError(os.waitstatus_to_exitcode(status), "the map of a user namespace cannot be written")
+        raise refusal("user", OSError(os.waitstatus_to_exitcode(status), "its map cannot be written"))
 
 
 def write_maps(target: int, user: int, group: int) -> int:
@@ -269,6 +306,11 @@ def filter_calls() -> None:
         deny(name)
     # vsock, netlink and others reach past the network namespace
     deny("socket", condition=Argument(0, SCMP_CMP_NE, 1, 0))  # 1 = AF_UNIX
+    deny("mmap", condition=Argument(3, SCMP_CMP_MASKED_EQ, MAP_SHARED_ANONYMOUS, MAP_SHARED_ANONYMOUS))
+    for command in DENIED_FCNTL:
+        deny("fcntl", condition=Argument(1, SCMP_CMP_MASKED_EQ, LOWER_HALF, command))
+    for option in (SO_SNDBUF, SO_SNDBUFFORCE):
+        deny("setsockopt", condition=Argument(2, SCMP_CMP_MASKED_EQ, LOWER_HALF, option))
     deny("prlimit64", condition=Argument(0, SCMP_CMP_NE, 0, 0))  # limits of another process: the worker's
     for flag in NEW_NAMESPACES.values():
         deny("clone", condition=Argument(0, SCMP_CMP_MASKED_EQ, flag, flag))

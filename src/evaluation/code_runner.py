@@ -29,7 +29,8 @@ from src.evaluation import code_jail
 REPO = Path(__file__).resolve().parents[2]
 WORKER = "src.evaluation.code_worker"
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+# no /dev/zero: a shared map of it is memory that no limit counts
+DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")
 STARTUP_SECONDS = 60.0
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -51,7 +52,7 @@ class Limits:
 
     cpu_seconds: float = 6.0  # processor time of one process, rounded up to whole seconds
     wall_seconds: float = 12.0
-    memory_bytes: int = 2**30  # address space of each process, and resident memory of all
+    memory_bytes: int = 2**30  # address space of each process, and memory of all, resident, swapped or in sockets
     disk_bytes: int = 64 * 2**20
     files: int = 4096
     output_bytes: int = 2**16

@@ -108,6 +108,106 @@ for _ in range(40):
         os.write(fds[-1], b'x' * 2**20)
 breach('280 MB in files without a name')""",
     ),
+    *(
+        Attack(
+            name,
+            f"""
+import ctypes, mmap, os, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+SIZE, PART = 64 * 2**20, 2**20
+ends = []
+for _ in range(5):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        fd = {fd}
+        place = libc.mmap(None, ctypes.c_size_t(SIZE), 3, {flags}, fd, ctypes.c_long(0))
+        if place == 2**64 - 1: os._exit(1)
+        for start in range(place, place + SIZE, PART):
+            ctypes.memset(start, 1, PART)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(PART), 4)
+        os.write(write, b'.')
+        time.sleep(2)
+        os._exit(0)
+    os.close(write)
+    ends.append(read)
+if all(os.read(end, 1) for end in ends):
+    time.sleep(0.5)
+    breach('320 MB that no process shows')""",
+        )
+        for name, fd, flags in (
+            ("shared_memory_in_children", -1, 0x21),
+            ("shared_memory_of_dev_zero", "os.open('/dev/zero', os.O_RDWR)", 0x01),
+            ("shared_memory_of_a_file", "os.open(str(_), os.O_RDWR | os.O_CREAT); os.ftruncate(fd, SIZE)", 0x01),
+        )
+    ),
+    Attack(
+        "shared_memory_in_python",
+        "import mmap\nmaps = [mmap.mmap(-1, 2**16) for _ in range(16)]\nbreach('shared and without a name')",
+        statuses=("error",),
+    ),
+    Attack(
+        "memory_in_sockets",
+        """
+import os, socket, time
+ends = []
+for _ in range(7):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        pairs = [socket.socketpair() for _ in range(24)]
+        for end in [end for pair in pairs for end in pair]:
+            end.setblocking(False)
+            try:
+                while end.send(b'x' * 2**16): pass
+            except BlockingIOError: pass
+        os.write(write, b'.')
+        time.sleep(2)
+        os._exit(0)
+    os.close(write)
+    ends.append(read)
+if all(os.read(end, 1) for end in ends):
+    x = b'x' * (130 * 2**20)
+    time.sleep(0.5)
+    breach('200 MB, a third of them in sockets')""",
+        statuses=("memory",),
+    ),
+    Attack(
+        "large_socket_buffers",
+        """
+import socket
+def room(end):
+    end.setblocking(False)
+    try:
+        for sent in range(10**6): end.send(b'x' * 1024)
+    except BlockingIOError: return sent
+(usual, _), (large, _other) = socket.socketpair(), socket.socketpair()
+try: large.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**30)
+except OSError as problem: print(problem)
+if room(large) > room(usual): breach('more memory in a socket')""",
+    ),
+    Attack(
+        "large_pipe",
+        "import fcntl, os\nif fcntl.fcntl(os.pipe()[1], 1031, 2**20) >= 2**20: breach('1 MB in a pipe')",
+        may_be_denied=True,
+    ),
+    Attack(
+        "pages_in_pipes",
+        """
+import ctypes, os
+class Span(ctypes.Structure): _fields_ = [('base', ctypes.c_void_p), ('size', ctypes.c_size_t)]
+page = ctypes.create_string_buffer(4096)
+span = Span(ctypes.addressof(page), 4096)
+if ctypes.CDLL(None).vmsplice(os.pipe()[1], ctypes.byref(span), ctypes.c_size_t(1), 0) > 0: breach('a page')""",
+    ),
+    Attack(
+        "attributes_of_files",
+        "import os\nopen('f', 'w').close()\nos.setxattr('f', 'user.x', b'x' * 1000)\nbreach('attributes')",
+        may_be_denied=True,
+        statuses=("error",),
+    ),
+    Attack("locked_memory", "import ctypes\nx = ctypes.create_string_buffer(2**20)\n"
+           "if ctypes.CDLL(None).mlock(x, ctypes.c_size_t(2**20)) == 0: breach('memory that is never paged out')",
+           may_be_denied=True),  # fmt: skip
     Attack("huge_file", "open('big', 'wb').write(b'x' * (64 * 2**20))\nbreach('64 MB on disk')"),
     Attack(
         "many_large_files",
@@ -440,6 +540,66 @@ sys.late = Late()""",
     ),
 ]
 
+LOCK = """
+import ctypes, fcntl, os, struct
+libc, fd = ctypes.CDLL(None), os.open(os.__file__, os.O_RDONLY)
+whole = struct.pack('hhqqi4x', 0, 0, 0, 0, 0)
+"""
+
+# what is shared with the host although it is read-only: locks on its files, news of them, its disk
+HOST = [
+    Attack("flock", LOCK + "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\nbreach('locked a library')"),
+    Attack("flock_a_folder", LOCK + "fcntl.flock(os.open('/usr', os.O_RDONLY), fcntl.LOCK_EX)\nbreach('locked /usr')"),
+    Attack("record_lock", LOCK + "fcntl.fcntl(fd, fcntl.F_SETLK, whole)\nbreach('nobody may lock it to write')"),
+    Attack("record_lock_that_waits", LOCK + "fcntl.lockf(fd, fcntl.LOCK_SH)\nbreach('nobody may lock it to write')"),
+    *(
+        Attack(
+            f"record_lock_{command:#x}",
+            LOCK + f"if libc.syscall(ctypes.c_long($fcntl), fd, ctypes.c_ulong({command}), whole) == 0: breach()",
+        )
+        for command in (0x1_0000_0006, 37, 38)  # the kernel reads the lower half
+    ),
+    Attack("lease", LOCK + "fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)\nbreach('a lease')", may_be_denied=True),
+    Attack("dnotify", LOCK + "fcntl.fcntl(os.open('/usr', os.O_RDONLY), fcntl.F_NOTIFY, 31)\nbreach('it tells')"),
+    Attack(
+        "inotify",
+        RAW
+        + """
+for start in (libc.inotify_init, lambda: libc.inotify_init1(0)):
+    fd = start()
+    for path in (b'/', b'/usr', os.__file__.encode(), b'.'):
+        if libc.inotify_add_watch(fd, path, 0xfff) >= 0: breach('a watch on', path)""",
+    ),
+    Attack(
+        "fanotify",
+        RAW
+        + """
+fd = libc.fanotify_init(0x200, 0)
+if libc.fanotify_mark(fd, 1, ctypes.c_uint64(2), -100, b'/usr') == 0: breach('a mark on /usr')""",
+        may_be_denied=True,
+    ),
+    *(
+        Attack(f"flush_by_{name}", LOCK + f"if {flush} == 0: breach('the disk works')")
+        for name, flush in (
+            ("sync", "libc.syscall(ctypes.c_long($sync))"),
+            ("syncfs", "libc.syncfs(fd)"),
+            ("fsync", "libc.fsync(fd)"),
+            ("fdatasync", "libc.fdatasync(fd)"),
+            ("sync_file_range", "libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), 7)"),
+        )
+    ),
+    Attack(
+        "flush_by_msync",
+        LOCK
+        + """
+libc.mmap.restype = ctypes.c_void_p
+place = libc.mmap(None, ctypes.c_size_t(4096), 1, 1, fd, ctypes.c_long(0))
+if libc.msync(ctypes.c_void_p(place), ctypes.c_size_t(4096), 4) == 0: breach('the disk works')""",
+    ),
+    Attack("drop_the_cache", LOCK + "os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)\nbreach('read it again')"),
+    Attack("read_ahead", LOCK + "if libc.readahead(fd, ctypes.c_int64(0), ctypes.c_size_t(4096)) == 0: breach()"),
+]
+
 NETWORK = [
     Attack("tcp", "import socket\nprint(socket.create_connection(('127.0.0.1', $tcp), 3).recv(100))"),
     Attack(
@@ -569,6 +729,14 @@ if libc.syscall(ctypes.c_long($add_key), b'user', b'x', b'y', ctypes.c_size_t(1)
         + """
 attributes = (ctypes.c_uint32 * 32)(2, 4, 4, 1)
 if libc.syscall(ctypes.c_long($bpf), 0, attributes, 128) >= 0: breach('a map in the kernel')""",
+        may_be_denied=True,
+    ),
+    Attack(
+        "perf_event",
+        RAW
+        + """
+attributes = (ctypes.c_uint32 * 32)(1, 112)
+if libc.syscall(ctypes.c_long($perf_event_open), attributes, 0, -1, -1, 0) >= 0: breach('a counter')""",
         may_be_denied=True,
     ),
     Attack(
@@ -731,4 +899,4 @@ for _ in range(10**6):
     ),
 ]
 
-ATTACKS = [*RESOURCES, *FILES, *PROCESSES, *NETWORK, *KERNEL, *RESULTS]
+ATTACKS = [*RESOURCES, *FILES, *PROCESSES, *HOST, *NETWORK, *KERNEL, *RESULTS]

@@ -1,6 +1,8 @@
 """src/evaluation/code_runner.py: what a block shows, how it ends, where it refuses. Attacks: test_code_attacks.py."""
 
+import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from src.errors import UserError
+from src.evaluation import code_jail
 from src.evaluation.code_runner import Execution, Limits, Notebook, best_isolation, first_difference, run
 
 REPO = Path(__file__).resolve().parents[2]
@@ -203,9 +206,21 @@ def test_a_machine_without_namespaces_is_refused_unless_told_otherwise() -> None
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", close, sys.executable, script]
     output = subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout
     assert output.startswith("refused: this machine does not isolate a solution's code: bubblewrap: ")
-    assert "namespaces): [Errno 28] unshare" in output
+    told = "namespaces): user namespaces are switched off here: /proc/sys/user/max_user_namespaces is 0. Allow"
+    assert told in output
     assert "or say isolation='none' to run the code with your own rights" in output
     assert output.endswith("Execution(output='1\\n', status='ok')\n")
+
+
+def test_no_namespace_has_its_true_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, denied = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EPERM, "Operation not permitted")
+    assert str(code_jail.refusal("net", full)).startswith(
+        "no more net namespaces are allowed here: /proc/sys/user/max_net_namespaces, or that of a namespace around"
+    )
+    (tmp_path / "switch").write_text("1\n")
+    for off, told in (("1", "switched off here: .*/switch is 1"), ("0", "not allowed here: Operation not permitted")):
+        monkeypatch.setattr(code_jail, "SWITCHES", {str(tmp_path / "switch"): off, "/nowhere": "0"})
+        assert re.fullmatch(f"user namespaces are {told}", str(code_jail.refusal("user", denied)))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
