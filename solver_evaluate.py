@@ -5,7 +5,6 @@ torchrun --nproc_per_node 8 solver_evaluate.py --task GSM8K --ckpt_dir out --lab
 python solver_evaluate.py --task GSM8K --ckpt_dir out --interactive
 """
 
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,14 +22,13 @@ from src.evaluation.evaluator import (
     disclaim_samples,
     grade_samples,
     local_sampler,
-    remote_sampler,
     sample_prompts,
 )
 from src.evaluation.interactive import Solver, converse
 from src.evaluation.prompting import make_prompting, select_prompts
 from src.evaluation.report import CURVES, results_table
+from src.evaluation.served import ServedSolver, check_flags
 from src.evaluation.tasks import Task, find_task
-from src.inference.remote import Server
 from src.inference.sampling import Sampling
 from src.plot import plot_results
 from src.runlog import RunLog
@@ -57,9 +55,10 @@ def main(
     ckpt_dir: solver checkpoint; not needed with samples_file or a server
     samples_file: grade these samples instead: jsonl of {"response", "id"?, "sample"?}, matched by id or row order
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
-    tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
+    tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir. A server then gets token ids, not text
     chat_template: form of prompts: none, file (the tokenizer's own) or llama-2, llama-3, mistral, qwen, deepseek,
-        gemma, internlm2, code; default: what ckpt_dir was trained with, else none
+        gemma, internlm2, code; default: what ckpt_dir was trained with, else none. With a server: they need
+        tokenizer_file; server = it puts messages in its own (/chat/completions); default: the bare prompt as text
     max_batch_size: sequences that decode at once; requests under way at a server
     max_new_tokens: longest response
     num_samples: samples of each problem
@@ -74,7 +73,7 @@ def main(
     split: only problems with this `split` field, or level=4, level=1-3, subject=Algebra|Geometry; a comma means and
     limit: only the first so many problems; -1 = all
     seed: with the problem's id and the sample's number, all that a sample's randomness depends on
-    backend: engine = the checkpoint, in this process; openai = a server that speaks the OpenAI completions protocol
+    backend: engine = the checkpoint, in this process; openai = a server that speaks the OpenAI protocol
     max_rounds: of a model that writes solutions with code (--chat_template code): blocks of text and code at most
     isolation: what such code runs in; default: what this machine has; none = your own rights, under limits alone
     base_url: the server's address up to /v1, for example http://localhost:8000/v1
@@ -108,8 +107,10 @@ def main(
         return
     problems = read_prompts(label_file, need_label=benchmark.graded)
     prompts = select_prompts(problems, split)[: limit if limit >= 0 else None]
+    served = ServedSolver(flags, prompting) if backend == "openai" else None
     if dry_run and not ckpt_dir:
-        runlog.table(plan.report({"problems": len(prompts), "a prompt": prompting.text(prompts[0].instruction)}, {}))
+        shown = (served.shown if served else prompting.text)(prompts[0].instruction)
+        runlog.table(plan.report({"problems": len(prompts), "a prompt": shown}, {}))
         return
     if dry_run:
         tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
@@ -125,7 +126,9 @@ def main(
     with Marking(benchmark, prompts) if marks else nullcontext() as marking:
         if not samples_file:
             parallel.start(seed=seed)
-            if ckpt_dir:
+            if served:
+                source, sampler = served.facts(), served.sampler(sampling)
+            else:
                 model = assemble.load_solver(ckpt_dir, **solver)
                 tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
                 source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), "chat_template": tokenizer.chat_template}
@@ -133,10 +136,6 @@ def main(
                 source |= {"max_rounds": max_rounds} if coding else {}
                 sampler = local_sampler(model, tokenizer, prompting, sampling, max_batch_size, compiled=compile,
                                         coding=coding)
-            else:
-                source = {"model_name": model_name}
-                server = Server(base_url=base_url, model_name=model_name, api_key=os.environ.get(api_key_env, ""))
-                sampler = remote_sampler(server, prompting, sampling, max_batch_size)
             claim_samples(path, source | {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
                                           "max_new_tokens": max_new_tokens, "quantize": quantize,
                                           "seed": seed} | prompting.facts())
@@ -169,16 +168,12 @@ def refuse_contradictions(flags: Mapping[str, object], benchmark: Task) -> None:
         raise UserError("give one of --ckpt_dir, to sample, --samples_file, to grade what exists, or --backend openai")
     if "samples_file" in on and not benchmark.graded:
         raise UserError("--task none grades nothing; name the task of --samples_file")
-    if "ckpt_dir" not in on and parallel.world_size() > 1:
-        raise UserError("--samples_file and --backend openai need one process; start it with python, not torchrun")
-    if "server" in on:
-        if not {"base_url", "model_name"} <= on:
-            raise UserError("--backend openai needs --base_url and --model_name")
-        if on & {"top_k", "min_p", "quantize"}:
-            raise UserError("--top_k, --min_p and --quantize are not in the OpenAI protocol; set them at the server")
-    key = flags["api_key_env"]
-    if key and key not in os.environ:
-        raise UserError(f"--api_key_env {key}: there is no such environment variable; export the server's key")
+    if "samples_file" in on:
+        if parallel.world_size() > 1:
+            raise UserError("--samples_file needs one process; start it with python, not torchrun")
+        if unused := on & {"chat_template", "tokenizer_file", "model_type", "quantize", "compile"}:
+            raise UserError(f"--{min(unused)} has no effect on samples that exist; leave it or --samples_file out")
+    check_flags(flags)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +21,6 @@ from src.evaluation.prompting import Prompting
 from src.evaluation.report import Graded, Speed, summarize, type_of
 from src.evaluation.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of
-from src.inference.remote import RemoteRequest, Server, complete
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from src.runlog import RunLog
@@ -89,26 +88,6 @@ def local_sampler(
                 round(sum(completion.logprobs), 1),
                 finish if finish.startswith(INFRASTRUCTURE) else "",
             )
-
-    return sample
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first of the stop strings."""
-    return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
-
-
-def remote_sampler(server: Server, prompting: Prompting, sampling: Sampling, concurrency: int) -> Sampler:
-    """Samples from a server that speaks the OpenAI completions protocol."""
-
-    def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
-        requests = [
-            RemoteRequest(prompt.id, number, prompting.text(prompt.instruction)) for prompt, number in wanted
-        ]
-        for answer in complete(server, requests, sampling, concurrency=concurrency):
-            name, number, _ = answer.request
-            text = _until(answer.text, prompting.stop)  # some servers leave the stop string in
-            yield Drawn(name, number, text, answer.token_count, answer.finish, None, answer.error)
 
     return sample
 
@@ -257,10 +236,11 @@ def _report_failures(failed: Sequence[dict[str, object]], path: Path, log: RunLo
     write_samples(record, failed)
     names = ", ".join(f"{row['id']}/{row['sample']}" for row in failed[:10])
     log.logger.warning(
-        "%d samples failed and count as missing until a rerun gets them: %s%s; reasons in %s",
+        "%d samples failed and count as missing until a rerun gets them: %s%s; %d of them with: %s; all reasons in %s",
         len(failed),
         names,
         " ..." if len(failed) > 10 else "",
+        *Counter(row["error"] for row in failed).most_common(1)[0][::-1],
         record,
     )
 

@@ -1,9 +1,10 @@
-"""A real completions server for tests, and a proxy before it that makes the faults of a bad day.
+"""A real completions server for tests, a proxy before it that makes the faults of a bad day, one that says anything.
 
 The server is `transformers serve` with a tiny random Llama: of the servers that speak the protocol it is the one that
 installs with what the tests need anyway and runs on a CPU.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
@@ -68,6 +70,44 @@ def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
             time.sleep(0.2)
     process.kill()
     raise RuntimeError("transformers serve did not start; are fastapi, uvicorn and openai installed?")
+
+
+class Answering:
+    """A server on the loopback that gives each request to a function: (path, body) -> (status, data or its parts)."""
+
+    def __init__(
+        self, answer: Callable[[str, dict[str, object]], tuple[int, bytes | Iterable[bytes]]]
+    ) -> None:
+        self.bodies: list[dict[str, object]] = []
+        self.paths: list[str] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.bodies.append(body)
+                server.paths.append(self.path)
+                status, data = answer(self.path, body)
+                self.send_response(status)
+                self.end_headers()
+                with contextlib.suppress(OSError):  # a client may go before the end
+                    for part in [data] if isinstance(data, bytes) else data:
+                        self.wfile.write(part)
+
+            def log_message(self, *words: object) -> None:
+                """Keep quiet."""
+
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.httpd.daemon_threads = True
+        self.base_url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
+        Thread(target=self.httpd.serve_forever, args=(0.05,), daemon=True).start()
+
+    def __enter__(self) -> "Answering":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.httpd.shutdown()
+        self.httpd.server_close()
 
 
 class FaultyProxy:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 import solver_evaluate
+from src import runlog
 from src.errors import UserError
 from src.inference import remote
 from src.inference.remote import RemoteRequest, Server
@@ -39,8 +40,8 @@ def answers(upstream: Upstream, base_url: str, seconds: float = 30.0, concurrenc
     server = Server(base_url=base_url, model_name=upstream.model_name, seconds=seconds)
     found = list(remote.complete(server, REQUESTS, GREEDY, concurrency=concurrency))
     assert [answer.error for answer in found] == [""] * len(found)
-    assert all((answer.finish == "length") == (answer.token_count == 8) for answer in found)
-    return {answer.request.id: answer.text for answer in found}
+    assert all((answer.reply.finish == "length") == (answer.reply.token_count == 8) for answer in found)
+    return {answer.request.id: answer.reply.text for answer in found}
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,8 @@ def test_a_bad_request_fails_alone_and_at_once(upstream: Upstream, expected: dic
     server = Server(base_url=proxy.base_url, model_name=upstream.model_name)
     found = {answer.request.id: answer for answer in remote.complete(server, REQUESTS, GREEDY, concurrency=2)}
     proxy.stop()
-    assert found["2"].error.startswith("status 400: not now") and found["2"].text == ""
-    assert {name: answer.text for name, answer in found.items() if name != "2"} == {
+    assert found["2"].error.startswith("status 400: 'not now'") and found["2"].reply is None
+    assert {name: answer.reply.text for name, answer in found.items() if name != "2"} == {
         name: text for name, text in expected.items() if name != "2"
     }
 
@@ -96,8 +97,9 @@ def test_a_wrong_address_or_key_stops_the_run(upstream: Upstream, monkeypatch: p
 
 def test_a_request_says_all_that_the_sample_depends_on() -> None:
     sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=5, stop=("Q:",), seed=3)
+    server = Server(base_url="http://here/v1", model_name="m")
     first, again, other = (
-        remote.request_body("m", RemoteRequest("a", number, "1+1="), sampling) for number in (0, 0, 1)
+        remote.request_body(server, RemoteRequest("a", number, "1+1="), sampling) for number in (0, 0, 1)
     )
     assert first == again and first["seed"] != other["seed"] and 0 <= first["seed"] < 2**31
     assert first | {"seed": 0} == {
@@ -118,14 +120,16 @@ def evaluate(upstream: Upstream, proxy: FaultyProxy, folder: Path) -> tuple[str,
 
 
 def test_an_evaluation_goes_on_where_requests_failed(
-    upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(runlog.logger(), "propagate", True)
     for name in ("whole", "part"):
         (tmp_path / name).mkdir()
     good = FaultyProxy(upstream.port, [])
     whole, results = evaluate(upstream, good, tmp_path / "whole")
     assert results["samples"] == 10 and results["never_sampled"] == 0
     assert sum(good.seen.values()) == 10
+    assert "the server gives no log-probs" in caplog.text and len(caplog.records) == 1  # and is told once
 
     bad = FaultyProxy(upstream.port, ["hang-up"], always={"3+3": 503})
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)

@@ -1,0 +1,147 @@
+"""A solver behind a server: the flags that name it, the form in which it is asked, and its answers as samples."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from src import parallel, runlog
+from src.data.encoding import encode_prompt
+from src.errors import UserError
+from src.evaluation.evaluator import Drawn, Sampler, Wanted
+from src.evaluation.prompting import Prompting
+from src.inference.remote import RemoteCompletion, RemoteRequest, Server, complete
+from src.inference.reply import Reply
+from src.inference.sampling import Sampling
+from src.text.blocks import CODE_FORM
+from src.text.tokenizer import Tokenizer
+
+AT_SERVER = "server"  # the --chat_template that the server applies itself
+OWN = ("base_url", "model_name", "api_key_env")  # flags of a server alone
+# what a request has no word for, or a server decides, by the value that asks for nothing
+WITHOUT_EFFECT: dict[str, object] = {
+    "ckpt_dir": "", "model_type": "", "top_k": 0, "min_p": 0.0, "quantize": "", "compile": False, "isolation": "",
+    "max_rounds": 24,
+}  # fmt: skip
+
+
+def check_flags(flags: Mapping[str, object]) -> bool:
+    """Whether a server is asked. Raises UserError for flags that do not go together or would have no effect."""
+    given = {name for name, value in flags.items() if value}
+    template, has_tokenizer = flags["chat_template"], "tokenizer_file" in given
+    if flags["backend"] != "openai":
+        if own := [name for name in OWN if name in given]:
+            raise UserError(f"--{own[0]} says which server to ask; give --backend openai with it")
+        if template == AT_SERVER:
+            raise UserError(f"--chat_template {AT_SERVER} leaves the form to a server; give --backend openai with it")
+        return False
+    if not {"base_url", "model_name"} <= given:
+        raise UserError("--backend openai needs --base_url and --model_name")
+    if lost := [name for name, nothing in WITHOUT_EFFECT.items() if flags.get(name, nothing) != nothing]:
+        raise UserError(
+            f"--{', --'.join(lost)} would have no effect at a server, since it is not in the OpenAI protocol; "
+            f"set it there, or leave --backend openai out"
+        )
+    if parallel.world_size() > 1:
+        raise UserError("--backend openai needs one process; start it with python, not torchrun")
+    if template == CODE_FORM:
+        raise UserError(f"--chat_template {CODE_FORM} runs a solution's code as it is written, which no server can")
+    if has_tokenizer and template in ("", AT_SERVER):
+        raise UserError(
+            f"--tokenizer_file with --backend openai puts prompts in the form of a --chat_template and in token ids; "
+            f"give none, file or a built-in name with it (found {template or 'nothing'})"
+        )
+    if not has_tokenizer and template not in ("", "none", AT_SERVER):
+        raise UserError(
+            f"--chat_template {template} with --backend openai needs --tokenizer_file, the file or directory of the "
+            f"model's tokenizer; --chat_template {AT_SERVER} leaves the form to the server"
+        )
+    key = flags["api_key_env"]
+    if key and key not in os.environ:
+        raise UserError(f"--api_key_env {key}: there is no such environment variable; export the server's key")
+    if key and not (os.environ[key].isascii() and os.environ[key].isprintable()):
+        raise UserError(f"--api_key_env {key}: its value has characters that no key has, such as a new line")
+    return True
+
+
+class ServedSolver:
+    """What goes on with solutions at a server.
+
+    A prompt is a text; with a tokenizer its ids in the tokenizer's template, as a model in this process would get
+    them; with --chat_template server the message of a user.
+    """
+
+    coding = None  # no code is run
+
+    def __init__(self, flags: Mapping[str, object], prompting: Prompting) -> None:
+        """flags: those of a script, after check_flags(). Raises UserError for a tokenizer that does not open."""
+        self.prompting, self.concurrency = prompting, flags["max_batch_size"]
+        self.chat_template = flags["chat_template"]
+        path = flags["tokenizer_file"]
+        self.tokenizer = Tokenizer(Path(path), self.chat_template) if path else None
+        self.server = Server(
+            base_url=flags["base_url"],
+            model_name=flags["model_name"],
+            api_key=os.environ.get(flags["api_key_env"], ""),
+            chat=self.chat_template == AT_SERVER,
+            stop_ids=tuple(sorted(self.tokenizer.stop_ids)) if self.tokenizer else (),
+        )
+        self._told: set[str] = set()
+
+    def facts(self) -> dict[str, object]:
+        """What samples depend on beside the sampling."""
+        tokenizer = self.tokenizer.fingerprint()[:16] if self.tokenizer else None
+        template = None if self.chat_template in ("", "none") else self.chat_template
+        return {"model_name": self.server.model_name, "chat_template": template, "tokenizer": tokenizer}
+
+    def prompt(self, instruction: str, prefix: str = "") -> str | list[int]:
+        """A problem as it is sent, perhaps with the beginning of its solution."""
+        text = self.prompting.text(instruction)
+        return encode_prompt(self.tokenizer, text, prefix) if self.tokenizer else text + prefix
+
+    def shown(self, instruction: str) -> str:
+        """A prompt for people."""
+        prompt = self.prompt(instruction)
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, show_control=True)
+
+    def complete(self, requests: Sequence[RemoteRequest], sampling: Sampling) -> Iterator[RemoteCompletion]:
+        """The server's answers as they come; what is odd about all of them is said once."""
+        for answer in complete(self.server, requests, sampling, concurrency=self.concurrency):
+            prompt, reply = answer.request.prompt, answer.reply
+            if reply and isinstance(prompt, str) and prompt.strip() and reply.text.startswith(prompt):
+                self._tell("the server repeats the prompt before its answer; it is cut off there")
+                answer = answer._replace(reply=reply._replace(text=reply.text[len(prompt) :], tokens=()))
+            elif reply and reply.text and not reply.tokens:
+                self._tell("the server gives no log-probs: samples have the logprob null")
+            yield answer
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """Whole solutions, as sample_prompts() takes them."""
+
+        def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+            requests = [RemoteRequest(problem.id, n, self.prompt(problem.instruction)) for problem, n in wanted]
+            for (name, number, _), reply, error in self.complete(requests, sampling):
+                if reply is None:
+                    yield Drawn(name, number, "", None, "", None, error)
+                    continue
+                text, met, reply = until(reply, sampling.stop)
+                logprob = None if reply.logprob is None else round(reply.logprob, 1)
+                yield Drawn(name, number, text, reply.token_count, "stop" if met else reply.finish, logprob)
+
+        return sample
+
+    def _tell(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            runlog.logger().warning("%s", what)
+
+
+def until(reply: Reply, stop: Sequence[str]) -> tuple[str, str, Reply]:
+    """The text up to the first of these strings, that string ("" where there is none), and the reply up to its end.
+
+    Some servers leave the string in, or go on behind it.
+    """
+    met = min((text for text in stop if text in reply.text), key=reply.text.index, default="")
+    if not met:
+        return reply.text, "", reply
+    place = reply.text.index(met)
+    return reply.text[:place], met, reply.first(place + len(met))
