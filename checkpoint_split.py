@@ -16,12 +16,12 @@ from typing import Literal
 from src import assemble, cli, parallel, plan, runlog
 from src import certify as certificate
 from src.checkpoint import export, sources, storage, training_state
-from src.checkpoint.sources import Source
-from src.checkpoint.split import split, split_adapter
+from src.checkpoint.sources import AdapterSource, Source
+from src.checkpoint.split import split, split_adapter, tokenizer_of
 from src.errors import UserError
 from src.models.foreign import check_model_type
 from src.text.blocks import CODE_FORM, Marker
-from src.text.extend import add_control_tokens
+from src.text.extend import GENERATION, add_control_tokens, say_ends
 
 
 def main(
@@ -110,6 +110,7 @@ def main(
     if verify_hashes:
         for folder in sources.folders_of(source):
             storage.verify_hashes(folder)
+    source, tokenizer_file = with_ends(source, tokenizer_file, format)
     target = Path(save_path)
     if format == "peft":
         not_finite = export.export_peft(source, target, described, tokenizer_file)
@@ -135,11 +136,37 @@ def with_code_tokens(source: Source, tokenizer_file: str, described: str) -> tup
     files = storage.tokenizer_files(Path(tokenizer_file)) if tokenizer_file else source.tokenizer_files
     if not files:
         raise UserError(f"--code_tokens extends a tokenizer, but none lies beside {described}; give --tokenizer_file")
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    first = add_control_tokens(files, Path(folder), list(Marker))
+    folder = copy_of(files)
+    first = add_control_tokens(folder, list(Marker), files[0].parent)
     source = sources.with_added_tokens(source, len(Marker), first)
-    return source._replace(config=dataclasses.replace(source.config, chat_template=CODE_FORM)), folder
+    return source._replace(config=dataclasses.replace(source.config, chat_template=CODE_FORM)), str(folder)
+
+
+def with_ends(
+    source: Source | AdapterSource, tokenizer_file: str, format: str
+) -> tuple[Source | AdapterSource, str]:
+    """A checkpoint and the directory of its tokenizer, where both say what ends a response, and an export the template.
+
+    Shards only need what config.json alone said: their params.json knows the rest.
+    """
+    files = tokenizer_of(source.tokenizer_files, tokenizer_file)
+    carried = source.config.carried
+    ids = {key: carried[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in carried}
+    if not files or (format == "shards" and any(file.name == GENERATION for file in files)):
+        return source, tokenizer_file
+    if format == "shards" and ids.get("eos_token_id") is None:
+        return source, tokenizer_file
+    folder = copy_of(files)
+    ids = say_ends(folder, "" if format == "shards" else source.config.chat_template, ids)
+    return source._replace(config=dataclasses.replace(source.config, carried=carried | ids)), str(folder)
+
+
+def copy_of(files: list[Path]) -> Path:
+    """A directory of these files of a tokenizer, which is gone when the process ends."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    storage.copy_tokenizer(files, folder)
+    return folder
 
 
 if __name__ == "__main__":

@@ -129,5 +129,8 @@ def _config_json(config: ModelConfig, dtype: str) -> dict[str, object]:
         kind = "ForSequenceClassification" if config.score == "last" else "ForTokenClassification"
         (architecture,) = values["architectures"]
         values["architectures"] = [architecture.replace("ForCausalLM", kind)]
+        ends, pad = values.get("eos_token_id"), values.get("pad_token_id")
+        if pad is not None and pad in (ends if isinstance(ends, list) else [ends]):
+            values["pad_token_id"] = None  # else transformers takes the end for padding, and reads the token before
         values |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     return values

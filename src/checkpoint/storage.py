@@ -23,6 +23,7 @@ from src import parallel
 from src.checkpoint.tensor_files import (
     TensorSpec,
     as_stored,
+    check_regular,
     digest_path,
     file_hash,
     open_torch_file,
@@ -302,6 +303,7 @@ def _install(folder: Path, documents: Sequence[str]) -> None:
 def copy_tokenizer(files: Sequence[Path], folder: Path) -> None:
     """Put a tokenizer's files into a directory, where a vocabulary has the name by which it is found."""
     for source in files:
+        check_regular(source)
         target = folder / _NAMES_BY_SUFFIX.get(source.suffix, source.name)
         if source.resolve() != target.resolve():
             _replace(target, lambda temporary, source=source: shutil.copyfile(source, temporary))

@@ -1,28 +1,27 @@
-"""A tokenizer with more control tokens than it came with."""
+"""A tokenizer's directory that says more than it came with: control tokens, the ends of responses, a template."""
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from src.errors import UserError
-from src.text.tokenizer import Tokenizer
+from src.text.chat import TEMPLATES, find_source
+from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
 from src.text.vocabulary import read_json
 
-CONFIG = "tokenizer_config.json"
+CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
-def add_control_tokens(files: Sequence[Path], folder: Path, tokens: Sequence[str]) -> int:
-    """Copy a tokenizer's files to a folder and give it control tokens behind its vocabulary. -> the id of the first.
+def add_control_tokens(folder: Path, tokens: Sequence[str], source: Path) -> int:
+    """Give the tokenizer in a folder control tokens behind its vocabulary. -> the id of the first.
 
-    They stand in tokenizer_config.json, where transformers finds them too. Raises UserError if one is there already.
+    They stand in tokenizer_config.json, where transformers finds them too. source: what the folder is a copy of.
+    Raises UserError if one is there already.
     """
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
     tokenizer = Tokenizer(folder)
     known = [token for token in tokens if token in tokenizer.control]
     if known:
-        raise UserError(f"{files[0].parent}: the tokenizer has '{known[0]}' already; nothing is to be added")
+        raise UserError(f"{source}: the tokenizer has '{known[0]}' already; nothing is to be added")
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     entries = {
         str(tokenizer.vocab_size + place): {
@@ -38,3 +37,32 @@ def add_control_tokens(files: Sequence[Path], folder: Path, tokens: Sequence[str
     config["added_tokens_decoder"] = (config.get("added_tokens_decoder") or {}) | entries
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return tokenizer.vocab_size
+
+
+def say_ends(folder: Path, chat_template: str, ids: Mapping[str, object]) -> dict[str, object]:
+    """Write what ends a response, and the template of training, where transformers looks for them.
+
+    generation_config.json lists the ids of ends: those that it or, without it, the config (`ids`: bos_token_id,
+    eos_token_id, pad_token_id) had, and those of training. chat_template: as in ModelConfig, empty where nothing was
+    trained here; a built-in one becomes chat_template.jinja. -> the ids that the config is to have.
+    """
+    path = folder / GENERATION
+    said = read_json(path) if path.is_file() else dict(ids)
+    ends = said.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ids = dict(ids)
+    has_vocabulary = any((folder / name).is_file() for name in VOCABULARY_FILES)
+    if has_vocabulary and (chat_template or not ends):
+        tokenizer = Tokenizer(folder, chat_template or "none")
+        if not ids:  # Meta's files name none
+            ids["bos_token_id"] = tokenizer.bos_id
+        missing = tokenizer.stop_ids - {*ends, tokenizer.eos_id}
+        ends = [tokenizer.eos_id, *(end for end in ends if end != tokenizer.eos_id), *sorted(missing)]
+        ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        said["eos_token_id"] = ids["eos_token_id"]
+    if ends:
+        path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    if chat_template in TEMPLATES:
+        source = find_source(chat_template, folder)
+        (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    return ids

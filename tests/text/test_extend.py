@@ -64,4 +64,4 @@ def test_tokens_that_are_there_are_not_added_again(tmp_path: Path, code_base: st
         checkpoint_split.main(code_base, str(tmp_path / "again"), 1, code_tokens=True)
     files = [path for path in Path(code_base).iterdir() if path.name.startswith("tokenizer")]
     with pytest.raises(UserError, match="already"):
-        add_control_tokens(files, tmp_path, [Marker.CODE])
+        add_control_tokens(Path(code_base), [Marker.CODE], files[0].parent)

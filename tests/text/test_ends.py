@@ -1,0 +1,180 @@
+"""src/text/extend.py, say_ends() and checkpoint_split.py: what import and training knew of ends, exports say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config
+
+import checkpoint_split
+import solver_train
+from src import assemble, parallel
+from src.checkpoint.sources import open_source
+from src.models.lora import LoraConfig
+from src.text.extend import say_ends
+from src.text.tokenizer import Tokenizer
+from tests import reference, tiny
+from tests.text.files import write_json, write_merges, write_sentencepiece
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 128,
+}  # fmt: skip
+MESSAGES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+
+
+def base(folder: Path, generation: dict[str, object] | None = None, **config: object) -> Path:
+    """A random Qwen 2 with a tokenizer, whose end is said in config.json, or in generation_config.json too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, **config))
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        write_json(folder / "generation_config.json", generation)
+    write_merges(folder)
+    return folder
+
+
+def trained(folder: str, save_dir: Path, chat_template: str, lora: LoraConfig | None = None) -> str:
+    """What training leaves of a checkpoint with a chat template, its weights untouched."""
+    parallel.start()
+    model = assemble.load_solver(folder)
+    assemble.put_lora_on(model, lora, 0)
+    assemble.set_chat_template(model, assemble.load_tokenizer(folder, chat_template=chat_template))
+    assemble.save_model(model, str(save_dir), folder, lora=lora)
+    return str(save_dir)
+
+
+def exported(source: str, folder: Path, format: str = "hf") -> Path:
+    checkpoint_split.main(source, str(folder), format=format)
+    return folder
+
+
+def ids(folder: Path) -> list[object]:
+    """bos, eos and pad as transformers generates with them, and as config.json says them."""
+    config = json.loads((folder / "config.json").read_text())
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == config.get("eos_token_id")
+    return [generation.bos_token_id, generation.eos_token_id, generation.pad_token_id]
+
+
+@pytest.mark.parametrize("eos", [7, [7, 9]])
+def test_ends_in_config_json_alone_stop_samples_here_and_in_the_export(tmp_path: Path, eos: object) -> None:
+    source = base(tmp_path / "hf", eos_token_id=eos, bos_token_id=5, pad_token_id=3)
+    ours = tiny.split(source, tmp_path / "ours")
+    tokenizer = assemble.load_tokenizer(ours)
+    assert tokenizer.stop_ids == {7, tokenizer.eos_id} | ({9} if isinstance(eos, list) else set())
+    assert ids(exported(ours, tmp_path / "back")) == [5, eos, 3]
+    again = exported(tiny.split(tmp_path / "back", tmp_path / "two", 2), tmp_path / "third")
+    assert ids(again) == [5, eos, 3]
+
+
+def test_an_import_that_says_all_is_exported_as_it_was(tmp_path: Path) -> None:
+    generation = {"eos_token_id": [4, 8], "pad_token_id": 2, "do_sample": True, "temperature": 0.7}
+    source = base(tmp_path / "hf", generation, eos_token_id=8)
+    back = exported(tiny.split(source, tmp_path / "ours"), tmp_path / "back")
+    assert json.loads((back / "generation_config.json").read_text()) == generation
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == 8
+    assert not (back / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("template", ["qwen", "gemma"])
+@pytest.mark.parametrize("generation", [None, {"eos_token_id": 7, "top_k": 3}])
+def test_the_end_and_the_template_of_training_stand_in_the_export(
+    tmp_path: Path, template: str, generation: dict[str, object] | None
+) -> None:
+    ours = tiny.split(base(tmp_path / "hf", generation, eos_token_id=7, pad_token_id=3), tmp_path / "ours")
+    solver = trained(ours, tmp_path / "solver", template)
+    tokenizer = assemble.load_tokenizer(solver)
+    back = exported(solver, tmp_path / "back")
+    expected = [tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id, 7}), 7]
+    found = GenerationConfig.from_pretrained(back)
+    assert found.eos_token_id[0] == tokenizer.eos_id and sorted(found.eos_token_id) == sorted(expected)
+    assert found.top_k == (3 if generation else GenerationConfig().top_k)
+    theirs = AutoTokenizer.from_pretrained(back)
+    turn = tokenizer.chat.turns(MESSAGES)[0]
+    text = theirs.apply_chat_template(MESSAGES, tokenize=False)
+    prompt = theirs.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == turn.prompt and text.startswith(turn.prompt + turn.answer)
+    assert open_source(str(back)).config.chat_template == template
+
+
+def test_generate_stops_at_the_end_of_training(tmp_path: Path) -> None:
+    ours = tiny.split(base(tmp_path / "hf", eos_token_id=7), tmp_path / "ours")
+    solver = trained(ours, tmp_path / "solver", "qwen")
+    end = assemble.load_tokenizer(solver).eos_id
+    back = exported(solver, tmp_path / "back")
+    model = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
+    model.lm_head.weight.data[end] *= 0
+    model.lm_head.weight.data[end] += (
+        1e3 * model.model.norm.weight.data
+    )  # now it is always the likeliest or the last
+    prompt = torch.tensor([[1, 17, 5]])
+    with torch.no_grad():
+        likeliest = model(prompt).logits[0, -1].argmax().item()
+    if likeliest != end:
+        model.lm_head.weight.data[end] *= -1
+    assert model.generate(prompt, max_new_tokens=8, do_sample=False)[0, 3:].tolist() == [end]
+
+
+@pytest.mark.parametrize("template", ["none", "file"])
+def test_other_ways_to_train_add_their_end(tmp_path: Path, template: str) -> None:
+    source = base(tmp_path / "hf", eos_token_id=7)
+    jinja = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<end_of_turn>{% endif %}{% endfor %}"
+    (source / "chat_template.jinja").write_text(jinja)
+    solver = trained(tiny.split(source, tmp_path / "ours"), tmp_path / "solver", template)
+    back = exported(solver, tmp_path / "back")
+    assert GenerationConfig.from_pretrained(back).eos_token_id[0] == assemble.load_tokenizer(solver).eos_id
+    assert (back / "chat_template.jinja").read_text() == jinja
+
+
+def test_an_adapter_exported_for_peft_has_them_beside_it(tmp_path: Path) -> None:
+    ours = tiny.split(base(tmp_path / "hf", eos_token_id=7), tmp_path / "ours")
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq",))
+    adapter = trained(ours, tmp_path / "adapter", "qwen", lora)
+    end = assemble.load_tokenizer(adapter).eos_id
+    for format in ("peft", "hf"):
+        back = exported(adapter, tmp_path / f"back-{format}", format)
+        assert GenerationConfig.from_pretrained(back).eos_token_id[0] == end
+        assert "<|im_start|>" in AutoTokenizer.from_pretrained(back).chat_template
+
+
+def test_files_of_meta_get_the_ends_of_their_tokenizer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    theirs.save_pretrained(tmp_path / "hf")
+    source = open_source(str(tmp_path / "hf"))
+    torch.save(
+        {name: stored.load() for name, stored in source.tensors.items()}, tmp_path / "consolidated.00.pth"
+    )
+    write_json(tmp_path / "params.json", {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2})
+    write_sentencepiece(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    for ours in (tmp_path, Path(tiny.split(tmp_path, tmp_path / "ours"))):
+        back = exported(str(ours), tmp_path / f"back-{ours.name}")
+        assert ids(back)[1] == tokenizer.eos_id
+        assert json.loads((back / "config.json").read_text())["bos_token_id"] == tokenizer.bos_id
+
+
+def test_a_verifier_does_not_take_the_end_for_padding(tmp_path: Path) -> None:
+    ours = tiny.split(base(tmp_path / "hf", eos_token_id=7, pad_token_id=7), tmp_path / "ours")
+    back = exported(tiny.make_verifier(ours, tmp_path / "verifier"), tmp_path / "back")
+    assert json.loads((back / "config.json").read_text())["pad_token_id"] is None
+
+
+def test_ends_without_a_vocabulary_or_without_ids(tmp_path: Path) -> None:
+    assert say_ends(tmp_path, "", {}) == {} and not list(tmp_path.iterdir())
+    assert say_ends(tmp_path, "", {"eos_token_id": 3}) == {"eos_token_id": 3}
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 3}
+
+
+def test_reported_folders_keep_their_ends(tmp_path: Path) -> None:
+    folder = reference.shared("reports/EX1_eos_in_config/model")
+    assert ids(exported(tiny.split(folder, tmp_path / "a"), tmp_path / "b")) == [291, 290, 290]
+    report = reference.shared("reports/EX2_chat_eos")
+    ours = tiny.split(report / "base", tmp_path / "c")
+    solver_train.main(ours, str(tmp_path / "d"), str(report / "chat.jsonl"), chat_template="qwen", epochs=1)
+    back = exported(str(tmp_path / "d"), tmp_path / "e")
+    assert ids(back) == [None, [292, 290], 290]
+    assert "<|im_start|>" in (back / "chat_template.jinja").read_text()
