@@ -39,15 +39,16 @@ def read_adapter(folder: Path, base_dir: str = "") -> Adapter | None:
     if not path.is_file():
         return None
     values = storage.read_json(path)
-    for key in ("base", "base_fingerprint", "rank", "alpha", "targets"):
-        if key not in values:
-            raise UserError(f"{path}: key {key!r} is missing")
+    for key in sorted({"base", "base_fingerprint", "rank", "alpha", "targets"} ^ values.keys()):
+        what = "unknown; a newer version may have written it" if key in values else "missing"
+        raise UserError(f"{path}: key {key!r} is {what}")
     base = Path(base_dir or str(values["base"]))
     storage.check_complete(base)
     if storage.fingerprint(base) != values["base_fingerprint"]:
         raise UserError(f"{path}: the base {base} has changed since this adapter was trained; restore it")
     rank, alpha, targets = values["rank"], values["alpha"], values["targets"]
-    if type(rank) is not int or type(alpha) not in (int, float) or not isinstance(targets, list):
+    is_number = type(alpha) in (int, float) and abs(alpha) < 1e30  # nan is not
+    if type(rank) is not int or not is_number or not isinstance(targets, list):
         raise UserError(
             f"{path}: rank, alpha and targets must be a whole number, a number and a list of names"
         )

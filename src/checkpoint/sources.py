@@ -113,7 +113,15 @@ def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
 
 def _open_peft(folder: Path, base_dir: str) -> AdapterSource:
     adapter = peft_layout.read(folder)
-    base = _base_of(adapter, base_dir)
+    below = base = _base_of(adapter, base_dir)
+    above = {folder.resolve()}
+    while (below / peft_layout.CONFIG).is_file():
+        if below.resolve() in above:
+            raise UserError(
+                f"{folder} stands on itself: {below} is the base of its base; name it with --base_dir"
+            )
+        above.add(below.resolve())
+        below = _base_of(peft_layout.read(below), "")
     opened = open_source(str(base))
     config = opened.config
     if "v_head.weight" in adapter.tensors and not config.value_head:

@@ -191,6 +191,24 @@ def test_a_base_beside_the_adapter_is_found(tmp_path: Path, base: Path, adapter:
     assert open_adapter(folder).base.resolve() == tmp_path / "base"
 
 
+def test_an_adapter_on_an_adapter(tmp_path: Path, base: Path) -> None:
+    """The lower one is merged first, whatever it does to its base; one that ends in itself is refused."""
+    lower = save_variant(base, tmp_path / "lower", use_rslora=True)
+    export.export_hf(open_source(str(lower)), tmp_path / "merged", "lower")
+    for init in (True, "olora"):
+        upper = save_variant(tmp_path / "merged", tmp_path / "upper", init_lora_weights=init)
+        opened = open_adapter(upper, str(lower))
+        found = assemble.logit_difference(opened, merge(open_adapter(upper)))
+        assert found.difference < 1e-4 * found.scale
+    config = lower / "adapter_config.json"
+    for folder in (lower, upper):
+        config.write_text(
+            json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(folder)})
+        )
+        with pytest.raises(UserError, match="stands on itself"):
+            open_adapter(upper, str(lower))
+
+
 def test_published_adapters_that_change_their_base_or_sleep(tmp_path: Path) -> None:
     for name in ("pissa", "olora"):
         folder = reference.shared("reports/PF1_pissa_olora") / name
