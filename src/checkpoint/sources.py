@@ -434,7 +434,10 @@ def read_config(folder: Path) -> ModelConfig:
     if "ffn_dim" not in values:
         return open_source(str(folder)).config
     refuse_infinities(values, str(path))
-    if names := storage.parameter_names(folder):
+    names = storage.parameter_names(folder)
+    if any(".lora_" in name for name in names):  # an adapter has a part of each layer, not of each expert
+        _check_counts({"n_layers": values.get("n_layers")}, dict.fromkeys(names, ()), str(path))
+    elif names:
         _check_counts(values, dict.fromkeys(names, ()), str(path))
     return config_from_dict(values, str(path))
 

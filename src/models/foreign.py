@@ -145,8 +145,8 @@ def _carried(stated: dict[str, object], config: ModelConfig, source: str) -> dic
     """What a config.json says beyond what ModelConfig holds. Raises UserError for ids that are none."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = stated.get(key)
-        for index in ids if isinstance(ids, list) else [ids]:
-            if index is not None and type(index) is not int:
+        for index in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if type(index) is not int:
                 raise UserError(f"{source}: {key}={ids!r}; expected a token's id, or several for an end")
     family = FAMILIES[config.family]
     said = _hf_values(config).keys() | _REFUSED.keys() | family.aliases.keys() | _NOT_CARRIED

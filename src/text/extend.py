@@ -47,20 +47,27 @@ def say_ends(folder: Path, chat_template: str, ids: Mapping[str, object]) -> dic
     trained here; a built-in one becomes chat_template.jinja. -> the ids that the config is to have.
     """
     path = folder / GENERATION
-    said = read_json(path) if path.is_file() else dict(ids)
+    has_vocabulary = any((folder / name).is_file() for name in VOCABULARY_FILES)
+    tokenizer, ids = None, dict(ids)
+    if has_vocabulary:
+        try:
+            tokenizer = Tokenizer(folder, chat_template or "none")
+        except UserError:  # what nothing here has trained with need not be understood
+            if chat_template:
+                raise
+    said = read_json(path) if path.is_file() else ids
     ends = said.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ids = dict(ids)
-    has_vocabulary = any((folder / name).is_file() for name in VOCABULARY_FILES)
-    if has_vocabulary and (chat_template or not ends):
-        tokenizer = Tokenizer(folder, chat_template or "none")
+    if tokenizer and not path.is_file():  # a config may name ids that no text can hold, such as -1
+        ends = [end for end in ends if 0 <= end < tokenizer.vocab_size]
+    if tokenizer and (chat_template or not ends):
         if not ids:  # Meta's files name none
             ids["bos_token_id"] = tokenizer.bos_id
         missing = tokenizer.stop_ids - {*ends, tokenizer.eos_id}
         ends = [tokenizer.eos_id, *(end for end in ends if end != tokenizer.eos_id), *sorted(missing)]
         ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-        said["eos_token_id"] = ids["eos_token_id"]
     if ends:
+        said = said | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
         path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     if chat_template in TEMPLATES:
         source = find_source(chat_template, folder)

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from src import runlog
+from src import assemble, parallel, runlog
 from src.checkpoint import storage
 from src.checkpoint.sources import describe, open_source, read_config
 from src.checkpoint.split import split
 from src.checkpoint.tensor_files import read_torch
 from src.checkpoint.weight_files import open_file, weight_files
 from src.errors import UserError
+from src.models.lora import LoraConfig
 from tests import reference, zoo
 from tests.checkpoint.weights import HF, META, Tensors, as_hf, random_weights, write_json
 
@@ -200,6 +201,21 @@ def test_absurd_sizes_in_our_own_and_in_metas_params_are_refused_at_once(
     write_json(tmp_path / "params.json", META | ({"n_layers": value} if key == "n_layers" else moe))
     with pytest.raises(UserError, match=f"={value}, but the weights hold [02] "):
         open_source(str(tmp_path / "weights.pth"))
+
+
+def test_an_adapter_that_leaves_experts_alone_opens(tmp_path: Path) -> None:
+    parallel.start()
+    ours = tmp_path / "ours"
+    split(open_source(str(zoo.make(tmp_path / "hf", "mixtral"))), ours, 1, "", "", "hf")
+    model = assemble.load_solver(str(ours))
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq",))
+    assemble.put_lora_on(model, lora, 0)
+    assemble.save_model(model, str(tmp_path / "adapter"), str(ours), lora=lora)
+    assert read_config(tmp_path / "adapter") == read_config(ours)
+    params = json.loads((tmp_path / "adapter" / "params.json").read_text())
+    write_json(tmp_path / "adapter" / "params.json", params | {"n_layers": 10**9})
+    with pytest.raises(UserError, match="n_layers=1000000000, but the weights hold 2 layers"):
+        read_config(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("name", ["llama-3.2", "qwen-1.5", "qwen-3", "gemma-2b", "gemma-2"])

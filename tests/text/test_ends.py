@@ -70,6 +70,21 @@ def test_ends_in_config_json_alone_stop_samples_here_and_in_the_export(tmp_path:
     assert ids(again) == [5, eos, 3]
 
 
+@pytest.mark.parametrize("eos", [-1, 511, [7, 511]])
+def test_ids_that_no_text_can_hold_end_nothing(tmp_path: Path, eos: object) -> None:
+    ours = tiny.split(base(tmp_path / "hf", eos_token_id=eos), tmp_path / "ours")
+    tokenizer = assemble.load_tokenizer(ours)
+    assert tokenizer.vocab_size < 511
+    assert tokenizer.stop_ids == {tokenizer.eos_id} | ({7} if isinstance(eos, list) else set())
+
+
+def test_a_tokenizer_that_does_not_open_is_exported_as_it_came(tmp_path: Path) -> None:
+    source = base(tmp_path / "hf", eos_token_id=7)
+    write_json(source / "tokenizer_config.json", {"eos_token": "<nowhere>"})
+    back = exported(tiny.split(source, tmp_path / "ours"), tmp_path / "back")
+    assert ids(back)[1] == 7 and (back / "vocab.json").is_file()
+
+
 def test_an_import_that_says_all_is_exported_as_it_was(tmp_path: Path) -> None:
     generation = {"eos_token_id": [4, 8], "pad_token_id": 2, "do_sample": True, "temperature": 0.7}
     source = base(tmp_path / "hf", generation, eos_token_id=8)
