@@ -1,12 +1,12 @@
 """Rows of published files, each with the words that name it in an error."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 from src.errors import UserError
+from src.jsonfile import read_rows
 
 Row = dict[str, object]
 
@@ -33,37 +33,7 @@ def read_raw(path: Path) -> Iterator[RawRow]:
         return read_parquet(path)
     if path.suffix == ".xml":
         return read_problems(path)
-    with path.open("rb") as file:
-        is_array = file.read(64).lstrip().startswith(b"[")
-    return read_array(path) if is_array else read_jsonl(path)
-
-
-def read_array(path: Path) -> Iterator[RawRow]:
-    """Rows of a file that is one json array of objects."""
-    try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not json ({error}); expected an array of objects") from error
-    for number, fields in enumerate(rows, start=1):
-        if not isinstance(fields, dict):
-            raise UserError(f"{path} row {number}: expected a json object, found {type(fields).__name__}")
-        yield RawRow(f"{path} row {number}", fields)
-
-
-def read_jsonl(path: Path) -> Iterator[RawRow]:
-    """Rows of a jsonl file; blank lines are skipped."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = f"{path} line {number}"
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{place}: not json ({error}); expected one json object a line") from error
-            if not isinstance(fields, dict):
-                raise UserError(f"{place}: expected a json object, found {type(fields).__name__}")
-            yield RawRow(place, fields)
+    return (RawRow(where, fields) for where, fields in read_rows(path))
 
 
 def read_parquet(path: Path) -> Iterator[RawRow]:

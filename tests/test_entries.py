@@ -361,11 +361,11 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
         lambda f: (f / "params.json").unlink(),
         "has no params.json: it is no checkpoint, or its save was",
     ),
-    ("one", lambda f: (f / "params.json").write_text("{"), "params.json is not valid json"),
+    ("one", lambda f: (f / "params.json").write_text("{"), "params.json: not valid json"),
     (
         "one",
         lambda f: (f / "params.json").write_text("[]"),
-        "params.json holds a list; expected a json object",
+        "params.json: found a list; expected a json object",
     ),
     ("one", lambda f: (f / "manifest.json").write_text("{}"), "manifest.json"),
     (

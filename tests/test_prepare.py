@@ -80,8 +80,8 @@ def test_math_row_without_a_known_level(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("task", "row", "problem"), [
-    ("gsm8k", "{not json", "not json"),
-    ("gsm8k", "[1, 2]", "found list"),
+    ("gsm8k", "{not json", "not valid json"),
+    ("gsm8k", "[1, 2]", "found a list"),
     ("gsm8k", json.dumps({"question": "q"}), "'answer'"),
     ("gsm8k", json.dumps({"question": "q", "answer": "no mark"}), "#### number"),
     ("gsm8k", json.dumps({"question": "q", "answer": "#### many"}), "#### number"),
@@ -93,7 +93,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, task: str, row: str
     raw_file = write(tmp_path / "raw.jsonl", good, row)
     old = tmp_path / "out.json"
     old.write_text("old")
-    with pytest.raises(UserError, match=f"raw.jsonl line 2: .*{problem}"):
+    with pytest.raises(UserError, match=f"raw.jsonl, line 2: .*{problem}"):
         main(raw_file, str(old), task)
     assert old.read_text() == "old"
 
@@ -211,7 +211,7 @@ def test_levels_come_from_the_original_problem_of_another_file(tmp_path: Path) -
 def test_a_bad_row_of_verifier_data_is_named(
     tmp_path: Path, task: str, row: dict[str, object], problem: str
 ) -> None:
-    with pytest.raises(UserError, match=f"raw.jsonl line 1.*{problem}"):
+    with pytest.raises(UserError, match=f"raw.jsonl, line 1.*{problem}"):
         main(write(tmp_path / "raw.jsonl", json.dumps(row)), str(tmp_path / "out.json"), task)
 
 
@@ -296,7 +296,7 @@ def test_asdiv_is_read_from_xml(tmp_path: Path) -> None:
     ("olympiadbench", OLYMPIAD | {"error": "small"}, "a number under 'error', found 'small'"),
 ])
 def test_a_bad_row_of_a_benchmark_is_named(tmp_path: Path, task: str, row: dict[str, object], problem: str) -> None:
-    with pytest.raises(UserError, match=f"raw.jsonl line 1: .*{problem}"):
+    with pytest.raises(UserError, match=f"raw.jsonl, line 1: .*{problem}"):
         main(write(tmp_path / "raw.jsonl", row), str(tmp_path / "out.json"), task)
 
 

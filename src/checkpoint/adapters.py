@@ -9,6 +9,7 @@ from torch import Tensor
 
 from src.checkpoint import shards, storage
 from src.errors import UserError
+from src.jsonfile import read_json
 from src.models.config import ModelConfig
 from src.models.lora import LoraConfig, merged_weight
 
@@ -38,7 +39,7 @@ def read_adapter(folder: Path, base_dir: str = "") -> Adapter | None:
     path = folder / "adapter.json"
     if not path.is_file():
         return None
-    values = storage.read_json(path)
+    values = read_json(path)
     for key in sorted({"base", "base_fingerprint", "rank", "alpha", "targets"} ^ values.keys()):
         what = "unknown; a newer version may have written it" if key in values else "missing"
         raise UserError(f"{path}: key {key!r} is {what}")

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from src.checkpoint import storage
 from src.errors import UserError
+from src.jsonfile import read_json
 
 CONFIG = "adapter_config.json"
 # Starting values that change the base when PEFT opens the adapter, in a way that the base alone decides.
@@ -130,7 +130,7 @@ def _names(wanted: str | list[str], module: str) -> bool:
 def read(folder: Path) -> PeftConfig:
     """adapter_config.json of a directory. Raises UserError for a key or a value that may change the result."""
     path = folder / CONFIG
-    values = storage.read_json(path)
+    values = read_json(path)
     if values.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type={_shown(values.get('peft_type'))} is not implemented; only LORA is"

@@ -19,6 +19,7 @@ from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join, r
 from src.checkpoint.tensor_files import StoredTensor
 from src.checkpoint.weight_files import OpenedFile, open_file, weight_files
 from src.errors import UserError
+from src.jsonfile import read_json
 from src.models.config import ModelConfig, config_from_dict, refuse_infinities
 from src.models.families import PLAIN
 from src.models.foreign import config_from_hf, family_of
@@ -218,7 +219,7 @@ def _read_descriptions(folder: Path, config_file: str) -> dict[str, dict[str, ob
     Raises UserError for a family that is not supported, and for numbers that are none.
     """
     candidates = [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
-    found = {str(path): storage.read_json(path) for path in candidates if config_file or path.is_file()}
+    found = {str(path): read_json(path) for path in candidates if config_file or path.is_file()}
     for described, values in found.items():
         refuse_infinities(values, described)
         if "model_type" in values and "dim" not in values:
@@ -430,7 +431,7 @@ def read_config(folder: Path) -> ModelConfig:
     """The config of a shard directory, whoever wrote it. Raises UserError."""
     storage.check_complete(folder)
     path = folder / "params.json"
-    values = storage.read_json(path)
+    values = read_json(path)
     if "ffn_dim" not in values:
         return open_source(str(folder)).config
     refuse_infinities(values, str(path))

@@ -30,6 +30,7 @@ from src.checkpoint.tensor_files import (
     read_torch,
 )
 from src.errors import UserError
+from src.jsonfile import read_json
 
 WEIGHTS, ADAPTER = "consolidated", "adapter"
 # What would be taken for weights beside ours. Shards of an earlier save make way; these are not ours to remove.
@@ -99,19 +100,6 @@ def beside(folder: Path, path: Path) -> Path:
             f"{path} is a link to {real}, outside its directory; name that file itself, or copy it here"
         )
     return path
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A json object from a file. Raises UserError that names the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{path} is not valid json ({problem})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}; expected a json object")
-    return values
 
 
 def write_json(path: Path, values: Mapping[str, object]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from src import parallel
 from src.checkpoint import shards, storage
 from src.errors import UserError
+from src.jsonfile import read_json
 from src.models.config import ModelConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW (Loshchilov and Hutter 2019)
@@ -45,7 +46,7 @@ def read_facts(folder: Path) -> dict[str, object]:
     names = storage.manifest_files(folder)
     if not any(name.startswith(f"{OPTIMIZER}.") for name in names):
         raise UserError(f"{folder} holds no optimizer state; it is a checkpoint to start from, not to resume")
-    return storage.read_json(folder / STATE)
+    return read_json(folder / STATE)
 
 
 def reader(folder: Path, config: ModelConfig) -> Callable[[str], Tensor]:

@@ -9,6 +9,7 @@ from src import runlog
 from src.checkpoint import storage
 from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
 from src.errors import UserError
+from src.jsonfile import read_json
 
 # In the order in which transformers looks for them; it reads the first that is there.
 _HF_FILES = (
@@ -64,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     """The files that a Hugging Face index names; they must lie beside it."""
-    weight_map = storage.read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map names no files; expected parameter names with their files")
     for parameter, name in weight_map.items():

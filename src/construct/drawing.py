@@ -1,6 +1,5 @@
 """Builders that sample with a solver: how its problems are put, and where what it writes is kept and graded."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +13,7 @@ from src.evaluation.evaluator import Marking, Sampler, claim_samples, grade_samp
 from src.evaluation.grade import Grader
 from src.evaluation.prompting import Prompting, make_prompting
 from src.evaluation.tasks import Task, find_task
+from src.jsonfile import parse
 from src.runlog import RunLog
 
 
@@ -63,7 +63,7 @@ def drawn_before(log_dir: str) -> dict[tuple[str, int], str]:
     """
     path = Path(log_dir) / "samples.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    rows = [json.loads(line) for line in lines]
+    rows = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     return {(row["id"], row["sample"]): row["response"] if row["finish"] == "stop" else "" for row in rows}
 
 

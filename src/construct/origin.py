@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from src.checkpoint import storage
 from src.errors import UserError
+from src.jsonfile import read_json
 
 
 class Origin(NamedTuple):
@@ -36,8 +37,8 @@ def read_origin(file: str, model: str = "") -> Origin:
             f"{file} has no {identity_file(path).name} beside it, so its model is unknown; expected samples in the "
             f"directory where solver_evaluate.py sampled them, or a file of data_build.py"
         )
-    values = storage.read_json(identity_file(path))
-    rules = values.get("rules") or storage.read_json(path.with_name("results.json")).get("rules")
+    values = read_json(identity_file(path))
+    rules = values.get("rules") or read_json(path.with_name("results.json")).get("rules")
     if not isinstance(rules, dict) or not rules.get("extraction"):
         raise UserError(
             f"{file} is not graded; grade it with solver_evaluate.py, so that answers can be compared"

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from src.checkpoint import storage
 from src.data.examples import Sample, Vote
 from src.errors import UserError
 from src.evaluation.answer_types import AnswerType
 from src.evaluation.vote import Equal, answer_classes
+from src.jsonfile import read_json
 
 Row = dict[str, object]
 
@@ -88,7 +88,7 @@ def demonstrations(samples: dict[str, Sample], shots: int, seed: int) -> list[Ro
 
 def shown_problems(file: str) -> list[str]:
     """The problems of a file of demonstrations. Raises UserError for one that does not name them."""
-    rows = storage.read_json(Path(file)).get("demonstrations")
+    rows = read_json(Path(file)).get("demonstrations")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
         raise UserError(
             f"{file}: expected an id in each row of 'demonstrations', as data_build.py demonstrations leaves it"

@@ -3,12 +3,12 @@
 A file is a json array or jsonl; rows follow the schemas in dataset/README.md.
 """
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from src import jsonfile
 from src.data import tables
 from src.errors import UserError
 
@@ -110,45 +110,11 @@ def read_rows(path: str) -> list[Row]:
     """
     if tables.is_table(Path(path)) and Path(path).exists():
         rows = [Row(f"{path}, row {n}", values) for n, values in enumerate(tables.read_table(Path(path)), 1)]
-        if not rows:
-            raise UserError(f"{path} holds no rows")
-        return rows
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except UnicodeDecodeError as problem:
-        raise UserError(f"{path} is not UTF-8 (byte {problem.start}); convert it first") from None
-    rows = list(_array_rows(path, text) if text.lstrip().startswith("[") else _line_rows(path, text))
+    else:
+        rows = [Row(where, values) for where, values in jsonfile.read_rows(path)]
     if not rows:
         raise UserError(f"{path} holds no rows; expected a json array or one json object a line")
     return rows
-
-
-def _array_rows(path: str, text: str) -> Iterator[Row]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as problem:
-        raise UserError(f"{path}, line {problem.lineno}: not valid json ({problem.msg})") from None
-    for number, value in enumerate(values, 1):
-        yield _row(f"{path}, row {number}", value)
-
-
-def _line_rows(path: str, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise UserError(f"{path}, line {number}: not valid json ({problem.msg})") from None
-        yield _row(f"{path}, line {number}", value)
-
-
-def _row(where: str, value: object) -> Row:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: found a {type(value).__name__}; expected a json object")
-    return Row(where, value)
 
 
 def _text(row: Row, key: str) -> str:

@@ -22,6 +22,7 @@ from src.evaluation.report import Graded, Speed, summarize, type_of
 from src.evaluation.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
+from src.jsonfile import read_json
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
@@ -149,7 +150,7 @@ def claim_samples(path: Path, identity: dict[str, object]) -> None:
                 f"{path} was not sampled here (no {record.name} beside it); "
                 f"choose another --log_dir or delete that file"
             )
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = read_json(record)
         for name, value in identity.items():
             if found.get(name) != value:
                 raise UserError(

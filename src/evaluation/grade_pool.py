@@ -11,6 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from src.errors import UserError
+from src.jsonfile import parse
+
 STARTUP_SECONDS = 60.0
 GRADER = "src.evaluation.grade_worker"
 REPO = Path(__file__).resolve().parents[2]
@@ -111,10 +114,10 @@ class Worker:
 def parse_reply(line: bytes) -> dict[str, object] | None:
     """A reply of the worker, None for a stray line."""
     try:
-        reply = json.loads(line)
-    except ValueError:
+        reply = parse(line, "grade worker")
+    except UserError:
         return None
-    return reply if isinstance(reply, dict) and {"id", "outcome"} <= reply.keys() else None
+    return reply if {"id", "outcome"} <= reply.keys() else None
 
 
 class Pool:

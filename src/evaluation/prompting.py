@@ -10,6 +10,7 @@ from typing import NamedTuple
 from src.data.examples import Prompt
 from src.errors import UserError
 from src.evaluation.tasks import INSTRUCTION, Task, check_template
+from src.jsonfile import read_json
 
 BUNDLED = Path(__file__).parent / "few_shot"  # gsm8k8, minerva4: problems and solutions of our own wording
 BETWEEN = "\n\n"  # demonstrations
@@ -61,16 +62,10 @@ def make_prompting(task: Task, few_shot: str = "", prompt_template: str = "") ->
 def _read_few_shot(name: str) -> dict[str, object]:
     """The object of a bundled or own file of demonstrations. Raises UserError."""
     bundled = {path.stem: path for path in BUNDLED.glob("*.json")}
-    path = bundled.get(name, Path(name))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"--few_shot {name} is neither a file nor one of {', '.join(sorted(bundled))}"
-        ) from None
-    except ValueError as problem:
-        raise UserError(f"--few_shot {name} is not json ({problem})") from None
-    rows = values.get("demonstrations") if isinstance(values, dict) else None
+    if name not in bundled and not Path(name).exists():
+        raise UserError(f"--few_shot {name} is neither a file nor one of {', '.join(sorted(bundled))}")
+    values = read_json(bundled.get(name, name))
+    rows = values.get("demonstrations")
     if (
         not isinstance(rows, list)
         or not rows

@@ -5,13 +5,13 @@ with another one that names the same rules. A task of one's own is a json file w
 """
 
 import difflib
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from src.errors import UserError
 from src.evaluation.answer_types import EQUALITIES
 from src.evaluation.extract import EXTRACTIONS
+from src.jsonfile import read_json
 
 INSTRUCTION = "{instruction}"  # where the problem stands in a template
 
@@ -107,17 +107,11 @@ def find_task(name: str) -> Task:
 
 def read_task(path: str) -> Task:
     """A task of one's own. Raises UserError for a key that Task does not have, or one that is missing or no text."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"task file {path} does not exist") from None
-    except ValueError as problem:
-        raise UserError(f"task file {path} is not json ({problem})") from None
+    values = read_json(path)
     known = {field.name for field in fields(Task)}
-    if not isinstance(values, dict) or not {"extraction", "equality"} <= values.keys() <= known:
-        found = ", ".join(values) if isinstance(values, dict) else type(values).__name__
+    if not {"extraction", "equality"} <= values.keys() <= known:
         raise UserError(
-            f"task file {path} holds {found}; expected extraction and equality, and perhaps "
+            f"task file {path} holds {', '.join(values) or 'nothing'}; expected extraction and equality, and perhaps "
             f"{', '.join(sorted(known - {'extraction', 'equality'}))}"
         )
     stop = values.pop("stop", [])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.errors import UserError
-from src.text.vocabulary import read_json
+from src.jsonfile import read_json
 
 MARK = "\ufdd0"  # a Unicode noncharacter: valid in strings, assigned to nothing
 FILE = "file"  # the name of the template that travels with the tokenizer

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from src.errors import UserError
+from src.jsonfile import read_json
 from src.text.chat import TEMPLATES, find_source
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
-from src.text.vocabulary import read_json
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from src.errors import UserError
+from src.jsonfile import read_json
 from src.text.blocks import CODE_FORM, Marker, Piece
 from src.text.chat import MARK, ChatTemplate, control_tokens, find_source
-from src.text.vocabulary import Added, Vocabulary, open_vocabulary, read_json
+from src.text.vocabulary import Added, Vocabulary, open_vocabulary
 
 # Which file of a directory is opened: sentencepiece first, because a tokenizer.json beside it is derived from it.
 VOCABULARY_FILES = ("tokenizer.model", "qwen.tiktoken", "tokenizer.json", "vocab.json")

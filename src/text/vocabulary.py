@@ -6,7 +6,6 @@ text only; text/tokenizer.py puts control tokens (<s>, <|im_end|>, ...) around t
 
 import base64
 import binascii
-import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from src.errors import UserError
+from src.jsonfile import read_json
 
 
 class Added(NamedTuple):
@@ -368,17 +368,6 @@ def _check_unique(path: Path, vocab: Mapping[str, object]) -> None:
         seen[index] = token
     if not seen:
         raise UserError(f"{path} holds no tokens")
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A json object from a file that is there. Raises UserError."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{path} is not valid json ({problem})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}; expected a json object")
-    return values
 
 
 def open_vocabulary(path: Path, tokenizer_class: object) -> Vocabulary:

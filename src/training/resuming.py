@@ -16,6 +16,7 @@ from src.checkpoint import storage, training_state
 from src.checkpoint.tensor_files import file_hash
 from src.errors import UserError
 from src.flags import FREE_ON_RESUME, is_path
+from src.jsonfile import read_json
 
 Resume = Literal["none", "auto"]
 COUNTS = ("steps", "updates", "bad_steps")  # of a loop
@@ -60,7 +61,7 @@ def content_hash(path: Path) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         parts = [[str(file.relative_to(path)), file_hash(file)] for file in files]
     else:
-        adapter = storage.read_json(path / "adapter.json") if (path / "adapter.json").is_file() else {}
+        adapter = read_json(path / "adapter.json") if (path / "adapter.json").is_file() else {}
         parts = [storage.fingerprint(path), {key: adapter[key] for key in adapter if key != "base"}]
         parts += [file_hash(file) for file in (path / "params.json", *storage.tokenizer_files(path))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

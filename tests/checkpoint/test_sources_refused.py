@@ -234,8 +234,8 @@ def test_missing_paths_and_descriptions_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.json does not exist"):
         open_source(str(tmp_path / "weights.pth"), str(tmp_path / "gone.json"))
     (tmp_path / "params.json").write_text("{")
-    with pytest.raises(UserError, match=r"params\.json is not valid json"):
+    with pytest.raises(UserError, match=r"params\.json: not valid json"):
         open_source(str(tmp_path / "weights.pth"))
     (tmp_path / "params.json").write_text("[]")
-    with pytest.raises(UserError, match="holds a list; expected a json object"):
+    with pytest.raises(UserError, match=": found a list; expected a json object"):
         open_source(str(tmp_path / "weights.pth"))

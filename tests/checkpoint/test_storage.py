@@ -69,7 +69,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "params.json cut": (
         lambda folder: (folder / "params.json").write_text('{"dim": 8'),
-        r"params\.json is not valid json",
+        r"params\.json: not valid json",
     ),
     "params.json of a newer version": (
         lambda folder: (folder / "params.json").write_text(json.dumps(CONFIG.to_dict() | {"experts": 8})),
@@ -79,7 +79,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "params.json").write_text('{"ffn_dim": 8}'),
         r"params\.json: key 'dim' is missing",
     ),
-    "manifest cut": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is not valid json"),
+    "manifest cut": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: not valid json"),
     "manifest of something else": (
         lambda folder: (folder / "manifest.json").write_text("{}"),
         r"manifest\.json: key 'shards' is missing",

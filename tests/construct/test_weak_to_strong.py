@@ -206,7 +206,7 @@ def test_w2s_09_demonstrations_are_the_weak_model_s_own_by_id(tmp_path: Path) ->
     assert kept == {"0", "4", "5"} - {shown["id"]}
     with pytest.raises(UserError, match="4 responses hold an answer, fewer than --shots 5"):
         data_build.demonstrations(weak, str(demo_file), shots=5)
-    with pytest.raises(UserError, match="weak.json holds a list; expected a json object"):
+    with pytest.raises(UserError, match="weak.json: found a list; expected a json object"):
         data_build.weak_icl(
             weak, icl, str(tmp_path / "x"), demonstrations_file=str(tmp_path / "out/weak.json")
         )

@@ -84,7 +84,7 @@ def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
         (read_rows, "[]", "data.json holds no rows"),
         (read_rows, "\n\n", "data.json holds no rows"),
         (read_rows, '{"a": 1}\n{"a": \n{"a": 1}', "data.json, line 2: not valid json"),
-        (read_rows, '[\n{"a": 1},\n{"a": }\n]', "data.json, line 3: not valid json"),
+        (read_rows, '[\n{"a": 1},\n{"a": }\n]', "data.json, row 2, line 3: not valid json"),
         (read_rows, '{"a": 1}\n\n[1]', "data.json, line 3: found a list; expected a json object"),
         (read_rows, '[{"a": 1}, "b"]', "data.json, row 2: found a str; expected a json object"),
         (read_instructions, '{"instruction": "q"}', "line 1: key 'output' is missing; found instruction"),
@@ -107,7 +107,7 @@ def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
         (
             read_instructions,
             '{"instruction": "q", "output": "\\ud800"}',
-            "line 1: 'output' holds a lone surrogate",
+            'line 1: a lone surrogate, which is no Unicode, stands behind',
         ),
         (
             read_pairs,
@@ -147,7 +147,7 @@ def test_a_missing_and_a_binary_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing.json does not exist"):
         read_rows(str(tmp_path / "nothing.json"))
     (tmp_path / "binary.json").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(UserError, match=r"binary.json is not UTF-8 \(byte 7\)"):
+    with pytest.raises(UserError, match=r"binary.json, line 1: not UTF-8 \(byte 7\)"):
         read_rows(str(tmp_path / "binary.json"))
 
 

@@ -58,7 +58,7 @@ def test_what_samples_depend_on_changes_with_the_words() -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "is not json"),
+    ("{", "not valid json"),
     ("[]", "expected {\"prompt\""),
     ('{"demonstrations": []}', "expected {\"prompt\""),
     ('{"demonstrations": [{"instruction": "a"}]}', "expected {\"prompt\""),

@@ -45,7 +45,7 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "is not json"),
+    ("{", "not valid json"),
     ("[]", "holds list; expected extraction and equality"),
     ('{"extraction": "math/last-box@1"}', "holds extraction; expected extraction and equality"),
     ('{"extraction": "math/last-box@1", "equality": "exact@1", "stops": []}', "stops; expected"),

@@ -200,7 +200,7 @@ CONFLICTS: list[tuple[str, Callable[[Path], object], str]] = [
         lambda f: write_json(f / "generation_config.json", {"eos_token_id": [2, 99999]}),
         "eos_token_id 99999 is not among the tokenizer's 420 ids",
     ),
-    ("sentencepiece", lambda f: (f / "generation_config.json").write_text("{"), "is not valid json"),
+    ("sentencepiece", lambda f: (f / "generation_config.json").write_text("{"), ": not valid json"),
 ]
 
 

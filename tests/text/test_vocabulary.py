@@ -182,8 +182,8 @@ DAMAGES = [
         lambda f: (f / "tokenizer.model").write_bytes(base64.b64encode(b"a") + b" 0\n"),
         "has no token for byte 0",
     ),
-    ("tokenizer.json", rewrite("tokenizer.json", lambda text: text[:-50]), "is not valid json"),
-    ("tokenizer.json", rewrite("tokenizer.json", lambda text: "{" * 100000), "is not valid json"),
+    ("tokenizer.json", rewrite("tokenizer.json", lambda text: text[:-50]), ": not valid json"),
+    ("tokenizer.json", rewrite("tokenizer.json", lambda text: "{" * 100000), ": not valid json"),
     (
         "tokenizer.json",
         edit("tokenizer.json", lambda v: v["model"]["merges"].append(["zz", "zz"])),

@@ -1,0 +1,195 @@
+"""The one reader of json: whatever is wrong with a text or a file is a UserError that says where it stands."""
+
+import json
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from src.errors import UserError
+
+MAX_ROW = 16 * 2**20  # characters; a hundred times the longest published row, and still cut into tokens in seconds
+MAX_FILE = 512 * 2**20  # bytes of a file that is one value; the largest tokenizers have 35 MB
+MAX_DEPTH = 100  # so that whoever walks over a value, prints or writes it, stays within the stack
+
+T = TypeVar("T")
+BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse(text: str | bytes, where: str, kind: type[T] = dict) -> T:
+    """The value of a json text, of the kind that is expected. `where` begins the message of the UserError.
+
+    A byte order mark is skipped. NaN and Infinity are read, since Python writes them: who wants a number checks it.
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError as problem:
+            raise UserError(f"{where}: not UTF-8 (byte {problem.start}); convert it first") from None
+    try:
+        value = _DECODER.decode(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as problem:
+        line = f", line {problem.lineno}" if getattr(problem, "lineno", 1) > 1 else ""
+        raise UserError(f"{where}{line}: {_reason(problem)}") from None
+    return _checked(value, text, where, kind)
+
+
+def read_json(path: str | Path, kind: type[T] = dict) -> T:
+    """The value of a json file. Raises UserError that names the file."""
+    check_file(path)
+    if Path(path).stat().st_size > MAX_FILE:
+        raise UserError(f"{path} has more than {MAX_FILE >> 20} MiB; is it the file you mean?")
+    return parse(Path(path).read_bytes(), str(path), kind)
+
+
+def check_file(path: str | Path) -> None:
+    """Raise UserError unless this is a file that can be opened and has an end; a pipe would be waited for."""
+    try:
+        mode = Path(path).stat().st_mode
+        if stat.S_ISREG(mode):
+            Path(path).open("rb").close()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as problem:  # ValueError: NUL in the name
+        raise UserError(f"{str(path)!r} cannot be read ({getattr(problem, 'strerror', problem)})") from None
+    if not stat.S_ISREG(mode):
+        kind = "directory" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
+        raise UserError(f"{path} is a {kind}; expected a file")
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """The objects of a json array or of a jsonl file, each behind what names it: `FILE, row N` or `FILE, line N`.
+
+    Blank lines are skipped. No more than two times MAX_ROW is held at once. Raises UserError, also for a longer row.
+    """
+    check_file(path)
+    with Path(path).open("rb") as file:
+        is_array = file.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
+    return _array_rows(path) if is_array else _line_rows(path)
+
+
+def _line_rows(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
+    with Path(path).open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_ROW + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) > MAX_ROW:
+                raise UserError(_too_long(where))
+            if line := line.removeprefix(BOM).strip():
+                yield where, parse(line, where)
+
+
+def _array_rows(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+        window = _Window(file, str(path))
+        window.take("[")
+        if window.peek() != "]":
+            yield window.value()
+            while window.peek() != "]":
+                window.take(",")
+                yield window.value()
+        window.take("]")
+        if window.peek():
+            raise window.complaint("not valid json (something stands behind the array)")
+
+
+class _Window:
+    """The part of an array that is looked at: at least one row of the allowed length, at most two."""
+
+    def __init__(self, file: TextIO, path: str) -> None:
+        self.file, self.path = file, path
+        self.text, self.place, self.ended = "", 0, False
+        self.line, self.number = 1, 1  # where the text begins, and which row comes next
+
+    def peek(self) -> str:
+        """The next character that is no white space; empty at the end of the file."""
+        while not self.ended and len(self.text) - self.place <= MAX_ROW:
+            try:
+                more = self.file.read(MAX_ROW)
+            except UnicodeDecodeError:
+                raise self.complaint("not UTF-8 here or later; convert it first") from None
+            self.line += self.text.count("\n", 0, self.place)
+            self.text, self.place, self.ended = self.text[self.place :] + more, 0, not more
+        self.place = _SPACE.match(self.text, self.place).end()
+        return self.text[self.place : self.place + 1]
+
+    def take(self, sign: str) -> None:
+        """Step over the next character, which must be this one. Raises UserError."""
+        if self.peek() != sign:
+            raise self.complaint(f"not valid json (expected {sign!r}, found {self.peek() or 'the end of the file'!r})")
+        self.place += 1
+
+    def value(self) -> tuple[str, dict[str, object]]:
+        """The next row behind its name. Raises UserError."""
+        where = f"{self.path}, row {self.number}"
+        self.peek()
+        start = self.place
+        try:
+            found, self.place = _DECODER.raw_decode(self.text, start)
+        except (ValueError, RecursionError) as problem:
+            at = getattr(problem, "pos", start)
+            if not self.ended and (at - start >= MAX_ROW or "Unterminated string" in str(problem)):
+                raise UserError(_too_long(where)) from None
+            self.place = at
+            raise self.complaint(_reason(problem)) from None
+        if self.place - start > MAX_ROW:
+            raise UserError(_too_long(where))
+        self.number += 1
+        return where, _checked(found, self.text[start : self.place], where, dict)
+
+    def complaint(self, what: str) -> UserError:
+        line = self.line + self.text.count("\n", 0, self.place)
+        return UserError(f"{self.path}, row {self.number}, line {line}: {what}")
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object. Raises ValueError for a key with two values, of which any reader would lose one."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for key, value in pairs:
+            if value != values[key]:
+                raise ValueError(f"the key {key!r} stands twice in one object, with two values")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _checked(value: object, text: str, where: str, kind: type[T]) -> T:
+    """A value that was read from this text. Raises UserError."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        containers = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+        level = [inner for container in containers for inner in container]
+    if level:
+        raise UserError(f"{where}: {_reason(RecursionError())}")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as problem:
+            before = problem.object[max(0, problem.start - 40) : problem.start]
+            raise UserError(f"{where}: a lone surrogate, which is no Unicode, stands behind {before!r}") from None
+    if not isinstance(value, kind):
+        names = {dict: "a json object", list: "a list"}
+        found = names.get(type(value), f"a {type(value).__name__}")
+        raise UserError(f"{where}: found {found}; expected {names.get(kind, f'a {kind.__name__}')}")
+    return value
+
+
+def _reason(problem: ValueError | RecursionError) -> str:
+    """What is wrong, in words that are not about Python."""
+    if isinstance(problem, RecursionError):
+        return f"nested more than {MAX_DEPTH} deep"
+    if isinstance(problem, json.JSONDecodeError):
+        return f"not valid json ({problem.msg})"
+    if "digits" in str(problem):
+        return "a whole number of more than 4,300 digits"
+    return str(problem)
+
+
+def _too_long(where: str) -> str:
+    return f"{where}: the row has more than {MAX_ROW >> 20} MiB; expected one object a line, or an array of objects"
