@@ -82,7 +82,7 @@ def main(
     if verify and parallel.world_size() > 1:
         raise UserError("--verify computes with one process; start this script with python, not with torchrun")
     described = ckpt_file if isinstance(ckpt_file, str) else ", ".join(ckpt_file)
-    adapter = sources.open_adapter(Path(described), base_dir)
+    adapter = sources.open_adapter(Path(ckpt_file if isinstance(ckpt_file, str) else ckpt_file[0]), base_dir)
     keep = adapter is not None and (format == "peft" or not merge_lora)
     if format == "peft" and not keep:
         raise UserError(f"--format peft: {described} is no adapter; write it with --format hf")
@@ -90,6 +90,8 @@ def main(
         raise UserError("--format hf holds whole weights: merge the adapter, or write it with --format peft")
     if base_dir and adapter is None:
         raise UserError(f"--base_dir names the base of an adapter, but {described} is none")
+    if config_file and adapter:
+        raise UserError(f"--config_file describes whole weights, but {described} is an adapter, described by its base")
     changes = {"--num_added_tokens": num_added_tokens, "--code_tokens": code_tokens, "--dtype": dtype}
     if keep and any(changes.values()):
         raise UserError(f"{' '.join(filter(changes.get, changes))} changes whole weights: merge the adapter")
@@ -99,7 +101,7 @@ def main(
         source = sources.with_added_tokens(source, num_added_tokens)
     if code_tokens:
         source, tokenizer_file = with_code_tokens(source, tokenizer_file, described)
-    if (Path(described) / training_state.STATE).is_file():
+    if (sources.folders_of(source)[0] / training_state.STATE).is_file():
         log.warning("%s is a training checkpoint: its weights are written, and its optimizer and place in the run are "
                     "left out. --resume opens it as it is, on any number of ranks", described)
     if dry_run:

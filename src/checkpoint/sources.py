@@ -48,7 +48,7 @@ def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str
     """
     paths = [Path(path) for path in ([ckpt_file] if isinstance(ckpt_file, str) else ckpt_file)]
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
-    if adapter := open_adapter(folder, base_dir):
+    if adapter := open_adapter(paths[0], base_dir):
         return merge(adapter)
     descriptions = _read_descriptions(
         folder, config_file
@@ -91,10 +91,14 @@ class AdapterSource(NamedTuple):
 
 
 def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
-    """The adapter in a directory of ours or of PEFT; None when there is none. Raises UserError.
+    """The adapter in a directory of ours or of PEFT, or in a file of one; None when there is none. Raises UserError.
 
     base_dir takes the place of the base that the adapter names; for one of ours it must hold the same weights.
     """
+    if folder.is_file():
+        if not folder.name.startswith("adapter"):
+            return None
+        folder = folder.parent
     if (folder / peft_layout.CONFIG).is_file():
         return _open_peft(folder, base_dir)
     adapter = adapters.read_adapter(folder, base_dir)
@@ -114,6 +118,11 @@ def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
 
 def _open_peft(folder: Path, base_dir: str) -> AdapterSource:
     adapter = peft_layout.read(folder)
+    for pattern in ("model*.safetensors", "pytorch_model*.bin", "consolidated.*.pth"):
+        for path in folder.glob(pattern):
+            raise UserError(
+                f"{folder} holds an adapter and whole weights, {path.name}; name the file that is meant, or move one"
+            )
     below = base = _base_of(adapter, base_dir)
     above = {folder.resolve()}
     while (below / peft_layout.CONFIG).is_file():

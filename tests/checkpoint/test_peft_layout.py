@@ -191,6 +191,22 @@ def test_a_base_beside_the_adapter_is_found(tmp_path: Path, base: Path, adapter:
     assert open_adapter(folder).base.resolve() == tmp_path / "base"
 
 
+def test_an_adapter_beside_whole_weights_is_named_by_file(tmp_path: Path, base: Path, adapter: Path) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "both")
+    assert open_adapter(folder / "adapter_model.safetensors", str(base)).folder == folder
+    shutil.copy(base / "model.safetensors", folder)
+    with pytest.raises(
+        UserError, match="both holds an adapter and whole weights, model.safetensors; name the file"
+    ):
+        open_source(str(folder), base_dir=str(base))
+    plain = open_source(str(folder / "model.safetensors"), str(base / "config.json"))
+    assert assemble.logit_difference(plain, open_source(str(base))).difference == 0
+    with pytest.raises(UserError, match="--config_file describes whole weights, but .* is an adapter"):
+        checkpoint_split.main(
+            str(adapter), str(tmp_path), config_file=str(base / "config.json"), base_dir=str(base)
+        )
+
+
 def test_an_adapter_on_an_adapter(tmp_path: Path, base: Path) -> None:
     """The lower one is merged first, whatever it does to its base; one that ends in itself is refused."""
     lower = save_variant(base, tmp_path / "lower", use_rslora=True)
