@@ -1,13 +1,16 @@
 """src/evaluation/minerva.py: the rules that carry weak-to-strong's name give that repository's published numbers."""
 
 import json
+import random
+import re
+import time
 from pathlib import Path
 
 import pytest
 
 from src.evaluation.extract import extract
 from src.evaluation.grade import Grader
-from src.evaluation.minerva import minerva_string
+from src.evaluation.minerva import inside_dollars, minerva_string, unwrapped
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 published = SHARED / "weak_to_strong" / "llama2_7b_gsm8k_train_2_results.jsonl"
@@ -45,3 +48,40 @@ def test_w2s_06_all_published_extractions_and_verdicts_are_reproduced() -> None:
     with Grader("GSM8K-weak-to-strong") as grader:
         verdicts = [grader.compare(row["pred"], row["gold"]) == "right" for row in rows]
     assert verdicts == [row["result"] for row in rows]
+
+
+@pytest.mark.parametrize("piece", [
+    "The answer is ", "The answer is -", "#### ", "$", "$a", "\\text{", "\\text{a", "frac", "sqrt", ".", "####",
+    "=", "\n",
+])
+@pytest.mark.parametrize("tail", ["", "\n", "\n}", "}", "x"])
+def test_w2s_extraction_is_linear(piece: str, tail: str) -> None:
+    started = time.monotonic()
+    for extraction in ("weak-to-strong/hashes@1", "weak-to-strong/answer-is@1"):
+        extract(extraction, "#### " + piece * (80_000 // len(piece)) + tail)
+        extract(extraction, piece * (80_000 // len(piece)) + tail)
+    minerva_string(piece * (80_000 // len(piece)) + tail)
+    assert time.monotonic() - started < 2       # 80,000 characters took 10 s
+
+
+PIECES = (
+    "#### ", "The answer is ", "The answer is: ", "-", "3", "4.5", ".", " ", "\n", "$", "\\text{", "}", "a", "Question",
+    "1,000", "=", "\\boxed{", "frac12", "sqrt3", "%", "\r", "{", "$$",
+)
+
+
+def published_string(answer: str) -> str:
+    """The two places where that repository's own expressions are quadratic, as it has them."""
+    text = re.sub(r"^.*?\$(.+?)\$.*$", r"\1", answer)
+    return re.sub(r"\\text\{(.*?)\}", r"\1", text)
+
+
+def test_w2s_the_linear_forms_say_what_the_published_expressions_say() -> None:
+    random_pieces = random.Random(1)
+    for _ in range(5000):
+        text = "".join(random_pieces.choices(PIECES, k=random_pieces.randint(1, 9)))
+        assert unwrapped(inside_dollars(text), "\\text{") == published_string(text)
+        published = re.search(r"The answer is \D*?(-?\d+(?:\.\d+)?)", text.split("Question")[0].strip().strip("."))
+        ours = extract("weak-to-strong/hashes@1", text).answer if "####" not in text else None
+        if ours is not None:
+            assert published is not None and ours == minerva_string(published.group(1))
