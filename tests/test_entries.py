@@ -552,7 +552,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("data_build split", {"share": 2}, "--share is 2.0, expected a number from 0 to 1"),
     ("data_build split", {"test_file": "train.json"}, "16 questions of train.json are in train.json"),
     ("data_build process", {"samples_file": "graded.json"}, "has no key 'label'; grade the file"),
-    ("data_build process", {"task": "MATH"}, "was graded by gsm8k/hashes@1, exact@1, but --task MATH means"),
+    ("data_build process", {"task": "MATH"}, "was graded by gsm8k/hashes@2, exact@2, but --task MATH means"),
     ("data_build process", {"solutions_a_problem": 1}, "judged.json has no solution of two steps or more to judge"),
     ("data_build process", {"rollouts": 0}, "--rollouts is 0, expected 1 or more"),
     ("data_build branch", {}, "judged.json has no right solution of three steps or more to leave"),

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from src.evaluation import equality
 from src.evaluation.equality import Leaf, split_name
 from src.evaluation.minerva import minerva_string
-from src.evaluation.normalize import join_thousands, normalize, quantity, rational
+from src.evaluation.normalize import join_thousands, normalize, rational
+from src.evaluation.units import quantity
 
 
 class AnswerType(NamedTuple):
@@ -98,8 +99,8 @@ def by_kind(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> boo
 
 
 EQUALITIES: dict[str, Equality] = {
-    "exact@1": exact,
-    "choice@1": same_choice,
-    "typed@1": by_kind,
+    "exact@2": exact,
+    "choice@2": same_choice,
+    "typed@2": by_kind,
     "minerva-strings@1": same_minerva_string,
 }

@@ -10,19 +10,21 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-from src.evaluation.extract import CHOICE, numbers
+from src.evaluation.extract import numbers
+from src.evaluation.intervals import NAME, RELATION, as_union
 from src.evaluation.normalize import (
     THOUSANDS,
-    Quantity,
     closing,
+    formulas_only,
     join_thousands,
     normalize,
-    quantity,
     rational,
     split_top,
     strip_braces,
 )
-from src.evaluation.polynomial import same_polynomial
+from src.evaluation.number_words import changed
+from src.evaluation.polynomial import constant_value, same_polynomial
+from src.evaluation.units import MONEY, Quantity, currencies, quantity, units_clash
 
 MAX_LENGTH = 4000  # longer answers are compared as strings
 MAX_LEAF_LENGTH = 300
@@ -31,12 +33,7 @@ MAX_DEPTH = 6
 
 Leaf = Callable[[str, str], bool]  # (answer, label), both normalised -> equal?
 
-NAME = re.compile(
-    r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'?(?:\([^()]*\))?|\|[A-Z]+\||m?\\angle ?[A-Z]+|\([A-Za-z,;\\]+\)"
-)
 IS = r"=|\\in(?![a-z]) ?"
-UP = ("<", "\\le")
-RELATION = re.compile(r"\\le(?![a-z]) ?|\\ge(?![a-z]) ?|<|>")
 LIST_SEPARATOR = r",(?!\d{3}(?!\d))|(?<!\d),|;|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
 ENVIRONMENT = re.compile(
     r"\\begin\{([pbBvV]?)(small)?(matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1(?:small)?\3\}", re.DOTALL
@@ -47,49 +44,20 @@ CLOCK = re.compile(r"(\d{1,2}(?::\d\d)*) ?([AaPp])\.?[Mm]\.?")
 HOPELESS = re.compile(
     r"\\(?:sum|int|prod|lim|binom)(?![a-z])|\^\{\^|\^\{[^{}]*\^|\^\{-?\d{4,}|\d{4,}!|\)!|!!"
 )
-UNITS = {
-    name: names.split()[0]
-    for names in (
-        "meter m meters metre metres",
-        "centimeter cm centimeters",
-        "millimeter mm millimeters",
-        "kilometer km kilometers",
-        "inch in inches",
-        "foot ft feet",
-        "yard yd yards",
-        "mile mi miles",
-        "dollar dollars",
-        "cent cents",
-        "second s sec seconds",
-        "minute min minutes",
-        "hour h hr hrs hours",
-        "day days",
-        "week weeks",
-        "month months",
-        "year years",
-        "gram g gm grams",
-        "kilogram kg kilograms",
-        "pound lb lbs pounds",
-        "ounce oz ounces",
-        "am",
-        "pm",
-    )
-    for name in names.split()
-}
+LEAD = re.compile(r"[A-Za-z', ]* (?:is|are|equals|was|be) ?(?=[^A-Za-z ])")
 
 
 def equal(answer: str, label: str, leaf: Leaf) -> bool:
     """True if the answer says the same as the label. Calls leaf for pairs of expressions that no rule decides."""
-    if squeeze(answer) == squeeze(label):
-        return bool(squeeze(label))
+    if answer.strip() == label.strip():
+        return bool(label.strip())
     if max(len(answer), len(label)) > MAX_LENGTH:
         return False
+    if MONEY.search(label):
+        money, wanted = (currencies(formulas_only(side)) for side in (answer, label))
+        if money and wanted and money.isdisjoint(wanted):
+            return False
     return same(normalize(answer), normalize(label), leaf, 0)
-
-
-def squeeze(text: str) -> str:
-    """The text without white space."""
-    return "".join(text.split())
 
 
 def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
@@ -101,15 +69,20 @@ def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
     if is_words(label):
         answer = split_name(answer)[1]
         return is_words(answer) and words(answer) == words(label)
+    lead = LEAD.match(answer)
+    if lead and not changed(lead.group(), ""):  # "The probability is"
+        answer = answer[lead.end() :]
     answer, label, agree = without_names(exact_part(answer), exact_part(label))
     if not agree or not answer or not label:
         return False
-    answer, label = as_interval(answer, label), as_interval(label, answer)
+    answer, label = as_union(answer, label), as_union(label, answer)
     ours, theirs = elements(answer), elements(label)
     if THOUSANDS.fullmatch(answer) and len(theirs) > 1:
         ours = answer.split(",")
     if THOUSANDS.fullmatch(label) and len(ours) > 1:
         theirs = label.split(",")
+    if len(ours) in (2, 3) and len(theirs) == 1:  # one value in several spellings: "3/4 or 0.75"
+        return all(same(mine, theirs[0], leaf, depth + 1) for mine in ours)
     if len(ours) > 1 or len(theirs) > 1:
         return len(ours) == len(theirs) and same_bag(ours, theirs, leaf, depth + 1)
     for compare in (same_union, same_sequence, same_matrix):
@@ -141,45 +114,55 @@ def without_names(answer: str, label: str) -> tuple[str, str, bool]:
 
 
 def exact_part(text: str) -> str:
-    r"""The left side of "exact \approx 0.67", the right side of "x \approx 0.67"."""
+    r"""The left side of "exact \approx 0.67", the right side of "x \approx 0.67"; "" if the two are far apart."""
     left, _, right = text.partition("\\approx")
-    if rational(right.strip()) is None:
+    near = rational(right.strip())
+    if near is None or not left:
         return text
-    return right.strip() if NAME.fullmatch(left) else left
+    if NAME.fullmatch(left):
+        return right.strip()
+    exact = constant_value(left)
+    return left if exact is None or abs(exact - near) <= abs(exact) / 50 else ""
 
 
 def split_name(text: str) -> tuple[str, str]:
-    """("x", "5") for x=5, 5=x and x=2+3=5; ("", text) where no side is a mere name, or a list follows."""
+    """("x", "5") for x=5, 5=x and x=2+3=5; ("", "5") for 2+3=5; ("", text) where a side is neither a name nor a number,
+    or a list follows; ("", "") for a chain of numbers that are not equal."""
     sides = split_top(text, IS)
-    if (
-        len(sides) == 1
-        or RELATION.search(text)
-        or len(sides) > 2
-        and len(split_top(text, LIST_SEPARATOR)) > 1
+    if len(sides) == 1 or RELATION.search(text) or len(split_top(text, LIST_SEPARATOR)) > 1:
+        named = len(sides) == 2 and not RELATION.search(text) and is_name(sides[0])
+        return (sides[0], sides[1]) if named else ("", text)
+    names = [side for side in sides if is_name(side)]
+    rest = [side for side in sides if not is_name(side)] or sides[-1:]
+    if len(sides) > 2 and not is_name(sides[0]) or len(sides) == 2 and not names:
+        return ("", conclusion(sides)) if all(map(is_worked, sides)) else ("", text)
+    return names[0], conclusion(rest)
+
+
+def is_name(text: str) -> bool:
+    """x, f(x), AB, or a ratio of such."""
+    return all(NAME.fullmatch(part) for part in text.split(":"))
+
+
+def is_worked(text: str) -> bool:
+    """A number, or arithmetic with numbers."""
+    return constant_value(join_thousands(text)) is not None
+
+
+def conclusion(sides: list[str]) -> str:
+    """The last of several numbers that are said to be equal; "" if it is not what the arithmetic before it comes to, or
+    not what the numbers before it are where there is none."""
+    values = [(side, constant_value(join_thousands(quantity(side, glued=True).value))) for side in sides]
+    last, end = values[-1]
+    known = [(side, value) for side, value in values[:-1] if value is not None]
+    worked = [value for side, value in known if rational(join_thousands(side)) is None]
+    digits = len(last.partition(".")[2]) if "." in last else 15
+    if end is not None and any(
+        abs(value - end) > 0.51 / 10**digits + abs(end) * 1e-12
+        for value in worked or [value for _, value in known]
     ):
-        return "", text
-    if all(NAME.fullmatch(part) for part in sides[0].split(":")):
-        return sides[0], sides[-1]
-    return (sides[1], sides[0]) if len(sides) == 2 and NAME.fullmatch(sides[1]) else ("", text)
-
-
-def as_interval(text: str, other: str) -> str:
-    r"""2\le x<5 as [2,5) where the other answer is no inequality."""
-    if not RELATION.search(text) or RELATION.search(other):
-        return text
-    parts, signs = RELATION.split(text), [sign.strip() for sign in RELATION.findall(text)]
-    strict = "<" if signs[0] in UP else ">"
-    beyond = {"<": ("-\\infty", "\\infty"), ">": ("\\infty", "-\\infty")}[strict]
-    if len(parts) == 2 and NAME.fullmatch(parts[0]):
-        parts, signs = [beyond[0], *parts], [strict, *signs]
-    elif len(parts) == 2:
-        parts, signs = [*parts, beyond[1]], [*signs, strict]
-    if len(parts) != 3 or not NAME.fullmatch(parts[1]) or (signs[0] in UP) != (signs[1] in UP):
-        return text
-    if strict == ">":
-        parts, signs = parts[::-1], signs[::-1]
-    opening, closed = ("(" if signs[0] in "<>" else "["), (")" if signs[1] in "<>" else "]")
-    return f"{opening}{parts[0]},{parts[2]}{closed}"
+        return ""
+    return last
 
 
 def elements(text: str) -> list[str]:
@@ -287,10 +270,11 @@ def same_value(answer: str, label: str, leaf: Leaf) -> bool:
         return len(mine) == len(other) and all(
             same_value(*pair, leaf) for pair in zip(mine, other, strict=True)
         )
-    ours, theirs = quantity(answer), quantity(label)
+    theirs = quantity(label)
+    number = rational(theirs.value)
+    ours = quantity(answer, glued=number is not None)
     if units_clash(ours.unit, theirs.unit):
         return False
-    number = rational(theirs.value)
     if number is not None:
         return same_number(answer, ours, number, theirs, leaf)
     value = rational(ours.value)
@@ -308,8 +292,13 @@ def same_number(answer: str, ours: Quantity, number: Fraction, theirs: Quantity,
         return call_leaf(ours.value, radians(theirs), leaf)
     if value is None:
         return only_number(answer) == number
-    if value == number:
-        return True
+    if value == number:  # the sign is optional where the label can be a percentage
+        return (
+            ours.scale != "percent"
+            or bool(theirs.scale)
+            or abs(number) >= 1
+            and "/" not in theirs.value + "\\frac"
+        )
     if ours.scale == theirs.scale:
         return False
     return "percent" in (ours.scale, theirs.scale) and (
@@ -329,28 +318,23 @@ def radians(angle: Quantity) -> str:
 
 def only_number(text: str) -> Fraction | None:
     """The one number of a prose answer such as "Hillary has 7 nickels" or "20 + 3 = 23 miles" (there the result);
-    None for formulas and for several numbers."""
-    worked, _, text = text.rpartition("=")
-    found = numbers(text)
-    if len(found) != 1 or CHOICE.search(text):
+    None for formulas, for several numbers, and where the words make it another one."""
+    sides = [re.sub(r"(?<=\d)x(?=\d)", r"\\cdot", side) for side in text.split("=")]
+    worked = [re.sub(r"(?<![\\A-Za-z])/?[A-Za-z][A-Za-z.']*|\\%", "", side) for side in sides]
+    if len(sides) > 1 and not conclusion(worked):
         return None
-    rest = re.sub(r"\([A-Za-z ]*\)|\\%|(?<=[A-Za-z])-(?=[A-Za-z])", " ", text.replace(found[0], " "))
-    rest += re.sub(r"[\d+/()=-]|\\cdot|\\frac|[{}%\\]", " ", worked)
-    if not re.fullmatch(r"[A-Za-z .,']*", rest) or re.search(r"\b[b-zB-Z]\b", rest):
+    text = re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", sides[-1])
+    found = numbers(text)
+    if len(found) != 1:
+        return None
+    before, _, after = text.partition(found[0])
+    if after[:1].isalpha():  # 3xy is a product
+        return None
+    rest = re.sub(r"\([A-Za-z ]*\)|\\%|(?<=[A-Za-z])-(?=[A-Za-z])", " ", f"{before} {after}")
+    rest += re.sub(r"[\d+/()=-]|\\cdot|\\frac|[{}%\\]", " ", "".join(sides[:-1]))
+    if not re.fullmatch(r"[A-Za-z .,']*", rest) or re.search(r"\b[b-zB-Z]\b", rest) or changed(before, after):
         return None
     return rational(found[0])
-
-
-def units_clash(mine: str, other: str) -> bool:
-    """Both units are known ones and differ, or both say whether they are square or cubic and differ."""
-    (first, power), (second, other_power) = unit_kind(mine), unit_kind(other)
-    return bool(first and second and first != second) or bool(power and other_power and power != other_power)
-
-
-def unit_kind(unit: str) -> tuple[str | None, int]:
-    """The known unit a phrase ends in (None if unknown), and 2 or 3 if it says it is square or cubic."""
-    power = 2 if re.search(r"\bsq|\^\{2", unit) else 3 if re.search(r"\bcubic\b|\^\{3", unit) else 0
-    return UNITS.get(re.sub(r"\^.*|\.", "", unit).split(" ")[-1].lower()), power
 
 
 def same_expression(answer: str, label: str, leaf: Leaf) -> bool:

@@ -11,6 +11,8 @@ from functools import partial
 from typing import NamedTuple
 
 from src.evaluation.minerva import weak_to_strong_answer
+from src.evaluation.number_words import altered, digits_for_words, scaled
+from src.evaluation.symbols import plain
 
 
 class Found(NamedTuple):
@@ -34,28 +36,60 @@ class Extraction(NamedTuple):
     rule: str  # the rule that decided, "none" if no rule saw its mark
 
 
+THINKS = re.compile(r"<(?:think(?:ing)?|thought|reasoning)>|\[THINK\]|◁think▷", re.IGNORECASE)
+THOUGHT = re.compile(r"</(?:think(?:ing)?|thought|reasoning)>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+TAG = re.compile(r"<answer>", re.IGNORECASE)
+TAG_END = re.compile(r"</answer>", re.IGNORECASE)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+BETWEEN_BOXES = re.compile(  # what makes neighbours of boxes one list; the names in front of them are not read
+    r"(?:[\s$,;:.&/()]|\\[()\[\],;! ]|\\q?quad(?![a-z])|\\text\s*\{|\}|\b(?:and|or|either|maybe|possibly|perhaps"
+    r"|alternatively|also|else|even|it|is|be|could|can|might|may|otherwise)\b){0,80}",
+    re.IGNORECASE,
+)
 HOPE = re.compile(
     r"final answer is:?((?:(?!final answer is).){0,2000}?)\.?\s*I hope", re.IGNORECASE | re.DOTALL
 )
-HASHES = re.compile(r"####[ \t:]*([^\n]*)")
-ANSWER_HEADING = re.compile(
-    r"^#+[ \t]*(?:final[ \t]+)?answer[ \t:*]*\n+([^\n]*)", re.IGNORECASE | re.MULTILINE
+HASHES = re.compile(r"####[ \t:#]*([^\n]*)")
+LABEL = re.compile(r"[\s*_]*(?:the )?(?:final )?answer(?: is)?[\s:*_]*", re.IGNORECASE)  # in a #### line
+TITLE = re.compile(  # markdown's heading of the fourth level
+    r"[\s*_]*(?:(?:step|part|case|phase|stage|method|approach|section|question|problem|option|solution)s?"
+    r"\s*(?:[#\d:.*)]|[A-Za-z]\b|[ivx]+\b|$)|\d+[.):]\s*[*_]*[A-Za-z])",
+    re.IGNORECASE,
 )
-ANSWER_IS = re.compile(r"\banswer(?:\s+is\b|\W{0,3}:)[\s:*]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE)
+SENTENCE_START = re.compile(r"[\s*_]*[A-Za-z]{3}")
+ANSWER_HEADING = re.compile(
+    r"^(?:#+|\*\*)[ \t]*(?:final[ \t]+)?answer[ \t:*]*\n", re.IGNORECASE | re.MULTILINE
+)
+ANSWER_IS = re.compile(
+    r"\banswer(?:\s+is\b|\W{0,3}[:=])[\s:*_}]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE
+)
 NEXT_PROBLEM = re.compile(r"^\W{0,4}(?:Q|Question|Problem)\W{0,2}:", re.MULTILINE)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[])")
 MATH = re.compile(
     r"(?<![\\$])\$(?!\$)((?:[^$\\]|\\.){1,400})\$(?!\$)|\\\(((?:(?!\\\)).){1,400})\\\)", re.DOTALL
 )
 NUMBER = re.compile(
-    r"(?:(?<![\w)\].])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?:\.\d+)?)?|(?<![\w.])-?\.\d+"
+    r"(?:(?<![\w)\].])-)?(?:[1-9]\d{0,2}(?: \d{3})+(?![\d/])|\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    r"(?:[eE][+-]?\d+(?!\w)|/\d+(?:\.\d+)?)?|(?<![\w.])-?\.\d+"
 )
-LETTER_FIRST = re.compile(
-    r"[\s$*\\]*(?:(?:text|mathrm|textbf|mathbf)\s*\{)?\s*(?:option |choice )?\(?([A-Z])\)?(?![A-Za-z'])"
+CHOSEN = re.compile(  # one letter, perhaps after "Option"; small ones only where they can be no word
+    r"[\s$*\\_]*(?:(?:text|mathrm|textbf|mathbf|bf)\s*\{)?\s*"
+    r"(?:(?i:the |correct |option|choice|letter|answer|is|:)\s*)*"
+    r"(?:\(([A-Za-z])\)|([A-Z])\)?(?![A-Za-z'])|([a-z])(?=\)|[.:](?:\s|$)|[\s}$*.]*$))"
+)
+NEXT_CHOICE = re.compile(r"[\s}$*)]*(?:,|;|/|&|and\b|or\b)", re.IGNORECASE)
+DENIED = re.compile(
+    r"[\s}$*)]*(?:is|are|was|would be|can|could|does|do)?\s*(?:not\b|n['’]t\b|cannot\b|false\b|wrong\b|incorrect\b)",
+    re.IGNORECASE,
+)
+EXPLICIT = re.compile(  # marks of an answer, wherever they stand
+    rf"{BOX.pattern}|####(?!{TITLE.pattern})|{ANSWER_IS.pattern}|{ANSWER_HEADING.pattern}",
+    re.IGNORECASE | re.MULTILINE,
 )
 FINISHED = re.compile(r"[.!?]\W{0,4}$")
-CHOICE = re.compile(r"(?<![A-Za-z])(?:or|either|maybe|possibly|not)(?![A-Za-z])", re.IGNORECASE)
+CHOICE = re.compile(
+    r"(?<![A-Za-z])(?:or|either|maybe|possibly|not|one of(?= [$\\\d]))(?![A-Za-z])", re.IGNORECASE
+)
 
 
 def numbers(text: str) -> list[str]:
@@ -80,26 +114,61 @@ def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def last_box(text: str) -> Found | None:
-    r"""Content of the last \boxed{...}, \fbox{...} or \boxed 5; "" if the box is cut off."""
-    mark = last_match(BOX, text)
-    if mark is None:
+    r"""Content of the last \boxed{...}, \fbox{...} or \boxed 5; "" if the box is cut off. Boxes side by side are one
+    list: a choice between answers is none of them."""
+    marks = list(BOX.finditer(text))
+    if not marks:
         return None
-    if text[mark.end() : mark.end() + 1] == "{":
-        return Found(mark.start(), (braced(text, mark.end()) or "").strip())
-    bare = re.match(r"[^\s$.,;]+", text[mark.end() :])
-    return Found(mark.start(), bare.group() if bare else "")
+    contents: list[str] = []
+    following = len(text)
+    for mark in reversed(marks):
+        content, end = box_content(text, mark.end())
+        between = text[end:following] if contents else ""
+        if end > following or len(between) > 200 or not BETWEEN_BOXES.fullmatch(between):
+            break
+        if content not in contents:
+            contents.insert(0, content)
+        following = mark.start()
+    return Found(marks[-1].start(), ", ".join(contents))
+
+
+def box_content(text: str, start: int) -> tuple[str, int]:
+    """What a box that opens at start holds ("" if it is cut off), and where it ends."""
+    if text[start : start + 1] == "{":
+        content = braced(text, start)
+        return ("", len(text)) if content is None else (content.strip(), start + len(content) + 2)
+    bare = re.compile(r"[^\s$.,;]*").match(text, start)
+    return bare.group(), bare.end()
 
 
 def after_hashes(text: str) -> Found | None:
-    """The rest of the line behind the last ####."""
-    mark = last_match(HASHES, text)
-    return mark and Found(mark.start(), statement(mark.group(1)))
+    """The line of the last #### that is no heading of markdown, or the one below it."""
+    marks = list(HASHES.finditer(text))
+    for mark in reversed(marks):
+        label = LABEL.match(mark.group(1))
+        line = mark.group(1)[label.end() if label else 0 :]
+        if not line.strip(" \t*_"):
+            return Found(mark.start(), statement(text[mark.end() :]))
+        if not is_title(line, text, mark.end()):
+            return Found(mark.start(), statement(line))
+    return None
+
+
+def is_title(line: str, text: str, end: int) -> bool:
+    """Whether a line behind ####, which ends there in the text, is markdown's heading of what follows."""
+    if TITLE.match(line):
+        return True
+    if not SENTENCE_START.match(line) or end >= len(text.rstrip()):
+        return False
+    if not re.search(r"\d", line) and digits_for_words(line) == line:
+        return True
+    return any(pattern.search(text, end) for pattern in (BOX, ANSWER_IS))
 
 
 def after_heading(text: str) -> Found | None:
-    """The line under a heading "# Answer"."""
+    """The statement under a heading "# Answer" or "**Final Answer**"."""
     mark = last_match(ANSWER_HEADING, text)
-    return mark and Found(mark.start(), statement(mark.group(1)))
+    return mark and Found(mark.start(), statement(text[mark.end() :]))
 
 
 def hoped_answer(text: str) -> Found | None:
@@ -111,7 +180,10 @@ def hoped_answer(text: str) -> Found | None:
 def after_answer_is(text: str) -> Found | None:
     """The statement behind the last "answer is", "Answer:" or line that starts with "A:"."""
     mark = last_match(ANSWER_IS, text)
-    return mark and Found(mark.start(), statement(text[mark.end() :]))
+    if mark is None:
+        return None
+    said = statement(text[mark.end() :])
+    return Found(mark.start(), said.rstrip("}. ") if said.count("}") > said.count("{") else said)
 
 
 def statement(text: str) -> str:
@@ -122,7 +194,8 @@ def statement(text: str) -> str:
             inside, found, _ = text[2:].partition(closing)
             return inside.strip().rstrip(".") if found else ""
     line = text if "\\begin" in text[:200] else text.partition("\n")[0]
-    return SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t*").rstrip(" *.")
+    line = SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t*")
+    return line if line.endswith("...") else line.rstrip(" *.")
 
 
 def last_sentence(text: str) -> str | None:
@@ -135,10 +208,15 @@ def last_sentence(text: str) -> str | None:
 
 
 def last_number(text: str) -> Found | None:
-    """The last number of a finished response."""
+    """The last number of a finished response, unless the words beside it make it another."""
     sentence = last_sentence(text)
-    found = numbers(sentence.replace("$", "")) if sentence else []
-    return Found(len(text), found[-1]) if found else None
+    if sentence is None:
+        return None
+    sentence = scaled(sentence.replace("$", ""))
+    mark = last_match(NUMBER, sentence)
+    if mark is None or altered(sentence[: mark.start()], sentence[mark.end() :]):
+        return None
+    return Found(len(text), mark.group())
 
 
 def last_statement(text: str) -> Found | None:
@@ -153,19 +231,22 @@ def last_statement(text: str) -> Found | None:
 
 
 def leading_letters(text: str) -> str:
-    """The letters of choices that a statement begins with, as written: "A, C" of "A, C because ..."."""
+    """The letters of choices that a statement begins with, as written: "A, C" of "A or C because ..."."""
     found = []
-    while match := LETTER_FIRST.match(text):
-        found.append(match.group(1))
-        rest = re.match(r"\s*\}?\s*(?:,|;|and\b|&)", text[match.end() :])
-        if rest is None:
+    while match := CHOSEN.match(text):
+        found.append((match.group(1) or match.group(2) or match.group(3)).upper())
+        text = text[match.end() :]
+        if DENIED.match(text):
+            return ""
+        separator = NEXT_CHOICE.match(text)
+        if separator is None:
             break
-        text = text[match.end() + rest.end() :]
+        text = text[separator.end() :]
     return ", ".join(found)
 
 
 def letters_of(find: Callable[[str], Found | None], text: str) -> Found | None:
-    """What another rule finds, reduced to the letters it begins with."""
+    """What another rule finds, reduced to the letters it begins with; every box of a list has its own."""
     found = find(text)
     return found and Found(found.position, leading_letters(found.text))
 
@@ -173,17 +254,30 @@ def letters_of(find: Callable[[str], Found | None], text: str) -> Found | None:
 def last_letter(text: str) -> Found | None:
     """The only choice that the last sentence of a finished response names in brackets, or that is all of it."""
     sentence = last_sentence(text) or ""
-    bare = re.fullmatch(r"\W*([A-Z])\W*", text.rstrip().rpartition("\n")[2])
-    named = set(re.findall(r"\(([A-Z])\)", sentence)) or ({bare.group(1)} if bare else set())
-    return Found(len(text), named.pop()) if len(named) == 1 else None
+    bare = re.fullmatch(r"\W{0,9}([A-Z]|\([a-z]\))\W{0,9}", text.rstrip().rpartition("\n")[2])
+    named = re.findall(r"(?<![A-Za-z])\(([A-Ja-j])\)", sentence) or (
+        [bare.group(1).strip("()")] if bare else []
+    )
+    letters = {name.upper() for name in named}
+    return Found(len(text), letters.pop()) if len(letters) == 1 else None
 
 
 def own_part(response: str) -> str:
-    """The response up to the next problem the model made up behind its own answer."""
-    for mark in NEXT_PROBLEM.finditer(response):
-        if response[: mark.start()].strip():
-            return response[: mark.start()]
-    return response
+    """What the model says to the problem: no thoughts, only what it marks as <answer> if it does, and nothing behind
+    its own answer from the next problem on that it made up."""
+    text, lower = response, response.lower()
+    if any(word in lower for word in ("think", "thought", "reasoning")):
+        if thought := last_match(THOUGHT, text):
+            text = text[thought.end() :]
+        if thinks := THINKS.search(text):  # to the end
+            text = text[: thinks.start()]
+    if "<answer>" in lower and (tag := last_match(TAG, text)):
+        ended = TAG_END.search(text, tag.end())
+        return "Answer: " + (text[tag.end() : ended.start()] if ended else "")
+    if NEXT_PROBLEM.search(text) and (answered := EXPLICIT.search(text)):
+        mark = NEXT_PROBLEM.search(text, answered.end())
+        return text[: mark.start()] if mark else text
+    return text
 
 
 Groups = tuple[tuple[Rule, ...], ...]
@@ -191,7 +285,7 @@ Groups = tuple[tuple[Rule, ...], ...]
 
 def by_groups(groups: Groups, response: str) -> Extraction:
     """The answer that the first group with a mark in the response gives."""
-    text = own_part(response)
+    text = own_part(plain(response))
     for group in groups:
         found = [(rule.find(text), rule.name) for rule in group]
         seen = [(place.position, place.text, name) for place, name in found if place is not None]
@@ -210,13 +304,13 @@ def by_weak_to_strong(key: str, response: str) -> Extraction:
 HASH_RULE = Rule("hashes", after_hashes)
 NUMBER_GROUPS: Groups = (
     (HASH_RULE,),
-    (Rule("box", last_box), Rule("hope", hoped_answer)),
+    (Rule("box", last_box), Rule("hope", hoped_answer), Rule("heading", after_heading)),
     (Rule("answer-is", after_answer_is),),
     (Rule("last-number", last_number),),
 )
 MATH_GROUPS: Groups = (
     (Rule("box", last_box), Rule("hope", hoped_answer), Rule("heading", after_heading)),
-    (Rule("answer-is", after_answer_is),),
+    (HASH_RULE, Rule("answer-is", after_answer_is)),
     (Rule("last-statement", last_statement),),
 )
 CHOICE_GROUPS: Groups = (
@@ -231,10 +325,10 @@ CHOICE_GROUPS: Groups = (
     (Rule("last-letter", last_letter),),
 )
 EXTRACTIONS: dict[str, Callable[[str], Extraction]] = {
-    "gsm8k/last-number@1": partial(by_groups, NUMBER_GROUPS),
-    "gsm8k/hashes@1": partial(by_groups, ((HASH_RULE,),)),
-    "math/last-box@1": partial(by_groups, MATH_GROUPS),
-    "choice/letter@1": partial(by_groups, CHOICE_GROUPS),
+    "gsm8k/last-number@2": partial(by_groups, NUMBER_GROUPS),
+    "gsm8k/hashes@2": partial(by_groups, ((HASH_RULE,),)),
+    "math/last-box@2": partial(by_groups, MATH_GROUPS),
+    "choice/letter@2": partial(by_groups, CHOICE_GROUPS),
     "weak-to-strong/hashes@1": partial(by_weak_to_strong, "####"),
     "weak-to-strong/answer-is@1": partial(by_weak_to_strong, "The answer is:"),
 }

@@ -1,5 +1,6 @@
 """One answer graded honestly: five outcomes, exact rules first, sympy only in processes that can be killed."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,12 +9,13 @@ from typing import NamedTuple
 
 from src.errors import UserError
 from src.evaluation.answer_types import ANY, EQUALITIES, AnswerType
-from src.evaluation.extract import extract
+from src.evaluation.extract import Extraction, extract
 from src.evaluation.grade_pool import Pool
 from src.evaluation.tasks import Task, find_task
 from src.text.blocks import last_text
 
-GRADER_VERSION = "splitrl-1+math-verify-0.9.0"  # printed beside every score: graders differ by points
+GRADER_VERSION = "splitrl-2+math-verify-0.9.0"  # printed beside every score: graders differ by points
+MAX_LENGTH = 50_000  # characters of a response that are searched without a limit of time
 CACHE_SIZE = 200_000
 
 
@@ -25,7 +27,7 @@ class Verdict(NamedTuple):
 
 
 class Undecided(Exception):
-    """A leaf comparison ended without a verdict."""
+    """A search or a comparison ended without a verdict."""
 
     def __init__(self, outcome: str) -> None:
         super().__init__(outcome)
@@ -73,14 +75,29 @@ class Grader:
 
     def grade_one(self, response: str, label: str, answer_type: AnswerType = ANY) -> Verdict:
         """The verdict for one response; of a solution with code its last block of text is read."""
-        answer = extract(self.task.extraction, last_text(response)).answer
+        try:
+            answer = self.extract(last_text(response)).answer
+        except Undecided as undecided:
+            return Verdict(undecided.outcome, None)
         if answer is None:
             return Verdict("unparsed", None)
         return Verdict(self.compare(answer, label, answer_type), answer)
 
     def readable(self, response: str) -> bool:
         """Whether an answer is found in a response."""
-        return extract(self.task.extraction, response).answer is not None
+        try:
+            return self.extract(response).answer is not None
+        except Undecided:
+            return False
+
+    def extract(self, response: str) -> Extraction:
+        """The answer of a response; of a long one in a process that can be killed. Raises Undecided where it has to."""
+        if len(response) <= MAX_LENGTH:
+            return extract(self.task.extraction, response)
+        reply = self.pool.extract(self.task.extraction, response, self.seconds)
+        if reply in ("timeout", "error"):
+            raise Undecided(reply)
+        return Extraction(*json.loads(reply))
 
     def compare(self, answer: str, label: str, answer_type: AnswerType = ANY) -> str:
         """The outcome of a bare answer against a label: right, wrong, timeout or error."""

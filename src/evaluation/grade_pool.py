@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from src.errors import UserError
@@ -35,6 +36,10 @@ class Worker:
     def compare(self, answer: str, label: str, seconds: float) -> str:
         """ "right", "wrong", "timeout" or "error" (the process died or the library failed), as ask() gives it."""
         return self.ask({"answer": answer, "label": label, "seconds": seconds}, seconds)
+
+    def extract(self, extraction: str, response: str, seconds: float) -> str:
+        """The Extraction as a json list, or "timeout" or "error"."""
+        return self.ask({"extraction": extraction, "response": response, "seconds": seconds}, seconds)
 
     def ask(self, request: Mapping[str, object], seconds: float) -> str:
         """What the process replies; "timeout" or "error" where it has to be killed or dies.
@@ -131,9 +136,20 @@ class Pool:
 
     def compare(self, answer: str, label: str, seconds: float) -> str:
         """Worker.compare on the next free worker."""
+        with self.borrowed() as worker:
+            return worker.compare(answer, label, seconds)
+
+    def extract(self, extraction: str, response: str, seconds: float) -> str:
+        """Worker.extract on the next free worker."""
+        with self.borrowed() as worker:
+            return worker.extract(extraction, response, seconds)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[Worker]:
+        """The next free worker."""
         worker = self.idle.get()
         try:
-            return worker.compare(answer, label, seconds)
+            yield worker
         finally:
             self.idle.put(worker)
 

@@ -6,94 +6,97 @@ here is linear in the length of the answer or meets answers of bounded length on
 
 import re
 from fractions import Fraction
-from typing import NamedTuple
+
+from src.evaluation.number_words import CHANGED, digits_for_words
+from src.evaluation.symbols import latex
 
 MAX_DIGITS = 300  # longer numbers are compared as strings
 
-UNICODE = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "×": "\\times ",
-        "·": "\\cdot ",
-        "⋅": "\\cdot ",
-        "÷": "/",
-        "⁄": "/",
-        "π": "\\pi ",
-        "∞": "\\infty ",
-        "∪": "\\cup ",
-        "∩": "\\cap ",
-        "°": "^{\\circ}",
-        "º": "^{\\circ}",
-        "≤": "\\le ",
-        "≥": "\\ge ",
-        "≠": "\\ne ",
-        "±": "\\pm ",
-        "∈": "\\in ",
-        "θ": "\\theta ",
-        "∅": "\\emptyset ",
-        "√": "\\sqrt ",
-        "²": "^{2}",
-        "³": "^{3}",
-        "½": "\\frac{1}{2}",
-        "¼": "\\frac{1}{4}",
-        "¾": "\\frac{3}{4}",
-        "⅓": "\\frac{1}{3}",
-        "⅔": "\\frac{2}{3}",
-        "€": "",
-        "£": "",
-        "“": "",
-        "”": "",
-        "’": "'",
-        "\u00a0": " ",
-        "\u200b": "",
-        "\u200c": "",
-        "\u200d": "",
-        "\u2060": "",
-        "\ufeff": "",
-    }
-)
 TEXT_MACRO = re.compile(
     r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|mathit|textrm|textsf|emph|operatorname\*?|rm|bf)\s*\{([^{}]*)\}"
 )
 END = r"(?![A-Za-z])"  # a macro name ends here
-REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (rf"\\(?:left|right|bigl?|Bigl?|bigr|Bigr|bigg|Bigg){END}\.?", ""),
-        (rf"\\(?:displaystyle|textstyle|limits|mathstrut|quad|qquad){END}", " "),
-        (r"(?<!\\)\\!", ""),
-        (r"(?<=\d)(?:\\[,;: ]|~|\{,\})(?=\d{3}(?!\d))", ","),
-        (r"(?<!\\)\\[,;:\s]|~", " "),
-        (r"\{,\}", ","),
-        (rf"\\[dtc]frac{END}", r"\\frac"),
-        (rf"\\(?:leq|leqslant|le){END}|<=", r"\\le "),
-        (rf"\\(?:geq|geqslant|ge){END}|>=", r"\\ge "),
-        (rf"\\lt{END}", "<"),
-        (rf"\\gt{END}", ">"),
-        (rf"\\(?:[lr]?vert){END}", "|"),
-        (rf"\\langle{END}", "("),
-        (rf"\\rangle{END}", ")"),
-        (rf"\\lbrace{END}", r"\\{"),
-        (rf"\\rbrace{END}", r"\\}"),
-        (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
-        (rf"\\varnothing{END}", r"\\emptyset "),
-        (rf"\\(?:times|cdot|ast){END}|(?<!\*)\*(?!\*)", r"\\cdot "),
-        (r"\*\*", "^"),
-        (rf"\^\s*\{{?\s*\\(?:circ|degree){END}\s*\}}?|\\degree{END}", r"^{\\circ}"),
-        (r"\\%|%|\bpercent\b", r"\\%"),
-        (rf"(?<![\\A-Za-z])(?:infty|infinity){END}|\\infinity{END}", r"\\infty "),
-        (rf"(?<![\\A-Za-z])(pi|sqrt){END}", r"\\\1 "),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r",\s+", ";"),  # 81, 256 is a list, 81,256 may be a number
-        (rf"\\sqrt\s*(\w|\\pi{END})", r"\\sqrt{\1}"),
-        (rf"\\frac\s*(\w|\\pi{END})\s*(\w|\\pi{END})", r"\\frac{\1}{\2}"),
-        (rf"\\frac\s*(\w|\\pi{END})\s*\{{", r"\\frac{\1}{"),
-        (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
-        (r"([_^])\s*(\w)", r"\1{\2}"),
-        (r"(?<=[A-Za-z])\s+(?=[A-Za-z])", "\x00"),  # the only space that carries meaning
+FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp"
+GREEK = "pi|theta|alpha|beta|gamma|lambda|phi|omega"
+
+
+def compiled(*rules: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """The rules (pattern, replacement) with their patterns compiled."""
+    return tuple((re.compile(pattern), new) for pattern, new in rules)
+
+
+MACROS = {
+    name: new
+    for names, new in (
+        ("left right big Big bigl Bigl bigr Bigr bigg Bigg", ""),
+        ("displaystyle textstyle limits mathstrut quad qquad", " "),
+        ("dfrac tfrac cfrac", "\\frac"),
+        ("leq leqslant le", "\\le "),
+        ("geq geqslant ge", "\\ge "),
+        ("lt", "<"),
+        ("gt", ">"),
+        ("neq ne", "\\ne "),
+        ("approxeq approx simeq cong", "\\approx "),
+        ("setminus backslash", "\\setminus "),
+        ("vert lvert rvert mid", "|"),
+        ("langle", "("),
+        ("rangle", ")"),
+        ("lbrace", "\\{"),
+        ("rbrace", "\\}"),
+        ("varnothing", "\\emptyset "),
+        ("times cdot ast", "\\cdot "),
+        ("infinity", "\\infty "),
+        ("degree", "^{\\circ}"),
+    )
+    for name in names.split()
+}
+MACRO = re.compile(r"\\([A-Za-z]+)")
+LAYOUT = compiled(  # only where there are macros, before they are renamed
+    (r"\\\\\*?\s?\[\s?-?[\d.]+ ?(?:pt|em|ex|mm|cm|in|mu|px|bp|pc)\s?\]", r"\\\\\\\\"),  # height of a row
+    (r"\\(left|right)\s?\.", ""),
+    (r"(?<=\d) ?,? ?\\! ?,? ?(?=\d{3}(?!\d))", ","),
+    (r"(?<!\\)\\!", ""),
+    (r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))", ","),
+    (r"(?<!\\)\\[,;:\s]", " "),
+    (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
+    (r"\\not\s?=", r"\\ne "),
+    (r"\\\{\s?\\\}", r"\\emptyset "),
+    (rf"\^\s*\{{?\s*\\(?:circ|degree){END}\s*\}}?", r"^{\\circ}"),
+)
+REWRITES = compiled(
+    (r"(?<=\{) +| +(?=\})", ""),
+    (r"(?<=\d)(?:~|\{,\})(?=\d{3}(?!\d))", ","),
+    (r"^~\s*(?=[\d\\.-])", r"\\approx "),
+    (r"~", " "),
+    (r"\{,\}", ","),
+    (r"^\{\s*\}$", r"\\emptyset "),
+    (r"<=", r"\\le "),
+    (r">=", r"\\ge "),
+    (r"!=", r"\\ne "),
+    (r"(?<!\*)\*(?!\*)", r"\\cdot "),
+    (r"\*\*", "^"),
+    (r"\\%|%|\bpercent\b", r"\\%"),
+    (r"(?<![\\A-Za-z])sqrt\s?(\d+)", r"\\sqrt{\1}"),
+    (rf"(?<![\\A-Za-z])(?:infty|infinity){END}", r"\\infty "),
+    (rf"(?<![\\A-Za-z])({GREEK}|sqrt){END}", r"\\\1 "),
+    (rf"(?<![\\A-Za-z])({FUNCTIONS})(?=\s?[_^({{\\\d]|\s?[a-z]{END})", r"\\\1 "),
+    (r",\s+", ";"),  # 81, 256 is a list, 81,256 may be a number
+    (r"\^\s?(-?\d{2,}|-\d)(?![\d}])", r"^{\1}"),
+)
+ARGUMENTS = compiled(  # of macros and exponents: in braces
+    (rf"\\sqrt\s*(\w|\\pi{END})", r"\\sqrt{\1}"),
+    (rf"\\frac\s*(\w|\\pi{END})\s*(\w|\\pi{END})", r"\\frac{\1}{\2}"),
+    (rf"\\frac\s*(\w|\\pi{END})\s*\{{", r"\\frac{\1}{"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
+    (r"([_^])\s*(\w)", r"\1{\2}"),
+)
+SPACING = (
+    compiled(  # a space stays between letters, between digits, and in front of a unit; no other has a meaning
+        (r"(?<=[A-Za-z])\s+(?=[A-Za-z])|(?<=\d)\s+(?=[\d.])", "\x00"),
+        (r"(?<=[\d})%])\s+(?=[A-Za-z]{2}|[mgshLlNJWV](?![A-Za-z]))", "\x00"),
         (r"\s+", ""),
         ("\x00", " "),
+        (r"(?:^|(?<=[(\[,;=]))\+", ""),
     )
 )
 SPANS = re.compile(
@@ -101,38 +104,37 @@ SPANS = re.compile(
 )
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])")
-SPACED_THOUSANDS = re.compile(r"-?[1-9]\d{0,2}(?: \d{3})+")
+SPACED_THOUSANDS = re.compile(r"(?<![\d.,/}])[1-9]\d{0,2}(?: \d{3})+(?![\d/]|\s*\\frac)")
+PLAIN = re.compile(r"-?\d+(?:,\d+)*(?:\.\d+)?", re.ASCII)
 TRAILING = re.compile(r"(?:[\s.,;:]|(?<!\\)\\[,;:! ])+$")
 MIXED = re.compile(
     r"(?<![\d.^_,])(\d{1,9})(?:\s*\\frac\s*\{(\d{1,9})\}\s*\{(\d{1,9})\}|\s+(\d{1,9})/(\d{1,9}))"
 )
 DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
-NUMBER = re.compile(rf"([+-]?)\(?({DECIMAL})\)?")
-SLASHED = rf"([+-]?{DECIMAL})/({DECIMAL})"
-STACKED = rf"\\frac\{{([+-]?{DECIMAL})\}}\{{([+-]?{DECIMAL})\}}"
-FRACTION = re.compile(rf"([+-]?)\(?(?:{SLASHED}|{STACKED})\)?")
-SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d+)?)\\cdot10\^\{(-?\d{1,2})\}")
-UNIT = re.compile(
-    r"(?<=[\d})%ie])([ /]?[A-Za-z][A-Za-z.]*(?:/[A-Za-z]+)?(?: [A-Za-z.]+(?:/[A-Za-z]+)?)*)(\^\{[23]\})?$"
+NUMBER = re.compile(rf"(?![+-][+-])([+-]?)\(?([+-]?{DECIMAL}(?:[eE][+-]?\d{{1,3}})?)\)?")
+PART = rf"[+-]?(?:{DECIMAL}|\([+-]?{DECIMAL}\))"
+FRACTION = re.compile(
+    rf"([+-]?)\(?(?:({PART})/({PART.removeprefix('[+-]?')})|\\frac\{{({PART})\}}\{{({PART})\}})\)?"
 )
-MAX_UNIT = 60  # characters
-NOT_UNIT = re.compile(r"\b(?:[A-Za-z]|and|or|not|sin|cos|tan|cot|sec|csc|log|ln|mod|pi)\b")
-SHORT_UNITS = frozenset("m g s h L l".split())
-
-
-class Quantity(NamedTuple):
-    """A value, the words behind it, and the sign that scales it."""
-
-    value: str
-    unit: str  # "" or words, as written
-    scale: str  # "", "percent" or "degree"
+SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d+)?)(?:\\cdot|x)10\^\{([+-]?\d{1,3})\}")
+MONEY_SIGNS = re.compile(r"\\?\$|[€£¥₹]")
+QUOTES = re.compile("\"|``|''|^[`']|'$|^[*]+|[*]+$")
+WHOLE_PART = r"(?<![\d.])(\d{0,20})\.(\d{0,20})"
+REPEATING = re.compile(  # 0.1\overline{6}, 0.1(6), 0.1\dot{6}, 0.\dot{1}4285\dot{7}
+    WHOLE_PART + r"(?:\\(?:overline|bar) ?(?:\{(\d{1,20})\}|(\d))|\((\d{1,20})\)"
+    r"|\\dot ?\{?(\d)\}?(?:(\d{0,18})\\dot ?\{?(\d)\}?)?)"
+)
+DOTS = re.compile(r"(?<![\d.])(\d{0,20})\.(\d{3,40})(?:\.\.\.|\\[lc]?dots(?![a-z]))")
+PERIOD = re.compile(r"(\d*?)(\d{1,10}?)\2+(\d*)")
 
 
 def formulas_only(text: str) -> str:
     r"""The formulas of a text that marks them by $, \( or \[, as a comma list; words behind a single one stay."""
     spans = list(SPANS.finditer(text))
     rest = SPANS.sub(" ", text)
-    if not spans or re.search(r"\d", rest):  # digits outside: the dollars are money, or the prose matters too
+    if (
+        not spans or re.search(r"\d", rest) or CHANGED.search(rest)
+    ):  # the dollars are money, or the prose matters too
         return text
     formulas = [span.group(2) or span.group(3) or span.group(4) or "" for span in spans]
     tail = text[spans[0].end() :] if len(spans) == 1 else ""
@@ -159,20 +161,67 @@ def improper(match: re.Match[str]) -> str:
     return rf"\frac{{{whole * under + over}}}{{{under}}}"
 
 
+def repeating(match: re.Match[str]) -> str:
+    r"""A repeating decimal as a fraction: 0.1\overline{6} -> \frac{15}{90}."""
+    whole, start, *period = match.groups(default="")
+    return exact_decimal(whole, start, "".join(period))
+
+
+def continued(match: re.Match[str]) -> str:
+    """A decimal that dots continue, as a fraction where its digits show the period at least twice; else as it is."""
+    whole, digits = match.groups()
+    found = PERIOD.fullmatch(digits)
+    if (
+        found is None
+        or len(digits) < 3
+        or not found[2].startswith(found[3])
+        or len(digits) - len(found[1]) < 3
+    ):
+        return match.group()
+    return exact_decimal(whole, found[1], found[2])
+
+
+def exact_decimal(whole: str, start: str, period: str) -> str:
+    """The fraction that a decimal with a period is."""
+    under = (10 ** len(period) - 1) * 10 ** len(start)
+    return rf"\frac{{{int(whole + start + period) - int('0' + whole + start)}}}{{{under}}}"
+
+
+def bracketed_roots(text: str) -> str:
+    r"""\sqrt(a(b+1)) as \sqrt{a(b+1)}."""
+    pieces, end = [], 0
+    for match in re.finditer(r"\\sqrt\s*\(", text):
+        if match.start() >= end and (last := closing(text, match.end() - 1)) > 0:
+            pieces += [text[end : match.start()], "\\sqrt{", bracketed_roots(text[match.end() : last]), "}"]
+            end = last + 1
+    return "".join([*pieces, text[end:]])
+
+
 def normalize(text: str) -> str:
-    """One spelling of an answer. Between two letters one space is kept, all other space is gone."""
-    text = single_backslashes(text.translate(UNICODE).strip())
-    text = formulas_only(text).replace("\\$", "").replace("$", "")
-    text = unwrap_text(BOX.sub(r"\1", text))
-    text = TRAILING.sub("", text.strip()).lstrip("=: ")
-    if SPACED_THOUSANDS.fullmatch(text):
-        text = text.replace(" ", "")
-    for pattern, new in REWRITES[:-3]:
+    """One spelling of an answer. Spaces stay where they part letters, digits, or a value and its unit."""
+    if PLAIN.fullmatch(text):
+        return text
+    text = single_backslashes(latex(text).strip())
+    text = MONEY_SIGNS.sub("", formulas_only(text))
+    text = digits_for_words(unwrap_text(BOX.sub(r"\1", text)))
+    text = TRAILING.sub("", DOTS.sub(continued, QUOTES.sub("", text.strip()))).lstrip("=: ")
+    text = SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
+    if "\\" in text:
+        text = rewritten(text, LAYOUT)
+        text = MACRO.sub(lambda match: MACROS.get(match[1], match.group()), text)
+    text = rewritten(text, REWRITES)
+    if "\\" in text or "^" in text or "_" in text:
+        text = bracketed_roots(rewritten(text, ARGUMENTS))
+    if "." in text:
+        text = REPEATING.sub(repeating, text)
+    return strip_braces(rewritten(MIXED.sub(improper, text), SPACING))
+
+
+def rewritten(text: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
+    """The text after each of the rules in turn."""
+    for pattern, new in rules:
         text = pattern.sub(new, text)
-    text = MIXED.sub(improper, text)
-    for pattern, new in REWRITES[-3:]:
-        text = pattern.sub(new, text)
-    return strip_braces(text)
+    return text
 
 
 def join_thousands(text: str) -> str:
@@ -219,28 +268,18 @@ def rational(text: str) -> Fraction | None:
         text = text.replace(",", "")
     match = NUMBER.fullmatch(text)
     if match:
-        return Fraction(match.group(1) + match.group(2).rstrip("."))
+        value = Fraction(match[2].rstrip("."))
+        return -value if match[1] == "-" else value
     match = FRACTION.fullmatch(text)
     if match:
         sign, *parts = match.groups()
-        over, under = (Fraction(part.rstrip(".")) for part in parts if part is not None)
+        over, under = (part_value(part) for part in parts if part is not None)
         return None if under == 0 else (-over if sign == "-" else over) / under
     match = SCIENTIFIC.fullmatch(text)
     return Fraction(match.group(1)) * Fraction(10) ** int(match.group(2)) if match else None
 
 
-def quantity(text: str) -> Quantity:
-    """Split a normalised answer into value, unit, and percent or degree sign."""
-    match = UNIT.search(text, max(0, len(text) - MAX_UNIT))
-    unit = match.group(1).strip(" ./") if match else ""
-    if match and (unit in SHORT_UNITS or not NOT_UNIT.search(unit)):
-        text = text[: match.start()]
-    else:
-        unit = ""
-    if text.endswith("\\%"):
-        return Quantity(text[:-2], unit, "percent")
-    if match and unit and match.group(2):
-        unit += match.group(2)
-    if text.endswith("^{\\circ}") or unit.lower().startswith("degree"):
-        return Quantity(text.removesuffix("^{\\circ}"), "", "degree")
-    return Quantity(text, unit, "")
+def part_value(text: str) -> Fraction:
+    """The value of a numerator or denominator, perhaps in brackets: -(7)."""
+    value = Fraction(text.lstrip("+-").strip("()").rstrip("."))
+    return -value if text.startswith("-") else value

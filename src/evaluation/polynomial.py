@@ -48,6 +48,23 @@ def same_polynomial(first: str, second: str) -> bool | None:
         return None
 
 
+def constant_value(text: str) -> float | None:
+    r"""The value of a text that is a number or arithmetic with numbers, roots and \pi; None for anything else."""
+    try:
+        terms = read(text)
+    except (Unreadable, OverflowError):
+        return None
+    total = 0.0
+    for term, coefficient in terms.items():
+        if (
+            any(symbol != "\\pi" for symbol, _ in term.powers)
+            or max(coefficient.numerator, coefficient.denominator) > 10**300
+        ):
+            return None
+        total += float(coefficient) * math.sqrt(term.radicand) * math.pi ** dict(term.powers).get("\\pi", 0)
+    return total
+
+
 def read(text: str) -> Sum:
     """The sum of terms that a normalised text says. Raises Unreadable."""
     reader = _Reader(tokens_of(text))

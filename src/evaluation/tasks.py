@@ -55,7 +55,7 @@ class Task:
         return {"extraction": self.extraction, "equality": self.equality}
 
 
-NUMBER, MATH, EXACT = "gsm8k/last-number@1", "math/last-box@1", "exact@1"
+NUMBER, MATH, EXACT = "gsm8k/last-number@2", "math/last-box@2", "exact@2"
 
 TASKS = {
     task.name.lower(): task
@@ -66,11 +66,11 @@ TASKS = {
         Task(name="SVAMP", extraction=NUMBER, equality=EXACT),
         Task(name="ASDiv", extraction=NUMBER, equality=EXACT),
         Task(name="MAWPS", extraction=NUMBER, equality=EXACT),
-        Task(name="AQuA", extraction="choice/letter@1", equality="choice@1"),
-        Task(name="choice", extraction="choice/letter@1", equality="choice@1"),
-        Task(name="OlympiadBench", extraction=MATH, equality="typed@1"),
+        Task(name="AQuA", extraction="choice/letter@2", equality="choice@2"),
+        Task(name="choice", extraction="choice/letter@2", equality="choice@2"),
+        Task(name="OlympiadBench", extraction=MATH, equality="typed@2"),
         # the formats and comparisons of two published code bases, to reproduce their numbers
-        Task(name="GSM8K-strict", extraction="gsm8k/hashes@1", equality=EXACT),
+        Task(name="GSM8K-strict", extraction="gsm8k/hashes@2", equality=EXACT),
         Task(
             name="GSM8K-weak-to-strong",
             prompt="Question: {instruction}\nAnswer:",
@@ -85,7 +85,7 @@ TASKS = {
             extraction="weak-to-strong/answer-is@1",
             equality="minerva-strings@1",
         ),
-        Task(name="toy", extraction="gsm8k/hashes@1", equality=EXACT),
+        Task(name="toy", extraction="gsm8k/hashes@2", equality=EXACT),
         Task(name="none", extraction="", equality=""),
     )
 }

@@ -58,9 +58,9 @@ def test_extraction_by_hand(task: str, response: str, answer: str | None) -> Non
 
 
 def test_extraction_names_its_rule() -> None:
-    assert extract("gsm8k/last-number@1", "#### 4") == ("4", "hashes")
-    assert extract("math/last-box@1", "\\boxed{") == (None, "box")
-    assert extract("gsm8k/hashes@1", "4") == (None, "none")
+    assert extract("gsm8k/last-number@2", "#### 4") == ("4", "hashes")
+    assert extract("math/last-box@2", "\\boxed{") == (None, "box")
+    assert extract("gsm8k/hashes@2", "4") == (None, "none")
 
 
 def test_unknown_task_names_the_known_ones() -> None:
@@ -284,3 +284,13 @@ def test_hostile_collection_is_survived() -> None:
             assert (outcome == "right") == row["correct"], row["id"]
             assert time.monotonic() - started < 8, row["id"]        # the limit and one start of a process
         assert math.compare("v(v+2)", "v^2+2v") == "right"
+
+
+def test_a_long_response_is_searched_in_a_process_under_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "So on and on. " * 5000
+    with Grader("MATH", seconds=4.0) as math, Grader("MATH-weak-to-strong") as published:
+        assert math.grade_one(long + "\\boxed{x(x+1)}", "x^2+x") == Verdict("right", "x(x+1)")
+        assert published.grade_one(long + "\nThe answer is: 1,250", "1250") == Verdict("right", "1250")
+        assert math.readable(long + "#### 4") and not math.readable(long)
+        monkeypatch.setattr(math.pool, "extract", lambda *request: "timeout")
+        assert math.grade_one(long + "\\boxed{4}", "4") == Verdict("timeout", None)

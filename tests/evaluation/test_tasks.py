@@ -37,7 +37,7 @@ def test_a_misspelt_task_is_told_the_near_one() -> None:
 def test_a_task_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "riddles.json"
     path.write_text(json.dumps({"prompt": "Riddle: {instruction}\nSay A or B.", "stop": ["Riddle:"],
-                                "extraction": "choice/letter@1", "equality": "choice@1"}))
+                                "extraction": "choice/letter@2", "equality": "choice@2"}))
     task = find_task(str(path))
     assert (task.name, task.stop) == ("riddles", ("Riddle:",))
     with Grader(task) as grader:
@@ -47,13 +47,13 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [
     ("{", "not valid json"),
     ("[]", "holds list; expected extraction and equality"),
-    ('{"extraction": "math/last-box@1"}', "holds extraction; expected extraction and equality"),
-    ('{"extraction": "math/last-box@1", "equality": "exact@1", "stops": []}', "stops; expected"),
-    ('{"extraction": "math/last-box", "equality": "exact@1"}', "no extraction rule 'math/last-box'; expected gsm8k"),
-    ('{"extraction": "math/last-box@1", "equality": "fuzzy@1"}', "no equality rule 'fuzzy@1'"),
-    ('{"extraction": "math/last-box@1", "equality": "exact@1", "stop": "Q:"}', "'stop' is 'Q:'"),
-    ('{"extraction": "math/last-box@1", "equality": "exact@1", "prompt": 1}', "'prompt' is a int"),
-    ('{"extraction": "math/last-box@1", "equality": "exact@1", "prompt": "Q:"}', "holds {instruction} 0 times"),
+    ('{"extraction": "math/last-box@2"}', "holds extraction; expected extraction and equality"),
+    ('{"extraction": "math/last-box@2", "equality": "exact@2", "stops": []}', "stops; expected"),
+    ('{"extraction": "math/last-box", "equality": "exact@2"}', "no extraction rule 'math/last-box'; expected gsm8k"),
+    ('{"extraction": "math/last-box@2", "equality": "fuzzy@1"}', "no equality rule 'fuzzy@1'"),
+    ('{"extraction": "math/last-box@2", "equality": "exact@2", "stop": "Q:"}', "'stop' is 'Q:'"),
+    ('{"extraction": "math/last-box@2", "equality": "exact@2", "prompt": 1}', "'prompt' is a int"),
+    ('{"extraction": "math/last-box@2", "equality": "exact@2", "prompt": "Q:"}', "holds {instruction} 0 times"),
 ])
 def test_a_bad_task_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "own.json"

@@ -9,7 +9,7 @@ from dataset.toy.generate import check_steps
 from recipes import easy_to_hard_table as table
 
 N = 40
-RULES = {"extraction": "gsm8k/hashes@1", "equality": "exact@1"}
+RULES = {"extraction": "gsm8k/hashes@2", "equality": "exact@2"}
 
 
 @pytest.fixture

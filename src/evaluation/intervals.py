@@ -1,0 +1,71 @@
+r"""Sets of reals in other words, as unions of intervals: 2 \le x < 5, x \ne 2, x < 1 or x > 3, \{x | x > 3\}."""
+
+import re
+from fractions import Fraction
+
+from src.evaluation.normalize import rational, split_top
+
+NAME = re.compile(
+    r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'?(?:\([^()]*\))?|\|[A-Z]+\||m?\\angle ?[A-Z]+|\([A-Za-z,;\\]+\)"
+)
+UP = ("<", "\\le")
+RELATION = re.compile(r"\\le(?![a-z]) ?|\\ge(?![a-z]) ?|<|>")
+REALS = "(-\\infty,\\infty)"
+EXCEPT = re.compile(re.escape(REALS) + r" ?(?:\\setminus|-) ?\\\{(.*)\\\}")
+UNEQUAL = re.compile(rf"(?:{re.escape(REALS)}[,;|:] ?)?([A-Za-z]) ?\\ne ?")
+BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in\(-\\infty,\\infty\)|\\in ?R)?(?:\||:)(.*)\\\}")
+
+
+def as_union(text: str, other: str) -> str:
+    r"""A set of reals that is described as a union of intervals, where the other answer is none that is described."""
+    match = BUILDER.fullmatch(text)
+    inside = match[2] if match else text
+    if not RELATION.search(inside) and "\\ne" not in inside and "\\setminus" not in inside:
+        return text
+    if RELATION.search(other) or "\\ne" in other:
+        return inside
+    if points := excluded(inside):
+        ends = zip(["-\\infty", *points], [*points, "\\infty"], strict=True)
+        return "\\cup".join(f"({left},{right})" for left, right in ends)
+    parts = [as_interval(part) for part in split_top(inside, r"(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![a-z])")]
+    return "\\cup".join(parts)
+
+
+def excluded(text: str) -> list[str]:
+    r"""The numbers in ascending order that all reals but them are said by: of x \ne 2, 3 or of R \setminus \{2, 3\}."""
+    if match := EXCEPT.fullmatch(text):
+        inside = match[1]
+    else:
+        match = UNEQUAL.match(text)
+        inside = text[match.end() :] if match else ""
+        if match:
+            inside = re.sub(rf"(?:[,;]|and)? ?{match[1]} ?\\ne ?", ",", inside)
+    points: dict[Fraction, str] = {}
+    for point in filter(None, split_top(inside, r",|;|(?<![A-Za-z\\])and(?![A-Za-z])")):
+        for signed in (
+            [point.replace("\\pm", sign).strip() for sign in ("", "-")] if "\\pm" in point else [point]
+        ):
+            value = rational(signed)
+            if value is None:
+                return [inside] if not points and "," not in inside else []
+            points[value] = signed
+    return [points[value] for value in sorted(points)]
+
+
+def as_interval(text: str) -> str:
+    r"""2\le x<5 as [2,5); as it is if it is no inequality of one name."""
+    parts, signs = RELATION.split(text), [sign.strip() for sign in RELATION.findall(text)]
+    if not signs:
+        return text
+    strict = "<" if signs[0] in UP else ">"
+    beyond = {"<": ("-\\infty", "\\infty"), ">": ("\\infty", "-\\infty")}[strict]
+    if len(parts) == 2 and NAME.fullmatch(parts[0]):
+        parts, signs = [beyond[0], *parts], [strict, *signs]
+    elif len(parts) == 2:
+        parts, signs = [*parts, beyond[1]], [*signs, strict]
+    if len(parts) != 3 or not NAME.fullmatch(parts[1]) or (signs[0] in UP) != (signs[1] in UP):
+        return text
+    if strict == ">":
+        parts, signs = parts[::-1], signs[::-1]
+    opening, closed = ("(" if signs[0] in "<>" else "["), (")" if signs[1] in "<>" else "]")
+    return f"{opening}{parts[0]},{parts[2]}{closed}"
