@@ -18,6 +18,7 @@ from src import certify as certificate
 from src.checkpoint import export, sources, storage, training_state
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.split import split, split_adapter, tokenizer_of
+from src.config import Count, CountOrOff, CountOrZero, Counts, Positive
 from src.errors import UserError
 from src.models.foreign import check_model_type
 from src.text.blocks import CODE_FORM, Marker
@@ -25,12 +26,13 @@ from src.text.extend import GENERATION, add_control_tokens, say_ends
 
 
 def main(
-    ckpt_file: str | list[str] = "", save_path: str = "", n: int = 1,
+    ckpt_file: str | list[str] = "", save_path: str = "", n: Count = 1,
     format: Literal["shards", "hf", "peft"] = "shards", inspect: str = "", base_dir: str = "",
-    merge_lora: bool = True, verify: bool = False, verify_hashes: bool = True, max_shard_size: float = 5.0,
+    merge_lora: bool = True, verify: bool = False, verify_hashes: bool = True, max_shard_size: Positive = 5.0,
     tokenizer_file: str = "", config_file: str = "", model_type: str = "",
-    dtype: Literal["", "float32", "bfloat16", "float16"] = "", num_added_tokens: int = 0, code_tokens: bool = False,
-    certify: str = "", certify_ranks: list[int] = [1, 2, 4], certify_layers: int = 2,  # noqa: B006 (never changed)
+    dtype: Literal["", "float32", "bfloat16", "float16"] = "", num_added_tokens: CountOrZero = 0,
+    code_tokens: bool = False,
+    certify: str = "", certify_ranks: Counts = [1, 2, 4], certify_layers: CountOrOff = 2,  # noqa: B006 (never changed)
     dry_run: bool = False,
 ) -> None:
     """Cut a checkpoint into n shards, or write it in another format.
@@ -59,7 +61,6 @@ def main(
     certify_layers: the first so many layers take part in --certify; -1 = all
     dry_run: print the plan - parameters, heads and bytes of a shard or files, disk - and stop
     """
-    cli.check_numbers(locals())
     if parallel.rank() != 0:  # under torchrun one process does the work
         return
     log = runlog.logger()

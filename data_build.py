@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from src import assemble, cli, parallel, runlog
+from src.config import AtLeastOne, Count, CountOrOff, CountOrZero, NonNegative, Seed, Share
 from src.construct import joined, steps, weak_to_strong
 from src.construct.attempts import Enough, until_enough
 from src.construct.continuation import Schedule, Solver, branching_sampler, replayable, rollout_sampler
@@ -44,10 +45,10 @@ ONE_KIND = f"no problem has both a right and a wrong sample; {SAMPLE_MORE}"
 
 
 def attempts(
-    ckpt_dir: str, task: str, label_file: str, log_dir: str, right: int = 1, wrong: int = 1, attempts: int = 100,
-    temperature: float = 1.0, max_new_tokens: int = 512, max_batch_size: int = 64, max_rounds: int = 24,
+    ckpt_dir: str, task: str, label_file: str, log_dir: str, right: Count = 1, wrong: Count = 1, attempts: Count = 100,
+    temperature: NonNegative = 1.0, max_new_tokens: Count = 512, max_batch_size: Count = 64, max_rounds: Count = 24,
     isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "", split: str = "",
-    seed: int = 1, dry_run: bool = False,
+    seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     """Graded samples of each problem until it has right and wrong ones, for the commands pairs and branch.
 
@@ -71,7 +72,7 @@ def attempts(
     seed: seed of the samples
     dry_run: count the problems without sampling
     """
-    cli.check_numbers(flags := locals().copy())
+    flags = locals().copy()
     benchmark, problems = find_task(task), select_prompts(read_prompts(label_file, need_label=True), split)
     runlog.logger().info("%d problems, %d attempts at most each", len(problems), attempts)
     if dry_run:
@@ -92,8 +93,8 @@ def attempts(
 
 
 def pairs(
-    samples_file: str, save_file: str, pairs_a_problem: int = 4, error_phrases: list[str] = [],  # noqa: B006
-    error_place: ErrorPlace = "solution", similar_characters: int = 0, seed: int = 1, dry_run: bool = False,
+    samples_file: str, save_file: str, pairs_a_problem: Count = 4, error_phrases: list[str] = [],  # noqa: B006
+    error_place: ErrorPlace = "solution", similar_characters: CountOrZero = 0, seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     """A right against a wrong solution of the same problem, for verifier_train.py.
 
@@ -107,14 +108,13 @@ def pairs(
     seed: seed of the matching and of the order of rows
     dry_run: count the rows without writing them
     """
-    cli.check_numbers(locals())
     samples = without_similar(read_faultless(samples_file, save_file, error_phrases, error_place), similar_characters)
     rows = pairs_from_samples(samples, pairs_a_problem, seed)
     save(rows, "pairs", ONE_KIND, samples_file, save_file, dry_run)
 
 
 def outcome(
-    samples_file: str, save_file: str, max_ratio: float = 3.0, rows_a_problem: int = 32, seed: int = 1,
+    samples_file: str, save_file: str, max_ratio: AtLeastOne = 3.0, rows_a_problem: Count = 32, seed: Seed = 1,
     dry_run: bool = False,
 ) -> None:
     """Solutions with the word whether they are right, for verifier_train.py --objective outcome.
@@ -126,13 +126,12 @@ def outcome(
     seed: seed of the choice and of the order of rows
     dry_run: count the rows without writing them
     """
-    cli.check_numbers(locals())
     rows = outcome_rows(read_graded(samples_file, save_file), max_ratio, rows_a_problem, seed)
     save(rows, "solutions", ONE_KIND, samples_file, save_file, dry_run)
 
 
 def reject(
-    samples_file: str, save_file: str, solutions_a_problem: int = 10, seed: int = 1, dry_run: bool = False
+    samples_file: str, save_file: str, solutions_a_problem: Count = 10, seed: Seed = 1, dry_run: bool = False
 ) -> None:
     """Right samples as instruction data for solver_train.py (rejection sampling, ReST-EM).
 
@@ -142,13 +141,12 @@ def reject(
     seed: seed of the choice
     dry_run: count the rows without writing them
     """
-    cli.check_numbers(locals())
     rows = right_solutions(read_graded(samples_file, save_file), solutions_a_problem, seed)
     save(rows, "problems with solutions", f"no sample is right; {SAMPLE_MORE}", samples_file, save_file, dry_run)
 
 
 def prefer(
-    samples_file: str, save_file: str, margin: float = 1.0, pairs_a_problem: int = 3, seed: int = 1,
+    samples_file: str, save_file: str, margin: NonNegative = 1.0, pairs_a_problem: Count = 3, seed: Seed = 1,
     dry_run: bool = False,
 ) -> None:
     """Pairs that differ in the verifier's score and the answer together, for preference training.
@@ -161,7 +159,6 @@ def prefer(
     seed: seed of the choice and of the order of rows
     dry_run: count the rows without writing them
     """
-    cli.check_numbers(locals())
     rows = preferred_pairs(read_graded(samples_file, save_file), margin, pairs_a_problem, seed)
     why_none = f"no two samples of a problem differ by more than {margin}; {SAMPLE_MORE}"
     save(rows, "pairs", why_none, samples_file, save_file, dry_run)
@@ -182,8 +179,8 @@ def select(train_file: str, split: str, save_file: str, dry_run: bool = False) -
 
 
 def split(
-    train_file: str, first_file: str, second_file: str, test_file: str = "", share: float = 0.5,
-    allow_overlap: bool = False, seed: int = 1, dry_run: bool = False,
+    train_file: str, first_file: str, second_file: str, test_file: str = "", share: Share = 0.5,
+    allow_overlap: bool = False, seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     """Instruction data in two parts without a question in common: one to teach the weak model, one for it to label.
 
@@ -198,7 +195,6 @@ def split(
     seed: seed of the choice
     dry_run: count the rows without writing them
     """
-    cli.check_numbers(locals())
     rows = read_instruction_rows(train_file)
     shared = weak_to_strong.overlap(rows, read_instruction_rows(test_file)) if test_file else set()
     if shared and not allow_overlap:
@@ -229,9 +225,9 @@ def full_weak(samples_file: str, save_file: str, weak_model: str = "", dry_run: 
 
 
 def demonstrations(
-    samples_file: str, save_file: str, shots: int = 4, weak_model: str = "",
+    samples_file: str, save_file: str, shots: Count = 4, weak_model: str = "",
     prompt_template: str = "Question: {instruction}\\nAnswer:", stop: list[str] = ["Question:"],  # noqa: B006
-    seed: int = 1, dry_run: bool = False,
+    seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     r"""Some of the weak model's responses as demonstrations for the strong one, for solver_evaluate.py --few_shot.
 
@@ -246,7 +242,6 @@ def demonstrations(
     seed: seed of the choice
     dry_run: choose without writing
     """
-    cli.check_numbers(locals())
     check_template(template := prompt_template.replace("\\n", "\n"), "--prompt_template")
     origin = read_origin(samples_file, weak_model)
     samples = weak_to_strong.one_each(read_samples(samples_file), samples_file)
@@ -260,7 +255,7 @@ def demonstrations(
 
 def weak_icl(
     weak_file: str, icl_file: str, save_dir: str, weak_model: str = "", strong_model: str = "",
-    demonstrations_file: str = "", fill_up_to: int = -1, seed: int = 1, dry_run: bool = False,
+    demonstrations_file: str = "", fill_up_to: CountOrOff = -1, seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     """Instruction data of problems on which the weak model and the strong one with demonstrations agree.
 
@@ -277,7 +272,6 @@ def weak_icl(
     seed: seed of those
     dry_run: count the rows without writing them
     """
-    cli.check_numbers(locals())
     shown = weak_to_strong.shown_problems(demonstrations_file) if demonstrations_file else []
     origins = read_origin(weak_file, weak_model), read_origin(icl_file, strong_model)
     with grader_of(same_rules(weak_file, origins[0], icl_file, origins[1])) as grader:
@@ -321,7 +315,7 @@ def vote(samples_file: str, save_file: str, strong_model: str = "", dry_run: boo
 
 def contrast(
     vote_file: str, weak_file: str, save_file: str, weak_model: str = "", strong_model: str = "",
-    min_confidence: float = 0.6, flip_confidence: float = 0.8, pairs_a_problem: int = 1, seed: int = 42,
+    min_confidence: Share = 0.6, flip_confidence: Share = 0.8, pairs_a_problem: Count = 1, seed: Seed = 42,
     dry_run: bool = False,
 ) -> None:
     """Pairs of the weak model's response and the strong model's samples, for preference_train.py. No label is read.
@@ -339,7 +333,6 @@ def contrast(
     seed: seed of the choice of samples
     dry_run: count the rows without writing them
     """
-    cli.check_numbers(locals())
     origins = read_origin(vote_file, strong_model), read_origin(weak_file, weak_model)
     with grader_of(same_rules(vote_file, origins[0], weak_file, origins[1])) as grader:
         weak = weak_to_strong.one_each(read_samples(weak_file), weak_file)
@@ -350,10 +343,10 @@ def contrast(
 
 
 def process(
-    ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, rollouts: int = 8,
-    label: Literal["hard", "soft"] = "hard", solutions_a_problem: int = 4, step: StepKind = "paragraph",
-    temperature: float = 0.7, max_new_tokens: int = 512, max_batch_size: int = 64, prompt_template: str = "",
-    seed: int = 1, dry_run: bool = False,
+    ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, rollouts: Count = 8,
+    label: Literal["hard", "soft"] = "hard", solutions_a_problem: Count = 4, step: StepKind = "paragraph",
+    temperature: NonNegative = 0.7, max_new_tokens: Count = 512, max_batch_size: Count = 64, prompt_template: str = "",
+    seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     """Judge every step of solutions by rollouts from behind it, for verifier_train.py --objective process.
 
@@ -377,7 +370,7 @@ def process(
     seed: seed of the rollouts
     dry_run: count the steps without sampling
     """
-    cli.check_numbers(flags := locals().copy())
+    flags = locals().copy()
     chosen = steps.solutions_to_judge(read_graded(samples_file, save_file), solutions_a_problem)
     prompting, benchmark = asked_of(task, prompt_template, samples_file)
     jobs = list(steps.beginnings(chosen, STEP_ENDS[step]).values())
@@ -401,7 +394,7 @@ def process(
 
 
 def join(
-    train_file: str, save_file: str, share: float = 0.5, wrong_share: float = 0.3, seed: int = 1, dry_run: bool = False
+    train_file: str, save_file: str, share: Share = 0.5, wrong_share: Share = 0.3, seed: Seed = 1, dry_run: bool = False
 ) -> None:
     """Judged solutions, some behind that of another problem, so that a verifier meets longer ones.
 
@@ -414,7 +407,6 @@ def join(
     seed: seed of the choice
     dry_run: count the rows without writing them
     """
-    cli.check_numbers(locals())
     rows, in_steps = read_judged(train_file), "steps" in read_instruction_rows(train_file)[0]
     made = joined.joined(rows, share, wrong_share, seed, train_file)
     written = [row._asdict() if in_steps else joined.as_outcome(row) for row in made]
@@ -422,12 +414,13 @@ def join(
 
 
 def branch(
-    ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, pairs_a_problem: int = 2,
-    attempts: int = 100, temperature: float = 1.1, temperature_rise: float = 0.1, temperature_cap: float = 1.4,
-    steps_a_solution: int = 24, characters_a_step: int = 3000, error_phrases: list[str] = [],  # noqa: B006
+    ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, pairs_a_problem: Count = 2,
+    attempts: Count = 100, temperature: NonNegative = 1.1, temperature_rise: NonNegative = 0.1,
+    temperature_cap: NonNegative = 1.4,
+    steps_a_solution: Count = 24, characters_a_step: Count = 3000, error_phrases: list[str] = [],  # noqa: B006
     error_place: ErrorPlace = "solution", step: StepKind = "paragraph",
-    max_new_tokens: int = 512, max_batch_size: int = 64,
-    isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "", seed: int = 1,
+    max_new_tokens: Count = 512, max_batch_size: Count = 64,
+    isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "", seed: Seed = 1,
     dry_run: bool = False,
 ) -> None:
     """Step-controlled pairs for preference_train.py: wrong ways on from behind the first steps of a right solution.
@@ -456,7 +449,7 @@ def branch(
     seed: seed of the points and of the samples
     dry_run: count the branches without sampling
     """
-    cli.check_numbers(flags := locals().copy())
+    flags = locals().copy()
     step_end = STEP_ENDS[step]
     if assemble.load_config(ckpt_dir, kind="solver").chat_template == CODE_FORM:
         step_end = Marker.END_OF_BLOCK
@@ -490,7 +483,7 @@ def branch(
 
 
 def mix(
-    pairs_file: str, branch_file: str, save_file: str, control_file: str = "", share: float = 0.5, seed: int = 1,
+    pairs_file: str, branch_file: str, save_file: str, control_file: str = "", share: Share = 0.5, seed: Seed = 1,
     dry_run: bool = False,
 ) -> None:
     """Ordinary and step-controlled pairs in one file, and a file of as many ordinary ones to compare with.
@@ -503,7 +496,6 @@ def mix(
     seed: seed of the choice and of the order of rows
     dry_run: count the rows without writing them
     """
-    cli.check_numbers(locals())
     for file in (pairs_file, branch_file):
         read_pairs(file)  # names the row that is no pair
     ordinary, branched = read_instruction_rows(pairs_file), read_instruction_rows(branch_file)

@@ -11,6 +11,7 @@ import torch
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
+from src.config import Count, Positive
 from src.data.encoding import Encoded, StepKind
 from src.data.examples import read_judged
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
@@ -19,8 +20,8 @@ from src.runlog import RunLog
 
 
 def main(
-    ckpt_dir: str, reference_ckpt_dir: str, steps_file: str, log_dir: str, beta: float = 0.1,
-    step: StepKind = "paragraph", model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
+    ckpt_dir: str, reference_ckpt_dir: str, steps_file: str, log_dir: str, beta: Positive = 0.1,
+    step: StepKind = "paragraph", model_type: str = "", tokenizer_file: str = "", max_batch_size: Count = 64,
     dry_run: bool = False,
 ) -> None:
     """Credit of tokens and steps, beta times the log-ratio of a solver and its reference, and what it finds.
@@ -37,7 +38,6 @@ def main(
     dry_run: print the plan - solutions, memory of each rank - and stop
     """
     flags = locals().copy()
-    cli.check_numbers(flags)
     config = assemble.load_config(ckpt_dir, model_type, "solver")
     assemble.load_config(reference_ckpt_dir, kind="solver")
     rows = read_judged(steps_file)
@@ -64,7 +64,7 @@ def main(
         runlog.table(credit_table(report))
 
 
-def logprobs_of(ckpt_dir: str, encoded: list[Encoded], max_batch_size: int) -> list[list[float]]:
+def logprobs_of(ckpt_dir: str, encoded: list[Encoded], max_batch_size: Count) -> list[list[float]]:
     """The log-prob of each response token by the solver in a directory, which is gone afterwards."""
     return list(token_logprobs(assemble.load_solver(ckpt_dir, dtype=torch.float32), encoded, max_batch_size))
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
+from src.config import Count, CountOrOff, CountOrZero, NonNegative, Seed, Share, TopP
 from src.data.encoding import StepKind, encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
@@ -37,11 +38,12 @@ from src.runlog import RunLog
 def main(
     task: str, label_file: str = "", log_dir: str = "", ckpt_dir: str = "", samples_file: str = "",
     model_type: str = "", tokenizer_file: str = "", chat_template: str = "",
-    max_batch_size: int = 64, max_new_tokens: int = 512,
-    num_samples: int = 1, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0,
+    max_batch_size: Count = 64, max_new_tokens: Count = 512,
+    num_samples: Count = 1, temperature: NonNegative = 0.0, top_p: TopP = 1.0, top_k: CountOrZero = 0,
+    min_p: Share = 0.0,
     quantize: Literal["", "int8", "int4"] = "", compile: bool = False, few_shot: str = "", prompt_template: str = "",
-    split: str = "", limit: int = -1, seed: int = 1, backend: Literal["engine", "openai"] = "engine",
-    max_rounds: int = 24, isolation: Literal["", "bubblewrap", "namespaces", "none"] = "",
+    split: str = "", limit: CountOrOff = -1, seed: Seed = 1, backend: Literal["engine", "openai"] = "engine",
+    max_rounds: Count = 24, isolation: Literal["", "bubblewrap", "namespaces", "none"] = "",
     base_url: str = "", model_name: str = "", api_key_env: str = "", interactive: bool = False,
     verifier_ckpt_dir: str = "", step: Literal["", StepKind] = "", dry_run: bool = False,
 ) -> None:
@@ -86,7 +88,6 @@ def main(
     dry_run: print the plan - prompts, memory of each rank - and stop
     """
     flags = locals().copy()
-    cli.check_numbers(flags)
     benchmark = find_task(task)
     refuse_contradictions(flags, benchmark)
     for folder, kind in ((ckpt_dir, "solver"), (verifier_ckpt_dir, "verifier")):

@@ -10,6 +10,7 @@ from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
+from src.config import Count
 from src.data.encoding import StepKind
 from src.data.examples import match_samples, read_judged, read_prompts, read_samples
 from src.errors import UserError
@@ -32,7 +33,7 @@ from src.runlog import RunLog
 def main(
     ckpt_dir: str, log_dir: str, task: str = "", samples_file: str = "", label_file: str = "", split: str = "",
     steps_file: str = "", threshold_file: str = "", aggregation: Literal["prod", "min", "last", "mean", "max"] = "prod",
-    step: Literal["", StepKind] = "", model_type: str = "", tokenizer_file: str = "", max_batch_size: int = 64,
+    step: Literal["", StepKind] = "", model_type: str = "", tokenizer_file: str = "", max_batch_size: Count = 64,
     quantize: Literal["", "int8", "int4"] = "", dry_run: bool = False,
 ) -> None:
     """Add scores to samples: best-of-n and weighted voting over n beside majority voting; or judge steps.
@@ -55,7 +56,6 @@ def main(
     dry_run: print the plan - samples, memory of each rank - and stop
     """
     flags = locals().copy()
-    cli.check_numbers(flags)
     if bool(steps_file) == bool(samples_file) or (samples_file and not (task and label_file)):
         raise UserError("give either --samples_file with --task and --label_file, or --steps_file")
     config = assemble.load_config(ckpt_dir, model_type, "verifier")

@@ -106,6 +106,7 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
     import torch
 
     from src import assemble, parallel
+    from src.config import OptimizerFlags
     from src.data import collate
     from src.data.encoding import Encoded
     from src.runlog import RunLog
@@ -123,9 +124,8 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
     reference = reference_logprobs(
         model, rows, folder / "r.jsonl", "x", max_batch_size=2 * PAIRS_A_STEP, log=log
     )
-    loop = TrainLoop(
-        model, log, lr=LR, total_steps=case.steps + WARM_UP, schedule="constant", warmup_ratio=0.0
-    )
+    flags = OptimizerFlags(lr=LR, schedule="constant", warmup_ratio=0.0)
+    loop = TrainLoop(model, log, flags, total_steps=case.steps + WARM_UP)
     preference, watch = Preference(objective="dpo", beta=BETA), Watch()
     model.train()
     watch.begin()

@@ -28,10 +28,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, ours is not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # a script's own folder is on the path, ours is not
 
 from src import assemble, cli, parallel
 from src.checkpoint.convert import rotary_from_hf, to_hf_name
+from src.config import LoraFlags, OptimizerFlags
 from src.data import collate
 from src.data.batches import Step
 from src.data.collate import Batch
@@ -56,7 +59,7 @@ LLAMA_2_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_
                          vocab_size=32000, max_seq_len=4096)  # fmt: skip
 TINY = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=16, ffn_dim=172, vocab_size=512,
                    max_seq_len=4096)  # fmt: skip
-LORA = assemble.lora_config(16, 32.0, 0.0, list(LINEARS))
+LORA = assemble.lora_config(LoraFlags(lora_rank=16, lora_alpha=32.0, lora_targets=list(LINEARS)))
 LR, MAX_GRAD_NORM = 1e-4, 1.0
 WARM_UP = 2  # steps of each turn that are not timed
 GATE_STEPS = 3
@@ -120,8 +123,9 @@ def ours(case: Case, *, compiled: bool) -> Side:
             if isinstance(module, FeedForward | RMSNorm):
                 module.compile()
     with tempfile.TemporaryDirectory() as folder:
-        loop = TrainLoop(model, RunLog(folder, {}), lr=LR, total_steps=1, schedule="constant", warmup_ratio=0.0,
-                         max_grad_norm=MAX_GRAD_NORM, activation_checkpointing=case.checkpointing)  # fmt: skip
+        flags = OptimizerFlags(lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=MAX_GRAD_NORM,
+                               activation_checkpointing=case.checkpointing)  # fmt: skip
+        loop = TrainLoop(model, RunLog(folder, {}), flags, total_steps=1)
     model.train()
 
     def step(batches: Sequence[Batch], normaliser: int) -> float:
@@ -149,7 +153,9 @@ def theirs(case: Case, *, compiled: bool) -> Side:
     def forward(batch: Batch, **options: object) -> "ModelOutput":
         positions = torch.cat([torch.arange(length) for length in batch.lengths])[None]
         with parallel.autocast():
-            return model(batch.tokens, position_ids=positions.to(batch.tokens.device), use_cache=False, **options)
+            return model(
+                batch.tokens, position_ids=positions.to(batch.tokens.device), use_cache=False, **options
+            )
 
     def step(batches: Sequence[Batch], normaliser: int) -> float:
         total = torch.zeros((), device=parallel.device())
@@ -193,7 +199,9 @@ def _their_model(case: Case, *, compiled: bool) -> nn.Module:
         for layer in model.model.layers:
             layer.compile()
     if case.lora:
-        lora = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = peft.LoraConfig(
+            r=LORA.rank, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         model = peft.get_peft_model(model, lora)
         for name, parameter in model.named_parameters():
             if ".lora_A." in name:
@@ -221,7 +229,9 @@ def packed_steps(config: ModelConfig, n_steps: int, passes: int, n_tokens: int) 
     return [Step(1, number + 1, [batch() for _ in range(passes)]) for number in range(n_steps)]
 
 
-def run(side: str, case: Case, steps: Sequence[Step], meter: Meter, *, compiled: bool) -> list[dict[str, float]]:
+def run(
+    side: str, case: Case, steps: Sequence[Step], meter: Meter, *, compiled: bool
+) -> list[dict[str, float]]:
     """What the meter says of each step of a new model."""
     step = SIDES[side](case, compiled=compiled).step
     if on_gpu():
@@ -264,7 +274,9 @@ def seen(side: str, case: Case, batches: Sequence[Batch]) -> Seen:
 def gaps(one: Seen, other: Seen) -> tuple[float, float]:
     """How far two sides lie apart, nats: the mean over tokens, and the largest of the losses."""
     pairs = zip(one.losses, other.losses, strict=True)
-    return (one.logprobs - other.logprobs).abs().mean().item(), max(abs(left - right) for left, right in pairs)
+    return (one.logprobs - other.logprobs).abs().mean().item(), max(
+        abs(left - right) for left, right in pairs
+    )
 
 
 def deepest(case: Case, n_tokens: int, passes: int) -> Case:
@@ -276,7 +288,10 @@ def deepest(case: Case, n_tokens: int, passes: int) -> Case:
                    accumulates=passes > 1, on_gpu=True)  # fmt: skip
     for n_layers in range(case.config.n_layers, 1, -1):
         shallower = case._replace(config=dataclasses.replace(case.config, n_layers=n_layers))
-        if sum(training_memory(shallower.config, 1, Pass(n_tokens, n_tokens, packed=True), how).values()) <= room:
+        if (
+            sum(training_memory(shallower.config, 1, Pass(n_tokens, n_tokens, packed=True), how).values())
+            <= room
+        ):
             return shallower
     return case._replace(config=dataclasses.replace(case.config, n_layers=1))
 
@@ -303,13 +318,20 @@ def compare(case: Case, steps: Sequence[Step], repeats: int, ways: Sequence[bool
         rate, mfu = (statistics.median(row[name] for row in found[side, compiled])
                      for name in ("tokens_per_second", "mfu"))  # fmt: skip
         peak = max(row["peak_memory"] for row in found[side, compiled]) / 2**30
-        shares = f"  MFU {mfu:6.1%}  peak {peak:5.1f} GiB" if on_gpu() else ""  # the tiny model's would mislead
+        shares = (
+            f"  MFU {mfu:6.1%}  peak {peak:5.1f} GiB" if on_gpu() else ""
+        )  # the tiny model's would mislead
         print(f"  {side:13} {'compiled' if compiled else 'eager':9} {rate:9.0f} tokens/s{shares}", flush=True)
 
 
 def main(
-    steps: int = 6, passes: int = 4, n_tokens: int = -1, repeats: int = 2, layers: int = -1,
-    activation_checkpointing: Literal["none", "full"] = "none", compiled: bool = True,
+    steps: int = 6,
+    passes: int = 4,
+    n_tokens: int = -1,
+    repeats: int = 2,
+    layers: int = -1,
+    activation_checkpointing: Literal["none", "full"] = "none",
+    compiled: bool = True,
 ) -> None:
     """Print the table.
 

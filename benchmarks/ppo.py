@@ -116,81 +116,78 @@ class Ours(NamedTuple):
     """Our side, ready to iterate."""
 
     models: object
-    settings: object
-    actor_loop: object
-    critic_loop: object
+    config: object
     collect: Callable[[int], tuple[object, dict[str, float]]]
 
 
 def our_side(case: Case, folder: Path, *, micro: int, lr: float, max_grad_norm: float) -> Ours:
-    """Models, loops and how a buffer is collected."""
+    """Models, and how a buffer is collected."""
     import torch
 
-    from src import assemble, parallel
+    import ppo_train
+    from src import parallel
     from src.data.examples import Prompt
     from src.runlog import Phases, RunLog
-    from src.training import buffer
-    from src.training.loop import TrainLoop
-    from src.training.ppo_settings import from_flags
-    from src.training.rewards import Part, function_reward
+    from src.training import ppo
+    from src.training.ppo_config import PPOConfig
+    from src.training.ppo_models import load_models
+    from src.training.rewards import Reward, on_first_rank
+    from src.training.rollout import Rollout
 
     parallel.start()
     source = str(folder / "ours")
-    settings = from_flags(
-        {
-            "advantage": "grpo" if case.grpo else "gae", "group_size": GROUP if case.grpo else -1, "reward": [],
-            "temperature": 1.0, "max_new_tokens": RESPONSE, "rollout_batch_size": EPISODES,
-            "max_buffer_size": EPISODES, "max_batch_size": micro, "inner_epochs": EPOCHS, "minibatches": 1,
-            "loss_aggregation": "", "entropy_coef": 0.0, "kl_coef": 0.0 if case.grpo else 0.05, "kl_loss": "none",
-            "kl_loss_coef": 0.0, "kl_target": -1, "kl_horizon": 1.0, "clip_ratio": 0.2, "clip_high": 0.2,
-            "dual_clip": 0.0, "value_clip": 0.2, "gamma": 1.0, "gae_lambda": 0.95, "critic_lambda": -1,
-            "whiten_rewards": False, "whiten_advantages": True, "tis_cap": 0.0, "truncated": "penalty",
-            "missing_eos_penalty": 0.0, "overlong_buffer": 0, "filter_groups": False, "max_refills": 0, "seed": 1,
-        }
+    critic = {} if case.grpo else {"critic_ckpt_dir": source, "critic_save_dir": str(folder / "critic")}
+    config = PPOConfig(
+        actor_ckpt_dir=source, actor_save_dir=str(folder / "actor"), advantage="grpo" if case.grpo else "gae",
+        group_size=GROUP if case.grpo else -1, reward=["rule"], temperature=1.0, max_new_tokens=RESPONSE,
+        rollout_batch_size=EPISODES, max_buffer_size=EPISODES, max_batch_size=micro, inner_epochs=EPOCHS, minibatches=1,
+        kl_coef=0.0 if case.grpo else 0.05, clip_ratio=0.2, clip_high=0.2, value_clip=0.2, gae_lambda=0.95,
+        missing_eos_penalty=0.0, lr=lr, critic_lr=lr, schedule="constant", warmup_ratio=0.0,
+        max_grad_norm=max_grad_norm, critic_warmup=0, **critic,
     )  # fmt: skip
-    actor = assemble.load_solver(source, dtype=torch.float32)
-    reference = assemble.load_solver(source, dtype=torch.float32)
-    critic = None
-    if not case.grpo:
-        critic = assemble.load_verifier(source, dtype=torch.float32, from_solver=True)
-        critic.v_head.weight.data.copy_(torch.load(folder / "head.pth"))
-    models, log = buffer.Models(actor, reference, critic), RunLog(str(folder / "log"), {})
-    actor_loop, critic_loop = (
-        model and TrainLoop(model, log, lr=lr, total_steps=100, schedule="constant", warmup_ratio=0.0,
-                            max_grad_norm=max_grad_norm)
-        for model in (actor, critic)
-    )  # fmt: skip
+    models = load_models(config, RunLog(str(folder / "log"), {}), 100)
+    models.load_reference(config, refreshed=False)
+    if models.critic:
+        models.critic.model.v_head.weight.data.copy_(torch.load(folder / "head.pth"))
     rows = [
         Prompt(str(index), " ".join(map(str, ids)), None, None, None)
         for index, ids in enumerate(prompts(case.grpo))
     ]
-    reward = function_reward(
-        lambda _, responses, __: [scripted([int(word) for word in text.split()]) for text in responses]
-    )
 
-    def collect(step: int) -> tuple[object, dict[str, float]]:
-        n, phases = settings.prompts_a_buffer, Phases()
-        chosen = rows[step * n : (step + 1) * n]
-        found = buffer.collect(
-            models, lambda _: chosen, Ids(), {"even": Part(1.0, reward)}, settings, step, phases
+    def score(rollout: Rollout) -> tuple[list[float], dict]:
+        return [scripted([int(word) for word in text.split()]) for text in rollout.responses], {}
+
+    parts, data = {"even": Reward(1.0, on_first_rank(score))}, ppo_train.Inputs(rows, [], 0, Ids(), [], 1)
+
+    def collect(iteration: int) -> tuple[object, dict[str, float]]:
+        n, timer = config.prompts_per_buffer, Phases()
+        chosen = range(iteration * n, (iteration + 1) * n)
+        rollout, scores, _ = ppo.fill_buffer(
+            lambda refill: ppo_train.sample_and_score(config, models, data, parts, chosen, iteration, timer), config
         )
-        return found, phases.seconds
+        return ppo_train.make_buffer(models, rollout, scores, config, VOCAB, timer), timer.seconds
 
-    return Ours(models, settings, actor_loop, critic_loop, collect)
+    return Ours(models, config, collect)
+
+
+def update(side: Ours, buffer: object, iteration: int) -> dict[str, float]:
+    """The critic learns, then the actor."""
+    from src.training import ppo
+
+    found = ppo.update_critic(side.models.critic, buffer, side.config, iteration) if side.models.critic else {}
+    return found | ppo.update_actor(side.models.actor, buffer, side.config, iteration)
 
 
 def ours(case: Case, folder: Path) -> dict[str, object]:
     """Seconds of each phase of TIMED iterations."""
-    from src.training import ppo
-
     side = our_side(case, folder, micro=case.micro, lr=LR, max_grad_norm=1.0)
     iterations = []
     for step in range(WARM_UP + TIMED):
         began = clock()
         found, _ = side.collect(step)
         collected = clock()
-        metrics = ppo.update(side.actor_loop, side.critic_loop, found, side.settings, step)
-        assert metrics["grad_norm"] > 0 and int(found.episodes.lengths.min()) == RESPONSE
+        metrics = update(side, found, step)
+        assert metrics["grad_norm"] > 0 and int(found.rollout.lengths.min()) == RESPONSE
         iterations.append(phases_of(began, collected, clock()))
     return summary(iterations)
 
@@ -390,11 +387,11 @@ def parity(folder: Path, trl_python: str) -> str:
     torch.save(found.batch.tokens, folder / "episodes.pth")
     mask, losses = found.batch.response_mask, {"policy": [], "value": []}
     for inner_epoch in range(EPOCHS):
-        (now,) = ppo.minibatches(found, side.settings, 0, inner_epoch)
+        (now,) = ppo.minibatches(found, side.config, 0, inner_epoch)
         (micro,) = now.micros
-        value, _ = ppo.critic_loss(side.models.critic, found, micro, side.settings, now.tokens)
-        policy, _ = ppo.actor_loss(side.models.actor, found, micro, side.settings, now.tokens)
-        for loop, loss, name in ((side.critic_loop, value, "value"), (side.actor_loop, policy, "policy")):
+        value, _ = ppo.critic_loss(side.models.critic.model, found, micro, side.config, now.tokens)
+        policy, _ = ppo.actor_loss(side.models.actor.model, found, micro, side.config, now.tokens)
+        for loop, loss, name in ((side.models.critic, value, "value"), (side.models.actor, policy, "policy")):
             losses[name].append(loss.item())
             loop.backward(loss)
             loop.step()

@@ -118,6 +118,7 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
     import torch
 
     from src import assemble, parallel
+    from src.config import LoraFlags, OptimizerFlags
     from src.data import collate
     from src.data.collate import chunks
     from src.data.encoding import Encoded
@@ -128,15 +129,10 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
     parallel.start()
     model = assemble.load_solver(str(folder / "ours"), dtype=torch.float32)
     names = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
-    assemble.put_lora_on(model, assemble.lora_config(16 if case.lora else -1, 32.0, 0.0, names), seed=1)
-    loop = TrainLoop(
-        model,
-        RunLog(str(folder / "log"), {}),
-        lr=0.0 if case.packing else 1e-4,
-        total_steps=case.steps + WARM_UP,
-        schedule="constant",
-        warmup_ratio=0.0,
-    )
+    lora = LoraFlags(lora_rank=16 if case.lora else -1, lora_alpha=32.0, lora_targets=names)
+    assemble.put_lora_on(model, assemble.lora_config(lora), seed=1)
+    flags = OptimizerFlags(lr=0.0 if case.packing else 1e-4, schedule="constant", warmup_ratio=0.0)
+    loop = TrainLoop(model, RunLog(str(folder / "log"), {}), flags, total_steps=case.steps + WARM_UP)
     model.train()
     losses, counts, times = [], [], [now()]
     rows = [Encoded(*row) for row in samples(case)]

@@ -29,6 +29,7 @@ from benchmarks.decode import interval  # noqa: E402
 from src import assemble, cli, parallel  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.split import split  # noqa: E402
+from src.config import OptimizerFlags  # noqa: E402
 from src.data import collate  # noqa: E402
 from src.data.batches import Batching  # noqa: E402
 from src.data.encoding import Encoded, encode_steps, split_steps  # noqa: E402
@@ -41,7 +42,10 @@ from src.text.tokenizer import Tokenizer  # noqa: E402
 from src.training.judgement import JudgedData, read_scores  # noqa: E402
 from src.training.loop import TrainLoop  # noqa: E402
 
-MODELS = {"5M": (256, 4, 4, 688), "60M": (768, 8, 12, 2048)}  # width, layers, heads, width of the feed-forward
+MODELS = {
+    "5M": (256, 4, 4, 688),
+    "60M": (768, 8, 12, 2048),
+}  # width, layers, heads, width of the feed-forward
 VOCAB, CONTEXT = 640, 1024
 LOSS_LIMIT, SCORE_LIMIT = 1e-4, 1e-4
 
@@ -117,7 +121,7 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
     ]
     data = JudgedData(rows, tokenizer, max_seq_len=CONTEXT, source="rows")
     by_tokens = {tuple(sample.tokens): row for (sample,), row in zip(data.samples, rows, strict=True)}
-    loops = [TrainLoop(open_verifier(folder), RunLog(str(folder), {}), lr=1e-4, total_steps=rounds + 1)
+    loops = [TrainLoop(open_verifier(folder), RunLog(str(folder), {}), OptimizerFlags(lr=1e-4), total_steps=rounds + 1)
              for _ in range(2)]  # fmt: skip
 
     def update(loop: TrainLoop, batches: Sequence[collate.JudgedBatch]) -> float:
@@ -132,8 +136,12 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
     counts, gap = [], 0.0
     for number, (_, _, (packed,)) in enumerate(data.steps(batching, packing=True, epochs=1)):
         samples = packed.tokens[0].split(packed.batch.lengths)
-        alone = [each for ids in samples for each in one_sequence_a_step(tokenizer, by_tokens[tuple(ids.tolist())])]
-        padded = [collate.lay_out_judged(part, packing=False) for part in collate.chunks(alone, rows_a_forward)]
+        alone = [
+            each for ids in samples for each in one_sequence_a_step(tokenizer, by_tokens[tuple(ids.tolist())])
+        ]
+        padded = [
+            collate.lay_out_judged(part, packing=False) for part in collate.chunks(alone, rows_a_forward)
+        ]
         order = [(0, [packed]), (1, padded)]
         sides = {side: timed(lambda side=side, batches=batches: update(loops[side], batches))
                  for side, batches in (order if number % 2 else order[::-1])}  # fmt: skip
@@ -143,7 +151,13 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
             counts.append(packed.n_judged)
     if gap > LOSS_LIMIT:
         raise SystemExit(f"the losses differ by {gap:.1e}, more than {LOSS_LIMIT}: no comparison")
-    tell("training, labelled steps/s", "one sequence a step", found, sum(counts) / len(counts), f"loss gap {gap:.0e}")
+    tell(
+        "training, labelled steps/s",
+        "one sequence a step",
+        found,
+        sum(counts) / len(counts),
+        f"loss gap {gap:.0e}",
+    )
 
 
 def transformers_scorer(
@@ -168,7 +182,9 @@ def transformers_scorer(
             mask = torch.arange(batch.tokens.shape[1]) < lengths[:, None]
             hidden = model(input_ids=batch.tokens, attention_mask=mask.long()).last_hidden_state
             logits: Tensor = torch.sigmoid((hidden @ head.T)[..., 0])
-            scores += [row[~targets.isnan()].tolist() for row, targets in zip(logits, batch.targets, strict=True)]
+            scores += [
+                row[~targets.isnan()].tolist() for row, targets in zip(logits, batch.targets, strict=True)
+            ]
         return scores
 
     return score
@@ -209,13 +225,21 @@ def tell(what: str, other: str, found: Sequence[tuple[Time, Time]], work: float,
     for field in Time._fields:
         ours, theirs = (np.array([getattr(pair[side], field) for pair in found]) for side in (0, 1))
         low, high = interval(theirs / ours)
-        print(f"  {field:10} ours {work / np.median(ours):8.1f}   {other} {work / np.median(theirs):8.1f}   "
-              f"x{np.median(theirs / ours):.2f} ({low:.2f} .. {high:.2f})", flush=True)
+        print(
+            f"  {field:10} ours {work / np.median(ours):8.1f}   {other} {work / np.median(theirs):8.1f}   "
+            f"x{np.median(theirs / ours):.2f} ({low:.2f} .. {high:.2f})",
+            flush=True,
+        )
 
 
 def main(
-    model: Literal["5M", "60M"] = "5M", rounds: int = 8, solutions: int = 16, rows_a_forward: int = 16,
-    samples: int = 256, max_batch_size: int = 32, threads: int = 1,
+    model: Literal["5M", "60M"] = "5M",
+    rounds: int = 8,
+    solutions: int = 16,
+    rows_a_forward: int = 16,
+    samples: int = 256,
+    max_batch_size: int = 32,
+    threads: int = 1,
 ) -> None:
     """Print both comparisons.
 

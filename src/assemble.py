@@ -17,6 +17,7 @@ from src.checkpoint import adapters, peft_forward, shards, sources, storage, tra
 from src.checkpoint.saving import Save, TensorGroup
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.training_state import RunState
+from src.config import LoraFlags
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -250,14 +251,18 @@ def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
         model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(tensor.to(parallel.device()))
 
 
-def lora_config(rank: int, alpha: float, dropout: float, targets: list[str]) -> LoraConfig | None:
+def lora_config(flags: LoraFlags, dropout: float = 0.0) -> LoraConfig | None:
     """What the --lora_* flags ask for; None (train all weights) for rank -1. Raises UserError."""
-    return None if rank == -1 else LoraConfig(rank=rank, alpha=alpha, dropout=dropout, targets=tuple(targets))
+    if flags.lora_rank == -1:
+        return None
+    return LoraConfig(
+        rank=flags.lora_rank, alpha=flags.lora_alpha, dropout=dropout, targets=tuple(flags.lora_targets)
+    )
 
 
-def check_quantize(quantize: str, lora: LoraConfig | None) -> None:
+def check_quantize(quantize: str, lora_rank: int) -> None:
     """Raise UserError for a base in few bits that is to be trained itself."""
-    if quantize and lora is None:
+    if quantize and lora_rank == -1:
         raise UserError(
             f"--quantize {quantize} holds weights that are not trained, but --lora_rank -1 trains all of them; "
             f"give a --lora_rank, or leave --quantize out"

@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import inspect
 import io
-import math
 import os
 import re
 import shutil
@@ -21,122 +20,16 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import fire
 
 from src.errors import UserError, leave_for_torchrun
-from src.flags import FREE_ON_RESUME, Flag, Value, flags_of, meanings_of, parse
+from src.flags import CONFIG, FREE_ON_RESUME, Flag, bind, flags_of, meanings_of
 
 # torchrun looks at its workers every 0.1 s and kills the others once one has failed: a rank that is still
 # alive after this many seconds is the one with something to say.
 GRACE_SECONDS = 2.0
-
-
-class Numbers(NamedTuple):
-    """The numbers a flag may hold, in words and as a test that NaN fails."""
-
-    expects: str
-    allow: Callable[[float], bool]
-
-
-COUNT = Numbers("1 or more", lambda x: x >= 1)
-COUNT_OR_OFF = Numbers("1 or more, or -1", lambda x: x >= 1 or x == -1)
-FINITE = Numbers("0 or more", lambda x: 0 <= x < math.inf)
-FINITE_OR_OFF = Numbers("0 or more, or -1", lambda x: 0 <= x < math.inf or x == -1)
-POSITIVE = Numbers("more than 0", lambda x: 0 < x < math.inf)
-SHARE = Numbers("a number from 0 to 1", lambda x: 0 <= x <= 1)
-
-# By the flag's name, whichever script has it.
-NUMBERS: dict[str, Numbers] = {
-    "n": COUNT,
-    "num_added_tokens": FINITE,
-    "certify_ranks": Numbers("1 or more each", lambda x: len(x) > 0 and all(n >= 1 for n in x)),
-    "certify_layers": COUNT_OR_OFF,
-    "pairs_a_problem": COUNT,
-    "rows_a_problem": COUNT,
-    "solutions_a_problem": COUNT,
-    "steps_a_solution": COUNT,
-    "characters_a_step": COUNT,
-    "rollouts": COUNT,
-    "shots": COUNT,
-    "fill_up_to": COUNT_OR_OFF,
-    "attempts": COUNT,
-    "right": COUNT,
-    "wrong": COUNT,
-    "similar_characters": FINITE,
-    "num_samples": COUNT,
-    "limit": COUNT_OR_OFF,
-    "max_seq_len": COUNT_OR_OFF,
-    "max_new_tokens": COUNT,
-    "max_rounds": COUNT,
-    "max_batch_size": COUNT,
-    "accumulation_steps": COUNT,
-    "rollout_batch_size": COUNT,
-    "max_buffer_size": COUNT,
-    "epochs": COUNT,
-    "inner_epochs": COUNT,
-    "minibatches": COUNT,
-    "max_steps": COUNT_OR_OFF,
-    "tensor_parallel_size": COUNT_OR_OFF,
-    "eval_every": COUNT_OR_OFF,
-    "save_every": COUNT_OR_OFF,
-    "keep_last": COUNT,
-    "lora_rank": COUNT_OR_OFF,
-    "critic_warmup": Numbers("0 or more, or -1", lambda x: x >= -1),
-    "lr": FINITE,
-    "critic_lr": FINITE,
-    "margin": FINITE,
-    "beta": POSITIVE,
-    "nll_weight": FINITE,
-    "label_smoothing": Numbers("0 or more and less than 0.5", lambda x: 0 <= x < 0.5),
-    "centring": FINITE,
-    "weights": Numbers("more than 0 each", lambda x: all(0 < weight < math.inf for weight in x)),
-    "weight_decay": FINITE,
-    "temperature": FINITE,
-    "temperature_rise": FINITE,
-    "temperature_cap": FINITE,
-    "kl_coef": FINITE_OR_OFF,
-    "kl_loss_coef": FINITE,
-    "entropy_coef": FINITE,
-    "kl_target": Numbers("more than 0, or -1", lambda x: 0 < x < math.inf or x == -1),
-    "kl_horizon": POSITIVE,
-    "group_size": COUNT_OR_OFF,
-    "clip_high": Numbers("more than 0, or -1", lambda x: 0 < x < math.inf or x == -1),
-    "dual_clip": FINITE,
-    "critic_lambda": Numbers("a number from 0 to 1, or -1", lambda x: 0 <= x <= 1 or x == -1),
-    "overlong_buffer": FINITE,
-    "reward_clip": FINITE,
-    "format_penalty": FINITE,
-    "tis_cap": Numbers("1 or more, or 0", lambda x: 1 <= x < math.inf or x == 0),
-    "max_refills": FINITE,
-    "reference_refresh": COUNT_OR_OFF,
-    "adam_eps": POSITIVE,
-    "step_bonus": Numbers("a finite number", math.isfinite),
-    "reward_weights": Numbers("0 or more each", lambda x: all(0 <= weight < math.inf for weight in x)),
-    "rollout_samples": FINITE,
-    "missing_eos_penalty": FINITE,
-    "max_grad_norm": POSITIVE,
-    "clip_ratio": POSITIVE,
-    "value_clip": POSITIVE,
-    "lora_alpha": POSITIVE,
-    "max_shard_size": POSITIVE,
-    "warmup_ratio": SHARE,
-    "min_lr_ratio": SHARE,
-    "held_out": SHARE,
-    "share": SHARE,
-    "wrong_share": SHARE,
-    "min_confidence": SHARE,
-    "flip_confidence": SHARE,
-    "gamma": SHARE,
-    "gae_lambda": Numbers("a number from 0 to 1, or -1", lambda x: 0 <= x <= 1 or x == -1),
-    "lora_dropout": Numbers("0 or more and less than 1", lambda x: 0 <= x < 1),
-    "top_k": Numbers("0 (all) or more", lambda x: x >= 0),
-    "min_p": SHARE,
-    "top_p": Numbers("more than 0 and at most 1", lambda x: 0 < x <= 1),
-    "max_ratio": Numbers("a number of at least 1", lambda x: 1 <= x < math.inf),
-    "seed": Numbers("a whole number of 64 bits", lambda x: -(2**63) <= x < 2**63),
-}
 
 
 def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: list[str] | None = None) -> None:
@@ -154,13 +47,13 @@ def _run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: li
     if "--help" in argv or "-h" in argv:
         _help(usage(main, width=shutil.get_terminal_size().columns))
     try:
-        values = parse(main, argv)
+        call = bind(main, argv)
     except UserError as error:
         _stop(2, f"error: {error}")
 
     def command() -> None:
         # With the values bound Fire has nothing left to parse, and without a result it has nothing to print.
-        main(**values)
+        call()
 
     fire.Fire(command, command=[])
 
@@ -278,13 +171,6 @@ def _commands_help(commands: Mapping[str, Callable[..., None]], width: int) -> s
     return "\n\n".join([_reflow(inspect.cleandoc(module.__doc__ or ""), width), "\n".join(lines), ending])
 
 
-def check_numbers(values: Mapping[str, Value]) -> None:
-    """Raise UserError for a number that its flag cannot mean: no samples, a negative rate."""
-    for name, value in values.items():
-        if name in NUMBERS and not NUMBERS[name].allow(value):
-            raise UserError(f"--{name} is {value}, expected {NUMBERS[name].expects}")
-
-
 def usage(main: Callable[..., None], width: int) -> str:
     """The text of --help: the docstring of main's module (of a command: its own), then every flag, required first."""
     accepted = flags_of(main)
@@ -292,9 +178,10 @@ def usage(main: Callable[..., None], width: int) -> str:
     width = max(40, min(width, 100))
     about = sys.modules[main.__module__].__doc__ if main.__name__ == "main" else _about(main)
     blocks = [_reflow(inspect.cleandoc(about or ""), width)]
-    for title, required in (("Required flags:", True), ("Optional flags:", False)):
-        entries = [_flag_help(flag, width) for flag in flags if flag.required is required]
-        blocks += ["\n".join([title, *entries])] if entries else []
+    groups: dict[str, list[str]] = {}
+    for flag in sorted(flags, key=lambda flag: not flag.required):
+        groups.setdefault("Required flags" if flag.required else flag.group, []).append(_flag_help(flag, width))
+    blocks += ["\n".join([f"{title}:", *entries]) for title, entries in groups.items()]
     if "save_every" in accepted:  # a trainer
         free = ", ".join(name for name in FREE_ON_RESUME if name in accepted)
         blocks.append(
@@ -305,6 +192,7 @@ def usage(main: Callable[..., None], width: int) -> str:
                 width,
             )
         )
+    blocks.append(_wrap(f"--config FILE: {CONFIG}.", width))
     blocks.append(
         _wrap(
             "`--flag value` and `--flag=value` mean the same. A true|false flag alone means "

@@ -1,17 +1,24 @@
-"""Flags: what a function's signature says of each, and the words of a command line read as their values.
+"""Flags: the words of a command line, and of a file that --config names, read as typed values.
 
 Plain Fire runs the whole job on a mistyped flag and complains afterwards, hands `--resume=false` over as a truthy
-string and `--ckpt_dir a,b` as a tuple. Here every flag is read against the function's annotations before any work
-starts.
+string and `--ckpt_dir a,b` as a tuple. Here every flag is read against the annotations of the script's config, or of
+its function's parameters, before any work starts.
 """
 
+import dataclasses
 import difflib
 import inspect
 import re
 import types
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
+from src import jsonfile
+from src.config import Bounds, Config, check_bounds
 from src.errors import UserError
 
 Scalar = str | int | float | bool | None
@@ -37,6 +44,7 @@ TRUTH = {
     "no": False,
     "0": False,
 }
+CONFIG = "json or yaml file of flags, or run.json of an earlier run; flags on the command line win"
 KINDS: dict[object, Kind] = {
     types.NoneType: Kind("none", "none", NONE.__getitem__),
     bool: Kind("true|false", "true", TRUTH.__getitem__),
@@ -65,12 +73,14 @@ def is_path(name: str) -> bool:
 
 
 class Flag(NamedTuple):
-    """One parameter of main; `kinds` are the members of its annotation: (int, NoneType) for `int | None`."""
+    """A flag; `kinds` are the members of its annotation: (int, NoneType) for `int | None`."""
 
     name: str
     kinds: tuple[object, ...]
     default: object
     meaning: str
+    group: str
+    bounds: Bounds | None
 
     @property
     def required(self) -> bool:
@@ -89,16 +99,51 @@ class Flag(NamedTuple):
         return f"--{self.name} {KINDS[kind].example if kind in KINDS else kind}"
 
 
+def config_of(main: Callable[..., None]) -> type[Config] | None:
+    """The config that is main's only parameter; None for a function whose parameters are the flags themselves."""
+    hints = [hint for name, hint in get_type_hints(main).items() if name != "return"]
+    return hints[0] if len(hints) == 1 and inspect.isclass(hints[0]) and issubclass(hints[0], Config) else None
+
+
 def flags_of(main: Callable[..., None]) -> dict[str, Flag]:
-    """What main accepts, in the order of its signature, with the meanings its docstring gives."""
-    hints, meanings = get_type_hints(main), meanings_of(inspect.getdoc(main) or "")
+    """What main accepts: the fields of its config, or its parameters with the meanings that its docstring gives."""
+    config = config_of(main)
+    hints = get_type_hints(config or main, include_extras=True)
     flags = {}
-    for name, parameter in inspect.signature(main).parameters.items():
-        hint = hints[name]
+    for name, default, meaning, group in _fields(config) if config else _parameters(main):
+        hint, bounds = hints[name], None
+        if get_origin(hint) is Annotated:
+            hint, bounds = get_args(hint)
         kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         assert all((get_origin(kind) or kind) in TRY_ORDER for kind in kinds), f"{name}: cannot read {hint}"
-        flags[name] = Flag(name, kinds, parameter.default, meanings.get(name, ""))
+        flags[name] = Flag(name, kinds, default, meaning, group, bounds)
     return flags
+
+
+def _fields(config: type[Config]) -> Iterator[tuple[str, object, str, str]]:
+    """Name, default, meaning and group of each field, the config's own first and those of its bases behind them.
+
+    A class that gives a flag of a base another default alone leaves its meaning and its group as they are.
+    """
+    lineage = {
+        field.name: [base for base in config.__mro__ if field.name in vars(base).get("__annotations__", {})]
+        for field in dataclasses.fields(config)
+    }
+    for name in sorted(lineage, key=lambda name: config.__mro__.index(lineage[name][-1])):
+        declared = [vars(base)["__dataclass_fields__"][name] for base in lineage[name]]
+        default = declared[0].default
+        if declared[0].default_factory is not dataclasses.MISSING:
+            default = declared[0].default_factory()
+        elif default is dataclasses.MISSING:
+            default = inspect.Parameter.empty
+        meaning = next(field.metadata["help"] for field in declared if field.metadata)
+        yield name, default, meaning, (inspect.getdoc(lineage[name][-1]) or "").partition("\n")[0]
+
+
+def _parameters(main: Callable[..., None]) -> Iterator[tuple[str, object, str, str]]:
+    meanings = meanings_of(inspect.getdoc(main) or "")
+    for name, parameter in inspect.signature(main).parameters.items():
+        yield name, parameter.default, meanings.get(name, ""), "Optional flags"
 
 
 def undocumented(main: Callable[..., None]) -> list[str]:
@@ -107,8 +152,62 @@ def undocumented(main: Callable[..., None]) -> list[str]:
 
 
 def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
-    """The flags given in argv, typed as main annotates them; defaults stay with main. Raises UserError."""
+    """The flags given in argv, and in the file that --config names; those of argv win. Raises UserError.
+
+    They are typed as main's config or parameters are; defaults stay with these.
+    """
     flags = flags_of(main)
+    file = Flag("config", (str,), "", CONFIG, "", None)
+    values = _parse_words(argv, flags | {"config": file})
+    if "config" in values:
+        values = read_config(str(values.pop("config")), flags) | values
+    missing = [flag for flag in flags.values() if flag.required and flag.name not in values]
+    if missing:
+        names = ", ".join(f"--{flag.name}" for flag in missing)
+        raise UserError(f"missing required {names}; write {missing[0].example}, or see --help")
+    return values
+
+
+def bind(main: Callable[..., None], argv: list[str]) -> Callable[[], None]:
+    """The call of main that argv asks for. Raises UserError."""
+    values, config = parse(main, argv), config_of(main)
+    return partial(main, config(**values)) if config else partial(main, **values)
+
+
+def read_config(file: str, flags: dict[str, Flag]) -> dict[str, Value]:
+    """The flags that a json or yaml file gives, or an earlier run's run.json. Raises UserError naming file and key."""
+    path = Path(file)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{file} is not valid yaml: {error}") from None
+    else:
+        found = jsonfile.read_json(path)
+    if isinstance(found, dict) and isinstance(found.get("flags"), dict):
+        found = found["flags"]  # of run.json
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds {type(found).__name__}, expected flags by name, such as {{\"seed\": 1}}")
+    values = {}
+    for name, value in found.items():
+        try:
+            flag, negated = _find(f"--{name}", flags)
+            if negated:
+                raise UserError(f"write {flag.name}: false")
+            values[name] = _read(flag, [_word(one) for one in value] if isinstance(value, list) else [_word(value)])
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    return values
+
+
+def _word(value: object) -> str:
+    """A value of a file as one would write it on the command line."""
+    if isinstance(value, dict | list):
+        raise UserError(f"found {value!r}, expected a text, a number, true or false, or a list of such")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _parse_words(argv: list[str], flags: dict[str, Flag]) -> dict[str, Value]:
     values: dict[str, Value] = {}
     for word in argv:
         if "\0" in word or any("\ud800" <= letter <= "\udfff" for letter in word):
@@ -131,10 +230,6 @@ def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
         if negated and words:
             raise UserError(f"{head} is followed by {words[0]!r} but takes no value; write {head} alone")
         values[flag.name] = not negated if bool in flag.kinds and not words else _read(flag, words)
-    missing = [flag for flag in flags.values() if flag.required and flag.name not in values]
-    if missing:
-        names = ", ".join(f"--{flag.name}" for flag in missing)
-        raise UserError(f"missing required {names}; write {missing[0].example}, or see --help")
     return values
 
 
@@ -164,9 +259,12 @@ def _read(flag: Flag, words: list[str]) -> Value:
         raise UserError(f"--{flag.name} has no value, expected {flag.expects}; write {flag.example}{dashed}")
     for kind in sorted(flag.kinds, key=lambda kind: TRY_ORDER.index(get_origin(kind) or kind)):
         try:
-            return _read_as(kind, words, split=str not in flag.kinds)
+            value = _read_as(kind, words, split=str not in flag.kinds)
         except (ValueError, KeyError):
             continue
+        if flag.bounds:
+            check_bounds(flag.name, value, flag.bounds)
+        return value
     choices = [str(choice) for kind in flag.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     near = difflib.get_close_matches(words[0], choices, n=1)
     hint = f"did you mean {near[0]}?" if near else f"write for example {flag.example}"

@@ -25,8 +25,8 @@ from src.models.config import ModelConfig
 from src.models.lora import LINEARS, LoraConfig
 from src.models.quantize import bytes_a_weight
 from src.text.tokenizer import Tokenizer
-from src.training.ppo_settings import Settings
-from src.training.rewards import short_name
+from src.training.ppo_config import PPOConfig
+from src.training.rewards import reward_weights, short_name
 
 RESUMED = 3 * FLOAT32  # of a weight that learns: its float32 value and both moments
 # What a model holds between its phases too, unless --phases sends it away
@@ -77,96 +77,88 @@ class Work(NamedTuple):
 
 
 def of_run(
-    flags: Mapping[str, object],
-    settings: Settings,
-    lora: LoraConfig | None,
-    weights: Mapping[str, float],
+    config: PPOConfig,
     prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
     tokenizer: Tokenizer,
     n_buffers: int,
 ) -> str:
-    """The plan of ppo_train.py with these flags. weights: of each reward. Raises UserError."""
-    models = _models(flags, settings, lora, len(prompts))
+    """The plan of ppo_train.py with these flags. Raises UserError."""
+    models = _models(config, len(prompts))
     ids, held_ids = (
         [encode_prompt(tokenizer, prompt.instruction) for prompt in some] for some in (prompts, held_out)
     )
-    work = work_of(models, settings, [*map(len, ids)], [*map(len, held_ids)])
-    per_epoch = -(-len(prompts) // settings.prompts_a_buffer)
-    every, refresh, keep_last = (int(flags[k]) for k in ("save_every", "reference_refresh", "keep_last"))
-    kept = saves(n_buffers, per_epoch, every, refresh, keep_last)
+    work = work_of(models, config, [*map(len, ids)], [*map(len, held_ids)])
+    per_epoch = -(-len(prompts) // config.prompts_per_buffer)
+    kept = saves(n_buffers, per_epoch, config.save_every, config.reference_refresh, config.keep_last)
     facts = {
         "tensor-parallel ranks": models.n,
         "data-parallel ranks": models.how.data_parallel,
         "prompts": f"{len(ids)}, the longest {max(map(len, ids))} tokens of a context of {models.actor.max_seq_len}",
-        "rollout buffers": f"{n_buffers} of {episodes(settings, len(ids))} episodes, each for "
-        f"{settings.inner_epochs} x {settings.minibatches} optimizer steps",
+        "rollout buffers": f"{n_buffers} of {episodes(config, len(ids))} episodes, each for "
+        f"{config.inner_epochs} x {config.minibatches} optimizer steps",
         "largest forward pass": f"{work.largest.n_tokens} tokens, {work.largest.n_supervised} of them supervised",
-        "disk": disk(models, kept, str(flags["save_dtype"]), best=bool(held_out)),
-        "rewards": places(weights, models.verifier, settings),
+        "disk": disk(models, kept, config.save_dtype, best=bool(held_out)),
+        "rewards": places(reward_weights(config), models.verifier, config),
         "an example": f"{tokenizer.decode(ids[0], show_control=True)}[[...]], {len(ids[0])} tokens and at most "
-        f"{settings.max_new_tokens} to learn",
+        f"{config.max_new_tokens} to learn",
     }
-    if flags["share_base"] and not _can_share(models):
+    if config.share_base and not _can_share(models):
         raise UserError(
             "--share_base: one base cannot be below these models; actor, critic and verifier must be adapters on the "
             "same weights, and all ranks one tensor-parallel group (--tensor_parallel_size)"
         )
-    asked = "--share_base" if flags["share_base"] else "--phases" if flags["phases"] else "all at once"
+    asked = "--share_base" if config.share_base else "--phases" if config.phases else "all at once"
     return f"{plan.report(facts, {})}\n{memory_table(models, work, asked)}"
 
 
-def _models(
-    flags: Mapping[str, object], settings: Settings, lora: LoraConfig | None, n_prompts: int
-) -> Models:
+def _models(config: PPOConfig, n_prompts: int) -> Models:
     """The models that the flags name, each by the config of its own directory."""
-    folder = str(flags["actor_ckpt_dir"])
-    actor = assemble.load_config(folder, str(flags["model_type"]))
-    asked = int(flags["tensor_parallel_size"])
+    folder, asked = config.actor_ckpt_dir, config.tensor_parallel_size
+    actor = assemble.load_config(folder, config.model_type)
     ranks = parallel.world_size() // assemble.tensor_parallel_size(folder, asked)
     n = assemble.planned_ranks(folder, asked)
     critic = verifier = None
-    if settings.has_critic:
-        critic = assemble.solver_to_verifier(assemble.load_config(str(flags["critic_ckpt_dir"])))
-    if "verifier" in flags["reward"]:
-        verifier = assemble.load_config(str(flags["reward_model_ckpt_dir"]))
-    for config, name in ((actor, "actor"), (critic, "critic"), (verifier, "reward model")):
-        if config:
-            config.check_divides(n, f"the {name}'s checkpoint")
-    passes = -(-_episodes_a_step(settings, n_prompts) // settings.max_batch_size)
+    if config.has_critic:
+        critic = assemble.solver_to_verifier(assemble.load_config(config.critic_ckpt_dir))
+    if "verifier" in config.reward:
+        verifier = assemble.load_config(config.reward_model_ckpt_dir)
+    for model, name in ((actor, "actor"), (critic, "critic"), (verifier, "reward model")):
+        if model:
+            model.check_divides(n, f"the {name}'s checkpoint")
+    passes = -(-_episodes_a_step(config, n_prompts) // config.max_batch_size)
     how = Training(
-        lora,
-        checkpointing=flags["activation_checkpointing"],
+        assemble.lora_config(config),
+        checkpointing=config.activation_checkpointing,
         data_parallel=ranks,
         accumulates=passes > ranks,
         on_gpu=parallel.device().type == "cuda",
     )
-    renewed = int(flags["reference_refresh"]) > 0
-    return Models(actor, critic, verifier, n, how, str(flags["quantize"]), renewed)
+    return Models(actor, critic, verifier, n, how, config.quantize, config.reference_refresh > 0)
 
 
-def episodes(settings: Settings, n_prompts: int) -> int:
+def episodes(config: PPOConfig, n_prompts: int) -> int:
     """Episodes in the fullest buffer."""
-    return min(settings.prompts_a_buffer, n_prompts) * settings.group_size
+    return min(config.prompts_per_buffer, n_prompts) * config.group_size
 
 
-def _episodes_a_step(settings: Settings, n_prompts: int) -> int:
+def _episodes_a_step(config: PPOConfig, n_prompts: int) -> int:
     """Episodes in the largest optimizer step, over all ranks."""
-    return -(-episodes(settings, n_prompts) // settings.minibatches)
+    return -(-episodes(config, n_prompts) // config.minibatches)
 
 
-def work_of(models: Models, settings: Settings, lengths: Sequence[int], held_out: Sequence[int]) -> Work:
+def work_of(models: Models, config: PPOConfig, lengths: Sequence[int], held_out: Sequence[int]) -> Work:
     """The largest work if the longest prompts get the longest responses. lengths: tokens of prompts, of held-out ones.
 
     Buffers are sampled and held-out problems solved in the same way; the latter are not learned from.
     """
     context, ranks = models.actor.max_seq_len, models.how.data_parallel
-    n_rows = min(settings.max_batch_size, _episodes_a_step(settings, len(lengths)))
-    n_tokens = min(max(lengths) + settings.max_new_tokens, context)
-    largest = Pass(n_rows * n_tokens, n_rows * min(settings.max_new_tokens, n_tokens))
-    sampled = settings.group_size * -(-min(settings.prompts_a_buffer, len(lengths)) // ranks)
-    decoding = min(settings.rollout_batch_size, max(sampled, -(-len(held_out) // ranks)))
-    return Work(largest, decoding, min(max(*lengths, *held_out) + settings.max_new_tokens, context))
+    n_rows = min(config.max_batch_size, _episodes_a_step(config, len(lengths)))
+    n_tokens = min(max(lengths) + config.max_new_tokens, context)
+    largest = Pass(n_rows * n_tokens, n_rows * min(config.max_new_tokens, n_tokens))
+    sampled = config.group_size * -(-min(config.prompts_per_buffer, len(lengths)) // ranks)
+    decoding = min(config.rollout_batch_size, max(sampled, -(-len(held_out) // ranks)))
+    return Work(largest, decoding, min(max(*lengths, *held_out) + config.max_new_tokens, context))
 
 
 def saves(n_buffers: int, per_epoch: int, save_every: int, refresh: int, keep_last: int) -> tuple[int, int]:
@@ -201,7 +193,7 @@ def disk(models: Models, kept: tuple[int, int], dtype: str, *, best: bool) -> st
     )
 
 
-def places(weights: Mapping[str, float], verifier: ModelConfig | None, settings: Settings) -> str:
+def places(weights: Mapping[str, float], verifier: ModelConfig | None, config: PPOConfig) -> str:
     """The tokens that rewards are laid on, for those that weigh something."""
     steps = {"verifier"} if verifier and verifier.objective == "process" else set()
     laid = [
@@ -209,7 +201,7 @@ def places(weights: Mapping[str, float], verifier: ModelConfig | None, settings:
         for name, weight in weights.items()
         if weight
     ]
-    return ", ".join(laid + ["KL at every token"] * bool(settings.kl_coef))
+    return ", ".join(laid + ["KL at every token"] * bool(config.kl_coef))
 
 
 def memory_table(models: Models, work: Work, asked: str) -> str:

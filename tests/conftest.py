@@ -75,14 +75,21 @@ def code_solver(code_base: str, tmp_path_factory: pytest.TempPathFactory) -> str
     """That base, trained until it knows one solution with code by heart, and goes wrong in it one time in three."""
     folder = tmp_path_factory.mktemp("code-solver")
     wrong = [*CODE_BLOCKS[:4]]
-    wrong += [block | {"content": block["content"].replace("*3", "*2").replace("8", "4")} for block in CODE_BLOCKS[4:]]
+    wrong += [
+        block | {"content": block["content"].replace("*3", "*2").replace("8", "4")}
+        for block in CODE_BLOCKS[4:]
+    ]
     rows = [
         {"messages": [{"role": "user", "content": CODE_QUESTION}, {"role": "assistant", "content": blocks}]}
         for blocks in (CODE_BLOCKS, CODE_BLOCKS, wrong)
     ]
     (folder / "train.json").write_text(json.dumps(rows))
     flags = {"epochs": 40, "lr": 4e-3, "max_batch_size": 3}
-    solver_train.main(code_base, str(folder / "out"), str(folder / "train.json"), **flags)
+    solver_train.main(
+        solver_train.SolverTrainConfig(
+            ckpt_dir=code_base, save_dir=str(folder / "out"), train_file=str(folder / "train.json"), **flags
+        )
+    )
     return str(folder / "out")
 
 

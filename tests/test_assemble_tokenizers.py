@@ -68,7 +68,14 @@ def test_tokenizers_travel_through_split_train_save_and_export(tmp_path: Path, k
     expected, files = Tokenizer(hf), names(hf)
     checkpoint_split.main(str(hf), str(tmp_path / "split"), 1)
     rows = str(write_json(tmp_path / "train.json", ROWS))
-    solver_train.main(str(tmp_path / "split"), str(tmp_path / "trained"), rows, max_batch_size=3)
+    solver_train.main(
+        solver_train.SolverTrainConfig(
+            ckpt_dir=str(tmp_path / "split"),
+            save_dir=str(tmp_path / "trained"),
+            train_file=rows,
+            max_batch_size=3,
+        )
+    )
     trained = str(tmp_path / "trained")
     export_hf(open_source(trained), tmp_path / "exported", trained)
     for folder in ("split", "trained/epoch-1", "trained", "exported"):
@@ -116,11 +123,21 @@ def test_later_commands_follow_the_chat_template_of_training(
     checkpoint_split.main(str(hf), str(tmp_path / "base"), 1)
     assert assemble.load_tokenizer(str(tmp_path / "base")).chat is None
     for rank in (-1, 2):
-        solver_train.main(str(tmp_path / "base"), out, rows, chat_template="gemma", lora_rank=rank)
+        solver_train.main(
+            solver_train.SolverTrainConfig(
+                ckpt_dir=str(tmp_path / "base"),
+                save_dir=out,
+                train_file=rows,
+                chat_template="gemma",
+                lora_rank=rank,
+            )
+        )
         assert assemble.load_config(out).chat_template == "gemma"
         assert assemble.load_tokenizer(out).chat_template == "gemma"
     # not given again, it is kept
-    solver_train.main(out, str(tmp_path / "more"), rows)
+    solver_train.main(
+        solver_train.SolverTrainConfig(ckpt_dir=out, save_dir=str(tmp_path / "more"), train_file=rows)
+    )
     assert assemble.load_config(str(tmp_path / "more")).chat_template == "gemma"
     solver_evaluate.main("none", rows, log, out, max_new_tokens=40)
     assert len(read_samples(f"{log}/samples.jsonl")) == len(ROWS)
@@ -140,7 +157,13 @@ def test_a_dry_run_shows_the_chat_with_its_answer_in_brackets(
     checkpoint_split.main(str(hf), str(tmp_path / "base"), 1)
     rows = str(write_json(tmp_path / "rows.json", ROWS))
     solver_train.main(
-        str(tmp_path / "base"), str(tmp_path / "out"), rows, chat_template="gemma", dry_run=True
+        solver_train.SolverTrainConfig(
+            ckpt_dir=str(tmp_path / "base"),
+            save_dir=str(tmp_path / "out"),
+            train_file=rows,
+            chat_template="gemma",
+            dry_run=True,
+        )
     )
     shown = capsys.readouterr().out
     assert "<s><start_of_turn>user\n0+1=<end_of_turn>\n<start_of_turn>model\n[[#### 1<end_of_turn>]]" in shown

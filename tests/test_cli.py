@@ -202,6 +202,9 @@ Optional flags:
   --resume  true|false  (default: false)
       go on from the last checkpoint
 
+--config FILE: json or yaml file of flags, or run.json of an
+earlier run; flags on the command line win.
+
 `--flag value` and `--flag=value` mean the same. A
 true|false flag alone means true, --noflag false. A list is
 several words, or one word with commas; where a text is

@@ -22,7 +22,7 @@ from src.checkpoint import storage
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
 from src.evaluation.tasks import find_task
-from src.flags import flags_of, parse, undocumented
+from src.flags import bind, flags_of, undocumented
 from tests.reference import hf_model
 from tests.tiny import make_verifier, split, write_hf_llama, write_tokenizer
 
@@ -311,7 +311,7 @@ def refuse(world: World, script: str, changes: dict[str, object], message: str, 
     flags = world.flags[script] | changes
     argv = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     with pytest.raises(UserError, match=message) as problem:
-        main(**parse(main, argv))
+        bind(main, argv)()
     assert "\n" not in str(problem.value)
     left = {path.name for path in (tmp_path / "out").rglob("*")} if (tmp_path / "out").is_dir() else set()
     assert not left & {"params.json", "manifest.json", "results.json", "pairs.json", "samples.jsonl"}, left
@@ -649,11 +649,7 @@ def test_a_dry_run_shows_its_plan_and_writes_nothing(
 ) -> None:
     before = sorted(here.rglob("*"))
     main = entry(script)
-    main(
-        **parse(
-            main, [f"--{name}={value}" for name, value in world.flags[script].items()] + ["--dry_run"]
-        )
-    )
+    bind(main, [f"--{name}={value}" for name, value in world.flags[script].items()] + ["--dry_run"])()
     captured = capsys.readouterr()
     assert shown in captured.out + captured.err
     assert sorted(here.rglob("*")) == before
@@ -667,7 +663,7 @@ def test_a_dry_run_of_several_ranks_is_planned_for_them(
     main, held = entry(script), []
     for ranks in (1, 2, 4):
         flags = [f"--{name}={value}" for name, value in world.flags[script].items()]
-        main(**parse(main, [*flags, f"--tensor_parallel_size={ranks}", "--dry_run"]))
+        bind(main, [*flags, f"--tensor_parallel_size={ranks}", "--dry_run"])()
         held.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights")))
     assert len(set(held)) == 3  # a rank holds less of a model that more of them share
 

@@ -15,7 +15,8 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "jsonfile": set(),
-    "flags": set(),
+    "config": set(),
+    "flags": {"config"},
     "cli": {"flags"},
     "plot": set(),
     "runlog": {"cli", "plot"},
@@ -26,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"parallel"},
     "checkpoint": {"models", "parallel", "runlog"},
     "data": {"text"},
-    "assemble": {"models", "checkpoint", "text", "parallel", "runlog"},
+    "assemble": {"config", "models", "checkpoint", "text", "parallel", "runlog"},
     "memory": {"models", "checkpoint", "inference"},
     "plan": {"memory", "models", "checkpoint", "text", "data", "parallel", "runlog"},
     "ppo_plan": {
@@ -38,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"data", "inference", "models", "parallel", "runlog", "text"},
     "construct": {"checkpoint", "data", "evaluation", "inference", "models", "parallel", "runlog", "text"},
     "training": {
-        "flags", "memory", "parallel", "runlog", "losses", "models", "checkpoint", "data", "inference", "text"
+        "assemble", "checkpoint", "config", "data", "evaluation", "flags", "inference", "losses", "memory", "models",
+        "parallel", "plan", "runlog", "sharing", "text",
     },
 }
 
@@ -54,6 +56,7 @@ DOORS: dict[str, str | None] = {
     "fairscale.nn.model_parallel.mappings": "src/parallel.py",
     "fairscale.nn.model_parallel.layers": "src/models/layers.py",
     "fire": "src/cli.py",
+    "yaml": "src/flags.py",
     "tqdm": "src/runlog.py",
     "wandb": None,  # also the name of a flag
     "wandb.init": "src/runlog.py",

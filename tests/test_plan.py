@@ -62,7 +62,15 @@ def test_a_split_s_plan_is_of_the_form_that_is_asked_for(
     adapter = tmp_path / "adapter"
     rows = '[{"instruction": "1+1=", "output": "2"}]'
     (tmp_path / "rows.json").write_text(rows)
-    solver_train.main(folders.one, str(adapter), str(tmp_path / "rows.json"), lora_rank=2, max_steps=1)
+    solver_train.main(
+        solver_train.SolverTrainConfig(
+            ckpt_dir=folders.one,
+            save_dir=str(adapter),
+            train_file=str(tmp_path / "rows.json"),
+            lora_rank=2,
+            max_steps=1,
+        )
+    )
     for source, flags, word in (
         (folders.one, {"format": "hf"}, "files"),
         (str(adapter), {"format": "peft"}, "adapter"),
@@ -75,7 +83,10 @@ def test_a_split_s_plan_is_of_the_form_that_is_asked_for(
         assert word in told and not target.exists()
         checkpoint_split.main(source, str(target), **flags)
         tensors = [
-            tensor for path in target.iterdir() if path.suffix in (".safetensors", ".pth") for tensor in read(path)
+            tensor
+            for path in target.iterdir()
+            if path.suffix in (".safetensors", ".pth")
+            for tensor in read(path)
         ]
         assert told["disk"].strip() == plan.size(sum(tensor.nbytes for tensor in tensors))
 

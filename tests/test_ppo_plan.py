@@ -1,7 +1,6 @@
 """The plan of ppo_train.py --dry_run: every arrangement by hand, and the flags that change it."""
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from src.errors import UserError
 from src.memory import Pass, Training, activations
 from src.models.decoder import Decoder
 from src.ppo_plan import Models, Work
-from src.training.ppo_settings import Settings, from_flags
+from src.training.ppo_config import ESTIMATORS, PPOConfig
 from tests.conftest import Folders
 from tests.test_memory import CONFIG, LORA
 
@@ -25,7 +24,9 @@ ACTOR, CRITIC, VERIFIER = 664, 592, 592 + 496
 ADAPTERS, HEAD = 72, 8
 CRITIC_CONFIG = assemble.solver_to_verifier(CONFIG)
 VERIFIER_CONFIG = dataclasses.replace(CRITIC_CONFIG, n_layers=2)
-FEW = Work(Pass(1, 1), n_rows=2, n_tokens=7)  # a pass so small that learning has its peak at a backward pass's end
+FEW = Work(
+    Pass(1, 1), n_rows=2, n_tokens=7
+)  # a pass so small that learning has its peak at a backward pass's end
 ROLLOUTS = 2 * 4 * 4 * 2 * 7 + 4 * 2 * 10  # keys and values of a layer's one head of 4; logits
 
 
@@ -104,10 +105,12 @@ def test_a_rank_that_shares_its_weights_holds_them_whole_to_sample() -> None:
     assert found["reference"]["weights"] == 4 * ACTOR  # frozen models are whole on every rank
 
 
-def settings_of(**changes: object) -> Settings:
-    """The settings of ppo_train.py's defaults with these flags."""
-    defaults = {name: flag.default for name, flag in inspect.signature(ppo_train.main).parameters.items()}
-    return from_flags(defaults | changes)
+def config_of(**changes: object) -> PPOConfig:
+    """ppo_train.py's defaults with these flags."""
+    flags = {"actor_ckpt_dir": "a", "actor_save_dir": "b", "reward": ["rule"]} | changes
+    if ESTIMATORS[flags.get("advantage", "gae")].has_critic:
+        flags |= {"critic_ckpt_dir": "c", "critic_save_dir": "d"}
+    return PPOConfig(**flags)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +125,14 @@ def settings_of(**changes: object) -> Settings:
     ],
 )
 def test_the_largest_work_by_hand(
-    changes: dict[str, object], ranks: int, lengths: Sequence[int], held_out: Sequence[int], work: tuple[int, ...]
+    changes: dict[str, object],
+    ranks: int,
+    lengths: Sequence[int],
+    held_out: Sequence[int],
+    work: tuple[int, ...],
 ) -> None:
     models = Models(CONFIG, None, None, 1, Training(data_parallel=ranks))
-    found = ppo_plan.work_of(models, settings_of(max_new_tokens=20, **changes), lengths, held_out)
+    found = ppo_plan.work_of(models, config_of(max_new_tokens=20, **changes), lengths, held_out)
     assert (found.largest.n_tokens, found.largest.n_supervised, found.n_rows, found.n_tokens) == work
 
 
@@ -147,8 +154,8 @@ def test_rewards_lie_where_they_are_laid() -> None:
     weights = {"verifier": 1.0, "rule": 0.0, "mine.py:short": 0.5}
     for verifier, where in ((process, "the ends of steps"), (VERIFIER_CONFIG, "the last token")):
         expected = f"verifier at {where}, short at the last token"
-        assert ppo_plan.places(weights, verifier, settings_of(kl_coef=0.0)) == expected
-        assert ppo_plan.places(weights, verifier, settings_of()) == f"{expected}, KL at every token"
+        assert ppo_plan.places(weights, verifier, config_of(kl_coef=0.0)) == expected
+        assert ppo_plan.places(weights, verifier, config_of()) == f"{expected}, KL at every token"
 
 
 @pytest.fixture
@@ -173,7 +180,7 @@ def flags(folders: Folders, tmp_path: Path) -> dict[str, object]:
 def planned(capsys: pytest.CaptureFixture[str], flags: dict[str, object]) -> dict[str, str]:
     """The lines of a dry run by what they are of."""
     capsys.readouterr()
-    ppo_train.main(**flags, dry_run=True)
+    ppo_train.main(ppo_train.PPOConfig(**flags, dry_run=True))
     lines = capsys.readouterr().out.splitlines()
     return {line[:24].strip(): line[24:] for line in lines}
 
@@ -195,10 +202,14 @@ def test_the_table_has_every_arrangement_in_every_precision(
     flags: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel, "resident_memory", lambda: 2**20)
-    like = {"reward_model_ckpt_dir": flags["critic_ckpt_dir"]}  # of the actor's shape: it may be on the same base
+    like = {
+        "reward_model_ckpt_dir": flags["critic_ckpt_dir"]
+    }  # of the actor's shape: it may be on the same base
     table = list(planned(capsys, flags | like).items())[-7:]
     assert (table[0][0], table[0][1].split("  ")[0]) == ("arrangements", "all at once")
-    names = [f"{how}{bits}" for how in ("all weights", "LoRA of rank 16") for bits in ("", ", int8", ", int4")]
+    names = [
+        f"{how}{bits}" for how in ("all weights", "LoRA of rank 16") for bits in ("", ", int8", ", int4")
+    ]
     assert [name for name, _ in table[1:]] == names
     cells = [re.split(r" {2,}", row.strip()) for _, row in table[1:]]
     assert [row[2] == "-" for row in cells] == [True, True, True, False, True, True]
@@ -221,7 +232,10 @@ def test_flags_that_change_what_learning_holds(
 
     assert models().how == Training(on_gpu=torch.cuda.is_available())
     assert models(activation_checkpointing="full").how.checkpointing == "full"
-    assert models(max_batch_size=1).how.accumulates and not models(max_batch_size=1, minibatches=2).how.accumulates
+    assert (
+        models(max_batch_size=1).how.accumulates
+        and not models(max_batch_size=1, minibatches=2).how.accumulates
+    )
     assert models(quantize="int8").quantize == "int8" and models(reference_refresh=2).renewed
 
 
@@ -238,7 +252,7 @@ def test_data_parallel_ranks_share_a_step_s_passes(
 
 def test_one_base_is_refused_where_the_run_would_refuse_it(flags: dict[str, object]) -> None:
     with pytest.raises(UserError, match="--share_base: one base cannot be below these models"):
-        ppo_train.main(**flags, share_base=True, lora_rank=2, dry_run=True)
+        ppo_train.main(ppo_train.PPOConfig(**flags, share_base=True, lora_rank=2, dry_run=True))
 
 
 @pytest.mark.parametrize("changes", [{"keep_last": 2, "save_every": 1}, {"lora_rank": 2}])
@@ -247,7 +261,7 @@ def test_checkpoints_take_what_the_plan_says(
 ) -> None:
     flags = flags | {"epochs": 1, "reward": ["rule"], "reward_model_ckpt_dir": ""} | changes
     told = planned(capsys, flags)["disk"]
-    ppo_train.main(**flags)
+    ppo_train.main(ppo_train.PPOConfig(**flags))
     files = {
         path.stat().st_ino: path
         for folder in ("actor_save_dir", "critic_save_dir")

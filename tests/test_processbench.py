@@ -48,8 +48,18 @@ def test_the_published_file_goes_through_training_and_the_report(steps_file: str
     checkpoint_split.main(str(ROOT / "dataset" / "toy" / "base"), base, 1)
     params = tmp_path / "base" / "params.json"
     params.write_text(json.dumps(json.loads(params.read_text()) | {"max_seq_len": CHARACTERS}))
-    verifier_train.main(base, verifier, [str(files["train"])], objective="process", max_seq_len=CHARACTERS,
-                        max_batch_size=4, packing=True, max_steps=3)  # fmt: skip
+    verifier_train.main(
+        verifier_train.VerifierTrainConfig(
+            ckpt_dir=base,
+            save_dir=verifier,
+            train_file=[str(files["train"])],
+            objective="process",
+            max_seq_len=CHARACTERS,
+            max_batch_size=4,
+            packing=True,
+            max_steps=3,
+        )
+    )
     verifier_evaluate.main(verifier, log, steps_file=str(files["test"]), threshold_file=str(files["train"]))
     report = json.loads((tmp_path / "log" / "results.json").read_text())
     assert report["solutions"] == len(test) >= 20

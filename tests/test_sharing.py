@@ -7,18 +7,20 @@ import torch
 from torch.testing import assert_close
 
 from src import assemble
+from src.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.decoder import Decoder
-from src.runlog import Phases, RunLog
+from src.runlog import RunLog
 from src.sharing import SharedBase
 from src.text.tokenizer import Tokenizer
-from src.training import buffer, ppo
 from src.training.loop import TrainLoop
-from src.training.rewards import Part, Shape, pairwise_reward
+from src.training.offload import ModelOffloader
+from src.training.ppo_models import PPOModels
+from src.training.rewards import pairwise_reward
 from tests.conftest import Folders
-from tests.training.workers import PROMPTS, settings
+from tests.training.workers import ppo_config, ppo_update, rollout_of
 
-LORA = assemble.lora_config(4, 16.0, 0.0, ["wq", "wo", "w1", "w2"])
+LORA = assemble.lora_config(LoraFlags(lora_rank=4, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"]))
 
 
 def save_adapter(model: Decoder, base: str, folder: Path, seed: int) -> str:
@@ -47,7 +49,7 @@ def made(folders: Folders, tmp_path: Path) -> dict[str, str]:
 def test_ppo_on_one_base_is_ppo_on_four_models(
     made: dict[str, str], folders: Folders, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    numbers, found = settings(), []
+    numbers, found = ppo_config(), []
     for shared in (None, SharedBase(made["solver"])):
         if shared:
             actor = shared.model(made["solver"])
@@ -57,18 +59,18 @@ def test_ppo_on_one_base_is_ppo_on_four_models(
             critic, verifier = (assemble.load_verifier(made[name]) for name in ("verifier", "second"))
         for model in (actor, critic):
             assemble.put_lora_on(model, LORA, seed=1)
-        models = buffer.Models(actor, None, critic)
-        loops = [
-            TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-3, total_steps=8) for model in (actor, critic)
-        ]
-        parts = {"verifier": Part(1.0, pairwise_reward(verifier, 2, Shape()))}
-        seen = {}
-        for step in range(2):
-            rollouts = buffer.collect(models, lambda _: PROMPTS, tokenizer, parts, numbers, step, Phases())
-            metrics = ppo.update(*loops, rollouts, numbers, step)
-            seen |= {f"{name} {step}": torch.tensor(value) for name, value in metrics.items()}
-            tensors = {**rollouts._asdict(), **rollouts.reward_parts}
-            seen |= {f"{name} {step}": t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+        log, flags = RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-3)
+        loops = (TrainLoop(model, log, flags, total_steps=8) for model in (actor, critic))
+        models, seen = PPOModels(*loops, None, ModelOffloader()), {}
+        for iteration in range(2):
+            buffer, scores, _ = rollout_of(
+                models, tokenizer, lambda rollout, verifier=verifier: pairwise_reward(
+                    verifier, tokenizer, rollout, numbers, 2), numbers, iteration
+            )  # fmt: skip
+            metrics = ppo_update(models, buffer, numbers, iteration)
+            seen |= {f"{name} {iteration}": torch.tensor(value) for name, value in metrics.items()}
+            tensors = {**buffer._asdict(), "verifier": scores.total}
+            seen |= {f"{name} {iteration}": t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
         found.append(seen)
     separate, one = found
     for name, expected in separate.items():

@@ -44,7 +44,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data_build.pairs("log/samples.jsonl", "ordinary.json", pairs_a_problem=9)
         data_build.branch(base, "toy", "log/samples.jsonl", "branches", "branches.json", **BRANCH)
         data_build.mix("ordinary.json", "branches.json", "mix.json", "control.json", share=0.4)
-        preference_train.main(base, "scdpo", "mix.json", **TRAIN)
+        preference_train.main(
+            preference_train.PreferenceTrainConfig(
+                ckpt_dir=base, save_dir="scdpo", train_file="mix.json", **TRAIN
+            )
+        )
         steps = [
             {"instruction": row["instruction"], "steps": stepwise(row, f"#### {answer}").split("\n\n"),
              "labels": [1, 1, int(str(answer) == row["label"])]}

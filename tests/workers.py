@@ -12,6 +12,7 @@ from src import assemble, parallel
 from src.checkpoint import shards
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
+from src.config import OptimizerFlags
 from src.data.collate import Batch
 from src.errors import UserError
 from src.inference.engine import Request, Vocabulary, generate
@@ -65,7 +66,7 @@ def decoders(
 def one_step(model: Decoder, batch: Batch, log: RunLog) -> dict[str, object]:
     """The gradient's norm and this rank's weights after one optimizer step."""
     model.zero_grad(set_to_none=True)
-    loop = TrainLoop(model, log, lr=0.01, total_steps=1, warmup_ratio=0.0)
+    loop = TrainLoop(model, log, OptimizerFlags(lr=0.01, warmup_ratio=0.0), total_steps=1)
     loop.backward(sft_loss(model, batch, n_supervised([batch])))
     return {"grad_norm": loop.step().grad_norm, "weights": adapter_tensors(model)}
 
@@ -350,7 +351,10 @@ def quantised_lora(
     config = ADAPTERS
     found = {}
     for precision in precisions:
-        models = {"": assemble.load_solver(folder), precision: assemble.load_solver(folder, quantize=precision)}
+        models = {
+            "": assemble.load_solver(folder),
+            precision: assemble.load_solver(folder, quantize=precision),
+        }
         for model in models.values():
             assemble.put_lora_on(model, config, seed=5)
             fill_lora_b(model)

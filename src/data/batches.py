@@ -42,6 +42,11 @@ class Batching:
         """Optimizer steps in one epoch; the last may be smaller."""
         return -(-n_rows // self.rows_a_step)
 
+    def count_steps(self, n_rows: int, epochs: int, max_steps: int) -> tuple[int, int]:
+        """Optimizer steps in one epoch, and in all; max_steps -1: those of all epochs."""
+        per_epoch = self.steps_per_epoch(n_rows)
+        return per_epoch, min(epochs * per_epoch, max_steps if max_steps >= 0 else epochs * per_epoch)
+
     def steps(
         self,
         n_rows: int,

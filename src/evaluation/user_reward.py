@@ -15,7 +15,7 @@ from src.evaluation.grade_pool import Worker
 class UserReward:
     """Calls the function for each response. Use as a context manager.
 
-    A call that takes longer than `seconds`, or that ends its process, is worth 0; counts() tells how many.
+    A call that takes longer than `seconds`, or that ends its process, is worth 0.
     Raises UserError for a file or function that is not there.
     """
 
@@ -25,7 +25,7 @@ class UserReward:
             raise UserError(
                 f"--reward {place!r} is neither verifier nor rule nor FILE.py:FUNCTION with a file that exists"
             )
-        self.place, self.seconds, self._calls, self._failed = place, seconds, 0, 0
+        self.place, self.seconds = place, seconds
         self._worker = Worker("src.evaluation.reward_worker", (str(Path(path).resolve()), name))
 
     def __enter__(self) -> "UserReward":
@@ -38,25 +38,21 @@ class UserReward:
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], labels: Sequence[str | None]
-    ) -> list[float]:
-        """The function's word on each response. Raises UserError for one it raises an exception for, or no number."""
-        return [self._score(*row) for row in zip(prompts, responses, labels, strict=True)]
+    ) -> tuple[list[float], int]:
+        """The function's word on each response, and how many calls failed. Raises UserError for a response that it
+        raises an exception for, or gives no number."""
+        found = [self._score(*row) for row in zip(prompts, responses, labels, strict=True)]
+        return [score or 0.0 for score in found], found.count(None)
 
-    def counts(self) -> tuple[int, int]:
-        """How many calls failed and how many there were since this was asked last."""
-        counts, self._failed, self._calls = (self._failed, self._calls), 0, 0
-        return counts
-
-    def _score(self, prompt: str, response: str, label: str | None) -> float:
-        self._calls += 1
+    def _score(self, prompt: str, response: str, label: str | None) -> float | None:
+        """None for a call that ran out of time or ended its process."""
         request = {"prompt": prompt, "response": response, "label": label}
         try:
             outcome = self._worker.ask(request, self.seconds)
         except RuntimeError as trouble:
             raise UserError(f"--reward {self.place}: {trouble}") from None
         if outcome in ("timeout", "error"):
-            self._failed += 1
-            return 0.0
+            return None
         if outcome.startswith("raised") or not math.isfinite(float(outcome)):
             raise UserError(
                 f"--reward {self.place}: {outcome} for the response {response[:60]!r}; expected a finite number"

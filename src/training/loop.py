@@ -8,7 +8,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from src import parallel
 from src.checkpoint import shards
 from src.checkpoint.training_state import MASTER, MOMENTS, LoopState
+from src.config import OptimizerFlags, Recomputed, Schedule
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
@@ -24,9 +25,6 @@ from src.training import watchdog
 from src.training.optimizers import AdamW, Deferred, OptimizerName
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row after which training cannot be saved
-
-Schedule = Literal["cosine", "linear", "constant"]
-Checkpointing = Literal["none", "selective", "full"]
 
 
 class StepReport(NamedTuple):
@@ -48,26 +46,20 @@ class TrainLoop:
         self,
         model: Decoder,
         log: RunLog,
+        flags: OptimizerFlags,
         *,
-        lr: float,
         total_steps: int,
-        schedule: Schedule = "cosine",
-        warmup_ratio: float = 0.03,
-        min_lr_ratio: float = 0.1,
-        weight_decay: float = 0.0,
+        lr: float | None = None,
         adam_eps: float = 1e-8,
-        max_grad_norm: float = 1.0,
-        activation_checkpointing: Checkpointing = "none",
         optimizer: OptimizerName = "adamw",
-        seed: int = 1,
     ) -> None:
-        self.model, self.log, self.seed = model, log, seed
-        self.total_steps, self.warmup_steps = total_steps, math.ceil(warmup_ratio * total_steps)
-        self.max_lr, self.min_lr_ratio, self.max_grad_norm = lr, min_lr_ratio, max_grad_norm
-        self.schedule: Schedule = schedule
+        """lr: the peak rate where it is not flags.lr, as for a critic."""
+        self.model, self.log, self.flags = model, log, flags
+        self.total_steps, self.warmup_steps = total_steps, math.ceil(flags.warmup_ratio * total_steps)
+        self.max_lr = flags.lr if lr is None else lr
         self.steps = self._updates = self._bad_steps = 0
         self._loss = torch.zeros((), dtype=torch.float64, device=parallel.device())
-        checkpoint_activations(model, activation_checkpointing)
+        checkpoint_activations(model, flags.activation_checkpointing)
         parallel.shard_over_data_parallel(model, model.layers)
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
@@ -75,10 +67,10 @@ class TrainLoop:
         matrices = [p for p in self._trainable.values() if p.dim() > 1]
         vectors = [p for p in self._trainable.values() if p.dim() <= 1]  # norms are not decayed
         groups = [
-            {"params": matrices, "weight_decay": weight_decay},
+            {"params": matrices, "weight_decay": flags.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], lr, adam_eps)
+        self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], self.max_lr, adam_eps)
         self._watchdog = watchdog.of_process()
         self._seed_step()
 
@@ -91,7 +83,7 @@ class TrainLoop:
     def step(self) -> StepReport:
         """Clip, update, advance the schedule. A non-finite step is skipped and reported; several end the run."""
         lr = self.max_lr * lr_factor(
-            self.steps, self.total_steps, self.warmup_steps, self.min_lr_ratio, self.schedule
+            self.steps, self.total_steps, self.warmup_steps, self.flags.min_lr_ratio, self.flags.schedule
         )
         loss, grad_norm = self._reduce()
         if math.isfinite(grad_norm) and math.isfinite(loss):
@@ -136,14 +128,14 @@ class TrainLoop:
 
     def _scale_gradients(self, norm: float) -> None:
         """Bring the gradient's global norm down to the maximum."""
-        if norm > self.max_grad_norm:
+        if norm > self.flags.max_grad_norm:
             for parameter in self._trainable.values():
                 if parameter.grad is not None:
-                    parallel.local(parameter.grad).mul_(self.max_grad_norm / norm)
+                    parallel.local(parameter.grad).mul_(self.flags.max_grad_norm / norm)
 
     def _seed_step(self) -> None:
         """Make every random draw of the next step (dropout) a pure function of (seed, step, data-parallel rank)."""
-        place = f"{self.seed}/{self.steps}/{parallel.data_parallel_rank()}"
+        place = f"{self.flags.seed}/{self.steps}/{parallel.data_parallel_rank()}"
         parallel.seed_all(random.Random(place).getrandbits(63))
 
     def moments(self) -> Iterator[Tensor]:
@@ -180,7 +172,7 @@ class TrainLoop:
         self._seed_step()
 
 
-def checkpoint_activations(model: Decoder, kind: Checkpointing) -> None:
+def checkpoint_activations(model: Decoder, kind: Recomputed) -> None:
     """Let the backward pass compute again what blocks (full) or their feed-forward halves (selective) produced."""
     for layer in model.layers if kind != "none" else ():
         module = layer if kind == "full" else layer.feed_forward

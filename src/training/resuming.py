@@ -9,16 +9,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from src import parallel
 from src.checkpoint import storage, training_state
 from src.checkpoint.tensor_files import file_hash
+from src.config import Resume
 from src.errors import UserError
 from src.flags import FREE_ON_RESUME, is_path
 from src.jsonfile import read_json
 
-Resume = Literal["none", "auto"]
 COUNTS = ("steps", "updates", "bad_steps")  # of a loop
 WEIGHTS = ("params.json", "epoch-*/params.json", "best/params.json")  # what a finished run, or a part of it, leaves
 

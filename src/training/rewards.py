@@ -1,13 +1,13 @@
 """What episodes are worth: verifiers, the grader, a user's function, and the penalties of how a response ended.
 
-B episodes, S sequence, T steps of a solution. A reward is [B, S] float32 on the CPU, alike on every rank: what each
-response token earns, 0 everywhere else.
+B episodes, S sequence, T steps of a solution. A reward is [B, S] float32 on the CPU: what each response token earns, 0
+everywhere else. With it come counts for the log, of what this rank alone has seen.
 """
 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,62 +17,55 @@ from src.data import collate
 from src.data.collate import Batch
 from src.data.encoding import STEP_ENDS, Encoded, encode_steps, split_steps
 from src.errors import UserError
+from src.evaluation.grade import Grader
+from src.evaluation.user_reward import UserReward
 from src.inference.scoring import response_scores, token_scores
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
-from src.training.ppo_settings import Settings
-from src.training.rollouts import Episodes, my_share, trim, widen
+from src.training.ppo_config import RewardFlags
+from src.training.rollout import Rollout, pad_to, shard_for_rank, trim_padding
 
-StepReward = Literal["raw", "min-drop", "prod-drop"]
-OutcomeReward = Literal["probability", "logit"]
-
-
-class TaskReward(Protocol):
-    """What episodes are worth, apart from KL and penalties."""
-
-    def __call__(self, episodes: Episodes) -> Tensor:
-        """-> [B, S] float32 on the CPU, alike on every rank."""
+OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")  # of the grader
+Counts = Mapping[str, tuple[int, int]]  # by metric: how many, of how many
 
 
-class Part(NamedTuple):
-    """One of the rewards that are added up, and what it weighs; 0 = it only looks on."""
+class Reward(NamedTuple):
+    """One of the rewards that are added up, and what it weighs; 0 = it is only logged."""
 
     weight: float
-    reward: TaskReward
+    score: Callable[[Rollout], tuple[Tensor, Counts]]
 
 
-class Scored(NamedTuple):
-    """What episodes earn."""
+class Scores(NamedTuple):
+    """What episodes earn, alike on every rank."""
 
-    parts: dict[str, Tensor]  # by name, not weighted, [B, S] each
-    task: Tensor  # their weighted sum [B, S]
+    by_reward: dict[str, Tensor]  # not weighted, [B, S] each
+    total: Tensor  # their weighted sum [B, S]
+    counts: dict[str, tuple[int, int]]
 
-    def take(self, rows: Tensor) -> "Scored":
-        """What some of the episodes earn. rows [K] int64."""
-        return Scored({name: part[rows] for name, part in self.parts.items()}, self.task[rows])
+    def take(self, rows: Tensor) -> "Scores":
+        """What some of the episodes earn; the counts stay those of all. rows [K] int64."""
+        by_reward = {name: scores[rows] for name, scores in self.by_reward.items()}
+        return Scores(by_reward, self.total[rows], self.counts)
 
 
-LOGGED = ("format", "std")  # metrics reward_format and reward_std, which are no user's function
-
-
-def weights_of(names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
-    """What each reward weighs; 1 each where no weights are given.
+def reward_weights(flags: RewardFlags) -> dict[str, float]:
+    """What each --reward weighs; 1 each where no weights are given.
 
     Raises UserError where the two do not match, and for functions that the log could not tell apart.
     """
+    names, weights = flags.reward, flags.reward_weights
     if not names or len(set(names)) < len(names):
         raise UserError(f"--reward is {' '.join(names) or 'empty'}; expected one or more, each named once")
-    short = [*map(short_name, names), *LOGGED]
-    twice = [name for name in names if ":" in name and short.count(short_name(name)) > 1]
+    logged = [*map(short_name, names), "format", "std"]  # reward_format and reward_std are no user's function
+    twice = [name for name in names if ":" in name and logged.count(short_name(name)) > 1]
     if twice:
         raise UserError(
             f"--reward {' '.join(twice)}: the log has another {short_name(twice[-1])!r}; rename the function"
         )
     if weights and len(weights) != len(names):
-        raise UserError(
-            f"--reward_weights has {len(weights)} numbers for {len(names)} rewards; give one for each"
-        )
+        raise UserError(f"--reward_weights has {len(weights)} numbers for {len(names)} rewards; give one for each")
     return dict(zip(names, weights or [1.0] * len(names), strict=True))
 
 
@@ -81,139 +74,128 @@ def short_name(reward: str) -> str:
     return reward.rpartition(":")[2]
 
 
-def at_last(scores: Tensor, episodes: Episodes) -> Tensor:
+def score_rollout(rewards: Mapping[str, Reward], rollout: Rollout) -> Scores:
+    """Every reward of the episodes, and their weighted sum. Each data-parallel rank scores its share and gets all."""
+    rows = torch.tensor(shard_for_rank(range(len(rollout.prompts))), dtype=torch.int64)
+    mine, by_reward, counts = rollout.take(rows), {}, {}
+    for name, reward in rewards.items():
+        laid_out = torch.zeros(rollout.batch.tokens.shape)
+        if len(rows):  # else there are more ranks than episodes
+            laid_out[rows], own = reward.score(mine)
+            counts |= own
+        by_reward[name] = parallel.join_over_data_parallel(laid_out)
+    total = torch.stack([reward.weight * by_reward[name] for name, reward in rewards.items()]).sum(0)
+    return Scores(by_reward, total, add_counts(parallel.gather_over_data_parallel([counts])))
+
+
+def add_counts(parts: Iterable[Counts]) -> dict[str, tuple[int, int]]:
+    """Counts of several ranks or rollouts together."""
+    found: dict[str, tuple[int, int]] = {}
+    for part in parts:
+        for name, (n, of) in part.items():
+            found[name] = found.get(name, (0, 0))[0] + n, found.get(name, (0, 0))[1] + of
+    return found
+
+
+def concatenate_scores(parts: Sequence[Scores], width: int) -> Scores:
+    """What the episodes of several rollouts earn, below one another and padded to the same width."""
+
+    def rows(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([pad_to(tensor, width) for tensor in tensors])
+
+    by_reward = {name: rows(part.by_reward[name] for part in parts) for name in parts[0].by_reward}
+    return Scores(by_reward, rows(part.total for part in parts), add_counts(part.counts for part in parts))
+
+
+def at_last(scores: Tensor, rollout: Rollout) -> Tensor:
     """Lay one score of each episode on its last token. [B] -> [B, S]."""
-    laid_out = torch.zeros(episodes.batch.tokens.shape)
-    laid_out[torch.arange(len(scores)), episodes.last] = scores.float()
+    laid_out = torch.zeros(rollout.batch.tokens.shape)
+    laid_out[torch.arange(len(scores)), rollout.last] = scores.float()
     return laid_out
 
 
-def score_parts(parts: Mapping[str, Part], episodes: Episodes) -> Scored:
-    """Every part's reward, and their weighted sum. Each data-parallel rank judges its share and gets all."""
-    rows = torch.tensor(my_share(range(len(episodes.prompts))), dtype=torch.int64)
-    mine, found = episodes.take(rows), {}
-    for name, part in parts.items():
-        laid_out = torch.zeros(episodes.batch.tokens.shape)
-        if len(rows):  # else there are more ranks than episodes
-            laid_out[rows] = part.reward(mine)
-        found[name] = parallel.join_over_data_parallel(laid_out)
-    return Scored(found, torch.stack([part.weight * found[name] for name, part in parts.items()]).sum(0))
-
-
-def join_scored(found: Sequence[Scored], width: int) -> Scored:
-    """What the episodes of several parts of a buffer earn, below one another and padded to the same width."""
-
-    def rows(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([widen(tensor, width) for tensor in tensors])
-
-    return Scored(
-        {name: rows(scored.parts[name] for scored in found) for name in found[0].parts},
-        rows(scored.task for scored in found),
-    )
-
-
-def settle_ending(task: Tensor, episodes: Episodes, settings: Settings) -> Tensor:
+def apply_length_penalty(scores: Tensor, rollout: Rollout, flags: RewardFlags, max_new_tokens: int) -> Tensor:
     """Take what a response loses for not ending, or for coming close to the limit. [B, S] -> [B, S].
 
     `zero` leaves a response without end nothing but what it lost: where rewards are negative, nothing would be the best
-    of all. `penalty` takes missing_eos_penalty, of which longer and longer
-    responses lose a growing share in the last overlong_buffer tokens before the limit (DAPO, Yu et al. 2025, eq. 13).
+    of all. `penalty` takes missing_eos_penalty, of which longer and longer responses lose a growing share in the last
+    overlong_buffer tokens before the limit (DAPO, Yu et al. 2025, eq. 13).
     """
-    unfinished = ~episodes.finished
-    if settings.truncated == "zero":
-        return torch.where(unfinished[:, None], task.clamp_max(0.0), task)
-    if settings.truncated == "mask":
-        return task
+    unfinished = ~rollout.finished
+    if flags.truncated == "zero":
+        return torch.where(unfinished[:, None], scores.clamp_max(0.0), scores)
+    if flags.truncated == "mask":
+        return scores
     share = unfinished.float()
-    if settings.overlong_buffer:
-        over = episodes.lengths - (settings.max_new_tokens - settings.overlong_buffer)
-        share = torch.maximum(share, (over / settings.overlong_buffer).clamp(0, 1))
-    return task - at_last(settings.missing_eos_penalty * share, episodes)
+    if flags.overlong_buffer:
+        over = rollout.lengths - (max_new_tokens - flags.overlong_buffer)
+        share = torch.maximum(share, (over / flags.overlong_buffer).clamp(0, 1))
+    return scores - at_last(flags.missing_eos_penalty * share, rollout)
 
 
-class Shape(NamedTuple):
-    """How what a verifier says becomes a reward; ppo_train.py's flags outcome_reward, step_reward, step_bonus and
-    reward_clip say what each means."""
-
-    outcome: OutcomeReward = "probability"
-    steps: StepReward = "min-drop"
-    step_bonus: float = 0.0
-    clip: float = 5.0
-
-
-def verifier_reward(verifier: Decoder, tokenizer: Tokenizer, max_batch_size: int, shape: Shape) -> TaskReward:
+def verifier_reward(
+    verifier: Decoder, tokenizer: Tokenizer, flags: RewardFlags, max_batch_size: int
+) -> Callable[[Rollout], tuple[Tensor, Counts]]:
     """The reward of a verifier, by what its config says it was trained for."""
-    if verifier.config.objective == "outcome":
-        return outcome_reward(verifier, tokenizer, max_batch_size, shape)
-    if verifier.config.objective == "process":
-        return process_reward(verifier, tokenizer, max_batch_size, shape)
-    return pairwise_reward(verifier, max_batch_size, shape)
+    rewards = {"outcome": outcome_reward, "process": process_reward}
+    kind = rewards.get(verifier.config.objective, pairwise_reward)
+    return lambda rollout: (kind(verifier, tokenizer, rollout, flags, max_batch_size), {})
 
 
-def _clipped(scores: Tensor, config: ModelConfig, shape: Shape) -> Tensor:
+def _clipped(scores: Tensor, config: ModelConfig, clip: float) -> Tensor:
     """Scores in deviations from the mean on the verifier's training data, clipped; 0 does not clip. [B] -> [B]."""
     normalised = (scores - config.score_mean) / config.score_std
-    return normalised.clamp(-shape.clip, shape.clip) if shape.clip else normalised
+    return normalised.clamp(-clip, clip) if clip else normalised
 
 
-def pairwise_reward(verifier: Decoder, max_batch_size: int, shape: Shape) -> TaskReward:
-    """A pairwise verifier's normalised, clipped score of each response, at its last token.
+@torch.no_grad()
+def pairwise_reward(
+    verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, flags: RewardFlags, max_batch_size: int
+) -> Tensor:
+    """A pairwise verifier's normalised, clipped score of each response, at its last token. -> [B, S].
 
     Of one that is longer than the verifier's context it reads the beginning, and the log says so.
     """
-
-    @torch.no_grad()
-    def reward(episodes: Episodes) -> Tensor:
-        scores, batch, longest = [], episodes.batch, verifier.config.max_seq_len
-        _tell_cut(int((episodes.last >= longest).sum()), len(episodes.prompts), longest)
-        for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
-            fitting = Batch(batch.tokens[rows, :longest], batch.response_mask[rows, :longest])
-            micro = trim(fitting).to(parallel.device())
-            scores.append(response_scores(verifier, *micro).cpu())
-        return at_last(_clipped(torch.cat(scores), verifier.config, shape), episodes)
-
-    return reward
+    scores, batch, longest = [], rollout.batch, verifier.config.max_seq_len
+    _tell_cut(int((rollout.last >= longest).sum()), len(rollout.prompts), longest)
+    for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
+        fitting = Batch(batch.tokens[rows, :longest], batch.response_mask[rows, :longest])
+        micro = trim_padding(fitting).to(parallel.device())
+        scores.append(response_scores(verifier, *micro).cpu())
+    return at_last(_clipped(torch.cat(scores), verifier.config, flags.reward_clip), rollout)
 
 
-def outcome_reward(verifier: Decoder, tokenizer: Tokenizer, max_batch_size: int, shape: Shape) -> TaskReward:
-    """An outcome verifier's word on each whole response, at its last token.
+def outcome_reward(
+    verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, flags: RewardFlags, max_batch_size: int
+) -> Tensor:
+    """An outcome verifier's word on each whole response, at its last token. -> [B, S].
 
     probability: of being right; logit: its score, normalised and clipped.
     """
-
-    def reward(episodes: Episodes) -> Tensor:
-        logits = torch.tensor(
-            [steps[-1] for steps in step_logits(verifier, tokenizer, episodes, max_batch_size)]
-        )
-        if shape.outcome == "probability":
-            return at_last(logits.sigmoid(), episodes)
-        return at_last(_clipped(logits, verifier.config, shape), episodes)
-
-    return reward
+    logits = torch.tensor([steps[-1] for steps in step_logits(verifier, tokenizer, rollout, max_batch_size)])
+    if flags.outcome_reward == "probability":
+        return at_last(logits.sigmoid(), rollout)
+    return at_last(_clipped(logits, verifier.config, flags.reward_clip), rollout)
 
 
-def process_reward(verifier: Decoder, tokenizer: Tokenizer, max_batch_size: int, shape: Shape) -> TaskReward:
-    """A process verifier's word on each step, at the sampled token that ends the step.
+def process_reward(
+    verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, flags: RewardFlags, max_batch_size: int
+) -> Tensor:
+    """A process verifier's word on each step, at the sampled token that ends the step. -> [B, S].
 
     losses.process_rewards() has the three kinds. The bonus is added for every step.
     """
-
-    def reward(episodes: Episodes) -> Tensor:
-        laid_out = torch.zeros(episodes.batch.tokens.shape)
-        logits = step_logits(verifier, tokenizer, episodes, max_batch_size)
-        for row, (steps, start) in enumerate(zip(logits, _response_starts(episodes), strict=True)):
-            probabilities = torch.tensor([steps]).sigmoid()
-            worth = losses.process_rewards(probabilities, torch.ones_like(probabilities).bool(), shape.steps)[
-                0
-            ]
-            tokens = episodes.batch.tokens[row][episodes.batch.response_mask[row]].tolist()
-            ends = step_ends(tokenizer, tokens, episodes.responses[row], STEP_ENDS[verifier.config.step])
-            # two steps may end in one token, and a solution too long for the verifier has fewer scores than steps
-            for end, value in zip(ends, (worth + shape.step_bonus).tolist(), strict=False):
-                laid_out[row, start + end] += value
-        return laid_out
-
-    return reward
+    laid_out = torch.zeros(rollout.batch.tokens.shape)
+    starts = (rollout.last - rollout.lengths + 1).tolist()
+    for row, steps in enumerate(step_logits(verifier, tokenizer, rollout, max_batch_size)):
+        probabilities = torch.tensor([steps]).sigmoid()
+        worth = losses.process_rewards(probabilities, torch.ones_like(probabilities).bool(), flags.step_reward)[0]
+        tokens = rollout.batch.tokens[row][rollout.batch.response_mask[row]].tolist()
+        ends = step_ends(tokenizer, tokens, rollout.responses[row], STEP_ENDS[verifier.config.step])
+        # two steps may end in one token, and a solution too long for the verifier has fewer scores than steps
+        for end, value in zip(ends, (worth + flags.step_bonus).tolist(), strict=False):
+            laid_out[row, starts[row] + end] += value
+    return laid_out
 
 
 def _tell_cut(n_cut: int, n: int, max_seq_len: int) -> None:
@@ -226,13 +208,9 @@ def _tell_cut(n_cut: int, n: int, max_seq_len: int) -> None:
         )
 
 
-def _response_starts(episodes: Episodes) -> list[int]:
-    return (episodes.last - episodes.lengths + 1).tolist()
-
-
 @torch.no_grad()
 def step_logits(
-    verifier: Decoder, tokenizer: Tokenizer, episodes: Episodes, max_batch_size: int
+    verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, max_batch_size: int
 ) -> list[list[float]]:
     """The verifier's logit at the end of every step of every response, read in the layout that it was trained on.
 
@@ -241,7 +219,7 @@ def step_logits(
     rows = [
         _in_steps(tokenizer, prompt.instruction, response, finished, verifier.config)
         for prompt, response, finished in zip(
-            episodes.prompts, episodes.responses, episodes.finished.tolist(), strict=True
+            rollout.prompts, rollout.responses, rollout.finished.tolist(), strict=True
         )
     ]
     rows, cut = zip(*rows, strict=True)
@@ -294,80 +272,44 @@ def _token_reaching(tokenizer: Tokenizer, tokens: Sequence[int], characters: int
     return bisect_left(counts, characters, key=lambda n: len(tokenizer.decode(tokens[:n])))
 
 
-def scored_reward(score: Callable[[Episodes], Sequence[float]]) -> TaskReward:
-    """What `score` says of each response, at its last token. Only the first rank calls it; its word holds."""
+def on_first_rank(
+    score: Callable[[Rollout], tuple[Sequence[float], Counts]],
+) -> Callable[[Rollout], tuple[Tensor, Counts]]:
+    """A score of each response at its last token, which only the first tensor-parallel rank computes."""
 
-    def reward(episodes: Episodes) -> Tensor:
-        scores = torch.zeros(len(episodes.responses), device=parallel.device())
+    def reward(rollout: Rollout) -> tuple[Tensor, Counts]:
+        scores, counts = torch.zeros(len(rollout.responses), device=parallel.device()), {}
         if parallel.tensor_parallel_rank() == 0:
-            scores += torch.tensor(score(episodes), dtype=torch.float32, device=parallel.device())
-        return at_last(parallel.broadcast_from_first(scores).cpu(), episodes)
+            found, counts = score(rollout)
+            scores += torch.tensor(found, dtype=torch.float32, device=parallel.device())
+        return at_last(parallel.broadcast_from_first(scores).cpu(), rollout), counts
 
     return reward
 
 
-def function_reward(
-    score: Callable[[Sequence[str], Sequence[str], Sequence[str | None]], Sequence[float]],
-) -> TaskReward:
-    """What a user's function says of each response, from prompts, responses and labels."""
-    return scored_reward(
-        lambda episodes: score(
-            [prompt.instruction for prompt in episodes.prompts],
-            episodes.responses,
-            [prompt.label for prompt in episodes.prompts],
-        )
+def graded_reward(grader: Grader, rollout: Rollout) -> tuple[list[float], Counts]:
+    """1 for a response that the grader finds right, else 0. Without a label it is 0. Counts the outcomes."""
+    scores = [0.0] * len(rollout.prompts)
+    labelled = [row for row, prompt in enumerate(rollout.prompts) if prompt.label is not None]
+    verdicts = grader.grade(
+        [rollout.responses[row] for row in labelled], [rollout.prompts[row].label or "" for row in labelled]
     )
+    for row, verdict in zip(labelled, verdicts, strict=True):
+        scores[row] = float(verdict.outcome == "right")
+    found = Counter(verdict.outcome for verdict in verdicts)
+    return scores, {f"graded_{outcome}": (found[outcome], len(labelled)) for outcome in OUTCOMES if labelled}
 
 
-def graded_reward(
-    grade: Callable[[Sequence[str], Sequence[str]], Sequence[str]], outcomes: list[str]
-) -> TaskReward:
-    """1 for a response that `grade` (of responses and labels) finds "right", else 0. Without a label it is 0.
-
-    The outcomes of this rank's labelled responses are appended to `outcomes`, for outcome_shares().
-    """
-
-    def score(episodes: Episodes) -> list[float]:
-        labelled = [row for row, prompt in enumerate(episodes.prompts) if prompt.label is not None]
-        found = grade(
-            [episodes.responses[row] for row in labelled],
-            [episodes.prompts[row].label or "" for row in labelled],
-        )
-        outcomes.extend(found)
-        scores = [0.0] * len(episodes.prompts)
-        for row, outcome in zip(labelled, found, strict=True):
-            scores[row] = float(outcome == "right")
-        return scores
-
-    return scored_reward(score)
-
-
-def format_reward(readable: Callable[[str], bool], penalty: float) -> TaskReward:
-    """Minus the penalty for a response in which no answer can be read, at its last token."""
-    return scored_reward(
-        lambda episodes: [0.0 if readable(response) else -penalty for response in episodes.responses]
+def function_reward(function: UserReward, name: str, rollout: Rollout) -> tuple[list[float], Counts]:
+    """What a user's function says of each response. Counts the calls that failed."""
+    scores, failed = function.score(
+        [prompt.instruction for prompt in rollout.prompts],
+        rollout.responses,
+        [prompt.label for prompt in rollout.prompts],
     )
+    return scores, {f"reward_{name}_failed": (failed, len(scores))}
 
 
-def failed_shares(counts: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-    """The share of failed calls of each user's function over all data-parallel ranks, for the log.
-
-    counts: by the function's name in the log, how many calls of this rank failed and how many there were.
-    """
-    found = {}
-    for name, own in counts.items():
-        failed, calls = map(sum, zip(*parallel.gather_over_data_parallel([own]), strict=True))
-        found[f"reward_{name}_failed"] = failed / max(1, calls)
-    return found
-
-
-def outcome_shares(outcomes: list[str]) -> dict[str, float]:
-    """The share of each outcome over all data-parallel ranks for the log of the first rank; empty where none was
-    graded. `outcomes` is emptied."""
-    found = Counter(parallel.gather_over_data_parallel(list(outcomes)))
-    outcomes.clear()
-    if not found:
-        return {}
-    # present also where none is right: an alarm watches it
-    shares = {"graded_right": 0.0}
-    return shares | {f"graded_{name}": n / found.total() for name, n in found.items()}
+def format_reward(grader: Grader, penalty: float, rollout: Rollout) -> tuple[list[float], Counts]:
+    """Minus the penalty for a response in which the grader finds no answer."""
+    return [0.0 if grader.readable(response) else -penalty for response in rollout.responses], {}

@@ -17,21 +17,22 @@ from src import parallel
 from src.checkpoint import storage, training_state
 from src.checkpoint.saving import Save
 from src.checkpoint.training_state import RunState
+from src.config import Resume, SavingFlags
 from src.errors import UserError
 from src.runlog import RunLog
 from src.training.loop import TrainLoop
-from src.training.resuming import Resume, complete_steps, find_start, read_state, step_folder
+from src.training.resuming import complete_steps, find_start, read_state, step_folder
 
 
 class Trained(NamedTuple):
-    """One model of a run: its directory, its loop, and how a save of it and a state to a directory is begun.
+    """One model of a run: its directory, its loop, and how a save of it to a directory, with a state, is begun.
 
     here: brings the model and its optimizer's state into memory, where they are not there all the time.
     """
 
     folder: str
     loop: TrainLoop
-    begin_save: Callable[[str, RunState], Save]
+    begin_save: Callable[..., Save]
     here: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -42,25 +43,22 @@ class Saver:
         self,
         log: RunLog,
         models: Sequence[Trained],
+        flags: SavingFlags,
         *,
-        save_every: int,
-        keep_last: int,
         steps_per_epoch: int,
         total_steps: int,
         facts: Mapping[str, object],
         state: dict[str, object] | None = None,
         snapshots: Mapping[str, int] | None = None,
     ) -> None:
-        """save_every: steps between saves besides those at the ends of epochs; -1 = none.
-
-        facts: json values by flag or name that must be the same when the run is resumed (resuming.run_facts()).
+        """facts: json values by flag or name that must be the same when the run is resumed (resuming.run_facts()).
         state: json values that change as the run goes; every save holds them, and resume() brings them back.
         snapshots: names under which the first model's weights are kept besides, each renewed every so many steps.
         """
         self._log, self._models, self._facts = log, models, dict(facts)
         self._state = {} if state is None else state
         self._snapshots = snapshots or {}
-        self._every, self._keep_last = save_every, keep_last
+        self._every, self._keep_last = flags.save_every, flags.keep_last
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         self._best, self._best_step, self._stop_asked = -math.inf, 0, False
         self._saves: list[Save] = []  # under way, one a model, of this step:
@@ -154,7 +152,7 @@ class Saver:
         for part, model in enumerate(self._models):
             with model.here():
                 state = RunState(model.loop.state(), {**facts, "part": part})
-                self._saves.append(model.begin_save(str(step_folder(model.folder, step)), state))
+                self._saves.append(model.begin_save(str(step_folder(model.folder, step)), state=state))
         self._complete_if_written()
 
     def _complete_if_written(self) -> None:

@@ -158,9 +158,16 @@ def test_training_checkpoint_is_split_without_its_optimizer_aloud(
     rows = [{"instruction": f"{i}+1=", "output": f"{i + 1}"} for i in range(4)]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     solver_train.main(
-        folders.one, str(tmp_path / "run"), str(tmp_path / "train.json"), save_every=1, max_batch_size=2,
-        epochs=1, lora_rank=lora_rank,
-    )  # fmt: skip
+        solver_train.SolverTrainConfig(
+            ckpt_dir=folders.one,
+            save_dir=str(tmp_path / "run"),
+            train_file=str(tmp_path / "train.json"),
+            save_every=1,
+            max_batch_size=2,
+            epochs=1,
+            lora_rank=lora_rank,
+        )
+    )
     step = str(tmp_path / "run" / "step-2")
     for format in ("shards", "hf"):
         checkpoint_split.main(step, str(tmp_path / format), 2, format=format)

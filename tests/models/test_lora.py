@@ -16,6 +16,7 @@ from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
+from src.config import LoraFlags
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.lora import LoraConfig, check_targets
@@ -128,7 +129,9 @@ def test_w2s_20_merged_and_loaded_adapters_give_the_trained_logits(run: Callable
 def test_w2s_20_parameters_are_as_many_as_the_formula_says(folders: Folders) -> None:
     model, rank = assemble.load_solver(folders.one), 8
     names = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
-    assemble.put_lora_on(model, assemble.lora_config(rank, 16.0, 0.0, names), seed=1)
+    assemble.put_lora_on(
+        model, assemble.lora_config(LoraFlags(lora_rank=rank, lora_alpha=16.0, lora_targets=names)), seed=1
+    )
     config = model.config
     heads, kv, ffn = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.ffn_dim
     widths = [heads, kv, kv, heads, ffn, ffn, ffn]  # each linear leads from or to the model's width

@@ -189,7 +189,15 @@ def test_reported_folders_keep_their_ends(tmp_path: Path) -> None:
     assert ids(exported(tiny.split(folder, tmp_path / "a"), tmp_path / "b")) == [291, 290, 290]
     report = reference.shared("reports/EX2_chat_eos")
     ours = tiny.split(report / "base", tmp_path / "c")
-    solver_train.main(ours, str(tmp_path / "d"), str(report / "chat.jsonl"), chat_template="qwen", epochs=1)
+    solver_train.main(
+        solver_train.SolverTrainConfig(
+            ckpt_dir=ours,
+            save_dir=str(tmp_path / "d"),
+            train_file=str(report / "chat.jsonl"),
+            chat_template="qwen",
+            epochs=1,
+        )
+    )
     back = exported(str(tmp_path / "d"), tmp_path / "e")
     assert ids(back) == [None, [292, 290], 290]
     assert "<|im_start|>" in (back / "chat_template.jinja").read_text()

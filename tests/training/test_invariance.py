@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from src import assemble
+from src.config import LoraFlags
 from src.models.lora import merged_weight
 from tests.conftest import Folders
 from tests.ranks import run_ranks
@@ -106,7 +107,13 @@ def test_ranks(
     for index, case in enumerate(cases):
         lora_rank = case.get("lora_rank", -1)
         model = assemble.load_solver(folders.one)
-        assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), 1)
+        assemble.put_lora_on(
+            model,
+            assemble.lora_config(
+                LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+            ),
+            1,
+        )
         found = [rank[str(index)] for rank in ranks]
         losses = [rank.pop("losses") for rank in found]
         for loss in losses:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from src import assemble
+from src.config import OptimizerFlags
 from src.data.batches import Batching
 from src.data.encoding import STEP_END, encode_steps
 from src.data.examples import Judged
@@ -141,7 +142,11 @@ def test_steps_that_are_lines_are_laid_out_as_lines(tokenizer: Tokenizer, text: 
     rows = [Judged("1+1=", lines, [1.0, 0.0, 1.0]), Judged("1+1=", [text], [1.0])]
     (judged,), (whole,) = make_data(rows, tokenizer, step="line").samples
     assert judged.tokens == whole.tokens
-    ids = [token for n, line in enumerate(lines) for token in tokenizer.encode(line + "\n" * (n < 2), start=n == 0)]
+    ids = [
+        token
+        for n, line in enumerate(lines)
+        for token in tokenizer.encode(line + "\n" * (n < 2), start=n == 0)
+    ]
     assert judged.tokens[judged.response_start :] == [*ids, tokenizer.eos_id]
     assert [target for target in judged.targets if not math.isnan(target)] == [1.0, 0.0, 1.0]
     assert math.isnan(whole.targets[-2]) and whole.targets[-1] == 1.0
@@ -174,7 +179,7 @@ def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, t
     ]
     data = make_data(rows, tokenizer, balance=True)
     model = assemble.load_verifier(folders.one, from_solver=True)
-    loop = TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=60)
+    loop = TrainLoop(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-2), total_steps=60)
     for _, _, batches in data.steps(batching(16, 1), packing=True, epochs=60):
         loop.backward(data.loss(model, batches[0], data.n_judged(batches)))
         loop.step()

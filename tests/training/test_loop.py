@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from src import assemble
 from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
+from src.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.lora import LINEARS
 from src.runlog import RunLog
@@ -23,10 +24,16 @@ from tests.training.workers import clipped_steps
 
 def make_loop(folder: str, tmp_path: Path, lora_rank: int = -1, **options: float) -> TrainLoop:
     """A loop over a solver of that directory."""
-    options = {"lr": 1e-2, "total_steps": 10, "warmup_ratio": 0.0} | options
+    options = {"lr": 1e-2, "warmup_ratio": 0.0} | options
+    others = {name: options.pop(name) for name in ("adam_eps", "optimizer") if name in options}
+    total_steps = options.pop("total_steps", 10)
     model = assemble.load_solver(folder)
-    assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, list(LINEARS)), seed=1)
-    return TrainLoop(model, RunLog(str(tmp_path), {}), **options)
+    assemble.put_lora_on(
+        model,
+        assemble.lora_config(LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=list(LINEARS))),
+        seed=1,
+    )
+    return TrainLoop(model, RunLog(str(tmp_path), {}), OptimizerFlags(**options), total_steps=total_steps, **others)
 
 
 def test_schedule_by_hand() -> None:

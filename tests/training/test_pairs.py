@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from src import assemble
+from src.config import OptimizerFlags
 from src.data import collate
 from src.data.batches import Batching
 from src.data.encoding import encode_response
@@ -126,7 +127,7 @@ def test_it_learns_separable_pairs(folders: Folders, tokenizer: Tokenizer, tmp_p
     rows = [Pair(f"{a}+{b}=", [f"a{a} b{b}"], [f"a{b} c{a}"]) for a in range(8) for b in range(4)]
     data, held_data = make_data(rows[:24], tokenizer), make_data(rows[24:], tokenizer)
     model = assemble.load_verifier(folders.one, from_solver=True)
-    loop = TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=24)
+    loop = TrainLoop(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-2), total_steps=24)
     reports = []
     for _, _, (batch,) in data.steps(batching(8, 1), packing=False, epochs=8):
         loop.backward(data.loss(model, batch, 8))

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,102 +12,103 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import ppo_train
 from src import assemble, losses
 from src.data.collate import Batch
-from src.data.examples import Prompt
 from src.inference.scoring import response_logprobs, response_values
-from src.runlog import Phases, RunLog
+from src.runlog import Phases
 from src.text.tokenizer import Tokenizer
-from src.training import buffer, ppo
-from src.training.health import rollout_metrics
-from src.training.loop import TrainLoop, lr_factor
-from src.training.ppo_settings import Settings
-from src.training.rewards import Part, TaskReward, at_last
-from src.training.rollouts import Episodes
+from src.training import ppo
+from src.training.loop import lr_factor
+from src.training.monitor import rollout_metrics
+from src.training.ppo import Groups, PPOBuffer
+from src.training.ppo_config import PPOConfig
+from src.training.ppo_models import PPOModels
+from src.training.rewards import Reward, Scores, at_last
+from src.training.rollout import Rollout
 from tests.conftest import Folders
 from tests.ranks import succeed
 from tests.tiny import weights
-from tests.training.workers import PROMPTS, ppo_models, settings
+from tests.training.workers import PROMPTS, ppo_config, ppo_models, ppo_update, rollout_of
 
 EOS = 2
 
 
 @pytest.fixture
-def models(folders: Folders) -> buffer.Models:
-    return ppo_models(folders.one, folders.verifier)
+def models(folders: Folders, tmp_path: Path) -> PPOModels:
+    return ppo_models(folders.one, folders.verifier, str(tmp_path / "log"))
 
 
-def by_length(episodes: Episodes) -> Tensor:
+def by_length(rollout: Rollout) -> Tensor:
     """A reward that differs between episodes."""
-    return at_last(episodes.lengths.float() - 2.5, episodes)
+    return at_last(rollout.lengths.float() - 2.5, rollout)
 
 
 def collect(
-    models: buffer.Models, tokenizer: Tokenizer, reward: TaskReward, numbers: Settings, step: int
-) -> buffer.Rollouts:
+    models: PPOModels, tokenizer: Tokenizer, reward: Callable[[Rollout], Tensor], config: PPOConfig, iteration: int
+) -> PPOBuffer:
     """A buffer of PROMPTS with one reward."""
-    parts = {"length": Part(1.0, reward)}
-    return buffer.collect(models, lambda refill: PROMPTS, tokenizer, parts, numbers, step, Phases())
+    return rollout_of(models, tokenizer, reward, config, iteration)[0]
 
 
-def test_rewards_of_a_buffer_sit_on_the_last_tokens(models: buffer.Models, tokenizer: Tokenizer) -> None:
+def test_rewards_of_a_buffer_sit_on_the_last_tokens(models: PPOModels, tokenizer: Tokenizer) -> None:
     # with gamma = lambda = 1 and no KL the return of every token is the reward still to come: all of it
-    numbers = settings(gamma=1.0, gae_lambda=1.0, kl_coef=0.0)
-    found = collect(models, tokenizer, by_length, numbers, step=1)
+    numbers = ppo_config(gamma=1.0, gae_lambda=1.0, kl_coef=0.0)
+    found = collect(models, tokenizer, by_length, numbers, iteration=1)
     mask = found.batch.response_mask
-    rewards = found.task_rewards - 0.5 * ~found.episodes.finished
+    rewards = by_length(found.rollout).sum(1) - 0.5 * ~found.rollout.finished
     assert_close(found.returns, rewards[:, None] * mask)
     # with gamma = 0 only the token that the reward sits on returns it
-    found = collect(models, tokenizer, by_length, settings(gamma=0.0, kl_coef=0.0), step=1)
+    found = collect(models, tokenizer, by_length, ppo_config(gamma=0.0, kl_coef=0.0), iteration=1)
     last = (torch.arange(mask.shape[1]) * mask).argmax(1)
     expected = torch.zeros(mask.shape)
     expected[torch.arange(len(mask)), last] = rewards
     assert_close(found.returns, expected, rtol=1e-5, atol=1e-5)
     # the last token is EOS exactly where the response ended by itself
-    assert torch.equal(found.batch.tokens[torch.arange(len(mask)), last] == EOS, found.episodes.finished)
-    assert 0 < found.episodes.finished.sum() < len(mask)
+    assert torch.equal(found.batch.tokens[torch.arange(len(mask)), last] == EOS, found.rollout.finished)
+    assert 0 < found.rollout.finished.sum() < len(mask)
 
 
 def test_values_and_logprobs_belong_to_the_state_before_the_token(
-    models: buffer.Models, tokenizer: Tokenizer
+    models: PPOModels, tokenizer: Tokenizer
 ) -> None:
-    numbers = settings()
-    found = collect(models, tokenizer, by_length, numbers, step=0)
+    numbers = ppo_config()
+    found = collect(models, tokenizer, by_length, numbers, iteration=0)
     for row, (tokens, mask) in enumerate(zip(found.batch.tokens, found.batch.response_mask, strict=True)):
         places = mask.nonzero()[:, 0]
         alone = tokens[None, : places[-1] + 1]
-        scores = models.critic.scores(models.critic(alone))[0]
-        logits = models.actor.logits(models.actor(alone))[0, :, : tokenizer.vocab_size]
+        scores = models.critic.model.scores(models.critic.model(alone))[0]
+        logits = models.actor.model.logits(models.actor.model(alone))[0, :, : tokenizer.vocab_size]
         logprobs = (logits / numbers.temperature).log_softmax(-1)
         assert_close(found.values[row, places], scores[places - 1], rtol=1e-5, atol=1e-5)
         expected = logprobs[places - 1, tokens[places]]
-        assert_close(found.old_logprobs[row, places], expected, rtol=1e-5, atol=1e-5)
-        outside = torch.stack((found.values, found.old_logprobs, found.advantages, found.returns))[
+        assert_close(found.logprobs[row, places], expected, rtol=1e-5, atol=1e-5)
+        outside = torch.stack((found.values, found.logprobs, found.advantages, found.returns))[
             :, row, ~mask
         ]
         assert not outside.any()
     # the sampler draws from the very distribution that is trained, though half of the embedding is padding
-    assert tokenizer.vocab_size < models.actor.config.vocab_size
-    assert_close(found.episodes.sampled_logprobs, found.old_logprobs, rtol=1e-4, atol=1e-4)
+    assert tokenizer.vocab_size < models.actor.model.config.vocab_size
+    assert_close(found.rollout.sampled_logprobs, found.logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_first_minibatch_has_ratio_1_and_no_kl_but_a_gradient(
-    models: buffer.Models, tokenizer: Tokenizer
+    models: PPOModels, tokenizer: Tokenizer
 ) -> None:
-    numbers = settings(max_batch_size=2)
-    found = collect(models, tokenizer, by_length, numbers, step=0)
-    assert torch.equal(found.old_logprobs, found.reference_logprobs)
-    assert rollout_metrics(found, numbers)["kl"] == 0.0
+    numbers = ppo_config(max_batch_size=2)
+    found = collect(models, tokenizer, by_length, numbers, iteration=0)
+    assert torch.equal(found.logprobs, found.reference_logprobs)
+    assert rollout_metrics(*rollout_of(models, tokenizer, by_length, numbers, 0), numbers)["kl"] == 0.0
     advantages = found.advantages[found.batch.response_mask]
     assert advantages.mean().abs() < 1e-5
     assert advantages.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-4)
-    first = next(ppo.minibatches(found, numbers, step=0, inner_epoch=0))
+    first = next(ppo.minibatches(found, numbers, iteration=0, inner_epoch=0))
     everyone = torch.cat([micro.rows for micro in first.micros])
     n_tokens = int(found.batch.response_mask[everyone].sum())
     assert (first.tokens, first.episodes) == (n_tokens, len(everyone))
     picked = 0.0
     for rows in first.micros:
-        loss, seen = ppo.actor_loss(models.actor, found, rows, numbers, n_tokens)
+        loss, seen = ppo.actor_loss(models.actor.model, found, rows, numbers, n_tokens)
         loss.backward()
         assert (
             seen.ratio_deviation_max < 1e-5
@@ -113,43 +116,40 @@ def test_first_minibatch_has_ratio_1_and_no_kl_but_a_gradient(
             and seen.entropy > 0
         )
         picked += loss.item()
-        value_loss, n_clipped = ppo.critic_loss(models.critic, found, rows, numbers, n_tokens)
+        value_loss, n_clipped = ppo.critic_loss(models.critic.model, found, rows, numbers, n_tokens)
         assert n_clipped == 0
         value_loss.backward()
     # every ratio is 1, so the loss is minus the mean advantage of the minibatch
     mask = found.batch.response_mask[everyone]
     expected = -found.advantages[everyone][mask].mean().item()
     assert picked == pytest.approx(expected, abs=1e-5)
-    for model in (models.actor, models.critic):
+    for model in (models.actor.model, models.critic.model):
         norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
         assert min(norms.values()) > 1e-6, norms
 
 
 def test_policy_gradient_raises_what_was_good(
-    models: buffer.Models, tokenizer: Tokenizer, tmp_path: Path
+    folders: Folders, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    numbers = settings(kl_coef=0.0, minibatches=1, inner_epochs=1, missing_eos_penalty=0.0)
+    models = ppo_models(folders.one, folders.verifier, str(tmp_path), lr=1e-3)
+    numbers = ppo_config(kl_coef=0.0, minibatches=1, inner_epochs=1, missing_eos_penalty=0.0)
 
-    def seven(episodes: Episodes) -> Tensor:
-        return at_last(torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), episodes)
+    def seven(rollout: Rollout) -> Tensor:
+        return at_last(torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), rollout)
 
-    found = collect(models, tokenizer, seven, numbers, step=0)
-    loops = [
-        TrainLoop(model, RunLog(str(tmp_path), {}), lr=1e-3, total_steps=2)
-        for model in (models[0], models[2])
-    ]
-    ppo.update(*loops, found, numbers, 0)
+    found = collect(models, tokenizer, seven, numbers, iteration=0)
+    ppo_update(models, found, numbers, 0)
 
     def gain(rows: list[int]) -> float:
         batch = Batch(found.batch.tokens[rows], found.batch.response_mask[rows])
-        new = response_logprobs(models.actor, *batch, temperature=numbers.temperature, n_ids=found.n_ids)
-        weighted = (new - found.old_logprobs[rows][batch.response_mask]) * found.advantages[rows][
+        new = response_logprobs(models.actor.model, *batch, temperature=numbers.temperature, n_ids=found.n_ids)
+        weighted = (new - found.logprobs[rows][batch.response_mask]) * found.advantages[rows][
             batch.response_mask
         ]
         return weighted.sum().item()
 
     assert gain(list(range(len(PROMPTS)))) > 0
-    values = response_values(models.critic, *found.batch)
+    values = response_values(models.critic.model, *found.batch)
     mask = found.batch.response_mask
     error, old_error = ((v - found.returns[mask]).square().mean() for v in (values, found.values[mask]))
     assert error < old_error
@@ -161,51 +161,42 @@ def rows_of(step: ppo.OptimizerStep) -> list[int]:
 
 
 def test_minibatches_hold_every_episode_once_an_inner_epoch(
-    models: buffer.Models, tokenizer: Tokenizer
+    models: PPOModels, tokenizer: Tokenizer
 ) -> None:
-    numbers = settings(max_batch_size=2, minibatches=2)
-    found = collect(models, tokenizer, by_length, numbers, step=0)
+    numbers = ppo_config(max_batch_size=2, minibatches=2)
+    found = collect(models, tokenizer, by_length, numbers, iteration=0)
     orders = []
     for inner_epoch in (0, 1):
-        steps = list(ppo.minibatches(found, numbers, step=0, inner_epoch=inner_epoch))
+        steps = list(ppo.minibatches(found, numbers, iteration=0, inner_epoch=inner_epoch))
         assert len(steps) == 2 and all(len(micro.rows) <= 2 for one in steps for micro in one.micros)
         orders.append([sorted(rows_of(one)) for one in steps])
         assert sorted(orders[-1][0] + orders[-1][1]) == list(range(len(PROMPTS)))
     assert orders[0] != orders[1]
-    few = list(ppo.minibatches(found, settings(minibatches=9), step=0, inner_epoch=0))
+    few = list(ppo.minibatches(found, ppo_config(minibatches=9), iteration=0, inner_epoch=0))
     assert len(few) == len(PROMPTS)  # never an empty step
 
 
-def test_critic_warm_up_leaves_the_actor_alone(
-    models: buffer.Models, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    numbers = settings()
-    found = collect(models, tokenizer, by_length, numbers, step=0)
-    log = RunLog(str(tmp_path), {})
-    actor_loop, critic_loop = (
-        TrainLoop(model, log, lr=1e-3, total_steps=4) for model in (models[0], models[2])
-    )
-    metrics = ppo.update(actor_loop, critic_loop, found, numbers, 0, critic_warmup=1)
-    assert (actor_loop.steps, critic_loop.steps) == (0, 4)
-    factors = [lr_factor(number, 4, 1, 0.1) for number in range(4)]
-    assert metrics["lr"] == 0.0 and metrics["critic_lr"] == pytest.approx(1e-3 * sum(factors) / 4)
-    for found_weight, expected in zip(models.actor.parameters(), models.reference.parameters(), strict=True):
-        assert torch.equal(found_weight, expected)
+def test_critic_warm_up_leaves_the_actor_alone(models: PPOModels, tokenizer: Tokenizer) -> None:
+    numbers = ppo_config()
+    found = collect(models, tokenizer, by_length, numbers, iteration=0)
+    metrics = ppo_update(models, found, numbers, 0, critic_warmup=1)
+    assert (models.actor.steps, models.critic.steps) == (0, 4)
+    factors = [lr_factor(number, 8, 1, 0.1) for number in range(4)]
+    assert metrics["lr"] == 0.0 and metrics["critic_lr"] == pytest.approx(1e-4 * sum(factors) / 4)
+    for weight, expected in zip(models.actor.model.parameters(), models.reference.parameters(), strict=True):
+        assert torch.equal(weight, expected)
 
 
 def test_rates_follow_the_buffers_also_behind_one_that_kept_nothing(
-    models: buffer.Models, tokenizer: Tokenizer, tmp_path: Path
+    folders: Folders, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    numbers = settings()
-    found = collect(models, tokenizer, by_length, numbers, step=0)
-    log, rates = RunLog(str(tmp_path), {}), {"lr": [], "critic_lr": []}
-    actor_loop, critic_loop = (
-        TrainLoop(model, log, lr=1e-3, total_steps=total_steps, warmup_ratio=0.0, schedule="linear")
-        for model, total_steps in ((models[0], 8), (models[2], 12))
-    )
-    nothing = found._replace(kept=torch.zeros(0, dtype=torch.int64))
-    for step, rollouts in enumerate((found, nothing, found)):
-        metrics = ppo.update(actor_loop, critic_loop, rollouts, numbers, step, critic_warmup=1)
+    models = ppo_models(folders.one, folders.verifier, str(tmp_path), lr=1e-3, warmup_ratio=0.0, schedule="linear")
+    numbers, rates = ppo_config(), {"lr": [], "critic_lr": []}
+    models.critic.total_steps = 12
+    found = collect(models, tokenizer, by_length, numbers, iteration=0)
+    nothing = found._replace(trainable=torch.zeros(0, dtype=torch.int64))
+    for iteration, buffer in enumerate((found, nothing, found)):
+        metrics = ppo_update(models, buffer, numbers, iteration, critic_warmup=1)
         for name, found_rates in rates.items():
             found_rates.append(metrics[name])
 
@@ -252,9 +243,9 @@ def estimates(advantage: str, group_size: int, kept: list[int]) -> list[list[flo
     """Advantages of four episodes: returns 1 and 3 of one prompt, 4 and 0 of another; the first two have two tokens."""
     rewards = torch.tensor([[9.0, 0.5, 0.5], [9.0, 1.0, 2.0], [9.0, 4.0, 9.0], [9.0, 0.0, 9.0]])
     mask = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 0], [0, 1, 0]]).bool()
-    numbers = settings(advantage=advantage, group_size=group_size)
-    advantages, returns = buffer.estimate(
-        rewards * mask, None, mask, torch.tensor(kept, dtype=torch.int64), numbers
+    numbers = ppo_config(advantage=advantage, group_size=group_size)
+    advantages, returns = ppo.compute_advantages(
+        rewards * mask, None, mask, torch.tensor(kept, dtype=torch.int64), numbers, group_size
     )
     assert returns is None and not advantages[~mask].any()
     return advantages.tolist()
@@ -289,89 +280,91 @@ def test_whitening_is_over_the_kept_episodes_alone() -> None:
 def test_decoupled_lambda_changes_returns_alone() -> None:
     rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.full((1, 3), 0.5)
     mask, kept = torch.ones(1, 3).bool(), torch.tensor([0])
-    plain = buffer.estimate(rewards, values, mask, kept, settings(gae_lambda=0.5))
-    apart = buffer.estimate(rewards, values, mask, kept, settings(gae_lambda=0.5, critic_lambda=1.0))
+    plain = ppo.compute_advantages(rewards, values, mask, kept, ppo_config(gae_lambda=0.5), 1)
+    apart = ppo.compute_advantages(rewards, values, mask, kept, ppo_config(gae_lambda=0.5, critic_lambda=1.0), 1)
     assert torch.equal(plain[0], apart[0])
     assert_close(plain[1], torch.tensor([[0.625, 0.75, 1.0]]))
     assert_close(apart[1], torch.ones(1, 3))
 
 
 def test_groups_without_signal_and_unfinished_responses_are_dropped(
-    models: buffer.Models, tokenizer: Tokenizer
+    models: PPOModels, tokenizer: Tokenizer
 ) -> None:
-    numbers = settings(advantage="grpo", group_size=2, filter_groups=True)
+    numbers = ppo_config(advantage="grpo", group_size=2, filter_groups=True)
 
-    def second_group_differs(episodes: Episodes) -> Tensor:
-        return at_last(torch.tensor([1.0, 1, 0, 1, 0, 0, 0, 0, 0.5, 0.5]), episodes)
+    def second_group_differs(rollout: Rollout) -> Tensor:
+        return at_last(torch.tensor([1.0, 1, 0, 1, 0, 0, 0, 0, 0.5, 0.5]), rollout)
 
-    free = models._replace(critic=None)
-    found = collect(free, tokenizer, second_group_differs, numbers, step=0)
-    assert found.kept.tolist() == [2, 3]
-    assert [prompt.id for prompt in found.episodes.prompts] == [id for id in "01234" for _ in range(2)]
+    free = replace(models, critic=None)
+    found, scores, groups = rollout_of(free, tokenizer, second_group_differs, numbers, 0)
+    assert found.trainable.tolist() == [2, 3]
+    assert [prompt.id for prompt in found.rollout.prompts] == [id for id in "01234" for _ in range(2)]
     assert len({tuple(row.tolist()) for row in found.batch.tokens}) > 5  # the samples of a group differ
-    assert rollout_metrics(found, numbers)["dead_groups"] == pytest.approx(0.8)
+    assert rollout_metrics(found, scores, groups, numbers)["dead_groups"] == pytest.approx(0.8)
     for inner_epoch in (0, 1):
         steps = ppo.minibatches(found, numbers, 0, inner_epoch)
         assert sorted(row for one in steps for row in rows_of(one)) == [2, 3]
-    masked = collect(models, tokenizer, by_length, settings(truncated="mask"), step=0)
-    assert masked.kept.tolist() == masked.episodes.finished.nonzero()[:, 0].tolist()
-    assert 0 < len(masked.kept) < len(PROMPTS)
+    masked = collect(models, tokenizer, by_length, ppo_config(truncated="mask"), iteration=0)
+    assert masked.trainable.tolist() == masked.rollout.finished.nonzero()[:, 0].tolist()
+    assert 0 < len(masked.trainable) < len(PROMPTS)
 
 
 def test_a_buffer_is_refilled_until_it_is_full_or_the_limit_is_reached(
-    models: buffer.Models, tokenizer: Tokenizer
+    models: PPOModels, tokenizer: Tokenizer
 ) -> None:
-    def first_group_alone_differs(episodes: Episodes) -> Tensor:
-        scores = torch.zeros(len(episodes.prompts))
+    def first_group_alone_differs(rollout: Rollout) -> Tensor:
+        scores = torch.zeros(len(rollout.prompts))
         scores[0] = 1.0
-        return at_last(scores, episodes)
+        return at_last(scores, rollout)
 
-    def fill(max_refills: int, drawn: list[int]) -> buffer.Rollouts:
-        def prompts(refill: int) -> list[Prompt]:
+    def fill(max_refills: int, drawn: list[int]) -> tuple[Rollout, Tensor, Groups]:
+        def sample(refill: int) -> tuple[Rollout, Scores]:
             drawn.append(refill)
-            rows = buffer.refill_rows(len(PROMPTS), 3, numbers, 0, refill) if refill else [0, 1, 2]
-            return [PROMPTS[row] for row in rows]
+            return asked(refill)
 
-        numbers = settings(advantage="grpo", group_size=2, filter_groups=True, max_refills=max_refills)
-        parts = {"first": Part(1.0, first_group_alone_differs)}
-        return buffer.collect(models._replace(critic=None), prompts, tokenizer, parts, numbers, 0, Phases())
+        numbers = ppo_config(advantage="grpo", group_size=2, filter_groups=True, max_refills=max_refills)
+        parts = {"first": Reward(1.0, lambda rollout: (first_group_alone_differs(rollout), {}))}
+        data, free = ppo_train.Inputs(PROMPTS, [], 0, tokenizer, [], 1), replace(models, critic=None)
+        asked = partial(ppo_train.sample_and_score, numbers, free, data, parts, [0, 1, 2], 0, Phases())
+        rollout, scores, groups = ppo.fill_buffer(sample, numbers)
+        return rollout, scores.total.sum(1), groups
 
     rounds: list[int] = []
-    full = fill(9, rounds)  # one group a round, three wanted
-    assert set(rounds) == {0, 1, 2} and len(full.kept) == len(full.episodes.prompts) == 6
-    assert full.sampled == (9, 6, pytest.approx(3 / 18))
-    assert full.task_rewards.tolist() == [1.0, 0.0] * 3
-    assert len({(p.id, r) for p, r in zip(full.episodes.prompts, full.episodes.responses, strict=True)}) > 3
-    short = fill(1, [])
-    assert len(short.kept) == 4 and short.sampled.groups == 6
+    full, scores, groups = fill(9, rounds)  # one group a round, three wanted
+    assert rounds == [0, 1, 2] and len(full.prompts) == 6
+    assert groups == (9, 6, pytest.approx(3 / 18))
+    assert scores.tolist() == [1.0, 0.0] * 3
+    assert len({(p.id, r) for p, r in zip(full.prompts, full.responses, strict=True)}) > 3
+    short, _, groups = fill(1, [])
+    assert len(short.prompts) == 4 and groups.n == 6
     # what was there without refills is there with them
-    assert short.episodes.prompts[:2] == full.episodes.prompts[:2] == [PROMPTS[0]] * 2
+    assert short.prompts[:2] == full.prompts[:2] == [PROMPTS[0]] * 2
 
 
-def test_whitened_rewards_and_truncated_importance(models: buffer.Models, tokenizer: Tokenizer) -> None:
+def test_whitened_rewards_and_truncated_importance(models: PPOModels, tokenizer: Tokenizer) -> None:
     rewards, values = torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, 1.0]]), torch.zeros(2, 3)
     mask, kept = torch.ones(2, 3).bool(), torch.tensor([0, 1])
-    numbers = settings(gae_lambda=1.0, whiten_rewards=True, whiten_advantages=False)
-    advantages, returns = buffer.estimate(rewards, values, mask, kept, numbers)
+    numbers = ppo_config(gae_lambda=1.0, whiten_rewards=True, whiten_advantages=False)
+    advantages, returns = ppo.compute_advantages(rewards, values, mask, kept, numbers, numbers.group_size)
     deviation = (10 / 6 - (4 / 6) ** 2) ** 0.5  # of 0 0 3 0 0 1; the mean stays
     expected = torch.tensor([[3.0] * 3, [1.0] * 3]) / deviation
     assert_close(advantages, expected) and assert_close(returns, expected)
     # a sampler that finds every token twice as likely: its tokens count half; the other way round at most the cap
-    plain = collect(models, tokenizer, by_length, settings(), step=0)
+    plain = collect(models, tokenizer, by_length, ppo_config(), iteration=0)
     for factor, cap, weight in ((2.0, 2.0, 0.5), (0.25, 2.0, 2.0)):
-        found = losses.truncated_importance(plain.old_logprobs, plain.old_logprobs + math.log(factor), cap)
+        found = losses.truncated_importance(plain.logprobs, plain.logprobs + math.log(factor), cap)
         assert_close(found, torch.full_like(found, weight))
-    weighed = collect(models, tokenizer, by_length, settings(tis_cap=2.0), step=0)
-    importance = (plain.old_logprobs - plain.episodes.sampled_logprobs).exp()
+    weighed = collect(models, tokenizer, by_length, ppo_config(tis_cap=2.0), iteration=0)
+    importance = (plain.logprobs - plain.rollout.sampled_logprobs).exp()
     assert_close(weighed.advantages, plain.advantages * importance)
     assert torch.equal(weighed.returns, plain.returns)
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean", "seq-sum", "seq-constant"])
-def test_aggregations_by_hand(models: buffer.Models, tokenizer: Tokenizer, aggregation: str) -> None:
-    numbers = settings(advantage="dr_grpo", group_size=2, loss_aggregation=aggregation, max_batch_size=3)
-    found = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=0)
-    advantages, lengths = found.advantages.double(), found.episodes.lengths
+def test_aggregations_by_hand(models: PPOModels, tokenizer: Tokenizer, aggregation: str) -> None:
+    numbers = ppo_config(advantage="dr_grpo", group_size=2, loss_aggregation=aggregation, max_batch_size=3)
+    found = collect(replace(models, critic=None), tokenizer, by_length, numbers, iteration=0)
+    advantages, lengths = found.advantages.double(), found.rollout.lengths
     sums = advantages.sum(1)
     expected = {
         "token-mean": sums.sum() / lengths.sum(),
@@ -382,50 +375,48 @@ def test_aggregations_by_hand(models: buffer.Models, tokenizer: Tokenizer, aggre
     rows, total = torch.arange(len(sums)), 0.0
     normaliser = int(lengths.sum()) if aggregation == "token-mean" else len(sums)
     for part in rows.split(3):  # every ratio is 1
-        total -= ppo.actor_loss(models.actor, found, ppo.Micro(part), numbers, normaliser)[0].item()
+        total -= ppo.actor_loss(models.actor.model, found, ppo.MicroBatch(part), numbers, normaliser)[0].item()
     assert total == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_kl_loss_adds_its_estimate(models: buffer.Models, tokenizer: Tokenizer) -> None:
-    numbers = settings(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
-    found = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=0)
+def test_kl_loss_adds_its_estimate(models: PPOModels, tokenizer: Tokenizer) -> None:
+    numbers = ppo_config(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
+    found = collect(replace(models, critic=None), tokenizer, by_length, numbers, iteration=0)
     apart = found._replace(reference_logprobs=found.reference_logprobs - 0.5 * found.batch.response_mask)
-    rows, n = ppo.Micro(torch.arange(len(found.kept))), int(found.episodes.lengths.sum())
-    plain = ppo.actor_loss(models.actor, apart, rows, numbers, n)[0]
+    rows, n = ppo.MicroBatch(torch.arange(len(found.trainable))), int(found.rollout.lengths.sum())
+    plain = ppo.actor_loss(models.actor.model, apart, rows, numbers, n)[0]
     for kind, expected in (("k2", 0.125), ("k3", 2.718281828**-0.5 + 0.5 - 1)):
-        loss = ppo.actor_loss(models.actor, apart, rows, replace(numbers, kl_loss=kind), n)[0]
+        loss = ppo.actor_loss(models.actor.model, apart, rows, replace(numbers, kl_loss=kind), n)[0]
         assert (loss - plain).item() == pytest.approx(0.01 * expected, abs=1e-6)
 
 
 def test_with_adapters_the_reference_is_the_actor_without_them(
-    folders: Folders, models: buffer.Models, tokenizer: Tokenizer, tmp_path: Path
+    folders: Folders, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    lora = assemble.lora_config(4, 16.0, 0.0, ["wq", "wo", "w1", "w2"])
-    assemble.put_lora_on(models.actor, lora, seed=1)
-    numbers = settings(advantage="grpo", group_size=2)
-    alone = models._replace(reference=None, critic=None)
-    first = collect(alone, tokenizer, by_length, numbers, step=0)
-    assert torch.equal(first.old_logprobs, first.reference_logprobs)
-    loop = TrainLoop(models.actor, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=4)
-    ppo.update(loop, None, first, numbers, 0)
-    shared = collect(alone, tokenizer, by_length, numbers, step=1)
-    apart = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=1)
-    assert (shared.old_logprobs - shared.reference_logprobs).abs().max() > 1e-3
+    numbers = ppo_config(advantage="grpo", group_size=2)
+    alone = ppo_models(folders.one, "", str(tmp_path), lora_rank=4, lr=1e-2)
+    first = collect(alone, tokenizer, by_length, numbers, iteration=0)
+    assert torch.equal(first.logprobs, first.reference_logprobs)
+    ppo_update(alone, first, numbers, 0)
+    shared = collect(alone, tokenizer, by_length, numbers, iteration=1)
+    whole = replace(alone, reference=assemble.load_solver(folders.one))
+    apart = collect(whole, tokenizer, by_length, numbers, iteration=1)
+    assert (shared.logprobs - shared.reference_logprobs).abs().max() > 1e-3
     assert torch.equal(shared.reference_logprobs, apart.reference_logprobs)
-    assert torch.equal(shared.old_logprobs, apart.old_logprobs)
+    assert torch.equal(shared.logprobs, apart.logprobs)
 
 
 def test_entropy_bonus_is_subtracted_and_pushes_the_entropy_up(
-    models: buffer.Models, tokenizer: Tokenizer
+    models: PPOModels, tokenizer: Tokenizer
 ) -> None:
-    numbers = settings(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
-    found = collect(models._replace(critic=None), tokenizer, by_length, numbers, step=0)
-    rows, n = ppo.Micro(torch.arange(len(found.kept))), int(found.episodes.lengths.sum())
-    plain, sums = ppo.actor_loss(models.actor, found, rows, numbers, n)
-    with_bonus, _ = ppo.actor_loss(models.actor, found, rows, replace(numbers, entropy_coef=0.5), n)
+    numbers = ppo_config(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
+    found = collect(replace(models, critic=None), tokenizer, by_length, numbers, iteration=0)
+    rows, n = ppo.MicroBatch(torch.arange(len(found.trainable))), int(found.rollout.lengths.sum())
+    plain, sums = ppo.actor_loss(models.actor.model, found, rows, numbers, n)
+    with_bonus, _ = ppo.actor_loss(models.actor.model, found, rows, replace(numbers, entropy_coef=0.5), n)
     assert (plain - with_bonus).item() == pytest.approx(0.5 * sums.entropy / n, rel=1e-4)
-    gradients = torch.autograd.grad(with_bonus - plain, list(models.actor.parameters()))
+    gradients = torch.autograd.grad(with_bonus - plain, list(models.actor.model.parameters()))
     with torch.no_grad():
-        for parameter, gradient in zip(models.actor.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(models.actor.model.parameters(), gradients, strict=True):
             parameter -= 1e-2 * gradient
-    assert ppo.actor_loss(models.actor, found, rows, numbers, n)[1].entropy > sums.entropy + 1e-4
+    assert ppo.actor_loss(models.actor.model, found, rows, numbers, n)[1].entropy > sums.entropy + 1e-4

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from src import assemble
 from src.models.decoder import Decoder
 from tests.conftest import Folders
 from tests.ranks import run_ranks
@@ -40,13 +39,10 @@ def assert_same_run(found: Run, expected: Run) -> None:
         assert apart < ROUNDING * largest, name
 
 
-def one_rank_models(folders: Folders, lora_rank: int = -1) -> dict[str, Decoder]:
+def one_rank_models(folders: Folders, log_dir: Path, lora_rank: int = -1) -> dict[str, Decoder]:
     """The models that are trained, as they start on one rank."""
-    models = ppo_models(folders.one, folders.verifier)
-    assemble.put_lora_on(
-        models.actor, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), seed=1
-    )
-    return {"actor": models.actor, "critic": models.critic}
+    models = ppo_models(folders.one, folders.verifier, str(log_dir), lora_rank)
+    return {"actor": models.actor.model, "critic": models.critic.model}
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 3, 10])
@@ -71,7 +67,7 @@ def test_ranks(folders: Folders, whole: list[Run], tmp_path: Path, n: int, tenso
         cases=CASES,
     )
     for index, (case, expected) in enumerate(zip(CASES, whole, strict=True)):
-        started = one_rank_models(folders, case.get("lora_rank", -1))
+        started = one_rank_models(folders, tmp_path, case.get("lora_rank", -1))
         for part in expected.keys() - {"rollouts"}:  # training moved every weight that it may
             for name, weight in started[part].named_parameters():
                 assert torch.equal(weight, expected[part][name]) != weight.requires_grad, name

@@ -12,8 +12,8 @@ import ppo_train
 from src import assemble, runlog
 from src.errors import UserError
 from src.models.decoder import Decoder
-from src.training import health
-from src.training.buffer import Rollouts
+from src.training import monitor
+from src.training.ppo import PPOBuffer
 from tests.conftest import Folders
 from tests.ranks import command, succeed
 from tests.tiny import weights
@@ -161,16 +161,30 @@ def test_one_reference_is_in_memory_however_often_it_is_refreshed(
     monkeypatch.setattr(assemble, "load_solver", load)
     numbers = {"max_new_tokens": 3, "max_buffer_size": 4, "group_size": 2, "reference_refresh": 1}
     ppo_train.main(
-        folders.one, str(tmp_path / "actor"), reward=["rule"], train_file=str(prompts_file(tmp_path)),
-        advantage="rloo", **numbers,
-    )  # fmt: skip
+        ppo_train.PPOConfig(
+            actor_ckpt_dir=folders.one,
+            actor_save_dir=str(tmp_path / "actor"),
+            reward=["rule"],
+            train_file=str(prompts_file(tmp_path)),
+            advantage="rloo",
+            **numbers,
+        )
+    )
     # the actor, its first reference, and one in the place of another after each of three buffers
     assert alive == [0, 1, 1, 1, 1]
     with pytest.raises(UserError, match="inner_epochs was 2 and is 3 now"):  # it fixes the schedule
         ppo_train.main(
-            folders.one, str(tmp_path / "actor"), reward=["rule"], train_file=str(tmp_path / "prompts.json"),
-            advantage="rloo", resume="auto", inner_epochs=3, **numbers,
-        )  # fmt: skip
+            ppo_train.PPOConfig(
+                actor_ckpt_dir=folders.one,
+                actor_save_dir=str(tmp_path / "actor"),
+                reward=["rule"],
+                train_file=str(tmp_path / "prompts.json"),
+                advantage="rloo",
+                resume="auto",
+                inner_epochs=3,
+                **numbers,
+            )
+        )
 
 
 def test_a_run_that_is_told_to_stop_leaves_no_waiting_files(folders: Folders, tmp_path: Path) -> None:
@@ -203,15 +217,29 @@ def test_alarms_stand_in_the_run_and_stop_it_where_that_is_asked_for(
 
     def run(**changes: object) -> None:
         ppo_train.main(
-            folders.one, str(actor), reward=[f"{tmp_path}/same.py:same"], train_file=str(prompts_file(tmp_path)),
-            advantage="rloo", group_size=2, max_new_tokens=3, max_buffer_size=4, **changes,
-        )  # fmt: skip
+            ppo_train.PPOConfig(
+                actor_ckpt_dir=folders.one,
+                actor_save_dir=str(actor),
+                reward=[f"{tmp_path}/same.py:same"],
+                train_file=str(prompts_file(tmp_path)),
+                advantage="rloo",
+                group_size=2,
+                max_new_tokens=3,
+                max_buffer_size=4,
+                **changes,
+            )
+        )
 
-    with pytest.raises(UserError, match="stopped after step 1, saved; go on with --resume auto: no spread: all resp"):
+    with pytest.raises(
+        UserError, match="stopped after step 1, saved; go on with --resume auto: no spread: all resp"
+    ):
         run(stop_on_alarm=True)
     assert (actor / "step-1/state.json").is_file() and not (actor / "params.json").exists()
     run(stop_on_alarm=True, resume="auto")  # the alarm was told: it does not stop the run at once again
-    assert "alarm in 3 of 3 buffers, from 1 to 3: no spread: all responses earn the same" in capsys.readouterr().err
+    assert (
+        "alarm in 3 of 3 buffers, from 1 to 3: no spread: all responses earn the same"
+        in capsys.readouterr().err
+    )
     rows = [json.loads(line) for line in (actor / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all("check --reward" in row["alarms"]["no spread"] for row in rows)
@@ -221,11 +249,18 @@ def test_alarms_stand_in_the_run_and_stop_it_where_that_is_asked_for(
 
 
 def test_a_solver_of_solutions_with_code_is_refused(code_base: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="writes solutions with code, but rollouts run none; expected a solver"):
+    with pytest.raises(
+        UserError, match="writes solutions with code, but rollouts run none; expected a solver"
+    ):
         ppo_train.main(
-            code_base, str(tmp_path / "actor"), reward=["rule"], train_file=str(prompts_file(tmp_path)),
-            advantage="grpo",
-        )  # fmt: skip
+            ppo_train.PPOConfig(
+                actor_ckpt_dir=code_base,
+                actor_save_dir=str(tmp_path / "actor"),
+                reward=["rule"],
+                train_file=str(prompts_file(tmp_path)),
+                advantage="grpo",
+            )
+        )
 
 
 def test_the_first_update_is_checked_when_it_comes(
@@ -238,16 +273,25 @@ def test_the_first_update_is_checked_when_it_comes(
     )
     checked: list[bool] = []
 
-    def check(metrics: dict[str, float], rollouts: Rollouts) -> bool:
-        checked.append(check_first_update(metrics, rollouts))
+    def check(metrics: dict[str, float], buffer: PPOBuffer) -> bool:
+        checked.append(check_first_update(metrics, buffer))
         return checked[-1]
 
-    check_first_update = health.check_first_update
-    monkeypatch.setattr(health, "check_first_update", check)
+    check_first_update = monitor.check_first_update
+    monkeypatch.setattr(monitor, "check_first_update", check)
     ppo_train.main(
-        folders.one, str(tmp_path / "actor"), reward=[f"{tmp_path}/late.py:late"], advantage="rloo",
-        train_file=str(prompts_file(tmp_path)), filter_groups=True, group_size=2, max_buffer_size=4, max_new_tokens=3,
-    )  # fmt: skip
+        ppo_train.PPOConfig(
+            actor_ckpt_dir=folders.one,
+            actor_save_dir=str(tmp_path / "actor"),
+            reward=[f"{tmp_path}/late.py:late"],
+            advantage="rloo",
+            train_file=str(prompts_file(tmp_path)),
+            filter_groups=True,
+            group_size=2,
+            max_buffer_size=4,
+            max_new_tokens=3,
+        )
+    )
     assert checked == [False, True]
     saved = json.loads((tmp_path / "actor/step-3/state.json").read_text())
     assert saved["update_checked"] is True

@@ -377,9 +377,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(folders: Folders, tmp_path: Path, lor
 
     def train(save_dir: Path, **flags: object) -> dict[str, Tensor]:
         preference_train.main(
-            folders.one, str(save_dir), pairs, lr=1e-3, max_batch_size=4, epochs=2, lora_rank=lora_rank,
-            lora_dropout=0.1 if lora_rank > 0 else 0.0, save_every=1, keep_last=9, **flags,
-        )  # fmt: skip
+            preference_train.PreferenceTrainConfig(
+                ckpt_dir=folders.one,
+                save_dir=str(save_dir),
+                train_file=pairs,
+                lr=1e-3,
+                max_batch_size=4,
+                epochs=2,
+                lora_rank=lora_rank,
+                lora_dropout=0.1 if lora_rank > 0 else 0.0,
+                save_every=1,
+                keep_last=9,
+                **flags,
+            )
+        )
         return storage.read_shard(save_dir / f"{name}.00.pth")
 
     expected = train(tmp_path / "a")
@@ -414,7 +425,13 @@ def test_the_reference_may_be_another_model(folders: Folders, tmp_path: Path) ->
     assemble.save_model(perturbed(assemble.load_solver(folders.one)), str(other), folders.one)
     pairs = str(write_pairs(tmp_path / "pairs.json"))
     preference_train.main(
-        folders.one, str(tmp_path / "out"), pairs, reference_ckpt_dir=str(other), max_steps=1
+        preference_train.PreferenceTrainConfig(
+            ckpt_dir=folders.one,
+            save_dir=str(tmp_path / "out"),
+            train_file=pairs,
+            reference_ckpt_dir=str(other),
+            max_steps=1,
+        )
     )
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["reference"]["fingerprint"] == storage.fingerprint(other)
@@ -425,7 +442,16 @@ def test_the_reference_may_be_another_model(folders: Folders, tmp_path: Path) ->
 def test_an_adapter_is_its_own_reference(folders: Folders, tmp_path: Path) -> None:
     pairs = str(write_pairs(tmp_path / "pairs.json"))
     for source, target in ((folders.one, "first"), (str(tmp_path / "first"), "second")):
-        preference_train.main(source, str(tmp_path / target), pairs, lora_rank=2, lr=1e-2, max_batch_size=12)
+        preference_train.main(
+            preference_train.PreferenceTrainConfig(
+                ckpt_dir=source,
+                save_dir=str(tmp_path / target),
+                train_file=pairs,
+                lora_rank=2,
+                lr=1e-2,
+                max_batch_size=12,
+            )
+        )
         row = json.loads((tmp_path / target / "metrics.jsonl").read_text().splitlines()[0])
         assert row["loss"] == pytest.approx(
             LN2, abs=1e-6

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from src import assemble
+from src.config import OptimizerFlags
 from src.data.batches import Batching
 from src.data.examples import Pair
 from src.runlog import RunLog
@@ -32,7 +33,9 @@ def test_losses_and_logprobs_equal_trl(
     data = PreferenceData(pairs, tokenizer, max_seq_len=64, source="pairs")
     model, preference = assemble.load_solver(folders.one), Preference(objective="dpo", beta=BETA)
     reference = reference_logprobs(model, data.samples, tmp_path / "r.jsonl", "x", max_batch_size=8, log=log)
-    loop = TrainLoop(model, log, lr=LR, total_steps=STEPS, schedule="constant", warmup_ratio=0.0)
+    loop = TrainLoop(
+        model, log, OptimizerFlags(lr=LR, schedule="constant", warmup_ratio=0.0), total_steps=STEPS
+    )
     monkeypatch.setattr("src.data.collate.epoch_order", lambda n, seed, epoch: list(range(n)))
     batching, found = Batching(max_batch_size=BATCH, accumulation_steps=1, seed=1), []
     for _, _, (batch,) in data.steps(batching, reference, packing=False, epochs=1):

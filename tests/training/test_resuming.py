@@ -71,7 +71,9 @@ def stopped(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(ckpt_dir: str = "base", train_file: str = "a.json", save_dir: str = "run", **flags: object) -> None:
     flags = {"max_batch_size": 4, "epochs": 2, "lora_rank": 2, "save_every": 1, "keep_last": 4} | flags
-    solver_train.main(ckpt_dir, save_dir, train_file, **flags)
+    solver_train.main(
+        solver_train.SolverTrainConfig(ckpt_dir=ckpt_dir, save_dir=save_dir, train_file=train_file, **flags)
+    )
 
 
 @pytest.fixture
@@ -144,7 +146,9 @@ def test_another_input_is_refused_by_both_names(run: Path) -> None:
         train(other_weights("base", Path("other")), resume="auto")
     with pytest.raises(UserError, match="eval_file was nothing and is .*b.json now"):
         train(eval_file=other, resume="auto")
-    with pytest.raises(UserError, match="train_file was .*; chat_template was none and is llama-2 now"):  # all at once
+    with pytest.raises(
+        UserError, match="train_file was .*; chat_template was none and is llama-2 now"
+    ):  # all at once
         train(train_file=other, chat_template="llama-2", resume="auto")
 
 
@@ -160,7 +164,9 @@ def test_what_is_in_the_list_may_differ_and_what_was_moved_is_the_same(run: Path
     )  # fmt: skip
     steps = [json.loads(line)["step"] for line in (run / "moved/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6] and (run / "moved/adapter.json").is_file()
-    with pytest.raises(UserError, match="holds a run of 6 steps, more than the 2 that are asked for now; give more"):
+    with pytest.raises(
+        UserError, match="holds a run of 6 steps, more than the 2 that are asked for now; give more"
+    ):
         train("moved-base", "moved.json", "moved", resume="auto", epochs=1)
 
 
@@ -169,7 +175,9 @@ def test_help_lists_what_may_differ_and_every_other_flag_is_compared(module: obj
     flags = flags_of(module.main)
     text = " ".join(cli.usage(module.main, 200).split())
     listed = text.partition("when the run began: ")[2].partition(";")[0].split(", ")
-    assert listed == [name for name in FREE_ON_RESUME if name in flags] and {"lr", "schedule", "epochs"} <= {*listed}
+    assert listed == [name for name in FREE_ON_RESUME if name in flags] and {"lr", "schedule", "epochs"} <= {
+        *listed
+    }
     facts = resuming.run_facts("trainer", {name: 1 for name in flags} | {"invented": 1})
     assert facts.keys() == flags.keys() - {*listed} | {"trainer", "invented"}
     # no flag of the list is misspelt or gone
@@ -190,10 +198,14 @@ def test_a_flag_of_another_version_is_named(run: Path) -> None:
     {"loop": [1]}, {"loop": {"steps": "2", "updates": 2, "bad_steps": 0}}, {"loop": None}, {"step": 3}, {"step": "2"},
     {"run": None}, {"run": "solver_train"}, {"total_steps": True}, {"best": "high"}, {"best": [1]}, {"best_step": 1.5},
 ])  # fmt: skip
-def test_a_state_of_odd_types_is_refused_by_key_and_nothing_begins_anew(run: Path, change: dict[str, object]) -> None:
+def test_a_state_of_odd_types_is_refused_by_key_and_nothing_begins_anew(
+    run: Path, change: dict[str, object]
+) -> None:
     path = run / "run/step-2/state.json"
     write(path, json.loads(path.read_text()) | change)
-    with pytest.raises(UserError, match=rf"step-2/state.json: '{next(iter(change))}' is .*; remove .*step-2 to go on"):
+    with pytest.raises(
+        UserError, match=rf"step-2/state.json: '{next(iter(change))}' is .*; remove .*step-2 to go on"
+    ):
         train(resume="auto")
 
 
@@ -219,18 +231,36 @@ def test_a_directory_of_another_trainer_is_refused(run: Path) -> None:
     rows = [{"instruction": "1+1=", "chosen": "2", "rejected": "3"}] * 3
     pairs = write(run / "pairs.json", [row | {"instruction": f"{n}+1="} for n, row in enumerate(rows)])
     with pytest.raises(UserError, match="trainer was solver_train and is preference_train now"):
-        preference_train.main("base", "run", pairs, resume="auto", lora_rank=2, held_out=0.4, epochs=4)
+        preference_train.main(
+            preference_train.PreferenceTrainConfig(
+                ckpt_dir="base",
+                save_dir="run",
+                train_file=pairs,
+                resume="auto",
+                lora_rank=2,
+                held_out=0.4,
+                epochs=4,
+            )
+        )
 
 
 def ppo(folders: Folders, here: Path, **flags: object) -> None:
     rows = write(here / "prompts.json", [{"instruction": row.instruction, "label": "4"} for row in PROMPTS])
-    (here / "mine.py").exists() or (here / "mine.py").write_text("def length(prompt, response, label):\n    return 1\n")
+    (here / "mine.py").exists() or (here / "mine.py").write_text(
+        "def length(prompt, response, label):\n    return 1\n"
+    )
     flags = {
         "critic_ckpt_dir": folders.verifier, "critic_save_dir": str(here / "critic"), "train_file": rows,
         "reward": ["rule", f"{here}/mine.py:length"], "max_new_tokens": 3, "max_buffer_size": 2, "lora_rank": 2,
         "save_every": 1, "keep_last": 9, "max_steps": 2, "resume": "auto",
     } | flags  # fmt: skip
-    ppo_train.main(flags.pop("actor_ckpt_dir", folders.one), flags.pop("actor_save_dir", str(here / "actor")), **flags)
+    ppo_train.main(
+        ppo_train.PPOConfig(
+            actor_ckpt_dir=flags.pop("actor_ckpt_dir", folders.one),
+            actor_save_dir=flags.pop("actor_save_dir", str(here / "actor")),
+            **flags,
+        )
+    )
 
 
 def test_a_run_of_ppo_is_not_begun_anew_over_its_own_checkpoints(folders: Folders, tmp_path: Path) -> None:
@@ -257,14 +287,18 @@ def test_a_run_of_ppo_is_not_begun_anew_over_its_own_checkpoints(folders: Folder
     assert (tmp_path / "critic/step-3/manifest.json").is_file()
 
 
-def test_an_edited_reward_function_and_steps_that_do_not_meet_are_refused(folders: Folders, tmp_path: Path) -> None:
+def test_an_edited_reward_function_and_steps_that_do_not_meet_are_refused(
+    folders: Folders, tmp_path: Path
+) -> None:
     ppo(folders, tmp_path)
     (tmp_path / "mine.py").write_text("def length(prompt, response, label):\n    return len(response)\n")
     with pytest.raises(UserError, match="reward rule, .*mine.py:length had other contents"):
         ppo(folders, tmp_path)
     shutil.rmtree(tmp_path / "actor/step-2")
     shutil.rmtree(tmp_path / "critic/step-1")
-    with pytest.raises(UserError, match="actor holds step-1 of a run, but .*critic step-2; a run goes on from a step"):
+    with pytest.raises(
+        UserError, match="actor holds step-1 of a run, but .*critic step-2; a run goes on from a step"
+    ):
         ppo(folders, tmp_path)
 
 

@@ -15,30 +15,30 @@ from src.data.collate import Batch
 from src.data.encoding import Encoded, encode_prompt, encode_steps, split_steps
 from src.data.examples import Prompt
 from src.errors import UserError
+from src.evaluation.grade import Grader
 from src.inference.scoring import response_scores, token_scores
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
 from src.training import rewards
-from src.training.rewards import Shape
-from src.training.rollouts import Episodes
+from src.training.rollout import Rollout
 from tests.conftest import Folders
 from tests.ranks import run_ranks
-from tests.training.workers import settings
+from tests.training.workers import ppo_config
 
 
 def prompt(index: int, label: str | None = None) -> Prompt:
     return Prompt(str(index), "2+2=", label, None, None)
 
 
-def episodes_of(tokenizer: Tokenizer, responses: list[str], finished: list[bool]) -> Episodes:
-    """Episodes as if these texts had been sampled."""
+def episodes_of(tokenizer: Tokenizer, responses: list[str], finished: list[bool]) -> Rollout:
+    """Rollout as if these texts had been sampled."""
     rows = []
     for text, ended in zip(responses, finished, strict=True):
         ids = encode_prompt(tokenizer, "2+2=")
         rows.append(Encoded(ids + tokenizer.encode(text) + [tokenizer.eos_id] * ended, len(ids)))
     batch = collate.collate(rows)
     prompts = [prompt(index) for index in range(len(rows))]
-    return Episodes(prompts, responses, batch, torch.tensor(finished), torch.zeros(batch.tokens.shape))
+    return Rollout(prompts, responses, batch, torch.tensor(finished), torch.zeros(batch.tokens.shape))
 
 
 @pytest.fixture
@@ -54,16 +54,18 @@ def test_ending_costs_what_truncated_says(tokenizer: Tokenizer) -> None:
     task = rewards.at_last(torch.tensor([1.0, 1.0, -2.0]), episodes)
     lost = {"penalty": [1.0, 0.5, -2.5], "zero": [1.0, 0.0, -2.0], "mask": [1.0, 1.0, -2.0]}
     for policy, expected in lost.items():
-        found = rewards.settle_ending(task, episodes, settings(truncated=policy))
+        found = rewards.apply_length_penalty(task, episodes, ppo_config(truncated=policy), 6)
         assert_close(found, rewards.at_last(torch.tensor(expected), episodes))
 
 
 def test_overlong_penalty_grows_to_the_limit(tokenizer: Tokenizer) -> None:
     episodes = episodes_of(tokenizer, ["a" * n for n in (2, 4, 6, 9)], [True, True, True, False])
-    numbers = replace(settings(), max_new_tokens=int(episodes.lengths[2]) + 1, overlong_buffer=4)
+    numbers = ppo_config(max_new_tokens=int(episodes.lengths[2]) + 1, overlong_buffer=4)
     over = (episodes.lengths - (numbers.max_new_tokens - 4)).clamp(0, 4) / 4
     assert over[2] == 0.75 and over[0] < over[1] < 0.75
-    found = rewards.settle_ending(torch.zeros(episodes.batch.tokens.shape), episodes, numbers)
+    found = rewards.apply_length_penalty(
+        torch.zeros(episodes.batch.tokens.shape), episodes, numbers, numbers.max_new_tokens
+    )
     over[3] = 1.0
     assert_close(found, rewards.at_last(-0.5 * over, episodes))
 
@@ -72,11 +74,11 @@ def test_pairwise_reward_is_the_normalised_clamped_score(verifier: Decoder, toke
     episodes = episodes_of(tokenizer, TEXTS, [True, False, True])
     scores = response_scores(verifier, *episodes.batch)
     for size in (1, 2, 5):
-        found = rewards.pairwise_reward(verifier, size, Shape())(episodes)
+        found = rewards.pairwise_reward(verifier, tokenizer, episodes, ppo_config(), size)
         expected = rewards.at_last(((scores - 0.5) / 2).clamp(-5, 5), episodes)
         assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assemble.set_score(verifier, score_std=1e-6)
-    extreme = rewards.pairwise_reward(verifier, 5, Shape())(episodes)
+    extreme = rewards.pairwise_reward(verifier, tokenizer, episodes, ppo_config(), 5)
     assert set(extreme[extreme != 0].tolist()) <= {-5.0, 5.0} and not extreme.requires_grad
 
 
@@ -95,15 +97,16 @@ def test_outcome_reward_is_the_last_probability(verifier: Decoder, tokenizer: To
     episodes = episodes_of(tokenizer, TEXTS, endings)
     last = torch.tensor([alone(verifier, tokenizer, *row)[-1] for row in zip(TEXTS, endings, strict=True)])
     for scale, expected in (("probability", last.sigmoid()), ("logit", ((last - 0.5) / 2).clamp(-5, 5))):
-        find = rewards.verifier_reward(verifier, tokenizer, 2, Shape(scale))
-        assert_close(find(episodes), rewards.at_last(expected, episodes), rtol=1e-5, atol=1e-5)
+        find = rewards.verifier_reward(verifier, tokenizer, ppo_config(outcome_reward=scale), 2)
+        assert_close(find(episodes)[0], rewards.at_last(expected, episodes), rtol=1e-5, atol=1e-5)
 
 
 def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tokenizer: Tokenizer) -> None:
     assemble.set_score(verifier, objective="process")
     episodes = episodes_of(tokenizer, TEXTS, [True, False, True])
-    find = rewards.verifier_reward(verifier, tokenizer, 2, Shape("logit", "raw", 0.25))
-    found = find(episodes)
+    find = rewards.verifier_reward(verifier, tokenizer, ppo_config(step_reward="raw", step_bonus=0.25), 2)
+    found, counts = find(episodes)
+    assert not counts
     for row, (text, finished) in enumerate(zip(TEXTS, (True, False, True), strict=True)):
         tokens = episodes.batch.tokens[row][episodes.batch.response_mask[row]].tolist()
         ends = rewards.step_ends(tokenizer, tokens, text, "\n\n")
@@ -114,8 +117,8 @@ def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tok
     # min-drop sums up to the least probability less 1, prod-drop to their product less 1
     probabilities = torch.tensor(alone(verifier, tokenizer, TEXTS[0], True)).sigmoid()
     for shape, total in (("min-drop", probabilities.min()), ("prod-drop", probabilities.prod())):
-        find = rewards.process_reward(verifier, tokenizer, 2, Shape(steps=shape))
-        assert find(episodes)[0].sum().item() == pytest.approx(total.item() - 1, abs=1e-5)
+        found = rewards.process_reward(verifier, tokenizer, episodes, ppo_config(step_reward=shape), 2)
+        assert found[0].sum().item() == pytest.approx(total.item() - 1, abs=1e-5)
 
 
 @pytest.mark.parametrize("step_end", ["\n\n", "\n"])
@@ -138,14 +141,14 @@ def test_a_verifier_of_lines_rewards_lines(verifier: Decoder, tokenizer: Tokeniz
     row = encode_steps(tokenizer, "2+2=", steps, [1.0] * 3, step_end="\n")
     scores = token_scores(verifier, *collate.collate([row]))[0, row.response_start :].sigmoid()
     expected = scores[~torch.tensor(row.targets).isnan()]
-    found = rewards.process_reward(verifier, tokenizer, 2, Shape(steps="raw"))(episodes)
+    found = rewards.process_reward(verifier, tokenizer, episodes, ppo_config(step_reward="raw"), 2)
     lengths = [len(tokenizer.encode(step + "\n", start=n == 0)) for n, step in enumerate(steps)]
     ends = torch.tensor(lengths).cumsum(0) + row.response_start - 1
     assert ends[-1] == len(row.tokens) - 1  # EOS stands where the last newline would
     assert_close(found[0, ends], expected, rtol=1e-5, atol=1e-5)
     assert found.count_nonzero() == 3
     assemble.set_score(verifier, step="paragraph")
-    assert rewards.process_reward(verifier, tokenizer, 2, Shape(steps="raw"))(episodes).count_nonzero() == 1
+    assert rewards.process_reward(verifier, tokenizer, episodes, ppo_config(step_reward="raw"), 2).count_nonzero() == 1
 
 
 def test_a_response_too_long_for_the_verifier_is_cut_and_counted(
@@ -157,7 +160,7 @@ def test_a_response_too_long_for_the_verifier_is_cut_and_counted(
     logits = rewards.step_logits(verifier, tokenizer, episodes, 2)
     assert [len(steps) for steps in logits] == [2, 1] and all(map(math.isfinite, logits[0]))
     assert "1 of 2 responses are longer than the verifier's context of 12 tokens" in caplog.text
-    pairwise = rewards.pairwise_reward(verifier, 2, Shape())(episodes)
+    pairwise = rewards.pairwise_reward(verifier, tokenizer, episodes, ppo_config(), 2)
     short = Batch(episodes.batch.tokens[:1, :12], episodes.batch.response_mask[:1, :12])
     assert pairwise[0].sum().item() == pytest.approx((response_scores(verifier, *short).item() - 0.5) / 2, abs=1e-4)
     verifier.config = replace(verifier.config, max_seq_len=3)
@@ -166,55 +169,50 @@ def test_a_response_too_long_for_the_verifier_is_cut_and_counted(
 
 
 def test_graded_reward_compares_with_labels_and_leaves_the_unlabelled_nothing(tokenizer: Tokenizer) -> None:
-    episodes = episodes_of(tokenizer, ["1", "3", "3", "3"], [True] * 4)
-    episodes = episodes._replace(prompts=[prompt(i, label) for i, label in enumerate(["1", "2", "3", None])])
-    outcomes: list[str] = []
-
-    def grade(responses: list[str], labels: list[str]) -> list[str]:
-        return ["right" if r == label else "wrong" for r, label in zip(responses, labels, strict=True)]
-
-    found = rewards.graded_reward(grade, outcomes)(episodes)
-    assert_close(found, rewards.at_last(torch.tensor([1.0, 0.0, 1.0, 0.0]), episodes))
-    shares = rewards.outcome_shares(outcomes)
-    assert shares == {"graded_right": pytest.approx(2 / 3), "graded_wrong": pytest.approx(1 / 3)}
-    rewards.graded_reward(lambda responses, labels: ["unparsed"] * len(labels), outcomes)(episodes)
-    assert rewards.outcome_shares(outcomes) == {"graded_right": 0.0, "graded_unparsed": 1.0}
-    assert rewards.outcome_shares(outcomes) == {}
+    texts = ["#### 1", "#### 3", "no", "#### 3"]
+    rollout = episodes_of(tokenizer, texts, [True] * 4)
+    rollout = rollout._replace(prompts=[prompt(i, label) for i, label in enumerate(["1", "2", "3", None])])
+    with Grader("GSM8K") as grader:
+        found, counts = rewards.graded_reward(grader, rollout)
+        assert found == [1.0, 0.0, 0.0, 0.0]
+        right, wrong, unparsed = (counts[f"graded_{name}"] for name in ("right", "wrong", "unparsed"))
+        assert (right, wrong, unparsed) == ((1, 3), (1, 3), (1, 3)) and counts["graded_error"] == (0, 3)
+        unlabelled = rollout.take(torch.tensor([3]))
+        assert rewards.graded_reward(grader, unlabelled) == ([0.0], {})
+        assert rewards.format_reward(grader, 0.25, rollout) == ([0.0, 0.0, -0.25, 0.0], {})
 
 
-def test_format_penalty_is_for_responses_without_an_answer(tokenizer: Tokenizer) -> None:
-    episodes = episodes_of(tokenizer, ["#### 1", "3"], [True, False])
-    found = rewards.format_reward(lambda response: "####" in response, 0.25)(episodes)
-    assert_close(found, rewards.at_last(torch.tensor([0.0, -0.25]), episodes))
+def test_counts_of_ranks_and_refills_add_up() -> None:
+    parts = [{"graded_right": (1, 4)}, {}, {"graded_right": (2, 2), "reward_mine_failed": (0, 3)}]
+    assert rewards.add_counts(parts) == {"graded_right": (3, 6), "reward_mine_failed": (0, 3)}
 
 
-def test_parts_are_weighted_and_weights_belong_to_names(tokenizer: Tokenizer) -> None:
-    episodes = episodes_of(tokenizer, ["1", "22"], [True, True])
+def test_rewards_are_weighted_and_weights_belong_to_names(tokenizer: Tokenizer) -> None:
+    rollout = episodes_of(tokenizer, ["1", "22"], [True, True])
 
-    def ones(episodes: Episodes) -> torch.Tensor:
-        return rewards.at_last(torch.ones(2), episodes)
+    def ones(rollout: Rollout) -> tuple[torch.Tensor, dict[str, tuple[int, int]]]:
+        return rewards.at_last(torch.ones(2), rollout), {"seen": (1, 2)}
 
-    parts = {"a": rewards.Part(0.5, ones), "b": rewards.Part(0.0, ones)}
-    found = rewards.score_parts(parts, episodes)
-    assert {name: part.sum().item() for name, part in found.parts.items()} == {"a": 2.0, "b": 2.0}  # 0 looks on
-    assert_close(found.task, 0.5 * rewards.at_last(torch.ones(2), episodes))
-    assert rewards.weights_of(["rule", "verifier"], []) == {"rule": 1.0, "verifier": 1.0}
-    assert rewards.weights_of(["rule", "verifier"], [1, 0]) == {"rule": 1, "verifier": 0}
+    found = rewards.score_rollout({"a": rewards.Reward(0.5, ones), "b": rewards.Reward(0.0, ones)}, rollout)
+    assert {name: part.sum().item() for name, part in found.by_reward.items()} == {"a": 2.0, "b": 2.0}
+    assert_close(found.total, 0.5 * rewards.at_last(torch.ones(2), rollout))
+    assert found.counts == {"seen": (1, 2)}
+
+    def weights(names: list[str], numbers: list[float]) -> dict[str, float]:
+        return rewards.reward_weights(ppo_config(reward=names, reward_weights=numbers, reward_model_ckpt_dir="v"))
+
+    assert weights(["rule", "verifier"], []) == {"rule": 1.0, "verifier": 1.0}
+    assert weights(["rule", "verifier"], [1, 0]) == {"rule": 1, "verifier": 0}
     with pytest.raises(UserError, match="--reward_weights has 1 numbers for 2 rewards"):
-        rewards.weights_of(["rule", "verifier"], [1.0])
+        weights(["rule", "verifier"], [1.0])
     with pytest.raises(UserError, match="each named once"):
-        rewards.weights_of(["rule", "rule"], [])
+        weights(["rule", "rule"], [])
     for names in (["a.py:score", "b.py:score"], ["rule", "a.py:rule"], ["a.py:std"], ["a.py:format"]):
         with pytest.raises(UserError, match=r"the log has another '\w+'; rename the function"):
-            rewards.weights_of(names, [])
-    assert rewards.weights_of(["a.py:one", "b.py:two"], [1, 2]) == {"a.py:one": 1, "b.py:two": 2}
+            weights(names, [])
+    assert weights(["a.py:one", "b.py:two"], [1, 2]) == {"a.py:one": 1, "b.py:two": 2}
 
 
 def test_an_episode_is_graded_once_on_more_ranks_than_episodes(tmp_path: Path) -> None:
     for found in run_ranks(2, "tests.training.workers:graded_once", tmp_path, 1):
         assert found["earned"].tolist() == [[0.0, 0.0, 1.0]] and found["graded"] == 1
-
-
-def test_the_share_of_failed_calls_is_told_by_function() -> None:
-    found = rewards.failed_shares({"mine": (1, 4), "idle": (0, 0)})
-    assert found == {"reward_mine_failed": 0.25, "reward_idle_failed": 0.0}

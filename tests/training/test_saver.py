@@ -19,6 +19,7 @@ from src import assemble, parallel
 from src.checkpoint import storage
 from src.checkpoint.saving import Save
 from src.checkpoint.training_state import RunState
+from src.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.collate import Batch
 from src.errors import UserError
 from src.runlog import RunLog
@@ -42,20 +43,23 @@ class Run:
     ) -> None:
         self.folder = folder
         self.model = assemble.load_solver(ckpt_dir, dtype=torch.float32)
-        lora = assemble.lora_config(lora_rank, 16.0, 0.1, ["wq", "w2"])
+        lora = assemble.lora_config(
+            LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "w2"]), 0.1
+        )
         assemble.put_lora_on(self.model, lora, seed=1)
         log = RunLog(str(folder), {})
-        self.loop = TrainLoop(self.model, log, lr=1e-2, total_steps=STEPS, weight_decay=0.1)
+        self.loop = TrainLoop(self.model, log, OptimizerFlags(lr=1e-2, weight_decay=0.1), total_steps=STEPS)
 
         def begin_save(target: str, state: RunState) -> Save:
             return assemble.begin_save(
                 self.model, target, ckpt_dir, "bfloat16", lora, state=state, background=background
             )
 
-        options = {"save_every": -1, "keep_last": 1} | options
+        saving = {name: options.pop(name) for name in ("save_every", "keep_last") if name in options}
         self.saver = Saver(
             log,
             [Trained(str(folder), self.loop, begin_save)],
+            SavingFlags(**saving),
             steps_per_epoch=3,
             total_steps=STEPS,
             facts={"seed": 1},

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from src import assemble, plan
+from src.config import OptimizerFlags
 from src.data.batches import Batching
 from src.data.collate import Batch
 from src.data.encoding import encode_response
@@ -63,7 +64,10 @@ def test_w2s_03_four_rows_are_learnt_by_heart(model: Decoder, tokenizer: Tokeniz
     assert encoded.tokens.count(tokenizer.bos_id) == 1
     assert not any(encoded.supervised[: encoded.response_start])
     loop = TrainLoop(
-        model, RunLog(str(tmp_path), {}), lr=1e-2, total_steps=60, schedule="constant", warmup_ratio=0.0
+        model,
+        RunLog(str(tmp_path), {}),
+        OptimizerFlags(lr=1e-2, schedule="constant", warmup_ratio=0.0),
+        total_steps=60,
     )
     for _, _, (batch,) in data.steps(batching(4, 1), packing=False, epochs=60):
         loop.backward(sft_loss(model, batch, n_supervised([batch])))

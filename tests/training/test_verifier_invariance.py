@@ -10,6 +10,7 @@ from torch import Tensor
 
 import verifier_train
 from src import assemble
+from src.config import LoraFlags
 from src.training.loop import StepReport, TrainLoop
 from tests.conftest import Folders
 from tests.ranks import run_ranks
@@ -86,7 +87,13 @@ def test_ranks(
     for index, case in enumerate(cases):
         lora_rank = case.get("lora_rank", -1)
         model = assemble.load_verifier(folders.verifier)
-        assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), 1)
+        assemble.put_lora_on(
+            model,
+            assemble.lora_config(
+                LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+            ),
+            1,
+        )
         found = [rank[str(index)] for rank in ranks]
         apart = [{name: rank.pop(name) for name in APART} for rank in found]
         for first in range(0, n, tensor_parallel_size):  # every data-parallel copy
@@ -111,9 +118,21 @@ def test_a_killed_run_ends_with_the_same_bits(
 
     def train(name: str, **more: object) -> Path:
         verifier_train.main(
-            folders.one, str(tmp_path / name), [str(tmp_path / "rows.json")], objective=objective, held_out=0.2,
-            max_seq_len=64, max_batch_size=2, epochs=3, lr=1e-3, packing=True, save_every=1, **more,
-        )  # fmt: skip
+            verifier_train.VerifierTrainConfig(
+                ckpt_dir=folders.one,
+                save_dir=str(tmp_path / name),
+                train_file=[str(tmp_path / "rows.json")],
+                objective=objective,
+                held_out=0.2,
+                max_seq_len=64,
+                max_batch_size=2,
+                epochs=3,
+                lr=1e-3,
+                packing=True,
+                save_every=1,
+                **more,
+            )
+        )
         return tmp_path / name
 
     expected = train("whole")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from src import assemble, parallel
+from src.config import LoraFlags, OptimizerFlags
 from src.data.batches import Batching
 from src.data.examples import Judged
 from src.runlog import RunLog
@@ -48,10 +49,16 @@ def verifier_epochs(
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two steps on ROWS, the losses, and the report on ROWS."""
     model = assemble.load_verifier(folder, dtype=torch.float32)
-    assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), seed=1)
+    assemble.put_lora_on(
+        model,
+        assemble.lora_config(
+            LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+        ),
+        seed=1,
+    )
     options = {"max_seq_len": 64, "source": "ROWS", "label_tokens": label_tokens, "balance": True}
     data = JudgedData(ROWS[objective], assemble.load_tokenizer(folder), **options)
-    loop = TrainLoop(model, RunLog(log_dir, {}), lr=1e-4, total_steps=2, weight_decay=0.1)
+    loop = TrainLoop(model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)
     batching = Batching(
         max_batch_size=max_batch_size,
         accumulation_steps=accumulation_steps,

@@ -4,13 +4,17 @@ They import nothing heavier than src: every rank pays for it.
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import ppo_train
 from src import assemble, cli, parallel
 from src.checkpoint import shards
+from src.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.batches import Batching
 from src.data.collate import Batch
 from src.data.examples import Instruction, Pair, Prompt
@@ -18,13 +22,17 @@ from src.errors import UserError
 from src.models import linear
 from src.models.decoder import Decoder
 from src.runlog import Phases, RunLog
-from src.training import buffer, ppo, preference, watchdog
-from src.training.health import rollout_metrics
+from src.text.tokenizer import Tokenizer
+from src.training import ppo, preference, watchdog
 from src.training.loop import TrainLoop
-from src.training.ppo_settings import Settings, from_flags
+from src.training.monitor import rollout_metrics
+from src.training.offload import ModelOffloader
+from src.training.ppo import Groups, PPOBuffer
+from src.training.ppo_config import PPOConfig
+from src.training.ppo_models import PPOModels
 from src.training.reference import reference_logprobs
-from src.training.rewards import Part, Shape, graded_reward, pairwise_reward, score_parts
-from src.training.rollouts import Episodes
+from src.training.rewards import Reward, Scores, on_first_rank, pairwise_reward, score_rollout
+from src.training.rollout import Rollout
 from src.training.saver import Saver, Trained
 from src.training.solver import SolverData, n_supervised, sft_loss
 
@@ -70,8 +78,16 @@ def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
     for name in ("full", "lora"):
         model = assemble.load_solver(folder)
         if name == "lora":
-            assemble.put_lora_on(model, assemble.lora_config(4, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), seed=1)
-        loop = TrainLoop(model, RunLog(log_dir, {}), lr=1e-2, total_steps=3, max_grad_norm=0.5)
+            assemble.put_lora_on(
+                model,
+                assemble.lora_config(
+                    LoraFlags(lora_rank=4, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+                ),
+                seed=1,
+            )
+        loop = TrainLoop(
+            model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-2, max_grad_norm=0.5), total_steps=3
+        )
         found = []
         for _ in range(3):
             loop.backward(sft_loss(model, rows, n_supervised([rows])))
@@ -100,17 +116,22 @@ def sft_epochs(
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two epochs on INSTRUCTIONS, and every step's loss under `losses`."""
     model = assemble.load_solver(folder)
-    assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), seed=1)
+    assemble.put_lora_on(
+        model,
+        assemble.lora_config(
+            LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+        ),
+        seed=1,
+    )
     tokenizer = assemble.load_tokenizer(folder)
     data = SolverData(INSTRUCTIONS, tokenizer, max_seq_len=64, source="INSTRUCTIONS")
     loop = TrainLoop(
         model,
         RunLog(log_dir, {}),
-        lr=1e-4,
+        OptimizerFlags(
+            lr=1e-4, weight_decay=0.1, schedule=schedule, activation_checkpointing=activation_checkpointing
+        ),
         total_steps=4,
-        weight_decay=0.1,
-        schedule=schedule,
-        activation_checkpointing=activation_checkpointing,
     )
     found = []
     batching = Batching(
@@ -152,8 +173,14 @@ def preference_epochs(
     if kind.needs_reference:
         path = Path(log_dir) / f"{folder.replace('/', '_')}.jsonl"
         reference = reference_logprobs(model, data.samples, path, "identity", max_batch_size=2, log=log)
-    assemble.put_lora_on(model, assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"]), seed=1)
-    loop = TrainLoop(model, log, lr=1e-4, total_steps=2, weight_decay=0.1)
+    assemble.put_lora_on(
+        model,
+        assemble.lora_config(
+            LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+        ),
+        seed=1,
+    )
+    loop = TrainLoop(model, log, OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)
     batching = Batching(
         max_batch_size=max_batch_size,
         accumulation_steps=accumulation_steps,
@@ -178,11 +205,9 @@ def preference_epochs(
     return local_weights(model) | {name: torch.tensor(values) for name, values in found.items()}
 
 
-def settings(**changes: object) -> Settings:
-    """PPO's numbers for a buffer of a few short episodes."""
+def ppo_config(**changes: object) -> PPOConfig:
+    """PPO's numbers for a buffer of a few short episodes; directories are given where they are needed."""
     numbers = {
-        "advantage": "gae",
-        "group_size": -1,
         "temperature": 0.8,
         "max_new_tokens": 6,
         "rollout_batch_size": 4,
@@ -190,40 +215,54 @@ def settings(**changes: object) -> Settings:
         "max_batch_size": 2,
         "inner_epochs": 2,
         "minibatches": 2,
-        "loss_aggregation": "",
-        "entropy_coef": 0.0,
         "kl_coef": 0.1,
-        "kl_loss": "none",
         "kl_loss_coef": 0.01,
-        "kl_target": -1,
         "kl_horizon": 100.0,
-        "clip_ratio": 0.2,
-        "clip_high": -1,
-        "dual_clip": 0.0,
-        "value_clip": 0.2,
-        "gamma": 1.0,
-        "gae_lambda": 0.95,
-        "critic_lambda": -1,
-        "whiten_rewards": False,
-        "whiten_advantages": True,
-        "tis_cap": 0.0,
-        "truncated": "penalty",
         "missing_eos_penalty": 0.5,
-        "overlong_buffer": 0,
-        "filter_groups": False,
-        "max_refills": 0,
         "seed": 11,
+        "lr": 1e-4,
+        "reward": ["rule"],
+        "gae_lambda": 0.95,
     }
-    return from_flags(numbers | changes)
+    numbers |= {"actor_ckpt_dir": "actor", "actor_save_dir": "save"} | changes
+    if numbers.get("advantage", "gae") == "gae":
+        numbers |= {"critic_ckpt_dir": "critic", "critic_save_dir": "save-critic"}
+    return PPOConfig(**numbers)
 
 
-def ppo_models(actor: str, critic: str) -> buffer.Models:
+def ppo_models(actor: str, critic: str, log_dir: str, lora_rank: int = -1, **flags: object) -> PPOModels:
     """Actor and reference from one directory, the critic from another (empty: none)."""
-    return buffer.Models(
-        assemble.load_solver(actor),
-        assemble.load_solver(actor),
-        assemble.load_verifier(critic, from_solver=True) if critic else None,
-    )
+    log, flags = RunLog(log_dir, {}), OptimizerFlags(**({"lr": 1e-4} | flags))
+    model, reference = assemble.load_solver(actor), None if lora_rank > 0 else assemble.load_solver(actor)
+    lora = LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+    assemble.put_lora_on(model, assemble.lora_config(lora), seed=1)
+    value = assemble.load_verifier(critic, from_solver=True) if critic else None
+    loops = (each and TrainLoop(each, log, flags, total_steps=8) for each in (model, value))
+    return PPOModels(*loops, None, ModelOffloader(), reference)
+
+
+def rollout_of(
+    models: PPOModels, tokenizer: Tokenizer, reward: Callable[[Rollout], Tensor], config: PPOConfig, iteration: int
+) -> tuple[PPOBuffer, Scores, Groups]:
+    """A buffer of PROMPTS with one reward."""
+    parts = {"length": Reward(1.0, lambda rollout: (reward(rollout), {}))}
+    data = ppo_train.Inputs(PROMPTS, [], 0, tokenizer, [], 1)
+    sample = partial(ppo_train.sample_and_score, config, models, data, parts, range(len(PROMPTS)), iteration, Phases())
+    rollout, scores, groups = ppo.fill_buffer(sample, config)
+    buffer = ppo_train.make_buffer(models, rollout, scores, config, tokenizer.vocab_size, Phases())
+    return buffer, scores, groups
+
+
+def ppo_update(
+    models: PPOModels, buffer: PPOBuffer, config: PPOConfig, iteration: int, critic_warmup: int = 0
+) -> dict[str, float]:
+    """What ppo_train.py does with a buffer: the critic learns, then the actor."""
+    metrics = dict(ppo.NOTHING_LEARNED)
+    if models.critic:
+        metrics |= ppo.update_critic(models.critic, buffer, config, iteration)
+    if iteration >= critic_warmup:
+        metrics |= ppo.update_actor(models.actor, buffer, config, iteration, critic_warmup)
+    return metrics
 
 
 def ppo_cases(
@@ -243,40 +282,34 @@ def ppo_buffers(
     **changes: object,
 ) -> dict[str, dict[str, Tensor]]:
     """Two buffers against the critic as verifier: weights, the rollouts' numbers, and what was logged."""
-    numbers = settings(max_batch_size=max_batch_size, **changes)
-    models = ppo_models(actor, critic if numbers.has_critic else "")
-    if lora_rank > 0:
-        lora = assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"])
-        assemble.put_lora_on(models.actor, lora, seed=1)
-        models = models._replace(reference=None)
-    tokenizer, log = assemble.load_tokenizer(actor), RunLog(log_dir, {})
-    actor_loop, critic_loop = (
-        model and TrainLoop(model, log, lr=1e-4, total_steps=8) for model in (models.actor, models.critic)
-    )
-    parts = {"verifier": Part(1.0, pairwise_reward(assemble.load_verifier(critic), max_batch_size, Shape()))}
+    config = ppo_config(max_batch_size=max_batch_size, **changes)
+    models = ppo_models(actor, critic if config.has_critic else "", log_dir, lora_rank)
+    tokenizer, verifier = assemble.load_tokenizer(actor), assemble.load_verifier(critic)
     found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
-    for step in range(2):
-        rollouts = buffer.collect(models, lambda refill: PROMPTS, tokenizer, parts, numbers, step, Phases())
-        metrics = ppo.update(actor_loop, critic_loop, rollouts, numbers, step)
-        values = rollouts._asdict() | rollouts.batch._asdict() | rollout_metrics(rollouts, numbers) | metrics
+    for iteration in range(2):
+        buffer, scores, groups = rollout_of(
+            models, tokenizer, lambda rollout: pairwise_reward(verifier, tokenizer, rollout, config, max_batch_size),
+            config, iteration,
+        )  # fmt: skip
+        metrics = ppo_update(models, buffer, config, iteration)
+        values = buffer._asdict() | buffer.batch._asdict() | rollout_metrics(buffer, scores, groups, config) | metrics
         found["rollouts"] |= {
-            f"{name} {step}": torch.as_tensor(value)
+            f"{name} {iteration}": torch.as_tensor(value)
             for name, value in values.items()
             if isinstance(value, Tensor | float)
         }
     parallel.barrier()
-    trained = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
+    trained = {"actor": models.actor.model} | ({"critic": models.critic.model} if models.critic else {})
     return found | {name: local_weights(model) for name, model in trained.items()}
 
 
 def graded_once() -> dict[str, Tensor]:
     """One right episode, on however many data-parallel ranks: what it earns, and how many episodes were graded."""
     batch = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
-    episodes = Episodes(PROMPTS[:1], ["4"], batch, torch.tensor([True]), torch.zeros(1, 3))
-    outcomes: list[str] = []
-    parts = {"rule": Part(1.0, graded_reward(lambda responses, labels: ["right"] * len(labels), outcomes))}
-    earned = score_parts(parts, episodes).task
-    return {"earned": earned, "graded": torch.tensor(len(parallel.gather_over_data_parallel(outcomes)))}
+    rollout = Rollout(PROMPTS[:1], ["4"], batch, torch.tensor([True]), torch.zeros(1, 3))
+    reward = on_first_rank(lambda rollout: ([1.0], {"graded_right": (1, 1)}))
+    scores = score_rollout({"rule": Reward(1.0, reward)}, rollout)
+    return {"earned": scores.total, "graded": torch.tensor(scores.counts["graded_right"][1])}
 
 
 def resumed_epochs(
@@ -290,7 +323,9 @@ def resumed_epochs(
 ) -> dict[str, Tensor]:
     """Steps `first` + 1 .. `last` of a run of 8 on INSTRUCTIONS, saved after each; losses and every rank's weights."""
     model = assemble.load_solver(folder, dtype=torch.float32)
-    lora = assemble.lora_config(lora_rank, 16.0, 0.0, ["wq", "wo", "w1", "w2"])
+    lora = assemble.lora_config(
+        LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+    )
     assemble.put_lora_on(model, lora, seed=1)
     data = SolverData(INSTRUCTIONS, assemble.load_tokenizer(folder), max_seq_len=64, source="INSTRUCTIONS")
     ranks = parallel.data_parallel_size()
@@ -302,13 +337,17 @@ def resumed_epochs(
         ranks=ranks,
     )
     log = RunLog(save_dir, {})
-    loop = TrainLoop(model, log, lr=1e-3, total_steps=8, weight_decay=0.1, optimizer=optimizer)
+    loop = TrainLoop(
+        model, log, OptimizerFlags(lr=1e-3, weight_decay=0.1), total_steps=8, optimizer=optimizer
+    )
     trained = Trained(
         save_dir,
         loop,
         lambda target, state: assemble.begin_save(model, target, folder, "", lora, "", state, background),
     )
-    saver = Saver(log, [trained], save_every=1, keep_last=1, steps_per_epoch=2, total_steps=8, facts={})
+    saver = Saver(
+        log, [trained], SavingFlags(save_every=1, keep_last=1), steps_per_epoch=2, total_steps=8, facts={}
+    )
     assert saver.resume("auto") == first
     model.train()
     losses = []
@@ -325,7 +364,7 @@ def resumed_epochs(
 def late_step(folder: str, log_dir: str) -> dict[str, float]:
     """Seconds in collectives of a forward and of a backward pass that rank 1 comes to late by one second."""
     model = assemble.load_solver(folder, dtype=torch.float32)
-    loop = TrainLoop(model, RunLog(log_dir, {}), lr=1e-3, total_steps=1)
+    loop = TrainLoop(model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-3), total_steps=1)
     batch = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
     found = {}
     for phase in ("forward", "backward"):
@@ -345,9 +384,9 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
     watchdog.HANG_SECONDS = {"cpu": 3.0}
     model = assemble.load_solver(folder, dtype=torch.float32)
     log = RunLog(save_dir, {})
-    loop = TrainLoop(model, log, lr=1e-3, total_steps=2)
+    loop = TrainLoop(model, log, OptimizerFlags(lr=1e-3), total_steps=2)
     trained = Trained(save_dir, loop, lambda target, state: None)
-    Saver(log, [trained], save_every=-1, keep_last=1, steps_per_epoch=9, total_steps=9, facts={})
+    Saver(log, [trained], SavingFlags(save_every=-1, keep_last=1), steps_per_epoch=9, total_steps=9, facts={})
     for step in range(2):
         if step == 1 and parallel.rank() == 1:
             (Path(save_dir) / "since").write_text(str(time.time()), encoding="utf-8")

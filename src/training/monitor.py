@@ -9,8 +9,9 @@ from torch import Tensor
 
 from src import losses, parallel
 from src.errors import UserError
-from src.training.buffer import Rollouts
-from src.training.ppo_settings import Settings
+from src.training.ppo import Groups, PPOBuffer
+from src.training.ppo_config import PPOConfig
+from src.training.rewards import Scores
 
 # Largest differences at the start that rounding explains: of log-probs of one model computed twice, in float32 and in
 # bfloat16. Between sampler and training forward the mean difference counts.
@@ -18,38 +19,38 @@ ROUNDING = {"cpu": 1e-3, "cuda": 1.0}
 MISMATCH_LIMIT = 0.05  # nats; of mean |log-prob| difference: above it the sampler is another policy
 
 
-def rollout_metrics(rollouts: Rollouts, settings: Settings) -> dict[str, float]:
-    """Means over a buffer for the log."""
-    episodes, mask = rollouts.episodes, rollouts.batch.response_mask
-    old, reference = rollouts.old_logprobs[mask], rollouts.reference_logprobs[mask]
-    rewards, lengths = rollouts.task_rewards, episodes.lengths.float()
-    mismatch = (episodes.sampled_logprobs[mask] - old).abs()
-    kl = losses.kl_k1(old, reference)
+def rollout_metrics(
+    buffer: PPOBuffer, scores: Scores, groups: Groups, config: PPOConfig
+) -> dict[str, float]:
+    """Means over a buffer for the log. scores: of its episodes, apart from KL and penalties."""
+    rollout, mask = buffer.rollout, buffer.batch.response_mask
+    logprobs, reference = buffer.logprobs[mask], buffer.reference_logprobs[mask]
+    earned, lengths = scores.total.sum(1), rollout.lengths.float()
+    mismatch = (rollout.sampled_logprobs[mask] - logprobs).abs()
+    kl = losses.kl_k1(logprobs, reference)
     found = {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(unbiased=False).item(),
-        **{f"reward_{name}": part.mean().item() for name, part in rollouts.reward_parts.items()},
+        "reward": earned.mean().item(),
+        "reward_std": earned.std(unbiased=False).item(),
+        **{f"reward_{name}": part.sum(1).mean().item() for name, part in scores.by_reward.items()},
+        **{name: n / max(1, of) for name, (n, of) in scores.counts.items()},
         "kl": kl.mean().item(),
-        "kl_k3": losses.kl_k3(old, reference).mean().item(),
-        "kl_response": kl.sum().item() / len(rewards),
-        "kl_coef": settings.kl_coef,
+        "kl_k3": losses.kl_k3(logprobs, reference).mean().item(),
+        "kl_response": kl.sum().item() / len(earned),
+        "kl_coef": config.kl_coef,
         "response_tokens": lengths.mean().item(),
         "response_tokens_max": lengths.max().item(),
-        "truncated_share": 1 - episodes.finished.float().mean().item(),
-        "kept_share": len(rollouts.kept) / len(rewards),
-        "reward_length_correlation": correlation(rewards, lengths),
+        "truncated_share": 1 - rollout.finished.float().mean().item(),
+        "kept_share": len(buffer.trainable) / len(earned),
+        "reward_length_correlation": correlation(earned, lengths),
         "sampler_mismatch": mismatch.mean().item(),
         "sampler_mismatch_max": mismatch.max().item(),
     }
-    if settings.group_size > 1:
-        found["dead_groups"] = rollouts.sampled.dead_groups / rollouts.sampled.groups
-    if settings.max_refills:
-        found["sampled_reward"] = rollouts.sampled.mean_reward
-        found["sampled_groups"] = float(rollouts.sampled.groups)
-    if rollouts.values is not None and rollouts.returns is not None:
-        found["explained_variance"] = losses.explained_variance(
-            rollouts.values[mask], rollouts.returns[mask]
-        ).item()
+    if config.group_size > 1:
+        found["dead_groups"] = groups.without_variance / groups.n
+    if config.max_refills:
+        found["sampled_reward"], found["sampled_groups"] = groups.mean_score, float(groups.n)
+    if buffer.values is not None and buffer.returns is not None:
+        found["explained_variance"] = losses.explained_variance(buffer.values[mask], buffer.returns[mask]).item()
     return found
 
 
@@ -60,12 +61,12 @@ def correlation(first: Tensor, second: Tensor) -> float:
     return (first @ second).item() / scale if scale > 1e-12 else 0.0
 
 
-def check_start(metrics: Mapping[str, float], rollouts: Rollouts, *, same_reference: bool) -> None:
+def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, *, same_reference: bool) -> None:
     """Refuse a run whose first buffer shows that it computes something else than PPO. Raises UserError.
 
     same_reference: the reference is bit for bit the actor, so that their KL must be 0.
     """
-    apart = (rollouts.old_logprobs - rollouts.reference_logprobs).abs()[rollouts.batch.response_mask]
+    apart = (buffer.logprobs - buffer.reference_logprobs).abs()[buffer.batch.response_mask]
     worst, mean = apart.max().item(), apart.mean().item()
     if same_reference and (worst > ROUNDING[parallel.device().type] or mean > MISMATCH_LIMIT):
         raise UserError(
@@ -79,7 +80,7 @@ def check_start(metrics: Mapping[str, float], rollouts: Rollouts, *, same_refere
         )
 
 
-def check_first_update(metrics: Mapping[str, float], rollouts: Rollouts) -> bool:
+def check_first_update(metrics: Mapping[str, float], buffer: PPOBuffer) -> bool:
     """Refuse a run whose first actor update starts from another policy, or has no gradient. Raises UserError.
 
     Returns whether there was anything to learn: without it a later buffer's update is the first one.
@@ -90,7 +91,7 @@ def check_first_update(metrics: Mapping[str, float], rollouts: Rollouts) -> bool
             f"the first probability ratio is off 1 by {ratio:.3g}, expected at most {limit}: the old log-probs are "
             f"not those of the policy that is trained; is something random (dropout) left in the actor?"
         )
-    learned = bool(rollouts.advantages[rollouts.kept].any())
+    learned = bool(buffer.advantages[buffer.trainable].any())
     if learned and metrics["grad_norm"] == 0:
         raise UserError(
             "the first update has advantages but no gradient; no weight of the actor is trainable"
@@ -98,46 +99,45 @@ def check_first_update(metrics: Mapping[str, float], rollouts: Rollouts) -> bool
     return learned
 
 
-def kl_factor(kl: float, n_episodes: int, settings: Settings) -> float:
+def kl_factor(kl: float, n_episodes: int, config: PPOConfig) -> float:
     """By what the KL weights are multiplied after a buffer (Ziegler et al. 2019, section 2.2); 1 without --kl_target.
 
     kl: nats a response. The proportional error is clipped to +-0.2 and acts over kl_horizon episodes. It is compounded,
     where the paper adds: a buffer larger than the horizon would turn the paper's factor negative.
     """
-    if settings.kl_target < 0:
+    if config.kl_target < 0:
         return 1.0
-    error = max(-0.2, min(0.2, kl / settings.kl_target - 1))
-    return (1 + error) ** (n_episodes / settings.kl_horizon)
+    error = max(-0.2, min(0.2, kl / config.kl_target - 1))
+    return (1 + error) ** (n_episodes / config.kl_horizon)
 
 
-def samples(rollouts: Rollouts, n: int) -> list[dict[str, object]]:
+def readable_rows(buffer: PPOBuffer, scores: Scores, n: int) -> list[dict[str, object]]:
     """The first n episodes of a buffer to be read by a person."""
-    episodes = rollouts.episodes
-    kl = losses.kl_k1(rollouts.old_logprobs, rollouts.reference_logprobs).sum(1).tolist()
-    kept = set(rollouts.kept.tolist())
+    rollout, trainable = buffer.rollout, set(buffer.trainable.tolist())
+    kl = losses.kl_k1(buffer.logprobs, buffer.reference_logprobs).sum(1).tolist()
     return [
         {
-            "id": episodes.prompts[row].id,
-            "prompt": episodes.prompts[row].instruction,
-            "label": episodes.prompts[row].label,
-            "response": episodes.responses[row],
-            "rewards": {name: part[row].item() for name, part in rollouts.reward_parts.items()},
+            "id": rollout.prompts[row].id,
+            "prompt": rollout.prompts[row].instruction,
+            "label": rollout.prompts[row].label,
+            "response": rollout.responses[row],
+            "rewards": {name: part[row].sum().item() for name, part in scores.by_reward.items()},
             "kl": kl[row],
-            "tokens": int(episodes.lengths[row]),
-            "finished": bool(episodes.finished[row]),
-            "learned": row in kept,
+            "tokens": int(rollout.lengths[row]),
+            "finished": bool(rollout.finished[row]),
+            "learned": row in trainable,
         }
-        for row in range(min(n, len(episodes.prompts)))
+        for row in range(min(n, len(rollout.prompts)))
     ]
 
 
-def _not_judged(seen: Mapping[str, float]) -> list[float]:
+def _not_graded(seen: Mapping[str, float]) -> list[float]:
     """The shares of responses that the grader and each user's function failed to judge."""
     graded = seen.get("graded_timeout", 0.0) + seen.get("graded_error", 0.0)
     return [graded, *(share for name, share in seen.items() if name.endswith("_failed"))]
 
 
-class Illness(NamedTuple):
+class Alert(NamedTuple):
     """A state in which a run should not stay: how it shows in a buffer's metrics, and its cause and cure."""
 
     name: str
@@ -145,60 +145,60 @@ class Illness(NamedTuple):
     advice: str
 
 
-ILLNESSES = [
-    Illness(
+ALERTS = [
+    Alert(
         "no spread",
         lambda seen: seen["reward_std"] == 0,
         "all responses earn the same, so there is nothing to learn; look at rollouts/ and check --reward and --task",
     ),
-    Illness(
+    Alert(
         "cut off",
         lambda seen: seen["truncated_share"] > 0.3,
         "over 30% of the responses did not end; raise --max_new_tokens, or --missing_eos_penalty if they ramble",
     ),
-    Illness(
+    Alert(
         "far away",
         lambda seen: seen["kl"] > 0.5,
         "the policy is over 0.5 nats a token from the reference; raise --kl_coef or lower --lr",
     ),
-    Illness(
+    Alert(
         "clipped",
         lambda seen: seen["clipped_low"] + seen["clipped_high"] > 0.3,
         "over 30% of the probability ratios are clipped; lower --lr or --inner_epochs",
     ),
-    Illness(
+    Alert(
         "collapsed",
         lambda seen: 0 < seen["entropy"] < 0.01,
         "the policy's entropy is below 0.01 nats, it explores no more; raise --entropy_coef or --clip_high, lower --lr",
     ),
-    Illness(
+    Alert(
         "blind critic",
         lambda seen: seen.get("explained_variance", 0.0) < -0.5,
         "the critic is worse than a constant; raise --critic_warmup, or lower --critic_lr if value_loss rises",
     ),
-    Illness(
+    Alert(
         "dead groups",
         lambda seen: seen.get("dead_groups", 0.0) > 0.8,
         "over 80% of the groups earn equal rewards; raise --group_size, or choose prompts of middling difficulty",
     ),
-    Illness(
+    Alert(
         "length",
         lambda seen: seen["reward_length_correlation"] > 0.8,
         "the reward follows the length of the response, not its merit; set --overlong_buffer or mend the reward",
     ),
-    Illness(
+    Alert(
         "unreadable",
         lambda seen: seen.get("graded_unparsed", 0.0) > 0.5,
         "over half of the responses hold no answer that --task finds; fine-tune on its form first, or change --task",
     ),
-    Illness(
+    Alert(
         "not judged",
-        lambda seen: max(_not_judged(seen)) > 0.1,
+        lambda seen: max(_not_graded(seen)) > 0.1,
         "over 10% of the responses earn 0 because the grader or your --reward function ran out of time or died; "
         "look at rollouts/ for what they stumble on",
     ),
 ]
-REPEAT = 20  # buffers between two warnings of one illness
+REPEAT = 20  # buffers between two warnings of one alert
 WINDOW = 20  # buffers over which a trend is looked for
 HACKED = (
     "the verifier's reward rises while the grader's falls: the policy has found the verifier's weakness; "
@@ -206,21 +206,21 @@ HACKED = (
 )
 
 
-class Alarms:
-    """Watches a run for illnesses, and tells their likely cause and the flag to change.
+class Monitor:
+    """Watches a run, and tells the likely cause of what should not last and the flag to change.
 
     What they remember is in the run's state and saved with it: a resumed run warns as one that was never stopped.
     """
 
     def __init__(self, logger: logging.Logger, state: dict[str, object]) -> None:
-        """Adds to the state what was warned of at which buffer, the last WINDOW pairs of rewards, and for each illness
+        """Adds to the state what was warned of at which buffer, the last WINDOW pairs of rewards, and for each alert
         the buffers that showed it: the first, the last, their number, and the advice."""
         self._logger, self._state = logger, state
         state |= {"warned": {}, "reward_pairs": [], "alarms": {}}
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
-        """The illnesses that a buffer's metrics show, and the advice for each."""
-        shown = {illness.name: illness.advice for illness in ILLNESSES if illness.shows(metrics)}
+    def check(self, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
+        """The alerts that a buffer's metrics show, and the advice for each."""
+        shown = {alert.name: alert.advice for alert in ALERTS if alert.shows(metrics)}
         if {"reward_verifier", "graded_right"} <= metrics.keys():
             pair = (metrics["reward_verifier"], metrics["graded_right"])
             # values are replaced, never changed: a save under way may still hold them
@@ -235,7 +235,7 @@ class Alarms:
         return shown
 
     def warn(self, step: int, shown: Mapping[str, str]) -> list[str]:
-        """Say what a buffer shows, of one illness at most once in REPEAT buffers. Returns what was said."""
+        """Say what a buffer shows, of one alert at most once in REPEAT buffers. Returns what was said."""
         warned = self._state["warned"]
         names = [name for name in shown if step - warned.get(name, -REPEAT) >= REPEAT]
         self._state["warned"] = {**warned, **dict.fromkeys(names, step)}
@@ -244,7 +244,7 @@ class Alarms:
         return [f"{name}: {shown[name]}" for name in names]
 
     def summary(self, n_buffers: int) -> None:
-        """Say of the whole run which illnesses showed, and in how many buffers."""
+        """Say of the whole run which alerts showed, and in how many buffers."""
         for name, (first, last, count, advice) in self._state["alarms"].items():
             self._logger.warning(
                 "alarm in %d of %d buffers, from %d to %d: %s: %s", count, n_buffers, first, last, name, advice

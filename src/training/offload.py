@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 from src import parallel
 from src.training.loop import TrainLoop
 
-Argument, Result = TypeVar("Argument"), TypeVar("Result")
 
-
-class Residence:
+class OffloadedTensors:
     """Tensors that take memory only inside `with`; they come back bit for bit, at other addresses.
 
     tensors() lists those that exist when they leave: an optimizer has none before its first step.
@@ -88,7 +85,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-class Arrangement:
+class ModelOffloader:
     """Which models are in memory: with a folder, where files may wait, each only inside `with using(model)`.
 
     As a context manager it removes this rank's files in the end; no model can be used from then on.
@@ -96,10 +93,10 @@ class Arrangement:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder, self._added = folder, 0
-        self._weights: dict[nn.Module, Residence] = {}
-        self._moments: dict[nn.Module, Residence] = {}
+        self._weights: dict[nn.Module, OffloadedTensors] = {}
+        self._moments: dict[nn.Module, OffloadedTensors] = {}
 
-    def __enter__(self) -> "Arrangement":
+    def __enter__(self) -> "ModelOffloader":
         return self
 
     def __exit__(
@@ -115,34 +112,26 @@ class Arrangement:
         place = self._folder / f"rank-{parallel.rank()}"
         name = f"{self._added}"
         self._added += 1
-        self._weights[model] = Residence(
+        self._weights[model] = OffloadedTensors(
             lambda: itertools.chain(model.parameters(), model.buffers()), place / f"{name}-weights"
         )
         self._weights[model].leave()
         if loop is not None:
-            self._moments[model] = Residence(loop.moments, place / f"{name}-moments")
+            self._moments[model] = OffloadedTensors(loop.moments, place / f"{name}-moments")
 
     def drop(self, model: nn.Module | None) -> None:
         """Forget a model that is used no more, and remove its files."""
-        for residences in (self._weights, self._moments):
-            if residence := residences.pop(model, None):
-                residence.discard()
-
-    def using(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model's weights are in memory."""
-        return self._weights.get(model, contextlib.nullcontext())
-
-    def lent(self, model: nn.Module, use: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
-        """A function that uses the model, with it in memory for each call."""
-
-        def with_model(argument: Argument) -> Result:
-            with self.using(model):
-                return use(argument)
-
-        return with_model
+        for kept in (self._weights, self._moments):
+            if offloaded := kept.pop(model, None):
+                offloaded.discard()
 
     @contextlib.contextmanager
-    def training(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model's weights and the state of its optimizer are in memory."""
-        with self.using(model), self._moments.get(model, contextlib.nullcontext()):
+    def loaded(self, model: nn.Module, *, optimizer: bool = False) -> Iterator[None]:
+        """Inside, the model's weights, and if asked for the state of its optimizer, are in memory.
+
+        What was freed meanwhile goes back to the system: phases need their memory at different moments.
+        """
+        nothing = contextlib.nullcontext()
+        with self._weights.get(model, nothing), self._moments.get(model, nothing) if optimizer else nothing:
             yield
+        parallel.release_memory()

@@ -1,4 +1,4 @@
-"""Episodes: responses sampled from the current policy, laid out as they were sampled.
+"""Rollouts: responses sampled from the current policy, laid out as they were sampled, and what models say of them.
 
 B episodes, S sequence, N response tokens of some episodes laid end to end in row order
 """
@@ -18,19 +18,20 @@ from src.data.collate import Batch
 from src.data.encoding import Encoded, encode_prompt
 from src.data.examples import Prompt
 from src.errors import UserError
+from src.evaluation.grade import Grader
 from src.inference.engine import Completion, Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
+from src.inference.scoring import response_logprobs, response_values
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
-from src.training.ppo_settings import Settings
 
 Item = TypeVar("Item")
 
 NAMED = 5  # prompts that a warning names; it counts all
 
 
-class Episodes(NamedTuple):
-    """A response to each prompt; the prompts of a group are equal and stand together."""
+class Rollout(NamedTuple):
+    """A response to each prompt, alike on every rank; the responses to one prompt, a group, stand together."""
 
     prompts: list[Prompt]
     responses: list[str]
@@ -49,9 +50,9 @@ class Episodes(NamedTuple):
         mask = self.batch.response_mask
         return (torch.arange(mask.shape[1]) * mask).argmax(1)
 
-    def take(self, rows: Tensor) -> "Episodes":
+    def take(self, rows: Tensor) -> "Rollout":
         """Some of the episodes, as wide as before. rows [K] int64."""
-        return Episodes(
+        return Rollout(
             [self.prompts[row] for row in rows],
             [self.responses[row] for row in rows],
             Batch(self.batch.tokens[rows], self.batch.response_mask[rows]),
@@ -60,14 +61,14 @@ class Episodes(NamedTuple):
         )
 
 
-def join(parts: Sequence[Episodes]) -> Episodes:
-    """Episodes below one another, padded to the longest."""
+def concatenate(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts below one another, padded to the longest."""
     width = max(part.batch.tokens.shape[1] for part in parts)
 
     def rows(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([widen(tensor, width) for tensor in tensors])
+        return torch.cat([pad_to(tensor, width) for tensor in tensors])
 
-    return Episodes(
+    return Rollout(
         [prompt for part in parts for prompt in part.prompts],
         [response for part in parts for response in part.responses],
         Batch(rows(part.batch.tokens for part in parts), rows(part.batch.response_mask for part in parts)),
@@ -76,9 +77,15 @@ def join(parts: Sequence[Episodes]) -> Episodes:
     )
 
 
-def widen(tensor: Tensor, width: int) -> Tensor:
+def pad_to(tensor: Tensor, width: int) -> Tensor:
     """[B, S] -> [B, width], zeros (padding's id, False) behind."""
     return F.pad(tensor, (0, width - tensor.shape[1]))
+
+
+def trim_padding(batch: Batch) -> Batch:
+    """Cut the columns behind the longest row."""
+    length = int(batch.response_mask.any(0).nonzero().max()) + 1
+    return Batch(batch.tokens[:, :length], batch.response_mask[:, :length])
 
 
 def fitting_prompts(
@@ -121,101 +128,90 @@ def fitting_prompts(
     return kept
 
 
-def my_share(order: Sequence[Item]) -> Sequence[Item]:
+def shard_for_rank(order: Sequence[Item]) -> Sequence[Item]:
     """What this data-parallel rank takes of things that are dealt out in this order."""
     return order[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
 
 
-def sample_episodes(
+def sample_rollout(
     actor: Decoder,
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
-    settings: Settings,
-    step: int,
-    refill: int = 0,
-) -> Episodes:
-    """group_size responses to each prompt from the current policy; (seed, step, refill, id, place in the group) fixes
-    each, whatever the number of ranks. Every data-parallel rank samples its share and gets all.
+    sampling: Sampling,
+    *,
+    group_size: int,
+    first_sample: int,
+    max_batch_size: int,
+) -> Rollout:
+    """group_size responses to each prompt from the current policy. Every data-parallel rank samples its share and
+    gets all.
 
-    Raises UserError unless all tensor-parallel ranks drew the same tokens.
+    (sampling.seed, prompt id, first_sample + place in the group) fixes each response, whatever the number of ranks.
+    max_batch_size: sequences that decode at once. Raises UserError unless all tensor-parallel ranks drew the same.
     """
-    size = settings.group_size
-    first = (step * (1 + settings.max_refills) + refill) * size
     requests = [
-        Request(prompt.id, first + place, encode_prompt(tokenizer, prompt.instruction))
+        Request(prompt.id, first_sample + place, encode_prompt(tokenizer, prompt.instruction))
         for prompt in prompts
-        for place in range(size)
+        for place in range(group_size)
     ]
-    done = _generate(actor, requests, tokenizer, settings, settings.temperature)
-    in_order = [done[request.id, request.sample] for request in requests]
-    return lay_out([prompt for prompt in prompts for _ in range(size)], in_order, tokenizer)
+    done = _generate(actor, requests, tokenizer, sampling, max_batch_size)
+    completions = [done[request.id, request.sample] for request in requests]
+    batch = collate.collate(
+        [Encoded(done.request.prompt + done.tokens, len(done.request.prompt)) for done in completions]
+    )
+    _check_alike(batch.tokens)
+    sampled_logprobs = torch.zeros(batch.tokens.shape)
+    sampled_logprobs[batch.response_mask] = torch.tensor(
+        [logprob for done in completions for logprob in done.sampled_logprobs]
+    )
+    return Rollout(
+        [prompt for prompt in prompts for _ in range(group_size)],
+        [tokenizer.decode(done.tokens) for done in completions],
+        batch,
+        torch.tensor([done.finish == "stop" for done in completions]),
+        sampled_logprobs,
+    )
 
 
 def greedy_accuracy(
     actor: Decoder,
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
-    grade: Callable[[Sequence[str], Sequence[str]], list[str]],
-    settings: Settings,
-    n_left_out: int = 0,
+    sampling: Sampling,
+    grader: Grader,
+    max_batch_size: int,
 ) -> float:
-    """Share of labelled prompts whose greedy response `grade` finds "right". The first rank's word holds.
+    """Share of labelled prompts whose greedy response grades right. The first rank's word holds.
 
-    n_left_out: further prompts, too long to be answered, which are not right either.
     Every data-parallel rank grades its share.
     """
-    requests = [
-        Request(prompt.id, 0, encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts
-    ]
-    done = _generate(actor, requests, tokenizer, settings, temperature=0.0)
-    mine = my_share(prompts)
-    outcomes = grade([done[prompt.id, 0].text for prompt in mine], [prompt.label or "" for prompt in mine])
-    right = torch.tensor(float(outcomes.count("right")), device=parallel.device())
+    requests = [Request(prompt.id, 0, encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts]
+    done = _generate(actor, requests, tokenizer, sampling, max_batch_size)
+    mine = shard_for_rank(prompts)
+    texts, labels = [done[prompt.id, 0].text for prompt in mine], [prompt.label or "" for prompt in mine]
+    n_right = sum(verdict.outcome == "right" for verdict in grader.grade(texts, labels))
+    right = torch.tensor(float(n_right), device=parallel.device())
     right = parallel.broadcast_from_first(right).item()
-    return parallel.sum_over_data_parallel(right) / (len(prompts) + n_left_out)
+    return parallel.sum_over_data_parallel(right) / len(prompts)
 
 
 def _generate(
     actor: Decoder,
     requests: Sequence[Request],
     tokenizer: Tokenizer,
-    settings: Settings,
-    temperature: float,
+    sampling: Sampling,
+    max_batch_size: int,
 ) -> dict[tuple[str, int], Completion]:
     """All completions by id and sample, on every rank; each data-parallel rank samples its share."""
-    sampling = Sampling(temperature=temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed)
     by_prompt = [list(same) for _, same in groupby(requests, key=lambda request: request.id)]
-    mine = [request for same in my_share(by_prompt) for request in same]
+    mine = [request for same in shard_for_rank(by_prompt) for request in same]
     with parallel.gathered(actor):
         completions = generate(
-            actor,
-            mine,
-            sampling,
-            vocabulary=vocabulary_of(tokenizer),
-            max_batch_size=settings.rollout_batch_size,
+            actor, mine, sampling, vocabulary=vocabulary_of(tokenizer), max_batch_size=max_batch_size
         )
         own = list(completions) if mine else []
     everyone = parallel.gather_over_data_parallel(own)
     return {(done.request.id, done.request.sample): done for done in everyone}
-
-
-def lay_out(prompts: list[Prompt], completions: Sequence[Completion], tokenizer: Tokenizer) -> Episodes:
-    """Prompts and sampled tokens exactly as they were sampled, padded."""
-    batch = collate.collate(
-        [Encoded(done.request.prompt + done.tokens, len(done.request.prompt)) for done in completions]
-    )
-    _check_alike(batch.tokens)
-    sampled = torch.zeros(batch.tokens.shape)
-    sampled[batch.response_mask] = torch.tensor(
-        [logprob for done in completions for logprob in done.sampled_logprobs]
-    )
-    return Episodes(
-        prompts,
-        [tokenizer.decode(done.tokens) for done in completions],
-        batch,
-        torch.tensor([done.finish == "stop" for done in completions]),
-        sampled,
-    )
 
 
 def _check_alike(tokens: Tensor) -> None:
@@ -229,26 +225,36 @@ def _check_alike(tokens: Tensor) -> None:
         )
 
 
-@torch.no_grad()
-def per_token(
-    model: Decoder, score: Callable[[Decoder, Batch], Tensor], batch: Batch, max_batch_size: int
+def rollout_logprobs(
+    model: Decoder, batch: Batch, temperature: float, n_ids: int, max_batch_size: int
 ) -> Tensor:
-    """Lay a [N]-valued score of a batch out as [B, S], computed max_batch_size rows of like length at a time.
+    """Log-probs of the response tokens among the first n_ids ids, by the forward pass that training uses.
+    -> [B, S] float32, nats, 0 outside the response mask."""
+    return _per_token(
+        lambda micro: response_logprobs(model, *micro, temperature=temperature, n_ids=n_ids),
+        model, batch, max_batch_size,
+    )  # fmt: skip
+
+
+def rollout_values(critic: Decoder, batch: Batch, max_batch_size: int) -> Tensor:
+    """The critic's value of the state before each response token. -> [B, S] float32, 0 outside the response mask."""
+    return _per_token(lambda micro: response_values(critic, *micro), critic, batch, max_batch_size)
+
+
+@torch.no_grad()
+def _per_token(
+    score: Callable[[Batch], Tensor], model: Decoder, batch: Batch, max_batch_size: int
+) -> Tensor:
+    """Lay a [N]-valued score by the model out as [B, S], computed max_batch_size rows of like length at a time.
 
     Every data-parallel rank computes its share and gets all.
     """
     laid_out = torch.zeros(batch.tokens.shape)
     by_length = batch.response_mask.int().cumsum(1).argmax(1).argsort(stable=True)
     with parallel.gathered(model):
-        for rows in my_share(by_length.split(max_batch_size)):
-            micro = trim(Batch(batch.tokens[rows], batch.response_mask[rows]))
+        for rows in shard_for_rank(by_length.split(max_batch_size)):
+            micro = trim_padding(Batch(batch.tokens[rows], batch.response_mask[rows]))
             values = torch.zeros(micro.tokens.shape)
-            values[micro.response_mask] = score(model, micro.to(parallel.device())).float().cpu()
-            laid_out[rows] = widen(values, laid_out.shape[1])
+            values[micro.response_mask] = score(micro.to(parallel.device())).float().cpu()
+            laid_out[rows] = pad_to(values, laid_out.shape[1])
     return parallel.join_over_data_parallel(laid_out)
-
-
-def trim(batch: Batch) -> Batch:
-    """Cut the columns behind the longest row."""
-    length = int(batch.response_mask.any(0).nonzero().max()) + 1
-    return Batch(batch.tokens[:, :length], batch.response_mask[:, :length])

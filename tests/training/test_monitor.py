@@ -1,4 +1,4 @@
-"""src/training/health.py: the panel by hand, what stops a run at its start, and when an alarm rings."""
+"""src/training/monitor.py: the panel by hand, what stops a run at its start, and when an alarm rings."""
 
 import json
 import logging
@@ -9,45 +9,50 @@ import torch
 from src.data.collate import Batch
 from src.data.examples import Prompt
 from src.errors import UserError
-from src.training import health
-from src.training.buffer import Rollouts, Sampled
-from src.training.rollouts import Episodes
-from tests.training.workers import settings
+from src.training import monitor
+from src.training.ppo import Groups, PPOBuffer
+from src.training.rewards import Scores
+from src.training.rollout import Rollout
+from tests.training.workers import ppo_config
+
+MASK = torch.tensor([[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]]).bool()
+EARNED = torch.zeros(4, 4).index_put((torch.tensor(3), torch.tensor(3)), torch.tensor(2.0))
+SCORES = Scores({"rule": EARNED}, EARNED, {"graded_right": (1, 4)})
+GROUPS = Groups(2, 1, 0.5)
 
 
-def buffer(**changes: object) -> Rollouts:
+def buffer(**changes: object) -> PPOBuffer:
     """Two groups of two episodes of 1, 2, 2 and 3 tokens."""
-    mask = torch.tensor([[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]]).bool()
-    episodes = Episodes(
+    rollout = Rollout(
         [Prompt(str(index // 2), "q", "4", None, None) for index in range(4)],
         ["a", "b", "c", "d"],
-        Batch(torch.zeros(4, 4, dtype=torch.int64), mask),
+        Batch(torch.zeros(4, 4, dtype=torch.int64), MASK),
         torch.tensor([True, True, True, False]),
-        -0.9 * mask,
+        -0.9 * MASK,
     )
     numbers = {
-        "episodes": episodes,
-        "reward_parts": {"rule": torch.tensor([0.0, 0.0, 0.0, 2.0])},
-        "task_rewards": torch.tensor([0.0, 0.0, 0.0, 2.0]),
-        "old_logprobs": -1.0 * mask,
-        "reference_logprobs": -1.5 * mask,
+        "rollout": rollout,
+        "logprobs": -1.0 * MASK,
+        "reference_logprobs": -1.5 * MASK,
         "values": None,
-        "advantages": mask.float(),
+        "advantages": MASK.float(),
         "returns": None,
-        "weights": mask.float(),
-        "kept": torch.arange(4),
+        "weights": MASK.float(),
+        "trainable": torch.arange(4),
         "n_ids": 8,
-        "sampled": Sampled(2, 1, 0.5),
     }
-    return Rollouts(**(numbers | changes))
+    return PPOBuffer(**(numbers | changes))
 
 
 def test_panel_by_hand() -> None:
-    found = health.rollout_metrics(buffer(), settings(advantage="grpo", group_size=2, kl_coef=0.3))
+    found = monitor.rollout_metrics(
+        buffer(), SCORES, GROUPS, ppo_config(advantage="grpo", group_size=2, kl_coef=0.3)
+    )
     expected = {
         "reward": 0.5,
         "reward_std": 0.75**0.5,
         "reward_rule": 0.5,
+        "graded_right": 0.25,
         "kl": 0.5,
         "kl_k3": 2.718281828**-0.5 + 0.5 - 1,
         "kl_response": 1.0,  # 8 tokens of half a nat in 4 responses
@@ -63,50 +68,50 @@ def test_panel_by_hand() -> None:
         "dead_groups": 0.5,
     }
     assert found == {name: pytest.approx(value, abs=1e-5) for name, value in expected.items()}
-    assert health.correlation(torch.ones(3), torch.arange(3.0)) == 0.0
+    assert monitor.correlation(torch.ones(3), torch.arange(3.0)) == 0.0
 
 
 def test_samples_can_be_read() -> None:
-    first, second = health.samples(buffer(kept=torch.tensor([1])), 2)
+    first, second = monitor.readable_rows(buffer(trainable=torch.tensor([1])), SCORES, 2)
     assert (
         first | {"id": "0", "response": "a", "rewards": {"rule": 0.0}, "tokens": 1, "learned": False} == first
     )
-    assert second["kl"] == 1.0 and second["learned"] and health.samples(buffer(), 0) == []
+    assert second["kl"] == 1.0 and second["learned"] and monitor.readable_rows(buffer(), SCORES, 0) == []
 
 
 def test_start_is_refused_where_the_models_disagree() -> None:
-    numbers = settings(group_size=1)
-    same = buffer(reference_logprobs=buffer().old_logprobs)
-    good = health.rollout_metrics(same, numbers) | {"sampler_mismatch": 1e-6}
-    health.check_start(good, same, same_reference=True)
-    health.check_start(good, buffer(), same_reference=False)
+    numbers = ppo_config(group_size=1)
+    same = buffer(reference_logprobs=buffer().logprobs)
+    good = monitor.rollout_metrics(same, SCORES, GROUPS, numbers) | {"sampler_mismatch": 1e-6}
+    monitor.check_start(good, same, same_reference=True)
+    monitor.check_start(good, buffer(), same_reference=False)
     with pytest.raises(UserError, match="reference differs from the untrained actor by 0.5 nats"):
-        health.check_start(good, buffer(), same_reference=True)
+        monitor.check_start(good, buffer(), same_reference=True)
     with pytest.raises(UserError, match="sampler and training forward differ by 0.1 nats"):
-        health.check_start(good | {"sampler_mismatch": 0.1}, same, same_reference=True)
+        monitor.check_start(good | {"sampler_mismatch": 0.1}, same, same_reference=True)
 
 
 def test_first_update_is_refused_without_gradient_or_with_another_policy() -> None:
     good = {"first_ratio_deviation": 1e-6, "grad_norm": 1.0}
-    assert health.check_first_update(good, buffer())
+    assert monitor.check_first_update(good, buffer())
     with pytest.raises(UserError, match="first probability ratio is off 1 by 0.5"):
-        health.check_first_update(good | {"first_ratio_deviation": 0.5}, buffer())
+        monitor.check_first_update(good | {"first_ratio_deviation": 0.5}, buffer())
     with pytest.raises(UserError, match="advantages but no gradient"):
-        health.check_first_update(good | {"grad_norm": 0.0}, buffer())
+        monitor.check_first_update(good | {"grad_norm": 0.0}, buffer())
     nothing = buffer(advantages=torch.zeros(4, 4))  # equal rewards: nothing to learn is no mistake
-    assert not health.check_first_update(good | {"grad_norm": 0.0}, nothing)
-    empty = buffer(kept=torch.zeros(0, dtype=torch.int64))  # nor is a buffer without an episode to learn from
-    assert not health.check_first_update(good | {"first_ratio_deviation": 0.0, "grad_norm": 0.0}, empty)
+    assert not monitor.check_first_update(good | {"grad_norm": 0.0}, nothing)
+    empty = buffer(trainable=torch.zeros(0, dtype=torch.int64))  # nor is a buffer without an episode to learn from
+    assert not monitor.check_first_update(good | {"first_ratio_deviation": 0.0, "grad_norm": 0.0}, empty)
 
 
 def test_kl_controller_by_hand() -> None:
-    numbers = settings(kl_target=2.0, kl_horizon=100.0)
-    assert health.kl_factor(2.0, 10, numbers) == 1.0
-    assert health.kl_factor(2.2, 10, numbers) == pytest.approx(1.1**0.1)
-    assert health.kl_factor(9.0, 100, numbers) == pytest.approx(1.2)  # clipped at 0.2
-    assert health.kl_factor(0.0, 100, numbers) == pytest.approx(0.8)
-    assert health.kl_factor(0.0, 1000, numbers) == pytest.approx(0.8**10)  # a large buffer leaves it positive
-    assert health.kl_factor(9.0, 10, settings()) == 1.0
+    numbers = ppo_config(kl_target=2.0, kl_horizon=100.0)
+    assert monitor.kl_factor(2.0, 10, numbers) == 1.0
+    assert monitor.kl_factor(2.2, 10, numbers) == pytest.approx(1.1**0.1)
+    assert monitor.kl_factor(9.0, 100, numbers) == pytest.approx(1.2)  # clipped at 0.2
+    assert monitor.kl_factor(0.0, 100, numbers) == pytest.approx(0.8)
+    assert monitor.kl_factor(0.0, 1000, numbers) == pytest.approx(0.8**10)  # a large buffer leaves it positive
+    assert monitor.kl_factor(9.0, 10, ppo_config()) == 1.0
 
 
 WELL = {
@@ -141,32 +146,32 @@ WELL = {
 def test_an_alarm_names_its_flag_and_does_not_repeat(
     ill: dict[str, float], flag: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    alarms = health.Alarms(logging.getLogger("test"), {})
-    assert not alarms.look(1, WELL) and not alarms.warn(1, {}) and not caplog.records
+    alarms = monitor.Monitor(logging.getLogger("test"), {})
+    assert not alarms.check(1, WELL) and not alarms.warn(1, {}) and not caplog.records
     said = []
-    for step in (*range(2, 12), 2 + health.REPEAT):
-        shown = alarms.look(step, WELL | ill)
+    for step in (*range(2, 12), 2 + monitor.REPEAT):
+        shown = alarms.check(step, WELL | ill)
         ((name, advice),) = shown.items()
         assert flag in advice
         said.append(alarms.warn(step, shown))
     assert said == [[f"{name}: {advice}"], *([[]] * 9), [f"{name}: {advice}"]]
     assert [record.getMessage() for record in caplog.records] == [
-        f"buffer {step}: {name}: {advice}" for step in (2, 2 + health.REPEAT)
+        f"buffer {step}: {name}: {advice}" for step in (2, 2 + monitor.REPEAT)
     ]
 
 
 def test_the_summary_counts_the_buffers_of_each_alarm_over_a_resume(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     logger, state = logging.getLogger("test"), {}
-    alarms = health.Alarms(logger, state)
+    alarms = monitor.Monitor(logger, state)
     alarms.summary(3)
     assert caplog.records.pop().getMessage() == "no alarm in 3 buffers"
     for step in range(1, 9):
         if step == 5:  # saved and resumed
             saved = json.loads(json.dumps(state))
-            alarms = health.Alarms(logger, state)
+            alarms = monitor.Monitor(logger, state)
             state.update(saved)
-        alarms.look(step, WELL | {"kl": 0.6 if step % 2 else 0.0, "reward_std": float(step != 7)})
+        alarms.check(step, WELL | {"kl": 0.6 if step % 2 else 0.0, "reward_std": float(step != 7)})
     alarms.summary(8)
     far, none = (record.getMessage() for record in caplog.records)
     assert far.startswith("alarm in 4 of 8 buffers, from 1 to 7: far away: the policy is over 0.5 nats")
@@ -180,13 +185,13 @@ def test_hacking_is_a_rising_verifier_with_falling_answers(
     for sign, rings in ((1, False), (-1, True)):
         caplog.clear()
         state: dict[str, object] = {}
-        alarms = health.Alarms(logging.getLogger("test"), state)
-        for step in range(health.WINDOW + health.REPEAT // 2):
+        alarms = monitor.Monitor(logging.getLogger("test"), state)
+        for step in range(monitor.WINDOW + monitor.REPEAT // 2):
             noise = 0.01 * (-1) ** step
             rewards = {"reward_verifier": 0.1 * step + noise, "graded_right": 0.5 + sign * 0.01 * step + noise}
-            alarms.warn(step, alarms.look(step, WELL | rewards))
-            if step in (stopped_after, health.WINDOW + 2):  # before the alarm and behind it: saved and resumed
+            alarms.warn(step, alarms.check(step, WELL | rewards))
+            if step in (stopped_after, monitor.WINDOW + 2):  # before the alarm and behind it: saved and resumed
                 saved = json.loads(json.dumps(state))
-                alarms = health.Alarms(logging.getLogger("test"), state)
+                alarms = monitor.Monitor(logging.getLogger("test"), state)
                 state.update(saved)
         assert caplog.text.count("found the verifier's weakness") == rings

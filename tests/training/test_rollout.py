@@ -1,4 +1,4 @@
-"""src/training/rollouts.py: which episodes a buffer holds, and how they lie in it."""
+"""src/training/rollout.py: which episodes a buffer holds, and how they lie in it."""
 
 import logging
 
@@ -9,11 +9,13 @@ from src import assemble
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt
 from src.errors import UserError
+from src.evaluation.grade import Grader
+from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
-from src.training.rollouts import fitting_prompts, greedy_accuracy, sample_episodes
+from src.training.rollout import Rollout, fitting_prompts, greedy_accuracy, sample_rollout
 from tests.conftest import Folders
-from tests.training.workers import PROMPTS, settings
+from tests.training.workers import PROMPTS
 
 
 @pytest.fixture
@@ -21,36 +23,47 @@ def actor(folders: Folders) -> Decoder:
     return assemble.load_solver(folders.one)
 
 
+SAMPLING = Sampling(temperature=0.8, max_new_tokens=6, seed=11)
+
+
+def sample(
+    actor: Decoder, prompts: list[Prompt], tokenizer: Tokenizer, first_sample: int, group_size: int = 1
+) -> Rollout:
+    options = {"group_size": group_size, "first_sample": first_sample, "max_batch_size": 4}
+    return sample_rollout(actor, prompts, tokenizer, SAMPLING, **options)
+
+
 def test_episodes_are_sampled_in_prompt_order_and_reproducibly(actor: Decoder, tokenizer: Tokenizer) -> None:
-    numbers = settings()
-    found = sample_episodes(actor, PROMPTS, tokenizer, numbers, step=0)
+    found = sample(actor, PROMPTS, tokenizer, 0)
     assert found.prompts == PROMPTS
     for prompt, tokens, mask, text in zip(PROMPTS, *found.batch[:2], found.responses, strict=True):
         ids = encode_prompt(tokenizer, prompt.instruction)
         assert tokens[: len(ids)].tolist() == ids and mask.nonzero()[0] == len(ids)
         assert tokenizer.decode(tokens[mask].tolist()) == text
-    again = sample_episodes(actor, PROMPTS[::-1], tokenizer, numbers, step=0)
+    again = sample(actor, PROMPTS[::-1], tokenizer, 0)
     assert again.responses[::-1] == found.responses
-    assert sample_episodes(actor, PROMPTS, tokenizer, numbers, step=1).responses != found.responses
+    assert sample(actor, PROMPTS, tokenizer, 1).responses != found.responses
     assert torch.equal(found.lengths, found.batch.response_mask.sum(1))
     assert torch.equal(found.last, torch.tensor([int(mask.nonzero().max()) for mask in found.batch[1]]))
 
 
-def test_groups_of_different_steps_do_not_share_samples(actor: Decoder, tokenizer: Tokenizer) -> None:
-    numbers = settings(advantage="grpo", group_size=3, max_buffer_size=18)
-    first, second = (sample_episodes(actor, PROMPTS[:2], tokenizer, numbers, step) for step in (0, 1))
+def test_groups_of_different_iterations_do_not_share_samples(actor: Decoder, tokenizer: Tokenizer) -> None:
+    first, second = (sample(actor, PROMPTS[:2], tokenizer, number, 3) for number in (0, 3))
     assert [prompt.id for prompt in first.prompts] == ["0", "0", "0", "1", "1", "1"]
     assert len(set(first.responses + second.responses)) > 8  # of 12
 
 
 def test_greedy_accuracy_counts_every_prompt(actor: Decoder, tokenizer: Tokenizer) -> None:
-    def two_right(responses: list[str], labels: list[str]) -> list[str]:
-        assert labels == ["4"] * 5
-        return ["right", "wrong", "unparsed", "right", "timeout"]
-
-    assert greedy_accuracy(actor, PROMPTS, tokenizer, two_right, settings()) == pytest.approx(0.4)
-    left_out = {"n_left_out": 3}  # too long to be answered: not right
-    assert greedy_accuracy(actor, PROMPTS, tokenizer, two_right, settings(), **left_out) == pytest.approx(2 / 8)
+    greedy = Sampling(max_new_tokens=6, seed=11)
+    answers = sample_rollout(actor, PROMPTS, tokenizer, greedy, group_size=1, first_sample=0, max_batch_size=4)
+    with Grader("toy") as grader:
+        found = [grader.grade_one(response, "4").answer for response in answers.responses]
+        prompts = [
+            prompt._replace(label=answer if index in (1, 3) and answer else "no number")
+            for index, (prompt, answer) in enumerate(zip(PROMPTS, found, strict=True))
+        ]
+        n_right = sum(prompt.label != "no number" for prompt in prompts)
+        assert greedy_accuracy(actor, prompts, tokenizer, greedy, grader, 4) == pytest.approx(n_right / 5)
 
 
 def test_prompts_that_leave_a_model_no_token_are_left_out_counted_and_named(

@@ -1,0 +1,159 @@
+"""The flags of scripts as frozen dataclasses: each is declared once, with its type, bounds, default and meaning.
+
+A class is a group of --help, named by the first line of its docstring; a script's config inherits the groups that it
+needs and adds its own:
+
+    @dataclass(frozen=True, kw_only=True)
+    class SolverTrainConfig(TrainConfig):
+        \"\"\"Supervised fine-tuning\"\"\"
+        eval_file: str = flag("", "rows whose loss is measured while training")
+        lr: NonNegative = 2e-5          # another default; its meaning and group stay those of OptimizerFlags
+
+`cli.run(main)` builds the object that `main(config: SolverTrainConfig)` takes from the words of the command line and
+the file that --config names. Making one does no work but to check its numbers and what goes together.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+from src.errors import UserError
+
+
+class Bounds(NamedTuple):
+    """The values a flag may hold, in words and as a test that NaN fails."""
+
+    expects: str
+    allow: Callable[[Any], bool]
+
+
+Count = Annotated[int, Bounds("1 or more", lambda x: x >= 1)]
+CountOrOff = Annotated[int, Bounds("1 or more, or -1", lambda x: x >= 1 or x == -1)]
+CountOrZero = Annotated[int, Bounds("0 or more", lambda x: x >= 0)]
+NonNegative = Annotated[float, Bounds("0 or more", lambda x: 0 <= x < math.inf)]
+NonNegativeOrOff = Annotated[float, Bounds("0 or more, or -1", lambda x: 0 <= x < math.inf or x == -1)]
+Positive = Annotated[float, Bounds("more than 0", lambda x: 0 < x < math.inf)]
+PositiveOrOff = Annotated[float, Bounds("more than 0, or -1", lambda x: 0 < x < math.inf or x == -1)]
+Share = Annotated[float, Bounds("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+ShareOrOff = Annotated[float, Bounds("a number from 0 to 1, or -1", lambda x: 0 <= x <= 1 or x == -1)]
+TopP = Annotated[float, Bounds("more than 0 and at most 1", lambda x: 0 < x <= 1)]
+AtLeastOne = Annotated[float, Bounds("a number of at least 1", lambda x: 1 <= x < math.inf)]
+Counts = Annotated[list[int], Bounds("1 or more each", lambda x: len(x) > 0 and all(n >= 1 for n in x))]
+Weights = Annotated[list[float], Bounds("0 or more each", lambda x: all(0 <= one < math.inf for one in x))]
+Seed = Annotated[int, Bounds("a whole number of 64 bits", lambda x: -(2**63) <= x < 2**63)]
+
+Schedule = Literal["cosine", "linear", "constant"]
+Recomputed = Literal["none", "selective", "full"]
+Resume = Literal["none", "auto"]
+StoredType = Literal["", "float32", "bfloat16", "float16"]
+LINEARS = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
+
+
+def flag(default: object = MISSING, help: str = "") -> Any:
+    """A field of a config: its default (none: the flag is required) and its meaning in --help."""
+    metadata = {"help": " ".join(help.split())}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The run"""
+
+    seed: Seed = flag(1, "seed of everything random: data order, sampling, new adapters")
+    dry_run: bool = flag(False, "print the plan - steps, memory of each rank, disk, an example - and stop")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that its flag cannot mean: no samples, a negative rate."""
+        hints = get_type_hints(type(self), include_extras=True)
+        for each in fields(self):
+            for bounds in getattr(hints[each.name], "__metadata__", ()):
+                check_bounds(each.name, getattr(self, each.name), bounds)
+
+    def flags(self) -> dict[str, Any]:
+        """Every flag by name, as run.json records it and --config reads it back."""
+        return asdict(self)
+
+
+def check_bounds(name: str, value: object, bounds: Bounds) -> None:
+    """Raise UserError unless the bounds allow the value of the flag."""
+    if not bounds.allow(value):
+        raise UserError(f"--{name} is {value}, expected {bounds.expects}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFlags(Config):
+    """Optimizer"""
+
+    lr: NonNegative = flag(1e-5, "peak learning rate of AdamW")
+    schedule: Schedule = flag("cosine", "how the rate falls after it has risen")
+    warmup_ratio: Share = flag(0.03, "share of all steps in which the rate rises")
+    min_lr_ratio: Share = flag(0.1, """share of the peak rate that the last step has, unless the schedule is
+        constant""")
+    weight_decay: NonNegative = flag(0.0, "decay of weight matrices")
+    max_grad_norm: Positive = flag(1.0, "gradients are clipped to this global norm")
+    activation_checkpointing: Recomputed = flag("none", """what the backward pass computes again to save
+        memory: nothing, feed-forwards, or all""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFlags(Config):
+    """LoRA"""
+
+    lora_rank: CountOrOff = flag(-1, "rank of LoRA adapters; -1 trains all weights")
+    lora_alpha: Positive = flag(16.0, "adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: list[str] = flag(LINEARS, "linears that carry an adapter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingFlags(Config):
+    """Saving and resuming"""
+
+    eval_every: CountOrOff = flag(-1, "steps between measurements on held-out rows; -1 = after each epoch")
+    save_every: CountOrOff = flag(-1, "steps between checkpoints to resume from; -1 = after each epoch")
+    keep_last: Count = flag(1, "how many of those are kept")
+    background_save: bool = flag(False, """write checkpoints to resume from while training goes on; a copy of
+        what they hold is then in main memory until they are written""")
+    resume: Resume = flag("none", "auto = go on from the newest complete one in save_dir, if there is one")
+    save_dtype: StoredType = flag("", """type of the stored weights; default: as in ckpt_dir (adapters:
+        float32)""")
+
+    def is_eval_due(self, n_done: int, steps_per_epoch: int, total_steps: int) -> bool:
+        """Whether held-out rows are measured after so many steps."""
+        every = self.eval_every if self.eval_every > 0 else steps_per_epoch
+        return n_done % every == 0 or n_done == total_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(Config):
+    """Model, batches and steps"""
+
+    model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
+        params.json says""")
+    tokenizer_file: str = flag("", "tokenizer file of any kind; default: the one in ckpt_dir")
+    tensor_parallel_size: CountOrOff = flag(-1, """ranks that share one model; the others take other rows. -1
+        = the shards of ckpt_dir, if they divide the ranks, else all ranks""")
+    max_batch_size: Count = flag(1, "rows in one forward pass")
+    epochs: Count = flag(1, "passes over the training file")
+    max_steps: CountOrOff = flag(-1, "stop after so many optimizer steps; -1 = after all epochs")
+    wandb: str = flag("", """PROJECT or PROJECT/NAME to show the metrics under in Weights & Biases;
+        WANDB_MODE=offline keeps them in the run's directory""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunFlags, OptimizerFlags, LoraFlags, SavingFlags):
+    """Files and rows"""  # of the trainers that go over the rows of a file
+
+    ckpt_dir: str = flag(help="checkpoint directory to start from")
+    save_dir: str = flag(help="directory for epoch-N checkpoints, the final one, metrics.jsonl and run.json")
+    max_seq_len: CountOrOff = flag(-1, """longest prompt + answer in tokens, at most the model's context; -1 =
+        512, or that if it is less""")
+    accumulation_steps: Count = flag(1, "forward passes in one optimizer step")
+    packing: bool = flag(True, """lay the rows of a forward pass end to end instead of padding them; the
+        update is the same""")
+    optimizer: Literal["adamw", "adamw_8bit"] = flag("adamw", """AdamW with its moments in float32, or in 8
+        bits (torchao), a quarter of their memory""")
+    lora_dropout: Annotated[float, Bounds("0 or more and less than 1", lambda x: 0 <= x < 1)] = flag(0.0,
+        "dropout before the adapters")

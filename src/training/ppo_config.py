@@ -1,0 +1,304 @@
+"""The flags of ppo_train.py: PPO and its relatives without a critic, and which of their numbers go together."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from src.config import (
+    Bounds,
+    Config,
+    Count,
+    CountOrOff,
+    CountOrZero,
+    LoraFlags,
+    NonNegative,
+    NonNegativeOrOff,
+    OptimizerFlags,
+    Positive,
+    PositiveOrOff,
+    RunFlags,
+    SavingFlags,
+    Share,
+    ShareOrOff,
+    Weights,
+    flag,
+)
+from src.data.encoding import StepKind
+from src.errors import UserError
+
+Advantage = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"]
+Aggregation = Literal["token-mean", "seq-mean", "seq-sum", "seq-constant"]
+
+
+class Estimator(NamedTuple):
+    """What an advantage estimator needs, and the defaults that go with it by the name of their flag."""
+
+    has_critic: bool
+    least_group: int
+    defaults: Mapping[str, object]
+
+
+GROUP = {"group_size": 8, "kl_coef": 0.0, "clip_high": 0.28}
+# Critic-free estimators: Shao et al. 2024 (GRPO), Liu et al. 2025 (Dr. GRPO), Ahmadian et al. 2024 (RLOO),
+# Hu et al. 2025 (REINFORCE++). The wider upper clip is DAPO's (Yu et al. 2025).
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": Estimator(True, 1, {"group_size": 1, "kl_coef": 0.02, "loss_aggregation": "token-mean"}),
+    "grpo": Estimator(False, 2, GROUP | {"loss_aggregation": "seq-mean"}),
+    "dr_grpo": Estimator(False, 2, GROUP | {"loss_aggregation": "seq-constant"}),
+    "rloo": Estimator(False, 2, {"group_size": 8, "kl_coef": 0.02, "loss_aggregation": "token-mean"}),
+    "reinforce++": Estimator(False, 1, {"group_size": 1, "kl_coef": 0.02, "loss_aggregation": "token-mean"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(Config):
+    """Rollouts"""
+
+    max_buffer_size: Count = flag(96, "episodes in one rollout buffer, over all ranks")
+    rollout_batch_size: Count = flag(64, "sequences that decode at once on a rank")
+    temperature: NonNegative = flag(1.0, "sampling temperature; ratios and KL are at the same temperature")
+    max_new_tokens: Count = flag(256, "longest response")
+    group_size: CountOrOff = flag(-1, "responses to each prompt; -1 = 8 for grpo, dr_grpo and rloo, else 1")
+    filter_groups: bool = flag(False, "do not learn from groups whose rewards are all equal")
+    max_refills: CountOrZero = flag(0, """how often a buffer is refilled with groups of further prompts for
+        those that were filtered out""")
+    rollout_samples: CountOrZero = flag(8, "episodes of each buffer written to rollouts/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFlags(Config):
+    """Rewards"""
+
+    reward: list[str] = flag(["verifier"], """one or more, added up: verifier = its score (pairwise, outcome)
+        or those of the steps (process); rule = 1 for an answer that grades right against the label, else 0 (0
+        without a label beside another reward); FILE.py:FUNCTION = what your function (prompt, response, label
+        or None) -> number says""")
+    reward_weights: Weights = flag([], "what each of them weighs, 0 to log it only; default: 1 each")
+    outcome_reward: Literal["probability", "logit"] = flag("probability", """what an outcome verifier gives:
+        its probability, or its normalised logit""")
+    step_reward: Literal["raw", "min-drop", "prod-drop"] = flag("min-drop", """what a process verifier gives
+        at the end of a step: raw = its probability; min-drop, prod-drop = how far it takes the least, or the
+        product of, probabilities so far down""")
+    step_bonus: Annotated[float, Bounds("a finite number", math.isfinite)] = flag(0.0, """added at the end of
+        every step that a process verifier scores""")
+    step: Literal["", StepKind] = flag("", """what a step is: a paragraph, with a blank line behind it, or a
+        line; default: what it was in the verifier's training, which nothing else may be""")
+    reward_clip: NonNegative = flag(5.0, """pairwise scores and outcome logits are kept within so many
+        deviations of their mean; 0 = no limit""")
+    format_penalty: NonNegative = flag(0.0, """taken from the reward of a response in which --task finds no
+        answer""")
+    truncated: Literal["penalty", "zero", "mask"] = flag("penalty", """what befalls a response that did not
+        end: penalty; zero = it earns nothing, and keeps what it loses; mask = nothing is learned""")
+    missing_eos_penalty: NonNegative = flag(1.0, """taken from the reward of a response that did not end by
+        itself""")
+    overlong_buffer: CountOrZero = flag(0, """tokens before the limit in which that penalty sets in, growing
+        linearly""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlFlags(Config):
+    """KL to the reference"""
+
+    kl_coef: NonNegativeOrOff = flag(-1.0, """weight of the per-token KL (k1) to the reference in the reward;
+        -1 = 0.02, for grpo and dr_grpo 0""")
+    kl_loss: Literal["none", "k2", "k3"] = flag("none", """a KL term in the loss: k2 has the KL's gradient,
+        k3 (GRPO's) less variance and a bias""")
+    kl_loss_coef: NonNegative = flag(1e-3, "its weight")
+    kl_target: PositiveOrOff = flag(-1.0, """nats of KL a response that both weights are steered to; -1 =
+        weights stay fixed""")
+    kl_horizon: Positive = flag(10_000.0, """episodes in which a KL twice the target multiplies the weights
+        by 1.2""")
+    reference_refresh: CountOrOff = flag(-1, """buffers after which the reference becomes the actor as it is
+        saved then; -1 = it stays""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageFlags(Config):
+    """Advantages"""
+
+    advantage: Advantage = flag("gae", """gae = PPO with a critic; the others have none: grpo, dr_grpo and
+        rloo compare the responses to one prompt, reinforce++ compares all of a buffer (and, in groups, takes
+        off the group's mean)""")
+    gamma: Share = flag(1.0, "discount")
+    gae_lambda: ShareOrOff = flag(-1.0, """lambda of generalised advantage estimation; -1 = 1 for --reward
+        rule alone, else 0.95""")
+    critic_lambda: ShareOrOff = flag(-1.0, """lambda of the returns that the critic learns (VAPO's decoupled
+        GAE); -1 = as gae_lambda""")
+    whiten_rewards: bool = flag(False, "divide the rewards, KL included, by their deviation over the buffer")
+    whiten_advantages: bool = flag(True, """gae and reinforce++: bring the advantages of a buffer, over all
+        ranks, to mean 0 and variance 1""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateFlags(Config):
+    """Updates"""
+
+    inner_epochs: Count = flag(2, "passes over each buffer")
+    minibatches: Count = flag(4, "optimizer steps in each pass")
+    clip_ratio: Positive = flag(0.2, "probability ratios are clipped to 1 - this ... 1 + clip_high")
+    clip_high: PositiveOrOff = flag(-1.0, "-1 = 0.28 for grpo and dr_grpo, else as clip_ratio")
+    dual_clip: NonNegative = flag(0.0, """bound of the ratio also where the advantage is negative, 3 is usual;
+        0 = none""")
+    value_clip: Positive = flag(0.2, """the critic moves at most this far from its rollout values without
+        penalty""")
+    entropy_coef: NonNegative = flag(0.0, """weight of the policy's entropy, which the loss then rewards; it
+        is logged in any case""")
+    loss_aggregation: Literal["", Aggregation] = flag("", """what the policy loss is a mean over: tokens, or
+        sequences of the mean or sum of their tokens or of their sum / max_new_tokens; default: token-mean,
+        for grpo seq-mean, for dr_grpo seq-constant""")
+    tis_cap: Annotated[float, Bounds("1 or more, or 0", lambda x: 1 <= x < math.inf or x == 0)] = flag(0.0,
+        """weigh each token by its probability in training over that in sampling, at most this (truncated
+        importance sampling); 0 = off""")
+    critic_lr: NonNegative = flag(9e-6, "peak learning rate of the critic")
+    critic_warmup: Annotated[int, Bounds("0 or more, or -1", lambda x: x >= -1)] = flag(-1, """first buffers,
+        from which only the critic learns; -1 = a tenth of all, at most 10""")
+    adam_eps: Positive = flag(1e-8, "what Adam adds to the root of its second moment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(
+    RunFlags, SamplingFlags, RewardFlags, KlFlags, AdvantageFlags, UpdateFlags, OptimizerFlags, LoraFlags, SavingFlags
+):
+    """Models and data"""
+
+    actor_ckpt_dir: str = flag(help="""solver to improve; a frozen copy of it, or with LoRA itself without
+        adapters, is the reference""")
+    actor_save_dir: str = flag(help="directory for the improved solver, metrics.jsonl, run.json and rollouts/")
+    critic_ckpt_dir: str = flag("", """verifier that the critic starts from; a solver will do (its value head
+        starts at zero)""")
+    critic_save_dir: str = flag("", "directory for the critic; only --advantage gae has one")
+    reward_model_ckpt_dir: str = flag("", "verifier that scores responses; needed for --reward verifier")
+    train_file: str = flag("dataset/GSM8K/train.json", """prompts, json array or jsonl of {"instruction",
+        "label"?}; --reward rule alone needs labels. Those that fill a model's context are left out, counted
+        and named""")
+    eval_file: str = flag("", """prompts with labels on which greedy accuracy is measured, first of all (step
+        0 in metrics.jsonl); the best actor is kept as best/ if it is better than the one started from. Those
+        that fill the context are wrong""")
+    task: Literal["GSM8K", "MATH", "toy"] = flag("GSM8K", """how --reward rule and --eval_file find and
+        compare answers""")
+    log_dir: str = flag("", "directory for metrics.jsonl, run.json and rollouts/; default: actor_save_dir")
+    quantize: Literal["", "int8", "int4"] = flag("", """hold the frozen models, verifier and (without LoRA)
+        reference, in 8 or 4 bits a weight; with such a reference the first KL is not 0""")
+    share_base: bool = flag(False, """with --lora_rank: hold the weights below all adapters once; actor,
+        critic and verifier must be the same full weights or adapters on them""")
+    phases: bool = flag(False, """hold each model, and its optimizer's state, only while a phase uses it; the
+        rest waits in CPU memory, on a CPU in files; the results are the same""")
+    stop_on_alarm: bool = flag(False, """save and stop with status 1 at an alarm; with --resume auto the run
+        goes on, and the same alarm stops it again 20 buffers later at the earliest""")
+    lr: NonNegative = flag(1e-6, "peak learning rate of the actor")
+    max_batch_size: Count = flag(4, "episodes in one training forward pass of a rank")
+    epochs: Count = flag(1, "passes over the prompts")
+    max_steps: CountOrOff = flag(-1, "stop after so many buffers; -1 = after all epochs")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained."""
+        return ESTIMATORS[self.advantage].has_critic
+
+    @property
+    def prompts_per_buffer(self) -> int:
+        """Prompts whose groups fill a buffer."""
+        return self.max_buffer_size // self.group_size
+
+    @property
+    def steps_per_buffer(self) -> int:
+        """Optimizer steps for each buffer."""
+        return self.inner_epochs * self.minibatches
+
+    def warmup_iterations(self, n_iterations: int) -> int:
+        """First iterations, in which only the critic learns. Raises UserError if there are no others."""
+        if not self.has_critic:
+            return 0
+        if self.critic_warmup > n_iterations:
+            raise UserError(
+                f"--critic_warmup is {self.critic_warmup}, but there are only {n_iterations} buffers; lower it"
+            )
+        return min(10, n_iterations // 10) if self.critic_warmup < 0 else self.critic_warmup
+
+    def with_kl_scale(self, scale: float) -> "PPOConfig":
+        """The same with both KL weights multiplied."""
+        return replace(self, kl_coef=self.kl_coef * scale, kl_loss_coef=self.kl_loss_coef * scale)
+
+    @property
+    def save_dirs(self) -> list[str]:
+        """The directories of the models that learn."""
+        return [self.actor_save_dir, self.critic_save_dir] if self.has_critic else [self.actor_save_dir]
+
+    @property
+    def run_dir(self) -> str:
+        """Where metrics and rollouts are written."""
+        return self.log_dir or self.actor_save_dir
+
+    def __post_init__(self) -> None:
+        """Put the estimator's defaults where a number is -1 or empty. Raises UserError for a contradiction.
+
+        A grader's reward comes at the end and is exact: the returns need no critic to hold their variance down, and
+        lambda is 1.
+        """
+        super().__post_init__()
+        defaults = {"gae_lambda": 1.0 if self.reward == ["rule"] else 0.95} | ESTIMATORS[self.advantage].defaults
+        self._fill_in(defaults)
+        self._fill_in({"clip_high": self.clip_ratio, "critic_lambda": self.gae_lambda})
+        self._check_numbers()
+        self._check_models()
+
+    def _fill_in(self, defaults: Mapping[str, object]) -> None:
+        for name, default in defaults.items():
+            if getattr(self, name) in (-1, ""):
+                object.__setattr__(self, name, default)
+
+    def _check_numbers(self) -> None:
+        least = ESTIMATORS[self.advantage].least_group
+        if self.group_size < least:
+            raise UserError(
+                f"--group_size is {self.group_size}, but --advantage {self.advantage} compares the responses to one "
+                f"prompt; expected {least} or more"
+            )
+        if self.max_buffer_size % self.group_size:
+            raise UserError(
+                f"--max_buffer_size {self.max_buffer_size} episodes are no whole number of groups of --group_size "
+                f"{self.group_size}; give a multiple of it"
+            )
+        if self.temperature <= 0:
+            raise UserError(
+                f"--temperature {self.temperature}: PPO learns from sampled responses; expected more than 0"
+            )
+        if self.dual_clip and self.dual_clip <= 1:
+            raise UserError(f"--dual_clip is {self.dual_clip}, expected more than 1, or 0 for none")
+        if self.filter_groups and self.group_size == 1:
+            raise UserError("--filter_groups drops groups of equal rewards, so --group_size must be 2 or more")
+        if self.max_refills and not self.filter_groups:
+            raise UserError("--max_refills replaces the groups that --filter_groups drops; give both")
+        if self.overlong_buffer and (self.truncated != "penalty" or self.overlong_buffer >= self.max_new_tokens):
+            raise UserError(
+                f"--overlong_buffer {self.overlong_buffer} needs --truncated penalty and more --max_new_tokens than "
+                f"it; they are {self.truncated} and {self.max_new_tokens}"
+            )
+        if self.kl_target >= 0 and not self.kl_coef and self.kl_loss == "none":
+            raise UserError("--kl_target adapts a KL term, but --kl_coef is 0 and --kl_loss none; give one of them")
+        if self.critic_warmup > 0 and not self.has_critic:
+            raise UserError(f"--critic_warmup: --advantage {self.advantage} has no critic")
+
+    def _check_models(self) -> None:
+        if "verifier" in self.reward and not self.reward_model_ckpt_dir:
+            raise UserError("--reward verifier needs --reward_model_ckpt_dir; or grade answers with --reward rule")
+        if self.step and "verifier" not in self.reward:
+            raise UserError(f"--step {self.step} says what a verifier judges; give --reward verifier with it")
+        if not self.has_critic == bool(self.critic_ckpt_dir) == bool(self.critic_save_dir):
+            raise UserError(
+                f"--advantage {self.advantage} {'needs' if self.has_critic else 'has no critic; leave out'} "
+                f"--critic_ckpt_dir and --critic_save_dir"
+            )
+        if self.has_critic and Path(self.actor_save_dir).resolve() == Path(self.critic_save_dir).resolve():
+            raise UserError(
+                "--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other"
+            )
+        if not self.share_base:
+            return
+        if self.lora_rank == -1:
+            raise UserError("--share_base shares frozen weights below adapters; give --lora_rank")
+        for name, off in (("phases", False), ("quantize", ""), ("reference_refresh", -1)):
+            if getattr(self, name) != off:
+                raise UserError(f"--share_base holds one base in float32 for the whole run; leave out --{name}")

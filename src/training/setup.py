@@ -1,0 +1,67 @@
+"""What the trainers that go over the rows of a file set up alike: how rows become steps, the plan, the run."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from src import assemble, parallel, plan, runlog
+from src.config import TrainConfig
+from src.data.batches import Batching
+from src.data.encoding import Encoded
+from src.memory import Pass, Training
+from src.models.config import ModelConfig
+from src.models.decoder import Decoder
+from src.runlog import RunLog
+from src.text.tokenizer import Tokenizer
+from src.training.loop import TrainLoop
+from src.training.resuming import find_start, run_facts
+from src.training.saver import Saver, Trained
+
+
+def open_batching(config: TrainConfig) -> Batching:
+    """How rows become steps on the ranks that run. Raises UserError for ranks that cannot share the model."""
+    n = assemble.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size)
+    return Batching(max_batch_size=config.max_batch_size, accumulation_steps=config.accumulation_steps,
+                    seed=config.seed, rank=parallel.rank() // n, ranks=parallel.world_size() // n)  # fmt: skip
+
+
+def start(
+    config: TrainConfig, trainer: str, batching: Batching, n_rows: int, total_steps: int, **derived: object
+) -> dict[str, object]:
+    """Start the ranks. Returns what the run is known by; derived: values that flags left to something else.
+
+    Raises UserError for a save_dir that would overwrite what the run reads, or that holds another run.
+    """
+    parallel.start(config.seed, assemble.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size))
+    assemble.check_save_dir(config.save_dir, config.ckpt_dir)
+    facts = run_facts(trainer, config.flags(), rows=n_rows, rows_a_step=batching.rows_a_step, **derived)
+    find_start([config.save_dir], config.resume, facts, total_steps)
+    return facts
+
+
+def show_plan(
+    config: TrainConfig, model: ModelConfig, batching: Batching, largest: Pass, examples: Sequence[Encoded],
+    tokenizer: Tokenizer, total_steps: int, quantize: str = "",
+) -> None:  # fmt: skip
+    """Print what the run would need. largest: its largest forward pass."""
+    lora = assemble.lora_config(config, config.lora_dropout)
+    how = Training(lora, quantize, config.activation_checkpointing, batching.ranks, config.accumulation_steps > 1,
+                   parallel.device().type == "cuda", config.optimizer)  # fmt: skip
+    n = assemble.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
+    runlog.table(plan.training(model, n, how, largest, examples, tokenizer, epochs=config.epochs, steps=total_steps))
+
+
+def open_run(
+    config: TrainConfig, model: Decoder, log: RunLog, batching: Batching, n_rows: int, total_steps: int,
+    facts: Mapping[str, object],
+) -> tuple[TrainLoop, Saver]:  # fmt: skip
+    """Give the model its adapters, an optimizer and a place to be saved. facts: those of start()."""
+    lora = assemble.lora_config(config, config.lora_dropout)
+    assemble.put_lora_on(model, lora, config.seed)
+    loop = TrainLoop(model, log, config, total_steps=total_steps, optimizer=config.optimizer)
+    begin_save = partial(assemble.begin_save, model, ckpt_dir=config.ckpt_dir, dtype=config.save_dtype, lora=lora,
+                         tokenizer_file=config.tokenizer_file, background=config.background_save)  # fmt: skip
+    saver = Saver(log, [Trained(config.save_dir, loop, begin_save)], config,
+                  steps_per_epoch=batching.steps_per_epoch(n_rows), total_steps=total_steps,
+                  facts=facts)  # fmt: skip
+    model.train()
+    return loop, saver
