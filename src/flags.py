@@ -176,14 +176,14 @@ def bind(main: Callable[..., None], argv: list[str]) -> Callable[[], None]:
 
 def read_config(file: str, flags: dict[str, Flag]) -> dict[str, Value]:
     """The flags that a json or yaml file gives, or an earlier run's run.json. Raises UserError naming file and key."""
-    path = Path(file)
-    if path.suffix in (".yaml", ".yml"):
+    if Path(file).suffix in (".yaml", ".yml"):
+        jsonfile.check_file(file)
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{file} is not valid yaml: {error}") from None
+            raise UserError(f"{file} is not valid yaml: {' '.join(str(error).split())}") from None
     else:
-        found = jsonfile.read_json(path)
+        found = jsonfile.read_json(file)
     if isinstance(found, dict) and isinstance(found.get("flags"), dict):
         found = found["flags"]  # of run.json
     if not isinstance(found, dict):
@@ -194,7 +194,9 @@ def read_config(file: str, flags: dict[str, Flag]) -> dict[str, Value]:
             flag, negated = _find(f"--{name}", flags)
             if negated:
                 raise UserError(f"write {flag.name}: false")
-            values[name] = _read(flag, [_word(one) for one in value] if isinstance(value, list) else [_word(value)])
+            words = [_word(one) for one in (value if isinstance(value, list) else [value])]
+            takes_none = not words and any(get_origin(kind) is list for kind in flag.kinds)
+            values[flag.name] = [] if takes_none else _read(flag, words)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     return values

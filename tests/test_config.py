@@ -1,0 +1,114 @@
+"""src/config.py and --config: a flag is declared once, and what a run recorded starts the same run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import ppo_train
+import preference_train
+import solver_train
+import verifier_train
+from src.config import Config, NonNegative, OptimizerFlags, TrainConfig, flag
+from src.errors import UserError
+from src.flags import bind, config_of, flags_of, parse
+
+TRAINERS = {
+    solver_train: ["--ckpt_dir=a", "--save_dir=b", "--train_file=c", "--lr=0.25", "--packing=false"],
+    verifier_train: ["--ckpt_dir=a", "--save_dir=b", "--train_file=c,d", "--objective=outcome", "--weights=1,0.5"],
+    preference_train: ["--ckpt_dir=a", "--save_dir=b", "--train_file=c", "--lora_targets=wq,wv"],
+    ppo_train: ["--actor_ckpt_dir=a", "--actor_save_dir=b", "--advantage=grpo", "--reward=rule,x.py:f", "--phases"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small(OptimizerFlags):
+    """Something small"""
+
+    ckpt_dir: str = flag(help="where the weights are")
+    kinds: list[str] = flag(["a", "b"], "kinds of   things\n        there are")
+    lr: NonNegative = 0.5
+
+
+def small(config: Small) -> None:
+    """Nothing."""
+
+
+def test_flags_of_a_config_come_by_group_the_scripts_own_first() -> None:
+    found = flags_of(small)
+    assert list(found)[:3] == ["ckpt_dir", "kinds", "lr"] and list(found)[-2:] == ["seed", "dry_run"]
+    assert {flag.group for flag in found.values()} == {"Something small", "Optimizer", "The run"}
+    assert found["kinds"].meaning == "kinds of things there are" and found["kinds"].default == ["a", "b"]
+    # another default leaves meaning, group and bounds as they are
+    assert found["lr"].default == 0.5 and found["lr"].group == "Optimizer"
+    assert found["lr"].meaning == flags_of(solver_train.main)["lr"].meaning and found["lr"].bounds.expects == "0 or more"
+    assert found["ckpt_dir"].required and not found["lr"].required
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_numbers_out_of_bounds_are_refused_at_birth_and_on_the_command_line(value: float) -> None:
+    for refuse in (lambda: Small(ckpt_dir="x", lr=value), lambda: parse(small, ["--ckpt_dir=x", f"--lr={value}"])):
+        with pytest.raises(UserError, match=f"--lr is {value}, expected 0 or more"):
+            refuse()
+
+
+def test_every_flag_of_the_trainers_has_a_meaning_and_a_group() -> None:
+    for script in TRAINERS:
+        for each in flags_of(script.main).values():
+            assert each.meaning and each.group, each.name
+        assert issubclass(config_of(script.main), Config)
+    assert config_of(TrainConfig.flags) is None  # a function of no config
+
+
+@pytest.mark.parametrize("script", TRAINERS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("form", ["run.json", "flags.json", "flags.yaml"])
+def test_what_a_run_recorded_starts_the_same_run(script: object, form: str, tmp_path: Path) -> None:
+    import yaml
+
+    words = TRAINERS[script]
+    config = bind(script.main, words).args[0]
+    file = tmp_path / form
+    flags = config.flags()
+    file.write_text(yaml.safe_dump(flags) if form.endswith("yaml") else json.dumps(
+        {"command": words, "flags": flags} if form == "run.json" else flags))
+    assert bind(script.main, [f"--config={file}"]).args[0] == config
+    changed = bind(script.main, ["--seed=7", f"--config={file}"]).args[0]  # the command line wins, wherever it stands
+    assert changed.flags() == flags | {"seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lrr: 1", "unknown flag --lrr; did you mean --lr"),
+        ("lr: [1, 2]", "--lr is '1 2', expected number"),
+        ("lr: []", "--lr has no value, expected number"),
+        ("lr: {a: 1}", "found {'a': 1}, expected a text, a number"),
+        ("lr: -2", "--lr is -2.0, expected 0 or more"),
+        ("schedule: cosin", "--schedule is 'cosin', expected cosine|linear|constant; did you mean cosine"),
+        ("packing: maybe", "unknown flag --packing"),
+        ("dry_run: maybe", "--dry_run is 'maybe', expected true|false"),
+        ("nodry_run: true", "write dry_run: false"),
+        ("- 1", "holds list, expected flags by name"),
+        ("a: [", "is not valid yaml"),
+        ("", "holds NoneType, expected flags by name"),
+        ("config: other.yaml", "unknown flag --config"),
+    ],
+)
+def test_a_mistake_in_the_file_names_it(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as problem:
+        parse(small, ["--ckpt_dir=x", f"--config={file}"])
+    assert str(file) in str(problem.value) and message in str(problem.value)
+
+
+def test_a_config_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00lr")
+    for file in ("none.yaml", "none.json", ".", "bytes.yaml"):
+        with pytest.raises(UserError, match=str(tmp_path / file)):
+            parse(small, ["--ckpt_dir=x", f"--config={tmp_path / file}"])
+    (tmp_path / "empty.json").write_text("{}")
+    assert parse(small, ["--ckpt_dir=x", f"--config={tmp_path / 'empty.json'}"]) == {"ckpt_dir": "x"}
+    (tmp_path / "list.yaml").write_text("kinds: []\nlr: 1e-3\nckpt_dir: 12\n")
+    assert parse(small, [f"--config={tmp_path / 'list.yaml'}"]) == {"kinds": [], "lr": 1e-3, "ckpt_dir": "12"}
