@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from src.evaluation import equality
 from src.evaluation.equality import Leaf, split_name
+from src.evaluation.extract import leading_letters
 from src.evaluation.minerva import minerva_string
 from src.evaluation.normalize import join_thousands, normalize, rational
 from src.evaluation.units import quantity
@@ -26,7 +27,6 @@ class AnswerType(NamedTuple):
 ANY = AnswerType()
 Equality = Callable[[str, str, AnswerType, Leaf], bool]  # (answer, label, type, leaf comparer) -> equal?
 
-LETTERS = re.compile(r"\(?([A-Z])\)?(?:[).:,]\s.*|\s+.*)?", re.DOTALL)
 SEVERAL = re.compile(r"\(?[A-Z]\)?(?:(?:\s*(?:,|;|and|&)\s*|\s*)\(?[A-Z]\)?)*")
 TRUTH = {
     word: value
@@ -45,8 +45,7 @@ def choice_letters(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}|[$*]", r"\1", text).strip(" .")
     if SEVERAL.fullmatch(text):
         return "".join(sorted(set(re.findall(r"[A-Z](?![a-z])", text))))
-    match = LETTERS.fullmatch(text)
-    return match.group(1) if match else ""
+    return "".join(sorted(set(leading_letters(text).split(", "))))
 
 
 def same_choice(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
@@ -63,6 +62,8 @@ def same_truth(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> 
 
 def plain_number(text: str) -> Fraction | None:
     """The value of a number with or without "x=", unit and separators of thousands; None for anything else."""
+    if len(text) > equality.MAX_LENGTH:
+        return None
     _, value = split_name(normalize(text))
     return rational(quantity(join_thousands(value)).value)
 

@@ -99,14 +99,13 @@ SPACING = (
         (r"(?:^|(?<=[(\[,;=]))\+", ""),
     )
 )
-SPANS = re.compile(
-    r"(?<!\\)(\$\$?)((?:[^$\\]|\\.)*)(?<!\\)\1|\\\(((?:(?!\\\)).)*)\\\)|\\\[((?:(?!\\\]).)*)\\\]", re.DOTALL
-)
+OPENING = re.compile(r"(?<!\\)\$\$?|\\[(\[]")
+DOLLARS = re.compile(r"(\$\$?)((?:[^$\\]|\\.)*)(?<!\\)\1", re.DOTALL)
+CLOSING = {"\\(": "\\)", "\\[": "\\]"}
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.,/}])[1-9]\d{0,2}(?: \d{3})+(?![\d/]|\s*\\frac)")
 PLAIN = re.compile(r"-?\d+(?:,\d+)*(?:\.\d+)?", re.ASCII)
-TRAILING = re.compile(r"(?:[\s.,;:]|(?<!\\)\\[,;:! ])+$")
 MIXED = re.compile(
     r"(?<![\d.^_,])(\d{1,9})(?:\s*\\frac\s*\{(\d{1,9})\}\s*\{(\d{1,9})\}|\s+(\d{1,9})/(\d{1,9}))"
 )
@@ -128,17 +127,33 @@ DOTS = re.compile(r"(?<![\d.])(\d{0,20})\.(\d{3,40})(?:\.\.\.|\\[lc]?dots(?![a-z
 PERIOD = re.compile(r"(\d*?)(\d{1,10}?)\2+(\d*)")
 
 
+def formulas(text: str) -> list[tuple[int, int, str]]:
+    r"""Where the formulas of a text that marks them by $, $$, \( or \[ start and end, and what they say."""
+    found: list[tuple[int, int, str]] = []
+    for mark in OPENING.finditer(text):
+        start, opening = mark.start(), mark.group()
+        if found and start < found[-1][1]:
+            continue
+        if opening in CLOSING:
+            end = text.find(CLOSING[opening], mark.end())
+            if end >= 0:
+                found.append((start, end + 2, text[mark.end() : end]))
+        elif match := DOLLARS.match(text, start):
+            found.append((start, match.end(), match.group(2)))
+    return found
+
+
 def formulas_only(text: str) -> str:
-    r"""The formulas of a text that marks them by $, \( or \[, as a comma list; words behind a single one stay."""
-    spans = list(SPANS.finditer(text))
-    rest = SPANS.sub(" ", text)
-    if (
-        not spans or re.search(r"\d", rest) or CHANGED.search(rest)
-    ):  # the dollars are money, or the prose matters too
+    """The formulas of a text that marks them, as a comma list; words behind a single one stay."""
+    found = formulas(text)
+    if not found:
         return text
-    formulas = [span.group(2) or span.group(3) or span.group(4) or "" for span in spans]
-    tail = text[spans[0].end() :] if len(spans) == 1 else ""
-    return ",".join(formulas) + " " + tail
+    bounds = [0, *(place for start, end, _ in found for place in (start, end)), len(text)]
+    rest = " ".join(text[start:end] for start, end in zip(bounds[::2], bounds[1::2], strict=True))
+    if re.search(r"\d", rest) or CHANGED.search(rest):  # the dollars are money, or the prose matters too
+        return text
+    tail = text[found[0][1] :] if len(found) == 1 else ""
+    return ",".join(said for _, _, said in found) + " " + tail
 
 
 def unwrap_text(text: str) -> str:
@@ -189,12 +204,29 @@ def exact_decimal(whole: str, start: str, period: str) -> str:
 
 def bracketed_roots(text: str) -> str:
     r"""\sqrt(a(b+1)) as \sqrt{a(b+1)}."""
-    pieces, end = [], 0
-    for match in re.finditer(r"\\sqrt\s*\(", text):
-        if match.start() >= end and (last := closing(text, match.end() - 1)) > 0:
-            pieces += [text[end : match.start()], "\\sqrt{", bracketed_roots(text[match.end() : last]), "}"]
-            end = last + 1
-    return "".join([*pieces, text[end:]])
+    opened: list[int] = []
+    partner: dict[int, int] = {}
+    roots = [match.end() - 1 for match in re.finditer(r"\\sqrt\s*\(", text)]
+    for match in re.finditer(r"[(\[{]|[)\]}]", text) if roots else ():
+        if match.group() in "([{":
+            opened.append(match.start())
+        elif opened:
+            partner[opened.pop()] = match.start()
+    characters = list(text)
+    for root in roots:
+        if root in partner:
+            characters[root], characters[partner[root]] = "{", "}"
+    return "".join(characters) if roots else text
+
+
+def without_end(text: str) -> str:
+    r"""The text without the stops, separators and spaces (\, too) behind it."""
+    while True:
+        kept = text.rstrip(" \t\r\n\f\v.,;:")
+        spaced = kept.endswith("\\!") or len(kept) < len(text) and kept.endswith("\\")  # of \, or \;
+        if not spaced or kept.endswith("\\\\"):
+            return kept
+        text = kept[:-2] if kept.endswith("!") else kept[:-1]
 
 
 def normalize(text: str) -> str:
@@ -204,7 +236,7 @@ def normalize(text: str) -> str:
     text = single_backslashes(latex(text).strip())
     text = MONEY_SIGNS.sub("", formulas_only(text))
     text = digits_for_words(unwrap_text(BOX.sub(r"\1", text)))
-    text = TRAILING.sub("", DOTS.sub(continued, QUOTES.sub("", text.strip()))).lstrip("=: ")
+    text = without_end(DOTS.sub(continued, QUOTES.sub("", text.strip()))).lstrip("=: ")
     text = SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
     if "\\" in text:
         text = rewritten(text, LAYOUT)

@@ -9,7 +9,8 @@ from src.evaluation.grade import Grader
 
 @pytest.mark.parametrize(("text", "letters"), [
     ("C", "C"), ("(C)", "C"), ("(C) 21 apples", "C"), ("C. 21", "C"), ("\\text{(B)}", "B"), ("C and A", "AC"),
-    ("ACD", "ACD"), ("A, C", "AC"), ("21", ""), ("", ""), ("apples", ""), ("Cats", ""),
+    ("ACD", "ACD"), ("A, C", "AC"), ("21", ""), ("", ""), ("apples", ""), ("Cats", ""), ("b", "B"),
+    ("(b)", "B"), ("Option B", "B"), ("A or B", "AB"), ("a train", ""), ("\\text{(d)}", "D"),
 ])
 def test_letters_by_hand(text: str, letters: str) -> None:
     assert choice_letters(text) == letters

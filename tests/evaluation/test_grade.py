@@ -294,3 +294,18 @@ def test_a_long_response_is_searched_in_a_process_under_the_time_limit(monkeypat
         assert math.readable(long + "#### 4") and not math.readable(long)
         monkeypatch.setattr(math.pool, "extract", lambda *request: "timeout")
         assert math.grade_one(long + "\\boxed{4}", "4") == Verdict("timeout", None)
+
+
+@pytest.mark.parametrize("piece", [
+    " ", ". ", "; ", "$ ", "$", "\\(", "\\[", "\\sqrt(", "√(", "sqrt(", "²", "½", "1=", "x=", "*", "\\boxed{1} or ",
+    "1 ", "111 ", "0.3", "0.\\overline{3}", "one ", "two hundred ", "minus ", "1 million ", "km/", "\\\\[1", "\\text{",
+    "\\frac{", "x\\ne1,", "\\pm",
+])
+def test_comparison_of_the_longest_answers_takes_no_time(piece: str) -> None:
+    started = time.monotonic()
+    for before, after in (("", ""), ("1", " x")):
+        answer = before + piece * (3900 // len(piece)) + after
+        for label in ("5", "x+1", "\\$5"):
+            assert not equality.equal(answer, label, lambda first, second: False)
+        equality.equal("5", answer, lambda first, second: False)
+    assert time.monotonic() - started < 5
