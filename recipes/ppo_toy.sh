@@ -17,18 +17,16 @@ learn() {
     local seed=$1 name=$2 dir=$RUN/seed-$1
     shift 2
     stage "seed $seed: $name" "$dir/$name/actor/manifest.json" \
-        python ppo_train.py --actor_ckpt_dir "$dir/sft" --actor_save_dir "$dir/$name/actor" --task toy \
-        --train_file "$RUN/train.json" --eval_file "$RUN/held.json" --eval_every 4 --max_buffer_size 128 \
-        --max_batch_size 64 --rollout_batch_size 256 --max_new_tokens 96 --epochs 2 --max_steps 24 --lr 3e-4 \
-        --save_every 8 --resume auto --seed "$seed" "$@"
+        python ppo_train.py --config recipes/presets/ppo_toy.yaml --actor_ckpt_dir "$dir/sft" \
+        --actor_save_dir "$dir/$name/actor" --train_file "$RUN/train.json" --eval_file "$RUN/held.json" \
+        --resume auto --seed "$seed" "$@"
     stage "seed $seed: evaluate $name" "$dir/$name-test/results.json" \
         sample --ckpt_dir "$dir/$name/actor" --label_file $TOY/test.json --log_dir "$dir/$name-test"
 }
 
 # critic SEED NAME: the flags of PPO with a critic that starts from the solver
 critic() {
-    echo "--critic_ckpt_dir $RUN/seed-$1/sft --critic_save_dir $RUN/seed-$1/$2/critic --critic_lr 1e-3 --gae_lambda 0.95" \
-        "--critic_warmup 2"
+    echo "--critic_ckpt_dir $RUN/seed-$1/sft --critic_save_dir $RUN/seed-$1/$2/critic --critic_warmup 2 --gae_lambda 0.95"
 }
 
 # judged SEED NAME VERIFIER: the flags of PPO against a verifier; the grader only looks on

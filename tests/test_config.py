@@ -42,7 +42,8 @@ def test_flags_of_a_config_come_by_group_the_scripts_own_first() -> None:
     assert found["kinds"].meaning == "kinds of things there are" and found["kinds"].default == ["a", "b"]
     # another default leaves meaning, group and bounds as they are
     assert found["lr"].default == 0.5 and found["lr"].group == "Optimizer"
-    assert found["lr"].meaning == flags_of(solver_train.main)["lr"].meaning and found["lr"].bounds.expects == "0 or more"
+    assert found["lr"].meaning == flags_of(solver_train.main)["lr"].meaning
+    assert found["lr"].bounds.expects == "0 or more"
     assert found["ckpt_dir"].required and not found["lr"].required
 
 
@@ -101,6 +102,14 @@ def test_a_mistake_in_the_file_names_it(text: str, message: str, tmp_path: Path)
     with pytest.raises(UserError) as problem:
         parse(small, ["--ckpt_dir=x", f"--config={file}"])
     assert str(file) in str(problem.value) and message in str(problem.value)
+
+
+def test_the_presets_of_the_recipes_are_read() -> None:
+    presets = list(Path("recipes/presets").glob("*.yaml"))
+    assert presets
+    for file in presets:
+        folders = ["--actor_ckpt_dir=a", "--actor_save_dir=b", "--critic_ckpt_dir=c", "--critic_save_dir=d"]
+        assert bind(ppo_train.main, [*folders, "--reward=rule", f"--config={file}"]).args[0].task == "toy"
 
 
 def test_a_config_that_is_not_there_or_no_text(tmp_path: Path) -> None:
