@@ -6,8 +6,7 @@ directories of tensor-parallel shards all become a Source; tensors are read one 
 
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from src.checkpoint import adapters, convert, peft_layout, storage, training_state
+from src.checkpoint.description import check_counts, choose_description, read_descriptions
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join, reshard
 from src.checkpoint.tensor_files import StoredTensor
 from src.checkpoint.weight_files import OpenedFile, open_file, weight_files
@@ -22,13 +22,9 @@ from src.errors import UserError
 from src.jsonfile import read_json
 from src.models.config import ModelConfig, config_from_dict, refuse_infinities
 from src.models.families import PLAIN
-from src.models.foreign import config_from_hf, family_of
+from src.models.foreign import config_from_hf
 from src.models.lora import LoraConfig
 from src.models.meta import MetaWeights, config_from_meta
-
-_LAYER = re.compile(r"layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_EXPERTS_STACKED = re.compile(r"\.experts\.\w+_stacked")
 
 
 class Source(NamedTuple):
@@ -50,17 +46,15 @@ def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
     if adapter := open_adapter(paths[0], base_dir):
         return merge(adapter)
-    descriptions = _read_descriptions(
-        folder, config_file
-    )  # an unsupported family is named before its tensors
+    descriptions = read_descriptions(folder, config_file)
     if len(paths) == 1 and paths[0].is_dir():
         paths = weight_files(folder)
     files = [open_file(path) for path in paths]
     hf = any(convert.uses_hf_names(file.tensors) for file in files)
-    described, values = _choose_description(descriptions, folder, files[0], hf)
+    described, values = choose_description(descriptions, folder, files[0], hf)
     family = str(values.get("model_type", PLAIN)) if hf else None
     named = [_our_names(file, family) for file in files]
-    _check_counts(values, {name: stored.shape for part in named for name, stored in part.items()}, described)
+    check_counts(values, {name: stored.shape for part in named for name, stored in part.items()}, described)
     if len(named) > 1 and all(set(tensors) == set(named[0]) for tensors in named):
         tensors, config = _join_shards(named, values, described)
     else:
@@ -220,54 +214,6 @@ def local_tensors(
         check_pieces(name, [tuple(piece.shape) for piece in pieces], how, str(folder))
         tensors[name] = functools.partial(reshard, pieces, how, other, index)
     return tensors
-
-
-def _read_descriptions(folder: Path, config_file: str) -> dict[str, dict[str, object]]:
-    """What describes the model, by file: the one named, or params.json and config.json as far as they are there.
-
-    Raises UserError for a family that is not supported, and for numbers that are none.
-    """
-    candidates = [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
-    found = {str(path): read_json(path) for path in candidates if config_file or path.is_file()}
-    for described, values in found.items():
-        refuse_infinities(values, described)
-        if "model_type" in values and "dim" not in values:
-            family_of(values, described)
-    return found
-
-
-def _choose_description(
-    found: dict[str, dict[str, object]], folder: Path, file: OpenedFile, hf: bool
-) -> tuple[str, dict[str, object]]:
-    """Where the model is described, and the description as it stands there."""
-    if found:
-        # tensors under Hugging Face's names go by config.json, as in transformers
-        return list(found.items())[-1 if hf else 0]
-    if file.params is not None:
-        described = f"{file.path} (model_args)"
-        refuse_infinities(file.params, described)
-        return described, file.params
-    raise UserError(f"{folder} has neither params.json nor config.json; name one with --config_file")
-
-
-def _check_counts(values: dict[str, object], shapes: Mapping[str, tuple[int, ...]], described: str) -> None:
-    """Raise UserError where a description counts more layers or experts than the weights hold.
-
-    Whatever is as large as these numbers say comes after this.
-    """
-    layers = {found[1] for name in shapes if (found := _LAYER.match(name))}
-    experts = {found[1] for name in shapes if (found := _EXPERT.search(name))}
-    stacked = [shape[0] for name, shape in shapes.items() if _EXPERTS_STACKED.search(name) and shape]
-    held = {
-        **dict.fromkeys(("n_layers", "num_hidden_layers"), ("layers", len(layers))),
-        **dict.fromkeys(
-            ("n_experts", "num_experts", "num_local_experts"), ("experts", max([len(experts), *stacked]))
-        ),
-    }
-    meta_experts = values.get("moe")
-    for key, value in (values | (meta_experts if isinstance(meta_experts, dict) else {})).items():
-        if key in held and type(value) is int and value > held[key][1]:
-            raise UserError(f"{described}: {key}={value}, but the weights hold {held[key][1]} {held[key][0]}")
 
 
 def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
@@ -446,9 +392,9 @@ def read_config(folder: Path) -> ModelConfig:
     refuse_infinities(values, str(path))
     names = storage.parameter_names(folder)
     if any(".lora_" in name for name in names):  # an adapter has a part of each layer, not of each expert
-        _check_counts({"n_layers": values.get("n_layers")}, dict.fromkeys(names, ()), str(path))
+        check_counts({"n_layers": values.get("n_layers")}, dict.fromkeys(names, ()), str(path))
     elif names:
-        _check_counts(values, dict.fromkeys(names, ()), str(path))
+        check_counts(values, dict.fromkeys(names, ()), str(path))
     return config_from_dict(values, str(path))
 
 

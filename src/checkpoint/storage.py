@@ -336,7 +336,8 @@ def check_complete(folder: Path) -> None:
             else f"{folder} has no params.json: it is no checkpoint, or its save was interrupted; "
             f"make it again with checkpoint_split.py or the trainer"
         )
-    for name, facts in manifest_files(folder).items():
+    known = manifest_files(folder)
+    for name, facts in known.items():
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder} lacks {name}, which its manifest names; restore it or split the checkpoint again"
@@ -347,6 +348,9 @@ def check_complete(folder: Path) -> None:
                 f"{folder / name} has {size} bytes but the manifest says {facts['bytes']}: it was "
                 f"truncated or changed; restore it or split the checkpoint again"
             )
+    for path in (*shard_paths(folder), *shard_paths(folder, ADAPTER)):
+        if known and path.name not in known:
+            raise UserError(f"{path} is not in the manifest beside it: it is of another checkpoint; remove it")
 
 
 def _manifest(folder: Path) -> dict[str, object]:

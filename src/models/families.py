@@ -105,7 +105,7 @@ FAMILIES: dict[str, Family] = {
             "use_logn_attn": ("logn_attention", True),
         },
         facts={"qkv_bias": True},
-        fixed={"no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)},
+        fixed={"rope_scaling": (None, {}), "no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)},
         flags={"use_dynamic_ntk": ("rope_type", "dynamic")},
         ffn_parts=2,
         remote=("Qwen/Qwen-7B", "configuration_qwen.QWenConfig", "modeling_qwen.QWenLMHeadModel"),

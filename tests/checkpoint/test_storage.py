@@ -21,7 +21,9 @@ def save(folder: Path, n: int = 2, kind: str = storage.WEIGHTS) -> Path:
     """A complete directory of n small shards. Returns the directory."""
     with storage.writing(folder):
         for index in range(n):
-            norms = {name: torch.full((8,), float(index)) for name in ("norm.weight", "layers.0.ffn_norm.weight")}
+            norms = {
+                name: torch.full((8,), float(index)) for name in ("norm.weight", "layers.0.ffn_norm.weight")
+            }
             storage.write_shard(folder, kind, index, norms)
         storage.finish(folder, n, {"params.json": CONFIG.to_dict()}, [], {"source": "test"})
     return folder
@@ -55,6 +57,14 @@ def test_hole_in_the_numbering_is_named(tmp_path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "shard of another checkpoint": (
+        lambda folder: torch.save({"norm.weight": torch.ones(8)}, folder / "consolidated.02.pth"),
+        r"consolidated\.02\.pth is not in the manifest",
+    ),
+    "manifest without files": (
+        lambda folder: (folder / "manifest.json").write_text('{"shards": 2, "files": {}}'),
+        r"manifest\.json names no files",
+    ),
     "params.json missing": (
         lambda folder: (folder / "params.json").unlink(),
         r"has no params\.json: it is no checkpoint, or its save was interrupted",

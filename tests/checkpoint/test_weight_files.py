@@ -253,7 +253,8 @@ def test_nan_and_infinity_in_a_description_are_refused_by_key(tmp_path: Path) ->
         write_json(tmp_path / "config.json", HF | {key: value})
         with pytest.raises(UserError, match=rf"config\.json: {named}; expected a finite number"):
             open_source(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(HF)[:-1] + ', "rms_norm_eps": 1e999}')
+    values = json.dumps(HF | {"rms_norm_eps": 1.0}).replace('"rms_norm_eps": 1.0', '"rms_norm_eps": 1e999')
+    (tmp_path / "config.json").write_text(values)
     with pytest.raises(UserError, match="rms_norm_eps=inf"):
         open_source(str(tmp_path))
 

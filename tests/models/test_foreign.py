@@ -29,6 +29,9 @@ HF_QWEN = HF | {
 }
 
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+QWEN_1 = {
+    "model_type": "qwen", "kv_channels": 4, "seq_length": 64, "layer_norm_epsilon": 1e-5, "intermediate_size": 96
+}  # fmt: skip
 MIXED = ["full_attention", "sliding_attention"]
 
 
@@ -186,6 +189,7 @@ def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_scaling=.*linear.* and rope_parameters=.*default.*differ",
         ),
+        (QWEN_1 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling=.*is not implemented"),
         # windows
         (
             {"model_type": "mixtral", "layer_types": ["full_attention"] * 2} | EXPERTS,
