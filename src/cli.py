@@ -20,11 +20,11 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import fire
 
-from src.errors import UserError, leave_for_torchrun
+from src.errors import UserError, leave_for_torchrun, show_problem, to_nowhere
 from src.flags import CONFIG, FREE_ON_RESUME, Flag, bind, flags_of, meanings_of
 
 # torchrun looks at its workers every 0.1 s and kills the others once one has failed: a rank that is still
@@ -114,24 +114,9 @@ def show(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        _to_nowhere(sys.stdout)
+        to_nowhere(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             raise UserError(f"cannot write to standard output: {error.strerror}") from None
-
-
-def show_problem(line: str) -> None:
-    """Write a line to standard error, where somebody reads it."""
-    try:
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-    except OSError:
-        _to_nowhere(sys.stderr)
-
-
-def _to_nowhere(stream: TextIO) -> None:
-    """Lose what a stream holds and will be given: the interpreter would fail at its end to write it."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _help(text: str) -> NoReturn:
@@ -236,7 +221,8 @@ def _wrap(text: str, width: int, margin: str = "") -> str:
 
 def _local_rank() -> int:
     """This process's number among those torchrun started on this machine; 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+    number = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
+    return int(number) if number.isdecimal() else 0
 
 
 def _stop(status: int, line: str) -> NoReturn:

@@ -1,9 +1,11 @@
-"""The one error type for mistakes a user can make and mend, and what a failing rank leaves for torchrun to show."""
+"""The one error type for mistakes a user can make and mend, and where a process says why it fails."""
 
 import contextlib
 import json
 import os
+import sys
 import time
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -12,6 +14,21 @@ class UserError(Exception):
     The message says what was found, what was expected and what to do, and names file, row and key where there are any.
     cli.run prints it as one line, without a traceback.
     """
+
+
+def show_problem(line: str) -> None:
+    """Write a line to standard error, where somebody reads it."""
+    try:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+    except OSError:
+        to_nowhere(sys.stderr)
+
+
+def to_nowhere(stream: TextIO) -> None:
+    """Lose what a stream holds and will be given: the interpreter would fail at its end to write it."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def leave_for_torchrun(message: str) -> None:

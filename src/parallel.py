@@ -6,10 +6,12 @@ V vocabulary, P vocabulary rows on this rank
 import atexit
 import contextlib
 import ctypes
+import datetime
 import io
 import os
 import random
 import resource
+import socket
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -24,9 +26,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from src import watchdog
+from src.errors import UserError
 from src.stopwatch import Stopwatch
 
 Item = TypeVar("Item")
+
+JOIN_TIME = datetime.timedelta(minutes=10)  # between the starts of the first and the last rank; torchrun's own limit
+ANSWER_TIME = datetime.timedelta(seconds=30)  # of the store that the ranks met in
 
 # Every collective of a training step passes it: ours below, fairscale's, and those of FSDP.
 communication = Stopwatch()
@@ -39,14 +46,17 @@ def start(seed: int = 1, tensor_parallel_size: int = -1) -> None:
     """Join the process group that torchrun describes (or a group of one) and seed every generator alike.
 
     Consecutive ranks form tensor-parallel groups of the given size (-1: one group of all ranks); ranks at the same
-    place in theirs form a data-parallel group. gloo on the CPU, NCCL where CUDA is present.
+    place in theirs form a data-parallel group. gloo on the CPU, NCCL where CUDA is present. Raises UserError.
     """
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if number >= gpus:
+                raise UserError(f"process {number} of this machine finds {gpus} GPUs; start at most one for each GPU")
+            torch.cuda.set_device(number)
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            _join(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         with contextlib.redirect_stdout(
@@ -57,6 +67,32 @@ def start(seed: int = 1, tensor_parallel_size: int = -1) -> None:
             )
         atexit.register(stop)  # gloo's threads abort a process that exits while its groups are alive
     seed_all(seed)
+
+
+def _join(backend: str) -> None:
+    """Meet the ranks that the environment describes, and watch them from then on. Raises UserError."""
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")}
+    *numbers, host = found.values()
+    if not (all(map(str.isdecimal, numbers)) and host and int(numbers[0]) < int(numbers[1])):
+        raise UserError(f"the environment says {found}, expected what torchrun sets; use torchrun, or unset RANK")
+    number, size, port = map(int, numbers)
+    try:
+        socket.getaddrinfo(host, port)
+        store, *_ = next(dist.rendezvous("env://", timeout=JOIN_TIME))
+        talk = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=ANSWER_TIME)
+        watching = watchdog.Watchdog(talk, number, size, device().type)
+        if size > 1:
+            watching.start()
+            atexit.register(watching.leave)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
+    except (RuntimeError, ValueError, OSError, OverflowError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(
+            f"port {port} is in use; choose another with --master_port, or let torchrun --standalone choose"
+            if "EADDRINUSE" in why
+            else f"rank {number} of {size} does not meet the others at {host}:{port} ({why}); is that the machine of "
+            f"rank 0, and may this one reach it? {backend.upper()}_SOCKET_IFNAME names a network interface"
+        ) from None
 
 
 def stop() -> None:

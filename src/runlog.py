@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from src import cli
-from src.errors import UserError
+from src import cli, watchdog
+from src.errors import UserError, show_problem
 
 if TYPE_CHECKING:
     import wandb
@@ -43,7 +43,7 @@ class _AboveProgressBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record as a line."""
         with tqdm.external_write_mode(file=sys.stderr):
-            cli.show_problem(self.format(record))
+            show_problem(self.format(record))
 
 
 class _Lines:
@@ -52,7 +52,7 @@ class _Lines:
     def write(self, text: str) -> None:
         """What tqdm writes is a carriage return, a state, and spaces over the rest of the last one."""
         if line := text.strip():
-            cli.show_problem(line)
+            show_problem(line)
 
     def flush(self) -> None:
         """Lines are written at once."""
@@ -85,7 +85,8 @@ def say(text: str) -> None:
 def ask(question: str) -> str | None:
     """A line typed on standard input, without its end; None when the input has ended."""
     say(question)
-    line = sys.stdin.readline()
+    with watchdog.patiently():
+        line = sys.stdin.readline()
     return line.removesuffix("\n") if line else None
 
 

@@ -19,10 +19,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": {"config"},
     "cli": {"flags"},
     "plot": set(),
-    "runlog": {"cli", "plot"},
+    "watchdog": set(),
+    "runlog": {"cli", "plot", "watchdog"},
     "losses": set(),
     "stopwatch": set(),
-    "parallel": {"stopwatch"},
+    "parallel": {"stopwatch", "watchdog"},
     "text": set(),
     "models": {"parallel"},
     "checkpoint": {"models", "parallel", "runlog"},
@@ -36,11 +37,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharing": {"assemble", "checkpoint", "models", "parallel"},
     "certify": {"assemble", "checkpoint", "cli", "inference", "models", "parallel"},
     "inference": {"models", "text", "parallel"},
-    "evaluation": {"data", "inference", "models", "parallel", "runlog", "text"},
+    "evaluation": {"data", "inference", "models", "parallel", "runlog", "text", "watchdog"},
     "construct": {"checkpoint", "data", "evaluation", "inference", "models", "parallel", "runlog", "text"},
     "training": {
         "assemble", "checkpoint", "config", "data", "evaluation", "flags", "inference", "losses", "memory", "models",
-        "parallel", "plan", "runlog", "sharing", "text",
+        "parallel", "plan", "runlog", "sharing", "text", "watchdog",
     },
 }
 
@@ -85,7 +86,7 @@ SPEAKERS: dict[str, set[str]] = {
         "src/cli.py",
         "src/evaluation/grade_worker.py",
     },
-    "sys.stderr": {"src/cli.py", "src/runlog.py"},
+    "sys.stderr": {"src/errors.py", "src/cli.py", "src/runlog.py"},
 }
 
 FILES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("*.py")])

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from src import watchdog
 from src.errors import UserError
 from src.jsonfile import parse
 
@@ -57,7 +58,9 @@ class Worker:
         except BrokenPipeError:
             self.stop()
             return "error"
-        return self.read(self.requests, seconds)
+        outcome = self.read(self.requests, seconds)
+        watchdog.got_on()
+        return outcome
 
     def launch(self) -> None:
         """Start the process."""

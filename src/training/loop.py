@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from src import parallel
+from src import parallel, watchdog
 from src.checkpoint import shards
 from src.checkpoint.training_state import MASTER, MOMENTS, LoopState
 from src.config import OptimizerFlags, Recomputed, Schedule
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
-from src.training import watchdog
 from src.training.optimizers import AdamW, Deferred, OptimizerName
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row after which training cannot be saved
@@ -71,7 +70,6 @@ class TrainLoop:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], self.max_lr, adam_eps)
-        self._watchdog = watchdog.of_process()
         self._seed_step()
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -102,7 +100,7 @@ class TrainLoop:
         self.optimizer.zero_grad()
         self._loss.zero_()
         self.steps += 1
-        self._watchdog.step = self.steps
+        watchdog.at_step(self.steps)
         self._seed_step()
         return StepReport(loss, grad_norm, lr)
 
@@ -168,7 +166,7 @@ class TrainLoop:
                     moment: parallel.part_like(read(f"{name}/{moment}"), parameter) for moment in MOMENTS
                 }
                 self.optimizer.load(parameter, self._updates, moments)
-        self._watchdog.step = self.steps
+        watchdog.at_step(self.steps)
         self._seed_step()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from src import parallel
+from src import parallel, watchdog
 from src.checkpoint import storage, training_state
 from src.checkpoint.saving import Save
 from src.checkpoint.training_state import RunState
@@ -150,7 +150,7 @@ class Saver:
         facts = {"run": self._facts, **self._state, "step": step, "total_steps": self._total_steps, **best}
         self._saved_step = step
         for part, model in enumerate(self._models):
-            with model.here():
+            with model.here(), watchdog.patiently():
                 state = RunState(model.loop.state(), {**facts, "part": part})
                 self._saves.append(model.begin_save(str(step_folder(model.folder, step)), state=state))
         self._complete_if_written()
@@ -166,7 +166,7 @@ class Saver:
             return
         saves, self._saves = self._saves, []
         for save, model in zip(saves, self._models, strict=True):
-            with model.here():
+            with model.here(), watchdog.patiently():
                 save.complete()
         for model in self._models:
             self._discard(model.folder, sorted(complete_steps(model.folder))[: -self._keep_last])

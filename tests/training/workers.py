@@ -3,6 +3,9 @@
 They import nothing heavier than src: every rank pays for it.
 """
 
+import hashlib
+import os
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ppo_train
-from src import assemble, cli, parallel
+from src import assemble, cli, parallel, watchdog
 from src.checkpoint import shards
 from src.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.batches import Batching
@@ -23,7 +26,7 @@ from src.models import linear
 from src.models.decoder import Decoder
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
-from src.training import ppo, preference, watchdog
+from src.training import ppo, preference
 from src.training.loop import TrainLoop
 from src.training.monitor import rollout_metrics
 from src.training.offload import ModelOffloader
@@ -380,8 +383,7 @@ def late_step(folder: str, log_dir: str) -> dict[str, float]:
 
 
 def interrupted(folder: str, save_dir: str, how: str) -> None:
-    """Two steps of a run that catches SIGTERM; in the second one rank sleeps for good, or fails."""
-    watchdog.HANG_SECONDS = {"cpu": 3.0}
+    """Two steps of a run that catches SIGTERM; in the second something befalls one rank."""
     model = assemble.load_solver(folder, dtype=torch.float32)
     log = RunLog(save_dir, {})
     loop = TrainLoop(model, log, OptimizerFlags(lr=1e-3), total_steps=2)
@@ -392,7 +394,14 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
             (Path(save_dir) / "since").write_text(str(time.time()), encoding="utf-8")
             if how == "hangs":
                 time.sleep(1000)
-            raise UserError("row 7 is broken")
+            if how == "stops":
+                time.sleep(1)
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "fails":
+                raise UserError("row 7 is broken")
+            with watchdog.patiently():
+                time.sleep(6)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 8_000_000)  # one call that only computes, for seconds
         loop.backward(
             sft_loss(model, Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]])), 2.0)
         )
@@ -400,5 +409,7 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
 
 
 if __name__ == "__main__":  # a rank whose mistakes end as those of an entry script
+    watchdog.LOOK_SECONDS, watchdog.SILENT_SECONDS, watchdog.STILL_SECONDS = 0.2, 3.0, 4.0
+    watchdog.GRACE_SECONDS = 3.0
     parallel.start(1)
     cli.run(interrupted)
