@@ -7,9 +7,11 @@ torchrun --nproc_per_node 8 ppo_train.py --actor_ckpt_dir out --actor_save_dir p
 import contextlib
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from src import assemble, cli, losses, parallel, ppo_plan, runlog
+from src.checkpoint import storage
 from src.data.collate import chunks, epoch_order
 from src.data.examples import Prompt, read_prompts
 from src.errors import UserError
@@ -44,6 +46,10 @@ def main(config: PPOConfig) -> None:
         runlog.table(ppo_plan.of_run(config, data.prompts, data.held_out, data.tokenizer, n_iterations))
         return
     parallel.start(config.seed, assemble.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size))
+    for save_dir in config.save_dirs:
+        assemble.check_save_dir(
+            save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir)
+    storage.claim(Path(config.run_dir))
     facts = run_facts("ppo_train", config.flags(), critic_warmup=critic_warmup)
     find_start(config.save_dirs, config.resume, facts, n_iterations)
     log = RunLog(config.run_dir, config.flags(), wandb=config.wandb)
@@ -190,8 +196,6 @@ def read_inputs(config: PPOConfig) -> Inputs:
     if "verifier" in config.reward:
         verifier = config.reward_model_ckpt_dir
         assemble.check_step(verifier, assemble.load_config(verifier), config.step)
-    for save_dir in config.save_dirs:
-        assemble.check_save_dir(save_dir, *contexts)
     iterations = [(epoch, rows) for epoch in range(1, config.epochs + 1)
                   for rows in chunks(epoch_order(len(prompts), config.seed, epoch), config.prompts_per_buffer)]
     iterations = iterations[: config.max_steps if config.max_steps >= 0 else None]

@@ -50,7 +50,7 @@ def main(
     tell_too_long(solutions, "solutions", config.max_seq_len)
     encoded = [solution for solution in solutions if solution]
     rows = [row for row, solution in zip(rows, solutions, strict=True) if solution]
-    storage.check_writable(Path(log_dir))
+    storage.claim(Path(log_dir))
     parallel.start()
     RunLog(log_dir, flags)
     policy, reference = (logprobs_of(folder, encoded, max_batch_size) for folder in (ckpt_dir, reference_ckpt_dir))

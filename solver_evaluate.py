@@ -20,9 +20,9 @@ from src.evaluation.coding import Coding
 from src.evaluation.evaluator import (
     Marking,
     claim_samples,
-    disclaim_samples,
     grade_samples,
     local_sampler,
+    refuse_sampled,
     sample_prompts,
 )
 from src.evaluation.interactive import Solver, converse
@@ -121,8 +121,10 @@ def main(
                                    samples=num_samples, max_new_tokens=max_new_tokens, n_rows=max_batch_size,
                                    quantize=quantize))
         return
-    storage.check_writable(Path(log_dir))
+    storage.claim(Path(log_dir))
     path, speed = Path(log_dir) / "samples.jsonl", None
+    if samples_file:
+        refuse_sampled(path, samples_file)
     marks = parallel.rank() == 0 and benchmark.graded
     with Marking(benchmark, prompts) if marks else nullcontext() as marking:
         if not samples_file:
@@ -144,8 +146,6 @@ def main(
                                    marking=marking)
         if marking:
             samples = match_samples(read_samples(samples_file or str(path)), problems, samples_file)
-            if samples_file:
-                disclaim_samples(path, samples_file)
             asked = {} if samples_file else prompting._asdict() | {"few_shot": few_shot}
             results = grade_samples(marking, samples, path) | asked
             storage.write_json(Path(log_dir) / "results.json", results)

@@ -14,7 +14,7 @@ from src.config import Count
 from src.data.encoding import StepKind
 from src.data.examples import match_samples, read_judged, read_prompts, read_samples
 from src.errors import UserError
-from src.evaluation.evaluator import Marking, disclaim_samples, grade_samples
+from src.evaluation.evaluator import Marking, grade_samples, refuse_sampled
 from src.evaluation.judging import score_samples, score_steps, with_score
 from src.evaluation.prompting import select_prompts
 from src.evaluation.tasks import find_task
@@ -71,7 +71,9 @@ def main(
     if dry_run:
         runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(samples or judged), quantize))
         return
-    storage.check_writable(Path(log_dir))
+    storage.claim(Path(log_dir))
+    if samples_file:
+        refuse_sampled(Path(log_dir) / "samples.jsonl", samples_file)
     parallel.start()
     verifier = assemble.load_verifier(ckpt_dir, quantize=quantize)
     tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
@@ -92,7 +94,6 @@ def main(
                            path=folder / f"scores.{storage.fingerprint(Path(ckpt_dir))[:12]}{quantize}.jsonl", log=log)
     if parallel.rank() == 0:
         scored = [with_score(sample, found) for sample, found in zip(samples, scores, strict=True)]
-        disclaim_samples(folder / "samples.jsonl", samples_file)
         with Marking(find_task(task), prompts) as marking:
             results = grade_samples(marking, scored, folder / "samples.jsonl")
             report = report_samples(judged_samples(marking, scored))

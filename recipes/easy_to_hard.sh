@@ -46,10 +46,10 @@ solver() {
     # problems to test a verifier on are kept apart before two problems become one
     stage "seed $seed: hold some problems' steps back" $dir/steps-held.json \
         python data_build.py split --train_file $dir/steps.json --first_file $dir/steps-learnt.json \
-        --second_file $dir/steps-held.json --share 0.9 --seed "$seed"
+        --second_file $dir/steps-held.json --overwrite --share 0.9 --seed "$seed"
     stage "seed $seed: and some problems' outcomes" $dir/outcome-held.json \
         python data_build.py split --train_file $dir/outcome.json --first_file $dir/outcome-learnt.json \
-        --second_file $dir/outcome-held.json --share 0.9 --test_file $dir/steps-held.json --allow_overlap \
+        --second_file $dir/outcome-held.json --overwrite --share 0.9 --test_file $dir/steps-held.json --allow_overlap \
         --seed "$seed"
     for kind in steps outcome; do
         stage "seed $seed: two problems as one, for solutions as long as hard ones, $kind" $dir/$kind-joined.json \

@@ -93,7 +93,7 @@ stage "the base checkpoint" "$RUN/base/manifest.json" \
     python checkpoint_split.py --ckpt_file $TOY/base --save_path "$RUN/base" --n 1
 stage "hold problems back" "$RUN/held.json" \
     python data_build.py split --train_file $TOY/train.json --first_file "$RUN/train.json" --second_file "$RUN/held.json" \
-    --share 0.95
+    --share 0.95 --overwrite
 solvers=(verifier_base) arms=() first=($SEEDS)
 for seed in $SEEDS; do solvers+=("solver $seed"); done
 for name in ppo-outcome ppo-process ppo-rule grpo; do # the longest first

@@ -74,7 +74,7 @@ run_seed() {
         $BRANCH_FLAGS $DECODE_FLAGS
     stage "seed $seed: a mix of both, and as many ordinary ones" "$run/control.json" \
         python data_build.py mix --pairs_file "$run/ordinary.json" --branch_file "$run/branches.json" \
-        --save_file "$run/mix.json" --control_file "$run/control.json" --share "$SHARE" --seed "$seed"
+        --save_file "$run/mix.json" --control_file "$run/control.json" --share "$SHARE" --overwrite --seed "$seed"
     prefer dpo "$run/control.json"
     prefer scdpo "$run/mix.json"
 }

@@ -45,7 +45,7 @@ test_on() {
 agree() {
     stage "seed $seed: $1: answers on which both agree" "$run/$1/hybrid.json" \
         python data_build.py weak_icl --weak_file "$run/$2/samples.jsonl" --weak_model "$3" \
-        --icl_file "$run/$4/samples.jsonl" --strong_model "$5" --save_dir "$run/$1" $shown
+        --icl_file "$run/$4/samples.jsonl" --strong_model "$5" --save_dir "$run/$1" --overwrite $shown
     stage "seed $seed: $1: how pure they are, by labels that nothing else reads" "$run/$1/report.json" \
         python data_build.py report --rows_file "$run/$1/weak.json" --samples_file "$run/$2/samples.jsonl" \
         --save_file "$run/$1/report.json"
@@ -57,7 +57,7 @@ run_seed() {
     mkdir -p "$run"
     stage "seed $seed: split the problems" "$run/unlabelled.json" \
         python data_build.py split --train_file "$TRAIN" --first_file "$run/taught.json" \
-        --second_file "$run/unlabelled.json" --share "$SHARE" --seed "$seed"
+        --second_file "$run/unlabelled.json" --share "$SHARE" --overwrite --seed "$seed"
     fit weak "$WEAK" "$run/taught.json" $WEAK_FLAGS
     test_on weak "$run/weak"
     label weak-answers "$run/weak"

@@ -312,16 +312,14 @@ def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
     for folder in unsafe:
         if folder.resolve() == target.resolve() or (
             folder.resolve().parent == target.resolve()
-            and folder.name.startswith(("epoch-", "step-", "best"))
+            and folder.name.startswith(("epoch-", "step-", "best", "reference"))
         ):
             raise UserError(
                 f"saving to {save_dir} would overwrite {folder}, which is read; choose another directory"
             )
         if adapter := adapters.read_adapter(folder):
             unsafe.append(adapter.base)
-    storage.check_writable(target)
-    if parallel.rank() == 0:
-        storage.hold(target)
+    storage.claim(target)
 
 
 def save_model(

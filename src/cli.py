@@ -24,8 +24,9 @@ from typing import NoReturn
 
 import fire
 
+from src import outputs
 from src.errors import UserError, leave_for_torchrun, show_problem, to_nowhere
-from src.flags import CONFIG, FREE_ON_RESUME, Flag, bind, flags_of, meanings_of
+from src.flags import CONFIG, FREE_ON_RESUME, Flag, bind, flags_of, meanings_of, parse
 
 # torchrun looks at its workers every 0.1 s and kills the others once one has failed: a rank that is still
 # alive after this many seconds is the one with something to say.
@@ -47,9 +48,11 @@ def _run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: li
     if "--help" in argv or "-h" in argv:
         _help(usage(main, width=shutil.get_terminal_size().columns))
     try:
-        call = bind(main, argv)
+        call, values = bind(main, argv), parse(main, argv)
     except UserError as error:
         _stop(2, f"error: {error}")
+    if os.environ.get("RANK", "0") == "0":  # the others must not look at what it has begun to write
+        outputs.check({name: flag.default for name, flag in flags_of(main).items()} | values)
 
     def command() -> None:
         # With the values bound Fire has nothing left to parse, and without a result it has nothing to print.

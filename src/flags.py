@@ -63,13 +63,22 @@ FREE_ON_RESUME = (
     "lr", "critic_lr", "schedule", "warmup_ratio", "min_lr_ratio", "epochs", "max_steps", "max_batch_size",
     "accumulation_steps", "packing", "rollout_batch_size", "activation_checkpointing", "tensor_parallel_size", "phases",
     "save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "reference_file", "model_type", "eval_every",
-    "rollout_samples", "save_every", "keep_last", "background_save", "save_dtype", "resume", "wandb", "dry_run",
+    "rollout_samples", "stop_on_alarm", "save_every", "keep_last", "background_save", "save_dtype", "resume", "wandb",
+    "dry_run",
 )  # fmt: skip
+
+# Flags that name what a command writes: first what it makes in one piece, which would replace what stands there.
+REPLACED = (
+    "save_file", "save_path", "save_dir", "actor_save_dir", "critic_save_dir", "first_file", "second_file",
+    "control_file",
+)  # fmt: skip
+WRITTEN = (*REPLACED, "log_dir", "reference_file", "out_file", "outcome_file")
+OVERWRITE = "replace what is finished and stands where this command writes"
 
 
 def is_path(name: str) -> bool:
     """Whether a flag of this name holds a path, or several."""
-    return name.endswith(("_file", "_dir", "_path")) or name in ("inspect", "certify")
+    return name.endswith(("_file", "_dir", "_path")) or name in ("inspect", "certify", "config")
 
 
 class Flag(NamedTuple):
@@ -106,7 +115,10 @@ def config_of(main: Callable[..., None]) -> type[Config] | None:
 
 
 def flags_of(main: Callable[..., None]) -> dict[str, Flag]:
-    """What main accepts: the fields of its config, or its parameters with the meanings that its docstring gives."""
+    """What main accepts: the fields of its config, or its parameters with the meanings that its docstring gives.
+
+    With a flag of REPLACED comes --overwrite, which outputs.check() reads, and not main.
+    """
     config = config_of(main)
     hints = get_type_hints(config or main, include_extras=True)
     flags = {}
@@ -117,6 +129,8 @@ def flags_of(main: Callable[..., None]) -> dict[str, Flag]:
         kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         assert all((get_origin(kind) or kind) in TRY_ORDER for kind in kinds), f"{name}: cannot read {hint}"
         flags[name] = Flag(name, kinds, default, meaning, group, bounds)
+    if not flags.keys().isdisjoint(REPLACED):
+        flags["overwrite"] = Flag("overwrite", (bool,), False, OVERWRITE, flags[next(reversed(flags))].group, None)
     return flags
 
 
@@ -161,7 +175,8 @@ def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
     values = _parse_words(argv, flags | {"config": file})
     if "config" in values:
         values = read_config(str(values.pop("config")), flags) | values
-    missing = [flag for flag in flags.values() if flag.required and flag.name not in values]
+    empty = {name for name, value in values.items() if is_path(name) and value in ("", [])}  # in the file
+    missing = [flag for flag in flags.values() if flag.required and flag.name not in values.keys() - empty]
     if missing:
         names = ", ".join(f"--{flag.name}" for flag in missing)
         raise UserError(f"missing required {names}; write {missing[0].example}, or see --help")
@@ -171,6 +186,7 @@ def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
 def bind(main: Callable[..., None], argv: list[str]) -> Callable[[], None]:
     """The call of main that argv asks for. Raises UserError."""
     values, config = parse(main, argv), config_of(main)
+    values.pop("overwrite", None)
     return partial(main, config(**values)) if config else partial(main, **values)
 
 
@@ -231,6 +247,11 @@ def _parse_words(argv: list[str], flags: dict[str, Flag]) -> dict[str, Value]:
             words.append(rest.pop(0))
         if negated and words:
             raise UserError(f"{head} is followed by {words[0]!r} but takes no value; write {head} alone")
+        if is_path(flag.name) and not all(map(str.strip, words)):
+            raise UserError(
+                f"--{flag.name} is empty; name a file or directory, or leave the flag out (is a variable of the shell "
+                f"unset?)"
+            )
         values[flag.name] = not negated if bool in flag.kinds and not words else _read(flag, words)
     return values
 

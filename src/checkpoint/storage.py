@@ -5,21 +5,20 @@ files, params.json and manifest.json. All of it is written to a staging director
 then moved into place, the manifest last: a save that is killed leaves the old checkpoint, or none that counts.
 """
 
-import atexit
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from src import parallel
+from src.checkpoint import locks
 from src.checkpoint.tensor_files import (
     TensorSpec,
     as_stored,
@@ -57,8 +56,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _NAMES_BY_SUFFIX = {".model": "tokenizer.model", ".tiktoken": "qwen.tiktoken"}
-_STAGING, _LOCK, _RUN_LOCK = ".partial", ".lock", ".run.lock"
-_HELD: dict[Path, AbstractContextManager[None]] = {}  # what hold() keeps
+_STAGING = ".partial"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -144,7 +142,7 @@ def writing(folder: Path) -> Iterator[None]:
     Raises UserError when another process is writing, or the disk is full; the directory is then as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locks.alone(folder):
         if not staging(folder).exists():  # else a killed save may have moved some of its own already
             _check_nothing_foreign(folder)
         shutil.rmtree(staging(folder), ignore_errors=True)  # left by a save that was killed
@@ -172,40 +170,6 @@ def _check_nothing_foreign(folder: Path) -> None:
                 raise UserError(
                     f"{folder} holds {path.name}, weights that were not written here; choose an empty directory"
                 )
-
-
-@contextmanager
-def _locked(folder: Path, name: str = _LOCK) -> Iterator[None]:
-    """Hold a lock file of a directory, which the kernel frees when the process dies. Raises UserError if it is held."""
-    path = folder / name
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(file, 20).decode(errors="replace")
-            os.close(file)
-            raise UserError(
-                f"{folder} is being written by process {holder or '?'}; wait for it, or choose another directory"
-            ) from None
-        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-            break
-        os.close(file)  # its last holder removed it between our open and our lock
-    try:
-        os.ftruncate(file, 0)
-        os.write(file, str(os.getpid()).encode())
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(file)
-
-
-def hold(folder: Path) -> None:
-    """Keep a directory for this process until it ends. Raises UserError if another process holds it."""
-    if folder.resolve() not in _HELD:
-        _HELD[folder.resolve()] = lock = _locked(folder, _RUN_LOCK)
-        lock.__enter__()
-        atexit.register(lock.__exit__, None, None, None)
 
 
 def discard(folder: Path) -> None:
@@ -422,6 +386,16 @@ def tokenizer_files(path: Path) -> list[Path]:
     with_it = {"vocab.json": ("merges.txt",)}.get(path.name, ())
     names = [name for name in TOKENIZER_FILES if name in with_it or name not in VOCABULARY_FILES]
     return [path, *(path.with_name(name) for name in names if path.with_name(name).is_file())]
+
+
+def claim(folder: Path) -> None:
+    """check_writable(), and keep the directory for this run until its process ends, be it killed; all ranks call this.
+
+    Raises UserError, too, if a process of another run holds it.
+    """
+    check_writable(folder)
+    if parallel.rank() == 0:
+        locks.hold(folder)
 
 
 def check_writable(folder: Path) -> None:

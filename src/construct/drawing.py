@@ -45,7 +45,7 @@ def draw(
     facts: what the samples depend on beside the checkpoint; a directory with others is refused (UserError).
     """
     path = Path(log_dir) / "samples.jsonl"
-    storage.check_writable(path.parent)
+    storage.claim(path.parent)
     claim_samples(path, {"checkpoint": storage.fingerprint(Path(ckpt_dir)), **facts})
     with Marking(grade, prompts) if grade and parallel.rank() == 0 else nullcontext() as marking:
         log = RunLog(log_dir, dict(flags))

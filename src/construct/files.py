@@ -1,6 +1,7 @@
 """What every builder of training files reads and writes: graded samples in, a json array out."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def write(text: str, save_file: str) -> None:
     """Write a file, whole or not at all."""
     target = Path(save_file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(target)
 

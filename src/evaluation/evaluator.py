@@ -162,10 +162,12 @@ def claim_samples(path: Path, identity: dict[str, object]) -> None:
         _write(record, json.dumps(identity, indent=2) + "\n")
 
 
-def disclaim_samples(path: Path, samples_file: str) -> None:
-    """Forget what samples.jsonl is bound to, because graded samples of another file will take its place."""
-    if Path(samples_file).resolve() != path.resolve():
-        _identity_file(path).unlink(missing_ok=True)
+def refuse_sampled(path: Path, samples_file: str) -> None:
+    """Raise UserError if samples.jsonl was sampled here: graded samples of another file must not take its place."""
+    if path.is_file() and _identity_file(path).is_file() and path.resolve() != Path(samples_file).resolve():
+        raise UserError(
+            f"{path} was sampled here, and graded samples of another file would replace it; choose another --log_dir"
+        )
 
 
 def _identity_file(path: Path) -> Path:

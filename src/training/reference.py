@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from src import parallel
+from src.checkpoint import locks
 from src.data import collate
 from src.data.batches import Sample
 from src.data.collate import Batch
@@ -62,6 +64,15 @@ def reference_logprobs(
     All ranks call this and get the same numbers; the model is whole on each data-parallel rank. Raises UserError for a
     file of another kind.
     """
+    if parallel.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with locks.alone(path) if parallel.rank() == 0 else nullcontext():  # several runs may share the file
+        return _completed(model, samples, path, identity, max_batch_size, log)
+
+
+def _completed(
+    model: Decoder, samples: Iterable[Sample], path: Path, identity: str, max_batch_size: int, log: RunLog
+) -> Reference:
     known = _read(path)
     every = {row_key(identity, encoded): encoded for sample in samples for encoded in sample}
     missing = sorted(every.keys() - known.keys(), key=lambda key: (-len(every[key].tokens), key))
@@ -95,7 +106,6 @@ def _log_probs(model: Decoder, rows: Sequence[Encoded], max_batch_size: int) -> 
 def _read(path: Path) -> dict[str, float]:
     """The log-probs that a file holds by hash; a last line torn by a kill is cut off. All ranks call this."""
     if parallel.rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(path)
     parallel.barrier()  # nobody reads before the torn line is gone
     known = {}

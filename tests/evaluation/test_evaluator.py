@@ -240,11 +240,13 @@ def test_samples_of_another_checkpoint_or_of_unknown_origin_are_refused(
     assemble.save_model(model, str(tmp_path / "changed"), run.ckpt_dir)
     with pytest.raises(UserError, match="holds samples with checkpoint="):
         evaluate(run, label_file, tmp_path / "log", ckpt_dir=str(tmp_path / "changed"))
-    # graded samples of somebody else take the place of ours: from then on the directory is theirs
+    # graded samples of somebody else do not take the place of ours, nor ours of theirs
     theirs = write_lines(tmp_path / "theirs.jsonl", [{"response": "#### 4"}])
-    evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=theirs)
+    with pytest.raises(UserError, match="samples.jsonl was sampled here, and graded samples of another file would"):
+        evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=theirs)
+    evaluate(run, label_file, tmp_path / "theirs", ckpt_dir="", samples_file=theirs)
     with pytest.raises(UserError, match="samples.jsonl was not sampled here"):
-        evaluate(run, label_file, tmp_path / "log")
+        evaluate(run, label_file, tmp_path / "theirs")
 
 
 def test_w2s_07_grading_again_in_place_keeps_the_directory_ours(run: Run, label_file: str, tmp_path: Path) -> None:
