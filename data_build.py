@@ -407,7 +407,7 @@ def join(
     seed: seed of the choice
     dry_run: count the rows without writing them
     """
-    rows, in_steps = read_judged(train_file), "steps" in read_instruction_rows(train_file)[0]
+    rows, in_steps = read_judged(train_file), read_instruction_rows(train_file)[0].get("steps") is not None
     made = joined.joined(rows, share, wrong_share, seed, train_file)
     written = [row._asdict() if in_steps else joined.as_outcome(row) for row in made]
     save(written, "judged solutions", "", train_file, save_file, dry_run)

@@ -105,10 +105,12 @@ def encode_response(
     return Encoded(prompt + (response if finished else response[:-1]), len(prompt))
 
 
-def _encode_pieces(tokenizer: Tokenizer, parts: Sequence[Piece], what: Learnt) -> Conversation:
-    """Pieces as ids, with a mask of those to learn."""
+def _encode_pieces(
+    tokenizer: Tokenizer, parts: Sequence[Piece], what: Learnt, kept: Sequence[bool] = (True,)
+) -> Conversation:
+    """Pieces as ids, with a mask of those to learn; kept: for each answer whether it is to be learnt."""
     ids = tokenizer.encode_pieces(parts)
-    mask = [[is_learnt] * len(own) for own, is_learnt in zip(ids, blocks.learnt(parts, what), strict=True)]
+    mask = [[is_learnt] * len(own) for own, is_learnt in zip(ids, blocks.learnt(parts, what, kept), strict=True)]
     return Conversation(list(chain(*ids)), list(chain(*mask)))
 
 
@@ -140,14 +142,19 @@ def learn_all(encoded: Encoded) -> Encoded:
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], learnt: Learnt = "assistant_no_execution"
 ) -> Conversation:
-    """A chat in the tokenizer's template up to its last answer; its mask says what `learnt` names, the answers or all.
+    """A chat in the tokenizer's template up to its last answer; its mask says what `learnt` names, the answers or all,
+    but for answers with "weight": 0.
 
     Raises UserError without template or answer, and for messages with blocks in a template that has none.
     """
+    weights = [(message["role"], message.get("weight") != 0) for message in messages]
+    if learnt == "all" and any(role != "assistant" and not is_kept for role, is_kept in weights):
+        raise UserError("a message that is not the assistant's has weight 0, but all are to be learnt; leave it out")
+    kept = [is_kept for role, is_kept in weights if role == "assistant"]
     if tokenizer.code:
-        conversation = _encode_pieces(tokenizer, blocks.pieces(blocks.from_messages(messages)), learnt)
+        conversation = _encode_pieces(tokenizer, blocks.pieces(blocks.from_messages(messages)), learnt, kept)
     elif tokenizer.chat:
-        conversation = _encode_turns(tokenizer, messages, learnt)
+        conversation = _encode_turns(tokenizer, messages, learnt, kept)
     else:
         raise UserError("messages need a --chat_template: a built-in name, or file for the tokenizer's own")
     if not any(conversation.answer_mask):
@@ -156,19 +163,21 @@ def encode_conversation(
     return conversation
 
 
-def _encode_turns(tokenizer: Tokenizer, messages: Sequence[Message], learnt: Learnt) -> Conversation:
-    """A chat of plain texts in the tokenizer's template."""
+def _encode_turns(
+    tokenizer: Tokenizer, messages: Sequence[Message], learnt: Learnt, kept: Sequence[bool]
+) -> Conversation:
+    """A chat of plain texts in the tokenizer's template; kept: for each answer whether it is to be learnt."""
     if any(not isinstance(message["content"], str) for message in messages):
         raise UserError(
             f"a message holds blocks, which --chat_template {tokenizer.chat_template} has no form for; train with "
             f"--chat_template code"
         )
     tokens, mask = [], []
-    for turn in tokenizer.chat.turns(messages):
-        for text, is_answer in zip(turn, (False, True), strict=True):
+    for turn, is_kept in zip(tokenizer.chat.turns(messages), kept, strict=True):
+        for text, is_learnt in zip(turn, (learnt == "all", is_kept), strict=True):
             ids = tokenizer.encode_rendered(text)
             tokens += ids
-            mask += [is_answer or learnt == "all"] * len(ids)
+            mask += [is_learnt] * len(ids)
     return Conversation(tokens, mask)
 
 

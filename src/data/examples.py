@@ -5,19 +5,11 @@ A file is a json array or jsonl; rows follow the schemas in dataset/README.md.
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from src import jsonfile
-from src.data import tables
+from src.data.conversations import read_messages
+from src.data.rows import Row, Schema, level_number, read_rows
 from src.errors import UserError
-
-
-class Row(NamedTuple):
-    """One json object and where it stands: `where` is `FILE, row N` (or `line N`), counted from 1."""
-
-    where: str
-    values: dict[str, object]
 
 
 class Instruction(NamedTuple):
@@ -28,7 +20,7 @@ class Instruction(NamedTuple):
 
 
 class Chat(NamedTuple):
-    """A conversation: every answer of the assistant is learnt. `where` it stands is for messages.
+    """A conversation: every answer of the assistant is learnt but those of weight 0. `where` it stands is for messages.
 
     The content of a message is a text, or a list of {"type": text | code | execution, "content": text} blocks.
     """
@@ -103,108 +95,41 @@ class Vote(NamedTuple):
     negatives: list[str]
 
 
-def read_rows(path: str) -> list[Row]:
-    """The objects of a json array, a jsonl or parquet file, or a saved `datasets` directory.
-
-    Raises UserError if it is missing, torn or empty.
-    """
-    if tables.is_table(Path(path)) and Path(path).exists():
-        rows = [Row(f"{path}, row {n}", values) for n, values in enumerate(tables.read_table(Path(path)), 1)]
-    else:
-        rows = [Row(where, values) for where, values in jsonfile.read_rows(path)]
-    if not rows:
-        raise UserError(f"{path} holds no rows; expected a json array or one json object a line")
-    return rows
-
-
-def _text(row: Row, key: str) -> str:
-    """A string under `key`; an empty one is allowed."""
-    if key not in row.values:
-        raise UserError(f"{row.where}: key {key!r} is missing; found {', '.join(row.values) or 'no keys'}")
-    value = row.values[key]
-    if not isinstance(value, str):
-        raise UserError(f"{row.where}: {key!r} is a {type(value).__name__}; expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as problem:
-        raise UserError(
-            f"{row.where}: {key!r} holds a lone surrogate at character {problem.start}; it is not valid Unicode"
-        ) from None
-    return value
-
-
-def _texts(row: Row, key: str) -> list[str]:
-    """A string or a list of strings under `key`, as a list of at least one non-empty string."""
-    value = row.values.get(key)
-    values = value if isinstance(value, list) else [_text(row, key)]
-    if not values or not all(isinstance(text, str) and text for text in values):
-        raise UserError(f"{row.where}: {key!r} must be a non-empty string or a list of them")
-    return [_text(Row(row.where, {key: text}), key) for text in values]
-
-
-def _optional_text(row: Row, key: str) -> str | None:
-    """A string or number under `key` as text; None where the key is absent or null."""
-    value = row.values.get(key)
-    if value is not None and not isinstance(value, str | int | float):
-        raise UserError(f"{row.where}: {key!r} is a {type(value).__name__}; expected a string")
-    return None if value is None else str(value)
+INSTRUCTIONS = Schema(
+    "solver_train.py learns from 'instruction' and 'output', or from 'messages': dataset/prepare.py makes such rows"
+)
+PAIRS = Schema("expected pairs, 'instruction', 'chosen' and 'rejected': data_build.py pairs makes them of samples")
+JUDGED = Schema(
+    "expected outcomes, 'instruction', 'output' and 'correct', which data_build.py outcome makes of samples, or "
+    "'instruction', 'steps' and 'labels', which data_build.py process does"
+)
+PROMPTS = Schema("expected problems, 'instruction' and 'label': dataset/prepare.py makes them of published files")
+SAMPLES = Schema("expected samples, as solver_evaluate.py writes them", foreign={})
+VOTES = Schema("expected votes: data_build.py vote makes them of samples", foreign={})
 
 
 def read_instructions(path: str) -> list[Instruction | Chat]:
-    """Rows `{"instruction", "output": text or list}` or `{"messages": [{"role", "content"}, ...]}`.
+    """Rows `{"instruction", "input"?, "output": text or list}` or `{"messages": [{"role", "content"}, ...]}`.
 
     Raises UserError.
     """
-    return [
-        _chat(row)
-        if "messages" in row.values
-        else Instruction(_text(row, "instruction"), _texts(row, "output"))
-        for row in read_rows(path)
-    ]
+    return [_instruction(row) for row in read_rows(path, INSTRUCTIONS)]
 
 
-def _chat(row: Row) -> Chat:
-    """A conversation in which the assistant says something. Raises UserError."""
-    messages = row.values["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{row.where}: 'messages' must be a non-empty list of {{'role', 'content'}}")
-    read = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise UserError(
-                f"{row.where}: message {number} is a {type(message).__name__}; expected an object"
-            )
-        inside = Row(f"{row.where}, message {number}", message)
-        read.append({"role": _text(inside, "role"), "content": _content(inside)})
-    if not any(message["role"] == "assistant" and message["content"] for message in read):
-        raise UserError(
-            f"{row.where}: the assistant says nothing in 'messages'; there is nothing to learn from it"
-        )
-    return Chat(row.where, read)
-
-
-def _content(message: Row) -> str | list[dict[str, str]]:
-    """What a message says: a text, or blocks of texts."""
-    blocks = message.values.get("content")
-    if not isinstance(blocks, list):
-        return _text(message, "content")
-    read = []
-    for number, block in enumerate(blocks, 1):
-        if not isinstance(block, dict):
-            raise UserError(
-                f"{message.where}: block {number} is a {type(block).__name__}; expected an object"
-            )
-        inside = Row(f"{message.where}, block {number}", block)
-        read.append({"type": _text(inside, "type"), "content": _text(inside, "content")})
-    return read
+def _instruction(row: Row) -> Instruction | Chat:
+    if row.get("messages") is None:
+        return Instruction(row.instruction(), row.texts("output"))
+    if row.get("instruction") is not None:
+        raise UserError(f"{row.where}: found both 'messages' and 'instruction'; leave out what is not to be learnt")
+    return Chat(row.where, read_messages(row))
 
 
 def read_pairs(path: str) -> list[Pair]:
     """Rows `{"instruction", "chosen", "rejected", "prefix"?}`, each side a text or list. Raises UserError."""
     pairs = []
-    for row in read_rows(path):
-        prefix = _text(row, "prefix") if "prefix" in row.values else ""
-        pair = Pair(_text(row, "instruction"), _texts(row, "chosen"), _texts(row, "rejected"), prefix)
+    for row in read_rows(path, PAIRS):
+        prefix = row.text("prefix") if row.get("prefix") is not None else ""
+        pair = Pair(row.instruction(), row.texts("chosen"), row.texts("rejected"), prefix)
         same = set(pair.chosen) & set(pair.rejected)
         if same:
             raise UserError(f"{row.where}: the same text is chosen and rejected: {min(same)[:60]!r}")
@@ -213,29 +138,27 @@ def read_pairs(path: str) -> list[Pair]:
 
 
 def read_judged(path: str) -> list[Judged]:
-    """Outcome rows `{"instruction", "output", "correct": bool}` or judged steps `{"instruction", "steps": [text, ...],
-    "labels": [0 to 1 or null, ...]}`, by the keys of the first row. Raises UserError.
+    """Outcome rows `{"instruction", "output", "correct": bool}` and judged steps `{"instruction", "steps": [text, ...],
+    "labels": [0 to 1 or null, ...]}`. Raises UserError.
 
     A row none of whose steps is judged is an error: it could teach nothing.
     """
-    rows = read_rows(path)
-    read = _judged_steps if "steps" in rows[0].values else _judged_outcome
-    return [read(row) for row in rows]
+    rows = read_rows(path, JUDGED)
+    return [_judged_outcome(row) if row.get("steps") is None else _judged_steps(row) for row in rows]
 
 
 def _judged_outcome(row: Row) -> Judged:
-    correct = row.values.get("correct")
+    output, correct = row.text("output"), row.get("correct")
     if not isinstance(correct, bool):
-        raise UserError(
-            f"{row.where}: 'correct' is {correct!r}; expected true or false beside 'output', or 'steps' and 'labels'"
-        )
-    (output,) = _texts(Row(row.where, {"output": _text(row, "output")}), "output")
-    return Judged(_text(row, "instruction"), [output], [float(correct)])
+        raise UserError(f"{row.where}: 'correct' is {correct!r}, not true or false; {row.schema.source}")
+    if not output:
+        raise UserError(f"{row.where}: 'output' must be a non-empty string")
+    return Judged(row.instruction(), [output], [float(correct)])
 
 
 def _judged_steps(row: Row) -> Judged:
-    steps, labels = row.values.get("steps"), row.values.get("labels")
-    lengths = [len(side) if isinstance(side, list) else repr(side) for side in (steps, labels)]
+    steps, labels = row.get("steps"), row.get("labels")
+    lengths = [len(side) if isinstance(side, list) else repr(side)[:60] for side in (steps, labels)]
     if not isinstance(steps, list) or not isinstance(labels, list) or not steps or len(steps) != len(labels):
         raise UserError(
             f"{row.where}: expected lists of equal length under 'steps' and 'labels', "
@@ -244,14 +167,13 @@ def _judged_steps(row: Row) -> Judged:
     for number, (step, label) in enumerate(zip(steps, labels, strict=True)):
         if not isinstance(step, str) or not step.strip():
             raise UserError(f"{row.where}: step {number} is {step!r}; expected a text that is not empty")
-        _text(Row(row.where, {f"step {number}": step}), f"step {number}")
         if label is not None and (not isinstance(label, int | float) or not 0 <= label <= 1):
             raise UserError(
                 f"{row.where}: label {number} is {label!r}; expected 0 to 1, or null for not judged"
             )
     if all(label is None for label in labels):
         raise UserError(f"{row.where}: every label is null; leave out a row that judges nothing")
-    return Judged(_text(row, "instruction"), steps, [None if x is None else float(x) for x in labels])
+    return Judged(row.instruction(), steps, [None if x is None else float(x) for x in labels])
 
 
 def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:
@@ -262,21 +184,17 @@ def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:
     Raises UserError, also for an id that stands twice and, with need_label, for a row without a label.
     """
     prompts, seen = [], {}
-    for index, row in enumerate(read_rows(path)):
+    for index, row in enumerate(read_rows(path, PROMPTS)):
         prompt = Prompt(
-            id=_optional_text(row, "id") or str(index),
-            instruction=_text(row, "instruction"),
-            label=_optional_text(row, "label"),
-            level=int(level) if (level := _optional_text(row, "level")) and level.isdigit() else None,
-            subject=_optional_text(row, "subject"),
-            split=_optional_text(row, "split"),
-            answer_type=_optional_text(row, "answer_type") or "",
+            id=row.optional_text("id") or str(index),
+            instruction=row.instruction(),
+            label=_label(row, need_label),
+            level=level_number(row.get("level"), row.where),
+            subject=row.optional_text("subject"),
+            split=row.optional_text("split"),
+            answer_type=row.optional_text("answer_type") or "",
             tolerance=_tolerance(row),
         )
-        if need_label and not prompt.label:
-            raise UserError(
-                f"{row.where}: key 'label' is missing or empty; grading needs the answer of every row"
-            )
         if prompt.id in seen:
             raise UserError(f"{row.where}: id {prompt.id!r} stands already at {seen[prompt.id]}")
         seen[prompt.id] = row.where
@@ -284,59 +202,68 @@ def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:
     return prompts
 
 
+def _label(row: Row, needed: bool) -> str | None:
+    """The answer as a text: true and false only where they are the type of the answer. Raises UserError."""
+    value = row.get("label")
+    if isinstance(value, bool) and row.get("answer_type") == "true_false":
+        return str(value)
+    if isinstance(value, bool):
+        raise UserError(
+            f"{row.where}: 'label' is {value}; expected the answer of the problem, or 'answer_type': 'true_false'"
+        )
+    label = row.optional_text("label")
+    if needed and not (label and label.strip()):
+        raise UserError(
+            f"{row.where}: key 'label' is missing, empty or NaN; grading needs the answer of every row"
+        )
+    return label
+
+
 def _tolerance(row: Row) -> float:
     """How far a number may be from its label; 0 where nothing is said."""
-    value = row.values.get("tolerance")
+    value = row.get("tolerance")
     if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
         raise UserError(f"{row.where}: 'tolerance' is {value!r}; expected a number, 0 or more")
     return float(value or 0)
 
 
 def read_instruction_rows(path: str) -> list[dict[str, object]]:
-    """Rows with an "instruction" and whatever else they hold. Raises UserError."""
-    rows = read_rows(path)
-    for row in rows:
-        _text(row, "instruction")
-    return [row.values for row in rows]
+    """Rows with an "instruction", an "input" joined to it, and whatever else they hold. Raises UserError."""
+    return [
+        {key: value for key, value in row.values.items() if key != "input"} | {"instruction": row.instruction()}
+        for row in read_rows(path, Schema())
+    ]
 
 
 def read_votes(path: str) -> list[Vote]:
     """Rows `{"id", "prompt", "answer": text or null, "confidence", "positives", "negatives"}`. Raises UserError."""
     found = []
-    for row in read_rows(path):
-        confidence, sides = (
-            row.values.get("confidence"),
-            [row.values.get(x) for x in ("positives", "negatives")],
-        )
+    for row in read_rows(path, VOTES):
+        confidence, sides = row.get("confidence"), [row.get(x) for x in ("positives", "negatives")]
         texts = all(isinstance(side, list) and all(isinstance(x, str) for x in side) for side in sides)
         if not isinstance(confidence, int | float) or not 0 <= confidence <= 1 or not texts:
             raise UserError(
                 f"{row.where}: expected a 'confidence' from 0 to 1 and lists of texts under 'positives' and "
-                f"'negatives'; build the file with data_build.py vote"
+                f"'negatives'; {row.schema.source}"
             )
-        found.append(
-            Vote(
-                _text(row, "id"),
-                _text(row, "prompt"),
-                _optional_text(row, "answer"),
-                float(confidence),
-                *sides,
-            )
-        )
+        vote = row.text("id"), row.text("prompt"), row.optional_text("answer"), float(confidence)
+        found.append(Vote(*vote, *sides))
     return found
 
 
 def read_samples(path: str) -> list[Sample]:
     """samples.jsonl; a row without an id takes its place in the file. Raises UserError."""
     samples, seen = [], set()
-    for index, row in enumerate(read_rows(path)):
-        number = row.values.get("sample", 0)
+    for index, row in enumerate(read_rows(path, SAMPLES)):
+        number = 0 if row.get("sample") is None else row.get("sample")
+        if not isinstance(number, int | float) or number % 1:
+            raise UserError(f"{row.where}: 'sample' is {number!r}; expected a whole number")
         sample = Sample(
-            id=_optional_text(row, "id") or str(index),
-            sample=number if isinstance(number, int) else 0,
-            prompt=_text(row, "prompt") if "prompt" in row.values else "",
-            response=_text(row, "response"),
-            outcome=_optional_text(row, "outcome"),
+            id=row.optional_text("id") or str(index),
+            sample=int(number),
+            prompt=row.text("prompt") if row.get("prompt") is not None else "",
+            response=row.text("response"),
+            outcome=row.optional_text("outcome"),
             values=row.values,
         )
         if (sample.id, sample.sample) in seen:

@@ -103,16 +103,18 @@ def last_text(answer: str) -> str:
     return ANY_MARKER.split(rest)[0] if found else ""
 
 
-def learnt(parts: Sequence[Piece], what: Learnt) -> list[bool]:
+def learnt(parts: Sequence[Piece], what: Learnt, kept: Sequence[bool]) -> list[bool]:
     """For each piece whether it is one to learn: all, what stands in the assistant's messages, or of that what the
-    model writes itself - an execution is the interpreter's, markers included."""
-    found, role, kind = [], None, None
+    model writes itself - an execution is the interpreter's, markers included. Nothing of its messages not kept is."""
+    found, role, kind, answers, is_kept = [], None, None, iter(kept), True
     for part in parts:
         if isinstance(part, Marker):
             role = part if part in ROLES.values() else role
             kind = part if part in KINDS.values() else kind
+            is_kept = next(answers) if part == Marker.ASSISTANT else is_kept or part in ROLES.values()
         inside = role == Marker.ASSISTANT and part != Marker.ASSISTANT
-        found.append(what == "all" or (inside and (what == "assistant" or kind != Marker.EXECUTION)))
+        chosen = what == "all" or (inside and (what == "assistant" or kind != Marker.EXECUTION))
+        found.append(chosen and is_kept)
         if part == Marker.END_OF_BLOCK:
             kind = None
     return found

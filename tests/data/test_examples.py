@@ -72,7 +72,7 @@ def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
     ]
     assert read_prompts(file(json.dumps(rows)), need_label=False) == [
         Prompt("0", "q", "0", 3, "algebra"),
-        Prompt("x", "r", "1/2", None, None),
+        Prompt("x", "r", "1/2", 5, None),
         Prompt("2", "s", None, None, None),
     ]
 
@@ -119,7 +119,7 @@ def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
             '[{"instruction": "q", "label": "1"}, {"instruction": "r"}]',
             "row 2: key 'label' is missing",
         ),
-        (graded_prompts, '{"instruction": "q", "label": ""}', "line 1: key 'label' is missing or empty"),
+        (graded_prompts, '{"instruction": "q", "label": ""}', "line 1: key 'label' is missing, empty"),
         (
             graded_prompts,
             '{"instruction": "q", "label": [1]}',

@@ -1,0 +1,163 @@
+"""Rows of data files: what stands under a key, and what of other formats is refused. Complaints name file, row and key.
+
+null, and NaN, with which pandas marks it, mean that a key is absent, at every depth.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+from src import jsonfile
+from src.data import tables
+from src.errors import UserError
+
+_MEDIA = "a picture or sound cannot be read"
+_TOOLS = "calls of tools are not supported; solutions with code are blocks (dataset/README.md)"
+_THINKING = "put the thinking into the solution, as <think> ... </think>"
+# Keys that change what a row means where other tools read them, and what to do about each
+FOREIGN: dict[str, str] = {
+    "system": "give conversations, whose first message may be the system's",
+    "history": "give conversations, where earlier turns are messages",
+    "conversations": "rename it to 'messages', with 'role' and 'content' in each",
+    "conversation": "rename it to 'messages', with 'role' and 'content' in each",
+    "tools": _TOOLS,
+    "functions": _TOOLS,
+    "tool_calls": _TOOLS,
+    "function_call": _TOOLS,
+    "image": _MEDIA,
+    "images": _MEDIA,
+    "video": _MEDIA,
+    "videos": _MEDIA,
+    "audio": _MEDIA,
+    "audios": _MEDIA,
+    "reasoning_content": _THINKING,
+    "thinking": _THINKING,
+    "weight": "rows count alike; repeat a row, or mix files with --weights",
+    "margin": "pairs count alike; give --margin where a trainer has it",
+}
+FOREIGN_IN_MESSAGE: dict[str, str] = {
+    "tool_calls": _TOOLS,
+    "function_call": _TOOLS,
+    "tool_call_id": _TOOLS,
+    "tools": _TOOLS,
+    "functions": _TOOLS,
+    "name": "speakers have no names here; put it into the text",
+    "reasoning": "rename it to 'reasoning_content'",
+    "thinking": "rename it to 'reasoning_content'",
+    "prefix": "whole answers are learnt; give pairs with a 'prefix' instead",
+    "prefill": "whole answers are learnt; give pairs with a 'prefix' instead",
+    "refusal": "put it into 'content'",
+    "train": "use 'weight': 0 for a message that is not to be learnt",
+    "masked": "use 'weight': 0 for a message that is not to be learnt",
+    "image": _MEDIA,
+    "images": _MEDIA,
+    "audio": _MEDIA,
+    "videos": _MEDIA,
+}
+_WITHOUT_EFFECT = {"weight": 1, "train": True, "masked": False, "prefix": False}  # values that say what we do anyway
+
+
+class Schema(NamedTuple):
+    """A kind of row: what to do for rows of this kind, and the keys that are refused in them, with the advice."""
+
+    source: str = ""
+    foreign: Mapping[str, str] = FOREIGN
+
+
+ANY = Schema(foreign={})
+
+
+class Row(NamedTuple):
+    """One object and where it stands: `where` is `FILE, row N` (or `line N`), counted from 1."""
+
+    where: str
+    values: dict[str, object]
+    schema: Schema = ANY
+
+    def get(self, key: str) -> object:
+        """What stands under a key, None where it is absent."""
+        value = self.values.get(key)
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    def text(self, key: str) -> str:
+        """A string; an empty one is allowed. Raises UserError."""
+        value = self.get(key)
+        if value is None:
+            found = ", ".join(key for key in self.values if self.get(key) is not None) or "no keys"
+            raise UserError(f"{self.where}: key {key!r} is missing; found {found}{self._advice()}")
+        if not isinstance(value, str):
+            raise UserError(f"{self.where}: {key!r} is a {type(value).__name__}; expected a string")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """A string or a list of strings, as a list of at least one that is not empty. Raises UserError."""
+        value = self.get(key)
+        values = value if isinstance(value, list) else [self.text(key)]
+        if not values or not all(isinstance(text, str) and text for text in values):
+            found = "; found messages" if values and isinstance(values[0], dict) else ""
+            raise UserError(f"{self.where}: {key!r} must be a non-empty string or a list of them{found}")
+        return values
+
+    def instruction(self) -> str:
+        """The problem: 'instruction', and behind it, on a line of its own, the 'input' of Alpaca's format."""
+        extra = self.text("input") if self.get("input") is not None else ""
+        return f"{self.text('instruction')}\n{extra}" if extra.strip() else self.text("instruction")
+
+    def optional_text(self, key: str) -> str | None:
+        """A string, or a number as text; None where the key is absent. Raises UserError."""
+        value = self.get(key)
+        if value is None or isinstance(value, str):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+            raise UserError(f"{self.where}: {key!r} is a {type(value).__name__}; expected a string")
+        return number_text(value, f"{self.where}: {key!r}")
+
+    def check_foreign(self) -> None:
+        """Raise UserError for a key that says something which nobody here would hear."""
+        for key, advice in self.schema.foreign.items():
+            value = self.get(key)
+            if value is not None and value not in ("", [], {}) and value != _WITHOUT_EFFECT.get(key):
+                raise UserError(f"{self.where}: {key!r} is {repr(value)[:60]}, which would be lost; {advice}")
+
+    def _advice(self) -> str:
+        return f"; {self.schema.source}" if self.schema.source else ""
+
+
+def read_rows(path: str, schema: Schema = ANY) -> list[Row]:
+    """The objects of a json array, a jsonl or parquet file, or a saved `datasets` directory.
+
+    Raises UserError if it is missing, torn or empty, and for keys that the schema refuses.
+    """
+    if tables.is_table(Path(path)) and Path(path).exists():
+        rows = [Row(f"{path}, row {n}", values, schema) for n, values in enumerate(tables.read_table(Path(path)), 1)]
+    else:
+        rows = [Row(where, values, schema) for where, values in jsonfile.read_rows(path)]
+    if not rows:
+        raise UserError(f"{path} holds no rows; expected a json array or one json object a line")
+    for row in rows:
+        row.check_foreign()
+    return rows
+
+
+def number_text(value: int | float | Decimal, where: str) -> str:
+    """A number as people write it, and as the grader reads it: without exponent, and 4 for 4.0. Raises UserError."""
+    number = Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
+    if not number.is_finite():
+        raise UserError(f"{where} is {value}; expected a finite number, or a text")
+    text = f"{number:f}"
+    text = text.rstrip("0").removesuffix(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
+def level_number(value: object, where: str) -> int | None:
+    """5 for 5, 5.0, "5" and "Level 5"; None for null, "" and "Level ?", MATH's unknown ones. Raises UserError."""
+    if value is None or value == "" or isinstance(value, float) and math.isnan(value):
+        return None
+    text = "" if isinstance(value, bool) else str(value).strip()
+    level = re.fullmatch(r"(?:level\s*)?(\d{1,4}|\?)(?:\.0+)?", text, re.IGNORECASE | re.ASCII)
+    if level is None:
+        raise UserError(f"{where}: 'level' is {value!r}; expected a whole number, or a text such as 'Level 5'")
+    return None if level[1] == "?" else int(level[1])
