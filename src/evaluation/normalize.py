@@ -5,7 +5,9 @@ here is linear in the length of the answer or meets answers of bounded length on
 """
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache, partial
 
 from src.evaluation.number_words import CHANGED, digits_for_words
 from src.evaluation.symbols import latex
@@ -20,9 +22,15 @@ FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|
 GREEK = "pi|theta|alpha|beta|gamma|lambda|phi|omega"
 
 
-def compiled(*rules: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """The rules (pattern, replacement) with their patterns compiled."""
-    return tuple((re.compile(pattern), new) for pattern, new in rules)
+Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
+
+
+def compiled(*rules: tuple[str, str]) -> tuple[Rule, ...]:
+    """The rules (pattern, replacement), ready to apply; sub() would read a template again whether or not it matches."""
+    return tuple(
+        (re.compile(pattern), partial(re.Match.expand, template=new) if "\\" in new else new)
+        for pattern, new in rules
+    )
 
 
 MACROS = {
@@ -229,6 +237,7 @@ def without_end(text: str) -> str:
         text = kept[:-2] if kept.endswith("!") else kept[:-1]
 
 
+@lru_cache(maxsize=4096)  # samples of one problem share its label, and many their answer
 def normalize(text: str) -> str:
     """One spelling of an answer. Spaces stay where they part letters, digits, or a value and its unit."""
     if PLAIN.fullmatch(text):
@@ -249,7 +258,7 @@ def normalize(text: str) -> str:
     return strip_braces(rewritten(MIXED.sub(improper, text), SPACING))
 
 
-def rewritten(text: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
+def rewritten(text: str, rules: tuple[Rule, ...]) -> str:
     """The text after each of the rules in turn."""
     for pattern, new in rules:
         text = pattern.sub(new, text)
