@@ -1,8 +1,10 @@
 """Published benchmarks to prompts with labels and reference solutions."""
 
+import math
 import re
 
-from dataset.raw import RawRow, Row
+from dataset.raw import LeftOut, RawRow, Row
+from src.data import rows
 from src.errors import UserError
 from src.evaluation.extract import last_box
 from src.evaluation.normalize import rational
@@ -27,7 +29,7 @@ def math_row(raw: RawRow) -> Row:
     if box is None or not box.text:
         raise UserError(rf"{raw.place}: expected a closed \boxed{{...}} in 'solution', found {solution[-60:]!r}")
     row: Row = {"instruction": raw.text("problem"), "output": [solution], "label": box.text}
-    level = level_number(raw) if "level" in raw.fields else None
+    level = rows.level_number(raw.fields.get("level"), raw.place)
     if level is not None:
         row["level"] = level
     if "type" in raw.fields or "subject" in raw.fields:
@@ -39,14 +41,6 @@ def with_answer_said(row: Row) -> Row:
     """A MATH row whose solution ends with its label, where the task MATH-weak-to-strong looks for it (the data that
     Yang et al. 2024 publish)."""
     return row | {"output": [f"{solution} The answer is: {row['label']}" for solution in row["output"]]}
-
-
-def level_number(raw: RawRow) -> int | None:
-    """4 for "Level 4" or 4; None for the few problems of the training set marked "Level ?"."""
-    level = re.fullmatch(r"(?:Level )?(\d|\?)", str(raw.fields["level"]))
-    if level is None:
-        raise UserError(f"{raw.place}: expected a level such as 'Level 4', found {raw.fields['level']!r}")
-    return None if level.group(1) == "?" else int(level.group(1))
 
 
 def svamp_row(raw: RawRow) -> Row:
@@ -87,8 +81,9 @@ def aqua_row(raw: RawRow) -> Row:
         raise UserError(f"{raw.place}: expected options 'A) ...' with {correct!r} among them, found {options!r}")
     listed = " ".join(f"({part.group(1)}) {part.group(2).strip()}" for part in parts)
     row: Row = {"instruction": f"{raw.text('question').strip()}\nOptions: {listed}", "label": correct}
-    rationale = raw.fields.get("rationale")
-    return row | ({"output": [f"{rationale}\nThe answer is ({correct})."]} if rationale else {})
+    if "rationale" in raw.fields:
+        row["output"] = [f"{raw.text('rationale')}\nThe answer is ({correct})."]
+    return row
 
 
 ANSWER_TYPES = {
@@ -102,13 +97,14 @@ ANSWER_TYPES = {
 
 def olympiad_row(raw: RawRow) -> Row:
     """An OlympiadBench row with a final answer; several answers become a list, `error` the tolerance."""
-    answers = raw.fields.get("final_answer")
-    if not isinstance(answers, list) or not answers or not all(isinstance(text, str) for text in answers):
-        raise UserError(f"{raw.place}: expected a list of texts under 'final_answer', found {answers!r}; "
-                        f"proofs have none and cannot be graded")
+    if raw.fields.get("modality") == "Multimodal" or any(name.startswith("image") for name in raw.fields):
+        raise LeftOut("with a picture")
+    if "final_answer" not in raw.fields:
+        raise LeftOut("without a final answer, which are proofs,")
+    answers = texts(raw, "final_answer")
     row: Row = {"instruction": raw.text("question"), "label": ", ".join(text.strip("$ ") for text in answers)}
-    if isinstance(raw.fields.get("solution"), list):
-        row["output"] = raw.fields["solution"]
+    if "solution" in raw.fields:
+        row["output"] = texts(raw, "solution")
     kind = ANSWER_TYPES.get(str(raw.fields.get("answer_type")).lower(), "")
     if raw.fields.get("is_multiple_answer"):
         kind = "set"
@@ -122,9 +118,20 @@ def olympiad_row(raw: RawRow) -> Row:
 def tolerance(raw: RawRow, error: object) -> float:
     """OlympiadBench's `error` as a number. Raises UserError."""
     try:
-        return float(str(error))
+        found = float(str(error))
     except ValueError:
-        raise UserError(f"{raw.place}: expected a number under 'error', found {error!r}") from None
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise UserError(f"{raw.place}: expected a number under 'error', found {error!r}")
+    return found
+
+
+def texts(raw: RawRow, name: str) -> list[str]:
+    """A field that is a list of texts, none of them empty. Raises UserError."""
+    found = raw.fields.get(name)
+    if not isinstance(found, list) or not found or not all(isinstance(x, str) and x.strip("$ \n") for x in found):
+        raise UserError(f"{raw.place}: expected a list of texts under {name!r}, found {str(found)[:60]}")
+    return found
 
 
 def joined(body: str, question: str) -> str:
@@ -136,7 +143,8 @@ def joined(body: str, question: str) -> str:
 def number(raw: RawRow, name: str) -> str:
     """A field that holds a number or its text, as a label: 145 for 145.0. Raises UserError."""
     value = raw.fields.get(name)
-    text = str(value).strip().replace(",", "")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = rows.number_text(value, f"{raw.place}: {name!r}") if is_number else str(value).strip().replace(",", "")
     exact = None if isinstance(value, bool) else rational(text)
     if exact is None:
         raise UserError(f"{raw.place}: expected a number under {name!r}, found {value!r}")
@@ -145,5 +153,5 @@ def number(raw: RawRow, name: str) -> str:
 
 def optional(raw: RawRow, **names: str) -> Row:
     """Fields that are there, under our names and as text."""
-    found = {ours: raw.fields.get(theirs) for ours, theirs in names.items()}
-    return {ours: str(value) for ours, value in found.items() if value not in (None, "")}
+    row = rows.Row(raw.place, raw.fields)
+    return {ours: text for ours, theirs in names.items() if (text := row.optional_text(theirs))}

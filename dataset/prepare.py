@@ -9,7 +9,8 @@ python dataset/prepare.py prm800k --raw_file phase2_train.jsonl --save_file prm.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,7 +27,7 @@ from dataset.benchmarks import (  # noqa: E402
     svamp_row,
     with_answer_said,
 )
-from dataset.raw import RawRow, Row, read_raw  # noqa: E402
+from dataset.raw import LeftOut, RawRow, Row, read_raw  # noqa: E402
 from dataset.verifier_data import (  # noqa: E402
     hh_rlhf_rows,
     math_shepherd_rows,
@@ -59,36 +60,55 @@ BUILDERS: dict[str, Callable[[RawRow], Iterable[Row]]] = {
 
 
 class Report(NamedTuple):
-    """What was kept and why the rest was not."""
+    """What was kept, how many rows were left out for which reason, and the complaints about rows that are wrong."""
 
     rows: list[Row]
-    repeated: int
-    other_levels: int
-    unknown_level: int
+    left_out: Counter[str]
+    wrong: list[UserError]
+
+    def counts(self) -> str:
+        """What was left out, in words."""
+        parts = [f"{count} {why} left out" for why, count in self.left_out.items()]
+        if self.wrong:
+            parts.append(f"{len(self.wrong)} that cannot be read left out (the first is {self.wrong[0]})")
+        return ", ".join(parts)
 
 
-def build(raw_rows: Iterator[RawRow], task: str, levels: list[int], level_of: dict[str, int]) -> Report:
+def build(path: Path, task: str, levels: list[int], level_of: dict[str, int], *, strict: bool) -> Report:
     """All rows of a file, each once (a benchmark's as they are); of the wanted levels alone where some are named.
 
     A row's level is its own, or that of its problem (the original of a rephrased one) in level_of. Rows whose
-    problem has no known level are left out too, and counted: nothing hard slips in as easy.
+    problem has no known level are left out too, and counted: nothing hard slips in as easy. A row that is wrong is
+    counted, or with strict raises UserError.
     """
-    kept: list[Row] = []
-    seen: set[str] = set()
-    repeated = other = unknown = 0
-    for raw in raw_rows:
-        for row in BUILDERS[task](raw):
+    report, seen = Report([], Counter(), []), set()
+
+    def refuse(problem: UserError) -> None:
+        report.wrong.append(problem)
+        if strict:
+            raise problem
+
+    for raw in read_raw(path, refuse):
+        try:
+            rows = list(BUILDERS[task](raw))
+        except LeftOut as reason:
+            report.left_out[str(reason)] += 1
+            continue
+        except UserError as problem:
+            refuse(problem)
+            continue
+        for row in rows:
             problem = row.pop("original", row["instruction"])
             level = row.get("level", level_of.get(" ".join(str(problem).split())))
             key = json.dumps(row, sort_keys=True)  # the problem is part of it: equal steps of two problems are two rows
             if levels and level not in levels:
-                other, unknown = other + (level is not None), unknown + (level is None)
+                report.left_out["of unknown level" if level is None else "of other levels"] += 1
             elif key in seen and task not in BENCHMARKS:
-                repeated += 1
+                report.left_out["repeated"] += 1
             else:
                 seen.add(key)
-                kept.append(row)
-    return Report(kept, repeated, other, unknown)
+                report.rows.append(row)
+    return report
 
 
 def read_levels(level_file: str) -> dict[str, int]:
@@ -111,32 +131,31 @@ def main(
     task: Literal["gsm8k", "math", "svamp", "asdiv", "mawps", "aqua", "olympiadbench", "metamath", "prm800k",
                   "math_shepherd", "processbench", "hh_rlhf"],
     levels: list[int] = [], level_file: str = "",  # noqa: B006 (shown by --help, never changed)
-    say_answer: bool = False,
+    say_answer: bool = False, strict: bool = False,
 ) -> None:
     """Convert one file.
 
-    raw_file: the published file: .jsonl, .json, .parquet or (ASDiv) .xml
+    raw_file: the published file: .jsonl, .json, .parquet or (ASDiv) .xml, or a directory of `datasets`
     save_file: the json file to write
     task: what the file holds; written first and without --task
     levels: only problems of these levels, such as 1,2,3; default: all
     level_file: prompts with levels (such as dataset/MATH/train.json), for files whose rows carry none
     say_answer: end every solution of MATH with "The answer is: LABEL", where --task MATH-weak-to-strong looks for it
+    strict: stop at the first row that cannot be read, instead of leaving it out and counting it
     """
     if say_answer and task != "math":
         raise UserError(f"--say_answer is for math, whose solutions end in any words; found {task}")
     path = Path(raw_file)
-    if not path.is_file():
+    if not path.is_file() and not path.is_dir():
         raise UserError(f"--raw_file {raw_file} is not a file; name the downloaded .jsonl, .json or .parquet file")
-    report = build(read_raw(path), task, levels, read_levels(level_file))
+    report = build(path, task, levels, read_levels(level_file), strict=strict)
     if not report.rows:
-        found = f"; {report.other_levels} rows have other levels, {report.unknown_level} none" if levels else ""
-        raise UserError(f"--raw_file {raw_file} gives no rows{found}; expected rows of {task}"
-                        + (f" with levels {levels}; give --level_file" if levels else ""))
+        wanted = f"{task} with levels {levels}" if levels else task
+        hint = f"--level_file {level_file} has no level for their problems" if level_file else "give --level_file"
+        raise UserError(f"--raw_file {raw_file} gives no rows of {wanted}: {report.counts() or 'it is empty'}"
+                        + f"; {hint}" * ("of unknown level" in report.left_out))
     save([with_answer_said(row) for row in report.rows] if say_answer else report.rows, Path(save_file))
-    left_out = {"repeated": report.repeated, "of other levels": report.other_levels,
-                "of unknown level": report.unknown_level}
-    counts = "".join(f", {count} {why} left out" for why, count in left_out.items() if count)
-    cli.show(f"{len(report.rows)} rows written to {save_file}{counts}\n")
+    cli.show(f"{len(report.rows)} rows written to {save_file}{', ' * bool(report.counts())}{report.counts()}\n")
 
 
 if __name__ == "__main__":

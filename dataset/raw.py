@@ -1,18 +1,23 @@
 """Rows of published files, each with the words that name it in an error."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from src import jsonfile
+from src.data import rows, tables
 from src.errors import UserError
-from src.jsonfile import read_rows
 
 Row = dict[str, object]
 
 
+class LeftOut(Exception):
+    """A row that gives none of ours, though nothing is wrong with it; the message says which rows these are."""
+
+
 class RawRow(NamedTuple):
-    """One row of a raw file and the words that name it in an error."""
+    """One row of a raw file and the words that name it in an error. Fields that are null or NaN are not there."""
 
     place: str
     fields: dict[str, object]
@@ -27,34 +32,28 @@ class RawRow(NamedTuple):
         return value
 
 
-def read_raw(path: Path) -> Iterator[RawRow]:
-    """Rows of a .parquet, .jsonl, .json (one array) or .xml file. Raises UserError that names file and row."""
-    if path.suffix == ".parquet":
-        return read_parquet(path)
-    if path.suffix == ".xml":
-        return read_problems(path)
-    return (RawRow(where, fields) for where, fields in read_rows(path))
+def read_raw(path: Path, refuse: Callable[[UserError], None]) -> Iterator[RawRow]:
+    """Rows of a .jsonl, .json (one array), .parquet or .xml file, or of a directory of `datasets`.
+
+    refuse: called with the complaint about a row that cannot be read. Raises UserError for a file that cannot be.
+    """
+    if tables.is_table(path):
+        found: Iterable[tuple[str, Row]] = (
+            (f"{path}, row {number}", fields) for number, fields in enumerate(tables.read_table(path), start=1)
+        )
+    else:
+        found = read_problems(path) if path.suffix == ".xml" else jsonfile.read_rows(path, refuse)
+    for place, fields in found:
+        there = rows.Row(place, fields)
+        yield RawRow(place, {name: fields[name] for name in fields if there.get(name) is not None})
 
 
-def read_parquet(path: Path) -> Iterator[RawRow]:
-    """Rows of a parquet file."""
-    # only this format needs it, and it takes half a second to import
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a parquet file ({error})") from error
-    for number, fields in enumerate(rows, start=1):
-        yield RawRow(f"{path} row {number}", fields)
-
-
-def read_problems(path: Path) -> Iterator[RawRow]:
+def read_problems(path: Path) -> Iterator[tuple[str, Row]]:
     """The <Problem> elements of an XML file (ASDiv): attributes and children by name."""
     try:
         problems = list(ElementTree.parse(path).iter("Problem"))
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: encodings
         raise UserError(f"{path}: not XML ({error})") from error
     for number, problem in enumerate(problems, start=1):
         fields: dict[str, object] = dict(problem.attrib)
-        yield RawRow(f"{path} problem {number}", fields | {child.tag: child.text for child in problem})
+        yield f"{path}, problem {number}", fields | {child.tag: child.text for child in problem}

@@ -6,7 +6,8 @@ Every builder takes one raw row and yields the rows that it gives; the sources a
 import re
 from collections.abc import Iterator
 
-from dataset.raw import RawRow, Row
+from dataset.benchmarks import optional
+from dataset.raw import LeftOut, RawRow, Row
 from src.errors import UserError
 
 SHEPHERD_MARK = "ки"
@@ -21,28 +22,44 @@ def prm800k_rows(raw: RawRow) -> Iterator[Row]:
     screening questions, which several labellers saw, are left out.
     """
     if raw.fields.get("is_quality_control_question") or raw.fields.get("is_initial_screening_question"):
-        return
+        raise LeftOut("of quality control or screening")
     question, judged = raw.fields.get("question"), raw.fields.get("label")
     if not isinstance(question, dict) or not isinstance(judged, dict) or not isinstance(judged.get("steps"), list):
         raise UserError(f"{raw.place}: expected 'question' and 'label' with 'steps', found {', '.join(raw.fields)}")
     problem = RawRow(f"{raw.place} question", question).text("problem")
     prefix: list[str] = []
     labels: list[int | None] = []
+    alternatives = 0
     for number, step in enumerate(judged["steps"]):
         place = f"{raw.place} step {number}"
-        completions, chosen = step.get("completions") or [], step.get("chosen_completion")
+        completions, chosen, followed = step_parts(step, place)
         for index, completion in enumerate(completions):
             if index != chosen and completion.get("rating") is not None:
+                alternatives += 1
                 text = RawRow(place, completion).text("text")
                 yield {"instruction": problem, "steps": [*prefix, text],
                        "labels": [*[None] * len(prefix), rating_label(completion, place)]}
-        followed = step.get("human_completion") if chosen is None else completions[chosen]
         if followed is None:  # the labeller gave up here
             break
         prefix.append(RawRow(place, followed).text("text"))
         labels.append(rating_label(followed, place))
     if any(label is not None for label in labels):
         yield {"instruction": problem, "steps": prefix, "labels": labels}
+    elif not alternatives:
+        raise LeftOut("without a rating")
+
+
+def step_parts(step: object, place: str) -> tuple[list[Row], int | None, Row | None]:
+    """The completions of a step of PRM800K, which of them was chosen, and the step that the labeller went on from."""
+    completions = (step.get("completions") or []) if isinstance(step, dict) else None
+    if not isinstance(completions, list) or not all(isinstance(completion, dict) for completion in completions):
+        raise UserError(f"{place}: expected an object with a list of objects under 'completions'")
+    chosen, human = step.get("chosen_completion"), step.get("human_completion")
+    if chosen is not None and chosen not in range(len(completions)):
+        raise UserError(f"{place}: 'chosen_completion' is {chosen!r}; expected the number of one of {len(completions)}")
+    if human is not None and not isinstance(human, dict):
+        raise UserError(f"{place}: 'human_completion' is a {type(human).__name__}; expected an object")
+    return completions, chosen, human if chosen is None else completions[int(chosen)]
 
 
 def rating_label(completion: dict[str, object], place: str) -> int | None:
@@ -54,10 +71,14 @@ def rating_label(completion: dict[str, object], place: str) -> int | None:
 
 
 def math_shepherd_rows(raw: RawRow) -> Iterator[Row]:
-    """Math-Shepherd (Wang et al. 2024): `input` marks every step's end, `label` has + or - in the marks' place."""
+    """Math-Shepherd (Wang et al. 2024): `input` marks every step's end, `label` has + or - in the marks' place.
+
+    A last step without a mark is not judged (null).
+    """
     text, judged = raw.text("input"), raw.text("label")
     pieces = text.split(SHEPHERD_MARK)
-    labels, place = [], 0
+    labels: list[int | None] = []
+    place = 0
     for piece in pieces[:-1]:
         place += len(piece)
         verdict = judged[place:place + 1]
@@ -65,26 +86,30 @@ def math_shepherd_rows(raw: RawRow) -> Iterator[Row]:
             raise UserError(f"{raw.place}: 'label' does not repeat 'input' with + or - for mark {len(labels) + 1}")
         labels.append(int(verdict == "+"))
         place += 1
+    if judged[place:].strip() != pieces[-1].strip():
+        raise UserError(f"{raw.place}: 'label' does not repeat 'input' behind mark {len(labels)}")
     question, step, first = pieces[0].partition("Step 1:")
     if not step or not labels:
         raise UserError(f"{raw.place}: expected 'input' to hold 'Step 1:' and a mark {SHEPHERD_MARK} behind each step")
     steps = [step + first, *pieces[1:-1]]
+    if pieces[-1].strip():
+        steps, labels = [*steps, pieces[-1]], [*labels, None]
+    if not all(piece.strip() for piece in steps):
+        raise UserError(f"{raw.place}: a step in 'input' is empty")
     yield {"instruction": question.strip(), "steps": [piece.strip() for piece in steps], "labels": labels}
 
 
 def processbench_rows(raw: RawRow) -> Iterator[Row]:
     """ProcessBench (Zheng et al. 2024): `label` is the first wrong step, -1 for none; later steps are not judged."""
     steps, wrong = raw.fields.get("steps"), raw.fields.get("label")
-    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step.strip() for step in steps):
         raise UserError(f"{raw.place}: expected a list of texts under 'steps', found {str(steps)[:60]!r}")
-    if type(wrong) is not int or not -1 <= wrong < len(steps):
+    if isinstance(wrong, bool) or wrong not in range(-1, len(steps)):  # -1.0 where a column was nullable
         raise UserError(f"{raw.place}: 'label' is {wrong!r}; expected -1 or the number of one of {len(steps)} steps")
     right = len(steps) if wrong == -1 else wrong
     labels = [1 if number < right else 0 if number == right else None for number in range(len(steps))]
     row: Row = {"instruction": raw.text("problem"), "steps": steps, "labels": labels}
-    if "id" in raw.fields:
-        row["id"] = raw.text("id")
-    yield row
+    yield row | optional(raw, id="id")
 
 
 def metamath_rows(raw: RawRow) -> Iterator[Row]:
@@ -98,7 +123,7 @@ def metamath_rows(raw: RawRow) -> Iterator[Row]:
 
 
 def hh_rlhf_rows(raw: RawRow) -> Iterator[Row]:
-    """hh-rlhf (Bai et al. 2022): two dialogues that differ in the last answer. Equal answers give no row."""
+    """hh-rlhf (Bai et al. 2022): two dialogues that differ in the last answer, and say something there."""
     sides = {}
     for name in ("chosen", "rejected"):
         dialogue = raw.text(name)
@@ -108,6 +133,9 @@ def hh_rlhf_rows(raw: RawRow) -> Iterator[Row]:
         sides[name] = before + turn, answer.strip()
     (prompt, chosen), (other, rejected) = sides["chosen"], sides["rejected"]
     if prompt != other:
-        return  # a few dialogues part before the last answer: no pair of answers to one prompt
-    if chosen and rejected and chosen != rejected:
-        yield {"instruction": prompt, "chosen": chosen, "rejected": rejected}
+        raise LeftOut("whose dialogues part before the last answer")
+    if not chosen or not rejected:
+        raise LeftOut("with an empty answer")
+    if chosen == rejected:
+        raise LeftOut("with equal answers")
+    yield {"instruction": prompt, "chosen": chosen, "rejected": rejected}

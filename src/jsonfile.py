@@ -3,7 +3,7 @@
 import json
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -60,38 +60,61 @@ def check_file(path: str | Path) -> None:
         raise UserError(f"{path} is a {kind}; expected a file")
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
+def _refuse(problem: UserError) -> None:
+    raise problem
+
+
+def read_rows(
+    path: str | Path, refuse: Callable[[UserError], None] = _refuse
+) -> Iterator[tuple[str, dict[str, object]]]:
     """The objects of a json array or of a jsonl file, each behind what names it: `FILE, row N` or `FILE, line N`.
 
     Blank lines are skipped. No more than two times MAX_ROW is held at once. Raises UserError, also for a longer row.
+    refuse: called with the complaint about one row; if it returns, the next rows follow. An array that is no json, of
+    which no next row can be found, raises all the same.
     """
     check_file(path)
     with Path(path).open("rb") as file:
         is_array = file.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
-    return _array_rows(path) if is_array else _line_rows(path)
+    return _array_rows(path, refuse) if is_array else _line_rows(path, refuse)
 
 
-def _line_rows(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
+def _line_rows(path: str | Path, refuse: Callable[[UserError], None]) -> Iterator[tuple[str, dict[str, object]]]:
     with Path(path).open("rb") as file:
         number = 0
         while line := file.readline(MAX_ROW + 1):
             number += 1
             where = f"{path}, line {number}"
             if len(line) > MAX_ROW:
-                raise UserError(_too_long(where))
-            if line := line.removeprefix(BOM).strip():
-                yield where, parse(line, where)
+                refuse(UserError(_too_long(where)))
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_ROW)
+                continue
+            if not (line := line.removeprefix(BOM).strip()):
+                continue
+            try:
+                row = parse(line, where)
+            except UserError as problem:
+                refuse(problem)
+                continue
+            yield where, row
 
 
-def _array_rows(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
+def _array_rows(path: str | Path, refuse: Callable[[UserError], None]) -> Iterator[tuple[str, dict[str, object]]]:
     with Path(path).open(encoding="utf-8-sig", newline="") as file:
         window = _Window(file, str(path))
         window.take("[")
-        if window.peek() != "]":
-            yield window.value()
-            while window.peek() != "]":
+        while window.peek() != "]":
+            if window.number > 1:
                 window.take(",")
-                yield window.value()
+            where = f"{path}, row {window.number}"
+            value, text = window.value(where)
+            try:
+                row = _checked(value, text, where, dict)
+            except UserError as problem:
+                refuse(problem)
+                continue
+            yield where, row
         window.take("]")
         if window.peek():
             raise window.complaint("not valid json (something stands behind the array)")
@@ -123,9 +146,8 @@ class _Window:
             raise self.complaint(f"not valid json (expected {sign!r}, found {self.peek() or 'the end of the file'!r})")
         self.place += 1
 
-    def value(self) -> tuple[str, dict[str, object]]:
-        """The next row behind its name. Raises UserError."""
-        where = f"{self.path}, row {self.number}"
+    def value(self, where: str) -> tuple[object, str]:
+        """The next value and its text. Raises UserError."""
         self.peek()
         start = self.place
         try:
@@ -139,7 +161,7 @@ class _Window:
         if self.place - start > MAX_ROW:
             raise UserError(_too_long(where))
         self.number += 1
-        return where, _checked(found, self.text[start : self.place], where, dict)
+        return found, self.text[start : self.place]
 
     def complaint(self, what: str) -> UserError:
         line = self.line + self.text.count("\n", 0, self.place)

@@ -1,13 +1,16 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from dataset.prepare import main, read_levels
+from src import jsonfile
 from src.data.examples import read_prompts
 from src.errors import UserError
 from src.evaluation.grade import Grader
@@ -16,6 +19,7 @@ from src.evaluation.tasks import find_task
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared" / "data"
+REPORTS = SHARED / "reports"
 shared_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"published benchmark files are not at {SHARED}")
 
 GSM8K = {"question": "Ann packs 3 bags of 400 nuts. How many nuts?",
@@ -88,18 +92,27 @@ def test_math_row_without_a_known_level(tmp_path: Path) -> None:
     ("math", json.dumps(MATH | {"solution": "cut at \\boxed{1"}), "closed"),
     ("math", json.dumps(MATH | {"level": "hard"}), "'hard'"),
 ])
-def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, task: str, row: str, problem: str) -> None:
+def test_a_bad_row_is_named_by_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str, row: str, problem: str
+) -> None:
+    """It is left out and counted, or with --strict the end."""
     good = GSM8K if task == "gsm8k" else MATH
     raw_file = write(tmp_path / "raw.jsonl", good, row)
     old = tmp_path / "out.json"
     old.write_text("old")
     with pytest.raises(UserError, match=f"raw.jsonl, line 2: .*{problem}"):
-        main(raw_file, str(old), task)
+        main(raw_file, str(old), task, strict=True)
     assert old.read_text() == "old"
+    main(raw_file, str(old), task)
+    said = capsys.readouterr().out
+    assert re.search(
+        rf"^1 rows written to .*, 1 that cannot be read left out \(the first is .*line 2: .*{problem}", said
+    )
+    assert len(json.loads(old.read_text())) == 1
 
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="raw.parquet: not a parquet file"):
+    with pytest.raises(UserError, match="raw.parquet cannot be read as a table"):
         main(write(tmp_path / "raw.parquet", "x"), str(tmp_path / "out.json"), "gsm8k")
 
 
@@ -192,8 +205,10 @@ def test_levels_come_from_the_original_problem_of_another_file(tmp_path: Path) -
     main(raw_file, out, "metamath", levels=[1, 2, 3], level_file=str(tmp_path / "levels.json"))
     assert json.loads(Path(out).read_text()) == [
         {"instruction": "Easy one, again", "output": ["So.\nThe answer is: $7$"], "label": "$7$"}]
-    with pytest.raises(UserError, match="3 none; expected rows of metamath with levels"):
+    with pytest.raises(UserError, match="metamath with levels \\[1\\]: 3 of unknown level left out; give --level_file"):
         main(raw_file, out, "metamath", levels=[1])
+    with pytest.raises(UserError, match="2 of other levels left out, 1 of unknown level .*; --level_file .*json has"):
+        main(raw_file, out, "metamath", levels=[1], level_file=str(tmp_path / "levels.json"))
     assert read_levels("") == {}
 
 
@@ -292,7 +307,7 @@ def test_asdiv_is_read_from_xml(tmp_path: Path) -> None:
     ("mawps", {"sQuestion": "a", "lSolutions": []}, "a list of numbers under 'lSolutions'"),
     ("aqua", AQUA | {"correct": "E"}, "with 'E' among them"),
     ("aqua", AQUA | {"options": "A)20"}, "a list of texts under 'options'"),
-    ("olympiadbench", OLYMPIAD | {"final_answer": None}, "proofs have none"),
+    ("olympiadbench", OLYMPIAD | {"final_answer": "1"}, "a list of texts under 'final_answer', found 1"),
     ("olympiadbench", OLYMPIAD | {"error": "small"}, "a number under 'error', found 'small'"),
 ])
 def test_a_bad_row_of_a_benchmark_is_named(tmp_path: Path, task: str, row: dict[str, object], problem: str) -> None:
@@ -309,3 +324,118 @@ def test_what_is_prepared_is_graded_by_its_task(tmp_path: Path) -> None:
         prompt = read_prompts(str(tmp_path / "new/out.json"), need_label=True)[0]
         with Grader(task) as grader:
             assert grader.grade_one(response, rows[0]["label"], type_of(prompt)).outcome == "right"
+
+
+def said(capsys: pytest.CaptureFixture[str], tmp_path: Path, task: str, *rows: dict[str, object] | str) -> str:
+    """What prepare.py says of a file with these rows, behind the name of the file it writes."""
+    capsys.readouterr()
+    main(write(tmp_path / "raw.jsonl", *map(json.dumps, rows)), str(tmp_path / "out.json"), task)
+    return capsys.readouterr().out.replace(str(tmp_path / "out.json"), "F").strip()
+
+
+def dialogue(*answers: str) -> str:
+    return "".join(f"\n\nHuman: q\n\nAssistant: {answer}" for answer in answers)
+
+
+def test_every_row_is_written_or_counted_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [("yes", "no"), ("same", "same"), ("same", "same "), ("", "no"), ("yes", " "), ("yes", "no")]
+    rows: list[dict[str, object]] = [{"chosen": dialogue(a), "rejected": dialogue(b)} for a, b in pairs]
+    rows += [{"chosen": dialogue("a", "b"), "rejected": dialogue("a")}]
+    rows += [{"chosen": "x", "rejected": "y"}, {"chosen": None}]
+    assert said(capsys, tmp_path, "hh_rlhf", *rows).startswith(
+        "1 rows written to F, 2 with equal answers left out, 2 with an empty answer left out, 1 repeated left out, "
+        "1 whose dialogues part before the last answer left out, 2 that cannot be read left out (the first is "
+    )
+    unrated = {"steps": [{"completions": [completion("a", None)], "chosen_completion": 0}]}
+    rows = [PRM800K, PRM800K | {"is_quality_control_question": True}, PRM800K | {"label": unrated}]
+    assert said(capsys, tmp_path, "prm800k", *rows) == (
+        "4 rows written to F, 1 of quality control or screening left out, 1 without a rating left out"
+    )
+    others = {"final_answer": None}, {"modality": "Multimodal"}, {"image_1": "x"}
+    rows = [OLYMPIAD, *(OLYMPIAD | other for other in others)]
+    assert said(capsys, tmp_path, "olympiadbench", *rows) == (
+        "1 rows written to F, 1 without a final answer, which are proofs, left out, 2 with a picture left out"
+    )
+
+
+def test_a_last_step_without_a_mark_is_kept_unjudged(tmp_path: Path) -> None:
+    rows = [
+        {"input": "q? Step 1: a ки\nStep 2: b", "label": "q? Step 1: a +\nStep 2: b"},
+        {"input": "q? Step 1: a ки\nStep 2: b ки \n", "label": "q? Step 1: a -\nStep 2: b + \n"},
+    ]
+    found = prepared("math_shepherd", write(tmp_path / "raw.jsonl", *rows), tmp_path)
+    assert [(row["steps"], row["labels"]) for row in found] == [
+        (["Step 1: a", "Step 2: b"], [1, None]), (["Step 1: a", "Step 2: b"], [0, 1])]
+
+
+@pytest.mark.parametrize(("task", "row", "problem"), [
+    ("math_shepherd", {"input": "q Step 1: a ки b", "label": "q Step 1: a + c"}, "not repeat 'input' behind mark 1"),
+    ("math_shepherd", {"input": "q Step 1: a ки ки", "label": "q Step 1: a + -"}, "a step in 'input' is empty"),
+    ("prm800k", {"question": {"problem": "q"}, "label": {"steps": ["a"]}}, "step 0: expected an object with a list"),
+    ("prm800k", {"question": {"problem": "q"}, "label": {"steps": [{"completions": [7]}]}}, "step 0: expected an obj"),
+    ("prm800k", {"question": {"problem": "q"}, "label": {"steps": [
+        {"completions": [completion("a", 1)], "chosen_completion": 3}]}}, "'chosen_completion' is 3; expected"),
+    ("prm800k", {"question": {"problem": "q"}, "label": {"steps": [{"human_completion": "a"}]}}, "is a str; expected"),
+    ("processbench", {"problem": "q", "steps": ["a"], "label": True}, "'label' is True"),
+    ("processbench", {"problem": "q", "steps": ["a", " "], "label": 0}, "a list of texts under 'steps'"),
+    ("olympiadbench", OLYMPIAD | {"final_answer": ["$$"]}, "a list of texts under 'final_answer'"),
+    ("olympiadbench", OLYMPIAD | {"solution": [None]}, "a list of texts under 'solution'"),
+    ("olympiadbench", OLYMPIAD | {"error": "inf"}, "a number under 'error', found 'inf'"),
+    ("olympiadbench", OLYMPIAD | {"subfield": ["a"]}, "'subfield' is a list; expected a string"),
+    ("aqua", AQUA | {"rationale": ["a"]}, "expected text under 'rationale'"),
+    ("svamp", {"Body": "a", "Question": "b", "Answer": True}, "a number under 'Answer', found True"),
+    ("gsm8k", {"question": "q", "answer": "9" * 5000}, "to end in a line '#### number'"),
+])
+def test_more_bad_rows(tmp_path: Path, task: str, row: dict[str, object], problem: str) -> None:
+    with pytest.raises(UserError, match=f"no rows of {task}: 1 that cannot be read .*raw.jsonl, line 1.*{problem}"):
+        main(write(tmp_path / "raw.jsonl", row), str(tmp_path / "out.json"), task)
+
+
+def test_nullable_columns_of_parquet_and_directories(tmp_path: Path) -> None:
+    """A label that was turned into a float, and fields that are null or NaN, read as what they were."""
+    math = [MATH | {"level": 5.0, "unique_id": 7.0}, MATH | {"level": None, "unique_id": float("nan"), "type": None}]
+    dataset = datasets.Dataset.from_list(math)
+    dataset.to_parquet(tmp_path / "raw.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    for name in ("raw.parquet", "saved"):
+        rows = prepared("math", str(tmp_path / name), tmp_path)
+        assert [(row.get("level"), row.get("id"), row.get("subject")) for row in rows] == [
+            (5, "7", "Algebra"), (None, None, None)]
+    bench = [{"id": None, "problem": "q", "steps": ["a", "b"], "label": label} for label in (1.0, -1.0)]
+    datasets.Dataset.from_list(bench).to_parquet(tmp_path / "raw.parquet")
+    rows = prepared("processbench", str(tmp_path / "raw.parquet"), tmp_path)
+    assert [row["labels"] for row in rows] == [[1, 0], [1, 1]] and all("id" not in row for row in rows)
+
+
+def test_a_number_of_a_benchmark_is_written_as_the_grader_reads_it(tmp_path: Path) -> None:
+    row = {"Body": "a", "Question": "b", "Answer": 1e22}
+    assert prepared("svamp", write(tmp_path / "raw.jsonl", row), tmp_path)[0]["label"] == "1" + "0" * 22
+
+
+@pytest.mark.parametrize("name", ["raw.jsonl", "raw.json"])
+def test_one_bad_row_in_the_middle_loses_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(jsonfile, "MAX_ROW", 4000)
+    rows = [json.dumps(GSM8K) for _ in range(100)]
+    wrong = ["[1]", r'{"question": "\ud800"}', "[" * 200 + "]" * 200]
+    if name == "raw.jsonl":
+        wrong += ["{torn", json.dumps({"question": "x" * 9000}), "9" * 5000, '{"a": 1, "a": 2}']
+    text = [*rows[:50], *wrong, *rows[50:]]
+    (tmp_path / name).write_text("\n".join(text) if name == "raw.jsonl" else f"[{','.join(text)}]")
+    main(str(tmp_path / name), str(tmp_path / "out.json"), "gsm8k")
+    assert f"100 rows written to {tmp_path}/out.json, {len(wrong)} that cannot be read" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 100
+
+
+@pytest.mark.skipif(not REPORTS.is_dir(), reason="the folder of reports is not there")
+def test_reports_of_uncounted_rows(tmp_path: Path) -> None:
+    save_file = str(tmp_path / "out.json")
+    done = run_script("hh_rlhf", "--raw_file", str(REPORTS / "PR1_uncounted_rows/hh1.jsonl"), "--save_file", save_file)
+    assert done.stdout == (
+        f"1 rows written to {save_file}, 1 with equal answers left out, 1 whose dialogues part before the last answer "
+        f"left out, 1 with an empty answer left out\n"
+    )
+    main(str(REPORTS / "PR1_uncounted_rows/sh2.jsonl"), save_file, "math_shepherd")
+    (row,) = json.loads(Path(save_file).read_text())
+    assert row == {"instruction": "q?", "steps": ["Step 1: a", "Step 2: b"], "labels": [1, None]}
