@@ -90,6 +90,8 @@ def _in_words(error: Exception) -> str:
     # torch's OutOfMemoryError by its name: scripts without torch come here too
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
         return f"out of memory ({first or 'MemoryError'}); --dry_run says what a run takes, smaller batches take less"
+    if isinstance(error, RuntimeError) and first.startswith("Symlink loop"):
+        return f"{first}: each of these links stands for another"
     if isinstance(error, ValueError) and "embedded null" in first:
         return "the name of a file holds a NUL character; look for one in the files that name other files"
     return ""

@@ -22,7 +22,7 @@ from src.checkpoint import storage
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
 from src.evaluation.tasks import find_task
-from src.flags import bind, flags_of, undocumented
+from src.flags import bind, flags_of, is_path, undocumented
 from tests.reference import hf_model
 from tests.tiny import make_verifier, split, write_hf_llama, write_tokenizer
 
@@ -624,6 +624,40 @@ def test_the_wrong_kind_of_checkpoint_is_refused_before_anything_else(
 ) -> None:
     """Before the data, which is not there at all."""
     refuse(world, script, changes, message, here)
+
+
+def wrong_paths(folder: Path) -> dict[str, Path]:
+    """Things that are no file or directory to read from, and stand in the way of one to write to."""
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    (folder / "bytes").write_bytes(bytes(range(256)))
+    (folder / "blank").write_text("")
+    long = folder / ("n" * 300)
+    return {name: folder / name for name in ("pipe", "loop", "bytes", "blank", "bytes/below")} | {"long": long}
+
+
+@pytest.mark.parametrize("script", ENTRIES)
+def test_a_wrong_path_under_any_flag_is_one_line(
+    world: World, here: Path, script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every path flag of every script with each of them: an end with one line, or the flag is not read at all."""
+    if script not in world.flags:
+        pytest.skip("its flags are tested with what it does")
+    main, wrong, refused = entry(script), wrong_paths(here), 0
+    for flag in flags_of(main):
+        if not is_path(flag) or flag in ("overwrite", "config"):
+            continue
+        for kind, path in wrong.items():
+            values = world.flags[script] | {flag: path}
+            argv = [f"--{name}={value}" for name, value in values.items() if value is not None]
+            with pytest.raises(SystemExit) as stop:  # a dry run where the path is not to blame
+                cli.run(main, [*argv, "--dry_run"])
+                raise SystemExit(0)
+            error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+            assert len(error) == (stop.value.code != 0), (flag, kind, error)
+            refused += bool(error)
+    assert refused > len(wrong)
+    assert (here / "pipe").is_fifo() and (here / "bytes").read_bytes() == bytes(range(256))
 
 
 @pytest.mark.parametrize(

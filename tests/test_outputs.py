@@ -65,6 +65,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("words", ["", "--overwrite", "--dry_run"])
+@pytest.mark.parametrize("name", ["pipe", "link", "new", "."])
+def test_nothing_but_a_file_gives_its_name_to_one(here: Path, name: str, words: str) -> None:
+    """A rename into place would put a file where /dev/null was, for one with the rights to do so."""
+    os.mkfifo(here / "pipe")
+    (here / "link").symlink_to("pipe")
+    flags = ("--samples_file", "log/samples.jsonl", "--save_file", name, *words.split())
+    with pytest.raises(UserError, match=rf"--save_file {name} is a directory, a device or a pipe; expected the name"):
+        started(data_build.pairs, *flags)
+
+
 TRAIN = "--train_file rows.json"
 EVALUATE = "--task toy --label_file rows.json"
 SAME = [
