@@ -180,8 +180,10 @@ class Inputs(NamedTuple):
 def read_inputs(config: PPOConfig) -> Inputs:
     """Read prompts and tokenizer, and check that they fit the models. Raises UserError."""
     rewards.reward_weights(config)
-    kinds = {config.actor_ckpt_dir: "solver", config.critic_ckpt_dir: "", config.reward_model_ckpt_dir: "verifier"}
-    contexts = {folder: assemble.load_config(folder, kind=kind).max_seq_len for folder, kind in kinds.items() if folder}
+    # pairs: one directory may be given twice
+    kinds = [(config.actor_ckpt_dir, "solver"), (config.critic_ckpt_dir, ""),
+             (config.reward_model_ckpt_dir, "verifier")]
+    contexts = {folder: assemble.load_config(folder, kind=kind).max_seq_len for folder, kind in kinds if folder}
     prompts = read_prompts(config.train_file, need_label=config.reward == ["rule"])
     held_out = read_prompts(config.eval_file, need_label=True) if config.eval_file else []
     tokenizer = assemble.load_tokenizer(config.actor_ckpt_dir, config.tokenizer_file)

@@ -703,18 +703,17 @@ def test_a_dry_run_of_several_ranks_is_planned_for_them(
 
 
 def test_a_run_is_resumed_with_the_chat_template_it_began_with(world: World, here: Path) -> None:
-    script = importlib.import_module("solver_train")
-    script.main("one", "run", "train.json", max_batch_size=8, max_steps=1)
+    main = entry("solver_train")
+    words = "--ckpt_dir=one --save_dir=run --train_file=train.json --max_batch_size=8 --max_steps=1".split()
+    bind(main, words)()
     message = "step-1: chat_template was none and is llama-2 now; resume with the data and flags of then"
     with pytest.raises(UserError, match=message):
-        script.main(
-            "one", "run", "train.json", max_batch_size=8, max_steps=1, resume="auto", chat_template="llama-2"
-        )
+        bind(main, [*words, "--resume=auto", "--chat_template=llama-2"])()
 
 
 def test_an_adapter_s_base_is_not_overwritten(world: World, here: Path) -> None:
-    script = importlib.import_module("solver_train")
-    script.main("one", "adapter", "train.json", lora_rank=2)
+    words = "--ckpt_dir=one --save_dir=adapter --train_file=train.json --lora_rank=2"
+    bind(entry("solver_train"), words.split())()
     refuse(
         world,
         "solver_train",
