@@ -81,8 +81,8 @@ def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
         ours = answer.split(",")
     if THOUSANDS.fullmatch(label) and len(ours) > 1:
         theirs = label.split(",")
-    if len(ours) in (2, 3) and len(theirs) == 1:  # one value in several spellings: "3/4 or 0.75"
-        return all(same(mine, theirs[0], leaf, depth + 1) for mine in ours)
+    if {len(ours), len(theirs)} in ({1, 2}, {1, 3}):  # one value in several spellings: "3/4 or 0.75"
+        return all(same(mine, other, leaf, depth + 1) for mine in ours for other in theirs)
     if len(ours) > 1 or len(theirs) > 1:
         return len(ours) == len(theirs) and same_bag(ours, theirs, leaf, depth + 1)
     for compare in (same_union, same_sequence, same_matrix):

@@ -75,7 +75,7 @@ PRODUCTS = (
 )
 EXPRESSIONS = (
     ("x+1 \\text{ is false}", "x+1"), ("2\\sqrt{3} \\text{ million}", "2\\sqrt{3}"), ("not $x+1$", "x+1"),
-    ("x+1 or x+2", "x+1"), ("\\sqrt{12}=3\\sqrt{2}", "3\\sqrt{2}"), ("x=4=5", "x=5"),
+    ("x+1 or x+2", "x+1"), ("2", "2, 3"), ("\\sqrt{12}=3\\sqrt{2}", "3\\sqrt{2}"), ("x=4=5", "x=5"),
     ("5\\sqrt{2} \\approx 9", "5\\sqrt{2}"), ("0.3", "0.\\overline{3}"), ("0.333", "\\frac13"),
     ("0.(36)", "0.36"), ("x \\ne 3", "(-\\infty,2)\\cup(2,\\infty)"), ("(-7)/12", "7/12"),
     ("(3,-\\infty)", "(3,\\infty)"), ("x", "\\sqrt{x^2}"), ("even, odd", "even"), ("\"not even\"", "even"),
@@ -126,7 +126,9 @@ HONEST_MATH = (
     ("\\begin{pmatrix} 1 \\\\*[-0.3 em] 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
     ("111111111", "111, \\! 111, \\! 111"), ("1{,}000", "1000"), ("1\\;000", "1000"), ("12 345.67", "12345.67"),
     ("10\\,000", "10000"), ("\\text{The probability is } \\frac34", "\\frac34"),
-    ("\\frac34 or 0.75", "\\frac34"), ("\\sqrt{1/n}", "\\frac{1}{\\sqrt n}"), ("\\frac{ 1 }{ 2 }", "\\frac12"),
+    ("\\frac34 or 0.75", "\\frac34"),
+    ("\\frac{639}{40}", "15\\frac{39}{40}, \\frac{639}{40}"),
+    ("\\sqrt{1/n}", "\\frac{1}{\\sqrt n}"), ("\\frac{ 1 }{ 2 }", "\\frac12"),
     ("2 + 2 \\sqrt{3}", "2+2\\sqrt3"), ("\\frac{639}{40}", "15 \\frac{39}{40}"),
 )
 HONEST_RESPONSES = r"""
