@@ -7,15 +7,17 @@ torchrun --nproc_per_node 8 data_build.py process --ckpt_dir out --task GSM8K --
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from src import assemble, cli, parallel, runlog
+from src.checkpoint import storage
 from src.config import AtLeastOne, Count, CountOrOff, CountOrZero, NonNegative, Seed, Share
 from src.construct import joined, steps, weak_to_strong
-from src.construct.attempts import Enough, until_enough
+from src.construct.attempts import Enough, kinds, until_enough
 from src.construct.continuation import Schedule, Solver, branching_sampler, replayable, rollout_sampler
-from src.construct.drawing import asked_of, draw, drawn_before, grader_of
+from src.construct.drawing import asked_of, check_solver, draw, drawn_before, grader_of
 from src.construct.files import read_faultless, read_graded, save, tell, write
 from src.construct.origin import read_origin, same_rules, write_origin
 from src.construct.outcomes import outcome_rows, right_solutions
@@ -32,10 +34,10 @@ from src.data.examples import (
 )
 from src.errors import UserError
 from src.evaluation.coding import Coding
-from src.evaluation.evaluator import local_sampler
 from src.evaluation.grade import Grader
 from src.evaluation.prompting import Prompting, make_prompting, select_prompts
 from src.evaluation.report import type_of
+from src.evaluation.served import Backend, ServedSolver
 from src.evaluation.tasks import check_template, find_task
 from src.inference.sampling import Sampling
 from src.text.blocks import CODE_FORM, Marker
@@ -45,15 +47,16 @@ ONE_KIND = f"no problem has both a right and a wrong sample; {SAMPLE_MORE}"
 
 
 def attempts(
-    ckpt_dir: str, task: str, label_file: str, log_dir: str, right: Count = 1, wrong: Count = 1, attempts: Count = 100,
-    temperature: NonNegative = 1.0, max_new_tokens: Count = 512, max_batch_size: Count = 64, max_rounds: Count = 24,
-    isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "", split: str = "",
-    seed: Seed = 1, dry_run: bool = False,
+    task: str, label_file: str, log_dir: str, ckpt_dir: str = "", right: Count = 1, wrong: Count = 1,
+    attempts: Count = 100, temperature: NonNegative = 1.0, max_new_tokens: Count = 512, max_batch_size: Count = 64,
+    max_rounds: Count = 24, isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "",
+    split: str = "", backend: Backend = "engine", base_url: str = "", model_name: str = "", api_key_env: str = "",
+    tokenizer_file: str = "", chat_template: str = "", seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     """Graded samples of each problem until it has right and wrong ones, for the commands pairs and branch.
 
-    Needs a solver: start it with torchrun. A rerun continues. The accuracy in log_dir/results.json is no measure of the
-    solver: samples that were not needed count as misses there.
+    Needs a solver: start it with torchrun, or give a server. A rerun continues. The accuracy in log_dir/results.json
+    is no measure of the solver: samples that were not needed count as misses there.
 
     ckpt_dir: solver that is asked
     task: how problems are put, and answers found and compared
@@ -66,30 +69,28 @@ def attempts(
     max_new_tokens: longest response; of a solution with code the longest block
     max_batch_size: sequences that decode at once
     max_rounds: of solutions with code: blocks of text and code at most
-    isolation: what the code of solutions with code runs in; default: what this machine has; none = your own rights
-    prompt_template: text or file with {instruction} where the problem goes, as for solver_evaluate.py
     split: only problems of this part, as for solver_evaluate.py
     seed: seed of the samples
-    dry_run: count the problems without sampling
     """
     flags = locals().copy()
+    check_solver(flags)
     benchmark, problems = find_task(task), select_prompts(read_prompts(label_file, need_label=True), split)
     runlog.logger().info("%d problems, %d attempts at most each", len(problems), attempts)
     if dry_run:
         return
     prompting = make_prompting(benchmark, prompt_template=prompt_template)
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)
-    solver = open_solver(ckpt_dir, prompting, max_batch_size, seed, max_rounds, isolation)
+    solver = open_solver(flags, prompting, max_rounds)
     facts = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "right": right, "wrong": wrong,
              "max_rounds": max_rounds}
-    sampler = local_sampler(solver.model, solver.tokenizer, prompting, sampling, max_batch_size, coding=solver.coding)
     with Grader(benchmark) as grader:
         sampler = until_enough(
-            sampler, Enough(right, wrong),
+            solver.sampler(sampling), Enough(right, wrong),
             lambda problem, response: grader.grade_one(response, problem.label, type_of(problem)).outcome,
             drawn_before(log_dir))
-        draw(sampler, problems, attempts, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
-             facts=facts | prompting.facts(), grade=benchmark)
+        path = draw(solver, sampler, problems, attempts, flags=flags, facts=facts, grade=benchmark)
+    if parallel.rank() == 0:
+        tell(kinds(problems, read_samples(str(path))))
 
 
 def pairs(
@@ -99,14 +100,12 @@ def pairs(
     """A right against a wrong solution of the same problem, for verifier_train.py.
 
     samples_file: samples.jsonl with outcomes, as solver_evaluate.py leaves it
-    save_file: the json file to write
     pairs_a_problem: most pairs from one problem
     error_phrases: leave out right solutions that hold one of these, in any case, such as: error apolog
     error_place: where they are looked for: all of a solution, or only what its code printed, such as tracebacks
     similar_characters: leave out a solution of as many steps as an earlier one of its problem and outcome whose length
         is less than so many characters away; 0 = keep all
     seed: seed of the matching and of the order of rows
-    dry_run: count the rows without writing them
     """
     samples = without_similar(read_faultless(samples_file, save_file, error_phrases, error_place), similar_characters)
     rows = pairs_from_samples(samples, pairs_a_problem, seed)
@@ -120,11 +119,9 @@ def outcome(
     """Solutions with the word whether they are right, for verifier_train.py --objective outcome.
 
     samples_file: samples.jsonl with outcomes, as solver_evaluate.py leaves it
-    save_file: the json file to write
     max_ratio: within a problem, at most so many times as many of one kind as of the other
     rows_a_problem: most rows from one problem
     seed: seed of the choice and of the order of rows
-    dry_run: count the rows without writing them
     """
     rows = outcome_rows(read_graded(samples_file, save_file), max_ratio, rows_a_problem, seed)
     save(rows, "solutions", ONE_KIND, samples_file, save_file, dry_run)
@@ -136,10 +133,8 @@ def reject(
     """Right samples as instruction data for solver_train.py (rejection sampling, ReST-EM).
 
     samples_file: samples.jsonl with outcomes, as solver_evaluate.py leaves it
-    save_file: the json file to write
     solutions_a_problem: most solutions of one problem; equal texts count once
     seed: seed of the choice
-    dry_run: count the rows without writing them
     """
     rows = right_solutions(read_graded(samples_file, save_file), solutions_a_problem, seed)
     save(rows, "problems with solutions", f"no sample is right; {SAMPLE_MORE}", samples_file, save_file, dry_run)
@@ -153,11 +148,9 @@ def prefer(
 
     samples_file: scored samples.jsonl with outcomes, as verifier_evaluate.py leaves it with a verifier whose scores are
         probabilities (outcome or process)
-    save_file: the json file to write
     margin: score (0 to 1) plus 1 for a right answer must differ by more than this
     pairs_a_problem: most pairs from one problem
     seed: seed of the choice and of the order of rows
-    dry_run: count the rows without writing them
     """
     rows = preferred_pairs(read_graded(samples_file, save_file), margin, pairs_a_problem, seed)
     why_none = f"no two samples of a problem differ by more than {margin}; {SAMPLE_MORE}"
@@ -169,8 +162,6 @@ def select(train_file: str, split: str, save_file: str, dry_run: bool = False) -
 
     train_file: rows with "instruction"
     split: level=1-3, subject=Algebra|Geometry, or a name that stands under "split"; a comma means and
-    save_file: the json file to write
-    dry_run: count the rows without writing them
     """
     prompts, rows = read_prompts(train_file, need_label=False), read_instruction_rows(train_file)
     chosen = {prompt.id for prompt in select_prompts(prompts, split)}
@@ -193,7 +184,6 @@ def split(
     share: share of the questions in the first part
     allow_overlap: leave out what is in test_file, and count it, instead of ending with an error
     seed: seed of the choice
-    dry_run: count the rows without writing them
     """
     rows = read_instruction_rows(train_file)
     shared = weak_to_strong.overlap(rows, read_instruction_rows(test_file)) if test_file else set()
@@ -211,9 +201,7 @@ def full_weak(samples_file: str, save_file: str, weak_model: str = "", dry_run: 
     """All that the weak model wrote, right or wrong, as instruction data: the baseline of weak-to-strong.
 
     samples_file: graded samples.jsonl of the weak model, one a problem
-    save_file: the json file to write
     weak_model: checkpoint directory, or name at a server, that the samples must be of; default: not checked
-    dry_run: count the rows without writing them
     """
     origin = read_origin(samples_file, weak_model)
     samples = weak_to_strong.one_each(read_samples(samples_file), samples_file)
@@ -234,7 +222,6 @@ def demonstrations(
     No label is read: they may be wrong, but each holds an answer.
 
     samples_file: graded samples.jsonl of the weak model, one a problem
-    save_file: the json file to write
     shots: how many
     weak_model: checkpoint directory, or name at a server, that the samples must be of; default: not checked
     prompt_template: how the strong model is shown a problem, with {instruction} where it goes and \n for a new line
@@ -270,7 +257,6 @@ def weak_icl(
     demonstrations_file: what the strong model was shown; its problems are left out
     fill_up_to: where the models agree on fewer problems, add some of different answers, counted; -1 = none
     seed: seed of those
-    dry_run: count the rows without writing them
     """
     shown = weak_to_strong.shown_problems(demonstrations_file) if demonstrations_file else []
     origins = read_origin(weak_file, weak_model), read_origin(icl_file, strong_model)
@@ -302,7 +288,6 @@ def vote(samples_file: str, save_file: str, strong_model: str = "", dry_run: boo
     samples_file: graded samples.jsonl with several samples a problem
     save_file: the jsonl file to write
     strong_model: checkpoint directory, or name at a server, that the samples must be of; default: not checked
-    dry_run: count the rows without writing them
     """
     origin = read_origin(samples_file, strong_model)
     with grader_of(origin.rules) as grader:
@@ -324,14 +309,12 @@ def contrast(
 
     vote_file: what `vote` wrote
     weak_file: graded samples.jsonl of the weak model, one a problem
-    save_file: the json file to write
     weak_model: checkpoint directory, or name at a server, that the weak samples must be of; default: not checked
     strong_model: the same for the samples of the votes
     min_confidence: least share of the votes for the majority's answer
     flip_confidence: least share to reject the weak response
     pairs_a_problem: most pairs from one problem
     seed: seed of the choice of samples
-    dry_run: count the rows without writing them
     """
     origins = read_origin(vote_file, strong_model), read_origin(weak_file, weak_model)
     with grader_of(same_rules(vote_file, origins[0], weak_file, origins[1])) as grader:
@@ -343,36 +326,37 @@ def contrast(
 
 
 def process(
-    ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, rollouts: Count = 8,
-    label: Literal["hard", "soft"] = "hard", solutions_a_problem: Count = 4, step: StepKind = "paragraph",
-    temperature: NonNegative = 0.7, max_new_tokens: Count = 512, max_batch_size: Count = 64, prompt_template: str = "",
-    seed: Seed = 1, dry_run: bool = False,
+    task: str, samples_file: str, log_dir: str, save_file: str, ckpt_dir: str = "", rollouts: Count = 8,
+    label: Literal["hard", "soft"] = "hard", solutions_a_problem: Count = 4, limit: CountOrOff = -1,
+    step: StepKind = "paragraph", temperature: NonNegative = 0.7, max_new_tokens: Count = 512,
+    max_batch_size: Count = 64, prompt_template: str = "", backend: Backend = "engine", base_url: str = "",
+    model_name: str = "", api_key_env: str = "", tokenizer_file: str = "", chat_template: str = "", seed: Seed = 1,
+    dry_run: bool = False,
 ) -> None:
     """Judge every step of solutions by rollouts from behind it, for verifier_train.py --objective process.
 
-    Needs a solver: start it with torchrun. A rerun continues.
+    Needs a solver: start it with torchrun, or give a server. A rerun continues.
 
     ckpt_dir: solver that goes on from behind each step
     task: how answers are found and compared; the samples must have been graded by the same rules
     samples_file: graded samples.jsonl with the solutions to judge
     log_dir: directory for the rollouts, samples.jsonl and results.json
-    save_file: the json file to write
     rollouts: samples from behind each step
     label: hard = is a way on known that comes out right: a rollout from here or a later step, or a solution;
         soft = the share of the step's own rollouts that do
     solutions_a_problem: most solutions of one problem
+    limit: only the first so many problems; -1 = all
     step: what a step is: a paragraph, with a blank line behind it, or a line, as in GSM8K and MetaMath; train the
         verifier with the same --step
     temperature: of the rollouts
     max_new_tokens: longest rollout
     max_batch_size: sequences that decode at once
-    prompt_template: text or file with {instruction} where the problem goes, as for solver_evaluate.py
     seed: seed of the rollouts
-    dry_run: count the steps without sampling
     """
     flags = locals().copy()
-    chosen = steps.solutions_to_judge(read_graded(samples_file, save_file), solutions_a_problem)
-    prompting, benchmark = asked_of(task, prompt_template, samples_file)
+    check_solver(flags, goes_on=True)
+    chosen = steps.solutions_to_judge(read_graded(samples_file, save_file), solutions_a_problem, limit)
+    prompting, benchmark = asked_of(task, prompt_template, samples_file, chosen)
     jobs = list(steps.beginnings(chosen, STEP_ENDS[step]).values())
     if not jobs:
         raise UserError(f"{samples_file} has no solution of two steps or more to judge; with --step {step} a step is a "
@@ -381,13 +365,12 @@ def process(
     if dry_run:
         return
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)
-    solver = open_solver(ckpt_dir, prompting, max_batch_size, seed)
+    solver = open_solver(flags, prompting)
     if solver.coding:
         raise UserError("process judges the paragraphs of a solution; it has no labels for blocks of code")
     facts = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "step": step}
     sampler = rollout_sampler(solver, {job.prompt.id: job.prefix for job in jobs}, sampling)
-    path = draw(sampler, [job.prompt for job in jobs], rollouts, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
-                facts=facts | prompting.facts(), grade=benchmark)
+    path = draw(solver, sampler, [job.prompt for job in jobs], rollouts, flags=flags, facts=facts, grade=benchmark)
     if parallel.rank() == 0:
         rows = steps.judged_steps(chosen, read_samples(str(path)), STEP_ENDS[step], hard=label == "hard")
         save(rows, "judged solutions", "no sample is graded", samples_file, save_file, dry_run)
@@ -405,7 +388,6 @@ def join(
     share: share of the rows that get another problem's solution in front; the others stay as they are
     wrong_share: share of wrong ones among the solutions in front; what comes behind them counts as wrong
     seed: seed of the choice
-    dry_run: count the rows without writing them
     """
     rows, in_steps = read_judged(train_file), read_instruction_rows(train_file)[0].get("steps") is not None
     made = joined.joined(rows, share, wrong_share, seed, train_file)
@@ -414,24 +396,24 @@ def join(
 
 
 def branch(
-    ckpt_dir: str, task: str, samples_file: str, log_dir: str, save_file: str, pairs_a_problem: Count = 2,
+    task: str, samples_file: str, log_dir: str, save_file: str, ckpt_dir: str = "", pairs_a_problem: Count = 2,
     attempts: Count = 100, temperature: NonNegative = 1.1, temperature_rise: NonNegative = 0.1,
     temperature_cap: NonNegative = 1.4,
     steps_a_solution: Count = 24, characters_a_step: Count = 3000, error_phrases: list[str] = [],  # noqa: B006
     error_place: ErrorPlace = "solution", step: StepKind = "paragraph",
     max_new_tokens: Count = 512, max_batch_size: Count = 64,
-    isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "", seed: Seed = 1,
-    dry_run: bool = False,
+    isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "",
+    backend: Backend = "engine", base_url: str = "", model_name: str = "", api_key_env: str = "",
+    tokenizer_file: str = "", chat_template: str = "", seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     """Step-controlled pairs for preference_train.py: wrong ways on from behind the first steps of a right solution.
 
-    Needs a solver: start it with torchrun. A rerun continues.
+    Needs a solver: start it with torchrun, or give a server. A rerun continues.
 
     ckpt_dir: solver that goes wrong
     task: how answers are found and compared; the samples must have been graded by the same rules
     samples_file: graded samples.jsonl with right solutions
     log_dir: directory for the wrong solutions, samples.jsonl, and failures.jsonl for branches that never went wrong
-    save_file: the json file to write
     pairs_a_problem: most points to leave the right solution of a problem at
     attempts: how often a branch is tried until it comes to a wrong answer
     temperature: of the first step behind the given ones
@@ -444,25 +426,23 @@ def branch(
     step: what a step is: a paragraph, with a blank line behind it, or a line; of solutions with code it is a block
     max_new_tokens: longest step
     max_batch_size: sequences that decode at once
-    isolation: what the code of solutions with code runs in; default: what this machine has; none = your own rights
-    prompt_template: text or file with {instruction} where the problem goes, as for solver_evaluate.py
     seed: seed of the points and of the samples
-    dry_run: count the branches without sampling
     """
     flags = locals().copy()
+    check_solver(flags, goes_on=True)
     step_end = STEP_ENDS[step]
-    if assemble.load_config(ckpt_dir, kind="solver").chat_template == CODE_FORM:
+    if ckpt_dir and (chat_template or assemble.load_config(ckpt_dir, kind="solver").chat_template) == CODE_FORM:
         step_end = Marker.END_OF_BLOCK
     samples = read_faultless(samples_file, save_file, error_phrases, error_place)
     jobs = steps.branches(samples, pairs_a_problem, seed, step_end)
-    prompting, benchmark = asked_of(task, prompt_template, samples_file)
+    prompting, benchmark = asked_of(task, prompt_template, samples_file, [job.sample for job in jobs])
     if not jobs:
         raise UserError(f"{samples_file} has no right solution of three steps or more to leave; {SAMPLE_MORE}")
     runlog.logger().info("%d branches of %d problems", len(jobs), len({job.sample.id for job in jobs}))
     if dry_run:
         return
     schedule = Schedule(temperature, temperature_rise, temperature_cap)
-    solver = open_solver(ckpt_dir, prompting, max_batch_size, seed, steps_a_solution, isolation)
+    solver = open_solver(flags, prompting, steps_a_solution)
     if solver.coding:
         jobs = replayable(jobs, solver.coding)
         runlog.logger().info("%d of them leave solutions whose code prints the same again", len(jobs))
@@ -473,8 +453,7 @@ def branch(
             solver, {job.prompt.id: job.prefix for job in jobs}, schedule,
             lambda response, answer: grader.grade_one(response, answer).outcome, attempts=attempts,
             max_steps=steps_a_solution, max_new_tokens=max_new_tokens, seed=seed, step_end=step_end)
-        path = draw(sampler, [job.prompt for job in jobs], 1, ckpt_dir=ckpt_dir, log_dir=log_dir, flags=flags,
-                    facts=facts | prompting.facts())
+        path = draw(solver, sampler, [job.prompt for job in jobs], 1, flags=flags, facts=facts)
     if parallel.rank() == 0:
         found = steps.step_controlled_pairs(jobs, read_samples(str(path)), schedule, max_steps=steps_a_solution,
                                             max_step_characters=characters_a_step)
@@ -490,11 +469,9 @@ def mix(
 
     pairs_file: ordinary pairs, as `pairs` leaves them
     branch_file: step-controlled pairs, as `branch` leaves them; all are taken
-    save_file: the json file to write
     control_file: json file for as many ordinary pairs, those of the mix among them
     share: share of ordinary pairs in the mix
     seed: seed of the choice and of the order of rows
-    dry_run: count the rows without writing them
     """
     for file in (pairs_file, branch_file):
         read_pairs(file)  # names the row that is no pair
@@ -505,14 +482,16 @@ def mix(
         save(control, "pairs", "", pairs_file, control_file, dry_run)
 
 
-def open_solver(
-    ckpt_dir: str, prompting: Prompting, max_batch_size: int, seed: int, max_rounds: int = 24, isolation: str = "",
-) -> Solver:
-    """The model of a checkpoint on this rank, with what it is asked in, and what runs the code that it writes."""
-    tokenizer = assemble.load_tokenizer(ckpt_dir)
-    parallel.start(seed=seed)
-    coding = Coding(tokenizer, max_rounds, isolation or None) if tokenizer.code else None
-    return Solver(assemble.load_solver(ckpt_dir), tokenizer, prompting, max_batch_size, coding)
+def open_solver(flags: Mapping[str, object], prompting: Prompting, max_rounds: int = 24) -> Solver | ServedSolver:
+    """What a command's flags ask: a server, or the model of a checkpoint on this rank, with what runs its code."""
+    parallel.start(seed=flags["seed"])
+    if flags["backend"] == "openai":
+        return ServedSolver(flags, prompting)
+    ckpt_dir, template = flags["ckpt_dir"], flags["chat_template"]
+    tokenizer = assemble.load_tokenizer(ckpt_dir, flags["tokenizer_file"], template)
+    source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), **({"chat_template": template} if template else {})}
+    coding = Coding(tokenizer, max_rounds, flags.get("isolation") or None) if tokenizer.code else None
+    return Solver(assemble.load_solver(ckpt_dir), tokenizer, prompting, flags["max_batch_size"], coding, source)
 
 
 COMMANDS = {

@@ -28,7 +28,7 @@ from src.evaluation.evaluator import (
 from src.evaluation.interactive import Solver, converse
 from src.evaluation.prompting import make_prompting, select_prompts
 from src.evaluation.report import CURVES, results_table
-from src.evaluation.served import ServedSolver, check_flags
+from src.evaluation.served import Backend, ServedSolver, check_flags
 from src.evaluation.tasks import Task, find_task
 from src.inference.sampling import Sampling
 from src.plot import plot_results
@@ -42,7 +42,7 @@ def main(
     num_samples: Count = 1, temperature: NonNegative = 0.0, top_p: TopP = 1.0, top_k: CountOrZero = 0,
     min_p: Share = 0.0,
     quantize: Literal["", "int8", "int4"] = "", compile: bool = False, few_shot: str = "", prompt_template: str = "",
-    split: str = "", limit: CountOrOff = -1, seed: Seed = 1, backend: Literal["engine", "openai"] = "engine",
+    split: str = "", limit: CountOrOff = -1, seed: Seed = 1, backend: Backend = "engine",
     max_rounds: Count = 24, isolation: Literal["", "bubblewrap", "namespaces", "none"] = "",
     base_url: str = "", model_name: str = "", api_key_env: str = "", interactive: bool = False,
     verifier_ckpt_dir: str = "", step: Literal["", StepKind] = "", dry_run: bool = False,
@@ -57,10 +57,6 @@ def main(
     ckpt_dir: solver checkpoint; not needed with samples_file or a server
     samples_file: grade these samples instead: jsonl of {"response", "id"?, "sample"?}, matched by id or row order
     model_type: a family or released size the checkpoint must agree with; default: what params.json says
-    tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir. A server then gets token ids, not text
-    chat_template: form of prompts: none, file (the tokenizer's own) or llama-2, llama-3, mistral, qwen, deepseek,
-        gemma, internlm2, code; default: what ckpt_dir was trained with, else none. With a server: they need
-        tokenizer_file; server = it puts messages in its own (/chat/completions); default: the bare prompt as text
     max_batch_size: sequences that decode at once; requests under way at a server
     max_new_tokens: longest response
     num_samples: samples of each problem
@@ -71,16 +67,10 @@ def main(
     quantize: hold weights in 8 or 4 bits, in groups of 128 or 32 that share a scale; default: as they are computed with
     compile: decode from compiled CUDA graphs; without a GPU it changes nothing
     few_shot: demonstrations before each problem: gsm8k8, minerva4 or a json file (dataset/README.md)
-    prompt_template: text or file with {instruction} where the problem goes, \\n for a new line; default: the task's
     split: only problems with this `split` field, or level=4, level=1-3, subject=Algebra|Geometry; a comma means and
     limit: only the first so many problems; -1 = all
     seed: with the problem's id and the sample's number, all that a sample's randomness depends on
-    backend: engine = the checkpoint, in this process; openai = a server that speaks the OpenAI protocol
     max_rounds: of a model that writes solutions with code (--chat_template code): blocks of text and code at most
-    isolation: what such code runs in; default: what this machine has; none = your own rights, under limits alone
-    base_url: the server's address up to /v1, for example http://localhost:8000/v1
-    model_name: the model's name at the server
-    api_key_env: name of the environment variable that holds the server's key
     interactive: answer problems typed on standard input instead; needs no label_file and no log_dir
     verifier_ckpt_dir: with interactive, the verifier that scores every step of a solution
     step: what such a step is: a paragraph, with a blank line behind it, or a line; default: what it was in the
@@ -130,7 +120,7 @@ def main(
         if not samples_file:
             parallel.start(seed=seed)
             if served:
-                source, sampler = served.facts(), served.sampler(sampling)
+                source, sampler = served.source, served.sampler(sampling)
             else:
                 model = assemble.load_solver(ckpt_dir, **solver)
                 tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)

@@ -146,14 +146,14 @@ def _pick(
 
 def _commands_help(commands: Mapping[str, Callable[..., None]], width: int) -> str:
     """The docstring of the script, then what each command does."""
-    width = max(40, min(width, 100))
+    width, margin = max(40, min(width, 100)), max(map(len, commands)) + 4
     module = sys.modules[next(iter(commands.values())).__module__]
     lines = [
         textwrap.fill(
             (inspect.getdoc(command) or "").partition("\n")[0],
             width,
-            initial_indent=f"  {name:12}",
-            subsequent_indent=" " * 14,
+            initial_indent=f"  {name}".ljust(margin),
+            subsequent_indent=" " * margin,
         )
         for name, command in commands.items()
     ]

@@ -1,6 +1,7 @@
 """The entry scripts: the whole path by real commands on two ranks, their flags, and one clear line for each mistake."""
 
 import importlib
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -232,6 +234,27 @@ def test_flags_are_documented_and_their_numbers_have_bounds(
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"--{flag}  " in shown for flag in flags)
+
+
+def test_a_list_of_commands_keeps_names_and_words_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(data_build.COMMANDS, ["--help"])
+    shown = capsys.readouterr().out
+    words = {name: (command.__doc__ or "").split()[0] for name, command in data_build.COMMANDS.items()}
+    assert [name for name, word in words.items() if not re.search(rf"^  {name}  +{word} ", shown, re.MULTILINE)] == []
+
+
+def test_strings_that_python_joins_have_a_space_between_their_words() -> None:
+    """In messages and in --help, whose words may stand in several strings."""
+    joined, skipped = [], (tokenize.NL, tokenize.COMMENT)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("src/**/*.py"), *ROOT.glob("dataset/**/*.py")]:
+        lines = io.StringIO(path.read_text(encoding="utf-8")).readline
+        tokens = [token for token in tokenize.generate_tokens(lines) if token.type not in skipped]
+        for one, other in zip(tokens, tokens[1:], strict=False):
+            if one.type == other.type == tokenize.STRING and "r" not in one.string.partition('"')[0]:  # no patterns
+                if re.search(r"(?<!\\)[\w.,;:)}][\"']+$", one.string) and re.match(r"f?[\"']+[\w({-]", other.string):
+                    joined.append(f"{path.name}:{one.start[0]}: {one.string[-20:]} {other.string[:20]}")
+    assert joined == []
 
 
 class World(NamedTuple):

@@ -42,7 +42,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             line["response"] = stepwise(by_prompt[line["prompt"]], line["response"])
         samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
         data_build.pairs("log/samples.jsonl", "ordinary.json", pairs_a_problem=9)
-        data_build.branch(base, "toy", "log/samples.jsonl", "branches", "branches.json", **BRANCH)
+        data_build.branch("toy", "log/samples.jsonl", "branches", "branches.json", base, **BRANCH)
         data_build.mix("ordinary.json", "branches.json", "mix.json", "control.json", share=0.4)
         preference_train.main(
             preference_train.PreferenceTrainConfig(
@@ -85,6 +85,6 @@ def test_scdpo_26_a_rerun_goes_on_by_id(path: Path, monkeypatch: pytest.MonkeyPa
     samples, expected = path / "branches/samples.jsonl", (path / "branches.json").read_bytes()
     lines = samples.read_text().splitlines(keepends=True)
     samples.write_text("".join(lines[2:][::-1]))
-    data_build.branch(str(path / "base"), "toy", "log/samples.jsonl", "branches", "branches.json", **BRANCH)
+    data_build.branch("toy", "log/samples.jsonl", "branches", "branches.json", str(path / "base"), **BRANCH)
     assert (path / "branches.json").read_bytes() == expected
     assert samples.read_text().splitlines(keepends=True) == lines

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from src.construct.continuation import on_rank_0
-from src.data.examples import Prompt
+from src.data.examples import Prompt, Sample
 from src.evaluation.evaluator import Drawn, Sampler, Wanted
 
 
@@ -18,6 +18,17 @@ class Enough(NamedTuple):
     def met(self, outcomes: Mapping[str, int]) -> bool:
         """Whether these are enough. What was cut off or has no answer is neither right nor wrong."""
         return outcomes["right"] >= self.right and outcomes["wrong"] >= self.wrong
+
+
+def kinds(problems: Sequence[Prompt], samples: Sequence[Sample]) -> Counter[str]:
+    """How many of the problems have which kinds of samples that came to their end."""
+    outcomes = {problem.id: set() for problem in problems}
+    for sample in samples:
+        if sample.values.get("finish") == "stop":
+            outcomes[sample.id].add(sample.outcome)
+    names = {(True, True): "with right and wrong samples", (True, False): "with right ones alone",
+             (False, True): "with wrong ones alone", (False, False): "with neither"}  # fmt: skip
+    return Counter(names["right" in found, "wrong" in found] for found in outcomes.values())
 
 
 def until_enough(

@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from src import parallel
 from src.data.encoding import STEP_END, encode_prompt, split_steps
 from src.data.examples import Prompt, Sample
 from src.evaluation.coding import MALFORMED, Coding
-from src.evaluation.evaluator import Drawn, Sampler, Wanted
+from src.evaluation.evaluator import Drawn, Sampler, Wanted, local_sampler
 from src.evaluation.prompting import Prompting
+from src.evaluation.served import ServedSolver, until
 from src.inference.engine import Request, generate, vocabulary_of
+from src.inference.remote import RemoteRequest
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from src.text.blocks import ANY_MARKER, Marker
@@ -60,13 +63,23 @@ def begun(sample: Sample, k: int, step_end: str = STEP_END) -> Begun:
 
 
 class Solver(NamedTuple):
-    """What goes on with solutions."""
+    """What goes on with solutions in this process; a ServedSolver does at a server.
+
+    source: what its samples depend on beside the sampling.
+    """
 
     model: Decoder
     tokenizer: Tokenizer
     prompting: Prompting
     max_batch_size: int
     coding: Coding | None = None  # of one that writes solutions with code
+    source: Mapping[str, object] = {}
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """Whole solutions, as sample_prompts() takes them."""
+        return local_sampler(
+            self.model, self.tokenizer, self.prompting, sampling, self.max_batch_size, coding=self.coding
+        )
 
 
 class Asked(NamedTuple):
@@ -79,20 +92,29 @@ class Asked(NamedTuple):
 
 
 class Continued(NamedTuple):
-    """What follows the prefix, and its end: EOS, LENGTH, CONTEXT_FULL, or the stop string that was met."""
+    """What follows the prefix, and its end: EOS, LENGTH, the stop string that was met, or why there is none.
+
+    A server may not say the number of tokens and their log-prob.
+    """
 
     asked: Asked
     text: str
-    n_tokens: int
-    logprob: float
+    n_tokens: int | None
+    logprob: float | None
     end: str
 
 
-def continuations(solver: Solver, asked: Sequence[Asked], sampling: Sampling) -> Iterator[Continued]:
+def continuations(
+    solver: Solver | ServedSolver, asked: Sequence[Asked], sampling: Sampling
+) -> Iterator[Continued]:
     """Go on from every prefix, as each is done; samples of one prefix share its reading.
 
-    All ranks call this and get the same ones in the same order. A prefix that fills the context is not gone on from.
+    All ranks call this and get the same ones in the same order. A prefix that fills the context is not gone on from:
+    it ends as CONTEXT_FULL, and at a server with what the server says.
     """
+    if isinstance(solver, ServedSolver):
+        yield from _continued_by_server(solver, asked, sampling)
+        return
     tokenizer, requests, places = solver.tokenizer, [], {}
     vocabulary = vocabulary_of(tokenizer)
     for item in asked:
@@ -120,7 +142,24 @@ def continuations(solver: Solver, asked: Sequence[Asked], sampling: Sampling) ->
         )
 
 
-def rollout_sampler(solver: Solver, prefixes: Mapping[str, str], sampling: Sampling) -> Sampler:
+def _continued_by_server(
+    solver: ServedSolver, asked: Sequence[Asked], sampling: Sampling
+) -> Iterator[Continued]:
+    """continuations() of a server. It does not say which stop string it met, so the end of a step is looked for here;
+    what it wrote behind one is dropped."""
+    items = {(item.id, item.sample): item for item in asked}
+    requests = [RemoteRequest(*key, solver.prompt(item.instruction, item.prefix)) for key, item in items.items()]
+    for answer in solver.complete(requests, replace(sampling, stop=solver.prompting.stop)):
+        item = items[answer.request.id, answer.request.sample]
+        if answer.reply is None:
+            yield Continued(item, "", None, None, answer.error)
+            continue
+        text, met, reply = until(answer.reply, sampling.stop)
+        end = met or (EOS if reply.finish == "stop" else LENGTH)
+        yield Continued(item, text, reply.token_count, reply.logprob, end)
+
+
+def rollout_sampler(solver: Solver | ServedSolver, prefixes: Mapping[str, str], sampling: Sampling) -> Sampler:
     """Whole solutions that begin with the prefix of their id, as sample_prompts() takes them."""
 
     def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
@@ -128,10 +167,10 @@ def rollout_sampler(solver: Solver, prefixes: Mapping[str, str], sampling: Sampl
             Asked(prompt.id, number, prompt.instruction, prefixes[prompt.id]) for prompt, number in wanted
         ]
         for found in continuations(solver, asked, sampling):
-            error = CONTEXT_FULL if found.end == CONTEXT_FULL else ""
+            error = "" if found.end in (EOS, LENGTH, *sampling.stop) else found.end
             finish = "length" if found.end == LENGTH else "stop"
             response = found.asked.prefix + found.text
-            logprob = round(found.logprob, 1)
+            logprob = None if found.logprob is None else round(found.logprob, 1)
             yield Drawn(found.asked.id, found.asked.sample, response, found.n_tokens, finish, logprob, error)
 
     return sample
@@ -153,13 +192,13 @@ class Written(NamedTuple):
     """A continuation of several steps and how it ended; as Continued, as Coding says, or TOO_MANY_STEPS."""
 
     text: str
-    n_tokens: int
-    logprob: float
+    n_tokens: int | None
+    logprob: float | None
     end: str
 
 
 def branching_sampler(
-    solver: Solver,
+    solver: Solver | ServedSolver,
     prefixes: Mapping[str, str],
     schedule: Schedule,
     outcome: Callable[[str, str], str],
@@ -207,7 +246,8 @@ def branching_sampler(
                 ended = found.end in (EOS, *solver.prompting.stop) and found.text.strip()
                 if item.id in live and ended and verdict == "wrong":
                     _, number = live.pop(item.id)
-                    response, logprob = item.prefix + found.text, round(found.logprob, 1)
+                    response = item.prefix + found.text
+                    logprob = None if found.logprob is None else round(found.logprob, 1)
                     yield Drawn(item.id, number, response, found.n_tokens, "stop", logprob)
         for name, (_, number) in live.items():
             error = f"not wrong in {attempts} attempts; the last: {ends[name]}"
@@ -226,7 +266,7 @@ def waves(attempts: int) -> Iterator[range]:
 
 
 def write_steps(
-    solver: Solver,
+    solver: Solver | ServedSolver,
     asked: Sequence[Asked],
     schedule: Schedule,
     *,
@@ -261,8 +301,8 @@ def write_steps(
             before, more = written[item], found.end == step_end
             written[item] = Written(
                 before.text + found.text + (step_end if more else ""),
-                before.n_tokens + found.n_tokens,
-                before.logprob + found.logprob,
+                _sum(before.n_tokens, found.n_tokens),
+                _sum(before.logprob, found.logprob),
                 ""
                 if more
                 else MALFORMED
@@ -274,6 +314,11 @@ def write_steps(
     return {
         item: found if found.end else found._replace(end=TOO_MANY_STEPS) for item, found in written.items()
     }
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    """None where a part is not known."""
+    return None if one is None or other is None else one + other
 
 
 def _execute(coding: Coding, asked: Sequence[Asked], written: dict[Asked, Written]) -> None:

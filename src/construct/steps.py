@@ -22,14 +22,14 @@ class Branched(NamedTuple):
     counts: Counter[str]
 
 
-def solutions_to_judge(samples: Sequence[Sample], solutions_a_problem: int) -> list[Sample]:
-    """The first different solutions of each problem, in turns as the file has them.
+def solutions_to_judge(samples: Sequence[Sample], solutions_a_problem: int, limit: int = -1) -> list[Sample]:
+    """The first different solutions of each problem, or of the first so many, in turns as the file has them.
 
     Those without an answer are among them: a verifier that never saw one may well prefer it. Raises UserError for a
     sample without its label.
     """
     chosen = []
-    for problem in by_problem(samples).values():
+    for problem in list(by_problem(samples).values())[: None if limit == -1 else limit]:
         solutions = (*problem.right, *problem.wrong, *problem.unparsed)
         ordered = sorted(solutions, key=lambda sample: sample.sample)
         chosen += ordered[:solutions_a_problem]

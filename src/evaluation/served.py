@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from src import parallel, runlog
 from src.data.encoding import encode_prompt
@@ -15,11 +16,12 @@ from src.inference.sampling import Sampling
 from src.text.blocks import CODE_FORM
 from src.text.tokenizer import Tokenizer
 
+Backend = Literal["engine", "openai"]
 AT_SERVER = "server"  # the --chat_template that the server applies itself
 OWN = ("base_url", "model_name", "api_key_env")  # flags of a server alone
 # what a request has no word for, or a server decides, by the value that asks for nothing
 WITHOUT_EFFECT: dict[str, object] = {
-    "ckpt_dir": "", "model_type": "", "top_k": 0, "min_p": 0.0, "quantize": "", "compile": False, "isolation": "",
+    "model_type": "", "top_k": 0, "min_p": 0.0, "quantize": "", "compile": False, "isolation": "",
     "max_rounds": 24,
 }  # fmt: skip
 
@@ -87,7 +89,8 @@ class ServedSolver:
         )
         self._told: set[str] = set()
 
-    def facts(self) -> dict[str, object]:
+    @property
+    def source(self) -> dict[str, object]:
         """What samples depend on beside the sampling."""
         tokenizer = self.tokenizer.fingerprint()[:16] if self.tokenizer else None
         template = None if self.chat_template in ("", "none") else self.chat_template

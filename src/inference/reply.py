@@ -1,9 +1,11 @@
 """What a server's reply says: one completion of the OpenAI protocol, or Odd. A reply is foreign data of any kind."""
 
-import json
 from collections.abc import Mapping
 from itertools import accumulate
 from typing import NamedTuple
+
+from src import jsonfile
+from src.errors import UserError
 
 ENDS = ("stop", "length")  # all other finish reasons (abort, content_filter, tool_calls, null, ...) are no ends
 MOST_TOKENS = 2**31
@@ -50,18 +52,10 @@ class Reply(NamedTuple):
 def read_reply(data: bytes) -> Reply:
     """The completion in a reply to /completions or /chat/completions. Raises Odd."""
     try:
-        return _completion(json.loads(data), data)
-    except RecursionError:  # also of repr(), whose limit lies elsewhere than that of loads()
-        raise Odd(f"the reply is nested too deep: {shown(data)}") from None
-    except ValueError:
-        kind = "a stream, which was not asked for" if data.lstrip().startswith(b"data:") else "no json"
-        raise Odd(f"the reply is {kind}: {shown(data)}") from None
-
-
-def _completion(values: object, data: bytes) -> Reply:
-    """The completion in a reply that is json; data is how it came. Raises Odd."""
-    if not isinstance(values, dict):
-        raise Odd(f"the reply is no object: {shown(data)}")
+        values = jsonfile.parse(data, "the reply")
+    except UserError as problem:
+        kind = "the reply is a stream, which was not asked for" if data.lstrip().startswith(b"data:") else problem
+        raise Odd(f"{kind}: {shown(data)}") from None
     if values.get("error"):
         raise Odd(f"the reply is an error: {shown(data)}")
     choices = values.get("choices")
@@ -99,10 +93,6 @@ def _text(choice: Mapping[str, object]) -> str:
 def _valid(text: object) -> str:
     if not isinstance(text, str):
         raise Odd(f"the text is {text!r:.{SHOWN}}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as problem:
-        raise Odd(f"the text holds a lone surrogate at character {problem.start}") from None
     return text
 
 

@@ -59,7 +59,7 @@ def test_scdpo_09_a_solver_is_asked_until_it_has_gone_wrong(code_solver: str, tm
     problems = [{"instruction": CODE_QUESTION, "label": "68", "id": str(n)} for n in range(4)]
     flags = {"label_file": str(write_json(tmp_path / "problems.json", problems)), "attempts": 12,
              "temperature": 0.9, "max_new_tokens": 30}  # fmt: skip
-    data_build.attempts(code_solver, "toy", log_dir=str(tmp_path / "log"), **flags)
+    data_build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "log"), **flags)
     text = (tmp_path / "log" / "samples.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     for problem in problems:
@@ -68,7 +68,7 @@ def test_scdpo_09_a_solver_is_asked_until_it_has_gone_wrong(code_solver: str, tm
         assert done == [len(outcomes) - 1] or len(outcomes) == 12
     assert {"right", "wrong"} <= {row["outcome"] for row in rows}
     (tmp_path / "log" / "samples.jsonl").write_text(text[: len(text) // 2])  # killed within a line
-    data_build.attempts(code_solver, "toy", log_dir=str(tmp_path / "log"), **flags)
+    data_build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "log"), **flags)
     assert (tmp_path / "log" / "samples.jsonl").read_text() == text
 
 

@@ -167,7 +167,7 @@ def test_process_judges_steps_and_continues(folders: Folders, tmp_path: Path) ->
     ]
     source, save_file = log_dir(tmp_path / "log", samples), tmp_path / "steps.json"
     build = lambda name, **more: data_build.process(  # noqa: E731
-        folders.one, "toy", source, str(tmp_path / name), str(save_file), **PROCESS | more
+        "toy", source, str(tmp_path / name), str(save_file), folders.one, **PROCESS | more
     )
     build("a")
     expected, rollouts = save_file.read_bytes(), (tmp_path / "a/samples.jsonl").read_bytes()
@@ -195,7 +195,7 @@ def test_process_judges_lines(folders: Folders, tmp_path: Path, parting: str) ->
     save_file = tmp_path / "steps.json"
 
     def build(step: str) -> None:
-        data_build.process(folders.one, "toy", source, str(tmp_path / "a"), str(save_file), step=step, **PROCESS)
+        data_build.process("toy", source, str(tmp_path / "a"), str(save_file), folders.one, step=step, **PROCESS)
 
     build("line")
     (row,) = read_judged(str(save_file))
@@ -213,7 +213,7 @@ BRANCH = {"attempts": 40, "max_new_tokens": 12, "max_batch_size": 8, "steps_a_so
 
 def branched(folders: Folders, source: str, folder: Path, **more: object) -> list[dict[str, object]]:
     save_file = folder.with_suffix(".json")
-    data_build.branch(folders.one, "toy", source, str(folder), str(save_file), **BRANCH | more)
+    data_build.branch("toy", source, str(folder), str(save_file), folders.one, **BRANCH | more)
     return json.loads(save_file.read_text())
 
 
@@ -343,7 +343,7 @@ def test_scdpo_15_branches_of_code_share_their_first_blocks(code_solver: str, tm
     solution = solution._replace(prompt=CODE_QUESTION, values=values)
     source = log_dir(tmp_path / "log", [solution])
     save_file = tmp_path / "pairs.json"
-    data_build.branch(code_solver, "toy", source, str(tmp_path / "a"), str(save_file), **CODE_BRANCH)
+    data_build.branch("toy", source, str(tmp_path / "a"), str(save_file), code_solver, **CODE_BRANCH)
     rows = json.loads(save_file.read_text())
     assert rows
     tokenizer = assemble.load_tokenizer(code_solver)
@@ -378,4 +378,4 @@ def test_scdpo_14_code_that_prints_something_else_is_not_left(code_solver: str, 
 def test_step_labels_of_code_are_refused(code_solver: str, tmp_path: Path) -> None:
     source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right")])
     with pytest.raises(UserError, match="no labels for blocks of code"):
-        data_build.process(code_solver, "toy", source, str(tmp_path / "a"), str(tmp_path / "a.json"))
+        data_build.process("toy", source, str(tmp_path / "a"), str(tmp_path / "a.json"), code_solver)

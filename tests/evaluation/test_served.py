@@ -4,26 +4,23 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 
 import pytest
 
 import solver_evaluate
-from src import assemble, parallel, runlog
+from src import runlog
 from src.data.encoding import encode_prompt
 from src.errors import UserError
 from src.inference import remote
-from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.remote import RemoteRequest, Server
 from src.inference.sampling import Sampling
 from src.text.tokenizer import Tokenizer
 from tests.conftest import Folders
-from tests.inference.server import Answering, free_port
+from tests.inference.server import Answering, completion, engine, free_port, says
 
 REPORT = Path(__file__).parents[2] / "../shared/data/reports/SV1_server"
-Answer = Callable[[str, dict[str, object]], tuple[int, bytes]]
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +33,6 @@ def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> p
     """What is logged."""
     monkeypatch.setattr(runlog.logger(), "propagate", True)
     return caplog
-
-
-def completion(text: str = " #### 4", finish: object = "stop", **more: object) -> dict[str, object]:
-    return {"choices": [{"index": 0, "text": text, "finish_reason": finish, **more}], "usage": {"completion_tokens": 5}}
-
-
-def says(values: object) -> Answer:
-    """Always the same answer."""
-    data = values if isinstance(values, bytes) else json.dumps(values).encode()
-    return lambda path, body: (200, data)
 
 
 def evaluate(folder: Path, server: Answering, **flags: object) -> list[dict[str, object]]:
@@ -155,32 +142,12 @@ def test_a_chat_server_gets_messages_with_the_demonstrations(tmp_path: Path) -> 
         evaluate(tmp_path, server)
 
 
-@pytest.fixture
-def engine(folders: Folders) -> Answer:
-    """A server that takes token ids and answers with the model of this process."""
-    parallel.start()
-    model, tokenizer, lock = assemble.load_solver(folders.one), assemble.load_tokenizer(folders.one), Lock()
-    vocabulary = vocabulary_of(tokenizer)
-
-    def answer(path: str, body: dict[str, object]) -> tuple[int, bytes]:
-        sampling = Sampling(temperature=body["temperature"], max_new_tokens=body["max_tokens"], seed=body["seed"])
-        asked = Request("0", 0, body["prompt"])
-        with lock:
-            (found,) = generate(model, [asked], sampling, max_batch_size=1,
-                                vocabulary=vocabulary._replace(eos_ids=tuple(body["stop_token_ids"])))  # fmt: skip
-        logprobs = {"token_logprobs": found.logprobs, "tokens": [tokenizer.decode([i]) for i in found.tokens]}
-        values = completion(found.text, found.finish, logprobs=logprobs)
-        return says(values | {"usage": {"completion_tokens": len(found.tokens)}})(path, body)
-
-    return answer
-
-
 @pytest.mark.parametrize("template", ["none", "llama-2", "mistral"])
 def test_a_template_of_ours_reaches_the_server_in_token_ids(
-    template: str, engine: Answer, folders: Folders, tmp_path: Path
+    template: str, folders: Folders, tmp_path: Path
 ) -> None:
     flags = {"chat_template": template, "tokenizer_file": folders.one, "max_new_tokens": 12, "max_batch_size": 2}
-    with Answering(engine) as server:
+    with Answering(engine(folders.one)) as server:
         rows = evaluate(tmp_path, server, **flags)
     tokenizer = Tokenizer(Path(folders.one), template)
     sent = [body["prompt"] for body in server.bodies]

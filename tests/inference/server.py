@@ -22,6 +22,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from src import assemble, parallel
+from src.inference.engine import Request, generate, vocabulary_of
+from src.inference.sampling import Sampling
+
 
 def write_model(folder: Path) -> None:
     """A random Llama with a character vocabulary, as transformers reads it."""
@@ -72,12 +76,42 @@ def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
     raise RuntimeError("transformers serve did not start; are fastapi, uvicorn and openai installed?")
 
 
+Answer = Callable[[str, dict[str, object]], tuple[int, bytes | Iterable[bytes]]]
+
+
+def completion(text: str = " #### 4", finish: object = "stop", **more: object) -> dict[str, object]:
+    """A reply of /completions."""
+    return {"choices": [{"index": 0, "text": text, "finish_reason": finish, **more}], "usage": {"completion_tokens": 5}}
+
+
+def says(values: object) -> Answer:
+    """Always the same answer."""
+    data = values if isinstance(values, bytes) else json.dumps(values).encode()
+    return lambda path, body: (200, data)
+
+
+def engine(ckpt_dir: str) -> Answer:
+    """Answers with a model in this process; takes token ids."""
+    parallel.start()
+    model, tokenizer, lock = assemble.load_solver(ckpt_dir), assemble.load_tokenizer(ckpt_dir), Lock()
+
+    def answer(path: str, body: dict[str, object]) -> tuple[int, bytes]:
+        sampling = Sampling(temperature=body["temperature"], max_new_tokens=body["max_tokens"], seed=body["seed"])
+        vocabulary = vocabulary_of(tokenizer)._replace(eos_ids=tuple(body["stop_token_ids"]))
+        with lock:
+            asked = [Request("0", 0, body["prompt"])]
+            (found,) = generate(model, asked, sampling, max_batch_size=1, vocabulary=vocabulary)
+        logprobs = {"token_logprobs": found.logprobs, "tokens": [tokenizer.decode([i]) for i in found.tokens]}
+        reply = completion(found.text, found.finish, logprobs=logprobs)
+        return says(reply | {"usage": {"completion_tokens": len(found.tokens)}})(path, body)
+
+    return answer
+
+
 class Answering:
     """A server on the loopback that gives each request to a function: (path, body) -> (status, data or its parts)."""
 
-    def __init__(
-        self, answer: Callable[[str, dict[str, object]], tuple[int, bytes | Iterable[bytes]]]
-    ) -> None:
+    def __init__(self, answer: Answer) -> None:
         self.bodies: list[dict[str, object]] = []
         self.paths: list[str] = []
         server = self
