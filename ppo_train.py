@@ -21,6 +21,7 @@ from src.inference.sampling import Sampling
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
 from src.training import monitor, ppo, rewards
+from src.training.checkpointer import Checkpointer, Trainee
 from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig
 from src.training.ppo_models import PPOModels, load_models
@@ -34,7 +35,6 @@ from src.training.rollout import (
     rollout_values,
     sample_rollout,
 )
-from src.training.saver import Saver, Trained
 
 
 def main(config: PPOConfig) -> None:
@@ -57,8 +57,8 @@ def main(config: PPOConfig) -> None:
     actor, critic, loaded = models.actor, models.critic, models.offloader.loaded
     state: dict[str, object] = {"kl_scale": 1.0, "update_checked": False}
     alerts = monitor.Monitor(log.logger, state)
-    saver = open_saver(config, models, log, state, data, facts)
-    done = saver.resume(config.resume)
+    checkpointer = open_checkpointer(config, models, log, state, data, facts)
+    done = checkpointer.resume(config.resume)
     models.load_reference(config, refreshed=0 < config.reference_refresh <= done)
     n_ids = data.tokenizer.vocab_size
     log.progress(n_iterations, "buffer", done)
@@ -71,7 +71,7 @@ def main(config: PPOConfig) -> None:
             timer = Phases()
             score = held_out_accuracy(config, models, data, grader, timer)
             log.metrics(0, eval_accuracy=score, **timer.seconds)
-            saver.measured_start(score)
+            checkpointer.measured_start(score)
 
         for iteration, (epoch, rows) in list(enumerate(data.iterations))[done:]:
             timer, now = Phases(), config.with_kl_scale(state["kl_scale"])
@@ -106,11 +106,11 @@ def main(config: PPOConfig) -> None:
                      monitor.readable_rows(buffer, scores, config.rollout_samples))
             said = alerts.warn(iteration + 1, shown)
             log.advance(tokens=tokens, reward=metrics["reward"], kl=metrics["kl"])
-            saver.step_done(iteration + 1, score, "; ".join(said) if config.stop_on_alarm else "")
+            checkpointer.step_done(iteration + 1, score, "; ".join(said) if config.stop_on_alarm else "")
             if config.reference_refresh > 0 and (iteration + 1) % config.reference_refresh == 0:
-                saver.complete()
+                checkpointer.complete()
                 models.load_reference(config, refreshed=True)
-        saver.finish()
+        checkpointer.finish()
         alerts.summary(n_iterations)
 
 
@@ -237,21 +237,22 @@ def held_out_accuracy(
     return accuracy * len(data.held_out) / data.n_held_out
 
 
-def open_saver(
+def open_checkpointer(
     config: PPOConfig, models: PPOModels, log: RunLog, state: dict[str, object], data: Inputs, facts: dict[str, object]
-) -> Saver:
+) -> Checkpointer:
     """What saves actor and critic together, and brings them back."""
-    trained = [
-        Trained(save_dir, loop,
-                partial(assemble.begin_save, loop.model, ckpt_dir=ckpt_dir, dtype=config.save_dtype,
+    trainees = [
+        Trainee(save_dir, trainer,
+                partial(assemble.begin_save, trainer.model, ckpt_dir=ckpt_dir, dtype=config.save_dtype,
                         lora=assemble.lora_config(config), tokenizer_file=config.tokenizer_file,
                         background=config.background_save),
-                partial(models.offloader.loaded, loop.model, optimizer=True))
-        for loop, save_dir, ckpt_dir in ((models.actor, config.actor_save_dir, config.actor_ckpt_dir),
-                                         (models.critic, config.critic_save_dir, config.critic_ckpt_dir)) if loop]
+                partial(models.offloader.loaded, trainer.model, optimizer=True))
+        for trainer, save_dir, ckpt_dir in ((models.actor, config.actor_save_dir, config.actor_ckpt_dir),
+                                            (models.critic, config.critic_save_dir, config.critic_ckpt_dir))
+        if trainer]
     snapshots = {"reference": config.reference_refresh} if config.reference_refresh > 0 else {}
-    return Saver(log, trained, config, steps_per_epoch=data.per_epoch, total_steps=len(data.iterations), facts=facts,
-                 state=state, snapshots=snapshots)
+    return Checkpointer(log, trainees, config, steps_per_epoch=data.per_epoch, total_steps=len(data.iterations),
+                        facts=facts, state=state, snapshots=snapshots)
 
 
 if __name__ == "__main__":

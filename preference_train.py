@@ -16,10 +16,10 @@ from src.checkpoint import storage
 from src.config import Bounds, NonNegative, Positive, Share, TrainConfig, flag
 from src.runlog import RunLog
 from src.training import setup
-from src.training.meter import Meter
 from src.training.preference import Preference, evaluate, n_pairs, open_preferences, report
 from src.training.reference import reference_identity, reference_logprobs
 from src.training.solver import n_supervised
+from src.training.throughput import ThroughputMeter
 
 Smoothing = Annotated[float, Bounds("0 or more and less than 0.5", lambda x: 0 <= x < 0.5)]
 
@@ -96,18 +96,18 @@ def main(config: PreferenceTrainConfig) -> None:
     if config.reference_ckpt_dir:
         del model  # before the policy takes its place
         model = assemble.load_solver(config.ckpt_dir, dtype=torch.float32)
-    loop, saver = setup.open_run(config, model, log, batching, len(data.samples), total_steps, facts)
-    done = saver.resume(config.resume)
+    trainer, checkpointer = setup.open_run(config, model, log, batching, len(data.samples), total_steps, facts)
+    done = checkpointer.resume(config.resume)
     log.progress(total_steps, "step", done)
-    meter = Meter(model_config)
+    meter = ThroughputMeter(model_config)
     steps = data.steps(batching, reference, packing=config.packing, epochs=config.epochs, done=done, stop=total_steps)
     for epoch, number, batches in meter.timed(steps):
         in_step, tallies = parallel.sum_over_data_parallel(n_pairs(batches)), []
         for batch in batches:
             loss, tally = preference.loss(model, batch.to(parallel.device()), in_step)
-            loop.backward(loss, last=batch is batches[-1])
+            trainer.backward(loss, last=batch is batches[-1])
             tallies.append(tally)
-        step = loop.step()
+        step = trainer.step()
         plain = [batch.batch for batch in batches]
         measured = meter.measure(plain, parallel.sum_over_data_parallel(n_supervised(plain)))
         log.metrics(number, epoch=epoch, **report(tallies)._asdict() | step._asdict(), pairs=in_step, **measured)
@@ -118,8 +118,8 @@ def main(config: PreferenceTrainConfig) -> None:
             log.metrics(number, epoch=epoch, **{f"eval_{name}": value for name, value in found._asdict().items()})
             log.logger.info("step %d: held-out loss %.4f, accuracy %.3f", number, found.loss, found.accuracy)
             score = -found.loss
-        saver.step_done(number, score)
-    saver.finish()
+        checkpointer.step_done(number, score)
+    checkpointer.finish()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from src.config import TrainConfig, flag
 from src.data.examples import read_instructions
 from src.runlog import RunLog
 from src.training import setup
-from src.training.meter import Meter
 from src.training.solver import SolverData, n_supervised, sft_loss, validation_loss
+from src.training.throughput import ThroughputMeter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +65,16 @@ def main(config: SolverTrainConfig) -> None:
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s", data.report)
     log.logger.info("first example: %s", plan.masked_text(data.rows[0][0], tokenizer))
-    loop, saver = setup.open_run(config, model, log, batching, len(data.rows), total_steps, facts)
-    done = saver.resume(config.resume)
+    trainer, checkpointer = setup.open_run(config, model, log, batching, len(data.rows), total_steps, facts)
+    done = checkpointer.resume(config.resume)
     log.progress(total_steps, "step", done)
-    meter = Meter(model_config)
+    meter = ThroughputMeter(model_config)
     steps = data.steps(batching, packing=config.packing, epochs=config.epochs, done=done, stop=total_steps)
     for epoch, number, batches in meter.timed(steps):
         n_tokens = parallel.sum_over_data_parallel(n_supervised(batches))
         for batch in batches:
-            loop.backward(sft_loss(model, batch.to(parallel.device()), n_tokens), last=batch is batches[-1])
-        report = loop.step()
+            trainer.backward(sft_loss(model, batch.to(parallel.device()), n_tokens), last=batch is batches[-1])
+        report = trainer.step()
         measured = meter.measure(batches, n_tokens)
         log.metrics(number, epoch=epoch, **report._asdict(), supervised_tokens=n_tokens, **measured)
         log.advance(tokens=int(measured["tokens"]), loss=report.loss)
@@ -83,8 +83,8 @@ def main(config: SolverTrainConfig) -> None:
             eval_loss = validation_loss(model, held_out, batching, packing=config.packing)
             log.metrics(number, epoch=epoch, eval_loss=eval_loss)
             score = -eval_loss
-        saver.step_done(number, score)
-    saver.finish()
+        checkpointer.step_done(number, score)
+    checkpointer.finish()
 
 
 if __name__ == "__main__":

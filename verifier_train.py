@@ -16,7 +16,7 @@ from src.data.encoding import StepKind
 from src.errors import UserError
 from src.runlog import RunLog
 from src.training import setup
-from src.training.meter import Meter
+from src.training.throughput import ThroughputMeter
 from src.training.verifier import open_data
 
 Repeats = Annotated[list[float], Bounds("more than 0 each", lambda x: all(0 < one < math.inf for one in x))]
@@ -93,16 +93,16 @@ def main(config: VerifierTrainConfig) -> None:
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
     log.logger.info("first example: %s", plan.masked_text(data.samples[0][0], tokenizer))
-    loop, saver = setup.open_run(config, model, log, batching, len(data.samples), total_steps, facts)
-    done = saver.resume(config.resume)
+    trainer, checkpointer = setup.open_run(config, model, log, batching, len(data.samples), total_steps, facts)
+    done = checkpointer.resume(config.resume)
     log.progress(total_steps, "step", done)
-    meter = Meter(model.config)
+    meter = ThroughputMeter(model.config)
     steps = data.steps(batching, packing=config.packing, epochs=config.epochs, done=done, stop=total_steps)
     for epoch, number, batches in meter.timed(steps):
         n_labels = parallel.sum_over_data_parallel(data.n_judged(batches))
         for batch in batches:
-            loop.backward(data.loss(model, batch.to(parallel.device()), n_labels), last=batch is batches[-1])
-        report = loop.step()
+            trainer.backward(data.loss(model, batch.to(parallel.device()), n_labels), last=batch is batches[-1])
+        report = trainer.step()
         measured = meter.measure(batches, n_labels)
         log.metrics(number, epoch=epoch, **report._asdict(), judged=n_labels, **measured)
         log.advance(tokens=int(measured["tokens"]), loss=report.loss)
@@ -113,8 +113,8 @@ def main(config: VerifierTrainConfig) -> None:
             log.metrics(number, epoch=epoch, **found._asdict())
             log.logger.info("step %d: held-out accuracy %.3f", number, accuracy)
             assemble.set_score(model, score_mean=found.score_mean, score_std=found.score_std)
-        saver.step_done(number, accuracy)
-    saver.finish()
+        checkpointer.step_done(number, accuracy)
+    checkpointer.finish()
 
 
 if __name__ == "__main__":

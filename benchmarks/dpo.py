@@ -110,9 +110,9 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
     from src.data import collate
     from src.data.encoding import Encoded
     from src.runlog import RunLog
-    from src.training.loop import TrainLoop
     from src.training.preference import Preference, PreferenceBatch
     from src.training.reference import reference_logprobs
+    from src.training.trainer import Trainer
 
     parallel.start()
     model = assemble.load_solver(str(folder / "ours"), dtype=torch.float32)
@@ -125,15 +125,15 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
         model, rows, folder / "r.jsonl", "x", max_batch_size=2 * PAIRS_A_STEP, log=log
     )
     flags = OptimizerFlags(lr=LR, schedule="constant", warmup_ratio=0.0)
-    loop = TrainLoop(model, log, flags, total_steps=case.steps + WARM_UP)
+    trainer = Trainer(model, log, flags, total_steps=case.steps + WARM_UP)
     preference, watch = Preference(objective="dpo", beta=BETA), Watch()
     model.train()
     watch.begin()
     for group in collate.chunks(rows, PAIRS_A_STEP):
         said = torch.tensor([reference.of(encoded) for pair in group for encoded in pair])
         batch = PreferenceBatch(collate.pack_forked(group), said)
-        loop.backward(preference.loss(model, batch, len(group))[0])
-        watch.losses.append(loop.step().loss)
+        trainer.backward(preference.loss(model, batch, len(group))[0])
+        watch.losses.append(trainer.step().loss)
         watch.tick()
     return watch.record()
 

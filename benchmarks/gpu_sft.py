@@ -7,10 +7,10 @@ AutoModelForCausalLM with sdpa attention, torch's fused AdamW and, for LoRA, pef
 and precision (bfloat16 products; full: of float32 weights; LoRA: on a bfloat16 base). They take turns (A B B A), each
 with a new model; nothing is timed unless the log-probs of tokens and the first losses agree within tolerances.
 
-Full training takes the most layers that memory.training_memory() sees fit into the card. MFU is Meter's: 6 FLOP a
-weight and token, of the matrix rate measured in this run; frozen weights need 4 of the 6, so of LoRA's figure about
-two thirds were done. Compiled means all of a layer for transformers. Ours compiles norms and feed-forwards: a graph of
-its attention holds for one number of samples only; the trainers have no flag for it. Without a GPU a tiny model runs
+Full training takes the most layers that memory.training_memory() sees fit into the card. MFU, as ThroughputMeter has it, is 6
+FLOP a weight and token, of the matrix rate measured in this run; frozen weights need 4 of the 6, so of LoRA's figure
+about two thirds were done. Compiled means all of a layer for transformers. Ours compiles norms and feed-forwards: a
+graph of its attention holds for one number of samples only; the trainers have no flag for it. Without a GPU a tiny model runs
 in float32, which shows that the script works and nothing else.
 """
 
@@ -47,10 +47,10 @@ from src.models.feedforward import FeedForward, RMSNorm
 from src.models.lora import LINEARS, LoraLinear
 from src.models.quantize import quantize_weights
 from src.runlog import RunLog
-from src.training.loop import TrainLoop
-from src.training.meter import Meter
 from src.training.optimizers import BETAS
 from src.training.solver import n_supervised, sft_loss
+from src.training.throughput import ThroughputMeter
+from src.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -125,13 +125,13 @@ def ours(case: Case, *, compiled: bool) -> Side:
     with tempfile.TemporaryDirectory() as folder:
         flags = OptimizerFlags(lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=MAX_GRAD_NORM,
                                activation_checkpointing=case.checkpointing)  # fmt: skip
-        loop = TrainLoop(model, RunLog(folder, {}), flags, total_steps=1)
+        trainer = Trainer(model, RunLog(folder, {}), flags, total_steps=1)
     model.train()
 
     def step(batches: Sequence[Batch], normaliser: int) -> float:
         for batch in batches:
-            loop.backward(sft_loss(model, batch.to(parallel.device()), normaliser))
-        return loop.step().loss
+            trainer.backward(sft_loss(model, batch.to(parallel.device()), normaliser))
+        return trainer.step().loss
 
     return Side(step, lambda batch: response_logprobs(model, *batch.to(parallel.device())))
 
@@ -230,7 +230,7 @@ def packed_steps(config: ModelConfig, n_steps: int, passes: int, n_tokens: int) 
 
 
 def run(
-    side: str, case: Case, steps: Sequence[Step], meter: Meter, *, compiled: bool
+    side: str, case: Case, steps: Sequence[Step], meter: ThroughputMeter, *, compiled: bool
 ) -> list[dict[str, float]]:
     """What the meter says of each step of a new model."""
     step = SIDES[side](case, compiled=compiled).step
@@ -298,7 +298,7 @@ def deepest(case: Case, n_tokens: int, passes: int) -> Case:
 
 def compare(case: Case, steps: Sequence[Step], repeats: int, ways: Sequence[bool]) -> None:
     """Print the parity of a case and, where it holds, a line for each side, eager and compiled."""
-    meter = Meter(case.config)
+    meter = ThroughputMeter(case.config)
     by_token, by_loss = gaps(*(seen(side, case, steps[0].batches) for side in SIDES))
     precision = "bfloat16" if on_gpu() else "float32"
     allowed = TOKEN_TOLERANCE[precision], LOSS_TOLERANCE[precision]

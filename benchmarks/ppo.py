@@ -391,10 +391,10 @@ def parity(folder: Path, trl_python: str) -> str:
         (micro,) = now.micros
         value, _ = ppo.critic_loss(side.models.critic.model, found, micro, side.config, now.tokens)
         policy, _ = ppo.actor_loss(side.models.actor.model, found, micro, side.config, now.tokens)
-        for loop, loss, name in ((side.models.critic, value, "value"), (side.models.actor, policy, "policy")):
+        for trainer, loss, name in ((side.models.critic, value, "value"), (side.models.actor, policy, "policy")):
             losses[name].append(loss.item())
-            loop.backward(loss)
-            loop.step()
+            trainer.backward(loss)
+            trainer.step()
     run_side("parity", "PPO 5M", folder, trl_python)
     their = torch.load(folder / "parity.pth")
     n = int(mask.sum())

@@ -114,7 +114,7 @@ def write_model(case: Case, folder: Path) -> None:
 
 
 def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]:
-    """Our TrainLoop on the samples, the rows of a step end to end or padded."""
+    """Our Trainer on the samples, the rows of a step end to end or padded."""
     import torch
 
     from src import assemble, parallel
@@ -123,8 +123,8 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
     from src.data.collate import chunks
     from src.data.encoding import Encoded
     from src.runlog import RunLog
-    from src.training.loop import TrainLoop
     from src.training.solver import n_supervised, sft_loss
+    from src.training.trainer import Trainer
 
     parallel.start()
     model = assemble.load_solver(str(folder / "ours"), dtype=torch.float32)
@@ -132,14 +132,14 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
     lora = LoraFlags(lora_rank=16 if case.lora else -1, lora_alpha=32.0, lora_targets=names)
     assemble.put_lora_on(model, assemble.lora_config(lora), seed=1)
     flags = OptimizerFlags(lr=0.0 if case.packing else 1e-4, schedule="constant", warmup_ratio=0.0)
-    loop = TrainLoop(model, RunLog(str(folder / "log"), {}), flags, total_steps=case.steps + WARM_UP)
+    trainer = Trainer(model, RunLog(str(folder / "log"), {}), flags, total_steps=case.steps + WARM_UP)
     model.train()
     losses, counts, times = [], [], [now()]
     rows = [Encoded(*row) for row in samples(case)]
     for group in chunks(rows, case.rows_a_step):
         batch = collate.lay_out(group, packing=packing)
-        loop.backward(sft_loss(model, batch, n_supervised([batch])))
-        losses.append(loop.step().loss)
+        trainer.backward(sft_loss(model, batch, n_supervised([batch])))
+        losses.append(trainer.step().loss)
         counts.append(n_supervised([batch]))
         times.append(now())
     return {"losses": losses, "supervised": counts, "times": times}

@@ -40,7 +40,7 @@ from src.models.decoder import Decoder  # noqa: E402
 from src.runlog import RunLog  # noqa: E402
 from src.text.tokenizer import Tokenizer  # noqa: E402
 from src.training.judgement import JudgedData, read_scores  # noqa: E402
-from src.training.loop import TrainLoop  # noqa: E402
+from src.training.trainer import Trainer  # noqa: E402
 
 MODELS = {
     "5M": (256, 4, 4, 688),
@@ -121,15 +121,15 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
     ]
     data = JudgedData(rows, tokenizer, max_seq_len=CONTEXT, source="rows")
     by_tokens = {tuple(sample.tokens): row for (sample,), row in zip(data.samples, rows, strict=True)}
-    loops = [TrainLoop(open_verifier(folder), RunLog(str(folder), {}), OptimizerFlags(lr=1e-4), total_steps=rounds + 1)
+    trainers = [Trainer(open_verifier(folder), RunLog(str(folder), {}), OptimizerFlags(lr=1e-4), total_steps=rounds + 1)
              for _ in range(2)]  # fmt: skip
 
-    def update(loop: TrainLoop, batches: Sequence[collate.JudgedBatch]) -> float:
+    def update(trainer: Trainer, batches: Sequence[collate.JudgedBatch]) -> float:
         n = sum(batch.n_judged for batch in batches)
         for batch in batches:
-            scores, labels = read_scores(loop.model, batch)
-            loop.backward(judgement_loss(scores, labels).sum() / n, last=batch is batches[-1])
-        return loop.step().loss
+            scores, labels = read_scores(trainer.model, batch)
+            trainer.backward(judgement_loss(scores, labels).sum() / n, last=batch is batches[-1])
+        return trainer.step().loss
 
     batching = Batching(max_batch_size=solutions, accumulation_steps=1, seed=1)
     found: list[tuple[Time, Time]] = []
@@ -143,7 +143,7 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
             collate.lay_out_judged(part, packing=False) for part in collate.chunks(alone, rows_a_forward)
         ]
         order = [(0, [packed]), (1, padded)]
-        sides = {side: timed(lambda side=side, batches=batches: update(loops[side], batches))
+        sides = {side: timed(lambda side=side, batches=batches: update(trainers[side], batches))
                  for side, batches in (order if number % 2 else order[::-1])}  # fmt: skip
         gap = max(gap, abs(sides[0][0] - sides[1][0]))
         if number:  # the first one warms up

@@ -13,10 +13,10 @@ from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.sharing import SharedBase
 from src.text.tokenizer import Tokenizer
-from src.training.loop import TrainLoop
 from src.training.offload import ModelOffloader
 from src.training.ppo_models import PPOModels
 from src.training.rewards import pairwise_reward
+from src.training.trainer import Trainer
 from tests.conftest import Folders
 from tests.training.workers import ppo_config, ppo_update, rollout_of
 
@@ -60,8 +60,8 @@ def test_ppo_on_one_base_is_ppo_on_four_models(
         for model in (actor, critic):
             assemble.put_lora_on(model, LORA, seed=1)
         log, flags = RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-3)
-        loops = (TrainLoop(model, log, flags, total_steps=8) for model in (actor, critic))
-        models, seen = PPOModels(*loops, None, ModelOffloader()), {}
+        trainers = (Trainer(model, log, flags, total_steps=8) for model in (actor, critic))
+        models, seen = PPOModels(*trainers, None, ModelOffloader()), {}
         for iteration in range(2):
             buffer, scores, _ = rollout_of(
                 models, tokenizer, lambda rollout, verifier=verifier: pairwise_reward(

@@ -25,8 +25,8 @@ from src.models.lora import LINEARS, LoraConfig
 from src.models.quantize import weight_bytes
 from src.models.vocab_softmax import vocab_entropy, vocab_logprobs
 from src.runlog import RunLog
-from src.training.loop import TrainLoop
 from src.training.solver import n_supervised, sft_loss
+from src.training.trainer import Trainer
 
 # Longer than a block of the cache.
 LONG_ROW = torch.arange(75) * 7 % 61
@@ -66,9 +66,9 @@ def decoders(
 def one_step(model: Decoder, batch: Batch, log: RunLog) -> dict[str, object]:
     """The gradient's norm and this rank's weights after one optimizer step."""
     model.zero_grad(set_to_none=True)
-    loop = TrainLoop(model, log, OptimizerFlags(lr=0.01, warmup_ratio=0.0), total_steps=1)
-    loop.backward(sft_loss(model, batch, n_supervised([batch])))
-    return {"grad_norm": loop.step().grad_norm, "weights": adapter_tensors(model)}
+    trainer = Trainer(model, log, OptimizerFlags(lr=0.01, warmup_ratio=0.0), total_steps=1)
+    trainer.backward(sft_loss(model, batch, n_supervised([batch])))
+    return {"grad_norm": trainer.step().grad_norm, "weights": adapter_tensors(model)}
 
 
 @torch.no_grad()

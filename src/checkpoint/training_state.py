@@ -22,22 +22,22 @@ MASTER = "master"
 OPTIMIZER, STATE = "optimizer", "state.json"
 
 
-class LoopState(NamedTuple):
-    """A loop's tensors by name (PARAMETER/WHAT, parts of this rank), and its counts."""
+class TrainerState(NamedTuple):
+    """A trainer's tensors by name (PARAMETER/WHAT, parts of this rank), and its counts."""
 
     tensors: Mapping[str, Tensor]
     counts: Mapping[str, int]
 
 
 class RunState(NamedTuple):
-    """What is saved with one model of a run: its loop's state and the run's facts, json values for state.json."""
+    """What is saved with one model of a run: its trainer's state and the run's facts, json values for state.json."""
 
-    loop: LoopState
+    trainer: TrainerState
     facts: Mapping[str, object]
 
     def document(self) -> dict[str, object]:
         """state.json."""
-        return {"loop": dict(self.loop.counts), **self.facts}
+        return {"loop": dict(self.trainer.counts), **self.facts}
 
 
 def read_facts(folder: Path) -> dict[str, object]:

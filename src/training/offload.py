@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from src import parallel
-from src.training.loop import TrainLoop
+from src.training.trainer import Trainer
 
 
 class OffloadedTensors:
@@ -105,8 +105,8 @@ class ModelOffloader:
         if self._folder is not None:
             shutil.rmtree(self._folder / f"rank-{parallel.rank()}", ignore_errors=True)
 
-    def add(self, model: nn.Module, loop: TrainLoop | None = None) -> None:
-        """Let a model, and with its loop the optimizer's state, leave memory now and after every use."""
+    def add(self, model: nn.Module, trainer: Trainer | None = None) -> None:
+        """Let a model, and with its trainer the optimizer's state, leave memory now and after every use."""
         if self._folder is None:
             return
         place = self._folder / f"rank-{parallel.rank()}"
@@ -116,8 +116,8 @@ class ModelOffloader:
             lambda: itertools.chain(model.parameters(), model.buffers()), place / f"{name}-weights"
         )
         self._weights[model].leave()
-        if loop is not None:
-            self._moments[model] = OffloadedTensors(loop.moments, place / f"{name}-moments")
+        if trainer is not None:
+            self._moments[model] = OffloadedTensors(trainer.moments, place / f"{name}-moments")
 
     def drop(self, model: nn.Module | None) -> None:
         """Forget a model that is used no more, and remove its files."""

@@ -25,7 +25,7 @@ OptimizerName = Literal["adamw", "adamw_8bit"]
 BETAS = (0.9, 0.95)
 
 
-class Deferred(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
     """Tensors by name, each made when it is asked for and not kept."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:

@@ -14,10 +14,10 @@ from src.data import collate
 from src.data.collate import Batch
 from src.inference.scoring import logprobs_and_entropy, response_values
 from src.models.decoder import Decoder
-from src.training.loop import TrainLoop
 from src.training.ppo_config import AdvantageFlags, PPOConfig
 from src.training.rewards import Scores, concatenate_scores
 from src.training.rollout import Rollout, concatenate, shard_for_rank, trim_padding
+from src.training.trainer import Trainer
 
 KL_LOSSES = {"k2": losses.kl_k2, "k3": losses.kl_k3}
 
@@ -193,17 +193,18 @@ NOTHING_LEARNED = dict.fromkeys(
 )  # fmt: skip
 
 
-def update_critic(loop: TrainLoop, buffer: PPOBuffer, config: PPOConfig, iteration: int) -> dict[str, float]:
+def update_critic(trainer: Trainer, buffer: PPOBuffer, config: PPOConfig, iteration: int) -> dict[str, float]:
     """inner_epochs passes of the critic over a buffer. Returns means over their tokens and steps for the log."""
-    loop.go_to(iteration * config.steps_per_buffer)  # the rate follows the buffers, also those that gave fewer steps
+    # the rate follows the buffers, also those that gave fewer steps
+    trainer.set_step(iteration * config.steps_per_buffer)
     clipped: list[float] = []
     reports, n_tokens = [], 0
     for now in _steps(buffer, config, iteration):
         for micro in now.micros:
-            loss, n_clipped = critic_loss(loop.model, buffer, micro, config, now.tokens)
-            loop.backward(loss, last=micro is now.micros[-1])
+            loss, n_clipped = critic_loss(trainer.model, buffer, micro, config, now.tokens)
+            trainer.backward(loss, last=micro is now.micros[-1])
             clipped.append(n_clipped)
-        reports.append(loop.step())
+        reports.append(trainer.step())
         n_tokens += now.tokens
     return {
         "value_loss": _mean([report.loss for report in reports]),
@@ -214,22 +215,22 @@ def update_critic(loop: TrainLoop, buffer: PPOBuffer, config: PPOConfig, iterati
 
 
 def update_actor(
-    loop: TrainLoop, buffer: PPOBuffer, config: PPOConfig, iteration: int, critic_warmup: int = 0
+    trainer: Trainer, buffer: PPOBuffer, config: PPOConfig, iteration: int, critic_warmup: int = 0
 ) -> dict[str, float]:
     """inner_epochs passes of the actor over a buffer. Returns means over their tokens and steps, and the largest
     deviations of a ratio from 1, for the log. critic_warmup: iterations in which it did not learn."""
-    loop.go_to((iteration - critic_warmup) * config.steps_per_buffer)
+    trainer.set_step((iteration - critic_warmup) * config.steps_per_buffer)
     seen: list[ActorSums] = []
     first: list[float] = []  # of the very first pass of each rank, before any step
     reports, n_tokens = [], 0
     for now in _steps(buffer, config, iteration):
         normaliser = now.tokens if config.loss_aggregation == "token-mean" else now.episodes
         for micro in now.micros:
-            loss, sums = actor_loss(loop.model, buffer, micro, config, normaliser)
-            loop.backward(loss, last=micro is now.micros[-1])
+            loss, sums = actor_loss(trainer.model, buffer, micro, config, normaliser)
+            trainer.backward(loss, last=micro is now.micros[-1])
             seen.append(sums)
         first = first or [sums.ratio_deviation_max for sums in seen]
-        reports.append(loop.step())
+        reports.append(trainer.step())
         n_tokens += now.tokens
     seen, first = (parallel.gather_over_data_parallel(found) for found in (seen, first))
     totals = {name: sum(getattr(sums, name) for sums in seen) for name in ActorSums._fields[:-1]}

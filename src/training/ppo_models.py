@@ -13,9 +13,9 @@ from src.models.decoder import Decoder
 from src.models.lora import without_adapters
 from src.runlog import RunLog
 from src.sharing import SharedBase
-from src.training.loop import TrainLoop
 from src.training.offload import ModelOffloader
 from src.training.ppo_config import PPOConfig
+from src.training.trainer import Trainer
 
 
 @dataclass
@@ -26,8 +26,8 @@ class PPOModels:
     its adapters, or not loaded yet.
     """
 
-    actor: TrainLoop
-    critic: TrainLoop | None
+    actor: Trainer
+    critic: Trainer | None
     verifier: Decoder | None
     offloader: ModelOffloader
     reference: Decoder | None = None
@@ -78,12 +78,12 @@ def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
         dtype, quantize = (torch.float32, "") if trained else (None, config.quantize)
         return assemble.load_verifier(folder, dtype=dtype, from_solver=trained, quantize=quantize)
 
-    def trainer(model: Decoder, lr: float, iterations: int) -> TrainLoop:
+    def trainer(model: Decoder, lr: float, iterations: int) -> Trainer:
         assemble.put_lora_on(model, assemble.lora_config(config), config.seed)
         steps = iterations * config.steps_per_buffer
-        loop = TrainLoop(model, log, config, lr=lr, total_steps=steps, adam_eps=config.adam_eps)
-        offloader.add(model, loop)
-        return loop
+        made = Trainer(model, log, config, lr=lr, total_steps=steps, adam_eps=config.adam_eps)
+        offloader.add(model, made)
+        return made
 
     actor = trainer(solver(config.actor_ckpt_dir), config.lr, n_iterations - config.warmup_iterations(n_iterations))
     critic = reward_model = None

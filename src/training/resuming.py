@@ -18,7 +18,7 @@ from src.errors import UserError
 from src.flags import FREE_ON_RESUME, is_path
 from src.jsonfile import read_json
 
-COUNTS = ("steps", "updates", "bad_steps")  # of a loop
+COUNTS = ("steps", "updates", "bad_steps")  # of a trainer
 WEIGHTS = ("params.json", "epoch-*/params.json", "best/params.json")  # what a finished run, or a part of it, leaves
 
 

@@ -12,9 +12,9 @@ from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
-from src.training.loop import TrainLoop
+from src.training.checkpointer import Checkpointer, Trainee
 from src.training.resuming import find_start, run_facts
-from src.training.saver import Saver, Trained
+from src.training.trainer import Trainer
 
 
 def open_batching(config: TrainConfig) -> Batching:
@@ -53,15 +53,15 @@ def show_plan(
 def open_run(
     config: TrainConfig, model: Decoder, log: RunLog, batching: Batching, n_rows: int, total_steps: int,
     facts: Mapping[str, object],
-) -> tuple[TrainLoop, Saver]:  # fmt: skip
+) -> tuple[Trainer, Checkpointer]:  # fmt: skip
     """Give the model its adapters, an optimizer and a place to be saved. facts: those of start()."""
     lora = assemble.lora_config(config, config.lora_dropout)
     assemble.put_lora_on(model, lora, config.seed)
-    loop = TrainLoop(model, log, config, total_steps=total_steps, optimizer=config.optimizer)
+    trainer = Trainer(model, log, config, total_steps=total_steps, optimizer=config.optimizer)
     begin_save = partial(assemble.begin_save, model, ckpt_dir=config.ckpt_dir, dtype=config.save_dtype, lora=lora,
                          tokenizer_file=config.tokenizer_file, background=config.background_save)  # fmt: skip
-    saver = Saver(log, [Trained(config.save_dir, loop, begin_save)], config,
-                  steps_per_epoch=batching.steps_per_epoch(n_rows), total_steps=total_steps,
-                  facts=facts)  # fmt: skip
+    checkpointer = Checkpointer(log, [Trainee(config.save_dir, trainer, begin_save)], config,
+                                steps_per_epoch=batching.steps_per_epoch(n_rows), total_steps=total_steps,
+                                facts=facts)  # fmt: skip
     model.train()
-    return loop, saver
+    return trainer, checkpointer

@@ -17,7 +17,7 @@ from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
 from src.training.judgement import JudgedData
-from src.training.loop import TrainLoop
+from src.training.trainer import Trainer
 from tests.conftest import Folders
 
 ROWS = [
@@ -179,9 +179,9 @@ def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, t
     ]
     data = make_data(rows, tokenizer, balance=True)
     model = assemble.load_verifier(folders.one, from_solver=True)
-    loop = TrainLoop(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-2), total_steps=60)
+    trainer = Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-2), total_steps=60)
     for _, _, batches in data.steps(batching(16, 1), packing=True, epochs=60):
-        loop.backward(data.loss(model, batches[0], data.n_judged(batches)))
-        loop.step()
+        trainer.backward(data.loss(model, batches[0], data.n_judged(batches)))
+        trainer.step()
     report = data.evaluate(model, 16)
     assert report.accuracy_on_right == report.accuracy_on_wrong == 1.0

@@ -19,8 +19,8 @@ from src.inference.scoring import response_scores
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
-from src.training.loop import TrainLoop
 from src.training.pairs import PairData
+from src.training.trainer import Trainer
 from tests.conftest import Folders
 
 PAIRS = [
@@ -127,11 +127,11 @@ def test_it_learns_separable_pairs(folders: Folders, tokenizer: Tokenizer, tmp_p
     rows = [Pair(f"{a}+{b}=", [f"a{a} b{b}"], [f"a{b} c{a}"]) for a in range(8) for b in range(4)]
     data, held_data = make_data(rows[:24], tokenizer), make_data(rows[24:], tokenizer)
     model = assemble.load_verifier(folders.one, from_solver=True)
-    loop = TrainLoop(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-2), total_steps=24)
+    trainer = Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-2), total_steps=24)
     reports = []
     for _, _, (batch,) in data.steps(batching(8, 1), packing=False, epochs=8):
-        loop.backward(data.loss(model, batch, 8))
-        reports.append(loop.step())
+        trainer.backward(data.loss(model, batch, 8))
+        reports.append(trainer.step())
     assert reports[0].loss == pytest.approx(math.log(2), abs=1e-6) and reports[-1].loss < 0.1
     assert held_data.evaluate(model, 8).held_out_accuracy == 1.0
 

@@ -19,13 +19,13 @@ from src.inference.scoring import response_logprobs, response_values
 from src.runlog import Phases
 from src.text.tokenizer import Tokenizer
 from src.training import ppo
-from src.training.loop import lr_factor
 from src.training.monitor import rollout_metrics
 from src.training.ppo import Groups, PPOBuffer
 from src.training.ppo_config import PPOConfig
 from src.training.ppo_models import PPOModels
 from src.training.rewards import Reward, Scores, at_last
 from src.training.rollout import Rollout
+from src.training.trainer import lr_factor
 from tests.conftest import Folders
 from tests.ranks import succeed
 from tests.tiny import weights

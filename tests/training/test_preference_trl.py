@@ -10,9 +10,9 @@ from src.config import OptimizerFlags
 from src.data.batches import Batching
 from src.data.examples import Pair
 from src.runlog import RunLog
-from src.training.loop import TrainLoop
 from src.training.preference import Preference, PreferenceData, report
 from src.training.reference import reference_logprobs, response_sums
+from src.training.trainer import Trainer
 from tests.conftest import Folders
 from tests.reference import hf_model
 
@@ -33,7 +33,7 @@ def test_losses_and_logprobs_equal_trl(
     data = PreferenceData(pairs, tokenizer, max_seq_len=64, source="pairs")
     model, preference = assemble.load_solver(folders.one), Preference(objective="dpo", beta=BETA)
     reference = reference_logprobs(model, data.samples, tmp_path / "r.jsonl", "x", max_batch_size=8, log=log)
-    loop = TrainLoop(
+    trainer = Trainer(
         model, log, OptimizerFlags(lr=LR, schedule="constant", warmup_ratio=0.0), total_steps=STEPS
     )
     monkeypatch.setattr("src.data.collate.epoch_order", lambda n, seed, epoch: list(range(n)))
@@ -42,8 +42,8 @@ def test_losses_and_logprobs_equal_trl(
         with torch.no_grad():
             sides = response_sums(model, batch.batch).view(BATCH, 2).mean(0).tolist()
         loss, tally = preference.loss(model, batch, BATCH)
-        loop.backward(loss)
-        found.append((loop.step(), report([tally]), sides))
+        trainer.backward(loss)
+        found.append((trainer.step(), report([tally]), sides))
     rows = [
         (
             chosen.tokens[: chosen.response_start],

@@ -16,8 +16,8 @@ from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
-from src.training.loop import TrainLoop
 from src.training.solver import SolverData, n_supervised, sft_loss
+from src.training.trainer import Trainer
 from tests.conftest import Folders
 from tests.ranks import run_ranks
 from tests.training.workers import INSTRUCTIONS, join_weights, sft_epochs
@@ -63,15 +63,15 @@ def test_w2s_03_four_rows_are_learnt_by_heart(model: Decoder, tokenizer: Tokeniz
     assert encoded.tokens.count(tokenizer.eos_id) == 1 and encoded.tokens[-1] == tokenizer.eos_id
     assert encoded.tokens.count(tokenizer.bos_id) == 1
     assert not any(encoded.supervised[: encoded.response_start])
-    loop = TrainLoop(
+    trainer = Trainer(
         model,
         RunLog(str(tmp_path), {}),
         OptimizerFlags(lr=1e-2, schedule="constant", warmup_ratio=0.0),
         total_steps=60,
     )
     for _, _, (batch,) in data.steps(batching(4, 1), packing=False, epochs=60):
-        loop.backward(sft_loss(model, batch, n_supervised([batch])))
-        loss = loop.step().loss
+        trainer.backward(sft_loss(model, batch, n_supervised([batch])))
+        loss = trainer.step().loss
     assert loss < 0.05
 
 

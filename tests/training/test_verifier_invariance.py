@@ -11,7 +11,7 @@ from torch import Tensor
 import verifier_train
 from src import assemble
 from src.config import LoraFlags
-from src.training.loop import StepReport, TrainLoop
+from src.training.trainer import StepReport, Trainer
 from tests.conftest import Folders
 from tests.ranks import run_ranks
 from tests.training.test_invariance import assert_same
@@ -137,15 +137,15 @@ def test_a_killed_run_ends_with_the_same_bits(
 
     expected = train("whole")
     steps = itertools.count(1)
-    step = TrainLoop.step
+    step = Trainer.step
 
-    def dying(loop: TrainLoop) -> StepReport:
+    def dying(trainer: Trainer) -> StepReport:
         if next(steps) == 5:
             raise Killed
-        return step(loop)
+        return step(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainLoop, "step", dying)
+        patch.setattr(Trainer, "step", dying)
         with pytest.raises(Killed):
             train("killed")
     found = train("killed", resume="auto")

@@ -9,7 +9,7 @@ from src.data.batches import Batching
 from src.data.examples import Judged
 from src.runlog import RunLog
 from src.training.judgement import JudgedData
-from src.training.loop import TrainLoop
+from src.training.trainer import Trainer
 from tests.training.workers import local_weights
 
 ROWS = {
@@ -58,7 +58,7 @@ def verifier_epochs(
     )
     options = {"max_seq_len": 64, "source": "ROWS", "label_tokens": label_tokens, "balance": True}
     data = JudgedData(ROWS[objective], assemble.load_tokenizer(folder), **options)
-    loop = TrainLoop(model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)
+    trainer = Trainer(model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)
     batching = Batching(
         max_batch_size=max_batch_size,
         accumulation_steps=accumulation_steps,
@@ -71,7 +71,7 @@ def verifier_epochs(
     for _, _, batches in data.steps(batching, packing=packing, epochs=2):
         normaliser = parallel.sum_over_data_parallel(data.n_judged(batches))
         for batch in batches:
-            loop.backward(data.loss(model, batch, normaliser), last=batch is batches[-1])
-        losses.append(loop.step().loss)
+            trainer.backward(data.loss(model, batch, normaliser), last=batch is batches[-1])
+        losses.append(trainer.step().loss)
     report = data.evaluate(model, max_batch_size)
     return local_weights(model) | {"losses": torch.tensor(losses), "report": torch.tensor(report)}

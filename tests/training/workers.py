@@ -27,7 +27,7 @@ from src.models.decoder import Decoder
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
 from src.training import ppo, preference
-from src.training.loop import TrainLoop
+from src.training.checkpointer import Checkpointer, Trainee
 from src.training.monitor import rollout_metrics
 from src.training.offload import ModelOffloader
 from src.training.ppo import Groups, PPOBuffer
@@ -36,8 +36,8 @@ from src.training.ppo_models import PPOModels
 from src.training.reference import reference_logprobs
 from src.training.rewards import Reward, Scores, on_first_rank, pairwise_reward, score_rollout
 from src.training.rollout import Rollout
-from src.training.saver import Saver, Trained
 from src.training.solver import SolverData, n_supervised, sft_loss
+from src.training.trainer import Trainer
 
 INSTRUCTIONS = [
     Instruction("1+1=", ["2"]),
@@ -88,13 +88,13 @@ def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
                 ),
                 seed=1,
             )
-        loop = TrainLoop(
+        trainer = Trainer(
             model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-2, max_grad_norm=0.5), total_steps=3
         )
         found = []
         for _ in range(3):
-            loop.backward(sft_loss(model, rows, n_supervised([rows])))
-            found.append(loop.step())
+            trainer.backward(sft_loss(model, rows, n_supervised([rows])))
+            found.append(trainer.step())
         reports[name] = torch.tensor(found, dtype=torch.float64)
     return reports
 
@@ -128,7 +128,7 @@ def sft_epochs(
     )
     tokenizer = assemble.load_tokenizer(folder)
     data = SolverData(INSTRUCTIONS, tokenizer, max_seq_len=64, source="INSTRUCTIONS")
-    loop = TrainLoop(
+    trainer = Trainer(
         model,
         RunLog(log_dir, {}),
         OptimizerFlags(
@@ -147,8 +147,8 @@ def sft_epochs(
     for _, _, batches in data.steps(batching, packing=packing, epochs=2):
         normaliser = parallel.sum_over_data_parallel(n_supervised(batches))
         for batch in batches:
-            loop.backward(sft_loss(model, batch, normaliser), last=batch is batches[-1])
-        found.append(loop.step().loss)
+            trainer.backward(sft_loss(model, batch, normaliser), last=batch is batches[-1])
+        found.append(trainer.step().loss)
     return local_weights(model) | {"losses": torch.tensor(found)}
 
 
@@ -183,7 +183,7 @@ def preference_epochs(
         ),
         seed=1,
     )
-    loop = TrainLoop(model, log, OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)
+    trainer = Trainer(model, log, OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)
     batching = Batching(
         max_batch_size=max_batch_size,
         accumulation_steps=accumulation_steps,
@@ -197,9 +197,9 @@ def preference_epochs(
         normaliser, tallies = parallel.sum_over_data_parallel(preference.n_pairs(batches)), []
         for batch in batches:
             loss, tally = kind.loss(model, batch, normaliser)
-            loop.backward(loss, last=batch is batches[-1])
+            trainer.backward(loss, last=batch is batches[-1])
             tallies.append(tally)
-        losses.append(loop.step().loss)
+        losses.append(trainer.step().loss)
         reports.append(preference.report(tallies))
     if kind.needs_reference:
         reports[0] = reports[0]._replace(accuracy=0.0)  # margins of 0: rounding decides who is ahead
@@ -240,8 +240,8 @@ def ppo_models(actor: str, critic: str, log_dir: str, lora_rank: int = -1, **fla
     lora = LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
     assemble.put_lora_on(model, assemble.lora_config(lora), seed=1)
     value = assemble.load_verifier(critic, from_solver=True) if critic else None
-    loops = (each and TrainLoop(each, log, flags, total_steps=8) for each in (model, value))
-    return PPOModels(*loops, None, ModelOffloader(), reference)
+    trainers = (each and Trainer(each, log, flags, total_steps=8) for each in (model, value))
+    return PPOModels(*trainers, None, ModelOffloader(), reference)
 
 
 def rollout_of(
@@ -340,34 +340,34 @@ def resumed_epochs(
         ranks=ranks,
     )
     log = RunLog(save_dir, {})
-    loop = TrainLoop(
+    trainer = Trainer(
         model, log, OptimizerFlags(lr=1e-3, weight_decay=0.1), total_steps=8, optimizer=optimizer
     )
-    trained = Trained(
+    trainee = Trainee(
         save_dir,
-        loop,
+        trainer,
         lambda target, state: assemble.begin_save(model, target, folder, "", lora, "", state, background),
     )
-    saver = Saver(
-        log, [trained], SavingFlags(save_every=1, keep_last=1), steps_per_epoch=2, total_steps=8, facts={}
+    checkpointer = Checkpointer(
+        log, [trainee], SavingFlags(save_every=1, keep_last=1), steps_per_epoch=2, total_steps=8, facts={}
     )
-    assert saver.resume("auto") == first
+    assert checkpointer.resume("auto") == first
     model.train()
     losses = []
     for step in data.steps(batching, packing=True, epochs=4, done=first, stop=last):
         normaliser = parallel.sum_over_data_parallel(n_supervised(step.batches))
         for batch in step.batches:
-            loop.backward(sft_loss(model, batch, normaliser), last=batch is step.batches[-1])
-        losses.append(loop.step().loss)
-        saver.step_done(step.number)
-    saver.complete()
+            trainer.backward(sft_loss(model, batch, normaliser), last=batch is step.batches[-1])
+        losses.append(trainer.step().loss)
+        checkpointer.step_done(step.number)
+    checkpointer.complete()
     return local_weights(model) | {"losses": torch.tensor(losses)}
 
 
 def late_step(folder: str, log_dir: str) -> dict[str, float]:
     """Seconds in collectives of a forward and of a backward pass that rank 1 comes to late by one second."""
     model = assemble.load_solver(folder, dtype=torch.float32)
-    loop = TrainLoop(model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-3), total_steps=1)
+    trainer = Trainer(model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-3), total_steps=1)
     batch = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
     found = {}
     for phase in ("forward", "backward"):
@@ -377,7 +377,7 @@ def late_step(folder: str, log_dir: str) -> dict[str, float]:
         if phase == "forward":
             loss = sft_loss(model, batch, 2.0)
         else:
-            loop.backward(loss)
+            trainer.backward(loss)
         found[phase] = parallel.communication.stop()
     return found
 
@@ -386,9 +386,9 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
     """Two steps of a run that catches SIGTERM; in the second something befalls one rank."""
     model = assemble.load_solver(folder, dtype=torch.float32)
     log = RunLog(save_dir, {})
-    loop = TrainLoop(model, log, OptimizerFlags(lr=1e-3), total_steps=2)
-    trained = Trained(save_dir, loop, lambda target, state: None)
-    Saver(log, [trained], SavingFlags(save_every=-1, keep_last=1), steps_per_epoch=9, total_steps=9, facts={})
+    trainer = Trainer(model, log, OptimizerFlags(lr=1e-3), total_steps=2)
+    trainee = Trainee(save_dir, trainer, lambda target, state: None)
+    Checkpointer(log, [trainee], SavingFlags(save_every=-1, keep_last=1), steps_per_epoch=9, total_steps=9, facts={})
     for step in range(2):
         if step == 1 and parallel.rank() == 1:
             (Path(save_dir) / "since").write_text(str(time.time()), encoding="utf-8")
@@ -402,10 +402,10 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
             with watchdog.patiently():
                 time.sleep(6)
             hashlib.pbkdf2_hmac("sha256", b"", b"", 8_000_000)  # one call that only computes, for seconds
-        loop.backward(
+        trainer.backward(
             sft_loss(model, Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]])), 2.0)
         )
-        loop.step()
+        trainer.step()
 
 
 if __name__ == "__main__":  # a rank whose mistakes end as those of an entry script

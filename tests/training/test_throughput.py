@@ -1,4 +1,4 @@
-"""src/training/meter.py: counts by hand, and a share of the machine's rate that can be."""
+"""src/training/throughput.py: counts by hand, and a share of the machine's rate that can be."""
 
 import time
 
@@ -9,8 +9,8 @@ from src.data import collate
 from src.data.batches import Step
 from src.data.encoding import Encoded
 from src.models.config import ModelConfig
-from src.training import meter as module
-from src.training.meter import Meter
+from src.training import throughput as module
+from src.training.throughput import ThroughputMeter
 
 CONFIG = ModelConfig(
     dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=12, vocab_size=10, max_seq_len=32
@@ -24,7 +24,7 @@ def test_a_step_by_hand(monkeypatch: pytest.MonkeyPatch, lay_out: object, paddin
     monkeypatch.setattr(module, "matrix_rate", lambda: 1e6)
     clock = iter([0.0, 10.0, 11.0, 13.0])  # made; asked for a step; got it; done with it
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    meter, batches = Meter(CONFIG), [lay_out(SAMPLES)]
+    meter, batches = ThroughputMeter(CONFIG), [lay_out(SAMPLES)]
     next(meter.timed(iter([Step(1, 1, batches)])))
     clock = iter([13.0])
     found = meter.measure(batches, 4)

@@ -13,7 +13,7 @@ from src.models.config import ModelConfig
 from src.models.linear import linear
 
 
-class Meter:
+class ThroughputMeter:
     """Measures steps for metrics.jsonl. Every rank makes one and calls the same methods in the same order."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""src/training/saver.py: what a stopped run goes on from, and that it then does what it would have done."""
+"""src/training/checkpointer.py: what a stopped run goes on from, and that it then does what it would have done."""
 
 import functools
 import json
@@ -23,9 +23,9 @@ from src.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.collate import Batch
 from src.errors import UserError
 from src.runlog import RunLog
-from src.training.loop import TrainLoop
-from src.training.saver import Saver, Trained
+from src.training.checkpointer import Checkpointer, Trainee
 from src.training.solver import n_supervised, sft_loss
+from src.training.trainer import Trainer
 from tests.conftest import Folders
 from tests.ranks import ROOT, run_ranks
 from tests.reference import batch
@@ -48,7 +48,7 @@ class Run:
         )
         assemble.put_lora_on(self.model, lora, seed=1)
         log = RunLog(str(folder), {})
-        self.loop = TrainLoop(self.model, log, OptimizerFlags(lr=1e-2, weight_decay=0.1), total_steps=STEPS)
+        self.trainer = Trainer(self.model, log, OptimizerFlags(lr=1e-2, weight_decay=0.1), total_steps=STEPS)
 
         def begin_save(target: str, state: RunState) -> Save:
             return assemble.begin_save(
@@ -56,9 +56,9 @@ class Run:
             )
 
         saving = {name: options.pop(name) for name in ("save_every", "keep_last") if name in options}
-        self.saver = Saver(
+        self.checkpointer = Checkpointer(
             log,
-            [Trained(str(folder), self.loop, begin_save)],
+            [Trainee(str(folder), self.trainer, begin_save)],
             SavingFlags(**saving),
             steps_per_epoch=3,
             total_steps=STEPS,
@@ -70,13 +70,13 @@ class Run:
     def step(self, score: float | None = None) -> None:
         micro = Batch(*(part[:2] for part in batch()[:2]))
         for each in (micro, batch()):
-            self.loop.backward(sft_loss(self.model, each, 2 * n_supervised([micro, batch()])))
-        self.loop.step()
-        self.saver.step_done(self.loop.steps, score)
+            self.trainer.backward(sft_loss(self.model, each, 2 * n_supervised([micro, batch()])))
+        self.trainer.step()
+        self.checkpointer.step_done(self.trainer.steps, score)
 
     def bits(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
-        return {name: tensor.detach().clone() for name, tensor in self.loop.state().tensors.items()}
+        return {name: tensor.detach().clone() for name, tensor in self.trainer.state().tensors.items()}
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -98,16 +98,16 @@ def test_a_resumed_run_ends_with_the_same_bits(folders: Folders, tmp_path: Path,
     for stop in (1, 3, 5):  # in an epoch, at its end, behind it
         folder = tmp_path / str(stop)
         first = Run(folders.one, folder, lora_rank, save_every=1)
-        assert first.saver.resume("auto") == 0
+        assert first.checkpointer.resume("auto") == 0
         for _ in range(stop):
             first.step()
         rest = Run(folders.one, folder, lora_rank)
         torch.manual_seed(99)  # what the process drew before does not matter
-        assert rest.saver.resume("auto") == stop
+        assert rest.checkpointer.resume("auto") == stop
         for _ in range(stop, STEPS):
             rest.step()
         assert_equal(rest.bits(), whole.bits())
-        rest.saver.finish()
+        rest.checkpointer.finish()
         storage.check_complete(folder)
         assert not list(folder.glob("optimizer*"))
 
@@ -116,13 +116,13 @@ def test_what_is_kept(folders: Folders, tmp_path: Path) -> None:
     run = Run(folders.one, tmp_path, save_every=2, keep_last=2)
     for score in (None, 0.5, None, 0.7, 0.6, None):
         run.step(score)
-    run.saver.finish()
+    run.checkpointer.finish()
     kept = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert kept == {"step-4", "step-6", "epoch-1", "epoch-2", "best"}
     weights = [storage.read_shard(tmp_path / name / "consolidated.00.pth") for name in ("best", "step-4")]
     assert_equal(*weights)
     again = Run(folders.one, tmp_path, save_every=2)
-    assert again.saver.resume("auto") == STEPS
+    assert again.checkpointer.resume("auto") == STEPS
     assert json.loads((tmp_path / "step-6" / "state.json").read_text())["best"] == 0.7
 
 
@@ -132,45 +132,45 @@ def test_only_what_is_better_than_the_start_is_best(
     monkeypatch.setattr(logging.getLogger("splitrl"), "propagate", True)
     for stop in (0, 2):  # the second run is stopped and resumed, and takes the place of the first
         run = Run(folders.one, tmp_path, save_every=1)
-        assert run.saver.resume("none") == 0
-        run.saver.measured_start(0.6)
+        assert run.checkpointer.resume("none") == 0
+        run.checkpointer.measured_start(0.6)
         assert not (tmp_path / "best").exists()
         for number in range(1, STEPS + 1):
             run.step(0.6 if number < 5 or not stop else 0.7)
             if number == stop:
                 run = Run(folders.one, tmp_path, save_every=1)
-                assert run.saver.resume("auto") == stop
-        run.saver.finish()
+                assert run.checkpointer.resume("auto") == stop
+        run.checkpointer.finish()
         warned = "nothing did better on held-out data than the start, 0.6" in caplog.text
         assert warned == (not stop) == (not (tmp_path / "best").exists())
         caplog.clear()
     run = Run(folders.one, tmp_path)
-    assert run.saver.resume("none") == 0
-    run.saver.measured_start(0.6)
+    assert run.checkpointer.resume("none") == 0
+    run.checkpointer.measured_start(0.6)
     assert not (tmp_path / "best").exists()  # it was of another run
 
 
 def test_an_unfinished_run_is_not_overwritten_and_not_mixed(folders: Folders, tmp_path: Path) -> None:
     Run(folders.one, tmp_path, save_every=1).step()
     with pytest.raises(UserError, match="holds a run that stopped at step 1; continue it with --resume auto"):
-        Run(folders.one, tmp_path).saver.resume("none")
+        Run(folders.one, tmp_path).checkpointer.resume("none")
     other = Run(folders.one, tmp_path)
-    other.saver._facts = other.saver._facts | {"seed": 2}
+    other.checkpointer._facts = other.checkpointer._facts | {"seed": 2}
     with pytest.raises(UserError, match="seed was 1 and is 2 now; resume with the data and flags of then"):
-        other.saver.resume("auto")
+        other.checkpointer.resume("auto")
     with pytest.raises(UserError, match="is missing; other parameters were trained then than now"):
-        Run(folders.one, tmp_path, lora_rank=4).saver.resume("auto")
+        Run(folders.one, tmp_path, lora_rank=4).checkpointer.resume("auto")
 
 
 @pytest.mark.parametrize("background", [False, True])
 def test_sigterm_saves_and_ends_with_status_0(folders: Folders, tmp_path: Path, background: bool) -> None:
     run = Run(folders.one, tmp_path, background=background)
     run.step()
-    run.saver._ask_to_stop(15, None)
+    run.checkpointer._ask_to_stop(15, None)
     with pytest.raises(SystemExit) as end:
         run.step()
     assert not end.value.code
-    assert Run(folders.one, tmp_path).saver.resume("auto") == 2
+    assert Run(folders.one, tmp_path).checkpointer.resume("auto") == 2
 
 
 @pytest.mark.parametrize(("background", "stride"), [(False, 1), (True, 4)])
@@ -182,7 +182,7 @@ def test_a_save_killed_at_any_file_operation_leaves_one_to_resume_from(
     states = []
     for _ in range(2):
         run.step()
-        run.saver.complete()
+        run.checkpointer.complete()
         states.append(run.bits())
     resumed, k = set(), 0
     while True:
@@ -191,12 +191,12 @@ def test_a_save_killed_at_any_file_operation_leaves_one_to_resume_from(
         if not child:
             _die_at_operation(k)
             run.step()
-            run.saver.complete()
+            run.checkpointer.complete()
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, KILLED)
         rest = Run(folders.one, tmp_path / "run", lora_rank=2)
-        done = rest.saver.resume("auto")
+        done = rest.checkpointer.resume("auto")
         resumed.add(done)
         if done == 2:
             assert_equal(rest.bits(), states[1])
@@ -209,10 +209,10 @@ def test_a_save_killed_at_any_file_operation_leaves_one_to_resume_from(
         if not child:
             _die_at_operation(k)
             run.step()
-            run.saver.complete()
+            run.checkpointer.complete()
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert Run(folders.one, tmp_path / "run", lora_rank=2).saver.resume("auto") == 3
+        assert Run(folders.one, tmp_path / "run", lora_rank=2).checkpointer.resume("auto") == 3
     assert resumed == {2, 3} and k > 30
     storage.check_complete(tmp_path / "run" / "epoch-1")
 
@@ -263,10 +263,10 @@ def test_a_save_in_the_background_is_of_the_moment_it_began(
     monkeypatch.setattr(storage, "write_shard", lambda *rest: (let.wait(60), write(*rest)))
     for _ in range(2):
         run.step()
-    assert Run(folders.one, tmp_path / "run").saver.resume("auto") == 0
+    assert Run(folders.one, tmp_path / "run").checkpointer.resume("auto") == 0
     threading.Timer(1.0, let.set).start()
     run.step()  # the end of the epoch: it trains, then waits to save
-    run.saver.complete()
+    run.checkpointer.complete()
     monkeypatch.undo()
     for _ in range(3):
         at_once.step()
@@ -282,7 +282,7 @@ def test_a_disk_that_fills_during_a_save_leaves_one_to_resume_from(
     """The kernel refuses to let a file grow, as it does on a full disk; a writing thread's error ends the run."""
     run = Run(folders.one, tmp_path, background=background, save_every=1)
     run.step()
-    run.saver.complete()
+    run.checkpointer.complete()
     expected = run.bits()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -293,7 +293,7 @@ def test_a_disk_that_fills_during_a_save_leaves_one_to_resume_from(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     again = Run(folders.one, tmp_path, save_every=1)
-    assert again.saver.resume("auto") == 1
+    assert again.checkpointer.resume("auto") == 1
     assert_equal(again.bits(), expected)
 
 

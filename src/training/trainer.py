@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from src import parallel, watchdog
 from src.checkpoint import shards
-from src.checkpoint.training_state import MASTER, MOMENTS, LoopState
+from src.checkpoint.training_state import MASTER, MOMENTS, TrainerState
 from src.config import OptimizerFlags, Recomputed, Schedule
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
-from src.training.optimizers import AdamW, Deferred, OptimizerName
+from src.training.optimizers import AdamW, LazyTensors, OptimizerName
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row after which training cannot be saved
 
@@ -34,7 +34,7 @@ class StepReport(NamedTuple):
     lr: float
 
 
-class TrainLoop:
+class Trainer:
     """AdamW over a model's trainable parameters with warm-up, decay and true global-norm clipping.
 
     backward() any number of times, then step(). All ranks must call both equally often. Once it is made the
@@ -104,7 +104,7 @@ class TrainLoop:
         self._seed_step()
         return StepReport(loss, grad_norm, lr)
 
-    def go_to(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         """Let the next step be this one of the schedule, where fewer were done than it counted on."""
         self.steps = step
         self._seed_step()
@@ -140,7 +140,7 @@ class TrainLoop:
         """The optimizer's tensors, which exist from the first step on."""
         return self.optimizer.held()
 
-    def state(self) -> LoopState:
+    def state(self) -> TrainerState:
         """What a checkpoint must hold beside the weights. Tensors are parts of this rank, made as they are asked for.
 
         Random states are not among it: they follow from the seed and the step.
@@ -151,7 +151,7 @@ class TrainLoop:
                 makers[f"{name}/{moment}"] = functools.partial(self.optimizer.moment, parameter, moment)
             makers[f"{name}/{MASTER}"] = functools.partial(torch.Tensor.detach, parameter)
         counts = {"steps": self.steps, "updates": self._updates, "bad_steps": self._bad_steps}
-        return LoopState(Deferred(makers), counts)
+        return TrainerState(LazyTensors(makers), counts)
 
     def load(self, counts: dict[str, int], read: Callable[[str], Tensor]) -> None:
         """Take up a state that state() gave. read(name): a tensor of this tensor-parallel rank, whole over dp ranks."""

@@ -20,29 +20,29 @@ from src.checkpoint.training_state import RunState
 from src.config import Resume, SavingFlags
 from src.errors import UserError
 from src.runlog import RunLog
-from src.training.loop import TrainLoop
 from src.training.resuming import complete_steps, find_start, read_state, step_folder
+from src.training.trainer import Trainer
 
 
-class Trained(NamedTuple):
-    """One model of a run: its directory, its loop, and how a save of it to a directory, with a state, is begun.
+class Trainee(NamedTuple):
+    """One model of a run: its directory, its trainer, and how a save of it to a directory, with a state, is begun.
 
     here: brings the model and its optimizer's state into memory, where they are not there all the time.
     """
 
     folder: str
-    loop: TrainLoop
+    trainer: Trainer
     begin_save: Callable[..., Save]
     here: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-class Saver:
+class Checkpointer:
     """Saves all models of a run together. Every rank makes one and calls the same methods in the same order."""
 
     def __init__(
         self,
         log: RunLog,
-        models: Sequence[Trained],
+        models: Sequence[Trainee],
         flags: SavingFlags,
         *,
         steps_per_epoch: int,
@@ -88,7 +88,7 @@ class Saver:
         self._log.logger.info("resumed after step %d of %d", step, self._total_steps)
         return step
 
-    def _load(self, model: Trained, step: int) -> None:
+    def _load(self, model: Trainee, step: int) -> None:
         folder, stored = step_folder(model.folder, step), read_state(model.folder, step)
         for name, now in self._state.items():
             if type(stored.get(name)) is not type(now):
@@ -99,7 +99,7 @@ class Saver:
         self._best_step = stored["best_step"]
         self._best = -math.inf if stored["best"] is None else stored["best"]
         with model.here():
-            model.loop.load(stored["loop"], training_state.reader(folder, model.loop.model.config))
+            model.trainer.load(stored["loop"], training_state.reader(folder, model.trainer.model.config))
 
     def measured_start(self, score: float) -> None:
         """Held-out merit of the models before the first step: only what does better becomes `best`."""
@@ -151,7 +151,7 @@ class Saver:
         self._saved_step = step
         for part, model in enumerate(self._models):
             with model.here(), watchdog.patiently():
-                state = RunState(model.loop.state(), {**facts, "part": part})
+                state = RunState(model.trainer.state(), {**facts, "part": part})
                 self._saves.append(model.begin_save(str(step_folder(model.folder, step)), state=state))
         self._complete_if_written()
 
@@ -191,7 +191,7 @@ class Saver:
         """The snapshots that a step renews."""
         return [name for name, every in self._snapshots.items() if step % every == 0]
 
-    def _publish(self, step: int, name: str, models: Sequence[Trained] | None = None) -> None:
+    def _publish(self, step: int, name: str, models: Sequence[Trainee] | None = None) -> None:
         if parallel.rank() == 0:
             for model in models or self._models:
                 storage.publish(step_folder(model.folder, step), Path(model.folder) / name)

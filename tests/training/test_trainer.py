@@ -1,4 +1,4 @@
-"""src/training/loop.py: the schedule, the clipping, the guard, and AdamW against torch's own on transformers' model."""
+"""src/training/trainer.py: the schedule, the clipping, the guard, and AdamW against torch's on transformers' model."""
 
 import math
 from pathlib import Path
@@ -14,16 +14,16 @@ from src.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.lora import LINEARS
 from src.runlog import RunLog
-from src.training.loop import TrainLoop, lr_factor
 from src.training.solver import n_supervised, sft_loss
+from src.training.trainer import Trainer, lr_factor
 from tests.conftest import Folders
 from tests.ranks import run_ranks
 from tests.reference import batch, hf_logits_and_loss, hf_model
 from tests.training.workers import clipped_steps
 
 
-def make_loop(folder: str, tmp_path: Path, lora_rank: int = -1, **options: float) -> TrainLoop:
-    """A loop over a solver of that directory."""
+def make_trainer(folder: str, tmp_path: Path, lora_rank: int = -1, **options: float) -> Trainer:
+    """A trainer of a solver of that directory."""
     options = {"lr": 1e-2, "warmup_ratio": 0.0} | options
     others = {name: options.pop(name) for name in ("adam_eps", "optimizer") if name in options}
     total_steps = options.pop("total_steps", 10)
@@ -33,7 +33,7 @@ def make_loop(folder: str, tmp_path: Path, lora_rank: int = -1, **options: float
         assemble.lora_config(LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=list(LINEARS))),
         seed=1,
     )
-    return TrainLoop(model, RunLog(str(tmp_path), {}), OptimizerFlags(**options), total_steps=total_steps, **others)
+    return Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(**options), total_steps=total_steps, **others)
 
 
 def test_schedule_by_hand() -> None:
@@ -49,25 +49,25 @@ def test_schedule_by_hand() -> None:
     assert [lr_factor(step, 11, 2, 0.1, "constant") for step in (0, 5, 10)] == [0.5, 1.0, 1.0]
 
 
-def test_the_loop_follows_the_schedule(folders: Folders, tmp_path: Path) -> None:
-    loop = make_loop(
+def test_the_trainer_follows_the_schedule(folders: Folders, tmp_path: Path) -> None:
+    trainer = make_trainer(
         folders.one, tmp_path, lr=1e-3, warmup_ratio=0.2, total_steps=11
     )  # ceil(2.2) = 3 steps up
     for step in range(11):
-        loop.backward(sft_loss(loop.model, batch(), 16))
-        report = loop.step()
+        trainer.backward(sft_loss(trainer.model, batch(), 16))
+        report = trainer.step()
         assert report.lr == pytest.approx(1e-3 * lr_factor(step, 11, 3, 0.1))
-        assert loop.optimizer.lr == report.lr
+        assert trainer.optimizer.lr == report.lr
 
 
 def test_gradients_are_clipped_to_their_global_norm(folders: Folders, tmp_path: Path) -> None:
     for limit in (0.01, 1e6):
-        loop = make_loop(folders.one, tmp_path, lr=0.0, max_grad_norm=limit)
-        loop.backward(sft_loss(loop.model, batch(), 16))
-        true_norm = torch.cat([p.grad.flatten() for p in loop.model.parameters()]).norm().item()
-        loop.optimizer.zero_grad = lambda: None  # keep what step() leaves
-        report = loop.step()
-        left = torch.cat([p.grad.flatten() for p in loop.model.parameters()]).norm().item()
+        trainer = make_trainer(folders.one, tmp_path, lr=0.0, max_grad_norm=limit)
+        trainer.backward(sft_loss(trainer.model, batch(), 16))
+        true_norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()
+        trainer.optimizer.zero_grad = lambda: None  # keep what step() leaves
+        report = trainer.step()
+        left = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()
         assert 0.01 < true_norm < 1e6
         assert report.grad_norm == pytest.approx(true_norm, rel=1e-5)
         assert left == pytest.approx(min(true_norm, limit), rel=1e-5)
@@ -90,36 +90,36 @@ def test_clipping_and_steps_are_the_same_on_two_ranks(folders: Folders, tmp_path
 
 
 def test_a_non_finite_step_is_skipped(folders: Folders, tmp_path: Path) -> None:
-    loop = make_loop(folders.one, tmp_path)
-    weight = loop.model.norm.weight
+    trainer = make_trainer(folders.one, tmp_path)
+    weight = trainer.model.norm.weight
     for poison in (math.nan, math.inf):
-        before = [p.detach().clone() for p in loop.model.parameters()]
-        loop.backward(sft_loss(loop.model, batch(), 16) + weight.sum() * poison)
-        report = loop.step()
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.backward(sft_loss(trainer.model, batch(), 16) + weight.sum() * poison)
+        report = trainer.step()
         assert not math.isfinite(report.loss)
-        assert all(map(torch.equal, before, loop.model.parameters()))
-        assert all(p.grad is None for p in loop.model.parameters())
-        assert not list(loop.moments())  # the moments were not touched
-    loop.backward(sft_loss(loop.model, batch(), 16))
-    assert math.isfinite(loop.step().loss) and loop.steps == 3
-    assert not torch.equal(before[0], next(loop.model.parameters()))
+        assert all(map(torch.equal, before, trainer.model.parameters()))
+        assert all(p.grad is None for p in trainer.model.parameters())
+        assert not list(trainer.moments())  # the moments were not touched
+    trainer.backward(sft_loss(trainer.model, batch(), 16))
+    assert math.isfinite(trainer.step().loss) and trainer.steps == 3
+    assert not torch.equal(before[0], next(trainer.model.parameters()))
 
 
 def test_five_bad_steps_in_a_row_end_the_run(folders: Folders, tmp_path: Path) -> None:
-    loop = make_loop(folders.one, tmp_path)
+    trainer = make_trainer(folders.one, tmp_path)
     for poison in (math.nan, 1.0, math.nan, math.nan, math.nan, math.nan):
-        loop.backward(loop.model.norm.weight.sum() * poison)
-        loop.step()
-    loop.backward(loop.model.norm.weight.sum() * math.nan)
+        trainer.backward(trainer.model.norm.weight.sum() * poison)
+        trainer.step()
+    trainer.backward(trainer.model.norm.weight.sum() * math.nan)
     with pytest.raises(
         UserError, match="5 steps in a row had a non-finite loss or gradient; lower the learning rate"
     ):
-        loop.step()
+        trainer.step()
 
 
 def test_adamw_equals_torch_on_transformers_model(folders: Folders, tmp_path: Path) -> None:
     steps, lr, decay, limit, eps = 50, 1e-3, 0.1, 1.0, 1e-4
-    loop = make_loop(
+    trainer = make_trainer(
         folders.one, tmp_path, lr=lr, total_steps=steps, weight_decay=decay, warmup_ratio=0.3, adam_eps=eps
     )
     model = hf_model(folders.hf)
@@ -127,8 +127,8 @@ def test_adamw_equals_torch_on_transformers_model(folders: Folders, tmp_path: Pa
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps)
     for step in range(steps):
-        loop.backward(sft_loss(loop.model, batch(), n_supervised([batch()])))
-        report = loop.step()
+        trainer.backward(sft_loss(trainer.model, batch(), n_supervised([batch()])))
+        report = trainer.step()
         loss = hf_logits_and_loss(model)[1]
         optimizer.zero_grad()
         loss.backward()
@@ -148,11 +148,11 @@ def loss_at_start(folder: str) -> float:
 
 def test_ten_steps_of_adapters_equal_peft(folders: Folders, tmp_path: Path) -> None:
     steps, lr = 10, 1e-3
-    loop = make_loop(folders.one, tmp_path, lora_rank=4, lr=lr, total_steps=steps, max_grad_norm=1e6)
-    config = loop.model.config
+    trainer = make_trainer(folders.one, tmp_path, lora_rank=4, lr=lr, total_steps=steps, max_grad_norm=1e6)
+    config = trainer.model.config
     settings = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(hf_model(folders.hf), settings)
-    ours = {name: p for name, p in loop.model.named_parameters() if p.requires_grad}
+    ours = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     theirs = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -168,8 +168,8 @@ def test_ten_steps_of_adapters_equal_peft(folders: Folders, tmp_path: Path) -> N
         [parameter for _, parameter in theirs.values()], betas=(0.9, 0.95), weight_decay=0
     )
     for step in range(steps):
-        loop.backward(sft_loss(loop.model, batch(), n_supervised([batch()])))
-        report = loop.step()
+        trainer.backward(sft_loss(trainer.model, batch(), n_supervised([batch()])))
+        report = trainer.step()
         loss = hf_logits_and_loss(model)[1]
         optimizer.zero_grad()
         loss.backward()
