@@ -67,7 +67,7 @@ def by_problem(samples: Sequence[Sample]) -> dict[str, Problem]:
     problems: dict[str, Problem] = {}
     seen: set[tuple[str, str]] = set()
     for sample in samples:
-        if "prompt" not in sample.values:
+        if sample.values.get("prompt") is None:
             raise UserError(
                 f"sample {sample.id!r}/{sample.sample} has no key 'prompt'; "
                 f"grade the file with solver_evaluate.py --samples_file, which adds it"

@@ -69,6 +69,9 @@ class Prompt(NamedTuple):
     tolerance: float = 0.0
 
 
+OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")  # what a grader may say of a sample
+
+
 class Sample(NamedTuple):
     """One line of samples.jsonl, as far as later stages need it."""
 
@@ -258,19 +261,37 @@ def read_samples(path: str) -> list[Sample]:
         number = 0 if row.get("sample") is None else row.get("sample")
         if not isinstance(number, int | float) or number % 1:
             raise UserError(f"{row.where}: 'sample' is {number!r}; expected a whole number")
+        _check_sample(row)
         sample = Sample(
             id=row.optional_text("id") or str(index),
             sample=int(number),
             prompt=row.text("prompt") if row.get("prompt") is not None else "",
             response=row.text("response"),
             outcome=row.optional_text("outcome"),
-            values=row.values,
+            values=row.values | ({} if row.get("label") is None else {"label": row.optional_text("label")}),
         )
         if (sample.id, sample.sample) in seen:
             raise UserError(f"{row.where}: id {sample.id!r}, sample {sample.sample} stands twice")
         seen.add((sample.id, sample.sample))
         samples.append(sample)
     return samples
+
+
+def _check_sample(row: Row) -> None:
+    """Raise UserError for what later stages would count or compare, and is of a kind that they cannot."""
+    outcome, steps = row.get("outcome"), row.get("step_scores")
+    if outcome not in (None, "", *OUTCOMES):
+        raise UserError(f"{row.where}: 'outcome' is {outcome!r}; expected one of {', '.join(OUTCOMES)}")
+    numbers = {key: row.get(key) for key in ("token_count", "logprob", "score", "tolerance")}
+    if isinstance(steps, list):
+        numbers |= {f"step_scores[{n}]": 0 if score is None else score for n, score in enumerate(steps)}
+    elif steps is not None:
+        raise UserError(f"{row.where}: 'step_scores' is a {type(steps).__name__}; expected a list of numbers")
+    for key, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{row.where}: {key!r} is {value!r}; expected a number")
+    for key in ("finish", "answer", "answer_type"):
+        row.optional_text(key)
 
 
 def match_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], source: str) -> list[Sample]:

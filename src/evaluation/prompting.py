@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.data.examples import Prompt
+from src.data.rows import Row, Schema
 from src.errors import UserError
 from src.evaluation.tasks import INSTRUCTION, Task, check_template
 from src.jsonfile import read_json
@@ -64,24 +65,28 @@ def _read_few_shot(name: str) -> dict[str, object]:
     bundled = {path.stem: path for path in BUNDLED.glob("*.json")}
     if name not in bundled and not Path(name).exists():
         raise UserError(f"--few_shot {name} is neither a file nor one of {', '.join(sorted(bundled))}")
-    values = read_json(bundled.get(name, name))
+    values = {key: value for key, value in read_json(bundled.get(name, name)).items() if value is not None}
     rows = values.get("demonstrations")
     if (
         not isinstance(rows, list)
         or not rows
-        or not all(_is_demonstration(row) for row in rows)
+        or not all(isinstance(row, dict) for row in rows)
         or not isinstance(values.get("prompt", ""), str)
+        or not isinstance(values.get("stop", []), list)
         or not all(isinstance(text, str) and text for text in values.get("stop", []))
     ):
         raise UserError(
             f'--few_shot {name}: expected {{"prompt": text?, "stop": [text, ...]?, '
             f'"demonstrations": [{{"instruction": text, "output": text}}, ...]}}'
         )
-    return values
-
-
-def _is_demonstration(row: object) -> bool:
-    return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("instruction", "output"))
+    shots = [
+        Row(f"--few_shot {name}, demonstration {n}", row, Schema()) for n, row in enumerate(rows, 1)
+    ]
+    for shot in shots:
+        shot.check_foreign()
+    return values | {
+        "demonstrations": [{"instruction": shot.instruction(), "output": shot.text("output")} for shot in shots]
+    }
 
 
 def select_prompts(prompts: Sequence[Prompt], split: str) -> list[Prompt]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.data.examples import Prompt
+from src.data.examples import OUTCOMES, Prompt
 from src.evaluation.answer_types import AnswerType
 from src.evaluation.coding import CONTEXT_FULL, MAX_ROUNDS, MAX_TOKENS
 from src.evaluation.grade import GRADER_VERSION, Grader, Verdict
@@ -17,7 +17,6 @@ from src.evaluation.tasks import Task
 from src.evaluation.vote import answer_classes, best_of, majority, pass_at_k, weighted_vote, wilson_interval
 
 BOOTSTRAP_DRAWS = 1000
-OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")
 CURVES = {"pass_at": "pass", "maj_at": "majority", "best_of_at": "best of", "weighted_at": "weighted"}
 
 

@@ -107,7 +107,7 @@ def find_task(name: str) -> Task:
 
 def read_task(path: str) -> Task:
     """A task of one's own. Raises UserError for a key that Task does not have, or one that is missing or no text."""
-    values = read_json(path)
+    values = {key: value for key, value in read_json(path).items() if value is not None}
     known = {field.name for field in fields(Task)}
     if not {"extraction", "equality"} <= values.keys() <= known:
         raise UserError(

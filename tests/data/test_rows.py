@@ -281,6 +281,37 @@ def test_rows_of_another_kind_name_the_command_for_the_right_one(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"outcome": "correct"}, "'outcome' is 'correct'; expected one of right, wrong"),
+        ({"outcome": True}, "'outcome' is True; expected one of"),
+        ({"token_count": "7"}, "'token_count' is '7'; expected a number"),
+        ({"score": [1.0]}, r"'score' is \[1.0\]; expected a number"),
+        ({"score": False}, "'score' is False; expected a number"),
+        ({"step_scores": 0.5}, "'step_scores' is a float; expected a list"),
+        ({"step_scores": [0.5, "x"]}, r"'step_scores\[1\]' is 'x'; expected a number"),
+        ({"finish": ["stop"]}, "'finish' is a list; expected a string"),
+        ({"answer": {"a": 1}}, "'answer' is a dict; expected a string"),
+        ({"label": [4]}, "'label' is a list; expected a string"),
+        ({"sample": 0.5}, "'sample' is 0.5; expected a whole number"),
+        ({"sample": "1"}, "'sample' is '1'; expected a whole number"),
+        ({"id": True}, "'id' is a bool; expected a string"),
+        ({"response": None}, "key 'response' is missing"),
+        ({"response": 4}, "'response' is a int; expected a string"),
+    ],
+)
+def test_samples_of_odd_types_are_refused(tmp_path: Path, values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"x, line 1: {message}"):
+        read_samples(saved(tmp_path / "x", {"response": "4"} | values))
+
+
+def test_samples_of_nullable_columns(tmp_path: Path) -> None:
+    row = {"id": 3.0, "sample": 1.0, "response": "4", "label": 4.0, "outcome": "right", "score": None, "finish": None}
+    (sample,) = read_samples(saved(tmp_path / "x", row))
+    assert sample[:2] == ("3", 1) and sample.values["label"] == "4"
+
+
 def test_a_huge_row_of_a_table_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "MAX_ROW", 2000)
     values = [{"instruction": "x" * 500, "output": "a"} for _ in range(20)]

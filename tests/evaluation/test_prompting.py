@@ -59,9 +59,13 @@ def test_what_samples_depend_on_changes_with_the_words() -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("{", "not valid json"),
-    ("[]", "expected {\"prompt\""),
+    ("[]", "found a list; expected a json object"),
     ('{"demonstrations": []}', "expected {\"prompt\""),
-    ('{"demonstrations": [{"instruction": "a"}]}', "expected {\"prompt\""),
+    ('{"demonstrations": [{"instruction": "a"}]}', "demonstration 1: key 'output' is missing; found instruction"),
+    ('{"demonstrations": [{"instruction": "a", "output": null}]}', "demonstration 1: key 'output' is missing"),
+    ('{"demonstrations": [{"instruction": "a", "output": "b", "system": "c"}]}', "demonstration 1: 'system' is 'c'"),
+    ('{"demonstrations": ["a"]}', "expected {\"prompt\""),
+    ('{"stop": "Q:", "demonstrations": [{"instruction": "a", "output": "b"}]}', "expected {\"prompt\""),
     ('{"prompt": 1, "demonstrations": [{"instruction": "a", "output": "b"}]}', "expected {\"prompt\""),
     ('{"prompt": "Q:", "demonstrations": [{"instruction": "a", "output": "b"}]}', "holds {instruction} 0 times"),
 ])
@@ -71,6 +75,13 @@ def test_bad_demonstrations_are_named(tmp_path: Path, text: str, message: str) -
     with pytest.raises(UserError) as problem:
         make_prompting(GSM8K, str(path))
     assert message in str(problem.value) and "shots.json" in str(problem.value)
+
+
+def test_what_is_null_is_absent_and_input_belongs_to_the_problem(tmp_path: Path) -> None:
+    path, shot = tmp_path / "shots.json", {"instruction": "Add.", "input": "1+1", "output": "2"}
+    path.write_text(json.dumps({"prompt": None, "stop": None, "demonstrations": [shot, shot | {"input": None}]}))
+    prompting = make_prompting(GSM8K, str(path))
+    assert "Add.\n1+1" in prompting.text("x") and prompting.stop == GSM8K.stop
 
 
 def test_unknown_demonstrations_and_a_template_without_a_place() -> None:

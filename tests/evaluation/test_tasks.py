@@ -47,6 +47,7 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [
     ("{", "not valid json"),
     ("[]", "found a list; expected a json object"),
+    ('{"extraction": null, "equality": null}', "holds nothing; expected extraction and equality"),
     ('{"extraction": "math/last-box@2"}', "holds extraction; expected extraction and equality"),
     ('{"extraction": "math/last-box@2", "equality": "exact@2", "stops": []}', "stops; expected"),
     ('{"extraction": "math/last-box", "equality": "exact@2"}', "no extraction rule 'math/last-box'; expected gsm8k"),
