@@ -7,11 +7,11 @@ AutoModelForCausalLM with sdpa attention, torch's fused AdamW and, for LoRA, pef
 and precision (bfloat16 products; full: of float32 weights; LoRA: on a bfloat16 base). They take turns (A B B A), each
 with a new model; nothing is timed unless the log-probs of tokens and the first losses agree within tolerances.
 
-Full training takes the most layers that memory.training_memory() sees fit into the card. MFU, as ThroughputMeter has it, is 6
-FLOP a weight and token, of the matrix rate measured in this run; frozen weights need 4 of the 6, so of LoRA's figure
-about two thirds were done. Compiled means all of a layer for transformers. Ours compiles norms and feed-forwards: a
-graph of its attention holds for one number of samples only; the trainers have no flag for it. Without a GPU a tiny model runs
-in float32, which shows that the script works and nothing else.
+Full training takes the most layers that memory.training_memory() sees fit into the card. MFU, as ThroughputMeter has
+it, is 6 FLOP a weight and token, of the matrix rate measured in this run; frozen weights need 4 of the 6, so of LoRA's
+figure about two thirds were done. Compiled means all of a layer for transformers. Ours compiles norms and
+feed-forwards: a graph of its attention holds for one number of samples only; the trainers have no flag for it. Without
+a GPU a tiny model runs in float32, which shows that the script works and nothing else.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ from src.data import collate
 from src.data.batches import Step
 from src.data.collate import Batch
 from src.data.encoding import Encoded
-from src.inference.scoring import response_logprobs
 from src.memory import Pass, Training, training_memory
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.feedforward import FeedForward, RMSNorm
+from src.models.forward import response_logprobs
 from src.models.lora import LINEARS, LoraLinear
 from src.models.quantize import quantize_weights
 from src.runlog import RunLog

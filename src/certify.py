@@ -25,10 +25,10 @@ from src import assemble, cli, parallel
 from src.checkpoint import shards, storage
 from src.checkpoint.tensor_files import TensorSpec, open_torch_file
 from src.errors import UserError
-from src.inference.scoring import response_logprobs
 from src.models.cache import KVCache, PromptCache
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
+from src.models.forward import response_logprobs
 
 # Rows of random tokens; the longest outgrows a bucket of the cache while it is decoded. The first third is a prompt.
 LENGTHS = (70, 17, 40)

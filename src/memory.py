@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from src.checkpoint.shards import cut_of, expected_shapes, layer_of
-from src.inference.scoring import CHUNK_BYTES
 from src.models.config import ModelConfig
+from src.models.forward import CHUNK_BYTES
 from src.models.lora import LoraConfig, check_targets
 from src.models.quantize import bytes_a_weight
 

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"models", "parallel", "runlog"},
     "data": {"text"},
     "assemble": {"config", "models", "checkpoint", "text", "parallel", "runlog"},
-    "memory": {"models", "checkpoint", "inference"},
+    "memory": {"models", "checkpoint"},
     "plan": {"memory", "models", "checkpoint", "text", "data", "parallel", "runlog"},
     "ppo_plan": {
         "assemble", "checkpoint", "data", "memory", "models", "parallel", "plan", "text", "training"

@@ -19,8 +19,8 @@ from src.errors import UserError
 from src.evaluation.step_scores import auc
 from src.evaluation.verifier_report import first_wrong
 from src.evaluation.vote import wilson_interval
-from src.inference.scoring import response_logprobs
 from src.models.decoder import Decoder
+from src.models.forward import response_logprobs
 from src.text.tokenizer import Tokenizer
 
 

@@ -19,9 +19,9 @@ from src.data.encoding import STEP_ENDS, Encoded, encode_response, encode_steps,
 from src.data.examples import Judged, Sample, read_rows
 from src.errors import UserError
 from src.evaluation.step_scores import AGGREGATIONS, sigmoid
-from src.inference.scoring import response_scores, token_scores
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
+from src.models.forward import response_scores, token_scores
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
 

@@ -14,9 +14,9 @@ from src.data.batches import Batching, Sample, Step
 from src.data.collate import JudgedBatch, Truncation
 from src.data.encoding import STEP_ENDS, Encoded, StepKind, encode_steps, judged_everywhere, split_steps
 from src.data.examples import Judged
-from src.inference.scoring import token_scores
 from src.losses import judgement_loss
 from src.models.decoder import Decoder
+from src.models.forward import token_scores
 from src.text.tokenizer import Tokenizer
 
 LabelTokens = Literal["all", "last"]

@@ -12,9 +12,9 @@ from src.data.batches import Batching, Sample, Step
 from src.data.collate import Batch, Truncation
 from src.data.encoding import Encoded, encode_response
 from src.data.examples import Pair
-from src.inference.scoring import response_scores
 from src.losses import bradley_terry_loss
 from src.models.decoder import Decoder
+from src.models.forward import response_scores
 from src.text.tokenizer import Tokenizer
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from src import losses, parallel
 from src.data import collate
 from src.data.collate import Batch
-from src.inference.scoring import logprobs_and_entropy, response_values
 from src.models.decoder import Decoder
+from src.models.forward import logprobs_and_entropy, response_values
 from src.training.ppo_config import AdvantageFlags, PPOConfig
 from src.training.rewards import Scores, concatenate_scores
 from src.training.rollout import Rollout, concatenate, shard_for_rank, trim_padding

@@ -18,8 +18,8 @@ from src.data.collate import Batch
 from src.data.encoding import Encoded
 from src.data.examples import read_rows
 from src.errors import UserError
-from src.inference.scoring import response_logprobs
 from src.models.decoder import Decoder
+from src.models.forward import response_logprobs
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
 

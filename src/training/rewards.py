@@ -19,9 +19,9 @@ from src.data.encoding import STEP_ENDS, Encoded, encode_steps, split_steps
 from src.errors import UserError
 from src.evaluation.grade import Grader
 from src.evaluation.user_reward import UserReward
-from src.inference.scoring import response_scores, token_scores
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
+from src.models.forward import response_scores, token_scores
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import RewardFlags
 from src.training.rollout import Rollout, pad_to, shard_for_rank, trim_padding

@@ -21,8 +21,8 @@ from src.errors import UserError
 from src.evaluation.grade import Grader
 from src.inference.engine import Completion, Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
-from src.inference.scoring import response_logprobs, response_values
 from src.models.decoder import Decoder
+from src.models.forward import response_logprobs, response_values
 from src.text.tokenizer import Tokenizer
 
 Item = TypeVar("Item")

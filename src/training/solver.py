@@ -12,9 +12,9 @@ from src.data.collate import Batch, Truncation
 from src.data.encoding import Encoded, encode_conversation, encode_response, learn_all
 from src.data.examples import Chat, Instruction
 from src.errors import UserError
-from src.inference.scoring import response_logprobs
 from src.memory import Pass
 from src.models.decoder import Decoder
+from src.models.forward import response_logprobs
 from src.text.blocks import Learnt
 from src.text.tokenizer import Tokenizer
 

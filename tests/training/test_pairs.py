@@ -15,8 +15,8 @@ from src.data.batches import Batching
 from src.data.encoding import encode_response
 from src.data.examples import Pair
 from src.errors import UserError
-from src.inference.scoring import response_scores
 from src.models.decoder import Decoder
+from src.models.forward import response_scores
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
 from src.training.pairs import PairData

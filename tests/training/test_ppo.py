@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import ppo_train
 from src import assemble, losses
 from src.data.collate import Batch
-from src.inference.scoring import response_logprobs, response_values
+from src.models.forward import response_logprobs, response_values
 from src.runlog import Phases
 from src.text.tokenizer import Tokenizer
 from src.training import ppo

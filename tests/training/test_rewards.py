@@ -16,8 +16,8 @@ from src.data.encoding import Encoded, encode_prompt, encode_steps, split_steps
 from src.data.examples import Prompt
 from src.errors import UserError
 from src.evaluation.grade import Grader
-from src.inference.scoring import response_scores, token_scores
 from src.models.decoder import Decoder
+from src.models.forward import response_scores, token_scores
 from src.text.tokenizer import Tokenizer
 from src.training import rewards
 from src.training.rollout import Rollout

@@ -1,4 +1,4 @@
-"""What a model says of given responses: log-probs, values, scores. Where each number sits is decided here alone.
+"""Forward passes over given responses: log-probs, entropies, values, scores. Where each sits is decided here alone.
 
 B batch, S sequence, D width, N response tokens of the batch, row by row. The token at position t was predicted at
 position t - 1: its log-prob and the critic's value of the state it was chosen in are read there. A response's score is

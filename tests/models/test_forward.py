@@ -1,4 +1,4 @@
-"""src/inference/scoring.py: the same numbers and gradients however samples lie and logits are cut."""
+"""src/models/forward.py: the same numbers and gradients however samples lie and logits are cut."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from src import assemble
 from src.data import collate
 from src.data.collate import Batch
 from src.data.encoding import Encoded
-from src.inference import scoring
+from src.models import forward
 from src.models.decoder import Decoder
 from tests import zoo
 from tests.conftest import Folders
@@ -28,7 +28,7 @@ def model(folders: Folders) -> Decoder:
 def gradients(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Log-probs, entropies, and the gradient of a weighted sum of the log-probs."""
     model.zero_grad()
-    logprobs, entropy = scoring.logprobs_and_entropy(model, *batch, temperature=0.7)
+    logprobs, entropy = forward.logprobs_and_entropy(model, *batch, temperature=0.7)
     (logprobs * torch.arange(1, 1 + len(logprobs)).sqrt()).mean().backward()
     return logprobs.detach(), entropy, [parameter.grad.clone() for parameter in model.parameters()]
 
@@ -39,7 +39,7 @@ def test_scdpo_04_packing_and_chunks_change_nothing(
     model: Decoder, monkeypatch: pytest.MonkeyPatch, rows: int, lay_out: object
 ) -> None:
     expected = gradients(model, collate.collate(SAMPLES))
-    monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", rows * 4 * model.config.vocab_size)
+    monkeypatch.setitem(forward.CHUNK_BYTES, "cpu", rows * 4 * model.config.vocab_size)
     found = gradients(model, lay_out(SAMPLES))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -60,19 +60,19 @@ def test_a_common_beginning_read_once_changes_nothing(tmp_path: Path, name: str)
 
 
 def test_chunks_by_hand(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(forward.CHUNK_BYTES, "cpu", 1)
     alone = torch.tensor([SAMPLES[0].tokens])
     logprobs = model.logits(model(alone))[0].log_softmax(-1)
     expected = torch.stack([logprobs[1, 9], logprobs[2, 3], logprobs[3, 2]])
-    assert_close(scoring.response_logprobs(model, *collate.pack(SAMPLES))[:3], expected, rtol=1e-5, atol=1e-5)
+    assert_close(forward.response_logprobs(model, *collate.pack(SAMPLES))[:3], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_of_one_chunk_exist_at_once(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
-    monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", 7 * 4 * model.config.vocab_size)
-    scoring.response_logprobs(model, *collate.pack(SAMPLES)).sum().backward()
+    monkeypatch.setitem(forward.CHUNK_BYTES, "cpu", 7 * 4 * model.config.vocab_size)
+    forward.response_logprobs(model, *collate.pack(SAMPLES)).sum().backward()
     assert max(sizes) == 7 and sum(sizes) == 2 * sum(sample.n_response for sample in SAMPLES)
 
 
@@ -81,7 +81,7 @@ def test_packed_scores_and_values_are_those_of_padded_rows(folders: Folders, sco
     verifier = assemble.load_verifier(folders.verifier)
     assemble.set_score(verifier, score=score)
     padded, packed = collate.collate(SAMPLES), collate.pack(SAMPLES)
-    for read in (scoring.response_scores, scoring.response_values):
+    for read in (forward.response_scores, forward.response_values):
         assert_close(read(verifier, *packed), read(verifier, *padded), rtol=1e-5, atol=1e-5)
     assert torch.equal(padded.response_counts(), packed.response_counts())
 
@@ -89,7 +89,7 @@ def test_packed_scores_and_values_are_those_of_padded_rows(folders: Folders, sco
 def test_scdpo_04_no_position_sees_another_sample(model: Decoder) -> None:
     first, second = Encoded([1, 5, 9, 3, 2], 2), Encoded([1, 7, 2], 1)
     for other in (Encoded([1, 60, 2], 1), Encoded([3, 3, 3], 1)):
-        together = scoring.response_logprobs(model, *collate.pack([first, other, first]))
-        alone = scoring.response_logprobs(model, *collate.pack([first, second]))
+        together = forward.response_logprobs(model, *collate.pack([first, other, first]))
+        alone = forward.response_logprobs(model, *collate.pack([first, second]))
         assert_close(together[:3], alone[:3], rtol=0, atol=1e-6)
         assert_close(together[-3:], alone[:3], rtol=0, atol=1e-6)
