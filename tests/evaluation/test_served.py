@@ -240,6 +240,18 @@ def test_a_refusal_in_the_middle_is_no_wrong_address() -> None:
     assert [answer.error for answer in found] == [""] * 3 and len(server.bodies) == 5
 
 
+def test_a_server_that_dies_leaves_what_came_and_a_count(tmp_path: Path) -> None:
+    def answer(path: str, body: dict[str, object]) -> tuple[int, bytes]:
+        if len(server.bodies) == 3:
+            server.httpd.socket.close()  # nobody listens any more
+        return says(completion())(path, body)
+
+    with Answering(answer) as server:
+        rows = evaluate(tmp_path, server, max_batch_size=1)
+    failures = [json.loads(line) for line in (tmp_path / "log/failures.jsonl").read_text().splitlines()]
+    assert len(rows) + len(failures) == 4 and failures and all("ConnectError" in row["error"] for row in failures)
+
+
 @pytest.mark.skipif(not REPORT.is_dir(), reason="the reports are not there")
 @pytest.mark.parametrize(
     ("mode", "n_right"),
