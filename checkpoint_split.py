@@ -10,6 +10,7 @@ import atexit
 import dataclasses
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,120 +19,134 @@ from src import certify as certificate
 from src.checkpoint import export, sources, storage, training_state
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.split import split, split_adapter, tokenizer_of
-from src.config import Count, CountOrOff, CountOrZero, Counts, Positive
+from src.config import Config, Count, CountOrOff, CountOrZero, Counts, Positive, flag
 from src.errors import UserError
 from src.models.foreign import check_model_type
 from src.text.blocks import CODE_FORM, Marker
 from src.text.extend import GENERATION, add_control_tokens, say_ends
 
 
-def main(
-    ckpt_file: str | list[str] = "", save_path: str = "", n: Count = 1,
-    format: Literal["shards", "hf", "peft"] = "shards", inspect: str = "", base_dir: str = "",
-    merge_lora: bool = True, verify: bool = False, verify_hashes: bool = True, max_shard_size: Positive = 5.0,
-    tokenizer_file: str = "", config_file: str = "", model_type: str = "",
-    dtype: Literal["", "float32", "bfloat16", "float16"] = "", num_added_tokens: CountOrZero = 0,
-    code_tokens: bool = False,
-    certify: str = "", certify_ranks: Counts = [1, 2, 4], certify_layers: CountOrOff = 2,  # noqa: B006 (never changed)
-    dry_run: bool = False,
-) -> None:
-    """Cut a checkpoint into n shards, or write it in another format.
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig(Config):
+    """Splitting"""
 
-    ckpt_file: a .pth/.pt/.bin/.safetensors file, several of them, a Hugging Face or Meta directory, an
-        adapter directory of PEFT, or a directory made here
-    save_path: directory to write: tensors, params.json or config.json, the tokenizer and manifest.json
-    n: number of shards; any number of tensor-parallel processes can open them, as many read fastest
-    format: shards = consolidated.NN.pth; hf = what transformers opens; peft = an adapter as PEFT opens it
-    inspect: a checkpoint to describe instead of writing one: sizes, and what 1, 2, 4 and 8 ranks would hold
-    base_dir: the base of an adapter, if it is not where the adapter says
-    merge_lora: merge an adapter into its base, in float32; false keeps it an adapter
-    verify: afterwards compare the logits of what was written with the source's, an adapter's unmerged
-    verify_hashes: compare the source with the hashes in its manifest before anything is written
-    max_shard_size: largest file of --format hf, in GB
-    tokenizer_file: tokenizer file of any kind to put beside the weights; default: the one beside ckpt_file
-    config_file: params.json (Meta) or config.json (Hugging Face); default: the one beside ckpt_file
-    model_type: a family or released size the checkpoint must agree with, such as llama-2-7b
-    dtype: type of the stored weights; default: as in the source
-    num_added_tokens: rows to put behind the vocabulary, each the mean of the rows that are there
-    code_tokens: put the eight markers of solutions with code behind the tokenizer's vocabulary, each row the mean of
-        those before; later commands then write such solutions, as --chat_template code
-    certify: a directory made here to compute with instead, on several ranks of this CPU, padded, packed, decoded and
-        with a chunked loss: how far logits, log-probs and gradients lie from a plain forward; status 1 beyond rounding
-    certify_ranks: the tensor-parallel sizes of --certify; 1 is always among them
-    certify_layers: the first so many layers take part in --certify; -1 = all
-    dry_run: print the plan - parameters, heads and bytes of a shard or files, disk - and stop
-    """
+    ckpt_file: str | list[str] = flag("", """a .pth/.pt/.bin/.safetensors file, several of them, a Hugging
+        Face or Meta directory, an adapter directory of PEFT, or a directory made here""")
+    save_path: str = flag("", """directory to write: tensors, params.json or config.json, the tokenizer and
+        manifest.json""")
+    n: Count = flag(1, """number of shards; any number of tensor-parallel processes can open them, as many
+        read fastest""")
+    format: Literal["shards", "hf", "peft"] = flag("shards", """shards = consolidated.NN.pth; hf = what
+        transformers opens; peft = an adapter as PEFT opens it""")
+    inspect: str = flag("", """a checkpoint to describe instead of writing one: sizes, and what 1, 2, 4 and 8
+        ranks would hold""")
+    base_dir: str = flag("", "the base of an adapter, if it is not where the adapter says")
+    merge_lora: bool = flag(True, "merge an adapter into its base, in float32; false keeps it an adapter")
+    verify: bool = flag(False, """afterwards compare the logits of what was written with the source's, an
+        adapter's unmerged""")
+    verify_hashes: bool = flag(True, """compare the source with the hashes in its manifest before anything is
+        written""")
+    max_shard_size: Positive = flag(5.0, "largest file of --format hf, in GB")
+    tokenizer_file: str = flag("", """tokenizer file of any kind to put beside the weights; default: the one
+        beside ckpt_file""")
+    config_file: str = flag("", """params.json (Meta) or config.json (Hugging Face); default: the one beside
+        ckpt_file""")
+    model_type: str = flag("", "a family or released size the checkpoint must agree with, such as llama-2-7b")
+    dtype: Literal["", "float32", "bfloat16", "float16"] = flag("", """type of the stored weights; default: as
+        in the source""")
+    num_added_tokens: CountOrZero = flag(0, """rows to put behind the vocabulary, each the mean of the rows
+        that are there""")
+    code_tokens: bool = flag(False, """put the eight markers of solutions with code behind the tokenizer's
+        vocabulary, each row the mean of those before; later commands then write such solutions, as
+        --chat_template code""")
+    certify: str = flag("", """a directory made here to compute with instead, on several ranks of this CPU,
+        padded, packed, decoded and with a chunked loss: how far logits, log-probs and gradients lie from a
+        plain forward; status 1 beyond rounding""")
+    certify_ranks: Counts = flag([1, 2, 4], """the tensor-parallel sizes of --certify; 1 is always among them""")
+    certify_layers: CountOrOff = flag(2, "the first so many layers take part in --certify; -1 = all")
+
+
+def main(config: SplitConfig) -> None:
+    """Cut a checkpoint into n shards, or write it in another format."""
     if parallel.rank() != 0:  # under torchrun one process does the work
         return
     log = runlog.logger()
-    if inspect:
-        runlog.table(plan.inspection(*sources.describe(inspect)))
+    if config.inspect:
+        runlog.table(plan.inspection(*sources.describe(config.inspect)))
         return
-    if certify:
-        assemble.load_config(certify, kind="solver")
-        if verify_hashes:
-            storage.verify_hashes(Path(certify))
-        found = certificate.certify(certify, certify_ranks, certify_layers)
+    if config.certify:
+        assemble.load_config(config.certify, kind="solver")
+        if config.verify_hashes:
+            storage.verify_hashes(Path(config.certify))
+        found = certificate.certify(config.certify, config.certify_ranks, config.certify_layers)
         runlog.table(str(found))
         if not found.passed:
-            raise UserError(f"{certify} computes differently where the table says DIFFERS; do not use it that way")
+            raise UserError(f"{config.certify} computes differently where the table says DIFFERS; do not use it so")
         return
-    if not ckpt_file or not save_path:
+    if not config.ckpt_file or not config.save_path:
         raise UserError("--ckpt_file and --save_path are needed: what to read and where to write; or --inspect DIR")
-    if verify and num_added_tokens:
+    if config.verify and config.num_added_tokens:
         raise UserError("--verify compares logits over one vocabulary; leave it out with --num_added_tokens")
-    if verify and parallel.world_size() > 1:
+    if config.verify and parallel.world_size() > 1:
         raise UserError("--verify computes with one process; start this script with python, not with torchrun")
-    described = ckpt_file if isinstance(ckpt_file, str) else ", ".join(ckpt_file)
-    adapter = sources.open_adapter(Path(ckpt_file if isinstance(ckpt_file, str) else ckpt_file[0]), base_dir)
-    keep = adapter is not None and (format == "peft" or not merge_lora)
-    if format == "peft" and not keep:
+    files = [config.ckpt_file] if isinstance(config.ckpt_file, str) else config.ckpt_file
+    described, tokenizer_file = ", ".join(files), config.tokenizer_file
+    adapter = sources.open_adapter(Path(files[0]), config.base_dir)
+    keep = adapter is not None and (config.format == "peft" or not config.merge_lora)
+    if config.format == "peft" and not keep:
         raise UserError(f"--format peft: {described} is no adapter; write it with --format hf")
-    if format == "hf" and keep:
+    if config.format == "hf" and keep:
         raise UserError("--format hf holds whole weights: merge the adapter, or write it with --format peft")
-    if base_dir and adapter is None:
+    if config.base_dir and adapter is None:
         raise UserError(f"--base_dir names the base of an adapter, but {described} is none")
-    if config_file and adapter:
+    if config.config_file and adapter:
         raise UserError(f"--config_file describes whole weights, but {described} is an adapter, described by its base")
-    changes = {"--num_added_tokens": num_added_tokens, "--code_tokens": code_tokens, "--dtype": dtype}
+    changes = {
+        "--num_added_tokens": config.num_added_tokens, "--code_tokens": config.code_tokens, "--dtype": config.dtype}
     if keep and any(changes.values()):
         raise UserError(f"{' '.join(filter(changes.get, changes))} changes whole weights: merge the adapter")
-    source = adapter if keep else sources.open_source(ckpt_file, config_file, base_dir)
-    check_model_type(source.config, model_type, described)
-    if num_added_tokens:
-        source = sources.with_added_tokens(source, num_added_tokens)
-    if code_tokens:
+    source = adapter if keep else sources.open_source(config.ckpt_file, config.config_file, config.base_dir)
+    check_model_type(source.config, config.model_type, described)
+    if config.num_added_tokens:
+        source = sources.with_added_tokens(source, config.num_added_tokens)
+    if config.code_tokens:
         source, tokenizer_file = with_code_tokens(source, tokenizer_file, described)
     if (sources.folders_of(source)[0] / training_state.STATE).is_file():
         log.warning("%s is a training checkpoint: its weights are written, and its optimizer and place in the run are "
                     "left out. --resume opens it as it is, on any number of ranks", described)
-    if dry_run:
-        adapted = plan.adapting(source.config, source.lora, 1 if format == "peft" else n) if keep else None
-        whole = plan.exporting(source.config, dtype, int(max_shard_size * 10**9)) if format == "hf" else None
-        runlog.table(adapted or whole or plan.splitting(source.config, n, dtype))
+    max_shard_bytes = int(config.max_shard_size * 10**9)
+    if config.dry_run:
+        if keep:
+            text = plan.adapting(source.config, source.lora, 1 if config.format == "peft" else config.n)
+        elif config.format == "hf":
+            text = plan.exporting(source.config, config.dtype, max_shard_bytes)
+        else:
+            text = plan.splitting(source.config, config.n, config.dtype)
+        runlog.table(text)
         return
-    if verify_hashes:
+    if config.verify_hashes:
         for folder in sources.folders_of(source):
             storage.verify_hashes(folder)
-    source, tokenizer_file = with_ends(source, tokenizer_file, format)
-    target = Path(save_path)
-    if format == "peft":
+    source, tokenizer_file = with_ends(source, tokenizer_file, config.format)
+    target = Path(config.save_path)
+    if config.format == "peft":
         not_finite = export.export_peft(source, target, described, tokenizer_file)
-    elif format == "hf":
-        not_finite = export.export_hf(source, target, described, dtype=dtype, tokenizer_file=tokenizer_file,
-                                      max_shard_bytes=int(max_shard_size * 10**9))
+    elif config.format == "hf":
+        not_finite = export.export_hf(source, target, described, dtype=config.dtype, tokenizer_file=tokenizer_file,
+                                      max_shard_bytes=max_shard_bytes)
     elif keep:
-        not_finite = split_adapter(source, target, n, tokenizer_file, described)
+        not_finite = split_adapter(source, target, config.n, tokenizer_file, described)
     else:
-        not_finite = split(source, target, n, dtype, tokenizer_file, described)
+        not_finite = split(source, target, config.n, config.dtype, tokenizer_file, described)
     for name in not_finite:
         log.warning("%s holds NaN or infinity: the source is damaged, or its training diverged", name)
-    log.info("wrote %s to %s", f"{n} shards of {described}" if format == "shards" else described, save_path)
+    written = f"{config.n} shards of {described}" if config.format == "shards" else described
+    log.info("wrote %s to %s", written, config.save_path)
     if not tokenizer_file and not source.tokenizer_files:
         log.warning("no tokenizer lies beside %s: give --tokenizer_file, or one to every later command", described)
-    if verify:
-        written = sources.open_adapter(target, base_dir) or sources.open_source(save_path)
-        log.info("logits before and after: %s", assemble.logit_difference(adapter or source, written))
+    if config.verify:
+        after = sources.open_adapter(target, config.base_dir) or sources.open_source(config.save_path)
+        log.info("logits before and after: %s", assemble.logit_difference(adapter or source, after))
 
 
 def with_code_tokens(source: Source, tokenizer_file: str, described: str) -> tuple[Source, str]:

@@ -5,13 +5,14 @@ torchrun --nproc_per_node 8 preference_evaluate.py --ckpt_dir results/dpo --refe
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
-from src.config import Count, Positive
+from src.config import Config, Count, Positive, flag
 from src.data.encoding import Encoded, StepKind
 from src.data.examples import read_judged
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
@@ -19,52 +20,55 @@ from src.evaluation.judging import encode_solutions, tell_too_long
 from src.runlog import RunLog
 
 
-def main(
-    ckpt_dir: str, reference_ckpt_dir: str, steps_file: str, log_dir: str, beta: Positive = 0.1,
-    step: StepKind = "paragraph", model_type: str = "", tokenizer_file: str = "", max_batch_size: Count = 64,
-    dry_run: bool = False,
-) -> None:
-    """Credit of tokens and steps, beta times the log-ratio of a solver and its reference, and what it finds.
+@dataclass(frozen=True, kw_only=True)
+class CreditConfig(Config):
+    """Credit of tokens"""
 
-    ckpt_dir: solver that preference_train.py has trained
-    reference_ckpt_dir: the solver it started from
-    steps_file: solutions with judged steps, {"instruction", "steps", "labels"}, as `data_build.py process` leaves them
-    log_dir: directory for credits.jsonl, results.json and run.json
-    beta: as in training; it scales credits, and changes nothing about which is the least
-    step: what a step is: a paragraph, with a blank line behind it, or a line, as the solver writes them
-    model_type: a family or released size the checkpoint must agree with; default: what params.json says
-    tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
-    max_batch_size: solutions in one forward pass
-    dry_run: print the plan - solutions, memory of each rank - and stop
-    """
-    flags = locals().copy()
-    config = assemble.load_config(ckpt_dir, model_type, "solver")
-    assemble.load_config(reference_ckpt_dir, kind="solver")
-    rows = read_judged(steps_file)
-    if dry_run:
-        runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(rows), ""))
+    ckpt_dir: str = flag(help="solver that preference_train.py has trained")
+    reference_ckpt_dir: str = flag(help="the solver it started from")
+    steps_file: str = flag(help="""solutions with judged steps, {"instruction", "steps", "labels"}, as
+        `data_build.py process` leaves them""")
+    log_dir: str = flag(help="directory for credits.jsonl, results.json and run.json")
+    beta: Positive = flag(0.1, """as in training; it scales credits, and changes nothing about which is the
+        least""")
+    step: StepKind = flag("paragraph", """what a step is: a paragraph, with a blank line behind it, or a line,
+        as the solver writes them""")
+    model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
+        params.json says""")
+    tokenizer_file: str = flag("", "tokenizer file of any kind; default: the one in ckpt_dir")
+    max_batch_size: Count = flag(64, "solutions in one forward pass")
+
+
+def main(config: CreditConfig) -> None:
+    """Credit of tokens and steps, beta times the log-ratio of a solver and its reference, and what it finds."""
+    model_config = assemble.load_config(config.ckpt_dir, config.model_type, "solver")
+    assemble.load_config(config.reference_ckpt_dir, kind="solver")
+    rows = read_judged(config.steps_file)
+    if config.dry_run:
+        runlog.table(plan.scoring(model_config, assemble.n_shards(config.ckpt_dir), len(rows), ""))
         return
-    tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
-    assemble.check_tokenizer(tokenizer, reference_ckpt_dir)
-    solutions = encode_solutions(rows, tokenizer, config.max_seq_len, step)
-    tell_too_long(solutions, "solutions", config.max_seq_len)
+    tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
+    assemble.check_tokenizer(tokenizer, config.reference_ckpt_dir)
+    solutions = encode_solutions(rows, tokenizer, model_config.max_seq_len, config.step)
+    tell_too_long(solutions, "solutions", model_config.max_seq_len)
     encoded = [solution for solution in solutions if solution]
     rows = [row for row, solution in zip(rows, solutions, strict=True) if solution]
-    storage.claim(Path(log_dir))
+    storage.claim(Path(config.log_dir))
     parallel.start()
-    RunLog(log_dir, flags)
-    policy, reference = (logprobs_of(folder, encoded, max_batch_size) for folder in (ckpt_dir, reference_ckpt_dir))
+    RunLog(config.log_dir, config.flags())
+    policy, reference = (logprobs_of(folder, encoded, config.max_batch_size)
+                         for folder in (config.ckpt_dir, config.reference_ckpt_dir))
     if parallel.rank() == 0:
-        found = [credit(*each, beta, tokenizer) for each in zip(encoded, policy, reference, strict=True)]
-        with (Path(log_dir) / "credits.jsonl").open("w", encoding="utf-8") as file:
+        found = [credit(*each, config.beta, tokenizer) for each in zip(encoded, policy, reference, strict=True)]
+        with (Path(config.log_dir) / "credits.jsonl").open("w", encoding="utf-8") as file:
             for row, each in zip(rows, found, strict=True):
                 file.write(json.dumps(row._asdict() | each._asdict() | {"reward": each.reward}) + "\n")
         report = report_credit(rows, found) | {"too_long": len(solutions) - len(rows)}
-        storage.write_json(Path(log_dir) / "results.json", report)
+        storage.write_json(Path(config.log_dir) / "results.json", report)
         runlog.table(credit_table(report))
 
 
-def logprobs_of(ckpt_dir: str, encoded: list[Encoded], max_batch_size: Count) -> list[list[float]]:
+def logprobs_of(ckpt_dir: str, encoded: list[Encoded], max_batch_size: int) -> list[list[float]]:
     """The log-prob of each response token by the solver in a directory, which is gone afterwards."""
     return list(token_logprobs(assemble.load_solver(ckpt_dir, dtype=torch.float32), encoded, max_batch_size))
 

@@ -7,12 +7,13 @@ python solver_evaluate.py --task GSM8K --ckpt_dir out --interactive
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
-from src.config import Count, CountOrOff, CountOrZero, NonNegative, Seed, Share, TopP
+from src.config import AskedFlags, Count, CountOrOff, CountOrZero, NonNegative, Seed, Share, TopP, flag
 from src.data.encoding import StepKind, encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
@@ -28,118 +29,123 @@ from src.evaluation.evaluator import (
 from src.evaluation.interactive import Solver, converse
 from src.evaluation.prompting import make_prompting, select_prompts
 from src.evaluation.report import CURVES, results_table
-from src.evaluation.served import Backend, ServedSolver, check_flags
+from src.evaluation.served import ServedSolver, check_flags
 from src.evaluation.tasks import Task, find_task
 from src.inference.sampling import Sampling
 from src.plot import plot_results
 from src.runlog import RunLog
 
 
-def main(
-    task: str, label_file: str = "", log_dir: str = "", ckpt_dir: str = "", samples_file: str = "",
-    model_type: str = "", tokenizer_file: str = "", chat_template: str = "",
-    max_batch_size: Count = 64, max_new_tokens: Count = 512,
-    num_samples: Count = 1, temperature: NonNegative = 0.0, top_p: TopP = 1.0, top_k: CountOrZero = 0,
-    min_p: Share = 0.0,
-    quantize: Literal["", "int8", "int4"] = "", compile: bool = False, few_shot: str = "", prompt_template: str = "",
-    split: str = "", limit: CountOrOff = -1, seed: Seed = 1, backend: Backend = "engine",
-    max_rounds: Count = 24, isolation: Literal["", "bubblewrap", "namespaces", "none"] = "",
-    base_url: str = "", model_name: str = "", api_key_env: str = "", interactive: bool = False,
-    verifier_ckpt_dir: str = "", step: Literal["", StepKind] = "", dry_run: bool = False,
-) -> None:
-    """Batched decoding and grading. Writes samples.jsonl, results.json and results.png to log_dir; a rerun continues.
+@dataclass(frozen=True, kw_only=True)
+class SolverEvaluateConfig(AskedFlags):
+    """Evaluation"""
 
-    task: how problems are put and answers found and compared: GSM8K, MATH, MATH-500, SVAMP, ASDiv, MAWPS, AQuA, choice,
-        OlympiadBench, toy, GSM8K-strict, GSM8K-weak-to-strong, MATH-weak-to-strong, none (sample without grading), or
-        FILE.json with one's own
-    label_file: problems, json array or jsonl of {"instruction", "label"?, "id"?, "level"?, "subject"?, "split"?}
-    log_dir: directory for samples.jsonl, results.json, results.png, run.json
-    ckpt_dir: solver checkpoint; not needed with samples_file or a server
-    samples_file: grade these samples instead: jsonl of {"response", "id"?, "sample"?}, matched by id or row order
-    model_type: a family or released size the checkpoint must agree with; default: what params.json says
-    max_batch_size: sequences that decode at once; requests under way at a server
-    max_new_tokens: longest response
-    num_samples: samples of each problem
-    temperature: 0 = greedy
-    top_p: sample from the smallest set of tokens with this probability
-    top_k: sample from so many likeliest tokens; 0 = all. It comes before top_p, the temperature before both
-    min_p: sample from tokens at least this likely relative to the likeliest
-    quantize: hold weights in 8 or 4 bits, in groups of 128 or 32 that share a scale; default: as they are computed with
-    compile: decode from compiled CUDA graphs; without a GPU it changes nothing
-    few_shot: demonstrations before each problem: gsm8k8, minerva4 or a json file (dataset/README.md)
-    split: only problems with this `split` field, or level=4, level=1-3, subject=Algebra|Geometry; a comma means and
-    limit: only the first so many problems; -1 = all
-    seed: with the problem's id and the sample's number, all that a sample's randomness depends on
-    max_rounds: of a model that writes solutions with code (--chat_template code): blocks of text and code at most
-    interactive: answer problems typed on standard input instead; needs no label_file and no log_dir
-    verifier_ckpt_dir: with interactive, the verifier that scores every step of a solution
-    step: what such a step is: a paragraph, with a blank line behind it, or a line; default: what it was in the
-        verifier's training, which nothing else may be
-    dry_run: print the plan - prompts, memory of each rank - and stop
-    """
-    flags = locals().copy()
-    benchmark = find_task(task)
-    refuse_contradictions(flags, benchmark)
-    for folder, kind in ((ckpt_dir, "solver"), (verifier_ckpt_dir, "verifier")):
+    task: str = flag(help="""how problems are put and answers found and compared: GSM8K, MATH, MATH-500,
+        SVAMP, ASDiv, MAWPS, AQuA, choice, OlympiadBench, toy, GSM8K-strict, GSM8K-weak-to-strong,
+        MATH-weak-to-strong, none (sample without grading), or FILE.json with one's own""")
+    label_file: str = flag("", """problems, json array or jsonl of {"instruction", "label"?, "id"?, "level"?,
+        "subject"?, "split"?}""")
+    log_dir: str = flag("", "directory for samples.jsonl, results.json, results.png, run.json")
+    ckpt_dir: str = flag("", "solver checkpoint; not needed with samples_file or a server")
+    samples_file: str = flag("", """grade these samples instead: jsonl of {"response", "id"?, "sample"?},
+        matched by id or row order""")
+    model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
+        params.json says""")
+    max_batch_size: Count = flag(64, "sequences that decode at once; requests under way at a server")
+    max_new_tokens: Count = flag(512, "longest response")
+    num_samples: Count = flag(1, "samples of each problem")
+    temperature: NonNegative = flag(0.0, "0 = greedy")
+    top_p: TopP = flag(1.0, "sample from the smallest set of tokens with this probability")
+    top_k: CountOrZero = flag(0, """sample from so many likeliest tokens; 0 = all. It comes before top_p, the
+        temperature before both""")
+    min_p: Share = flag(0.0, "sample from tokens at least this likely relative to the likeliest")
+    quantize: Literal["", "int8", "int4"] = flag("", """hold weights in 8 or 4 bits, in groups of 128 or 32
+        that share a scale; default: as they are computed with""")
+    compile: bool = flag(False, "decode from compiled CUDA graphs; without a GPU it changes nothing")
+    few_shot: str = flag("", """demonstrations before each problem: gsm8k8, minerva4 or a json file
+        (dataset/README.md)""")
+    split: str = flag("", """only problems with this `split` field, or level=4, level=1-3,
+        subject=Algebra|Geometry; a comma means and""")
+    limit: CountOrOff = flag(-1, "only the first so many problems; -1 = all")
+    seed: Seed = flag(1, """with the problem's id and the sample's number, all that a sample's randomness
+        depends on""")
+    max_rounds: Count = flag(24, """of a model that writes solutions with code (--chat_template code): blocks
+        of text and code at most""")
+    interactive: bool = flag(False, """answer problems typed on standard input instead; needs no label_file
+        and no log_dir""")
+    verifier_ckpt_dir: str = flag("", "with interactive, the verifier that scores every step of a solution")
+    step: Literal["", StepKind] = flag("", """what such a step is: a paragraph, with a blank line behind it,
+        or a line; default: what it was in the verifier's training, which nothing else may be""")
+
+
+def main(config: SolverEvaluateConfig) -> None:
+    """Decode and grade. Writes samples.jsonl, results.json and results.png to log_dir; a rerun continues."""
+    benchmark = find_task(config.task)
+    refuse_contradictions(config.flags(), benchmark)
+    for folder, kind in ((config.ckpt_dir, "solver"), (config.verifier_ckpt_dir, "verifier")):
         if folder:
             assemble.load_config(folder, kind=kind)
-    prompting = make_prompting(benchmark, few_shot, prompt_template)
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-                        max_new_tokens=max_new_tokens, stop=prompting.stop, seed=seed)
-    solver = {"model_type": model_type, "quantize": quantize}
-    if interactive:
-        parallel.start(seed=seed)
-        tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
-        assemble.check_tokenizer(tokenizer, verifier_ckpt_dir)
-        if verifier_ckpt_dir:
-            assemble.check_step(verifier_ckpt_dir, assemble.load_config(verifier_ckpt_dir), step)
-        verifier = assemble.load_verifier(verifier_ckpt_dir, quantize=quantize) if verifier_ckpt_dir else None
-        converse(Solver(assemble.load_solver(ckpt_dir, **solver), tokenizer, prompting, sampling, benchmark, verifier))
+    prompting = make_prompting(benchmark, config.few_shot, config.prompt_template)
+    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
+                        max_new_tokens=config.max_new_tokens, stop=prompting.stop, seed=config.seed)
+    solver = {"model_type": config.model_type, "quantize": config.quantize}
+    if config.interactive:
+        parallel.start(seed=config.seed)
+        tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template)
+        assemble.check_tokenizer(tokenizer, config.verifier_ckpt_dir)
+        verifier = None
+        if config.verifier_ckpt_dir:
+            scoring = assemble.load_config(config.verifier_ckpt_dir)
+            assemble.check_step(config.verifier_ckpt_dir, scoring, config.step)
+            verifier = assemble.load_verifier(config.verifier_ckpt_dir, quantize=config.quantize)
+        model = assemble.load_solver(config.ckpt_dir, **solver)
+        converse(Solver(model, tokenizer, prompting, sampling, benchmark, verifier))
         return
-    problems = read_prompts(label_file, need_label=benchmark.graded)
-    prompts = select_prompts(problems, split)[: limit if limit >= 0 else None]
-    served = ServedSolver(flags, prompting) if backend == "openai" else None
-    if dry_run and not ckpt_dir:
+    problems = read_prompts(config.label_file, need_label=benchmark.graded)
+    prompts = select_prompts(problems, config.split)[: config.limit if config.limit >= 0 else None]
+    served = ServedSolver(config.flags(), prompting) if config.backend == "openai" else None
+    if config.dry_run and not config.ckpt_dir:
         shown = (served.shown if served else prompting.text)(prompts[0].instruction)
         runlog.table(plan.report({"problems": len(prompts), "a prompt": shown}, {}))
         return
-    if dry_run:
-        tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
+    if config.dry_run:
+        tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template)
         texts = [prompting.text(prompt.instruction) for prompt in prompts]
-        runlog.table(plan.decoding(assemble.load_config(ckpt_dir, model_type), assemble.n_shards(ckpt_dir),
-                                   [encode_prompt(tokenizer, text) for text in texts],
-                                   samples=num_samples, max_new_tokens=max_new_tokens, n_rows=max_batch_size,
-                                   quantize=quantize))
+        runlog.table(plan.decoding(
+            assemble.load_config(config.ckpt_dir, config.model_type), assemble.n_shards(config.ckpt_dir),
+            [encode_prompt(tokenizer, text) for text in texts], samples=config.num_samples,
+            max_new_tokens=config.max_new_tokens, n_rows=config.max_batch_size, quantize=config.quantize))
         return
-    storage.claim(Path(log_dir))
-    path, speed = Path(log_dir) / "samples.jsonl", None
-    if samples_file:
-        refuse_sampled(path, samples_file)
+    storage.claim(Path(config.log_dir))
+    path, speed = Path(config.log_dir) / "samples.jsonl", None
+    if config.samples_file:
+        refuse_sampled(path, config.samples_file)
     marks = parallel.rank() == 0 and benchmark.graded
     with Marking(benchmark, prompts) if marks else nullcontext() as marking:
-        if not samples_file:
-            parallel.start(seed=seed)
+        if not config.samples_file:
+            parallel.start(seed=config.seed)
             if served:
                 source, sampler = served.source, served.sampler(sampling)
             else:
-                model = assemble.load_solver(ckpt_dir, **solver)
-                tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file, chat_template)
-                source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), "chat_template": tokenizer.chat_template}
-                coding = Coding(tokenizer, max_rounds, isolation or None) if tokenizer.code else None
-                source |= {"max_rounds": max_rounds} if coding else {}
-                sampler = local_sampler(model, tokenizer, prompting, sampling, max_batch_size, compiled=compile,
-                                        coding=coding)
-            claim_samples(path, source | {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
-                                          "max_new_tokens": max_new_tokens, "quantize": quantize,
-                                          "seed": seed} | prompting.facts())
-            speed = sample_prompts(sampler, prompts, num_samples=num_samples, path=path, log=RunLog(log_dir, flags),
-                                   marking=marking)
+                model = assemble.load_solver(config.ckpt_dir, **solver)
+                tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template)
+                source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)),
+                          "chat_template": tokenizer.chat_template}
+                coding = Coding(tokenizer, config.max_rounds, config.isolation or None) if tokenizer.code else None
+                source |= {"max_rounds": config.max_rounds} if coding else {}
+                sampler = local_sampler(model, tokenizer, prompting, sampling, config.max_batch_size,
+                                        compiled=config.compile, coding=coding)
+            drawn_by = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "quantize", "seed")
+            flags = config.flags()
+            claim_samples(path, source | {name: flags[name] for name in drawn_by} | prompting.facts())
+            speed = sample_prompts(sampler, prompts, num_samples=config.num_samples, path=path,
+                                   log=RunLog(config.log_dir, flags), marking=marking)
         if marking:
-            samples = match_samples(read_samples(samples_file or str(path)), problems, samples_file)
-            asked = {} if samples_file else prompting._asdict() | {"few_shot": few_shot}
+            samples = match_samples(read_samples(config.samples_file or str(path)), problems, config.samples_file)
+            asked = {} if config.samples_file else prompting._asdict() | {"few_shot": config.few_shot}
             results = grade_samples(marking, samples, path) | asked
-            storage.write_json(Path(log_dir) / "results.json", results)
-            plot_results(results, CURVES, Path(log_dir) / "results.png")
+            storage.write_json(Path(config.log_dir) / "results.json", results)
+            plot_results(results, CURVES, Path(config.log_dir) / "results.png")
             runlog.table(results_table(results, speed))
 
 

@@ -5,12 +5,13 @@ torchrun --nproc_per_node 8 verifier_evaluate.py --task GSM8K --ckpt_dir verifie
 torchrun --nproc_per_node 8 verifier_evaluate.py --ckpt_dir prm --steps_file processbench.json --log_dir log/steps
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
-from src.config import Count
+from src.config import Config, Count, flag
 from src.data.encoding import StepKind
 from src.data.examples import match_samples, read_judged, read_prompts, read_samples
 from src.errors import UserError
@@ -30,71 +31,88 @@ from src.plot import plot_verifier
 from src.runlog import RunLog
 
 
-def main(
-    ckpt_dir: str, log_dir: str, task: str = "", samples_file: str = "", label_file: str = "", split: str = "",
-    steps_file: str = "", threshold_file: str = "", aggregation: Literal["prod", "min", "last", "mean", "max"] = "prod",
-    step: Literal["", StepKind] = "", model_type: str = "", tokenizer_file: str = "", max_batch_size: Count = 64,
-    quantize: Literal["", "int8", "int4"] = "", dry_run: bool = False,
-) -> None:
-    """Add scores to samples: best-of-n and weighted voting over n beside majority voting; or judge steps.
+@dataclass(frozen=True, kw_only=True)
+class VerifierEvaluateConfig(Config):
+    """Verifier evaluation"""
 
-    ckpt_dir: verifier checkpoint
-    log_dir: directory for the scored samples.jsonl, results.json, verifier.png, run.json; a rerun continues
-    task: how answers are found and compared: a name that solver_evaluate.py --help lists, or FILE.json
-    samples_file: samples.jsonl of solver_evaluate.py, several samples a problem
-    label_file: the problems that were sampled, with labels
-    split: only problems with this `split` field, or level=4-5, subject=Algebra, as for solver_evaluate.py
-    steps_file: instead of samples, solutions with judged steps: {"instruction", "steps", "labels"}
-    threshold_file: solutions with judged steps on which the threshold of the first-error F1 is chosen; default: 0.5
-    aggregation: what makes one score of the steps of a solution (process verifiers)
-    step: what a step is: a paragraph, with a blank line behind it, or a line; default: what it was in the verifier's
-        training, which nothing else may be
-    model_type: a family or released size the checkpoint must agree with; default: what params.json says
-    tokenizer_file: tokenizer file of any kind; default: the one in ckpt_dir
-    max_batch_size: samples in one forward pass
-    quantize: hold weights in 8 or 4 bits, in groups of 128 or 32 that share a scale; default: as they are computed with
-    dry_run: print the plan - samples, memory of each rank - and stop
-    """
-    flags = locals().copy()
-    if bool(steps_file) == bool(samples_file) or (samples_file and not (task and label_file)):
-        raise UserError("give either --samples_file with --task and --label_file, or --steps_file")
-    config = assemble.load_config(ckpt_dir, model_type, "verifier")
-    problems = read_prompts(label_file, need_label=True) if samples_file else []
-    prompts = select_prompts(problems, split) if samples_file else []
-    asked = {prompt.id for prompt in prompts}
-    matched = match_samples(read_samples(samples_file), problems, samples_file) if samples_file else []
-    samples = [sample for sample in matched if sample.id in asked]
-    judged = read_judged(steps_file) if steps_file else []
-    if steps_file and config.objective == "pairwise":
-        raise UserError(f"{ckpt_dir} is a pairwise verifier and cannot judge steps; give an outcome or process one")
-    assemble.check_step(ckpt_dir, config, step)
-    if dry_run:
-        runlog.table(plan.scoring(config, assemble.n_shards(ckpt_dir), len(samples or judged), quantize))
+    ckpt_dir: str = flag(help="verifier checkpoint")
+    log_dir: str = flag(help="""directory for the scored samples.jsonl, results.json, verifier.png, run.json;
+        a rerun continues""")
+    task: str = flag("", """how answers are found and compared: a name that solver_evaluate.py --help lists,
+        or FILE.json""")
+    samples_file: str = flag("", "samples.jsonl of solver_evaluate.py, several samples a problem")
+    label_file: str = flag("", "the problems that were sampled, with labels")
+    split: str = flag("", """only problems with this `split` field, or level=4-5, subject=Algebra, as for
+        solver_evaluate.py""")
+    steps_file: str = flag("", """instead of samples, solutions with judged steps: {"instruction", "steps",
+        "labels"}""")
+    threshold_file: str = flag("", """solutions with judged steps on which the threshold of the first-error F1
+        is chosen; default: 0.5""")
+    aggregation: Literal["prod", "min", "last", "mean", "max"] = flag("prod", """what makes one score of the
+        steps of a solution (process verifiers)""")
+    step: Literal["", StepKind] = flag("", """what a step is: a paragraph, with a blank line behind it, or a
+        line; default: what it was in the verifier's training, which nothing else may be""")
+    model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
+        params.json says""")
+    tokenizer_file: str = flag("", "tokenizer file of any kind; default: the one in ckpt_dir")
+    max_batch_size: Count = flag(64, "samples in one forward pass")
+    quantize: Literal["", "int8", "int4"] = flag("", """hold weights in 8 or 4 bits, in groups of 128 or 32
+        that share a scale; default: as they are computed with""")
+
+
+    def __post_init__(self) -> None:
+        """Raise UserError unless samples or steps are given, with what each needs."""
+        super().__post_init__()
+        complete = not self.samples_file or (self.task and self.label_file)
+        if bool(self.steps_file) == bool(self.samples_file) or not complete:
+            raise UserError("give either --samples_file with --task and --label_file, or --steps_file")
+
+
+def main(config: VerifierEvaluateConfig) -> None:
+    """Add scores to samples: best-of-n and weighted voting over n beside majority voting; or judge steps."""
+    model_config = assemble.load_config(config.ckpt_dir, config.model_type, "verifier")
+    prompts, samples, judged = [], [], []
+    if config.samples_file:
+        problems = read_prompts(config.label_file, need_label=True)
+        prompts = select_prompts(problems, config.split)
+        asked = {prompt.id for prompt in prompts}
+        matched = match_samples(read_samples(config.samples_file), problems, config.samples_file)
+        samples = [sample for sample in matched if sample.id in asked]
+    else:
+        judged = read_judged(config.steps_file)
+        if model_config.objective == "pairwise":
+            raise UserError(f"{config.ckpt_dir} is a pairwise verifier and cannot judge steps; give an outcome or "
+                            f"process one")
+    assemble.check_step(config.ckpt_dir, model_config, config.step)
+    if config.dry_run:
+        n_shards = assemble.n_shards(config.ckpt_dir)
+        runlog.table(plan.scoring(model_config, n_shards, len(samples or judged), config.quantize))
         return
-    storage.claim(Path(log_dir))
-    if samples_file:
-        refuse_sampled(Path(log_dir) / "samples.jsonl", samples_file)
+    storage.claim(Path(config.log_dir))
+    if config.samples_file:
+        refuse_sampled(Path(config.log_dir) / "samples.jsonl", config.samples_file)
     parallel.start()
-    verifier = assemble.load_verifier(ckpt_dir, quantize=quantize)
-    tokenizer = assemble.load_tokenizer(ckpt_dir, tokenizer_file)
-    log, folder = RunLog(log_dir, flags), Path(log_dir)
-    if steps_file:
+    verifier = assemble.load_verifier(config.ckpt_dir, quantize=config.quantize)
+    tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
+    log, folder = RunLog(config.log_dir, config.flags()), Path(config.log_dir)
+    if config.steps_file:
         threshold = None
-        if threshold_file:
-            rows = read_judged(threshold_file)
-            found = score_steps(verifier, tokenizer, rows, max_batch_size=max_batch_size)
+        if config.threshold_file:
+            rows = read_judged(config.threshold_file)
+            found = score_steps(verifier, tokenizer, rows, max_batch_size=config.max_batch_size)
             threshold = choose_threshold(rows, found)
-        found = score_steps(verifier, tokenizer, judged, max_batch_size=max_batch_size)
+        found = score_steps(verifier, tokenizer, judged, max_batch_size=config.max_batch_size)
         if parallel.rank() == 0:
             report = report_steps(judged, found, threshold)
             storage.write_json(folder / "results.json", report)
             runlog.table(steps_table(report))
         return
-    scores = score_samples(verifier, tokenizer, samples, aggregation=aggregation, max_batch_size=max_batch_size,
-                           path=folder / f"scores.{storage.fingerprint(Path(ckpt_dir))[:12]}{quantize}.jsonl", log=log)
+    identity = f"{storage.fingerprint(Path(config.ckpt_dir))[:12]}{config.quantize}"
+    scores = score_samples(verifier, tokenizer, samples, aggregation=config.aggregation,
+                           max_batch_size=config.max_batch_size, path=folder / f"scores.{identity}.jsonl", log=log)
     if parallel.rank() == 0:
         scored = [with_score(sample, found) for sample, found in zip(samples, scores, strict=True)]
-        with Marking(find_task(task), prompts) as marking:
+        with Marking(find_task(config.task), prompts) as marking:
             results = grade_samples(marking, scored, folder / "samples.jsonl")
             report = report_samples(judged_samples(marking, scored))
         storage.write_json(folder / "results.json", results | {"verifier": report})

@@ -199,7 +199,8 @@ def prepare(folder: Path, model: str) -> None:
     sizes = MODELS[model] | {"max_position_embeddings": 1024}
     config = LlamaConfig(**sizes, tie_word_embeddings=True, initializer_range=0.04)
     LlamaForCausalLM(config).save_pretrained(folder / "hf")
-    checkpoint_split.main(str(folder / "hf"), str(folder / "ours"), 1)
+    config = checkpoint_split.SplitConfig(ckpt_file=str(folder / "hf"), save_path=str(folder / "ours"))
+    checkpoint_split.main(config)
 
 
 def in_own_process(folder: Path, task: Task, threads: int) -> Measured:

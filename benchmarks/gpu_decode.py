@@ -40,7 +40,8 @@ def prepare(folder: Path, sizes: dict[str, int], dtype: torch.dtype) -> None:
     with torch.device(parallel.device()):
         model = LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype)
     model.save_pretrained(folder / "hf")
-    checkpoint_split.main(str(folder / "hf"), str(folder / "ours"), 1)
+    config = checkpoint_split.SplitConfig(ckpt_file=str(folder / "hf"), save_path=str(folder / "ours"))
+    checkpoint_split.main(config)
 
 
 def seconds(run: Callable[[], object]) -> float:

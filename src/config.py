@@ -62,7 +62,6 @@ def flag(default: object = MISSING, help: str = "") -> Any:
 class Config:
     """The run"""
 
-    seed: Seed = flag(1, "seed of everything random: data order, sampling, new adapters")
     dry_run: bool = flag(False, "print the plan - steps, memory of each rank, disk, an example - and stop")
 
     def __post_init__(self) -> None:
@@ -138,8 +137,30 @@ class RunFlags(Config):
     max_batch_size: Count = flag(1, "rows in one forward pass")
     epochs: Count = flag(1, "passes over the training file")
     max_steps: CountOrOff = flag(-1, "stop after so many optimizer steps; -1 = after all epochs")
+    seed: Seed = flag(1, "seed of everything random: data order, sampling, new adapters")
     wandb: str = flag("", """PROJECT or PROJECT/NAME to show the metrics under in Weights & Biases;
         WANDB_MODE=offline keeps them in the run's directory""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedFlags(Config):
+    """How the solver is asked"""  # of what samples from a solver: a checkpoint in this process, or a server
+
+    tokenizer_file: str = flag("", """tokenizer of any kind; default: the one in ckpt_dir. A server then gets
+        token ids, not text""")
+    chat_template: str = flag("", """form of prompts: none, file (the tokenizer's own) or llama-2, llama-3,
+        mistral, qwen, deepseek, gemma, internlm2, code; default: what ckpt_dir was trained with, else none.
+        With a server: they need tokenizer_file; server = it puts messages in its own (/chat/completions);
+        default: the bare prompt as text""")
+    prompt_template: str = flag("", """text or file with {instruction} where the problem goes, \\n for a new
+        line; default: the task's""")
+    isolation: Literal["", "bubblewrap", "namespaces", "none"] = flag("", """what the code of solutions with
+        code runs in; default: what this machine has; none = your own rights, under limits alone""")
+    backend: Literal["engine", "openai"] = flag("engine", """engine = the checkpoint, in this process; openai
+        = a server that speaks the OpenAI protocol""")
+    base_url: str = flag("", "the server's address up to /v1, for example http://localhost:8000/v1")
+    model_name: str = flag("", "the model's name at the server")
+    api_key_env: str = flag("", "name of the environment variable that holds the server's key")
 
 
 @dataclass(frozen=True, kw_only=True)

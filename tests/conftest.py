@@ -60,7 +60,11 @@ def toy_tokenizer() -> Tokenizer:
 def code_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The toy's base with the markers of solutions with code."""
     folder = tmp_path_factory.mktemp("code") / "base"
-    checkpoint_split.main(str(TOY_BASE), str(folder), 1, dtype="float32", code_tokens=True)
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(
+            ckpt_file=str(TOY_BASE), save_path=str(folder), n=1, dtype="float32", code_tokens=True
+        )
+    )
     return str(folder)
 
 

@@ -66,7 +66,9 @@ def test_both_rooms_mean_the_same_files() -> None:
 def test_tokenizers_travel_through_split_train_save_and_export(tmp_path: Path, kind: str) -> None:
     hf = write_model(tmp_path / "hf", kind)
     expected, files = Tokenizer(hf), names(hf)
-    checkpoint_split.main(str(hf), str(tmp_path / "split"), 1)
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(ckpt_file=str(hf), save_path=str(tmp_path / "split"), n=1)
+    )
     rows = str(write_json(tmp_path / "train.json", ROWS))
     solver_train.main(
         solver_train.SolverTrainConfig(
@@ -90,23 +92,33 @@ def test_tokenizers_travel_through_split_train_save_and_export(tmp_path: Path, k
 def test_a_named_tokenizer_comes_with_its_own_files_and_replaces_the_old_one(tmp_path: Path) -> None:
     hf = write_model(tmp_path / "hf", "sentencepiece")
     out = tmp_path / "out"
-    checkpoint_split.main(str(hf), str(out), 1)
+    checkpoint_split.main(checkpoint_split.SplitConfig(ckpt_file=str(hf), save_path=str(out), n=1))
     other = tmp_path / "other"
     other.mkdir()
     write_sentencepiece(other)  # lies beside vocab.json, and is another tokenizer
     write_merges(other)
-    checkpoint_split.main(str(hf), str(out), 1, tokenizer_file=str(other / "vocab.json"))
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(
+            ckpt_file=str(hf), save_path=str(out), n=1, tokenizer_file=str(other / "vocab.json")
+        )
+    )
     assert names(out) == {"vocab.json", "merges.txt", "tokenizer_config.json"}
     assert Tokenizer(out).fingerprint() == Tokenizer(other / "vocab.json").fingerprint()
     (other / "tokenizer.model").rename(other / "own.tiktoken")
-    checkpoint_split.main(str(hf), str(out), 1, tokenizer_file=str(other / "own.tiktoken"))
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(
+            ckpt_file=str(hf), save_path=str(out), n=1, tokenizer_file=str(other / "own.tiktoken")
+        )
+    )
     assert names(out) == {"qwen.tiktoken", "tokenizer_config.json"}
 
 
 def test_ids_beyond_the_model_s_rows_are_refused(tmp_path: Path) -> None:
     hf = write_model(tmp_path / "hf", "vocab.json and merges.txt")
     write_json(hf / "added_tokens.json", {"<more>": Tokenizer(hf).vocab_size})
-    checkpoint_split.main(str(hf), str(tmp_path / "out"), 1)
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(ckpt_file=str(hf), save_path=str(tmp_path / "out"), n=1)
+    )
     with pytest.raises(UserError, match=r"vocab.json has \d+ pieces but .*out embeds \d+"):
         assemble.load_tokenizer(str(tmp_path / "out"))
 
@@ -120,7 +132,9 @@ def test_later_commands_follow_the_chat_template_of_training(
         str(tmp_path / "log"),
         str(write_json(tmp_path / "rows.json", ROWS)),
     )
-    checkpoint_split.main(str(hf), str(tmp_path / "base"), 1)
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(ckpt_file=str(hf), save_path=str(tmp_path / "base"), n=1)
+    )
     assert assemble.load_tokenizer(str(tmp_path / "base")).chat is None
     for rank in (-1, 2):
         solver_train.main(
@@ -139,11 +153,24 @@ def test_later_commands_follow_the_chat_template_of_training(
         solver_train.SolverTrainConfig(ckpt_dir=out, save_dir=str(tmp_path / "more"), train_file=rows)
     )
     assert assemble.load_config(str(tmp_path / "more")).chat_template == "gemma"
-    solver_evaluate.main("none", rows, log, out, max_new_tokens=40)
+    solver_evaluate.main(
+        solver_evaluate.SolverEvaluateConfig(
+            task="none", label_file=rows, log_dir=log, ckpt_dir=out, max_new_tokens=40
+        )
+    )
     assert len(read_samples(f"{log}/samples.jsonl")) == len(ROWS)
     assert not warned.records
     with pytest.raises(UserError, match="holds samples with chat_template=gemma, but this run has none"):
-        solver_evaluate.main("none", rows, log, out, chat_template="none", max_new_tokens=40)
+        solver_evaluate.main(
+            solver_evaluate.SolverEvaluateConfig(
+                task="none",
+                label_file=rows,
+                log_dir=log,
+                ckpt_dir=out,
+                chat_template="none",
+                max_new_tokens=40,
+            )
+        )
     assert "was trained with chat template gemma; --chat_template none shows it texts in" in warned.text
     warned.clear()
     assemble.check_tokenizer(assemble.load_tokenizer(str(tmp_path / "base")), out)
@@ -154,7 +181,9 @@ def test_a_dry_run_shows_the_chat_with_its_answer_in_brackets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hf = write_model(tmp_path / "hf", "sentencepiece")
-    checkpoint_split.main(str(hf), str(tmp_path / "base"), 1)
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(ckpt_file=str(hf), save_path=str(tmp_path / "base"), n=1)
+    )
     rows = str(write_json(tmp_path / "rows.json", ROWS))
     solver_train.main(
         solver_train.SolverTrainConfig(

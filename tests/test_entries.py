@@ -197,7 +197,11 @@ def test_the_actor_can_be_resharded_and_evaluated_on_one_rank(whole_path: Path, 
     script = importlib.import_module("solver_evaluate")
     for source in ("ppo/actor", "solver_lora"):
         name = source.replace("/", "_")
-        checkpoint_split.main(str(whole_path / source), str(tmp_path / name), 1)
+        checkpoint_split.main(
+            checkpoint_split.SplitConfig(
+                ckpt_file=str(whole_path / source), save_path=str(tmp_path / name), n=1
+            )
+        )
         labels = str(whole_path / "dataset/GSM8K/train.json")
         script.main("GSM8K", labels, str(tmp_path / f"log_{name}"), str(tmp_path / name), max_new_tokens=12)
         found = json.loads((tmp_path / f"log_{name}/results.json").read_text())
@@ -214,7 +218,9 @@ def entry(name: str) -> Callable[..., None]:
 ENTRIES = [
     name
     for script in SCRIPTS
-    for name in [f"{script} {command}" for command in getattr(importlib.import_module(script), "COMMANDS", {})]
+    for name in [
+        f"{script} {command}" for command in getattr(importlib.import_module(script), "COMMANDS", {})
+    ]
     or [script]
 ]
 
@@ -304,15 +310,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "data_build outcome": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
             "data_build reject": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
             "data_build prefer": {"samples_file": "graded.json", "save_file": "out/pairs.json"},
-            "data_build select": {"train_file": "train.json", "split": "level=1-3", "save_file": "out/easy.json"},
-            "data_build split": {"train_file": "train.json", "first_file": "out/a.json", "second_file": "out/b.json"},
+            "data_build select": {
+                "train_file": "train.json",
+                "split": "level=1-3",
+                "save_file": "out/easy.json",
+            },
+            "data_build split": {
+                "train_file": "train.json",
+                "first_file": "out/a.json",
+                "second_file": "out/b.json",
+            },
             "data_build process": build,
             "data_build join": {"train_file": "steps.json", "save_file": "out/joined.json"},
             "data_build branch": build,
             "verifier_train": train | {"train_file": "pairs.json"},
             "preference_train": train | {"train_file": "pairs.json"},
-            "preference_evaluate": {"ckpt_dir": "one", "reference_ckpt_dir": "one", "steps_file": "steps.json",
-                                    "log_dir": "out"},  # fmt: skip
+            "preference_evaluate": {
+                "ckpt_dir": "one",
+                "reference_ckpt_dir": "one",
+                "steps_file": "steps.json",
+                "log_dir": "out",
+            },  # fmt: skip
             "verifier_evaluate": evaluate | {"ckpt_dir": "verifier", "samples_file": "samples.json"},
             "ppo_train": {
                 "actor_ckpt_dir": "one",
@@ -485,7 +503,11 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("ppo_train", {"advantage": "rloo", "group_size": 1}, "--group_size is 1, but --advantage rloo compares"),
     ("ppo_train", {"group_size": 5}, "--max_buffer_size 96 episodes are no whole number of groups"),
     ("ppo_train", {"dual_clip": 0.5}, "--dual_clip is 0.5, expected more than 1, or 0"),
-    ("ppo_train", {"filter_groups": "true"}, "--filter_groups drops groups of equal rewards, so --group_size"),
+    (
+        "ppo_train",
+        {"filter_groups": "true"},
+        "--filter_groups drops groups of equal rewards, so --group_size",
+    ),
     ("ppo_train", {"overlong_buffer": 300}, "--overlong_buffer 300 needs --truncated penalty and more"),
     ("ppo_train", {"kl_coef": 0, "kl_target": 1}, "--kl_target adapts a KL term, but --kl_coef is 0"),
     ("ppo_train", {"reward": "nowhere.py:f"}, "--reward 'nowhere.py:f' is neither verifier nor rule"),
@@ -512,7 +534,11 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
         "saving to verifier would overwrite verifier, which is read",
     ),
     ("solver_train", {"lora_rank": 8, "lora_targets": "wq,wx"}, "lora_targets names 'wx'"),
-    ("solver_train", {"quantize": "int8"}, "--quantize int8 holds weights that are not trained, but --lora_rank -1"),
+    (
+        "solver_train",
+        {"quantize": "int8"},
+        "--quantize int8 holds weights that are not trained, but --lora_rank -1",
+    ),
     ("solver_train", {"max_seq_len": 4}, "16 of 16 rows are longer than --max_seq_len 4"),
     ("solver_train", {"tokenizer_file": "train.json"}, "train.json is no tokenizer"),
     ("verifier_train", {"held_out": 0}, "--held_out 0.0 of 20 problems leaves nothing"),
@@ -550,23 +576,51 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("ppo_train", {"max_buffer_size": 0}, "--max_buffer_size is 0, expected 1 or more"),
     ("ppo_train", {"max_steps": 0}, "--max_steps is 0, expected 1 or more, or -1"),
     ("ppo_train", {"critic_warmup": 2}, "--critic_warmup is 2, but there are only 1 buffers"),
-    ("ppo_train", {"share_base": "true"}, "--share_base shares frozen weights below adapters; give --lora_rank"),
-    ("ppo_train", {"share_base": "true", "lora_rank": 2, "phases": "true"}, "one base in float32 for the whole run"),
-    ("ppo_train", {"max_refills": 2}, "--max_refills replaces the groups that --filter_groups drops; give both"),
+    (
+        "ppo_train",
+        {"share_base": "true"},
+        "--share_base shares frozen weights below adapters; give --lora_rank",
+    ),
+    (
+        "ppo_train",
+        {"share_base": "true", "lora_rank": 2, "phases": "true"},
+        "one base in float32 for the whole run",
+    ),
+    (
+        "ppo_train",
+        {"max_refills": 2},
+        "--max_refills replaces the groups that --filter_groups drops; give both",
+    ),
     ("ppo_train", {"gamma": 1.5}, "--gamma is 1.5, expected a number from 0 to 1"),
     ("ppo_train", {"critic_lr": "inf"}, "--critic_lr is inf, expected 0 or more"),
     ("verifier_train", {"train_file": "steps.json"}, "steps.json, row 1: key 'chosen' is missing"),
-    ("verifier_train", {"train_file": "short.json", "objective": "process"}, "short.json, row 1: .* found 2 and 1"),
+    (
+        "verifier_train",
+        {"train_file": "short.json", "objective": "process"},
+        "short.json, row 1: .* found 2 and 1",
+    ),
     ("verifier_train", {"train_file": "empty_step.json", "objective": "process"}, "row 1: step 1 is ' '"),
-    ("verifier_train", {"train_file": "beyond.json", "objective": "process"}, "row 1: label 1 is 2; expected 0 to 1"),
-    ("verifier_train", {"train_file": "pairs.json", "objective": "outcome"}, "row 1: 'correct' is None; expected true"),
+    (
+        "verifier_train",
+        {"train_file": "beyond.json", "objective": "process"},
+        "row 1: label 1 is 2; expected 0 to 1",
+    ),
+    (
+        "verifier_train",
+        {"train_file": "pairs.json", "objective": "outcome"},
+        "row 1: 'correct' is None; expected true",
+    ),
     ("verifier_train", {"weights": "1,2"}, "--weights has 2 numbers for 1 training files"),
     ("verifier_train", {"train_file": "pairs.json,nowhere.json"}, "^nowhere.json does not exist"),
     ("verifier_train", {"weights": "0"}, r"--weights is \[0.0\], expected more than 0 each"),
     ("verifier_evaluate", {"samples_file": None}, "give either --samples_file with --task and --label_file"),
     ("verifier_evaluate", {"samples_file": None, "steps_file": "steps.json"}, "is a pairwise verifier"),
     ("verifier_evaluate", {"ckpt_dir": "one"}, r"is a solver \(no value head\)"),
-    ("data_build select", {"split": "difficulty=1"}, "'difficulty=1' is no condition; expected NAME, level=4"),
+    (
+        "data_build select",
+        {"split": "difficulty=1"},
+        "'difficulty=1' is no condition; expected NAME, level=4",
+    ),
     ("data_build select", {"split": "level=9"}, "no problem has level 9; found"),
     ("verifier_evaluate", {"split": "level=9"}, "no problem has level 9; found"),
     ("data_build split", {"share": 0}, "train.json gives no rows: --share 0.0 leaves it none"),
@@ -574,34 +628,94 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("data_build split", {"test_file": "train.json"}, "16 questions of train.json are in train.json"),
     ("data_build process", {"samples_file": "graded.json"}, "has no key 'label'; grade the file"),
     ("data_build process", {"task": "MATH"}, "was graded by gsm8k/hashes@2, exact@2, but --task MATH means"),
-    ("data_build process", {"solutions_a_problem": 1}, "judged.json has no solution of two steps or more to judge"),
+    (
+        "data_build process",
+        {"solutions_a_problem": 1},
+        "judged.json has no solution of two steps or more to judge",
+    ),
     ("data_build process", {"rollouts": 0}, "--rollouts is 0, expected 1 or more"),
     ("data_build branch", {}, "judged.json has no right solution of three steps or more to leave"),
     ("data_build branch", {"samples_file": "pairs.json"}, "pairs.json, row 1: key 'response' is missing"),
     ("data_build branch", {"attempts": 0}, "--attempts is 0, expected 1 or more"),
-    ("preference_train", {"objective": "cdpo"}, "--label_smoothing is 0.0; --objective cdpo needs the share of wrong"),
+    (
+        "preference_train",
+        {"objective": "cdpo"},
+        "--label_smoothing is 0.0; --objective cdpo needs the share of wrong",
+    ),
     ("preference_train", {"label_smoothing": 0.1}, "--label_smoothing is of --objective cdpo, not of dpo"),
-    ("preference_train", {"label_smoothing": 0.5}, "--label_smoothing is 0.5, expected 0 or more and less than 0.5"),
+    (
+        "preference_train",
+        {"label_smoothing": 0.5},
+        "--label_smoothing is 0.5, expected 0 or more and less than 0.5",
+    ),
     ("preference_evaluate", {"steps_file": "judged.json"}, "judged.json"),
     ("preference_evaluate", {"reference_ckpt_dir": "nowhere"}, "nowhere"),
     ("preference_train", {"margin": 1}, "--margin is of --objective simpo, not of dpo"),
     ("preference_train", {"objective": "ipo", "length_normalize": True}, "ipo always takes means a token"),
-    ("preference_train", {"objective": "orpo", "reference_ckpt_dir": "two"}, "--objective orpo has no reference"),
-    ("preference_train", {"objective": "simpo", "reference_file": "r"}, "--reference_file is given, but --objective"),
+    (
+        "preference_train",
+        {"objective": "orpo", "reference_ckpt_dir": "two"},
+        "--objective orpo has no reference",
+    ),
+    (
+        "preference_train",
+        {"objective": "simpo", "reference_file": "r"},
+        "--reference_file is given, but --objective",
+    ),
     ("preference_train", {"beta": 0}, "--beta is 0.0, expected more than 0"),
     ("preference_train", {"train_file": "steps.json"}, "steps.json, row 1: key 'chosen' is missing"),
-    ("preference_train", {"train_file": "prefix.json"}, "prefix.json, row 1: 'prefix' is a list; expected a string"),
-    ("preference_train", {"reference_ckpt_dir": "verifier"}, r"verifier is a verifier \(it has a value head\)"),
-    ("preference_train", {"reference_file": "samples.json"}, "samples.json, row 1: expected the keys 'key' and"),
-    ("preference_train", {"reference_ckpt_dir": "two", "save_dir": "two"}, "would overwrite two, which is read"),
+    (
+        "preference_train",
+        {"train_file": "prefix.json"},
+        "prefix.json, row 1: 'prefix' is a list; expected a string",
+    ),
+    (
+        "preference_train",
+        {"reference_ckpt_dir": "verifier"},
+        r"verifier is a verifier \(it has a value head\)",
+    ),
+    (
+        "preference_train",
+        {"reference_file": "samples.json"},
+        "samples.json, row 1: expected the keys 'key' and",
+    ),
+    (
+        "preference_train",
+        {"reference_ckpt_dir": "two", "save_dir": "two"},
+        "would overwrite two, which is read",
+    ),
     ("solver_train", {"max_seq_len": 129}, "--max_seq_len 129 is more than the context of one, 128 tokens"),
-    ("verifier_train", {"max_seq_len": 4096}, "--max_seq_len 4096 is more than the context of one, 128 tokens"),
-    ("preference_train", {"max_seq_len": 129}, "--max_seq_len 129 is more than the context of one, 128 tokens"),
+    (
+        "verifier_train",
+        {"max_seq_len": 4096},
+        "--max_seq_len 4096 is more than the context of one, 128 tokens",
+    ),
+    (
+        "preference_train",
+        {"max_seq_len": 129},
+        "--max_seq_len 129 is more than the context of one, 128 tokens",
+    ),
     ("verifier_train", {"max_seq_len": 0}, "--max_seq_len is 0, expected 1 or more, or -1"),
-    ("verifier_train", {"step": "line"}, "--step line goes with --objective outcome or process; pairwise scores know"),
-    ("verifier_evaluate", {"step": "line"}, "verifier is no verifier of outcomes or steps; leave --step line out"),
-    ("ppo_train", {"step": "paragraph"}, "verifier is no verifier of outcomes or steps; leave --step paragraph out"),
-    ("ppo_train", {"step": "line", "reward": "rule"}, "--step line says what a verifier judges; give --reward"),
+    (
+        "verifier_train",
+        {"step": "line"},
+        "--step line goes with --objective outcome or process; pairwise scores know",
+    ),
+    (
+        "verifier_evaluate",
+        {"step": "line"},
+        "verifier is no verifier of outcomes or steps; leave --step line out",
+    ),
+    (
+        "ppo_train",
+        {"step": "paragraph"},
+        "verifier is no verifier of outcomes or steps; leave --step paragraph out",
+    ),
+    (
+        "ppo_train",
+        {"step": "line", "reward": "rule"},
+        "--step line says what a verifier judges; give --reward",
+    ),
     ("solver_evaluate", {"step": "line"}, "--step says what a verifier judges; give --interactive and"),
     ("solver_train", {"lora_rnk": 8}, r"unknown flag --lora_rnk; did you mean --lora_rank\?"),
 ]
@@ -612,8 +726,13 @@ def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, obj
     refuse(world, script, changes, message, here)
 
 
-SOLVER, VERIFIER = r"verifier is a verifier \(it has a value head\); a solver", r"one is a solver \(no value head\)"
-FOREIGN = "hf has no params.json: it is no checkpoint of ours but what config.json describes; bring it here with"
+SOLVER, VERIFIER = (
+    r"verifier is a verifier \(it has a value head\); a solver",
+    r"one is a solver \(no value head\)",
+)
+FOREIGN = (
+    "hf has no params.json: it is no checkpoint of ours but what config.json describes; bring it here with"
+)
 KINDS: list[tuple[str, dict[str, object], str]] = [
     ("checkpoint_split", {"certify": "verifier"}, SOLVER),
     ("checkpoint_split", {"certify": "hf"}, FOREIGN),
@@ -719,7 +838,9 @@ def test_a_dry_run_of_several_ranks_is_planned_for_them(
     for ranks in (1, 2, 4):
         flags = [f"--{name}={value}" for name, value in world.flags[script].items()]
         bind(main, [*flags, f"--tensor_parallel_size={ranks}", "--dry_run"])()
-        held.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights")))
+        held.append(
+            next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights"))
+        )
     assert len(set(held)) == 3  # a rank holds less of a model that more of them share
 
 
@@ -810,13 +931,25 @@ def test_verifiers_of_outcomes_and_steps_from_samples_to_scores(
     write_json(here / "graded_two.json", samples)
     data_build.outcome("graded_two.json", "o.json")
     steps = [
-        {"instruction": row["prompt"], "steps": row["response"].split("\n\n"), "labels": [1, int(row["sample"] == 0)]}
+        {
+            "instruction": row["prompt"],
+            "steps": row["response"].split("\n\n"),
+            "labels": [1, int(row["sample"] == 0)],
+        }
         for row in samples
     ]
     write_json(here / "s.json", steps)
     importlib.import_module("verifier_train").main(
-        "one", "trained", [f"{name}.json" for name in files], objective=objective, max_batch_size=8, packing=True,
-        epochs=2, lr=1e-3, label_tokens="last", balance=True,
+        "one",
+        "trained",
+        [f"{name}.json" for name in files],
+        objective=objective,
+        max_batch_size=8,
+        packing=True,
+        epochs=2,
+        lr=1e-3,
+        label_tokens="last",
+        balance=True,
     )
     config = assemble.load_config("trained")
     assert (config.objective, config.score) == (objective, "last" if objective == "outcome" else "steps")
@@ -863,8 +996,9 @@ def test_what_a_step_is_is_learnt_once_and_followed(
     refuse(world, "verifier_evaluate", {"ckpt_dir": "prm", "step": "paragraph"}, message, here)
     refuse(world, "ppo_train", {"reward_model_ckpt_dir": "prm", "step": "paragraph"}, message, here)
     with pytest.raises(UserError, match=message):
-        importlib.import_module("solver_evaluate").main("toy", ckpt_dir="one", interactive=True,
-                                                        verifier_ckpt_dir="prm", step="paragraph")
+        importlib.import_module("solver_evaluate").main(
+            "toy", ckpt_dir="one", interactive=True, verifier_ckpt_dir="prm", step="paragraph"
+        )
     write_json(here / "s.json", [*steps, steps[0] | {"steps": ["1" * 80, "2" * 80], "labels": [1, 0]}])
     evaluate("prm", "log_steps", steps_file="s.json", threshold_file="s.json")
     assert json.loads(Path("log_steps/results.json").read_text())["too_long"] == 1
@@ -885,7 +1019,11 @@ def test_ppo_leaves_out_prompts_that_are_too_long(world: World, here: Path) -> N
     assert done.returncode == 0, done.stderr
     told = "long.json: 1 of 3 prompts fill the context of one, 128 tokens, and are left out: row 2 (id '1', 202 tokens)"
     assert done.stderr.count(told) == 2
-    seen = {json.loads(line)["prompt"] for line in Path("out/rollouts/step-000001.jsonl").read_text().splitlines()}
+    seen = {
+        json.loads(line)["prompt"] for line in Path("out/rollouts/step-000001.jsonl").read_text().splitlines()
+    }
     assert seen == {"1+1=", "2+2="}
     accuracies = [row["eval_accuracy"] for row in metrics(here / "out") if "eval_accuracy" in row]
-    assert all(3 * accuracy == pytest.approx(round(3 * accuracy)) and accuracy <= 2 / 3 for accuracy in accuracies)
+    assert all(
+        3 * accuracy == pytest.approx(round(3 * accuracy)) and accuracy <= 2 / 3 for accuracy in accuracies
+    )

@@ -115,7 +115,9 @@ SAME = [
 
 @pytest.mark.parametrize("main, words", SAME, ids=[f"{m.__module__} {words}" for m, words in SAME])
 def test_an_output_that_is_an_input_is_refused(here: Path, main: Callable[..., None], words: str) -> None:
-    with pytest.raises(UserError, match="itself, which is needed|would replace --|lie in each other") as problem:
+    with pytest.raises(
+        UserError, match="itself, which is needed|would replace --|lie in each other"
+    ) as problem:
         started(main, *words.split())
     assert "choose another place to write to" in str(problem.value)
 
@@ -137,7 +139,11 @@ def test_what_destroys_nothing_is_let_through(here: Path, main: Callable[..., No
 
 FINISHED = [
     (data_build.pairs, "--samples_file log/samples.jsonl --save_file rows.json", "rows.json exists"),
-    (data_build.split, "--train_file a.json --first_file rows.json --second_file b.json", "--first_file rows.json"),
+    (
+        data_build.split,
+        "--train_file a.json --first_file rows.json --second_file b.json",
+        "--first_file rows.json",
+    ),
     (data_build.weak_icl, "--weak_file a --icl_file b --save_dir new", "new holds icl.json"),
     (prepare.main, "--task gsm8k --raw_file raw --save_file rows.json", "rows.json exists"),
     (checkpoint_split.main, "--ckpt_file other --save_path ckpt", "ckpt holds params.json"),
@@ -150,7 +156,9 @@ def test_what_is_finished_is_replaced_only_where_asked(
     here: Path, main: Callable[..., None], words: str, message: str
 ) -> None:
     (here / "new/icl.json").write_text("[]")
-    with pytest.raises(UserError, match=f"{message}.*; choose another name, or give --overwrite to replace it"):
+    with pytest.raises(
+        UserError, match=f"{message}.*; choose another name, or give --overwrite to replace it"
+    ):
         started(main, *words.split())
     started(main, *words.split(), "--overwrite")
     if main is not prepare.main:
@@ -221,18 +229,26 @@ def test_two_evaluations_do_not_write_in_one_directory(folders: Folders, tmp_pat
         assert process.stdout.readline() == b"1\n"
         message = f"log is being written by process {process.pid}; wait for it, or choose another place"
         with pytest.raises(UserError, match=message):
-            solver_evaluate.main(**flags)
+            solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**flags))
         judged = write(tmp_path / "steps.json", [{"instruction": "1+1=", "steps": ["2"], "labels": [1]}])
         with pytest.raises(UserError, match=message):
-            verifier_evaluate.main(
-                folders.verifier, flags["log_dir"], "toy", str(samples), label_file=flags["label_file"]
-            )
+            verifier_evaluate.main(verifier_evaluate.VerifierEvaluateConfig(
+                ckpt_dir=folders.verifier, log_dir=flags["log_dir"], task="toy", samples_file=str(samples),
+                label_file=flags["label_file"],
+            ))  # fmt: skip
         with pytest.raises(UserError, match=message):
-            preference_evaluate.main(folders.one, folders.one, judged, flags["log_dir"])
+            preference_evaluate.main(
+                preference_evaluate.CreditConfig(
+                    ckpt_dir=folders.one,
+                    reference_ckpt_dir=folders.one,
+                    steps_file=judged,
+                    log_dir=flags["log_dir"],
+                )
+            )
         with pytest.raises(UserError, match=message):
             data_build.attempts(folders.one, "toy", flags["label_file"], flags["log_dir"])
         process.kill()
-    solver_evaluate.main(**flags)
+    solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**flags))
     assert len((tmp_path / "log/samples.jsonl").read_text().splitlines()) == 1
 
 

@@ -78,10 +78,12 @@ def test_a_split_s_plan_is_of_the_form_that_is_asked_for(
     ):
         target = tmp_path / "written" / word
         capsys.readouterr()
-        checkpoint_split.main(source, str(target), dry_run=True, **flags)
+        checkpoint_split.main(
+            checkpoint_split.SplitConfig(ckpt_file=source, save_path=str(target), dry_run=True, **flags)
+        )
         told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
         assert word in told and not target.exists()
-        checkpoint_split.main(source, str(target), **flags)
+        checkpoint_split.main(checkpoint_split.SplitConfig(ckpt_file=source, save_path=str(target), **flags))
         tensors = [
             tensor
             for path in target.iterdir()

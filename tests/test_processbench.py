@@ -45,7 +45,9 @@ def test_the_published_file_goes_through_training_and_the_report(steps_file: str
     for name, part in (("train", train), ("test", test)):
         files[name].write_text(json.dumps(part))
     base, verifier, log = (str(tmp_path / name) for name in ("base", "verifier", "log"))
-    checkpoint_split.main(str(ROOT / "dataset" / "toy" / "base"), base, 1)
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(ckpt_file=str(ROOT / "dataset" / "toy" / "base"), save_path=base, n=1)
+    )
     params = tmp_path / "base" / "params.json"
     params.write_text(json.dumps(json.loads(params.read_text()) | {"max_seq_len": CHARACTERS}))
     verifier_train.main(
@@ -60,7 +62,11 @@ def test_the_published_file_goes_through_training_and_the_report(steps_file: str
             max_steps=3,
         )
     )
-    verifier_evaluate.main(verifier, log, steps_file=str(files["test"]), threshold_file=str(files["train"]))
+    verifier_evaluate.main(
+        verifier_evaluate.VerifierEvaluateConfig(
+            ckpt_dir=verifier, log_dir=log, steps_file=str(files["test"]), threshold_file=str(files["train"])
+        )
+    )
     report = json.loads((tmp_path / "log" / "results.json").read_text())
     assert report["solutions"] == len(test) >= 20
     assert report["steps"] == sum(label is not None for row in test for label in row["labels"])

@@ -55,7 +55,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for row in PROBLEMS for answer in (row["label"], int(row["label"]) + 1)
         ]  # fmt: skip
         write_json(folder / "steps.json", steps)
-        preference_evaluate.main("scdpo", base, "steps.json", "credit", beta=0.1, max_batch_size=8)
+        preference_evaluate.main(
+            preference_evaluate.CreditConfig(
+                ckpt_dir="scdpo",
+                reference_ckpt_dir=base,
+                steps_file="steps.json",
+                log_dir="credit",
+                beta=0.1,
+                max_batch_size=8,
+            )
+        )
     return folder
 
 

@@ -49,7 +49,7 @@ def write_hf_llama(folder: Path) -> Path:
 
 def split(source: Path, folder: Path, n: int = 1) -> str:
     """Cut a directory into n shards with checkpoint_split.py's main. Returns the directory of the shards."""
-    checkpoint_split.main(str(source), str(folder), n)
+    checkpoint_split.main(checkpoint_split.SplitConfig(ckpt_file=str(source), save_path=str(folder), n=n))
     return str(folder)
 
 

@@ -47,7 +47,7 @@ def write_checkpoint(base: Path, config: dict[str, object], tensors: dict[str, T
         save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
         (changed / "config.json").write_text(json.dumps(config))
         shutil.copy(base / "tokenizer.model", changed)
-        checkpoint_split.main(str(changed), save_dir)
+        checkpoint_split.main(checkpoint_split.SplitConfig(ckpt_file=str(changed), save_path=save_dir))
 
 
 def layer_of(name: str) -> int:

@@ -190,7 +190,9 @@ def test_flipped_bit_is_found_before_anything_is_written(tmp_path: Path) -> None
     path.write_bytes(data)
     storage.check_complete(folder)  # the size is right
     with pytest.raises(UserError, match=r"consolidated\.01\.pth has the right size but other contents"):
-        checkpoint_split.main(str(folder), str(tmp_path / "out"), 1)
+        checkpoint_split.main(
+            checkpoint_split.SplitConfig(ckpt_file=str(folder), save_path=str(tmp_path / "out"), n=1)
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -203,7 +203,12 @@ def test_an_adapter_beside_whole_weights_is_named_by_file(tmp_path: Path, base: 
     assert assemble.logit_difference(plain, open_source(str(base))).difference == 0
     with pytest.raises(UserError, match="--config_file describes whole weights, but .* is an adapter"):
         checkpoint_split.main(
-            str(adapter), str(tmp_path), config_file=str(base / "config.json"), base_dir=str(base)
+            checkpoint_split.SplitConfig(
+                ckpt_file=str(adapter),
+                save_path=str(tmp_path),
+                config_file=str(base / "config.json"),
+                base_dir=str(base),
+            )
         )
 
 
@@ -340,23 +345,53 @@ def test_command_merges_keeps_and_verifies(
     tmp_path: Path, base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours = str(tmp_path / "base")
-    checkpoint_split.main(str(base), ours, 2)
+    checkpoint_split.main(checkpoint_split.SplitConfig(ckpt_file=str(base), save_path=ours, n=2))
     checkpoint_split.main(
-        str(adapter), str(tmp_path / "lora"), 2, base_dir=ours, merge_lora=False, verify=True
+        checkpoint_split.SplitConfig(
+            ckpt_file=str(adapter),
+            save_path=str(tmp_path / "lora"),
+            n=2,
+            base_dir=ours,
+            merge_lora=False,
+            verify=True,
+        )
     )
     assert "logits before and after: largest difference 0 of values" in capsys.readouterr().err
-    checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "hf"), format="hf", verify=True)
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(
+            ckpt_file=str(tmp_path / "lora"), save_path=str(tmp_path / "hf"), format="hf", verify=True
+        )
+    )
     difference = float(re.findall(r"largest difference (\S+) of", capsys.readouterr().err)[-1])
     assert difference < 1e-4
-    checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "peft"), format="peft")
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(
+            ckpt_file=str(tmp_path / "lora"), save_path=str(tmp_path / "peft"), format="peft"
+        )
+    )
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
     with pytest.raises(UserError, match="is no adapter; write it with --format hf"):
-        checkpoint_split.main(ours, str(tmp_path / "x"), format="peft")
+        checkpoint_split.main(
+            checkpoint_split.SplitConfig(ckpt_file=ours, save_path=str(tmp_path / "x"), format="peft")
+        )
     with pytest.raises(UserError, match="--base_dir names the base of an adapter, but .*base is none"):
-        checkpoint_split.main(ours, str(tmp_path / "x"), base_dir=ours)
+        checkpoint_split.main(
+            checkpoint_split.SplitConfig(ckpt_file=ours, save_path=str(tmp_path / "x"), base_dir=ours)
+        )
     with pytest.raises(UserError, match="--dtype changes whole weights: merge the adapter"):
-        checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "x"), merge_lora=False, dtype="bfloat16")
+        checkpoint_split.main(
+            checkpoint_split.SplitConfig(
+                ckpt_file=str(tmp_path / "lora"),
+                save_path=str(tmp_path / "x"),
+                merge_lora=False,
+                dtype="bfloat16",
+            )
+        )
     with pytest.raises(UserError, match="of ours but what adapter_config.json describes; bring it here with"):
         assemble.load_solver(str(adapter))
     with pytest.raises(UserError, match="--format hf holds whole weights: merge the adapter"):
-        checkpoint_split.main(str(tmp_path / "lora"), str(tmp_path / "x"), format="hf", merge_lora=False)
+        checkpoint_split.main(
+            checkpoint_split.SplitConfig(
+                ckpt_file=str(tmp_path / "lora"), save_path=str(tmp_path / "x"), format="hf", merge_lora=False
+            )
+        )

@@ -203,7 +203,11 @@ def test_added_tokens_are_the_mean_of_the_old(tmp_path: Path, n: int) -> None:
     weights = random_weights()
     torch.save(weights, tmp_path / "weights.pth")
     write_json(tmp_path / "params.json", META)
-    checkpoint_split.main(str(tmp_path / "weights.pth"), str(tmp_path / "out"), n, num_added_tokens=3)
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(
+            ckpt_file=str(tmp_path / "weights.pth"), save_path=str(tmp_path / "out"), n=n, num_added_tokens=3
+        )
+    )
     source = open_source(str(tmp_path / "out"))
     assert source.config.vocab_size == CONFIG.vocab_size + 3
     for name in ("tok_embeddings.weight", "output.weight"):

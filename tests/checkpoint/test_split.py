@@ -170,7 +170,9 @@ def test_training_checkpoint_is_split_without_its_optimizer_aloud(
     )
     step = str(tmp_path / "run" / "step-2")
     for format in ("shards", "hf"):
-        checkpoint_split.main(step, str(tmp_path / format), 2, format=format)
+        checkpoint_split.main(
+            checkpoint_split.SplitConfig(ckpt_file=step, save_path=str(tmp_path / format), n=2, format=format)
+        )
         told = capsys.readouterr().err
         assert (
             f"{step} is a training checkpoint: its weights are written, and its optimizer and place in"
@@ -179,11 +181,13 @@ def test_training_checkpoint_is_split_without_its_optimizer_aloud(
         assert not [
             path for path in (tmp_path / format).iterdir() if path.name.startswith(("optimizer", "state"))
         ]
-    checkpoint_split.main(inspect=step)
+    checkpoint_split.main(checkpoint_split.SplitConfig(inspect=step))
     assert re.search(
         r"(shards|and its base): [12]\b", capsys.readouterr().out
     )  # the optimizer's file is no shard
-    checkpoint_split.main(str(tmp_path / "run"), str(tmp_path / "top"), 2)
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(ckpt_file=str(tmp_path / "run"), save_path=str(tmp_path / "top"), n=2)
+    )
     assert "training checkpoint" not in capsys.readouterr().err
 
 

@@ -191,7 +191,7 @@ def test_sums_are_right_or_judged(judged: bool, tmp_path: Path, monkeypatch: pyt
 
 def test_a_deep_model_says_what_its_base_says(tmp_path: Path) -> None:
     base, deep = str(tmp_path / "base"), str(tmp_path / "deep")
-    checkpoint_split.main(os.path.join(TOY, "base"), base)
+    checkpoint_split.main(checkpoint_split.SplitConfig(ckpt_file=os.path.join(TOY, "base"), save_path=base))
     load_script("make_deep").main(os.path.join(TOY, "base"), deep, layers=6)
     assert assemble.load_config(deep).n_layers == 6
     tokens = torch.tensor([[1, 5, 40, 100, 7, 300]])

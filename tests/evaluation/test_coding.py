@@ -47,7 +47,10 @@ def said(tokenizer: Tokenizer, more: list[int] | str) -> str:
     [
         ("<|text|>Think.<|endofblock|>", ""),
         (code("print(6*7)"), "<|execution|>42\n<|endofblock|>"),
-        (code("x = 6") + "<|execution|><|endofblock|>" + code("print(x * 7)"), "<|execution|>42\n<|endofblock|>"),
+        (
+            code("x = 6") + "<|execution|><|endofblock|>" + code("print(x * 7)"),
+            "<|execution|>42\n<|endofblock|>",
+        ),
         (code("while True: pass"), "exec_timeout"),
         ("loose<|endofblock|>", "malformed"),
         (code("pass") * 5, "max_rounds"),
@@ -102,7 +105,10 @@ def test_code_of_the_beginning_is_replayed(code_tokenizer: Tokenizer) -> None:
         Block("execution", ""),
         Block("code", "print(math.gcd(x, 4))"),
     ]
-    assert said(code_tokenizer, coding.pausing().go_on([(request, tokens)])[0]) == "<|execution|>2\n<|endofblock|>"
+    assert (
+        said(code_tokenizer, coding.pausing().go_on([(request, tokens)])[0])
+        == "<|execution|>2\n<|endofblock|>"
+    )
 
 
 def test_scdpo_07_ends_in_a_block_and_at_the_end_of_the_context(code_tokenizer: Tokenizer) -> None:
@@ -124,10 +130,16 @@ def test_a_trained_solver_writes_runs_and_reads_its_code(tmp_path: Path, code_so
     """What the code prints is put there by the interpreter alone: the model was never taught to write it."""
     test = write_json(tmp_path / "test.json", [{"instruction": CODE_QUESTION, "label": "68"}])
     flags = {"label_file": str(test), "ckpt_dir": code_solver, "max_new_tokens": 40}
-    solver_evaluate.main("toy", log_dir=str(tmp_path / "log"), **flags)
+    solver_evaluate.main(
+        solver_evaluate.SolverEvaluateConfig(task="toy", log_dir=str(tmp_path / "log"), **flags)
+    )
     (sample,) = (json.loads(line) for line in (tmp_path / "log" / "samples.jsonl").read_text().splitlines())
     assert sample["response"] == CODE_SOLUTION
     assert (sample["finish"], sample["answer"], sample["outcome"]) == ("stop", "68", "right")
-    solver_evaluate.main("toy", log_dir=str(tmp_path / "short"), max_rounds=2, **flags)
+    solver_evaluate.main(
+        solver_evaluate.SolverEvaluateConfig(
+            task="toy", log_dir=str(tmp_path / "short"), max_rounds=2, **flags
+        )
+    )
     (cut,) = (json.loads(line) for line in (tmp_path / "short" / "samples.jsonl").read_text().splitlines())
     assert (cut["finish"], cut["outcome"]) == ("max_rounds", "unparsed")

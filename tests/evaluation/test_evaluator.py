@@ -153,7 +153,7 @@ FLAGS = {"task": "toy", "num_samples": 3, "temperature": 1.0, "max_new_tokens": 
 def evaluate(run: Run, labels: str, log_dir: Path, **changes: object) -> list[str]:
     """solver_evaluate.py's main; the lines of samples.jsonl."""
     flags = FLAGS | {"ckpt_dir": run.ckpt_dir, "label_file": labels, "log_dir": str(log_dir)} | changes
-    solver_evaluate.main(**flags)
+    solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**flags))
     return (log_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()
 
 
@@ -242,14 +242,18 @@ def test_samples_of_another_checkpoint_or_of_unknown_origin_are_refused(
         evaluate(run, label_file, tmp_path / "log", ckpt_dir=str(tmp_path / "changed"))
     # graded samples of somebody else do not take the place of ours, nor ours of theirs
     theirs = write_lines(tmp_path / "theirs.jsonl", [{"response": "#### 4"}])
-    with pytest.raises(UserError, match="samples.jsonl was sampled here, and graded samples of another file would"):
+    with pytest.raises(
+        UserError, match="samples.jsonl was sampled here, and graded samples of another file would"
+    ):
         evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=theirs)
     evaluate(run, label_file, tmp_path / "theirs", ckpt_dir="", samples_file=theirs)
     with pytest.raises(UserError, match="samples.jsonl was not sampled here"):
         evaluate(run, label_file, tmp_path / "theirs")
 
 
-def test_w2s_07_grading_again_in_place_keeps_the_directory_ours(run: Run, label_file: str, tmp_path: Path) -> None:
+def test_w2s_07_grading_again_in_place_keeps_the_directory_ours(
+    run: Run, label_file: str, tmp_path: Path
+) -> None:
     lines = evaluate(run, label_file, tmp_path / "log")
     path = str(tmp_path / "log/samples.jsonl")
     assert evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=path) == lines
@@ -356,20 +360,34 @@ def test_typed_answers_are_compared_by_the_row(tmp_path: Path) -> None:
         {"instruction": "c", "label": "(1,2)"},
     ]
     prompts = read_prompts(write_lines(tmp_path / "typed.jsonl", rows), need_label=True)
-    texts = ["\\boxed{3.14}", "\\boxed{3.15}", "\\boxed{(B)}", "\\boxed{C}", "\\boxed{(1,2)}", "\\boxed{(2,1)}"]
+    texts = [
+        "\\boxed{3.14}",
+        "\\boxed{3.15}",
+        "\\boxed{(B)}",
+        "\\boxed{C}",
+        "\\boxed{(1,2)}",
+        "\\boxed{(2,1)}",
+    ]
     samples = [
-        Sample(str(n // 2), n % 2, rows[n // 2]["instruction"], text, None, {}) for n, text in enumerate(texts)
+        Sample(str(n // 2), n % 2, rows[n // 2]["instruction"], text, None, {})
+        for n, text in enumerate(texts)
     ]
     results = grade("OlympiadBench", prompts, samples, tmp_path / "samples.jsonl")
     assert results["outcomes"]["right"] == 4 and results["accuracy"] == pytest.approx(4 / 6)
     assert results["maj_at"][2] == pytest.approx(1.0)  # 3.14 and 3.15 are one vote at this tolerance
     bad = [prompts[0]._replace(answer_type="numbr")]
-    with pytest.raises(UserError, match="problem '0' has the answer_type 'numbr'; expected number, expression"):
+    with pytest.raises(
+        UserError, match="problem '0' has the answer_type 'numbr'; expected number, expression"
+    ):
         grade("OlympiadBench", bad, samples[:2], tmp_path / "samples.jsonl")
 
 
 def test_w2s_10_few_shot_reaches_the_model_and_stops_it(run: Run, label_file: str, tmp_path: Path) -> None:
-    shots = {"prompt": "a{instruction}b", "stop": ["4"], "demonstrations": [{"instruction": "1", "output": "2"}]}
+    shots = {
+        "prompt": "a{instruction}b",
+        "stop": ["4"],
+        "demonstrations": [{"instruction": "1", "output": "2"}],
+    }
     (tmp_path / "shots.json").write_text(json.dumps(shots))
     lines = evaluate(run, label_file, tmp_path / "plain", prompt_template="a{instruction}b")
     plain = [json.loads(line) for line in lines]
@@ -377,7 +395,9 @@ def test_w2s_10_few_shot_reaches_the_model_and_stops_it(run: Run, label_file: st
         json.loads(line)
         for line in evaluate(run, label_file, tmp_path / "shot", few_shot=str(tmp_path / "shots.json"))
     ]
-    assert [row["prompt"] for row in plain] == [row["prompt"] for row in shot]  # the bare problem, for later stages
+    assert [row["prompt"] for row in plain] == [
+        row["prompt"] for row in shot
+    ]  # the bare problem, for later stages
     assert [row["response"] for row in plain] != [row["response"] for row in shot]
     assert not any("4" in row["response"] for row in shot)
     results = json.loads((tmp_path / "shot/results.json").read_text())
@@ -393,6 +413,8 @@ def test_a_split_is_evaluated_alone(run: Run, label_file: str, tmp_path: Path) -
 
 
 def test_sampling_for_no_prompt_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no prompt to sample for .*samples.jsonl; expected at least one"):
+    with pytest.raises(
+        UserError, match="there is no prompt to sample for .*samples.jsonl; expected at least one"
+    ):
         log = RunLog(str(tmp_path), {})
         evaluator.sample_prompts(iter, [], num_samples=1, path=tmp_path / "samples.jsonl", log=log)

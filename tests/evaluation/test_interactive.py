@@ -30,8 +30,16 @@ def responses(ckpt_dir: str, folder: Path) -> list[str]:
     """What an evaluation of the same problems samples, under the ids that a conversation gives them."""
     rows = [{"id": "0", "instruction": "2+2="}, {"id": "2", "instruction": "3+4="}]
     (folder / "labels.json").write_text(json.dumps(rows))
-    solver_evaluate.main("none", str(folder / "labels.json"), str(folder / "log"), ckpt_dir, temperature=1.0,
-                         max_new_tokens=12)
+    solver_evaluate.main(
+        solver_evaluate.SolverEvaluateConfig(
+            task="none",
+            label_file=str(folder / "labels.json"),
+            log_dir=str(folder / "log"),
+            ckpt_dir=ckpt_dir,
+            temperature=1.0,
+            max_new_tokens=12,
+        )
+    )
     return [json.loads(line)["response"] for line in (folder / "log/samples.jsonl").read_text().splitlines()]
 
 
@@ -40,15 +48,34 @@ def test_what_is_typed_is_answered_like_an_evaluation(hf: Path, tmp_path: Path, 
     ckpt_dir = split(hf, tmp_path / "ckpt", n)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
     done = subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / "solver_evaluate.py"), "--task", "GSM8K", "--ckpt_dir", ckpt_dir,
-         "--interactive", "--temperature", "1", "--max_new_tokens", "12"],
-        input=PROBLEMS, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=120, check=False,
+        [
+            sys.executable,
+            *torchrun,
+            str(ROOT / "solver_evaluate.py"),
+            "--task",
+            "GSM8K",
+            "--ckpt_dir",
+            ckpt_dir,
+            "--interactive",
+            "--temperature",
+            "1",
+            "--max_new_tokens",
+            "12",
+        ],
+        input=PROBLEMS,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     first, empty, second, last = done.stdout.split("problem> ")[1:]
     assert (empty, last.strip()) == ("", "")
-    for shown, response in zip((first, second), responses(split(hf, tmp_path / "one"), tmp_path), strict=True):
+    for shown, response in zip(
+        (first, second), responses(split(hf, tmp_path / "one"), tmp_path), strict=True
+    ):
         assert shown.startswith(response + "\n")
         assert "answer" in shown[len(response) :]
 
@@ -78,22 +105,42 @@ def test_a_solution_longer_than_the_verifier_s_context_has_no_score(
     (tmp_path / "typed.txt").write_text("2+2=2+2=\n3+4=3+4=\n")
     with (tmp_path / "typed.txt").open() as typed:
         monkeypatch.setattr(sys, "stdin", typed)
-        solver_evaluate.main("GSM8K", ckpt_dir=ckpt_dir, interactive=True, verifier_ckpt_dir=verifier_dir,
-                             temperature=1.0, max_new_tokens=12)
+        solver_evaluate.main(
+            solver_evaluate.SolverEvaluateConfig(
+                task="GSM8K",
+                ckpt_dir=ckpt_dir,
+                interactive=True,
+                verifier_ckpt_dir=verifier_dir,
+                temperature=1.0,
+                max_new_tokens=12,
+            )
+        )
     assert capsys.readouterr().out.count("no score: longer than the verifier's context of 8 tokens") == 2
 
 
 @pytest.mark.parametrize("objective", ["pairwise", "process"])
 def test_scores_stand_beside_the_steps(
-    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], objective: str
+    hf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    objective: str,
 ) -> None:
     ckpt_dir = split(hf, tmp_path / "ckpt")
     verifier_dir = make_verifier(ckpt_dir, tmp_path / "verifier", objective=objective)
     (tmp_path / "typed.txt").write_text("2+2=\n")
     with (tmp_path / "typed.txt").open() as typed:
         monkeypatch.setattr(sys, "stdin", typed)
-        solver_evaluate.main("GSM8K", ckpt_dir=ckpt_dir, interactive=True, verifier_ckpt_dir=verifier_dir,
-                             temperature=1.0, max_new_tokens=12)
+        solver_evaluate.main(
+            solver_evaluate.SolverEvaluateConfig(
+                task="GSM8K",
+                ckpt_dir=ckpt_dir,
+                interactive=True,
+                verifier_ckpt_dir=verifier_dir,
+                temperature=1.0,
+                max_new_tokens=12,
+            )
+        )
     shown = capsys.readouterr().out
     response = responses(ckpt_dir, tmp_path)[0]
     assert f"problem> {response}\n" in shown
@@ -116,4 +163,8 @@ def test_scores_stand_beside_the_steps(
 )
 def test_flags_that_contradict(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        solver_evaluate.main(**({"task": "GSM8K", "ckpt_dir": "one", "interactive": True} | changes))
+        solver_evaluate.main(
+            solver_evaluate.SolverEvaluateConfig(
+                **{"task": "GSM8K", "ckpt_dir": "one", "interactive": True} | changes
+            )
+        )

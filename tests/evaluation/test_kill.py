@@ -27,7 +27,7 @@ def start(log_dir):
     if pid == 0:
         os.close(1)
         os.open(os.devnull, os.O_WRONLY)
-        solver_evaluate.main(log_dir=log_dir, **flags)
+        solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(log_dir=log_dir, **flags))
         os._exit(0)
     return pid
 
@@ -56,16 +56,27 @@ def test_a_killed_evaluation_continues_to_the_same_files(tmp_path: Path) -> None
     ckpt_dir = split(write_hf_llama(tmp_path / "hf"), tmp_path / "ckpt")
     generator = random.Random(0)
     problems = [
-        {"instruction": f"{generator.randrange(99)}+{n}=", "label": str(n), "level": 1 + n % 3} for n in range(40)
+        {"instruction": f"{generator.randrange(99)}+{n}=", "label": str(n), "level": 1 + n % 3}
+        for n in range(40)
     ]
     (tmp_path / "labels.json").write_text(json.dumps(problems))
     flags = {
-        "task": "toy", "label_file": str(tmp_path / "labels.json"), "ckpt_dir": ckpt_dir, "num_samples": 3,
-        "temperature": 1.0, "max_new_tokens": 24, "max_batch_size": 8,
+        "task": "toy",
+        "label_file": str(tmp_path / "labels.json"),
+        "ckpt_dir": ckpt_dir,
+        "num_samples": 3,
+        "temperature": 1.0,
+        "max_new_tokens": 24,
+        "max_batch_size": 8,
     }
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(flags), str(tmp_path), str(KILLS)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     kills = [json.loads(line) for line in done.stdout.splitlines()]

@@ -38,10 +38,21 @@ def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> p
 def evaluate(folder: Path, server: Answering, **flags: object) -> list[dict[str, object]]:
     """solver_evaluate.py's main on four problems; the rows of samples.jsonl."""
     labels = folder / "labels.jsonl"
-    labels.write_text("".join(json.dumps({"instruction": f"{n}+{4 - n}=", "label": "4"}) + "\n" for n in range(4)))
+    labels.write_text(
+        "".join(json.dumps({"instruction": f"{n}+{4 - n}=", "label": "4"}) + "\n" for n in range(4))
+    )
     flags = {"max_new_tokens": 8, "max_batch_size": 2} | flags
-    solver_evaluate.main("GSM8K", str(labels), str(folder / "log"), backend="openai", base_url=server.base_url,
-                         model_name="m", **flags)  # fmt: skip
+    solver_evaluate.main(
+        solver_evaluate.SolverEvaluateConfig(
+            task="GSM8K",
+            label_file=str(labels),
+            log_dir=str(folder / "log"),
+            backend="openai",
+            base_url=server.base_url,
+            model_name="m",
+            **flags,
+        )
+    )
     return [json.loads(line) for line in (folder / "log/samples.jsonl").read_text().splitlines()]
 
 
@@ -68,7 +79,10 @@ def test_an_odd_reply_is_a_failed_sample_and_asked_again_a_few_times(name: str, 
 
 
 def test_nothing_but_odd_replies_is_one_error(tmp_path: Path) -> None:
-    with Answering(says(completion(finish="abort"))) as server, pytest.raises(UserError, match="'abort', which is no"):
+    with (
+        Answering(says(completion(finish="abort"))) as server,
+        pytest.raises(UserError, match="'abort', which is no"),
+    ):
         evaluate(tmp_path, server)
 
 
@@ -85,7 +99,9 @@ def test_a_reply_that_makes_sense_in_the_end_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
-def test_log_probs_are_asked_for_and_stored(finish: str, tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+def test_log_probs_are_asked_for_and_stored(
+    finish: str, tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
     logprobs = {"tokens": [" ####", " 4"], "token_logprobs": [-1.25, -0.5]}
     with Answering(says(completion(finish=finish, logprobs=logprobs))) as server:
         rows = evaluate(tmp_path, server)
@@ -93,7 +109,9 @@ def test_log_probs_are_asked_for_and_stored(finish: str, tmp_path: Path, told: p
     assert {body["logprobs"] for body in server.bodies} == {1} and "log-probs" not in told.text
 
 
-def test_a_server_that_declines_log_probs_is_asked_without(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_declines_log_probs_is_asked_without(
+    tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
     def answer(path: str, body: dict[str, object]) -> tuple[int, bytes]:
         return (400, b"logprobs is not supported") if "logprobs" in body else says(completion())(path, body)
 
@@ -135,7 +153,11 @@ def test_a_chat_server_gets_messages_with_the_demonstrations(tmp_path: Path) -> 
         rows = evaluate(tmp_path, server, chat_template="server", few_shot="gsm8k8")
     (message,) = server.bodies[0]["messages"]
     assert set(server.paths) == {"/v1/chat/completions"} and server.bodies[0]["logprobs"] is True
-    assert message["role"] == "user" and message["content"].count("Question:") == 9 and "prompt" not in server.bodies[0]
+    assert (
+        message["role"] == "user"
+        and message["content"].count("Question:") == 9
+        and "prompt" not in server.bodies[0]
+    )
     assert {row["response"] for row in rows} == {"<think>\n2+2\n</think>\n\n#### 4"}
     assert {(row["logprob"], row["outcome"]) for row in rows} == {(-0.2, "right")}
     with pytest.raises(UserError, match="chat_template=server, but this run has None"):
@@ -146,20 +168,35 @@ def test_a_chat_server_gets_messages_with_the_demonstrations(tmp_path: Path) -> 
 def test_a_template_of_ours_reaches_the_server_in_token_ids(
     template: str, folders: Folders, tmp_path: Path
 ) -> None:
-    flags = {"chat_template": template, "tokenizer_file": folders.one, "max_new_tokens": 12, "max_batch_size": 2}
+    flags = {
+        "chat_template": template,
+        "tokenizer_file": folders.one,
+        "max_new_tokens": 12,
+        "max_batch_size": 2,
+    }
     with Answering(engine(folders.one)) as server:
         rows = evaluate(tmp_path, server, **flags)
     tokenizer = Tokenizer(Path(folders.one), template)
     sent = [body["prompt"] for body in server.bodies]
     assert sorted(sent) == sorted(encode_prompt(tokenizer, f"{n}+{4 - n}=") for n in range(4))
-    solver_evaluate.main("GSM8K", str(tmp_path / "labels.jsonl"), str(tmp_path / "own"), folders.one, **flags)
+    solver_evaluate.main(
+        solver_evaluate.SolverEvaluateConfig(
+            task="GSM8K",
+            label_file=str(tmp_path / "labels.jsonl"),
+            log_dir=str(tmp_path / "own"),
+            ckpt_dir=folders.one,
+            **flags,
+        )
+    )
     own = [json.loads(line) for line in (tmp_path / "own/samples.jsonl").read_text().splitlines()]
     assert rows == own and {row["logprob"] for row in rows} != {None}
 
 
 def test_a_server_without_token_ids_says_so(folders: Folders, tmp_path: Path) -> None:
     with Answering(lambda path, body: (400, b"prompt must be a string")) as server:
-        with pytest.raises(UserError, match="prompt must be a string.*; a prompt of token ids is not for every server"):
+        with pytest.raises(
+            UserError, match="prompt must be a string.*; a prompt of token ids is not for every server"
+        ):
             evaluate(tmp_path, server, chat_template="llama-2", tokenizer_file=folders.one)
 
 
@@ -193,7 +230,7 @@ def test_flags_without_effect_are_refused(
     asked = {"task": "toy", "label_file": str(tmp_path / "labels.json"), "log_dir": str(tmp_path / "log"),
              "backend": "openai", "base_url": "http://127.0.0.1:1/v1", "model_name": "m"}  # fmt: skip
     with pytest.raises(UserError, match=message):
-        solver_evaluate.main(**(asked | changes))
+        solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**asked | changes))
     assert not (tmp_path / "log").exists()
 
 
@@ -216,7 +253,10 @@ def test_a_reply_without_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
 
     with Answering(lambda path, body: (200, iter(drip, None))) as server:
         started = time.monotonic()
-        assert asked(server, 0.3).startswith("the reply has no end within 0.3 s") and time.monotonic() - started < 3
+        assert (
+            asked(server, 0.3).startswith("the reply has no end within 0.3 s")
+            and time.monotonic() - started < 3
+        )
 
 
 @pytest.mark.parametrize(
@@ -266,13 +306,22 @@ def test_sv1(mode: str, n_right: int, tmp_path: Path) -> None:
         while True:
             try:
                 solver_evaluate.main(
-                    "GSM8K", str(REPORT / "two.jsonl"), str(tmp_path / "l"), backend="openai", model_name="m",
-                    base_url=f"http://127.0.0.1:{port}/v1", max_new_tokens=16,
-                )  # fmt: skip
+                    solver_evaluate.SolverEvaluateConfig(
+                        task="GSM8K",
+                        label_file=str(REPORT / "two.jsonl"),
+                        log_dir=str(tmp_path / "l"),
+                        backend="openai",
+                        model_name="m",
+                        base_url=f"http://127.0.0.1:{port}/v1",
+                        max_new_tokens=16,
+                    )
+                )
                 break
             except UserError as error:
                 if "does not answer" not in str(error):
-                    assert n_right == 0 and ("none of 2 samples came" in str(error) or "answers 404" in str(error))
+                    assert n_right == 0 and (
+                        "none of 2 samples came" in str(error) or "answers 404" in str(error)
+                    )
                     return
     finally:
         process.kill()

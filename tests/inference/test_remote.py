@@ -52,7 +52,9 @@ def expected(upstream: Upstream) -> dict[str, str]:
 @pytest.mark.parametrize(
     "faults", [["429", "429"], ["500"], ["502", "503"], ["hang-up"], ["torn"], ["slow"]], ids=" ".join
 )
-def test_faults_that_pass_change_nothing(upstream: Upstream, expected: dict[str, str], faults: list[str]) -> None:
+def test_faults_that_pass_change_nothing(
+    upstream: Upstream, expected: dict[str, str], faults: list[str]
+) -> None:
     proxy = FaultyProxy(upstream.port, faults)
     found = answers(upstream, proxy.base_url, seconds=2.0 if faults == ["slow"] else 30.0)
     proxy.stop()
@@ -103,7 +105,13 @@ def test_a_request_says_all_that_the_sample_depends_on() -> None:
     )
     assert first == again and first["seed"] != other["seed"] and 0 <= first["seed"] < 2**31
     assert first | {"seed": 0} == {
-        "model": "m", "prompt": "1+1=", "max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "stop": ["Q:"], "seed": 0,
+        "model": "m",
+        "prompt": "1+1=",
+        "max_tokens": 5,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "stop": ["Q:"],
+        "seed": 0,
     }
 
 
@@ -112,8 +120,17 @@ def evaluate(upstream: Upstream, proxy: FaultyProxy, folder: Path) -> tuple[str,
     problems = [{"instruction": f"{n}+{n}=", "label": str(n + n)} for n in range(5)]
     (folder / "labels.json").write_text(json.dumps(problems))
     solver_evaluate.main(
-        "toy", str(folder / "labels.json"), str(folder / "log"), backend="openai", base_url=proxy.base_url,
-        model_name=upstream.model_name, max_new_tokens=8, num_samples=2, max_batch_size=4,
+        solver_evaluate.SolverEvaluateConfig(
+            task="toy",
+            label_file=str(folder / "labels.json"),
+            log_dir=str(folder / "log"),
+            backend="openai",
+            base_url=proxy.base_url,
+            model_name=upstream.model_name,
+            max_new_tokens=8,
+            num_samples=2,
+            max_batch_size=4,
+        )
     )
     log = folder / "log"
     return (log / "samples.jsonl").read_text(), json.loads((log / "results.json").read_text())
@@ -161,8 +178,14 @@ def test_a_server_that_fails_everything_is_one_error(
 
 def test_flags_of_a_server_are_checked_before_it_is_asked(tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text('[{"instruction": "1+1=", "label": "2"}]')
-    asked = {"task": "toy", "label_file": str(tmp_path / "labels.json"), "log_dir": str(tmp_path / "log"),
-             "backend": "openai", "base_url": "http://127.0.0.1:1/v1", "model_name": "m"}
+    asked = {
+        "task": "toy",
+        "label_file": str(tmp_path / "labels.json"),
+        "log_dir": str(tmp_path / "log"),
+        "backend": "openai",
+        "base_url": "http://127.0.0.1:1/v1",
+        "model_name": "m",
+    }
     for changes, message in (
         ({"model_name": ""}, "needs --base_url and --model_name"),
         ({"api_key_env": "NO_SUCH_KEY"}, "there is no such environment variable"),
@@ -170,6 +193,8 @@ def test_flags_of_a_server_are_checked_before_it_is_asked(tmp_path: Path) -> Non
         ({"ckpt_dir": "somewhere"}, "give one of --ckpt_dir"),
     ):
         with pytest.raises(UserError, match=message):
-            solver_evaluate.main(**(asked | changes))
-    solver_evaluate.main(**asked, dry_run=True)  # plans without a server
+            solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**asked | changes))
+    solver_evaluate.main(
+        solver_evaluate.SolverEvaluateConfig(**asked, dry_run=True)
+    )  # plans without a server
     assert not (tmp_path / "log").exists()

@@ -47,7 +47,9 @@ def trained(folder: str, save_dir: Path, chat_template: str, lora: LoraConfig | 
 
 
 def exported(source: str, folder: Path, format: str = "hf") -> Path:
-    checkpoint_split.main(source, str(folder), format=format)
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(ckpt_file=source, save_path=str(folder), format=format)
+    )
     return folder
 
 

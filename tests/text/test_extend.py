@@ -49,8 +49,14 @@ def test_scdpo_02_rows_that_pad_the_vocabulary_become_the_tokens() -> None:
 
 
 def test_scdpo_02_reshard_and_export_keep_the_tokens(tmp_path: Path, code_base: str) -> None:
-    checkpoint_split.main(code_base, str(tmp_path / "two"), 2)
-    checkpoint_split.main(str(tmp_path / "two"), str(tmp_path / "hf"), format="hf")
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(ckpt_file=code_base, save_path=str(tmp_path / "two"), n=2)
+    )
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(
+            ckpt_file=str(tmp_path / "two"), save_path=str(tmp_path / "hf"), format="hf"
+        )
+    )
     tokenizer = Tokenizer(tmp_path / "hf", "code")
     assert tokenizer.fingerprint() == assemble.load_tokenizer(code_base).fingerprint()
     parallel.start()
@@ -61,7 +67,11 @@ def test_scdpo_02_reshard_and_export_keep_the_tokens(tmp_path: Path, code_base: 
 
 def test_tokens_that_are_there_are_not_added_again(tmp_path: Path, code_base: str) -> None:
     with pytest.raises(UserError, match=r"the tokenizer has '<\|user\|>' already"):
-        checkpoint_split.main(code_base, str(tmp_path / "again"), 1, code_tokens=True)
+        checkpoint_split.main(
+            checkpoint_split.SplitConfig(
+                ckpt_file=code_base, save_path=str(tmp_path / "again"), n=1, code_tokens=True
+            )
+        )
     files = [path for path in Path(code_base).iterdir() if path.name.startswith("tokenizer")]
     with pytest.raises(UserError, match="already"):
         add_control_tokens(Path(code_base), [Marker.CODE], files[0].parent)

@@ -132,7 +132,9 @@ def test_losses_equal_a_plain_computation_with_transformers(
 def checkpoint_to_hf(source: Path, target: Path) -> None:
     import checkpoint_split
 
-    checkpoint_split.main(str(source), str(target), format="hf")
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(ckpt_file=str(source), save_path=str(target), format="hf")
+    )
 
 
 def test_w2s_18_first_loss_is_ln_2(whole: list[dict[str, Tensor]]) -> None:
