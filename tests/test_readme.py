@@ -89,14 +89,23 @@ def test_prepare_commands_name_its_tasks() -> None:
     assert {words[2] for words in found} == set(BUILDERS)
 
 
-def test_the_tree_names_every_script_and_module() -> None:
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree", 1)[1]
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("src/*.py")]:
-        if path.stem != "__init__":
-            assert re.search(rf"^\s*{re.escape(path.name)}\s", tree, re.MULTILINE), path.name
-    for path in ROOT.glob("src/*/*.py"):
-        if path.stem not in ("__init__", "code_jail", "code_worker", "grade_pool", "grade_worker", "reward_worker"):
-            assert re.search(rf"\b{path.stem}\b", tree), path
+def test_the_tree_names_every_script_module_and_room() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## Read it", 1)[1]
+    rooms = [f"{path.parent.name}/" for path in ROOT.glob("src/*/__init__.py")]
+    files = [path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("src/*.py")] if path.stem != "__init__"]
+    for name in rooms + files:
+        assert re.search(rf"(^|  ){re.escape(name)}\s", tree, re.MULTILINE), name
+
+
+def test_what_readme_says_of_the_size_is_true() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Read it", 1)[1].split("```", 1)[0]
+    said = [int(number.replace(",", "")) for number in re.findall(r"([\d,]*\d{2,})", text.split("In this order")[0])]
+    algorithms = [ROOT / name for name in re.findall(r"`([\w/]+\.py)`", text)]
+    code = [*ROOT.glob("*.py"), *ROOT.glob("src/**/*.py")]
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in code}
+    counted = sum(lines[path] for path in algorithms)
+    for number, true in zip(said, (counted, len(algorithms), sum(lines.values()) - counted), strict=True):
+        assert abs(number - true) <= 0.05 * true, f"README says {number}, it is {true}"
 
 
 def test_ci_runs_the_test_command_of_readme_and_nothing_else() -> None:
