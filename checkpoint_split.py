@@ -175,7 +175,8 @@ def with_ends(
     if format == "shards" and ids.get("eos_token_id") is None:
         return source, tokenizer_file
     folder = copy_of(files)
-    ids = say_ends(folder, "" if format == "shards" else source.config.chat_template, ids)
+    chosen = ("", ids, {}) if format == "shards" else (source.config.chat_template, ids, source.config.template_args)
+    ids = say_ends(folder, *chosen)
     return source._replace(config=dataclasses.replace(source.config, carried=carried | ids)), str(folder)
 
 

@@ -51,7 +51,7 @@ def attempts(
     attempts: Count = 100, temperature: NonNegative = 1.0, max_new_tokens: Count = 512, max_batch_size: Count = 64,
     max_rounds: Count = 24, isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "",
     split: str = "", backend: Backend = "engine", base_url: str = "", model_name: str = "", api_key_env: str = "",
-    tokenizer_file: str = "", chat_template: str = "", seed: Seed = 1, dry_run: bool = False,
+    tokenizer_file: str = "", chat_template: str = "", template_args: str = "", seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     """Graded samples of each problem until it has right and wrong ones, for the commands pairs and branch.
 
@@ -330,8 +330,8 @@ def process(
     label: Literal["hard", "soft"] = "hard", solutions_a_problem: Count = 4, limit: CountOrOff = -1,
     step: StepKind = "paragraph", temperature: NonNegative = 0.7, max_new_tokens: Count = 512,
     max_batch_size: Count = 64, prompt_template: str = "", backend: Backend = "engine", base_url: str = "",
-    model_name: str = "", api_key_env: str = "", tokenizer_file: str = "", chat_template: str = "", seed: Seed = 1,
-    dry_run: bool = False,
+    model_name: str = "", api_key_env: str = "", tokenizer_file: str = "", chat_template: str = "",
+    template_args: str = "", seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     """Judge every step of solutions by rollouts from behind it, for verifier_train.py --objective process.
 
@@ -404,7 +404,7 @@ def branch(
     max_new_tokens: Count = 512, max_batch_size: Count = 64,
     isolation: Literal["", "bubblewrap", "namespaces", "none"] = "", prompt_template: str = "",
     backend: Backend = "engine", base_url: str = "", model_name: str = "", api_key_env: str = "",
-    tokenizer_file: str = "", chat_template: str = "", seed: Seed = 1, dry_run: bool = False,
+    tokenizer_file: str = "", chat_template: str = "", template_args: str = "", seed: Seed = 1, dry_run: bool = False,
 ) -> None:
     """Step-controlled pairs for preference_train.py: wrong ways on from behind the first steps of a right solution.
 
@@ -487,9 +487,10 @@ def open_solver(flags: Mapping[str, object], prompting: Prompting, max_rounds: i
     parallel.start(seed=flags["seed"])
     if flags["backend"] == "openai":
         return ServedSolver(flags, prompting)
-    ckpt_dir, template = flags["ckpt_dir"], flags["chat_template"]
-    tokenizer = assemble.load_tokenizer(ckpt_dir, flags["tokenizer_file"], template)
-    source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), **({"chat_template": template} if template else {})}
+    ckpt_dir, template, args = flags["ckpt_dir"], flags["chat_template"], flags["template_args"]
+    tokenizer = assemble.load_tokenizer(ckpt_dir, flags["tokenizer_file"], template, args)
+    source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), **({"chat_template": template} if template else {}),
+              "template_args": tokenizer.template_args or None}
     coding = Coding(tokenizer, max_rounds, flags.get("isolation") or None) if tokenizer.code else None
     return Solver(assemble.load_solver(ckpt_dir), tokenizer, prompting, flags["max_batch_size"], coding, source)
 

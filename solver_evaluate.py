@@ -91,7 +91,8 @@ def main(config: SolverEvaluateConfig) -> None:
     solver = {"model_type": config.model_type, "quantize": config.quantize}
     if config.interactive:
         parallel.start(seed=config.seed)
-        tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template)
+        tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
+                                            config.template_args)
         assemble.check_tokenizer(tokenizer, config.verifier_ckpt_dir)
         verifier = None
         if config.verifier_ckpt_dir:
@@ -109,7 +110,8 @@ def main(config: SolverEvaluateConfig) -> None:
         runlog.table(plan.report({"problems": len(prompts), "a prompt": shown}, {}))
         return
     if config.dry_run:
-        tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template)
+        tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
+                                            config.template_args)
         texts = [prompting.text(prompt.instruction) for prompt in prompts]
         runlog.table(plan.decoding(
             assemble.load_config(config.ckpt_dir, config.model_type), assemble.n_shards(config.ckpt_dir),
@@ -128,9 +130,11 @@ def main(config: SolverEvaluateConfig) -> None:
                 source, sampler = served.source, served.sampler(sampling)
             else:
                 model = assemble.load_solver(config.ckpt_dir, **solver)
-                tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template)
+                tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
+                                                    config.template_args)
                 source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)),
-                          "chat_template": tokenizer.chat_template}
+                          "chat_template": tokenizer.chat_template,
+                          "template_args": tokenizer.template_args or None}
                 coding = Coding(tokenizer, config.max_rounds, config.isolation or None) if tokenizer.code else None
                 source |= {"max_rounds": config.max_rounds} if coding else {}
                 sampler = local_sampler(model, tokenizer, prompting, sampling, config.max_batch_size,
@@ -168,7 +172,7 @@ def refuse_contradictions(flags: Mapping[str, object], benchmark: Task) -> None:
     if "samples_file" in on:
         if parallel.world_size() > 1:
             raise UserError("--samples_file needs one process; start it with python, not torchrun")
-        if unused := on & {"chat_template", "tokenizer_file", "model_type", "quantize", "compile"}:
+        if unused := on & {"chat_template", "template_args", "tokenizer_file", "model_type", "quantize", "compile"}:
             raise UserError(f"--{min(unused)} has no effect on samples that exist; leave it or --samples_file out")
     check_flags(flags)
 

@@ -30,6 +30,8 @@ class SolverTrainConfig(TrainConfig):
     chat_template: str = flag("", """form of prompts and outputs: none, file (the tokenizer's own) or llama-2,
         llama-3, mistral, qwen, deepseek, gemma, internlm2, or code (solutions with code); recorded for later
         commands; default: what ckpt_dir was trained with, else none""")
+    template_args: str = flag("", """values of the template's own variables, as enable_thinking=false or a json
+        object; recorded with it; default: what ckpt_dir was trained with""")
     loss_on: Literal["assistant_no_execution", "assistant", "all"] = flag("assistant_no_execution", """the
         tokens to learn: the assistant's without what its code printed, all of the assistant's, or every
         one""")
@@ -44,7 +46,8 @@ class SolverTrainConfig(TrainConfig):
 def main(config: SolverTrainConfig) -> None:
     """The loss is on outputs and their end only, a mean over the tokens of a whole step."""
     assemble.check_quantize(config.quantize, config.lora_rank)
-    tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template)
+    tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
+                                        config.template_args)
     model_config = assemble.load_config(config.ckpt_dir, config.model_type, "solver")
     longest = assemble.context_limit(config.max_seq_len, config.ckpt_dir, model_config)
     data, held_out = (SolverData(read_instructions(file), tokenizer, max_seq_len=longest, source=file,
@@ -58,7 +61,7 @@ def main(config: SolverTrainConfig) -> None:
                         tokenizer, total_steps, config.quantize)
         return
     facts = setup.start(config, "solver_train", batching, len(data.rows), total_steps,
-                        chat_template=tokenizer.chat_template)
+                        chat_template=tokenizer.chat_template, template_args=tokenizer.template_args)
     model = assemble.load_solver(config.ckpt_dir, dtype=None if config.quantize else torch.float32,
                                  quantize=config.quantize)
     assemble.set_chat_template(model, tokenizer)

@@ -5,6 +5,7 @@ names its base; loading it loads the base and folds the adapter in, in the reque
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,7 +25,7 @@ from src.models.decoder import Decoder
 from src.models.foreign import check_model_type
 from src.models.lora import LoraConfig, add_lora, check_targets, init_lora
 from src.models.quantize import quantize_weights
-from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
+from src.text.tokenizer import VOCABULARY_FILES, Tokenizer, read_template_args
 
 
 def load_config(
@@ -73,12 +74,25 @@ def planned_ranks(ckpt_dir: str, asked: int = -1) -> int:
     return n_ranks if parallel.world_size() > 1 else n_shards(ckpt_dir)
 
 
-def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "", chat_template: str = "") -> Tokenizer:
+def load_tokenizer(
+    ckpt_dir: str, tokenizer_file: str = "", chat_template: str = "", template_args: str = ""
+) -> Tokenizer:
     """The tokenizer that travels in the checkpoint directory, or the one named; it must fit. Raises UserError.
 
     chat_template: none, file or a built-in name; empty = what training used, as params.json says, else none.
+    template_args: as --template_args gives them; empty = what training used, with its template.
     """
     config = load_config(ckpt_dir)
+    name = chat_template or config.chat_template or "none"
+    recorded = config.template_args if name == config.chat_template else {}
+    args = read_template_args(template_args) if template_args else recorded
+    if name == config.chat_template and args != recorded:
+        runlog.logger().warning(
+            "%s was trained with the template arguments %s; --template_args %s shows it texts in another form",
+            ckpt_dir,
+            json.dumps(recorded),
+            json.dumps(args),
+        )
     if chat_template and config.chat_template not in ("", chat_template):
         runlog.logger().warning(
             "%s was trained with chat template %s; --chat_template %s shows it texts in another form",
@@ -86,7 +100,7 @@ def load_tokenizer(ckpt_dir: str, tokenizer_file: str = "", chat_template: str =
             config.chat_template,
             chat_template,
         )
-    tokenizer = Tokenizer(Path(tokenizer_file or ckpt_dir), chat_template or config.chat_template or "none")
+    tokenizer = Tokenizer(Path(tokenizer_file or ckpt_dir), name, args)
     rows = config.vocab_size
     if tokenizer.vocab_size > rows:
         raise UserError(
@@ -109,14 +123,20 @@ def check_tokenizer(tokenizer: Tokenizer, *ckpt_dirs: str) -> None:
                 f"{folder} has another tokenizer than {tokenizer.path}; models that read each other's token ids "
                 f"need the same one"
             )
-        trained_with = load_config(folder).chat_template
-        if trained_with not in ("", tokenizer.chat_template):
+        then = load_config(folder)
+        if then.chat_template and _form(then) != _form(tokenizer):
             runlog.logger().warning(
                 "%s was trained with chat template %s, but reads texts in the form of %s here",
                 folder,
-                trained_with,
-                tokenizer.chat_template,
+                _form(then),
+                _form(tokenizer),
             )
+
+
+def _form(chosen: ModelConfig | Tokenizer) -> str:
+    """A chat template with its arguments, in words."""
+    args = f" {json.dumps(chosen.template_args)}" if chosen.template_args else ""
+    return chosen.chat_template + args
 
 
 def load_solver(
@@ -300,7 +320,9 @@ def set_score(verifier: Decoder, **facts: str | float) -> None:
 
 def set_chat_template(model: Decoder, tokenizer: Tokenizer) -> None:
     """Record in the config that save_model() writes how texts were put to the model; later commands follow it."""
-    model.config = dataclasses.replace(model.config, chat_template=tokenizer.chat_template)
+    model.config = dataclasses.replace(
+        model.config, chat_template=tokenizer.chat_template, template_args=tokenizer.template_args
+    )
 
 
 def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:

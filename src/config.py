@@ -152,6 +152,8 @@ class AskedFlags(Config):
         mistral, qwen, deepseek, gemma, internlm2, code; default: what ckpt_dir was trained with, else none.
         With a server: they need tokenizer_file; server = it puts messages in its own (/chat/completions);
         default: the bare prompt as text""")
+    template_args: str = flag("", """values of the template's own variables, as enable_thinking=false or a json
+        object; default: what ckpt_dir was trained with""")
     prompt_template: str = flag("", """text or file with {instruction} where the problem goes, \\n for a new
         line; default: the task's""")
     isolation: Literal["", "bubblewrap", "namespaces", "none"] = flag("", """what the code of solutions with

@@ -91,6 +91,8 @@ COMMON: dict[str, str] = {
     "chat_template": "form of prompts: none, file (the tokenizer's own) or llama-2, llama-3, mistral, qwen, deepseek, "
     "gemma, internlm2, code; default: what ckpt_dir was trained with, else none. With a server: they need "
     "tokenizer_file; server = it puts messages in its own (/chat/completions); default: the bare prompt as text",
+    "template_args": "values of the template's own variables, as enable_thinking=false or a json object; default: what "
+    "ckpt_dir was trained with",
     "isolation": "what the code of solutions with code runs in; default: what this machine has; none = your own "
     "rights, under limits alone",
     "prompt_template": "text or file with {instruction} where the problem goes, \\n for a new line; default: the "

@@ -1,7 +1,8 @@
 """Texts to token ids, with what is to learn: the only code that tokenises for training, sampling and scoring.
 
 Without a chat template a prompt is BOS + instruction and a response is output + EOS; with one, both are what the
-template writes around them, ended by its end token, and its own control tokens are all there are. Solutions with code
+template writes around them, ended by its end token, and its own control tokens are all there are. Where its prompt
+begins the answer ("<think>"), the response is what follows (ChatTemplate.turns). Solutions with code
 (text.blocks) are such a template. Prompt and response are tokenised apart and joined, so the border between them is
 known by construction, and the same in training, sampling and scoring.
 """
@@ -96,7 +97,7 @@ def encode_response(
         return Encoded(prompt + ids[1:], len(prompt), answer_mask=None if all(mask[1:]) else answer_mask)
     if tokenizer.chat:
         begun = _begun(tokenizer, instruction, prefix) if prefix else ""
-        answer = _answer(tokenizer, instruction, prefix + output)
+        answer = _answer(tokenizer, instruction, prefix + output, whole=finished and not prefix)
         if not answer.startswith(begun):
             raise _changed(tokenizer, prefix)
         response = tokenizer.encode_rendered(answer.removeprefix(begun), start=not prefix)
@@ -114,14 +115,16 @@ def _encode_pieces(
     return Conversation(list(chain(*ids)), list(chain(*mask)))
 
 
-def _answer(tokenizer: Tokenizer, instruction: str, output: str) -> str:
-    """What the chat template makes of an answer, its end included."""
-    return tokenizer.chat.turns([_message("user", instruction), _message("assistant", output)])[0].answer
+def _answer(tokenizer: Tokenizer, instruction: str, output: str, *, whole: bool) -> str:
+    """What the chat template makes of an answer, or of its beginning, an end included."""
+    messages = [_message("user", instruction), _message("assistant", output)]
+    return tokenizer.chat.turns(messages, whole=whole)[0].answer
 
 
 def _begun(tokenizer: Tokenizer, instruction: str, prefix: str) -> str:
     """An answer in the chat template that stops behind the prefix. Raises UserError if the template changes it."""
-    before, found, _ = _answer(tokenizer, instruction, prefix + ".").partition(prefix)
+    prefix = tokenizer.chat.behind_opening(prefix)
+    before, found, _ = _answer(tokenizer, instruction, prefix + ".", whole=False).partition(prefix)
     if not found:
         raise _changed(tokenizer, prefix)
     return before + prefix
@@ -141,10 +144,12 @@ def learn_all(encoded: Encoded) -> Encoded:
 
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], learnt: Learnt = "assistant_no_execution"
-) -> Conversation:
+) -> list[Conversation]:
     """A chat in the tokenizer's template up to its last answer; its mask says what `learnt` names, the answers or all,
     but for answers with "weight": 0.
 
+    One sequence, but where the template writes what came before an answer in another way than it stood there when it
+    was learnt itself (earlier thoughts are dropped): then another one begins, with the whole context of that answer.
     Raises UserError without template or answer, and for messages with blocks in a template that has none.
     """
     weights = [(message["role"], message.get("weight") != 0) for message in messages]
@@ -152,33 +157,40 @@ def encode_conversation(
         raise UserError("a message that is not the assistant's has weight 0, but all are to be learnt; leave it out")
     kept = [is_kept for role, is_kept in weights if role == "assistant"]
     if tokenizer.code:
-        conversation = _encode_pieces(tokenizer, blocks.pieces(blocks.from_messages(messages)), learnt, kept)
+        found = [_encode_pieces(tokenizer, blocks.pieces(blocks.from_messages(messages)), learnt, kept)]
     elif tokenizer.chat:
-        conversation = _encode_turns(tokenizer, messages, learnt, kept)
+        found = _encode_turns(tokenizer, messages, learnt, kept)
     else:
         raise UserError("messages need a --chat_template: a built-in name, or file for the tokenizer's own")
-    if not any(conversation.answer_mask):
+    found = [conversation for conversation in found if any(conversation.answer_mask)]
+    if not found:
         raise UserError("a conversation holds no message of the assistant; there is nothing to learn from it")
-    conversation.answer_mask[0] = False  # nothing predicts the first token
-    return conversation
+    for conversation in found:
+        conversation.answer_mask[0] = False  # nothing predicts the first token
+    return found
 
 
 def _encode_turns(
     tokenizer: Tokenizer, messages: Sequence[Message], learnt: Learnt, kept: Sequence[bool]
-) -> Conversation:
+) -> list[Conversation]:
     """A chat of plain texts in the tokenizer's template; kept: for each answer whether it is to be learnt."""
     if any(not isinstance(message["content"], str) for message in messages):
         raise UserError(
             f"a message holds blocks, which --chat_template {tokenizer.chat_template} has no form for; train with "
             f"--chat_template code"
         )
-    tokens, mask = [], []
-    for turn, is_kept in zip(tokenizer.chat.turns(messages), kept, strict=True):
-        for text, is_learnt in zip(turn, (learnt == "all", is_kept), strict=True):
+    found = [Conversation([], [])]
+    for place, (prompt, answer, is_anew) in enumerate(tokenizer.chat.turns(messages)):
+        if is_anew:
+            found.append(Conversation([], []))
+        tokens, mask = found[-1]
+        # a context that stands there again may hold answers that are not to be learnt
+        is_all = learnt == "all" and (not is_anew or all(kept[:place]))
+        for text, is_learnt in ((prompt, is_all), (answer, kept[place])):
             ids = tokenizer.encode_rendered(text)
             tokens += ids
             mask += [is_learnt] * len(ids)
-    return Conversation(tokens, mask)
+    return found
 
 
 def _message(role: str, content: str) -> dict[str, str]:
@@ -205,6 +217,8 @@ def encode_steps(
     position of every step's end is known by construction. A step with the label None is not judged.
     """
     prompt = encode_prompt(tokenizer, instruction)
+    if tokenizer.chat:
+        steps = [tokenizer.chat.behind_opening(steps[0]) or steps[0], *steps[1:]]
     response: list[int] = []
     targets: list[float] = []
     for number, (step, label) in enumerate(zip(steps, labels, strict=True)):

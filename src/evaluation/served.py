@@ -14,7 +14,7 @@ from src.inference.remote import RemoteCompletion, RemoteRequest, Server, comple
 from src.inference.reply import Reply
 from src.inference.sampling import Sampling
 from src.text.blocks import CODE_FORM
-from src.text.tokenizer import Tokenizer
+from src.text.tokenizer import Tokenizer, read_template_args
 
 Backend = Literal["engine", "openai"]
 AT_SERVER = "server"  # the --chat_template that the server applies itself
@@ -57,6 +57,11 @@ def check_flags(flags: Mapping[str, object]) -> bool:
             f"--chat_template {template} with --backend openai needs --tokenizer_file, the file or directory of the "
             f"model's tokenizer; --chat_template {AT_SERVER} leaves the form to the server"
         )
+    if "template_args" in given and not has_tokenizer:
+        raise UserError(
+            "--template_args with --backend openai goes with a template that is filled in here; give --tokenizer_file "
+            "and --chat_template with it"
+        )
     key = flags["api_key_env"]
     if key and key not in os.environ:
         raise UserError(f"--api_key_env {key}: there is no such environment variable; export the server's key")
@@ -79,7 +84,8 @@ class ServedSolver:
         self.prompting, self.concurrency = prompting, flags["max_batch_size"]
         self.chat_template = flags["chat_template"]
         path = flags["tokenizer_file"]
-        self.tokenizer = Tokenizer(Path(path), self.chat_template) if path else None
+        args = read_template_args(flags.get("template_args", ""))
+        self.tokenizer = Tokenizer(Path(path), self.chat_template, args) if path else None
         self.server = Server(
             base_url=flags["base_url"],
             model_name=flags["model_name"],
@@ -94,7 +100,9 @@ class ServedSolver:
         """What samples depend on beside the sampling."""
         tokenizer = self.tokenizer.fingerprint()[:16] if self.tokenizer else None
         template = None if self.chat_template in ("", "none") else self.chat_template
-        return {"model_name": self.server.model_name, "chat_template": template, "tokenizer": tokenizer}
+        args = (self.tokenizer and self.tokenizer.template_args) or None
+        return {"model_name": self.server.model_name, "chat_template": template, "template_args": args,
+                "tokenizer": tokenizer}  # fmt: skip
 
     def prompt(self, instruction: str, prefix: str = "") -> str | list[int]:
         """A problem as it is sent, perhaps with the beginning of its solution."""

@@ -48,7 +48,7 @@ class ModelConfig:
     being right); score says where the score of a response is read: at its `last` token, as the `mean` over its tokens,
     or at the end of its `steps`; score_mean and score_std are the measured statistics of such scores; step says what
     a step was to an outcome or process verifier in training. chat_template names the format that training put texts in
-    (none for none); empty where no training here has chosen one.
+    (none for none); empty where no training here has chosen one. template_args are the values of its own variables.
 
     carried holds what else a Hugging Face config.json said (ids of special tokens, dropout, ...): nothing is computed
     from it here, and an export says it again.
@@ -95,6 +95,7 @@ class ModelConfig:
     step: str = "paragraph"
     dtype: str = "float32"
     chat_template: str = ""
+    template_args: dict[str, object] = field(default_factory=dict, hash=False)
     carried: dict[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +109,8 @@ class ModelConfig:
                 raise UserError(f"{name}={value!r}: expected true or false")
             if kind is str and type(value) is not str:
                 raise UserError(f"{name}={value!r}: expected a text")
+        if not isinstance(self.template_args, dict):
+            raise UserError(f"template_args={self.template_args!r}: expected an object")
         if self.n_kv_heads == 0 or self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         for name, allowed in CHOICES.items():

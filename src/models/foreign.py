@@ -20,10 +20,13 @@ from src.models.families import (
 _UNCLAIMED = {
     "family", "n_added_tokens", "max_seq_len", "rope_original_max_seq_len", "rope_low_freq_factor",
     "rope_high_freq_factor", "logn_attention", "renormalised_experts", "norm_eps", "embedding_split_dim",
-    "value_head", "score", "score_mean", "score_std", "step", "dtype", "chat_template", "carried",
+    "value_head", "score", "score_mean", "score_std", "step", "dtype", "chat_template", "template_args",
+    "carried",
 }  # fmt: skip
 # Facts that only SplitRL reads; they stand under `splitrl` in a config.json.
-_OWN_FACTS = {"n_added_tokens", "objective", "score", "score_mean", "score_std", "step", "chat_template"}
+_OWN_FACTS = {
+    "n_added_tokens", "objective", "score", "score_mean", "score_std", "step", "chat_template", "template_args",
+}  # fmt: skip
 _SUFFIXES = ("-base", "-chat", "-instruct", "-it")
 
 # ModelConfig fields where a foreign 0 or null has a meaning: derived from other fields, or switched off.
@@ -304,7 +307,7 @@ def _windows(values: dict[str, object], family: Family, n_layers: int, source: s
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """The config.json of a solver, as transformers reads it. Raises UserError for what no config of its family says."""
     own = {name: getattr(config, name) for name in sorted(_OWN_FACTS)}
-    own = {name: value for name, value in own.items() if value != FIELDS[name].default}
+    own = {name: value for name, value in own.items() if value not in ({}, FIELDS[name].default)}
     values = config.carried | _hf_values(config) | ({"splitrl": own} if own or config.value_head else {})
     back = config_from_hf(values, "the exported config.json", config.dtype)
     for name in FIELDS.keys() - {"embedding_split_dim", "value_head"}:  # said by the tensors

@@ -5,6 +5,7 @@ spells one, MARK breaks it, so that whoever tokenises the text can tell them apa
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -42,6 +43,31 @@ _CHATML = """
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}"""
 
+# What tokenizers v2, v3 and v7 of mistral-common have instead of v1's words: [INST] and [/INST] as control tokens. A
+# vocabulary that puts no space before a text (tekken) has none for ␣. The last user message holds the system's (v2, v3)
+_MISTRAL_CONTROL = (
+    _SYSTEM_FIRST
+    + _ALTERNATE
+    + """
+{{- bos_token -}}
+{%- for message in turns -%}
+    {%- if message.role == "user" -%}
+        {%- set last = loop.index0 >= turns | length - 2 -%}
+        {%- set head = "" if system is none or not last else system + "\n\n" -%}
+        {{ "[INST]␣" + head + message.content + "[/INST]" }}
+    {%- else -%}
+        {{ "␣" + message.content.rstrip(" ") + eos_token }}
+    {%- endif -%}
+{%- endfor -%}"""
+)
+# or it has tokens of its own (v7)
+_SYSTEM_BLOCK = """
+{{- bos_token -}}
+{%- if system is not none -%}
+    {{ "[SYSTEM_PROMPT]␣" + system + "[/SYSTEM_PROMPT]" }}
+    {%- set system = none -%}
+{%- endif -%}"""
+
 # The formats of the released instruction models, each after the source in its comment.
 TEMPLATES: dict[str, str] = {
     # chat_completion in generation.py of meta-llama/llama; chat_template of Llama-2-7b-chat-hf
@@ -63,7 +89,8 @@ TEMPLATES: dict[str, str] = {
     {{ "<|start_header_id|>" + message.role + "<|end_header_id|>\n\n" + message.content.strip() + "<|eot_id|>" }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "<|start_header_id|>assistant<|end_header_id|>\n\n" }}{%- endif -%}""",
-    # tokenizer v1 of mistral-common: Mistral-7B-Instruct-v0.1 and v0.2, Mixtral-8x7B-Instruct-v0.1
+    # tokenizer v1 of mistral-common: Mistral-7B-Instruct-v0.1 and v0.2, Mixtral-8x7B-Instruct-v0.1; later ones where
+    # the vocabulary has their control tokens (find_source)
     "mistral": _SYSTEM_FIRST
     + _ALTERNATE
     + """
@@ -112,23 +139,44 @@ TEMPLATES: dict[str, str] = {
 _CONTROL = re.compile(r"<([|｜])[^|｜<>\s]+\1>|<(?:start|end)_of_turn>")
 
 
+# At the end of a prompt a tag that opens the answer, perhaps closed at once ("<think>\n\n</think>\n\n"); a piece of one
+_OPEN_TAG, _CUT_TAG = re.compile(r"<(\w+)>\s*(</\1>\s*)?\Z"), re.compile(r"[<\[][^>\]\s]*\Z")
+_THINK, _THOUGHT = "<think>", re.compile(r"</think>\s*\Z")
+
+
 class Turn(NamedTuple):
-    """What leads up to an assistant's answer since the last one, and the answer with the token that ends it."""
+    """What leads up to an assistant's answer since the last one, and the answer with the token that ends it.
+
+    is_anew: the template writes what came before in another way than it stood there when it was learnt (earlier
+    thoughts are dropped); the prompt is then the whole conversation up to the answer.
+    """
 
     prompt: str
     answer: str
+    is_anew: bool = False
 
 
 class ChatTemplate:
-    """A jinja template with the names of the control tokens that it may write."""
+    """A jinja template with the names of the control tokens that it may write.
 
-    def __init__(self, name: str, source: str, names: Mapping[str, str], control: Collection[str]) -> None:
+    end_token ends an answer. opening: what the prompt for an answer has already begun of it, such as "<think>\n"; empty
+    for most. args: values of the template's own variables, such as {"enable_thinking": false}.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        names: Mapping[str, str],
+        control: Collection[str],
+        args: Mapping[str, object] | None = None,
+    ) -> None:
         """names: what the template may call bos_token, eos_token, ...; control: all control tokens.
 
-        Raises UserError when the template does not end an assistant's turn with a control token.
+        Raises UserError when the template does not end an assistant's turn with a control token, or does not read one
+        of args.
         """
-        self.name = name
-        self._source = source
+        self.name, self.source, self.args = name, source, dict(args or {})
         self._names = dict(names)
         self._control = re.compile(
             "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)"
@@ -137,47 +185,80 @@ class ChatTemplate:
         self._tails = {token[length:] for token in control for length in range(1, len(token))}
         self._longest = max(map(len, control), default=0)
         self._worker = _Worker()
-        self.end_token = self._find_end()
+        self._find_frame()
 
-    def _find_end(self) -> str:
-        """The control token behind an answer, found in a conversation whose content holds none."""
+    def _find_frame(self) -> None:
+        """What stands around an answer, found in a conversation whose content holds no control token."""
         question = [{"role": "user", "content": "1"}]
         prompt = self._render(question, add_generation_prompt=True)
         text = self._render([*question, {"role": "assistant", "content": "2"}], add_generation_prompt=False)
-        found = self._control.search(text, len(prompt))
-        if not text.startswith(prompt) or not found:
+        shared, opened = prompt, _OPEN_TAG.search(prompt)
+        if not text.startswith(prompt):  # an answer that is over lacks what the prompt for it opens
+            shared = _CUT_TAG.sub("", os.path.commonprefix([prompt, text]))
+            asked = self._render(question, add_generation_prompt=False)
+            opened = re.compile(r"\s*[<\[].*", re.DOTALL).fullmatch(prompt, len(shared)) if asked in shared else None
+        self._before, answer, rest = text[len(shared) :].partition("2")
+        end = self._control.search(rest)
+        if not answer or not end or not (opened or text.startswith(prompt)):
             raise UserError(
                 f"chat template {self.name} renders an answer as {text[-60:]!r} after {prompt[-60:]!r}; expected the "
                 f"prompt, the answer, and a control token that ends it"
             )
-        return found[0]
+        self.opening, self._behind, self.end_token = opened[0] if opened else "", rest[: end.end()], end[0]
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text after which the model answers."""
         return self._render(self._shielded(messages), add_generation_prompt=True)
 
-    def turns(self, messages: Sequence[Message]) -> list[Turn]:
+    def turns(self, messages: Sequence[Message], *, whole: bool = True) -> list[Turn]:
         """A conversation cut where answers begin and end; what follows the last answer is left out.
 
-        An answer begins where the prompt for it ends, and ends with the first end token: content can hold none.
-        Raises UserError when the template writes a turn in another way once others follow.
+        An answer begins where the prompt for it ends, and ends with the first end token: content can hold none. It is
+        what the template makes of it, or where that cannot follow the prompt or lacks some of its words, as those of
+        thoughts, it is as it was given: without the opening, which the prompt has. Where the prompt opens thoughts, an
+        answer without their end is thus learnt as thoughts. whole False: so is every answer, for it may be a beginning.
+        Raises UserError when the template does not lead up to an answer with the prompt for it.
         """
         shielded = self._shielded(messages)
         turns, done = [], ""
-        for index, message in enumerate(shielded):
+        for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             prompt = self._render(shielded[:index], add_generation_prompt=True)
             text = self._render(shielded[: index + 1], add_generation_prompt=False)
+            given = self.behind_opening(message["content"])
+            if _THINK in given and _THOUGHT.search(prompt):
+                raise UserError(
+                    f"message {index + 1} holds {_THINK}, but chat template {self.name} ends thoughts before an answer "
+                    f"begins ({prompt[-40:]!r}); take them out, or let it think (--template_args)"
+                )
             last = text.find(self.end_token, len(prompt))
-            if not prompt.startswith(done) or not text.startswith(prompt) or last < 0:
+            made = text[len(prompt) : last + len(self.end_token)] if text.startswith(prompt) and last >= 0 else ""
+            if not made and not (self.opening and text.startswith(prompt.removesuffix(self.opening))):
                 raise UserError(
                     f"chat template {self.name} changes earlier text when message {index + 1} is added, or does not "
                     f"end it with {self.end_token}; its answers cannot be told from its prompts"
                 )
-            turns.append(Turn(prompt[len(done) :], text[len(prompt) : last + len(self.end_token)]))
-            done = text[: last + len(self.end_token)]
+            if not made or not self._keeps(made, given) or (self.opening and not whole):
+                before = "" if self.opening or _THINK in self._before else self._before
+                made = before + self._shield(given) + self._behind
+            anew = not prompt.startswith(done)
+            turns.append(Turn(prompt if anew else prompt[len(done) :], made, anew))
+            done = prompt + made
         return turns
+
+    def behind_opening(self, content: str) -> str:
+        """An answer without the opening that its prompt has already."""
+        begun = content.lstrip()
+        if self.opening and begun.startswith(self.opening):
+            return begun.removeprefix(self.opening)
+        spelt = r"\s*".join(map(re.escape, self.opening.split()))
+        return re.sub(rf"{spelt}\s*", "", begun, count=1) if spelt and re.match(spelt, begun) else content
+
+    def _keeps(self, made: str, given: str) -> bool:
+        """Whether a rendered answer has all the words of the one given, and no thoughts put before its own."""
+        made, given = ("".join(text.replace(MARK, "").split()) for text in (made, given))
+        return given in made and (_THINK not in given or made.count(_THINK) == given.count(_THINK))
 
     def _shielded(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         """The messages with MARK inside whatever spells a control token, or could become one at an edge."""
@@ -194,13 +275,17 @@ class ChatTemplate:
             )
         if MARK in content:
             raise UserError(f"message {number} holds U+{ord(MARK):X}, which is no character; remove it")
+        return {"role": role, "content": self._shield(content)}
+
+    def _shield(self, content: str) -> str:
+        """Text with MARK inside whatever spells a control token, or could become one at an edge."""
         content = self._control.sub(lambda found: found[0][0] + MARK + found[0][1:], content)
         lengths = range(1, self._longest)
         if any(content[-length:] in self._heads for length in lengths):
             content += MARK
         if any(content[:length] in self._tails for length in lengths):
             content = MARK + content
-        return {"role": role, "content": content}
+        return content
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         context = self._names | {
@@ -209,7 +294,7 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
-        return self._worker.render(self.name, self._source, context)
+        return self._worker.render(self.name, self.source, context, self.args)
 
 
 class _Worker:
@@ -218,7 +303,9 @@ class _Worker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def render(self, name: str, source: str, context: Mapping[str, object]) -> str:
+    def render(
+        self, name: str, source: str, context: Mapping[str, object], args: Mapping[str, object]
+    ) -> str:
         """The text of a template. Raises UserError when it fails, or takes too much time or memory."""
         if self._process is None:
             self._process = subprocess.Popen(
@@ -229,7 +316,7 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
             )
             weakref.finalize(self, _end, self._process)
-        request = {"template": source, "context": context, "seconds": RENDER_SECONDS}
+        request = {"template": source, "context": context, "args": args, "seconds": RENDER_SECONDS}
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -254,8 +341,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.stdout.close()
 
 
-def find_source(name: str, folder: Path) -> str:
-    """The jinja source of a built-in template, or with `file` of the one beside the tokenizer. Raises UserError."""
+def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_space: bool = True) -> str:
+    """The jinja source of a built-in template, or with `file` of the one beside the tokenizer. Raises UserError.
+
+    control, puts_space: the vocabulary's control tokens and whether it puts a space before a text, by which a format of
+    several versions is told.
+    """
+    if name == "mistral" and "[INST]" in control:
+        own_block = "[SYSTEM_PROMPT]" in control
+        source = _MISTRAL_CONTROL.replace("\n{{- bos_token -}}", _SYSTEM_BLOCK) if own_block else _MISTRAL_CONTROL
+        return source.replace("␣", " " if puts_space else "")
     if name in TEMPLATES:
         return TEMPLATES[name]
     if name != FILE:

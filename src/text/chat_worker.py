@@ -3,7 +3,7 @@
 A template comes with a checkpoint, from a stranger. It runs in jinja2's sandbox, in a process whose memory is limited
 and which the kernel ends when one rendering uses too much time, even inside a C call.
 
-One JSON line in, {"template", "context", "seconds"}, one JSON line out, {"text"} or {"error"}.
+One JSON line in, {"template", "context", "args", "seconds"}, one JSON line out, {"text"} or {"error"}.
 """
 
 import functools
@@ -12,9 +12,10 @@ import os
 import resource
 import signal
 import sys
+from datetime import datetime
 
 import jinja2
-from jinja2 import ext, nodes
+from jinja2 import ext, meta, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -44,23 +45,36 @@ def tojson(value: object, indent: int | None = None) -> str:
 
 
 @functools.cache
-def compiled(source: str) -> jinja2.Template:
-    """A template in the environment that Hugging Face's templates are written for.
+def compiled(source: str) -> tuple[jinja2.Template, set[str]]:
+    """A template in the environment that Hugging Face's templates are written for, and the variables that it reads.
 
-    Its strftime_now is left out on purpose: a prompt must not depend on the day.
+    Its strftime_now is left out on purpose: a prompt must not depend on the day. A day can be given for it.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
     )
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = tojson
-    return environment.from_string(source)
+    tree = environment.parse(source)
+    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    tested = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+    reads = meta.find_undeclared_variables(tree) - environment.globals.keys() - (own - tested)
+    return environment.from_string(source), reads
 
 
-def render(source: str, context: dict[str, object]) -> dict[str, str]:
-    """The rendered text, or why there is none: a stranger's template may raise anything."""
+def render(source: str, context: dict[str, object], args: dict[str, object]) -> dict[str, str]:
+    """The rendered text, or why there is none: a stranger's template may raise anything.
+
+    args: values of the template's own variables; the day for strftime_now as YYYY-MM-DD.
+    """
     try:
-        text = compiled(source).render(context)
+        template, reads = compiled(source)
+        if unknown := sorted(args.keys() - (reads - context.keys())):
+            expected = ", ".join(sorted(reads - context.keys())) or "none"
+            return {"error": f"it takes no {unknown[0]!r} (--template_args); what can be given is: {expected}"}
+        if "strftime_now" in args:
+            args = args | {"strftime_now": datetime.fromisoformat(str(args["strftime_now"])).strftime}
+        text = template.render(context | args)
     except jinja2.TemplateSyntaxError as problem:
         return {"error": f"line {problem.lineno}: {problem.message}"}
     except (
@@ -73,7 +87,9 @@ def render(source: str, context: dict[str, object]) -> dict[str, str]:
         TypeError,
         ValueError,
     ) as problem:
-        return {"error": str(problem) or type(problem).__name__}
+        said = str(problem) or type(problem).__name__
+        fix = "; --template_args strftime_now=2024-07-26 says which day it is" if "'strftime_now' is" in said else ""
+        return {"error": said + fix}
     if len(text) > MAX_CHARACTERS:
         return {"error": f"the text has {len(text)} characters; at most {MAX_CHARACTERS} are read"}
     return {"text": text}
@@ -87,7 +103,7 @@ def main() -> None:
         request = json.loads(line)
         # SIGPROF has its default action, which ends the process
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-        reply = render(request["template"], request["context"])
+        reply = render(request["template"], request["context"], request["args"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(1, json.dumps(reply).encode() + b"\n")
 

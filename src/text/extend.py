@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.errors import UserError
 from src.jsonfile import read_json
-from src.text.chat import TEMPLATES, find_source
+from src.text.chat import TEMPLATES
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
@@ -39,19 +39,22 @@ def add_control_tokens(folder: Path, tokens: Sequence[str], source: Path) -> int
     return tokenizer.vocab_size
 
 
-def say_ends(folder: Path, chat_template: str, ids: Mapping[str, object]) -> dict[str, object]:
+def say_ends(
+    folder: Path, chat_template: str, ids: Mapping[str, object], template_args: Mapping[str, object] | None = None
+) -> dict[str, object]:
     """Write what ends a response, and the template of training, where transformers looks for them.
 
     generation_config.json lists the ids of ends: those that it or, without it, the config (`ids`: bos_token_id,
     eos_token_id, pad_token_id) had, and those of training. chat_template: as in ModelConfig, empty where nothing was
-    trained here; a built-in one becomes chat_template.jinja. -> the ids that the config is to have.
+    trained here; a built-in one becomes chat_template.jinja, and so does one with arguments, whose values it then holds
+    as defaults. -> the ids that the config is to have.
     """
     path = folder / GENERATION
     has_vocabulary = any((folder / name).is_file() for name in VOCABULARY_FILES)
     tokenizer, ids = None, dict(ids)
     if has_vocabulary:
         try:
-            tokenizer = Tokenizer(folder, chat_template or "none")
+            tokenizer = Tokenizer(folder, chat_template or "none", template_args)
         except UserError:  # what nothing here has trained with need not be understood
             if chat_template:
                 raise
@@ -69,7 +72,11 @@ def say_ends(folder: Path, chat_template: str, ids: Mapping[str, object]) -> dic
     if ends:
         said = said | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
         path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-    if chat_template in TEMPLATES:
-        source = find_source(chat_template, folder)
-        (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    if tokenizer and tokenizer.chat and (chat_template in TEMPLATES or template_args):
+        defaults = "".join(
+            f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}\n"
+            for name, value in tokenizer.template_args.items()
+            if name != "strftime_now"  # transformers has today's
+        )
+        (folder / "chat_template.jinja").write_text(defaults + tokenizer.chat.source, encoding="utf-8")
     return ids

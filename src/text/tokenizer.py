@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from src.errors import UserError
-from src.jsonfile import read_json
+from src.jsonfile import parse, read_json
 from src.text.blocks import CODE_FORM, Marker, Piece
 from src.text.chat import MARK, ChatTemplate, control_tokens, find_source
 from src.text.vocabulary import Added, Vocabulary, open_vocabulary
 
 # Which file of a directory is opened: sentencepiece first, because a tokenizer.json beside it is derived from it.
 VOCABULARY_FILES = ("tokenizer.model", "qwen.tiktoken", "tokenizer.json", "vocab.json")
+
+# What parts thoughts from an answer: text that is learnt, shown and graded, even where a file sets it apart as control
+THOUGHTS = ("<think>", "</think>")
 
 
 class Tokenizer:
@@ -24,11 +27,13 @@ class Tokenizer:
     whether they are put in the form of solutions with code (blocks.py); then eos_id is its end of a message.
     """
 
-    def __init__(self, path: Path, chat_template: str = "none") -> None:
+    def __init__(
+        self, path: Path, chat_template: str = "none", template_args: Mapping[str, object] | None = None
+    ) -> None:
         """Open a vocabulary file, or the one in a directory, with the config files beside it.
 
-        chat_template: none, file (the one beside it), a built-in name or code. Raises UserError that says what is
-        missing or damaged.
+        chat_template: none, file (the one beside it), a built-in name or code. template_args: values of the template's
+        own variables. Raises UserError that says what is missing, damaged or without effect.
         """
         self.path = _find_file(path)
         folder = self.path.parent
@@ -42,18 +47,27 @@ class Tokenizer:
         added = own | beside
         self._identity = sorted((token, facts.id) for token, facts in added.items())
         self.code = chat_template == CODE_FORM
-        source = "" if self.code or chat_template == "none" else find_source(chat_template, folder)
+        source = ""
+        if not self.code and chat_template != "none":
+            control = {token for token, facts in added.items() if facts.control}
+            source = find_source(chat_template, folder, control, puts_space=self._vocabulary.puts_space)
         for token in control_tokens(source):
             index = added[token].id if token in added else self._vocabulary.token_id(token)
             if index is not None:
                 added[token] = Added(index, control=True)
+        added |= {token: added[token]._replace(control=False) for token in THOUGHTS if token in added}
         self.control = {token: facts.id for token, facts in added.items() if facts.control}
         self.vocab_size = max(self._vocabulary.size, *(facts.id + 1 for facts in added.values()), 0)
         self._set_ends(folder, config)
         self._set_patterns(added)
         self.chat = None
         if source:
-            self._put_in_chat(chat_template, source, config)
+            self._put_in_chat(chat_template, source, config, template_args)
+        elif template_args:
+            raise UserError(
+                f"--template_args {', '.join(template_args)}: --chat_template {chat_template} has no template to take "
+                f"that; give file or a built-in name"
+            )
         if self.code:
             self._put_in_code_form()
 
@@ -104,11 +118,14 @@ class Tokenizer:
         inside = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in own if text[1:])
         self._inside = re.compile("|".join(inside) or r"(?!)")
         plain = {token: facts.id for token, facts in added.items() if not facts.control}
-        self._plain = {token: index for token, index in plain.items() if token not in self._vocabulary.added}
+        found = {token for token, facts in self._vocabulary.added.items() if not facts.control}
+        self._plain = {token: index for token, index in plain.items() if token not in found}
         self._plain_names = {index: token for token, index in self._plain.items()}
         self._plain_pattern = _alternatives(self._plain, added)
 
-    def _put_in_chat(self, name: str, source: str, config: Mapping[str, object]) -> None:
+    def _put_in_chat(
+        self, name: str, source: str, config: Mapping[str, object], args: Mapping[str, object] | None
+    ) -> None:
         """Attach a template. Raises UserError when it needs tokens that the vocabulary does not have."""
         missing = sorted(control_tokens(source) - self.control.keys())
         if missing and name != "file":  # a file's may name tokens for tools, which it never writes here
@@ -122,7 +139,7 @@ class Tokenizer:
         names.setdefault("eos_token", self._names[self.eos_id])
         if "bos_token" not in config and self._vocabulary.bos is not None:
             names["bos_token"] = self._vocabulary.bos
-        self.chat = ChatTemplate(name, source, names, self.control)
+        self.chat = ChatTemplate(name, source, names, self.control, args)
         self.eos_id = self.control[self.chat.end_token]
         self.stop_ids |= {self.eos_id}
 
@@ -143,6 +160,11 @@ class Tokenizer:
         if self.code:
             return CODE_FORM
         return self.chat.name if self.chat else "none"
+
+    @property
+    def template_args(self) -> dict[str, object]:
+        """The values that the template's own variables were given."""
+        return self.chat.args if self.chat else {}
 
     def fingerprint(self) -> str:
         """A hash of the ids that texts become: of the vocabulary's file and the tokens beside it."""
@@ -229,6 +251,28 @@ class Tokenizer:
 
     def _decode_stretch(self, ids: Sequence[int], *, start: bool) -> str:
         return self._vocabulary.decode(ids, start=start) if ids else ""
+
+
+def read_template_args(text: str) -> dict[str, object]:
+    """What --template_args gives: a json object, or NAME=VALUE,NAME=VALUE with values that are json or plain text.
+
+    Raises UserError.
+    """
+    if text.lstrip().startswith("{"):
+        return parse(text, "--template_args")
+    args: dict[str, object] = {}
+    for part in re.split(r",(?=\s*\w+=)", text) if text else []:
+        name, equals, value = part.strip().partition("=")
+        if not name.isidentifier() or not equals or name in args:
+            raise UserError(
+                f"--template_args: found {part!r}, expected each NAME=VALUE once, as in enable_thinking=false, or a "
+                f"json object"
+            )
+        try:
+            args[name] = parse(value, "--template_args", object)
+        except UserError:
+            args[name] = value
+    return args
 
 
 def _alternatives(tokens: Iterable[str], added: Mapping[str, Added]) -> re.Pattern[str]:

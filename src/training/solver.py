@@ -33,7 +33,7 @@ class SolverData:
         loss_on: Learnt = "assistant_no_execution",
     ) -> None:
         """collate.fit() says what becomes of rows that are too long. loss_on: the tokens to learn."""
-        options = [_encode(tokenizer, row, loss_on) for row in rows]
+        options = [sample for row in rows for sample in _encode(tokenizer, row, loss_on)]
         self.rows, self.report = collate.fit(options, max_seq_len, source, truncation)
 
     def steps(
@@ -67,16 +67,16 @@ class SolverData:
         return max(size for step in steps for size in step.batches)
 
 
-def _encode(tokenizer: Tokenizer, row: Instruction | Chat, loss_on: Learnt) -> tuple[Encoded, ...]:
-    """A row's alternatives: one for each output, or the one conversation."""
+def _encode(tokenizer: Tokenizer, row: Instruction | Chat, loss_on: Learnt) -> list[tuple[Encoded, ...]]:
+    """A row's samples, each with its alternatives: one with one for each output, or those of its conversation."""
     if isinstance(row, Instruction):
         outputs = (encode_response(tokenizer, row.instruction, output) for output in row.outputs)
-        return tuple(learn_all(encoded) if loss_on == "all" else encoded for encoded in outputs)
+        return [tuple(learn_all(encoded) if loss_on == "all" else encoded for encoded in outputs)]
     try:
-        tokens, mask = encode_conversation(tokenizer, row.messages, loss_on)
+        found = encode_conversation(tokenizer, row.messages, loss_on)
     except UserError as problem:
         raise UserError(f"{row.where}: {problem}") from None
-    return (Encoded(tokens, mask.index(True), answer_mask=mask),)
+    return [(Encoded(tokens, mask.index(True), answer_mask=mask),) for tokens, mask in found]
 
 
 def n_supervised(batches: Sequence[Batch]) -> int:

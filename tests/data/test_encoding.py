@@ -40,7 +40,7 @@ def test_a_chat_template_is_all_that_stands_around_texts(tmp_path: Path) -> None
     assert encoded == Encoded([*prompt, *text("3"), end], len(prompt))
     assert encode_response(tokenizer, "1+2=", "3", finished=False).tokens == encoded.tokens[:-1]
     messages = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"}]
-    conversation = encode_conversation(tokenizer, messages)
+    (conversation,) = encode_conversation(tokenizer, messages)
     assert conversation.tokens == encoded.tokens
     assert conversation.answer_mask == [False] * len(prompt) + [True] * encoded.n_response
 

@@ -247,15 +247,15 @@ def test_a_row_with_two_meanings_is_refused(tmp_path: Path) -> None:
 def test_what_has_weight_0_is_read_but_not_learnt(folders: Folders, code_tokenizer: Tokenizer) -> None:
     bad, good = {"role": "assistant", "content": "bad"}, {"role": "assistant", "content": "4"}
     for tokenizer in (assemble.load_tokenizer(folders.one, chat_template="llama-2"), code_tokenizer):
-        whole = encode_conversation(tokenizer, [USER, bad, USER, good])
-        without = encode_conversation(tokenizer, [USER, bad | {"weight": 0}, USER, good])
+        (whole,) = encode_conversation(tokenizer, [USER, bad, USER, good])
+        (without,) = encode_conversation(tokenizer, [USER, bad | {"weight": 0}, USER, good])
         assert whole.tokens == without.tokens
         learnt = [
             tokenizer.decode([t for t, kept in zip(*found, strict=True) if kept]) for found in (whole, without)
         ]
         assert "bad" in learnt[0] and "4" in learnt[0]
         assert "bad" not in learnt[1] and "4" in learnt[1]
-        everything = encode_conversation(tokenizer, [USER, bad | {"weight": 0}, USER, good], "all")
+        (everything,) = encode_conversation(tokenizer, [USER, bad | {"weight": 0}, USER, good], "all")
         not_learnt = [t for t, kept in zip(*everything, strict=True) if not kept]
         assert "bad" in tokenizer.decode(not_learnt[1:]) and "4" not in tokenizer.decode(not_learnt[1:])
         with pytest.raises(UserError, match="not the assistant's has weight 0"):

@@ -145,7 +145,7 @@ def test_content_cannot_forge_a_turn(tmp_path: Path, name: str, content: str) ->
     controls = set(tokenizer.control.values())
 
     def shape(text: str) -> list[int]:
-        conversation = encode_conversation(tokenizer, [message("user", text), message("assistant", text)])
+        (conversation,) = encode_conversation(tokenizer, [message("user", text), message("assistant", text)])
         assert conversation.answer_mask == sorted(conversation.answer_mask)
         answer = [i for i, own in zip(*conversation, strict=True) if own]
         assert answer.count(tokenizer.eos_id) == 1 and answer[-1] == tokenizer.eos_id
@@ -232,7 +232,7 @@ def test_llama_3_ids_by_hand(tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_ranks(tmp_path / "tokenizer.model"), "llama-3")
     text = tokenizer.encode
     turns = [message("user", "a"), message("assistant", "b"), message("user", "c"), message("assistant", "d")]
-    found = encode_conversation(tokenizer, turns)
+    (found,) = encode_conversation(tokenizer, turns)
     user = [128006, *text("user"), 128007, *text("\n\na"), 128009]
     start = [128006, *text("assistant"), 128007, *text("\n\n")]
     again = [128006, *text("user"), 128007, *text("\n\nc"), 128009]
@@ -249,7 +249,7 @@ def test_released_mistral_ids() -> None:
     expected = json.loads(shared("tokenizers/mistral/chat/tokens_v1.json").read_text())["tokens"]
     tokenizer = Tokenizer(shared("tokenizers/mistral"), "mistral")
     assert tokenizer.encode_rendered(tokenizer.chat.prompt(messages)) == expected
-    whole = encode_conversation(tokenizer, messages)
+    (whole,) = encode_conversation(tokenizer, messages)
     assert whole.tokens == expected[: len(whole.tokens)]
     answers = tokenizer.decode([i for i, own in zip(*whole, strict=True) if own], show_control=True)
     assert answers.startswith("The result of 5 + 5 is 10.</s>") and answers.count("</s>") == 3
@@ -275,6 +275,7 @@ def test_released_qwen_template_is_the_built_in_one() -> None:
             "{% for m in messages %}{{ m.content }}{% endfor %}",
             "expected the prompt, the answer, and a control token",
         ),
+        ("{{ add_generation_prompt }}{{ messages[-1].content }}</s>", "expected the prompt, the answer"),
         ("{{ messages[-1].content }}</s>", "expected the prompt, the answer, and a control token"),
         ("{% for m in messages %}", "chat template file: line 1: Unexpected end of template"),
         ("{{ messages.__class__.__base__ }}", "chat template file: access to attribute '__class__'"),
@@ -317,13 +318,22 @@ def test_a_template_may_hang_late_and_is_started_again(monkeypatch: pytest.Monke
     assert template.prompt([message("user", "a")]) == "a</s>"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_a_template_that_rewrites_earlier_turns_begins_anew() -> None:
     source = """{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}(gone){% else %}{{ m.content }}
 {%- endif %}</s>{% endfor %}"""
     template = ChatTemplate("file", source, NAMES, TOKENS)
     assert template.turns(CHAT[:2]) == [Turn(" 1+1? </s>", " 2\n</s>")]
+    assert template.turns([*CHAT, message("assistant", "So.")]) == [
+        Turn(" 1+1? </s>", " 2\n</s>"),
+        Turn(" 1+1? </s>(gone)</s>Why?</s>", "So.</s>", is_anew=True),
+    ]
+
+
+def test_a_template_that_an_answer_changes_is_refused() -> None:
+    source = "{{ loop }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    source = source.replace("loop", "messages | length if messages | length > 3")
     with pytest.raises(UserError, match="changes earlier text when message 4 is added"):
-        template.turns([*CHAT, message("assistant", "So.")])
+        ChatTemplate("file", source, NAMES, TOKENS).turns([*CHAT, message("assistant", "So.")])
 
 
 def test_a_file_s_added_tokens_reach_its_template(tmp_path: Path) -> None:

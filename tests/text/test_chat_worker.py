@@ -22,7 +22,7 @@ FEATURES = [
 def test_features_render_as_in_transformers(source: str) -> None:
     expected = render_jinja_template([MESSAGES], chat_template=source, bos_token="<s>")[0][0]
     context = {"messages": MESSAGES, "bos_token": "<s>", "tools": None, "documents": None}
-    assert render(source, context) == {"text": expected}
+    assert render(source, context, {}) == {"text": expected}
 
 
 ESCAPES = [
@@ -44,7 +44,7 @@ ESCAPES = [
 
 @pytest.mark.parametrize("source", ESCAPES)
 def test_the_sandbox_gives_nothing_away(source: str) -> None:
-    reply = render(source, {"messages": [{"role": "user", "content": "x"}]})
+    reply = render(source, {"messages": [{"role": "user", "content": "x"}]}, {})
     assert "error" in reply or reply["text"] == "", reply
 
 
@@ -61,4 +61,4 @@ def test_the_sandbox_gives_nothing_away(source: str) -> None:
     ],
 )
 def test_a_failure_is_a_reply(source: str, message: str) -> None:
-    assert message in render(source, {"messages": []})["error"]
+    assert message in render(source, {"messages": []}, {})["error"]
