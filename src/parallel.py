@@ -23,23 +23,15 @@ from fairscale.nn.model_parallel import mappings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from src import watchdog
 from src.errors import UserError
-from src.stopwatch import Stopwatch
 
 Item = TypeVar("Item")
 
 JOIN_TIME = datetime.timedelta(minutes=10)  # between the starts of the first and the last rank; torchrun's own limit
 ANSWER_TIME = datetime.timedelta(seconds=30)  # of the store that the ranks met in
-
-# Every collective of a training step passes it: ours below, fairscale's, and those of FSDP.
-communication = Stopwatch()
-# fairscale's layers send what they send in these two; its autograd functions look them up by name
-mappings._reduce = communication.measure()(mappings._reduce)
-mappings._gather = communication.measure()(mappings._gather)
 
 
 def start(seed: int = 1, tensor_parallel_size: int = -1) -> None:
@@ -191,16 +183,14 @@ def barrier() -> None:
 def sum_over_tensor_parallel(x: Tensor) -> Tensor:
     """Sum over the tensor-parallel group, in place; no gradient. Returns x."""
     if tensor_parallel_size() > 1:
-        with communication.measure():
-            dist.all_reduce(x, group=groups.get_model_parallel_group())
+        dist.all_reduce(x, group=groups.get_model_parallel_group())
     return x
 
 
 def max_over_tensor_parallel(x: Tensor) -> Tensor:
     """Largest over the tensor-parallel group, element by element, in place; no gradient. Returns x."""
     if tensor_parallel_size() > 1:
-        with communication.measure():
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
     return x
 
 
@@ -209,16 +199,14 @@ def sum_over_data_parallel(x: float) -> float:
     if data_parallel_size() == 1:
         return x
     total = torch.tensor(x, dtype=torch.float64, device=device())
-    with communication.measure():
-        dist.all_reduce(total, group=groups.get_data_parallel_group())
+    dist.all_reduce(total, group=groups.get_data_parallel_group())
     return total.item()
 
 
 def sum_over_all(x: Tensor) -> Tensor:
     """Sum over every rank, in place; no gradient. Returns x."""
     if world_size() > 1:
-        with communication.measure():
-            dist.all_reduce(x)
+        dist.all_reduce(x)
     return x
 
 
@@ -227,8 +215,7 @@ def gather_over_data_parallel(items: list[Item]) -> list[Item]:
     if data_parallel_size() == 1:
         return items
     found: list[list[Item]] = [[] for _ in range(data_parallel_size())]
-    with communication.measure():
-        dist.all_gather_object(found, items, group=groups.get_data_parallel_group())
+    dist.all_gather_object(found, items, group=groups.get_data_parallel_group())
     return [item for part in found for item in part]
 
 
@@ -237,30 +224,13 @@ def join_over_data_parallel(x: Tensor) -> Tensor:
     if data_parallel_size() == 1:
         return x
     total = x.to(device(), copy=True)
-    with communication.measure():
-        dist.all_reduce(total, group=groups.get_data_parallel_group())
+    dist.all_reduce(total, group=groups.get_data_parallel_group())
     return total.cpu()
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; alike on every rank."""
     return bool(sum_over_all(torch.tensor(float(flag), device=device())))
-
-
-class _TimedAllGather(DefaultAllGather):
-    """FSDP's own, timed."""
-
-    def __call__(self, *arguments: object, **options: object) -> dist.Work | None:
-        with communication.measure():
-            return super().__call__(*arguments, **options)
-
-
-class _TimedReduceScatter(DefaultReduceScatter):
-    """FSDP's own, timed."""
-
-    def __call__(self, *arguments: object, **options: object) -> dist.Work | None:
-        with communication.measure():
-            return super().__call__(*arguments, **options)
 
 
 def shard_over_data_parallel(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
@@ -281,8 +251,6 @@ def shard_over_data_parallel(model: nn.Module, blocks: Iterable[nn.Module]) -> N
         fully_shard(module, mesh=mesh["dp"])
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
-        module.set_custom_all_gather(_TimedAllGather())
-        module.set_custom_reduce_scatter(_TimedReduceScatter())
 
 
 def communicate_gradients(model: nn.Module, now: bool) -> None:
@@ -344,8 +312,7 @@ def as_part(x: Tensor, like: Tensor) -> Tensor:
 def broadcast_from_first(x: Tensor) -> Tensor:
     """Give every tensor-parallel rank the first one's values, in place. Returns x."""
     if tensor_parallel_size() > 1:
-        with communication.measure():
-            dist.broadcast(x, groups.get_model_parallel_src_rank(), group=groups.get_model_parallel_group())
+        dist.broadcast(x, groups.get_model_parallel_src_rank(), group=groups.get_model_parallel_group())
     return x
 
 

@@ -1,4 +1,8 @@
-"""How fast a training step was: tokens a second, model FLOP utilisation, padding, memory, and where the time went."""
+"""How fast a training step was: tokens a second, model FLOP utilisation, padding, memory, seconds.
+
+What a step spends in collectives is for torch.profiler to say: its gloo: and nccl: events, on the CPU with the waiting
+for slower ranks.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -37,7 +41,6 @@ class ThroughputMeter:
                 return
             self._began = time.perf_counter()
             self._data_seconds = self._began - began
-            parallel.communication.start()
             yield step
 
     def measure(self, batches: Sequence[Batch], supervised: float) -> dict[str, float]:
@@ -48,12 +51,9 @@ class ThroughputMeter:
         causal attention within samples of length S (after Chowdhery et al. 2022, appendix B), a second and rank, as
         a share of the rate at which this rank multiplied matrices before training. Recomputation and LoRA's
         smaller backward pass are not taken into account.
-        communication_seconds: of step_seconds, what this rank spent in collectives, waiting for slower ranks included.
-        On a GPU it is their time on their streams, so FSDP's, which run beside the computation, may overlap with it.
-        compute_seconds: the rest of step_seconds. data_seconds passed before the step began.
+        data_seconds passed before the step began; step_seconds hold computation and communication.
         """
         seconds = time.perf_counter() - self._began  # step() has read the loss: the device is done
-        communication = parallel.communication.stop()
         n_tokens = parallel.sum_over_data_parallel(
             float(sum(int(batch.sample_lengths().sum()) for batch in batches))
         )
@@ -69,8 +69,6 @@ class ThroughputMeter:
             "peak_memory": parallel.peak_memory(),
             "data_seconds": self._data_seconds,
             "step_seconds": seconds,
-            "communication_seconds": communication,
-            "compute_seconds": max(0.0, seconds - communication),
         }
 
 

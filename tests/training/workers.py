@@ -364,24 +364,6 @@ def resumed_epochs(
     return local_weights(model) | {"losses": torch.tensor(losses)}
 
 
-def late_step(folder: str, log_dir: str) -> dict[str, float]:
-    """Seconds in collectives of a forward and of a backward pass that rank 1 comes to late by one second."""
-    model = assemble.load_solver(folder, dtype=torch.float32)
-    trainer = Trainer(model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-3), total_steps=1)
-    batch = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
-    found = {}
-    for phase in ("forward", "backward"):
-        parallel.barrier()
-        time.sleep(float(parallel.rank() == 1))
-        parallel.communication.start()
-        if phase == "forward":
-            loss = sft_loss(model, batch, 2.0)
-        else:
-            trainer.backward(loss)
-        found[phase] = parallel.communication.stop()
-    return found
-
-
 def interrupted(folder: str, save_dir: str, how: str) -> None:
     """Two steps of a run that catches SIGTERM; in the second something befalls one rank."""
     model = assemble.load_solver(folder, dtype=torch.float32)
