@@ -61,7 +61,7 @@ def main(config: SolverTrainConfig) -> None:
                         tokenizer, total_steps, config.quantize)
         return
     facts = setup.start(config, "solver_train", batching, len(data.rows), total_steps,
-                        chat_template=tokenizer.chat_template, template_args=tokenizer.template_args)
+                        chat_template=tokenizer.chat_template, template_args=str(tokenizer.template_args or ""))
     model = assemble.load_solver(config.ckpt_dir, dtype=None if config.quantize else torch.float32,
                                  quantize=config.quantize)
     assemble.set_chat_template(model, tokenizer)

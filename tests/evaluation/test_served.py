@@ -209,6 +209,8 @@ def test_a_server_without_token_ids_says_so(folders: Folders, tmp_path: Path) ->
         ({"tokenizer_file": "t"}, "in the form of a --chat_template and in token ids; .*found nothing"),
         ({"tokenizer_file": "t", "chat_template": "server"}, "in token ids; .*found server"),
         ({"tokenizer_file": "t", "chat_template": "none"}, "t does not exist"),
+        ({"template_args": "x=1"}, "goes with a template that is filled in here; give --tokenizer_file"),
+        ({"template_args": "x=1", "chat_template": "server"}, "goes with a template that is filled in here"),
         *(({name: value}, f"--{name} would have no effect at a server") for name, value in
           {"top_k": 5, "min_p": 0.1, "quantize": "int8", "compile": True, "model_type": "llama", "isolation": "none",
            "max_rounds": 3}.items()),
