@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from src import assemble, cli, losses, parallel, ppo_plan, runlog
+from src import assemble, cli, losses, parallel, plan, runlog
 from src.checkpoint import storage
 from src.data.collate import chunks, epoch_order
 from src.data.examples import Prompt, read_prompts
@@ -43,7 +43,7 @@ def main(config: PPOConfig) -> None:
     n_iterations = len(data.iterations)
     critic_warmup = config.warmup_iterations(n_iterations)
     if config.dry_run:
-        runlog.table(ppo_plan.of_run(config, data.prompts, data.held_out, data.tokenizer, n_iterations))
+        runlog.table(plan.ppo(config, data.prompts, data.held_out, data.tokenizer, n_iterations))
         return
     parallel.start(config.seed, assemble.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size))
     for save_dir in config.save_dirs:

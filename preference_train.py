@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 import torch
 
-from src import assemble, cli, parallel, plan
+from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
 from src.config import Bounds, NonNegative, Positive, Share, TrainConfig, flag
+from src.data.encoding import masked_text
 from src.runlog import RunLog
 from src.training import setup
 from src.training.preference import Preference, evaluate, n_pairs, open_preferences, report
@@ -76,8 +77,8 @@ def main(config: PreferenceTrainConfig) -> None:
     steps_per_epoch, total_steps = batching.count_steps(len(data.samples), config.epochs, config.max_steps)
     if config.dry_run:
         examples = [encoded for pair in data.samples for encoded in pair]
-        largest = plan.largest_pass(examples, 2 * config.max_batch_size, packing=config.packing)
-        setup.show_plan(config, model_config, batching, largest, examples, tokenizer, total_steps)
+        steps = data.steps(batching.of_last_rank, None, packing=config.packing, epochs=config.epochs, stop=total_steps)
+        runlog.table(plan.training(config, model_config, steps, examples, tokenizer, batching.ranks))
         return
     facts = setup.start(config, "preference_train", batching, len(data.samples), total_steps)
     assemble.check_save_dir(config.save_dir, config.reference_ckpt_dir)
@@ -86,7 +87,7 @@ def main(config: PreferenceTrainConfig) -> None:
     log = RunLog(config.save_dir, config.flags(), {"reference": {"ckpt_dir": against, "fingerprint": fingerprint}},
                  wandb=config.wandb)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
-    log.logger.info("first example: %s", plan.masked_text(data.samples[0][0], tokenizer))
+    log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
     model, reference = assemble.load_solver(against or config.ckpt_dir, dtype=torch.float32), None
     if against:
         file = Path(config.reference_file or Path(config.save_dir) / "reference.jsonl")

@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 
-from src import assemble, cli, parallel, plan
+from src import assemble, cli, parallel, plan, runlog
 from src.config import TrainConfig, flag
+from src.data.encoding import masked_text
 from src.data.examples import read_instructions
 from src.runlog import RunLog
 from src.training import setup
@@ -56,9 +57,9 @@ def main(config: SolverTrainConfig) -> None:
     batching = setup.open_batching(config)
     steps_per_epoch, total_steps = batching.count_steps(len(data.rows), config.epochs, config.max_steps)
     if config.dry_run:
-        largest = data.largest_pass(batching, packing=config.packing, epochs=config.epochs, stop=total_steps)
-        setup.show_plan(config, model_config, batching, largest, [encoded for row in data.rows for encoded in row],
-                        tokenizer, total_steps, config.quantize)
+        steps = data.steps(batching.of_last_rank, packing=config.packing, epochs=config.epochs, stop=total_steps)
+        examples = [encoded for row in data.rows for encoded in row]
+        runlog.table(plan.training(config, model_config, steps, examples, tokenizer, batching.ranks, config.quantize))
         return
     facts = setup.start(config, "solver_train", batching, len(data.rows), total_steps,
                         chat_template=tokenizer.chat_template, template_args=str(tokenizer.template_args or ""))
@@ -67,7 +68,7 @@ def main(config: SolverTrainConfig) -> None:
     assemble.set_chat_template(model, tokenizer)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s", data.report)
-    log.logger.info("first example: %s", plan.masked_text(data.rows[0][0], tokenizer))
+    log.logger.info("first example: %s", masked_text(data.rows[0][0], tokenizer))
     trainer, checkpointer = setup.open_run(config, model, log, batching, len(data.rows), total_steps, facts)
     done = checkpointer.resume(config.resume)
     log.progress(total_steps, "step", done)

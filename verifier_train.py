@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import torch
 
-from src import assemble, cli, parallel, plan
+from src import assemble, cli, parallel, plan, runlog
 from src.config import Bounds, NonNegative, Share, TrainConfig, flag
-from src.data.encoding import StepKind
+from src.data.encoding import StepKind, masked_text
 from src.errors import UserError
 from src.runlog import RunLog
 from src.training import setup
@@ -82,9 +82,9 @@ def main(config: VerifierTrainConfig) -> None:
     steps_per_epoch, total_steps = batching.count_steps(len(data.samples), config.epochs, config.max_steps)
     if config.dry_run:
         examples = [encoded for sample in data.samples for encoded in sample]
-        rows = len(data.samples[0]) * config.max_batch_size
-        largest = plan.largest_pass(examples, rows, packing=config.packing)
-        setup.show_plan(config, assemble.solver_to_verifier(start), batching, largest, examples, tokenizer, total_steps)
+        steps = data.steps(batching.of_last_rank, packing=config.packing, epochs=config.epochs, stop=total_steps)
+        model_config = assemble.solver_to_verifier(start)
+        runlog.table(plan.training(config, model_config, steps, examples, tokenizer, batching.ranks))
         return
     facts = setup.start(config, "verifier_train", batching, len(data.samples), total_steps)
     model = assemble.load_verifier(config.ckpt_dir, dtype=torch.float32, from_solver=True)
@@ -92,7 +92,7 @@ def main(config: VerifierTrainConfig) -> None:
     assemble.set_score(model, objective=config.objective, score=score, step=step)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
-    log.logger.info("first example: %s", plan.masked_text(data.samples[0][0], tokenizer))
+    log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
     trainer, checkpointer = setup.open_run(config, model, log, batching, len(data.samples), total_steps, facts)
     done = checkpointer.resume(config.resume)
     log.progress(total_steps, "step", done)

@@ -39,7 +39,7 @@ from src.data import collate
 from src.data.batches import Step
 from src.data.collate import Batch
 from src.data.encoding import Encoded
-from src.memory import Pass, Training, training_memory
+from src.memory import Training, training_memory
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.feedforward import FeedForward, RMSNorm
@@ -288,10 +288,7 @@ def deepest(case: Case, n_tokens: int, passes: int) -> Case:
                    accumulates=passes > 1, on_gpu=True)  # fmt: skip
     for n_layers in range(case.config.n_layers, 1, -1):
         shallower = case._replace(config=dataclasses.replace(case.config, n_layers=n_layers))
-        if (
-            sum(training_memory(shallower.config, 1, Pass(n_tokens, n_tokens, packed=True), how).values())
-            <= room
-        ):
+        if sum(training_memory(shallower.config, 1, n_tokens, how).values()) <= room:
             return shallower
     return case._replace(config=dataclasses.replace(case.config, n_layers=1))
 

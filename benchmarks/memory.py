@@ -1,9 +1,9 @@
-"""What --dry_run says a run will hold, beside what the run held: peak resident memory of a rank, on the CPU.
+"""What --dry_run says a rank will hold, beside what it held: peak resident memory on the CPU.
 
-python benchmarks/memory.py [--only NAME]
+python benchmarks/memory.py [--only WORDS]
 
-Both are solver_train.py itself: once with --dry_run, once for three steps. Of several ranks only rank 0 is compared:
-it alone writes metrics.jsonl, where the peak that the system counted for it stands.
+Both are the script itself, once with --dry_run, once for a few steps. The peak is the system's count for the largest of
+the run's processes, from its start to its end.
 """
 
 import argparse
@@ -22,33 +22,48 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class Case(NamedTuple):
-    """A model (dim, layers, heads, ffn, vocabulary), how many ranks train it, and flags of solver_train.py."""
+    """A model (dim, layers, heads, ffn, vocabulary), flags of a trainer, and how many ranks train it."""
 
     model: tuple[int, int, int, int, int]
     flags: dict[str, object]
     ranks: int = 1
+    script: str = "solver_train.py"
 
 
-M60 = (768, 8, 12, 2048, 2048)
+M21, M60 = (512, 6, 8, 1408, 2048), (768, 8, 12, 2048, 2048)
+WIDE = (256, 4, 4, 688, 151936)
 PACKED = {"max_batch_size": 4, "packing": "true"}
+PPO = {"max_buffer_size": 8, "max_batch_size": 4, "minibatches": 1, "max_new_tokens": 160, "epochs": 2,
+       "critic_warmup": 0, "task": "toy"}  # fmt: skip
 CASES = {
     "full, packed": Case(M60, PACKED),
-    "LoRA, vocabulary 152k": Case((256, 4, 4, 688, 151936), {"max_batch_size": 4, "lora_rank": 16}),
+    "LoRA, vocabulary 152k": Case(WIDE, {"max_batch_size": 4, "lora_rank": 16}),
     "full, recomputed": Case(M60, PACKED | {"activation_checkpointing": "full"}),
-    "full, vocabulary 152k": Case((256, 4, 4, 688, 151936), {"max_batch_size": 2}),
-    "full, padded, long": Case((512, 6, 8, 1408, 2048), {"max_batch_size": 8}),
+    "full, vocabulary 152k": Case(WIDE, {"max_batch_size": 2}),
+    "full, padded, long": Case(M21, {"max_batch_size": 8}),
     "tensor-parallel 2": Case(M60, PACKED, ranks=2),
     "data-parallel 2": Case(M60, PACKED | {"tensor_parallel_size": 1}, ranks=2),
-}
+} | {
+    f"PPO{name}": Case(M21, PPO | flags, script="ppo_train.py")
+    for name, flags in {
+        "": {},
+        ", int4": {"quantize": "int4"},
+        ", --phases": {"phases": True},
+        ", LoRA": {"lora_rank": 16},
+        ", LoRA, --phases": {"lora_rank": 16, "phases": True},
+        ", LoRA, --share_base": {"lora_rank": 16, "share_base": True},
+    }.items()
+}  # fmt: skip
 
 
 def prepare(case: Case, place: Path) -> None:
-    """A checkpoint of random weights with the toy's tokenizer, and a file of rows of many lengths."""
+    """A checkpoint of random weights with the toy's tokenizer, a verifier on it, and rows of many lengths."""
     import shutil
 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from src import assemble, parallel
     from src.checkpoint.sources import open_source
     from src.checkpoint.split import split
 
@@ -67,24 +82,39 @@ def prepare(case: Case, place: Path) -> None:
     rows = [
         {"instruction": "How many? " * (3 + 5 * i % 17), "output": "1 + 2 = 3. " * (5 + 7 * i % 23)} for i in range(48)
     ]
+    if case.script == "ppo_train.py":
+        parallel.start()
+        verifier = assemble.load_verifier(str(place / "ours"), from_solver=True)
+        assemble.set_score(verifier, objective="outcome", score="last")
+        assemble.save_model(verifier, str(place / "verifier"), str(place / "ours"))
+        rows = [{"instruction": row["instruction"], "label": "3"} for row in rows[:8]]
     (place / "rows.json").write_text(json.dumps(rows))
 
 
 def command(case: Case, place: Path, *, dry: bool) -> list[str]:
-    """solver_train.py's words."""
+    """The script's words."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"] * (case.ranks > 1)
-    flags = {"ckpt_dir": place / "ours", "save_dir": place / "run", "train_file": place / "rows.json",
-             "max_seq_len": 1024, "max_steps": 3, "dry_run": dry} | case.flags  # fmt: skip
-    return [sys.executable, *launcher, "solver_train.py", *(f"--{name}={value}" for name, value in flags.items())]
+    flags = {"train_file": place / "rows.json", "dry_run": dry} | case.flags
+    if case.script == "ppo_train.py":
+        flags |= {"actor_ckpt_dir": place / "ours", "actor_save_dir": place / "actor",
+                  "critic_ckpt_dir": place / "ours", "critic_save_dir": place / "critic",
+                  "reward_model_ckpt_dir": place / "verifier"}  # fmt: skip
+    else:
+        flags |= {"ckpt_dir": place / "ours", "save_dir": place / "run", "max_seq_len": 1024, "max_steps": 3}
+    return [sys.executable, *launcher, case.script, *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def run(words: list[str]) -> str:
-    """The output of a run that must end well."""
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{done.stdout}\n{done.stderr}")
-    return done.stdout
+def run(words: list[str]) -> tuple[str, int]:
+    """The output of a run that must end well, and the peak in bytes of the largest of its processes."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True,
+                                   env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        output.seek(0)
+        said = output.read()
+    if status:
+        raise SystemExit(said)
+    return said, 1024 * usage.ru_maxrss
 
 
 def predicted(plan: str) -> float:
@@ -93,31 +123,30 @@ def predicted(plan: str) -> float:
     return float(number) * UNITS[unit]
 
 
-def measured(place: Path) -> float:
-    """The largest peak of rank 0 that the run's metrics name."""
-    rows = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
-    return max(row["peak_memory"] for row in rows)
-
-
 def main() -> None:
     """Print a line a case, and each plan."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", choices=["", *CASES])
+    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--dry", action="store_true", help="the predictions alone")
     options = parser.parse_args()
     lines = [f"{'':24}{'predicted':>12}{'measured':>12}  ratio"]
-    for name in [options.only] if options.only else CASES:
+    for name, case in CASES.items():
+        if not name.startswith(options.only):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
             child = os.fork()  # what makes the model takes more memory than this process should have held
             if not child:
-                prepare(CASES[name], place)
+                prepare(case, place)
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0
-            plan = run(command(CASES[name], place, dry=True))
+            plan, _ = run(command(case, place, dry=True))
             print(f"\n{name}\n{plan[plan.index('memory of each rank'):]}", flush=True)
-            run(command(CASES[name], place, dry=False))
-            guess, found = predicted(plan), measured(place)
-            lines.append(f"{name:24}{guess / 2**20:8.0f} MiB{found / 2**20:8.0f} MiB  {guess / found:.2f}")
+            guess, held = predicted(plan), 0 if options.dry else run(command(case, place, dry=False))[1]
+            lines.append(f"{name:24}{guess / 2**20:8.0f} MiB")
+            if held:
+                lines[-1] += f"{held / 2**20:8.0f} MiB  {guess / held:.2f}"
+            print(lines[-1], flush=True)
     print("\n" + "\n".join(lines))
 
 

@@ -1,36 +1,33 @@
-"""What one rank holds in memory, by parts, from a config and the size of a forward pass alone. All in bytes.
+"""What one rank holds in memory at the peak, by parts, from a config and the tokens of a forward pass. All in bytes.
 
-On a CPU the sum is resident memory beside what the process holds before it has a model; on a GPU it is what torch
-allocates there. Not counted: the scores of attention with a softcap, the masks of LoRA's dropout.
+On a CPU it is resident memory, on a GPU what torch allocates there. In a step of one backward pass gradients come as
+activations go; on a CPU both are counted all the same, for the heap keeps the holes that the last step's left.
+
+Not counted: what a forward pass without gradients takes, attention's scores with a softcap, masks of LoRA's dropout.
 
 D width, H query heads, K key-value heads, E head dim, F feed-forward width, V vocabulary: what the first of n
 tensor-parallel ranks has of each; none has more.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+
+from src import parallel
 from src.checkpoint.shards import cut_of, expected_shapes, layer_of
 from src.models.config import ModelConfig
 from src.models.forward import CHUNK_BYTES
 from src.models.lora import LoraConfig, check_targets
-from src.models.quantize import bytes_a_weight
+from src.models.quantize import PRECISIONS
 
 FLOAT32 = 4
-# glibc's malloc returns freed blocks of this size at once (the highest its threshold rises to); smaller ones stay
-HEAP_BLOCK = 32 * 2**20
 # of both moments of a weight; in 8 bits 256 of them share a float32 scale
 MOMENT_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2 * (1 + FLOAT32 / 256)}
-Checkpointing = Literal["none", "selective", "full"]
-
-
-class Pass(NamedTuple):
-    """A forward pass: its tokens, padding included, the supervised among them, and whether samples lie end to end."""
-
-    n_tokens: int
-    n_supervised: int
-    packed: bool = False
+LASTING = ("weights", "optimizer")  # parts that are there all the time; the others come and go
 
 
 class Training(NamedTuple):
@@ -38,24 +35,32 @@ class Training(NamedTuple):
 
     lora: LoraConfig | None = None
     quantize: str = ""
-    checkpointing: Checkpointing = "none"
+    checkpointing: Literal["none", "selective", "full"] = "none"
     data_parallel: int = 1
     accumulates: bool = False
     on_gpu: bool = False
     optimizer: str = "adamw"
 
 
-def local_parameters(config: ModelConfig, n: int) -> int:
-    """Parameters that the first of n tensor-parallel ranks holds; none holds more."""
-    return sum(_local_sizes(config, n).values())
+def bytes_per_weight(precision: str) -> float:
+    """What a weight takes, its share of its group's scale and low included; float32 for an empty name."""
+    if precision in PRECISIONS:
+        bits, group = PRECISIONS[precision]
+        return bits / 8 + 4 / group
+    return 2.0 if precision else 4.0
 
 
-def _local_sizes(config: ModelConfig, n: int) -> dict[str, int]:
+def local_sizes(config: ModelConfig, n: int) -> dict[str, int]:
+    """Entries of each parameter on the first of n ranks."""
     return {name: _local_size(name, shape, config, n) for name, shape in expected_shapes(config).items()}
 
 
+def local_parameters(config: ModelConfig, n: int) -> int:
+    """Parameters that the first of n ranks holds."""
+    return sum(local_sizes(config, n).values())
+
+
 def _local_size(name: str, shape: Sequence[int], config: ModelConfig, n: int) -> int:
-    """Entries of a parameter of this whole shape on the first of n ranks."""
     how = cut_of(name, config, n)
     return math.prod(len(how.rows[0]) if axis == how.dim else size for axis, size in enumerate(shape))
 
@@ -64,145 +69,113 @@ def local_lora_parameters(config: ModelConfig, lora: LoraConfig, n: int) -> int:
     """Trainable parameters of one rank under LoRA: adapters, and the value head where there is one."""
     check_targets(lora, config)
     total = config.dim if config.value_head else 0
-    for name, shape in expected_shapes(config).items():
+    for name, (rows, *columns) in expected_shapes(config).items():
         stem = name.removesuffix(".weight")
         if stem.split(".")[-1] in lora.targets:
-            rows, columns = shape
-            for factor, factor_shape in (("lora_a", (lora.rank, columns)), ("lora_b", (rows, lora.rank))):
-                total += _local_size(f"{stem}.{factor}.weight", factor_shape, config, n)
+            for factor, shape in (("lora_a", (lora.rank, *columns)), ("lora_b", (rows, lora.rank))):
+                total += _local_size(f"{stem}.{factor}.weight", shape, config, n)
     return total
 
 
-def training_memory(config: ModelConfig, n: int, largest: Pass, how: Training) -> dict[str, int]:
-    """What a rank that trains holds at its peak, which is at the beginning or the end of the largest backward pass.
+def local_trainable_parameters(config: ModelConfig, lora: LoraConfig | None, n: int) -> int:
+    """Parameters of one rank that learn: all of them without LoRA."""
+    return local_lora_parameters(config, lora, n) if lora else local_parameters(config, n)
 
-    Of gradients and activations, which replace one another as that pass goes on, each is given as at the peak.
-    """
-    sizes = _local_sizes(config, n)
+
+def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> dict[str, int]:
+    """Bytes by part of a rank that trains on n_tokens, padding included, in its largest forward pass."""
+    sizes, ranks = local_sizes(config, n), how.data_parallel
+    trainable = local_trainable_parameters(config, how.lora, n)
     frozen = sum(sizes.values()) if how.lora else 0
-    adapters = local_lora_parameters(config, how.lora, n) if how.lora else 0
-    trainable = adapters or sum(sizes.values())
+    # FSDP sums gradients and shares them out in the last backward pass of a step
+    gradients = FLOAT32 * trainable // (1 if how.accumulates else ranks)
+    kept, last_block = activations(config, n, n_tokens, how)
+    logits = logits_memory(config, n, n_tokens, how)
+    if how.on_gpu and not how.accumulates:  # gradients come as activations go: the peak is at either end
+        if kept + logits < gradients:
+            kept = logits = 0
+        else:
+            gradients = 0
     parts = {
-        "weights": (int(bytes_a_weight(how.quantize) * frozen) + FLOAT32 * trainable) // how.data_parallel,
-        "optimizer": int(MOMENT_BYTES[how.optimizer] * trainable) // how.data_parallel,
+        "weights": int(bytes_per_weight(how.quantize) * frozen + FLOAT32 * trainable) // ranks,
+        "optimizer": int(MOMENT_BYTES[how.optimizer] * trainable) // ranks,
+        "gradients": gradients,
+        "activations": kept + last_block,
+        "logits": logits,
     }
-    kept, worked = activations(config, n, largest, how)
-    gradients = FLOAT32 * trainable // (1 if how.accumulates else how.data_parallel)
-    logits = logits_memory(config, n, largest, how)
-    held = gradients if how.accumulates else 0  # of the passes before, as the largest begins
-    if held + kept + logits > gradients + worked:
-        parts |= {"gradients": held, "activations": kept, "logits": logits}
-    else:
-        parts |= {"gradients": gradients, "activations": worked, "logits": 0}
-    if how.data_parallel > 1:
+    if ranks > 1:
         parts["gathered"] = _gathered(sizes, how)
-    if (
-        how.on_gpu and not how.quantize
-    ):  # autocast casts each linear's weight once a forward pass, and keeps it
+    if how.on_gpu and not how.quantize:  # autocast casts each linear's weight once a forward pass, and keeps it
         linears = sum(size for name, size in sizes.items() if len(expected_shapes(config)[name]) == 2)
         parts["bfloat16 copies"] = 2 * (linears - sizes["tok_embeddings.weight"] * (not config.tied))
-    if not how.on_gpu:
-        # a step's gradients leave holes in the heap, which the next step's activations, of other sizes, break up
-        blocks = [FLOAT32 * size // how.data_parallel for size in sizes.values()] if not how.lora else []
-        if how.data_parallel > 1:  # each rank has loaded whole weights before it kept its part of them
-            blocks += [FLOAT32 * size for size in sizes.values()]
-        parts["allocator"] = sum(block for block in blocks if block < HEAP_BLOCK)
     return parts
 
 
-def loading_memory(config: ModelConfig, n: int, stored: int, quantize: str = "") -> int:
-    """What a rank holds as its last weight is read: all of them, and its shard's file of `stored` bytes, mapped."""
-    return stored + int(bytes_a_weight(quantize) * local_parameters(config, n))
+def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tuple[int, int]:
+    """What the backward pass needs of all blocks but the last, and of the last with what it makes there."""
+    H, K = map(len, config.heads_on(n, 0))
+    D, E, F = config.dim, config.head_dim, -(-config.ffn_dim // n) * max(1, config.n_active_experts)
+    computed = 2 if how.on_gpu else FLOAT32  # bytes of what linears read and write: autocast's bfloat16 on a GPU
+    # A norm keeps its float32 input and, to learn its weight step by step on a CPU, the quotient
+    norm = FLOAT32 * D * (2 if how.lora is None and not how.on_gpu else 1)
+    norms = norm * (2 if config.post_norms else 1)
+    # Linears share the norm's output that they read; under autocast each casts it for itself
+    attention = norms + computed * (D * (3 if how.on_gpu else 1) + 2 * (H + K) * E)  # queries, keys, values, output
+    attention += norm * (H + K) * E // D if config.qk_norm else 0
+    feed_forward = norms + computed * (D * (2 if how.on_gpu else 1) + 4 * F)  # products, gate and their product
+    block, entry = attention + feed_forward, FLOAT32 * D  # entry: all that is left of a block computed again
+    kept = {"none": block, "selective": attention + entry, "full": entry}[how.checkpointing]
+    gradients = 3 * computed * F  # of the product, the gate and the other factor, before they are the input's
+    return n_tokens * kept * (config.n_layers - 1), n_tokens * (block + gradients)
 
 
-def activations(config: ModelConfig, n: int, largest: Pass, how: Training) -> tuple[int, int]:
-    """What the backward pass needs of the forward one as it begins, and what its last block needs alone."""
-    attention, feed_forward = _block_activations(config, n, largest, how)
-    entry = FLOAT32 * config.dim  # a block's input, all that is left of one that is computed again
-    block = attention + feed_forward
-    kept = {"none": block, "selective": attention + entry, "full": entry}[how.checkpointing] * config.n_layers
-    computed_again = {"none": 0, "selective": feed_forward, "full": block}[how.checkpointing]
-    # the gradients of the product, the gate and the other factor, before they become one of the block's input
-    working = 3 * _compute_bytes(how) * _width(config, n)
-    rest = (2 if how.lora else 3) * FLOAT32 * config.dim  # of the last norm
-    last = largest.n_tokens * (block + working)
-    return largest.n_tokens * (kept + computed_again + rest + working), last
+def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> int:
+    """What the loss holds: twice the logits of as many positions as are done at once, were all tokens supervised.
 
-
-def _compute_bytes(how: Training) -> int:
-    """Bytes of a number that linears read and write: bfloat16 on a GPU."""
-    return 2 if how.on_gpu else FLOAT32
-
-
-def _width(config: ModelConfig, n: int) -> int:
-    """F, of all experts that a token passes."""
-    return -(-config.ffn_dim // n) * max(1, config.n_active_experts)
-
-
-def _block_activations(config: ModelConfig, n: int, largest: Pass, how: Training) -> tuple[int, int]:
-    """Bytes a token that attention and feed-forward each keep for the backward pass: the tensors it will read."""
-    D, E, F, c = config.dim, config.head_dim, _width(config, n), _compute_bytes(how)
-    H, K = (len(heads) for heads in config.heads_on(n, 0))
-    rank = how.lora.rank if how.lora else 0
-    # a norm keeps its float32 input and, step by step on a CPU, its root and, to learn its weight, the quotient
-    learns = how.lora is None and not how.on_gpu
-
-    def norm(width: int) -> int:
-        return FLOAT32 * (width * (2 if learns else 1) + (not how.on_gpu))
-
-    # what linears read: the norm's output, which they share; under autocast each casts it for itself
-    read = (3 * c * D, 2 * c * D) if how.on_gpu else (FLOAT32 * D, FLOAT32 * D)
-    attention = norm(D) + read[0]
-    attention += c * (H + 2 * K) * E + c * H * E + FLOAT32 * H  # queries, keys, values; output; log-sum-exps
-    if not how.on_gpu:
-        attention += 2 * FLOAT32 * E  # the rotation as complex numbers, for queries and for keys
-        attention += c * H * E * largest.packed  # the samples' outputs, end to end
-    if config.qk_norm:
-        attention += norm(E) * (H + K)
-    feed_forward = norm(D) + read[1] + 4 * c * F  # both products' outputs, the gate, the product of both
-    if config.post_norms:
-        attention, feed_forward = attention + norm(D), feed_forward + norm(D)
-    adapted = how.lora.targets if how.lora else ()  # x A^T of each
-    attention += c * rank * sum(name in ("wq", "wk", "wv", "wo") for name in adapted)
-    feed_forward += c * rank * sum(name in ("w1", "w2", "w3") for name in adapted)
-    return attention, feed_forward
-
-
-def logits_memory(config: ModelConfig, n: int, largest: Pass, how: Training) -> int:
-    """What the loss holds: the selected hidden states, and twice the logits of as many positions as are done at once.
-
-    The logits and their log-softmax in the forward pass, the latter and the gradient in the backward one.
+    The logits and their log-softmax in the forward pass, the latter and the gradient in the backward one; on a GPU
+    also the logits in bfloat16, as the linear yields them.
     """
     if config.value_head:
         return 0
-    row = FLOAT32 * (-(-config.vocab_size // n))
-    positions = min(largest.n_supervised, max(1, CHUNK_BYTES["cuda" if how.on_gpu else "cpu"] // row))
-    held = FLOAT32 * config.dim * largest.n_supervised + 2 * row * positions
-    if how.on_gpu:
-        held += row * positions // 2  # the logits in bfloat16, as the linear yields them
-    if not how.lora:  # the gradient of the output layer, and a chunk's beside it where there are several
-        held += row * config.dim * (2 if positions < largest.n_supervised else 1)
-    return held
+    row = FLOAT32 * -(-config.vocab_size // n)
+    at_once = min(n_tokens * row, CHUNK_BYTES["cuda" if how.on_gpu else "cpu"])
+    held = FLOAT32 * config.dim * n_tokens + at_once * (5 if how.on_gpu else 4) // 2  # with the hidden states
+    return held + (0 if how.lora else row * config.dim)  # a chunk's gradient of the output layer, beside their sum
 
 
-def _gathered(sizes: dict[str, int], how: Training) -> int:
+def _gathered(sizes: Mapping[str, int], how: Training) -> int:
     """What FSDP2 has gathered at once: the block at work, the next one twice as its buffer is cut up, and the rest.
 
-    Where weights learn there are gradients of one block and of the rest before they are summed and shared out.
+    Where weights learn there are gradients of one block and of the rest before they are summed and shared out. On a
+    CPU the heap keeps what the whole weights took as they were loaded, and again as they were gathered (measured).
     """
     block = sum(size for name, size in sizes.items() if layer_of(name) == 0)
     rest = sum(size for name, size in sizes.items() if layer_of(name) is None)
-    weights = int(bytes_a_weight(how.quantize) * (3 * block + rest))
-    return weights + (0 if how.lora else FLOAT32 * (block + rest))
+    if not how.on_gpu:
+        return int(bytes_per_weight(how.quantize) * 2 * sum(sizes.values()))
+    return int(bytes_per_weight(how.quantize) * (3 * block + rest)) + (0 if how.lora else FLOAT32 * (block + rest))
 
 
-def decoding_memory(
-    config: ModelConfig, n: int, n_rows: int, n_tokens: int, quantize: str = ""
-) -> dict[str, int]:
-    """A rank that decodes n_rows rows of at most n_tokens tokens, if all get that long at once."""
+def frozen_memory(config: ModelConfig, n: int, precision: str = "") -> dict[str, int]:
+    """Bytes of a rank's share of a model that does not learn."""
+    return {"weights": int(bytes_per_weight(precision) * local_parameters(config, n))}
+
+
+def decoding_memory(config: ModelConfig, n: int, n_rows: int, n_tokens: int) -> dict[str, int]:
+    """What decoding adds to the weights: n_rows rows of at most n_tokens tokens, if all get that long at once."""
     per_token = 2 * config.n_layers * len(config.heads_on(n, 0)[1]) * config.head_dim
-    return {
-        "weights": int(bytes_a_weight(quantize) * local_parameters(config, n)),
-        "kv cache": FLOAT32 * per_token * n_rows * n_tokens,
-        "logits": FLOAT32 * n_rows * config.vocab_size,
-    }
+    return {"kv cache": FLOAT32 * per_token * n_rows * n_tokens, "logits": FLOAT32 * n_rows * config.vocab_size}
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, of its GPU or of main memory; None where the system does not say."""
+    if parallel.device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    found, group = [], Path("/sys/fs/cgroup")
+    with contextlib.suppress(FileNotFoundError):
+        words = Path("/proc/meminfo").read_text(encoding="ascii").split()
+        found.append(1024 * int(words[words.index("MemAvailable:") + 1]))
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a container's limit, where it has one: else "max"
+        limit, used = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        found.append(limit - used)
+    return min(found, default=None)

@@ -1,157 +1,284 @@
-"""What a run would need, computed from its config and data alone: the answer to --dry_run.
+"""What a run would need, computed from its flags, configs and data alone: the answer to --dry_run.
 
 python -m src.plan llama-2-7b llama-2-13b llama-2-70b
 shows what each GPU of tensor-parallel 8 x data-parallel 1 .. 64 would hold of these, trained on packs of 4096 tokens.
 """
 
-import itertools
 import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from src import parallel, runlog
+from src import assemble, parallel, runlog
 from src.checkpoint.sources import Source
-from src.data.encoding import Encoded
+from src.config import SavingFlags, TrainConfig
+from src.data.batches import Step
+from src.data.encoding import Encoded, encode_prompt, masked_text
+from src.data.examples import Prompt
 from src.errors import UserError
 from src.memory import (
     FLOAT32,
-    Pass,
+    LASTING,
+    MOMENT_BYTES,
     Training,
+    available_memory,
     decoding_memory,
-    loading_memory,
+    frozen_memory,
     local_lora_parameters,
     local_parameters,
+    local_trainable_parameters,
     training_memory,
 )
 from src.models.config import ModelConfig
 from src.models.foreign import released_config
 from src.models.lora import LINEARS, LoraConfig
-from src.models.quantize import bytes_a_weight
+from src.sharing import base_of
 from src.text.tokenizer import Tokenizer
+from src.training.ppo_config import PPOConfig
+from src.training.rewards import reward_weights, short_name
 
 # What a run adds on a CPU to what its dry run holds: the process group, TensorBoard and the kernels' code (measured)
 STILL_TO_COME = 28 * 2**20
+MEASURED = "within 10% of most peaks measured on a CPU, no GPU was measured"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def largest_pass(examples: Sequence[Encoded], rows: int, *, packing: bool) -> Pass:
-    """The forward pass of this many rows, should the longest ones meet in it."""
-    longest = sorted(examples, key=lambda example: len(example.tokens))[-rows:]
-    n_tokens = sum(len(e.tokens) for e in longest) if packing else rows * len(longest[-1].tokens)
-    return Pass(n_tokens, sum(example.n_response for example in longest), packing)
+ARRANGEMENTS = ("all at once", "--phases", "--share_base")
+DOING = {
+    "model": "training",
+    "actor": "the actor learns",
+    "critic": "the critic learns",
+    "reference": "the reference scores",
+    "verifier": "the verifier scores",
+    "rollouts": "the actor samples",
+}
+Memory = Mapping[str, Mapping[str, int]]  # model, or rollouts of the actor -> part -> bytes of a rank
 
 
 def training(
-    config: ModelConfig,
-    n: int,
-    how: Training,
-    largest: Pass,
-    examples: Sequence[Encoded],
-    tokenizer: Tokenizer,
-    *,
-    steps: int,
-    epochs: int,
-) -> str:
-    """The plan of a trainer that reads these examples: steps, lengths, memory and disk, and one example."""
-    config.check_divides(n, "this checkpoint")
-    stored = BYTES[config.dtype] * local_parameters(config, n)
+    config: TrainConfig, model: ModelConfig, steps: Iterable[Step], examples: Sequence[Encoded], tokenizer: Tokenizer,
+    data_parallel: int, quantize: str = "",
+) -> str:  # fmt: skip
+    """The plan of a trainer that takes these steps, of these examples."""
+    n = assemble.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
+    model.check_divides(n, "this checkpoint")
+    passes = [(step.epoch, max(batch.tokens.numel() for batch in step.batches)) for step in steps]
+    n_tokens = max((tokens for _, tokens in passes), default=0)
+    how = Training(assemble.lora_config(config, config.lora_dropout), quantize, config.activation_checkpointing,
+                   data_parallel, config.accumulation_steps > 1, _on_gpu(), config.optimizer)  # fmt: skip
+    memory = {"model": training_memory(model, n, n_tokens, how)}
     facts = {
         "tensor-parallel ranks": n,
-        "data-parallel ranks": how.data_parallel,
+        "data-parallel ranks": data_parallel,
         "examples": f"{len(examples)}, the longest {max(len(e.tokens) for e in examples)} tokens",
-        "largest forward pass": f"{largest.n_tokens} tokens, {largest.n_supervised} of them supervised",
-        "optimizer steps": steps,
-        "disk": f"{size(n * _saved(config, n, how) * epochs)} for {epochs} epochs",
+        "largest forward pass": f"{n_tokens} tokens",
+        "optimizer steps": len(passes),
+        "disk": disk([model], n, how, config, len(passes), sum(epoch == 1 for epoch, _ in passes)),
         "an example": masked_text(examples[0], tokenizer),
     }
-    parts = training_memory(config, n, largest, how)
-    base = 0 if how.on_gpu else parallel.resident_memory() + STILL_TO_COME
-    peaks = {"training": sum(parts.values()), "loading": loading_memory(config, n, stored, how.quantize)}
-    peak = max(peaks, key=peaks.__getitem__)
-    lines = [
-        report(facts, {}),
-        f"{'memory of each rank':24}{size(base + peaks[peak])}, its peak while {peak}",
-    ]
-    lines += [f"  {name:22}{size(held)}" for name, held in ({"process": base} | parts).items() if held]
-    lines += [f"  {'while loading':22}{size(base + peaks['loading'])} in all"]
-    return "\n".join(lines)
-
-
-def _saved(config: ModelConfig, n: int, how: Training) -> int:
-    """Bytes that a rank puts into a checkpoint to start from."""
-    if how.lora:
-        return FLOAT32 * local_lora_parameters(config, how.lora, n)
-    return BYTES[config.dtype] * local_parameters(config, n)
+    return report(facts, memory, moments(memory, {"model": model}, n), n * data_parallel)
 
 
 def decoding(
-    config: ModelConfig,
-    n: int,
-    prompts: Sequence[list[int]],
-    *,
-    samples: int,
-    max_new_tokens: int,
-    n_rows: int,
+    config: ModelConfig, n: int, prompts: Sequence[list[int]], *, samples: int, max_new_tokens: int, n_rows: int,
     quantize: str = "",
-) -> str:
+) -> str:  # fmt: skip
     """The plan of decoding these prompts with at most n_rows rows at once."""
     config.check_divides(n, "this checkpoint")
-    longest = max(map(len, prompts))
+    longest, n_samples = max(map(len, prompts)), samples * len(prompts)
     facts = {
         "tensor-parallel ranks": n,
         "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {config.max_seq_len}",
-        "samples": samples * len(prompts),
+        "samples": n_samples,
     }
-    n_rows = min(n_rows, samples * len(prompts))
     n_tokens = min(longest + max_new_tokens, config.max_seq_len)
-    return report(facts, {"model": decoding_memory(config, n, n_rows, n_tokens, quantize)})
+    parts = frozen_memory(config, n, quantize) | decoding_memory(config, n, min(n_rows, n_samples), n_tokens)
+    return report(facts, {"model": parts}, {"decoding": sum(parts.values())}, n)
 
 
 def scoring(config: ModelConfig, n: int, samples: int, quantize: str = "") -> str:
-    """The plan of scoring samples with a verifier, which only holds its weights."""
+    """The plan of scoring samples with a verifier, of which the weights alone are counted."""
     config.check_divides(n, "this checkpoint")
-    memory = {"model": {"weights": int(bytes_a_weight(quantize) * local_parameters(config, n))}}
-    return report({"tensor-parallel ranks": n, "samples": samples}, memory)
+    held = frozen_memory(config, n, quantize)
+    return report({"tensor-parallel ranks": n, "samples": samples}, {"model": held}, {"scoring": held["weights"]}, n)
+
+
+def ppo(
+    config: PPOConfig, prompts: Sequence[Prompt], held_out: Sequence[Prompt], tokenizer: Tokenizer, n_buffers: int
+) -> str:
+    """The plan of ppo_train.py with these flags. Raises UserError."""
+    n = assemble.planned_ranks(config.actor_ckpt_dir, config.tensor_parallel_size)
+    ranks = parallel.world_size() // assemble.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size)
+    models = ppo_models(config, n)
+    ids, held_ids = ([encode_prompt(tokenizer, p.instruction) for p in some] for some in (prompts, held_out))
+    work = ppo_work(config, models["actor"].max_seq_len, [*map(len, ids)], [*map(len, held_ids)], ranks)
+    how = Training(assemble.lora_config(config), checkpointing=config.activation_checkpointing, data_parallel=ranks,
+                   accumulates=work.accumulates, on_gpu=_on_gpu())  # fmt: skip
+    memory = {name: ppo_memory(models, n, how, work, config.quantize, name) for name in ARRANGEMENTS}
+    peaks = {name: moments(memory[name], models, n, phases=name == "--phases") for name in ARRANGEMENTS}
+    folders = filter(None, (config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir))
+    one_base = how.lora and not config.quantize and "reference" not in models and ranks == 1
+    if not (one_base and len({base_of(folder) for folder in folders}) == 1):
+        del peaks["--share_base"]
+    asked = "--share_base" if config.share_base else "--phases" if config.phases else "all at once"
+    if asked not in peaks:
+        raise UserError(
+            "--share_base: one base cannot be below these models; actor, critic and verifier must be adapters on the "
+            "same weights, and all ranks one tensor-parallel group (--tensor_parallel_size)"
+        )
+    per_buffer = min(config.prompts_per_buffer, len(ids))
+    facts = {
+        "tensor-parallel ranks": n,
+        "data-parallel ranks": ranks,
+        "prompts": f"{len(ids)}, the longest {max(map(len, ids))} tokens of a context of {models['actor'].max_seq_len}",
+        "rollout buffers": f"{n_buffers} of {per_buffer * config.group_size} episodes, each for "
+        f"{config.inner_epochs} x {config.minibatches} optimizer steps",
+        "largest forward pass": f"{work.n_tokens} tokens",
+        "disk": disk([models[name] for name in ("actor", "critic") if name in models], n, how, config, n_buffers,
+                     -(-len(prompts) // config.prompts_per_buffer), config.reference_refresh),
+        "rewards": places(config, models.get("verifier")),
+        "an example": f"{tokenizer.decode(ids[0], show_control=True)}[[...]], {len(ids[0])} tokens and at most "
+        f"{config.max_new_tokens} to learn",
+    }  # fmt: skip
+    totals = {name: size(_process() + max(peaks[name].values())) if name in peaks else "-" for name in ARRANGEMENTS}
+    told = [f"  {name:22}{total}" for name, total in totals.items()]
+    return "\n".join([report(facts, memory[asked], peaks[asked], n * ranks), "in each arrangement", *told])
+
+
+def ppo_models(config: PPOConfig, n: int) -> dict[str, ModelConfig]:
+    """The models that the flags name, each by the config of its own directory.
+
+    The reference is one of them unless it is the actor without its adapters. Raises UserError for one that n ranks
+    cannot share.
+    """
+    models = {"actor": assemble.load_config(config.actor_ckpt_dir, config.model_type)}
+    if config.has_critic:
+        models["critic"] = assemble.solver_to_verifier(assemble.load_config(config.critic_ckpt_dir))
+    if config.lora_rank == -1 or config.reference_refresh > 0:
+        models["reference"] = models["actor"]
+    if "verifier" in config.reward:
+        models["verifier"] = assemble.load_config(config.reward_model_ckpt_dir)
+    for name, model in models.items():
+        model.check_divides(n, f"the {name}'s checkpoint")
+    return models
+
+
+class PPOWork(NamedTuple):
+    """A rank's largest pass in training, and the rows that decode at once with the most tokens that one gets."""
+
+    n_tokens: int
+    accumulates: bool
+    n_rows: int
+    n_decoded: int
+
+
+def ppo_work(config: PPOConfig, context: int, lengths: Sequence[int], held_out: Sequence[int], ranks: int) -> PPOWork:
+    """The largest work, should the longest prompts get the longest responses. lengths: tokens of each prompt."""
+    prompts = min(config.prompts_per_buffer, len(lengths))
+    per_step = -(-prompts * config.group_size // config.minibatches)  # episodes, over all ranks
+    n_rows = max(config.group_size * -(-prompts // ranks), -(-len(held_out) // ranks))
+    return PPOWork(
+        min(config.max_batch_size, per_step) * min(max(lengths) + config.max_new_tokens, context),
+        -(-per_step // config.max_batch_size) > ranks,
+        min(config.rollout_batch_size, n_rows),
+        min(max(*lengths, *held_out) + config.max_new_tokens, context),
+    )
+
+
+def ppo_memory(
+    models: Mapping[str, ModelConfig], n: int, how: Training, work: PPOWork, quantize: str, arrangement: str
+) -> Memory:
+    """What a rank holds of each model in its own largest phase. quantize: of verifier and reference.
+
+    --share_base: all but the actor bring their adapters alone; the verifier's are taken to be of the same rank.
+    """
+    memory = {}
+    for name, model in models.items():
+        if name in ("actor", "critic"):
+            memory[name] = training_memory(model, n, work.n_tokens, how)
+        else:
+            as_loaded = "bfloat16" if name == "verifier" and how.on_gpu else ""
+            memory[name] = frozen_memory(model, n, quantize or as_loaded)
+        if arrangement == "--share_base" and how.lora and name != "actor":
+            memory[name]["weights"] = FLOAT32 * local_lora_parameters(model, how.lora, n)
+    memory["rollouts"] = decoding_memory(models["actor"], n, work.n_rows, work.n_decoded)
+    if how.data_parallel > 1:  # a rank that samples holds whole weights, see parallel.gathered()
+        memory["rollouts"]["gathered"] = memory["actor"]["weights"] * how.data_parallel
+    return memory
+
+
+def moments(memory: Memory, models: Mapping[str, ModelConfig], n: int, *, phases: bool = False) -> dict[str, int]:
+    """Bytes of a rank at the largest moment of each model's own phase and, on a CPU, as the last weight is read.
+
+    phases: only the model at work is in memory. A file that is read is mapped: its bytes are resident until then.
+    """
+    lasting = {name: sum(parts.get(part, 0) for part in LASTING) for name, parts in memory.items()}
+    weights = {name: memory[name]["weights"] for name in models}
+    found = {}
+    for name, parts in memory.items():
+        own = lasting[name] or weights["actor"]  # rollouts are sampled from the actor
+        found[DOING[name]] = sum(parts.values()) - lasting[name] + (own if phases else sum(lasting.values()))
+    if not _on_gpu():
+        files = {name: BYTES[model.dtype] * local_parameters(model, n) for name, model in models.items()}
+        found["loading"] = max(files[name] + (weights[name] if phases else sum(weights.values())) for name in models)
+    return found
+
+
+def disk(
+    models: Sequence[ModelConfig], n: int, how: Training, flags: SavingFlags, n_steps: int, per_epoch: int,
+    refresh: int = -1,
+) -> str:  # fmt: skip
+    """What the checkpoints of these models take in the end, and what one more takes until it replaces another.
+
+    Kept are the ends of epochs and of the run, the newest reference (renewed every `refresh` steps), the newest few to
+    resume from and, where held-out rows are measured between, the best.
+    """
+
+    def multiples(every: int) -> set[int]:
+        return set(range(every, n_steps + 1, every)) if every > 0 else set()
+
+    ends, references = multiples(per_epoch) | {n_steps}, multiples(refresh)
+    to_resume = set(sorted(ends | references | multiples(flags.save_every))[-flags.keep_last :])
+    n_saves = len(ends | to_resume | set(sorted(references)[-1:])) + (flags.eval_every > 0)
+    weights = resumed = 0
+    for config in models:
+        learn = n * local_trainable_parameters(config, how.lora, n)
+        weights += learn * (FLOAT32 if how.lora else BYTES[flags.save_dtype or config.dtype])
+        resumed += int(learn * (FLOAT32 + MOMENT_BYTES[how.optimizer]))  # as they learn, and both moments
+    return (
+        f"{size(n_saves * weights + len(to_resume) * resumed)}: weights of {n_saves} saves, {len(to_resume)} of them "
+        f"to resume from; {size(weights + resumed)} more while another is written"
+    )
+
+
+def places(config: PPOConfig, verifier: ModelConfig | None) -> str:
+    """The tokens that rewards are laid on, for those that weigh something."""
+    by_step = {"verifier"} if verifier and verifier.objective == "process" else set()
+    laid = [f"{short_name(name)} at {'the ends of steps' if name in by_step else 'the last token'}"
+            for name, weight in reward_weights(config).items() if weight]  # fmt: skip
+    return ", ".join(laid + ["KL at every token"] * bool(config.kl_coef))
 
 
 def splitting(config: ModelConfig, n: int, dtype: str) -> str:
     """The plan of cutting a checkpoint into n shards: what a shard holds and what the disk must."""
     config.check_divides(n, "this checkpoint")
     shard = BYTES[dtype or config.dtype] * local_parameters(config, n)
-    facts = {
-        "parameters": f"{local_parameters(config, 1):,}",
-        "shards": f"{n} of {size(shard)}: {_counts(config, n, 0)} heads, {_counts(config, n, 1)} kv heads each",
-        "disk": size(n * shard),
-    }
-    return report(facts, {})
+    heads = f"{_counts(config, n, 0)} heads, {_counts(config, n, 1)} kv heads each"
+    return report({"parameters": f"{local_parameters(config, 1):,}", "shards": f"{n} of {size(shard)}: {heads}",
+                   "disk": size(n * shard)})  # fmt: skip
 
 
 def exporting(config: ModelConfig, dtype: str, max_file_bytes: int) -> str:
     """The plan of writing a checkpoint as Hugging Face's: its files, none larger than max_file_bytes if it can be."""
     n_bytes = BYTES[dtype or config.dtype] * local_parameters(config, 1)
-    facts = {
-        "parameters": f"{local_parameters(config, 1):,}",
-        "files": f"about {-(-n_bytes // max_file_bytes)} of at most {size(max_file_bytes)}",
-        "disk": size(n_bytes),
-    }
-    return report(facts, {})
+    files = f"about {-(-n_bytes // max_file_bytes)} of at most {size(max_file_bytes)}"
+    return report({"parameters": f"{local_parameters(config, 1):,}", "files": files, "disk": size(n_bytes)})
 
 
 def adapting(config: ModelConfig, lora: LoraConfig, n: int = 1) -> str:
     """The plan of writing an adapter in n files."""
-    n_bytes = FLOAT32 * local_lora_parameters(config, lora, n)
-    facts = {
-        "adapter": f"rank {lora.rank} on {', '.join(lora.targets)}",
-        "parameters": f"{local_lora_parameters(config, lora, 1):,}",
-        "disk": size(n * n_bytes),
-    }
-    return report(facts, {})
-
-
-def _counts(config: ModelConfig, n: int, kind: int) -> str:
-    """How many query (0) or KV heads (1) a shard holds: one number, or the fewest and the most."""
-    counts = sorted({len(config.heads_on(n, index)[kind]) for index in range(n)})
-    return _between(counts[0], counts[-1])
+    return report({"adapter": f"rank {lora.rank} on {', '.join(lora.targets)}",
+                   "parameters": f"{local_lora_parameters(config, lora, 1):,}",
+                   "disk": size(n * FLOAT32 * local_lora_parameters(config, lora, n))})  # fmt: skip
 
 
 def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] = (1, 2, 4, 8)) -> str:
@@ -160,11 +287,12 @@ def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] 
     params = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
     n_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in source.tensors.values())
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in source.tensors.values()})
+    experts = f"{config.n_active_experts} of {config.n_experts} experts of " if config.n_experts else "feed-forward "
     facts = {
         "family": f"{config.family}, a {'verifier' if config.value_head else 'solver'}",
         "parameters": f"{params:,}",
         "stored as": f"{', '.join(dtypes)}, {size(n_bytes)}; {stored}: {n_shards}",
-        "layers": f"{config.n_layers} of width {config.dim}, {_feed_forward(config)}",
+        "layers": f"{config.n_layers} of width {config.dim}, {experts}{config.ffn_dim}",
         "heads": f"{config.n_heads} query, {config.n_kv_heads} key-value, of {config.head_dim}",
         "vocabulary": f"{config.vocab_size}, {'tied to' if config.tied else 'apart from'} the output layer",
         "context": config.max_seq_len,
@@ -172,13 +300,6 @@ def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] 
     }
     head = f"{'ranks':8}{'a rank, ' + config.dtype:20}{'kv heads a rank':18}what to know"
     return "\n".join([report(facts, {}), "", head, *(_rank_row(config, n) for n in ranks)])
-
-
-def _feed_forward(config: ModelConfig) -> str:
-    """How wide the feed-forward layers are, and how many of them a token passes."""
-    if config.n_experts:
-        return f"{config.n_active_experts} of {config.n_experts} experts of {config.ffn_dim}"
-    return f"feed-forward {config.ffn_dim}"
 
 
 def _rank_row(config: ModelConfig, n: int) -> str:
@@ -199,32 +320,47 @@ def _rank_row(config: ModelConfig, n: int) -> str:
     return f"{n:<8}{weights:20}{_counts(config, n, 1):18}{'; '.join(notes) or 'even'}"
 
 
+def _counts(config: ModelConfig, n: int, kind: int) -> str:
+    """How many query (0) or KV heads (1) a shard holds: one number, or the fewest and the most."""
+    counts = sorted({len(config.heads_on(n, index)[kind]) for index in range(n)})
+    return _between(counts[0], counts[-1])
+
+
 def _between(fewest: int, most: int) -> str:
     return str(fewest) if fewest == most else f"{fewest} to {most}"
 
 
-def masked_text(encoded: Encoded, tokenizer: Tokenizer) -> str:
-    """One example as the model sees it; what carries loss stands in double brackets."""
-    parts = []
-    pairs = zip(encoded.tokens, encoded.supervised, strict=True)
-    for supervised, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in group], show_control=True)
-        parts.append(f"[[{text}]]" if supervised else text)
-    return "".join(parts)
-
-
-def report(facts: Mapping[str, object], memory: Mapping[str, Mapping[str, int]]) -> str:
-    """The plan as text: the facts line by line, then a row for each model's memory and their sum."""
+def report(
+    facts: Mapping[str, object], memory: Memory | None = None, peaks: Mapping[str, int] | None = None, n_ranks: int = 1
+) -> str:
+    """The plan as text: the facts line by line, then each rank's memory: its peak, does it fit, models by parts."""
     lines = [f"{name:24}{value}" for name, value in facts.items()]
-    total = 0
-    for model, parts in memory.items():
-        total += sum(parts.values())
-        lines.append(
-            f"{model + ', each rank':24}" + ", ".join(f"{name} {size(b)}" for name, b in parts.items())
-        )
-    if memory:
-        lines.append(f"{'memory, each rank':24}{size(total)}")
+    if not memory:
+        return "\n".join(lines)
+    peak = max(peaks, key=peaks.__getitem__)
+    needed, free = _process() + peaks[peak], available_memory()
+    lines.append(f"{'memory of each rank':24}{size(needed)}, its peak while {peak}; {MEASURED}")
+    if free is not None:
+        here = 1 if _on_gpu() else int(os.environ.get("LOCAL_WORLD_SIZE", n_ranks))  # ranks share main memory
+        verdict = "fits" if here * needed <= free + _process() else "does not fit"
+        lines.append(f"{'this machine':24}{verdict}: {size(free)} free" + f" for {here} ranks" * (here > 1))
+    if len(memory) > 1:
+        lines.append(f"{'':24}" + "".join(f"{name:14}" for name in memory).rstrip())
+    if _process():
+        lines.append(f"  {'process':22}{size(_process())}")
+    for part in dict.fromkeys(part for held in memory.values() for part in held):
+        cells = (size(held[part]) if held.get(part) else "-" for held in memory.values())
+        lines.append(f"  {part:22}" + "".join(f"{cell:14}" for cell in cells).rstrip())
     return "\n".join(lines)
+
+
+def _on_gpu() -> bool:
+    return parallel.device().type == "cuda"
+
+
+def _process() -> int:
+    """What the process of a rank holds on a CPU before it has a model."""
+    return 0 if _on_gpu() else parallel.resident_memory() + STILL_TO_COME
 
 
 def size(n_bytes: int) -> str:
@@ -251,7 +387,7 @@ def cluster(model_types: Sequence[str], n: int = 8, n_tokens: int = 4096) -> str
             row = f"{model_type + ' ' + name:24}"
             for groups in GROUPS:
                 how = how._replace(checkpointing="full", data_parallel=groups, on_gpu=True)
-                held = sum(training_memory(config, n, Pass(n_tokens, n_tokens, True), how).values())
+                held = sum(training_memory(config, n, n_tokens, how).values())
                 row += f"{f'{held / 2**30:.1f}' + '*' * (held > CARD_BYTES):>8}"
             lines.append(row)
     return "\n".join(lines)

@@ -18,7 +18,7 @@ class SharedBase:
 
     def __init__(self, ckpt_dir: str) -> None:
         """ckpt_dir: full weights, or an adapter whose base (or its base's base) is meant."""
-        self.folder = _chain(Path(ckpt_dir))[-1]
+        self.folder = base_of(ckpt_dir)
         self._tensors = assemble.local_tensors(self.folder, torch.float32)
 
     def model(self, ckpt_dir: str, *, value_head: bool = False, from_solver: bool = False) -> Decoder:
@@ -30,7 +30,7 @@ class SharedBase:
         """
         kind = "solver" if not value_head else "" if from_solver else "verifier"
         config, chain = assemble.load_config(ckpt_dir, kind=kind), _chain(Path(ckpt_dir))
-        if chain[-1].resolve() != self.folder.resolve():
+        if base_of(ckpt_dir) != self.folder:
             raise UserError(
                 f"--share_base: {ckpt_dir} stands on {chain[-1]} and not on {self.folder}; train it from there with "
                 f"--lora_rank"
@@ -67,6 +67,11 @@ class SharedBase:
                 factors.setdefault(stem, []).append(pair)
             elif not name.endswith(".lora_b.weight"):
                 whole[name] = tensor
+
+
+def base_of(ckpt_dir: str) -> Path:
+    """The directory of the full weights below all adapters of this one."""
+    return _chain(Path(ckpt_dir))[-1].resolve()
 
 
 def _chain(folder: Path) -> list[Path]:

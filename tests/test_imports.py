@@ -29,19 +29,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"models", "parallel", "runlog"},
     "data": {"text"},
     "assemble": {"config", "models", "checkpoint", "text", "parallel", "runlog"},
-    "memory": {"models", "checkpoint"},
-    "plan": {"memory", "models", "checkpoint", "text", "data", "parallel", "runlog"},
-    "ppo_plan": {
-        "assemble", "checkpoint", "data", "memory", "models", "parallel", "plan", "text", "training"
-    },
     "sharing": {"assemble", "checkpoint", "models", "parallel"},
     "certify": {"assemble", "checkpoint", "cli", "inference", "models", "parallel"},
     "inference": {"models", "text", "parallel"},
     "evaluation": {"data", "inference", "models", "parallel", "runlog", "text", "watchdog"},
     "construct": {"checkpoint", "data", "evaluation", "inference", "models", "parallel", "runlog", "text"},
     "training": {
-        "assemble", "checkpoint", "config", "data", "evaluation", "flags", "inference", "losses", "memory", "models",
-        "parallel", "plan", "runlog", "sharing", "text", "watchdog",
+        "assemble", "checkpoint", "config", "data", "evaluation", "flags", "inference", "losses", "models",
+        "parallel", "runlog", "sharing", "text", "watchdog",
+    },
+    "memory": {"checkpoint", "models", "parallel"},
+    "plan": {
+        "assemble", "checkpoint", "config", "data", "memory", "models", "parallel", "runlog", "sharing", "text",
+        "training",
     },
 }
 

@@ -1,19 +1,30 @@
 """The plan of --dry_run says what a run will really hold."""
 
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 import checkpoint_split
+import ppo_train
 import solver_train
 from src import assemble, parallel, plan
 from src.checkpoint import sources, storage
 from src.checkpoint.tensor_files import read_safetensors
-from src.memory import local_lora_parameters, local_parameters
+from src.config import SavingFlags
+from src.errors import UserError
+from src.memory import LASTING, Training, local_lora_parameters, local_parameters, training_memory
+from src.models.config import ModelConfig
+from src.models.decoder import Decoder
+from src.plan import Memory, PPOWork
+from src.training.ppo_config import ESTIMATORS, PPOConfig
 from tests import tiny
 from tests.conftest import Folders
-from tests.test_memory import LORA
+from tests.test_memory import CONFIG, LORA
 
 
 @pytest.mark.parametrize(
@@ -97,3 +108,225 @@ def read(path: Path) -> list[Tensor]:
     if path.suffix == ".pth":
         return list(storage.read_shard(path).values())
     return [stored.load() for stored in read_safetensors(path).values()]
+
+
+# CONFIG has 664 parameters, of them 80 in the output layer, in whose place a critic has a head of 8; a layer has 496
+ACTOR, CRITIC, VERIFIER = 664, 592, 592 + 496
+ADAPTERS, HEAD = 72, 8
+CRITIC_CONFIG = assemble.solver_to_verifier(CONFIG)
+VERIFIER_CONFIG = dataclasses.replace(CRITIC_CONFIG, n_layers=2)
+FULL = {"actor": CONFIG, "critic": CRITIC_CONFIG, "reference": CONFIG, "verifier": VERIFIER_CONFIG}
+WORK = PPOWork(n_tokens=1, accumulates=False, n_rows=2, n_decoded=7)
+ROLLOUTS = 2 * 4 * 4 * 2 * 7 + 4 * 2 * 10  # keys and values of a layer's one head of 4; logits
+
+
+def held(
+    models: Mapping[str, ModelConfig], how: Training, arrangement: str = "all at once", quantize: str = ""
+) -> Memory:
+    return plan.ppo_memory(models, 1, how, WORK, quantize, arrangement)
+
+
+def peaks(models: Mapping[str, ModelConfig], how: Training, arrangement: str) -> dict[str, int]:
+    return plan.moments(held(models, how, arrangement), models, 1, phases=arrangement == "--phases")
+
+
+def test_four_models_at_once_and_in_phases_by_hand() -> None:
+    # what learning adds: gradients, the activations of one token and, of the actor, its logits
+    actor, critic = (
+        sum(part for name, part in training_memory(config, 1, 1, Training()).items() if name not in LASTING)
+        for config in (CONFIG, CRITIC_CONFIG)
+    )
+    lasting = (4 + 8) * (ACTOR + CRITIC) + 4 * ACTOR + 4 * VERIFIER  # weights and moments; weights alone
+    assert peaks(FULL, Training(), "all at once") == {
+        "the actor learns": lasting + actor,
+        "the critic learns": lasting + critic,
+        "the reference scores": lasting,
+        "the verifier scores": lasting,
+        "the actor samples": lasting + ROLLOUTS,
+        "loading": 4 * (2 * ACTOR + CRITIC + VERIFIER) + 4 * VERIFIER,  # and the largest file
+    }
+    assert peaks(FULL, Training(), "--phases") == {
+        "the actor learns": 12 * ACTOR + actor,
+        "the critic learns": 12 * CRITIC + critic,
+        "the reference scores": 4 * ACTOR,
+        "the verifier scores": 4 * VERIFIER,
+        "the actor samples": 4 * ACTOR + ROLLOUTS,
+        "loading": 2 * 4 * VERIFIER,
+    }
+
+
+def test_adapters_on_one_base_by_hand() -> None:
+    models = {"actor": CONFIG, "critic": CRITIC_CONFIG, "verifier": CRITIC_CONFIG}
+    apart, shared = (held(models, Training(LORA), name) for name in ("all at once", "--share_base"))
+    assert [parts.get("weights", 0) for parts in apart.values()] == [
+        4 * (ACTOR + ADAPTERS), 4 * (CRITIC + ADAPTERS + HEAD), 4 * CRITIC, 0
+    ]  # fmt: skip
+    own = 4 * (ADAPTERS + HEAD)
+    assert [parts.get("weights", 0) for parts in shared.values()] == [4 * (ACTOR + ADAPTERS), own, own, 0]
+
+
+def test_frozen_models_in_fewer_bits() -> None:
+    found = held(FULL, Training(), quantize="int8")
+    assert found["reference"] == {"weights": int((1 + 4 / 128) * ACTOR)}
+    assert found["verifier"] == {"weights": int((1 + 4 / 128) * VERIFIER)}
+    assert found["actor"]["weights"] == 4 * ACTOR
+
+
+def test_a_rank_that_shares_its_weights_holds_them_whole_to_sample() -> None:
+    found = held({"actor": CONFIG, "reference": CONFIG}, Training(data_parallel=2))
+    assert found["actor"]["weights"] == 4 * ACTOR // 2 and found["rollouts"]["gathered"] == 4 * ACTOR
+    assert found["reference"]["weights"] == 4 * ACTOR  # frozen models are whole on every rank
+
+
+def config_of(**changes: object) -> PPOConfig:
+    """ppo_train.py's defaults with these flags."""
+    flags = {"actor_ckpt_dir": "a", "actor_save_dir": "b", "reward": ["rule"]} | changes
+    if ESTIMATORS[flags.get("advantage", "gae")].has_critic:
+        flags |= {"critic_ckpt_dir": "c", "critic_save_dir": "d"}
+    return PPOConfig(**flags)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "lengths", "held_out", "work"),
+    [
+        # 96 episodes in 4 steps of 24; a pass takes 4; longest 9 + 20 tokens; all 96 may decode, 64 do
+        ({}, 1, [3] * 200 + [9], [], (4 * 29, True, 64, 29)),
+        # a step has 3 episodes; 12 on 2 ranks decode 6 each, the held-out problems are more
+        ({"max_buffer_size": 12}, 2, [3] * 200, [5] * 40, (3 * 23, False, 20, 25)),
+        # 2 prompts fill a smaller buffer than allowed: 8 episodes, 2 a step; the context ends after 32
+        ({"group_size": 4, "advantage": "grpo"}, 1, [30, 2], [], (2 * 32, False, 8, 32)),
+    ],
+)
+def test_the_largest_work_by_hand(
+    changes: dict[str, object],
+    ranks: int,
+    lengths: Sequence[int],
+    held_out: Sequence[int],
+    work: tuple[int, ...],
+) -> None:
+    found = plan.ppo_work(config_of(max_new_tokens=20, **changes), CONFIG.max_seq_len, lengths, held_out, ranks)
+    assert found == work
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ((10, 4, -1, -1, 1), (3, 1)),  # the weights of 4, 8 and 10; 10 to resume from
+        ((10, 4, 1, -1, 3), (4, 3)),  # 4, 8, 9, 10; the last three
+        ((10, 5, -1, 4, 1), (3, 1)),  # 5, 10, and 8 as the newest reference
+        ((3, 5, -1, -1, 2), (1, 1)),  # one save only
+    ],
+)
+def test_saves_by_hand(given: tuple[int, ...], kept: tuple[int, int]) -> None:
+    n_steps, per_epoch, save_every, refresh, keep_last = given
+    flags = SavingFlags(save_every=save_every, keep_last=keep_last)
+    told = plan.disk([CONFIG], 1, Training(), flags, n_steps, per_epoch, refresh)
+    n_bytes = 4 * 664 * kept[0] + 12 * 664 * kept[1]
+    assert told.startswith(f"{plan.size(n_bytes)}: weights of {kept[0]} saves, {kept[1]} of them to resume from; ")
+
+
+def test_rewards_lie_where_they_are_laid() -> None:
+    process = dataclasses.replace(VERIFIER_CONFIG, objective="process")
+    flags = {"reward": ["verifier", "rule", "mine.py:short"], "reward_weights": [1.0, 0.0, 0.5],
+             "reward_model_ckpt_dir": "e"}  # fmt: skip
+    for verifier, where in ((process, "the ends of steps"), (VERIFIER_CONFIG, "the last token")):
+        expected = f"verifier at {where}, short at the last token"
+        assert plan.places(config_of(**flags, kl_coef=0.0), verifier) == expected
+        assert plan.places(config_of(**flags), verifier) == f"{expected}, KL at every token"
+
+
+@pytest.fixture
+def flags(folders: Folders, tmp_path: Path) -> dict[str, object]:
+    """Flags of a run of 6 buffers of 2 prompts, whose verifier judges steps and has two layers more than the critic."""
+    parallel.start()
+    config = assemble.load_config(folders.verifier)
+    deep = Decoder(dataclasses.replace(config, n_layers=config.n_layers + 2, objective="process"))
+    for parameter in deep.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    assemble.save_model(deep, str(tmp_path / "deep"), folders.verifier)
+    rows = ", ".join(f'{{"instruction": "{n}+1=", "label": "{n + 1}"}}' for n in range(4))
+    (tmp_path / "rows.json").write_text(f"[{rows}]")
+    return {
+        "actor_ckpt_dir": folders.one, "actor_save_dir": str(tmp_path / "actor"),
+        "critic_ckpt_dir": folders.verifier, "critic_save_dir": str(tmp_path / "critic"),
+        "reward_model_ckpt_dir": str(tmp_path / "deep"), "train_file": str(tmp_path / "rows.json"), "task": "toy",
+        "max_new_tokens": 8, "max_buffer_size": 2, "minibatches": 1, "epochs": 3,
+    }  # fmt: skip
+
+
+def planned(capsys: pytest.CaptureFixture[str], flags: dict[str, object]) -> dict[str, str]:
+    """The lines of a dry run by what they are of."""
+    capsys.readouterr()
+    ppo_train.main(ppo_train.PPOConfig(**flags, dry_run=True))
+    lines = capsys.readouterr().out.splitlines()
+    return {line[:24].strip(): line[24:] for line in lines}
+
+
+def test_each_model_is_planned_by_its_own_config(
+    flags: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = planned(capsys, flags)
+    models, weights = told[""].split(), re.split(r" {2,}", told["weights"])
+    assert models == ["actor", "critic", "reference", "verifier", "rollouts"]
+    for name, folder in (("critic", "critic_ckpt_dir"), ("verifier", "reward_model_ckpt_dir")):
+        count = sum(p.numel() for p in assemble.load_verifier(str(flags[folder])).parameters())
+        assert weights[models.index(name)] == plan.size(4 * count), name
+    assert told["rewards"] == "verifier at the ends of steps, KL at every token"
+    assert told["rollout buffers"] == "6 of 2 episodes, each for 2 x 1 optimizer steps"
+    # BOS, the space that sentencepiece puts in front, four characters
+    assert told["an example"] == "<s>0+1=[[...]], 6 tokens and at most 8 to learn"
+
+
+def test_every_arrangement_is_told_and_the_one_asked_for_is_the_peak(
+    flags: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "resident_memory", lambda: 2**20)
+    found = {}
+    for asked in ({}, {"phases": True}, {"phases": True, "quantize": "int4"}, {"phases": True, "lora_rank": 2}):
+        told = planned(capsys, flags | asked)
+        found[str(asked)] = [told[name].strip() for name in plan.ARRANGEMENTS]
+        assert told["memory of each rank"].split(",")[0] == told["--phases" if asked else "all at once"].strip()
+    whole, phases, bits, adapted = found.values()
+    assert whole == phases and whole[0] > bits[0] > adapted[0]  # all in MiB
+    assert all(row[2] == "-" and row[0] > row[1] for row in found.values())  # the verifier stands on other weights
+
+
+def test_flags_that_change_what_learning_holds(flags: dict[str, object]) -> None:
+    def models(**changes: object) -> set[str]:
+        return set(plan.ppo_models(PPOConfig(**flags | changes), 1))
+
+    assert models() == {"actor", "critic", "reference", "verifier"}
+    assert models(lora_rank=2) == {"actor", "critic", "verifier"}
+    assert "reference" in models(lora_rank=2, reference_refresh=2)
+
+
+def test_data_parallel_ranks_share_a_step_s_passes(
+    flags: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parallel.stop()
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "4")
+        told = planned(capsys, flags | {"tensor_parallel_size": 2})
+    parallel.start()
+    assert (told["tensor-parallel ranks"], told["data-parallel ranks"]) == ("2", "2")
+
+
+def test_one_base_is_refused_where_the_run_would_refuse_it(flags: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="--share_base: one base cannot be below these models"):
+        ppo_train.main(ppo_train.PPOConfig(**flags, share_base=True, lora_rank=2, dry_run=True))
+
+
+@pytest.mark.parametrize("changes", [{"keep_last": 2, "save_every": 1}, {"lora_rank": 2}])
+def test_checkpoints_take_what_the_plan_says(
+    flags: dict[str, object], capsys: pytest.CaptureFixture[str], changes: dict[str, object]
+) -> None:
+    flags = flags | {"epochs": 1, "reward": ["rule"], "reward_model_ckpt_dir": ""} | changes
+    told = planned(capsys, flags)["disk"]
+    ppo_train.main(ppo_train.PPOConfig(**flags))
+    files = {
+        path.stat().st_ino: path
+        for folder in ("actor_save_dir", "critic_save_dir")
+        for path in Path(str(flags[folder])).rglob("*.pth")
+    }
+    written = sum(tensor.nbytes for path in files.values() for tensor in storage.read_shard(path).values())
+    assert re.match(r"[\d.]+ \w+", told)[0] == plan.size(written)

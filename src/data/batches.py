@@ -5,7 +5,7 @@ ranks. Losses are means over the whole step, so how they are dealt changes speed
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from src.data import collate
@@ -32,6 +32,11 @@ class Batching:
     seed: int
     rank: int = 0
     ranks: int = 1
+
+    @property
+    def of_last_rank(self) -> "Batching":
+        """As the last rank sees it, whose forward passes are the longest."""
+        return replace(self, rank=self.ranks - 1)
 
     @property
     def rows_a_step(self) -> int:

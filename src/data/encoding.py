@@ -9,7 +9,7 @@ known by construction, and the same in training, sampling and scoring.
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import Literal, NamedTuple
 
 from src.errors import UserError
@@ -232,3 +232,13 @@ def encode_steps(
 def judged_everywhere(encoded: Encoded, label: float) -> Encoded:
     """A response judged at each of its tokens (Cobbe et al. 2021, token-level verifiers)."""
     return encoded._replace(targets=(label,) * encoded.n_response)
+
+
+def masked_text(encoded: Encoded, tokenizer: Tokenizer) -> str:
+    """One example as the model sees it; what carries loss stands in double brackets."""
+    parts = []
+    pairs = zip(encoded.tokens, encoded.supervised, strict=True)
+    for supervised, group in groupby(pairs, key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group], show_control=True)
+        parts.append(f"[[{text}]]" if supervised else text)
+    return "".join(parts)

@@ -178,14 +178,6 @@ def quantize_weights(model: nn.Module, precision: str, dtype: torch.dtype) -> No
         parameter.requires_grad_(False)
 
 
-def bytes_a_weight(precision: str) -> float:
-    """What a weight of this precision takes, its share of scale and low included; float32 for an empty name."""
-    if precision in ("", "bfloat16"):
-        return 2.0 if precision else 4.0
-    bits, group = PRECISIONS[precision]
-    return bits / 8 + 4 / group
-
-
 def weight_bytes(model: nn.Module) -> int:
     """Memory of a model's parameters and buffers on this rank."""
     return sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)

@@ -1,17 +1,13 @@
-"""What the trainers that go over the rows of a file set up alike: how rows become steps, the plan, the run."""
+"""What the trainers that go over the rows of a file set up alike: how rows become steps, the run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
-from src import assemble, parallel, plan, runlog
+from src import assemble, parallel
 from src.config import TrainConfig
 from src.data.batches import Batching
-from src.data.encoding import Encoded
-from src.memory import Pass, Training
-from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.runlog import RunLog
-from src.text.tokenizer import Tokenizer
 from src.training.checkpointer import Checkpointer, Trainee
 from src.training.resuming import find_start, run_facts
 from src.training.trainer import Trainer
@@ -36,18 +32,6 @@ def start(
     facts = run_facts(trainer, config.flags(), rows=n_rows, rows_a_step=batching.rows_a_step, **derived)
     find_start([config.save_dir], config.resume, facts, total_steps)
     return facts
-
-
-def show_plan(
-    config: TrainConfig, model: ModelConfig, batching: Batching, largest: Pass, examples: Sequence[Encoded],
-    tokenizer: Tokenizer, total_steps: int, quantize: str = "",
-) -> None:  # fmt: skip
-    """Print what the run would need. largest: its largest forward pass."""
-    lora = assemble.lora_config(config, config.lora_dropout)
-    how = Training(lora, quantize, config.activation_checkpointing, batching.ranks, config.accumulation_steps > 1,
-                   parallel.device().type == "cuda", config.optimizer)  # fmt: skip
-    n = assemble.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
-    runlog.table(plan.training(model, n, how, largest, examples, tokenizer, epochs=config.epochs, steps=total_steps))
 
 
 def open_run(

@@ -12,7 +12,6 @@ from src.data.collate import Batch, Truncation
 from src.data.encoding import Encoded, encode_conversation, encode_response, learn_all
 from src.data.examples import Chat, Instruction
 from src.errors import UserError
-from src.memory import Pass
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs
 from src.text.blocks import Learnt
@@ -51,20 +50,6 @@ class SolverData:
             return collate.lay_out([encoded for (encoded,) in samples], packing=packing)
 
         return batching.steps(len(self.rows), encode, lay_out, epochs=epochs, done=done, stop=stop)
-
-    def largest_pass(self, batching: Batching, *, packing: bool, epochs: int, stop: int) -> Pass:
-        """The size of the largest forward pass of steps(), of which nothing is laid out."""
-
-        def encode(epoch: int, row: int) -> Sample:
-            return (collate.pick(self.rows[row], batching.seed, epoch, row),)
-
-        def measure(samples: Sequence[Sample]) -> Pass:
-            lengths = [len(encoded.tokens) for (encoded,) in samples]
-            n_tokens = sum(lengths) if packing else len(lengths) * max(lengths)
-            return Pass(n_tokens, sum(encoded.n_response for (encoded,) in samples), packing)
-
-        steps = batching.steps(len(self.rows), encode, measure, epochs=epochs, stop=stop)
-        return max(size for step in steps for size in step.batches)
 
 
 def _encode(tokenizer: Tokenizer, row: Instruction | Chat, loss_on: Learnt) -> list[tuple[Encoded, ...]]:

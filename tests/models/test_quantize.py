@@ -9,8 +9,9 @@ from src import assemble, parallel
 from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
+from src.memory import bytes_per_weight
 from src.models.config import ModelConfig
-from src.models.quantize import PRECISIONS, Precision, QuantizedMatrix, bytes_a_weight, weight_bytes
+from src.models.quantize import PRECISIONS, Precision, QuantizedMatrix, weight_bytes
 from src.text.tokenizer import Tokenizer
 from tests import reference, tiny
 from tests.conftest import Folders
@@ -96,7 +97,7 @@ def test_plan_counts_what_a_wide_model_takes() -> None:
     weight = torch.randn(64, 256)
     for name, precision in PRECISIONS.items():
         matrix = QuantizedMatrix(weight, precision, torch.float32)
-        assert weight_bytes(matrix) == bytes_a_weight(name) * weight.numel()
+        assert weight_bytes(matrix) == bytes_per_weight(name) * weight.numel()
 
 
 def test_quantised_verifier_and_tied_solver_are_close(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src import assemble, plan
+from src import assemble
 from src.config import OptimizerFlags
 from src.data.batches import Batching
 from src.data.collate import Batch
-from src.data.encoding import encode_response
+from src.data.encoding import encode_response, masked_text
 from src.data.examples import Chat, Instruction
 from src.errors import UserError
 from src.models.decoder import Decoder
@@ -177,7 +177,7 @@ def test_every_answer_of_a_conversation_is_learnt(folders: Folders, model: Decod
         ((_, _, (found,)),) = data.steps(batching(1, 1), packing=packing, epochs=1)
         learnt = found.tokens[found.response_mask].tolist()
         assert tokenizer.decode(learnt).split() == ["2", "cd"] and learnt.count(tokenizer.eos_id) == 2
-    shown = plan.masked_text(data.rows[0][0], tokenizer)
+    shown = masked_text(data.rows[0][0], tokenizer)
     assert shown.count("[[2") == shown.count("[[cd") == 1 and shown.count("[[") == 2
     plain = assemble.load_tokenizer(folders.one)
     with pytest.raises(UserError, match="f, row 1: messages need a --chat_template"):
