@@ -183,7 +183,7 @@ CONFLICTS: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "sentencepiece",
         lambda f: write_json(f / "tokenizer_config.json", {"added_tokens_decoder": {"420": 7}}),
-        "found 7 for an added token",
+        "added_tokens_decoder must give an object with its content for each id",
     ),
     (
         "sentencepiece",
