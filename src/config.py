@@ -83,7 +83,14 @@ def check_bounds(name: str, value: object, bounds: Bounds) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerFlags(Config):
+class SeedFlags(Config):
+    """What is random"""
+
+    seed: Seed = flag(1, "seed of everything random: data order, sampling, new adapters, dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFlags(SeedFlags):
     """Optimizer"""
 
     lr: NonNegative = flag(1e-5, "peak learning rate of AdamW")
@@ -126,7 +133,7 @@ class SavingFlags(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(Config):
+class RunFlags(SeedFlags):
     """Model, batches and steps"""
 
     model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
@@ -137,7 +144,6 @@ class RunFlags(Config):
     max_batch_size: Count = flag(1, "rows in one forward pass")
     epochs: Count = flag(1, "passes over the training file")
     max_steps: CountOrOff = flag(-1, "stop after so many optimizer steps; -1 = after all epochs")
-    seed: Seed = flag(1, "seed of everything random: data order, sampling, new adapters")
     wandb: str = flag("", """PROJECT or PROJECT/NAME to show the metrics under in Weights & Biases;
         WANDB_MODE=offline keeps them in the run's directory""")
 
