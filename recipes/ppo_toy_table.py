@@ -14,10 +14,9 @@ sys.path.insert(
     0, str(Path(__file__).parents[1])
 )  # a script's own folder is on the path, the repository is not
 
-from src.training.monitor import WINDOW, hacked  # noqa: E402
-
 from recipes.seeds_table import Floats, outcomes, resampled  # noqa: E402
 from src import cli, plot, runlog  # noqa: E402
+from src.training.monitor import WINDOW, hacked  # noqa: E402
 
 ARMS = {
     "ppo-rule": "PPO, grader",

@@ -26,7 +26,7 @@ from src.evaluation.prompting import make_prompting
 from src.evaluation.tasks import find_task
 from src.flags import bind, flags_of, is_path, undocumented
 from tests.reference import hf_model
-from tests.tiny import make_verifier, split, write_hf_llama, write_tokenizer
+from tests.tiny import main_of, make_verifier, split, write_hf_llama, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -36,6 +36,8 @@ PROBLEMS = [
     for b in range(1, 5)
 ]
 EXACTLY_ONE_ERROR = re.compile(r"error: [^\n]+\n")
+
+SCORED = ("ckpt_dir", "log_dir", "task", "samples_file", "label_file")  # flags of verifier_evaluate.py by position
 
 
 def launch(
@@ -194,7 +196,7 @@ def test_pairs_are_right_against_wrong(whole_path: Path) -> None:
 
 
 def test_the_actor_can_be_resharded_and_evaluated_on_one_rank(whole_path: Path, tmp_path: Path) -> None:
-    script = importlib.import_module("solver_evaluate")
+    evaluate = main_of("solver_evaluate", "task", "label_file", "log_dir", "ckpt_dir")
     for source in ("ppo/actor", "solver_lora"):
         name = source.replace("/", "_")
         checkpoint_split.main(
@@ -203,7 +205,7 @@ def test_the_actor_can_be_resharded_and_evaluated_on_one_rank(whole_path: Path, 
             )
         )
         labels = str(whole_path / "dataset/GSM8K/train.json")
-        script.main("GSM8K", labels, str(tmp_path / f"log_{name}"), str(tmp_path / name), max_new_tokens=12)
+        evaluate("GSM8K", labels, str(tmp_path / f"log_{name}"), str(tmp_path / name), max_new_tokens=12)
         found = json.loads((tmp_path / f"log_{name}/results.json").read_text())
         assert found["problems"] == found["samples"] == len(PROBLEMS) and found["accuracy"] > 0
 
@@ -608,7 +610,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     (
         "verifier_train",
         {"train_file": "pairs.json", "objective": "outcome"},
-        "row 1: 'correct' is None; expected true",
+        "row 1: key 'output' is missing; found instruction, chosen, rejected; expected outcomes",
     ),
     ("verifier_train", {"weights": "1,2"}, "--weights has 2 numbers for 1 training files"),
     ("verifier_train", {"train_file": "pairs.json,nowhere.json"}, "^nowhere.json does not exist"),
@@ -880,7 +882,7 @@ def test_a_prompt_that_fills_the_context(world: World, here: Path) -> None:
     told = r"1 of 1 prompts fill the context of one, 128 tokens; the first is row 1 \(id '0', 202 tokens\)"
     refuse(world, "ppo_train", {"train_file": "long.json"}, told, here)
     with pytest.raises(UserError, match="prompt '0' has 202 tokens but the model's context is 128"):
-        importlib.import_module("solver_evaluate").main("toy", "long.json", "log", "one")
+        main_of("solver_evaluate", "task", "label_file", "log_dir", "ckpt_dir")("toy", "long.json", "log", "one")
     assert not (here / "log/results.json").exists()
 
 
@@ -939,7 +941,7 @@ def test_verifiers_of_outcomes_and_steps_from_samples_to_scores(
         for row in samples
     ]
     write_json(here / "s.json", steps)
-    importlib.import_module("verifier_train").main(
+    main_of("verifier_train", "ckpt_dir", "save_dir", "train_file")(
         "one",
         "trained",
         [f"{name}.json" for name in files],
@@ -953,7 +955,7 @@ def test_verifiers_of_outcomes_and_steps_from_samples_to_scores(
     )
     config = assemble.load_config("trained")
     assert (config.objective, config.score) == (objective, "last" if objective == "outcome" else "steps")
-    evaluate = importlib.import_module("verifier_evaluate").main
+    evaluate = main_of("verifier_evaluate", *SCORED)
     evaluate("trained", "log", "toy", "graded_two.json", "train.json", aggregation="min")
     scored = [json.loads(line) for line in (here / "log/samples.jsonl").read_text().splitlines()]
     assert len(scored) == len(samples) and all(len(row["step_scores"]) == 2 for row in scored)
@@ -978,7 +980,8 @@ def test_what_a_step_is_is_learnt_once_and_followed(
     stale = {"sample": 0, "score": 7, "step_scores": [7]}
     rows = [stale | {"id": str(n), "response": text} for n, text in enumerate(texts)]
     write_json(here / "lines.json", [*rows, {"id": "0", "sample": 1, "response": "1" * 200}])
-    train, evaluate = (importlib.import_module(name).main for name in ("verifier_train", "verifier_evaluate"))
+    train = main_of("verifier_train", "ckpt_dir", "save_dir", "train_file")
+    evaluate = main_of("verifier_evaluate", *SCORED)
     train("one", "prm", ["s.json", "o.json"], objective="process", step="line", max_batch_size=8, lr=1e-3)
     assert assemble.load_config("prm").step == "line"
     counted = [json.loads(line) for line in Path("prm/metrics.jsonl").read_text().splitlines()]
@@ -996,14 +999,15 @@ def test_what_a_step_is_is_learnt_once_and_followed(
     refuse(world, "verifier_evaluate", {"ckpt_dir": "prm", "step": "paragraph"}, message, here)
     refuse(world, "ppo_train", {"reward_model_ckpt_dir": "prm", "step": "paragraph"}, message, here)
     with pytest.raises(UserError, match=message):
-        importlib.import_module("solver_evaluate").main(
-            "toy", ckpt_dir="one", interactive=True, verifier_ckpt_dir="prm", step="paragraph"
+        main_of("solver_evaluate")(
+            task="toy", ckpt_dir="one", interactive=True, verifier_ckpt_dir="prm", step="paragraph"
         )
     write_json(here / "s.json", [*steps, steps[0] | {"steps": ["1" * 80, "2" * 80], "labels": [1, 0]}])
     evaluate("prm", "log_steps", steps_file="s.json", threshold_file="s.json")
     assert json.loads(Path("log_steps/results.json").read_text())["too_long"] == 1
     assert "1 more are too long for the verifier" in capsys.readouterr().out
-    importlib.import_module("preference_evaluate").main("one", "one", "s.json", "credit", step="line")
+    folders = {"ckpt_dir": "one", "reference_ckpt_dir": "one", "log_dir": "credit"}
+    main_of("preference_evaluate")(**folders, steps_file="s.json", step="line")
     assert json.loads(Path("credit/results.json").read_text())["too_long"] == 1
 
 

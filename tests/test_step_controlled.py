@@ -1,6 +1,5 @@
 """Step-controlled DPO from end to end on a tiny taught model: samples, pairs, branches, a mix, preferences, credit."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import preference_train
 from src import parallel
 from src.checkpoint import storage
 from tests.test_entries import PROBLEMS, teach, write_json
-from tests.tiny import split, write_hf_llama
+from tests.tiny import main_of, split, write_hf_llama
 
 BRANCH = {"attempts": 20, "max_new_tokens": 8, "max_batch_size": 16, "pairs_a_problem": 2}
 TRAIN = {"lr": 1e-4, "max_batch_size": 4, "held_out": 0.3}
@@ -33,7 +32,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_json(folder / "train.json", PROBLEMS)
-        evaluate = importlib.import_module("solver_evaluate").main
+        evaluate = main_of("solver_evaluate", "task", "label_file", "log_dir", "ckpt_dir")
         evaluate("toy", "train.json", "log", base, num_samples=6, temperature=1.0, max_new_tokens=12)
         samples = folder / "log/samples.jsonl"
         lines = [json.loads(line) for line in samples.read_text().splitlines()]

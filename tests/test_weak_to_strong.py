@@ -1,7 +1,6 @@
 """Weak-to-strong from end to end on a tiny taught model: the files of each step are what the next one reads."""
 
 import hashlib
-import importlib
 import json
 import subprocess
 from pathlib import Path
@@ -15,7 +14,10 @@ from src.errors import UserError
 from src.evaluation.prompting import make_prompting
 from src.evaluation.tasks import find_task
 from tests.test_entries import PROBLEMS, teach, write_json
-from tests.tiny import split, write_hf_llama
+from tests.tiny import main_of, split, write_hf_llama
+
+SOLVER_TRAIN = main_of("solver_train", "ckpt_dir", "save_dir", "train_file")
+EVALUATE = main_of("solver_evaluate", "task", "label_file", "log_dir", "ckpt_dir")
 
 STAGES = Path(__file__).parents[1] / "recipes" / "stages.sh"
 TRAIN = {"lr": 1e-5, "max_batch_size": 4}
@@ -29,7 +31,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weak")
     teach(write_hf_llama(folder / "hf"))
     base = split(folder / "hf", folder / "base")
-    solver_train, evaluate = (importlib.import_module(x).main for x in ("solver_train", "solver_evaluate"))
+    solver_train, evaluate = SOLVER_TRAIN, EVALUATE
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_json(folder / "train.json", PROBLEMS)
@@ -59,7 +61,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             weak_model="weak",
             strong_model="plus/hybrid",
         )
-        importlib.import_module("preference_train").main(
+        main_of("preference_train", "ckpt_dir", "save_dir", "train_file")(
             "plus/hybrid", "pro", "pairs.json", held_out=0.3, lora_rank=4, lr=1e-4, max_batch_size=2
         )
     return folder
@@ -70,8 +72,7 @@ def few_shot(path: Path) -> Path:
     """The same folder when a strong model that reads demonstrations has gone through stage I with two of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        evaluate = importlib.import_module("solver_evaluate").main
-        solver_train = importlib.import_module("solver_train").main
+        solver_train, evaluate = SOLVER_TRAIN, EVALUATE
         samples, shown = "log/weak/samples.jsonl", "demonstrations.json"
         data_build.demonstrations(samples, shown, shots=2, weak_model="weak", prompt_template="a {instruction}\\nb",
                                   stop=["\na"])  # fmt: skip
@@ -172,7 +173,7 @@ def test_w2s_17_votes_of_another_model_or_scorer_are_refused(
     monkeypatch.chdir(path)
     with pytest.raises(UserError, match="log/icl/samples.jsonl was sampled from the model .* but weak is"):
         data_build.contrast("votes.jsonl", "log/icl/samples.jsonl", "other.json", weak_model="weak")
-    importlib.import_module("solver_evaluate").main(
+    EVALUATE(
         "MATH", "train_2.json", "log/math", samples_file="log/weak/samples.jsonl"
     )
     with pytest.raises(UserError, match="has no samples.identity.json beside it"):

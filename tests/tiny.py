@@ -1,6 +1,8 @@
 """Tiny checkpoints and their tokenizer, written to disk: what the tests of trainers and scripts run on."""
 
+import importlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece
@@ -9,6 +11,7 @@ import torch
 import checkpoint_split
 from src import assemble
 from src.checkpoint import storage
+from src.flags import config_of
 from src.text.tokenizer import Tokenizer
 
 ALPHABET = "0123456789+-=# \nabcdefgh"
@@ -67,3 +70,14 @@ def make_verifier(ckpt_dir: str, folder: Path, *, mean: float = 0.0, std: float 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a one-shard directory."""
     return storage.read_shard(Path(folder) / "consolidated.00.pth")
+
+
+def main_of(name: str, *first: str) -> Callable[..., None]:
+    """A script's main as a function of its flags; `first` names those that may be given by position."""
+    main = importlib.import_module(name).main
+    config = config_of(main)
+
+    def run(*values: object, **flags: object) -> None:
+        main(config(**dict(zip(first, values, strict=False)), **flags))
+
+    return run
