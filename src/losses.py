@@ -125,13 +125,13 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x <= 0, exact near 0 (Maechler 2012) and finite at it: x is kept below -1e-7."""
+    """log(1 - e^x) for x <= 0, exact near 0 (Maechler 2012) and finite at it: x is kept below -1e-7. [B] -> [B]."""
     x = x.float().clamp_max(-1e-7)
     return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
-    """-log sigmoid(beta * (chosen - rejected) - gamma) on mean log-probs, no reference (Meng et al. 2024, eq. 6)."""
+    """-log sigmoid(beta * (chosen - rejected) - gamma) on mean log-probs (Meng et al. 2024, eq. 6). [B], [B] -> [B]."""
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 

@@ -51,9 +51,7 @@ def start(seed: int = 1, tensor_parallel_size: int = -1) -> None:
             _join(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # fairscale prints its group sizes; nothing else runs here
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its group sizes; nothing else runs here
             groups.initialize_model_parallel(
                 dist.get_world_size() if tensor_parallel_size == -1 else tensor_parallel_size
             )
@@ -146,7 +144,7 @@ def autocast() -> contextlib.AbstractContextManager[object]:
 
 
 def autocasted(x: Tensor) -> Tensor:
-    """x in the type that products of float32 tensors are computed in here: what autocast() asks for, else x's own."""
+    """x [...] in the type that float32 tensors are multiplied in here: what autocast() asks for, else x's own."""
     return x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x
 
 
@@ -181,14 +179,14 @@ def barrier() -> None:
 
 
 def sum_over_tensor_parallel(x: Tensor) -> Tensor:
-    """Sum over the tensor-parallel group, in place; no gradient. Returns x."""
+    """Sum x [...] over the tensor-parallel group, in place; no gradient. Returns x."""
     if tensor_parallel_size() > 1:
         dist.all_reduce(x, group=groups.get_model_parallel_group())
     return x
 
 
 def max_over_tensor_parallel(x: Tensor) -> Tensor:
-    """Largest over the tensor-parallel group, element by element, in place; no gradient. Returns x."""
+    """Maximum of x [...] over the tensor-parallel group, in place; no gradient. Returns x."""
     if tensor_parallel_size() > 1:
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=groups.get_model_parallel_group())
     return x
@@ -204,7 +202,7 @@ def sum_over_data_parallel(x: float) -> float:
 
 
 def sum_over_all(x: Tensor) -> Tensor:
-    """Sum over every rank, in place; no gradient. Returns x."""
+    """Sum x [...] over every rank, in place; no gradient. Returns x."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
@@ -220,7 +218,7 @@ def gather_over_data_parallel(items: list[Item]) -> list[Item]:
 
 
 def join_over_data_parallel(x: Tensor) -> Tensor:
-    """Sum of CPU tensors of which each data-parallel rank has filled its own entries, 0 elsewhere. -> on the CPU."""
+    """Sum of CPU tensors x [...] over the data-parallel ranks, each of which has filled its own entries. -> [...]."""
     if data_parallel_size() == 1:
         return x
     total = x.to(device(), copy=True)
@@ -284,17 +282,17 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def local(x: Tensor) -> Tensor:
-    """This data-parallel rank's part of a tensor, sharing its memory."""
+    """This data-parallel rank's part of a tensor, sharing its memory. [n, ...] -> [n on this rank, ...]."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor gathered from the data-parallel group, all of whose ranks call this."""
+    """Gather a tensor from the data-parallel group, all of whose ranks call this. [n on this rank, ...] -> [n, ...]."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def part_like(x: Tensor, like: Tensor) -> Tensor:
-    """This data-parallel rank's part of a whole tensor x, laid out and typed as `like` is; nothing is sent."""
+    """This data-parallel rank's part of x [n, ...], laid out and typed as `like` [n, ...] is; nothing is sent."""
     x = x.to(like.device, like.dtype)
     if isinstance(like, DTensor):
         return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
@@ -302,7 +300,7 @@ def part_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 def as_part(x: Tensor, like: Tensor) -> Tensor:
-    """This data-parallel rank's part x, known to be one of a tensor laid out as `like` is; nothing is copied."""
+    """x [n on this rank, ...] as the part of a tensor laid out as `like` [n, ...] is; nothing is copied."""
     if isinstance(like, DTensor):
         place = {"device_mesh": like.device_mesh, "placements": like.placements}
         return DTensor.from_local(x, **place, run_check=False, shape=like.shape, stride=like.stride())
@@ -310,7 +308,7 @@ def as_part(x: Tensor, like: Tensor) -> Tensor:
 
 
 def broadcast_from_first(x: Tensor) -> Tensor:
-    """Give every tensor-parallel rank the first one's values, in place. Returns x."""
+    """Give every tensor-parallel rank the first one's values of x [...], in place. Returns x."""
     if tensor_parallel_size() > 1:
         dist.broadcast(x, groups.get_model_parallel_src_rank(), group=groups.get_model_parallel_group())
     return x
@@ -329,12 +327,12 @@ def gather_vocab(local_logits: Tensor) -> Tensor:
 
 
 def copy_to_tensor_parallel(x: Tensor) -> Tensor:
-    """Identity forwards; sums the gradient over the tensor-parallel group backwards."""
+    """Identity of x [...] forwards; sums the gradient over the tensor-parallel group backwards."""
     return mappings.copy_to_model_parallel_region(x) if tensor_parallel_size() > 1 else x
 
 
 def reduce_from_tensor_parallel(x: Tensor) -> Tensor:
-    """Sum over the tensor-parallel group forwards; identity backwards."""
+    """Sum x [...] over the tensor-parallel group forwards; identity backwards."""
     return mappings.reduce_from_model_parallel_region(x) if tensor_parallel_size() > 1 else x
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from src import parallel
 from src.evaluation import code_runner
 from src.evaluation.code_runner import Limits, SandboxError
-from src.inference.engine import Completion, Pausing, Request
+from src.inference.engine import Completion, Request, ToolHook
 from src.inference.sampling import Sampling
 from src.text.blocks import ANY_MARKER, Block, Marker, Piece, ended_blocks, split_text
 from src.text.tokenizer import Tokenizer
@@ -41,11 +41,11 @@ class Coding(NamedTuple):
     isolation: str | None = None
     limits: Limits = Limits(output_bytes=OUTPUT_BYTES)
 
-    def pausing(self) -> Pausing:
+    def tool_hook(self) -> ToolHook:
         """What the engine asks at the end of every block. Raises UserError where code cannot be isolated."""
         if self.isolation is None and parallel.rank() == 0:
             code_runner.best_isolation()
-        return Pausing((self.tokenizer.control[Marker.END_OF_BLOCK],), self._go_on)
+        return ToolHook((self.tokenizer.control[Marker.END_OF_BLOCK],), self._on_pause)
 
     def sampling(self, sampling: Sampling) -> Sampling:
         """The same without the markers that a solution must not write."""
@@ -77,8 +77,8 @@ class Coding(NamedTuple):
         found = len(code) == len(outputs)
         return found and code_runner.first_difference(code, outputs, self.limits, self.isolation) is None
 
-    def _go_on(self, rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
-        """What the engine puts behind pauses."""
+    def _on_pause(self, rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
+        """What the engine appends after each pause."""
         told = self._run([self.blocks(request.prompt, tokens) for request, tokens in rows])
         return [
             reason or ([] if output is None else self._ids(_execution(output))) for output, reason in told

@@ -61,7 +61,7 @@ def local_sampler(
     coding: how the code of solutions is run; None leaves it as text.
     """
     sampling = coding.sampling(sampling) if coding else sampling
-    pausing = coding.pausing() if coding else None
+    tool_hook = coding.tool_hook() if coding else None
 
     def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
         requests = [
@@ -75,7 +75,7 @@ def local_sampler(
             vocabulary=vocabulary_of(tokenizer),
             max_batch_size=max_batch_size,
             compiled=compiled,
-            pausing=pausing,
+            tool_hook=tool_hook,
         ):
             request, tokens = completion.request, completion.tokens
             finish = coding.end(completion, model.config.max_seq_len) if coding else completion.finish

@@ -1,6 +1,6 @@
 """Continuous batching: finished rows leave their slot at once, waiting requests take it.
 
-B rows in the batch, P vocabulary rows on this rank
+B rows in the batch, n slots, K kv heads and P vocabulary rows on this rank, T positions of a prompt, E head dim
 """
 
 from collections import deque
@@ -38,35 +38,35 @@ class Request(NamedTuple):
 class Completion(NamedTuple):
     """What was sampled, and why it ended.
 
-    tokens are all that were drawn, EOS or stop string included, and what was put behind pauses; text is what they say,
-    without it (empty when the vocabulary cannot decode). logprobs are the plain model's, sampled_logprobs those of the
-    distribution that was sampled from, in nats; 0 for tokens that were not drawn.
+    tokens are all of the response, EOS or stop string and what a ToolHook appended included; text is what they say,
+    without EOS or stop string (empty when the vocabulary cannot decode). logprobs are the plain model's,
+    sampled_logprobs those of the distribution that was sampled from, in nats; 0 for tokens that a ToolHook appended.
     """
 
     request: Request
     tokens: list[int]
     logprobs: list[float]
     sampled_logprobs: list[float]
-    finish: str  # stop | length | what Pausing says
+    finish: str  # stop | length | what ToolHook says
     text: str
 
 
-class Pausing(NamedTuple):
-    """Rows that draw one of these ids pause, and something else says how each goes on.
+class ToolHook(NamedTuple):
+    """Rows that sample one of these ids pause, and a tool says how each continues.
 
-    go_on(rows) gets the request and the tokens of every row that paused in this step, and returns for each the tokens
-    to put behind them, perhaps none, or a text: the reason why it ends. All ranks call it and must get the same.
-    max_new_tokens then bounds what is drawn between two pauses.
+    on_pause(rows) gets the request and the tokens of every row that paused in this step, and returns for each the
+    tokens to append, perhaps none, or a text: the reason why it ends. All ranks call it and must get the same.
+    max_new_tokens then bounds what is sampled between two pauses.
     """
 
     ids: tuple[int, ...]
-    go_on: Callable[[list[tuple[Request, list[int]]]], list[list[int] | str]]
+    on_pause: Callable[[list[tuple[Request, list[int]]]], list[list[int] | str]]
 
 
 class Vocabulary(NamedTuple):
     """What token ids mean to the engine: which end a response, how many are in use, how they read.
 
-    Rows of the embedding from `size` on are padding and never drawn; None: all are in use.
+    Rows of the embedding from `size` on are padding and never sampled; None: all are in use.
     """
 
     eos_ids: tuple[int, ...]
@@ -95,7 +95,7 @@ class _Read(NamedTuple):
     """A prompt that has been read, and its requests that wait for a slot."""
 
     requests: deque[Request]
-    cached: list[tuple[Tensor, Tensor]]
+    cached: list[tuple[Tensor, Tensor]]  # keys and values of each layer, [K, T, E]
     logits: Tensor  # [P] of the position after the prompt
 
 
@@ -109,12 +109,12 @@ def generate(
     max_batch_size: int,
     on_token: Callable[[Request, int], None] | None = None,
     compiled: bool = False,
-    pausing: Pausing | None = None,
+    tool_hook: ToolHook | None = None,
 ) -> Iterator[Completion]:
     """Yield completions as they finish; every tensor-parallel rank yields the same ones in the same order.
 
     At most max_batch_size rows decode at once. Requests with the same prompt share its reading. on_token hears of
-    every token as it is drawn. compiled: on a GPU, decode from compiled CUDA graphs. Raises UserError for a prompt
+    every token as it is sampled. compiled: on a GPU, decode from compiled CUDA graphs. Raises UserError for a prompt
     that fills the model's context.
     """
     _check_lengths(requests, model.config.max_seq_len)
@@ -131,7 +131,7 @@ def generate(
             max_batch_size,
             on_token,
             compiled=compiled,
-            pausing=pausing,
+            tool_hook=tool_hook,
         )
         yield from batch.run()
     finally:
@@ -148,7 +148,7 @@ def _check_lengths(requests: Sequence[Request], max_seq_len: int) -> None:
 
 
 class _Batch:
-    """The requests of one call: those waiting, those in slots and what has been drawn there.
+    """The requests of one call: those waiting, those in slots and what was sampled there.
 
     Arrays with a row for each slot hold the state, so that a step costs the same few operations for any batch.
     """
@@ -163,10 +163,10 @@ class _Batch:
         on_token: Callable[[Request, int], None] | None,
         *,
         compiled: bool,
-        pausing: Pausing | None,
+        tool_hook: ToolHook | None,
     ) -> None:
         self.model, self.sampling, self.vocabulary, self.on_token = model, sampling, vocabulary, on_token
-        self.pausing = pausing
+        self.tool_hook = tool_hook
         # the longest first: prefill batches hold little padding, and what may run longest starts early
         ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.prompt))
         self.waiting = deque(
@@ -176,16 +176,14 @@ class _Batch:
         n_slots = min(n_slots, len(requests))
         shortest = min((len(request.prompt) for request in requests), default=0)
         longest_response = model.config.max_seq_len - shortest
-        if not pausing:
+        if not tool_hook:
             longest_response = min(sampling.max_new_tokens, longest_response)
         self.step = make_step(model, n_slots, compiled=compiled)
         self.cache = self.step.cache
         self.requests: list[Request | None] = [None] * n_slots
         self.limits = np.zeros(n_slots, dtype=np.int64)
-        self.given: list[deque[int]] = [
-            deque() for _ in range(n_slots)
-        ]  # to come next, instead of what is drawn
-        self.counts = np.zeros(n_slots, dtype=np.int64)  # tokens drawn
+        self.forced: list[deque[int]] = [deque() for _ in range(n_slots)]  # a tool's tokens, to be appended next
+        self.counts = np.zeros(n_slots, dtype=np.int64)  # tokens of each response so far
         self.tokens = np.zeros((n_slots, longest_response), dtype=np.int64)
         self.logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
         self.sampled_logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
@@ -194,35 +192,35 @@ class _Batch:
         self.stop_window = 4 * max(map(len, sampling.stop), default=0) + 4  # a character is 4 tokens at most
 
     def run(self) -> Iterator[Completion]:
-        """Admit and decode until nothing is left."""
+        """Prefill and decode until nothing is left."""
         while self.waiting or self.read or any(self.requests):
-            if admitted := self._admit():
-                yield from self._draw(*admitted)
+            if filled := self._fill_slots():
+                yield from self._sample(*filled)
             if any(self.requests):
                 self.cache.advance()  # rows may change places
                 slots = self.cache.slots()
                 newest = torch.from_numpy(self.tokens[slots, self.counts[slots] - 1])
-                yield from self._draw(slots, self.step(newest))
+                yield from self._sample(slots, self.step(newest))
 
-    def _admit(self) -> tuple[list[int], Tensor] | None:
+    def _fill_slots(self) -> tuple[list[int], Tensor] | None:
         """Fill empty slots with waiting requests. -> their slots and the logits [B, P] after their prompts."""
         free = self.cache.free_slots()
         # an eighth of the slots at a time: one forward then reads several prompts
         if self.waiting and not self.read and 8 * len(free) >= len(self.requests):
             self._prefill(len(free))
-        admitted, logits = [], []
+        filled, logits = [], []
         while free and self.read:
             read = self.read.popleft()
             slots, free = free[: len(read.requests)], free[len(read.requests) :]
             for slot in slots:
-                self._seat(read.requests.popleft(), slot)
+                self._start_request(read.requests.popleft(), slot)
             self.cache.admit(slots, read.cached)
-            admitted += slots
+            filled += slots
             logits.append(read.logits.expand(len(slots), -1))
             if read.requests:  # the rest of this prompt's samples; the batch it was read in may go
                 cached = [(keys.clone(), values.clone()) for keys, values in read.cached]
                 self.read.appendleft(read._replace(cached=cached))
-        return (admitted, torch.cat(logits)) if admitted else None
+        return (filled, torch.cat(logits)) if filled else None
 
     def _prefill(self, n_slots: int) -> None:
         """Read prompts of like length in one forward: as many as have samples for n slots, within the budget."""
@@ -241,20 +239,20 @@ class _Batch:
         for index, (same, logits) in enumerate(zip(chunk, self.model.logits(last), strict=True)):
             self.read.append(_Read(same, cache.row(index, int(lengths[index])), logits))
 
-    def _seat(self, request: Request, slot: int) -> None:
-        """Begin a response in an empty slot."""
+    def _start_request(self, request: Request, slot: int) -> None:
+        """Start a response in an empty slot."""
         room = self._room(request)
         limit = min(self.sampling.max_new_tokens, request.max_new_tokens or room, room)
         self.requests[slot], self.limits[slot], self.counts[slot] = request, limit, 0
-        n = room if self.pausing else limit
+        n = room if self.tool_hook else limit
         self.uniforms[slot, :n] = uniforms(self.sampling.seed, request.id, request.sample, n)
 
     def _room(self, request: Request) -> int:
-        """Tokens that the model's context leaves behind a prompt."""
+        """Tokens that the model's context has left after a prompt."""
         return self.model.config.max_seq_len - len(request.prompt)
 
-    def _draw(self, slots: list[int], local_logits: Tensor) -> Iterator[Completion]:
-        """Append the next token to each of these slots' rows; yield and empty those that it ends."""
+    def _sample(self, slots: list[int], local_logits: Tensor) -> Iterator[Completion]:
+        """Append these slots' next tokens, sampled from local_logits [B, P]; yield and empty those that end."""
         if self.bias is None:
             self.bias = _local_bias(self.sampling, self.vocabulary, local_logits)
         places = slots, self.counts[slots]
@@ -263,41 +261,40 @@ class _Batch:
         self.tokens[places] = choice.tokens.cpu().numpy()
         self.logprobs[places] = choice.logprobs.cpu().numpy()
         self.sampled_logprobs[places] = choice.sampled_logprobs.cpu().numpy()
-        drawn = self._put_given(slots)
+        sampled = self._force_tokens(slots)
         self.counts[slots] += 1
         if self.on_token:
             for slot, token in zip(slots, self.tokens[places].tolist(), strict=True):
                 self.on_token(self.requests[slot], token)
-        stopped = drawn & np.isin(self.tokens[places], self.vocabulary.eos_ids)
+        stopped = sampled & np.isin(self.tokens[places], self.vocabulary.eos_ids)
         ended = stopped | (self.counts[slots] == self.limits[slots])
-        if self.pausing:
-            paused = drawn & ~ended & np.isin(self.tokens[places], self.pausing.ids)
-            yield from self._go_on([slot for slot, here in zip(slots, paused, strict=True) if here])
+        if self.tool_hook:
+            paused = sampled & ~ended & np.isin(self.tokens[places], self.tool_hook.ids)
+            yield from self._continue_paused([slot for slot, here in zip(slots, paused, strict=True) if here])
         for slot, eos, end in zip(slots, stopped.tolist(), ended.tolist(), strict=True):
             if end or (self.sampling.stop and self.requests[slot]):
                 text, cut = self._text(slot, end)
                 if end or cut:
                     yield self._completion(slot, text, "stop" if eos or cut else "length")
 
-    def _put_given(self, slots: list[int]) -> np.ndarray:
-        """Overwrite what was drawn where tokens were given. -> [B] bool, False there."""
-        drawn = np.array([not self.given[slot] for slot in slots])
-        for slot in (slot for slot in slots if self.given[slot]):
+    def _force_tokens(self, slots: list[int]) -> np.ndarray:
+        """Overwrite what was sampled by the tokens that tools append. -> [B] bool, False there."""
+        sampled = np.array([not self.forced[slot] for slot in slots])
+        for slot in (slot for slot in slots if self.forced[slot]):
             place = slot, self.counts[slot]
-            self.tokens[place] = self.given[slot].popleft()
+            self.tokens[place] = self.forced[slot].popleft()
             self.logprobs[place] = self.sampled_logprobs[place] = 0
-        return drawn
+        return sampled
 
-    def _go_on(self, slots: list[int]) -> Iterator[Completion]:
-        """Take what comes behind a pause in these slots; yield and empty those that it ends."""
+    def _continue_paused(self, slots: list[int]) -> Iterator[Completion]:
+        """Ask the tool how these paused slots continue; yield and empty those that it ends."""
         rows = [(self.requests[slot], self.tokens[slot, : self.counts[slot]].tolist()) for slot in slots]
-        for slot, (request, _), more in zip(
-            slots, rows, self.pausing.go_on(rows) if rows else (), strict=True
-        ):
+        answers = self.tool_hook.on_pause(rows) if rows else ()
+        for slot, (request, _), more in zip(slots, rows, answers, strict=True):
             if isinstance(more, str):
                 yield self._completion(slot, self._text(slot, True)[0], more)
                 continue
-            self.given[slot] = deque(more)
+            self.forced[slot] = deque(more)
             limit = self.counts[slot] + len(more) + self.sampling.max_new_tokens
             self.limits[slot] = min(limit, self._room(request))
 
@@ -319,10 +316,9 @@ class _Batch:
         """The row of a slot, which is emptied."""
         n = self.counts[slot]
         columns = (self.tokens, self.logprobs, self.sampled_logprobs)
-        drawn = [column[slot, :n].tolist() for column in columns]
-        completion = Completion(self.requests[slot], *drawn, finish, text)
+        completion = Completion(self.requests[slot], *(column[slot, :n].tolist() for column in columns), finish, text)
         self.requests[slot] = None
-        self.given[slot].clear()
+        self.forced[slot].clear()
         self.cache.release(slot)
         return completion
 

@@ -3,7 +3,7 @@
 B batch, P vocabulary rows on this rank, R ranks, C candidates a rank sends
 
 Logits stay where they are: what crosses the tensor-parallel ranks is a row's sums, its best few candidates and the
-token drawn. Whatever the number of ranks, one number in [0, 1) selects the token by inverting the cumulative
+token sampled. Whatever the number of ranks, one number in [0, 1) selects the token by inverting the cumulative
 distribution in the order of ids - an order that rounding cannot change, as it could that of probabilities.
 """
 
@@ -25,7 +25,7 @@ BLOCK = 256  # ids summed together: the draw looks for its block, then for its i
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 is greedy.
+    """How tokens are sampled. temperature 0 is greedy.
 
     The temperature comes first; then top_k keeps so many tokens (0 = all), top_p the smallest set of that share of
     what is left, min_p those at least that likely relative to the likeliest. stop ends a response where one of
@@ -57,7 +57,7 @@ class Sampling:
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens can never be drawn."""
+        """Whether some tokens can never be sampled."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
@@ -74,24 +74,25 @@ class Choice(NamedTuple):
 
 
 def uniforms(seed: int, request_id: str, sample: int, n: int) -> np.ndarray:
-    """n numbers in [0, 1) for one sample: a counter-based stream keyed by (seed, id, sample). float64."""
+    """Numbers in [0, 1) for one sample: a counter-based stream keyed by (seed, id, sample). -> [n] float64."""
     digest = hashlib.sha256(f"{seed}\0{request_id}\0{sample}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(n)
 
 
 def choose(local_logits: Tensor, sampling: Sampling, u: Tensor, bias: Tensor | None = None) -> Choice:
-    """Draw each row's next token.
+    """Sample each row's next token.
 
-    local_logits [B, P] any float dtype, this rank's slice; u [B] float64 in [0, 1); bias [P] float32, this rank's.
+    local_logits [B, P] any float dtype, this rank's slice; u [B] float64 in [0, 1); bias [P] float32, this rank's
+    -> three [B].
     """
     plain = local_logits.float()
     biased = plain if bias is None else plain + bias
     if sampling.temperature == 0:
         choice = _greedy(plain, biased)
     elif sampling.truncates:
-        choice = _draw_candidate(plain, biased / sampling.temperature, sampling, u)
+        choice = _sample_candidate(plain, biased / sampling.temperature, sampling, u)
     else:
-        choice = _draw_any(plain, biased / sampling.temperature, u)
+        choice = _sample_any(plain, biased / sampling.temperature, u)
     parallel.broadcast_from_first(choice.tokens)  # one rank's rounding decides for all
     return choice
 
@@ -103,7 +104,7 @@ def _from_ranks(*columns: Tensor) -> Tensor:
 
 
 def _first_id(local_logits: Tensor) -> int:
-    """The id of this rank's first vocabulary row."""
+    """The id of this rank's first vocabulary row. [B, P] -> int."""
     return parallel.tensor_parallel_rank() * local_logits.shape[-1]
 
 
@@ -113,7 +114,7 @@ def _of_rank(values: Tensor, ranks: Tensor) -> Tensor:
 
 
 def _greedy(plain: Tensor, biased: Tensor) -> Choice:
-    """The likeliest token; the first of equals."""
+    """Take the likeliest token, the first of equals. [B, P], [B, P] -> three [B]."""
     highest, index = biased.max(-1)
     chosen = plain.gather(-1, index[:, None])
     found = _from_ranks(highest, index + _first_id(plain), chosen, plain.logsumexp(-1))
@@ -122,8 +123,11 @@ def _greedy(plain: Tensor, biased: Tensor) -> Choice:
     return Choice(best[:, 1].long(), logprobs.float(), torch.zeros_like(logprobs, dtype=torch.float32))
 
 
-def _draw_any(plain: Tensor, scaled: Tensor, u: Tensor) -> Choice:
-    """A draw from the whole softmax: sums decide which rank holds the token, its rank finds it."""
+def _sample_any(plain: Tensor, scaled: Tensor, u: Tensor) -> Choice:
+    """Sample from the whole softmax: sums decide which rank holds the token, its rank finds it.
+
+    plain, scaled [B, P], u [B] -> three [B].
+    """
     highest = scaled.amax(-1)
     weights = torch.exp(scaled - highest.clamp_min(torch.finfo(scaled.dtype).min)[:, None])  # [B, P]
     blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
@@ -142,24 +146,27 @@ def _draw_any(plain: Tensor, scaled: Tensor, u: Tensor) -> Choice:
     before = sums.gather(-1, block[:, None]).squeeze(-1) - inside[:, -1]
     index = (block * BLOCK + _position(inside, rest - before)).clamp_max(plain.shape[-1] - 1)
     values = [logits.gather(-1, index[:, None]) for logits in (plain, scaled)]
-    drawn = _of_rank(_from_ranks(index + _first_id(plain), *values), owner)
+    sampled = _of_rank(_from_ranks(index + _first_id(plain), *values), owner)
     return Choice(
-        drawn[:, 0].long(),
-        (drawn[:, 1] - found[:, :, 2].logsumexp(-1)).float(),
-        (drawn[:, 2] - top - ends[:, -1].log()).float(),
+        sampled[:, 0].long(),
+        (sampled[:, 1] - found[:, :, 2].logsumexp(-1)).float(),
+        (sampled[:, 2] - top - ends[:, -1].log()).float(),
     )
 
 
 def _position(cumulative: Tensor, target: Tensor) -> Tensor:
     """Where each row's target falls: the first entry above it that adds anything. [B, n], [B] -> [B] int64."""
     above = torch.searchsorted(cumulative, target[:, None].clamp_min(0), right=True)
-    # rounding may put a target at the very end, behind the last entry that adds anything
+    # rounding may put a target at the very end, after the last entry that adds anything
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(above, last).squeeze(-1)
 
 
-def _draw_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tensor) -> Choice:
-    """A draw from the likeliest tokens: each rank sends its own few, more of them where they fall short."""
+def _sample_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tensor) -> Choice:
+    """Sample from the likeliest tokens: each rank sends its own few, more of them where they fall short.
+
+    plain, scaled [B, P], u [B] -> three [B].
+    """
     n = sampling.top_k or CANDIDATES
     while True:
         n = min(n, scaled.shape[-1])
@@ -190,7 +197,7 @@ def _draw_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tensor
 
 
 def _kept(values: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
-    """Which of the sorted candidates may be drawn: always the first. values [B, n], total [B] log-sum -> [B, n]."""
+    """Which sorted candidates may be sampled: always the first. values [B, n], total [B] log-sum -> [B, n] bool."""
     place = torch.arange(values.shape[-1], device=values.device)
     if sampling.top_k:
         values = values.masked_fill(place >= sampling.top_k, float("-inf"))

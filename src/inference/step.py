@@ -38,7 +38,7 @@ class EagerStep:
 
 
 class GraphStep:
-    """A compiled forward over all slots, replayed from a CUDA graph that is captured anew when the cache grows.
+    """A compiled forward over all n slots, replayed from a CUDA graph that is captured anew when the cache grows.
 
     At few rows a decoding step is bound by launching kernels; a graph launches them at once and Inductor fuses them.
     """
@@ -52,6 +52,7 @@ class GraphStep:
         self.logits: Tensor | None = None  # [n, P], where the graph leaves its result
 
     def _forward(self) -> Tensor:
+        """Logits after every slot's newest token. -> [n, P]."""
         return self.model.logits(self.model(self.tokens, self.cache.positions, self.cache)[:, -1])
 
     def __call__(self, tokens: Tensor) -> Tensor:

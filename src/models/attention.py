@@ -21,7 +21,7 @@ from src.parallel import copy_to_tensor_parallel, tensor_parallel_rank, tensor_p
 # What each position may attend to: None = those before it in its row, itself included; a tensor [B, 1, S, T] of
 # booleans; or, for one row of samples laid end to end, what lies in it: those before it in its own sample.
 # In a row lies a sample of so many positions; or samples that begin alike as (shared, rest, rest, ...): their common
-# beginning once and behind it what each of them has of its own.
+# beginning once, then what each of them has of its own.
 Packed = tuple[int | tuple[int, ...], ...]
 Visible = Tensor | Packed | None
 
@@ -84,7 +84,7 @@ def _attend_softcapped(
 
 
 def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scores: Scores) -> Tensor:
-    """attend() within samples laid end to end, one after the other."""
+    """attend() within samples laid end to end, one after the other. [1, H or K, S, E] -> [1, H, S, E]."""
     forks = [sample if isinstance(sample, tuple) else (0, sample) for sample in packed]
     runs = [length for shared, first, *others in forks for length in (shared + first, *others)]
     rows = zip(*(heads.split(runs, dim=2) for heads in (queries, keys, values)), strict=True)
@@ -103,7 +103,10 @@ def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Packe
 def _attend_in_samples(
     queries: Tensor, keys: Tensor, values: Tensor, lengths: tuple[int, ...], scores: Scores
 ) -> Tensor:
-    """attend() within samples laid end to end, in one call of the GPU's flash kernel (half precision only)."""
+    """attend() within samples laid end to end, in one call of the GPU's flash kernel (half precision only).
+
+    [1, H, S, E], [1, K, S, E], [1, K, S, E] -> [1, H, S, E].
+    """
     ends = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=queries.device)
     rows = [heads[0].transpose(0, 1) for heads in (queries, keys, values)]  # [S, H or K, E]
     longest, before = max(lengths), scores.window - 1 if scores.window else -1

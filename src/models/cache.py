@@ -51,7 +51,7 @@ class PromptCache:
 class _Bucket:
     """Rows of at most `capacity` positions: row i's position t lies at store[:, :, i, :, t].
 
-    The rows in use come first. What lies behind a row's end is stale or zero, never NaN: it is masked, and a
+    The rows in use come first. What lies after a row's end is stale or zero, never NaN: it is masked, and a
     masked NaN would still spoil a sum.
     """
 
@@ -65,9 +65,7 @@ class _Bucket:
         needed, had = len(self.slots) + n, 0 if self.store is None else self.store.shape[2]
         if needed > had:
             kv_heads, _, head_dim = like.shape
-            room = max(
-                needed, had * 5 // 4
-            )  # grown by a quarter: a row is copied a few times, not every time
+            room = max(needed, had * 5 // 4)  # grown by a quarter: a row is copied a few times, not every time
             store = like.new_zeros(2, n_layers, room, kv_heads, self.capacity, head_dim)
             if self.store is not None:
                 store[:, :, : len(self.slots)] = self.store[:, :, : len(self.slots)]
@@ -98,9 +96,7 @@ class KVCache:
     def __init__(self, n_slots: int, device: torch.device) -> None:
         self.lengths = np.zeros(n_slots, dtype=np.int64)  # positions in use, by slot; 0 = empty
         self.device = device
-        self.positions = torch.zeros(
-            0, 1, dtype=torch.int64, device=device
-        )  # [B, 1], what advance() made room for
+        self.positions = torch.zeros(0, 1, dtype=torch.int64, device=device)  # [B, 1], what advance() made room for
         self._buckets: list[_Bucket] = []  # by capacity
         self._targets: list[tuple[_Bucket, slice, Tensor, Tensor, Tensor]] = []
 

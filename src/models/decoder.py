@@ -81,11 +81,11 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """tokens [B, S] int64 -> normalised hidden states [B, S, D].
 
-        Without a cache attention is causal over the row, so padding behind a row's end changes nothing before
+        Without a cache attention is causal over the row, so padding after a row's end changes nothing before
         it; a PromptCache keeps what such a forward computes. With a KVCache one token a row is read at the
         `positions` [B, 1] int64 that it gave. With `lengths` the one row holds samples of these lengths end to end:
         positions start again at 0 in each, and none sees another. An entry (shared, rest, rest, ...) stands for
-        samples that begin alike: the beginning lies there once, and positions behind it start again for each rest.
+        samples that begin alike: the beginning lies there once, and positions after it start again for each rest.
         """
         B, S = tokens.shape
         if positions is None:
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
             return self.norm(x)
 
     def _check_context(self, positions: Tensor) -> None:
-        """Raise UserError for positions whose rule we lack; most models have none."""
+        """Raise UserError for positions [B, S] beyond a context whose rule for them is not implemented."""
         if self.config.bounded_context and int(positions.max()) >= self.config.max_seq_len:
             raise UserError(
                 f"position {int(positions.max())} lies beyond the model's context of {self.config.max_seq_len}, "

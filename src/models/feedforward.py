@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """The gate's nonlinearity: silu, or gelu in its tanh approximation."""
+    """Apply the gate's nonlinearity, silu or gelu in its tanh approximation. [...] -> [...]."""
     return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 
@@ -62,9 +62,7 @@ class MixtureOfExperts(nn.Module):
         output = torch.zeros_like(tokens)
         for index, expert in enumerate(self.experts):
             rows, places = (chosen == index).nonzero(as_tuple=True)
-            if (
-                not len(rows) and not torch.is_grad_enabled()
-            ):  # in training an idle expert has a gradient of zero
+            if not len(rows) and not torch.is_grad_enabled():  # in training an idle expert has a gradient of zero
                 continue
             mixed = expert.partial_output(tokens[rows]) * weights[rows, places, None]
             output = output.index_add(0, rows, mixed.type_as(output))

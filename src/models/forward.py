@@ -48,9 +48,7 @@ def response_logprobs(
     Differentiable. Training, scoring and evaluation all take their log-probs and cross-entropies from here.
     chunk: positions whose logits exist at once; default: as many as CHUNK_BYTES holds.
     """
-    return _logprobs(model, tokens, response_mask, lengths, temperature, n_ids, entropy="none", chunk=chunk)[
-        0
-    ]
+    return _logprobs(model, tokens, response_mask, lengths, temperature, n_ids, entropy="none", chunk=chunk)[0]
 
 
 def logprobs_and_entropy(
@@ -82,9 +80,10 @@ def _logprobs(
     entropy: Literal["none", "logged", "learned"],
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (empty unless asked for), a chunk of positions at a time: [B, S, V] never exists."""
+    """Log-probs [N] and entropies [N] (empty unless asked for), a chunk at a time: [B, S, V] never exists."""
 
     def part_of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, D], [n] int64 -> log-probs and entropies, [n] float32 each."""
         logits = model.logits(hidden)  # [n, P]
         if temperature != 1.0:
             logits = logits / temperature
@@ -107,7 +106,7 @@ def _logprobs(
 
 
 def _without_padding(logits: Tensor, n_ids: int) -> Tensor:
-    """Take all probability from ids that no text has, which a sampler never draws. [n, P] -> [n, P], this rank's.
+    """Take all probability from ids that no text has and no sampler yields. [n, P] -> [n, P], this rank's.
 
     The value is finite: the slice of a rank that holds padding alone must still have a normaliser.
     """
@@ -119,12 +118,12 @@ def _without_padding(logits: Tensor, n_ids: int) -> Tensor:
 def response_values(
     critic: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None
 ) -> Tensor:
-    """The critic's value of the state in which each response token was chosen. -> [N] float32. Differentiable."""
+    """The critic's value of the state that each response token was chosen in. [B, S] -> [N] float32. Differentiable."""
     return critic.scores(_predicting(critic(tokens, lengths=lengths), response_mask))
 
 
 def token_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None) -> Tensor:
-    """The verifier's score of each token, having read up to and including it. -> [B, S] float32. Differentiable."""
+    """The verifier's score after each token, the token included. [B, S] -> [B, S] float32. Differentiable."""
     return verifier.scores(verifier(tokens, lengths=lengths))
 
 

@@ -26,11 +26,13 @@ class _SumGradientOverReplicas(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor, rows: range, total: int) -> Tensor:
+        """weight [rows of this rank, ...], of `total` rows on all ranks -> itself."""
         ctx.rows, ctx.total = rows, total
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        """grad [rows of this rank, ...] -> the same, summed."""
         whole = grad.new_zeros(ctx.total, *grad.shape[1:])
         own = slice(ctx.rows.start, ctx.rows.stop)
         whole[own] = grad

@@ -87,6 +87,7 @@ class _AdaptedProduct(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+        """grad [N, out] -> [N, in], [rank, in], [out, rank]."""
         x, lora_a, lora_b, kept, low = ctx.saved_tensors
         grad_low = ctx.scale * input_gradient(grad, lora_b.type_as(grad))  # [N, rank]
         grad_x = None
@@ -172,8 +173,8 @@ def init_lora(
 ) -> Iterator[tuple[str, Tensor]]:
     """Starting values of every adapter tensor: A uniform as Kaiming's rule for a linear layer, B zero.
 
-    Yields (name, this rank's float32 tensor). A is drawn whole on the CPU from (seed, place in the model) and
-    cut by `local_slice`, so the adapters do not depend on the tensor-parallel size.
+    Yields (name, this rank's float32 tensor): A [rank, in], B [out, rank]. A is sampled whole on the CPU from (seed,
+    place in the model) and cut by `local_slice`, so the adapters do not depend on the tensor-parallel size.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():
@@ -196,7 +197,7 @@ class AdaptedMatrix(nn.Module):
     """A base's matrix [out, in] with adapters added when it is used; the base may belong to several models."""
 
     def __init__(self, base: Tensor, chain: Sequence[Factors]) -> None:
-        """chain: the adapters in the order in which they were trained."""
+        """base [out, in]; chain: the adapters in the order in which they were trained."""
         super().__init__()
         self.register_buffer("base", base.detach())
         self.scales = [factors.scale for factors in chain]
@@ -214,5 +215,5 @@ class AdaptedMatrix(nn.Module):
 
 
 def merged_weight(base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """W + scale * B A in float32, whatever W's dtype: the caller rounds once, if at all."""
+    """W + scale * B A in float32, whatever W's dtype: the caller rounds once, if at all. -> [out, in]."""
     return base.float() + scale * (lora_b.float() @ lora_a.float())

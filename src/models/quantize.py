@@ -35,6 +35,7 @@ class QuantizedMatrix(nn.Module):
     """A matrix [rows, columns] as codes [rows, groups, group] (two to a byte for 4 bits), scales and lows."""
 
     def __init__(self, weight: Tensor, precision: Precision, dtype: torch.dtype) -> None:
+        """Round weight [rows, columns]; dense() gives it back in dtype."""
         super().__init__()
         self.columns, self.bits, self.dtype = weight.shape[1], precision.bits, dtype
         group = min(precision.group, self.columns + self.columns % 2)
@@ -62,6 +63,7 @@ class QuantizedMatrix(nn.Module):
         return self._decode(self.codes[indices], self.scale[indices], self.low[indices])
 
     def _decode(self, codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+        """codes [..., groups, group], scale and low [..., groups, 1] -> [..., columns]."""
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
         values = torch.addcmul(low.float(), codes.float(), scale.float())
@@ -72,6 +74,7 @@ class RoundedMatrix(nn.Module):
     """A matrix [rows, columns] held in bfloat16, for a model that computes in another dtype."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """Round weight [rows, columns]; dense() gives it back in dtype."""
         super().__init__()
         self.dtype = dtype
         self.register_buffer("values", weight.bfloat16())
@@ -99,7 +102,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense matrix, for an expert, which sums over the ranks itself, and for an adapter."""
+        """The dense matrix [out, in] of this rank, for an expert, which sums over ranks itself, and for an adapter."""
         return self.matrix.dense()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,11 +120,13 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, matrix: Matrix) -> Tensor:
+        """x [..., in] -> [..., out]."""
         ctx.matrix = matrix
         return linear(x, matrix.dense())
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        """[..., out] -> [..., in]."""
         weight = ctx.matrix.dense()
         return input_gradient(grad.flatten(0, -2), weight).view(*grad.shape[:-1], -1), None
 
@@ -137,7 +142,7 @@ class QuantizedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense matrix, for an output layer that shares it."""
+        """The dense matrix [V, D] of this rank, for an output layer that shares it."""
         return self.matrix.dense()
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 def _stretch_long_waves(frequencies: Tensor, config: ModelConfig) -> Tensor:
     """Divide by rope_factor what turns seldom within the original context, keep what turns often, blend between.
 
-    This is `apply_scaling` of Meta's reference model.
+    [E / 2] -> [E / 2], radians. This is `apply_scaling` of Meta's reference model.
     """
     turns = config.rope_original_max_seq_len * frequencies / (2 * math.pi)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor

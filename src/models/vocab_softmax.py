@@ -19,6 +19,7 @@ class _VocabLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, local_logits: Tensor, targets: Tensor) -> Tensor:
+        """[N, P] float32, [N] int64 global ids -> [N], nats."""
         local = local_logits.log_softmax(-1)  # [N, P], over this rank's slice; one fused pass
         index = targets - tensor_parallel_rank() * local.shape[-1]
         here = (index >= 0) & (index < local.shape[-1])
@@ -32,6 +33,7 @@ class _VocabLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        """[N] -> [N, P]: one-hot minus the softmax, times grad."""
         local, of_slice, index, here = ctx.saved_tensors
         grad_logits = (local + of_slice[:, None]).exp_().mul_(-grad[:, None])
         grad_logits.scatter_add_(-1, index[:, None], (grad * here)[:, None])
@@ -60,17 +62,17 @@ class _VocabEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, local_logits: Tensor) -> Tensor:
+        """[N, P] float32 -> [N], nats."""
         local = local_logits.log_softmax(-1)  # [N, P]
         local += _slice_logprob(local_logits[:, 0] - local[:, 0])[:, None]
-        local.clamp_min_(
-            torch.finfo(local.dtype).min
-        )  # -inf, an id that cannot be, times its probability 0 is 0
+        local.clamp_min_(torch.finfo(local.dtype).min)  # -inf, an id that cannot be, times its probability 0 is 0
         entropy = -sum_over_tensor_parallel((local.exp() * local).sum(-1))
         ctx.save_for_backward(local, entropy)
         return entropy
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        """[N] -> [N, P]."""
         local, entropy = ctx.saved_tensors
         return -grad[:, None] * local.exp() * (local + entropy[:, None])
 

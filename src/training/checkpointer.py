@@ -25,7 +25,7 @@ from src.training.trainer import Trainer
 
 
 class Trainee(NamedTuple):
-    """One model of a run: its directory, its trainer, and how a save of it to a directory, with a state, is begun.
+    """One model of a run: its directory, its trainer, and how a save of it to a directory, with a state, is started.
 
     here: brings the model and its optimizer's state into memory, where they are not there all the time.
     """

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019) with its moments in float32 or in 8 bits, behind one interface.
+"""AdamW (Loshchilov and Hutter 2019) with its moments in float32 or in 8 bits, with one interface.
 
 The 8-bit moments are torchao's, in blocks of 256 values that share a scale (Dettmers et al. 2022); tensors of fewer
 than 4096 values keep float32 ones. What goes to disk is float32 either way, so a run may be resumed on any ranks and
@@ -81,7 +81,7 @@ class AdamW:
         self._optimizer.zero_grad(set_to_none=True)
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One of MOMENTS, float32, laid out as its parameter; zero before the first update."""
+        """One of MOMENTS, float32 [...] laid out as its parameter; zero before the first update."""
         state = self._optimizer.state.get(parameter)
         if not state:
             return torch.zeros_like(parameter)
@@ -89,7 +89,7 @@ class AdamW:
         return parallel.as_part(held.dequantize(), parameter) if _has_codes(held) else state[name]
 
     def load(self, parameter: nn.Parameter, updates: int, moments: Mapping[str, Tensor]) -> None:
-        """Take up a parameter's MOMENTS, float32 and laid out as it is, after so many updates."""
+        """Take up a parameter's MOMENTS, float32 [...] laid out as it is, after so many updates."""
         step = torch.tensor(float(updates), device="cpu" if self._in_8_bits else parameter.device)
         held = dict(moments)
         if self._in_8_bits:
@@ -103,7 +103,7 @@ class AdamW:
         self._optimizer.state[parameter] = {"step": step, **held}
 
     def held(self) -> Iterator[Tensor]:
-        """What the moments lie in on this rank: they themselves, or their codes and scales."""
+        """The tensors that hold the moments on this rank: they themselves, or codes [n] and scales [n / 256]."""
         for state in self._optimizer.state.values():
             for name in MOMENTS:
                 held = parallel.local(state[name])
@@ -126,7 +126,7 @@ def _has_codes(x: Tensor) -> bool:
 
 @torch.no_grad()
 def encode(held: "OptimState8bit", values: Tensor) -> None:
-    """Put float32 values into an 8-bit tensor; if they came out of one of the same blocks, none of them changes.
+    """Put float32 values [n] into an 8-bit tensor [n]; if they came out of one of the same blocks, none changes.
 
     A block's scale is its largest size: what has that size gets the code of 1. But the code of -1 stands for -0.993, so
     where the largest was negative the scale was larger than what came out, and is looked for among the numbers nearby.

@@ -47,10 +47,9 @@ class ThroughputMeter:
         """Numbers of the step that has just ended; `supervised` tokens or pairs are counted over all ranks.
 
         mfu: 6 FLOP for each matrix weight and token - the output layer's only where a token is supervised - and
-        6 L H E S for
-        causal attention within samples of length S (after Chowdhery et al. 2022, appendix B), a second and rank, as
-        a share of the rate at which this rank multiplied matrices before training. Recomputation and LoRA's
-        smaller backward pass are not taken into account.
+        6 L H E S for causal attention within samples of length S (after Chowdhery et al. 2022, appendix B), a second
+        and rank, as a share of the rate at which this rank multiplied matrices before training. Recomputation and
+        LoRA's smaller backward pass are not taken into account.
         data_seconds passed before the step began; step_seconds hold computation and communication.
         """
         seconds = time.perf_counter() - self._began  # step() has read the loss: the device is done

@@ -73,7 +73,7 @@ class Trainer:
         self._seed_step()
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add a micro-batch's gradient. `last` of a step: only then do data-parallel ranks exchange gradients."""
+        """Add the gradient of a micro-batch's loss []. Data-parallel ranks exchange gradients in a step's `last`."""
         parallel.communicate_gradients(self.model, last)
         loss.backward()
         self._loss += loss.detach()
@@ -141,7 +141,7 @@ class Trainer:
         return self.optimizer.held()
 
     def state(self) -> TrainerState:
-        """What a checkpoint must hold beside the weights. Tensors are parts of this rank, made as they are asked for.
+        """What a checkpoint must hold besides the weights. Tensors are parts of this rank, made as they are asked for.
 
         Random states are not among it: they follow from the seed and the step.
         """
@@ -154,7 +154,7 @@ class Trainer:
         return TrainerState(LazyTensors(makers), counts)
 
     def load(self, counts: dict[str, int], read: Callable[[str], Tensor]) -> None:
-        """Take up a state that state() gave. read(name): a tensor of this tensor-parallel rank, whole over dp ranks."""
+        """Take up what state() gave. read(name): a tensor [...] of this tensor-parallel rank, whole over dp ranks."""
         self.steps, self._updates, self._bad_steps = (counts[k] for k in ("steps", "updates", "bad_steps"))
         for name, parameter in self._trainable.items():
             with torch.no_grad():

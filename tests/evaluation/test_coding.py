@@ -57,14 +57,14 @@ def said(tokenizer: Tokenizer, more: list[int] | str) -> str:
     ],
 )
 def test_scdpo_07_what_follows_a_block(code_tokenizer: Tokenizer, answer: str, follows: str) -> None:
-    pausing = Coding(code_tokenizer, max_rounds=5, limits=QUICK).pausing()
-    assert [said(code_tokenizer, more) for more in pausing.go_on([row(code_tokenizer, answer)])] == [follows]
+    tool_hook = Coding(code_tokenizer, max_rounds=5, limits=QUICK).tool_hook()
+    assert [said(code_tokenizer, more) for more in tool_hook.on_pause([row(code_tokenizer, answer)])] == [follows]
 
 
 def test_scdpo_07_an_error_is_shown_and_long_output_is_cut(code_tokenizer: Tokenizer) -> None:
-    pausing = Coding(code_tokenizer, max_rounds=5, limits=QUICK).pausing()
+    tool_hook = Coding(code_tokenizer, max_rounds=5, limits=QUICK).tool_hook()
     rows = [row(code_tokenizer, code("1/0")), row(code_tokenizer, code("print('9' * 10**6)"))]
-    failed, long = (said(code_tokenizer, more) for more in pausing.go_on(rows))
+    failed, long = (said(code_tokenizer, more) for more in tool_hook.on_pause(rows))
     assert "ZeroDivisionError" in failed
     assert failed.startswith("<|execution|>")
     assert len(long) < 400
@@ -76,8 +76,8 @@ def test_a_marker_that_code_prints_is_text(code_tokenizer: Tokenizer) -> None:
     request, _ = row(code_tokenizer, "")
     (more,) = (
         Coding(code_tokenizer, max_rounds=5, limits=QUICK)
-        .pausing()
-        .go_on([(request, ids(code_tokenizer, pieces))])
+        .tool_hook()
+        .on_pause([(request, ids(code_tokenizer, pieces))])
     )
     control = [index for index in more if index in code_tokenizer.control.values()]
     assert control == [code_tokenizer.control[marker] for marker in (Marker.EXECUTION, Marker.END_OF_BLOCK)]
@@ -87,9 +87,9 @@ def test_a_marker_that_code_prints_is_text(code_tokenizer: Tokenizer) -> None:
 def test_scdpo_08_solutions_run_side_by_side_and_apart(code_tokenizer: Tokenizer) -> None:
     """Each sees its own state alone, whoever else is in the batch, and a hanging one does not shift the others."""
     answers = [code(f"x = {n}", "print(x)") for n in range(4)] + [code("while True: pass")]
-    pausing = Coding(code_tokenizer, max_rounds=5, limits=QUICK).pausing()
-    together = pausing.go_on([row(code_tokenizer, answer) for answer in answers])
-    alone = [pausing.go_on([row(code_tokenizer, answer)])[0] for answer in answers]
+    tool_hook = Coding(code_tokenizer, max_rounds=5, limits=QUICK).tool_hook()
+    together = tool_hook.on_pause([row(code_tokenizer, answer) for answer in answers])
+    alone = [tool_hook.on_pause([row(code_tokenizer, answer)])[0] for answer in answers]
     assert together == alone
     assert [said(code_tokenizer, more) for more in together[:4]] == [
         f"<|execution|>{n}\n<|endofblock|>" for n in range(4)
@@ -106,7 +106,7 @@ def test_code_of_the_beginning_is_replayed(code_tokenizer: Tokenizer) -> None:
         Block("code", "print(math.gcd(x, 4))"),
     ]
     assert (
-        said(code_tokenizer, coding.pausing().go_on([(request, tokens)])[0])
+        said(code_tokenizer, coding.tool_hook().on_pause([(request, tokens)])[0])
         == "<|execution|>2\n<|endofblock|>"
     )
 

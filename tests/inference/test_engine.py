@@ -12,7 +12,7 @@ from src import assemble, parallel
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.errors import UserError
-from src.inference.engine import Completion, Pausing, Request, Vocabulary, generate
+from src.inference.engine import Completion, Request, ToolHook, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from tests import reference
@@ -54,14 +54,14 @@ def sampled(
     requests: list[Request],
     max_batch_size: int = 64,
     vocabulary: Vocabulary = VOCABULARY,
-    pausing: Pausing | None = None,
+    tool_hook: ToolHook | None = None,
     **settings: object,
 ) -> dict[tuple[str, int], Completion]:
     """Completions by (id, sample)."""
     sampling = Sampling(**{"temperature": 1.0, "max_new_tokens": 30, "seed": 3} | settings)
     found = list(
         generate(
-            model, requests, sampling, vocabulary=vocabulary, max_batch_size=max_batch_size, pausing=pausing
+            model, requests, sampling, vocabulary=vocabulary, max_batch_size=max_batch_size, tool_hook=tool_hook
         )
     )
     assert len(found) == len(requests)
@@ -315,7 +315,7 @@ def paused_at(model: Decoder, request: Request) -> int:
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 3, 64])
-def test_what_is_put_behind_a_pause_is_gone_on_from(
+def test_what_a_tool_appends_is_continued_from(
     model: Decoder, requests: list[Request], max_batch_size: int
 ) -> None:
     """As if the prompt had held it from the beginning: the cache has taken it in."""
@@ -323,12 +323,12 @@ def test_what_is_put_behind_a_pause_is_gone_on_from(
     pause = paused_at(model, request)
     heard = []
 
-    def go_on(rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
+    def on_pause(rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
         heard.extend(rows)
         return [GIVEN if tokens.count(pause) == 1 else "enough" for _, tokens in rows]
 
     found = sampled(
-        model, requests, max_batch_size, temperature=0.0, max_new_tokens=20, pausing=Pausing((pause,), go_on)
+        model, requests, max_batch_size, temperature=0.0, max_new_tokens=20, tool_hook=ToolHook((pause,), on_pause)
     )[request.id, request.sample]
     first = found.tokens.index(pause) + 1
     assert found.tokens[first : first + len(GIVEN)] == GIVEN
@@ -348,16 +348,16 @@ def test_a_pause_can_end_a_row_and_nothing_given_pauses_again(model: Decoder, re
     request = requests[6]
     pause = paused_at(model, request)
     ended = sampled(
-        model, [request], temperature=0.0, pausing=Pausing((pause,), lambda rows: ["why"] * len(rows))
+        model, [request], temperature=0.0, tool_hook=ToolHook((pause,), lambda rows: ["why"] * len(rows))
     )
     assert ended[request.id, request.sample].finish == "why"
     calls = []
 
-    def go_on(rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
+    def on_pause(rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
         calls.append(len(rows))
         return [[pause, EOS, pause] if len(calls) == 1 else "twice"]
 
-    found = sampled(model, [request], temperature=0.0, max_new_tokens=5, pausing=Pausing((pause,), go_on))
+    found = sampled(model, [request], temperature=0.0, max_new_tokens=5, tool_hook=ToolHook((pause,), on_pause))
     tokens = found[request.id, request.sample].tokens
     first = tokens.index(pause)
     assert tokens[first + 1 : first + 4] == [pause, EOS, pause]
@@ -367,12 +367,12 @@ def test_a_pause_can_end_a_row_and_nothing_given_pauses_again(model: Decoder, re
 def test_each_stretch_between_pauses_has_its_own_limit(model: Decoder, requests: list[Request]) -> None:
     request = requests[6]
     pause = paused_at(model, request)
-    first = Pausing((pause,), lambda rows: [GIVEN * 5 if len(tokens) < 10 else [] for _, tokens in rows])
-    found = sampled(model, [request], temperature=0.0, max_new_tokens=6, pausing=first)
+    first = ToolHook((pause,), lambda rows: [GIVEN * 5 if len(tokens) < 10 else [] for _, tokens in rows])
+    found = sampled(model, [request], temperature=0.0, max_new_tokens=6, tool_hook=first)
     tokens = found[request.id, request.sample].tokens
     assert len(tokens) >= tokens.index(pause) + 1 + 20 + 6
     whole = sampled(
         model, [request], temperature=0.0, max_new_tokens=6,
-        pausing=Pausing((pause,), lambda rows: [GIVEN * 100 for _ in rows]),
+        tool_hook=ToolHook((pause,), lambda rows: [GIVEN * 100 for _ in rows]),
     )[request.id, request.sample]  # fmt: skip
     assert (len(request.prompt) + len(whole.tokens), whole.finish) == (CONTEXT, "length")
