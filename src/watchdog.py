@@ -22,7 +22,7 @@ LOOK_SECONDS = 5.0
 # Without a sign of life from a watchdog, which speaks every LOOK_SECONDS: its process is stopped, or swapped out, or
 # its machine gone. No call that keeps the interpreter to itself, such as parsing a large json file, takes as long.
 SILENT_SECONDS = 120.0
-# While no rank gets on. Every wait that is right is shorter (a worker process has 60 s to start and 10 s for a reply;
+# While no rank gets on. Every wait that is right is shorter (a worker process has 60 s to start and 120 s for a reply;
 # a layer or an optimizer step on a GPU takes less), or somebody computes or says patiently() meanwhile.
 STILL_SECONDS = 300.0
 # For one rank in one place while others work: a little less than torch's own limits of a collective.

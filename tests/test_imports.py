@@ -21,10 +21,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"flags", "outputs"},
     "plot": set(),
     "watchdog": set(),
+    "worker": {"watchdog"},
     "runlog": {"cli", "plot", "watchdog"},
     "losses": set(),
     "parallel": {"watchdog"},
-    "text": set(),
+    "text": {"worker"},
     "models": {"parallel"},
     "checkpoint": {"models", "parallel", "runlog"},
     "data": {"text"},
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharing": {"assemble", "checkpoint", "models", "parallel"},
     "certify": {"assemble", "checkpoint", "cli", "inference", "models", "parallel"},
     "inference": {"models", "text", "parallel"},
-    "evaluation": {"data", "inference", "models", "parallel", "runlog", "text", "watchdog"},
+    "evaluation": {"data", "inference", "models", "parallel", "runlog", "text", "worker"},
     "construct": {"checkpoint", "data", "evaluation", "inference", "models", "parallel", "runlog", "text"},
     "training": {
         "assemble", "checkpoint", "config", "data", "evaluation", "flags", "inference", "losses", "models",
@@ -80,12 +81,8 @@ DOORS: dict[str, str | None] = {
 
 # Names that write to the terminal, and the files that may use them; the workers' output is a pipe.
 SPEAKERS: dict[str, set[str]] = {
-    "print": {"src/evaluation/grade_worker.py"},
-    "sys.stdout": {
-        "src/evaluation/code_worker.py",
-        "src/cli.py",
-        "src/evaluation/grade_worker.py",
-    },
+    "print": set(),
+    "sys.stdout": {"src/evaluation/code_worker.py", "src/cli.py"},
     "sys.stderr": {"src/errors.py", "src/cli.py", "src/runlog.py"},
 }
 

@@ -1,8 +1,8 @@
 """One answer graded honestly: five outcomes, exact rules first, sympy only in processes that can be killed."""
 
-import json
+import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
@@ -10,9 +10,9 @@ from typing import NamedTuple
 from src.errors import UserError
 from src.evaluation.answer_types import ANY, EQUALITIES, AnswerType
 from src.evaluation.extract import Extraction, extract
-from src.evaluation.grade_pool import Pool
 from src.evaluation.tasks import Task, find_task
 from src.text.blocks import last_text
+from src.worker import Worker
 
 GRADER_VERSION = "splitrl-2+math-verify-0.9.0"  # printed beside every score: graders differ by points
 MAX_LENGTH = 50_000  # characters of a response that are searched without a limit of time
@@ -51,7 +51,10 @@ class Grader:
         self.same = EQUALITIES[self.task.equality]
         self.seconds = seconds
         self.n_workers = workers
-        self.pool = Pool(workers)
+        self.workers = [Worker("src.evaluation.grade_worker") for _ in range(workers)]
+        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
         self.cache: dict[tuple[str, str, AnswerType], str] = {}
 
     def __enter__(self) -> "Grader":
@@ -60,7 +63,8 @@ class Grader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.pool.stop()
+        for worker in self.workers:
+            worker.close()
 
     def grade(self, responses: Sequence[str], labels: Sequence[str]) -> list[Verdict]:
         """A verdict for each response against the bare label beside it. Raises ValueError if the lengths differ."""
@@ -94,10 +98,8 @@ class Grader:
         """The answer of a response; of a long one in a process that can be killed. Raises Undecided where it has to."""
         if len(response) <= MAX_LENGTH:
             return extract(self.task.extraction, response)
-        reply = self.pool.extract(self.task.extraction, response, self.seconds)
-        if reply in ("timeout", "error"):
-            raise Undecided(reply)
-        return Extraction(*json.loads(reply))
+        found = self.ask({"extraction": self.task.extraction, "response": response}, self.seconds)
+        return Extraction(*found)
 
     def compare(self, answer: str, label: str, answer_type: AnswerType = ANY) -> str:
         """The outcome of a bare answer against a label: right, wrong, timeout or error."""
@@ -125,12 +127,26 @@ class Grader:
 
         def leaf(answer: str, label: str) -> bool:
             seconds = deadline - time.monotonic()
-            outcome = self.pool.compare(answer, label, seconds) if seconds > 0 else "timeout"
-            if outcome in ("timeout", "error"):
-                raise Undecided(outcome)
-            return outcome == "right"
+            if seconds <= 0:
+                raise Undecided("timeout")
+            return self.ask({"answer": answer, "label": label}, seconds) == "right"
 
         return leaf
+
+    def ask(self, request: Mapping[str, object], seconds: float) -> object:
+        """What the next free process finds within so many seconds. Raises Undecided where it finds nothing."""
+        worker = self.idle.get()
+        try:
+            outcome = worker.ask({"seconds": seconds, **request}, seconds)["outcome"]
+        except TimeoutError:
+            outcome = "timeout"
+        except ChildProcessError:
+            outcome = "error"
+        finally:
+            self.idle.put(worker)
+        if outcome in ("timeout", "error"):
+            raise Undecided(outcome)
+        return outcome
 
     def equal(self, first: str, second: str, answer_type: AnswerType = ANY) -> bool:
         """Whether two answers are one vote: either would be right if the other were the label."""

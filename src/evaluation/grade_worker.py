@@ -1,27 +1,23 @@
-"""The process that compares two expressions with math-verify; started by grade_pool, never imported.
+"""The process that compares two expressions with math-verify; started by grade, never imported.
 
-One JSON line in, {"id", "answer", "label", "seconds"}, one JSON line out, {"id", "outcome"}; or {"id", "extraction",
-"response", "seconds"} for the answer of a long response, whose outcome is the Extraction as a JSON list. The first
-line out says "ready". Expressions that need too long are stopped by an alarm, of processor time or of the clock;
-where that cannot reach (one huge integer power is a single C call), a signal of the kernel or the parent ends the
-process.
+A request {"answer", "label", "seconds"} has the reply {"outcome"}: right, wrong, timeout or error; to {"extraction",
+"response", "seconds"}, for the answer of a long response, the outcome is the Extraction. Expressions that need too long
+are stopped by an alarm, of processor time or of the clock; where that cannot reach (one huge integer power is a single
+C call), a signal of the kernel or the parent ends the process.
 """
 
-import json
 import logging
-import os
 import resource
 import signal
-import sys
 from functools import lru_cache
 from types import FrameType
-from typing import TextIO
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
 from src.evaluation.extract import extract
+from src.worker import Answer, Reply, serve
 
 # processor time an answer may take, as a share of its wall-clock limit: an answer that is merely slow gets its verdict
 # on a busy machine too, and which answers time out hardly depends on the load
@@ -106,9 +102,8 @@ def compare(answer: str, label: str) -> str:
     return "right" if same else "wrong"
 
 
-def answer_request(line: str) -> dict[str, object]:
+def answer(request: dict[str, object]) -> Reply:
     """Compare under the alarm; any failure of the library is an "error", not a verdict."""
-    request = json.loads(line)
     cpu = CPU_SHARE * request["seconds"]
     # SIGPROF has its default action: it ends the process even inside a C call, so no orphan computes for hours
     signal.setitimer(signal.ITIMER_PROF, 1.1 * cpu)
@@ -116,7 +111,7 @@ def answer_request(line: str) -> dict[str, object]:
     signal.setitimer(signal.ITIMER_REAL, 0.8 * request["seconds"])
     try:
         if "response" in request:
-            outcome = json.dumps(extract(request["extraction"], request["response"]))
+            outcome = extract(request["extraction"], request["response"])
         else:
             outcome = compare(request["answer"], request["label"])
     except OutOfTime:
@@ -126,29 +121,19 @@ def answer_request(line: str) -> dict[str, object]:
     finally:
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
             signal.setitimer(timer, 0)
-    return {"id": request["id"], "outcome": outcome}
+    return {"outcome": outcome}
 
 
-def private_stdout() -> TextIO:
-    """The real standard output under another number; what libraries print from here on goes to standard error."""
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    return replies
-
-
-def main() -> None:
-    """Answer requests until standard input ends."""
-    replies = private_stdout()
+def start() -> Answer:
+    """Limit what the process can do, and load the grammar's tables, which happens on first use."""
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no answer can write a file
     signal.signal(signal.SIGALRM, on_alarm)
     signal.signal(signal.SIGVTALRM, on_alarm)
-    compare("x+1", "1+x")  # the grammar's tables load on first use
-    print(json.dumps({"id": "ready", "outcome": ""}), file=replies)
-    for line in sys.stdin:
-        print(json.dumps(answer_request(line)), file=replies)
+    compare("x+1", "1+x")
+    return answer
 
 
 if __name__ == "__main__":
-    main()
+    serve(start)

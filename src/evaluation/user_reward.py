@@ -1,15 +1,18 @@
 """A user's own reward: `path/to/file.py:function`, called in a process that can be killed.
 
-The function has the signature reward(prompt: str, response: str, label: str | None) -> float.
+The function has the signature reward(prompt: str, response: str, label: str | None) -> float. The process is this
+module too, with the file and the name of the function as its arguments.
 """
 
+import importlib.util
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from src.errors import UserError
-from src.evaluation.grade_pool import Worker
+from src.worker import Answer, Reply, Worker, serve
 
 
 class UserReward:
@@ -26,7 +29,7 @@ class UserReward:
                 f"--reward {place!r} is neither verifier nor rule nor FILE.py:FUNCTION with a file that exists"
             )
         self.place, self.seconds = place, seconds
-        self._worker = Worker("src.evaluation.reward_worker", (str(Path(path).resolve()), name))
+        self._worker = Worker("src.evaluation.user_reward", (str(Path(path).resolve()), name))
 
     def __enter__(self) -> "UserReward":
         return self
@@ -34,7 +37,7 @@ class UserReward:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._worker.stop()
+        self._worker.close()
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], labels: Sequence[str | None]
@@ -48,13 +51,34 @@ class UserReward:
         """None for a call that ran out of time or ended its process."""
         request = {"prompt": prompt, "response": response, "label": label}
         try:
-            outcome = self._worker.ask(request, self.seconds)
-        except RuntimeError as trouble:
-            raise UserError(f"--reward {self.place}: {trouble}") from None
-        if outcome in ("timeout", "error"):
+            reply = self._worker.ask(request, self.seconds)
+        except (TimeoutError, ChildProcessError):
             return None
-        if outcome.startswith("raised") or not math.isfinite(float(outcome)):
+        except UserError as trouble:
+            raise UserError(f"--reward {self.place}: {trouble}") from None
+        value = reply["value"]
+        if not isinstance(value, float) or not math.isfinite(value):
             raise UserError(
-                f"--reward {self.place}: {outcome} for the response {response[:60]!r}; expected a finite number"
+                f"--reward {self.place}: {value} for the response {response[:60]!r}; expected a finite number"
             )
-        return float(outcome)
+        return value
+
+
+def load(path: str, name: str) -> Answer:
+    """In the process: what calls that function of a Python file. Raises whatever the file raises."""
+    spec = importlib.util.spec_from_file_location("user_reward_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name)
+
+    def answer(request: dict[str, object]) -> Reply:
+        try:
+            return {"value": float(function(request["prompt"], request["response"], request["label"]))}
+        except Exception as error:
+            return {"value": f"raised {type(error).__name__}: {error}"}
+
+    return answer
+
+
+if __name__ == "__main__":
+    serve(lambda: load(*sys.argv[1:]))

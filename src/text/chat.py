@@ -4,24 +4,21 @@ Texts that come out of here hold control tokens (<|im_end|>, ...) of the templat
 spells one, MARK breaks it, so that whoever tokenises the text can tell them apart and nobody can forge a turn.
 """
 
-import json
 import os
 import re
-import subprocess
-import sys
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from src.errors import UserError
 from src.jsonfile import read_json
+from src.worker import Worker
 
 MARK = "\ufdd0"  # a Unicode noncharacter: valid in strings, assigned to nothing
 FILE = "file"  # the name of the template that travels with the tokenizer
 ROLES = ("system", "user", "assistant")
 RENDER_SECONDS = 5.0  # processor time; a template needs well under a millisecond
-REPO = Path(__file__).resolve().parents[2]
+WAIT_SECONDS = 120.0  # by the clock, on a busy machine
 
 Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
 
@@ -184,7 +181,7 @@ class ChatTemplate:
         self._heads = {token[:length] for token in control for length in range(1, len(token))}
         self._tails = {token[length:] for token in control for length in range(1, len(token))}
         self._longest = max(map(len, control), default=0)
-        self._worker = _Worker()
+        self._worker = Worker("src.text.chat_worker")
         self._find_frame()
 
     def _find_frame(self) -> None:
@@ -294,51 +291,17 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
-        return self._worker.render(self.name, self.source, context, self.args)
-
-
-class _Worker:
-    """A process of src.text.chat_worker, started at the first request and again after its death."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def render(
-        self, name: str, source: str, context: Mapping[str, object], args: Mapping[str, object]
-    ) -> str:
-        """The text of a template. Raises UserError when it fails, or takes too much time or memory."""
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "src.text.chat_worker"],
-                cwd=REPO,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-            weakref.finalize(self, _end, self._process)
-        request = {"template": source, "context": context, "args": args, "seconds": RENDER_SECONDS}
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:  # the kernel has ended it
-            _end(self._process)
-            self._process = None
+        request = {"template": self.source, "context": context, "args": self.args, "seconds": RENDER_SECONDS}
+        try:
+            reply = self._worker.ask(request, WAIT_SECONDS)
+        except (TimeoutError, ChildProcessError):
             raise UserError(
-                f"chat template {name} did not finish within {RENDER_SECONDS:g} s of processor time and the memory it "
-                f"is given; it may be hostile"
-            )
-        reply = json.loads(line)
+                f"chat template {self.name} did not finish within {RENDER_SECONDS:g} s of processor time and the "
+                f"memory it is given; it may be hostile"
+            ) from None
         if "error" in reply:
-            raise UserError(f"chat template {name}: {reply['error']}")
+            raise UserError(f"chat template {self.name}: {reply['error']}")
         return reply["text"]
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a worker that nobody can ask any more."""
-    process.kill()
-    process.wait()
-    process.stdin.close()
-    process.stdout.close()
 
 
 def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_space: bool = True) -> str:

@@ -3,21 +3,21 @@
 A template comes with a checkpoint, from a stranger. It runs in jinja2's sandbox, in a process whose memory is limited
 and which the kernel ends when one rendering uses too much time, even inside a C call.
 
-One JSON line in, {"template", "context", "args", "seconds"}, one JSON line out, {"text"} or {"error"}.
+A request {"template", "context", "args", "seconds"} has the reply {"text"} or {"error"}.
 """
 
 import functools
 import json
-import os
 import resource
 import signal
-import sys
 from datetime import datetime
 
 import jinja2
 from jinja2 import ext, meta, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from src.worker import Answer, Reply, serve
 
 MEMORY_LIMIT = 1024**3  # bytes of address space
 MAX_CHARACTERS = 16 * 1024**2
@@ -75,6 +75,7 @@ def render(source: str, context: dict[str, object], args: dict[str, object]) -> 
         if "strftime_now" in args:
             args = args | {"strftime_now": datetime.fromisoformat(str(args["strftime_now"])).strftime}
         text = template.render(context | args)
+        text.encode()  # a lone surrogate, which is no Unicode, is a ValueError
     except jinja2.TemplateSyntaxError as problem:
         return {"error": f"line {problem.lineno}: {problem.message}"}
     except (
@@ -95,18 +96,20 @@ def render(source: str, context: dict[str, object], args: dict[str, object]) -> 
     return {"text": text}
 
 
-def main() -> None:
-    """Answer requests until standard input ends."""
+def answer(request: dict[str, object]) -> Reply:
+    """Render under the limit of processor time: SIGPROF has its default action, which ends the process."""
+    signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+    reply = render(request["template"], request["context"], request["args"])
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    return reply
+
+
+def start() -> Answer:
+    """Limit what the process can do."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    for line in sys.stdin:
-        request = json.loads(line)
-        # SIGPROF has its default action, which ends the process
-        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-        reply = render(request["template"], request["context"], request["args"])
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        os.write(1, json.dumps(reply).encode() + b"\n")
+    return answer
 
 
 if __name__ == "__main__":
-    main()
+    serve(start)

@@ -13,8 +13,7 @@ import pytest
 from src.errors import UserError
 from src.evaluation import equality
 from src.evaluation.extract import EXTRACTIONS, extract
-from src.evaluation.grade import Grader, Verdict
-from src.evaluation.grade_pool import Pool
+from src.evaluation.grade import Grader, Undecided, Verdict
 from src.evaluation.tasks import find_task
 
 REPO = Path(__file__).resolve().parents[2]
@@ -147,7 +146,7 @@ def test_every_response_gets_a_verdict() -> None:
 def test_rules_start_no_process() -> None:
     with Grader("GSM8K") as grader:
         grader.grade(["#### 4", "#### 1,000"], ["4.0", "1000"])
-        assert grader.pool.workers[0].process is None
+        assert grader.workers[0].process is None
 
 
 def test_timeout_is_a_verdict_and_the_next_answer_is_graded() -> None:
@@ -160,61 +159,42 @@ def test_timeout_is_a_verdict_and_the_next_answer_is_graded() -> None:
         assert grader.compare(*HOSTILE) == "timeout"     # from the cache
 
 
+def by_library(grader: Grader, answer: str, label: str, seconds: float = 30.0) -> object:
+    """What the process says, whatever rules would."""
+    return grader.ask({"answer": answer, "label": label}, seconds)
+
+
 def test_a_worker_that_no_alarm_reaches_is_killed_and_replaced() -> None:
-    pool = Pool(1)
-    try:
-        assert pool.compare("x+1", "1+x", 30.0) == "right"
-        first = pool.workers[0].process
-        started = time.monotonic()
-        assert pool.compare(*TOWER, 1.0) in ("timeout", "error")      # error where the memory limit strikes first
+    with Grader("MATH") as grader:
+        assert by_library(grader, "x+1", "1+x") == "right"
+        first, started = grader.workers[0].process, time.monotonic()
+        with pytest.raises(Undecided, match="timeout|error"):      # error where the memory limit strikes first
+            by_library(grader, *TOWER, 1.0)
         assert time.monotonic() - started < 5
-        assert pool.compare("x+1", "1+x", 30.0) == "right"
-        assert pool.workers[0].process is not first or first.poll() is None
-    finally:
-        pool.stop()
+        assert by_library(grader, "x+1", "1+x") == "right"
+        assert grader.workers[0].process is not first or first.poll() is None
 
 
 def test_a_dead_worker_counts_as_an_error_once() -> None:
-    pool = Pool(1)
-    try:
-        assert pool.compare("x+1", "1+x", 30.0) == "right"
-        worker = pool.workers[0].process
-        killer = threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL))
-        killer.start()
-        assert pool.compare(*HOSTILE, 30.0) == "error"
-        assert pool.compare("x+1", "1+x", 30.0) == "right"
-        assert worker.poll() == -signal.SIGKILL
-    finally:
-        pool.stop()
-
-
-def test_stray_output_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = "import json, sys\n" \
-            "print('hello'); print(json.dumps({'id': 'ready', 'outcome': ''}), flush=True)\n" \
-            "for line in sys.stdin:\n" \
-            "    number = json.loads(line)['id']\n" \
-            "    print('[]'); print('{\"id\": 99, \"outcome\": \"wrong\"}'); print('warning: 1')\n" \
-            "    print(json.dumps({'id': number, 'outcome': 'right'}), flush=True)\n"
-    popen = subprocess.Popen
-
-    def noisy(command: list[str], **settings: object) -> "subprocess.Popen[bytes]":
-        return popen([sys.executable, "-c", noise], **settings)
-
-    monkeypatch.setattr(subprocess, "Popen", noisy)
-    pool = Pool(1)
-    assert pool.compare("a", "b", 30.0) == "right"
-    pool.stop()
+    with Grader("MATH") as grader:
+        assert by_library(grader, "x+1", "1+x") == "right"
+        process = grader.workers[0].process
+        threading.Timer(0.5, os.kill, (process.pid, signal.SIGKILL)).start()
+        with pytest.raises(Undecided, match="error"):
+            by_library(grader, *HOSTILE)
+        assert by_library(grader, "x+1", "1+x") == "right"
+        assert process.poll() == -signal.SIGKILL
 
 
 def test_worker_keeps_the_prints_of_libraries_out_of_its_replies() -> None:
     code = "import src.evaluation.grade_worker as w\n" \
            "right = w.compare\n" \
            "w.compare = lambda a, b: print('{\"id\": 1, \"outcome\": \"right\"}') or right(a, b)\n" \
-           "w.main()\n"
+           "w.serve(w.start)\n"
     request = json.dumps({"id": 1, "answer": "x", "label": "y", "seconds": 5})
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, input=request + "\n", capture_output=True,
                           text=True, timeout=60, check=True)
-    assert [json.loads(line)["outcome"] for line in done.stdout.splitlines()] == ["", "wrong"]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [{"id": "ready"}, {"id": 1, "outcome": "wrong"}]
 
 
 def test_threads_share_a_grader() -> None:
@@ -292,7 +272,7 @@ def test_a_long_response_is_searched_in_a_process_under_the_time_limit(monkeypat
         assert math.grade_one(long + "\\boxed{x(x+1)}", "x^2+x") == Verdict("right", "x(x+1)")
         assert published.grade_one(long + "\nThe answer is: 1,250", "1250") == Verdict("right", "1250")
         assert math.readable(long + "#### 4") and not math.readable(long)
-        monkeypatch.setattr(math.pool, "extract", lambda *request: "timeout")
+        monkeypatch.setattr(math, "seconds", 1e-4)
         assert math.grade_one(long + "\\boxed{4}", "4") == Verdict("timeout", None)
 
 
