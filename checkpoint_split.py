@@ -21,6 +21,7 @@ from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.split import split, split_adapter, tokenizer_of
 from src.config import Config, Count, CountOrOff, CountOrZero, Counts, Positive, flag
 from src.errors import UserError
+from src.jsonfile import read_json
 from src.models.foreign import check_model_type
 from src.text.blocks import CODE_FORM, Marker
 from src.text.extend import GENERATION, add_control_tokens, say_ends
@@ -142,7 +143,7 @@ def main(config: SplitConfig) -> None:
         log.warning("%s holds NaN or infinity: the source is damaged, or its training diverged", name)
     written = f"{config.n} shards of {described}" if config.format == "shards" else described
     log.info("wrote %s to %s", written, config.save_path)
-    if not tokenizer_file and not source.tokenizer_files:
+    if not tokenizer_file and not storage.has_vocabulary(source.tokenizer_files):
         log.warning("no tokenizer lies beside %s: give --tokenizer_file, or one to every later command", described)
     if config.verify:
         after = sources.open_adapter(target, config.base_dir) or sources.open_source(config.save_path)
@@ -151,8 +152,8 @@ def main(config: SplitConfig) -> None:
 
 def with_code_tokens(source: Source, tokenizer_file: str, described: str) -> tuple[Source, str]:
     """A checkpoint whose vocabulary has the markers of solutions with code, and the directory of its tokenizer."""
-    files = storage.tokenizer_files(Path(tokenizer_file)) if tokenizer_file else source.tokenizer_files
-    if not files:
+    files = tokenizer_of(source.tokenizer_files, tokenizer_file)
+    if not tokenizer_file and not storage.has_vocabulary(files):
         raise UserError(f"--code_tokens extends a tokenizer, but none lies beside {described}; give --tokenizer_file")
     folder = copy_of(files)
     first = add_control_tokens(folder, list(Marker), files[0].parent)
@@ -170,9 +171,8 @@ def with_ends(
     files = tokenizer_of(source.tokenizer_files, tokenizer_file)
     carried = source.config.carried
     ids = {key: carried[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in carried}
-    if not files or (format == "shards" and any(file.name == GENERATION for file in files)):
-        return source, tokenizer_file
-    if format == "shards" and ids.get("eos_token_id") is None:
+    said = any(file.name == GENERATION and read_json(file).get("eos_token_id") is not None for file in files)
+    if not files or (format == "shards" and (said or ids.get("eos_token_id") is None)):
         return source, tokenizer_file
     folder = copy_of(files)
     chosen = ("", ids, {}) if format == "shards" else (source.config.chat_template, ids, source.config.template_args)

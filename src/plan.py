@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from src import assemble, parallel, runlog
+from src.checkpoint import storage
 from src.checkpoint.sources import Source
 from src.config import SavingFlags, TrainConfig
 from src.data.batches import Step
@@ -296,7 +297,9 @@ def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] 
         "heads": f"{config.n_heads} query, {config.n_kv_heads} key-value, of {config.head_dim}",
         "vocabulary": f"{config.vocab_size}, {'tied to' if config.tied else 'apart from'} the output layer",
         "context": config.max_seq_len,
-        "tokenizer": ", ".join(path.name for path in source.tokenizer_files) or "none: give --tokenizer_file",
+        "tokenizer": ", ".join(path.name for path in source.tokenizer_files)
+        if storage.has_vocabulary(source.tokenizer_files)
+        else "none: give --tokenizer_file",
     }
     head = f"{'ranks':8}{'a rank, ' + config.dtype:20}{'kv heads a rank':18}what to know"
     return "\n".join([report(facts, {}), "", head, *(_rank_row(config, n) for n in ranks)])

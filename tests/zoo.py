@@ -150,6 +150,16 @@ VARIANTS: dict[str, Tiny] = {
         _rope(5e5, "linear", factor=2.0),
         stated={"rope_parameters": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}},
     ),
+    "original context beside rope_parameters": Tiny(
+        "llama",
+        _WAVELENGTH,
+        stated={
+            "rope_parameters": {
+                key: value for key, value in _WAVELENGTH["rope_parameters"].items() if not key.startswith("original")
+            },
+            "original_max_position_embeddings": 32,
+        },
+    ),
     "odds and ends": Tiny(
         "llama",
         {

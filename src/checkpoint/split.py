@@ -108,12 +108,17 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def tokenizer_of(beside: list[Path], tokenizer_file: str) -> list[Path]:
-    """The tokenizer's files that go with a checkpoint: the one named, else those beside the source."""
+    """The tokenizer's files that go with a checkpoint: the one named, else those beside the source.
+
+    What lies beside the source about how it generates stays, unless something of the kind lies beside the one named.
+    """
     if not tokenizer_file:
         return beside
     if not Path(tokenizer_file).exists():
         raise UserError(f"--tokenizer_file {tokenizer_file} does not exist")
-    return storage.tokenizer_files(Path(tokenizer_file))
+    named = storage.tokenizer_files(Path(tokenizer_file))
+    known = {file.name for file in named}
+    return named + [file for file in beside if file.name == storage.GENERATION and file.name not in known]
 
 
 def refuse_source(folder: Path, sources: list[Path]) -> None:

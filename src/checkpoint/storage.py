@@ -46,12 +46,13 @@ DOCUMENTS = (
 MANIFEST_FORMAT = 3  # 2 added the rotary layout, the tie and the cut of each parameter, 3 hashes by BLAKE3
 # A tokenizer is a vocabulary, one or two files, and what stands beside it about special tokens and chats.
 VOCABULARY_FILES = ("tokenizer.model", "qwen.tiktoken", "tokenizer.json", "vocab.json", "merges.txt")
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    GENERATION,
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -386,6 +387,11 @@ def tokenizer_files(path: Path) -> list[Path]:
     with_it = {"vocab.json": ("merges.txt",)}.get(path.name, ())
     names = [name for name in TOKENIZER_FILES if name in with_it or name not in VOCABULARY_FILES]
     return [path, *(path.with_name(name) for name in names if path.with_name(name).is_file())]
+
+
+def has_vocabulary(files: Sequence[Path]) -> bool:
+    """Whether these files of tokenizer_files() make a tokenizer: what stands beside one alone does not."""
+    return any(_NAMES_BY_SUFFIX.get(file.suffix, file.name) in VOCABULARY_FILES for file in files)
 
 
 def claim(folder: Path) -> None:

@@ -45,7 +45,8 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "per_layer_config": (None, {}),
     "transformers_weights": (None,),  # the name of another file of weights
 }
-_BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")  # they may stand in rope_parameters or on their own
+# They may stand in rope_parameters or on their own.
+_BESIDE_ROPE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 # What an export says anew, beside the keys of ModelConfig's facts.
 _NOT_CARRIED = {
     "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters",
@@ -148,7 +149,8 @@ def _carried(stated: dict[str, object], config: ModelConfig, source: str) -> dic
     """What a config.json says beyond what ModelConfig holds. Raises UserError for ids that are none."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = stated.get(key)
-        for index in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+        several = key == "eos_token_id" and isinstance(ids, list)
+        for index in ids if several else [] if ids is None else [ids]:
             if type(index) is not int:
                 raise UserError(f"{source}: {key}={ids!r}; expected a token's id, or several for an end")
     family = FAMILIES[config.family]
@@ -206,9 +208,9 @@ def _check_fixed(values: dict[str, object], family: Family, source: str) -> None
 
 
 def _rope(values: dict[str, object], source: str) -> dict[str, object]:
-    """`rope_theta`, `partial_rotary_factor` and `rope_scaling`, wherever they stand.
+    """`rope_scaling` and the keys of _BESIDE_ROPE, wherever they stand.
 
-    transformers 5 nests all three in `rope_parameters`, and where `rope_scaling` stands too it reads that alone.
+    transformers 5 nests them all in `rope_parameters`, and where `rope_scaling` stands too it reads that alone.
     Raises UserError where two places say different things.
     """
     said = []
@@ -226,7 +228,7 @@ def _rope(values: dict[str, object], source: str) -> dict[str, object]:
                 )
         if rope:
             inside = {name: rope[name] for name in _BESIDE_ROPE if name in rope}
-            said.append(beside | inside | {"rope_scaling": rope})
+            said.append(beside | inside | {"rope_scaling": beside | rope})
     if len(said) == 2:
         first, second = (each | {"rope_scaling": _rope_facts(each["rope_scaling"], source)} for each in said)
         if first != second:

@@ -44,7 +44,7 @@ def say_ends(
 ) -> dict[str, object]:
     """Write what ends a response, and the template of training, where transformers looks for them.
 
-    generation_config.json lists the ids of ends: those that it or, without it, the config (`ids`: bos_token_id,
+    generation_config.json lists the ids of ends: those that it or, where it says none, the config (`ids`: bos_token_id,
     eos_token_id, pad_token_id) had, and those of training. chat_template: as in ModelConfig, empty where nothing was
     trained here; a built-in one becomes chat_template.jinja, and so does one with arguments, whose values it then holds
     as defaults. -> the ids that the config is to have.
@@ -58,10 +58,12 @@ def say_ends(
         except UserError:  # what nothing here has trained with need not be understood
             if chat_template:
                 raise
-    said = read_json(path) if path.is_file() else ids
-    ends = said.get("eos_token_id")
+    said = read_json(path) if path.is_file() else {}
+    of_config = said.get("eos_token_id") is None
+    ends = (ids if of_config else said).get("eos_token_id")
+    said = said if path.is_file() else ids
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if tokenizer and not path.is_file():  # a config may name ids that no text can hold, such as -1
+    if tokenizer and of_config:  # it may name ids that no text can hold, such as -1
         ends = [end for end in ends if 0 <= end < tokenizer.vocab_size]
     if tokenizer and (chat_template or not ends):
         if not ids:  # Meta's files name none

@@ -42,7 +42,7 @@ def _with_contents(name: str, value: object) -> object:
     paths = [path for word in words if isinstance(word, str) and (path := _path_in(name, word))]
     if not paths:
         return value
-    hashes = [content_hash(path) for path in paths]
+    hashes = [content_hash(path, is_tokenizer=name == "tokenizer_file") for path in paths]
     return {"path": ", ".join(map(str, words)), "hash": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
 
 
@@ -52,11 +52,14 @@ def _path_in(name: str, word: str) -> Path | None:
     return path if word and path.exists() and (is_path(name) or path.suffix and path.is_file()) else None
 
 
-def content_hash(path: Path) -> str:
-    """One hash for a file, a directory of data, or a checkpoint with all that it is read with; not for its name."""
-    if path.is_file():
+def content_hash(path: Path, is_tokenizer: bool = False) -> str:
+    """One hash for a file, a directory of data, a checkpoint or a tokenizer, the last two with all that they are read
+    with; not for its name."""
+    if is_tokenizer:
+        parts = [file_hash(file) for file in storage.tokenizer_files(path)]
+    elif path.is_file():
         return file_hash(path)
-    if not (path / "params.json").is_file():
+    elif not (path / "params.json").is_file():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         parts = [[str(file.relative_to(path)), file_hash(file)] for file in files]
     else:

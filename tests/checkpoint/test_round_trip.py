@@ -29,6 +29,8 @@ def facts(folder: Path) -> dict[str, object]:
     values = AutoConfig.from_pretrained(folder).to_dict()
     values["head_dim"] = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     values["rope_parameters"].pop("type", None)
+    for key in values.keys() & {"original_max_position_embeddings"}:  # a model that is built goes by this one
+        values["rope_parameters"][key] = values[key]
     if values["model_type"] == "ministral" and "sliding_attention" not in values["layer_types"]:
         values |= {"model_type": "mistral", "sliding_window": None}
         del values["layer_types"]

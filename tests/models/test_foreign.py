@@ -33,6 +33,10 @@ QWEN_1 = {
     "model_type": "qwen", "kv_channels": 4, "seq_length": 64, "layer_norm_epsilon": 1e-5, "intermediate_size": 96
 }  # fmt: skip
 MIXED = ["full_attention", "sliding_attention"]
+WAVELENGTH = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -165,6 +169,7 @@ def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
         ({"transformers_weights": "other.safetensors"}, "transformers_weights='other.safetensors'"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>'; expected a token's id"),
         ({"pad_token_id": True}, "pad_token_id=True; expected a token's id"),
+        ({"bos_token_id": [1]}, r"bos_token_id=\[1\]; expected a token's id"),
         ({"splitrl": {"dim": 4}}, "splitrl="),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types=.*does not read for this family"),
         # rope_scaling
@@ -184,6 +189,10 @@ def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
             "rope_theta=500000.0, but 1.0 in",
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, "rope_theta=500000.0, but 1.0 in"),
+        (
+            {"rope_scaling": WAVELENGTH, "original_max_position_embeddings": 16},
+            "original_max_position_embeddings=16, but 32 in rope_scaling",
+        ),
         ({"rope_parameters": {"type": "yarn", "factor": 4.0}}, "rope_scaling=.*yarn"),
         (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},

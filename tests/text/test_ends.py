@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import checkpoint_split
 import solver_train
-from src import assemble, parallel
+from src import assemble, parallel, runlog
 from src.checkpoint.sources import open_source
+from src.errors import UserError
 from src.models.lora import LoraConfig
 from src.text.extend import say_ends
 from src.text.tokenizer import Tokenizer
@@ -46,9 +47,11 @@ def trained(folder: str, save_dir: Path, chat_template: str, lora: LoraConfig | 
     return str(save_dir)
 
 
-def exported(source: str, folder: Path, format: str = "hf") -> Path:
+def exported(source: str, folder: Path, format: str = "hf", tokenizer_file: str = "") -> Path:
     checkpoint_split.main(
-        checkpoint_split.SplitConfig(ckpt_file=source, save_path=str(folder), format=format)
+        checkpoint_split.SplitConfig(
+            ckpt_file=source, save_path=str(folder), format=format, tokenizer_file=tokenizer_file
+        )
     )
     return folder
 
@@ -70,6 +73,55 @@ def test_ends_in_config_json_alone_stop_samples_here_and_in_the_export(tmp_path:
     assert ids(exported(ours, tmp_path / "back")) == [5, eos, 3]
     again = exported(tiny.split(tmp_path / "back", tmp_path / "two", 2), tmp_path / "third")
     assert ids(again) == [5, eos, 3]
+
+
+@pytest.mark.parametrize("generation", [{}, {"do_sample": True}, {"eos_token_id": None}])
+def test_a_generation_config_without_ends_leaves_them_to_the_config(
+    tmp_path: Path, generation: dict[str, object]
+) -> None:
+    ours = tiny.split(base(tmp_path / "hf", generation, eos_token_id=[7, 9]), tmp_path / "ours")
+    tokenizer = assemble.load_tokenizer(ours)
+    assert tokenizer.stop_ids == {7, 9, tokenizer.eos_id}
+    back = exported(ours, tmp_path / "back")
+    assert ids(back)[1] == [7, 9]
+    assert json.loads((back / "generation_config.json").read_text()) == generation | {"eos_token_id": [7, 9]}
+    solver = trained(ours, tmp_path / "solver", "qwen")
+    end = assemble.load_tokenizer(solver).eos_id
+    assert ids(exported(solver, tmp_path / "tuned"))[1] == [end, 7, 9]
+
+
+def test_ends_of_a_checkpoint_stay_when_its_tokenizer_comes_from_elsewhere(tmp_path: Path) -> None:
+    source = base(tmp_path / "hf", {"eos_token_id": [7, 9], "top_k": 3}, eos_token_id=7)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        (source / name).rename(tmp_path / "elsewhere" / name)
+    for place in ("elsewhere", "elsewhere/vocab.json"):
+        for format in ("shards", "hf"):
+            back = tmp_path / f"{Path(place).name}-{format}"
+            exported(str(source), back, format, tokenizer_file=str(tmp_path / place))
+            assert json.loads((back / "generation_config.json").read_text()) == {"eos_token_id": [7, 9], "top_k": 3}
+            assert {7, 9} <= Tokenizer(back).stop_ids
+    write_json(tmp_path / "elsewhere/generation_config.json", {"eos_token_id": 5})  # it is of this tokenizer
+    back = exported(str(source), tmp_path / "other", "shards", tokenizer_file=str(tmp_path / "elsewhere"))
+    assert json.loads((back / "generation_config.json").read_text()) == {"eos_token_id": 5}
+
+
+def test_what_stands_beside_a_tokenizer_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(runlog.logger(), "propagate", True)
+    source = base(tmp_path / "hf", {"eos_token_id": 7})
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (source / name).unlink()
+    exported(str(source), tmp_path / "ours", "shards")
+    assert "no tokenizer lies beside" in caplog.text
+    checkpoint_split.main(checkpoint_split.SplitConfig(inspect=str(source)))
+    assert "none: give --tokenizer_file" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--code_tokens extends a tokenizer, but none lies beside"):
+        checkpoint_split.main(
+            checkpoint_split.SplitConfig(ckpt_file=str(source), save_path=str(tmp_path / "code"), code_tokens=True)
+        )
 
 
 @pytest.mark.parametrize("eos", [-1, 511, [7, 511]])

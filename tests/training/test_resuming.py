@@ -138,6 +138,28 @@ def test_an_edited_input_is_refused_though_its_name_and_rows_are_the_same(
         train(resume="auto")
 
 
+def test_a_tokenizer_is_known_with_what_lies_beside_it_and_by_that_alone(run: Path) -> None:
+    def go_on(**flags: object) -> None:
+        train(save_dir="named", tokenizer_file="T/tokenizer.model", max_steps=2, **flags)
+
+    (run / "T").mkdir()
+    (run / "base/tokenizer.model").rename(run / "T/tokenizer.model")
+    template = {"chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"}
+    write(run / "T/tokenizer_config.json", template)
+    go_on()
+    (run / "T/notes.json").write_text("of something else")
+    go_on(resume="auto")
+    for name, values in {
+        "tokenizer_config.json": {"chat_template": template["chat_template"].replace(":", " says")},
+        "generation_config.json": {"eos_token_id": 5},
+    }.items():
+        before = (run / "T" / name).read_text() if (run / "T" / name).is_file() else None
+        write(run / "T" / name, values)
+        with pytest.raises(UserError, match="tokenizer_file T/tokenizer.model had other contents"):
+            go_on(resume="auto")
+        (run / "T" / name).unlink() if before is None else (run / "T" / name).write_text(before)
+
+
 def test_another_input_is_refused_by_both_names(run: Path) -> None:
     other = write(Path("b.json"), ROWS[::-1])
     with pytest.raises(UserError, match=r"train_file was a.json and is b.json now"):
