@@ -330,6 +330,10 @@ def _manifest(folder: Path) -> dict[str, object]:
         if type(manifest.get(key, kind())) is not kind:
             expected = "a number" if kind is int else "an object by name"
             raise UserError(f"{path}: {key}={str(manifest[key])[:100]}; expected {expected}")
+    if manifest.get("format", MANIFEST_FORMAT) not in range(1, MANIFEST_FORMAT + 1):
+        raise UserError(
+            f"{path}: format={str(manifest['format'])[:100]}; a newer version of SplitRL may have written it"
+        )
     if not manifest["files"]:
         raise UserError(
             f"{path} names no files, so nothing shows that the weights are whole; split the checkpoint again"

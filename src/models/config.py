@@ -128,7 +128,7 @@ class ModelConfig:
             raise UserError(
                 f"n_active_experts={self.n_active_experts}: expected 1 to n_experts={self.n_experts}"
             )
-        for name in ("rope_factor", "rope_theta", "head_dim"):
+        for name in ("rope_factor", "rope_theta", "head_dim", "max_seq_len", "score_std"):
             if getattr(self, name) == 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected a number above 0")
         if self.rope_low_freq_factor >= self.rope_high_freq_factor:

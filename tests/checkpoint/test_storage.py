@@ -65,6 +65,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "manifest.json").write_text('{"shards": 2, "files": {}}'),
         r"manifest\.json names no files",
     ),
+    "manifest of a newer version": (
+        lambda folder: (folder / "manifest.json").write_text('{"format": 99, "shards": 2, "files": {"a": {}}}'),
+        r"manifest\.json: format=99; a newer version of SplitRL may have written it",
+    ),
+    "manifest of an odd version": (
+        lambda folder: (folder / "manifest.json").write_text('{"format": [3], "shards": 2, "files": {"a": {}}}'),
+        r"manifest\.json: format=\[3\]; a newer version of SplitRL may have written it",
+    ),
+    "no context": (
+        lambda folder: (folder / "params.json").write_text(json.dumps(CONFIG.to_dict() | {"max_seq_len": 0})),
+        r"params\.json: max_seq_len=0: expected a number above 0",
+    ),
+    "scores without deviation": (
+        lambda folder: (folder / "params.json").write_text(json.dumps(CONFIG.to_dict() | {"score_std": 0.0})),
+        r"params\.json: score_std=0.0: expected a number above 0",
+    ),
     "params.json missing": (
         lambda folder: (folder / "params.json").unlink(),
         r"has no params\.json: it is no checkpoint, or its save was interrupted",
