@@ -40,7 +40,7 @@ CASES = {
     "LoRA, vocabulary 152k": Case(WIDE, {"max_batch_size": 4, "lora_rank": 16}),
     "full, recomputed": Case(M60, PACKED | {"activation_checkpointing": "full"}),
     "full, vocabulary 152k": Case(WIDE, {"max_batch_size": 2}),
-    "full, padded, long": Case(M21, {"max_batch_size": 8}),
+    "full, packed, long": Case(M21, {"max_batch_size": 8}),
     "tensor-parallel 2": Case(M60, PACKED, ranks=2),
     "data-parallel 2": Case(M60, PACKED | {"tensor_parallel_size": 1}, ranks=2),
 } | {
@@ -66,6 +66,7 @@ def prepare(case: Case, place: Path) -> None:
     from src import assemble, parallel
     from src.checkpoint.sources import open_source
     from src.checkpoint.split import split
+    from src.config import LoraFlags
 
     dim, layers, heads, ffn, vocab = case.model
     config = LlamaConfig(
@@ -86,7 +87,9 @@ def prepare(case: Case, place: Path) -> None:
         parallel.start()
         verifier = assemble.load_verifier(str(place / "ours"), from_solver=True)
         assemble.set_score(verifier, objective="outcome", score="last")
-        assemble.save_model(verifier, str(place / "verifier"), str(place / "ours"))
+        lora = assemble.lora_config(LoraFlags(lora_rank=16)) if "lora_rank" in case.flags else None
+        assemble.put_lora_on(verifier, lora, seed=1)
+        assemble.save_model(verifier, str(place / "verifier"), str(place / "ours"), lora=lora)
         rows = [{"instruction": row["instruction"], "label": "3"} for row in rows[:8]]
     (place / "rows.json").write_text(json.dumps(rows))
 

@@ -27,7 +27,6 @@ from src.models.quantize import PRECISIONS
 FLOAT32 = 4
 # of both moments of a weight; in 8 bits 256 of them share a float32 scale
 MOMENT_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2 * (1 + FLOAT32 / 256)}
-LASTING = ("weights", "optimizer")  # parts that are there all the time; the others come and go
 
 
 class Training(NamedTuple):
