@@ -43,7 +43,11 @@ def test_a_small_product_outside_of_decoding_is_torchs_own() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 5), (64,), (131,), (3, 0)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_gradients_are_those_of_the_other_library(shape: tuple[int, ...], bias: bool) -> None:
+@pytest.mark.parametrize("intel", [False, True])
+def test_gradients_are_those_of_the_other_library(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool, intel: bool
+) -> None:
+    monkeypatch.setattr(module, "INTEL", intel)
     x, weight = torch.randn(*shape, 120), torch.randn(80, 120)
     added = torch.randn(80) if bias else None
     direction = torch.randn(*shape, 80)
