@@ -227,7 +227,9 @@ def config_from_dict(values: dict[str, object], source: str) -> ModelConfig:
             f"{source}: unknown key {unknown[0]!r}; a newer version of SplitRL may have written it"
         )
     missing = [
-        name for name, field in FIELDS.items() if field.default is dataclasses.MISSING and name not in values
+        name
+        for name, field in FIELDS.items()
+        if field.default is field.default_factory is dataclasses.MISSING and name not in values
     ]
     if missing:
         raise UserError(f"{source}: key {missing[0]!r} is missing")
