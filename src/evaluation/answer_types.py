@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from src.evaluation import equality
 from src.evaluation.equality import Leaf, split_name
-from src.evaluation.extract import leading_letters
+from src.evaluation.letters import leading_letters
 from src.evaluation.minerva import minerva_string
 from src.evaluation.normalize import join_thousands, normalize, rational
 from src.evaluation.units import quantity

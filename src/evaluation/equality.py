@@ -11,7 +11,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from src.evaluation.extract import numbers
-from src.evaluation.intervals import NAME, RELATION, as_union
+from src.evaluation.intervals import NAME, RELATION, as_union, named_set
 from src.evaluation.normalize import (
     THOUSANDS,
     closing,
@@ -44,7 +44,7 @@ CLOCK = re.compile(r"(\d{1,2}(?::\d\d)*) ?([AaPp])\.?[Mm]\.?")
 HOPELESS = re.compile(
     r"\\(?:sum|int|prod|lim|binom)(?![a-z])|\^\{\^|\^\{[^{}]*\^|\^\{-?\d{4,}|\d{4,}!|\)!|!!"
 )
-LEAD = re.compile(r"[A-Za-z', ]* (?:is|are|equals|was|be) ?(?=[^A-Za-z ])")
+LEAD = re.compile(r"(?:[A-Za-z', ]* (?:is|are|equals|was|be) ?|[A-Za-z][A-Za-z' ]+[A-Za-z]: ?)(?=[^A-Za-z ])")
 
 
 def equal(answer: str, label: str, leaf: Leaf) -> bool:
@@ -66,6 +66,9 @@ def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
         return bool(label)
     if not answer or not label or depth > MAX_DEPTH:
         return False
+    answer, label = named_set(answer), named_set(label)
+    if answer == label:
+        return True
     if is_words(label):
         answer = split_name(answer)[1]
         return is_words(answer) and words(answer) == words(label)
@@ -99,8 +102,9 @@ def is_words(text: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """The members of a text answer without case and punctuation; the order of a list does not count."""
-    members = re.split(r"[,;]|\band\b", text.lower().replace(".", ""))
+    """The members of a text answer without case, punctuation and "th" behind a day; the order of a list does not
+    count."""
+    members = re.split(r"[,;]|\band\b", re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text.lower().replace(".", "")))
     return sorted(filter(None, (" ".join(re.findall(r"[a-z0-9']+", member)) for member in members)))
 
 
@@ -114,8 +118,11 @@ def without_names(answer: str, label: str) -> tuple[str, str, bool]:
 
 
 def exact_part(text: str) -> str:
-    r"""The left side of "exact \approx 0.67", the right side of "x \approx 0.67"; "" if the two are far apart."""
+    r"""The exact side of "exact \approx 0.67" or of "0.67 \approx exact", the number of "x \approx 0.67"; "" if the
+    two are far apart."""
     left, _, right = text.partition("\\approx")
+    if "." in left and "." not in right and rational(left) is not None and constant_value(right) is not None:
+        left, right = right, left
     near = rational(right.strip())
     if near is None or not left:
         return text
@@ -265,7 +272,8 @@ def same_value(answer: str, label: str, leaf: Leaf) -> bool:
             return bool(mine and other) and [g.lower() for g in mine.groups()] == [
                 g.lower() for g in other.groups()
             ]
-    mine, other = split_top(answer, ":"), split_top(label, ":")
+    other = split_top(label, ":")
+    mine = split_top(answer, ":| ?to ?(?=\\d)" if len(other) > 1 else ":")
     if len(mine) > 1 or len(other) > 1:
         return len(mine) == len(other) and all(
             same_value(*pair, leaf) for pair in zip(mine, other, strict=True)

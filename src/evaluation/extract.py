@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from src.evaluation.letters import leading_letters
 from src.evaluation.minerva import weak_to_strong_answer
 from src.evaluation.number_words import altered, digits_for_words, scaled
 from src.evaluation.symbols import plain
@@ -42,9 +43,15 @@ TAG = re.compile(r"<answer>", re.IGNORECASE)
 TAG_END = re.compile(r"</answer>", re.IGNORECASE)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 BETWEEN_BOXES = re.compile(  # what makes neighbours of boxes one list; the names in front of them are not read
-    r"(?:[\s$,;:.&/()]|\\[()\[\],;! ]|\\q?quad(?![a-z])|\\text\s*\{|\}|\b(?:and|or|either|maybe|possibly|perhaps"
-    r"|alternatively|also|else|even|it|is|be|could|can|might|may|otherwise)\b){0,80}",
-    re.IGNORECASE,
+    r"(?:\([a-h]\)|[\s$,;:.&/()|~*-]|\\[()\[\],;!\\ ]|\\(?:q?quad|to|mid)(?![a-z])|\\text\s*\{|\}|^\d\d?"
+    r"|\b(?:and|or|either|maybe|possibly|perhaps|alternatively|also|else|even|it|is|be|could|can|might|may|otherwise)\b"
+    r"){0,80}",
+    re.IGNORECASE | re.MULTILINE,
+)
+HEDGE = re.compile(  # or, inside one sentence, a word that leaves open which of them it is
+    r"(?:(?![.!?]\s|\n\s*\n).)*\b(?:or|else|otherwise|alternatively|maybe|perhaps|possibly|vs|versus)\b"
+    r"(?:(?![.!?]\s|\n\s*\n).)*",
+    re.IGNORECASE | re.DOTALL,
 )
 HOPE = re.compile(
     r"final answer is:?((?:(?!final answer is).){0,2000}?)\.?\s*I hope", re.IGNORECASE | re.DOTALL
@@ -56,6 +63,7 @@ TITLE = re.compile(  # markdown's heading of the fourth level
     r"\s*(?:[#\d:.*)]|[A-Za-z]\b|[ivx]+\b|$)|\d+[.):]\s*[*_]*[A-Za-z])",
     re.IGNORECASE,
 )
+BELOW = re.compile(r"[\W_]{0,6}\d[\d., /]{0,20}[\W_]{0,6}")  # all that stands below a heading: a number
 SENTENCE_START = re.compile(r"[\s*_]*[A-Za-z]{3}")
 ANSWER_HEADING = re.compile(
     r"^(?:#+|\*\*)[ \t]*(?:final[ \t]+)?answer[ \t:*]*\n", re.IGNORECASE | re.MULTILINE
@@ -63,7 +71,9 @@ ANSWER_HEADING = re.compile(
 ANSWER_IS = re.compile(
     r"\banswer(?:\s+is\b|\W{0,3}[:=])[\s:*_}]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE
 )
-NEXT_PROBLEM = re.compile(r"^\W{0,4}(?:Q|Question|Problem)\W{0,2}:", re.MULTILINE)
+NEXT_PROBLEM = re.compile(
+    r"^\W{0,4}(?:(?:Q|Question|Problem)\s{0,2}(\d{0,3})|Instruction|Human|User)\W{0,2}:", re.MULTILINE
+)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[])")
 MATH = re.compile(
     r"(?<![\\$])\$(?!\$)((?:[^$\\]|\\.){1,400})\$(?!\$)|\\\(((?:(?!\\\)).){1,400})\\\)", re.DOTALL
@@ -72,19 +82,24 @@ NUMBER = re.compile(
     r"(?:(?<![\w)\].])-)?(?:[1-9]\d{0,2}(?: \d{3})+(?![\d/])|\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
     r"(?:[eE][+-]?\d+(?!\w)|/\d+(?:\.\d+)?)?|(?<![\w.])-?\.\d+"
 )
-CHOSEN = re.compile(  # one letter, perhaps after "Option"; small ones only where they can be no word
-    r"[\s$*\\_]*(?:(?:text|mathrm|textbf|mathbf|bf)\s*\{)?\s*"
-    r"(?:(?i:the |correct |option|choice|letter|answer|is|:)\s*)*"
-    r"(?:\(([A-Za-z])\)|([A-Z])\)?(?![A-Za-z'])|([a-z])(?=\)|[.:](?:\s|$)|[\s}$*.]*$))"
+CHOICE_IS = re.compile(
+    r"\b(?:answer\s+(?:would|must|should|will|has to|can only)\s+be|(?:option|choice)\s+is)\b[\s:*_]*", re.IGNORECASE
 )
-NEXT_CHOICE = re.compile(r"[\s}$*)]*(?:,|;|/|&|and\b|or\b)", re.IGNORECASE)
-DENIED = re.compile(
-    r"[\s}$*)]*(?:is|are|was|would be|can|could|does|do)?\s*(?:not\b|n['’]t\b|cannot\b|false\b|wrong\b|incorrect\b)",
-    re.IGNORECASE,
+WRONG = re.compile(r"\b(?:wrong|false|incorrect|impossible|cannot|except|eliminated?)\b|n['’]t\b", re.IGNORECASE)
+CORRECT = re.compile(
+    r"\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-J])\)?(?![A-Za-z'+\d^])"
+    r"|(?<![A-Za-z])([A-J])\)? is (?:the )?(?:correct|right|answer)\b"
 )
 EXPLICIT = re.compile(  # marks of an answer, wherever they stand
     rf"{BOX.pattern}|####(?!{TITLE.pattern})|{ANSWER_IS.pattern}|{ANSWER_HEADING.pattern}",
     re.IGNORECASE | re.MULTILINE,
+)
+NEGATES = re.compile("[Nn](?:['’]t|ot|ever)|doubt|deny|false|true|wrong|incorrect")
+DISBELIEVED = re.compile(  # right in front of "answer is"
+    r"(?:(?:n['’]t|\bnot|\bnever|\bcannot)(?: (?:think|believe|say|claim|true|correct|so|the case))?"
+    r"|(?<!\bno )(?<!\bnot )\b(?:doubt|deny|false|untrue|wrong|incorrect))"
+    r"(?: that)?(?: (?:the|my|our))?(?: (?:final|correct|right))? $",
+    re.IGNORECASE,
 )
 FINISHED = re.compile(r"[.!?]\W{0,4}$")
 CHOICE = re.compile(
@@ -124,7 +139,9 @@ def last_box(text: str) -> Found | None:
     for mark in reversed(marks):
         content, end = box_content(text, mark.end())
         between = text[end:following] if contents else ""
-        if end > following or len(between) > 200 or not BETWEEN_BOXES.fullmatch(between):
+        if end > following or len(between) > 200:
+            break
+        if not BETWEEN_BOXES.fullmatch(between) and not HEDGE.fullmatch(between):
             break
         if content not in contents:
             contents.insert(0, content)
@@ -151,6 +168,8 @@ def after_hashes(text: str) -> Found | None:
             return Found(mark.start(), statement(text[mark.end() :]))
         if not is_title(line, text, mark.end()):
             return Found(mark.start(), statement(line))
+        if mark is marks[-1] and BELOW.fullmatch(text[mark.end() :]):
+            return Found(mark.start(), statement(text[mark.end() :]))
     return None
 
 
@@ -182,6 +201,9 @@ def after_answer_is(text: str) -> Found | None:
     mark = last_match(ANSWER_IS, text)
     if mark is None:
         return None
+    before = text[max(0, mark.start() - 60) : mark.start()]
+    if NEGATES.search(before) and DISBELIEVED.search(before):
+        return Found(mark.start(), "")
     said = statement(text[mark.end() :])
     return Found(mark.start(), said.rstrip("}. ") if said.count("}") > said.count("{") else said)
 
@@ -230,34 +252,28 @@ def last_statement(text: str) -> Found | None:
     return last_number(text)
 
 
-def leading_letters(text: str) -> str:
-    """The letters of choices that a statement begins with, as written: "A, C" of "A or C because ..."."""
-    found = []
-    while match := CHOSEN.match(text):
-        found.append((match.group(1) or match.group(2) or match.group(3)).upper())
-        text = text[match.end() :]
-        if DENIED.match(text):
-            return ""
-        separator = NEXT_CHOICE.match(text)
-        if separator is None:
-            break
-        text = text[separator.end() :]
-    return ", ".join(found)
-
-
 def letters_of(find: Callable[[str], Found | None], text: str) -> Found | None:
     """What another rule finds, reduced to the letters it begins with; every box of a list has its own."""
     found = find(text)
     return found and Found(found.position, leading_letters(found.text))
 
 
+def chosen_otherwise(text: str) -> Found | None:
+    """The letters behind the last "the answer must be" or "the option is" that names any."""
+    found = [(mark.start(), leading_letters(statement(text[mark.end() :]))) for mark in CHOICE_IS.finditer(text)]
+    return next((Found(*place) for place in reversed(found) if place[1]), None)
+
+
 def last_letter(text: str) -> Found | None:
-    """The only choice that the last sentence of a finished response names in brackets, or that is all of it."""
+    """The only choice that the last sentence of a finished response names in brackets or as an option, or that is all
+    of it."""
     sentence = last_sentence(text) or ""
     bare = re.fullmatch(r"\W{0,9}([A-Z]|\([a-z]\))\W{0,9}", text.rstrip().rpartition("\n")[2])
-    named = re.findall(r"(?<![A-Za-z])\(([A-Ja-j])\)", sentence) or (
-        [bare.group(1).strip("()")] if bare else []
-    )
+    if WRONG.search(sentence):
+        return None
+    named = re.findall(r"(?<![A-Za-z])\(([A-Ja-j])\)", sentence)
+    named += ["".join(letters) for letters in CORRECT.findall(sentence)]
+    named = named or ([bare.group(1).strip("()")] if bare else [])
     letters = {name.upper() for name in named}
     return Found(len(text), letters.pop()) if len(letters) == 1 else None
 
@@ -273,11 +289,24 @@ def own_part(response: str) -> str:
             text = text[: thinks.start()]
     if "<answer>" in lower and (tag := last_match(TAG, text)):
         ended = TAG_END.search(text, tag.end())
-        return "Answer: " + (text[tag.end() : ended.start()] if ended else "")
+        return tagged(text[tag.end() : ended.start()].strip() if ended else "")
     if NEXT_PROBLEM.search(text) and (answered := EXPLICIT.search(text)):
+        before = NEXT_PROBLEM.search(text, 0, answered.start())
         mark = NEXT_PROBLEM.search(text, answered.end())
-        return text[: mark.start()] if mark else text
+        if mark and not (before and before[1] and mark[1]):  # the parts that a solution numbers are its own
+            return text[: mark.start()]
     return text
+
+
+def tagged(inside: str) -> str:
+    """What stands between <answer> and </answer>, as a response: an answer, several lines of them, or a solution."""
+    lines = [line for line in inside.split("\n") if line.strip()]
+    if len(lines) > 1 and not re.search(r"[A-Za-z]{2}|\\[\[\]]|\$\$|####", inside):
+        return "Answer: " + ", ".join(lines)
+    lettered = re.match(r"\W{0,3}[A-Ja-j][.):]", inside)
+    if lettered or "\\begin" in inside or not re.search(r"[.!?\n]\s*[A-Za-z]", inside):
+        return "Answer: " + inside
+    return inside if EXPLICIT.search(inside) or FINISHED.search(inside[-10:]) else inside + "."
 
 
 Groups = tuple[tuple[Rule, ...], ...]
@@ -321,6 +350,7 @@ CHOICE_GROUPS: Groups = (
     (
         Rule("hashes", partial(letters_of, after_hashes)),
         Rule("answer-is", partial(letters_of, after_answer_is)),
+        Rule("option-is", chosen_otherwise),
     ),
     (Rule("last-letter", last_letter),),
 )

@@ -15,6 +15,14 @@ EXCEPT = re.compile(re.escape(REALS) + r" ?(?:\\setminus|-) ?\\\{(.*)\\\}")
 UNEQUAL = re.compile(rf"(?:{re.escape(REALS)}[,;|:] ?)?([A-Za-z]) ?\\ne ?")
 BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in\(-\\infty,\\infty\)|\\in ?R)?(?:\||:)(.*)\\\}")
 
+NAMED = {"all real": REALS, "all real number": REALS, "no solution": "\\emptyset", "no real solution": "\\emptyset"}
+AND = r"(?<![A-Za-z\\])and(?![A-Za-z])|\\land(?![a-z])"
+
+
+def named_set(text: str) -> str:
+    """The set that a text says in words, else the text."""
+    return NAMED.get(text.lower().removesuffix("s"), text) if text[:1] in "AaNn" else text
+
 
 def as_union(text: str, other: str) -> str:
     r"""A set of reals that is described as a union of intervals, where the other answer is none that is described."""
@@ -27,7 +35,7 @@ def as_union(text: str, other: str) -> str:
     if points := excluded(inside):
         ends = zip(["-\\infty", *points], [*points, "\\infty"], strict=True)
         return "\\cup".join(f"({left},{right})" for left, right in ends)
-    parts = [as_interval(part) for part in split_top(inside, r"(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![a-z])")]
+    parts = [as_intersection(part) for part in split_top(inside, r"(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![a-z])")]
     return "\\cup".join(parts)
 
 
@@ -50,6 +58,17 @@ def excluded(text: str) -> list[str]:
                 return [inside] if not points and "," not in inside else []
             points[value] = signed
     return [points[value] for value in sorted(points)]
+
+
+def as_intersection(text: str) -> str:
+    """2<x and x<5 as (2,5); anything else as as_interval() has it."""
+    sides = [as_interval(part) for part in split_top(text, AND)]
+    above = [side for side in sides if side.endswith(",\\infty)")]
+    below = [side for side in sides if side.startswith("(-\\infty,")]
+    names = {re.sub(r"[^A-Za-z]", "", re.sub(r"\\[lg]e", "", part)) for part in split_top(text, AND)}
+    if len(sides) == 2 and len(above) == len(below) == len(names) == 1 and above != below:
+        return above[0].removesuffix("\\infty)") + below[0].removeprefix("(-\\infty,")
+    return as_interval(text)
 
 
 def as_interval(text: str) -> str:

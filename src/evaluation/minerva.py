@@ -51,6 +51,8 @@ def inside_dollars(text: str) -> str:
 def unwrapped(text: str, opening: str) -> str:
     r"""re.sub(opening + r"(.*?)\}", r"\1", text), opening as it is: the braces of a macro go, within a line."""
     lines = []
+    if opening not in text:
+        return text
     for line in text.split("\n"):
         kept, rest = line[: line.rfind("}") + 1], line[line.rfind("}") + 1 :]
         lines.append(re.sub(re.escape(opening) + r"(.*?)\}", r"\1", kept) + rest)

@@ -87,7 +87,7 @@ REWRITES = compiled(
     (r"(?<![\\A-Za-z])sqrt\s?(\d+)", r"\\sqrt{\1}"),
     (rf"(?<![\\A-Za-z])(?:infty|infinity){END}", r"\\infty "),
     (rf"(?<![\\A-Za-z])({GREEK}|sqrt){END}", r"\\\1 "),
-    (rf"(?<![\\A-Za-z])({FUNCTIONS})(?=\s?[_^({{\\\d]|\s?[a-z]{END})", r"\\\1 "),
+    (rf"(?<![\\A-Za-z])({FUNCTIONS})(?=\s?[_^({{\\\d]|(?:\s[a-z]|[a-ru-z]){END})", r"\\\1 "),  # not "logs", "cost"
     (r",\s+", ";"),  # 81, 256 is a list, 81,256 may be a number
     (r"\^\s?(-?\d{2,}|-\d)(?![\d}])", r"^{\1}"),
 )
@@ -125,7 +125,7 @@ FRACTION = re.compile(
 )
 SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d+)?)(?:\\cdot|x)10\^\{([+-]?\d{1,3})\}")
 MONEY_SIGNS = re.compile(r"\\?\$|[€£¥₹]")
-QUOTES = re.compile("\"|``|''|^[`']|'$|^[*]+|[*]+$")
+QUOTES = re.compile("\"|``|''|^[`']|[`']$|^[*_]+|[*_]+$")
 WHOLE_PART = r"(?<![\d.])(\d{0,20})\.(\d{0,20})"
 REPEATING = re.compile(  # 0.1\overline{6}, 0.1(6), 0.1\dot{6}, 0.\dot{1}4285\dot{7}
     WHOLE_PART + r"(?:\\(?:overline|bar) ?(?:\{(\d{1,20})\}|(\d))|\((\d{1,20})\)"

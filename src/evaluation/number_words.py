@@ -38,8 +38,18 @@ SCALED = re.compile(
     rf"(?<![\w.,])(\d+(?:,\d{{3}})*(?:\.\d+)?)[\s~-]*({SCALE})(?:s? of)?(?![A-Za-z])", re.IGNORECASE
 )
 AND_A_PART = re.compile(rf"(?<![\w.,/])(\d{{1,9}}){PART}(?![A-Za-z])", re.IGNORECASE)
+SHARES = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4} | {
+    f"{word}th": value for value, word in enumerate("fif six seven eigh nin ten".split(), start=5)
+}
+SHARE = re.compile(  # two thirds, one half, a quarter
+    rf"\s*(?:(an?|{'|'.join(SMALL)})[\s-])?({'|'.join(SHARES)})s?[\s.]*", re.IGNORECASE
+)
+IN_BOTH = re.compile(r"(?<![\w.,-])(-?\d+(?:/\d+)?) ?\(\1\)")  # 42 (forty-two)
 NEGATIVE = re.compile(r"(?<![A-Za-z])(?:negative|minus)\s+(?=\\?\$?\s*[\d.])", re.IGNORECASE)
-HINT = re.compile(rf"(?:{WORD}|half|quarter|third|negative|minus)(?![A-Za-z])", re.IGNORECASE)
+HINT = re.compile(
+    rf"(?<![A-Za-z])(?:{WORD}|(?:half|halve|quarter|third|(?:four|fif|six|seven|eigh|nin|ten)th)s?|negative|minus)(?![A-Za-z])",
+    re.IGNORECASE,
+)
 
 ANYWHERE = (  # words that leave no answer, wherever they stand
     "not never none nothing neither nor isn't aren't wasn't weren't doesn't don't didn't can't cannot won't "
@@ -48,11 +58,11 @@ ANYWHERE = (  # words that leave no answer, wherever they stand
     "twice thrice half halved double doubled triple tripled quadruple quadrupled squared cubed factorial "
     "negated negative minus plus multiplied divided dozens hundreds thousands millions billions trillions "
     "halves thirds fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths ish fold "
-    "nearly almost modulo mod binary octal hex hexadecimal reversed backwards"
+    "nearly almost nope modulo mod binary octal hex hexadecimal reversed backwards"
 ).split()
 BEFORE = (  # in front of the number
-    "than no without except excluding besides but under over above below beyond up within past times close near less "
-    "fewer exceeds exceeding between maximum minimum max"
+    "than no without except excluding besides far but under over above below beyond up within past times close near "
+    "less fewer exceeds exceeding between maximum minimum max"
 ).split()
 AFTER = "maximum minimum max below above beyond if unless but except no".split()
 CHANGED = re.compile(
@@ -60,8 +70,8 @@ CHANGED = re.compile(
     re.IGNORECASE,
 )
 CHANGED_BEFORE = re.compile(
-    rf"(?<![A-Za-z'])(?:(?:{'|'.join([*BEFORE, *ANYWHERE])}|at (?:most|least))(?: (?:to|a|an|the|only|of))?|"
-    r"(?:fraction|multiple|factor|part|percent|square|cube|root|power|logarithm|log|reciprocal|inverse|opposite|digits?|third|"
+    rf"(?<![A-Za-z'])(?:(?:{'|'.join([*BEFORE, *ANYWHERE])}|at (?:most|least))(?: (?:to|be|a|an|the|only|of|from))?|"
+    r"(?:one|fraction|multiple|factor|part|percent|square|cube|root|power|logarithm|log|reciprocal|inverse|opposite|digits?|third|"
     r"quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth)s? of)\W{0,3}$",
     re.IGNORECASE,
 )
@@ -75,9 +85,12 @@ def digits_for_words(text: str) -> str:
     """The text with its numbers in digits: "two hundred and five" as 205, "2 million" as 2000000, "minus 3" as -3."""
     if HINT.search(text) is None:
         return text
+    if share := SHARE.fullmatch(text):
+        over, under = share.groups(default="a")
+        return str(Fraction(SMALL.get(over.lower(), 1), SHARES[under.lower()]))
     text = scaled(text)
     alone = not re.search(r"\d", text)
-    return NEGATIVE.sub("-", SPELLED.sub(lambda match: spelled(match, alone), text))
+    return IN_BOTH.sub(r"\1", NEGATIVE.sub("-", SPELLED.sub(lambda match: spelled(match, alone), text)))
 
 
 def scaled(text: str) -> str:

@@ -16,6 +16,7 @@ rather than G|G too many|G too few|G tenths|G hundredths|G plus some|plus or min
 >G|G+|G?|1/G|G^2|G!|the opposite of G|the inverse of G|one less than G|one more than G|G reversed|maybe G
 perhaps G|probably G|I guess G|unknown, say G|between 1 and G|neither G nor more|a multiple of G|a factor of G
 none, so G|without G|G in binary|G mod N|G is a lie
+one of G|far from G|G nope|Not: G|Less than: G|At most: G|Wrong answer: G|G (N in all)|G of N
 """
 SEVERAL = r"""
 G or N|N or G|either G or N|G, N|N, G|G and N|N and G|G; N|G / N|G N|N G|G (N)|N (G)|G (or N)|G to N|N to G|G..N
@@ -35,6 +36,30 @@ MATH|It is \boxed{N}. It could also be \boxed{G}.
 MATH|\boxed{N} \boxed{1} \boxed{G}
 MATH|$\boxed{N}$⏎$\boxed{G}$
 MATH|\boxed{G} and maybe \boxed{N}.
+MATH|\boxed{N}|\boxed{G}
+MATH|\boxed{N} vs \boxed{G}
+MATH|\boxed{N}~\boxed{G}
+MATH|\boxed{N} - \boxed{G}
+MATH|\boxed{N}\to\boxed{G}
+MATH|\boxed{N} \\ \boxed{G}
+MATH|1. \boxed{N}⏎2. \boxed{G}
+MATH|* \boxed{N}⏎* \boxed{G}
+MATH|(a) \boxed{N} (b) \boxed{G}
+MATH|\boxed{N} if lucky, else \boxed{G}
+MATH|\boxed{N} with repetition, or, without it, \boxed{G}
+GSM8K|<answer>G⏎N</answer>
+GSM8K|<answer>N⏎G</answer>
+GSM8K|<answer>She has N or G eggs. That is all.</answer>
+GSM8K|#### Total⏎N or G
+GSM8K|#### Total⏎G, N
+GSM8K|#### Total⏎-G
+GSM8K|I don't think the answer is G.
+GSM8K|It is false that the answer is G.
+GSM8K|I doubt the final answer is G.
+GSM8K|The answer can't be G.
+GSM8K|#### N⏎⏎Question 2: more⏎#### G
+GSM8K|#### N⏎⏎### Instruction:⏎More.⏎### Response:⏎#### G
+GSM8K|#### N⏎Human: more?⏎#### G
 GSM8K|Either $\boxed{N}$ or $\boxed{G}$.
 GSM8K|<think>I get \boxed{G}. The answer is G.⏎#### G
 MATH|<think>Surely \boxed{G}.
@@ -78,13 +103,27 @@ EXPRESSIONS = (
     ("x+1 or x+2", "x+1"), ("2", "2, 3"), ("\\sqrt{12}=3\\sqrt{2}", "3\\sqrt{2}"), ("x=4=5", "x=5"),
     ("5\\sqrt{2} \\approx 9", "5\\sqrt{2}"), ("0.3", "0.\\overline{3}"), ("0.333", "\\frac13"),
     ("0.(36)", "0.36"), ("x \\ne 3", "(-\\infty,2)\\cup(2,\\infty)"), ("(-7)/12", "7/12"),
-    ("(3,-\\infty)", "(3,\\infty)"), ("x", "\\sqrt{x^2}"), ("even, odd", "even"), ("\"not even\"", "even"),
+    ("(3,-\\infty)", "(3,\\infty)"), ("x>5 \\text{ and } x<3", "(3,5)"), ("x>3 \\text{ or } x<5", "(3,5)"),
+    ("x>3 \\text{ and } y<5", "(3,5)"), ("x>3 \\text{ and } x<5", "[3,5]"), ("9 \\approx 5\\sqrt2", "5\\sqrt2"),
+    ("0.6 \\approx 2/3", "2/3"), ("5 \\text{ to } 3", "3:5"), ("5 \\text{ to } 3", "5"), ("2(2)", "2"),
+    ("a third of 42", "\\frac13"),
+    ("\\text{all real numbers except }2", "(-\\infty,\\infty)"), ("0", "\\text{no solution}"),
+    ("\\text{June 12th}", "\\text{June 20}"),
+    ("x", "\\sqrt{x^2}"), ("even, odd", "even"), ("\"not even\"", "even"),
 )
 CHOICES = (  # response, gold
     ("The answer is A or B.", "A"), ("The answer is (A) or (B).", "A"), ("Answer: A/B", "A"),
     ("\\boxed{A, B}", "A"), ("The answer is A, B, C, D, E.", "A"), ("The answer is A is wrong.", "A"),
     ("The answer is (A) is not it.", "A"), ("\\boxed{A} or \\boxed{B}", "B"), ("The answer is not B.", "B"),
     ("The answer is a number.", "A"), ("It is (A) or (B).", "A"),
+    ("The answer is A B.", "A"), ("The answer is A (or B).", "A"), ("The answer is (A)(B).", "A"),
+    ("The answer is A|B.", "A"),
+    ("The answer is A? No, B.", "A"), ("The answer is A, no, B.", "A"), ("The answer is A... or maybe B.", "A"),
+    ("The answer is A (B is also possible).", "A"), ("The answer is A, but B could be too.", "A"),
+    ("Answer: A+", "A"),
+    ("Answer: A2", "A"), ("\\boxed{A \\text{ or } B}", "A"), ("Option A is wrong.", "A"), ("(A) is false.", "A"),
+    ("The answer must be A or B.", "A"), ("The answer should be between A and B.", "A"),
+    ("<answer>A⏎B</answer>", "A"),
 )
 
 HONEST = r"""
@@ -99,10 +138,21 @@ HONEST_PAIRS = (
     ("negative 7", "-7"), ("minus seven", "-7"), ("two and a half", "2.5"), ("42 and a half", "42.5"),
     ("1 000 dollars", "1000"), ("1\u2009000\u2009000", "1000000"), ("12 thousand dollars", "12000"),
     ("20 apples + 22 apples = 42 apples", "42"), ("2 x 3 = 6", "6"), ("100/3 = 33.33", "33.33"),
-    ("1.2e3", "1200"), ("5E-3", "0.005"), ("1.2 \\times 10^3", "1200"), ("1e+22", "1" + "0" * 22), ("−5", "-5"),
+    ("1.2e3", "1200"), ("42 (forty-two)", "42"), ("forty-two (42) eggs", "42"), ("`42`", "42"),
+    ("_42_", "42"), ("Total: 42", "42"), ("Total cost: $42", "42"), ("Profit: -42", "-42"), ("42 logs", "42"),
+    ("42 cots", "42"),
+    ("The cost is 42", "42"), ("two thirds", "2/3"), ("one half", "0.5"), ("three-fourths", "0.75"),
+    ("seven tenths", "7/10"),
+    ("5E-3", "0.005"), ("1.2 \\times 10^3", "1200"), ("1e+22", "1" + "0" * 22), ("−5", "-5"),
     ("１８", "18"),
 )
 HONEST_MATH = (
+    ("\\text{all real numbers}", "(-\\infty,\\infty)"), ("\\mathbb{R}", "\\text{all real numbers}"),
+    ("\\text{no solution}", "\\emptyset"), ("\\emptyset", "\\text{No real solutions}"),
+    ("x>3 \\text{ and } x<5", "(3,5)"), ("3 \\le x \\text{ and } x<5", "[3,5)"), ("5 \\text{ to } 3", "5:3"),
+    ("1.414 \\approx \\sqrt{2}", "\\sqrt2"), ("0.67 \\approx \\frac23", "\\frac23"),
+    ("\\text{June 20th}", "\\text{June 20}"),
+    ("cos x", "\\cos x"), ("cosx", "\\cos x"), ("sin t", "\\sin t"),
     ("5 m", "5 meters"), ("5m", "5 meters"), ("25 \\text{ cm squared}", "25 \\text{ cm}^2"),
     ("25 cm²", "25 \\text{ square cm}"), ("60 \\frac{\\text{km}}{\\text{h}}", "60 \\text{ km/h}"),
     ("9.8 \\text{ m/s}^2", "9.8"), ("60 \\text{ miles per hour}", "60 \\text{ mph}"),
@@ -156,6 +206,20 @@ GSM8K|Let me restate it.⏎**Problem:** how many dollars?⏎She sells N eggs.⏎
 GSM8K|Question: how many?⏎She sells N and N.⏎The answer is G.
 GSM8K|The answer is G.⏎⏎Question: and now?⏎The answer is N.
 GSM8K|She sells N eggs for G dollars.
+GSM8K|N eggs are sold.⏎#### Total⏎G
+GSM8K|N eggs are sold.⏎#### Step 3: Total⏎**G**
+GSM8K|<answer>She sells N eggs. So she gets G dollars</answer>
+GSM8K|<answer>⏎She sells N eggs.⏎The answer is G.⏎</answer>
+MATH|<answer>We see N. Therefore $x=G$</answer>
+MATH|<answer>⏎$$⏎G⏎$$⏎</answer>
+GSM8K|Question 1: how many?⏎The answer is N.⏎Question 2: what do they cost?⏎The answer is G.
+GSM8K|It is not N, the answer is G.
+GSM8K|There is no doubt that the answer is G.
+GSM8K|If I am not wrong the answer is G.
+GSM8K|\boxed{N} + \boxed{1} = \boxed{G}
+MATH|Ann has \boxed{N} or so. In total \boxed{G}.
+MATH|Adults: \boxed{N}.⏎Total: \boxed{G}.
+MATH|It is \boxed{G} (or, in full, \boxed{G.0}).
 MATH|Thus the sum is that.⏎#### G
 MATH|#### Step 1: sum⏎N⏎#### Step 2⏎so $\boxed{G}$
 MATH|<think>\boxed{N}</think> The answer is $G$.
@@ -172,4 +236,15 @@ HONEST_CHOICES = (
     ("$\\textbf{(B)}\\ 12$ is it. The answer is $\\textbf{(B)}\\ 12$.", "B"),
     ("The answer is B because A is too small.", "B"), ("The answer is the letter B.", "B"), ("#### B", "B"),
     ("<answer>b</answer>", "B"), ("Answer: A and C", "AC"),
+    ("The correct option is B.", "B"), ("Option B is correct.", "B"), ("B is the answer.", "B"),
+    ("The answer must be B.", "B"),
+    ("The answer is clearly B.", "B"), ("The answer is therefore (B).", "B"), ('The answer is "B".', "B"),
+    ("The answer is 'B'.", "B"),
+    ("The answer is “B”.", "B"), ("The answer is `B`.", "B"), ("The answer is [B].", "B"),
+    ("The answer is B, not A.", "B"),
+    ("The answer is B, C is too small.", "B"), ("The answer is B because C can be ruled out.", "B"),
+    ("The answer is B) F = ma", "B"),
+    ("The answer is B) A circle", "B"), ("The answer is (B) I and II", "B"),
+    ("The answer must be positive. So (B).", "B"),
+    ("<answer>B. Twelve eggs</answer>", "B"), ("The answer is B = 12.", "B"),
 )

@@ -67,7 +67,7 @@ CHEATS = {
     "units": boxed(cheats.UNITS),
     "products": boxed(cheats.PRODUCTS),
     "expressions": boxed(cheats.EXPRESSIONS),
-    "choices": [("AQuA", response, gold) for response, gold in cheats.CHOICES],
+    "choices": [("AQuA", response.replace("⏎", "\n"), gold) for response, gold in cheats.CHOICES],
 }
 HONEST = {
     "answers": answers(cheats.HONEST),
