@@ -300,7 +300,7 @@ def test_a_wrong_command_stops_with_one_line(
 
 def test_help_lists_the_commands_and_then_the_flags_of_one(capsys: pytest.CaptureFixture[str]) -> None:
     for words, shown, hidden in (
-        (["--help"], ("count       Count to a number.", "spell       Spell a word."), "--n"),
+        (["--help"], ("  count  Count to a number.", "  spell  Spell a word."), "--n"),
         (
             ["count", "--help"],
             ("Count to a number.\n\nSlowly.", "--n  whole number", "where to stop"),

@@ -246,7 +246,7 @@ def test_two_evaluations_do_not_write_in_one_directory(folders: Folders, tmp_pat
                 )
             )
         with pytest.raises(UserError, match=message):
-            data_build.attempts(folders.one, "toy", flags["label_file"], flags["log_dir"])
+            data_build.attempts("toy", flags["label_file"], flags["log_dir"], folders.one)
         process.kill()
     solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**flags))
     assert len((tmp_path / "log/samples.jsonl").read_text().splitlines()) == 1
