@@ -94,7 +94,7 @@ EXPLICIT = re.compile(  # marks of an answer, wherever they stand
     rf"{BOX.pattern}|####(?!{TITLE.pattern})|{ANSWER_IS.pattern}|{ANSWER_HEADING.pattern}",
     re.IGNORECASE | re.MULTILINE,
 )
-NEGATES = re.compile("[Nn](?:['’]t|ot|ever)|doubt|deny|false|true|wrong|incorrect")
+NEGATES = re.compile("[Nn](?:['’]t|ot|ever)|[Dd](?:oubt|eny)|[Ff]alse|[Tt]rue|[Ww]rong|[Ii]ncorrect")
 DISBELIEVED = re.compile(  # right in front of "answer is"
     r"(?:(?:n['’]t|\bnot|\bnever|\bcannot)(?: (?:think|believe|say|claim|true|correct|so|the case))?"
     r"|(?<!\bno )(?<!\bnot )\b(?:doubt|deny|false|untrue|wrong|incorrect))"
