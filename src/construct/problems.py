@@ -72,7 +72,7 @@ def by_problem(samples: Sequence[Sample]) -> dict[str, Problem]:
                 f"sample {sample.id!r}/{sample.sample} has no key 'prompt'; "
                 f"grade the file with solver_evaluate.py --samples_file, which adds it"
             )
-        if sample.outcome not in ("right", "wrong", "unparsed") or not sample.response:
+        if sample.outcome not in ("right", "wrong", "unparsed") or not sample.response.strip():
             continue
         if (sample.id, sample.response) not in seen:
             seen.add((sample.id, sample.response))

@@ -253,12 +253,12 @@ def contrast(
         sample = weak[vote.id]
         answer = answer_of(sample)
         agrees = answer is not None and vote.answer is not None and typed(equal, sample)(answer, vote.answer)
-        others = [text for text in dict.fromkeys(vote.negatives if agrees else vote.positives) if text]
+        others = [text for text in dict.fromkeys(vote.negatives if agrees else vote.positives) if text.strip()]
         if vote.answer is None or vote.confidence < min_confidence:
             counts["of low confidence"] += 1
         elif not agrees and vote.confidence < flip_confidence:
             counts["not sure enough against the weak answer"] += 1
-        elif not sample.response or not others:
+        elif not sample.response.strip() or not others:
             counts["with nothing to contrast"] += 1
         else:
             drawn = generator.sample(others, min(pairs_a_problem, len(others)))

@@ -154,7 +154,7 @@ def _judged_outcome(row: Row) -> Judged:
     output, correct = row.text("output"), row.get("correct")
     if not isinstance(correct, bool):
         raise UserError(f"{row.where}: 'correct' is {correct!r}, not true or false; {row.schema.source}")
-    if not output:
+    if not output.strip():
         raise UserError(f"{row.where}: 'output' must be a non-empty string")
     return Judged(row.instruction(), [output], [float(correct)])
 
@@ -215,7 +215,8 @@ def _label(row: Row, needed: bool) -> str | None:
             f"{row.where}: 'label' is {value}; expected the answer of the problem, or 'answer_type': 'true_false'"
         )
     label = row.optional_text("label")
-    if needed and not (label and label.strip()):
+    shown = "".join(filter(str.isprintable, label or "")).strip()
+    if needed and shown.lower() in ("", "nan"):
         raise UserError(
             f"{row.where}: key 'label' is missing, empty or NaN; grading needs the answer of every row"
         )

@@ -16,10 +16,14 @@ from src.errors import UserError
 
 _MEDIA = "a picture or sound cannot be read"
 _TOOLS = "calls of tools are not supported; solutions with code are blocks (dataset/README.md)"
+_SYSTEM = "give conversations, whose first message may be the system's"
+_PROBLEM = "write it into the instruction, or rename it to 'input'"
 _THINKING = "put the thinking into the solution, as <think> ... </think>"
 # Keys that change what a row means where other tools read them, and what to do about each
 FOREIGN: dict[str, str] = {
-    "system": "give conversations, whose first message may be the system's",
+    "system": _SYSTEM,
+    "system_prompt": _SYSTEM,
+    "system_message": _SYSTEM,
     "history": "give conversations, where earlier turns are messages",
     "conversations": "rename it to 'messages', with 'role' and 'content' in each",
     "conversation": "rename it to 'messages', with 'role' and 'content' in each",
@@ -35,6 +39,10 @@ FOREIGN: dict[str, str] = {
     "audios": _MEDIA,
     "reasoning_content": _THINKING,
     "thinking": _THINKING,
+    "reasoning": _THINKING,
+    "context": _PROBLEM,
+    "options": _PROBLEM,
+    "choices": _PROBLEM,
     "weight": "rows count alike; repeat a row, or mix files with --weights",
     "margin": "pairs count alike; give --margin where a trainer has it",
 }
@@ -50,6 +58,7 @@ FOREIGN_IN_MESSAGE: dict[str, str] = {
     "prefix": "whole answers are learnt; give pairs with a 'prefix' instead",
     "prefill": "whole answers are learnt; give pairs with a 'prefix' instead",
     "refusal": "put it into 'content'",
+    "loss": "use 'weight': 0 for a message that is not to be learnt",
     "train": "use 'weight': 0 for a message that is not to be learnt",
     "masked": "use 'weight': 0 for a message that is not to be learnt",
     "image": _MEDIA,
@@ -57,7 +66,7 @@ FOREIGN_IN_MESSAGE: dict[str, str] = {
     "audio": _MEDIA,
     "videos": _MEDIA,
 }
-_WITHOUT_EFFECT = {"weight": 1, "train": True, "masked": False, "prefix": False}  # values that say what we do anyway
+_WITHOUT_EFFECT = {"weight": 1, "train": True, "loss": True, "masked": False, "prefix": False}  # says what we do anyway
 
 
 class Schema(NamedTuple):
@@ -93,10 +102,10 @@ class Row(NamedTuple):
         return value
 
     def texts(self, key: str) -> list[str]:
-        """A string or a list of strings, as a list of at least one that is not empty. Raises UserError."""
+        """A string or a list of strings, as a list of at least one; none may be blank. Raises UserError."""
         value = self.get(key)
         values = value if isinstance(value, list) else [self.text(key)]
-        if not values or not all(isinstance(text, str) and text for text in values):
+        if not values or not all(isinstance(text, str) and text.strip() for text in values):
             found = "; found messages" if values and isinstance(values[0], dict) else ""
             raise UserError(f"{self.where}: {key!r} must be a non-empty string or a list of them{found}")
         return values
@@ -104,7 +113,9 @@ class Row(NamedTuple):
     def instruction(self) -> str:
         """The problem: 'instruction', and behind it, on a line of its own, the 'input' of Alpaca's format."""
         extra = self.text("input") if self.get("input") is not None else ""
-        return f"{self.text('instruction')}\n{extra}" if extra.strip() else self.text("instruction")
+        if not extra.strip():
+            return self.text("instruction")
+        return "\n".join(part for part in (self.text("instruction"), extra) if part.strip())
 
     def optional_text(self, key: str) -> str | None:
         """A string, or a number as text; None where the key is absent. Raises UserError."""

@@ -99,6 +99,7 @@ def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
             '{"instruction": "q", "output": []}',
             "line 1: 'output' must be a non-empty string",
         ),
+        (read_instructions, '{"instruction": "q", "output": " \\n"}', "line 1: 'output' must be a non-empty string"),
         (
             read_instructions,
             '{"instruction": "q", "output": ["a", ""]}',

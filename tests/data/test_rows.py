@@ -90,6 +90,8 @@ def test_a_number_is_the_label_that_the_grader_reads(tmp_path: Path, label: obje
         ({"label": None}, "'label' is missing, empty or NaN"),
         ({"label": NAN}, "'label' is missing, empty or NaN"),
         ({"label": " \n\t\u00a0"}, "'label' is missing, empty or NaN"),
+        ({"label": "\u200b \ufeff"}, "'label' is missing, empty or NaN"),
+        ({"label": "NaN"}, "'label' is missing, empty or NaN"),
         ({"label": float("inf")}, "'label' is inf; expected a finite number"),
         ({"label": -float("inf")}, "'label' is -inf; expected a finite number"),
         ({"label": True}, "'label' is True; expected the answer of the problem"),
@@ -145,6 +147,7 @@ def test_alpaca_input_stands_behind_its_instruction(tmp_path: Path) -> None:
         assert read_prompts(path, need_label=True)[0].instruction == problem
         (found,) = read_instruction_rows(path)
         assert found["instruction"] == problem and "input" not in found
+    assert read_instructions(saved(tmp_path / "x", row | {"instruction": ""})) == [Instruction("2+2?", ["4"])]
     for nothing in ("", " ", None):
         path = saved(tmp_path / "x", row | {"input": nothing})
         assert read_instructions(path) == [Instruction("Solve.", ["4"])]
@@ -212,6 +215,7 @@ def test_what_messages_say_in_other_ways(tmp_path: Path) -> None:
         ({"tool_call_id": "1"}, "'tool_call_id' is"),
         ({"name": "Ann"}, "'name' is 'Ann'"),
         ({"thinking": "so"}, "'thinking' is 'so', which would be lost; rename it to 'reasoning_content'"),
+        ({"loss": False}, "'loss' is False, which would be lost; use 'weight'"),
         ({"train": False}, "'train' is False, which would be lost; use 'weight'"),
         ({"prefix": True}, "'prefix' is True"),
         ({"weight": 0.5}, "'weight' is 0.5; expected 0"),
