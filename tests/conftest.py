@@ -8,11 +8,13 @@ import pytest
 
 import checkpoint_split
 import solver_train
-from src import assemble, parallel
+from src import assemble, parallel, runlog
 from src.text.tokenizer import Tokenizer
 from tests.tiny import make_verifier, split, write_hf_llama
 
 TOY_BASE = Path(__file__).parents[1] / "dataset" / "toy" / "base"
+
+runlog.logger()  # it does not propagate; pytest's caplog listens to such a logger if it stands before a test begins
 
 
 CODE_QUESTION = "Ana has 76 pears. She loses 20. She finds 4 bags of 3. How many pears are there now?"

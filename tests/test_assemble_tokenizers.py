@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import checkpoint_split
 import solver_evaluate
 import solver_train
-from src import assemble, parallel, runlog
+from src import assemble, parallel
 from src.checkpoint import storage
 from src.checkpoint.export import export_hf
 from src.checkpoint.sources import open_source
@@ -51,9 +51,8 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.fixture
-def warned(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def warned(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The framework's warnings."""
-    monkeypatch.setattr(runlog.logger(), "propagate", True)
     caplog.set_level(logging.WARNING)
     return caplog
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from src import assemble, parallel, runlog
+from src import assemble, parallel
 from src.checkpoint import storage
 from src.checkpoint.sources import describe, open_source, read_config
 from src.checkpoint.split import split
@@ -22,13 +22,6 @@ from src.errors import UserError
 from src.models.lora import LoraConfig
 from tests import reference, zoo
 from tests.checkpoint.weights import HF, META, Tensors, as_hf, random_weights, write_json
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What the logger says."""
-    monkeypatch.setattr(runlog.logger(), "propagate", True)
-    return caplog
 
 
 def scaled(factor: float) -> Tensors:
@@ -61,7 +54,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("first", "second"), [(a, b) for i, a in enumerate(KINDS) for b in KINDS[i + 1 :]])
 def test_of_two_sets_of_weights_the_one_that_transformers_reads_is_read_and_said(
-    tmp_path: Path, said: pytest.LogCaptureFixture, first: str, second: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: str, second: str
 ) -> None:
     write_json(tmp_path / "config.json", HF)
     write_set(tmp_path, second, 3.0)
@@ -70,15 +63,15 @@ def test_of_two_sets_of_weights_the_one_that_transformers_reads_is_read_and_said
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(embedding, random_weights()["tok_embeddings.weight"] * 2)
     assert torch.equal(embedding, theirs.model.embed_tokens.weight)
-    (line,) = [record.message for record in said.records if record.name == "splitrl"]
+    (line,) = [record.message for record in caplog.records if record.name == "splitrl"]
     assert f"reads {first}, as transformers does, and not {second}" in line
 
 
-def test_one_set_is_read_without_a_word(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_one_set_is_read_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_json(tmp_path / "config.json", HF)
     write_set(tmp_path, KINDS[1], 2.0)
     assert len(weight_files(tmp_path)) == 2
-    assert not [record for record in said.records if record.name == "splitrl"]
+    assert not [record for record in caplog.records if record.name == "splitrl"]
 
 
 def test_shards_beside_the_files_of_hugging_face_are_refused(tmp_path: Path) -> None:

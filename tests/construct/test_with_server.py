@@ -9,7 +9,6 @@ from threading import Lock
 import pytest
 
 import data_build
-from src import runlog
 from src.construct.attempts import kinds
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, Sample
@@ -103,9 +102,8 @@ def test_a_branch_is_written_step_by_step(tmp_path: Path) -> None:
 
 
 def test_attempts_at_a_server_and_what_they_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(runlog.logger(), "propagate", True)
     seen, lock = Counter(), Lock()
 
     def answer(path: str, body: dict[str, object]) -> tuple[int, bytes]:

@@ -1,6 +1,5 @@
 """src/evaluation/judging.py: scores between 0 and 1, the same in any batch, and a rerun that continues."""
 
-import logging
 import math
 from pathlib import Path
 
@@ -27,13 +26,6 @@ SAMPLES = [
 @pytest.fixture
 def verifier(folders: Folders) -> Decoder:
     return assemble.load_verifier(folders.verifier)  # its scores have mean 0.5 and deviation 2
-
-
-@pytest.fixture
-def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the framework's logger says."""
-    monkeypatch.setattr(logging.getLogger("splitrl"), "propagate", True)
-    return caplog
 
 
 def score(
@@ -103,13 +95,13 @@ def test_a_sample_longer_than_the_context_is_left_without_a_score(
     verifier: Decoder,
     tokenizer: Tokenizer,
     tmp_path: Path,
-    told: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture,
     objective: str,
     long: Sample,
 ) -> None:
     assemble.set_score(verifier, objective=objective)
     found = score(verifier, tokenizer, tmp_path, [SAMPLES[0], long, SAMPLES[3], long])
-    assert found[1] is found[3] is None and "2 of 4 samples are longer than the model's context of 128" in told.text
+    assert found[1] is found[3] is None and "2 of 4 samples are longer than the model's context of 128" in caplog.text
     alone = score(verifier, tokenizer, tmp_path / "b", [SAMPLES[0], SAMPLES[3]])
     assert [found[0].score, found[2].score] == pytest.approx([each.score for each in alone], abs=1e-5)
     assert score(verifier, tokenizer, tmp_path, [SAMPLES[0], long]) == [found[0], None]  # a rerun says the same
@@ -119,19 +111,19 @@ def test_a_sample_longer_than_the_context_is_left_without_a_score(
 
 
 def test_a_judged_solution_longer_than_the_context_is_left_without_scores(
-    verifier: Decoder, tokenizer: Tokenizer, told: pytest.LogCaptureFixture
+    verifier: Decoder, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     long, short = Judged("1+1=", ["a" * 90, "b" * 90], [1.0, 0.0]), Judged("1+1=", ["a", "b"], [1.0, 0.0])
     found = score_steps(verifier, tokenizer, [long, short, long], max_batch_size=2)
     assert found[0] is found[2] is None and len(found[1]) == 2
-    assert "2 of 3 solutions are longer than the model's context of 128" in told.text
+    assert "2 of 3 solutions are longer than the model's context of 128" in caplog.text
     with pytest.raises(UserError, match="each of the 1 solutions is longer"):
         score_steps(verifier, tokenizer, [long], max_batch_size=2)
 
 
 @pytest.mark.parametrize("text", ["a b\n1+1=2\n#### 2", "a b\n\n1+1=2\n#### 2\n"])
 def test_a_verifier_of_lines_scores_lines(
-    verifier: Decoder, tokenizer: Tokenizer, tmp_path: Path, told: pytest.LogCaptureFixture, text: str
+    verifier: Decoder, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     """Every way to score follows the checkpoint: samples, judged steps, one sample."""
     assemble.set_score(verifier, objective="process", step="line")
@@ -140,11 +132,11 @@ def test_a_verifier_of_lines_scores_lines(
     assert len(scored.step_scores) == 3
     assert score_steps(verifier, tokenizer, [judged], max_batch_size=1)[0] == pytest.approx(scored.step_scores)
     assert score_one(verifier, tokenizer, sample).step_scores == pytest.approx(scored.step_scores)
-    assert not told.records
+    assert not caplog.records
     assemble.set_score(verifier, step="paragraph")
     paragraphs = score(verifier, tokenizer, tmp_path / "b", [sample])[0].step_scores
     assert len(paragraphs) == text.count("\n\n") + 1
-    assert ("1 of the 1 samples of several lines have no blank line" in told.text) == (len(paragraphs) == 1)
+    assert ("1 of the 1 samples of several lines have no blank line" in caplog.text) == (len(paragraphs) == 1)
 
 
 def test_no_score_of_another_verifier_stays() -> None:

@@ -10,7 +10,6 @@ from threading import Lock
 import pytest
 
 import solver_evaluate
-from src import runlog
 from src.data.encoding import encode_prompt
 from src.errors import UserError
 from src.inference import remote
@@ -26,13 +25,6 @@ REPORT = Path(__file__).parents[2] / "../shared/data/reports/SV1_server"
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What is logged."""
-    monkeypatch.setattr(runlog.logger(), "propagate", True)
-    return caplog
 
 
 def evaluate(folder: Path, server: Answering, **flags: object) -> list[dict[str, object]]:
@@ -100,17 +92,17 @@ def test_a_reply_that_makes_sense_in_the_end_is_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
 def test_log_probs_are_asked_for_and_stored(
-    finish: str, tmp_path: Path, told: pytest.LogCaptureFixture
+    finish: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     logprobs = {"tokens": [" ####", " 4"], "token_logprobs": [-1.25, -0.5]}
     with Answering(says(completion(finish=finish, logprobs=logprobs))) as server:
         rows = evaluate(tmp_path, server)
     assert {(row["logprob"], row["token_count"], row["finish"]) for row in rows} == {(-1.8, 5, finish)}
-    assert {body["logprobs"] for body in server.bodies} == {1} and "log-probs" not in told.text
+    assert {body["logprobs"] for body in server.bodies} == {1} and "log-probs" not in caplog.text
 
 
 def test_a_server_that_declines_log_probs_is_asked_without(
-    tmp_path: Path, told: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def answer(path: str, body: dict[str, object]) -> tuple[int, bytes]:
         return (400, b"logprobs is not supported") if "logprobs" in body else says(completion())(path, body)
@@ -118,7 +110,7 @@ def test_a_server_that_declines_log_probs_is_asked_without(
     with Answering(answer) as server:
         rows = evaluate(tmp_path, server, max_batch_size=1, num_samples=2)
     assert len(server.bodies) == 9 and {row["logprob"] for row in rows} == {None}
-    assert told.text.count("the server gives no log-probs") == 1
+    assert caplog.text.count("the server gives no log-probs") == 1
 
 
 @pytest.mark.parametrize(
@@ -139,11 +131,11 @@ def test_a_stop_string_ends_a_sample_whatever_the_server_does(
     assert {row["logprob"] for row in rows} == {-float(len(cut.split(" ")))}
 
 
-def test_an_echo_is_cut_off_and_told(tmp_path: Path, told: pytest.LogCaptureFixture) -> None:
+def test_an_echo_is_cut_off_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Answering(lambda path, body: says(completion(body["prompt"] + " #### 4"))(path, body)) as server:
         rows = evaluate(tmp_path, server, few_shot="gsm8k8")
     assert {row["response"] for row in rows} == {" #### 4"}
-    assert told.text.count("the server repeats the prompt") == 1
+    assert caplog.text.count("the server repeats the prompt") == 1
 
 
 def test_a_chat_server_gets_messages_with_the_demonstrations(tmp_path: Path) -> None:

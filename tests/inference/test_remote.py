@@ -9,7 +9,6 @@ from typing import NamedTuple
 import pytest
 
 import solver_evaluate
-from src import runlog
 from src.errors import UserError
 from src.inference import remote
 from src.inference.remote import RemoteRequest, Server
@@ -139,7 +138,6 @@ def evaluate(upstream: Upstream, proxy: FaultyProxy, folder: Path) -> tuple[str,
 def test_an_evaluation_goes_on_where_requests_failed(
     upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(runlog.logger(), "propagate", True)
     for name in ("whole", "part"):
         (tmp_path / name).mkdir()
     good = FaultyProxy(upstream.port, [])

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import checkpoint_split
 import solver_train
-from src import assemble, parallel, runlog
+from src import assemble, parallel
 from src.checkpoint.sources import open_source
 from src.errors import UserError
 from src.models.lora import LoraConfig
@@ -107,10 +107,9 @@ def test_ends_of_a_checkpoint_stay_when_its_tokenizer_comes_from_elsewhere(tmp_p
 
 
 def test_what_stands_beside_a_tokenizer_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(runlog.logger(), "propagate", True)
     source = base(tmp_path / "hf", {"eos_token_id": 7})
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (source / name).unlink()

@@ -14,7 +14,7 @@ from solver_evaluate import SolverEvaluateConfig
 from solver_evaluate import main as evaluate
 from solver_train import SolverTrainConfig
 from solver_train import main as train
-from src import assemble, parallel, runlog
+from src import assemble, parallel
 from src.data.encoding import encode_prompt
 from src.data.examples import read_samples
 from src.errors import UserError
@@ -62,9 +62,8 @@ def sampled(folder: Path, ckpt_dir: str, **flags: object) -> str:
 
 
 def test_arguments_are_recorded_followed_and_exported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(runlog.logger(), "propagate", True)
     caplog.set_level(logging.WARNING)
     start = base(tmp_path, DROPPED)
     out = trained(tmp_path, start, chat_template="file", template_args=OFF, max_steps=1)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import os
 import resource
 import subprocess
@@ -127,9 +126,8 @@ def test_what_is_kept(folders: Folders, tmp_path: Path) -> None:
 
 
 def test_only_what_is_better_than_the_start_is_best(
-    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("splitrl"), "propagate", True)
     for stop in (0, 2):  # the second run is stopped and resumed, and takes the place of the first
         run = Run(folders.one, tmp_path, save_every=1)
         assert run.checkpointer.resume("none") == 0

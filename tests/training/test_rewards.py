@@ -1,6 +1,5 @@
 """src/training/rewards.py: what each reward is and on which token it lies."""
 
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -152,9 +151,8 @@ def test_a_verifier_of_lines_rewards_lines(verifier: Decoder, tokenizer: Tokeniz
 
 
 def test_a_response_too_long_for_the_verifier_is_cut_and_counted(
-    verifier: Decoder, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    verifier: Decoder, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("splitrl"), "propagate", True)
     verifier.config = replace(verifier.config, max_seq_len=12)
     episodes = episodes_of(tokenizer, ["1\n\n" + "2" * 30 + "\n\n3", ""], [True, False])
     logits = rewards.step_logits(verifier, tokenizer, episodes, 2)

@@ -1,6 +1,5 @@
 """src/training/rollout.py: which episodes a buffer holds, and how they lie in it."""
 
-import logging
 
 import pytest
 import torch
@@ -67,9 +66,8 @@ def test_greedy_accuracy_counts_every_prompt(actor: Decoder, tokenizer: Tokenize
 
 
 def test_prompts_that_leave_a_model_no_token_are_left_out_counted_and_named(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("splitrl"), "propagate", True)
     lengths = [len(encode_prompt(tokenizer, prompt.instruction)) for prompt in PROMPTS]
     longest = max(lengths)
 
