@@ -13,6 +13,7 @@ from typing import Literal
 
 from src import assemble, cli, parallel, runlog
 from src.checkpoint import storage
+from src.code_solutions.tool_hook import Coding
 from src.config import AtLeastOne, Count, CountOrOff, CountOrZero, NonNegative, Seed, Share
 from src.construct import joined, steps, weak_to_strong
 from src.construct.attempts import Enough, kinds, until_enough
@@ -33,12 +34,11 @@ from src.data.examples import (
     read_votes,
 )
 from src.errors import UserError
-from src.evaluation.coding import Coding
-from src.evaluation.grade import Grader
 from src.evaluation.prompting import Prompting, make_prompting, select_prompts
 from src.evaluation.report import type_of
 from src.evaluation.served import Backend, ServedSolver
-from src.evaluation.tasks import check_template, find_task
+from src.grading.grader import Grader
+from src.grading.tasks import check_template, find_task
 from src.inference.sampling import Sampling
 from src.text.blocks import CODE_FORM, Marker
 

@@ -15,8 +15,8 @@ from src.checkpoint import storage
 from src.data.collate import chunks, epoch_order
 from src.data.examples import Prompt, read_prompts
 from src.errors import UserError
-from src.evaluation.grade import Grader
 from src.evaluation.user_reward import UserReward
+from src.grading.grader import Grader
 from src.inference.sampling import Sampling
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer

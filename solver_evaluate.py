@@ -13,11 +13,11 @@ from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
+from src.code_solutions.tool_hook import Coding
 from src.config import AskedFlags, Count, CountOrOff, CountOrZero, NonNegative, Seed, Share, TopP, flag
 from src.data.encoding import StepKind, encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
-from src.evaluation.coding import Coding
 from src.evaluation.evaluator import (
     Marking,
     claim_samples,
@@ -30,7 +30,7 @@ from src.evaluation.interactive import Solver, converse
 from src.evaluation.prompting import make_prompting, select_prompts
 from src.evaluation.report import CURVES, results_table
 from src.evaluation.served import ServedSolver, check_flags
-from src.evaluation.tasks import Task, find_task
+from src.grading.tasks import Task, find_task
 from src.inference.sampling import Sampling
 from src.plot import plot_results
 from src.runlog import RunLog

@@ -18,7 +18,6 @@ from src.errors import UserError
 from src.evaluation.evaluator import Marking, grade_samples, refuse_sampled
 from src.evaluation.judging import score_samples, score_steps, with_score
 from src.evaluation.prompting import select_prompts
-from src.evaluation.tasks import find_task
 from src.evaluation.verifier_report import (
     choose_threshold,
     judged_samples,
@@ -27,6 +26,7 @@ from src.evaluation.verifier_report import (
     report_table,
     steps_table,
 )
+from src.grading.tasks import find_task
 from src.plot import plot_verifier
 from src.runlog import RunLog
 

@@ -28,8 +28,8 @@ from src import cli, runlog  # noqa: E402
 from src.data.examples import Row, read_rows  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.evaluation.evaluator import write_samples  # noqa: E402
-from src.evaluation.extract import extract  # noqa: E402
-from src.evaluation.grade import Grader  # noqa: E402
+from src.grading.extract import extract  # noqa: E402
+from src.grading.grader import Grader  # noqa: E402
 
 TURNS = 8       # the rows are cut in so many pieces; both graders take each piece before the next
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")

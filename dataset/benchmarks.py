@@ -6,8 +6,8 @@ import re
 from dataset.raw import LeftOut, RawRow, Row
 from src.data import rows
 from src.errors import UserError
-from src.evaluation.extract import last_box
-from src.evaluation.normalize import rational
+from src.grading.extract import last_box
+from src.grading.normalize import rational
 
 CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")       # <<48/2=24>> in GSM8K: a hint for a tool we do not have
 

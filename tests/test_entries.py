@@ -23,8 +23,8 @@ from src import assemble, cli, parallel
 from src.checkpoint import storage
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
-from src.evaluation.tasks import find_task
 from src.flags import bind, flags_of, is_path, undocumented
+from src.grading.tasks import find_task
 from tests.reference import hf_model
 from tests.tiny import main_of, make_verifier, split, write_hf_llama, write_tokenizer
 

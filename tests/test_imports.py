@@ -33,10 +33,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharing": {"assemble", "checkpoint", "models", "parallel"},
     "certify": {"assemble", "checkpoint", "cli", "inference", "models", "parallel"},
     "inference": {"models", "text", "parallel"},
-    "evaluation": {"data", "inference", "models", "parallel", "runlog", "text", "worker"},
-    "construct": {"checkpoint", "data", "evaluation", "inference", "models", "parallel", "runlog", "text"},
+    "grading": {"text", "worker"},
+    "code_solutions": {"inference", "parallel", "text"},
+    "evaluation": {
+        "code_solutions", "data", "grading", "inference", "models", "parallel", "runlog", "text", "worker"
+    },
+    "construct": {
+        "checkpoint", "code_solutions", "data", "evaluation", "grading", "inference", "models", "parallel", "runlog",
+        "text",
+    },
     "training": {
-        "assemble", "checkpoint", "config", "data", "evaluation", "flags", "inference", "losses", "models",
+        "assemble", "checkpoint", "config", "data", "evaluation", "flags", "grading", "inference", "losses", "models",
         "parallel", "runlog", "sharing", "text", "watchdog",
     },
     "memory": {"checkpoint", "models", "parallel"},
@@ -74,15 +81,15 @@ DOORS: dict[str, str | None] = {
     # templates of strangers are rendered in a process that can be killed
     "jinja2": "src/text/chat_worker.py",
     # answers of a model meet the equality library in a process that can be killed
-    "math_verify": "src/evaluation/grade_worker.py",
-    "latex2sympy2_extended": "src/evaluation/grade_worker.py",
-    "sympy": "src/evaluation/grade_worker.py",
+    "math_verify": "src/grading/worker.py",
+    "latex2sympy2_extended": "src/grading/worker.py",
+    "sympy": "src/grading/worker.py",
 }
 
 # Names that write to the terminal, and the files that may use them; the workers' output is a pipe.
 SPEAKERS: dict[str, set[str]] = {
     "print": set(),
-    "sys.stdout": {"src/evaluation/code_worker.py", "src/cli.py"},
+    "sys.stdout": {"src/code_solutions/worker.py", "src/cli.py"},
     "sys.stderr": {"src/errors.py", "src/cli.py", "src/runlog.py"},
 }
 

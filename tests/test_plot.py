@@ -6,9 +6,9 @@ import pytest
 
 from src.data.examples import Prompt
 from src.evaluation.evaluator import Marking
-from src.evaluation.grade import Verdict
 from src.evaluation.report import CURVES, Graded, summarize
-from src.evaluation.tasks import find_task
+from src.grading.grader import Verdict
+from src.grading.tasks import find_task
 from src.plot import plot_results
 
 

@@ -13,9 +13,9 @@ from dataset.prepare import main, read_levels
 from src import jsonfile
 from src.data.examples import read_prompts
 from src.errors import UserError
-from src.evaluation.grade import Grader
 from src.evaluation.report import type_of
-from src.evaluation.tasks import find_task
+from src.grading.grader import Grader
+from src.grading.tasks import find_task
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared" / "data"

@@ -12,7 +12,7 @@ from src import parallel
 from src.checkpoint import storage
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
-from src.evaluation.tasks import find_task
+from src.grading.tasks import find_task
 from tests.test_entries import PROBLEMS, teach, write_json
 from tests.tiny import main_of, split, write_hf_llama
 

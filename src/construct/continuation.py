@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from src import parallel
+from src.code_solutions.tool_hook import MALFORMED, Coding
 from src.data.encoding import STEP_END, encode_prompt, split_steps
 from src.data.examples import Prompt, Sample
-from src.evaluation.coding import MALFORMED, Coding
 from src.evaluation.evaluator import Drawn, Sampler, Wanted, local_sampler
 from src.evaluation.prompting import Prompting
 from src.evaluation.served import ServedSolver, until

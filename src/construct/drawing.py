@@ -10,12 +10,12 @@ from src.construct.continuation import Solver
 from src.construct.origin import identity_file, read_origin
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
-from src.evaluation.answer_types import AnswerType
 from src.evaluation.evaluator import Marking, Sampler, claim_samples, grade_samples, sample_prompts
-from src.evaluation.grade import Grader
 from src.evaluation.prompting import Prompting, make_prompting
 from src.evaluation.served import AT_SERVER, ServedSolver, check_flags
-from src.evaluation.tasks import Task, find_task
+from src.grading.answer_types import AnswerType
+from src.grading.grader import Grader
+from src.grading.tasks import Task, find_task
 from src.jsonfile import parse
 from src.runlog import RunLog
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from src.data.examples import Sample, Vote
 from src.errors import UserError
-from src.evaluation.answer_types import AnswerType
 from src.evaluation.vote import Equal, answer_classes
+from src.grading.answer_types import AnswerType
 from src.jsonfile import read_json
 
 Row = dict[str, object]

@@ -11,15 +11,15 @@ from types import TracebackType
 from typing import NamedTuple
 
 from src import parallel
+from src.code_solutions.tool_hook import INFRASTRUCTURE, Coding
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
-from src.evaluation.answer_types import KINDS
-from src.evaluation.coding import INFRASTRUCTURE, Coding
-from src.evaluation.grade import Grader, Verdict
 from src.evaluation.prompting import Prompting
 from src.evaluation.report import Graded, Speed, summarize, type_of
-from src.evaluation.tasks import Task
+from src.grading.answer_types import KINDS
+from src.grading.grader import Grader, Verdict
+from src.grading.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.jsonfile import read_json

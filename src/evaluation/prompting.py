@@ -10,7 +10,7 @@ from typing import NamedTuple
 from src.data.examples import Prompt
 from src.data.rows import Row, Schema
 from src.errors import UserError
-from src.evaluation.tasks import INSTRUCTION, Task, check_template
+from src.grading.tasks import INSTRUCTION, Task, check_template
 from src.jsonfile import read_json
 
 BUNDLED = Path(__file__).parent / "few_shot"  # gsm8k8, minerva4: problems and solutions of our own wording

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from src.code_solutions.tool_hook import CONTEXT_FULL, MAX_ROUNDS, MAX_TOKENS
 from src.data.examples import OUTCOMES, Prompt
-from src.evaluation.answer_types import AnswerType
-from src.evaluation.coding import CONTEXT_FULL, MAX_ROUNDS, MAX_TOKENS
-from src.evaluation.grade import GRADER_VERSION, Grader, Verdict
-from src.evaluation.tasks import Task
 from src.evaluation.vote import answer_classes, best_of, majority, pass_at_k, weighted_vote, wilson_interval
+from src.grading.answer_types import AnswerType
+from src.grading.grader import GRADER_VERSION, Grader, Verdict
+from src.grading.tasks import Task
 
 BOOTSTRAP_DRAWS = 1000
 CURVES = {"pass_at": "pass", "maj_at": "majority", "best_of_at": "best of", "weighted_at": "weighted"}

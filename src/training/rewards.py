@@ -17,8 +17,8 @@ from src.data import collate
 from src.data.collate import Batch
 from src.data.encoding import STEP_ENDS, Encoded, encode_steps, split_steps
 from src.errors import UserError
-from src.evaluation.grade import Grader
 from src.evaluation.user_reward import UserReward
+from src.grading.grader import Grader
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import response_scores, token_scores

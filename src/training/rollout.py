@@ -18,7 +18,7 @@ from src.data.collate import Batch
 from src.data.encoding import Encoded, encode_prompt
 from src.data.examples import Prompt
 from src.errors import UserError
-from src.evaluation.grade import Grader
+from src.grading.grader import Grader
 from src.inference.engine import Completion, Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder

@@ -7,6 +7,7 @@ import pytest
 
 import data_build
 from src import assemble, parallel
+from src.code_solutions.tool_hook import Coding
 from src.construct.continuation import (
     Asked,
     Schedule,
@@ -29,9 +30,8 @@ from src.construct.steps import (
 from src.data.encoding import encode_prompt
 from src.data.examples import Sample, read_judged, read_pairs, read_samples
 from src.errors import UserError
-from src.evaluation.coding import Coding
 from src.evaluation.prompting import make_prompting
-from src.evaluation.tasks import find_task
+from src.grading.tasks import find_task
 from src.inference.sampling import Sampling
 from src.text.blocks import Marker
 from src.training.preference import open_preferences

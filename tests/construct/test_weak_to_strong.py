@@ -11,7 +11,7 @@ from src.construct.weak_to_strong import contrast, normalized_question, votes
 from src.data.examples import Sample, Vote, read_samples, read_votes
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
-from src.evaluation.tasks import find_task
+from src.grading.tasks import find_task
 
 RULES = {"extraction": "weak-to-strong/hashes@1", "equality": "minerva-strings@1"}
 GOLD = {"label": "never read", "outcome": "wrong"}

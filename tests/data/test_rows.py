@@ -26,7 +26,7 @@ from src.data.examples import (
     read_samples,
 )
 from src.errors import UserError
-from src.evaluation.normalize import rational
+from src.grading.normalize import rational
 from src.text.tokenizer import Tokenizer
 from tests.conftest import Folders
 

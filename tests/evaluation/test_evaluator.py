@@ -16,8 +16,8 @@ from src.errors import UserError
 from src.evaluation import evaluator
 from src.evaluation.prompting import make_prompting
 from src.evaluation.report import results_table
-from src.evaluation.tasks import find_task
 from src.evaluation.vote import wilson_interval
+from src.grading.tasks import find_task
 from src.inference.sampling import Sampling
 from src.runlog import RunLog
 from tests.tiny import make_verifier, split, write_hf_llama

@@ -7,9 +7,9 @@ import pytest
 
 from src.data.examples import read_prompts
 from src.errors import UserError
-from src.evaluation.grade import Grader
 from src.evaluation.prompting import BUNDLED, make_prompting, select_prompts
-from src.evaluation.tasks import find_task
+from src.grading.grader import Grader
+from src.grading.tasks import find_task
 
 GSM8K = find_task("GSM8K")
 

@@ -7,7 +7,6 @@ import pytest
 
 from src.data.examples import Judged
 from src.errors import UserError
-from src.evaluation.grade import Verdict
 from src.evaluation.report import Graded
 from src.evaluation.verifier_report import (
     ScoredSample,
@@ -17,6 +16,7 @@ from src.evaluation.verifier_report import (
     report_table,
     steps_table,
 )
+from src.grading.grader import Verdict
 from src.plot import plot_verifier
 
 

@@ -14,7 +14,7 @@ from src.data.collate import Batch
 from src.data.encoding import Encoded, encode_prompt, encode_steps, split_steps
 from src.data.examples import Prompt
 from src.errors import UserError
-from src.evaluation.grade import Grader
+from src.grading.grader import Grader
 from src.models.decoder import Decoder
 from src.models.forward import response_scores, token_scores
 from src.text.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from src import assemble
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt
 from src.errors import UserError
-from src.evaluation.grade import Grader
+from src.grading.grader import Grader
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache, partial
 
-from src.evaluation.number_words import CHANGED, digits_for_words
-from src.evaluation.symbols import latex
+from src.grading.number_words import CHANGED, digits_for_words
+from src.grading.symbols import latex
 
 MAX_DIGITS = 300  # longer numbers are compared as strings
 

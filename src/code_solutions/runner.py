@@ -1,11 +1,11 @@
-"""Run the Python code of a solution, each time in a fresh process behind walls (code_jail says which).
+"""Run the Python code of a solution, each time in a fresh process behind walls (sandbox.py says which).
 
 run([first, second, third]) is what a notebook shows under the third cell: the earlier blocks are run before it
 and their output is thrown away. Nothing is kept between two runs, so no run can harm, delay or answer for
 another.
 
 Processes are bubblewrap's where it is installed (Debian: bubblewrap) and the caller is not root; otherwise
-code_worker makes its own namespaces. For root it always does, because only so the code gets the rights of
+worker.py makes its own namespaces. For root it always does, because only so the code gets the rights of
 nobody. The total memory of a run is sampled, that of each of its processes is a limit of the kernel.
 """
 
@@ -23,19 +23,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from src.code_solutions import sandbox
 from src.errors import UserError
-from src.evaluation import code_jail
 
 REPO = Path(__file__).resolve().parents[2]
-WORKER = "src.evaluation.code_worker"
+WORKER = "src.code_solutions.worker"
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 # no /dev/zero: a shared map of it is memory that no limit counts
 DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")
 STARTUP_SECONDS = 60.0
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
-    "HOME": code_jail.FOLDER,
-    "TMPDIR": code_jail.FOLDER,
+    "HOME": sandbox.FOLDER,
+    "TMPDIR": sandbox.FOLDER,
     "LANG": "C.UTF-8",
     "PYTHONUTF8": "1",
     "PYTHONHASHSEED": "0",  # a replayed block prints its sets in the same order
@@ -96,7 +96,7 @@ def run(blocks: Sequence[str], limits: Limits | None = None, isolation: str | No
         "blocks": list(blocks),
         "limits": asdict(limits),
         "isolation": isolation,
-        "folder": code_jail.FOLDER,
+        "folder": sandbox.FOLDER,
         "visible": visible_paths(),
         "site_packages": site_packages(),
     }
@@ -215,17 +215,17 @@ def command(isolation: str, limits: Limits) -> list[str]:
 
 
 def bubblewrap(limits: Limits) -> list[str]:
-    """The command line of the same walls that code_jail.enter_namespaces and build_tree put up."""
+    """The command line of the same walls that sandbox.enter_namespaces and build_tree put up."""
     words = ["bwrap", "--unshare-all", "--as-pid-1", "--die-with-parent", "--cap-drop", "ALL"]
-    words += ["--uid", str(code_jail.INSIDE_ID), "--gid", str(code_jail.INSIDE_ID)]
+    words += ["--uid", str(sandbox.INSIDE_ID), "--gid", str(sandbox.INSIDE_ID)]
     for path in visible_paths():
         if os.path.islink(path):
             words += ["--symlink", os.readlink(path), path]
         elif os.path.exists(path):
             words += ["--dev-bind" if path in DEVICES else "--ro-bind", path, path]
     words += ["--ro-bind", str(REPO / "src" / "evaluation"), "/runner/src/evaluation"]
-    words += ["--proc", "/proc", "--dir", code_jail.FOLDER, "--remount-ro", "/"]
-    words += ["--size", str(limits.disk_bytes), "--tmpfs", code_jail.FOLDER, "--chdir", "/runner", "--"]
+    words += ["--proc", "/proc", "--dir", sandbox.FOLDER, "--remount-ro", "/"]
+    words += ["--size", str(limits.disk_bytes), "--tmpfs", sandbox.FOLDER, "--chdir", "/runner", "--"]
     return words
 
 

@@ -1,4 +1,4 @@
-"""src/evaluation/tasks.py: names, rules and files of one's own."""
+"""src/grading/tasks.py: names, rules and files of one's own."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from src.errors import UserError
-from src.evaluation.grade import Grader
-from src.evaluation.tasks import TASKS, find_task
+from src.grading.grader import Grader
+from src.grading.tasks import TASKS, find_task
 
 
 @pytest.mark.parametrize("name", [

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from src.errors import UserError
-from src.evaluation import equality
-from src.evaluation.extract import EXTRACTIONS, extract
-from src.evaluation.grade import Grader, Undecided, Verdict
-from src.evaluation.tasks import find_task
+from src.grading import equality
+from src.grading.extract import EXTRACTIONS, extract
+from src.grading.grader import Grader, Undecided, Verdict
+from src.grading.tasks import find_task
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO.parent / "shared" / "data"
@@ -187,7 +187,7 @@ def test_a_dead_worker_counts_as_an_error_once() -> None:
 
 
 def test_worker_keeps_the_prints_of_libraries_out_of_its_replies() -> None:
-    code = "import src.evaluation.grade_worker as w\n" \
+    code = "import src.grading.worker as w\n" \
            "right = w.compare\n" \
            "w.compare = lambda a, b: print('{\"id\": 1, \"outcome\": \"right\"}') or right(a, b)\n" \
            "w.serve(w.start)\n"

@@ -1,4 +1,4 @@
-"""src/evaluation/minerva.py: the rules that carry weak-to-strong's name give that repository's published numbers."""
+"""src/grading/published_rules.py: weak-to-strong's rules give that repository's published numbers."""
 
 import json
 import random
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from src.evaluation.extract import extract
-from src.evaluation.grade import Grader
-from src.evaluation.minerva import inside_dollars, minerva_string, unwrapped
+from src.grading.extract import extract
+from src.grading.grader import Grader
+from src.grading.published_rules import inside_dollars, minerva_string, unwrapped
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 published = SHARED / "weak_to_strong" / "llama2_7b_gsm8k_train_2_results.jsonl"

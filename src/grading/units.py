@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from src.evaluation.number_words import changed
+from src.grading.number_words import changed
 
 UNITS = {
     name: names.split()[0]

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from src.evaluation import equality
-from src.evaluation.equality import Leaf, split_name
-from src.evaluation.letters import leading_letters
-from src.evaluation.minerva import minerva_string
-from src.evaluation.normalize import join_thousands, normalize, rational
-from src.evaluation.units import quantity
+from src.grading import equality
+from src.grading.equality import Leaf, split_name
+from src.grading.letters import leading_letters
+from src.grading.normalize import join_thousands, normalize, rational
+from src.grading.published_rules import minerva_string
+from src.grading.units import quantity
 
 
 class AnswerType(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the code of a solution may not do: the walls that code_worker puts up before it runs any.
+"""What the code of a solution may not do: the walls that worker.py puts up before it runs any.
 
 Standard library and libseccomp (Debian: libseccomp2) only, because it runs in a bare interpreter. The walls,
 outside in:
@@ -12,7 +12,7 @@ outside in:
 - a system-call filter: no namespaces, mounts, tracing, keys, sockets other than local ones, memory outside the
   accounts, and of the host's files no locks, news or flushes.
 
-Bubblewrap puts up the first two walls instead of this file where code_runner starts it.
+Bubblewrap puts up the first two walls instead of this file where runner.py starts it.
 """
 
 import contextlib

@@ -3,7 +3,7 @@ r"""Sets of reals in other words, as unions of intervals: 2 \le x < 5, x \ne 2, 
 import re
 from fractions import Fraction
 
-from src.evaluation.normalize import rational, split_top
+from src.grading.normalize import rational, split_top
 
 NAME = re.compile(
     r"\\?[A-Za-z]+(?:_\{[^{}]*\})?'?(?:\([^()]*\))?|\|[A-Z]+\||m?\\angle ?[A-Z]+|\([A-Za-z,;\\]+\)"

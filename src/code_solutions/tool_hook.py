@@ -12,8 +12,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 from src import parallel
-from src.evaluation import code_runner
-from src.evaluation.code_runner import Limits, SandboxError
+from src.code_solutions import runner
+from src.code_solutions.runner import Limits, SandboxError
 from src.inference.engine import Completion, Request, ToolHook
 from src.inference.sampling import Sampling
 from src.text.blocks import ANY_MARKER, Block, Marker, Piece, ended_blocks, split_text
@@ -44,7 +44,7 @@ class Coding(NamedTuple):
     def tool_hook(self) -> ToolHook:
         """What the engine asks at the end of every block. Raises UserError where code cannot be isolated."""
         if self.isolation is None and parallel.rank() == 0:
-            code_runner.best_isolation()
+            runner.best_isolation()
         return ToolHook((self.tokenizer.control[Marker.END_OF_BLOCK],), self._on_pause)
 
     def sampling(self, sampling: Sampling) -> Sampling:
@@ -75,7 +75,7 @@ class Coding(NamedTuple):
             [block.content for block in blocks if block.kind == kind] for kind in ("code", "execution")
         )
         found = len(code) == len(outputs)
-        return found and code_runner.first_difference(code, outputs, self.limits, self.isolation) is None
+        return found and runner.first_difference(code, outputs, self.limits, self.isolation) is None
 
     def _on_pause(self, rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
         """What the engine appends after each pause."""
@@ -100,7 +100,7 @@ class Coding(NamedTuple):
             return None, MALFORMED if solution[-1].kind == "" else ""
         code = [block.content for block in solution if block.kind == "code"]
         try:
-            execution = code_runner.run(code, self.limits, self.isolation)
+            execution = runner.run(code, self.limits, self.isolation)
         except SandboxError as problem:
             return None, f"{INFRASTRUCTURE}: {problem}"
         return (execution.output, "") if execution.status in SHOWN else (None, f"exec_{execution.status}")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from src.evaluation.grade import Grader
-from tests.evaluation import cheats
+from src.grading.grader import Grader
+from tests.grading import cheats
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 REPORTS = SHARED / "reports" / "grading.jsonl"

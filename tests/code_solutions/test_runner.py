@@ -1,4 +1,4 @@
-"""src/evaluation/code_runner.py: what a block shows, how it ends, where it refuses. Attacks: test_code_attacks.py."""
+"""src/code_solutions/runner.py: what a block shows, how it ends, where it refuses. Attacks: test_code_attacks.py."""
 
 import errno
 import os
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from src.code_solutions import sandbox
+from src.code_solutions.runner import Execution, Limits, Notebook, best_isolation, first_difference, run
 from src.errors import UserError
-from src.evaluation import code_jail
-from src.evaluation.code_runner import Execution, Limits, Notebook, best_isolation, first_difference, run
 
 REPO = Path(__file__).resolve().parents[2]
 OTHER_USER = 54321
@@ -165,7 +165,7 @@ def test_the_code_ends_with_its_caller() -> None:
     name = f"orphan{os.getpid()}"
     code = f"import ctypes\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\nwhile True: pass"
     script = (
-        f"from src.evaluation.code_runner import *; run([{code!r}], Limits(cpu_seconds=99, wall_seconds=99))"
+        f"from src.code_solutions.runner import *; run([{code!r}], Limits(cpu_seconds=99, wall_seconds=99))"
     )
     caller = subprocess.Popen([sys.executable, "-c", script], cwd=REPO)
     assert until(lambda: processes(name) != []), "the code never started"
@@ -198,7 +198,7 @@ def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="util-linux is not installed")
 def test_a_machine_without_namespaces_is_refused_unless_told_otherwise() -> None:
     script = (
-        "from src.errors import UserError\nfrom src.evaluation.code_runner import *\n"
+        "from src.errors import UserError\nfrom src.code_solutions.runner import *\n"
         "try: run(['1'])\nexcept UserError as refusal: print('refused:', refusal)\n"
         "print(run(['1'], isolation='none'))"
     )
@@ -214,13 +214,13 @@ def test_a_machine_without_namespaces_is_refused_unless_told_otherwise() -> None
 
 def test_no_namespace_has_its_true_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full, denied = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EPERM, "Operation not permitted")
-    assert str(code_jail.refusal("net", full)).startswith(
+    assert str(sandbox.refusal("net", full)).startswith(
         "no more net namespaces are allowed here: /proc/sys/user/max_net_namespaces, or that of a namespace around"
     )
     (tmp_path / "switch").write_text("1\n")
     for off, told in (("1", "switched off here: .*/switch is 1"), ("0", "not allowed here: Operation not permitted")):
-        monkeypatch.setattr(code_jail, "SWITCHES", {str(tmp_path / "switch"): off, "/nowhere": "0"})
-        assert re.fullmatch(f"user namespaces are {told}", str(code_jail.refusal("user", denied)))
+        monkeypatch.setattr(sandbox, "SWITCHES", {str(tmp_path / "switch"): off, "/nowhere": "0"})
+        assert re.fullmatch(f"user namespaces are {told}", str(sandbox.refusal("user", denied)))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
@@ -234,7 +234,7 @@ def test_another_user_is_isolated_too(isolation: str) -> None:
         "  try: print('done', attack())\n  except OSError as problem: print(problem.errno)\n"
         "print(os.getuid(), os.getpid(), os.listdir('.'))"
     )
-    script = f"from src.evaluation.code_runner import *; print(run([{attacks!r}], isolation={isolation!r}))"
+    script = f"from src.code_solutions.runner import *; print(run([{attacks!r}], isolation={isolation!r}))"
     as_other = {"user": OTHER_USER, "group": OTHER_USER, "extra_groups": [], "cwd": REPO, "text": True}
     python = next(filter(usable_by_other, (sys.executable, "/usr/bin/python3")), None)
     if python is None:

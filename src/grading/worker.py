@@ -1,4 +1,4 @@
-"""The process that compares two expressions with math-verify; started by grade, never imported.
+"""The process that compares two expressions with math-verify; started by grader.py, never imported.
 
 A request {"answer", "label", "seconds"} has the reply {"outcome"}: right, wrong, timeout or error; to {"extraction",
 "response", "seconds"}, for the answer of a long response, the outcome is the Extraction. Expressions that need too long
@@ -16,7 +16,7 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
-from src.evaluation.extract import extract
+from src.grading.extract import extract
 from src.worker import Answer, Reply, serve
 
 # processor time an answer may take, as a share of its wall-clock limit: an answer that is merely slow gets its verdict

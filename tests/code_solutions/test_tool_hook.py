@@ -1,4 +1,4 @@
-"""src/evaluation/coding.py: block by block, with what the code printed in between; every way a solution can end."""
+"""src/code_solutions/tool_hook.py: block by block, with the output between; every way a solution can end."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 
 import solver_evaluate
 from src import parallel
-from src.evaluation.code_runner import Limits
-from src.evaluation.coding import Coding
+from src.code_solutions.runner import Limits
+from src.code_solutions.tool_hook import Coding
 from src.inference.engine import Completion, Request
 from src.inference.sampling import Sampling
 from src.text.blocks import Block, Marker, answer_pieces, prompt_pieces

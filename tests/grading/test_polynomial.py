@@ -6,7 +6,7 @@ import time
 import pytest
 import sympy
 
-from src.evaluation.polynomial import same_polynomial
+from src.grading.polynomial import same_polynomial
 
 EQUAL = [
     ("3x^{2}y", "y\\cdot3xx"), ("7-4i", "-4i+7"), ("i^{3}", "-i"), ("\\frac{1}{i}", "-i"), ("(1+i)^{2}", "2i"),

@@ -1,4 +1,4 @@
-"""The process that runs one list of code blocks; started by code_runner, never imported.
+"""The process that runs one list of code blocks; started by runner.py, never imported.
 
 A JSON job in, {"blocks", "limits", "isolation", "folder", "visible", "site_packages"}; out, one JSON line
 {"status"} and then the bytes that the last block wrote. A problem before the first block ends it with exit
@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 
-from src.evaluation import code_jail
+from src.code_solutions import sandbox
 
 SETUP_FAILED = 70
 EXIT_OK, EXIT_ERROR, EXIT_MEMORY = 0, 1, 3
@@ -41,14 +41,14 @@ def main() -> None:
     isolated = job["isolation"] != "none"
     try:
         # the kernel's first choice when the machine runs out of memory
-        code_jail.write_file("/proc/self/oom_score_adj", "1000")
+        sandbox.write_file("/proc/self/oom_score_adj", "1000")
         if isolated:
-            code_jail.require_kernel()
+            sandbox.require_kernel()
         if job["isolation"] == "namespaces":
-            code_jail.enter_namespaces()
-            code_jail.build_tree(job["visible"], job["limits"]["disk_bytes"], job["limits"]["files"])
+            sandbox.enter_namespaces()
+            sandbox.build_tree(job["visible"], job["limits"]["disk_bytes"], job["limits"]["files"])
         os.chdir(job["folder"])
-        code_jail.hide_memory()
+        sandbox.hide_memory()
         # process 1 gets the signals that it has a handler for, and Python has one for SIGINT
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         watch = Watch(job, isolated)
@@ -169,7 +169,7 @@ def broken_limit(limits: dict) -> str | None:
                     used += 1024 * sum(int(line.split()[1]) for line in file if line.startswith(COUNTED))
     if used > limits["memory_bytes"]:
         return "memory"
-    room = os.statvfs(code_jail.FOLDER)
+    room = os.statvfs(sandbox.FOLDER)
     return "disk" if room.f_files - room.f_ffree > limits["files"] else None
 
 
@@ -189,10 +189,10 @@ def run_code(job: dict, isolated: bool, output: int, marks: int) -> None:
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-        code_jail.limit_resources(job["limits"]["memory_bytes"], job["limits"]["disk_bytes"])
+        sandbox.limit_resources(job["limits"]["memory_bytes"], job["limits"]["disk_bytes"])
         if isolated:
-            code_jail.drop_privileges(job["limits"]["processes"])
-            code_jail.filter_calls()
+            sandbox.drop_privileges(job["limits"]["processes"])
+            sandbox.filter_calls()
         nothing = os.open("/dev/null", os.O_RDWR)
     except OSError as problem:
         os.write(2, str(problem).encode())

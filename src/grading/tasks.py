@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from src.errors import UserError
-from src.evaluation.answer_types import EQUALITIES
-from src.evaluation.extract import EXTRACTIONS
+from src.grading.answer_types import EQUALITIES
+from src.grading.extract import EXTRACTIONS
 from src.jsonfile import read_json
 
 INSTRUCTION = "{instruction}"  # where the problem stands in a template

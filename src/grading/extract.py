@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from src.evaluation.letters import leading_letters
-from src.evaluation.minerva import weak_to_strong_answer
-from src.evaluation.number_words import altered, digits_for_words, scaled
-from src.evaluation.symbols import plain
+from src.grading.letters import leading_letters
+from src.grading.number_words import altered, digits_for_words, scaled
+from src.grading.published_rules import weak_to_strong_answer
+from src.grading.symbols import plain
 
 
 class Found(NamedTuple):

@@ -10,7 +10,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from src.evaluation.normalize import MAX_DIGITS
+from src.grading.normalize import MAX_DIGITS
 
 MAX_POWER = 20
 MAX_TERMS = 50

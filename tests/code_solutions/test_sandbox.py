@@ -1,4 +1,4 @@
-"""src/evaluation/code_runner.py against attacks.py: none succeeds, the caller lives, the next run is clean.
+"""src/code_solutions/runner.py against attacks.py: none succeeds, the caller lives, the next run is clean.
 
 The plain runs show that the attacks are real: the same code in an ordinary Python process does what it says.
 """
@@ -20,9 +20,9 @@ from string import Template
 
 import pytest
 
+from src.code_solutions.runner import Execution, Limits, best_isolation, run
 from src.errors import UserError
-from src.evaluation.code_runner import Execution, Limits, best_isolation, run
-from tests.evaluation.attacks import ATTACKS, BREACH, PRELUDE, Attack
+from tests.code_solutions.attacks import ATTACKS, BREACH, PRELUDE, Attack
 
 LIMITS = Limits(
     cpu_seconds=5, wall_seconds=20, memory_bytes=256 * 2**20, disk_bytes=8 * 2**20, files=64, output_bytes=2**14,

@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import NamedTuple
 
 from src.errors import UserError
-from src.evaluation.answer_types import ANY, EQUALITIES, AnswerType
-from src.evaluation.extract import Extraction, extract
-from src.evaluation.tasks import Task, find_task
+from src.grading.answer_types import ANY, EQUALITIES, AnswerType
+from src.grading.extract import Extraction, extract
+from src.grading.tasks import Task, find_task
 from src.text.blocks import last_text
 from src.worker import Worker
 
@@ -51,7 +51,7 @@ class Grader:
         self.same = EQUALITIES[self.task.equality]
         self.seconds = seconds
         self.n_workers = workers
-        self.workers = [Worker("src.evaluation.grade_worker") for _ in range(workers)]
+        self.workers = [Worker("src.grading.worker") for _ in range(workers)]
         self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self.workers:
             self.idle.put(worker)

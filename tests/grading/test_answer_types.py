@@ -1,10 +1,10 @@
-"""src/evaluation/answer_types.py: choices, truth, tolerances; and the extraction of letters."""
+"""src/grading/answer_types.py: choices, truth, tolerances; and the extraction of letters."""
 
 import pytest
 
-from src.evaluation.answer_types import AnswerType, choice_letters
-from src.evaluation.extract import extract
-from src.evaluation.grade import Grader
+from src.grading.answer_types import AnswerType, choice_letters
+from src.grading.extract import extract
+from src.grading.grader import Grader
 
 
 @pytest.mark.parametrize(("text", "letters"), [

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-from src.evaluation.extract import numbers
-from src.evaluation.intervals import NAME, RELATION, as_union, named_set
-from src.evaluation.normalize import (
+from src.grading.extract import numbers
+from src.grading.intervals import NAME, RELATION, as_union, named_set
+from src.grading.normalize import (
     THOUSANDS,
     closing,
     formulas_only,
@@ -22,9 +22,9 @@ from src.evaluation.normalize import (
     split_top,
     strip_braces,
 )
-from src.evaluation.number_words import changed
-from src.evaluation.polynomial import constant_value, same_polynomial
-from src.evaluation.units import MONEY, Quantity, currencies, quantity, units_clash
+from src.grading.number_words import changed
+from src.grading.polynomial import constant_value, same_polynomial
+from src.grading.units import MONEY, Quantity, currencies, quantity, units_clash
 
 MAX_LENGTH = 4000  # longer answers are compared as strings
 MAX_LEAF_LENGTH = 300
