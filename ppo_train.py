@@ -50,7 +50,8 @@ def main(config: PPOConfig) -> None:
         assemble.check_save_dir(
             save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir)
     storage.claim(Path(config.run_dir))
-    facts = run_facts("ppo_train", config.flags(), critic_warmup=critic_warmup)
+    facts = run_facts("ppo_train", config.flags(), critic_warmup=critic_warmup,
+                      precision=str(parallel.compute_dtype(config.precision)))
     find_start(config.save_dirs, config.resume, facts, n_iterations)
     log = RunLog(config.run_dir, config.flags(), wandb=config.wandb)
     models = load_models(config, log, n_iterations)

@@ -8,11 +8,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
-from src.config import Config, Count, Positive, flag
+from src.config import Count, Positive, PrecisionFlags, flag
 from src.data.encoding import Encoded, StepKind
 from src.data.examples import read_judged
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
@@ -21,7 +19,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class CreditConfig(Config):
+class CreditConfig(PrecisionFlags):
     """Credit of tokens"""
 
     ckpt_dir: str = flag(help="solver that preference_train.py has trained")
@@ -56,7 +54,7 @@ def main(config: CreditConfig) -> None:
     storage.claim(Path(config.log_dir))
     parallel.start()
     RunLog(config.log_dir, config.flags())
-    policy, reference = (logprobs_of(folder, encoded, config.max_batch_size)
+    policy, reference = (logprobs_of(folder, encoded, config)
                          for folder in (config.ckpt_dir, config.reference_ckpt_dir))
     if parallel.rank() == 0:
         found = [credit(*each, config.beta, tokenizer) for each in zip(encoded, policy, reference, strict=True)]
@@ -68,9 +66,10 @@ def main(config: CreditConfig) -> None:
         runlog.table(credit_table(report))
 
 
-def logprobs_of(ckpt_dir: str, encoded: list[Encoded], max_batch_size: int) -> list[list[float]]:
+def logprobs_of(ckpt_dir: str, encoded: list[Encoded], config: CreditConfig) -> list[list[float]]:
     """The log-prob of each response token by the solver in a directory, which is gone afterwards."""
-    return list(token_logprobs(assemble.load_solver(ckpt_dir, dtype=torch.float32), encoded, max_batch_size))
+    solver = assemble.load_solver(ckpt_dir, precision=config.precision)
+    return list(token_logprobs(solver, encoded, config.max_batch_size))
 
 
 if __name__ == "__main__":

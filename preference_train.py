@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
 from src.config import Bounds, NonNegative, Positive, Share, TrainConfig, flag
@@ -88,15 +86,16 @@ def main(config: PreferenceTrainConfig) -> None:
                  wandb=config.wandb)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
-    model, reference = assemble.load_solver(against or config.ckpt_dir, dtype=torch.float32), None
+    model, reference = assemble.load_solver(against or config.ckpt_dir, precision=config.precision,
+                                            trained=config.lora_rank == -1), None
     if against:
         file = Path(config.reference_file or Path(config.save_dir) / "reference.jsonl")
         reference = reference_logprobs(
-            model, [*data.samples, *held_out.samples], file, reference_identity(fingerprint, tokenizer),
+            model, [*data.samples, *held_out.samples], file, reference_identity(fingerprint, tokenizer, model.dtype),
             max_batch_size=2 * config.max_batch_size, log=log)
     if config.reference_ckpt_dir:
         del model  # before the policy takes its place
-        model = assemble.load_solver(config.ckpt_dir, dtype=torch.float32)
+        model = assemble.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1)
     trainer, checkpointer = setup.open_run(config, model, log, batching, len(data.samples), total_steps, facts)
     done = checkpointer.resume(config.resume)
     log.progress(total_steps, "step", done)

@@ -88,7 +88,7 @@ def main(config: SolverEvaluateConfig) -> None:
     prompting = make_prompting(benchmark, config.few_shot, config.prompt_template)
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
                         max_new_tokens=config.max_new_tokens, stop=prompting.stop, seed=config.seed)
-    solver = {"model_type": config.model_type, "quantize": config.quantize}
+    solver = {"model_type": config.model_type, "precision": config.precision, "quantize": config.quantize}
     if config.interactive:
         parallel.start(seed=config.seed)
         tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
@@ -98,7 +98,8 @@ def main(config: SolverEvaluateConfig) -> None:
         if config.verifier_ckpt_dir:
             scoring = assemble.load_config(config.verifier_ckpt_dir)
             assemble.check_step(config.verifier_ckpt_dir, scoring, config.step)
-            verifier = assemble.load_verifier(config.verifier_ckpt_dir, quantize=config.quantize)
+            verifier = assemble.load_verifier(config.verifier_ckpt_dir, precision=config.precision,
+                                              quantize=config.quantize)
         model = assemble.load_solver(config.ckpt_dir, **solver)
         converse(Solver(model, tokenizer, prompting, sampling, benchmark, verifier))
         return
@@ -134,7 +135,8 @@ def main(config: SolverEvaluateConfig) -> None:
                                                     config.template_args)
                 source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)),
                           "chat_template": tokenizer.chat_template,
-                          "template_args": tokenizer.template_args or None}
+                          "template_args": tokenizer.template_args or None,
+                          "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
                 coding = Coding(tokenizer, config.max_rounds, config.isolation or None) if tokenizer.code else None
                 source |= {"max_rounds": config.max_rounds} if coding else {}
                 sampler = local_sampler(model, tokenizer, prompting, sampling, config.max_batch_size,
@@ -172,7 +174,8 @@ def refuse_contradictions(flags: Mapping[str, object], benchmark: Task) -> None:
     if "samples_file" in on:
         if parallel.world_size() > 1:
             raise UserError("--samples_file needs one process; start it with python, not torchrun")
-        if unused := on & {"chat_template", "template_args", "tokenizer_file", "model_type", "quantize", "compile"}:
+        if unused := on & {"chat_template", "template_args", "tokenizer_file", "model_type", "precision", "quantize",
+                           "compile"}:
             raise UserError(f"--{min(unused)} has no effect on samples that exist; leave it or --samples_file out")
     check_flags(flags)
 

@@ -6,8 +6,6 @@ torchrun --nproc_per_node 8 solver_train.py --ckpt_dir ckpt/8 --save_dir out --t
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from src import assemble, cli, parallel, plan, runlog
 from src.config import TrainConfig, flag
 from src.data.encoding import masked_text
@@ -63,7 +61,7 @@ def main(config: SolverTrainConfig) -> None:
         return
     facts = setup.start(config, "solver_train", batching, len(data.rows), total_steps,
                         chat_template=tokenizer.chat_template, template_args=str(tokenizer.template_args or ""))
-    model = assemble.load_solver(config.ckpt_dir, dtype=None if config.quantize else torch.float32,
+    model = assemble.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
                                  quantize=config.quantize)
     assemble.set_chat_template(model, tokenizer)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from src import assemble, cli, parallel, plan, runlog
 from src.checkpoint import storage
-from src.config import Config, Count, flag
+from src.config import Count, PrecisionFlags, flag
 from src.data.encoding import StepKind
 from src.data.examples import match_samples, read_judged, read_prompts, read_samples
 from src.errors import UserError
@@ -32,7 +32,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifierEvaluateConfig(Config):
+class VerifierEvaluateConfig(PrecisionFlags):
     """Verifier evaluation"""
 
     ckpt_dir: str = flag(help="verifier checkpoint")
@@ -92,7 +92,7 @@ def main(config: VerifierEvaluateConfig) -> None:
     if config.samples_file:
         refuse_sampled(Path(config.log_dir) / "samples.jsonl", config.samples_file)
     parallel.start()
-    verifier = assemble.load_verifier(config.ckpt_dir, quantize=config.quantize)
+    verifier = assemble.load_verifier(config.ckpt_dir, precision=config.precision, quantize=config.quantize)
     tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
     log, folder = RunLog(config.log_dir, config.flags()), Path(config.log_dir)
     if config.steps_file:
@@ -107,7 +107,8 @@ def main(config: VerifierEvaluateConfig) -> None:
             storage.write_json(folder / "results.json", report)
             runlog.table(steps_table(report))
         return
-    identity = f"{storage.fingerprint(Path(config.ckpt_dir))[:12]}{config.quantize}"
+    arithmetic = f"{config.quantize}{verifier.dtype}".removesuffix("torch.float32")
+    identity = f"{storage.fingerprint(Path(config.ckpt_dir))[:12]}{arithmetic}"
     scores = score_samples(verifier, tokenizer, samples, aggregation=config.aggregation,
                            max_batch_size=config.max_batch_size, path=folder / f"scores.{identity}.jsonl", log=log)
     if parallel.rank() == 0:

@@ -8,8 +8,6 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
-
 from src import assemble, cli, parallel, plan, runlog
 from src.config import Bounds, NonNegative, Share, TrainConfig, flag
 from src.data.encoding import StepKind, masked_text
@@ -87,7 +85,8 @@ def main(config: VerifierTrainConfig) -> None:
         runlog.table(plan.training(config, model_config, steps, examples, tokenizer, batching.ranks))
         return
     facts = setup.start(config, "verifier_train", batching, len(data.samples), total_steps)
-    model = assemble.load_verifier(config.ckpt_dir, dtype=torch.float32, from_solver=True)
+    model = assemble.load_verifier(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
+                                   from_solver=True)
     score = {"pairwise": config.score, "outcome": "last", "process": "steps"}[config.objective]
     assemble.set_score(model, objective=config.objective, score=score, step=step)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)

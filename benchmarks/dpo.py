@@ -115,7 +115,7 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
     from src.training.trainer import Trainer
 
     parallel.start()
-    model = assemble.load_solver(str(folder / "ours"), dtype=torch.float32)
+    model = assemble.load_solver(str(folder / "ours"), trained=True)
     log = RunLog(str(folder / "log"), {})
     rows = [
         (Encoded(prompt + chosen, len(prompt)), Encoded(prompt + rejected, len(prompt)))

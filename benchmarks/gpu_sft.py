@@ -107,7 +107,7 @@ def drawn(name: str, shape: Sequence[int]) -> Tensor:
 def ours(case: Case, *, compiled: bool) -> Side:
     """The trainer's step on a new model."""
     with torch.device("meta"):
-        model = Decoder(case.config)
+        model = Decoder(case.config, parallel.compute_dtype())
     tensors = {}
     for name, parameter in model.named_parameters():
         values = rotary_from_hf(name, drawn(to_hf_name(name), parameter.shape), case.config)
@@ -152,7 +152,7 @@ def theirs(case: Case, *, compiled: bool) -> Side:
 
     def forward(batch: Batch, **options: object) -> "ModelOutput":
         positions = torch.cat([torch.arange(length) for length in batch.lengths])[None]
-        with parallel.autocast():
+        with torch.autocast(parallel.device().type, torch.bfloat16, enabled=parallel.device().type == "cuda"):
             return model(
                 batch.tokens, position_ids=positions.to(batch.tokens.device), use_cache=False, **options
             )

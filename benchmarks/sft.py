@@ -115,7 +115,6 @@ def write_model(case: Case, folder: Path) -> None:
 
 def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]:
     """Our Trainer on the samples, the rows of a step end to end or padded."""
-    import torch
 
     from src import assemble, parallel
     from src.config import LoraFlags, OptimizerFlags
@@ -127,7 +126,7 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
     from src.training.trainer import Trainer
 
     parallel.start()
-    model = assemble.load_solver(str(folder / "ours"), dtype=torch.float32)
+    model = assemble.load_solver(str(folder / "ours"), trained=True)
     names = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
     lora = LoraFlags(lora_rank=16 if case.lora else -1, lora_alpha=32.0, lora_targets=names)
     assemble.put_lora_on(model, assemble.lora_config(lora), seed=1)

@@ -81,7 +81,7 @@ def write_model(model: str, folder: Path) -> None:
 
 def open_verifier(folder: Path) -> Decoder:
     """The model with a random value head, the same at every call."""
-    verifier = assemble.load_verifier(str(folder / "ours"), dtype=torch.float32, from_solver=True)
+    verifier = assemble.load_verifier(str(folder / "ours"), trained=True, from_solver=True)
     with torch.no_grad():
         verifier.v_head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(5))
     assemble.set_score(verifier, objective="process", score="steps")

@@ -143,39 +143,43 @@ def load_solver(
     ckpt_dir: str,
     *,
     model_type: str = "",
-    dtype: torch.dtype | None = None,
+    precision: str = "",
+    trained: bool = False,
     quantize: str = "",
     n_layers: int | None = None,
 ) -> Decoder:
-    """A language model on this rank's device. dtype None: float32 on a CPU, bfloat16 on a GPU.
+    """A language model on this rank's device that computes in --precision.
 
+    Its weights are held in that type too, or `trained` in float32: rounding would swallow an update.
     quantize: empty, or a precision of models/quantize.py for weights that will not be trained.
     n_layers: leave out the layers behind this many; None keeps all.
     """
     config = load_config(ckpt_dir, model_type, "solver")
-    return _load(Path(ckpt_dir), config, dtype, quantize=quantize, n_layers=n_layers)
+    return _load(Path(ckpt_dir), config, precision, trained, quantize=quantize, n_layers=n_layers)
 
 
 def load_verifier(
     ckpt_dir: str,
     *,
     model_type: str = "",
-    dtype: torch.dtype | None = None,
+    precision: str = "",
+    trained: bool = False,
     from_solver: bool = False,
     quantize: str = "",
 ) -> Decoder:
-    """A model with a value head; dtype and quantize as for load_solver().
+    """A model with a value head; the rest as for load_solver().
 
     With from_solver a solver will do: its value head starts at zero.
     """
     config = load_config(ckpt_dir, model_type, "" if from_solver else "verifier")
-    return _load(Path(ckpt_dir), config, dtype, value_head=True, quantize=quantize)
+    return _load(Path(ckpt_dir), config, precision, trained, value_head=True, quantize=quantize)
 
 
 def _load(
     folder: Path,
     config: ModelConfig,
-    dtype: torch.dtype | None,
+    precision: str,
+    trained: bool,
     *,
     value_head: bool = False,
     quantize: str = "",
@@ -184,16 +188,15 @@ def _load(
     """Lay the model out on the meta device and assign this rank's tensors to it."""
     left_out = range(config.n_layers if n_layers is None else n_layers, config.n_layers)
     config = dataclasses.replace(config, n_layers=left_out.start)
-    dtype = dtype or (torch.bfloat16 if parallel.device().type == "cuda" else torch.float32)
-    tensors = local_tensors(
-        folder, None if quantize else dtype, left_out
-    )  # not larger than stored, to be made smaller
+    dtype = parallel.compute_dtype(precision)
+    held = None if quantize else torch.float32 if trained else dtype  # None: as stored, to be made smaller
+    tensors = local_tensors(folder, held, left_out)
     if value_head and not config.value_head:
         tensors.pop("output.weight", None)
-        tensors["v_head.weight"] = torch.zeros(1, config.dim, dtype=dtype, device=parallel.device())
+        tensors["v_head.weight"] = torch.zeros(1, config.dim, dtype=held or dtype, device=parallel.device())
         config = solver_to_verifier(config)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(config, dtype)
     assign(model, tensors, str(folder))
     if quantize:
         tensors.clear()  # each weight goes as its codes come
@@ -262,6 +265,8 @@ def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
     check_targets(lora, model.config)
     with torch.device("meta"):
         add_lora(model, lora)
+    if model.config.value_head:
+        model.v_head.float()
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
 
     def local_slice(name: str, whole: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def rank(ckpt_dir: str, scratch: str, n_layers: int) -> None:
     n_layers: layers to keep
     """
     parallel.start()
-    model = assemble.load_solver(ckpt_dir, dtype=torch.float32, n_layers=n_layers)
+    model = assemble.load_solver(ckpt_dir, precision="float32", n_layers=n_layers)
     rows, reference = _random_rows(model.config), Path(scratch) / "reference.pth"
     if parallel.world_size() == 1:
         _write_reference(model, rows, reference)

@@ -47,6 +47,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 Recomputed = Literal["none", "selective", "full"]
 Resume = Literal["none", "auto"]
 StoredType = Literal["", "float32", "bfloat16", "float16"]
+Precision = Literal["", "auto", "float32", "bfloat16", "float16"]
 LINEARS = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
 
 
@@ -133,7 +134,16 @@ class SavingFlags(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(SeedFlags):
+class PrecisionFlags(Config):
+    """Arithmetic"""
+
+    precision: Precision = flag("", """type that models compute in, and that weights are held in unless they
+        are trained: those, norms, softmax and losses stay float32. auto = bfloat16 on a GPU, and on a CPU that
+        is measured to be faster in it; default: bfloat16 on a GPU, float32 on a CPU""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(PrecisionFlags, SeedFlags):
     """Model, batches and steps"""
 
     model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
@@ -149,7 +159,7 @@ class RunFlags(SeedFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedFlags(Config):
+class AskedFlags(PrecisionFlags):
     """How the solver is asked"""  # of what samples from a solver: a checkpoint in this process, or a server
 
     tokenizer_file: str = flag("", """tokenizer of any kind; default: the one in ckpt_dir. A server then gets

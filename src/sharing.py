@@ -14,12 +14,13 @@ from src.models.quantize import QuantizedLinear
 
 
 class SharedBase:
-    """The weights below a checkpoint directory's adapters, held once in float32 for every model made of them."""
+    """The weights below a checkpoint directory's adapters, held once for every model made of them."""
 
-    def __init__(self, ckpt_dir: str) -> None:
-        """ckpt_dir: full weights, or an adapter whose base (or its base's base) is meant."""
+    def __init__(self, ckpt_dir: str, precision: str = "") -> None:
+        """ckpt_dir: full weights, or an adapter whose base (or its base's base) is meant. Held in --precision."""
         self.folder = base_of(ckpt_dir)
-        self._tensors = assemble.local_tensors(self.folder, torch.float32)
+        self.dtype = parallel.compute_dtype(precision)
+        self._tensors = assemble.local_tensors(self.folder, self.dtype)
 
     def model(self, ckpt_dir: str, *, value_head: bool = False, from_solver: bool = False) -> Decoder:
         """The model of a directory: this base, and adapters that are held beside it.
@@ -44,7 +45,7 @@ class SharedBase:
         if value_head:
             whole.pop("output.weight", None)
         with torch.device("meta"):
-            model = Decoder(config)
+            model = Decoder(config, self.dtype)
         assemble.assign(model, whole, ckpt_dir)
         for name, chained in factors.items():
             _replace_linear(model, name, AdaptedMatrix(whole[f"{name}.weight"], chained))

@@ -188,7 +188,7 @@ def lora(folder: str, save_dir: str, tokens: list[list[int]], mask: list[list[bo
     parallel.barrier()
     results["merged"] = all_logits(assemble.load_solver(f"{save_dir}-merged"), batch.tokens)
     for name, path in ("loaded_bfloat16", save_dir), ("merged_bfloat16", f"{save_dir}-merged"):
-        results[name] = dict(assemble.load_solver(path, dtype=torch.bfloat16).named_parameters())
+        results[name] = dict(assemble.load_solver(path, precision="bfloat16").named_parameters())
     results["dropout"] = dropout_logits(folder, batch.tokens)
     results["verifier"] = verifier_scores(folder, f"{save_dir}/../verifier", batch.tokens)
     return results

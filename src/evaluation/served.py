@@ -21,7 +21,7 @@ AT_SERVER = "server"  # the --chat_template that the server applies itself
 OWN = ("base_url", "model_name", "api_key_env")  # flags of a server alone
 # what a request has no word for, or a server decides, by the value that asks for nothing
 WITHOUT_EFFECT: dict[str, object] = {
-    "model_type": "", "top_k": 0, "min_p": 0.0, "quantize": "", "compile": False, "isolation": "",
+    "model_type": "", "top_k": 0, "min_p": 0.0, "precision": "", "quantize": "", "compile": False, "isolation": "",
     "max_rounds": 24,
 }  # fmt: skip
 

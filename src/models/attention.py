@@ -126,8 +126,8 @@ def _attend_in_samples(
 class HeadNorm(RMSNorm):
     """RMS normalisation of each head (Henry et al. 2020): every rank holds the weight, and meets some of the heads."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.head_dim, config.norm_eps, config.norm_offset)
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__(config.head_dim, config.norm_eps, config.norm_offset, dtype)
 
     def scale(self) -> Tensor:
         """The factor of each dimension, its gradient summed over the ranks. -> [E] float32."""
@@ -137,7 +137,7 @@ class HeadNorm(RMSNorm):
 class Attention(nn.Module):
     """Multi-head attention with grouped key-value heads (Ainslie et al. 2023) and rotary positions."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.layer = layer
         heads, kv_heads = config.heads_on(tensor_parallel_size(), tensor_parallel_rank())
@@ -150,8 +150,8 @@ class Attention(nn.Module):
         self.wk = ColumnParallelLinear(config.dim, all_keys, keys, bias=bias, replicated=replicated)
         self.wv = ColumnParallelLinear(config.dim, all_keys, keys, bias=bias, replicated=replicated)
         self.wo = RowParallelLinear(all_queries, config.dim, queries)
-        self.q_norm = HeadNorm(config) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(config) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(config, dtype) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(config, dtype) if config.qk_norm else nn.Identity()
         self.scores = Scores(config.attention_scale, config.attention_softcap, config.window_of(layer))
 
     def forward(

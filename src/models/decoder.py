@@ -21,19 +21,19 @@ from src.models.rope import rope_frequencies, rope_rotation
 class Block(nn.Module):
     """Pre-norm residual block: attention, then feed-forward; with post_norms both outputs are normalised too."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config, layer, dtype)
         self.feed_forward = MixtureOfExperts(config) if config.n_experts else FeedForward(config)
-        self.attention_norm = _norm(config)
-        self.ffn_norm = _norm(config)
-        self.attention_post_norm = _norm(config) if config.post_norms else nn.Identity()
-        self.ffn_post_norm = _norm(config) if config.post_norms else nn.Identity()
+        self.attention_norm = _norm(config, dtype)
+        self.ffn_norm = _norm(config, dtype)
+        self.attention_post_norm = _norm(config, dtype) if config.post_norms else nn.Identity()
+        self.ffn_post_norm = _norm(config, dtype) if config.post_norms else nn.Identity()
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Cache | None
     ) -> Tensor:
-        """x [B, S, D] -> [B, S, D]."""
+        """The residual stream x [B, S, D] float32 -> [B, S, D] float32."""
         x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotation, visible, cache))
         return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
@@ -47,25 +47,28 @@ def _positions(packed: Packed) -> Tensor:
     return torch.cat(parts)
 
 
-def _norm(config: ModelConfig) -> RMSNorm:
+def _norm(config: ModelConfig, dtype: torch.dtype) -> RMSNorm:
     """A norm over the model's width."""
-    return RMSNorm(config.dim, config.norm_eps, config.norm_offset)
+    return RMSNorm(config.dim, config.norm_eps, config.norm_offset, dtype)
 
 
 class Decoder(nn.Module):
     """Token ids to hidden states, and hidden states to logits (a solver) or scores (a verifier or critic).
 
     The two halves are separate calls so that the output layer only runs where someone wants its result.
+
+    Every weight, and what linear layers and attention read and write, is rounded to `dtype`; the residual stream,
+    norms, rotary angles, softmax, scores and losses are float32. The weights themselves may be stored in more bits.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, dtype
         by_width = config.embedding_dim_on(parallel.tensor_parallel_size()) == 1
         embedding = ParallelEmbedding if by_width else VocabParallelEmbedding
         self.tok_embeddings = embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = _norm(config)
+        self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.n_layers))
+        self.norm = _norm(config, dtype)
         if config.value_head:
             self.v_head = nn.Linear(config.dim, 1, bias=False)
         elif not config.tied:
@@ -79,7 +82,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         lengths: Packed | None = None,
     ) -> Tensor:
-        """tokens [B, S] int64 -> normalised hidden states [B, S, D].
+        """tokens [B, S] int64 -> normalised hidden states [B, S, D] in the model's dtype.
 
         Without a cache attention is causal over the row, so padding after a row's end changes nothing before
         it; a PromptCache keeps what such a forward computes. With a KVCache one token a row is read at the
@@ -91,15 +94,14 @@ class Decoder(nn.Module):
         if positions is None:
             positions = _positions(lengths or (S,)).to(tokens.device).expand(B, S)
         self._check_context(positions)
-        with parallel.autocast():
-            x = self.tok_embeddings(tokens)
-            if self.config.scaled_embeddings:  # the root is rounded to x's dtype, as in training
-                x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype, device=x.device)
-            frequencies = rope_frequencies(self.config, tokens.device)
-            rotation = rope_rotation(positions, frequencies)
-            for layer in self.layers:
-                x = layer(x, rotation, lengths, cache)
-            return self.norm(x)
+        x = self.tok_embeddings(tokens).to(self.dtype)
+        if self.config.scaled_embeddings:  # the root is rounded too, as when the model was pretrained
+            x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype, device=x.device)
+        x = x.float()
+        rotation = rope_rotation(positions, rope_frequencies(self.config, tokens.device))
+        for layer in self.layers:
+            x = layer(x, rotation, lengths, cache)
+        return self.norm(x)
 
     def _check_context(self, positions: Tensor) -> None:
         """Raise UserError for positions [B, S] beyond a context whose rule for them is not implemented."""
@@ -112,11 +114,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's vocabulary slice of the logits, padding rows at -inf. hidden [..., D] -> [..., P]."""
-        with parallel.autocast():
-            if self.config.tied:
-                local = linear(parallel.copy_to_tensor_parallel(hidden), self.tok_embeddings.weight)
-            else:
-                local = self.output(hidden)
+        if self.config.tied:
+            local = linear(parallel.copy_to_tensor_parallel(hidden), self.tok_embeddings.weight)
+        else:
+            local = self.output(hidden)
         if self.config.logit_softcap:
             local = self.config.logit_softcap * torch.tanh(local / self.config.logit_softcap)
         rows = parallel.padded_share(self.config.vocab_size)
@@ -127,4 +128,4 @@ class Decoder(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The value head's score of each position. hidden [..., D] -> [...] float32."""
-        return F.linear(hidden.float(), self.v_head.weight.float()).squeeze(-1)
+        return F.linear(hidden.float(), self.v_head.weight.to(self.dtype).float()).squeeze(-1)

@@ -54,12 +54,13 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
         tokens = x.flatten(0, 1)  # [N, D]
-        weights, chosen = self.gate(tokens).float().softmax(-1).topk(self.n_active, dim=-1)  # [N, n_active]
+        probabilities = linear(tokens, self.gate.weight).float().softmax(-1)  # [N, X]
+        weights, chosen = probabilities.topk(self.n_active, dim=-1)  # [N, n_active]
         if self.renormalised:
             weights = weights / weights.sum(-1, keepdim=True)
         # each rank has a part of every expert, hence a part of these gradients
         tokens, weights = copy_to_tensor_parallel(tokens), copy_to_tensor_parallel(weights)
-        output = torch.zeros_like(tokens)
+        output = torch.zeros_like(tokens, dtype=torch.float32)
         for index, expert in enumerate(self.experts):
             rows, places = (chosen == index).nonzero(as_tuple=True)
             if not len(rows) and not torch.is_grad_enabled():  # in training an idle expert has a gradient of zero
@@ -72,15 +73,17 @@ class MixtureOfExperts(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich 2019), computed in float32; with offset, * (1 + weight)."""
 
-    def __init__(self, dim: int, eps: float, offset: bool) -> None:
+    def __init__(self, dim: int, eps: float, offset: bool, dtype: torch.dtype) -> None:
+        """dtype: of what comes out, for the linear layers that read it."""
         super().__init__()
-        self.eps, self.offset = eps, offset
+        self.eps, self.offset, self.dtype = eps, offset, dtype
         self.weight = nn.Parameter(torch.empty(dim))
 
     def scale(self) -> Tensor:
         """The factor of each dimension. -> [D] float32."""
-        return self.weight.float() + 1 if self.offset else self.weight.float()
+        weight = self.weight.to(self.dtype).float()  # as FSDP2 gathers it in bfloat16
+        return weight + 1 if self.offset else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]; dtype of x is kept."""
-        return F.rms_norm(x.float(), x.shape[-1:], self.scale(), self.eps).type_as(x)
+        """x [..., D] of any float dtype -> [..., D] in the norm's dtype."""
+        return F.rms_norm(x.float(), x.shape[-1:], self.scale(), self.eps).to(self.dtype)

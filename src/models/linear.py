@@ -1,4 +1,9 @@
-"""The product of a linear layer and its gradients: in float32 on a CPU by oneDNN.
+"""The product of a linear layer and its gradients: in the type of its input, whatever its weight is stored in.
+
+A float32 weight that meets rows in bfloat16 or float16 is rounded to their type: once for every change of it, so that a
+step's micro-batches and recomputed blocks share the copy. Its gradient is rounded likewise, and summed in float32.
+
+In float32 on a CPU oneDNN multiplies.
 
 torch's x86 builds multiply float32 with MKL, which leaves AVX-512 unused on processors of other makers and is slow at
 two to sixteen rows; oneDNN comes with the same builds. One core of an AMD EPYC: with a weight of 2560 x 768 64 rows at
@@ -31,13 +36,29 @@ INTEL = _CPU.is_file() and "GenuineIntel" in _CPU.read_text(encoding="utf-8", er
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in], weight [out, in], bias [out] -> x W^T + b [..., out]. Differentiable."""
-    if not _by_onednn(x, weight, weight.numel()):
+    """x [..., in], weight [out, in], bias [out] -> x W^T + b [..., out] in x's dtype. Differentiable."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if not torch.is_grad_enabled():
+        weight = rounded(weight, x.dtype)
+    if weight.dtype == x.dtype and not _by_onednn(x, weight, weight.numel()):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     y = _Product.apply(rows, weight, bias) if torch.is_grad_enabled() else _product(rows, weight, bias)
     # no view, as in torch's own linear: the sum over tensor-parallel ranks writes into it
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], len(weight)])
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in this dtype, without gradient; the copy is kept at the weight until that changes."""
+    if weight.dtype == dtype:
+        return weight
+    if torch.compiler.is_compiling():
+        return weight.to(dtype)
+    version, copy = getattr(weight, "rounded", (None, None))
+    if version != weight._version or copy.dtype != dtype:
+        copy = weight.detach().to(dtype)
+        weight.rounded = (weight._version, copy)
+    return copy
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
@@ -50,12 +71,14 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of linear()'s weight. grad [N, out], x [N, in] -> grad^T x [out, in]."""
     if INTEL or not _by_onednn(grad, x, grad.shape[1] * x.shape[1]):
-        return grad.t() @ x
+        # bfloat16 on a CPU: a kernel for AMX reads its left side by rows, and transposes it slowly
+        narrow = grad.is_cpu and grad.dtype == torch.bfloat16 and grad.shape[1] <= x.shape[1]
+        return (grad.t().contiguous() if narrow else grad.t()) @ x
     return _multiply(_padded(grad.contiguous()).t(), _padded(x).t())
 
 
 class _Product(torch.autograd.Function):
-    """linear() by oneDNN, whose operation has no gradient in torch."""
+    """linear() where torch has no gradient: by oneDNN, or with a weight that is rounded first."""
 
     @staticmethod
     def forward(
@@ -63,7 +86,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         """x [N, in], weight [out, in], bias [out] -> [N, out]."""
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _product(x, rounded(weight, x.dtype), bias)
 
     @staticmethod
     def backward(
@@ -73,7 +96,7 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            input_gradient(grad, weight) if of_x else None,
+            input_gradient(grad, rounded(weight, grad.dtype)) if of_x else None,
             weight_gradient(grad, x) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )
@@ -93,6 +116,8 @@ def _by_onednn(x: Tensor, other: Tensor, elements: int) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b for any number of rows. [N, in], [out, in], [out] -> [N, out]."""
+    if not _by_onednn(x, weight, weight.numel()):
+        return F.linear(x, weight, bias)
     return _multiply(_padded(x), weight, bias)[: len(x)]
 
 

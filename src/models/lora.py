@@ -18,7 +18,7 @@ from src import parallel
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.layers import ColumnParallelLinear, RowParallelLinear
-from src.models.linear import input_gradient, linear, weight_gradient
+from src.models.linear import input_gradient, linear, rounded, weight_gradient
 from src.models.quantize import QuantizedLinear
 
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
@@ -77,11 +77,10 @@ class _AdaptedProduct(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         """x [N, in], lora_a [rank, in], lora_b [out, rank], kept [N, in] or None -> [N, out] in x's dtype."""
-        low = scale * linear(x if kept is None else x * kept, lora_a.type_as(x))  # [N, rank]
+        low = scale * linear(x if kept is None else x * kept, lora_a)  # [N, rank]
         ctx.save_for_backward(x, lora_a, lora_b, kept, low)
         ctx.base, ctx.scale = base, scale
-        bias = None if base.bias is None else base.bias.type_as(x)
-        return linear(x, base.weight.type_as(x), bias).addmm_(low, lora_b.type_as(x).T)
+        return linear(x, base.weight, base.bias).addmm_(low, lora_b.type_as(x).T)
 
     @staticmethod
     def backward(
@@ -92,7 +91,7 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_low = ctx.scale * input_gradient(grad, lora_b.type_as(grad))  # [N, rank]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = input_gradient(grad, ctx.base.weight.type_as(grad))
+            grad_x = input_gradient(grad, rounded(ctx.base.weight, grad.dtype))
             if kept is None:
                 grad_x.addmm_(grad_low, lora_a.type_as(grad))
             else:
@@ -125,7 +124,7 @@ class LoraLinear(nn.Module):
         if not self.adapted:
             return self.base(x)
         kept = F.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
-        x, lora_a, lora_b = parallel.autocasted(x), self.lora_a.weight, self.lora_b.weight
+        lora_a, lora_b = self.lora_a.weight, self.lora_b.weight
         # a whole factor meets a part of the product on each rank: its gradient is the sum over the ranks
         if self.by_rows:
             x, lora_a = parallel.copy_to_tensor_parallel(x), parallel.copy_to_tensor_parallel(lora_a)

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from src import assemble, parallel
 from src.errors import UserError
 from src.models.decoder import Decoder
@@ -53,7 +51,7 @@ class PPOModels:
             self.offloader.drop(self.reference)
             self.reference = None  # gone before the new one comes
         folder = str(Path(config.actor_save_dir) / "reference") if refreshed else config.actor_ckpt_dir
-        self.reference = assemble.load_solver(folder, dtype=torch.float32, quantize=config.quantize)
+        self.reference = assemble.load_solver(folder, precision=config.precision, quantize=config.quantize)
         self.offloader.add(self.reference)
 
 
@@ -64,19 +62,20 @@ def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
             "--share_base: data-parallel ranks would cut the base for each model; make all ranks one tensor-parallel "
             "group with --tensor_parallel_size"
         )
-    shared = SharedBase(config.actor_ckpt_dir) if config.share_base else None
+    shared = SharedBase(config.actor_ckpt_dir, config.precision) if config.share_base else None
     offloader = ModelOffloader(Path(config.run_dir) / ".waiting" if config.phases else None)
 
     def solver(folder: str) -> Decoder:
         if shared:
             return shared.model(folder)
-        return assemble.load_solver(folder, model_type=config.model_type, dtype=torch.float32)
+        return assemble.load_solver(folder, model_type=config.model_type, precision=config.precision,
+                                    trained=config.lora_rank == -1)
 
     def verifier(folder: str, *, trained: bool) -> Decoder:
         if shared:
             return shared.model(folder, value_head=True, from_solver=trained)
-        dtype, quantize = (torch.float32, "") if trained else (None, config.quantize)
-        return assemble.load_verifier(folder, dtype=dtype, from_solver=trained, quantize=quantize)
+        return assemble.load_verifier(folder, precision=config.precision, trained=trained and config.lora_rank == -1,
+                                      from_solver=trained, quantize="" if trained else config.quantize)
 
     def trainer(model: Decoder, lr: float, iterations: int) -> Trainer:
         assemble.put_lora_on(model, assemble.lora_config(config), config.seed)

@@ -38,9 +38,10 @@ class Reference(NamedTuple):
         return self.logprobs[row_key(self.identity, encoded)] if encoded.n_response else 0.0
 
 
-def reference_identity(fingerprint: str, tokenizer: Tokenizer) -> str:
-    """What log-probs depend on besides the row: the checkpoint, the tokenizer, and float32 or bfloat16 arithmetic."""
-    return "/".join((fingerprint, tokenizer.fingerprint(), parallel.device().type))
+def reference_identity(fingerprint: str, tokenizer: Tokenizer, dtype: torch.dtype) -> str:
+    """What log-probs depend on besides the row: the checkpoint, the tokenizer, and the type of the arithmetic."""
+    rounded = [] if dtype == torch.float32 else [str(dtype)]
+    return "/".join((fingerprint, tokenizer.fingerprint(), parallel.device().type, *rounded))
 
 
 def row_key(identity: str, encoded: Encoded) -> str:

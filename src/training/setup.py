@@ -29,7 +29,8 @@ def start(
     """
     parallel.start(config.seed, assemble.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size))
     assemble.check_save_dir(config.save_dir, config.ckpt_dir)
-    facts = run_facts(trainer, config.flags(), rows=n_rows, rows_a_step=batching.rows_a_step, **derived)
+    facts = run_facts(trainer, config.flags(), rows=n_rows, rows_a_step=batching.rows_a_step,
+                      precision=str(parallel.compute_dtype(config.precision)), **derived)
     find_start([config.save_dir], config.resume, facts, total_steps)
     return facts
 

@@ -59,7 +59,7 @@ class Trainer:
         self.steps = self._updates = self._bad_steps = 0
         self._loss = torch.zeros((), dtype=torch.float64, device=parallel.device())
         checkpoint_activations(model, flags.activation_checkpointing)
-        parallel.shard_over_data_parallel(model, model.layers)
+        parallel.shard_over_data_parallel(model, model.layers, model.dtype)
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
         self._copies = [shards.copies(shards.cut_of(name, model.config, n), rank) for name in self._trainable]

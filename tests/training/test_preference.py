@@ -293,7 +293,7 @@ def test_scdpo_05_the_prompt_of_training_is_that_of_generation(tokenizer: Tokeni
 
 
 def reference_of(folder: str, data: PreferenceData, path: Path, tokenizer: Tokenizer) -> Reference:
-    identity = reference_identity(storage.fingerprint(Path(folder)), tokenizer)
+    identity = reference_identity(storage.fingerprint(Path(folder)), tokenizer, torch.float32)
     log = RunLog(str(path.parent), {})
     return reference_logprobs(
         assemble.load_solver(folder), data.samples, path, identity, max_batch_size=2, log=log

@@ -48,7 +48,7 @@ def verifier_epochs(
     label_tokens: str = "all",
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two steps on ROWS, the losses, and the report on ROWS."""
-    model = assemble.load_verifier(folder, dtype=torch.float32)
+    model = assemble.load_verifier(folder, trained=True)
     assemble.put_lora_on(
         model,
         assemble.lora_config(

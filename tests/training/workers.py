@@ -325,7 +325,7 @@ def resumed_epochs(
     optimizer: str = "adamw",
 ) -> dict[str, Tensor]:
     """Steps `first` + 1 .. `last` of a run of 8 on INSTRUCTIONS, saved after each; losses and every rank's weights."""
-    model = assemble.load_solver(folder, dtype=torch.float32)
+    model = assemble.load_solver(folder, trained=True)
     lora = assemble.lora_config(
         LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
     )
@@ -366,7 +366,7 @@ def resumed_epochs(
 
 def interrupted(folder: str, save_dir: str, how: str) -> None:
     """Two steps of a run that catches SIGTERM; in the second something befalls one rank."""
-    model = assemble.load_solver(folder, dtype=torch.float32)
+    model = assemble.load_solver(folder, trained=True)
     log = RunLog(save_dir, {})
     trainer = Trainer(model, log, OptimizerFlags(lr=1e-3), total_steps=2)
     trainee = Trainee(save_dir, trainer, lambda target, state: None)
