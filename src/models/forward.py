@@ -20,9 +20,9 @@ from src.models.attention import Packed
 from src.models.decoder import Decoder
 from src.models.vocab_softmax import vocab_entropy, vocab_logprobs
 
-# Logits of this many float32 bytes exist at once; those of more positions are made again for the backward pass. On a
-# CPU fewer than 32 MiB: glibc maps larger blocks anew each time, and touching their pages takes longer than a softmax.
-CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
+# Logits of this many float32 bytes exist at once; those of more positions are made again for the backward pass. Each
+# chunk adds a gradient of the whole output layer, so few are faster; on a CPU 192 MiB were no faster than 96.
+CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
 
 Lengths = Packed | None
 
