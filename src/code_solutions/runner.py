@@ -223,7 +223,7 @@ def bubblewrap(limits: Limits) -> list[str]:
             words += ["--symlink", os.readlink(path), path]
         elif os.path.exists(path):
             words += ["--dev-bind" if path in DEVICES else "--ro-bind", path, path]
-    words += ["--ro-bind", str(REPO / "src" / "evaluation"), "/runner/src/evaluation"]
+    words += ["--ro-bind", str(Path(__file__).parent), f"/runner/{Path(__file__).parent.relative_to(REPO)}"]
     words += ["--proc", "/proc", "--dir", sandbox.FOLDER, "--remount-ro", "/"]
     words += ["--size", str(limits.disk_bytes), "--tmpfs", sandbox.FOLDER, "--chdir", "/runner", "--"]
     return words

@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 
 from src.code_solutions import sandbox
-from src.code_solutions.runner import Execution, Limits, Notebook, best_isolation, first_difference, run
+from src.code_solutions.runner import (
+    WORKER,
+    Execution,
+    Limits,
+    Notebook,
+    best_isolation,
+    bubblewrap,
+    first_difference,
+    run,
+)
 from src.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -266,3 +275,10 @@ def test_a_limit_is_positive(name: str) -> None:
 def test_no_block_is_refused() -> None:
     with pytest.raises(ValueError, match="no block to run"):
         run([])
+
+
+def test_bubblewrap_shows_the_worker_its_own_code() -> None:
+    words = bubblewrap(Limits())
+    worker = Path("/runner", *WORKER.split(".")).with_suffix(".py")
+    source = words[words.index(str(worker.parent)) - 1]
+    assert (Path(source) / worker.name).is_file()
