@@ -15,7 +15,6 @@ from src.checkpoint import storage
 from src.data.collate import chunks, epoch_order
 from src.data.examples import Prompt, read_prompts
 from src.errors import UserError
-from src.evaluation.user_reward import UserReward
 from src.grading.grader import Grader
 from src.inference.sampling import Sampling
 from src.runlog import Phases, RunLog
@@ -35,6 +34,7 @@ from src.training.rollout import (
     rollout_values,
     sample_rollout,
 )
+from src.training.user_reward import UserReward
 
 
 def main(config: PPOConfig) -> None:

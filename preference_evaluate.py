@@ -14,7 +14,7 @@ from src.config import Count, Positive, PrecisionFlags, flag
 from src.data.encoding import Encoded, StepKind
 from src.data.examples import read_judged
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
-from src.evaluation.judging import encode_solutions, tell_too_long
+from src.evaluation.scoring import encode_solutions, tell_too_long
 from src.runlog import RunLog
 
 

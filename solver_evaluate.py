@@ -19,7 +19,7 @@ from src.data.encoding import StepKind, encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
 from src.evaluation.evaluator import (
-    Marking,
+    BackgroundGrader,
     claim_samples,
     grade_samples,
     local_sampler,
@@ -123,8 +123,8 @@ def main(config: SolverEvaluateConfig) -> None:
     path, speed = Path(config.log_dir) / "samples.jsonl", None
     if config.samples_file:
         refuse_sampled(path, config.samples_file)
-    marks = parallel.rank() == 0 and benchmark.graded
-    with Marking(benchmark, prompts) if marks else nullcontext() as marking:
+    grades = parallel.rank() == 0 and benchmark.graded
+    with BackgroundGrader(benchmark, prompts) if grades else nullcontext() as grading:
         if not config.samples_file:
             parallel.start(seed=config.seed)
             if served:
@@ -145,11 +145,11 @@ def main(config: SolverEvaluateConfig) -> None:
             flags = config.flags()
             claim_samples(path, source | {name: flags[name] for name in drawn_by} | prompting.facts())
             speed = sample_prompts(sampler, prompts, num_samples=config.num_samples, path=path,
-                                   log=RunLog(config.log_dir, flags), marking=marking)
-        if marking:
+                                   log=RunLog(config.log_dir, flags), grading=grading)
+        if grading:
             samples = match_samples(read_samples(config.samples_file or str(path)), problems, config.samples_file)
             asked = {} if config.samples_file else prompting._asdict() | {"few_shot": config.few_shot}
-            results = grade_samples(marking, samples, path) | asked
+            results = grade_samples(grading, samples, path) | asked
             storage.write_json(Path(config.log_dir) / "results.json", results)
             plot_results(results, CURVES, Path(config.log_dir) / "results.png")
             runlog.table(results_table(results, speed))

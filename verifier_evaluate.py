@@ -15,9 +15,9 @@ from src.config import Count, PrecisionFlags, flag
 from src.data.encoding import StepKind
 from src.data.examples import match_samples, read_judged, read_prompts, read_samples
 from src.errors import UserError
-from src.evaluation.evaluator import Marking, grade_samples, refuse_sampled
-from src.evaluation.judging import score_samples, score_steps, with_score
+from src.evaluation.evaluator import BackgroundGrader, grade_samples, refuse_sampled
 from src.evaluation.prompting import select_prompts
+from src.evaluation.scoring import score_samples, score_steps, with_score
 from src.evaluation.verifier_report import (
     choose_threshold,
     judged_samples,
@@ -113,9 +113,9 @@ def main(config: VerifierEvaluateConfig) -> None:
                            max_batch_size=config.max_batch_size, path=folder / f"scores.{identity}.jsonl", log=log)
     if parallel.rank() == 0:
         scored = [with_score(sample, found) for sample, found in zip(samples, scores, strict=True)]
-        with Marking(find_task(config.task), prompts) as marking:
-            results = grade_samples(marking, scored, folder / "samples.jsonl")
-            report = report_samples(judged_samples(marking, scored))
+        with BackgroundGrader(find_task(config.task), prompts) as grading:
+            results = grade_samples(grading, scored, folder / "samples.jsonl")
+            report = report_samples(judged_samples(grading, scored))
         storage.write_json(folder / "results.json", results | {"verifier": report})
         plot_verifier(report, folder / "verifier.png")
         runlog.table(report_table(report))

@@ -34,7 +34,7 @@ from src.data import collate  # noqa: E402
 from src.data.batches import Batching  # noqa: E402
 from src.data.encoding import Encoded, encode_steps, split_steps  # noqa: E402
 from src.data.examples import Judged, Sample  # noqa: E402
-from src.evaluation.judging import score_samples  # noqa: E402
+from src.evaluation.scoring import score_samples  # noqa: E402
 from src.losses import judgement_loss  # noqa: E402
 from src.models.decoder import Decoder  # noqa: E402
 from src.runlog import RunLog  # noqa: E402

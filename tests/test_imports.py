@@ -36,15 +36,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "grading": {"text", "worker"},
     "code_solutions": {"inference", "parallel", "text"},
     "evaluation": {
-        "code_solutions", "data", "grading", "inference", "models", "parallel", "runlog", "text", "worker"
+        "code_solutions", "data", "grading", "inference", "models", "parallel", "runlog", "text"
     },
     "construct": {
         "checkpoint", "code_solutions", "data", "evaluation", "grading", "inference", "models", "parallel", "runlog",
         "text",
     },
     "training": {
-        "assemble", "checkpoint", "config", "data", "evaluation", "flags", "grading", "inference", "losses", "models",
-        "parallel", "runlog", "sharing", "text", "watchdog",
+        "assemble", "checkpoint", "config", "data", "flags", "grading", "inference", "losses", "models",
+        "parallel", "runlog", "sharing", "text", "watchdog", "worker",
     },
     "memory": {"checkpoint", "models", "parallel"},
     "plan": {

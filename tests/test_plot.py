@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from src.data.examples import Prompt
-from src.evaluation.evaluator import Marking
+from src.evaluation.evaluator import BackgroundGrader
 from src.evaluation.report import CURVES, Graded, summarize
 from src.grading.grader import Verdict
 from src.grading.tasks import find_task
@@ -20,8 +20,8 @@ def results(n: int, level: int | None, scored: bool) -> dict[str, object]:
         Graded(Verdict("right" if k % 2 else "wrong", "1" if k % 2 else "2"), 0.1 * k if scored else None)
         for k in range(n)
     ]
-    with Marking(task, prompts) as marking:
-        return summarize(task, prompts, {"a": samples, "b": samples}, marking.grader)
+    with BackgroundGrader(task, prompts) as grading:
+        return summarize(task, prompts, {"a": samples, "b": samples}, grading.grader)
 
 
 @pytest.mark.parametrize("n, level, scored, panels", [(1, None, False, 1), (1, 2, False, 1), (4, 2, True, 2)])

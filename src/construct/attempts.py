@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from src.construct.continuation import on_rank_0
 from src.data.examples import Prompt, Sample
-from src.evaluation.evaluator import Drawn, Sampler, Wanted
+from src.evaluation.evaluator import Sampler, SampleRequest, SamplerOutput
 
 
 class Enough(NamedTuple):
@@ -44,7 +44,7 @@ def until_enough(
     drawn depends on those with lower numbers alone.
     """
 
-    def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+    def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
         problems = {prompt.id: prompt for prompt, _ in wanted}
         numbers = defaultdict(list)
         for prompt, number in wanted:

@@ -9,7 +9,7 @@ from src import parallel
 from src.code_solutions.tool_hook import MALFORMED, Coding
 from src.data.encoding import STEP_END, encode_prompt, split_steps
 from src.data.examples import Prompt, Sample
-from src.evaluation.evaluator import Drawn, Sampler, Wanted, local_sampler
+from src.evaluation.evaluator import Sampler, SampleRequest, SamplerOutput, local_sampler
 from src.evaluation.prompting import Prompting
 from src.evaluation.served import ServedSolver, until
 from src.inference.engine import Request, generate, vocabulary_of
@@ -162,7 +162,7 @@ def _continued_by_server(
 def rollout_sampler(solver: Solver | ServedSolver, prefixes: Mapping[str, str], sampling: Sampling) -> Sampler:
     """Whole solutions that begin with the prefix of their id, as sample_prompts() takes them."""
 
-    def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+    def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
         asked = [
             Asked(prompt.id, number, prompt.instruction, prefixes[prompt.id]) for prompt, number in wanted
         ]
@@ -171,7 +171,7 @@ def rollout_sampler(solver: Solver | ServedSolver, prefixes: Mapping[str, str], 
             finish = "length" if found.end == LENGTH else "stop"
             response = found.asked.prefix + found.text
             logprob = None if found.logprob is None else round(found.logprob, 1)
-            yield Drawn(found.asked.id, found.asked.sample, response, found.n_tokens, finish, logprob, error)
+            yield SamplerOutput(found.asked.id, found.asked.sample, response, found.n_tokens, finish, logprob, error)
 
     return sample
 
@@ -217,7 +217,7 @@ def branching_sampler(
     rank 0 alone. max_new_tokens bounds a step.
     """
 
-    def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+    def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
         live = {prompt.id: (prompt, number) for prompt, number in wanted}
         ends: dict[str, str] = {}
         for wave in waves(attempts):
@@ -248,10 +248,10 @@ def branching_sampler(
                     _, number = live.pop(item.id)
                     response = item.prefix + found.text
                     logprob = None if found.logprob is None else round(found.logprob, 1)
-                    yield Drawn(item.id, number, response, found.n_tokens, "stop", logprob)
+                    yield SamplerOutput(item.id, number, response, found.n_tokens, "stop", logprob)
         for name, (_, number) in live.items():
             error = f"not wrong in {attempts} attempts; the last: {ends[name]}"
-            yield Drawn(name, number, "", None, "", None, error)
+            yield SamplerOutput(name, number, "", None, "", None, error)
 
     return sample
 

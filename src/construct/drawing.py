@@ -10,7 +10,7 @@ from src.construct.continuation import Solver
 from src.construct.origin import identity_file, read_origin
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
-from src.evaluation.evaluator import Marking, Sampler, claim_samples, grade_samples, sample_prompts
+from src.evaluation.evaluator import BackgroundGrader, Sampler, claim_samples, grade_samples, sample_prompts
 from src.evaluation.prompting import Prompting, make_prompting
 from src.evaluation.served import AT_SERVER, ServedSolver, check_flags
 from src.grading.answer_types import AnswerType
@@ -88,11 +88,11 @@ def draw(
     path = Path(str(flags["log_dir"])) / "samples.jsonl"
     storage.claim(path.parent)
     claim_samples(path, {**solver.source, **facts, **solver.prompting.facts()})
-    with Marking(grade, prompts) if grade and parallel.rank() == 0 else nullcontext() as marking:
+    with BackgroundGrader(grade, prompts) if grade and parallel.rank() == 0 else nullcontext() as grading:
         log = RunLog(str(path.parent), dict(flags))
-        sample_prompts(sampler, prompts, num_samples=n, path=path, log=log, marking=marking)
-        if marking:
-            results = grade_samples(marking, read_samples(str(path)), path)
+        sample_prompts(sampler, prompts, num_samples=n, path=path, log=log, grading=grading)
+        if grading:
+            results = grade_samples(grading, read_samples(str(path)), path)
             storage.write_json(path.with_name("results.json"), results)
     return path
 

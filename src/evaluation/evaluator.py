@@ -28,10 +28,10 @@ from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
 
 GRADING_THREADS = 2  # and as many processes for the expressions that rules cannot decide
-Wanted = tuple[Prompt, int]  # a problem and the number of a sample
+SampleRequest = tuple[Prompt, int]  # a problem and the number of a sample
 
 
-class Drawn(NamedTuple):
+class SamplerOutput(NamedTuple):
     """One sample as it comes from a sampler; with an error it failed and has no response."""
 
     id: str
@@ -43,7 +43,7 @@ class Drawn(NamedTuple):
     error: str = ""
 
 
-Sampler = Callable[[Sequence[Wanted]], Iterator[Drawn]]
+Sampler = Callable[[Sequence[SampleRequest]], Iterator[SamplerOutput]]
 
 
 def local_sampler(
@@ -63,7 +63,7 @@ def local_sampler(
     sampling = coding.sampling(sampling) if coding else sampling
     tool_hook = coding.tool_hook() if coding else None
 
-    def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+    def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
         requests = [
             Request(prompt.id, number, encode_prompt(tokenizer, prompting.text(prompt.instruction)))
             for prompt, number in wanted
@@ -80,7 +80,7 @@ def local_sampler(
             request, tokens = completion.request, completion.tokens
             finish = coding.end(completion, model.config.max_seq_len) if coding else completion.finish
             # a tenth of a nat: further digits depend on what else was in the batch, and a rerun would change the file
-            yield Drawn(
+            yield SamplerOutput(
                 request.id,
                 request.sample,
                 completion.text,
@@ -93,7 +93,7 @@ def local_sampler(
     return sample
 
 
-class Marking:
+class BackgroundGrader:
     """Grades samples of a task in the background, while others are still being drawn. Use as a context manager.
 
     Raises UserError for a problem of an unknown answer type.
@@ -112,7 +112,7 @@ class Marking:
         self._threads = ThreadPoolExecutor(GRADING_THREADS)
         self._verdicts: dict[tuple[str, int], Future[Verdict]] = {}
 
-    def __enter__(self) -> "Marking":
+    def __enter__(self) -> "BackgroundGrader":
         return self
 
     def __exit__(
@@ -181,12 +181,12 @@ def sample_prompts(
     num_samples: int,
     path: Path,
     log: RunLog,
-    marking: Marking | None = None,
+    grading: BackgroundGrader | None = None,
 ) -> Speed:
     """Sample every prompt into samples.jsonl, a line as each sample finishes; what the file holds is not redone.
 
     In the end the file is sorted by prompt and sample. A sample that failed is not in it but in failures.jsonl beside
-    it, and is tried again by a rerun. `marking` grades what is finished meanwhile. All ranks call this; rank 0 writes.
+    it, and is tried again by a rerun. `grading` grades what is finished meanwhile. All ranks call this; rank 0 writes.
     """
     if not prompts:
         raise UserError(f"there is no prompt to sample for {path}; expected at least one")
@@ -198,8 +198,8 @@ def sample_prompts(
         for number in range(num_samples)
         if (prompt.id, number) not in done
     ]
-    for (name, number), response in done.items() if marking else ():
-        marking.submit(name, number, response)
+    for (name, number), response in done.items() if grading else ():
+        grading.submit(name, number, response)
     started, drawn, failed, tokens = time.monotonic(), 0, [], 0
     by_id = {prompt.id: prompt for prompt in prompts}
     log.progress(len(wanted), "sample")
@@ -211,8 +211,8 @@ def sample_prompts(
                 continue
             file.write(json.dumps(_sample_row(sample, by_id[sample.id]), ensure_ascii=False) + "\n")
             file.flush()
-            if marking:
-                marking.submit(sample.id, sample.sample, sample.response)
+            if grading:
+                grading.submit(sample.id, sample.sample, sample.response)
             drawn, tokens = drawn + 1, tokens + (sample.token_count or 0)
     log.close_progress()
     speed = Speed(drawn, tokens, time.monotonic() - started)
@@ -270,7 +270,7 @@ def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -
     return done
 
 
-def _sample_row(sample: Drawn, prompt: Prompt) -> dict[str, object]:
+def _sample_row(sample: SamplerOutput, prompt: Prompt) -> dict[str, object]:
     """A line of samples.jsonl before grading."""
     return {
         "id": prompt.id,
@@ -297,26 +297,26 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def grade_samples(marking: Marking, samples: Sequence[Sample], path: Path) -> dict[str, object]:
+def grade_samples(grading: BackgroundGrader, samples: Sequence[Sample], path: Path) -> dict[str, object]:
     """Grade samples, write them with answer and outcome to `path`, return the results.
 
-    Samples that `marking` has graded already are not graded again. Samples of other problems are left out; a problem
+    Samples that `grading` has graded already are not graded again. Samples of other problems are left out; a problem
     without samples counts as a miss.
     """
-    samples = [sample for sample in samples if sample.id in marking.prompts]
+    samples = [sample for sample in samples if sample.id in grading.prompts]
     for sample in samples:
-        if not marking.has(sample.id, sample.sample):
-            marking.submit(sample.id, sample.sample, sample.response)
+        if not grading.has(sample.id, sample.sample):
+            grading.submit(sample.id, sample.sample, sample.response)
     rows, problems = [], defaultdict(list)
     for sample in samples:
-        verdict = marking.verdict(sample.id, sample.sample)
+        verdict = grading.verdict(sample.id, sample.sample)
         rows.append(
             sample.values
             | {
                 "id": sample.id,
                 "sample": sample.sample,
                 "prompt": sample.prompt,
-                "label": marking.prompts[sample.id].label or "",
+                "label": grading.prompts[sample.id].label or "",
                 "answer": verdict.answer,
                 "outcome": verdict.outcome,
             }
@@ -326,4 +326,4 @@ def grade_samples(marking: Marking, samples: Sequence[Sample], path: Path) -> di
             Graded(verdict, values.get("score"), values.get("finish"), values.get("token_count"))
         )
     write_samples(path, rows)
-    return summarize(marking.task, list(marking.prompts.values()), problems, marking.grader)
+    return summarize(grading.task, list(grading.prompts.values()), problems, grading.grader)

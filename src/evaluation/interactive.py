@@ -7,8 +7,8 @@ from typing import NamedTuple
 from src import parallel, runlog
 from src.data.encoding import STEP_ENDS, encode_prompt, split_steps
 from src.data.examples import Sample
-from src.evaluation.judging import Scored, score_one
 from src.evaluation.prompting import Prompting
+from src.evaluation.scoring import Scored, score_one
 from src.grading.extract import extract
 from src.grading.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of

@@ -8,7 +8,7 @@ from typing import Literal
 from src import parallel, runlog
 from src.data.encoding import encode_prompt
 from src.errors import UserError
-from src.evaluation.evaluator import Drawn, Sampler, Wanted
+from src.evaluation.evaluator import Sampler, SampleRequest, SamplerOutput
 from src.evaluation.prompting import Prompting
 from src.inference.remote import RemoteCompletion, RemoteRequest, Server, complete
 from src.inference.reply import Reply
@@ -128,15 +128,15 @@ class ServedSolver:
     def sampler(self, sampling: Sampling) -> Sampler:
         """Whole solutions, as sample_prompts() takes them."""
 
-        def sample(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+        def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
             requests = [RemoteRequest(problem.id, n, self.prompt(problem.instruction)) for problem, n in wanted]
             for (name, number, _), reply, error in self.complete(requests, sampling):
                 if reply is None:
-                    yield Drawn(name, number, "", None, "", None, error)
+                    yield SamplerOutput(name, number, "", None, "", None, error)
                     continue
                 text, met, reply = until(reply, sampling.stop)
                 logprob = None if reply.logprob is None else round(reply.logprob, 1)
-                yield Drawn(name, number, text, reply.token_count, "stop" if met else reply.finish, logprob)
+                yield SamplerOutput(name, number, text, reply.token_count, "stop" if met else reply.finish, logprob)
 
         return sample
 

@@ -9,7 +9,7 @@ import numpy as np
 from src.data.examples import Judged, Sample
 from src.errors import UserError
 from src.evaluation.curves import MISSING, Choices, Curve, curves
-from src.evaluation.evaluator import Marking
+from src.evaluation.evaluator import BackgroundGrader
 from src.evaluation.report import Graded, type_of, with_votes
 from src.evaluation.step_scores import (
     AGGREGATIONS,
@@ -163,19 +163,19 @@ def choose_threshold(rows: Sequence[Judged], found: Sequence[Sequence[float] | N
     return best_threshold(found, first_wrong(rows))
 
 
-def judged_samples(marking: Marking, samples: Sequence[Sample]) -> list[list[ScoredSample]]:
+def judged_samples(grading: BackgroundGrader, samples: Sequence[Sample]) -> list[list[ScoredSample]]:
     """Scored samples by problem, in the order of the problems, with verdicts and votes; none for one never sampled."""
-    groups: dict[str, list[Sample]] = {name: [] for name in marking.prompts}
+    groups: dict[str, list[Sample]] = {name: [] for name in grading.prompts}
     for sample in samples:
         if sample.id in groups:
             groups[sample.id].append(sample)
     problems = []
     for name, group in groups.items():
         graded = [
-            Graded(marking.verdict(name, sample.sample), token_count=sample.values.get("token_count"))
+            Graded(grading.verdict(name, sample.sample), token_count=sample.values.get("token_count"))
             for sample in group
         ]
-        voting = with_votes(graded, type_of(marking.prompts[name]), marking.grader)
+        voting = with_votes(graded, type_of(grading.prompts[name]), grading.grader)
         problems.append(
             [
                 ScoredSample(each, sample.values.get("score"), sample.values.get("step_scores"))

@@ -17,7 +17,6 @@ from src.data import collate
 from src.data.collate import Batch
 from src.data.encoding import STEP_ENDS, Encoded, encode_steps, split_steps
 from src.errors import UserError
-from src.evaluation.user_reward import UserReward
 from src.grading.grader import Grader
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -25,6 +24,7 @@ from src.models.forward import response_scores, token_scores
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import RewardFlags
 from src.training.rollout import Rollout, pad_to, shard_for_rank, trim_padding
+from src.training.user_reward import UserReward
 
 OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")  # of the grader
 Counts = Mapping[str, tuple[int, int]]  # by metric: how many, of how many

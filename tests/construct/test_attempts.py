@@ -12,7 +12,7 @@ from src import parallel
 from src.construct.attempts import Enough, until_enough
 from src.construct.problems import without_similar
 from src.data.examples import Prompt, Sample
-from src.evaluation.evaluator import Drawn, Wanted
+from src.evaluation.evaluator import SampleRequest, SamplerOutput
 from tests.conftest import CODE_QUESTION
 from tests.text.files import write_json
 
@@ -21,12 +21,12 @@ SCRIPTS = {"early": "rw", "late": "rrrrw", "never": "r" * 9, "cut": "rcuw", "fai
 CAP = 6
 
 
-def scripted(wanted: Sequence[Wanted]) -> Iterator[Drawn]:
+def scripted(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
     """A sampler that says what the scripts say, in an order of its own."""
     for prompt, number in reversed(wanted):
         what = SCRIPTS[prompt.id][number]
         error = "no server" if what == "f" else ""
-        yield Drawn(prompt.id, number, what, 1, "length" if what == "c" else "stop", -1.0, error)
+        yield SamplerOutput(prompt.id, number, what, 1, "length" if what == "c" else "stop", -1.0, error)
 
 
 def outcome(prompt: Prompt, response: str) -> str:

@@ -9,7 +9,7 @@ from src.data import collate
 from src.data.examples import Judged
 from src.errors import UserError
 from src.evaluation.credit import Credit, credit, report_credit, token_logprobs
-from src.evaluation.judging import encode_solutions
+from src.evaluation.scoring import encode_solutions
 from src.text.tokenizer import Tokenizer
 from src.training.reference import response_sums
 from tests.conftest import Folders

@@ -48,8 +48,8 @@ def prompts(label_file: str) -> list[Prompt]:
 
 def grade(task: str, prompts: list[Prompt], samples: list[Sample], path: Path) -> dict[str, object]:
     """The results of these samples."""
-    with evaluator.Marking(find_task(task), prompts) as marking:
-        return evaluator.grade_samples(marking, samples, path)
+    with evaluator.BackgroundGrader(find_task(task), prompts) as grading:
+        return evaluator.grade_samples(grading, samples, path)
 
 
 def sample(problem: int, number: int, answer: str | None, **values: object) -> Sample:
@@ -333,22 +333,22 @@ def test_grading_overlaps_sampling_and_never_holds_it_up(prompts: list[Prompt], 
     prompts = [prompt._replace(label="p+q") for prompt in prompts]
     finished: list[bool] = []
 
-    def sampler(wanted: Sequence[evaluator.Wanted]) -> Iterator[evaluator.Drawn]:
+    def sampler(wanted: Sequence[evaluator.SampleRequest]) -> Iterator[evaluator.SamplerOutput]:
         for prompt, number in wanted:
             started = time.monotonic()
-            yield evaluator.Drawn(prompt.id, number, hostile if number else "\\boxed{q+p}", 1, "stop", 0.0)
+            yield evaluator.SamplerOutput(prompt.id, number, hostile if number else "\\boxed{q+p}", 1, "stop", 0.0)
             assert time.monotonic() - started < 1.0  # taking a sample does not wait for its verdict
         deadline = time.monotonic() + 60
-        while not marking._verdicts["0", 0].done() and time.monotonic() < deadline:
+        while not grading._verdicts["0", 0].done() and time.monotonic() < deadline:
             time.sleep(0.01)
-        finished.append(marking._verdicts["0", 0].done())  # while we still sample
+        finished.append(grading._verdicts["0", 0].done())  # while we still sample
 
     path = tmp_path / "samples.jsonl"
-    with evaluator.Marking(find_task("MATH"), prompts) as marking:
+    with evaluator.BackgroundGrader(find_task("MATH"), prompts) as grading:
         evaluator.sample_prompts(
-            sampler, prompts, num_samples=2, path=path, log=RunLog(str(tmp_path), {}), marking=marking
+            sampler, prompts, num_samples=2, path=path, log=RunLog(str(tmp_path), {}), grading=grading
         )
-        results = evaluator.grade_samples(marking, read_samples(str(path)), path)
+        results = evaluator.grade_samples(grading, read_samples(str(path)), path)
     assert finished == [True]
     assert results["outcomes"] == {"right": 3, "wrong": 0, "unparsed": 0, "timeout": 3, "error": 0}
 

@@ -1,4 +1,4 @@
-"""src/evaluation/judging.py: scores between 0 and 1, the same in any batch, and a rerun that continues."""
+"""src/evaluation/scoring.py: scores between 0 and 1, the same in any batch, and a rerun that continues."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from src import assemble
 from src.data.examples import Judged, Sample
 from src.errors import UserError
-from src.evaluation.judging import Scored, score_one, score_samples, score_steps, with_score
+from src.evaluation.scoring import Scored, score_one, score_samples, score_steps, with_score
 from src.evaluation.step_scores import sigmoid
 from src.models.decoder import Decoder
 from src.runlog import RunLog

@@ -29,7 +29,7 @@ class UserReward:
                 f"--reward {place!r} is neither verifier nor rule nor FILE.py:FUNCTION with a file that exists"
             )
         self.place, self.seconds = place, seconds
-        self._worker = Worker("src.evaluation.user_reward", (str(Path(path).resolve()), name))
+        self._worker = Worker("src.training.user_reward", (str(Path(path).resolve()), name))
 
     def __enter__(self) -> "UserReward":
         return self

@@ -1,11 +1,11 @@
-"""src/evaluation/user_reward.py with real processes."""
+"""src/training/user_reward.py with real processes."""
 
 from pathlib import Path
 
 import pytest
 
 from src.errors import UserError
-from src.evaluation.user_reward import UserReward
+from src.training.user_reward import UserReward
 
 CODE = """
 import os, time
