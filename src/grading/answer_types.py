@@ -14,7 +14,8 @@ from src.grading.equality import Leaf, split_name
 from src.grading.letters import leading_letters
 from src.grading.normalize import join_thousands, normalize, rational
 from src.grading.published_rules import minerva_string
-from src.grading.units import quantity
+from src.grading.tables import TRUTH
+from src.grading.words import quantity
 
 
 class AnswerType(NamedTuple):
@@ -28,12 +29,6 @@ ANY = AnswerType()
 Equality = Callable[[str, str, AnswerType, Leaf], bool]  # (answer, label, type, leaf comparer) -> equal?
 
 SEVERAL = re.compile(r"\(?[A-Z]\)?(?:(?:\s*(?:,|;|and|&)\s*|\s*)\(?[A-Z]\)?)*")
-TRUTH = {
-    word: value
-    for value, words in ((True, "true t yes y correct right"), (False, "false f no n incorrect wrong"))
-    for word in words.split()
-}
-
 
 def exact(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
     """The same value, whatever its shape; see equality.py."""

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-from src.grading.extract import numbers
 from src.grading.intervals import NAME, RELATION, as_union, named_set
 from src.grading.normalize import (
     THOUSANDS,
@@ -22,9 +21,8 @@ from src.grading.normalize import (
     split_top,
     strip_braces,
 )
-from src.grading.number_words import changed
 from src.grading.polynomial import constant_value, same_polynomial
-from src.grading.units import MONEY, Quantity, currencies, quantity, units_clash
+from src.grading.words import MONEY, NUMBER, Quantity, changed, currencies, quantity, units_clash
 
 MAX_LENGTH = 4000  # longer answers are compared as strings
 MAX_LEAF_LENGTH = 300
@@ -332,7 +330,7 @@ def only_number(text: str) -> Fraction | None:
     if len(sides) > 1 and not conclusion(worked):
         return None
     text = re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", sides[-1])
-    found = numbers(text)
+    found = NUMBER.findall(text)
     if len(found) != 1:
         return None
     before, _, after = text.partition(found[0])

@@ -11,9 +11,9 @@ from functools import partial
 from typing import NamedTuple
 
 from src.grading.letters import leading_letters
-from src.grading.number_words import altered, digits_for_words, scaled
+from src.grading.normalize import plain
 from src.grading.published_rules import weak_to_strong_answer
-from src.grading.symbols import plain
+from src.grading.words import NUMBER, altered, digits_for_words, scaled
 
 
 class Found(NamedTuple):
@@ -78,10 +78,6 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[])")
 MATH = re.compile(
     r"(?<![\\$])\$(?!\$)((?:[^$\\]|\\.){1,400})\$(?!\$)|\\\(((?:(?!\\\)).){1,400})\\\)", re.DOTALL
 )
-NUMBER = re.compile(
-    r"(?:(?<![\w)\].])-)?(?:[1-9]\d{0,2}(?: \d{3})+(?![\d/])|\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    r"(?:[eE][+-]?\d+(?!\w)|/\d+(?:\.\d+)?)?|(?<![\w.])-?\.\d+"
-)
 CHOICE_IS = re.compile(
     r"\b(?:answer\s+(?:would|must|should|will|has to|can only)\s+be|(?:option|choice)\s+is)\b[\s:*_]*", re.IGNORECASE
 )
@@ -105,11 +101,6 @@ FINISHED = re.compile(r"[.!?]\W{0,4}$")
 CHOICE = re.compile(
     r"(?<![A-Za-z])(?:or|either|maybe|possibly|not|one of(?= [$\\\d]))(?![A-Za-z])", re.IGNORECASE
 )
-
-
-def numbers(text: str) -> list[str]:
-    """The numbers of a prose text, as written: 27,000 or -3.5 or 1/2."""
-    return NUMBER.findall(text)
 
 
 def braced(text: str, start: int) -> str | None:

@@ -1,25 +1,71 @@
-r"""One spelling for answers that mean the same: LaTeX without layout, units set aside, exact numbers as fractions.
+r"""One spelling for answers that mean the same: Unicode and LaTeX without layout, exact numbers as fractions.
 
 Text macros are unwrapped: \text{ inches} becomes the plain words " inches". Models write anything, so every pattern
 here is linear in the length of the answer or meets answers of bounded length only.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache, partial
 
-from src.grading.number_words import CHANGED, digits_for_words
-from src.grading.symbols import latex
+from src.grading import tables
+from src.grading.words import CHANGED, any_of, digits_for_words
 
 MAX_DIGITS = 300  # longer numbers are compared as strings
 
-TEXT_MACRO = re.compile(
-    r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|mathit|textrm|textsf|emph|operatorname\*?|rm|bf)\s*\{([^{}]*)\}"
+
+def variants(tag: str, first: int, last: int) -> dict[str, str]:
+    """Characters of a range that unicodedata calls another one's variant: {"²": "2"} for the tag <super>."""
+    found = {}
+    for code in range(first, last):
+        kind, *parts = unicodedata.decomposition(chr(code)).split() or [""]
+        if kind == tag:
+            found[chr(code)] = "".join(chr(int(part, 16)) for part in parts)
+    return found
+
+
+RAISED = {
+    char: base
+    for char, base in variants("<super>", 0xB2, 0x2100).items()
+    if (base.isascii() or base == "−") and char != "º"
+}
+LOWERED = variants("<sub>", 0x2080, 0x209D)
+FRACTIONS = variants("<fraction>", 0xBC, 0x215F)
+WIDE = variants("<wide>", 0xFF01, 0xFF5F) | variants("<font>", 0x1D400, 0x1D800)
+PLAIN = str.maketrans(
+    dict.fromkeys(tables.WIDTHLESS, "")
+    | dict.fromkeys(tables.DASHES, "-")
+    | dict.fromkeys(tables.SPACES, " ")
+    | {char: base for char, base in WIDE.items() if base.isascii()}
 )
-END = r"(?![A-Za-z])"  # a macro name ends here
-FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp"
-GREEK = "pi|theta|alpha|beta|gamma|lambda|phi|omega"
+SIGNS = str.maketrans(tables.SIGNS | {char: f"\\{name} " for char, name in tables.GREEK.items()})
+UP, DOWN = str.maketrans(RAISED), str.maketrans(LOWERED)
+OVERLINED = re.compile("((?:\\d\u0305)+)")
+STACKED = re.compile(f"([{''.join(RAISED)}]+)⁄([{''.join(LOWERED)}]+)")
+FRACTION_SIGN = re.compile(f"[{''.join(FRACTIONS)}]")
+RAISED_SIGNS, LOWERED_SIGNS = (re.compile(f"[{re.escape(''.join(signs))}]+") for signs in (RAISED, LOWERED))
+ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?)")
+
+
+def plain(text: str) -> str:
+    """The text with one kind of minus, space, digit and letter each, whatever their width."""
+    return text if text.isascii() else text.translate(PLAIN)
+
+
+def latex(text: str) -> str:
+    r"""The text in ASCII, as far as LaTeX can say it: x² as x^{2}, ½ as \frac{1}{2}, √12 as \sqrt{12}, α as \alpha."""
+    if text.isascii():
+        return text
+    text = plain(unicodedata.normalize("NFC", text))
+    text = OVERLINED.sub(lambda match: f"\\overline{{{match[0].replace(chr(0x305), '')}}}", text)
+    text = STACKED.sub(lambda match: f"\\frac{{{match[1].translate(UP)}}}{{{match[2].translate(DOWN)}}}", text)
+    text = FRACTION_SIGN.sub(lambda match: "\\frac{{{}}}{{{}}}".format(*FRACTIONS[match[0]].split("⁄")), text)
+    text = RAISED_SIGNS.sub(lambda match: f"^{{{match[0].translate(UP)}}}", text)
+    text = LOWERED_SIGNS.sub(lambda match: f"_{{{match[0].translate(DOWN)}}}", text)
+    text = ROOT.sub(lambda match: f"{tables.SIGNS[match[1]].strip()}{{{match[2]}}}", text)
+    return text.translate(SIGNS)
 
 
 Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
@@ -33,31 +79,8 @@ def compiled(*rules: tuple[str, str]) -> tuple[Rule, ...]:
     )
 
 
-MACROS = {
-    name: new
-    for names, new in (
-        ("left right big Big bigl Bigl bigr Bigr bigg Bigg", ""),
-        ("displaystyle textstyle limits mathstrut quad qquad", " "),
-        ("dfrac tfrac cfrac", "\\frac"),
-        ("leq leqslant le", "\\le "),
-        ("geq geqslant ge", "\\ge "),
-        ("lt", "<"),
-        ("gt", ">"),
-        ("neq ne", "\\ne "),
-        ("approxeq approx simeq cong", "\\approx "),
-        ("setminus backslash", "\\setminus "),
-        ("vert lvert rvert mid", "|"),
-        ("langle", "("),
-        ("rangle", ")"),
-        ("lbrace", "\\{"),
-        ("rbrace", "\\}"),
-        ("varnothing", "\\emptyset "),
-        ("times cdot ast", "\\cdot "),
-        ("infinity", "\\infty "),
-        ("degree", "^{\\circ}"),
-    )
-    for name in names.split()
-}
+END = r"(?![A-Za-z])"  # a macro name ends here
+TEXT_MACRO = re.compile(rf"\\(?:{any_of(tables.TEXT_MACROS)})\s*\{{([^{{}}]*)\}}")
 MACRO = re.compile(r"\\([A-Za-z]+)")
 LAYOUT = compiled(  # only where there are macros, before they are renamed
     (r"\\\\\*?\s?\[\s?-?[\d.]+ ?(?:pt|em|ex|mm|cm|in|mu|px|bp|pc)\s?\]", r"\\\\\\\\"),  # height of a row
@@ -86,8 +109,11 @@ REWRITES = compiled(
     (r"\\%|%|\bpercent\b", r"\\%"),
     (r"(?<![\\A-Za-z])sqrt\s?(\d+)", r"\\sqrt{\1}"),
     (rf"(?<![\\A-Za-z])(?:infty|infinity){END}", r"\\infty "),
-    (rf"(?<![\\A-Za-z])({GREEK}|sqrt){END}", r"\\\1 "),
-    (rf"(?<![\\A-Za-z])({FUNCTIONS})(?=\s?[_^({{\\\d]|(?:\s[a-z]|[a-ru-z]){END})", r"\\\1 "),  # not "logs", "cost"
+    (rf"(?<![\\A-Za-z])({any_of(tables.BARE_NAMES)}){END}", r"\\\1 "),
+    (  # not "logs", "cost"
+        rf"(?<![\\A-Za-z])({any_of(tables.FUNCTIONS)})(?=\s?[_^({{\\\d]|(?:\s[a-z]|[a-ru-z]){END})",
+        r"\\\1 ",
+    ),
     (r",\s+", ";"),  # 81, 256 is a list, 81,256 may be a number
     (r"\^\s?(-?\d{2,}|-\d)(?![\d}])", r"^{\1}"),
 )
@@ -98,22 +124,21 @@ ARGUMENTS = compiled(  # of macros and exponents: in braces
     (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
     (r"([_^])\s*(\w)", r"\1{\2}"),
 )
-SPACING = (
-    compiled(  # a space stays between letters, between digits, and in front of a unit; no other has a meaning
-        (r"(?<=[A-Za-z])\s+(?=[A-Za-z])|(?<=\d)\s+(?=[\d.])", "\x00"),
-        (r"(?<=[\d})%])\s+(?=[A-Za-z]{2}|[mgshLlNJWV](?![A-Za-z]))", "\x00"),
-        (r"\s+", ""),
-        ("\x00", " "),
-        (r"(?:^|(?<=[(\[,;=]))\+", ""),
-    )
+SPACING = compiled(  # a space stays between letters, between digits, and in front of a unit; no other has a meaning
+    (r"(?<=[A-Za-z])\s+(?=[A-Za-z])|(?<=\d)\s+(?=[\d.])", "\x00"),
+    (rf"(?<=[\d}})%])\s+(?=[A-Za-z]{{2}}|[{tables.UNIT_LETTERS}]{END})", "\x00"),
+    (r"\s+", ""),
+    ("\x00", " "),
+    (r"(?:^|(?<=[(\[,;=]))\+", ""),
 )
+BRACKET = re.compile(r"[(\[{}\])]")
 OPENING = re.compile(r"(?<!\\)\$\$?|\\[(\[]")
 DOLLARS = re.compile(r"(\$\$?)((?:[^$\\]|\\.)*)(?<!\\)\1", re.DOTALL)
 CLOSING = {"\\(": "\\)", "\\[": "\\]"}
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.,/}])[1-9]\d{0,2}(?: \d{3})+(?![\d/]|\s*\\frac)")
-PLAIN = re.compile(r"-?\d+(?:,\d+)*(?:\.\d+)?", re.ASCII)
+PLAIN_NUMBER = re.compile(r"-?\d+(?:,\d+)*(?:\.\d+)?", re.ASCII)
 MIXED = re.compile(
     r"(?<![\d.^_,])(\d{1,9})(?:\s*\\frac\s*\{(\d{1,9})\}\s*\{(\d{1,9})\}|\s+(\d{1,9})/(\d{1,9}))"
 )
@@ -194,12 +219,7 @@ def continued(match: re.Match[str]) -> str:
     """A decimal that dots continue, as a fraction where its digits show the period at least twice; else as it is."""
     whole, digits = match.groups()
     found = PERIOD.fullmatch(digits)
-    if (
-        found is None
-        or len(digits) < 3
-        or not found[2].startswith(found[3])
-        or len(digits) - len(found[1]) < 3
-    ):
+    if found is None or not found[2].startswith(found[3]) or len(digits) - len(found[1]) < 3:
         return match.group()
     return exact_decimal(whole, found[1], found[2])
 
@@ -212,19 +232,12 @@ def exact_decimal(whole: str, start: str, period: str) -> str:
 
 def bracketed_roots(text: str) -> str:
     r"""\sqrt(a(b+1)) as \sqrt{a(b+1)}."""
-    opened: list[int] = []
-    partner: dict[int, int] = {}
-    roots = [match.end() - 1 for match in re.finditer(r"\\sqrt\s*\(", text)]
-    for match in re.finditer(r"[(\[{]|[)\]}]", text) if roots else ():
-        if match.group() in "([{":
-            opened.append(match.start())
-        elif opened:
-            partner[opened.pop()] = match.start()
-    characters = list(text)
-    for root in roots:
-        if root in partner:
-            characters[root], characters[partner[root]] = "{", "}"
-    return "".join(characters) if roots else text
+    for match in re.finditer(r"\\sqrt\s*\(", text):
+        start = match.end() - 1
+        end = closing(text, start)
+        if end >= 0:  # one character for one: the places of the other roots stay
+            text = f"{text[:start]}{{{text[start + 1 : end]}}}{text[end + 1 :]}"
+    return text
 
 
 def without_end(text: str) -> str:
@@ -240,7 +253,7 @@ def without_end(text: str) -> str:
 @lru_cache(maxsize=4096)  # samples of one problem share its label, and many their answer
 def normalize(text: str) -> str:
     """One spelling of an answer. Spaces stay where they part letters, digits, or a value and its unit."""
-    if PLAIN.fullmatch(text):
+    if PLAIN_NUMBER.fullmatch(text):
         return text
     text = single_backslashes(latex(text).strip())
     text = MONEY_SIGNS.sub("", formulas_only(text))
@@ -249,7 +262,7 @@ def normalize(text: str) -> str:
     text = SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
     if "\\" in text:
         text = rewritten(text, LAYOUT)
-        text = MACRO.sub(lambda match: MACROS.get(match[1], match.group()), text)
+        text = MACRO.sub(lambda match: tables.MACROS.get(match[1], match.group()), text)
     text = rewritten(text, REWRITES)
     if "\\" in text or "^" in text or "_" in text:
         text = bracketed_roots(rewritten(text, ARGUMENTS))
@@ -280,21 +293,19 @@ def strip_braces(text: str) -> str:
 def closing(text: str, start: int) -> int:
     """Index of the bracket that closes the one at text[start], -1 if none; [a,b) counts as closed."""
     depth = 0
-    for index in range(start, len(text)):
-        depth += (text[index] in "([{") - (text[index] in ")]}")
+    for match in BRACKET.finditer(text, start):
+        depth += 1 if match.group() in "([{" else -1
         if depth == 0:
-            return index
+            return match.start()
     return -1
 
 
 def split_top(text: str, separator: str) -> list[str]:
     """Split at a separator (a regular expression) that stands outside all brackets."""
     parts, start, depth = [], 0, 0
-    for match in re.finditer(rf"[(\[{{]|[)\]}}]|{separator}", text):
-        if match.group() in ("(", "[", "{"):
-            depth += 1
-        elif match.group() in (")", "]", "}"):
-            depth -= 1
+    for match in re.finditer(rf"{BRACKET.pattern}|{separator}", text):
+        if BRACKET.fullmatch(match.group()):
+            depth += 1 if match.group() in "([{" else -1
         elif depth == 0:
             parts.append(text[start : match.start()].strip())
             start = match.end()
