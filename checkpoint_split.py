@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src import assemble, cli, parallel, plan, runlog
 from src import certify as certificate
-from src.checkpoint import export, sources, storage, training_state
+from src import cli, load, parallel, plan, runlog
+from src.checkpoint import export, sources, storage, training_state, verify
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.split import split, split_adapter, tokenizer_of
 from src.config import Config, Count, CountOrOff, CountOrZero, Counts, Positive, flag
@@ -76,7 +76,7 @@ def main(config: SplitConfig) -> None:
         runlog.table(plan.inspection(*sources.describe(config.inspect)))
         return
     if config.certify:
-        assemble.load_config(config.certify, kind="solver")
+        load.load_config(config.certify, kind="solver")
         if config.verify_hashes:
             storage.verify_hashes(Path(config.certify))
         found = certificate.certify(config.certify, config.certify_ranks, config.certify_layers)
@@ -147,7 +147,7 @@ def main(config: SplitConfig) -> None:
         log.warning("no tokenizer lies beside %s: give --tokenizer_file, or one to every later command", described)
     if config.verify:
         after = sources.open_adapter(target, config.base_dir) or sources.open_source(config.save_path)
-        log.info("logits before and after: %s", assemble.logit_difference(adapter or source, after))
+        log.info("logits before and after: %s", verify.logit_difference(adapter or source, after))
 
 
 def with_code_tokens(source: Source, tokenizer_file: str, described: str) -> tuple[Source, str]:

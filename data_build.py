@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from src import assemble, cli, parallel, runlog
+from src import cli, load, parallel, runlog
 from src.checkpoint import storage
 from src.code_solutions.tool_hook import Coding
 from src.config import AtLeastOne, Count, CountOrOff, CountOrZero, NonNegative, Seed, Share
@@ -431,7 +431,7 @@ def branch(
     flags = locals().copy()
     check_solver(flags, goes_on=True)
     step_end = STEP_ENDS[step]
-    if ckpt_dir and (chat_template or assemble.load_config(ckpt_dir, kind="solver").chat_template) == CODE_FORM:
+    if ckpt_dir and (chat_template or load.load_config(ckpt_dir, kind="solver").chat_template) == CODE_FORM:
         step_end = Marker.END_OF_BLOCK
     samples = read_faultless(samples_file, save_file, error_phrases, error_place)
     jobs = steps.branches(samples, pairs_a_problem, seed, step_end)
@@ -488,11 +488,11 @@ def open_solver(flags: Mapping[str, object], prompting: Prompting, max_rounds: i
     if flags["backend"] == "openai":
         return ServedSolver(flags, prompting)
     ckpt_dir, template, args = flags["ckpt_dir"], flags["chat_template"], flags["template_args"]
-    tokenizer = assemble.load_tokenizer(ckpt_dir, flags["tokenizer_file"], template, args)
+    tokenizer = load.load_tokenizer(ckpt_dir, flags["tokenizer_file"], template, args)
     source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), **({"chat_template": template} if template else {}),
               "template_args": tokenizer.template_args or None}
     coding = Coding(tokenizer, max_rounds, flags.get("isolation") or None) if tokenizer.code else None
-    return Solver(assemble.load_solver(ckpt_dir), tokenizer, prompting, flags["max_batch_size"], coding, source)
+    return Solver(load.load_solver(ckpt_dir), tokenizer, prompting, flags["max_batch_size"], coding, source)
 
 
 COMMANDS = {

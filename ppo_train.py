@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from src import assemble, cli, losses, parallel, plan, runlog
-from src.checkpoint import storage
+from src import cli, load, losses, parallel, plan, runlog
+from src.checkpoint import saving, storage
 from src.data.collate import chunks, epoch_order
 from src.data.examples import Prompt, read_prompts
 from src.errors import UserError
@@ -45,9 +45,9 @@ def main(config: PPOConfig) -> None:
     if config.dry_run:
         runlog.table(plan.ppo(config, data.prompts, data.held_out, data.tokenizer, n_iterations))
         return
-    parallel.start(config.seed, assemble.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size))
+    parallel.start(config.seed, load.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size))
     for save_dir in config.save_dirs:
-        assemble.check_save_dir(
+        saving.check_save_dir(
             save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir)
     storage.claim(Path(config.run_dir))
     facts = run_facts("ppo_train", config.flags(), critic_warmup=critic_warmup,
@@ -184,21 +184,21 @@ def read_inputs(config: PPOConfig) -> Inputs:
     # pairs: one directory may be given twice
     kinds = [(config.actor_ckpt_dir, "solver"), (config.critic_ckpt_dir, ""),
              (config.reward_model_ckpt_dir, "verifier")]
-    contexts = {folder: assemble.load_config(folder, kind=kind).max_seq_len for folder, kind in kinds if folder}
+    contexts = {folder: load.load_config(folder, kind=kind).max_seq_len for folder, kind in kinds if folder}
     prompts = read_prompts(config.train_file, need_label=config.reward == ["rule"])
     held_out = read_prompts(config.eval_file, need_label=True) if config.eval_file else []
-    tokenizer = assemble.load_tokenizer(config.actor_ckpt_dir, config.tokenizer_file)
+    tokenizer = load.load_tokenizer(config.actor_ckpt_dir, config.tokenizer_file)
     if tokenizer.code:
         raise UserError(f"{config.actor_ckpt_dir} writes solutions with code, but rollouts run none; expected a solver "
                         f"that answers in text alone, trained without --chat_template code")
-    assemble.check_tokenizer(tokenizer, config.critic_ckpt_dir, config.reward_model_ckpt_dir)
+    load.check_tokenizer(tokenizer, config.critic_ckpt_dir, config.reward_model_ckpt_dir)
     prompts = fitting_prompts(prompts, config.train_file, tokenizer, contexts, config.max_new_tokens)
     n_held_out, own = len(held_out), {config.actor_ckpt_dir: contexts[config.actor_ckpt_dir]}
     if held_out:
         held_out = fitting_prompts(held_out, config.eval_file, tokenizer, own, config.max_new_tokens)
     if "verifier" in config.reward:
         verifier = config.reward_model_ckpt_dir
-        assemble.check_step(verifier, assemble.load_config(verifier), config.step)
+        load.check_step(verifier, load.load_config(verifier), config.step)
     iterations = [(epoch, rows) for epoch in range(1, config.epochs + 1)
                   for rows in chunks(epoch_order(len(prompts), config.seed, epoch), config.prompts_per_buffer)]
     iterations = iterations[: config.max_steps if config.max_steps >= 0 else None]
@@ -244,8 +244,8 @@ def open_checkpointer(
     """What saves actor and critic together, and brings them back."""
     trainees = [
         Trainee(save_dir, trainer,
-                partial(assemble.begin_save, trainer.model, ckpt_dir=ckpt_dir, dtype=config.save_dtype,
-                        lora=assemble.lora_config(config), tokenizer_file=config.tokenizer_file,
+                partial(saving.begin_save, trainer.model, ckpt_dir=ckpt_dir, dtype=config.save_dtype,
+                        lora=load.lora_config(config), tokenizer_file=config.tokenizer_file,
                         background=config.background_save),
                 partial(models.offloader.loaded, trainer.model, optimizer=True))
         for trainer, save_dir, ckpt_dir in ((models.actor, config.actor_save_dir, config.actor_ckpt_dir),

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from src import assemble, cli, parallel, plan, runlog
+from src import cli, load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.config import Count, Positive, PrecisionFlags, flag
 from src.data.encoding import Encoded, StepKind
@@ -39,14 +39,14 @@ class CreditConfig(PrecisionFlags):
 
 def main(config: CreditConfig) -> None:
     """Credit of tokens and steps, beta times the log-ratio of a solver and its reference, and what it finds."""
-    model_config = assemble.load_config(config.ckpt_dir, config.model_type, "solver")
-    assemble.load_config(config.reference_ckpt_dir, kind="solver")
+    model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
+    load.load_config(config.reference_ckpt_dir, kind="solver")
     rows = read_judged(config.steps_file)
     if config.dry_run:
-        runlog.table(plan.scoring(model_config, assemble.n_shards(config.ckpt_dir), len(rows), ""))
+        runlog.table(plan.scoring(model_config, load.n_shards(config.ckpt_dir), len(rows), ""))
         return
-    tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
-    assemble.check_tokenizer(tokenizer, config.reference_ckpt_dir)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
+    load.check_tokenizer(tokenizer, config.reference_ckpt_dir)
     solutions = encode_solutions(rows, tokenizer, model_config.max_seq_len, config.step)
     tell_too_long(solutions, "solutions", model_config.max_seq_len)
     encoded = [solution for solution in solutions if solution]
@@ -68,7 +68,7 @@ def main(config: CreditConfig) -> None:
 
 def logprobs_of(ckpt_dir: str, encoded: list[Encoded], config: CreditConfig) -> list[list[float]]:
     """The log-prob of each response token by the solver in a directory, which is gone afterwards."""
-    solver = assemble.load_solver(ckpt_dir, precision=config.precision)
+    solver = load.load_solver(ckpt_dir, precision=config.precision)
     return list(token_logprobs(solver, encoded, config.max_batch_size))
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from src import assemble, cli, parallel, plan, runlog
-from src.checkpoint import storage
+from src import cli, load, parallel, plan, runlog
+from src.checkpoint import saving, storage
 from src.config import Bounds, NonNegative, Positive, Share, TrainConfig, flag
 from src.data.encoding import masked_text
 from src.runlog import RunLog
@@ -64,13 +64,13 @@ def main(config: PreferenceTrainConfig) -> None:
                             label_smoothing=config.label_smoothing, length_normalize=config.length_normalize,
                             nll_weight=config.nll_weight)
     against = preference.reference_dir(config.ckpt_dir, config.reference_ckpt_dir, config.reference_file)
-    tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
-    model_config = assemble.load_config(config.ckpt_dir, config.model_type, "solver")
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
+    model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     if config.reference_ckpt_dir:
-        assemble.load_config(config.reference_ckpt_dir, kind="solver")
+        load.load_config(config.reference_ckpt_dir, kind="solver")
     data, held_out = open_preferences(
         config.train_file, config.label_file, config.held_out, tokenizer, truncation=config.truncation,
-        max_seq_len=assemble.context_limit(config.max_seq_len, config.ckpt_dir, model_config))
+        max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, model_config))
     batching = setup.open_batching(config)
     steps_per_epoch, total_steps = batching.count_steps(len(data.samples), config.epochs, config.max_steps)
     if config.dry_run:
@@ -79,14 +79,14 @@ def main(config: PreferenceTrainConfig) -> None:
         runlog.table(plan.training(config, model_config, steps, examples, tokenizer, batching.ranks))
         return
     facts = setup.start(config, "preference_train", batching, len(data.samples), total_steps)
-    assemble.check_save_dir(config.save_dir, config.reference_ckpt_dir)
-    assemble.check_tokenizer(tokenizer, config.reference_ckpt_dir)
+    saving.check_save_dir(config.save_dir, config.reference_ckpt_dir)
+    load.check_tokenizer(tokenizer, config.reference_ckpt_dir)
     fingerprint = storage.fingerprint(Path(against)) if against else None
     log = RunLog(config.save_dir, config.flags(), {"reference": {"ckpt_dir": against, "fingerprint": fingerprint}},
                  wandb=config.wandb)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
-    model, reference = assemble.load_solver(against or config.ckpt_dir, precision=config.precision,
+    model, reference = load.load_solver(against or config.ckpt_dir, precision=config.precision,
                                             trained=config.lora_rank == -1), None
     if against:
         file = Path(config.reference_file or Path(config.save_dir) / "reference.jsonl")
@@ -95,7 +95,7 @@ def main(config: PreferenceTrainConfig) -> None:
             max_batch_size=2 * config.max_batch_size, log=log)
     if config.reference_ckpt_dir:
         del model  # before the policy takes its place
-        model = assemble.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1)
+        model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1)
     trainer, checkpointer = setup.open_run(config, model, log, batching, len(data.samples), total_steps, facts)
     done = checkpointer.resume(config.resume)
     log.progress(total_steps, "step", done)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src import assemble, cli, parallel, plan, runlog
+from src import cli, load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.code_solutions.tool_hook import Coding
 from src.config import AskedFlags, Count, CountOrOff, CountOrZero, NonNegative, Seed, Share, TopP, flag
@@ -84,23 +84,23 @@ def main(config: SolverEvaluateConfig) -> None:
     refuse_contradictions(config.flags(), benchmark)
     for folder, kind in ((config.ckpt_dir, "solver"), (config.verifier_ckpt_dir, "verifier")):
         if folder:
-            assemble.load_config(folder, kind=kind)
+            load.load_config(folder, kind=kind)
     prompting = make_prompting(benchmark, config.few_shot, config.prompt_template)
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
                         max_new_tokens=config.max_new_tokens, stop=prompting.stop, seed=config.seed)
     solver = {"model_type": config.model_type, "precision": config.precision, "quantize": config.quantize}
     if config.interactive:
         parallel.start(seed=config.seed)
-        tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
+        tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
                                             config.template_args)
-        assemble.check_tokenizer(tokenizer, config.verifier_ckpt_dir)
+        load.check_tokenizer(tokenizer, config.verifier_ckpt_dir)
         verifier = None
         if config.verifier_ckpt_dir:
-            scoring = assemble.load_config(config.verifier_ckpt_dir)
-            assemble.check_step(config.verifier_ckpt_dir, scoring, config.step)
-            verifier = assemble.load_verifier(config.verifier_ckpt_dir, precision=config.precision,
+            scoring = load.load_config(config.verifier_ckpt_dir)
+            load.check_step(config.verifier_ckpt_dir, scoring, config.step)
+            verifier = load.load_verifier(config.verifier_ckpt_dir, precision=config.precision,
                                               quantize=config.quantize)
-        model = assemble.load_solver(config.ckpt_dir, **solver)
+        model = load.load_solver(config.ckpt_dir, **solver)
         converse(Solver(model, tokenizer, prompting, sampling, benchmark, verifier))
         return
     problems = read_prompts(config.label_file, need_label=benchmark.graded)
@@ -111,11 +111,11 @@ def main(config: SolverEvaluateConfig) -> None:
         runlog.table(plan.report({"problems": len(prompts), "a prompt": shown}, {}))
         return
     if config.dry_run:
-        tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
+        tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
                                             config.template_args)
         texts = [prompting.text(prompt.instruction) for prompt in prompts]
         runlog.table(plan.decoding(
-            assemble.load_config(config.ckpt_dir, config.model_type), assemble.n_shards(config.ckpt_dir),
+            load.load_config(config.ckpt_dir, config.model_type), load.n_shards(config.ckpt_dir),
             [encode_prompt(tokenizer, text) for text in texts], samples=config.num_samples,
             max_new_tokens=config.max_new_tokens, n_rows=config.max_batch_size, quantize=config.quantize))
         return
@@ -130,8 +130,8 @@ def main(config: SolverEvaluateConfig) -> None:
             if served:
                 source, sampler = served.source, served.sampler(sampling)
             else:
-                model = assemble.load_solver(config.ckpt_dir, **solver)
-                tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
+                model = load.load_solver(config.ckpt_dir, **solver)
+                tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
                                                     config.template_args)
                 source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)),
                           "chat_template": tokenizer.chat_template,

@@ -6,7 +6,8 @@ torchrun --nproc_per_node 8 solver_train.py --ckpt_dir ckpt/8 --save_dir out --t
 from dataclasses import dataclass
 from typing import Literal
 
-from src import assemble, cli, parallel, plan, runlog
+from src import cli, load, parallel, plan, runlog
+from src.checkpoint import saving
 from src.config import TrainConfig, flag
 from src.data.encoding import masked_text
 from src.data.examples import read_instructions
@@ -44,11 +45,11 @@ class SolverTrainConfig(TrainConfig):
 
 def main(config: SolverTrainConfig) -> None:
     """The loss is on outputs and their end only, a mean over the tokens of a whole step."""
-    assemble.check_quantize(config.quantize, config.lora_rank)
-    tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
+    load.check_quantize(config.quantize, config.lora_rank)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
                                         config.template_args)
-    model_config = assemble.load_config(config.ckpt_dir, config.model_type, "solver")
-    longest = assemble.context_limit(config.max_seq_len, config.ckpt_dir, model_config)
+    model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
+    longest = load.context_limit(config.max_seq_len, config.ckpt_dir, model_config)
     data, held_out = (SolverData(read_instructions(file), tokenizer, max_seq_len=longest, source=file,
                                  truncation=config.truncation, loss_on=config.loss_on) if file else None
                       for file in (config.train_file, config.eval_file))
@@ -61,9 +62,9 @@ def main(config: SolverTrainConfig) -> None:
         return
     facts = setup.start(config, "solver_train", batching, len(data.rows), total_steps,
                         chat_template=tokenizer.chat_template, template_args=str(tokenizer.template_args or ""))
-    model = assemble.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
+    model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
                                  quantize=config.quantize)
-    assemble.set_chat_template(model, tokenizer)
+    saving.record(model, chat_template=tokenizer.chat_template, template_args=tokenizer.template_args)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s", data.report)
     log.logger.info("first example: %s", masked_text(data.rows[0][0], tokenizer))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src import assemble, cli, parallel, plan, runlog
+from src import cli, load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.config import Count, PrecisionFlags, flag
 from src.data.encoding import StepKind
@@ -70,7 +70,7 @@ class VerifierEvaluateConfig(PrecisionFlags):
 
 def main(config: VerifierEvaluateConfig) -> None:
     """Add scores to samples: best-of-n and weighted voting over n beside majority voting; or judge steps."""
-    model_config = assemble.load_config(config.ckpt_dir, config.model_type, "verifier")
+    model_config = load.load_config(config.ckpt_dir, config.model_type, "verifier")
     prompts, samples, judged = [], [], []
     if config.samples_file:
         problems = read_prompts(config.label_file, need_label=True)
@@ -83,17 +83,17 @@ def main(config: VerifierEvaluateConfig) -> None:
         if model_config.objective == "pairwise":
             raise UserError(f"{config.ckpt_dir} is a pairwise verifier and cannot judge steps; give an outcome or "
                             f"process one")
-    assemble.check_step(config.ckpt_dir, model_config, config.step)
+    load.check_step(config.ckpt_dir, model_config, config.step)
     if config.dry_run:
-        n_shards = assemble.n_shards(config.ckpt_dir)
+        n_shards = load.n_shards(config.ckpt_dir)
         runlog.table(plan.scoring(model_config, n_shards, len(samples or judged), config.quantize))
         return
     storage.claim(Path(config.log_dir))
     if config.samples_file:
         refuse_sampled(Path(config.log_dir) / "samples.jsonl", config.samples_file)
     parallel.start()
-    verifier = assemble.load_verifier(config.ckpt_dir, precision=config.precision, quantize=config.quantize)
-    tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
+    verifier = load.load_verifier(config.ckpt_dir, precision=config.precision, quantize=config.quantize)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
     log, folder = RunLog(config.log_dir, config.flags()), Path(config.log_dir)
     if config.steps_file:
         threshold = None

@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from src import assemble, cli, parallel, plan, runlog
+from src import cli, load, parallel, plan, runlog
+from src.checkpoint import saving
 from src.config import Bounds, NonNegative, Share, TrainConfig, flag
 from src.data.encoding import StepKind, masked_text
 from src.errors import UserError
@@ -64,31 +65,31 @@ class VerifierTrainConfig(TrainConfig):
 
 def main(config: VerifierTrainConfig) -> None:
     """The loss is a mean over the pairs, or the labels, of a whole step."""
-    start = assemble.load_config(config.ckpt_dir, config.model_type)
+    start = load.load_config(config.ckpt_dir, config.model_type)
     if start.value_head and start.objective != "pairwise":
-        assemble.check_step(config.ckpt_dir, start, config.step)
+        load.check_step(config.ckpt_dir, start, config.step)
     step = config.step or start.step
-    tokenizer = assemble.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
     options = {"margin": config.margin, "centring": config.centring} if config.objective == "pairwise" else {
         "label_tokens": config.label_tokens if config.objective == "outcome" else "last", "balance": config.balance,
         "step": step}
     data, held_out = open_data(config.objective, config.train_file, config.weights, config.label_file,
                                config.held_out, tokenizer, seed=config.seed, truncation=config.truncation,
-                               max_seq_len=assemble.context_limit(config.max_seq_len, config.ckpt_dir, start),
+                               max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, start),
                                **options)
     batching = setup.open_batching(config)
     steps_per_epoch, total_steps = batching.count_steps(len(data.samples), config.epochs, config.max_steps)
     if config.dry_run:
         examples = [encoded for sample in data.samples for encoded in sample]
         steps = data.steps(batching.of_last_rank, packing=config.packing, epochs=config.epochs, stop=total_steps)
-        model_config = assemble.solver_to_verifier(start)
+        model_config = load.solver_to_verifier(start)
         runlog.table(plan.training(config, model_config, steps, examples, tokenizer, batching.ranks))
         return
     facts = setup.start(config, "verifier_train", batching, len(data.samples), total_steps)
-    model = assemble.load_verifier(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
+    model = load.load_verifier(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
                                    from_solver=True)
     score = {"pairwise": config.score, "outcome": "last", "process": "steps"}[config.objective]
-    assemble.set_score(model, objective=config.objective, score=score, step=step)
+    saving.record(model, objective=config.objective, score=score, step=step)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
@@ -111,7 +112,7 @@ def main(config: VerifierTrainConfig) -> None:
             accuracy = found.held_out_accuracy
             log.metrics(number, epoch=epoch, **found._asdict())
             log.logger.info("step %d: held-out accuracy %.3f", number, accuracy)
-            assemble.set_score(model, score_mean=found.score_mean, score_std=found.score_std)
+            saving.record(model, score_mean=found.score_mean, score_std=found.score_std)
         checkpointer.step_done(number, accuracy)
     checkpointer.finish()
 

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, ours is not
 
 import checkpoint_split
-from src import assemble, cli, parallel
+from src import cli, load, parallel
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
 
@@ -79,7 +79,7 @@ def first_of(work: Workload, n: int) -> Workload:
 def ours(folder: Path, slots: int) -> Callable[[Workload], list[list[int]]]:
     """Decoding by src/inference/engine.py."""
     parallel.start()
-    model = assemble.load_solver(str(folder / "ours"))
+    model = load.load_solver(str(folder / "ours"))
 
     def run(work: Workload) -> list[list[int]]:
         requests = [

@@ -105,7 +105,7 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
     """preference_train.py's own parts on the pairs."""
     import torch
 
-    from src import assemble, parallel
+    from src import load, parallel
     from src.config import OptimizerFlags
     from src.data import collate
     from src.data.encoding import Encoded
@@ -115,7 +115,7 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
     from src.training.trainer import Trainer
 
     parallel.start()
-    model = assemble.load_solver(str(folder / "ours"), trained=True)
+    model = load.load_solver(str(folder / "ours"), trained=True)
     log = RunLog(str(folder / "log"), {})
     rows = [
         (Encoded(prompt + chosen, len(prompt)), Encoded(prompt + rejected, len(prompt)))

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, ours is not
 
 import checkpoint_split
-from src import assemble, cli, parallel
+from src import cli, load, parallel
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
@@ -114,7 +114,7 @@ def main(batches: list[int] = [1, 32, 384], n_tokens: int = 200, folder: str = "
         bandwidth = copy_bandwidth()
         print(f"{device}, copy bandwidth {bandwidth / 1e9:.0f} GB/s")
         for precision, compiled in WAYS if on_gpu else [way for way in WAYS if not way[1]]:
-            model = assemble.load_solver(str(place / "ours"), quantize=precision)
+            model = load.load_solver(str(place / "ours"), quantize=precision)
             for batch in batches:
                 step = our_time(model, batch, n_tokens, compiled)
                 print(f"{precision or str(dtype)[6:]:9} {'compiled' if compiled else 'eager':9} batch {batch:3d} "

@@ -32,7 +32,8 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # a script's own folder is on the path, ours is not
 
-from src import assemble, cli, parallel
+from src import cli, load, parallel
+from src.checkpoint import shards
 from src.checkpoint.convert import rotary_from_hf, to_hf_name
 from src.config import LoraFlags, OptimizerFlags
 from src.data import collate
@@ -59,7 +60,7 @@ LLAMA_2_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_
                          vocab_size=32000, max_seq_len=4096)  # fmt: skip
 TINY = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=16, ffn_dim=172, vocab_size=512,
                    max_seq_len=4096)  # fmt: skip
-LORA = assemble.lora_config(LoraFlags(lora_rank=16, lora_alpha=32.0, lora_targets=list(LINEARS)))
+LORA = load.lora_config(LoraFlags(lora_rank=16, lora_alpha=32.0, lora_targets=list(LINEARS)))
 LR, MAX_GRAD_NORM = 1e-4, 1.0
 WARM_UP = 2  # steps of each turn that are not timed
 GATE_STEPS = 3
@@ -112,11 +113,11 @@ def ours(case: Case, *, compiled: bool) -> Side:
     for name, parameter in model.named_parameters():
         values = rotary_from_hf(name, drawn(to_hf_name(name), parameter.shape), case.config)
         tensors[name] = values.to(case.dtype)
-    assemble.assign(model, tensors, "the benchmark")
+    shards.assign(model, tensors, "the benchmark")
     if case.lora:
         if on_gpu():
             quantize_weights(model, "bfloat16", case.dtype)
-        assemble.put_lora_on(model, LORA, seed=1)
+        load.put_lora_on(model, LORA, seed=1)
         _draw_adapters(model)
     if compiled:
         for module in model.modules():

@@ -63,7 +63,8 @@ def prepare(case: Case, place: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from src import assemble, parallel
+    from src import load, parallel
+    from src.checkpoint import saving
     from src.checkpoint.sources import open_source
     from src.checkpoint.split import split
     from src.config import LoraFlags
@@ -85,11 +86,11 @@ def prepare(case: Case, place: Path) -> None:
     ]
     if case.script == "ppo_train.py":
         parallel.start()
-        verifier = assemble.load_verifier(str(place / "ours"), from_solver=True)
-        assemble.set_score(verifier, objective="outcome", score="last")
-        lora = assemble.lora_config(LoraFlags(lora_rank=16)) if "lora_rank" in case.flags else None
-        assemble.put_lora_on(verifier, lora, seed=1)
-        assemble.save_model(verifier, str(place / "verifier"), str(place / "ours"), lora=lora)
+        verifier = load.load_verifier(str(place / "ours"), from_solver=True)
+        saving.record(verifier, objective="outcome", score="last")
+        lora = load.lora_config(LoraFlags(lora_rank=16)) if "lora_rank" in case.flags else None
+        load.put_lora_on(verifier, lora, seed=1)
+        saving.save_model(verifier, str(place / "verifier"), str(place / "ours"), lora=lora)
         rows = [{"instruction": row["instruction"], "label": "3"} for row in rows[:8]]
     (place / "rows.json").write_text(json.dumps(rows))
 

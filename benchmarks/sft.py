@@ -116,7 +116,7 @@ def write_model(case: Case, folder: Path) -> None:
 def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]:
     """Our Trainer on the samples, the rows of a step end to end or padded."""
 
-    from src import assemble, parallel
+    from src import load, parallel
     from src.config import LoraFlags, OptimizerFlags
     from src.data import collate
     from src.data.collate import chunks
@@ -126,10 +126,10 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
     from src.training.trainer import Trainer
 
     parallel.start()
-    model = assemble.load_solver(str(folder / "ours"), trained=True)
+    model = load.load_solver(str(folder / "ours"), trained=True)
     names = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
     lora = LoraFlags(lora_rank=16 if case.lora else -1, lora_alpha=32.0, lora_targets=names)
-    assemble.put_lora_on(model, assemble.lora_config(lora), seed=1)
+    load.put_lora_on(model, load.lora_config(lora), seed=1)
     flags = OptimizerFlags(lr=0.0 if case.packing else 1e-4, schedule="constant", warmup_ratio=0.0)
     trainer = Trainer(model, RunLog(str(folder / "log"), {}), flags, total_steps=case.steps + WARM_UP)
     model.train()

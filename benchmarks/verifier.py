@@ -26,7 +26,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.decode import interval  # noqa: E402
-from src import assemble, cli, parallel  # noqa: E402
+from src import cli, load, parallel  # noqa: E402
+from src.checkpoint import saving  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.split import split  # noqa: E402
 from src.config import OptimizerFlags  # noqa: E402
@@ -81,10 +82,10 @@ def write_model(model: str, folder: Path) -> None:
 
 def open_verifier(folder: Path) -> Decoder:
     """The model with a random value head, the same at every call."""
-    verifier = assemble.load_verifier(str(folder / "ours"), trained=True, from_solver=True)
+    verifier = load.load_verifier(str(folder / "ours"), trained=True, from_solver=True)
     with torch.no_grad():
         verifier.v_head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(5))
-    assemble.set_score(verifier, objective="process", score="steps")
+    saving.record(verifier, objective="process", score="steps")
     return verifier
 
 
@@ -114,7 +115,7 @@ def one_sequence_a_step(tokenizer: Tokenizer, row: Judged) -> list[Encoded]:
 
 def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> None:
     """Updates on both sides in turns; print labelled steps a second and the ratio."""
-    tokenizer, rng = assemble.load_tokenizer(str(folder / "ours")), random.Random(3)
+    tokenizer, rng = load.load_tokenizer(str(folder / "ours")), random.Random(3)
     rows = [
         Judged(PROBLEM, steps, [float(rng.random() < 0.6) for _ in steps])
         for steps in (solution(rng, 6) for _ in range(solutions * (rounds + 1)))
@@ -195,7 +196,7 @@ def score(folder: Path, rounds: int, n_samples: int, batch_size: int) -> None:
     rng = random.Random(4)
     samples = [Sample(str(n), 0, PROBLEM, "\n\n".join(solution(rng, 5)), None, {"finish": "stop"})
                for n in range(n_samples)]  # fmt: skip
-    verifier, tokenizer = open_verifier(folder), assemble.load_tokenizer(str(folder / "ours"))
+    verifier, tokenizer = open_verifier(folder), load.load_tokenizer(str(folder / "ours"))
     log = RunLog(str(folder), {})
 
     def ours() -> list[list[float]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from src import assemble, cli, parallel
+from src import cli, load, parallel
 from src.checkpoint import shards, storage
 from src.checkpoint.tensor_files import TensorSpec, open_torch_file
 from src.errors import UserError
@@ -97,7 +97,7 @@ def certify(ckpt_dir: str, ranks: Sequence[int], n_layers: int) -> Certificate:
     Rows are padded on the right only: nothing here pads on the left. Raises UserError when the checkpoint cannot be
     read, is a verifier, or its shards contradict each other.
     """
-    config = assemble.load_config(ckpt_dir, kind="solver")
+    config = load.load_config(ckpt_dir, kind="solver")
     kept = config.n_layers if n_layers == -1 else min(n_layers, config.n_layers)
     rows, skipped = [], {}
     with tempfile.TemporaryDirectory(prefix="certificate-") as scratch:
@@ -149,7 +149,7 @@ def rank(ckpt_dir: str, scratch: str, n_layers: int) -> None:
     n_layers: layers to keep
     """
     parallel.start()
-    model = assemble.load_solver(ckpt_dir, precision="float32", n_layers=n_layers)
+    model = load.load_solver(ckpt_dir, precision="float32", n_layers=n_layers)
     rows, reference = _random_rows(model.config), Path(scratch) / "reference.pth"
     if parallel.world_size() == 1:
         _write_reference(model, rows, reference)

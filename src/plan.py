@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from src import assemble, parallel, runlog
+from src import load, parallel, runlog
 from src.checkpoint import storage
 from src.checkpoint.sources import Source
 from src.config import SavingFlags, TrainConfig
@@ -59,11 +59,11 @@ def training(
     data_parallel: int, quantize: str = "",
 ) -> str:  # fmt: skip
     """The plan of a trainer that takes these steps, of these examples."""
-    n = assemble.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
+    n = load.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
     model.check_divides(n, "this checkpoint")
     passes = [(step.epoch, max(batch.tokens.numel() for batch in step.batches)) for step in steps]
     n_tokens = max((tokens for _, tokens in passes), default=0)
-    how = Training(assemble.lora_config(config, config.lora_dropout), quantize, config.activation_checkpointing,
+    how = Training(load.lora_config(config, config.lora_dropout), quantize, config.activation_checkpointing,
                    data_parallel, config.accumulation_steps > 1, _on_gpu(), config.optimizer)  # fmt: skip
     memory = {"model": training_memory(model, n, n_tokens, how)}
     facts = {
@@ -106,12 +106,12 @@ def ppo(
     config: PPOConfig, prompts: Sequence[Prompt], held_out: Sequence[Prompt], tokenizer: Tokenizer, n_buffers: int
 ) -> str:
     """The plan of ppo_train.py with these flags. Raises UserError."""
-    n = assemble.planned_ranks(config.actor_ckpt_dir, config.tensor_parallel_size)
-    ranks = parallel.world_size() // assemble.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size)
+    n = load.planned_ranks(config.actor_ckpt_dir, config.tensor_parallel_size)
+    ranks = parallel.world_size() // load.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size)
     models = ppo_models(config, n)
     ids, held_ids = ([encode_prompt(tokenizer, p.instruction) for p in some] for some in (prompts, held_out))
     work = ppo_work(config, models["actor"].max_seq_len, [*map(len, ids)], [*map(len, held_ids)], ranks)
-    how = Training(assemble.lora_config(config), checkpointing=config.activation_checkpointing, data_parallel=ranks,
+    how = Training(load.lora_config(config), checkpointing=config.activation_checkpointing, data_parallel=ranks,
                    accumulates=work.accumulates, on_gpu=_on_gpu())  # fmt: skip
     memory = {name: ppo_memory(models, n, how, work, config.quantize, name) for name in ARRANGEMENTS}
     peaks = {name: moments(memory[name], models, n, phases=name == "--phases") for name in ARRANGEMENTS}
@@ -150,13 +150,13 @@ def ppo_models(config: PPOConfig, n: int) -> dict[str, ModelConfig]:
     The reference is one of them unless it is the actor without its adapters. Raises UserError for one that n ranks
     cannot share.
     """
-    models = {"actor": assemble.load_config(config.actor_ckpt_dir, config.model_type)}
+    models = {"actor": load.load_config(config.actor_ckpt_dir, config.model_type)}
     if config.has_critic:
-        models["critic"] = assemble.solver_to_verifier(assemble.load_config(config.critic_ckpt_dir))
+        models["critic"] = load.solver_to_verifier(load.load_config(config.critic_ckpt_dir))
     if config.lora_rank == -1 or config.reference_refresh > 0:
         models["reference"] = models["actor"]
     if "verifier" in config.reward:
-        models["verifier"] = assemble.load_config(config.reward_model_ckpt_dir)
+        models["verifier"] = load.load_config(config.reward_model_ckpt_dir)
     for name, model in models.items():
         model.check_divides(n, f"the {name}'s checkpoint")
     return models

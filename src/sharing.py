@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from src import assemble, parallel
-from src.checkpoint import adapters, sources, storage
+from src import load, parallel
+from src.checkpoint import adapters, shards, sources, storage
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.lora import AdaptedMatrix, Factors
@@ -20,7 +20,7 @@ class SharedBase:
         """ckpt_dir: full weights, or an adapter whose base (or its base's base) is meant. Held in --precision."""
         self.folder = base_of(ckpt_dir)
         self.dtype = parallel.compute_dtype(precision)
-        self._tensors = assemble.local_tensors(self.folder, self.dtype)
+        self._tensors = load.local_tensors(self.folder, self.dtype)
 
     def model(self, ckpt_dir: str, *, value_head: bool = False, from_solver: bool = False) -> Decoder:
         """The model of a directory: this base, and adapters that are held beside it.
@@ -30,7 +30,7 @@ class SharedBase:
         for another base, and for a solver or verifier where the other is needed.
         """
         kind = "solver" if not value_head else "" if from_solver else "verifier"
-        config, chain = assemble.load_config(ckpt_dir, kind=kind), _chain(Path(ckpt_dir))
+        config, chain = load.load_config(ckpt_dir, kind=kind), _chain(Path(ckpt_dir))
         if base_of(ckpt_dir) != self.folder:
             raise UserError(
                 f"--share_base: {ckpt_dir} stands on {chain[-1]} and not on {self.folder}; train it from there with "
@@ -40,13 +40,13 @@ class SharedBase:
         for folder in reversed(chain[:-1]):
             self._lay_on(folder, whole, factors)
         if config.value_head != value_head:
-            config = assemble.solver_to_verifier(config)
+            config = load.solver_to_verifier(config)
             whole["v_head.weight"] = torch.zeros(1, config.dim, device=parallel.device())
         if value_head:
             whole.pop("output.weight", None)
         with torch.device("meta"):
             model = Decoder(config, self.dtype)
-        assemble.assign(model, whole, ckpt_dir)
+        shards.assign(model, whole, ckpt_dir)
         for name, chained in factors.items():
             _replace_linear(model, name, AdaptedMatrix(whole[f"{name}.weight"], chained))
         return model
@@ -56,8 +56,8 @@ class SharedBase:
         lora = adapters.read_adapter(folder).lora
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
         own = {
-            name: load().to(parallel.device(), torch.float32, copy=True)
-            for name, load in sources.local_tensors(
+            name: read().to(parallel.device(), torch.float32, copy=True)
+            for name, read in sources.local_tensors(
                 folder, storage.ADAPTER, sources.read_config(folder), n, rank
             ).items()
         }

@@ -8,7 +8,7 @@ import pytest
 
 import checkpoint_split
 import solver_train
-from src import assemble, parallel, runlog
+from src import load, parallel, runlog
 from src.text.tokenizer import Tokenizer
 from tests.tiny import make_verifier, split, write_hf_llama
 
@@ -73,7 +73,7 @@ def code_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def code_tokenizer(code_base: str) -> Tokenizer:
     """Its tokenizer; the checkpoint says which form it writes."""
-    return assemble.load_tokenizer(code_base)
+    return load.load_tokenizer(code_base)
 
 
 @pytest.fixture(scope="session")
@@ -101,4 +101,4 @@ def code_solver(code_base: str, tmp_path_factory: pytest.TempPathFactory) -> str
 
 @pytest.fixture
 def tokenizer(folders: Folders) -> Tokenizer:
-    return assemble.load_tokenizer(folders.one)
+    return load.load_tokenizer(folders.one)

@@ -19,7 +19,7 @@ import torch
 
 import checkpoint_split
 import data_build
-from src import assemble, cli, parallel
+from src import cli, load, parallel
 from src.checkpoint import storage
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
@@ -63,7 +63,7 @@ def write_json(path: Path, rows: object) -> Path:
 
 def teach(folder: Path) -> None:
     """Train transformers' model to answer the problems right about every other time."""
-    model, tokenizer = hf_model(folder), assemble.load_tokenizer(split(folder, folder / "ours"))
+    model, tokenizer = hf_model(folder), load.load_tokenizer(split(folder, folder / "ours"))
     shutil.rmtree(folder / "ours")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     prompts = [[1, *tokenizer.encode(row["instruction"])] for row in PROBLEMS]
@@ -953,7 +953,7 @@ def test_verifiers_of_outcomes_and_steps_from_samples_to_scores(
         label_tokens="last",
         balance=True,
     )
-    config = assemble.load_config("trained")
+    config = load.load_config("trained")
     assert (config.objective, config.score) == (objective, "last" if objective == "outcome" else "steps")
     evaluate = main_of("verifier_evaluate", *SCORED)
     evaluate("trained", "log", "toy", "graded_two.json", "train.json", aggregation="min")
@@ -983,7 +983,7 @@ def test_what_a_step_is_is_learnt_once_and_followed(
     train = main_of("verifier_train", "ckpt_dir", "save_dir", "train_file")
     evaluate = main_of("verifier_evaluate", *SCORED)
     train("one", "prm", ["s.json", "o.json"], objective="process", step="line", max_batch_size=8, lr=1e-3)
-    assert assemble.load_config("prm").step == "line"
+    assert load.load_config("prm").step == "line"
     counted = [json.loads(line) for line in Path("prm/metrics.jsonl").read_text().splitlines()]
     assert sum(row.get("judged", 0) for row in counted) == 4 * 15  # of each row its labels: three and one
     evaluate("prm", "log", "toy", "lines.json", "train.json", step="line")
@@ -992,7 +992,7 @@ def test_what_a_step_is_is_learnt_once_and_followed(
     report = json.loads(Path("log/results.json").read_text())
     assert "score" not in long and report["samples"] == len(texts) + 1 and report["verifier"]["too_long"] == 1
     train("prm", "further", ["s.json"], objective="process", max_batch_size=8)
-    assert assemble.load_config("further").step == "line"
+    assert load.load_config("further").step == "line"
     message = "prm has learnt steps that are lines, but --step is paragraph; leave it out to follow"
     refuse(world, "verifier_train", {"ckpt_dir": "prm", "objective": "process", "train_file": "s.json",
                                      "step": "paragraph"}, message, here)  # fmt: skip

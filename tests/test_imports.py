@@ -29,9 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"parallel"},
     "checkpoint": {"models", "parallel", "runlog"},
     "data": {"text"},
-    "assemble": {"config", "models", "checkpoint", "text", "parallel", "runlog"},
-    "sharing": {"assemble", "checkpoint", "models", "parallel"},
-    "certify": {"assemble", "checkpoint", "cli", "inference", "models", "parallel"},
+    "load": {"config", "models", "checkpoint", "text", "parallel", "runlog"},
+    "sharing": {"checkpoint", "load", "models", "parallel"},
+    "certify": {"checkpoint", "cli", "inference", "load", "models", "parallel"},
     "inference": {"models", "text", "parallel"},
     "grading": {"text", "worker"},
     "code_solutions": {"inference", "parallel", "text"},
@@ -43,12 +43,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "text",
     },
     "training": {
-        "assemble", "checkpoint", "config", "data", "flags", "grading", "inference", "losses", "models",
-        "parallel", "runlog", "sharing", "text", "watchdog", "worker",
+        "checkpoint", "config", "data", "flags", "grading", "inference", "load", "losses", "models", "parallel",
+        "runlog", "sharing", "text", "watchdog", "worker",
     },
     "memory": {"checkpoint", "models", "parallel"},
     "plan": {
-        "assemble", "checkpoint", "config", "data", "memory", "models", "parallel", "runlog", "sharing", "text",
+        "checkpoint", "config", "data", "load", "memory", "models", "parallel", "runlog", "sharing", "text",
         "training",
     },
 }

@@ -12,8 +12,8 @@ from torch import Tensor
 import checkpoint_split
 import ppo_train
 import solver_train
-from src import assemble, parallel, plan
-from src.checkpoint import sources, storage
+from src import load, parallel, plan
+from src.checkpoint import saving, sources, storage
 from src.checkpoint.tensor_files import read_safetensors
 from src.config import SavingFlags
 from src.errors import UserError
@@ -37,14 +37,14 @@ def test_sizes_as_a_person_reads_them(n_bytes: int, text: str) -> None:
 def test_the_plan_counts_what_shards_and_loaded_models_hold(tmp_path: Path) -> None:
     source = tiny.write_hf_llama(tmp_path / "hf")
     halves = tiny.split(source, tmp_path / "two", n=2)
-    config = assemble.load_config(halves)
+    config = load.load_config(halves)
     for path in storage.shard_paths(Path(halves)):
         held = sum(tensor.numel() for tensor in storage.read_shard(path).values())
         assert held == local_parameters(config, 2)
     parallel.start()
-    model = assemble.load_verifier(tiny.split(source, tmp_path / "one"), from_solver=True)
+    model = load.load_verifier(tiny.split(source, tmp_path / "one"), from_solver=True)
     assert sum(p.numel() for p in model.parameters()) == local_parameters(model.config, 1)
-    assemble.put_lora_on(model, LORA, seed=1)
+    load.put_lora_on(model, LORA, seed=1)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == local_lora_parameters(model.config, LORA, 1)
 
@@ -58,7 +58,7 @@ def test_inspection_says_what_each_number_of_ranks_would_hold(tmp_path: Path) ->
     one, three, eight, nine = table.splitlines()[1:]
     assert one.split()[:3] == [
         "1",
-        plan.size(4 * local_parameters(assemble.load_config(halves), 1)).split()[0],
+        plan.size(4 * local_parameters(load.load_config(halves), 1)).split()[0],
         "KiB",
     ]
     assert "uneven: 2 to 4 query heads; 2 rows of padding in the vocabulary" in three
@@ -113,7 +113,7 @@ def read(path: Path) -> list[Tensor]:
 # CONFIG has 664 parameters, of them 80 in the output layer, in whose place a critic has a head of 8; a layer has 496
 ACTOR, CRITIC, VERIFIER = 664, 592, 592 + 496
 ADAPTERS, HEAD = 72, 8
-CRITIC_CONFIG = assemble.solver_to_verifier(CONFIG)
+CRITIC_CONFIG = load.solver_to_verifier(CONFIG)
 VERIFIER_CONFIG = dataclasses.replace(CRITIC_CONFIG, n_layers=2)
 FULL = {"actor": CONFIG, "critic": CRITIC_CONFIG, "reference": CONFIG, "verifier": VERIFIER_CONFIG}
 WORK = PPOWork(n_tokens=1, accumulates=False, n_rows=2, n_decoded=7)
@@ -238,11 +238,11 @@ def test_rewards_lie_where_they_are_laid() -> None:
 def flags(folders: Folders, tmp_path: Path) -> dict[str, object]:
     """Flags of a run of 6 buffers of 2 prompts, whose verifier judges steps and has two layers more than the critic."""
     parallel.start()
-    config = assemble.load_config(folders.verifier)
+    config = load.load_config(folders.verifier)
     deep = Decoder(dataclasses.replace(config, n_layers=config.n_layers + 2, objective="process"))
     for parameter in deep.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    assemble.save_model(deep, str(tmp_path / "deep"), folders.verifier)
+    saving.save_model(deep, str(tmp_path / "deep"), folders.verifier)
     rows = ", ".join(f'{{"instruction": "{n}+1=", "label": "{n + 1}"}}' for n in range(4))
     (tmp_path / "rows.json").write_text(f"[{rows}]")
     return {
@@ -268,7 +268,7 @@ def test_each_model_is_planned_by_its_own_config(
     models, weights = told[""].split(), re.split(r" {2,}", told["weights"])
     assert models == ["actor", "critic", "reference", "verifier", "rollouts"]
     for name, folder in (("critic", "critic_ckpt_dir"), ("verifier", "reward_model_ckpt_dir")):
-        count = sum(p.numel() for p in assemble.load_verifier(str(flags[folder])).parameters())
+        count = sum(p.numel() for p in load.load_verifier(str(flags[folder])).parameters())
         assert weights[models.index(name)] == plan.size(4 * count), name
     assert told["rewards"] == "verifier at the ends of steps, KL at every token"
     assert told["rollout buffers"] == "6 of 2 episodes, each for 2 x 1 optimizer steps"

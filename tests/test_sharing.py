@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src import assemble
+from src import load
+from src.checkpoint import saving
 from src.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.decoder import Decoder
@@ -20,29 +21,29 @@ from src.training.trainer import Trainer
 from tests.conftest import Folders
 from tests.training.workers import ppo_config, ppo_update, rollout_of
 
-LORA = assemble.lora_config(LoraFlags(lora_rank=4, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"]))
+LORA = load.lora_config(LoraFlags(lora_rank=4, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"]))
 
 
 def save_adapter(model: Decoder, base: str, folder: Path, seed: int) -> str:
     """Put random adapters on a loaded model and save them. Returns the directory."""
-    assemble.put_lora_on(model, LORA, seed)
+    load.put_lora_on(model, LORA, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(0, 0.05, generator=generator)
-    assemble.save_model(model, str(folder), base, lora=LORA)
+    saving.save_model(model, str(folder), base, lora=LORA)
     return str(folder)
 
 
 @pytest.fixture
 def made(folders: Folders, tmp_path: Path) -> dict[str, str]:
     """A solver and a verifier that are adapters on folders.one, and an adapter on that verifier."""
-    solver = save_adapter(assemble.load_solver(folders.one), folders.one, tmp_path / "solver", 2)
+    solver = save_adapter(load.load_solver(folders.one), folders.one, tmp_path / "solver", 2)
     verifier = save_adapter(
-        assemble.load_verifier(folders.one, from_solver=True), folders.one, tmp_path / "verifier", 3
+        load.load_verifier(folders.one, from_solver=True), folders.one, tmp_path / "verifier", 3
     )
-    second = save_adapter(assemble.load_verifier(verifier), verifier, tmp_path / "second", 4)
+    second = save_adapter(load.load_verifier(verifier), verifier, tmp_path / "second", 4)
     return {"solver": solver, "verifier": verifier, "second": second}
 
 
@@ -55,10 +56,10 @@ def test_ppo_on_one_base_is_ppo_on_four_models(
             actor = shared.model(made["solver"])
             critic, verifier = (shared.model(made[name], value_head=True) for name in ("verifier", "second"))
         else:
-            actor = assemble.load_solver(made["solver"])
-            critic, verifier = (assemble.load_verifier(made[name]) for name in ("verifier", "second"))
+            actor = load.load_solver(made["solver"])
+            critic, verifier = (load.load_verifier(made[name]) for name in ("verifier", "second"))
         for model in (actor, critic):
-            assemble.put_lora_on(model, LORA, seed=1)
+            load.put_lora_on(model, LORA, seed=1)
         log, flags = RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-3)
         trainers = (Trainer(model, log, flags, total_steps=8) for model in (actor, critic))
         models, seen = PPOModels(*trainers, None, ModelOffloader()), {}

@@ -9,8 +9,8 @@ import sentencepiece
 import torch
 
 import checkpoint_split
-from src import assemble
-from src.checkpoint import storage
+from src import load
+from src.checkpoint import saving, storage
 from src.flags import config_of
 from src.text.tokenizer import Tokenizer
 
@@ -59,11 +59,11 @@ def split(source: Path, folder: Path, n: int = 1) -> str:
 def make_verifier(ckpt_dir: str, folder: Path, *, mean: float = 0.0, std: float = 1.0,
                   objective: str = "pairwise") -> str:  # fmt: skip
     """Save a one-shard solver as a verifier with a random value head. Returns the directory."""
-    verifier = assemble.load_verifier(ckpt_dir, from_solver=True)
+    verifier = load.load_verifier(ckpt_dir, from_solver=True)
     with torch.no_grad():
         verifier.v_head.weight.normal_(generator=torch.Generator().manual_seed(5))
-    assemble.set_score(verifier, score_mean=mean, score_std=std, objective=objective)
-    assemble.save_model(verifier, str(folder), ckpt_dir)
+    saving.record(verifier, score_mean=mean, score_std=std, objective=objective)
+    saving.save_model(verifier, str(folder), ckpt_dir)
     return str(folder)
 
 

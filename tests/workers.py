@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from src import assemble, parallel
-from src.checkpoint import shards
+from src import load, parallel
+from src.checkpoint import saving, shards
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.config import OptimizerFlags
@@ -53,7 +53,7 @@ def decoders(
     log = RunLog(f"{next(iter(folders.values()))}-log", {})
     results = {}
     for name, folder in folders.items():
-        model = assemble.load_solver(folder)
+        model = load.load_solver(folder)
         results[name] = {
             "logits": all_logits(model, batch.tokens),
             "gradients": gradients(model, batch),
@@ -163,9 +163,9 @@ def lora(folder: str, save_dir: str, tokens: list[list[int]], mask: list[list[bo
     """The life of an adapter: put on, differentiated, trained for a step, saved, merged in three ways."""
     batch = Batch(torch.tensor(tokens), torch.tensor(mask))
     config = LoraConfig(rank=4, alpha=6.0, dropout=0.0, targets=LINEARS)
-    model = assemble.load_solver(folder)
+    model = load.load_solver(folder)
     results: dict[str, object] = {"base": all_logits(model, batch.tokens)}
-    assemble.put_lora_on(model, config, seed=5)
+    load.put_lora_on(model, config, seed=5)
     results["initial"] = all_logits(model, batch.tokens)
     results["adapters"] = adapter_tensors(model)
     fill_lora_b(model)
@@ -180,15 +180,15 @@ def lora(folder: str, save_dir: str, tokens: list[list[int]], mask: list[list[bo
     )
     results["trained_adapters"] = adapter_tensors(model)
     results["trained"] = all_logits(model, batch.tokens)
-    assemble.save_model(model, save_dir, folder, lora=config)
-    results["loaded"] = all_logits(assemble.load_solver(save_dir), batch.tokens)
+    saving.save_model(model, save_dir, folder, lora=config)
+    results["loaded"] = all_logits(load.load_solver(save_dir), batch.tokens)
     if parallel.rank() == 0:
         source = open_source(save_dir)
         split(source, Path(f"{save_dir}-merged"), parallel.world_size(), "", "", save_dir)
     parallel.barrier()
-    results["merged"] = all_logits(assemble.load_solver(f"{save_dir}-merged"), batch.tokens)
+    results["merged"] = all_logits(load.load_solver(f"{save_dir}-merged"), batch.tokens)
     for name, path in ("loaded_bfloat16", save_dir), ("merged_bfloat16", f"{save_dir}-merged"):
-        results[name] = dict(assemble.load_solver(path, precision="bfloat16").named_parameters())
+        results[name] = dict(load.load_solver(path, precision="bfloat16").named_parameters())
     results["dropout"] = dropout_logits(folder, batch.tokens)
     results["verifier"] = verifier_scores(folder, f"{save_dir}/../verifier", batch.tokens)
     return results
@@ -198,8 +198,8 @@ def dropout_logits(folder: str, tokens: Tensor) -> dict[str, Tensor]:
     """Logits of a model with heavily dropping adapters in both modes, and without dropout."""
     results = {}
     for name, dropout in ("without", 0.0), ("eval", 0.5), ("train", 0.5):
-        model = assemble.load_solver(folder)
-        assemble.put_lora_on(model, LoraConfig(rank=4, alpha=6.0, dropout=dropout, targets=LINEARS), seed=5)
+        model = load.load_solver(folder)
+        load.put_lora_on(model, LoraConfig(rank=4, alpha=6.0, dropout=dropout, targets=LINEARS), seed=5)
         fill_lora_b(model)
         model.train(name == "train")
         results[name] = all_logits(model, tokens)
@@ -209,15 +209,15 @@ def dropout_logits(folder: str, tokens: Tensor) -> dict[str, Tensor]:
 def verifier_scores(folder: str, save_dir: str, tokens: Tensor) -> dict[str, Tensor]:
     """Scores of a verifier before and after its adapters and value head went to disk and back."""
     config = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq", "w2"))
-    verifier = assemble.load_verifier(folder, from_solver=True)
-    assemble.put_lora_on(verifier, config, seed=5)
+    verifier = load.load_verifier(folder, from_solver=True)
+    load.put_lora_on(verifier, config, seed=5)
     fill_lora_b(verifier)
     nn.init.normal_(verifier.v_head.weight, generator=torch.Generator().manual_seed(4))
-    assemble.save_model(verifier, save_dir, folder, lora=config)
+    saving.save_model(verifier, save_dir, folder, lora=config)
     with torch.no_grad():
         return {
             name: model.scores(model(tokens))
-            for name, model in (("saved", verifier), ("loaded", assemble.load_verifier(save_dir)))
+            for name, model in (("saved", verifier), ("loaded", load.load_verifier(save_dir)))
         }
 
 
@@ -294,7 +294,7 @@ WAYS: dict[str, dict[str, object]] = {
 
 def completions(folder: str, requests: list[tuple[str, int, list[int]]]) -> dict[str, dict[str, list[int]]]:
     """Tokens by way of drawing, then by "id/sample", as this rank has them."""
-    model = assemble.load_solver(folder)
+    model = load.load_solver(folder)
     results = {}
     for way, settings in WAYS.items():
         sampling = Sampling(**{"max_new_tokens": 24, "seed": 3} | settings)
@@ -313,10 +313,10 @@ def quantised_logits(
     folder: str, texts: list[list[int]], precisions: list[str]
 ) -> dict[str, tuple[list[Tensor], float]]:
     """By precision: logits [S, V] of each text, and the weights' memory as a share of float32's on this rank."""
-    whole = weight_bytes(assemble.load_solver(folder))
+    whole = weight_bytes(load.load_solver(folder))
     found = {}
     for precision in precisions:
-        model = assemble.load_solver(folder, quantize=precision)
+        model = load.load_solver(folder, quantize=precision)
         logits = [all_logits(model, torch.tensor([text]))[0] for text in texts]
         found[precision] = logits, weight_bytes(model) / whole
     return found
@@ -352,14 +352,14 @@ def quantised_lora(
     found = {}
     for precision in precisions:
         models = {
-            "": assemble.load_solver(folder),
-            precision: assemble.load_solver(folder, quantize=precision),
+            "": load.load_solver(folder),
+            precision: load.load_solver(folder, quantize=precision),
         }
         for model in models.values():
-            assemble.put_lora_on(model, config, seed=5)
+            load.put_lora_on(model, config, seed=5)
             fill_lora_b(model)
         model = models[precision]
-        assemble.save_model(model, f"{save_dir}/{precision}", folder, lora=config)
+        saving.save_model(model, f"{save_dir}/{precision}", folder, lora=config)
         found[precision] = {
             "kept": kept_shapes(model, batch),
             "bytes": weight_bytes(model),
@@ -370,6 +370,6 @@ def quantised_lora(
                 if name.endswith(".matrix")
             },
             "adapted": all_logits(models[""], batch.tokens),
-            "loaded": all_logits(assemble.load_solver(f"{save_dir}/{precision}"), batch.tokens),
+            "loaded": all_logits(load.load_solver(f"{save_dir}/{precision}"), batch.tokens),
         }
     return found

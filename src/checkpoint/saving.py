@@ -1,6 +1,7 @@
-"""One save of a checkpoint directory by all ranks of a run together, at once or behind training's back."""
+"""A trained model written as a checkpoint directory by all ranks of a run, at once or while training goes on."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,11 @@ import torch
 from torch import Tensor
 
 from src import parallel
-from src.checkpoint import storage
+from src.checkpoint import adapters, shards, storage, training_state
+from src.checkpoint.training_state import RunState
+from src.errors import UserError
+from src.models.decoder import Decoder
+from src.models.lora import LoraConfig
 
 
 class TensorGroup(NamedTuple):
@@ -73,6 +78,63 @@ class Save:
         parallel.barrier()
 
 
+def save_model(
+    model: Decoder,
+    save_dir: str,
+    ckpt_dir: str,
+    dtype: str = "",
+    lora: LoraConfig | None = None,
+) -> None:
+    """Write a trained model as a checkpoint directory, each rank its own shard; all ranks call this.
+
+    The arguments are begin_save()'s.
+    """
+    begin_save(model, save_dir, ckpt_dir, dtype, lora).complete()
+
+
+def begin_save(
+    model: Decoder,
+    save_dir: str,
+    ckpt_dir: str,
+    dtype: str = "",
+    lora: LoraConfig | None = None,
+    tokenizer_file: str = "",
+    state: RunState | None = None,
+    background: bool = False,
+) -> Save:
+    """A save of the model as it is now, for all ranks to complete.
+
+    ckpt_dir is where training started: it gives the tokenizer unless tokenizer_file does and, with LoRA, the base
+    that the adapter directory will name. dtype of the stored weights: empty = as in ckpt_dir; adapters are always
+    float32. With a state the directory is one that training can be resumed from. In the background the model may
+    change before complete() is called.
+    """
+    parallel.free_gathered(model)
+    source = Path(ckpt_dir)
+    dtype = dtype or model.config.dtype
+    tensors = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if lora is None or parameter.requires_grad
+    }
+    kind, stored = (storage.ADAPTER, torch.float32) if lora else (storage.WEIGHTS, getattr(torch, dtype))
+    groups = [TensorGroup(kind, tensors, stored)]
+    documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
+    if state:
+        groups.append(TensorGroup(training_state.OPTIMIZER, state.trainer.tensors, torch.float32))
+        documents[training_state.STATE] = state.document()
+    documents["params.json"] = model.config.to_dict() | {"dtype": dtype}
+    n = parallel.tensor_parallel_size()
+    facts = {
+        "source": str(source),
+        "rotary_layout": "interleaved",
+        "tied": model.config.tied,
+        "split": {name: shards.split_dim(name, model.config, n) for name in tensors},
+    }
+    tokenizer = storage.tokenizer_files(Path(tokenizer_file) if tokenizer_file else source)
+    return Save(Path(save_dir), groups, documents, tokenizer, facts, background=background)
+
+
 def _copied(group: TensorGroup) -> TensorGroup:
     """The same tensors apart from the model, in main memory; empty on ranks that will not write."""
     copies = {}
@@ -91,3 +153,27 @@ def _write(folder: Path, groups: Sequence[TensorGroup]) -> None:
         else:
             for tensor in tensors.values():
                 parallel.whole(tensor)
+
+
+def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
+    """Raise UserError unless a trainer can write there without touching a checkpoint that it reads.
+
+    An adapter's base counts: without it the adapter is worth nothing. Empty names are skipped.
+    """
+    target, unsafe = Path(save_dir), [Path(folder) for folder in ckpt_dirs if folder]
+    for folder in unsafe:
+        if folder.resolve() == target.resolve() or (
+            folder.resolve().parent == target.resolve()
+            and folder.name.startswith(("epoch-", "step-", "best", "reference"))
+        ):
+            raise UserError(
+                f"saving to {save_dir} would overwrite {folder}, which is read; choose another directory"
+            )
+        if adapter := adapters.read_adapter(folder):
+            unsafe.append(adapter.base)
+    storage.claim(target)
+
+
+def record(model: Decoder, **facts: object) -> None:
+    """Put facts into the config that a save writes: how a verifier is read, its statistics, or the chat template."""
+    model.config = dataclasses.replace(model.config, **facts)

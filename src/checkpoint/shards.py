@@ -6,8 +6,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from src import parallel
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.parallel import padded_share, share
@@ -256,3 +257,22 @@ def _feed_forward_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for name, shape in linears.items()
     }
     return {"feed_forward.gate.weight": (config.n_experts, config.dim)} | experts
+
+
+def assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Make these tensors the model's parameters. Raises UserError unless names and shapes match exactly."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise UserError(f"{source}: parameter {name!r} is missing from its shard")
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(
+                f"{source}: {name} has shape {list(tensors[name].shape)} but params.json means "
+                f"{list(shape)} on each of {parallel.tensor_parallel_size()} ranks"
+            )
+    unknown = sorted(set(tensors) - set(wanted))
+    if unknown:
+        raise UserError(f"{source}: unknown parameter {unknown[0]!r}; params.json describes no such tensor")
+    model.load_state_dict(tensors, assign=True)
+    for parameter in model.parameters():  # assigned tensors come without
+        parameter.requires_grad_(True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from src import assemble, parallel
+from src import load, parallel
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.lora import without_adapters
@@ -51,7 +51,7 @@ class PPOModels:
             self.offloader.drop(self.reference)
             self.reference = None  # gone before the new one comes
         folder = str(Path(config.actor_save_dir) / "reference") if refreshed else config.actor_ckpt_dir
-        self.reference = assemble.load_solver(folder, precision=config.precision, quantize=config.quantize)
+        self.reference = load.load_solver(folder, precision=config.precision, quantize=config.quantize)
         self.offloader.add(self.reference)
 
 
@@ -68,17 +68,17 @@ def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
     def solver(folder: str) -> Decoder:
         if shared:
             return shared.model(folder)
-        return assemble.load_solver(folder, model_type=config.model_type, precision=config.precision,
+        return load.load_solver(folder, model_type=config.model_type, precision=config.precision,
                                     trained=config.lora_rank == -1)
 
     def verifier(folder: str, *, trained: bool) -> Decoder:
         if shared:
             return shared.model(folder, value_head=True, from_solver=trained)
-        return assemble.load_verifier(folder, precision=config.precision, trained=trained and config.lora_rank == -1,
+        return load.load_verifier(folder, precision=config.precision, trained=trained and config.lora_rank == -1,
                                       from_solver=trained, quantize="" if trained else config.quantize)
 
     def trainer(model: Decoder, lr: float, iterations: int) -> Trainer:
-        assemble.put_lora_on(model, assemble.lora_config(config), config.seed)
+        load.put_lora_on(model, load.lora_config(config), config.seed)
         steps = iterations * config.steps_per_buffer
         made = Trainer(model, log, config, lr=lr, total_steps=steps, adam_eps=config.adam_eps)
         offloader.add(model, made)

@@ -12,7 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from src import assemble, parallel
+from src import load, parallel
 from src.checkpoint import export, storage
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
@@ -58,7 +58,7 @@ def test_files_stay_under_the_size_asked_for_and_transformers_opens_them(tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     parallel.start()
     tokens = reference.batch()[0]
-    ours = assemble.load_solver(str(shards_of(CONFIG, tmp_path / "one", 1)))
+    ours = load.load_solver(str(shards_of(CONFIG, tmp_path / "one", 1)))
     logits = ours.logits(ours(tokens))
     assert reference.relative_difference(model(tokens).logits, logits) < 1e-4
     again = open_source(str(tmp_path / "hf"))
@@ -87,7 +87,7 @@ def test_verifier_is_transformers_classifier(tmp_path: Path, score: str) -> None
     folder = shards_of(config, tmp_path / "ours", 2)
     export.export_hf(open_source(str(folder)), tmp_path / "hf", "ours")
     parallel.start()
-    verifier = assemble.load_verifier(str(shards_of(config, tmp_path / "one", 1)))
+    verifier = load.load_verifier(str(shards_of(config, tmp_path / "one", 1)))
     row = torch.tensor([[1, 17, 5, 33, 8, 60, 2]])
     scores = verifier.scores(verifier(row))
     if score == "last":

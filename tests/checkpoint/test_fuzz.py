@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from src import parallel
-from src.assemble import load_solver
 from src.checkpoint import export, storage
 from src.checkpoint.sources import open_adapter, open_source
 from src.checkpoint.split import split
 from src.errors import UserError
+from src.load import load_solver
 from tests.checkpoint.weights import CONFIG, HF, META, as_hf, random_weights, write_json
 
 ROUNDS = 300  # a kind of file

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint_split
-from src import assemble
-from src.checkpoint import export, peft_config, storage
+from src import load
+from src.checkpoint import export, peft_config, storage, verify
 from src.checkpoint.sources import merge, open_adapter, open_source
 from src.checkpoint.split import split, split_adapter
 from src.errors import UserError
@@ -48,10 +48,10 @@ def test_w2s_20_merged_adapter_computes_what_peft_computes(tmp_path: Path, base:
 
 def test_merged_equals_unmerged(base: Path, adapter: Path) -> None:
     opened = open_adapter(adapter, str(base))
-    found = assemble.logit_difference(opened, merge(opened))
+    found = verify.logit_difference(opened, merge(opened))
     assert found.difference < 1e-5 * found.scale
     assert (
-        assemble.logit_difference(opened, open_source(str(base))).difference > 0.1
+        verify.logit_difference(opened, open_source(str(base))).difference > 0.1
     )  # the adapter does something
 
 
@@ -149,7 +149,7 @@ def test_variants_compute_what_peft_computes(tmp_path: Path, base: Path, kind: s
     export.export_peft(opened, tmp_path / "plain", "adapter")
     assert reference.relative_difference(peft_logits(base, tmp_path / "plain"), theirs) < 2e-5
     for written in (merge(opened), open_adapter(tmp_path / "plain")):
-        found = assemble.logit_difference(opened, written)
+        found = verify.logit_difference(opened, written)
         assert (
             found.difference < 1e-4 * found.scale
         )  # PEFT's singular vectors are float32, the measure's float64
@@ -180,7 +180,7 @@ def test_merge_onto_the_wrong_base_shows(tmp_path: Path, base: Path) -> None:
         naive = shutil.copytree(folder, tmp_path / f"naive-{folder.name}")
         values = json.loads((naive / "adapter_config.json").read_text())
         (naive / "adapter_config.json").write_text(json.dumps(values | change))
-        assert assemble.logit_difference(open_adapter(folder), merge(open_adapter(naive))).difference > 0.1
+        assert verify.logit_difference(open_adapter(folder), merge(open_adapter(naive))).difference > 0.1
 
 
 def test_a_base_beside_the_adapter_is_found(tmp_path: Path, base: Path, adapter: Path) -> None:
@@ -200,7 +200,7 @@ def test_an_adapter_beside_whole_weights_is_named_by_file(tmp_path: Path, base: 
     ):
         open_source(str(folder), base_dir=str(base))
     plain = open_source(str(folder / "model.safetensors"), str(base / "config.json"))
-    assert assemble.logit_difference(plain, open_source(str(base))).difference == 0
+    assert verify.logit_difference(plain, open_source(str(base))).difference == 0
     with pytest.raises(UserError, match="--config_file describes whole weights, but .* is an adapter"):
         checkpoint_split.main(
             checkpoint_split.SplitConfig(
@@ -219,7 +219,7 @@ def test_an_adapter_on_an_adapter(tmp_path: Path, base: Path) -> None:
     for init in (True, "olora"):
         upper = save_variant(tmp_path / "merged", tmp_path / "upper", init_lora_weights=init)
         opened = open_adapter(upper, str(lower))
-        found = assemble.logit_difference(opened, merge(open_adapter(upper)))
+        found = verify.logit_difference(opened, merge(open_adapter(upper)))
         assert found.difference < 1e-4 * found.scale
     config = lower / "adapter_config.json"
     for folder in (lower, upper):
@@ -237,7 +237,7 @@ def test_published_adapters_that_change_their_base_or_sleep(tmp_path: Path) -> N
         export.export_hf(merge(opened), tmp_path / name, name)
         merged = reference.hf_model(tmp_path / name)(reference.batch()[0]).logits
         assert reference.relative_difference(merged, theirs) < 2e-5
-        found = assemble.logit_difference(opened, open_source(str(tmp_path / name)))
+        found = verify.logit_difference(opened, open_source(str(tmp_path / name)))
         assert found.difference < 1e-4 * found.scale
     with pytest.raises(UserError, match=r"alora_invocation_tokens=\[3, 4\] is not implemented"):
         open_source(str(reference.shared("reports/PF2_alora") / "alora"))
@@ -388,7 +388,7 @@ def test_command_merges_keeps_and_verifies(
             )
         )
     with pytest.raises(UserError, match="of ours but what adapter_config.json describes; bring it here with"):
-        assemble.load_solver(str(adapter))
+        load.load_solver(str(adapter))
     with pytest.raises(UserError, match="--format hf holds whole weights: merge the adapter"):
         checkpoint_split.main(
             checkpoint_split.SplitConfig(

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from src import assemble, parallel
+from src import load, parallel
 from src.checkpoint import export
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
@@ -74,7 +74,7 @@ def test_logits_of_variants_equal_transformers(tmp_path: Path, name: str) -> Non
     parallel.start()
     original = zoo.make(tmp_path / "hf", name)
     split(open_source(str(original)), tmp_path / "ours", 1, "", "", "hf")
-    model = assemble.load_solver(str(tmp_path / "ours"))
+    model = load.load_solver(str(tmp_path / "ours"))
     with torch.no_grad():
         found, expected = (
             workers.all_logits(model, workers.LONG_ROW[None]),

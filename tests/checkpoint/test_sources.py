@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import checkpoint_split
-from src import assemble, parallel
+from src import load, parallel
 from src.checkpoint import shards
 from src.checkpoint.sources import Source, open_source
 from src.models.config import ModelConfig
@@ -150,7 +150,7 @@ def test_meta_directory_of_one_shard_opens_and_loads_as_it_is(tmp_path: Path) ->
     write_json(tmp_path / "params.json", META)
     assert_holds(open_source(str(tmp_path)), weights)
     parallel.start()
-    model = assemble.load_solver(str(tmp_path))
+    model = load.load_solver(str(tmp_path))
     assert model.config == CONFIG
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from src import assemble, parallel
-from src.checkpoint import storage
+from src import load, parallel
+from src.checkpoint import saving, storage
 from src.checkpoint.sources import describe, open_source, read_config
 from src.checkpoint.split import split
 from src.checkpoint.tensor_files import read_torch
@@ -200,10 +200,10 @@ def test_an_adapter_that_leaves_experts_alone_opens(tmp_path: Path) -> None:
     parallel.start()
     ours = tmp_path / "ours"
     split(open_source(str(zoo.make(tmp_path / "hf", "mixtral"))), ours, 1, "", "", "hf")
-    model = assemble.load_solver(str(ours))
+    model = load.load_solver(str(ours))
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq",))
-    assemble.put_lora_on(model, lora, 0)
-    assemble.save_model(model, str(tmp_path / "adapter"), str(ours), lora=lora)
+    load.put_lora_on(model, lora, 0)
+    saving.save_model(model, str(tmp_path / "adapter"), str(ours), lora=lora)
     assert read_config(tmp_path / "adapter") == read_config(ours)
     params = json.loads((tmp_path / "adapter" / "params.json").read_text())
     write_json(tmp_path / "adapter" / "params.json", params | {"n_layers": 10**9})

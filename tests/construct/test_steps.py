@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import data_build
-from src import assemble, parallel
+from src import load, parallel
 from src.code_solutions.tool_hook import Coding
 from src.construct.continuation import (
     Asked,
@@ -58,8 +58,8 @@ def log_dir(folder: Path, samples: list[Sample], rules: dict[str, str] = RULES) 
 
 @pytest.fixture
 def solver(folders: Folders) -> Solver:
-    tokenizer = assemble.load_tokenizer(folders.one)
-    return Solver(assemble.load_solver(folders.one), tokenizer, make_prompting(find_task("toy")), 8)
+    tokenizer = load.load_tokenizer(folders.one)
+    return Solver(load.load_solver(folders.one), tokenizer, make_prompting(find_task("toy")), 8)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_scdpo_17_the_limit_is_of_each_problem(folders: Folders, tmp_path: Path)
 def test_scdpo_18_held_out_pairs_share_no_question(folders: Folders, tmp_path: Path) -> None:
     source = log_dir(tmp_path / "log", [sample(str(n), 0, SOLUTION, "right") for n in range(5)])
     branched(folders, source, tmp_path / "a")
-    tokenizer = assemble.load_tokenizer(folders.one)
+    tokenizer = load.load_tokenizer(folders.one)
     data, held = open_preferences(str(tmp_path / "a.json"), "", 0.4, tokenizer, max_seq_len=128)
     questions = [{tokenizer.decode(pair[0].tokens)[:4] for pair in side.samples} for side in (data, held)]
     assert [len(side) for side in questions] == [3, 2] and not questions[0] & questions[1]
@@ -346,7 +346,7 @@ def test_scdpo_15_branches_of_code_share_their_first_blocks(code_solver: str, tm
     data_build.branch("toy", source, str(tmp_path / "a"), str(save_file), code_solver, **CODE_BRANCH)
     rows = json.loads(save_file.read_text())
     assert rows
-    tokenizer = assemble.load_tokenizer(code_solver)
+    tokenizer = load.load_tokenizer(code_solver)
     coding = Coding(tokenizer, 12)
     for row in rows:
         assert row["start_steps"] in (1, 3, 4)
@@ -362,7 +362,7 @@ def test_scdpo_15_branches_of_code_share_their_first_blocks(code_solver: str, tm
 
 def test_scdpo_14_code_that_prints_something_else_is_not_left(code_solver: str, tmp_path: Path) -> None:
     parallel.start()
-    coding = Coding(assemble.load_tokenizer(code_solver), 12)
+    coding = Coding(load.load_tokenizer(code_solver), 12)
     random = "".join(
         f"<|{kind}|>{content}<|endofblock|>"
         for kind, content in (

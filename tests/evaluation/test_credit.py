@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src import assemble
+from src import load
 from src.data import collate
 from src.data.examples import Judged
 from src.errors import UserError
@@ -23,7 +23,7 @@ ROWS = [
 
 def test_scdpo_24_token_credits_add_up_to_the_sequence_reward(folders: Folders, tokenizer: Tokenizer) -> None:
     """Eq. 7: beta times the log-ratio of each token; here of a model and the same one with other weights."""
-    policy, reference = assemble.load_solver(folders.one), assemble.load_solver(folders.one)
+    policy, reference = load.load_solver(folders.one), load.load_solver(folders.one)
     with torch.no_grad():
         reference.norm.weight.mul_(1.3)
     encoded = encode_solutions(ROWS, tokenizer, policy.config.max_seq_len, "paragraph")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import solver_evaluate
-from src import assemble, parallel
+from src import load, parallel
+from src.checkpoint import saving
 from src.data.examples import Prompt, Sample, read_prompts, read_samples
 from src.errors import UserError
 from src.evaluation import evaluator
@@ -234,10 +235,10 @@ def test_samples_of_another_checkpoint_or_of_unknown_origin_are_refused(
     run: Run, label_file: str, tmp_path: Path
 ) -> None:
     evaluate(run, label_file, tmp_path / "log")
-    model = assemble.load_solver(run.ckpt_dir)
+    model = load.load_solver(run.ckpt_dir)
     with torch.no_grad():
         model.norm.weight += 1
-    assemble.save_model(model, str(tmp_path / "changed"), run.ckpt_dir)
+    saving.save_model(model, str(tmp_path / "changed"), run.ckpt_dir)
     with pytest.raises(UserError, match="holds samples with checkpoint="):
         evaluate(run, label_file, tmp_path / "log", ckpt_dir=str(tmp_path / "changed"))
     # graded samples of somebody else do not take the place of ours, nor ours of theirs
@@ -304,7 +305,7 @@ def test_sampling_without_grading(run: Run, label_file: str, tmp_path: Path) -> 
 
 
 def test_greedy_is_temperature_0(run: Run, prompts: list[Prompt], tmp_path: Path) -> None:
-    model, tokenizer = assemble.load_solver(run.ckpt_dir), assemble.load_tokenizer(run.ckpt_dir)
+    model, tokenizer = load.load_solver(run.ckpt_dir), load.load_tokenizer(run.ckpt_dir)
     path = tmp_path / "samples.jsonl"
     sampler = evaluator.local_sampler(
         model,

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import assemble
+from src import load
+from src.checkpoint import saving
 from src.data.examples import Judged, Sample
 from src.errors import UserError
 from src.evaluation.scoring import Scored, score_one, score_samples, score_steps, with_score
@@ -25,7 +26,7 @@ SAMPLES = [
 
 @pytest.fixture
 def verifier(folders: Folders) -> Decoder:
-    return assemble.load_verifier(folders.verifier)  # its scores have mean 0.5 and deviation 2
+    return load.load_verifier(folders.verifier)  # its scores have mean 0.5 and deviation 2
 
 
 def score(
@@ -53,7 +54,7 @@ def test_a_pairwise_score_is_normalised_and_read_at_the_end(
 def test_steps_are_scored_alike_in_any_batch(
     verifier: Decoder, tokenizer: Tokenizer, tmp_path: Path, objective: str
 ) -> None:
-    assemble.set_score(verifier, objective=objective)
+    saving.record(verifier, objective=objective)
     found = score(verifier, tokenizer, tmp_path)
     assert [len(scored.step_scores) for scored in found] == [1, 2, 1, 3]
     for sample, scored in zip(SAMPLES, found, strict=True):
@@ -99,7 +100,7 @@ def test_a_sample_longer_than_the_context_is_left_without_a_score(
     objective: str,
     long: Sample,
 ) -> None:
-    assemble.set_score(verifier, objective=objective)
+    saving.record(verifier, objective=objective)
     found = score(verifier, tokenizer, tmp_path, [SAMPLES[0], long, SAMPLES[3], long])
     assert found[1] is found[3] is None and "2 of 4 samples are longer than the model's context of 128" in caplog.text
     alone = score(verifier, tokenizer, tmp_path / "b", [SAMPLES[0], SAMPLES[3]])
@@ -126,14 +127,14 @@ def test_a_verifier_of_lines_scores_lines(
     verifier: Decoder, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     """Every way to score follows the checkpoint: samples, judged steps, one sample."""
-    assemble.set_score(verifier, objective="process", step="line")
+    saving.record(verifier, objective="process", step="line")
     sample, judged = SAMPLES[0]._replace(response=text), Judged("1+1=", ["a b", "1+1=2", "#### 2"], [1.0] * 3)
     (scored,) = score(verifier, tokenizer, tmp_path, [sample])
     assert len(scored.step_scores) == 3
     assert score_steps(verifier, tokenizer, [judged], max_batch_size=1)[0] == pytest.approx(scored.step_scores)
     assert score_one(verifier, tokenizer, sample).step_scores == pytest.approx(scored.step_scores)
     assert not caplog.records
-    assemble.set_score(verifier, step="paragraph")
+    saving.record(verifier, step="paragraph")
     paragraphs = score(verifier, tokenizer, tmp_path / "b", [sample])[0].step_scores
     assert len(paragraphs) == text.count("\n\n") + 1
     assert ("1 of the 1 samples of several lines have no blank line" in caplog.text) == (len(paragraphs) == 1)

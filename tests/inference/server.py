@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from src import assemble, parallel
+from src import load, parallel
 from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 
@@ -93,7 +93,7 @@ def says(values: object) -> Answer:
 def engine(ckpt_dir: str) -> Answer:
     """Answers with a model in this process; takes token ids."""
     parallel.start()
-    model, tokenizer, lock = assemble.load_solver(ckpt_dir), assemble.load_tokenizer(ckpt_dir), Lock()
+    model, tokenizer, lock = load.load_solver(ckpt_dir), load.load_tokenizer(ckpt_dir), Lock()
 
     def answer(path: str, body: dict[str, object]) -> tuple[int, bytes]:
         sampling = Sampling(temperature=body["temperature"], max_new_tokens=body["max_tokens"], seed=body["seed"])

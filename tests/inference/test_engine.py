@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src import assemble, parallel
+from src import load, parallel
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.errors import UserError
@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 @pytest.fixture(scope="module")
 def model(folders: dict[int, Path]) -> Decoder:
     parallel.start()
-    return assemble.load_solver(str(folders[1]))
+    return load.load_solver(str(folders[1]))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from src import assemble, parallel
+from src import load, parallel
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.inference import engine
@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     root = tmp_path_factory.mktemp("step")
     split(open_source(str(reference.make_llama(root / "hf", "gqa"))), root / "1", 1, "", "", "gqa")
     parallel.start()
-    return assemble.load_solver(str(root / "1"))
+    return load.load_solver(str(root / "1"))
 
 
 class FixedStep(EagerStep):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src import assemble, parallel
+from src import load, parallel
 from src.checkpoint import convert
 from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source, read_config
@@ -167,7 +167,7 @@ def alone(hf_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize("name", ["qwen", "internlm2"])
 def test_context_beyond_what_is_implemented_is_refused(alone: Callable[[str], str], name: str) -> None:
-    model = assemble.load_solver(alone(name))
+    model = load.load_solver(alone(name))
     assert model.config.max_seq_len == 128
     model(torch.ones(1, 128, dtype=torch.int64))
     with pytest.raises(UserError, match="position 128 lies beyond the model's context of 128"):
@@ -178,6 +178,6 @@ def test_context_beyond_what_is_implemented_is_refused(alone: Callable[[str], st
 def test_experts_can_be_quantised(alone: Callable[[str], str], name: str) -> None:
     tokens = reference.batch()[0]
     full, small = (
-        workers.all_logits(assemble.load_solver(alone(name), quantize=q), tokens) for q in ("", "int8")
+        workers.all_logits(load.load_solver(alone(name), quantize=q), tokens) for q in ("", "int8")
     )
     assert 0 < reference.relative_difference(small, full) < 0.1

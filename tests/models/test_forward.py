@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from src import assemble
+from src import load
+from src.checkpoint import saving
 from src.data import collate
 from src.data.collate import Batch
 from src.data.encoding import Encoded
@@ -22,7 +23,7 @@ SAMPLES = [Encoded([1, 5, 9, 3, 2], 2), Encoded([1, 7, 2], 1), Encoded([1, *rang
 
 @pytest.fixture
 def model(folders: Folders) -> Decoder:
-    return assemble.load_solver(folders.one)
+    return load.load_solver(folders.one)
 
 
 def gradients(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -54,7 +55,7 @@ FORKS = [
 @pytest.mark.parametrize("name", ["llama-3.1", "mistral-window", "gemma-2"])
 def test_a_common_beginning_read_once_changes_nothing(tmp_path: Path, name: str) -> None:
     """Beside rows of their own: plain, with a window shorter than the beginning, and with softcapped scores."""
-    forked = assemble.load_solver(split(zoo.make(tmp_path / "hf", name), tmp_path / "split"))
+    forked = load.load_solver(split(zoo.make(tmp_path / "hf", name), tmp_path / "split"))
     expected = gradients(forked, collate.collate([row for group in FORKS for row in group]))
     assert_close(gradients(forked, collate.pack_forked(FORKS)), expected, rtol=1e-5, atol=1e-5)
 
@@ -78,8 +79,8 @@ def test_logits_of_one_chunk_exist_at_once(model: Decoder, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("score", ["last", "mean"])
 def test_packed_scores_and_values_are_those_of_padded_rows(folders: Folders, score: str) -> None:
-    verifier = assemble.load_verifier(folders.verifier)
-    assemble.set_score(verifier, score=score)
+    verifier = load.load_verifier(folders.verifier)
+    saving.record(verifier, score=score)
     padded, packed = collate.collate(SAMPLES), collate.pack(SAMPLES)
     for read in (forward.response_scores, forward.response_values):
         assert_close(read(verifier, *packed), read(verifier, *padded), rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src import assemble
+from src import load
 from src.checkpoint import adapters, storage
 from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.checkpoint.shards import cut_of, join
@@ -127,10 +127,10 @@ def test_w2s_20_merged_and_loaded_adapters_give_the_trained_logits(run: Callable
 
 
 def test_w2s_20_parameters_are_as_many_as_the_formula_says(folders: Folders) -> None:
-    model, rank = assemble.load_solver(folders.one), 8
+    model, rank = load.load_solver(folders.one), 8
     names = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
-    assemble.put_lora_on(
-        model, assemble.lora_config(LoraFlags(lora_rank=rank, lora_alpha=16.0, lora_targets=names)), seed=1
+    load.put_lora_on(
+        model, load.lora_config(LoraFlags(lora_rank=rank, lora_alpha=16.0, lora_targets=names)), seed=1
     )
     config = model.config
     heads, kv, ffn = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.ffn_dim

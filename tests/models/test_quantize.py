@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import assemble, parallel
+from src import load, parallel
 from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
@@ -51,7 +51,7 @@ def test_trained_model_keeps_its_predictions_in_less_memory(
     parallel.start()
     root, texts = stories
     folder = str(root / "1")
-    model = assemble.load_solver(folder)
+    model = load.load_solver(folder)
     logits, share = quantised_logits(folder, texts, [precision])[precision]
     agreed = total = 0
     for text, found in zip(texts, logits, strict=True):
@@ -106,13 +106,13 @@ def test_quantised_verifier_and_tied_solver_are_close(tmp_path: Path) -> None:
     source = reference.make_llama(tmp_path / "hf", "tied")
     split(open_source(str(source)), tmp_path / "tied", 1, "", "", "tied")
     tied = [
-        all_logits(assemble.load_solver(str(tmp_path / "tied"), quantize=way), tokens) for way in ("", "int8")
+        all_logits(load.load_solver(str(tmp_path / "tied"), quantize=way), tokens) for way in ("", "int8")
     ]
     assert reference.relative_difference(tied[1], tied[0]) < 0.05
     folder = tiny.split(tiny.write_hf_llama(tmp_path / "gqa"), tmp_path / "ckpt")
     verifier = tiny.make_verifier(folder, tmp_path / "verifier")
     with torch.no_grad():
-        models = [assemble.load_verifier(verifier, quantize=way) for way in ("", "int8")]
+        models = [load.load_verifier(verifier, quantize=way) for way in ("", "int8")]
         scores = [model.scores(model(tokens)) for model in models]
     assert reference.relative_difference(scores[1], scores[0]) < 0.05
 
@@ -134,17 +134,17 @@ def test_adapters_on_a_frozen_base_in_few_bits(folders: Folders, tmp_path: Path,
         if n == 1
         else run_ranks(n, "tests.workers:quantised_lora", tmp_path, **arguments)
     )
-    model = assemble.load_solver(folders.one)
+    model = load.load_solver(folders.one)
     config, whole = model.config, weight_bytes(model)
     for precision in arguments["precisions"]:
         found = [rank[precision] for rank in ranks]
-        model = assemble.load_solver(folders.one)
+        model = load.load_solver(folders.one)
         dense = joined([rank["dense"] for rank in found], config)
         for name, tensor in dense.items():
             original = model.get_parameter(name).data
             assert not torch.equal(original, tensor)
             original.copy_(tensor)
-        assemble.put_lora_on(model, ADAPTERS, seed=5)
+        load.put_lora_on(model, ADAPTERS, seed=5)
         fill_lora_b(model)
         expected = gradients(model, rows)
         for name, gradient in joined([rank["gradients"] for rank in found], config).items():

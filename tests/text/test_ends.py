@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import checkpoint_split
 import solver_train
-from src import assemble, parallel
+from src import load, parallel
+from src.checkpoint import saving
 from src.checkpoint.sources import open_source
 from src.errors import UserError
 from src.models.lora import LoraConfig
@@ -40,10 +41,11 @@ def base(folder: Path, generation: dict[str, object] | None = None, **config: ob
 def trained(folder: str, save_dir: Path, chat_template: str, lora: LoraConfig | None = None) -> str:
     """What training leaves of a checkpoint with a chat template, its weights untouched."""
     parallel.start()
-    model = assemble.load_solver(folder)
-    assemble.put_lora_on(model, lora, 0)
-    assemble.set_chat_template(model, assemble.load_tokenizer(folder, chat_template=chat_template))
-    assemble.save_model(model, str(save_dir), folder, lora=lora)
+    model = load.load_solver(folder)
+    load.put_lora_on(model, lora, 0)
+    tokenizer = load.load_tokenizer(folder, chat_template=chat_template)
+    saving.record(model, chat_template=tokenizer.chat_template, template_args=tokenizer.template_args)
+    saving.save_model(model, str(save_dir), folder, lora=lora)
     return str(save_dir)
 
 
@@ -68,7 +70,7 @@ def ids(folder: Path) -> list[object]:
 def test_ends_in_config_json_alone_stop_samples_here_and_in_the_export(tmp_path: Path, eos: object) -> None:
     source = base(tmp_path / "hf", eos_token_id=eos, bos_token_id=5, pad_token_id=3)
     ours = tiny.split(source, tmp_path / "ours")
-    tokenizer = assemble.load_tokenizer(ours)
+    tokenizer = load.load_tokenizer(ours)
     assert tokenizer.stop_ids == {7, tokenizer.eos_id} | ({9} if isinstance(eos, list) else set())
     assert ids(exported(ours, tmp_path / "back")) == [5, eos, 3]
     again = exported(tiny.split(tmp_path / "back", tmp_path / "two", 2), tmp_path / "third")
@@ -80,13 +82,13 @@ def test_a_generation_config_without_ends_leaves_them_to_the_config(
     tmp_path: Path, generation: dict[str, object]
 ) -> None:
     ours = tiny.split(base(tmp_path / "hf", generation, eos_token_id=[7, 9]), tmp_path / "ours")
-    tokenizer = assemble.load_tokenizer(ours)
+    tokenizer = load.load_tokenizer(ours)
     assert tokenizer.stop_ids == {7, 9, tokenizer.eos_id}
     back = exported(ours, tmp_path / "back")
     assert ids(back)[1] == [7, 9]
     assert json.loads((back / "generation_config.json").read_text()) == generation | {"eos_token_id": [7, 9]}
     solver = trained(ours, tmp_path / "solver", "qwen")
-    end = assemble.load_tokenizer(solver).eos_id
+    end = load.load_tokenizer(solver).eos_id
     assert ids(exported(solver, tmp_path / "tuned"))[1] == [end, 7, 9]
 
 
@@ -126,7 +128,7 @@ def test_what_stands_beside_a_tokenizer_is_none(
 @pytest.mark.parametrize("eos", [-1, 511, [7, 511]])
 def test_ids_that_no_text_can_hold_end_nothing(tmp_path: Path, eos: object) -> None:
     ours = tiny.split(base(tmp_path / "hf", eos_token_id=eos), tmp_path / "ours")
-    tokenizer = assemble.load_tokenizer(ours)
+    tokenizer = load.load_tokenizer(ours)
     assert tokenizer.vocab_size < 511
     assert tokenizer.stop_ids == {tokenizer.eos_id} | ({7} if isinstance(eos, list) else set())
 
@@ -154,7 +156,7 @@ def test_the_end_and_the_template_of_training_stand_in_the_export(
 ) -> None:
     ours = tiny.split(base(tmp_path / "hf", generation, eos_token_id=7, pad_token_id=3), tmp_path / "ours")
     solver = trained(ours, tmp_path / "solver", template)
-    tokenizer = assemble.load_tokenizer(solver)
+    tokenizer = load.load_tokenizer(solver)
     back = exported(solver, tmp_path / "back")
     expected = [tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id, 7}), 7]
     found = GenerationConfig.from_pretrained(back)
@@ -171,7 +173,7 @@ def test_the_end_and_the_template_of_training_stand_in_the_export(
 def test_generate_stops_at_the_end_of_training(tmp_path: Path) -> None:
     ours = tiny.split(base(tmp_path / "hf", eos_token_id=7), tmp_path / "ours")
     solver = trained(ours, tmp_path / "solver", "qwen")
-    end = assemble.load_tokenizer(solver).eos_id
+    end = load.load_tokenizer(solver).eos_id
     back = exported(solver, tmp_path / "back")
     model = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
     model.lm_head.weight.data[end] *= 0
@@ -193,7 +195,7 @@ def test_other_ways_to_train_add_their_end(tmp_path: Path, template: str) -> Non
     (source / "chat_template.jinja").write_text(jinja)
     solver = trained(tiny.split(source, tmp_path / "ours"), tmp_path / "solver", template)
     back = exported(solver, tmp_path / "back")
-    assert GenerationConfig.from_pretrained(back).eos_token_id[0] == assemble.load_tokenizer(solver).eos_id
+    assert GenerationConfig.from_pretrained(back).eos_token_id[0] == load.load_tokenizer(solver).eos_id
     assert (back / "chat_template.jinja").read_text() == jinja
 
 
@@ -201,7 +203,7 @@ def test_an_adapter_exported_for_peft_has_them_beside_it(tmp_path: Path) -> None
     ours = tiny.split(base(tmp_path / "hf", eos_token_id=7), tmp_path / "ours")
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq",))
     adapter = trained(ours, tmp_path / "adapter", "qwen", lora)
-    end = assemble.load_tokenizer(adapter).eos_id
+    end = load.load_tokenizer(adapter).eos_id
     for format in ("peft", "hf"):
         back = exported(adapter, tmp_path / f"back-{format}", format)
         assert GenerationConfig.from_pretrained(back).eos_token_id[0] == end

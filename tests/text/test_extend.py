@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import checkpoint_split
-from src import assemble, parallel
+from src import load, parallel
 from src.checkpoint.sources import open_source, with_added_tokens
 from src.errors import UserError
 from src.text.blocks import Marker
@@ -18,7 +18,7 @@ TEXT = "What is <|text|> 6 x 7?\n\n#### 42"
 
 
 def test_scdpo_02_markers_get_the_ids_behind_the_vocabulary(toy_tokenizer: Tokenizer, code_base: str) -> None:
-    extended = assemble.load_tokenizer(code_base)
+    extended = load.load_tokenizer(code_base)
     size = toy_tokenizer.vocab_size
     assert [extended.control[marker] for marker in Marker] == list(range(size, size + 8))
     assert extended.vocab_size == size + 8
@@ -58,9 +58,9 @@ def test_scdpo_02_reshard_and_export_keep_the_tokens(tmp_path: Path, code_base: 
         )
     )
     tokenizer = Tokenizer(tmp_path / "hf", "code")
-    assert tokenizer.fingerprint() == assemble.load_tokenizer(code_base).fingerprint()
+    assert tokenizer.fingerprint() == load.load_tokenizer(code_base).fingerprint()
     parallel.start()
-    model = assemble.load_solver(str(tmp_path / "two"))
+    model = load.load_solver(str(tmp_path / "two"))
     assert model.config.chat_template == "code"
     assert model.config.vocab_size == tokenizer.vocab_size
 

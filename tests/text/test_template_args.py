@@ -14,7 +14,7 @@ from solver_evaluate import SolverEvaluateConfig
 from solver_evaluate import main as evaluate
 from solver_train import SolverTrainConfig
 from solver_train import main as train
-from src import assemble, parallel
+from src import load, parallel
 from src.data.encoding import encode_prompt
 from src.data.examples import read_samples
 from src.errors import UserError
@@ -67,23 +67,23 @@ def test_arguments_are_recorded_followed_and_exported(
     caplog.set_level(logging.WARNING)
     start = base(tmp_path, DROPPED)
     out = trained(tmp_path, start, chat_template="file", template_args=OFF, max_steps=1)
-    assert assemble.load_config(out).template_args == {"enable_thinking": False}
-    followed = assemble.load_tokenizer(out)
+    assert load.load_config(out).template_args == {"enable_thinking": False}
+    followed = load.load_tokenizer(out)
     ids = encode_prompt(followed, "1+1?")
     assert followed.decode(ids).endswith("assistant\n<think>\n\n</think>\n\n")
     more = trained(tmp_path, out, save_dir=tmp_path / "more", max_steps=1)
-    assert assemble.load_config(more).template_args == {"enable_thinking": False}
-    assemble.check_tokenizer(followed, more)
+    assert load.load_config(more).template_args == {"enable_thinking": False}
+    load.check_tokenizer(followed, more)
     sampled(tmp_path, more)
     assert not caplog.records
     with pytest.raises(UserError, match="template_args={'enable_thinking': False}, but this run has None"):
         sampled(tmp_path, more, template_args="{}")
     assert 'trained with the template arguments {"enable_thinking": false}; --template_args {} shows' in caplog.text
     caplog.clear()
-    assemble.check_tokenizer(assemble.load_tokenizer(start, chat_template="file"), out)
+    load.check_tokenizer(load.load_tokenizer(start, chat_template="file"), out)
     assert 'trained with chat template file {"enable_thinking": false}, but reads texts in the form of' in caplog.text
     # another template takes none of them
-    assert assemble.load_tokenizer(out, chat_template="qwen").template_args == {}
+    assert load.load_tokenizer(out, chat_template="qwen").template_args == {}
     config = checkpoint_split.SplitConfig(ckpt_file=out, save_path=str(tmp_path / "back"), format="hf")
     checkpoint_split.main(config)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "back")
@@ -93,7 +93,7 @@ def test_arguments_are_recorded_followed_and_exported(
     assert ids[: len(thinks)] == thinks != ids
     config = checkpoint_split.SplitConfig(ckpt_file=str(tmp_path / "back"), save_path=str(tmp_path / "again"), n=1)
     checkpoint_split.main(config)
-    assert encode_prompt(assemble.load_tokenizer(str(tmp_path / "again")), "1+1?") == ids
+    assert encode_prompt(load.load_tokenizer(str(tmp_path / "again")), "1+1?") == ids
 
 
 def test_a_run_is_resumed_with_its_arguments(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_arguments_stand_in_params_json_as_an_object(tmp_path: Path) -> None:
     params = Path(base(tmp_path, DROPPED)) / "params.json"
     params.write_text(json.dumps(json.loads(params.read_text()) | {"template_args": ["x"]}))
     with pytest.raises(UserError, match=r"params.json: template_args=\['x'\]: expected an object"):
-        assemble.load_tokenizer(str(params.parent))
+        load.load_tokenizer(str(params.parent))
 
 
 @pytest.mark.parametrize("report", ["", "TK1_prompt_opens_think/r1", "TK1_prompt_opens_think/qwq"])

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from src import assemble, parallel
-from src.checkpoint import storage
+from src import load, parallel
+from src.checkpoint import saving, storage
 from src.checkpoint.saving import Save
 from src.checkpoint.training_state import RunState
 from src.config import LoraFlags, OptimizerFlags, SavingFlags
@@ -41,24 +41,24 @@ class Run:
         self, ckpt_dir: str, folder: Path, lora_rank: int = -1, background: bool = False, **options: object
     ) -> None:
         self.folder = folder
-        self.model = assemble.load_solver(ckpt_dir, trained=True)
-        lora = assemble.lora_config(
+        self.model = load.load_solver(ckpt_dir, trained=True)
+        lora = load.lora_config(
             LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "w2"]), 0.1
         )
-        assemble.put_lora_on(self.model, lora, seed=1)
+        load.put_lora_on(self.model, lora, seed=1)
         log = RunLog(str(folder), {})
         self.trainer = Trainer(self.model, log, OptimizerFlags(lr=1e-2, weight_decay=0.1), total_steps=STEPS)
 
         def begin_save(target: str, state: RunState) -> Save:
-            return assemble.begin_save(
+            return saving.begin_save(
                 self.model, target, ckpt_dir, "bfloat16", lora, state=state, background=background
             )
 
-        saving = {name: options.pop(name) for name in ("save_every", "keep_last") if name in options}
+        kept = {name: options.pop(name) for name in ("save_every", "keep_last") if name in options}
         self.checkpointer = Checkpointer(
             log,
             [Trainee(str(folder), self.trainer, begin_save)],
-            SavingFlags(**saving),
+            SavingFlags(**kept),
             steps_per_epoch=3,
             total_steps=STEPS,
             facts={"seed": 1},
@@ -298,13 +298,13 @@ def test_a_disk_that_fills_during_a_save_leaves_one_to_resume_from(
 def test_a_directory_belongs_to_one_run_at_a_time(folders: Folders, tmp_path: Path) -> None:
     """Another run holds it until its process ends, be it killed."""
     holder = (
-        f"from src import assemble as a; a.check_save_dir({str(tmp_path)!r}); print(1, flush=True); input()"
+        f"from src.checkpoint import saving; saving.check_save_dir({str(tmp_path)!r}); print(1, flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", holder], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == b"1\n"
         with pytest.raises(UserError, match=rf"is being written by process {process.pid}; wait for it"):
-            assemble.check_save_dir(str(tmp_path), folders.one)
+            saving.check_save_dir(str(tmp_path), folders.one)
         process.kill()
-    assemble.check_save_dir(str(tmp_path), folders.one)
+    saving.check_save_dir(str(tmp_path), folders.one)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from src import assemble
+from src import load
 from src.config import LoraFlags
 from src.models.lora import merged_weight
 from tests.conftest import Folders
@@ -106,10 +106,10 @@ def test_ranks(
     )
     for index, case in enumerate(cases):
         lora_rank = case.get("lora_rank", -1)
-        model = assemble.load_solver(folders.one)
-        assemble.put_lora_on(
+        model = load.load_solver(folders.one)
+        load.put_lora_on(
             model,
-            assemble.lora_config(
+            load.lora_config(
                 LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
             ),
             1,

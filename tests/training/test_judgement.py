@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src import assemble
+from src import load
 from src.config import OptimizerFlags
 from src.data.batches import Batching
 from src.data.encoding import STEP_END, encode_steps
@@ -29,7 +29,7 @@ ROWS = [
 
 @pytest.fixture
 def verifier(folders: Folders) -> Decoder:
-    return assemble.load_verifier(folders.verifier)
+    return load.load_verifier(folders.verifier)
 
 
 def make_data(rows: list[Judged], tokenizer: Tokenizer, **options: object) -> JudgedData:
@@ -178,7 +178,7 @@ def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, t
         Judged(f"{a}", [f"{a} {a}", f"{a} {b}"], [1.0, float(a == b)]) for a in range(4) for b in range(4)
     ]
     data = make_data(rows, tokenizer, balance=True)
-    model = assemble.load_verifier(folders.one, from_solver=True)
+    model = load.load_verifier(folders.one, from_solver=True)
     trainer = Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-2), total_steps=60)
     for _, _, batches in data.steps(batching(16, 1), packing=True, epochs=60):
         trainer.backward(data.loss(model, batches[0], data.n_judged(batches)))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src import assemble
+from src import load
+from src.checkpoint import saving
 from src.config import OptimizerFlags
 from src.data import collate
 from src.data.batches import Batching
@@ -32,7 +33,7 @@ PAIRS = [
 
 @pytest.fixture
 def verifier(folders: Folders) -> Decoder:
-    return assemble.load_verifier(folders.verifier)
+    return load.load_verifier(folders.verifier)
 
 
 def make_data(rows: list[Pair], tokenizer: Tokenizer, max_seq_len: int = 64) -> PairData:
@@ -54,7 +55,7 @@ def test_rows_give_as_many_pairs_as_their_longer_side(tokenizer: Tokenizer) -> N
 
 
 def test_first_loss_is_ln_2(folders: Folders, tokenizer: Tokenizer) -> None:
-    fresh = assemble.load_verifier(folders.one, from_solver=True)
+    fresh = load.load_verifier(folders.one, from_solver=True)
     ((_, _, (batch,)),) = make_data(PAIRS, tokenizer).steps(batching(5, 1), packing=False, epochs=1)
     assert make_data(PAIRS, tokenizer).loss(fresh, batch, 5).item() == pytest.approx(math.log(2), abs=1e-7)
 
@@ -88,7 +89,7 @@ def test_score_is_read_at_the_last_response_token(verifier: Decoder, tokenizer: 
 
 
 def test_mean_score_is_over_the_response_tokens(verifier: Decoder, tokenizer: Tokenizer) -> None:
-    assemble.set_score(verifier, score="mean")
+    saving.record(verifier, score="mean")
     rows = [
         encode_response(tokenizer, "1+1=", "2"),
         encode_response(tokenizer, "a", "bcdefgh a"),
@@ -111,22 +112,22 @@ def test_report_counts_ties_as_wrong_and_measures_scores(verifier: Decoder, toke
 
 
 def test_report_of_an_untrained_verifier_divides_by_one(folders: Folders, tokenizer: Tokenizer) -> None:
-    fresh = assemble.load_verifier(folders.one, from_solver=True)
+    fresh = load.load_verifier(folders.one, from_solver=True)
     assert make_data(PAIRS, tokenizer).evaluate(fresh, 2) == (0.0, 0.0, 1.0)
 
 
 def test_score_statistics_are_stored(folders: Folders, verifier: Decoder, tmp_path: Path) -> None:
     assert (verifier.config.score_mean, verifier.config.score_std) == (0.5, 2.0)
-    assemble.set_score(verifier, score_mean=-3.25, score_std=0.125)
-    assemble.save_model(verifier, str(tmp_path / "saved"), folders.verifier)
-    again = assemble.load_verifier(str(tmp_path / "saved")).config
+    saving.record(verifier, score_mean=-3.25, score_std=0.125)
+    saving.save_model(verifier, str(tmp_path / "saved"), folders.verifier)
+    again = load.load_verifier(str(tmp_path / "saved")).config
     assert (again.score_mean, again.score_std, again.value_head) == (-3.25, 0.125, True)
 
 
 def test_it_learns_separable_pairs(folders: Folders, tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [Pair(f"{a}+{b}=", [f"a{a} b{b}"], [f"a{b} c{a}"]) for a in range(8) for b in range(4)]
     data, held_data = make_data(rows[:24], tokenizer), make_data(rows[24:], tokenizer)
-    model = assemble.load_verifier(folders.one, from_solver=True)
+    model = load.load_verifier(folders.one, from_solver=True)
     trainer = Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-2), total_steps=24)
     reports = []
     for _, _, (batch,) in data.steps(batching(8, 1), packing=False, epochs=8):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import ppo_train
-from src import assemble, losses
+from src import load, losses
 from src.data.collate import Batch
 from src.models.forward import response_logprobs, response_values
 from src.runlog import Phases
@@ -399,7 +399,7 @@ def test_with_adapters_the_reference_is_the_actor_without_them(
     assert torch.equal(first.logprobs, first.reference_logprobs)
     ppo_update(alone, first, numbers, 0)
     shared = collect(alone, tokenizer, by_length, numbers, iteration=1)
-    whole = replace(alone, reference=assemble.load_solver(folders.one))
+    whole = replace(alone, reference=load.load_solver(folders.one))
     apart = collect(whole, tokenizer, by_length, numbers, iteration=1)
     assert (shared.logprobs - shared.reference_logprobs).abs().max() > 1e-3
     assert torch.equal(shared.reference_logprobs, apart.reference_logprobs)

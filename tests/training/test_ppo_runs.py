@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ppo_train
-from src import assemble, runlog
+from src import load, runlog
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.training import monitor
@@ -150,15 +150,15 @@ def test_one_reference_is_in_memory_however_often_it_is_refreshed(
     loaded: list[weakref.ref[Decoder]] = []
     alive: list[int] = []
 
-    def load(folder: str, **options: object) -> Decoder:
+    def load_counted(folder: str, **options: object) -> Decoder:
         gc.collect()
         alive.append(sum(model() is not None for model in loaded))
         model = load_solver(folder, **options)
         loaded.append(weakref.ref(model))
         return model
 
-    load_solver = assemble.load_solver
-    monkeypatch.setattr(assemble, "load_solver", load)
+    load_solver = load.load_solver
+    monkeypatch.setattr(load, "load_solver", load_counted)
     numbers = {"max_new_tokens": 3, "max_buffer_size": 4, "group_size": 2, "reference_refresh": 1}
     ppo_train.main(
         ppo_train.PPOConfig(

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import preference_train
-from src import assemble, losses
-from src.checkpoint import storage
+from src import load, losses
+from src.checkpoint import saving, storage
 from src.data.batches import Batching
 from src.data.encoding import encode_prompt, encode_response
 from src.data.examples import Pair
@@ -112,8 +112,8 @@ def test_losses_equal_a_plain_computation_with_transformers(
     kind: dict[str, object], folders: Folders, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     data, preference = make_data(PAIRS, tokenizer), Preference(**{"beta": 0.1} | kind)
-    policy, frozen = perturbed(assemble.load_solver(folders.one)), assemble.load_solver(folders.one)
-    assemble.save_model(policy, str(tmp_path / "policy"), folders.one)
+    policy, frozen = perturbed(load.load_solver(folders.one)), load.load_solver(folders.one)
+    saving.save_model(policy, str(tmp_path / "policy"), folders.one)
     checkpoint_to_hf(tmp_path / "policy", tmp_path / "hf")
     sums, counts = plain_sums(hf_model(tmp_path / "hf"), data)
     expected_frozen, _ = plain_sums(hf_model(folders.hf), data)
@@ -157,7 +157,7 @@ def test_w2s_18_golden_number_and_precomputed_equals_online(
         torch.tensor([-10.0, -14.0]), torch.tensor([-11.0, -13.5]), torch.tensor([3, 4])
     )
     assert margins.item() == 1.5 and each.item() == pytest.approx(0.620957, abs=1e-6)
-    data, frozen = make_data(PAIRS, tokenizer), assemble.load_solver(folders.one)
+    data, frozen = make_data(PAIRS, tokenizer), load.load_solver(folders.one)
     reference = reference_logprobs(
         frozen, data.samples, tmp_path / "r.jsonl", "x", max_batch_size=2, log=RunLog(str(tmp_path), {})
     )
@@ -230,7 +230,7 @@ def test_w2s_18_ranks(
         log_dir=str(tmp_path / "log"),
         cases=cases,
     )
-    model = assemble.load_solver(folders.one)
+    model = load.load_solver(folders.one)
     for place, expected in enumerate(whole):
         found = [rank[str(place)] for rank in ranks]
         for name in ("losses", "reports", "held"):
@@ -255,7 +255,7 @@ def test_lora_starts_at_its_reference_and_leaves_the_base_alone(folders: Folders
 
 
 def test_scdpo_20_a_prefix_carries_no_loss(folders: Folders, tokenizer: Tokenizer) -> None:
-    model = assemble.load_solver(folders.one)
+    model = load.load_solver(folders.one)
     for prefix in ("", "1+1\n\n", "1+1\n\n2+2\n\nabc\n\n"):
         chosen, rejected = make_data([Pair("a", ["b c"], ["d"], prefix)], tokenizer).samples[0]
         prompt = encode_prompt(tokenizer, "a", prefix)
@@ -279,7 +279,7 @@ def test_scdpo_20_a_prefix_carries_no_loss(folders: Folders, tokenizer: Tokenize
 def test_scdpo_20_identical_continuations_have_no_difference(folders: Folders, tokenizer: Tokenizer) -> None:
     same = make_data([Pair("a", ["b c"], ["b c"], "1+1\n\n")], tokenizer)  # read_pairs() refuses such a row
     (batch,) = one_step(same, None)
-    _, tally = Preference(objective="simpo", beta=2.0).loss(assemble.load_solver(folders.one), batch, 1)
+    _, tally = Preference(objective="simpo", beta=2.0).loss(load.load_solver(folders.one), batch, 1)
     assert tally[3].item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -296,7 +296,7 @@ def reference_of(folder: str, data: PreferenceData, path: Path, tokenizer: Token
     identity = reference_identity(storage.fingerprint(Path(folder)), tokenizer, torch.float32)
     log = RunLog(str(path.parent), {})
     return reference_logprobs(
-        assemble.load_solver(folder), data.samples, path, identity, max_batch_size=2, log=log
+        load.load_solver(folder), data.samples, path, identity, max_batch_size=2, log=log
     )
 
 
@@ -312,7 +312,7 @@ def test_reference_is_computed_once_and_never_taken_for_another(
     again = reference_of(folders.one, data, path, tokenizer)
     assert again.logprobs == pytest.approx(first.logprobs, abs=1e-5)
     changed = tmp_path / "changed"
-    assemble.save_model(perturbed(assemble.load_solver(folders.one)), str(changed), folders.one)
+    saving.save_model(perturbed(load.load_solver(folders.one)), str(changed), folders.one)
     other = reference_of(str(changed), data, path, tokenizer)
     assert not other.logprobs.keys() & first.logprobs.keys()
     assert not any(map(math.isclose, sorted(other.logprobs.values()), sorted(first.logprobs.values())))
@@ -424,7 +424,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(folders: Folders, tmp_path: Path, lor
 
 def test_the_reference_may_be_another_model(folders: Folders, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    assemble.save_model(perturbed(assemble.load_solver(folders.one)), str(other), folders.one)
+    saving.save_model(perturbed(load.load_solver(folders.one)), str(other), folders.one)
     pairs = str(write_pairs(tmp_path / "pairs.json"))
     preference_train.main(
         preference_train.PreferenceTrainConfig(

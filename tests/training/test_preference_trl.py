@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import assemble
+from src import load
 from src.config import OptimizerFlags
 from src.data.batches import Batching
 from src.data.examples import Pair
@@ -25,13 +25,13 @@ def test_losses_and_logprobs_equal_trl(
     pytest.importorskip("trl")
     from benchmarks import trl_dpo
 
-    tokenizer, log = assemble.load_tokenizer(folders.one), RunLog(str(tmp_path), {})
+    tokenizer, log = load.load_tokenizer(folders.one), RunLog(str(tmp_path), {})
     pairs = [
         Pair(f"{n % 7}+{n % 5}=", [f"{n % 9}" * (1 + n % 4)], [f"b{n % 8}" * (1 + n % 3)])
         for n in range(STEPS * BATCH)
     ]
     data = PreferenceData(pairs, tokenizer, max_seq_len=64, source="pairs")
-    model, preference = assemble.load_solver(folders.one), Preference(objective="dpo", beta=BETA)
+    model, preference = load.load_solver(folders.one), Preference(objective="dpo", beta=BETA)
     reference = reference_logprobs(model, data.samples, tmp_path / "r.jsonl", "x", max_batch_size=8, log=log)
     trainer = Trainer(
         model, log, OptimizerFlags(lr=LR, schedule="constant", warmup_ratio=0.0), total_steps=STEPS

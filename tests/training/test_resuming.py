@@ -12,7 +12,8 @@ import ppo_train
 import preference_train
 import solver_train
 import verifier_train
-from src import assemble, cli
+from src import cli, load
+from src.checkpoint import saving
 from src.errors import UserError
 from src.flags import FREE_ON_RESUME, flags_of
 from src.training import resuming
@@ -33,9 +34,9 @@ def write(path: Path, rows: object) -> str:
 
 def other_weights(ckpt_dir: str, folder: Path) -> str:
     """A checkpoint like another one but for its weights."""
-    model = assemble.load_solver(ckpt_dir)
+    model = load.load_solver(ckpt_dir)
     model.norm.weight.data.mul_(2)
-    assemble.save_model(model, str(folder), ckpt_dir)
+    saving.save_model(model, str(folder), ckpt_dir)
     return str(folder)
 
 

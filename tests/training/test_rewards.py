@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src import assemble
+from src import load
+from src.checkpoint import saving
 from src.data import collate
 from src.data.collate import Batch
 from src.data.encoding import Encoded, encode_prompt, encode_steps, split_steps
@@ -42,7 +43,7 @@ def episodes_of(tokenizer: Tokenizer, responses: list[str], finished: list[bool]
 
 @pytest.fixture
 def verifier(folders: Folders) -> Decoder:
-    return assemble.load_verifier(folders.verifier)  # score statistics 0.5 and 2
+    return load.load_verifier(folders.verifier)  # score statistics 0.5 and 2
 
 
 TEXTS = ["1+1=2\n\n3\n\n#### 4", "abc", "4\n\n5 6"]
@@ -76,7 +77,7 @@ def test_pairwise_reward_is_the_normalised_clamped_score(verifier: Decoder, toke
         found = rewards.pairwise_reward(verifier, tokenizer, episodes, ppo_config(), size)
         expected = rewards.at_last(((scores - 0.5) / 2).clamp(-5, 5), episodes)
         assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assemble.set_score(verifier, score_std=1e-6)
+    saving.record(verifier, score_std=1e-6)
     extreme = rewards.pairwise_reward(verifier, tokenizer, episodes, ppo_config(), 5)
     assert set(extreme[extreme != 0].tolist()) <= {-5.0, 5.0} and not extreme.requires_grad
 
@@ -91,7 +92,7 @@ def alone(verifier: Decoder, tokenizer: Tokenizer, text: str, finished: bool) ->
 
 
 def test_outcome_reward_is_the_last_probability(verifier: Decoder, tokenizer: Tokenizer) -> None:
-    assemble.set_score(verifier, objective="outcome")
+    saving.record(verifier, objective="outcome")
     endings = [True, False, True]
     episodes = episodes_of(tokenizer, TEXTS, endings)
     last = torch.tensor([alone(verifier, tokenizer, *row)[-1] for row in zip(TEXTS, endings, strict=True)])
@@ -101,7 +102,7 @@ def test_outcome_reward_is_the_last_probability(verifier: Decoder, tokenizer: To
 
 
 def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tokenizer: Tokenizer) -> None:
-    assemble.set_score(verifier, objective="process")
+    saving.record(verifier, objective="process")
     episodes = episodes_of(tokenizer, TEXTS, [True, False, True])
     find = rewards.verifier_reward(verifier, tokenizer, ppo_config(step_reward="raw", step_bonus=0.25), 2)
     found, counts = find(episodes)
@@ -133,7 +134,7 @@ def test_steps_end_where_their_characters_do(tokenizer: Tokenizer, step_end: str
 
 
 def test_a_verifier_of_lines_rewards_lines(verifier: Decoder, tokenizer: Tokenizer) -> None:
-    assemble.set_score(verifier, objective="process", step="line")
+    saving.record(verifier, objective="process", step="line")
     text = "1+1=2\n3\n#### 4"
     episodes = episodes_of(tokenizer, [text], [True])
     steps = text.split("\n")
@@ -146,7 +147,7 @@ def test_a_verifier_of_lines_rewards_lines(verifier: Decoder, tokenizer: Tokeniz
     assert ends[-1] == len(row.tokens) - 1  # EOS stands where the last newline would
     assert_close(found[0, ends], expected, rtol=1e-5, atol=1e-5)
     assert found.count_nonzero() == 3
-    assemble.set_score(verifier, step="paragraph")
+    saving.record(verifier, step="paragraph")
     assert rewards.process_reward(verifier, tokenizer, episodes, ppo_config(step_reward="raw"), 2).count_nonzero() == 1
 
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from src import assemble
+from src import load
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt
 from src.errors import UserError
@@ -19,7 +19,7 @@ from tests.training.workers import PROMPTS
 
 @pytest.fixture
 def actor(folders: Folders) -> Decoder:
-    return assemble.load_solver(folders.one)
+    return load.load_solver(folders.one)
 
 
 SAMPLING = Sampling(temperature=0.8, max_new_tokens=6, seed=11)

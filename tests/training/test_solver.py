@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src import assemble
+from src import load
 from src.config import OptimizerFlags
 from src.data.batches import Batching
 from src.data.collate import Batch
@@ -25,7 +25,7 @@ from tests.training.workers import INSTRUCTIONS, join_weights, sft_epochs
 
 @pytest.fixture
 def model(folders: Folders) -> Decoder:
-    return assemble.load_solver(folders.one)
+    return load.load_solver(folders.one)
 
 
 def make_data(rows: list[Instruction], tokenizer: Tokenizer, max_seq_len: int = 64) -> SolverData:
@@ -165,7 +165,7 @@ def test_long_rows_are_dropped_and_counted_up_to_one_percent(tokenizer: Tokenize
 
 
 def test_every_answer_of_a_conversation_is_learnt(folders: Folders, model: Decoder) -> None:
-    tokenizer = assemble.load_tokenizer(folders.one, chat_template="llama-2")
+    tokenizer = load.load_tokenizer(folders.one, chat_template="llama-2")
     messages = [
         {"role": "user", "content": "1+1="},
         {"role": "assistant", "content": "2"},
@@ -179,7 +179,7 @@ def test_every_answer_of_a_conversation_is_learnt(folders: Folders, model: Decod
         assert tokenizer.decode(learnt).split() == ["2", "cd"] and learnt.count(tokenizer.eos_id) == 2
     shown = masked_text(data.rows[0][0], tokenizer)
     assert shown.count("[[2") == shown.count("[[cd") == 1 and shown.count("[[") == 2
-    plain = assemble.load_tokenizer(folders.one)
+    plain = load.load_tokenizer(folders.one)
     with pytest.raises(UserError, match="f, row 1: messages need a --chat_template"):
         SolverData([Chat("f, row 1", messages)], plain, max_seq_len=200, source="f")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src import assemble
+from src import load
 from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
@@ -27,10 +27,10 @@ def make_trainer(folder: str, tmp_path: Path, lora_rank: int = -1, **options: fl
     options = {"lr": 1e-2, "warmup_ratio": 0.0} | options
     others = {name: options.pop(name) for name in ("adam_eps", "optimizer") if name in options}
     total_steps = options.pop("total_steps", 10)
-    model = assemble.load_solver(folder)
-    assemble.put_lora_on(
+    model = load.load_solver(folder)
+    load.put_lora_on(
         model,
-        assemble.lora_config(LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=list(LINEARS))),
+        load.lora_config(LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=list(LINEARS))),
         seed=1,
     )
     return Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(**options), total_steps=total_steps, **others)
@@ -143,7 +143,7 @@ def test_adamw_equals_torch_on_transformers_model(folders: Folders, tmp_path: Pa
 
 def loss_at_start(folder: str) -> float:
     """The loss of the untrained model."""
-    return sft_loss(assemble.load_solver(folder), batch(), n_supervised([batch()])).item()
+    return sft_loss(load.load_solver(folder), batch(), n_supervised([batch()])).item()
 
 
 def test_ten_steps_of_adapters_equal_peft(folders: Folders, tmp_path: Path) -> None:

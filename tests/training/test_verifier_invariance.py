@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import verifier_train
-from src import assemble
+from src import load
 from src.config import LoraFlags
 from src.training.trainer import StepReport, Trainer
 from tests.conftest import Folders
@@ -86,10 +86,10 @@ def test_ranks(
     )
     for index, case in enumerate(cases):
         lora_rank = case.get("lora_rank", -1)
-        model = assemble.load_verifier(folders.verifier)
-        assemble.put_lora_on(
+        model = load.load_verifier(folders.verifier)
+        load.put_lora_on(
             model,
-            assemble.lora_config(
+            load.lora_config(
                 LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
             ),
             1,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from src import assemble, parallel
+from src import load, parallel
 from src.config import LoraFlags, OptimizerFlags
 from src.data.batches import Batching
 from src.data.examples import Judged
@@ -48,16 +48,16 @@ def verifier_epochs(
     label_tokens: str = "all",
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two steps on ROWS, the losses, and the report on ROWS."""
-    model = assemble.load_verifier(folder, trained=True)
-    assemble.put_lora_on(
+    model = load.load_verifier(folder, trained=True)
+    load.put_lora_on(
         model,
-        assemble.lora_config(
+        load.lora_config(
             LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
         ),
         seed=1,
     )
     options = {"max_seq_len": 64, "source": "ROWS", "label_tokens": label_tokens, "balance": True}
-    data = JudgedData(ROWS[objective], assemble.load_tokenizer(folder), **options)
+    data = JudgedData(ROWS[objective], load.load_tokenizer(folder), **options)
     trainer = Trainer(model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)
     batching = Batching(
         max_batch_size=max_batch_size,

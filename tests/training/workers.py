@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import ppo_train
-from src import assemble, cli, parallel, watchdog
-from src.checkpoint import shards
+from src import cli, load, parallel, watchdog
+from src.checkpoint import saving, shards
 from src.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.batches import Batching
 from src.data.collate import Batch
@@ -79,11 +79,11 @@ def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
     reports = {}
     rows = Batch(torch.arange(1, 25).view(2, 12), torch.arange(12).expand(2, 12) > 3)
     for name in ("full", "lora"):
-        model = assemble.load_solver(folder)
+        model = load.load_solver(folder)
         if name == "lora":
-            assemble.put_lora_on(
+            load.put_lora_on(
                 model,
-                assemble.lora_config(
+                load.lora_config(
                     LoraFlags(lora_rank=4, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
                 ),
                 seed=1,
@@ -118,15 +118,15 @@ def sft_epochs(
     activation_checkpointing: str = "none",
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two epochs on INSTRUCTIONS, and every step's loss under `losses`."""
-    model = assemble.load_solver(folder)
-    assemble.put_lora_on(
+    model = load.load_solver(folder)
+    load.put_lora_on(
         model,
-        assemble.lora_config(
+        load.lora_config(
             LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
         ),
         seed=1,
     )
-    tokenizer = assemble.load_tokenizer(folder)
+    tokenizer = load.load_tokenizer(folder)
     data = SolverData(INSTRUCTIONS, tokenizer, max_seq_len=64, source="INSTRUCTIONS")
     trainer = Trainer(
         model,
@@ -170,15 +170,15 @@ def preference_epochs(
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two steps of 8 on PAIRS, and the reports of every step."""
     kind = preference.Preference(**{"objective": "dpo", "beta": 0.1} | options)
-    tokenizer, log = assemble.load_tokenizer(folder), RunLog(log_dir, {})
+    tokenizer, log = load.load_tokenizer(folder), RunLog(log_dir, {})
     data = preference.PreferenceData(PAIRS, tokenizer, max_seq_len=64, source="PAIRS")
-    model, reference = assemble.load_solver(folder), None
+    model, reference = load.load_solver(folder), None
     if kind.needs_reference:
         path = Path(log_dir) / f"{folder.replace('/', '_')}.jsonl"
         reference = reference_logprobs(model, data.samples, path, "identity", max_batch_size=2, log=log)
-    assemble.put_lora_on(
+    load.put_lora_on(
         model,
-        assemble.lora_config(
+        load.lora_config(
             LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
         ),
         seed=1,
@@ -236,10 +236,10 @@ def ppo_config(**changes: object) -> PPOConfig:
 def ppo_models(actor: str, critic: str, log_dir: str, lora_rank: int = -1, **flags: object) -> PPOModels:
     """Actor and reference from one directory, the critic from another (empty: none)."""
     log, flags = RunLog(log_dir, {}), OptimizerFlags(**({"lr": 1e-4} | flags))
-    model, reference = assemble.load_solver(actor), None if lora_rank > 0 else assemble.load_solver(actor)
+    model, reference = load.load_solver(actor), None if lora_rank > 0 else load.load_solver(actor)
     lora = LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
-    assemble.put_lora_on(model, assemble.lora_config(lora), seed=1)
-    value = assemble.load_verifier(critic, from_solver=True) if critic else None
+    load.put_lora_on(model, load.lora_config(lora), seed=1)
+    value = load.load_verifier(critic, from_solver=True) if critic else None
     trainers = (each and Trainer(each, log, flags, total_steps=8) for each in (model, value))
     return PPOModels(*trainers, None, ModelOffloader(), reference)
 
@@ -287,7 +287,7 @@ def ppo_buffers(
     """Two buffers against the critic as verifier: weights, the rollouts' numbers, and what was logged."""
     config = ppo_config(max_batch_size=max_batch_size, **changes)
     models = ppo_models(actor, critic if config.has_critic else "", log_dir, lora_rank)
-    tokenizer, verifier = assemble.load_tokenizer(actor), assemble.load_verifier(critic)
+    tokenizer, verifier = load.load_tokenizer(actor), load.load_verifier(critic)
     found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
     for iteration in range(2):
         buffer, scores, groups = rollout_of(
@@ -325,12 +325,12 @@ def resumed_epochs(
     optimizer: str = "adamw",
 ) -> dict[str, Tensor]:
     """Steps `first` + 1 .. `last` of a run of 8 on INSTRUCTIONS, saved after each; losses and every rank's weights."""
-    model = assemble.load_solver(folder, trained=True)
-    lora = assemble.lora_config(
+    model = load.load_solver(folder, trained=True)
+    lora = load.lora_config(
         LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
     )
-    assemble.put_lora_on(model, lora, seed=1)
-    data = SolverData(INSTRUCTIONS, assemble.load_tokenizer(folder), max_seq_len=64, source="INSTRUCTIONS")
+    load.put_lora_on(model, lora, seed=1)
+    data = SolverData(INSTRUCTIONS, load.load_tokenizer(folder), max_seq_len=64, source="INSTRUCTIONS")
     ranks = parallel.data_parallel_size()
     batching = Batching(
         max_batch_size=2,
@@ -346,7 +346,7 @@ def resumed_epochs(
     trainee = Trainee(
         save_dir,
         trainer,
-        lambda target, state: assemble.begin_save(model, target, folder, "", lora, "", state, background),
+        lambda target, state: saving.begin_save(model, target, folder, "", lora, "", state, background),
     )
     checkpointer = Checkpointer(
         log, [trainee], SavingFlags(save_every=1, keep_last=1), steps_per_epoch=2, total_steps=8, facts={}
@@ -366,7 +366,7 @@ def resumed_epochs(
 
 def interrupted(folder: str, save_dir: str, how: str) -> None:
     """Two steps of a run that catches SIGTERM; in the second something befalls one rank."""
-    model = assemble.load_solver(folder, trained=True)
+    model = load.load_solver(folder, trained=True)
     log = RunLog(save_dir, {})
     trainer = Trainer(model, log, OptimizerFlags(lr=1e-3), total_steps=2)
     trainee = Trainee(save_dir, trainer, lambda target, state: None)

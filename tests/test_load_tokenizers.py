@@ -1,4 +1,4 @@
-"""src/assemble.py: tokenizers of every kind travel with checkpoints, and so does the chat template of training."""
+"""src/load.py: tokenizers of every kind travel with checkpoints, and so does the chat template of training."""
 
 import logging
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import checkpoint_split
 import solver_evaluate
 import solver_train
-from src import assemble, parallel
+from src import load, parallel
 from src.checkpoint import storage
 from src.checkpoint.export import export_hf
 from src.checkpoint.sources import open_source
@@ -85,7 +85,7 @@ def test_tokenizers_travel_through_split_train_save_and_export(tmp_path: Path, k
         assert found.kind == kind and found.fingerprint() == expected.fingerprint()
         assert found.control == expected.control and found.stop_ids == expected.stop_ids
         assert [found.encode(text) for text in TEXTS] == [expected.encode(text) for text in TEXTS]
-    assemble.check_tokenizer(expected, str(tmp_path / "trained"), "")
+    load.check_tokenizer(expected, str(tmp_path / "trained"), "")
 
 
 def test_a_named_tokenizer_comes_with_its_own_files_and_replaces_the_old_one(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_ids_beyond_the_model_s_rows_are_refused(tmp_path: Path) -> None:
         checkpoint_split.SplitConfig(ckpt_file=str(hf), save_path=str(tmp_path / "out"), n=1)
     )
     with pytest.raises(UserError, match=r"vocab.json has \d+ pieces but .*out embeds \d+"):
-        assemble.load_tokenizer(str(tmp_path / "out"))
+        load.load_tokenizer(str(tmp_path / "out"))
 
 
 def test_later_commands_follow_the_chat_template_of_training(
@@ -134,7 +134,7 @@ def test_later_commands_follow_the_chat_template_of_training(
     checkpoint_split.main(
         checkpoint_split.SplitConfig(ckpt_file=str(hf), save_path=str(tmp_path / "base"), n=1)
     )
-    assert assemble.load_tokenizer(str(tmp_path / "base")).chat is None
+    assert load.load_tokenizer(str(tmp_path / "base")).chat is None
     for rank in (-1, 2):
         solver_train.main(
             solver_train.SolverTrainConfig(
@@ -145,13 +145,13 @@ def test_later_commands_follow_the_chat_template_of_training(
                 lora_rank=rank,
             )
         )
-        assert assemble.load_config(out).chat_template == "gemma"
-        assert assemble.load_tokenizer(out).chat_template == "gemma"
+        assert load.load_config(out).chat_template == "gemma"
+        assert load.load_tokenizer(out).chat_template == "gemma"
     # not given again, it is kept
     solver_train.main(
         solver_train.SolverTrainConfig(ckpt_dir=out, save_dir=str(tmp_path / "more"), train_file=rows)
     )
-    assert assemble.load_config(str(tmp_path / "more")).chat_template == "gemma"
+    assert load.load_config(str(tmp_path / "more")).chat_template == "gemma"
     solver_evaluate.main(
         solver_evaluate.SolverEvaluateConfig(
             task="none", label_file=rows, log_dir=log, ckpt_dir=out, max_new_tokens=40
@@ -172,7 +172,7 @@ def test_later_commands_follow_the_chat_template_of_training(
         )
     assert "was trained with chat template gemma; --chat_template none shows it texts in" in warned.text
     warned.clear()
-    assemble.check_tokenizer(assemble.load_tokenizer(str(tmp_path / "base")), out)
+    load.check_tokenizer(load.load_tokenizer(str(tmp_path / "base")), out)
     assert "was trained with chat template gemma, but reads texts in the form of none here" in warned.text
 
 

@@ -1,4 +1,4 @@
-"""src/assemble.py: any number of ranks opens any number of shards, and computes the same."""
+"""src/load.py: any number of ranks opens any number of shards, and computes the same."""
 
 import dataclasses
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import assemble, parallel
-from src.checkpoint import storage
+from src import load, parallel
+from src.checkpoint import saving, storage
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.errors import UserError
@@ -38,8 +38,8 @@ def parameters(model: Decoder) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_one_process_opens_any_number_of_shards(tmp_path: Path, hf_folder: Path, n: int) -> None:
     parallel.start()
-    expected = parameters(assemble.load_solver(cut(hf_folder, tmp_path / "1", 1)))
-    found = parameters(assemble.load_solver(cut(hf_folder, tmp_path / "n", n)))
+    expected = parameters(load.load_solver(cut(hf_folder, tmp_path / "1", 1)))
+    found = parameters(load.load_solver(cut(hf_folder, tmp_path / "n", n)))
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -52,7 +52,7 @@ def test_flipped_bit_is_found_by_whoever_loads(tmp_path: Path, hf_folder: Path, 
     (folder / file).write_bytes(data)
     parallel.start()
     with pytest.raises(UserError, match=f"{file} has the right size but other contents"):
-        assemble.load_solver(str(folder))
+        load.load_solver(str(folder))
 
 
 @pytest.mark.parametrize("n", [12, 101])
@@ -63,7 +63,7 @@ def test_shards_behind_the_tenth_and_the_hundredth_keep_their_place(tmp_path: Pa
         storage.write_shard(tmp_path, storage.WEIGHTS, 0, weights)
         storage.finish(tmp_path, 1, {"params.json": config.to_dict()}, [], {})
     parallel.start()
-    found = parameters(assemble.load_solver(cut(tmp_path, tmp_path / "n", n)))
+    found = parameters(load.load_solver(cut(tmp_path, tmp_path / "n", n)))
     assert len(storage.shard_paths(tmp_path / "n")) == n
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
@@ -75,7 +75,7 @@ def test_ranks_compute_the_same_from_any_number_of_shards(
     folders = {str(n): cut(hf_folder, tmp_path / str(n), n) for n in (1, 2, 3, 8)}
     tokens = [[1, 17, 5, 33, 8, 60, 2], [1, 40, 41, 9, 9, 12, 7]]
     for result in run_ranks(
-        ranks, "tests.test_assemble:shard_sums", tmp_path, folders=folders, tokens=tokens
+        ranks, "tests.test_load:shard_sums", tmp_path, folders=folders, tokens=tokens
     ):
         own = result[str(ranks)]
         for found in result.values():
@@ -86,7 +86,7 @@ def shard_sums(folders: dict[str, str], tokens: list[list[int]]) -> dict[str, di
     """Parameters and logits on this rank, by the directory that was opened."""
     results = {}
     for name, folder in folders.items():
-        model = assemble.load_solver(folder)
+        model = load.load_solver(folder)
         with torch.no_grad():
             logits = parallel.gather_vocab(model.logits(model(torch.tensor(tokens))))
         results[name] = parameters(model) | {"logits": logits}
@@ -96,11 +96,11 @@ def shard_sums(folders: dict[str, str], tokens: list[list[int]]) -> dict[str, di
 def test_adapters_and_value_heads_open_on_another_number_of_ranks(tmp_path: Path, hf_folder: Path) -> None:
     base = cut(hf_folder, tmp_path / "base", 3)
     run_ranks(
-        2, "tests.test_assemble:save_verifier_adapter", tmp_path, base=base, folder=str(tmp_path / "lora")
+        2, "tests.test_load:save_verifier_adapter", tmp_path, base=base, folder=str(tmp_path / "lora")
     )
     assert len(storage.shard_paths(tmp_path / "lora", storage.ADAPTER)) == 2
     parallel.start()
-    found = parameters(assemble.load_verifier(str(tmp_path / "lora")))
+    found = parameters(load.load_verifier(str(tmp_path / "lora")))
     expected = {name: stored.load() for name, stored in open_source(str(tmp_path / "lora")).tensors.items()}
     assert found["v_head.weight"].any()
     assert set(found) == set(expected)
@@ -111,21 +111,21 @@ def test_adapters_and_value_heads_open_on_another_number_of_ranks(tmp_path: Path
 
 def save_verifier_adapter(base: str, folder: str) -> dict[str, object]:
     """A verifier's adapter with random factors and value head, alike whatever the number of ranks."""
-    verifier = assemble.load_verifier(base, from_solver=True)
+    verifier = load.load_verifier(base, from_solver=True)
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq", "wk", "wo", "w2"))
-    assemble.put_lora_on(verifier, lora, seed=1)
+    load.put_lora_on(verifier, lora, seed=1)
     for name, parameter in verifier.named_parameters():
         if parameter.requires_grad and "lora_b" in name or name == "v_head.weight":
             torch.nn.init.constant_(parameter, 0.1)
-    assemble.save_model(verifier, folder, base, lora=lora)
+    saving.save_model(verifier, folder, base, lora=lora)
     return {}
 
 
 def test_no_training_sequence_is_longer_than_the_context(folders: Folders) -> None:
-    config = assemble.load_config(folders.one)  # of 128 positions
+    config = load.load_config(folders.one)  # of 128 positions
     long = dataclasses.replace(config, max_seq_len=4096)
-    assert [assemble.context_limit(asked, "d", config) for asked in (-1, 1, 128)] == [128, 1, 128]
-    assert [assemble.context_limit(asked, "d", long) for asked in (-1, 1024, 4096)] == [512, 1024, 4096]
+    assert [load.context_limit(asked, "d", config) for asked in (-1, 1, 128)] == [128, 1, 128]
+    assert [load.context_limit(asked, "d", long) for asked in (-1, 1024, 4096)] == [512, 1024, 4096]
     for asked, own in ((129, config), (4097, long)):
         with pytest.raises(UserError, match=f"--max_seq_len {asked} is more than the context of d, {asked - 1} tokens"):
-            assemble.context_limit(asked, "d", own)
+            load.context_limit(asked, "d", own)

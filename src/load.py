@@ -1,4 +1,4 @@
-"""Checkpoint directory to ready model or tokenizer, and a trained model back to a checkpoint directory.
+"""Checkpoint directory to ready model or tokenizer.
 
 A model is laid out on the meta device and filled from this rank's shard alone. An adapter directory (LoRA)
 names its base; loading it loads the base and folds the adapter in, in the requested dtype.
@@ -8,16 +8,13 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from src import parallel, runlog
-from src.checkpoint import adapters, peft_forward, shards, sources, storage, training_state
-from src.checkpoint.saving import Save, TensorGroup
-from src.checkpoint.sources import AdapterSource, Source
-from src.checkpoint.training_state import RunState
+from src.checkpoint import adapters, shards, sources, storage
 from src.config import LoraFlags
 from src.errors import UserError
 from src.models.config import ModelConfig
@@ -197,7 +194,7 @@ def _load(
         config = solver_to_verifier(config)
     with torch.device("meta"):
         model = Decoder(config, dtype)
-    assign(model, tensors, str(folder))
+    shards.assign(model, tensors, str(folder))
     if quantize:
         tensors.clear()  # each weight goes as its codes come
         quantize_weights(model, quantize, dtype)
@@ -234,25 +231,6 @@ def _stored_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
     storage.verify_hashes(folder, kind, rank, n)
     own = sources.local_tensors(folder, kind, sources.read_config(folder), n, rank)
     return adapters.fold(_stored_tensors(adapter.base), own, adapter.lora) if adapter else own
-
-
-def assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Make these tensors the model's parameters. Raises UserError unless names and shapes match exactly."""
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, shape in wanted.items():
-        if name not in tensors:
-            raise UserError(f"{source}: parameter {name!r} is missing from its shard")
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(
-                f"{source}: {name} has shape {list(tensors[name].shape)} but params.json means "
-                f"{list(shape)} on each of {parallel.tensor_parallel_size()} ranks"
-            )
-    unknown = sorted(set(tensors) - set(wanted))
-    if unknown:
-        raise UserError(f"{source}: unknown parameter {unknown[0]!r}; params.json describes no such tensor")
-    model.load_state_dict(tensors, assign=True)
-    for parameter in model.parameters():  # assigned tensors come without
-        parameter.requires_grad_(True)
 
 
 def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
@@ -316,142 +294,3 @@ def context_limit(max_seq_len: int, ckpt_dir: str, config: ModelConfig) -> int:
             f"(max_seq_len in its params.json); give at most that"
         )
     return min(512, config.max_seq_len) if max_seq_len == -1 else max_seq_len
-
-
-def set_score(verifier: Decoder, **facts: str | float) -> None:
-    """Record in the config that save_model() writes how a verifier is read, or its score statistics."""
-    verifier.config = dataclasses.replace(verifier.config, **facts)
-
-
-def set_chat_template(model: Decoder, tokenizer: Tokenizer) -> None:
-    """Record in the config that save_model() writes how texts were put to the model; later commands follow it."""
-    model.config = dataclasses.replace(
-        model.config, chat_template=tokenizer.chat_template, template_args=tokenizer.template_args
-    )
-
-
-def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
-    """Raise UserError unless a trainer can write there without touching a checkpoint that it reads.
-
-    An adapter's base counts: without it the adapter is worth nothing. Empty names are skipped.
-    """
-    target, unsafe = Path(save_dir), [Path(folder) for folder in ckpt_dirs if folder]
-    for folder in unsafe:
-        if folder.resolve() == target.resolve() or (
-            folder.resolve().parent == target.resolve()
-            and folder.name.startswith(("epoch-", "step-", "best", "reference"))
-        ):
-            raise UserError(
-                f"saving to {save_dir} would overwrite {folder}, which is read; choose another directory"
-            )
-        if adapter := adapters.read_adapter(folder):
-            unsafe.append(adapter.base)
-    storage.claim(target)
-
-
-def save_model(
-    model: Decoder,
-    save_dir: str,
-    ckpt_dir: str,
-    dtype: str = "",
-    lora: LoraConfig | None = None,
-) -> None:
-    """Write a trained model as a checkpoint directory, each rank its own shard; all ranks call this.
-
-    The arguments are begin_save()'s.
-    """
-    begin_save(model, save_dir, ckpt_dir, dtype, lora).complete()
-
-
-def begin_save(
-    model: Decoder,
-    save_dir: str,
-    ckpt_dir: str,
-    dtype: str = "",
-    lora: LoraConfig | None = None,
-    tokenizer_file: str = "",
-    state: RunState | None = None,
-    background: bool = False,
-) -> Save:
-    """A save of the model as it is now, for all ranks to complete.
-
-    ckpt_dir is where training started: it gives the tokenizer unless tokenizer_file does and, with LoRA, the base
-    that the adapter directory will name. dtype of the stored weights: empty = as in ckpt_dir; adapters are always
-    float32. With a state the directory is one that training can be resumed from. In the background the model may
-    change before complete() is called.
-    """
-    parallel.free_gathered(model)
-    source = Path(ckpt_dir)
-    dtype = dtype or model.config.dtype
-    tensors = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if lora is None or parameter.requires_grad
-    }
-    kind, stored = (storage.ADAPTER, torch.float32) if lora else (storage.WEIGHTS, getattr(torch, dtype))
-    groups = [TensorGroup(kind, tensors, stored)]
-    documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
-    if state:
-        groups.append(TensorGroup(training_state.OPTIMIZER, state.trainer.tensors, torch.float32))
-        documents[training_state.STATE] = state.document()
-    documents["params.json"] = model.config.to_dict() | {"dtype": dtype}
-    n = parallel.tensor_parallel_size()
-    facts = {
-        "source": str(source),
-        "rotary_layout": "interleaved",
-        "tied": model.config.tied,
-        "split": {name: shards.split_dim(name, model.config, n) for name in tensors},
-    }
-    tokenizer = storage.tokenizer_files(Path(tokenizer_file) if tokenizer_file else source)
-    return Save(Path(save_dir), groups, documents, tokenizer, facts, background=background)
-
-
-class LogitDifference(NamedTuple):
-    """Largest difference, largest value, and the share of positions whose likeliest token is the same."""
-
-    difference: float
-    scale: float
-    agreement: float
-
-    def __str__(self) -> str:
-        return (
-            f"largest difference {self.difference:.3g} of values up to {self.scale:.3g}, "
-            f"the same likeliest token at {self.agreement:.1%} of positions"
-        )
-
-
-@torch.no_grad()
-def logit_difference(before: Source | AdapterSource, after: Source | AdapterSource) -> LogitDifference:
-    """How far the logits (a verifier's scores) of a written checkpoint lie from those of what it was made of.
-
-    Both compute in float32 on random tokens, an adapter unmerged, and one of PEFT's from what PEFT stored. One process;
-    both models are in memory in turn.
-    """
-    length = min(64, before.config.max_seq_len)
-    tokens = torch.randint(before.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    first, second = (_outputs(source, tokens) for source in (before, after))
-    agreement = (first.argmax(-1) == second.argmax(-1)).float().mean().item()
-    return LogitDifference((first - second).abs().max().item(), first.abs().max().item(), agreement)
-
-
-def _outputs(source: Source | AdapterSource, tokens: Tensor) -> Tensor:
-    """Logits [B, S, V] or scores [B, S] of a checkpoint on one process, float32."""
-    parallel.start()
-    base, own, foreign = source, {}, None
-    if isinstance(source, AdapterSource):
-        base, own, foreign = sources.open_source(str(source.base)), source.tensors, source.foreign
-    with torch.device("meta"):
-        model = Decoder(source.config)
-        if own and not foreign:
-            add_lora(model, source.lora)
-    tensors = {}
-    for name, _ in model.named_parameters():
-        plain = name.replace(".base.weight", ".weight")
-        tensors[name] = (
-            (own.get(name) or base.tensors[plain]).load().to(parallel.device(), torch.float32, copy=True)
-        )
-    assign(model, tensors, "this checkpoint")
-    if foreign:
-        peft_forward.put_on(model, foreign, source.config)
-    hidden = model(tokens.to(parallel.device()))
-    return model.scores(hidden) if source.config.value_head else model.logits(hidden).float()

@@ -1,0 +1,107 @@
+"""The measure of --verify: logits of what was written against those of its source, an adapter's unmerged.
+
+Nothing is merged and no weight is changed: under an adapter of PEFT each linear's output is corrected as it leaves the
+linear, from the stored factors. What PEFT takes from a matrix W for some starting values is P W, P projecting onto
+some directions.
+
+B batch, S sequence, V vocabulary, N positions, I and O width of a linear's input and output, R rank
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from src import parallel
+from src.checkpoint import shards, sources
+from src.checkpoint.convert import rotary_from_hf
+from src.checkpoint.peft_layout import PeftAdapter, module_name
+from src.checkpoint.sources import AdapterSource, Source
+from src.models.config import ModelConfig
+from src.models.decoder import Decoder
+from src.models.lora import add_lora
+
+
+class LogitDifference(NamedTuple):
+    """Largest difference, largest value, and the share of positions whose likeliest token is the same."""
+
+    difference: float
+    scale: float
+    agreement: float
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.difference:.3g} of values up to {self.scale:.3g}, "
+            f"the same likeliest token at {self.agreement:.1%} of positions"
+        )
+
+
+@torch.no_grad()
+def logit_difference(before: Source | AdapterSource, after: Source | AdapterSource) -> LogitDifference:
+    """How far the logits (a verifier's scores) of a written checkpoint lie from those of what it was made of.
+
+    Both compute in float32 on random tokens, an adapter unmerged, and one of PEFT's from what PEFT stored. One process;
+    both models are in memory in turn.
+    """
+    length = min(64, before.config.max_seq_len)
+    tokens = torch.randint(before.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    first, second = (_outputs(source, tokens) for source in (before, after))
+    agreement = (first.argmax(-1) == second.argmax(-1)).float().mean().item()
+    return LogitDifference((first - second).abs().max().item(), first.abs().max().item(), agreement)
+
+
+def _outputs(source: Source | AdapterSource, tokens: Tensor) -> Tensor:
+    """Logits [B, S, V] or scores [B, S] of a checkpoint on one process, float32."""
+    parallel.start()
+    base, own, foreign = source, {}, None
+    if isinstance(source, AdapterSource):
+        base, own, foreign = sources.open_source(str(source.base)), source.tensors, source.foreign
+    with torch.device("meta"):
+        model = Decoder(source.config)
+        if own and not foreign:
+            add_lora(model, source.lora)
+    tensors = {}
+    for name, _ in model.named_parameters():
+        plain = name.replace(".base.weight", ".weight")
+        tensors[name] = (
+            (own.get(name) or base.tensors[plain]).load().to(parallel.device(), torch.float32, copy=True)
+        )
+    shards.assign(model, tensors, "this checkpoint")
+    for stem in foreign.linears() if foreign else ():
+        model.get_submodule(stem).register_forward_hook(_forward_hook(foreign, stem, source.config))
+    hidden = model(tokens.to(parallel.device()))
+    return model.scores(hidden) if source.config.value_head else model.logits(hidden).float()
+
+
+Hook = Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]
+
+
+def _forward_hook(adapter: PeftAdapter, stem: str, config: ModelConfig) -> Hook:
+    """For a linear of the base, under our name: its input [..., I] and output [..., O] -> the output under PEFT."""
+    lora_a, lora_b = (adapter.tensors[f"{stem}.lora_{which}.weight"].load().float() for which in "ab")
+    lora_b = rotary_from_hf(f"{stem}.weight", lora_b, config)
+    scale = adapter.config.scaled(module_name(stem)).scale
+
+    def corrected(linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        (x,) = inputs
+        down, up = lora_a.to(x), lora_b.to(x)  # [R, I], [O, R]
+        basis = _taken_directions(adapter.config.init, linear.weight, len(down)).to(x)  # [O, R]
+        taken = (x @ linear.weight.T @ basis) @ basis.T
+        if adapter.config.init == "olora":  # PiSSA divides its factors by the scale, OLoRA does not
+            taken = scale * taken
+        return output + scale * (x @ down.T) @ up.T - taken
+
+    return corrected
+
+
+def _taken_directions(init: object, weight: Tensor, rank: int) -> Tensor:
+    """Orthonormal directions of the output in which PEFT empties a matrix [O, I] as it opens the adapter. [O, R]."""
+    exact = weight.double()
+    if init == "pissa":  # those in which the matrix is largest
+        narrow = exact if exact.shape[0] > exact.shape[1] else exact.T
+        largest = torch.linalg.eigh(narrow.T @ narrow).eigenvectors[:, -rank:]
+        return torch.linalg.qr(exact @ largest).Q if narrow is exact else largest
+    if init == "olora":  # those of its first columns
+        return torch.linalg.qr(exact[:, :rank]).Q
+    return exact[:, :0]
