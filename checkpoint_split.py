@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src import certify as certificate
 from src import cli, load, parallel, plan, runlog
 from src.checkpoint import export, sources, storage, training_state, verify
 from src.checkpoint.sources import AdapterSource, Source
@@ -25,6 +24,7 @@ from src.jsonfile import read_json
 from src.models.foreign import check_model_type
 from src.text.blocks import CODE_FORM, Marker
 from src.text.extend import GENERATION, add_control_tokens, say_ends
+from tools.certify import certify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def main(config: SplitConfig) -> None:
         load.load_config(config.certify, kind="solver")
         if config.verify_hashes:
             storage.verify_hashes(Path(config.certify))
-        found = certificate.certify(config.certify, config.certify_ranks, config.certify_layers)
+        found = certify(config.certify, config.certify_ranks, config.certify_layers)
         runlog.table(str(found))
         if not found.passed:
             raise UserError(f"{config.certify} computes differently where the table says DIFFERS; do not use it so")

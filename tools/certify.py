@@ -117,7 +117,7 @@ def _run_job(folder: Path, n_layers: int, n: int, scratch: Path) -> list[Row]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
     flags = [f"--ckpt_dir={folder}", f"--scratch={scratch}", f"--n_layers={n_layers}"]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "src.certify", *flags],
+        [sys.executable, *launcher, "-m", "tools.certify", *flags],
         cwd=root,
         env=os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

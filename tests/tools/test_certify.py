@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import certify
-from src.certify import Certificate, Row
 from src.checkpoint import storage
 from tests.conftest import Folders
 from tests.ranks import command
+from tools import certify
+from tools.certify import Certificate, Row
 
 WAYS = ["padded", "packed", "chunked loss", "cached decode"]
 
