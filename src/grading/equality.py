@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 from src.grading.intervals import NAME, RELATION, as_union, named_set
 from src.grading.normalize import (
@@ -86,10 +87,17 @@ def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
         return all(same(mine, other, leaf, depth + 1) for mine in ours for other in theirs)
     if len(ours) > 1 or len(theirs) > 1:
         return len(ours) == len(theirs) and same_bag(ours, theirs, leaf, depth + 1)
-    for compare in (same_union, same_sequence, same_matrix):
-        verdict = compare(ours[0], theirs[0], leaf, depth + 1)
-        if verdict is not None:
-            return verdict
+    mine, other = structure(ours[0]), structure(theirs[0])
+    if mine and other:
+        if mine.kind != other.kind or len(mine.members) != len(other.members):
+            return False
+        if mine.kind == "union":
+            return same_bag(mine.members, other.members, leaf, depth + 1)
+        pairs = zip(mine.members, other.members, strict=True)
+        return all(same(*pair, leaf, depth + 1) for pair in pairs)
+    lonely = mine or other
+    if lonely and not lonely.kind.startswith("matrix"):  # a matrix may have a name that the library knows
+        return False
     return same_value(ours[0], theirs[0], leaf)
 
 
@@ -140,18 +148,14 @@ def split_name(text: str) -> tuple[str, str]:
     names = [side for side in sides if is_name(side)]
     rest = [side for side in sides if not is_name(side)] or sides[-1:]
     if len(sides) > 2 and not is_name(sides[0]) or len(sides) == 2 and not names:
-        return ("", conclusion(sides)) if all(map(is_worked, sides)) else ("", text)
+        worked = all(constant_value(join_thousands(side)) is not None for side in sides)
+        return ("", conclusion(sides) if worked else text)
     return names[0], conclusion(rest)
 
 
 def is_name(text: str) -> bool:
     """x, f(x), AB, or a ratio of such."""
     return all(NAME.fullmatch(part) for part in text.split(":"))
-
-
-def is_worked(text: str) -> bool:
-    """A number, or arithmetic with numbers."""
-    return constant_value(join_thousands(text)) is not None
 
 
 def conclusion(sides: list[str]) -> str:
@@ -180,27 +184,19 @@ def elements(text: str) -> list[str]:
     signed = []
     for member in filter(None, split_top(inside, LIST_SEPARATOR)):
         if member.count("\\pm") == 1:
-            signed += [strip_plus(member.replace("\\pm", "+")), member.replace("\\pm", "-")]
+            signed += [member.replace("\\pm", "+").removeprefix("+").strip(), member.replace("\\pm", "-")]
         else:
             signed.append(member)
     return signed or [text]
 
 
-def strip_plus(text: str) -> str:
-    """The text without a leading plus."""
-    return text.removeprefix("+").strip()
-
-
-def key(text: str) -> str:
-    """A spelling that is the same for equal numbers."""
-    value = rational(text)
-    return text if value is None else str(value)
-
-
 def same_bag(ours: list[str], theirs: list[str], leaf: Leaf, depth: int) -> bool:
     """Equal as unordered lists: first by spelling and exact value, then pair by pair."""
-    left = Counter(map(key, ours))
-    left.subtract(map(key, theirs))
+    left: Counter[str] = Counter()
+    for texts, count in ((ours, 1), (theirs, -1)):
+        for text in texts:
+            value = rational(text)
+            left[text if value is None else str(value)] += count
     missing = [text for text, count in left.items() for _ in range(-count)]
     extra = [text for text, count in left.items() for _ in range(count)]
     if len(missing) > MAX_OPEN_PAIRS:
@@ -213,52 +209,29 @@ def same_bag(ours: list[str], theirs: list[str], leaf: Leaf, depth: int) -> bool
     return True
 
 
-def same_union(answer: str, label: str, leaf: Leaf, depth: int) -> bool | None:
-    """Unions of intervals as unordered lists; None if neither is a union."""
-    ours, theirs = (split_top(text, r"\\cup(?![a-z])") for text in (answer, label))
-    if len(ours) == len(theirs) == 1:
-        return None
-    return len(ours) == len(theirs) and same_bag(ours, theirs, leaf, depth)
+class Structure(NamedTuple):
+    """A value of several parts."""
+
+    kind: str  # "union", the brackets of a tuple or interval, or "matrix" with the lengths of its rows
+    members: list[str]
 
 
-def same_sequence(answer: str, label: str, leaf: Leaf, depth: int) -> bool | None:
-    """Tuples and intervals: same brackets, same members in order; None if neither is one."""
-    ours, theirs = sequence(answer), sequence(label)
-    if ours is None and theirs is None:
-        return None
-    if ours is None or theirs is None or ours[0] != theirs[0] or len(ours[1]) != len(theirs[1]):
-        return False
-    return all(same(mine, other, leaf, depth) for mine, other in zip(ours[1], theirs[1], strict=True))
-
-
-def sequence(text: str) -> tuple[str, list[str]] | None:
-    """("[)", ["2", "5"]) for [2,5); None for text that is no bracketed list."""
-    if text[0] not in "([" or closing(text, 0) != len(text) - 1:
-        return None
-    members = split_top(text[1:-1], LIST_SEPARATOR if ";" in text else ",")
-    return (text[0] + text[-1], members) if len(members) > 1 else None
-
-
-def same_matrix(answer: str, label: str, leaf: Leaf, depth: int) -> bool | None:
-    """Matrices cell by cell; None unless both are written out as one."""
-    ours, theirs = matrix(answer), matrix(label)
-    if ours is None or theirs is None:
-        return None
-    if [len(row) for row in ours] != [len(row) for row in theirs]:
-        return False
-    cells = [pair for rows in zip(ours, theirs, strict=True) for pair in zip(*rows, strict=True)]
-    return all(same(mine, other, leaf, depth) for mine, other in cells)
-
-
-def matrix(text: str) -> list[list[str]] | None:
-    """Rows of cells of a matrix in round or square brackets."""
+def structure(text: str) -> Structure | None:
+    """The parts of a union of intervals, a tuple, an interval or a matrix; None for a single value."""
+    parts = split_top(text, r"\\cup(?![a-z])")
+    if len(parts) > 1:
+        return Structure("union", parts)
     if text[0] in "([" and closing(text, 0) == len(text) - 1:
+        members = split_top(text[1:-1], LIST_SEPARATOR if ";" in text else ",")
+        if len(members) > 1:
+            return Structure(text[0] + text[-1], members)
         text = text[1:-1]
     match = ENVIRONMENT.fullmatch(text)
     if match is None or match.group(1) in ("v", "V"):  # bars make a determinant
         return None
-    rows = [row for row in re.split(r"\\\\|\\cr(?![a-z])", match.group(4)) if row.strip()]
-    return [[strip_braces(cell.strip()) for cell in row.split("&")] for row in rows]
+    rows = [row.split("&") for row in re.split(r"\\\\|\\cr(?![a-z])", match.group(4)) if row.strip()]
+    cells = [strip_braces(cell.strip()) for row in rows for cell in row]
+    return Structure(f"matrix {[len(row) for row in rows]}", cells)
 
 
 def same_value(answer: str, label: str, leaf: Leaf) -> bool:
@@ -267,15 +240,12 @@ def same_value(answer: str, label: str, leaf: Leaf) -> bool:
     for form in (CLOCK, BASE):
         mine, other = form.fullmatch(answer), form.fullmatch(label)
         if mine or other:
-            return bool(mine and other) and [g.lower() for g in mine.groups()] == [
-                g.lower() for g in other.groups()
-            ]
+            return bool(mine and other) and "|".join(mine.groups()).lower() == "|".join(other.groups()).lower()
     other = split_top(label, ":")
     mine = split_top(answer, ":| ?to ?(?=\\d)" if len(other) > 1 else ":")
     if len(mine) > 1 or len(other) > 1:
-        return len(mine) == len(other) and all(
-            same_value(*pair, leaf) for pair in zip(mine, other, strict=True)
-        )
+        pairs = zip(mine, other, strict=False)
+        return len(mine) == len(other) and all(same_value(*pair, leaf) for pair in pairs)
     theirs = quantity(label)
     number = rational(theirs.value)
     ours = quantity(answer, glued=number is not None)
@@ -298,28 +268,21 @@ def same_number(answer: str, ours: Quantity, number: Fraction, theirs: Quantity,
         return call_leaf(ours.value, radians(theirs), leaf)
     if value is None:
         return only_number(answer) == number
-    if value == number:  # the sign is optional where the label can be a percentage
-        return (
-            ours.scale != "percent"
-            or bool(theirs.scale)
-            or abs(number) >= 1
-            and "/" not in theirs.value + "\\frac"
-        )
+    if value == number:  # the percent sign is optional where the label can be a percentage
+        return ours.scale != "percent" or bool(theirs.scale) or abs(number) >= 1 and "/" not in theirs.value
     if ours.scale == theirs.scale:
         return False
-    return "percent" in (ours.scale, theirs.scale) and (
-        value / 100 == number if ours.scale == "percent" else value == number / 100
-    )
+    if ours.scale == "percent":
+        return value / 100 == number
+    return theirs.scale == "percent" and value == number / 100
 
 
 def radians(angle: Quantity) -> str:
     """The value, in radians if it is a number of degrees."""
     degrees = rational(angle.value) if angle.scale == "degree" else None
-    return (
-        angle.value
-        if degrees is None
-        else f"\\frac{{{degrees.numerator}\\pi}}{{{180 * degrees.denominator}}}"
-    )
+    if degrees is None:
+        return angle.value
+    return f"\\frac{{{degrees.numerator}\\pi}}{{{180 * degrees.denominator}}}"
 
 
 def only_number(text: str) -> Fraction | None:
