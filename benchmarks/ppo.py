@@ -128,9 +128,8 @@ def our_side(case: Case, folder: Path, *, micro: int, lr: float, max_grad_norm: 
     from src import parallel
     from src.data.examples import Prompt
     from src.runlog import Phases, RunLog
-    from src.training import ppo
     from src.training.ppo_config import PPOConfig
-    from src.training.ppo_models import load_models
+    from src.training.ppo_setup import Inputs, load_models
     from src.training.rewards import Reward, on_first_rank
     from src.training.rollout import Rollout
 
@@ -157,15 +156,13 @@ def our_side(case: Case, folder: Path, *, micro: int, lr: float, max_grad_norm: 
     def score(rollout: Rollout) -> tuple[list[float], dict]:
         return [scripted([int(word) for word in text.split()]) for text in rollout.responses], {}
 
-    parts, data = {"even": Reward(1.0, on_first_rank(score))}, ppo_train.Inputs(rows, [], 0, Ids(), [], 1)
+    rewards, data = {"even": Reward(1.0, on_first_rank(score))}, Inputs(rows, [], 0, Ids(), [], 1)
 
     def collect(iteration: int) -> tuple[object, dict[str, float]]:
         n, timer = config.prompts_per_buffer, Phases()
         chosen = range(iteration * n, (iteration + 1) * n)
-        rollout, scores, _ = ppo.fill_buffer(
-            lambda refill: ppo_train.sample_and_score(config, models, data, parts, chosen, iteration, timer), config
-        )
-        return ppo_train.make_buffer(models, rollout, scores, config, VOCAB, timer), timer.seconds
+        buffer, _, _ = ppo_train.collect(config, models, data, rewards, chosen, iteration, 1.0, timer)
+        return buffer, timer.seconds
 
     return Ours(models, config, collect)
 

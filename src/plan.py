@@ -35,8 +35,7 @@ from src.models.foreign import released_config
 from src.models.lora import LINEARS, LoraConfig
 from src.sharing import base_of
 from src.text.tokenizer import Tokenizer
-from src.training.ppo_config import PPOConfig
-from src.training.rewards import reward_weights, short_name
+from src.training.ppo_config import PPOConfig, short_name
 
 # What a run adds on a CPU to what its dry run holds: process group, TensorBoard, kernels' code, sampling (measured)
 STILL_TO_COME = 60 * 2**20
@@ -255,7 +254,7 @@ def places(config: PPOConfig, verifier: ModelConfig | None) -> str:
     """The tokens that rewards are laid on, for those that weigh something."""
     by_step = {"verifier"} if verifier and verifier.objective == "process" else set()
     laid = [f"{short_name(name)} at {'the ends of steps' if name in by_step else 'the last token'}"
-            for name, weight in reward_weights(config).items() if weight]  # fmt: skip
+            for name, weight in config.weights_by_reward.items() if weight]  # fmt: skip
     return ", ".join(laid + ["KL at every token"] * bool(config.kl_coef))
 
 

@@ -15,11 +15,11 @@ from src.runlog import RunLog
 from src.sharing import SharedBase
 from src.text.tokenizer import Tokenizer
 from src.training.offload import ModelOffloader
-from src.training.ppo_models import PPOModels
+from src.training.ppo_setup import PPOModels
 from src.training.rewards import pairwise_reward
 from src.training.trainer import Trainer
 from tests.conftest import Folders
-from tests.training.workers import ppo_config, ppo_update, rollout_of
+from tests.training.workers import collect, ppo_config, ppo_update
 
 LORA = load.lora_config(LoraFlags(lora_rank=4, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"]))
 
@@ -64,9 +64,9 @@ def test_ppo_on_one_base_is_ppo_on_four_models(
         trainers = (Trainer(model, log, flags, total_steps=8) for model in (actor, critic))
         models, seen = PPOModels(*trainers, None, ModelOffloader()), {}
         for iteration in range(2):
-            buffer, scores, _ = rollout_of(
+            buffer, scores, _ = collect(
                 models, tokenizer, lambda rollout, verifier=verifier: pairwise_reward(
-                    verifier, tokenizer, rollout, numbers, 2), numbers, iteration
+                    verifier, rollout, numbers, 2), numbers, iteration
             )  # fmt: skip
             metrics = ppo_update(models, buffer, numbers, iteration)
             seen |= {f"{name} {iteration}": torch.tensor(value) for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""Whether a run of PPO is healthy: its numbers for the log, checks at its start, alarms that name a flag."""
+"""Watch a run of PPO: its numbers for the log, checks at its start, alerts that name the flag to change."""
 
 import logging
 import statistics
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src import losses, parallel
 from src.errors import UserError
-from src.training.ppo import Groups, PPOBuffer
+from src.training.ppo import PPOBuffer, group_has_variance
 from src.training.ppo_config import PPOConfig
 from src.training.rewards import Scores
 
@@ -20,7 +20,7 @@ MISMATCH_LIMIT = 0.05  # nats; of mean |log-prob| difference: above it the sampl
 
 
 def rollout_metrics(
-    buffer: PPOBuffer, scores: Scores, groups: Groups, config: PPOConfig
+    buffer: PPOBuffer, scores: Scores, config: PPOConfig, kl_scale: float = 1.0
 ) -> dict[str, float]:
     """Means over a buffer for the log. scores: of its episodes, apart from KL and penalties."""
     rollout, mask = buffer.rollout, buffer.batch.response_mask
@@ -36,7 +36,7 @@ def rollout_metrics(
         "kl": kl.mean().item(),
         "kl_k3": losses.kl_k3(logprobs, reference).mean().item(),
         "kl_response": kl.sum().item() / len(earned),
-        "kl_coef": config.kl_coef,
+        "kl_coef": config.kl_coef * kl_scale,
         "response_tokens": lengths.mean().item(),
         "response_tokens_max": lengths.max().item(),
         "truncated_share": 1 - rollout.finished.float().mean().item(),
@@ -46,9 +46,8 @@ def rollout_metrics(
         "sampler_mismatch_max": mismatch.max().item(),
     }
     if config.group_size > 1:
-        found["dead_groups"] = groups.without_variance / groups.n
-    if config.max_refills:
-        found["sampled_reward"], found["sampled_groups"] = groups.mean_score, float(groups.n)
+        alive = group_has_variance(earned, config.group_size)
+        found["dead_groups"] = int((~alive).sum()) / len(alive)
     if buffer.values is not None and buffer.returns is not None:
         found["explained_variance"] = losses.explained_variance(buffer.values[mask], buffer.returns[mask]).item()
     return found
@@ -71,13 +70,11 @@ def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, *, same_referen
     if same_reference and (worst > ROUNDING[parallel.device().type] or mean > MISMATCH_LIMIT):
         raise UserError(
             f"the reference differs from the untrained actor by {worst:.3g} nats at a token, {mean:.3g} on average, "
-            f"expected 0; was --actor_ckpt_dir changed while it was read?"
-        )
+            f"expected 0; was --actor_ckpt_dir changed while it was read?")
     if metrics["sampler_mismatch"] > MISMATCH_LIMIT:
         raise UserError(
             f"sampler and training forward differ by {metrics['sampler_mismatch']:.3g} nats a token, expected at most "
-            f"{MISMATCH_LIMIT}: episodes are drawn from another policy than the one trained"
-        )
+            f"{MISMATCH_LIMIT}: episodes are sampled from another policy than the one trained")
 
 
 def check_first_update(metrics: Mapping[str, float], buffer: PPOBuffer) -> bool:
@@ -89,13 +86,10 @@ def check_first_update(metrics: Mapping[str, float], buffer: PPOBuffer) -> bool:
     if ratio > limit:
         raise UserError(
             f"the first probability ratio is off 1 by {ratio:.3g}, expected at most {limit}: the old log-probs are "
-            f"not those of the policy that is trained; is something random (dropout) left in the actor?"
-        )
+            f"not those of the policy that is trained; is something random (dropout) left in the actor?")
     learned = bool(buffer.advantages[buffer.trainable].any())
     if learned and metrics["grad_norm"] == 0:
-        raise UserError(
-            "the first update has advantages but no gradient; no weight of the actor is trainable"
-        )
+        raise UserError("the first update has advantages but no gradient; no weight of the actor is trainable")
     return learned
 
 
@@ -131,12 +125,6 @@ def readable_rows(buffer: PPOBuffer, scores: Scores, n: int) -> list[dict[str, o
     ]
 
 
-def _not_graded(seen: Mapping[str, float]) -> list[float]:
-    """The shares of responses that the grader and each user's function failed to judge."""
-    graded = seen.get("graded_timeout", 0.0) + seen.get("graded_error", 0.0)
-    return [graded, *(share for name, share in seen.items() if name.endswith("_failed"))]
-
-
 class Alert(NamedTuple):
     """A state in which a run should not stay: how it shows in a buffer's metrics, and its cause and cure."""
 
@@ -145,59 +133,36 @@ class Alert(NamedTuple):
     advice: str
 
 
+def _not_graded(seen: Mapping[str, float]) -> bool:
+    """Whether the grader or a user's function failed to judge over a tenth of the responses."""
+    graded = seen.get("graded_timeout", 0.0) + seen.get("graded_error", 0.0)
+    return max(graded, *(share for name, share in seen.items() if name.endswith("_failed")), 0.0) > 0.1
+
+
 ALERTS = [
-    Alert(
-        "no spread",
-        lambda seen: seen["reward_std"] == 0,
-        "all responses earn the same, so there is nothing to learn; look at rollouts/ and check --reward and --task",
-    ),
-    Alert(
-        "cut off",
-        lambda seen: seen["truncated_share"] > 0.3,
-        "over 30% of the responses did not end; raise --max_new_tokens, or --missing_eos_penalty if they ramble",
-    ),
-    Alert(
-        "far away",
-        lambda seen: seen["kl"] > 0.5,
-        "the policy is over 0.5 nats a token from the reference; raise --kl_coef or lower --lr",
-    ),
-    Alert(
-        "clipped",
-        lambda seen: seen["clipped_low"] + seen["clipped_high"] > 0.3,
-        "over 30% of the probability ratios are clipped; lower --lr or --inner_epochs",
-    ),
-    Alert(
-        "collapsed",
-        lambda seen: 0 < seen["entropy"] < 0.01,
-        "the policy's entropy is below 0.01 nats, it explores no more; raise --entropy_coef or --clip_high, lower --lr",
-    ),
-    Alert(
-        "blind critic",
-        lambda seen: seen.get("explained_variance", 0.0) < -0.5,
-        "the critic is worse than a constant; raise --critic_warmup, or lower --critic_lr if value_loss rises",
-    ),
-    Alert(
-        "dead groups",
-        lambda seen: seen.get("dead_groups", 0.0) > 0.8,
-        "over 80% of the groups earn equal rewards; raise --group_size, or choose prompts of middling difficulty",
-    ),
-    Alert(
-        "length",
-        lambda seen: seen["reward_length_correlation"] > 0.8,
-        "the reward follows the length of the response, not its merit; set --overlong_buffer or mend the reward",
-    ),
-    Alert(
-        "unreadable",
-        lambda seen: seen.get("graded_unparsed", 0.0) > 0.5,
-        "over half of the responses hold no answer that --task finds; fine-tune on its form first, or change --task",
-    ),
-    Alert(
-        "not judged",
-        lambda seen: max(_not_graded(seen)) > 0.1,
-        "over 10% of the responses earn 0 because the grader or your --reward function ran out of time or died; "
-        "look at rollouts/ for what they stumble on",
-    ),
-]
+    Alert("no spread", lambda seen: seen["reward_std"] == 0,
+          "all responses earn the same, so there is nothing to learn; look at rollouts/ and check --reward and --task"),
+    Alert("cut off", lambda seen: seen["truncated_share"] > 0.3,
+          "over 30% of the responses did not end; raise --max_new_tokens, or --missing_eos_penalty if they ramble"),
+    Alert("far away", lambda seen: seen["kl"] > 0.5,
+          "the policy is over 0.5 nats a token from the reference; raise --kl_coef or lower --lr"),
+    Alert("clipped", lambda seen: seen["clipped_low"] + seen["clipped_high"] > 0.3,
+          "over 30% of the probability ratios are clipped; lower --lr or --inner_epochs"),
+    Alert("collapsed", lambda seen: 0 < seen["entropy"] < 0.01,
+          "the policy's entropy is below 0.01 nats, it explores no more; raise --entropy_coef or --clip_high, "
+          "lower --lr"),
+    Alert("blind critic", lambda seen: seen.get("explained_variance", 0.0) < -0.5,
+          "the critic is worse than a constant; raise --critic_warmup, or lower --critic_lr if value_loss rises"),
+    Alert("dead groups", lambda seen: seen.get("dead_groups", 0.0) > 0.8,
+          "over 80% of the groups earn equal rewards; raise --group_size, or choose prompts of middling difficulty"),
+    Alert("length", lambda seen: seen["reward_length_correlation"] > 0.8,
+          "the reward follows the length of the response, not its merit; set --overlong_buffer or mend the reward"),
+    Alert("unreadable", lambda seen: seen.get("graded_unparsed", 0.0) > 0.5,
+          "over half of the responses hold no answer that --task finds; fine-tune on its form first, or change --task"),
+    Alert("not judged", _not_graded,
+          "over 10% of the responses earn 0 because the grader or your --reward function ran out of time or died; "
+          "look at rollouts/ for what they stumble on"),
+]  # fmt: skip
 REPEAT = 20  # buffers between two warnings of one alert
 WINDOW = 20  # buffers over which a trend is looked for
 HACKED = (
@@ -207,9 +172,9 @@ HACKED = (
 
 
 class Monitor:
-    """Watches a run, and tells the likely cause of what should not last and the flag to change.
+    """Watches a run, and says the likely cause of what should not last and the flag to change.
 
-    What they remember is in the run's state and saved with it: a resumed run warns as one that was never stopped.
+    What it remembers is in the run's state and saved with it: a resumed run warns as one that was never stopped.
     """
 
     def __init__(self, logger: logging.Logger, state: dict[str, object]) -> None:
@@ -247,8 +212,7 @@ class Monitor:
         """Say of the whole run which alerts showed, and in how many buffers."""
         for name, (first, last, count, advice) in self._state["alarms"].items():
             self._logger.warning(
-                "alarm in %d of %d buffers, from %d to %d: %s: %s", count, n_buffers, first, last, name, advice
-            )
+                "alarm in %d of %d buffers, from %d to %d: %s: %s", count, n_buffers, first, last, name, advice)
         if not self._state["alarms"]:
             self._logger.info("no alarm in %d buffers", n_buffers)
 

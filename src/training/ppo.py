@@ -3,7 +3,7 @@
 B episodes, S sequence, P prompts of G episodes each, N response tokens of some episodes laid end to end in row order
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,12 +12,10 @@ from torch import Tensor
 from src import losses, parallel
 from src.data import collate
 from src.data.collate import Batch
-from src.models.decoder import Decoder
 from src.models.forward import logprobs_and_entropy, response_values
-from src.training.ppo_config import AdvantageFlags, PPOConfig
-from src.training.rewards import Scores, concatenate_scores
-from src.training.rollout import Rollout, concatenate, shard_for_rank, trim_padding
-from src.training.trainer import Trainer
+from src.training.ppo_config import PPOConfig
+from src.training.rollout import Rollout, shard_for_rank, trim_padding
+from src.training.trainer import StepReport, Trainer
 
 KL_LOSSES = {"k2": losses.kl_k2, "k3": losses.kl_k3}
 
@@ -48,46 +46,6 @@ def group_has_variance(scores: Tensor, group_size: int) -> Tensor:
     return groups.amax(1) - groups.amin(1) > 1e-6
 
 
-class Groups(NamedTuple):
-    """What was sampled for a buffer, groups without variance that gave their place to others included."""
-
-    n: int
-    without_variance: int
-    mean_score: float
-
-
-def fill_buffer(
-    sample: Callable[[int], tuple[Rollout, Scores]], config: PPOConfig
-) -> tuple[Rollout, Scores, Groups]:
-    """The episodes of a buffer and what they earn. sample(0) fills it, sample(1) and on refill it.
-
-    With max_refills groups without variance give their place to those of further prompts (dynamic sampling: DAPO, Yu et
-    al. 2025, section 3.2) until the buffer is full or was refilled that often.
-    """
-    found: list[tuple[Rollout, Scores]] = []
-    has_variance, everything, missing = [], [], 0
-    for refill in range(1 + config.max_refills):
-        rollout, scores = sample(refill)
-        everything.append(scores.total.sum(1))
-        alive = group_has_variance(everything[-1], config.group_size)
-        has_variance.append(alive)
-        missing = missing if refill else len(alive)
-        rows = torch.arange(len(alive) * config.group_size)
-        if config.max_refills:
-            rows = rows[alive.repeat_interleave(config.group_size)][: missing * config.group_size]
-        missing -= len(rows) // config.group_size
-        if len(rows):
-            found.append((rollout.take(rows), scores.take(rows)))
-        if not missing:
-            break
-    alive = torch.cat(has_variance)
-    groups = Groups(len(alive), int((~alive).sum()), torch.cat(everything).mean().item())
-    if not found:  # nothing to learn from: the last ones stand for the log, and filter_groups keeps none of them
-        return rollout, scores, groups
-    joined = concatenate([rollout for rollout, _ in found])
-    return joined, concatenate_scores([scores for _, scores in found], joined.batch.tokens.shape[1]), groups
-
-
 def trainable_rows(scores: Tensor, rollout: Rollout, config: PPOConfig) -> Tensor:
     """The episodes that are learned from. scores [B] -> [K] int64, K <= B.
 
@@ -103,205 +61,157 @@ def trainable_rows(scores: Tensor, rollout: Rollout, config: PPOConfig) -> Tenso
 
 
 def compute_advantages(
-    rewards: Tensor, values: Tensor | None, mask: Tensor, trainable: Tensor, flags: AdvantageFlags, group_size: int
+    rewards: Tensor, values: Tensor | None, mask: Tensor, trainable: Tensor, config: PPOConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """Advantages, and for a critic the returns that it learns. rewards, mask [B, S] -> [B, S] each.
+    """Advantages, and for a critic the returns that it learns, of --advantage gae, grpo, dr_grpo, rloo or reinforce++.
 
-    Estimators with a critic or a baseline over the batch are whitened over the tokens of the trainable rows; those of a
-    group compare the whole reward of each episode with the others' and give all its tokens the same advantage.
+    rewards, values [B, S] float32, mask [B, S] bool, trainable [K] int64 -> [B, S] float32 each, 0 outside the mask.
     """
     learned = torch.zeros_like(mask)
     learned[trainable] = mask[trainable]
-
-    def whitened(advantages: Tensor) -> Tensor:
-        if not flags.whiten_advantages:
-            return advantages * learned
-        return losses.whiten(advantages, learned) if learned.any() else torch.zeros_like(advantages)
-
-    if flags.whiten_rewards and learned.any():
+    if config.whiten_rewards and learned.any():
         rewards = losses.whiten(rewards, mask, shift=False)
-    if values is not None:
-        advantages = losses.gae(rewards, values, mask, flags.gamma, flags.gae_lambda)
-        returns = losses.gae(rewards, values, mask, flags.gamma, flags.critic_lambda) + values
-        return whitened(advantages), returns * mask
-    groups = rewards.sum(1).view(-1, group_size)
-    if flags.advantage == "reinforce++":
-        advantages = losses.discounted_returns(rewards, mask, flags.gamma)
-        if group_size > 1:  # REINFORCE++-baseline
-            advantages -= groups.mean(1).repeat_interleave(group_size)[:, None]
-        return whitened(advantages), None
-    if flags.advantage == "rloo":
-        of_groups = losses.rloo_advantages(groups)
-    else:
-        of_groups = losses.grpo_advantages(groups, divide_by_std=flags.advantage == "grpo")
-    return of_groups.reshape(-1, 1) * mask, None
+    groups = rewards.sum(1).view(-1, config.group_size)  # [P, G]: what each response to a prompt earns in all
+
+    if config.advantage == "gae":
+        advantages = losses.gae(rewards, values, mask, config.gamma, config.gae_lambda)
+        # A lambda of its own: the critic wants unbiased targets, the actor advantages of little variance
+        returns = (losses.gae(rewards, values, mask, config.gamma, config.critic_lambda) + values) * mask
+    elif config.advantage == "reinforce++":
+        advantages, returns = losses.discounted_returns(rewards, mask, config.gamma), None
+        if config.group_size > 1:  # REINFORCE++-baseline
+            advantages -= groups.mean(1).repeat_interleave(config.group_size)[:, None]
+    elif config.advantage == "rloo":
+        return losses.rloo_advantages(groups).view(-1, 1) * mask, None
+    else:  # every token of a response gets the advantage of the whole
+        by_group = losses.grpo_advantages(groups, divide_by_std=config.advantage == "grpo")
+        return by_group.view(-1, 1) * mask, None
+
+    # Over the whole buffer: only what is compared within groups, above, is left as its paper has it
+    if not config.whiten_advantages:
+        return advantages * learned, returns
+    return losses.whiten(advantages, learned) if learned.any() else torch.zeros_like(advantages), returns
 
 
 class MicroBatch(NamedTuple):
-    """A forward pass of a data-parallel rank: rows of the buffer, which count unless the rank only keeps others
-    company."""
+    """A forward pass of a data-parallel rank: rows [n] int64 of the buffer. counts False: a rank with fewer passes
+    than others runs along, its tokens masked, because FSDP gathers the weights from all ranks in every pass."""
 
     rows: Tensor
     counts: bool = True
 
+    def of(self, buffer: PPOBuffer) -> tuple[Batch, Callable[[Tensor], Tensor]]:
+        """Its tokens and response mask on the device, and what picks its response tokens of a tensor: [B, S] -> [N]."""
+        mask = buffer.batch.response_mask[self.rows]
+        batch = trim_padding(Batch(buffer.batch.tokens[self.rows], mask))
+        batch = Batch(batch.tokens, batch.response_mask & self.counts).to(parallel.device())
+        return batch, lambda tensor: tensor[self.rows][mask & self.counts].to(parallel.device())
 
-class OptimizerStep(NamedTuple):
-    """This rank's forward passes of an optimizer step, and what all ranks' passes hold together."""
+
+class Minibatch(NamedTuple):
+    """An optimizer step: this rank's forward passes, and how many episodes and response tokens those of all ranks
+    hold together."""
 
     micros: list[MicroBatch]
     episodes: int
     tokens: int
 
 
-def minibatches(
-    buffer: PPOBuffer, config: PPOConfig, iteration: int, inner_epoch: int
-) -> Iterator[OptimizerStep]:
-    """The optimizer steps of a pass over the buffer; shuffled by (seed, iteration, inner epoch).
+def minibatches(buffer: PPOBuffer, config: PPOConfig, iteration: int) -> Iterator[Minibatch]:
+    """The optimizer steps of all passes over the trainable episodes; shuffled by (seed, iteration, inner epoch).
 
     Inside a step rows are ordered by length and dealt in turn to the data-parallel ranks: passes hold little padding,
     and those that run at the same time are alike in size. The update does not depend on it. Yields nothing where no
     episode is trainable.
     """
     n = len(buffer.trainable)
-    order = collate.epoch_order(n, config.seed, iteration * config.inner_epochs + inner_epoch)
-    rows_in_order = buffer.trainable[torch.tensor(order, dtype=torch.int64)]
-    for rows in rows_in_order.tensor_split(min(config.minibatches, n)) if n else ():
-        by_length = rows[buffer.rollout.last[rows].argsort(stable=True)]
-        passes = by_length.split(config.max_batch_size)
-        micros = [MicroBatch(part) for part in shard_for_rank(passes)]
-        busiest = -(-len(passes) // parallel.data_parallel_size())
-        micros += [MicroBatch(by_length[:1], counts=False)] * (busiest - len(micros))
-        yield OptimizerStep(micros, len(rows), int(buffer.batch.response_mask[rows].sum()))
+    for inner_epoch in range(config.inner_epochs if n else 0):
+        order = collate.epoch_order(n, config.seed, iteration * config.inner_epochs + inner_epoch)
+        for rows in buffer.trainable[torch.tensor(order)].tensor_split(min(config.minibatches, n)):
+            by_length = rows[buffer.rollout.last[rows].argsort(stable=True)]
+            passes = by_length.split(config.max_batch_size)
+            micros = [MicroBatch(part) for part in shard_for_rank(passes)]
+            busiest = -(-len(passes) // parallel.data_parallel_size())
+            micros += [MicroBatch(by_length[:1], counts=False)] * (busiest - len(micros))
+            yield Minibatch(micros, len(rows), int(buffer.batch.response_mask[rows].sum()))
 
 
-class ActorSums(NamedTuple):
-    """Sums over a forward pass's tokens for the log, and the largest |ratio - 1| in it."""
-
-    entropy: float
-    clipped_low: float
-    clipped_high: float
-    kl_loss: float
-    ratio_deviation_max: float
+# What the log says of a model that had nothing to learn from
+NOTHING_LEARNED = dict.fromkeys((
+    "policy_loss", "grad_norm", "lr", "value_loss", "critic_grad_norm", "value_clipped", "critic_lr", "entropy",
+    "kl_loss", "clipped_low", "clipped_high", "ratio_deviation_max", "first_ratio_deviation",
+), 0.0)  # fmt: skip
 
 
-# What the log says of a buffer that had nothing to learn from
-NOTHING_LEARNED = dict.fromkeys(
-    (
-        "policy_loss", "grad_norm", "lr", "value_loss", "critic_grad_norm", "value_clipped", "critic_lr", "entropy",
-        "kl_loss", "clipped_low", "clipped_high", "ratio_deviation_max", "first_ratio_deviation",
-    ), 0.0,
-)  # fmt: skip
-
-
-def update_critic(trainer: Trainer, buffer: PPOBuffer, config: PPOConfig, iteration: int) -> dict[str, float]:
+def update_critic(critic: Trainer, buffer: PPOBuffer, config: PPOConfig, iteration: int) -> dict[str, float]:
     """inner_epochs passes of the critic over a buffer. Returns means over their tokens and steps for the log."""
     # the rate follows the buffers, also those that gave fewer steps
-    trainer.set_step(iteration * config.steps_per_buffer)
-    clipped: list[float] = []
-    reports, n_tokens = [], 0
-    for now in _steps(buffer, config, iteration):
-        for micro in now.micros:
-            loss, n_clipped = critic_loss(trainer.model, buffer, micro, config, now.tokens)
-            trainer.backward(loss, last=micro is now.micros[-1])
-            clipped.append(n_clipped)
-        reports.append(trainer.step())
-        n_tokens += now.tokens
-    return {
-        "value_loss": _mean([report.loss for report in reports]),
-        "critic_grad_norm": _mean([report.grad_norm for report in reports]),
-        "value_clipped": parallel.sum_over_data_parallel(sum(clipped)) / max(1, n_tokens),
-        "critic_lr": _mean([report.lr for report in reports]),
-    }
+    critic.set_step(iteration * config.steps_per_buffer)
+    reports, n_clipped, n_tokens = [], 0, 0
+    for minibatch in minibatches(buffer, config, iteration):
+        for micro in minibatch.micros:
+            batch, pick = micro.of(buffer)
+            values, old_values = response_values(critic.model, *batch), pick(buffer.values)  # [N] each
+            loss = losses.ppo_value_loss(values, old_values, pick(buffer.returns), config.value_clip)
+            critic.backward(loss.sum() / minibatch.tokens, last=micro is minibatch.micros[-1])
+            n_clipped += ((values.detach() - old_values).abs() > config.value_clip).sum().item()
+        reports.append(critic.step())
+        n_tokens += minibatch.tokens
+    value_clipped = parallel.sum_over_data_parallel(n_clipped) / max(1, n_tokens)
+    return _means(reports, "value_loss", "critic_grad_norm", "critic_lr") | {"value_clipped": value_clipped}
 
 
 def update_actor(
-    trainer: Trainer, buffer: PPOBuffer, config: PPOConfig, iteration: int, critic_warmup: int = 0
+    actor: Trainer, buffer: PPOBuffer, config: PPOConfig, iteration: int, critic_warmup: int = 0, kl_scale: float = 1.0
 ) -> dict[str, float]:
     """inner_epochs passes of the actor over a buffer. Returns means over their tokens and steps, and the largest
-    deviations of a ratio from 1, for the log. critic_warmup: iterations in which it did not learn."""
-    trainer.set_step((iteration - critic_warmup) * config.steps_per_buffer)
-    seen: list[ActorSums] = []
-    first: list[float] = []  # of the very first pass of each rank, before any step
-    reports, n_tokens = [], 0
-    for now in _steps(buffer, config, iteration):
-        normaliser = now.tokens if config.loss_aggregation == "token-mean" else now.episodes
-        for micro in now.micros:
-            loss, sums = actor_loss(trainer.model, buffer, micro, config, normaliser)
-            trainer.backward(loss, last=micro is now.micros[-1])
-            seen.append(sums)
-        first = first or [sums.ratio_deviation_max for sums in seen]
-        reports.append(trainer.step())
-        n_tokens += now.tokens
-    seen, first = (parallel.gather_over_data_parallel(found) for found in (seen, first))
-    totals = {name: sum(getattr(sums, name) for sums in seen) for name in ActorSums._fields[:-1]}
-    return {
-        "policy_loss": _mean([report.loss for report in reports]),
-        "grad_norm": _mean([report.grad_norm for report in reports]),
-        "lr": _mean([report.lr for report in reports]),
-        **{name: total / max(1, n_tokens) for name, total in totals.items()},
-        "ratio_deviation_max": max((sums.ratio_deviation_max for sums in seen), default=0.0),
-        "first_ratio_deviation": max(first, default=0.0),
-    }
+    deviations of a ratio from 1, for the log.
+
+    critic_warmup: iterations in which it did not learn. kl_scale: what the weight of the KL loss is multiplied by.
+    """
+    actor.set_step((iteration - critic_warmup) * config.steps_per_buffer)
+    reports, seen, n_tokens, n_first = [], [], 0, 0
+    for minibatch in minibatches(buffer, config, iteration):
+        n = minibatch.tokens if config.loss_aggregation == "token-mean" else minibatch.episodes
+        for micro in minibatch.micros:
+            batch, pick = micro.of(buffer)
+            logprobs, entropy = logprobs_and_entropy(
+                actor.model, *batch, temperature=config.temperature, n_ids=buffer.n_ids,
+                learn_entropy=config.entropy_coef > 0)  # [N] each
+            ratio = losses.probability_ratio(logprobs, pick(buffer.logprobs))
+            loss = losses.ppo_policy_loss(
+                ratio, pick(buffer.advantages), config.clip_ratio, config.clip_high, config.dual_clip)
+            kl = torch.zeros(())
+            if config.kl_loss != "none":
+                kl = KL_LOSSES[config.kl_loss](logprobs, pick(buffer.reference_logprobs))
+                loss = loss + config.kl_loss_coef * kl_scale * kl
+            if config.entropy_coef:
+                loss = loss - config.entropy_coef * entropy
+            actor.backward((loss * pick(buffer.weights)).sum() / n, last=micro is minibatch.micros[-1])
+
+            deviation = ratio.detach() - 1
+            seen.append({
+                "entropy": entropy.sum().item(),
+                "clipped_low": (deviation < -config.clip_ratio).sum().item(),
+                "clipped_high": (deviation > config.clip_high).sum().item(),
+                "kl_loss": kl.sum().item(),
+                "ratio_deviation_max": deviation.abs().max().item() if micro.counts else 0.0,
+            })  # fmt: skip
+        n_first = n_first or len(seen)
+        reports.append(actor.step())
+        n_tokens += minibatch.tokens
+    if not seen:
+        return {}
+    # before any step the policy is the one that sampled: monitor.check_first_update() wants these ratios to be 1
+    first, seen = (parallel.gather_over_data_parallel(found) for found in (seen[:n_first], seen))
+    means = {name: sum(sums[name] for sums in seen) / n_tokens for name in seen[0]}
+    return _means(reports, "policy_loss", "grad_norm", "lr") | means | {
+        "ratio_deviation_max": max(sums["ratio_deviation_max"] for sums in seen),
+        "first_ratio_deviation": max(sums["ratio_deviation_max"] for sums in first),
+    }  # fmt: skip
 
 
-def _steps(buffer: PPOBuffer, config: PPOConfig, iteration: int) -> Iterator[OptimizerStep]:
-    """The optimizer steps of all passes over a buffer."""
-    for inner_epoch in range(config.inner_epochs):
-        yield from minibatches(buffer, config, iteration, inner_epoch)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(1, len(values))
-
-
-def actor_loss(
-    actor: Decoder, buffer: PPOBuffer, micro: MicroBatch, config: PPOConfig, normaliser: int
-) -> tuple[Tensor, ActorSums]:
-    """Clipped policy loss of some episodes with its KL and entropy terms, weighted and divided by the step's count."""
-    batch, pick = _rows(buffer, micro)
-    logprobs, entropy = logprobs_and_entropy(
-        actor,
-        *batch,
-        temperature=config.temperature,
-        n_ids=buffer.n_ids,
-        learn_entropy=config.entropy_coef > 0,
-    )
-    ratio = losses.probability_ratio(logprobs, pick(buffer.logprobs))
-    loss = losses.ppo_policy_loss(
-        ratio, pick(buffer.advantages), config.clip_ratio, config.clip_high, config.dual_clip
-    )
-    kl = torch.zeros(())
-    if config.kl_loss != "none":
-        kl = KL_LOSSES[config.kl_loss](logprobs, pick(buffer.reference_logprobs))
-        loss = loss + config.kl_loss_coef * kl
-    if config.entropy_coef:
-        loss = loss - config.entropy_coef * entropy
-    deviation = ratio.detach() - 1
-    sums = ActorSums(
-        entropy.sum().item(),
-        (deviation < -config.clip_ratio).sum().item(),
-        (deviation > config.clip_high).sum().item(),
-        kl.sum().item(),
-        deviation.abs().max().item() if micro.counts else 0.0,
-    )
-    return (loss * pick(buffer.weights)).sum() / normaliser, sums
-
-
-def critic_loss(
-    critic: Decoder, buffer: PPOBuffer, micro: MicroBatch, config: PPOConfig, normaliser: int
-) -> tuple[Tensor, float]:
-    """Clipped value loss of some episodes, divided by the step's token count. -> scalar, and how many values were
-    farther from their old ones than the clip allows."""
-    batch, pick = _rows(buffer, micro)
-    values, old = response_values(critic, *batch), pick(buffer.values)
-    loss = losses.ppo_value_loss(values, old, pick(buffer.returns), config.value_clip)
-    n_clipped = ((values.detach() - old).abs() > config.value_clip).sum().item()
-    return loss.sum() / normaliser, n_clipped
-
-
-def _rows(buffer: PPOBuffer, micro: MicroBatch) -> tuple[Batch, Callable[[Tensor], Tensor]]:
-    """Some episodes of a buffer on the device, and how to pick their response tokens [N] from a [B, S] tensor."""
-    batch = trim_padding(Batch(buffer.batch.tokens[micro.rows], buffer.batch.response_mask[micro.rows]))
-    batch = Batch(batch.tokens, batch.response_mask & micro.counts).to(parallel.device())
-    wanted = buffer.batch.response_mask[micro.rows] & micro.counts
-    return batch, lambda tensor: tensor[micro.rows][wanted].to(parallel.device())
+def _means(reports: list[StepReport], *names: str) -> dict[str, float]:
+    """Mean loss, gradient norm and learning rate of some optimizer steps under these names."""
+    columns = zip(*reports, strict=True) if reports else ((0.0,),) * len(names)
+    return {name: sum(values) / len(values) for name, values in zip(names, columns, strict=True)}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from src.config import (
     ShareOrOff,
     Weights,
     flag,
-)
+)  # fmt: skip
 from src.data.encoding import StepKind
 from src.errors import UserError
 
@@ -213,13 +213,13 @@ class PPOConfig(
             return 0
         if self.critic_warmup > n_iterations:
             raise UserError(
-                f"--critic_warmup is {self.critic_warmup}, but there are only {n_iterations} buffers; lower it"
-            )
+                f"--critic_warmup is {self.critic_warmup}, but there are only {n_iterations} buffers; lower it")
         return min(10, n_iterations // 10) if self.critic_warmup < 0 else self.critic_warmup
 
-    def with_kl_scale(self, scale: float) -> "PPOConfig":
-        """The same with both KL weights multiplied."""
-        return replace(self, kl_coef=self.kl_coef * scale, kl_loss_coef=self.kl_loss_coef * scale)
+    @property
+    def weights_by_reward(self) -> dict[str, float]:
+        """What each --reward weighs; 1 each where no weights are given."""
+        return dict(zip(self.reward, self.reward_weights or [1.0] * len(self.reward), strict=True))
 
     @property
     def save_dirs(self) -> list[str]:
@@ -232,73 +232,82 @@ class PPOConfig(
         return self.log_dir or self.actor_save_dir
 
     def __post_init__(self) -> None:
-        """Put the estimator's defaults where a number is -1 or empty. Raises UserError for a contradiction.
-
-        A grader's reward comes at the end and is exact: the returns need no critic to hold their variance down, and
-        lambda is 1.
-        """
+        """Put the estimator's defaults where a number is -1 or empty. Raises UserError for a contradiction."""
         super().__post_init__()
-        defaults = {"gae_lambda": 1.0 if self.reward == ["rule"] else 0.95} | ESTIMATORS[self.advantage].defaults
-        self._fill_in(defaults)
+        # A grader's reward comes at the end and is exact: the returns need no critic to hold their variance down
+        gae_lambda = 1.0 if self.reward == ["rule"] else 0.95
+        self._fill_in(ESTIMATORS[self.advantage].defaults | {"gae_lambda": gae_lambda})
         self._fill_in({"clip_high": self.clip_ratio, "critic_lambda": self.gae_lambda})
-        self._check_numbers()
-        self._check_models()
+        for is_wrong, message in (*self._wrong_numbers(), *self._wrong_rewards(), *self._wrong_models()):
+            if is_wrong:
+                raise UserError(message)
 
     def _fill_in(self, defaults: Mapping[str, object]) -> None:
         for name, default in defaults.items():
             if getattr(self, name) in (-1, ""):
                 object.__setattr__(self, name, default)
 
-    def _check_numbers(self) -> None:
+    def _wrong_numbers(self) -> list[tuple[object, str]]:
+        """What is wrong with the numbers if the first of a pair is true, and what to say of it."""
         least = ESTIMATORS[self.advantage].least_group
-        if self.group_size < least:
-            raise UserError(
-                f"--group_size is {self.group_size}, but --advantage {self.advantage} compares the responses to one "
-                f"prompt; expected {least} or more"
-            )
-        if self.max_buffer_size % self.group_size:
-            raise UserError(
-                f"--max_buffer_size {self.max_buffer_size} episodes are no whole number of groups of --group_size "
-                f"{self.group_size}; give a multiple of it"
-            )
-        if self.temperature <= 0:
-            raise UserError(
-                f"--temperature {self.temperature}: PPO learns from sampled responses; expected more than 0"
-            )
-        if self.dual_clip and self.dual_clip <= 1:
-            raise UserError(f"--dual_clip is {self.dual_clip}, expected more than 1, or 0 for none")
-        if self.filter_groups and self.group_size == 1:
-            raise UserError("--filter_groups drops groups of equal rewards, so --group_size must be 2 or more")
-        if self.max_refills and not self.filter_groups:
-            raise UserError("--max_refills replaces the groups that --filter_groups drops; give both")
-        if self.overlong_buffer and (self.truncated != "penalty" or self.overlong_buffer >= self.max_new_tokens):
-            raise UserError(
-                f"--overlong_buffer {self.overlong_buffer} needs --truncated penalty and more --max_new_tokens than "
-                f"it; they are {self.truncated} and {self.max_new_tokens}"
-            )
-        if self.kl_target >= 0 and not self.kl_coef and self.kl_loss == "none":
-            raise UserError("--kl_target adapts a KL term, but --kl_coef is 0 and --kl_loss none; give one of them")
-        if self.critic_warmup > 0 and not self.has_critic:
-            raise UserError(f"--critic_warmup: --advantage {self.advantage} has no critic")
+        return [
+            (self.group_size < least,
+             f"--group_size is {self.group_size}, but --advantage {self.advantage} compares the responses to one "
+             f"prompt; expected {least} or more"),
+            (self.max_buffer_size % self.group_size,
+             f"--max_buffer_size {self.max_buffer_size} episodes are no whole number of groups of --group_size "
+             f"{self.group_size}; give a multiple of it"),
+            (self.temperature <= 0,
+             f"--temperature {self.temperature}: PPO learns from sampled responses; expected more than 0"),
+            (0 < self.dual_clip <= 1, f"--dual_clip is {self.dual_clip}, expected more than 1, or 0 for none"),
+            (self.filter_groups and self.group_size == 1,
+             "--filter_groups drops groups of equal rewards, so --group_size must be 2 or more"),
+            (self.max_refills and not self.filter_groups,
+             "--max_refills replaces the groups that --filter_groups drops; give both"),
+            (self.overlong_buffer and (self.truncated != "penalty" or self.overlong_buffer >= self.max_new_tokens),
+             f"--overlong_buffer {self.overlong_buffer} needs --truncated penalty and more --max_new_tokens than it; "
+             f"they are {self.truncated} and {self.max_new_tokens}"),
+            (self.kl_target >= 0 and not self.kl_coef and self.kl_loss == "none",
+             "--kl_target adapts a KL term, but --kl_coef is 0 and --kl_loss none; give one of them"),
+            (self.critic_warmup > 0 and not self.has_critic,
+             f"--critic_warmup: --advantage {self.advantage} has no critic"),
+        ]
 
-    def _check_models(self) -> None:
-        if "verifier" in self.reward and not self.reward_model_ckpt_dir:
-            raise UserError("--reward verifier needs --reward_model_ckpt_dir; or grade answers with --reward rule")
-        if self.step and "verifier" not in self.reward:
-            raise UserError(f"--step {self.step} says what a verifier judges; give --reward verifier with it")
-        if not self.has_critic == bool(self.critic_ckpt_dir) == bool(self.critic_save_dir):
-            raise UserError(
-                f"--advantage {self.advantage} {'needs' if self.has_critic else 'has no critic; leave out'} "
-                f"--critic_ckpt_dir and --critic_save_dir"
-            )
-        if self.has_critic and Path(self.actor_save_dir).resolve() == Path(self.critic_save_dir).resolve():
-            raise UserError(
-                "--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other"
-            )
-        if not self.share_base:
-            return
-        if self.lora_rank == -1:
-            raise UserError("--share_base shares frozen weights below adapters; give --lora_rank")
-        for name, off in (("phases", False), ("quantize", ""), ("reference_refresh", -1)):
-            if getattr(self, name) != off:
-                raise UserError(f"--share_base holds one base in float32 for the whole run; leave out --{name}")
+    def _wrong_rewards(self) -> list[tuple[object, str]]:
+        """The same of --reward, its weights, and functions that the log could not tell apart."""
+        names = self.reward
+        logged = [*map(short_name, names), "format", "std"]  # reward_format and reward_std are no user's function
+        twice = [name for name in names if ":" in name and logged.count(short_name(name)) > 1]
+        return [
+            (not names or len(set(names)) < len(names),
+             f"--reward is {' '.join(names) or 'empty'}; expected one or more, each named once"),
+            (twice, f"--reward {' '.join(twice)}: the log has another {short_name((twice or [''])[-1])!r}; rename the "
+                    f"function"),
+            (self.reward_weights and len(self.reward_weights) != len(names),
+             f"--reward_weights has {len(self.reward_weights)} numbers for {len(names)} rewards; give one for each"),
+            ("verifier" in names and not self.reward_model_ckpt_dir,
+             "--reward verifier needs --reward_model_ckpt_dir; or grade answers with --reward rule"),
+            (self.step and "verifier" not in names,
+             f"--step {self.step} says what a verifier judges; give --reward verifier with it"),
+        ]
+
+    def _wrong_models(self) -> list[tuple[object, str]]:
+        """The same of the directories, and of what cannot share a base."""
+        asked = "needs" if self.has_critic else "has no critic; leave out"
+        alone = [name for name, off in (("phases", False), ("quantize", ""), ("reference_refresh", -1))
+                 if getattr(self, name) != off]
+        return [
+            (not self.has_critic == bool(self.critic_ckpt_dir) == bool(self.critic_save_dir),
+             f"--advantage {self.advantage} {asked} --critic_ckpt_dir and --critic_save_dir"),
+            (self.has_critic and Path(self.actor_save_dir).resolve() == Path(self.critic_save_dir).resolve(),
+             "--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other"),
+            (self.share_base and self.lora_rank == -1,
+             "--share_base shares frozen weights below adapters; give --lora_rank"),
+            (self.share_base and alone,
+             f"--share_base holds one base in float32 for the whole run; leave out --{''.join(alone[:1])}"),
+        ]
+
+
+def short_name(reward: str) -> str:
+    """What a reward is called in the log: verifier, rule or the name of the user's function."""
+    return reward.rpartition(":")[2]

@@ -7,6 +7,7 @@ everywhere else. With it come counts for the log, of what this rank alone has se
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from src import losses, parallel, runlog
 from src.data import collate
 from src.data.collate import Batch
-from src.data.encoding import STEP_ENDS, Encoded, encode_steps, split_steps
+from src.data.encoding import STEP_ENDS, Encoded, StepKind, encode_steps, split_steps
+from src.data.examples import Prompt
 from src.errors import UserError
 from src.grading.grader import Grader
 from src.models.config import ModelConfig
@@ -23,7 +25,7 @@ from src.models.decoder import Decoder
 from src.models.forward import response_scores, token_scores
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import RewardFlags
-from src.training.rollout import Rollout, pad_to, shard_for_rank, trim_padding
+from src.training.rollout import Rollout, shard_for_rank, trim_padding
 from src.training.user_reward import UserReward
 
 OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")  # of the grader
@@ -50,30 +52,6 @@ class Scores(NamedTuple):
         return Scores(by_reward, self.total[rows], self.counts)
 
 
-def reward_weights(flags: RewardFlags) -> dict[str, float]:
-    """What each --reward weighs; 1 each where no weights are given.
-
-    Raises UserError where the two do not match, and for functions that the log could not tell apart.
-    """
-    names, weights = flags.reward, flags.reward_weights
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"--reward is {' '.join(names) or 'empty'}; expected one or more, each named once")
-    logged = [*map(short_name, names), "format", "std"]  # reward_format and reward_std are no user's function
-    twice = [name for name in names if ":" in name and logged.count(short_name(name)) > 1]
-    if twice:
-        raise UserError(
-            f"--reward {' '.join(twice)}: the log has another {short_name(twice[-1])!r}; rename the function"
-        )
-    if weights and len(weights) != len(names):
-        raise UserError(f"--reward_weights has {len(weights)} numbers for {len(names)} rewards; give one for each")
-    return dict(zip(names, weights or [1.0] * len(names), strict=True))
-
-
-def short_name(reward: str) -> str:
-    """What a reward is called in the log: verifier, rule or the name of the user's function."""
-    return reward.rpartition(":")[2]
-
-
 def score_rollout(rewards: Mapping[str, Reward], rollout: Rollout) -> Scores:
     """Every reward of the episodes, and their weighted sum. Each data-parallel rank scores its share and gets all."""
     rows = torch.tensor(shard_for_rank(range(len(rollout.prompts))), dtype=torch.int64)
@@ -86,32 +64,6 @@ def score_rollout(rewards: Mapping[str, Reward], rollout: Rollout) -> Scores:
         by_reward[name] = parallel.join_over_data_parallel(laid_out)
     total = torch.stack([reward.weight * by_reward[name] for name, reward in rewards.items()]).sum(0)
     return Scores(by_reward, total, add_counts(parallel.gather_over_data_parallel([counts])))
-
-
-def add_counts(parts: Iterable[Counts]) -> dict[str, tuple[int, int]]:
-    """Counts of several ranks or rollouts together."""
-    found: dict[str, tuple[int, int]] = {}
-    for part in parts:
-        for name, (n, of) in part.items():
-            found[name] = found.get(name, (0, 0))[0] + n, found.get(name, (0, 0))[1] + of
-    return found
-
-
-def concatenate_scores(parts: Sequence[Scores], width: int) -> Scores:
-    """What the episodes of several rollouts earn, below one another and padded to the same width."""
-
-    def rows(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([pad_to(tensor, width) for tensor in tensors])
-
-    by_reward = {name: rows(part.by_reward[name] for part in parts) for name in parts[0].by_reward}
-    return Scores(by_reward, rows(part.total for part in parts), add_counts(part.counts for part in parts))
-
-
-def at_last(scores: Tensor, rollout: Rollout) -> Tensor:
-    """Lay one score of each episode on its last token. [B] -> [B, S]."""
-    laid_out = torch.zeros(rollout.batch.tokens.shape)
-    laid_out[torch.arange(len(scores)), rollout.last] = scores.float()
-    return laid_out
 
 
 def apply_length_penalty(scores: Tensor, rollout: Rollout, flags: RewardFlags, max_new_tokens: int) -> Tensor:
@@ -133,55 +85,63 @@ def apply_length_penalty(scores: Tensor, rollout: Rollout, flags: RewardFlags, m
     return scores - at_last(flags.missing_eos_penalty * share, rollout)
 
 
+def at_last(scores: Tensor, rollout: Rollout) -> Tensor:
+    """Lay one score of each episode on its last token. [B] -> [B, S]."""
+    laid_out = torch.zeros(rollout.batch.tokens.shape)
+    laid_out[torch.arange(len(scores)), rollout.last] = scores.float()
+    return laid_out
+
+
+def add_counts(parts: Iterable[Counts]) -> dict[str, tuple[int, int]]:
+    """Counts of several ranks or rollouts together."""
+    found: dict[str, tuple[int, int]] = {}
+    for part in parts:
+        for name, (n, of) in part.items():
+            found[name] = found.get(name, (0, 0))[0] + n, found.get(name, (0, 0))[1] + of
+    return found
+
+
 def verifier_reward(
     verifier: Decoder, tokenizer: Tokenizer, flags: RewardFlags, max_batch_size: int
 ) -> Callable[[Rollout], tuple[Tensor, Counts]]:
     """The reward of a verifier, by what its config says it was trained for."""
-    rewards = {"outcome": outcome_reward, "process": process_reward}
-    kind = rewards.get(verifier.config.objective, pairwise_reward)
+    if verifier.config.objective == "pairwise":
+        return lambda rollout: (pairwise_reward(verifier, rollout, flags, max_batch_size), {})
+    kind = outcome_reward if verifier.config.objective == "outcome" else process_reward
     return lambda rollout: (kind(verifier, tokenizer, rollout, flags, max_batch_size), {})
 
 
-def _clipped(scores: Tensor, config: ModelConfig, clip: float) -> Tensor:
-    """Scores in deviations from the mean on the verifier's training data, clipped; 0 does not clip. [B] -> [B]."""
-    normalised = (scores - config.score_mean) / config.score_std
-    return normalised.clamp(-clip, clip) if clip else normalised
-
-
 @torch.no_grad()
-def pairwise_reward(
-    verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, flags: RewardFlags, max_batch_size: int
-) -> Tensor:
+def pairwise_reward(verifier: Decoder, rollout: Rollout, flags: RewardFlags, max_batch_size: int) -> Tensor:
     """A pairwise verifier's normalised, clipped score of each response, at its last token. -> [B, S].
 
     Of one that is longer than the verifier's context it reads the beginning, and the log says so.
     """
     scores, batch, longest = [], rollout.batch, verifier.config.max_seq_len
-    _tell_cut(int((rollout.last >= longest).sum()), len(rollout.prompts), longest)
+    _warn_of_cut(int((rollout.last >= longest).sum()), len(rollout.prompts), longest)
     for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
-        fitting = Batch(batch.tokens[rows, :longest], batch.response_mask[rows, :longest])
-        micro = trim_padding(fitting).to(parallel.device())
-        scores.append(response_scores(verifier, *micro).cpu())
-    return at_last(_clipped(torch.cat(scores), verifier.config, flags.reward_clip), rollout)
+        micro = trim_padding(Batch(batch.tokens[rows, :longest], batch.response_mask[rows, :longest]))
+        scores.append(response_scores(verifier, *micro.to(parallel.device())).cpu())
+    return at_last(_normalise(torch.cat(scores), verifier.config, flags.reward_clip), rollout)
 
 
 def outcome_reward(
     verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, flags: RewardFlags, max_batch_size: int
 ) -> Tensor:
-    """An outcome verifier's word on each whole response, at its last token. -> [B, S].
+    """An outcome verifier's score of each whole response, at its last token. -> [B, S].
 
     probability: of being right; logit: its score, normalised and clipped.
     """
     logits = torch.tensor([steps[-1] for steps in step_logits(verifier, tokenizer, rollout, max_batch_size)])
     if flags.outcome_reward == "probability":
         return at_last(logits.sigmoid(), rollout)
-    return at_last(_clipped(logits, verifier.config, flags.reward_clip), rollout)
+    return at_last(_normalise(logits, verifier.config, flags.reward_clip), rollout)
 
 
 def process_reward(
     verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, flags: RewardFlags, max_batch_size: int
 ) -> Tensor:
-    """A process verifier's word on each step, at the sampled token that ends the step. -> [B, S].
+    """A process verifier's score of each step, at the sampled token that ends the step. -> [B, S].
 
     losses.process_rewards() has the three kinds. The bonus is added for every step.
     """
@@ -198,14 +158,16 @@ def process_reward(
     return laid_out
 
 
-def _tell_cut(n_cut: int, n: int, max_seq_len: int) -> None:
+def _normalise(scores: Tensor, config: ModelConfig, clip: float) -> Tensor:
+    """Scores in deviations from the mean on the verifier's held-out data, clipped; 0 does not clip. [B] -> [B]."""
+    normalised = (scores - config.score_mean) / config.score_std
+    return normalised.clamp(-clip, clip) if clip else normalised
+
+
+def _warn_of_cut(n_cut: int, n: int, max_seq_len: int) -> None:
     if n_cut:
-        runlog.logger().warning(
-            "%d of %d responses are longer than the verifier's context of %d tokens; it judges their beginnings",
-            n_cut,
-            n,
-            max_seq_len,
-        )
+        runlog.logger().warning("%d of %d responses are longer than the verifier's context of %d tokens; it judges "
+                                "their beginnings", n_cut, n, max_seq_len)
 
 
 @torch.no_grad()
@@ -216,16 +178,12 @@ def step_logits(
 
     Of a response longer than the verifier's context it reads the beginning, and the log says so.
     """
-    rows = [
-        _in_steps(tokenizer, prompt.instruction, response, finished, verifier.config)
-        for prompt, response, finished in zip(
-            rollout.prompts, rollout.responses, rollout.finished.tolist(), strict=True
-        )
-    ]
-    rows, cut = zip(*rows, strict=True)
-    _tell_cut(sum(cut), len(rows), verifier.config.max_seq_len)
+    config, n = verifier.config, len(rollout.prompts)
+    rows = [_in_steps(tokenizer, *row, config.step) for row in zip(
+        rollout.prompts, rollout.responses, rollout.finished.tolist(), strict=True)]
+    _warn_of_cut(sum(len(row.tokens) > config.max_seq_len for row in rows), n, config.max_seq_len)
     found: list[list[float]] = []
-    for chunk in collate.chunks(rows, max_batch_size):
+    for chunk in collate.chunks([_cut(row, config.max_seq_len) for row in rows], max_batch_size):
         judged = collate.lay_out_judged(chunk, packing=False).to(parallel.device())
         scores = token_scores(verifier, *judged.batch)
         found += [row[~targets.isnan()].tolist() for row, targets in zip(scores, judged.targets, strict=True)]
@@ -233,43 +191,38 @@ def step_logits(
 
 
 def _in_steps(
-    tokenizer: Tokenizer, instruction: str, response: str, finished: bool, config: ModelConfig
-) -> tuple[Encoded, bool]:
-    """A response laid out in steps, and whether it is cut for being too long; its last token then speaks for the step
-    cut there."""
-    step_end, max_seq_len = STEP_ENDS[config.step], config.max_seq_len
-    steps = split_steps(response, step_end)
-    labels = [0.0] * len(steps)
+    tokenizer: Tokenizer, prompt: Prompt, response: str, finished: bool, step: StepKind
+) -> Encoded:
+    """A response laid out in steps, each with a target where the verifier's score of it is read."""
+    steps = split_steps(response, STEP_ENDS[step])
     # a response of control tokens alone has no text; its end is then all there is to judge
     ended = finished or not response
-    row = encode_steps(tokenizer, instruction, steps, labels, finished=ended, step_end=step_end)
+    return encode_steps(tokenizer, prompt.instruction, steps, [0.0] * len(steps), finished=ended,
+                        step_end=STEP_ENDS[step])
+
+
+def _cut(row: Encoded, max_seq_len: int) -> Encoded:
+    """The beginning of a row that is too long; its last token then speaks for the step cut there."""
     if len(row.tokens) <= max_seq_len:
-        return row, False
+        return row
     if row.response_start >= max_seq_len:
-        raise UserError(
-            f"a prompt has {row.response_start} tokens, which leaves none of the verifier's context of {max_seq_len}; "
-            f"drop it from --train_file"
-        )
+        raise UserError(f"a prompt has {row.response_start} tokens, which leaves none of the verifier's context of "
+                        f"{max_seq_len}; drop it from --train_file")
     targets = row.targets[: max_seq_len - row.response_start - 1]
-    return Encoded(row.tokens[:max_seq_len], row.response_start, (*targets, 0.0)), True
+    return Encoded(row.tokens[:max_seq_len], row.response_start, (*targets, 0.0))
 
 
 def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str, step_end: str) -> list[int]:
     """The places among sampled response tokens where the steps of their text end, by characters.
 
-    A step ends with the step_end behind it, the last one with the response's last token.
+    A step ends with the step_end after it, the last one with the response's last token.
     """
-    steps, ends, behind = split_steps(response, step_end), [], 0
+    steps, ends, characters = split_steps(response, step_end), [], 0
     for step in steps[:-1]:
-        behind = response.index(step, behind) + len(step) + len(step_end)
-        ends.append(_token_reaching(tokenizer, tokens, behind))
+        characters = response.index(step, characters) + len(step) + len(step_end)
+        # the first token with which the decoded text is at least so long: tokens may straddle the end of a step
+        ends.append(bisect_left(range(1, len(tokens) + 1), characters, key=lambda n: len(tokenizer.decode(tokens[:n]))))
     return [*ends, len(tokens) - 1]
-
-
-def _token_reaching(tokenizer: Tokenizer, tokens: Sequence[int], characters: int) -> int:
-    """The first token with which the decoded text is at least so long."""
-    counts = range(1, len(tokens) + 1)
-    return bisect_left(counts, characters, key=lambda n: len(tokenizer.decode(tokens[:n])))
 
 
 def on_first_rank(
@@ -287,13 +240,17 @@ def on_first_rank(
     return reward
 
 
+def rule_reward(grader: Grader) -> Callable[[Rollout], tuple[Tensor, Counts]]:
+    """The reward of graded_reward(), graded by the first rank alone."""
+    return on_first_rank(partial(graded_reward, grader))
+
+
 def graded_reward(grader: Grader, rollout: Rollout) -> tuple[list[float], Counts]:
     """1 for a response that the grader finds right, else 0. Without a label it is 0. Counts the outcomes."""
     scores = [0.0] * len(rollout.prompts)
     labelled = [row for row, prompt in enumerate(rollout.prompts) if prompt.label is not None]
     verdicts = grader.grade(
-        [rollout.responses[row] for row in labelled], [rollout.prompts[row].label or "" for row in labelled]
-    )
+        [rollout.responses[row] for row in labelled], [rollout.prompts[row].label or "" for row in labelled])
     for row, verdict in zip(labelled, verdicts, strict=True):
         scores[row] = float(verdict.outcome == "right")
     found = Counter(verdict.outcome for verdict in verdicts)
@@ -302,11 +259,9 @@ def graded_reward(grader: Grader, rollout: Rollout) -> tuple[list[float], Counts
 
 def function_reward(function: UserReward, name: str, rollout: Rollout) -> tuple[list[float], Counts]:
     """What a user's function says of each response. Counts the calls that failed."""
+    prompts = rollout.prompts
     scores, failed = function.score(
-        [prompt.instruction for prompt in rollout.prompts],
-        rollout.responses,
-        [prompt.label for prompt in rollout.prompts],
-    )
+        [prompt.instruction for prompt in prompts], rollout.responses, [prompt.label for prompt in prompts])
     return scores, {f"reward_{name}_failed": (failed, len(scores))}
 
 

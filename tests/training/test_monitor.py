@@ -10,7 +10,7 @@ from src.data.collate import Batch
 from src.data.examples import Prompt
 from src.errors import UserError
 from src.training import monitor
-from src.training.ppo import Groups, PPOBuffer
+from src.training.ppo import PPOBuffer
 from src.training.rewards import Scores
 from src.training.rollout import Rollout
 from tests.training.workers import ppo_config
@@ -18,7 +18,6 @@ from tests.training.workers import ppo_config
 MASK = torch.tensor([[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]]).bool()
 EARNED = torch.zeros(4, 4).index_put((torch.tensor(3), torch.tensor(3)), torch.tensor(2.0))
 SCORES = Scores({"rule": EARNED}, EARNED, {"graded_right": (1, 4)})
-GROUPS = Groups(2, 1, 0.5)
 
 
 def buffer(**changes: object) -> PPOBuffer:
@@ -45,9 +44,8 @@ def buffer(**changes: object) -> PPOBuffer:
 
 
 def test_panel_by_hand() -> None:
-    found = monitor.rollout_metrics(
-        buffer(), SCORES, GROUPS, ppo_config(advantage="grpo", group_size=2, kl_coef=0.3)
-    )
+    numbers = ppo_config(advantage="grpo", group_size=2, kl_coef=0.1)
+    found = monitor.rollout_metrics(buffer(), SCORES, numbers, kl_scale=3.0)
     expected = {
         "reward": 0.5,
         "reward_std": 0.75**0.5,
@@ -82,7 +80,7 @@ def test_samples_can_be_read() -> None:
 def test_start_is_refused_where_the_models_disagree() -> None:
     numbers = ppo_config(group_size=1)
     same = buffer(reference_logprobs=buffer().logprobs)
-    good = monitor.rollout_metrics(same, SCORES, GROUPS, numbers) | {"sampler_mismatch": 1e-6}
+    good = monitor.rollout_metrics(same, SCORES, numbers) | {"sampler_mismatch": 1e-6}
     monitor.check_start(good, same, same_reference=True)
     monitor.check_start(good, buffer(), same_reference=False)
     with pytest.raises(UserError, match="reference differs from the untrained actor by 0.5 nats"):

@@ -4,8 +4,8 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,21 +15,23 @@ from torch.testing import assert_close
 import ppo_train
 from src import load, losses
 from src.data.collate import Batch
+from src.inference.sampling import Sampling
+from src.models.decoder import Decoder
 from src.models.forward import response_logprobs, response_values
 from src.runlog import Phases
 from src.text.tokenizer import Tokenizer
 from src.training import ppo
 from src.training.monitor import rollout_metrics
-from src.training.ppo import Groups, PPOBuffer
+from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig
-from src.training.ppo_models import PPOModels
-from src.training.rewards import Reward, Scores, at_last
-from src.training.rollout import Rollout
-from src.training.trainer import lr_factor
+from src.training.ppo_setup import Inputs, PPOModels
+from src.training.rewards import at_last
+from src.training.rollout import Rollout, sample_rollout
+from src.training.trainer import StepReport, lr_factor
 from tests.conftest import Folders
 from tests.ranks import succeed
 from tests.tiny import weights
-from tests.training.workers import PROMPTS, ppo_config, ppo_models, ppo_update, rollout_of
+from tests.training.workers import PROMPTS, collect, ppo_config, ppo_models, ppo_update
 
 EOS = 2
 
@@ -44,22 +46,45 @@ def by_length(rollout: Rollout) -> Tensor:
     return at_last(rollout.lengths.float() - 2.5, rollout)
 
 
-def collect(
+def buffer_of(
     models: PPOModels, tokenizer: Tokenizer, reward: Callable[[Rollout], Tensor], config: PPOConfig, iteration: int
 ) -> PPOBuffer:
     """A buffer of PROMPTS with one reward."""
-    return rollout_of(models, tokenizer, reward, config, iteration)[0]
+    return collect(models, tokenizer, reward, config, iteration)[0]
+
+
+class Recorder:
+    """Takes a trainer's place: the losses of each optimizer step, and weights that stay as they are."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model, self.losses = model, [[]]
+
+    def set_step(self, step: int) -> None: ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.losses[-1].append(loss)
+
+    def step(self) -> StepReport:
+        self.losses.append([])
+        return StepReport(sum(self.losses[-2]).item(), 0.0, 0.0)
+
+
+def actor_loss(models: PPOModels, buffer: PPOBuffer, config: PPOConfig) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one optimizer step over a whole buffer, and what the log says of it."""
+    actor = Recorder(models.actor.model)
+    metrics = ppo.update_actor(actor, buffer, replace(config, minibatches=1, inner_epochs=1), 0)
+    return sum(actor.losses[0]), metrics
 
 
 def test_rewards_of_a_buffer_sit_on_the_last_tokens(models: PPOModels, tokenizer: Tokenizer) -> None:
     # with gamma = lambda = 1 and no KL the return of every token is the reward still to come: all of it
     numbers = ppo_config(gamma=1.0, gae_lambda=1.0, kl_coef=0.0)
-    found = collect(models, tokenizer, by_length, numbers, iteration=1)
+    found = buffer_of(models, tokenizer, by_length, numbers, iteration=1)
     mask = found.batch.response_mask
     rewards = by_length(found.rollout).sum(1) - 0.5 * ~found.rollout.finished
     assert_close(found.returns, rewards[:, None] * mask)
     # with gamma = 0 only the token that the reward sits on returns it
-    found = collect(models, tokenizer, by_length, ppo_config(gamma=0.0, kl_coef=0.0), iteration=1)
+    found = buffer_of(models, tokenizer, by_length, ppo_config(gamma=0.0, kl_coef=0.0), iteration=1)
     last = (torch.arange(mask.shape[1]) * mask).argmax(1)
     expected = torch.zeros(mask.shape)
     expected[torch.arange(len(mask)), last] = rewards
@@ -73,7 +98,7 @@ def test_values_and_logprobs_belong_to_the_state_before_the_token(
     models: PPOModels, tokenizer: Tokenizer
 ) -> None:
     numbers = ppo_config()
-    found = collect(models, tokenizer, by_length, numbers, iteration=0)
+    found = buffer_of(models, tokenizer, by_length, numbers, iteration=0)
     for row, (tokens, mask) in enumerate(zip(found.batch.tokens, found.batch.response_mask, strict=True)):
         places = mask.nonzero()[:, 0]
         alone = tokens[None, : places[-1] + 1]
@@ -96,35 +121,28 @@ def test_first_minibatch_has_ratio_1_and_no_kl_but_a_gradient(
     models: PPOModels, tokenizer: Tokenizer
 ) -> None:
     numbers = ppo_config(max_batch_size=2)
-    found = collect(models, tokenizer, by_length, numbers, iteration=0)
+    found = buffer_of(models, tokenizer, by_length, numbers, iteration=0)
     assert torch.equal(found.logprobs, found.reference_logprobs)
-    assert rollout_metrics(*rollout_of(models, tokenizer, by_length, numbers, 0), numbers)["kl"] == 0.0
+    buffer, scores, _ = collect(models, tokenizer, by_length, numbers, 0)
+    assert rollout_metrics(buffer, scores, numbers)["kl"] == 0.0
     advantages = found.advantages[found.batch.response_mask]
     assert advantages.mean().abs() < 1e-5
     assert advantages.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-4)
-    first = next(ppo.minibatches(found, numbers, iteration=0, inner_epoch=0))
+    first = next(ppo.minibatches(found, numbers, iteration=0))
     everyone = torch.cat([micro.rows for micro in first.micros])
     n_tokens = int(found.batch.response_mask[everyone].sum())
     assert (first.tokens, first.episodes) == (n_tokens, len(everyone))
-    picked = 0.0
-    for rows in first.micros:
-        loss, seen = ppo.actor_loss(models.actor.model, found, rows, numbers, n_tokens)
-        loss.backward()
-        assert (
-            seen.ratio_deviation_max < 1e-5
-            and seen.clipped_low == seen.clipped_high == 0
-            and seen.entropy > 0
-        )
-        picked += loss.item()
-        value_loss, n_clipped = ppo.critic_loss(models.critic.model, found, rows, numbers, n_tokens)
-        assert n_clipped == 0
-        value_loss.backward()
+    actor, critic = Recorder(models.actor.model), Recorder(models.critic.model)
+    seen = ppo.update_critic(critic, found, numbers, 0) | ppo.update_actor(actor, found, numbers, 0)
+    assert seen["ratio_deviation_max"] < 1e-5 and seen["clipped_low"] == seen["clipped_high"] == 0
+    assert seen["entropy"] > 0 and seen["value_clipped"] == 0
     # every ratio is 1, so the loss is minus the mean advantage of the minibatch
     mask = found.batch.response_mask[everyone]
     expected = -found.advantages[everyone][mask].mean().item()
-    assert picked == pytest.approx(expected, abs=1e-5)
-    for model in (models.actor.model, models.critic.model):
-        norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
+    assert sum(actor.losses[0]).item() == pytest.approx(expected, abs=1e-5)
+    for side in (actor, critic):
+        sum(side.losses[0]).backward()
+        norms = {name: parameter.grad.norm().item() for name, parameter in side.model.named_parameters()}
         assert min(norms.values()) > 1e-6, norms
 
 
@@ -137,7 +155,7 @@ def test_policy_gradient_raises_what_was_good(
     def seven(rollout: Rollout) -> Tensor:
         return at_last(torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), rollout)
 
-    found = collect(models, tokenizer, seven, numbers, iteration=0)
+    found = buffer_of(models, tokenizer, seven, numbers, iteration=0)
     ppo_update(models, found, numbers, 0)
 
     def gain(rows: list[int]) -> float:
@@ -155,7 +173,7 @@ def test_policy_gradient_raises_what_was_good(
     assert error < old_error
 
 
-def rows_of(step: ppo.OptimizerStep) -> list[int]:
+def rows_of(step: ppo.Minibatch) -> list[int]:
     """The episodes of an optimizer step."""
     return [row for micro in step.micros for row in micro.rows.tolist()]
 
@@ -164,26 +182,24 @@ def test_minibatches_hold_every_episode_once_an_inner_epoch(
     models: PPOModels, tokenizer: Tokenizer
 ) -> None:
     numbers = ppo_config(max_batch_size=2, minibatches=2)
-    found = collect(models, tokenizer, by_length, numbers, iteration=0)
-    orders = []
-    for inner_epoch in (0, 1):
-        steps = list(ppo.minibatches(found, numbers, iteration=0, inner_epoch=inner_epoch))
-        assert len(steps) == 2 and all(len(micro.rows) <= 2 for one in steps for micro in one.micros)
-        orders.append([sorted(rows_of(one)) for one in steps])
-        assert sorted(orders[-1][0] + orders[-1][1]) == list(range(len(PROMPTS)))
+    found = buffer_of(models, tokenizer, by_length, numbers, iteration=0)
+    steps = list(ppo.minibatches(found, numbers, iteration=0))
+    assert len(steps) == 4 and all(len(micro.rows) <= 2 for one in steps for micro in one.micros)
+    orders = [[sorted(rows_of(one)) for one in steps[start : start + 2]] for start in (0, 2)]
+    assert all(sorted(first + second) == list(range(len(PROMPTS))) for first, second in orders)
     assert orders[0] != orders[1]
-    few = list(ppo.minibatches(found, ppo_config(minibatches=9), iteration=0, inner_epoch=0))
+    few = list(ppo.minibatches(found, ppo_config(minibatches=9, inner_epochs=1), iteration=0))
     assert len(few) == len(PROMPTS)  # never an empty step
 
 
 def test_critic_warm_up_leaves_the_actor_alone(models: PPOModels, tokenizer: Tokenizer) -> None:
     numbers = ppo_config()
-    found = collect(models, tokenizer, by_length, numbers, iteration=0)
+    found = buffer_of(models, tokenizer, by_length, numbers, iteration=0)
     metrics = ppo_update(models, found, numbers, 0, critic_warmup=1)
     assert (models.actor.steps, models.critic.steps) == (0, 4)
     factors = [lr_factor(number, 8, 1, 0.1) for number in range(4)]
     assert metrics["lr"] == 0.0 and metrics["critic_lr"] == pytest.approx(1e-4 * sum(factors) / 4)
-    for weight, expected in zip(models.actor.model.parameters(), models.reference.parameters(), strict=True):
+    for weight, expected in zip(models.actor.model.parameters(), models.frozen.parameters(), strict=True):
         assert torch.equal(weight, expected)
 
 
@@ -193,7 +209,7 @@ def test_rates_follow_the_buffers_also_behind_one_that_kept_nothing(
     models = ppo_models(folders.one, folders.verifier, str(tmp_path), lr=1e-3, warmup_ratio=0.0, schedule="linear")
     numbers, rates = ppo_config(), {"lr": [], "critic_lr": []}
     models.critic.total_steps = 12
-    found = collect(models, tokenizer, by_length, numbers, iteration=0)
+    found = buffer_of(models, tokenizer, by_length, numbers, iteration=0)
     nothing = found._replace(trainable=torch.zeros(0, dtype=torch.int64))
     for iteration, buffer in enumerate((found, nothing, found)):
         metrics = ppo_update(models, buffer, numbers, iteration, critic_warmup=1)
@@ -245,7 +261,7 @@ def estimates(advantage: str, group_size: int, kept: list[int]) -> list[list[flo
     mask = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 0], [0, 1, 0]]).bool()
     numbers = ppo_config(advantage=advantage, group_size=group_size)
     advantages, returns = ppo.compute_advantages(
-        rewards * mask, None, mask, torch.tensor(kept, dtype=torch.int64), numbers, group_size
+        rewards * mask, None, mask, torch.tensor(kept, dtype=torch.int64), numbers
     )
     assert returns is None and not advantages[~mask].any()
     return advantages.tolist()
@@ -280,8 +296,8 @@ def test_whitening_is_over_the_kept_episodes_alone() -> None:
 def test_decoupled_lambda_changes_returns_alone() -> None:
     rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.full((1, 3), 0.5)
     mask, kept = torch.ones(1, 3).bool(), torch.tensor([0])
-    plain = ppo.compute_advantages(rewards, values, mask, kept, ppo_config(gae_lambda=0.5), 1)
-    apart = ppo.compute_advantages(rewards, values, mask, kept, ppo_config(gae_lambda=0.5, critic_lambda=1.0), 1)
+    plain = ppo.compute_advantages(rewards, values, mask, kept, ppo_config(gae_lambda=0.5))
+    apart = ppo.compute_advantages(rewards, values, mask, kept, ppo_config(gae_lambda=0.5, critic_lambda=1.0))
     assert torch.equal(plain[0], apart[0])
     assert_close(plain[1], torch.tensor([[0.625, 0.75, 1.0]]))
     assert_close(apart[1], torch.ones(1, 3))
@@ -296,65 +312,48 @@ def test_groups_without_signal_and_unfinished_responses_are_dropped(
         return at_last(torch.tensor([1.0, 1, 0, 1, 0, 0, 0, 0, 0.5, 0.5]), rollout)
 
     free = replace(models, critic=None)
-    found, scores, groups = rollout_of(free, tokenizer, second_group_differs, numbers, 0)
+    found, scores, _ = collect(free, tokenizer, second_group_differs, numbers, 0)
     assert found.trainable.tolist() == [2, 3]
     assert [prompt.id for prompt in found.rollout.prompts] == [id for id in "01234" for _ in range(2)]
     assert len({tuple(row.tolist()) for row in found.batch.tokens}) > 5  # the samples of a group differ
-    assert rollout_metrics(found, scores, groups, numbers)["dead_groups"] == pytest.approx(0.8)
-    for inner_epoch in (0, 1):
-        steps = ppo.minibatches(found, numbers, 0, inner_epoch)
-        assert sorted(row for one in steps for row in rows_of(one)) == [2, 3]
-    masked = collect(models, tokenizer, by_length, ppo_config(truncated="mask"), iteration=0)
+    assert rollout_metrics(found, scores, numbers)["dead_groups"] == pytest.approx(0.8)
+    steps = ppo.minibatches(found, numbers, 0)
+    assert sorted(row for one in steps for row in rows_of(one)) == [2, 2, 3, 3]  # of two passes
+    masked = buffer_of(models, tokenizer, by_length, ppo_config(truncated="mask"), iteration=0)
     assert masked.trainable.tolist() == masked.rollout.finished.nonzero()[:, 0].tolist()
     assert 0 < len(masked.trainable) < len(PROMPTS)
 
 
-def test_a_buffer_is_refilled_until_it_is_full_or_the_limit_is_reached(
-    models: PPOModels, tokenizer: Tokenizer
-) -> None:
-    def first_group_alone_differs(rollout: Rollout) -> Tensor:
-        scores = torch.zeros(len(rollout.prompts))
-        scores[0] = 1.0
-        return at_last(scores, rollout)
+def test_held_out_accuracy_counts_every_prompt(models: PPOModels, tokenizer: Tokenizer) -> None:
+    class RightIfLabelled4:
+        def grade(self, responses: list[str], labels: list[str]) -> list[SimpleNamespace]:
+            seen.extend(responses)
+            return [SimpleNamespace(outcome="right" if label == "4" else "wrong") for label in labels]
 
-    def fill(max_refills: int, drawn: list[int]) -> tuple[Rollout, Tensor, Groups]:
-        def sample(refill: int) -> tuple[Rollout, Scores]:
-            drawn.append(refill)
-            return asked(refill)
-
-        numbers = ppo_config(advantage="grpo", group_size=2, filter_groups=True, max_refills=max_refills)
-        parts = {"first": Reward(1.0, lambda rollout: (first_group_alone_differs(rollout), {}))}
-        data, free = ppo_train.Inputs(PROMPTS, [], 0, tokenizer, [], 1), replace(models, critic=None)
-        asked = partial(ppo_train.sample_and_score, numbers, free, data, parts, [0, 1, 2], 0, Phases())
-        rollout, scores, groups = ppo.fill_buffer(sample, numbers)
-        return rollout, scores.total.sum(1), groups
-
-    rounds: list[int] = []
-    full, scores, groups = fill(9, rounds)  # one group a round, three wanted
-    assert rounds == [0, 1, 2] and len(full.prompts) == 6
-    assert groups == (9, 6, pytest.approx(3 / 18))
-    assert scores.tolist() == [1.0, 0.0] * 3
-    assert len({(p.id, r) for p, r in zip(full.prompts, full.responses, strict=True)}) > 3
-    short, _, groups = fill(1, [])
-    assert len(short.prompts) == 4 and groups.n == 6
-    # what was there without refills is there with them
-    assert short.prompts[:2] == full.prompts[:2] == [PROMPTS[0]] * 2
+    seen: list[str] = []
+    prompts = [prompt._replace(label=label) for prompt, label in zip(PROMPTS, "04040", strict=True)]
+    data = Inputs([], prompts, 6, tokenizer, [], 1)  # a sixth was too long to be answered
+    found = ppo_train.held_out_accuracy(ppo_config(), models, data, RightIfLabelled4(), Phases())
+    assert found == pytest.approx(2 / 6)
+    greedy = sample_rollout(models.actor.model, PROMPTS, tokenizer, Sampling(max_new_tokens=6, seed=11), group_size=1,
+                            first_sample=0, max_batch_size=4)
+    assert seen == greedy.responses
 
 
 def test_whitened_rewards_and_truncated_importance(models: PPOModels, tokenizer: Tokenizer) -> None:
     rewards, values = torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, 1.0]]), torch.zeros(2, 3)
     mask, kept = torch.ones(2, 3).bool(), torch.tensor([0, 1])
     numbers = ppo_config(gae_lambda=1.0, whiten_rewards=True, whiten_advantages=False)
-    advantages, returns = ppo.compute_advantages(rewards, values, mask, kept, numbers, numbers.group_size)
+    advantages, returns = ppo.compute_advantages(rewards, values, mask, kept, numbers)
     deviation = (10 / 6 - (4 / 6) ** 2) ** 0.5  # of 0 0 3 0 0 1; the mean stays
     expected = torch.tensor([[3.0] * 3, [1.0] * 3]) / deviation
     assert_close(advantages, expected) and assert_close(returns, expected)
     # a sampler that finds every token twice as likely: its tokens count half; the other way round at most the cap
-    plain = collect(models, tokenizer, by_length, ppo_config(), iteration=0)
+    plain = buffer_of(models, tokenizer, by_length, ppo_config(), iteration=0)
     for factor, cap, weight in ((2.0, 2.0, 0.5), (0.25, 2.0, 2.0)):
         found = losses.truncated_importance(plain.logprobs, plain.logprobs + math.log(factor), cap)
         assert_close(found, torch.full_like(found, weight))
-    weighed = collect(models, tokenizer, by_length, ppo_config(tis_cap=2.0), iteration=0)
+    weighed = buffer_of(models, tokenizer, by_length, ppo_config(tis_cap=2.0), iteration=0)
     importance = (plain.logprobs - plain.rollout.sampled_logprobs).exp()
     assert_close(weighed.advantages, plain.advantages * importance)
     assert torch.equal(weighed.returns, plain.returns)
@@ -363,7 +362,7 @@ def test_whitened_rewards_and_truncated_importance(models: PPOModels, tokenizer:
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean", "seq-sum", "seq-constant"])
 def test_aggregations_by_hand(models: PPOModels, tokenizer: Tokenizer, aggregation: str) -> None:
     numbers = ppo_config(advantage="dr_grpo", group_size=2, loss_aggregation=aggregation, max_batch_size=3)
-    found = collect(replace(models, critic=None), tokenizer, by_length, numbers, iteration=0)
+    found = buffer_of(replace(models, critic=None), tokenizer, by_length, numbers, iteration=0)
     advantages, lengths = found.advantages.double(), found.rollout.lengths
     sums = advantages.sum(1)
     expected = {
@@ -372,22 +371,19 @@ def test_aggregations_by_hand(models: PPOModels, tokenizer: Tokenizer, aggregati
         "seq-sum": sums.mean(),
         "seq-constant": (sums / numbers.max_new_tokens).mean(),
     }[aggregation]
-    rows, total = torch.arange(len(sums)), 0.0
-    normaliser = int(lengths.sum()) if aggregation == "token-mean" else len(sums)
-    for part in rows.split(3):  # every ratio is 1
-        total -= ppo.actor_loss(models.actor.model, found, ppo.MicroBatch(part), numbers, normaliser)[0].item()
-    assert total == pytest.approx(expected.item(), abs=1e-5)
+    # every ratio is 1
+    assert -actor_loss(models, found, numbers)[0].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_kl_loss_adds_its_estimate(models: PPOModels, tokenizer: Tokenizer) -> None:
     numbers = ppo_config(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
-    found = collect(replace(models, critic=None), tokenizer, by_length, numbers, iteration=0)
+    found = buffer_of(replace(models, critic=None), tokenizer, by_length, numbers, iteration=0)
     apart = found._replace(reference_logprobs=found.reference_logprobs - 0.5 * found.batch.response_mask)
-    rows, n = ppo.MicroBatch(torch.arange(len(found.trainable))), int(found.rollout.lengths.sum())
-    plain = ppo.actor_loss(models.actor.model, apart, rows, numbers, n)[0]
+    plain = actor_loss(models, apart, numbers)[0]
     for kind, expected in (("k2", 0.125), ("k3", 2.718281828**-0.5 + 0.5 - 1)):
-        loss = ppo.actor_loss(models.actor.model, apart, rows, replace(numbers, kl_loss=kind), n)[0]
+        loss, metrics = actor_loss(models, apart, replace(numbers, kl_loss=kind))
         assert (loss - plain).item() == pytest.approx(0.01 * expected, abs=1e-6)
+        assert metrics["kl_loss"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_with_adapters_the_reference_is_the_actor_without_them(
@@ -395,12 +391,12 @@ def test_with_adapters_the_reference_is_the_actor_without_them(
 ) -> None:
     numbers = ppo_config(advantage="grpo", group_size=2)
     alone = ppo_models(folders.one, "", str(tmp_path), lora_rank=4, lr=1e-2)
-    first = collect(alone, tokenizer, by_length, numbers, iteration=0)
+    first = buffer_of(alone, tokenizer, by_length, numbers, iteration=0)
     assert torch.equal(first.logprobs, first.reference_logprobs)
     ppo_update(alone, first, numbers, 0)
-    shared = collect(alone, tokenizer, by_length, numbers, iteration=1)
-    whole = replace(alone, reference=load.load_solver(folders.one))
-    apart = collect(whole, tokenizer, by_length, numbers, iteration=1)
+    shared = buffer_of(alone, tokenizer, by_length, numbers, iteration=1)
+    whole = replace(alone, frozen=load.load_solver(folders.one))
+    apart = buffer_of(whole, tokenizer, by_length, numbers, iteration=1)
     assert (shared.logprobs - shared.reference_logprobs).abs().max() > 1e-3
     assert torch.equal(shared.reference_logprobs, apart.reference_logprobs)
     assert torch.equal(shared.logprobs, apart.logprobs)
@@ -410,13 +406,12 @@ def test_entropy_bonus_is_subtracted_and_pushes_the_entropy_up(
     models: PPOModels, tokenizer: Tokenizer
 ) -> None:
     numbers = ppo_config(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
-    found = collect(replace(models, critic=None), tokenizer, by_length, numbers, iteration=0)
-    rows, n = ppo.MicroBatch(torch.arange(len(found.trainable))), int(found.rollout.lengths.sum())
-    plain, sums = ppo.actor_loss(models.actor.model, found, rows, numbers, n)
-    with_bonus, _ = ppo.actor_loss(models.actor.model, found, rows, replace(numbers, entropy_coef=0.5), n)
-    assert (plain - with_bonus).item() == pytest.approx(0.5 * sums.entropy / n, rel=1e-4)
+    found = buffer_of(replace(models, critic=None), tokenizer, by_length, numbers, iteration=0)
+    (plain, metrics), bonus = actor_loss(models, found, numbers), replace(numbers, entropy_coef=0.5)
+    with_bonus, _ = actor_loss(models, found, bonus)
+    assert (plain - with_bonus).item() == pytest.approx(0.5 * metrics["entropy"], rel=1e-4)
     gradients = torch.autograd.grad(with_bonus - plain, list(models.actor.model.parameters()))
     with torch.no_grad():
         for parameter, gradient in zip(models.actor.model.parameters(), gradients, strict=True):
             parameter -= 1e-2 * gradient
-    assert ppo.actor_loss(models.actor.model, found, rows, numbers, n)[1].entropy > sums.entropy + 1e-4
+    assert actor_loss(models, found, numbers)[1]["entropy"] > metrics["entropy"] + 1e-5

@@ -74,11 +74,11 @@ def test_pairwise_reward_is_the_normalised_clamped_score(verifier: Decoder, toke
     episodes = episodes_of(tokenizer, TEXTS, [True, False, True])
     scores = response_scores(verifier, *episodes.batch)
     for size in (1, 2, 5):
-        found = rewards.pairwise_reward(verifier, tokenizer, episodes, ppo_config(), size)
+        found = rewards.pairwise_reward(verifier, episodes, ppo_config(), size)
         expected = rewards.at_last(((scores - 0.5) / 2).clamp(-5, 5), episodes)
         assert_close(found, expected, rtol=1e-5, atol=1e-5)
     saving.record(verifier, score_std=1e-6)
-    extreme = rewards.pairwise_reward(verifier, tokenizer, episodes, ppo_config(), 5)
+    extreme = rewards.pairwise_reward(verifier, episodes, ppo_config(), 5)
     assert set(extreme[extreme != 0].tolist()) <= {-5.0, 5.0} and not extreme.requires_grad
 
 
@@ -159,7 +159,7 @@ def test_a_response_too_long_for_the_verifier_is_cut_and_counted(
     logits = rewards.step_logits(verifier, tokenizer, episodes, 2)
     assert [len(steps) for steps in logits] == [2, 1] and all(map(math.isfinite, logits[0]))
     assert "1 of 2 responses are longer than the verifier's context of 12 tokens" in caplog.text
-    pairwise = rewards.pairwise_reward(verifier, tokenizer, episodes, ppo_config(), 2)
+    pairwise = rewards.pairwise_reward(verifier, episodes, ppo_config(), 2)
     short = Batch(episodes.batch.tokens[:1, :12], episodes.batch.response_mask[:1, :12])
     assert pairwise[0].sum().item() == pytest.approx((response_scores(verifier, *short).item() - 0.5) / 2, abs=1e-4)
     verifier.config = replace(verifier.config, max_seq_len=3)
@@ -186,7 +186,7 @@ def test_counts_of_ranks_and_refills_add_up() -> None:
     assert rewards.add_counts(parts) == {"graded_right": (3, 6), "reward_mine_failed": (0, 3)}
 
 
-def test_rewards_are_weighted_and_weights_belong_to_names(tokenizer: Tokenizer) -> None:
+def test_rewards_are_weighted(tokenizer: Tokenizer) -> None:
     rollout = episodes_of(tokenizer, ["1", "22"], [True, True])
 
     def ones(rollout: Rollout) -> tuple[torch.Tensor, dict[str, tuple[int, int]]]:
@@ -197,15 +197,18 @@ def test_rewards_are_weighted_and_weights_belong_to_names(tokenizer: Tokenizer) 
     assert_close(found.total, 0.5 * rewards.at_last(torch.ones(2), rollout))
     assert found.counts == {"seen": (1, 2)}
 
+
+def test_weights_belong_to_the_names_of_rewards() -> None:
     def weights(names: list[str], numbers: list[float]) -> dict[str, float]:
-        return rewards.reward_weights(ppo_config(reward=names, reward_weights=numbers, reward_model_ckpt_dir="v"))
+        return ppo_config(reward=names, reward_weights=numbers, reward_model_ckpt_dir="v").weights_by_reward
 
     assert weights(["rule", "verifier"], []) == {"rule": 1.0, "verifier": 1.0}
     assert weights(["rule", "verifier"], [1, 0]) == {"rule": 1, "verifier": 0}
     with pytest.raises(UserError, match="--reward_weights has 1 numbers for 2 rewards"):
         weights(["rule", "verifier"], [1.0])
-    with pytest.raises(UserError, match="each named once"):
-        weights(["rule", "rule"], [])
+    for names in (["rule", "rule"], []):
+        with pytest.raises(UserError, match="each named once"):
+            weights(names, [])
     for names in (["a.py:score", "b.py:score"], ["rule", "a.py:rule"], ["a.py:std"], ["a.py:format"]):
         with pytest.raises(UserError, match=r"the log has another '\w+'; rename the function"):
             weights(names, [])

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,9 +29,9 @@ from src.training import ppo, preference
 from src.training.checkpointer import Checkpointer, Trainee
 from src.training.monitor import rollout_metrics
 from src.training.offload import ModelOffloader
-from src.training.ppo import Groups, PPOBuffer
+from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig
-from src.training.ppo_models import PPOModels
+from src.training.ppo_setup import Inputs, PPOModels
 from src.training.reference import reference_logprobs
 from src.training.rewards import Reward, Scores, on_first_rank, pairwise_reward, score_rollout
 from src.training.rollout import Rollout
@@ -244,16 +243,13 @@ def ppo_models(actor: str, critic: str, log_dir: str, lora_rank: int = -1, **fla
     return PPOModels(*trainers, None, ModelOffloader(), reference)
 
 
-def rollout_of(
+def collect(
     models: PPOModels, tokenizer: Tokenizer, reward: Callable[[Rollout], Tensor], config: PPOConfig, iteration: int
-) -> tuple[PPOBuffer, Scores, Groups]:
-    """A buffer of PROMPTS with one reward."""
-    parts = {"length": Reward(1.0, lambda rollout: (reward(rollout), {}))}
-    data = ppo_train.Inputs(PROMPTS, [], 0, tokenizer, [], 1)
-    sample = partial(ppo_train.sample_and_score, config, models, data, parts, range(len(PROMPTS)), iteration, Phases())
-    rollout, scores, groups = ppo.fill_buffer(sample, config)
-    buffer = ppo_train.make_buffer(models, rollout, scores, config, tokenizer.vocab_size, Phases())
-    return buffer, scores, groups
+) -> tuple[PPOBuffer, Scores, dict[str, float]]:
+    """A buffer of PROMPTS with one reward, by ppo_train.py."""
+    rewards = {"length": Reward(1.0, lambda rollout: (reward(rollout), {}))}
+    data, rows = Inputs(PROMPTS, [], 0, tokenizer, [], 1), range(len(PROMPTS))
+    return ppo_train.collect(config, models, data, rewards, rows, iteration, 1.0, Phases())
 
 
 def ppo_update(
@@ -290,12 +286,12 @@ def ppo_buffers(
     tokenizer, verifier = load.load_tokenizer(actor), load.load_verifier(critic)
     found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
     for iteration in range(2):
-        buffer, scores, groups = rollout_of(
-            models, tokenizer, lambda rollout: pairwise_reward(verifier, tokenizer, rollout, config, max_batch_size),
+        buffer, scores, stats = collect(
+            models, tokenizer, lambda rollout: pairwise_reward(verifier, rollout, config, max_batch_size),
             config, iteration,
         )  # fmt: skip
         metrics = ppo_update(models, buffer, config, iteration)
-        values = buffer._asdict() | buffer.batch._asdict() | rollout_metrics(buffer, scores, groups, config) | metrics
+        values = buffer._asdict() | buffer.batch._asdict() | rollout_metrics(buffer, scores, config) | stats | metrics
         found["rollouts"] |= {
             f"{name} {iteration}": torch.as_tensor(value)
             for name, value in values.items()

@@ -1,0 +1,205 @@
+"""What a run of PPO starts with: its prompts, its models, its rewards, and what saves it."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from src import load, parallel, runlog
+from src.checkpoint import saving
+from src.data.collate import chunks, epoch_order
+from src.data.encoding import encode_prompt
+from src.data.examples import Prompt, read_prompts
+from src.errors import UserError
+from src.grading.grader import Grader
+from src.models.decoder import Decoder
+from src.runlog import Phases, RunLog
+from src.sharing import SharedBase
+from src.text.tokenizer import Tokenizer
+from src.training import rewards
+from src.training.checkpointer import Checkpointer, Trainee
+from src.training.offload import ModelOffloader
+from src.training.ppo_config import PPOConfig, short_name
+from src.training.rewards import Reward
+from src.training.trainer import Trainer
+from src.training.user_reward import UserReward
+
+NAMED = 5  # prompts that a warning names; it counts all
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it starts: prompts, and the rows of them that each iteration answers."""
+
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    n_held_out: int  # with those that are too long to be answered
+    tokenizer: Tokenizer
+    iterations: list[tuple[int, list[int]]]  # epoch and rows of prompts
+    per_epoch: int
+
+
+def read_inputs(config: PPOConfig) -> Inputs:
+    """Read prompts and tokenizer, and check that they fit the models. Raises UserError."""
+    # pairs: one directory may be given twice
+    kinds = [(config.actor_ckpt_dir, "solver"), (config.critic_ckpt_dir, ""),
+             (config.reward_model_ckpt_dir, "verifier")]
+    contexts = {folder: load.load_config(folder, kind=kind).max_seq_len for folder, kind in kinds if folder}
+    prompts = read_prompts(config.train_file, need_label=config.reward == ["rule"])
+    held_out = read_prompts(config.eval_file, need_label=True) if config.eval_file else []
+    tokenizer = load.load_tokenizer(config.actor_ckpt_dir, config.tokenizer_file)
+    if tokenizer.code:
+        raise UserError(f"{config.actor_ckpt_dir} writes solutions with code, but rollouts run none; expected a solver "
+                        f"that answers in text alone, trained without --chat_template code")
+    load.check_tokenizer(tokenizer, config.critic_ckpt_dir, config.reward_model_ckpt_dir)
+    prompts = fitting_prompts(prompts, config.train_file, tokenizer, contexts, config.max_new_tokens)
+    n_held_out, own = len(held_out), {config.actor_ckpt_dir: contexts[config.actor_ckpt_dir]}
+    if held_out:
+        held_out = fitting_prompts(held_out, config.eval_file, tokenizer, own, config.max_new_tokens)
+    if "verifier" in config.reward:
+        verifier = config.reward_model_ckpt_dir
+        load.check_step(verifier, load.load_config(verifier), config.step)
+    iterations = [(epoch, rows) for epoch in range(1, config.epochs + 1)
+                  for rows in chunks(epoch_order(len(prompts), config.seed, epoch), config.prompts_per_buffer)]
+    iterations = iterations[: config.max_steps if config.max_steps >= 0 else None]
+    per_epoch = -(-len(prompts) // config.prompts_per_buffer)
+    return Inputs(prompts, held_out, n_held_out, tokenizer, iterations, per_epoch)
+
+
+def fitting_prompts(
+    prompts: Sequence[Prompt], source: str, tokenizer: Tokenizer, contexts: Mapping[str, int], max_new_tokens: int
+) -> list[Prompt]:
+    """The prompts of the file `source` that leave every model a token of its context; warns of the others, by name.
+
+    contexts: tokens by checkpoint directory. Warns too where a response may be cut off before max_new_tokens. Raises
+    UserError if no prompt is left.
+    """
+    folder, context = min(contexts.items(), key=lambda item: item[1])
+    n_tokens = [len(encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts]
+    too_long = [f"row {row} (id {prompt.id!r}, {n} tokens)"
+                for row, (prompt, n) in enumerate(zip(prompts, n_tokens, strict=True), 1) if n >= context]
+    found = f"{source}: {len(too_long)} of {len(prompts)} prompts fill the context of {folder}, {context} tokens"
+    if len(too_long) == len(prompts):
+        raise UserError(f"{found}; the first is {too_long[0]}; shorten them or give models with a longer context")
+    if too_long:
+        more = ", ..." if len(too_long) > NAMED else ""
+        runlog.logger().warning("%s, and are left out: %s%s", found, ", ".join(too_long[:NAMED]), more)
+    n_cut = sum(context - max_new_tokens < n < context for n in n_tokens)
+    if n_cut:
+        runlog.logger().warning(
+            "%s: %d of %d prompts leave less than --max_new_tokens %d in the context of %s, %d tokens",
+            source, n_cut, len(prompts) - len(too_long), max_new_tokens, folder, context)
+    return [prompt for prompt, n in zip(prompts, n_tokens, strict=True) if n < context]
+
+
+@dataclass
+class PPOModels:
+    """Actor and critic, which learn, a verifier and a reference, which do not; in memory by --phases only inside
+    `with phase(...)`.
+
+    critic None: the estimator has none. verifier None: no reward asks for it. frozen None: the reference is the actor
+    without its adapters, or not loaded yet.
+    """
+
+    actor: Trainer
+    critic: Trainer | None
+    verifier: Decoder | None
+    offloader: ModelOffloader
+    frozen: Decoder | None = None
+
+    @property
+    def reference(self) -> Decoder:
+        """The reference; where it is the actor itself, to be used inside lora.without_adapters()."""
+        return self.frozen or self.actor.model
+
+    @contextlib.contextmanager
+    def phase(self, timer: Phases, name: str, model: Decoder | None, *, optimizer: bool = False) -> Iterator[None]:
+        """Inside, a model and, if asked for, its optimizer's state are in memory, and time counts under this name."""
+        with timer(name), self.offloader.loaded(model, optimizer=optimizer):
+            yield
+
+    def load_reference(self, config: PPOConfig, *, refreshed: bool) -> None:
+        """Make the actor as it started, or as it was last kept for this (refreshed), the reference.
+
+        In the actor's own precision their first KL is 0; a quantised one is somewhat off it.
+        """
+        if config.lora_rank > 0 and not refreshed:
+            return  # it is the actor without its adapters
+        if self.frozen:
+            self.offloader.drop(self.frozen)
+            self.frozen = None  # gone before the new one comes
+        folder = str(Path(config.actor_save_dir) / "reference") if refreshed else config.actor_ckpt_dir
+        self.frozen = load.load_solver(folder, precision=config.precision, quantize=config.quantize)
+        self.offloader.add(self.frozen)
+
+
+def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
+    """All models but the reference. Raises UserError where --share_base cannot hold them on one base."""
+    if config.share_base and parallel.data_parallel_size() > 1:
+        raise UserError("--share_base: data-parallel ranks would cut the base for each model; make all ranks one "
+                        "tensor-parallel group with --tensor_parallel_size")
+    shared = SharedBase(config.actor_ckpt_dir, config.precision) if config.share_base else None
+    models = PPOModels(None, None, None, ModelOffloader(Path(config.run_dir) / ".waiting" if config.phases else None))
+    how = {"precision": config.precision, "trained": config.lora_rank == -1}
+
+    def trainer(model: Decoder, lr: float, iterations: int) -> Trainer:
+        load.put_lora_on(model, load.lora_config(config), config.seed)
+        made = Trainer(model, log, config, lr=lr, total_steps=iterations * config.steps_per_buffer,
+                       adam_eps=config.adam_eps)
+        models.offloader.add(model, made)
+        return made
+
+    actor = shared.model(config.actor_ckpt_dir) if shared else load.load_solver(
+        config.actor_ckpt_dir, model_type=config.model_type, **how)
+    models.actor = trainer(actor, config.lr, n_iterations - config.warmup_iterations(n_iterations))
+    if config.has_critic:
+        folder = config.critic_ckpt_dir
+        critic = shared.model(folder, value_head=True, from_solver=True) if shared else load.load_verifier(
+            folder, from_solver=True, **how)
+        models.critic = trainer(critic, config.critic_lr, n_iterations)
+    if "verifier" in config.reward:
+        folder = config.reward_model_ckpt_dir
+        models.verifier = shared.model(folder, value_head=True) if shared else load.load_verifier(
+            folder, precision=config.precision, quantize=config.quantize)
+        models.offloader.add(models.verifier)
+    return models
+
+
+def open_rewards(
+    config: PPOConfig, models: PPOModels, tokenizer: Tokenizer, grader: Grader, in_use: contextlib.ExitStack
+) -> dict[str, Reward]:
+    """The rewards that are added up, by their names in the log. in_use: closes the processes of users' functions."""
+    opened = {}
+    for name, weight in config.weights_by_reward.items():
+        short = short_name(name)
+        if name == "verifier":
+            score = rewards.verifier_reward(models.verifier, tokenizer, config, config.max_batch_size)
+        elif name == "rule":
+            score = rewards.rule_reward(grader)
+        else:
+            function = in_use.enter_context(UserReward(name))
+            score = rewards.on_first_rank(partial(rewards.function_reward, function, short))
+        opened[short] = Reward(weight, score)
+    if config.format_penalty:
+        score = rewards.on_first_rank(partial(rewards.format_reward, grader, config.format_penalty))
+        opened["format"] = Reward(1.0, score)
+    return opened
+
+
+def open_checkpointer(
+    config: PPOConfig, models: PPOModels, log: RunLog, state: dict[str, object], data: Inputs, facts: dict[str, object]
+) -> Checkpointer:
+    """What saves actor and critic together, and brings them back."""
+    trainees = [
+        Trainee(save_dir, trainer,
+                partial(saving.begin_save, trainer.model, ckpt_dir=ckpt_dir, dtype=config.save_dtype,
+                        lora=load.lora_config(config), tokenizer_file=config.tokenizer_file,
+                        background=config.background_save),
+                partial(models.offloader.loaded, trainer.model, optimizer=True))
+        for trainer, save_dir, ckpt_dir in ((models.actor, config.actor_save_dir, config.actor_ckpt_dir),
+                                            (models.critic, config.critic_save_dir, config.critic_ckpt_dir))
+        if trainer]
+    snapshots = {"reference": config.reference_refresh} if config.reference_refresh > 0 else {}
+    return Checkpointer(log, trainees, config, steps_per_epoch=data.per_epoch, total_steps=len(data.iterations),
+                        facts=facts, state=state, snapshots=snapshots)

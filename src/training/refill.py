@@ -1,0 +1,66 @@
+"""Dynamic sampling: groups of equal rewards give their place in a buffer to further prompts' (DAPO, Yu et al. 2025)."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from src.data.collate import Batch
+from src.training.ppo import group_has_variance
+from src.training.rewards import Scores, add_counts
+from src.training.rollout import Rollout, pad_to
+
+
+def refill_groups(
+    rollout: Rollout, scores: Scores, sample: Callable[[int], tuple[Rollout, Scores]], group_size: int, max_refills: int
+) -> tuple[Rollout, Scores, dict[str, float]]:
+    """Fill a buffer with groups whose rewards differ. Returns it with its scores, and what the log says of all groups.
+
+    sample(1), sample(2) and on give as many further groups as the buffer has; those that it has no place for are
+    dropped. It is handed on short when max_refills did not fill it.
+    """
+    found: list[tuple[Rollout, Scores]] = []
+    everything, has_variance = [], []
+    missing = len(rollout.prompts) // group_size
+    for refill in range(1, max_refills + 2):
+        everything.append(scores.total.sum(1))
+        alive = group_has_variance(everything[-1], group_size)
+        has_variance.append(alive)
+        rows = alive.repeat_interleave(group_size).nonzero()[:, 0][: missing * group_size]
+        missing -= len(rows) // group_size
+        if len(rows):
+            found.append((rollout.take(rows), scores.take(rows)))
+        if not missing or refill > max_refills:
+            break
+        rollout, scores = sample(refill)
+    alive = torch.cat(has_variance)
+    stats = {
+        "dead_groups": int((~alive).sum()) / len(alive),
+        "sampled_reward": torch.cat(everything).mean().item(),
+        "sampled_groups": float(len(alive)),
+    }
+    if not found:  # nothing to learn from: the last ones stand for the log, and --filter_groups trains on none of them
+        return rollout, scores, stats
+    rollouts, parts = zip(*found, strict=True)
+    return _concatenate_rollouts(rollouts), _concatenate_scores(parts), stats
+
+
+def _concatenate_rollouts(parts: Sequence[Rollout]) -> Rollout:
+    return Rollout(
+        [prompt for part in parts for prompt in part.prompts],
+        [response for part in parts for response in part.responses],
+        Batch(_rows(part.batch.tokens for part in parts), _rows(part.batch.response_mask for part in parts)),
+        torch.cat([part.finished for part in parts]),
+        _rows(part.sampled_logprobs for part in parts),
+    )
+
+
+def _concatenate_scores(parts: Sequence[Scores]) -> Scores:
+    by_reward = {name: _rows(part.by_reward[name] for part in parts) for name in parts[0].by_reward}
+    return Scores(by_reward, _rows(part.total for part in parts), add_counts(part.counts for part in parts))
+
+
+def _rows(tensors: Iterable[Tensor]) -> Tensor:
+    """Tensors [K, S] of several widths below one another, padded to the widest."""
+    tensors = list(tensors)
+    return torch.cat([pad_to(tensor, max(each.shape[1] for each in tensors)) for tensor in tensors])
