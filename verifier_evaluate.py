@@ -17,10 +17,10 @@ from src.data.examples import match_samples, read_judged, read_prompts, read_sam
 from src.errors import UserError
 from src.evaluation.evaluator import BackgroundGrader, grade_samples, refuse_sampled
 from src.evaluation.prompting import select_prompts
+from src.evaluation.report import summarize
 from src.evaluation.scoring import score_samples, score_steps, with_score
 from src.evaluation.verifier_report import (
     choose_threshold,
-    judged_samples,
     report_samples,
     report_steps,
     report_table,
@@ -113,9 +113,10 @@ def main(config: VerifierEvaluateConfig) -> None:
                            max_batch_size=config.max_batch_size, path=folder / f"scores.{identity}.jsonl", log=log)
     if parallel.rank() == 0:
         scored = [with_score(sample, found) for sample, found in zip(samples, scores, strict=True)]
-        with BackgroundGrader(find_task(config.task), prompts) as grading:
-            results = grade_samples(grading, scored, folder / "samples.jsonl")
-            report = report_samples(judged_samples(grading, scored))
+        task = find_task(config.task)
+        with BackgroundGrader(task, prompts) as grading:
+            problems = grade_samples(grading, scored, folder / "samples.jsonl")
+        results, report = summarize(task, prompts, problems), report_samples(list(problems.values()))
         storage.write_json(folder / "results.json", results | {"verifier": report})
         plot_verifier(report, folder / "verifier.png")
         runlog.table(report_table(report))

@@ -21,8 +21,7 @@ from src import cli, runlog  # noqa: E402
 from src.construct.drawing import grader_of  # noqa: E402
 from src.data.encoding import split_steps  # noqa: E402
 from src.data.examples import Sample, read_instruction_rows, read_samples  # noqa: E402
-from src.evaluation.step_scores import AGGREGATIONS, auc  # noqa: E402
-from src.evaluation.vote import best_of, majority, weighted_vote  # noqa: E402
+from src.evaluation.metrics import AGGREGATIONS, answer_classes, auc, weighted_vote  # noqa: E402
 
 # A verifier -> what makes one score of its steps for voting and for best-of-n: prod and min are the paper's choice
 # (section 3.3), an outcome verifier judges the whole solution at its end.
@@ -64,16 +63,20 @@ def ways_of_seed(folder: Path) -> dict[str, np.ndarray]:
     rules = json.loads((folder / "hard" / "results.json").read_text(encoding="utf-8"))["rules"]
     ways = {"greedy": choose(read_samples(str(folder / "greedy" / "samples.jsonl")), lambda group, _: 0)}
     with grader_of(rules) as grader:
+
+        def vote_of(answers: Sequence[str | None], weights: Sequence[float]) -> int | None:
+            return weighted_vote(answer_classes(answers, grader.equal), weights)
+
         samples = read_samples(str(folder / "hard" / "samples.jsonl"))
         ways["pass"] = np.array([any(s.outcome == "right" for s in group) for group in by_problem(samples)], float)
-        ways["majority"] = choose(samples, lambda _, answers: majority(answers, grader.equal))
+        ways["majority"] = choose(samples, lambda _, answers: vote_of(answers, [1.0] * len(answers)))
         for name, (for_vote, for_best) in VERIFIERS.items():
             scored = read_samples(str(folder / f"{name}-hard" / "samples.jsonl"))
             vote, best = step_score(for_vote), step_score(for_best)
             ways[f"weighted vote, {name}"] = choose(
-                scored, lambda group, answers, vote=vote: weighted_vote(answers, list(map(vote, group)), grader.equal))
+                scored, lambda group, answers, vote=vote: vote_of(answers, list(map(vote, group))))
             ways[f"best of n, {name}"] = choose(
-                scored, lambda group, _, best=best: best_of(list(map(best, group))))
+                scored, lambda group, _, best=best: int(np.argmax(list(map(best, group)))))
     return ways
 
 

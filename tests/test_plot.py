@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from src.data.examples import Prompt
-from src.evaluation.evaluator import BackgroundGrader
 from src.evaluation.report import CURVES, Graded, summarize
 from src.grading.grader import Verdict
 from src.grading.tasks import find_task
@@ -17,11 +16,10 @@ def results(n: int, level: int | None, scored: bool) -> dict[str, object]:
     task = find_task("toy")
     prompts = [Prompt(name, name, "1", level, None) for name in "ab"]
     samples = [
-        Graded(Verdict("right" if k % 2 else "wrong", "1" if k % 2 else "2"), 0.1 * k if scored else None)
+        Graded(Verdict("right" if k % 2 else "wrong", str(k % 2)), 0.1 * k if scored else None, vote=k % 2)
         for k in range(n)
     ]
-    with BackgroundGrader(task, prompts) as grading:
-        return summarize(task, prompts, {"a": samples, "b": samples}, grading.grader)
+    return summarize(task, prompts, {"a": samples, "b": samples})
 
 
 @pytest.mark.parametrize("n, level, scored, panels", [(1, None, False, 1), (1, 2, False, 1), (4, 2, True, 2)])

@@ -12,6 +12,7 @@ from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
 from src.evaluation.evaluator import BackgroundGrader, Sampler, claim_samples, grade_samples, sample_prompts
 from src.evaluation.prompting import Prompting, make_prompting
+from src.evaluation.report import summarize
 from src.evaluation.served import AT_SERVER, ServedSolver, check_flags
 from src.grading.answer_types import AnswerType
 from src.grading.grader import Grader
@@ -92,7 +93,8 @@ def draw(
         log = RunLog(str(path.parent), dict(flags))
         sample_prompts(sampler, prompts, num_samples=n, path=path, log=log, grading=grading)
         if grading:
-            results = grade_samples(grading, read_samples(str(path)), path)
+            problems = grade_samples(grading, read_samples(str(path)), path)
+            results = summarize(grade, prompts, problems)
             storage.write_json(path.with_name("results.json"), results)
     return path
 

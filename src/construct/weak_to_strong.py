@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from src.data.examples import Sample, Vote
 from src.errors import UserError
-from src.evaluation.vote import Equal, answer_classes
+from src.evaluation.metrics import Equal, answer_classes, weighted_vote
 from src.grading.answer_types import AnswerType
 from src.jsonfile import read_json
 
@@ -217,8 +217,7 @@ def votes(samples: Sequence[Sample], equal: Equal) -> list[Vote]:
 
 def _vote(group: Sequence[Sample], equal: Equal) -> Vote:
     classes = answer_classes([answer_of(sample) for sample in group], typed(equal, group[0]))
-    sizes = Counter(place for place in classes if place is not None)
-    top = max(sizes, key=lambda place: (sizes[place], -place)) if sizes else None
+    top = weighted_vote(classes, [1] * len(classes))
     sides: tuple[list[str], list[str]] = ([], [])
     for sample, place in zip(group, classes, strict=True):
         sides[top is None or place != top].append(sample.response)

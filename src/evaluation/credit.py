@@ -16,9 +16,8 @@ from src.data import collate
 from src.data.encoding import Encoded
 from src.data.examples import Judged
 from src.errors import UserError
-from src.evaluation.step_scores import auc
+from src.evaluation.metrics import auc, wilson_interval
 from src.evaluation.verifier_report import first_wrong
-from src.evaluation.vote import wilson_interval
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs
 from src.text.tokenizer import Tokenizer

@@ -3,9 +3,10 @@
 import json
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -15,8 +16,9 @@ from src.code_solutions.tool_hook import INFRASTRUCTURE, Coding
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
+from src.evaluation.metrics import answer_classes
 from src.evaluation.prompting import Prompting
-from src.evaluation.report import Graded, Speed, summarize, type_of
+from src.evaluation.report import Graded, Speed, type_of
 from src.grading.answer_types import KINDS
 from src.grading.grader import Grader, Verdict
 from src.grading.tasks import Task
@@ -297,33 +299,30 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def grade_samples(grading: BackgroundGrader, samples: Sequence[Sample], path: Path) -> dict[str, object]:
-    """Grade samples, write them with answer and outcome to `path`, return the results.
+def grade_samples(
+    grading: BackgroundGrader, samples: Sequence[Sample], path: Path
+) -> dict[str, list[Graded]]:
+    """Grade samples and write them with answer and outcome to `path`. -> those of each problem, perhaps none.
 
-    Samples that `grading` has graded already are not graded again. Samples of other problems are left out; a problem
-    without samples counts as a miss.
+    Samples that `grading` has graded already are not graded again. Samples of other problems are left out.
     """
     samples = [sample for sample in samples if sample.id in grading.prompts]
     for sample in samples:
         if not grading.has(sample.id, sample.sample):
             grading.submit(sample.id, sample.sample, sample.response)
-    rows, problems = [], defaultdict(list)
+    rows: list[dict[str, object]] = []
+    problems: dict[str, list[Graded]] = {name: [] for name in grading.prompts}
     for sample in samples:
-        verdict = grading.verdict(sample.id, sample.sample)
-        rows.append(
-            sample.values
-            | {
-                "id": sample.id,
-                "sample": sample.sample,
-                "prompt": sample.prompt,
-                "label": grading.prompts[sample.id].label or "",
-                "answer": verdict.answer,
-                "outcome": verdict.outcome,
-            }
-        )
-        values = sample.values
+        verdict, values = grading.verdict(sample.id, sample.sample), sample.values
+        named = {"id": sample.id, "sample": sample.sample, "prompt": sample.prompt}
+        label = grading.prompts[sample.id].label or ""
+        rows.append(values | named | {"label": label, "answer": verdict.answer, "outcome": verdict.outcome})
         problems[sample.id].append(
-            Graded(verdict, values.get("score"), values.get("finish"), values.get("token_count"))
+            Graded(verdict, *(values.get(name) for name in ("score", "step_scores", "finish", "token_count")))
         )
     write_samples(path, rows)
-    return summarize(grading.task, list(grading.prompts.values()), problems, grading.grader)
+    for name, graded in problems.items():
+        equal = partial(grading.grader.equal, answer_type=type_of(grading.prompts[name]))
+        classes = answer_classes([each.verdict.answer for each in graded], equal)
+        problems[name] = [each._replace(vote=vote) for each, vote in zip(graded, classes, strict=True)]
+    return problems

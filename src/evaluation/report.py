@@ -1,39 +1,35 @@
 """Graded samples to numbers: results.json and the table on the screen. Every problem is in every denominator."""
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
-from operator import eq
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from src.code_solutions.tool_hook import CONTEXT_FULL, MAX_ROUNDS, MAX_TOKENS
 from src.data.examples import OUTCOMES, Prompt
-from src.evaluation.vote import answer_classes, best_of, majority, pass_at_k, weighted_vote, wilson_interval
+from src.evaluation.metrics import Bools, Floats, curves, interval
 from src.grading.answer_types import AnswerType
-from src.grading.grader import GRADER_VERSION, Grader, Verdict
+from src.grading.grader import GRADER_VERSION, Verdict
 from src.grading.tasks import Task
 
-BOOTSTRAP_DRAWS = 1000
+# ways to choose among k samples: their names in metrics.py, in results.json and in tables
+KEYS = {
+    "pass": "pass_at", "majority": "maj_at", "best of n, score": "best_of_at", "weighted vote, score": "weighted_at",
+}  # fmt: skip
 CURVES = {"pass_at": "pass", "maj_at": "majority", "best_of_at": "best of", "weighted_at": "weighted"}
-
-
 CUT = ("length", MAX_TOKENS, CONTEXT_FULL, MAX_ROUNDS)  # ends of samples that were not done
 
 
 class Graded(NamedTuple):
-    """One sample of a problem with its verdict; score is a verifier's, finish and token_count the sampler's."""
+    """One sample of a problem with its verdict; scores are a verifier's, finish and token_count the sampler's."""
 
     verdict: Verdict
     score: float | None = None
+    step_scores: list[float] | None = None
     finish: str | None = None
     token_count: int | None = None
-    vote: str | None = None  # names the class of equal answers among the problem's samples; None has no vote
-
-
-NOTHING = Graded(Verdict("unparsed", None))
+    vote: int | None = None  # the class of equal answers among the problem's samples; None has no vote
 
 
 class Speed(NamedTuple):
@@ -49,34 +45,19 @@ def type_of(prompt: Prompt) -> AnswerType:
     return AnswerType(prompt.answer_type, prompt.tolerance)
 
 
-def with_votes(samples: Sequence[Graded], answer_type: AnswerType, grader: Grader) -> list[Graded]:
-    """The samples of one problem, each with the class of answers that it votes for."""
-    same = partial(grader.equal, answer_type=answer_type)
-    classes = answer_classes([sample.verdict.answer for sample in samples], same)
-    return [
-        sample._replace(vote=None if first is None else str(first))
-        for sample, first in zip(samples, classes, strict=True)
-    ]
+def summarize(task: Task, prompts: Sequence[Prompt], problems: Mapping[str, Sequence[Graded]]) -> dict[str, object]:
+    """Count the numbers of results.json. accuracy = mean over problems of the share of right samples.
 
-
-def summarize(
-    task: Task, prompts: Sequence[Prompt], problems: dict[str, list[Graded]], grader: Grader
-) -> dict[str, object]:
-    """The numbers of results.json. accuracy = mean over problems of the share of right samples.
-
-    n samples a problem is the most any problem has; one with fewer is filled up with misses. maj_at, best_of_at and
-    weighted_at average over the disjoint groups of k consecutive samples, and count classes of equal answers; of equal
-    votes the answer seen first wins. choices() says what a vote by score weighs. Intervals are 95%.
+    n samples a problem is the most any problem has; one with fewer is filled up with misses. metrics.curves() says how
+    pass_at, maj_at, best_of_at and weighted_at use k of them. Intervals are 95%.
     """
-    n = max([1, *(len(samples) for samples in problems.values())])
-    filled = []
-    for prompt in prompts:
-        samples = with_votes(problems.get(prompt.id, []), type_of(prompt), grader) if n > 1 else None
-        samples = problems.get(prompt.id, []) if samples is None else samples
-        filled.append(samples + [NOTHING] * (n - len(samples)))
+    rows = [problems.get(prompt.id, ()) for prompt in prompts]
     given = [graded for samples in problems.values() for graded in samples]
-    outcomes = Counter(graded.verdict.outcome for samples in filled for graded in samples)
-    shares = [sum(graded.verdict.outcome == "right" for graded in samples) / n for samples in filled]
+    n = max([1, *map(len, rows)])
+    outcomes = Counter(graded.verdict.outcome for samples in rows for graded in samples)
+    outcomes["unparsed"] += n * len(prompts) - outcomes.total()
+    right, classes = right_and_classes(rows, n)
+    shares = (right.sum(1) / n).tolist()
     lengths = [graded.token_count for graded in given if graded.token_count is not None]
     results: dict[str, object] = {
         "task": task.name,
@@ -93,73 +74,41 @@ def summarize(
         "mean_tokens": _mean(lengths) if lengths else None,
         "outcomes": {name: outcomes[name] for name in OUTCOMES},
     }
-    curves = _curves(filled, shares, n, [graded.score for graded in given])
-    for name, values in curves.items():
-        results[name] = {k: _mean(share) for k, share in values.items()}
+    # choosing by score only where every sample has one
+    scored = all(graded.score is not None for graded in given)
+    scores = {"score": score_array(rows, n, lambda graded: graded.score)} if scored else {}
+    found = {KEYS[name]: curve for name, curve in curves(right, classes, scores).items() if n > 1 or name == "pass"}
+    for name, curve in found.items():
+        results[name] = {k: _mean(chances.tolist()) for k, chances in curve.items()}
     results["intervals"] = {
-        name: {k: interval(share) for k, share in values.items()} for name, values in curves.items()
+        name: {k: interval(chances.tolist()) for k, chances in curve.items()} for name, curve in found.items()
     }
     levels, subjects = [prompt.level for prompt in prompts], [prompt.subject for prompt in prompts]
     return results | {"by_level": _by(levels, shares), "by_subject": _by(subjects, shares)}
 
 
-def _curves(
-    filled: Sequence[Sequence[Graded]], shares: Sequence[float], n: int, scores: Sequence[float | None]
-) -> dict[str, dict[int, list[float]]]:
-    """For each way to use k samples and each k = 1, 2, 4 .. n: the problems' chances to be right."""
-    sizes = [2**i for i in range(n.bit_length())]
-    curves = {"pass_at": {k: [pass_at_k(n, round(share * n), k) for share in shares] for k in sizes}}
-    for name, choose in choices(scores).items() if n > 1 else ():
-        curves[name] = {k: [_chosen_share(samples, k, choose) for samples in filled] for k in sizes}
-    return curves
+def right_and_classes(rows: Sequence[Sequence[Graded]], n: int) -> tuple[Bools, list[list[int | None]]]:
+    """Lay out P problems of at most n samples: which are right [P, n], and what each votes for; missing = wrong."""
+    right = np.zeros((len(rows), n), dtype=bool)
+    for place, samples in enumerate(rows):
+        right[place, : len(samples)] = [graded.verdict.outcome == "right" for graded in samples]
+    return right, [[graded.vote for graded in samples] + [None] * (n - len(samples)) for samples in rows]
 
 
-Choice = Callable[[Sequence[Graded]], int | None]  # which sample of a group to submit; None = no answer
-
-
-def choices(all_scores: Sequence[float | None]) -> dict[str, Choice]:
-    """The ways to submit one answer for several samples; those by score only where every sample has one.
-
-    Scores that all lie between 0 and 1 weigh a vote as they are, others by their sigmoid: scores around 0, summed as
-    they are, would give a class nothing for its size.
-    """
-    scored = None not in all_scores
-    shares = scored and all(0 <= score <= 1 for score in all_scores)
-
-    def scores(group: Sequence[Graded]) -> list[float]:
-        return [float("-inf") if graded.score is None else graded.score for graded in group]
-
-    def weights(group: Sequence[Graded]) -> list[float]:
-        return [max(0.0, s) if shares else 0.5 + 0.5 * math.tanh(0.5 * s) for s in scores(group)]
-
-    def votes(group: Sequence[Graded]) -> list[str | None]:
-        return [graded.vote for graded in group]
-
-    ways: dict[str, Choice] = {"maj_at": lambda group: majority(votes(group), eq)}
-    if scored:
-        ways["best_of_at"] = lambda group: best_of(scores(group))
-        ways["weighted_at"] = lambda group: weighted_vote(votes(group), weights(group), eq)
-    return ways
-
-
-def _chosen_share(samples: Sequence[Graded], k: int, choose: Choice) -> float:
-    """Share of right submissions over the disjoint groups of k consecutive samples."""
-    groups = [samples[start : start + k] for start in range(0, len(samples) - k + 1, k)]
-    picks = [(group, choose(group)) for group in groups]
-    right = sum(pick is not None and group[pick].verdict.outcome == "right" for group, pick in picks)
-    return right / len(groups)
+def score_array(
+    rows: Sequence[Sequence[Graded]], n: int, score: Callable[[Graded], float | None]
+) -> Floats:
+    """Lay out the scores of P problems of at most n samples; -inf where there is none. -> [P, n]."""
+    scores = np.full((len(rows), n), -np.inf)
+    for place, samples in enumerate(rows):
+        for number, graded in enumerate(samples):
+            if (value := score(graded)) is not None:
+                scores[place, number] = value
+    return scores
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def interval(shares: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean: Wilson for 0/1 shares, a seeded bootstrap over problems otherwise."""
-    if all(share in (0.0, 1.0) for share in shares):
-        return wilson_interval(int(sum(shares)), len(shares))
-    draws = np.random.default_rng(0).choice(np.array(shares), (BOOTSTRAP_DRAWS, len(shares))).mean(1)
-    return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
 
 
 def _by(names: Sequence[Hashable], shares: Sequence[float]) -> dict[Hashable, dict[str, object]]:

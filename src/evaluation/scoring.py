@@ -18,7 +18,7 @@ from src.data import collate
 from src.data.encoding import STEP_ENDS, Encoded, encode_response, encode_steps, split_steps
 from src.data.examples import Judged, Sample, read_rows
 from src.errors import UserError
-from src.evaluation.step_scores import AGGREGATIONS, sigmoid
+from src.evaluation.metrics import AGGREGATIONS, sigmoid
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import response_scores, token_scores

@@ -1,35 +1,26 @@
 """What a verifier is worth: how well its scores tell right from wrong, and what choosing by them gains."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from src.data.examples import Judged, Sample
+from src.data.examples import Judged
 from src.errors import UserError
-from src.evaluation.curves import MISSING, Choices, Curve, curves
-from src.evaluation.evaluator import BackgroundGrader
-from src.evaluation.report import Graded, type_of, with_votes
-from src.evaluation.step_scores import (
+from src.evaluation.metrics import (
     AGGREGATIONS,
     auc,
     best_threshold,
     calibration,
+    curves,
     first_wrong_step,
+    interval,
     processbench_f1,
 )
+from src.evaluation.report import Graded, right_and_classes, score_array
 
 
-class ScoredSample(NamedTuple):
-    """A graded sample with what the verifier said of it: no score of one that is longer than its context."""
-
-    graded: Graded
-    score: float | None
-    step_scores: list[float] | None
-
-
-def report_samples(problems: Sequence[Sequence[ScoredSample]]) -> dict[str, object]:
+def report_samples(problems: Sequence[Sequence[Graded]]) -> dict[str, object]:
     """The numbers on samples, some of each problem, with votes: accuracy on pairs, AUC, calibration, length, curves.
 
     Samples without a score are counted as too_long; they count in the curves alone, chosen last and without weight.
@@ -37,8 +28,8 @@ def report_samples(problems: Sequence[Sequence[ScoredSample]]) -> dict[str, obje
     everyone = [sample for problem in problems for sample in problem]
     pooled = [sample for sample in everyone if sample.score is not None]
     scores = np.array([sample.score for sample in pooled])
-    right = np.array([sample.graded.verdict.outcome == "right" for sample in pooled])
-    lengths = np.array([sample.graded.token_count or math.nan for sample in pooled])
+    right = np.array([sample.verdict.outcome == "right" for sample in pooled])
+    lengths = np.array([sample.token_count or math.nan for sample in pooled])
     error, bins = calibration(scores, right)
     return {
         "too_long": len(everyone) - len(pooled),
@@ -47,17 +38,17 @@ def report_samples(problems: Sequence[Sequence[ScoredSample]]) -> dict[str, obje
         "calibration_error": error,
         "calibration": bins,
         "length_correlation": correlation(scores, lengths),
-        "curves": {name: curve._asdict() for name, curve in choice_curves(problems).items()},
+        "curves": choice_curves(problems),
     }
 
 
-def pair_accuracy(problems: Sequence[Sequence[ScoredSample]]) -> float:
+def pair_accuracy(problems: Sequence[Sequence[Graded]]) -> float:
     """Share of the pairs of a right and a wrong sample of one problem in which the right one scores higher; a tie
     counts half. Every problem with both kinds weighs the same; nan if there is none."""
     shares = [
         auc(
             np.array([sample.score for sample in problem]),
-            np.array([sample.graded.verdict.outcome == "right" for sample in problem]),
+            np.array([sample.verdict.outcome == "right" for sample in problem]),
         )
         for problem in ([sample for sample in problem if sample.score is not None] for problem in problems)
         if problem
@@ -76,26 +67,28 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
     )
 
 
-def choice_curves(problems: Sequence[Sequence[ScoredSample]]) -> dict[str, Curve]:
-    """Every way of choosing over n; step scores in every aggregation. A missing sample is wrong and comes last, as does
-    one without a score."""
+def choice_curves(problems: Sequence[Sequence[Graded]]) -> dict[str, dict[str, list[float]]]:
+    """Accuracy over n with 95% intervals, {"n", "accuracy", "low", "high"} for each way of choosing.
+
+    Step scores choose in every aggregation. A missing sample is wrong and comes last, as does one without a score.
+    """
     n = max(map(len, problems))
-    classes = np.full((len(problems), n), MISSING)
-    right = np.zeros((len(problems), n), dtype=bool)
     scored = [sample for problem in problems for sample in problem if sample.score is not None]
-    has_steps = all(sample.step_scores for sample in scored)
-    names = list(AGGREGATIONS) if has_steps else ["score"]
-    scores = {name: np.full((len(problems), n), -np.inf) for name in names}
-    for row, problem in enumerate(problems):
-        for column, sample in enumerate(problem):
-            if sample.graded.vote is not None:
-                classes[row, column] = int(sample.graded.vote)
-            right[row, column] = sample.graded.verdict.outcome == "right"
-            for name in names if sample.score is not None else ():
-                scores[name][row, column] = (
-                    AGGREGATIONS[name](sample.step_scores) if has_steps else sample.score
-                )
-    return curves(Choices(classes, right), scores)
+    ways: dict[str, Callable[[Graded], float | None]] = {"score": lambda sample: sample.score}
+    if all(sample.step_scores for sample in scored):
+        ways = {
+            name: lambda sample, aggregate=aggregate: (
+                None if sample.score is None else aggregate(sample.step_scores)
+            )
+            for name, aggregate in AGGREGATIONS.items()
+        }
+    scores = {name: score_array(problems, n, score) for name, score in ways.items()}
+    report = {}
+    for name, curve in curves(*right_and_classes(problems, n), scores).items():
+        low, high = zip(*(interval(chances.tolist()) for chances in curve.values()), strict=True)
+        accuracy = [float(chances.mean()) for chances in curve.values()]
+        report[name] = {"n": list(curve), "accuracy": accuracy, "low": list(low), "high": list(high)}
+    return report
 
 
 def report_steps(
@@ -161,28 +154,6 @@ def choose_threshold(rows: Sequence[Judged], found: Sequence[Sequence[float] | N
         raise UserError(f"--threshold_file: {n_wrong} of its {len(rows)} solutions have a wrong step; F1 needs some "
                         "with one and some without")
     return best_threshold(found, first_wrong(rows))
-
-
-def judged_samples(grading: BackgroundGrader, samples: Sequence[Sample]) -> list[list[ScoredSample]]:
-    """Scored samples by problem, in the order of the problems, with verdicts and votes; none for one never sampled."""
-    groups: dict[str, list[Sample]] = {name: [] for name in grading.prompts}
-    for sample in samples:
-        if sample.id in groups:
-            groups[sample.id].append(sample)
-    problems = []
-    for name, group in groups.items():
-        graded = [
-            Graded(grading.verdict(name, sample.sample), token_count=sample.values.get("token_count"))
-            for sample in group
-        ]
-        voting = with_votes(graded, type_of(grading.prompts[name]), grading.grader)
-        problems.append(
-            [
-                ScoredSample(each, sample.values.get("score"), sample.values.get("step_scores"))
-                for each, sample in zip(voting, group, strict=True)
-            ]
-        )
-    return problems
 
 
 def report_table(report: dict[str, object]) -> str:

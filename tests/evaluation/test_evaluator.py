@@ -15,9 +15,9 @@ from src.checkpoint import saving
 from src.data.examples import Prompt, Sample, read_prompts, read_samples
 from src.errors import UserError
 from src.evaluation import evaluator
+from src.evaluation.metrics import wilson_interval
 from src.evaluation.prompting import make_prompting
-from src.evaluation.report import results_table
-from src.evaluation.vote import wilson_interval
+from src.evaluation.report import results_table, summarize
 from src.grading.tasks import find_task
 from src.inference.sampling import Sampling
 from src.runlog import RunLog
@@ -50,7 +50,7 @@ def prompts(label_file: str) -> list[Prompt]:
 def grade(task: str, prompts: list[Prompt], samples: list[Sample], path: Path) -> dict[str, object]:
     """The results of these samples."""
     with evaluator.BackgroundGrader(find_task(task), prompts) as grading:
-        return evaluator.grade_samples(grading, samples, path)
+        return summarize(grading.task, prompts, evaluator.grade_samples(grading, samples, path))
 
 
 def sample(problem: int, number: int, answer: str | None, **values: object) -> Sample:
@@ -117,10 +117,10 @@ def test_votes_by_hand(prompts: list[Prompt], tmp_path: Path) -> None:
     assert results["intervals"]["maj_at"][4] == pytest.approx(wilson_interval(1, 3))
     low, high = results["intervals"]["maj_at"][2]  # 0.5, 0, 0: a bootstrap over problems
     assert 0 == low < 0.5 / 3 < high <= 0.5
-    # the highest score of a pair: 4 and 4; none and 7. Of all four: 4; none
-    assert results["best_of_at"] == pytest.approx({1: 0.25, 2: 1.5 / 3, 4: 1 / 3})
-    # weights sigmoid(score): pairs as by best score, but 6 alone stands against none. Of all four: 0.88 + 0.73 for 4
-    # against 0.27 + 0.5; 0.5 + 0.5 for 6 against 0.73 for 7
+    # the highest score of each of six pairs: 4 in all but (5 5); 7 in the two with a 6. Of all four: 4; none
+    assert results["best_of_at"] == pytest.approx({1: 0.25, 2: (5 / 6 + 2 / 6) / 3, 4: 1 / 3})
+    # weights sigmoid(score): (4 5) and (5 4) give 4, (6 7) gives 7, but 6 alone stands against none.
+    # Of all four: 0.88 + 0.73 for 4 against 0.27 + 0.5; 0.5 + 0.5 for 6 against 0.73 for 7
     assert results["weighted_at"] == pytest.approx({1: 0.25, 2: 1.5 / 3, 4: 1 / 3})
     assert results["outcomes"]["right"] == 3 and results["missing"] == 5
 
@@ -349,7 +349,8 @@ def test_grading_overlaps_sampling_and_never_holds_it_up(prompts: list[Prompt], 
         evaluator.sample_prompts(
             sampler, prompts, num_samples=2, path=path, log=RunLog(str(tmp_path), {}), grading=grading
         )
-        results = evaluator.grade_samples(grading, read_samples(str(path)), path)
+        problems = evaluator.grade_samples(grading, read_samples(str(path)), path)
+        results = summarize(grading.task, prompts, problems)
     assert finished == [True]
     assert results["outcomes"] == {"right": 3, "wrong": 0, "unparsed": 0, "timeout": 3, "error": 0}
 

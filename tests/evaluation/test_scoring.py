@@ -10,8 +10,8 @@ from src import load
 from src.checkpoint import saving
 from src.data.examples import Judged, Sample
 from src.errors import UserError
+from src.evaluation.metrics import sigmoid
 from src.evaluation.scoring import Scored, score_one, score_samples, score_steps, with_score
-from src.evaluation.step_scores import sigmoid
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer

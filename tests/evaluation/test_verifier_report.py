@@ -9,7 +9,6 @@ from src.data.examples import Judged
 from src.errors import UserError
 from src.evaluation.report import Graded
 from src.evaluation.verifier_report import (
-    ScoredSample,
     choose_threshold,
     report_samples,
     report_steps,
@@ -20,11 +19,9 @@ from src.grading.grader import Verdict
 from src.plot import plot_verifier
 
 
-def sample(right: bool, score: float, steps: list[float] | None = None, tokens: int = 5) -> ScoredSample:
+def sample(right: bool, score: float, steps: list[float] | None = None, tokens: int = 5) -> Graded:
     outcome = "right" if right else "wrong"
-    return ScoredSample(
-        Graded(Verdict(outcome, "1"), token_count=tokens, vote="0" if right else "1"), score, steps
-    )
+    return Graded(Verdict(outcome, "1"), score, steps, token_count=tokens, vote=0 if right else 1)
 
 
 PROBLEMS = [
