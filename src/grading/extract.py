@@ -1,4 +1,4 @@
-"""Where the final answer stands in a response: the named extractions that a task chooses from.
+"""Where the final answer stands in a response: the named extractions that a task chooses from, at the end of the file.
 
 Most are groups of rules, most trusted first. Inside a group the mark that stands last in the response wins. A mark
 with nothing behind it ends the search: that response has no answer. A name ends in its version.
@@ -7,7 +7,6 @@ with nothing behind it ends the search: that response has no answer. A name ends
 import re
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 from src.grading.letters import leading_letters
@@ -21,13 +20,6 @@ class Found(NamedTuple):
 
     position: int
     text: str
-
-
-class Rule(NamedTuple):
-    """One way to find an answer in a response."""
-
-    name: str
-    find: Callable[[str], Found | None]
 
 
 class Extraction(NamedTuple):
@@ -103,18 +95,10 @@ CHOICE = re.compile(
 )
 
 
-def braced(text: str, start: int) -> str | None:
-    """Content of the brace group that opens at text[start], None if it never closes."""
-    depth = 0
-    for match in re.compile(r"\\[{}]|[{}]").finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return text[start + 1 : match.start()]
-    return None
-
-
-def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    """The last match of the pattern in the text."""
+def last_match(pattern: re.Pattern[str], text: str, hint: str = "") -> re.Match[str] | None:
+    """The last match of the pattern in the text; hint: small letters that every match has."""
+    if hint not in text.lower():  # 10 times faster than the search, which mostly finds nothing
+        return None
     found = deque(pattern.finditer(text), maxlen=1)
     return found[0] if found else None
 
@@ -142,11 +126,15 @@ def last_box(text: str) -> Found | None:
 
 def box_content(text: str, start: int) -> tuple[str, int]:
     """What a box that opens at start holds ("" if it is cut off), and where it ends."""
-    if text[start : start + 1] == "{":
-        content = braced(text, start)
-        return ("", len(text)) if content is None else (content.strip(), start + len(content) + 2)
-    bare = re.compile(r"[^\s$.,;]*").match(text, start)
-    return bare.group(), bare.end()
+    if not text.startswith("{", start):
+        bare = re.compile(r"[^\s$.,;]*").match(text, start)
+        return bare.group(), bare.end()
+    depth = 0
+    for match in re.compile(r"\\[{}]|[{}]").finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return text[start + 1 : match.start()].strip(), match.end()
+    return "", len(text)
 
 
 def after_hashes(text: str) -> Found | None:
@@ -177,13 +165,13 @@ def is_title(line: str, text: str, end: int) -> bool:
 
 def after_heading(text: str) -> Found | None:
     """The statement under a heading "# Answer" or "**Final Answer**"."""
-    mark = last_match(ANSWER_HEADING, text)
+    mark = last_match(ANSWER_HEADING, text, "answer")
     return mark and Found(mark.start(), statement(text[mark.end() :]))
 
 
 def hoped_answer(text: str) -> Found | None:
     """Minerva's form: "The final answer is X. I hope it is correct."; a cut before "I hope" does not count here."""
-    mark = last_match(HOPE, text)
+    mark = last_match(HOPE, text, "hope")
     return mark and Found(mark.start(), statement(mark.group(1)))
 
 
@@ -243,16 +231,12 @@ def last_statement(text: str) -> Found | None:
     return last_number(text)
 
 
-def letters_of(find: Callable[[str], Found | None], text: str) -> Found | None:
-    """What another rule finds, reduced to the letters it begins with; every box of a list has its own."""
-    found = find(text)
-    return found and Found(found.position, leading_letters(found.text))
-
-
 def chosen_otherwise(text: str) -> Found | None:
     """The letters behind the last "the answer must be" or "the option is" that names any."""
-    found = [(mark.start(), leading_letters(statement(text[mark.end() :]))) for mark in CHOICE_IS.finditer(text)]
-    return next((Found(*place) for place in reversed(found) if place[1]), None)
+    for mark in reversed(list(CHOICE_IS.finditer(text))):
+        if letters := leading_letters(statement(text[mark.end() :])):
+            return Found(mark.start(), letters)
+    return None
 
 
 def last_letter(text: str) -> Found | None:
@@ -281,6 +265,9 @@ def own_part(response: str) -> str:
     if "<answer>" in lower and (tag := last_match(TAG, text)):
         ended = TAG_END.search(text, tag.end())
         return tagged(text[tag.end() : ended.start()].strip() if ended else "")
+    openers = ("Q", "Problem", "Instruction", "Human", "User")  # one of them is in every match of NEXT_PROBLEM
+    if not any(word in text for word in openers):
+        return text
     if NEXT_PROBLEM.search(text) and (answered := EXPLICIT.search(text)):
         before = NEXT_PROBLEM.search(text, 0, answered.start())
         mark = NEXT_PROBLEM.search(text, answered.end())
@@ -300,61 +287,40 @@ def tagged(inside: str) -> str:
     return inside if EXPLICIT.search(inside) or FINISHED.search(inside[-10:]) else inside + "."
 
 
-Groups = tuple[tuple[Rule, ...], ...]
-
-
-def by_groups(groups: Groups, response: str) -> Extraction:
-    """The answer that the first group with a mark in the response gives."""
-    text = own_part(plain(response))
-    for group in groups:
-        found = [(rule.find(text), rule.name) for rule in group]
-        seen = [(place.position, place.text, name) for place, name in found if place is not None]
-        if seen:
-            _, answer, name = max(seen)
-            return Extraction(answer or None, name)
-    return Extraction(None, "none")
-
-
-def by_weak_to_strong(key: str, response: str) -> Extraction:
-    """The answer that weak-to-strong-reasoning sees behind its key."""
-    answer = weak_to_strong_answer(response, key)
-    return Extraction(answer or None, key if answer else "none")
-
-
-HASH_RULE = Rule("hashes", after_hashes)
-NUMBER_GROUPS: Groups = (
-    (HASH_RULE,),
-    (Rule("box", last_box), Rule("hope", hoped_answer), Rule("heading", after_heading)),
-    (Rule("answer-is", after_answer_is),),
-    (Rule("last-number", last_number),),
-)
-MATH_GROUPS: Groups = (
-    (Rule("box", last_box), Rule("hope", hoped_answer), Rule("heading", after_heading)),
-    (HASH_RULE, Rule("answer-is", after_answer_is)),
-    (Rule("last-statement", last_statement),),
-)
-CHOICE_GROUPS: Groups = (
-    tuple(
-        Rule(name, partial(letters_of, find))
-        for name, find in (("box", last_box), ("hope", hoped_answer), ("heading", after_heading))
-    ),
-    (
-        Rule("hashes", partial(letters_of, after_hashes)),
-        Rule("answer-is", partial(letters_of, after_answer_is)),
-        Rule("option-is", chosen_otherwise),
-    ),
-    (Rule("last-letter", last_letter),),
-)
-EXTRACTIONS: dict[str, Callable[[str], Extraction]] = {
-    "gsm8k/last-number@2": partial(by_groups, NUMBER_GROUPS),
-    "gsm8k/hashes@2": partial(by_groups, ((HASH_RULE,),)),
-    "math/last-box@2": partial(by_groups, MATH_GROUPS),
-    "choice/letter@2": partial(by_groups, CHOICE_GROUPS),
-    "weak-to-strong/hashes@1": partial(by_weak_to_strong, "####"),
-    "weak-to-strong/answer-is@1": partial(by_weak_to_strong, "The answer is:"),
+RULES: dict[str, Callable[[str], Found | None]] = {
+    "hashes": after_hashes,
+    "box": last_box,
+    "hope": hoped_answer,
+    "heading": after_heading,
+    "answer-is": after_answer_is,
+    "option-is": chosen_otherwise,
+    "last-number": last_number,
+    "last-statement": last_statement,
+    "last-letter": last_letter,
 }
+GROUPS = {
+    "gsm8k/last-number@2": ("hashes", "box hope heading", "answer-is", "last-number"),
+    "gsm8k/hashes@2": ("hashes",),
+    "math/last-box@2": ("box hope heading", "hashes answer-is", "last-statement"),
+    "choice/letter@2": ("box hope heading", "hashes answer-is option-is", "last-letter"),
+}
+PUBLISHED_MARKS = {"weak-to-strong/hashes@1": "####", "weak-to-strong/answer-is@1": "The answer is:"}
+EXTRACTIONS = (*GROUPS, *PUBLISHED_MARKS)
 
 
 def extract(extraction: str, response: str) -> Extraction:
-    """The final answer of a response and the name of the rule that found it; extraction is a name of EXTRACTIONS."""
-    return EXTRACTIONS[extraction](response)
+    """The final answer of a response and the rule that found it: the first group with a mark in the response decides.
+
+    extraction: one of EXTRACTIONS
+    """
+    if mark := PUBLISHED_MARKS.get(extraction):
+        answer = weak_to_strong_answer(response, mark)
+        return Extraction(answer or None, mark if answer else "none")
+    text = own_part(plain(response))
+    read = leading_letters if extraction == "choice/letter@2" else str
+    for group in GROUPS[extraction]:
+        found = [(place.position, read(place.text), name) for name in group.split() if (place := RULES[name](text))]
+        if found:
+            _, answer, name = max(found)
+            return Extraction(answer or None, name)
+    return Extraction(None, "none")
