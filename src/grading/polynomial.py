@@ -1,14 +1,13 @@
 r"""Exact equality of sums of terms such as 3x^{2}y, \frac{5\sqrt{3}}{3}, 2\pi r, 4-7i, without a symbolic library.
 
-A term is a rational number times the square root of a squarefree integer times integer powers of letters, \pi and i.
-Such terms are linearly independent over the rationals, so two sums are equal exactly if they have the same terms.
-Text that is anything else, or that mathematicians read in two ways (1/2x), is left undecided.
+A term is a rational number times integer powers of letters and \pi, times square roots of different primes and of -1,
+which is i. Such terms are linearly independent over the rationals, so two sums are equal exactly if they have the same
+terms. Text that is anything else, or that mathematicians read in two ways (1/2x), is left undecided.
 """
 
 import math
 import re
 from fractions import Fraction
-from typing import NamedTuple
 
 from src.grading.normalize import MAX_DIGITS
 
@@ -16,24 +15,19 @@ MAX_POWER = 20
 MAX_TERMS = 50
 MAX_DEPTH = 30  # of brackets
 MAX_BITS = 10_000  # of a coefficient
-MAX_RADICAND = 10**6  # its square factors are found by trial
+MAX_RADICAND = 10**6  # its factors are found by trial
 
 TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d+)?|\.\d+)|(\\[a-z]+)|([A-Za-z]+)|([-+/^{}()]))")
 FUNCTIONS = ("f", "g", "h")  # f(x+1) is no product
 CONSTANTS = ("E", "I")  # in some spellings e and i, in others letters like any
-IMAGINARY = "i"
+ENDS = ("", "+", "-", ")", "}")  # of a product
+CLOSING = {"(": ")", "{": "}"}
 
-
-class Term(NamedTuple):
-    """What a coefficient stands before."""
-
-    radicand: int  # squarefree
-    powers: tuple[tuple[str, int], ...]  # (symbol, exponent other than 0), sorted; i at most once
-
-
+Symbol = str | int  # a letter, or a number whose square root is meant: a prime, or -1 for i
+Term = frozenset[tuple[Symbol, int]]  # symbols with their powers other than 0; a root's power is 1
 Sum = dict[Term, Fraction]  # coefficients, none 0
 
-ONE = Term(1, ())
+ONE: Term = frozenset()
 
 
 class Unreadable(Exception):
@@ -52,22 +46,22 @@ def constant_value(text: str) -> float | None:
     r"""The value of a text that is a number or arithmetic with numbers, roots and \pi; None for anything else."""
     try:
         terms = read(text)
+        total = 0.0
+        for term, coefficient in terms.items():
+            if any(symbol == -1 or isinstance(symbol, str) and symbol != "\\pi" for symbol, _ in term):
+                return None
+            value = float(coefficient)
+            for symbol, power in term:
+                value *= math.pi**power if symbol == "\\pi" else math.sqrt(symbol)
+            total += value
+        return total
     except (Unreadable, OverflowError):
         return None
-    total = 0.0
-    for term, coefficient in terms.items():
-        if (
-            any(symbol != "\\pi" for symbol, _ in term.powers)
-            or max(coefficient.numerator, coefficient.denominator) > 10**300
-        ):
-            return None
-        total += float(coefficient) * math.sqrt(term.radicand) * math.pi ** dict(term.powers).get("\\pi", 0)
-    return total
 
 
 def read(text: str) -> Sum:
     """The sum of terms that a normalised text says. Raises Unreadable."""
-    reader = _Reader(tokens_of(text))
+    reader = _Reader(text)
     value = reader.sum()
     if reader.next:
         raise Unreadable
@@ -84,29 +78,27 @@ def tokens_of(text: str) -> list[str]:
             raise Unreadable
         end = match.end()
         number, macro, letters, sign = match.groups()
-        if letters and (
-            len(letters) > 2 or letters == "ln" or any(letter in CONSTANTS for letter in letters)
-        ):
+        if letters and (len(letters) > 2 or letters == "ln" or not set(letters).isdisjoint(CONSTANTS)):
             raise Unreadable
         tokens += letters or [number or macro or sign]
     return tokens
 
 
 class _Reader:
-    """Recursive descent over the tokens; each method reads one part and leaves the position behind it."""
+    """Recursive descent over the tokens; each method reads one part and leaves the position at what follows."""
 
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens, self.position, self.depth = tokens, 0, 0
+    def __init__(self, text: str) -> None:
+        self.tokens, self.position, self.depth = [*tokens_of(text), ""], 0, 0
 
     @property
     def next(self) -> str:
         """The token to read, "" at the end."""
-        return self.tokens[self.position] if self.position < len(self.tokens) else ""
+        return self.tokens[self.position]
 
-    def take(self, *wanted: str) -> str:
-        """Read one token, one of those wanted if any are named."""
+    def take(self, wanted: str = "") -> str:
+        """Read one token, the wanted one if it is named."""
         token = self.next
-        if not token or wanted and token not in wanted:
+        if not token or wanted and token != wanted:
             raise Unreadable
         self.position += 1
         return token
@@ -116,7 +108,8 @@ class _Reader:
         total: Sum = {}
         sign = self.take() if self.next in ("+", "-") else "+"
         while True:
-            total = add(total, self.product(), -1 if sign == "-" else 1)
+            product = self.product()
+            total = collected([*total.items(), *((term, -c if sign == "-" else c) for term, c in product.items())])
             if self.next not in ("+", "-"):
                 return total
             sign = self.take()
@@ -124,23 +117,18 @@ class _Reader:
     def product(self) -> Sum:
         r"""Factors side by side or with \cdot between them; a slash may stand before the last one."""
         value = self.power()
-        while self.next not in ("", "+", "-", ")", "}"):
-            before = self.tokens[self.position - 1]
-            if self.next == "/":
+        while self.next not in ENDS:
+            before, following = self.tokens[self.position - 1], self.next
+            if following in ("/", "\\cdot"):
                 self.take()
-                value = multiply(value, reciprocal(self.power()))
-                if self.next not in ("", "+", "-", ")", "}"):
-                    raise Unreadable
-                return value
-            if self.next == "\\cdot":
-                self.take()
-            elif (
-                self.next[0].isdigit() or self.next[0] == "." or before[0].isdigit() and self.next == "\\frac"
-            ):
+            elif following[0] in ".0123456789" or before[0].isdigit() and following == "\\frac":
                 raise Unreadable  # 2x3 and mixed numbers
-            elif before in FUNCTIONS and self.next == "(":
+            elif before in FUNCTIONS and following == "(":
                 raise Unreadable
-            value = multiply(value, self.power())
+            factor = self.power()
+            value = multiply(value, reciprocal(factor) if following == "/" else factor)
+            if following == "/" and self.next not in ENDS:
+                raise Unreadable  # 1/2x
         return value
 
     def power(self) -> Sum:
@@ -150,96 +138,77 @@ class _Reader:
             return value
         self.take()
         self.take("{")
-        sign = self.take() if self.next == "-" else ""
+        if self.next == "-":
+            self.take()
+            value = reciprocal(value)
         exponent = self.take()
         self.take("}")
         if not exponent.isdecimal() or len(exponent) > 2 or int(exponent) > MAX_POWER or self.next == "^":
             raise Unreadable
-        return raised(reciprocal(value) if sign else value, int(exponent))
+        if not value and not int(exponent):
+            raise Unreadable
+        result: Sum = {ONE: Fraction(1)}
+        for _ in range(int(exponent)):
+            result = multiply(result, value)
+        return result
 
     def factor(self) -> Sum:
         """A number, a letter, a fraction, a root, or a sum in brackets."""
         token = self.take()
-        if token[0].isdigit() or token[0] == ".":
-            if len(token) > MAX_DIGITS:
-                raise Unreadable
-            return constant(Fraction(token))
-        if token.isalpha() or token == "\\pi":
-            return {Term(1, ((token, 1),)): Fraction(1)}
-        if token == "\\frac":
-            return multiply(self.group("{", "}"), reciprocal(self.group("{", "}")))
-        if token == "\\sqrt":
-            return root(self.group("{", "}"))
-        if token in ("(", "{"):
+        if token in CLOSING:
             self.position -= 1
-            return self.group(token, ")" if token == "(" else "}")
+            return self.group()
+        if token[0] in ".0123456789" and len(token) <= MAX_DIGITS:
+            number = Fraction(token)
+            return {ONE: number} if number else {}
+        if token.isalpha() or token == "\\pi":
+            return {frozenset([(-1 if token == "i" else token, 1)]): Fraction(1)}
+        if token == "\\frac" and self.next == "{":
+            over = self.group()
+            if self.next == "{":
+                return multiply(over, reciprocal(self.group()))
+        if token == "\\sqrt" and self.next == "{":
+            return root(self.group())
         raise Unreadable
 
-    def group(self, opening: str, closing: str) -> Sum:
+    def group(self) -> Sum:
         """A sum in brackets."""
-        self.take(opening)
+        opening = self.take()
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable
         value = self.sum()
         self.depth -= 1
-        self.take(closing)
+        self.take(CLOSING[opening])
         return value
 
 
-def constant(value: Fraction) -> Sum:
-    """A rational number as a sum."""
-    return {ONE: value} if value else {}
-
-
-def add(total: Sum, other: Sum, sign: int) -> Sum:
-    """total + sign * other."""
-    result = dict(total)
-    for term, coefficient in other.items():
-        result[term] = result.get(term, Fraction(0)) + sign * coefficient
-    return checked(result)
+def collected(terms: list[tuple[Term, Fraction]]) -> Sum:
+    """Terms as a sum, without those that vanish. Raises Unreadable if it has grown too large."""
+    total: Sum = {}
+    for term, coefficient in terms:
+        total[term] = total[term] + coefficient if term in total else coefficient
+    total = {term: coefficient for term, coefficient in total.items() if coefficient}
+    if len(total) > MAX_TERMS:
+        raise Unreadable
+    for coefficient in total.values():
+        if max(coefficient.numerator.bit_length(), coefficient.denominator.bit_length()) > MAX_BITS:
+            raise Unreadable
+    return total
 
 
 def multiply(first: Sum, second: Sum) -> Sum:
     """The product of two sums."""
-    result: Sum = {}
+    terms = []
     for left, one in first.items():
         for right, other in second.items():
-            term, factor = times(left, right)
-            result[term] = result.get(term, Fraction(0)) + one * other * factor
-    return checked(result)
-
-
-def times(left: Term, right: Term) -> tuple[Term, int]:
-    """The product of two terms, and the integer that comes out of its root and of i^2 = -1."""
-    common = math.gcd(left.radicand, right.radicand)
-    powers = dict(left.powers)
-    for symbol, exponent in right.powers:
-        powers[symbol] = powers.get(symbol, 0) + exponent
-    sign = 1
-    if powers.get(IMAGINARY) == 2:
-        powers[IMAGINARY], sign = 0, -1
-    kept = tuple(sorted((symbol, exponent) for symbol, exponent in powers.items() if exponent))
-    return Term(left.radicand * right.radicand // common**2, kept), common * sign
-
-
-def checked(value: Sum) -> Sum:
-    """The sum without terms that vanished. Raises Unreadable if it has grown too large."""
-    value = {term: coefficient for term, coefficient in value.items() if coefficient}
-    parts = (part for fraction in value.values() for part in (fraction.numerator, fraction.denominator))
-    if len(value) > MAX_TERMS or any(part.bit_length() > MAX_BITS for part in parts):
-        raise Unreadable
-    return value
-
-
-def raised(value: Sum, exponent: int) -> Sum:
-    """A sum to a power of 0 or more. Raises Unreadable for 0 to the 0."""
-    if not value and not exponent:
-        raise Unreadable
-    result = constant(Fraction(1))
-    for _ in range(exponent):
-        result = multiply(result, value)
-    return result
+            powers, coefficient = dict(left), one * other
+            for symbol, power in right:
+                powers[symbol] = powers.get(symbol, 0) + power
+                if isinstance(symbol, int) and powers[symbol] == 2:  # a root times itself
+                    powers[symbol], coefficient = 0, coefficient * symbol
+            terms.append((frozenset(item for item in powers.items() if item[1]), coefficient))
+    return collected(terms)
 
 
 def reciprocal(value: Sum) -> Sum:
@@ -247,20 +216,27 @@ def reciprocal(value: Sum) -> Sum:
     if len(value) != 1:
         raise Unreadable
     [(term, coefficient)] = value.items()
-    sign = -1 if (IMAGINARY, 1) in term.powers else 1  # 1 / i = -i
-    powers = tuple((symbol, 1 if symbol == IMAGINARY else -exponent) for symbol, exponent in term.powers)
-    return {Term(term.radicand, powers): sign / (coefficient * term.radicand)}
+    for symbol, _ in term:
+        if isinstance(symbol, int):
+            coefficient *= symbol  # 1 / root = root / number
+    return {frozenset((symbol, 1 if isinstance(symbol, int) else -power) for symbol, power in term): 1 / coefficient}
 
 
 def root(value: Sum) -> Sum:
     """The square root of a rational number of 0 or more. Raises Unreadable for anything else."""
     square = value.get(ONE, Fraction(0))
-    if value.keys() - {ONE} or square < 0 or square.numerator * square.denominator > MAX_RADICAND:
+    rest = square.numerator * square.denominator  # the root of a/b is that of ab, over b
+    if value.keys() - {ONE} or not 0 <= rest <= MAX_RADICAND:
         raise Unreadable
-    if not square:
+    if not rest:
         return {}
-    outside, inside = 1, square.numerator * square.denominator
-    for prime in range(2, math.isqrt(inside) + 1):
-        while inside % prime**2 == 0:
-            outside, inside = outside * prime, inside // prime**2
-    return {Term(inside, ()): Fraction(outside, square.denominator)}
+    outside, primes, prime = 1, set(), 2
+    while rest > 1:
+        if prime * prime > rest:
+            prime = rest
+        while rest % prime == 0:
+            rest //= prime
+            outside *= prime if prime in primes else 1
+            primes ^= {prime}
+        prime += 1
+    return {frozenset((prime, 1) for prime in primes): Fraction(outside, square.denominator)}
