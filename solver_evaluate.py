@@ -14,7 +14,18 @@ from typing import Literal
 from src import cli, load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.code_solutions.tool_hook import Coding
-from src.config import AskedFlags, Count, CountOrOff, CountOrZero, NonNegative, Seed, Share, TopP, flag
+from src.config import (
+    AskedFlags,
+    CodeFlags,
+    Count,
+    CountOrOff,
+    CountOrZero,
+    NonNegative,
+    Seed,
+    Share,
+    TopP,
+    flag,
+)
 from src.data.encoding import StepKind, encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
@@ -37,7 +48,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverEvaluateConfig(AskedFlags):
+class SolverEvaluateConfig(AskedFlags, CodeFlags):
     """Evaluation"""
 
     task: str = flag(help="""how problems are put and answers found and compared: GSM8K, MATH, MATH-500,

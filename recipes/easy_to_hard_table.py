@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repos
 
 from dataset.toy.generate import Problem, check_steps  # noqa: E402
 from src import cli, runlog  # noqa: E402
-from src.construct.drawing import grader_of  # noqa: E402
+from src.construct.solver import grader_of  # noqa: E402
 from src.data.encoding import split_steps  # noqa: E402
 from src.data.examples import Sample, read_instruction_rows, read_samples  # noqa: E402
 from src.evaluation.metrics import AGGREGATIONS, answer_classes, auc, weighted_vote  # noqa: E402

@@ -12,7 +12,7 @@ sys.path.insert(
 )  # a script's own folder is on the path, the repository is not
 
 from src import cli  # noqa: E402
-from src.construct.files import write  # noqa: E402
+from src.construct.samples import write  # noqa: E402
 
 
 def main(train_file: str, save_file: str) -> None:

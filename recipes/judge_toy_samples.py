@@ -19,9 +19,11 @@ sys.path.insert(
 from dataset.toy.generate import read_step  # noqa: E402
 from recipes.easy_to_hard_table import toy_problems, truths  # noqa: E402
 from src import cli, runlog  # noqa: E402
-from src.construct.files import write  # noqa: E402
-from src.construct.outcomes import outcome_rows  # noqa: E402
-from src.construct.problems import by_problem  # noqa: E402
+from src.construct.from_samples import outcome_rows  # noqa: E402
+from src.construct.samples import (
+    by_problem,  # noqa: E402
+    write,  # noqa: E402
+)
 from src.data.encoding import STEP_END, split_steps  # noqa: E402
 from src.data.examples import Sample, read_samples  # noqa: E402
 
@@ -77,7 +79,7 @@ def main(
     """
     samples = with_cut_samples(read_samples(samples_file), cut_copies, seed)
     for path, found in (
-        (outcome_file, outcome_rows(samples, max_ratio=3.0, rows_a_problem=32, seed=seed)),
+        (outcome_file, outcome_rows(samples, max_ratio=3.0, rows_per_problem=32, seed=seed)),
         (steps_file, step_rows(samples, seed)),
     ):
         write(json.dumps(found[:rows]), path)

@@ -147,7 +147,6 @@ def _pick(
 def _commands_help(commands: Mapping[str, Callable[..., None]], width: int) -> str:
     """The docstring of the script, then what each command does."""
     width, margin = max(40, min(width, 100)), max(map(len, commands)) + 4
-    module = sys.modules[next(iter(commands.values())).__module__]
     lines = [
         textwrap.fill(
             (inspect.getdoc(command) or "").partition("\n")[0],
@@ -157,8 +156,9 @@ def _commands_help(commands: Mapping[str, Callable[..., None]], width: int) -> s
         )
         for name, command in commands.items()
     ]
+    about = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")
     ending = "COMMAND --help lists the flags of a command."
-    return "\n\n".join([_reflow(inspect.cleandoc(module.__doc__ or ""), width), "\n".join(lines), ending])
+    return "\n\n".join([_reflow(about, width), "\n".join(lines), ending])
 
 
 def usage(main: Callable[..., None], width: int) -> str:

@@ -172,13 +172,19 @@ class AskedFlags(PrecisionFlags):
         object; default: what ckpt_dir was trained with""")
     prompt_template: str = flag("", """text or file with {instruction} where the problem goes, \\n for a new
         line; default: the task's""")
-    isolation: Literal["", "bubblewrap", "namespaces", "none"] = flag("", """what the code of solutions with
-        code runs in; default: what this machine has; none = your own rights, under limits alone""")
     backend: Literal["engine", "openai"] = flag("engine", """engine = the checkpoint, in this process; openai
         = a server that speaks the OpenAI protocol""")
     base_url: str = flag("", "the server's address up to /v1, for example http://localhost:8000/v1")
     model_name: str = flag("", "the model's name at the server")
     api_key_env: str = flag("", "name of the environment variable that holds the server's key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeFlags(Config):
+    """Solutions with code"""
+
+    isolation: Literal["", "bubblewrap", "namespaces", "none"] = flag("", """what the code of solutions with
+        code runs in; default: what this machine has; none = your own rights, under limits alone""")
 
 
 @dataclass(frozen=True, kw_only=True)

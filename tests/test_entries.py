@@ -26,7 +26,7 @@ from src.evaluation.prompting import make_prompting
 from src.flags import bind, flags_of, is_path, undocumented
 from src.grading.tasks import find_task
 from tests.reference import hf_model
-from tests.tiny import main_of, make_verifier, split, write_hf_llama, write_tokenizer
+from tests.tiny import build, main_of, make_verifier, split, write_hf_llama, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -931,7 +931,7 @@ def test_verifiers_of_outcomes_and_steps_from_samples_to_scores(
         for n, (text, outcome) in enumerate(zip(texts[i], ("right", "wrong"), strict=True))
     ]
     write_json(here / "graded_two.json", samples)
-    data_build.outcome("graded_two.json", "o.json")
+    build.outcome("graded_two.json", "o.json")
     steps = [
         {
             "instruction": row["prompt"],

@@ -38,8 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "code_solutions", "data", "grading", "inference", "models", "parallel", "runlog", "text"
     },
     "construct": {
-        "checkpoint", "code_solutions", "data", "evaluation", "grading", "inference", "models", "parallel", "runlog",
-        "text",
+        "checkpoint", "code_solutions", "config", "data", "evaluation", "grading", "inference", "load", "models",
+        "parallel", "runlog", "text",
     },
     "training": {
         "checkpoint", "config", "data", "flags", "grading", "inference", "load", "losses", "models", "parallel",

@@ -27,6 +27,7 @@ from src.errors import UserError
 from src.flags import REPLACED, WRITTEN, flags_of, is_path, parse
 from tests.conftest import Folders
 from tests.ranks import ROOT, command
+from tests.tiny import build
 
 SCRIPTS = (checkpoint_split, solver_train, solver_evaluate, verifier_train, verifier_evaluate, preference_train,
            preference_evaluate, ppo_train, prepare)  # fmt: skip
@@ -246,7 +247,7 @@ def test_two_evaluations_do_not_write_in_one_directory(folders: Folders, tmp_pat
                 )
             )
         with pytest.raises(UserError, match=message):
-            data_build.attempts("toy", flags["label_file"], flags["log_dir"], folders.one)
+            build.attempts("toy", flags["label_file"], flags["log_dir"], folders.one)
         process.kill()
     solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**flags))
     assert len((tmp_path / "log/samples.jsonl").read_text().splitlines()) == 1

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import data_build
 import preference_evaluate
 import preference_train
 from src import parallel
 from src.checkpoint import storage
 from tests.test_entries import PROBLEMS, teach, write_json
-from tests.tiny import main_of, split, write_hf_llama
+from tests.tiny import build, main_of, split, write_hf_llama
 
 BRANCH = {"attempts": 20, "max_new_tokens": 8, "max_batch_size": 16, "pairs_a_problem": 2}
 TRAIN = {"lr": 1e-4, "max_batch_size": 4, "held_out": 0.3}
@@ -40,9 +39,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for line in lines:  # the tiny model writes no steps of its own
             line["response"] = stepwise(by_prompt[line["prompt"]], line["response"])
         samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        data_build.pairs("log/samples.jsonl", "ordinary.json", pairs_a_problem=9)
-        data_build.branch("toy", "log/samples.jsonl", "branches", "branches.json", base, **BRANCH)
-        data_build.mix("ordinary.json", "branches.json", "mix.json", "control.json", share=0.4)
+        build.pairs("log/samples.jsonl", "ordinary.json", pairs_a_problem=9)
+        build.branch("toy", "log/samples.jsonl", "branches", "branches.json", base, **BRANCH)
+        build.mix("ordinary.json", "branches.json", "mix.json", "control.json", share=0.4)
         preference_train.main(
             preference_train.PreferenceTrainConfig(
                 ckpt_dir=base, save_dir="scdpo", train_file="mix.json", **TRAIN
@@ -93,6 +92,6 @@ def test_scdpo_26_a_rerun_goes_on_by_id(path: Path, monkeypatch: pytest.MonkeyPa
     samples, expected = path / "branches/samples.jsonl", (path / "branches.json").read_bytes()
     lines = samples.read_text().splitlines(keepends=True)
     samples.write_text("".join(lines[2:][::-1]))
-    data_build.branch("toy", "log/samples.jsonl", "branches", "branches.json", str(path / "base"), **BRANCH)
+    build.branch("toy", "log/samples.jsonl", "branches", "branches.json", str(path / "base"), **BRANCH)
     assert (path / "branches.json").read_bytes() == expected
     assert samples.read_text().splitlines(keepends=True) == lines

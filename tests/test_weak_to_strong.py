@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import data_build
 from src import parallel
 from src.checkpoint import storage
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
 from src.grading.tasks import find_task
 from tests.test_entries import PROBLEMS, teach, write_json
-from tests.tiny import main_of, split, write_hf_llama
+from tests.tiny import build, main_of, split, write_hf_llama
 
 SOLVER_TRAIN = main_of("solver_train", "ckpt_dir", "save_dir", "train_file")
 EVALUATE = main_of("solver_evaluate", "task", "label_file", "log_dir", "ckpt_dir")
@@ -35,26 +34,26 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_json(folder / "train.json", PROBLEMS)
-        data_build.split("train.json", "train_1.json", "train_2.json", share=0.25)
+        build.split("train.json", "train_1.json", "train_2.json", share=0.25)
         solver_train(base, "weak", "train_1.json", **TRAIN)
         evaluate("toy", "train_2.json", "log/weak", "weak", **SAMPLE)
         evaluate("toy", "train_2.json", "log/icl", base, temperature=1.0, **SAMPLE)  # so that they differ
-        data_build.full_weak("log/weak/samples.jsonl", "full_weak.json", weak_model="weak")
-        data_build.weak_icl(
+        build.full_weak("log/weak/samples.jsonl", "full_weak.json", weak_model="weak")
+        build.weak_icl(
             "log/weak/samples.jsonl", "log/icl/samples.jsonl", "stage_1", weak_model="weak", strong_model=base
         )
         for name in ("weak", "icl", "hybrid"):
             solver_train(base, f"plus/{name}", f"stage_1/{name}.json", **TRAIN)
         for name in ("weak", "icl"):
             evaluate("toy", "train_2.json", f"log/2/{name}", f"plus/{name}", temperature=0.7, **SAMPLE)
-        data_build.weak_icl(
+        build.weak_icl(
             "log/2/weak/samples.jsonl", "log/2/icl/samples.jsonl", "stage_2", weak_model="plus/weak",
             strong_model="plus/icl",
         )  # fmt: skip
         solver_train(base, "plus/hybrid_2", "stage_2/hybrid.json", **TRAIN)
         evaluate("toy", "train_2.json", "log/plus", "plus/hybrid", num_samples=10, temperature=1.0, **SAMPLE)
-        data_build.vote("log/plus/samples.jsonl", "votes.jsonl", strong_model="plus/hybrid")
-        data_build.contrast(
+        build.vote("log/plus/samples.jsonl", "votes.jsonl", strong_model="plus/hybrid")
+        build.contrast(
             "votes.jsonl",
             "log/weak/samples.jsonl",
             "pairs.json",
@@ -74,7 +73,7 @@ def few_shot(path: Path) -> Path:
         patch.chdir(path)
         solver_train, evaluate = SOLVER_TRAIN, EVALUATE
         samples, shown = "log/weak/samples.jsonl", "demonstrations.json"
-        data_build.demonstrations(samples, shown, shots=2, weak_model="weak", prompt_template="a {instruction}\\nb",
+        build.demonstrations(samples, shown, shots=2, weak_model="weak", prompt_template="a {instruction}\\nb",
                                   stop=["\na"])  # fmt: skip
         text = make_prompting(find_task("toy"), shown).text
         write_json(
@@ -88,11 +87,11 @@ def few_shot(path: Path) -> Path:
         )
         solver_train("base", "reader", "context.json", lr=5e-3, epochs=12, max_batch_size=16)
         evaluate("toy", "train_2.json", "log/shown", "reader", few_shot=shown, **SAMPLE | {"max_new_tokens": 24})
-        data_build.weak_icl(samples, "log/shown/samples.jsonl", "stage_1_shown", weak_model="weak",
+        build.weak_icl(samples, "log/shown/samples.jsonl", "stage_1_shown", weak_model="weak",
                             strong_model="reader", demonstrations_file=shown)  # fmt: skip
         solver_train("reader", "plus/shown", "stage_1_shown/hybrid.json", **TRAIN)
         evaluate("toy", "train_2.json", "log/plus_shown", "plus/shown", num_samples=4, temperature=1.0, **SAMPLE)
-        data_build.vote("log/plus_shown/samples.jsonl", "votes_shown.jsonl", strong_model="plus/shown")
+        build.vote("log/plus_shown/samples.jsonl", "votes_shown.jsonl", strong_model="plus/shown")
     return path
 
 
@@ -155,7 +154,7 @@ def test_w2s_14_the_second_round_s_filter_reads_both_models_of_the_first(
     assert hybrid == [row for pair in zip(weak, icl, strict=True) for row in pair]
     monkeypatch.chdir(path)
     with pytest.raises(UserError, match="was sampled from the model"):
-        data_build.weak_icl(
+        build.weak_icl(
             "log/2/weak/samples.jsonl", "log/2/icl/samples.jsonl", "other", strong_model="base"
         )
 
@@ -172,12 +171,12 @@ def test_w2s_17_votes_of_another_model_or_scorer_are_refused(
 ) -> None:
     monkeypatch.chdir(path)
     with pytest.raises(UserError, match="log/icl/samples.jsonl was sampled from the model .* but weak is"):
-        data_build.contrast("votes.jsonl", "log/icl/samples.jsonl", "other.json", weak_model="weak")
+        build.contrast("votes.jsonl", "log/icl/samples.jsonl", "other.json", weak_model="weak")
     EVALUATE(
         "MATH", "train_2.json", "log/math", samples_file="log/weak/samples.jsonl"
     )
     with pytest.raises(UserError, match="has no samples.identity.json beside it"):
-        data_build.contrast("votes.jsonl", "log/math/samples.jsonl", "other.json")
+        build.contrast("votes.jsonl", "log/math/samples.jsonl", "other.json")
     assert not (path / "other.json").exists()
 
 

@@ -2,16 +2,18 @@
 
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import sentencepiece
 import torch
 
 import checkpoint_split
+import data_build
 from src import load
 from src.checkpoint import saving, storage
-from src.flags import config_of
+from src.flags import config_of, flags_of
 from src.text.tokenizer import Tokenizer
 
 ALPHABET = "0123456789+-=# \nabcdefgh"
@@ -74,10 +76,24 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def main_of(name: str, *first: str) -> Callable[..., None]:
     """A script's main as a function of its flags; `first` names those that may be given by position."""
-    main = importlib.import_module(name).main
+    return _by_flags(importlib.import_module(name).main, first)
+
+
+def _by_flags(main: Callable[..., None], first: Sequence[str]) -> Callable[..., None]:
     config = config_of(main)
 
     def run(*values: object, **flags: object) -> None:
         main(config(**dict(zip(first, values, strict=False)), **flags))
 
     return run
+
+
+def _command_of(name: str) -> Callable[..., None]:
+    flags = flags_of(data_build.COMMANDS[name])
+    required = [flag.name for flag in flags.values() if flag.required]
+    optional = [name for name in ("ckpt_dir", "control_file") if name in flags]
+    return _by_flags(data_build.COMMANDS[name], required + optional)
+
+
+# The commands of data_build.py as functions of their flags, the required ones by position.
+build = SimpleNamespace(**{name: _command_of(name) for name in data_build.COMMANDS})

@@ -1,4 +1,4 @@
-"""Solutions gone on with from a given beginning: rollouts that judge a step, and branches that go wrong behind one."""
+"""Solutions continued from a prefix: rollouts that judge a step, and branches that go wrong after it."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,48 +22,8 @@ from src.text.tokenizer import Tokenizer
 EOS, LENGTH, CONTEXT_FULL, TOO_MANY_STEPS = "eos", "length", "context full", "too many steps"
 
 
-class Begun(NamedTuple):
-    """A solution of which the first k steps are given; prompt.id names it: PROBLEM/SAMPLE/K."""
-
-    prompt: Prompt
-    sample: Sample
-    steps: list[str]  # of the whole solution, each with what parts it from the next
-    k: int
-    step_end: str  # what parts them
-
-    @property
-    def prefix(self) -> str:
-        """The given steps as text."""
-        return "".join(self.steps[: self.k])
-
-    @property
-    def rest(self) -> str:
-        """What the solution itself says behind them."""
-        return "".join(self.steps[self.k :])
-
-
-def step_end_of(solution: str, otherwise: str = STEP_END) -> str:
-    """What ends a step of a solution: of one with code a block's end."""
-    return Marker.END_OF_BLOCK if ANY_MARKER.search(solution) else otherwise
-
-
-def whole_steps(solution: str, step_end: str = STEP_END) -> list[str]:
-    """The steps of a solution, which join to it: paragraphs or lines, or the blocks of one with code."""
-    if step_end == Marker.END_OF_BLOCK:
-        return [f"{block}{step_end}" for block in solution.split(step_end)[:-1]]
-    *steps, last = split_steps(solution, step_end)
-    return [step + step_end for step in steps] + [last]
-
-
-def begun(sample: Sample, k: int, step_end: str = STEP_END) -> Begun:
-    """A sample's solution up to its k-th step."""
-    name = f"{sample.id}/{sample.sample}/{k}"
-    prompt = Prompt(name, sample.prompt, str(sample.values.get("label") or ""), None, None)
-    return Begun(prompt, sample, whole_steps(sample.response, step_end), k, step_end)
-
-
 class Solver(NamedTuple):
-    """What goes on with solutions in this process; a ServedSolver does at a server.
+    """What continues solutions in this process; a ServedSolver does at a server.
 
     source: what its samples depend on beside the sampling.
     """
@@ -72,18 +32,58 @@ class Solver(NamedTuple):
     tokenizer: Tokenizer
     prompting: Prompting
     max_batch_size: int
-    coding: Coding | None = None  # of one that writes solutions with code
+    coding: Coding | None = None  # of a model that writes solutions with code
     source: Mapping[str, object] = {}
 
     def sampler(self, sampling: Sampling) -> Sampler:
-        """Whole solutions, as sample_prompts() takes them."""
+        """Make a sampler of whole solutions."""
         return local_sampler(
             self.model, self.tokenizer, self.prompting, sampling, self.max_batch_size, coding=self.coding
         )
 
 
-class Asked(NamedTuple):
-    """A text to go on with; (id, sample) seeds its randomness."""
+class Truncated(NamedTuple):
+    """A solution cut after its first k steps; prompt.id names it: PROBLEM/SAMPLE/K."""
+
+    prompt: Prompt
+    sample: Sample
+    steps: list[str]  # of the whole solution, each with what parts it from the next
+    k: int
+    step_end: str
+
+    @property
+    def prefix(self) -> str:
+        """The first k steps as text."""
+        return "".join(self.steps[: self.k])
+
+    @property
+    def rest(self) -> str:
+        """How the solution itself continues."""
+        return "".join(self.steps[self.k :])
+
+
+def truncate_at_step(sample: Sample, k: int, step_end: str = STEP_END) -> Truncated:
+    """Cut a sample's solution after its k-th step."""
+    name = f"{sample.id}/{sample.sample}/{k}"
+    prompt = Prompt(name, sample.prompt, str(sample.values.get("label") or ""), None, None)
+    return Truncated(prompt, sample, split_into_steps(sample.response, step_end), k, step_end)
+
+
+def split_into_steps(solution: str, step_end: str = STEP_END) -> list[str]:
+    """Split a solution into steps that join to it: paragraphs or lines, or the blocks of one with code."""
+    if step_end == Marker.END_OF_BLOCK:
+        return [f"{block}{step_end}" for block in solution.split(step_end)[:-1]]
+    *steps, last = split_steps(solution, step_end)
+    return [step + step_end for step in steps] + [last]
+
+
+def step_end_of(solution: str) -> str:
+    """What ends a step of a solution: the end of a paragraph, or of a block in one with code."""
+    return Marker.END_OF_BLOCK if ANY_MARKER.search(solution) else STEP_END
+
+
+class ContinuationRequest(NamedTuple):
+    """A prefix to continue; (id, sample) seeds its randomness."""
 
     id: str
     sample: int
@@ -91,93 +91,95 @@ class Asked(NamedTuple):
     prefix: str
 
 
-class Continued(NamedTuple):
-    """What follows the prefix, and its end: EOS, LENGTH, the stop string that was met, or why there is none.
+class Continuation(NamedTuple):
+    """What follows the prefix, and its end: EOS, LENGTH, the stop string that came, or why there is no text.
 
-    A server may not say the number of tokens and their log-prob.
+    A server may not report the number of tokens and their log-prob (sum over tokens, nats).
     """
 
-    asked: Asked
+    request: ContinuationRequest
     text: str
     n_tokens: int | None
     logprob: float | None
     end: str
 
 
-def continuations(
-    solver: Solver | ServedSolver, asked: Sequence[Asked], sampling: Sampling
-) -> Iterator[Continued]:
-    """Go on from every prefix, as each is done; samples of one prefix share its reading.
+def generate_continuations(
+    solver: Solver | ServedSolver, requests: Sequence[ContinuationRequest], sampling: Sampling
+) -> Iterator[Continuation]:
+    """Continue every prefix, yielding each as it finishes; samples of one prefix share its prefill.
 
-    All ranks call this and get the same ones in the same order. A prefix that fills the context is not gone on from:
-    it ends as CONTEXT_FULL, and at a server with what the server says.
+    All ranks call this and get the same ones in the same order. A prefix that fills the context ends as CONTEXT_FULL,
+    and at a server with what the server says.
     """
     if isinstance(solver, ServedSolver):
-        yield from _continued_by_server(solver, asked, sampling)
+        yield from _generate_at_server(solver, requests, sampling)
         return
-    tokenizer, requests, places = solver.tokenizer, [], {}
+    tokenizer, engine_requests, by_key = solver.tokenizer, [], {}
     vocabulary = vocabulary_of(tokenizer)
-    for item in asked:
-        text = solver.prompting.text(item.instruction)
-        ids = encode_prompt(tokenizer, text, item.prefix)
+    for request in requests:
+        text = solver.prompting.text(request.instruction)
+        ids = encode_prompt(tokenizer, text, request.prefix)
         if len(ids) >= solver.model.config.max_seq_len:
-            yield Continued(item, "", 0, 0.0, CONTEXT_FULL)
+            yield Continuation(request, "", 0, 0.0, CONTEXT_FULL)
             continue
-        requests.append(Request(item.id, item.sample, ids))
-        places[item.id, item.sample] = item, ids[len(encode_prompt(tokenizer, text)) :]
-    for done in generate(
-        solver.model,
-        requests,
-        sampling,
-        vocabulary=vocabulary,
-        max_batch_size=solver.max_batch_size,
-    ):
-        item, before = places[done.request.id, done.request.sample]
-        # read behind the prefix: a vocabulary may drop a space at the beginning of a text, but not in the middle
-        text = vocabulary.decode([*before, *done.tokens])[len(vocabulary.decode(before)) :]
-        met = min((stop for stop in sampling.stop if stop in text), key=text.index, default="")
-        end = met or (EOS if done.tokens[-1] in tokenizer.stop_ids else LENGTH)
-        yield Continued(
-            item, text.partition(met)[0] if met else text, len(done.tokens), sum(done.logprobs), end
-        )
+        engine_requests.append(Request(request.id, request.sample, ids))
+        by_key[request.id, request.sample] = request, ids[len(encode_prompt(tokenizer, text)) :]
+    completions = generate(
+        solver.model, engine_requests, sampling, vocabulary=vocabulary, max_batch_size=solver.max_batch_size
+    )
+    for done in completions:
+        request, prefix_ids = by_key[done.request.id, done.request.sample]
+        # decoded together with the prefix: a vocabulary may drop a space at the start of a text, but not within it
+        text = vocabulary.decode([*prefix_ids, *done.tokens])[len(vocabulary.decode(prefix_ids)) :]
+        stop = min((stop for stop in sampling.stop if stop in text), key=text.index, default="")
+        end = stop or (EOS if done.tokens[-1] in tokenizer.stop_ids else LENGTH)
+        text = text.partition(stop)[0] if stop else text
+        yield Continuation(request, text, len(done.tokens), sum(done.logprobs), end)
 
 
-def _continued_by_server(
-    solver: ServedSolver, asked: Sequence[Asked], sampling: Sampling
-) -> Iterator[Continued]:
-    """continuations() of a server. It does not say which stop string it met, so the end of a step is looked for here;
-    what it wrote behind one is dropped."""
-    items = {(item.id, item.sample): item for item in asked}
-    requests = [RemoteRequest(*key, solver.prompt(item.instruction, item.prefix)) for key, item in items.items()]
-    for answer in solver.complete(requests, replace(sampling, stop=solver.prompting.stop)):
-        item = items[answer.request.id, answer.request.sample]
+def _generate_at_server(
+    solver: ServedSolver, requests: Sequence[ContinuationRequest], sampling: Sampling
+) -> Iterator[Continuation]:
+    """generate_continuations() by a server.
+
+    A server does not say which stop string came, so it is not sent those that end a step: the first is looked for here,
+    and what the server wrote after it is dropped.
+    """
+    by_key = {(request.id, request.sample): request for request in requests}
+    remote = [RemoteRequest(*key, solver.prompt(one.instruction, one.prefix)) for key, one in by_key.items()]
+    for answer in solver.complete(remote, replace(sampling, stop=solver.prompting.stop)):
+        request = by_key[answer.request.id, answer.request.sample]
         if answer.reply is None:
-            yield Continued(item, "", None, None, answer.error)
+            yield Continuation(request, "", None, None, answer.error)
             continue
-        text, met, reply = until(answer.reply, sampling.stop)
-        end = met or (EOS if reply.finish == "stop" else LENGTH)
-        yield Continued(item, text, reply.token_count, reply.logprob, end)
+        text, stop, reply = until(answer.reply, sampling.stop)
+        end = stop or (EOS if reply.finish == "stop" else LENGTH)
+        yield Continuation(request, text, reply.token_count, reply.logprob, end)
 
 
 def rollout_sampler(solver: Solver | ServedSolver, prefixes: Mapping[str, str], sampling: Sampling) -> Sampler:
-    """Whole solutions that begin with the prefix of their id, as sample_prompts() takes them."""
+    """Make a sampler of whole solutions that begin with the prefix of their id."""
 
     def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
-        asked = [
-            Asked(prompt.id, number, prompt.instruction, prefixes[prompt.id]) for prompt, number in wanted
-        ]
-        for found in continuations(solver, asked, sampling):
+        requests = [ContinuationRequest(prompt.id, number, prompt.instruction, prefixes[prompt.id])
+                    for prompt, number in wanted]  # fmt: skip
+        for found in generate_continuations(solver, requests, sampling):
             error = "" if found.end in (EOS, LENGTH, *sampling.stop) else found.end
-            finish = "length" if found.end == LENGTH else "stop"
-            response = found.asked.prefix + found.text
-            logprob = None if found.logprob is None else round(found.logprob, 1)
-            yield SamplerOutput(found.asked.id, found.asked.sample, response, found.n_tokens, finish, logprob, error)
+            yield _as_sample(found, found.request.sample, "length" if found.end == LENGTH else "stop", error)
 
     return sample
 
 
-class Schedule(NamedTuple):
-    """The temperature of each step behind the given ones: from `start` up by `rise` a step, `cap` at most."""
+def _as_sample(found: Continuation, number: int, finish: str, error: str = "") -> SamplerOutput:
+    # a tenth of a nat: further digits depend on the batch, and a rerun would change the file
+    logprob = None if found.logprob is None else round(found.logprob, 1)
+    response = found.request.prefix + found.text
+    return SamplerOutput(found.request.id, number, response, found.n_tokens, finish, logprob, error)
+
+
+class TemperatureSchedule(NamedTuple):
+    """The temperature of each new step: from `start` up by `rise` a step, `cap` at most."""
 
     start: float
     rise: float
@@ -188,132 +190,115 @@ class Schedule(NamedTuple):
         return min(self.start + self.rise * step, self.cap)
 
 
-class Written(NamedTuple):
-    """A continuation of several steps and how it ended; as Continued, as Coding says, or TOO_MANY_STEPS."""
+class StepSampling(NamedTuple):
+    """How continuations are sampled step by step; max_new_tokens bounds one step."""
 
-    text: str
-    n_tokens: int | None
-    logprob: float | None
-    end: str
+    schedule: TemperatureSchedule
+    max_steps: int
+    max_new_tokens: int
+    seed: int
+    step_end: str = STEP_END
 
 
 def branching_sampler(
     solver: Solver | ServedSolver,
     prefixes: Mapping[str, str],
-    schedule: Schedule,
-    outcome: Callable[[str, str], str],
-    *,
+    sampling: StepSampling,
+    grade: Callable[[str, str], str],
     attempts: int,
-    max_steps: int,
-    max_new_tokens: int,
-    seed: int,
-    step_end: str = STEP_END,
 ) -> Sampler:
-    """Wrong solutions that begin with the prefix of their id (Lu et al. 2024, Step-Controlled DPO, section 3.2).
+    """Make a sampler of wrong solutions that begin with the prefix of their id (Lu et al. 2024, section 3.2).
 
-    Each is tried up to `attempts` times, a step at a time with rising temperature, until it ends with a wrong
-    answer; attempts go in waves(), and the first that is wrong counts, so that the result is that of one after the
-    other. One that never is wrong is an error, and so is one that never ends. outcome(response, label) is asked on
-    rank 0 alone. max_new_tokens bounds a step.
+    Each is tried up to `attempts` times, until one ends with a wrong answer; the first that is wrong counts, however
+    many are made at once. A prefix that never goes wrong, or whose attempts never end, gives an error.
+    grade(response, label) -> outcome is called on rank 0 alone.
     """
 
     def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
-        live = {prompt.id: (prompt, number) for prompt, number in wanted}
-        ends: dict[str, str] = {}
-        for wave in waves(attempts):
-            if not live:
+        open_prompts = {prompt.id: (prompt, number) for prompt, number in wanted}
+        last_end: dict[str, str] = {}
+        for batch in doubling_ranges(attempts):
+            if not open_prompts:
                 break
-            asked = [Asked(p.id, n, p.instruction, prefixes[p.id]) for p, _ in live.values() for n in wave]
-            written = write_steps(
-                solver,
-                asked,
-                schedule,
-                max_steps=max_steps,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                step_end=step_end,
-            )
-            labels = {name: prompt.label or "" for name, (prompt, _) in live.items()}
-            verdicts = on_rank_0(
-                lambda found=written, labels=labels: {
-                    f"{item.id}/{item.sample}": outcome(item.prefix + text.text, labels[item.id])
-                    for item, text in found.items()
+            requests = [ContinuationRequest(prompt.id, attempt, prompt.instruction, prefixes[prompt.id])
+                        for prompt, _ in open_prompts.values() for attempt in batch]  # fmt: skip
+            continuations = generate_stepwise(solver, requests, sampling)
+            labels = {name: prompt.label or "" for name, (prompt, _) in open_prompts.items()}
+            outcomes = on_rank_0(
+                lambda continuations=continuations, labels=labels: {
+                    f"{one.id}/{one.sample}": grade(one.prefix + found.text, labels[one.id])
+                    for one, found in continuations.items()
                 }
             )
-            for item, found in written.items():
-                verdict = verdicts[f"{item.id}/{item.sample}"]
-                ends[item.id] = f"{found.end}, {verdict}"
-                ended = found.end in (EOS, *solver.prompting.stop) and found.text.strip()
-                if item.id in live and ended and verdict == "wrong":
-                    _, number = live.pop(item.id)
-                    response = item.prefix + found.text
-                    logprob = None if found.logprob is None else round(found.logprob, 1)
-                    yield SamplerOutput(item.id, number, response, found.n_tokens, "stop", logprob)
-        for name, (_, number) in live.items():
-            error = f"not wrong in {attempts} attempts; the last: {ends[name]}"
+            for request, found in continuations.items():
+                outcome = outcomes[f"{request.id}/{request.sample}"]
+                last_end[request.id] = f"{found.end}, {outcome}"
+                has_ended = found.end in (EOS, *solver.prompting.stop) and found.text.strip()
+                if request.id in open_prompts and has_ended and outcome == "wrong":
+                    _, number = open_prompts.pop(request.id)
+                    yield _as_sample(found, number, "stop")
+        for name, (_, number) in open_prompts.items():
+            error = f"not wrong in {attempts} attempts; the last: {last_end[name]}"
             yield SamplerOutput(name, number, "", None, "", None, error)
 
     return sample
 
 
-def waves(attempts: int) -> Iterator[range]:
-    """The numbers of attempts in groups that double, to be made at once: many solutions need few attempts, and the
-    few that need many would else decode one by one."""
+def doubling_ranges(n: int) -> Iterator[range]:
+    """Yield the numbers below n in ranges that double.
+
+    Attempts of one range are made at once: most prefixes need few, and the few that need many would otherwise decode
+    one by one.
+    """
     first = 0
-    while first < attempts:
-        yield range(first, min(2 * first + 1, attempts))
+    while first < n:
+        yield range(first, min(2 * first + 1, n))
         first = 2 * first + 1
 
 
-def write_steps(
-    solver: Solver | ServedSolver,
-    asked: Sequence[Asked],
-    schedule: Schedule,
-    *,
-    max_steps: int,
-    max_new_tokens: int,
-    seed: int,
-    step_end: str = STEP_END,
-) -> dict[Asked, Written]:
-    """Go on from every prefix step by step, each step at its own temperature, all texts in step.
+def generate_stepwise(
+    solver: Solver | ServedSolver, requests: Sequence[ContinuationRequest], sampling: StepSampling
+) -> dict[ContinuationRequest, Continuation]:
+    """Continue every prefix a step at a time, all in lockstep, each step at its own temperature.
 
-    The steps of a solution with code are its blocks; what its code prints is put behind them.
+    The steps of a solution with code are its blocks; what its code prints is appended to them.
     """
-    written = {item: Written("", 0, 0.0, "") for item in asked}
-    for step in range(max_steps):
-        sampling = Sampling(
-            temperature=schedule.at(step),
-            max_new_tokens=max_new_tokens,
-            stop=(step_end, *solver.prompting.stop),
-            seed=seed,
+    found = {request: Continuation(request, "", 0, 0.0, "") for request in requests}
+    for step in range(sampling.max_steps):
+        step_sampling = Sampling(
+            temperature=sampling.schedule.at(step),
+            max_new_tokens=sampling.max_new_tokens,
+            stop=(sampling.step_end, *solver.prompting.stop),
+            seed=sampling.seed,
         )
-        sampling = solver.coding.sampling(sampling) if solver.coding else sampling
-        # the id counts the step, so that each draws its own random numbers
-        going = {(f"{item.id}/{step}", item.sample): item for item in asked if not written[item].end}
-        if not going:
+        if solver.coding:
+            step_sampling = solver.coding.sampling(step_sampling)
+        # the id counts the step, so that each has random numbers of its own
+        active = {(f"{one.id}/{step}", one.sample): one for one in requests if not found[one].end}
+        if not active:
             break
-        requests = [
-            item._replace(id=name, prefix=item.prefix + written[item].text)
-            for (name, _), item in going.items()
-        ]
-        for found in continuations(solver, requests, sampling):
-            item = going[found.asked.id, found.asked.sample]
-            before, more = written[item], found.end == step_end
-            written[item] = Written(
-                before.text + found.text + (step_end if more else ""),
-                _sum(before.n_tokens, found.n_tokens),
-                _sum(before.logprob, found.logprob),
-                ""
-                if more
-                else MALFORMED
-                if solver.coding and found.text
-                else found.end,  # it ends within a block
+        step_requests = [one._replace(id=name, prefix=one.prefix + found[one].text)
+                         for (name, _), one in active.items()]  # fmt: skip
+        for new in generate_continuations(solver, step_requests, step_sampling):
+            request = active[new.request.id, new.request.sample]
+            goes_on = new.end == sampling.step_end
+            end = "" if goes_on else new.end
+            if end and solver.coding and new.text:
+                end = MALFORMED  # it stopped within a block
+            before = found[request]
+            found[request] = Continuation(
+                request,
+                before.text + new.text + (sampling.step_end if goes_on else ""),
+                _sum(before.n_tokens, new.n_tokens),
+                _sum(before.logprob, new.logprob),
+                end,
             )
         if solver.coding:
-            _execute(solver.coding, [item for item in going.values() if not written[item].end], written)
-    return {
-        item: found if found.end else found._replace(end=TOO_MANY_STEPS) for item, found in written.items()
-    }
+            unfinished = [one for one in active.values() if not found[one].end]
+            executed = solver.coding.behind([one.prefix + found[one].text for one in unfinished])
+            for one, (output, reason) in zip(unfinished, executed, strict=True):
+                found[one] = found[one]._replace(text=found[one].text + output, end=reason)
+    return {one: item if item.end else item._replace(end=TOO_MANY_STEPS) for one, item in found.items()}
 
 
 def _sum(one: float | None, other: float | None) -> float | None:
@@ -321,22 +306,13 @@ def _sum(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one + other
 
 
-def _execute(coding: Coding, asked: Sequence[Asked], written: dict[Asked, Written]) -> None:
-    """Put what their code prints behind these solutions, in place."""
-    answers = [item.prefix + written[item].text for item in asked]
-    for item, (shown, reason) in zip(asked, coding.behind(answers), strict=True):
-        written[item] = written[item]._replace(text=written[item].text + shown, end=reason)
-
-
-def replayable(jobs: Sequence[Begun], coding: Coding) -> list[Begun]:
-    """Those of solutions whose code prints again what stands in them; all ranks call this."""
+def replayable(jobs: Sequence[Truncated], coding: Coding) -> list[Truncated]:
+    """Keep those of solutions whose code prints again what the solution shows; all ranks call this."""
     responses = {job.sample.id: job.sample.response for job in jobs}
-    verdicts = on_rank_0(
-        lambda: {name: str(coding.replays(response)) for name, response in responses.items()}
-    )
-    return [job for job in jobs if verdicts[job.sample.id] == str(True)]
+    replays = on_rank_0(lambda: {name: str(coding.replays(text)) for name, text in responses.items()})
+    return [job for job in jobs if replays[job.sample.id] == str(True)]
 
 
-def on_rank_0(verdicts: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """What rank 0 says, on every rank: a timeout on one alone would part their ways."""
-    return json.loads(parallel.broadcast_text(json.dumps(verdicts()) if parallel.rank() == 0 else None))
+def on_rank_0(compute: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """Compute on rank 0 and broadcast: a timeout on one rank alone would let the ranks take different paths."""
+    return json.loads(parallel.broadcast_text(json.dumps(compute()) if parallel.rank() == 0 else None))

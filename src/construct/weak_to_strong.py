@@ -1,99 +1,163 @@
 """Supervision from a weak model (Yang et al. 2024, Weak-to-Strong Reasoning): agreement, votes, contrast.
 
-Nothing here reads a gold answer: only `answer`, what was found in a response, and never `label` or `outcome`.
+Each command with its flags, then what it computes. Nothing but `report` reads a gold answer: only `answer`, what was
+found in a response, and never `label` or `outcome`.
 """
 
+import json
 import random
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from src.data.examples import Sample, Vote
+from src import runlog
+from src.config import Count, CountOrOff, Seed, Share, flag
+from src.construct.provenance import read_provenance, same_rules, write_provenance
+from src.construct.samples import (
+    SAMPLE_MORE,
+    BuildConfig,
+    OneFileConfig,
+    Row,
+    SamplesConfig,
+    log_counts,
+    read_graded,
+    save,
+    write,
+)
+from src.construct.solver import grader_of
+from src.data.examples import Sample, Vote, read_instruction_rows, read_samples, read_votes
 from src.errors import UserError
 from src.evaluation.metrics import Equal, answer_classes, weighted_vote
 from src.grading.answer_types import AnswerType
+from src.grading.tasks import check_template
 from src.jsonfile import read_json
 
-Row = dict[str, object]
+
+@dataclass(frozen=True, kw_only=True)
+class WeakSamplesConfig(SamplesConfig):
+    """Samples of the weak model"""
+
+    samples_file: str = flag(help="graded samples.jsonl of the weak model, one a problem")
+    weak_model: str = flag("", """checkpoint directory, or name at a server, that the samples must be of; default:
+        not checked""")
 
 
-class Agreement(NamedTuple):
-    """Rows of the weak model, of the strong one, both in turns, and what became of every problem."""
-
-    weak: list[Row]
-    icl: list[Row]
-    hybrid: list[Row]
-    counts: Counter[str]
-
-
-class Contrast(NamedTuple):
-    """Pairs, and what became of every problem."""
-
-    pairs: list[Row]
-    counts: Counter[str]
+def full_weak(config: WeakSamplesConfig) -> None:
+    """All that the weak model wrote, right or wrong, as instruction data: the baseline of weak-to-strong."""
+    provenance = read_provenance(config.samples_file, config.weak_model)
+    samples = read_one_per_problem(config.samples_file)
+    rows = [row for sample in samples.values() if (row := instruction_row(sample))["output"]]
+    runlog.logger().info("%d of %d responses left out: empty", len(samples) - len(rows), len(samples))
+    save(rows, "responses", "all are empty", config.samples_file, config.save_file, config.dry_run)
+    if not config.dry_run:
+        write_provenance(config.save_file, provenance)
 
 
-def normalized_question(text: str) -> str:
-    """A question as it counts for being the same: letters in one case and one width, words apart by one space."""
-    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
-
-
-def split_problems(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows `{"instruction", ...}` in two parts that have no question in common, both in the order of the file.
-
-    The first part has `share` of the questions; which ones follows from the seed.
-    """
-    questions = sorted({normalized_question(str(row["instruction"])) for row in rows})
-    first = set(random.Random(seed).sample(questions, round(share * len(questions))))
-    sides: tuple[list[Row], list[Row]] = ([], [])
-    for row in rows:
-        sides[normalized_question(str(row["instruction"])) not in first].append(row)
-    return sides
-
-
-def overlap(rows: Iterable[Row], test: Iterable[Row]) -> set[str]:
-    """The normalised questions that both have."""
-    first, second = ({normalized_question(str(row["instruction"])) for row in side} for side in (rows, test))
-    return first & second
-
-
-def one_each(samples: Sequence[Sample], source: str) -> dict[str, Sample]:
-    """The samples by problem, one of each. Raises UserError for a second one."""
+def read_one_per_problem(file: str) -> dict[str, Sample]:
+    """Read samples by problem. Raises UserError for a second one of a problem."""
     found: dict[str, Sample] = {}
-    for sample in samples:
+    for sample in read_samples(file):
         if sample.id in found:
-            raise UserError(
-                f"{source} has several samples of problem {sample.id!r}; expected one, of greedy decoding"
-            )
+            raise UserError(f"{file} has several samples of problem {sample.id!r}; expected one, of greedy decoding")
         found[sample.id] = sample
     return found
 
 
 def instruction_row(sample: Sample) -> Row:
-    """A response as something to be imitated, without the blanks around it that a few-shot prompt's form brings."""
+    """Make a row of instruction data, without the blanks around a response that a few-shot prompt's form brings."""
     return {"id": sample.id, "instruction": sample.prompt, "output": sample.response.strip()}
 
 
-def demonstrations(samples: dict[str, Sample], shots: int, seed: int) -> list[Row]:
-    """Responses that hold an answer, right or wrong, drawn by the seed, to show the strong model (section 3.1)."""
-    answered = [sample for sample in samples.values() if answer_of(sample)]
-    if len(answered) < shots:
-        raise UserError(f"{len(answered)} responses hold an answer, fewer than --shots {shots}; lower it")
-    return [instruction_row(sample) for sample in random.Random(seed).sample(answered, shots)]
+def answer_of(sample: Sample) -> str | None:
+    """What was found in a response; None for nothing, and for an empty answer."""
+    answer = sample.values.get("answer")
+    return answer if isinstance(answer, str) and answer else None
 
 
-def shown_problems(file: str) -> list[str]:
-    """The problems of a file of demonstrations. Raises UserError for one that does not name them."""
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationsConfig(WeakSamplesConfig):
+    """Demonstrations"""
+
+    shots: Count = flag(4, "how many")
+    prompt_template: str = flag("Question: {instruction}\\nAnswer:", """how the strong model is shown a problem,
+        with {instruction} where it goes and \\n for a new line""")
+    stop: list[str] = flag(["Question:"], "texts that end its response: a base model goes on with the next problem")
+    seed: Seed = flag(1, "seed of the choice")
+    dry_run: bool = flag(False, "choose without writing")
+
+
+def demonstrations(config: DemonstrationsConfig) -> None:
+    """Some of the weak model's responses as demonstrations for the strong one, for solver_evaluate.py --few_shot.
+
+    No label is read: they may be wrong, but each holds an answer (section 3.1).
+    """
+    check_template(template := config.prompt_template.replace("\\n", "\n"), "--prompt_template")
+    provenance = read_provenance(config.samples_file, config.weak_model)
+    answered = [sample for sample in read_one_per_problem(config.samples_file).values() if answer_of(sample)]
+    if len(answered) < config.shots:
+        raise UserError(f"{len(answered)} responses hold an answer, fewer than --shots {config.shots}; lower it")
+    rows = [instruction_row(sample) for sample in random.Random(config.seed).sample(answered, config.shots)]
+    runlog.logger().info("demonstrations: problems %s", ", ".join(str(row["id"]) for row in rows))
+    if not config.dry_run:
+        values = {"prompt": template, "stop": config.stop, "demonstrations": rows}
+        write(json.dumps(values, indent=1, ensure_ascii=False) + "\n", config.save_file)
+        write_provenance(config.save_file, provenance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeakIclConfig(BuildConfig):
+    """Samples of both models"""
+
+    weak_file: str = flag(help="graded samples.jsonl of the weak model, one a problem")
+    icl_file: str = flag(help="graded samples.jsonl of the strong model on the same problems, one a problem")
+    save_dir: str = flag(help="directory to write to")
+    weak_model: str = flag("", """checkpoint directory, or name at a server, that the weak samples must be of;
+        default: not checked""")
+    strong_model: str = flag("", "the same for the strong samples")
+    demonstrations_file: str = flag("", "what the strong model was shown; its problems are left out")
+    fill_up_to: CountOrOff = flag(-1, """where the models agree on fewer problems, add some of different answers,
+        counted; -1 = none""")
+    seed: Seed = flag(1, "seed of those")
+
+
+def weak_icl(config: WeakIclConfig) -> None:
+    """Instruction data of problems on which the weak model and the strong one with demonstrations agree.
+
+    No label is read. Writes weak.json, icl.json and hybrid.json, the rows of both in turns; train on each from the
+    strong model as it was.
+    """
+    weak_file, icl_file = config.weak_file, config.icl_file
+    shown = read_shown_problems(config.demonstrations_file) if config.demonstrations_file else []
+    provenances = read_provenance(weak_file, config.weak_model), read_provenance(icl_file, config.strong_model)
+    with grader_of(same_rules(weak_file, provenances[0], icl_file, provenances[1])) as grader:
+        weak, icl = read_one_per_problem(weak_file), read_one_per_problem(icl_file)
+        found = agreement(weak, icl, grader.equal, shown, fill_up_to=config.fill_up_to, seed=config.seed)
+    log_counts(found.counts)
+    for name in ("weak", "icl", "hybrid"):
+        save(getattr(found, name), f"{name} rows", "the models agree on none", weak_file,
+             str(Path(config.save_dir) / f"{name}.json"), config.dry_run)
+
+
+def read_shown_problems(file: str) -> list[str]:
+    """Read the ids of the problems in a file of demonstrations. Raises UserError for one that does not name them."""
     rows = read_json(Path(file)).get("demonstrations")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
         raise UserError(
             f"{file}: expected an id in each row of 'demonstrations', as data_build.py demonstrations leaves it"
         )
     return [str(row["id"]) for row in rows]
+
+
+class Agreement(NamedTuple):
+    """Rows of the weak model, of the strong one, both in turns, and how many problems ended how."""
+
+    weak: list[Row]
+    icl: list[Row]
+    hybrid: list[Row]
+    counts: Counter[str]
 
 
 def agreement(
@@ -105,26 +169,22 @@ def agreement(
     fill_up_to: int = -1,
     seed: int = 1,
 ) -> Agreement:
-    """Problems to which both models give an answer and the same one (section 3.1): rows of either, and in turns.
+    """Find the problems to which both models give an answer and the same one (section 3.1).
 
     shown: problems that the strong model saw with their weak solution, which are left out. fill_up_to: where fewer are
-    kept, problems of two different answers, drawn by the seed, until there are so many, in the order of the file; the
+    kept, problems of two different answers, chosen by the seed, until there are so many, in the order of the file; the
     paper's sets for MATH are filled so. Raises UserError unless both have the same problems.
     """
     if weak.keys() != icl.keys():
         other = sorted(weak.keys() ^ icl.keys())[0]
-        raise UserError(
-            f"problem {other!r} was answered by one of the two models only; sample both to the end"
-        )
+        raise UserError(f"problem {other!r} was answered by one of the two models only; sample both to the end")
     counts: Counter[str] = Counter()
     kept: dict[str, tuple[Row, Row]] = {}
-    apart: dict[str, tuple[Row, Row]] = {}
+    different: dict[str, tuple[Row, Row]] = {}
     for name, first in weak.items():
         second = icl[name]
         if first.prompt != second.prompt:
-            raise UserError(
-                f"problem {name!r} is {first.prompt[:40]!r} to one model and another to the other"
-            )
+            raise UserError(f"problem {name!r} is {first.prompt[:40]!r} to one model and another to the other")
         answers = answer_of(first), answer_of(second)
         if name in shown:
             counts["shown as demonstrations"] += 1
@@ -132,14 +192,15 @@ def agreement(
             counts["without an answer"] += 1
         elif not typed(equal, first)(*answers):
             counts["of different answers"] += 1
-            apart[name] = instruction_row(first), instruction_row(second)
+            different[name] = instruction_row(first), instruction_row(second)
         else:
             counts["kept"] += 1
             kept[name] = instruction_row(first), instruction_row(second)
-    drawn = random.Random(seed).sample(sorted(apart), min(max(0, fill_up_to - len(kept)), len(apart)))
-    if drawn:
-        counts["kept although of different answers"] = len(drawn)
-        kept |= {name: apart[name] for name in drawn}
+    n_missing = max(0, fill_up_to - len(kept))
+    added = random.Random(seed).sample(sorted(different), min(n_missing, len(different)))
+    if added:
+        counts["kept although of different answers"] = len(added)
+        kept |= {name: different[name] for name in added}
     pairs = [kept[name] for name in weak if name in kept]
     rows = [[pair[side] for pair in pairs] for side in (0, 1)]
     return Agreement(*rows, [row for pair in pairs for row in pair], counts)
@@ -153,89 +214,123 @@ def typed(equal: Equal, sample: Sample) -> Equal:
     return partial(equal, answer_type=AnswerType(str(kind or ""), float(tolerance or 0.0)))
 
 
-class Kept(NamedTuple):
-    """What a filter kept of the problems, and how many of either are right: the report of a stage."""
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(SamplesConfig):
+    """Rows and samples"""
 
-    problems: int
-    kept: int
-    right: int
-    right_of_kept: int
-
-    def words(self) -> str:
-        """The report as a sentence."""
-        return (
-            f"{self.kept} of {self.problems} problems kept; right: {self.right_of_kept / self.kept:.1%} of the kept, "
-            f"{self.right / self.problems:.1%} of all"
-        )
+    rows_file: str = flag(help="weak.json or icl.json of `weak_icl`, or what `full_weak` wrote")
+    samples_file: str = flag(help="graded samples.jsonl that these rows were made of, one a problem")
+    save_file: str = flag(help="json file for the numbers")
 
 
-def kept_right(rows: Iterable[Row], samples: dict[str, Sample]) -> Kept:
-    """How pure the rows of a stage are by the outcomes of the samples they were made of: the one place that reads gold.
+def report(config: ReportConfig) -> None:
+    """How many problems a stage of weak-to-strong kept, and how many of its rows are right, where labels are known.
 
-    Raises UserError for a row whose response is not the sample's, and for samples without outcomes.
+    It alone reads outcomes. Raises UserError for a row whose response is not the sample's.
     """
-    names = set()
-    for row in rows:
+    read_graded(config.samples_file, config.save_file)  # refuses samples without outcomes
+    samples = read_one_per_problem(config.samples_file)
+    kept = set()
+    for row in read_instruction_rows(config.rows_file):
         name = str(row.get("id"))
         if name not in samples or instruction_row(samples[name])["output"] != row.get("output"):
-            raise UserError(
-                f"the row of problem {name!r} is not made of these samples; give those that it is made of"
-            )
-        names.add(name)
+            raise UserError(f"the row of problem {name!r} is not made of these samples; give those that it is made of")
+        kept.add(name)
     right = {name for name, sample in samples.items() if sample.outcome == "right"}
-    if not any(sample.outcome for sample in samples.values()) or not names:
-        raise UserError(
-            "the samples have no outcomes to report; grade them with labels by solver_evaluate.py"
-        )
-    return Kept(len(samples), len(names), len(right), len(right & names))
+    numbers = {"problems": len(samples), "kept": len(kept), "right": len(right), "right_of_kept": len(right & kept)}
+    runlog.logger().info(
+        "%s: %d of %d problems kept; right: %.1f%% of the kept, %.1f%% of all", config.rows_file, len(kept),
+        len(samples), 100 * len(right & kept) / len(kept), 100 * len(right) / len(samples))  # fmt: skip
+    if not config.dry_run:
+        write(json.dumps(numbers, indent=1) + "\n", config.save_file)
 
 
-def answer_of(sample: Sample) -> str | None:
-    """What was found in a response; None for nothing, and for an empty answer."""
-    answer = sample.values.get("answer")
-    return answer if isinstance(answer, str) and answer else None
+@dataclass(frozen=True, kw_only=True)
+class VoteConfig(SamplesConfig):
+    """Samples of the strong model"""
+
+    samples_file: str = flag(help="graded samples.jsonl with several samples a problem")
+    save_file: str = flag(help="the jsonl file to write")
+    strong_model: str = flag("", """checkpoint directory, or name at a server, that the samples must be of;
+        default: not checked""")
+
+
+def vote(config: VoteConfig) -> None:
+    """Samples by the majority of their answers, with its share of the votes, as jsonl for `contrast`."""
+    provenance = read_provenance(config.samples_file, config.strong_model)
+    with grader_of(provenance.rules) as grader:
+        found = votes(read_samples(config.samples_file), grader.equal)
+    log_counts(Counter("with a majority" if row.answer else "without any answer" for row in found))
+    if not config.dry_run:
+        write("".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in found), config.save_file)
+        write_provenance(config.save_file, provenance)
 
 
 def votes(samples: Sequence[Sample], equal: Equal) -> list[Vote]:
-    """The majority among the samples of each problem; of answers with as many votes the one seen first wins.
+    """Find the majority among the samples of each problem; of answers with as many votes the one seen first wins.
 
     Raises UserError where problems have unequal numbers of samples, for their confidences would mean different things.
     """
-    problems: dict[str, list[Sample]] = {}
+    problems: dict[str, list[Sample]] = {sample.id: [] for sample in samples}
     for sample in sorted(samples, key=lambda sample: sample.sample):
-        problems.setdefault(sample.id, []).append(sample)
-    order = dict.fromkeys(sample.id for sample in samples)
+        problems[sample.id].append(sample)
     most = max(map(len, problems.values()))
     found = []
-    for name in order:
-        group = problems[name]
+    for name, group in problems.items():
         if len(group) != most:
             raise UserError(f"problem {name!r} has {len(group)} samples, others {most}; sample it to the end")
-        found.append(_vote(group, equal))
+        classes = answer_classes([answer_of(sample) for sample in group], typed(equal, group[0]))
+        top = weighted_vote(classes, [1] * len(classes))
+        agree = [top is not None and first == top for first in classes]
+        positives = [sample.response for sample, agrees in zip(group, agree, strict=True) if agrees]
+        negatives = [sample.response for sample, agrees in zip(group, agree, strict=True) if not agrees]
+        answer = None if top is None else answer_of(group[top])
+        found.append(Vote(name, group[0].prompt, answer, len(positives) / len(group), positives, negatives))
     return found
 
 
-def _vote(group: Sequence[Sample], equal: Equal) -> Vote:
-    classes = answer_classes([answer_of(sample) for sample in group], typed(equal, group[0]))
-    top = weighted_vote(classes, [1] * len(classes))
-    sides: tuple[list[str], list[str]] = ([], [])
-    for sample, place in zip(group, classes, strict=True):
-        sides[top is None or place != top].append(sample.response)
-    answer = None if top is None else answer_of(group[top])
-    return Vote(group[0].id, group[0].prompt, answer, len(sides[0]) / len(group), *sides)
+@dataclass(frozen=True, kw_only=True)
+class ContrastConfig(OneFileConfig):
+    """Votes and weak samples"""
+
+    vote_file: str = flag(help="what `vote` wrote")
+    weak_file: str = flag(help="graded samples.jsonl of the weak model, one a problem")
+    weak_model: str = flag("", """checkpoint directory, or name at a server, that the weak samples must be of;
+        default: not checked""")
+    strong_model: str = flag("", "the same for the samples of the votes")
+    min_confidence: Share = flag(0.6, "least share of the votes for the majority's answer")
+    flip_confidence: Share = flag(0.8, "least share to reject the weak response")
+    pairs_a_problem: Count = flag(1, "most pairs from one problem")
+    seed: Seed = flag(42, "seed of the choice of samples")
 
 
-def contrast(
-    found: Sequence[Vote],
+def contrast(config: ContrastConfig) -> None:
+    """Pairs of the weak model's response and the strong model's samples, for preference_train.py. No label is read.
+
+    Where the weak answer is the majority's it is chosen, else rejected, with a higher confidence asked for.
+    """
+    provenances = (read_provenance(config.vote_file, config.strong_model),
+                   read_provenance(config.weak_file, config.weak_model))  # fmt: skip
+    with grader_of(same_rules(config.vote_file, provenances[0], config.weak_file, provenances[1])) as grader:
+        weak = read_one_per_problem(config.weak_file)
+        rows, counts = contrast_pairs(
+            read_votes(config.vote_file), weak, grader.equal, min_confidence=config.min_confidence,
+            flip_confidence=config.flip_confidence, pairs_per_problem=config.pairs_a_problem, seed=config.seed)
+    log_counts(counts)
+    save(rows, "pairs", f"no problem passes; {SAMPLE_MORE}", config.vote_file, config.save_file, config.dry_run)
+
+
+def contrast_pairs(
+    found: Iterable[Vote],
     weak: dict[str, Sample],
     equal: Equal,
     *,
     min_confidence: float,
     flip_confidence: float,
-    pairs_a_problem: int,
+    pairs_per_problem: int,
     seed: int,
-) -> Contrast:
-    """Pairs with the weak model's response on one side and the strong one's samples on the other (section 3.2).
+) -> tuple[list[Row], Counter[str]]:
+    """Pair the weak model's response with the strong one's samples (section 3.2). -> pairs, and problems by their end.
 
     Where the weak answer is the majority's, it is chosen over samples with another answer; where it is not, and the
     confidence reaches flip_confidence, samples of the majority are chosen over it. Raises UserError for a problem that
@@ -246,9 +341,7 @@ def contrast(
     pairs: list[Row] = []
     for vote in found:
         if vote.id not in weak or weak[vote.id].prompt != vote.prompt:
-            raise UserError(
-                f"problem {vote.id!r} of the votes has no sample of the weak model, or is another problem"
-            )
+            raise UserError(f"problem {vote.id!r} of the votes has no sample of the weak model, or is another problem")
         sample = weak[vote.id]
         answer = answer_of(sample)
         agrees = answer is not None and vote.answer is not None and typed(equal, sample)(answer, vote.answer)
@@ -260,18 +353,9 @@ def contrast(
         elif not sample.response.strip() or not others:
             counts["with nothing to contrast"] += 1
         else:
-            drawn = generator.sample(others, min(pairs_a_problem, len(others)))
             counts["weak chosen" if agrees else "weak rejected"] += 1
-            pairs += [_pair(vote, sample.response, other, agrees) for other in drawn]
-    return Contrast(pairs, counts)
-
-
-def _pair(vote: Vote, weak: str, strong: str, weak_chosen: bool) -> Row:
-    chosen, rejected = (weak, strong) if weak_chosen else (strong, weak)
-    return {
-        "id": vote.id,
-        "instruction": vote.prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "weak": "chosen" if weak_chosen else "rejected",
-    }
+            for other in generator.sample(others, min(pairs_per_problem, len(others))):
+                chosen, rejected = (sample.response, other) if agrees else (other, sample.response)
+                pairs.append({"id": vote.id, "instruction": vote.prompt, "chosen": chosen, "rejected": rejected,
+                              "weak": "chosen" if agrees else "rejected"})  # fmt: skip
+    return pairs, counts

@@ -1,4 +1,4 @@
-"""src/construct/attempts.py: a problem is sampled until it has enough, and not once more."""
+"""src/construct/sample_until.py: a problem is sampled until it has enough, and not once more."""
 
 import json
 from collections import Counter
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import data_build
 from src import parallel
-from src.construct.attempts import Enough, until_enough
-from src.construct.problems import without_similar
+from src.construct.sample_until import sample_until
+from src.construct.samples import without_similar
 from src.data.examples import Prompt, Sample
 from src.evaluation.evaluator import SampleRequest, SamplerOutput
 from tests.conftest import CODE_QUESTION
 from tests.text.files import write_json
+from tests.tiny import build
 
 # What the samples of a problem are, in order: r right, w wrong, u no answer, c cut off behind a wrong answer, f failed.
 SCRIPTS = {"early": "rw", "late": "rrrrw", "never": "r" * 9, "cut": "rcuw", "failed": "rffw", "reversed": "wwwr"}
@@ -33,25 +33,25 @@ def outcome(prompt: Prompt, response: str) -> str:
     return {"r": "right", "w": "wrong", "c": "wrong"}.get(response, "unparsed")
 
 
-def drawn(enough: Enough, before: dict[tuple[str, int], str] | None = None) -> Counter[str]:
+def drawn(enough: tuple[int, int], before: dict[tuple[str, int], str] | None = None) -> Counter[str]:
     """How many samples of each problem are drawn."""
     parallel.start()
     before = before or {}
     prompts = [Prompt(name, name, "1", None, None) for name in SCRIPTS]
     wanted = [(prompt, n) for prompt in prompts for n in range(CAP) if n < len(SCRIPTS[prompt.id])]
     wanted = [(prompt, n) for prompt, n in wanted if (prompt.id, n) not in before]
-    return Counter(found.id for found in until_enough(scripted, enough, outcome, before)(wanted))
+    return Counter(found.id for found in sample_until(scripted, *enough, outcome, before)(wanted))
 
 
 def test_scdpo_09_sampling_stops_at_the_thresholds_and_at_the_cap() -> None:
-    assert drawn(Enough(1, 1)) == {"early": 2, "late": 5, "never": CAP, "cut": 4, "failed": 4, "reversed": 4}
-    assert drawn(Enough(4, 1))["late"] == 5
-    assert drawn(Enough(1, 4)) == {name: min(CAP, len(script)) for name, script in SCRIPTS.items()}
+    assert drawn((1, 1)) == {"early": 2, "late": 5, "never": CAP, "cut": 4, "failed": 4, "reversed": 4}
+    assert drawn((4, 1))["late"] == 5
+    assert drawn((1, 4)) == {name: min(CAP, len(script)) for name, script in SCRIPTS.items()}
 
 
 def test_a_rerun_draws_what_the_whole_run_would_have() -> None:
     before = {("early", 0): "r", ("early", 1): "w", ("late", 0): "r", ("cut", 0): "r", ("cut", 1): ""}
-    assert drawn(Enough(1, 1), before) == {"late": 4, "never": CAP, "cut": 2, "failed": 4, "reversed": 4}
+    assert drawn((1, 1), before) == {"late": 4, "never": CAP, "cut": 2, "failed": 4, "reversed": 4}
 
 
 def test_scdpo_09_a_solver_is_asked_until_it_has_gone_wrong(code_solver: str, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_scdpo_09_a_solver_is_asked_until_it_has_gone_wrong(code_solver: str, tm
     problems = [{"instruction": CODE_QUESTION, "label": "68", "id": str(n)} for n in range(4)]
     flags = {"label_file": str(write_json(tmp_path / "problems.json", problems)), "attempts": 12,
              "temperature": 0.9, "max_new_tokens": 30}  # fmt: skip
-    data_build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "log"), **flags)
+    build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "log"), **flags)
     text = (tmp_path / "log" / "samples.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     for problem in problems:
@@ -68,7 +68,7 @@ def test_scdpo_09_a_solver_is_asked_until_it_has_gone_wrong(code_solver: str, tm
         assert done == [len(outcomes) - 1] or len(outcomes) == 12
     assert {"right", "wrong"} <= {row["outcome"] for row in rows}
     (tmp_path / "log" / "samples.jsonl").write_text(text[: len(text) // 2])  # killed within a line
-    data_build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "log"), **flags)
+    build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "log"), **flags)
     assert (tmp_path / "log" / "samples.jsonl").read_text() == text
 
 

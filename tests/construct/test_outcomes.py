@@ -1,6 +1,6 @@
-"""src/construct/outcomes.py: balance within a problem, and right solutions."""
+"""src/construct/from_samples.py: balance within a problem, and right solutions."""
 
-from src.construct.outcomes import outcome_rows, right_solutions
+from src.construct.from_samples import outcome_rows, right_solutions
 from tests.construct.test_pairs import SAMPLES, sample
 
 

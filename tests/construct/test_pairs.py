@@ -2,8 +2,9 @@
 
 import pytest
 
-from src.construct.pairs import mixed_pairs, pairs_from_samples, preferred_pairs
-from src.construct.problems import without_phrases
+from src.construct.from_rows import mixed_pairs
+from src.construct.from_samples import pairs_from_samples, preferred_pairs
+from src.construct.samples import without_phrases
 from src.data.examples import Sample
 from src.errors import UserError
 
@@ -33,7 +34,7 @@ SAMPLES = [
 
 
 def test_pairs_by_hand() -> None:
-    rows = pairs_from_samples(SAMPLES, pairs_a_problem=4, seed=1)
+    rows = pairs_from_samples(SAMPLES, pairs_per_problem=4, seed=1)
     found = {(row["instruction"], row["chosen"], row["rejected"]) for row in rows}
     assert len(rows) == 5 and found == {
         ("q0", "r1", "w1"),

@@ -5,27 +5,27 @@ from pathlib import Path
 
 import pytest
 
-import data_build
 from src import load, parallel
 from src.code_solutions.tool_hook import Coding
 from src.construct.continuation import (
-    Asked,
-    Schedule,
+    ContinuationRequest,
     Solver,
-    begun,
-    continuations,
+    StepSampling,
+    TemperatureSchedule,
+    doubling_ranges,
+    generate_continuations,
+    generate_stepwise,
     replayable,
-    waves,
-    whole_steps,
-    write_steps,
+    split_into_steps,
+    truncate_at_step,
 )
-from src.construct.drawing import grader_of
+from src.construct.solver import grader_of
 from src.construct.steps import (
-    beginnings,
     branch_points,
-    judged_steps,
-    solutions_to_judge,
+    choose_solutions,
+    label_steps,
     step_controlled_pairs,
+    truncate_everywhere,
 )
 from src.data.encoding import encode_prompt
 from src.data.examples import Sample, read_judged, read_pairs, read_samples
@@ -37,6 +37,7 @@ from src.text.blocks import Marker
 from src.training.preference import open_preferences
 from tests.conftest import CODE_QUESTION, CODE_SOLUTION, Folders
 from tests.ranks import succeed
+from tests.tiny import build
 
 RULES = {"extraction": "gsm8k/hashes@2", "equality": "exact@2"}
 SOLUTION = "1+1 #### 2\n\n2+2=3 #### 3\n\na\n\n#### 4"  # until the last step its answer is another
@@ -65,13 +66,13 @@ def solver(folders: Folders) -> Solver:
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        (Schedule(1.1, 0.1, 1.4), [1.1, 1.2, 1.3, 1.4, 1.4]),
-        (Schedule(1.0, 0.05, 1.3), [1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.3]),
-        (Schedule(1.0, 0.05, 1.2), [1.0, 1.05, 1.1, 1.15, 1.2, 1.2]),
-        (Schedule(1.1, 0.05, 1.4), [1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4, 1.4]),
+        (TemperatureSchedule(1.1, 0.1, 1.4), [1.1, 1.2, 1.3, 1.4, 1.4]),
+        (TemperatureSchedule(1.0, 0.05, 1.3), [1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.3]),
+        (TemperatureSchedule(1.0, 0.05, 1.2), [1.0, 1.05, 1.1, 1.15, 1.2, 1.2]),
+        (TemperatureSchedule(1.1, 0.05, 1.4), [1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4, 1.4]),
     ],
 )
-def test_scdpo_13_temperatures_rise_to_their_cap(schedule: Schedule, expected: list[float]) -> None:
+def test_scdpo_13_temperatures_rise_to_their_cap(schedule: TemperatureSchedule, expected: list[float]) -> None:
     assert [schedule.at(step) for step in range(len(expected))] == pytest.approx(expected)
 
 
@@ -79,7 +80,7 @@ def test_scdpo_13_temperatures_rise_to_their_cap(schedule: Schedule, expected: l
 def test_scdpo_12_code_is_not_left_before_its_output(kinds: str, points: list[int]) -> None:
     names = {"t": "text", "c": "code", "e": "execution"}
     solution = "".join(f"<|{names[kind]}|>{kind}<|endofblock|>" for kind in kinds)
-    assert branch_points(whole_steps(solution, Marker.END_OF_BLOCK)) == points
+    assert branch_points(split_into_steps(solution, Marker.END_OF_BLOCK)) == points
 
 
 @pytest.mark.parametrize(("n", "points"), [(1, []), (2, []), (3, [1]), (4, [1, 2]), (7, [1, 2, 3, 4, 5])])
@@ -88,22 +89,22 @@ def test_scdpo_12_two_steps_at_least_are_left_out(n: int, points: list[int]) -> 
 
 
 def test_a_beginning_and_its_rest_are_the_solution() -> None:
-    for item in beginnings([sample("0", 0, SOLUTION, "right")]).values():
+    for item in truncate_everywhere([sample("0", 0, SOLUTION, "right")]).values():
         assert item.prefix + item.rest == SOLUTION
-    found = beginnings([sample("0", 3, SOLUTION, "right")]).values()
+    found = truncate_everywhere([sample("0", 3, SOLUTION, "right")]).values()
     assert [item.prompt.id for item in found] == ["0/3/1", "0/3/2", "0/3/3"]
 
 
 def test_a_beginning_that_solutions_share_is_judged_once() -> None:
     solutions = [sample("0", 0, "a\n\nb\n\n#### 4", "right"), sample("0", 1, "a\n\nc\n\n#### 5", "wrong"),
                  sample("1", 0, "a\n\n#### 4", "right")]  # fmt: skip
-    names = [item.prompt.id for item in beginnings(solutions).values()]
+    names = [item.prompt.id for item in truncate_everywhere(solutions).values()]
     assert names == ["0/0/1", "0/0/2", "0/1/2", "1/0/1"]
     rollouts = [sample(name, 0, "", outcome)
                 for name, outcome in zip(names, ("right", "right", "wrong", "wrong"), strict=True)]  # fmt: skip
-    rows = judged_steps(solutions, rollouts, hard=True)
+    rows = label_steps(solutions, rollouts, hard=True)
     assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 1.0]]
-    soft = judged_steps(solutions, rollouts, hard=False)
+    soft = label_steps(solutions, rollouts, hard=False)
     assert [row["labels"] for row in soft] == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0]]
 
 
@@ -114,26 +115,26 @@ def test_a_beginning_is_right_when_a_longer_one_or_a_solution_behind_it_is() -> 
                 for name, outcomes in {"0/0/1": ("wrong",), "0/0/2": ("wrong",), "0/0/3": ("wrong", "right"),
                                        "0/1/2": ("wrong",)}.items()
                 for number, outcome in enumerate(outcomes)]  # fmt: skip
-    rows = judged_steps(solutions, rollouts, hard=True)
+    rows = label_steps(solutions, rollouts, hard=True)
     assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [None, 0.0]]
 
 
 def test_continuing_greedily_gives_what_was_cut_off(solver: Solver) -> None:
     greedy = Sampling(temperature=0.0, max_new_tokens=12)
-    (whole,) = continuations(solver, [Asked("x", 0, "1+1=", "12\n\n")], greedy)
+    (whole,) = generate_continuations(solver, [ContinuationRequest("x", 0, "1+1=", "12\n\n")], greedy)
     ids = encode_prompt(solver.tokenizer, "1+1=", "12\n\n")
     assert ids == [1, *solver.tokenizer.encode("1+1="), *solver.tokenizer.encode("12\n\n")]
     assert whole.n_tokens <= 12 and whole.end in ("eos", "length")
-    (full,) = continuations(solver, [Asked("x", 0, "1+1=", "12" * 80)], greedy)
+    (full,) = generate_continuations(solver, [ContinuationRequest("x", 0, "1+1=", "12" * 80)], greedy)
     assert (full.end, full.text) == ("context full", "")
 
 
 def test_steps_do_not_depend_on_what_else_is_asked(solver: Solver) -> None:
-    asked = [Asked(str(n), n % 2, f"{n}+1=", "1\n\n" * (n % 3)) for n in range(5)]
-    options = {"max_steps": 3, "max_new_tokens": 8, "seed": 7}
-    together = write_steps(solver, asked, Schedule(1.0, 0.1, 1.2), **options)
+    asked = [ContinuationRequest(str(n), n % 2, f"{n}+1=", "1\n\n" * (n % 3)) for n in range(5)]
+    sampling = StepSampling(TemperatureSchedule(1.0, 0.1, 1.2), max_steps=3, max_new_tokens=8, seed=7)
+    together = generate_stepwise(solver, asked, sampling)
     for item in asked:
-        alone = write_steps(solver, [item], Schedule(1.0, 0.1, 1.2), **options)[item]
+        alone = generate_stepwise(solver, [item], sampling)[item]
         assert (alone.text, alone.end) == (together[item].text, together[item].end)
 
 
@@ -141,8 +142,8 @@ def test_labels_by_hand() -> None:
     solution = sample("0", 0, SOLUTION, "wrong")
     outcomes = {1: ["right", "wrong"], 2: ["wrong", "unparsed"], 3: []}
     rollouts = [sample(f"0/0/{k}", n, "", x) for k, given in outcomes.items() for n, x in enumerate(given)]
-    (soft,) = judged_steps([solution], rollouts, hard=False)
-    (hard,) = judged_steps([solution], rollouts, hard=True)
+    (soft,) = label_steps([solution], rollouts, hard=False)
+    (hard,) = label_steps([solution], rollouts, hard=True)
     assert soft["labels"] == [0.5, 0.0, None, 0.0] and hard["labels"] == [1.0, 0.0, None, 0.0]
     assert soft["steps"] == SOLUTION.split("\n\n")
 
@@ -152,9 +153,9 @@ def test_solutions_without_an_answer_are_judged_too() -> None:
         sample("0", number, f"a{number}\n\n#### 4", outcome)
         for number, outcome in enumerate(("wrong", "unparsed", "right", "error", "unparsed"))
     ]
-    assert [item.sample for item in solutions_to_judge(samples, 3)] == [0, 1, 2]
-    assert [item.sample for item in solutions_to_judge(samples, 9)] == [0, 1, 2, 4]
-    (row,) = judged_steps(samples[1:2], [], hard=True)
+    assert [item.sample for item in choose_solutions(samples, 3)] == [0, 1, 2]
+    assert [item.sample for item in choose_solutions(samples, 9)] == [0, 1, 2, 4]
+    (row,) = label_steps(samples[1:2], [], hard=True)
     assert row["labels"] == [None, 0.0]
 
 
@@ -166,25 +167,25 @@ def test_process_judges_steps_and_continues(folders: Folders, tmp_path: Path) ->
         sample(str(n), k, SOLUTION + "0" * k, ("right", "wrong")[k]) for n in range(2) for k in range(2)
     ]
     source, save_file = log_dir(tmp_path / "log", samples), tmp_path / "steps.json"
-    build = lambda name, **more: data_build.process(  # noqa: E731
+    process = lambda name, **more: build.process(  # noqa: E731
         "toy", source, str(tmp_path / name), str(save_file), folders.one, **PROCESS | more
     )
-    build("a")
+    process("a")
     expected, rollouts = save_file.read_bytes(), (tmp_path / "a/samples.jsonl").read_bytes()
     rows = read_judged(str(save_file))
     assert len(rows) == 4 and all(len(row.labels) == 4 for row in rows)
     assert [row.labels[-1] for row in rows] == [1.0, 0.0, 1.0, 0.0]
     found = read_samples(str(tmp_path / "a/samples.jsonl"))
     assert len(found) == 2 * 3 * 3 and all(item.outcome for item in found)
-    prefixes = {item.prompt.id: item.prefix for item in beginnings(samples).values()}
+    prefixes = {item.prompt.id: item.prefix for item in truncate_everywhere(samples).values()}
     assert all(item.response.startswith(prefixes[item.id]) for item in found)
     (tmp_path / "a/samples.jsonl").write_bytes(rollouts[: len(rollouts) // 2])  # killed within a line
-    build("a")
+    process("a")
     assert save_file.read_bytes() == expected and (tmp_path / "a/samples.jsonl").read_bytes() == rollouts
-    build("a", label="soft")
+    process("a", label="soft")
     assert {label for row in read_judged(str(save_file)) for label in row.labels} <= {0, 1 / 3, 2 / 3, 1}
     with pytest.raises(UserError, match="holds samples with seed=1, but this run has 2"):
-        build("a", seed=2)
+        process("a", seed=2)
 
 
 @pytest.mark.parametrize("parting", ["\n", "\n\n", "\n \n"])
@@ -194,10 +195,10 @@ def test_process_judges_lines(folders: Folders, tmp_path: Path, parting: str) ->
     source = log_dir(tmp_path / "log", [sample("0", 0, parting.join(lines), "right")])
     save_file = tmp_path / "steps.json"
 
-    def build(step: str) -> None:
-        data_build.process("toy", source, str(tmp_path / "a"), str(save_file), folders.one, step=step, **PROCESS)
+    def process(step: str) -> None:
+        build.process("toy", source, str(tmp_path / "a"), str(save_file), folders.one, step=step, **PROCESS)
 
-    build("line")
+    process("line")
     (row,) = read_judged(str(save_file))
     assert row.steps == lines and row.labels[-1] == 1.0
     found = read_samples(str(tmp_path / "a/samples.jsonl"))
@@ -205,7 +206,7 @@ def test_process_judges_lines(folders: Folders, tmp_path: Path, parting: str) ->
     assert len(found) == 3 * 3 and all(item.response.startswith(begins[item.id]) for item in found)
     message = "with --step paragraph a step is a paragraph" if parting != "\n\n" else "step=line, but this run has par"
     with pytest.raises(UserError, match=message):
-        build("paragraph")
+        process("paragraph")
 
 
 BRANCH = {"attempts": 40, "max_new_tokens": 12, "max_batch_size": 8, "steps_a_solution": 8}
@@ -213,7 +214,7 @@ BRANCH = {"attempts": 40, "max_new_tokens": 12, "max_batch_size": 8, "steps_a_so
 
 def branched(folders: Folders, source: str, folder: Path, **more: object) -> list[dict[str, object]]:
     save_file = folder.with_suffix(".json")
-    data_build.branch("toy", source, str(folder), str(save_file), folders.one, **BRANCH | more)
+    build.branch("toy", source, str(folder), str(save_file), folders.one, **BRANCH | more)
     return json.loads(save_file.read_text())
 
 
@@ -240,7 +241,7 @@ def test_scdpo_15_a_branch_shares_the_first_steps_and_is_wrong(folders: Folders,
 
 def test_scdpo_15_attempts_made_at_once_are_those_made_in_turn(folders: Folders, tmp_path: Path) -> None:
     """The first wrong attempt counts, however many more the cap allows; none is made beyond it, none is left out."""
-    assert [list(wave) for wave in waves(12)] == [[0], [1, 2], [3, 4, 5, 6], [7, 8, 9, 10, 11]]
+    assert [list(wave) for wave in doubling_ranges(12)] == [[0], [1, 2], [3, 4, 5, 6], [7, 8, 9, 10, 11]]
     source = log_dir(tmp_path / "log", [sample(str(n), 0, SOLUTION, "right") for n in range(6)])
     found: list[dict[str, object]] = []
     for attempts in (1, 2, 3, 5, 40):
@@ -279,12 +280,12 @@ def test_scdpo_10_what_never_ends_or_fills_the_context_is_not_wrong(folders: Fol
 
 def test_scdpo_16_noise_is_left_out_and_counted() -> None:
     right = sample("0", 0, SOLUTION, "right")
-    jobs = [begun(right, 1), begun(right, 2)]
+    jobs = [truncate_at_step(right, 1), truncate_at_step(right, 2)]
     found = [
         sample("0/0/1", 0, jobs[0].prefix + "5", "wrong"),
         sample("0/0/2", 0, jobs[1].prefix + "5" * 14, "wrong"),
     ]
-    schedule = Schedule(1.1, 0.1, 1.4)
+    schedule = TemperatureSchedule(1.1, 0.1, 1.4)
     for limits, counts in (
         ((9, 99), {"kept": 2}),
         ((3, 99), {"with too many steps": 2}),  # the right solution has four
@@ -343,14 +344,14 @@ def test_scdpo_15_branches_of_code_share_their_first_blocks(code_solver: str, tm
     solution = solution._replace(prompt=CODE_QUESTION, values=values)
     source = log_dir(tmp_path / "log", [solution])
     save_file = tmp_path / "pairs.json"
-    data_build.branch("toy", source, str(tmp_path / "a"), str(save_file), code_solver, **CODE_BRANCH)
+    build.branch("toy", source, str(tmp_path / "a"), str(save_file), code_solver, **CODE_BRANCH)
     rows = json.loads(save_file.read_text())
     assert rows
     tokenizer = load.load_tokenizer(code_solver)
     coding = Coding(tokenizer, 12)
     for row in rows:
         assert row["start_steps"] in (1, 3, 4)
-        assert row["prefix"] == "".join(whole_steps(CODE_SOLUTION, Marker.END_OF_BLOCK)[: row["start_steps"]])
+        assert row["prefix"] == "".join(split_into_steps(CODE_SOLUTION, Marker.END_OF_BLOCK)[: row["start_steps"]])
         assert row["prefix"] + row["chosen"] == CODE_SOLUTION
         assert coding.replays(row["prefix"] + row["rejected"])
     save_file.write_text(json.dumps([rows[0], rows[0] | {"instruction": "Another?"}]))
@@ -371,11 +372,12 @@ def test_scdpo_14_code_that_prints_something_else_is_not_left(code_solver: str, 
             ("text", "#### 4"),
         )
     )
-    jobs = [begun(sample("0", 0, CODE_SOLUTION, "right"), 1), begun(sample("1", 0, random, "right"), 2)]
+    solutions = sample("0", 0, CODE_SOLUTION, "right"), sample("1", 0, random, "right")
+    jobs = [truncate_at_step(solution, k) for k, solution in enumerate(solutions, start=1)]
     assert [job.sample.id for job in replayable(jobs, coding)] == ["0"]
 
 
 def test_step_labels_of_code_are_refused(code_solver: str, tmp_path: Path) -> None:
     source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right")])
     with pytest.raises(UserError, match="no labels for blocks of code"):
-        data_build.process("toy", source, str(tmp_path / "a"), str(tmp_path / "a.json"), code_solver)
+        build.process("toy", source, str(tmp_path / "a"), str(tmp_path / "a.json"), code_solver)

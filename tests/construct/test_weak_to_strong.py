@@ -1,4 +1,4 @@
-"""src/construct/weak_to_strong.py and origin.py by the commands of data_build.py."""
+"""src/construct/weak_to_strong.py and provenance.py by the commands of data_build.py."""
 
 import json
 from collections.abc import Sequence
@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
-import data_build
-from src.construct.weak_to_strong import contrast, normalized_question, votes
+from src.construct import weak_to_strong
+from src.construct.from_rows import normalized_question
+from src.construct.solver import grader_of
+from src.construct.weak_to_strong import contrast_pairs, votes
 from src.data.examples import Sample, Vote, read_samples, read_votes
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
 from src.grading.tasks import find_task
+from tests.tiny import build
 
 RULES = {"extraction": "weak-to-strong/hashes@1", "equality": "minerva-strings@1"}
 GOLD = {"label": "never read", "outcome": "wrong"}
@@ -58,7 +61,7 @@ def test_w2s_02_a_split_has_no_question_in_common(tmp_path: Path) -> None:
     train.write_text(json.dumps(rows))
     test.write_text(json.dumps([{"instruction": "HOW MANY 7?"}]))
     parts = [tmp_path / "first.json", tmp_path / "second.json"]
-    data_build.split(str(train), *map(str, parts))
+    build.split(str(train), *map(str, parts))
     first, second = map(load, parts)
     questions = [{normalized_question(row["instruction"]) for row in part} for part in (first, second)]
     assert not questions[0] & questions[1] and [len(side) for side in questions] == [10, 10]
@@ -66,29 +69,29 @@ def test_w2s_02_a_split_has_no_question_in_common(tmp_path: Path) -> None:
     same = [part for part in (first, second) if any(row["output"] == "again" for row in part)]
     assert len(same) == 1 and {"3", "again", "wide"} <= {row["output"] for row in same[0]}
     before = parts[0].read_bytes()
-    data_build.split(str(train), *map(str, parts))
+    build.split(str(train), *map(str, parts))
     assert parts[0].read_bytes() == before
-    data_build.split(str(train), *map(str, parts), seed=2)
+    build.split(str(train), *map(str, parts), seed=2)
     assert parts[0].read_bytes() != before
     with pytest.raises(UserError, match="1 questions of .* are in .*test.json, such as 'how many 7"):
-        data_build.split(str(train), *map(str, parts), test_file=str(test))
-    data_build.split(str(train), *map(str, parts), test_file=str(test), allow_overlap=True)
+        build.split(str(train), *map(str, parts), test_file=str(test))
+    build.split(str(train), *map(str, parts), test_file=str(test), allow_overlap=True)
     assert len(load(parts[0])) + len(load(parts[1])) == 21
 
 
 def test_w2s_08_full_weak_keeps_every_response_as_it_is(tmp_path: Path) -> None:
     samples = log_dir(tmp_path / "weak", {str(n): [str(n % 3) if n % 4 else None] for n in range(9)}, "w")
-    data_build.full_weak(samples, str(tmp_path / "full.json"), weak_model="w")
+    build.full_weak(samples, str(tmp_path / "full.json"), weak_model="w")
     assert [(row["id"], row["output"]) for row in load(tmp_path / "full.json")] == [
         (sample.id, sample.response) for sample in read_samples(samples)
     ]
     identity = json.loads((tmp_path / "full.identity.json").read_text())
     assert identity == {"checkpoint": "w", "rules": RULES}
     with pytest.raises(UserError, match="was sampled from the model w, but m is m; give the samples of m"):
-        data_build.full_weak(samples, str(tmp_path / "full.json"), weak_model="m")
+        build.full_weak(samples, str(tmp_path / "full.json"), weak_model="m")
     twice = log_dir(tmp_path / "twice", {"0": ["1", "2"]}, "w")
     with pytest.raises(UserError, match="has several samples of problem '0'"):
-        data_build.full_weak(twice, str(tmp_path / "full.json"))
+        build.full_weak(twice, str(tmp_path / "full.json"))
 
 
 WEAK = {"0": ["1"], "1": ["2"], "2": [None], "3": [""], "4": ["1,000"], "5": ["7"]}
@@ -101,7 +104,7 @@ def test_w2s_11_consistency_keeps_equal_answers_and_never_reads_gold(tmp_path: P
     for name, gold in (("gold", GOLD), ("other", {"label": "1", "outcome": "right"}), ("none", {})):
         weak = log_dir(tmp_path / f"{name}_weak", WEAK, "w", **gold)
         icl = log_dir(tmp_path / f"{name}_icl", ICL, "s", **gold)
-        data_build.weak_icl(weak, icl, str(tmp_path / name), weak_model="w", strong_model="s")
+        build.weak_icl(weak, icl, str(tmp_path / name), weak_model="w", strong_model="s")
         written.append([(tmp_path / name / f"{x}.json").read_bytes() for x in ("weak", "icl", "hybrid")])
     assert written[0] == written[1] == written[2]
     weak, icl, hybrid = (load(tmp_path / "gold" / f"{name}.json") for name in ("weak", "icl", "hybrid"))
@@ -115,16 +118,16 @@ def test_w2s_11_consistency_keeps_equal_answers_and_never_reads_gold(tmp_path: P
 
 def test_w2s_11_counts_say_what_the_filter_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[object] = []
-    monkeypatch.setattr(data_build, "tell", said.append)
+    monkeypatch.setattr(weak_to_strong, "log_counts", said.append)
     weak, icl = log_dir(tmp_path / "weak", WEAK, "w"), log_dir(tmp_path / "icl", ICL, "s")
-    data_build.weak_icl(weak, icl, str(tmp_path / "out"), dry_run=True)
+    build.weak_icl(weak, icl, str(tmp_path / "out"), dry_run=True)
     assert said == [{"kept": 3, "without an answer": 2, "of different answers": 1}]
     assert not (tmp_path / "out").exists()
 
 
 def test_w2s_12_filling_up_is_asked_for_drawn_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[dict[str, int]] = []
-    monkeypatch.setattr(data_build, "tell", said.append)
+    monkeypatch.setattr(weak_to_strong, "log_counts", said.append)
     weak = log_dir(tmp_path / "weak", {str(n): [str(n % 2)] for n in range(20)}, "w", **GOLD)
     icl = log_dir(tmp_path / "icl", {str(n): ["0"] for n in range(20)}, "s", **GOLD)
     found = {}
@@ -132,7 +135,7 @@ def test_w2s_12_filling_up_is_asked_for_drawn_and_counted(tmp_path: Path, monkey
         "off": {}, "some": {"fill_up_to": 14}, "again": {"fill_up_to": 14}, "other": {"fill_up_to": 14, "seed": 2},
         "all": {"fill_up_to": 99}, "fewer": {"fill_up_to": 3},
     }.items():  # fmt: skip
-        data_build.weak_icl(weak, icl, str(tmp_path / name), **options)
+        build.weak_icl(weak, icl, str(tmp_path / name), **options)
         found[name] = [int(row["id"]) for row in load(tmp_path / name / "weak.json")]
     agreeing = list(range(0, 20, 2))
     assert found["off"] == found["fewer"] == agreeing and found["all"] == list(range(20))
@@ -146,18 +149,20 @@ def test_w2s_12_filling_up_is_asked_for_drawn_and_counted(tmp_path: Path, monkey
 
 def test_w2s_21_the_report_of_a_stage_reads_gold_and_the_filter_does_not(tmp_path: Path) -> None:
     weak, icl = log_dir(tmp_path / "weak", WEAK, "w"), log_dir(tmp_path / "icl", ICL, "s")
-    data_build.weak_icl(weak, icl, str(tmp_path / "stage"))
+    build.weak_icl(weak, icl, str(tmp_path / "stage"))
     rows, report = str(tmp_path / "stage/weak.json"), tmp_path / "report.json"
     with pytest.raises(UserError, match="has no outcomes; grade it first"):
-        data_build.report(rows, weak, str(report))
+        build.report(rows, weak, str(report))
     graded = [json.loads(line) for line in Path(weak).read_text().splitlines()]
     outcomes = {"0": "right", "4": "right", "5": "wrong", "1": "right"}
     lines = [json.dumps(row | {"outcome": outcomes.get(row["id"], "wrong")}) for row in graded]
     Path(weak).write_text("\n".join(lines) + "\n")
-    data_build.report(rows, weak, str(report))
+    build.report(rows, weak, str(report), dry_run=True)
+    assert not report.exists()
+    build.report(rows, weak, str(report))
     assert load(report) == {"problems": 6, "kept": 3, "right": 3, "right_of_kept": 2}
     with pytest.raises(UserError, match="the row of problem '0' is not made of these samples"):
-        data_build.report(str(tmp_path / "stage/icl.json"), weak, str(report))
+        build.report(str(tmp_path / "stage/icl.json"), weak, str(report))
 
 
 def test_w2s_23_consistency_and_votes_judge_by_the_kind_of_answer(tmp_path: Path) -> None:
@@ -174,14 +179,15 @@ def test_w2s_23_consistency_and_votes_judge_by_the_kind_of_answer(tmp_path: Path
         typed = [row | dict(zip(("answer_type", "tolerance"), kinds[row["id"]], strict=True)) for row in given]
         path.write_text("".join(json.dumps(row) + "\n" for row in typed))
         files.append(str(path))
-    data_build.weak_icl(*files, str(tmp_path / "out"))
+    build.weak_icl(*files, str(tmp_path / "out"))
     assert [row["id"] for row in load(tmp_path / "out/weak.json")] == ["0", "1", "2"]
-    data_build.vote(files[1], str(tmp_path / "votes.jsonl"))
+    build.vote(files[1], str(tmp_path / "votes.jsonl"))
     found = [vote._replace(negatives=["s #### no"]) for vote in read_votes(str(tmp_path / "votes.jsonl"))]
     weak = {sample.id: sample for sample in read_samples(files[0])}
-    with data_build.grader_of(rules) as grader:
-        pairs = contrast(found, weak, grader.equal, min_confidence=0.6, flip_confidence=0.8, pairs_a_problem=1, seed=1)
-    assert {row["id"]: row["weak"] for row in pairs.pairs} == {
+    with grader_of(rules) as grader:
+        pairs, _ = contrast_pairs(found, weak, grader.equal, min_confidence=0.6, flip_confidence=0.8,
+                                  pairs_per_problem=1, seed=1)  # fmt: skip
+    assert {row["id"]: row["weak"] for row in pairs} == {
         "0": "chosen", "1": "chosen", "2": "chosen", "3": "rejected", "4": "rejected",
     }  # fmt: skip
 
@@ -189,7 +195,7 @@ def test_w2s_23_consistency_and_votes_judge_by_the_kind_of_answer(tmp_path: Path
 def test_w2s_09_demonstrations_are_the_weak_model_s_own_by_id(tmp_path: Path) -> None:
     weak, icl = log_dir(tmp_path / "weak", WEAK, "w", **GOLD), log_dir(tmp_path / "icl", ICL, "s")
     demo_file = tmp_path / "demo.json"
-    data_build.demonstrations(weak, str(demo_file), shots=3, weak_model="w")
+    build.demonstrations(weak, str(demo_file), shots=3, weak_model="w")
     rows = load(demo_file)["demonstrations"]
     given = {sample.id: sample for sample in read_samples(weak)}
     assert len({row["id"] for row in rows}) == 3
@@ -199,15 +205,15 @@ def test_w2s_09_demonstrations_are_the_weak_model_s_own_by_id(tmp_path: Path) ->
     prompt = make_prompting(find_task("GSM8K-weak-to-strong"), str(demo_file)).text("1+1?")
     shots = "".join(f"Question: {row['instruction']}\nAnswer: {row['output']}\n\n" for row in rows)
     assert prompt == shots + "Question: 1+1?\nAnswer:"
-    data_build.demonstrations(weak, str(demo_file), shots=1, seed=3)
+    build.demonstrations(weak, str(demo_file), shots=1, seed=3)
     (shown,) = load(demo_file)["demonstrations"]
-    data_build.weak_icl(weak, icl, str(tmp_path / "out"), demonstrations_file=str(demo_file))
+    build.weak_icl(weak, icl, str(tmp_path / "out"), demonstrations_file=str(demo_file))
     kept = {row["id"] for row in load(tmp_path / "out/weak.json")}
     assert kept == {"0", "4", "5"} - {shown["id"]}
     with pytest.raises(UserError, match="4 responses hold an answer, fewer than --shots 5"):
-        data_build.demonstrations(weak, str(demo_file), shots=5)
+        build.demonstrations(weak, str(demo_file), shots=5)
     with pytest.raises(UserError, match="weak.json: found a list; expected a json object"):
-        data_build.weak_icl(
+        build.weak_icl(
             weak, icl, str(tmp_path / "x"), demonstrations_file=str(tmp_path / "out/weak.json")
         )
 
@@ -230,7 +236,7 @@ def test_w2s_11_another_model_scorer_or_set_of_problems_is_refused(
     weak = log_dir(tmp_path / "weak", WEAK, "w")
     icl = log_dir(tmp_path / "icl", **{"answers": ICL, "model": "s"} | changes)
     with pytest.raises(UserError, match=message):
-        data_build.weak_icl(weak, icl, str(tmp_path / "out"), strong_model="s")
+        build.weak_icl(weak, icl, str(tmp_path / "out"), strong_model="s")
     assert not (tmp_path / "out").exists()
 
 
@@ -238,7 +244,7 @@ def test_samples_of_unknown_origin_are_refused(tmp_path: Path) -> None:
     samples = log_dir(tmp_path / "weak", WEAK, "w")
     (tmp_path / "weak/samples.identity.json").unlink()
     with pytest.raises(UserError, match="has no samples.identity.json beside it, so its model is unknown"):
-        data_build.full_weak(samples, str(tmp_path / "full.json"))
+        build.full_weak(samples, str(tmp_path / "full.json"))
 
 
 def samples_of(answers: Sequence[str | None], name: str = "0") -> list[Sample]:
@@ -265,7 +271,7 @@ def test_w2s_16_ties_go_to_the_first_seen_and_nothing_is_no_answer() -> None:
 def test_w2s_16_every_vote_counts_in_the_file(tmp_path: Path) -> None:
     answers = {str(n): [str((n * k) % 3) if k % 4 else None for k in range(10)] for n in range(6)}
     samples = log_dir(tmp_path / "strong", answers, "s", **GOLD)
-    data_build.vote(samples, str(tmp_path / "votes.jsonl"), strong_model="s")
+    build.vote(samples, str(tmp_path / "votes.jsonl"), strong_model="s")
     found = read_votes(str(tmp_path / "votes.jsonl"))
     assert [vote.id for vote in found] == list(answers)
     for vote in found:
@@ -273,7 +279,7 @@ def test_w2s_16_every_vote_counts_in_the_file(tmp_path: Path) -> None:
         assert vote.confidence * 10 == pytest.approx(len(vote.positives))
     short = log_dir(tmp_path / "short", {"0": ["1", "1"], "1": ["1"]}, "s")
     with pytest.raises(UserError, match="problem '1' has 1 samples, others 2"):
-        data_build.vote(short, str(tmp_path / "votes.jsonl"))
+        build.vote(short, str(tmp_path / "votes.jsonl"))
 
 
 def one_vote(confidence: float) -> Vote:
@@ -288,9 +294,9 @@ def one_vote(confidence: float) -> Vote:
 @pytest.mark.parametrize("pairs_a_problem", [1, 3])
 def test_w2s_17_truth_table(confidence: float, answer: str | None, pairs_a_problem: int) -> None:
     weak = Sample("0", 0, "q0", f"weak #### {answer}", None, {"answer": answer})
-    pairs, _ = contrast(
+    pairs, _ = contrast_pairs(
         [one_vote(confidence)], {"0": weak}, exactly, min_confidence=0.6, flip_confidence=0.8,
-        pairs_a_problem=pairs_a_problem, seed=42,
+        pairs_per_problem=pairs_a_problem, seed=42,
     )  # fmt: skip
     agrees = answer == "1"
     wanted = 0.6 <= confidence < 1.0 if agrees else confidence >= 0.8  # unanimous and right: too easy
@@ -309,8 +315,8 @@ def test_w2s_17_one_side_is_the_named_weak_model_s(tmp_path: Path) -> None:
     weak = log_dir(tmp_path / "weak", {str(n): [str(1 + n % 2)] for n in range(12)}, "w", **GOLD)
     other = log_dir(tmp_path / "other", {str(n): [str(1 + n % 2)] for n in range(12)}, "x")
     votes_file, save_file = str(tmp_path / "votes.jsonl"), tmp_path / "pairs.json"
-    data_build.vote(log_dir(tmp_path / "strong", answers, "s"), votes_file)
-    data_build.contrast(votes_file, weak, str(save_file), weak_model="w", strong_model="s")
+    build.vote(log_dir(tmp_path / "strong", answers, "s"), votes_file)
+    build.contrast(votes_file, weak, str(save_file), weak_model="w", strong_model="s")
     pairs = load(save_file)
     assert [row["weak"] for row in pairs] == ["chosen", "rejected"] * 6
     for row in pairs:
@@ -320,15 +326,15 @@ def test_w2s_17_one_side_is_the_named_weak_model_s(tmp_path: Path) -> None:
             row["weak"] == "rejected",
         ]
     before = save_file.read_bytes()
-    data_build.contrast(votes_file, weak, str(save_file))
+    build.contrast(votes_file, weak, str(save_file))
     assert save_file.read_bytes() == before
     with pytest.raises(UserError, match="was sampled from the model x, but w is w"):
-        data_build.contrast(votes_file, other, str(save_file), weak_model="w")
+        build.contrast(votes_file, other, str(save_file), weak_model="w")
     with pytest.raises(UserError, match="was sampled from the model s, but t is t"):
-        data_build.contrast(votes_file, weak, str(save_file), strong_model="t")
+        build.contrast(votes_file, weak, str(save_file), strong_model="t")
 
 
 def test_a_file_that_is_no_votes(tmp_path: Path) -> None:
     weak = log_dir(tmp_path / "weak", WEAK, "w")
     with pytest.raises(UserError, match="line 1: expected a 'confidence' from 0 to 1 and lists of texts"):
-        data_build.contrast(weak, weak, str(tmp_path / "pairs.json"))
+        build.contrast(weak, weak, str(tmp_path / "pairs.json"))

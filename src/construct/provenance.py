@@ -9,27 +9,27 @@ from src.errors import UserError
 from src.jsonfile import read_json
 
 
-class Origin(NamedTuple):
+class Provenance(NamedTuple):
     """The model's fingerprint, or its name at a server, and the rules of results.json."""
 
     model: str
     rules: dict[str, str]
 
     def document(self) -> dict[str, object]:
-        """What write_origin() leaves beside a file."""
+        """What write_provenance() leaves beside a file."""
         return {"checkpoint": self.model, "rules": self.rules}
 
 
 def identity_file(path: Path) -> Path:
-    """Where a file's origin stands: beside it, samples.jsonl -> samples.identity.json."""
+    """Where a file's provenance is stored, samples.jsonl -> samples.identity.json."""
     return path.with_name(f"{path.stem}.identity.json")
 
 
-def read_origin(file: str, model: str = "") -> Origin:
-    """The origin of graded samples, or of a file made from them.
+def read_provenance(file: str, model: str = "") -> Provenance:
+    """The provenance of graded samples, or of a file made from them.
 
     model: the checkpoint directory, or the name at a server, that it must be of; empty: any. Raises UserError for
-    another model, and for samples that nobody can tell the origin of.
+    another model, and for samples that nobody can tell the provenance of.
     """
     path = Path(file)
     if not identity_file(path).is_file():
@@ -49,10 +49,10 @@ def read_origin(file: str, model: str = "") -> Origin:
         raise UserError(
             f"{file} was sampled from the model {found[:16]}, but {model} is {wanted[:16]}; give the samples of {model}"
         )
-    return Origin(found, rules)
+    return Provenance(found, rules)
 
 
-def same_rules(first: str, one: Origin, second: str, other: Origin) -> dict[str, str]:
+def same_rules(first: str, one: Provenance, second: str, other: Provenance) -> dict[str, str]:
     """The rules that found the answers of both files. Raises UserError where they differ."""
     if one.rules != other.rules:
         raise UserError(
@@ -62,9 +62,9 @@ def same_rules(first: str, one: Origin, second: str, other: Origin) -> dict[str,
     return one.rules
 
 
-def write_origin(file: str, origin: Origin) -> None:
-    """Leave a file's origin beside it."""
-    storage.write_json(identity_file(Path(file)), origin.document())
+def write_provenance(file: str, provenance: Provenance) -> None:
+    """Leave a file's provenance beside it."""
+    storage.write_json(identity_file(Path(file)), provenance.document())
 
 
 def _named(rules: dict[str, str]) -> str:

@@ -1,0 +1,208 @@
+"""Training files -> parts, mixes and concatenations of them. Each command with its flags, then what it computes."""
+
+import random
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from src import runlog
+from src.config import Seed, Share, flag
+from src.construct.samples import BuildConfig, OneFileConfig, Row, save
+from src.data.encoding import STEP_END
+from src.data.examples import Judged, read_instruction_rows, read_judged, read_pairs, read_prompts
+from src.errors import UserError
+from src.evaluation.prompting import select_prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig(OneFileConfig):
+    """Rows"""
+
+    train_file: str = flag(help='rows with "instruction"')
+    split: str = flag(help="""level=1-3, subject=Algebra|Geometry, or a name that stands under "split"; a comma
+        means and""")
+
+
+def select(config: SelectConfig) -> None:
+    """The rows of a data file whose problems a split names, with all their keys: easy problems to train on, say."""
+    prompts = read_prompts(config.train_file, need_label=False)
+    rows = read_instruction_rows(config.train_file)
+    chosen = {prompt.id for prompt in select_prompts(prompts, config.split)}
+    kept = [row for prompt, row in zip(prompts, rows, strict=True) if prompt.id in chosen]
+    save(kept, "rows", "none is in the split", config.train_file, config.save_file, config.dry_run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig(BuildConfig):
+    """Two parts"""
+
+    train_file: str = flag(help='rows with "instruction"; all their keys are kept')
+    first_file: str = flag(help="the json file for the first part")
+    second_file: str = flag(help="the json file for the second part")
+    test_file: str = flag("", "rows none of whose questions may be in train_file")
+    share: Share = flag(0.5, "share of the questions in the first part")
+    allow_overlap: bool = flag(False, """leave out what is in test_file, and count it, instead of ending with an
+        error""")
+    seed: Seed = flag(1, "seed of the choice")
+
+
+def split(config: SplitConfig) -> None:
+    """Instruction data in two parts without a question in common: one to teach the weak model, one for it to label.
+
+    Questions that differ in case, width or blanks count as the same.
+    """
+    train_file, test_file = config.train_file, config.test_file
+    rows = read_instruction_rows(train_file)
+    shared = _questions(rows) & _questions(read_instruction_rows(test_file)) if test_file else set()
+    if shared and not config.allow_overlap:
+        raise UserError(f"{len(shared)} questions of {train_file} are in {test_file}, such as {min(shared)[:60]!r}; "
+                        f"drop them with --allow_overlap")
+    kept = [row for row in rows if normalized_question(row["instruction"]) not in shared]
+    first, second = split_by_question(kept, config.share, config.seed)
+    if test_file:
+        runlog.logger().info("%d of %d rows left out: in the test file", len(rows) - len(kept), len(rows))
+    for part, file in ((first, config.first_file), (second, config.second_file)):
+        save(part, "rows", f"--share {config.share} leaves it none", train_file, file, config.dry_run)
+
+
+def split_by_question(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split rows into two parts, in the order of the file, the first with `share` of the questions."""
+    questions = sorted(_questions(rows))
+    first = set(random.Random(seed).sample(questions, round(share * len(questions))))
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        parts[normalized_question(row["instruction"]) not in first].append(row)
+    return parts
+
+
+def _questions(rows: Iterable[Row]) -> set[str]:
+    return {normalized_question(row["instruction"]) for row in rows}
+
+
+def normalized_question(text: str) -> str:
+    """Normalise a question for comparison: one case, one width of letters, one space between words."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig(OneFileConfig):
+    """Pairs"""
+
+    pairs_file: str = flag(help="ordinary pairs, as `pairs` leaves them")
+    branch_file: str = flag(help="step-controlled pairs, as `branch` leaves them; all are taken")
+    control_file: str = flag("", """json file for as many ordinary pairs, those of the mix among them""")
+    share: Share = flag(0.5, "share of ordinary pairs in the mix")
+    seed: Seed = flag(1, "seed of the choice and of the order of rows")
+
+
+def mix(config: MixConfig) -> None:
+    """Ordinary and step-controlled pairs in one file, and a file of as many ordinary ones to compare with."""
+    for file in (config.pairs_file, config.branch_file):
+        read_pairs(file)  # names the row that is no pair
+    ordinary, branched = read_instruction_rows(config.pairs_file), read_instruction_rows(config.branch_file)
+    mixed, control = mixed_pairs(ordinary, branched, config.share, config.seed)
+    save(mixed, "pairs", "", config.pairs_file, config.save_file, config.dry_run)
+    if config.control_file:
+        save(control, "pairs", "", config.pairs_file, config.control_file, config.dry_run)
+
+
+def mixed_pairs(
+    ordinary: Sequence[Row], branched: Sequence[Row], share: float, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Mix all step-controlled pairs with ordinary ones, `share` of the mix, and choose a control of equal size.
+
+    The control has ordinary pairs alone, those of the mix among them (Lu et al. 2024, section 4.1, "data-equal").
+    Raises UserError when there are too few.
+    """
+    total = round(len(branched) / (1 - share)) if share < 1 else 0
+    if not len(branched) < total <= len(ordinary):
+        raise UserError(
+            f"{len(branched)} step-controlled pairs and a --share {share} of ordinary ones make {total} rows, and the "
+            f"control needs as many ordinary pairs; found {len(ordinary)}: sample more, or take another share"
+        )
+    generator = random.Random(seed)
+    control = generator.sample(list(ordinary), total)
+    mixed = [*control[: total - len(branched)], *branched]
+    generator.shuffle(mixed)
+    generator.shuffle(control)
+    return mixed, control
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinConfig(OneFileConfig):
+    """Solutions"""
+
+    train_file: str = flag(help="judged steps, as `process` leaves them, or outcomes, as `outcome` does")
+    save_file: str = flag(help="the json file to write, with rows of the same kind")
+    share: Share = flag(0.5, """share of the rows that get another problem's solution in front; the others stay
+        as they are""")
+    wrong_share: Share = flag(0.3, """share of wrong ones among the solutions in front; what comes behind them
+        counts as wrong""")
+    seed: Seed = flag(1, "seed of the choice")
+
+
+def join(config: JoinConfig) -> None:
+    """Judged solutions, some behind that of another problem, so that a verifier meets longer ones.
+
+    A verifier of problems harder than those that it learns from needs this: their solutions have more steps.
+    """
+    source = config.train_file
+    rows = concatenated(read_judged(source), config.share, config.wrong_share, config.seed, source)
+    if read_instruction_rows(source)[0].get("steps") is not None:
+        written = [row._asdict() for row in rows]
+    else:
+        written = [
+            {"instruction": row.instruction, "output": STEP_END.join(row.steps), "correct": row.labels[-1] == 1.0}
+            for row in rows
+        ]
+    save(written, "judged solutions", "", source, config.save_file, config.dry_run)
+
+
+def concatenated(
+    rows: Sequence[Judged], share: float, wrong_share: float, seed: int, source: str
+) -> list[Judged]:
+    """Put another problem's solution in front of a share of the rows; a row never follows its own problem.
+
+    A verifier that has seen short solutions alone takes "late" for "wrong", and after another solution every step
+    comes late. Of the solutions in front wrong_share are wrong, and then all that follows is wrong, too: without
+    these a verifier learns to forgive mistakes far back. Raises UserError where the file `source` has no solution of a
+    kind that is needed.
+    """
+    generator = random.Random(seed)
+    # A solution that is wrong somewhere but right at its end is neither: it got there by luck.
+    right = [row for row in rows if not _has_mistake(row) and row.labels[-1] is not None]
+    wrong = [row for row in rows if _has_mistake(row) and (row.labels[-1] or 0) < 0.5]
+    for kind, solutions, is_needed in (("right", right, wrong_share < 1), ("wrong", wrong, wrong_share > 0)):
+        if is_needed and not solutions:
+            raise UserError(
+                f"{source} has no {kind} solution to put in front of others; set --wrong_share {int(kind == 'right')}, "
+                "or judge more"
+            )
+    result = []
+    for row in rows:
+        front = generator.choice(wrong if generator.random() < wrong_share else right)
+        stays = generator.random() >= share or front.instruction == row.instruction
+        result.append(row if stays else concatenate(front, row))
+    return result
+
+
+def concatenate(front: Judged, row: Judged) -> Judged:
+    """Make one solution of two: both problems as one instruction, then the steps of both.
+
+    The final answer of the one in front is left out, unless it is the only step or the first mistake.
+    """
+    n_front = len(front.steps)
+    if n_front > 1 and not (_has_mistake(front) and not _has_mistake(front, n_front - 1)):
+        n_front -= 1
+    labels = [0.0] * len(row.labels) if _has_mistake(front) else row.labels
+    return Judged(
+        f"{front.instruction} {row.instruction}",
+        [*front.steps[:n_front], *row.steps],
+        [*front.labels[:n_front], *labels],
+    )
+
+
+def _has_mistake(row: Judged, n_steps: int | None = None) -> bool:
+    """Whether one of the first steps, or of all, is known to be wrong: its label is below one half."""
+    return any(label is not None and label < 0.5 for label in row.labels[:n_steps])

@@ -1,0 +1,140 @@
+"""Builders that sample with a solver: its flags, how its problems are put, and how its samples are kept and graded."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from src import load, parallel
+from src.checkpoint import storage
+from src.code_solutions.tool_hook import Coding
+from src.config import AskedFlags, Config, Count, flag
+from src.construct.continuation import Solver
+from src.construct.provenance import identity_file, read_provenance
+from src.data.encoding import StepKind
+from src.data.examples import Prompt, Sample, read_samples
+from src.errors import UserError
+from src.evaluation.evaluator import BackgroundGrader, Sampler, claim_samples, grade_samples, sample_prompts
+from src.evaluation.prompting import Prompting, make_prompting
+from src.evaluation.served import AT_SERVER, ServedSolver, check_flags
+from src.grading.answer_types import AnswerType
+from src.grading.grader import Grader
+from src.grading.tasks import Task, find_task
+from src.runlog import RunLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverFlags(AskedFlags):
+    """How the solver is asked"""
+
+    ckpt_dir: str = flag("", "checkpoint of the solver that samples; not with a server")
+    max_batch_size: Count = flag(64, "sequences that decode at once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuationFlags(SolverFlags):
+    """Solutions to go on with"""
+
+    task: str = flag(help="how answers are found and compared; the samples must have been graded by the same rules")
+    samples_file: str = flag(help="graded samples.jsonl with solutions")
+    log_dir: str = flag(help="directory for the continuations, samples.jsonl and run.json")
+    save_file: str = flag(help="the json file to write")
+    step: StepKind = flag("paragraph", "what a step is: a paragraph, with a blank line behind it, or a line")
+
+
+def check_solver(config: SolverFlags, *, from_prefix: bool = False) -> None:
+    """Raise UserError unless the flags name one solver, a checkpoint's or a server's.
+
+    from_prefix: it has to continue the beginning of a solution, which no chat protocol has a word for.
+    """
+    flags = config.flags()
+    if bool(flags["ckpt_dir"]) == (config.backend == "openai"):
+        raise UserError("give one of --ckpt_dir, a solver's checkpoint, and --backend openai, a server")
+    if check_flags(flags) and from_prefix and config.chat_template == AT_SERVER:
+        raise UserError(
+            f"with --chat_template {AT_SERVER} every answer begins anew, but here solutions are gone on with; give "
+            f"--tokenizer_file with a --chat_template of this side, or neither"
+        )
+
+
+def open_solver(config: SolverFlags, prompting: Prompting, max_rounds: int = 24) -> Solver | ServedSolver:
+    """Open what the flags name: a server, or the model of a checkpoint on this rank, with what runs its code."""
+    flags = config.flags()
+    parallel.start(seed=flags["seed"])
+    if config.backend == "openai":
+        return ServedSolver(flags, prompting)
+    ckpt_dir, template = flags["ckpt_dir"], config.chat_template
+    tokenizer = load.load_tokenizer(ckpt_dir, config.tokenizer_file, template, config.template_args)
+    model = load.load_solver(ckpt_dir, precision=config.precision)
+    source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), **({"chat_template": template} if template else {}),
+              "template_args": tokenizer.template_args or None,
+              "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
+    coding = Coding(tokenizer, max_rounds, flags.get("isolation") or None) if tokenizer.code else None
+    return Solver(model, tokenizer, prompting, config.max_batch_size, coding, source)
+
+
+def open_task(config: ContinuationFlags, samples: Sequence[Sample]) -> tuple[Prompting, Task]:
+    """Find how problems are put and graded. Raises UserError unless the samples were graded by the task's rules.
+
+    A file without a record of its rules, such as one filtered by hand, is taken if the task's rules give every sample
+    the outcome that it has.
+    """
+    samples_file, task = config.samples_file, find_task(config.task)
+    if identity_file(Path(samples_file)).is_file():
+        rules = read_provenance(samples_file).rules
+        if rules != task.rules():
+            raise UserError(
+                f"{samples_file} was graded by {', '.join(rules.values())}, but --task {config.task} means "
+                f"{', '.join(task.rules().values())}; name the task of the samples"
+            )
+    elif parallel.rank() == 0:  # an error on one rank stops all
+        _check_outcomes(samples, task, samples_file)
+    return make_prompting(task, prompt_template=config.prompt_template), task
+
+
+def _check_outcomes(samples: Sequence[Sample], task: Task, samples_file: str) -> None:
+    with Grader(task) as grader:
+        for sample in samples:
+            values = sample.values
+            kind = AnswerType(str(values.get("answer_type") or ""), float(values.get("tolerance") or 0))
+            outcome = grader.grade_one(sample.response, str(values["label"]), kind).outcome
+            if outcome != sample.outcome and outcome not in ("timeout", "error"):
+                raise UserError(
+                    f"{samples_file} has no {identity_file(Path(samples_file)).name} beside it that says how it was "
+                    f"graded, and it was not by --task {task.name}: sample {sample.id!r}/{sample.sample} is "
+                    f"{sample.outcome} there, but {outcome} by that task; name the task of the samples, or grade the "
+                    f"file with solver_evaluate.py --samples_file"
+                )
+
+
+def sample_and_grade(
+    solver: Solver | ServedSolver,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    n: int,
+    *,
+    config: Config,
+    identity: Mapping[str, object],
+    task: Task | None = None,
+) -> Path:
+    """Sample n times for every problem into log_dir/samples.jsonl, grading with the task meanwhile. -> the file.
+
+    identity: what the samples depend on beside the solver and its prompts; a directory with samples of another one is
+    refused (UserError).
+    """
+    flags = config.flags()
+    path = Path(flags["log_dir"]) / "samples.jsonl"
+    storage.claim(path.parent)
+    claim_samples(path, {**solver.source, **identity, **solver.prompting.facts()})
+    with BackgroundGrader(task, prompts) if task and parallel.rank() == 0 else nullcontext() as grading:
+        log = RunLog(str(path.parent), flags)
+        sample_prompts(sampler, prompts, num_samples=n, path=path, log=log, grading=grading)
+        if grading:
+            results = grade_samples(grading, read_samples(str(path)), path)
+            storage.write_json(path.with_name("results.json"), results)
+    return path
+
+
+def grader_of(rules: Mapping[str, str]) -> Grader:
+    """Make what compares answers that were found by these rules."""
+    return Grader(Task(name="samples", **rules))
