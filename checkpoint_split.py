@@ -17,7 +17,7 @@ from typing import Literal
 from src import cli, load, parallel, plan, runlog
 from src.checkpoint import export, sources, storage, training_state, verify
 from src.checkpoint.sources import AdapterSource, Source
-from src.checkpoint.split import split, split_adapter, tokenizer_of
+from src.checkpoint.split import split, split_adapter, tokenizer_of, with_added_tokens
 from src.config import Config, Count, CountOrOff, CountOrZero, Counts, Positive, flag
 from src.errors import UserError
 from src.jsonfile import read_json
@@ -109,7 +109,7 @@ def main(config: SplitConfig) -> None:
     source = adapter if keep else sources.open_source(config.ckpt_file, config.config_file, config.base_dir)
     check_model_type(source.config, config.model_type, described)
     if config.num_added_tokens:
-        source = sources.with_added_tokens(source, config.num_added_tokens)
+        source = with_added_tokens(source, config.num_added_tokens)
     if config.code_tokens:
         source, tokenizer_file = with_code_tokens(source, tokenizer_file, described)
     if (sources.folders_of(source)[0] / training_state.STATE).is_file():
@@ -157,7 +157,7 @@ def with_code_tokens(source: Source, tokenizer_file: str, described: str) -> tup
         raise UserError(f"--code_tokens extends a tokenizer, but none lies beside {described}; give --tokenizer_file")
     folder = copy_of(files)
     first = add_control_tokens(folder, list(Marker), files[0].parent)
-    source = sources.with_added_tokens(source, len(Marker), first)
+    source = with_added_tokens(source, len(Marker), first)
     return source._replace(config=dataclasses.replace(source.config, chat_template=CODE_FORM)), str(folder)
 
 

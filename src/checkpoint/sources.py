@@ -14,17 +14,13 @@ import torch
 from torch import Tensor
 
 from src.checkpoint import adapters, convert, peft_layout, storage, training_state
-from src.checkpoint.description import check_counts, choose_description, read_descriptions
-from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join, reshard
+from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, reshard
 from src.checkpoint.tensor_files import StoredTensor
-from src.checkpoint.weight_files import OpenedFile, open_file, weight_files
+from src.checkpoint.weight_files import check_counts, open_weights
 from src.errors import UserError
 from src.jsonfile import read_json
 from src.models.config import ModelConfig, config_from_dict, refuse_infinities
-from src.models.families import PLAIN
-from src.models.foreign import config_from_hf
 from src.models.lora import LoraConfig
-from src.models.meta import MetaWeights, config_from_meta
 
 
 class Source(NamedTuple):
@@ -46,26 +42,7 @@ def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
     if adapter := open_adapter(paths[0], base_dir):
         return merge(adapter)
-    descriptions = read_descriptions(folder, config_file)
-    if len(paths) == 1 and paths[0].is_dir():
-        paths = weight_files(folder)
-    files = [open_file(path) for path in paths]
-    hf = any(convert.uses_hf_names(file.tensors) for file in files)
-    described, values = choose_description(descriptions, folder, files[0], hf)
-    family = str(values.get("model_type", PLAIN)) if hf else None
-    named = [_our_names(file, family) for file in files]
-    check_counts(values, {name: stored.shape for part in named for name, stored in part.items()}, described)
-    if len(named) > 1 and all(set(tensors) == set(named[0]) for tensors in named):
-        tensors, config = _join_shards(named, values, described)
-    else:
-        tensors = _merge_parts(files, named)
-        config = _config(values, described, tensors)
-    if hf and "v_head.weight" in tensors:
-        tensors, config = _verifier_from_hf(tensors, values, config, described)
-    tensors = _one_of_tied(tensors, config, described)
-    if hf:
-        tensors = convert.as_ours(tensors, config)
-    _check_shapes(tensors, config, described)
+    config, tensors = open_weights(paths, folder, config_file)
     return Source(config, tensors, storage.tokenizer_files(folder), [folder])
 
 
@@ -216,172 +193,6 @@ def local_tensors(
     return tensors
 
 
-def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
-    """A file's tensors under our names, wrappers' prefixes and derived tensors removed; unknown names are listed.
-
-    family: whose Hugging Face names they are; None = they are ours.
-    """
-    tensors, unknown = {}, []
-    for stored_name, tensor in file.tensors.items():
-        name = convert.strip_wrappers(stored_name)
-        if convert.is_derived(name):
-            continue
-        try:
-            name = name if family is None else convert.from_hf_name(name, family)
-        except UserError:
-            unknown.append(stored_name)
-            continue
-        if name in tensors:
-            raise UserError(
-                f"{file.path}: {name!r} is stored twice, once as {stored_name}; remove one of them"
-            )
-        tensors[name] = tensor
-    if unknown:
-        raise UserError(
-            f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; "
-            f"expected a checkpoint in the names of {family or 'Meta'}"
-        )
-    return tensors
-
-
-def _merge_parts(files: list[OpenedFile], named: list[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """One table from files that each hold some of the parameters."""
-    tensors: dict[str, StoredTensor] = {}
-    for file, part in zip(files, named, strict=True):
-        twice = sorted(set(part) & set(tensors))
-        if twice:
-            raise UserError(
-                f"{file.path}: parameter {twice[0]!r} is in an earlier file too; expected parts of "
-                f"one checkpoint, or all its tensor-parallel shards"
-            )
-        tensors |= part
-    return tensors
-
-
-def _join_shards(
-    shards: list[dict[str, StoredTensor]], values: dict[str, object], described: str
-) -> tuple[dict[str, StoredTensor], ModelConfig]:
-    """Whole tensors from tensor-parallel shards, which all hold the same names."""
-    _check_present(shards[0], ("tok_embeddings.weight",), described)
-    columns = shards[0]["tok_embeddings.weight"].shape[1]
-    # Llama 3 cuts the vocabulary, Llama 1 and 2 the width
-    embedding_dim = 0 if columns == values.get("dim", values.get("hidden_size")) else 1
-    config = _config(values, described, shards[0], scale=len(shards), embedding_dim=embedding_dim)
-    tensors = {}
-    for name, (shape, _, _) in shards[0].items():
-        how = cut_of(name, config, len(shards))
-        pieces = [shard[name] for shard in shards]
-        check_pieces(name, [piece.shape for piece in pieces], how, described)
-        whole = tuple(how.size if axis == how.dim else size for axis, size in enumerate(shape))
-        tensors[name] = StoredTensor(
-            whole, lambda pieces=pieces, how=how: join([p.load() for p in pieces], how), pieces[0].dtype
-        )
-    return tensors, config
-
-
-def _config(
-    values: dict[str, object],
-    described: str,
-    tensors: dict[str, StoredTensor],
-    scale: int = 1,
-    embedding_dim: int = 1,
-) -> ModelConfig:
-    """The ModelConfig of a description in our, Hugging Face's or Meta's terms.
-
-    `tensors` may be shard 0 of `scale` shards whose embeddings are cut along `embedding_dim`.
-    """
-    if "ffn_dim" in values:
-        return config_from_dict(values, described)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    if "hidden_size" in values:
-        return config_from_hf(values, described, dtype)
-    for key in ("dim", "n_layers", "n_heads"):
-        if key not in values:
-            raise UserError(
-                f"{described}: key {key!r} is missing; expected a Meta params.json or an HF config.json"
-            )
-    inner = f"layers.0.feed_forward.{'experts.0.' if values.get('moe') else ''}w1.weight"
-    _check_present(tensors, ("tok_embeddings.weight", inner), described)
-    ffn_rows = tensors[inner].shape[0] * scale
-    vocab_rows = tensors["tok_embeddings.weight"].shape[0] * (scale if embedding_dim == 0 else 1)
-    weights = MetaWeights(
-        ffn_dim=ffn_rows,
-        vocab_size=vocab_rows,
-        dtype=dtype,
-        tied=_is_tied(tensors),
-        value_head="v_head.weight" in tensors,
-        embedding_split_dim=embedding_dim,
-    )
-    return config_from_meta(values, described, weights)
-
-
-def _check_present(tensors: dict[str, StoredTensor], names: tuple[str, ...], described: str) -> None:
-    """Raise UserError unless the weights hold the parameters that sizes are read from."""
-    for name in names:
-        if name not in tensors:
-            raise UserError(f"{described}: the weights lack parameter {name!r}")
-
-
-def _is_tied(tensors: dict[str, StoredTensor]) -> bool:
-    """Whether Meta-style weights share the embedding with the output layer: no output, or the very same values."""
-    if "v_head.weight" in tensors:
-        return False
-    output, embedding = tensors.get("output.weight"), tensors["tok_embeddings.weight"]
-    return output is None or (
-        output.shape == embedding.shape and torch.equal(output.load(), embedding.load())
-    )
-
-
-def _one_of_tied(
-    tensors: dict[str, StoredTensor], config: ModelConfig, described: str
-) -> dict[str, StoredTensor]:
-    """The matrix of a tied checkpoint once, under the embedding's name, whichever of the two it was stored under.
-
-    A pair that has diverged is refused.
-    """
-    output = tensors.get("output.weight")
-    if not config.tied or output is None:
-        return tensors
-    embedding = tensors.get("tok_embeddings.weight", output)
-    if embedding is not output and not torch.equal(output.load(), embedding.load()):
-        raise UserError(
-            f"{described} says that embeddings are tied, but output and tok_embeddings differ; "
-            f"set tie_word_embeddings to false to keep both"
-        )
-    tensors = tensors | {"tok_embeddings.weight": embedding}
-    return {name: stored for name, stored in tensors.items() if name != "output.weight"}
-
-
-def _verifier_from_hf(
-    tensors: dict[str, StoredTensor], values: dict[str, object], config: ModelConfig, described: str
-) -> tuple[dict[str, StoredTensor], ModelConfig]:
-    """The verifier in a classifier of transformers with one label; where its scores are read, its export knows."""
-    bias = tensors.get("v_head.bias")
-    if bias is not None and bias.load().any():
-        raise UserError(f"{described}: score.bias is not zero, and a verifier's value head has no bias")
-    token_classifier = "TokenClassification" in str(values.get("architectures"))
-    facts = {} if "splitrl" in values else {"score": "mean" if token_classifier else "last"}
-    config = dataclasses.replace(config, value_head=True, tied=False, **facts)
-    return {name: stored for name, stored in tensors.items() if name != "v_head.bias"}, config
-
-
-def _check_shapes(tensors: dict[str, StoredTensor], config: ModelConfig, described: str) -> None:
-    """Raise UserError unless the tensors are exactly those of the config."""
-    expected = expected_shapes(config)
-    unknown = sorted(set(tensors) - set(expected))
-    if unknown:
-        raise UserError(
-            f"{len(unknown)} unknown parameters: {', '.join(unknown[:8])}; {described} describes none of them"
-        )
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise UserError(f"{described}: parameter {name!r} is missing from the weights")
-        if tensors[name].shape != shape:
-            raise UserError(
-                f"{name} has shape {list(tensors[name].shape)}, but {described} means {list(shape)}"
-            )
-
-
 def read_config(folder: Path) -> ModelConfig:
     """The config of a shard directory, whoever wrote it. Raises UserError."""
     storage.check_complete(folder)
@@ -396,29 +207,3 @@ def read_config(folder: Path) -> ModelConfig:
     elif names:
         check_counts(values, dict.fromkeys(names, ()), str(path))
     return config_from_dict(values, str(path))
-
-
-def with_added_tokens(source: Source, n: int, first: int | None = None) -> Source:
-    """A checkpoint with n tokens from id `first` on, each the mean of the rows below (Hewitt 2021).
-
-    first None: behind the last row. Where the embedding is larger than the tokenizer's vocabulary, rows that nothing
-    used so far become those tokens'.
-    """
-    had = source.config.vocab_size
-    first = had if first is None else first
-    rows = max(had, first + n)
-    tensors = dict(source.tensors)
-    for name in tensors.keys() & {"tok_embeddings.weight", "output.weight"}:
-        stored = tensors[name]
-        load = functools.partial(_load_extended, stored, first, n)
-        tensors[name] = stored._replace(shape=(rows, stored.shape[1]), load=load)
-    config = dataclasses.replace(
-        source.config, vocab_size=rows, n_added_tokens=source.config.n_added_tokens + rows - had
-    )
-    return source._replace(config=config, tensors=tensors)
-
-
-def _load_extended(stored: StoredTensor, first: int, n: int) -> Tensor:
-    whole = stored.load()
-    mean = whole[:first].mean(0, dtype=torch.float32).type_as(whole)
-    return torch.cat([whole[:first], mean.expand(n, -1), whole[first + n :]])

@@ -1,5 +1,7 @@
 """A checkpoint or an adapter cut into n tensor-parallel shards on disk."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -136,3 +138,29 @@ def _layout(
         piece = shards.view_of(torch.empty(stored.shape, device="meta"), cuts[name], index)
         layout[name] = TensorSpec(tuple(piece.shape), getattr(torch, dtype) if dtype else stored.dtype)
     return layout
+
+
+def with_added_tokens(source: Source, n: int, first: int | None = None) -> Source:
+    """A checkpoint with n tokens from id `first` on, each the mean of the rows below (Hewitt 2021).
+
+    first None: behind the last row. Where the embedding is larger than the tokenizer's vocabulary, rows that nothing
+    used so far become those tokens'.
+    """
+    had = source.config.vocab_size
+    first = had if first is None else first
+    rows = max(had, first + n)
+    tensors = dict(source.tensors)
+    for name in tensors.keys() & {"tok_embeddings.weight", "output.weight"}:
+        stored = tensors[name]
+        load = functools.partial(_load_extended, stored, first, n)
+        tensors[name] = stored._replace(shape=(rows, stored.shape[1]), load=load)
+    config = dataclasses.replace(
+        source.config, vocab_size=rows, n_added_tokens=source.config.n_added_tokens + rows - had
+    )
+    return source._replace(config=config, tensors=tensors)
+
+
+def _load_extended(stored: StoredTensor, first: int, n: int) -> Tensor:
+    whole = stored.load()
+    mean = whole[:first].mean(0, dtype=torch.float32).type_as(whole)
+    return torch.cat([whole[:first], mean.expand(n, -1), whole[first + n :]])

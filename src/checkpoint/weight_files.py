@@ -1,15 +1,24 @@
-"""Which files of a directory hold its weights, and what one such file holds."""
+"""Weights that a user brings, with their description: which files hold them, and what they are under our names."""
 
+import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from src import runlog
-from src.checkpoint import storage
+from src.checkpoint import convert, storage
+from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join
 from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
 from src.errors import UserError
 from src.jsonfile import read_json
+from src.models.config import ModelConfig, config_from_dict, refuse_infinities
+from src.models.families import PLAIN
+from src.models.foreign import config_from_hf, family_of
+from src.models.meta import MetaWeights, config_from_meta
 
 # In the order in which transformers looks for them; it reads the first that is there.
 _HF_FILES = (
@@ -19,6 +28,9 @@ _HF_FILES = (
     "pytorch_model.bin.index.json",
 )
 _NESTED_KEYS = ("model", "state_dict")
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERTS_STACKED = re.compile(r"\.experts\.\w+_stacked")
 
 
 class OpenedFile(NamedTuple):
@@ -27,6 +39,40 @@ class OpenedFile(NamedTuple):
     path: Path
     tensors: dict[str, StoredTensor]
     params: dict[str, object] | None
+
+
+def open_weights(
+    paths: list[Path], folder: Path, config_file: str = ""
+) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """The config and the whole tensors, under our names and in our layout, of files or of a directory.
+
+    The description is `config_file`, else params.json or config.json in `folder`, else what lies in the file.
+    Raises UserError that names what is wrong.
+    """
+    descriptions = _descriptions(folder, config_file)
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = weight_files(folder)
+    files = [open_file(path) for path in paths]
+    hf = any(convert.uses_hf_names(file.tensors) for file in files)
+    if not descriptions:
+        descriptions = _description_inside(files[0], folder)
+    # tensors under Hugging Face's names go by config.json, as in transformers
+    described, values = list(descriptions.items())[-1 if hf else 0]
+    family = str(values.get("model_type", PLAIN)) if hf else None
+    named = [_our_names(file, family) for file in files]
+    check_counts(values, {name: stored.shape for part in named for name, stored in part.items()}, described)
+    if len(named) > 1 and all(set(tensors) == set(named[0]) for tensors in named):
+        tensors, config = _join_shards(named, values, described)
+    else:
+        tensors = _merge_parts(files, named)
+        config = _config(values, described, tensors)
+    if hf and "v_head.weight" in tensors:
+        tensors, config = _verifier_from_hf(tensors, values, config, described)
+    tensors = _one_of_tied(tensors, config, described)
+    if hf:
+        tensors = convert.as_ours(tensors, config)
+    check_shapes(tensors, config, described)
+    return config, tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -96,3 +142,212 @@ def open_file(path: Path) -> OpenedFile:
             f"{path} holds no tensors; expected a checkpoint, plain or under {' or '.join(_NESTED_KEYS)}"
         )
     return OpenedFile(path, tensors, params)
+
+
+def _descriptions(folder: Path, config_file: str) -> dict[str, dict[str, object]]:
+    """What describes the model, by file: the one named, or params.json and config.json as far as they are there.
+
+    Raises UserError for a family that is not supported, and for numbers that are none.
+    """
+    candidates = [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
+    found = {str(path): read_json(path) for path in candidates if config_file or path.is_file()}
+    for described, values in found.items():
+        refuse_infinities(values, described)
+        if "model_type" in values and "dim" not in values:
+            family_of(values, described)
+    return found
+
+
+def _description_inside(file: OpenedFile, folder: Path) -> dict[str, dict[str, object]]:
+    """The params that lie in a file beside its tensors, for want of any other description."""
+    if file.params is None:
+        raise UserError(f"{folder} has neither params.json nor config.json; name one with --config_file")
+    described = f"{file.path} (model_args)"
+    refuse_infinities(file.params, described)
+    return {described: file.params}
+
+
+def check_counts(values: dict[str, object], shapes: Mapping[str, tuple[int, ...]], described: str) -> None:
+    """Raise UserError where a description counts more layers or experts than the weights hold.
+
+    Whatever is as large as these numbers say comes after this.
+    """
+    layers = {found[1] for name in shapes if (found := _LAYER.match(name))}
+    experts = {found[1] for name in shapes if (found := _EXPERT.search(name))}
+    stacked = [shape[0] for name, shape in shapes.items() if _EXPERTS_STACKED.search(name) and shape]
+    held = {
+        **dict.fromkeys(("n_layers", "num_hidden_layers"), ("layers", len(layers))),
+        **dict.fromkeys(
+            ("n_experts", "num_experts", "num_local_experts"), ("experts", max([len(experts), *stacked]))
+        ),
+    }
+    meta_experts = values.get("moe")
+    for key, value in (values | (meta_experts if isinstance(meta_experts, dict) else {})).items():
+        if key in held and type(value) is int and value > held[key][1]:
+            raise UserError(f"{described}: {key}={value}, but the weights hold {held[key][1]} {held[key][0]}")
+
+
+def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
+    """A file's tensors under our names, wrappers' prefixes and derived tensors removed; unknown names are listed.
+
+    family: whose Hugging Face names they are; None = they are ours.
+    """
+    tensors, unknown = {}, []
+    for stored_name, tensor in file.tensors.items():
+        name = convert.strip_wrappers(stored_name)
+        if convert.is_derived(name):
+            continue
+        try:
+            name = name if family is None else convert.from_hf_name(name, family)
+        except UserError:
+            unknown.append(stored_name)
+            continue
+        if name in tensors:
+            raise UserError(
+                f"{file.path}: {name!r} is stored twice, once as {stored_name}; remove one of them"
+            )
+        tensors[name] = tensor
+    if unknown:
+        raise UserError(
+            f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; "
+            f"expected a checkpoint in the names of {family or 'Meta'}"
+        )
+    return tensors
+
+
+def _merge_parts(files: list[OpenedFile], named: list[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """One table from files that each hold some of the parameters."""
+    tensors: dict[str, StoredTensor] = {}
+    for file, part in zip(files, named, strict=True):
+        twice = sorted(set(part) & set(tensors))
+        if twice:
+            raise UserError(
+                f"{file.path}: parameter {twice[0]!r} is in an earlier file too; expected parts of "
+                f"one checkpoint, or all its tensor-parallel shards"
+            )
+        tensors |= part
+    return tensors
+
+
+def _join_shards(
+    shards: list[dict[str, StoredTensor]], values: dict[str, object], described: str
+) -> tuple[dict[str, StoredTensor], ModelConfig]:
+    """Whole tensors from tensor-parallel shards, which all hold the same names."""
+    _check_present(shards[0], ("tok_embeddings.weight",), described)
+    columns = shards[0]["tok_embeddings.weight"].shape[1]
+    # Llama 3 cuts the vocabulary, Llama 1 and 2 the width
+    embedding_dim = 0 if columns == values.get("dim", values.get("hidden_size")) else 1
+    config = _config(values, described, shards[0], scale=len(shards), embedding_dim=embedding_dim)
+    tensors = {}
+    for name, (shape, _, _) in shards[0].items():
+        how = cut_of(name, config, len(shards))
+        pieces = [shard[name] for shard in shards]
+        check_pieces(name, [piece.shape for piece in pieces], how, described)
+        whole = tuple(how.size if axis == how.dim else size for axis, size in enumerate(shape))
+        tensors[name] = StoredTensor(
+            whole, lambda pieces=pieces, how=how: join([p.load() for p in pieces], how), pieces[0].dtype
+        )
+    return tensors, config
+
+
+def _config(
+    values: dict[str, object],
+    described: str,
+    tensors: dict[str, StoredTensor],
+    scale: int = 1,
+    embedding_dim: int = 1,
+) -> ModelConfig:
+    """The ModelConfig of a description in our, Hugging Face's or Meta's terms.
+
+    `tensors` may be shard 0 of `scale` shards whose embeddings are cut along `embedding_dim`.
+    """
+    if "ffn_dim" in values:
+        return config_from_dict(values, described)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    if "hidden_size" in values:
+        return config_from_hf(values, described, dtype)
+    for key in ("dim", "n_layers", "n_heads"):
+        if key not in values:
+            raise UserError(
+                f"{described}: key {key!r} is missing; expected a Meta params.json or an HF config.json"
+            )
+    inner = f"layers.0.feed_forward.{'experts.0.' if values.get('moe') else ''}w1.weight"
+    _check_present(tensors, ("tok_embeddings.weight", inner), described)
+    ffn_rows = tensors[inner].shape[0] * scale
+    vocab_rows = tensors["tok_embeddings.weight"].shape[0] * (scale if embedding_dim == 0 else 1)
+    weights = MetaWeights(
+        ffn_dim=ffn_rows,
+        vocab_size=vocab_rows,
+        dtype=dtype,
+        tied=_is_tied(tensors),
+        value_head="v_head.weight" in tensors,
+        embedding_split_dim=embedding_dim,
+    )
+    return config_from_meta(values, described, weights)
+
+
+def _check_present(tensors: dict[str, StoredTensor], names: tuple[str, ...], described: str) -> None:
+    """Raise UserError unless the weights hold the parameters that sizes are read from."""
+    for name in names:
+        if name not in tensors:
+            raise UserError(f"{described}: the weights lack parameter {name!r}")
+
+
+def _is_tied(tensors: dict[str, StoredTensor]) -> bool:
+    """Whether Meta-style weights share the embedding with the output layer: no output, or the very same values."""
+    if "v_head.weight" in tensors:
+        return False
+    output, embedding = tensors.get("output.weight"), tensors["tok_embeddings.weight"]
+    return output is None or (
+        output.shape == embedding.shape and torch.equal(output.load(), embedding.load())
+    )
+
+
+def _one_of_tied(
+    tensors: dict[str, StoredTensor], config: ModelConfig, described: str
+) -> dict[str, StoredTensor]:
+    """The matrix of a tied checkpoint once, under the embedding's name, whichever of the two it was stored under.
+
+    A pair that has diverged is refused.
+    """
+    output = tensors.get("output.weight")
+    if not config.tied or output is None:
+        return tensors
+    embedding = tensors.get("tok_embeddings.weight", output)
+    if embedding is not output and not torch.equal(output.load(), embedding.load()):
+        raise UserError(
+            f"{described} says that embeddings are tied, but output and tok_embeddings differ; "
+            f"set tie_word_embeddings to false to keep both"
+        )
+    tensors = tensors | {"tok_embeddings.weight": embedding}
+    return {name: stored for name, stored in tensors.items() if name != "output.weight"}
+
+
+def _verifier_from_hf(
+    tensors: dict[str, StoredTensor], values: dict[str, object], config: ModelConfig, described: str
+) -> tuple[dict[str, StoredTensor], ModelConfig]:
+    """The verifier in a classifier of transformers with one label; where its scores are read, its export knows."""
+    bias = tensors.get("v_head.bias")
+    if bias is not None and bias.load().any():
+        raise UserError(f"{described}: score.bias is not zero, and a verifier's value head has no bias")
+    token_classifier = "TokenClassification" in str(values.get("architectures"))
+    facts = {} if "splitrl" in values else {"score": "mean" if token_classifier else "last"}
+    config = dataclasses.replace(config, value_head=True, tied=False, **facts)
+    return {name: stored for name, stored in tensors.items() if name != "v_head.bias"}, config
+
+
+def check_shapes(tensors: dict[str, StoredTensor], config: ModelConfig, described: str) -> None:
+    """Raise UserError unless the tensors are exactly those of the config."""
+    expected = expected_shapes(config)
+    unknown = sorted(set(tensors) - set(expected))
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} unknown parameters: {', '.join(unknown[:8])}; {described} describes none of them"
+        )
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise UserError(f"{described}: parameter {name!r} is missing from the weights")
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{name} has shape {list(tensors[name].shape)}, but {described} means {list(shape)}"
+            )

@@ -7,7 +7,8 @@ import torch
 
 import checkpoint_split
 from src import load, parallel
-from src.checkpoint.sources import open_source, with_added_tokens
+from src.checkpoint.sources import open_source
+from src.checkpoint.split import with_added_tokens
 from src.errors import UserError
 from src.text.blocks import Marker
 from src.text.extend import add_control_tokens
