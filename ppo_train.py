@@ -11,7 +11,7 @@ from pathlib import Path
 
 from src import cli, load, losses, parallel, plan, runlog
 from src.checkpoint import saving, storage
-from src.data.collate import epoch_order
+from src.data.sampler import epoch_order
 from src.grading.grader import Grader
 from src.inference.sampling import Sampling
 from src.models.lora import without_adapters
@@ -28,7 +28,7 @@ from src.training.ppo_setup import (
     read_inputs,
 )
 from src.training.refill import refill_groups
-from src.training.resuming import find_start, run_facts
+from src.training.resuming import find_start, run_fingerprint
 from src.training.rewards import Reward, Scores, apply_length_penalty, rule_reward, score_rollout
 from src.training.rollout import Rollout, rollout_logprobs, rollout_values, sample_rollout
 
@@ -46,15 +46,15 @@ def main(config: PPOConfig) -> None:
         saving.check_save_dir(
             save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir)
     storage.claim(Path(config.run_dir))
-    facts = run_facts("ppo_train", config.flags(), critic_warmup=critic_warmup,
-                      precision=str(parallel.compute_dtype(config.precision)))
-    find_start(config.save_dirs, config.resume, facts, n_iterations)
+    fingerprint = run_fingerprint("ppo_train", config.flags(), critic_warmup=critic_warmup,
+                                  precision=str(parallel.compute_dtype(config.precision)))
+    find_start(config.save_dirs, config.resume, fingerprint, n_iterations)
     log = RunLog(config.run_dir, config.flags(), wandb=config.wandb)
     models = load_models(config, log, n_iterations)
     actor, critic = models.actor, models.critic
     state: dict[str, object] = {"kl_scale": 1.0, "update_checked": False}  # saved, and resumed with
     alerts = monitor.Monitor(log.logger, state)
-    checkpointer = open_checkpointer(config, models, log, state, data, facts)
+    checkpointer = open_checkpointer(config, models, log, state, data, fingerprint)
     done = checkpointer.resume(config.resume)
     models.load_reference(config, refreshed=0 < config.reference_refresh <= done)
     log.progress(n_iterations, "buffer", done)

@@ -14,11 +14,10 @@ from src.checkpoint import saving, storage
 from src.config import Bounds, NonNegative, Positive, Share, TrainConfig, flag
 from src.data.encoding import masked_text
 from src.runlog import RunLog
-from src.training import setup
-from src.training.preference import Preference, evaluate, n_pairs, open_preferences, report
+from src.training.preference import Preference, evaluate, n_pairs, open_preferences, report, with_reference
 from src.training.reference import reference_identity, reference_logprobs
-from src.training.solver import n_supervised
-from src.training.throughput import ThroughputMeter
+from src.training.run import Run
+from src.training.sft import n_supervised
 
 Smoothing = Annotated[float, Bounds("0 or more and less than 0.5", lambda x: 0 <= x < 0.5)]
 
@@ -71,14 +70,13 @@ def main(config: PreferenceTrainConfig) -> None:
     data, held_out = open_preferences(
         config.train_file, config.label_file, config.held_out, tokenizer, truncation=config.truncation,
         max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, model_config))
-    batching = setup.open_batching(config)
-    steps_per_epoch, total_steps = batching.count_steps(len(data.samples), config.epochs, config.max_steps)
+    run = Run(config, data)
     if config.dry_run:
         examples = [encoded for pair in data.samples for encoded in pair]
-        steps = data.steps(batching.of_last_rank, None, packing=config.packing, epochs=config.epochs, stop=total_steps)
-        runlog.table(plan.training(config, model_config, steps, examples, tokenizer, batching.ranks))
+        runlog.table(plan.training(config, model_config, run.planned_steps(data), examples, tokenizer,
+                                   run.sampler.ranks))
         return
-    facts = setup.start(config, "preference_train", batching, len(data.samples), total_steps)
+    run.begin("preference_train")
     saving.check_save_dir(config.save_dir, config.reference_ckpt_dir)
     load.check_tokenizer(tokenizer, config.reference_ckpt_dir)
     fingerprint = storage.fingerprint(Path(against)) if against else None
@@ -86,40 +84,36 @@ def main(config: PreferenceTrainConfig) -> None:
                  wandb=config.wandb)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
-    model, reference = load.load_solver(against or config.ckpt_dir, precision=config.precision,
-                                            trained=config.lora_rank == -1), None
+    model = load.load_solver(against or config.ckpt_dir, precision=config.precision,
+                                 trained=config.lora_rank == -1)
     if against:
         file = Path(config.reference_file or Path(config.save_dir) / "reference.jsonl")
         reference = reference_logprobs(
             model, [*data.samples, *held_out.samples], file, reference_identity(fingerprint, tokenizer, model.dtype),
             max_batch_size=2 * config.max_batch_size, log=log)
+        data, held_out = with_reference(data, reference), with_reference(held_out, reference)
     if config.reference_ckpt_dir:
         del model  # before the policy takes its place
         model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1)
-    trainer, checkpointer = setup.open_run(config, model, log, batching, len(data.samples), total_steps, facts)
-    done = checkpointer.resume(config.resume)
-    log.progress(total_steps, "step", done)
-    meter = ThroughputMeter(model_config)
-    steps = data.steps(batching, reference, packing=config.packing, epochs=config.epochs, done=done, stop=total_steps)
-    for epoch, number, batches in meter.timed(steps):
-        in_step, tallies = parallel.sum_over_data_parallel(n_pairs(batches)), []
-        for batch in batches:
-            loss, tally = preference.loss(model, batch.to(parallel.device()), in_step)
-            trainer.backward(loss, last=batch is batches[-1])
+    run.open(model, log)
+
+    for step in run.steps(data):
+        in_step, tallies = parallel.sum_over_data_parallel(n_pairs(step.batches)), []
+        for batch in step.batches:
+            loss, tally = preference.loss(model, batch.to(parallel.device()))
+            run.trainer.backward(loss / in_step, last=batch is step.batches[-1])
             tallies.append(tally)
-        step = trainer.step()
-        plain = [batch.batch for batch in batches]
-        measured = meter.measure(plain, parallel.sum_over_data_parallel(n_supervised(plain)))
-        log.metrics(number, epoch=epoch, **report(tallies)._asdict() | step._asdict(), pairs=in_step, **measured)
-        log.advance(tokens=int(measured["tokens"]), loss=step.loss)
+        done, n_tokens = run.trainer.step(), parallel.sum_over_data_parallel(n_supervised(step.batches))
+        run.log_step(step, done, n_tokens, report(tallies)._asdict(), pairs=in_step)
         score = None
-        if config.is_eval_due(number, steps_per_epoch, total_steps):
-            found = evaluate(model, held_out, reference, preference, batching, packing=config.packing)
-            log.metrics(number, epoch=epoch, **{f"eval_{name}": value for name, value in found._asdict().items()})
-            log.logger.info("step %d: held-out loss %.4f, accuracy %.3f", number, found.loss, found.accuracy)
+        if run.is_eval_due(step):
+            found = evaluate(model, held_out, preference, run.sampler, packing=config.packing)
+            log.metrics(step.number, epoch=step.epoch,
+                        **{f"eval_{name}": value for name, value in found._asdict().items()})
+            log.logger.info("step %d: held-out loss %.4f, accuracy %.3f", step.number, found.loss, found.accuracy)
             score = -found.loss
-        checkpointer.step_done(number, score)
-    checkpointer.finish()
+        run.checkpointer.step_done(step.number, score)
+    run.checkpointer.finish()
 
 
 if __name__ == "__main__":

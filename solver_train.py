@@ -12,9 +12,8 @@ from src.config import TrainConfig, flag
 from src.data.encoding import masked_text
 from src.data.examples import read_instructions
 from src.runlog import RunLog
-from src.training import setup
-from src.training.solver import SolverData, n_supervised, sft_loss, validation_loss
-from src.training.throughput import ThroughputMeter
+from src.training.run import Run
+from src.training.sft import n_supervised, sft_dataset, sft_loss, validation_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,44 +49,38 @@ def main(config: SolverTrainConfig) -> None:
                                         config.template_args)
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     longest = load.context_limit(config.max_seq_len, config.ckpt_dir, model_config)
-    data, held_out = (SolverData(read_instructions(file), tokenizer, max_seq_len=longest, source=file,
-                                 truncation=config.truncation, loss_on=config.loss_on) if file else None
+    data, held_out = (sft_dataset(read_instructions(file), tokenizer, max_seq_len=longest, source=file,
+                                  truncation=config.truncation, loss_on=config.loss_on) if file else None
                       for file in (config.train_file, config.eval_file))
-    batching = setup.open_batching(config)
-    steps_per_epoch, total_steps = batching.count_steps(len(data.rows), config.epochs, config.max_steps)
+    run = Run(config, data)
     if config.dry_run:
-        steps = data.steps(batching.of_last_rank, packing=config.packing, epochs=config.epochs, stop=total_steps)
-        examples = [encoded for row in data.rows for encoded in row]
-        runlog.table(plan.training(config, model_config, steps, examples, tokenizer, batching.ranks, config.quantize))
+        examples = [encoded for sample in data.samples for encoded in sample]
+        runlog.table(plan.training(config, model_config, run.planned_steps(data), examples, tokenizer,
+                                   run.sampler.ranks, config.quantize))
         return
-    facts = setup.start(config, "solver_train", batching, len(data.rows), total_steps,
-                        chat_template=tokenizer.chat_template, template_args=str(tokenizer.template_args or ""))
+    run.begin("solver_train", chat_template=tokenizer.chat_template, template_args=str(tokenizer.template_args or ""))
     model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
                                  quantize=config.quantize)
     saving.record(model, chat_template=tokenizer.chat_template, template_args=tokenizer.template_args)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s", data.report)
-    log.logger.info("first example: %s", masked_text(data.rows[0][0], tokenizer))
-    trainer, checkpointer = setup.open_run(config, model, log, batching, len(data.rows), total_steps, facts)
-    done = checkpointer.resume(config.resume)
-    log.progress(total_steps, "step", done)
-    meter = ThroughputMeter(model_config)
-    steps = data.steps(batching, packing=config.packing, epochs=config.epochs, done=done, stop=total_steps)
-    for epoch, number, batches in meter.timed(steps):
-        n_tokens = parallel.sum_over_data_parallel(n_supervised(batches))
-        for batch in batches:
-            trainer.backward(sft_loss(model, batch.to(parallel.device()), n_tokens), last=batch is batches[-1])
-        report = trainer.step()
-        measured = meter.measure(batches, n_tokens)
-        log.metrics(number, epoch=epoch, **report._asdict(), supervised_tokens=n_tokens, **measured)
-        log.advance(tokens=int(measured["tokens"]), loss=report.loss)
+    log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
+    run.open(model, log)
+
+    for step in run.steps(data):
+        # A mean over the tokens of all micro-batches and ranks: how a step is cut up does not change its update
+        n_tokens = parallel.sum_over_data_parallel(n_supervised(step.batches))
+        for batch in step.batches:
+            loss = sft_loss(model, batch.to(parallel.device())) / n_tokens
+            run.trainer.backward(loss, last=batch is step.batches[-1])
+        run.log_step(step, run.trainer.step(), n_tokens, supervised_tokens=n_tokens)
         score = None
-        if held_out and config.is_eval_due(number, steps_per_epoch, total_steps):
-            eval_loss = validation_loss(model, held_out, batching, packing=config.packing)
-            log.metrics(number, epoch=epoch, eval_loss=eval_loss)
+        if held_out and run.is_eval_due(step):
+            eval_loss = validation_loss(model, held_out, run.sampler, packing=config.packing)
+            log.metrics(step.number, epoch=step.epoch, eval_loss=eval_loss)
             score = -eval_loss
-        checkpointer.step_done(number, score)
-    checkpointer.finish()
+        run.checkpointer.step_done(step.number, score)
+    run.checkpointer.finish()
 
 
 if __name__ == "__main__":

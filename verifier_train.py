@@ -14,9 +14,8 @@ from src.config import Bounds, NonNegative, Share, TrainConfig, flag
 from src.data.encoding import StepKind, masked_text
 from src.errors import UserError
 from src.runlog import RunLog
-from src.training import setup
-from src.training.throughput import ThroughputMeter
-from src.training.verifier import open_data
+from src.training.reward_model import open_data
+from src.training.run import Run
 
 Repeats = Annotated[list[float], Bounds("more than 0 each", lambda x: all(0 < one < math.inf for one in x))]
 
@@ -68,53 +67,47 @@ def main(config: VerifierTrainConfig) -> None:
     start = load.load_config(config.ckpt_dir, config.model_type)
     if start.value_head and start.objective != "pairwise":
         load.check_step(config.ckpt_dir, start, config.step)
-    step = config.step or start.step
+    step_kind = config.step or start.step
     tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
     options = {"margin": config.margin, "centring": config.centring} if config.objective == "pairwise" else {
         "label_tokens": config.label_tokens if config.objective == "outcome" else "last", "balance": config.balance,
-        "step": step}
-    data, held_out = open_data(config.objective, config.train_file, config.weights, config.label_file,
-                               config.held_out, tokenizer, seed=config.seed, truncation=config.truncation,
-                               max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, start),
-                               **options)
-    batching = setup.open_batching(config)
-    steps_per_epoch, total_steps = batching.count_steps(len(data.samples), config.epochs, config.max_steps)
+        "step": step_kind}
+    data, held_out, objective = open_data(
+        config.objective, config.train_file, config.weights, config.label_file, config.held_out, tokenizer,
+        seed=config.seed, truncation=config.truncation,
+        max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, start), **options)
+    run = Run(config, data)
     if config.dry_run:
         examples = [encoded for sample in data.samples for encoded in sample]
-        steps = data.steps(batching.of_last_rank, packing=config.packing, epochs=config.epochs, stop=total_steps)
-        model_config = load.solver_to_verifier(start)
-        runlog.table(plan.training(config, model_config, steps, examples, tokenizer, batching.ranks))
+        runlog.table(plan.training(config, load.solver_to_verifier(start), run.planned_steps(data), examples,
+                                   tokenizer, run.sampler.ranks))
         return
-    facts = setup.start(config, "verifier_train", batching, len(data.samples), total_steps)
+    run.begin("verifier_train")
     model = load.load_verifier(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
                                    from_solver=True)
     score = {"pairwise": config.score, "outcome": "last", "process": "steps"}[config.objective]
-    saving.record(model, objective=config.objective, score=score, step=step)
+    saving.record(model, objective=config.objective, score=score, step=step_kind)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
-    trainer, checkpointer = setup.open_run(config, model, log, batching, len(data.samples), total_steps, facts)
-    done = checkpointer.resume(config.resume)
-    log.progress(total_steps, "step", done)
-    meter = ThroughputMeter(model.config)
-    steps = data.steps(batching, packing=config.packing, epochs=config.epochs, done=done, stop=total_steps)
-    for epoch, number, batches in meter.timed(steps):
-        n_labels = parallel.sum_over_data_parallel(data.n_judged(batches))
-        for batch in batches:
-            trainer.backward(data.loss(model, batch.to(parallel.device()), n_labels), last=batch is batches[-1])
-        report = trainer.step()
-        measured = meter.measure(batches, n_labels)
-        log.metrics(number, epoch=epoch, **report._asdict(), judged=n_labels, **measured)
-        log.advance(tokens=int(measured["tokens"]), loss=report.loss)
+    run.open(model, log)
+
+    for step in run.steps(data):
+        n_labels = parallel.sum_over_data_parallel(objective.count(step.batches))
+        for batch in step.batches:
+            loss = objective.loss(model, batch.to(parallel.device())) / n_labels
+            run.trainer.backward(loss, last=batch is step.batches[-1])
+        run.log_step(step, run.trainer.step(), n_labels, judged=n_labels)
         accuracy = None
-        if config.is_eval_due(number, steps_per_epoch, total_steps):
-            found = held_out.evaluate(model, config.max_batch_size)
+        if run.is_eval_due(step):
+            found = objective.evaluate(model, held_out, config.max_batch_size)
             accuracy = found.held_out_accuracy
-            log.metrics(number, epoch=epoch, **found._asdict())
-            log.logger.info("step %d: held-out accuracy %.3f", number, accuracy)
+            log.metrics(step.number, epoch=step.epoch, **found._asdict())
+            log.logger.info("step %d: held-out accuracy %.3f", step.number, accuracy)
+            # PPO and best-of-n compare scores of several verifiers, which these make alike
             saving.record(model, score_mean=found.score_mean, score_std=found.score_std)
-        checkpointer.step_done(number, accuracy)
-    checkpointer.finish()
+        run.checkpointer.step_done(step.number, accuracy)
+    run.checkpointer.finish()
 
 
 if __name__ == "__main__":

@@ -103,14 +103,13 @@ def resident() -> int:
 
 def ours(case: Case, folder: Path) -> dict[str, object]:
     """preference_train.py's own parts on the pairs."""
-    import torch
 
     from src import load, parallel
     from src.config import OptimizerFlags
-    from src.data import collate
     from src.data.encoding import Encoded
+    from src.data.sampler import chunks
     from src.runlog import RunLog
-    from src.training.preference import Preference, PreferenceBatch
+    from src.training.preference import Preference, collate
     from src.training.reference import reference_logprobs
     from src.training.trainer import Trainer
 
@@ -129,10 +128,9 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
     preference, watch = Preference(objective="dpo", beta=BETA), Watch()
     model.train()
     watch.begin()
-    for group in collate.chunks(rows, PAIRS_A_STEP):
-        said = torch.tensor([reference.of(encoded) for pair in group for encoded in pair])
-        batch = PreferenceBatch(collate.pack_forked(group), said)
-        trainer.backward(preference.loss(model, batch, len(group))[0])
+    for group in chunks(rows, PAIRS_A_STEP):
+        batch = collate(group, True, reference)
+        trainer.backward(preference.loss(model, batch)[0] / len(group))
         watch.losses.append(trainer.step().loss)
         watch.tick()
     return watch.record()

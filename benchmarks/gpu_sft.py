@@ -36,10 +36,9 @@ from src import cli, load, parallel
 from src.checkpoint import shards
 from src.checkpoint.convert import rotary_from_hf, to_hf_name
 from src.config import LoraFlags, OptimizerFlags
-from src.data import collate
-from src.data.batches import Step
-from src.data.collate import Batch
+from src.data.batch import Batch, make_batch
 from src.data.encoding import Encoded
+from src.data.sampler import Step
 from src.memory import Training, training_memory
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -49,7 +48,7 @@ from src.models.lora import LINEARS, LoraLinear
 from src.models.quantize import quantize_weights
 from src.runlog import RunLog
 from src.training.optimizers import BETAS
-from src.training.solver import n_supervised, sft_loss
+from src.training.sft import n_supervised, sft_loss
 from src.training.throughput import ThroughputMeter
 from src.training.trainer import Trainer
 
@@ -129,12 +128,12 @@ def ours(case: Case, *, compiled: bool) -> Side:
         trainer = Trainer(model, RunLog(folder, {}), flags, total_steps=1)
     model.train()
 
-    def step(batches: Sequence[Batch], normaliser: int) -> float:
+    def step(batches: Sequence[Batch], n_tokens: int) -> float:
         for batch in batches:
-            trainer.backward(sft_loss(model, batch.to(parallel.device()), normaliser))
+            trainer.backward(sft_loss(model, batch.to(parallel.device())) / n_tokens)
         return trainer.step().loss
 
-    return Side(step, lambda batch: response_logprobs(model, *batch.to(parallel.device())))
+    return Side(step, lambda batch: response_logprobs(model, *batch.to(parallel.device()).inputs))
 
 
 def _draw_adapters(model: Decoder) -> None:
@@ -158,12 +157,12 @@ def theirs(case: Case, *, compiled: bool) -> Side:
                 batch.tokens, position_ids=positions.to(batch.tokens.device), use_cache=False, **options
             )
 
-    def step(batches: Sequence[Batch], normaliser: int) -> float:
+    def step(batches: Sequence[Batch], n_tokens: int) -> float:
         total = torch.zeros((), device=parallel.device())
         for batch in batches:
             batch = batch.to(parallel.device())
             labels = batch.tokens.masked_fill(~batch.response_mask, -100)
-            loss = forward(batch, labels=labels, num_items_in_batch=normaliser).loss
+            loss = forward(batch, labels=labels, num_items_in_batch=n_tokens).loss
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
@@ -225,7 +224,7 @@ def packed_steps(config: ModelConfig, n_steps: int, passes: int, n_tokens: int) 
             length = left if left - drawn_length < 2 else max(2, drawn_length)
             samples.append(Encoded([rng.randrange(config.vocab_size) for _ in range(length)], 1))
             left -= length
-        return collate.lay_out(samples, packing=True)
+        return make_batch(samples, packing=True)
 
     return [Step(1, number + 1, [batch() for _ in range(passes)]) for number in range(n_steps)]
 

@@ -118,11 +118,11 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
 
     from src import load, parallel
     from src.config import LoraFlags, OptimizerFlags
-    from src.data import collate
-    from src.data.collate import chunks
+    from src.data.batch import make_batch
     from src.data.encoding import Encoded
+    from src.data.sampler import chunks
     from src.runlog import RunLog
-    from src.training.solver import n_supervised, sft_loss
+    from src.training.sft import n_supervised, sft_loss
     from src.training.trainer import Trainer
 
     parallel.start()
@@ -136,8 +136,8 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
     losses, counts, times = [], [], [now()]
     rows = [Encoded(*row) for row in samples(case)]
     for group in chunks(rows, case.rows_a_step):
-        batch = collate.lay_out(group, packing=packing)
-        trainer.backward(sft_loss(model, batch, n_supervised([batch])))
+        batch = make_batch(group, packing=packing)
+        trainer.backward(sft_loss(model, batch) / n_supervised([batch]))
         losses.append(trainer.step().loss)
         counts.append(n_supervised([batch]))
         times.append(now())

@@ -31,16 +31,16 @@ from src.checkpoint import saving  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.split import split  # noqa: E402
 from src.config import OptimizerFlags  # noqa: E402
-from src.data import collate  # noqa: E402
-from src.data.batches import Batching  # noqa: E402
+from src.data.batch import Batch, make_batch  # noqa: E402
 from src.data.encoding import Encoded, encode_steps, split_steps  # noqa: E402
 from src.data.examples import Judged, Sample  # noqa: E402
+from src.data.sampler import BatchSampler, chunks  # noqa: E402
 from src.evaluation.scoring import score_samples  # noqa: E402
 from src.losses import judgement_loss  # noqa: E402
 from src.models.decoder import Decoder  # noqa: E402
 from src.runlog import RunLog  # noqa: E402
 from src.text.tokenizer import Tokenizer  # noqa: E402
-from src.training.judgement import JudgedData, read_scores  # noqa: E402
+from src.training.reward_model import label_dataset, read_scores  # noqa: E402
 from src.training.trainer import Trainer  # noqa: E402
 
 MODELS = {
@@ -120,28 +120,28 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
         Judged(PROBLEM, steps, [float(rng.random() < 0.6) for _ in steps])
         for steps in (solution(rng, 6) for _ in range(solutions * (rounds + 1)))
     ]
-    data = JudgedData(rows, tokenizer, max_seq_len=CONTEXT, source="rows")
+    data, _ = label_dataset(rows, tokenizer, max_seq_len=CONTEXT, source="rows")
     by_tokens = {tuple(sample.tokens): row for (sample,), row in zip(data.samples, rows, strict=True)}
     trainers = [Trainer(open_verifier(folder), RunLog(str(folder), {}), OptimizerFlags(lr=1e-4), total_steps=rounds + 1)
              for _ in range(2)]  # fmt: skip
 
-    def update(trainer: Trainer, batches: Sequence[collate.JudgedBatch]) -> float:
-        n = sum(batch.n_judged for batch in batches)
+    def update(trainer: Trainer, batches: Sequence[Batch]) -> float:
+        n = sum(batch.n_targets for batch in batches)
         for batch in batches:
             scores, labels = read_scores(trainer.model, batch)
             trainer.backward(judgement_loss(scores, labels).sum() / n, last=batch is batches[-1])
         return trainer.step().loss
 
-    batching = Batching(max_batch_size=solutions, accumulation_steps=1, seed=1)
+    batching = BatchSampler(max_batch_size=solutions, accumulation_steps=1, seed=1)
     found: list[tuple[Time, Time]] = []
     counts, gap = [], 0.0
-    for number, (_, _, (packed,)) in enumerate(data.steps(batching, packing=True, epochs=1)):
-        samples = packed.tokens[0].split(packed.batch.lengths)
+    for number, (_, _, (packed,)) in enumerate(batching.steps(data, packing=True, epochs=1)):
+        samples = packed.tokens[0].split(packed.lengths)
         alone = [
             each for ids in samples for each in one_sequence_a_step(tokenizer, by_tokens[tuple(ids.tolist())])
         ]
         padded = [
-            collate.lay_out_judged(part, packing=False) for part in collate.chunks(alone, rows_a_forward)
+            make_batch(part, with_targets=True) for part in chunks(alone, rows_a_forward)
         ]
         order = [(0, [packed]), (1, padded)]
         sides = {side: timed(lambda side=side, batches=batches: update(trainers[side], batches))
@@ -149,7 +149,7 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
         gap = max(gap, abs(sides[0][0] - sides[1][0]))
         if number:  # the first one warms up
             found.append((sides[0][1], sides[1][1]))
-            counts.append(packed.n_judged)
+            counts.append(packed.n_targets)
     if gap > LOSS_LIMIT:
         raise SystemExit(f"the losses differ by {gap:.1e}, more than {LOSS_LIMIT}: no comparison")
     tell(
@@ -173,12 +173,12 @@ def transformers_scorer(
     @torch.no_grad()
     def score(samples: Sequence[Sample]) -> list[list[float]]:
         scores: list[list[float]] = []
-        for part in collate.chunks(samples, batch_size):
+        for part in chunks(samples, batch_size):
             encoded = []
             for sample in part:
                 steps = split_steps(sample.response)
                 encoded.append(encode_steps(tokenizer, sample.prompt, steps, [0.0] * len(steps)))
-            batch = collate.lay_out_judged(encoded, packing=False)
+            batch = make_batch(encoded, with_targets=True)
             lengths = torch.tensor([len(row.tokens) for row in encoded])
             mask = torch.arange(batch.tokens.shape[1]) < lengths[:, None]
             hidden = model(input_ids=batch.tokens, attention_mask=mask.long()).last_hidden_state

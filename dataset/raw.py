@@ -6,7 +6,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from src import jsonfile
-from src.data import rows, tables
+from src.data import rows
 from src.errors import UserError
 
 Row = dict[str, object]
@@ -37,9 +37,9 @@ def read_raw(path: Path, refuse: Callable[[UserError], None]) -> Iterator[RawRow
 
     refuse: called with the complaint about a row that cannot be read. Raises UserError for a file that cannot be.
     """
-    if tables.is_table(path):
+    if rows.is_table(path):
         found: Iterable[tuple[str, Row]] = (
-            (f"{path}, row {number}", fields) for number, fields in enumerate(tables.read_table(path), start=1)
+            (f"{path}, row {number}", fields) for number, fields in enumerate(rows.read_table(path), start=1)
         )
     else:
         found = read_problems(path) if path.suffix == ".xml" else jsonfile.read_rows(path, refuse)

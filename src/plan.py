@@ -14,9 +14,9 @@ from src import load, parallel, runlog
 from src.checkpoint import storage
 from src.checkpoint.sources import Source
 from src.config import SavingFlags, TrainConfig
-from src.data.batches import Step
 from src.data.encoding import Encoded, encode_prompt, masked_text
 from src.data.examples import Prompt
+from src.data.sampler import Step
 from src.errors import UserError
 from src.memory import (
     FLOAT32,

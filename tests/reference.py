@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.checkpoint.convert import from_hf_name, rotary_from_hf
-from src.data.collate import Batch
+from src.data.batch import Batch
 from src.models.config import ModelConfig
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
@@ -99,7 +99,7 @@ def hf_model(folder: Path) -> LlamaForCausalLM:
 
 def hf_logits_and_loss(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
     """Logits [B, S, V] of batch(), and the mean negative log-likelihood of its response tokens."""
-    tokens, mask, _ = batch()
+    tokens, mask, *_ = batch()
     logits = model(tokens).logits
     logprobs = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     return logits, -logprobs[mask[:, 1:]].mean()

@@ -73,7 +73,7 @@ DOORS: dict[str, str | None] = {
     "safetensors": "src/checkpoint/tensor_files.py",
     "blake3": "src/checkpoint/tensor_files.py",
     "matplotlib": "src/plot.py",
-    "pyarrow": "src/data/tables.py",
+    "pyarrow": "src/data/rows.py",
     "httpx2": "src/inference/remote.py",
     "sentencepiece": "src/text/vocabulary.py",
     "tiktoken": "src/text/vocabulary.py",

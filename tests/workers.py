@@ -13,7 +13,7 @@ from src.checkpoint import saving, shards
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.config import OptimizerFlags
-from src.data.collate import Batch
+from src.data.batch import Batch
 from src.errors import UserError
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
@@ -25,7 +25,7 @@ from src.models.lora import LINEARS, LoraConfig
 from src.models.quantize import weight_bytes
 from src.models.vocab_softmax import vocab_entropy, vocab_logprobs
 from src.runlog import RunLog
-from src.training.solver import n_supervised, sft_loss
+from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import Trainer
 
 # Longer than a block of the cache.
@@ -41,7 +41,7 @@ def all_logits(model: Decoder, tokens: Tensor) -> Tensor:
 def gradients(model: Decoder, batch: Batch) -> dict[str, Tensor]:
     """This rank's gradients of the SFT loss, by parameter."""
     model.zero_grad(set_to_none=True)
-    sft_loss(model, batch, n_supervised([batch])).backward()
+    (sft_loss(model, batch) / n_supervised([batch])).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -67,7 +67,7 @@ def one_step(model: Decoder, batch: Batch, log: RunLog) -> dict[str, object]:
     """The gradient's norm and this rank's weights after one optimizer step."""
     model.zero_grad(set_to_none=True)
     trainer = Trainer(model, log, OptimizerFlags(lr=0.01, warmup_ratio=0.0), total_steps=1)
-    trainer.backward(sft_loss(model, batch, n_supervised([batch])))
+    trainer.backward(sft_loss(model, batch) / n_supervised([batch]))
     return {"grad_norm": trainer.step().grad_norm, "weights": adapter_tensors(model)}
 
 
@@ -331,7 +331,7 @@ def kept_shapes(model: Decoder, batch: Batch) -> list[list[int]]:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        sft_loss(model, batch, n_supervised([batch]))
+        sft_loss(model, batch) / n_supervised([batch])
     return shapes
 
 

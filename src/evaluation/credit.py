@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 
 from src import parallel
-from src.data import collate
+from src.data.batch import make_batch
 from src.data.encoding import Encoded
 from src.data.examples import Judged
+from src.data.sampler import chunks
 from src.errors import UserError
 from src.evaluation.metrics import auc, wilson_interval
 from src.evaluation.verifier_report import first_wrong
@@ -41,9 +42,9 @@ class Credit(NamedTuple):
 def token_logprobs(solver: Decoder, rows: Sequence[Encoded], max_batch_size: int) -> Iterator[list[float]]:
     """The log-prob of each response token, row by row."""
     solver.eval()
-    for chunk in collate.chunks(rows, max_batch_size):
-        batch = collate.collate(chunk).to(parallel.device())
-        found = response_logprobs(solver, *batch)
+    for chunk in chunks(rows, max_batch_size):
+        batch = make_batch(chunk).to(parallel.device())
+        found = response_logprobs(solver, *batch.inputs)
         yield from (part.tolist() for part in found.split(batch.response_counts().tolist()))
 
 

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 
 from src import parallel, runlog
-from src.data import collate
+from src.data.batch import make_batch
 from src.data.encoding import STEP_ENDS, Encoded, encode_response, encode_steps, split_steps
 from src.data.examples import Judged, Sample, read_rows
+from src.data.sampler import chunks
 from src.errors import UserError
 from src.evaluation.metrics import AGGREGATIONS, sigmoid
 from src.models.config import ModelConfig
@@ -62,7 +63,7 @@ def score_samples(
     read = _read_steps if by_steps else _read_response
     log.progress(len(waiting), "sample")
     with path.open("a", encoding="utf-8") as file:
-        for rows in collate.chunks(waiting, max_batch_size):
+        for rows in chunks(waiting, max_batch_size):
             for index, scores in zip(rows, read(verifier, [encoded[index] for index in rows]), strict=True):
                 _check_finite(samples[index], scores)
                 raw[keys[index]] = scores
@@ -141,16 +142,16 @@ def _tell_uncut(samples: Sequence[Sample], config: ModelConfig) -> None:
 @torch.no_grad()
 def _read_response(verifier: Decoder, rows: Sequence[Encoded]) -> list[list[float]]:
     verifier.eval()
-    batch = collate.collate(rows).to(parallel.device())
-    return [[score] for score in response_scores(verifier, *batch).tolist()]
+    batch = make_batch(rows).to(parallel.device())
+    return [[score] for score in response_scores(verifier, *batch.inputs).tolist()]
 
 
 @torch.no_grad()
 def _read_steps(verifier: Decoder, rows: Sequence[Encoded]) -> list[list[float]]:
     """The logits at the ends of the judged steps of each row."""
     verifier.eval()
-    batch = collate.lay_out_judged(rows, packing=False).to(parallel.device())
-    scores = token_scores(verifier, *batch.batch)
+    batch = make_batch(rows, with_targets=True).to(parallel.device())
+    scores = token_scores(verifier, *batch.inputs)
     return [row[~targets.isnan()].tolist() for row, targets in zip(scores, batch.targets, strict=True)]
 
 
@@ -199,7 +200,7 @@ def score_steps(
     encoded = encode_solutions(rows, tokenizer, config.max_seq_len, config.step)
     tell_too_long(encoded, "solutions", config.max_seq_len)
     fitting = [row for row in encoded if row]
-    found = (logits for chunk in collate.chunks(fitting, max_batch_size) for logits in _read_steps(verifier, chunk))
+    found = (logits for chunk in chunks(fitting, max_batch_size) for logits in _read_steps(verifier, chunk))
     return [[sigmoid(logit) for logit in next(found)] if row else None for row in encoded]
 
 

@@ -4,7 +4,7 @@ B batch, S sequence, D width, N response tokens of the batch, row by row. The to
 position t - 1: its log-prob and the critic's value of the state it was chosen in are read there. A response's score is
 read at its own last token (EOS where it has one), or is the mean over its tokens.
 
-Every function takes the fields of a data.collate.Batch: rows padded on the right, or, with `lengths`, one row of
+Every function takes the fields of a data.batch.Batch: rows padded on the right, or, with `lengths`, one row of
 samples laid end to end. What it returns is the same either way.
 """
 

@@ -47,15 +47,15 @@ class Checkpointer:
         *,
         steps_per_epoch: int,
         total_steps: int,
-        facts: Mapping[str, object],
+        run_fingerprint: Mapping[str, object],
         state: dict[str, object] | None = None,
         snapshots: Mapping[str, int] | None = None,
     ) -> None:
-        """facts: json values by flag or name that must be the same when the run is resumed (resuming.run_facts()).
+        """run_fingerprint: json values that must be the same when the run is resumed (resuming.run_fingerprint()).
         state: json values that change as the run goes; every save holds them, and resume() brings them back.
         snapshots: names under which the first model's weights are kept besides, each renewed every so many steps.
         """
-        self._log, self._models, self._facts = log, models, dict(facts)
+        self._log, self._models, self._run_fingerprint = log, models, dict(run_fingerprint)
         self._state = {} if state is None else state
         self._snapshots = snapshots or {}
         self._every, self._keep_last = flags.save_every, flags.keep_last
@@ -74,7 +74,7 @@ class Checkpointer:
         Raises UserError for an unfinished run that is not to be resumed, and for one that was started otherwise.
         """
         folders = [model.folder for model in self._models]
-        step = find_start(folders, mode, self._facts, self._total_steps)
+        step = find_start(folders, mode, self._run_fingerprint, self._total_steps)
         parallel.barrier()  # nobody writes before all have looked
         if not step:
             for model in self._models:  # of a finished run that is to be replaced
@@ -147,11 +147,11 @@ class Checkpointer:
     def _save(self, step: int) -> None:
         self.complete()
         best = {"best": None if self._best == -math.inf else self._best, "best_step": self._best_step}
-        facts = {"run": self._facts, **self._state, "step": step, "total_steps": self._total_steps, **best}
+        saved = {"run": self._run_fingerprint, **self._state, "step": step, "total_steps": self._total_steps, **best}
         self._saved_step = step
         for part, model in enumerate(self._models):
             with model.here(), watchdog.patiently():
-                state = RunState(model.trainer.state(), {**facts, "part": part})
+                state = RunState(model.trainer.state(), {**saved, "part": part})
                 self._saves.append(model.begin_save(str(step_folder(model.folder, step)), state=state))
         self._complete_if_written()
 

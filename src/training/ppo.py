@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from src import losses, parallel
-from src.data import collate
-from src.data.collate import Batch
+from src.data.batch import Batch
+from src.data.sampler import epoch_order
 from src.models.forward import logprobs_and_entropy, response_values
 from src.training.ppo_config import PPOConfig
 from src.training.rollout import Rollout, shard_for_rank, trim_padding
@@ -126,7 +126,7 @@ def minibatches(buffer: PPOBuffer, config: PPOConfig, iteration: int) -> Iterato
     """
     n = len(buffer.trainable)
     for inner_epoch in range(config.inner_epochs if n else 0):
-        order = collate.epoch_order(n, config.seed, iteration * config.inner_epochs + inner_epoch)
+        order = epoch_order(n, config.seed, iteration * config.inner_epochs + inner_epoch)
         for rows in buffer.trainable[torch.tensor(order)].tensor_split(min(config.minibatches, n)):
             by_length = rows[buffer.rollout.last[rows].argsort(stable=True)]
             passes = by_length.split(config.max_batch_size)
@@ -151,7 +151,7 @@ def update_critic(critic: Trainer, buffer: PPOBuffer, config: PPOConfig, iterati
     for minibatch in minibatches(buffer, config, iteration):
         for micro in minibatch.micros:
             batch, pick = micro.of(buffer)
-            values, old_values = response_values(critic.model, *batch), pick(buffer.values)  # [N] each
+            values, old_values = response_values(critic.model, *batch.inputs), pick(buffer.values)  # [N] each
             loss = losses.ppo_value_loss(values, old_values, pick(buffer.returns), config.value_clip)
             critic.backward(loss.sum() / minibatch.tokens, last=micro is minibatch.micros[-1])
             n_clipped += ((values.detach() - old_values).abs() > config.value_clip).sum().item()
@@ -176,7 +176,7 @@ def update_actor(
         for micro in minibatch.micros:
             batch, pick = micro.of(buffer)
             logprobs, entropy = logprobs_and_entropy(
-                actor.model, *batch, temperature=config.temperature, n_ids=buffer.n_ids,
+                actor.model, *batch.inputs, temperature=config.temperature, n_ids=buffer.n_ids,
                 learn_entropy=config.entropy_coef > 0)  # [N] each
             ratio = losses.probability_ratio(logprobs, pick(buffer.logprobs))
             loss = losses.ppo_policy_loss(

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from src import load, parallel, runlog
 from src.checkpoint import saving
-from src.data.collate import chunks, epoch_order
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, read_prompts
+from src.data.sampler import chunks, epoch_order
 from src.errors import UserError
 from src.grading.grader import Grader
 from src.models.decoder import Decoder
@@ -188,7 +188,8 @@ def open_rewards(
 
 
 def open_checkpointer(
-    config: PPOConfig, models: PPOModels, log: RunLog, state: dict[str, object], data: Inputs, facts: dict[str, object]
+    config: PPOConfig, models: PPOModels, log: RunLog, state: dict[str, object], data: Inputs,
+    fingerprint: dict[str, object],
 ) -> Checkpointer:
     """What saves actor and critic together, and brings them back."""
     trainees = [
@@ -202,4 +203,4 @@ def open_checkpointer(
         if trainer]
     snapshots = {"reference": config.reference_refresh} if config.reference_refresh > 0 else {}
     return Checkpointer(log, trainees, config, steps_per_epoch=data.per_epoch, total_steps=len(data.iterations),
-                        facts=facts, state=state, snapshots=snapshots)
+                        run_fingerprint=fingerprint, state=state, snapshots=snapshots)

@@ -3,56 +3,32 @@
 B pairs of a batch; its 2 B samples are chosen and rejected sides in turns
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from src import losses, parallel
-from src.data import collate
-from src.data.batches import Batching, Sample
-from src.data.collate import Batch, Truncation
-from src.data.examples import Pair, read_pairs
+from src.data.batch import Batch, make_batch, pack_shared
+from src.data.examples import read_pairs
+from src.data.sampler import BatchSampler, Dataset, Sample
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
-from src.training.pairs import encode_pairs
 from src.training.reference import Reference, response_sums
-from src.training.verifier import last_problems
+from src.training.reward_model import pair_dataset, split_held_out
+from src.training.trainer import evaluating
 
 Objective = Literal["dpo", "cdpo", "ipo", "orpo", "simpo"]
 
 
-class PreferenceBatch(NamedTuple):
-    """Pairs with what the reference says of them: reference [2 B] float32, summed log-probs, 0 without a reference."""
-
-    batch: Batch
-    reference: Tensor
-
-    @property
-    def tokens(self) -> Tensor:
-        """The batch's tokens."""
-        return self.batch.tokens
-
-    def to(self, device: torch.device) -> "PreferenceBatch":
-        """The same batch on a device."""
-        return PreferenceBatch(self.batch.to(device), self.reference.to(device))
-
-
-class PreferenceStep(NamedTuple):
-    """One optimizer step, as data.batches.Step."""
-
-    epoch: int
-    number: int
-    batches: list[PreferenceBatch]
-
-
 class PreferenceReport(NamedTuple):
-    """Means over pairs: the loss, how often and by how many nats chosen is ahead, and log-probs a token.
+    """Means over pairs: the loss, how often and by how many nats chosen is ahead, and log-probs per token.
 
-    The margin is the one that the loss sees, before beta: beyond the reference where there is one, of means a token
+    The margin is the one that the loss sees, before beta: beyond the reference where there is one, of means per token
     where the objective takes means.
     """
 
@@ -63,76 +39,36 @@ class PreferenceReport(NamedTuple):
     rejected_logprob: float
 
 
-class PreferenceData:
-    """Pairs as token batches, with the reference's log-probs where the objective has a reference."""
-
-    def __init__(
-        self,
-        rows: Sequence[Pair],
-        tokenizer: Tokenizer,
-        *,
-        max_seq_len: int,
-        source: str,
-        truncation: Truncation = "drop",
-    ) -> None:
-        """collate.fit() says what becomes of pairs with a text that is too long."""
-        pairs = [pair for row in rows for pair in encode_pairs(row, tokenizer)]
-        self.samples, self.report = collate.fit(pairs, max_seq_len, source, truncation)
-
-    def steps(
-        self,
-        batching: Batching,
-        reference: Reference | None,
-        *,
-        packing: bool,
-        epochs: int,
-        done: int = 0,
-        stop: int | None = None,
-    ) -> Iterator[PreferenceStep]:
-        """The optimizer steps of `epochs` epochs behind number `done` and up to `stop`.
-
-        packing: pairs end to end in one row, the prompt of each only once.
-        """
-
-        def lay_out(pairs: Sequence[Sample]) -> PreferenceBatch:
-            sides = [encoded for pair in pairs for encoded in pair]
-            said = [reference.of(encoded) if reference else 0.0 for encoded in sides]
-            batch = collate.pack_forked(pairs) if packing else collate.collate(sides)
-            return PreferenceBatch(batch, torch.tensor(said))
-
-        for step in batching.steps(
-            len(self.samples),
-            lambda epoch, row: self.samples[row],
-            lay_out,
-            epochs=epochs,
-            done=done,
-            stop=stop,
-        ):
-            yield PreferenceStep(*step)
-
-
 def open_preferences(
     train_file: str, label_file: str, held_out: float, tokenizer: Tokenizer, **options: object
-) -> tuple[PreferenceData, PreferenceData]:
-    """The pairs to train on and to test on; `options` are those of PreferenceData. Raises UserError.
+) -> tuple[Dataset, Dataset]:
+    """The pairs to train on and to test on; `options` are those of pair_dataset(). Raises UserError.
 
-    Without a label_file the last `held_out` of the problems are kept.
+    Without a label_file the last `held_out` of the problems are kept. There is no reference yet (with_reference()).
     """
-    rows = read_pairs(train_file)
-    held = read_pairs(label_file) if label_file else []
-    if not label_file:
-        problems = last_problems(rows, held_out)
-        held = [row for row in rows if row.instruction in problems]
-        rows = [row for row in rows if row.instruction not in problems]
-    return (
-        PreferenceData(rows, tokenizer, source=train_file, **options),
-        PreferenceData(held, tokenizer, source=label_file or train_file, **options),
-    )
+    (rows,), held = split_held_out(
+        [read_pairs(train_file)], read_pairs(label_file) if label_file else None, held_out)  # fmt: skip
+    train = pair_dataset(rows, tokenizer, source=train_file, **options)
+    test = pair_dataset(held, tokenizer, source=label_file or train_file, **options)
+    return with_reference(train, None), with_reference(test, None)
 
 
-def n_pairs(batches: Sequence[PreferenceBatch]) -> int:
-    """Pairs in this rank's micro-batches of one step. Unsupervised ones do not count."""
-    return sum(int((batch.response_counts() > 0).sum()) for batch, _ in batches) // 2
+def with_reference(data: Dataset, reference: Reference | None) -> Dataset:
+    """The pairs with what the reference says of them in every batch; None: 0."""
+    return data._replace(collate=partial(collate, reference=reference))
+
+
+def collate(pairs: Sequence[Sample], packing: bool, reference: Reference | None = None) -> Batch:
+    """The sides of pairs in turns, padded, or packed with the prompt of each pair only once."""
+    sides = [encoded for pair in pairs for encoded in pair]
+    logprobs = [reference.of(encoded) if reference else 0.0 for encoded in sides]
+    batch = pack_shared(pairs) if packing else make_batch(sides)
+    return batch._replace(reference=torch.tensor(logprobs))
+
+
+def n_pairs(batches: Sequence[Batch]) -> int:
+    """Count pairs in this rank's micro-batches of one step. Unsupervised ones do not count."""
+    return sum(int((batch.response_counts() > 0).sum()) for batch in batches) // 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +116,17 @@ class Preference:
                 )
         return ""
 
-    def loss(self, policy: Decoder, pairs: PreferenceBatch, normaliser: float) -> tuple[Tensor, Tensor]:
-        """The loss of a batch divided by the step's pair count, and its sums for report(). -> scalar, [6] float64."""
-        sums = response_sums(policy, pairs.batch)  # [2 B]
-        counts = pairs.batch.response_counts()
-        each, margins = self.pair_losses(sums, pairs.reference, counts)
+    def loss(self, policy: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss summed over a batch's pairs, and the sums of all that report() shows. -> [], [6] float64."""
+        sums = response_sums(policy, batch)  # [2 B]
+        counts = batch.response_counts()
+        each, margins = self.pair_losses(sums, batch.reference, counts)
         supervised = _sides(counts)[0] > 0
         with torch.no_grad():
             means = _sides(sums / counts.clamp_min(1))
             columns = torch.stack((torch.ones_like(each), each, (margins > 0).float(), margins, *means))
             tally = (columns * supervised).double().sum(1)
-        return (each * supervised).sum() / normaliser, tally
+        return (each * supervised).sum(), tally
 
     def pair_losses(self, logprobs: Tensor, reference: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and margins of pairs from summed log-probs and token counts, each [2 B]. -> two [B] float32."""
@@ -225,24 +161,14 @@ def report(tallies: Sequence[Tensor]) -> PreferenceReport:
     return PreferenceReport(*(total[1:] / total[0]).tolist())
 
 
-@torch.no_grad()
 def evaluate(
-    policy: Decoder,
-    held: PreferenceData,
-    reference: Reference | None,
-    preference: Preference,
-    batching: Batching,
-    *,
-    packing: bool,
+    policy: Decoder, held_out: Dataset, preference: Preference, sampler: BatchSampler, *, packing: bool
 ) -> PreferenceReport:
     """The report on held-out pairs, over all ranks."""
-    was_training = policy.training
-    policy.eval()
-    tallies = [
-        preference.loss(policy, pairs.to(parallel.device()), 1.0)[1]
-        for step in held.steps(batching, reference, packing=packing, epochs=1)
-        for pairs in step.batches
-    ]
-    policy.train(was_training)
-    parallel.free_gathered(policy)
+    with evaluating(policy):
+        tallies = [
+            preference.loss(policy, batch.to(parallel.device()))[1]
+            for step in sampler.steps(held_out, packing=packing, epochs=1)
+            for batch in step.batches
+        ]
     return report(tallies)

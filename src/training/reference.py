@@ -12,11 +12,10 @@ import torch
 
 from src import parallel
 from src.checkpoint import locks
-from src.data import collate
-from src.data.batches import Sample
-from src.data.collate import Batch
+from src.data.batch import Batch, make_batch
 from src.data.encoding import Encoded
-from src.data.examples import read_rows
+from src.data.rows import read_rows
+from src.data.sampler import Sample, chunks
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs
@@ -53,7 +52,7 @@ def row_key(identity: str, encoded: Encoded) -> str:
 def response_sums(model: Decoder, batch: Batch) -> torch.Tensor:
     """The summed log-prob of each sample's response. -> [n_samples] float32, nats. Differentiable."""
     counts = batch.response_counts().tolist()
-    return torch.stack([part.sum() for part in response_logprobs(model, *batch).split(counts)])
+    return torch.stack([part.sum() for part in response_logprobs(model, *batch.inputs).split(counts)])
 
 
 @torch.no_grad()
@@ -80,7 +79,7 @@ def _completed(
     model.eval()
     log.progress(len(missing), "reference")
     with path.open("a", encoding="utf-8") if parallel.rank() == 0 else open(os.devnull, "w") as file:
-        for keys in collate.chunks(missing, max_batch_size * parallel.data_parallel_size()):
+        for keys in chunks(missing, max_batch_size * parallel.data_parallel_size()):
             found = _log_probs(model, [every[key] for key in keys], max_batch_size)
             known |= zip(keys, found, strict=True)
             file.writelines(
@@ -99,7 +98,7 @@ def _log_probs(model: Decoder, rows: Sequence[Encoded], max_batch_size: int) -> 
     found = torch.zeros(len(rows), dtype=torch.float64, device=parallel.device())
     first = parallel.data_parallel_rank() * max_batch_size
     if mine := rows[first : first + max_batch_size]:
-        batch = collate.collate(mine).to(parallel.device())
+        batch = make_batch(mine).to(parallel.device())
         found[first : first + len(mine)] = response_sums(model, batch).double()
     return (parallel.sum_over_all(found) / parallel.tensor_parallel_size()).float().tolist()
 

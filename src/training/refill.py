@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from src.data.collate import Batch
+from src.data.batch import Batch
 from src.training.ppo import group_has_variance
 from src.training.rewards import Scores, add_counts
 from src.training.rollout import Rollout, pad_to

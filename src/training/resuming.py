@@ -22,17 +22,17 @@ COUNTS = ("steps", "updates", "bad_steps")  # of a trainer
 WEIGHTS = ("params.json", "epoch-*/params.json", "best/params.json")  # what a finished run, or a part of it, leaves
 
 
-def run_facts(trainer: str, flags: Mapping[str, object], **derived: object) -> dict[str, object]:
+def run_fingerprint(trainer: str, flags: Mapping[str, object], **derived: object) -> dict[str, object]:
     """What must be the same when a run is resumed, as json values by name. All ranks call this and get the same.
 
     A flag that names files or checkpoints stands as {"path", "hash"}. derived: what follows from flags that may differ
     or have a default that depends on others; it takes the place of the flag of its name.
     """
     known = {"trainer": trainer, **flags, **derived}
-    facts = {name: value for name, value in known.items() if name not in FREE_ON_RESUME}
+    compared = {name: value for name, value in known.items() if name not in FREE_ON_RESUME}
     text = None
     if parallel.rank() == 0:  # one reader of large files
-        text = json.dumps({name: _with_contents(name, value) for name, value in facts.items()})
+        text = json.dumps({name: _with_contents(name, value) for name, value in compared.items()})
     return json.loads(parallel.broadcast_text(text))
 
 
@@ -69,7 +69,7 @@ def content_hash(path: Path, is_tokenizer: bool = False) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def find_start(folders: Sequence[str], mode: Resume, facts: Mapping[str, object], total_steps: int) -> int:
+def find_start(folders: Sequence[str], mode: Resume, fingerprint: Mapping[str, object], total_steps: int) -> int:
     """The step that a run of one model in each folder goes on behind; 0 = it begins. Reads alone.
 
     Raises UserError for a run that was started otherwise, is damaged, or would be lost: one that is not finished where
@@ -91,7 +91,7 @@ def find_start(folders: Sequence[str], mode: Resume, facts: Mapping[str, object]
     step = max(common)
     for part, folder in enumerate(folders):
         state = read_state(folder, step)
-        _check_same(step_folder(folder, step), state["run"], facts)
+        _check_same(step_folder(folder, step), state["run"], fingerprint)
         if state.get("part") != part:
             raise UserError(
                 f"{folder} holds another model of its run than is to go on there; exchange the actor's directory and "

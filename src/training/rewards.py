@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from src import losses, parallel, runlog
-from src.data import collate
-from src.data.collate import Batch
+from src.data.batch import Batch, make_batch
 from src.data.encoding import STEP_ENDS, Encoded, StepKind, encode_steps, split_steps
 from src.data.examples import Prompt
+from src.data.sampler import chunks
 from src.errors import UserError
 from src.grading.grader import Grader
 from src.models.config import ModelConfig
@@ -121,7 +121,7 @@ def pairwise_reward(verifier: Decoder, rollout: Rollout, flags: RewardFlags, max
     _warn_of_cut(int((rollout.last >= longest).sum()), len(rollout.prompts), longest)
     for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
         micro = trim_padding(Batch(batch.tokens[rows, :longest], batch.response_mask[rows, :longest]))
-        scores.append(response_scores(verifier, *micro.to(parallel.device())).cpu())
+        scores.append(response_scores(verifier, *micro.to(parallel.device()).inputs).cpu())
     return at_last(_normalise(torch.cat(scores), verifier.config, flags.reward_clip), rollout)
 
 
@@ -183,9 +183,9 @@ def step_logits(
         rollout.prompts, rollout.responses, rollout.finished.tolist(), strict=True)]
     _warn_of_cut(sum(len(row.tokens) > config.max_seq_len for row in rows), n, config.max_seq_len)
     found: list[list[float]] = []
-    for chunk in collate.chunks([_cut(row, config.max_seq_len) for row in rows], max_batch_size):
-        judged = collate.lay_out_judged(chunk, packing=False).to(parallel.device())
-        scores = token_scores(verifier, *judged.batch)
+    for chunk in chunks([_cut(row, config.max_seq_len) for row in rows], max_batch_size):
+        judged = make_batch(chunk, with_targets=True).to(parallel.device())
+        scores = token_scores(verifier, *judged.inputs)
         found += [row[~targets.isnan()].tolist() for row, targets in zip(scores, judged.targets, strict=True)]
     return found
 

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import parallel
-from src.data import collate
-from src.data.collate import Batch
+from src.data.batch import Batch, make_batch
 from src.data.encoding import Encoded, encode_prompt
 from src.data.examples import Prompt
 from src.errors import UserError
@@ -97,7 +96,7 @@ def sample_rollout(
     everyone = {(done.request.id, done.request.sample): done for done in parallel.gather_over_data_parallel(found)}
     completions = [everyone[request.id, request.sample] for group in by_prompt for request in group]
 
-    batch = collate.collate(
+    batch = make_batch(
         [Encoded(done.request.prompt + done.tokens, len(done.request.prompt)) for done in completions])
     _check_alike(batch.tokens)
     sampled_logprobs = torch.zeros(batch.tokens.shape)
@@ -149,6 +148,6 @@ def _per_token(score: Callable[..., Tensor], model: Decoder, batch: Batch, max_b
         for rows in shard_for_rank(by_length.split(max_batch_size)):
             micro = trim_padding(Batch(batch.tokens[rows], batch.response_mask[rows]))
             values = torch.zeros(micro.tokens.shape)
-            values[micro.response_mask] = score(*micro.to(parallel.device())).float().cpu()
+            values[micro.response_mask] = score(*micro.to(parallel.device()).inputs).float().cpu()
             laid_out[rows] = pad_to(values, laid_out.shape[1])
     return parallel.join_over_data_parallel(laid_out)

@@ -11,8 +11,8 @@ import torch
 
 from src import parallel
 from src.checkpoint.shards import expected_shapes
-from src.data.batches import Step
-from src.data.collate import Batch
+from src.data.batch import Batch
+from src.data.sampler import Step
 from src.models.config import ModelConfig
 from src.models.linear import linear
 

@@ -4,6 +4,7 @@ Every trainer drives its model through this. Losses must already be divided by t
 micro-batches of all data-parallel ranks), so the update does not depend on how a step is cut up.
 """
 
+import contextlib
 import functools
 import math
 import random
@@ -168,6 +169,17 @@ class Trainer:
                 self.optimizer.load(parameter, self._updates, moments)
         watchdog.at_step(self.steps)
         self._seed_step()
+
+
+@contextlib.contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """Evaluate a model that is being trained: no gradients, no dropout, and no gathered weights left afterwards."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
+    parallel.free_gathered(model)
 
 
 def checkpoint_activations(model: Decoder, kind: Recomputed) -> None:

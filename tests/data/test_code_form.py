@@ -9,7 +9,7 @@ from src.data.examples import read_instructions
 from src.errors import UserError
 from src.text.blocks import Marker, split_text
 from src.text.tokenizer import Tokenizer
-from src.training.solver import SolverData
+from src.training.sft import sft_dataset
 from tests.text.files import write_json
 
 PROMPT = "<|user|><|text|>What is 6 x 7?<|endofblock|><|endofmessage|><|assistant|>"
@@ -98,8 +98,8 @@ def test_scdpo_03_the_label_mask_of_each_mode(
 ) -> None:
     file = write_json(tmp_path / "rows.json", [{"messages": messages(SIX + END)}])
     rows = read_instructions(str(file))
-    data = SolverData(rows, code_tokenizer, max_seq_len=512, source="rows", loss_on=loss_on)
-    ((encoded,),) = data.rows
+    data = sft_dataset(rows, code_tokenizer, max_seq_len=512, source="rows", loss_on=loss_on)
+    ((encoded,),) = data.samples
     assert learnt(code_tokenizer, encoded) == stretches
     assert shown(code_tokenizer, encoded.tokens) == PROMPT + SIX + END + "<|endofmessage|>"
 
@@ -123,7 +123,7 @@ def test_blocks_need_their_form(tmp_path: Path, toy_tokenizer: Tokenizer, code_t
         tmp_path / "odd.json", [{"messages": [{"role": "assistant", "content": [{"type": "x", "content": "y"}]}]}]
     )
     with pytest.raises(UserError, match="row 1: message 1: 'x' is no kind of block"):
-        SolverData(read_instructions(str(odd)), code_tokenizer, max_seq_len=64, source="odd")
+        sft_dataset(read_instructions(str(odd)), code_tokenizer, max_seq_len=64, source="odd")
 
 
 def test_split_text_gives_the_pieces_back() -> None:

@@ -11,7 +11,7 @@ import pandas
 import pytest
 
 from src import load
-from src.data import rows, tables
+from src.data import rows
 from src.data.encoding import encode_conversation
 from src.data.examples import (
     Chat,
@@ -317,7 +317,7 @@ def test_samples_of_nullable_columns(tmp_path: Path) -> None:
 
 
 def test_a_huge_row_of_a_table_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_ROW", 2000)
+    monkeypatch.setattr(rows, "MAX_ROW", 2000)
     values = [{"instruction": "x" * 500, "output": "a"} for _ in range(20)]
     folder = tmp_path / "good"
     folder.mkdir()

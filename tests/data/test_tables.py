@@ -1,4 +1,4 @@
-"""src/data/tables.py: parquet files and directories of Hugging Face `datasets` give the rows that json gives."""
+"""src/data/rows.py: parquet files and directories of Hugging Face `datasets` give the rows that json gives."""
 
 from pathlib import Path
 

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from src import load
-from src.data import collate
+from src.data.batch import make_batch
 from src.data.examples import Judged
 from src.errors import UserError
 from src.evaluation.credit import Credit, credit, report_credit, token_logprobs
@@ -29,7 +29,7 @@ def test_scdpo_24_token_credits_add_up_to_the_sequence_reward(folders: Folders, 
     encoded = encode_solutions(ROWS, tokenizer, policy.config.max_seq_len, "paragraph")
     said = [list(token_logprobs(model, encoded, max_batch_size=2)) for model in (policy, reference)]
     with torch.no_grad():
-        sums = [response_sums(model, collate.collate(encoded)) for model in (policy, reference)]
+        sums = [response_sums(model, make_batch(encoded)) for model in (policy, reference)]
     rewards = 0.3 * (sums[0] - sums[1])
     for row, each, new, old, reward in zip(ROWS, encoded, *said, rewards.tolist(), strict=True):
         found = credit(each, new, old, 0.3, tokenizer)

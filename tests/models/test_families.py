@@ -72,7 +72,7 @@ def on(hf_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         for name in RUNS[n]:
             split(open_source(str(hf_folders[name])), root / name, n, "", "", name)
         folders = {name: str(root / name) for name in RUNS[n]}
-        tokens, mask, _ = reference.batch()
+        tokens, mask, *_ = reference.batch()
         arguments = {
             "folders": folders,
             "tokens": tokens.tolist(),

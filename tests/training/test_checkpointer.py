@@ -19,11 +19,11 @@ from src.checkpoint import saving, storage
 from src.checkpoint.saving import Save
 from src.checkpoint.training_state import RunState
 from src.config import LoraFlags, OptimizerFlags, SavingFlags
-from src.data.collate import Batch
+from src.data.batch import Batch
 from src.errors import UserError
 from src.runlog import RunLog
 from src.training.checkpointer import Checkpointer, Trainee
-from src.training.solver import n_supervised, sft_loss
+from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import Trainer
 from tests.conftest import Folders
 from tests.ranks import ROOT, run_ranks
@@ -61,7 +61,7 @@ class Run:
             SavingFlags(**kept),
             steps_per_epoch=3,
             total_steps=STEPS,
-            facts={"seed": 1},
+            run_fingerprint={"seed": 1},
             **options,
         )
         self.model.train()
@@ -69,7 +69,7 @@ class Run:
     def step(self, score: float | None = None) -> None:
         micro = Batch(*(part[:2] for part in batch()[:2]))
         for each in (micro, batch()):
-            self.trainer.backward(sft_loss(self.model, each, 2 * n_supervised([micro, batch()])))
+            self.trainer.backward(sft_loss(self.model, each) / (2 * n_supervised([micro, batch()])))
         self.trainer.step()
         self.checkpointer.step_done(self.trainer.steps, score)
 
@@ -153,7 +153,7 @@ def test_an_unfinished_run_is_not_overwritten_and_not_mixed(folders: Folders, tm
     with pytest.raises(UserError, match="holds a run that stopped at step 1; continue it with --resume auto"):
         Run(folders.one, tmp_path).checkpointer.resume("none")
     other = Run(folders.one, tmp_path)
-    other.checkpointer._facts = other.checkpointer._facts | {"seed": 2}
+    other.checkpointer._run_fingerprint = other.checkpointer._run_fingerprint | {"seed": 2}
     with pytest.raises(UserError, match="seed was 1 and is 2 now; resume with the data and flags of then"):
         other.checkpointer.resume("auto")
     with pytest.raises(UserError, match="is missing; other parameters were trained then than now"):

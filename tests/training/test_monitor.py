@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from src.data.collate import Batch
+from src.data.batch import Batch
 from src.data.examples import Prompt
 from src.errors import UserError
 from src.training import monitor

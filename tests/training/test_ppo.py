@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import ppo_train
 from src import load, losses
-from src.data.collate import Batch
+from src.data.batch import Batch
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs, response_values
@@ -160,14 +160,14 @@ def test_policy_gradient_raises_what_was_good(
 
     def gain(rows: list[int]) -> float:
         batch = Batch(found.batch.tokens[rows], found.batch.response_mask[rows])
-        new = response_logprobs(models.actor.model, *batch, temperature=numbers.temperature, n_ids=found.n_ids)
+        new = response_logprobs(models.actor.model, *batch.inputs, temperature=numbers.temperature, n_ids=found.n_ids)
         weighted = (new - found.logprobs[rows][batch.response_mask]) * found.advantages[rows][
             batch.response_mask
         ]
         return weighted.sum().item()
 
     assert gain(list(range(len(PROMPTS)))) > 0
-    values = response_values(models.critic.model, *found.batch)
+    values = response_values(models.critic.model, *found.batch.inputs)
     mask = found.batch.response_mask
     error, old_error = ((v - found.returns[mask]).square().mean() for v in (values, found.values[mask]))
     assert error < old_error

@@ -14,14 +14,14 @@ from torch.testing import assert_close
 import preference_train
 from src import load, losses
 from src.checkpoint import saving, storage
-from src.data.batches import Batching
 from src.data.encoding import encode_prompt, encode_response
 from src.data.examples import Pair
+from src.data.sampler import BatchSampler, Dataset
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
-from src.training.preference import Preference, PreferenceData, open_preferences
+from src.training.preference import Preference, open_preferences, with_reference
 from src.training.reference import (
     Reference,
     reference_identity,
@@ -29,6 +29,7 @@ from src.training.reference import (
     response_sums,
     row_key,
 )
+from src.training.reward_model import pair_dataset
 from tests.conftest import Folders
 from tests.ranks import run_ranks
 from tests.reference import hf_model, relative_difference
@@ -53,14 +54,14 @@ def whole(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> list[di
     return [preference_epochs(folders.one, log_dir, **kind) for kind in KINDS]
 
 
-def make_data(rows: list[Pair], tokenizer: Tokenizer) -> PreferenceData:
-    return PreferenceData(rows, tokenizer, max_seq_len=64, source="pairs.json")
+def make_data(rows: list[Pair], tokenizer: Tokenizer) -> Dataset:
+    return pair_dataset(rows, tokenizer, max_seq_len=64, source="pairs.json")
 
 
-def one_step(data: PreferenceData, reference: Reference | None, size: int = 99):
+def one_step(data: Dataset, reference: Reference | None, size: int = 99):
     """The batches of the single step that all pairs make."""
-    batching = Batching(max_batch_size=size, accumulation_steps=99 // size, seed=1)
-    ((_, _, batches),) = data.steps(batching, reference, packing=False, epochs=1)
+    batching = BatchSampler(max_batch_size=size, accumulation_steps=99 // size, seed=1)
+    ((_, _, batches),) = batching.steps(with_reference(data, reference), packing=False, epochs=1)
     return batches
 
 
@@ -74,7 +75,7 @@ def perturbed(model: Decoder) -> Decoder:
 
 
 @torch.no_grad()
-def plain_sums(model: torch.nn.Module, data: PreferenceData) -> tuple[Tensor, Tensor]:
+def plain_sums(model: torch.nn.Module, data: Dataset) -> tuple[Tensor, Tensor]:
     """Summed log-probs by a plain log-softmax of transformers' logits, a text at a time, and counts. -> two [2, B]."""
     sums, counts = [], []
     for pair in data.samples:
@@ -123,8 +124,8 @@ def test_losses_equal_a_plain_computation_with_transformers(
     for pair, said in zip(data.samples, expected_frozen.T.tolist(), strict=True):
         assert [reference.of(side) for side in pair] == pytest.approx(said, abs=1e-4)
     (batch,) = one_step(data, reference if preference.needs_reference else None)
-    loss, tally = preference.loss(policy, batch, len(data.samples))
-    assert loss.item() == pytest.approx(plain_loss(kind, sums, expected_frozen, counts), rel=1e-5)
+    loss, tally = preference.loss(policy, batch)
+    assert loss.item() / len(data.samples) == pytest.approx(plain_loss(kind, sums, expected_frozen, counts), rel=1e-5)
     chosen, rejected = (sums / counts).mean(1).tolist()
     assert (tally[4:] / tally[0]).tolist() == pytest.approx([chosen, rejected], abs=1e-5)
 
@@ -163,7 +164,7 @@ def test_w2s_18_golden_number_and_precomputed_equals_online(
     )
     (batch,) = one_step(data, reference)
     with torch.no_grad():
-        assert_close(batch.reference, response_sums(frozen, batch.batch), rtol=0, atol=2e-5)
+        assert_close(batch.reference, response_sums(frozen, batch), rtol=0, atol=2e-5)
 
 
 def test_w2s_19_orpo_by_hand_and_its_gradient_at_certainty() -> None:
@@ -269,7 +270,7 @@ def test_scdpo_20_a_prefix_carries_no_loss(folders: Folders, tokenizer: Tokenize
             2,
         ]  # with EOS, however long the prefix
         (batch,) = one_step(make_data([Pair("a", ["b c"], ["d"], prefix)], tokenizer), None)
-        (both,) = response_sums(model, batch.batch)[None]
+        (both,) = response_sums(model, batch)[None]
         for side, found in zip((chosen, rejected), both, strict=True):
             logits = model.logits(model(torch.tensor([side.tokens])))[0]
             each = logits.float().log_softmax(-1)[:-1].gather(1, torch.tensor(side.tokens)[1:, None])[:, 0]
@@ -279,7 +280,7 @@ def test_scdpo_20_a_prefix_carries_no_loss(folders: Folders, tokenizer: Tokenize
 def test_scdpo_20_identical_continuations_have_no_difference(folders: Folders, tokenizer: Tokenizer) -> None:
     same = make_data([Pair("a", ["b c"], ["b c"], "1+1\n\n")], tokenizer)  # read_pairs() refuses such a row
     (batch,) = one_step(same, None)
-    _, tally = Preference(objective="simpo", beta=2.0).loss(load.load_solver(folders.one), batch, 1)
+    _, tally = Preference(objective="simpo", beta=2.0).loss(load.load_solver(folders.one), batch)
     assert tally[3].item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -292,7 +293,7 @@ def test_scdpo_05_the_prompt_of_training_is_that_of_generation(tokenizer: Tokeni
                 assert side.tokens.count(tokenizer.bos_id) == side.tokens.count(tokenizer.eos_id) == 1
 
 
-def reference_of(folder: str, data: PreferenceData, path: Path, tokenizer: Tokenizer) -> Reference:
+def reference_of(folder: str, data: Dataset, path: Path, tokenizer: Tokenizer) -> Reference:
     identity = reference_identity(storage.fingerprint(Path(folder)), tokenizer, torch.float32)
     log = RunLog(str(path.parent), {})
     return reference_logprobs(

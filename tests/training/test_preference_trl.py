@@ -7,11 +7,12 @@ import torch
 
 from src import load
 from src.config import OptimizerFlags
-from src.data.batches import Batching
 from src.data.examples import Pair
+from src.data.sampler import BatchSampler
 from src.runlog import RunLog
-from src.training.preference import Preference, PreferenceData, report
+from src.training.preference import Preference, report, with_reference
 from src.training.reference import reference_logprobs, response_sums
+from src.training.reward_model import pair_dataset
 from src.training.trainer import Trainer
 from tests.conftest import Folders
 from tests.reference import hf_model
@@ -30,19 +31,19 @@ def test_losses_and_logprobs_equal_trl(
         Pair(f"{n % 7}+{n % 5}=", [f"{n % 9}" * (1 + n % 4)], [f"b{n % 8}" * (1 + n % 3)])
         for n in range(STEPS * BATCH)
     ]
-    data = PreferenceData(pairs, tokenizer, max_seq_len=64, source="pairs")
+    data = pair_dataset(pairs, tokenizer, max_seq_len=64, source="pairs")
     model, preference = load.load_solver(folders.one), Preference(objective="dpo", beta=BETA)
     reference = reference_logprobs(model, data.samples, tmp_path / "r.jsonl", "x", max_batch_size=8, log=log)
     trainer = Trainer(
         model, log, OptimizerFlags(lr=LR, schedule="constant", warmup_ratio=0.0), total_steps=STEPS
     )
-    monkeypatch.setattr("src.data.collate.epoch_order", lambda n, seed, epoch: list(range(n)))
-    batching, found = Batching(max_batch_size=BATCH, accumulation_steps=1, seed=1), []
-    for _, _, (batch,) in data.steps(batching, reference, packing=False, epochs=1):
+    monkeypatch.setattr("src.data.sampler.epoch_order", lambda n, seed, epoch: list(range(n)))
+    batching, found = BatchSampler(max_batch_size=BATCH, accumulation_steps=1, seed=1), []
+    for _, _, (batch,) in batching.steps(with_reference(data, reference), packing=False, epochs=1):
         with torch.no_grad():
-            sides = response_sums(model, batch.batch).view(BATCH, 2).mean(0).tolist()
-        loss, tally = preference.loss(model, batch, BATCH)
-        trainer.backward(loss)
+            sides = response_sums(model, batch).view(BATCH, 2).mean(0).tolist()
+        loss, tally = preference.loss(model, batch)
+        trainer.backward(loss / BATCH)
         found.append((trainer.step(), report([tally]), sides))
     rows = [
         (

@@ -201,8 +201,8 @@ def test_help_lists_what_may_differ_and_every_other_flag_is_compared(module: obj
     assert listed == [name for name in FREE_ON_RESUME if name in flags] and {"lr", "schedule", "epochs"} <= {
         *listed
     }
-    facts = resuming.run_facts("trainer", {name: 1 for name in flags} | {"invented": 1})
-    assert facts.keys() == flags.keys() - {*listed} | {"trainer", "invented"}
+    found = resuming.run_fingerprint("trainer", {name: 1 for name in flags} | {"invented": 1})
+    assert found.keys() == flags.keys() - {*listed} | {"trainer", "invented"}
     # no flag of the list is misspelt or gone
     assert set(FREE_ON_RESUME) <= set().union(*(flags_of(other.main) for other in TRAINERS))
 

@@ -10,8 +10,7 @@ from torch.testing import assert_close
 
 from src import load
 from src.checkpoint import saving
-from src.data import collate
-from src.data.collate import Batch
+from src.data.batch import Batch, make_batch
 from src.data.encoding import Encoded, encode_prompt, encode_steps, split_steps
 from src.data.examples import Prompt
 from src.errors import UserError
@@ -36,7 +35,7 @@ def episodes_of(tokenizer: Tokenizer, responses: list[str], finished: list[bool]
     for text, ended in zip(responses, finished, strict=True):
         ids = encode_prompt(tokenizer, "2+2=")
         rows.append(Encoded(ids + tokenizer.encode(text) + [tokenizer.eos_id] * ended, len(ids)))
-    batch = collate.collate(rows)
+    batch = make_batch(rows)
     prompts = [prompt(index) for index in range(len(rows))]
     return Rollout(prompts, responses, batch, torch.tensor(finished), torch.zeros(batch.tokens.shape))
 
@@ -72,7 +71,7 @@ def test_overlong_penalty_grows_to_the_limit(tokenizer: Tokenizer) -> None:
 
 def test_pairwise_reward_is_the_normalised_clamped_score(verifier: Decoder, tokenizer: Tokenizer) -> None:
     episodes = episodes_of(tokenizer, TEXTS, [True, False, True])
-    scores = response_scores(verifier, *episodes.batch)
+    scores = response_scores(verifier, *episodes.batch.inputs)
     for size in (1, 2, 5):
         found = rewards.pairwise_reward(verifier, episodes, ppo_config(), size)
         expected = rewards.at_last(((scores - 0.5) / 2).clamp(-5, 5), episodes)
@@ -86,8 +85,8 @@ def alone(verifier: Decoder, tokenizer: Tokenizer, text: str, finished: bool) ->
     """Logits at the ends of a text's steps, without padding."""
     steps = split_steps(text)
     row = encode_steps(tokenizer, "2+2=", steps, [1.0] * len(steps), finished=finished)
-    batch = collate.collate([row])
-    scores = token_scores(verifier, *batch)[0][batch.response_mask[0]]
+    batch = make_batch([row])
+    scores = token_scores(verifier, *batch.inputs)[0][batch.response_mask[0]]
     return scores[~torch.tensor(row.targets).isnan()].tolist()
 
 
@@ -139,7 +138,7 @@ def test_a_verifier_of_lines_rewards_lines(verifier: Decoder, tokenizer: Tokeniz
     episodes = episodes_of(tokenizer, [text], [True])
     steps = text.split("\n")
     row = encode_steps(tokenizer, "2+2=", steps, [1.0] * 3, step_end="\n")
-    scores = token_scores(verifier, *collate.collate([row]))[0, row.response_start :].sigmoid()
+    scores = token_scores(verifier, *make_batch([row]).inputs)[0, row.response_start :].sigmoid()
     expected = scores[~torch.tensor(row.targets).isnan()]
     found = rewards.process_reward(verifier, tokenizer, episodes, ppo_config(step_reward="raw"), 2)
     lengths = [len(tokenizer.encode(step + "\n", start=n == 0)) for n, step in enumerate(steps)]
@@ -161,7 +160,8 @@ def test_a_response_too_long_for_the_verifier_is_cut_and_counted(
     assert "1 of 2 responses are longer than the verifier's context of 12 tokens" in caplog.text
     pairwise = rewards.pairwise_reward(verifier, episodes, ppo_config(), 2)
     short = Batch(episodes.batch.tokens[:1, :12], episodes.batch.response_mask[:1, :12])
-    assert pairwise[0].sum().item() == pytest.approx((response_scores(verifier, *short).item() - 0.5) / 2, abs=1e-4)
+    alone = response_scores(verifier, *short.inputs).item()
+    assert pairwise[0].sum().item() == pytest.approx((alone - 0.5) / 2, abs=1e-4)
     verifier.config = replace(verifier.config, max_seq_len=3)
     with pytest.raises(UserError, match="leaves none of the verifier's context of 3"):
         rewards.step_logits(verifier, tokenizer, episodes, 2)

@@ -5,9 +5,9 @@ import time
 import pytest
 
 from src import parallel
-from src.data import collate
-from src.data.batches import Step
+from src.data.batch import make_batch
 from src.data.encoding import Encoded
+from src.data.sampler import Step
 from src.models.config import ModelConfig
 from src.training import throughput as module
 from src.training.throughput import ThroughputMeter
@@ -18,13 +18,13 @@ CONFIG = ModelConfig(
 SAMPLES = [Encoded([1, 5, 2], 1), Encoded([1, 5, 6, 7, 2], 3)]
 
 
-@pytest.mark.parametrize(("lay_out", "padding"), [(collate.collate, 2 / 10), (collate.pack, 0.0)])
-def test_a_step_by_hand(monkeypatch: pytest.MonkeyPatch, lay_out: object, padding: float) -> None:
+@pytest.mark.parametrize(("packing", "padding"), [(False, 2 / 10), (True, 0.0)])
+def test_a_step_by_hand(monkeypatch: pytest.MonkeyPatch, packing: bool, padding: float) -> None:
     parallel.start()
     monkeypatch.setattr(module, "matrix_rate", lambda: 1e6)
     clock = iter([0.0, 10.0, 11.0, 13.0])  # made; asked for a step; got it; done with it
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    meter, batches = ThroughputMeter(CONFIG), [lay_out(SAMPLES)]
+    meter, batches = ThroughputMeter(CONFIG), [make_batch(SAMPLES, packing=packing)]
     next(meter.timed(iter([Step(1, 1, batches)])))
     clock = iter([13.0])
     found = meter.measure(batches, 4)

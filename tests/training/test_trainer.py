@@ -14,7 +14,7 @@ from src.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.lora import LINEARS
 from src.runlog import RunLog
-from src.training.solver import n_supervised, sft_loss
+from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import Trainer, lr_factor
 from tests.conftest import Folders
 from tests.ranks import run_ranks
@@ -54,7 +54,7 @@ def test_the_trainer_follows_the_schedule(folders: Folders, tmp_path: Path) -> N
         folders.one, tmp_path, lr=1e-3, warmup_ratio=0.2, total_steps=11
     )  # ceil(2.2) = 3 steps up
     for step in range(11):
-        trainer.backward(sft_loss(trainer.model, batch(), 16))
+        trainer.backward(sft_loss(trainer.model, batch()) / 16)
         report = trainer.step()
         assert report.lr == pytest.approx(1e-3 * lr_factor(step, 11, 3, 0.1))
         assert trainer.optimizer.lr == report.lr
@@ -63,7 +63,7 @@ def test_the_trainer_follows_the_schedule(folders: Folders, tmp_path: Path) -> N
 def test_gradients_are_clipped_to_their_global_norm(folders: Folders, tmp_path: Path) -> None:
     for limit in (0.01, 1e6):
         trainer = make_trainer(folders.one, tmp_path, lr=0.0, max_grad_norm=limit)
-        trainer.backward(sft_loss(trainer.model, batch(), 16))
+        trainer.backward(sft_loss(trainer.model, batch()) / 16)
         true_norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()
         trainer.optimizer.zero_grad = lambda: None  # keep what step() leaves
         report = trainer.step()
@@ -94,13 +94,13 @@ def test_a_non_finite_step_is_skipped(folders: Folders, tmp_path: Path) -> None:
     weight = trainer.model.norm.weight
     for poison in (math.nan, math.inf):
         before = [p.detach().clone() for p in trainer.model.parameters()]
-        trainer.backward(sft_loss(trainer.model, batch(), 16) + weight.sum() * poison)
+        trainer.backward(sft_loss(trainer.model, batch()) / 16 + weight.sum() * poison)
         report = trainer.step()
         assert not math.isfinite(report.loss)
         assert all(map(torch.equal, before, trainer.model.parameters()))
         assert all(p.grad is None for p in trainer.model.parameters())
         assert not list(trainer.moments())  # the moments were not touched
-    trainer.backward(sft_loss(trainer.model, batch(), 16))
+    trainer.backward(sft_loss(trainer.model, batch()) / 16)
     assert math.isfinite(trainer.step().loss) and trainer.steps == 3
     assert not torch.equal(before[0], next(trainer.model.parameters()))
 
@@ -127,7 +127,7 @@ def test_adamw_equals_torch_on_transformers_model(folders: Folders, tmp_path: Pa
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps)
     for step in range(steps):
-        trainer.backward(sft_loss(trainer.model, batch(), n_supervised([batch()])))
+        trainer.backward(sft_loss(trainer.model, batch()) / n_supervised([batch()]))
         report = trainer.step()
         loss = hf_logits_and_loss(model)[1]
         optimizer.zero_grad()
@@ -143,7 +143,7 @@ def test_adamw_equals_torch_on_transformers_model(folders: Folders, tmp_path: Pa
 
 def loss_at_start(folder: str) -> float:
     """The loss of the untrained model."""
-    return sft_loss(load.load_solver(folder), batch(), n_supervised([batch()])).item()
+    return sft_loss(load.load_solver(folder), batch()).item() / n_supervised([batch()])
 
 
 def test_ten_steps_of_adapters_equal_peft(folders: Folders, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_ten_steps_of_adapters_equal_peft(folders: Folders, tmp_path: Path) -> N
         [parameter for _, parameter in theirs.values()], betas=(0.9, 0.95), weight_decay=0
     )
     for step in range(steps):
-        trainer.backward(sft_loss(trainer.model, batch(), n_supervised([batch()])))
+        trainer.backward(sft_loss(trainer.model, batch()) / n_supervised([batch()]))
         report = trainer.step()
         loss = hf_logits_and_loss(model)[1]
         optimizer.zero_grad()

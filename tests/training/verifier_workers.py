@@ -5,10 +5,10 @@ from torch import Tensor
 
 from src import load, parallel
 from src.config import LoraFlags, OptimizerFlags
-from src.data.batches import Batching
 from src.data.examples import Judged
+from src.data.sampler import BatchSampler
 from src.runlog import RunLog
-from src.training.judgement import JudgedData
+from src.training.reward_model import label_dataset
 from src.training.trainer import Trainer
 from tests.training.workers import local_weights
 
@@ -57,9 +57,9 @@ def verifier_epochs(
         seed=1,
     )
     options = {"max_seq_len": 64, "source": "ROWS", "label_tokens": label_tokens, "balance": True}
-    data = JudgedData(ROWS[objective], load.load_tokenizer(folder), **options)
+    data, kind = label_dataset(ROWS[objective], load.load_tokenizer(folder), **options)
     trainer = Trainer(model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)
-    batching = Batching(
+    batching = BatchSampler(
         max_batch_size=max_batch_size,
         accumulation_steps=accumulation_steps,
         seed=3,
@@ -68,10 +68,10 @@ def verifier_epochs(
     )
     model.train()
     losses = []
-    for _, _, batches in data.steps(batching, packing=packing, epochs=2):
-        normaliser = parallel.sum_over_data_parallel(data.n_judged(batches))
+    for _, _, batches in batching.steps(data, packing=packing, epochs=2):
+        n_labels = parallel.sum_over_data_parallel(kind.count(batches))
         for batch in batches:
-            trainer.backward(data.loss(model, batch, normaliser), last=batch is batches[-1])
+            trainer.backward(kind.loss(model, batch) / n_labels, last=batch is batches[-1])
         losses.append(trainer.step().loss)
-    report = data.evaluate(model, max_batch_size)
+    report = kind.evaluate(model, data, max_batch_size)
     return local_weights(model) | {"losses": torch.tensor(losses), "report": torch.tensor(report)}

@@ -17,9 +17,9 @@ import ppo_train
 from src import cli, load, parallel, watchdog
 from src.checkpoint import saving, shards
 from src.config import LoraFlags, OptimizerFlags, SavingFlags
-from src.data.batches import Batching
-from src.data.collate import Batch
+from src.data.batch import Batch
 from src.data.examples import Instruction, Pair, Prompt
+from src.data.sampler import BatchSampler
 from src.errors import UserError
 from src.models import linear
 from src.models.decoder import Decoder
@@ -33,9 +33,10 @@ from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig
 from src.training.ppo_setup import Inputs, PPOModels
 from src.training.reference import reference_logprobs
+from src.training.reward_model import pair_dataset
 from src.training.rewards import Reward, Scores, on_first_rank, pairwise_reward, score_rollout
 from src.training.rollout import Rollout
-from src.training.solver import SolverData, n_supervised, sft_loss
+from src.training.sft import n_supervised, sft_dataset, sft_loss
 from src.training.trainer import Trainer
 
 INSTRUCTIONS = [
@@ -92,7 +93,7 @@ def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
         )
         found = []
         for _ in range(3):
-            trainer.backward(sft_loss(model, rows, n_supervised([rows])))
+            trainer.backward(sft_loss(model, rows) / n_supervised([rows]))
             found.append(trainer.step())
         reports[name] = torch.tensor(found, dtype=torch.float64)
     return reports
@@ -126,7 +127,7 @@ def sft_epochs(
         seed=1,
     )
     tokenizer = load.load_tokenizer(folder)
-    data = SolverData(INSTRUCTIONS, tokenizer, max_seq_len=64, source="INSTRUCTIONS")
+    data = sft_dataset(INSTRUCTIONS, tokenizer, max_seq_len=64, source="INSTRUCTIONS")
     trainer = Trainer(
         model,
         RunLog(log_dir, {}),
@@ -136,17 +137,17 @@ def sft_epochs(
         total_steps=4,
     )
     found = []
-    batching = Batching(
+    batching = BatchSampler(
         max_batch_size=max_batch_size,
         accumulation_steps=accumulation_steps,
         seed=3,
         rank=parallel.data_parallel_rank(),
         ranks=parallel.data_parallel_size(),
     )
-    for _, _, batches in data.steps(batching, packing=packing, epochs=2):
-        normaliser = parallel.sum_over_data_parallel(n_supervised(batches))
+    for _, _, batches in batching.steps(data, packing=packing, epochs=2):
+        n_tokens = parallel.sum_over_data_parallel(n_supervised(batches))
         for batch in batches:
-            trainer.backward(sft_loss(model, batch, normaliser), last=batch is batches[-1])
+            trainer.backward(sft_loss(model, batch) / n_tokens, last=batch is batches[-1])
         found.append(trainer.step().loss)
     return local_weights(model) | {"losses": torch.tensor(found)}
 
@@ -170,11 +171,12 @@ def preference_epochs(
     """This tensor-parallel rank's weights after two steps of 8 on PAIRS, and the reports of every step."""
     kind = preference.Preference(**{"objective": "dpo", "beta": 0.1} | options)
     tokenizer, log = load.load_tokenizer(folder), RunLog(log_dir, {})
-    data = preference.PreferenceData(PAIRS, tokenizer, max_seq_len=64, source="PAIRS")
+    data = pair_dataset(PAIRS, tokenizer, max_seq_len=64, source="PAIRS")
     model, reference = load.load_solver(folder), None
     if kind.needs_reference:
         path = Path(log_dir) / f"{folder.replace('/', '_')}.jsonl"
         reference = reference_logprobs(model, data.samples, path, "identity", max_batch_size=2, log=log)
+    data = preference.with_reference(data, reference)
     load.put_lora_on(
         model,
         load.lora_config(
@@ -183,7 +185,7 @@ def preference_epochs(
         seed=1,
     )
     trainer = Trainer(model, log, OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)
-    batching = Batching(
+    batching = BatchSampler(
         max_batch_size=max_batch_size,
         accumulation_steps=accumulation_steps,
         seed=3,
@@ -192,17 +194,17 @@ def preference_epochs(
     )
     model.train()
     losses, reports = [], []
-    for _, _, batches in data.steps(batching, reference, packing=packing, epochs=2):
-        normaliser, tallies = parallel.sum_over_data_parallel(preference.n_pairs(batches)), []
+    for _, _, batches in batching.steps(data, packing=packing, epochs=2):
+        in_step, tallies = parallel.sum_over_data_parallel(preference.n_pairs(batches)), []
         for batch in batches:
-            loss, tally = kind.loss(model, batch, normaliser)
-            trainer.backward(loss, last=batch is batches[-1])
+            loss, tally = kind.loss(model, batch)
+            trainer.backward(loss / in_step, last=batch is batches[-1])
             tallies.append(tally)
         losses.append(trainer.step().loss)
         reports.append(preference.report(tallies))
     if kind.needs_reference:
         reports[0] = reports[0]._replace(accuracy=0.0)  # margins of 0: rounding decides who is ahead
-    held = preference.evaluate(model, data, reference, kind, batching, packing=packing)
+    held = preference.evaluate(model, data, kind, batching, packing=packing)
     found = {"losses": losses, "reports": reports, "held": held}
     return local_weights(model) | {name: torch.tensor(values) for name, values in found.items()}
 
@@ -326,9 +328,9 @@ def resumed_epochs(
         LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
     )
     load.put_lora_on(model, lora, seed=1)
-    data = SolverData(INSTRUCTIONS, load.load_tokenizer(folder), max_seq_len=64, source="INSTRUCTIONS")
+    data = sft_dataset(INSTRUCTIONS, load.load_tokenizer(folder), max_seq_len=64, source="INSTRUCTIONS")
     ranks = parallel.data_parallel_size()
-    batching = Batching(
+    batching = BatchSampler(
         max_batch_size=2,
         accumulation_steps=2 // ranks,
         seed=3,
@@ -345,15 +347,15 @@ def resumed_epochs(
         lambda target, state: saving.begin_save(model, target, folder, "", lora, "", state, background),
     )
     checkpointer = Checkpointer(
-        log, [trainee], SavingFlags(save_every=1, keep_last=1), steps_per_epoch=2, total_steps=8, facts={}
+        log, [trainee], SavingFlags(save_every=1, keep_last=1), steps_per_epoch=2, total_steps=8, run_fingerprint={}
     )
     assert checkpointer.resume("auto") == first
     model.train()
     losses = []
-    for step in data.steps(batching, packing=True, epochs=4, done=first, stop=last):
-        normaliser = parallel.sum_over_data_parallel(n_supervised(step.batches))
+    for step in batching.steps(data, packing=True, epochs=4, done=first, stop=last):
+        n_tokens = parallel.sum_over_data_parallel(n_supervised(step.batches))
         for batch in step.batches:
-            trainer.backward(sft_loss(model, batch, normaliser), last=batch is step.batches[-1])
+            trainer.backward(sft_loss(model, batch) / n_tokens, last=batch is step.batches[-1])
         losses.append(trainer.step().loss)
         checkpointer.step_done(step.number)
     checkpointer.complete()
@@ -366,7 +368,8 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
     log = RunLog(save_dir, {})
     trainer = Trainer(model, log, OptimizerFlags(lr=1e-3), total_steps=2)
     trainee = Trainee(save_dir, trainer, lambda target, state: None)
-    Checkpointer(log, [trainee], SavingFlags(save_every=-1, keep_last=1), steps_per_epoch=9, total_steps=9, facts={})
+    saving = SavingFlags(save_every=-1, keep_last=1)
+    Checkpointer(log, [trainee], saving, steps_per_epoch=9, total_steps=9, run_fingerprint={})
     for step in range(2):
         if step == 1 and parallel.rank() == 1:
             (Path(save_dir) / "since").write_text(str(time.time()), encoding="utf-8")
@@ -381,7 +384,7 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
                 time.sleep(6)
             hashlib.pbkdf2_hmac("sha256", b"", b"", 8_000_000)  # one call that only computes, for seconds
         trainer.backward(
-            sft_loss(model, Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]])), 2.0)
+            sft_loss(model, Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))) / 2.0
         )
         trainer.step()
 

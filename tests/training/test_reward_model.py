@@ -1,4 +1,4 @@
-"""src/training/verifier.py: which rows are trained on, and in which number."""
+"""src/training/reward_model.py: which rows are trained on, and in which number."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ import pytest
 from src.data.examples import Judged, Pair
 from src.errors import UserError
 from src.text.tokenizer import Tokenizer
-from src.training.verifier import last_problems, mix, open_data, read_rows
+from src.training.reward_model import mix, open_data, read_rows, split_held_out
 
 STEPS = {"instruction": "1+1=", "steps": ["a", "#### 2"], "labels": [1, 0]}
 OUTCOME = {"instruction": "2+2=", "output": "#### 4", "correct": True}
@@ -22,10 +22,11 @@ def write(path: Path, *rows: dict[str, object]) -> str:
 
 def test_the_last_problems_are_held_out_whole() -> None:
     rows = [Pair(str(index % 10), [f"r{index}"], [f"w{index}"]) for index in range(30)]
-    assert last_problems(rows, 0.25) == {"8", "9"}
+    (train,), held = split_held_out([rows], None, 0.25)
+    assert {row.instruction for row in held} == {"8", "9"} and [*map(len, (train, held))] == [24, 6]
     for share in (0.0, 0.05, 1.0):
         with pytest.raises(UserError, match="of 10 problems leaves nothing to train or test on"):
-            last_problems(rows, share)
+            split_held_out([rows], None, share)
 
 
 def test_a_weight_is_whole_copies_and_a_drawn_part() -> None:
@@ -51,7 +52,7 @@ def test_held_out_outcomes_are_one_label_each(tmp_path: Path, tokenizer: Tokeniz
     rows = [{"instruction": f"{n}", "output": "a" * (1 + 5 * n), "correct": n % 2 == 0} for n in range(8)]
     options = {"max_seq_len": 64, "label_tokens": label_tokens}
     file = write(tmp_path / "o.jsonl", *rows)
-    train, held = open_data("outcome", [file], [], "", 0.5, tokenizer, seed=1, **options)
+    train, held, _ = open_data("outcome", [file], [], "", 0.5, tokenizer, seed=1, **options)
     n_tokens = sum(encoded.n_response for (encoded,) in train.samples)
     assert train.report.split("; ")[1].startswith(f"{n_tokens if label_tokens == 'all' else 4} labels")
     assert held.report.split("; ")[1].startswith("4 labels, 50.0% right")
@@ -65,11 +66,11 @@ def test_no_problem_is_on_both_sides(tmp_path: Path, tokenizer: object) -> None:
     ]
     files = [write(tmp_path / f"{part}.jsonl", *rows[part::2]) for part in range(2)]
     options = {"max_seq_len": 64, "label_tokens": "last", "balance": True}
-    train, held = open_data("outcome", files, [1.0, 2.0], "", 0.25, tokenizer, seed=1, **options)
+    train, held, objective = open_data("outcome", files, [1.0, 2.0], "", 0.25, tokenizer, seed=1, **options)
     prompts = [
         {tuple(sample.tokens[: sample.response_start]) for (sample,) in data.samples}
         for data in (train, held)
     ]
     assert len(prompts[0]) == 6 and len(prompts[1]) == 2 and not prompts[0] & prompts[1]
     assert len(train.samples) == 3 * 6 and len(held.samples) == 4
-    assert train.right_weight == pytest.approx(0.5)  # the right ones are in the file that counts twice
+    assert objective.right_weight == pytest.approx(0.5)  # the right ones are in the file that counts twice

@@ -1,4 +1,4 @@
-"""src/training/pairs.py: the pairwise loss, where a score is read, and the numbers that go into a checkpoint."""
+"""src/training/reward_model.py: the pairwise loss, where a score is read, and the numbers that go into a checkpoint."""
 
 import itertools
 import math
@@ -11,16 +11,16 @@ from torch.testing import assert_close
 from src import load
 from src.checkpoint import saving
 from src.config import OptimizerFlags
-from src.data import collate
-from src.data.batches import Batching
+from src.data.batch import make_batch
 from src.data.encoding import encode_response
 from src.data.examples import Pair
+from src.data.sampler import BatchSampler, Dataset, chunks
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.forward import response_scores
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
-from src.training.pairs import PairData
+from src.training.reward_model import PairwiseObjective, pair_dataset
 from src.training.trainer import Trainer
 from tests.conftest import Folders
 
@@ -36,14 +36,14 @@ def verifier(folders: Folders) -> Decoder:
     return load.load_verifier(folders.verifier)
 
 
-def make_data(rows: list[Pair], tokenizer: Tokenizer, max_seq_len: int = 64) -> PairData:
+def make_data(rows: list[Pair], tokenizer: Tokenizer, max_seq_len: int = 64) -> Dataset:
     """The rows as training data."""
-    return PairData(rows, tokenizer, max_seq_len=max_seq_len, source="pairs.json")
+    return pair_dataset(rows, tokenizer, max_seq_len=max_seq_len, source="pairs.json")
 
 
-def batching(max_batch_size: int, accumulation_steps: int) -> Batching:
+def batching(max_batch_size: int, accumulation_steps: int) -> BatchSampler:
     """The steps of one data-parallel rank."""
-    return Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=1)
+    return BatchSampler(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=1)
 
 
 def test_rows_give_as_many_pairs_as_their_longer_side(tokenizer: Tokenizer) -> None:
@@ -56,20 +56,20 @@ def test_rows_give_as_many_pairs_as_their_longer_side(tokenizer: Tokenizer) -> N
 
 def test_first_loss_is_ln_2(folders: Folders, tokenizer: Tokenizer) -> None:
     fresh = load.load_verifier(folders.one, from_solver=True)
-    ((_, _, (batch,)),) = make_data(PAIRS, tokenizer).steps(batching(5, 1), packing=False, epochs=1)
-    assert make_data(PAIRS, tokenizer).loss(fresh, batch, 5).item() == pytest.approx(math.log(2), abs=1e-7)
+    ((_, _, (batch,)),) = batching(5, 1).steps(make_data(PAIRS, tokenizer), packing=False, epochs=1)
+    assert PairwiseObjective().loss(fresh, batch).item() / 5 == pytest.approx(math.log(2), abs=1e-7)
 
 
 def test_loss_by_hand_and_its_invariance_to_the_split(verifier: Decoder, tokenizer: Tokenizer) -> None:
     data = make_data(PAIRS, tokenizer)
     expected = 0.0
     for pair in data.samples:
-        better, worse = (response_scores(verifier, *collate.collate([side])).item() for side in pair)
+        better, worse = (response_scores(verifier, *make_batch([side]).inputs).item() for side in pair)
         expected += math.log(1 + math.exp(worse - better)) / len(data.samples)
     for size, packing in itertools.product((1, 2, 5), (False, True)):
-        ((_, _, batches),) = data.steps(batching(size, 5 // size + 1), packing=packing, epochs=1)
-        assert data.n_judged(batches) == len(data.samples)
-        loss = sum(data.loss(verifier, batch, len(data.samples)).item() for batch in batches)
+        ((_, _, batches),) = batching(size, 5 // size + 1).steps(data, packing=packing, epochs=1)
+        assert PairwiseObjective().count(batches) == len(data.samples)
+        loss = sum(PairwiseObjective().loss(verifier, batch).item() for batch in batches) / len(data.samples)
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
@@ -79,13 +79,13 @@ def test_score_is_read_at_the_last_response_token(verifier: Decoder, tokenizer: 
         encode_response(tokenizer, "a", "bcdefgh abcdefgh", finished=False),
         encode_response(tokenizer, "a", "b c"),
     ]
-    batch = collate.collate(rows)
+    batch = make_batch(rows)
     batch.tokens[0, len(rows[0].tokens) :] = 63  # padding of another value
-    together = response_scores(verifier, *batch)
+    together = response_scores(verifier, *batch.inputs)
     for row, score in zip(rows, together, strict=True):
         hidden = verifier(torch.tensor([row.tokens]))
         assert_close(score, verifier.scores(hidden)[0, -1], rtol=1e-5, atol=1e-5)
-        assert_close(score, response_scores(verifier, *collate.collate([row]))[0], rtol=1e-5, atol=1e-5)
+        assert_close(score, response_scores(verifier, *make_batch([row]).inputs)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_mean_score_is_over_the_response_tokens(verifier: Decoder, tokenizer: Tokenizer) -> None:
@@ -94,7 +94,7 @@ def test_mean_score_is_over_the_response_tokens(verifier: Decoder, tokenizer: To
         encode_response(tokenizer, "1+1=", "2"),
         encode_response(tokenizer, "a", "bcdefgh a"),
     ]
-    for row, score in zip(rows, response_scores(verifier, *collate.collate(rows)), strict=True):
+    for row, score in zip(rows, response_scores(verifier, *make_batch(rows).inputs), strict=True):
         each = verifier.scores(verifier(torch.tensor([row.tokens])))[0]
         assert_close(score, each[row.response_start :].mean(), rtol=1e-5, atol=1e-5)
 
@@ -102,10 +102,11 @@ def test_mean_score_is_over_the_response_tokens(verifier: Decoder, tokenizer: To
 def test_report_counts_ties_as_wrong_and_measures_scores(verifier: Decoder, tokenizer: Tokenizer) -> None:
     tie = Pair("2", ["abc"], ["abc"])  # read_pairs() refuses this; here it makes an exact tie
     data = make_data([*PAIRS, tie], tokenizer)
-    scores = torch.cat([response_scores(verifier, *batch) for batch in data.in_order(1)]).view(-1, 2)
+    batches = [data.collate(pairs, False) for pairs in chunks(data.samples, 1)]
+    scores = torch.cat([response_scores(verifier, *batch.inputs) for batch in batches]).view(-1, 2)
     won = scores[:, 0] > scores[:, 1]
     for size in (1, 4, 100):
-        report = data.evaluate(verifier, size)
+        report = PairwiseObjective().evaluate(verifier, data, size)
         assert report.held_out_accuracy == pytest.approx(won[:-1].sum().item() / 6)
         assert report.score_mean == pytest.approx(scores.mean().item(), abs=1e-5)
         assert report.score_std == pytest.approx(scores.std(unbiased=False).item(), abs=1e-5)
@@ -113,7 +114,7 @@ def test_report_counts_ties_as_wrong_and_measures_scores(verifier: Decoder, toke
 
 def test_report_of_an_untrained_verifier_divides_by_one(folders: Folders, tokenizer: Tokenizer) -> None:
     fresh = load.load_verifier(folders.one, from_solver=True)
-    assert make_data(PAIRS, tokenizer).evaluate(fresh, 2) == (0.0, 0.0, 1.0)
+    assert PairwiseObjective().evaluate(fresh, make_data(PAIRS, tokenizer), 2) == (0.0, 0.0, 1.0)
 
 
 def test_score_statistics_are_stored(folders: Folders, verifier: Decoder, tmp_path: Path) -> None:
@@ -130,26 +131,24 @@ def test_it_learns_separable_pairs(folders: Folders, tokenizer: Tokenizer, tmp_p
     model = load.load_verifier(folders.one, from_solver=True)
     trainer = Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-2), total_steps=24)
     reports = []
-    for _, _, (batch,) in data.steps(batching(8, 1), packing=False, epochs=8):
-        trainer.backward(data.loss(model, batch, 8))
+    for _, _, (batch,) in batching(8, 1).steps(data, packing=False, epochs=8):
+        trainer.backward(PairwiseObjective().loss(model, batch) / 8)
         reports.append(trainer.step())
     assert reports[0].loss == pytest.approx(math.log(2), abs=1e-6) and reports[-1].loss < 0.1
-    assert held_data.evaluate(model, 8).held_out_accuracy == 1.0
+    assert PairwiseObjective().evaluate(model, held_data, 8).held_out_accuracy == 1.0
 
 
 def test_margin_and_centring_by_hand(verifier: Decoder, tokenizer: Tokenizer) -> None:
-    plain = make_data(PAIRS[:1], tokenizer)
-    sides = [response_scores(verifier, *collate.collate([side])).item() for side in plain.samples[0]]
-    other = PairData(PAIRS[:1], tokenizer, max_seq_len=64, source="pairs.json", margin=0.5, centring=0.01)
-    ((_, _, (batch,)),) = other.steps(batching(9, 1), packing=False, epochs=1)
+    data = make_data(PAIRS[:1], tokenizer)
+    sides = [response_scores(verifier, *make_batch([side]).inputs).item() for side in data.samples[0]]
+    plain, other = PairwiseObjective(), PairwiseObjective(margin=0.5, centring=0.01)
+    ((_, _, (batch,)),) = batching(9, 1).steps(data, packing=False, epochs=1)
     first = math.log1p(math.exp(-(sides[0] - 0.5 - sides[1]))) + 0.01 * sum(sides) ** 2
-    half = make_data([Pair("1+1=", ["2"], ["3"])], tokenizer)
-    ((_, _, (alone,)),) = half.steps(batching(9, 1), packing=False, epochs=1)
-    other.samples = half.samples
-    assert other.loss(verifier, alone, 1).item() == pytest.approx(first, abs=1e-5)
-    assert other.loss(verifier, batch, 2).item() != pytest.approx(
-        plain.loss(verifier, batch, 2).item(), abs=1e-3
+    ((_, _, (alone,)),) = batching(9, 1).steps(
+        make_data([Pair("1+1=", ["2"], ["3"])], tokenizer), packing=False, epochs=1
     )
+    assert other.loss(verifier, alone).item() == pytest.approx(first, abs=1e-5)
+    assert other.loss(verifier, batch).item() != pytest.approx(plain.loss(verifier, batch).item(), abs=1e-3)
 
 
 def test_long_pairs_are_dropped_and_counted_up_to_one_percent(tokenizer: Tokenizer) -> None:

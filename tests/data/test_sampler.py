@@ -1,22 +1,22 @@
-"""src/data/batches.py: every row once an epoch, whatever the number of ranks, and steps that can start anywhere."""
+"""src/data/sampler.py: every row once an epoch, whatever the number of ranks, and steps that can start anywhere."""
+
+from collections.abc import Sequence
 
 import pytest
 
-from src.data import collate
-from src.data.batches import Batching, Sample, unsupervised
-from src.data.collate import Batch
+from src.data.batch import Batch, make_batch
 from src.data.encoding import Encoded
+from src.data.sampler import BatchSampler, Dataset, Sample, unsupervised
 
 LENGTHS = [3, 9, 4, 4, 7, 2, 8, 5, 6, 2, 3]
 
 
-def encode(epoch: int, row: int) -> Sample:
-    """A row whose first token is its number; odd epochs have it one token longer."""
-    return (Encoded([row] * (LENGTHS[row] + epoch % 2), 1),)
+def collate(samples: Sequence[Sample], packing: bool) -> Batch:
+    return make_batch([encoded for (encoded,) in samples], packing=packing)
 
 
-def lay_out(samples: list[Sample]) -> Batch:
-    return collate.lay_out([encoded for (encoded,) in samples], packing=True)
+# each row's first token is its number
+DATA = Dataset([(Encoded([row] * length, 1),) for row, length in enumerate(LENGTHS)], "", collate)
 
 
 def rows_of(batch: Batch) -> list[int]:
@@ -28,12 +28,12 @@ def rows_of(batch: Batch) -> list[int]:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_share_every_steps_rows(ranks: int) -> None:
     batching = [
-        Batching(max_batch_size=2, accumulation_steps=12 // ranks // 2, seed=3, rank=rank, ranks=ranks)
+        BatchSampler(max_batch_size=2, accumulation_steps=12 // ranks // 2, seed=3, rank=rank, ranks=ranks)
         for rank in range(ranks)
     ]
-    alone = Batching(max_batch_size=12, accumulation_steps=1, seed=3)
-    steps = [list(each.steps(len(LENGTHS), encode, lay_out, epochs=2)) for each in batching]
-    whole = list(alone.steps(len(LENGTHS), encode, lay_out, epochs=2))
+    alone = BatchSampler(max_batch_size=12, accumulation_steps=1, seed=3)
+    steps = [list(each.steps(DATA, packing=True, epochs=2)) for each in batching]
+    whole = list(alone.steps(DATA, packing=True, epochs=2))
     for expected, *found in zip(whole, *steps, strict=True):
         assert len({len(step.batches) for step in found}) == 1  # all ranks make equally many passes
         rows = [row for step in found for batch in step.batches for row in rows_of(batch)]
@@ -41,17 +41,17 @@ def test_ranks_share_every_steps_rows(ranks: int) -> None:
 
 
 def test_a_steps_rows_come_by_length() -> None:
-    batching = Batching(max_batch_size=2, accumulation_steps=6, seed=1)
-    (step,) = batching.steps(len(LENGTHS), encode, lay_out, epochs=1)
-    assert [length for batch in step.batches for length in batch.lengths] == sorted(n + 1 for n in LENGTHS)
+    batching = BatchSampler(max_batch_size=2, accumulation_steps=6, seed=1)
+    (step,) = batching.steps(DATA, packing=True, epochs=1)
+    assert [length for batch in step.batches for length in batch.lengths] == sorted(LENGTHS)
 
 
 def test_steps_may_start_anywhere() -> None:
-    batching = Batching(max_batch_size=2, accumulation_steps=2, seed=1)
-    steps = list(batching.steps(len(LENGTHS), encode, lay_out, epochs=3))
+    batching = BatchSampler(max_batch_size=2, accumulation_steps=2, seed=1)
+    steps = list(batching.steps(DATA, packing=True, epochs=3))
     assert [step.number for step in steps] == list(range(1, 10))
     for done in range(10):
-        rest = list(batching.steps(len(LENGTHS), encode, lay_out, epochs=3, done=done))
+        rest = list(batching.steps(DATA, packing=True, epochs=3, done=done))
         assert [(step.epoch, step.number) for step in rest] == [
             (step.epoch, step.number) for step in steps[done:]
         ]
@@ -63,8 +63,8 @@ def test_steps_may_start_anywhere() -> None:
 def test_an_idle_rank_repeats_a_sample_without_loss() -> None:
     one, two = (
         list(
-            Batching(max_batch_size=6, accumulation_steps=1, seed=1, rank=rank, ranks=2).steps(
-                5, encode, lay_out, epochs=1
+            BatchSampler(max_batch_size=6, accumulation_steps=1, seed=1, rank=rank, ranks=2).steps(
+                DATA._replace(samples=DATA.samples[:5]), packing=True, epochs=1
             )
         )
         for rank in range(2)

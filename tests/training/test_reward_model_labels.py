@@ -1,4 +1,4 @@
-"""src/training/judgement.py: which token is judged, and the loss against plain PyTorch."""
+"""src/training/reward_model.py: which token is judged, and the loss against plain PyTorch."""
 
 import itertools
 import math
@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from src import load
 from src.config import OptimizerFlags
-from src.data.batches import Batching
 from src.data.encoding import STEP_END, encode_steps
 from src.data.examples import Judged
+from src.data.sampler import BatchSampler, Dataset
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
-from src.training.judgement import JudgedData
+from src.training.reward_model import LabelObjective, label_dataset
 from src.training.trainer import Trainer
 from tests.conftest import Folders
 
@@ -32,12 +32,12 @@ def verifier(folders: Folders) -> Decoder:
     return load.load_verifier(folders.verifier)
 
 
-def make_data(rows: list[Judged], tokenizer: Tokenizer, **options: object) -> JudgedData:
-    return JudgedData(rows, tokenizer, max_seq_len=64, source="steps.json", **options)
+def make_data(rows: list[Judged], tokenizer: Tokenizer, **options: object) -> tuple[Dataset, LabelObjective]:
+    return label_dataset(rows, tokenizer, max_seq_len=64, source="steps.json", **options)
 
 
-def batching(max_batch_size: int, accumulation_steps: int) -> Batching:
-    return Batching(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=1)
+def batching(max_batch_size: int, accumulation_steps: int) -> BatchSampler:
+    return BatchSampler(max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, seed=1)
 
 
 def test_each_step_is_judged_at_its_last_token(tokenizer: Tokenizer) -> None:
@@ -51,14 +51,14 @@ def test_each_step_is_judged_at_its_last_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(response[:-1]) == STEP_END.join(ROWS[0].steps)
 
 
-def expected_terms(verifier: Decoder, data: JudgedData) -> list[float]:
+def expected_terms(verifier: Decoder, data: Dataset, right_weight: float) -> list[float]:
     """The loss of every label, one sequence at a time by plain PyTorch."""
     terms = []
     for (sample,) in data.samples:
         scores = verifier.scores(verifier(torch.tensor([sample.tokens])))[0, sample.response_start :]
         for score, target in zip(scores, sample.targets, strict=True):
             if not math.isnan(target):
-                weight = torch.tensor(data.right_weight)
+                weight = torch.tensor(right_weight)
                 loss = F.binary_cross_entropy_with_logits(score, torch.tensor(target), pos_weight=weight)
                 terms.append(loss.item())
     return terms
@@ -68,31 +68,31 @@ def expected_terms(verifier: Decoder, data: JudgedData) -> list[float]:
 def test_loss_is_the_mean_over_labels_however_a_step_is_split(
     verifier: Decoder, tokenizer: Tokenizer, options: dict[str, object]
 ) -> None:
-    data = make_data(ROWS, tokenizer, **options)
-    terms = expected_terms(verifier, data)
+    data, objective = make_data(ROWS, tokenizer, **options)
+    terms = expected_terms(verifier, data, objective.right_weight)
     all_tokens = "label_tokens" in options
     assert len(terms) == 4 + (len(data.samples[2][0].targets) if all_tokens else 1)
     for size, packing in itertools.product((1, 2, 3), (False, True)):
-        ((_, _, batches),) = data.steps(batching(size, 3 // size + 1), packing=packing, epochs=1)
-        n = data.n_judged(batches)
+        ((_, _, batches),) = batching(size, 3 // size + 1).steps(data, packing=packing, epochs=1)
+        n = objective.count(batches)
         assert n == len(terms)
-        loss = sum(data.loss(verifier, batch, n).item() for batch in batches)
+        loss = sum(objective.loss(verifier, batch).item() for batch in batches) / n
         assert loss == pytest.approx(sum(terms) / n, abs=1e-5)
 
 
 def test_balance_lets_both_kinds_weigh_alike(tokenizer: Tokenizer) -> None:
     rows = [Judged("q", ["s"], [float(index == 0)]) for index in range(4)]
-    assert make_data(rows, tokenizer, balance=True).right_weight == pytest.approx(3.0)
-    assert make_data(rows, tokenizer).right_weight == 1.0
+    assert make_data(rows, tokenizer, balance=True)[1].right_weight == pytest.approx(3.0)
+    assert make_data(rows, tokenizer)[1].right_weight == 1.0
 
 
 def test_balance_counts_what_is_read(tokenizer: Tokenizer) -> None:
     """The labels of rows that were dropped do not count, and a solution judged everywhere counts with each token."""
     kept = [Judged("q", ["s"], [1.0])] * 150 + [Judged("q", ["abcd"], [0.0])] * 50
     long = Judged("q", ["0" * 100], [0.0])
-    assert make_data([*kept, long, long], tokenizer, balance=True).right_weight == pytest.approx(1 / 3)
+    assert make_data([*kept, long, long], tokenizer, balance=True)[1].right_weight == pytest.approx(1 / 3)
     n_right, n_wrong = (len(tokenizer.encode(text)) + 1 for text in ("s", "abcd"))
-    everywhere = make_data(kept, tokenizer, balance=True, label_tokens="all").right_weight
+    everywhere = make_data(kept, tokenizer, balance=True, label_tokens="all")[1].right_weight
     assert everywhere == pytest.approx(50 * n_wrong / (150 * n_right)) and n_wrong > n_right
 
 
@@ -106,19 +106,19 @@ def test_one_step_is_one_label_wherever_it_stands_and_however_long_it_is(
     verifier: Decoder, tokenizer: Tokenizer, row: Judged
 ) -> None:
     n_labels = sum(label is not None for label in row.labels)
-    data = make_data([row] * 3, tokenizer)
+    data, objective = make_data([row] * 3, tokenizer)
     for packing in (False, True):
-        ((_, _, batches),) = data.steps(batching(3, 1), packing=packing, epochs=1)
-        assert data.n_judged(batches) == sum(batch.n_judged for batch in batches) == 3 * n_labels
+        ((_, _, batches),) = batching(3, 1).steps(data, packing=packing, epochs=1)
+        assert objective.count(batches) == sum(batch.n_targets for batch in batches) == 3 * n_labels
     assert f"{3 * n_labels} labels" in data.report
     short = Judged("q", ["z"], [1.0])
-    mixed = make_data([row, short], tokenizer, balance=True)
+    mixed, objective = make_data([row, short], tokenizer, balance=True)
     n_right = 1 + sum(label == 1.0 for label in row.labels)
-    assert mixed.right_weight == pytest.approx((n_labels + 1 - n_right) / n_right)
+    assert objective.right_weight == pytest.approx((n_labels + 1 - n_right) / n_right)
     agree = [
         (score > 0) == bool(target)
         for each in (row, short)
-        for (sample,) in make_data([each], tokenizer).samples
+        for (sample,) in make_data([each], tokenizer)[0].samples
         for score, target in zip(
             verifier.scores(verifier(torch.tensor([sample.tokens])))[0, sample.response_start :],
             sample.targets,
@@ -127,12 +127,12 @@ def test_one_step_is_one_label_wherever_it_stands_and_however_long_it_is(
         if not math.isnan(target)
     ]
     assert len(agree) == n_labels + 1
-    assert mixed.evaluate(verifier, 2).held_out_accuracy == pytest.approx(sum(agree) / len(agree))
+    assert objective.evaluate(verifier, mixed, 2).held_out_accuracy == pytest.approx(sum(agree) / len(agree))
 
 
 def test_a_row_whose_judged_steps_are_cut_off_is_dropped(tokenizer: Tokenizer) -> None:
     rows = [Judged("q", ["a"], [1.0])] * 200 + [Judged("q", ["b" * 80, "c"], [None, 0.0])]
-    assert "1 too long: 0 cut, 1 dropped; 200 labels" in make_data(rows, tokenizer, truncation="right").report
+    assert "1 too long: 0 cut, 1 dropped; 200 labels" in make_data(rows, tokenizer, truncation="right")[0].report
 
 
 @pytest.mark.parametrize("text", ["a\nb c\n#### 2", "a\n\nb c\n\n\n#### 2\n"])
@@ -140,7 +140,7 @@ def test_steps_that_are_lines_are_laid_out_as_lines(tokenizer: Tokenizer, text: 
     """A solution and the list of its steps are the same tokens, each line judged at its end."""
     lines = ["a", "b c", "#### 2"]
     rows = [Judged("1+1=", lines, [1.0, 0.0, 1.0]), Judged("1+1=", [text], [1.0])]
-    (judged,), (whole,) = make_data(rows, tokenizer, step="line").samples
+    (judged,), (whole,) = make_data(rows, tokenizer, step="line")[0].samples
     assert judged.tokens == whole.tokens
     ids = [
         token
@@ -150,11 +150,11 @@ def test_steps_that_are_lines_are_laid_out_as_lines(tokenizer: Tokenizer, text: 
     assert judged.tokens[judged.response_start :] == [*ids, tokenizer.eos_id]
     assert [target for target in judged.targets if not math.isnan(target)] == [1.0, 0.0, 1.0]
     assert math.isnan(whole.targets[-2]) and whole.targets[-1] == 1.0
-    assert make_data(rows, tokenizer).samples[0][0].tokens != judged.tokens
+    assert make_data(rows, tokenizer)[0].samples[0][0].tokens != judged.tokens
 
 
 def test_report_by_hand(verifier: Decoder, tokenizer: Tokenizer) -> None:
-    data = make_data(ROWS[:2], tokenizer)
+    data, objective = make_data(ROWS[:2], tokenizer)
     scores = [
         score.item()
         for (sample,) in data.samples
@@ -165,7 +165,7 @@ def test_report_by_hand(verifier: Decoder, tokenizer: Tokenizer) -> None:
         )
         if not math.isnan(target)
     ]
-    report = data.evaluate(verifier, 2)
+    report = objective.evaluate(verifier, data, 2)
     agree = [(score > 0) == right for score, right in zip(scores, [True, False, False, True], strict=True)]
     assert report.held_out_accuracy == pytest.approx(sum(agree) / 4)
     assert report.accuracy_on_right == pytest.approx((agree[0] + agree[3]) / 2)
@@ -177,11 +177,11 @@ def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, t
     rows = [
         Judged(f"{a}", [f"{a} {a}", f"{a} {b}"], [1.0, float(a == b)]) for a in range(4) for b in range(4)
     ]
-    data = make_data(rows, tokenizer, balance=True)
+    data, objective = make_data(rows, tokenizer, balance=True)
     model = load.load_verifier(folders.one, from_solver=True)
     trainer = Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-2), total_steps=60)
-    for _, _, batches in data.steps(batching(16, 1), packing=True, epochs=60):
-        trainer.backward(data.loss(model, batches[0], data.n_judged(batches)))
+    for _, _, batches in batching(16, 1).steps(data, packing=True, epochs=60):
+        trainer.backward(objective.loss(model, batches[0]) / objective.count(batches))
         trainer.step()
-    report = data.evaluate(model, 16)
+    report = objective.evaluate(model, data, 16)
     assert report.accuracy_on_right == report.accuracy_on_wrong == 1.0

@@ -1,0 +1,276 @@
+"""Reward modelling: a verifier learns to score right solutions, or right steps, above wrong ones.
+
+Pairwise: the chosen solution of a pair should score above the rejected one. Outcome and process: a score at a token is
+the logit of the solution, or of the step that ends there, being right.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from src import parallel
+from src.data.batch import Batch, make_batch
+from src.data.encoding import (
+    STEP_ENDS,
+    Encoded,
+    StepKind,
+    Truncation,
+    encode_response,
+    encode_steps,
+    fit,
+    judged_everywhere,
+    split_steps,
+)
+from src.data.examples import Judged, Pair, read_judged, read_pairs
+from src.data.sampler import Dataset, Sample, chunks
+from src.errors import UserError
+from src.losses import bradley_terry_loss, judgement_loss
+from src.models.decoder import Decoder
+from src.models.forward import response_scores, token_scores
+from src.text.tokenizer import Tokenizer
+from src.training.trainer import evaluating
+
+Objective = Literal["pairwise", "outcome", "process"]
+LabelTokens = Literal["all", "last"]
+Row = TypeVar("Row", Pair, Judged)
+
+
+class PairReport(NamedTuple):
+    """A verifier on pairs it was not trained on: how often chosen wins, and the scores' mean and deviation."""
+
+    held_out_accuracy: float
+    score_mean: float
+    score_std: float
+
+
+class LabelReport(NamedTuple):
+    """A verifier on solutions it was not trained on: its loss, how often score and label fall on the same side, the
+    same for right and for wrong labels alone (nan where there are none), and the scores' mean and deviation."""
+
+    held_out_loss: float
+    held_out_accuracy: float
+    accuracy_on_right: float
+    accuracy_on_wrong: float
+    score_mean: float
+    score_std: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairwiseObjective:
+    """The loss of pairs. A batch holds the chosen sides of its pairs first, then the rejected ones."""
+
+    margin: float = 0.0  # what chosen should be ahead by
+    centring: float = 0.0
+
+    def count(self, batches: Sequence[Batch]) -> int:
+        """Pairs in the micro-batches of one step: what the loss is a mean over. Unsupervised ones do not count."""
+        return sum(int((batch.response_counts() > 0).sum()) for batch in batches) // 2
+
+    def loss(self, verifier: Decoder, batch: Batch) -> Tensor:
+        """Bradley-Terry loss, summed over a batch's pairs. -> [].
+
+        centring adds its weight times the squared sum of the two scores (Eisenstein et al. 2023, eq. 2), which keeps
+        scores around 0 and changes no difference.
+        """
+        chosen, rejected = response_scores(verifier, *batch.inputs).chunk(2)
+        supervised = batch.response_counts().chunk(2)[0] > 0
+        losses = bradley_terry_loss(chosen - self.margin, rejected) + self.centring * (chosen + rejected) ** 2
+        return (losses * supervised).sum()
+
+    def evaluate(self, verifier: Decoder, data: Dataset, max_batch_size: int) -> PairReport:
+        """Score every pair; a tie counts as wrong. The statistics are over chosen and rejected scores together."""
+        with evaluating(verifier):
+            batches = (data.collate(pairs, False) for pairs in chunks(data.samples, max_batch_size))
+            scores = [response_scores(verifier, *batch.to(parallel.device()).inputs) for batch in batches]
+        chosen, rejected = (torch.cat(side) for side in zip(*(each.chunk(2) for each in scores), strict=True))
+        won = (chosen > rejected).float().mean().item()
+        return PairReport(won, *_mean_and_deviation(torch.cat((chosen, rejected))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelObjective:
+    """The loss of labelled solutions and steps; right labels weigh right_weight times as much as wrong ones."""
+
+    right_weight: float = 1.0
+
+    def count(self, batches: Sequence[Batch]) -> int:
+        """Scores read in the micro-batches of one step: what the loss is a mean over."""
+        return sum(batch.n_targets for batch in batches)
+
+    def loss(self, verifier: Decoder, batch: Batch) -> Tensor:
+        """Cross-entropy of the scores that are read, summed. -> []."""
+        scores, labels = read_scores(verifier, batch)
+        return judgement_loss(scores, labels, self.right_weight).sum()
+
+    def evaluate(self, verifier: Decoder, data: Dataset, max_batch_size: int) -> LabelReport:
+        """Score every label. A label of one half or more counts as right, a score above 0 as the claim of it."""
+        with evaluating(verifier):
+            batches = (data.collate(rows, False) for rows in chunks(data.samples, max_batch_size))
+            read = [read_scores(verifier, batch.to(parallel.device())) for batch in batches]
+        scores, labels = (torch.cat(column).cpu() for column in zip(*read, strict=True))
+        right = labels >= 0.5
+        agree = (right == (scores > 0)).double()
+        shares = (agree.mean().item(), agree[right].mean().item(), agree[~right].mean().item())  # of nothing: nan
+        return LabelReport(judgement_loss(scores, labels).mean().item(), *shares, *_mean_and_deviation(scores))
+
+
+def read_scores(verifier: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The scores of a batch where they are read, and what they should be. -> two [N] float32. Differentiable."""
+    is_read = ~batch.targets.isnan()
+    return token_scores(verifier, *batch.inputs)[is_read], batch.targets[is_read]
+
+
+def _mean_and_deviation(scores: Tensor) -> tuple[float, float]:
+    """[N] -> mean and deviation; 1 for the deviation of equal scores, so that what divides by it gives 0."""
+    return scores.mean().item(), scores.std(unbiased=False).item() or 1.0
+
+
+def pair_dataset(
+    rows: Sequence[Pair], tokenizer: Tokenizer, *, max_seq_len: int, source: str, truncation: Truncation = "drop"
+) -> Dataset:
+    """Encode pairs. fit() says what becomes of those with a text that is too long."""
+    pairs = [pair for row in rows for pair in encode_pairs(row, tokenizer)]
+    return Dataset(*fit(pairs, max_seq_len, source, truncation), collate_pairs)
+
+
+def encode_pairs(row: Pair, tokenizer: Tokenizer) -> Iterator[tuple[Encoded, Encoded]]:
+    """The pairs of a row: as many as its longer side has texts; the shorter side repeats."""
+    sides = [
+        [encode_response(tokenizer, row.instruction, text, prefix=row.prefix) for text in side]
+        for side in (row.chosen, row.rejected)
+    ]
+    for index in range(max(map(len, sides))):
+        yield tuple(side[index % len(side)] for side in sides)
+
+
+def collate_pairs(pairs: Sequence[Sample], packing: bool) -> Batch:
+    """All chosen sides, then all rejected ones, as a batch."""
+    chosen, rejected = zip(*pairs, strict=True)
+    return make_batch(chosen + rejected, packing=packing)
+
+
+def label_dataset(
+    rows: Sequence[Judged],
+    tokenizer: Tokenizer,
+    *,
+    max_seq_len: int,
+    source: str,
+    truncation: Truncation = "drop",
+    label_tokens: LabelTokens = "last",
+    balance: bool = False,
+    step: StepKind = "paragraph",
+) -> tuple[Dataset, LabelObjective]:
+    """Encode labelled solutions; their objective, which with `balance` lets right labels count as much as wrong ones.
+
+    Every label is read once, at the last token of its step or of its solution; label_tokens `all`, which is for
+    outcomes, reads it at each of a solution's tokens instead. step says what parts the steps.
+    """
+    encoded = [(_encode_labels(row, tokenizer, label_tokens, STEP_ENDS[step]),) for row in rows]
+    samples, report = fit(encoded, max_seq_len, source, truncation)
+    labels = [label for (sample,) in samples for label in sample.targets if not math.isnan(label)]
+    right = sum(labels) / len(labels)
+    weight = (1 - right) / right if balance and 0 < right < 1 else 1.0
+    report += f"; {len(labels)} labels, {right:.1%} right, each of these weighs {weight:.2f}"
+    return Dataset(samples, report, collate_labels), LabelObjective(right_weight=weight)
+
+
+def _encode_labels(row: Judged, tokenizer: Tokenizer, label_tokens: LabelTokens, step_end: str) -> Encoded:
+    """A row with its targets."""
+    steps, labels = row.steps, row.labels
+    if len(steps) == 1:  # a solution labelled as a whole is laid out in steps too, as when it is scored
+        steps = split_steps(steps[0], step_end)
+        labels = [None] * (len(steps) - 1) + labels
+    encoded = encode_steps(tokenizer, row.instruction, steps, labels, step_end=step_end)
+    everywhere = label_tokens == "all" and len(row.steps) == 1
+    return judged_everywhere(encoded, row.labels[0]) if everywhere else encoded
+
+
+def collate_labels(samples: Sequence[Sample], packing: bool) -> Batch:
+    """Samples of one sequence each, with their targets, as a batch."""
+    return make_batch([encoded for (encoded,) in samples], packing=packing, with_targets=True)
+
+
+def open_data(
+    objective: Objective,
+    train_files: Sequence[str],
+    weights: Sequence[float],
+    label_file: str,
+    held_out: float,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    max_seq_len: int,
+    truncation: Truncation = "drop",
+    **options: object,
+) -> tuple[Dataset, Dataset, PairwiseObjective | LabelObjective]:
+    """The data to train on and to test on; `options` are those of the objective. Raises UserError.
+
+    Without a label_file the last `held_out` of the problems are kept. Several files are mixed by their weights only
+    then, so that no row is on both sides. A held-out outcome is one label, read where a score is read: at the end.
+    """
+    parts, held = split_held_out(
+        [read_rows(objective, path) for path in train_files],
+        read_rows(objective, label_file) if label_file else None, held_out)  # fmt: skip
+    rows, source = mix(parts, weights, seed), ", ".join(train_files)
+    lengths = {"max_seq_len": max_seq_len, "truncation": truncation}
+    if objective == "pairwise":
+        data, test = pair_dataset(rows, tokenizer, source=source, **lengths), pair_dataset(
+            held, tokenizer, source=label_file or source, **lengths)  # fmt: skip
+        return data, test, PairwiseObjective(**options)
+    data, labelled = label_dataset(rows, tokenizer, source=source, **lengths, **options)
+    options |= {"label_tokens": "last"}
+    test, _ = label_dataset(held, tokenizer, source=label_file or source, **lengths, **options)
+    return data, test, labelled
+
+
+def split_held_out(
+    files: list[list[Row]], held_out: list[Row] | None, share: float
+) -> tuple[list[list[Row]], list[Row]]:
+    """The rows of each file to train on, and those to test on: held_out, or else the last `share` of the problems.
+
+    Rows of one problem stay together. Raises UserError when a side would be empty.
+    """
+    if held_out is not None:
+        return files, held_out
+    problems = list(dict.fromkeys(row.instruction for rows in files for row in rows))
+    n_held = int(share * len(problems))
+    if not 0 < n_held < len(problems):
+        raise UserError(
+            f"--held_out {share} of {len(problems)} problems leaves nothing to train or test on; "
+            f"give more problems or a --label_file"
+        )
+    last = set(problems[-n_held:])
+    left = [[row for row in rows if row.instruction not in last] for rows in files]
+    return left, [row for rows in files for row in rows if row.instruction in last]
+
+
+def mix(files: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> list[Row]:
+    """The rows of several files in one list, each file `weight` times: whole copies and a part taken at random.
+
+    No weights: each file once. Raises UserError for another number of weights than files.
+    """
+    weights = weights or [1.0] * len(files)
+    if len(files) != len(weights):
+        raise UserError(
+            f"--weights has {len(weights)} numbers for {len(files)} training files; give one a file"
+        )
+    generator = random.Random(seed)
+    mixed: list[Row] = []
+    for rows, weight in zip(files, weights, strict=True):
+        mixed += [*rows] * int(weight) + generator.sample(rows, round(len(rows) * (weight % 1)))
+    return mixed
+
+
+def read_rows(objective: Objective, path: str) -> list[Pair] | list[Judged]:
+    """The rows of a file, which must hold what the objective learns from. Raises UserError."""
+    if objective == "pairwise":
+        return read_pairs(path)
+    rows = read_judged(path)
+    if objective == "outcome" and any(len(row.steps) > 1 for row in rows):
+        raise UserError(f"{path} holds judged steps; train on them with --objective process")
+    return rows

@@ -1,0 +1,85 @@
+"""What the trainers that go over the rows of a file do alike: how rows become steps, the run, its log."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+from src import load, parallel
+from src.checkpoint import saving
+from src.config import TrainConfig
+from src.data.sampler import BatchSampler, Dataset, Step
+from src.models.decoder import Decoder
+from src.runlog import RunLog
+from src.training.checkpointer import Checkpointer, Trainee
+from src.training.resuming import find_start, run_fingerprint
+from src.training.throughput import ThroughputMeter
+from src.training.trainer import StepReport, Trainer
+
+
+class Run:
+    """A run of a trainer over a dataset: begin() before the model is loaded, open() once it is, then steps()."""
+
+    def __init__(self, config: TrainConfig, data: Dataset) -> None:
+        """Count the steps. Raises UserError for ranks that cannot share the model."""
+        self.config, self.n_rows = config, len(data.samples)
+        self._n_shards = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size)
+        self.sampler = BatchSampler(
+            max_batch_size=config.max_batch_size, accumulation_steps=config.accumulation_steps, seed=config.seed,
+            rank=parallel.rank() // self._n_shards, ranks=parallel.world_size() // self._n_shards)  # fmt: skip
+        self.steps_per_epoch = self.sampler.steps_per_epoch(self.n_rows)
+        self.total_steps = self.sampler.total_steps(self.n_rows, config.epochs, config.max_steps)
+
+    def planned_steps(self, data: Dataset) -> Iterator[Step]:
+        """All steps as the rank with the longest forward passes sees them."""
+        config = self.config
+        return self.sampler.of_last_rank.steps(
+            data, packing=config.packing, epochs=config.epochs, stop=self.total_steps)  # fmt: skip
+
+    def begin(self, trainer: str, **derived: object) -> None:
+        """Start the ranks. derived: values that flags left to something else, which must not change either.
+
+        Raises UserError for a save_dir that would overwrite what the run reads, or that holds another run.
+        """
+        config = self.config
+        parallel.start(config.seed, self._n_shards)
+        saving.check_save_dir(config.save_dir, config.ckpt_dir)
+        self._fingerprint = run_fingerprint(
+            trainer, config.flags(), rows=self.n_rows, rows_a_step=self.sampler.rows_per_step,
+            precision=str(parallel.compute_dtype(config.precision)), **derived)  # fmt: skip
+        find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
+
+    def open(self, model: Decoder, log: RunLog) -> None:
+        """Give the model its adapters, an optimizer and a place to be saved; take up what an earlier start saved."""
+        config = self.config
+        lora = load.lora_config(config, config.lora_dropout)
+        load.put_lora_on(model, lora, config.seed)
+        self.log = log
+        self.trainer = Trainer(model, log, config, total_steps=self.total_steps, optimizer=config.optimizer)
+        begin_save = partial(saving.begin_save, model, ckpt_dir=config.ckpt_dir, dtype=config.save_dtype, lora=lora,
+                             tokenizer_file=config.tokenizer_file, background=config.background_save)  # fmt: skip
+        self.checkpointer = Checkpointer(
+            log, [Trainee(config.save_dir, self.trainer, begin_save)], config, steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps, run_fingerprint=self._fingerprint)  # fmt: skip
+        model.train()
+        self._done = self.checkpointer.resume(config.resume)
+        log.progress(self.total_steps, "step", self._done)
+        self._meter = ThroughputMeter(model.config)
+
+    def steps(self, data: Dataset) -> Iterator[Step]:
+        """The steps that are left to do, on this rank."""
+        config = self.config
+        return self._meter.timed(self.sampler.steps(
+            data, packing=config.packing, epochs=config.epochs, done=self._done, stop=self.total_steps))  # fmt: skip
+
+    def log_step(
+        self, step: Step, report: StepReport, supervised: float, metrics: Mapping[str, float] | None = None,
+        **counts: float,
+    ) -> None:  # fmt: skip
+        """Write what a step did to metrics.jsonl. supervised: tokens or labels that its loss is a mean over."""
+        measured = self._meter.measure(step.batches, supervised)
+        said = {**(metrics or {}), **report._asdict()}
+        self.log.metrics(step.number, epoch=step.epoch, **said, **counts, **measured)
+        self.log.advance(tokens=int(measured["tokens"]), loss=report.loss)
+
+    def is_eval_due(self, step: Step) -> bool:
+        """Whether held-out rows are measured after this step."""
+        return self.config.is_eval_due(step.number, self.steps_per_epoch, self.total_steps)

@@ -1,0 +1,72 @@
+"""Supervised fine-tuning: the loss is on the response and its EOS only."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from src import parallel
+from src.data.batch import Batch, make_batch
+from src.data.encoding import Encoded, Truncation, encode_conversation, encode_response, fit, learn_all
+from src.data.examples import Chat, Instruction
+from src.data.sampler import BatchSampler, Dataset, Sample
+from src.errors import UserError
+from src.models.decoder import Decoder
+from src.models.forward import response_logprobs
+from src.text.blocks import Learnt
+from src.text.tokenizer import Tokenizer
+from src.training.trainer import evaluating
+
+
+def sft_loss(model: Decoder, batch: Batch) -> Tensor:
+    """Sum the negative log-likelihood of the batch's response tokens; divide it by the step's count of them. -> []."""
+    return -response_logprobs(model, *batch.inputs).sum()
+
+
+def n_supervised(batches: Sequence[Batch]) -> int:
+    """Count response tokens in this rank's micro-batches of one step."""
+    return sum(int(batch.response_mask.sum()) for batch in batches)
+
+
+def validation_loss(model: Decoder, held_out: Dataset, sampler: BatchSampler, *, packing: bool) -> float:
+    """Mean negative log-likelihood of the response tokens of held-out rows, over all ranks, in nats."""
+    total, n_tokens = 0.0, 0
+    with evaluating(model):
+        for step in sampler.steps(held_out, packing=packing, epochs=1):
+            for batch in step.batches:
+                total += sft_loss(model, batch.to(parallel.device())).item()
+                n_tokens += n_supervised([batch])
+    return parallel.sum_over_data_parallel(total) / parallel.sum_over_data_parallel(n_tokens)
+
+
+def sft_dataset(
+    rows: Sequence[Instruction | Chat],
+    tokenizer: Tokenizer,
+    *,
+    max_seq_len: int,
+    source: str,
+    truncation: Truncation = "drop",
+    loss_on: Learnt = "assistant_no_execution",
+) -> Dataset:
+    """Encode rows; a row with several outputs shows one of them in each epoch.
+
+    fit() says what becomes of rows that are too long. loss_on: the tokens to learn.
+    """
+    samples = [sample for row in rows for sample in _encode(tokenizer, row, loss_on)]
+    return Dataset(*fit(samples, max_seq_len, source, truncation), collate, one_of_each=True)
+
+
+def collate(samples: Sequence[Sample], packing: bool) -> Batch:
+    """Samples of one sequence each as a batch."""
+    return make_batch([encoded for (encoded,) in samples], packing=packing)
+
+
+def _encode(tokenizer: Tokenizer, row: Instruction | Chat, loss_on: Learnt) -> list[Sample]:
+    """A row's samples, each with its alternatives: one with one for each output, or those of its conversation."""
+    if isinstance(row, Instruction):
+        outputs = (encode_response(tokenizer, row.instruction, output) for output in row.outputs)
+        return [tuple(learn_all(encoded) if loss_on == "all" else encoded for encoded in outputs)]
+    try:
+        found = encode_conversation(tokenizer, row.messages, loss_on)
+    except UserError as problem:
+        raise UserError(f"{row.where}: {problem}") from None
+    return [(Encoded(tokens, mask.index(True), answer_mask=mask),) for tokens, mask in found]
