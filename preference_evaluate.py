@@ -12,7 +12,7 @@ from src import cli, load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.config import Count, Positive, PrecisionFlags, flag
 from src.data.encoding import Encoded, StepKind
-from src.data.examples import read_judged
+from src.data.examples import read_step_labels
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
 from src.evaluation.scoring import encode_solutions, tell_too_long
 from src.runlog import RunLog
@@ -41,7 +41,7 @@ def main(config: CreditConfig) -> None:
     """Credit of tokens and steps, beta times the log-ratio of a solver and its reference, and what it finds."""
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     load.load_config(config.reference_ckpt_dir, kind="solver")
-    rows = read_judged(config.steps_file)
+    rows = read_step_labels(config.steps_file)
     if config.dry_run:
         runlog.table(plan.scoring(model_config, load.n_shards(config.ckpt_dir), len(rows), ""))
         return

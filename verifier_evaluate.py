@@ -13,7 +13,7 @@ from src import cli, load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.config import Count, PrecisionFlags, flag
 from src.data.encoding import StepKind
-from src.data.examples import match_samples, read_judged, read_prompts, read_samples
+from src.data.examples import match_samples, read_prompts, read_samples, read_step_labels
 from src.errors import UserError
 from src.evaluation.evaluator import BackgroundGrader, grade_samples, refuse_sampled
 from src.evaluation.prompting import select_prompts
@@ -79,7 +79,7 @@ def main(config: VerifierEvaluateConfig) -> None:
         matched = match_samples(read_samples(config.samples_file), problems, config.samples_file)
         samples = [sample for sample in matched if sample.id in asked]
     else:
-        judged = read_judged(config.steps_file)
+        judged = read_step_labels(config.steps_file)
         if model_config.objective == "pairwise":
             raise UserError(f"{config.ckpt_dir} is a pairwise verifier and cannot judge steps; give an outcome or "
                             f"process one")
@@ -98,7 +98,7 @@ def main(config: VerifierEvaluateConfig) -> None:
     if config.steps_file:
         threshold = None
         if config.threshold_file:
-            rows = read_judged(config.threshold_file)
+            rows = read_step_labels(config.threshold_file)
             found = score_steps(verifier, tokenizer, rows, max_batch_size=config.max_batch_size)
             threshold = choose_threshold(rows, found)
         found = score_steps(verifier, tokenizer, judged, max_batch_size=config.max_batch_size)

@@ -33,10 +33,10 @@ from src.checkpoint.split import split  # noqa: E402
 from src.config import OptimizerFlags  # noqa: E402
 from src.data.batch import Batch, make_batch  # noqa: E402
 from src.data.encoding import Encoded, encode_steps, split_steps  # noqa: E402
-from src.data.examples import Judged, Sample  # noqa: E402
+from src.data.examples import Sample, StepLabels  # noqa: E402
 from src.data.sampler import BatchSampler, chunks  # noqa: E402
 from src.evaluation.scoring import score_samples  # noqa: E402
-from src.losses import judgement_loss  # noqa: E402
+from src.losses import label_loss  # noqa: E402
 from src.models.decoder import Decoder  # noqa: E402
 from src.runlog import RunLog  # noqa: E402
 from src.text.tokenizer import Tokenizer  # noqa: E402
@@ -99,7 +99,7 @@ def solution(rng: random.Random, median_steps: int) -> list[str]:
 PROBLEM = "Ana has 34 seeds. She sells 4 bags of 4 and keeps half of them. She opens 5 boxes of 9. How many are there?"
 
 
-def one_sequence_a_step(tokenizer: Tokenizer, row: Judged) -> list[Encoded]:
+def one_sequence_a_step(tokenizer: Tokenizer, row: StepLabels) -> list[Encoded]:
     """Every step behind those before it in a sequence of its own, only its end judged."""
     whole = encode_steps(tokenizer, row.instruction, row.steps, row.labels)
     ends = [place for place, target in enumerate(whole.targets) if not math.isnan(target)]
@@ -117,7 +117,7 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
     """Updates on both sides in turns; print labelled steps a second and the ratio."""
     tokenizer, rng = load.load_tokenizer(str(folder / "ours")), random.Random(3)
     rows = [
-        Judged(PROBLEM, steps, [float(rng.random() < 0.6) for _ in steps])
+        StepLabels(PROBLEM, steps, [float(rng.random() < 0.6) for _ in steps])
         for steps in (solution(rng, 6) for _ in range(solutions * (rounds + 1)))
     ]
     data, _ = label_dataset(rows, tokenizer, max_seq_len=CONTEXT, source="rows")
@@ -129,7 +129,7 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
         n = sum(batch.n_targets for batch in batches)
         for batch in batches:
             scores, labels = read_scores(trainer.model, batch)
-            trainer.backward(judgement_loss(scores, labels).sum() / n, last=batch is batches[-1])
+            trainer.backward(label_loss(scores, labels).sum() / n, last=batch is batches[-1])
         return trainer.step().loss
 
     batching = BatchSampler(max_batch_size=solutions, accumulation_steps=1, seed=1)

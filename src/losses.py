@@ -16,7 +16,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected)
 
 
-def judgement_loss(scores: Tensor, labels: Tensor, right_weight: float = 1.0) -> Tensor:
+def label_loss(scores: Tensor, labels: Tensor, right_weight: float = 1.0) -> Tensor:
     """Binary cross-entropy of logits with labels in [0, 1] (Cobbe et al. 2021; Lightman et al. 2023). [N] -> [N].
 
     right_weight multiplies the term of a right label, to even out classes of unequal size.

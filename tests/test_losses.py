@@ -122,11 +122,11 @@ def test_explained_variance(values: list[float], returns: list[float], expected:
     assert_close(found, torch.tensor(expected))
 
 
-def test_judgement_loss_by_hand() -> None:
+def test_label_loss_by_hand() -> None:
     scores, labels = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.0, 0.25])
     softplus = [math.log(2), math.log1p(math.exp(2)), math.log1p(math.exp(-1)) + 0.25]
-    assert losses.judgement_loss(scores, labels).tolist() == pytest.approx(softplus, rel=1e-6)
-    assert losses.judgement_loss(scores[:1], labels[:1], 3.0).item() == pytest.approx(3 * math.log(2))
+    assert losses.label_loss(scores, labels).tolist() == pytest.approx(softplus, rel=1e-6)
+    assert losses.label_loss(scores[:1], labels[:1], 3.0).item() == pytest.approx(3 * math.log(2))
 
 
 def test_dpo_family_golden_numbers() -> None:

@@ -10,7 +10,7 @@ from src import runlog
 from src.config import Seed, Share, flag
 from src.construct.samples import BuildConfig, OneFileConfig, Row, save
 from src.data.encoding import STEP_END
-from src.data.examples import Judged, read_instruction_rows, read_judged, read_pairs, read_prompts
+from src.data.examples import StepLabels, read_instruction_rows, read_pairs, read_prompts, read_step_labels
 from src.errors import UserError
 from src.evaluation.prompting import select_prompts
 
@@ -143,12 +143,12 @@ class JoinConfig(OneFileConfig):
 
 
 def join(config: JoinConfig) -> None:
-    """Judged solutions, some behind that of another problem, so that a verifier meets longer ones.
+    """StepLabels solutions, some behind that of another problem, so that a verifier meets longer ones.
 
     A verifier of problems harder than those that it learns from needs this: their solutions have more steps.
     """
     source = config.train_file
-    rows = concatenated(read_judged(source), config.share, config.wrong_share, config.seed, source)
+    rows = concatenated(read_step_labels(source), config.share, config.wrong_share, config.seed, source)
     if read_instruction_rows(source)[0].get("steps") is not None:
         written = [row._asdict() for row in rows]
     else:
@@ -160,8 +160,8 @@ def join(config: JoinConfig) -> None:
 
 
 def concatenated(
-    rows: Sequence[Judged], share: float, wrong_share: float, seed: int, source: str
-) -> list[Judged]:
+    rows: Sequence[StepLabels], share: float, wrong_share: float, seed: int, source: str
+) -> list[StepLabels]:
     """Put another problem's solution in front of a share of the rows; a row never follows its own problem.
 
     A verifier that has seen short solutions alone takes "late" for "wrong", and after another solution every step
@@ -187,7 +187,7 @@ def concatenated(
     return result
 
 
-def concatenate(front: Judged, row: Judged) -> Judged:
+def concatenate(front: StepLabels, row: StepLabels) -> StepLabels:
     """Make one solution of two: both problems as one instruction, then the steps of both.
 
     The final answer of the one in front is left out, unless it is the only step or the first mistake.
@@ -196,13 +196,13 @@ def concatenate(front: Judged, row: Judged) -> Judged:
     if n_front > 1 and not (_has_mistake(front) and not _has_mistake(front, n_front - 1)):
         n_front -= 1
     labels = [0.0] * len(row.labels) if _has_mistake(front) else row.labels
-    return Judged(
+    return StepLabels(
         f"{front.instruction} {row.instruction}",
         [*front.steps[:n_front], *row.steps],
         [*front.labels[:n_front], *labels],
     )
 
 
-def _has_mistake(row: Judged, n_steps: int | None = None) -> bool:
+def _has_mistake(row: StepLabels, n_steps: int | None = None) -> bool:
     """Whether one of the first steps, or of all, is known to be wrong: its label is below one half."""
     return any(label is not None and label < 0.5 for label in row.labels[:n_steps])

@@ -46,7 +46,7 @@ class Encoded(NamedTuple):
         return self.answer_mask or [place >= self.response_start for place in range(len(self.tokens))]
 
     @property
-    def is_judged(self) -> bool:
+    def is_labelled(self) -> bool:
         """Whether a target is left to read, where there were any."""
         return not self.targets or not all(map(math.isnan, self.targets))
 
@@ -232,7 +232,7 @@ def encode_steps(
     return Encoded(prompt + response, len(prompt), tuple(targets))
 
 
-def judged_everywhere(encoded: Encoded, label: float) -> Encoded:
+def label_everywhere(encoded: Encoded, label: float) -> Encoded:
     """A response judged at each of its tokens (Cobbe et al. 2021, token-level verifiers)."""
     return encoded._replace(targets=(label,) * encoded.n_response)
 
@@ -259,7 +259,7 @@ def fit(
         else:
             shorter = tuple(_cut(encoded, max_seq_len, truncation) for encoded in row)
         fits = all(
-            encoded.n_response > 0 and len(encoded.tokens) <= max_seq_len and encoded.is_judged for encoded in shorter
+            encoded.n_response > 0 and len(encoded.tokens) <= max_seq_len and encoded.is_labelled for encoded in shorter
         )
         cut += fits
         lost += not fits or any(

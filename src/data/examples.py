@@ -40,7 +40,7 @@ class Pair(NamedTuple):
     prefix: str = ""
 
 
-class Judged(NamedTuple):
+class StepLabels(NamedTuple):
     """A problem with a solution in steps and what is known of each: 0 wrong to 1 right, None = not judged.
 
     An outcome row is one whose whole solution is a single step.
@@ -101,7 +101,7 @@ INSTRUCTIONS = Schema(
     "solver_train.py learns from 'instruction' and 'output', or from 'messages': dataset/prepare.py makes such rows"
 )
 PAIRS = Schema("expected pairs, 'instruction', 'chosen' and 'rejected': data_build.py pairs makes them of samples")
-JUDGED = Schema(
+STEP_LABELS = Schema(
     "expected outcomes, 'instruction', 'output' and 'correct', which data_build.py outcome makes of samples, or "
     "'instruction', 'steps' and 'labels', which data_build.py process does"
 )
@@ -212,26 +212,26 @@ def read_pairs(path: str) -> list[Pair]:
     return pairs
 
 
-def read_judged(path: str) -> list[Judged]:
+def read_step_labels(path: str) -> list[StepLabels]:
     """Outcome rows `{"instruction", "output", "correct": bool}` and judged steps `{"instruction", "steps": [text, ...],
     "labels": [0 to 1 or null, ...]}`. Raises UserError.
 
     A row none of whose steps is judged is an error: it could teach nothing.
     """
-    rows = read_rows(path, JUDGED)
-    return [_judged_outcome(row) if row.get("steps") is None else _judged_steps(row) for row in rows]
+    rows = read_rows(path, STEP_LABELS)
+    return [_outcome_labels(row) if row.get("steps") is None else _step_labels(row) for row in rows]
 
 
-def _judged_outcome(row: Row) -> Judged:
+def _outcome_labels(row: Row) -> StepLabels:
     output, correct = row.text("output"), row.get("correct")
     if not isinstance(correct, bool):
         raise UserError(f"{row.where}: 'correct' is {correct!r}, not true or false; {row.schema.source}")
     if not output.strip():
         raise UserError(f"{row.where}: 'output' must be a non-empty string")
-    return Judged(row.instruction(), [output], [float(correct)])
+    return StepLabels(row.instruction(), [output], [float(correct)])
 
 
-def _judged_steps(row: Row) -> Judged:
+def _step_labels(row: Row) -> StepLabels:
     steps, labels = row.get("steps"), row.get("labels")
     lengths = [len(side) if isinstance(side, list) else repr(side)[:60] for side in (steps, labels)]
     if not isinstance(steps, list) or not isinstance(labels, list) or not steps or len(steps) != len(labels):
@@ -248,7 +248,7 @@ def _judged_steps(row: Row) -> Judged:
             )
     if all(label is None for label in labels):
         raise UserError(f"{row.where}: every label is null; leave out a row that judges nothing")
-    return Judged(row.instruction(), steps, [None if x is None else float(x) for x in labels])
+    return StepLabels(row.instruction(), steps, [None if x is None else float(x) for x in labels])
 
 
 def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:

@@ -14,7 +14,7 @@ import torch
 from src import parallel
 from src.data.batch import make_batch
 from src.data.encoding import Encoded
-from src.data.examples import Judged
+from src.data.examples import StepLabels
 from src.data.sampler import chunks
 from src.errors import UserError
 from src.evaluation.metrics import auc, wilson_interval
@@ -59,7 +59,7 @@ def credit(
     return Credit(texts, credits, [math.fsum(step) for step in steps], [min(step) for step in steps])
 
 
-def report_credit(rows: Sequence[Judged], found: Sequence[Credit]) -> dict[str, object]:
+def report_credit(rows: Sequence[StepLabels], found: Sequence[Credit]) -> dict[str, object]:
     """How often the least credit lies in the first wrong step, by the step's sum and by its lowest token, with 95%
     intervals, and how often a step drawn blindly would be it; and how well the reward tells solutions apart.
 

@@ -16,7 +16,7 @@ import torch
 from src import parallel, runlog
 from src.data.batch import make_batch
 from src.data.encoding import STEP_ENDS, Encoded, encode_response, encode_steps, split_steps
-from src.data.examples import Judged, Sample, read_rows
+from src.data.examples import Sample, StepLabels, read_rows
 from src.data.sampler import chunks
 from src.errors import UserError
 from src.evaluation.metrics import AGGREGATIONS, sigmoid
@@ -190,7 +190,7 @@ def _read_scores(path: Path) -> dict[str, list[float]]:
 
 
 def score_steps(
-    verifier: Decoder, tokenizer: Tokenizer, rows: Sequence[Judged], *, max_batch_size: int
+    verifier: Decoder, tokenizer: Tokenizer, rows: Sequence[StepLabels], *, max_batch_size: int
 ) -> list[list[float] | None]:
     """The probability that each step is right, of all steps of each row, in order of the rows.
 
@@ -205,7 +205,7 @@ def score_steps(
 
 
 def encode_solutions(
-    rows: Sequence[Judged], tokenizer: Tokenizer, max_seq_len: int, step: str
+    rows: Sequence[StepLabels], tokenizer: Tokenizer, max_seq_len: int, step: str
 ) -> list[Encoded | None]:
     """The solutions as ids with the ends of all their steps marked; None for one longer than max_seq_len."""
     encoded = [

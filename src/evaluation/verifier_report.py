@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from src.data.examples import Judged
+from src.data.examples import StepLabels
 from src.errors import UserError
 from src.evaluation.metrics import (
     AGGREGATIONS,
@@ -92,7 +92,7 @@ def choice_curves(problems: Sequence[Sequence[Graded]]) -> dict[str, dict[str, l
 
 
 def report_steps(
-    rows: Sequence[Judged], found: Sequence[Sequence[float] | None], threshold: float | None = None
+    rows: Sequence[StepLabels], found: Sequence[Sequence[float] | None], threshold: float | None = None
 ) -> dict[str, object]:
     """The numbers on judged steps: accuracy at one half, on each kind of label, AUC, and ProcessBench's F1.
 
@@ -127,7 +127,7 @@ def report_steps(
     }
 
 
-def first_wrong(rows: Sequence[Judged]) -> list[int]:
+def first_wrong(rows: Sequence[StepLabels]) -> list[int]:
     """The number of each row's first step that is labelled wrong; -1 for none."""
     return [
         next((place for place, label in enumerate(row.labels) if label is not None and label < 0.5), -1)
@@ -136,14 +136,14 @@ def first_wrong(rows: Sequence[Judged]) -> list[int]:
 
 
 def _scored(
-    rows: Sequence[Judged], found: Sequence[Sequence[float] | None]
-) -> tuple[list[Judged], list[Sequence[float]]]:
+    rows: Sequence[StepLabels], found: Sequence[Sequence[float] | None]
+) -> tuple[list[StepLabels], list[Sequence[float]]]:
     """The rows that have scores, and these."""
     kept = [(row, scores) for row, scores in zip(rows, found, strict=True) if scores is not None]
     return [row for row, _ in kept], [scores for _, scores in kept]
 
 
-def choose_threshold(rows: Sequence[Judged], found: Sequence[Sequence[float] | None]) -> float:
+def choose_threshold(rows: Sequence[StepLabels], found: Sequence[Sequence[float] | None]) -> float:
     """The threshold with the best F1 on these solutions, as far as they have scores.
 
     Raises UserError where none of these, or all, have a wrong step.

@@ -23,13 +23,13 @@ from src.data.encoding import (
     encode_response,
     encode_steps,
     fit,
-    judged_everywhere,
+    label_everywhere,
     split_steps,
 )
-from src.data.examples import Judged, Pair, read_judged, read_pairs
+from src.data.examples import Pair, StepLabels, read_pairs, read_step_labels
 from src.data.sampler import Dataset, Sample, chunks
 from src.errors import UserError
-from src.losses import bradley_terry_loss, judgement_loss
+from src.losses import bradley_terry_loss, label_loss
 from src.models.decoder import Decoder
 from src.models.forward import response_scores, token_scores
 from src.text.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ from src.training.trainer import evaluating
 
 Objective = Literal["pairwise", "outcome", "process"]
 LabelTokens = Literal["all", "last"]
-Row = TypeVar("Row", Pair, Judged)
+Row = TypeVar("Row", Pair, StepLabels)
 
 
 class PairReport(NamedTuple):
@@ -105,7 +105,7 @@ class LabelObjective:
     def loss(self, verifier: Decoder, batch: Batch) -> Tensor:
         """Cross-entropy of the scores that are read, summed. -> []."""
         scores, labels = read_scores(verifier, batch)
-        return judgement_loss(scores, labels, self.right_weight).sum()
+        return label_loss(scores, labels, self.right_weight).sum()
 
     def evaluate(self, verifier: Decoder, data: Dataset, max_batch_size: int) -> LabelReport:
         """Score every label. A label of one half or more counts as right, a score above 0 as the claim of it."""
@@ -116,7 +116,7 @@ class LabelObjective:
         right = labels >= 0.5
         agree = (right == (scores > 0)).double()
         shares = (agree.mean().item(), agree[right].mean().item(), agree[~right].mean().item())  # of nothing: nan
-        return LabelReport(judgement_loss(scores, labels).mean().item(), *shares, *_mean_and_deviation(scores))
+        return LabelReport(label_loss(scores, labels).mean().item(), *shares, *_mean_and_deviation(scores))
 
 
 def read_scores(verifier: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def collate_pairs(pairs: Sequence[Sample], packing: bool) -> Batch:
 
 
 def label_dataset(
-    rows: Sequence[Judged],
+    rows: Sequence[StepLabels],
     tokenizer: Tokenizer,
     *,
     max_seq_len: int,
@@ -179,7 +179,7 @@ def label_dataset(
     return Dataset(samples, report, collate_labels), LabelObjective(right_weight=weight)
 
 
-def _encode_labels(row: Judged, tokenizer: Tokenizer, label_tokens: LabelTokens, step_end: str) -> Encoded:
+def _encode_labels(row: StepLabels, tokenizer: Tokenizer, label_tokens: LabelTokens, step_end: str) -> Encoded:
     """A row with its targets."""
     steps, labels = row.steps, row.labels
     if len(steps) == 1:  # a solution labelled as a whole is laid out in steps too, as when it is scored
@@ -187,7 +187,7 @@ def _encode_labels(row: Judged, tokenizer: Tokenizer, label_tokens: LabelTokens,
         labels = [None] * (len(steps) - 1) + labels
     encoded = encode_steps(tokenizer, row.instruction, steps, labels, step_end=step_end)
     everywhere = label_tokens == "all" and len(row.steps) == 1
-    return judged_everywhere(encoded, row.labels[0]) if everywhere else encoded
+    return label_everywhere(encoded, row.labels[0]) if everywhere else encoded
 
 
 def collate_labels(samples: Sequence[Sample], packing: bool) -> Batch:
@@ -266,11 +266,11 @@ def mix(files: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> 
     return mixed
 
 
-def read_rows(objective: Objective, path: str) -> list[Pair] | list[Judged]:
+def read_rows(objective: Objective, path: str) -> list[Pair] | list[StepLabels]:
     """The rows of a file, which must hold what the objective learns from. Raises UserError."""
     if objective == "pairwise":
         return read_pairs(path)
-    rows = read_judged(path)
+    rows = read_step_labels(path)
     if objective == "outcome" and any(len(row.steps) > 1 for row in rows):
         raise UserError(f"{path} holds judged steps; train on them with --objective process")
     return rows

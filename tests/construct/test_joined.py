@@ -6,36 +6,37 @@ from pathlib import Path
 import pytest
 
 from src.construct.from_rows import concatenate, concatenated
-from src.data.examples import Judged, read_judged
+from src.data.examples import StepLabels, read_step_labels
 from src.errors import UserError
 from tests.tiny import build
 
-RIGHT = Judged("1+1?", ["1+1=2", "#### 2"], [1.0, 1.0])
-WRONG = Judged("2+3?", ["2=2", "2+3=6", "#### 6"], [1.0, 0.0, 0.0])
-ROW = Judged("4+4?", ["4+4=8", "8=9", "#### 9"], [0.7, None, 0.0])
+RIGHT = StepLabels("1+1?", ["1+1=2", "#### 2"], [1.0, 1.0])
+WRONG = StepLabels("2+3?", ["2=2", "2+3=6", "#### 6"], [1.0, 0.0, 0.0])
+ROW = StepLabels("4+4?", ["4+4=8", "8=9", "#### 9"], [0.7, None, 0.0])
 
 
 def test_steps_behind_a_right_solution_keep_their_labels() -> None:
-    assert concatenate(RIGHT, ROW) == Judged("1+1? 4+4?", ["1+1=2", "4+4=8", "8=9", "#### 9"], [1.0, 0.7, None, 0.0])
+    steps = ["1+1=2", "4+4=8", "8=9", "#### 9"]
+    assert concatenate(RIGHT, ROW) == StepLabels("1+1? 4+4?", steps, [1.0, 0.7, None, 0.0])
 
 
 def test_all_is_wrong_behind_a_wrong_solution() -> None:
-    assert concatenate(WRONG, RIGHT) == Judged(
+    assert concatenate(WRONG, RIGHT) == StepLabels(
         "2+3? 1+1?", ["2=2", "2+3=6", "1+1=2", "#### 2"], [1.0, 0.0, 0.0, 0.0]
     )
 
 
 def test_a_solution_that_is_wrong_in_its_last_step_keeps_it() -> None:
     """PRM800K's rows end with the first mistake, and of an alternative step only that one is judged."""
-    ended = Judged("6?", ["6=6", "6=7"], [1.0, 0.0])
-    assert concatenate(ended, RIGHT) == Judged("6? 1+1?", ["6=6", "6=7", "1+1=2", "#### 2"], [1.0, 0.0, 0.0, 0.0])
-    alternative = Judged("6?", ["6=6", "6=7"], [None, 0.0])
+    ended = StepLabels("6?", ["6=6", "6=7"], [1.0, 0.0])
+    assert concatenate(ended, RIGHT) == StepLabels("6? 1+1?", ["6=6", "6=7", "1+1=2", "#### 2"], [1.0, 0.0, 0.0, 0.0])
+    alternative = StepLabels("6?", ["6=6", "6=7"], [None, 0.0])
     assert concatenate(alternative, RIGHT).labels == [None, 0.0, 0.0, 0.0]
 
 
 def test_in_front_stand_right_solutions_and_lost_ones() -> None:
-    unknown = Judged("7?", ["7=7", "#### 7"], [1.0, None])
-    lucky = Judged("8?", ["8=9", "#### 8"], [0.0, 1.0])
+    unknown = StepLabels("7?", ["7=7", "#### 7"], [1.0, None])
+    lucky = StepLabels("8?", ["8=9", "#### 8"], [0.0, 1.0])
     rows = [RIGHT, WRONG, unknown, lucky, ROW]
     for wrong_share, fronts in ((0.0, {"1+1?"}), (1.0, {"2+3?", "4+4?"})):
         made = [row for seed in range(20) for row in concatenated(rows, 1.0, wrong_share, seed, "rows.json")]
@@ -75,7 +76,7 @@ def test_the_command_writes_rows_that_a_verifier_learns_from(tmp_path: Path) -> 
     source, target = tmp_path / "steps.json", tmp_path / "joined.json"
     source.write_text(json.dumps([row._asdict() for row in (RIGHT, WRONG, ROW)]))
     build.join(str(source), str(target), share=1.0, wrong_share=0.0)
-    rows = read_judged(str(target))
+    rows = read_step_labels(str(target))
     assert rows[1:] == [concatenate(RIGHT, WRONG), concatenate(RIGHT, ROW)]
 
 

@@ -28,7 +28,7 @@ from src.construct.steps import (
     truncate_everywhere,
 )
 from src.data.encoding import encode_prompt
-from src.data.examples import Sample, read_judged, read_pairs, read_samples
+from src.data.examples import Sample, read_pairs, read_samples, read_step_labels
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
 from src.grading.tasks import find_task
@@ -172,7 +172,7 @@ def test_process_judges_steps_and_continues(folders: Folders, tmp_path: Path) ->
     )
     process("a")
     expected, rollouts = save_file.read_bytes(), (tmp_path / "a/samples.jsonl").read_bytes()
-    rows = read_judged(str(save_file))
+    rows = read_step_labels(str(save_file))
     assert len(rows) == 4 and all(len(row.labels) == 4 for row in rows)
     assert [row.labels[-1] for row in rows] == [1.0, 0.0, 1.0, 0.0]
     found = read_samples(str(tmp_path / "a/samples.jsonl"))
@@ -183,7 +183,7 @@ def test_process_judges_steps_and_continues(folders: Folders, tmp_path: Path) ->
     process("a")
     assert save_file.read_bytes() == expected and (tmp_path / "a/samples.jsonl").read_bytes() == rollouts
     process("a", label="soft")
-    assert {label for row in read_judged(str(save_file)) for label in row.labels} <= {0, 1 / 3, 2 / 3, 1}
+    assert {label for row in read_step_labels(str(save_file)) for label in row.labels} <= {0, 1 / 3, 2 / 3, 1}
     with pytest.raises(UserError, match="holds samples with seed=1, but this run has 2"):
         process("a", seed=2)
 
@@ -199,7 +199,7 @@ def test_process_judges_lines(folders: Folders, tmp_path: Path, parting: str) ->
         build.process("toy", source, str(tmp_path / "a"), str(save_file), folders.one, step=step, **PROCESS)
 
     process("line")
-    (row,) = read_judged(str(save_file))
+    (row,) = read_step_labels(str(save_file))
     assert row.steps == lines and row.labels[-1] == 1.0
     found = read_samples(str(tmp_path / "a/samples.jsonl"))
     begins = {f"0/0/{k}": "".join(line + "\n" for line in lines[:k]) for k in (1, 2, 3)}

@@ -16,14 +16,14 @@ from src.data.encoding import encode_conversation
 from src.data.examples import (
     Chat,
     Instruction,
-    Judged,
     Pair,
+    StepLabels,
     read_instruction_rows,
     read_instructions,
-    read_judged,
     read_pairs,
     read_prompts,
     read_samples,
+    read_step_labels,
 )
 from src.errors import UserError
 from src.grading.normalize import rational
@@ -143,7 +143,7 @@ def test_alpaca_input_stands_behind_its_instruction(tmp_path: Path) -> None:
     for path in containers(tmp_path, [row]):
         assert read_instructions(path) == [Instruction(problem, ["4"])]
         assert read_pairs(path) == [Pair(problem, ["4"], ["5"])]
-        assert read_judged(path) == [Judged(problem, ["4"], [1.0])]
+        assert read_step_labels(path) == [StepLabels(problem, ["4"], [1.0])]
         assert read_prompts(path, need_label=True)[0].instruction == problem
         (found,) = read_instruction_rows(path)
         assert found["instruction"] == problem and "input" not in found
@@ -156,7 +156,7 @@ def test_alpaca_input_stands_behind_its_instruction(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", rows.FOREIGN)
-@pytest.mark.parametrize("read", [read_instructions, read_pairs, read_judged, read_instruction_rows])
+@pytest.mark.parametrize("read", [read_instructions, read_pairs, read_step_labels, read_instruction_rows])
 def test_keys_that_change_a_row_are_refused_by_name(tmp_path: Path, key: str, read: Read) -> None:
     row = {"instruction": "x", "output": "a", "chosen": "a", "rejected": "b", "correct": True}
     for nothing in (None, "", [], {}):
@@ -180,7 +180,7 @@ def test_null_means_absent(tmp_path: Path) -> None:
     judged = [{"instruction": "x", "output": "a", "correct": True}, {"instruction": "x", "steps": ["a"], "labels": [1]}]
     absent = dict.fromkeys(judged[0] | judged[1])
     for path in containers(tmp_path, [absent | row for row in judged]):
-        assert read_judged(path) == [Judged("x", ["a"], [1.0])] * 2
+        assert read_step_labels(path) == [StepLabels("x", ["a"], [1.0])] * 2
     sample = {"id": None, "sample": None, "response": "a", "prompt": None, "outcome": None}
     assert read_samples(saved(tmp_path / "x", sample))[0][:5] == ("0", 0, "", "a", None)
     with pytest.raises(UserError, match="key 'output' is missing; found instruction"):
@@ -270,8 +270,8 @@ def test_what_has_weight_0_is_read_but_not_learnt(folders: Folders, code_tokeniz
     "read, values, message",
     [
         (read_pairs, {"instruction": "x", "output": "a"}, "data_build.py pairs"),
-        (read_judged, {"instruction": "x", "output": "a"}, "data_build.py outcome"),
-        (read_judged, {"instruction": "x", "chosen": "a", "rejected": "b"}, "data_build.py process"),
+        (read_step_labels, {"instruction": "x", "output": "a"}, "data_build.py outcome"),
+        (read_step_labels, {"instruction": "x", "chosen": "a", "rejected": "b"}, "data_build.py process"),
         (read_instructions, {"prompt": "x", "chosen": "a"}, "dataset/prepare.py"),
         (read_samples, {"instruction": "x"}, "solver_evaluate.py"),
         (lambda path: read_prompts(path, need_label=True), {"question": "x", "answer": "a"}, "dataset/prepare.py"),

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from src import load
 from src.data.batch import make_batch
-from src.data.examples import Judged
+from src.data.examples import StepLabels
 from src.errors import UserError
 from src.evaluation.credit import Credit, credit, report_credit, token_logprobs
 from src.evaluation.scoring import encode_solutions
@@ -15,9 +15,9 @@ from src.training.reference import response_sums
 from tests.conftest import Folders
 
 ROWS = [
-    Judged("1+1=", ["1+1=2", "abc", "#### 2"], [1, 1, 1]),
-    Judged("2+2=", ["2+2=5", "#### 5"], [0, 0]),
-    Judged("a", ["b c", "d", "e", "#### 1"], [1, None, 0, 0]),
+    StepLabels("1+1=", ["1+1=2", "abc", "#### 2"], [1, 1, 1]),
+    StepLabels("2+2=", ["2+2=5", "#### 5"], [0, 0]),
+    StepLabels("a", ["b c", "d", "e", "#### 1"], [1, None, 0, 0]),
 ]
 
 

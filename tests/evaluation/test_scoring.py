@@ -8,7 +8,7 @@ import torch
 
 from src import load
 from src.checkpoint import saving
-from src.data.examples import Judged, Sample
+from src.data.examples import Sample, StepLabels
 from src.errors import UserError
 from src.evaluation.metrics import sigmoid
 from src.evaluation.scoring import Scored, score_one, score_samples, score_steps, with_score
@@ -62,7 +62,7 @@ def test_steps_are_scored_alike_in_any_batch(
         assert scored.step_scores == pytest.approx(alone.step_scores, abs=1e-5)
         expected = math.prod(scored.step_scores) if objective == "process" else scored.step_scores[-1]
         assert scored.score == pytest.approx(expected)
-    judged = Judged("1+1=", ["a", "b", "#### 7"], [1.0, 1.0, 1.0])
+    judged = StepLabels("1+1=", ["a", "b", "#### 7"], [1.0, 1.0, 1.0])
     (steps,) = score_steps(verifier, tokenizer, [judged], max_batch_size=1)
     assert steps == pytest.approx(found[3].step_scores, abs=1e-5)
 
@@ -114,7 +114,7 @@ def test_a_sample_longer_than_the_context_is_left_without_a_score(
 def test_a_judged_solution_longer_than_the_context_is_left_without_scores(
     verifier: Decoder, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    long, short = Judged("1+1=", ["a" * 90, "b" * 90], [1.0, 0.0]), Judged("1+1=", ["a", "b"], [1.0, 0.0])
+    long, short = StepLabels("1+1=", ["a" * 90, "b" * 90], [1.0, 0.0]), StepLabels("1+1=", ["a", "b"], [1.0, 0.0])
     found = score_steps(verifier, tokenizer, [long, short, long], max_batch_size=2)
     assert found[0] is found[2] is None and len(found[1]) == 2
     assert "2 of 3 solutions are longer than the model's context of 128" in caplog.text
@@ -128,7 +128,7 @@ def test_a_verifier_of_lines_scores_lines(
 ) -> None:
     """Every way to score follows the checkpoint: samples, judged steps, one sample."""
     saving.record(verifier, objective="process", step="line")
-    sample, judged = SAMPLES[0]._replace(response=text), Judged("1+1=", ["a b", "1+1=2", "#### 2"], [1.0] * 3)
+    sample, judged = SAMPLES[0]._replace(response=text), StepLabels("1+1=", ["a b", "1+1=2", "#### 2"], [1.0] * 3)
     (scored,) = score(verifier, tokenizer, tmp_path, [sample])
     assert len(scored.step_scores) == 3
     assert score_steps(verifier, tokenizer, [judged], max_batch_size=1)[0] == pytest.approx(scored.step_scores)

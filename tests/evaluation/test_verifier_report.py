@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from src.data.examples import Judged
+from src.data.examples import StepLabels
 from src.errors import UserError
 from src.evaluation.report import Graded
 from src.evaluation.verifier_report import (
@@ -79,8 +79,8 @@ def test_scores_of_whole_solutions_give_one_curve_each() -> None:
 
 
 ROWS = [
-    Judged("q", ["a", "b", "c"], [1.0, 0.0, None]),
-    Judged("q", ["a", "b"], [1.0, 1.0]),
+    StepLabels("q", ["a", "b", "c"], [1.0, 0.0, None]),
+    StepLabels("q", ["a", "b"], [1.0, 1.0]),
 ]
 
 
@@ -91,7 +91,7 @@ def test_report_on_steps_by_hand() -> None:
         report["step_accuracy_on_right"] == pytest.approx(2 / 3) and report["step_accuracy_on_wrong"] == 0.0
     )
     assert report["f1"] == 0.0  # first errors found: step 2 and step 0
-    with_long = report_steps([*ROWS, Judged("q", ["d"], [0.0])], [[0.9, 0.6, 0.1], [0.4, 0.8], None])
+    with_long = report_steps([*ROWS, StepLabels("q", ["d"], [0.0])], [[0.9, 0.6, 0.1], [0.4, 0.8], None])
     assert with_long == report | {"too_long": 1} and "1 more are too long" in steps_table(with_long)
     perfect = [[0.9, 0.6, 0.1], [0.7, 0.8]]
     threshold = choose_threshold(ROWS, perfect)

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from recipes import judge_toy_samples as judging
-from src.data.examples import Sample, read_judged
+from src.data.examples import Sample, read_step_labels
 
 QUESTION = "Luis starts with 64 stones. He opens 9 boxes of 4. How many stones are there now?"
 RIGHT = "New: 9x4=36.\n\nWith them: 64+36=100.\n\n#### 100"
@@ -34,7 +34,7 @@ def test_both_files_hold_the_judged_samples_and_the_cut_ones(tmp_path: Path) -> 
     files[0].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     judging.main(*map(str, files))
     judged = {
-        path.stem: sorted((row.steps, row.labels) for row in read_judged(str(path))) for path in files[1:]
+        path.stem: sorted((row.steps, row.labels) for row in read_step_labels(str(path))) for path in files[1:]
     }
     cut = "New: 9x4=36.\n\n#### 36"
     assert judged["outcome"] == sorted([([cut], [0.0]), ([RIGHT], [1.0]), ([SLIP], [0.0])])

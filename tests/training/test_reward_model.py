@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from src.data.examples import Judged, Pair
+from src.data.examples import Pair, StepLabels
 from src.errors import UserError
 from src.text.tokenizer import Tokenizer
 from src.training.reward_model import mix, open_data, read_rows, split_held_out
@@ -30,7 +30,7 @@ def test_the_last_problems_are_held_out_whole() -> None:
 
 
 def test_a_weight_is_whole_copies_and_a_drawn_part() -> None:
-    files = [[Judged(f"{name}{i}", ["s"], [1.0]) for i in range(4)] for name in "ab"]
+    files = [[StepLabels(f"{name}{i}", ["s"], [1.0]) for i in range(4)] for name in "ab"]
     counts = Counter(row.instruction for row in mix(files, [2.5, 0.25], seed=1))
     assert sorted(counts[f"a{i}"] for i in range(4)) == [2, 2, 3, 3]
     assert sum(counts[f"b{i}"] for i in range(4)) == 1
@@ -41,8 +41,8 @@ def test_a_weight_is_whole_copies_and_a_drawn_part() -> None:
 
 def test_outcomes_and_steps_mix_under_the_process_objective(tmp_path: Path) -> None:
     steps, outcomes = write(tmp_path / "s.jsonl", STEPS), write(tmp_path / "o.jsonl", OUTCOME)
-    assert read_rows("process", outcomes) == [Judged("2+2=", ["#### 4"], [1.0])]
-    assert read_rows("process", steps) == [Judged("1+1=", ["a", "#### 2"], [1.0, 0.0])]
+    assert read_rows("process", outcomes) == [StepLabels("2+2=", ["#### 4"], [1.0])]
+    assert read_rows("process", steps) == [StepLabels("1+1=", ["a", "#### 2"], [1.0, 0.0])]
     with pytest.raises(UserError, match="s.jsonl holds judged steps; train on them with --objective process"):
         read_rows("outcome", steps)
 

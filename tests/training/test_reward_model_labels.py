@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from src import load
 from src.config import OptimizerFlags
 from src.data.encoding import STEP_END, encode_steps
-from src.data.examples import Judged
+from src.data.examples import StepLabels
 from src.data.sampler import BatchSampler, Dataset
 from src.models.decoder import Decoder
 from src.runlog import RunLog
@@ -21,9 +21,9 @@ from src.training.trainer import Trainer
 from tests.conftest import Folders
 
 ROWS = [
-    Judged("1+1=", ["a b", "c", "#### 2"], [1.0, None, 0.0]),
-    Judged("a", ["9-8=1", "#### 1"], [0.25, 1.0]),
-    Judged("", ["7"], [1.0]),
+    StepLabels("1+1=", ["a b", "c", "#### 2"], [1.0, None, 0.0]),
+    StepLabels("a", ["9-8=1", "#### 1"], [0.25, 1.0]),
+    StepLabels("", ["7"], [1.0]),
 ]
 
 
@@ -32,7 +32,7 @@ def verifier(folders: Folders) -> Decoder:
     return load.load_verifier(folders.verifier)
 
 
-def make_data(rows: list[Judged], tokenizer: Tokenizer, **options: object) -> tuple[Dataset, LabelObjective]:
+def make_data(rows: list[StepLabels], tokenizer: Tokenizer, **options: object) -> tuple[Dataset, LabelObjective]:
     return label_dataset(rows, tokenizer, max_seq_len=64, source="steps.json", **options)
 
 
@@ -81,15 +81,15 @@ def test_loss_is_the_mean_over_labels_however_a_step_is_split(
 
 
 def test_balance_lets_both_kinds_weigh_alike(tokenizer: Tokenizer) -> None:
-    rows = [Judged("q", ["s"], [float(index == 0)]) for index in range(4)]
+    rows = [StepLabels("q", ["s"], [float(index == 0)]) for index in range(4)]
     assert make_data(rows, tokenizer, balance=True)[1].right_weight == pytest.approx(3.0)
     assert make_data(rows, tokenizer)[1].right_weight == 1.0
 
 
 def test_balance_counts_what_is_read(tokenizer: Tokenizer) -> None:
     """The labels of rows that were dropped do not count, and a solution judged everywhere counts with each token."""
-    kept = [Judged("q", ["s"], [1.0])] * 150 + [Judged("q", ["abcd"], [0.0])] * 50
-    long = Judged("q", ["0" * 100], [0.0])
+    kept = [StepLabels("q", ["s"], [1.0])] * 150 + [StepLabels("q", ["abcd"], [0.0])] * 50
+    long = StepLabels("q", ["0" * 100], [0.0])
     assert make_data([*kept, long, long], tokenizer, balance=True)[1].right_weight == pytest.approx(1 / 3)
     n_right, n_wrong = (len(tokenizer.encode(text)) + 1 for text in ("s", "abcd"))
     everywhere = make_data(kept, tokenizer, balance=True, label_tokens="all")[1].right_weight
@@ -97,13 +97,13 @@ def test_balance_counts_what_is_read(tokenizer: Tokenizer) -> None:
 
 
 # the same step as PRM800K gives it: the first and only one of its row, the last of its row, or one in the middle
-FIRST, LATER = Judged("q", ["a" * 20], [0.0]), Judged("q", ["b", "a" * 20], [None, 0.0])
-INNER = Judged("q", ["b", "a" * 20, "c"], [1.0, 0.0, None])
+FIRST, LATER = StepLabels("q", ["a" * 20], [0.0]), StepLabels("q", ["b", "a" * 20], [None, 0.0])
+INNER = StepLabels("q", ["b", "a" * 20, "c"], [1.0, 0.0, None])
 
 
-@pytest.mark.parametrize("row", [FIRST, LATER, INNER, Judged("q", ["a\n\nbc\n\nd"], [0.0])], ids=str)
+@pytest.mark.parametrize("row", [FIRST, LATER, INNER, StepLabels("q", ["a\n\nbc\n\nd"], [0.0])], ids=str)
 def test_one_step_is_one_label_wherever_it_stands_and_however_long_it_is(
-    verifier: Decoder, tokenizer: Tokenizer, row: Judged
+    verifier: Decoder, tokenizer: Tokenizer, row: StepLabels
 ) -> None:
     n_labels = sum(label is not None for label in row.labels)
     data, objective = make_data([row] * 3, tokenizer)
@@ -111,7 +111,7 @@ def test_one_step_is_one_label_wherever_it_stands_and_however_long_it_is(
         ((_, _, batches),) = batching(3, 1).steps(data, packing=packing, epochs=1)
         assert objective.count(batches) == sum(batch.n_targets for batch in batches) == 3 * n_labels
     assert f"{3 * n_labels} labels" in data.report
-    short = Judged("q", ["z"], [1.0])
+    short = StepLabels("q", ["z"], [1.0])
     mixed, objective = make_data([row, short], tokenizer, balance=True)
     n_right = 1 + sum(label == 1.0 for label in row.labels)
     assert objective.right_weight == pytest.approx((n_labels + 1 - n_right) / n_right)
@@ -131,7 +131,7 @@ def test_one_step_is_one_label_wherever_it_stands_and_however_long_it_is(
 
 
 def test_a_row_whose_judged_steps_are_cut_off_is_dropped(tokenizer: Tokenizer) -> None:
-    rows = [Judged("q", ["a"], [1.0])] * 200 + [Judged("q", ["b" * 80, "c"], [None, 0.0])]
+    rows = [StepLabels("q", ["a"], [1.0])] * 200 + [StepLabels("q", ["b" * 80, "c"], [None, 0.0])]
     assert "1 too long: 0 cut, 1 dropped; 200 labels" in make_data(rows, tokenizer, truncation="right")[0].report
 
 
@@ -139,7 +139,7 @@ def test_a_row_whose_judged_steps_are_cut_off_is_dropped(tokenizer: Tokenizer) -
 def test_steps_that_are_lines_are_laid_out_as_lines(tokenizer: Tokenizer, text: str) -> None:
     """A solution and the list of its steps are the same tokens, each line judged at its end."""
     lines = ["a", "b c", "#### 2"]
-    rows = [Judged("1+1=", lines, [1.0, 0.0, 1.0]), Judged("1+1=", [text], [1.0])]
+    rows = [StepLabels("1+1=", lines, [1.0, 0.0, 1.0]), StepLabels("1+1=", [text], [1.0])]
     (judged,), (whole,) = make_data(rows, tokenizer, step="line")[0].samples
     assert judged.tokens == whole.tokens
     ids = [
@@ -175,7 +175,7 @@ def test_report_by_hand(verifier: Decoder, tokenizer: Tokenizer) -> None:
 
 def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [
-        Judged(f"{a}", [f"{a} {a}", f"{a} {b}"], [1.0, float(a == b)]) for a in range(4) for b in range(4)
+        StepLabels(f"{a}", [f"{a} {a}", f"{a} {b}"], [1.0, float(a == b)]) for a in range(4) for b in range(4)
     ]
     data, objective = make_data(rows, tokenizer, balance=True)
     model = load.load_verifier(folders.one, from_solver=True)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from src import load, parallel
 from src.config import LoraFlags, OptimizerFlags
-from src.data.examples import Judged
+from src.data.examples import StepLabels
 from src.data.sampler import BatchSampler
 from src.runlog import RunLog
 from src.training.reward_model import label_dataset
@@ -14,20 +14,20 @@ from tests.training.workers import local_weights
 
 ROWS = {
     "outcome": [
-        Judged("1+1=", ["2"], [1.0]),
-        Judged("a", ["bcdefgh\n\n0123"], [0.0]),
-        Judged("", ["7"], [1.0]),
-        Judged("which is it: 3 or 4", ["gd"], [0.0]),
-        Judged("0-0=", ["0 0 0\n\n#### 0"], [1.0]),
-        Judged("9-8=", ["#### 2"], [0.0]),
+        StepLabels("1+1=", ["2"], [1.0]),
+        StepLabels("a", ["bcdefgh\n\n0123"], [0.0]),
+        StepLabels("", ["7"], [1.0]),
+        StepLabels("which is it: 3 or 4", ["gd"], [0.0]),
+        StepLabels("0-0=", ["0 0 0\n\n#### 0"], [1.0]),
+        StepLabels("9-8=", ["#### 2"], [0.0]),
     ],
     "process": [
-        Judged("1+1=", ["1+1=2", "#### 2"], [1.0, 1.0]),
-        Judged("a", ["b", "cdefgh", "0", "#### 3"], [1.0, 0.25, None, 0.0]),
-        Judged("", ["7"], [1.0]),
-        Judged("which is it: 3 or 4", ["abc\n\nd"], [0.0]),  # an outcome among judged steps
-        Judged("0-0=", ["0 0 0", "1"], [1.0, 0.0]),
-        Judged("9-8=", ["1", "2", "3"], [None, None, 0.0]),
+        StepLabels("1+1=", ["1+1=2", "#### 2"], [1.0, 1.0]),
+        StepLabels("a", ["b", "cdefgh", "0", "#### 3"], [1.0, 0.25, None, 0.0]),
+        StepLabels("", ["7"], [1.0]),
+        StepLabels("which is it: 3 or 4", ["abc\n\nd"], [0.0]),  # an outcome among judged steps
+        StepLabels("0-0=", ["0 0 0", "1"], [1.0, 0.0]),
+        StepLabels("9-8=", ["1", "2", "3"], [None, None, 0.0]),
     ],
 }
 
