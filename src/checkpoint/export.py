@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from src.checkpoint import convert, peft_layout, storage
+from src.checkpoint import convert, peft_layout
 from src.checkpoint.sources import AdapterSource, Source
-from src.checkpoint.split import is_finite, refuse_source, tokenizer_of
-from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_safetensors_file
+from src.checkpoint.split import refuse_source, tokenizer_of, write_files
+from src.checkpoint.tensor_files import StoredTensor, TensorSpec
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.families import FAMILIES
@@ -39,14 +39,20 @@ def export_hf(
         )
     tokenizer = tokenizer_of(source.tokenizer_files, tokenizer_file)
     refuse_source(folder, source.folders)
-    tensors = _hf_tensors(source)
+    tensors = convert.as_hf(source.tensors, source.config)
+    if source.config.value_head and source.config.score != "last":
+        # transformers' token classifiers have a bias, its sequence classifiers none
+        bias_dtype = tensors["score.weight"].dtype
+        tensors["score.bias"] = StoredTensor((1,), lambda: torch.zeros(1, dtype=bias_dtype), bias_dtype)
     documents = {"config.json": _config_json(source.config, dtype or source.config.dtype)}
     files = file_parts(tensors, dtype, max_shard_bytes)
     if len(files) > 1:
         weight_map = {name: file_name for file_name, layout in files.items() for name in layout}
-        documents = {INDEX: {"metadata": {"total_size": _total(files)}, "weight_map": weight_map}} | documents
+        total = sum(spec.nbytes for layout in files.values() for spec in layout.values())
+        documents = {INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}} | documents
     facts = {"source": description, "rotary_layout": "halves", "tied": source.config.tied}
-    return _write(folder, files, tensors, documents, tokenizer, facts)
+    passes = [{name: layout} for name, layout in files.items()]
+    return write_files(folder, passes, tensors, documents, tokenizer, facts)
 
 
 def export_peft(
@@ -60,48 +66,8 @@ def export_peft(
     }
     tensors = peft_layout.as_peft(adapter.tensors, adapter.config)
     files = {peft_layout.WEIGHTS: {name: TensorSpec(t.shape, t.dtype) for name, t in tensors.items()}}
-    return _write(
-        folder, files, tensors, documents, tokenizer, {"source": description, "rotary_layout": "halves"}
-    )
-
-
-def _write(
-    folder: Path,
-    files: Mapping[str, Mapping[str, TensorSpec]],
-    tensors: Mapping[str, StoredTensor],
-    documents: Mapping[str, Mapping[str, object]],
-    tokenizer: list[Path],
-    facts: Mapping[str, object],
-) -> list[str]:
-    """Fill the files one after the other, and complete the directory."""
-    storage.check_writable(folder)
-    storage.check_space(folder, _total(files))
-    not_finite = []
-    with storage.writing(folder):
-        for file_name, layout in files.items():
-            with open_safetensors_file(storage.staging(folder) / file_name, layout) as file:
-                for name in file.names:
-                    tensor = tensors[name].load()
-                    if not is_finite(tensor):
-                        not_finite.append(name)
-                    file.write(name, tensor)
-        storage.finish(folder, len(files), documents, tokenizer, facts)
-    return not_finite
-
-
-def _total(files: Mapping[str, Mapping[str, TensorSpec]]) -> int:
-    """Bytes of tensors in these files."""
-    return sum(spec.nbytes for layout in files.values() for spec in layout.values())
-
-
-def _hf_tensors(source: Source) -> dict[str, StoredTensor]:
-    """The tensors under Hugging Face's names and in its layout, still on disk."""
-    tensors = convert.as_hf(source.tensors, source.config)
-    if source.config.value_head and source.config.score != "last":
-        # transformers' token classifiers have a bias, its sequence classifiers none
-        dtype = tensors["score.weight"].dtype
-        tensors["score.bias"] = StoredTensor((1,), lambda: torch.zeros(1, dtype=dtype), dtype)
-    return tensors
+    facts = {"source": description, "rotary_layout": "halves"}
+    return write_files(folder, [files], tensors, documents, tokenizer, facts)
 
 
 def file_parts(

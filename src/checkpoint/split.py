@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from src.checkpoint import adapters, shards, storage
 from src.checkpoint.shards import Cut
 from src.checkpoint.sources import AdapterSource, Source
-from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_torch_file
+from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_tensor_file
 from src.errors import UserError
 from src.models.config import ModelConfig
 
@@ -29,7 +29,7 @@ def split(
     tokenizer = tokenizer_of(source.tokenizer_files, tokenizer_file)
     documents = {"params.json": source.config.to_dict() | {"dtype": dtype or source.config.dtype}}
     refuse_source(folder, source.folders)
-    return _write(
+    return _write_shards(
         source.tensors, source.config, folder, storage.WEIGHTS, n, dtype, documents, tokenizer, description
     )
 
@@ -46,12 +46,12 @@ def split_adapter(
         "params.json": adapter.config.to_dict(),
     }
     refuse_source(folder, [adapter.folder, adapter.base])
-    return _write(
+    return _write_shards(
         adapter.tensors, adapter.config, folder, storage.ADAPTER, n, "", documents, tokenizer, description
     )
 
 
-def _write(
+def _write_shards(
     tensors: Mapping[str, StoredTensor],
     config: ModelConfig,
     folder: Path,
@@ -64,30 +64,53 @@ def _write(
 ) -> list[str]:
     """Fill n shards in one pass over the tensors, and complete the directory."""
     cuts = {name: shards.cut_of(name, config, n) for name in tensors}
-    layouts = [_layout(tensors, cuts, index, dtype) for index in range(n)]
+    files = {storage.shard_name(kind, index): _layout(tensors, cuts, index, dtype) for index in range(n)}
+    facts = {
+        "source": description,
+        "rotary_layout": "interleaved",
+        "tied": config.tied,
+        "split": {name: how.dim for name, how in cuts.items()},
+    }
+    with _one_thread():
+        return write_files(
+            folder, [files], tensors, documents, tokenizer, facts,
+            piece=lambda name, whole, index: shards.view_of(whole, cuts[name], index),
+        )  # fmt: skip
+
+
+def write_files(
+    folder: Path,
+    passes: Sequence[Mapping[str, Mapping[str, TensorSpec]]],
+    tensors: Mapping[str, StoredTensor],
+    documents: Mapping[str, Mapping[str, object]],
+    tokenizer: list[Path],
+    facts: Mapping[str, object],
+    piece: Callable[[str, Tensor, int], Tensor] = lambda name, whole, index: whole,
+) -> list[str]:
+    """Write tensor files from one reading of the tensors, one of them in memory at a time, and complete the directory.
+
+    passes: layouts by file name; the files of a pass hold the same names and are filled side by side.
+    piece: name, whole tensor and index of a file in its pass -> what that file holds of it.
+    Returns the tensors that hold NaN or infinity. Raises UserError when the disk is too small.
+    """
+    layouts = [layout for files in passes for layout in files.values()]
     storage.check_writable(folder)
     storage.check_space(folder, sum(spec.nbytes for layout in layouts for spec in layout.values()))
     not_finite = []
-    with storage.writing(folder), _one_thread():
-        with ExitStack() as stack:
-            paths = [storage.staging(folder) / storage.shard_name(kind, index) for index in range(n)]
-            files = [
-                stack.enter_context(open_torch_file(path, layout))
-                for path, layout in zip(paths, layouts, strict=True)
-            ]
-            for name, stored in tensors.items():
-                whole = stored.load()
-                if not is_finite(whole):
-                    not_finite.append(name)
-                for index, file in enumerate(files):
-                    file.write(name, shards.view_of(whole, cuts[name], index))
-        facts = {
-            "source": description,
-            "rotary_layout": "interleaved",
-            "tied": config.tied,
-            "split": {name: how.dim for name, how in cuts.items()},
-        }
-        storage.finish(folder, n, documents, tokenizer, facts)
+    with storage.writing(folder):
+        for files in passes:
+            with ExitStack() as stack:
+                opened = [
+                    stack.enter_context(open_tensor_file(storage.staging(folder) / name, layout))
+                    for name, layout in files.items()
+                ]
+                for name in opened[0].names:
+                    whole = tensors[name].load()
+                    if not _is_finite(whole):
+                        not_finite.append(name)
+                    for index, file in enumerate(opened):
+                        file.write(name, piece(name, whole, index))
+        storage.finish(folder, len(layouts), documents, tokenizer, facts)
     return not_finite
 
 
@@ -102,7 +125,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def is_finite(tensor: Tensor) -> bool:
+def _is_finite(tensor: Tensor) -> bool:
     """Whether every entry is a number; one pass, nothing allocated."""
     if tensor.numel() == 0:
         return True

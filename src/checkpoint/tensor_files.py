@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -311,6 +311,11 @@ def open_safetensors_file(path: Path, layout: Mapping[str, TensorSpec]) -> Itera
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path, 8 + len(text) + offset)
     yield from _filled(path, layout, {name: 8 + len(text) + begin for name, begin in begins.items()}, {})
+
+
+def open_tensor_file(path: Path, layout: Mapping[str, TensorSpec]) -> AbstractContextManager[TensorFile]:
+    """Create a file of the kind that its name ends in."""
+    return (open_safetensors_file if path.suffix == ".safetensors" else open_torch_file)(path, layout)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
