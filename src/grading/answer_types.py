@@ -44,7 +44,7 @@ def choice_letters(text: str) -> str:
 
 
 def same_choice(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
-    """The same letters, whatever stands behind them and in whatever order."""
+    """The same letters, whatever follows them and in whatever order."""
     letters = choice_letters(label)
     return bool(letters) and choice_letters(answer) == letters
 
@@ -77,15 +77,8 @@ def same_minerva_string(answer: str, label: str, answer_type: AnswerType, leaf: 
 
 
 KINDS: dict[str, Equality] = {
-    "": exact,
-    "number": near_number,
-    "expression": exact,
-    "equation": exact,
-    "interval": exact,
-    "tuple": exact,
-    "set": exact,
-    "choice": same_choice,
-    "true_false": same_truth,
+    "": exact, "number": near_number, "expression": exact, "equation": exact, "interval": exact, "tuple": exact,
+    "set": exact, "choice": same_choice, "true_false": same_truth,
 }
 
 

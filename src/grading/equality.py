@@ -108,7 +108,7 @@ def is_words(text: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """The members of a text answer without case, punctuation and "th" behind a day; the order of a list does not
+    """The members of a text answer without case, punctuation and "th" after a day; the order of a list does not
     count."""
     members = re.split(r"[,;]|\band\b", re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text.lower().replace(".", "")))
     return sorted(filter(None, (" ".join(re.findall(r"[a-z0-9']+", member)) for member in members)))

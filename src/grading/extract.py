@@ -1,7 +1,7 @@
 """Where the final answer stands in a response: the named extractions that a task chooses from, at the end of the file.
 
 Most are groups of rules, most trusted first. Inside a group the mark that stands last in the response wins. A mark
-with nothing behind it ends the search: that response has no answer. A name ends in its version.
+with nothing after it ends the search: that response has no answer. A name ends in its version.
 """
 
 import re
@@ -153,7 +153,7 @@ def after_hashes(text: str) -> Found | None:
 
 
 def is_title(line: str, text: str, end: int) -> bool:
-    """Whether a line behind ####, which ends there in the text, is markdown's heading of what follows."""
+    """Whether the line after ####, which ends at end in the text, is markdown's heading of what follows."""
     if TITLE.match(line):
         return True
     if not SENTENCE_START.match(line) or end >= len(text.rstrip()):
@@ -176,7 +176,7 @@ def hoped_answer(text: str) -> Found | None:
 
 
 def after_answer_is(text: str) -> Found | None:
-    """The statement behind the last "answer is", "Answer:" or line that starts with "A:"."""
+    """The statement after the last "answer is", "Answer:" or line that starts with "A:"."""
     mark = last_match(ANSWER_IS, text)
     if mark is None:
         return None
@@ -209,7 +209,7 @@ def last_sentence(text: str) -> str | None:
 
 
 def last_number(text: str) -> Found | None:
-    """The last number of a finished response, unless the words beside it make it another."""
+    """The last number of a finished response, unless the words next to it make it another."""
     sentence = last_sentence(text)
     if sentence is None:
         return None
@@ -232,7 +232,7 @@ def last_statement(text: str) -> Found | None:
 
 
 def chosen_otherwise(text: str) -> Found | None:
-    """The letters behind the last "the answer must be" or "the option is" that names any."""
+    """The letters after the last "the answer must be" or "the option is" that names any."""
     for mark in reversed(list(CHOICE_IS.finditer(text))):
         if letters := leading_letters(statement(text[mark.end() :])):
             return Found(mark.start(), letters)

@@ -2,9 +2,8 @@
 
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import NamedTuple
 
 from src.errors import UserError
@@ -14,7 +13,7 @@ from src.grading.tasks import Task, find_task
 from src.text.blocks import last_text
 from src.worker import Worker
 
-GRADER_VERSION = "splitrl-2+math-verify-0.9.0"  # printed beside every score: graders differ by points
+GRADER_VERSION = "splitrl-2+math-verify-0.9.0"  # printed with every score: graders differ by points
 MAX_LENGTH = 50_000  # characters of a response that are searched without a limit of time
 CACHE_SIZE = 200_000
 
@@ -50,7 +49,6 @@ class Grader:
             raise ValueError(f"workers={workers}, seconds={seconds}: expected a worker and a positive time")
         self.same = EQUALITIES[self.task.equality]
         self.seconds = seconds
-        self.n_workers = workers
         self.workers = [Worker("src.grading.worker") for _ in range(workers)]
         self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self.workers:
@@ -60,21 +58,17 @@ class Grader:
     def __enter__(self) -> "Grader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for worker in self.workers:
             worker.close()
 
     def grade(self, responses: Sequence[str], labels: Sequence[str]) -> list[Verdict]:
-        """A verdict for each response against the bare label beside it. Raises ValueError if the lengths differ."""
+        """A verdict for each response against its bare label. Raises ValueError if the lengths differ."""
         if len(responses) != len(labels):
-            raise ValueError(
-                f"{len(responses)} responses but {len(labels)} labels; expected one label a response"
-            )
-        if self.n_workers == 1:
+            raise ValueError(f"{len(responses)} responses but {len(labels)} labels; expected one label a response")
+        if len(self.workers) == 1:
             return [self.grade_one(*pair) for pair in zip(responses, labels, strict=True)]
-        with ThreadPoolExecutor(self.n_workers) as threads:
+        with ThreadPoolExecutor(len(self.workers)) as threads:
             return list(threads.map(self.grade_one, responses, labels))
 
     def grade_one(self, response: str, label: str, answer_type: AnswerType = ANY) -> Verdict:
@@ -104,26 +98,14 @@ class Grader:
     def compare(self, answer: str, label: str, answer_type: AnswerType = ANY) -> str:
         """The outcome of a bare answer against a label: right, wrong, timeout or error."""
         key = answer, label, answer_type
-        outcome = self.cache.get(key)
-        if outcome is None:
-            outcome = self.compare_uncached(*key)
+        if key not in self.cache:
             if len(self.cache) >= CACHE_SIZE:
                 self.cache.clear()
-            self.cache[key] = outcome
-        return outcome
+            self.cache[key] = self._compare(*key)
+        return self.cache[key]
 
-    def compare_uncached(self, answer: str, label: str, answer_type: AnswerType) -> str:
-        """compare() without the cache."""
-        leaf = self.leaf_until(time.monotonic() + self.seconds)
-        try:
-            return "right" if self.same(answer, label, answer_type, leaf) else "wrong"
-        except Undecided as undecided:
-            return undecided.outcome
-        except (ArithmeticError, LookupError, RecursionError, ValueError):
-            return "error"  # a fault of our rules on odd input: counted and reported, but it ends no run
-
-    def leaf_until(self, deadline: float) -> Callable[[str, str], bool]:
-        """A leaf comparer that shares one deadline between all leaves of an answer."""
+    def _compare(self, answer: str, label: str, answer_type: AnswerType) -> str:
+        deadline = time.monotonic() + self.seconds  # of all expressions of an answer together
 
         def leaf(answer: str, label: str) -> bool:
             seconds = deadline - time.monotonic()
@@ -131,7 +113,12 @@ class Grader:
                 raise Undecided("timeout")
             return self.ask({"answer": answer, "label": label}, seconds) == "right"
 
-        return leaf
+        try:
+            return "right" if self.same(answer, label, answer_type, leaf) else "wrong"
+        except Undecided as undecided:
+            return undecided.outcome
+        except (ArithmeticError, LookupError, RecursionError, ValueError):
+            return "error"  # a fault of our rules on odd input: counted and reported, but it ends no run
 
     def ask(self, request: Mapping[str, object], seconds: float) -> object:
         """What the next free process finds within so many seconds. Raises Undecided where it finds nothing."""
@@ -150,7 +137,4 @@ class Grader:
 
     def equal(self, first: str, second: str, answer_type: AnswerType = ANY) -> bool:
         """Whether two answers are one vote: either would be right if the other were the label."""
-        return "right" in (
-            self.compare(first, second, answer_type),
-            self.compare(second, first, answer_type),
-        )
+        return any(self.compare(*pair, answer_type) == "right" for pair in ((first, second), (second, first)))

@@ -177,7 +177,7 @@ def formulas(text: str) -> list[tuple[int, int, str]]:
 
 
 def formulas_only(text: str) -> str:
-    """The formulas of a text that marks them, as a comma list; words behind a single one stay."""
+    """The formulas of a text that marks them, as a comma list; words after a single one stay."""
     found = formulas(text)
     if not found:
         return text
@@ -241,7 +241,7 @@ def bracketed_roots(text: str) -> str:
 
 
 def without_end(text: str) -> str:
-    r"""The text without the stops, separators and spaces (\, too) behind it."""
+    r"""The text without the stops, separators and spaces (\, too) at its end."""
     while True:
         kept = text.rstrip(" \t\r\n\f\v.,;:")
         spaced = kept.endswith("\\!") or len(kept) < len(text) and kept.endswith("\\")  # of \, or \;

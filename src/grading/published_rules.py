@@ -21,7 +21,7 @@ DROPPED = [
 
 
 def minerva_string(answer: str) -> str:
-    """The answer behind its last equals sign without units, spaces, wrappers and separators of thousands."""
+    """The answer after its last equals sign without units, spaces, wrappers and separators of thousands."""
     text = answer.split("=")[-1]
     for old, new in (*SPACES_AND_ARTICLES, *TEXT_COMMANDS):
         text = text.replace(old, new)
@@ -60,7 +60,7 @@ def unwrapped(text: str, opening: str) -> str:
 
 
 def weak_to_strong_answer(response: str, key: str) -> str:
-    """What that repository extracts: the rest of the last line behind the key, else the first number behind "The answer
+    """What that repository extracts: the rest of the last line after the key, else the first number after "The answer
     is "; normalised, "" if there is none."""
     text = response.partition("Question")[0].strip().strip(".")
     _, found, rest = text.removesuffix("\n").rpartition("\n")[2].partition(f"{key} ")

@@ -54,7 +54,7 @@ SHARES = {
     "ninth": 9, "tenth": 10,
 }
 
-# Words that leave no answer: wherever they stand, in front of the number, in front of it with "of", behind it.
+# Words that leave no answer: wherever they stand, in front of the number, in front of it with "of", after it.
 CHANGES = (
     "not never none nothing neither nor isn't aren't wasn't weren't doesn't don't didn't can't cannot won't couldn't "
     "instead rather unlike false wrong incorrect untrue mistaken invalid lie fake bogus maybe perhaps possibly "
@@ -64,7 +64,7 @@ CHANGES = (
     "sevenths eighths ninths tenths hundredths thousandths ish fold nearly almost nope modulo mod binary octal hex "
     "hexadecimal reversed backwards"
 )
-CHANGES_IN_FRONT = (
+CHANGES_BEFORE = (
     "than no without except excluding besides far but under over above below beyond up within past times close near "
     "less fewer exceeds exceeding between maximum minimum max"
 )
@@ -72,7 +72,7 @@ CHANGES_WITH_OF = (
     "one fraction multiple factor part percent square cube root power logarithm log reciprocal inverse opposite digit "
     "digits third quarter fourth fifth sixth seventh eighth ninth tenth hundredth"
 )
-CHANGES_BEHIND = "maximum minimum max below above beyond if unless but except no"
+CHANGES_AFTER = "maximum minimum max below above beyond if unless but except no"
 
 # Units by their first name, and money by its sign and its words.
 UNITS = {

@@ -38,10 +38,8 @@ class Task:
         check_template(self.prompt, f"task {self.name}: prompt")
         if not self.extraction:
             return
-        for kind, name, known in (
-            ("extraction", self.extraction, EXTRACTIONS),
-            ("equality", self.equality, EQUALITIES),
-        ):
+        for kind, known in (("extraction", EXTRACTIONS), ("equality", EQUALITIES)):
+            name = getattr(self, kind)
             if name not in known:
                 raise UserError(f"task {self.name}: no {kind} rule {name!r}; expected {', '.join(known)}")
 
@@ -56,6 +54,9 @@ class Task:
 
 
 NUMBER, MATH, EXACT = "gsm8k/last-number@2", "math/last-box@2", "exact@2"
+WEAK_TO_STRONG = {
+    "prompt": "Question: {instruction}\nAnswer:", "stop": ("Question", "Answer"), "equality": "minerva-strings@1",
+}
 
 TASKS = {
     task.name.lower(): task
@@ -71,20 +72,8 @@ TASKS = {
         Task(name="OlympiadBench", extraction=MATH, equality="typed@2"),
         # the formats and comparisons of two published code bases, to reproduce their numbers
         Task(name="GSM8K-strict", extraction="gsm8k/hashes@2", equality=EXACT),
-        Task(
-            name="GSM8K-weak-to-strong",
-            prompt="Question: {instruction}\nAnswer:",
-            stop=("Question", "Answer"),
-            extraction="weak-to-strong/hashes@1",
-            equality="minerva-strings@1",
-        ),
-        Task(
-            name="MATH-weak-to-strong",
-            prompt="Question: {instruction}\nAnswer:",
-            stop=("Question", "Answer"),
-            extraction="weak-to-strong/answer-is@1",
-            equality="minerva-strings@1",
-        ),
+        Task(name="GSM8K-weak-to-strong", extraction="weak-to-strong/hashes@1", **WEAK_TO_STRONG),
+        Task(name="MATH-weak-to-strong", extraction="weak-to-strong/answer-is@1", **WEAK_TO_STRONG),
         Task(name="toy", extraction="gsm8k/hashes@2", equality=EXACT),
         Task(name="none", extraction="", equality=""),
     )

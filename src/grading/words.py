@@ -48,12 +48,12 @@ CHANGED = re.compile(
     rf"(?<![A-Za-z'])(?:{any_of(tables.CHANGES)}|at (?:the )?(?:most|least|best|worst))(?![A-Za-z'])", re.IGNORECASE
 )
 CHANGED_BEFORE = re.compile(
-    rf"(?<![A-Za-z'])(?:(?:{any_of(tables.CHANGES_IN_FRONT)}|{any_of(tables.CHANGES)}|at (?:most|least))"
+    rf"(?<![A-Za-z'])(?:(?:{any_of(tables.CHANGES_BEFORE)}|{any_of(tables.CHANGES)}|at (?:most|least))"
     rf"(?: (?:to|be|a|an|the|only|of|from))?|(?:{any_of(tables.CHANGES_WITH_OF)})s? of)\W{{0,3}}$",
     re.IGNORECASE,
 )
 CHANGED_AFTER = re.compile(
-    rf"\W{{0,3}}(?:[a-z]+ )?(?:is |was )?(?:{any_of(tables.CHANGES_BEHIND)}|{any_of(tables.CHANGES)}|at (?:most|least))"
+    rf"\W{{0,3}}(?:[a-z]+ )?(?:is |was )?(?:{any_of(tables.CHANGES_AFTER)}|{any_of(tables.CHANGES)}|at (?:most|least))"
     r"(?![A-Za-z'])",
     re.IGNORECASE,
 )
@@ -127,7 +127,7 @@ def changed(before: str, after: str) -> bool:
 
 
 class Quantity(NamedTuple):
-    """A value, the words behind it, and the sign that scales it."""
+    """A value, the words after it, and the sign that scales it."""
 
     value: str
     unit: str  # "" or words, as written
@@ -155,7 +155,7 @@ def quantity(text: str, glued: bool = False) -> Quantity:
 
 
 def is_unit(phrase: str, glued: bool) -> bool:
-    """Whether the words behind a value only name what it counts."""
+    """Whether the words after a value only name what it counts."""
     words = re.findall(r"[A-Za-z]+", phrase)
     first = words[0].lower()
     if changed("", RAISED.sub("", phrase) if first in UNITS else phrase):
@@ -180,7 +180,7 @@ def units_clash(mine: str, other: str) -> bool:
 
 
 def powers(unit: str) -> Counter[str]:
-    """The known units of a phrase with their powers: 2 for an area, -1 behind "per"; "?" for all other words."""
+    """The known units of a phrase with their powers: 2 for an area, -1 after "per"; "?" for all other words."""
     unit = re.sub(r"[A-Za-z]+", lambda match: SPEEDS.get(match.group().lower(), match.group()), unit)
     unit = RAISED.sub(lambda match: "^{2}" if match[1] == "squared" else "^{3}", unit)
     found: Counter[str] = Counter()

@@ -22,20 +22,12 @@ from src.worker import Answer, Reply, serve
 # processor time an answer may take, as a share of its wall-clock limit: an answer that is merely slow gets its verdict
 # on a busy machine too, and which answers time out hardly depends on the load
 CPU_SHARE = 0.5
-POINT = [
-    (7, 3),
-    (-5, 2),
-    (1, 5),
-    (13, 4),
-    (-3, 7),
-    (17, 2),
-    (2, 9),
-]  # numerators and denominators of test values
+POINT = [(7, 3), (-5, 2), (1, 5), (13, 4), (-3, 7), (17, 2), (2, 9)]  # numerators and denominators of test values
+PRECISION = sympy.Float("1e-20")  # of values with 30 digits
 MEMORY_LIMIT = 2 * 1024**3  # bytes of address space
 # units stay: ours are gone already, and the library takes the variable of 6+9c for one
-LATEX = [
-    LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))
-]
+NORMALIZATION = NormalizationConfig(malformed_operators=True, boxed="none")
+LATEX = [LatexExtractionConfig(normalization_config=NORMALIZATION)]
 
 
 class OutOfTime(BaseException):
@@ -64,31 +56,31 @@ def differ_numerically(first: sympy.Basic, second: sympy.Basic) -> bool:
     with zero: 1/2004! and 1/2006! are both next to it."""
     if not all(isinstance(side, sympy.Expr) and side.is_number for side in (first, second)):
         return False
-    left, right = sympy.N(first, 30), sympy.N(second, 30)
-    return bool(abs(left - right) > sympy.Float("1e-20") * max(abs(left), abs(right)))
+    return differ(sympy.N(first, 30), sympy.N(second, 30))
+
+
+def differ(left: sympy.Expr, right: sympy.Expr) -> bool:
+    """Whether two values are not the same but for rounding."""
+    return bool(abs(left - right) > PRECISION * max(abs(left), abs(right)))
 
 
 def equal_where_real(first: sympy.Basic, second: sympy.Basic) -> bool:
     r"""True for two expressions with roots that agree at all of a few points where both are real: \sqrt{1/n} is
     1/\sqrt{n} there, but not for the negative numbers that the library thinks of, and \sqrt{x^2} is not x."""
-    names = sorted(first.free_symbols, key=str)
-    if (
-        first.free_symbols != second.free_symbols
-        or not names
-        or not all(isinstance(side, sympy.Expr) and side.atoms(sympy.Pow) for side in (first, second))
-    ):
+    sides, names = (first, second), sorted(first.free_symbols, key=str)
+    if not names or first.free_symbols != second.free_symbols:
         return False
-    if all(power.exp.is_integer is not False for side in (first, second) for power in side.atoms(sympy.Pow)):
+    if not all(isinstance(side, sympy.Expr) and side.atoms(sympy.Pow) for side in sides):
+        return False
+    if all(power.exp.is_integer is not False for side in sides for power in side.atoms(sympy.Pow)):
         return False
     seen = 0
     for turn in range(len(POINT)):
-        point = {
-            name: sympy.Rational(*POINT[(turn + place) % len(POINT)]) for place, name in enumerate(names)
-        }
-        left, right = (sympy.N(side.subs(point), 30) for side in (first, second))
+        values = [sympy.Rational(*POINT[(turn + place) % len(POINT)]) for place in range(len(names))]
+        left, right = (sympy.N(side.subs(dict(zip(names, values, strict=True))), 30) for side in sides)
         if left.is_real and right.is_real:
             seen += 1
-            if abs(left - right) > sympy.Float("1e-20") * max(abs(left), abs(right)):
+            if differ(left, right):
                 return False
     return seen >= 3
 
