@@ -70,38 +70,38 @@ def main(config: PPOConfig) -> None:
             checkpointer.measured_start(score)
 
         for iteration, (epoch, rows) in list(enumerate(data.iterations))[done:]:
-            timer, kl_scale = Phases(), state["kl_scale"]
+            timer, kl_scale, learned = Phases(), state["kl_scale"], dict(ppo.NOTHING_LEARNED)
             buffer, scores, stats = collect(config, models, data, rewards, rows, iteration, kl_scale, timer)
-            metrics = monitor.rollout_metrics(buffer, scores, config, kl_scale) | stats | ppo.NOTHING_LEARNED
-            if iteration == 0:
-                monitor.check_start(metrics, buffer, same_reference=config.lora_rank > 0 or not config.quantize)
 
             # The critic learns first, then the actor: neither reads the other, only one need be in memory
             if critic:
                 with models.phase(timer, "update", critic.model, optimizer=True):
-                    metrics |= ppo.update_critic(critic, buffer, config, iteration)
+                    learned |= ppo.update_critic(critic, buffer, config, iteration)
             if iteration >= critic_warmup:
                 with models.phase(timer, "update", actor.model, optimizer=True):
-                    metrics |= ppo.update_actor(actor, buffer, config, iteration, critic_warmup, kl_scale)
+                    learned |= ppo.update_actor(actor, buffer, config, iteration, critic_warmup, kl_scale)
+
+            metrics = monitor.rollout_metrics(buffer, scores, config, kl_scale) | stats | learned
+            if iteration == 0:
+                monitor.check_start(metrics, buffer, same_reference=config.lora_rank > 0 or not config.quantize)
+            if iteration >= critic_warmup:  # before, the policy is the reference
                 if not state["update_checked"]:
                     state["update_checked"] = monitor.check_first_update(metrics, buffer)
-                # before, the policy is the reference
                 state["kl_scale"] *= monitor.kl_factor(metrics["kl_response"], len(buffer.rollout.prompts), config)
-
             score = None
             if data.held_out and config.is_eval_due(iteration + 1, data.per_epoch, n_iterations):
                 metrics["eval_accuracy"] = score = held_out_accuracy(config, models, data, grader, timer)
+
+            shown, warned = alerts.check(iteration + 1, metrics)
             tokens = int(buffer.rollout.lengths.sum())
-            shown = alerts.check(iteration + 1, metrics)
             log.metrics(iteration + 1, shown, epoch=epoch, **metrics, **timer.seconds,
                         tokens_per_second=timer.rate(tokens))
             log.rows(f"rollouts/step-{iteration + 1:06}.jsonl",
                      monitor.readable_rows(buffer, scores, config.rollout_samples))
-            said = alerts.warn(iteration + 1, shown)
             log.advance(tokens=tokens, reward=metrics["reward"], kl=metrics["kl"])
-            checkpointer.step_done(iteration + 1, score, "; ".join(said) if config.stop_on_alarm else "")
+            checkpointer.step_done(iteration + 1, score, "; ".join(warned) if config.stop_on_alarm else "")
             if config.reference_refresh > 0 and (iteration + 1) % config.reference_refresh == 0:
-                checkpointer.complete()
+                checkpointer.complete()  # it is read from the files of this save
                 models.load_reference(config, refreshed=True)
         checkpointer.finish()
         alerts.summary(n_iterations)

@@ -94,47 +94,6 @@ def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return logprobs - reference_logprobs
 
 
-def dpo_margins(
-    chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor
-) -> Tensor:
-    """How much more the policy than the reference prefers chosen to rejected, in nats (Rafailov et al. 2023, eq. 7).
-
-    Summed (or mean) log-probs of each side [B] -> [B].
-    """
-    return (chosen - reference_chosen) - (rejected - reference_rejected)
-
-
-def dpo_loss(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid(beta * margin); label_smoothing: chance of a wrong label (cDPO, Mitchell 2023). [B]."""
-    logits = beta * margins
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
-
-
-def ipo_loss(margins: Tensor, beta: float) -> Tensor:
-    """(margin - 1 / (2 beta))^2 on margins of mean log-probs (Azar et al. 2023, eq. 17). [B] -> [B]."""
-    return (margins - 1 / (2 * beta)) ** 2
-
-
-def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """beta * -log sigmoid(log odds ratio), the preference term of ORPO (Hong et al. 2024, eq. 6-7). [B], [B] -> [B].
-
-    chosen, rejected: mean log-probs a token, float32 and not above 0. The caller adds the NLL of chosen.
-    """
-    log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
-    return -beta * F.logsigmoid(log_odds)
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x <= 0, exact near 0 (Maechler 2012) and finite at it: x is kept below -1e-7. [B] -> [B]."""
-    x = x.float().clamp_max(-1e-7)
-    return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
-
-
-def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
-    """-log sigmoid(beta * (chosen - rejected) - gamma) on mean log-probs (Meng et al. 2024, eq. 6). [B], [B] -> [B]."""
-    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
-
-
 def kl_k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """Half the squared log-ratio (Schulman 2020, k2): biased in value, its gradient is that of the KL. [N]."""
     return 0.5 * (logprobs - reference_logprobs) ** 2
@@ -203,3 +162,44 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over [N] entries; 0 for constant returns. -> scalar."""
     spread = returns.var(unbiased=False)
     return torch.where(spread > 0, 1 - (returns - values).var(unbiased=False) / spread.clamp_min(1e-12), 0.0)
+
+
+def dpo_margins(
+    chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor
+) -> Tensor:
+    """How much more the policy than the reference prefers chosen to rejected, in nats (Rafailov et al. 2023, eq. 7).
+
+    Summed (or mean) log-probs of each side [B] -> [B].
+    """
+    return (chosen - reference_chosen) - (rejected - reference_rejected)
+
+
+def dpo_loss(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(beta * margin); label_smoothing: chance of a wrong label (cDPO, Mitchell 2023). [B]."""
+    logits = beta * margins
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def ipo_loss(margins: Tensor, beta: float) -> Tensor:
+    """(margin - 1 / (2 beta))^2 on margins of mean log-probs (Azar et al. 2023, eq. 17). [B] -> [B]."""
+    return (margins - 1 / (2 * beta)) ** 2
+
+
+def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """beta * -log sigmoid(log odds ratio), the preference term of ORPO (Hong et al. 2024, eq. 6-7). [B], [B] -> [B].
+
+    chosen, rejected: mean log-probs a token, float32 and not above 0. The caller adds the NLL of chosen.
+    """
+    log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
+    return -beta * F.logsigmoid(log_odds)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x <= 0, exact near 0 (Maechler 2012) and finite at it: x is kept below -1e-7. [B] -> [B]."""
+    x = x.float().clamp_max(-1e-7)
+    return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(beta * (chosen - rejected) - gamma) on mean log-probs (Meng et al. 2024, eq. 6). [B], [B] -> [B]."""
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)

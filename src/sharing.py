@@ -1,9 +1,9 @@
-"""Several models on one base in memory: each is a chain of adapters, as LoRA training leaves them, on it."""
+"""Hold several models on one base in memory: each is a chain of adapters on it, as LoRA training leaves them."""
 
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from src import load, parallel
 from src.checkpoint import adapters, shards, sources, storage
@@ -23,19 +23,17 @@ class SharedBase:
         self._tensors = load.local_tensors(self.folder, self.dtype)
 
     def model(self, ckpt_dir: str, *, value_head: bool = False, from_solver: bool = False) -> Decoder:
-        """The model of a directory: this base, and adapters that are held beside it.
+        """The model of a directory: this base, and its adapters, which stay apart from it.
 
-        What they add to a matrix is added when it is used; a gradient passes through to adapters put on top.
+        Their product is added whenever a matrix is used; a gradient passes through to adapters put on top.
         from_solver: where a value head is wanted, a solver will do, with a head that starts at zero. Raises UserError
         for another base, and for a solver or verifier where the other is needed.
         """
         kind = "solver" if not value_head else "" if from_solver else "verifier"
         config, chain = load.load_config(ckpt_dir, kind=kind), _chain(Path(ckpt_dir))
         if base_of(ckpt_dir) != self.folder:
-            raise UserError(
-                f"--share_base: {ckpt_dir} stands on {chain[-1]} and not on {self.folder}; train it from there with "
-                f"--lora_rank"
-            )
+            raise UserError(f"--share_base: {ckpt_dir} stands on {chain[-1]} and not on {self.folder}; train it from "
+                            f"there with --lora_rank")
         whole, factors = dict(self._tensors), {}
         for folder in reversed(chain[:-1]):
             self._lay_on(folder, whole, factors)
@@ -48,7 +46,9 @@ class SharedBase:
             model = Decoder(config, self.dtype)
         shards.assign(model, whole, ckpt_dir)
         for name, chained in factors.items():
-            _replace_linear(model, name, AdaptedMatrix(whole[f"{name}.weight"], chained))
+            parent, _, child = name.rpartition(".")
+            matrix, module = AdaptedMatrix(whole[f"{name}.weight"], chained), model.get_submodule(parent)
+            setattr(module, child, QuantizedLinear(getattr(module, child), matrix))
         return model
 
     def _lay_on(self, folder: Path, whole: dict[str, Tensor], factors: dict[str, list[Factors]]) -> None:
@@ -79,10 +79,3 @@ def _chain(folder: Path) -> list[Path]:
     """A directory, the base of its adapter, that one's base, down to full weights."""
     adapter = adapters.read_adapter(folder)
     return [folder, *_chain(adapter.base)] if adapter else [folder]
-
-
-def _replace_linear(model: nn.Module, name: str, matrix: AdaptedMatrix) -> None:
-    """Let a linear compute with this matrix."""
-    parent, _, child = name.rpartition(".")
-    module = model.get_submodule(parent)
-    setattr(module, child, QuantizedLinear(getattr(module, child), matrix))

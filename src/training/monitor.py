@@ -183,8 +183,11 @@ class Monitor:
         self._logger, self._state = logger, state
         state |= {"warned": {}, "reward_pairs": [], "alarms": {}}
 
-    def check(self, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
-        """The alerts that a buffer's metrics show, and the advice for each."""
+    def check(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, str], list[str]]:
+        """Warn of the alerts that a buffer's metrics show, of each at most once in REPEAT buffers.
+
+        Returns the advice for each that shows, and the texts of the warnings.
+        """
         shown = {alert.name: alert.advice for alert in ALERTS if alert.shows(metrics)}
         if {"reward_verifier", "graded_right"} <= metrics.keys():
             pair = (metrics["reward_verifier"], metrics["graded_right"])
@@ -192,21 +195,15 @@ class Monitor:
             self._state["reward_pairs"] = pairs = [*self._state["reward_pairs"], pair][-WINDOW:]
             if len(pairs) == WINDOW and hacked(pairs):
                 shown["hacked"] = HACKED
-        seen = self._state["alarms"]
+        seen, warned = self._state["alarms"], self._state["warned"]
         for name, advice in shown.items():
             first, _, count, _ = seen.get(name, (step, step, 0, advice))
             seen = {**seen, name: (first, step, count + 1, advice)}
-        self._state["alarms"] = seen
-        return shown
-
-    def warn(self, step: int, shown: Mapping[str, str]) -> list[str]:
-        """Say what a buffer shows, of one alert at most once in REPEAT buffers. Returns what was said."""
-        warned = self._state["warned"]
-        names = [name for name in shown if step - warned.get(name, -REPEAT) >= REPEAT]
-        self._state["warned"] = {**warned, **dict.fromkeys(names, step)}
-        for name in names:
+        due = [name for name in shown if step - warned.get(name, -REPEAT) >= REPEAT]
+        self._state |= {"alarms": seen, "warned": {**warned, **dict.fromkeys(due, step)}}
+        for name in due:
             self._logger.warning("buffer %d: %s: %s", step, name, shown[name])
-        return [f"{name}: {shown[name]}" for name in names]
+        return shown, [f"{name}: {shown[name]}" for name in due]
 
     def summary(self, n_buffers: int) -> None:
         """Say of the whole run which alerts showed, and in how many buffers."""
@@ -218,8 +215,8 @@ class Monitor:
 
 
 def hacked(rewards: Sequence[tuple[float, float]]) -> bool:
-    """Whether (verifier, grader) rewards part: from first to second half one rises and the other falls, both by more
-    than two standard errors of the difference."""
+    """Whether the first of two rewards, the verifier's, rises from first to second half while the second, the
+    grader's, falls, both by more than two standard errors of the difference."""
     half = len(rewards) // 2
 
     def shift(column: Sequence[float]) -> float:

@@ -83,8 +83,8 @@ class RewardFlags(Config):
         product of, probabilities so far down""")
     step_bonus: Annotated[float, Bounds("a finite number", math.isfinite)] = flag(0.0, """added at the end of
         every step that a process verifier scores""")
-    step: Literal["", StepKind] = flag("", """what a step is: a paragraph, with a blank line behind it, or a
-        line; default: what it was in the verifier's training, which nothing else may be""")
+    step: Literal["", StepKind] = flag("", """what a step is: a paragraph, which a blank line ends, or a line;
+        default: what it was in the verifier's training, which nothing else may be""")
     reward_clip: NonNegative = flag(5.0, """pairwise scores and outcome logits are kept within so many
         deviations of their mean; 0 = no limit""")
     format_penalty: NonNegative = flag(0.0, """taken from the reward of a response in which --task finds no

@@ -42,8 +42,8 @@ class UserReward:
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], labels: Sequence[str | None]
     ) -> tuple[list[float], int]:
-        """The function's word on each response, and how many calls failed. Raises UserError for a response that it
-        raises an exception for, or gives no number."""
+        """What the function gives for each response, and how many calls failed. Raises UserError for a response that
+        it raises an exception for, or gives no number."""
         found = [self._score(*row) for row in zip(prompts, responses, labels, strict=True)]
         return [score or 0.0 for score in found], found.count(None)
 

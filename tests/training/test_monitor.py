@@ -145,13 +145,13 @@ def test_an_alarm_names_its_flag_and_does_not_repeat(
     ill: dict[str, float], flag: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     alarms = monitor.Monitor(logging.getLogger("test"), {})
-    assert not alarms.check(1, WELL) and not alarms.warn(1, {}) and not caplog.records
+    assert alarms.check(1, WELL) == ({}, []) and not caplog.records
     said = []
     for step in (*range(2, 12), 2 + monitor.REPEAT):
-        shown = alarms.check(step, WELL | ill)
+        shown, warned = alarms.check(step, WELL | ill)
         ((name, advice),) = shown.items()
         assert flag in advice
-        said.append(alarms.warn(step, shown))
+        said.append(warned)
     assert said == [[f"{name}: {advice}"], *([[]] * 9), [f"{name}: {advice}"]]
     assert [record.getMessage() for record in caplog.records] == [
         f"buffer {step}: {name}: {advice}" for step in (2, 2 + monitor.REPEAT)
@@ -171,7 +171,7 @@ def test_the_summary_counts_the_buffers_of_each_alarm_over_a_resume(caplog: pyte
             state.update(saved)
         alarms.check(step, WELL | {"kl": 0.6 if step % 2 else 0.0, "reward_std": float(step != 7)})
     alarms.summary(8)
-    far, none = (record.getMessage() for record in caplog.records)
+    far, none = [record.getMessage() for record in caplog.records][-2:]  # after the warnings of buffers
     assert far.startswith("alarm in 4 of 8 buffers, from 1 to 7: far away: the policy is over 0.5 nats")
     assert none.startswith("alarm in 1 of 8 buffers, from 7 to 7: no spread: ")
 
@@ -187,7 +187,7 @@ def test_hacking_is_a_rising_verifier_with_falling_answers(
         for step in range(monitor.WINDOW + monitor.REPEAT // 2):
             noise = 0.01 * (-1) ** step
             rewards = {"reward_verifier": 0.1 * step + noise, "graded_right": 0.5 + sign * 0.01 * step + noise}
-            alarms.warn(step, alarms.check(step, WELL | rewards))
+            alarms.check(step, WELL | rewards)
             if step in (stopped_after, monitor.WINDOW + 2):  # before the alarm and behind it: saved and resumed
                 saved = json.loads(json.dumps(state))
                 alarms = monitor.Monitor(logging.getLogger("test"), state)
