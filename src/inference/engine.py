@@ -18,6 +18,7 @@ from src.inference.sampling import Sampling, choose, uniforms
 from src.inference.step import make_step
 from src.models.cache import PromptCache
 from src.models.decoder import Decoder
+from src.models.linear import rounded_once
 from src.text.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048  # of one forward over prompts, padding included: enough to use a processor, few to hold
@@ -133,7 +134,8 @@ def generate(
             compiled=compiled,
             tool_hook=tool_hook,
         )
-        yield from batch.run()
+        with rounded_once(model, model.dtype):
+            yield from batch.run()
     finally:
         model.train(was_training)
 

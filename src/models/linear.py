@@ -1,7 +1,7 @@
 """The product of a linear layer and its gradients: in the type of its input, whatever its weight is stored in.
 
-A float32 weight that meets rows in bfloat16 or float16 is rounded to their type: once for every change of it, so that a
-step's micro-batches and recomputed blocks share the copy. Its gradient is rounded likewise, and summed in float32.
+A float32 weight that meets rows in bfloat16 or float16 is rounded to their type, and the copy kept for the backward
+pass. Its gradient is rounded likewise, and summed in float32.
 
 In float32 on a CPU oneDNN multiplies.
 
@@ -17,11 +17,13 @@ Xeon with AMX, MKL against oneDNN in GFLOP/s: with 688 x 256 and 2,048 rows the 
 the weight 134 to 67; with 768 x 2560 169 to 102 and 149 to 44; with 1024 x 1024 164 to 143 and 152 to 120.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Row counts that a kernel is made for. Each takes 0.3 MB and half a millisecond, so others are padded to the next of
 # these, or to a multiple of the last.
@@ -49,16 +51,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in this dtype, without gradient; the copy is kept at the weight until that changes."""
+    """A weight in this dtype, without gradient."""
     if weight.dtype == dtype:
         return weight
-    if torch.compiler.is_compiling():
-        return weight.to(dtype)
-    version, copy = getattr(weight, "rounded", (None, None))
-    if version != weight._version or copy.dtype != dtype:
-        copy = weight.detach().to(dtype)
-        weight.rounded = (weight._version, copy)
-    return copy
+    copy = getattr(weight, "rounded", None)
+    return weight.detach().to(dtype) if copy is None else copy
+
+
+@contextlib.contextmanager
+def rounded_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, weights held in another type are rounded once, not in every forward pass; they must not change."""
+    stored = [weight for weight in model.parameters() if weight.dtype != dtype and weight.dim() > 1]
+    for weight in stored:
+        weight.rounded = weight.detach().to(dtype)
+    try:
+        yield
+    finally:
+        for weight in stored:
+            del weight.rounded
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
@@ -85,8 +95,9 @@ class _Product(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         """x [N, in], weight [out, in], bias [out] -> [N, out]."""
+        weight = rounded(weight, x.dtype)
         ctx.save_for_backward(x, weight)
-        return _product(x, rounded(weight, x.dtype), bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(
@@ -96,7 +107,7 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            input_gradient(grad, rounded(weight, grad.dtype)) if of_x else None,
+            input_gradient(grad, weight) if of_x else None,
             weight_gradient(grad, x) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )

@@ -44,7 +44,7 @@ class Run:
         saving.check_save_dir(config.save_dir, config.ckpt_dir)
         self._fingerprint = run_fingerprint(
             trainer, config.flags(), rows=self.n_rows, rows_a_step=self.sampler.rows_per_step,
-            precision=str(parallel.compute_dtype(config.precision)), **derived)  # fmt: skip
+            precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."), **derived)  # fmt: skip
         find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
 
     def open(self, model: Decoder, log: RunLog) -> None:

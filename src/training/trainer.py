@@ -26,6 +26,9 @@ from src.training.optimizers import AdamW, LazyTensors, OptimizerName
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row after which training cannot be saved
 
+# float16 has no numbers below 6e-8: losses are scaled up by as much as gradients allow (Micikevicius et al. 2018)
+FIRST_LOSS_SCALE, STEPS_TO_DOUBLE = 2**16, 2000  # PyTorch's GradScaler has the same
+
 
 class StepReport(NamedTuple):
     """What one optimizer step did: the loss and gradient norm over all ranks, and the learning rate."""
@@ -58,6 +61,7 @@ class Trainer:
         self.total_steps, self.warmup_steps = total_steps, math.ceil(flags.warmup_ratio * total_steps)
         self.max_lr = flags.lr if lr is None else lr
         self.steps = self._updates = self._bad_steps = 0
+        self._loss_scale, self._scaled_steps = FIRST_LOSS_SCALE if model.dtype == torch.float16 else 1, 0
         self._loss = torch.zeros((), dtype=torch.float64, device=parallel.device())
         checkpoint_activations(model, flags.activation_checkpointing)
         parallel.shard_over_data_parallel(model, model.layers, model.dtype)
@@ -76,7 +80,7 @@ class Trainer:
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of a micro-batch's loss []. Data-parallel ranks exchange gradients in a step's `last`."""
         parallel.communicate_gradients(self.model, last)
-        loss.backward()
+        (self._loss_scale * loss).backward()
         self._loss += loss.detach()
 
     def step(self) -> StepReport:
@@ -87,9 +91,16 @@ class Trainer:
         loss, grad_norm = self._reduce()
         if math.isfinite(grad_norm) and math.isfinite(loss):
             self._bad_steps = 0
-            self._scale_gradients(grad_norm)
+            self._scale_gradients(min(1.0, self.flags.max_grad_norm / max(grad_norm, 1e-30)) / self._loss_scale)
             self.optimizer.step(lr)
             self._updates += 1
+            self._scaled_steps += 1
+            if self._loss_scale > 1 and self._scaled_steps % STEPS_TO_DOUBLE == 0:
+                self._loss_scale *= 2
+        elif self._loss_scale > 1 and math.isfinite(loss):
+            self._loss_scale, self._scaled_steps = self._loss_scale // 2, 0
+            self.log.logger.info("step %d skipped: gradients left float16's range; the loss is scaled by %d now",
+                                 self.steps, self._loss_scale)  # fmt: skip
         else:
             self._bad_steps += 1
             self.log.logger.warning("step %d skipped: loss %s, gradient norm %s", self.steps, loss, grad_norm)
@@ -120,17 +131,17 @@ class Trainer:
         for parameter, copies in zip(self._trainable.values(), self._copies, strict=True):
             if parameter.grad is not None:
                 norm = torch.linalg.vector_norm(parallel.local(parameter.grad), dtype=torch.float32)
-                squares += norm.double().square() / copies
+                squares += (norm.double() / self._loss_scale).square() / copies
         sums = parallel.sum_over_all(torch.stack((self._loss / parallel.tensor_parallel_size(), squares)))
         loss, norm = torch.stack((sums[0], sums[1].sqrt())).tolist()
         return loss, norm
 
-    def _scale_gradients(self, norm: float) -> None:
-        """Bring the gradient's global norm down to the maximum."""
-        if norm > self.flags.max_grad_norm:
+    def _scale_gradients(self, factor: float) -> None:
+        """Multiply every gradient: down to the maximal norm, and by what the loss was scaled up."""
+        if factor != 1:
             for parameter in self._trainable.values():
                 if parameter.grad is not None:
-                    parallel.local(parameter.grad).mul_(self.flags.max_grad_norm / norm)
+                    parallel.local(parameter.grad).mul_(factor)
 
     def _seed_step(self) -> None:
         """Make every random draw of the next step (dropout) a pure function of (seed, step, data-parallel rank)."""
@@ -151,12 +162,15 @@ class Trainer:
             for moment in MOMENTS:
                 makers[f"{name}/{moment}"] = functools.partial(self.optimizer.moment, parameter, moment)
             makers[f"{name}/{MASTER}"] = functools.partial(torch.Tensor.detach, parameter)
-        counts = {"steps": self.steps, "updates": self._updates, "bad_steps": self._bad_steps}
+        counts = {"steps": self.steps, "updates": self._updates, "bad_steps": self._bad_steps,
+                  "loss_scale": self._loss_scale, "scaled_steps": self._scaled_steps}  # fmt: skip
         return TrainerState(LazyTensors(makers), counts)
 
     def load(self, counts: dict[str, int], read: Callable[[str], Tensor]) -> None:
         """Take up what state() gave. read(name): a tensor [...] of this tensor-parallel rank, whole over dp ranks."""
         self.steps, self._updates, self._bad_steps = (counts[k] for k in ("steps", "updates", "bad_steps"))
+        if self._loss_scale > 1:
+            self._loss_scale, self._scaled_steps = counts["loss_scale"], counts["scaled_steps"]
         for name, parameter in self._trainable.items():
             with torch.no_grad():
                 parallel.local(parameter).copy_(

@@ -321,9 +321,10 @@ def resumed_epochs(
     lora_rank: int = -1,
     background: bool = False,
     optimizer: str = "adamw",
+    precision: str = "",
 ) -> dict[str, Tensor]:
     """Steps `first` + 1 .. `last` of a run of 8 on INSTRUCTIONS, saved after each; losses and every rank's weights."""
-    model = load.load_solver(folder, trained=True)
+    model = load.load_solver(folder, precision=precision, trained=lora_rank == -1)
     lora = load.lora_config(
         LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
     )
