@@ -134,7 +134,8 @@ def collect(
         with phase("score", critic):
             values = rollout_values(critic, batch, n_rows)
 
-    # Scores lie at the ends of responses or steps, the KL penalty on every token
+    # Scores stand at the ends of responses or steps, the KL penalty at every token. k1 may be negative at one: in a
+    # reward its mean counts, which is the KL without bias
     kl = losses.kl_k1(logprobs, reference_logprobs)
     earned = apply_length_penalty(scores.total, rollout, config, config.max_new_tokens)
     token_rewards = (earned - config.kl_coef * kl_scale * kl) * mask

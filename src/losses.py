@@ -32,6 +32,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     the mask are skipped as if absent: the value and the running sum are carried over them. After the last
     True position the episode is over and its value is 0.
     """
+    # A_t = delta_t + gamma lambda A_(t+1), from the last token back
     advantages = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0])
     running = torch.zeros_like(rewards[:, 0])
@@ -76,6 +77,7 @@ def ppo_policy_loss(
     The ratio is clipped to [1 - clip_low, 1 + clip_high]; a higher clip_high is DAPO's clip-higher (Yu et al. 2025,
     section 3.1). dual_clip c > 1 also bounds the loss at -c A where A < 0 (Ye et al. 2020, eq. 5); 0 = off.
     """
+    # the smaller of the two: to leave the range never pays, to come back into it does
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     if dual_clip:
@@ -95,12 +97,13 @@ def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Half the squared log-ratio (Schulman 2020, k2): biased in value, its gradient is that of the KL. [N]."""
+    """Half the squared log-ratio (Schulman 2020, k2): biased in value, its gradient is that of the KL. [N] -> [N]."""
     return 0.5 * (logprobs - reference_logprobs) ** 2
 
 
 def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """Unbiased, never negative estimate of the KL (Schulman 2020, k3). As a loss its gradient is biased. [N] -> [N]."""
+    # with r = reference / policy, k1 is -log r; r - 1, whose mean is 0, is added to take variance from it
     log_ratio = (reference_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return log_ratio.exp() - log_ratio - 1
 
@@ -116,7 +119,8 @@ def grpo_advantages(rewards: Tensor, *, divide_by_std: bool) -> Tensor:
 
 
 def rloo_advantages(rewards: Tensor) -> Tensor:
-    """Reward minus the mean of the group's other samples (RLOO, Ahmadian et al. 2024, eq. 9). [P, G], G > 1."""
+    """Reward minus the mean of the group's other samples (RLOO, Ahmadian et al. 2024, eq. 9). [P, G > 1] -> [P, G]."""
+    # the mean of the others is (G mean - own) / (G - 1)
     n = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * n / (n - 1)
 
@@ -151,7 +155,7 @@ def process_rewards(probabilities: Tensor, mask: Tensor, shape: str, upper: floa
     """
     if shape == "raw":
         return probabilities * mask
-    factors = probabilities.masked_fill(~mask, 1.0)
+    factors = probabilities.masked_fill(~mask, 1.0)  # neither the least nor the product sees padding
     start = torch.full_like(factors[:, :1], upper)
     joined = torch.cat((start, factors), 1)
     running = joined.cummin(1).values if shape == "min-drop" else joined.cumprod(1)
@@ -175,7 +179,7 @@ def dpo_margins(
 
 
 def dpo_loss(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid(beta * margin); label_smoothing: chance of a wrong label (cDPO, Mitchell 2023). [B]."""
+    """-log sigmoid(beta * margin); label_smoothing: chance of a wrong label (cDPO, Mitchell 2023). [B] -> [B]."""
     logits = beta * margins
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 

@@ -35,6 +35,7 @@ class SharedBase:
             raise UserError(f"--share_base: {ckpt_dir} stands on {chain[-1]} and not on {self.folder}; train it from "
                             f"there with --lora_rank")
         whole, factors = dict(self._tensors), {}
+        # from the base outwards: what a later adapter holds whole, such as a value head, replaces an earlier one's
         for folder in reversed(chain[:-1]):
             self._lay_on(folder, whole, factors)
         if config.value_head != value_head:
@@ -42,6 +43,7 @@ class SharedBase:
             whole["v_head.weight"] = torch.zeros(1, config.dim, device=parallel.device())
         if value_head:
             whole.pop("output.weight", None)
+        # assigned, not copied: models made of one base hold the same storages
         with torch.device("meta"):
             model = Decoder(config, self.dtype)
         shards.assign(model, whole, ckpt_dir)

@@ -68,7 +68,7 @@ class ModelOffloader:
         try:
             yield
         finally:
-            for part in parts:
+            for part in parts:  # written anew: training has changed them
                 part.offload()
         parallel.release_memory()
 

@@ -43,6 +43,7 @@ class PPOBuffer(NamedTuple):
 def group_has_variance(scores: Tensor, group_size: int) -> Tensor:
     """Whether the scores in a group differ by more than rounding. [P * G] -> [P] bool."""
     groups = scores.view(-1, group_size)
+    # sums of float32 in another order: equal rewards may differ in their last bits
     return groups.amax(1) - groups.amin(1) > 1e-6
 
 
@@ -71,7 +72,7 @@ def compute_advantages(
     learned[trainable] = mask[trainable]
     if config.whiten_rewards and learned.any():
         rewards = losses.whiten(rewards, mask, shift=False)
-    groups = rewards.sum(1).view(-1, config.group_size)  # [P, G]: what each response to a prompt earns in all
+    groups = rewards.sum(1).view(-1, config.group_size)  # [P, G]: each response's whole reward, its KL included
 
     if config.advantage == "gae":
         advantages = losses.gae(rewards, values, mask, config.gamma, config.gae_lambda)
@@ -87,7 +88,8 @@ def compute_advantages(
         by_group = losses.grpo_advantages(groups, divide_by_std=config.advantage == "grpo")
         return by_group.view(-1, 1) * mask, None
 
-    # Over the whole buffer: only what is compared within groups, above, is left as its paper has it
+    # Whitened over the whole buffer, not over each minibatch: a minibatch's own mean would depend on the shuffle.
+    # Advantages within groups, above, are left as their papers have them
     if not config.whiten_advantages:
         return advantages * learned, returns
     return losses.whiten(advantages, learned) if learned.any() else torch.zeros_like(advantages), returns
@@ -127,6 +129,7 @@ def minibatches(buffer: PPOBuffer, config: PPOConfig, iteration: int) -> Iterato
     n = len(buffer.trainable)
     for inner_epoch in range(config.inner_epochs if n else 0):
         order = epoch_order(n, config.seed, iteration * config.inner_epochs + inner_epoch)
+        # no more minibatches than episodes: an empty one would be a step without a gradient
         for rows in buffer.trainable[torch.tensor(order)].tensor_split(min(config.minibatches, n)):
             by_length = rows[buffer.rollout.last[rows].argsort(stable=True)]
             passes = by_length.split(config.max_batch_size)
@@ -153,6 +156,7 @@ def update_critic(critic: Trainer, buffer: PPOBuffer, config: PPOConfig, iterati
             batch, pick = micro.of(buffer)
             values, old_values = response_values(critic.model, *batch.inputs), pick(buffer.values)  # [N] each
             loss = losses.ppo_value_loss(values, old_values, pick(buffer.returns), config.value_clip)
+            # over the tokens of all ranks' passes: the step does not depend on how it is cut up
             critic.backward(loss.sum() / minibatch.tokens, last=micro is minibatch.micros[-1])
             n_clipped += ((values.detach() - old_values).abs() > config.value_clip).sum().item()
         reports.append(critic.step())
@@ -172,6 +176,7 @@ def update_actor(
     actor.set_step((iteration - critic_warmup) * config.steps_per_buffer)
     reports, seen, n_tokens, n_first = [], [], 0, 0
     for minibatch in minibatches(buffer, config, iteration):
+        # over all ranks' passes; the weights of sequences have their lengths in them
         n = minibatch.tokens if config.loss_aggregation == "token-mean" else minibatch.episodes
         for micro in minibatch.micros:
             batch, pick = micro.of(buffer)

@@ -62,6 +62,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
         load.check_step(verifier, load.load_config(verifier), config.step)
     iterations = [(epoch, rows) for epoch in range(1, config.epochs + 1)
                   for rows in chunks(epoch_order(len(prompts), config.seed, epoch), config.prompts_per_buffer)]
+    # the whole schedule is known before the run: a resumed one takes up where it stopped
     iterations = iterations[: config.max_steps if config.max_steps >= 0 else None]
     per_epoch = -(-len(prompts) // config.prompts_per_buffer)
     return Inputs(prompts, held_out, n_held_out, tokenizer, iterations, per_epoch)
@@ -129,6 +130,7 @@ class PPOModels:
         if self.frozen:
             self.offloader.drop(self.frozen)
             self.frozen = None  # gone before the new one comes
+        # saved with the step that refreshes it, so that a resumed run finds the same one
         folder = str(Path(config.actor_save_dir) / "reference") if refreshed else config.actor_ckpt_dir
         self.frozen = load.load_solver(folder, precision=config.precision, quantize=config.quantize)
         self.offloader.add(self.frozen)

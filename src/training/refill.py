@@ -26,6 +26,7 @@ def refill_groups(
         everything.append(scores.total.sum(1))
         alive = group_has_variance(everything[-1], group_size)
         has_variance.append(alive)
+        # groups beyond the room that is left are dropped
         rows = alive.repeat_interleave(group_size).nonzero()[:, 0][: missing * group_size]
         missing -= len(rows) // group_size
         if len(rows):

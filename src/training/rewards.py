@@ -150,6 +150,7 @@ def process_reward(
     for row, steps in enumerate(step_logits(verifier, tokenizer, rollout, max_batch_size)):
         probabilities = torch.tensor([steps]).sigmoid()
         worth = losses.process_rewards(probabilities, torch.ones_like(probabilities).bool(), flags.step_reward)[0]
+        # the verifier read the response's text in tokens of its own layout; rewards belong to the sampled ones
         tokens = rollout.batch.tokens[row][rollout.batch.response_mask[row]].tolist()
         ends = step_ends(tokenizer, tokens, rollout.responses[row], STEP_ENDS[verifier.config.step])
         # two steps may end in one token, and a solution too long for the verifier has fewer scores than steps
@@ -160,6 +161,7 @@ def process_reward(
 
 def _normalise(scores: Tensor, config: ModelConfig, clip: float) -> Tensor:
     """Scores in deviations from the mean on the verifier's held-out data, clipped; 0 does not clip. [B] -> [B]."""
+    # a pairwise loss fixes differences of scores alone: where they lie, and their scale, is an accident of training
     normalised = (scores - config.score_mean) / config.score_std
     return normalised.clamp(-clip, clip) if clip else normalised
 
@@ -232,6 +234,7 @@ def on_first_rank(
 
     def reward(rollout: Rollout) -> tuple[Tensor, Counts]:
         scores, counts = torch.zeros(len(rollout.responses), device=parallel.device()), {}
+        # grading starts processes, and a user's function need not answer twice alike: one call, one answer for all
         if parallel.tensor_parallel_rank() == 0:
             found, counts = score(rollout)
             scores += torch.tensor(found, dtype=torch.float32, device=parallel.device())

@@ -90,6 +90,7 @@ def sample_rollout(
     ]
     # Whole groups: the samples of a prompt share its prefill
     mine = [request for group in shard_for_rank(by_prompt) for request in group]
+    # Ranks sample different numbers of tokens: FSDP's exchanges inside a forward pass would wait for ever
     with parallel.gathered(actor):
         found = list(generate(actor, mine, sampling, vocabulary=vocabulary_of(tokenizer),
                               max_batch_size=max_batch_size)) if mine else []
@@ -113,13 +114,12 @@ def sample_rollout(
 
 def _check_alike(tokens: Tensor) -> None:
     """Raise UserError unless the tensor-parallel ranks hold the same tokens."""
-    digest = hashlib.sha256(tokens.numpy().tobytes()).digest()
+    digest = hashlib.sha256(tokens.numpy().tobytes()).digest()  # 32 bytes to send, whatever the buffer's size
     own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(parallel.device())
     first = parallel.broadcast_from_first(own.clone())
     if parallel.any_rank(not torch.equal(own, first)):
-        raise UserError(
-            "the ranks sampled different tokens from one model; check that all see the same data and weights"
-        )
+        raise UserError("the ranks sampled different tokens from one model; check that all see the same data and "
+                        "weights")
 
 
 def rollout_logprobs(
@@ -144,7 +144,7 @@ def _per_token(score: Callable[..., Tensor], model: Decoder, batch: Batch, max_b
     """
     laid_out = torch.zeros(batch.tokens.shape)
     by_length = batch.response_mask.int().cumsum(1).argmax(1).argsort(stable=True)
-    with parallel.gathered(model):
+    with parallel.gathered(model):  # ranks may have different numbers of passes
         for rows in shard_for_rank(by_length.split(max_batch_size)):
             micro = trim_padding(Batch(batch.tokens[rows], batch.response_mask[rows]))
             values = torch.zeros(micro.tokens.shape)
