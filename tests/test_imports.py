@@ -74,7 +74,7 @@ DOORS: dict[str, str | None] = {
     "blake3": "src/checkpoint/tensor_files.py",
     "matplotlib": "src/plot.py",
     "pyarrow": "src/data/rows.py",
-    "httpx2": "src/inference/remote.py",
+    "httpx2": "src/inference/server_client.py",
     "sentencepiece": "src/text/vocabulary.py",
     "tiktoken": "src/text/vocabulary.py",
     "tokenizers": "src/text/vocabulary.py",

@@ -13,8 +13,8 @@ from src.evaluation.evaluator import Sampler, SampleRequest, SamplerOutput, loca
 from src.evaluation.prompting import Prompting
 from src.evaluation.served import ServedSolver, until
 from src.inference.engine import Request, generate, vocabulary_of
-from src.inference.remote import RemoteRequest
 from src.inference.sampling import Sampling
+from src.inference.server_client import RemoteRequest
 from src.models.decoder import Decoder
 from src.text.blocks import ANY_MARKER, Marker
 from src.text.tokenizer import Tokenizer

@@ -10,9 +10,8 @@ from src.data.encoding import encode_prompt
 from src.errors import UserError
 from src.evaluation.evaluator import Sampler, SampleRequest, SamplerOutput
 from src.evaluation.prompting import Prompting
-from src.inference.remote import RemoteCompletion, RemoteRequest, Server, complete
-from src.inference.reply import Reply
 from src.inference.sampling import Sampling
+from src.inference.server_client import RemoteCompletion, RemoteRequest, Reply, Server, complete
 from src.text.blocks import CODE_FORM
 from src.text.tokenizer import Tokenizer, read_template_args
 

@@ -12,7 +12,7 @@ from src.construct.sample_until import count_kinds
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, Sample
 from src.errors import UserError
-from src.inference import remote
+from src.inference import server_client
 from src.text.tokenizer import Tokenizer
 from tests.conftest import Folders
 from tests.construct.test_steps import SOLUTION, log_dir, sample
@@ -58,7 +58,7 @@ def test_process_goes_on_from_text(tmp_path: Path) -> None:
 
 
 def test_a_rollout_that_failed_is_counted_and_got_by_a_rerun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.001)
     source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "wrong")])
     flags = {"task": "toy", "samples_file": source, "log_dir": str(tmp_path / "a"), "rollouts": 2,
              "save_file": str(tmp_path / "a.json")}  # fmt: skip

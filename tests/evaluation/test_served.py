@@ -12,9 +12,9 @@ import pytest
 import solver_evaluate
 from src.data.encoding import encode_prompt
 from src.errors import UserError
-from src.inference import remote
-from src.inference.remote import RemoteRequest, Server
+from src.inference import server_client
 from src.inference.sampling import Sampling
+from src.inference.server_client import RemoteRequest, Server
 from src.text.tokenizer import Tokenizer
 from tests.conftest import Folders
 from tests.inference.server import Answering, completion, engine, free_port, says
@@ -24,7 +24,7 @@ REPORT = Path(__file__).parents[2] / "../shared/data/reports/SV1_server"
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.001)
 
 
 def evaluate(folder: Path, server: Answering, **flags: object) -> list[dict[str, object]]:
@@ -60,7 +60,7 @@ def test_an_odd_reply_is_a_failed_sample_and_asked_again_a_few_times(name: str, 
     odd, good = says(ODD[name])("", {}), says(completion())("", {})
     with Answering(lambda path, body: odd if "1+3" in body["prompt"] else good) as server:
         rows = evaluate(tmp_path, server)
-        assert sum("1+3" in body["prompt"] for body in server.bodies) == remote.ODD_ATTEMPTS
+        assert sum("1+3" in body["prompt"] for body in server.bodies) == server_client.BAD_REPLY_ATTEMPTS
     assert [row["id"] for row in rows] == ["0", "2", "3"] and {row["outcome"] for row in rows} == {"right"}
     (failure,) = map(json.loads, (tmp_path / "log/failures.jsonl").read_text().splitlines())
     assert failure["id"] == "1" and "(3 tries)" in failure["error"]
@@ -231,13 +231,13 @@ def test_flags_without_effect_are_refused(
 def asked(server: Answering, seconds: float = 5.0) -> str:
     """Why one request fails."""
     address = Server(base_url=server.base_url, model_name="m", seconds=seconds)
-    (found,) = remote.complete(address, [RemoteRequest("0", 0, "1+1=")], Sampling(), concurrency=1)
+    (found,) = server_client.complete(address, [RemoteRequest("0", 0, "1+1=")], Sampling(), concurrency=1)
     return found.error
 
 
 def test_a_reply_without_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LARGEST_REPLY", 10_000)
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    monkeypatch.setattr(server_client, "LARGEST_REPLY", 10_000)
+    monkeypatch.setattr(server_client, "ATTEMPTS", 2)
     with Answering(lambda path, body: (200, iter(lambda: b" " * 4096, None))) as server:
         assert asked(server).startswith("the reply has more than 10000 bytes: '    ")
 
@@ -270,7 +270,7 @@ def test_a_refusal_in_the_middle_is_no_wrong_address() -> None:
     with Answering(answer) as server:
         address = Server(base_url=server.base_url, model_name="m")
         requests = [RemoteRequest(str(n), 0, "1+1=") for n in range(3)]
-        found = list(remote.complete(address, requests, Sampling(), concurrency=1))
+        found = list(server_client.complete(address, requests, Sampling(), concurrency=1))
     assert [answer.error for answer in found] == [""] * 3 and len(server.bodies) == 5
 
 

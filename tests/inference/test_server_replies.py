@@ -1,11 +1,11 @@
-"""src/inference/reply.py: what is a completion, and what only looks like one."""
+"""src/inference/server_client.py: what is a completion, and what only looks like one."""
 
 import json
 import math
 
 import pytest
 
-from src.inference.reply import Odd, Reply, Token, read_reply
+from src.inference.server_client import BadReply, Reply, Token, read_reply
 
 CHOICE = {"index": 0, "text": " #### 4", "finish_reason": "stop", "logprobs": None}
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -45,7 +45,7 @@ def said(**message: object) -> dict[str, object]:
     ids=lambda values: json.dumps(values)[:80],
 )  # fmt: skip
 def test_what_is_no_completion(values: object) -> None:
-    with pytest.raises(Odd) as problem:
+    with pytest.raises(BadReply) as problem:
         read_reply(json.dumps(values).encode())
     str(problem.value).encode()  # failures.jsonl can hold it
     assert len(str(problem.value)) < 500
@@ -64,7 +64,7 @@ def test_what_is_no_completion(values: object) -> None:
     ids=lambda data: repr(data)[:40],
 )  # fmt: skip
 def test_what_is_no_reply(data: bytes) -> None:
-    with pytest.raises(Odd) as problem:
+    with pytest.raises(BadReply) as problem:
         read_reply(data)
     assert len(str(problem.value)) < 500
 

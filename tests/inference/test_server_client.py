@@ -1,4 +1,4 @@
-"""src/inference/remote.py and --backend openai against a real server, with the faults of a bad day in between."""
+"""src/inference/server_client.py and --backend openai against a real server, with the faults of a bad day."""
 
 import json
 import time
@@ -10,9 +10,9 @@ import pytest
 
 import solver_evaluate
 from src.errors import UserError
-from src.inference import remote
-from src.inference.remote import RemoteRequest, Server
+from src.inference import server_client
 from src.inference.sampling import Sampling
+from src.inference.server_client import RemoteRequest, Server
 from tests.inference.server import FaultyProxy, free_port, start_server, write_model
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
@@ -37,7 +37,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
 def answers(upstream: Upstream, base_url: str, seconds: float = 30.0, concurrency: int = 3) -> dict[str, str]:
     """id -> text of REQUESTS; none may fail."""
     server = Server(base_url=base_url, model_name=upstream.model_name, seconds=seconds)
-    found = list(remote.complete(server, REQUESTS, GREEDY, concurrency=concurrency))
+    found = list(server_client.complete(server, REQUESTS, GREEDY, concurrency=concurrency))
     assert [answer.error for answer in found] == [""] * len(found)
     assert all((answer.reply.finish == "length") == (answer.reply.token_count == 8) for answer in found)
     return {answer.request.id: answer.reply.text for answer in found}
@@ -63,7 +63,7 @@ def test_faults_that_pass_change_nothing(
 
 
 def test_what_the_server_asks_for_is_waited(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.0)
     proxy = FaultyProxy(upstream.port, ["429", "429"])
     started = time.monotonic()
     answers(upstream, proxy.base_url, concurrency=6)
@@ -74,7 +74,7 @@ def test_what_the_server_asks_for_is_waited(upstream: Upstream, monkeypatch: pyt
 def test_a_bad_request_fails_alone_and_at_once(upstream: Upstream, expected: dict[str, str]) -> None:
     proxy = FaultyProxy(upstream.port, [], always={"2+2": 400})
     server = Server(base_url=proxy.base_url, model_name=upstream.model_name)
-    found = {answer.request.id: answer for answer in remote.complete(server, REQUESTS, GREEDY, concurrency=2)}
+    found = {answer.request.id: answer for answer in server_client.complete(server, REQUESTS, GREEDY, concurrency=2)}
     proxy.stop()
     assert found["2"].error.startswith("status 400: 'not now'") and found["2"].reply is None
     assert {name: answer.reply.text for name, answer in found.items() if name != "2"} == {
@@ -83,7 +83,7 @@ def test_a_bad_request_fails_alone_and_at_once(upstream: Upstream, expected: dic
 
 
 def test_a_wrong_address_or_key_stops_the_run(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
     proxy = FaultyProxy(upstream.port, [], always={"": 401})
     for base_url, message in (
         (f"http://127.0.0.1:{free_port()}/v1", "does not answer: ConnectError"),
@@ -92,7 +92,7 @@ def test_a_wrong_address_or_key_stops_the_run(upstream: Upstream, monkeypatch: p
         (proxy.base_url, "answers 401 .*--api_key_env"),
     ):
         with pytest.raises(UserError, match=message):
-            list(remote.complete(Server(base_url=base_url, model_name="m"), REQUESTS, GREEDY, concurrency=2))
+            list(server_client.complete(Server(base_url=base_url, model_name="m"), REQUESTS, GREEDY, concurrency=2))
     proxy.stop()
 
 
@@ -100,7 +100,7 @@ def test_a_request_says_all_that_the_sample_depends_on() -> None:
     sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=5, stop=("Q:",), seed=3)
     server = Server(base_url="http://here/v1", model_name="m")
     first, again, other = (
-        remote.request_body(server, RemoteRequest("a", number, "1+1="), sampling) for number in (0, 0, 1)
+        server_client.request_body(server, RemoteRequest("a", number, "1+1="), sampling) for number in (0, 0, 1)
     )
     assert first == again and first["seed"] != other["seed"] and 0 <= first["seed"] < 2**31
     assert first | {"seed": 0} == {
@@ -147,7 +147,7 @@ def test_an_evaluation_goes_on_where_requests_failed(
     assert "the server gives no log-probs" in caplog.text and len(caplog.records) == 1  # and is told once
 
     bad = FaultyProxy(upstream.port, ["hang-up"], always={"3+3": 503})
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
     part, results = evaluate(upstream, bad, tmp_path / "part")
     assert results["samples"] == 8 and results["never_sampled"] == 2 and results["missing"] >= 2
     assert results["problems"] == 5
@@ -167,7 +167,7 @@ def test_an_evaluation_goes_on_where_requests_failed(
 def test_a_server_that_fails_everything_is_one_error(
     upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.001)
     proxy = FaultyProxy(upstream.port, [], always={"": 500})
     with pytest.raises(UserError, match="none of 10 samples came; the first failed with: status 500"):
         evaluate(upstream, proxy, tmp_path)

@@ -11,24 +11,27 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from threading import Event
-from types import TracebackType
 from typing import NamedTuple
 
 import httpx2
 
+from src import jsonfile
 from src.errors import UserError
-from src.inference.reply import SHOWN, Odd, Reply, read_reply, shown
 from src.inference.sampling import Sampling
 
-PASSING = frozenset((408, 409, 425, 429))  # HTTP statuses below 500 that a later try may not meet
+TRANSIENT = frozenset((408, 409, 425, 429))  # HTTP statuses below 500 that a later try may not meet
 REFUSED = frozenset((401, 403, 404, 405))  # these no request of this run will get past
 DECLINED = frozenset((400, 422, 501))  # so a server answers what it has no means for
 ATTEMPTS = 6
-ODD_ATTEMPTS = 3  # a server whose reply made no sense seldom does better
+BAD_REPLY_ATTEMPTS = 3  # a server whose reply made no sense seldom does better
 FIRST_PAUSE = 0.5  # seconds; doubles with each try
 LONGEST_PAUSE = 60.0
+ENDS = ("stop", "length")  # all other finish reasons (abort, content_filter, tool_calls, null, ...) are no ends
+MOST_TOKENS = 2**31
+LEAST_LOGPROB = -1e6
+SHOWN = 200  # characters of a reply in a message
 LARGEST_REPLY = 2**25  # bytes; 100,000 tokens with their log-probs take fewer
 
 
@@ -38,6 +41,38 @@ class RemoteRequest(NamedTuple):
     id: str
     sample: int
     prompt: str | list[int]
+
+
+class Token(NamedTuple):
+    """A sampled token, as the server spells it, and its log-prob in nats."""
+
+    text: str
+    logprob: float
+
+
+class Reply(NamedTuple):
+    """One completion. token_count is None and tokens are empty where the server does not say."""
+
+    text: str
+    token_count: int | None
+    finish: str  # one of ENDS
+    tokens: tuple[Token, ...] = ()
+
+    @property
+    def logprob(self) -> float | None:
+        """Of all tokens, in nats, None where they are not said."""
+        return sum(token.logprob for token in self.tokens) if self.tokens else None
+
+    def first(self, n_characters: int) -> "Reply":
+        """The completion up to a place in its text, with the tokens that this took, where they can be told."""
+        text, spelled = self.text[:n_characters], "".join(token.text for token in self.tokens)
+        if n_characters >= len(self.text):
+            return self
+        if not spelled.startswith(text):
+            return Reply(text, None, self.finish)
+        ends = accumulate(len(token.text) for token in self.tokens)
+        n_tokens = sum(end < n_characters for end in ends) + 1
+        return Reply(text, n_tokens, self.finish, self.tokens[:n_tokens])
 
 
 class RemoteCompletion(NamedTuple):
@@ -66,7 +101,11 @@ class Server:
     logprobs: bool = True
 
 
-class Passing(Exception):
+class BadReply(Exception):
+    """A reply that holds no completion: foreign data of any kind may come."""
+
+
+class TransientFailure(Exception):
     """A failure that a later try may not meet; pause is what the server asks for, in seconds, 0 = nothing."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
@@ -74,7 +113,7 @@ class Passing(Exception):
         self.pause = pause
 
 
-class Failed(Exception):
+class RequestFailed(Exception):
     """A failure of this request alone, with its HTTP status."""
 
     def __init__(self, reason: str, status: int) -> None:
@@ -90,7 +129,13 @@ def complete(
     Raises UserError when the server never answers, or refuses every request (wrong address, key or model).
     """
     waiting, running = iter(requests), set()
-    with _Session(server, sampling, concurrency) as session, ThreadPoolExecutor(concurrency) as threads:
+    client = httpx2.Client(
+        headers={"Authorization": f"Bearer {server.api_key}"} if server.api_key else {},
+        timeout=server.seconds,
+        limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+    )
+    with client, ThreadPoolExecutor(concurrency) as threads:
+        session = _Session(server, sampling, client)
         try:
             while True:
                 for request in islice(waiting, concurrency - len(running)):
@@ -106,26 +151,13 @@ def complete(
 class _Session:
     """The connections to a server, shared by threads."""
 
-    def __init__(self, server: Server, sampling: Sampling, concurrency: int) -> None:
-        self.server, self.sampling = server, sampling
+    def __init__(self, server: Server, sampling: Sampling, client: httpx2.Client) -> None:
+        self.server, self.sampling, self.client = server, sampling, client
         self.url = server.base_url.rstrip("/") + ("/chat/completions" if server.chat else "/completions")
         self.answered, self.completed, self.stopping = Event(), Event(), Event()
-        self.client = httpx2.Client(
-            headers={"Authorization": f"Bearer {server.api_key}"} if server.api_key else {},
-            timeout=server.seconds,
-            limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-        )
-
-    def __enter__(self) -> "_Session":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.client.close()
 
     def complete(self, request: RemoteRequest) -> RemoteCompletion:
-        """One request, tried until it succeeds or is beyond hope."""
+        """Try one request until it succeeds, or will not."""
         # threads that failed together come back apart
         jitter = random.Random(f"{request.id}/{request.sample}")
         for attempt in range(ATTEMPTS):
@@ -133,11 +165,13 @@ class _Session:
                 reply = self.ask(request)
                 self.completed.set()
                 return RemoteCompletion(request, reply)
-            except Failed as failed:
+            except RequestFailed as failed:
                 return RemoteCompletion(request, None, str(failed))
-            except (Passing, Odd) as problem:
-                reason = f"{problem} ({attempt + 1} tries)"
-                asked, last = (problem.pause, ATTEMPTS) if isinstance(problem, Passing) else (0, ODD_ATTEMPTS)
+            except TransientFailure as problem:
+                reason, asked, last = problem, problem.pause, ATTEMPTS
+            except BadReply as problem:
+                reason, asked, last = problem, 0.0, BAD_REPLY_ATTEMPTS
+            reason = f"{reason} ({attempt + 1} tries)"
             pause = max(asked, FIRST_PAUSE * 2**attempt * jitter.uniform(0.5, 1.0))
             if attempt + 1 >= last or self.stopping.wait(min(pause, LONGEST_PAUSE)):
                 break
@@ -146,13 +180,13 @@ class _Session:
         return RemoteCompletion(request, None, reason)
 
     def ask(self, request: RemoteRequest) -> Reply:
-        """One try, again without log-probs where these may be why it failed. Raises Odd, and what post() does."""
+        """Ask once, and again without log-probs where these may be why. Raises what post() does, and BadReply."""
         body, extra = request_body(self.server, request, self.sampling), {"logprobs": True if self.server.chat else 1}
         if not self.server.logprobs:
             return read_reply(self.post(body))
         try:
             return read_reply(self.post(body | extra))
-        except Failed as failed:
+        except RequestFailed as failed:
             if failed.status not in DECLINED or self.completed.is_set():
                 raise
         reply = read_reply(self.post(body))
@@ -160,7 +194,10 @@ class _Session:
         return reply
 
     def post(self, body: Mapping[str, object]) -> bytes:
-        """Send a request once. -> what stands in the reply. Raises Odd, Passing, Failed or UserError."""
+        """Send a request once. -> the bytes of the reply.
+
+        Raises BadReply, TransientFailure, RequestFailed or UserError.
+        """
         try:
             with self.client.stream("POST", self.url, json=body) as response:
                 self.answered.set()
@@ -168,35 +205,35 @@ class _Session:
         except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as problem:
             raise UserError(f"--base_url {self.server.base_url} is no address ({problem})") from None
         except (httpx2.TransportError, httpx2.DecodingError) as problem:  # a hang-up, no answer in time
-            raise Passing(f"{type(problem).__name__}: {problem}") from None
+            raise TransientFailure(f"{type(problem).__name__}: {problem}") from None
         status = response.status_code
         if status in REFUSED and not self.completed.is_set():
             raise UserError(
                 f"{self.url} answers {status} ({shown(data)}); "
                 f"check --base_url, --model_name and --api_key_env"
             )
-        if status in PASSING or status in REFUSED or status >= 500 and status not in DECLINED:
-            raise Passing(f"status {status}", _asked_pause(response))
+        if status in TRANSIENT or status in REFUSED or status >= 500 and status not in DECLINED:
+            raise TransientFailure(f"status {status}", _asked_pause(response))
         if status != 200:
             place = response.headers.get("Location")
             ids = "; a prompt of token ids is not for every server" if isinstance(body.get("prompt"), list) else ""
-            raise Failed(f"status {status}: {f'moved to {place}' if place else shown(data)}{ids}", status)
+            raise RequestFailed(f"status {status}: {f'moved to {place}' if place else shown(data)}{ids}", status)
         return data
 
     def receive(self, response: httpx2.Response) -> bytes:
-        """The body of a reply, which may have no end. Raises Odd or Passing."""
+        """Read the body of a reply, which may have no end. Raises BadReply or TransientFailure."""
         data, until = bytearray(), time.monotonic() + self.server.seconds
         for chunk in response.iter_bytes():
             data += chunk
             if len(data) > LARGEST_REPLY:
-                raise Odd(f"the reply has more than {LARGEST_REPLY} bytes: {shown(bytes(data[:SHOWN]))}")
+                raise BadReply(f"the reply has more than {LARGEST_REPLY} bytes: {shown(bytes(data[:SHOWN]))}")
             if time.monotonic() > until:
-                raise Passing(f"the reply has no end within {self.server.seconds:g} s")
+                raise TransientFailure(f"the reply has no end within {self.server.seconds:g} s")
         return bytes(data)
 
 
 def request_body(server: Server, request: RemoteRequest, sampling: Sampling) -> dict[str, object]:
-    """The json of one request. Its seed is made of (seed, id, sample): how far that repeats is the server's affair."""
+    """Make a request. Its seed is made of (seed, id, sample): how far that repeats is the server's affair."""
     digest = hashlib.sha256(f"{sampling.seed}\0{request.id}\0{request.sample}".encode()).digest()
     messages = [{"role": "user", "content": request.prompt}]
     return {
@@ -217,3 +254,80 @@ def _asked_pause(response: httpx2.Response) -> float:
         return max(0.0, float(response.headers.get("Retry-After", "0")))
     except ValueError:
         return 0.0
+
+
+def read_reply(data: bytes) -> Reply:
+    """Find the completion in a reply to /completions or /chat/completions. Raises BadReply."""
+    try:
+        values = jsonfile.parse(data, "the reply")
+    except UserError as problem:
+        kind = "the reply is a stream, which was not asked for" if data.lstrip().startswith(b"data:") else problem
+        raise BadReply(f"{kind}: {shown(data)}") from None
+    if values.get("error"):
+        raise BadReply(f"the reply is an error: {shown(data)}")
+    choices = values.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise BadReply(f"the reply has not one choice: {shown(data)}")
+    choice = choices[0]
+    if choice.get("index") not in (0, None):
+        raise BadReply(f"the one choice has index {choice['index']!r:.50}")
+    finish = choice.get("finish_reason")
+    if finish not in ENDS:
+        raise BadReply(f"finish_reason is {finish!r:.{SHOWN}}, which is no end")
+    return Reply(_text(choice), _token_count(values.get("usage")), finish, _tokens(choice.get("logprobs")))
+
+
+def shown(data: bytes) -> str:
+    """The beginning of a reply for a message."""
+    return repr(data[:SHOWN].decode(errors="replace"))
+
+
+def _text(choice: Mapping[str, object]) -> str:
+    """What was written; thoughts that a server sets apart stand before it in <think>. Raises BadReply."""
+    if "message" not in choice:
+        return _valid(choice.get("text"))
+    message = choice["message"]
+    if not isinstance(message, dict):
+        raise BadReply(f"the message is {message!r:.{SHOWN}}")
+    thoughts = message.get("reasoning_content") or message.get("reasoning")
+    content = message.get("content")
+    if not thoughts:
+        return _valid(content)
+    thinking = f"<think>\n{_valid(thoughts)}"  # cut off within its thoughts there is no content
+    return thinking if content is None else f"{thinking}\n</think>\n\n{_valid(content)}"
+
+
+def _valid(text: object) -> str:
+    if not isinstance(text, str):
+        raise BadReply(f"the text is {text!r:.{SHOWN}}")
+    return text
+
+
+def _token_count(usage: object) -> int | None:
+    """The number of tokens in a completion, None where nothing is said. Raises BadReply."""
+    if usage is None:
+        return None
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else -1
+    if count is not None and (type(count) is not int or not 0 <= count < MOST_TOKENS):
+        raise BadReply(f"usage is {usage!r:.{SHOWN}}")
+    return count
+
+
+def _tokens(logprobs: object) -> tuple[Token, ...]:
+    """The tokens with their log-probs, in either protocol's form; none where they are not given, or make no sense."""
+    if not isinstance(logprobs, dict):
+        return ()
+    if isinstance(content := logprobs.get("content"), list):
+        rows = [row if isinstance(row, dict) else {} for row in content]
+        texts, values = [row.get("token") for row in rows], [row.get("logprob") for row in rows]
+    else:
+        values = logprobs.get("token_logprobs")
+        if not isinstance(values, list):
+            return ()
+        texts = logprobs.get("tokens")
+        if not isinstance(texts, list) or len(texts) != len(values):
+            texts = [""] * len(values)
+    if not all(type(value) in (int, float) and LEAST_LOGPROB < value < 1e-3 for value in values):
+        return ()
+    return tuple(Token(text if isinstance(text, str) else "", value)
+                 for text, value in zip(texts, values, strict=True))  # fmt: skip
