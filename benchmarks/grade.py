@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -72,15 +71,14 @@ def our_grader(cases: Sequence[Case]) -> Iterator[Grade]:
     """The default rules of each task named in the cases, each with one process for expressions."""
     with ExitStack() as stack:
         graders = {task: stack.enter_context(Grader(task)) for task in {case.task for case in cases}}
-        yield partial(grade_case, graders)
 
+        def grade(case: Case) -> str:
+            grader = graders[case.task]
+            if case.form == "answer":
+                return grader.compare(case.prediction, case.gold)
+            return grader.grade_one(case.prediction, case.gold).outcome
 
-def grade_case(graders: dict[str, Grader], case: Case) -> str:
-    """The outcome of one case by the grader of its task."""
-    grader = graders[case.task]
-    if case.form == "answer":
-        return grader.compare(case.prediction, case.gold)
-    return grader.grade_one(case.prediction, case.gold).outcome
+        yield grade
 
 
 def math_verify_grade(case: Case) -> str:
@@ -100,24 +98,18 @@ def timed(grade: Grade, cases: Sequence[Case]) -> list[Result]:
     return results
 
 
-def in_turns(graders: dict[str, Grade], cases: Sequence[Case]) -> dict[str, list[Result]]:
-    """Every grader's results on the same cases, piece by piece so that both meet the same moods of the machine."""
-    results: dict[str, list[Result]] = {name: [] for name in graders}
-    size = -(-len(cases) // TURNS)
-    for start in range(0, len(cases), size):
-        for name, grade in graders.items():
-            results[name] += timed(grade, cases[start : start + size])
-    return results
-
-
 def labelled_table(path: Path) -> str:
     """Agreement with the labels, by task and form, and answers/s."""
     cases = [read_case(row) for row in read_rows(str(path))]
     lines = [f"{len(cases)} labelled cases", f"{'':36}ours                     math-verify {version('math-verify')}"]
+    results: dict[str, list[Result]] = {"ours": [], "math-verify": []}
+    size = -(-len(cases) // TURNS)
     with our_grader(cases) as ours:
         for task in sorted({case.task for case in cases}):  # start the processes before the clock does
             ours(Case("", task, "x+1", "1+x", "answer", True))
-        results = in_turns({"ours": ours, "math-verify": math_verify_grade}, cases)
+        for start in range(0, len(cases), size):  # in turns: both meet the same moods of the machine
+            for name, grade in (("ours", ours), ("math-verify", math_verify_grade)):
+                results[name] += timed(grade, cases[start : start + size])
     for name, keep in (
         ("all", lambda case: True),
         ("gsm8k responses", lambda case: case.task == "gsm8k"),
@@ -132,16 +124,15 @@ def labelled_table(path: Path) -> str:
 
 def summary(cases: Sequence[Case], results: Sequence[Result]) -> str:
     """Agreement, false positives and negatives, speed and the slowest answer of one grader on some cases."""
-    right = [result.outcome == "right" for result in results]
-    agree = sum(said == case.correct for said, case in zip(right, cases, strict=True))
-    false_right = sum(said and not case.correct for said, case in zip(right, cases, strict=True))
+    said = Counter((result.outcome == "right", case.correct) for case, result in zip(cases, results, strict=True))
+    false_right, false_wrong = said[True, False], said[False, True]
     seconds = [result.seconds for result in results]
-    return (f"{agree / len(cases):7.2%} fp {false_right:3d} fn {len(cases) - agree - false_right:3d} "
+    return (f"{1 - (false_right + false_wrong) / len(cases):7.2%} fp {false_right:3d} fn {false_wrong:3d} "
             f"{len(cases) / sum(seconds):7.0f}/s worst {max(seconds):.2f} s")
 
 
 def robustness_table(path: Path) -> str:
-    """Hostile answers: verdicts, the slowest one, and whether the process still works behind them."""
+    """Hostile answers: verdicts, the slowest one, and whether the process still works after them."""
     cases = [read_case(row) for row in read_rows(str(path))]
     with our_grader(cases) as ours:
         results = timed(ours, cases)

@@ -16,7 +16,8 @@ UNEQUAL = re.compile(rf"(?:{re.escape(REALS)}[,;|:] ?)?([A-Za-z]) ?\\ne ?")
 BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in\(-\\infty,\\infty\)|\\in ?R)?(?:\||:)(.*)\\\}")
 
 NAMED = {"all real": REALS, "all real number": REALS, "no solution": "\\emptyset", "no real solution": "\\emptyset"}
-AND = r"(?<![A-Za-z\\])and(?![A-Za-z])|\\land(?![a-z])"
+AND = r"(?<![A-Za-z\\])and(?![A-Za-z])"
+OR = r"(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![a-z])"
 
 
 def named_set(text: str) -> str:
@@ -35,7 +36,7 @@ def as_union(text: str, other: str) -> str:
     if points := excluded(inside):
         ends = zip(["-\\infty", *points], [*points, "\\infty"], strict=True)
         return "\\cup".join(f"({left},{right})" for left, right in ends)
-    parts = [as_intersection(part) for part in split_top(inside, r"(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![a-z])")]
+    parts = [as_intersection(part) for part in split_top(inside, OR)]
     return "\\cup".join(parts)
 
 
@@ -43,16 +44,14 @@ def excluded(text: str) -> list[str]:
     r"""The numbers in ascending order that all reals but them are said by: of x \ne 2, 3 or of R \setminus \{2, 3\}."""
     if match := EXCEPT.fullmatch(text):
         inside = match[1]
+    elif match := UNEQUAL.match(text):
+        inside = re.sub(rf"(?:[,;]|and)? ?{match[1]} ?\\ne ?", ",", text[match.end() :])
     else:
-        match = UNEQUAL.match(text)
-        inside = text[match.end() :] if match else ""
-        if match:
-            inside = re.sub(rf"(?:[,;]|and)? ?{match[1]} ?\\ne ?", ",", inside)
+        return []
     points: dict[Fraction, str] = {}
-    for point in filter(None, split_top(inside, r",|;|(?<![A-Za-z\\])and(?![A-Za-z])")):
-        for signed in (
-            [point.replace("\\pm", sign).strip() for sign in ("", "-")] if "\\pm" in point else [point]
-        ):
+    for point in filter(None, split_top(inside, rf",|;|{AND}")):
+        for sign in ("", "-") if "\\pm" in point else ("",):
+            signed = point.replace("\\pm", sign).strip()
             value = rational(signed)
             if value is None:
                 return [inside] if not points and "," not in inside else []
@@ -62,10 +61,11 @@ def excluded(text: str) -> list[str]:
 
 def as_intersection(text: str) -> str:
     """2<x and x<5 as (2,5); anything else as as_interval() has it."""
-    sides = [as_interval(part) for part in split_top(text, AND)]
+    parts = split_top(text, rf"{AND}|\\land(?![a-z])")
+    sides = [as_interval(part) for part in parts]
     above = [side for side in sides if side.endswith(",\\infty)")]
     below = [side for side in sides if side.startswith("(-\\infty,")]
-    names = {re.sub(r"[^A-Za-z]", "", re.sub(r"\\[lg]e", "", part)) for part in split_top(text, AND)}
+    names = {re.sub(r"[^A-Za-z]", "", re.sub(r"\\[lg]e", "", part)) for part in parts}
     if len(sides) == 2 and len(above) == len(below) == len(names) == 1 and above != below:
         return above[0].removesuffix("\\infty)") + below[0].removeprefix("(-\\infty,")
     return as_interval(text)
@@ -76,12 +76,11 @@ def as_interval(text: str) -> str:
     parts, signs = RELATION.split(text), [sign.strip() for sign in RELATION.findall(text)]
     if not signs:
         return text
-    strict = "<" if signs[0] in UP else ">"
-    beyond = {"<": ("-\\infty", "\\infty"), ">": ("\\infty", "-\\infty")}[strict]
+    strict, low, high = ("<", "-\\infty", "\\infty") if signs[0] in UP else (">", "\\infty", "-\\infty")
     if len(parts) == 2 and NAME.fullmatch(parts[0]):
-        parts, signs = [beyond[0], *parts], [strict, *signs]
+        parts, signs = [low, *parts], [strict, *signs]
     elif len(parts) == 2:
-        parts, signs = [*parts, beyond[1]], [*signs, strict]
+        parts, signs = [*parts, high], [*signs, strict]
     if len(parts) != 3 or not NAME.fullmatch(parts[1]) or (signs[0] in UP) != (signs[1] in UP):
         return text
     if strict == ">":

@@ -189,13 +189,6 @@ def formulas_only(text: str) -> str:
     return ",".join(said for _, _, said in found) + " " + tail
 
 
-def unwrap_text(text: str) -> str:
-    r"""Replace \text{...} and its kin by their content, innermost first."""
-    for _ in range(3):
-        text = TEXT_MACRO.sub(r" \1 ", text)
-    return text
-
-
 def single_backslashes(text: str) -> str:
     r"""Undo doubled escaping (\\frac for \frac), which models copy from badly escaped prompts."""
     if "\\begin" in text and "\\\\begin" not in text:
@@ -257,7 +250,10 @@ def normalize(text: str) -> str:
         return text
     text = single_backslashes(latex(text).strip())
     text = MONEY_SIGNS.sub("", formulas_only(text))
-    text = digits_for_words(unwrap_text(BOX.sub(r"\1", text)))
+    text = BOX.sub(r"\1", text)
+    for _ in range(3):  # innermost first
+        text = TEXT_MACRO.sub(r" \1 ", text)
+    text = digits_for_words(text)
     text = without_end(DOTS.sub(continued, QUOTES.sub("", text.strip()))).lstrip("=: ")
     text = SPACED_THOUSANDS.sub(lambda match: match.group().replace(" ", ""), text)
     if "\\" in text:
@@ -318,20 +314,16 @@ def rational(text: str) -> Fraction | None:
         return None
     if THOUSANDS.fullmatch(text.lstrip("+-")):
         text = text.replace(",", "")
-    match = NUMBER.fullmatch(text)
-    if match:
+    if match := NUMBER.fullmatch(text):
         value = Fraction(match[2].rstrip("."))
         return -value if match[1] == "-" else value
-    match = FRACTION.fullmatch(text)
-    if match:
+    if match := FRACTION.fullmatch(text):
         sign, *parts = match.groups()
-        over, under = (part_value(part) for part in parts if part is not None)
+        over, under = (  # each perhaps in brackets: -(7)
+            Fraction(part.lstrip("+-").strip("()").rstrip(".")) * (-1 if part.startswith("-") else 1)
+            for part in parts
+            if part is not None
+        )
         return None if under == 0 else (-over if sign == "-" else over) / under
     match = SCIENTIFIC.fullmatch(text)
-    return Fraction(match.group(1)) * Fraction(10) ** int(match.group(2)) if match else None
-
-
-def part_value(text: str) -> Fraction:
-    """The value of a numerator or denominator, perhaps in brackets: -(7)."""
-    value = Fraction(text.lstrip("+-").strip("()").rstrip("."))
-    return -value if text.startswith("-") else value
+    return Fraction(match[1]) * Fraction(10) ** int(match[2]) if match else None
