@@ -44,7 +44,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 def test_gradients_are_as_near_to_float32_as_under_autocast(folders: Folders) -> None:
     ours = [
-        gradient(model, sft_loss(model, batch(), 16.0))
+        gradient(model, sft_loss(model, batch()) / 16)
         for model in (load.load_solver(folders.one, precision=precision, trained=True)
                       for precision in ("float32", "bfloat16"))
     ]
@@ -83,7 +83,7 @@ def test_weights_are_rounded_once_while_nothing_trains_them(folders: Folders) ->
 
     def loss() -> Tensor:
         with torch.no_grad():
-            return sft_loss(model, batch(), 16.0)
+            return sft_loss(model, batch()) / 16
 
     plain = loss()
     with rounded_once(model, model.dtype):
@@ -119,8 +119,8 @@ def packed(samples: Batch) -> Batch:
 
 def test_packing_changes_bfloat16_gradients_by_rounding_alone(folders: Folders) -> None:
     model: Decoder = load.load_solver(folders.one, precision="bfloat16", trained=True)
-    padded = gradient(model, sft_loss(model, batch(), 16.0))
-    assert distance(gradient(model, sft_loss(model, packed(batch()), 16.0)), padded) < 0.02
+    padded = gradient(model, sft_loss(model, batch()) / 16)
+    assert distance(gradient(model, sft_loss(model, packed(batch())) / 16), padded) < 0.02
 
 
 @pytest.mark.parametrize(("n", "tensor_parallel_size", "lora_rank"), [(2, 2, -1), (2, 1, -1), (2, 2, 4)])
@@ -151,7 +151,7 @@ def test_float16_scales_the_loss_as_far_as_gradients_allow(folders: Folders, tmp
     trainer = Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-3, warmup_ratio=0.0), total_steps=9)
 
     def step(factor: float) -> tuple[float, dict[str, int]]:
-        trainer.backward(factor * sft_loss(model, batch(), 16.0))
+        trainer.backward(factor * sft_loss(model, batch()) / 16)
         return trainer.step().grad_norm, trainer.state().counts
 
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -164,7 +164,7 @@ def test_float16_scales_the_loss_as_far_as_gradients_allow(folders: Folders, tmp
         scales.append(counts["loss_scale"])
     assert all(now in (then, then // 2) for then, now in zip(scales, scales[1:], strict=False)) and scales[0] == 2**15
     exact = load.load_solver(folders.one, precision="float32")
-    assert norm == pytest.approx(gradient(exact, 1e3 * sft_loss(exact, batch(), 16.0)).norm().item(), rel=0.05)
+    assert norm == pytest.approx(gradient(exact, 1e3 * sft_loss(exact, batch()) / 16).norm().item(), rel=0.05)
     trainer._scaled_steps = STEPS_TO_DOUBLE - 1
     assert step(1.0)[1]["loss_scale"] == 2 * scales[-1]
 
