@@ -2,20 +2,18 @@
 
 python checkpoint_split.py --ckpt_file llama-2-7b-hf --save_path ckpt/8 --n 8
 python checkpoint_split.py --ckpt_file ckpt/8 --save_path llama-2-7b-tuned --format hf
+python checkpoint_split.py --ckpt_file ckpt/8 --save_path llama-2-7b-gguf --format gguf --dtype q8_0
 python checkpoint_split.py --inspect ckpt/8
 python checkpoint_split.py --certify ckpt/8
 """
 
-import atexit
 import dataclasses
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from src import cli, load, parallel, plan, runlog
-from src.checkpoint import export, sources, storage, training_state, verify
+from src.checkpoint import export, gguf_layout, sources, storage, training_state, verify
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.split import split, split_adapter, tokenizer_of, with_added_tokens
 from src.config import Config, Count, CountOrOff, CountOrZero, Counts, Positive, flag
@@ -24,6 +22,7 @@ from src.jsonfile import read_json
 from src.models.foreign import check_model_type
 from src.text.blocks import CODE_FORM, Marker
 from src.text.extend import GENERATION, add_control_tokens, say_ends
+from src.text.gguf_tokenizer import tokenizer_metadata
 from tools.certify import certify
 
 
@@ -31,14 +30,14 @@ from tools.certify import certify
 class SplitConfig(Config):
     """Splitting"""
 
-    ckpt_file: str | list[str] = flag("", """a .pth/.pt/.bin/.safetensors file, several of them, a Hugging
-        Face or Meta directory, an adapter directory of PEFT, or a directory made here""")
+    ckpt_file: str | list[str] = flag("", """a .pth/.pt/.bin/.safetensors file, several of them, a .gguf file, a
+        Hugging Face or Meta directory, an adapter directory of PEFT, or a directory made here""")
     save_path: str = flag("", """directory to write: tensors, params.json or config.json, the tokenizer and
         manifest.json""")
     n: Count = flag(1, """number of shards; any number of tensor-parallel processes can open them, as many
         read fastest""")
-    format: Literal["shards", "hf", "peft"] = flag("shards", """shards = consolidated.NN.pth; hf = what
-        transformers opens; peft = an adapter as PEFT opens it""")
+    format: Literal["shards", "hf", "peft", "gguf"] = flag("shards", """shards = consolidated.NN.pth; hf = what
+        transformers opens; peft = an adapter as PEFT opens it; gguf = one file as llama.cpp opens it""")
     inspect: str = flag("", """a checkpoint to describe instead of writing one: sizes, and what 1, 2, 4 and 8
         ranks would hold""")
     base_dir: str = flag("", "the base of an adapter, if it is not where the adapter says")
@@ -53,8 +52,8 @@ class SplitConfig(Config):
     config_file: str = flag("", """params.json (Meta) or config.json (Hugging Face); default: the one beside
         ckpt_file""")
     model_type: str = flag("", "a family or released size the checkpoint must agree with, such as llama-2-7b")
-    dtype: Literal["", "float32", "bfloat16", "float16"] = flag("", """type of the stored weights; default: as
-        in the source""")
+    dtype: Literal["", "float32", "bfloat16", "float16", "q8_0"] = flag("", """type of the stored weights; default: as
+        in the source, float32 where that is a quantised .gguf; q8_0 is of --format gguf alone""")
     num_added_tokens: CountOrZero = flag(0, """rows to put behind the vocabulary, each the mean of the rows
         that are there""")
     code_tokens: bool = flag(False, """put the eight markers of solutions with code behind the tokenizer's
@@ -96,8 +95,11 @@ def main(config: SplitConfig) -> None:
     keep = adapter is not None and (config.format == "peft" or not config.merge_lora)
     if config.format == "peft" and not keep:
         raise UserError(f"--format peft: {described} is no adapter; write it with --format hf")
-    if config.format == "hf" and keep:
-        raise UserError("--format hf holds whole weights: merge the adapter, or write it with --format peft")
+    if config.format in ("hf", "gguf") and keep:
+        raise UserError(
+            f"--format {config.format} holds whole weights: merge the adapter, or write it with --format peft")
+    if config.dtype == "q8_0" and config.format != "gguf":
+        raise UserError("--dtype q8_0 is a type of GGUF files; give --format gguf, or another type")
     if config.base_dir and adapter is None:
         raise UserError(f"--base_dir names the base of an adapter, but {described} is none")
     if config.config_file and adapter:
@@ -121,6 +123,9 @@ def main(config: SplitConfig) -> None:
             text = plan.adapting(source.config, source.lora, 1 if config.format == "peft" else config.n)
         elif config.format == "hf":
             text = plan.exporting(source.config, config.dtype, max_shard_bytes)
+        elif config.format == "gguf":
+            gguf_layout.as_gguf(source.config, source.tensors, "", described)
+            text = plan.exporting(source.config, config.dtype)
         else:
             text = plan.splitting(source.config, config.n, config.dtype)
         runlog.table(text)
@@ -135,6 +140,8 @@ def main(config: SplitConfig) -> None:
     elif config.format == "hf":
         not_finite = export.export_hf(source, target, described, dtype=config.dtype, tokenizer_file=tokenizer_file,
                                       max_shard_bytes=max_shard_bytes)
+    elif config.format == "gguf":
+        not_finite = write_gguf(source, target, tokenizer_file, config.dtype, described)
     elif keep:
         not_finite = split_adapter(source, target, config.n, tokenizer_file, described)
     else:
@@ -148,6 +155,14 @@ def main(config: SplitConfig) -> None:
     if config.verify:
         after = sources.open_adapter(target, config.base_dir) or sources.open_source(config.save_path)
         log.info("logits before and after: %s", verify.logit_difference(adapter or source, after))
+
+
+def write_gguf(source: Source, target: Path, tokenizer: str, dtype: str, described: str) -> list[str]:
+    """Write a checkpoint, with the tokenizer of a directory, for llama.cpp. -> the tensors with NaN or infinity."""
+    if not tokenizer or not storage.has_vocabulary(storage.tokenizer_files(Path(tokenizer))):
+        raise UserError(f"--format gguf holds a tokenizer, but none lies beside {described}; give --tokenizer_file")
+    metadata = tokenizer_metadata(Path(tokenizer), source.config.vocab_size)
+    return export.export_gguf(source, target, described, metadata, dtype=dtype)
 
 
 def with_code_tokens(source: Source, tokenizer_file: str, described: str) -> tuple[Source, str]:
@@ -182,8 +197,7 @@ def with_ends(
 
 def copy_of(files: list[Path]) -> Path:
     """A directory of these files of a tokenizer, which is gone when the process ends."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = storage.temporary_folder()
     storage.copy_tokenizer(files, folder)
     return folder
 

@@ -40,7 +40,7 @@ from src.training.ppo_config import PPOConfig, short_name
 # What a run adds on a CPU to what its dry run holds: process group, TensorBoard, kernels' code, sampling (measured)
 STILL_TO_COME = 60 * 2**20
 MEASURED = "measured on a CPU it was within 13%, with --phases up to 18% below; no GPU was measured"
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
 ARRANGEMENTS = ("all at once", "--phases", "--share_base")
 DOING = {
     "model": "training",
@@ -267,10 +267,10 @@ def splitting(config: ModelConfig, n: int, dtype: str) -> str:
                    "disk": size(n * shard)})  # fmt: skip
 
 
-def exporting(config: ModelConfig, dtype: str, max_file_bytes: int) -> str:
-    """The plan of writing a checkpoint as Hugging Face's: its files, none larger than max_file_bytes if it can be."""
-    n_bytes = BYTES[dtype or config.dtype] * local_parameters(config, 1)
-    files = f"about {-(-n_bytes // max_file_bytes)} of at most {size(max_file_bytes)}"
+def exporting(config: ModelConfig, dtype: str, max_file_bytes: int | None = None) -> str:
+    """The plan of writing a checkpoint as others': its files, none larger than max_file_bytes if it can be, or one."""
+    n_bytes = round(BYTES[dtype or config.dtype] * local_parameters(config, 1))
+    files = f"about {-(-n_bytes // max_file_bytes)} of at most {size(max_file_bytes)}" if max_file_bytes else "1"
     return report({"parameters": f"{local_parameters(config, 1):,}", "files": files, "disk": size(n_bytes)})
 
 

@@ -171,9 +171,13 @@ VARIANTS: dict[str, Tiny] = {
 
 
 def make(folder: Path, name: str) -> Path:
-    """Save a model of MODELS or VARIANTS, random and float32, as a Hugging Face directory. Returns the directory."""
+    """Save a model of MODELS or VARIANTS. Returns the directory."""
+    return write(folder, (MODELS | VARIANTS)[name])
+
+
+def write(folder: Path, tiny: Tiny) -> Path:
+    """Save a random float32 model as a Hugging Face directory. Returns the directory."""
     torch.manual_seed(0)
-    tiny = (MODELS | VARIANTS)[name]
     config = transformers.AutoConfig.for_model(tiny.model_type, **_SIZES | tiny.settings)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():

@@ -114,7 +114,7 @@ def uses_hf_names(names: Iterable[str]) -> bool:
 
 def from_hf_name(name: str, family: str = PLAIN) -> str:
     """Our name of a Hugging Face parameter, or of the tensor it is fused in. Raises UserError for an unknown one."""
-    ours = _rename(name, _NAMES.get(family, _HF))
+    ours = rename(name, _NAMES.get(family, _HF))
     if ours is None:
         raise UserError(
             f"unknown parameter {name!r}; the importer of {family} checkpoints knows no place for it"
@@ -125,12 +125,12 @@ def from_hf_name(name: str, family: str = PLAIN) -> str:
 def to_hf_name(name: str, family: str = PLAIN) -> str:
     """The Hugging Face name of one of our parameters, or of a fused tensor under our name for it."""
     table = _NAMES.get(family, _HF)
-    theirs = _rename(name, {ours: theirs for theirs, ours in reversed(table.items())})
+    theirs = rename(name, {ours: theirs for theirs, ours in reversed(table.items())})
     assert theirs is not None, f"{name} has no place in a {family} checkpoint"
     return theirs
 
 
-def _rename(name: str, table: Mapping[str, str]) -> str | None:
+def rename(name: str, table: Mapping[str, str]) -> str | None:
     """A name looked up with its numbers replaced by #, which are put back; None if it is not there."""
     stem, _, kind = name.rpartition(".")
     if kind not in ("weight", "bias"):  # transformers' stacked experts have bare names

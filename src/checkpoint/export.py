@@ -1,13 +1,14 @@
-"""A checkpoint or an adapter written back as the directory that transformers or PEFT opens."""
+"""A checkpoint or an adapter written back as the directory that transformers, PEFT or llama.cpp opens."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from src.checkpoint import convert, peft_layout
+from src.checkpoint import convert, gguf_layout, peft_layout, storage
+from src.checkpoint.gguf import create_gguf, gguf_bytes
 from src.checkpoint.sources import AdapterSource, Source
-from src.checkpoint.split import refuse_source, tokenizer_of, write_files
+from src.checkpoint.split import is_finite, refuse_source, tokenizer_of, write_files
 from src.checkpoint.tensor_files import StoredTensor, TensorSpec
 from src.errors import UserError
 from src.models.config import ModelConfig
@@ -16,6 +17,7 @@ from src.models.foreign import config_to_hf
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
+GGUF = "model.gguf"
 
 
 def export_hf(
@@ -68,6 +70,30 @@ def export_peft(
     files = {peft_layout.WEIGHTS: {name: TensorSpec(t.shape, t.dtype) for name, t in tensors.items()}}
     facts = {"source": description, "rotary_layout": "halves"}
     return write_files(folder, [files], tensors, documents, tokenizer, facts)
+
+
+def export_gguf(
+    source: Source, folder: Path, description: str, tokenizer: Mapping[str, object], *, dtype: str = ""
+) -> list[str]:
+    """Write model.gguf, which llama.cpp opens, with the metadata of a tokenizer. dtype as in create_gguf().
+
+    Returns the tensors that hold NaN or infinity.
+    """
+    refuse_source(folder, source.folders)
+    name = Path(description.split(", ")[0]).resolve().name
+    metadata, tensors = gguf_layout.as_gguf(source.config, source.tensors, name, description)
+    storage.check_writable(folder)
+    storage.check_space(folder, gguf_bytes(tensors, dtype))
+    not_finite = []
+    with storage.writing(folder):
+        with create_gguf(storage.staging(folder) / GGUF, metadata | tokenizer, tensors, dtype) as file:
+            for key, stored in tensors.items():
+                tensor = stored.load()
+                if not is_finite(tensor):
+                    not_finite.append(key)
+                file.write(key, tensor)
+        storage.finish(folder, 1, {}, [], {"source": description})
+    return not_finite
 
 
 def file_parts(

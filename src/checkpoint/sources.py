@@ -1,6 +1,6 @@
 """Any checkpoint that a user brings, opened as one table of whole tensors under our names.
 
-Single files (a plain or nested dictionary, safetensors), lists of files, Hugging Face directories and
+Single files (a plain or nested dictionary, safetensors, GGUF), lists of files, Hugging Face directories and
 directories of tensor-parallel shards all become a Source; tensors are read one at a time, when asked for.
 """
 
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.checkpoint import adapters, convert, peft_layout, storage, training_state
+from src.checkpoint import adapters, convert, gguf_layout, peft_layout, storage, training_state
+from src.checkpoint.gguf import gguf_file
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, reshard
 from src.checkpoint.tensor_files import StoredTensor
 from src.checkpoint.weight_files import check_counts, open_weights
@@ -42,6 +43,11 @@ def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
     if adapter := open_adapter(paths[0], base_dir):
         return merge(adapter)
+    if path := gguf_file(paths):
+        if config_file:
+            raise UserError(f"--config_file {config_file}: {path} describes its model itself")
+        opened = gguf_layout.open_model(path)
+        return Source(opened.config, opened.tensors, opened.tokenizer_files, [path.parent])
     config, tensors = open_weights(paths, folder, config_file)
     return Source(config, tensors, storage.tokenizer_files(folder), [folder])
 
@@ -152,6 +158,8 @@ def describe(ckpt_dir: str) -> tuple[Source, str, int]:
     source = open_source(ckpt_dir)
     if open_adapter(folder):
         return source, "files of the adapter and its base", sum(len(_tensor_files(f)) for f in source.folders)
+    if gguf_file([folder]):
+        return source, "GGUF files", 1
     kind = "shards" if storage.shard_paths(folder) else "Hugging Face files"
     return source, kind, len(_tensor_files(folder))
 

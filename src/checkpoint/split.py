@@ -106,7 +106,7 @@ def write_files(
                 ]
                 for name in opened[0].names:
                     whole = tensors[name].load()
-                    if not _is_finite(whole):
+                    if not is_finite(whole):
                         not_finite.append(name)
                     for index, file in enumerate(opened):
                         file.write(name, piece(name, whole, index))
@@ -125,7 +125,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether every entry is a number; one pass, nothing allocated."""
     if tensor.numel() == 0:
         return True

@@ -5,11 +5,13 @@ files, params.json and manifest.json. All of it is written to a staging director
 then moved into place, the manifest last: a save that is killed leaves the old checkpoint, or none that counts.
 """
 
+import atexit
 import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +35,7 @@ from src.jsonfile import read_json
 
 WEIGHTS, ADAPTER = "consolidated", "adapter"
 # What would be taken for weights beside ours. Shards of an earlier save make way; these are not ours to remove.
-FOREIGN_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors")
+FOREIGN_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors", "*.gguf")
 DOCUMENTS = (
     "manifest.json",
     "params.json",
@@ -206,7 +208,7 @@ def finish(
     """
     place = staging(folder)
     copy_tokenizer(tokenizer_files, place)
-    tensor_files = sorted(path for path in place.iterdir() if path.suffix in (".pth", ".safetensors"))
+    tensor_files = sorted(path for path in place.iterdir() if path.suffix in (".pth", ".safetensors", ".gguf"))
     assert tensor_files and len(tensor_files) % n == 0, tensor_files  # a resumable checkpoint has two kinds
     files = {path.name: _facts(path) for path in tensor_files}
     manifest = {"format": MANIFEST_FORMAT, "shards": n, "files": files, **facts}
@@ -391,6 +393,13 @@ def tokenizer_files(path: Path) -> list[Path]:
     with_it = {"vocab.json": ("merges.txt",)}.get(path.name, ())
     names = [name for name in TOKENIZER_FILES if name in with_it or name not in VOCABULARY_FILES]
     return [path, *(path.with_name(name) for name in names if path.with_name(name).is_file())]
+
+
+def temporary_folder() -> Path:
+    """An empty directory, which is gone when the process ends."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def has_vocabulary(files: Sequence[Path]) -> bool:

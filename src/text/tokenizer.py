@@ -21,8 +21,9 @@ THOUGHTS = ("<think>", "</think>")
 class Tokenizer:
     """A vocabulary of any kind. Plain texts never become control tokens; only this class's ids and a template do.
 
-    kind: what the file is. vocab_size: ids are below this. bos_id: begins a sequence, None where none does. eos_id:
-    ends a response. stop_ids: any of these ends a sampled response. control: names and ids of all control tokens.
+    kind: what the file is. vocabulary, added: the opened file, and the tokens that stand apart in or beside it.
+    vocab_size: ids are below this. bos_id: begins a sequence, None where none does. eos_id: ends a response. stop_ids:
+    any of these ends a sampled response. control: names and ids of all control tokens.
     chat: the template that prompts and responses are put in, None for none; then eos_id is its end of a turn. code:
     whether they are put in the form of solutions with code (blocks.py); then eos_id is its end of a message.
     """
@@ -37,27 +38,28 @@ class Tokenizer:
         """
         self.path = _find_file(path)
         folder = self.path.parent
-        config = _read_config(folder)
-        self._vocabulary: Vocabulary = open_vocabulary(self.path, config.get("tokenizer_class"))
-        self.kind = self._vocabulary.kind
-        beside = _read_added(folder, config, self._vocabulary)
+        config = read_config(folder)
+        self.vocabulary: Vocabulary = open_vocabulary(self.path, config.get("tokenizer_class"))
+        self.kind = self.vocabulary.kind
+        beside = _read_added(folder, config, self.vocabulary)
         self._check_added(beside)
         renamed = {facts.id for facts in beside.values()}
-        own = {token: facts for token, facts in self._vocabulary.added.items() if facts.id not in renamed}
+        own = {token: facts for token, facts in self.vocabulary.added.items() if facts.id not in renamed}
         added = own | beside
         self._identity = sorted((token, facts.id) for token, facts in added.items())
         self.code = chat_template == CODE_FORM
         source = ""
         if not self.code and chat_template != "none":
             control = {token for token, facts in added.items() if facts.control}
-            source = find_source(chat_template, folder, control, puts_space=self._vocabulary.puts_space)
+            source = find_source(chat_template, folder, control, puts_space=self.vocabulary.puts_space)
         for token in control_tokens(source):
-            index = added[token].id if token in added else self._vocabulary.token_id(token)
+            index = added[token].id if token in added else self.vocabulary.token_id(token)
             if index is not None:
                 added[token] = Added(index, control=True)
         added |= {token: added[token]._replace(control=False) for token in THOUGHTS if token in added}
+        self.added = added
         self.control = {token: facts.id for token, facts in added.items() if facts.control}
-        self.vocab_size = max(self._vocabulary.size, *(facts.id + 1 for facts in added.values()), 0)
+        self.vocab_size = max(self.vocabulary.size, *(facts.id + 1 for facts in added.values()), 0)
         self._set_ends(folder, config)
         self._set_patterns(added)
         self.chat = None
@@ -75,11 +77,11 @@ class Tokenizer:
         """Raise UserError when the tokens that config files add do not go with the vocabulary or with each other."""
         seen: dict[int, str] = {}
         for token, facts in added.items():
-            known = self._vocabulary.token_id(token)
+            known = self.vocabulary.token_id(token)
             other = seen.get(facts.id)
-            if known not in (None, facts.id) and not self._vocabulary.renames:
+            if known not in (None, facts.id) and not self.vocabulary.renames:
                 other = f"id {known} in the vocabulary"
-            elif known is None and facts.id < self._vocabulary.size and not self._vocabulary.renames:
+            elif known is None and facts.id < self.vocabulary.size and not self.vocabulary.renames:
                 other = "another token in the vocabulary"
             if other is not None:
                 raise UserError(
@@ -90,18 +92,18 @@ class Tokenizer:
 
     def _set_ends(self, folder: Path, config: Mapping[str, object]) -> None:
         """Find bos_id, eos_id and stop_ids: by the config where it says, else by what the kind of file means."""
-        bos = config.get("bos_token", self._vocabulary.bos)
-        eos = config.get("eos_token", self._vocabulary.eos)
+        bos = config.get("bos_token", self.vocabulary.bos)
+        eos = config.get("eos_token", self.vocabulary.eos)
         adds_bos = config.get("add_bos_token")
-        adds_bos = self._vocabulary.adds_bos if adds_bos is None else adds_bos
+        adds_bos = self.vocabulary.adds_bos if adds_bos is None else adds_bos
         self.bos_id = self._named_id("bos_token", bos) if bos and adds_bos else None
         self.eos_id = self._named_id("eos_token", eos)
-        stops = {self.eos_id} | {self.control[token] for token in self._vocabulary.stops}
+        stops = {self.eos_id} | {self.control[token] for token in self.vocabulary.stops}
         self.stop_ids = frozenset(stops | _read_stops(folder, self.vocab_size))
 
     def _named_id(self, name: str, token: object) -> int:
         """The id of the token called bos_token or eos_token; it counts as a control token from here on."""
-        index = self.control.get(token, self._vocabulary.token_id(token)) if isinstance(token, str) else None
+        index = self.control.get(token, self.vocabulary.token_id(token)) if isinstance(token, str) else None
         if index is None:
             raise UserError(
                 f"{self.path}: {name} is {token!r}, which the vocabulary does not have; expected tokenizer_config.json "
@@ -114,11 +116,11 @@ class Tokenizer:
         """What texts are split by."""
         self._names = {index: token for token, index in self.control.items()}
         self._control = _alternatives(self.control, added)
-        own = {self._vocabulary.spelling(index) for index in self._names if index < self._vocabulary.size}
+        own = {self.vocabulary.spelling(index) for index in self._names if index < self.vocabulary.size}
         inside = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in own if text[1:])
         self._inside = re.compile("|".join(inside) or r"(?!)")
         plain = {token: facts.id for token, facts in added.items() if not facts.control}
-        found = {token for token, facts in self._vocabulary.added.items() if not facts.control}
+        found = {token for token, facts in self.vocabulary.added.items() if not facts.control}
         self._plain = {token: index for token, index in plain.items() if token not in found}
         self._plain_names = {index: token for token, index in self._plain.items()}
         self._plain_pattern = _alternatives(self._plain, added)
@@ -137,8 +139,8 @@ class Tokenizer:
             key: token for key, token in config.items() if key.endswith("_token") and isinstance(token, str)
         }
         names.setdefault("eos_token", self._names[self.eos_id])
-        if "bos_token" not in config and self._vocabulary.bos is not None:
-            names["bos_token"] = self._vocabulary.bos
+        if "bos_token" not in config and self.vocabulary.bos is not None:
+            names["bos_token"] = self.vocabulary.bos
         self.chat = ChatTemplate(name, source, names, self.control, args)
         self.eos_id = self.control[self.chat.end_token]
         self.stop_ids |= {self.eos_id}
@@ -202,7 +204,7 @@ class Tokenizer:
                 ids.append(self.control[stretch if stretch in self.control else stretch.strip()])
             else:
                 stretch, begins = stretch.replace(MARK, ""), start or index > 0
-                if self._vocabulary.puts_space and begins:
+                if self.vocabulary.puts_space and begins:
                     stretch = stretch.removeprefix(" ")
                 ids += self._encode_text(stretch, start=begins)
         return ids
@@ -228,13 +230,13 @@ class Tokenizer:
         Gemma's sentencepiece model holds <start_of_turn> as a user-defined piece, InternLM2's its <|im_end|> under
         the name [UNUSED_TOKEN_145].
         """
-        ids = self._vocabulary.encode(text, start=start)
+        ids = self.vocabulary.encode(text, start=start)
         if self._names.keys().isdisjoint(ids):
             return ids
         first, *others = self._inside.split(text)
-        ids = self._vocabulary.encode(first, start=start)
+        ids = self.vocabulary.encode(first, start=start)
         for part in others:
-            ids += self._vocabulary.encode(part, start=False)
+            ids += self.vocabulary.encode(part, start=False)
         return ids
 
     def decode(self, ids: Iterable[int], *, show_control: bool = False) -> str:
@@ -245,12 +247,12 @@ class Tokenizer:
             if index in shown:
                 text += self._decode_stretch(pending, start=start) + shown[index]
                 pending, start = [], index in self._names
-            elif index < self._vocabulary.size and index not in self._names:
+            elif index < self.vocabulary.size and index not in self._names:
                 pending.append(index)
         return text + self._decode_stretch(pending, start=start)
 
     def _decode_stretch(self, ids: Sequence[int], *, start: bool) -> str:
-        return self._vocabulary.decode(ids, start=start) if ids else ""
+        return self.vocabulary.decode(ids, start=start) if ids else ""
 
 
 def read_template_args(text: str) -> dict[str, object]:
@@ -299,7 +301,7 @@ def _find_file(path: Path) -> Path:
     raise UserError(f"{path} does not exist; expected a tokenizer's file or directory")
 
 
-def _read_config(folder: Path) -> dict[str, object]:
+def read_config(folder: Path) -> dict[str, object]:
     """tokenizer_config.json over special_tokens_map.json, as far as they are there; named tokens become texts."""
     config: dict[str, object] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):

@@ -116,6 +116,10 @@ class SentencePiece:
         """The piece of an id."""
         return self._model.id_to_piece(index)
 
+    def to_proto(self) -> bytes:
+        """The bytes of the file."""
+        return self._model.serialized_model_proto()
+
 
 class _Ranks(NamedTuple):
     """What a tiktoken file leaves out: how text is cut before merging, and the tokens after the last rank."""
@@ -128,13 +132,15 @@ class _Ranks(NamedTuple):
     stops: tuple[str, ...]
 
 
-_CUT = (
+# How the tokenizers of Llama 3, Qwen and others cut text before merging; {digits} says how many go together.
+CUT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT_2_CUT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _RESERVED = tuple(f"<|reserved_special_token_{index}|>" for index in range(248))
 _LLAMA_3 = _Ranks(
-    pattern=_CUT.format(digits="{1,3}"),
+    pattern=CUT.format(digits="{1,3}"),
     nfc=False,
     # the names of Llama 3.1; Llama 3 has reserved ones for eom_id, python_tag and finetune_right_pad_id
     control=(
@@ -147,7 +153,7 @@ _LLAMA_3 = _Ranks(
     stops=("<|eot_id|>",),
 )
 _QWEN = _Ranks(
-    pattern=_CUT.format(digits=""),
+    pattern=CUT.format(digits=""),
     nfc=True,
     control=(
         "<|endoftext|>",
@@ -314,6 +320,10 @@ class HfTokenizers:
         """The id of a piece."""
         return self._model.token_to_id(token)
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that does the same."""
+        return self._model.to_str()
+
     def spelling(self, index: int) -> str:
         """The piece of an id; empty for one that the file leaves out."""
         return self._model.id_to_token(index) or ""
@@ -328,9 +338,7 @@ class _Cut(NamedTuple):
 
 _MERGES = {
     "Qwen2Tokenizer": _Cut(_QWEN.pattern, nfc=True),
-    "GPT2Tokenizer": _Cut(
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", nfc=False
-    ),
+    "GPT2Tokenizer": _Cut(GPT_2_CUT, nfc=False),
 }
 
 

@@ -1,0 +1,385 @@
+"""The tokenizer in a GGUF file's metadata as the files that Tokenizer and transformers open, and back.
+
+llama.cpp knows two kinds that our families have: "gpt2", byte-level BPE whose pre-tokenizer it knows by name, and
+"llama", sentencepiece's BPE by scores.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from src.errors import UserError
+from src.jsonfile import parse, read_json
+from src.text.chat import find_source
+from src.text.sentencepiece_model import (
+    BPE,
+    BYTE,
+    CHAR,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    SpmModel,
+    SpmPiece,
+    from_bytes,
+    to_bytes,
+)
+from src.text.tokenizer import Tokenizer, read_config
+from src.text.vocabulary import CUT, GPT_2_CUT, HfTokenizers, SentencePiece
+
+_SPACE = "▁"  # what sentencepiece writes for one
+
+
+class _Cut(NamedTuple):
+    """How byte-level BPE cuts text before merging: by each pattern in turn, which the pieces between are kept beside.
+
+    nfc: text is composed first. ignore_merges: a piece that is a token is not merged from bytes. adds_bos: where the
+    file does not say.
+    """
+
+    patterns: tuple[str, ...]
+    nfc: bool = False
+    ignore_merges: bool = False
+    adds_bos: bool = False
+
+
+class _Token(NamedTuple):
+    """What the metadata says of an id; types are sentencepiece's."""
+
+    text: str
+    kind: int
+    score: float = -1000.0  # of what is never made by merging
+
+
+_DIGIT, _CJK = r"\p{N}", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_LETTERS = (  # of DeepSeek LLM
+    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
+    "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481"
+    "\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b"
+    "\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b"
+    "\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb"
+    "\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128"
+    "\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4"
+    "\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf"
+    "\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3"
+    "\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df"
+    "\U0001e900-\U0001e943"
+)
+_MARKS = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+# Pre-tokenizers by tokenizer.ggml.pre, as the released tokenizer.json files of these models have them.
+_CUTS = {
+    "llama-bpe": _Cut((CUT.format(digits="{1,3}"),), ignore_merges=True, adds_bos=True),
+    "qwen2": _Cut((CUT.format(digits=""),), nfc=True),
+    "gpt-2": _Cut((GPT_2_CUT,)),
+    "smollm": _Cut((_DIGIT, GPT_2_CUT)),
+    "deepseek-coder": _Cut(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, _DIGIT)),
+    "deepseek-llm": _Cut(("[\r\n]", rf"\s?[{_LETTERS}]+", _MARKS, r"\s+$", _CJK, _DIGIT)),
+    "tekken": _Cut(
+        (
+            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+            r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        ignore_merges=True,
+        adds_bos=True,
+    ),
+}
+_ALSO = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+
+_G = "tokenizer.ggml."
+_KEYS = {"model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token", "add_eos_token",
+         "add_space_prefix", "remove_extra_whitespaces"}  # fmt: skip
+_IDS = {"bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask", "cls"}  # in llama.cpp's spelling
+_ENDS = ("eos", "eot", "eom")  # llama.cpp ends a response at each of them
+_UNREAD = {"token_type_count", "add_sep_token"} | {f"{name}_token_id" for name in (
+    "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle")}  # fmt: skip
+
+
+class _Said:
+    """The tokenizer's keys of a file, each with the type that it must have. Raises UserError that names the key."""
+
+    def __init__(self, metadata: Mapping[str, object], source: str) -> None:
+        self.values = {key.removeprefix(_G): value for key, value in metadata.items() if key.startswith(_G)}
+        self.source = source
+        for key in self.values.keys() - _KEYS - _UNREAD - {f"{name}_token_id" for name in _IDS}:
+            raise UserError(f"{source}: {_G}{key} is not implemented")
+
+    def get(self, key: str, default: object, kind: type) -> object:
+        """A value, or the default."""
+        value = self.values.get(key, default)
+        if value is not None and type(value) is not kind:
+            raise UserError(f"{self.source}: {_G}{key}={str(value)[:100]!r}; expected a {kind.__name__}")
+        return value
+
+    def array(self, key: str, kind: type, n: int | None = None, default: object = None) -> list:
+        """A list with values of one type, n of them."""
+        values = self.get(key, default, list)
+        if values is None:
+            raise UserError(f"{self.source}: key '{_G}{key}' is missing")
+        if any(type(value) is not kind for value in values):
+            raise UserError(f"{self.source}: {_G}{key} holds other values than {kind.__name__}")
+        if n is not None and len(values) != n:
+            raise UserError(f"{self.source}: {_G}{key} has {len(values)} entries for {n} tokens")
+        return values
+
+
+def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, source: str) -> None:
+    """Write the tokenizer of a GGUF file whose embedding has n_rows; nothing where it has none.
+
+    Raises UserError for a kind, a pre-tokenizer or a key that is not implemented, and for damaged values.
+    """
+    said = _Said(metadata, source)
+    model = said.get("model", None, str)
+    if model is None and not said.values:
+        return
+    if model not in ("gpt2", "llama"):
+        raise UserError(f"{source}: {_G}model={model!r} is not implemented; expected 'gpt2' or 'llama'")
+    tokens = said.array("tokens", str)
+    if len(tokens) > n_rows or len(set(tokens)) < len(tokens):
+        what = "some twice" if len(tokens) <= n_rows else f"for {n_rows} rows of the embedding"
+        raise UserError(f"{source}: {_G}tokens names {len(tokens)} tokens, {what}; the file is damaged")
+    types = said.array("token_type", int, len(tokens), [NORMAL] * len(tokens))
+    default = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
+    ids = {name: said.get(f"{name}_token_id", default.get(name), int) for name in _IDS}
+    for name, index in ids.items():
+        if index is not None and not 0 <= index < len(tokens):
+            raise UserError(f"{source}: {_G}{name}_token_id={index} is none of {len(tokens)} tokens")
+    if model == "gpt2":
+        cut = _cut_of(said)
+        adds_bos = said.get("add_bos_token", cut.adds_bos, bool) and ids["bos"] is not None
+        text = json.dumps(_byte_level(said, tokens, types, cut, ids["bos"] if adds_bos else None), ensure_ascii=False)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    else:
+        adds_bos = said.get("add_bos_token", True, bool)
+        (folder / "tokenizer.model").write_bytes(_sentencepiece(said, tokens, types, ids))
+    config: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast" if model == "gpt2" else _sentencepiece_class(metadata),
+        "add_bos_token": adds_bos,
+        "add_eos_token": said.get("add_eos_token", False, bool),
+        "clean_up_tokenization_spaces": False,
+    }
+    if model == "llama":
+        config["add_prefix_space"] = said.get("add_space_prefix", True, bool)
+        config["legacy"] = False
+    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    named_ids = {key: ids[name] for key, name in named.items() if ids[name] is not None}
+    # sentencepiece knows its own; a name would make it a control token, which is not shown
+    config |= {key: tokens[index] for key, index in named_ids.items() if types[index] != UNKNOWN}
+    _write_json(folder / "tokenizer_config.json", config)
+    ends = list(dict.fromkeys(ids[name] for name in _ENDS if ids[name] is not None))
+    generation = {"bos_token_id": ids["bos"], "pad_token_id": ids["padding"]}
+    generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    said_ids = {key: value for key, value in generation.items() if value is not None}
+    _write_json(folder / "generation_config.json", said_ids)
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    try:
+        Tokenizer(folder)
+    except UserError as problem:
+        raise UserError(f"{source}: its tokenizer does not open ({problem})") from None
+
+
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sentencepiece_class(metadata: Mapping[str, object]) -> str:
+    """The class with which transformers opens a sentencepiece model as it is meant."""
+    return "GemmaTokenizer" if str(metadata.get("general.architecture")).startswith("gemma") else "LlamaTokenizer"
+
+
+def _cut_of(said: _Said) -> _Cut:
+    pre = said.get("pre", None, str)
+    if _ALSO.get(pre, pre) not in _CUTS:
+        raise UserError(
+            f"{said.source}: {_G}pre={pre!r} is not implemented; expected one of {', '.join([*_CUTS, *_ALSO])}"
+        )
+    return _CUTS[_ALSO.get(pre, pre)]
+
+
+def _byte_level(said: _Said, tokens: list[str], types: list[int], cut: _Cut, bos: int | None) -> dict[str, object]:
+    """The contents of a tokenizer.json. bos: the id that is put before a sequence."""
+    vocab = {token: index for index, token in enumerate(tokens) if not _is_padding(token, index, types[index])}
+    merges = [merge.split(" ") for merge in said.array("merges", str)]
+    for pair in merges:
+        if len(pair) != 2 or any(piece not in vocab for piece in (*pair, "".join(pair))):
+            raise UserError(f"{said.source}: {_G}merges has {' '.join(pair)[:60]!r}, no two tokens that make one")
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": index, "content": tokens[index], **plain, "special": kind == CONTROL}
+        for index, kind in enumerate(types)
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in cut.patterns
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    post = None
+    if bos is not None:
+        first, text = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        pair = [first, text, {"Sequence": {"id": "B", "type_id": 0}}]
+        special = {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}}
+        post = {"type": "TemplateProcessing", "single": [first, text], "pair": pair, "special_tokens": special}
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if cut.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+        "post_processor": post,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": cut.ignore_merges},
+    }
+
+
+def _is_padding(token: str, index: int, kind: int) -> bool:
+    """Whether a token stands for a row of the embedding that no text uses, as converters name them."""
+    return kind == UNUSED and token == f"[PAD{index}]"
+
+
+def _sentencepiece(said: _Said, tokens: list[str], types: list[int], ids: Mapping[str, int | None]) -> bytes:
+    """The bytes of a sentencepiece model."""
+    if said.get("remove_extra_whitespaces", False, bool):
+        raise UserError(f"{said.source}: {_G}remove_extra_whitespaces=true is not implemented")
+    scores = said.array("scores", float, len(tokens))
+    n = len(tokens)
+    while n and _is_padding(tokens[n - 1], n - 1, types[n - 1]):
+        n -= 1
+    pieces = [
+        # llama.cpp looks for user-defined tokens in plain text, sentencepiece where spaces are escaped
+        SpmPiece(text.replace(" ", _SPACE) if kind == USER_DEFINED else text, score, kind or NORMAL)
+        for text, score, kind in zip(tokens[:n], scores, types, strict=False)
+    ]
+    return to_bytes(SpmModel(pieces, said.get("add_space_prefix", True, bool)), ids)
+
+
+def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
+    """What a GGUF file says of the tokenizer in a directory, of a model whose embedding has n_rows.
+
+    Ends of a response are those of generation_config.json, the tokenizer's own first. Raises UserError for a tokenizer
+    that llama.cpp has no form for.
+    """
+    tokenizer = Tokenizer(folder)
+    config = read_config(folder)
+    vocabulary = tokenizer.vocabulary
+    if isinstance(vocabulary, SentencePiece):
+        metadata, tokens = _from_sentencepiece(vocabulary.to_proto(), str(tokenizer.path))
+    elif isinstance(vocabulary, HfTokenizers):
+        document = parse(vocabulary.to_json(), str(tokenizer.path))
+        convert = _from_merged if document["model"].get("byte_fallback") else _from_byte_level
+        metadata, tokens = convert(document, str(tokenizer.path))
+    else:
+        raise UserError(
+            f"{tokenizer.path} is a tiktoken file, which --format gguf does not write; give the model's tokenizer.json "
+            f"with --tokenizer_file"
+        )
+    is_spm = metadata[f"{_G}model"] == "llama"
+    control = tokenizer.control.items()
+    apart = {facts.id: (text, USER_DEFINED) for text, facts in tokenizer.added.items() if not facts.control}
+    for index, (text, kind) in (apart | {index: (text, CONTROL) for text, index in control}).items():
+        known = tokens.get(index, _Token("", NORMAL))
+        if known.kind != UNKNOWN:  # sentencepiece has no text for it, whatever config files say
+            plain = text.replace(_SPACE, " ") if is_spm and kind == USER_DEFINED else text
+            tokens[index] = _Token(plain, kind, known.score)
+    if max(tokens) >= n_rows:
+        raise UserError(f"{tokenizer.path} has token {max(tokens)}, but the model has {n_rows} rows: it is of another")
+    table = [tokens.get(index, _Token(f"[PAD{index}]", UNUSED)) for index in range(n_rows)]
+    metadata[f"{_G}tokens"] = [token.text for token in table]
+    metadata[f"{_G}token_type"] = [token.kind for token in table]
+    if is_spm:
+        metadata[f"{_G}scores"] = [token.score for token in table]
+    for key, name in (("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+        text = config.get(key, vocabulary.bos if name == "bos" else None)
+        index = tokenizer.control.get(text, vocabulary.token_id(text)) if isinstance(text, str) else None
+        if index is not None:
+            metadata[f"{_G}{name}_token_id"] = index
+    ends = dict.fromkeys([tokenizer.eos_id, *_stated_ends(folder), *sorted(tokenizer.stop_ids)])
+    if len(ends) > len(_ENDS):
+        raise UserError(
+            f"{folder} ends responses at {len(ends)} tokens, {list(ends)}; a GGUF file has room for {len(_ENDS)}"
+        )
+    metadata |= {f"{_G}{name}_token_id": index for name, index in zip(_ENDS, ends, strict=False)}
+    metadata[f"{_G}add_bos_token"] = tokenizer.bos_id is not None
+    metadata[f"{_G}add_eos_token"] = False
+    try:
+        metadata["tokenizer.chat_template"] = find_source("file", folder)
+    except UserError:  # there is none
+        pass
+    return metadata
+
+
+def _stated_ends(folder: Path) -> list[int]:
+    """The ends of generation_config.json in its order; Tokenizer has checked them."""
+    path = folder / "generation_config.json"
+    said = read_json(path).get("eos_token_id") if path.is_file() else None
+    return said if isinstance(said, list) else [] if said is None else [said]
+
+
+def _from_sentencepiece(model: bytes, source: str) -> tuple[dict[str, object], dict[int, _Token]]:
+    """Metadata and tokens of a sentencepiece model."""
+    opened = from_bytes(model)
+    if opened.kind not in (BPE, CHAR):
+        raise UserError(f"{source}: a sentencepiece model of type {opened.kind} has no form in a GGUF file")
+    if opened.replaces or opened.squeezes:
+        what = "a table that replaces characters" if opened.replaces else "the removal of repeated spaces"
+        raise UserError(f"{source}: its normalizer has {what}, which llama.cpp does not apply")
+    tokens = {
+        index: _Token(text.replace(_SPACE, " ") if kind == USER_DEFINED else text, kind, score)
+        for index, (text, score, kind) in enumerate(opened.pieces)
+    }
+    return {f"{_G}model": "llama", f"{_G}pre": "default", f"{_G}add_space_prefix": opened.puts_space}, tokens
+
+
+def _steps(part: Mapping[str, object] | None, inner: str) -> list[Mapping[str, object]]:
+    """The steps of a tokenizer.json's normalizer or pre_tokenizer."""
+    return [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
+
+
+def _from_byte_level(document: Mapping[str, object], source: str) -> tuple[dict[str, object], dict[int, _Token]]:
+    """Metadata and tokens of a tokenizer.json with byte-level BPE, whose pre-tokenizer llama.cpp knows by name."""
+    patterns: list[str] = []
+    for step in _steps(document["pre_tokenizer"], "pretokenizers"):
+        kind = step["type"]
+        if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"] and "Regex" in step["pattern"]:
+            patterns.append(step["pattern"]["Regex"])
+        elif kind == "Digits":
+            patterns.append(_DIGIT if step["individual_digits"] else rf"{_DIGIT}+")
+        elif kind == "ByteLevel" and not step["add_prefix_space"]:
+            patterns += [GPT_2_CUT] if step["use_regex"] else []
+        else:
+            raise UserError(f"{source}: its pre-tokenizer's step {kind} has no form in a GGUF file")
+    model, normal = document["model"], [step["type"] for step in _steps(document["normalizer"], "normalizers")]
+    names = [
+        name
+        for name, cut in _CUTS.items()
+        if cut.patterns == tuple(patterns)
+        and cut.ignore_merges == model["ignore_merges"]
+        and (not normal or cut.nfc and normal == ["NFC"])
+    ]
+    if not names:
+        raise UserError(f"{source}: llama.cpp has no pre-tokenizer that cuts text as it does ({normal + patterns})")
+    metadata = {f"{_G}model": "gpt2", f"{_G}pre": names[0]}
+    metadata[f"{_G}merges"] = [" ".join(pair) for pair in model["merges"]]
+    return metadata, {index: _Token(text, NORMAL) for text, index in model["vocab"].items()}
+
+
+def _from_merged(document: Mapping[str, object], source: str) -> tuple[dict[str, object], dict[int, _Token]]:
+    """Metadata and tokens of a tokenizer.json made of a sentencepiece model: scores are the ranks of its merges."""
+    model = document["model"]
+    normal, cuts = _steps(document["normalizer"], "normalizers"), _steps(document["pre_tokenizer"], "pretokenizers")
+    kinds = {step["type"] for step in (*normal, *cuts)}
+    if not kinds <= {"Prepend", "Replace", "Metaspace", "Split"}:
+        raise UserError(f"{source}: {', '.join(sorted(kinds))} have no form in a GGUF file")
+    prefix = "Prepend" in kinds or any(step.get("prepend_scheme", "never") != "never" for step in cuts)
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(model["merges"]):
+        ranks.setdefault("".join(pair), rank)
+    tokens: dict[int, _Token] = {}
+    for text, index in model["vocab"].items():
+        is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        kind = UNKNOWN if text == model["unk_token"] else BYTE if is_byte else NORMAL
+        tokens[index] = _Token(text, kind, float(-ranks.get(text, len(ranks))))
+    return {f"{_G}model": "llama", f"{_G}pre": "default", f"{_G}add_space_prefix": prefix}, tokens
