@@ -81,27 +81,6 @@ def is_path(name: str) -> bool:
     return name.endswith(("_file", "_dir", "_path")) or name in ("inspect", "certify", "config")
 
 
-# What flags of functions mean that say the same in every script that has them; a docstring need not repeat it.
-COMMON: dict[str, str] = {
-    "backend": "engine = the checkpoint, in this process; openai = a server that speaks the OpenAI protocol",
-    "base_url": "the server's address up to /v1, for example http://localhost:8000/v1",
-    "model_name": "the model's name at the server",
-    "api_key_env": "name of the environment variable that holds the server's key",
-    "tokenizer_file": "tokenizer of any kind; default: the one in ckpt_dir. A server then gets token ids, not text",
-    "chat_template": "form of prompts: none, file (the tokenizer's own) or llama-2, llama-3, mistral, qwen, deepseek, "
-    "gemma, internlm2, code; default: what ckpt_dir was trained with, else none. With a server: they need "
-    "tokenizer_file; server = it puts messages in its own (/chat/completions); default: the bare prompt as text",
-    "template_args": "values of the template's own variables, as enable_thinking=false or a json object; default: what "
-    "ckpt_dir was trained with",
-    "isolation": "what the code of solutions with code runs in; default: what this machine has; none = your own "
-    "rights, under limits alone",
-    "prompt_template": "text or file with {instruction} where the problem goes, \\n for a new line; default: the "
-    "task's",
-    "save_file": "the json file to write",
-    "dry_run": "count what would be sampled or written, and stop",
-}
-
-
 class Flag(NamedTuple):
     """A flag; `kinds` are the members of its annotation: (int, NoneType) for `int | None`."""
 
@@ -178,7 +157,7 @@ def _fields(config: type[Config]) -> Iterator[tuple[str, object, str, str]]:
 def _parameters(main: Callable[..., None]) -> Iterator[tuple[str, object, str, str]]:
     meanings = meanings_of(inspect.getdoc(main) or "")
     for name, parameter in inspect.signature(main).parameters.items():
-        yield name, parameter.default, meanings.get(name) or COMMON.get(name, ""), "Optional flags"
+        yield name, parameter.default, meanings.get(name, ""), "Optional flags"
 
 
 def undocumented(main: Callable[..., None]) -> list[str]:
