@@ -160,7 +160,7 @@ def encode_conversation(
         raise UserError("a message that is not the assistant's has weight 0, but all are to be learnt; leave it out")
     kept = [is_kept for role, is_kept in weights if role == "assistant"]
     if tokenizer.code:
-        found = [_encode_pieces(tokenizer, blocks.pieces(blocks.from_messages(messages)), learnt, kept)]
+        found = [_encode_pieces(tokenizer, blocks.message_pieces(messages), learnt, kept)]
     elif tokenizer.chat:
         found = _encode_turns(tokenizer, messages, learnt, kept)
     else:
