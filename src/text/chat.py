@@ -1,4 +1,4 @@
-"""Chat templates: conversations to the text that a model was trained on. Built-in ones are data; files bring others.
+"""Chat templates: conversations to the text that a model was trained on. Built-in ones are files of templates/.
 
 Texts that come out of here hold control tokens (<|im_end|>, ...) of the template. Where the *content* of a message
 spells one, MARK breaks it, so that whoever tokenises the text can tell them apart and nobody can forge a turn.
@@ -22,116 +22,24 @@ WAIT_SECONDS = 120.0  # by the clock, on a busy machine
 
 Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
 
-_ALTERNATE = """
-{%- for message in turns -%}
-    {%- if message.role != ("user" if loop.index0 % 2 == 0 else "assistant") -%}
-        {{ raise_exception("roles must alternate user, assistant, user, ... after at most one system message") }}
-    {%- endif -%}
-{%- endfor -%}"""
-_SYSTEM_FIRST = """
-{%- set system = messages[0].content if messages[0].role == "system" else none -%}
-{%- set turns = messages if system is none else messages[1:] -%}"""
-_NO_SYSTEM = """
-{%- if messages[0].role == "system" -%}{{ raise_exception("this format has no system message") }}{%- endif -%}
-{%- set turns = messages -%}"""
-_CHATML = """
-{%- for message in messages -%}
-    {{ "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n" }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}"""
-
-# What tokenizers v2, v3 and v7 of mistral-common have instead of v1's words: [INST] and [/INST] as control tokens. A
-# vocabulary that puts no space before a text (tekken) has none for ␣. The last user message holds the system's (v2, v3)
-_MISTRAL_CONTROL = (
-    _SYSTEM_FIRST
-    + _ALTERNATE
-    + """
-{{- bos_token -}}
-{%- for message in turns -%}
-    {%- if message.role == "user" -%}
-        {%- set last = loop.index0 >= turns | length - 2 -%}
-        {%- set head = "" if system is none or not last else system + "\n\n" -%}
-        {{ "[INST]␣" + head + message.content + "[/INST]" }}
-    {%- else -%}
-        {{ "␣" + message.content.rstrip(" ") + eos_token }}
-    {%- endif -%}
-{%- endfor -%}"""
+# The formats of the released instruction models, each with its source.
+BUILT_IN = (
+    "llama-2",  # chat_completion in generation.py of meta-llama/llama; chat_template of Llama-2-7b-chat-hf
+    "llama-3",  # ChatFormat in llama/tokenizer.py of meta-llama/llama3; chat_template of Meta-Llama-3-8B-Instruct
+    "mistral",  # tokenizer v1 of mistral-common: Mistral-7B-Instruct-v0.1 and v0.2, Mixtral-8x7B-Instruct-v0.1
+    "qwen",  # chat_template of Qwen2-7B-Instruct (ChatML with a default system message); Qwen v1 says the same
+    "deepseek",  # chat_template of deepseek-llm-7b-chat and deepseek-math-7b-instruct
+    "gemma",  # chat_template of gemma-2b-it, gemma-7b-it and gemma-2-9b-it
+    "internlm2",  # chat_template of internlm2-chat-7b and -20b
 )
-# or it has tokens of its own (v7)
-_SYSTEM_BLOCK = """
-{{- bos_token -}}
-{%- if system is not none -%}
-    {{ "[SYSTEM_PROMPT]␣" + system + "[/SYSTEM_PROMPT]" }}
-    {%- set system = none -%}
-{%- endif -%}"""
+_FOLDER = Path(__file__).parent / "templates"
 
-# The formats of the released instruction models, each after the source in its comment.
-TEMPLATES: dict[str, str] = {
-    # chat_completion in generation.py of meta-llama/llama; chat_template of Llama-2-7b-chat-hf
-    "llama-2": _SYSTEM_FIRST
-    + _ALTERNATE
-    + """
-{%- for message in turns -%}
-    {%- if message.role == "user" -%}
-        {%- set head = "" if system is none or not loop.first else "<<SYS>>\n" + system + "\n<</SYS>>\n\n" -%}
-        {{ bos_token + "[INST] " + (head + message.content).strip() + " [/INST]" }}
-    {%- else -%}
-        {{ " " + message.content.strip() + " " + eos_token }}
-    {%- endif -%}
-{%- endfor -%}""",
-    # ChatFormat in llama/tokenizer.py of meta-llama/llama3; chat_template of Meta-Llama-3-8B-Instruct
-    "llama-3": """
-{{- bos_token -}}
-{%- for message in messages -%}
-    {{ "<|start_header_id|>" + message.role + "<|end_header_id|>\n\n" + message.content.strip() + "<|eot_id|>" }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ "<|start_header_id|>assistant<|end_header_id|>\n\n" }}{%- endif -%}""",
-    # tokenizer v1 of mistral-common: Mistral-7B-Instruct-v0.1 and v0.2, Mixtral-8x7B-Instruct-v0.1; later ones where
-    # the vocabulary has their control tokens (find_source)
-    "mistral": _SYSTEM_FIRST
-    + _ALTERNATE
-    + """
-{{- bos_token -}}
-{%- for message in turns -%}
-    {%- if message.role == "user" -%}
-        {%- set head = "" if system is none or not loop.first else system + "\n\n" -%}
-        {{ " [INST] " + head + message.content + " [/INST]" }}
-    {%- else -%}
-        {{ " " + message.content + eos_token }}
-    {%- endif -%}
-{%- endfor -%}""",
-    # chat_template of Qwen2-7B-Instruct (ChatML with a default system message); Qwen v1 says the same
-    "qwen": """
-{%- if messages[0].role != "system" -%}
-    {{ "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" }}
-{%- endif -%}"""
-    + _CHATML,
-    # chat_template of deepseek-llm-7b-chat and deepseek-math-7b-instruct
-    "deepseek": """
-{{- bos_token -}}
-{%- for message in messages -%}
-    {%- if message.role == "system" -%}
-        {{ message.content + "\n\n" }}
-    {%- elif message.role == "user" -%}
-        {{ "User: " + message.content + "\n\n" }}
-    {%- else -%}
-        {{ "Assistant: " + message.content + eos_token }}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ "Assistant:" }}{%- endif -%}""",
-    # chat_template of gemma-2b-it, gemma-7b-it and gemma-2-9b-it
-    "gemma": _NO_SYSTEM
-    + _ALTERNATE
-    + """
-{{- bos_token -}}
-{%- for message in turns -%}
-    {%- set role = "model" if message.role == "assistant" else "user" -%}
-    {{ "<start_of_turn>" + role + "\n" + message.content.strip() + "<end_of_turn>\n" }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ "<start_of_turn>model\n" }}{%- endif -%}""",
-    # chat_template of internlm2-chat-7b and -20b
-    "internlm2": "{{- bos_token -}}" + _CHATML,
-}
+
+def read_built_in(name: str) -> str:
+    """Read the jinja source of one of BUILT_IN, or of a version of it."""
+    return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+
+
 # Control tokens that a vocabulary may hold as ordinary pieces, as Gemma's and DeepSeek's do
 _CONTROL = re.compile(r"<([|｜])[^|｜<>\s]+\1>|<(?:start|end)_of_turn>")
 
@@ -311,15 +219,17 @@ def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_
     several versions is told.
     """
     if name == "mistral" and "[INST]" in control:
-        own_block = "[SYSTEM_PROMPT]" in control
-        source = _MISTRAL_CONTROL.replace("\n{{- bos_token -}}", _SYSTEM_BLOCK) if own_block else _MISTRAL_CONTROL
-        return source.replace("␣", " " if puts_space else "")
-    if name in TEMPLATES:
-        return TEMPLATES[name]
+        # Tokenizers v2, v3 and v7 of mistral-common have control tokens instead of v1's words. v2 and v3 put the system
+        # message into the last user message, v7 has tokens for it. ␣ is a space where the vocabulary puts one before
+        # a text, nothing where it does not (tekken).
+        version = "mistral-system-block" if "[SYSTEM_PROMPT]" in control else "mistral-control"
+        return read_built_in(version).replace("␣", " " if puts_space else "")
+    if name in BUILT_IN:
+        return read_built_in(name)
     if name != FILE:
         raise UserError(
             f"--chat_template {name} is unknown; expected none, file (the tokenizer's own) or one of "
-            f"{', '.join(TEMPLATES)}"
+            f"{', '.join(BUILT_IN)}"
         )
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -333,7 +243,7 @@ def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_
             return found
     raise UserError(
         f"--chat_template file: {folder} holds no chat template (chat_template.jinja, or chat_template in "
-        f"tokenizer_config.json); choose a built-in one of {', '.join(TEMPLATES)}"
+        f"tokenizer_config.json); choose a built-in one of {', '.join(BUILT_IN)}"
     )
 
 

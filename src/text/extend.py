@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.errors import UserError
 from src.jsonfile import read_json
-from src.text.chat import TEMPLATES
+from src.text.chat import BUILT_IN
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
@@ -74,7 +74,7 @@ def say_ends(
     if ends:
         said = said | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
         path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-    if tokenizer and tokenizer.chat and (chat_template in TEMPLATES or template_args):
+    if tokenizer and tokenizer.chat and (chat_template in BUILT_IN or template_args):
         defaults = "".join(
             f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}\n"
             for name, value in tokenizer.template_args.items()

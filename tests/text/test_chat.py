@@ -9,7 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from src.data.encoding import encode_conversation
 from src.errors import UserError
 from src.text import chat
-from src.text.chat import MARK, TEMPLATES, ChatTemplate, Turn, find_source
+from src.text.chat import BUILT_IN, MARK, ChatTemplate, Turn, find_source, read_built_in
 from src.text.tokenizer import Tokenizer
 from tests.reference import shared
 from tests.text.files import CONTROL, write_json, write_merges, write_ranks, write_sentencepiece
@@ -25,7 +25,7 @@ def message(role: str, content: str) -> dict[str, str]:
 CHAT = [message("user", " 1+1? "), message("assistant", " 2\n"), message("user", "Why?")]
 SYSTEM = message("system", "Be brief.")
 # CHAT with its prompt for an answer, and SYSTEM before [user "Hi", assistant "Yo"]; None: has no system message.
-# Rendered by transformers 5.23 from the chat_template of the released models that TEMPLATES names.
+# Rendered by transformers 5.23 from the chat_template of the released models that BUILT_IN names.
 RENDERED: dict[str, tuple[str, str | None]] = {
     "llama-2": (
         "<s>[INST] 1+1? [/INST] 2 </s><s>[INST] Why? [/INST]",
@@ -68,11 +68,11 @@ RENDERED: dict[str, tuple[str, str | None]] = {
 
 
 def builtin(name: str) -> ChatTemplate:
-    return ChatTemplate(name, TEMPLATES[name], NAMES, TOKENS)
+    return ChatTemplate(name, read_built_in(name), NAMES, TOKENS)
 
 
 def test_every_built_in_format_is_tested() -> None:
-    assert RENDERED.keys() == TEMPLATES.keys()
+    assert RENDERED.keys() == set(BUILT_IN)
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -337,7 +337,7 @@ def test_a_template_that_an_answer_changes_is_refused() -> None:
 
 
 def test_a_file_s_added_tokens_reach_its_template(tmp_path: Path) -> None:
-    write_merges(tmp_path, chat_template=TEMPLATES["qwen"])
+    write_merges(tmp_path, chat_template=read_built_in("qwen"))
     tokenizer = Tokenizer(tmp_path, "file")
     ids = tokenizer.encode_rendered(tokenizer.chat.prompt([message("user", "12")]))
     assert [tokenizer.control[token] for token in ("<|im_start|>", "<|im_end|>")] * 2 == [
