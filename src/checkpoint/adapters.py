@@ -1,6 +1,5 @@
 """Adapter directories (LoRA): adapter.NN.pth beside an adapter.json that names the base they belong to."""
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -85,13 +84,9 @@ def fold(base: Mapping[str, Load], own: Mapping[str, Load], lora: LoraConfig) ->
             weight, other = f"{stem}.weight", f"{stem}.lora_b.weight"
             if weight not in base or other not in own:
                 raise UserError(f"{name} adapts nothing: the base lacks {weight}, or the adapter {other}")
-            merged[weight] = functools.partial(
-                _merged, base[weight], load, own[other], lora.alpha / lora.rank
+            merged[weight] = lambda plain=base[weight], a=load, b=own[other]: merged_weight(
+                plain(), a(), b(), lora.alpha / lora.rank
             )
         elif not name.endswith(".lora_b.weight"):
             merged[name] = load
     return merged
-
-
-def _merged(base: Load, lora_a: Load, lora_b: Load, scale: float) -> Tensor:
-    return merged_weight(base(), lora_a(), lora_b(), scale)

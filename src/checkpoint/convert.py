@@ -14,6 +14,7 @@ from src.models.config import ModelConfig
 from src.models.families import PLAIN
 
 Reorder = Callable[[str, Tensor, ModelConfig], Tensor]
+Take = Callable[[Tensor], Tensor]
 
 _WRAPPERS = ("_orig_mod.", "module.")  # left by torch.compile and DistributedDataParallel
 
@@ -152,13 +153,8 @@ def as_ours(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[st
     for name, stored in tensors.items():
         parts = _parts(name, stored, config) if "_stacked" in name or "_grouped" in name else {name: stored}
         for part, piece in parts.items():
-            load = functools.partial(_load_from_hf, part, piece.load, config)
-            ours[part] = piece._replace(load=load)
+            ours[part] = piece.then(functools.partial(rotary_from_hf, part, config=config))
     return ours
-
-
-def _load_from_hf(name: str, load: Callable[[], Tensor], config: ModelConfig) -> Tensor:
-    return rotary_from_hf(name, load(), config)
 
 
 def as_hf(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
@@ -169,8 +165,8 @@ def as_hf(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str,
         stem, kind = name.rsplit(".", 1)
         parent, _, module = stem.rpartition(".")
         if not fused or module not in _QKV:
-            load = functools.partial(_load_to_hf, name, stored.load, config)
-            theirs[to_hf_name(name, config.family)] = stored._replace(load=load)
+            reorder = functools.partial(_contiguous_to_hf, name, config=config)
+            theirs[to_hf_name(name, config.family)] = stored.then(reorder)
         elif module == "wq":
             (way,) = fused
             parts = {part: tensors[f"{parent}.{part}.{kind}"] for part in _QKV}
@@ -181,15 +177,17 @@ def as_hf(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str,
     return theirs
 
 
-def _load_to_hf(name: str, load: Callable[[], Tensor], config: ModelConfig) -> Tensor:
-    return rotary_to_hf(name, load(), config).contiguous()
+def _contiguous_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    return rotary_to_hf(name, tensor, config).contiguous()
 
 
 def _load_fused(
     parent: str, kind: str, parts: Mapping[str, StoredTensor], way: str, config: ModelConfig
 ) -> Tensor:
     """Queries, keys and values as one tensor: stacked, or for each kv head its queries, key and value."""
-    pieces = [_load_to_hf(f"{parent}.{part}.{kind}", stored.load, config) for part, stored in parts.items()]
+    pieces = [
+        _contiguous_to_hf(f"{parent}.{part}.{kind}", stored.load(), config) for part, stored in parts.items()
+    ]
     if way == "grouped":
         pieces = [piece.unflatten(0, (config.n_kv_heads, -1, config.head_dim)) for piece in pieces]
         return torch.cat(pieces, 1).flatten(0, 2)
@@ -213,22 +211,16 @@ def _parts(name: str, fused: StoredTensor, config: ModelConfig) -> dict[str, Sto
     whole = (*leading, *shapes[first][1:])
     if fused.shape != whole:
         raise UserError(f"{name} has shape {list(fused.shape)}, but the config means {list(whole)}")
+    # the parts are read one after the other: the last whole tensor is kept
+    kept = fused._replace(load=functools.partial(_load_whole, fused))
     return {
-        part: StoredTensor(shapes[part], functools.partial(_load_part, fused, take), fused.dtype)
+        part: kept.then(lambda whole, take=take: take(whole).contiguous(), shapes[part])
         for part, take in takes.items()
     }
 
 
-Take = Callable[[Tensor], Tensor]
-
-
-def _load_part(fused: StoredTensor, take: Take) -> Tensor:
-    return take(_load_whole(fused)).contiguous()
-
-
 @functools.lru_cache(maxsize=1)
 def _load_whole(fused: StoredTensor) -> Tensor:
-    """A fused tensor; the last one is kept, because its parts are read one after the other."""
     return fused.load()
 
 

@@ -22,51 +22,31 @@ _ANY: tuple[object, ...] = ()
 _KEYS: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "task_type": (None, "CAUSAL_LM", "SEQ_CLS"),
-    "r": _ANY,
-    "lora_alpha": _ANY,
-    "rank_pattern": _ANY,
-    "alpha_pattern": _ANY,
-    "target_modules": _ANY,
-    "exclude_modules": _ANY,
-    "modules_to_save": _ANY,
-    "base_model_name_or_path": _ANY,
     "use_rslora": (None, False, True),
     "init_lora_weights": (None, False, True, "gaussian", "orthogonal", "eva", "mica", *CHANGE_BASE),
     # off, or another computation
     "bias": (None, "none"),
-    "lora_bias": (None, False),
-    "fan_in_fan_out": (None, False),
-    "use_dora": (None, False),
-    "use_qalora": (None, False),
-    "use_bdlora": (None, False),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-    "megatron_config": (None,),
-    "enable_lora": (None,),
-    "layer_replication": (None, []),
-    "layers_to_transform": (None, []),
     "layers_pattern": (None, [], ""),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
-    # about training, files or starting values that PEFT replaces by those of the adapter
-    "auto_mapping": _ANY,
-    "corda_config": _ANY,
-    "ensure_weight_tying": _ANY,  # of embeddings and the output layer, which carry no adapter here
-    "eva_config": _ANY,
-    "inference_mode": _ANY,
-    "lora_dropout": _ANY,
-    "lora_ga_config": _ANY,
-    "loftq_config": _ANY,
-    "megatron_core": _ANY,
-    "merge_weights": _ANY,
-    "peft_version": _ANY,
-    "qalora_group_size": _ANY,
-    "revision": _ANY,
-    "runtime_config": _ANY,
-}
+    **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_dora", "use_qalora", "use_bdlora"), (None, False)),
+    **dict.fromkeys(("layer_replication", "layers_to_transform", "target_parameters"), (None, [])),
+    **dict.fromkeys((
+        "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+        "megatron_config", "enable_lora",
+    ), (None,)),
+    # read below
+    **dict.fromkeys((
+        "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save",
+        "base_model_name_or_path",
+    ), _ANY),
+    # about training, files or starting values that PEFT replaces by those of the adapter; ensure_weight_tying is of
+    # embeddings and the output layer, which carry no adapter here
+    **dict.fromkeys((
+        "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode", "lora_dropout",
+        "lora_ga_config", "loftq_config", "megatron_core", "merge_weights", "peft_version", "qalora_group_size",
+        "revision", "runtime_config",
+    ), _ANY),
+}  # fmt: skip
 
 
 class Scaled(NamedTuple):

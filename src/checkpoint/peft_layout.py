@@ -150,10 +150,7 @@ def as_ours(
                     tuple(shape), lambda both=both, index=index: both()[index], torch.float32
                 )
     return {
-        name: stored._replace(
-            load=functools.partial(_reordered, convert.rotary_from_hf, name, stored, config)
-        )
-        for name, stored in tensors.items()
+        name: _reordered(convert.rotary_from_hf, name, stored, config) for name, stored in tensors.items()
     }, lora
 
 
@@ -185,11 +182,13 @@ def _taken(init: str, weight: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor]:
     return right[: scaled.rank], left[:, : scaled.rank] * (values[: scaled.rank] / scaled.scale)
 
 
-def _reordered(reorder: convert.Reorder, name: str, stored: StoredTensor, config: ModelConfig) -> Tensor:
+def _reordered(
+    reorder: convert.Reorder, name: str, stored: StoredTensor, config: ModelConfig
+) -> StoredTensor:
     """A factor with the rows of B reordered as the rows of the weight that it adapts."""
     if not name.endswith(".lora_b.weight"):
-        return stored.load()
-    return reorder(name.replace(".lora_b.", "."), stored.load(), config)
+        return stored
+    return stored.then(functools.partial(reorder, name.replace(".lora_b.", "."), config=config))
 
 
 def as_peft(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
@@ -203,13 +202,12 @@ def as_peft(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[st
         )
     theirs = {}
     for name, stored in tensors.items():
-        load = functools.partial(_reordered, convert.rotary_to_hf, name, stored, config)
         plain = name.replace(".lora_a.", ".").replace(".lora_b.", ".")
         hf = convert.to_hf_name(plain)
         for ours, factor in ((".lora_a.", "lora_A"), (".lora_b.", "lora_B")):
             if ours in name:
                 hf = f"{hf.removesuffix('.weight')}.{factor}.weight"
-        theirs[_PREFIX + hf] = stored._replace(load=load)
+        theirs[_PREFIX + hf] = _reordered(convert.rotary_to_hf, name, stored, config)
     return theirs
 
 

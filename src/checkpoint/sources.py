@@ -209,7 +209,10 @@ def read_config(folder: Path) -> ModelConfig:
     if "ffn_dim" not in values:
         return open_source(str(folder)).config
     refuse_infinities(values, str(path))
-    names = storage.parameter_names(folder)
+    paths = storage.shard_paths(folder) or storage.shard_paths(folder, storage.ADAPTER)
+    names = list(
+        storage.read_manifest(folder).get("split") or (storage.read_shard(paths[0]) if paths else ())
+    )
     if any(".lora_" in name for name in names):  # an adapter has a part of each layer, not of each expert
         check_counts({"n_layers": values.get("n_layers")}, dict.fromkeys(names, ()), str(path))
     elif names:

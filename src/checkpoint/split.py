@@ -1,7 +1,6 @@
 """A checkpoint or an adapter cut into n tensor-parallel shards on disk."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -172,18 +171,15 @@ def with_added_tokens(source: Source, n: int, first: int | None = None) -> Sourc
     had = source.config.vocab_size
     first = had if first is None else first
     rows = max(had, first + n)
+
+    def extended(whole: Tensor) -> Tensor:
+        mean = whole[:first].mean(0, dtype=torch.float32).type_as(whole)
+        return torch.cat([whole[:first], mean.expand(n, -1), whole[first + n :]])
+
     tensors = dict(source.tensors)
     for name in tensors.keys() & {"tok_embeddings.weight", "output.weight"}:
-        stored = tensors[name]
-        load = functools.partial(_load_extended, stored, first, n)
-        tensors[name] = stored._replace(shape=(rows, stored.shape[1]), load=load)
+        tensors[name] = tensors[name].then(extended, (rows, tensors[name].shape[1]))
     config = dataclasses.replace(
         source.config, vocab_size=rows, n_added_tokens=source.config.n_added_tokens + rows - had
     )
     return source._replace(config=config, tensors=tensors)
-
-
-def _load_extended(stored: StoredTensor, first: int, n: int) -> Tensor:
-    whole = stored.load()
-    mean = whole[:first].mean(0, dtype=torch.float32).type_as(whole)
-    return torch.cat([whole[:first], mean.expand(n, -1), whole[first + n :]])

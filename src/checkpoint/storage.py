@@ -37,27 +37,17 @@ WEIGHTS, ADAPTER = "consolidated", "adapter"
 # What would be taken for weights beside ours. Shards of an earlier save make way; these are not ours to remove.
 FOREIGN_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors", "*.gguf")
 DOCUMENTS = (
-    "manifest.json",
-    "params.json",
-    "adapter.json",
-    "state.json",
-    "config.json",
-    "adapter_config.json",
+    "manifest.json", "params.json", "adapter.json", "state.json", "config.json", "adapter_config.json",
     "model.safetensors.index.json",
-)
+)  # fmt: skip
 MANIFEST_FORMAT = 3  # 2 added the rotary layout, the tie and the cut of each parameter, 3 hashes by BLAKE3
 # A tokenizer is a vocabulary, one or two files, and what stands beside it about special tokens and chats.
 VOCABULARY_FILES = ("tokenizer.model", "qwen.tiktoken", "tokenizer.json", "vocab.json", "merges.txt")
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    GENERATION,
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    *VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", GENERATION,
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 _NAMES_BY_SUFFIX = {".model": "tokenizer.model", ".tiktoken": "qwen.tiktoken"}
 _STAGING = ".partial"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -146,8 +136,14 @@ def writing(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locks.alone(folder):
+        foreign = [path for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern)]
         if not staging(folder).exists():  # else a killed save may have moved some of its own already
-            _check_nothing_foreign(folder)
+            known = manifest_files(folder)
+            for path in foreign:
+                if path.name not in known:
+                    raise UserError(
+                        f"{folder} holds {path.name}, weights that were not written here; choose an empty directory"
+                    )
         shutil.rmtree(staging(folder), ignore_errors=True)  # left by a save that was killed
         staging(folder).mkdir()
         try:
@@ -164,17 +160,6 @@ def writing(folder: Path) -> Iterator[None]:
             shutil.rmtree(staging(folder), ignore_errors=True)
 
 
-def _check_nothing_foreign(folder: Path) -> None:
-    """Raise UserError if a directory holds weights that no save of ours left there."""
-    known = manifest_files(folder)
-    for pattern in FOREIGN_WEIGHTS:
-        for path in folder.glob(pattern):
-            if path.name not in known:
-                raise UserError(
-                    f"{folder} holds {path.name}, weights that were not written here; choose an empty directory"
-                )
-
-
 def discard(folder: Path) -> None:
     """Remove a checkpoint directory; from the first moment on it does not count as one."""
     (folder / "manifest.json").unlink(missing_ok=True)
@@ -186,9 +171,7 @@ def write_shard(
     folder: Path, kind: str, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
     """Write one shard of the save that is under way, a tensor at a time. dtype None keeps every tensor's."""
-    layout = {
-        name: TensorSpec(tuple(tensor.shape), dtype or tensor.dtype) for name, tensor in tensors.items()
-    }
+    layout = {name: TensorSpec(tuple(t.shape), dtype or t.dtype) for name, t in tensors.items()}
     with open_torch_file(staging(folder) / shard_name(kind, index), layout) as file:
         for name, tensor in tensors.items():
             file.write(name, parallel.whole(tensor))
@@ -210,20 +193,16 @@ def finish(
     copy_tokenizer(tokenizer_files, place)
     tensor_files = sorted(path for path in place.iterdir() if path.suffix in (".pth", ".safetensors", ".gguf"))
     assert tensor_files and len(tensor_files) % n == 0, tensor_files  # a resumable checkpoint has two kinds
-    files = {path.name: _facts(path) for path in tensor_files}
+    files = {}
+    for path in tensor_files:
+        digest = digest_path(path)  # its writer left it there
+        files[path.name] = {"bytes": path.stat().st_size, "blake3": digest.read_text()}
+        digest.unlink()
     manifest = {"format": MANIFEST_FORMAT, "shards": n, "files": files, **facts}
     documents = {**documents, "manifest.json": manifest}
     for name, values in documents.items():
         write_json(place / name, values)
     _install(folder, list(documents))
-
-
-def _facts(path: Path) -> dict[str, object]:
-    """Size and hash of a tensor file, the hash from where its writer left it."""
-    digest = digest_path(path)
-    text = digest.read_text()
-    digest.unlink()
-    return {"bytes": path.stat().st_size, "blake3": text}
 
 
 def _flush(path: Path) -> None:
@@ -275,16 +254,12 @@ def publish(source: Path, target: Path) -> None:
     with writing(target):
         for path in source.iterdir():
             if path.is_file() and not path.name.startswith(".") and path.name not in state:
-                _link_or_copy(path, staging(target) / path.name)
+                try:
+                    os.link(path, staging(target) / path.name)
+                except OSError:  # another file system, or one without hard links
+                    shutil.copyfile(path, staging(target) / path.name)
         write_json(staging(target) / "manifest.json", manifest)
         _install(target, ["params.json", "manifest.json"])
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
 
 
 def check_complete(folder: Path) -> None:
@@ -320,7 +295,7 @@ def check_complete(folder: Path) -> None:
             raise UserError(f"{path} is not in the manifest beside it: it is of another checkpoint; remove it")
 
 
-def _manifest(folder: Path) -> dict[str, object]:
+def read_manifest(folder: Path) -> dict[str, object]:
     """The manifest of a directory, empty without one. Raises UserError if it is malformed or names no file."""
     path = folder / "manifest.json"
     if not path.is_file():
@@ -350,13 +325,7 @@ def _manifest(folder: Path) -> dict[str, object]:
 
 def manifest_files(folder: Path) -> dict[str, dict[str, object]]:
     """Size and hash of each tensor file by the manifest; empty without one. Raises UserError if it is malformed."""
-    return _manifest(folder).get("files", {})
-
-
-def parameter_names(folder: Path) -> list[str]:
-    """The parameters that a directory of ours holds, by its manifest, or else by its first shard."""
-    paths = shard_paths(folder) or shard_paths(folder, ADAPTER)
-    return list(_manifest(folder).get("split") or (read_shard(paths[0]) if paths else ()))
+    return read_manifest(folder).get("files", {})
 
 
 def verify_hashes(folder: Path, prefix: str = "", index: int = 0, n: int = 1) -> None:

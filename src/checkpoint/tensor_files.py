@@ -83,6 +83,12 @@ class StoredTensor(NamedTuple):
     load: Callable[[], Tensor]
     dtype: torch.dtype
 
+    def then(
+        self, compute: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None
+    ) -> "StoredTensor":
+        """What `compute` makes of the tensor, when it is read; shape where that is another one."""
+        return self._replace(shape=shape or self.shape, load=lambda: compute(self.load()))
+
 
 def check_regular(path: Path) -> None:
     """Raise UserError, without opening it, for what is not a file of bytes: reading a pipe would wait for ever."""
