@@ -218,9 +218,8 @@ def config_json(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, o
             f"a verifier with score={config.score} has no form in PEFT: its sequence classifiers read the last "
             f"token; merge it with --merge_lora and --format hf instead"
         )
-    modules = [
-        convert.to_hf_name(f"layers.0.{_parent(name)}.{name}.weight").split(".")[-2] for name in lora.targets
-    ]
+    attention = ("wq", "wk", "wv", "wo")
+    places = [f"{'attention' if name in attention else 'feed_forward'}.{name}" for name in lora.targets]
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.value_head else "CAUSAL_LM",
@@ -228,13 +227,9 @@ def config_json(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, o
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": modules,
+        "target_modules": [module_name(f"layers.0.{place}").split(".")[-1] for place in places],
         "modules_to_save": ["score"] if config.value_head else None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-
-
-def _parent(linear: str) -> str:
-    return "attention" if linear in ("wq", "wk", "wv", "wo") else "feed_forward"

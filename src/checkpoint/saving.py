@@ -121,7 +121,7 @@ def begin_save(
     groups = [TensorGroup(kind, tensors, stored)]
     documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
     if state:
-        groups.append(TensorGroup(training_state.OPTIMIZER, state.trainer.tensors, torch.float32))
+        groups.append(TensorGroup(storage.OPTIMIZER, state.trainer.tensors, torch.float32))
         documents[training_state.STATE] = state.document()
     documents["params.json"] = model.config.to_dict() | {"dtype": dtype}
     n = parallel.tensor_parallel_size()

@@ -15,23 +15,10 @@ from src.parallel import padded_share, share
 
 # Last module name of a parameter -> the dimension that is split; None = every shard holds it whole.
 SPLIT_DIM: dict[str, int | None] = {
-    "wq": 0,
-    "wk": 0,
-    "wv": 0,
-    "wo": 1,
-    "w1": 0,
-    "w2": 1,
-    "w3": 0,
-    "output": 0,
-    "gate": None,
-    "q_norm": None,
-    "k_norm": None,
-    "attention_norm": None,
-    "attention_post_norm": None,
-    "ffn_norm": None,
-    "ffn_post_norm": None,
-    "norm": None,
-    "v_head": None,
+    **dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0),  # by what they give
+    **dict.fromkeys(("wo", "w2"), 1),  # by what they take: the sum over ranks is theirs to send
+    **dict.fromkeys(("gate", "q_norm", "k_norm", "norm", "v_head"), None),
+    **dict.fromkeys(("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"), None),
 }
 
 
@@ -207,56 +194,34 @@ def _check_copies(copies: Sequence[Tensor], first: Tensor) -> None:
 
 @functools.lru_cache(maxsize=8)
 def expected_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Name and whole shape of every parameter that a checkpoint of this config holds."""
-    layer = _attention_shapes(config) | _feed_forward_shapes(config)
+    """Name and whole shape of every parameter that a checkpoint of this config holds.
+
+    D width, V vocabulary, Q and K rows of queries and keys, F width of the feed-forward
+    """
+    D, V, F = config.dim, config.vocab_size, config.ffn_dim
+    Q, K = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    attention = {"wq.weight": (Q, D), "wk.weight": (K, D), "wv.weight": (K, D), "wo.weight": (D, Q)}
+    if config.qkv_bias:
+        attention |= {"wq.bias": (Q,), "wk.bias": (K,), "wv.bias": (K,)}
+    if config.qk_norm:
+        attention |= {"q_norm.weight": (config.head_dim,), "k_norm.weight": (config.head_dim,)}
+    layer: dict[str, tuple[int, ...]] = {f"attention.{name}": shape for name, shape in attention.items()}
+    if config.n_experts:
+        layer["feed_forward.gate.weight"] = (config.n_experts, D)
+    for place in [f"experts.{expert}." for expert in range(config.n_experts)] or [""]:
+        for name, shape in (("w1", (F, D)), ("w2", (D, F)), ("w3", (F, D))):
+            layer[f"feed_forward.{place}{name}.weight"] = shape
     norms = ["attention_norm", "ffn_norm"] + ["attention_post_norm", "ffn_post_norm"] * config.post_norms
-    layer |= {f"{norm}.weight": (config.dim,) for norm in norms}
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, config.dim)}
+    layer |= {f"{norm}.weight": (D,) for norm in norms}
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (V, D)}
     for index in range(config.n_layers):
         shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes["norm.weight"] = (config.dim,)
+    shapes["norm.weight"] = (D,)
     if config.value_head:
-        shapes["v_head.weight"] = (1, config.dim)
+        shapes["v_head.weight"] = (1, D)
     elif not config.tied:
-        shapes["output.weight"] = (config.vocab_size, config.dim)
+        shapes["output.weight"] = (V, D)
     return MappingProxyType(shapes)
-
-
-def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of one layer's attention parameters."""
-    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "attention.wq.weight": (queries, config.dim),
-        "attention.wk.weight": (keys, config.dim),
-        "attention.wv.weight": (keys, config.dim),
-        "attention.wo.weight": (config.dim, queries),
-    }
-    if config.qkv_bias:
-        shapes |= {
-            "attention.wq.bias": (queries,),
-            "attention.wk.bias": (keys,),
-            "attention.wv.bias": (keys,),
-        }
-    if config.qk_norm:
-        shapes |= {f"attention.{norm}.weight": (config.head_dim,) for norm in ("q_norm", "k_norm")}
-    return shapes
-
-
-def _feed_forward_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of one layer's feed-forward parameters, or of its router and experts."""
-    linears = {
-        "w1.weight": (config.ffn_dim, config.dim),
-        "w2.weight": (config.dim, config.ffn_dim),
-        "w3.weight": (config.ffn_dim, config.dim),
-    }
-    if not config.n_experts:
-        return {f"feed_forward.{name}": shape for name, shape in linears.items()}
-    experts = {
-        f"feed_forward.experts.{expert}.{name}": shape
-        for expert in range(config.n_experts)
-        for name, shape in linears.items()
-    }
-    return {"feed_forward.gate.weight": (config.n_experts, config.dim)} | experts
 
 
 def assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.checkpoint import adapters, convert, gguf_layout, peft_layout, storage, training_state
+from src.checkpoint import adapters, convert, gguf_layout, peft_layout, storage
 from src.checkpoint.gguf import gguf_file
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, reshard
 from src.checkpoint.tensor_files import StoredTensor
@@ -165,20 +165,20 @@ def describe(ckpt_dir: str) -> tuple[Source, str, int]:
 
 
 def _tensor_files(folder: Path) -> list[Path]:
-    optimizer = f"{training_state.OPTIMIZER}."
     return [
         path
         for path in folder.iterdir()
-        if path.suffix in (".pth", ".safetensors", ".bin") and not path.name.startswith(optimizer)
+        if path.suffix in (".pth", ".safetensors", ".bin") and not path.name.startswith(f"{storage.OPTIMIZER}.")
     ]
 
 
 def local_tensors(
     folder: Path, kind: str, config: ModelConfig, n: int, index: int
 ) -> dict[str, Callable[[], Tensor]]:
-    """What rank `index` of n holds of a directory of any number of shards, read when called.
+    """What rank `index` of n holds of a directory of any number of shards of one kind, read when called.
 
-    Only the rows that this rank holds are read. Raises UserError when the shards are not of one split.
+    Only the rows that this rank holds are read. PARAMETER/WHAT, of an optimizer, is cut as its parameter is. Raises
+    UserError when the shards are not of one split.
     """
     paths = storage.shard_paths(folder, kind)
     if len(paths) == n:
@@ -195,7 +195,8 @@ def local_tensors(
             if name not in shard:
                 raise UserError(f"{path}: parameter {name!r} is missing, but {paths[0].name} has it")
         pieces = [shard[name] for shard in all_shards]
-        how, other = cut_of(name, config, len(paths)), cut_of(name, config, n)
+        parameter = name.partition("/")[0]
+        how, other = cut_of(parameter, config, len(paths)), cut_of(parameter, config, n)
         check_pieces(name, [tuple(piece.shape) for piece in pieces], how, str(folder))
         tensors[name] = functools.partial(reshard, pieces, how, other, index)
     return tensors

@@ -33,7 +33,7 @@ from src.checkpoint.tensor_files import (
 from src.errors import UserError
 from src.jsonfile import read_json
 
-WEIGHTS, ADAPTER = "consolidated", "adapter"
+WEIGHTS, ADAPTER, OPTIMIZER = "consolidated", "adapter", "optimizer"  # kinds of shards
 # What would be taken for weights beside ours. Shards of an earlier save make way; these are not ours to remove.
 FOREIGN_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors", "*.gguf")
 DOCUMENTS = (
@@ -136,10 +136,9 @@ def writing(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locks.alone(folder):
-        foreign = [path for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern)]
         if not staging(folder).exists():  # else a killed save may have moved some of its own already
             known = manifest_files(folder)
-            for path in foreign:
+            for path in (path for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern)):
                 if path.name not in known:
                     raise UserError(
                         f"{folder} holds {path.name}, weights that were not written here; choose an empty directory"
@@ -249,7 +248,7 @@ def publish(source: Path, target: Path) -> None:
     Shards are hard links where the file system has them, so nothing is stored twice.
     """
     manifest = read_json(source / "manifest.json")
-    state = {"state.json", *(name for name in manifest["files"] if name.startswith("optimizer."))}
+    state = {"state.json", *(name for name in manifest["files"] if name.startswith(f"{OPTIMIZER}."))}
     manifest["files"] = {name: facts for name, facts in manifest["files"].items() if name not in state}
     with writing(target):
         for path in source.iterdir():

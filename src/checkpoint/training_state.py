@@ -12,14 +12,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from src import parallel
-from src.checkpoint import shards, storage
+from src.checkpoint import storage
+from src.checkpoint.sources import local_tensors
 from src.errors import UserError
 from src.jsonfile import read_json
 from src.models.config import ModelConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW (Loshchilov and Hutter 2019)
 MASTER = "master"
-OPTIMIZER, STATE = "optimizer", "state.json"
+STATE = "state.json"
 
 
 class TrainerState(NamedTuple):
@@ -44,7 +45,7 @@ def read_facts(folder: Path) -> dict[str, object]:
     """state.json of a directory. Raises UserError unless the directory is a complete training checkpoint."""
     storage.check_complete(folder)
     names = storage.manifest_files(folder)
-    if not any(name.startswith(f"{OPTIMIZER}.") for name in names):
+    if not any(name.startswith(f"{storage.OPTIMIZER}.") for name in names):
         raise UserError(f"{folder} holds no optimizer state; it is a checkpoint to start from, not to resume")
     return read_json(folder / STATE)
 
@@ -54,19 +55,13 @@ def reader(folder: Path, config: ModelConfig) -> Callable[[str], Tensor]:
 
     Raises UserError for a tensor that the checkpoint lacks, or bytes that are not those that were written.
     """
-    paths = storage.shard_paths(folder, OPTIMIZER)
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
-    storage.verify_hashes(folder, OPTIMIZER, rank, n)
-    wanted = [paths[rank]] if len(paths) == n else paths
-    pieces = [storage.read_shard(path) for path in wanted]
+    storage.verify_hashes(folder, storage.OPTIMIZER, rank, n)
+    own = local_tensors(folder, storage.OPTIMIZER, config, n, rank)
 
     def read(name: str) -> Tensor:
-        if name not in pieces[0]:
-            raise UserError(f"{wanted[0]}: {name!r} is missing; other parameters were trained then than now")
-        if len(paths) == n:
-            return pieces[0][name]
-        parameter = name.rpartition("/")[0]
-        how, other = shards.cut_of(parameter, config, len(paths)), shards.cut_of(parameter, config, n)
-        return shards.reshard([piece[name] for piece in pieces], how, other, rank)
+        if name not in own:
+            raise UserError(f"{folder}: {name!r} is missing; other parameters were trained then than now")
+        return own[name]()
 
     return read
