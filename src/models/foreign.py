@@ -87,6 +87,8 @@ def released_config(model_type: str, max_seq_len: int) -> ModelConfig:
         **FAMILIES[row.family].facts,
     }
     facts |= {name: value for name, value in row.facts.items() if name in FIELDS}
+    if facts.get("tied"):
+        facts["embedding_split_dim"] = 0  # as the output layer that it is too
     return ModelConfig(**facts | {"family": row.family, "max_seq_len": max_seq_len})
 
 

@@ -16,6 +16,7 @@ from src.models.foreign import (
     config_from_hf,
     config_to_hf,
     released,
+    released_config,
 )
 from src.models.meta import MetaWeights, config_from_meta, meta_ffn_dim
 from tests import reference, zoo
@@ -226,6 +227,13 @@ def test_what_we_do_not_implement_is_refused_by_name(values: dict[str, object], 
     config_from_hf(HF, "config.json", "float32")
     with pytest.raises(UserError, match=f"config.json: .*{named}|config.json: {named}"):
         config_from_hf(HF | values, "config.json", "float32")
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in MODEL_TYPES.items() if row.facts])
+def test_every_released_size_can_be_planned(model_type: str) -> None:
+    config = released_config(model_type, 128)
+    assert config.dim == MODEL_TYPES[model_type].facts["dim"]
+    assert config.embedding_split_dim == (0 if config.tied else 1)
 
 
 def test_released_configs_of_gemma_leave_their_activation_null() -> None:
