@@ -149,7 +149,7 @@ def load_solver(
 
     Its weights are held in that type too, or `trained` in float32: rounding would swallow an update.
     quantize: empty, or a precision of models/quantize.py for weights that will not be trained.
-    n_layers: leave out the layers behind this many; None keeps all.
+    n_layers: leave out the layers after this many; None keeps all.
     """
     config = load_config(ckpt_dir, model_type, "solver")
     return _load(Path(ckpt_dir), config, precision, trained, quantize=quantize, n_layers=n_layers)

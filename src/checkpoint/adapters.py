@@ -1,4 +1,4 @@
-"""Adapter directories (LoRA): adapter.NN.pth beside an adapter.json that names the base they belong to."""
+"""Adapter directories (LoRA): adapter.NN.pth, and adapter.json that names the base they belong to."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

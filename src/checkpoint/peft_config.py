@@ -96,7 +96,7 @@ class PeftConfig(NamedTuple):
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern means a module: its whole name, or its end behind a dot."""
+    """Whether a key of rank_pattern or alpha_pattern means a module: its whole name, or its end after a dot."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 

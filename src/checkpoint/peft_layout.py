@@ -1,7 +1,7 @@
-"""Adapters in PEFT's layout: adapter_model.safetensors beside adapter_config.json, read and described.
+"""Adapters in PEFT's layout: adapter_model.safetensors with adapter_config.json, read and written.
 
 PEFT puts lora_A and lora_B under the module's Hugging Face name; B's rows have that module's rotary layout. Ours have
-one rank and one scale, and stand on the base as it is: what PEFT does by module or to the base goes into the factors.
+one rank and one scale, and adapt the base as it is: what PEFT does by module or to the base goes into the factors.
 """
 
 import functools

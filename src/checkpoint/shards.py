@@ -51,7 +51,7 @@ def _module(name: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a parameter belongs to; None for embeddings, the last norm and what lies behind it."""
+    """The layer that a parameter belongs to; None for embeddings, the last norm and what follows it."""
     place, _, rest = name.partition(".")
     return int(rest.partition(".")[0]) if place == "layers" else None
 
@@ -162,7 +162,7 @@ def reshard(pieces: Sequence[Tensor], how: Cut, other: Cut, index: int) -> Tenso
 
 
 def _padded(piece: Tensor, dim: int, length: int) -> Tensor:
-    """A piece with zeros behind its end along `dim`."""
+    """A piece with zeros appended along `dim`, up to `length`."""
     if piece.shape[dim] == length:
         return piece
     shape = list(piece.shape)

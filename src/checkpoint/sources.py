@@ -36,7 +36,7 @@ class Source(NamedTuple):
 def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str = "") -> Source:
     """Open a file, a list of files or a directory. Raises UserError that names what is wrong with it.
 
-    The config comes from `config_file`, else from params.json or config.json beside the weights, else from
+    The config comes from `config_file`, else from params.json or config.json next to the weights, else from
     the `model_args` inside the file. An adapter is merged into its base, or into `base_dir`.
     """
     paths = [Path(path) for path in ([ckpt_file] if isinstance(ckpt_file, str) else ckpt_file)]

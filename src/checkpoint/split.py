@@ -131,18 +131,18 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
-def tokenizer_of(beside: list[Path], tokenizer_file: str) -> list[Path]:
-    """The tokenizer's files that go with a checkpoint: the one named, else those beside the source.
+def tokenizer_of(found: list[Path], tokenizer_file: str) -> list[Path]:
+    """The tokenizer's files that go with a checkpoint: the one named, else those found with the source.
 
-    What lies beside the source about how it generates stays, unless something of the kind lies beside the one named.
+    The source's generation_config.json stays, unless the tokenizer that is named has one of its own.
     """
     if not tokenizer_file:
-        return beside
+        return found
     if not Path(tokenizer_file).exists():
         raise UserError(f"--tokenizer_file {tokenizer_file} does not exist")
     named = storage.tokenizer_files(Path(tokenizer_file))
     known = {file.name for file in named}
-    return named + [file for file in beside if file.name == storage.GENERATION and file.name not in known]
+    return named + [file for file in found if file.name == storage.GENERATION and file.name not in known]
 
 
 def refuse_source(folder: Path, sources: list[Path]) -> None:
@@ -165,7 +165,7 @@ def _layout(
 def with_added_tokens(source: Source, n: int, first: int | None = None) -> Source:
     """A checkpoint with n tokens from id `first` on, each the mean of the rows below (Hewitt 2021).
 
-    first None: behind the last row. Where the embedding is larger than the tokenizer's vocabulary, rows that nothing
+    first None: after the last row. Where the embedding is larger than the tokenizer's vocabulary, rows that nothing
     used so far become those tokens'.
     """
     had = source.config.vocab_size

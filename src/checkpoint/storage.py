@@ -34,14 +34,14 @@ from src.errors import UserError
 from src.jsonfile import read_json
 
 WEIGHTS, ADAPTER, OPTIMIZER = "consolidated", "adapter", "optimizer"  # kinds of shards
-# What would be taken for weights beside ours. Shards of an earlier save make way; these are not ours to remove.
+# What would be taken for weights next to ours. Shards of an earlier save make way; these are not ours to remove.
 FOREIGN_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors", "*.gguf")
 DOCUMENTS = (
     "manifest.json", "params.json", "adapter.json", "state.json", "config.json", "adapter_config.json",
     "model.safetensors.index.json",
 )  # fmt: skip
 MANIFEST_FORMAT = 3  # 2 added the rotary layout, the tie and the cut of each parameter, 3 hashes by BLAKE3
-# A tokenizer is a vocabulary, one or two files, and what stands beside it about special tokens and chats.
+# A tokenizer is a vocabulary, one or two files, and files about special tokens and chats.
 VOCABULARY_FILES = ("tokenizer.model", "qwen.tiktoken", "tokenizer.json", "vocab.json", "merges.txt")
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -352,9 +352,9 @@ def fingerprint(folder: Path) -> str:
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """The tokenizer files that lie in a directory, or a vocabulary file with those that stand beside it.
+    """The tokenizer files that lie in a directory, or a vocabulary file with those that go with it.
 
-    Other vocabularies beside a named one stay behind: they are other tokenizers.
+    Other vocabularies in the directory of a named one are left out: they are other tokenizers.
     """
     if path.is_dir():
         return [beside(path, path / name) for name in TOKENIZER_FILES if (path / name).is_file()]
@@ -371,7 +371,7 @@ def temporary_folder() -> Path:
 
 
 def has_vocabulary(files: Sequence[Path]) -> bool:
-    """Whether these files of tokenizer_files() make a tokenizer: what stands beside one alone does not."""
+    """Whether these files of tokenizer_files() make a tokenizer: files about special tokens alone do not."""
     return any(_NAMES_BY_SUFFIX.get(file.suffix, file.name) in VOCABULARY_FILES for file in files)
 
 

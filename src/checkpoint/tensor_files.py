@@ -161,7 +161,7 @@ class TensorFile:
         offsets: Mapping[str, int],
         checksums: Mapping[str, Sequence[int]],
     ) -> None:
-        """offsets: where a tensor's bytes begin; checksums: where their CRC-32 stands, behind them."""
+        """offsets: where a tensor's bytes begin; checksums: where their CRC-32 is written, after them."""
         self.names = sorted(layout, key=lambda name: offsets[name])
         self._path, self._layout, self._offsets, self._checksums = path, layout, offsets, checksums
         self._file = os.open(path, os.O_RDWR)
@@ -205,7 +205,7 @@ class TensorFile:
             self._flushing = self._hashed
 
     def _hash_until(self, offset: int) -> None:
-        """Hash what stands between the bytes hashed so far and this place."""
+        """Hash what lies between the bytes hashed so far and this place."""
         self._hash.update(os.pread(self._file, offset - self._hashed, self._hashed))
         self._hashed = offset
 
@@ -214,7 +214,7 @@ class TensorFile:
             self._writing.result()
 
     def complete(self) -> None:
-        """Put the file on the disk, and its hash beside it. Raises OSError when the disk is full."""
+        """Put the file on the disk, and its hash next to it. Raises OSError when the disk is full."""
         assert self._taken == len(self.names), (
             f"{self._path}: nothing was written for {self.names[self._taken]}"
         )
@@ -262,7 +262,7 @@ def _torch_offsets(
 ) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
     """Where each tensor's bytes begin in a file of torch.save, which numbers storages as they come, and their CRC-32s.
 
-    A CRC-32 stands behind the bytes (in the data descriptor) and in the archive's directory (APPNOTE.TXT, 4.3).
+    A CRC-32 follows the bytes (in the data descriptor) and in the archive's directory (APPNOTE.TXT, 4.3).
     """
     starts, checksums = {}, {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What a training checkpoint holds beside the weights: `optimizer.NN.pth` and state.json, resharded at will.
+"""What a training checkpoint holds besides the weights: `optimizer.NN.pth` and state.json, resharded at will.
 
 optimizer.NN.pth has, for each trainable parameter, PARAMETER/exp_avg, PARAMETER/exp_avg_sq and PARAMETER/master (its
 float32 value), cut over tensor-parallel ranks as the parameter is and whole over data-parallel ones. state.json holds

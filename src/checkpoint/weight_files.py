@@ -34,7 +34,7 @@ _EXPERTS_STACKED = re.compile(r"\.experts\.\w+_stacked")
 
 
 class OpenedFile(NamedTuple):
-    """One tensor file as stored, and the params that some writers put beside the tensors."""
+    """One tensor file as stored, and the params that some writers store with the tensors."""
 
     path: Path
     tensors: dict[str, StoredTensor]
@@ -60,7 +60,9 @@ def open_weights(
     described, values = list(descriptions.items())[-1 if hf else 0]
     family = str(values.get("model_type", PLAIN)) if hf else None
     named = [_our_names(file, family) for file in files]
+    # before anything is made as large as the description says
     check_counts(values, {name: stored.shape for part in named for name, stored in part.items()}, described)
+    # tensor-parallel shards hold the same names, parts of one checkpoint different ones
     if len(named) > 1 and all(set(tensors) == set(named[0]) for tensors in named):
         tensors, config = _join_shards(named, values, described)
     else:
@@ -110,7 +112,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    """The files that a Hugging Face index names; they must lie beside it."""
+    """The files that a Hugging Face index names; they must lie in its directory."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map names no files; expected parameter names with their files")
@@ -159,7 +161,7 @@ def _descriptions(folder: Path, config_file: str) -> dict[str, dict[str, object]
 
 
 def _description_inside(file: OpenedFile, folder: Path) -> dict[str, dict[str, object]]:
-    """The params that lie in a file beside its tensors, for want of any other description."""
+    """The params that a file stores with its tensors, for want of any other description."""
     if file.params is None:
         raise UserError(f"{folder} has neither params.json nor config.json; name one with --config_file")
     described = f"{file.path} (model_args)"

@@ -1,6 +1,6 @@
 """Hugging Face's config.json to ModelConfig and back, and what --model_type claims; meta.py reads Meta's params.json.
 
-What differs between families stands in src/models/families.py; nothing here knows a family by name.
+What differs between families is data, src/models/families.py; nothing here knows a family by name.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _UNCLAIMED = {
     "value_head", "score", "score_mean", "score_std", "step", "dtype", "chat_template", "template_args",
     "carried",
 }  # fmt: skip
-# Facts that only SplitRL reads; they stand under `splitrl` in a config.json.
+# Facts that only SplitRL reads; they are under `splitrl` in a config.json.
 _OWN_FACTS = {
     "n_added_tokens", "objective", "score", "score_mean", "score_std", "step", "chat_template", "template_args",
 }  # fmt: skip
@@ -45,9 +45,9 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "per_layer_config": (None, {}),
     "transformers_weights": (None,),  # the name of another file of weights
 }
-# They may stand in rope_parameters or on their own.
+# They may be in rope_parameters or on their own.
 _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-# What an export says anew, beside the keys of ModelConfig's facts.
+# What an export says anew, besides the keys of ModelConfig's facts.
 _NOT_CARRIED = {
     "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters",
     "layer_types", "id2label", "label2id", "num_labels", "splitrl", "transformers_version", "_name_or_path",
@@ -161,7 +161,7 @@ def _carried(stated: dict[str, object], config: ModelConfig, source: str) -> dic
 
 
 def _aliased(values: dict[str, object], family: Family, source: str) -> dict[str, object]:
-    """The values of keys under other writers' names for them. Raises UserError where both names stand and differ."""
+    """The values of keys under other writers' names for them. Raises UserError where both are there and differ."""
     for other, key in family.aliases.items():
         if other in values and values.get(key, values[other]) != values[other]:
             raise UserError(
@@ -202,7 +202,7 @@ def _check_fixed(values: dict[str, object], family: Family, source: str) -> None
     """Raise UserError for a config that asks for arithmetic we do not implement."""
     refused = _REFUSED | ({} if family.window else {"sliding_window": (None,)})
     if "hidden_act" in family.fixed and "hidden_activation" in values:
-        # the newer key rules; its null stands for the family's own activation, whatever the older one says
+        # the newer key rules; its null means the family's own activation, whatever the older one says
         values = values | {"hidden_act": values["hidden_activation"] or family.fixed["hidden_act"][0]}
     for key, allowed in (refused | family.fixed).items():
         if values.get(key, allowed[0]) not in allowed:
@@ -210,9 +210,9 @@ def _check_fixed(values: dict[str, object], family: Family, source: str) -> None
 
 
 def _rope(values: dict[str, object], source: str) -> dict[str, object]:
-    """`rope_scaling` and the keys of _BESIDE_ROPE, wherever they stand.
+    """`rope_scaling` and the keys of _BESIDE_ROPE, wherever they are.
 
-    transformers 5 nests them all in `rope_parameters`, and where `rope_scaling` stands too it reads that alone.
+    transformers 5 nests them all in `rope_parameters`, and where `rope_scaling` is there too it reads that alone.
     Raises UserError where two places say different things.
     """
     said = []
