@@ -23,15 +23,9 @@ def add_control_tokens(folder: Path, tokens: Sequence[str], source: Path) -> int
     if known:
         raise UserError(f"{source}: the tokenizer has '{known[0]}' already; nothing is to be added")
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    never = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     entries = {
-        str(tokenizer.vocab_size + place): {
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": True,
-        }
+        str(tokenizer.vocab_size + place): {"content": token, **never, "special": True}
         for place, token in enumerate(tokens)
     }
     config["added_tokens_decoder"] = (config.get("added_tokens_decoder") or {}) | entries

@@ -177,17 +177,29 @@ class Tokenizer:
         return digest.hexdigest()
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
-        """Ids of a plain text, without BOS and EOS. Raises UserError on text that is not valid Unicode.
+        """Tokenize a plain text, without BOS and EOS. Raises UserError on text that is not valid Unicode.
 
-        What spells a control token in it becomes ordinary pieces. start False: the text goes on from an earlier one,
-        so a vocabulary that puts a space before a sequence puts none.
+        What spells a control token in it becomes ordinary pieces. start False: the text continues an earlier one, so a
+        vocabulary that puts a space before a sequence puts none.
         """
-        return self._encode_text(text, start=start)
+        try:
+            text.encode()  # the libraries' own complaints name no reason
+        except UnicodeEncodeError as problem:
+            raise UserError(
+                f"text holds a lone surrogate at character {problem.start}; it is not valid Unicode"
+            ) from None
+        ids: list[int] = []
+        for index, stretch in enumerate(self._plain_pattern.split(text)):
+            if index % 2:  # split() gives the tokens of the pattern at odd places
+                ids.append(self._plain[stretch])
+            elif stretch:
+                ids += self._encode_stretch(stretch, start=start and not index)
+        return ids
 
     def encode_pieces(self, parts: Iterable[Piece]) -> list[list[int]]:
         """Ids of each piece of a solution with code: a marker is its control token, a content is encoded apart."""
         return [
-            [self.control[part]] if isinstance(part, Marker) else self._encode_text(part, start=True)
+            [self.control[part]] if isinstance(part, Marker) else self.encode(part)
             for part in parts
         ]
 
@@ -206,22 +218,7 @@ class Tokenizer:
                 stretch, begins = stretch.replace(MARK, ""), start or index > 0
                 if self.vocabulary.puts_space and begins:
                     stretch = stretch.removeprefix(" ")
-                ids += self._encode_text(stretch, start=begins)
-        return ids
-
-    def _encode_text(self, text: str, *, start: bool) -> list[int]:
-        try:
-            text.encode()  # the libraries' own complaints name no reason
-        except UnicodeEncodeError as problem:
-            raise UserError(
-                f"text holds a lone surrogate at character {problem.start}; it is not valid Unicode"
-            ) from None
-        ids: list[int] = []
-        for index, stretch in enumerate(self._plain_pattern.split(text)):
-            if index % 2:
-                ids.append(self._plain[stretch])
-            elif stretch:
-                ids += self._encode_stretch(stretch, start=start and not index)
+                ids += self.encode(stretch, start=begins)
         return ids
 
     def _encode_stretch(self, text: str, *, start: bool) -> list[int]:
