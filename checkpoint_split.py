@@ -108,7 +108,8 @@ def main(config: SplitConfig) -> None:
         "--num_added_tokens": config.num_added_tokens, "--code_tokens": config.code_tokens, "--dtype": config.dtype}
     if keep and any(changes.values()):
         raise UserError(f"{' '.join(filter(changes.get, changes))} changes whole weights: merge the adapter")
-    source = adapter if keep else sources.open_source(config.ckpt_file, config.config_file, config.base_dir)
+    source = adapter if keep else sources.open_source(
+        config.ckpt_file, config.config_file, config.base_dir, own_tokenizer=not config.tokenizer_file)
     check_model_type(source.config, config.model_type, described)
     if config.num_added_tokens:
         source = with_added_tokens(source, config.num_added_tokens)

@@ -33,7 +33,7 @@ _TYPES = {dtype: name for name, dtype in _PLAIN.items()} | {"q8_0": "Q8_0"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}  # general.file_type, which llama.cpp prints
 _MAX_DIMS = 4
 _Q8_BLOCK = 32
-_CHUNK = 2**22  # values dequantised at a time: the package needs some ten times their memory
+_CHUNK = 2**20  # values packed or unpacked at a time: the package needs some ten times their memory
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -247,12 +247,13 @@ def _load(data: mmap.mmap, start: int, entry: Entry) -> Tensor:
     if entry.kind.name in _PLAIN:
         return torch.from_numpy(stored.copy()).view(_PLAIN[entry.kind.name]).view(entry.shape)
     block, nbytes = gguf.GGML_QUANT_SIZES[entry.kind]
-    blocks = stored.reshape(-1, nbytes)
-    values = torch.empty(len(blocks), block)
+    values = torch.empty(math.prod(entry.shape))
+    step = _CHUNK // block
     with np.errstate(all="ignore"):  # damaged scales are infinite; who reads them is warned of it by name
-        for first in range(0, len(blocks), _CHUNK // block):
-            part = blocks[first : first + _CHUNK // block]
-            values[first : first + len(part)] = torch.from_numpy(gguf.dequantize(part, entry.kind))
+        for first in range(0, len(values) // block, step):
+            # one long row: the package works on 16 rows at a time, however short
+            part = gguf.dequantize(stored[first * nbytes : (first + step) * nbytes].reshape(1, -1), entry.kind)
+            values[first * block : (first + step) * block] = torch.from_numpy(part[0])
     return values.view(entry.shape)
 
 
@@ -313,13 +314,13 @@ def _nbytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
 
 
 def _packed(tensor: Tensor, kind: str) -> np.ndarray:
-    """A tensor's bytes in a type, row for row: [rows, bytes of a row] uint8."""
+    """A tensor's bytes in a type, row after row."""
     if kind in _PLAIN:
         return tensor.to(_PLAIN[kind]).contiguous().view(torch.uint8).numpy()
-    rows = tensor.float().contiguous().numpy()
-    n = max(1, _CHUNK // rows.shape[-1])
+    values = tensor.float().contiguous().view(1, -1).numpy()
     packed = gguf.GGMLQuantizationType[kind]
-    return np.concatenate([gguf.quantize(rows[first : first + n], packed) for first in range(0, len(rows), n)])
+    parts = [gguf.quantize(values[:, at : at + _CHUNK], packed) for at in range(0, values.shape[1], _CHUNK)]
+    return np.concatenate(parts, axis=1)
 
 
 def _add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, object], kinds: Mapping[str, str]) -> None:

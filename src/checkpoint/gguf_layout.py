@@ -118,14 +118,18 @@ class GgufModel(NamedTuple):
     tokenizer_files: list[Path]
 
 
-def open_model(path: Path) -> GgufModel:
-    """Open a GGUF file and put the tokenizer that it holds into files. Raises UserError that names what is wrong."""
+def open_model(path: Path, own_tokenizer: bool) -> GgufModel:
+    """Open a GGUF file and put the tokenizer that it holds into files. Raises UserError that names what is wrong.
+
+    own_tokenizer False leaves the tokenizer unread, where another takes its place.
+    """
     _, metadata, tensors = open_gguf(path)
     config = config_of(metadata, tensors, str(path))
     ours = _as_ours(tensors, config, metadata, str(path))
     check_shapes(ours, config, str(path))
     folder = storage.temporary_folder()
-    write_tokenizer(metadata, folder, config.vocab_size, str(path))
+    if own_tokenizer:
+        write_tokenizer(metadata, folder, config.vocab_size, str(path))
     return GgufModel(config, ours, storage.tokenizer_files(folder))
 
 
@@ -168,8 +172,9 @@ def config_of(metadata: Mapping[str, object], tensors: Mapping[str, StoredTensor
             raise UserError(f"{source}: {name}.{key}={found}, but heads are {width} wide; not implemented")
     values["rope_scaling"] = _rope_scaling(said, values, tensors, f"{source}: {name}")
     values |= _special_ids(metadata)
-    dtype = str(tensors["token_embd.weight"].dtype).removeprefix("torch.")
-    config = config_from_hf(values, source, dtype)
+    of_matrices = {stored.dtype for stored in tensors.values() if len(stored.shape) > 1}
+    dtype = of_matrices.pop() if len(of_matrices) == 1 else torch.float32
+    config = config_from_hf(values, source, str(dtype).removeprefix("torch."))
     if _ROPE_FACTORS in tensors:
         found, expected = tensors[_ROPE_FACTORS].load().float(), rope_factors(config)
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4):

@@ -33,11 +33,14 @@ class Source(NamedTuple):
     folders: list[Path]
 
 
-def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str = "") -> Source:
+def open_source(
+    ckpt_file: str | list[str], config_file: str = "", base_dir: str = "", own_tokenizer: bool = True
+) -> Source:
     """Open a file, a list of files or a directory. Raises UserError that names what is wrong with it.
 
     The config comes from `config_file`, else from params.json or config.json next to the weights, else from
-    the `model_args` inside the file. An adapter is merged into its base, or into `base_dir`.
+    the `model_args` inside the file. An adapter is merged into its base, or into `base_dir`. own_tokenizer False: the
+    one that a GGUF file holds is not needed, and may be of a kind that is not implemented.
     """
     paths = [Path(path) for path in ([ckpt_file] if isinstance(ckpt_file, str) else ckpt_file)]
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
@@ -46,7 +49,7 @@ def open_source(ckpt_file: str | list[str], config_file: str = "", base_dir: str
     if path := gguf_file(paths):
         if config_file:
             raise UserError(f"--config_file {config_file}: {path} describes its model itself")
-        opened = gguf_layout.open_model(path)
+        opened = gguf_layout.open_model(path, own_tokenizer)
         return Source(opened.config, opened.tensors, opened.tokenizer_files, [path.parent])
     config, tensors = open_weights(paths, folder, config_file)
     return Source(config, tensors, storage.tokenizer_files(folder), [folder])

@@ -270,6 +270,7 @@ def check_complete(folder: Path) -> None:
         raise UserError(f"{folder} is not a directory; expected a checkpoint made by checkpoint_split.py")
     if not (folder / "params.json").is_file():
         foreign = [name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
+        foreign += sorted(path.name for path in folder.glob("*.gguf"))
         raise UserError(
             f"{folder} has no params.json: it is no checkpoint of ours but what {foreign[0]} describes; bring it here "
             f"with checkpoint_split.py --ckpt_file {folder} --save_path NEW"

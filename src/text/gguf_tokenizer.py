@@ -135,7 +135,10 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
     if model is None and not said.values:
         return
     if model not in ("gpt2", "llama"):
-        raise UserError(f"{source}: {_G}model={model!r} is not implemented; expected 'gpt2' or 'llama'")
+        raise UserError(
+            f"{source}: {_G}model={model!r} is not implemented; expected 'gpt2' or 'llama', or another tokenizer with "
+            f"--tokenizer_file"
+        )
     tokens = said.array("tokens", str)
     if len(tokens) > n_rows or len(set(tokens)) < len(tokens):
         what = "some twice" if len(tokens) <= n_rows else f"for {n_rows} rows of the embedding"
@@ -195,7 +198,8 @@ def _cut_of(said: _Said) -> _Cut:
     pre = said.get("pre", None, str)
     if _ALSO.get(pre, pre) not in _CUTS:
         raise UserError(
-            f"{said.source}: {_G}pre={pre!r} is not implemented; expected one of {', '.join([*_CUTS, *_ALSO])}"
+            f"{said.source}: {_G}pre={pre!r} is not implemented; expected one of {', '.join([*_CUTS, *_ALSO])}, or "
+            f"another tokenizer with --tokenizer_file"
         )
     return _CUTS[_ALSO.get(pre, pre)]
 

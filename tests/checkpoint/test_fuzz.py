@@ -1,4 +1,4 @@
-"""Every reader of checkpoints, fed 2,400 damaged files: each opens or is refused in our words, and none crashes."""
+"""Every reader of checkpoints, fed 2,700 damaged files: each opens or is refused in our words, and none crashes."""
 
 import multiprocessing
 import random
@@ -18,6 +18,8 @@ from src.checkpoint.sources import open_adapter, open_source
 from src.checkpoint.split import split
 from src.errors import UserError
 from src.load import load_solver
+from src.text.gguf_tokenizer import tokenizer_metadata
+from tests import tiny
 from tests.checkpoint.weights import CONFIG, HF, META, as_hf, random_weights, write_json
 
 ROUNDS = 300  # a kind of file
@@ -76,6 +78,16 @@ def peft_adapter(folder: Path) -> str:
     return str(folder / "peft")
 
 
+def gguf_file(folder: Path) -> str:
+    torch.save(random_weights(), folder / "weights.pth")
+    write_json(folder / "params.json", META)
+    source = open_source(str(folder / "weights.pth"))
+    metadata = tokenizer_metadata(tiny.write_tokenizer(folder).path.parent, source.config.vocab_size)
+    export.export_gguf(source, folder / "gguf", "random", metadata, dtype="q8_0")
+    (folder / "gguf" / "manifest.json").unlink()
+    return str(folder / "gguf" / "model.gguf")
+
+
 # What is damaged, how it is made, and the file in it.
 KINDS: dict[str, tuple[Callable[[Path], str], str]] = {
     "shard": (shards, "consolidated.01.pth"),
@@ -86,6 +98,7 @@ KINDS: dict[str, tuple[Callable[[Path], str], str]] = {
     "safetensors": (hf_folder, "model-00001-of-00001.safetensors"),
     "config.json and index": (hf_folder, "config.json"),
     "peft": (peft_adapter, "adapter_config.json"),
+    "gguf": (gguf_file, "gguf/model.gguf"),
 }
 
 

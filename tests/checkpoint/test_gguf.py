@@ -22,6 +22,7 @@ from src.checkpoint.sources import Source, open_source
 from src.checkpoint.split import split
 from src.errors import UserError
 from src.text.gguf_tokenizer import tokenizer_metadata
+from src.text.tokenizer import Tokenizer
 from tests import reference, tiny, zoo
 
 _WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 1}
@@ -453,6 +454,25 @@ def _beside(folder: Path) -> Path:
     (folder / "other").mkdir()
     (folder / "other" / "one-f16.gguf").write_bytes((folder / "one-f16.gguf").read_bytes())
     return folder / "other"
+
+
+def test_another_tokenizer_takes_the_place_of_one_that_is_not_understood(
+    tmp_path: Path, parts: tuple[dict[str, object], dict[str, np.ndarray]], tokenizer: Path
+) -> None:
+    path = write(tmp_path / "model.gguf", parts[0] | {"tokenizer.ggml.model": "rwkv"}, parts[1])
+    flags = {"ckpt_file": str(path), "save_path": str(tmp_path / "ours")}
+    with pytest.raises(UserError, match="or another tokenizer with --tokenizer_file"):
+        checkpoint_split.main(checkpoint_split.SplitConfig(**flags))
+    checkpoint_split.main(checkpoint_split.SplitConfig(**flags, tokenizer_file=str(tokenizer)))
+    assert load.load_tokenizer(str(tmp_path / "ours")).encode("12+3") == Tokenizer(tokenizer).encode("12+3")
+
+
+def test_a_gguf_file_is_no_checkpoint_directory(
+    tmp_path: Path, parts: tuple[dict[str, object], dict[str, np.ndarray]]
+) -> None:
+    write(tmp_path / "tiny.gguf", *parts)
+    with pytest.raises(UserError, match="what tiny.gguf describes; bring it here with checkpoint_split.py"):
+        storage.check_complete(tmp_path)
 
 
 def test_metadata_of_floats_is_what_was_meant(

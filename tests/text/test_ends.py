@@ -11,6 +11,7 @@ import checkpoint_split
 import solver_train
 from src import load, parallel
 from src.checkpoint import saving
+from src.checkpoint.gguf import open_gguf
 from src.checkpoint.sources import open_source
 from src.errors import UserError
 from src.models.lora import LoraConfig
@@ -168,6 +169,21 @@ def test_the_end_and_the_template_of_training_stand_in_the_export(
     prompt = theirs.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
     assert prompt == turn.prompt and text.startswith(turn.prompt + turn.answer)
     assert open_source(str(back)).config.chat_template == template
+
+
+@pytest.mark.parametrize("template", ["qwen", "gemma"])
+def test_a_gguf_file_has_the_end_and_the_template_of_training(tmp_path: Path, template: str) -> None:
+    ours = tiny.split(base(tmp_path / "hf", eos_token_id=7, pad_token_id=3), tmp_path / "ours")
+    solver = trained(ours, tmp_path / "solver", template)
+    tokenizer = load.load_tokenizer(solver)
+    file = exported(solver, tmp_path / "gguf", "gguf") / "model.gguf"
+    metadata = open_gguf(file).metadata
+    ends = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    assert tokenizer.stop_ids | {7} == ends - {None}
+    assert metadata["tokenizer.chat_template"] == tokenizer.chat.source
+    back = load.load_tokenizer(tiny.split(file, tmp_path / "back"), chat_template="file")
+    assert back.stop_ids == ends - {None} and back.eos_id == tokenizer.eos_id
+    assert back.chat.turns(MESSAGES) == tokenizer.chat.turns(MESSAGES)
 
 
 def test_generate_stops_at_the_end_of_training(tmp_path: Path) -> None:
