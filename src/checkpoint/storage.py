@@ -49,7 +49,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _NAMES_BY_SUFFIX = {".model": "tokenizer.model", ".tiktoken": "qwen.tiktoken"}
-_STAGING = ".partial"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -106,8 +105,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         temporary.chmod(0o644)  # safetensors writes for its owner alone
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -125,7 +123,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 def staging(folder: Path) -> Path:
     """Where the files of a save lie until finish() moves them into the directory."""
-    return folder / _STAGING
+    return folder / ".partial"
 
 
 @contextmanager
@@ -137,12 +135,11 @@ def writing(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locks.alone(folder):
         if not staging(folder).exists():  # else a killed save may have moved some of its own already
-            known = manifest_files(folder)
-            for path in (path for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern)):
-                if path.name not in known:
-                    raise UserError(
-                        f"{folder} holds {path.name}, weights that were not written here; choose an empty directory"
-                    )
+            found = {path.name for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern)}
+            if foreign := sorted(found - manifest_files(folder).keys()):
+                raise UserError(
+                    f"{folder} holds {foreign[0]}, weights that were not written here; choose an empty directory"
+                )
         shutil.rmtree(staging(folder), ignore_errors=True)  # left by a save that was killed
         staging(folder).mkdir()
         try:
@@ -333,9 +330,7 @@ def verify_hashes(folder: Path, prefix: str = "", index: int = 0, n: int = 1) ->
 
     prefix: only files whose names begin so. Of n processes that share the work, this is number `index`.
     """
-    files = [
-        (name, facts) for name, facts in sorted(manifest_files(folder).items()) if name.startswith(prefix)
-    ]
+    files = [each for each in sorted(manifest_files(folder).items()) if each[0].startswith(prefix)]
     for name, facts in files[index::n]:
         if file_hash(folder / name) != facts["blake3"]:
             raise UserError(
