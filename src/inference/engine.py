@@ -18,7 +18,7 @@ from src.inference.sampling import Sampling, choose, uniforms
 from src.inference.step import make_step
 from src.models.cache import PromptCache
 from src.models.decoder import Decoder
-from src.models.linear import rounded_once
+from src.models.linear import prepared
 from src.text.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048  # of one forward over prompts, padding included: enough to use a processor, few to hold
@@ -134,7 +134,7 @@ def generate(
             compiled=compiled,
             tool_hook=tool_hook,
         )
-        with rounded_once(model, model.dtype):
+        with prepared(model.linear_weights(), model.dtype):
             yield from batch.run()
     finally:
         model.train(was_training)

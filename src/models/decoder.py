@@ -3,6 +3,8 @@
 B batch, S sequence, D width, P vocabulary rows on this rank
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,6 +104,12 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, rotation, lengths, cache)
         return self.norm(x)
+
+    def linear_weights(self) -> Iterator[Tensor]:
+        """What linear layers multiply by: all matrices but an embedding that is no output layer."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and (self.config.tied or not name.startswith("tok_embeddings")):
+                yield parameter
 
     def _check_context(self, positions: Tensor) -> None:
         """Raise UserError for positions [B, S] beyond a context whose rule for them is not implemented."""

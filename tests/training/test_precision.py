@@ -18,7 +18,7 @@ from src.data.batch import Batch
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs, token_scores
-from src.models.linear import rounded_once
+from src.models.linear import prepared
 from src.runlog import RunLog
 from src.training.sft import sft_loss
 from src.training.trainer import STEPS_TO_DOUBLE, Trainer
@@ -77,7 +77,7 @@ def test_trained_and_frozen_weights_compute_the_same_numbers(folders: Folders, p
     assert trained.dtype == scores[0].dtype == torch.float32
 
 
-def test_weights_are_rounded_once_while_nothing_trains_them(folders: Folders) -> None:
+def test_weights_are_prepared_while_nothing_trains_them(folders: Folders) -> None:
     model = load.load_solver(folders.one, precision="bfloat16", trained=True)
     weight = model.layers[0].feed_forward.w1.weight
 
@@ -86,13 +86,11 @@ def test_weights_are_rounded_once_while_nothing_trains_them(folders: Folders) ->
             return sft_loss(model, batch()) / 16
 
     plain = loss()
-    with rounded_once(model, model.dtype):
-        copy = weight.rounded
-        assert weight.dtype == torch.float32 and copy.dtype == torch.bfloat16 and torch.equal(copy, weight.bfloat16())
-        assert torch.equal(loss(), plain)
-        copy.mul_(2.0)  # it is what is multiplied
-        assert not torch.equal(loss(), plain)
-    assert not hasattr(weight, "rounded")
+    with prepared(model.linear_weights(), model.dtype):
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight.prepared.to_dense(), weight.bfloat16())
+        assert_close(loss(), plain, rtol=0, atol=0.01)
+    assert not hasattr(weight, "prepared")
     with torch.no_grad():
         weight.mul_(2.0)
     assert not torch.equal(loss(), plain)
