@@ -4,6 +4,7 @@ The header is read here, not by the package's reader: that one believes the coun
 for a vocabulary. What a header claims is compared with the size of the file before memory is taken for it.
 """
 
+import errno
 import functools
 import math
 import mmap
@@ -264,8 +265,13 @@ class GgufWriter:
         self._writer, self._kinds = writer, kinds
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Take the next tensor, in the type that the layout gives it."""
-        self._writer.write_tensor_data(_packed(tensor, self._kinds[name]))
+        """Take the next tensor, in the type that the layout gives it. Raises OSError when the disk is full."""
+        try:
+            self._writer.write_tensor_data(_packed(tensor, self._kinds[name]))
+        except OSError as problem:  # numpy tells how many bytes were written, and no errno
+            if problem.errno is not None:
+                raise
+            raise OSError(errno.EFBIG, "The disk or a limit on files is full") from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import resource
 import struct
 from pathlib import Path
 
@@ -195,6 +196,19 @@ def test_types_of_an_export(tmp_path: Path, tokenizer: Path, dtype: str, of_matr
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["files"]["model.gguf"]["bytes"] == (folder / "model.gguf").stat().st_size
     storage.verify_hashes(folder)
+
+
+def test_a_full_disk_ends_with_one_line(tmp_path: Path, tokenizer: Path) -> None:
+    source = open_source(str(zoo.write(tmp_path / "hf", zoo.MODELS["llama-1"])))
+    metadata = tokenizer_metadata(tokenizer, 64)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))  # the header and some tensors
+    try:
+        with pytest.raises(UserError, match="in the middle of writing"):
+            export.export_gguf(source, tmp_path / "gguf", "a tiny model", metadata)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "gguf" / "model.gguf").exists()
 
 
 def test_rows_that_q8_0_does_not_divide_are_float32(tmp_path: Path, tokenizer: Path) -> None:
