@@ -377,19 +377,26 @@ def parity(folder: Path, trl_python: str) -> str:
     """The largest differences between the two PPOs on the same episodes; raises SystemExit beyond 1e-5."""
     import torch
 
+    from src import losses
+    from src.models.forward import response_logprobs, response_values
     from src.training import ppo
 
     side = our_side(CASES["PPO 5M"], folder, micro=EPISODES, lr=PARITY_LR, max_grad_norm=float("inf"))
     found, _ = side.collect(0)
     torch.save(found.batch.tokens, folder / "episodes.pth")
-    mask, losses = found.batch.response_mask, {"policy": [], "value": []}
-    for inner_epoch in range(EPOCHS):
-        (now,) = ppo.minibatches(found, side.config, 0, inner_epoch)
+    mask, ours = found.batch.response_mask, {"policy": [], "value": []}
+    for now in ppo.minibatches(found, side.config, 0):
         (micro,) = now.micros
-        value, _ = ppo.critic_loss(side.models.critic.model, found, micro, side.config, now.tokens)
-        policy, _ = ppo.actor_loss(side.models.actor.model, found, micro, side.config, now.tokens)
+        batch, pick = micro.of(found)
+        values = response_values(side.models.critic.model, *batch.inputs)
+        value = losses.ppo_value_loss(values, pick(found.values), pick(found.returns), side.config.value_clip)
+        logprobs = response_logprobs(side.models.actor.model, *batch.inputs, n_ids=found.n_ids)
+        ratio = losses.probability_ratio(logprobs, pick(found.logprobs))
+        policy = losses.ppo_policy_loss(
+            ratio, pick(found.advantages), side.config.clip_ratio, side.config.clip_high, side.config.dual_clip)
+        value, policy = (each.sum() / now.tokens for each in (value, policy))
         for trainer, loss, name in ((side.models.critic, value, "value"), (side.models.actor, policy, "policy")):
-            losses[name].append(loss.item())
+            ours[name].append(loss.item())
             trainer.backward(loss)
             trainer.step()
     run_side("parity", "PPO 5M", folder, trl_python)
@@ -399,15 +406,15 @@ def parity(folder: Path, trl_python: str) -> str:
         "advantages": (
             found.advantages[mask].view(EPISODES, -1) * ((n - 1) / n) ** 0.5 - their["advantages"]
         ),
-        "policy losses": torch.tensor(losses["policy"]) * ((n - 1) / n) ** 0.5
+        "policy losses": torch.tensor(ours["policy"]) * ((n - 1) / n) ** 0.5
         - torch.tensor(their["policy"]),
-        "value losses": torch.tensor(losses["value"]) - torch.tensor(their["value"]),
+        "value losses": torch.tensor(ours["value"]) - torch.tensor(their["value"]),
     }
     worst = {name: gap.abs().max().item() for name, gap in gaps.items()}
     line = "parity: " + ", ".join(f"{name} {gap:.1e}" for name, gap in worst.items())
     if max(worst.values()) > 1e-5:
-        raise SystemExit(f"{line}\nours {losses}\ntheirs {their['policy']} {their['value']}")
-    return f"{line}; losses ours {losses}"
+        raise SystemExit(f"{line}\nours {ours}\ntheirs {their['policy']} {their['value']}")
+    return f"{line}; losses ours {ours}"
 
 
 def run_side(side: str, name: str, folder: Path, python: str) -> dict[str, object]:

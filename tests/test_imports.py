@@ -1,6 +1,7 @@
 """Imports flow down, and every third-party library has one door. The rules are the tables at the top."""
 
 import ast
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,3 +174,20 @@ def test_one_door_and_few_speakers(path: Path) -> None:
 def test_no_file_of_ours_shadows_the_standard_library() -> None:
     for path in FILES:
         assert path.stem not in sys.stdlib_module_names, path
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("[bdrt]*/**/*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_programs_beside_src_name_what_is_there(path: Path) -> None:
+    """Benchmarks, recipes and tools are seldom run; a name of src/ that has moved must not wait for that."""
+    tree, modules = parse(path), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "src":
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                if not hasattr(module, name):
+                    modules[name] = importlib.import_module(f"{node.module}.{name}")
+                elif isinstance(getattr(module, name), type(ast)):
+                    modules[name] = getattr(module, name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"{path}:{node.lineno}: {node.value.id}.{node.attr}"
