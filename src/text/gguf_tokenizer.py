@@ -26,8 +26,9 @@ from src.text.sentencepiece_model import (
     from_bytes,
     to_bytes,
 )
+from src.text.tiktoken_merges import merges_of, spelled
 from src.text.tokenizer import Tokenizer, read_config
-from src.text.vocabulary import CUT, GPT_2_CUT, HfTokenizers, SentencePiece
+from src.text.vocabulary import CUT, GPT_2_CUT, SentencePiece, Tiktoken
 
 _SPACE = "▁"  # what sentencepiece writes for one
 
@@ -271,15 +272,12 @@ def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
     vocabulary = tokenizer.vocabulary
     if isinstance(vocabulary, SentencePiece):
         metadata, tokens = _from_sentencepiece(vocabulary.to_proto(), str(tokenizer.path))
-    elif isinstance(vocabulary, HfTokenizers):
+    elif isinstance(vocabulary, Tiktoken):
+        metadata, tokens = _from_ranks(vocabulary)
+    else:
         document = parse(vocabulary.to_json(), str(tokenizer.path))
         convert = _from_merged if document["model"].get("byte_fallback") else _from_byte_level
         metadata, tokens = convert(document, str(tokenizer.path))
-    else:
-        raise UserError(
-            f"{tokenizer.path} is a tiktoken file, which --format gguf does not write; give the model's tokenizer.json "
-            f"with --tokenizer_file"
-        )
     is_spm = metadata[f"{_G}model"] == "llama"
     control = tokenizer.control.items()
     apart = {facts.id: (text, USER_DEFINED) for text, facts in tokenizer.added.items() if not facts.control}
@@ -335,6 +333,14 @@ def _from_sentencepiece(model: bytes, source: str) -> tuple[dict[str, object], d
         for index, (text, score, kind) in enumerate(opened.pieces)
     }
     return {f"{_G}model": "llama", f"{_G}pre": "default", f"{_G}add_space_prefix": opened.puts_space}, tokens
+
+
+def _from_ranks(vocabulary: Tiktoken) -> tuple[dict[str, object], dict[int, _Token]]:
+    """Metadata and tokens of a tiktoken file."""
+    (pre,) = (name for name, cut in _CUTS.items() if cut.patterns == (vocabulary.pattern,))
+    merges = [f"{spelled(left)} {spelled(right)}" for left, right in merges_of(vocabulary.ranks)]
+    tokens = {rank: _Token(spelled(token), NORMAL) for token, rank in vocabulary.ranks.items()}
+    return {f"{_G}model": "gpt2", f"{_G}pre": pre, f"{_G}merges": merges}, tokens
 
 
 def _steps(part: Mapping[str, object] | None, inner: str) -> list[Mapping[str, object]]:

@@ -170,7 +170,10 @@ _TIKTOKEN = {128000: _LLAMA_3, 151643: _QWEN}
 
 
 class Tiktoken:
-    """Llama 3 (tokenizer.model) and Qwen v1 (qwen.tiktoken): lines of a base64 token and its rank."""
+    """Llama 3 (tokenizer.model) and Qwen v1 (qwen.tiktoken): lines of a base64 token and its rank.
+
+    ranks: the id of each token's bytes, in order; pattern: how text is cut before merging.
+    """
 
     kind = "tiktoken"
     renames = True
@@ -189,7 +192,7 @@ class Tiktoken:
         self._encoding = tiktoken.Encoding(
             path.name, pat_str=facts.pattern, mergeable_ranks=ranks, special_tokens=control
         )
-        self._nfc = facts.nfc
+        self.ranks, self.pattern, self._nfc = ranks, facts.pattern, facts.nfc
         self.size: int = self._encoding.n_vocab
         self.added = {token: Added(index, control=True) for token, index in control.items()}
         self.bos, self.eos, self.stops = facts.bos, facts.eos, facts.stops

@@ -1,4 +1,4 @@
-"""src/text/gguf_tokenizer.py and sentencepiece_model.py: tokenizers of every kind into a GGUF file's keys and back."""
+"""src/text/gguf_tokenizer.py, sentencepiece_model.py and tiktoken_merges.py: tokenizers into GGUF's keys and back."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,19 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
         assert theirs(text, add_special_tokens=False).input_ids == found.encode(text), text
 
 
-@pytest.mark.parametrize("kind", ["llama2", "qwen2"])
+def test_tiktoken_there_and_back(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    write_ranks(tmp_path / "first" / "tokenizer.model")
+    metadata = metadata_of(tmp_path / "first", 128256)
+    assert metadata["tokenizer.ggml.pre"] == "llama-bpe"
+    found, first = back(metadata, tmp_path / "back", 128256), Tokenizer(tmp_path / "first")
+    for text in MORE_TEXTS:
+        assert found.encode(text) == first.encode(text), text
+    assert (found.bos_id, found.eos_id, found.stop_ids) == (first.bos_id, first.eos_id, first.stop_ids)
+    assert found.control == first.control
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama3", "qwen2"])
 def test_released_vocabularies_give_the_published_ids(tmp_path: Path, kind: str) -> None:
     folder = reference.shared("tokenizers") / kind
     found = back(metadata_of(folder, 152000), tmp_path / "back", 152000)
@@ -173,7 +185,6 @@ def odd(folder: Path, **parts: object) -> None:
 
 
 UNKNOWN = {
-    "tiktoken": (lambda folder: write_ranks(folder / "tokenizer.model"), "is a tiktoken file"),
     "unigram": (lambda folder: write_sentencepiece(folder, model_type="unigram", vocab_size=330), "of type 1 has no"),
     "nfkc": (lambda folder: write_sentencepiece(folder, normalization_rule_name="nmt_nfkc"), "a table that replaces"),
     "spaces": (lambda folder: write_sentencepiece(folder, remove_extra_whitespaces=True), "the removal of repeated"),
