@@ -16,6 +16,7 @@ from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
 from src.evaluation.evaluator import BackgroundGrader, Sampler, claim_samples, grade_samples, sample_prompts
 from src.evaluation.prompting import Prompting, make_prompting
+from src.evaluation.report import summarize
 from src.evaluation.served import AT_SERVER, ServedSolver, check_flags
 from src.grading.answer_types import AnswerType
 from src.grading.grader import Grader
@@ -130,7 +131,7 @@ def sample_and_grade(
         log = RunLog(str(path.parent), flags)
         sample_prompts(sampler, prompts, num_samples=n, path=path, log=log, grading=grading)
         if grading:
-            results = grade_samples(grading, read_samples(str(path)), path)
+            results = summarize(task, prompts, grade_samples(grading, read_samples(str(path)), path))
             storage.write_json(path.with_name("results.json"), results)
     return path
 
