@@ -5,6 +5,7 @@ torchrun --nproc_per_node 8 preference_train.py --ckpt_dir out --save_dir prefer
     --objective orpo --lora_rank 8 --lr 3e-5
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +14,8 @@ from src import cli, load, parallel, plan, runlog
 from src.checkpoint import saving, storage
 from src.config import Bounds, NonNegative, Positive, Share, TrainConfig, flag
 from src.data.encoding import masked_text
+from src.data.sampler import Dataset
+from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.training.preference import Preference, evaluate, n_pairs, open_preferences, report, with_reference
 from src.training.reference import reference_identity, reference_logprobs
@@ -56,12 +59,16 @@ class PreferenceTrainConfig(TrainConfig):
     lr: NonNegative = 5e-7
     warmup_ratio: Share = 0.1
 
+    def preference(self) -> Preference:
+        """The loss that the flags ask for. Raises UserError for flags of another objective."""
+        return Preference(objective=self.objective, beta=self.beta, margin=self.margin,
+                          label_smoothing=self.label_smoothing, length_normalize=self.length_normalize,
+                          nll_weight=self.nll_weight)
+
 
 def main(config: PreferenceTrainConfig) -> None:
     """The loss is a mean over the pairs of a whole step."""
-    preference = Preference(objective=config.objective, beta=config.beta, margin=config.margin,
-                            label_smoothing=config.label_smoothing, length_normalize=config.length_normalize,
-                            nll_weight=config.nll_weight)
+    preference = config.preference()
     against = preference.reference_dir(config.ckpt_dir, config.reference_ckpt_dir, config.reference_file)
     tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
@@ -73,8 +80,8 @@ def main(config: PreferenceTrainConfig) -> None:
     run = Run(config, data)
     if config.dry_run:
         examples = [encoded for pair in data.samples for encoded in pair]
-        runlog.table(plan.training(config, model_config, run.planned_steps(data), examples, tokenizer,
-                                   run.sampler.ranks))
+        steps = run.planned_steps(data)
+        runlog.table(plan.training(config, model_config, steps, examples, tokenizer, run.sampler.ranks))
         return
     run.begin("preference_train")
     saving.check_save_dir(config.save_dir, config.reference_ckpt_dir)
@@ -85,13 +92,10 @@ def main(config: PreferenceTrainConfig) -> None:
     log.logger.info("%s; held out: %s", data.report, held_out.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
     model = load.load_solver(against or config.ckpt_dir, precision=config.precision,
-                                 trained=config.lora_rank == -1)
+                             trained=config.lora_rank == -1)
     if against:
-        file = Path(config.reference_file or Path(config.save_dir) / "reference.jsonl")
-        reference = reference_logprobs(
-            model, [*data.samples, *held_out.samples], file, reference_identity(fingerprint, tokenizer, model.dtype),
-            max_batch_size=2 * config.max_batch_size, log=log)
-        data, held_out = with_reference(data, reference), with_reference(held_out, reference)
+        identity = reference_identity(fingerprint, tokenizer, model.dtype)
+        data, held_out = score_by_reference(config, model, identity, (data, held_out), log)
     if config.reference_ckpt_dir:
         del model  # before the policy takes its place
         model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1)
@@ -108,12 +112,21 @@ def main(config: PreferenceTrainConfig) -> None:
         score = None
         if run.is_eval_due(step):
             found = evaluate(model, held_out, preference, run.sampler, packing=config.packing)
-            log.metrics(step.number, epoch=step.epoch,
-                        **{f"eval_{name}": value for name, value in found._asdict().items()})
+            log.metrics(step.number, epoch=step.epoch, **{f"eval_{name}": x for name, x in found._asdict().items()})
             log.logger.info("step %d: held-out loss %.4f, accuracy %.3f", step.number, found.loss, found.accuracy)
             score = -found.loss
         run.checkpointer.step_done(step.number, score)
     run.checkpointer.finish()
+
+
+def score_by_reference(
+    config: PreferenceTrainConfig, model: Decoder, identity: str, parts: Sequence[Dataset], log: RunLog
+) -> list[Dataset]:
+    """The pairs with log-probs of the model, which is not the policy yet: one pass, kept in a file for later runs."""
+    file = Path(config.reference_file or Path(config.save_dir) / "reference.jsonl")
+    reference = reference_logprobs(model, [sample for data in parts for sample in data.samples], file, identity,
+                                   max_batch_size=2 * config.max_batch_size, log=log)
+    return [with_reference(data, reference) for data in parts]
 
 
 if __name__ == "__main__":
