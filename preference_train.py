@@ -102,6 +102,7 @@ def main(config: PreferenceTrainConfig) -> None:
     run.open(model, log)
 
     for step in run.steps(data):
+        # A mean over the pairs of all micro-batches and ranks: how a step is cut up does not change its update
         in_step, tallies = parallel.sum_over_data_parallel(n_pairs(step.batches)), []
         for batch in step.batches:
             loss, tally = preference.loss(model, batch.to(parallel.device()))

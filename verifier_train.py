@@ -93,6 +93,7 @@ def main(config: VerifierTrainConfig) -> None:
     run.open(model, log)
 
     for step in run.steps(data):
+        # A mean over all micro-batches and ranks: how a step is cut up does not change its update
         n_labels = parallel.sum_over_data_parallel(objective.count(step.batches))
         for batch in step.batches:
             loss = objective.loss(model, batch.to(parallel.device())) / n_labels
@@ -104,7 +105,7 @@ def main(config: VerifierTrainConfig) -> None:
             accuracy = found.held_out_accuracy
             log.metrics(step.number, epoch=step.epoch, **found._asdict())
             log.logger.info("step %d: held-out accuracy %.3f", step.number, accuracy)
-            # PPO and best-of-n compare scores of several verifiers, which these make alike
+            # PPO's rewards and best-of-n are scores in these units
             saving.record(model, score_mean=found.score_mean, score_std=found.score_std)
         run.checkpointer.step_done(step.number, accuracy)
     run.checkpointer.finish()

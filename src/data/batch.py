@@ -88,6 +88,7 @@ def make_batch(samples: Sequence[Encoded], *, packing: bool = False, with_target
             tokens[index, : len(sample.tokens)] = torch.tensor(sample.tokens)
             response_mask[index, : len(sample.tokens)] = torch.tensor(sample.supervised)
         batch = Batch(tokens, response_mask)
+    # Only for verifiers: a step of SFT would move a second [B, S] to the device for nothing
     if not with_targets:
         return batch
     targets = torch.full(batch.tokens.shape, math.nan)

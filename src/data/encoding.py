@@ -30,7 +30,7 @@ STEP_END = STEP_ENDS["paragraph"]
 class Encoded(NamedTuple):
     """One prompt and response as ids; response_start is where the response begins.
 
-    targets, where a verifier is to judge: what its score at each response token should be, nan = it is not read there.
+    targets, for a verifier: what its score at each response token should be, nan = it is not read there.
     In a conversation of several turns answer_mask says which tokens are the assistant's, and the first of them is
     where the response begins.
     """
@@ -66,16 +66,17 @@ class Conversation(NamedTuple):
 def encode_prompt(tokenizer: Tokenizer, instruction: str, prefix: str = "") -> list[int]:
     """BOS (where the vocabulary has one) and the instruction's ids, or what the chat template makes of it.
 
-    prefix: the beginning of the answer, to be gone on from; its ids, tokenised apart, end the prompt. Raises UserError
-    for an empty prompt without BOS, for there is nothing to continue, and for a prefix that the template changes.
+    prefix: the beginning of the answer, which is to be continued; its ids, tokenised apart, end the prompt. Raises
+    UserError for an empty prompt without BOS, as there is nothing to continue, and for a prefix that the template
+    changes.
     """
     if tokenizer.code:
-        begun = blocks.answer_pieces(prefix) if prefix else []
-        return list(chain(*tokenizer.encode_pieces([*blocks.prompt_pieces(instruction), *begun])))
+        partial_answer = blocks.answer_pieces(prefix) if prefix else []
+        return list(chain(*tokenizer.encode_pieces([*blocks.prompt_pieces(instruction), *partial_answer])))
     if tokenizer.chat:
         rendered = tokenizer.chat.prompt([_message("user", instruction)])
-        begun = tokenizer.encode_rendered(_begun(tokenizer, instruction, prefix)) if prefix else []
-        return tokenizer.encode_rendered(rendered) + begun
+        partial_answer = tokenizer.encode_rendered(_partial_answer(tokenizer, instruction, prefix)) if prefix else []
+        return tokenizer.encode_rendered(rendered) + partial_answer
     prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(instruction)
     if not prompt:
         raise UserError(
@@ -97,13 +98,14 @@ def encode_response(
         parts = [*blocks.answer_pieces(output), *([Marker.END_OF_MESSAGE] if finished else [])]
         ids, mask = _encode_pieces(tokenizer, [Marker.ASSISTANT, *parts], "assistant_no_execution")
         answer_mask = [False] * len(prompt) + mask[1:]
+        # The marker says whose pieces these are; the prompt ends with it, so it is taken off again
         return Encoded(prompt + ids[1:], len(prompt), answer_mask=None if all(mask[1:]) else answer_mask)
     if tokenizer.chat:
-        begun = _begun(tokenizer, instruction, prefix) if prefix else ""
+        partial_answer = _partial_answer(tokenizer, instruction, prefix) if prefix else ""
         answer = _answer(tokenizer, instruction, prefix + output, whole=finished and not prefix)
-        if not answer.startswith(begun):
+        if not answer.startswith(partial_answer):
             raise _changed(tokenizer, prefix)
-        response = tokenizer.encode_rendered(answer.removeprefix(begun), start=not prefix)
+        response = tokenizer.encode_rendered(answer.removeprefix(partial_answer), start=not prefix)
     else:
         response = [*tokenizer.encode(output, start=not prefix), tokenizer.eos_id]
     return Encoded(prompt + (response if finished else response[:-1]), len(prompt))
@@ -124,8 +126,8 @@ def _answer(tokenizer: Tokenizer, instruction: str, output: str, *, whole: bool)
     return tokenizer.chat.turns(messages, whole=whole)[0].answer
 
 
-def _begun(tokenizer: Tokenizer, instruction: str, prefix: str) -> str:
-    """An answer in the chat template that stops behind the prefix. Raises UserError if the template changes it."""
+def _partial_answer(tokenizer: Tokenizer, instruction: str, prefix: str) -> str:
+    """Render an answer in the chat template up to the prefix's end. Raises UserError if the template changes it."""
     prefix = tokenizer.chat.behind_opening(prefix)
     before, found, _ = _answer(tokenizer, instruction, prefix + ".", whole=False).partition(prefix)
     if not found:
@@ -214,10 +216,10 @@ def encode_steps(
     finished: bool = True,
     step_end: str = STEP_END,
 ) -> Encoded:
-    """A solution in steps, each judged at its last token: the one place that says which token carries a step's score.
+    """Encode a solution in steps, each scored at its last token: the one place that says which token carries its score.
 
-    Steps are tokenised apart, step_end behind each but the last and EOS behind that if it is finished, so that the
-    position of every step's end is known by construction. A step with the label None is not judged.
+    Steps are tokenised apart, step_end after each but the last and EOS after that if it is finished, so that the
+    position of every step's end is known by construction. A step with the label None is not scored.
     """
     prompt = encode_prompt(tokenizer, instruction)
     if tokenizer.chat:
@@ -233,7 +235,7 @@ def encode_steps(
 
 
 def label_everywhere(encoded: Encoded, label: float) -> Encoded:
-    """A response judged at each of its tokens (Cobbe et al. 2021, token-level verifiers)."""
+    """Let the label of a response be read at each of its tokens (Cobbe et al. 2021, token-level verifiers)."""
     return encoded._replace(targets=(label,) * encoded.n_response)
 
 
@@ -281,7 +283,7 @@ def _cut(encoded: Encoded, max_seq_len: int, truncation: Truncation) -> Encoded:
     """A sequence cut to max_seq_len, or as it is where the policy cannot cut it."""
     excess = len(encoded.tokens) - max_seq_len
     if truncation == "left" and 0 < excess < encoded.response_start and not encoded.answer_mask:
-        tokens = encoded.tokens[:1] + encoded.tokens[1 + excess :]
+        tokens = encoded.tokens[:1] + encoded.tokens[1 + excess :]  # BOS stays, where there is one
         return Encoded(tokens, encoded.response_start - excess, encoded.targets)
     if truncation == "right" and excess > 0:
         start = min(encoded.response_start, max_seq_len)

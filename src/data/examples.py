@@ -31,7 +31,7 @@ class Chat(NamedTuple):
 class Pair(NamedTuple):
     """A problem with solutions that should score higher (chosen) and lower (rejected).
 
-    prefix is a partial solution that both sides go on from; it is given, and nothing is learnt from it.
+    prefix is a partial solution that both sides continue; it is given, and nothing is learnt from it.
     """
 
     instruction: str
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
 
 class StepLabels(NamedTuple):
-    """A problem with a solution in steps and what is known of each: 0 wrong to 1 right, None = not judged.
+    """A problem with a solution in steps and what is known of each: 0 wrong to 1 right, None = not known.
 
     An outcome row is one whose whole solution is a single step.
     """
@@ -213,10 +213,10 @@ def read_pairs(path: str) -> list[Pair]:
 
 
 def read_step_labels(path: str) -> list[StepLabels]:
-    """Outcome rows `{"instruction", "output", "correct": bool}` and judged steps `{"instruction", "steps": [text, ...],
-    "labels": [0 to 1 or null, ...]}`. Raises UserError.
+    """Outcome rows `{"instruction", "output", "correct": bool}` and labelled steps `{"instruction", "steps":
+    [text, ...], "labels": [0 to 1 or null, ...]}`. Raises UserError.
 
-    A row none of whose steps is judged is an error: it could teach nothing.
+    A row none of whose steps has a label is an error: it could teach nothing.
     """
     rows = read_rows(path, STEP_LABELS)
     return [_outcome_labels(row) if row.get("steps") is None else _step_labels(row) for row in rows]

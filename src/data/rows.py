@@ -115,7 +115,7 @@ class Row(NamedTuple):
         return values
 
     def instruction(self) -> str:
-        """The problem: 'instruction', and behind it, on a line of its own, the 'input' of Alpaca's format."""
+        """The problem: 'instruction', and after it, on a line of its own, the 'input' of Alpaca's format."""
         extra = self.text("input") if self.get("input") is not None else ""
         if not extra.strip():
             return self.text("instruction")

@@ -56,6 +56,7 @@ class BatchSampler:
         for epoch in range(done // per_epoch + 1, epochs + 1):
             order = epoch_order(len(data.samples), self.seed, epoch)
             first = (epoch - 1) * per_epoch
+            # A step's rows are fixed before they are dealt, so that an epoch is the same on any number of ranks
             for number, rows in enumerate(chunks(order, self.rows_per_step), first + 1):
                 if stop is not None and number > stop:
                     return
@@ -104,6 +105,7 @@ def unsupervised(sample: Sample) -> Sample:
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n rows in an epoch: a pure function of (seed, epoch)."""
+    # A generator of its own, seeded by a text: torch's state, other draws and where a run resumed play no part
     order = list(range(n))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order

@@ -62,6 +62,7 @@ def collate(pairs: Sequence[Sample], packing: bool, reference: Reference | None 
     """The sides of pairs in turns, padded, or packed with the prompt of each pair only once."""
     sides = [encoded for pair in pairs for encoded in pair]
     logprobs = [reference.of(encoded) if reference else 0.0 for encoded in sides]
+    # The two sides of a pair share their prompt, mostly the longer part: packed, it is computed once
     batch = pack_shared(pairs) if packing else make_batch(sides)
     return batch._replace(reference=torch.tensor(logprobs))
 

@@ -1,4 +1,4 @@
-"""What a run is known by, and from which step the one that a directory holds may be gone on with.
+"""What a run is known by, and the step from which the one in a directory may be resumed.
 
 Every flag is compared, inputs by their contents, unless src/flags.py names it among those that may differ: a flag that
 is added is compared without a word here.
@@ -70,7 +70,7 @@ def content_hash(path: Path, is_tokenizer: bool = False) -> str:
 
 
 def find_start(folders: Sequence[str], mode: Resume, fingerprint: Mapping[str, object], total_steps: int) -> int:
-    """The step that a run of one model in each folder goes on behind; 0 = it begins. Reads alone.
+    """Find the step after which a run of one model in each folder resumes; 0 = it begins. Reads, and writes nothing.
 
     Raises UserError for a run that was started otherwise, is damaged, or would be lost: one that is not finished where
     it is not to be resumed, and weights without anything to resume from where it is.
@@ -84,6 +84,7 @@ def find_start(folders: Sequence[str], mode: Resume, fingerprint: Mapping[str, o
                     f"choose another directory"
                 )
         return 0
+    # A kill may fall between the saves of actor and critic: only a step that all hold is a state of the run
     common = set.intersection(*steps.values())
     if not common:
         _refuse_loss(steps)

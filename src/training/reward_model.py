@@ -78,7 +78,7 @@ class PairwiseObjective:
         scores around 0 and changes no difference.
         """
         chosen, rejected = response_scores(verifier, *batch.inputs).chunk(2)
-        supervised = batch.response_counts().chunk(2)[0] > 0
+        supervised = batch.response_counts().chunk(2)[0] > 0  # a rank without pairs left runs along with none
         losses = bradley_terry_loss(chosen - self.margin, rejected) + self.centring * (chosen + rejected) ** 2
         return (losses * supervised).sum()
 
@@ -219,10 +219,11 @@ def open_data(
     rows, source = mix(parts, weights, seed), ", ".join(train_files)
     lengths = {"max_seq_len": max_seq_len, "truncation": truncation}
     if objective == "pairwise":
-        data, test = pair_dataset(rows, tokenizer, source=source, **lengths), pair_dataset(
-            held, tokenizer, source=label_file or source, **lengths)  # fmt: skip
+        data = pair_dataset(rows, tokenizer, source=source, **lengths)
+        test = pair_dataset(held, tokenizer, source=label_file or source, **lengths)
         return data, test, PairwiseObjective(**options)
     data, labelled = label_dataset(rows, tokenizer, source=source, **lengths, **options)
+    # Later commands read an outcome's score at the end alone, so that is where it is tested
     options |= {"label_tokens": "last"}
     test, _ = label_dataset(held, tokenizer, source=label_file or source, **lengths, **options)
     return data, test, labelled
@@ -237,6 +238,7 @@ def split_held_out(
     """
     if held_out is not None:
         return files, held_out
+    # By problem, not by row: a verifier that saw another solution of a problem would look better on it than it is
     problems = list(dict.fromkeys(row.instruction for rows in files for row in rows))
     n_held = int(share * len(problems))
     if not 0 < n_held < len(problems):

@@ -40,6 +40,7 @@ class Run:
         Raises UserError for a save_dir that would overwrite what the run reads, or that holds another run.
         """
         config = self.config
+        # All that can be refused is refused here, before the minutes that loading a model takes
         parallel.start(config.seed, self._n_shards)
         saving.check_save_dir(config.save_dir, config.ckpt_dir)
         self._fingerprint = run_fingerprint(
@@ -60,6 +61,7 @@ class Run:
             log, [Trainee(config.save_dir, self.trainer, begin_save)], config, steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps, run_fingerprint=self._fingerprint)  # fmt: skip
         model.train()
+        # After the trainer is made: it owns the parameters, shared over the data-parallel ranks, that resume() fills
         self._done = self.checkpointer.resume(config.resume)
         log.progress(self.total_steps, "step", self._done)
         self._meter = ThroughputMeter(model.config)

@@ -35,6 +35,7 @@ def validation_loss(model: Decoder, held_out: Dataset, sampler: BatchSampler, *,
             for batch in step.batches:
                 total += sft_loss(model, batch.to(parallel.device())).item()
                 n_tokens += n_supervised([batch])
+    # Ranks hold unequal numbers of tokens: the mean of their means would not be the mean
     return parallel.sum_over_data_parallel(total) / parallel.sum_over_data_parallel(n_tokens)
 
 
