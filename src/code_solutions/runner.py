@@ -1,4 +1,4 @@
-"""Run the Python code of a solution, each time in a fresh process behind walls (sandbox.py says which).
+"""Run the Python code of a solution, each time in a fresh isolated process (sandbox.py says how).
 
 run([first, second, third]) is what a notebook shows under the third cell: the earlier blocks are run before it
 and their output is thrown away. Nothing is kept between two runs, so no run can harm, delay or answer for

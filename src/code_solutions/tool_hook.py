@@ -59,14 +59,16 @@ class Coding(NamedTuple):
         n_tokens = len(completion.request.prompt) + len(completion.tokens)
         return CONTEXT_FULL if n_tokens >= max_seq_len else MAX_TOKENS
 
-    def behind(self, answers: Sequence[str]) -> list[tuple[str, str]]:
-        """For begun answers in their text form, each up to the end of a block: the execution that follows, perhaps
-        none, and why the answer ends there, or "". All ranks call it."""
-        told = self._run([ended_blocks(split_text(answer)) for answer in answers])
-        return [("" if output is None else "".join(_execution(output)), reason) for output, reason in told]
+    def execute_after(self, answers: Sequence[str]) -> list[tuple[str, str]]:
+        """Run what follows beginnings of answers in their text form, each up to the end of a block.
+
+        -> the execution, perhaps none, and why the answer ends there, or "". All ranks call it.
+        """
+        ran = self._run([ended_blocks(split_text(answer)) for answer in answers])
+        return [("" if output is None else "".join(_execution(output)), reason) for output, reason in ran]
 
     def replays(self, answer: str) -> bool:
-        """Whether the code of an answer prints what stands behind it when it is run again.
+        """Whether the code of an answer prints what follows it when it is run again.
 
         A solution for which it is false must not be gone on with: its state cannot be rebuilt.
         """
@@ -79,9 +81,9 @@ class Coding(NamedTuple):
 
     def _on_pause(self, rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
         """What the engine appends after each pause."""
-        told = self._run([self.blocks(request.prompt, tokens) for request, tokens in rows])
+        ran = self._run([self.blocks(request.prompt, tokens) for request, tokens in rows])
         return [
-            reason or ([] if output is None else self._ids(_execution(output))) for output, reason in told
+            reason or ([] if output is None else self._ids(_execution(output))) for output, reason in ran
         ]
 
     def _run(self, solutions: list[list[Block]]) -> list[tuple[str | None, str]]:

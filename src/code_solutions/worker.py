@@ -68,7 +68,7 @@ class Watch:
     def __init__(self, job: dict, isolated: bool) -> None:
         """Start the process."""
         self.limits, self.blocks, self.isolated = job["limits"], len(job["blocks"]), isolated
-        self.output, self.begun = b"", 0
+        self.output, self.started = b"", 0
         self.output_fd, output_end = os.pipe()
         self.marks_fd, marks_end = os.pipe()
         self.pid = os.fork()
@@ -92,12 +92,12 @@ class Watch:
         _, wait_status, usage = os.wait4(self.pid, 0)
         self.read_output()
         self.read_marks()
-        if not self.begun:
+        if not self.started:
             raise OSError(errno.ECHILD, "the process ended before its first block")
         status = broken or outcome(os.waitstatus_to_exitcode(wait_status), usage, self.limits)
         if len(self.output) > self.limits["output_bytes"]:
             status, self.output = "output_limit", self.output[: self.limits["output_bytes"]]
-        if self.begun < self.blocks:
+        if self.started < self.blocks:
             return "replay"
         return status
 
@@ -142,9 +142,9 @@ class Watch:
         marks = None
         with contextlib.suppress(BlockingIOError):
             marks = os.read(self.marks_fd, CHUNK)
-        begun = min(self.begun + len(marks or b""), self.blocks)
-        if begun > self.begun:
-            self.begun, self.deadline = begun, time.monotonic() + self.limits["wall_seconds"]
+        started = min(self.started + len(marks or b""), self.blocks)
+        if started > self.started:
+            self.started, self.deadline = started, time.monotonic() + self.limits["wall_seconds"]
         return marks != b""
 
     def kill(self) -> None:

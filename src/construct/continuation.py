@@ -295,7 +295,7 @@ def generate_stepwise(
             )
         if solver.coding:
             unfinished = [one for one in active.values() if not found[one].end]
-            executed = solver.coding.behind([one.prefix + found[one].text for one in unfinished])
+            executed = solver.coding.execute_after([one.prefix + found[one].text for one in unfinished])
             for one, (output, reason) in zip(unfinished, executed, strict=True):
                 found[one] = found[one]._replace(text=found[one].text + output, end=reason)
     return {one: item if item.end else item._replace(end=TOO_MANY_STEPS) for one, item in found.items()}

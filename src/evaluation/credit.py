@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from src import parallel
@@ -40,7 +41,7 @@ class Credit(NamedTuple):
 
 @torch.no_grad()
 def token_logprobs(solver: Decoder, rows: Sequence[Encoded], max_batch_size: int) -> Iterator[list[float]]:
-    """The log-prob of each response token, row by row."""
+    """Compute the log-prob of each response token, row by row, in nats; as many numbers a row as it has tokens."""
     solver.eval()
     for chunk in chunks(rows, max_batch_size):
         batch = make_batch(chunk).to(parallel.device())
@@ -61,7 +62,7 @@ def credit(
 
 def report_credit(rows: Sequence[StepLabels], found: Sequence[Credit]) -> dict[str, object]:
     """How often the least credit lies in the first wrong step, by the step's sum and by its lowest token, with 95%
-    intervals, and how often a step drawn blindly would be it; and how well the reward tells solutions apart.
+    intervals, and how often a step chosen at random would be it; and how well the reward tells solutions apart.
 
     Raises UserError where no solution has a wrong step.
     """
@@ -74,17 +75,12 @@ def report_credit(rows: Sequence[StepLabels], found: Sequence[Credit]) -> dict[s
         "blindly": sum(1 / len(each.step_credits) for _, each in wrong) / len(wrong),
     }
     for name, kind in (("by_sum", "step_credits"), ("by_lowest_token", "step_lowest")):
-        hits = sum(lowest(getattr(each, kind)) == place for place, each in wrong)
+        hits = sum((steps := getattr(each, kind)).index(min(steps)) == place for place, each in wrong)
         report[name] = {"accuracy": hits / len(wrong), "interval": list(wilson_interval(hits, len(wrong)))}
-    right = torch.tensor([place < 0 for place in first_wrong(rows)]).numpy()
-    rewards = torch.tensor([each.reward for each in found], dtype=torch.float64).numpy()
+    right = np.array([place < 0 for place in first_wrong(rows)])
+    rewards = np.array([each.reward for each in found])
     report["reward_auc"] = auc(rewards, right) if right.any() else None
     return report
-
-
-def lowest(values: Sequence[float]) -> int:
-    """The place of the lowest value, the first of equal ones."""
-    return min(range(len(values)), key=values.__getitem__)
 
 
 def credit_table(report: dict[str, object]) -> str:

@@ -96,7 +96,7 @@ def local_sampler(
 
 
 class BackgroundGrader:
-    """Grades samples of a task in the background, while others are still being drawn. Use as a context manager.
+    """Grade samples of a task in the background, while others are still being sampled. Use as a context manager.
 
     Raises UserError for a problem of an unknown answer type.
     """
@@ -202,7 +202,7 @@ def sample_prompts(
     ]
     for (name, number), response in done.items() if grading else ():
         grading.submit(name, number, response)
-    started, drawn, failed, tokens = time.monotonic(), 0, [], 0
+    started, n_done, failed, tokens = time.monotonic(), 0, [], 0
     by_id = {prompt.id: prompt for prompt in prompts}
     log.progress(len(wanted), "sample")
     with path.open("a", encoding="utf-8") if parallel.rank() == 0 else open(os.devnull, "w") as file:
@@ -215,10 +215,10 @@ def sample_prompts(
             file.flush()
             if grading:
                 grading.submit(sample.id, sample.sample, sample.response)
-            drawn, tokens = drawn + 1, tokens + (sample.token_count or 0)
+            n_done, tokens = n_done + 1, tokens + (sample.token_count or 0)
     log.close_progress()
-    speed = Speed(drawn, tokens, time.monotonic() - started)
-    log.metrics(0, samples=drawn, tokens=tokens, tokens_per_second=tokens / max(speed.seconds, 1e-9))
+    speed = Speed(n_done, tokens, time.monotonic() - started)
+    log.metrics(0, samples=n_done, tokens=tokens, tokens_per_second=tokens / max(speed.seconds, 1e-9))
     if parallel.rank() == 0:
         _report_failures(failed, path, log)
         place = {prompt.id: index for index, prompt in enumerate(prompts)}
@@ -255,11 +255,7 @@ def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -
 
     Raises UserError for a sample that is not asked for: it would be deleted, or graded against another problem.
     """
-    if parallel.rank() == 0 and path.is_file():
-        data = path.read_bytes()
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
-    parallel.barrier()  # nobody reads before the torn line is gone
+    cut_torn_line(path)
     instructions = {prompt.id: prompt.instruction for prompt in prompts}
     done = {}
     for sample in read_samples(str(path)) if path.is_file() and path.stat().st_size else ():
@@ -270,6 +266,15 @@ def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -
             )
         done[sample.id, sample.sample] = sample.response
     return done
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed run left without its end. All ranks call this."""
+    if parallel.rank() == 0 and path.is_file():
+        data = path.read_bytes()
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+    parallel.barrier()  # nobody reads before the torn line is gone
 
 
 def _sample_row(sample: SamplerOutput, prompt: Prompt) -> dict[str, object]:

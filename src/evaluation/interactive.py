@@ -65,7 +65,7 @@ def answer_problem(solver: Solver, instruction: str, name: str) -> str:
 
 
 def _scores(scored: Scored | None, text: str, verifier: Decoder) -> list[str]:
-    """A solution's steps, each behind its score."""
+    """Lines of a solution's steps, each after its score."""
     if scored is None:
         return [f"no score: longer than the verifier's context of {verifier.config.max_seq_len} tokens"]
     steps = split_steps(text, STEP_ENDS[verifier.config.step]) if scored.step_scores else [text]

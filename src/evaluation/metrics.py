@@ -197,7 +197,7 @@ def auc(scores: Floats, right: NDArray[np.bool_]) -> float:
 def calibration(
     probabilities: Floats, right: NDArray[np.bool_], n_bins: int = 10
 ) -> tuple[float, list[dict[str, float]]]:
-    """Expected calibration error (Guo et al. 2017, eq. 3) and the bins behind it: probability, accuracy, count."""
+    """Expected calibration error (Guo et al. 2017, eq. 3) and its bins: probability, accuracy, count."""
     places = np.minimum((probabilities * n_bins).astype(int), n_bins - 1)
     bins = [
         {
@@ -213,7 +213,7 @@ def calibration(
 
 
 def first_wrong_step(probabilities: Sequence[float], threshold: float) -> int:
-    """The first step below the threshold; -1 if all pass."""
+    """Find the first step below the threshold; -1 if all pass."""
     return next((place for place, p in enumerate(probabilities) if p < threshold), -1)
 
 
@@ -230,7 +230,7 @@ def processbench_f1(found: Sequence[int], expected: Sequence[int]) -> float:
 
 
 def best_threshold(solutions: Sequence[Sequence[float]], expected: Sequence[int]) -> float:
-    """The threshold with the highest F1 on these solutions: halfway between neighbouring probabilities."""
+    """Find the threshold with the highest F1 on these solutions: halfway between neighbouring probabilities."""
     values = sorted({p for probabilities in solutions for p in probabilities})
     candidates = [0.0, *((low + high) / 2 for low, high in zip(values, values[1:], strict=False)), 1.0 + 1e-9]
     if len(candidates) > 512:  # more would cost time and move F1 by less than its noise

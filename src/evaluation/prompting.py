@@ -1,4 +1,4 @@
-"""What a solver is asked: which problems of a file, in which words, behind which demonstrations."""
+"""What a solver is asked: which problems of a file, in which words, after which demonstrations."""
 
 import hashlib
 import json

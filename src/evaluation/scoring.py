@@ -1,4 +1,4 @@
-"""What a verifier says of samples and of judged steps. A score is a number from 0 to 1, whatever the verifier.
+"""Scores of samples and of labelled steps by a verifier. A score is a number from 0 to 1, whatever the verifier.
 
 outcome and process: the probability of being right. pairwise: sigmoid of the score in deviations from its mean, which
 orders samples as the score does and lets a vote weigh them.
@@ -19,6 +19,7 @@ from src.data.encoding import STEP_ENDS, Encoded, encode_response, encode_steps,
 from src.data.examples import Sample, StepLabels, read_rows
 from src.data.sampler import chunks
 from src.errors import UserError
+from src.evaluation.evaluator import cut_torn_line
 from src.evaluation.metrics import AGGREGATIONS, sigmoid
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -148,7 +149,7 @@ def _read_response(verifier: Decoder, rows: Sequence[Encoded]) -> list[list[floa
 
 @torch.no_grad()
 def _read_steps(verifier: Decoder, rows: Sequence[Encoded]) -> list[list[float]]:
-    """The logits at the ends of the judged steps of each row."""
+    """Compute the logits at the ends of the labelled steps of each row; as many numbers a row as it has steps."""
     verifier.eval()
     batch = make_batch(rows, with_targets=True).to(parallel.device())
     scores = token_scores(verifier, *batch.inputs)
@@ -172,18 +173,14 @@ def _check_finite(sample: Sample, scores: Sequence[float]) -> None:
 
 
 def _key(sample: Sample) -> str:
-    """Names what a score depends on beside the verifier."""
+    """Hash what a score depends on apart from the verifier: texts, and whether the response was cut."""
     text = json.dumps([sample.prompt, sample.response, sample.values.get("finish", "stop")])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _read_scores(path: Path) -> dict[str, list[float]]:
     """The scores that an earlier start left; a torn last line is cut off."""
-    if parallel.rank() == 0 and path.is_file():
-        data = path.read_bytes()
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
-    parallel.barrier()  # nobody reads before the torn line is gone
+    cut_torn_line(path)
     if not path.is_file() or not path.stat().st_size:
         return {}
     return {row.values["text"]: row.values["scores"] for row in read_rows(str(path))}

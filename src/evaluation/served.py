@@ -1,4 +1,4 @@
-"""A solver behind a server: the flags that name it, the form in which it is asked, and its answers as samples."""
+"""A solver at a server: the flags that name it, the form in which it is asked, and its answers as samples."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,11 +92,11 @@ class ServedSolver:
             chat=self.chat_template == AT_SERVER,
             stop_ids=tuple(sorted(self.tokenizer.stop_ids)) if self.tokenizer else (),
         )
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def source(self) -> dict[str, object]:
-        """What samples depend on beside the sampling."""
+        """What samples depend on apart from the sampling."""
         tokenizer = self.tokenizer.fingerprint()[:16] if self.tokenizer else None
         template = None if self.chat_template in ("", "none") else self.chat_template
         args = (self.tokenizer and self.tokenizer.template_args) or None
@@ -118,10 +118,10 @@ class ServedSolver:
         for answer in complete(self.server, requests, sampling, concurrency=self.concurrency):
             prompt, reply = answer.request.prompt, answer.reply
             if reply and isinstance(prompt, str) and prompt.strip() and reply.text.startswith(prompt):
-                self._tell("the server repeats the prompt before its answer; it is cut off there")
+                self._warn_once("the server repeats the prompt before its answer; it is cut off there")
                 answer = answer._replace(reply=reply._replace(text=reply.text[len(prompt) :], tokens=()))
             elif reply and reply.text and not reply.tokens:
-                self._tell("the server gives no log-probs: samples have the logprob null")
+                self._warn_once("the server gives no log-probs: samples have the logprob null")
             yield answer
 
     def sampler(self, sampling: Sampling) -> Sampler:
@@ -133,25 +133,26 @@ class ServedSolver:
                 if reply is None:
                     yield SamplerOutput(name, number, "", None, "", None, error)
                     continue
-                text, met, reply = until(reply, sampling.stop)
+                text, stopped_by, reply = until(reply, sampling.stop)
                 logprob = None if reply.logprob is None else round(reply.logprob, 1)
-                yield SamplerOutput(name, number, text, reply.token_count, "stop" if met else reply.finish, logprob)
+                finish = "stop" if stopped_by else reply.finish
+                yield SamplerOutput(name, number, text, reply.token_count, finish, logprob)
 
         return sample
 
-    def _tell(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+    def _warn_once(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             runlog.logger().warning("%s", what)
 
 
 def until(reply: Reply, stop: Sequence[str]) -> tuple[str, str, Reply]:
     """The text up to the first of these strings, that string ("" where there is none), and the reply up to its end.
 
-    Some servers leave the string in, or go on behind it.
+    Some servers leave the string in, or go on after it.
     """
-    met = min((text for text in stop if text in reply.text), key=reply.text.index, default="")
-    if not met:
+    found = min((text for text in stop if text in reply.text), key=reply.text.index, default="")
+    if not found:
         return reply.text, "", reply
-    place = reply.text.index(met)
-    return reply.text[:place], met, reply.first(place + len(met))
+    place = reply.text.index(found)
+    return reply.text[:place], found, reply.first(place + len(found))

@@ -94,7 +94,7 @@ def choice_curves(problems: Sequence[Sequence[Graded]]) -> dict[str, dict[str, l
 def report_steps(
     rows: Sequence[StepLabels], found: Sequence[Sequence[float] | None], threshold: float | None = None
 ) -> dict[str, object]:
-    """The numbers on judged steps: accuracy at one half, on each kind of label, AUC, and ProcessBench's F1.
+    """Count the numbers on labelled steps: accuracy at one half, on each kind of label, AUC, and ProcessBench's F1.
 
     Solutions of which nothing was found are counted as too_long, and not among the others.
     threshold: below it a step counts as wrong in F1; default one half. F1 is null where no row, or every row, has a
