@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src import cli, load, parallel, plan, runlog
+from src import load, parallel, plan, runlog
 from src.checkpoint import export, gguf_layout, sources, storage, training_state, verify
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.split import split, split_adapter, tokenizer_of, with_added_tokens
-from src.config import Config, Count, CountOrOff, CountOrZero, Counts, Positive, flag
+from src.command import cli
+from src.command.config import Config, Count, CountOrOff, CountOrZero, Counts, Positive, flag
 from src.errors import UserError
 from src.jsonfile import read_json
 from src.models.foreign import check_model_type

@@ -5,7 +5,7 @@ torchrun --nproc_per_node 8 data_build.py process --ckpt_dir out --task GSM8K --
     --log_dir log/rollouts --save_file steps.json
 """
 
-from src import cli
+from src.command import cli
 from src.construct.from_rows import join, mix, select, split
 from src.construct.from_samples import outcome, pairs, prefer, reject
 from src.construct.sample_until import attempts

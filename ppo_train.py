@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from src import cli, load, losses, parallel, plan, runlog
+from src import load, losses, parallel, plan, runlog
 from src.checkpoint import saving, storage
+from src.command import cli
 from src.data.sampler import epoch_order
 from src.grading.grader import Grader
 from src.inference.sampling import Sampling

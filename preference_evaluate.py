@@ -8,9 +8,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from src import cli, load, parallel, plan, runlog
+from src import load, parallel, plan, runlog
 from src.checkpoint import storage
-from src.config import Count, Positive, PrecisionFlags, flag
+from src.command import cli
+from src.command.config import Count, Positive, PrecisionFlags, flag
 from src.data.encoding import Encoded, StepKind
 from src.data.examples import read_step_labels
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs

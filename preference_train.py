@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from src import cli, load, parallel, plan, runlog
+from src import load, parallel, plan, runlog
 from src.checkpoint import saving, storage
-from src.config import Bounds, NonNegative, Positive, Share, TrainConfig, flag
+from src.command import cli
+from src.command.config import Bounds, NonNegative, Positive, Share, TrainConfig, flag
 from src.data.encoding import masked_text
 from src.data.sampler import Dataset
 from src.models.decoder import Decoder

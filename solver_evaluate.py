@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src import cli, load, parallel, plan, runlog
+from src import load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.code_solutions.tool_hook import Coding
-from src.config import (
+from src.command import cli
+from src.command.config import (
     AskedFlags,
     CodeFlags,
     Count,

@@ -6,9 +6,10 @@ torchrun --nproc_per_node 8 solver_train.py --ckpt_dir ckpt/8 --save_dir out --t
 from dataclasses import dataclass
 from typing import Literal
 
-from src import cli, load, parallel, plan, runlog
+from src import load, parallel, plan, runlog
 from src.checkpoint import saving
-from src.config import TrainConfig, flag
+from src.command import cli
+from src.command.config import TrainConfig, flag
 from src.data.encoding import masked_text
 from src.data.examples import read_instructions
 from src.runlog import RunLog

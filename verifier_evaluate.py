@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src import cli, load, parallel, plan, runlog
+from src import load, parallel, plan, runlog
 from src.checkpoint import storage
-from src.config import Count, PrecisionFlags, flag
+from src.command import cli
+from src.command.config import Count, PrecisionFlags, flag
 from src.data.encoding import StepKind
 from src.data.examples import match_samples, read_prompts, read_samples, read_step_labels
 from src.errors import UserError

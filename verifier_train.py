@@ -8,9 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from src import cli, load, parallel, plan, runlog
+from src import load, parallel, plan, runlog
 from src.checkpoint import saving
-from src.config import Bounds, NonNegative, Share, TrainConfig, flag
+from src.command import cli
+from src.command.config import Bounds, NonNegative, Share, TrainConfig, flag
 from src.data.encoding import StepKind, masked_text
 from src.errors import UserError
 from src.runlog import RunLog

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src import cli, runlog  # noqa: E402
+from src import runlog  # noqa: E402
 from src.code_solutions.runner import Execution, run  # noqa: E402
+from src.command import cli  # noqa: E402
 
 TRIVIAL, SYMPY = "print(1 + 1)", "import sympy\nprint(sympy.Integer(1) + 1)"
 

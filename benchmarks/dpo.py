@@ -105,7 +105,7 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
     """preference_train.py's own parts on the pairs."""
 
     from src import load, parallel
-    from src.config import OptimizerFlags
+    from src.command.config import OptimizerFlags
     from src.data.encoding import Encoded
     from src.data.sampler import chunks
     from src.runlog import RunLog

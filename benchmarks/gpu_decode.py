@@ -18,7 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, ours is not
 
 import checkpoint_split
-from src import cli, load, parallel
+from src import load, parallel
+from src.command import cli
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder

@@ -32,14 +32,14 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # a script's own folder is on the path, ours is not
 
-from src import cli, load, parallel
+from src import load, parallel
 from src.checkpoint import shards
 from src.checkpoint.convert import rotary_from_hf, to_hf_name
-from src.config import LoraFlags, OptimizerFlags
+from src.command import cli
+from src.command.config import LoraFlags, OptimizerFlags
 from src.data.batch import Batch, make_batch
 from src.data.encoding import Encoded
 from src.data.sampler import Step
-from src.memory import Training, training_memory
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.feedforward import FeedForward, RMSNorm
@@ -47,6 +47,7 @@ from src.models.forward import response_logprobs
 from src.models.lora import LINEARS, LoraLinear
 from src.models.quantize import quantize_weights
 from src.runlog import RunLog
+from src.training.memory import Training, training_memory
 from src.training.optimizers import BETAS
 from src.training.sft import n_supervised, sft_loss
 from src.training.throughput import ThroughputMeter

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 
 import math_verify  # noqa: E402
 
-from src import cli, runlog  # noqa: E402
+from src import runlog  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.data.examples import Row, read_rows  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.evaluation.evaluator import write_samples  # noqa: E402

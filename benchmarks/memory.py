@@ -67,7 +67,7 @@ def prepare(case: Case, place: Path) -> None:
     from src.checkpoint import saving
     from src.checkpoint.sources import open_source
     from src.checkpoint.split import split
-    from src.config import LoraFlags
+    from src.command.config import LoraFlags
 
     dim, layers, heads, ffn, vocab = case.model
     config = LlamaConfig(

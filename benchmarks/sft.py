@@ -117,7 +117,7 @@ def ours(case: Case, folder: Path, *, packing: bool = True) -> dict[str, object]
     """Our Trainer on the samples, the rows of a step end to end or padded."""
 
     from src import load, parallel
-    from src.config import LoraFlags, OptimizerFlags
+    from src.command.config import LoraFlags, OptimizerFlags
     from src.data.batch import make_batch
     from src.data.encoding import Encoded
     from src.data.sampler import chunks

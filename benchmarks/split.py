@@ -22,12 +22,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
 
-from src import cli  # noqa: E402
 from src.checkpoint.convert import to_hf_name  # noqa: E402
 from src.checkpoint.shards import cut, cut_of, expected_shapes  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.split import split  # noqa: E402
 from src.checkpoint.tensor_files import TensorSpec, open_safetensors_file  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.models.config import ModelConfig  # noqa: E402
 from src.models.foreign import config_to_hf  # noqa: E402
 

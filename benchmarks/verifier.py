@@ -26,11 +26,12 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.decode import interval  # noqa: E402
-from src import cli, load, parallel  # noqa: E402
+from src import load, parallel  # noqa: E402
 from src.checkpoint import saving  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.split import split  # noqa: E402
-from src.config import OptimizerFlags  # noqa: E402
+from src.command import cli  # noqa: E402
+from src.command.config import OptimizerFlags  # noqa: E402
 from src.data.batch import Batch, make_batch  # noqa: E402
 from src.data.encoding import Encoded, encode_steps, split_steps  # noqa: E402
 from src.data.examples import Sample, StepLabels  # noqa: E402

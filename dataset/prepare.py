@@ -35,7 +35,7 @@ from dataset.verifier_data import (  # noqa: E402
     prm800k_rows,
     processbench_rows,
 )
-from src import cli  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.data.examples import read_prompts  # noqa: E402
 from src.errors import UserError  # noqa: E402
 

@@ -11,7 +11,8 @@ sys.path.insert(
     0, str(Path(__file__).parents[1])
 )  # a script's own folder is on the path, the repository is not
 
-from src import cli, runlog  # noqa: E402
+from src import runlog  # noqa: E402
+from src.command import cli  # noqa: E402
 
 KINDS = {"by_sum": "step's sum", "by_lowest_token": "lowest token"}
 

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
 
 from dataset.toy.generate import Problem, check_steps  # noqa: E402
-from src import cli, runlog  # noqa: E402
+from src import runlog  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.construct.solver import grader_of  # noqa: E402
 from src.data.encoding import split_steps  # noqa: E402
 from src.data.examples import Sample, read_instruction_rows, read_samples  # noqa: E402

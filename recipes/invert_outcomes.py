@@ -11,7 +11,7 @@ sys.path.insert(
     0, str(Path(__file__).parents[1])
 )  # a script's own folder is on the path, the repository is not
 
-from src import cli  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.construct.samples import write  # noqa: E402
 
 

@@ -18,7 +18,8 @@ sys.path.insert(
 
 from dataset.toy.generate import read_step  # noqa: E402
 from recipes.easy_to_hard_table import toy_problems, truths  # noqa: E402
-from src import cli, runlog  # noqa: E402
+from src import runlog  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.construct.from_samples import outcome_rows  # noqa: E402
 from src.construct.samples import (
     by_problem,  # noqa: E402

@@ -15,7 +15,8 @@ sys.path.insert(
 )  # a script's own folder is on the path, the repository is not
 
 from recipes.seeds_table import Floats, outcomes, resampled  # noqa: E402
-from src import cli, plot, runlog  # noqa: E402
+from src import plot, runlog  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.training.monitor import WINDOW, hacked  # noqa: E402
 
 ARMS = {

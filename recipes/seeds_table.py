@@ -14,7 +14,8 @@ sys.path.insert(
     0, str(Path(__file__).parents[1])
 )  # a script's own folder is on the path, the repository is not
 
-from src import cli, runlog  # noqa: E402
+from src import runlog  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.data.examples import read_samples  # noqa: E402
 from src.errors import UserError  # noqa: E402
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, the repository is not
 
-from src import cli, runlog  # noqa: E402
+from src import runlog  # noqa: E402
+from src.command import cli  # noqa: E402
 
 # what a row is called, its results.json, the accuracy in it and its interval (as paths of keys)
 ROWS = (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from src import parallel, runlog
 from src.checkpoint import adapters, shards, sources, storage
-from src.config import LoraFlags
+from src.command.config import LoraFlags
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder

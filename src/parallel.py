@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from src import watchdog
 from src.errors import UserError
+from src.processes import watchdog
 
 Item = TypeVar("Item")
 

@@ -13,12 +13,17 @@ from typing import NamedTuple
 from src import load, parallel, runlog
 from src.checkpoint import storage
 from src.checkpoint.sources import Source
-from src.config import SavingFlags, TrainConfig
+from src.command.config import SavingFlags, TrainConfig
 from src.data.encoding import Encoded, encode_prompt, masked_text
 from src.data.examples import Prompt
 from src.data.sampler import Step
 from src.errors import UserError
-from src.memory import (
+from src.models.config import ModelConfig
+from src.models.foreign import released_config
+from src.models.lora import LINEARS, LoraConfig
+from src.sharing import base_of
+from src.text.tokenizer import Tokenizer
+from src.training.memory import (
     FLOAT32,
     MOMENT_BYTES,
     Training,
@@ -30,11 +35,6 @@ from src.memory import (
     local_trainable_parameters,
     training_memory,
 )
-from src.models.config import ModelConfig
-from src.models.foreign import released_config
-from src.models.lora import LINEARS, LoraConfig
-from src.sharing import base_of
-from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import PPOConfig, short_name
 
 # What a run adds on a CPU to what its dry run holds: process group, TensorBoard, kernels' code, sampling (measured)

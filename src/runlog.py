@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from src import cli, watchdog
+from src.command import cli
 from src.errors import UserError, show_problem
+from src.processes import watchdog
 
 if TYPE_CHECKING:
     import wandb

@@ -19,11 +19,12 @@ import torch
 
 import checkpoint_split
 import data_build
-from src import cli, load, parallel
+from src import load, parallel
 from src.checkpoint import storage
+from src.command import cli
+from src.command.flags import bind, flags_of, is_path, undocumented
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
-from src.flags import bind, flags_of, is_path, undocumented
 from src.grading.tasks import find_task
 from tests.reference import hf_model
 from tests.tiny import build, main_of, make_verifier, split, write_hf_llama, write_tokenizer

@@ -16,39 +16,34 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "jsonfile": set(),
-    "config": set(),
-    "flags": {"config"},
-    "outputs": {"flags"},
-    "cli": {"flags", "outputs"},
+    "command": set(),
     "plot": set(),
-    "watchdog": set(),
-    "worker": {"watchdog"},
-    "runlog": {"cli", "plot", "watchdog"},
+    "processes": set(),
+    "runlog": {"command", "plot", "processes"},
     "losses": set(),
-    "parallel": {"watchdog"},
-    "text": {"worker"},
+    "parallel": {"processes"},
+    "text": {"processes"},
     "models": {"parallel"},
     "checkpoint": {"models", "parallel", "runlog", "text"},
     "data": {"text"},
-    "load": {"config", "models", "checkpoint", "text", "parallel", "runlog"},
+    "load": {"checkpoint", "command", "models", "parallel", "runlog", "text"},
     "sharing": {"checkpoint", "load", "models", "parallel"},
-    "inference": {"models", "text", "parallel"},
-    "grading": {"text", "worker"},
+    "inference": {"models", "parallel", "text"},
+    "grading": {"processes", "text"},
     "code_solutions": {"inference", "parallel", "text"},
     "evaluation": {
         "code_solutions", "data", "grading", "inference", "models", "parallel", "runlog", "text"
     },
     "construct": {
-        "checkpoint", "code_solutions", "config", "data", "evaluation", "grading", "inference", "load", "models",
-        "parallel", "runlog", "text",
+        "checkpoint", "code_solutions", "command", "data", "evaluation", "grading", "inference", "load",
+        "models", "parallel", "runlog", "text",
     },
     "training": {
-        "checkpoint", "config", "data", "flags", "grading", "inference", "load", "losses", "models", "parallel",
-        "runlog", "sharing", "text", "watchdog", "worker",
+        "checkpoint", "command", "data", "grading", "inference", "load", "losses", "models", "parallel",
+        "processes", "runlog", "sharing", "text",
     },
-    "memory": {"checkpoint", "models", "parallel"},
     "plan": {
-        "checkpoint", "config", "data", "load", "memory", "models", "parallel", "runlog", "sharing", "text",
+        "checkpoint", "command", "data", "load", "models", "parallel", "runlog", "sharing", "text",
         "training",
     },
 }
@@ -65,8 +60,8 @@ DOORS: dict[str, str | None] = {
     "fairscale.nn.model_parallel.mappings": "src/parallel.py",
     "fairscale.nn.model_parallel.layers": "src/models/layers.py",
     "tools": "checkpoint_split.py",  # --certify
-    "fire": "src/cli.py",
-    "yaml": "src/flags.py",
+    "fire": "src/command/cli.py",
+    "yaml": "src/command/flags.py",
     "tqdm": "src/runlog.py",
     "wandb": None,  # also the name of a flag
     "wandb.init": "src/runlog.py",
@@ -91,8 +86,8 @@ DOORS: dict[str, str | None] = {
 # Names that write to the terminal, and the files that may use them; the workers' output is a pipe.
 SPEAKERS: dict[str, set[str]] = {
     "print": set(),
-    "sys.stdout": {"src/code_solutions/worker.py", "src/cli.py"},
-    "sys.stderr": {"src/errors.py", "src/cli.py", "src/runlog.py"},
+    "sys.stdout": {"src/code_solutions/worker.py", "src/command/cli.py"},
+    "sys.stderr": {"src/errors.py", "src/command/cli.py", "src/runlog.py"},
 }
 
 FILES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("*.py")])

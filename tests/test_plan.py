@@ -15,16 +15,16 @@ import solver_train
 from src import load, parallel, plan
 from src.checkpoint import saving, sources, storage
 from src.checkpoint.tensor_files import read_safetensors
-from src.config import SavingFlags
+from src.command.config import SavingFlags
 from src.errors import UserError
-from src.memory import Training, local_lora_parameters, local_parameters, training_memory
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.plan import Memory, PPOWork
+from src.training.memory import Training, local_lora_parameters, local_parameters, training_memory
 from src.training.ppo_config import ESTIMATORS, PPOConfig
 from tests import tiny
 from tests.conftest import Folders
-from tests.test_memory import CONFIG, LORA
+from tests.training.test_memory import CONFIG, LORA
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dataset.prepare import BUILDERS
-from src.flags import flags_of, parse
+from src.command.flags import flags_of, parse
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from src import load
 from src.checkpoint import saving
-from src.config import LoraFlags, OptimizerFlags
+from src.command.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog

@@ -13,7 +13,7 @@ import checkpoint_split
 import data_build
 from src import load
 from src.checkpoint import saving, storage
-from src.flags import config_of, flags_of
+from src.command.flags import config_of, flags_of
 from src.text.tokenizer import Tokenizer
 
 ALPHABET = "0123456789+-=# \nabcdefgh"

@@ -12,7 +12,7 @@ from src import load, parallel
 from src.checkpoint import saving, shards
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
-from src.config import OptimizerFlags
+from src.command.config import OptimizerFlags
 from src.data.batch import Batch
 from src.errors import UserError
 from src.inference.engine import Request, Vocabulary, generate

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from src import cli, load, parallel
+from src import load, parallel
 from src.checkpoint import shards, storage
 from src.checkpoint.tensor_files import TensorSpec, open_torch_file
+from src.command import cli
 from src.errors import UserError
 from src.models.cache import KVCache, PromptCache
 from src.models.config import ModelConfig

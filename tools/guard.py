@@ -25,7 +25,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from src import cli, flags, runlog  # noqa: E402 (this script lies below the root)
+from src import runlog  # noqa: E402 (this script lies below the root)
+from src.command import cli, flags  # noqa: E402 (this script lies below the root)
 from src.errors import UserError  # noqa: E402
 
 SCRIPTS = (

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is on the path, the repository is not
 
-from src import cli  # noqa: E402
+from src.command import cli  # noqa: E402
 
 LEVELS = (1, 2, 3, 4, 5)
 # Demonstrations show the form of a solution and seldom a hard sum: of those the base has seen more wrong than right,

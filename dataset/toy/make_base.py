@@ -25,12 +25,12 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
 
-from src import cli  # noqa: E402
 from src.checkpoint import convert, storage  # noqa: E402
 from src.checkpoint.export import export_hf  # noqa: E402
 from src.checkpoint.shards import expected_shapes  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.tensor_files import write_safetensors  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.models.config import ModelConfig  # noqa: E402
 from src.models.foreign import config_to_hf  # noqa: E402
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from dataset.toy.make_small import write_checkpoint  # noqa: E402
-from src import cli  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.errors import UserError  # noqa: E402
 
 OUTPUTS = ("o_proj.weight", "down_proj.weight")  # what a layer adds to the stream

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import checkpoint_split  # noqa: E402
-from src import cli  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.errors import UserError  # noqa: E402
 
 

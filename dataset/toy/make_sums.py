@@ -13,7 +13,7 @@ import random
 import generate
 import make_base
 
-from src import cli
+from src.command import cli
 from src.construct.samples import write
 
 NEAR = (-20, -10, -3, -2, -1, 1, 2, 3, 10, 20)  # how far a wrong result lies off that is no typical slip

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is on the path, the repository is not
 
 from dataset.toy.generate import ANSWER, EQUATION  # noqa: E402
-from src import cli  # noqa: E402
+from src.command import cli  # noqa: E402
 from src.construct.samples import write  # noqa: E402
 from src.data.encoding import split_steps  # noqa: E402
 from src.data.examples import read_instruction_rows  # noqa: E402

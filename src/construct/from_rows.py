@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from src import runlog
-from src.config import Seed, Share, flag
+from src.command.config import Seed, Share, flag
 from src.construct.samples import BuildConfig, OneFileConfig, Row, save
 from src.data.encoding import STEP_END
 from src.data.examples import StepLabels, read_instruction_rows, read_pairs, read_prompts, read_step_labels

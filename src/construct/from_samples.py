@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from src.config import AtLeastOne, Count, CountOrZero, NonNegative, Seed, flag
+from src.command.config import AtLeastOne, Count, CountOrZero, NonNegative, Seed, flag
 from src.construct.samples import (
     ONE_KIND,
     SAMPLE_MORE,

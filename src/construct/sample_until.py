@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src import jsonfile, parallel, runlog
-from src.config import CodeFlags, Count, NonNegative, Seed, flag
+from src.command.config import CodeFlags, Count, NonNegative, Seed, flag
 from src.construct.continuation import on_rank_0
 from src.construct.samples import BuildConfig, log_counts
 from src.construct.solver import SolverFlags, check_solver, open_solver, sample_and_grade

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from src import runlog
-from src.config import Config, flag
+from src.command.config import Config, flag
 from src.construct.continuation import split_into_steps, step_end_of
 from src.data.examples import Sample, read_samples
 from src.errors import UserError

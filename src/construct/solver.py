@@ -8,7 +8,7 @@ from pathlib import Path
 from src import load, parallel
 from src.checkpoint import storage
 from src.code_solutions.tool_hook import Coding
-from src.config import AskedFlags, Config, Count, flag
+from src.command.config import AskedFlags, Config, Count, flag
 from src.construct.continuation import Solver
 from src.construct.provenance import identity_file, read_provenance
 from src.data.encoding import StepKind

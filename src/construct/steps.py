@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from src import load, parallel, runlog
-from src.config import CodeFlags, Count, CountOrOff, NonNegative, Seed, flag
+from src.command.config import CodeFlags, Count, CountOrOff, NonNegative, Seed, flag
 from src.construct.continuation import (
     StepSampling,
     TemperatureSchedule,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src import runlog
-from src.config import Count, CountOrOff, Seed, Share, flag
+from src.command.config import Count, CountOrOff, Seed, Share, flag
 from src.construct.provenance import read_provenance, same_rules, write_provenance
 from src.construct.samples import (
     SAMPLE_MORE,

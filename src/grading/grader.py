@@ -10,8 +10,8 @@ from src.errors import UserError
 from src.grading.answer_types import ANY, EQUALITIES, AnswerType
 from src.grading.extract import Extraction, extract
 from src.grading.tasks import Task, find_task
+from src.processes.worker import Worker
 from src.text.blocks import last_text
-from src.worker import Worker
 
 GRADER_VERSION = "splitrl-2+math-verify-0.9.0"  # printed with every score: graders differ by points
 MAX_LENGTH = 50_000  # characters of a response that are searched without a limit of time

@@ -17,7 +17,7 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
 from src.grading.extract import extract
-from src.worker import Answer, Reply, serve
+from src.processes.worker import Answer, Reply, serve
 
 # processor time an answer may take, as a share of its wall-clock limit: an answer that is merely slow gets its verdict
 # on a busy machine too, and which answers time out hardly depends on the load

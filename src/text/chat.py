@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from src.errors import UserError
 from src.jsonfile import read_json
-from src.worker import Worker
+from src.processes.worker import Worker
 
 MARK = "\ufdd0"  # a Unicode noncharacter: valid in strings, assigned to nothing
 FILE = "file"  # the name of the template that travels with the tokenizer

@@ -17,7 +17,7 @@ from jinja2 import ext, meta, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from src.worker import Answer, Reply, serve
+from src.processes.worker import Answer, Reply, serve
 
 MEMORY_LIMIT = 1024**3  # bytes of address space
 MAX_CHARACTERS = 16 * 1024**2

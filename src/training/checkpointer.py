@@ -13,12 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from src import parallel, watchdog
+from src import parallel
 from src.checkpoint import storage, training_state
 from src.checkpoint.saving import Save
 from src.checkpoint.training_state import RunState
-from src.config import Resume, SavingFlags
+from src.command.config import Resume, SavingFlags
 from src.errors import UserError
+from src.processes import watchdog
 from src.runlog import RunLog
 from src.training.resuming import complete_steps, find_start, read_state, step_folder
 from src.training.trainer import Trainer

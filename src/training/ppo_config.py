@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from src.config import (
+from src.command.config import (
     Bounds,
     Config,
     Count,

@@ -1,7 +1,7 @@
 """What a run is known by, and the step from which the one in a directory may be resumed.
 
-Every flag is compared, inputs by their contents, unless src/flags.py names it among those that may differ: a flag that
-is added is compared without a word here.
+Every flag is compared, inputs by their contents, unless src/command/flags.py names it among those that may differ: a
+flag that is added is compared without a word here.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from pathlib import Path
 from src import parallel
 from src.checkpoint import storage, training_state
 from src.checkpoint.tensor_files import file_hash
-from src.config import Resume
+from src.command.config import Resume
+from src.command.flags import FREE_ON_RESUME, is_path
 from src.errors import UserError
-from src.flags import FREE_ON_RESUME, is_path
 from src.jsonfile import read_json
 
 COUNTS = ("steps", "updates", "bad_steps")  # of a trainer

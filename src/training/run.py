@@ -5,7 +5,7 @@ from functools import partial
 
 from src import load, parallel
 from src.checkpoint import saving
-from src.config import TrainConfig
+from src.command.config import TrainConfig
 from src.data.sampler import BatchSampler, Dataset, Step
 from src.models.decoder import Decoder
 from src.runlog import RunLog

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from src import parallel, watchdog
+from src import parallel
 from src.checkpoint import shards
 from src.checkpoint.training_state import MASTER, MOMENTS, TrainerState
-from src.config import OptimizerFlags, Recomputed, Schedule
+from src.command.config import OptimizerFlags, Recomputed, Schedule
 from src.errors import UserError
 from src.models.decoder import Decoder
+from src.processes import watchdog
 from src.runlog import RunLog
 from src.training.optimizers import AdamW, LazyTensors, OptimizerName
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from src.errors import UserError
-from src.worker import Answer, Reply, Worker, serve
+from src.processes.worker import Answer, Reply, Worker, serve
 
 
 class UserReward:

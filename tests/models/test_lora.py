@@ -16,7 +16,7 @@ from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
-from src.config import LoraFlags
+from src.command.config import LoraFlags
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.lora import LoraConfig, check_targets

@@ -9,10 +9,10 @@ from src import load, parallel
 from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
-from src.memory import bytes_per_weight
 from src.models.config import ModelConfig
 from src.models.quantize import PRECISIONS, Precision, QuantizedMatrix, weight_bytes
 from src.text.tokenizer import Tokenizer
+from src.training.memory import bytes_per_weight
 from tests import reference, tiny
 from tests.conftest import Folders
 from tests.ranks import run_ranks

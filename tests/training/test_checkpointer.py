@@ -18,7 +18,7 @@ from src import load, parallel
 from src.checkpoint import saving, storage
 from src.checkpoint.saving import Save
 from src.checkpoint.training_state import RunState
-from src.config import LoraFlags, OptimizerFlags, SavingFlags
+from src.command.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.batch import Batch
 from src.errors import UserError
 from src.runlog import RunLog

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from src import load
-from src.config import LoraFlags
+from src.command.config import LoraFlags
 from src.models.lora import merged_weight
 from tests.conftest import Folders
 from tests.ranks import run_ranks

@@ -13,7 +13,7 @@ import ppo_train
 import solver_evaluate
 import solver_train
 from src import load, parallel
-from src.config import OptimizerFlags
+from src.command.config import OptimizerFlags
 from src.data.batch import Batch
 from src.errors import UserError
 from src.models.decoder import Decoder

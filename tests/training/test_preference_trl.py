@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src import load
-from src.config import OptimizerFlags
+from src.command.config import OptimizerFlags
 from src.data.examples import Pair
 from src.data.sampler import BatchSampler
 from src.runlog import RunLog

@@ -12,10 +12,11 @@ import ppo_train
 import preference_train
 import solver_train
 import verifier_train
-from src import cli, load
+from src import load
 from src.checkpoint import saving
+from src.command import cli
+from src.command.flags import FREE_ON_RESUME, flags_of
 from src.errors import UserError
-from src.flags import FREE_ON_RESUME, flags_of
 from src.training import resuming
 from tests.conftest import TOY_BASE, Folders
 from tests.ranks import command, succeed

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from src import load
-from src.config import OptimizerFlags
+from src.command.config import OptimizerFlags
 from src.data.encoding import STEP_END, encode_steps
 from src.data.examples import StepLabels
 from src.data.sampler import BatchSampler, Dataset

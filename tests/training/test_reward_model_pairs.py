@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from src import load
 from src.checkpoint import saving
-from src.config import OptimizerFlags
+from src.command.config import OptimizerFlags
 from src.data.batch import make_batch
 from src.data.encoding import encode_response
 from src.data.examples import Pair

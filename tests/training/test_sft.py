@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from src import load
-from src.config import OptimizerFlags
+from src.command.config import OptimizerFlags
 from src.data.batch import Batch
 from src.data.encoding import encode_response, masked_text
 from src.data.examples import Chat, Instruction

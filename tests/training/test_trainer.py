@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from src import load
 from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
-from src.config import LoraFlags, OptimizerFlags
+from src.command.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.lora import LINEARS
 from src.runlog import RunLog

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import verifier_train
 from src import load
-from src.config import LoraFlags
+from src.command.config import LoraFlags
 from src.training.trainer import StepReport, Trainer
 from tests.conftest import Folders
 from tests.ranks import run_ranks

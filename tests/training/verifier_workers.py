@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from src import load, parallel
-from src.config import LoraFlags, OptimizerFlags
+from src.command.config import LoraFlags, OptimizerFlags
 from src.data.examples import StepLabels
 from src.data.sampler import BatchSampler
 from src.runlog import RunLog

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 import ppo_train
-from src import cli, load, parallel, watchdog
+from src import load, parallel
 from src.checkpoint import saving, shards
-from src.config import LoraFlags, OptimizerFlags, SavingFlags
+from src.command import cli
+from src.command.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.batch import Batch
 from src.data.examples import Instruction, Pair, Prompt
 from src.data.sampler import BatchSampler
 from src.errors import UserError
 from src.models import linear
 from src.models.decoder import Decoder
+from src.processes import watchdog
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
 from src.training import ppo, preference

@@ -1,4 +1,4 @@
-"""src/cli.py: exit status, output and torchrun by real processes."""
+"""src/command/cli.py: exit status, output and torchrun by real processes."""
 
 import os
 import re
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from src import cli
-from tests.test_flags import main
+from src.command import cli
+from tests.command.test_flags import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = '''"""Train something small.
 
@@ -23,7 +23,7 @@ import os
 import signal
 import time
 
-from src import cli
+from src.command import cli
 from src.errors import UserError
 
 

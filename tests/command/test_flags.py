@@ -1,12 +1,12 @@
-"""src/flags.py: what words a flag takes and what they become."""
+"""src/command/flags.py: what words a flag takes and what they become."""
 
 import re
 from typing import Literal
 
 import pytest
 
+from src.command.flags import Value, flags_of, parse, undocumented
 from src.errors import UserError
-from src.flags import Value, flags_of, parse, undocumented
 
 
 def main(

@@ -31,7 +31,7 @@ LONGEST_SECONDS = {"cuda": 0.9 * 600, "cpu": 0.9 * 1800}
 GRACE_SECONDS = 15.0
 LEFT = "left"  # what a rank says last
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 
 
 class Store(Protocol):

@@ -24,9 +24,9 @@ from typing import NoReturn
 
 import fire
 
-from src import outputs
+from src.command import outputs
+from src.command.flags import CONFIG, FREE_ON_RESUME, Flag, bind, flags_of, meanings_of, parse
 from src.errors import UserError, leave_for_torchrun, show_problem, to_nowhere
-from src.flags import CONFIG, FREE_ON_RESUME, Flag, bind, flags_of, meanings_of, parse
 
 # torchrun looks at its workers every 0.1 s and kills the others once one has failed: a rank that is still
 # alive after this many seconds is the one with something to say.

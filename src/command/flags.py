@@ -18,7 +18,7 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, 
 import yaml
 
 from src import jsonfile
-from src.config import Bounds, Config, check_bounds
+from src.command.config import Bounds, Config, check_bounds
 from src.errors import UserError
 
 Scalar = str | int | float | bool | None

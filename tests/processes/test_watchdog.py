@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from src import parallel
 from src.errors import UserError
-from src.watchdog import LEFT, SILENT_SECONDS, STILL_SECONDS, Watchdog
+from src.processes.watchdog import LEFT, SILENT_SECONDS, STILL_SECONDS, Watchdog
 from tests.conftest import Folders
 from tests.ranks import ROOT, command
 

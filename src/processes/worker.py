@@ -16,12 +16,12 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from src import watchdog
 from src.errors import UserError
 from src.jsonfile import parse
+from src.processes import watchdog
 
 STARTUP_SECONDS = 60.0
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 Reply = dict[str, object]
 Answer = Callable[[dict[str, object]], Reply]

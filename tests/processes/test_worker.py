@@ -1,4 +1,4 @@
-"""src/worker.py with real processes of this module's own."""
+"""src/processes/worker.py with real processes of this module's own."""
 
 import gc
 import os
@@ -8,7 +8,7 @@ import time
 import pytest
 
 from src.errors import UserError
-from src.worker import Answer, Worker, serve
+from src.processes.worker import Answer, Worker, serve
 
 
 def start() -> Answer:
@@ -30,7 +30,7 @@ def start() -> Answer:
 
 
 def test_a_worker_outlives_its_processes() -> None:
-    worker = Worker("tests.test_worker")
+    worker = Worker("tests.processes.test_worker")
     assert worker.process is None
     assert worker.ask({"do": "a"}, 30.0) == {"id": 1, "said": "a"}
     first = worker.process
@@ -56,8 +56,8 @@ def test_a_worker_outlives_its_processes() -> None:
 
 @pytest.mark.parametrize("arguments, message", [(("x",), "expected no arguments"), (("die",), "status 3")])
 def test_a_process_that_cannot_begin_says_why(arguments: tuple[str], message: str) -> None:
-    worker = Worker("tests.test_worker", arguments)
-    with pytest.raises(UserError, match=f"did not start .*{message}.*python -m tests.test_worker"):
+    worker = Worker("tests.processes.test_worker", arguments)
+    with pytest.raises(UserError, match=f"did not start .*{message}.*python -m tests.processes.test_worker"):
         worker.ask({"do": "a"}, 30.0)
     assert worker.process is None
     worker.close()

@@ -1,4 +1,4 @@
-"""src/config.py and --config: a flag is declared once, and what a run recorded starts the same run."""
+"""src/command/config.py and --config: a flag is declared once, and what a run recorded starts the same run."""
 
 import json
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ import ppo_train
 import preference_train
 import solver_train
 import verifier_train
-from src.config import Config, NonNegative, OptimizerFlags, TrainConfig, flag
+from src.command.config import Config, NonNegative, OptimizerFlags, TrainConfig, flag
+from src.command.flags import bind, config_of, flags_of, parse
 from src.errors import UserError
-from src.flags import bind, config_of, flags_of, parse
 
 TRAINERS = {
     solver_train: ["--ckpt_dir=a", "--save_dir=b", "--train_file=c", "--lr=0.25", "--packing=false"],

@@ -1,4 +1,4 @@
-"""src/memory.py: parameters by hand, and activations beside the tensors that autograd really keeps."""
+"""src/training/memory.py: parameters by hand, and activations beside the tensors that autograd really keeps."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from src import parallel
-from src.memory import (
+from src.models.config import ModelConfig
+from src.models.decoder import Decoder
+from src.models.lora import LINEARS, LoraConfig, add_lora
+from src.training.memory import (
     Training,
     activations,
     available_memory,
@@ -17,9 +20,6 @@ from src.memory import (
     local_parameters,
     training_memory,
 )
-from src.models.config import ModelConfig
-from src.models.decoder import Decoder
-from src.models.lora import LINEARS, LoraConfig, add_lora
 
 CONFIG = ModelConfig(
     dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=12, vocab_size=10, max_seq_len=32

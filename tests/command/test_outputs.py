@@ -1,4 +1,4 @@
-"""src/outputs.py: no command destroys what it reads, or what is finished; and one process at a time writes."""
+"""src/command/outputs.py: no command destroys what it reads, or what is finished; and one process at a time writes."""
 
 import json
 import os
@@ -21,10 +21,10 @@ import solver_train
 import verifier_evaluate
 import verifier_train
 from dataset import prepare
-from src import cli, outputs
 from src.checkpoint import locks, storage
+from src.command import cli, outputs
+from src.command.flags import REPLACED, WRITTEN, flags_of, is_path, parse
 from src.errors import UserError
-from src.flags import REPLACED, WRITTEN, flags_of, is_path, parse
 from tests.conftest import Folders
 from tests.ranks import ROOT, command
 from tests.tiny import build

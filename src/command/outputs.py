@@ -1,13 +1,13 @@
 """Where a command may write: never over what it reads, and over what is finished only with --overwrite.
 
-Flags are known by their names (src/flags.py), so that this holds for every script, before any work.
+Flags are known by their names (src/command/flags.py), so that this holds for every script, before any work.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from src.command.flags import REPLACED, WRITTEN, is_path
 from src.errors import UserError
-from src.flags import REPLACED, WRITTEN, is_path
 
 # What commands leave right in a directory of theirs, by names that could also be given as an input.
 LEFT = (
