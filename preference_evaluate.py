@@ -44,7 +44,8 @@ def main(config: CreditConfig) -> None:
     load.load_config(config.reference_ckpt_dir, kind="solver")
     rows = read_step_labels(config.steps_file)
     if config.dry_run:
-        runlog.table(plan.scoring(model_config, load.n_shards(config.ckpt_dir), len(rows), ""))
+        runlog.table(plan.scoring(model_config, load.n_shards(config.ckpt_dir), len(rows),
+                                  half=plan.is_half(config)))
         return
     tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
     load.check_tokenizer(tokenizer, config.reference_ckpt_dir)

@@ -129,7 +129,8 @@ def main(config: SolverEvaluateConfig) -> None:
         runlog.table(plan.decoding(
             load.load_config(config.ckpt_dir, config.model_type), load.n_shards(config.ckpt_dir),
             [encode_prompt(tokenizer, text) for text in texts], samples=config.num_samples,
-            max_new_tokens=config.max_new_tokens, n_rows=config.max_batch_size, quantize=config.quantize))
+            max_new_tokens=config.max_new_tokens, n_rows=config.max_batch_size, quantize=config.quantize,
+            half=plan.is_half(config)))
         return
     storage.claim(Path(config.log_dir))
     path, speed = Path(config.log_dir) / "samples.jsonl", None

@@ -87,7 +87,8 @@ def main(config: VerifierEvaluateConfig) -> None:
     load.check_step(config.ckpt_dir, model_config, config.step)
     if config.dry_run:
         n_shards = load.n_shards(config.ckpt_dir)
-        runlog.table(plan.scoring(model_config, n_shards, len(samples or judged), config.quantize))
+        runlog.table(plan.scoring(model_config, n_shards, len(samples or judged), config.quantize,
+                                  half=plan.is_half(config)))
         return
     storage.claim(Path(config.log_dir))
     if config.samples_file:

@@ -286,7 +286,7 @@ def deepest(case: Case, n_tokens: int, passes: int) -> Case:
         return case
     room = SHARE_OF_CARD * torch.cuda.get_device_properties(parallel.device()).total_memory
     how = Training(LORA if case.lora else None, "bfloat16" if case.lora else "", case.checkpointing,
-                   accumulates=passes > 1, on_gpu=True)  # fmt: skip
+                   accumulates=passes > 1, on_gpu=True, half=True)  # fmt: skip
     for n_layers in range(case.config.n_layers, 1, -1):
         shallower = case._replace(config=dataclasses.replace(case.config, n_layers=n_layers))
         if sum(training_memory(shallower.config, 1, n_tokens, how).values()) <= room:

@@ -68,7 +68,7 @@ def tensor_parallel_size(ckpt_dir: str, asked: int = -1) -> int:
 def planned_ranks(ckpt_dir: str, asked: int = -1) -> int:
     """How many ranks share one model in a dry run: those of the command, or without torchrun the shards."""
     n_ranks = tensor_parallel_size(ckpt_dir, asked)
-    return n_ranks if parallel.world_size() > 1 else n_shards(ckpt_dir)
+    return n_ranks if parallel.world_size() > 1 or asked != -1 else n_shards(ckpt_dir)
 
 
 def load_tokenizer(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from src import load, parallel, runlog
 from src.checkpoint import storage
 from src.checkpoint.sources import Source
-from src.command.config import SavingFlags, TrainConfig
+from src.command.config import PrecisionFlags, SavingFlags, TrainConfig
 from src.data.encoding import Encoded, encode_prompt, masked_text
 from src.data.examples import Prompt
 from src.data.sampler import Step
@@ -39,7 +39,7 @@ from src.training.ppo_config import PPOConfig, short_name
 
 # What a run adds on a CPU to what its dry run holds: process group, TensorBoard, kernels' code, sampling (measured)
 STILL_TO_COME = 60 * 2**20
-MEASURED = "measured on a CPU it was within 13%, with --phases up to 18% below; no GPU was measured"
+MEASURED = "measured on a CPU it was within 16%, with --phases up to 18% below; no GPU was measured"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
 ARRANGEMENTS = ("all at once", "--phases", "--share_base")
 DOING = {
@@ -63,7 +63,8 @@ def training(
     passes = [(step.epoch, max(batch.tokens.numel() for batch in step.batches)) for step in steps]
     n_tokens = max((tokens for _, tokens in passes), default=0)
     how = Training(load.lora_config(config, config.lora_dropout), quantize, config.activation_checkpointing,
-                   data_parallel, config.accumulation_steps > 1, _on_gpu(), config.optimizer)  # fmt: skip
+                   data_parallel, config.accumulation_steps > 1, _on_gpu(), is_half(config),
+                   config.optimizer)  # fmt: skip
     memory = {"model": training_memory(model, n, n_tokens, how)}
     facts = {
         "tensor-parallel ranks": n,
@@ -79,7 +80,7 @@ def training(
 
 def decoding(
     config: ModelConfig, n: int, prompts: Sequence[list[int]], *, samples: int, max_new_tokens: int, n_rows: int,
-    quantize: str = "",
+    quantize: str = "", half: bool = False,
 ) -> str:  # fmt: skip
     """The plan of decoding these prompts with at most n_rows rows at once."""
     config.check_divides(n, "this checkpoint")
@@ -90,14 +91,15 @@ def decoding(
         "samples": n_samples,
     }
     n_tokens = min(longest + max_new_tokens, config.max_seq_len)
-    parts = frozen_memory(config, n, quantize) | decoding_memory(config, n, min(n_rows, n_samples), n_tokens)
+    held = frozen_memory(config, n, quantize or "bfloat16" * half)
+    parts = held | decoding_memory(config, n, min(n_rows, n_samples), n_tokens, half=half)
     return report(facts, {"model": parts}, {"decoding": sum(parts.values())}, n)
 
 
-def scoring(config: ModelConfig, n: int, samples: int, quantize: str = "") -> str:
+def scoring(config: ModelConfig, n: int, samples: int, quantize: str = "", *, half: bool = False) -> str:
     """The plan of scoring samples with a verifier, of which the weights alone are counted."""
     config.check_divides(n, "this checkpoint")
-    held = frozen_memory(config, n, quantize)
+    held = frozen_memory(config, n, quantize or "bfloat16" * half)
     return report({"tensor-parallel ranks": n, "samples": samples}, {"model": held}, {"scoring": held["weights"]}, n)
 
 
@@ -111,7 +113,7 @@ def ppo(
     ids, held_ids = ([encode_prompt(tokenizer, p.instruction) for p in some] for some in (prompts, held_out))
     work = ppo_work(config, models["actor"].max_seq_len, [*map(len, ids)], [*map(len, held_ids)], ranks)
     how = Training(load.lora_config(config), checkpointing=config.activation_checkpointing, data_parallel=ranks,
-                   accumulates=work.accumulates, on_gpu=_on_gpu())  # fmt: skip
+                   accumulates=work.accumulates, on_gpu=_on_gpu(), half=is_half(config))  # fmt: skip
     memory = {name: ppo_memory(models, n, how, work, config.quantize, name) for name in ARRANGEMENTS}
     peaks = {name: moments(memory[name], models, n, phases=name == "--phases") for name in ARRANGEMENTS}
     folders = filter(None, (config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir))
@@ -195,11 +197,10 @@ def ppo_memory(
         if name in ("actor", "critic"):
             memory[name] = training_memory(model, n, work.n_tokens, how)
         else:
-            as_loaded = "bfloat16" if name == "verifier" and how.on_gpu else ""
-            memory[name] = frozen_memory(model, n, quantize or as_loaded)
+            memory[name] = frozen_memory(model, n, quantize or "bfloat16" * how.half)
         if arrangement == "--share_base" and how.lora and name != "actor":
             memory[name]["weights"] = FLOAT32 * local_lora_parameters(model, how.lora, n)
-    memory["rollouts"] = decoding_memory(models["actor"], n, work.n_rows, work.n_decoded)
+    memory["rollouts"] = decoding_memory(models["actor"], n, work.n_rows, work.n_decoded, half=how.half)
     if how.data_parallel > 1:  # a rank that samples holds whole weights, see parallel.gathered()
         memory["rollouts"]["gathered"] = memory["actor"]["weights"] * how.data_parallel
     return memory
@@ -356,6 +357,11 @@ def report(
     return "\n".join(lines)
 
 
+def is_half(config: PrecisionFlags) -> bool:
+    """Whether models compute in two bytes a number."""
+    return parallel.compute_dtype(config.precision).itemsize == 2
+
+
 def _on_gpu() -> bool:
     return parallel.device().type == "cuda"
 
@@ -388,7 +394,7 @@ def cluster(model_types: Sequence[str], n: int = 8, n_tokens: int = 4096) -> str
         for name, how in (("full", Training()), ("LoRA", Training(lora, "bfloat16"))):
             row = f"{model_type + ' ' + name:24}"
             for groups in GROUPS:
-                how = how._replace(checkpointing="full", data_parallel=groups, on_gpu=True)
+                how = how._replace(checkpointing="full", data_parallel=groups, on_gpu=True, half=True)
                 held = sum(training_memory(config, n, n_tokens, how).values())
                 row += f"{f'{held / 2**30:.1f}' + '*' * (held > CARD_BYTES):>8}"
             lines.append(row)

@@ -30,7 +30,10 @@ MOMENT_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2 * (1 + FLOAT32 / 256)}
 
 
 class Training(NamedTuple):
-    """How a model is trained. accumulates: a step has several backward passes. quantize: of LoRA's frozen base."""
+    """How a model is trained. accumulates: a step has several backward passes. quantize: of LoRA's frozen base.
+
+    half: it computes in two bytes a number, see Decoder.
+    """
 
     lora: LoraConfig | None = None
     quantize: str = ""
@@ -38,6 +41,7 @@ class Training(NamedTuple):
     data_parallel: int = 1
     accumulates: bool = False
     on_gpu: bool = False
+    half: bool = False
     optimizer: str = "adamw"
 
 
@@ -96,7 +100,7 @@ def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -
         else:
             gradients = 0
     parts = {
-        "weights": int(bytes_per_weight(how.quantize) * frozen + FLOAT32 * trainable) // ranks,
+        "weights": int(_bytes_per_frozen(how) * frozen + FLOAT32 * trainable) // ranks,
         "optimizer": int(MOMENT_BYTES[how.optimizer] * trainable) // ranks,
         "gradients": gradients,
         "activations": kept + last_block,
@@ -104,24 +108,34 @@ def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -
     }
     if ranks > 1:
         parts["gathered"] = _gathered(sizes, how)
-    if how.on_gpu and not how.quantize:  # autocast casts each linear's weight once a forward pass, and keeps it
-        linears = sum(size for name, size in sizes.items() if len(expected_shapes(config)[name]) == 2)
-        parts["bfloat16 copies"] = 2 * (linears - sizes["tok_embeddings.weight"] * (not config.tied))
+    if how.half and not how.lora and ranks == 1:  # each weight is rounded in a forward pass, and kept for the backward
+        parts["rounded weights"] = 2 * _linear_parameters(config, n)
     return parts
+
+
+def _bytes_per_frozen(how: Training) -> float:
+    """What a weight takes that LoRA does not train; FSDP2 gathers all weights in the same type."""
+    return bytes_per_weight(how.quantize or "bfloat16" * (how.half and how.lora is not None))
+
+
+def _linear_parameters(config: ModelConfig, n: int) -> int:
+    """Weights of linear layers on the first of n ranks, the output layer's among them."""
+    shapes = expected_shapes(config)
+    linears = sum(size for name, size in local_sizes(config, n).items() if len(shapes[name]) == 2)
+    return linears - local_sizes(config, n)["tok_embeddings.weight"] * (not config.tied)
 
 
 def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tuple[int, int]:
     """What the backward pass needs of all blocks but the last, and of the last with what it makes there."""
     H, K = map(len, config.heads_on(n, 0))
     D, E, F = config.dim, config.head_dim, -(-config.ffn_dim // n) * max(1, config.n_active_experts)
-    computed = 2 if how.on_gpu else FLOAT32  # bytes of what linears read and write: autocast's bfloat16 on a GPU
+    computed = 2 if how.half else FLOAT32  # bytes of what linears read and write
     # A norm keeps its float32 input and, to learn its weight step by step on a CPU, the quotient
     norm = FLOAT32 * D * (2 if how.lora is None and not how.on_gpu else 1)
     norms = norm * (2 if config.post_norms else 1)
-    # Linears share the norm's output that they read; under autocast each casts it for itself
-    attention = norms + computed * (D * (3 if how.on_gpu else 1) + 2 * (H + K) * E)  # queries, keys, values, output
+    attention = norms + computed * (D + 2 * (H + K) * E)  # the norm's output, queries, keys, values, output
     attention += norm * (H + K) * E // D if config.qk_norm else 0
-    feed_forward = norms + computed * (D * (2 if how.on_gpu else 1) + 4 * F)  # products, gate and their product
+    feed_forward = norms + computed * (D + 4 * F)  # the norm's output, products, gate and their product
     block, entry = attention + feed_forward, FLOAT32 * D  # entry: all that is left of a block computed again
     kept = {"none": block, "selective": attention + entry, "full": entry}[how.checkpointing]
     gradients = 3 * computed * F  # of the product, the gate and the other factor, before they are the input's
@@ -131,14 +145,14 @@ def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tu
 def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> int:
     """What the loss holds: twice the logits of as many positions as are done at once, were all tokens supervised.
 
-    The logits and their log-softmax in the forward pass, the latter and the gradient in the backward one; on a GPU
-    also the logits in bfloat16, as the linear yields them.
+    The logits and their log-softmax in the forward pass, the latter and the gradient in the backward one; in half
+    precision also the logits as the linear yields them.
     """
     if config.value_head:
         return 0
     row = FLOAT32 * -(-config.vocab_size // n)
     at_once = min(n_tokens * row, CHUNK_BYTES["cuda" if how.on_gpu else "cpu"])
-    held = FLOAT32 * config.dim * n_tokens + at_once * (5 if how.on_gpu else 4) // 2  # with the hidden states
+    held = FLOAT32 * config.dim * n_tokens + at_once * (5 if how.half else 4) // 2  # with the hidden states
     return held + (0 if how.lora else row * config.dim)  # a chunk's gradient of the output layer, beside their sum
 
 
@@ -150,9 +164,10 @@ def _gathered(sizes: Mapping[str, int], how: Training) -> int:
     """
     block = sum(size for name, size in sizes.items() if layer_of(name) == 0)
     rest = sum(size for name, size in sizes.items() if layer_of(name) is None)
+    per_weight = 2 if how.half and not how.quantize else bytes_per_weight(how.quantize)
     if not how.on_gpu:
-        return int(bytes_per_weight(how.quantize) * 2 * sum(sizes.values()))
-    return int(bytes_per_weight(how.quantize) * (3 * block + rest)) + (0 if how.lora else FLOAT32 * (block + rest))
+        return int(per_weight * 2 * sum(sizes.values()))
+    return int(per_weight * (3 * block + rest)) + (0 if how.lora else FLOAT32 * (block + rest))
 
 
 def frozen_memory(config: ModelConfig, n: int, precision: str = "") -> dict[str, int]:
@@ -160,10 +175,14 @@ def frozen_memory(config: ModelConfig, n: int, precision: str = "") -> dict[str,
     return {"weights": int(bytes_per_weight(precision) * local_parameters(config, n))}
 
 
-def decoding_memory(config: ModelConfig, n: int, n_rows: int, n_tokens: int) -> dict[str, int]:
+def decoding_memory(config: ModelConfig, n: int, n_rows: int, n_tokens: int, *, half: bool = False) -> dict[str, int]:
     """What decoding adds to the weights: n_rows rows of at most n_tokens tokens, if all get that long at once."""
     per_token = 2 * config.n_layers * len(config.heads_on(n, 0)[1]) * config.head_dim
-    return {"kv cache": FLOAT32 * per_token * n_rows * n_tokens, "logits": FLOAT32 * n_rows * config.vocab_size}
+    parts = {"kv cache": (2 if half else FLOAT32) * per_token * n_rows * n_tokens,
+             "logits": FLOAT32 * n_rows * config.vocab_size}  # fmt: skip
+    if half:  # rounded, and on a CPU laid out for its kernels, while rows decode
+        parts["prepared weights"] = 2 * _linear_parameters(config, n)
+    return parts
 
 
 def available_memory() -> int | None:

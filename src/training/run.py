@@ -64,7 +64,7 @@ class Run:
         # After the trainer is made: it owns the parameters, shared over the data-parallel ranks, that resume() fills
         self._done = self.checkpointer.resume(config.resume)
         log.progress(self.total_steps, "step", self._done)
-        self._meter = ThroughputMeter(model.config)
+        self._meter = ThroughputMeter(model.config, model.dtype)
 
     def steps(self, data: Dataset) -> Iterator[Step]:
         """The steps that are left to do, on this rank."""

@@ -20,7 +20,8 @@ from src.models.linear import linear
 class ThroughputMeter:
     """Measures steps for metrics.jsonl. Every rank makes one and calls the same methods in the same order."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """dtype: of the products, whose best rate here counts as all there is."""
         shapes = expected_shapes(config)
         self._weights = sum(
             shape[0] * shape[1]
@@ -29,7 +30,7 @@ class ThroughputMeter:
         )
         self._head = config.vocab_size * config.dim if not config.value_head else 0
         self._attention = 6 * config.n_layers * config.n_heads * config.head_dim
-        self.peak = matrix_rate()
+        self.peak = matrix_rate(dtype)
         self._data_seconds, self._began = 0.0, time.perf_counter()
 
     def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
@@ -71,10 +72,9 @@ class ThroughputMeter:
         }
 
 
-def matrix_rate() -> float:
-    """FLOP a second of one square matrix product here: bfloat16 on a GPU, float32 on a CPU; the best of five."""
-    on_gpu = parallel.device().type == "cuda"
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
+def matrix_rate(dtype: torch.dtype) -> float:
+    """FLOP a second of one square matrix product here in this type; the best of five."""
+    size = 8192 if parallel.device().type == "cuda" else 512
     a = torch.ones(size, size, dtype=dtype, device=parallel.device())
     best = float("inf")
     for _ in range(5):

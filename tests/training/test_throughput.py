@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import torch
 
 from src import parallel
 from src.data.batch import make_batch
@@ -21,10 +22,10 @@ SAMPLES = [Encoded([1, 5, 2], 1), Encoded([1, 5, 6, 7, 2], 3)]
 @pytest.mark.parametrize(("packing", "padding"), [(False, 2 / 10), (True, 0.0)])
 def test_a_step_by_hand(monkeypatch: pytest.MonkeyPatch, packing: bool, padding: float) -> None:
     parallel.start()
-    monkeypatch.setattr(module, "matrix_rate", lambda: 1e6)
+    monkeypatch.setattr(module, "matrix_rate", lambda dtype: 1e6)
     clock = iter([0.0, 10.0, 11.0, 13.0])  # made; asked for a step; got it; done with it
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    meter, batches = ThroughputMeter(CONFIG), [make_batch(SAMPLES, packing=packing)]
+    meter, batches = ThroughputMeter(CONFIG, torch.float32), [make_batch(SAMPLES, packing=packing)]
     next(meter.timed(iter([Step(1, 1, batches)])))
     clock = iter([13.0])
     found = meter.measure(batches, 4)
@@ -38,4 +39,4 @@ def test_a_step_by_hand(monkeypatch: pytest.MonkeyPatch, packing: bool, padding:
 
 def test_the_rate_of_matrix_products_is_one_a_machine_can_have() -> None:
     parallel.start()
-    assert 1e8 < module.matrix_rate() < 1e16
+    assert 1e8 < module.matrix_rate(torch.float32) < 1e16
