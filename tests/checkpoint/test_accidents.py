@@ -96,7 +96,7 @@ def test_killed_at_ten_random_moments_leaves_all_or_nothing(tmp_path: Path, repl
         process = fork.Process(target=run_split, args=(source, target, 4))
         process.start()
         kill_after(
-            process, (moment + chance.random()) / 10 * 1.2 * work
+            process, (moment + chance.random()) / 10 * 1.6 * work
         )  # spread evenly, some behind the end
         try:
             found.append("new" if holds(target, new) else "old" if before and holds(target, old) else "mixed")
