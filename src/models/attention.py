@@ -22,8 +22,8 @@ from src.parallel import copy_to_tensor_parallel, tensor_parallel_rank, tensor_p
 # booleans; or, for one row of samples laid end to end, what lies in it: those before it in its own sample.
 # In a row lies a sample of so many positions; or samples that begin alike as (shared, rest, rest, ...): their common
 # beginning once, then what each of them has of its own.
-Packed = tuple[int | tuple[int, ...], ...]
-Visible = Tensor | Packed | None
+Segments = tuple[int | tuple[int, ...], ...]
+Mask = Tensor | Segments | None
 
 
 class Scores(NamedTuple):
@@ -34,27 +34,27 @@ class Scores(NamedTuple):
     window: int  # positions that each one sees, its own included; 0 = all before it
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Visible, scores: Scores) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Scores) -> Tensor:
     """Scaled dot-product attention. [B, H, S, E], [B, K, T, E], [B, K, T, E] -> [B, H, S, E]."""
-    if isinstance(visible, tuple):
-        plain = all(isinstance(sample, int) for sample in visible)
+    if isinstance(mask, tuple):
+        plain = all(isinstance(sample, int) for sample in mask)
         half = queries.dtype in (torch.bfloat16, torch.float16)
         if queries.is_cuda and half and plain and not scores.softcap:
-            return _attend_in_samples(queries, keys, values, visible, scores)
-        return _attend_in_turn(queries, keys, values, visible, scores)
+            return _attend_in_samples(queries, keys, values, mask, scores)
+        return _attend_in_turn(queries, keys, values, mask, scores)
     if 0 < scores.window < keys.shape[2]:
-        visible = _in_window(_causal(queries, keys) if visible is None else visible, scores.window)
+        mask = _in_window(_causal(queries, keys) if mask is None else mask, scores.window)
     if scores.softcap:
         return _attend_softcapped(
-            queries, keys, values, _causal(queries, keys) if visible is None else visible, scores
+            queries, keys, values, _causal(queries, keys) if mask is None else mask, scores
         )
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(
         queries,
         keys,
         values,
-        attn_mask=visible,
-        is_causal=visible is None,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scores.scale,
         enable_gqa=grouped,
     )
@@ -66,30 +66,30 @@ def _causal(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.ones(1, 1, S, T, dtype=torch.bool, device=queries.device).tril(T - S)
 
 
-def _in_window(visible: Tensor, window: int) -> Tensor:
+def _in_window(mask: Tensor, window: int) -> Tensor:
     """The last `window` of the positions that each one sees, which are the first of their row. [B, 1, S, T] bool."""
-    first = visible.sum(-1, keepdim=True) - window
-    return visible & (torch.arange(visible.shape[-1], device=visible.device) >= first)
+    first = mask.sum(-1, keepdim=True) - window
+    return mask & (torch.arange(mask.shape[-1], device=mask.device) >= first)
 
 
 def _attend_softcapped(
-    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scores: Scores
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores
 ) -> Tensor:
     """attend() with a softcap, which no fused kernel has: scores [B, K, H / K, S, T] are held in float32."""
     grouped = queries.unflatten(1, (keys.shape[1], -1))  # [B, K, H / K, S, E]
     raw = scores.scale * (grouped @ keys[:, :, None].transpose(-1, -2)).float()
     capped = scores.softcap * torch.tanh(raw / scores.softcap)
-    weights = capped.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1).type_as(values)
+    weights = capped.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).type_as(values)
     return (weights @ values[:, :, None]).flatten(1, 2)
 
 
-def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scores: Scores) -> Tensor:
+def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Segments, scores: Scores) -> Tensor:
     """attend() within samples laid end to end, one after the other. [1, H or K, S, E] -> [1, H, S, E]."""
-    forks = [sample if isinstance(sample, tuple) else (0, sample) for sample in packed]
-    runs = [length for shared, first, *others in forks for length in (shared + first, *others)]
+    segments = [sample if isinstance(sample, tuple) else (0, sample) for sample in packed]
+    runs = [length for shared, first, *others in segments for length in (shared + first, *others)]
     rows = zip(*(heads.split(runs, dim=2) for heads in (queries, keys, values)), strict=True)
     mixed = []
-    for shared, _, *others in forks:
+    for shared, _, *others in segments:
         first = next(rows)
         mixed.append(attend(*first, None, scores))
         beginning = [heads[:, :, :shared] for heads in first[1:]]
@@ -155,9 +155,9 @@ class Attention(nn.Module):
         self.scores = Scores(config.attention_scale, config.attention_softcap, config.window_of(layer))
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Cache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
     ) -> Tensor:
-        """x [B, S, D] -> [B, S, D]. A cache takes the new keys and values and says itself what is visible."""
+        """x [B, S, D] -> [B, S, D]. A cache takes the new keys and values and makes the mask itself."""
         B, S, _ = x.shape
         queries = self.q_norm(self.wq(x).view(B, S, self.n_heads, self.head_dim))  # [B, S, H, E]
         keys = self.k_norm(self.wk(x).view(B, S, self.n_kv_heads, self.head_dim))  # [B, S, K, E]
@@ -165,7 +165,7 @@ class Attention(nn.Module):
         queries, keys = apply_rope(queries, rotation), apply_rope(keys, rotation)
         queries, keys, values = (heads.transpose(1, 2) for heads in (queries, keys, values))
         if cache is None:
-            mixed = attend(queries, keys, values, visible, self.scores)
+            mixed = attend(queries, keys, values, mask, self.scores)
         else:
             mixed = _attend_to_groups(queries, cache.write(self.layer, keys, values), self.scores)
         return self.wo(mixed.transpose(1, 2).reshape(B, S, -1))
@@ -174,8 +174,8 @@ class Attention(nn.Module):
 def _attend_to_groups(queries: Tensor, groups: list[Group], scores: Scores) -> Tensor:
     """attend(), each group of rows to what the cache holds of it. [B, H, S, E] -> [B, H, S, E]."""
     B, H, S, E = queries.shape
-    if S == 1 and groups[0].visible is not None:
+    if S == 1 and groups[0].mask is not None:
         # the query heads that share a key head become positions of it: its keys and values are read once for all
         queries = queries.reshape(B, groups[0].keys.shape[1], -1, E)
-    parts = [attend(queries[group.rows], group.keys, group.values, group.visible, scores) for group in groups]
+    parts = [attend(queries[group.rows], group.keys, group.values, group.mask, scores) for group in groups]
     return torch.cat(parts).view(B, H, S, E)

@@ -20,7 +20,7 @@ class Group(NamedTuple):
     rows: slice
     keys: Tensor  # [b, K, T, E]
     values: Tensor
-    visible: Tensor | None  # [b, 1, S, T] bool, True = may attend; None = causal over the new positions alone
+    mask: Tensor | None  # [b, 1, S, T] bool, True = may attend; None = causal over the new positions alone
 
 
 def up_to(positions: Tensor, length: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from src import parallel
 from src.errors import UserError
-from src.models.attention import Attention, Packed, Visible
+from src.models.attention import Attention, Mask, Segments
 from src.models.cache import Cache
 from src.models.config import ModelConfig
 from src.models.feedforward import FeedForward, MixtureOfExperts, RMSNorm
@@ -33,14 +33,14 @@ class Block(nn.Module):
         self.ffn_post_norm = _norm(config, dtype) if config.post_norms else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Visible, cache: Cache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
     ) -> Tensor:
         """The residual stream x [B, S, D] float32 -> [B, S, D] float32."""
-        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotation, visible, cache))
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotation, mask, cache))
         return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
 
-def _positions(packed: Packed) -> Tensor:
+def _positions(packed: Segments) -> Tensor:
     """The place of each token in its own sample. -> [S] int64."""
     parts = []
     for sample in packed:
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         cache: Cache | None = None,
-        lengths: Packed | None = None,
+        lengths: Segments | None = None,
     ) -> Tensor:
         """tokens [B, S] int64 -> normalised hidden states [B, S, D] in the model's dtype.
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from src import parallel
-from src.models.attention import Packed
+from src.models.attention import Segments
 from src.models.decoder import Decoder
 from src.models.vocab_softmax import vocab_entropy, vocab_logprobs
 
@@ -24,7 +24,7 @@ from src.models.vocab_softmax import vocab_entropy, vocab_logprobs
 # chunk adds a gradient of the whole output layer, so few are faster; on a CPU 192 MiB were no faster than 96.
 CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
 
-Lengths = Packed | None
+Lengths = Segments | None
 
 
 def _predicting(hidden: Tensor, response_mask: Tensor) -> Tensor:
