@@ -35,7 +35,7 @@ def step(cache: KVCache, sequences: dict[int, int]) -> None:
         seen = 0
         for group in cache.write(layer, new, -new):
             for row, slot in enumerate(slots[group.rows]):
-                mask = group.visible[row, 0, 0]
+                mask = group.mask[row, 0, 0]
                 assert mask.sum() == before[slot] + 1
                 expected = keys_of(sequences[slot], torch.arange(int(before[slot]) + 1), layer)
                 assert torch.equal(group.keys[row][:, mask], expected)
@@ -96,7 +96,7 @@ def test_prompt_cache_keeps_rows_without_their_padding() -> None:
     keys = torch.arange(2 * KV_HEADS * 5 * HEAD_DIM).view(2, KV_HEADS, 5, HEAD_DIM).float()
     for layer in range(LAYERS):
         (group,) = cache.write(layer, keys + layer, -keys)
-        assert group.visible is None and torch.equal(group.keys, keys + layer)
+        assert group.mask is None and torch.equal(group.keys, keys + layer)
     (first, second) = cache.row(1, 3)
     assert torch.equal(first[0], keys[1, :, :3]) and torch.equal(second[0], keys[1, :, :3] + 1)
     assert torch.equal(second[1], -keys[1, :, :3])
