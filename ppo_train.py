@@ -84,10 +84,11 @@ def main(config: PPOConfig) -> None:
 
             metrics = monitor.rollout_metrics(buffer, scores, config, kl_scale) | stats | learned
             if iteration == 0:
-                monitor.check_start(metrics, buffer, same_reference=config.lora_rank > 0 or not config.quantize)
+                monitor.check_start(metrics, buffer, actor.model.dtype,
+                                    same_reference=config.lora_rank > 0 or not config.quantize)
             if iteration >= critic_warmup:  # before, the policy is the reference
                 if not state["update_checked"]:
-                    state["update_checked"] = monitor.check_first_update(metrics, buffer)
+                    state["update_checked"] = monitor.check_first_update(metrics, buffer, actor.model.dtype)
                 state["kl_scale"] *= monitor.kl_factor(metrics["kl_response"], len(buffer.rollout.prompts), config)
             score = None
             if data.held_out and config.is_eval_due(iteration + 1, data.per_epoch, n_iterations):

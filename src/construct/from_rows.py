@@ -143,7 +143,7 @@ class JoinConfig(OneFileConfig):
 
 
 def join(config: JoinConfig) -> None:
-    """StepLabels solutions, some behind that of another problem, so that a verifier meets longer ones.
+    """Judged solutions, some behind that of another problem, so that a verifier meets longer ones.
 
     A verifier of problems harder than those that it learns from needs this: their solutions have more steps.
     """

@@ -5,17 +5,18 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from src import losses, parallel
+from src import losses
 from src.errors import UserError
 from src.training.ppo import PPOBuffer, group_has_variance
 from src.training.ppo_config import PPOConfig
 from src.training.rewards import Scores
 
-# Largest differences at the start that rounding explains: of log-probs of one model computed twice, in float32 and in
-# bfloat16. Between sampler and training forward the mean difference counts.
-ROUNDING = {"cpu": 1e-3, "cuda": 1.0}
+# Largest differences at the start that rounding explains, of log-probs of one model computed twice in other batches, by
+# the type it computes in. Between sampler and training forward the mean difference counts.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 1.0}
 MISMATCH_LIMIT = 0.05  # nats; of mean |log-prob| difference: above it the sampler is another policy
 
 
@@ -60,14 +61,14 @@ def correlation(first: Tensor, second: Tensor) -> float:
     return (first @ second).item() / scale if scale > 1e-12 else 0.0
 
 
-def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, *, same_reference: bool) -> None:
+def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, dtype: torch.dtype, *, same_reference: bool) -> None:
     """Refuse a run whose first buffer shows that it computes something else than PPO. Raises UserError.
 
-    same_reference: the reference is bit for bit the actor, so that their KL must be 0.
+    dtype: of the actor. same_reference: the reference is bit for bit the actor, so that their KL must be 0.
     """
     apart = (buffer.logprobs - buffer.reference_logprobs).abs()[buffer.batch.response_mask]
     worst, mean = apart.max().item(), apart.mean().item()
-    if same_reference and (worst > ROUNDING[parallel.device().type] or mean > MISMATCH_LIMIT):
+    if same_reference and (worst > ROUNDING[dtype] or mean > MISMATCH_LIMIT):
         raise UserError(
             f"the reference differs from the untrained actor by {worst:.3g} nats at a token, {mean:.3g} on average, "
             f"expected 0; was --actor_ckpt_dir changed while it was read?")
@@ -77,12 +78,12 @@ def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, *, same_referen
             f"{MISMATCH_LIMIT}: episodes are sampled from another policy than the one trained")
 
 
-def check_first_update(metrics: Mapping[str, float], buffer: PPOBuffer) -> bool:
+def check_first_update(metrics: Mapping[str, float], buffer: PPOBuffer, dtype: torch.dtype) -> bool:
     """Refuse a run whose first actor update starts from another policy, or has no gradient. Raises UserError.
 
     Returns whether there was anything to learn: without it a later buffer's update is the first one.
     """
-    ratio, limit = metrics["first_ratio_deviation"], ROUNDING[parallel.device().type]
+    ratio, limit = metrics["first_ratio_deviation"], ROUNDING[dtype]
     if ratio > limit:
         raise UserError(
             f"the first probability ratio is off 1 by {ratio:.3g}, expected at most {limit}: the old log-probs are "

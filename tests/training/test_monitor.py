@@ -81,25 +81,26 @@ def test_start_is_refused_where_the_models_disagree() -> None:
     numbers = ppo_config(group_size=1)
     same = buffer(reference_logprobs=buffer().logprobs)
     good = monitor.rollout_metrics(same, SCORES, numbers) | {"sampler_mismatch": 1e-6}
-    monitor.check_start(good, same, same_reference=True)
-    monitor.check_start(good, buffer(), same_reference=False)
+    monitor.check_start(good, same, torch.float32, same_reference=True)
+    monitor.check_start(good, buffer(), torch.float32, same_reference=False)
     with pytest.raises(UserError, match="reference differs from the untrained actor by 0.5 nats"):
-        monitor.check_start(good, buffer(), same_reference=True)
+        monitor.check_start(good, buffer(), torch.float32, same_reference=True)
     with pytest.raises(UserError, match="sampler and training forward differ by 0.1 nats"):
-        monitor.check_start(good | {"sampler_mismatch": 0.1}, same, same_reference=True)
+        monitor.check_start(good | {"sampler_mismatch": 0.1}, same, torch.float32, same_reference=True)
 
 
 def test_first_update_is_refused_without_gradient_or_with_another_policy() -> None:
     good = {"first_ratio_deviation": 1e-6, "grad_norm": 1.0}
-    assert monitor.check_first_update(good, buffer())
+    assert monitor.check_first_update(good, buffer(), torch.float32)
     with pytest.raises(UserError, match="first probability ratio is off 1 by 0.5"):
-        monitor.check_first_update(good | {"first_ratio_deviation": 0.5}, buffer())
+        monitor.check_first_update(good | {"first_ratio_deviation": 0.5}, buffer(), torch.float32)
+    assert monitor.check_first_update(good | {"first_ratio_deviation": 0.06}, buffer(), torch.bfloat16)  # measured
     with pytest.raises(UserError, match="advantages but no gradient"):
-        monitor.check_first_update(good | {"grad_norm": 0.0}, buffer())
+        monitor.check_first_update(good | {"grad_norm": 0.0}, buffer(), torch.float32)
     nothing = buffer(advantages=torch.zeros(4, 4))  # equal rewards: nothing to learn is no mistake
-    assert not monitor.check_first_update(good | {"grad_norm": 0.0}, nothing)
+    assert not monitor.check_first_update(good | {"grad_norm": 0.0}, nothing, torch.float32)
     empty = buffer(trainable=torch.zeros(0, dtype=torch.int64))  # nor is a buffer without an episode to learn from
-    assert not monitor.check_first_update(good | {"first_ratio_deviation": 0.0, "grad_norm": 0.0}, empty)
+    assert not monitor.check_first_update(good | {"first_ratio_deviation": 0.0, "grad_norm": 0.0}, empty, torch.float32)
 
 
 def test_kl_controller_by_hand() -> None:

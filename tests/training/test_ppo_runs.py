@@ -273,8 +273,8 @@ def test_the_first_update_is_checked_when_it_comes(
     )
     checked: list[bool] = []
 
-    def check(metrics: dict[str, float], buffer: PPOBuffer) -> bool:
-        checked.append(check_first_update(metrics, buffer))
+    def check(metrics: dict[str, float], buffer: PPOBuffer, dtype: torch.dtype) -> bool:
+        checked.append(check_first_update(metrics, buffer, dtype))
         return checked[-1]
 
     check_first_update = monitor.check_first_update
