@@ -365,6 +365,16 @@ def resumed_epochs(
     return local_weights(model) | {"losses": torch.tensor(losses)}
 
 
+def hash_for(seconds: float) -> None:
+    """One call that only computes, about so long on whatever processor this is."""
+    trial, spent = 500_000, []
+    for _ in range(3):
+        start = time.process_time()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", trial)
+        spent.append(time.process_time() - start)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(trial * seconds / min(spent)))
+
+
 def interrupted(folder: str, save_dir: str, how: str) -> None:
     """Two steps of a run that catches SIGTERM; in the second something befalls one rank."""
     model = load.load_solver(folder, trained=True)
@@ -385,7 +395,7 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
                 raise UserError("row 7 is broken")
             with watchdog.patiently():
                 time.sleep(6)
-            hashlib.pbkdf2_hmac("sha256", b"", b"", 8_000_000)  # one call that only computes, for seconds
+            hash_for(2 * watchdog.STILL_SECONDS)
         trainer.backward(
             sft_loss(model, Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))) / 2.0
         )
