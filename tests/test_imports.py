@@ -72,7 +72,9 @@ DOORS: dict[str, str | None] = {
     "matplotlib": "src/plot.py",
     "pyarrow": "src/data/rows.py",
     "httpx2": "src/inference/server_client.py",
-    "sentencepiece": "src/text/vocabulary.py",
+    "sentencepiece": None,
+    "sentencepiece.SentencePieceProcessor": "src/text/vocabulary.py",
+    "sentencepiece.sentencepiece_model_pb2": "src/text/sentencepiece_model.py",
     "tiktoken": "src/text/vocabulary.py",
     "tokenizers": "src/text/vocabulary.py",
     # templates of strangers are rendered in a process that can be killed
