@@ -16,6 +16,7 @@ from src.data.encoding import Encoded, StepKind
 from src.data.examples import read_step_labels
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
 from src.evaluation.scoring import encode_solutions, tell_too_long
+from src.jsonfile import write_json
 from src.runlog import RunLog
 
 
@@ -64,7 +65,7 @@ def main(config: CreditConfig) -> None:
             for row, each in zip(rows, found, strict=True):
                 file.write(json.dumps(row._asdict() | each._asdict() | {"reward": each.reward}) + "\n")
         report = report_credit(rows, found) | {"too_long": len(solutions) - len(rows)}
-        storage.write_json(Path(config.log_dir) / "results.json", report)
+        write_json(Path(config.log_dir) / "results.json", report)
         runlog.table(credit_table(report))
 
 

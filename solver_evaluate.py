@@ -44,6 +44,7 @@ from src.evaluation.report import CURVES, results_table, summarize
 from src.evaluation.served import ServedSolver, check_flags
 from src.grading.tasks import Task, find_task
 from src.inference.sampling import Sampling
+from src.jsonfile import write_json
 from src.plot import plot_results
 from src.runlog import RunLog
 
@@ -163,7 +164,7 @@ def main(config: SolverEvaluateConfig) -> None:
             samples = match_samples(read_samples(config.samples_file or str(path)), problems, config.samples_file)
             asked = {} if config.samples_file else prompting._asdict() | {"few_shot": config.few_shot}
             results = summarize(benchmark, prompts, grade_samples(grading, samples, path)) | asked
-            storage.write_json(Path(config.log_dir) / "results.json", results)
+            write_json(Path(config.log_dir) / "results.json", results)
             plot_results(results, CURVES, Path(config.log_dir) / "results.png")
             runlog.table(results_table(results, speed))
 

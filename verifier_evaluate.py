@@ -28,6 +28,7 @@ from src.evaluation.verifier_report import (
     steps_table,
 )
 from src.grading.tasks import find_task
+from src.jsonfile import write_json
 from src.plot import plot_verifier
 from src.runlog import RunLog
 
@@ -106,7 +107,7 @@ def main(config: VerifierEvaluateConfig) -> None:
         found = score_steps(verifier, tokenizer, judged, max_batch_size=config.max_batch_size)
         if parallel.rank() == 0:
             report = report_steps(judged, found, threshold)
-            storage.write_json(folder / "results.json", report)
+            write_json(folder / "results.json", report)
             runlog.table(steps_table(report))
         return
     arithmetic = f"{config.quantize}{verifier.dtype}".removesuffix("torch.float32")
@@ -119,7 +120,7 @@ def main(config: VerifierEvaluateConfig) -> None:
         with BackgroundGrader(task, prompts) as grading:
             problems = grade_samples(grading, scored, folder / "samples.jsonl")
         results, report = summarize(task, prompts, problems), report_samples(list(problems.values()))
-        storage.write_json(folder / "results.json", results | {"verifier": report})
+        write_json(folder / "results.json", results | {"verifier": report})
         plot_verifier(report, folder / "verifier.png")
         runlog.table(report_table(report))
 

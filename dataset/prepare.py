@@ -7,7 +7,6 @@ python dataset/prepare.py prm800k --raw_file phase2_train.jsonl --save_file prm.
 """
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -38,6 +37,7 @@ from dataset.verifier_data import (  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.data.examples import read_prompts  # noqa: E402
 from src.errors import UserError  # noqa: E402
+from src.jsonfile import write_text  # noqa: E402
 
 # every problem of a benchmark counts, also one that stands there twice
 BENCHMARKS: dict[str, Callable[[RawRow], Row]] = {
@@ -119,11 +119,8 @@ def read_levels(level_file: str) -> dict[str, int]:
 
 def save(rows: list[Row], path: Path) -> None:
     """Write a json array with one row a line; a stop on the way leaves an old file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def main(

@@ -12,7 +12,7 @@ sys.path.insert(
 )  # a script's own folder is on the path, the repository is not
 
 from src.command import cli  # noqa: E402
-from src.construct.samples import write  # noqa: E402
+from src.jsonfile import write_text  # noqa: E402
 
 
 def main(train_file: str, save_file: str) -> None:
@@ -23,7 +23,7 @@ def main(train_file: str, save_file: str) -> None:
     """
     rows = json.loads(Path(train_file).read_text(encoding="utf-8"))
     inverted = [row | {"correct": not row["correct"]} for row in rows]
-    write(json.dumps(inverted), save_file)
+    write_text(save_file, json.dumps(inverted))
 
 
 if __name__ == "__main__":

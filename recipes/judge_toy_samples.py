@@ -21,12 +21,10 @@ from recipes.easy_to_hard_table import toy_problems, truths  # noqa: E402
 from src import runlog  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.construct.from_samples import outcome_rows  # noqa: E402
-from src.construct.samples import (
-    by_problem,  # noqa: E402
-    write,  # noqa: E402
-)
+from src.construct.samples import by_problem  # noqa: E402
 from src.data.encoding import STEP_END, split_steps  # noqa: E402
 from src.data.examples import Sample, read_samples  # noqa: E402
+from src.jsonfile import write_text  # noqa: E402
 
 
 def cut_short(sample: Sample, label: str, generator: random.Random) -> Sample | None:
@@ -83,7 +81,7 @@ def main(
         (outcome_file, outcome_rows(samples, max_ratio=3.0, rows_per_problem=32, seed=seed)),
         (steps_file, step_rows(samples, seed)),
     ):
-        write(json.dumps(found[:rows]), path)
+        write_text(path, json.dumps(found[:rows]))
         runlog.table(f"{min(rows, len(found))} of {len(found)} judged solutions in {path}")
 
 

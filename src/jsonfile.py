@@ -1,9 +1,10 @@
-"""The one reader of json: whatever is wrong with a text or a file is a UserError that says where it stands."""
+"""The one reader of json, whose complaints say where in a file; and files that are written whole or not at all."""
 
 import json
+import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -15,6 +16,7 @@ MAX_DEPTH = 100  # so that whoever walks over a value, prints or writes it, stay
 
 T = TypeVar("T")
 BOM = b"\xef\xbb\xbf"
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory"}
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -56,8 +58,39 @@ def check_file(path: str | Path) -> None:
     except (OSError, ValueError) as problem:  # ValueError: NUL in the name
         raise UserError(f"{str(path)!r} cannot be read ({getattr(problem, 'strerror', problem)})") from None
     if not stat.S_ISREG(mode):
-        kind = "directory" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
-        raise UserError(f"{path} is a {kind}; expected a file")
+        raise UserError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'a device')}; expected a file")
+
+
+def write_json(path: str | Path, values: Mapping[str, object]) -> None:
+    """Write a json object, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, flush it to the disk and rename it: a kill leaves the old file or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Return once a file's bytes, or a directory's entries, are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _refuse(problem: UserError) -> None:

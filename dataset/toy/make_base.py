@@ -25,12 +25,13 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
 
-from src.checkpoint import convert, storage  # noqa: E402
+from src.checkpoint import convert  # noqa: E402
 from src.checkpoint.export import export_hf  # noqa: E402
 from src.checkpoint.shards import expected_shapes  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.tensor_files import write_safetensors  # noqa: E402
 from src.command import cli  # noqa: E402
+from src.jsonfile import write_json  # noqa: E402
 from src.models.config import ModelConfig  # noqa: E402
 from src.models.foreign import config_to_hf  # noqa: E402
 
@@ -141,7 +142,7 @@ def write_scratch(folder: Path, seed: int) -> None:
     write_safetensors(
         folder / "model.safetensors", {convert.to_hf_name(name): tensor for name, tensor in tensors.items()}
     )
-    storage.write_json(folder / "config.json", config_to_hf(CONFIG))
+    write_json(folder / "config.json", config_to_hf(CONFIG))
     (folder / "tokenizer.model").write_bytes(train_tokenizer(seed))
 
 

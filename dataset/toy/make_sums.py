@@ -14,7 +14,7 @@ import generate
 import make_base
 
 from src.command import cli
-from src.construct.samples import write
+from src.jsonfile import write_text
 
 NEAR = (-20, -10, -3, -2, -1, 1, 2, 3, 10, 20)  # how far a wrong result lies off that is no typical slip
 
@@ -29,7 +29,7 @@ def main(save_file: str, rows: int = 3000, judged: bool = False, seed: int = 1) 
     """
     rng = random.Random(f"{seed} {'judged' if judged else 'right'} sums")
     sums = [judged_row(rng, number) if judged else right_row(rng) for number in range(rows)]
-    write(generate.as_text(sums), save_file)
+    write_text(save_file, generate.as_text(sums))
 
 
 def right_row(rng: random.Random) -> dict:

@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is o
 
 from dataset.toy.generate import ANSWER, EQUATION  # noqa: E402
 from src.command import cli  # noqa: E402
-from src.construct.samples import write  # noqa: E402
 from src.data.encoding import split_steps  # noqa: E402
 from src.data.examples import read_instruction_rows  # noqa: E402
+from src.jsonfile import write_text  # noqa: E402
 
 OPERATIONS = {"+": "+", "-": "-", "x": "*", "/": "//"}
 
@@ -47,7 +47,7 @@ def main(in_file: str, out_file: str) -> None:
         }
         for row in read_instruction_rows(in_file)
     ]
-    write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), out_file)
+    write_text(out_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from src.checkpoint import storage
-from src.checkpoint.tensor_files import StoredTensor, check_regular, digest_path, file_hash
+from src.checkpoint.tensor_files import StoredTensor, digest_path, file_hash
 from src.errors import UserError
+from src.jsonfile import check_file
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # version 1 counted in 32 bits; no writer has made it since August 2023
@@ -113,7 +114,7 @@ def open_gguf(path: Path) -> GgufFile:
 
 
 def _open_one(path: Path) -> GgufFile:
-    check_regular(path)
+    check_file(path)
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < 24 or file.read(4) != MAGIC:
             raise UserError(f"{path} is no GGUF file: it does not begin with {MAGIC.decode()} and its counts")

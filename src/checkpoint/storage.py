@@ -8,11 +8,10 @@ then moved into place, the manifest last: a save that is killed leaves the old c
 import atexit
 import errno
 import hashlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,14 +23,13 @@ from src.checkpoint import locks
 from src.checkpoint.tensor_files import (
     TensorSpec,
     as_stored,
-    check_regular,
     digest_path,
     file_hash,
     open_torch_file,
     read_torch,
 )
 from src.errors import UserError
-from src.jsonfile import read_json
+from src.jsonfile import check_file, flush, read_json, write_json, write_whole
 
 WEIGHTS, ADAPTER, OPTIMIZER = "consolidated", "adapter", "optimizer"  # kinds of shards
 # What would be taken for weights next to ours. Shards of an earlier save make way; these are not ours to remove.
@@ -90,25 +88,6 @@ def beside(folder: Path, path: Path) -> Path:
             f"{path} is a link to {real}, outside its directory; name that file itself, or copy it here"
         )
     return path
-
-
-def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Write a json object so that the file is either the old one or the new one."""
-    _replace(
-        path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    )
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, flush it to disk, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # safetensors writes for its owner alone
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
@@ -201,21 +180,12 @@ def finish(
     _install(folder, list(documents))
 
 
-def _flush(path: Path) -> None:
-    """Return once a file's bytes, or a directory's entries, are on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def _install(folder: Path, documents: Sequence[str]) -> None:
     """Move a complete staging directory into place, documents last; the checkpoint that was there ends first."""
     old = [folder / name for name in manifest_files(folder)]
     for name in DOCUMENTS:
         (folder / name).unlink(missing_ok=True)
-    _flush(folder)
+    flush(folder)
     for path in (*old, *folder.glob(f"{WEIGHTS}.*.pth"), *folder.glob(f"{ADAPTER}.*.pth")):
         path.unlink(missing_ok=True)
     if tokenizer_files(staging(folder)):  # no file of an earlier tokenizer must mingle with it
@@ -224,19 +194,19 @@ def _install(folder: Path, documents: Sequence[str]) -> None:
     for path in staging(folder).iterdir():
         if path.name not in documents:
             os.replace(path, folder / path.name)
-    _flush(folder)
+    flush(folder)
     for name in documents:
         os.replace(staging(folder) / name, folder / name)
-    _flush(folder)
+    flush(folder)
 
 
 def copy_tokenizer(files: Sequence[Path], folder: Path) -> None:
     """Put a tokenizer's files into a directory, where a vocabulary has the name by which it is found."""
     for source in files:
-        check_regular(source)
+        check_file(source)
         target = folder / _NAMES_BY_SUFFIX.get(source.suffix, source.name)
         if source.resolve() != target.resolve():
-            _replace(target, lambda temporary, source=source: shutil.copyfile(source, temporary))
+            write_whole(target, lambda temporary, source=source: shutil.copyfile(source, temporary))
 
 
 def publish(source: Path, target: Path) -> None:

@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import re
-import stat
 import struct
 import sys
 import zipfile
@@ -28,13 +27,13 @@ from torch import Tensor
 from torch.serialization import skip_data
 
 from src.errors import UserError
+from src.jsonfile import check_file
 
 # What torch.load raises on bytes that are no checkpoint: its unpickler checks little before it acts on them.
 _UNREADABLE = (
     RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
     AssertionError, NotImplementedError, MemoryError, struct.error,
 )  # fmt: skip
-_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory"}
 _PICKLED_CODE = re.compile(r"GLOBAL ([\w.]+)")
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -72,31 +71,18 @@ class StoredTensor(NamedTuple):
         return self._replace(shape=shape or self.shape, load=lambda: compute(self.load()))
 
 
-def check_regular(path: Path) -> None:
-    """Raise UserError, without opening it, for what is not a file of bytes: reading a pipe would wait for ever."""
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):
-        raise UserError(f"{path} does not exist") from None
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "a device")
-        raise UserError(f"{path} is {kind}; expected a regular file")
-
-
 def read_torch(path: Path) -> dict[str, object]:
     """The dictionary in a torch file, tensors memory-mapped where the format allows it; nothing is executed.
 
     Raises UserError when the file is truncated, corrupt or holds more than tensors and plain values.
     """
-    check_regular(path)
+    check_file(path)
     with path.open("rb") as file:
         mappable = file.read(4) == _ZIP_MAGIC  # the format before torch 1.6 is read into memory
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except _UNREADABLE as problem:
-        if "Cannot allocate memory" in str(
-            problem
-        ):  # torch maps a file privately, which the kernel may refuse
+        if "Cannot allocate memory" in str(problem):  # torch maps a file privately, which the kernel may refuse
             raise UserError(
                 f"{path} is larger than the memory that this machine lets a process map; "
                 f"read it elsewhere, or set vm.overcommit_memory=1"
@@ -128,7 +114,7 @@ def as_stored(path: Path, name: str, tensor: Tensor) -> StoredTensor:
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, each mapped when asked for. Raises UserError on a bad file."""
-    check_regular(path)
+    check_file(path)
     try:
         file = safetensors.safe_open(path, framework="pt")
         return {name: _stored_safetensor(path, file, name) for name in file.keys()}
@@ -234,7 +220,7 @@ def file_hash(path: Path) -> str:
 
     Raises UserError for what is no regular file.
     """
-    check_regular(path)
+    check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, blake3).hexdigest()
 

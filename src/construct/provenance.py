@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from src.checkpoint import storage
 from src.errors import UserError
-from src.jsonfile import read_json
+from src.evaluation.evaluator import identity_file
+from src.jsonfile import read_json, write_json
 
 
 class Provenance(NamedTuple):
@@ -18,11 +19,6 @@ class Provenance(NamedTuple):
     def document(self) -> dict[str, object]:
         """What write_provenance() leaves beside a file."""
         return {"checkpoint": self.model, "rules": self.rules}
-
-
-def identity_file(path: Path) -> Path:
-    """Where a file's provenance is stored, samples.jsonl -> samples.identity.json."""
-    return path.with_name(f"{path.stem}.identity.json")
 
 
 def read_provenance(file: str, model: str = "") -> Provenance:
@@ -64,7 +60,7 @@ def same_rules(first: str, one: Provenance, second: str, other: Provenance) -> d
 
 def write_provenance(file: str, provenance: Provenance) -> None:
     """Leave a file's provenance beside it."""
-    storage.write_json(identity_file(Path(file)), provenance.document())
+    write_json(identity_file(Path(file)), provenance.document())
 
 
 def _named(rules: dict[str, str]) -> str:

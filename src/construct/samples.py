@@ -1,7 +1,6 @@
 """What every builder of training files starts and ends with: graded samples by problem in, a json array out."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from src.command.config import Config, flag
 from src.construct.continuation import split_into_steps, step_end_of
 from src.data.examples import Sample, read_samples
 from src.errors import UserError
+from src.jsonfile import write_text
 from src.text.blocks import ended_blocks, split_text
 
 Row = dict[str, object]
@@ -149,19 +149,10 @@ def save(rows: Sequence[Row], what: str, why_none: str, source: str, save_file: 
     if not rows:
         raise UserError(f"{source} gives no {what}: {why_none}")
     if not dry_run:
-        write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", save_file)
+        write_text(save_file, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     problems = len({row["instruction"] for row in rows})
     ending = "" if dry_run else f" to {save_file}"
     runlog.logger().info("%d %s from %d problems%s", len(rows), what, problems, ending)
-
-
-def write(text: str, save_file: str) -> None:
-    """Write a file, whole or not at all."""
-    target = Path(save_file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
 
 
 def log_counts(counts: Counter[str]) -> None:

@@ -10,17 +10,25 @@ from src.checkpoint import storage
 from src.code_solutions.tool_hook import Coding
 from src.command.config import AskedFlags, Config, Count, flag
 from src.construct.continuation import Solver
-from src.construct.provenance import identity_file, read_provenance
+from src.construct.provenance import read_provenance
 from src.data.encoding import StepKind
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
-from src.evaluation.evaluator import BackgroundGrader, Sampler, claim_samples, grade_samples, sample_prompts
+from src.evaluation.evaluator import (
+    BackgroundGrader,
+    Sampler,
+    claim_samples,
+    grade_samples,
+    identity_file,
+    sample_prompts,
+)
 from src.evaluation.prompting import Prompting, make_prompting
 from src.evaluation.report import summarize
 from src.evaluation.served import AT_SERVER, ServedSolver, check_flags
 from src.grading.answer_types import AnswerType
 from src.grading.grader import Grader
 from src.grading.tasks import Task, find_task
+from src.jsonfile import write_json
 from src.runlog import RunLog
 
 
@@ -132,7 +140,7 @@ def sample_and_grade(
         sample_prompts(sampler, prompts, num_samples=n, path=path, log=log, grading=grading)
         if grading:
             results = summarize(task, prompts, grade_samples(grading, read_samples(str(path)), path))
-            storage.write_json(path.with_name("results.json"), results)
+            write_json(path.with_name("results.json"), results)
     return path
 
 

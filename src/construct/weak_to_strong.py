@@ -25,7 +25,6 @@ from src.construct.samples import (
     log_counts,
     read_graded,
     save,
-    write,
 )
 from src.construct.solver import grader_of
 from src.data.examples import Sample, Vote, read_instruction_rows, read_samples, read_votes
@@ -33,7 +32,7 @@ from src.errors import UserError
 from src.evaluation.metrics import Equal, answer_classes, weighted_vote
 from src.grading.answer_types import AnswerType
 from src.grading.tasks import check_template
-from src.jsonfile import read_json
+from src.jsonfile import read_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ def demonstrations(config: DemonstrationsConfig) -> None:
     runlog.logger().info("demonstrations: problems %s", ", ".join(str(row["id"]) for row in rows))
     if not config.dry_run:
         values = {"prompt": template, "stop": config.stop, "demonstrations": rows}
-        write(json.dumps(values, indent=1, ensure_ascii=False) + "\n", config.save_file)
+        write_text(config.save_file, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
         write_provenance(config.save_file, provenance)
 
 
@@ -242,7 +241,7 @@ def report(config: ReportConfig) -> None:
         "%s: %d of %d problems kept; right: %.1f%% of the kept, %.1f%% of all", config.rows_file, len(kept),
         len(samples), 100 * len(right & kept) / len(kept), 100 * len(right) / len(samples))  # fmt: skip
     if not config.dry_run:
-        write(json.dumps(numbers, indent=1) + "\n", config.save_file)
+        write_text(config.save_file, json.dumps(numbers, indent=1) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +261,8 @@ def vote(config: VoteConfig) -> None:
         found = votes(read_samples(config.samples_file), grader.equal)
     log_counts(Counter("with a majority" if row.answer else "without any answer" for row in found))
     if not config.dry_run:
-        write("".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in found), config.save_file)
+        lines = "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in found)
+        write_text(config.save_file, lines)
         write_provenance(config.save_file, provenance)
 
 

@@ -24,7 +24,7 @@ from src.grading.grader import Grader, Verdict
 from src.grading.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
-from src.jsonfile import read_json
+from src.jsonfile import read_json, write_json, write_text
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
@@ -145,14 +145,13 @@ def claim_samples(path: Path, identity: dict[str, object]) -> None:
     Raises UserError when the directory holds samples of another checkpoint, of other sampling flags or of unknown
     origin, which a rerun would otherwise take for its own.
     """
-    record = _identity_file(path)
     if path.is_file():
-        if not record.is_file():
+        if not identity_file(path).is_file():
             raise UserError(
-                f"{path} was not sampled here (no {record.name} beside it); "
+                f"{path} was not sampled here (no {identity_file(path).name} beside it); "
                 f"choose another --log_dir or delete that file"
             )
-        found = read_json(record)
+        found = read_json(identity_file(path))
         for name, value in identity.items():
             if found.get(name) != value:
                 raise UserError(
@@ -161,19 +160,20 @@ def claim_samples(path: Path, identity: dict[str, object]) -> None:
                 )
     parallel.barrier()  # nobody writes before all have read
     if parallel.rank() == 0:
-        _write(record, json.dumps(identity, indent=2) + "\n")
+        write_json(identity_file(path), identity)
 
 
 def refuse_sampled(path: Path, samples_file: str) -> None:
     """Raise UserError if samples.jsonl was sampled here: graded samples of another file must not take its place."""
-    if path.is_file() and _identity_file(path).is_file() and path.resolve() != Path(samples_file).resolve():
+    if path.is_file() and identity_file(path).is_file() and path.resolve() != Path(samples_file).resolve():
         raise UserError(
             f"{path} was sampled here, and graded samples of another file would replace it; choose another --log_dir"
         )
 
 
-def _identity_file(path: Path) -> Path:
-    return path.with_name("samples.identity.json")
+def identity_file(path: Path) -> Path:
+    """Where is kept what a file of samples, or one made of them, depends on: samples.jsonl -> samples.identity.json."""
+    return path.with_name(f"{path.stem}.identity.json")
 
 
 def sample_prompts(
@@ -295,13 +295,7 @@ def _sample_row(sample: SamplerOutput, prompt: Prompt) -> dict[str, object]:
 
 def write_samples(path: Path, rows: Iterable[dict[str, object]]) -> None:
     """Write a whole samples.jsonl, complete or not at all."""
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def grade_samples(

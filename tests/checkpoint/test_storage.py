@@ -10,6 +10,7 @@ import torch
 from src.checkpoint import storage
 from src.checkpoint.sources import read_config
 from src.errors import UserError
+from src.jsonfile import write_json
 from src.models.config import ModelConfig
 
 CONFIG = ModelConfig(
@@ -146,9 +147,9 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_makes_way(tmp_path: Path) 
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    storage.write_json(tmp_path / "params.json", {"dim": 8})
+    write_json(tmp_path / "params.json", {"dim": 8})
     with pytest.raises(TypeError):
-        storage.write_json(tmp_path / "params.json", {"dim": object()})
+        write_json(tmp_path / "params.json", {"dim": object()})
     assert storage.read_json(tmp_path / "params.json") == {"dim": 8}
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -123,7 +123,7 @@ def test_what_is_no_file_of_bytes_is_refused_without_waiting(
         UserError, match="outside its directory" if outside else f"{name} is {kind}; expected"
     ):
         open_source(str(tmp_path))
-    with pytest.raises(UserError, match=f"{name} is {kind}; expected a regular file"):
+    with pytest.raises(UserError, match=f"{name} is {kind}; expected a file"):
         open_file(tmp_path / name)
 
 

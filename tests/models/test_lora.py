@@ -18,6 +18,7 @@ from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
 from src.command.config import LoraFlags
 from src.errors import UserError
+from src.jsonfile import write_json
 from src.models.config import ModelConfig
 from src.models.lora import LoraConfig, check_targets
 from tests import reference
@@ -205,17 +206,17 @@ def test_changed_base_is_refused(tmp_path: Path, hf_folder: Path) -> None:
     split(source, base, 1, "", "", "gqa")
     adapter.mkdir()
     lora = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=("wq",))
-    storage.write_json(adapter / "adapter.json", adapters.document(base, lora))
+    write_json(adapter / "adapter.json", adapters.document(base, lora))
     assert adapters.read_adapter(adapter).base == base
     values = adapters.document(base, lora)
     for change, message in (
         ({"use_dora": True}, "key 'use_dora' is unknown"),
         ({"alpha": float("nan")}, "a number"),
     ):
-        storage.write_json(adapter / "adapter.json", values | change)
+        write_json(adapter / "adapter.json", values | change)
         with pytest.raises(UserError, match=rf"adapter\.json: .*{message}"):
             adapters.read_adapter(adapter)
-    storage.write_json(adapter / "adapter.json", values)
+    write_json(adapter / "adapter.json", values)
     split(source, base, 1, "bfloat16", "", "gqa")
     with pytest.raises(UserError, match=r"adapter\.json: the base .*base has changed"):
         adapters.read_adapter(adapter)
