@@ -22,6 +22,7 @@ from src.errors import UserError
 from src.jsonfile import read_json
 from src.models.foreign import check_model_type
 from src.text.blocks import CODE_FORM, Marker
+from src.text.chat import read_own_template
 from src.text.extend import GENERATION, add_control_tokens, say_ends
 from src.text.gguf_tokenizer import tokenizer_metadata
 from tools.certify import certify
@@ -154,6 +155,9 @@ def main(config: SplitConfig) -> None:
     log.info("wrote %s to %s", written, config.save_path)
     if not tokenizer_file and not storage.has_vocabulary(source.tokenizer_files):
         log.warning("no tokenizer lies beside %s: give --tokenizer_file, or one to every later command", described)
+    if config.format == "shards" and not source.config.chat_template and read_own_template(target) is not None:
+        log.info("%s has a chat template: give --chat_template file to the commands that show it prompts, or none for "
+                 "raw ones; training records it for later commands", config.save_path)
     if config.verify:
         after = sources.open_adapter(target, config.base_dir) or sources.open_source(config.save_path)
         log.info("logits before and after: %s", verify.logit_difference(adapter or source, after))
@@ -192,8 +196,9 @@ def with_ends(
     if not files or (format == "shards" and (said or ids.get("eos_token_id") is None)):
         return source, tokenizer_file
     folder = copy_of(files)
-    chosen = ("", ids, {}) if format == "shards" else (source.config.chat_template, ids, source.config.template_args)
-    ids = say_ends(folder, *chosen)
+    chosen = "" if format == "shards" else source.config.chat_template
+    facts = {name: getattr(source.config, name) for name in ("template_args", "system_prompt")} if chosen else {}
+    ids = say_ends(folder, chosen, ids, **facts)
     return source._replace(config=dataclasses.replace(source.config, carried=carried | ids)), str(folder)
 
 

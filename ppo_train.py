@@ -47,7 +47,7 @@ def main(config: PPOConfig) -> None:
         saving.check_save_dir(
             save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir)
     storage.claim(Path(config.run_dir))
-    fingerprint = run_fingerprint("ppo_train", config.flags(), critic_warmup=critic_warmup,
+    fingerprint = run_fingerprint("ppo_train", config.flags(), data.tokenizer, critic_warmup=critic_warmup,
                                   precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))
     find_start(config.save_dirs, config.resume, fingerprint, n_iterations)
     log = RunLog(config.run_dir, config.flags(), wandb=config.wandb)

@@ -11,7 +11,7 @@ from pathlib import Path
 from src import load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.command import cli
-from src.command.config import Count, Positive, PrecisionFlags, flag
+from src.command.config import Count, Positive, PrecisionFlags, TokenizerFlags, flag
 from src.data.encoding import Encoded, StepKind
 from src.data.examples import read_step_labels
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
@@ -21,7 +21,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class CreditConfig(PrecisionFlags):
+class CreditConfig(PrecisionFlags, TokenizerFlags):
     """Credit of tokens"""
 
     ckpt_dir: str = flag(help="solver that preference_train.py has trained")
@@ -35,7 +35,6 @@ class CreditConfig(PrecisionFlags):
         as the solver writes them""")
     model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
         params.json says""")
-    tokenizer_file: str = flag("", "tokenizer file of any kind; default: the one in ckpt_dir")
     max_batch_size: Count = flag(64, "solutions in one forward pass")
 
 
@@ -48,7 +47,7 @@ def main(config: CreditConfig) -> None:
         runlog.table(plan.scoring(model_config, load.n_shards(config.ckpt_dir), len(rows),
                                   half=plan.is_half(config)))
         return
-    tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     load.check_tokenizer(tokenizer, config.reference_ckpt_dir)
     solutions = encode_solutions(rows, tokenizer, model_config.max_seq_len, config.step)
     tell_too_long(solutions, "solutions", model_config.max_seq_len)

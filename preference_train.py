@@ -71,7 +71,7 @@ def main(config: PreferenceTrainConfig) -> None:
     """The loss is a mean over the pairs of a whole step."""
     preference = config.preference()
     against = preference.reference_dir(config.ckpt_dir, config.reference_ckpt_dir, config.reference_file)
-    tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     if config.reference_ckpt_dir:
         load.load_config(config.reference_ckpt_dir, kind="solver")
@@ -84,7 +84,7 @@ def main(config: PreferenceTrainConfig) -> None:
         steps = run.planned_steps(data)
         runlog.table(plan.training(config, model_config, steps, examples, tokenizer, run.sampler.ranks))
         return
-    run.begin("preference_train")
+    run.begin("preference_train", tokenizer)
     saving.check_save_dir(config.save_dir, config.reference_ckpt_dir)
     load.check_tokenizer(tokenizer, config.reference_ckpt_dir)
     fingerprint = storage.fingerprint(Path(against)) if against else None

@@ -104,8 +104,7 @@ def main(config: SolverEvaluateConfig) -> None:
     solver = {"model_type": config.model_type, "precision": config.precision, "quantize": config.quantize}
     if config.interactive:
         parallel.start(seed=config.seed)
-        tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
-                                            config.template_args)
+        tokenizer = load.load_tokenizer(config.ckpt_dir, config)
         load.check_tokenizer(tokenizer, config.verifier_ckpt_dir)
         verifier = None
         if config.verifier_ckpt_dir:
@@ -124,8 +123,7 @@ def main(config: SolverEvaluateConfig) -> None:
         runlog.table(plan.report({"problems": len(prompts), "a prompt": shown}, {}))
         return
     if config.dry_run:
-        tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
-                                            config.template_args)
+        tokenizer = load.load_tokenizer(config.ckpt_dir, config)
         texts = [prompting.text(prompt.instruction) for prompt in prompts]
         runlog.table(plan.decoding(
             load.load_config(config.ckpt_dir, config.model_type), load.n_shards(config.ckpt_dir),
@@ -145,11 +143,11 @@ def main(config: SolverEvaluateConfig) -> None:
                 source, sampler = served.source, served.sampler(sampling)
             else:
                 model = load.load_solver(config.ckpt_dir, **solver)
-                tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
-                                                    config.template_args)
+                tokenizer = load.load_tokenizer(config.ckpt_dir, config)
                 source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)),
                           "chat_template": tokenizer.chat_template,
                           "template_args": tokenizer.template_args or None,
+                          "system_prompt": tokenizer.system_prompt or None,
                           "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
                 coding = Coding(tokenizer, config.max_rounds, config.isolation or None) if tokenizer.code else None
                 source |= {"max_rounds": config.max_rounds} if coding else {}
@@ -188,8 +186,8 @@ def refuse_contradictions(flags: Mapping[str, object], benchmark: Task) -> None:
     if "samples_file" in on:
         if parallel.world_size() > 1:
             raise UserError("--samples_file needs one process; start it with python, not torchrun")
-        if unused := on & {"chat_template", "template_args", "tokenizer_file", "model_type", "precision", "quantize",
-                           "compile"}:
+        if unused := on & {"chat_template", "template_args", "system_prompt", "tokenizer_file", "model_type",
+                           "precision", "quantize", "compile"}:
             raise UserError(f"--{min(unused)} has no effect on samples that exist; leave it or --samples_file out")
     check_flags(flags)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from src import load, parallel, plan, runlog
-from src.checkpoint import saving
 from src.command import cli
 from src.command.config import TrainConfig, flag
 from src.data.encoding import masked_text
@@ -27,11 +26,6 @@ class SolverTrainConfig(TrainConfig):
         (dataset/README.md)""")
     eval_file: str = flag("", """rows of the same form whose loss is measured while training; the best
         checkpoint by it is kept as best""")
-    chat_template: str = flag("", """form of prompts and outputs: none, file (the tokenizer's own) or llama-2,
-        llama-3, mistral, qwen, deepseek, gemma, internlm2, or code (solutions with code); recorded for later
-        commands; default: what ckpt_dir was trained with, else none""")
-    template_args: str = flag("", """values of the template's own variables, as enable_thinking=false or a json
-        object; recorded with it; default: what ckpt_dir was trained with""")
     loss_on: Literal["assistant_no_execution", "assistant", "all"] = flag("assistant_no_execution", """the
         tokens to learn: the assistant's without what its code printed, all of the assistant's, or every
         one""")
@@ -46,8 +40,7 @@ class SolverTrainConfig(TrainConfig):
 def main(config: SolverTrainConfig) -> None:
     """The loss is on outputs and their end only, a mean over the tokens of a whole step."""
     load.check_quantize(config.quantize, config.lora_rank)
-    tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file, config.chat_template,
-                                        config.template_args)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     longest = load.context_limit(config.max_seq_len, config.ckpt_dir, model_config)
     data, held_out = (sft_dataset(read_instructions(file), tokenizer, max_seq_len=longest, source=file,
@@ -59,10 +52,9 @@ def main(config: SolverTrainConfig) -> None:
         runlog.table(plan.training(config, model_config, run.planned_steps(data), examples, tokenizer,
                                    run.sampler.ranks, config.quantize))
         return
-    run.begin("solver_train", chat_template=tokenizer.chat_template, template_args=str(tokenizer.template_args or ""))
+    run.begin("solver_train", tokenizer)
     model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
                                  quantize=config.quantize)
-    saving.record(model, chat_template=tokenizer.chat_template, template_args=tokenizer.template_args)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s", data.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))

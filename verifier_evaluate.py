@@ -5,6 +5,8 @@ torchrun --nproc_per_node 8 verifier_evaluate.py --task GSM8K --ckpt_dir verifie
 torchrun --nproc_per_node 8 verifier_evaluate.py --ckpt_dir prm --steps_file processbench.json --log_dir log/steps
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +14,7 @@ from typing import Literal
 from src import load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.command import cli
-from src.command.config import Count, PrecisionFlags, flag
+from src.command.config import Count, PrecisionFlags, TokenizerFlags, flag
 from src.data.encoding import StepKind
 from src.data.examples import match_samples, read_prompts, read_samples, read_step_labels
 from src.errors import UserError
@@ -34,7 +36,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifierEvaluateConfig(PrecisionFlags):
+class VerifierEvaluateConfig(PrecisionFlags, TokenizerFlags):
     """Verifier evaluation"""
 
     ckpt_dir: str = flag(help="verifier checkpoint")
@@ -56,7 +58,6 @@ class VerifierEvaluateConfig(PrecisionFlags):
         line; default: what it was in the verifier's training, which nothing else may be""")
     model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
         params.json says""")
-    tokenizer_file: str = flag("", "tokenizer file of any kind; default: the one in ckpt_dir")
     max_batch_size: Count = flag(64, "samples in one forward pass")
     quantize: Literal["", "int8", "int4"] = flag("", """hold weights in 8 or 4 bits, in groups of 128 or 32
         that share a scale; default: as they are computed with""")
@@ -96,7 +97,7 @@ def main(config: VerifierEvaluateConfig) -> None:
         refuse_sampled(Path(config.log_dir) / "samples.jsonl", config.samples_file)
     parallel.start()
     verifier = load.load_verifier(config.ckpt_dir, precision=config.precision, quantize=config.quantize)
-    tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     log, folder = RunLog(config.log_dir, config.flags()), Path(config.log_dir)
     if config.steps_file:
         threshold = None
@@ -111,7 +112,9 @@ def main(config: VerifierEvaluateConfig) -> None:
             runlog.table(steps_table(report))
         return
     arithmetic = f"{config.quantize}{verifier.dtype}".removesuffix("torch.float32")
-    identity = f"{storage.fingerprint(Path(config.ckpt_dir))[:12]}{arithmetic}"
+    asked = any((config.chat_template, config.template_args, config.system_prompt))  # else the checkpoint says it
+    form = hashlib.sha256(json.dumps(tokenizer.chat_facts()).encode()).hexdigest()[:8] if asked else ""
+    identity = f"{storage.fingerprint(Path(config.ckpt_dir))[:12]}{arithmetic}{form}"
     scores = score_samples(verifier, tokenizer, samples, aggregation=config.aggregation,
                            max_batch_size=config.max_batch_size, path=folder / f"scores.{identity}.jsonl", log=log)
     if parallel.rank() == 0:

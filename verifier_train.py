@@ -69,7 +69,7 @@ def main(config: VerifierTrainConfig) -> None:
     if start.value_head and start.objective != "pairwise":
         load.check_step(config.ckpt_dir, start, config.step)
     step_kind = config.step or start.step
-    tokenizer = load.load_tokenizer(config.ckpt_dir, config.tokenizer_file)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     options = {"margin": config.margin, "centring": config.centring} if config.objective == "pairwise" else {
         "label_tokens": config.label_tokens if config.objective == "outcome" else "last", "balance": config.balance,
         "step": step_kind}
@@ -83,7 +83,7 @@ def main(config: VerifierTrainConfig) -> None:
         runlog.table(plan.training(config, load.solver_to_verifier(start), run.planned_steps(data), examples,
                                    tokenizer, run.sampler.ranks))
         return
-    run.begin("verifier_train")
+    run.begin("verifier_train", tokenizer)
     model = load.load_verifier(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
                                    from_solver=True)
     score = {"pairwise": config.score, "outcome": "last", "process": "steps"}[config.objective]

@@ -16,6 +16,11 @@ class UserError(Exception):
     """
 
 
+def on_one_line(value: object) -> str:
+    """A value as a message of one line shows it."""
+    return str(value).replace("\n", "\\n")
+
+
 def show_problem(line: str) -> None:
     """Write a line to standard error, where somebody reads it."""
     try:

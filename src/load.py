@@ -6,6 +6,7 @@ names its base; loading it loads the base and folds the adapter in, in the reque
 
 import dataclasses
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 
 from src import parallel, runlog
 from src.checkpoint import adapters, shards, sources, storage
-from src.command.config import LoraFlags
+from src.command.config import LoraFlags, TokenizerFlags
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.foreign import check_model_type
 from src.models.lora import LoraConfig, add_lora, check_targets, init_lora
 from src.models.quantize import quantize_weights
+from src.text.blocks import CODE_FORM
+from src.text.chat import read_own_template
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer, read_template_args
 
 
@@ -71,40 +74,49 @@ def planned_ranks(ckpt_dir: str, asked: int = -1) -> int:
     return n_ranks if parallel.world_size() > 1 or asked != -1 else n_shards(ckpt_dir)
 
 
-def load_tokenizer(
-    ckpt_dir: str, tokenizer_file: str = "", chat_template: str = "", template_args: str = ""
-) -> Tokenizer:
-    """The tokenizer that travels in the checkpoint directory, or the one named; it must fit. Raises UserError.
+def load_tokenizer(ckpt_dir: str, flags: TokenizerFlags = TokenizerFlags()) -> Tokenizer:  # noqa: B008
+    """The tokenizer that travels in the checkpoint directory, or the one named; it must fit.
 
-    chat_template: none, file or a built-in name; empty = what training used, as params.json says, else none.
-    template_args: as --template_args gives them; empty = what training used, with its template.
+    What the flags leave open of the chat template is as in training, which params.json says; without either, prompts
+    are raw. Warns of another form than in training, and of raw prompts beside a template that nobody chose or declined.
+    Raises UserError.
     """
     config = load_config(ckpt_dir)
-    name = chat_template or config.chat_template or "none"
+    name = flags.chat_template or config.chat_template or "none"
     recorded = config.template_args if name == config.chat_template else {}
-    args = read_template_args(template_args) if template_args else recorded
-    if name == config.chat_template and args != recorded:
-        runlog.logger().warning(
-            "%s was trained with the template arguments %s; --template_args %s shows it texts in another form",
-            ckpt_dir,
-            json.dumps(recorded),
-            json.dumps(args),
-        )
-    if chat_template and config.chat_template not in ("", chat_template):
-        runlog.logger().warning(
-            "%s was trained with chat template %s; --chat_template %s shows it texts in another form",
-            ckpt_dir,
-            config.chat_template,
-            chat_template,
-        )
-    tokenizer = Tokenizer(Path(tokenizer_file or ckpt_dir), name, args)
+    args = read_template_args(flags.template_args) if flags.template_args else recorded
+    system = "" if flags.system_prompt == "none" else flags.system_prompt
+    if not flags.system_prompt and name not in ("none", CODE_FORM):  # which have no system message
+        system = config.system_prompt
+    tokenizer = Tokenizer(Path(flags.tokenizer_file or ckpt_dir), name, args, system)
     rows = config.vocab_size
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces but {ckpt_dir} embeds {rows}; "
             f"give the tokenizer that the checkpoint was trained with"
         )
+    _tell_of_form(ckpt_dir, config, tokenizer, flags)
     return tokenizer
+
+
+def _tell_of_form(ckpt_dir: str, config: ModelConfig, tokenizer: Tokenizer, flags: TokenizerFlags) -> None:
+    """Warn where the tokenizer shows a checkpoint texts in another form than it has learnt, as far as that is known."""
+    warn = runlog.logger().warning
+    if not (config.chat_template or flags.chat_template) and read_own_template(tokenizer.path.parent) is not None:
+        warn("%s has a chat template, but its prompts are raw here; give --chat_template file, or none to say that it "
+             "is meant", tokenizer.path.parent)  # fmt: skip
+    if not config.chat_template:
+        return
+    differs = "%s was trained with %s %s; --%s %s shows it texts in another form"
+    if tokenizer.chat_template != config.chat_template:
+        warn(differs, ckpt_dir, "chat template", config.chat_template, "chat_template", tokenizer.chat_template)
+        return
+    if tokenizer.template_args != config.template_args:
+        then, now = json.dumps(config.template_args), json.dumps(tokenizer.template_args)
+        warn(differs, ckpt_dir, "the template arguments", then, "template_args", now)
+    if tokenizer.system_prompt != config.system_prompt:
+        then, now = _quoted(config.system_prompt), _quoted(tokenizer.system_prompt)
+        warn(differs, ckpt_dir, "the system prompt", then, "system_prompt", now)
 
 
 def check_tokenizer(tokenizer: Tokenizer, *ckpt_dirs: str) -> None:
@@ -120,20 +132,29 @@ def check_tokenizer(tokenizer: Tokenizer, *ckpt_dirs: str) -> None:
                 f"{folder} has another tokenizer than {tokenizer.path}; models that read each other's token ids "
                 f"need the same one"
             )
-        then = load_config(folder)
-        if then.chat_template and _form(then) != _form(tokenizer):
+        config = load_config(folder)
+        if not config.chat_template:
+            continue
+        then = Tokenizer(Path(folder), config.chat_template, config.template_args, config.system_prompt)
+        form, now = _form(then), _form(tokenizer)
+        if then.chat and tokenizer.chat and form == now and then.chat.source != tokenizer.chat.source:
+            now += f" of {tokenizer.path.parent}, which is another template,"
+        if form != now:
             runlog.logger().warning(
-                "%s was trained with chat template %s, but reads texts in the form of %s here",
-                folder,
-                _form(then),
-                _form(tokenizer),
+                "%s was trained with chat template %s, but reads texts in the form of %s here", folder, form, now
             )
 
 
-def _form(chosen: ModelConfig | Tokenizer) -> str:
-    """A chat template with its arguments, in words."""
-    args = f" {json.dumps(chosen.template_args)}" if chosen.template_args else ""
-    return chosen.chat_template + args
+def _form(tokenizer: Tokenizer) -> str:
+    """A chat template with its arguments and system prompt, in words."""
+    args = f" {json.dumps(tokenizer.template_args)}" if tokenizer.template_args else ""
+    system = f" and the system prompt {_quoted(tokenizer.system_prompt)}" if tokenizer.system_prompt else ""
+    return tokenizer.chat_template + args + system
+
+
+def _quoted(system_prompt: str) -> str:
+    """The beginning of a system prompt; none without one."""
+    return json.dumps(textwrap.shorten(system_prompt, 60), ensure_ascii=False) if system_prompt else "none"
 
 
 def load_solver(

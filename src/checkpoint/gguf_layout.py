@@ -341,7 +341,7 @@ def _check_back(
         raise UserError(f"{description}: tied=False has no form in a GGUF file of architecture {architecture}")
     back = config_of(metadata, tensors, description)
     free = {"family", "dtype", "carried", "embedding_split_dim", "n_added_tokens", "chat_template", "template_args",
-            "objective", "score", "score_mean", "score_std", "step"}  # fmt: skip
+            "system_prompt", "objective", "score", "score_mean", "score_std", "step"}  # fmt: skip
     for field in (name for name in FIELDS if name not in free):
         ours, theirs = getattr(config, field), getattr(back, field)
         if ours != theirs and not (type(ours) is float and np.float32(ours) == np.float32(theirs)):

@@ -143,12 +143,25 @@ class PrecisionFlags(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(PrecisionFlags, SeedFlags):
+class TokenizerFlags(Config):
+    """Tokenizer and chat template"""  # of what shows texts to a model
+
+    tokenizer_file: str = flag("", "tokenizer of any kind; default: the one beside the checkpoint")
+    chat_template: str = flag("", """form of prompts and answers: none, file (the tokenizer's own) or llama-2,
+        llama-3, mistral, qwen, deepseek, gemma, internlm2, or code (solutions with code). Training records it
+        for later commands; default: what the checkpoint was trained with, else none""")
+    template_args: str = flag("", """values of the template's own variables, as enable_thinking=false or a json
+        object; recorded and followed with it""")
+    system_prompt: str = flag("", """the template's system message before every problem, and before
+        conversations that have none; recorded and followed with it; none = no such message""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(PrecisionFlags, SeedFlags, TokenizerFlags):
     """Model, batches and steps"""
 
     model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
         params.json says""")
-    tokenizer_file: str = flag("", "tokenizer file of any kind; default: the one in ckpt_dir")
     tensor_parallel_size: CountOrOff = flag(-1, """ranks that share one model; the others take other rows. -1
         = the shards of ckpt_dir, if they divide the ranks, else all ranks""")
     max_batch_size: Count = flag(1, "rows in one forward pass")
@@ -159,21 +172,15 @@ class RunFlags(PrecisionFlags, SeedFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedFlags(PrecisionFlags):
+class AskedFlags(PrecisionFlags, TokenizerFlags):
     """How the solver is asked"""  # of what samples from a solver: a checkpoint in this process, or a server
 
-    tokenizer_file: str = flag("", """tokenizer of any kind; default: the one in ckpt_dir. A server then gets
-        token ids, not text""")
-    chat_template: str = flag("", """form of prompts: none, file (the tokenizer's own) or llama-2, llama-3,
-        mistral, qwen, deepseek, gemma, internlm2, code; default: what ckpt_dir was trained with, else none.
-        With a server: they need tokenizer_file; server = it puts messages in its own (/chat/completions);
-        default: the bare prompt as text""")
-    template_args: str = flag("", """values of the template's own variables, as enable_thinking=false or a json
-        object; default: what ckpt_dir was trained with""")
     prompt_template: str = flag("", """text or file with {instruction} where the problem goes, \\n for a new
         line; default: the task's""")
     backend: Literal["engine", "openai"] = flag("engine", """engine = the checkpoint, in this process; openai
-        = a server that speaks the OpenAI protocol""")
+        = a server that speaks the OpenAI protocol. It gets the bare prompt as text; with tokenizer_file and
+        chat_template the token ids of that form; with --chat_template server messages, which it puts in its
+        own (/chat/completions)""")
     base_url: str = flag("", "the server's address up to /v1, for example http://localhost:8000/v1")
     model_name: str = flag("", "the model's name at the server")
     api_key_env: str = flag("", "name of the environment variable that holds the server's key")

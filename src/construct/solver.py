@@ -73,10 +73,10 @@ def open_solver(config: SolverFlags, prompting: Prompting, max_rounds: int = 24)
     if config.backend == "openai":
         return ServedSolver(flags, prompting)
     ckpt_dir, template = flags["ckpt_dir"], config.chat_template
-    tokenizer = load.load_tokenizer(ckpt_dir, config.tokenizer_file, template, config.template_args)
+    tokenizer = load.load_tokenizer(ckpt_dir, config)
     model = load.load_solver(ckpt_dir, precision=config.precision)
     source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), **({"chat_template": template} if template else {}),
-              "template_args": tokenizer.template_args or None,
+              "template_args": tokenizer.template_args or None, "system_prompt": tokenizer.system_prompt or None,
               "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
     coding = Coding(tokenizer, max_rounds, flags.get("isolation") or None) if tokenizer.code else None
     return Solver(model, tokenizer, prompting, config.max_batch_size, coding, source)

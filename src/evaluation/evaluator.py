@@ -15,7 +15,7 @@ from src import parallel
 from src.code_solutions.tool_hook import INFRASTRUCTURE, Coding
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, Sample, read_samples
-from src.errors import UserError
+from src.errors import UserError, on_one_line
 from src.evaluation.metrics import answer_classes
 from src.evaluation.prompting import Prompting
 from src.evaluation.report import Graded, Speed, type_of
@@ -155,8 +155,8 @@ def claim_samples(path: Path, identity: dict[str, object]) -> None:
         for name, value in identity.items():
             if found.get(name) != value:
                 raise UserError(
-                    f"{path} holds samples with {name}={found.get(name)}, but this run has {value}; "
-                    f"choose another --log_dir or delete that file"
+                    f"{path} holds samples with {name}={on_one_line(found.get(name))}, but this run has "
+                    f"{on_one_line(value)}; choose another --log_dir or delete that file"
                 )
     parallel.barrier()  # nobody writes before all have read
     if parallel.rank() == 0:

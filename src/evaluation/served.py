@@ -61,6 +61,11 @@ def check_flags(flags: Mapping[str, object]) -> bool:
             "--template_args with --backend openai goes with a template that is filled in here; give --tokenizer_file "
             "and --chat_template with it"
         )
+    if flags["system_prompt"] not in ("", "none") and template in ("", "none"):
+        raise UserError(
+            f"--system_prompt with --backend openai is a message of a chat template; give --chat_template {AT_SERVER}, "
+            f"or --tokenizer_file and a template of this side, with it"
+        )
     key = flags["api_key_env"]
     if key and key not in os.environ:
         raise UserError(f"--api_key_env {key}: there is no such environment variable; export the server's key")
@@ -83,13 +88,15 @@ class ServedSolver:
         self.prompting, self.concurrency = prompting, flags["max_batch_size"]
         self.chat_template = flags["chat_template"]
         path = flags["tokenizer_file"]
-        args = read_template_args(flags.get("template_args", ""))
-        self.tokenizer = Tokenizer(Path(path), self.chat_template, args) if path else None
+        args, system = read_template_args(flags["template_args"]), flags["system_prompt"]
+        self.system_prompt = "" if system == "none" else system
+        self.tokenizer = Tokenizer(Path(path), self.chat_template, args, self.system_prompt) if path else None
         self.server = Server(
             base_url=flags["base_url"],
             model_name=flags["model_name"],
             api_key=os.environ.get(flags["api_key_env"], ""),
             chat=self.chat_template == AT_SERVER,
+            system_prompt=self.system_prompt,
             stop_ids=tuple(sorted(self.tokenizer.stop_ids)) if self.tokenizer else (),
         )
         self._warned: set[str] = set()
@@ -101,7 +108,7 @@ class ServedSolver:
         template = None if self.chat_template in ("", "none") else self.chat_template
         args = (self.tokenizer and self.tokenizer.template_args) or None
         return {"model_name": self.server.model_name, "chat_template": template, "template_args": args,
-                "tokenizer": tokenizer}  # fmt: skip
+                "system_prompt": self.system_prompt or None, "tokenizer": tokenizer}  # fmt: skip
 
     def prompt(self, instruction: str, prefix: str = "") -> str | list[int]:
         """A problem as it is sent, perhaps with the beginning of its solution."""

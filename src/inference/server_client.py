@@ -87,9 +87,9 @@ class RemoteCompletion(NamedTuple):
 class Server:
     """Where completions come from; base_url ends before /completions, seconds limit one request.
 
-    chat: a prompt is the message of a user, which the server puts in its own template (/chat/completions). stop_ids:
-    tokens that end a completion, beside those that the server knows. logprobs: they are asked for; becomes False where
-    the server declines such requests.
+    chat: a prompt is the message of a user, which the server puts in its own template (/chat/completions), after the
+    system_prompt, if there is one. stop_ids: tokens that end a completion, beside those that the server knows.
+    logprobs: they are asked for; becomes False where the server declines such requests.
     """
 
     base_url: str
@@ -97,6 +97,7 @@ class Server:
     api_key: str = ""
     seconds: float = 600.0
     chat: bool = False
+    system_prompt: str = ""
     stop_ids: tuple[int, ...] = ()
     logprobs: bool = True
 
@@ -235,7 +236,8 @@ class _Session:
 def request_body(server: Server, request: RemoteRequest, sampling: Sampling) -> dict[str, object]:
     """Make a request. Its seed is made of (seed, id, sample): how far that repeats is the server's affair."""
     digest = hashlib.sha256(f"{sampling.seed}\0{request.id}\0{request.sample}".encode()).digest()
-    messages = [{"role": "user", "content": request.prompt}]
+    system = [{"role": "system", "content": server.system_prompt}] if server.system_prompt else []
+    messages = [*system, {"role": "user", "content": request.prompt}]
     return {
         "model": server.model_name,
         **({"messages": messages} if server.chat else {"prompt": request.prompt}),

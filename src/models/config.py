@@ -48,7 +48,8 @@ class ModelConfig:
     being right); score says where the score of a response is read: at its `last` token, as the `mean` over its tokens,
     or at the end of its `steps`; score_mean and score_std are the measured statistics of such scores; step says what
     a step was to an outcome or process verifier in training. chat_template names the format that training put texts in
-    (none for none); empty where no training here has chosen one. template_args are the values of its own variables.
+    (none for none); empty where no training here has chosen one. template_args are the values of its own variables,
+    system_prompt is the system message of conversations that had none.
 
     carried holds what else a Hugging Face config.json said (ids of special tokens, dropout, ...): nothing is computed
     from it here, and an export says it again.
@@ -96,6 +97,7 @@ class ModelConfig:
     dtype: str = "float32"
     chat_template: str = ""
     template_args: dict[str, object] = field(default_factory=dict, hash=False)
+    system_prompt: str = ""
     carried: dict[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

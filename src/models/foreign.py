@@ -21,11 +21,12 @@ _UNCLAIMED = {
     "family", "n_added_tokens", "max_seq_len", "rope_original_max_seq_len", "rope_low_freq_factor",
     "rope_high_freq_factor", "logn_attention", "renormalised_experts", "norm_eps", "embedding_split_dim",
     "value_head", "score", "score_mean", "score_std", "step", "dtype", "chat_template", "template_args",
-    "carried",
+    "system_prompt", "carried",
 }  # fmt: skip
 # Facts that only SplitRL reads; they are under `splitrl` in a config.json.
 _OWN_FACTS = {
     "n_added_tokens", "objective", "score", "score_mean", "score_std", "step", "chat_template", "template_args",
+    "system_prompt",
 }  # fmt: skip
 _SUFFIXES = ("-base", "-chat", "-instruct", "-it")
 

@@ -65,7 +65,8 @@ class ChatTemplate:
     """A jinja template with the names of the control tokens that it may write.
 
     end_token ends an answer. opening: what the prompt for an answer has already begun of it, such as "<think>\n"; empty
-    for most. args: values of the template's own variables, such as {"enable_thinking": false}.
+    for most. args: values of the template's own variables, such as {"enable_thinking": false}. system_prompt: the
+    system message of conversations that begin without one, empty for none.
     """
 
     def __init__(
@@ -75,13 +76,14 @@ class ChatTemplate:
         names: Mapping[str, str],
         control: Collection[str],
         args: Mapping[str, object] | None = None,
+        system_prompt: str = "",
     ) -> None:
         """names: what the template may call bos_token, eos_token, ...; control: all control tokens.
 
-        Raises UserError when the template does not end an assistant's turn with a control token, or does not read one
-        of args.
+        Raises UserError when the template does not end an assistant's turn with a control token, does not read one of
+        args, or does not write the system prompt.
         """
-        self.name, self.source, self.args = name, source, dict(args or {})
+        self.name, self.source, self.args, self.system_prompt = name, source, dict(args or {}), system_prompt
         self._names = dict(names)
         self._control = re.compile(
             "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)"
@@ -91,6 +93,20 @@ class ChatTemplate:
         self._longest = max(map(len, control), default=0)
         self._worker = Worker("src.text.chat_worker")
         self._find_frame()
+        if system_prompt:
+            self._check_system_prompt()
+
+    def _check_system_prompt(self) -> None:
+        """Raise UserError if the template has no system message, or leaves it out without a word."""
+        try:
+            text = self.prompt([{"role": "user", "content": "1"}])
+        except UserError as problem:
+            raise UserError(f"--system_prompt: {problem}") from None
+        if not _has_words(text, self.system_prompt):
+            raise UserError(
+                f"--system_prompt {self.system_prompt[:40]!r}: chat template {self.name} does not write a system "
+                f"message; leave it out, or give none where it was recorded"
+            )
 
     def _find_frame(self) -> None:
         """What stands around an answer, found in a conversation whose content holds no control token."""
@@ -113,7 +129,7 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text after which the model answers."""
-        return self._render(self._shielded(messages), add_generation_prompt=True)
+        return self._render(self._system(messages) + self._shielded(messages), add_generation_prompt=True)
 
     def turns(self, messages: Sequence[Message], *, whole: bool = True) -> list[Turn]:
         """A conversation cut where answers begin and end; what follows the last answer is left out.
@@ -124,13 +140,13 @@ class ChatTemplate:
         answer without their end is thus learnt as thoughts. whole False: so is every answer, for it may be a beginning.
         Raises UserError when the template does not lead up to an answer with the prompt for it.
         """
-        shielded = self._shielded(messages)
+        shielded, system = self._shielded(messages), self._system(messages)
         turns, done = [], ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._render(shielded[:index], add_generation_prompt=True)
-            text = self._render(shielded[: index + 1], add_generation_prompt=False)
+            prompt = self._render(system + shielded[:index], add_generation_prompt=True)
+            text = self._render(system + shielded[: index + 1], add_generation_prompt=False)
             given = self.behind_opening(message["content"])
             if _THINK in given and _THOUGHT.search(prompt):
                 raise UserError(
@@ -162,8 +178,13 @@ class ChatTemplate:
 
     def _keeps(self, made: str, given: str) -> bool:
         """Whether a rendered answer has all the words of the one given, and no thoughts put before its own."""
-        made, given = ("".join(text.replace(MARK, "").split()) for text in (made, given))
-        return given in made and (_THINK not in given or made.count(_THINK) == given.count(_THINK))
+        return _has_words(made, given) and (_THINK not in given or made.count(_THINK) == given.count(_THINK))
+
+    def _system(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        """The system message to put before these messages, in a list; an empty one where they bring their own."""
+        if not self.system_prompt or (messages and messages[0].get("role") == "system"):
+            return []
+        return self._shielded([{"role": "system", "content": self.system_prompt}])
 
     def _shielded(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         """The messages with MARK inside whatever spells a control token, or could become one at an edge."""
@@ -212,6 +233,12 @@ class ChatTemplate:
         return reply["text"]
 
 
+def _has_words(made: str, given: str) -> bool:
+    """Whether a rendered text holds the one given, but for white space."""
+    made, given = ("".join(text.replace(MARK, "").split()) for text in (made, given))
+    return given in made
+
+
 def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_space: bool = True) -> str:
     """The jinja source of a built-in template, or with `file` of the one beside the tokenizer. Raises UserError.
 
@@ -231,6 +258,18 @@ def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_
             f"--chat_template {name} is unknown; expected none, file (the tokenizer's own) or one of "
             f"{', '.join(BUILT_IN)}"
         )
+    source = read_own_template(folder)
+    if source is None:
+        raise UserError(
+            f"--chat_template file: {folder} holds no chat template (chat_template.jinja, or chat_template in "
+            f"tokenizer_config.json); choose a built-in one of {', '.join(BUILT_IN)}"
+        )
+    return source
+
+
+def read_own_template(folder: Path) -> str | None:
+    """The jinja source of the template beside a tokenizer; None where there is none. Raises UserError for a file that
+    is no json."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for file in ("chat_template.json", "tokenizer_config.json"):
@@ -241,10 +280,7 @@ def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_
             found = named[0].get("template") if named else None
         if isinstance(found, str):
             return found
-    raise UserError(
-        f"--chat_template file: {folder} holds no chat template (chat_template.jinja, or chat_template in "
-        f"tokenizer_config.json); choose a built-in one of {', '.join(BUILT_IN)}"
-    )
+    return None
 
 
 def control_tokens(source: str) -> set[str]:

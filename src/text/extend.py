@@ -34,21 +34,25 @@ def add_control_tokens(folder: Path, tokens: Sequence[str], source: Path) -> int
 
 
 def say_ends(
-    folder: Path, chat_template: str, ids: Mapping[str, object], template_args: Mapping[str, object] | None = None
+    folder: Path,
+    chat_template: str,
+    ids: Mapping[str, object],
+    template_args: Mapping[str, object] | None = None,
+    system_prompt: str = "",
 ) -> dict[str, object]:
     """Write what ends a response, and the template of training, where transformers looks for them.
 
     generation_config.json lists the ids of ends: those that it or, where it says none, the config (`ids`: bos_token_id,
-    eos_token_id, pad_token_id) had, and those of training. chat_template: as in ModelConfig, empty where nothing was
-    trained here; a built-in one becomes chat_template.jinja, and so does one with arguments, whose values it then holds
-    as defaults. -> the ids that the config is to have.
+    eos_token_id, pad_token_id) had, and those of training. chat_template and the rest: as in ModelConfig, empty where
+    nothing was trained here; a built-in one becomes chat_template.jinja, and so does one with arguments or a system
+    prompt, which it then holds as defaults. -> the ids that the config is to have.
     """
     path = folder / GENERATION
     has_vocabulary = any((folder / name).is_file() for name in VOCABULARY_FILES)
     tokenizer, ids = None, dict(ids)
     if has_vocabulary:
         try:
-            tokenizer = Tokenizer(folder, chat_template or "none", template_args)
+            tokenizer = Tokenizer(folder, chat_template or "none", template_args, system_prompt)
         except UserError:  # what nothing here has trained with need not be understood
             if chat_template:
                 raise
@@ -68,11 +72,15 @@ def say_ends(
     if ends:
         said = said | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
         path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-    if tokenizer and tokenizer.chat and (chat_template in BUILT_IN or template_args):
+    if tokenizer and tokenizer.chat and (chat_template in BUILT_IN or template_args or system_prompt):
         defaults = "".join(
             f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}\n"
             for name, value in tokenizer.template_args.items()
             if name != "strftime_now"  # transformers has today's
         )
+        if system_prompt:
+            first = {"role": "system", "content": system_prompt}
+            defaults += "{% if not messages or messages[0]['role'] != 'system' %}"
+            defaults += f"{{% set messages = [{first!r}] + messages %}}{{% endif %}}\n"
         (folder / "chat_template.jinja").write_text(defaults + tokenizer.chat.source, encoding="utf-8")
     return ids

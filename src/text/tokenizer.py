@@ -29,12 +29,17 @@ class Tokenizer:
     """
 
     def __init__(
-        self, path: Path, chat_template: str = "none", template_args: Mapping[str, object] | None = None
+        self,
+        path: Path,
+        chat_template: str = "none",
+        template_args: Mapping[str, object] | None = None,
+        system_prompt: str = "",
     ) -> None:
         """Open a vocabulary file, or the one in a directory, with the config files beside it.
 
         chat_template: none, file (the one beside it), a built-in name or code. template_args: values of the template's
-        own variables. Raises UserError that says what is missing, damaged or without effect.
+        own variables. system_prompt: its system message where a conversation has none. Raises UserError that says what
+        is missing, damaged or without effect.
         """
         self.path = _find_file(path)
         folder = self.path.parent
@@ -64,11 +69,13 @@ class Tokenizer:
         self._set_patterns(added)
         self.chat = None
         if source:
-            self._put_in_chat(chat_template, source, config, template_args)
-        elif template_args:
+            self._put_in_chat(chat_template, source, config, template_args, system_prompt)
+        elif template_args or system_prompt:
+            name, value = ("template_args", ", ".join(template_args)) if template_args else (
+                "system_prompt", repr(system_prompt[:40]))  # fmt: skip
             raise UserError(
-                f"--template_args {', '.join(template_args)}: --chat_template {chat_template} has no template to take "
-                f"that; give file or a built-in name"
+                f"--{name} {value}: --chat_template {chat_template} has no template to take that; give file or a "
+                f"built-in name"
             )
         if self.code:
             self._put_in_code_form()
@@ -126,7 +133,7 @@ class Tokenizer:
         self._plain_pattern = _alternatives(self._plain, added)
 
     def _put_in_chat(
-        self, name: str, source: str, config: Mapping[str, object], args: Mapping[str, object] | None
+        self, name: str, source: str, config: Mapping[str, object], args: Mapping[str, object] | None, system: str
     ) -> None:
         """Attach a template. Raises UserError when it needs tokens that the vocabulary does not have."""
         missing = sorted(control_tokens(source) - self.control.keys())
@@ -141,7 +148,7 @@ class Tokenizer:
         names.setdefault("eos_token", self._names[self.eos_id])
         if "bos_token" not in config and self.vocabulary.bos is not None:
             names["bos_token"] = self.vocabulary.bos
-        self.chat = ChatTemplate(name, source, names, self.control, args)
+        self.chat = ChatTemplate(name, source, names, self.control, args, system)
         self.eos_id = self.control[self.chat.end_token]
         self.stop_ids |= {self.eos_id}
 
@@ -167,6 +174,19 @@ class Tokenizer:
     def template_args(self) -> dict[str, object]:
         """The values that the template's own variables were given."""
         return self.chat.args if self.chat else {}
+
+    @property
+    def system_prompt(self) -> str:
+        """The system message of conversations that bring none, empty without one."""
+        return self.chat.system_prompt if self.chat else ""
+
+    def chat_facts(self) -> dict[str, object]:
+        """What gives texts their form, as ModelConfig records it."""
+        return {
+            "chat_template": self.chat_template,
+            "template_args": self.template_args,
+            "system_prompt": self.system_prompt,
+        }
 
     def fingerprint(self) -> str:
         """A hash of the ids that texts become: of the vocabulary's file and the tokens beside it."""

@@ -48,7 +48,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
     contexts = {folder: load.load_config(folder, kind=kind).max_seq_len for folder, kind in kinds if folder}
     prompts = read_prompts(config.train_file, need_label=config.reward == ["rule"])
     held_out = read_prompts(config.eval_file, need_label=True) if config.eval_file else []
-    tokenizer = load.load_tokenizer(config.actor_ckpt_dir, config.tokenizer_file)
+    tokenizer = load.load_tokenizer(config.actor_ckpt_dir, config)
     if tokenizer.code:
         raise UserError(f"{config.actor_ckpt_dir} writes solutions with code, but rollouts run none; expected a solver "
                         f"that answers in text alone, trained without --chat_template code")
@@ -194,10 +194,14 @@ def open_checkpointer(
     fingerprint: dict[str, object],
 ) -> Checkpointer:
     """What saves actor and critic together, and brings them back."""
+    # the critic has learnt to read texts in the actor's template, which may be a file beside the tokenizer
+    tokenizer_file = config.tokenizer_file or config.actor_ckpt_dir
+    for trainer in filter(None, (models.actor, models.critic)):
+        saving.record(trainer.model, **data.tokenizer.chat_facts())
     trainees = [
         Trainee(save_dir, trainer,
                 partial(saving.begin_save, trainer.model, ckpt_dir=ckpt_dir, dtype=config.save_dtype,
-                        lora=load.lora_config(config), tokenizer_file=config.tokenizer_file,
+                        lora=load.lora_config(config), tokenizer_file=tokenizer_file,
                         background=config.background_save),
                 partial(models.offloader.loaded, trainer.model, optimizer=True))
         for trainer, save_dir, ckpt_dir in ((models.actor, config.actor_save_dir, config.actor_ckpt_dir),

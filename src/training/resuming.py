@@ -7,6 +7,7 @@ flag that is added is compared without a word here.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,20 +16,25 @@ from src.checkpoint import storage, training_state
 from src.checkpoint.tensor_files import file_hash
 from src.command.config import Resume
 from src.command.flags import FREE_ON_RESUME, is_path
-from src.errors import UserError
+from src.errors import UserError, on_one_line
 from src.jsonfile import read_json
+from src.text.tokenizer import Tokenizer
 
 COUNTS = ("steps", "updates", "bad_steps")  # of a trainer
 WEIGHTS = ("params.json", "epoch-*/params.json", "best/params.json")  # what a finished run, or a part of it, leaves
 
 
-def run_fingerprint(trainer: str, flags: Mapping[str, object], **derived: object) -> dict[str, object]:
+def run_fingerprint(
+    trainer: str, flags: Mapping[str, object], tokenizer: Tokenizer, **derived: object
+) -> dict[str, object]:
     """What must be the same when a run is resumed, as json values by name. All ranks call this and get the same.
 
     A flag that names files or checkpoints stands as {"path", "hash"}. derived: what follows from flags that may differ
     or have a default that depends on others; it takes the place of the flag of its name.
     """
-    known = {"trainer": trainer, **flags, **derived}
+    # as it was given or, without a flag, as the checkpoint says
+    form = tokenizer.chat_facts() | {"template_args": str(tokenizer.template_args or "")}
+    known = {"trainer": trainer, **flags, **form, **derived}
     compared = {name: value for name, value in known.items() if name not in FREE_ON_RESUME}
     text = None
     if parallel.rank() == 0:  # one reader of large files
@@ -49,7 +55,9 @@ def _with_contents(name: str, value: object) -> object:
 def _path_in(name: str, word: str) -> Path | None:
     """The path that a word of a flag names: all of it, or of FILE.py:FUNCTION the file."""
     path = Path(word if is_path(name) else word.partition(":")[0])
-    return path if word and path.exists() and (is_path(name) or path.suffix and path.is_file()) else None
+    if is_path(name):
+        return path if word and path.exists() else None
+    return path if path.suffix and os.path.isfile(path) else None  # which says no of a text too long for a name
 
 
 def content_hash(path: Path, is_tokenizer: bool = False) -> str:
@@ -155,7 +163,7 @@ def _difference(name: str, then: Mapping[str, object], now: Mapping[str, object]
     if isinstance(was, dict) and isinstance(is_now, dict) and was["path"] == is_now["path"]:
         return f"{name} {was['path']} had other contents"
     was, is_now = (each["path"] if isinstance(each, dict) else each for each in (was, is_now))
-    return f"{name} was {was} and is {is_now} now"
+    return f"{name} was {on_one_line(was)} and is {on_one_line(is_now)} now"
 
 
 def step_folder(folder: str, step: int) -> Path:

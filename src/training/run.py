@@ -9,6 +9,7 @@ from src.command.config import TrainConfig
 from src.data.sampler import BatchSampler, Dataset, Step
 from src.models.decoder import Decoder
 from src.runlog import RunLog
+from src.text.tokenizer import Tokenizer
 from src.training.checkpointer import Checkpointer, Trainee
 from src.training.resuming import find_start, run_fingerprint
 from src.training.throughput import ThroughputMeter
@@ -34,8 +35,8 @@ class Run:
         return self.sampler.of_last_rank.steps(
             data, packing=config.packing, epochs=config.epochs, stop=self.total_steps)  # fmt: skip
 
-    def begin(self, trainer: str, **derived: object) -> None:
-        """Start the ranks. derived: values that flags left to something else, which must not change either.
+    def begin(self, trainer: str, tokenizer: Tokenizer) -> None:
+        """Start the ranks.
 
         Raises UserError for a save_dir that would overwrite what the run reads, or that holds another run.
         """
@@ -43,14 +44,16 @@ class Run:
         # All that can be refused is refused here, before the minutes that loading a model takes
         parallel.start(config.seed, self._n_shards)
         saving.check_save_dir(config.save_dir, config.ckpt_dir)
+        self._chat_facts = tokenizer.chat_facts()
         self._fingerprint = run_fingerprint(
-            trainer, config.flags(), rows=self.n_rows, rows_a_step=self.sampler.rows_per_step,
-            precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."), **derived)  # fmt: skip
+            trainer, config.flags(), tokenizer, rows=self.n_rows, rows_a_step=self.sampler.rows_per_step,
+            precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))  # fmt: skip
         find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
 
     def open(self, model: Decoder, log: RunLog) -> None:
         """Give the model its adapters, an optimizer and a place to be saved; take up what an earlier start saved."""
         config = self.config
+        saving.record(model, **self._chat_facts)
         lora = load.lora_config(config, config.lora_dropout)
         load.put_lora_on(model, lora, config.seed)
         self.log = log

@@ -11,6 +11,7 @@ import pandas
 import pytest
 
 from src import load
+from src.command.config import TokenizerFlags
 from src.data import rows
 from src.data.encoding import encode_conversation
 from src.data.examples import (
@@ -250,7 +251,7 @@ def test_a_row_with_two_meanings_is_refused(tmp_path: Path) -> None:
 
 def test_what_has_weight_0_is_read_but_not_learnt(folders: Folders, code_tokenizer: Tokenizer) -> None:
     bad, good = {"role": "assistant", "content": "bad"}, {"role": "assistant", "content": "4"}
-    for tokenizer in (load.load_tokenizer(folders.one, chat_template="llama-2"), code_tokenizer):
+    for tokenizer in (load.load_tokenizer(folders.one, TokenizerFlags(chat_template="llama-2")), code_tokenizer):
         (whole,) = encode_conversation(tokenizer, [USER, bad, USER, good])
         (without,) = encode_conversation(tokenizer, [USER, bad | {"weight": 0}, USER, good])
         assert whole.tokens == without.tokens

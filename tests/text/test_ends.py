@@ -13,6 +13,7 @@ from src import load, parallel
 from src.checkpoint import saving
 from src.checkpoint.gguf import open_gguf
 from src.checkpoint.sources import open_source
+from src.command.config import TokenizerFlags
 from src.errors import UserError
 from src.models.lora import LoraConfig
 from src.text.extend import say_ends
@@ -44,8 +45,8 @@ def trained(folder: str, save_dir: Path, chat_template: str, lora: LoraConfig | 
     parallel.start()
     model = load.load_solver(folder)
     load.put_lora_on(model, lora, 0)
-    tokenizer = load.load_tokenizer(folder, chat_template=chat_template)
-    saving.record(model, chat_template=tokenizer.chat_template, template_args=tokenizer.template_args)
+    tokenizer = load.load_tokenizer(folder, TokenizerFlags(chat_template=chat_template))
+    saving.record(model, **tokenizer.chat_facts())
     saving.save_model(model, str(save_dir), folder, lora=lora)
     return str(save_dir)
 
@@ -181,7 +182,7 @@ def test_a_gguf_file_has_the_end_and_the_template_of_training(tmp_path: Path, te
     ends = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     assert tokenizer.stop_ids | {7} == ends - {None}
     assert metadata["tokenizer.chat_template"] == tokenizer.chat.source
-    back = load.load_tokenizer(tiny.split(file, tmp_path / "back"), chat_template="file")
+    back = load.load_tokenizer(tiny.split(file, tmp_path / "back"), TokenizerFlags(chat_template="file"))
     assert back.stop_ids == ends - {None} and back.eos_id == tokenizer.eos_id
     assert back.chat.turns(MESSAGES) == tokenizer.chat.turns(MESSAGES)
 

@@ -15,6 +15,7 @@ from solver_evaluate import main as evaluate
 from solver_train import SolverTrainConfig
 from solver_train import main as train
 from src import load, parallel
+from src.command.config import TokenizerFlags
 from src.data.encoding import encode_prompt
 from src.data.examples import read_samples
 from src.errors import UserError
@@ -80,10 +81,10 @@ def test_arguments_are_recorded_followed_and_exported(
         sampled(tmp_path, more, template_args="{}")
     assert 'trained with the template arguments {"enable_thinking": false}; --template_args {} shows' in caplog.text
     caplog.clear()
-    load.check_tokenizer(load.load_tokenizer(start, chat_template="file"), out)
+    load.check_tokenizer(load.load_tokenizer(start, TokenizerFlags(chat_template="file")), out)
     assert 'trained with chat template file {"enable_thinking": false}, but reads texts in the form of' in caplog.text
     # another template takes none of them
-    assert load.load_tokenizer(out, chat_template="qwen").template_args == {}
+    assert load.load_tokenizer(out, TokenizerFlags(chat_template="qwen")).template_args == {}
     config = checkpoint_split.SplitConfig(ckpt_file=out, save_path=str(tmp_path / "back"), format="hf")
     checkpoint_split.main(config)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "back")

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from src import load
-from src.command.config import OptimizerFlags
+from src.command.config import OptimizerFlags, TokenizerFlags
 from src.data.batch import Batch
 from src.data.encoding import encode_response, masked_text
 from src.data.examples import Chat, Instruction
@@ -165,7 +165,7 @@ def test_long_rows_are_dropped_and_counted_up_to_one_percent(tokenizer: Tokenize
 
 
 def test_every_answer_of_a_conversation_is_learnt(folders: Folders, model: Decoder) -> None:
-    tokenizer = load.load_tokenizer(folders.one, chat_template="llama-2")
+    tokenizer = load.load_tokenizer(folders.one, TokenizerFlags(chat_template="llama-2"))
     messages = [
         {"role": "user", "content": "1+1="},
         {"role": "assistant", "content": "2"},
