@@ -126,6 +126,15 @@ class Decoder(nn.Module):
             local = linear(parallel.copy_to_tensor_parallel(hidden), self.tok_embeddings.weight)
         else:
             local = self.output(hidden)
+        return self.finish_logits(local)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """What hidden states are multiplied by to be logits. -> [P, D]."""
+        return self.tok_embeddings.weight if self.config.tied else self.output.weight
+
+    def finish_logits(self, local: Tensor) -> Tensor:
+        """The output layer's products with what a family does to them, padding rows at -inf. [..., P] -> [..., P]."""
         if self.config.logit_softcap:
             local = self.config.logit_softcap * torch.tanh(local / self.config.logit_softcap)
         rows = parallel.padded_share(self.config.vocab_size)

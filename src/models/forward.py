@@ -8,6 +8,7 @@ Every function takes the fields of a data.batch.Batch: rows padded on the right,
 samples laid end to end. What it returns is the same either way.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -18,11 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from src import parallel
 from src.models.attention import Segments
 from src.models.decoder import Decoder
+from src.models.linear import input_gradient, linear, rounded, weight_gradient
 from src.models.vocab_softmax import vocab_entropy, vocab_logprobs
 
 # Logits of this many float32 bytes exist at once; those of more positions are made again for the backward pass. Each
 # chunk adds a gradient of the whole output layer, so few are faster; on a CPU 192 MiB were no faster than 96.
 CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
+# Float32 bytes of logits whose softmax is taken at once where its gradient replaces them: few stay in a CPU's cache.
+SOFTMAX_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
 
 Lengths = Segments | None
 
@@ -49,6 +53,64 @@ def response_logprobs(
     chunk: positions whose logits exist at once; default: as many as CHUNK_BYTES holds.
     """
     return _logprobs(model, tokens, response_mask, lengths, temperature, n_ids, entropy="none", chunk=chunk)[0]
+
+
+def summed_logprobs(model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None) -> Tensor:
+    """The sum of response_logprobs(), whose gradient costs less: it is made with the value. -> [] float32, nats.
+
+    The derivative of a plain sum is known before the backward pass comes, so logits are neither kept for it nor made
+    again. Where that pass scales the loss because its numbers are float16's, they are.
+    """
+    if not torch.is_grad_enabled() or model.dtype == torch.float16:
+        return response_logprobs(model, tokens, response_mask, lengths).sum()
+    hidden = _predicting(model(tokens, lengths=lengths), response_mask)  # [N, D]
+    hidden = parallel.copy_to_tensor_parallel(hidden)
+    return _SummedLogprobs.apply(hidden, model.output_weight, tokens[response_mask], model.finish_logits)
+
+
+class _SummedLogprobs(torch.autograd.Function):
+    """The sum of the targets' log-probs; each chunk of logits becomes its own gradient, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        finish: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """hidden [N, D], weight [P, D], targets [N] int64 ids, finish: products [n, P] to logits -> [] float32."""
+        learnt = ctx.needs_input_grad[1]
+        computes = rounded(weight.detach(), hidden.dtype)
+        of_hidden = torch.empty_like(hidden)
+        of_weight = None
+        size, few = (
+            max(1, limits[hidden.device.type] // (n_bytes * len(weight)))
+            for limits, n_bytes in ((CHUNK_BYTES, hidden.element_size()), (SOFTMAX_BYTES, 4))
+        )
+        logprobs = []
+        for rows, ids, gradient in zip(hidden.split(size), targets.split(size), of_hidden.split(size), strict=True):
+            logits = linear(rows, computes)  # [n, P]
+            for part, wanted in zip(logits.split(few), ids.split(few), strict=True):
+                leaf = part.detach().float().requires_grad_()
+                with torch.enable_grad():
+                    found = vocab_logprobs(finish(leaf), wanted)
+                    part.copy_(*torch.autograd.grad(found.sum(), leaf))
+                logprobs.append(found.detach())
+            gradient.copy_(input_gradient(logits, computes))
+            if learnt:
+                of_chunk = weight_gradient(logits, rows)
+                of_weight = of_chunk.float() if of_weight is None else of_weight.add_(of_chunk)
+        ctx.save_for_backward(of_hidden, of_weight)
+        return torch.cat(logprobs).sum()
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None]:
+        """[] -> [N, D], [P, D]; what forward() made is scaled in place."""
+        of_hidden, of_weight = ctx.saved_tensors
+        return of_hidden.mul_(grad), None if of_weight is None else of_weight.mul_(grad), None, None
 
 
 def logprobs_and_entropy(

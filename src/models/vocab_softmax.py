@@ -35,7 +35,7 @@ class _VocabLogprobs(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         """[N] -> [N, P]: one-hot minus the softmax, times grad."""
         local, of_slice, index, here = ctx.saved_tensors
-        grad_logits = (local + of_slice[:, None]).exp_().mul_(-grad[:, None])
+        grad_logits = local.exp().mul_(-(grad * of_slice.exp())[:, None])
         grad_logits.scatter_add_(-1, index[:, None], (grad * here)[:, None])
         return grad_logits, None
 

@@ -11,7 +11,7 @@ from src.data.examples import Chat, Instruction
 from src.data.sampler import BatchSampler, Dataset, Sample
 from src.errors import UserError
 from src.models.decoder import Decoder
-from src.models.forward import response_logprobs
+from src.models.forward import summed_logprobs
 from src.text.blocks import Learnt
 from src.text.tokenizer import Tokenizer
 from src.training.trainer import evaluating
@@ -19,7 +19,7 @@ from src.training.trainer import evaluating
 
 def sft_loss(model: Decoder, batch: Batch) -> Tensor:
     """Sum the negative log-likelihood of the batch's response tokens; divide it by the step's count of them. -> []."""
-    return -response_logprobs(model, *batch.inputs).sum()
+    return -summed_logprobs(model, *batch.inputs)
 
 
 def n_supervised(batches: Sequence[Batch]) -> int:

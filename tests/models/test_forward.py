@@ -77,6 +77,30 @@ def test_logits_of_one_chunk_exist_at_once(model: Decoder, monkeypatch: pytest.M
     assert max(sizes) == 7 and sum(sizes) == 2 * sum(sample.n_response for sample in SAMPLES)
 
 
+@pytest.mark.parametrize("name", ["llama-3.1", "llama-3.2", "gemma-2"])
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_a_sum_and_its_gradient_are_those_of_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: int
+) -> None:
+    """With an output layer of its own and a tied one, with softcapped logits, cut up and whole."""
+    solver = load.load_solver(split(zoo.make(tmp_path / "hf", name), tmp_path / "split"))
+    for limits in (forward.CHUNK_BYTES, forward.SOFTMAX_BYTES):
+        monkeypatch.setitem(limits, "cpu", rows * 4 * solver.config.vocab_size)
+    batch = make_batch(SAMPLES)
+    sums, found = (forward.summed_logprobs, lambda *args: forward.response_logprobs(*args).sum()), []
+    for total in (of(solver, *batch.inputs) for of in sums):
+        solver.zero_grad()
+        (total / 7).backward()
+        found.append((total.detach(), [parameter.grad for parameter in solver.parameters()]))
+    assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_only_a_learnt_output_layer_has_a_gradient(model: Decoder) -> None:
+    model.output.requires_grad_(False)
+    forward.summed_logprobs(model, *make_batch(SAMPLES).inputs).backward()
+    assert model.output.weight.grad is None and model.norm.weight.grad is not None
+
+
 @pytest.mark.parametrize("score", ["last", "mean"])
 def test_packed_scores_and_values_are_those_of_padded_rows(folders: Folders, score: str) -> None:
     verifier = load.load_verifier(folders.verifier)
