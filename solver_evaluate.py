@@ -5,7 +5,6 @@ torchrun --nproc_per_node 8 solver_evaluate.py --task GSM8K --ckpt_dir out --lab
 python solver_evaluate.py --task GSM8K --ckpt_dir out --interactive
 """
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +93,7 @@ class SolverEvaluateConfig(AskedFlags, CodeFlags):
 def main(config: SolverEvaluateConfig) -> None:
     """Decode and grade. Writes samples.jsonl, results.json and results.png to log_dir; a rerun continues."""
     benchmark = find_task(config.task)
-    refuse_contradictions(config.flags(), benchmark)
+    refuse_contradictions(config, benchmark)
     for folder, kind in ((config.ckpt_dir, "solver"), (config.verifier_ckpt_dir, "verifier")):
         if folder:
             load.load_config(folder, kind=kind)
@@ -117,7 +116,7 @@ def main(config: SolverEvaluateConfig) -> None:
         return
     problems = read_prompts(config.label_file, need_label=benchmark.graded)
     prompts = select_prompts(problems, config.split)[: config.limit if config.limit >= 0 else None]
-    served = ServedSolver(config.flags(), prompting) if config.backend == "openai" else None
+    served = ServedSolver(config, prompting, config.max_batch_size) if config.backend == "openai" else None
     if config.dry_run and not config.ckpt_dir:
         shown = (served.shown if served else prompting.text)(prompts[0].instruction)
         runlog.table(plan.report({"problems": len(prompts), "a prompt": shown}, {}))
@@ -153,11 +152,11 @@ def main(config: SolverEvaluateConfig) -> None:
                 source |= {"max_rounds": config.max_rounds} if coding else {}
                 sampler = local_sampler(model, tokenizer, prompting, sampling, config.max_batch_size,
                                         compiled=config.compile, coding=coding)
-            drawn_by = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "quantize", "seed")
-            flags = config.flags()
-            claim_samples(path, source | {name: flags[name] for name in drawn_by} | prompting.facts())
+            sampled_by = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "quantize", "seed")
+            identity = {name: getattr(config, name) for name in sampled_by}
+            claim_samples(path, source | identity | prompting.facts())
             speed = sample_prompts(sampler, prompts, num_samples=config.num_samples, path=path,
-                                   log=RunLog(config.log_dir, flags), grading=grading)
+                                   log=RunLog(config.log_dir, config.flags()), grading=grading)
         if grading:
             samples = match_samples(read_samples(config.samples_file or str(path)), problems, config.samples_file)
             asked = {} if config.samples_file else prompting._asdict() | {"few_shot": config.few_shot}
@@ -167,29 +166,29 @@ def main(config: SolverEvaluateConfig) -> None:
             runlog.table(results_table(results, speed))
 
 
-def refuse_contradictions(flags: Mapping[str, object], benchmark: Task) -> None:
+def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None:
     """Raise UserError for flags that do not go together: one run samples, asks a server, grades or converses."""
-    on = {name for name, value in flags.items() if value} | ({"server"} if flags["backend"] == "openai" else set())
-    if "interactive" in on:
-        if "ckpt_dir" not in on or on & {"label_file", "log_dir"}:
+    if config.interactive:
+        if not config.ckpt_dir or config.label_file or config.log_dir:
             raise UserError("--interactive needs --ckpt_dir, and neither --label_file nor --log_dir")
-    elif not {"label_file", "log_dir"} <= on:
+    elif not (config.label_file and config.log_dir):
         raise UserError("give --label_file and --log_dir, or --interactive with --ckpt_dir")
-    elif "verifier_ckpt_dir" in on:
+    elif config.verifier_ckpt_dir:
         raise UserError("--verifier_ckpt_dir goes with --interactive; verifier_evaluate.py scores samples.jsonl")
-    if "step" in on and "verifier_ckpt_dir" not in on:
+    if config.step and not config.verifier_ckpt_dir:
         raise UserError("--step says what a verifier judges; give --interactive and --verifier_ckpt_dir with it")
-    if len(on & {"ckpt_dir", "samples_file", "server"}) != 1:
+    if sum(map(bool, (config.ckpt_dir, config.samples_file, config.backend == "openai"))) != 1:
         raise UserError("give one of --ckpt_dir, to sample, --samples_file, to grade what exists, or --backend openai")
-    if "samples_file" in on and not benchmark.graded:
-        raise UserError("--task none grades nothing; name the task of --samples_file")
-    if "samples_file" in on:
+    if config.samples_file:
+        if not benchmark.graded:
+            raise UserError("--task none grades nothing; name the task of --samples_file")
         if parallel.world_size() > 1:
             raise UserError("--samples_file needs one process; start it with python, not torchrun")
-        if unused := on & {"chat_template", "template_args", "system_prompt", "tokenizer_file", "model_type",
-                           "precision", "quantize", "compile"}:
-            raise UserError(f"--{min(unused)} has no effect on samples that exist; leave it or --samples_file out")
-    check_flags(flags)
+        for name in ("chat_template", "compile", "model_type", "precision", "quantize", "system_prompt",
+                     "template_args", "tokenizer_file"):
+            if getattr(config, name):
+                raise UserError(f"--{name} has no effect on samples that exist; leave it or --samples_file out")
+    check_flags(config)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "grading": {"processes", "text"},
     "code_solutions": {"inference", "parallel", "text"},
     "evaluation": {
-        "code_solutions", "data", "grading", "inference", "models", "parallel", "runlog", "text"
+        "code_solutions", "command", "data", "grading", "inference", "models", "parallel", "runlog", "text"
     },
     "construct": {
         "checkpoint", "code_solutions", "command", "data", "evaluation", "grading", "inference", "load",

@@ -49,7 +49,7 @@ def attempts(config: AttemptsConfig) -> None:
     if config.dry_run:
         return
     prompting = make_prompting(task, prompt_template=config.prompt_template)
-    solver = open_solver(config, prompting, config.max_rounds)
+    solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.max_rounds, isolation=config.isolation)
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=prompting.stop,
                         seed=config.seed)
     with Grader(task) as grader:
@@ -59,7 +59,8 @@ def attempts(config: AttemptsConfig) -> None:
             read_earlier_responses(config.log_dir))  # fmt: skip
         identity = {name: getattr(config, name)
                     for name in ("temperature", "max_new_tokens", "seed", "right", "wrong", "max_rounds")}
-        path = sample_and_grade(solver, sampler, problems, config.attempts, config=config, identity=identity, task=task)
+        path = sample_and_grade(solver, sampler, problems, config.attempts, config=config, log_dir=config.log_dir,
+                                identity=identity, task=task)
     if parallel.rank() == 0:
         log_counts(count_kinds(problems, read_samples(str(path))))
 
@@ -90,10 +91,10 @@ def sample_until(
                 if counts[prompt.id]["right"] < n_right or counts[prompt.id]["wrong"] < n_wrong
             ]  # fmt: skip
             responses = {name: text for (name, n), text in earlier.items() if n == number and name in problems}
-            for drawn in sampler([(prompt, number) for prompt in left]) if left else ():
-                yield drawn
-                if not drawn.error:
-                    responses[drawn.id] = drawn.response if drawn.finish == "stop" else ""
+            for output in sampler([(prompt, number) for prompt in left]) if left else ():
+                yield output
+                if not output.error:
+                    responses[output.id] = output.response if output.finish == "stop" else ""
             outcomes = on_rank_0(
                 lambda texts=responses: {name: grade(problems[name], text) for name, text in texts.items()}
             )

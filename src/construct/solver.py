@@ -56,29 +56,30 @@ def check_solver(config: SolverFlags, *, from_prefix: bool = False) -> None:
 
     from_prefix: it has to continue the beginning of a solution, which no chat protocol has a word for.
     """
-    flags = config.flags()
-    if bool(flags["ckpt_dir"]) == (config.backend == "openai"):
+    if bool(config.ckpt_dir) == (config.backend == "openai"):
         raise UserError("give one of --ckpt_dir, a solver's checkpoint, and --backend openai, a server")
-    if check_flags(flags) and from_prefix and config.chat_template == AT_SERVER:
+    if check_flags(config) and from_prefix and config.chat_template == AT_SERVER:
         raise UserError(
             f"with --chat_template {AT_SERVER} every answer begins anew, but here solutions are gone on with; give "
             f"--tokenizer_file with a --chat_template of this side, or neither"
         )
 
 
-def open_solver(config: SolverFlags, prompting: Prompting, max_rounds: int = 24) -> Solver | ServedSolver:
+def open_solver(
+    config: SolverFlags, prompting: Prompting, *, seed: int, max_rounds: int = 24, isolation: str = ""
+) -> Solver | ServedSolver:
     """Open what the flags name: a server, or the model of a checkpoint on this rank, with what runs its code."""
-    flags = config.flags()
-    parallel.start(seed=flags["seed"])
+    parallel.start(seed)
     if config.backend == "openai":
-        return ServedSolver(flags, prompting)
-    ckpt_dir, template = flags["ckpt_dir"], config.chat_template
-    tokenizer = load.load_tokenizer(ckpt_dir, config)
-    model = load.load_solver(ckpt_dir, precision=config.precision)
-    source = {"checkpoint": storage.fingerprint(Path(ckpt_dir)), **({"chat_template": template} if template else {}),
+        return ServedSolver(config, prompting, config.max_batch_size)
+    template = config.chat_template
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
+    model = load.load_solver(config.ckpt_dir, precision=config.precision)
+    source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)),
+              **({"chat_template": template} if template else {}),
               "template_args": tokenizer.template_args or None, "system_prompt": tokenizer.system_prompt or None,
               "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
-    coding = Coding(tokenizer, max_rounds, flags.get("isolation") or None) if tokenizer.code else None
+    coding = Coding(tokenizer, max_rounds, isolation or None) if tokenizer.code else None
     return Solver(model, tokenizer, prompting, config.max_batch_size, coding, source)
 
 
@@ -123,20 +124,20 @@ def sample_and_grade(
     n: int,
     *,
     config: Config,
+    log_dir: str,
     identity: Mapping[str, object],
     task: Task | None = None,
 ) -> Path:
     """Sample n times for every problem into log_dir/samples.jsonl, grading with the task meanwhile. -> the file.
 
-    identity: what the samples depend on beside the solver and its prompts; a directory with samples of another one is
+    identity: what the samples depend on besides the solver and its prompts; a directory with samples of another one is
     refused (UserError).
     """
-    flags = config.flags()
-    path = Path(flags["log_dir"]) / "samples.jsonl"
+    path = Path(log_dir) / "samples.jsonl"
     storage.claim(path.parent)
     claim_samples(path, {**solver.source, **identity, **solver.prompting.facts()})
     with BackgroundGrader(task, prompts) if task and parallel.rank() == 0 else nullcontext() as grading:
-        log = RunLog(str(path.parent), flags)
+        log = RunLog(log_dir, config.flags())
         sample_prompts(sampler, prompts, num_samples=n, path=path, log=log, grading=grading)
         if grading:
             results = summarize(task, prompts, grade_samples(grading, read_samples(str(path)), path))

@@ -75,7 +75,7 @@ def process(config: ProcessConfig) -> None:
                          config.rollouts)
     if config.dry_run:
         return
-    solver = open_solver(config, prompting)
+    solver = open_solver(config, prompting, seed=config.seed)
     if solver.coding:
         raise UserError("process judges the paragraphs of a solution; it has no labels for blocks of code")
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=prompting.stop,
@@ -83,7 +83,7 @@ def process(config: ProcessConfig) -> None:
     sampler = rollout_sampler(solver, {job.prompt.id: job.prefix for job in jobs}, sampling)
     identity = {name: getattr(config, name) for name in ("temperature", "max_new_tokens", "seed", "step")}
     path = sample_and_grade(solver, sampler, [job.prompt for job in jobs], config.rollouts, config=config,
-                            identity=identity, task=task)
+                            log_dir=config.log_dir, identity=identity, task=task)
     if parallel.rank() == 0:
         rows = label_steps(solutions, read_samples(str(path)), step_end, hard=config.label == "hard")
         save(rows, "judged solutions", "no sample is graded", source, config.save_file, config.dry_run)
@@ -204,7 +204,8 @@ def branch(config: BranchConfig) -> None:
     runlog.logger().info("%d branches of %d problems", len(jobs), len({job.sample.id for job in jobs}))
     if config.dry_run:
         return
-    solver = open_solver(config, prompting, config.steps_a_solution)
+    solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.steps_a_solution,
+                         isolation=config.isolation)
     if solver.coding:
         jobs = replayable(jobs, solver.coding)
         runlog.logger().info("%d of them leave solutions whose code prints the same again", len(jobs))
@@ -216,7 +217,8 @@ def branch(config: BranchConfig) -> None:
             solver, {job.prompt.id: job.prefix for job in jobs},
             StepSampling(schedule, config.steps_a_solution, config.max_new_tokens, config.seed, step_end),
             lambda response, answer: grader.grade_one(response, answer).outcome, config.attempts)  # fmt: skip
-        path = sample_and_grade(solver, sampler, [job.prompt for job in jobs], 1, config=config, identity=identity)
+        path = sample_and_grade(solver, sampler, [job.prompt for job in jobs], 1, config=config,
+                                log_dir=config.log_dir, identity=identity)
     if parallel.rank() == 0:
         found = step_controlled_pairs(jobs, read_samples(str(path)), schedule, max_steps=config.steps_a_solution,
                                       max_step_characters=config.characters_a_step)

@@ -1,11 +1,12 @@
 """A solver at a server: the flags that name it, the form in which it is asked, and its answers as samples."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from src import parallel, runlog
+from src.command.config import AskedFlags
 from src.data.encoding import encode_prompt
 from src.errors import UserError
 from src.evaluation.evaluator import Sampler, SampleRequest, SamplerOutput
@@ -25,19 +26,18 @@ WITHOUT_EFFECT: dict[str, object] = {
 }  # fmt: skip
 
 
-def check_flags(flags: Mapping[str, object]) -> bool:
+def check_flags(config: AskedFlags) -> bool:
     """Whether a server is asked. Raises UserError for flags that do not go together or would have no effect."""
-    given = {name for name, value in flags.items() if value}
-    template, has_tokenizer = flags["chat_template"], "tokenizer_file" in given
-    if flags["backend"] != "openai":
-        if own := [name for name in OWN if name in given]:
+    template = config.chat_template
+    if config.backend != "openai":
+        if own := [name for name in OWN if getattr(config, name)]:
             raise UserError(f"--{own[0]} says which server to ask; give --backend openai with it")
         if template == AT_SERVER:
             raise UserError(f"--chat_template {AT_SERVER} leaves the form to a server; give --backend openai with it")
         return False
-    if not {"base_url", "model_name"} <= given:
+    if not (config.base_url and config.model_name):
         raise UserError("--backend openai needs --base_url and --model_name")
-    if lost := [name for name, nothing in WITHOUT_EFFECT.items() if flags.get(name, nothing) != nothing]:
+    if lost := [name for name, nothing in WITHOUT_EFFECT.items() if getattr(config, name, nothing) != nothing]:
         raise UserError(
             f"--{', --'.join(lost)} would have no effect at a server, since it is not in the OpenAI protocol; "
             f"set it there, or leave --backend openai out"
@@ -46,27 +46,27 @@ def check_flags(flags: Mapping[str, object]) -> bool:
         raise UserError("--backend openai needs one process; start it with python, not torchrun")
     if template == CODE_FORM:
         raise UserError(f"--chat_template {CODE_FORM} runs a solution's code as it is written, which no server can")
-    if has_tokenizer and template in ("", AT_SERVER):
+    if config.tokenizer_file and template in ("", AT_SERVER):
         raise UserError(
             f"--tokenizer_file with --backend openai puts prompts in the form of a --chat_template and in token ids; "
             f"give none, file or a built-in name with it (found {template or 'nothing'})"
         )
-    if not has_tokenizer and template not in ("", "none", AT_SERVER):
+    if not config.tokenizer_file and template not in ("", "none", AT_SERVER):
         raise UserError(
             f"--chat_template {template} with --backend openai needs --tokenizer_file, the file or directory of the "
             f"model's tokenizer; --chat_template {AT_SERVER} leaves the form to the server"
         )
-    if "template_args" in given and not has_tokenizer:
+    if config.template_args and not config.tokenizer_file:
         raise UserError(
             "--template_args with --backend openai goes with a template that is filled in here; give --tokenizer_file "
             "and --chat_template with it"
         )
-    if flags["system_prompt"] not in ("", "none") and template in ("", "none"):
+    if config.system_prompt not in ("", "none") and template in ("", "none"):
         raise UserError(
             f"--system_prompt with --backend openai is a message of a chat template; give --chat_template {AT_SERVER}, "
             f"or --tokenizer_file and a template of this side, with it"
         )
-    key = flags["api_key_env"]
+    key = config.api_key_env
     if key and key not in os.environ:
         raise UserError(f"--api_key_env {key}: there is no such environment variable; export the server's key")
     if key and not (os.environ[key].isascii() and os.environ[key].isprintable()):
@@ -83,18 +83,18 @@ class ServedSolver:
 
     coding = None  # no code is run
 
-    def __init__(self, flags: Mapping[str, object], prompting: Prompting) -> None:
-        """flags: those of a script, after check_flags(). Raises UserError for a tokenizer that does not open."""
-        self.prompting, self.concurrency = prompting, flags["max_batch_size"]
-        self.chat_template = flags["chat_template"]
-        path = flags["tokenizer_file"]
-        args, system = read_template_args(flags["template_args"]), flags["system_prompt"]
-        self.system_prompt = "" if system == "none" else system
+    def __init__(self, config: AskedFlags, prompting: Prompting, concurrency: int) -> None:
+        """config: after check_flags(). concurrency: requests under way at once. Raises UserError for a tokenizer that
+        does not open."""
+        self.prompting, self.concurrency = prompting, concurrency
+        self.chat_template, path = config.chat_template, config.tokenizer_file
+        self.system_prompt = "" if config.system_prompt == "none" else config.system_prompt
+        args = read_template_args(config.template_args)
         self.tokenizer = Tokenizer(Path(path), self.chat_template, args, self.system_prompt) if path else None
         self.server = Server(
-            base_url=flags["base_url"],
-            model_name=flags["model_name"],
-            api_key=os.environ.get(flags["api_key_env"], ""),
+            base_url=config.base_url,
+            model_name=config.model_name,
+            api_key=os.environ.get(config.api_key_env, ""),
             chat=self.chat_template == AT_SERVER,
             system_prompt=self.system_prompt,
             stop_ids=tuple(sorted(self.tokenizer.stop_ids)) if self.tokenizer else (),
