@@ -5,17 +5,18 @@ python recipes/ppo_toy_table.py --run_dir runs/ppo_toy --seeds 1,2,3
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 sys.path.insert(
     0, str(Path(__file__).parents[1])
 )  # a script's own folder is on the path, the repository is not
 
 from recipes.seeds_table import Floats, outcomes, resampled  # noqa: E402
-from src import plot, runlog  # noqa: E402
+from src import runlog  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.training.monitor import WINDOW, hacked  # noqa: E402
 
@@ -106,8 +107,24 @@ def main(run_dir: str, seeds: list[int]) -> None:
             means = np.mean(runs, axis=0)  # over seeds, which measure at the same buffers
             curves[title][name] = [(float(step), float(value)) for step, value in means]
     picture = Path(run_dir) / "curves.png"
-    plot.plot_curves(curves, "buffer", picture)
+    plot_curves(curves, "buffer", picture)
     runlog.table("\n".join([*lines, *judging(folders), f"curves in {picture}"]))
+
+
+def plot_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str, path: Path
+) -> None:
+    """Write a PNG with a panel for each title and in it a line of (x, y) points for each label."""
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    axes_row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(axes_row, panels.items(), strict=True):
+        for label, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+        axes.set_title(title)
+        axes.set_xlabel(x_label)
+        axes.grid(alpha=0.3)
+    axes_row[-1].legend(fontsize=6)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -49,22 +49,6 @@ def plot_run(rows: Sequence[Mapping[str, object]], title: str, path: Path) -> No
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def plot_curves(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str, path: Path
-) -> None:
-    """Write a PNG with a panel for each title and in it a line of (x, y) points for each label."""
-    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-    axes_row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, curves) in zip(axes_row, panels.items(), strict=True):
-        for label, points in curves.items():
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-        axes.set_title(title)
-        axes.set_xlabel(x_label)
-        axes.grid(alpha=0.3)
-    axes_row[-1].legend(fontsize=6)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
 def plot_results(results: dict[str, object], curves: Mapping[str, str], path: Path) -> None:
     """Write a PNG; panels that have nothing to show are left out. curves: keys of results over k, and their labels."""
     panels = []

@@ -16,7 +16,6 @@ from src.checkpoint.export import export_hf
 from src.checkpoint.sources import open_source
 from src.data.examples import read_samples
 from src.errors import UserError
-from src.text import tokenizer as text_tokenizer
 from src.text.tokenizer import Tokenizer
 from tests.text.files import TEXTS, WRITERS, write_json, write_merges, write_sentencepiece
 
@@ -55,10 +54,6 @@ def warned(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The framework's warnings."""
     caplog.set_level(logging.WARNING)
     return caplog
-
-
-def test_both_rooms_mean_the_same_files() -> None:
-    assert set(text_tokenizer.VOCABULARY_FILES) == set(storage.VOCABULARY_FILES) - {"merges.txt"}
 
 
 @pytest.mark.parametrize("kind", WRITERS)

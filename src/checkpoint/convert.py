@@ -251,28 +251,21 @@ def _expert_parts(parent: str, modules: str, config: ModelConfig) -> dict[str, T
     }
 
 
-def _rotary_heads(name: str, config: ModelConfig) -> int | None:
-    """How many rotary heads lie in a parameter's rows; None where there are none."""
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads, "q_norm": 1, "k_norm": 1}
-    return heads.get(name.split(".")[-2])
-
-
 def rotary_from_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Reorder a whole wq or wk, its bias or its norm from Hugging Face's rotary layout to ours; others pass through.
+    """Reorder the rows of a whole wq or wk, its bias or its norm [heads * E, ...] from Hugging Face's rotary layout to
+    ours; others pass through.
 
     Hugging Face pairs row i of a head with row i + E/2; ours (Meta's) pairs rows 2i and 2i + 1.
     """
-    heads = _rotary_heads(name, config)
-    if heads is None:
-        return tensor
-    halves = tensor.unflatten(0, (heads, 2, config.head_dim // 2))  # [heads, half, pair, in]
-    return halves.transpose(1, 2).flatten(0, 2)
+    return _reorder_rotary(name, tensor, config, (2, config.head_dim // 2))
 
 
 def rotary_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """The inverse of rotary_from_hf()."""
-    heads = _rotary_heads(name, config)
-    if heads is None:
-        return tensor
-    pairs = tensor.unflatten(0, (heads, config.head_dim // 2, 2))
-    return pairs.transpose(1, 2).flatten(0, 2)
+    """The inverse of rotary_from_hf(). [heads * E, ...] -> [heads * E, ...]."""
+    return _reorder_rotary(name, tensor, config, (config.head_dim // 2, 2))
+
+
+def _reorder_rotary(name: str, tensor: Tensor, config: ModelConfig, rows: tuple[int, int]) -> Tensor:
+    """Swap the two axes that a head's rows [E] are made of, (half, pair) or (pair, half). Any shape of rotary rows."""
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads, "q_norm": 1, "k_norm": 1}.get(name.split(".")[-2])
+    return tensor if heads is None else tensor.unflatten(0, (heads, *rows)).transpose(1, 2).flatten(0, 2)

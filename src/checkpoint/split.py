@@ -14,6 +14,7 @@ from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_tensor_file
 from src.errors import UserError
 from src.models.config import ModelConfig
+from src.text.extend import GENERATION
 
 
 def split(
@@ -142,7 +143,7 @@ def tokenizer_of(found: list[Path], tokenizer_file: str) -> list[Path]:
         raise UserError(f"--tokenizer_file {tokenizer_file} does not exist")
     named = storage.tokenizer_files(Path(tokenizer_file))
     known = {file.name for file in named}
-    return named + [file for file in found if file.name == storage.GENERATION and file.name not in known]
+    return named + [file for file in found if file.name == GENERATION and file.name not in known]
 
 
 def refuse_source(folder: Path, sources: list[Path]) -> None:

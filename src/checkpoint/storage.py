@@ -30,6 +30,8 @@ from src.checkpoint.tensor_files import (
 )
 from src.errors import UserError
 from src.jsonfile import check_file, flush, read_json, write_json, write_whole
+from src.text.extend import GENERATION
+from src.text.tokenizer import VOCABULARY_FILES
 
 WEIGHTS, ADAPTER, OPTIMIZER = "consolidated", "adapter", "optimizer"  # kinds of shards
 # What would be taken for weights next to ours. Shards of an earlier save make way; these are not ours to remove.
@@ -40,10 +42,9 @@ DOCUMENTS = (
 )  # fmt: skip
 MANIFEST_FORMAT = 3  # 2 added the rotary layout, the tie and the cut of each parameter, 3 hashes by BLAKE3
 # A tokenizer is a vocabulary, one or two files, and files about special tokens and chats.
-VOCABULARY_FILES = ("tokenizer.model", "qwen.tiktoken", "tokenizer.json", "vocab.json", "merges.txt")
-GENERATION = "generation_config.json"
+_VOCABULARY = (*VOCABULARY_FILES, "merges.txt")
 TOKENIZER_FILES = (
-    *VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", GENERATION,
+    *_VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", GENERATION,
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _NAMES_BY_SUFFIX = {".model": "tokenizer.model", ".tiktoken": "qwen.tiktoken"}
@@ -325,7 +326,7 @@ def tokenizer_files(path: Path) -> list[Path]:
     if path.is_dir():
         return [beside(path, path / name) for name in TOKENIZER_FILES if (path / name).is_file()]
     with_it = {"vocab.json": ("merges.txt",)}.get(path.name, ())
-    names = [name for name in TOKENIZER_FILES if name in with_it or name not in VOCABULARY_FILES]
+    names = [name for name in TOKENIZER_FILES if name in with_it or name not in _VOCABULARY]
     return [path, *(path.with_name(name) for name in names if path.with_name(name).is_file())]
 
 
@@ -338,7 +339,7 @@ def temporary_folder() -> Path:
 
 def has_vocabulary(files: Sequence[Path]) -> bool:
     """Whether these files of tokenizer_files() make a tokenizer: files about special tokens alone do not."""
-    return any(_NAMES_BY_SUFFIX.get(file.suffix, file.name) in VOCABULARY_FILES for file in files)
+    return any(_NAMES_BY_SUFFIX.get(file.suffix, file.name) in _VOCABULARY for file in files)
 
 
 def claim(folder: Path) -> None:

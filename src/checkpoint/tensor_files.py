@@ -292,15 +292,6 @@ def open_tensor_file(path: Path, layout: Mapping[str, TensorSpec]) -> AbstractCo
     return (open_safetensors_file if path.suffix == ".safetensors" else open_torch_file)(path, layout)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a small model that is in memory as one safetensors file."""
-    layout = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    with open_safetensors_file(path, layout) as file:
-        for name in file.names:
-            file.write(name, tensors[name])
-    digest_path(path).unlink()
-
-
 def _filled(
     path: Path,
     layout: Mapping[str, TensorSpec],

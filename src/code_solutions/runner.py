@@ -107,40 +107,22 @@ def run(blocks: Sequence[str], limits: Limits | None = None, isolation: str | No
         return converse(command(isolation, limits), job | {"folder": folder}, seconds)
 
 
-class Notebook:
-    """The blocks of one solution as they come, one after the other.
+def replays(
+    blocks: Sequence[str], outputs: Sequence[str], limits: Limits | None = None, isolation: str | None = None
+) -> bool:
+    """Whether every block shows its stored output again; if not, the state after the last one cannot be rebuilt.
 
     A block whose process had to be killed has lost its state, so later blocks run as if it had not been; one that ended
-    in an error has done what it did before the error.
+    in an error has done what it did before the error. Raises what run raises.
     """
-
-    def __init__(self, limits: Limits | None = None, isolation: str | None = None) -> None:
-        self.limits, self.isolation = limits, isolation
-        self.blocks: list[str] = []
-
-    def execute(self, block: str) -> Execution:
-        """Run a block after those that went before it; see run."""
-        execution = run([*self.blocks, block], self.limits, self.isolation)
+    done: list[str] = []
+    for block, output in zip(blocks, outputs, strict=True):
+        execution = run([*done, block], limits, isolation)
+        if execution.output != output:
+            return False
         if execution.status in ("ok", "error"):
-            self.blocks.append(block)
-        return execution
-
-
-def first_difference(
-    blocks: Sequence[str], outputs: Sequence[str], limits: Limits | None = None, isolation: str | None = None
-) -> int | None:
-    """The first block, from 0, that does not show its stored output again; None if all do.
-
-    A solution for which it is not None must not be continued from its stored outputs: its state cannot be rebuilt.
-    Raises what run raises, and ValueError if the lists differ in length.
-    """
-    if len(blocks) != len(outputs):
-        raise ValueError(f"{len(blocks)} blocks but {len(outputs)} outputs")
-    notebook = Notebook(limits, isolation)
-    for number, (block, output) in enumerate(zip(blocks, outputs, strict=True)):
-        if notebook.execute(block).output != output:
-            return number
-    return None
+            done.append(block)
+    return True
 
 
 def converse(arguments: list[str], job: dict[str, object], seconds: float) -> Execution:

@@ -70,14 +70,13 @@ class Coding(NamedTuple):
     def replays(self, answer: str) -> bool:
         """Whether the code of an answer prints what follows it when it is run again.
 
-        A solution for which it is false must not be gone on with: its state cannot be rebuilt.
+        A solution for which it is false must not be continued: its state cannot be rebuilt.
         """
         blocks = ended_blocks(split_text(answer))
         code, outputs = (
             [block.content for block in blocks if block.kind == kind] for kind in ("code", "execution")
         )
-        found = len(code) == len(outputs)
-        return found and runner.first_difference(code, outputs, self.limits, self.isolation) is None
+        return len(code) == len(outputs) and runner.replays(code, outputs, self.limits, self.isolation)
 
     def _on_pause(self, rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
         """What the engine appends after each pause."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.errors import UserError
-from src.jsonfile import parse, read_json
+from src.jsonfile import parse, write_json
 from src.text.chat import find_source
 from src.text.sentencepiece_model import (
     BPE,
@@ -27,7 +27,7 @@ from src.text.sentencepiece_model import (
     to_bytes,
 )
 from src.text.tiktoken_merges import merges_of, spelled
-from src.text.tokenizer import Tokenizer, read_config
+from src.text.tokenizer import Tokenizer, read_config, read_stops
 from src.text.vocabulary import CUT, GPT_2_CUT, SentencePiece, Tiktoken
 
 _SPACE = "▁"  # what sentencepiece writes for one
@@ -158,8 +158,10 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
     else:
         adds_bos = said.get("add_bos_token", True, bool)
         (folder / "tokenizer.model").write_bytes(_sentencepiece(said, tokens, types, ids))
+    is_gemma = str(metadata.get("general.architecture")).startswith("gemma")
+    sentencepiece_class = "GemmaTokenizer" if is_gemma else "LlamaTokenizer"  # as transformers opens such a model
     config: dict[str, object] = {
-        "tokenizer_class": "PreTrainedTokenizerFast" if model == "gpt2" else _sentencepiece_class(metadata),
+        "tokenizer_class": "PreTrainedTokenizerFast" if model == "gpt2" else sentencepiece_class,
         "add_bos_token": adds_bos,
         "add_eos_token": said.get("add_eos_token", False, bool),
         "clean_up_tokenization_spaces": False,
@@ -171,12 +173,12 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
     named_ids = {key: ids[name] for key, name in named.items() if ids[name] is not None}
     # sentencepiece knows its own; a name would make it a control token, which is not shown
     config |= {key: tokens[index] for key, index in named_ids.items() if types[index] != UNKNOWN}
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     ends = list(dict.fromkeys(ids[name] for name in _ENDS if ids[name] is not None))
     generation = {"bos_token_id": ids["bos"], "pad_token_id": ids["padding"]}
     generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
     said_ids = {key: value for key, value in generation.items() if value is not None}
-    _write_json(folder / "generation_config.json", said_ids)
+    write_json(folder / "generation_config.json", said_ids)
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -184,15 +186,6 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
         Tokenizer(folder)
     except UserError as problem:
         raise UserError(f"{source}: its tokenizer does not open ({problem})") from None
-
-
-def _write_json(path: Path, values: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sentencepiece_class(metadata: Mapping[str, object]) -> str:
-    """The class with which transformers opens a sentencepiece model as it is meant."""
-    return "GemmaTokenizer" if str(metadata.get("general.architecture")).startswith("gemma") else "LlamaTokenizer"
 
 
 def _cut_of(said: _Said) -> _Cut:
@@ -298,7 +291,7 @@ def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
         index = tokenizer.control.get(text, vocabulary.token_id(text)) if isinstance(text, str) else None
         if index is not None:
             metadata[f"{_G}{name}_token_id"] = index
-    ends = dict.fromkeys([tokenizer.eos_id, *_stated_ends(folder), *sorted(tokenizer.stop_ids)])
+    ends = dict.fromkeys([tokenizer.eos_id, *read_stops(folder, tokenizer.vocab_size), *sorted(tokenizer.stop_ids)])
     if len(ends) > len(_ENDS):
         raise UserError(
             f"{folder} ends responses at {len(ends)} tokens, {list(ends)}; a GGUF file has room for {len(_ENDS)}"
@@ -311,13 +304,6 @@ def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
     except UserError:  # there is none
         pass
     return metadata
-
-
-def _stated_ends(folder: Path) -> list[int]:
-    """The ends of generation_config.json in its order; Tokenizer has checked them."""
-    path = folder / "generation_config.json"
-    said = read_json(path).get("eos_token_id") if path.is_file() else None
-    return said if isinstance(said, list) else [] if said is None else [said]
 
 
 def _from_sentencepiece(model: bytes, source: str) -> tuple[dict[str, object], dict[int, _Token]]:

@@ -106,7 +106,7 @@ class Tokenizer:
         self.bos_id = self._named_id("bos_token", bos) if bos and adds_bos else None
         self.eos_id = self._named_id("eos_token", eos)
         stops = {self.eos_id} | {self.control[token] for token in self.vocabulary.stops}
-        self.stop_ids = frozenset(stops | _read_stops(folder, self.vocab_size))
+        self.stop_ids = frozenset(stops.union(read_stops(folder, self.vocab_size)))
 
     def _named_id(self, name: str, token: object) -> int:
         """The id of the token called bos_token or eos_token; it counts as a control token from here on."""
@@ -377,12 +377,12 @@ def _id(path: Path, token: str, index: object) -> int:
     return int(str(index))
 
 
-def _read_stops(folder: Path, size: int) -> set[int]:
-    """The ids that generation_config.json lets end a response: one, several, or none said. Raises UserError."""
+def read_stops(folder: Path, size: int) -> list[int]:
+    """The ids that generation_config.json lets end a response, in its order. Raises UserError for one beyond size."""
     path = folder / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.is_file() else None
     ids = found if isinstance(found, list) else [] if found is None else [found]
     for index in ids:
         if type(index) is not int or not 0 <= index < size:
             raise UserError(f"{path}: eos_token_id {index!r} is not among the tokenizer's {size} ids")
-    return set(ids)
+    return ids
