@@ -22,7 +22,7 @@ from src.errors import UserError
 from src.jsonfile import read_json
 from src.models.foreign import check_model_type
 from src.text.blocks import CODE_FORM, Marker
-from src.text.chat import read_own_template
+from src.text.chat import has_own_template
 from src.text.extend import GENERATION, add_control_tokens, say_ends
 from src.text.gguf_tokenizer import tokenizer_metadata
 from tools.certify import certify
@@ -155,7 +155,7 @@ def main(config: SplitConfig) -> None:
     log.info("wrote %s to %s", written, config.save_path)
     if not tokenizer_file and not storage.has_vocabulary(source.tokenizer_files):
         log.warning("no tokenizer lies beside %s: give --tokenizer_file, or one to every later command", described)
-    if config.format == "shards" and not source.config.chat_template and read_own_template(target) is not None:
+    if config.format == "shards" and not source.config.chat_template and has_own_template(target):
         log.info("%s has a chat template: give --chat_template file to the commands that show it prompts, or none for "
                  "raw ones; training records it for later commands", config.save_path)
     if config.verify:

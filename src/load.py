@@ -24,7 +24,7 @@ from src.models.foreign import check_model_type
 from src.models.lora import LoraConfig, add_lora, check_targets, init_lora
 from src.models.quantize import quantize_weights
 from src.text.blocks import CODE_FORM
-from src.text.chat import read_own_template
+from src.text.chat import has_own_template
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer, read_template_args
 
 
@@ -102,7 +102,7 @@ def load_tokenizer(ckpt_dir: str, flags: TokenizerFlags = TokenizerFlags()) -> T
 def _tell_of_form(ckpt_dir: str, config: ModelConfig, tokenizer: Tokenizer, flags: TokenizerFlags) -> None:
     """Warn where the tokenizer shows a checkpoint texts in another form than it has learnt, as far as that is known."""
     warn = runlog.logger().warning
-    if not (config.chat_template or flags.chat_template) and read_own_template(tokenizer.path.parent) is not None:
+    if not (config.chat_template or flags.chat_template) and has_own_template(tokenizer.path.parent):
         warn("%s has a chat template, but its prompts are raw here; give --chat_template file, or none to say that it "
              "is meant", tokenizer.path.parent)  # fmt: skip
     if not config.chat_template:

@@ -69,9 +69,9 @@ class World(NamedTuple):
         return self.theirs.apply_chat_template(messages, return_dict=False, tone="kind", **more)
 
 
-def import_model(folder: Path) -> str:
-    """A tiny Llama of transformers whose tokenizer has TEMPLATE, split."""
-    write_merges(folder / "hf", chat_template=TEMPLATE)
+def import_model(folder: Path, **config: object) -> str:
+    """A tiny Llama of transformers whose tokenizer has TEMPLATE, or what else config says of it, split."""
+    write_merges(folder / "hf", **{"chat_template": TEMPLATE} | config)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=Tokenizer(folder / "hf").vocab_size, max_position_embeddings=256, **sizes)
@@ -227,6 +227,10 @@ def test_the_export_has_the_form_of_training(trained: World, tmp_path: Path, nam
     again = load.load_tokenizer(str(tmp_path / "again"))
     assert again.chat_facts() == ours.chat_facts()
     assert again.encode_rendered(again.chat.prompt(question)) == prompt
+    main_of("checkpoint_split")(ckpt_file=trained.path(name), save_path=str(tmp_path / "gguf"), format="gguf")
+    main_of("checkpoint_split")(ckpt_file=str(tmp_path / "gguf/model.gguf"), save_path=str(tmp_path / "third"))
+    third = load.load_tokenizer(str(tmp_path / "third"), TokenizerFlags(chat_template="file"))
+    assert third.encode_rendered(third.chat.prompt(question)) == prompt
 
 
 @pytest.mark.parametrize("change, message", [
@@ -312,3 +316,15 @@ def test_a_conversation_keeps_its_own_system_message(world: World) -> None:
     assert "system\nGo.<" in tokenizer.chat.prompt([question])
     own = tokenizer.chat.prompt([{"role": "system", "content": "Stay."}, question])
     assert "system\nStay.<" in own and "Go." not in own
+
+
+def test_a_damaged_template_is_told_to_those_who_ask_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    (tmp_path / "hf").mkdir()
+    base = import_model(tmp_path, chat_template=None)
+    (Path(base) / "chat_template.json").write_text("{")
+    assert load.load_tokenizer(base).chat is None and not caplog.records
+    with pytest.raises(UserError, match="chat_template.json"):
+        load.load_tokenizer(base, TokenizerFlags(chat_template="file"))

@@ -20,7 +20,7 @@ from src.jsonfile import MAX_ROW, check_file
 
 _MEDIA = "a picture or sound cannot be read"
 _TOOLS = "calls of tools are not supported; solutions with code are blocks (dataset/README.md)"
-_SYSTEM = "give conversations, whose first message may be the system's"
+_SYSTEM = "give conversations, whose first message may be the system's, or one for all rows with --system_prompt"
 _PROBLEM = "write it into the instruction, or rename it to 'input'"
 _THINKING = "put the thinking into the solution, as <think> ... </think>"
 # Keys that change what a row means where other tools read them, and what to do about each

@@ -267,6 +267,14 @@ def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_
     return source
 
 
+def has_own_template(folder: Path) -> bool:
+    """Whether a template that --chat_template file would take stands beside a tokenizer."""
+    try:
+        return read_own_template(folder) is not None
+    except UserError:  # a damaged file: who asks for the template is told
+        return False
+
+
 def read_own_template(folder: Path) -> str | None:
     """The jinja source of the template beside a tokenizer; None where there is none. Raises UserError for a file that
     is no json."""

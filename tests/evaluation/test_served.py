@@ -156,6 +156,23 @@ def test_a_chat_server_gets_messages_with_the_demonstrations(tmp_path: Path) -> 
         evaluate(tmp_path, server)
 
 
+def test_a_system_prompt_is_a_message_before_the_problem(folders: Folders, tmp_path: Path) -> None:
+    reply = {"choices": [{"message": {"content": "#### 4"}, "finish_reason": "stop"}]}
+    with Answering(says(reply)) as server:
+        evaluate(tmp_path, server, chat_template="server", system_prompt="Add.")
+        system, user = server.bodies[0]["messages"]
+        assert system == {"role": "system", "content": "Add."} and user["role"] == "user"
+        with pytest.raises(UserError, match="system_prompt=Add., but this run has None"):
+            evaluate(tmp_path, server, chat_template="server", system_prompt="none")
+    template = {"chat_template": "llama-2", "tokenizer_file": folders.one, "max_new_tokens": 2}
+    (tmp_path / "ours").mkdir()
+    with Answering(engine(folders.one)) as server:
+        evaluate(tmp_path / "ours", server, system_prompt="Add.", **template)
+    tokenizer = Tokenizer(Path(folders.one), "llama-2", system_prompt="Add.")
+    sent = [body["prompt"] for body in server.bodies]
+    assert sorted(sent) == sorted(encode_prompt(tokenizer, f"{n}+{4 - n}=") for n in range(4))
+
+
 @pytest.mark.parametrize("template", ["none", "llama-2", "mistral"])
 def test_a_template_of_ours_reaches_the_server_in_token_ids(
     template: str, folders: Folders, tmp_path: Path
@@ -203,6 +220,8 @@ def test_a_server_without_token_ids_says_so(folders: Folders, tmp_path: Path) ->
         ({"tokenizer_file": "t", "chat_template": "none"}, "t does not exist"),
         ({"template_args": "x=1"}, "goes with a template that is filled in here; give --tokenizer_file"),
         ({"template_args": "x=1", "chat_template": "server"}, "goes with a template that is filled in here"),
+        ({"system_prompt": "Go."}, "--system_prompt with --backend openai is a message of a chat template"),
+        ({"tokenizer_file": "t", "chat_template": "none", "system_prompt": "Go."}, "is a message of a chat template"),
         *(({name: value}, f"--{name} would have no effect at a server") for name, value in
           {"top_k": 5, "min_p": 0.1, "quantize": "int8", "compile": True, "model_type": "llama", "isolation": "none",
            "max_rounds": 3}.items()),
@@ -213,6 +232,8 @@ def test_a_server_without_token_ids_says_so(folders: Folders, tmp_path: Path) ->
          "--chat_template server leaves the form to a server"),
         ({"backend": "engine", "samples_file": "s", "base_url": "", "model_name": "", "chat_template": "qwen"},
          "--chat_template has no effect on samples that exist"),
+        ({"backend": "engine", "samples_file": "s", "base_url": "", "model_name": "", "system_prompt": "Go."},
+         "--system_prompt has no effect on samples that exist"),
         ({"api_key_env": "BAD_KEY"}, "characters that no key has"),
     ],
 )  # fmt: skip
