@@ -49,16 +49,16 @@ class SplitConfig(Config):
     verify_hashes: bool = flag(True, """compare the source with the hashes in its manifest before anything is
         written""")
     max_shard_size: Positive = flag(5.0, "largest file of --format hf, in GB")
-    tokenizer_file: str = flag("", """tokenizer file of any kind to put beside the weights; default: the one
-        beside ckpt_file""")
-    config_file: str = flag("", """params.json (Meta) or config.json (Hugging Face); default: the one beside
+    tokenizer_file: str = flag("", """tokenizer file of any kind to put next to the weights; default: the
+        one next to ckpt_file""")
+    config_file: str = flag("", """params.json (Meta) or config.json (Hugging Face); default: the one next to
         ckpt_file""")
     model_type: str = flag("", "a family or released size the checkpoint must agree with, such as llama-2-7b")
     dtype: Literal["", "float32", "bfloat16", "float16", "q8_0"] = flag("", """type of the stored weights; default: as
         in the source, float32 where that is a quantised .gguf; q8_0 is of --format gguf alone""")
-    num_added_tokens: CountOrZero = flag(0, """rows to put behind the vocabulary, each the mean of the rows
+    num_added_tokens: CountOrZero = flag(0, """rows to put after the vocabulary, each the mean of the rows
         that are there""")
-    code_tokens: bool = flag(False, """put the eight markers of solutions with code behind the tokenizer's
+    code_tokens: bool = flag(False, """put the eight markers of solutions with code after the tokenizer's
         vocabulary, each row the mean of those before; later commands then write such solutions, as
         --chat_template code""")
     certify: str = flag("", """a directory made here to compute with instead, on several ranks of this CPU,

@@ -1,4 +1,4 @@
-"""Where a preference-trained solver sees the mistake: the credit of every token of judged solutions.
+"""Where a preference-trained solver sees the mistake: the credit of every token of labelled solutions.
 
 torchrun --nproc_per_node 8 preference_evaluate.py --ckpt_dir results/dpo --reference_ckpt_dir results/solver \\
     --steps_file steps.json --log_dir log/credit
@@ -26,12 +26,12 @@ class CreditConfig(PrecisionFlags, TokenizerFlags):
 
     ckpt_dir: str = flag(help="solver that preference_train.py has trained")
     reference_ckpt_dir: str = flag(help="the solver it started from")
-    steps_file: str = flag(help="""solutions with judged steps, {"instruction", "steps", "labels"}, as
+    steps_file: str = flag(help="""solutions with labelled steps, {"instruction", "steps", "labels"}, as
         `data_build.py process` leaves them""")
     log_dir: str = flag(help="directory for credits.jsonl, results.json and run.json")
     beta: Positive = flag(0.1, """as in training; it scales credits, and changes nothing about which is the
         least""")
-    step: StepKind = flag("paragraph", """what a step is: a paragraph, with a blank line behind it, or a line,
+    step: StepKind = flag("paragraph", """what a step is: a paragraph, with a blank line after it, or a line,
         as the solver writes them""")
     model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
         params.json says""")

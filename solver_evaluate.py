@@ -86,7 +86,7 @@ class SolverEvaluateConfig(AskedFlags, CodeFlags):
     interactive: bool = flag(False, """answer problems typed on standard input instead; needs no label_file
         and no log_dir""")
     verifier_ckpt_dir: str = flag("", "with interactive, the verifier that scores every step of a solution")
-    step: Literal["", StepKind] = flag("", """what such a step is: a paragraph, with a blank line behind it,
+    step: Literal["", StepKind] = flag("", """what such a step is: a paragraph, with a blank line after it,
         or a line; default: what it was in the verifier's training, which nothing else may be""")
 
 

@@ -1,4 +1,4 @@
-"""Score samples with a verifier and report what choosing by score is worth; or score judged steps.
+"""Score samples with a verifier and report what choosing by score is worth; or score labelled steps.
 
 torchrun --nproc_per_node 8 verifier_evaluate.py --task GSM8K --ckpt_dir verifier --samples_file log/samples.jsonl \
     --label_file dataset/GSM8K/test.json --log_dir log/verified
@@ -48,13 +48,13 @@ class VerifierEvaluateConfig(PrecisionFlags, TokenizerFlags):
     label_file: str = flag("", "the problems that were sampled, with labels")
     split: str = flag("", """only problems with this `split` field, or level=4-5, subject=Algebra, as for
         solver_evaluate.py""")
-    steps_file: str = flag("", """instead of samples, solutions with judged steps: {"instruction", "steps",
+    steps_file: str = flag("", """instead of samples, solutions with labelled steps: {"instruction", "steps",
         "labels"}""")
-    threshold_file: str = flag("", """solutions with judged steps on which the threshold of the first-error F1
+    threshold_file: str = flag("", """solutions with labelled steps on which the threshold of the first-error F1
         is chosen; default: 0.5""")
     aggregation: Literal["prod", "min", "last", "mean", "max"] = flag("prod", """what makes one score of the
         steps of a solution (process verifiers)""")
-    step: Literal["", StepKind] = flag("", """what a step is: a paragraph, with a blank line behind it, or a
+    step: Literal["", StepKind] = flag("", """what a step is: a paragraph, with a blank line after it, or a
         line; default: what it was in the verifier's training, which nothing else may be""")
     model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
         params.json says""")
@@ -72,9 +72,9 @@ class VerifierEvaluateConfig(PrecisionFlags, TokenizerFlags):
 
 
 def main(config: VerifierEvaluateConfig) -> None:
-    """Add scores to samples: best-of-n and weighted voting over n beside majority voting; or judge steps."""
+    """Add scores to samples: best-of-n and weighted voting over n next to majority voting; or score steps."""
     model_config = load.load_config(config.ckpt_dir, config.model_type, "verifier")
-    prompts, samples, judged = [], [], []
+    prompts, samples, labelled = [], [], []
     if config.samples_file:
         problems = read_prompts(config.label_file, need_label=True)
         prompts = select_prompts(problems, config.split)
@@ -82,14 +82,14 @@ def main(config: VerifierEvaluateConfig) -> None:
         matched = match_samples(read_samples(config.samples_file), problems, config.samples_file)
         samples = [sample for sample in matched if sample.id in asked]
     else:
-        judged = read_step_labels(config.steps_file)
+        labelled = read_step_labels(config.steps_file)
         if model_config.objective == "pairwise":
             raise UserError(f"{config.ckpt_dir} is a pairwise verifier and cannot judge steps; give an outcome or "
                             f"process one")
     load.check_step(config.ckpt_dir, model_config, config.step)
     if config.dry_run:
         n_shards = load.n_shards(config.ckpt_dir)
-        runlog.table(plan.scoring(model_config, n_shards, len(samples or judged), config.quantize,
+        runlog.table(plan.scoring(model_config, n_shards, len(samples or labelled), config.quantize,
                                   half=plan.is_half(config)))
         return
     storage.claim(Path(config.log_dir))
@@ -105,9 +105,9 @@ def main(config: VerifierEvaluateConfig) -> None:
             rows = read_step_labels(config.threshold_file)
             found = score_steps(verifier, tokenizer, rows, max_batch_size=config.max_batch_size)
             threshold = choose_threshold(rows, found)
-        found = score_steps(verifier, tokenizer, judged, max_batch_size=config.max_batch_size)
+        found = score_steps(verifier, tokenizer, labelled, max_batch_size=config.max_batch_size)
         if parallel.rank() == 0:
-            report = report_steps(judged, found, threshold)
+            report = report_steps(labelled, found, threshold)
             write_json(folder / "results.json", report)
             runlog.table(steps_table(report))
         return

@@ -42,12 +42,12 @@ class VerifierTrainConfig(TrainConfig):
     margin: NonNegative = flag(0.0, "pairwise: what a chosen score should be ahead by")
     centring: NonNegative = flag(0.0, """pairwise: weight of the squared sum of the two scores, which keeps
         scores around 0""")
-    label_tokens: Literal["all", "last"] = flag("all", """outcome: a solution is judged at each of its tokens,
-        or at its last. Held-out ones are judged at the last alone, and so are outcomes among the rows of
+    label_tokens: Literal["all", "last"] = flag("all", """outcome: a solution is scored at each of its tokens,
+        or at its last. Held-out ones are scored at the last alone, and so are outcomes among the rows of
         process""")
     balance: bool = flag(False, "outcome and process: let right labels weigh as much in all as wrong ones")
     step: Literal["", StepKind] = flag("", """outcome and process: what a step is: a paragraph, with a blank
-        line behind it, or a line, as in GSM8K and MetaMath; later commands follow it. Default: as the
+        line after it, or a line, as in GSM8K and MetaMath; later commands follow it. Default: as the
         verifier in ckpt_dir learnt it, else paragraph""")
     truncation: Literal["error", "drop", "left", "right"] = flag("drop", """for rows with a longer one,
         counted: drop them; cut the prompt's left or the solution's right; or end with an error. More than 1%

@@ -100,7 +100,7 @@ def _refuse(problem: UserError) -> None:
 def read_rows(
     path: str | Path, refuse: Callable[[UserError], None] = _refuse
 ) -> Iterator[tuple[str, dict[str, object]]]:
-    """The objects of a json array or of a jsonl file, each behind what names it: `FILE, row N` or `FILE, line N`.
+    """The objects of a json array or of a jsonl file, each after what names it: `FILE, row N` or `FILE, line N`.
 
     Blank lines are skipped. No more than two times MAX_ROW is held at once. Raises UserError, also for a longer row.
     refuse: called with the complaint about one row; if it returns, the next rows follow. An array that is no json, of
@@ -197,6 +197,7 @@ class _Window:
         return found, self.text[start : self.place]
 
     def complaint(self, what: str) -> UserError:
+        """What is wrong, with the row and the line where it is."""
         line = self.line + self.text.count("\n", 0, self.place)
         return UserError(f"{self.path}, row {self.number}, line {line}: {what}")
 

@@ -141,8 +141,8 @@ def ppo(
         f"{config.max_new_tokens} to learn",
     }  # fmt: skip
     totals = {name: size(_process() + max(peaks[name].values())) if name in peaks else "-" for name in ARRANGEMENTS}
-    told = [f"  {name:22}{total}" for name, total in totals.items()]
-    return "\n".join([report(facts, memory[asked], peaks[asked], n * ranks), "in each arrangement", *told])
+    rows = [f"  {name:22}{total}" for name, total in totals.items()]
+    return "\n".join([report(facts, memory[asked], peaks[asked], n * ranks), "in each arrangement", *rows])
 
 
 def ppo_models(config: PPOConfig, n: int) -> dict[str, ModelConfig]:
@@ -235,6 +235,7 @@ def disk(
     """
 
     def multiples(every: int) -> set[int]:
+        """The steps that something falls on that comes every so many."""
         return set(range(every, n_steps + 1, every)) if every > 0 else set()
 
     ends, references = multiples(per_epoch) | {n_steps}, multiples(refresh)
@@ -377,7 +378,7 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes / 1024**power:.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-# What a card of 80 GB leaves to tensors, beside the CUDA context, NCCL's buffers and holes between blocks
+# What a card of 80 GB leaves to tensors, besides the CUDA context, NCCL's buffers and holes between blocks
 CARD_BYTES = 75 * 2**30
 GROUPS = (1, 2, 4, 8, 16, 32, 64)
 

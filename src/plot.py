@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 _COLUMNS = 3  # panels side by side in a run's picture
 _MOST_PANELS = 99  # beyond that a picture is slow to draw and too tall to look at
-_LARGEST = 1e300  # of the numbers that are drawn: margins around larger ones are none
+_LARGEST = 1e300  # of the numbers that are plotted: margins around larger ones overflow
 
 
 def plot_run(rows: Sequence[Mapping[str, object]], title: str, path: Path) -> None:
     """Write a PNG with a panel for every metric of a run over its steps; `eval_x` lies over `x`.
 
-    rows: the lines of metrics.jsonl; only numbers in them are drawn, and the names of `alarms` at the steps that have
+    rows: the lines of metrics.jsonl; only numbers in them are plotted, and the names of `alarms` at the steps that have
     them. Raises ValueError when there is no number.
     """
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -36,9 +36,9 @@ def plot_run(rows: Sequence[Mapping[str, object]], title: str, path: Path) -> No
     if alarms:
         _over_steps(next(axes_list), alarms, [row["step"] for row in rows])
     for name, axes in zip(panels, axes_list, strict=False):
-        for drawn in (name, f"eval_{name}"):
-            if points := curves.get(drawn):
-                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=drawn)
+        for key in (name, f"eval_{name}"):
+            if points := curves.get(key):
+                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=key)
         axes.set_title(name, fontsize=9, parse_math=False)
         axes.grid(alpha=0.3)
         if f"eval_{name}" in curves:

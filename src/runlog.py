@@ -153,7 +153,7 @@ class RunLog:
         self._kept = step
 
     def _open_metrics(self) -> TextIO:
-        """metrics.jsonl for appending; what lies behind the kept steps was of a part that is run again."""
+        """metrics.jsonl for appending; what follows the kept steps was of a part that is run again."""
         path = self._folder / METRICS
         rows = _read_metrics(path) if self._kept and path.is_file() else []
         kept = [row for row in rows if row["step"] <= self._kept]
@@ -161,7 +161,7 @@ class RunLog:
         return path.open("a", encoding="utf-8")
 
     def progress(self, total: int, unit: str, done: int = 0) -> None:
-        """Start a progress bar of `total` units, `done` of which lie behind; a bar that runs already is closed.
+        """Start a progress bar of `total` units, `done` of which are over; a bar that runs already is closed.
 
         Where standard error is no terminal it is a line every half minute.
         """
@@ -180,7 +180,7 @@ class RunLog:
         self._last_time, self._last_tokens = time.monotonic(), 0
 
     def advance(self, by: int = 1, tokens: int = 0, **shown: float) -> None:
-        """Move the bar; `tokens` processed since the last call become tokens/s, `shown` stands beside it."""
+        """Move the bar; `tokens` processed since the last call become tokens/s, `shown` follows it."""
         if self._bar is None:
             return
         self._last_tokens += tokens
@@ -277,7 +277,7 @@ def _summary_writer(folder: Path, purge_step: int) -> "SummaryWriter":
 
 
 def _hashes(flags: Mapping[str, object]) -> dict[str, str]:
-    """SHA-256 of the files that a run reads, by flag: what became of them later is told from what was read."""
+    """SHA-256 of the files that a run reads, by flag: a later change of theirs shows."""
     hashes = {}
     for name, value in flags.items():
         if (

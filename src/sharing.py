@@ -54,7 +54,7 @@ class SharedBase:
         return model
 
     def _lay_on(self, folder: Path, whole: dict[str, Tensor], factors: dict[str, list[Factors]]) -> None:
-        """Add the products of an adapter directory to `factors` by linear; its whole tensors take their place."""
+        """Add an adapter's factors, [R, in] and [out, R], to those of each linear; its whole tensors replace others."""
         lora = adapters.read_adapter(folder).lora
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
         own = {

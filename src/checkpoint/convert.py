@@ -178,13 +178,17 @@ def as_hf(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str,
 
 
 def _contiguous_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """rotary_to_hf() in memory of its own, as files are written from. [rows, ...] -> [rows, ...]."""
     return rotary_to_hf(name, tensor, config).contiguous()
 
 
 def _load_fused(
     parent: str, kind: str, parts: Mapping[str, StoredTensor], way: str, config: ModelConfig
 ) -> Tensor:
-    """Queries, keys and values as one tensor: stacked, or for each kv head its queries, key and value."""
+    """Queries, keys and values as one tensor: stacked, or for each kv head its queries, key and value.
+
+    Parts [heads * E, ...] each -> [all their rows, ...].
+    """
     pieces = [
         _contiguous_to_hf(f"{parent}.{part}.{kind}", stored.load(), config) for part, stored in parts.items()
     ]
@@ -221,6 +225,7 @@ def _parts(name: str, fused: StoredTensor, config: ModelConfig) -> dict[str, Sto
 
 @functools.lru_cache(maxsize=1)
 def _load_whole(fused: StoredTensor) -> Tensor:
+    """A fused tensor [rows, ...], kept until another one is read."""
     return fused.load()
 
 
@@ -231,6 +236,7 @@ def _qkv_parts(pattern: str, way: str, config: ModelConfig) -> dict[str, Take]:
         sizes = [size // config.n_kv_heads for size in sizes]
 
     def take(whole: Tensor, index: int) -> Tensor:
+        """The rows of wq, wk or wv by index, [its heads * E, ...]."""
         heads = whole.unflatten(0, (-1, sum(sizes), config.head_dim))
         return heads.split(sizes, 1)[index].flatten(0, 2)
 
@@ -241,6 +247,7 @@ def _expert_parts(parent: str, modules: str, config: ModelConfig) -> dict[str, T
     """How single experts' linears are taken from [X, rows, columns]; w13 has w1's rows above w3's."""
 
     def take(whole: Tensor, expert: int, half: int) -> Tensor:
+        """A linear [rows, columns] of one expert, half of what is stored of it where w1 and w3 are stacked."""
         return whole[expert].chunk(2)[half] if modules == "w13" else whole[expert]
 
     halves = {"w1": 0, "w3": 1} if modules == "w13" else {"w2": 0}

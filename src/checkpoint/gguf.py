@@ -67,7 +67,7 @@ def gguf_file(paths: list[Path]) -> Path | None:
             raise UserError(
                 f"{paths[0]} holds {len(found)} GGUF files, of several checkpoints or precisions; name the one to read"
             )
-        return storage.beside(paths[0], found[0])
+        return storage.inside(paths[0], found[0])
     named = [path for path in paths if path.suffix == ".gguf" or _begins_as_gguf(path)]
     if named and len(paths) > 1:
         raise UserError(f"{named[0]} is a GGUF file, which is read alone; of a split one name the first part")
@@ -244,7 +244,7 @@ def _can_dequantize(kind: gguf.GGMLQuantizationType) -> bool:
 
 
 def _load(data: mmap.mmap, start: int, entry: Entry) -> Tensor:
-    """A tensor's values, in the type of the file, or float32 where that packs them."""
+    """A tensor's values [*entry.shape], in the type of the file, or float32 where that packs them."""
     stored = np.frombuffer(data, np.uint8, entry.nbytes, start)
     if entry.kind.name in _PLAIN:
         return torch.from_numpy(stored.copy()).view(_PLAIN[entry.kind.name]).view(entry.shape)
@@ -266,7 +266,7 @@ class GgufWriter:
         self._writer, self._kinds = writer, kinds
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Take the next tensor, in the type that the layout gives it. Raises OSError when the disk is full."""
+        """Take the next tensor [...], in the type that the layout gives it. Raises OSError when the disk is full."""
         try:
             self._writer.write_tensor_data(_packed(tensor, self._kinds[name]))
         except OSError as problem:  # numpy tells how many bytes were written, and no errno
@@ -279,7 +279,7 @@ class GgufWriter:
 def create_gguf(
     path: Path, metadata: Mapping[str, object], tensors: Mapping[str, StoredTensor], dtype: str
 ) -> Iterator[GgufWriter]:
-    """Create a file with this metadata and room for these tensors; its hash is left beside it.
+    """Create a file with this metadata and room for these tensors; its hash is written next to it.
 
     dtype: float32, bfloat16, float16 or q8_0 of the matrices, "" keeps every one's. What is no matrix is float32, as
     llama.cpp needs it, and so is a matrix whose rows q8_0 does not divide.
@@ -321,7 +321,7 @@ def _nbytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
 
 
 def _packed(tensor: Tensor, kind: str) -> np.ndarray:
-    """A tensor's bytes in a type, row after row."""
+    """A tensor's bytes in a type, row after row. [...] -> uint8, of any shape."""
     if kind in _PLAIN:
         return tensor.to(_PLAIN[kind]).contiguous().view(torch.uint8).numpy()
     values = tensor.float().contiguous().view(1, -1).numpy()

@@ -271,6 +271,7 @@ def _as_ours(
 
 
 def _load_shifted(load: functools.partial[Tensor], by: float) -> Tensor:
+    """A norm's weight plus a number: gemma stores one less than it multiplies with. [D] float32."""
     return load().float() + by
 
 
@@ -317,6 +318,7 @@ def as_gguf(
 
 
 def _load_halves(name: str, load: functools.partial[Tensor], config: ModelConfig) -> Tensor:
+    """A parameter [rows, ...] with the rows of its heads in Hugging Face's rotary layout."""
     return convert.rotary_to_hf(name, load(), config).contiguous()
 
 

@@ -64,8 +64,8 @@ def module_name(stem: str) -> str:
 def _tensors(folder: Path) -> dict[str, StoredTensor]:
     """The stored tensors under PEFT's names."""
     if (folder / WEIGHTS).is_file():
-        return read_safetensors(storage.beside(folder, folder / WEIGHTS))
-    path = storage.beside(folder, folder / "adapter_model.bin")
+        return read_safetensors(storage.inside(folder, folder / WEIGHTS))
+    path = storage.inside(folder, folder / "adapter_model.bin")
     return {
         name: as_stored(path, name, value)
         for name, value in read_torch(path).items()

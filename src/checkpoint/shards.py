@@ -93,14 +93,17 @@ def copies(how: Cut, index: int) -> int:
 
 
 def cut(tensor: Tensor, how: Cut, index: int) -> Tensor:
-    """Shard `index` of a whole tensor, as a copy with its own memory; padding rows are zeros."""
+    """Shard `index` of a whole tensor [..., size, ...], as a copy with its own memory; padding rows are zeros.
+
+    -> [..., len(how.rows[index]), ...], how.dim being the dimension that is cut.
+    """
     piece = view_of(tensor, how, index)
     shares = piece.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     return piece.clone(memory_format=torch.contiguous_format) if shares else piece
 
 
 def view_of(tensor: Tensor, how: Cut, index: int) -> Tensor:
-    """Shard `index` of a whole tensor in the tensor's own memory, unless padding rows (zeros) must be added."""
+    """cut() in the tensor's own memory, unless padding rows (zeros) must be added. [...] -> [..., rows, ...]."""
     if how.dim is None:
         return tensor
     rows = how.rows[index]
@@ -109,7 +112,7 @@ def view_of(tensor: Tensor, how: Cut, index: int) -> Tensor:
 
 
 def join(pieces: Sequence[Tensor], how: Cut) -> Tensor:
-    """The whole tensor from its shards, padding dropped and copies taken once.
+    """The whole tensor [..., size, ...] from its shards, padding dropped and copies taken once.
 
     Raises UserError when two shards disagree about what both hold.
     """
@@ -120,7 +123,10 @@ def join(pieces: Sequence[Tensor], how: Cut) -> Tensor:
 
 
 def _join_rows(pieces: Sequence[Tensor], how: Cut, wanted: range) -> Tensor:
-    """Rows `wanted` of the whole tensor; nothing else of the shards is read. Raises UserError as join() does."""
+    """Rows `wanted` of the whole tensor, [..., len(wanted), ...]; nothing else of the shards is read.
+
+    Raises UserError as join() does.
+    """
     shape = list(pieces[0].shape)
     shape[how.dim] = len(wanted)
     whole, filled = pieces[0].new_empty(shape), wanted.start
@@ -130,9 +136,8 @@ def _join_rows(pieces: Sequence[Tensor], how: Cut, wanted: range) -> Tensor:
             continue
         own = piece.narrow(how.dim, start - rows.start, stop - start)
         target = whole.narrow(how.dim, start - wanted.start, stop - start)
-        twice = max(
-            0, min(filled, stop) - start
-        )  # rows come in order: what is filled already, these are copies of
+        # rows come in order: what is filled already, these are copies of
+        twice = max(0, min(filled, stop) - start)
         _check_copies([own.narrow(how.dim, 0, twice)], target.narrow(how.dim, 0, twice))
         target.narrow(how.dim, twice, stop - start - twice).copy_(
             own.narrow(how.dim, twice, stop - start - twice)
@@ -162,7 +167,7 @@ def reshard(pieces: Sequence[Tensor], how: Cut, other: Cut, index: int) -> Tenso
 
 
 def _padded(piece: Tensor, dim: int, length: int) -> Tensor:
-    """A piece with zeros appended along `dim`, up to `length`."""
+    """A piece with zeros appended along `dim`, up to `length`. [..., n, ...] -> [..., length, ...]."""
     if piece.shape[dim] == length:
         return piece
     shape = list(piece.shape)
@@ -184,7 +189,7 @@ def check_pieces(name: str, shapes: Sequence[tuple[int, ...]], how: Cut, where: 
 
 
 def _check_copies(copies: Sequence[Tensor], first: Tensor) -> None:
-    """Raise UserError unless these are bit-equal (NaN equals NaN)."""
+    """Raise UserError unless these, all [...], are bit-equal (NaN equals NaN)."""
     for copy in copies:
         if not torch.equal(copy.contiguous().view(torch.uint8), first.contiguous().view(torch.uint8)):
             raise UserError(

@@ -180,8 +180,8 @@ def local_tensors(
 ) -> dict[str, Callable[[], Tensor]]:
     """What rank `index` of n holds of a directory of any number of shards of one kind, read when called.
 
-    Only the rows that this rank holds are read. PARAMETER/WHAT, of an optimizer, is cut as its parameter is. Raises
-    UserError when the shards are not of one split.
+    Only its rows [rows, ...] are read. PARAMETER/WHAT, of an optimizer, is cut as its parameter is. Raises UserError
+    when the shards are not of one split.
     """
     paths = storage.shard_paths(folder, kind)
     if len(paths) == n:

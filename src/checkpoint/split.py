@@ -90,7 +90,7 @@ def write_files(
     """Write tensor files from one reading of the tensors, one of them in memory at a time, and complete the directory.
 
     passes: layouts by file name; the files of a pass hold the same names and are filled side by side.
-    piece: name, whole tensor and index of a file in its pass -> what that file holds of it.
+    piece: name, whole tensor [...] and index of a file in its pass -> what that file holds of it, [rows, ...].
     Returns the tensors that hold NaN or infinity. Raises UserError when the disk is too small.
     """
     layouts = [layout for files in passes for layout in files.values()]
@@ -126,7 +126,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is a number; one pass, nothing allocated."""
+    """Whether every entry of a tensor [...] is a number; one pass, nothing allocated."""
     if tensor.numel() == 0:
         return True
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
@@ -174,6 +174,7 @@ def with_added_tokens(source: Source, n: int, first: int | None = None) -> Sourc
     rows = max(had, first + n)
 
     def extended(whole: Tensor) -> Tensor:
+        """[V, D] -> [rows, D]."""
         mean = whole[:first].mean(0, dtype=torch.float32).type_as(whole)
         return torch.cat([whole[:first], mean.expand(n, -1), whole[first + n :]])
 

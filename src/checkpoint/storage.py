@@ -67,7 +67,7 @@ def shard_paths(folder: Path, kind: str = WEIGHTS) -> list[Path]:
             raise UserError(
                 f"{folder}: {found[int(number)].name} and {path.name} are both shard {int(number)}; remove one"
             )
-        found[int(number)] = beside(folder, path)
+        found[int(number)] = inside(folder, path)
     if sorted(found) != list(range(len(found))):
         hole = next(i for i in range(len(found)) if i not in found)
         raise UserError(
@@ -77,7 +77,7 @@ def shard_paths(folder: Path, kind: str = WEIGHTS) -> list[Path]:
     return [found[i] for i in range(len(found))]
 
 
-def beside(folder: Path, path: Path) -> Path:
+def inside(folder: Path, path: Path) -> Path:
     """A file of a directory, proven to lie in it: a link must not lead out, except into the same hub cache.
 
     huggingface_hub keeps a model as snapshots/REVISION/NAME -> ../../blobs/HASH. Raises UserError.
@@ -92,7 +92,7 @@ def beside(folder: Path, path: Path) -> Path:
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of one of our shards, memory-mapped. Raises UserError unless it holds tensors alone."""
+    """The tensors [...] of one of our shards, memory-mapped. Raises UserError unless it holds tensors alone."""
     values = read_torch(path)
     for name, value in values.items():
         if not isinstance(value, Tensor):
@@ -146,7 +146,7 @@ def discard(folder: Path) -> None:
 def write_shard(
     folder: Path, kind: str, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Write one shard of the save that is under way, a tensor at a time. dtype None keeps every tensor's."""
+    """Write one shard of the save that is under way, a tensor [...] at a time. dtype None keeps every tensor's."""
     layout = {name: TensorSpec(tuple(t.shape), dtype or t.dtype) for name, t in tensors.items()}
     with open_torch_file(staging(folder) / shard_name(kind, index), layout) as file:
         for name, tensor in tensors.items():
@@ -252,7 +252,7 @@ def check_complete(folder: Path) -> None:
             raise UserError(
                 f"{folder} lacks {name}, which its manifest names; restore it or split the checkpoint again"
             )
-        size = beside(folder, folder / name).stat().st_size
+        size = inside(folder, folder / name).stat().st_size
         if size != facts["bytes"]:
             raise UserError(
                 f"{folder / name} has {size} bytes but the manifest says {facts['bytes']}: it was "
@@ -324,7 +324,7 @@ def tokenizer_files(path: Path) -> list[Path]:
     Other vocabularies in the directory of a named one are left out: they are other tokenizers.
     """
     if path.is_dir():
-        return [beside(path, path / name) for name in TOKENIZER_FILES if (path / name).is_file()]
+        return [inside(path, path / name) for name in TOKENIZER_FILES if (path / name).is_file()]
     with_it = {"vocab.json": ("merges.txt",)}.get(path.name, ())
     names = [name for name in TOKENIZER_FILES if name in with_it or name not in _VOCABULARY]
     return [path, *(path.with_name(name) for name in names if path.with_name(name).is_file())]

@@ -99,7 +99,7 @@ def read_torch(path: Path) -> dict[str, object]:
 
 
 def as_stored(path: Path, name: str, tensor: Tensor) -> StoredTensor:
-    """A tensor of a torch file that is what it claims to be. Raises UserError otherwise."""
+    """A tensor [...] of a torch file that is what it claims to be. Raises UserError otherwise."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise UserError(
             f"{path}: {name!r} is a {tensor.layout} tensor on {tensor.device}; expected a plain dense one with data"
@@ -158,7 +158,7 @@ class TensorFile:
         self._flushing = 0  # bytes that the disk has been asked to take
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Take the next tensor, in the layout's type, once the one before it is written. It must not change any more.
+        """Take the next tensor [...], in the layout's type, once the one before it is written. It must not change then.
 
         Raises OSError when the disk is full, of this tensor at the next call.
         """

@@ -51,7 +51,8 @@ def read_facts(folder: Path) -> dict[str, object]:
 
 
 def reader(folder: Path, config: ModelConfig) -> Callable[[str], Tensor]:
-    """How to read a tensor of optimizer.NN.pth as this tensor-parallel rank holds it, whatever number wrote it.
+    """How to read a tensor of optimizer.NN.pth as this tensor-parallel rank holds it, [rows on the rank, ...], whatever
+    number wrote it.
 
     Raises UserError for a tensor that the checkpoint lacks, or bytes that are not those that were written.
     """
@@ -60,6 +61,7 @@ def reader(folder: Path, config: ModelConfig) -> Callable[[str], Tensor]:
     own = local_tensors(folder, storage.OPTIMIZER, config, n, rank)
 
     def read(name: str) -> Tensor:
+        """PARAMETER/WHAT, [rows of the rank, ...]."""
         if name not in own:
             raise UserError(f"{folder}: {name!r} is missing; other parameters were trained then than now")
         return own[name]()

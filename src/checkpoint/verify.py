@@ -84,6 +84,7 @@ def _forward_hook(adapter: PeftAdapter, stem: str, config: ModelConfig) -> Hook:
     scale = adapter.config.scaled(module_name(stem)).scale
 
     def corrected(linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """The output [..., O] plus what the adapter adds to it, less what PEFT took from the base."""
         (x,) = inputs
         down, up = lora_a.to(x), lora_b.to(x)  # [R, I], [O, R]
         basis = _taken_directions(adapter.config.init, linear.weight, len(down)).to(x)  # [O, R]

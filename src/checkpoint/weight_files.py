@@ -102,7 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
         return _indexed_files(folder / found[0])
     if found:
         paths = [folder / found[0]] if found[0] in _HF_FILES else parts[0] or parts[1]
-        return [storage.beside(folder, path) for path in paths]
+        return [storage.inside(folder, path) for path in paths]
     if shards:
         storage.check_complete(folder)
         return shards
@@ -121,7 +121,7 @@ def _indexed_files(index: Path) -> list[Path]:
             raise UserError(f"{index}: weight_map gives {name!r} for {parameter}; expected a file's name")
         if Path(name).name != name or "\0" in name:
             raise UserError(f"{index}: weight_map names {name!r}, which is outside its directory")
-    return [storage.beside(index.parent, index.parent / name) for name in sorted(set(weight_map.values()))]
+    return [storage.inside(index.parent, index.parent / name) for name in sorted(set(weight_map.values()))]
 
 
 def open_file(path: Path) -> OpenedFile:

@@ -293,6 +293,7 @@ def filter_calls() -> None:
     rules = ctypes.c_void_p(seccomp.seccomp_init(SCMP_ACT_ALLOW))
 
     def deny(name: str, code: int = errno.EPERM, condition: Argument | None = None) -> None:
+        """Answer a call with an error, or only where its argument meets a condition."""
         number = seccomp.seccomp_syscall_resolve_name(name.encode())
         if number == -1:  # a call younger than the library
             return

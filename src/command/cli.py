@@ -3,8 +3,8 @@
 A script that does several things gives its functions by name instead, `cli.run({"pairs": pairs, ...})`: the first
 word of its command line picks one.
 
-A mistake ends in one line on stderr. Exit status: 0 done, 1 main met something only the user can mend, 2 the flags
-are wrong, 130 interrupted.
+A mistake ends in one line on stderr. Exit status: 0 done, 1 something is wrong that only the user can mend, 2 the
+flags are wrong, 130 interrupted.
 """
 
 import contextlib
@@ -51,10 +51,11 @@ def _run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: li
         call, values = bind(main, argv), parse(main, argv)
     except UserError as error:
         _stop(2, f"error: {error}")
-    if os.environ.get("RANK", "0") == "0":  # the others must not look at what it has begun to write
+    if os.environ.get("RANK", "0") == "0":  # the others must not look at what it has started to write
         outputs.check({name: flag.default for name, flag in flags_of(main).items()} | values)
 
     def command() -> None:
+        """What Fire calls."""
         # With the values bound Fire has nothing left to parse, and without a result it has nothing to print.
         call()
 
@@ -76,7 +77,7 @@ def guarded(command: Callable[[], None]) -> None:
     except Exception as error:
         if line := _in_words(error):
             _stop(1, f"error: {line}")
-        # The death of another rank breaks the collectives of this one. Then the other has told the cause, and
+        # The death of another rank breaks the collectives of this one. Then the other has printed the cause, and
         # torchrun ends this wait.
         if "RANK" in os.environ:
             time.sleep(GRACE_SECONDS)

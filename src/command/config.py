@@ -146,7 +146,7 @@ class PrecisionFlags(Config):
 class TokenizerFlags(Config):
     """Tokenizer and chat template"""  # of what shows texts to a model
 
-    tokenizer_file: str = flag("", "tokenizer of any kind; default: the one beside the checkpoint")
+    tokenizer_file: str = flag("", "tokenizer of any kind; default: the one in the checkpoint's directory")
     chat_template: str = flag("", """form of prompts and answers: none, file (the tokenizer's own) or llama-2,
         llama-3, mistral, qwen, deepseek, gemma, internlm2, or code (solutions with code). Training records it
         for later commands; default: what the checkpoint was trained with, else none""")

@@ -1,4 +1,4 @@
-"""Solutions continued from a prefix: rollouts that judge a step, and branches that go wrong after it."""
+"""Solutions continued from a prefix: rollouts that label a step, and branches that go wrong after it."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ EOS, LENGTH, CONTEXT_FULL, TOO_MANY_STEPS = "eos", "length", "context full", "to
 class Solver(NamedTuple):
     """What continues solutions in this process; a ServedSolver does at a server.
 
-    source: what its samples depend on beside the sampling.
+    source: what its samples depend on besides the sampling.
     """
 
     model: Decoder
@@ -162,6 +162,7 @@ def rollout_sampler(solver: Solver | ServedSolver, prefixes: Mapping[str, str], 
     """Make a sampler of whole solutions that begin with the prefix of their id."""
 
     def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
+        """Yield each solution, prefix and continuation, as it finishes."""
         requests = [ContinuationRequest(prompt.id, number, prompt.instruction, prefixes[prompt.id])
                     for prompt, number in wanted]  # fmt: skip
         for found in generate_continuations(solver, requests, sampling):
@@ -215,6 +216,7 @@ def branching_sampler(
     """
 
     def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
+        """Yield the first wrong solution of each prefix, then an error for those without one."""
         open_prompts = {prompt.id: (prompt, number) for prompt, number in wanted}
         last_end: dict[str, str] = {}
         for batch in doubling_ranges(attempts):

@@ -133,17 +133,17 @@ def mixed_pairs(
 class JoinConfig(OneFileConfig):
     """Solutions"""
 
-    train_file: str = flag(help="judged steps, as `process` leaves them, or outcomes, as `outcome` does")
+    train_file: str = flag(help="labelled steps, as `process` leaves them, or outcomes, as `outcome` does")
     save_file: str = flag(help="the json file to write, with rows of the same kind")
     share: Share = flag(0.5, """share of the rows that get another problem's solution in front; the others stay
         as they are""")
-    wrong_share: Share = flag(0.3, """share of wrong ones among the solutions in front; what comes behind them
+    wrong_share: Share = flag(0.3, """share of wrong ones among the solutions in front; what comes after them
         counts as wrong""")
     seed: Seed = flag(1, "seed of the choice")
 
 
 def join(config: JoinConfig) -> None:
-    """Judged solutions, some behind that of another problem, so that a verifier meets longer ones.
+    """Labelled solutions, some after that of another problem, so that a verifier learns from longer ones.
 
     A verifier of problems harder than those that it learns from needs this: their solutions have more steps.
     """

@@ -17,7 +17,7 @@ class Provenance(NamedTuple):
     rules: dict[str, str]
 
     def document(self) -> dict[str, object]:
-        """What write_provenance() leaves beside a file."""
+        """What write_provenance() writes next to a file."""
         return {"checkpoint": self.model, "rules": self.rules}
 
 
@@ -59,7 +59,7 @@ def same_rules(first: str, one: Provenance, second: str, other: Provenance) -> d
 
 
 def write_provenance(file: str, provenance: Provenance) -> None:
-    """Leave a file's provenance beside it."""
+    """Write a file's provenance next to it."""
     write_json(identity_file(Path(file)), provenance.document())
 
 

@@ -80,6 +80,7 @@ def sample_until(
     """
 
     def sample(requests: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
+        """Yield the samples of number 0, then of number 1 of the problems that need one, and so on."""
         problems = {prompt.id: prompt for prompt, _ in requests}
         prompts_of_number = defaultdict(list)
         for prompt, number in requests:

@@ -113,6 +113,7 @@ def without_phrases(
     measurement.
     """
     def searched(sample: Sample) -> str:
+        """The text that phrases are looked for in, in one case."""
         if place == "solution":
             return sample.response.casefold()
         blocks = ended_blocks(split_text(sample.response))

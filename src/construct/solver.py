@@ -48,7 +48,7 @@ class ContinuationFlags(SolverFlags):
     samples_file: str = flag(help="graded samples.jsonl with solutions")
     log_dir: str = flag(help="directory for the continuations, samples.jsonl and run.json")
     save_file: str = flag(help="the json file to write")
-    step: StepKind = flag("paragraph", "what a step is: a paragraph, with a blank line behind it, or a line")
+    step: StepKind = flag("paragraph", "what a step is: a paragraph, with a blank line after it, or a line")
 
 
 def check_solver(config: SolverFlags, *, from_prefix: bool = False) -> None:

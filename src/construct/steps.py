@@ -46,20 +46,20 @@ class ProcessConfig(ContinuationFlags, BuildConfig):
     """Rollouts and labels"""
 
     log_dir: str = flag(help="directory for the rollouts, samples.jsonl and results.json")
-    rollouts: Count = flag(8, "samples from behind each step")
+    rollouts: Count = flag(8, "samples that continue from the end of each step")
     label: Literal["hard", "soft"] = flag("hard", """hard = is a way on known that comes out right: a rollout
         from here or a later step, or a solution; soft = the share of the step's own rollouts that do""")
     solutions_a_problem: Count = flag(4, "most solutions of one problem")
     limit: CountOrOff = flag(-1, "only the first so many problems; -1 = all")
     step: StepKind = flag("paragraph", """what a step is: a paragraph, with a blank line
-        behind it, or a line, as in GSM8K and MetaMath; train the verifier with the same --step""")
+        after it, or a line, as in GSM8K and MetaMath; train the verifier with the same --step""")
     temperature: NonNegative = flag(0.7, "of the rollouts")
     max_new_tokens: Count = flag(512, "longest rollout")
     seed: Seed = flag(1, "seed of the rollouts")
 
 
 def process(config: ProcessConfig) -> None:
-    """Judge every step of solutions by rollouts from behind it, for verifier_train.py --objective process.
+    """Label every step of solutions by rollouts from its end, for verifier_train.py --objective process.
 
     Needs a solver: start it with torchrun, or give a server. A rerun continues.
     """
@@ -116,7 +116,7 @@ def prefixes_of(sample: Sample, step_end: str) -> list[Truncated]:
 def truncate_everywhere(
     solutions: Sequence[Sample], step_end: str = STEP_END
 ) -> dict[tuple[str, str], Truncated]:
-    """Collect every prefix of every solution under (problem, prefix): what solutions share is judged once."""
+    """Collect every prefix of every solution under (problem, prefix): what solutions share is sampled from once."""
     found: dict[tuple[str, str], Truncated] = {}
     for sample in solutions:
         for truncated in prefixes_of(sample, step_end):
@@ -173,19 +173,19 @@ class BranchConfig(ContinuationFlags, CodeFlags, ErrorFlags, BuildConfig):
         that never went wrong""")
     pairs_a_problem: Count = flag(2, "most points to leave the right solution of a problem at")
     attempts: Count = flag(100, "how often a branch is tried until it comes to a wrong answer")
-    temperature: NonNegative = flag(1.1, "of the first step behind the given ones")
+    temperature: NonNegative = flag(1.1, "of the first step after the given ones")
     temperature_rise: NonNegative = flag(0.1, "added for every further step")
     temperature_cap: NonNegative = flag(1.4, "never above this")
     steps_a_solution: Count = flag(24, "longer solutions are left out")
     characters_a_step: Count = flag(3000, "solutions with a longer step are left out")
     step: StepKind = flag("paragraph", """what a step is: a paragraph, with a blank line
-        behind it, or a line; of solutions with code it is a block""")
+        after it, or a line; of solutions with code it is a block""")
     max_new_tokens: Count = flag(512, "longest step")
     seed: Seed = flag(1, "seed of the points and of the samples")
 
 
 def branch(config: BranchConfig) -> None:
-    """Step-controlled pairs for preference_train.py: wrong ways on from behind the first steps of a right solution.
+    """Step-controlled pairs for preference_train.py: wrong continuations of the first steps of a right solution.
 
     Needs a solver: start it with torchrun, or give a server. A rerun continues.
     """

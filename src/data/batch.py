@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, tuple[int | tuple[int, ...], ...] | None]:
-        """What the functions of models/forward.py take: tokens, response_mask, lengths."""
+        """What the functions of models/forward.py take: tokens [B, S], response_mask [B, S], lengths."""
         return self.tokens, self.response_mask, self.lengths
 
     @property

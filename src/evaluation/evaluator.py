@@ -66,6 +66,7 @@ def local_sampler(
     tool_hook = coding.tool_hook() if coding else None
 
     def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
+        """Yield samples as they finish."""
         requests = [
             Request(prompt.id, number, encode_prompt(tokenizer, prompting.text(prompt.instruction)))
             for prompt, number in wanted
@@ -187,8 +188,8 @@ def sample_prompts(
 ) -> Speed:
     """Sample every prompt into samples.jsonl, a line as each sample finishes; what the file holds is not redone.
 
-    In the end the file is sorted by prompt and sample. A sample that failed is not in it but in failures.jsonl beside
-    it, and is tried again by a rerun. `grading` grades what is finished meanwhile. All ranks call this; rank 0 writes.
+    In the end the file is sorted by prompt and sample. A sample that failed is in failures.jsonl instead, and is
+    tried again by a rerun. `grading` grades what is finished meanwhile. All ranks call this; rank 0 writes.
     """
     if not prompts:
         raise UserError(f"there is no prompt to sample for {path}; expected at least one")

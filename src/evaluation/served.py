@@ -135,6 +135,7 @@ class ServedSolver:
         """Whole solutions, as sample_prompts() takes them."""
 
         def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
+            """Yield samples as they come, with an error where the server gave none."""
             requests = [RemoteRequest(problem.id, n, self.prompt(problem.instruction)) for problem, n in wanted]
             for (name, number, _), reply, error in self.complete(requests, sampling):
                 if reply is None:

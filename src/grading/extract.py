@@ -254,7 +254,7 @@ def last_letter(text: str) -> Found | None:
 
 
 def own_part(response: str) -> str:
-    """What the model says to the problem: no thoughts, only what it marks as <answer> if it does, and nothing behind
+    """What the model says to the problem: no thoughts, only what it marks as <answer> if it does, and nothing after
     its own answer from the next problem on that it made up."""
     text, lower = response, response.lower()
     if any(word in lower for word in ("think", "thought", "reasoning")):

@@ -108,6 +108,7 @@ class Grader:
         deadline = time.monotonic() + self.seconds  # of all expressions of an answer together
 
         def leaf(answer: str, label: str) -> bool:
+            """Whether math-verify finds two expressions equal, in the time that is left."""
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 raise Undecided("timeout")

@@ -1,7 +1,7 @@
 r"""One spelling for answers that mean the same: Unicode and LaTeX without layout, exact numbers as fractions.
 
 Text macros are unwrapped: \text{ inches} becomes the plain words " inches". Models write anything, so every pattern
-here is linear in the length of the answer or meets answers of bounded length only.
+here is linear in the length of the answer or is applied to answers of bounded length only.
 """
 
 import re

@@ -64,7 +64,7 @@ class Reply(NamedTuple):
         return sum(token.logprob for token in self.tokens) if self.tokens else None
 
     def first(self, n_characters: int) -> "Reply":
-        """The completion up to a place in its text, with the tokens that this took, where they can be told."""
+        """The completion up to a place in its text, with the tokens that this took, where they are known."""
         text, spelled = self.text[:n_characters], "".join(token.text for token in self.tokens)
         if n_characters >= len(self.text):
             return self
@@ -88,7 +88,7 @@ class Server:
     """Where completions come from; base_url ends before /completions, seconds limit one request.
 
     chat: a prompt is the message of a user, which the server puts in its own template (/chat/completions), after the
-    system_prompt, if there is one. stop_ids: tokens that end a completion, beside those that the server knows.
+    system_prompt, if there is one. stop_ids: tokens that end a completion, besides those that the server knows.
     logprobs: they are asked for; becomes False where the server declines such requests.
     """
 

@@ -124,7 +124,7 @@ def _attend_in_samples(
 
 
 class HeadNorm(RMSNorm):
-    """RMS normalisation of each head (Henry et al. 2020): every rank holds the weight, and meets some of the heads."""
+    """RMS normalisation of each head (Henry et al. 2020): every rank holds the weight, and some of the heads."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__(config.head_dim, config.norm_eps, config.norm_offset, dtype)

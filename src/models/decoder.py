@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def linear_weights(self) -> Iterator[Tensor]:
-        """What linear layers multiply by: all matrices but an embedding that is no output layer."""
+        """The matrices [out, in] of linear layers: all but an embedding that is no output layer."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and (self.config.tied or not name.startswith("tok_embeddings")):
                 yield parameter

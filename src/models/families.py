@@ -177,7 +177,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# The family that every field's default describes, and what Meta's layout holds beside it: a checkpoint whose params
+# The family that every field's default describes, and what Meta's layout holds besides it: a checkpoint whose params
 # state hidden_dim and head_dim, and one with experts.
 PLAIN, META_OWN_HEAD_DIM, META_EXPERTS = "llama", "mistral", "mixtral"
 

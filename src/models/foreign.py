@@ -223,15 +223,15 @@ def _rope(values: dict[str, object], source: str) -> dict[str, object]:
             raise UserError(f"{source}: {key}={rope!r} is not implemented; expected an object or null")
         if any(isinstance(value, dict) for value in rope.values()):
             raise UserError(f"{source}: {key} differ between layers, which is not implemented")
-        beside = {name: values[name] for name in _BESIDE_ROPE if values.get(name) is not None}
-        for name in beside.keys() & rope.keys():
-            if beside[name] != rope[name]:
+        outside = {name: values[name] for name in _BESIDE_ROPE if values.get(name) is not None}
+        for name in outside.keys() & rope.keys():
+            if outside[name] != rope[name]:
                 raise UserError(
-                    f"{source}: {name}={beside[name]!r}, but {rope[name]!r} in {key}; remove one of them"
+                    f"{source}: {name}={outside[name]!r}, but {rope[name]!r} in {key}; remove one of them"
                 )
         if rope:
             inside = {name: rope[name] for name in _BESIDE_ROPE if name in rope}
-            said.append(beside | inside | {"rope_scaling": beside | rope})
+            said.append(outside | inside | {"rope_scaling": outside | rope})
     if len(said) == 2:
         first, second = (each | {"rope_scaling": _rope_facts(each["rope_scaling"], source)} for each in said)
         if first != second:

@@ -125,7 +125,7 @@ class LoraLinear(nn.Module):
             return self.base(x)
         kept = F.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
         lora_a, lora_b = self.lora_a.weight, self.lora_b.weight
-        # a whole factor meets a part of the product on each rank: its gradient is the sum over the ranks
+        # a whole factor multiplies a part of the product on each rank: its gradient is the sum over the ranks
         if self.by_rows:
             x, lora_a = parallel.copy_to_tensor_parallel(x), parallel.copy_to_tensor_parallel(lora_a)
             lora_b = self.lora_b.sum_over_replicas(lora_b)

@@ -33,6 +33,7 @@ def config_from_meta(values: dict[str, object], source: str, weights: MetaWeight
     """
 
     def number(key: str, default: float, kind: type = int, among: dict[str, object] = values) -> int | float:
+        """A number above 0, or the default where none is given."""
         given = among.get(key)
         return default if given is None else kind(above_zero(given, key, kind, source))
 

@@ -1,6 +1,6 @@
 """Ends a job of several ranks that hangs, saying which rank stands where, or which one is not heard of.
 
-Every rank's watchdog looks at its main thread and tells the others, through the store that the ranks met in, where it
+Every rank's watchdog looks at its main thread and tells the others, through the store of their rendezvous, where it
 is and whether it gets on. So a rank that waits knows whether anybody works, which a collective's own limit does not:
 that one has to be as long as the longest wait, and its message names neither step nor caller.
 """

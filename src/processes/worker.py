@@ -128,18 +128,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def serve(start: Callable[[], Answer]) -> None:
     """In the process: answer requests until standard input ends. What is printed meanwhile goes to standard error.
 
-    start: gets ready, and returns the function from a request to its reply; the caller is told what it raises.
+    start: gets ready, and returns the function from a request to its reply; what it raises reaches the caller.
     """
     # a lone surrogate, which no reader of ours takes, becomes a question mark
     replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
     os.dup2(2, 1)
 
     def send(number: object, reply: Mapping[str, object]) -> None:
+        """Write one line, under the number of its request."""
         replies.write(json.dumps({"id": number, **reply}, ensure_ascii=False) + "\n")
 
     try:
         answer = start()
-    except Exception as problem:  # a stranger's file may raise anything
+    except Exception as problem:  # a user's file may raise anything
         send("ready", {"error": f"{type(problem).__name__}: {problem}"})
         return
     send("ready", {})

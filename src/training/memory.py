@@ -153,7 +153,7 @@ def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> 
     row = FLOAT32 * -(-config.vocab_size // n)
     at_once = min(n_tokens * row, CHUNK_BYTES["cuda" if how.on_gpu else "cpu"])
     held = FLOAT32 * config.dim * n_tokens + at_once * (5 if how.half else 4) // 2  # with the hidden states
-    return held + (0 if how.lora else row * config.dim)  # a chunk's gradient of the output layer, beside their sum
+    return held + (0 if how.lora else row * config.dim)  # a chunk's gradient of the output layer, and their sum
 
 
 def _gathered(sizes: Mapping[str, int], how: Training) -> int:

@@ -135,7 +135,7 @@ class Alert(NamedTuple):
 
 
 def _not_graded(seen: Mapping[str, float]) -> bool:
-    """Whether the grader or a user's function failed to judge over a tenth of the responses."""
+    """Whether the grader or a user's function gave no verdict on over a tenth of the responses."""
     graded = seen.get("graded_timeout", 0.0) + seen.get("graded_error", 0.0)
     return max(graded, *(share for name, share in seen.items() if name.endswith("_failed")), 0.0) > 0.1
 
@@ -221,6 +221,7 @@ def hacked(rewards: Sequence[tuple[float, float]]) -> bool:
     half = len(rewards) // 2
 
     def shift(column: Sequence[float]) -> float:
+        """How many standard errors the second half's mean lies above the first's."""
         old, new = column[:half], column[-half:]
         error = ((statistics.variance(old) + statistics.variance(new)) / half) ** 0.5
         return (statistics.fmean(new) - statistics.fmean(old)) / max(error, 1e-9)

@@ -76,10 +76,11 @@ class ModelOffloader:
 class OffloadedTensors:
     """Tensors that leave memory and come back bit for bit, at other addresses.
 
-    tensors() lists those that exist when they leave: an optimizer has none before its first step.
+    tensors() lists those that exist when they leave, [...] each: an optimizer has none before its first step.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], path: Path) -> None:
+        """tensors: as above, [...] each. path: the file that they wait in, of tensors in main memory."""
         self.path, self._tensors = path, tensors
         self._away: list[torch.UntypedStorage] = []
         self._sizes: list[int] = []
@@ -108,13 +109,13 @@ class OffloadedTensors:
             self._away, self._bytes = [], None
 
     def _file(self) -> Tensor:
-        """The file's bytes, mapped: the kernel may write them out and take their memory."""
+        """The file's bytes [n] uint8, mapped: the kernel may write them out and take their memory."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return torch.from_file(str(self.path), shared=True, size=sum(self._sizes), dtype=torch.uint8)
 
 
 def _resizable(tensor: Tensor) -> torch.UntypedStorage:
-    """The tensor's storage; a new one if NumPy has seen it, as it does when a checkpoint is written: PyTorch then
+    """The storage of a tensor [...]; a new one if NumPy has seen it, as when a checkpoint is written: PyTorch then
     keeps its size."""
     if not tensor.untyped_storage().resizable():
         tensor.data = tensor.detach().clone()
@@ -122,4 +123,5 @@ def _resizable(tensor: Tensor) -> torch.UntypedStorage:
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    """A storage as a tensor [n] uint8 in its memory."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

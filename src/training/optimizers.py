@@ -26,7 +26,7 @@ BETAS = (0.9, 0.95)
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each made when it is asked for and not kept."""
+    """Tensors [...] by name, each made when it is read and not kept."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
         self._makers = makers
@@ -120,7 +120,7 @@ def check_available(name: OptimizerName) -> None:
 
 
 def _has_codes(x: Tensor) -> bool:
-    """Whether this is one of torchao's 8-bit tensors."""
+    """Whether x [...] is one of torchao's 8-bit tensors."""
     return type(x) is not Tensor and type(x).__name__ == "OptimState8bit"
 
 

@@ -146,6 +146,7 @@ def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
     how = {"precision": config.precision, "trained": config.lora_rank == -1}
 
     def trainer(model: Decoder, lr: float, iterations: int) -> Trainer:
+        """Give a model adapters and an optimizer."""
         load.put_lora_on(model, load.lora_config(config), config.seed)
         made = Trainer(model, log, config, lr=lr, total_steps=iterations * config.steps_per_buffer,
                        adam_eps=config.adam_eps)
@@ -194,7 +195,7 @@ def open_checkpointer(
     fingerprint: dict[str, object],
 ) -> Checkpointer:
     """What saves actor and critic together, and brings them back."""
-    # the critic has learnt to read texts in the actor's template, which may be a file beside the tokenizer
+    # the critic has learnt to read texts in the actor's template, which may be a file next to the tokenizer
     tokenizer_file = config.tokenizer_file or config.actor_ckpt_dir
     for trainer in filter(None, (models.actor, models.critic)):
         saving.record(trainer.model, **data.tokenizer.chat_facts())

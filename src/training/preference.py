@@ -157,7 +157,7 @@ def _sides(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def report(tallies: Sequence[Tensor]) -> PreferenceReport:
-    """The means over all ranks' pairs from the sums of their batches."""
+    """The means over all ranks' pairs from the sums [6] of their batches."""
     total = parallel.sum_over_all(torch.stack(list(tallies)).sum(0)) / parallel.tensor_parallel_size()
     return PreferenceReport(*(total[1:] / total[0]).tolist())
 

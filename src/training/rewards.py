@@ -104,7 +104,7 @@ def add_counts(parts: Iterable[Counts]) -> dict[str, tuple[int, int]]:
 def verifier_reward(
     verifier: Decoder, tokenizer: Tokenizer, flags: RewardFlags, max_batch_size: int
 ) -> Callable[[Rollout], tuple[Tensor, Counts]]:
-    """The reward of a verifier, by what its config says it was trained for."""
+    """The reward [B, S] of a verifier, by what its config says it was trained for."""
     if verifier.config.objective == "pairwise":
         return lambda rollout: (pairwise_reward(verifier, rollout, flags, max_batch_size), {})
     kind = outcome_reward if verifier.config.objective == "outcome" else process_reward
@@ -186,9 +186,9 @@ def step_logits(
     _warn_of_cut(sum(len(row.tokens) > config.max_seq_len for row in rows), n, config.max_seq_len)
     found: list[list[float]] = []
     for chunk in chunks([_cut(row, config.max_seq_len) for row in rows], max_batch_size):
-        judged = make_batch(chunk, with_targets=True).to(parallel.device())
-        scores = token_scores(verifier, *judged.inputs)
-        found += [row[~targets.isnan()].tolist() for row, targets in zip(scores, judged.targets, strict=True)]
+        batch = make_batch(chunk, with_targets=True).to(parallel.device())
+        scores = token_scores(verifier, *batch.inputs)
+        found += [row[~targets.isnan()].tolist() for row, targets in zip(scores, batch.targets, strict=True)]
     return found
 
 
@@ -197,7 +197,7 @@ def _in_steps(
 ) -> Encoded:
     """A response laid out in steps, each with a target where the verifier's score of it is read."""
     steps = split_steps(response, STEP_ENDS[step])
-    # a response of control tokens alone has no text; its end is then all there is to judge
+    # a response of control tokens alone has no text; its end is then all there is to score
     ended = finished or not response
     return encode_steps(tokenizer, prompt.instruction, steps, [0.0] * len(steps), finished=ended,
                         step_end=STEP_ENDS[step])
@@ -230,9 +230,10 @@ def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str, step_e
 def on_first_rank(
     score: Callable[[Rollout], tuple[Sequence[float], Counts]],
 ) -> Callable[[Rollout], tuple[Tensor, Counts]]:
-    """A score of each response at its last token, which only the first tensor-parallel rank computes."""
+    """A score of each response at its last token, [B, S], which only the first tensor-parallel rank computes."""
 
     def reward(rollout: Rollout) -> tuple[Tensor, Counts]:
+        """-> [B, S], and the counts of this rank."""
         scores, counts = torch.zeros(len(rollout.responses), device=parallel.device()), {}
         # grading starts processes, and a user's function need not answer twice alike: one call, one answer for all
         if parallel.tensor_parallel_rank() == 0:
@@ -244,7 +245,7 @@ def on_first_rank(
 
 
 def rule_reward(grader: Grader) -> Callable[[Rollout], tuple[Tensor, Counts]]:
-    """The reward of graded_reward(), graded by the first rank alone."""
+    """The reward [B, S] of graded_reward(), graded by the first rank alone."""
     return on_first_rank(partial(graded_reward, grader))
 
 

@@ -33,7 +33,7 @@ class Rollout(NamedTuple):
     responses: list[str]
     batch: Batch
     finished: Tensor  # [B] bool: the response ended by itself
-    sampled_logprobs: Tensor  # [B, S] float32: what the sampler drew from, 0 outside batch.response_mask
+    sampled_logprobs: Tensor  # [B, S] float32: of the distribution that was sampled from, 0 outside batch.response_mask
 
     @property
     def lengths(self) -> Tensor:
@@ -113,7 +113,7 @@ def sample_rollout(
 
 
 def _check_alike(tokens: Tensor) -> None:
-    """Raise UserError unless the tensor-parallel ranks hold the same tokens."""
+    """Raise UserError unless the tensor-parallel ranks hold the same tokens [B, S]."""
     digest = hashlib.sha256(tokens.numpy().tobytes()).digest()  # 32 bytes to send, whatever the buffer's size
     own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(parallel.device())
     first = parallel.broadcast_from_first(own.clone())

@@ -150,7 +150,7 @@ class Trainer:
         parallel.seed_all(random.Random(place).getrandbits(63))
 
     def moments(self) -> Iterator[Tensor]:
-        """The optimizer's tensors, which exist from the first step on."""
+        """The optimizer's tensors [...], which exist from the first step on."""
         return self.optimizer.held()
 
     def state(self) -> TrainerState:

@@ -72,6 +72,7 @@ def load(path: str, name: str) -> Answer:
     function = getattr(module, name)
 
     def answer(request: dict[str, object]) -> Reply:
+        """A number, or in words what the function raised."""
         try:
             return {"value": float(function(request["prompt"], request["response"], request["label"]))}
         except Exception as error:

@@ -135,7 +135,9 @@ def test_an_output_that_is_an_input_is_refused(here: Path, main: Callable[..., N
     (ppo_train.main, "--actor_ckpt_dir ckpt --actor_save_dir new --critic_save_dir new/critic"),
 ])  # fmt: skip
 def test_what_destroys_nothing_is_let_through(here: Path, main: Callable[..., None], words: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
     started(main, *words.split())
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
 
 FINISHED = [

@@ -134,6 +134,8 @@ def test_each_fact_of_a_released_model_is_checked(
 def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
     facts = claimed_facts(released("llama-2-7b"), CONFIG) | {"vocab_size": 32003, "max_seq_len": 4096}
     check_model_type(ModelConfig(**facts, n_added_tokens=3), "llama-2-7b", "ckpt")
+    with pytest.raises(UserError, match="vocab_size=32003"):
+        check_model_type(ModelConfig(**facts), "llama-2-7b", "ckpt")
 
 
 @pytest.mark.parametrize(
