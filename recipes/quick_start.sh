@@ -51,3 +51,4 @@ stage "evaluate the PPO solver" $run/ppo-test/results.json \
     sample --ckpt_dir $run/ppo/actor --label_file $toy/test.json --log_dir $run/ppo-test
 
 python recipes/toy_table.py --run_dir $run
+echo "next, a pretrained model on the real GSM8K: bash recipes/gsm8k.sh --train train.jsonl --test test.jsonl"
