@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from src.errors import UserError
 from src.text import blocks
 from src.text.blocks import Learnt, Marker, Piece
-from src.text.chat import Message
+from src.text.chat import MARK, Message
 from src.text.tokenizer import Tokenizer
 
 Truncation = Literal["error", "drop", "left", "right", "keep_end"]
@@ -222,16 +222,39 @@ def encode_steps(
     position of every step's end is known by construction. A step with the label None is not scored.
     """
     prompt = encode_prompt(tokenizer, instruction)
+    texts = [step + step_end for step in steps[:-1]] + [steps[-1]]
     if tokenizer.chat:
-        steps = [tokenizer.chat.behind_opening(steps[0]) or steps[0], *steps[1:]]
+        texts = _steps_in_template(tokenizer, instruction, texts, finished=finished)
     response: list[int] = []
     targets: list[float] = []
-    for number, (step, label) in enumerate(zip(steps, labels, strict=True)):
-        last = number == len(steps) - 1
-        pieces = tokenizer.encode(step if last else step + step_end, start=number == 0)
-        response += [*pieces, tokenizer.eos_id] if last and finished else pieces
+    for number, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if tokenizer.chat:
+            response += tokenizer.encode_rendered(text, start=number == 0)
+        else:
+            ends = finished and number == len(texts) - 1
+            response += tokenizer.encode(text, start=number == 0) + ([tokenizer.eos_id] if ends else [])
         targets += [math.nan] * (len(response) - len(targets) - 1) + [math.nan if label is None else label]
     return Encoded(prompt + response, len(prompt), tuple(targets))
+
+
+def _steps_in_template(
+    tokenizer: Tokenizer, instruction: str, texts: Sequence[str], *, finished: bool
+) -> list[str]:
+    """The steps of an answer as the chat template writes it: together they are the text of encode_response()."""
+    chat = tokenizer.chat
+    texts = [chat.behind_opening(texts[0]) or texts[0], *texts[1:]]
+    answer = _answer(tokenizer, instruction, "".join(texts), whole=finished).removesuffix(chat.behind)
+    # white space at the edges is the template's to keep or to drop
+    texts[0] = texts[0].lstrip() or texts[0]
+    texts[-1] = texts[-1].rstrip() or texts[-1]
+    answer, content = answer.replace(MARK, ""), "".join(texts)
+    before, found, after = answer.rpartition(content) if content else (answer, "", "")
+    if content and not found:  # changed in between: then the words as they were given
+        before = after = ""
+    texts = [chat.shield(text) for text in texts]
+    texts[0] = before + texts[0]
+    texts[-1] += after + (chat.behind if finished else "")
+    return texts
 
 
 def label_everywhere(encoded: Encoded, label: float) -> Encoded:

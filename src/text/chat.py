@@ -64,9 +64,9 @@ class Turn(NamedTuple):
 class ChatTemplate:
     """A jinja template with the names of the control tokens that it may write.
 
-    end_token ends an answer. opening: what the prompt for an answer has already begun of it, such as "<think>\n"; empty
-    for most. args: values of the template's own variables, such as {"enable_thinking": false}. system_prompt: the
-    system message of conversations that begin without one, empty for none.
+    end_token ends an answer, behind is what stands after one up to that. opening: what the prompt for an answer has
+    already begun of it, such as "<think>\n"; empty for most. args: values of the template's own variables, such as
+    {"enable_thinking": false}. system_prompt: the system message of conversations without one, empty for none.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ChatTemplate:
                 f"chat template {self.name} renders an answer as {text[-60:]!r} after {prompt[-60:]!r}; expected the "
                 f"prompt, the answer, and a control token that ends it"
             )
-        self.opening, self._behind, self.end_token = opened[0] if opened else "", rest[: end.end()], end[0]
+        self.opening, self.behind, self.end_token = opened[0] if opened else "", rest[: end.end()], end[0]
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text after which the model answers."""
@@ -162,7 +162,7 @@ class ChatTemplate:
                 )
             if not made or not self._keeps(made, given) or (self.opening and not whole):
                 before = "" if self.opening or _THINK in self._before else self._before
-                made = before + self._shield(given) + self._behind
+                made = before + self.shield(given) + self.behind
             anew = not prompt.startswith(done)
             turns.append(Turn(prompt if anew else prompt[len(done) :], made, anew))
             done = prompt + made
@@ -201,9 +201,9 @@ class ChatTemplate:
             )
         if MARK in content:
             raise UserError(f"message {number} holds U+{ord(MARK):X}, which is no character; remove it")
-        return {"role": role, "content": self._shield(content)}
+        return {"role": role, "content": self.shield(content)}
 
-    def _shield(self, content: str) -> str:
+    def shield(self, content: str) -> str:
         """Text with MARK inside whatever spells a control token, or could become one at an edge."""
         content = self._control.sub(lambda found: found[0][0] + MARK + found[0][1:], content)
         lengths = range(1, self._longest)

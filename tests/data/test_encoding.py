@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from src.data.encoding import Encoded, encode_conversation, encode_prompt, encode_response
+from src.data.encoding import Encoded, encode_conversation, encode_prompt, encode_response, encode_steps
 from src.errors import UserError
+from src.text.chat import BUILT_IN
 from src.text.tokenizer import Tokenizer
-from tests.text.files import write_merges
+from tests.text.files import WRITERS, write_merges
 from tests.tiny import write_tokenizer
 
 
@@ -43,6 +44,31 @@ def test_a_chat_template_is_all_that_stands_around_texts(tmp_path: Path) -> None
     (conversation,) = encode_conversation(tokenizer, messages)
     assert conversation.tokens == encoded.tokens
     assert conversation.answer_mask == [False] * len(prompt) + [True] * encoded.n_response
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_steps_stand_in_the_template_as_the_whole_answer_does(tmp_path: Path, kind: str) -> None:
+    WRITERS[kind](tmp_path)
+    n_templates = 0
+    for name in ("none", *BUILT_IN):
+        try:
+            tokenizer = Tokenizer(tmp_path, name)
+        except UserError as problem:
+            assert "which --chat_template" in str(problem) or "bos_token" in str(problem)  # of another vocabulary
+            continue
+        n_templates += 1
+        for answer in ("It is 2", " It is 2 ", "x <|im_end|> <", ""):
+            whole, single = encode_response(tokenizer, "1+1=", answer), encode_steps(tokenizer, "1+1=", [answer], [1.0])
+            assert single.tokens == whole.tokens and single.targets[-1] == 1.0, (name, answer)
+        steps = encode_steps(tokenizer, "1+1=", ["It", "is <", "2"], [0.0, 0.5, 1.0])
+        joined = encode_response(tokenizer, "1+1=", "It\n\nis <\n\n2")
+        assert tokenizer.decode(steps.tokens) == tokenizer.decode(joined.tokens), name
+        ends = [place for place, label in enumerate(steps.targets, steps.response_start) if label == label]
+        read = [tokenizer.decode(steps.tokens[steps.response_start : end + 1]).strip(" ") for end in ends]
+        assert read == ["It\n\n", "It\n\nis <\n\n", "It\n\nis <\n\n2"], name
+        cut = encode_steps(tokenizer, "1+1=", ["It", "is"], [0.0, 1.0], finished=False)
+        assert cut.tokens[-1] != tokenizer.eos_id and len(cut.targets) == cut.n_response
+    assert n_templates > 2
 
 
 def test_scdpo_19_a_partial_answer_in_a_chat_template_belongs_to_the_prompt(tmp_path: Path) -> None:
