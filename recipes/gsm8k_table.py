@@ -13,9 +13,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, the repository is not
 
 from recipes.easy_to_hard_table import choose, step_score  # noqa: E402
-from recipes.ppo_toy_table import gain, metrics  # noqa: E402
+from recipes.ppo_toy_table import gain, metrics, plot_curves  # noqa: E402
 from recipes.seeds_table import Floats, interval, resampled  # noqa: E402
-from src import plot, runlog  # noqa: E402
+from src import runlog  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.construct.solver import grader_of  # noqa: E402
 from src.data.examples import Sample, read_samples  # noqa: E402
@@ -107,7 +107,7 @@ def draw(run: Path, seeds: Sequence[int], path: Path) -> None:
             rows = [row for row in metrics(folder / name) if "graded_right" in row]
             while_learning[name.upper() + end] = [(row["step"], row["graded_right"]) for row in rows]
     panels = {"accuracy by samples of a problem": by_samples, "right in training by buffer": while_learning}
-    plot.plot_curves(panels, "", path)
+    plot_curves(panels, "", path)
 
 
 def main(run_dir: str, seeds: list[int]) -> None:
