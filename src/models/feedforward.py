@@ -86,4 +86,29 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] of any float dtype -> [..., D] in the norm's dtype."""
-        return F.rms_norm(x.float(), x.shape[-1:], self.scale(), self.eps).to(self.dtype)
+        x, scale = x.float(), self.scale()
+        if x.is_cpu and torch.is_grad_enabled():
+            return _LearningNorm.apply(x, scale, self.eps).to(self.dtype)
+        return F.rms_norm(x, x.shape[-1:], scale, self.eps).to(self.dtype)
+
+
+class _LearningNorm(torch.autograd.Function):
+    """rms_norm() with a fused gradient, which torch has on a GPU alone; on a CPU it takes a dozen passes over x."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        """x [..., D], scale [D] -> [..., D], all float32: the bits of F.rms_norm()."""
+        y, inverse = torch.ops.aten._fused_rms_norm(x, scale.shape, scale, eps)  # inverse [..., 1]: 1 / rms(x)
+        ctx.save_for_backward(x, scale, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """[..., D] -> [..., D], [D]: layer norm's gradient at a mean of 0, but for what that mean itself adds."""
+        x, scale, inverse = ctx.saved_tensors
+        mean, wanted = torch.zeros_like(inverse), [True, ctx.needs_input_grad[1], False]
+        of_x, of_scale, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, scale.shape, mean, inverse, scale, None, wanted
+        )
+        of_x.addcmul_(inverse, (grad @ scale)[..., None], value=1 / len(scale))
+        return of_x, of_scale, None

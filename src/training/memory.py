@@ -130,8 +130,7 @@ def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tu
     H, K = map(len, config.heads_on(n, 0))
     D, E, F = config.dim, config.head_dim, -(-config.ffn_dim // n) * max(1, config.n_active_experts)
     computed = 2 if how.half else FLOAT32  # bytes of what linears read and write
-    # A norm keeps its float32 input and, to learn its weight step by step on a CPU, the quotient
-    norm = FLOAT32 * D * (2 if how.lora is None and not how.on_gpu else 1)
+    norm = FLOAT32 * D  # its input
     norms = norm * (2 if config.post_norms else 1)
     attention = norms + computed * (D + 2 * (H + K) * E)  # the norm's output, queries, keys, values, output
     attention += norm * (H + K) * E // D if config.qk_norm else 0
