@@ -31,9 +31,9 @@ from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
 from src.evaluation.evaluator import (
     BackgroundGrader,
+    LocalSolver,
     claim_samples,
     grade_samples,
-    local_sampler,
     refuse_sampled,
     sample_prompts,
 )
@@ -139,7 +139,7 @@ def main(config: SolverEvaluateConfig) -> None:
         if not config.samples_file:
             parallel.start(seed=config.seed)
             if served:
-                source, sampler = served.source, served.sampler(sampling)
+                sampled_from, sampler = served, served.sampler(sampling)
             else:
                 model = load.load_solver(config.ckpt_dir, **solver)
                 tokenizer = load.load_tokenizer(config.ckpt_dir, config)
@@ -150,11 +150,11 @@ def main(config: SolverEvaluateConfig) -> None:
                           "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
                 coding = Coding(tokenizer, config.max_rounds, config.isolation or None) if tokenizer.code else None
                 source |= {"max_rounds": config.max_rounds} if coding else {}
-                sampler = local_sampler(model, tokenizer, prompting, sampling, config.max_batch_size,
-                                        compiled=config.compile, coding=coding)
+                sampled_from = LocalSolver(model, tokenizer, prompting, config.max_batch_size, coding, source)
+                sampler = sampled_from.sampler(sampling, compiled=config.compile)
             sampled_by = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "quantize", "seed")
             identity = {name: getattr(config, name) for name in sampled_by}
-            claim_samples(path, source | identity | prompting.facts())
+            claim_samples(path, {**sampled_from.source, **identity, **prompting.facts()})
             speed = sample_prompts(sampler, prompts, num_samples=config.num_samples, path=path,
                                    log=RunLog(config.log_dir, config.flags()), grading=grading)
         if grading:

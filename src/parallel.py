@@ -13,7 +13,7 @@ import random
 import resource
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -351,11 +351,11 @@ def broadcast_from_first(x: Tensor) -> Tensor:
     return x
 
 
-def broadcast_text(text: str | None) -> str | None:
-    """The first rank's text on every rank."""
-    texts = [text]
-    dist.broadcast_object_list(texts)
-    return texts[0]
+def from_first_rank(compute: Callable[[], Item]) -> Item:
+    """What the first rank computes, on every rank: the others do not call it. It must be picklable."""
+    found = [compute() if rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def gather_vocab(local_logits: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def plot_results(results: dict[str, object], curves: Mapping[str, str], path: Pa
         for kind in ("level", "subject")
         if results[f"by_{kind}"]
     ]
-    panels = panels or [_whole]
+    panels = panels or [lambda axes, results: _bars(axes, ["accuracy"], [results])]
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     axes_row = figure.subplots(1, len(panels), squeeze=False)[0]
     for draw, axes in zip(panels, axes_row, strict=True):
@@ -123,11 +123,6 @@ def _by_group(axes: Axes, results: dict[str, object], kind: str) -> None:
     axes.set_xlabel(f"{kind} (number of problems below)")
     if kind == "subject":
         axes.tick_params(axis="x", labelsize=6, rotation=30)
-
-
-def _whole(axes: Axes, results: dict[str, object]) -> None:
-    """The accuracy alone."""
-    _bars(axes, ["accuracy"], [results])
 
 
 def _bars(axes: Axes, names: list[str], entries: list[dict[str, object]]) -> None:

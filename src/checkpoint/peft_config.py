@@ -77,7 +77,7 @@ class PeftConfig(NamedTuple):
         """
         rank, alpha = (
             next(
-                (value for key, value in self._pattern(name).items() if _matches(key, module)),
+                (value for key, value in (self.values.get(name) or {}).items() if _matches(key, module)),
                 self.values[default],
             )
             for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
@@ -90,9 +90,6 @@ class PeftConfig(NamedTuple):
         return (wanted == "all-linear" or _names(wanted, module)) and not (
             left_out and _names(left_out, module)
         )
-
-    def _pattern(self, name: str) -> dict[str, int | float]:
-        return self.values.get(name) or {}
 
 
 def _matches(pattern: str, module: str) -> bool:

@@ -4,7 +4,6 @@ A solution's blocks lie in its tokens, prompt included, so nothing is remembered
 code blocks before it, whether they were sampled or given with the beginning of an answer.
 """
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -81,17 +80,16 @@ class Coding(NamedTuple):
     def _on_pause(self, rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
         """What the engine appends after each pause."""
         ran = self._run([self.blocks(request.prompt, tokens) for request, tokens in rows])
-        return [
-            reason or ([] if output is None else self._ids(_execution(output))) for output, reason in ran
-        ]
+        appended: list[list[int] | str] = []
+        for output, reason in ran:
+            pieces = [] if output is None else self.tokenizer.encode_pieces(_execution(output))
+            appended.append(reason or [index for piece in pieces for index in piece])
+        return appended
 
     def _run(self, solutions: list[list[Block]]) -> list[tuple[str | None, str]]:
-        """Rank 0 runs the code at the end of all solutions side by side; every rank hears what came of it."""
-        text = None
-        if parallel.rank() == 0:
-            with ThreadPoolExecutor(THREADS) as pool:
-                text = json.dumps(list(pool.map(self._next, solutions)))
-        return json.loads(parallel.broadcast_text(text))
+        """What the code at the end of all solutions gives, run side by side on the first rank, on every rank."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            return parallel.from_first_rank(lambda: list(pool.map(self._next, solutions)))
 
     def _next(self, solution: Sequence[Block]) -> tuple[str | None, str]:
         """What the last block of a solution printed, None where it is no code, and why the solution ends, or ""."""
@@ -105,9 +103,6 @@ class Coding(NamedTuple):
         except SandboxError as problem:
             return None, f"{INFRASTRUCTURE}: {problem}"
         return (execution.output, "") if execution.status in SHOWN else (None, f"exec_{execution.status}")
-
-    def _ids(self, parts: Sequence[Piece]) -> list[int]:
-        return [index for part in self.tokenizer.encode_pieces(parts) for index in part]
 
     def blocks(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[Block]:
         """The ended blocks of the answer that a prompt may begin and these tokens go on with."""

@@ -26,7 +26,9 @@ def check(values: Mapping[str, object]) -> None:
     paths = list(_paths(values))
     for name, target in paths:
         if name in WRITTEN:
-            _check_kind(name, target)
+            if name.endswith("_file") and target.exists() and not target.is_file():  # a file would take its place
+                raise UserError(
+                    f"--{name} {target} is a directory, a device or a pipe; expected the name of a file to write")
             for other, source in paths:
                 if (other, source) != (name, target):
                     _check_apart(name, target, other, source)
@@ -51,12 +53,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a text too long for a name
         return False
-
-
-def _check_kind(name: str, target: Path) -> None:
-    """Raise UserError for a directory, a device or a pipe where a file is to be written, and would take its place."""
-    if name.endswith("_file") and target.exists() and not target.is_file():
-        raise UserError(f"--{name} {target} is a directory, a device or a pipe; expected the name of a file to write")
 
 
 def _check_apart(name: str, target: Path, other: str, source: Path) -> None:

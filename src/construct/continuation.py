@@ -1,6 +1,5 @@
 """Solutions continued from a prefix: rollouts that label a step, and branches that go wrong after it."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,37 +8,14 @@ from src import parallel
 from src.code_solutions.tool_hook import MALFORMED, Coding
 from src.data.encoding import STEP_END, encode_prompt, split_steps
 from src.data.examples import Prompt, Sample
-from src.evaluation.evaluator import Sampler, SampleRequest, SamplerOutput, local_sampler
-from src.evaluation.prompting import Prompting
+from src.evaluation.evaluator import LocalSolver, Sampler, SampleRequest, SamplerOutput
 from src.evaluation.served import ServedSolver, until
 from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.inference.server_client import RemoteRequest
-from src.models.decoder import Decoder
 from src.text.blocks import ANY_MARKER, Marker
-from src.text.tokenizer import Tokenizer
 
 EOS, LENGTH, CONTEXT_FULL, TOO_MANY_STEPS = "eos", "length", "context full", "too many steps"
-
-
-class Solver(NamedTuple):
-    """What continues solutions in this process; a ServedSolver does at a server.
-
-    source: what its samples depend on besides the sampling.
-    """
-
-    model: Decoder
-    tokenizer: Tokenizer
-    prompting: Prompting
-    max_batch_size: int
-    coding: Coding | None = None  # of a model that writes solutions with code
-    source: Mapping[str, object] = {}
-
-    def sampler(self, sampling: Sampling) -> Sampler:
-        """Make a sampler of whole solutions."""
-        return local_sampler(
-            self.model, self.tokenizer, self.prompting, sampling, self.max_batch_size, coding=self.coding
-        )
 
 
 class Truncated(NamedTuple):
@@ -105,7 +81,7 @@ class Continuation(NamedTuple):
 
 
 def generate_continuations(
-    solver: Solver | ServedSolver, requests: Sequence[ContinuationRequest], sampling: Sampling
+    solver: LocalSolver | ServedSolver, requests: Sequence[ContinuationRequest], sampling: Sampling
 ) -> Iterator[Continuation]:
     """Continue every prefix, yielding each as it finishes; samples of one prefix share its prefill.
 
@@ -158,7 +134,7 @@ def _generate_at_server(
         yield Continuation(request, text, reply.token_count, reply.logprob, end)
 
 
-def rollout_sampler(solver: Solver | ServedSolver, prefixes: Mapping[str, str], sampling: Sampling) -> Sampler:
+def rollout_sampler(solver: LocalSolver | ServedSolver, prefixes: Mapping[str, str], sampling: Sampling) -> Sampler:
     """Make a sampler of whole solutions that begin with the prefix of their id."""
 
     def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
@@ -202,7 +178,7 @@ class StepSampling(NamedTuple):
 
 
 def branching_sampler(
-    solver: Solver | ServedSolver,
+    solver: LocalSolver | ServedSolver,
     prefixes: Mapping[str, str],
     sampling: StepSampling,
     grade: Callable[[str, str], str],
@@ -226,7 +202,7 @@ def branching_sampler(
                         for prompt, _ in open_prompts.values() for attempt in batch]  # fmt: skip
             continuations = generate_stepwise(solver, requests, sampling)
             labels = {name: prompt.label or "" for name, (prompt, _) in open_prompts.items()}
-            outcomes = on_rank_0(
+            outcomes = parallel.from_first_rank(
                 lambda continuations=continuations, labels=labels: {
                     f"{one.id}/{one.sample}": grade(one.prefix + found.text, labels[one.id])
                     for one, found in continuations.items()
@@ -259,7 +235,7 @@ def doubling_ranges(n: int) -> Iterator[range]:
 
 
 def generate_stepwise(
-    solver: Solver | ServedSolver, requests: Sequence[ContinuationRequest], sampling: StepSampling
+    solver: LocalSolver | ServedSolver, requests: Sequence[ContinuationRequest], sampling: StepSampling
 ) -> dict[ContinuationRequest, Continuation]:
     """Continue every prefix a step at a time, all in lockstep, each step at its own temperature.
 
@@ -311,10 +287,6 @@ def _sum(one: float | None, other: float | None) -> float | None:
 def replayable(jobs: Sequence[Truncated], coding: Coding) -> list[Truncated]:
     """Keep those of solutions whose code prints again what the solution shows; all ranks call this."""
     responses = {job.sample.id: job.sample.response for job in jobs}
-    replays = on_rank_0(lambda: {name: str(coding.replays(text)) for name, text in responses.items()})
-    return [job for job in jobs if replays[job.sample.id] == str(True)]
-
-
-def on_rank_0(compute: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Compute on rank 0 and broadcast: a timeout on one rank alone would let the ranks take different paths."""
-    return json.loads(parallel.broadcast_text(json.dumps(compute()) if parallel.rank() == 0 else None))
+    # by one rank: a timeout on one alone would let the ranks take different paths
+    replays = parallel.from_first_rank(lambda: {name: coding.replays(text) for name, text in responses.items()})
+    return [job for job in jobs if replays[job.sample.id]]

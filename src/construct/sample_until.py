@@ -7,7 +7,6 @@ from pathlib import Path
 
 from src import jsonfile, parallel, runlog
 from src.command.config import CodeFlags, Count, NonNegative, Seed, flag
-from src.construct.continuation import on_rank_0
 from src.construct.samples import BuildConfig, log_counts
 from src.construct.solver import SolverFlags, check_solver, open_solver, sample_and_grade
 from src.data.examples import Prompt, Sample, read_prompts, read_samples
@@ -96,7 +95,7 @@ def sample_until(
                 yield output
                 if not output.error:
                     responses[output.id] = output.response if output.finish == "stop" else ""
-            outcomes = on_rank_0(
+            outcomes = parallel.from_first_rank(
                 lambda texts=responses: {name: grade(problems[name], text) for name, text in texts.items()}
             )
             for name, outcome in outcomes.items():

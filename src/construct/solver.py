@@ -9,13 +9,13 @@ from src import load, parallel
 from src.checkpoint import storage
 from src.code_solutions.tool_hook import Coding
 from src.command.config import AskedFlags, Config, Count, flag
-from src.construct.continuation import Solver
 from src.construct.provenance import read_provenance
 from src.data.encoding import StepKind
 from src.data.examples import Prompt, Sample, read_samples
 from src.errors import UserError
 from src.evaluation.evaluator import (
     BackgroundGrader,
+    LocalSolver,
     Sampler,
     claim_samples,
     grade_samples,
@@ -67,7 +67,7 @@ def check_solver(config: SolverFlags, *, from_prefix: bool = False) -> None:
 
 def open_solver(
     config: SolverFlags, prompting: Prompting, *, seed: int, max_rounds: int = 24, isolation: str = ""
-) -> Solver | ServedSolver:
+) -> LocalSolver | ServedSolver:
     """Open what the flags name: a server, or the model of a checkpoint on this rank, with what runs its code."""
     parallel.start(seed)
     if config.backend == "openai":
@@ -80,7 +80,7 @@ def open_solver(
               "template_args": tokenizer.template_args or None, "system_prompt": tokenizer.system_prompt or None,
               "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
     coding = Coding(tokenizer, max_rounds, isolation or None) if tokenizer.code else None
-    return Solver(model, tokenizer, prompting, config.max_batch_size, coding, source)
+    return LocalSolver(model, tokenizer, prompting, config.max_batch_size, coding, source)
 
 
 def open_task(config: ContinuationFlags, samples: Sequence[Sample]) -> tuple[Prompting, Task]:
@@ -118,7 +118,7 @@ def _check_outcomes(samples: Sequence[Sample], task: Task, samples_file: str) ->
 
 
 def sample_and_grade(
-    solver: Solver | ServedSolver,
+    solver: LocalSolver | ServedSolver,
     sampler: Sampler,
     prompts: Sequence[Prompt],
     n: int,

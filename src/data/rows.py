@@ -100,7 +100,8 @@ class Row(NamedTuple):
         value = self.get(key)
         if value is None:
             found = ", ".join(key for key in self.values if self.get(key) is not None) or "no keys"
-            raise UserError(f"{self.where}: key {key!r} is missing; found {found}{self._advice()}")
+            advice = f"; {self.schema.source}" if self.schema.source else ""
+            raise UserError(f"{self.where}: key {key!r} is missing; found {found}{advice}")
         if not isinstance(value, str):
             raise UserError(f"{self.where}: {key!r} is a {type(value).__name__}; expected a string")
         return value
@@ -136,9 +137,6 @@ class Row(NamedTuple):
             value = self.get(key)
             if value is not None and value not in ("", [], {}) and value != _WITHOUT_EFFECT.get(key):
                 raise UserError(f"{self.where}: {key!r} is {repr(value)[:60]}, which would be lost; {advice}")
-
-    def _advice(self) -> str:
-        return f"; {self.schema.source}" if self.schema.source else ""
 
 
 def read_rows(path: str, schema: Schema = ANY) -> list[Row]:

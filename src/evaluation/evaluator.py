@@ -4,11 +4,10 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from src import parallel
@@ -48,52 +47,42 @@ class SamplerOutput(NamedTuple):
 Sampler = Callable[[Sequence[SampleRequest]], Iterator[SamplerOutput]]
 
 
-def local_sampler(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    prompting: Prompting,
-    sampling: Sampling,
-    max_batch_size: int,
-    *,
-    compiled: bool = False,
-    coding: Coding | None = None,
-) -> Sampler:
-    """Samples from a model in this process; all ranks call it and get the same ones in the same order.
+class LocalSolver(NamedTuple):
+    """A solver in this process; a ServedSolver is one at a server.
 
-    coding: how the code of solutions is run; None leaves it as text.
+    coding: how the code of solutions is run; None leaves it as text. source: what samples depend on besides the
+    sampling.
     """
-    sampling = coding.sampling(sampling) if coding else sampling
-    tool_hook = coding.tool_hook() if coding else None
 
-    def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
-        """Yield samples as they finish."""
-        requests = [
-            Request(prompt.id, number, encode_prompt(tokenizer, prompting.text(prompt.instruction)))
-            for prompt, number in wanted
-        ]
-        for completion in generate(
-            model,
-            requests,
-            sampling,
-            vocabulary=vocabulary_of(tokenizer),
-            max_batch_size=max_batch_size,
-            compiled=compiled,
-            tool_hook=tool_hook,
-        ):
-            request, tokens = completion.request, completion.tokens
-            finish = coding.end(completion, model.config.max_seq_len) if coding else completion.finish
-            # a tenth of a nat: further digits depend on what else was in the batch, and a rerun would change the file
-            yield SamplerOutput(
-                request.id,
-                request.sample,
-                completion.text,
-                len(tokens),
-                finish,
-                round(sum(completion.logprobs), 1),
-                finish if finish.startswith(INFRASTRUCTURE) else "",
-            )
+    model: Decoder
+    tokenizer: Tokenizer
+    prompting: Prompting
+    max_batch_size: int
+    coding: Coding | None = None
+    source: Mapping[str, object] = {}
 
-    return sample
+    def sampler(self, sampling: Sampling, *, compiled: bool = False) -> Sampler:
+        """Whole solutions, as sample_prompts() takes them; all ranks get the same ones in the same order."""
+        coding, config = self.coding, self.model.config
+        sampling = coding.sampling(sampling) if coding else sampling
+        tool_hook = coding.tool_hook() if coding else None
+
+        def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
+            """Yield samples as they finish."""
+            requests = [
+                Request(prompt.id, number, encode_prompt(self.tokenizer, self.prompting.text(prompt.instruction)))
+                for prompt, number in wanted
+            ]
+            for done in generate(self.model, requests, sampling, vocabulary=vocabulary_of(self.tokenizer),
+                                 max_batch_size=self.max_batch_size, compiled=compiled, tool_hook=tool_hook):
+                finish = coding.end(done, config.max_seq_len) if coding else done.finish
+                error = finish if finish.startswith(INFRASTRUCTURE) else ""
+                # a tenth of a nat: further digits depend on the rest of the batch, and a rerun would change the file
+                logprob = round(sum(done.logprobs), 1)
+                yield SamplerOutput(
+                    done.request.id, done.request.sample, done.text, len(done.tokens), finish, logprob, error)
+
+        return sample
 
 
 class BackgroundGrader:
@@ -118,11 +107,9 @@ class BackgroundGrader:
     def __enter__(self) -> "BackgroundGrader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._threads.shutdown(cancel_futures=True)
-        self.grader.__exit__(kind, error, traceback)
+        self.grader.__exit__(*error)
 
     def submit(self, name: str, number: int, response: str) -> None:
         """Take a sample; returns at once."""

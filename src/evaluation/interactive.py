@@ -31,7 +31,7 @@ class Solver(NamedTuple):
 def converse(solver: Solver) -> None:
     r"""Answer problems until the input ends; in a problem \n is a new line. All ranks call this, rank 0 reads."""
     for number in count():
-        typed = parallel.broadcast_text(runlog.ask("problem> ") if parallel.rank() == 0 else None)
+        typed = parallel.from_first_rank(lambda: runlog.ask("problem> "))
         if typed is None:
             return
         instruction = typed.replace("\\n", "\n").strip()

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from src import parallel
+from src.checkpoint import adapters
 from src.checkpoint.shards import cut_of, expected_shapes, layer_of
 from src.models.config import ModelConfig
 from src.models.forward import CHUNK_BYTES
@@ -71,13 +72,8 @@ def _local_size(name: str, shape: Sequence[int], config: ModelConfig, n: int) ->
 def local_lora_parameters(config: ModelConfig, lora: LoraConfig, n: int) -> int:
     """Trainable parameters of one rank under LoRA: adapters, and the value head where there is one."""
     check_targets(lora, config)
-    total = config.dim if config.value_head else 0
-    for name, (rows, *columns) in expected_shapes(config).items():
-        stem = name.removesuffix(".weight")
-        if stem.split(".")[-1] in lora.targets:
-            for factor, shape in (("lora_a", (lora.rank, *columns)), ("lora_b", (rows, lora.rank))):
-                total += _local_size(f"{stem}.{factor}.weight", shape, config, n)
-    return total
+    shapes = adapters.expected_shapes(config, lora)
+    return sum(_local_size(name, shape, config, n) for name, shape in shapes.items())
 
 
 def local_trainable_parameters(config: ModelConfig, lora: LoraConfig | None, n: int) -> int:
@@ -90,6 +86,8 @@ def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -
     sizes, ranks = local_sizes(config, n), how.data_parallel
     trainable = local_trainable_parameters(config, how.lora, n)
     frozen = sum(sizes.values()) if how.lora else 0
+    # What LoRA does not train is held in the type it is computed in; FSDP2 gathers all weights in the same type
+    per_frozen = bytes_per_weight(how.quantize or "bfloat16" * (how.half and how.lora is not None))
     # FSDP sums gradients and shares them out in the last backward pass of a step
     gradients = FLOAT32 * trainable // (1 if how.accumulates else ranks)
     kept, last_block = activations(config, n, n_tokens, how)
@@ -100,7 +98,7 @@ def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -
         else:
             gradients = 0
     parts = {
-        "weights": int(_bytes_per_frozen(how) * frozen + FLOAT32 * trainable) // ranks,
+        "weights": int(per_frozen * frozen + FLOAT32 * trainable) // ranks,
         "optimizer": int(MOMENT_BYTES[how.optimizer] * trainable) // ranks,
         "gradients": gradients,
         "activations": kept + last_block,
@@ -111,11 +109,6 @@ def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -
     if how.half and not how.lora and ranks == 1:  # each weight is rounded in a forward pass, and kept for the backward
         parts["rounded weights"] = 2 * _linear_parameters(config, n)
     return parts
-
-
-def _bytes_per_frozen(how: Training) -> float:
-    """What a weight takes that LoRA does not train; FSDP2 gathers all weights in the same type."""
-    return bytes_per_weight(how.quantize or "bfloat16" * (how.half and how.lora is not None))
 
 
 def _linear_parameters(config: ModelConfig, n: int) -> int:

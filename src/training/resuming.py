@@ -36,10 +36,9 @@ def run_fingerprint(
     form = tokenizer.chat_facts() | {"template_args": str(tokenizer.template_args or "")}
     known = {"trainer": trainer, **flags, **form, **derived}
     compared = {name: value for name, value in known.items() if name not in FREE_ON_RESUME}
-    text = None
-    if parallel.rank() == 0:  # one reader of large files
-        text = json.dumps({name: _with_contents(name, value) for name, value in compared.items()})
-    return json.loads(parallel.broadcast_text(text))
+    # one reader of large files; through json, as what it is compared with was
+    return parallel.from_first_rank(
+        lambda: json.loads(json.dumps({name: _with_contents(name, value) for name, value in compared.items()})))
 
 
 def _with_contents(name: str, value: object) -> object:

@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from src.errors import UserError
 from src.processes.worker import Answer, Reply, Worker, serve
@@ -34,9 +33,7 @@ class UserReward:
     def __enter__(self) -> "UserReward":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._worker.close()
 
     def score(

@@ -9,7 +9,6 @@ from src import load, parallel
 from src.code_solutions.tool_hook import Coding
 from src.construct.continuation import (
     ContinuationRequest,
-    Solver,
     StepSampling,
     TemperatureSchedule,
     doubling_ranges,
@@ -30,6 +29,7 @@ from src.construct.steps import (
 from src.data.encoding import encode_prompt
 from src.data.examples import Sample, read_pairs, read_samples, read_step_labels
 from src.errors import UserError
+from src.evaluation.evaluator import LocalSolver
 from src.evaluation.prompting import make_prompting
 from src.grading.tasks import find_task
 from src.inference.sampling import Sampling
@@ -58,9 +58,9 @@ def log_dir(folder: Path, samples: list[Sample], rules: dict[str, str] = RULES) 
 
 
 @pytest.fixture
-def solver(folders: Folders) -> Solver:
+def solver(folders: Folders) -> LocalSolver:
     tokenizer = load.load_tokenizer(folders.one)
-    return Solver(load.load_solver(folders.one), tokenizer, make_prompting(find_task("toy")), 8)
+    return LocalSolver(load.load_solver(folders.one), tokenizer, make_prompting(find_task("toy")), 8)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_beginning_is_right_when_a_longer_one_or_a_solution_behind_it_is() -> 
     assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [None, 0.0]]
 
 
-def test_continuing_greedily_gives_what_was_cut_off(solver: Solver) -> None:
+def test_continuing_greedily_gives_what_was_cut_off(solver: LocalSolver) -> None:
     greedy = Sampling(temperature=0.0, max_new_tokens=12)
     (whole,) = generate_continuations(solver, [ContinuationRequest("x", 0, "1+1=", "12\n\n")], greedy)
     ids = encode_prompt(solver.tokenizer, "1+1=", "12\n\n")
@@ -129,7 +129,7 @@ def test_continuing_greedily_gives_what_was_cut_off(solver: Solver) -> None:
     assert (full.end, full.text) == ("context full", "")
 
 
-def test_steps_do_not_depend_on_what_else_is_asked(solver: Solver) -> None:
+def test_steps_do_not_depend_on_what_else_is_asked(solver: LocalSolver) -> None:
     asked = [ContinuationRequest(str(n), n % 2, f"{n}+1=", "1\n\n" * (n % 3)) for n in range(5)]
     sampling = StepSampling(TemperatureSchedule(1.0, 0.1, 1.2), max_steps=3, max_new_tokens=8, seed=7)
     together = generate_stepwise(solver, asked, sampling)

@@ -307,13 +307,8 @@ def test_sampling_without_grading(run: Run, label_file: str, tmp_path: Path) -> 
 def test_greedy_is_temperature_0(run: Run, prompts: list[Prompt], tmp_path: Path) -> None:
     model, tokenizer = load.load_solver(run.ckpt_dir), load.load_tokenizer(run.ckpt_dir)
     path = tmp_path / "samples.jsonl"
-    sampler = evaluator.local_sampler(
-        model,
-        tokenizer,
-        make_prompting(find_task("toy")),
-        Sampling(temperature=0.0, max_new_tokens=5),
-        max_batch_size=2,
-    )
+    solver = evaluator.LocalSolver(model, tokenizer, make_prompting(find_task("toy")), max_batch_size=2)
+    sampler = solver.sampler(Sampling(temperature=0.0, max_new_tokens=5))
     evaluator.sample_prompts(sampler, prompts, num_samples=1, path=path, log=RunLog(str(tmp_path), {}))
     for line, prompt in zip(path.read_text().splitlines(), prompts, strict=True):
         tokens = [1, *tokenizer.encode(prompt.instruction)]
