@@ -18,8 +18,9 @@ from src.data.encoding import masked_text
 from src.data.sampler import Dataset
 from src.models.decoder import Decoder
 from src.runlog import RunLog
-from src.training.preference import Preference, evaluate, n_pairs, open_preferences, report, with_reference
+from src.training.preference import Preference, evaluate, open_preferences, report, with_reference
 from src.training.reference import reference_identity, reference_logprobs
+from src.training.reward_model import n_pairs
 from src.training.run import Run
 from src.training.sft import n_supervised
 

@@ -90,7 +90,7 @@ def prepare(case: Case, place: Path) -> None:
         saving.record(verifier, objective="outcome", score="last")
         lora = load.lora_config(LoraFlags(lora_rank=16)) if "lora_rank" in case.flags else None
         load.put_lora_on(verifier, lora, seed=1)
-        saving.save_model(verifier, str(place / "verifier"), str(place / "ours"), lora=lora)
+        saving.begin_save(verifier, str(place / "verifier"), str(place / "ours"), lora=lora).complete()
         rows = [{"instruction": row["instruction"], "label": "3"} for row in rows[:8]]
     (place / "rows.json").write_text(json.dumps(rows))
 

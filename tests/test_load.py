@@ -117,7 +117,7 @@ def save_verifier_adapter(base: str, folder: str) -> dict[str, object]:
     for name, parameter in verifier.named_parameters():
         if parameter.requires_grad and "lora_b" in name or name == "v_head.weight":
             torch.nn.init.constant_(parameter, 0.1)
-    saving.save_model(verifier, folder, base, lora=lora)
+    saving.begin_save(verifier, folder, base, lora=lora).complete()
     return {}
 
 

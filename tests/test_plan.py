@@ -242,7 +242,7 @@ def flags(folders: Folders, tmp_path: Path) -> dict[str, object]:
     deep = Decoder(dataclasses.replace(config, n_layers=config.n_layers + 2, objective="process"))
     for parameter in deep.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    saving.save_model(deep, str(tmp_path / "deep"), folders.verifier)
+    saving.begin_save(deep, str(tmp_path / "deep"), folders.verifier).complete()
     rows = ", ".join(f'{{"instruction": "{n}+1=", "label": "{n + 1}"}}' for n in range(4))
     (tmp_path / "rows.json").write_text(f"[{rows}]")
     return {

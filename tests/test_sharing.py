@@ -32,7 +32,7 @@ def save_adapter(model: Decoder, base: str, folder: Path, seed: int) -> str:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(0, 0.05, generator=generator)
-    saving.save_model(model, str(folder), base, lora=LORA)
+    saving.begin_save(model, str(folder), base, lora=LORA).complete()
     return str(folder)
 
 

@@ -65,7 +65,7 @@ def make_verifier(ckpt_dir: str, folder: Path, *, mean: float = 0.0, std: float 
     with torch.no_grad():
         verifier.v_head.weight.normal_(generator=torch.Generator().manual_seed(5))
     saving.record(verifier, score_mean=mean, score_std=std, objective=objective)
-    saving.save_model(verifier, str(folder), ckpt_dir)
+    saving.begin_save(verifier, str(folder), ckpt_dir).complete()
     return str(folder)
 
 

@@ -180,7 +180,7 @@ def lora(folder: str, save_dir: str, tokens: list[list[int]], mask: list[list[bo
     )
     results["trained_adapters"] = adapter_tensors(model)
     results["trained"] = all_logits(model, batch.tokens)
-    saving.save_model(model, save_dir, folder, lora=config)
+    saving.begin_save(model, save_dir, folder, lora=config).complete()
     results["loaded"] = all_logits(load.load_solver(save_dir), batch.tokens)
     if parallel.rank() == 0:
         source = open_source(save_dir)
@@ -213,7 +213,7 @@ def verifier_scores(folder: str, save_dir: str, tokens: Tensor) -> dict[str, Ten
     load.put_lora_on(verifier, config, seed=5)
     fill_lora_b(verifier)
     nn.init.normal_(verifier.v_head.weight, generator=torch.Generator().manual_seed(4))
-    saving.save_model(verifier, save_dir, folder, lora=config)
+    saving.begin_save(verifier, save_dir, folder, lora=config).complete()
     with torch.no_grad():
         return {
             name: model.scores(model(tokens))
@@ -359,7 +359,7 @@ def quantised_lora(
             load.put_lora_on(model, config, seed=5)
             fill_lora_b(model)
         model = models[precision]
-        saving.save_model(model, f"{save_dir}/{precision}", folder, lora=config)
+        saving.begin_save(model, f"{save_dir}/{precision}", folder, lora=config).complete()
         found[precision] = {
             "kept": kept_shapes(model, batch),
             "bytes": weight_bytes(model),

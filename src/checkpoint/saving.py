@@ -78,20 +78,6 @@ class Save:
         parallel.barrier()
 
 
-def save_model(
-    model: Decoder,
-    save_dir: str,
-    ckpt_dir: str,
-    dtype: str = "",
-    lora: LoraConfig | None = None,
-) -> None:
-    """Write a trained model as a checkpoint directory, each rank its own shard; all ranks call this.
-
-    The arguments are begin_save()'s.
-    """
-    begin_save(model, save_dir, ckpt_dir, dtype, lora).complete()
-
-
 def begin_save(
     model: Decoder,
     save_dir: str,

@@ -67,11 +67,6 @@ def collate(pairs: Sequence[Sample], packing: bool, reference: Reference | None 
     return batch._replace(reference=torch.tensor(logprobs))
 
 
-def n_pairs(batches: Sequence[Batch]) -> int:
-    """Count pairs in this rank's micro-batches of one step. Unsupervised ones do not count."""
-    return sum(int((batch.response_counts() > 0).sum()) for batch in batches) // 2
-
-
 @dataclass(frozen=True, kw_only=True)
 class Preference:
     """What the loss of a pair is."""

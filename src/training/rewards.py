@@ -16,7 +16,7 @@ from torch import Tensor
 from src import losses, parallel, runlog
 from src.data.batch import Batch, make_batch
 from src.data.encoding import STEP_ENDS, Encoded, StepKind, encode_steps, split_steps
-from src.data.examples import Prompt
+from src.data.examples import OUTCOMES, Prompt
 from src.data.sampler import chunks
 from src.errors import UserError
 from src.grading.grader import Grader
@@ -28,7 +28,6 @@ from src.training.ppo_config import RewardFlags
 from src.training.rollout import Rollout, shard_for_rank, trim_padding
 from src.training.user_reward import UserReward
 
-OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")  # of the grader
 Counts = Mapping[str, tuple[int, int]]  # by metric: how many, of how many
 
 

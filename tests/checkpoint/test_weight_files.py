@@ -203,7 +203,7 @@ def test_an_adapter_that_leaves_experts_alone_opens(tmp_path: Path) -> None:
     model = load.load_solver(str(ours))
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq",))
     load.put_lora_on(model, lora, 0)
-    saving.save_model(model, str(tmp_path / "adapter"), str(ours), lora=lora)
+    saving.begin_save(model, str(tmp_path / "adapter"), str(ours), lora=lora).complete()
     assert read_config(tmp_path / "adapter") == read_config(ours)
     params = json.loads((tmp_path / "adapter" / "params.json").read_text())
     write_json(tmp_path / "adapter" / "params.json", params | {"n_layers": 10**9})

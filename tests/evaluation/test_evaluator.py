@@ -238,7 +238,7 @@ def test_samples_of_another_checkpoint_or_of_unknown_origin_are_refused(
     model = load.load_solver(run.ckpt_dir)
     with torch.no_grad():
         model.norm.weight += 1
-    saving.save_model(model, str(tmp_path / "changed"), run.ckpt_dir)
+    saving.begin_save(model, str(tmp_path / "changed"), run.ckpt_dir).complete()
     with pytest.raises(UserError, match="holds samples with checkpoint="):
         evaluate(run, label_file, tmp_path / "log", ckpt_dir=str(tmp_path / "changed"))
     # graded samples of somebody else do not take the place of ours, nor ours of theirs

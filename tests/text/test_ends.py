@@ -47,7 +47,7 @@ def trained(folder: str, save_dir: Path, chat_template: str, lora: LoraConfig | 
     load.put_lora_on(model, lora, 0)
     tokenizer = load.load_tokenizer(folder, TokenizerFlags(chat_template=chat_template))
     saving.record(model, **tokenizer.chat_facts())
-    saving.save_model(model, str(save_dir), folder, lora=lora)
+    saving.begin_save(model, str(save_dir), folder, lora=lora).complete()
     return str(save_dir)
 
 

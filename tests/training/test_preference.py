@@ -114,7 +114,7 @@ def test_losses_equal_a_plain_computation_with_transformers(
 ) -> None:
     data, preference = make_data(PAIRS, tokenizer), Preference(**{"beta": 0.1} | kind)
     policy, frozen = perturbed(load.load_solver(folders.one)), load.load_solver(folders.one)
-    saving.save_model(policy, str(tmp_path / "policy"), folders.one)
+    saving.begin_save(policy, str(tmp_path / "policy"), folders.one).complete()
     checkpoint_to_hf(tmp_path / "policy", tmp_path / "hf")
     sums, counts = plain_sums(hf_model(tmp_path / "hf"), data)
     expected_frozen, _ = plain_sums(hf_model(folders.hf), data)
@@ -313,7 +313,7 @@ def test_reference_is_computed_once_and_never_taken_for_another(
     again = reference_of(folders.one, data, path, tokenizer)
     assert again.logprobs == pytest.approx(first.logprobs, abs=1e-5)
     changed = tmp_path / "changed"
-    saving.save_model(perturbed(load.load_solver(folders.one)), str(changed), folders.one)
+    saving.begin_save(perturbed(load.load_solver(folders.one)), str(changed), folders.one).complete()
     other = reference_of(str(changed), data, path, tokenizer)
     assert not other.logprobs.keys() & first.logprobs.keys()
     assert not any(map(math.isclose, sorted(other.logprobs.values()), sorted(first.logprobs.values())))
@@ -425,7 +425,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(folders: Folders, tmp_path: Path, lor
 
 def test_the_reference_may_be_another_model(folders: Folders, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    saving.save_model(perturbed(load.load_solver(folders.one)), str(other), folders.one)
+    saving.begin_save(perturbed(load.load_solver(folders.one)), str(other), folders.one).complete()
     pairs = str(write_pairs(tmp_path / "pairs.json"))
     preference_train.main(
         preference_train.PreferenceTrainConfig(

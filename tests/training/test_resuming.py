@@ -38,7 +38,7 @@ def other_weights(ckpt_dir: str, folder: Path) -> str:
     """A checkpoint like another one but for its weights."""
     model = load.load_solver(ckpt_dir)
     model.norm.weight.data.mul_(2)
-    saving.save_model(model, str(folder), ckpt_dir)
+    saving.begin_save(model, str(folder), ckpt_dir).complete()
     return str(folder)
 
 

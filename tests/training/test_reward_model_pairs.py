@@ -120,7 +120,7 @@ def test_report_of_an_untrained_verifier_divides_by_one(folders: Folders, tokeni
 def test_score_statistics_are_stored(folders: Folders, verifier: Decoder, tmp_path: Path) -> None:
     assert (verifier.config.score_mean, verifier.config.score_std) == (0.5, 2.0)
     saving.record(verifier, score_mean=-3.25, score_std=0.125)
-    saving.save_model(verifier, str(tmp_path / "saved"), folders.verifier)
+    saving.begin_save(verifier, str(tmp_path / "saved"), folders.verifier).complete()
     again = load.load_verifier(str(tmp_path / "saved")).config
     assert (again.score_mean, again.score_std, again.value_head) == (-3.25, 0.125, True)
 

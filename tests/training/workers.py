@@ -35,7 +35,7 @@ from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig
 from src.training.ppo_setup import Inputs, PPOModels
 from src.training.reference import reference_logprobs
-from src.training.reward_model import pair_dataset
+from src.training.reward_model import n_pairs, pair_dataset
 from src.training.rewards import Reward, Scores, on_first_rank, pairwise_reward, score_rollout
 from src.training.rollout import Rollout
 from src.training.sft import n_supervised, sft_dataset, sft_loss
@@ -197,7 +197,7 @@ def preference_epochs(
     model.train()
     losses, reports = [], []
     for _, _, batches in batching.steps(data, packing=packing, epochs=2):
-        in_step, tallies = parallel.sum_over_data_parallel(preference.n_pairs(batches)), []
+        in_step, tallies = parallel.sum_over_data_parallel(n_pairs(batches)), []
         for batch in batches:
             loss, tally = kind.loss(model, batch)
             trainer.backward(loss / in_step, last=batch is batches[-1])
