@@ -78,7 +78,7 @@ def load_tokenizer(ckpt_dir: str, flags: TokenizerFlags = TokenizerFlags()) -> T
     """The tokenizer that travels in the checkpoint directory, or the one named; it must fit.
 
     What the flags leave open of the chat template is as in training, which params.json says; without either, prompts
-    are raw. Warns of another form than in training, and of raw prompts beside a template that nobody chose or declined.
+    are raw. Warns of another form than in training, and of raw prompts where a template is there that nobody chose.
     Raises UserError.
     """
     config = load_config(ckpt_dir)

@@ -135,7 +135,7 @@ def flags_of(main: Callable[..., None]) -> dict[str, Flag]:
 
 
 def _fields(config: type[Config]) -> Iterator[tuple[str, object, str, str]]:
-    """Name, default, meaning and group of each field, the config's own first and those of its bases behind them.
+    """Name, default, meaning and group of each field, the config's own first and those of its bases after them.
 
     A class that gives a flag of a base another default alone leaves its meaning and its group as they are.
     """
@@ -158,11 +158,6 @@ def _parameters(main: Callable[..., None]) -> Iterator[tuple[str, object, str, s
     meanings = meanings_of(inspect.getdoc(main) or "")
     for name, parameter in inspect.signature(main).parameters.items():
         yield name, parameter.default, meanings.get(name, ""), "Optional flags"
-
-
-def undocumented(main: Callable[..., None]) -> list[str]:
-    """Parameters without a `name: meaning` line in main's docstring: --help cannot say what they are for."""
-    return [flag.name for flag in flags_of(main).values() if not flag.meaning]
 
 
 def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
@@ -276,7 +271,7 @@ def _looks_like_flag(word: str) -> bool:
 
 
 def _read(flag: Flag, words: list[str]) -> Value:
-    """The words behind a flag as the first of its kinds that fits them. Raises UserError."""
+    """The words after a flag as the first of its kinds that fits them. Raises UserError."""
     if not words:
         dashed = f" (--{flag.name}=VALUE when it begins with a dash)" if str in flag.kinds else ""
         raise UserError(f"--{flag.name} has no value, expected {flag.expects}; write {flag.example}{dashed}")

@@ -128,7 +128,7 @@ def _answer(tokenizer: Tokenizer, instruction: str, output: str, *, whole: bool)
 
 def _partial_answer(tokenizer: Tokenizer, instruction: str, prefix: str) -> str:
     """Render an answer in the chat template up to the prefix's end. Raises UserError if the template changes it."""
-    prefix = tokenizer.chat.behind_opening(prefix)
+    prefix = tokenizer.chat.without_opening(prefix)
     before, found, _ = _answer(tokenizer, instruction, prefix + ".", whole=False).partition(prefix)
     if not found:
         raise _changed(tokenizer, prefix)
@@ -242,8 +242,8 @@ def _steps_in_template(
 ) -> list[str]:
     """The steps of an answer as the chat template writes it: together they are the text of encode_response()."""
     chat = tokenizer.chat
-    texts = [chat.behind_opening(texts[0]) or texts[0], *texts[1:]]
-    answer = _answer(tokenizer, instruction, "".join(texts), whole=finished).removesuffix(chat.behind)
+    texts = [chat.without_opening(texts[0]) or texts[0], *texts[1:]]
+    answer = _answer(tokenizer, instruction, "".join(texts), whole=finished).removesuffix(chat.suffix)
     # white space at the edges is the template's to keep or to drop
     texts[0] = texts[0].lstrip() or texts[0]
     texts[-1] = texts[-1].rstrip() or texts[-1]
@@ -253,7 +253,7 @@ def _steps_in_template(
         before = after = ""
     texts = [chat.shield(text) for text in texts]
     texts[0] = before + texts[0]
-    texts[-1] += after + (chat.behind if finished else "")
+    texts[-1] += after + (chat.suffix if finished else "")
     return texts
 
 

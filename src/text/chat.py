@@ -64,8 +64,8 @@ class Turn(NamedTuple):
 class ChatTemplate:
     """A jinja template with the names of the control tokens that it may write.
 
-    end_token ends an answer, behind is what stands after one up to that. opening: what the prompt for an answer has
-    already begun of it, such as "<think>\n"; empty for most. args: values of the template's own variables, such as
+    end_token ends an answer, suffix is what stands after one up to that. opening: what the prompt for an answer has
+    of it already, such as "<think>\n"; empty for most. args: values of the template's own variables, such as
     {"enable_thinking": false}. system_prompt: the system message of conversations without one, empty for none.
     """
 
@@ -125,7 +125,7 @@ class ChatTemplate:
                 f"chat template {self.name} renders an answer as {text[-60:]!r} after {prompt[-60:]!r}; expected the "
                 f"prompt, the answer, and a control token that ends it"
             )
-        self.opening, self.behind, self.end_token = opened[0] if opened else "", rest[: end.end()], end[0]
+        self.opening, self.suffix, self.end_token = opened[0] if opened else "", rest[: end.end()], end[0]
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text after which the model answers."""
@@ -147,7 +147,7 @@ class ChatTemplate:
                 continue
             prompt = self._render(system + shielded[:index], add_generation_prompt=True)
             text = self._render(system + shielded[: index + 1], add_generation_prompt=False)
-            given = self.behind_opening(message["content"])
+            given = self.without_opening(message["content"])
             if _THINK in given and _THOUGHT.search(prompt):
                 raise UserError(
                     f"message {index + 1} holds {_THINK}, but chat template {self.name} ends thoughts before an answer "
@@ -162,19 +162,19 @@ class ChatTemplate:
                 )
             if not made or not self._keeps(made, given) or (self.opening and not whole):
                 before = "" if self.opening or _THINK in self._before else self._before
-                made = before + self.shield(given) + self.behind
+                made = before + self.shield(given) + self.suffix
             anew = not prompt.startswith(done)
             turns.append(Turn(prompt if anew else prompt[len(done) :], made, anew))
             done = prompt + made
         return turns
 
-    def behind_opening(self, content: str) -> str:
+    def without_opening(self, content: str) -> str:
         """An answer without the opening that its prompt has already."""
-        begun = content.lstrip()
-        if self.opening and begun.startswith(self.opening):
-            return begun.removeprefix(self.opening)
+        text = content.lstrip()
+        if self.opening and text.startswith(self.opening):
+            return text.removeprefix(self.opening)
         spelt = r"\s*".join(map(re.escape, self.opening.split()))
-        return re.sub(rf"{spelt}\s*", "", begun, count=1) if spelt and re.match(spelt, begun) else content
+        return re.sub(rf"{spelt}\s*", "", text, count=1) if spelt and re.match(spelt, text) else content
 
     def _keeps(self, made: str, given: str) -> bool:
         """Whether a rendered answer has all the words of the one given, and no thoughts put before its own."""
@@ -240,10 +240,10 @@ def _has_words(made: str, given: str) -> bool:
 
 
 def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_space: bool = True) -> str:
-    """The jinja source of a built-in template, or with `file` of the one beside the tokenizer. Raises UserError.
+    """The jinja source of a built-in template, or with `file` of the one next to the tokenizer. Raises UserError.
 
     control, puts_space: the vocabulary's control tokens and whether it puts a space before a text, by which a format of
-    several versions is told.
+    several versions is chosen.
     """
     if name == "mistral" and "[INST]" in control:
         # Tokenizers v2, v3 and v7 of mistral-common have control tokens instead of v1's words. v2 and v3 put the system
@@ -268,15 +268,15 @@ def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_
 
 
 def has_own_template(folder: Path) -> bool:
-    """Whether a template that --chat_template file would take stands beside a tokenizer."""
+    """Whether a template that --chat_template file would take stands next to a tokenizer."""
     try:
         return read_own_template(folder) is not None
-    except UserError:  # a damaged file: who asks for the template is told
+    except UserError:  # a damaged file: an error for those alone who want the template
         return False
 
 
 def read_own_template(folder: Path) -> str | None:
-    """The jinja source of the template beside a tokenizer; None where there is none. Raises UserError for a file that
+    """The jinja source of the template next to a tokenizer; None where there is none. Raises UserError for a file that
     is no json."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """The process that renders chat templates; started by chat.py, never imported. The only door to jinja2.
 
-A template comes with a checkpoint, from a stranger. It runs in jinja2's sandbox, in a process whose memory is limited
-and which the kernel ends when one rendering uses too much time, even inside a C call.
+A template comes with a checkpoint and cannot be trusted. It runs in jinja2's sandbox, in a process whose memory is
+limited and which the kernel ends when one rendering uses too much time, even inside a C call.
 
 A request {"template", "context", "args", "seconds"} has the reply {"text"} or {"error"}.
 """
@@ -63,7 +63,7 @@ def compiled(source: str) -> tuple[jinja2.Template, set[str]]:
 
 
 def render(source: str, context: dict[str, object], args: dict[str, object]) -> dict[str, str]:
-    """The rendered text, or why there is none: a stranger's template may raise anything.
+    """The rendered text, or why there is none: a checkpoint's template may raise anything.
 
     args: values of the template's own variables; the day for strftime_now as YYYY-MM-DD.
     """

@@ -13,7 +13,7 @@ CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 def add_control_tokens(folder: Path, tokens: Sequence[str], source: Path) -> int:
-    """Give the tokenizer in a folder control tokens behind its vocabulary. -> the id of the first.
+    """Give the tokenizer in a folder control tokens after its vocabulary. -> the id of the first.
 
     They stand in tokenizer_config.json, where transformers finds them too. source: what the folder is a copy of.
     Raises UserError if one is there already.

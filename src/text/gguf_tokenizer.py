@@ -34,7 +34,7 @@ _SPACE = "▁"  # what sentencepiece writes for one
 
 
 class _Cut(NamedTuple):
-    """How byte-level BPE cuts text before merging: by each pattern in turn, which the pieces between are kept beside.
+    """How byte-level BPE cuts text before merging: by each pattern in turn; the pieces between its matches are kept.
 
     nfc: text is composed first. ignore_merges: a piece that is a token is not merged from bytes. adds_bos: where the
     file does not say.

@@ -11,7 +11,7 @@ from src.text.blocks import CODE_FORM, Marker, Piece
 from src.text.chat import MARK, ChatTemplate, control_tokens, find_source
 from src.text.vocabulary import Added, Vocabulary, open_vocabulary
 
-# Which file of a directory is opened: sentencepiece first, because a tokenizer.json beside it is derived from it.
+# Which file of a directory is opened: sentencepiece first, because a tokenizer.json next to it is derived from it.
 VOCABULARY_FILES = ("tokenizer.model", "qwen.tiktoken", "tokenizer.json", "vocab.json")
 
 # What parts thoughts from an answer: text that is learnt, shown and graded, even where a file sets it apart as control
@@ -21,7 +21,7 @@ THOUGHTS = ("<think>", "</think>")
 class Tokenizer:
     """A vocabulary of any kind. Plain texts never become control tokens; only this class's ids and a template do.
 
-    kind: what the file is. vocabulary, added: the opened file, and the tokens that stand apart in or beside it.
+    kind: what the file is. vocabulary, added: the opened file, and the tokens that it or config files set apart.
     vocab_size: ids are below this. bos_id: begins a sequence, None where none does. eos_id: ends a response. stop_ids:
     any of these ends a sampled response. control: names and ids of all control tokens.
     chat: the template that prompts and responses are put in, None for none; then eos_id is its end of a turn. code:
@@ -35,9 +35,9 @@ class Tokenizer:
         template_args: Mapping[str, object] | None = None,
         system_prompt: str = "",
     ) -> None:
-        """Open a vocabulary file, or the one in a directory, with the config files beside it.
+        """Open a vocabulary file, or the one in a directory, with the config files next to it.
 
-        chat_template: none, file (the one beside it), a built-in name or code. template_args: values of the template's
+        chat_template: none, file (the one next to it), a built-in name or code. template_args: values of the template's
         own variables. system_prompt: its system message where a conversation has none. Raises UserError that says what
         is missing, damaged or without effect.
         """
@@ -46,11 +46,11 @@ class Tokenizer:
         config = read_config(folder)
         self.vocabulary: Vocabulary = open_vocabulary(self.path, config.get("tokenizer_class"))
         self.kind = self.vocabulary.kind
-        beside = _read_added(folder, config, self.vocabulary)
-        self._check_added(beside)
-        renamed = {facts.id for facts in beside.values()}
+        extra = _read_added(folder, config, self.vocabulary)
+        self._check_added(extra)
+        renamed = {facts.id for facts in extra.values()}
         own = {token: facts for token, facts in self.vocabulary.added.items() if facts.id not in renamed}
-        added = own | beside
+        added = own | extra
         self._identity = sorted((token, facts.id) for token, facts in added.items())
         self.code = chat_template == CODE_FORM
         source = ""
@@ -189,7 +189,7 @@ class Tokenizer:
         }
 
     def fingerprint(self) -> str:
-        """A hash of the ids that texts become: of the vocabulary's file and the tokens beside it."""
+        """A hash of the ids that texts become: of the vocabulary's file and the tokens that config files add."""
         digest = hashlib.sha256(self.path.read_bytes())
         if self.path.name == "vocab.json":
             digest.update(self.path.with_name("merges.txt").read_bytes())

@@ -1,4 +1,4 @@
-"""Vocabulary files of four kinds behind one small interface: the only door to the tokenizer libraries.
+"""Vocabulary files of four kinds with one small interface: the only door to the tokenizer libraries.
 
 The kind is read off the content: Llama 2 and Llama 3 both call their file tokenizer.model. Encoding here knows plain
 text only; text/tokenizer.py puts control tokens (<s>, <|im_end|>, ...) around texts and keeps them out of texts.
@@ -22,9 +22,9 @@ from src.jsonfile import read_json
 
 
 class Added(NamedTuple):
-    """A token beside the pieces that merging makes. A control token never stands for text; the others do.
+    """A token besides the pieces that merging makes. A control token never stands for text; the others do.
 
-    eats_left, eats_right: white space beside the token belongs to it (Hugging Face's lstrip and rstrip).
+    eats_left, eats_right: white space next to the token belongs to it (Hugging Face's lstrip and rstrip).
     """
 
     id: int
@@ -278,7 +278,7 @@ class HfTokenizers:
 
     @classmethod
     def from_merges(cls, path: Path, tokenizer_class: object) -> "HfTokenizers":
-        """Open vocab.json and the merges.txt beside it (GPT-2's byte-level BPE).
+        """Open vocab.json and the merges.txt next to it (GPT-2's byte-level BPE).
 
         tokenizer_class, from tokenizer_config.json, tells how text is cut. Raises UserError for a damaged file, a
         merge of unknown pieces, or a class that is not known.
