@@ -37,7 +37,7 @@ from src.evaluation.evaluator import (
     refuse_sampled,
     sample_prompts,
 )
-from src.evaluation.interactive import Solver, converse
+from src.evaluation.interactive import converse
 from src.evaluation.prompting import make_prompting, select_prompts
 from src.evaluation.report import CURVES, results_table, summarize
 from src.evaluation.served import ServedSolver, check_flags
@@ -112,7 +112,7 @@ def main(config: SolverEvaluateConfig) -> None:
             verifier = load.load_verifier(config.verifier_ckpt_dir, precision=config.precision,
                                               quantize=config.quantize)
         model = load.load_solver(config.ckpt_dir, **solver)
-        converse(Solver(model, tokenizer, prompting, sampling, benchmark, verifier))
+        converse(LocalSolver(model, tokenizer, prompting, 1), sampling, benchmark, verifier)
         return
     problems = read_prompts(config.label_file, need_label=benchmark.graded)
     prompts = select_prompts(problems, config.split)[: config.limit if config.limit >= 0 else None]

@@ -2,33 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import NamedTuple
 
 from src import parallel, runlog
 from src.data.encoding import STEP_ENDS, encode_prompt, split_steps
 from src.data.examples import Sample
-from src.evaluation.prompting import Prompting
+from src.evaluation.evaluator import LocalSolver
 from src.evaluation.scoring import Scored, score_one
 from src.grading.extract import extract
 from src.grading.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
-from src.text.tokenizer import Tokenizer
 
 
-class Solver(NamedTuple):
-    """All that answering a problem takes; verifier may be None."""
-
-    model: Decoder
-    tokenizer: Tokenizer
-    prompting: Prompting
-    sampling: Sampling
-    task: Task
-    verifier: Decoder | None
-
-
-def converse(solver: Solver) -> None:
+def converse(solver: LocalSolver, sampling: Sampling, task: Task, verifier: Decoder | None) -> None:
     r"""Answer problems until the input ends; in a problem \n is a new line. All ranks call this, rank 0 reads."""
     for number in count():
         typed = parallel.from_first_rank(lambda: runlog.ask("problem> "))
@@ -36,31 +23,33 @@ def converse(solver: Solver) -> None:
             return
         instruction = typed.replace("\\n", "\n").strip()
         if instruction:
-            runlog.table(answer_problem(solver, instruction, str(number)))
+            runlog.table(answer_problem(solver, sampling, task, verifier, instruction, str(number)))
 
 
-def answer_problem(solver: Solver, instruction: str, name: str) -> str:
+def answer_problem(
+    solver: LocalSolver, sampling: Sampling, task: Task, verifier: Decoder | None, instruction: str, name: str
+) -> str:
     """Stream the solution of one problem to the screen; what is to be said of it as a whole, as lines."""
     request = Request(name, 0, encode_prompt(solver.tokenizer, solver.prompting.text(instruction)))
-    stream = Stream(solver.tokenizer.decode, solver.sampling.stop, runlog.say)
+    stream = Stream(solver.tokenizer.decode, sampling.stop, runlog.say)
     (completion,) = generate(
         solver.model,
         [request],
-        solver.sampling,
+        sampling,
         vocabulary=vocabulary_of(solver.tokenizer),
         max_batch_size=1,
         on_token=lambda _, token: stream.add(token),
     )
     stream.finish(completion.text)
     lines = [] if completion.finish == "stop" else [f"cut at {len(completion.tokens)} tokens"]
-    if solver.task.graded:
-        found = extract(solver.task.extraction, completion.text)
+    if task.graded:
+        found = extract(task.extraction, completion.text)
         lines.append(
             "no answer found" if found.answer is None else f"answer  {found.answer}   ({found.rule})"
         )
-    if solver.verifier is not None and completion.text:
+    if verifier is not None and completion.text:
         solution = Sample(name, 0, instruction, completion.text, None, {"finish": completion.finish})
-        lines += _scores(score_one(solver.verifier, solver.tokenizer, solution), completion.text, solver.verifier)
+        lines += _scores(score_one(verifier, solver.tokenizer, solution), completion.text, verifier)
     return "\n".join(lines)
 
 
