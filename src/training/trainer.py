@@ -25,6 +25,7 @@ from src.processes import watchdog
 from src.runlog import RunLog
 from src.training.optimizers import AdamW, LazyTensors, OptimizerName
 
+HEAP_GROWTH = 1.3  # of what is held after a step, over the first three steps
 MAX_BAD_STEPS = 5  # non-finite steps in a row after which training cannot be saved
 
 # float16 has no numbers below 6e-8: losses are scaled up by as much as gradients allow (Micikevicius et al. 2018)
@@ -37,6 +38,31 @@ class StepReport(NamedTuple):
     loss: float
     grad_norm: float
     lr: float
+
+
+class HeapTrimmer:
+    """Hands freed memory back to the system when what a process holds after its steps has grown by HEAP_GROWTH.
+
+    On a CPU freed blocks are kept for the next step, but those of a packed batch have its length, and fit the next ones
+    badly: SFT of 135M parameters on 16 rows held 4.3 GB after a step and 14.6 GB after ninety.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._limit, self._trimmed = 0, 0.0, False
+
+    def after_step(self) -> None:
+        """Look at what is held, and trim the heap if it is too much."""
+        held = parallel.resident_memory()
+        self._steps += 1
+        if self._steps <= 3:  # these say what a step takes
+            self._limit = max(self._limit, HEAP_GROWTH * held)
+        elif held <= self._limit:
+            self._trimmed = False
+        elif self._trimmed:  # one step before: what is held is in use, and trimming again would not help
+            self._limit, self._trimmed = 1.1 * held, False
+        else:
+            parallel.release_memory()
+            self._trimmed = True
 
 
 class Trainer:
@@ -76,6 +102,7 @@ class Trainer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], self.max_lr, adam_eps)
+        self._heap = HeapTrimmer()
         self._seed_step()
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -112,6 +139,8 @@ class Trainer:
                 )
         self.optimizer.zero_grad()
         self._loss.zero_()
+        if parallel.device().type == "cpu":
+            self._heap.after_step()
         self.steps += 1
         watchdog.at_step(self.steps)
         self._seed_step()
