@@ -228,7 +228,7 @@ def solver_to_verifier(config: ModelConfig) -> ModelConfig:
 
 
 def local_tensors(folder: Path, dtype: torch.dtype | None, left_out: range = range(0)) -> dict[str, Tensor]:
-    """This rank's tensors of a directory on its device, adapters folded in, some layers left out.
+    """This rank's tensors [...] of a directory on its device, adapters folded in, some layers left out.
 
     dtype None = as stored. Raises UserError.
     """
@@ -242,7 +242,7 @@ def local_tensors(folder: Path, dtype: torch.dtype | None, left_out: range = ran
 
 
 def _stored_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """This rank's tensors as stored; adapters are folded in before any rounding to the dtype asked for.
+    """This rank's tensors [...] as stored; adapters are folded in before any rounding to another dtype.
 
     The ranks share the files out to compare them with their hashes: a flipped bit must not train on in silence.
     """
@@ -269,6 +269,7 @@ def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
 
     def local_slice(name: str, whole: Tensor) -> Tensor:
+        """What this rank holds of a factor [...]: [rows of the rank, ...]."""
         return shards.cut(whole, shards.cut_of(name, model.config, n), rank)
 
     for name, tensor in init_lora(model, seed, local_slice):

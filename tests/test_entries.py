@@ -22,7 +22,7 @@ import data_build
 from src import load, parallel
 from src.checkpoint import storage
 from src.command import cli
-from src.command.flags import bind, flags_of, is_path
+from src.command.flags import bind, flags_of, is_path, parse
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
 from src.grading.tasks import find_task
@@ -353,7 +353,7 @@ def refuse(world: World, script: str, changes: dict[str, object], message: str, 
     flags = world.flags[script] | changes
     argv = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     with pytest.raises(UserError, match=message) as problem:
-        bind(main, argv)()
+        bind(main, parse(main, argv))()
     assert "\n" not in str(problem.value)
     left = {path.name for path in (tmp_path / "out").rglob("*")} if (tmp_path / "out").is_dir() else set()
     assert not left & {"params.json", "manifest.json", "results.json", "pairs.json", "samples.jsonl"}, left
@@ -826,7 +826,7 @@ def test_a_dry_run_shows_its_plan_and_writes_nothing(
 ) -> None:
     before = sorted(here.rglob("*"))
     main = entry(script)
-    bind(main, [f"--{name}={value}" for name, value in world.flags[script].items()] + ["--dry_run"])()
+    bind(main, parse(main, [f"--{name}={value}" for name, value in world.flags[script].items()] + ["--dry_run"]))()
     captured = capsys.readouterr()
     assert shown in captured.out + captured.err
     assert sorted(here.rglob("*")) == before
@@ -840,7 +840,7 @@ def test_a_dry_run_of_several_ranks_is_planned_for_them(
     main, held = entry(script), []
     for ranks in (1, 2, 4):
         flags = [f"--{name}={value}" for name, value in world.flags[script].items()]
-        bind(main, [*flags, f"--tensor_parallel_size={ranks}", "--dry_run"])()
+        bind(main, parse(main, [*flags, f"--tensor_parallel_size={ranks}", "--dry_run"]))()
         held.append(
             next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights"))
         )
@@ -850,15 +850,16 @@ def test_a_dry_run_of_several_ranks_is_planned_for_them(
 def test_a_run_is_resumed_with_the_chat_template_it_began_with(world: World, here: Path) -> None:
     main = entry("solver_train")
     words = "--ckpt_dir=one --save_dir=run --train_file=train.json --max_batch_size=8 --max_steps=1".split()
-    bind(main, words)()
+    bind(main, parse(main, words))()
     message = "step-1: chat_template was none and is llama-2 now; resume with the data and flags of then"
     with pytest.raises(UserError, match=message):
-        bind(main, [*words, "--resume=auto", "--chat_template=llama-2"])()
+        bind(main, parse(main, [*words, "--resume=auto", "--chat_template=llama-2"]))()
 
 
 def test_an_adapter_s_base_is_not_overwritten(world: World, here: Path) -> None:
     words = "--ckpt_dir=one --save_dir=adapter --train_file=train.json --lora_rank=2"
-    bind(entry("solver_train"), words.split())()
+    main = entry("solver_train")
+    bind(main, parse(main, words.split()))()
     refuse(
         world,
         "solver_train",

@@ -48,7 +48,8 @@ def _run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: li
     if "--help" in argv or "-h" in argv:
         _help(usage(main, width=shutil.get_terminal_size().columns))
     try:
-        call, values = bind(main, argv), parse(main, argv)
+        values = parse(main, argv)
+        call = bind(main, values)
     except UserError as error:
         _stop(2, f"error: {error}")
     if os.environ.get("RANK", "0") == "0":  # the others must not look at what it has started to write

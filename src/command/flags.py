@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -178,10 +178,9 @@ def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
     return values
 
 
-def bind(main: Callable[..., None], argv: list[str]) -> Callable[[], None]:
-    """The call of main that argv asks for. Raises UserError."""
-    values, config = parse(main, argv), config_of(main)
-    values.pop("overwrite", None)
+def bind(main: Callable[..., None], values: Mapping[str, Value]) -> Callable[[], None]:
+    """The call of main with values of parse(). Raises UserError for values that do not go together."""
+    config, values = config_of(main), {name: value for name, value in values.items() if name != "overwrite"}
     return partial(main, config(**values)) if config else partial(main, **values)
 
 

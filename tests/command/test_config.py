@@ -68,13 +68,14 @@ def test_what_a_run_recorded_starts_the_same_run(script: object, form: str, tmp_
     import yaml
 
     words = TRAINERS[script]
-    config = bind(script.main, words).args[0]
+    config = bind(script.main, parse(script.main, words)).args[0]
     file = tmp_path / form
     flags = config.flags()
     file.write_text(yaml.safe_dump(flags) if form.endswith("yaml") else json.dumps(
         {"command": words, "flags": flags} if form == "run.json" else flags))
-    assert bind(script.main, [f"--config={file}"]).args[0] == config
-    changed = bind(script.main, ["--seed=7", f"--config={file}"]).args[0]  # the command line wins, wherever it stands
+    assert bind(script.main, parse(script.main, [f"--config={file}"])).args[0] == config
+    # the command line wins, wherever it stands
+    changed = bind(script.main, parse(script.main, ["--seed=7", f"--config={file}"])).args[0]
     assert changed.flags() == flags | {"seed": 7}
 
 
@@ -109,7 +110,8 @@ def test_the_presets_of_the_recipes_are_read() -> None:
     assert presets
     for file in presets:
         folders = ["--actor_ckpt_dir=a", "--actor_save_dir=b", "--critic_ckpt_dir=c", "--critic_save_dir=d"]
-        assert bind(ppo_train.main, [*folders, "--reward=rule", f"--config={file}"]).args[0].task == "toy"
+        values = parse(ppo_train.main, [*folders, "--reward=rule", f"--config={file}"])
+        assert bind(ppo_train.main, values).args[0].task == "toy"
 
 
 def test_a_config_that_is_not_there_or_no_text(tmp_path: Path) -> None:
