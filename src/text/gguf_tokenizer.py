@@ -145,6 +145,9 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
         what = "some twice" if len(tokens) <= n_rows else f"for {n_rows} rows of the embedding"
         raise UserError(f"{source}: {_G}tokens names {len(tokens)} tokens, {what}; the file is damaged")
     types = said.array("token_type", int, len(tokens), [NORMAL] * len(tokens))
+    for index, kind in enumerate(types):
+        if not 0 <= kind <= BYTE:
+            raise UserError(f"{source}: {_G}token_type of token {index} is {kind}; expected 0 to {BYTE}")
     default = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
     ids = {name: said.get(f"{name}_token_id", default.get(name), int) for name in _IDS}
     for name, index in ids.items():
@@ -244,7 +247,7 @@ def _sentencepiece(said: _Said, tokens: list[str], types: list[int], ids: Mappin
         raise UserError(f"{said.source}: {_G}remove_extra_whitespaces=true is not implemented")
     scores = said.array("scores", float, len(tokens))
     n = len(tokens)
-    while n and _is_padding(tokens[n - 1], n - 1, types[n - 1]):
+    while n and _is_padding(tokens[n - 1], n - 1, types[n - 1]) and n - 1 not in ids.values():
         n -= 1
     pieces = [
         # llama.cpp looks for user-defined tokens in plain text, sentencepiece where spaces are escaped

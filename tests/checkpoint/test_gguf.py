@@ -329,6 +329,7 @@ METADATA = {
     "pre": ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "viking"}, "tokenizer.ggml.pre='viking'"),
     "table": ({"tokenizer.ggml.precompiled_charsmap": [1]}, "tokenizer.ggml.precompiled_charsmap is not implemented"),
     "types": ({"tokenizer.ggml.token_type": [1, 1]}, "tokenizer.ggml.token_type has 2 entries for 64 tokens"),
+    "a type": ({"tokenizer.ggml.token_type": [1] * 63 + [7]}, "token_type of token 63 is 7; expected 0 to 6"),
     "eos": ({"tokenizer.ggml.eos_token_id": 999}, "tokenizer.ggml.eos_token_id=999 is none of 64 tokens"),
     "alignment": ({"general.alignment": 12}, "general.alignment=12; expected a power of two"),
 }

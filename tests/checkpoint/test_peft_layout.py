@@ -183,7 +183,10 @@ def test_merge_onto_the_wrong_base_shows(tmp_path: Path, base: Path) -> None:
         assert verify.logit_difference(open_adapter(folder), merge(open_adapter(naive))).difference > 0.1
 
 
-def test_a_base_beside_the_adapter_is_found(tmp_path: Path, base: Path, adapter: Path) -> None:
+def test_a_base_beside_the_adapter_is_found(
+    tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the folder above may hold another base where the tests are started
     shutil.copytree(base, tmp_path / "base")
     folder = shutil.copytree(adapter, tmp_path / "lora")
     values = json.loads((folder / "adapter_config.json").read_text())
@@ -230,7 +233,10 @@ def test_an_adapter_on_an_adapter(tmp_path: Path, base: Path) -> None:
             open_adapter(upper, str(lower))
 
 
-def test_published_adapters_that_change_their_base_or_sleep(tmp_path: Path) -> None:
+def test_published_adapters_that_change_their_base_or_sleep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in ("pissa", "olora"):
         folder = reference.shared("reports/PF1_pissa_olora") / name
         opened, theirs = open_adapter(folder), peft_logits(folder.parent / "base", folder)

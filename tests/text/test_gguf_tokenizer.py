@@ -159,6 +159,14 @@ def test_rows_without_a_token_are_padding(tmp_path: Path) -> None:
         metadata_of(tmp_path / "first", first.vocab_size - 1)
 
 
+def test_padding_that_the_file_names_is_a_token(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    write_sentencepiece(tmp_path / "first")
+    rows = Tokenizer(tmp_path / "first").vocab_size + 3
+    metadata = metadata_of(tmp_path / "first", rows) | {"tokenizer.ggml.padding_token_id": rows - 2}
+    assert back(metadata, tmp_path / "back", rows).vocab_size == rows - 1
+
+
 def test_bos_is_put_where_the_file_or_llama_cpp_puts_it(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     write_sentencepiece(tmp_path / "first")
