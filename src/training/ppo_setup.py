@@ -1,6 +1,7 @@
 """What a run of PPO starts with: its prompts, its models, its rewards, and what saves it."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,10 +61,10 @@ def read_inputs(config: PPOConfig) -> Inputs:
     if "verifier" in config.reward:
         verifier = config.reward_model_ckpt_dir
         load.check_step(verifier, load.load_config(verifier), config.step)
-    iterations = [(epoch, rows) for epoch in range(1, config.epochs + 1)
-                  for rows in chunks(epoch_order(len(prompts), config.seed, epoch), config.prompts_per_buffer)]
+    schedule = ((epoch, rows) for epoch in range(1, config.epochs + 1)
+                for rows in chunks(epoch_order(len(prompts), config.seed, epoch), config.prompts_per_buffer))
     # the whole schedule is known before the run: a resumed one takes up where it stopped
-    iterations = iterations[: config.max_steps if config.max_steps >= 0 else None]
+    iterations = list(itertools.islice(schedule, config.max_steps if config.max_steps >= 0 else None))
     per_epoch = -(-len(prompts) // config.prompts_per_buffer)
     return Inputs(prompts, held_out, n_held_out, tokenizer, iterations, per_epoch)
 

@@ -1,4 +1,7 @@
-"""src/training/ppo_setup.py: which prompts a run answers."""
+"""src/training/ppo_setup.py: which prompts a run answers, and when."""
+
+import json
+from pathlib import Path
 
 import pytest
 
@@ -6,7 +9,9 @@ from src.data.encoding import encode_prompt
 from src.data.examples import Prompt
 from src.errors import UserError
 from src.text.tokenizer import Tokenizer
-from src.training.ppo_setup import fitting_prompts
+from src.training.ppo_config import PPOConfig
+from src.training.ppo_setup import fitting_prompts, read_inputs
+from tests.conftest import Folders
 from tests.training.workers import PROMPTS
 
 
@@ -32,3 +37,15 @@ def test_prompts_that_leave_a_model_no_token_are_left_out_counted_and_named(
         assert all((f"(id {prompt.id!r}, " in caplog.text) == (prompt not in kept) for prompt in PROMPTS)
     with pytest.raises(UserError, match=r"p.json: 5 of 5 prompts fill .*; the first is row 1 \(id '0', \d+ tokens\)"):
         fitting(min(lengths))
+
+
+def test_a_schedule_is_as_long_as_the_run(folders: Folders, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([{"instruction": str(row), "label": "1"} for row in range(5)]))
+    config = PPOConfig(
+        actor_ckpt_dir=str(folders.one), actor_save_dir=str(tmp_path / "actor"), train_file=str(path), reward=["rule"],
+        advantage="grpo", group_size=2, max_buffer_size=4, max_new_tokens=4, epochs=10**12, max_steps=7,
+    )  # fmt: skip
+    found = read_inputs(config)
+    assert [epoch for epoch, _ in found.iterations] == [1, 1, 1, 2, 2, 2, 3] and found.per_epoch == 3
+    assert sorted(row for _, rows in found.iterations[:3] for row in rows) == list(range(5))
