@@ -85,6 +85,7 @@ def _decode_blocks(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
     """Solutions with code are read in their text form, markers shown, but for what ends them."""
 
     def decode(ids: list[int]) -> str:
+        """The text of a response, its markers of blocks shown."""
         return tokenizer.decode(
             [index for index in ids if index not in tokenizer.stop_ids], show_control=True
         )

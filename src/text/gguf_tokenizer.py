@@ -144,10 +144,7 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
     if len(tokens) > n_rows or len(set(tokens)) < len(tokens):
         what = "some twice" if len(tokens) <= n_rows else f"for {n_rows} rows of the embedding"
         raise UserError(f"{source}: {_G}tokens names {len(tokens)} tokens, {what}; the file is damaged")
-    types = said.array("token_type", int, len(tokens), [NORMAL] * len(tokens))
-    for index, kind in enumerate(types):
-        if not 0 <= kind <= BYTE:
-            raise UserError(f"{source}: {_G}token_type of token {index} is {kind}; expected 0 to {BYTE}")
+    types = _types(said, len(tokens))
     default = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
     ids = {name: said.get(f"{name}_token_id", default.get(name), int) for name in _IDS}
     for name, index in ids.items():
@@ -234,6 +231,15 @@ def _byte_level(said: _Said, tokens: list[str], types: list[int], cut: _Cut, bos
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": cut.ignore_merges},
     }
+
+
+def _types(said: _Said, n_tokens: int) -> list[int]:
+    """The types of all tokens, which are sentencepiece's, or 0."""
+    types = said.array("token_type", int, n_tokens, [NORMAL] * n_tokens)
+    for index, kind in enumerate(types):
+        if not 0 <= kind <= BYTE:
+            raise UserError(f"{said.source}: {_G}token_type of token {index} is {kind}; expected 0 to {BYTE}")
+    return types
 
 
 def _is_padding(token: str, index: int, kind: int) -> bool:
