@@ -81,7 +81,7 @@ test_it "eight demonstrations" "$RUN/base" "$RUN/few-shot" --chat_template none 
 for seed in $SEEDS; do
     dir=$RUN/seed-$seed
     run="$common --resume auto --seed $seed"
-    fine_tune="--train_file $RUN/demonstrations.json --eval_file $RUN/held.json $instruct --max_batch_size 16 --save_every 30"
+    fine_tune="--train_file $RUN/demonstrations.json --eval_file $RUN/held.json $instruct --max_batch_size 16 --save_every 30 --epochs 10"
     samples="--num_samples 8 --temperature 0.7 --seed $seed"
     judge="--ckpt_dir $dir/sft --step line --balance --max_batch_size 16 --lr 1e-4 --warmup_ratio 0.1 --save_every 50"
     reinforce="--actor_ckpt_dir $dir/sft --train_file $RUN/problems.json --task GSM8K --reward rule --lr 2e-5 \

@@ -65,6 +65,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
                 for rows in chunks(epoch_order(len(prompts), config.seed, epoch), config.prompts_per_buffer))
     # the whole schedule is known before the run: a resumed one takes up where it stopped
     iterations = list(itertools.islice(schedule, config.max_steps if config.max_steps >= 0 else None))
+    runlog.warn_of_early_end(len(iterations), config.epochs, config.max_steps)
     per_epoch = -(-len(prompts) // config.prompts_per_buffer)
     return Inputs(prompts, held_out, n_held_out, tokenizer, iterations, per_epoch)
 

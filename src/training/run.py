@@ -8,7 +8,7 @@ from src.checkpoint import saving
 from src.command.config import TrainConfig
 from src.data.sampler import BatchSampler, Dataset, Step
 from src.models.decoder import Decoder
-from src.runlog import RunLog
+from src.runlog import RunLog, warn_of_early_end
 from src.text.tokenizer import Tokenizer
 from src.training.checkpointer import Checkpointer, Trainee
 from src.training.resuming import find_start, run_fingerprint
@@ -66,6 +66,7 @@ class Run:
         model.train()
         # After the trainer is made: it owns the parameters, shared over the data-parallel ranks, that resume() fills
         self._done = self.checkpointer.resume(config.resume)
+        warn_of_early_end(self.total_steps, config.epochs, config.max_steps)
         log.progress(self.total_steps, "step", self._done)
         self._meter = ThroughputMeter(model.config, model.dtype)
 

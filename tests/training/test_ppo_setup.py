@@ -1,5 +1,6 @@
 """src/training/ppo_setup.py: which prompts a run answers, and when."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def test_prompts_that_leave_a_model_no_token_are_left_out_counted_and_named(
         fitting(min(lengths))
 
 
-def test_a_schedule_is_as_long_as_the_run(folders: Folders, tmp_path: Path) -> None:
+def test_a_schedule_is_as_long_as_the_run(
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps([{"instruction": str(row), "label": "1"} for row in range(5)]))
     config = PPOConfig(
@@ -49,3 +52,6 @@ def test_a_schedule_is_as_long_as_the_run(folders: Folders, tmp_path: Path) -> N
     found = read_inputs(config)
     assert [epoch for epoch, _ in found.iterations] == [1, 1, 1, 2, 2, 2, 3] and found.per_epoch == 3
     assert sorted(row for _, rows in found.iterations[:3] for row in rows) == list(range(5))
+    assert "--max_steps" not in caplog.text
+    read_inputs(dataclasses.replace(config, epochs=2))
+    assert "the run ends after step 6 of --max_steps 7, when its rows are used up: raise --epochs 2" in caplog.text
