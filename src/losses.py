@@ -61,6 +61,18 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, counts: Tensor) -> Tensor:
+    """(pi / pi_old of a whole response) to the power 1 / its length, at each of its tokens. [N], [N] -> [N].
+
+    The value is that of GSPO (Zheng et al. 2025, eq. 7). A token's gradient is its own (eq. 14): where the advantages
+    of a response are equal, the loss has GSPO's gradient, and where they differ each token learns from its own.
+    counts [B] int64: tokens of each response; a response may have none.
+    """
+    log_ratio = (logprobs - old_logprobs).detach()
+    means = torch.stack([part.sum() / max(1, len(part)) for part in log_ratio.split(counts.tolist())])
+    return (logprobs - logprobs.detach() + means.repeat_interleave(counts)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
 def truncated_importance(old_logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
     """min(pi_old / pi_sampler, cap) of each token: corrects for a sampler that is not quite the policy trained.
 
@@ -83,6 +95,14 @@ def ppo_policy_loss(
     if dual_clip:
         surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
     return -surrogate
+
+
+def cispo_loss(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """-clip(ratio) A log pi of each token, no gradient through the ratio (CISPO, MiniMax 2025, eq. 4-5). [N] -> [N].
+
+    Unlike PPO's clip it bounds what a token weighs, and lets none fall out of the update.
+    """
+    return -ratio.detach().clamp(1 - clip_low, 1 + clip_high) * advantages * logprobs
 
 
 def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:

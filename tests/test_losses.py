@@ -92,6 +92,33 @@ def test_policy_loss_on_both_sides_of_the_clip_and_its_gradient() -> None:
     assert_close(ratio.grad, torch.tensor([0.0, 2.0, -2.0, 0.0, -3.0]))
 
 
+def test_gspo_by_hand_and_its_gradient() -> None:
+    # two responses of 2 and 1 tokens and one without: ratios (2 * 8)^(1/2) = 4 and 1.25, clipped at 1.5
+    old = torch.tensor([-3.0, -4.0, -1.0])
+    logprobs = (old + torch.tensor([2.0, 8.0, 1.25]).log()).requires_grad_()
+    counts, advantages = torch.tensor([2, 0, 1]), torch.tensor([-1.0, -1.0, 2.0])
+    ratio = losses.sequence_ratio(logprobs, old, counts)
+    assert_close(ratio.detach(), torch.tensor([4.0, 4.0, 1.25]))
+    loss = losses.ppo_policy_loss(ratio, advantages, 0.5, 0.5)
+    assert_close(loss.detach(), torch.tensor([4.0, 4.0, -2.5]))
+    # means over sequences: d/dlogp of -A s is -A s / length, as of the whole response's ratio
+    (loss / torch.tensor([2.0, 2.0, 1.0])).sum().backward()
+    assert_close(logprobs.grad, torch.tensor([2.0, 2.0, -2.5]))
+    whole = (old + torch.tensor([2.0, 8.0, 1.25]).log()).requires_grad_()
+    ((whole - old)[:2].mean().exp() - 2.0 * (whole - old)[2].exp()).backward()
+    assert_close(logprobs.grad, whole.grad)
+
+
+def test_cispo_by_hand_and_its_gradient() -> None:
+    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    ratio, advantages = torch.tensor([7.0, 0.1, 9.0]), torch.tensor([2.0, -1.0, -1.0])
+    # weights 5 (clipped), 0.1 and 5: minus weight times advantage times log-prob
+    loss = losses.cispo_loss(logprobs, ratio, advantages, 1.0, 4.0)
+    assert_close(loss.detach(), torch.tensor([10.0, -0.2, -15.0]))
+    loss.sum().backward()  # no token falls out, whichever way its ratio has moved
+    assert_close(logprobs.grad, torch.tensor([-10.0, 0.1, 5.0]))
+
+
 def test_value_loss_is_half_the_worse_squared_error() -> None:
     values = torch.tensor([1.0, 1.0, 0.1, -1.0], requires_grad=True)
     returns = torch.tensor([2.0, 0.0, 1.0, -2.0])

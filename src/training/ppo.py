@@ -165,6 +165,19 @@ def update_critic(critic: Trainer, buffer: PPOBuffer, config: PPOConfig, iterati
     return _means(reports, "value_loss", "critic_grad_norm", "critic_lr") | {"value_clipped": value_clipped}
 
 
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, counts: Tensor, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """--policy_loss of each response token and the ratio that it clips. [N] each, counts [B] -> two [N]."""
+    if config.policy_loss == "gspo":
+        ratio = losses.sequence_ratio(logprobs, old_logprobs, counts)
+    else:
+        ratio = losses.probability_ratio(logprobs, old_logprobs)
+    if config.policy_loss == "cispo":
+        return losses.cispo_loss(logprobs, ratio, advantages, config.clip_ratio, config.clip_high), ratio
+    return losses.ppo_policy_loss(ratio, advantages, config.clip_ratio, config.clip_high, config.dual_clip), ratio
+
+
 def update_actor(
     actor: Trainer, buffer: PPOBuffer, config: PPOConfig, iteration: int, critic_warmup: int = 0, kl_scale: float = 1.0
 ) -> dict[str, float]:
@@ -183,9 +196,8 @@ def update_actor(
             logprobs, entropy = logprobs_and_entropy(
                 actor.model, *batch.inputs, temperature=config.temperature, n_ids=buffer.n_ids,
                 learn_entropy=config.entropy_coef > 0)  # [N] each
-            ratio = losses.probability_ratio(logprobs, pick(buffer.logprobs))
-            loss = losses.ppo_policy_loss(
-                ratio, pick(buffer.advantages), config.clip_ratio, config.clip_high, config.dual_clip)
+            loss, ratio = policy_loss(
+                logprobs, pick(buffer.logprobs), pick(buffer.advantages), batch.response_counts(), config)
             kl = torch.zeros(())
             if config.kl_loss != "none":
                 kl = KL_LOSSES[config.kl_loss](logprobs, pick(buffer.reference_logprobs))

@@ -51,6 +51,14 @@ ESTIMATORS: dict[str, Estimator] = {
     "reinforce++": Estimator(False, 1, {"group_size": 1, "kl_coef": 0.02, "loss_aggregation": "token-mean"}),
 }
 
+# Clips of whole sequences are narrow (Zheng et al. 2025, section 5.1). Of CISPO's weights only the upper bound is set
+# (MiniMax 2025, section 3.1), here to 5 as in Khatri et al. 2025; it is a mean over tokens.
+POLICY_LOSSES: dict[str, Mapping[str, object]] = {
+    "ppo": {"clip_ratio": 0.2},
+    "gspo": {"clip_ratio": 3e-4, "clip_high": 4e-4, "loss_aggregation": "seq-mean"},
+    "cispo": {"clip_ratio": 1.0, "clip_high": 4.0, "loss_aggregation": "token-mean"},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags(Config):
@@ -137,17 +145,22 @@ class UpdateFlags(Config):
 
     inner_epochs: Count = flag(2, "passes over each buffer")
     minibatches: Count = flag(4, "optimizer steps in each pass")
-    clip_ratio: Positive = flag(0.2, "probability ratios are clipped to 1 - this ... 1 + clip_high")
-    clip_high: PositiveOrOff = flag(-1.0, "-1 = 0.28 for grpo and dr_grpo, else as clip_ratio")
-    dual_clip: NonNegative = flag(0.0, """bound of the ratio also where the advantage is negative, 3 is usual;
-        0 = none""")
+    policy_loss: Literal["ppo", "gspo", "cispo"] = flag("ppo", """ppo = clipped ratio of each token; gspo = of
+        each response, to the power 1 / its length; cispo = log-probs weighed by the clipped ratio, so that no
+        token is left out""")
+    clip_ratio: PositiveOrOff = flag(-1.0, """probability ratios are clipped to 1 - this ... 1 + clip_high; -1 =
+        0.2, for gspo 0.0003, for cispo 1 (no lower bound)""")
+    clip_high: PositiveOrOff = flag(-1.0, """-1 = 0.28 for grpo and dr_grpo, for gspo 0.0004, for cispo 4, else as
+        clip_ratio""")
+    dual_clip: NonNegative = flag(0.0, """ppo and gspo: bound of the ratio also where the advantage is negative,
+        3 is usual; 0 = none""")
     value_clip: Positive = flag(0.2, """the critic moves at most this far from its rollout values without
         penalty""")
     entropy_coef: NonNegative = flag(0.0, """weight of the policy's entropy, which the loss then rewards; it
         is logged in any case""")
     loss_aggregation: Literal["", Aggregation] = flag("", """what the policy loss is a mean over: tokens, or
-        sequences of the mean or sum of their tokens or of their sum / max_new_tokens; default: token-mean,
-        for grpo seq-mean, for dr_grpo seq-constant""")
+        sequences of the mean or sum of their tokens or of their sum / max_new_tokens; default: for gspo
+        seq-mean, for cispo token-mean, else for grpo seq-mean, for dr_grpo seq-constant, or token-mean""")
     tis_cap: Annotated[float, Bounds("1 or more, or 0", lambda x: 1 <= x < math.inf or x == 0)] = flag(0.0,
         """weigh each token by its probability in training over that in sampling, at most this (truncated
         importance sampling); 0 = off""")
@@ -236,6 +249,7 @@ class PPOConfig(
         super().__post_init__()
         # A grader's reward comes at the end and is exact: the returns need no critic to hold their variance down
         gae_lambda = 1.0 if self.reward == ["rule"] else 0.95
+        self._fill_in(POLICY_LOSSES[self.policy_loss])
         self._fill_in(ESTIMATORS[self.advantage].defaults | {"gae_lambda": gae_lambda})
         self._fill_in({"clip_high": self.clip_ratio, "critic_lambda": self.gae_lambda})
         for is_wrong, message in (*self._wrong_numbers(), *self._wrong_rewards(), *self._wrong_models()):
@@ -260,6 +274,8 @@ class PPOConfig(
             (self.temperature <= 0,
              f"--temperature {self.temperature}: PPO learns from sampled responses; expected more than 0"),
             (0 < self.dual_clip <= 1, f"--dual_clip is {self.dual_clip}, expected more than 1, or 0 for none"),
+            (self.dual_clip and self.policy_loss == "cispo",
+             "--dual_clip bounds a clipped surrogate, which --policy_loss cispo has not; leave it out"),
             (self.filter_groups and self.group_size == 1,
              "--filter_groups drops groups of equal rewards, so --group_size must be 2 or more"),
             (self.max_refills and not self.filter_groups,

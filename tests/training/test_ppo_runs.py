@@ -119,6 +119,7 @@ def test_grpo_with_adapters_runs_without_critic_or_reference(folders: Folders, t
         "reward": "verifier,rule",
         "train_file": tmp_path / "prompts.json",
         "advantage": "grpo",
+        "policy_loss": "gspo",
         "group_size": 4,
         "filter_groups": "true",
         "truncated": "mask",
