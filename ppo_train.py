@@ -118,7 +118,7 @@ def collect(
     Per-token tensors are [B, S] float32 on the CPU. kl_scale: what the KL's weight is multiplied by. Returns what the
     log says of refills too.
     """
-    phase, n_ids, n_rows = partial(models.phase, timer), data.tokenizer.vocab_size, config.max_batch_size
+    phase, n_ids = partial(models.phase, timer), data.tokenizer.vocab_size
     actor, critic, reference = models.actor.model, models.critic and models.critic.model, models.reference
     sample = partial(sample_and_score, config, models, data, rewards, rows, iteration, timer)
     (rollout, scores), stats = sample(), {}
@@ -126,22 +126,23 @@ def collect(
         rollout, scores, stats = refill_groups(rollout, scores, sample, config.group_size, config.max_refills)
     batch, mask = rollout.batch, rollout.batch.response_mask
 
-    # Log-probs come from the forward pass that training uses, not from the sampler: the update's first ratio is 1
+    # Log-probs come from the forward passes that training uses, not from the sampler: the update's first ratio is 1
+    trainable = ppo.trainable_rows(scores.total.sum(1), rollout, config)
+    passes = ppo.scoring_passes(rollout, trainable, config, iteration)
     with phase("score", actor):
-        logprobs = rollout_logprobs(actor, batch, config.temperature, n_ids, n_rows)
+        logprobs = rollout_logprobs(actor, batch, config.temperature, n_ids, passes)
     with phase("score", reference), without_adapters(reference):
-        reference_logprobs = rollout_logprobs(reference, batch, config.temperature, n_ids, n_rows)
+        reference_logprobs = rollout_logprobs(reference, batch, config.temperature, n_ids, passes)
     values = None
     if critic:
         with phase("score", critic):
-            values = rollout_values(critic, batch, n_rows)
+            values = rollout_values(critic, batch, passes)
 
     # Scores stand at the ends of responses or steps, the KL penalty at every token. k1 may be negative at one: in a
     # reward its mean counts, which is the KL without bias
     kl = losses.kl_k1(logprobs, reference_logprobs)
     earned = apply_length_penalty(scores.total, rollout, config, config.max_new_tokens)
     token_rewards = (earned - config.kl_coef * kl_scale * kl) * mask
-    trainable = ppo.trainable_rows(scores.total.sum(1), rollout, config)
     advantages, returns = ppo.compute_advantages(token_rewards, values, mask, trainable, config)
     if config.tis_cap:  # the loss is proportional to the advantages: to weigh them is to weigh it
         advantages *= losses.truncated_importance(logprobs, rollout.sampled_logprobs, config.tis_cap)

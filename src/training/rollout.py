@@ -46,6 +46,10 @@ class Rollout(NamedTuple):
         mask = self.batch.response_mask
         return (torch.arange(mask.shape[1]) * mask).argmax(1)
 
+    def by_length(self, rows: Tensor) -> Tensor:
+        """These episodes, the shortest first. [K] int64 -> [K]."""
+        return rows[self.last[rows].argsort(stable=True)]
+
     def take(self, rows: Tensor) -> "Rollout":
         """Some of the episodes, as wide as before. rows [K] int64."""
         return Rollout(
@@ -123,29 +127,28 @@ def _check_alike(tokens: Tensor) -> None:
 
 
 def rollout_logprobs(
-    model: Decoder, batch: Batch, temperature: float, n_ids: int, max_batch_size: int
+    model: Decoder, batch: Batch, temperature: float, n_ids: int, passes: Sequence[Tensor]
 ) -> Tensor:
     """Log-probs of the response tokens among the first n_ids ids, by the forward pass that training uses.
-    -> [B, S] float32, nats, 0 outside the response mask."""
+    passes: the rows [n] int64 that are read at once. -> [B, S] float32, nats, 0 outside the response mask."""
     score = partial(response_logprobs, model, temperature=temperature, n_ids=n_ids)
-    return _per_token(score, model, batch, max_batch_size)
+    return _per_token(score, model, batch, passes)
 
 
-def rollout_values(critic: Decoder, batch: Batch, max_batch_size: int) -> Tensor:
+def rollout_values(critic: Decoder, batch: Batch, passes: Sequence[Tensor]) -> Tensor:
     """The critic's value of the state before each response token. -> [B, S] float32, 0 outside the response mask."""
-    return _per_token(partial(response_values, critic), critic, batch, max_batch_size)
+    return _per_token(partial(response_values, critic), critic, batch, passes)
 
 
 @torch.no_grad()
-def _per_token(score: Callable[..., Tensor], model: Decoder, batch: Batch, max_batch_size: int) -> Tensor:
-    """A score of each response token as [B, S]: score(tokens, response_mask, lengths) -> [N] of rows of like length.
+def _per_token(score: Callable[..., Tensor], model: Decoder, batch: Batch, passes: Sequence[Tensor]) -> Tensor:
+    """A score of each response token as [B, S]: score(tokens, response_mask, lengths) -> [N] of one pass's rows.
 
     Every data-parallel rank computes its share and gets all.
     """
     laid_out = torch.zeros(batch.tokens.shape)
-    by_length = batch.response_mask.int().cumsum(1).argmax(1).argsort(stable=True)
     with parallel.gathered(model):  # ranks may have different numbers of passes
-        for rows in shard_for_rank(by_length.split(max_batch_size)):
+        for rows in shard_for_rank(passes):
             micro = trim_padding(Batch(batch.tokens[rows], batch.response_mask[rows]))
             values = torch.zeros(micro.tokens.shape)
             values[micro.response_mask] = score(*micro.to(parallel.device()).inputs).float().cpu()

@@ -94,7 +94,7 @@ def test_first_update_is_refused_without_gradient_or_with_another_policy() -> No
     assert monitor.check_first_update(good, buffer(), torch.float32)
     with pytest.raises(UserError, match="first probability ratio is off 1 by 0.5"):
         monitor.check_first_update(good | {"first_ratio_deviation": 0.5}, buffer(), torch.float32)
-    assert monitor.check_first_update(good | {"first_ratio_deviation": 0.06}, buffer(), torch.bfloat16)  # measured
+    assert monitor.check_first_update(good | {"first_ratio_deviation": 0.06}, buffer(), torch.bfloat16)
     with pytest.raises(UserError, match="advantages but no gradient"):
         monitor.check_first_update(good | {"grad_norm": 0.0}, buffer(), torch.float32)
     nothing = buffer(advantages=torch.zeros(4, 4))  # equal rewards: nothing to learn is no mistake

@@ -200,15 +200,15 @@ def test_the_scripts_take_it_and_a_run_keeps_it(folders: Folders, tmp_path: Path
 
 
 @pytest.mark.parametrize("lora_rank", [-1, 4])
-def test_ppo_begins_at_a_ratio_near_1_and_a_kl_of_0(folders: Folders, tmp_path: Path, lora_rank: int) -> None:
+def test_ppo_begins_at_a_ratio_of_1_and_a_kl_of_0(folders: Folders, tmp_path: Path, lora_rank: int) -> None:
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"instruction": f"{n}+{n}=", "label": str(2 * n)} for n in range(8)]))
     ppo_train.main(ppo_train.PPOConfig(
         actor_ckpt_dir=folders.one, actor_save_dir=str(tmp_path / "out"), train_file=str(prompts), task="toy",
-        reward=["rule"], advantage="grpo", group_size=2, kl_coef=0.1, max_buffer_size=8, max_batch_size=4,
+        reward=["rule"], advantage="grpo", group_size=2, kl_coef=0.1, max_buffer_size=8, max_batch_size=3,
         max_new_tokens=16, max_steps=1, inner_epochs=1, minibatches=2, lora_rank=lora_rank,
         precision="bfloat16"))  # fmt: skip
     first = rows(tmp_path / "out" / "metrics.jsonl")[0]
     assert first["kl"] == 0
-    # the same tokens in batches of other shapes: rounding alone moves a ratio, in the toy by up to 0.06
-    assert 0 < first["first_ratio_deviation"] < 0.1
+    # in passes of other rows than those that are learnt from rounding moved a ratio by up to 0.06
+    assert first["first_ratio_deviation"] == 0
