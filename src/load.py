@@ -250,8 +250,18 @@ def _stored_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
     kind = storage.ADAPTER if adapter else storage.WEIGHTS
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
     storage.verify_hashes(folder, kind, rank, n)
-    own = sources.local_tensors(folder, kind, sources.read_config(folder), n, rank)
-    return adapters.fold(_stored_tensors(adapter.base), own, adapter.lora) if adapter else own
+    config = sources.read_config(folder)
+    own = sources.local_tensors(folder, kind, config, n, rank)
+    if not adapter:
+        return own
+
+    def total(name: str, squares: Tensor) -> Tensor:
+        """Squares [out] of the rows of a matrix, summed over the ranks if each holds some of its columns."""
+        if shards.split_dim(name, config, n) != 1:
+            return squares
+        return parallel.sum_over_tensor_parallel(squares.to(parallel.device())).to(squares.device)
+
+    return adapters.fold(_stored_tensors(adapter.base), own, adapter.lora, total)
 
 
 def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
@@ -280,9 +290,9 @@ def lora_config(flags: LoraFlags, dropout: float = 0.0) -> LoraConfig | None:
     """What the --lora_* flags ask for; None (train all weights) for rank -1. Raises UserError."""
     if flags.lora_rank == -1:
         return None
-    return LoraConfig(
-        rank=flags.lora_rank, alpha=flags.lora_alpha, dropout=dropout, targets=tuple(flags.lora_targets)
-    )
+    alpha = flags.lora_alpha * (flags.lora_rank**0.5 if flags.rslora else 1.0)
+    return LoraConfig(rank=flags.lora_rank, alpha=alpha, dropout=dropout, targets=tuple(flags.lora_targets),
+                      dora=flags.dora)  # fmt: skip
 
 
 def check_quantize(quantize: str, lora_rank: int) -> None:

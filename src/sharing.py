@@ -56,6 +56,9 @@ class SharedBase:
     def _lay_on(self, folder: Path, whole: dict[str, Tensor], factors: dict[str, list[Factors]]) -> None:
         """Add an adapter's factors, [R, in] and [out, R], to those of each linear; its whole tensors replace others."""
         lora = adapters.read_adapter(folder).lora
+        if lora.dora:
+            raise UserError(f"--share_base: {folder} holds DoRA's adapters, which change the base's rows as a whole; "
+                            f"merge it with checkpoint_split.py and leave --share_base out")
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
         own = {
             name: read().to(parallel.device(), torch.float32, copy=True)

@@ -12,7 +12,7 @@ from src import load, parallel
 from src.checkpoint import saving, shards
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
-from src.command.config import OptimizerFlags
+from src.command.config import LoraFlags, OptimizerFlags
 from src.data.batch import Batch
 from src.errors import UserError
 from src.inference.engine import Request, Vocabulary, generate
@@ -143,15 +143,16 @@ def _among_others(model: Decoder, row: Tensor, other: Tensor) -> Tensor:
 
 
 def fill_lora_b(model: Decoder) -> None:
-    """Give every adapter's B values: drawn whole and cut, so alike at every tensor-parallel size."""
+    """Give every adapter's B values, and change DoRA's lengths: drawn whole and cut, so alike at every
+    tensor-parallel size."""
     generator = torch.Generator().manual_seed(3)
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
     for name, parameter in model.named_parameters():
-        if name.endswith("lora_b.weight"):
+        if name.endswith(("lora_b.weight", "lora_m.weight")):
             how = shards.cut_of(name, model.config, n)
             rows = parameter.shape[0] if how.dim is None else how.size
-            whole = torch.randn(rows, parameter.shape[1], generator=generator)
-            parameter.data.copy_(shards.cut(whole, how, rank) / 10)
+            values = shards.cut(torch.randn(rows, *parameter.shape[1:], generator=generator), how, rank) / 10
+            parameter.data.copy_(values if name.endswith("lora_b.weight") else parameter.data * (1 + values))
 
 
 def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
@@ -159,11 +160,14 @@ def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def lora(folder: str, save_dir: str, tokens: list[list[int]], mask: list[list[bool]]) -> dict[str, object]:
-    """The life of an adapter: put on, differentiated, trained for a step, saved, merged in three ways."""
+def lora(
+    folder: str, save_dir: str, tokens: list[list[int]], mask: list[list[bool]], dora: bool
+) -> dict[str, object]:
+    """The life of an adapter, of DoRA one that is rank-stabilised too: put on, differentiated, trained for a step,
+    saved, merged in three ways."""
     batch = Batch(torch.tensor(tokens), torch.tensor(mask))
-    config = LoraConfig(rank=4, alpha=6.0, dropout=0.0, targets=LINEARS)
-    model = load.load_solver(folder)
+    flags = LoraFlags(lora_rank=4, lora_alpha=6.0, lora_targets=list(LINEARS), rslora=dora, dora=dora)
+    config, model = load.lora_config(flags), load.load_solver(folder)
     results: dict[str, object] = {"base": all_logits(model, batch.tokens)}
     load.put_lora_on(model, config, seed=5)
     results["initial"] = all_logits(model, batch.tokens)

@@ -1,6 +1,7 @@
 """Adapter directories (LoRA): adapter.NN.pth, and adapter.json that names the base they belong to."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ from src.checkpoint import shards, storage
 from src.errors import UserError
 from src.jsonfile import read_json
 from src.models.config import ModelConfig
-from src.models.lora import LoraConfig, merged_weight
+from src.models.lora import LoraConfig, at_length, merged_weight
 
 Load = Callable[[], Tensor]
+Total = Callable[[str, Tensor], Tensor]  # a parameter's name and its rows' squares here [out] -> those of whole rows
 
 
 class Adapter(NamedTuple):
@@ -30,6 +32,7 @@ def document(base: Path, lora: LoraConfig) -> dict[str, object]:
         "rank": lora.rank,
         "alpha": lora.alpha,
         "targets": list(lora.targets),
+        **({"dora": True} if lora.dora else {}),
     }
 
 
@@ -39,7 +42,7 @@ def read_adapter(folder: Path, base_dir: str = "") -> Adapter | None:
     if not path.is_file():
         return None
     values = read_json(path)
-    for key in sorted({"base", "base_fingerprint", "rank", "alpha", "targets"} ^ values.keys()):
+    for key in sorted({"base", "base_fingerprint", "rank", "alpha", "targets"} ^ (values.keys() - {"dora"})):
         what = "unknown; a newer version may have written it" if key in values else "missing"
         raise UserError(f"{path}: key {key!r} is {what}")
     base = Path(base_dir or str(values["base"]))
@@ -48,11 +51,10 @@ def read_adapter(folder: Path, base_dir: str = "") -> Adapter | None:
         raise UserError(f"{path}: the base {base} has changed since this adapter was trained; restore it")
     rank, alpha, targets = values["rank"], values["alpha"], values["targets"]
     is_number = type(alpha) in (int, float) and abs(alpha) < 1e30  # nan is not
-    if type(rank) is not int or not is_number or not isinstance(targets, list):
-        raise UserError(
-            f"{path}: rank, alpha and targets must be a whole number, a number and a list of names"
-        )
-    lora = LoraConfig(rank=rank, alpha=alpha, dropout=0.0, targets=tuple(map(str, targets)))
+    if type(rank) is not int or not is_number or not isinstance(targets, list) or values.get("dora", True) is not True:
+        raise UserError(f"{path}: rank, alpha and targets must be a whole number, a number and a list of names, and "
+                        f"dora true where it is there")  # fmt: skip
+    lora = LoraConfig(rank=rank, alpha=alpha, dropout=0.0, targets=tuple(map(str, targets)), dora="dora" in values)
     return Adapter(base, lora)
 
 
@@ -64,16 +66,20 @@ def expected_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[in
         if stem.split(".")[-1] in lora.targets:
             shapes[f"{stem}.lora_a.weight"] = (lora.rank, shape[1])
             shapes[f"{stem}.lora_b.weight"] = (shape[0], lora.rank)
+            if lora.dora:
+                shapes[f"{stem}.lora_m.weight"] = (shape[0],)
     if config.value_head:
         shapes["v_head.weight"] = (1, config.dim)
     return shapes
 
 
-def fold(base: Mapping[str, Load], own: Mapping[str, Load], lora: LoraConfig) -> dict[str, Load]:
+def fold(
+    base: Mapping[str, Load], own: Mapping[str, Load], lora: LoraConfig, total: Total = lambda name, squares: squares
+) -> dict[str, Load]:
     """A base's tensors with an adapter's products added in float32, each when it is read.
 
     The adapter's whole tensors (a value head) take their place. Works on whole tensors and on one rank's shards
-    alike: a shard's product needs that shard's factors only.
+    alike: a shard's product needs that shard's factors only, and DoRA's rows what `total` makes of a shard's squares.
     """
     merged = dict(base)
     if "v_head.weight" in own:
@@ -81,12 +87,19 @@ def fold(base: Mapping[str, Load], own: Mapping[str, Load], lora: LoraConfig) ->
     for name, load in own.items():
         if name.endswith(".lora_a.weight"):
             stem = name.removesuffix(".lora_a.weight")
-            weight, other = f"{stem}.weight", f"{stem}.lora_b.weight"
-            if weight not in base or other not in own:
-                raise UserError(f"{name} adapts nothing: the base lacks {weight}, or the adapter {other}")
-            merged[weight] = lambda plain=base[weight], a=load, b=own[other]: merged_weight(
-                plain(), a(), b(), lora.alpha / lora.rank
-            )
-        elif not name.endswith(".lora_b.weight"):
+            if f"{stem}.weight" not in base or f"{stem}.lora_b.weight" not in own:
+                raise UserError(f"{name} adapts nothing: the base lacks {stem}.weight, or the adapter "
+                                f"{stem}.lora_b.weight")  # fmt: skip
+            merged[f"{stem}.weight"] = partial(_merged, stem, base, own, lora.alpha / lora.rank, total)
+        elif not name.endswith((".lora_b.weight", ".lora_m.weight")):
             merged[name] = load
     return merged
+
+
+def _merged(stem: str, base: Mapping[str, Load], own: Mapping[str, Load], scale: float, total: Total) -> Tensor:
+    """A matrix with its adapter [out, in], float32."""
+    lora_a, lora_b = own[f"{stem}.lora_a.weight"](), own[f"{stem}.lora_b.weight"]()
+    weight, magnitude = merged_weight(base[f"{stem}.weight"](), lora_a, lora_b, scale), own.get(f"{stem}.lora_m.weight")
+    if magnitude is None:
+        return weight
+    return at_length(weight, magnitude(), total(f"{stem}.weight", weight.square().sum(1)))

@@ -22,13 +22,13 @@ _ANY: tuple[object, ...] = ()
 _KEYS: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "task_type": (None, "CAUSAL_LM", "SEQ_CLS"),
-    "use_rslora": (None, False, True),
+    **dict.fromkeys(("use_rslora", "use_dora"), (None, False, True)),
     "init_lora_weights": (None, False, True, "gaussian", "orthogonal", "eva", "mica", *CHANGE_BASE),
     # off, or another computation
     "bias": (None, "none"),
     "layers_pattern": (None, [], ""),
     "trainable_token_indices": (None, [], {}),
-    **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_dora", "use_qalora", "use_bdlora"), (None, False)),
+    **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"), (None, False)),
     **dict.fromkeys(("layer_replication", "layers_to_transform", "target_parameters"), (None, [])),
     **dict.fromkeys((
         "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
@@ -68,6 +68,7 @@ class PeftConfig(NamedTuple):
     base: str
     init: object
     has_score: bool
+    has_dora: bool
     values: Mapping[str, object]
 
     def scaled(self, module: str) -> Scaled:
@@ -129,7 +130,8 @@ def read(folder: Path) -> PeftConfig:
         raise UserError(f"{path}: init_lora_weights='pissa' divides by lora_alpha; expected more than 0")
     has_score = values.get("task_type") == "SEQ_CLS" or "score" in (values.get("modules_to_save") or ())
     base = values.get("base_model_name_or_path")
-    return PeftConfig(path, str(base), values.get("init_lora_weights"), has_score, values)
+    return PeftConfig(path, str(base), values.get("init_lora_weights"), has_score,
+                      bool(values.get("use_dora")), values)  # fmt: skip
 
 
 def _refuse(path: Path, key: str, value: object, allowed: tuple[object, ...]) -> None:

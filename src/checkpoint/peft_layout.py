@@ -1,6 +1,7 @@
 """Adapters in PEFT's layout: adapter_model.safetensors with adapter_config.json, read and written.
 
-PEFT puts lora_A and lora_B under the module's Hugging Face name; B's rows have that module's rotary layout. Ours have
+PEFT puts lora_A and lora_B under the module's Hugging Face name, and DoRA's lengths as lora_magnitude_vector; B's rows
+and these have that module's rotary layout. Ours have
 one rank and one scale, and adapt the base as it is: what PEFT does by module or to the base goes into the factors.
 """
 
@@ -25,7 +26,9 @@ from src.models.lora import LINEARS, LoraConfig
 CONFIG = peft_config.CONFIG
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+# PEFT's name of a factor after its module's, and ours
+_FACTORS = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "lora_m"}
+_FACTOR = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _FACTORS))})")
 
 
 class PeftAdapter(NamedTuple):
@@ -84,7 +87,7 @@ def _our_name(name: str, folder: Path) -> str:
     ours = convert.from_hf_name(f"{factor[1]}.weight").removesuffix(".weight")
     if ours.split(".")[-1] not in LINEARS:
         raise UserError(f"{folder}: {name!r} adapts {ours}; expected only {', '.join(LINEARS)}")
-    return f"{ours}.lora_{factor[2].lower()}.weight"
+    return f"{ours}.{_FACTORS[factor[2]]}.weight"
 
 
 def check(adapter: PeftAdapter, config: ModelConfig) -> None:
@@ -93,7 +96,8 @@ def check(adapter: PeftAdapter, config: ModelConfig) -> None:
     kinds = tuple(name for name in LINEARS if any(stem.endswith(f".{name}") for stem in linears))
     if not kinds:
         raise UserError(f"{folder} holds no LoRA factors; expected lora_A and lora_B of some linear layers")
-    of_rank_1 = adapters.expected_shapes(config, LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=kinds))
+    of_rank_1 = adapters.expected_shapes(config, LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=kinds,
+                                                           dora=adapter.config.has_dora))  # fmt: skip
     for name in sorted(of_rank_1.keys() ^ adapter.tensors.keys()):
         what = "missing" if name in of_rank_1 else "one too many"
         raise UserError(f"{folder}: {name} is {what}; adapters of some layers only are not implemented")
@@ -109,11 +113,9 @@ def check(adapter: PeftAdapter, config: ModelConfig) -> None:
                 raise UserError(
                     f"{folder}: {name} is {list(found)}, but r={rank} and the base mean {expected}"
                 )
-    head = "v_head.weight"
-    if head in of_rank_1 and adapter.tensors[head].shape != of_rank_1[head]:
-        raise UserError(
-            f"{folder}: {head} is {list(adapter.tensors[head].shape)}; expected {list(of_rank_1[head])}"
-        )
+    for name, shape in of_rank_1.items():
+        if ".lora_a." not in name and ".lora_b." not in name and adapter.tensors[name].shape != shape:
+            raise UserError(f"{folder}: {name} is {list(adapter.tensors[name].shape)}; expected {list(shape)}")
 
 
 def as_ours(
@@ -133,6 +135,7 @@ def as_ours(
         alpha=alpha,
         dropout=0.0,
         targets=tuple(name for name in LINEARS if any(stem.endswith(f".{name}") for stem in linears)),
+        dora=adapter.config.has_dora,
     )
     tensors = dict(adapter.tensors)
     for stem, each in linears.items():
@@ -185,10 +188,9 @@ def _taken(init: str, weight: Tensor, scaled: Scaled) -> tuple[Tensor, Tensor]:
 def _reordered(
     reorder: convert.Reorder, name: str, stored: StoredTensor, config: ModelConfig
 ) -> StoredTensor:
-    """A factor with the rows of B reordered as the rows of the weight that it adapts."""
-    if not name.endswith(".lora_b.weight"):
-        return stored
-    return stored.then(functools.partial(reorder, name.replace(".lora_b.", "."), config=config))
+    """A factor with the rows of B, or DoRA's lengths, reordered as the rows of the weight that it adapts."""
+    plain = re.sub(r"\.lora_[bm]\.", ".", name)
+    return stored if plain == name else stored.then(functools.partial(reorder, plain, config=config))
 
 
 def as_peft(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
@@ -202,11 +204,10 @@ def as_peft(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[st
         )
     theirs = {}
     for name, stored in tensors.items():
-        plain = name.replace(".lora_a.", ".").replace(".lora_b.", ".")
-        hf = convert.to_hf_name(plain)
-        for ours, factor in ((".lora_a.", "lora_A"), (".lora_b.", "lora_B")):
-            if ours in name:
-                hf = f"{hf.removesuffix('.weight')}.{factor}.weight"
+        hf = convert.to_hf_name(re.sub(r"\.lora_[abm]\.", ".", name))
+        for factor, ours in _FACTORS.items():
+            if f".{ours}." in name:
+                hf = f"{hf.removesuffix('.weight')}.{factor}"
         theirs[_PREFIX + hf] = _reordered(convert.rotary_to_hf, name, stored, config)
     return theirs
 
@@ -227,6 +228,7 @@ def config_json(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, o
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
+        "use_dora": lora.dora,
         "target_modules": [module_name(f"layers.0.{place}").split(".")[-1] for place in places],
         "modules_to_save": ["score"] if config.value_head else None,
         "bias": "none",

@@ -31,8 +31,8 @@ def split_dim(name: str, config: ModelConfig, n: int = 1) -> int | None:
     if module not in SPLIT_DIM or parts[-1] not in ("weight", "bias"):
         raise UserError(f"unknown parameter {name!r}; a checkpoint has {', '.join(SPLIT_DIM)}")
     dim = SPLIT_DIM[module]
-    if parts[-2] in ("lora_a", "lora_b"):
-        # an adapter's A shares its base's inputs, its B the base's outputs: one of the two is whole
+    if parts[-2] in ("lora_a", "lora_b", "lora_m"):
+        # an adapter's A shares its base's inputs, its B and DoRA's lengths the base's outputs: A or they are whole
         return dim if dim == (1 if parts[-2] == "lora_a" else 0) else None
     if parts[-1] == "bias" and dim != 0:
         raise UserError(f"unknown parameter {name!r}; only linears split by their outputs have a bias")
@@ -42,7 +42,9 @@ def split_dim(name: str, config: ModelConfig, n: int = 1) -> int | None:
 def _base_name(name: str) -> str:
     """The parameter of the plain model whose dimensions this one shares: itself, or what an adapter adapts."""
     stem, _, kind = name.rpartition(".")
-    return f"{stem.removesuffix('.base').removesuffix('.lora_a').removesuffix('.lora_b')}.{kind}"
+    for inner in (".base", ".lora_a", ".lora_b", ".lora_m"):
+        stem = stem.removesuffix(inner)
+    return f"{stem}.{kind}"
 
 
 def _module(name: str) -> str:

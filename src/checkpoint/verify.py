@@ -82,16 +82,22 @@ def _forward_hook(adapter: PeftAdapter, stem: str, config: ModelConfig) -> Hook:
     lora_a, lora_b = (adapter.tensors[f"{stem}.lora_{which}.weight"].load().float() for which in "ab")
     lora_b = rotary_from_hf(f"{stem}.weight", lora_b, config)
     scale = adapter.config.scaled(module_name(stem)).scale
+    lengths = adapter.tensors.get(f"{stem}.lora_m.weight")
+    lengths = lengths and rotary_from_hf(f"{stem}.weight", lengths.load().float(), config)
 
     def corrected(linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """The output [..., O] plus what the adapter adds to it, less what PEFT took from the base."""
         (x,) = inputs
         down, up = lora_a.to(x), lora_b.to(x)  # [R, I], [O, R]
         basis = _taken_directions(adapter.config.init, linear.weight, len(down)).to(x)  # [O, R]
-        taken = (x @ linear.weight.T @ basis) @ basis.T
-        if adapter.config.init == "olora":  # PiSSA divides its factors by the scale, OLoRA does not
-            taken = scale * taken
-        return output + scale * (x @ down.T) @ up.T - taken
+        share = scale if adapter.config.init == "olora" else 1.0  # PiSSA divides its factors by the scale
+        taken = share * (x @ linear.weight.T @ basis) @ basis.T
+        output = output + scale * (x @ down.T) @ up.T - taken
+        if lengths is None:
+            return output
+        matrix = linear.weight + scale * up @ down - share * basis @ (basis.T @ linear.weight)
+        bias = 0.0 if linear.bias is None else linear.bias
+        return (output - bias) * lengths.to(x) / matrix.norm(dim=1) + bias
 
     return corrected
 

@@ -112,6 +112,16 @@ class LoraFlags(Config):
     lora_rank: CountOrOff = flag(-1, "rank of LoRA adapters; -1 trains all weights")
     lora_alpha: Positive = flag(16.0, "adapters are scaled by lora_alpha / lora_rank")
     lora_targets: list[str] = flag(LINEARS, "linears that carry an adapter")
+    rslora: bool = flag(False, "rank-stabilised LoRA: scale them by lora_alpha / sqrt(lora_rank)")
+    dora: bool = flag(False, """DoRA: learn the lengths of the rows of adapted matrices apart from their directions;
+        slower, most of all where the model also samples""")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for kinds of adapters without adapters."""
+        super().__post_init__()
+        for name in ("rslora", "dora"):
+            if getattr(self, name) and self.lora_rank == -1:
+                raise UserError(f"--{name} is a kind of adapter, but --lora_rank -1 trains all weights; give a rank")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Low-rank adapters (Hu et al. 2021) put on the linear layers of a finished model.
 
-y = W x + (alpha / rank) B A dropout(x), W frozen. On a column-parallel layer A is whole and B is split by rows;
+y = W x + (alpha / rank) B A dropout(x), W frozen; under DoRA (Liu et al. 2024) the rows of W + (alpha / rank) B A are
+brought to lengths that are learnt. On a column-parallel layer A is whole and B is split by rows;
 on a row-parallel layer A is split by columns and B is whole: each product then needs no further communication
 than the layers' own, and whole factors receive the same gradient on every rank.
 """
@@ -26,12 +27,16 @@ LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Shape of the adapters: rank r, scale alpha / r, and the names of the linears that carry one."""
+    """Shape of the adapters: rank r, scale alpha / r, the names of the linears that carry one, and whether by DoRA.
+
+    Rank-stabilised adapters (Kalajdzievski 2023), whose scale is alpha / sqrt(r), have alpha sqrt(r) here.
+    """
 
     rank: int
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    dora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -59,7 +64,7 @@ Frozen = ColumnParallelLinear | RowParallelLinear | QuantizedLinear
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """x W^T + scale (x * kept) A^T B^T on this rank, as one node of the graph.
+    """x W^T + scale (x * kept) A^T B^T + bias on this rank, as one node of the graph.
 
     The low-rank part is added by the matrix product that makes it, so nothing as wide as the output is written twice;
     x is all that is kept of that width. W has no gradient and is asked for again backwards: a quantised base is then
@@ -74,18 +79,19 @@ class _AdaptedProduct(torch.autograd.Function):
         lora_b: Tensor,
         kept: Tensor | None,
         base: Frozen,
+        bias: Tensor | None,
         scale: float,
     ) -> Tensor:
-        """x [N, in], lora_a [rank, in], lora_b [out, rank], kept [N, in] or None -> [N, out] in x's dtype."""
+        """x [N, in], lora_a [rank, in], lora_b [out, rank], kept [N, in], bias [out] -> [N, out] in x's dtype."""
         low = scale * linear(x if kept is None else x * kept, lora_a)  # [N, rank]
         ctx.save_for_backward(x, lora_a, lora_b, kept, low)
         ctx.base, ctx.scale = base, scale
-        return linear(x, base.weight, base.bias).addmm_(low, lora_b.type_as(x).T)
+        return linear(x, base.weight, bias).addmm_(low, lora_b.type_as(x).T)
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None, None]:
         """grad [N, out] -> [N, in], [rank, in], [out, rank]."""
         x, lora_a, lora_b, kept, low = ctx.saved_tensors
         grad_low = ctx.scale * input_gradient(grad, lora_b.type_as(grad))  # [N, rank]
@@ -98,7 +104,15 @@ class _AdaptedProduct(torch.autograd.Function):
                 grad_x.addcmul_(grad_low @ lora_a.type_as(grad), kept)
         seen = x if kept is None else x * kept
         grad_b = weight_gradient(low, grad).T  # several times as fast as grad^T low: the rank is the smaller side
-        return grad_x, weight_gradient(grad_low, seen), grad_b, None, None, None
+        return grad_x, weight_gradient(grad_low, seen), grad_b, None, None, None, None
+
+
+class Magnitude(nn.Module):
+    """DoRA's magnitude vector: the length of each row of a matrix. weight [rows] float32."""
+
+    def __init__(self, n_rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_rows))
 
 
 class LoraLinear(nn.Module):
@@ -118,6 +132,8 @@ class LoraLinear(nn.Module):
         else:
             self.lora_a = RowParallelLinear(base.in_features, config.rank, base.columns)
             self.lora_b = nn.Linear(config.rank, base.out_features, bias=False)
+        n_rows = len(base.rows) if self.by_rows else base.out_features
+        self.lora_m = Magnitude(n_rows) if config.dora else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], both as the base layer has them on this rank."""
@@ -133,9 +149,29 @@ class LoraLinear(nn.Module):
             lora_b = parallel.copy_to_tensor_parallel(lora_b)
         rows = x.flatten(0, -2)
         kept = None if kept is None else kept.type_as(x).flatten(0, -2)
-        y = _AdaptedProduct.apply(rows, lora_a, lora_b, kept, self.base, self.scale)
+        bias = self.base.bias if self.lora_m is None else None
+        y = _AdaptedProduct.apply(rows, lora_a, lora_b, kept, self.base, bias, self.scale)
         y = y.unflatten(0, x.shape[:-1])
-        return y if self.by_rows else parallel.reduce_from_tensor_parallel(y)
+        y = y if self.by_rows else parallel.reduce_from_tensor_parallel(y)
+        return y if self.lora_m is None else self._with_magnitude(y)
+
+    def _with_magnitude(self, y: Tensor) -> Tensor:
+        """m / ||W + scale B A|| times the product y [..., out], plus the bias (DoRA, Liu et al. 2024, eq. 5)."""
+        magnitude = self.lora_m.weight
+        if self.by_rows:
+            magnitude = self.lora_b.sum_over_replicas(magnitude)
+        y = y * (magnitude / self.row_lengths()).type_as(y)
+        return y if self.base.bias is None else y + self.base.bias.type_as(y)
+
+    @torch.no_grad()
+    def row_lengths(self) -> Tensor:
+        """||W + scale B A|| of each row that this rank yields, a constant in the backward pass (section 4.3 there).
+
+        -> [out] float32.
+        """
+        merged = merged_weight(self.base.weight, self.lora_a.weight, self.lora_b.weight, self.scale)
+        squares = merged.square().sum(1)
+        return (squares if self.by_rows else parallel.sum_over_tensor_parallel(squares)).sqrt()
 
 
 @contextlib.contextmanager
@@ -170,9 +206,10 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
 def init_lora(
     model: nn.Module, seed: int, local_slice: Callable[[str, Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Starting values of every adapter tensor: A uniform as Kaiming's rule for a linear layer, B zero.
+    """Starting values of every adapter tensor: A uniform as Kaiming's rule for a linear layer, B zero, m W's lengths.
 
-    Yields (name, this rank's float32 tensor): A [rank, in], B [out, rank]. A is sampled whole on the CPU from (seed,
+    Yields (name, this rank's float32 tensor): A [rank, in], B [out, rank], of DoRA m [out]; each is to be put in its
+    place before the next is asked for. A is sampled whole on the CPU from (seed,
     place in the model) and cut by `local_slice`, so the adapters do not depend on the tensor-parallel size.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -182,6 +219,8 @@ def init_lora(
             whole = torch.empty(rank, in_features).uniform_(-1, 1, generator=generator) / in_features**0.5
             yield f"{name}.lora_a.weight", local_slice(f"{name}.lora_a.weight", whole)
             yield f"{name}.lora_b.weight", torch.zeros(module.lora_b.weight.shape)
+            if module.lora_m is not None:
+                yield f"{name}.lora_m.weight", module.row_lengths()
 
 
 class Factors(NamedTuple):
@@ -216,3 +255,8 @@ class AdaptedMatrix(nn.Module):
 def merged_weight(base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """W + scale * B A in float32, whatever W's dtype: the caller rounds once, if at all. -> [out, in]."""
     return base.float() + scale * (lora_b.float() @ lora_a.float())
+
+
+def at_length(weight: Tensor, magnitude: Tensor, squares: Tensor) -> Tensor:
+    """DoRA's matrix: the rows of weight [out, in] at the lengths magnitude [out]. squares [out]: of whole rows."""
+    return weight * (magnitude.float() / squares.sqrt())[:, None]

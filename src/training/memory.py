@@ -128,6 +128,9 @@ def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tu
     attention = norms + computed * (D + 2 * (H + K) * E)  # the norm's output, queries, keys, values, output
     attention += norm * (H + K) * E // D if config.qk_norm else 0
     feed_forward = norms + computed * (D + 4 * F)  # the norm's output, products, gate and their product
+    if how.lora and how.lora.dora:  # what each adapted linear yields before its rows have their lengths
+        widths = {"wq": H * E, "wk": K * E, "wv": K * E, "wo": D, "w1": F, "w2": D, "w3": F}
+        attention += computed * sum(widths[name] for name in how.lora.targets)
     block, entry = attention + feed_forward, FLOAT32 * D  # entry: all that is left of a block computed again
     kept = {"none": block, "selective": attention + entry, "full": entry}[how.checkpointing]
     gradients = 3 * computed * F  # of the product, the gate and the other factor, before they are the input's

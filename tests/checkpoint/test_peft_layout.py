@@ -74,6 +74,17 @@ def test_peft_to_ours_to_peft_is_identical(tmp_path: Path, base: Path, adapter: 
     assert torch.equal(*logits)
 
 
+def test_dora_goes_through_shards_bit_for_bit(tmp_path: Path, base: Path) -> None:
+    folder = save_variant(base, tmp_path / "lora", use_dora=True)
+    split(open_source(str(base)), tmp_path / "base", 1, "", "", "base")
+    split_adapter(open_adapter(folder, str(tmp_path / "base")), tmp_path / "ours", 3, "", "adapter")
+    export.export_peft(open_adapter(tmp_path / "ours"), tmp_path / "peft", "ours")
+    before, after = (load_file(each / "adapter_model.safetensors") for each in (folder, tmp_path / "peft"))
+    assert set(before) == set(after) and any("magnitude" in name for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(peft_logits(base, folder), peft_logits(base, tmp_path / "peft"))
+
+
 def test_adapter_goes_from_any_number_of_shards_to_any_other(
     tmp_path: Path, base: Path, adapter: Path
 ) -> None:
@@ -97,6 +108,14 @@ VARIANTS: dict[str, dict[str, object]] = {
     "patterns": {"rank_pattern": RANKS, "alpha_pattern": ALPHAS},
     "patterns, rank-stabilised": {"rank_pattern": RANKS, "alpha_pattern": ALPHAS, "use_rslora": True},
     "one scale, ranks differ": {"rank_pattern": {"k_proj": 8}, "alpha_pattern": {"k_proj": 16}},
+    "dora": {"use_dora": True},
+    "dora, patterns, rank-stabilised": {
+        "use_dora": True,
+        "rank_pattern": RANKS,
+        "alpha_pattern": ALPHAS,
+        "use_rslora": True,
+    },
+    "dora, pissa": {"use_dora": True, "init_lora_weights": "pissa"},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
     "pissa, rank-stabilised": {"init_lora_weights": "pissa", "use_rslora": True},
@@ -275,7 +294,7 @@ def test_every_value_that_is_not_known_to_be_right_is_refused(tmp_path: Path, ad
 
 
 CONFIGS: dict[str, tuple[dict[str, object], str]] = {
-    "dora": ({"use_dora": True}, "use_dora=True is not implemented"),
+    "dora without lengths": ({"use_dora": True}, r"lora_m\.weight is missing"),
     "other ranks": (
         {"rank_pattern": {"q_proj": 8}},
         r"wq\.lora_a\.weight is .4, 32., but r=8 and the base mean",

@@ -56,18 +56,18 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
-    """run(n): the worker's results on n ranks, computed once."""
-    runs: dict[int, Run] = {}
+    """run(n, dora): the worker's results on n ranks, computed once."""
+    runs: dict[tuple[int, bool], Run] = {}
     tokens, mask = (x.tolist() for x in reference.batch()[:2])
 
-    def on(n: int) -> Run:
-        if n not in runs:
+    def on(n: int, dora: bool = False) -> Run:
+        if (n, dora) not in runs:
             root = tmp_path_factory.mktemp(f"lora-{n}")
             base, adapter = root / "base", root / "adapter"
             split(open_source(str(hf_folder)), base, n, "", "", "gqa")
-            arguments = {"folder": str(base), "save_dir": str(adapter), "tokens": tokens, "mask": mask}
-            runs[n] = Run(run_ranks(n, "tests.workers:lora", root, **arguments), base, adapter)
-        return runs[n]
+            arguments = {"folder": str(base), "save_dir": str(adapter), "tokens": tokens, "mask": mask, "dora": dora}
+            runs[n, dora] = Run(run_ranks(n, "tests.workers:lora", root, **arguments), base, adapter)
+        return runs[n, dora]
 
     return on
 
@@ -94,9 +94,26 @@ def test_gradients_do_not_depend_on_the_tensor_parallel_size(run: Callable[[int]
         assert reference.relative_difference(many[name], one[name]) < 1e-4, name
 
 
-def test_gradients_equal_peft(run: Callable[[int], Run], hf_folder: Path) -> None:
-    result, config = run(1).results[0], run(1).config
-    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+@pytest.mark.parametrize("n", SIZES)
+def test_dora_at_any_tensor_parallel_size(run: Callable[[int], Run], n: int) -> None:
+    one, many = run(1, True), run(n, True)
+    for key, limit in (("adapters", 1e-6), ("gradients", 1e-4)):
+        expected, found = one.joined(key), many.joined(key)
+        assert set(expected) == set(found) and any(name.endswith("lora_m.weight") for name in found)
+        for name in found:
+            assert reference.relative_difference(found[name], expected[name]) < limit, name
+    for rank in many.results:
+        assert torch.equal(rank["initial"], rank["base"]) and rank["base_unchanged"]
+        assert reference.relative_difference(rank["trained"], rank["base"]) > 0.01
+        for way in ("loaded", "merged"):
+            assert reference.relative_difference(rank[way], rank["trained"]) < 1e-5
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_gradients_equal_peft(run: Callable[[int], Run], hf_folder: Path, dora: bool) -> None:
+    result, config = run(1, dora).results[0], run(1, dora).config
+    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", use_rslora=dora,
+                               use_dora=dora)  # fmt: skip
     model = peft.get_peft_model(reference.hf_model(hf_folder), settings)
     found = {}
     for theirs, parameter in model.named_parameters():
@@ -115,8 +132,8 @@ def test_gradients_equal_peft(run: Callable[[int], Run], hf_folder: Path) -> Non
 
 
 def _rotated(name: str) -> str:
-    """The weight whose rows a factor's rows are: B has its base's rows, A has none of them."""
-    return name.replace(".lora_b", "") if ".lora_b" in name else name
+    """The weight whose rows a factor's rows are: B and DoRA's lengths have its base's rows, A has none of them."""
+    return name.replace(".lora_b", "").replace(".lora_m", "")
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src import load
 from src.command.config import LoraFlags
-from src.models.lora import merged_weight
+from src.models.lora import at_length, merged_weight
 from tests.conftest import Folders
 from tests.ranks import run_ranks
 from tests.reference import relative_difference
@@ -35,17 +35,18 @@ def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in [name for name in weights if name.endswith(".lora_a.weight")]:
         stem = name.removesuffix(".lora_a.weight")
         lora_b = weights.pop(f"{stem}.lora_b.weight")
-        weights[f"{stem}.base.weight"] = merged_weight(
-            weights[f"{stem}.base.weight"], weights.pop(name), lora_b, 16.0 / len(lora_b.T)
-        )
+        whole = merged_weight(weights[f"{stem}.base.weight"], weights.pop(name), lora_b, 16.0 / len(lora_b.T))
+        lengths = weights.pop(f"{stem}.lora_m.weight", None)
+        weights[f"{stem}.base.weight"] = whole if lengths is None else at_length(whole, lengths, whole.square().sum(1))
     return weights
 
 
 @pytest.fixture(scope="module")
-def whole(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Tensor]]:
-    """Weights and losses with every step in one padded forward pass on one rank, by lora_rank."""
+def whole(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> dict[int | str, dict[str, Tensor]]:
+    """Weights and losses with every step in one padded forward pass on one rank, by lora_rank; and of DoRA."""
     log_dir = str(tmp_path_factory.mktemp("log"))
-    return {rank: sft_epochs(folders.one, log_dir, ROWS, 1, lora_rank=rank) for rank in (-1, 4)}
+    found = {rank: sft_epochs(folders.one, log_dir, ROWS, 1, lora_rank=rank) for rank in (-1, 4)}
+    return found | {"dora": sft_epochs(folders.one, log_dir, ROWS, 1, lora_rank=4, dora=True)}
 
 
 @settings(max_examples=8, deadline=None)
@@ -57,7 +58,7 @@ def whole(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> dict[in
 )
 def test_micro_batches_packing_and_recomputation(
     folders: Folders,
-    whole: dict[int, dict[str, Tensor]],
+    whole: dict[int | str, dict[str, Tensor]],
     tmp_path_factory: pytest.TempPathFactory,
     accumulation_steps: int,
     packing: bool,
@@ -80,7 +81,7 @@ def test_micro_batches_packing_and_recomputation(
 @pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (2, 2), (4, 2)])
 def test_ranks(
     folders: Folders,
-    whole: dict[int, dict[str, Tensor]],
+    whole: dict[int | str, dict[str, Tensor]],
     tmp_path: Path,
     n: int,
     tensor_parallel_size: int,
@@ -93,6 +94,7 @@ def test_ranks(
             (1, {"packing": True, "activation_checkpointing": "full"}),
             (2, {"lora_rank": 4}),
             (4, {"lora_rank": 4, "packing": True}),
+            (2, {"lora_rank": 4, "packing": True, "dora": True, "activation_checkpointing": "full"}),
         )
     ]
     ranks = run_ranks(
@@ -105,19 +107,20 @@ def test_ranks(
         cases=cases,
     )
     for index, case in enumerate(cases):
-        lora_rank = case.get("lora_rank", -1)
+        lora_rank, dora = case.get("lora_rank", -1), case.get("dora", False)
+        one = whole["dora" if dora else lora_rank]
         model = load.load_solver(folders.one)
         load.put_lora_on(
             model,
             load.lora_config(
-                LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+                LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"], dora=dora)
             ),
             1,
         )
         found = [rank[str(index)] for rank in ranks]
         losses = [rank.pop("losses") for rank in found]
         for loss in losses:
-            assert relative_difference(loss, whole[lora_rank]["losses"]) < LIMIT
-        expected = {name: tensor for name, tensor in whole[lora_rank].items() if name != "losses"}
+            assert relative_difference(loss, one["losses"]) < LIMIT
+        expected = {name: tensor for name, tensor in one.items() if name != "losses"}
         for first in range(0, n, tensor_parallel_size):  # every data-parallel copy
             assert_same(join_weights(found[first : first + tensor_parallel_size], model), expected)

@@ -118,13 +118,14 @@ def sft_epochs(
     lora_rank: int = -1,
     schedule: str = "cosine",
     activation_checkpointing: str = "none",
+    dora: bool = False,
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two epochs on INSTRUCTIONS, and every step's loss under `losses`."""
     model = load.load_solver(folder)
     load.put_lora_on(
         model,
         load.lora_config(
-            LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+            LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"], dora=dora)
         ),
         seed=1,
     )
