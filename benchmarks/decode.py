@@ -30,6 +30,7 @@ from src import load, parallel
 from src.command import cli
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
+from src.models import cache
 
 MODELS: dict[str, dict[str, int]] = {
     "5M": {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -63,11 +64,13 @@ class Measured(NamedTuple):
 
 
 def workload(name: str, prompts: int, vocab_size: int) -> Workload:
-    """The requests of a workload; lengths are log-normal with mean 128, cut at 512."""
+    """The requests of a workload; lengths are log-normal with mean 128, cut at 512 or at the context."""
     draw = random.Random(0)
-    n_prompts, n_samples = {"ragged": (prompts, 1), "samples": (prompts // 4, 8), "single": (1, 1)}[name]
-    texts = [[1, *(draw.randrange(3, vocab_size) for _ in range(draw.randint(15, 120)))] for _ in range(n_prompts)]
-    lengths = [[min(512, max(8, round(draw.lognormvariate(4.57, 0.75)))) for _ in range(n_samples)] for _ in texts]
+    n_prompts, n_samples = {"samples": (prompts // 4, 8), "single": (1, 1)}.get(name, (prompts, 1))
+    n_shared, most = (700, 202) if name == "shared" else (0, 512)
+    shared = [1, *(draw.randrange(3, vocab_size) for _ in range(n_shared))]
+    texts = [shared + [draw.randrange(3, vocab_size) for _ in range(draw.randint(15, 120))] for _ in range(n_prompts)]
+    lengths = [[min(most, max(8, round(draw.lognormvariate(4.57, 0.75)))) for _ in range(n_samples)] for _ in texts]
     return Workload(texts, [[128]] if name == "single" else lengths, greedy=name != "samples")
 
 
@@ -77,9 +80,10 @@ def first_of(work: Workload, n: int) -> Workload:
     return Workload(work.prompts[:n], lengths, work.greedy)
 
 
-def ours(folder: Path, slots: int) -> Callable[[Workload], list[list[int]]]:
-    """Decoding by src/inference/engine.py."""
+def ours(folder: Path, slots: int, system: str) -> Callable[[Workload], list[list[int]]]:
+    """Decoding by src/inference/engine.py, "unshared" as if the prompts had nothing in common."""
     parallel.start()
+    cache.LEAST_SHARED = sys.maxsize if system == "unshared" else cache.LEAST_SHARED
     model = load.load_solver(str(folder / "ours"))
 
     def run(work: Workload) -> list[list[int]]:
@@ -163,7 +167,8 @@ def measure_here(folder: Path, task: Task) -> Measured:
     """Time one call in this process, after two shorter ones."""
     vocab_size = json.loads((folder / "hf/config.json").read_text(encoding="utf-8"))["vocab_size"]
     work = workload(task.workload, task.prompts, vocab_size)
-    run = ours(folder, task.slots) if task.system == "ours" else theirs(folder, task.system)
+    mine = task.system in ("ours", "unshared")
+    run = ours(folder, task.slots, task.system) if mine else theirs(folder, task.system)
     gc.collect()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak of loading is not decoding's
@@ -248,7 +253,7 @@ def compare(folder: Path, tasks: Sequence[Task], rounds: int, threads: int) -> N
 
 
 def main(
-    model: Literal["5M", "60M"] = "60M", workload: Literal["ragged", "samples", "single"] = "ragged",
+    model: Literal["5M", "60M"] = "60M", workload: Literal["ragged", "samples", "single", "shared"] = "ragged",
     prompts: int = 64, rounds: int = 3, slots: int = 128, threads: int = 2,
     systems: list[str] = ["ours", "dynamic", "static", "continuous"],  # noqa: B006 (shown by --help, never changed)
     scaling: bool = False, profile: bool = False, measure: bool = False, folder: str = "",
@@ -256,8 +261,10 @@ def main(
     """Compare decoding with transformers.
 
     model: size of the random model
-    workload: ragged = 64 greedy prompts; samples = 8 samples for each of 16 prompts; single = one greedy prompt
-    systems: ours and what to compare with: dynamic, static (generate()), continuous (continuous batching)
+    workload: ragged = 64 greedy prompts; samples = 8 samples for each of 16 prompts; single = one greedy prompt;
+        shared = ragged ones after the same 701 tokens
+    systems: ours and what to compare with: dynamic, static (generate()), continuous (continuous batching), unshared
+        (ours, each prompt read whole)
     prompts: of the ragged workload; of the samples workload a quarter of it
     rounds: measurements of each system
     slots: sequences that we decode at once at most

@@ -18,6 +18,7 @@ from src.data.encoding import Encoded, encode_prompt, masked_text
 from src.data.examples import Prompt
 from src.data.sampler import Step
 from src.errors import UserError
+from src.models.cache import shared_prefix
 from src.models.config import ModelConfig
 from src.models.foreign import released_config
 from src.models.lora import LINEARS, LoraConfig
@@ -84,15 +85,16 @@ def decoding(
 ) -> str:  # fmt: skip
     """The plan of decoding these prompts with at most n_rows rows at once."""
     config.check_divides(n, "this checkpoint")
-    longest, n_samples = max(map(len, prompts)), samples * len(prompts)
+    longest, n_samples, shared = max(map(len, prompts)), samples * len(prompts), shared_prefix(prompts)
     facts = {
         "tensor-parallel ranks": n,
-        "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {config.max_seq_len}",
+        "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {config.max_seq_len}, the first "
+        f"{shared} of all the same",
         "samples": n_samples,
     }
     n_tokens = min(longest + max_new_tokens, config.max_seq_len)
     held = frozen_memory(config, n, quantize or "bfloat16" * half)
-    parts = held | decoding_memory(config, n, min(n_rows, n_samples), n_tokens, half=half)
+    parts = held | decoding_memory(config, n, min(n_rows, n_samples), n_tokens, shared, half=half)
     return report(facts, {"model": parts}, {"decoding": sum(parts.values())}, n)
 
 

@@ -17,7 +17,7 @@ from src.data.batch import Batch
 from src.errors import UserError
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
-from src.models.cache import KVCache, PromptCache
+from src.models.cache import KVCache, PromptCache, n_positions
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.layers import ParallelEmbedding
@@ -91,13 +91,15 @@ def cached_logprobs(model: Decoder) -> dict[str, Tensor]:
         "packed": logprobs(model(torch.cat((other[:30], row))[None], lengths=(30, 75)))[0, 30:],
         "token by token": logprobs(_token_by_token(model, row, KVCache(1, parallel.device()))),
         "among others": logprobs(_among_others(model, row, other)),
+        "after a prefix": logprobs(_after_prefix(model, row, other)),
     }
 
 
 def _read(model: Decoder, cache: KVCache, prompts: dict[int, Tensor]) -> Tensor:
     """Put each slot's prompt into the cache, all read in one batch. -> hidden states [B, S, D]."""
-    read = PromptCache()
-    hidden = model(nn.utils.rnn.pad_sequence(list(prompts.values()), batch_first=True), cache=read)
+    read, start = PromptCache(cache.prefix), n_positions(cache.prefix)
+    tokens = nn.utils.rnn.pad_sequence(list(prompts.values()), batch_first=True)
+    hidden = model(tokens, torch.arange(start, start + tokens.shape[1]).expand_as(tokens), read)
     for index, (slot, prompt) in enumerate(prompts.items()):
         cache.admit([slot], read.row(index, len(prompt)))
     return hidden
@@ -139,6 +141,17 @@ def _among_others(model: Decoder, row: Tensor, other: Tensor) -> Tensor:
     _read(model, cache, {2: other[:63], 3: other[:2]})
     sequences[2], sequences[3] = other, other
     steps(len(row) - 42)
+    return torch.cat(outputs)
+
+
+def _after_prefix(model: Decoder, row: Tensor, other: Tensor) -> Tensor:
+    """Hidden states [S, D] of `row`, whose beginning another row shares, which outgrows its bucket."""
+    prefix, cache = PromptCache(), KVCache(2, parallel.device())
+    outputs = [model(row[None, :40], cache=prefix)[0]]
+    cache.prefix = prefix.row(0, 40)
+    sequences = {0: row[40:], 1: other}
+    outputs.append(_read(model, cache, {0: row[40:50], 1: other[:62]})[0, :10])
+    outputs += [_step(model, cache, sequences)[0] for _ in range(len(row) - 50)]
     return torch.cat(outputs)
 
 

@@ -1,6 +1,6 @@
 """Continuous batching: finished rows leave their slot at once, waiting requests take it.
 
-B rows in the batch, n slots, K kv heads and P vocabulary rows on this rank, T positions of a prompt, E head dim
+B rows in the batch, n slots, P vocabulary rows on this rank
 """
 
 from collections import deque
@@ -16,12 +16,13 @@ from src import parallel
 from src.errors import UserError
 from src.inference.sampling import Sampling, choose, uniforms
 from src.inference.step import make_step
-from src.models.cache import PromptCache
+from src.models.cache import Layers, PromptCache, n_positions, shared_prefix
 from src.models.decoder import Decoder
 from src.models.linear import prepared
 from src.text.tokenizer import Tokenizer
 
-PREFILL_TOKENS = 2048  # of one forward over prompts, padding included: enough to use a processor, few to hold
+# Of one forward over prompts, padding and a shared prefix included: enough to use a processor, few to hold
+PREFILL_TOKENS = 2048
 
 
 class Request(NamedTuple):
@@ -97,7 +98,7 @@ class _Read(NamedTuple):
     """A prompt that has been read, and its requests that wait for a slot."""
 
     requests: deque[Request]
-    cached: list[tuple[Tensor, Tensor]]  # keys and values of each layer, [K, T, E]
+    cached: Layers  # what comes after the shared prefix
     logits: Tensor  # [P] of the position after the prompt
 
 
@@ -115,9 +116,9 @@ def generate(
 ) -> Iterator[Completion]:
     """Yield completions as they finish; every tensor-parallel rank yields the same ones in the same order.
 
-    At most max_batch_size rows decode at once. Requests with the same prompt share its reading. on_token hears of
-    every token as it is sampled. compiled: on a GPU, decode from compiled CUDA graphs. Raises UserError for a prompt
-    that fills the model's context.
+    At most max_batch_size rows decode at once. Requests with the same prompt share its reading, and what all prompts
+    begin with is read and kept once. on_token hears of every token as it is sampled. compiled: on a GPU, decode from
+    compiled CUDA graphs. Raises UserError for a prompt that fills the model's context.
     """
     _check_lengths(requests, model.config.max_seq_len)
     if sampling.stop and vocabulary.decode is None:
@@ -196,6 +197,7 @@ class _Batch:
 
     def run(self) -> Iterator[Completion]:
         """Prefill and decode until nothing is left."""
+        self._read_prefix()
         while self.waiting or self.read or any(self.requests):
             if filled := self._fill_slots():
                 yield from self._sample(*filled)
@@ -225,19 +227,29 @@ class _Batch:
                 self.read.appendleft(read._replace(cached=cached))
         return (filled, torch.cat(logits)) if filled else None
 
+    def _read_prefix(self) -> None:
+        """Read what all prompts begin with."""
+        prompts = [same[0].prompt for same in self.waiting]
+        if n := shared_prefix(prompts):
+            cache = PromptCache()
+            self.model(torch.tensor([prompts[0][:n]], device=parallel.device()), cache=cache)
+            self.cache.prefix = cache.row(0, n)
+
     def _prefill(self, n_slots: int) -> None:
         """Read prompts of like length in one forward: as many as have samples for n slots, within the budget."""
         chunk: list[deque[Request]] = []
+        shared = n_positions(self.cache.prefix)
         while self.waiting and sum(map(len, chunk)) < n_slots:
-            longest = len((chunk or self.waiting)[0][0].prompt)
-            if chunk and longest * (len(chunk) + 1) > PREFILL_TOKENS:
+            longest = len((chunk or self.waiting)[0][0].prompt) - shared
+            if chunk and shared + longest * (len(chunk) + 1) > PREFILL_TOKENS:
                 break
             chunk.append(self.waiting.popleft())
-        prompts = [torch.tensor(same[0].prompt) for same in chunk]
+        prompts = [torch.tensor(same[0].prompt[shared:]) for same in chunk]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        cache, device = PromptCache(), parallel.device()
+        cache, device = PromptCache(self.cache.prefix), parallel.device()
         tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
-        hidden = self.model(tokens, cache=cache)
+        positions = torch.arange(shared, shared + tokens.shape[1], device=device).expand_as(tokens)
+        hidden = self.model(tokens, positions, cache)
         last = hidden[torch.arange(len(prompts), device=device), (lengths - 1).to(device)]
         for index, (same, logits) in enumerate(zip(chunk, self.model.logits(last), strict=True)):
             self.read.append(_Read(same, cache.row(index, int(lengths[index])), logits))

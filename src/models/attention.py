@@ -1,6 +1,7 @@
 """Grouped-query attention over tensor-parallel heads, with an optional key-value cache.
 
-B batch, S new positions, T cached positions, H query heads and K kv heads on this rank, E head dim, D width
+B batch, S new positions, T cached positions, P positions of a prefix that all rows share, H query heads and K kv heads
+on this rank, E head dim, D width
 """
 
 import itertools
@@ -51,9 +52,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Sc
     if 0 < scores.window < keys.shape[2]:
         mask = _in_window(_causal(queries, keys) if mask is None else mask, scores.window)
     if scores.softcap:
-        return _attend_softcapped(
-            queries, keys, values, _causal(queries, keys) if mask is None else mask, scores
-        )
+        return _attend_by_parts(queries, keys, values, _causal(queries, keys) if mask is None else mask, scores)
     if mask is None and queries.is_cpu and half and torch.is_grad_enabled() and 0 < queries[0, 0].numel() <= SHORT:
         return _AttendInShortRows.apply(queries, keys, values, scores.scale)
     grouped = queries.shape[1] != keys.shape[1]
@@ -105,15 +104,53 @@ def _in_window(mask: Tensor, window: int) -> Tensor:
     return mask & (torch.arange(mask.shape[-1], device=mask.device) >= first)
 
 
-def _attend_softcapped(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores
-) -> Tensor:
-    """attend() with a softcap, which no fused kernel has: scores [B, K, H / K, S, T] are held in float32."""
+def _attend_by_parts(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """attend() in plain products: with a softcap, which no fused kernel has, or after a prefix.
+
+    Scores [B, K, H / K, S, P + T] are held in float32; the mask has their last two dimensions.
+    """
     grouped = queries.unflatten(1, (keys.shape[1], -1))  # [B, K, H / K, S, E]
-    raw = scores.scale * (grouped @ keys[:, :, None].transpose(-1, -2)).float()
-    capped = scores.softcap * torch.tanh(raw / scores.softcap)
+    raw = grouped @ keys[:, :, None].transpose(-1, -2)
+    if prefix:
+        raw = torch.cat((torch.einsum("bkgse,kpe->bkgsp", grouped, prefix[0]), raw), -1)
+    raw = scores.scale * raw.float()
+    capped = scores.softcap * torch.tanh(raw / scores.softcap) if scores.softcap else raw
     weights = capped.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).type_as(values)
-    return (weights @ values[:, :, None]).flatten(1, 2)
+    mixed = weights[..., -keys.shape[2] :] @ values[:, :, None]
+    if prefix:
+        mixed = mixed + torch.einsum("bkgsp,kpe->bkgse", weights[..., : prefix[1].shape[1]], prefix[1])
+    return mixed.flatten(1, 2)
+
+
+def _attend_after_prefix(queries: Tensor, group: Group, scores: Scores) -> Tensor:
+    """attend() to the prefix that all rows share and to what each has of its own. [B, H, S, E] -> [B, H, S, E].
+
+    The two are mixed by the sums of their exponentials (Juravsky et al. 2024, section 3.1), so that the prefix is read
+    once for all rows.
+    """
+    (keys, values), (B, H, S, E) = group.prefix, queries.shape
+    n_seen = keys.shape[1] + group.keys.shape[2]
+    windowed = 0 < scores.window < n_seen
+    if not queries.is_cpu or scores.softcap or windowed:
+        mask = _causal(queries, group.keys) if group.mask is None else group.mask
+        mask = F.pad(mask, (keys.shape[1], 0), value=True)
+        mask = _in_window(mask, scores.window) if windowed else mask
+        own = queries.float(), group.keys.float(), group.values.float()
+        return _attend_by_parts(*own, mask, scores, (keys.float(), values.float())).type_as(queries)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    together = queries.reshape(B, len(keys), -1, E).transpose(0, 1).reshape(1, len(keys), -1, E)
+    first, first_sums = flash(together, keys[None], values[None], scale=scores.scale)
+    first, first_sums = (x.reshape(len(keys), B, H * S // len(keys), -1).transpose(0, 1).reshape(B, H, S, -1)
+                         for x in (first, first_sums))  # fmt: skip
+    mask = None if group.mask is None else group.mask.to(queries.dtype).log()  # what is added to scores
+    own, own_sums = flash(
+        queries, group.keys, group.values, is_causal=mask is None, attn_mask=mask, scale=scores.scale
+    )
+    share = torch.sigmoid(first_sums - own_sums[..., None])  # of the weights, what lies on the prefix
+    return torch.lerp(own.float(), first.float(), share).type_as(queries)
 
 
 def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Segments, scores: Scores) -> Tensor:
@@ -210,5 +247,8 @@ def _attend_to_groups(queries: Tensor, groups: list[Group], scores: Scores) -> T
     if S == 1 and groups[0].mask is not None:
         # the query heads that share a key head become positions of it: its keys and values are read once for all
         queries = queries.reshape(B, groups[0].keys.shape[1], -1, E)
-    parts = [attend(queries[group.rows], group.keys, group.values, group.mask, scores) for group in groups]
+    parts = [
+        _attend_after_prefix(queries[group.rows], group, scores) if group.prefix
+        else attend(queries[group.rows], group.keys, group.values, group.mask, scores) for group in groups
+    ]  # fmt: skip
     return torch.cat(parts).view(B, H, S, E)

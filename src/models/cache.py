@@ -1,17 +1,23 @@
 """Where a decoder keeps the keys and values of what it has read, while rows come and go.
 
 B rows of a batch, S new positions, T cached positions, L layers, K kv heads on this rank, E head dim
+P positions of a prefix that all rows begin with
 
 A cache is handed to Decoder.forward(), whose layers call write() with the keys and values of the new positions and
-attend to the groups of rows it returns.
+attend to the groups of rows it returns. A cache may have a prefix: each row then begins with it, its keys and values
+lie there once, and what is said of a row's positions counts from the prefix's end.
 """
 
+import os.path
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+LEAST_SHARED = 64  # tokens; a shorter prefix saves little, and what rows round to would depend on the other prompts
+Layers = Sequence[tuple[Tensor, Tensor]]  # keys and values of one sequence, [K, T, E] a layer
 
 
 class Group(NamedTuple):
@@ -21,6 +27,7 @@ class Group(NamedTuple):
     keys: Tensor  # [b, K, T, E]
     values: Tensor
     mask: Tensor | None  # [b, 1, S, T] bool, True = may attend; None = causal over the new positions alone
+    prefix: tuple[Tensor, Tensor] | None  # keys and values [K, P, E] of what all rows attend to besides
 
 
 def up_to(positions: Tensor, length: int) -> Tensor:
@@ -31,20 +38,32 @@ def up_to(positions: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=positions.device) <= positions[:, None, :, None]
 
 
+def shared_prefix(prompts: Sequence[list[int]]) -> int:
+    """How many tokens that all prompts begin with are kept once, 0 for few; each prompt has at least one more."""
+    n = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=0) - 1)
+    return n if n >= LEAST_SHARED and min(prompts) != max(prompts) else 0
+
+
+def n_positions(layers: Layers) -> int:
+    """How long the sequence is that these keys and values are of."""
+    return layers[0][0].shape[1] if layers else 0
+
+
 class PromptCache:
     """Keys and values of freshly read prompts, right-padded rows of one batch: what prefill writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: Layers = ()) -> None:
+        self.prefix = prefix
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> list[Group]:
         """Keep keys and values [B, K, S, E] of a layer, called once for each in order; attention stays in the batch."""
         assert layer == len(self.layers), "a PromptCache reads one batch, once"
         self.layers.append((keys, values))
-        return [Group(slice(None), keys, values, None)]
+        return [Group(slice(None), keys, values, None, self.prefix[layer] if self.prefix else None)]
 
-    def row(self, index: int, length: int) -> list[tuple[Tensor, Tensor]]:
-        """One prompt's keys and values [K, length, E], layer by layer; views."""
+    def row(self, index: int, length: int) -> Layers:
+        """The keys and values of one prompt of this length; views."""
         return [(keys[index, :, :length], values[index, :, :length]) for keys, values in self.layers]
 
 
@@ -96,6 +115,7 @@ class KVCache:
     def __init__(self, n_slots: int, device: torch.device) -> None:
         self.lengths = np.zeros(n_slots, dtype=np.int64)  # positions in use, by slot; 0 = empty
         self.device = device
+        self.prefix: Layers = ()
         self.positions = torch.zeros(0, 1, dtype=torch.int64, device=device)  # [B, 1], what advance() made room for
         self._buckets: list[_Bucket] = []  # by capacity
         self._targets: list[tuple[_Bucket, slice, Tensor, Tensor, Tensor]] = []
@@ -108,9 +128,9 @@ class KVCache:
         """The empty slots."""
         return np.flatnonzero(self.lengths == 0).tolist()
 
-    def admit(self, slots: Sequence[int], prompt: list[tuple[Tensor, Tensor]]) -> None:
-        """Put one prompt's keys and values, [K, T, E] a layer, into each of these empty slots."""
-        length = prompt[0][0].shape[1]
+    def admit(self, slots: Sequence[int], prompt: Layers) -> None:
+        """Put one prompt's keys and values into each of these empty slots."""
+        length = n_positions(prompt)
         bucket = self._bucket_of(length + 1)
         bucket.reserve(len(slots), len(prompt), prompt[0][0])
         start, end = len(bucket.slots), len(bucket.slots) + len(slots)
@@ -143,18 +163,18 @@ class KVCache:
             here = positions[rows]
             seen = up_to(here[:, None], int(self.lengths[bucket.slots].max()))
             self._targets.append((bucket, rows, torch.arange(len(here), device=self.device), here, seen))
-        self.positions = positions[:, None]
+        self.positions = positions[:, None] + n_positions(self.prefix)
         return self.positions
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> list[Group]:
         """Store keys and values [B, K, 1, E] of a layer at the positions that advance() gave; what to attend to."""
-        groups = []
+        groups, prefix = [], self.prefix[layer] if self.prefix else None
         for bucket, rows, index, positions, seen in self._targets:
             stored_keys, stored_values = bucket.store[0, layer], bucket.store[1, layer]
             stored_keys[index, :, positions] = keys[rows, :, 0]
             stored_values[index, :, positions] = values[rows, :, 0]
             n, length = len(index), seen.shape[-1]
-            groups.append(Group(rows, stored_keys[:n, :, :length], stored_values[:n, :, :length], seen))
+            groups.append(Group(rows, stored_keys[:n, :, :length], stored_values[:n, :, :length], seen, prefix))
         return groups
 
     def n_bytes(self) -> int:
@@ -193,6 +213,7 @@ class FixedCache:
     def __init__(self, n_slots: int, device: torch.device) -> None:
         self.lengths = np.zeros(n_slots, dtype=np.int64)  # positions in use, by slot; 0 = empty
         self.generation = 0
+        self.prefix: Layers = ()
         self.positions = torch.zeros(n_slots, 1, dtype=torch.int64, device=device)
         self.index = torch.arange(n_slots, device=device)
         self.seen: Tensor | None = None  # [n, 1, 1, capacity] bool
@@ -206,9 +227,9 @@ class FixedCache:
         """The empty slots."""
         return np.flatnonzero(self.lengths == 0).tolist()
 
-    def admit(self, slots: Sequence[int], prompt: list[tuple[Tensor, Tensor]]) -> None:
-        """Put one prompt's keys and values, [K, T, E] a layer, into each of these empty slots."""
-        length = prompt[0][0].shape[1]
+    def admit(self, slots: Sequence[int], prompt: Layers) -> None:
+        """Put one prompt's keys and values into each of these empty slots."""
+        length = n_positions(prompt)
         self._reserve(length + 1, len(prompt), prompt[0][0])
         for layer, (keys, values) in enumerate(prompt):
             self.store[0, layer, slots, :, :length] = keys
@@ -222,17 +243,19 @@ class FixedCache:
     def advance(self) -> Tensor:
         """Make room for one more position in every slot. -> its position in each, [n, 1] int64, always one tensor."""
         self._reserve(int(self.lengths.max()) + 1, self.store.shape[1], self.store[0, 0, 0])
-        self.positions.copy_(torch.from_numpy(self.lengths)[:, None])
-        self.seen.copy_(up_to(self.positions, self.seen.shape[-1]))
+        self.positions.copy_(torch.from_numpy(self.lengths)[:, None] + n_positions(self.prefix))
+        self.seen.copy_(up_to(self.positions - n_positions(self.prefix), self.seen.shape[-1]))
         self.lengths[self.slots()] += 1
         return self.positions
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> list[Group]:
         """Store keys and values [n, K, 1, E] of a layer at the positions that advance() gave; what to attend to."""
         stored_keys, stored_values = self.store[0, layer], self.store[1, layer]
-        stored_keys[self.index, :, self.positions[:, 0]] = keys[:, :, 0]
-        stored_values[self.index, :, self.positions[:, 0]] = values[:, :, 0]
-        return [Group(slice(None), stored_keys, stored_values, self.seen)]
+        positions = self.positions[:, 0] - n_positions(self.prefix)
+        stored_keys[self.index, :, positions] = keys[:, :, 0]
+        stored_values[self.index, :, positions] = values[:, :, 0]
+        prefix = self.prefix[layer] if self.prefix else None
+        return [Group(slice(None), stored_keys, stored_values, self.seen, prefix)]
 
     def _reserve(self, length: int, n_layers: int, like: Tensor) -> None:
         """Make room for rows of this many positions of keys shaped like [K, T, E]."""

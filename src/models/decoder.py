@@ -87,10 +87,11 @@ class Decoder(nn.Module):
         """tokens [B, S] int64 -> normalised hidden states [B, S, D] in the model's dtype.
 
         Without a cache attention is causal over the row, so padding after a row's end changes nothing before
-        it; a PromptCache keeps what such a forward computes. With a KVCache one token a row is read at the
-        `positions` [B, 1] int64 that it gave. With `lengths` the one row holds samples of these lengths end to end:
-        positions start again at 0 in each, and none sees another. An entry (shared, rest, rest, ...) stands for
-        samples that begin alike: the beginning lies there once, and positions after it start again for each rest.
+        it; a PromptCache keeps what such a forward computes, at `positions` [B, S] int64 if a prefix comes before.
+        With a KVCache one token a row is read at the `positions` [B, 1] that it gave. With `lengths` the one row
+        holds samples of these lengths end to end: positions start again at 0 in each, and none sees another. An
+        entry (shared, rest, rest, ...) stands for samples that begin alike: the beginning lies there once, and
+        positions after it start again for each rest.
         """
         B, S = tokens.shape
         if positions is None:

@@ -170,10 +170,15 @@ def frozen_memory(config: ModelConfig, n: int, precision: str = "") -> dict[str,
     return {"weights": int(bytes_per_weight(precision) * local_parameters(config, n))}
 
 
-def decoding_memory(config: ModelConfig, n: int, n_rows: int, n_tokens: int, *, half: bool = False) -> dict[str, int]:
-    """What decoding adds to the weights: n_rows rows of at most n_tokens tokens, if all get that long at once."""
+def decoding_memory(
+    config: ModelConfig, n: int, n_rows: int, n_tokens: int, shared: int = 0, *, half: bool = False
+) -> dict[str, int]:
+    """What decoding adds to the weights: n_rows rows of at most n_tokens tokens, if all get that long at once.
+
+    shared: those of them that all rows begin with, kept once.
+    """
     per_token = 2 * config.n_layers * len(config.heads_on(n, 0)[1]) * config.head_dim
-    parts = {"kv cache": (2 if half else FLOAT32) * per_token * n_rows * n_tokens,
+    parts = {"kv cache": (2 if half else FLOAT32) * per_token * (n_rows * (n_tokens - shared) + shared),
              "logits": FLOAT32 * n_rows * config.vocab_size}  # fmt: skip
     if half:  # rounded, and on a CPU laid out for its kernels, while rows decode
         parts["prepared weights"] = 2 * _linear_parameters(config, n)

@@ -14,6 +14,7 @@ from src.checkpoint.split import split
 from src.errors import UserError
 from src.inference.engine import Completion, Request, ToolHook, Vocabulary, generate
 from src.inference.sampling import Sampling
+from src.models import cache
 from src.models.decoder import Decoder
 from tests import reference
 from tests.ranks import run_ranks, succeed
@@ -47,6 +48,13 @@ def requests() -> list[Request]:
     draw = random.Random(0)
     prompts = [[1, *(draw.randrange(3, 64) for _ in range(length - 1))] for length in LENGTHS]
     return [Request(f"p{index}", sample, prompt) for index, prompt in enumerate(prompts) for sample in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def prefixed(requests: list[Request]) -> list[Request]:
+    """The requests after 70 tokens that all of them begin with; one is nothing else."""
+    prefix = [1, *(place * place % 60 + 3 for place in range(69))]
+    return [request._replace(prompt=prefix + request.prompt[1:50]) for request in requests]
 
 
 def sampled(
@@ -219,6 +227,28 @@ def test_samples_of_a_prompt_share_one_reading(
     handle.remove()
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.9}])
+@pytest.mark.parametrize("max_batch_size", [1, 5, 18])
+def test_a_shared_prefix_is_read_once_and_changes_no_sample(
+    model: Decoder,
+    prefixed: list[Request],
+    monkeypatch: pytest.MonkeyPatch,
+    max_batch_size: int,
+    settings: dict[str, float],
+) -> None:
+    read = []
+    handle = model.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0].numel()))
+    found = sampled(model, prefixed, max_batch_size, **settings)
+    with_sharing = sum(read)
+    monkeypatch.setattr(cache, "LEAST_SHARED", 1000)
+    expected = sampled(model, prefixed, max_batch_size, **settings)
+    handle.remove()
+    assert sum(read) - 2 * with_sharing >= 69 * 7  # 8 prompts differ
+    assert texts(found) == texts(expected)
+    for key, done in expected.items():
+        torch.testing.assert_close(torch.tensor(found[key].logprobs), torch.tensor(done.logprobs), rtol=0, atol=1e-5)
+
+
 def test_log_probs_of_the_sampled_distribution_renormalise_the_plain_ones(
     model: Decoder, requests: list[Request]
 ) -> None:
@@ -258,10 +288,11 @@ def test_mode_of_the_model_is_restored_even_when_the_caller_stops_early(
     model.eval()
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(("n", "which"), [(2, "prefixed"), (4, "requests")])
 def test_w2s_04_ranks_sample_what_one_samples(
-    model: Decoder, folders: dict[int, Path], requests: list[Request], tmp_path: Path, n: int
+    model: Decoder, folders: dict[int, Path], request: pytest.FixtureRequest, tmp_path: Path, n: int, which: str
 ) -> None:
+    requests = request.getfixturevalue(which)
     first, *others = run_ranks(
         n, "tests.workers:completions", tmp_path, folder=str(folders[n]), requests=requests
     )

@@ -42,22 +42,24 @@ class FixedStep(EagerStep):
         return super().__call__(everyone)[slots]
 
 
-def sampled(model: Decoder, max_batch_size: int) -> dict[tuple[str, int], list[int]]:
+def sampled(model: Decoder, max_batch_size: int, n_shared: int = 0) -> dict[tuple[str, int], list[int]]:
     sampling = Sampling(temperature=1.0, max_new_tokens=30)
+    shared = [1 + place * place % 60 for place in range(n_shared)]
+    requests = [request._replace(prompt=[*shared, *request.prompt][:110]) for request in REQUESTS]
     found = generate(
-        model, REQUESTS, sampling, vocabulary=Vocabulary((2,)), max_batch_size=max_batch_size, compiled=True
+        model, requests, sampling, vocabulary=Vocabulary((2,)), max_batch_size=max_batch_size, compiled=True
     )
     return {(done.request.id, done.request.sample): done.tokens for done in found}
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 3, 8])
+@pytest.mark.parametrize(("max_batch_size", "n_shared"), [(1, 0), (3, 0), (8, 0), (3, 64)])
 def test_fixed_cache_decodes_what_buckets_decode(
-    model: Decoder, monkeypatch: pytest.MonkeyPatch, max_batch_size: int
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, max_batch_size: int, n_shared: int
 ) -> None:
-    expected = sampled(model, max_batch_size)
+    expected = sampled(model, max_batch_size, n_shared)
     monkeypatch.setattr(FixedCache, "SMALLEST", 16)  # it grows while rows are in flight
     monkeypatch.setattr(engine, "make_step", lambda model, n_slots, compiled: FixedStep(model, n_slots))
-    assert sampled(model, max_batch_size) == expected
+    assert sampled(model, max_batch_size, n_shared) == expected
 
 
 def test_compiling_is_for_a_gpu(model: Decoder) -> None:
@@ -69,7 +71,8 @@ def test_compiling_is_for_a_gpu(model: Decoder) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_decode_what_eager_steps_decode(model: Decoder) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "make_step", lambda model, n_slots, compiled: EagerStep(model, n_slots))
-        expected = sampled(model, 8)
-    assert sampled(model, 8) == expected
+    for n_shared in (0, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "make_step", lambda model, n_slots, compiled: EagerStep(model, n_slots))
+            expected = sampled(model, 8, n_shared)
+        assert sampled(model, 8, n_shared) == expected

@@ -5,7 +5,7 @@ import random
 import torch
 from torch import Tensor
 
-from src.models.cache import KVCache, PromptCache, up_to
+from src.models.cache import KVCache, PromptCache, shared_prefix, up_to
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
 ROW_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4  # of one position, float32
@@ -47,6 +47,15 @@ def step(cache: KVCache, sequences: dict[int, int]) -> None:
 
 def test_a_query_sees_its_own_position_and_those_before() -> None:
     assert up_to(torch.tensor([[0], [2]]), 3)[:, 0, 0].tolist() == [[True, False, False], [True] * 3]
+
+
+def test_a_shared_prefix_leaves_each_prompt_a_token() -> None:
+    common = list(range(80))
+    assert shared_prefix([[*common, 1], [*common, 2, 3]]) == 80
+    assert shared_prefix([common, [*common, 2], common]) == 79
+    assert shared_prefix([common[:70], common]) == 69
+    for too_little in ([], [common], [common, common], [common[:60], common], [common, common[1:]]):
+        assert shared_prefix(too_little) == 0
 
 
 def test_rows_keep_their_past_while_others_come_grow_and_go() -> None:

@@ -40,7 +40,7 @@ DECODES = {
     1: ["mistral-window", "qwen", "qwen-2-window", "qwen-3-moe", "gemma-2", "llama-3.1", "deepseek-coder"],
     2: ["one kv head", "uneven", "gemma-2"],
 }
-WAYS = ["padded", "packed", "token by token", "among others"]
+WAYS = ["padded", "packed", "token by token", "among others", "after a prefix"]
 runs = pytest.mark.parametrize(("n", "name"), [(n, name) for n in RUNS for name in RUNS[n]])
 decodes = pytest.mark.parametrize(("n", "name"), [(n, name) for n in DECODES for name in DECODES[n]])
 

@@ -43,6 +43,8 @@ def test_lora_parameters_by_hand_on_two_ranks() -> None:
 def test_kv_cache_by_hand() -> None:
     # keys and values, one layer, one kv head of 4, three rows of seven tokens, float32
     assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=7)["kv cache"] == 2 * 4 * 4 * 3 * 7
+    # the first five are the same in all rows
+    assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=7, shared=5)["kv cache"] == 2 * 4 * 4 * (5 + 3 * 2)
 
 
 def test_training_memory_by_hand() -> None:
