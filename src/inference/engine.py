@@ -116,9 +116,10 @@ def generate(
 ) -> Iterator[Completion]:
     """Yield completions as they finish; every tensor-parallel rank yields the same ones in the same order.
 
-    At most max_batch_size rows decode at once. Requests with the same prompt share its reading, and what all prompts
-    begin with is read and kept once. on_token hears of every token as it is sampled. compiled: on a GPU, decode from
-    compiled CUDA graphs. Raises UserError for a prompt that fills the model's context.
+    At most max_batch_size rows decode at once. Requests with the same prompt share its reading, as does a prompt that
+    another begins with; what all prompts begin with is read and kept once. on_token hears of every token as it is
+    sampled. compiled: on a GPU, decode from compiled CUDA graphs. Raises UserError for a prompt that fills the model's
+    context.
     """
     _check_lengths(requests, model.config.max_seq_len)
     if sampling.stop and vocabulary.decode is None:
@@ -171,11 +172,14 @@ class _Batch:
     ) -> None:
         self.model, self.sampling, self.vocabulary, self.on_token = model, sampling, vocabulary, on_token
         self.tool_hook = tool_hook
+        chains: list[list[deque[Request]]] = []  # by prompt, after one that begins with it: its reading gives theirs
+        ordered = sorted(requests, key=lambda request: request.prompt, reverse=True)  # it comes right before them
+        for prompt, same in groupby(ordered, key=lambda request: request.prompt):
+            if not chains or chains[-1][0][0].prompt[: len(prompt)] != prompt:
+                chains.append([])
+            chains[-1].append(deque(same))
         # the longest first: prefill batches hold little padding, and what may run longest starts early
-        ordered = sorted(requests, key=lambda request: (-len(request.prompt), request.prompt))
-        self.waiting = deque(
-            deque(same) for _, same in groupby(ordered, key=lambda request: request.prompt)
-        )  # by prompt
+        self.waiting = deque(sorted(chains, key=lambda chain: (-len(chain[0][0].prompt), chain[0][0].prompt)))
         self.read: deque[_Read] = deque()
         n_slots = min(n_slots, len(requests))
         shortest = min((len(request.prompt) for request in requests), default=0)
@@ -229,7 +233,7 @@ class _Batch:
 
     def _read_prefix(self) -> None:
         """Read what all prompts begin with."""
-        prompts = [same[0].prompt for same in self.waiting]
+        prompts = [same[0].prompt for chain in self.waiting for same in chain]
         if n := shared_prefix(prompts):
             cache = PromptCache()
             self.model(torch.tensor([prompts[0][:n]], device=parallel.device()), cache=cache)
@@ -237,22 +241,22 @@ class _Batch:
 
     def _prefill(self, n_slots: int) -> None:
         """Read prompts of like length in one forward: as many as have samples for n slots, within the budget."""
-        chunk: list[deque[Request]] = []
+        chunk: list[list[deque[Request]]] = []
         shared = n_positions(self.cache.prefix)
-        while self.waiting and sum(map(len, chunk)) < n_slots:
-            longest = len((chunk or self.waiting)[0][0].prompt) - shared
+        while self.waiting and sum(len(same) for chain in chunk for same in chain) < n_slots:
+            longest = len((chunk or self.waiting)[0][0][0].prompt) - shared
             if chunk and shared + longest * (len(chunk) + 1) > PREFILL_TOKENS:
                 break
             chunk.append(self.waiting.popleft())
-        prompts = [torch.tensor(same[0].prompt[shared:]) for same in chunk]
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        prompts = [torch.tensor(chain[0][0].prompt[shared:]) for chain in chunk]
         cache, device = PromptCache(self.cache.prefix), parallel.device()
         tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
         positions = torch.arange(shared, shared + tokens.shape[1], device=device).expand_as(tokens)
         hidden = self.model(tokens, positions, cache)
-        last = hidden[torch.arange(len(prompts), device=device), (lengths - 1).to(device)]
-        for index, (same, logits) in enumerate(zip(chunk, self.model.logits(last), strict=True)):
-            self.read.append(_Read(same, cache.row(index, int(lengths[index])), logits))
+        read = [(row, len(same[0].prompt) - shared, same) for row, chain in enumerate(chunk) for same in chain]
+        last = torch.stack([hidden[row, length - 1] for row, length, _ in read])
+        for (row, length, same), logits in zip(read, self.model.logits(last), strict=True):
+            self.read.append(_Read(same, cache.row(row, length), logits))
 
     def _start_request(self, request: Request, slot: int) -> None:
         """Start a response in an empty slot."""

@@ -227,6 +227,23 @@ def test_samples_of_a_prompt_share_one_reading(
     handle.remove()
 
 
+def test_a_prompt_that_another_begins_with_is_read_with_it(model: Decoder, requests: list[Request]) -> None:
+    longest, other = requests[12].prompt, requests[10].prompt
+    many = [
+        Request(f"{len(prompt)}", sample, prompt)
+        for prompt in (longest[:30], other, longest, longest[:5], longest[:69], other[:40])
+        for sample in (0, 1)
+    ]
+    expected = {(one.id, one.sample): sampled(model, [one])[one.id, one.sample].tokens for one in many}
+    read = []
+    handle = model.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0].shape))
+    for slots in (1, 3, 64):
+        read.clear()
+        assert texts(sampled(model, many, slots)) == expected
+        assert sum(rows for rows, length in read if length > 1) == 2
+    handle.remove()
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.9}])
 @pytest.mark.parametrize("max_batch_size", [1, 5, 18])
 def test_a_shared_prefix_is_read_once_and_changes_no_sample(
