@@ -1,4 +1,4 @@
-"""Train a solver on preferences: DPO, conservative DPO, IPO, ORPO or SimPO.
+"""Train a solver on preferences: DPO, conservative DPO, IPO, ORPO or SimPO on pairs, KTO on single responses.
 
 torchrun --nproc_per_node 8 preference_train.py --ckpt_dir out --save_dir preferred --train_file pairs.json
 torchrun --nproc_per_node 8 preference_train.py --ckpt_dir out --save_dir preferred --train_file pairs.json \\
@@ -16,11 +16,12 @@ from src.command import cli
 from src.command.config import Bounds, NonNegative, Positive, Share, TrainConfig, flag
 from src.data.encoding import masked_text
 from src.data.sampler import Dataset
+from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
-from src.training.preference import Preference, evaluate, open_preferences, report, with_reference
+from src.training.kto import KTO, open_outcomes
+from src.training.preference import Preference, evaluate, open_preferences, with_reference
 from src.training.reference import reference_identity, reference_logprobs
-from src.training.reward_model import n_pairs
 from src.training.run import Run
 from src.training.sft import n_supervised
 
@@ -34,12 +35,13 @@ class PreferenceTrainConfig(TrainConfig):
     ckpt_dir: str = flag(help="solver to start from")
     train_file: str = flag(help="""{"instruction", "chosen", "rejected", "prefix"?} as json array or jsonl,
         each side a text or a list; prefix is a partial answer that both sides go on from, and carries no
-        loss""")
+        loss. kto: {"instruction", "output", "correct"}, as data_build.py outcome writes them""")
     label_file: str = flag("", "held-out rows in the same form; default: a share of the training rows")
     held_out: Share = flag(0.1, """share of the problems, the last ones, kept for evaluation when there is no
         label_file""")
-    objective: Literal["dpo", "cdpo", "ipo", "orpo", "simpo"] = flag("dpo", """dpo; cdpo = DPO for labels of
-        which some are wrong; ipo, orpo and simpo take means a token; orpo and simpo have no reference""")
+    objective: Literal["dpo", "cdpo", "ipo", "orpo", "simpo", "kto"] = flag("dpo", """dpo; cdpo = DPO for
+        labels of which some are wrong; ipo, orpo and simpo take means a token; orpo and simpo have no reference;
+        kto learns from single responses, right or wrong""")
     beta: Positive = flag(0.1, """how hard the policy is held to the reference, or weight of ORPO's preference
         term, or SimPO's scale (2 to 10)""")
     margin: NonNegative = flag(0.0, "simpo: beta times what chosen should be ahead by (the paper's gamma)")
@@ -47,6 +49,9 @@ class PreferenceTrainConfig(TrainConfig):
     length_normalize: bool = flag(False, "dpo and cdpo: mean log-probs a token instead of their sums")
     nll_weight: NonNegative = flag(0.0, """weight of the chosen response's negative log-likelihood a token,
         added to the loss (orpo has its own)""")
+    desirable_weight: Positive = flag(1.0, """kto: what a right response weighs (lambda_D); the paper lets it, times
+        their number, be 1 to 4/3 of the same of wrong ones""")
+    undesirable_weight: Positive = flag(1.0, "kto: what a wrong response weighs (lambda_U)")
     reference_ckpt_dir: str = flag("", """frozen solver to measure against; default: ckpt_dir, also with
         adapters on it""")
     reference_file: str = flag("", """file that keeps the reference's log-probs, also for other runs; default:
@@ -61,22 +66,39 @@ class PreferenceTrainConfig(TrainConfig):
     lr: NonNegative = 5e-7
     warmup_ratio: Share = 0.1
 
-    def preference(self) -> Preference:
+    def loss(self) -> Preference | KTO:
         """The loss that the flags ask for. Raises UserError for flags of another objective."""
-        return Preference(objective=self.objective, beta=self.beta, margin=self.margin,
-                          label_smoothing=self.label_smoothing, length_normalize=self.length_normalize,
-                          nll_weight=self.nll_weight)
+        of_pairs = {"margin": self.margin, "label_smoothing": self.label_smoothing,
+                    "length_normalize": self.length_normalize, "nll_weight": self.nll_weight}
+        of_kto = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
+        wrong = of_pairs if self.objective == "kto" else {name: weight - 1 for name, weight in of_kto.items()}
+        for name in (name for name, value in wrong.items() if value):
+            raise UserError(f"--{name} is not of --objective {self.objective}; leave it out")
+        if self.objective == "kto":
+            return KTO(beta=self.beta, **of_kto)
+        return Preference(objective=self.objective, beta=self.beta, **of_pairs)
+
+    def reference_dir(self, needed: bool) -> str:
+        """The checkpoint measured against: as named, else where the policy starts; empty for an objective without.
+
+        Raises UserError when a reference is named that the objective would not use.
+        """
+        for name in ("reference_ckpt_dir", "reference_file"):
+            if getattr(self, name) and not needed:
+                raise UserError(f"--{name} is given, but --objective {self.objective} has no reference; leave it out")
+        return (self.reference_ckpt_dir or self.ckpt_dir) if needed else ""
 
 
 def main(config: PreferenceTrainConfig) -> None:
-    """The loss is a mean over the pairs of a whole step."""
-    preference = config.preference()
-    against = preference.reference_dir(config.ckpt_dir, config.reference_ckpt_dir, config.reference_file)
+    """The loss is a mean over the pairs, or the single responses, of a whole step."""
+    objective = config.loss()
+    against = config.reference_dir(objective.needs_reference)
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     if config.reference_ckpt_dir:
         load.load_config(config.reference_ckpt_dir, kind="solver")
-    data, held_out = open_preferences(
+    open_rows = open_outcomes if config.objective == "kto" else open_preferences
+    data, held_out = open_rows(
         config.train_file, config.label_file, config.held_out, tokenizer, truncation=config.truncation,
         max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, model_config))
     run = Run(config, data)
@@ -104,17 +126,19 @@ def main(config: PreferenceTrainConfig) -> None:
     run.open(model, log)
 
     for step in run.steps(data):
-        # A mean over the pairs of all micro-batches and ranks: how a step is cut up does not change its update
-        in_step, tallies = parallel.sum_over_data_parallel(n_pairs(step.batches)), []
+        # A mean over the rows of all micro-batches and ranks: how a step is cut up does not change its update
+        in_step, tallies = parallel.sum_over_data_parallel(objective.count(step.batches)), []
+        measured = objective.of_step(model, step.batches)
         for batch in step.batches:
-            loss, tally = preference.loss(model, batch.to(parallel.device()))
+            loss, tally = measured.loss(model, batch.to(parallel.device()))
             run.trainer.backward(loss / in_step, last=batch is step.batches[-1])
             tallies.append(tally)
         done, n_tokens = run.trainer.step(), parallel.sum_over_data_parallel(n_supervised(step.batches))
-        run.log_step(step, done, n_tokens, report(tallies)._asdict(), pairs=in_step)
+        run.log_step(step, done, n_tokens, measured.report(tallies)._asdict(),
+                     **{measured.unit: in_step})
         score = None
         if run.is_eval_due(step):
-            found = evaluate(model, held_out, preference, run.sampler, packing=config.packing)
+            found = evaluate(model, held_out, objective, run.sampler, packing=config.packing)
             log.metrics(step.number, epoch=step.epoch, **{f"eval_{name}": x for name, x in found._asdict().items()})
             log.logger.info("step %d: held-out loss %.4f, accuracy %.3f", step.number, found.loss, found.accuracy)
             score = -found.loss

@@ -1,6 +1,6 @@
-"""trl's DPOTrainer on rows that are token ids already, in their order: what our preference training is held against."""
+"""trl's trainers on rows that are token ids already, in their order: what our preference training is held against."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 Row = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
@@ -48,35 +48,58 @@ def trainer(
 
     The reference's log-probs are computed before the first step. The tokenizer is one that nothing is tokenised with.
     """
-    words = Tokenizer(WordLevel({"<pad>": 0, "a": 1, "<eos>": 2}, unk_token="a"))
     settings = DPOConfig(
-        output_dir=str(folder / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=pairs_a_step,
-        num_train_epochs=1,
-        learning_rate=lr,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        beta=beta,
-        precompute_ref_log_probs=True,
-        max_length=None,
-        logging_strategy="steps" if logging else "no",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
+        **_settings(folder, pairs_a_step, lr, logging), beta=beta, precompute_ref_log_probs=True, max_length=None
     )
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return AsGiven(
         model=model,
         args=settings,
         train_dataset=Dataset.from_list([dict(zip(names, row, strict=True)) for row in rows]),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
-        ),
+        processing_class=_tokenizer(),
         callbacks=list(callbacks),
     )
+
+
+def _settings(folder: Path, rows_a_step: int, lr: float, logging: bool) -> dict[str, object]:
+    return {
+        "output_dir": str(folder / "trl"),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": rows_a_step,
+        "num_train_epochs": 1,
+        "learning_rate": lr,
+        "lr_scheduler_type": "constant",
+        "adam_beta2": 0.95,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "logging_strategy": "steps" if logging else "no",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({"<pad>": 0, "a": 1, "<eos>": 2}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+class KTOAsGiven(KTOTrainer):
+    """Rows in the order given, each with the mismatched response that it brings."""
+
+    def _prepare_dataset(self, dataset: object, *_: object) -> object:
+        return dataset
+
+
+def kto_trainer(
+    model: PreTrainedModel, rows: Sequence[Mapping[str, object]], folder: Path, *, rows_a_step: int, lr: float,
+    **options: float,
+) -> KTOAsGiven:  # fmt: skip
+    """The same of KTO. rows: prompt_ids, completion_ids, KL_completion_ids, label; options: beta and the weights."""
+    settings = KTOConfig(**_settings(folder, rows_a_step, lr, True), precompute_ref_log_probs=True, max_length=None,
+                         train_sampling_strategy="sequential", **options)  # fmt: skip
+    return KTOAsGiven(model=model, args=settings, train_dataset=Dataset.from_list(list(rows)),
+                      processing_class=_tokenizer())  # fmt: skip

@@ -204,6 +204,19 @@ def dpo_loss(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> Tens
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
+def kto_loss(
+    log_ratios: Tensor, right: Tensor, reference_point: float, beta: float, right_weight: float, wrong_weight: float
+) -> Tensor:
+    """lambda_y - v of each response (KTO, Ethayarajh et al. 2024, eq. 8). log_ratios [B], right [B] bool -> [B].
+
+    log_ratios: summed log-probs less the reference's, in nats; v = lambda_D sigmoid(beta (ratio - z)) of a right
+    response, lambda_U sigmoid(beta (z - ratio)) of a wrong one, z being the reference point.
+    """
+    logits = beta * (log_ratios - reference_point)
+    weights = torch.where(right, right_weight, wrong_weight)
+    return weights * (1 - torch.where(right, logits, -logits).sigmoid())
+
+
 def ipo_loss(margins: Tensor, beta: float) -> Tensor:
     """(margin - 1 / (2 beta))^2 on margins of mean log-probs (Azar et al. 2023, eq. 17). [B] -> [B]."""
     return (margins - 1 / (2 * beta)) ** 2

@@ -20,6 +20,7 @@ class Batch(NamedTuple):
     (shared, rest, rest, ...) standing for samples whose common beginning lies there once.
     targets [B, S] float32: what a verifier's score should be, nan where none is read.
     reference [n_samples] float32: summed log-probs of the responses under a frozen model, in nats.
+    mismatched: as many samples of the same prompts with others' responses, for KTO.
     """
 
     tokens: Tensor
@@ -27,6 +28,7 @@ class Batch(NamedTuple):
     lengths: tuple[int | tuple[int, ...], ...] | None = None
     targets: Tensor | None = None
     reference: Tensor | None = None
+    mismatched: "Batch | None" = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, tuple[int | tuple[int, ...], ...] | None]:
@@ -63,7 +65,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return Batch(*(each.to(device) if isinstance(each, Tensor) else each for each in self))
+        return Batch(*(each.to(device) if isinstance(each, Tensor | Batch) else each for each in self))
 
     def _runs(self) -> list[int]:
         """Lengths of the row's parts, one a sample; a common beginning belongs to the first that has it."""

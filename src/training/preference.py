@@ -6,7 +6,7 @@ B pairs of a batch; its 2 B samples are chosen and rejected sides in turns
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from src.data.sampler import BatchSampler, Dataset, Sample
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
+from src.training.kto import KTO, KTOReport
 from src.training.reference import Reference, response_sums
-from src.training.reward_model import pair_dataset, split_held_out
+from src.training.reward_model import n_pairs, pair_dataset, split_held_out
 from src.training.trainer import evaluating
 
 Objective = Literal["dpo", "cdpo", "ipo", "orpo", "simpo"]
@@ -44,18 +45,18 @@ def open_preferences(
 ) -> tuple[Dataset, Dataset]:
     """The pairs to train on and to test on; `options` are those of pair_dataset(). Raises UserError.
 
-    Without a label_file the last `held_out` of the problems are kept. There is no reference yet (with_reference()).
+    Without a label_file the last `held_out` of the problems are kept.
     """
     (rows,), held = split_held_out(
         [read_pairs(train_file)], read_pairs(label_file) if label_file else None, held_out)  # fmt: skip
     train = pair_dataset(rows, tokenizer, source=train_file, **options)
     test = pair_dataset(held, tokenizer, source=label_file or train_file, **options)
-    return with_reference(train, None), with_reference(test, None)
+    return train._replace(collate=collate), test._replace(collate=collate)
 
 
 def with_reference(data: Dataset, reference: Reference | None) -> Dataset:
-    """The pairs with what the reference says of them in every batch; None: 0."""
-    return data._replace(collate=partial(collate, reference=reference))
+    """Rows of open_preferences() or open_outcomes() with what the reference says of them in every batch; None: 0."""
+    return data._replace(collate=partial(data.collate, reference=reference))
 
 
 def collate(pairs: Sequence[Sample], packing: bool, reference: Reference | None = None) -> Batch:
@@ -78,6 +79,8 @@ class Preference:
     length_normalize: bool = False
     nll_weight: float = 0.0
 
+    unit: ClassVar[str] = "pairs"
+
     def __post_init__(self) -> None:
         if self.objective == "cdpo" and not 0 < self.label_smoothing < 0.5:
             raise UserError(
@@ -98,19 +101,13 @@ class Preference:
         """Whether the objective measures the policy against a reference."""
         return self.objective in ("dpo", "cdpo", "ipo")
 
-    def reference_dir(self, ckpt_dir: str, reference_ckpt_dir: str, reference_file: str) -> str:
-        """The checkpoint measured against: as named, else where the policy starts; empty for an objective without.
+    def of_step(self, policy: Decoder, batches: Sequence[Batch]) -> "Preference":
+        """The objective itself: the loss of a pair depends on no other one."""
+        return self
 
-        Raises UserError when a reference is named that the objective would not use.
-        """
-        if self.needs_reference:
-            return reference_ckpt_dir or ckpt_dir
-        for name, value in (("reference_ckpt_dir", reference_ckpt_dir), ("reference_file", reference_file)):
-            if value:
-                raise UserError(
-                    f"--{name} is given, but --objective {self.objective} has no reference; leave it out"
-                )
-        return ""
+    def count(self, batches: Sequence[Batch]) -> int:
+        """Pairs in this rank's micro-batches of one step."""
+        return n_pairs(batches)
 
     def loss(self, policy: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss summed over a batch's pairs, and the sums of all that report() shows. -> [], [6] float64."""
@@ -145,26 +142,24 @@ class Preference:
                 each = losses.dpo_loss(margins, self.beta, self.label_smoothing)
         return each - self.nll_weight * chosen, margins
 
+    @staticmethod
+    def report(tallies: Sequence[Tensor]) -> PreferenceReport:
+        """The means over all ranks' pairs from the sums [6] of their batches."""
+        total = parallel.sum_over_all(torch.stack(list(tallies)).sum(0)) / parallel.tensor_parallel_size()
+        return PreferenceReport(*(total[1:] / total[0]).tolist())
+
 
 def _sides(values: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen sides' values and the rejected sides'. [2 B] -> [B], [B]."""
     return values[0::2], values[1::2]
 
 
-def report(tallies: Sequence[Tensor]) -> PreferenceReport:
-    """The means over all ranks' pairs from the sums [6] of their batches."""
-    total = parallel.sum_over_all(torch.stack(list(tallies)).sum(0)) / parallel.tensor_parallel_size()
-    return PreferenceReport(*(total[1:] / total[0]).tolist())
-
-
 def evaluate(
-    policy: Decoder, held_out: Dataset, preference: Preference, sampler: BatchSampler, *, packing: bool
-) -> PreferenceReport:
-    """The report on held-out pairs, over all ranks."""
+    policy: Decoder, held_out: Dataset, objective: Preference | KTO, sampler: BatchSampler, *, packing: bool
+) -> PreferenceReport | KTOReport:
+    """The report on held-out rows, over all ranks."""
+    batches = [batch for step in sampler.steps(held_out, packing=packing, epochs=1) for batch in step.batches]
+    objective = objective.of_step(policy, batches)
     with evaluating(policy):
-        tallies = [
-            preference.loss(policy, batch.to(parallel.device()))[1]
-            for step in sampler.steps(held_out, packing=packing, epochs=1)
-            for batch in step.batches
-        ]
-    return report(tallies)
+        tallies = [objective.loss(policy, batch.to(parallel.device()))[1] for batch in batches]
+    return objective.report(tallies)

@@ -19,7 +19,7 @@ from src.checkpoint import saving, shards
 from src.command import cli
 from src.command.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.batch import Batch
-from src.data.examples import Instruction, Pair, Prompt
+from src.data.examples import Instruction, Pair, Prompt, StepLabels
 from src.data.sampler import BatchSampler
 from src.errors import UserError
 from src.models import linear
@@ -27,7 +27,7 @@ from src.models.decoder import Decoder
 from src.processes import watchdog
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
-from src.training import ppo, preference
+from src.training import kto, ppo, preference
 from src.training.checkpointer import Checkpointer, Trainee
 from src.training.monitor import rollout_metrics
 from src.training.offload import ModelOffloader
@@ -35,7 +35,7 @@ from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig
 from src.training.ppo_setup import Inputs, PPOModels
 from src.training.reference import reference_logprobs
-from src.training.reward_model import n_pairs, pair_dataset
+from src.training.reward_model import pair_dataset
 from src.training.rewards import Reward, Scores, on_first_rank, pairwise_reward, score_rollout
 from src.training.rollout import Rollout
 from src.training.sft import n_supervised, sft_dataset, sft_loss
@@ -57,6 +57,10 @@ PAIRS = [
     Pair("2+2=", ["4\n\n#### 4"], ["5\n\n#### 5"], "2+2\n\n"),
     Pair("0-0=", ["0"], ["1 1 1 1 1 1 1 1"]),
 ]
+OUTCOMES = [
+    StepLabels(pair.instruction, [text], [label])
+    for pair in PAIRS for label, side in ((1.0, pair.chosen), (0.0, pair.rejected)) for text in side
+]  # fmt: skip
 PROMPTS = [
     Prompt(str(index), text, "4", None, None)
     for index, text in enumerate(("2+2=", "a", "", "1 2 3 4 5", "b-c"))
@@ -172,9 +176,13 @@ def preference_epochs(
     **options: object,
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two steps of 8 on PAIRS, and the reports of every step."""
-    kind = preference.Preference(**{"objective": "dpo", "beta": 0.1} | options)
     tokenizer, log = load.load_tokenizer(folder), RunLog(log_dir, {})
-    data = pair_dataset(PAIRS, tokenizer, max_seq_len=64, source="PAIRS")
+    if options.pop("kto", False):
+        kind: preference.Preference | kto.KTO = kto.KTO(beta=0.1, **options)
+        data = kto.outcome_dataset(OUTCOMES, tokenizer, max_seq_len=64, source="OUTCOMES")
+    else:
+        kind = preference.Preference(**{"objective": "dpo", "beta": 0.1} | options)
+        data = pair_dataset(PAIRS, tokenizer, max_seq_len=64, source="PAIRS")._replace(collate=preference.collate)
     model, reference = load.load_solver(folder), None
     if kind.needs_reference:
         path = Path(log_dir) / f"{folder.replace('/', '_')}.jsonl"
@@ -198,13 +206,14 @@ def preference_epochs(
     model.train()
     losses, reports = [], []
     for _, _, batches in batching.steps(data, packing=packing, epochs=2):
-        in_step, tallies = parallel.sum_over_data_parallel(n_pairs(batches)), []
+        in_step, tallies = parallel.sum_over_data_parallel(kind.count(batches)), []
+        measured = kind.of_step(model, batches)
         for batch in batches:
-            loss, tally = kind.loss(model, batch)
+            loss, tally = measured.loss(model, batch)
             trainer.backward(loss / in_step, last=batch is batches[-1])
             tallies.append(tally)
         losses.append(trainer.step().loss)
-        reports.append(preference.report(tallies))
+        reports.append(kind.report(tallies))
     if kind.needs_reference:
         reports[0] = reports[0]._replace(accuracy=0.0)  # margins of 0: rounding decides who is ahead
     held = preference.evaluate(model, data, kind, batching, packing=packing)
