@@ -32,14 +32,10 @@ class SolverTrainConfig(TrainConfig):
     truncation: Literal["error", "drop", "left", "right"] = flag("drop", """for longer rows, counted: drop
         them; cut the prompt's left or the output's right; or end with an error. More than 1% of the outputs
         dropped or cut is an error always""")
-    quantize: Literal["", "bfloat16", "int8", "int4"] = flag("", """under LoRA hold the frozen weights in
-        bfloat16, or in 8 or 4 bits in groups of 128 or 32 that share a scale; adapters stay float32. Default:
-        float32""")
 
 
 def main(config: SolverTrainConfig) -> None:
     """The loss is on outputs and their end only, a mean over the tokens of a whole step."""
-    load.check_quantize(config.quantize, config.lora_rank)
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     longest = load.context_limit(config.max_seq_len, config.ckpt_dir, model_config)
@@ -50,11 +46,11 @@ def main(config: SolverTrainConfig) -> None:
     if config.dry_run:
         examples = [encoded for sample in data.samples for encoded in sample]
         runlog.table(plan.training(config, model_config, run.planned_steps(data), examples, tokenizer,
-                                   run.sampler.ranks, config.quantize))
+                                   run.sampler.ranks))
         return
     run.begin("solver_train", tokenizer)
     model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
-                                 quantize=config.quantize)
+                             quantize=config.quantize)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s", data.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))

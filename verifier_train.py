@@ -85,7 +85,7 @@ def main(config: VerifierTrainConfig) -> None:
         return
     run.begin("verifier_train", tokenizer)
     model = load.load_verifier(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
-                                   from_solver=True)
+                               from_solver=True, quantize=config.quantize)
     score = {"pairwise": config.score, "outcome": "last", "process": "steps"}[config.objective]
     saving.record(model, objective=config.objective, score=score, step=step_kind)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)

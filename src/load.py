@@ -295,15 +295,6 @@ def lora_config(flags: LoraFlags, dropout: float = 0.0) -> LoraConfig | None:
                       dora=flags.dora)  # fmt: skip
 
 
-def check_quantize(quantize: str, lora_rank: int) -> None:
-    """Raise UserError for a base in few bits that is to be trained itself."""
-    if quantize and lora_rank == -1:
-        raise UserError(
-            f"--quantize {quantize} holds weights that are not trained, but --lora_rank -1 trains all of them; "
-            f"give a --lora_rank, or leave --quantize out"
-        )
-
-
 def check_step(ckpt_dir: str, config: ModelConfig, asked: str) -> None:
     """Raise UserError if --step asks for other steps than those that a verifier has learnt to judge; empty follows."""
     if asked and config.objective == "pairwise":

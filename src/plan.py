@@ -56,14 +56,14 @@ Memory = Mapping[str, Mapping[str, int]]  # model, or rollouts of the actor -> p
 
 def training(
     config: TrainConfig, model: ModelConfig, steps: Iterable[Step], examples: Sequence[Encoded], tokenizer: Tokenizer,
-    data_parallel: int, quantize: str = "",
+    data_parallel: int,
 ) -> str:  # fmt: skip
     """The plan of a trainer that takes these steps, of these examples."""
     n = load.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
     model.check_divides(n, "this checkpoint")
     passes = [(step.epoch, max(batch.tokens.numel() for batch in step.batches)) for step in steps]
     n_tokens = max((tokens for _, tokens in passes), default=0)
-    how = Training(load.lora_config(config, config.lora_dropout), quantize, config.activation_checkpointing,
+    how = Training(load.lora_config(config, config.lora_dropout), config.quantize, config.activation_checkpointing,
                    data_parallel, config.accumulation_steps > 1, _on_gpu(), is_half(config),
                    config.optimizer)  # fmt: skip
     memory = {"model": training_memory(model, n, n_tokens, how)}

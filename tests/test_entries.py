@@ -538,10 +538,9 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
         "saving to verifier would overwrite verifier, which is read",
     ),
     ("solver_train", {"lora_rank": 8, "lora_targets": "wq,wx"}, "lora_targets names 'wx'"),
-    (
-        "solver_train",
-        {"quantize": "int8"},
-        "--quantize int8 holds weights that are not trained, but --lora_rank -1",
+    *(
+        (script, {"quantize": "int8"}, "--quantize int8 holds weights that are not trained, but --lora_rank -1")
+        for script in ("solver_train", "verifier_train", "preference_train")
     ),
     ("solver_train", {"max_seq_len": 4}, "16 of 16 rows are longer than --max_seq_len 4"),
     ("solver_train", {"tokenizer_file": "train.json"}, "train.json is no tokenizer"),

@@ -219,3 +219,13 @@ class TrainConfig(RunFlags, OptimizerFlags, LoraFlags, SavingFlags):
         bits (torchao), a quarter of their memory""")
     lora_dropout: Annotated[float, Bounds("0 or more and less than 1", lambda x: 0 <= x < 1)] = flag(0.0,
         "dropout before the adapters")
+    quantize: Literal["", "bfloat16", "int8", "int4"] = flag("", """under LoRA hold the frozen weights in
+        bfloat16, or in 8 or 4 bits in groups of 128 or 32 that share a scale; adapters stay float32. Default:
+        float32""")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a base in few bits that is to be trained itself."""
+        super().__post_init__()
+        if self.quantize and self.lora_rank == -1:
+            raise UserError(f"--quantize {self.quantize} holds weights that are not trained, but --lora_rank -1 trains "
+                            f"all of them; give a --lora_rank, or leave --quantize out")  # fmt: skip

@@ -37,9 +37,9 @@ class Reference(NamedTuple):
         return self.logprobs[row_key(self.identity, encoded)] if encoded.n_response else 0.0
 
 
-def reference_identity(fingerprint: str, tokenizer: Tokenizer, dtype: torch.dtype) -> str:
-    """What log-probs depend on besides the row: the checkpoint, the tokenizer, and the type of the arithmetic."""
-    rounded = [] if dtype == torch.float32 else [str(dtype)]
+def reference_identity(fingerprint: str, tokenizer: Tokenizer, dtype: torch.dtype, quantize: str = "") -> str:
+    """What log-probs depend on besides the row: the checkpoint, the tokenizer, the arithmetic's type, the weights'."""
+    rounded = [str(dtype)] * (dtype != torch.float32) + [quantize] * bool(quantize)
     return "/".join((fingerprint, tokenizer.fingerprint(), parallel.device().type, *rounded))
 
 

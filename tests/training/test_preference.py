@@ -442,6 +442,24 @@ def test_the_reference_may_be_another_model(folders: Folders, tmp_path: Path) ->
     assert abs(row["margin"]) > 1e-3 and row["loss"] != pytest.approx(LN2, abs=1e-5)
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantised_policy_is_its_own_reference(folders: Folders, tmp_path: Path, quantize: str) -> None:
+    """The reference is what the adapters are put on, so the first loss is ln 2; its log-probs are not float32's."""
+    pairs, file = str(write_pairs(tmp_path / "pairs.json")), tmp_path / "reference.jsonl"
+    for bits in ("", quantize):
+        preference_train.main(
+            preference_train.PreferenceTrainConfig(
+                ckpt_dir=folders.one, save_dir=str(tmp_path / f"out-{bits}"), train_file=pairs, lora_rank=2, lr=1e-2,
+                max_batch_size=15, reference_file=str(file), quantize=bits, epochs=4,
+            )
+        )  # fmt: skip
+        rows = [json.loads(line) for line in (tmp_path / f"out-{bits}/metrics.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in rows if "margin" in row]
+        assert losses[0] == pytest.approx(LN2, abs=1e-6) and losses[-1] < LN2 - 1e-2
+    values = [json.loads(line)["logprob"] for line in file.read_text().splitlines()]
+    assert len(values) == len(set(values))
+
+
 def test_an_adapter_is_its_own_reference(folders: Folders, tmp_path: Path) -> None:
     pairs = str(write_pairs(tmp_path / "pairs.json"))
     for source, target in ((folders.one, "first"), (str(tmp_path / "first"), "second")):

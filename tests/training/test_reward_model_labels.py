@@ -1,6 +1,7 @@
 """src/training/reward_model.py: which token is judged, and the loss against plain PyTorch."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import verifier_train
 from src import load
+from src.checkpoint import storage
 from src.command.config import OptimizerFlags
 from src.data.encoding import STEP_END, encode_steps
 from src.data.examples import StepLabels
@@ -185,3 +188,18 @@ def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, t
         trainer.step()
     report = objective.evaluate(model, data, 16)
     assert report.accuracy_on_right == report.accuracy_on_wrong == 1.0
+
+
+def test_a_verifier_learns_on_a_quantised_base(folders: Folders, tmp_path: Path) -> None:
+    rows = [{"instruction": f"{a}+1=", "output": str(a + 1 + wrong), "correct": not wrong}
+            for a in range(8) for wrong in (0, 1)]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    verifier_train.main(verifier_train.VerifierTrainConfig(
+        ckpt_dir=folders.one, save_dir=str(tmp_path / "out"), train_file=[str(tmp_path / "rows.json")],
+        objective="outcome", quantize="int4", lora_rank=4, held_out=0.25, max_batch_size=12, epochs=8,
+        lr=1e-2))  # fmt: skip
+    steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in steps if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < losses[0] - 1e-3
+    adapter = storage.read_shard(tmp_path / "out/adapter.00.pth")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32} and adapter["v_head.weight"].any()
