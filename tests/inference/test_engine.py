@@ -266,6 +266,24 @@ def test_a_shared_prefix_is_read_once_and_changes_no_sample(
         torch.testing.assert_close(torch.tensor(found[key].logprobs), torch.tensor(done.logprobs), rtol=0, atol=1e-5)
 
 
+def test_a_shared_prefix_leaves_bfloat16_as_near_to_float32(
+    model: Decoder, folders: dict[int, Path], prefixed: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded = load.load_solver(str(folders[1]), precision="bfloat16")
+
+    def distance() -> float:
+        """Of the log-probs of what was sampled from float32's, root mean square."""
+        squares = []
+        for done in sampled(rounded, prefixed).values():
+            exact = response_logits(model, done).log_softmax(-1).gather(-1, torch.tensor(done.tokens)[:, None])
+            squares.append((torch.tensor(done.logprobs) - exact[:, 0]).square())
+        return float(torch.cat(squares).mean().sqrt())
+
+    shared = distance()
+    monkeypatch.setattr(cache, "LEAST_SHARED", 1000)
+    assert shared < 1.25 * distance()
+
+
 def test_log_probs_of_the_sampled_distribution_renormalise_the_plain_ones(
     model: Decoder, requests: list[Request]
 ) -> None:
