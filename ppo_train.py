@@ -18,6 +18,7 @@ from src.inference.sampling import Sampling
 from src.models.lora import without_adapters
 from src.runlog import Phases, RunLog
 from src.training import monitor, ppo
+from src.training.held_out import measure_held_out
 from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig
 from src.training.ppo_setup import (
@@ -30,7 +31,7 @@ from src.training.ppo_setup import (
 )
 from src.training.refill import refill_groups
 from src.training.resuming import find_start, run_fingerprint
-from src.training.rewards import Reward, Scores, apply_length_penalty, rule_reward, score_rollout
+from src.training.rewards import Reward, Scores, apply_length_penalty, score_rollout
 from src.training.rollout import Rollout, rollout_logprobs, rollout_values, sample_rollout
 
 
@@ -62,13 +63,13 @@ def main(config: PPOConfig) -> None:
 
     with contextlib.ExitStack() as in_use:
         in_use.enter_context(models.offloader)
-        grader = in_use.enter_context(Grader(config.task))
+        grader = in_use.enter_context(Grader(data.task))
         rewards = open_rewards(config, models, data.tokenizer, grader, in_use)
         if data.held_out and not done:
             timer = Phases()
-            score = held_out_accuracy(config, models, data, grader, timer)
-            log.metrics(0, eval_accuracy=score, **timer.seconds)
-            checkpointer.measured_start(score)
+            held_out = measure_held_out(config, models, data, grader, timer)
+            log.metrics(0, **held_out, **timer.seconds)
+            checkpointer.measured_start(held_out["eval_accuracy"])
 
         for iteration, (epoch, rows) in list(enumerate(data.iterations))[done:]:
             timer, kl_scale, learned = Phases(), state["kl_scale"], dict(ppo.NOTHING_LEARNED)
@@ -92,7 +93,8 @@ def main(config: PPOConfig) -> None:
                 state["kl_scale"] *= monitor.kl_factor(metrics["kl_response"], len(buffer.rollout.prompts), config)
             score = None
             if data.held_out and config.is_eval_due(iteration + 1, data.per_epoch, n_iterations):
-                metrics["eval_accuracy"] = score = held_out_accuracy(config, models, data, grader, timer)
+                metrics |= measure_held_out(config, models, data, grader, timer)
+                score = metrics["eval_accuracy"]
 
             shown, warned = alerts.check(iteration + 1, metrics)
             tokens = int(buffer.rollout.lengths.sum())
@@ -159,7 +161,8 @@ def sample_and_score(
     if refill:
         order = -(iteration * config.max_refills + refill)
         rows = epoch_order(len(data.prompts), config.seed, order)[: len(rows)]
-    sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=config.seed)
+    sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens,
+                        stop=data.task.stop, seed=config.seed)
     # A prompt that comes again is answered with other numbers of the random stream
     first_sample = (iteration * (1 + config.max_refills) + refill) * config.group_size
     with models.phase(timer, "sample", models.actor.model):
@@ -168,16 +171,6 @@ def sample_and_score(
             group_size=config.group_size, first_sample=first_sample, max_batch_size=config.rollout_batch_size)
     with models.phase(timer, "reward", models.verifier):
         return rollout, score_rollout(rewards, rollout)
-
-
-def held_out_accuracy(config: PPOConfig, models: PPOModels, data: Inputs, grader: Grader, timer: Phases) -> float:
-    """Share of the held-out prompts whose greedy response grades right; one too long to be answered is not."""
-    sampling = Sampling(max_new_tokens=config.max_new_tokens, seed=config.seed)
-    with models.phase(timer, "evaluate", models.actor.model):
-        rollout = sample_rollout(models.actor.model, data.held_out, data.tokenizer, sampling, group_size=1,
-                                 first_sample=0, max_batch_size=config.rollout_batch_size)
-        graded = score_rollout({"rule": Reward(1.0, rule_reward(grader))}, rollout)
-    return graded.total.sum().item() / data.n_held_out
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def ppo_work(config: PPOConfig, context: int, lengths: Sequence[int], held_out: 
     """The largest work, should the longest prompts get the longest responses. lengths: tokens of each prompt."""
     prompts = min(config.prompts_per_buffer, len(lengths))
     per_step = -(-prompts * config.group_size // config.minibatches)  # episodes, over all ranks
-    n_rows = max(config.group_size * -(-prompts // ranks), -(-len(held_out) // ranks))
+    n_rows = max(config.group_size * -(-prompts // ranks), config.eval_samples * -(-len(held_out) // ranks))
     return PPOWork(
         min(config.max_batch_size, per_step) * min(max(lengths) + config.max_new_tokens, context),
         -(-per_step // config.max_batch_size) > ranks,

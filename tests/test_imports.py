@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models", "parallel", "runlog", "text",
     },
     "training": {
-        "checkpoint", "command", "data", "grading", "inference", "load", "losses", "models", "parallel",
+        "checkpoint", "command", "data", "evaluation", "grading", "inference", "load", "losses", "models", "parallel",
         "processes", "runlog", "sharing", "text",
     },
     "plan": {

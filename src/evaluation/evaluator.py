@@ -18,7 +18,6 @@ from src.errors import UserError, on_one_line
 from src.evaluation.metrics import answer_classes
 from src.evaluation.prompting import Prompting
 from src.evaluation.report import Graded, Speed, type_of
-from src.grading.answer_types import KINDS
 from src.grading.grader import Grader, Verdict
 from src.grading.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of
@@ -92,12 +91,7 @@ class BackgroundGrader:
     """
 
     def __init__(self, task: Task, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            if prompt.answer_type not in KINDS:
-                raise UserError(
-                    f"problem {prompt.id!r} has the answer_type {prompt.answer_type!r}; "
-                    f"expected {', '.join(filter(None, KINDS))}"
-                )
+        self.types = {prompt.id: type_of(prompt) for prompt in prompts}
         self.task = task
         self.grader = Grader(task, workers=GRADING_THREADS)
         self.prompts = {prompt.id: prompt for prompt in prompts}
@@ -115,7 +109,7 @@ class BackgroundGrader:
         """Take a sample; returns at once."""
         prompt = self.prompts[name]
         self._verdicts[name, number] = self._threads.submit(
-            self.grader.grade_one, response, prompt.label or "", type_of(prompt)
+            self.grader.grade_one, response, prompt.label or "", self.types[name]
         )
 
     def has(self, name: str, number: int) -> bool:
@@ -309,7 +303,7 @@ def grade_samples(
         )
     write_samples(path, rows)
     for name, graded in problems.items():
-        equal = partial(grading.grader.equal, answer_type=type_of(grading.prompts[name]))
+        equal = partial(grading.grader.equal, answer_type=grading.types[name])
         classes = answer_classes([each.verdict.answer for each in graded], equal)
         problems[name] = [each._replace(vote=vote) for each, vote in zip(graded, classes, strict=True)]
     return problems

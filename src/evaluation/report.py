@@ -8,8 +8,9 @@ import numpy as np
 
 from src.code_solutions.tool_hook import CONTEXT_FULL, MAX_ROUNDS, MAX_TOKENS
 from src.data.examples import OUTCOMES, Prompt
+from src.errors import UserError
 from src.evaluation.metrics import Bools, Floats, curves, interval
-from src.grading.answer_types import AnswerType
+from src.grading.answer_types import KINDS, AnswerType
 from src.grading.grader import GRADER_VERSION, Verdict
 from src.grading.tasks import Task
 
@@ -41,7 +42,10 @@ class Speed(NamedTuple):
 
 
 def type_of(prompt: Prompt) -> AnswerType:
-    """How the label of a problem is compared."""
+    """How the label of a problem is compared. Raises UserError for an answer type that is not known."""
+    if prompt.answer_type not in KINDS:
+        raise UserError(f"problem {prompt.id!r} has the answer_type {prompt.answer_type!r}; "
+                        f"expected {', '.join(filter(None, KINDS))}")
     return AnswerType(prompt.answer_type, prompt.tolerance)
 
 

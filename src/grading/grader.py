@@ -62,14 +62,20 @@ class Grader:
         for worker in self.workers:
             worker.close()
 
-    def grade(self, responses: Sequence[str], labels: Sequence[str]) -> list[Verdict]:
-        """A verdict for each response against its bare label. Raises ValueError if the lengths differ."""
+    def grade(
+        self, responses: Sequence[str], labels: Sequence[str], types: Sequence[AnswerType] = ()
+    ) -> list[Verdict]:
+        """A verdict for each response against its bare label. Raises ValueError if the lengths differ.
+
+        types: how each label is compared by a task of typed answers; none = by its shape.
+        """
         if len(responses) != len(labels):
             raise ValueError(f"{len(responses)} responses but {len(labels)} labels; expected one label a response")
+        types = types or [ANY] * len(labels)
         if len(self.workers) == 1:
-            return [self.grade_one(*pair) for pair in zip(responses, labels, strict=True)]
+            return [self.grade_one(*each) for each in zip(responses, labels, types, strict=True)]
         with ThreadPoolExecutor(len(self.workers)) as threads:
-            return list(threads.map(self.grade_one, responses, labels))
+            return list(threads.map(self.grade_one, responses, labels, types))
 
     def grade_one(self, response: str, label: str, answer_type: AnswerType = ANY) -> Verdict:
         """The verdict for one response; of a solution with code its last block of text is read."""

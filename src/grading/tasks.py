@@ -48,6 +48,10 @@ class Task:
         """Whether answers are looked for at all."""
         return bool(self.extraction)
 
+    def text(self, instruction: str) -> str:
+        """The problem as the task puts it."""
+        return self.prompt.replace(INSTRUCTION, instruction)
+
     def rules(self) -> dict[str, str]:
         """What results.json says about how answers were found and compared."""
         return {"extraction": self.extraction, "equality": self.equality}

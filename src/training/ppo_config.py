@@ -186,11 +186,15 @@ class PPOConfig(
     train_file: str = flag("dataset/GSM8K/train.json", """prompts, json array or jsonl of {"instruction",
         "label"?}; --reward rule alone needs labels. Those that fill a model's context are left out, counted
         and named""")
-    eval_file: str = flag("", """prompts with labels on which greedy accuracy is measured, first of all (step
+    eval_file: str = flag("", """prompts with labels on which accuracy is measured, first of all (step
         0 in metrics.jsonl); the best actor is kept as best/ if it is better than the one started from. Those
         that fill the context are wrong""")
-    task: Literal["GSM8K", "MATH", "toy"] = flag("GSM8K", """how --reward rule and --eval_file find and
-        compare answers""")
+    eval_samples: Count = flag(1, """responses to each of them: the mean share of right ones (avg@N) is
+        eval_accuracy, and with 2 or more eval_pass and eval_majority are pass@N and maj@N""")
+    eval_temperature: NonNegativeOrOff = flag(-1.0, """at which these are sampled; -1 = greedy for one, else as
+        --temperature""")
+    task: str = flag("GSM8K", """how problems are put and a response ends, and how --reward rule and
+        --eval_file find and compare answers: a task of solver_evaluate.py, or FILE.json with one's own""")
     log_dir: str = flag("", "directory for metrics.jsonl, run.json and rollouts/; default: actor_save_dir")
     quantize: Literal["", "int8", "int4"] = flag("", """hold the frozen models, verifier and (without LoRA)
         reference, in 8 or 4 bits a weight; with such a reference the first KL is not 0""")
@@ -251,7 +255,9 @@ class PPOConfig(
         gae_lambda = 1.0 if self.reward == ["rule"] else 0.95
         self._fill_in(POLICY_LOSSES[self.policy_loss])
         self._fill_in(ESTIMATORS[self.advantage].defaults | {"gae_lambda": gae_lambda})
-        self._fill_in({"clip_high": self.clip_ratio, "critic_lambda": self.gae_lambda})
+        eval_temperature = self.temperature if self.eval_samples > 1 else 0.0
+        self._fill_in({"clip_high": self.clip_ratio, "critic_lambda": self.gae_lambda,
+                       "eval_temperature": eval_temperature})
         for is_wrong, message in (*self._wrong_numbers(), *self._wrong_rewards(), *self._wrong_models()):
             if is_wrong:
                 raise UserError(message)
@@ -273,6 +279,8 @@ class PPOConfig(
              f"{self.group_size}; give a multiple of it"),
             (self.temperature <= 0,
              f"--temperature {self.temperature}: PPO learns from sampled responses; expected more than 0"),
+            (self.eval_samples > 1 and not self.eval_temperature,
+             f"--eval_samples {self.eval_samples} greedy responses would be one; give --eval_temperature above 0"),
             (0 < self.dual_clip <= 1, f"--dual_clip is {self.dual_clip}, expected more than 1, or 0 for none"),
             (self.dual_clip and self.policy_loss == "cispo",
              "--dual_clip bounds a clipped surrogate, which --policy_loss cispo has not; leave it out"),

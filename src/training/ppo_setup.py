@@ -14,7 +14,9 @@ from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, read_prompts
 from src.data.sampler import chunks, epoch_order
 from src.errors import UserError
+from src.evaluation.report import type_of
 from src.grading.grader import Grader
+from src.grading.tasks import INSTRUCTION, Task, find_task
 from src.models.decoder import Decoder
 from src.runlog import Phases, RunLog
 from src.sharing import SharedBase
@@ -31,12 +33,13 @@ NAMED = 5  # prompts that a warning names; it counts all
 
 
 class Inputs(NamedTuple):
-    """What a run reads before it starts: prompts, and the rows of them that each iteration answers."""
+    """What a run reads before it starts: prompts as the policy is shown them, and the rows that iterations answer."""
 
     prompts: list[Prompt]
     held_out: list[Prompt]
     n_held_out: int  # with those that are too long to be answered
     tokenizer: Tokenizer
+    task: Task
     iterations: list[tuple[int, list[int]]]  # epoch and rows of prompts
     per_epoch: int
 
@@ -47,8 +50,14 @@ def read_inputs(config: PPOConfig) -> Inputs:
     kinds = [(config.actor_ckpt_dir, "solver"), (config.critic_ckpt_dir, ""),
              (config.reward_model_ckpt_dir, "verifier")]
     contexts = {folder: load.load_config(folder, kind=kind).max_seq_len for folder, kind in kinds if folder}
-    prompts = read_prompts(config.train_file, need_label=config.reward == ["rule"])
-    held_out = read_prompts(config.eval_file, need_label=True) if config.eval_file else []
+    task = find_task(config.task)
+    if not task.graded:
+        raise UserError(f"--task {task.name} grades nothing; name the task of the answers")
+    prompts = _in_words_of(task, read_prompts(config.train_file, need_label=config.reward == ["rule"]))
+    held_out = _in_words_of(task, read_prompts(config.eval_file, need_label=True)) if config.eval_file else []
+    if task.prompt != INSTRUCTION and "verifier" in config.reward:
+        runlog.logger().warning("--task %s puts each problem into words of its own, and the verifier reads these too; "
+                                "it should have learnt on them", config.task)
     tokenizer = load.load_tokenizer(config.actor_ckpt_dir, config)
     if tokenizer.code:
         raise UserError(f"{config.actor_ckpt_dir} writes solutions with code, but rollouts run none; expected a solver "
@@ -67,7 +76,14 @@ def read_inputs(config: PPOConfig) -> Inputs:
     iterations = list(itertools.islice(schedule, config.max_steps if config.max_steps >= 0 else None))
     runlog.warn_of_early_end(len(iterations), config.epochs, config.max_steps)
     per_epoch = -(-len(prompts) // config.prompts_per_buffer)
-    return Inputs(prompts, held_out, n_held_out, tokenizer, iterations, per_epoch)
+    return Inputs(prompts, held_out, n_held_out, tokenizer, task, iterations, per_epoch)
+
+
+def _in_words_of(task: Task, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each problem put as the task puts it. Raises UserError for an answer type that is not known."""
+    for prompt in prompts:
+        type_of(prompt)
+    return [prompt._replace(instruction=task.text(prompt.instruction)) for prompt in prompts]
 
 
 def fitting_prompts(

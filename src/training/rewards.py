@@ -19,6 +19,7 @@ from src.data.encoding import STEP_ENDS, Encoded, StepKind, encode_steps, split_
 from src.data.examples import OUTCOMES, Prompt
 from src.data.sampler import chunks
 from src.errors import UserError
+from src.evaluation.report import type_of
 from src.grading.grader import Grader
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -252,8 +253,9 @@ def graded_reward(grader: Grader, rollout: Rollout) -> tuple[list[float], Counts
     """1 for a response that the grader finds right, else 0. Without a label it is 0. Counts the outcomes."""
     scores = [0.0] * len(rollout.prompts)
     labelled = [row for row, prompt in enumerate(rollout.prompts) if prompt.label is not None]
-    verdicts = grader.grade(
-        [rollout.responses[row] for row in labelled], [rollout.prompts[row].label or "" for row in labelled])
+    prompts = [rollout.prompts[row] for row in labelled]
+    verdicts = grader.grade([rollout.responses[row] for row in labelled], [prompt.label or "" for prompt in prompts],
+                            [type_of(prompt) for prompt in prompts])
     for row, verdict in zip(labelled, verdicts, strict=True):
         scores[row] = float(verdict.outcome == "right")
     found = Counter(verdict.outcome for verdict in verdicts)

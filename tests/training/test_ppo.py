@@ -5,22 +5,26 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import ppo_train
 from src import load, losses
 from src.data.batch import Batch
+from src.evaluation.metrics import answer_classes
+from src.evaluation.report import Graded, summarize
+from src.grading.extract import Extraction
+from src.grading.grader import Grader
+from src.grading.tasks import Task
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs, response_values
 from src.runlog import Phases
 from src.text.tokenizer import Tokenizer
 from src.training import ppo
+from src.training.held_out import measure_held_out
 from src.training.monitor import rollout_metrics
 from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig
@@ -324,20 +328,41 @@ def test_groups_without_signal_and_unfinished_responses_are_dropped(
     assert 0 < len(masked.trainable) < len(PROMPTS)
 
 
-def test_held_out_accuracy_counts_every_prompt(models: PPOModels, tokenizer: Tokenizer) -> None:
-    class RightIfLabelled4:
-        def grade(self, responses: list[str], labels: list[str]) -> list[SimpleNamespace]:
-            seen.extend(responses)
-            return [SimpleNamespace(outcome="right" if label == "4" else "wrong") for label in labels]
+class FirstCharacter(Grader):
+    """Finds an answer in the beginning of random text, too."""
 
-    seen: list[str] = []
-    prompts = [prompt._replace(label=label) for prompt, label in zip(PROMPTS, "04040", strict=True)]
-    data = Inputs([], prompts, 6, tokenizer, [], 1)  # a sixth was too long to be answered
-    found = ppo_train.held_out_accuracy(ppo_config(), models, data, RightIfLabelled4(), Phases())
-    assert found == pytest.approx(2 / 6)
-    greedy = sample_rollout(models.actor.model, PROMPTS, tokenizer, Sampling(max_new_tokens=6, seed=11), group_size=1,
-                            first_sample=0, max_batch_size=4)
-    assert seen == greedy.responses
+    def extract(self, response: str) -> Extraction:
+        """The first character."""
+        return Extraction(response[:1].strip() or None, "first")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_held_out_measures_count_every_prompt_and_are_those_of_the_evaluator(
+    models: PPOModels, tokenizer: Tokenizer, n: int
+) -> None:
+    numbers = ppo_config(eval_samples=n)
+    sampling = Sampling(temperature=numbers.temperature * (n > 1), max_new_tokens=6, seed=11)
+    same = sample_rollout(models.actor.model, PROMPTS, tokenizer, sampling, group_size=n, first_sample=0,
+                          max_batch_size=4)
+    task = Task(name="begins", extraction="gsm8k/last-number@2", equality="typed@2")
+    labels = [same.responses[place * n][:1] or "7" for place in range(len(PROMPTS))]
+    prompts = [prompt._replace(label=label) for prompt, label in zip(PROMPTS, labels, strict=True)]
+    data = Inputs([], prompts, 6, tokenizer, task, [], 1)  # a sixth was too long to be answered
+    with FirstCharacter(task) as grader:
+        found = measure_held_out(numbers, models, data, grader, Phases())
+        rows = {prompt.id: [Graded(verdict) for verdict in grader.grade(same.responses[place * n : (place + 1) * n],
+                                                                        [prompt.label] * n)]
+                for place, prompt in enumerate(prompts)}
+        for id, graded in rows.items():
+            votes = answer_classes([each.verdict.answer for each in graded], grader.equal)
+            rows[id] = [each._replace(vote=vote) for each, vote in zip(graded, votes, strict=True)]
+    expected = summarize(task, [*prompts, prompts[0]._replace(id="too long")], rows)
+    assert found["eval_accuracy"] == pytest.approx(expected["accuracy"]) and 0 < found["eval_accuracy"] < 1
+    assert len(found) == (3 if n > 1 else 1)
+    if n > 1:
+        assert found["eval_pass"] > found["eval_accuracy"]
+        assert found["eval_pass"] == pytest.approx(expected["pass_at"][n])
+        assert found["eval_majority"] == pytest.approx(expected["maj_at"][n])
 
 
 def test_whitened_rewards_and_truncated_importance(models: PPOModels, tokenizer: Tokenizer) -> None:

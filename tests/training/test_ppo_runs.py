@@ -111,8 +111,15 @@ def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_
 
 
 def test_grpo_with_adapters_runs_without_critic_or_reference(folders: Folders, tmp_path: Path) -> None:
-    (tmp_path / "prompts.json").write_text(json.dumps([{"instruction": row.instruction} for row in PROMPTS]))
+    rows = [{"instruction": row.instruction, "label": "1e9", "tolerance": 1e10, "answer_type": "number"}
+            for row in PROMPTS]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    task = {"prompt": "a {instruction}=", "stop": ["b"], "extraction": "gsm8k/last-number@2", "equality": "typed@2"}
+    (tmp_path / "own.json").write_text(json.dumps(task))
     flags = {
+        "task": tmp_path / "own.json",
+        "eval_file": tmp_path / "prompts.json",
+        "eval_samples": 4,
         "actor_ckpt_dir": folders.one,
         "actor_save_dir": tmp_path / "actor",
         "reward_model_ckpt_dir": folders.verifier,
@@ -130,11 +137,19 @@ def test_grpo_with_adapters_runs_without_critic_or_reference(folders: Folders, t
     }
     done = succeed("ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items()))
     rows = [json.loads(line) for line in (tmp_path / "actor/metrics.jsonl").read_text().splitlines()]
+    start = rows.pop(0)
     assert len(rows) == 2 and (tmp_path / "actor/adapter.json").is_file()
     assert rows[0]["kl"] == 0.0 != rows[1]["kl"] and rows[0]["first_ratio_deviation"] < 1e-5
     assert rows[0]["grad_norm"] > 0 and rows[0]["value_loss"] == 0.0 and rows[0]["kl_coef"] == 0.0
     assert all(row["kept_share"] == pytest.approx(1 - row["truncated_share"]) for row in rows), rows
-    assert all(row["reward"] == row["reward_verifier"] != row["reward_rule"] == 0.0 for row in rows)
+    # the task's own words and end, and a tolerance that takes any number for right
+    assert all(row["reward"] == pytest.approx(row["reward_verifier"] + row["reward_rule"]) for row in rows[1:])
+    assert all(1 >= row["eval_pass"] >= row["eval_accuracy"] >= 0 <= row["eval_majority"] for row in (start, rows[1]))
+    assert all(row["reward_rule"] == pytest.approx(1 - row["graded_unparsed"]) for row in rows)
+    shown = [json.loads(line) for line in (tmp_path / "actor/rollouts/step-000001.jsonl").read_text().splitlines()]
+    assert all(row["prompt"].startswith("a ") and row["prompt"].endswith("=") for row in shown)
+    assert not any("b" in row["response"] for row in shown)
+    assert "into words of its own, and the verifier reads these too" in done.stderr
     assert "30% of the responses did not end" in done.stderr
 
 

@@ -40,6 +40,23 @@ def test_prompts_that_leave_a_model_no_token_are_left_out_counted_and_named(
         fitting(min(lengths))
 
 
+@pytest.mark.parametrize(("task", "row", "complaint"), [
+    ("none", {}, "--task none grades nothing"),
+    ("GSM9K", {}, "no task 'GSM9K'.*did you mean GSM8K"),
+    ("OlympiadBench", {"answer_type": "word"}, "'0' has the answer_type 'word'; expected number"),
+])  # fmt: skip
+def test_tasks_that_cannot_reward_are_refused_first(
+    folders: Folders, tmp_path: Path, task: str, row: dict[str, str], complaint: str
+) -> None:
+    (tmp_path / "p.json").write_text(json.dumps([{"instruction": "1", "label": "1"} | row]))
+    with pytest.raises(UserError, match=complaint):
+        read_inputs(PPOConfig(actor_ckpt_dir=str(folders.one), actor_save_dir=str(tmp_path / "actor"), task=task,
+                              train_file=str(tmp_path / "p.json"), reward=["rule"], advantage="rloo"))
+    with pytest.raises(UserError, match="--eval_samples 8 greedy responses would be one"):
+        PPOConfig(actor_ckpt_dir="", actor_save_dir="", reward=["rule"], advantage="rloo", eval_samples=8,
+                  eval_temperature=0.0)
+
+
 def test_a_schedule_is_as_long_as_the_run(
     folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import ppo_train
+from src.grading.tasks import find_task
 from src.runlog import Phases
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_setup import Inputs
@@ -29,7 +30,7 @@ def test_a_buffer_is_refilled_until_it_is_full_or_the_limit_is_reached(
     def fill(max_refills: int) -> tuple[Rollout, Tensor, dict[str, float]]:
         numbers = ppo_config(advantage="grpo", group_size=2, filter_groups=True, max_refills=max_refills)
         rewards = {"first": Reward(1.0, lambda rollout: (first_group_alone_differs(rollout), {}))}
-        data = Inputs(PROMPTS, [], 0, tokenizer, [], 1)
+        data = Inputs(PROMPTS, [], 0, tokenizer, find_task("toy"), [], 1)
         buffer, scores, stats = ppo_train.collect(numbers, models, data, rewards, [0, 1, 2], 0, 1.0, Phases())
         return buffer.rollout, scores.total.sum(1), stats
 

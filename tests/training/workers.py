@@ -22,6 +22,7 @@ from src.data.batch import Batch
 from src.data.examples import Instruction, Pair, Prompt, StepLabels
 from src.data.sampler import BatchSampler
 from src.errors import UserError
+from src.grading.tasks import find_task
 from src.models import linear
 from src.models.decoder import Decoder
 from src.processes import watchdog
@@ -262,7 +263,7 @@ def collect(
 ) -> tuple[PPOBuffer, Scores, dict[str, float]]:
     """A buffer of PROMPTS with one reward, by ppo_train.py."""
     rewards = {"length": Reward(1.0, lambda rollout: (reward(rollout), {}))}
-    data, rows = Inputs(PROMPTS, [], 0, tokenizer, [], 1), range(len(PROMPTS))
+    data, rows = Inputs(PROMPTS, [], 0, tokenizer, find_task("toy"), [], 1), range(len(PROMPTS))
     return ppo_train.collect(config, models, data, rewards, rows, iteration, 1.0, Phases())
 
 
