@@ -16,6 +16,7 @@ from src.data.sampler import epoch_order
 from src.grading.grader import Grader
 from src.inference.sampling import Sampling
 from src.models.lora import without_adapters
+from src.report.page import write_report
 from src.runlog import Phases, RunLog
 from src.training import monitor, ppo
 from src.training.held_out import measure_held_out
@@ -101,7 +102,7 @@ def main(config: PPOConfig) -> None:
             log.metrics(iteration + 1, shown, epoch=epoch, **metrics, **timer.seconds,
                         tokens_per_second=timer.rate(tokens))
             log.rows(f"rollouts/step-{iteration + 1:06}.jsonl",
-                     monitor.readable_rows(buffer, scores, config.rollout_samples))
+                     monitor.readable_rows(buffer, scores, config.rollout_samples, data.tokenizer))
             log.advance(tokens=tokens, reward=metrics["reward"], kl=metrics["kl"])
             checkpointer.step_done(iteration + 1, score, "; ".join(warned) if config.stop_on_alarm else "")
             if config.reference_refresh > 0 and (iteration + 1) % config.reference_refresh == 0:
@@ -109,6 +110,8 @@ def main(config: PPOConfig) -> None:
                 models.load_reference(config, refreshed=True)
         checkpointer.finish()
         alerts.summary(n_iterations)
+        if parallel.rank() == 0:
+            runlog.table(f"look at {write_report(Path(config.run_dir))}")
 
 
 def collect(

@@ -17,6 +17,7 @@ from src.data.examples import read_step_labels
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
 from src.evaluation.scoring import encode_solutions, tell_too_long
 from src.jsonfile import write_json
+from src.report.page import write_report
 from src.runlog import RunLog
 
 
@@ -28,7 +29,7 @@ class CreditConfig(PrecisionFlags, TokenizerFlags):
     reference_ckpt_dir: str = flag(help="the solver it started from")
     steps_file: str = flag(help="""solutions with labelled steps, {"instruction", "steps", "labels"}, as
         `data_build.py process` leaves them""")
-    log_dir: str = flag(help="directory for credits.jsonl, results.json and run.json")
+    log_dir: str = flag(help="directory for credits.jsonl, results.json, report.html and run.json")
     beta: Positive = flag(0.1, """as in training; it scales credits, and changes nothing about which is the
         least""")
     step: StepKind = flag("paragraph", """what a step is: a paragraph, with a blank line after it, or a line,
@@ -65,7 +66,7 @@ def main(config: CreditConfig) -> None:
                 file.write(json.dumps(row._asdict() | each._asdict() | {"reward": each.reward}) + "\n")
         report = report_credit(rows, found) | {"too_long": len(solutions) - len(rows)}
         write_json(Path(config.log_dir) / "results.json", report)
-        runlog.table(credit_table(report))
+        runlog.table(f"{credit_table(report)}\nlook at {write_report(Path(config.log_dir))}")
 
 
 def logprobs_of(ckpt_dir: str, encoded: list[Encoded], config: CreditConfig) -> list[list[float]]:

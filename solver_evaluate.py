@@ -45,6 +45,7 @@ from src.grading.tasks import Task, find_task
 from src.inference.sampling import Sampling
 from src.jsonfile import write_json
 from src.plot import plot_results
+from src.report.page import write_report
 from src.runlog import RunLog
 
 
@@ -57,7 +58,7 @@ class SolverEvaluateConfig(AskedFlags, CodeFlags):
         MATH-weak-to-strong, none (sample without grading), or FILE.json with one's own""")
     label_file: str = flag("", """problems, json array or jsonl of {"instruction", "label"?, "id"?, "level"?,
         "subject"?, "split"?}""")
-    log_dir: str = flag("", "directory for samples.jsonl, results.json, results.png, run.json")
+    log_dir: str = flag("", "directory for samples.jsonl, results.json, report.html, results.png, run.json")
     ckpt_dir: str = flag("", "solver checkpoint; not needed with samples_file or a server")
     samples_file: str = flag("", """grade these samples instead: jsonl of {"response", "id"?, "sample"?},
         matched by id or row order""")
@@ -91,7 +92,7 @@ class SolverEvaluateConfig(AskedFlags, CodeFlags):
 
 
 def main(config: SolverEvaluateConfig) -> None:
-    """Decode and grade. Writes samples.jsonl, results.json and results.png to log_dir; a rerun continues."""
+    """Decode and grade. Writes samples.jsonl, results.json and report.html to log_dir; a rerun continues."""
     benchmark = find_task(config.task)
     refuse_contradictions(config, benchmark)
     for folder, kind in ((config.ckpt_dir, "solver"), (config.verifier_ckpt_dir, "verifier")):
@@ -163,7 +164,8 @@ def main(config: SolverEvaluateConfig) -> None:
             results = summarize(benchmark, prompts, grade_samples(grading, samples, path)) | asked
             write_json(Path(config.log_dir) / "results.json", results)
             plot_results(results, CURVES, Path(config.log_dir) / "results.png")
-            runlog.table(results_table(results, speed))
+            report = write_report(Path(config.log_dir), label_file=config.label_file)
+            runlog.table(f"{results_table(results, speed)}\nlook at     {report}")
 
 
 def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None:

@@ -32,6 +32,7 @@ from src.evaluation.verifier_report import (
 from src.grading.tasks import find_task
 from src.jsonfile import write_json
 from src.plot import plot_verifier
+from src.report.page import write_report
 from src.runlog import RunLog
 
 
@@ -40,8 +41,8 @@ class VerifierEvaluateConfig(PrecisionFlags, TokenizerFlags):
     """Verifier evaluation"""
 
     ckpt_dir: str = flag(help="verifier checkpoint")
-    log_dir: str = flag(help="""directory for the scored samples.jsonl, results.json, verifier.png, run.json;
-        a rerun continues""")
+    log_dir: str = flag(help="""directory for the scored samples.jsonl, results.json, report.html, verifier.png,
+        run.json; a rerun continues""")
     task: str = flag("", """how answers are found and compared: a name that solver_evaluate.py --help lists,
         or FILE.json""")
     samples_file: str = flag("", "samples.jsonl of solver_evaluate.py, several samples a problem")
@@ -125,7 +126,7 @@ def main(config: VerifierEvaluateConfig) -> None:
         results, report = summarize(task, prompts, problems), report_samples(list(problems.values()))
         write_json(folder / "results.json", results | {"verifier": report})
         plot_verifier(report, folder / "verifier.png")
-        runlog.table(report_table(report))
+        runlog.table(f"{report_table(report)}\nlook at {write_report(folder)}")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class RunLog:
     def _open_metrics(self) -> TextIO:
         """metrics.jsonl for appending; what follows the kept steps was of a part that is run again."""
         path = self._folder / METRICS
-        rows = _read_metrics(path) if self._kept and path.is_file() else []
+        rows = read_metrics(path) if self._kept and path.is_file() else []
         kept = [row for row in rows if row["step"] <= self._kept]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         return path.open("a", encoding="utf-8")
@@ -232,7 +232,7 @@ class RunLog:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _read_metrics(path: Path) -> list[dict[str, object]]:
+def read_metrics(path: Path) -> list[dict[str, object]]:
     """The rows of a metrics file that have a step. Others are left out with a warning.
 
     The last line may be torn: the run was killed, or is writing it.
@@ -256,7 +256,7 @@ def draw(folder: Path) -> Path:
     from src.plot import plot_run  # matplotlib costs half a second: not for every run
 
     path, picture = folder / METRICS, folder / "metrics.png"
-    rows = _read_metrics(path) if path.is_file() else []
+    rows = read_metrics(path) if path.is_file() else []
     if not rows:
         raise UserError(
             f"{folder} holds no {METRICS} with a line in it; give the directory of a run that has begun"

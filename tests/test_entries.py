@@ -173,6 +173,7 @@ def test_training_left_its_record(whole_path: Path) -> None:
     rows = metrics(whole_path / "ppo/actor")
     assert len(rows) == 2 and rows[0]["kl"] == 0.0 and all(row["grad_norm"] > 0 for row in rows)
     assert all(row["sampler_mismatch"] < 1e-4 and row["tokens_per_second"] > 0 for row in rows)
+    assert (whole_path / "ppo/actor/report.html").is_file()
     samples = (whole_path / "ppo/actor/rollouts/step-000002.jsonl").read_text().splitlines()
     assert len(samples) == 8 and json.loads(samples[0]).keys() >= {"prompt", "response", "rewards", "learned"}
 

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {
         "code_solutions", "command", "data", "grading", "inference", "models", "parallel", "runlog", "text"
     },
+    "report": {"command", "data", "evaluation", "grading", "runlog"},
     "construct": {
         "checkpoint", "code_solutions", "command", "data", "evaluation", "grading", "inference", "load",
         "models", "parallel", "runlog", "text",

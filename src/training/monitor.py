@@ -10,6 +10,7 @@ from torch import Tensor
 
 from src import losses
 from src.errors import UserError
+from src.text.tokenizer import Tokenizer
 from src.training.ppo import PPOBuffer, group_has_variance
 from src.training.ppo_config import PPOConfig
 from src.training.rewards import Scores
@@ -106,10 +107,14 @@ def kl_factor(kl: float, n_episodes: int, config: PPOConfig) -> float:
     return (1 + error) ** (n_episodes / config.kl_horizon)
 
 
-def readable_rows(buffer: PPOBuffer, scores: Scores, n: int) -> list[dict[str, object]]:
-    """The first n episodes of a buffer to be read by a person."""
+def readable_rows(buffer: PPOBuffer, scores: Scores, n: int, tokenizer: Tokenizer) -> list[dict[str, object]]:
+    """The first n episodes of a buffer to be read by a person, with advantage and KL, in nats, of each token."""
     rollout, trainable = buffer.rollout, set(buffer.trainable.tolist())
-    kl = losses.kl_k1(buffer.logprobs, buffer.reference_logprobs).sum(1).tolist()
+    kl, tokens, mask = losses.kl_k1(buffer.logprobs, buffer.reference_logprobs), *buffer.batch[:2]
+
+    def rounded(values: Tensor, row: int) -> list[float]:
+        return [round(value, 4) for value in values[row][mask[row]].tolist()]
+
     return [
         {
             "id": rollout.prompts[row].id,
@@ -117,10 +122,13 @@ def readable_rows(buffer: PPOBuffer, scores: Scores, n: int) -> list[dict[str, o
             "label": rollout.prompts[row].label,
             "response": rollout.responses[row],
             "rewards": {name: part[row].sum().item() for name, part in scores.by_reward.items()},
-            "kl": kl[row],
+            "kl": kl[row].sum().item(),
             "tokens": int(rollout.lengths[row]),
             "finished": bool(rollout.finished[row]),
             "learned": row in trainable,
+            "pieces": [tokenizer.decode([token]) for token in tokens[row][mask[row]].tolist()],
+            "token_kl": rounded(kl, row),
+            "advantages": rounded(buffer.advantages, row),
         }
         for row in range(min(n, len(rollout.prompts)))
     ]

@@ -9,6 +9,7 @@ import torch
 from src.data.batch import Batch
 from src.data.examples import Prompt
 from src.errors import UserError
+from src.text.tokenizer import Tokenizer
 from src.training import monitor
 from src.training.ppo import PPOBuffer
 from src.training.rewards import Scores
@@ -69,12 +70,17 @@ def test_panel_by_hand() -> None:
     assert monitor.correlation(torch.ones(3), torch.arange(3.0)) == 0.0
 
 
-def test_samples_can_be_read() -> None:
-    first, second = monitor.readable_rows(buffer(trainable=torch.tensor([1])), SCORES, 2)
+def test_samples_can_be_read(tokenizer: Tokenizer) -> None:
+    ids = torch.tensor([tokenizer.encode("one two")[-2:] * 2] * 4)
+    rollout = buffer().rollout._replace(batch=Batch(ids, MASK))
+    found = buffer(rollout=rollout, trainable=torch.tensor([1]))
+    first, second = monitor.readable_rows(found, SCORES, 2, tokenizer)
+    assert second["pieces"] == [tokenizer.decode([token]) for token in ids[1][MASK[1]].tolist()]
+    assert len(second["pieces"]) == 2 and second["token_kl"] == [0.5, 0.5] and second["advantages"] == [1.0, 1.0]
     assert (
         first | {"id": "0", "response": "a", "rewards": {"rule": 0.0}, "tokens": 1, "learned": False} == first
     )
-    assert second["kl"] == 1.0 and second["learned"] and monitor.readable_rows(buffer(), SCORES, 0) == []
+    assert second["kl"] == 1.0 and second["learned"] and monitor.readable_rows(buffer(), SCORES, 0, tokenizer) == []
 
 
 def test_start_is_refused_where_the_models_disagree() -> None:
