@@ -130,7 +130,7 @@ def main(config: PreferenceTrainConfig) -> None:
         in_step, tallies = parallel.sum_over_data_parallel(objective.count(step.batches)), []
         measured = objective.of_step(model, step.batches)
         for batch in step.batches:
-            loss, tally = measured.loss(model, batch.to(parallel.device()))
+            loss, tally = measured.loss(model, batch)
             run.trainer.backward(loss / in_step, last=batch is step.batches[-1])
             tallies.append(tally)
         done, n_tokens = run.trainer.step(), parallel.sum_over_data_parallel(n_supervised(step.batches))

@@ -74,7 +74,7 @@ class SolverEvaluateConfig(AskedFlags, CodeFlags):
     min_p: Share = flag(0.0, "sample from tokens at least this likely relative to the likeliest")
     quantize: Literal["", "int8", "int4"] = flag("", """hold weights in 8 or 4 bits, in groups of 128 or 32
         that share a scale; default: as they are computed with""")
-    compile: bool = flag(False, "decode from compiled CUDA graphs; without a GPU it changes nothing")
+    compile: bool = flag(False, "decode from compiled CUDA graphs; without a GPU, or with experts, it changes nothing")
     few_shot: str = flag("", """demonstrations before each problem: gsm8k8, minerva4 or a json file
         (dataset/README.md)""")
     split: str = flag("", """only problems with this `split` field, or level=4, level=1-3,

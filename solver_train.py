@@ -60,7 +60,7 @@ def main(config: SolverTrainConfig) -> None:
         # A mean over the tokens of all micro-batches and ranks: how a step is cut up does not change its update
         n_tokens = parallel.sum_over_data_parallel(n_supervised(step.batches))
         for batch in step.batches:
-            loss = sft_loss(model, batch.to(parallel.device())) / n_tokens
+            loss = sft_loss(model, batch) / n_tokens
             run.trainer.backward(loss, last=batch is step.batches[-1])
         run.log_step(step, run.trainer.step(), n_tokens, supervised_tokens=n_tokens)
         score = None

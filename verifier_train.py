@@ -97,7 +97,7 @@ def main(config: VerifierTrainConfig) -> None:
         # A mean over all micro-batches and ranks: how a step is cut up does not change its update
         n_labels = parallel.sum_over_data_parallel(objective.count(step.batches))
         for batch in step.batches:
-            loss = objective.loss(model, batch.to(parallel.device())) / n_labels
+            loss = objective.loss(model, batch) / n_labels
             run.trainer.backward(loss, last=batch is step.batches[-1])
         run.log_step(step, run.trainer.step(), n_labels, judged=n_labels)
         accuracy = None

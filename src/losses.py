@@ -69,8 +69,9 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, counts: Tensor) -> Te
     counts [B] int64: tokens of each response; a response may have none.
     """
     log_ratio = (logprobs - old_logprobs).detach()
-    means = torch.stack([part.sum() / max(1, len(part)) for part in log_ratio.split(counts.tolist())])
-    return (logprobs - logprobs.detach() + means.repeat_interleave(counts)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    parts = log_ratio.split(counts.tolist())
+    means = torch.cat([(part.sum() / max(1, len(part))).expand(len(part)) for part in parts])
+    return (logprobs - logprobs.detach() + means).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def truncated_importance(old_logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:

@@ -140,6 +140,11 @@ def device() -> torch.device:
     )
 
 
+def to_device(x: Tensor) -> Tensor:
+    """x [...] of main memory on this rank's device. A GPU takes it in its own time: the host does not wait for it."""
+    return x.pin_memory().to(device(), non_blocking=True) if device().type == "cuda" else x
+
+
 def compute_dtype(precision: str = "") -> torch.dtype:
     """The type that linear layers and attention compute in, alike on every rank.
 

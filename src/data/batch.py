@@ -14,7 +14,8 @@ from src.data.encoding import Encoded
 
 
 class Batch(NamedTuple):
-    """Samples for one forward pass. tokens [B, S] int64; response_mask [B, S] bool, True on response tokens.
+    """Samples for one forward pass, in main memory. tokens [B, S] int64; response_mask [B, S] bool, True on
+    response tokens.
 
     Rows padded on the right, one sample each; or, packed, one row with samples of these `lengths` end to end, an entry
     (shared, rest, rest, ...) standing for samples whose common beginning lies there once.
@@ -63,10 +64,6 @@ class Batch(NamedTuple):
         segments = (segment for segment in self.lengths or () if isinstance(segment, tuple))
         return squares + sum(2 * shared * sum(others) for shared, _, *others in segments)
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        return Batch(*(each.to(device) if isinstance(each, Tensor | Batch) else each for each in self))
-
     def _runs(self) -> list[int]:
         """Lengths of the row's parts, one a sample; a common beginning belongs to the first that has it."""
         segments = (segment if isinstance(segment, tuple) else (0, segment) for segment in self.lengths)
@@ -90,7 +87,6 @@ def make_batch(samples: Sequence[Encoded], *, packing: bool = False, with_target
             tokens[index, : len(sample.tokens)] = torch.tensor(sample.tokens)
             response_mask[index, : len(sample.tokens)] = torch.tensor(sample.supervised)
         batch = Batch(tokens, response_mask)
-    # Only for verifiers: a step of SFT would move a second [B, S] to the device for nothing
     if not with_targets:
         return batch
     targets = torch.full(batch.tokens.shape, math.nan)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from src import parallel
 from src.data.batch import make_batch
 from src.data.encoding import Encoded
 from src.data.examples import StepLabels
@@ -44,8 +43,8 @@ def token_logprobs(solver: Decoder, rows: Sequence[Encoded], max_batch_size: int
     """Compute the log-prob of each response token, row by row, in nats; as many numbers a row as it has tokens."""
     solver.eval()
     for chunk in chunks(rows, max_batch_size):
-        batch = make_batch(chunk).to(parallel.device())
-        found = response_logprobs(solver, *batch.inputs)
+        batch = make_batch(chunk)
+        found = response_logprobs(solver, *batch.inputs).cpu()
         yield from (part.tolist() for part in found.split(batch.response_counts().tolist()))
 
 

@@ -143,7 +143,7 @@ def _tell_uncut(samples: Sequence[Sample], config: ModelConfig) -> None:
 @torch.no_grad()
 def _read_response(verifier: Decoder, rows: Sequence[Encoded]) -> list[list[float]]:
     verifier.eval()
-    batch = make_batch(rows).to(parallel.device())
+    batch = make_batch(rows)
     return [[score] for score in response_scores(verifier, *batch.inputs).tolist()]
 
 
@@ -151,8 +151,8 @@ def _read_response(verifier: Decoder, rows: Sequence[Encoded]) -> list[list[floa
 def _read_steps(verifier: Decoder, rows: Sequence[Encoded]) -> list[list[float]]:
     """Compute the logits at the ends of the labelled steps of each row; as many numbers a row as it has steps."""
     verifier.eval()
-    batch = make_batch(rows, with_targets=True).to(parallel.device())
-    scores = token_scores(verifier, *batch.inputs)
+    batch = make_batch(rows, with_targets=True)
+    scores = token_scores(verifier, *batch.inputs).cpu()
     return [row[~targets.isnan()].tolist() for row, targets in zip(scores, batch.targets, strict=True)]
 
 

@@ -236,7 +236,7 @@ class _Batch:
         prompts = [same[0].prompt for chain in self.waiting for same in chain]
         if n := shared_prefix(prompts):
             cache = PromptCache()
-            self.model(torch.tensor([prompts[0][:n]], device=parallel.device()), cache=cache)
+            self.model(parallel.to_device(torch.tensor([prompts[0][:n]])), cache=cache)
             self.cache.prefix = cache.row(0, n)
 
     def _prefill(self, n_slots: int) -> None:
@@ -249,9 +249,9 @@ class _Batch:
                 break
             chunk.append(self.waiting.popleft())
         prompts = [torch.tensor(chain[0][0].prompt[shared:]) for chain in chunk]
-        cache, device = PromptCache(self.cache.prefix), parallel.device()
-        tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
-        positions = torch.arange(shared, shared + tokens.shape[1], device=device).expand_as(tokens)
+        cache = PromptCache(self.cache.prefix)
+        tokens = parallel.to_device(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True))
+        positions = torch.arange(shared, shared + tokens.shape[1], device=tokens.device).expand_as(tokens)
         hidden = self.model(tokens, positions, cache)
         read = [(row, len(same[0].prompt) - shared, same) for row, chain in enumerate(chunk) for same in chain]
         last = torch.stack([hidden[row, length - 1] for row, length, _ in read])
@@ -275,11 +275,11 @@ class _Batch:
         if self.bias is None:
             self.bias = _local_bias(self.sampling, self.vocabulary, local_logits)
         places = slots, self.counts[slots]
-        u = torch.from_numpy(self.uniforms[places]).to(local_logits.device)
+        u = parallel.to_device(torch.from_numpy(self.uniforms[places]))
         choice = choose(local_logits, self.sampling, u, self.bias)
-        self.tokens[places] = choice.tokens.cpu().numpy()
-        self.logprobs[places] = choice.logprobs.cpu().numpy()
-        self.sampled_logprobs[places] = choice.sampled_logprobs.cpu().numpy()
+        # all is read at once: the only time in a step that a GPU is waited for
+        read = torch.stack([column.double() for column in choice]).cpu().numpy()
+        self.tokens[places], self.logprobs[places], self.sampled_logprobs[places] = read
         sampled = self._force_tokens(slots)
         self.counts[slots] += 1
         if self.on_token:

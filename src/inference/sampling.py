@@ -178,11 +178,11 @@ def _sample_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tens
         )  # [B, R * n]
         values, order = values.sort(descending=True, stable=True)
         kept = _kept(values, found[:, :, 0].logsumexp(-1), sampling)
+        width = int(kept.sum(-1).max())  # those kept come first
         # all that any rank kept back is below its n-th: the first n in all are the true first n
-        if sampling.top_k or n == scaled.shape[-1] or not kept[:, n - 1 :].any():
+        if sampling.top_k or n == scaled.shape[-1] or width < n:
             break
         n *= 16
-    width = int(kept.sum(-1).max())
     ids, by_id = ids.gather(-1, order[:, :width]).sort()  # [B, width]
     plain_values = plain_values.gather(-1, order[:, :width]).gather(-1, by_id)
     logits = values[:, :width].masked_fill(~kept[:, :width], float("-inf")).gather(-1, by_id)

@@ -33,7 +33,7 @@ class EagerStep:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """One token a row in use, [n] int64 -> this rank's logits of the next [n, P]."""
-        hidden = self.model(tokens.to(parallel.device())[:, None], self.cache.positions, self.cache)
+        hidden = self.model(parallel.to_device(tokens)[:, None], self.cache.positions, self.cache)
         return self.model.logits(hidden[:, -1])
 
 
@@ -58,13 +58,13 @@ class GraphStep:
     def __call__(self, tokens: Tensor) -> Tensor:
         """As EagerStep: [n] int64 -> [n, P]."""
         slots = torch.tensor(self.cache.slots())
-        everyone = torch.zeros(len(self.tokens), dtype=torch.int64)
-        everyone[slots] = tokens
-        self.tokens.copy_(everyone[:, None])
+        everyone = torch.zeros(len(self.tokens), 1, dtype=torch.int64)
+        everyone[slots, 0] = tokens
+        self.tokens.copy_(parallel.to_device(everyone))
         if self.generation != self.cache.generation:
             self._capture()
         self.graph.replay()
-        return self.logits[slots.to(self.logits.device)]
+        return self.logits.index_select(0, parallel.to_device(slots))
 
     def _capture(self) -> None:
         """Compile for the cache's new shape, then record one step. A step may run twice: it writes the same keys."""
@@ -81,5 +81,9 @@ class GraphStep:
 
 
 def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> Step:
-    """A step of this many slots; `compiled` takes effect on a GPU alone."""
-    return (GraphStep if compiled and parallel.device().type == "cuda" else EagerStep)(model, n_slots)
+    """A step of this many slots; `compiled` takes effect on a GPU alone, and without experts.
+
+    Which rows an expert takes must be known before it is called, and nothing can be asked while a graph is recorded.
+    """
+    graphs = compiled and parallel.device().type == "cuda" and not model.config.n_experts
+    return (GraphStep if graphs else EagerStep)(model, n_slots)

@@ -4,6 +4,7 @@ B batch, S new positions, T cached positions, P positions of a prefix that all r
 on this rank, E head dim, D width
 """
 
+import inspect
 import itertools
 from typing import NamedTuple
 
@@ -17,20 +18,40 @@ from src.models.config import ModelConfig
 from src.models.feedforward import RMSNorm
 from src.models.layers import ColumnParallelLinear, RowParallelLinear
 from src.models.rope import apply_rope
-from src.parallel import copy_to_tensor_parallel, tensor_parallel_rank, tensor_parallel_size
+from src.parallel import copy_to_tensor_parallel, tensor_parallel_rank, tensor_parallel_size, to_device
+
+# What lies in one row of samples laid end to end: a sample of so many positions; or samples that begin alike as
+# (shared, rest, rest, ...): their common beginning once, then what each of them has of its own.
+Segments = tuple[int | tuple[int, ...], ...]
+
+# torch before 2.12 takes grouped heads without being told
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class Packed:
+    """Attention within samples laid end to end in one row: each position sees those before it in its own sample.
+
+    A class and no tuple: compiled code would hold for the lengths in a tuple alone.
+    """
+
+    def __init__(self, segments: Segments) -> None:
+        self.segments = segments
+        self.longest, self.ends = 0, None
+        if all(isinstance(sample, int) for sample in segments):  # what a GPU's kernel reads, once for all layers
+            self.longest = max(segments)
+            self.ends = to_device(torch.tensor((0, *itertools.accumulate(segments)), dtype=torch.int32))
+
 
 # What each position may attend to: None = those before it in its row, itself included; a tensor [B, 1, S, T] of
-# booleans; or, for one row of samples laid end to end, what lies in it: those before it in its own sample.
-# In a row lies a sample of so many positions; or samples that begin alike as (shared, rest, rest, ...): their common
-# beginning once, then what each of them has of its own.
-Segments = tuple[int | tuple[int, ...], ...]
-Mask = Tensor | Segments | None
+# booleans; or its own sample.
+Mask = Tensor | Packed | None
 
 
 # Half-precision rows of at most so many positions x head dim have their gradient in float32 on a CPU, where torch's
 # kernel is slower in bfloat16: with 9 heads of 64 it took 3.9 ms for 128 positions, in float32 1.3; as long
 # for 256.
 SHORT = 2**14
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Scores(NamedTuple):
@@ -43,17 +64,15 @@ class Scores(NamedTuple):
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Scores) -> Tensor:
     """Scaled dot-product attention. [B, H, S, E], [B, K, T, E], [B, K, T, E] -> [B, H, S, E]."""
-    half = queries.dtype in (torch.bfloat16, torch.float16)
-    if isinstance(mask, tuple):
-        plain = all(isinstance(sample, int) for sample in mask)
-        if queries.is_cuda and half and plain and not scores.softcap:
-            return _attend_in_samples(queries, keys, values, mask, scores)
-        return _attend_in_turn(queries, keys, values, mask, scores)
+    if isinstance(mask, Packed):
+        return _attend_in_samples(queries, keys, values, mask, scores)
     if 0 < scores.window < keys.shape[2]:
         mask = _in_window(_causal(queries, keys) if mask is None else mask, scores.window)
     if scores.softcap:
         return _attend_by_parts(queries, keys, values, _causal(queries, keys) if mask is None else mask, scores)
-    if mask is None and queries.is_cpu and half and torch.is_grad_enabled() and 0 < queries[0, 0].numel() <= SHORT:
+    half = queries.dtype in HALF
+    short = queries.is_cpu and half and not torch.compiler.is_compiling() and 0 < queries[0, 0].numel() <= SHORT
+    if mask is None and short and torch.is_grad_enabled():
         return _AttendInShortRows.apply(queries, keys, values, scores.scale)
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(
@@ -170,26 +189,20 @@ def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Segme
     return torch.cat(mixed, dim=2)
 
 
-def _attend_in_samples(
-    queries: Tensor, keys: Tensor, values: Tensor, lengths: tuple[int, ...], scores: Scores
-) -> Tensor:
-    """attend() within samples laid end to end, in one call of the GPU's flash kernel (half precision only).
+@torch.compiler.disable  # kernels are called alike for any lengths; a graph of the calls would hold for these alone
+def _attend_in_samples(queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scores: Scores) -> Tensor:
+    """attend() within samples laid end to end: in one call of the GPU's flash kernel where it can, else in turn.
 
     [1, H, S, E], [1, K, S, E], [1, K, S, E] -> [1, H, S, E].
     """
-    ends = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=queries.device)
+    size = queries.shape[-1]
+    has_kernel = queries.is_cuda and queries.dtype in HALF and size % 8 == 0 and size <= 256 and not scores.softcap
+    if not (has_kernel and packed.longest):
+        return _attend_in_turn(queries, keys, values, packed.segments, scores)
     rows = [heads[0].transpose(0, 1) for heads in (queries, keys, values)]  # [S, H or K, E]
-    longest, before = max(lengths), scores.window - 1 if scores.window else -1
-    mixed = varlen_attn(
-        *rows,
-        ends,
-        ends,
-        longest,
-        longest,
-        scale=scores.scale,
-        window_size=(before, 0),
-        enable_gqa=queries.shape[1] != keys.shape[1],
-    )
+    before = scores.window - 1 if scores.window else -1
+    mixed = varlen_attn(*rows, packed.ends, packed.ends, packed.longest, packed.longest, scale=scores.scale,
+                        window_size=(before, 0), **(GROUPED if queries.shape[1] != keys.shape[1] else {}))  # fmt: skip
     return mixed.transpose(0, 1)[None]
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from src import parallel
+
 LEAST_SHARED = 64  # tokens; a shorter prefix saves little, and what rows round to would depend on the other prompts
 Layers = Sequence[tuple[Tensor, Tensor]]  # keys and values of one sequence, [K, T, E] a layer
 
@@ -154,7 +156,7 @@ class KVCache:
                 self._move_up(full, bucket)
         self._buckets = [bucket for bucket in self._buckets if bucket.slots]
         slots = self.slots()
-        positions = torch.from_numpy(self.lengths[slots]).to(self.device)
+        positions = parallel.to_device(torch.from_numpy(self.lengths[slots]))
         self.lengths[slots] += 1
         self._targets, start = [], 0
         for bucket in self._buckets:
@@ -231,9 +233,10 @@ class FixedCache:
         """Put one prompt's keys and values into each of these empty slots."""
         length = n_positions(prompt)
         self._reserve(length + 1, len(prompt), prompt[0][0])
+        index = parallel.to_device(torch.tensor(slots))
         for layer, (keys, values) in enumerate(prompt):
-            self.store[0, layer, slots, :, :length] = keys
-            self.store[1, layer, slots, :, :length] = values
+            self.store[0, layer, index, :, :length] = keys
+            self.store[1, layer, index, :, :length] = values
         self.lengths[slots] = length
 
     def release(self, slot: int) -> None:
@@ -243,7 +246,7 @@ class FixedCache:
     def advance(self) -> Tensor:
         """Make room for one more position in every slot. -> its position in each, [n, 1] int64, always one tensor."""
         self._reserve(int(self.lengths.max()) + 1, self.store.shape[1], self.store[0, 0, 0])
-        self.positions.copy_(torch.from_numpy(self.lengths)[:, None] + n_positions(self.prefix))
+        self.positions.copy_(parallel.to_device(torch.from_numpy(self.lengths))[:, None] + n_positions(self.prefix))
         self.seen.copy_(up_to(self.positions - n_positions(self.prefix), self.seen.shape[-1]))
         self.lengths[self.slots()] += 1
         return self.positions

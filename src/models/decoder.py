@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from src import parallel
 from src.errors import UserError
-from src.models.attention import Attention, Mask, Segments
+from src.models.attention import Attention, Mask, Packed, Segments
 from src.models.cache import Cache
 from src.models.config import ModelConfig
 from src.models.feedforward import FeedForward, MixtureOfExperts, RMSNorm
@@ -95,15 +95,17 @@ class Decoder(nn.Module):
         """
         B, S = tokens.shape
         if positions is None:
-            positions = _positions(lengths or (S,)).to(tokens.device).expand(B, S)
-        self._check_context(positions)
+            positions = _positions(lengths or (S,))
+            self._check_context(int(positions.max()))
+            positions = parallel.to_device(positions).expand(B, S)
         x = self.tok_embeddings(tokens).to(self.dtype)
         if self.config.scaled_embeddings:  # the root is rounded too, as when the model was pretrained
             x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype, device=x.device)
         x = x.float()
         rotation = rope_rotation(positions, rope_frequencies(self.config, tokens.device))
+        mask = Packed(lengths) if lengths else None
         for layer in self.layers:
-            x = layer(x, rotation, lengths, cache)
+            x = layer(x, rotation, mask, cache=cache)
         return self.norm(x)
 
     def linear_weights(self) -> Iterator[Tensor]:
@@ -112,11 +114,11 @@ class Decoder(nn.Module):
             if parameter.dim() == 2 and (self.config.tied or not name.startswith("tok_embeddings")):
                 yield parameter
 
-    def _check_context(self, positions: Tensor) -> None:
-        """Raise UserError for positions [B, S] beyond a context whose rule for them is not implemented."""
-        if self.config.bounded_context and int(positions.max()) >= self.config.max_seq_len:
+    def _check_context(self, last: int) -> None:
+        """Raise UserError for a position beyond a context whose rule for it is not implemented."""
+        if self.config.bounded_context and last >= self.config.max_seq_len:
             raise UserError(
-                f"position {int(positions.max())} lies beyond the model's context of {self.config.max_seq_len}, "
+                f"position {last} lies beyond the model's context of {self.config.max_seq_len}, "
                 f"where its dynamic rotary positions or logn attention would begin; they are not implemented: "
                 f"shorten the text"
             )

@@ -61,11 +61,14 @@ class MixtureOfExperts(nn.Module):
         # each rank has a part of every expert, hence a part of these gradients
         tokens, weights = copy_to_tensor_parallel(tokens), copy_to_tensor_parallel(weights)
         output = torch.zeros_like(tokens, dtype=torch.float32)
-        for index, expert in enumerate(self.experts):
-            rows, places = (chosen == index).nonzero(as_tuple=True)
+        chosen, weights = chosen.flatten(), weights.flatten()  # [N * n_active]
+        # a GPU is asked once how many tokens each expert has
+        counts = (chosen[:, None] == torch.arange(len(self.experts), device=chosen.device)).sum(0).tolist()
+        for expert, places in zip(self.experts, chosen.argsort(stable=True).split(counts), strict=True):
+            rows = places // self.n_active
             if not len(rows) and not torch.is_grad_enabled():  # in training an idle expert has a gradient of zero
                 continue
-            mixed = expert.partial_output(tokens[rows]) * weights[rows, places, None]
+            mixed = expert.partial_output(tokens[rows]) * weights[places, None]
             output = output.index_add(0, rows, mixed.type_as(output))
         return reduce_from_tensor_parallel(output).view_as(x)
 
@@ -87,7 +90,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] of any float dtype -> [..., D] in the norm's dtype."""
         x, scale = x.float(), self.scale()
-        if x.is_cpu and torch.is_grad_enabled():
+        if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _LearningNorm.apply(x, scale, self.eps).to(self.dtype)
         return F.rms_norm(x, x.shape[-1:], scale, self.eps).to(self.dtype)
 

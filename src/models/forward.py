@@ -5,7 +5,8 @@ position t - 1: its log-prob and the critic's value of the state it was chosen i
 read at its own last token (EOS where it has one), or is the mean over its tokens.
 
 Every function takes the fields of a data.batch.Batch: rows padded on the right, or, with `lengths`, one row of
-samples laid end to end. What it returns is the same either way.
+samples laid end to end. What it returns is the same either way. The fields lie in main memory and are sent to the
+device from here: which positions a mask picks must be known before, for to ask a GPU is to wait for all that it does.
 """
 
 from collections.abc import Callable
@@ -31,9 +32,11 @@ SOFTMAX_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
 Lengths = Segments | None
 
 
-def _predicting(hidden: Tensor, response_mask: Tensor) -> Tensor:
-    """Hidden states at the positions that predict response tokens. [B, S, D], [B, S] -> [N, D]."""
-    return hidden[:, :-1][response_mask[:, 1:]]
+def _predicting(model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
+    """Hidden states at the positions that predict response tokens, and these. [B, S], [B, S] -> [N, D], [N] int64."""
+    places = response_mask.flatten().nonzero()[:, 0]
+    hidden = model(parallel.to_device(tokens), lengths=lengths).flatten(0, 1)
+    return hidden.index_select(0, parallel.to_device(places - 1)), parallel.to_device(tokens.flatten()[places])
 
 
 def response_logprobs(
@@ -63,9 +66,9 @@ def summed_logprobs(model: Decoder, tokens: Tensor, response_mask: Tensor, lengt
     """
     if not torch.is_grad_enabled() or model.dtype == torch.float16:
         return response_logprobs(model, tokens, response_mask, lengths).sum()
-    hidden = _predicting(model(tokens, lengths=lengths), response_mask)  # [N, D]
+    hidden, targets = _predicting(model, tokens, response_mask, lengths)  # [N, D], [N]
     hidden = parallel.copy_to_tensor_parallel(hidden)
-    return _SummedLogprobs.apply(hidden, model.output_weight, tokens[response_mask], model.finish_logits)
+    return _SummedLogprobs.apply(hidden, model.output_weight, targets, model.finish_logits)
 
 
 class _SummedLogprobs(torch.autograd.Function):
@@ -156,10 +159,10 @@ def _logprobs(
             return logprobs, logprobs.new_empty(0)
         return logprobs, vocab_entropy(logits if entropy == "learned" else logits.detach())
 
-    hidden = _predicting(model(tokens, lengths=lengths), response_mask)  # [N, D]
+    hidden, targets = _predicting(model, tokens, response_mask, lengths)  # [N, D], [N]
     per_position = 4 * model.config.vocab_size // parallel.tensor_parallel_size()
-    size = chunk or max(1, CHUNK_BYTES[tokens.device.type] // per_position)
-    parts = list(zip(hidden.split(size), tokens[response_mask].split(size), strict=True))
+    size = chunk or max(1, CHUNK_BYTES[hidden.device.type] // per_position)
+    parts = list(zip(hidden.split(size), targets.split(size), strict=True))
     if len(parts) == 1:
         return part_of(*parts[0])
     done = [checkpoint(part_of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
@@ -181,12 +184,12 @@ def response_values(
     critic: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None
 ) -> Tensor:
     """The critic's value of the state that each response token was chosen in. [B, S] -> [N] float32. Differentiable."""
-    return critic.scores(_predicting(critic(tokens, lengths=lengths), response_mask))
+    return critic.scores(_predicting(critic, tokens, response_mask, lengths)[0])
 
 
 def token_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None) -> Tensor:
     """The verifier's score after each token, the token included. [B, S] -> [B, S] float32. Differentiable."""
-    return verifier.scores(verifier(tokens, lengths=lengths))
+    return verifier.scores(verifier(parallel.to_device(tokens), lengths=lengths))
 
 
 def response_scores(
@@ -202,7 +205,7 @@ def response_scores(
             pad_sequence(row[0].split(lengths), batch_first=True) for row in (scores, response_mask)
         )
     if verifier.config.score == "mean":
+        response_mask = parallel.to_device(response_mask)
         return (scores * response_mask).sum(1) / response_mask.sum(1).clamp_min(1)
-    positions = torch.arange(scores.shape[1], device=scores.device)
-    last = (positions * response_mask).argmax(1)
-    return scores[torch.arange(len(scores), device=scores.device), last]
+    last = (torch.arange(scores.shape[1]) * response_mask).argmax(1)
+    return scores.gather(1, parallel.to_device(last)[:, None])[:, 0]

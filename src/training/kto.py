@@ -118,13 +118,13 @@ class KTO:
         Its estimate is the mean of log(pi / pi_ref) of mismatched responses (Ethayarajh et al. 2024, section 4.1), over
         the whole step, so that it does not depend on how the step is cut up. No gradient.
         """
-        total, n = 0.0, 0
+        total, n = torch.zeros((), dtype=torch.float64, device=parallel.device()), 0
         with evaluating(policy):
             for batch in batches:
-                others = batch.mismatched.to(parallel.device())
-                total += (response_sums(policy, others) - others.reference).double().sum().item()
+                others = batch.mismatched
+                total += (response_sums(policy, others) - parallel.to_device(others.reference)).double().sum()
                 n += self.count([others])
-        mean = parallel.sum_over_data_parallel(total) / parallel.sum_over_data_parallel(n)
+        mean = parallel.sum_over_data_parallel(total.item()) / parallel.sum_over_data_parallel(n)
         return replace(self, reference_point=max(0.0, mean))
 
     def count(self, batches: Sequence[Batch]) -> int:
@@ -134,10 +134,13 @@ class KTO:
     def loss(self, policy: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss summed over a batch's responses, and the sums of all that report() shows. -> [], [9] float64."""
         counts = batch.response_counts()
-        taken = counts > 0  # a rank without responses left runs along with one that has no tokens
-        sums = response_sums(policy, batch)
-        ratios, means = (sums - batch.reference)[taken], (sums / counts.clamp_min(1))[taken]  # [B] each
-        right = batch.targets[batch.response_mask][counts[taken].cumsum(0) - 1] == 1
+        taken = (counts > 0).nonzero()[:, 0]  # a rank without responses left runs along with one that has no tokens
+        right = parallel.to_device(batch.targets[batch.response_mask][counts[taken].cumsum(0) - 1] == 1)
+        sums, rows = response_sums(policy, batch), parallel.to_device(taken)
+        ratios, means = (
+            each.index_select(0, rows)  # [B]
+            for each in (sums - parallel.to_device(batch.reference), sums / parallel.to_device(counts.clamp_min(1)))
+        )
         each = losses.kto_loss(
             ratios, right, self.reference_point, self.beta, self.desirable_weight, self.undesirable_weight)
         with torch.no_grad():

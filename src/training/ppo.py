@@ -103,11 +103,11 @@ class MicroBatch(NamedTuple):
     counts: bool = True
 
     def of(self, buffer: PPOBuffer) -> tuple[Batch, Callable[[Tensor], Tensor]]:
-        """Its tokens and response mask on the device, and what picks its response tokens of a tensor: [B, S] -> [N]."""
+        """Its tokens and response mask, and what sends its response tokens of a tensor to the device: [B, S] -> [N]."""
         mask = buffer.batch.response_mask[self.rows]
         batch = trim_padding(Batch(buffer.batch.tokens[self.rows], mask))
-        batch = Batch(batch.tokens, batch.response_mask & self.counts).to(parallel.device())
-        return batch, lambda tensor: tensor[self.rows][mask & self.counts].to(parallel.device())
+        batch = Batch(batch.tokens, batch.response_mask & self.counts)
+        return batch, lambda tensor: parallel.to_device(tensor[self.rows][mask & self.counts])
 
 
 class Minibatch(NamedTuple):
@@ -173,7 +173,7 @@ def update_critic(critic: Trainer, buffer: PPOBuffer, config: PPOConfig, iterati
     """inner_epochs passes of the critic over a buffer. Returns means over their tokens and steps for the log."""
     # the rate follows the buffers, also those that gave fewer steps
     critic.set_step(iteration * config.steps_per_buffer)
-    reports, n_clipped, n_tokens = [], 0, 0
+    reports, n_clipped, n_tokens = [], torch.zeros((), dtype=torch.int64, device=parallel.device()), 0
     for minibatch in minibatches(buffer, config, iteration):
         for micro in minibatch.micros:
             batch, pick = micro.of(buffer)
@@ -181,10 +181,10 @@ def update_critic(critic: Trainer, buffer: PPOBuffer, config: PPOConfig, iterati
             loss = losses.ppo_value_loss(values, old_values, pick(buffer.returns), config.value_clip)
             # over the tokens of all ranks' passes: the step does not depend on how it is cut up
             critic.backward(loss.sum() / minibatch.tokens, last=micro is minibatch.micros[-1])
-            n_clipped += ((values.detach() - old_values).abs() > config.value_clip).sum().item()
+            n_clipped += ((values.detach() - old_values).abs() > config.value_clip).sum()
         reports.append(critic.step())
         n_tokens += minibatch.tokens
-    value_clipped = parallel.sum_over_data_parallel(n_clipped) / max(1, n_tokens)
+    value_clipped = parallel.sum_over_data_parallel(n_clipped.item()) / max(1, n_tokens)
     return _means(reports, "value_loss", "critic_grad_norm", "critic_lr") | {"value_clipped": value_clipped}
 
 
@@ -221,7 +221,7 @@ def update_actor(
                 learn_entropy=config.entropy_coef > 0)  # [N] each
             loss, ratio = policy_loss(
                 logprobs, pick(buffer.logprobs), pick(buffer.advantages), batch.response_counts(), config)
-            kl = torch.zeros(())
+            kl = logprobs.new_zeros(())
             if config.kl_loss != "none":
                 kl = KL_LOSSES[config.kl_loss](logprobs, pick(buffer.reference_logprobs))
                 loss = loss + config.kl_loss_coef * kl_scale * kl
@@ -230,25 +230,23 @@ def update_actor(
             actor.backward((loss * pick(buffer.weights)).sum() / n, last=micro is minibatch.micros[-1])
 
             deviation = ratio.detach() - 1
-            seen.append({
-                "entropy": entropy.sum().item(),
-                "clipped_low": (deviation < -config.clip_ratio).sum().item(),
-                "clipped_high": (deviation > config.clip_high).sum().item(),
-                "kl_loss": kl.sum().item(),
-                "ratio_deviation_max": deviation.abs().max().item() if micro.counts else 0.0,
-            })  # fmt: skip
+            sums = entropy, deviation < -config.clip_ratio, deviation > config.clip_high, kl
+            worst = deviation.abs().max() if micro.counts else logprobs.new_zeros(())
+            # read when all is done: to read is to wait for the device
+            seen.append(torch.stack([*(found.sum().double() for found in sums), worst.double()]).detach())
         n_first = n_first or len(seen)
         reports.append(actor.step())
         n_tokens += minibatch.tokens
     if not seen:
         return {}
+    rows = torch.stack(seen).tolist()
     # before any step the policy is the one that sampled: monitor.check_first_update() wants these ratios to be 1
-    first, seen = (parallel.gather_over_data_parallel(found) for found in (seen[:n_first], seen))
-    means = {name: sum(sums[name] for sums in seen) / n_tokens for name in seen[0]}
+    first, rows = (parallel.gather_over_data_parallel(found) for found in (rows[:n_first], rows))
+    *sums, worst = zip(*rows, strict=True)
+    names = "entropy", "clipped_low", "clipped_high", "kl_loss"
+    means = {name: sum(each) / n_tokens for name, each in zip(names, sums, strict=True)}
     return _means(reports, "policy_loss", "grad_norm", "lr") | means | {
-        "ratio_deviation_max": max(sums["ratio_deviation_max"] for sums in seen),
-        "first_ratio_deviation": max(sums["ratio_deviation_max"] for sums in first),
-    }  # fmt: skip
+        "ratio_deviation_max": max(worst), "first_ratio_deviation": max(row[-1] for row in first)}
 
 
 def _means(reports: list[StepReport], *names: str) -> dict[str, float]:

@@ -112,8 +112,8 @@ class Preference:
     def loss(self, policy: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss summed over a batch's pairs, and the sums of all that report() shows. -> [], [6] float64."""
         sums = response_sums(policy, batch)  # [2 B]
-        counts = batch.response_counts()
-        each, margins = self.pair_losses(sums, batch.reference, counts)
+        counts = parallel.to_device(batch.response_counts())
+        each, margins = self.pair_losses(sums, parallel.to_device(batch.reference), counts)
         supervised = _sides(counts)[0] > 0
         with torch.no_grad():
             means = _sides(sums / counts.clamp_min(1))
@@ -161,5 +161,5 @@ def evaluate(
     batches = [batch for step in sampler.steps(held_out, packing=packing, epochs=1) for batch in step.batches]
     objective = objective.of_step(policy, batches)
     with evaluating(policy):
-        tallies = [objective.loss(policy, batch.to(parallel.device()))[1] for batch in batches]
+        tallies = [objective.loss(policy, batch)[1] for batch in batches]
     return objective.report(tallies)

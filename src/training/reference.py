@@ -98,7 +98,7 @@ def _log_probs(model: Decoder, rows: Sequence[Encoded], max_batch_size: int) -> 
     found = torch.zeros(len(rows), dtype=torch.float64, device=parallel.device())
     first = parallel.data_parallel_rank() * max_batch_size
     if mine := rows[first : first + max_batch_size]:
-        batch = make_batch(mine).to(parallel.device())
+        batch = make_batch(mine)
         found[first : first + len(mine)] = response_sums(model, batch).double()
     return (parallel.sum_over_all(found) / parallel.tensor_parallel_size()).float().tolist()
 

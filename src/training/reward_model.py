@@ -78,7 +78,8 @@ class PairwiseObjective:
         scores around 0 and changes no difference.
         """
         chosen, rejected = response_scores(verifier, *batch.inputs).chunk(2)
-        supervised = batch.response_counts().chunk(2)[0] > 0  # a rank without pairs left runs along with none
+        # a rank without pairs left runs along with none
+        supervised = parallel.to_device(batch.response_counts().chunk(2)[0] > 0)
         losses = bradley_terry_loss(chosen - self.margin, rejected) + self.centring * (chosen + rejected) ** 2
         return (losses * supervised).sum()
 
@@ -86,7 +87,7 @@ class PairwiseObjective:
         """Score every pair; a tie counts as wrong. The statistics are over chosen and rejected scores together."""
         with evaluating(verifier):
             batches = (data.collate(pairs, False) for pairs in chunks(data.samples, max_batch_size))
-            scores = [response_scores(verifier, *batch.to(parallel.device()).inputs) for batch in batches]
+            scores = [response_scores(verifier, *batch.inputs) for batch in batches]
         chosen, rejected = (torch.cat(side) for side in zip(*(each.chunk(2) for each in scores), strict=True))
         won = (chosen > rejected).float().mean().item()
         return PairReport(won, *_mean_and_deviation(torch.cat((chosen, rejected))))
@@ -111,7 +112,7 @@ class LabelObjective:
         """Score every label. A label of one half or more counts as right, a score above 0 as the claim of it."""
         with evaluating(verifier):
             batches = (data.collate(rows, False) for rows in chunks(data.samples, max_batch_size))
-            read = [read_scores(verifier, batch.to(parallel.device())) for batch in batches]
+            read = [read_scores(verifier, batch) for batch in batches]
         scores, labels = (torch.cat(column).cpu() for column in zip(*read, strict=True))
         right = labels >= 0.5
         agree = (right == (scores > 0)).double()
@@ -121,8 +122,10 @@ class LabelObjective:
 
 def read_scores(verifier: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
     """The scores of a batch where they are read, and what they should be. -> two [N] float32. Differentiable."""
-    is_read = ~batch.targets.isnan()
-    return token_scores(verifier, *batch.inputs)[is_read], batch.targets[is_read]
+    targets = batch.targets.flatten()
+    places = (~targets.isnan()).nonzero()[:, 0]
+    scores = token_scores(verifier, *batch.inputs).flatten().index_select(0, parallel.to_device(places))
+    return scores, parallel.to_device(targets[places])
 
 
 def _mean_and_deviation(scores: Tensor) -> tuple[float, float]:

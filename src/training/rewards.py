@@ -121,8 +121,8 @@ def pairwise_reward(verifier: Decoder, rollout: Rollout, flags: RewardFlags, max
     _warn_of_cut(int((rollout.last >= longest).sum()), len(rollout.prompts), longest)
     for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
         micro = trim_padding(Batch(batch.tokens[rows, :longest], batch.response_mask[rows, :longest]))
-        scores.append(response_scores(verifier, *micro.to(parallel.device()).inputs).cpu())
-    return at_last(_normalise(torch.cat(scores), verifier.config, flags.reward_clip), rollout)
+        scores.append(response_scores(verifier, *micro.inputs))
+    return at_last(_normalise(torch.cat(scores).cpu(), verifier.config, flags.reward_clip), rollout)
 
 
 def outcome_reward(
@@ -186,8 +186,8 @@ def step_logits(
     _warn_of_cut(sum(len(row.tokens) > config.max_seq_len for row in rows), n, config.max_seq_len)
     found: list[list[float]] = []
     for chunk in chunks([_cut(row, config.max_seq_len) for row in rows], max_batch_size):
-        batch = make_batch(chunk, with_targets=True).to(parallel.device())
-        scores = token_scores(verifier, *batch.inputs)
+        batch = make_batch(chunk, with_targets=True)
+        scores = token_scores(verifier, *batch.inputs).cpu()
         found += [row[~targets.isnan()].tolist() for row, targets in zip(scores, batch.targets, strict=True)]
     return found
 

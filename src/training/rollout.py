@@ -148,9 +148,11 @@ def _per_token(score: Callable[..., Tensor], model: Decoder, batch: Batch, passe
     """
     laid_out = torch.zeros(batch.tokens.shape)
     with parallel.gathered(model):  # ranks may have different numbers of passes
-        for rows in shard_for_rank(passes):
-            micro = trim_padding(Batch(batch.tokens[rows], batch.response_mask[rows]))
-            values = torch.zeros(micro.tokens.shape)
-            values[micro.response_mask] = score(*micro.to(parallel.device()).inputs).float().cpu()
-            laid_out[rows] = pad_to(values, laid_out.shape[1])
+        mine = shard_for_rank(passes)
+        micros = [trim_padding(Batch(batch.tokens[rows], batch.response_mask[rows])) for rows in mine]
+        scores = [score(*micro.inputs).float() for micro in micros]  # read when all are under way
+    for rows, micro, found in zip(mine, micros, scores, strict=True):
+        values = torch.zeros(micro.tokens.shape)
+        values[micro.response_mask] = found.cpu()
+        laid_out[rows] = pad_to(values, laid_out.shape[1])
     return parallel.join_over_data_parallel(laid_out)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from src import parallel
@@ -29,14 +30,14 @@ def n_supervised(batches: Sequence[Batch]) -> int:
 
 def validation_loss(model: Decoder, held_out: Dataset, sampler: BatchSampler, *, packing: bool) -> float:
     """Mean negative log-likelihood of the response tokens of held-out rows, over all ranks, in nats."""
-    total, n_tokens = 0.0, 0
+    total, n_tokens = torch.zeros((), dtype=torch.float64, device=parallel.device()), 0
     with evaluating(model):
         for step in sampler.steps(held_out, packing=packing, epochs=1):
             for batch in step.batches:
-                total += sft_loss(model, batch.to(parallel.device())).item()
+                total += sft_loss(model, batch)
                 n_tokens += n_supervised([batch])
     # Ranks hold unequal numbers of tokens: the mean of their means would not be the mean
-    return parallel.sum_over_data_parallel(total) / parallel.sum_over_data_parallel(n_tokens)
+    return parallel.sum_over_data_parallel(total.item()) / parallel.sum_over_data_parallel(n_tokens)
 
 
 def sft_dataset(

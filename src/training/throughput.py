@@ -54,11 +54,9 @@ class ThroughputMeter:
         data_seconds passed before the step began; step_seconds hold computation and communication.
         """
         seconds = time.perf_counter() - self._began  # step() has read the loss: the device is done
-        n_tokens = parallel.sum_over_data_parallel(
-            float(sum(int(batch.sample_lengths().sum()) for batch in batches))
-        )
-        squares = parallel.sum_over_data_parallel(sum(batch.n_attended() for batch in batches))
-        held = parallel.sum_over_data_parallel(float(sum(batch.tokens.numel() for batch in batches)))
+        counts = [(int(batch.sample_lengths().sum()), batch.n_attended(), batch.tokens.numel()) for batch in batches]
+        own = torch.tensor(counts, dtype=torch.float64).sum(0)
+        n_tokens, squares, held = parallel.join_over_data_parallel(own).tolist()  # one message
         flops = 6 * (self._weights * n_tokens + self._head * supervised) + self._attention * squares
         return {
             "tokens": n_tokens,

@@ -16,7 +16,6 @@ def test_collate_pads_on_the_right_and_masks_by_length() -> None:
     batch = make_batch([Encoded([1, 5, 0, 2], 2), Encoded([1, 2], 1)])
     assert batch.tokens.tolist() == [[1, 5, 0, 2], [1, 2, 0, 0]]
     assert batch.response_mask.tolist() == [[False, False, True, True], [False, True, False, False]]
-    assert batch.to(torch.device("cpu")).tokens.dtype == torch.int64
 
 
 def test_forks_by_hand() -> None:
