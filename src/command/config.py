@@ -103,6 +103,8 @@ class OptimizerFlags(SeedFlags):
     max_grad_norm: Positive = flag(1.0, "gradients are clipped to this global norm")
     activation_checkpointing: Recomputed = flag("none", """what the backward pass computes again to save
         memory: nothing, feed-forwards, or all""")
+    compile: bool = flag(False, """compile the model's blocks (torch.compile; a CPU needs a C++ compiler): a minute at
+        the start, faster steps from then on, which round a little differently""")
 
 
 @dataclass(frozen=True, kw_only=True)

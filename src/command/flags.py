@@ -61,10 +61,10 @@ TRY_ORDER: list[object] = [types.NoneType, Literal, bool, int, float, str, list]
 # up, none of which changes what was learnt so far. Any other flag is compared with what it was.
 FREE_ON_RESUME = (
     "lr", "critic_lr", "schedule", "warmup_ratio", "min_lr_ratio", "epochs", "max_steps", "max_batch_size",
-    "accumulation_steps", "packing", "rollout_batch_size", "activation_checkpointing", "tensor_parallel_size", "phases",
-    "save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "reference_file", "model_type", "eval_every",
-    "rollout_samples", "stop_on_alarm", "save_every", "keep_last", "background_save", "save_dtype", "resume", "wandb",
-    "dry_run",
+    "accumulation_steps", "packing", "rollout_batch_size", "activation_checkpointing", "compile",
+    "tensor_parallel_size", "phases", "save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "reference_file",
+    "model_type", "eval_every", "rollout_samples", "stop_on_alarm", "save_every", "keep_last", "background_save",
+    "save_dtype", "resume", "wandb", "dry_run",
 )  # fmt: skip
 
 # Flags that name what a command writes: first what it makes in one piece, which would replace what stands there.

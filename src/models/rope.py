@@ -40,7 +40,8 @@ def apply_rope(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate each pair of x [B, S, H, E] by its position's angle, in float32; dtype of x is kept."""
     cos, sin = rotation
     pairs = x.float().unflatten(-1, (-1, 2))  # [B, S, H, E/2, 2]
-    if x.is_cpu:  # one pass for eight; GPU compilers join the eight, and know no complex numbers
+    # one pass for eight; compilers join the eight, and know no complex numbers
+    if x.is_cpu and not torch.compiler.is_compiling():
         return (
             torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2).type_as(x)
         )

@@ -20,6 +20,7 @@ from src.checkpoint import shards
 from src.checkpoint.training_state import MASTER, MOMENTS, TrainerState
 from src.command.config import OptimizerFlags, Recomputed, Schedule
 from src.errors import UserError
+from src.models.cache import Cache
 from src.models.decoder import Decoder
 from src.processes import watchdog
 from src.runlog import RunLog
@@ -90,6 +91,8 @@ class Trainer:
         self.steps = self._updates = self._bad_steps = 0
         self._loss_scale, self._scaled_steps = FIRST_LOSS_SCALE if model.dtype == torch.float16 else 1, 0
         self._loss = torch.zeros((), dtype=torch.float64, device=parallel.device())
+        if flags.compile:
+            compile_blocks(model)
         checkpoint_activations(model, flags.activation_checkpointing)
         parallel.shard_over_data_parallel(model, model.layers, model.dtype)
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -224,6 +227,24 @@ def evaluating(model: Decoder) -> Iterator[None]:
         yield
     model.train(was_training)
     parallel.free_gathered(model)
+
+
+def compile_blocks(model: Decoder) -> None:
+    """Let blocks run compiled, for any number of tokens; eagerly where a cache is read, whose rows come and go.
+
+    In half precision compiled code rounds where eager code does: PPO compares what it computes with a gradient with
+    what it has computed without, for which the compiler joins other operations.
+    """
+    for layer in model.layers:
+        compiled = torch.compile(layer.forward, dynamic=True, options={"emulate_precision_casts": True})
+        layer.forward = functools.partial(_forward, layer.forward, compiled)
+
+
+def _forward(
+    eager: Callable[..., Tensor], compiled: Callable[..., Tensor], *inputs: object, cache: Cache | None = None
+) -> Tensor:
+    """A block's forward() in one of two ways."""
+    return compiled(*inputs, None) if cache is None else eager(*inputs, cache)
 
 
 def checkpoint_activations(model: Decoder, kind: Recomputed) -> None:
