@@ -1,32 +1,26 @@
 """DPO beside trl's DPOTrainer, the reference's log-probs precomputed on both sides: same weights, ids and order.
 
-python benchmarks/dpo.py [--repeats 5] [--only NAME]
+python benchmarks/dpo.py [--only "5M 2k,60M 2k"] [--repeats 3]
 
-CPU, float32, eager, gradient checkpointing and logging off on both sides. Every measurement is a fresh process of one
-thread; ours and theirs take turns (A B B A ...). The losses of all steps must agree within 1e-4 before a time counts.
-Pairs a second are given by processor time, which other work on the machine disturbs least, and by the clock. growth is
+On a CPU, eager, gradient checkpointing and logging off on both sides; bfloat16 is --precision bfloat16 here and
+autocast there. The losses of all steps must agree within 1e-4 before a time counts, in bfloat16 within 0.05. growth is
 peak resident memory above what the process held before its first step, model, reference and imports included.
 """
 
 import argparse
+import functools
 import json
-import os
 import random
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import sft  # noqa: E402
+from benchmarks import paired  # noqa: E402
+from benchmarks.paired import WARM_UP, Run, Watch  # noqa: E402
 
-WARM_UP = 2  # steps that are not timed
 PAIRS_A_STEP, BETA, LR = 8, 0.1, 1e-4
 
 
@@ -41,6 +35,7 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "tiny": Case("tiny", 512, prompt=10, response=20, steps=2),
     "5M 2k": Case("5M", 2048),
     "5M 32k": Case("5M", 32000, steps=4),
     "5M 2k long prompts": Case("5M", 2048, prompt=240, response=60),
@@ -63,45 +58,7 @@ def pairs(case: Case) -> list[Row]:
     ]
 
 
-def peak() -> int:
-    """Peak resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class Watch:
-    """Processor and wall seconds at the start and behind every step, losses, and memory before the first step."""
-
-    def __init__(self) -> None:
-        self.cpu, self.wall, self.losses, self.before = [], [], [], 0
-
-    def begin(self) -> None:
-        """Call right before the first step."""
-        self.before = resident()
-        self.tick()
-
-    def tick(self) -> None:
-        """Call behind every step."""
-        self.cpu.append(time.process_time())
-        self.wall.append(time.perf_counter())
-
-    def record(self) -> dict[str, object]:
-        """What compare() reads."""
-        return {
-            "cpu": self.cpu,
-            "wall": self.wall,
-            "losses": self.losses,
-            "peak": peak(),
-            "before": self.before,
-        }
-
-
-def resident() -> int:
-    """Memory that this process holds now, in bytes."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
-
-
-def ours(case: Case, folder: Path) -> dict[str, object]:
+def ours(case: Case, folder: Path, *, precision: str = "float32") -> Run:
     """preference_train.py's own parts on the pairs."""
 
     from src import load, parallel
@@ -114,108 +71,87 @@ def ours(case: Case, folder: Path) -> dict[str, object]:
     from src.training.trainer import Trainer
 
     parallel.start()
-    model = load.load_solver(str(folder / "ours"), trained=True)
+    model = load.load_solver(str(folder / "ours"), precision=precision, trained=True)
     log = RunLog(str(folder / "log"), {})
     rows = [
         (Encoded(prompt + chosen, len(prompt)), Encoded(prompt + rejected, len(prompt)))
         for prompt, chosen, rejected in pairs(case)
     ]
-    reference = reference_logprobs(
-        model, rows, folder / "r.jsonl", "x", max_batch_size=2 * PAIRS_A_STEP, log=log
-    )
+    scored = folder / "reference.jsonl"
+    scored.unlink(missing_ok=True)  # of the side before
+    reference = reference_logprobs(model, rows, scored, "x", max_batch_size=2 * PAIRS_A_STEP, log=log)
     flags = OptimizerFlags(lr=LR, schedule="constant", warmup_ratio=0.0)
     trainer = Trainer(model, log, flags, total_steps=case.steps + WARM_UP)
     preference, watch = Preference(objective="dpo", beta=BETA), Watch()
     model.train()
-    watch.begin()
+    watch.start()
     for group in chunks(rows, PAIRS_A_STEP):
         batch = collate(group, True, reference)
         trainer.backward(preference.loss(model, batch)[0] / len(group))
         watch.losses.append(trainer.step().loss)
+        watch.work.append(len(group))
         watch.tick()
     return watch.record()
 
 
-def theirs(case: Case, folder: Path) -> dict[str, object]:
+def theirs(case: Case, folder: Path, *, bf16: bool = False) -> Run:
     """trl's DPOTrainer on the same ids."""
     import torch
-    from transformers import LlamaForCausalLM, TrainerCallback
+    from transformers import LlamaForCausalLM
 
     from benchmarks import trl_dpo
+    from benchmarks.trl_common import Clock
 
     watch = Watch()
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            if not watch.cpu:
-                watch.begin()
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            watch.tick()
-
     model = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
-    options = {"pairs_a_step": PAIRS_A_STEP, "lr": LR, "beta": BETA, "callbacks": [Clock()]}
+    options = {"pairs_a_step": PAIRS_A_STEP, "lr": LR, "beta": BETA, "callbacks": [Clock(watch)], "bf16": bf16}
     trainer = trl_dpo.trainer(model, pairs(case), folder, **options)
     trainer.train()
     watch.losses = trainer.losses
+    watch.work = [PAIRS_A_STEP] * len(trainer.losses)
     return watch.record()
 
 
-def measure(name: str, side: str, folder: Path) -> dict[str, object]:
-    """One side of a case in a fresh process."""
-    command = [sys.executable, __file__, "--side", side, "--only", name, "--folder", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{name}, {side}:\n{done.stdout}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+SIDES = {
+    "ours": ours, "ours, bfloat16": functools.partial(ours, precision="bfloat16"),
+    "trl": theirs, "trl, bfloat16": functools.partial(theirs, bf16=True),
+}  # fmt: skip
 
 
 def compare(name: str, repeats: int) -> str:
-    """The rows of one case."""
+    """The table of one case."""
     case = CASES[name]
-    found: dict[str, list[dict[str, object]]] = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
-        sft.write_model(sft.Case(case.model, case.vocab), Path(folder))
-        for turn in range(repeats):
-            for side in ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours"):
-                (Path(folder) / "r.jsonl").unlink(missing_ok=True)
-                found[side].append(measure(name, side, Path(folder)))
-    losses = zip(found["ours"][0]["losses"], found["theirs"][0]["losses"], strict=True)
-    gap = max(abs(one - other) for one, other in losses)
-    if gap > 1e-4:
-        return f"{name}: losses differ by {gap:.1e}: no comparison"
-    cpu, wall = ({side: rate(runs, clock) for side, runs in found.items()} for clock in ("cpu", "wall"))
-    peaks, growth = (
-        {side: statistics.median(number(run) for run in runs) / 2**20 for side, runs in found.items()}
-        for number in (lambda run: run["peak"], lambda run: run["peak"] - run["before"])
-    )
-    return f"{name:20}" + "   ".join(
-        f"{kind} {values['ours']:7.2f} {values['theirs']:7.2f} x{values['ours'] / values['theirs']:.2f}"
-        for kind, values in (("cpu", cpu), ("wall", wall), ("peak", peaks), ("growth", growth))
-    ) + f"   gap {gap:.0e}   load {os.getloadavg()[0]:.1f}"  # fmt: skip
-
-
-def rate(runs: list[dict[str, object]], clock: str) -> float:
-    """Pairs a second behind the warm-up, the median over runs."""
-    seconds = [(run[clock][-1] - run[clock][WARM_UP]) / (len(run[clock]) - 1 - WARM_UP) for run in runs]
-    return PAIRS_A_STEP / statistics.median(seconds)
+        paired.write_model(Path(folder), case.model, case.vocab)
+        found = paired.in_turns(
+            list(SIDES), repeats, lambda side: paired.run_side(__file__, side, name, Path(folder)))
+    columns = {
+        "pairs/cpu s": lambda run: paired.rate(run, 0),
+        "pairs/s": lambda run: paired.rate(run, 1),
+        "peak MiB": lambda run: run["peak"] / 2**20,
+        "growth MiB": lambda run: run["growth"] / 2**20,
+    }
+    base, gaps = found["ours"][0]["losses"], {}
+    for side, runs in found.items():
+        gap = max(abs(one - other) for one, other in zip(base, runs[0]["losses"], strict=True))
+        gaps[side] = (gap, 0.05 if "bfloat16" in side else 1e-4)
+    return paired.table(name, found, columns, gaps)
 
 
 def main() -> None:
-    """Print the table, or measure one side as JSON."""
+    """Print the tables, or measure one side as JSON."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", choices=["", *CASES])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--side", default="", choices=["", "ours", "theirs"])
+    everything = ",".join(name for name in CASES if name != "tiny")
+    parser.add_argument("--only", default=everything, help="cases, with commas between")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--side", default="", choices=["", *SIDES])
     parser.add_argument("--folder", default="")
     options = parser.parse_args()
     if options.side:
-        run = {"ours": ours, "theirs": theirs}[options.side]
-        print(json.dumps(run(CASES[options.only], Path(options.folder))))
+        print(json.dumps(SIDES[options.side](CASES[options.only], Path(options.folder))))
         return
-    print("pairs a processor second and a second, peak memory and its growth in MiB: ours, theirs, ratio")
-    for name in [options.only] if options.only else CASES:
+    print(paired.machine("trl", "transformers"))
+    for name in options.only.split(","):
         print(compare(name, options.repeats), flush=True)
 
 

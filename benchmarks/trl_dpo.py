@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+from benchmarks.trl_common import words
 
 Row = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
@@ -43,20 +43,22 @@ def trainer(
     beta: float,
     callbacks: Sequence[TrainerCallback] = (),
     logging: bool = False,
+    bf16: bool = False,
 ) -> AsGiven:
-    """A trainer of one epoch on the CPU in float32 with the settings that ours has, at a constant rate.
+    """A trainer of one epoch on the CPU with the settings that ours has, at a constant rate. bf16: under autocast.
 
     The reference's log-probs are computed before the first step. The tokenizer is one that nothing is tokenised with.
     """
     settings = DPOConfig(
-        **_settings(folder, pairs_a_step, lr, logging), beta=beta, precompute_ref_log_probs=True, max_length=None
-    )
+        **_settings(folder, pairs_a_step, lr, logging) | {"bf16": bf16}, beta=beta, precompute_ref_log_probs=True,
+        max_length=None,
+    )  # fmt: skip
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return AsGiven(
         model=model,
         args=settings,
         train_dataset=Dataset.from_list([dict(zip(names, row, strict=True)) for row in rows]),
-        processing_class=_tokenizer(),
+        processing_class=words(2),
         callbacks=list(callbacks),
     )
 
@@ -82,11 +84,6 @@ def _settings(folder: Path, rows_a_step: int, lr: float, logging: bool) -> dict[
     }
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({"<pad>": 0, "a": 1, "<eos>": 2}, unk_token="a"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-
-
 class KTOAsGiven(KTOTrainer):
     """Rows in the order given, each with the mismatched response that it brings."""
 
@@ -102,4 +99,4 @@ def kto_trainer(
     settings = KTOConfig(**_settings(folder, rows_a_step, lr, True), precompute_ref_log_probs=True, max_length=None,
                          train_sampling_strategy="sequential", **options)  # fmt: skip
     return KTOAsGiven(model=model, args=settings, train_dataset=Dataset.from_list(list(rows)),
-                      processing_class=_tokenizer())  # fmt: skip
+                      processing_class=words(2))  # fmt: skip

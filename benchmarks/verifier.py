@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.decode import interval  # noqa: E402
+from benchmarks.paired import interval  # noqa: E402
 from src import load, parallel  # noqa: E402
 from src.checkpoint import saving  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
