@@ -1,45 +1,43 @@
-"""PPO and GRPO beside trl: the same nets, prompts, episodes, epochs and scripted reward; parity first, then seconds.
+"""PPO and GRPO beside trl: the same nets, prompts, episodes, epochs and scripted reward; parity first, then rates.
 
-python benchmarks/ppo.py --trl_python VENV/bin/python [--only "PPO 5M"] [--repeats 3]
+python benchmarks/ppo.py --trl_python VENV/bin/python [--only "PPO 5M ragged,GRPO 5M ragged"] [--repeats 3]
 
 trl has no PPO since 1.13: --trl_python is a Python with trl==1.12.0 and transformers==5.23.0 on the same torch; GRPO
-runs against the trl of this Python. CPU, float32, one thread, 64 episodes of 16 + 64 tokens, 2 epochs, nothing logged
-or saved. Every measurement is a fresh process; ours and theirs take turns (A B B A ...).
+runs against the trl of this Python. On a CPU, one thread, 64 episodes, 2 epochs, nothing logged or saved; bfloat16 is
+--precision bfloat16 here and autocast there. Responses are either all 64 tokens, or ragged: they end by themselves at
+EOS, to which the random model gives 1/96 everywhere, or are cut at 256 tokens, 90 on average (SmolLM2's on GSM8K: 110).
+Rates count response tokens, sampled, scored and learnt from. The number of tokens an episode has is random; a side
+whose mean is 30% off ours is not compared.
 
-Parity (PPO): theirs is given our episodes; its advantages and, in both epochs (the second behind a step of Adam), its
-losses of policy and critic must agree with ours within 1e-5 where the definitions do. They differ in
+Parity, in float32: theirs is given our episodes. PPO's advantages and the mean losses of policy and critic over both
+epochs (the second after a step of Adam) must agree with ours within 1e-5 where the definitions do; GRPO's mean loss
+within 1e-5 and norms of gradients within 0.1%, on ragged episodes too. PPO's definitions differ in
 - the variance advantages are divided by: theirs is n - 1's, ours n's; the comparison takes that factor out
-- where an episode with EOS is paid: theirs behind EOS, on padding, ours on EOS; no episode here has one
-- padding: theirs is every id equal to the padding id, also a sampled one; ours follows from lengths
+- where an episode with EOS is paid: theirs after EOS, on padding, ours on EOS; the episodes compared have none
 - means: theirs over each micro-batch, ours over the optimizer step; for parity a step is one micro-batch
-- the gradient: theirs is not clipped, with one optimizer for both nets; ours is clipped at 1, for parity at infinity
+- the gradient: theirs is not clipped, with one optimizer for both nets; ours is clipped at 1, for parity never
 """
 
 import argparse
 import json
-import os
+import math
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
-EPISODES, PROMPT, RESPONSE, VOCAB, GROUP, EPOCHS = 64, 16, 64, 2048, 8, 2
-WARM_UP, TIMED = 1, 3  # iterations
-LR = 1e-4
-PARITY_LR = (
-    1e-6  # Adam's first step is lr times a gradient's sign: at a higher rate rounding of tiny ones shows
-)
-MODELS = {
-    "5M": {"dim": 256, "layers": 4, "heads": 4, "ffn": 688},
-    "60M": {"dim": 768, "layers": 8, "heads": 12, "ffn": 2048},
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import paired  # noqa: E402
+from benchmarks.paired import Run, Watch  # noqa: E402
+
+EPISODES, PROMPT, VOCAB, GROUP, EPOCHS = 64, 16, 2048, 8, 2
+PADDING, EOS, MEAN_LENGTH = 0, 1, 96
+WARM_UP, TIMED = 1, 1  # iterations
+LR = 1e-6  # at which lengths stay alike; Adam's first step is lr times a gradient's sign, so parity wants it small too
 
 
 class Case(NamedTuple):
@@ -47,61 +45,63 @@ class Case(NamedTuple):
 
     model: str
     grpo: bool = False
+    ragged: bool = False
     micro: int = 16  # episodes in a training forward pass
+
+    @property
+    def response(self) -> int:
+        """Tokens at most."""
+        return 256 if self.ragged else 64
 
 
 CASES = {
-    "PPO 5M": Case("5M"),
-    "PPO 60M": Case("60M"),
-    "GRPO 5M": Case("5M", grpo=True),
-    "GRPO 60M": Case("60M", grpo=True),
-}
+    f"{kind} {model}{' ragged' * ragged}": Case(model, kind == "GRPO", ragged)
+    for kind in ("PPO", "GRPO") for model in ("tiny", "5M", "60M") for ragged in (False, True)
+}  # fmt: skip
 
 
-def prompts(grpo: bool) -> list[list[int]]:
+def prompts(case: Case) -> list[list[int]]:
     """Random token ids, for one iteration after the other."""
     rng = random.Random(3)
-    n = EPISODES // (GROUP if grpo else 1) * (WARM_UP + TIMED)
+    n = EPISODES // (GROUP if case.grpo else 1) * (WARM_UP + TIMED)
     return [[rng.randrange(4, VOCAB) for _ in range(PROMPT)] for _ in range(n)]
 
 
-def scripted(tokens: list[int]) -> float:
-    """The reward of a response: the share of even ids in it."""
-    return sum(token % 2 == 0 for token in tokens) / len(tokens)
+def write_model(case: Case, folder: Path) -> None:
+    """Random weights as a Hugging Face directory and as ours, and a value head.
 
-
-def write_model(name: str, folder: Path) -> None:
-    """Random weights as a Hugging Face directory and, split, as ours; and a value head."""
+    Channel 0 of the hidden state says the same everywhere, for no layer writes there: it gives EOS its probability, and
+    padding, which trl's PPO recognises by its id, none.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from src.checkpoint.sources import open_source
-    from src.checkpoint.split import split
-
-    size = MODELS[name]
+    size = paired.MODELS[case.model]
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=size["dim"],
-        intermediate_size=size["ffn"],
-        max_position_embeddings=256,
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["heads"],
-        num_key_value_heads=size["heads"],
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "hf")
-    torch.save(0.05 * torch.randn(1, size["dim"]), folder / "head.pth")
-    split(open_source(str(folder / "hf")), folder / "ours", 1, "", "", "benchmark")
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCAB, max_position_embeddings=512, num_key_value_heads=size["num_attention_heads"],
+        tie_word_embeddings=False, pad_token_id=PADDING, bos_token_id=None, eos_token_id=EOS, **size,
+    ))  # fmt: skip
+    logits = {PADDING: -30.0, EOS: math.log(VOCAB / MEAN_LENGTH) if case.ragged else -30.0}
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0.1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
+        model.lm_head.weight[:, 0] = 0.0
+        constant = model.model(torch.tensor(prompts(case)[:4])).last_hidden_state[..., 0].mean()
+        for token, logit in logits.items():
+            model.lm_head.weight[token] = 0.0
+            model.lm_head.weight[token, 0] = logit / constant
+    paired.save_model(model, folder)
+    torch.save(0.05 * torch.randn(1, size["hidden_size"]), folder / "head.pth")
 
 
 class Ids:
-    """A tokenizer whose texts are token ids; none of them ends a response."""
+    """A tokenizer whose texts are token ids."""
 
-    vocab_size, stop_ids, bos_id, chat, code = VOCAB, frozenset(), None, None, None
+    vocab_size, bos_id, chat, code = VOCAB, None, None, None
+    stop_ids = frozenset({EOS})
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text of numbers."""
@@ -117,11 +117,13 @@ class Ours(NamedTuple):
 
     models: object
     config: object
-    collect: Callable[[int], tuple[object, dict[str, float]]]
+    collect: Callable[[int], object]  # the buffer of an iteration
 
 
-def our_side(case: Case, folder: Path, *, micro: int, lr: float, max_grad_norm: float) -> Ours:
-    """Models, and how a buffer is collected."""
+def our_side(
+    case: Case, folder: Path, *, micro: int, max_grad_norm: float = 1.0, precision: str = "float32"
+) -> Ours:
+    """Models, and how a buffer is collected. The reward is the share of even ids among a response's tokens."""
     import torch
 
     import ppo_train
@@ -138,362 +140,177 @@ def our_side(case: Case, folder: Path, *, micro: int, lr: float, max_grad_norm: 
     critic = {} if case.grpo else {"critic_ckpt_dir": source, "critic_save_dir": str(folder / "critic")}
     config = PPOConfig(
         actor_ckpt_dir=source, actor_save_dir=str(folder / "actor"), advantage="grpo" if case.grpo else "gae",
-        group_size=GROUP if case.grpo else -1, reward=["rule"], temperature=1.0, max_new_tokens=RESPONSE,
+        group_size=GROUP if case.grpo else -1, reward=["rule"], temperature=1.0, max_new_tokens=case.response,
         rollout_batch_size=EPISODES, max_buffer_size=EPISODES, max_batch_size=micro, inner_epochs=EPOCHS, minibatches=1,
         kl_coef=0.0 if case.grpo else 0.05, clip_ratio=0.2, clip_high=0.2, value_clip=0.2, gae_lambda=0.95,
-        missing_eos_penalty=0.0, lr=lr, critic_lr=lr, schedule="constant", warmup_ratio=0.0,
+        missing_eos_penalty=0.0, lr=LR, critic_lr=LR, schedule="constant", warmup_ratio=0.0, precision=precision,
         max_grad_norm=max_grad_norm, critic_warmup=0, **critic,
     )  # fmt: skip
     models = load_models(config, RunLog(str(folder / "log"), {}), 100)
     models.load_reference(config, refreshed=False)
     if models.critic:
         models.critic.model.v_head.weight.data.copy_(torch.load(folder / "head.pth"))
-    rows = [
-        Prompt(str(index), " ".join(map(str, ids)), None, None, None)
-        for index, ids in enumerate(prompts(case.grpo))
-    ]
+    rows = [Prompt(str(n), " ".join(map(str, ids)), None, None, None) for n, ids in enumerate(prompts(case))]
 
     def score(rollout: Rollout) -> tuple[list[float], dict]:
-        return [scripted([int(word) for word in text.split()]) for text in rollout.responses], {}
+        mask = rollout.batch.response_mask
+        return (((rollout.batch.tokens % 2 == 0) & mask).sum(1) / mask.sum(1)).tolist(), {}
 
     rewards, data = {"even": Reward(1.0, on_first_rank(score))}, Inputs(rows, [], 0, Ids(), [], 1)
 
-    def collect(iteration: int) -> tuple[object, dict[str, float]]:
-        n, timer = config.prompts_per_buffer, Phases()
+    def collect(iteration: int) -> object:
+        n = config.prompts_per_buffer
         chosen = range(iteration * n, (iteration + 1) * n)
-        buffer, _, _ = ppo_train.collect(config, models, data, rewards, chosen, iteration, 1.0, timer)
-        return buffer, timer.seconds
+        return ppo_train.collect(config, models, data, rewards, chosen, iteration, 1.0, Phases())[0]
 
     return Ours(models, config, collect)
 
 
 def update(side: Ours, buffer: object, iteration: int) -> dict[str, float]:
-    """The critic learns, then the actor."""
+    """The critic learns, then the actor. Means over the epochs."""
     from src.training import ppo
 
     found = ppo.update_critic(side.models.critic, buffer, side.config, iteration) if side.models.critic else {}
     return found | ppo.update_actor(side.models.actor, buffer, side.config, iteration)
 
 
-def ours(case: Case, folder: Path) -> dict[str, object]:
-    """Seconds of each phase of TIMED iterations."""
-    side = our_side(case, folder, micro=case.micro, lr=LR, max_grad_norm=1.0)
-    iterations = []
+def ours(case: Case, folder: Path, *, precision: str) -> Run:
+    """Our iterations."""
+    side, watch = our_side(case, folder, micro=case.micro, precision=precision), Watch()
+    watch.start()
     for step in range(WARM_UP + TIMED):
-        began = clock()
-        found, _ = side.collect(step)
-        collected = clock()
-        metrics = update(side, found, step)
-        assert metrics["grad_norm"] > 0 and int(found.rollout.lengths.min()) == RESPONSE
-        iterations.append(phases_of(began, collected, clock()))
-    return summary(iterations)
+        buffer = side.collect(step)
+        watch.collected()
+        watch.work.append(int(buffer.rollout.lengths.sum()))
+        assert update(side, buffer, step)["grad_norm"] > 0
+        watch.tick()
+    return watch.record()
 
 
-def clock() -> tuple[float, float]:
-    """Wall clock and processor seconds of this process."""
-    return time.perf_counter(), time.process_time()
-
-
-def phases_of(
-    began: tuple[float, float], collected: tuple[float, float], done: tuple[float, float]
-) -> dict[str, float]:
-    """Seconds of collecting a buffer and of learning from it, by both clocks."""
-    return {
-        "collect": collected[0] - began[0], "update": done[0] - collected[0],
-        "collect_cpu": collected[1] - began[1], "update_cpu": done[1] - collected[1],
-    }  # fmt: skip
-
-
-def summary(iterations: list[dict[str, float]]) -> dict[str, object]:
-    """Medians over the timed iterations, and the peak resident memory in bytes."""
-    timed = iterations[WARM_UP:]
-    found = {name: statistics.median(row[name] for row in timed) for name in timed[0]}
-    # not getrusage()'s: a child inherits that of the process it was forked from
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    return found | {"peak": 1024 * peak}
-
-
-def theirs(case: Case, folder: Path) -> dict[str, object]:
-    """The same of trl's trainers."""
-    return trl_grpo(case, folder) if case.grpo else trl_ppo(case, folder, case.micro)
-
-
-def trl_ppo(case: Case, folder: Path, micro: int, given: object = None) -> dict[str, object]:
-    """trl 1.12's PPOTrainer. given: a tensor [B, S] of episodes to take in place of sampling its own; it then
-    returns the tensors that parity() compares."""
-    import datasets
+def theirs(case: Case, folder: Path, *, bf16: bool = False, parity: bool = False) -> dict[str, object]:
+    """trl's iterations; or what parity() compares, computed from our episodes."""
     import torch
-    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-    from trl.experimental.ppo import ppo_trainer as module
+
+    from benchmarks.trl_common import Setting
 
     torch.set_num_threads(1)
-    hf = str(folder / "hf")
-    policy, reference = (LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32) for _ in range(2))
-    value = LlamaForSequenceClassification.from_pretrained(hf, num_labels=1, dtype=torch.float32)
-    value.score.weight.data.copy_(torch.load(folder / "head.pth"))
-
-    class Scripted(torch.nn.Module):
-        """Hands trl scripted() as the last hidden state of a reward model."""
-
-        base_model_prefix = "backbone"
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone, self.score = Counts(), torch.nn.Identity()
-
-    class Counts(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor, **_: object) -> object:
-            even = (input_ids[:, PROMPT:] % 2 == 0).float().cumsum(1) / RESPONSE
-            hidden = torch.cat((torch.zeros(len(input_ids), PROMPT), even), 1)[..., None]
-            return type("Output", (), {"hidden_states": [hidden]})()
-
-    marks: list[tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = []
-    seen: dict[str, list[torch.Tensor]] = {"whitened": [], "means": []}
-    state: dict[str, tuple[float, float]] = {"began": clock()}
-    whiten, mean, generate = module.masked_whiten, module.masked_mean, module.batch_generation
-
-    def watched_whiten(values: torch.Tensor, mask: torch.Tensor, **options: object) -> torch.Tensor:
-        found = whiten(values, mask, **options)
-        seen["whitened"].append(found)
-        state["collected"] = clock()
-        return found
-
-    def watched_mean(*arguments: object) -> torch.Tensor:
-        seen["means"].append(mean(*arguments))
-        return seen["means"][-1]
-
-    def not_sampled(model: object, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            return given, model(given).logits[:, PROMPT - 1 : -1]
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, *_: object, **__: object) -> None:
-            marks.append((state["began"], state["collected"], clock()))
-            state["began"] = clock()
-
-    module.masked_whiten = watched_whiten
-    module.masked_mean = watched_mean if given is not None else mean
-    module.batch_generation = generate if given is None else not_sampled
-    n_iterations = WARM_UP + TIMED if given is None else 1
-    settings = PPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False,
-        per_device_train_batch_size=micro, gradient_accumulation_steps=EPISODES // micro, num_mini_batches=1,
-        num_ppo_epochs=EPOCHS, total_episodes=EPISODES * n_iterations, response_length=RESPONSE, temperature=1.0,
-        local_rollout_forward_batch_size=EPISODES, learning_rate=LR if given is None else PARITY_LR,
-        lr_scheduler_type="constant", warmup_steps=0,
-        adam_beta2=0.95, weight_decay=0.0, kl_coef=0.05, vf_coef=1.0, cliprange=0.2, cliprange_value=0.2, gamma=1.0,
-        lam=0.95, num_sample_generations=0, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
-        eval_strategy="no",
+    iterations = 1 if parity else WARM_UP + TIMED
+    setting = Setting(
+        folder, prompts(case), VOCAB, EPISODES, EPISODES if parity else case.micro, case.response, EPOCHS, iterations,
+        LR, bf16, torch.load(folder / "episodes.pth") if parity else None,
     )  # fmt: skip
-    rows = datasets.Dataset.from_list([{"input_ids": ids} for ids in prompts(False)])
-    trainer = PPOTrainer(
-        args=settings, processing_class=words("pad"), model=policy, ref_model=reference, reward_model=Scripted(),
-        value_model=value, train_dataset=rows, eval_dataset=rows.select(range(EPISODES)), callbacks=[Watch()],
-    )  # fmt: skip
-    trainer.train()
-    if given is not None:
-        # of each epoch, behind those of the whitening: the critic's loss and clip share, then the policy's
-        means = [mean.item() for mean in seen["means"][-4 * EPOCHS :]]
-        return {
-            "advantages": seen["whitened"][0],
-            "value": [0.5 * m for m in means[0::4]],
-            "policy": means[2::4],
+    if case.grpo:
+        from benchmarks import trl_grpo
+
+        return (trl_grpo.parity if parity else trl_grpo.measure)(setting, GROUP)
+    from benchmarks import trl_ppo
+
+    return (trl_ppo.parity if parity else trl_ppo.measure)(setting)
+
+
+def parity(name: str, folder: Path, python: str) -> str:
+    """How far the two sides lie apart on the same episodes; raises SystemExit beyond the bounds."""
+    import torch
+
+    case = CASES[name]
+    side = our_side(case, folder, micro=EPISODES, max_grad_norm=1e9)
+    buffer = side.collect(0)
+    torch.save(buffer.batch.tokens, folder / "episodes.pth")
+    mask, found = buffer.batch.response_mask, update(side, buffer, 0)
+    their = paired.run_side(__file__, "parity", name, folder, python=python)
+    if case.grpo:
+        gaps = {
+            "loss": abs(found["policy_loss"] - their["policy_loss"]) / 1e-5,
+            "norm of the gradient": abs(found["grad_norm"] / their["grad_norm"] - 1) / 1e-3,
         }
-    return summary([phases_of(*mark) for mark in marks])
+    else:
+        n = int(mask.sum())
+        unbiased = ((n - 1) / n) ** 0.5
+        advantages = buffer.advantages[mask].view(EPISODES, -1) * unbiased - torch.tensor(their["advantages"])
+        gaps = {
+            "advantages": advantages.abs().max().item() / 1e-5,
+            "policy loss": abs(found["policy_loss"] * unbiased - their["policy_loss"]) / 1e-5,
+            "value loss": abs(found["value_loss"] - their["value_loss"]) / 1e-5,
+        }
+    shares = ", ".join(f"{what} {gap:.2g}" for what, gap in gaps.items())
+    line = f"{name}, parity, as a share of what is allowed: {shares}"
+    if max(gaps.values()) > 1:
+        raise SystemExit(f"{line}\nours {found}\ntheirs {their}")
+    return line
 
 
-def words(pad: str) -> object:
-    """A tokenizer of transformers with a word for each id.
-
-    pad: "pad", an id behind the embedding - PPO's trainer takes every id equal to it for padding, so it must not be
-    sampled, and is never read, for all rows are equally long - or a word, where it is read.
-    """
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {str(index): index for index in range(VOCAB)} | {"pad": VOCAB}
-    model = Tokenizer(WordLevel(vocabulary, unk_token="0"))
-    model.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token=pad, eos_token="1", unk_token="0", padding_side="left"
-    )
-
-
-def trl_grpo(case: Case, folder: Path) -> dict[str, object]:
-    """trl's GRPOTrainer: a batch of episodes is used in EPOCHS optimizer steps."""
-    import datasets
-    import torch
-    from transformers import LlamaForCausalLM, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    torch.set_num_threads(1)
-    marks: list[tuple[str, tuple[float, float]]] = [("began", clock())]
-
-    class Watched(GRPOTrainer):
-        def _generate_and_score_completions(self, inputs: object) -> object:
-            marks.append(("began", clock()))
-            found = super()._generate_and_score_completions(inputs)
-            marks.append(("collected", clock()))
-            return found
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, *_: object, **__: object) -> None:
-            marks.append(("done", clock()))
-
-    def even(completion_ids: list[list[int]], **_: object) -> list[float]:
-        return [scripted(ids) for ids in completion_ids]
-
-    settings = GRPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False,
-        per_device_train_batch_size=case.micro, gradient_accumulation_steps=EPISODES // case.micro,
-        num_generations=GROUP, num_iterations=EPOCHS, max_completion_length=RESPONSE, temperature=1.0, top_k=0,
-        beta=0.0, generation_kwargs={"eos_token_id": None},
-        max_steps=EPOCHS * (WARM_UP + TIMED), learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0,
-        adam_beta2=0.95, weight_decay=0.0, epsilon=0.2, loss_type="grpo", shuffle_dataset=False,
-        logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Watched(
-        model=LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32),
-        reward_funcs=even,
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(
-            [{"prompt": " ".join(map(str, ids))} for ids in prompts(True)]
-        ),
-        processing_class=words("0"),
-        callbacks=[Watch()],
-    )
-    trainer.train()
-    began = [at for name, at in marks[1:] if name == "began"]
-    collected = [at for name, at in marks if name == "collected"]
-    done = [at for name, at in marks if name == "done"][EPOCHS - 1 :: EPOCHS]
-    return summary([phases_of(*mark) for mark in zip(began, collected, done, strict=True)])
-
-
-def parity(folder: Path, trl_python: str) -> str:
-    """The largest differences between the two PPOs on the same episodes; raises SystemExit beyond 1e-5."""
-    import torch
-
-    from src import losses
-    from src.models.forward import response_logprobs, response_values
-    from src.training import ppo
-
-    side = our_side(CASES["PPO 5M"], folder, micro=EPISODES, lr=PARITY_LR, max_grad_norm=float("inf"))
-    found, _ = side.collect(0)
-    torch.save(found.batch.tokens, folder / "episodes.pth")
-    mask, ours = found.batch.response_mask, {"policy": [], "value": []}
-    for now in ppo.minibatches(found, side.config, 0):
-        (micro,) = now.micros
-        batch, pick = micro.of(found)
-        values = response_values(side.models.critic.model, *batch.inputs)
-        value = losses.ppo_value_loss(values, pick(found.values), pick(found.returns), side.config.value_clip)
-        logprobs = response_logprobs(side.models.actor.model, *batch.inputs, n_ids=found.n_ids)
-        ratio = losses.probability_ratio(logprobs, pick(found.logprobs))
-        policy = losses.ppo_policy_loss(
-            ratio, pick(found.advantages), side.config.clip_ratio, side.config.clip_high, side.config.dual_clip)
-        value, policy = (each.sum() / now.tokens for each in (value, policy))
-        for trainer, loss, name in ((side.models.critic, value, "value"), (side.models.actor, policy, "policy")):
-            ours[name].append(loss.item())
-            trainer.backward(loss)
-            trainer.step()
-    run_side("parity", "PPO 5M", folder, trl_python)
-    their = torch.load(folder / "parity.pth")
-    n = int(mask.sum())
-    gaps = {
-        "advantages": (
-            found.advantages[mask].view(EPISODES, -1) * ((n - 1) / n) ** 0.5 - their["advantages"]
-        ),
-        "policy losses": torch.tensor(ours["policy"]) * ((n - 1) / n) ** 0.5
-        - torch.tensor(their["policy"]),
-        "value losses": torch.tensor(ours["value"]) - torch.tensor(their["value"]),
-    }
-    worst = {name: gap.abs().max().item() for name, gap in gaps.items()}
-    line = "parity: " + ", ".join(f"{name} {gap:.1e}" for name, gap in worst.items())
-    if max(worst.values()) > 1e-5:
-        raise SystemExit(f"{line}\nours {ours}\ntheirs {their['policy']} {their['value']}")
-    return f"{line}; losses ours {ours}"
-
-
-def run_side(side: str, name: str, folder: Path, python: str) -> dict[str, object]:
-    """One measurement in a process of its own."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    words = [python, __file__, "--side", side, "--only", name, "--folder", str(folder)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{side} {name} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+SIDES = {
+    "ours": lambda case, folder: ours(case, folder, precision="float32"),
+    "ours, bfloat16": lambda case, folder: ours(case, folder, precision="bfloat16"),
+    "trl": theirs,
+    "trl, bfloat16": lambda case, folder: theirs(case, folder, bf16=True),
+    "parity": lambda case, folder: theirs(case, folder, parity=True),
+}
 
 
 def compare(name: str, folder: Path, trl_python: str, repeats: int) -> str:
-    """A block of the table: medians of both sides, by phase, and their ratios."""
-    pythons = {"ours": sys.executable, "theirs": sys.executable if CASES[name].grpo else trl_python}
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
-    for repeat in range(repeats):
-        for side in ("ours", "theirs") if repeat % 2 == 0 else ("theirs", "ours"):
-            found[side].append(run_side(side, name, folder, pythons[side]))
-    lines = []
-    for clock_name, suffix in (("wall", ""), ("processor", "_cpu")):
-        medians = {
-            side: [statistics.median(row[phase + suffix] for row in rows) for phase in ("collect", "update")]
-            for side, rows in found.items()
-        }
-        our, their = (sum(medians[side]) for side in ("ours", "theirs"))
-        phases = "   ".join(
-            f"{phase} {our:6.2f} {their:7.2f} {their / our:5.2f}x"
-            for phase, our, their in zip(
-                ("collect", "update"), medians["ours"], medians["theirs"], strict=True
-            )
-        )
-        lines.append(f"{name:10} {clock_name:10} {our:7.2f} {their:8.2f} {their / our:6.2f}x   {phases}")
-    peaks = {side: statistics.median(row["peak"] for row in rows) / 1e6 for side, rows in found.items()}
-    lines.append(
-        f"{name:10} peak MB    {peaks['ours']:7.0f} {peaks['theirs']:8.0f} {peaks['ours'] / peaks['theirs']:6.2f}"
-    )
-    return "\n".join(lines)
+    """The table of one case."""
+
+    def measure(side: str) -> Run:
+        ours = side.startswith("ours") or CASES[name].grpo
+        return paired.run_side(__file__, side, name, folder, python=sys.executable if ours else trl_python)
+
+    def phases(run: Run) -> tuple[float, float]:
+        """Mean processor seconds of collecting and of learning from a buffer."""
+        times, middles = ([mark[0] for mark in run[marks]] for marks in ("times", "middles"))
+        collect = sum(middle - start for middle, start in zip(middles[WARM_UP:], times[WARM_UP:-1], strict=True))
+        return collect / TIMED, (times[-1] - times[WARM_UP] - collect) / TIMED
+
+    def length(run: Run) -> float:
+        return sum(run["work"]) / len(run["work"]) / EPISODES
+
+    found = paired.in_turns([side for side in SIDES if side != "parity"], repeats, measure)
+    columns = {
+        "tokens/cpu s": lambda run: paired.rate(run, 0, WARM_UP),
+        "tokens/s": lambda run: paired.rate(run, 1, WARM_UP),
+        "collect cpu s": lambda run: phases(run)[0],
+        "learn cpu s": lambda run: phases(run)[1],
+        "tokens/episode": length,
+        "peak MiB": lambda run: run["peak"] / 2**20,
+    }
+    base = sum(map(length, found["ours"])) / repeats
+    gaps = {side: (abs(sum(map(length, runs)) / repeats / base - 1), 0.3) for side, runs in found.items()}
+    return paired.table(name, found, columns, gaps)
+
+
+def check_trl(python: str) -> None:
+    """Raise SystemExit unless it is a Python with a trl that has PPO."""
+    command = [python, "-c", "import importlib.metadata as m; print(m.version('trl'))"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False) if python else None
+    if not done or done.stdout.strip() != "1.12.0":
+        found = done.stdout.strip() or done.stderr.strip()[-200:] if done else "no --trl_python"
+        raise SystemExit(f"PPO needs --trl_python, a Python with trl==1.12.0; found {found}")
 
 
 def main() -> None:
-    """Print the table, or measure one side as JSON."""
+    """Print the tables, or measure one side as JSON."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--trl_python", default="")
-    parser.add_argument("--only", default="", choices=["", *CASES])
+    everything = ",".join(name for name in CASES if "tiny" not in name)
+    parser.add_argument("--only", default=everything, help="cases, with commas between")
+    parser.add_argument("--trl_python", default="", help="a Python with trl 1.12, for PPO")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--side", default="", choices=["", "ours", "theirs", "parity"])
+    parser.add_argument("--side", default="", choices=["", *SIDES])
     parser.add_argument("--folder", default="")
     options = parser.parse_args()
-    if options.side == "parity":
-        import torch
-
-        folder = Path(options.folder)
-        given = torch.load(folder / "episodes.pth")
-        torch.save(trl_ppo(CASES[options.only], folder, EPISODES, given), folder / "parity.pth")
-        print("{}")
-        return
+    names = options.only.split(",")
     if options.side:
-        side = {"ours": ours, "theirs": theirs}[options.side]
-        print(json.dumps(side(CASES[options.only], Path(options.folder))))
+        print(json.dumps(SIDES[options.side](CASES[names[0]], Path(options.folder))))
         return
-    names = [options.only] if options.only else list(CASES)
-    if not options.trl_python and any(not CASES[name].grpo for name in names):
-        raise SystemExit("PPO needs --trl_python: a Python with trl==1.12.0")
-    print(
-        f"load {os.getloadavg()[0]:.1f}; seconds an iteration: ours, theirs, ratio; then by phase", flush=True
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        for model in dict.fromkeys(CASES[name].model for name in names):
-            folder = Path(scratch) / model
-            folder.mkdir()
-            write_model(model, folder)
-            if model == "5M" and options.trl_python:
-                print(parity(folder, options.trl_python), flush=True)
-            for name in (name for name in names if CASES[name].model == model):
-                print(compare(name, folder, options.trl_python, options.repeats), flush=True)
+    if not all(CASES[name].grpo for name in names):
+        check_trl(options.trl_python)
+    print(f"{paired.machine('trl', 'transformers')}; for PPO trl 1.12.0", flush=True)
+    for name in names:
+        case = CASES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(case, Path(folder))
+            if case.grpo or not case.ragged:
+                print(parity(name, Path(folder), sys.executable if case.grpo else options.trl_python), flush=True)
+            print(compare(name, Path(folder), options.trl_python, options.repeats), flush=True)
 
 
 if __name__ == "__main__":
