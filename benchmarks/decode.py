@@ -1,77 +1,70 @@
-"""Decoding speed beside transformers' generate() and continuous batching, on the same random weights and prompts.
+"""Decoding beside transformers, ctranslate2 and llama.cpp: the same random weights and prompts, a table a precision.
 
-python benchmarks/decode.py --model 60M --workload ragged --rounds 2
+python benchmarks/decode.py --model 60M --workload equal,single --precisions float32,bfloat16,int8 \
+    --systems dynamic,ctranslate2,llama.cpp
 
-Every measurement runs in a process of its own (two warm-up calls, then one timed call), systems take turns in
-alternating order, and both sides use the same number of threads, float32, eager. Response lengths are drawn beforehand
-and ended the same way everywhere: a limit for each request (for generate(), a stopping criterion for each row). The
-greedy workloads must give the same tokens on both sides before a time counts.
+Every measurement runs in a process of its own, two short calls and then the timed one; sides take turns. Weights are
+rounded to bfloat16, so that files of either type hold the same; ctranslate2 opens the Hugging Face directory as its
+converter makes it, llama.cpp what checkpoint_split.py --format gguf writes (int8 is Q8_0 there). Both are optional:
+pip install ctranslate2==4.8.0 and, compiled for this processor, CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary
+:all: llama-cpp-python==0.3.36.
+
+equal: 64 prompts of 64 tokens, 64 tokens each. ragged: 64 prompts of 16 to 121 tokens, lengths log-normal, cut at 512,
+ended the same way everywhere, by a limit for each row. shared: ragged ones after the same 701 tokens, cut at 202; the
+system "unshared" is ours, each prompt read whole. samples: 8 samples at temperature 1 for each of 16 prompts. single:
+one prompt, 128 tokens. gap is the share of the first 8 greedy tokens of the rows that are not those of ours at
+the same precision; random weights have many near ties, so 0.02 is allowed in float32, in bfloat16 and int8 0.5.
 """
 
+import argparse
 import gc
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, ours is not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoint_split
-from src import load, parallel
-from src.command import cli
-from src.inference.engine import Request, Vocabulary, generate
-from src.inference.sampling import Sampling
-from src.models import cache
+import checkpoint_split  # noqa: E402
+from benchmarks import decode_peers, paired  # noqa: E402
+from benchmarks.decode_peers import GGUF_TYPES, Decode, Workload  # noqa: E402
+from benchmarks.paired import ROOT, Run, Watch  # noqa: E402
+from src import load, parallel  # noqa: E402
+from src.inference.engine import Request, Vocabulary, generate  # noqa: E402
+from src.inference.sampling import Sampling  # noqa: E402
+from src.models import cache  # noqa: E402
 
 MODELS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 1024},
     "5M": {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 8,
            "num_key_value_heads": 4, "vocab_size": 8192},
     "60M": {"hidden_size": 768, "intermediate_size": 1280, "num_hidden_layers": 8, "num_attention_heads": 12,
             "num_key_value_heads": 4, "vocab_size": 32000},
+    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49152},  # SmolLM2's shape
 }  # fmt: skip
-
-
-class Workload(NamedTuple):
-    """What to decode: prompts, the tokens each sample of each gets, and whether greedily."""
-
-    prompts: list[list[int]]
-    lengths: list[list[int]]  # by prompt, by sample
-    greedy: bool
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens to decode, prompts left out."""
-        return sum(map(sum, self.lengths))
-
-
-class Measured(NamedTuple):
-    """One timed call."""
-
-    seconds: float
-    cpu_seconds: float  # of all threads: what other processes on the machine change little
-    peak: int  # bytes of resident memory at the most, while decoding
-    growth: int  # the part of it that was not there before the first call
-    tokens: list[list[int]]  # by prompt and sample
+COMPARED, ALLOWED = 8, {"float32": 0.02, "bfloat16": 0.5, "int8": 0.5}
+CONTEXT = 1024
 
 
 def workload(name: str, prompts: int, vocab_size: int) -> Workload:
-    """The requests of a workload; lengths are log-normal with mean 128, cut at 512 or at the context."""
+    """The requests of a workload."""
     draw = random.Random(0)
     n_prompts, n_samples = {"samples": (prompts // 4, 8), "single": (1, 1)}.get(name, (prompts, 1))
     n_shared, most = (700, 202) if name == "shared" else (0, 512)
     shared = [1, *(draw.randrange(3, vocab_size) for _ in range(n_shared))]
-    texts = [shared + [draw.randrange(3, vocab_size) for _ in range(draw.randint(15, 120))] for _ in range(n_prompts)]
+    sizes = [63 if name == "equal" else draw.randint(15, 120) for _ in range(n_prompts)]
+    texts = [shared + [draw.randrange(3, vocab_size) for _ in range(size)] for size in sizes]
+    if name in ("equal", "single"):
+        return Workload(texts, [[128 if name == "single" else 64]] * n_prompts, greedy=True)
     lengths = [[min(most, max(8, round(draw.lognormvariate(4.57, 0.75)))) for _ in range(n_samples)] for _ in texts]
-    return Workload(texts, [[128]] if name == "single" else lengths, greedy=name != "samples")
+    return Workload(texts, lengths, greedy=name != "samples")
 
 
 def first_of(work: Workload, n: int) -> Workload:
@@ -80,11 +73,12 @@ def first_of(work: Workload, n: int) -> Workload:
     return Workload(work.prompts[:n], lengths, work.greedy)
 
 
-def ours(folder: Path, slots: int, system: str) -> Callable[[Workload], list[list[int]]]:
-    """Decoding by src/inference/engine.py, "unshared" as if the prompts had nothing in common."""
+def ours(folder: Path, precision: str, slots: int, *, share: bool) -> Decode:
+    """Decoding by src/inference/engine.py. share: prompts have their common beginning read once."""
     parallel.start()
-    cache.LEAST_SHARED = sys.maxsize if system == "unshared" else cache.LEAST_SHARED
-    model = load.load_solver(str(folder / "ours"))
+    cache.LEAST_SHARED = cache.LEAST_SHARED if share else sys.maxsize
+    how = {"quantize": "int8"} if precision == "int8" else {"precision": precision}
+    model = load.load_solver(str(folder / "ours"), **how)
 
     def run(work: Workload) -> list[list[int]]:
         requests = [
@@ -102,197 +96,142 @@ def ours(folder: Path, slots: int, system: str) -> Callable[[Workload], list[lis
     return run
 
 
-def theirs(folder: Path, system: str) -> Callable[[Workload], list[list[int]]]:
-    """Decoding by transformers: generate() with a dynamic or static cache, or continuous batching."""
-    from transformers import GenerationConfig, LlamaForCausalLM, StoppingCriteria
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    model = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32, attn_implementation="sdpa").eval()
-
-    class RowLengths(StoppingCriteria):
-        """Each row ends at its own length, as EOS would end it."""
-
-        def __init__(self, prompt_length: int, lengths: torch.Tensor) -> None:
-            self.ends = prompt_length + lengths
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-            return input_ids.shape[1] >= self.ends
-
-    def config(work: Workload, **settings: object) -> GenerationConfig:
-        longest = max(map(max, work.lengths))
-        sampling = {"do_sample": False} if work.greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
-        return GenerationConfig(max_new_tokens=longest, eos_token_id=[], pad_token_id=0, **sampling, **settings)
-
-    def run(work: Workload) -> list[list[int]]:
-        lengths = torch.tensor(work.lengths)
-        longest = max(map(len, work.prompts))
-        rows = [torch.tensor([0] * (longest - len(prompt)) + prompt) for prompt in work.prompts]
-        mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in work.prompts]).long()
-        settings = {"cache_implementation": "static", "disable_compile": True} if system == "static" else {}
-        out = model.generate(
-            torch.stack(rows), attention_mask=mask,
-            generation_config=config(work, num_return_sequences=lengths.shape[1], **settings),
-            stopping_criteria=[RowLengths(longest, lengths.flatten())],
-        )  # fmt: skip
-        return [row[longest : longest + n].tolist() for row, n in zip(out, lengths.flatten().tolist(), strict=True)]
-
-    def run_continuously(work: Workload) -> list[list[int]]:
-        samples = [(prompt, n) for prompt, ns in zip(work.prompts, work.lengths, strict=True) for n in ns]
-        with model.continuous_batching_context_manager(generation_config=config(work)) as manager:
-            for index, (prompt, n) in enumerate(samples):
-                manager.add_request(prompt, request_id=str(index), max_new_tokens=n, eos_token_id=-1)
-            found: dict[str, list[int]] = {}
-            while len(found) < len(samples):
-                result = manager.get_result(timeout=60)
-                assert result is not None and not result.error, f"continuous batching gave {result}"
-                if result.is_finished():
-                    found[result.request_id] = result.generated_tokens
-        return [found[str(index)] for index in range(len(samples))]
-
-    return run_continuously if system == "continuous" else run
-
-
-class Task(NamedTuple):
-    """What a measurement is of; its own process reads it from a file."""
-
-    system: str
-    workload: str
-    prompts: int
-    slots: int
-    profile: bool = False
-
-
-def measure_here(folder: Path, task: Task) -> Measured:
-    """Time one call in this process, after two shorter ones."""
-    vocab_size = json.loads((folder / "hf/config.json").read_text(encoding="utf-8"))["vocab_size"]
-    work = workload(task.workload, task.prompts, vocab_size)
-    mine = task.system in ("ours", "unshared")
-    run = ours(folder, task.slots, task.system) if mine else theirs(folder, task.system)
-    gc.collect()
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of loading is not decoding's
-    for _ in range(2):
-        run(first_of(work, 4))
-    if task.profile:
-        _profile(run, work)
-    start, cpu_start = time.perf_counter(), time.process_time()
-    tokens = run(work)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    peak = memory("VmHWM")
-    return Measured(seconds, cpu_seconds, peak, peak - before, tokens)
-
-
-def memory(field: str) -> int:
-    """Bytes of memory of this process: VmRSS now, VmHWM at its peak."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(status.split(f"{field}:")[1].split()[0])
-
-
-def _profile(run: Callable[[Workload], list[list[int]]], work: Workload) -> None:
-    """Where the time goes, by operator."""
-    with torch.profiler.profile() as profiler:
-        run(work)
-    averages = profiler.key_averages()
-    print(averages.table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40))
-
-
-def prepare(folder: Path, model: str) -> None:
-    """A random Llama, for transformers and split for us."""
+def prepare(folder: Path, model: str, precisions: Sequence[str], systems: Sequence[str]) -> None:
+    """A random Llama in every form that is asked for. Tied to its embedding it would repeat a token for ever."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = MODELS[model] | {"max_position_embeddings": 1024}
-    config = LlamaConfig(**sizes, tie_word_embeddings=True, initializer_range=0.04)
-    LlamaForCausalLM(config).save_pretrained(folder / "hf")
-    config = checkpoint_split.SplitConfig(ckpt_file=str(folder / "hf"), save_path=str(folder / "ours"))
-    checkpoint_split.main(config)
+    sizes = MODELS[model] | {"max_position_embeddings": CONTEXT}
+    net = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False, initializer_range=0.04))
+    paired.save_model(net.bfloat16().float(), folder)
+    for precision in precisions if "llama.cpp" in systems else []:
+        checkpoint_split.main(checkpoint_split.SplitConfig(
+            ckpt_file=str(folder / "ours"), save_path=str(folder / f"gguf-{precision}"), format="gguf",
+            dtype=GGUF_TYPES[precision], tokenizer_file=str(ROOT / "dataset/toy/base"),
+        ))  # fmt: skip
+    if "ctranslate2" in systems:
+        decode_peers.prepare_ctranslate2(folder, sizes["vocab_size"])
 
 
-def in_own_process(folder: Path, task: Task, threads: int) -> Measured:
-    """measure_here() in a fresh interpreter."""
-    (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
-    subprocess.run(
-        [sys.executable, __file__, "--folder", folder, "--measure"],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.getcwd()},
-        check=True,
-    )
-    return Measured(*json.loads((folder / "result.json").read_text(encoding="utf-8")))
+def measure(options: argparse.Namespace) -> Run:
+    """Time one call in this process, after two shorter ones."""
+    folder, system, precision = Path(options.folder), options.side.partition(",")[0], options.precisions
+    torch.set_num_threads(options.threads)
+    work = workload(options.only, options.prompts, MODELS[options.model]["vocab_size"])
+    if system in ("ours", "unshared"):
+        run = ours(folder, precision, options.slots, share=system == "ours")
+    elif system == "ctranslate2":
+        run = decode_peers.ctranslate2(folder, precision, options.threads)
+    elif system == "llama.cpp":
+        longest = max(map(len, work.prompts)) + max(map(max, work.lengths))
+        run = decode_peers.llama_cpp(folder, precision, options.threads, len(work.prompts), longest)
+    else:
+        run = decode_peers.transformers(folder, system, getattr(torch, precision))
+    gc.collect()
+    watch = Watch()
+    watch.start()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of loading is not decoding's
+    for _ in range(2):
+        run(first_of(work, 4))
+    if options.profile:
+        with torch.profiler.profile() as profiler:
+            run(work)
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40))
+    watch.tick()
+    tokens = run(work)
+    watch.tick()
+    watch.work = [0, work.n_tokens]
+    return watch.record() | {"tokens": tokens}
 
 
-def interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """95% bootstrap interval of the median ratio."""
-    draws = np.median(np.random.default_rng(0).choice(np.array(ratios), (2000, len(ratios))), axis=1)
-    return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
+def in_own_process(options: argparse.Namespace, folder: Path, name: str, side: str, precision: str) -> Run:
+    """measure() in a fresh interpreter."""
+    more = {"model": options.model, "precisions": precision, "prompts": options.prompts, "slots": options.slots,
+            "threads": options.threads}  # fmt: skip
+    words = [str(word) for key, value in more.items() for word in (f"--{key}", value)]
+    return paired.run_side(__file__, side, name, folder, *words)
 
 
-def compare(folder: Path, tasks: Sequence[Task], rounds: int, threads: int) -> None:
-    """Take turns, count the rows whose tokens agree, print the table."""
-    found: dict[str, list[Measured]] = {task.system: [] for task in tasks}
-    for index in range(rounds):
-        for task in tasks if index % 2 == 0 else tasks[::-1]:
-            found[task.system].append(in_own_process(folder, task, threads))
-    mine = found["ours"]
-    n_tokens = sum(map(len, mine[0].tokens))
-    print(f"{tasks[0].workload}: {len(mine[0].tokens)} sequences, {n_tokens} tokens, {rounds} rounds, "
-          f"{threads} threads, load {os.getloadavg()[0]:.1f}")
-    print("system       tokens/s (median)  best  tokens/CPU s  peak MB  growth MB  alike ours/it (95%)       by CPU s")
-    for system, runs in found.items():
-        ratios, cpu_ratios = (
-            [getattr(theirs, field) / getattr(ours, field) for theirs, ours in zip(runs, mine, strict=True)]
-            for field in ("seconds", "cpu_seconds")
-        )
-        low, high = interval(ratios)
-        alike = sum(row == other for row, other in zip(mine[0].tokens, runs[0].tokens, strict=True))
-        seconds = [run.seconds for run in runs]
-        print(f"{system:12} {n_tokens / np.median(seconds):12.1f} {n_tokens / min(seconds):10.1f} "
-              f"{n_tokens / np.median([run.cpu_seconds for run in runs]):12.1f} "
-              f"{max(run.peak for run in runs) / 1e6:9.0f} {max(run.growth for run in runs) / 1e6:9.0f} "
-              f"{alike:5d}/{len(mine[0].tokens)} {np.median(ratios):7.2f} ({low:.2f} .. {high:.2f}) "
-              f"{np.median(cpu_ratios):8.2f}")
+def gap(ours: Run, theirs: Run) -> float:
+    """The share of the rows' first tokens that differ; of samples, which each side draws for itself, 0."""
+    pairs = [
+        (one, other)
+        for row, others in zip(ours["tokens"], theirs["tokens"], strict=True)
+        for one, other in zip(row[:COMPARED], others[:COMPARED], strict=True)
+    ]
+    return sum(one != other for one, other in pairs) / len(pairs)
 
 
-def main(
-    model: Literal["5M", "60M"] = "60M", workload: Literal["ragged", "samples", "single", "shared"] = "ragged",
-    prompts: int = 64, rounds: int = 3, slots: int = 128, threads: int = 2,
-    systems: list[str] = ["ours", "dynamic", "static", "continuous"],  # noqa: B006 (shown by --help, never changed)
-    scaling: bool = False, profile: bool = False, measure: bool = False, folder: str = "",
-) -> None:
-    """Compare decoding with transformers.
+def compare(options: argparse.Namespace, folder: Path, name: str, precision: str) -> str:
+    """The table of one workload at one precision, of the systems that have it here."""
+    asked = dict.fromkeys(["ours", *options.systems.split(",")])
+    sides = [f"{system}, {precision}" for system in asked if decode_peers.has(system, precision)]
+    found = paired.in_turns(
+        sides, options.repeats, lambda side: in_own_process(options, folder, name, side, precision))
+    columns = {
+        "tokens/cpu s": lambda run: paired.rate(run, 0, 1),
+        "tokens/s": lambda run: paired.rate(run, 1, 1),
+        "peak MB": lambda run: run["peak"] / 1e6,
+        "growth MB": lambda run: run["growth"] / 1e6,
+    }
+    base = found[sides[0]][0]
+    gaps = {
+        side: (0.0 if name == "samples" else gap(base, runs[0]), ALLOWED[precision]) for side, runs in found.items()
+    }
+    tokens = base["tokens"]
+    title = f"{name}: {len(tokens)} rows, {sum(map(len, tokens))} tokens, {len(set(tokens[0]))} different in the first"
+    return paired.table(title, found, columns, gaps)
 
-    model: size of the random model
-    workload: ragged = 64 greedy prompts; samples = 8 samples for each of 16 prompts; single = one greedy prompt;
-        shared = ragged ones after the same 701 tokens
-    systems: ours and what to compare with: dynamic, static (generate()), continuous (continuous batching), unshared
-        (ours, each prompt read whole)
-    prompts: of the ragged workload; of the samples workload a quarter of it
-    rounds: measurements of each system
-    slots: sequences that we decode at once at most
-    threads: of both sides
-    scaling: our tokens/s with 1 to 128 slots instead
-    profile: print where our time goes instead
-    measure: time the task that lies in folder in this process (for the script's own use)
-    folder: where the models lie; default: a temporary directory
-    """
-    if measure:
-        task = Task(*json.loads((Path(folder) / "task.json").read_text(encoding="utf-8")))
-        (Path(folder) / "result.json").write_text(json.dumps(measure_here(Path(folder), task)), encoding="utf-8")
+
+def main() -> None:
+    """Print the tables, or measure one side as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="60M", choices=MODELS)
+    parser.add_argument("--workload", default="ragged", help="of equal, ragged, shared, samples, single")
+    parser.add_argument("--precisions", default="float32", help="of float32, bfloat16, int8")
+    systems = "of dynamic, static, continuous (transformers), ctranslate2, llama.cpp, unshared"
+    parser.add_argument("--systems", default="dynamic", help=systems)
+    parser.add_argument("--prompts", type=int, default=64, help="of the ragged and the equal workload")
+    parser.add_argument("--repeats", "--rounds", type=int, default=3)
+    parser.add_argument("--slots", type=int, default=128, help="sequences that we decode at once at most")
+    parser.add_argument("--threads", type=int, default=1, help="of every side")
+    parser.add_argument("--scaling", action="store_true", help="our rates with 1 to 128 slots instead")
+    parser.add_argument("--profile", action="store_true", help="print where our time goes instead")
+    parser.add_argument("--side", default="", help="measure this side alone (for the script's own use)")
+    parser.add_argument("--only", default="", help="workload of the side")
+    parser.add_argument("--folder", default="")
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(measure(options)))
         return
+    systems, precisions = options.systems.split(","), options.precisions.split(",")
+    for system in systems:
+        decode_peers.check_installed(system)
+    libraries = {"ctranslate2": "ctranslate2", "llama.cpp": "llama_cpp_python"}
+    print(paired.machine("transformers", *(libraries[system] for system in systems if system in libraries)))
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(folder or temporary)
-        if not (place / "ours").is_dir():
-            prepare(place, model)
-        if profile:
-            in_own_process(place, Task("ours", workload, prompts, slots, True), threads)
-        elif scaling:
-            for n in (1, 2, 4, 8, 16, 32, 64, 128):
-                found = in_own_process(place, Task("ours", workload, prompts, n), threads)
-                n_tokens = sum(map(len, found.tokens))
-                print(f"{n:4d} slots {n_tokens / found.seconds:8.1f} tokens/s {n_tokens / found.cpu_seconds:8.1f} "
-                      f"tokens/CPU s, growth {found.growth / 1e6:.0f} MB")
-        else:
-            compare(place, [Task(system, workload, prompts, slots) for system in systems], rounds, threads)
+        folder = Path(temporary)
+        prepare(folder, options.model, precisions, systems)
+        for name in options.workload.split(","):
+            for precision in precisions:
+                if options.profile:
+                    options.side, options.only, options.folder = "ours", name, temporary
+                    options.precisions = precision
+                    measure(options)
+                elif options.scaling:
+                    scaling(options, folder, name, precision)
+                else:
+                    print(f"{options.model}, {precision}, {compare(options, folder, name, precision)}", flush=True)
+
+
+def scaling(options: argparse.Namespace, folder: Path, name: str, precision: str) -> None:
+    """Print our rates by the number of slots."""
+    for options.slots in (1, 2, 4, 8, 16, 32, 64, 128):
+        run = in_own_process(options, folder, name, "ours", precision)
+        print(f"{options.slots:4d} slots {paired.rate(run, 1, 1):8.1f} tokens/s {paired.rate(run, 0, 1):8.1f} "
+              f"tokens/cpu s, growth {run['growth'] / 1e6:.0f} MB", flush=True)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()
