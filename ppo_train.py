@@ -148,6 +148,8 @@ def collect(
     kl = losses.kl_k1(logprobs, reference_logprobs)
     earned = apply_length_penalty(scores.total, rollout, config, config.max_new_tokens)
     token_rewards = (earned - config.kl_coef * kl_scale * kl) * mask
+    if config.advantage == "gdpo":
+        token_rewards = ppo.decoupled_rewards(scores, [each.weight for each in rewards.values()], rollout, config)
     advantages, returns = ppo.compute_advantages(token_rewards, values, mask, trainable, config)
     if config.tis_cap:  # the loss is proportional to the advantages: to weigh them is to weigh it
         advantages *= losses.truncated_importance(logprobs, rollout.sampled_logprobs, config.tis_cap)

@@ -139,6 +139,16 @@ def grpo_advantages(rewards: Tensor, *, divide_by_std: bool) -> Tensor:
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if divide_by_std else centred
 
 
+def gdpo_advantages(rewards: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of what GRPO makes of each reward alone (GDPO, Liu et al. 2026, eq. 4-5).
+
+    rewards [K, P, G]: K rewards of G samples of each of P prompts; weights [K] -> [P, G]. The caller brings them to
+    mean 0 and variance 1 over the buffer (eq. 6).
+    """
+    each = grpo_advantages(rewards.flatten(0, 1), divide_by_std=True).view_as(rewards)
+    return (weights[:, None, None] * each).sum(0)
+
+
 def rloo_advantages(rewards: Tensor) -> Tensor:
     """Reward minus the mean of the group's other samples (RLOO, Ahmadian et al. 2024, eq. 9). [P, G > 1] -> [P, G]."""
     # the mean of the others is (G mean - own) / (G - 1)

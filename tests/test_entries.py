@@ -505,6 +505,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("ppo_train", {"advantage": "grpo"}, "--advantage grpo has no critic; leave out --critic_ckpt_dir and"),
     ("ppo_train", {"critic_ckpt_dir": None}, "--advantage gae needs --critic_ckpt_dir and --critic_save_dir"),
     ("ppo_train", {"policy_loss": "cispo", "dual_clip": 3}, "--dual_clip bounds a clipped surrogate"),
+    ("ppo_train", {"advantage": "gdpo", "kl_coef": 0.1}, "--advantage gdpo normalises each reward by itself"),
     ("ppo_train", {"advantage": "rloo", "group_size": 1}, "--group_size is 1, but --advantage rloo compares"),
     ("ppo_train", {"group_size": 5}, "--max_buffer_size 96 episodes are no whole number of groups"),
     ("ppo_train", {"dual_clip": 0.5}, "--dual_clip is 0.5, expected more than 1, or 0"),

@@ -213,6 +213,15 @@ def test_group_advantages_by_hand() -> None:
     assert losses.rloo_advantages(rewards)[0].tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
 
 
+def test_gdpo_by_hand() -> None:
+    # rewards 1 0 and 10 30 of one prompt, 5 5 and 0 2 of another: +-1/2 and -+10 over deviations sqrt(1/2), sqrt(200);
+    # equal ones give nothing, however large; the second reward weighs 3
+    rewards = torch.tensor([[[1.0, 0.0], [5.0, 5.0]], [[10.0, 30.0], [0.0, 2.0]]])
+    found = losses.gdpo_advantages(rewards, torch.tensor([1.0, 3.0]))
+    a, b, c = 0.5 / (0.5**0.5 + 1e-4), 10 / (200**0.5 + 1e-4), 1 / (2**0.5 + 1e-4)
+    assert_close(found, torch.tensor([[a - 3 * b, 3 * b - a], [-3 * c, 3 * c]]))
+
+
 def test_returns_by_hand() -> None:
     mask = torch.tensor([[False, True, False, True]])
     found = losses.discounted_returns(torch.tensor([[9.0, 1.0, 9.0, 2.0]]), mask, 0.5)

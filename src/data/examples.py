@@ -4,7 +4,7 @@ A file is a json array or jsonl; rows follow the schemas in dataset/README.md.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from src.data.rows import FOREIGN_IN_MESSAGE, Row, Schema, level_number, read_rows
@@ -66,6 +66,7 @@ class Prompt(NamedTuple):
     split: str | None = None
     answer_type: str = ""
     tolerance: float = 0.0
+    others: Mapping[str, object] = {}  # what else the row holds, for rewards of a user's own
 
 
 OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")  # what a grader may say of a sample
@@ -269,6 +270,7 @@ def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:
             split=row.optional_text("split"),
             answer_type=row.optional_text("answer_type") or "",
             tolerance=_tolerance(row),
+            others={name: value for name, value in row.values.items() if name not in Prompt._fields[:-1]},
         )
         if prompt.id in seen:
             raise UserError(f"{row.where}: id {prompt.id!r} stands already at {seen[prompt.id]}")

@@ -14,6 +14,7 @@ from src.data.batch import Batch
 from src.data.sampler import epoch_order
 from src.models.forward import logprobs_and_entropy, response_values
 from src.training.ppo_config import PPOConfig
+from src.training.rewards import Scores, apply_length_penalty, at_last
 from src.training.rollout import Rollout, shard_for_rank, trim_padding
 from src.training.trainer import StepReport, Trainer
 
@@ -61,10 +62,21 @@ def trainable_rows(scores: Tensor, rollout: Rollout, config: PPOConfig) -> Tenso
     return keep.nonzero()[:, 0]
 
 
+def decoupled_rewards(scores: Scores, weights: Sequence[float], rollout: Rollout, config: PPOConfig) -> Tensor:
+    """gdpo's rewards: each compared within its groups before they are added up, what an ending costs as one more of
+    weight 1. -> [B, S], at the last tokens."""
+    # in float64: equal costs must not differ by rounding, which a group without spread makes large
+    total = scores.total.double()
+    cost = apply_length_penalty(total, rollout, config, config.max_new_tokens) - total
+    parts = torch.stack([part.double().sum(1) for part in (*scores.by_reward.values(), cost)])  # [K, B]
+    groups = parts.view(len(parts), -1, config.group_size)
+    return at_last(losses.gdpo_advantages(groups, torch.tensor([*weights, 1.0]).double()).flatten(), rollout)
+
+
 def compute_advantages(
     rewards: Tensor, values: Tensor | None, mask: Tensor, trainable: Tensor, config: PPOConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """Advantages, and for a critic the returns that it learns, of --advantage gae, grpo, dr_grpo, rloo or reinforce++.
+    """Advantages by --advantage, and for a critic the returns that it learns.
 
     rewards, values [B, S] float32, mask [B, S] bool, trainable [K] int64 -> [B, S] float32 each, 0 outside the mask.
     """
@@ -84,6 +96,11 @@ def compute_advantages(
             advantages -= groups.mean(1).repeat_interleave(config.group_size)[:, None]
     elif config.advantage == "rloo":
         return losses.rloo_advantages(groups).view(-1, 1) * mask, None
+    elif config.advantage == "gdpo":  # decoupled_rewards() has compared the groups
+        each = groups.flatten()
+        if config.whiten_advantages and len(trainable):
+            each = losses.whiten(each, learned.any(1))
+        return each[:, None] * mask, None
     else:  # every token of a response gets the advantage of the whole
         by_group = losses.grpo_advantages(groups, divide_by_std=config.advantage == "grpo")
         return by_group.view(-1, 1) * mask, None

@@ -28,7 +28,7 @@ from src.command.config import (
 from src.data.encoding import StepKind
 from src.errors import UserError
 
-Advantage = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"]
+Advantage = Literal["gae", "grpo", "dr_grpo", "gdpo", "rloo", "reinforce++"]
 Aggregation = Literal["token-mean", "seq-mean", "seq-sum", "seq-constant"]
 
 
@@ -42,11 +42,12 @@ class Estimator(NamedTuple):
 
 GROUP = {"group_size": 8, "kl_coef": 0.0, "clip_high": 0.28}
 # Critic-free estimators: Shao et al. 2024 (GRPO), Liu et al. 2025 (Dr. GRPO), Ahmadian et al. 2024 (RLOO),
-# Hu et al. 2025 (REINFORCE++). The wider upper clip is DAPO's (Yu et al. 2025).
+# Hu et al. 2025 (REINFORCE++), Liu et al. 2026 (GDPO). The wider upper clip is DAPO's (Yu et al. 2025).
 ESTIMATORS: dict[str, Estimator] = {
     "gae": Estimator(True, 1, {"group_size": 1, "kl_coef": 0.02, "loss_aggregation": "token-mean"}),
     "grpo": Estimator(False, 2, GROUP | {"loss_aggregation": "seq-mean"}),
     "dr_grpo": Estimator(False, 2, GROUP | {"loss_aggregation": "seq-constant"}),
+    "gdpo": Estimator(False, 2, GROUP | {"loss_aggregation": "seq-mean"}),
     "rloo": Estimator(False, 2, {"group_size": 8, "kl_coef": 0.02, "loss_aggregation": "token-mean"}),
     "reinforce++": Estimator(False, 1, {"group_size": 1, "kl_coef": 0.02, "loss_aggregation": "token-mean"}),
 }
@@ -68,7 +69,7 @@ class SamplingFlags(Config):
     rollout_batch_size: Count = flag(64, "sequences that decode at once on a rank")
     temperature: NonNegative = flag(1.0, "sampling temperature; ratios and KL are at the same temperature")
     max_new_tokens: Count = flag(256, "longest response")
-    group_size: CountOrOff = flag(-1, "responses to each prompt; -1 = 8 for grpo, dr_grpo and rloo, else 1")
+    group_size: CountOrOff = flag(-1, "responses to each prompt; -1 = 8 for grpo, dr_grpo, gdpo and rloo, else 1")
     filter_groups: bool = flag(False, "do not learn from groups whose rewards are all equal")
     max_refills: CountOrZero = flag(0, """how often a buffer is refilled with groups of further prompts for
         those that were filtered out""")
@@ -81,8 +82,9 @@ class RewardFlags(Config):
 
     reward: list[str] = flag(["verifier"], """one or more, added up: verifier = its score (pairwise, outcome)
         or those of the steps (process); rule = 1 for an answer that grades right against the label, else 0 (0
-        without a label beside another reward); FILE.py:FUNCTION = what your function (prompt, response, label
-        or None) -> number says""")
+        without a label beside another reward); FILE.py:FUNCTION = what your function(prompts, completions,
+        **columns) gives for the lists of a buffer: a number for each response, or these and a dictionary of
+        numbers for the log; columns are those of train_file, such as label. It asks for those that it names""")
     reward_weights: Weights = flag([], "what each of them weighs, 0 to log it only; default: 1 each")
     outcome_reward: Literal["probability", "logit"] = flag("probability", """what an outcome verifier gives:
         its probability, or its normalised logit""")
@@ -110,7 +112,7 @@ class KlFlags(Config):
     """KL to the reference"""
 
     kl_coef: NonNegativeOrOff = flag(-1.0, """weight of the per-token KL (k1) to the reference in the reward;
-        -1 = 0.02, for grpo and dr_grpo 0""")
+        -1 = 0.02, for grpo, gdpo and dr_grpo 0""")
     kl_loss: Literal["none", "k2", "k3"] = flag("none", """a KL term in the loss: k2 has the KL's gradient,
         k3 (GRPO's) less variance and a bias""")
     kl_loss_coef: NonNegative = flag(1e-3, "its weight")
@@ -127,15 +129,15 @@ class AdvantageFlags(Config):
     """Advantages"""
 
     advantage: Advantage = flag("gae", """gae = PPO with a critic; the others have none: grpo, dr_grpo and
-        rloo compare the responses to one prompt, reinforce++ compares all of a buffer (and, in groups, takes
-        off the group's mean)""")
+        rloo compare the responses to one prompt, gdpo does so for each --reward before they are added up,
+        reinforce++ compares all of a buffer (and, in groups, takes off the group's mean)""")
     gamma: Share = flag(1.0, "discount")
     gae_lambda: ShareOrOff = flag(-1.0, """lambda of generalised advantage estimation; -1 = 1 for --reward
         rule alone, else 0.95""")
     critic_lambda: ShareOrOff = flag(-1.0, """lambda of the returns that the critic learns (VAPO's decoupled
         GAE); -1 = as gae_lambda""")
     whiten_rewards: bool = flag(False, "divide the rewards, KL included, by their deviation over the buffer")
-    whiten_advantages: bool = flag(True, """gae and reinforce++: bring the advantages of a buffer, over all
+    whiten_advantages: bool = flag(True, """gae, gdpo and reinforce++: bring the advantages of a buffer, over all
         ranks, to mean 0 and variance 1""")
 
 
@@ -150,7 +152,7 @@ class UpdateFlags(Config):
         token is left out""")
     clip_ratio: PositiveOrOff = flag(-1.0, """probability ratios are clipped to 1 - this ... 1 + clip_high; -1 =
         0.2, for gspo 0.0003, for cispo 1 (no lower bound)""")
-    clip_high: PositiveOrOff = flag(-1.0, """-1 = 0.28 for grpo and dr_grpo, for gspo 0.0004, for cispo 4, else as
+    clip_high: PositiveOrOff = flag(-1.0, """-1 = 0.28 for grpo, gdpo and dr_grpo, for gspo 0.0004, for cispo 4, else as
         clip_ratio""")
     dual_clip: NonNegative = flag(0.0, """ppo and gspo: bound of the ratio also where the advantage is negative,
         3 is usual; 0 = none""")
@@ -160,7 +162,7 @@ class UpdateFlags(Config):
         is logged in any case""")
     loss_aggregation: Literal["", Aggregation] = flag("", """what the policy loss is a mean over: tokens, or
         sequences of the mean or sum of their tokens or of their sum / max_new_tokens; default: for gspo
-        seq-mean, for cispo token-mean, else for grpo seq-mean, for dr_grpo seq-constant, or token-mean""")
+        seq-mean, for cispo token-mean, else for grpo and gdpo seq-mean, for dr_grpo seq-constant, or token-mean""")
     tis_cap: Annotated[float, Bounds("1 or more, or 0", lambda x: 1 <= x < math.inf or x == 0)] = flag(0.0,
         """weigh each token by its probability in training over that in sampling, at most this (truncated
         importance sampling); 0 = off""")
@@ -286,6 +288,9 @@ class PPOConfig(
              "--dual_clip bounds a clipped surrogate, which --policy_loss cispo has not; leave it out"),
             (self.filter_groups and self.group_size == 1,
              "--filter_groups drops groups of equal rewards, so --group_size must be 2 or more"),
+            (self.advantage == "gdpo" and (self.filter_groups or self.kl_coef),
+             "--advantage gdpo normalises each reward by itself, but --filter_groups and --kl_coef are of their sum; "
+             "leave them out (--kl_loss is there)"),
             (self.max_refills and not self.filter_groups,
              "--max_refills replaces the groups that --filter_groups drops; give both"),
             (self.overlong_buffer and (self.truncated != "penalty" or self.overlong_buffer >= self.max_new_tokens),

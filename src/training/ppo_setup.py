@@ -193,15 +193,15 @@ def open_rewards(
     """The rewards that are added up, by their names in the log. in_use: closes the processes of users' functions."""
     opened = {}
     for name, weight in config.weights_by_reward.items():
-        short = short_name(name)
+        short, whole = short_name(name), False
         if name == "verifier":
             score = rewards.verifier_reward(models.verifier, tokenizer, config, config.max_batch_size)
         elif name == "rule":
             score = rewards.rule_reward(grader)
         else:
             function = in_use.enter_context(UserReward(name))
-            score = rewards.on_first_rank(partial(rewards.function_reward, function, short))
-        opened[short] = Reward(weight, score)
+            score, whole = partial(rewards.function_reward, function, short), True
+        opened[short] = Reward(weight, score, whole)
     if config.format_penalty:
         score = rewards.on_first_rank(partial(rewards.format_reward, grader, config.format_penalty))
         opened["format"] = Reward(1.0, score)

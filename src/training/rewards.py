@@ -29,14 +29,18 @@ from src.training.ppo_config import RewardFlags
 from src.training.rollout import Rollout, shard_for_rank, trim_padding
 from src.training.user_reward import UserReward
 
-Counts = Mapping[str, tuple[int, int]]  # by metric: how many, of how many
+Counts = Mapping[str, tuple[float, int]]  # by metric: how many, of how many; or a sum, of how many numbers
 
 
 class Reward(NamedTuple):
-    """One of the rewards that are added up, and what it weighs; 0 = it is only logged."""
+    """One of the rewards that are added up, and what it weighs; 0 = it is only logged.
+
+    whole: every rank asks it for all episodes, not for its share: what it says of one may depend on the others.
+    """
 
     weight: float
     score: Callable[[Rollout], tuple[Tensor, Counts]]
+    whole: bool = False
 
 
 class Scores(NamedTuple):
@@ -44,7 +48,7 @@ class Scores(NamedTuple):
 
     by_reward: dict[str, Tensor]  # not weighted, [B, S] each
     total: Tensor  # their weighted sum [B, S]
-    counts: dict[str, tuple[int, int]]
+    counts: dict[str, tuple[float, int]]
 
     def take(self, rows: Tensor) -> "Scores":
         """What some of the episodes earn; the counts stay those of all. rows [K] int64."""
@@ -57,6 +61,10 @@ def score_rollout(rewards: Mapping[str, Reward], rollout: Rollout) -> Scores:
     rows = torch.tensor(shard_for_rank(range(len(rollout.prompts))), dtype=torch.int64)
     mine, by_reward, counts = rollout.take(rows), {}, {}
     for name, reward in rewards.items():
+        if reward.whole:
+            by_reward[name], own = reward.score(rollout)
+            counts |= own
+            continue
         laid_out = torch.zeros(rollout.batch.tokens.shape)
         if len(rows):  # else there are more ranks than episodes
             laid_out[rows], own = reward.score(mine)
@@ -92,9 +100,9 @@ def at_last(scores: Tensor, rollout: Rollout) -> Tensor:
     return laid_out
 
 
-def add_counts(parts: Iterable[Counts]) -> dict[str, tuple[int, int]]:
+def add_counts(parts: Iterable[Counts]) -> dict[str, tuple[float, int]]:
     """Counts of several ranks or rollouts together."""
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[float, int]] = {}
     for part in parts:
         for name, (n, of) in part.items():
             found[name] = found.get(name, (0, 0))[0] + n, found.get(name, (0, 0))[1] + of
@@ -262,12 +270,15 @@ def graded_reward(grader: Grader, rollout: Rollout) -> tuple[list[float], Counts
     return scores, {f"graded_{outcome}": (found[outcome], len(labelled)) for outcome in OUTCOMES if labelled}
 
 
-def function_reward(function: UserReward, name: str, rollout: Rollout) -> tuple[list[float], Counts]:
-    """What a user's function says of each response. Counts the calls that failed."""
-    prompts = rollout.prompts
-    scores, failed = function.score(
-        [prompt.instruction for prompt in prompts], rollout.responses, [prompt.label for prompt in prompts])
-    return scores, {f"reward_{name}_failed": (failed, len(scores))}
+def function_reward(function: UserReward, name: str, rollout: Rollout) -> tuple[Tensor, Counts]:
+    """What a user's function says of each response, at its last token, [B, S]; the first rank asks it, once for all.
+
+    Counts the responses that it failed at, and the numbers that it gives for the log.
+    """
+    found = parallel.from_first_rank(lambda: function.score(rollout.prompts, rollout.responses))
+    counts = {f"reward_{name}/{key}": (value, 1) for key, value in found.stats.items()}
+    counts[f"reward_{name}_failed"] = (found.n_failed, len(found.values))
+    return at_last(torch.tensor(found.values), rollout), counts if parallel.data_parallel_rank() == 0 else {}
 
 
 def format_reward(grader: Grader, penalty: float, rollout: Rollout) -> tuple[list[float], Counts]:

@@ -1,23 +1,42 @@
 """A user's own reward: `path/to/file.py:function`, called in a process that can be killed.
 
-The function has the signature reward(prompt: str, response: str, label: str | None) -> float. The process is this
-module too, with the file and the name of the function as its arguments.
+The function is called once for all responses of a buffer, with lists by name: `prompts`, `completions`, and every
+column of the prompts' file (`label`, `level`, ...; None where a row lacks it). It names those it wants, or takes
+`**columns`, and returns a number for each response, or these and a dictionary of numbers for the log. A function with a
+parameter `response` is called as reward(prompt, response, label) for each response instead. The process is this module
+too, with the file and the name of the function as its arguments.
 """
 
 import importlib.util
+import inspect
+import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from src import runlog
+from src.data.examples import Prompt
 from src.errors import UserError
 from src.processes.worker import Answer, Reply, Worker, serve
 
+Columns = Mapping[str, Sequence[object]]
+
+
+class Scored(NamedTuple):
+    """What a function gives for each response, how many of them it failed at, and its numbers for the log."""
+
+    values: list[float]
+    n_failed: int
+    stats: Mapping[str, float]
+
 
 class UserReward:
-    """Calls the function for each response. Use as a context manager.
+    """Calls the function for all responses together. Use as a context manager.
 
-    A call that takes longer than `seconds`, or that ends its process, is worth 0.
+    A call that takes longer than 6 + n / 10 times `seconds` for n responses, or that ends its process, is followed by
+    one for each response; one of these that takes longer than `seconds`, or ends its process, is worth 0.
     Raises UserError for a file or function that is not there.
     """
 
@@ -36,29 +55,56 @@ class UserReward:
     def __exit__(self, *error: object) -> None:
         self._worker.close()
 
-    def score(
-        self, prompts: Sequence[str], responses: Sequence[str], labels: Sequence[str | None]
-    ) -> tuple[list[float], int]:
-        """What the function gives for each response, and how many calls failed. Raises UserError for a response that
-        it raises an exception for, or gives no number."""
-        found = [self._score(*row) for row in zip(prompts, responses, labels, strict=True)]
-        return [score or 0.0 for score in found], found.count(None)
-
-    def _score(self, prompt: str, response: str, label: str | None) -> float | None:
-        """None for a call that ran out of time or ended its process."""
-        request = {"prompt": prompt, "response": response, "label": label}
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scored:
+        """The rewards of responses to prompts. Raises UserError where the function raises, or gives anything but a
+        finite number for each."""
+        columns = _columns(prompts, responses)
         try:
-            reply = self._worker.ask(request, self.seconds)
-        except (TimeoutError, ChildProcessError):
-            return None
+            values, stats = self._ask(columns, (6 + len(responses) / 10) * self.seconds)
+            return Scored(values, 0, stats)
+        except (TimeoutError, ChildProcessError) as trouble:
+            runlog.logger().warning("--reward %s: %s; it is asked for one response at a time", self.place, trouble)
+        found: list[float | None] = []
+        for row in range(len(responses)):
+            try:
+                found += self._ask({name: values[row : row + 1] for name, values in columns.items()}, self.seconds)[0]
+            except (TimeoutError, ChildProcessError):
+                found.append(None)
+        return Scored([value or 0.0 for value in found], found.count(None), {})
+
+    def _ask(self, columns: Columns, seconds: float) -> tuple[list[float], dict[str, float]]:
+        """One call: its numbers, and those for the log. Raises as Worker.ask() does, and UserError."""
+        n = len(columns["prompts"])
+        try:
+            reply = self._worker.ask({"columns": columns}, seconds)
         except UserError as trouble:
             raise UserError(f"--reward {self.place}: {trouble}") from None
-        value = reply["value"]
-        if not isinstance(value, float) or not math.isfinite(value):
-            raise UserError(
-                f"--reward {self.place}: {value} for the response {response[:60]!r}; expected a finite number"
-            )
-        return value
+        if "raised" in reply:
+            raise UserError(f"--reward {self.place} raised {reply['raised']}; it is called with lists under the names "
+                            f"{', '.join(columns)}")
+        values, stats = reply["values"], reply["stats"]
+        if len(values) != n:
+            raise UserError(f"--reward {self.place} gave {len(values)} numbers for {n} responses; expected one each")
+        for value, text in zip(values, columns["completions"], strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"--reward {self.place}: {value} for the response {text[:60]!r}; expected a finite number")
+        for name, value in stats.items():
+            if not math.isfinite(value):
+                raise UserError(f"--reward {self.place}: {value} for {name!r} of the log; expected a finite number")
+        return values, stats
+
+
+def _columns(prompts: Sequence[Prompt], responses: Sequence[str]) -> Columns:
+    """What the function is called with: lists as long as the responses."""
+    known: dict[str, Sequence[object]] = {
+        "prompts": [prompt.instruction for prompt in prompts],
+        "completions": list(responses),
+        **{name: [getattr(prompt, name) for prompt in prompts] for name in Prompt._fields[:-1]},
+    }
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.others if name not in known)
+    columns = known | {name: [prompt.others.get(name) for prompt in prompts] for name in names}
+    return json.loads(json.dumps(columns, default=str))  # parquet may hold dates
 
 
 def load(path: str, name: str) -> Answer:
@@ -69,13 +115,26 @@ def load(path: str, name: str) -> Answer:
     function = getattr(module, name)
 
     def answer(request: dict[str, object]) -> Reply:
-        """A number, or in words what the function raised."""
+        """Its numbers, or in words what the function raised."""
         try:
-            return {"value": float(function(request["prompt"], request["response"], request["label"]))}
+            values, stats = _call(function, request["columns"])
+            return {"values": [float(value) for value in values],
+                    "stats": {str(key): float(value) for key, value in stats.items()}}
         except Exception as error:
-            return {"value": f"raised {type(error).__name__}: {error}"}
+            return {"raised": f"{type(error).__name__}: {error}"}
 
     return answer
+
+
+def _call(function: Callable[..., object], columns: Columns) -> tuple[Sequence[object], Mapping[str, object]]:
+    """The numbers that the function gives for the responses, and those for the log."""
+    wanted = inspect.signature(function).parameters
+    if "response" in wanted:
+        rows = zip(columns["prompts"], columns["completions"], columns["label"], strict=True)
+        return [function(*row) for row in rows], {}
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+    found = function(**{name: values for name, values in columns.items() if takes_all or name in wanted})
+    return found if isinstance(found, tuple) else (found, {})
 
 
 if __name__ == "__main__":

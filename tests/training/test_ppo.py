@@ -263,7 +263,7 @@ def estimates(advantage: str, group_size: int, kept: list[int]) -> list[list[flo
     """Advantages of four episodes: returns 1 and 3 of one prompt, 4 and 0 of another; the first two have two tokens."""
     rewards = torch.tensor([[9.0, 0.5, 0.5], [9.0, 1.0, 2.0], [9.0, 4.0, 9.0], [9.0, 0.0, 9.0]])
     mask = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 0], [0, 1, 0]]).bool()
-    numbers = ppo_config(advantage=advantage, group_size=group_size)
+    numbers = ppo_config(advantage=advantage, group_size=group_size, kl_coef=0.0)
     advantages, returns = ppo.compute_advantages(
         rewards * mask, None, mask, torch.tensor(kept, dtype=torch.int64), numbers
     )
@@ -275,6 +275,10 @@ def test_critic_free_advantages_by_hand() -> None:
     everyone = [0, 1, 2, 3]
     assert estimates("dr_grpo", 2, everyone) == [[0, -1, -1], [0, 1, 1], [0, 2, 0], [0, -2, 0]]
     assert estimates("rloo", 2, everyone) == [[0, -2, -2], [0, 2, 2], [0, 4, 0], [0, -4, 0]]
+    # what each reward gives is compared before: -2 and 0 off the mean 2, and 2 and -2, over their deviation
+    deviation = ((1 + 1 + 4 + 4) / 4) ** 0.5
+    expected = torch.tensor([[0, -1, -1], [0, 1, 1], [0, 2, 0], [0, -2, 0]]) / deviation
+    assert_close(torch.tensor(estimates("gdpo", 2, everyone)), expected)
     # deviations sqrt(2) and sqrt(8) of two samples each
     a, b = 1 / (2**0.5 + 1e-4), 2 / (8**0.5 + 1e-4)
     expected = torch.tensor([[0, -a, -a], [0, a, a], [0, b, 0], [0, -b, 0]])

@@ -16,7 +16,7 @@ Run = dict[str, dict[str, Tensor]]
 CASES = [
     {"advantage": "gae"},
     {"advantage": "grpo", "group_size": 2, "kl_loss": "k3", "entropy_coef": 0.01},
-    {"advantage": "dr_grpo", "group_size": 2, "policy_loss": "gspo"},
+    {"advantage": "gdpo", "group_size": 2, "policy_loss": "gspo", "kl_coef": 0.0},
     {"advantage": "reinforce++", "group_size": 2, "filter_groups": True, "lora_rank": 4, "policy_loss": "cispo"},
 ]
 ROUNDING = 1e-5  # of a buffer's numbers: KL and ratio are differences of log-probs of up to 10 nats

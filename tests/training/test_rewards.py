@@ -216,5 +216,9 @@ def test_weights_belong_to_the_names_of_rewards() -> None:
 
 
 def test_an_episode_is_graded_once_on_more_ranks_than_episodes(tmp_path: Path) -> None:
-    for found in run_ranks(2, "tests.training.workers:graded_once", tmp_path, 1):
+    (tmp_path / "mine.py").write_text(
+        "def count(completions):\n    n = len(completions)\n    return [n] * n, {'n': n}\n")
+    for found in run_ranks(2, "tests.training.workers:graded_once", tmp_path, 1, file=str(tmp_path / "mine.py")):
         assert found["earned"].tolist() == [[0.0, 0.0, 1.0]] and found["graded"] == 1
+        # a user's function sees the episodes of all ranks
+        assert found["counted"].tolist() == [[0.0, 0.0, 2.0]] * 2 and found["n"].tolist() == [2, 1]

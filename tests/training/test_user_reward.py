@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from src.data.examples import Prompt
 from src.errors import UserError
 from src.training.user_reward import UserReward
 
@@ -25,16 +26,60 @@ def reward(prompt, response, label):
 """
 
 
+BATCH = """
+import os, time
+
+def grouped(completions, label, colour, **others):
+    assert {"id", "instruction", "level", "prompts", "subject"} <= others.keys(), others
+    if "die" in completions:
+        os._exit(3)
+    best = max(map(len, completions))
+    return [len(text) / best for text in completions], {"longest": best, "red": colour.count("red")}
+
+def few(completions):
+    return [1.0]
+
+def lost(completions, color):
+    return [1.0] * len(completions)
+
+def endless(completions):
+    return [1.0] * len(completions), {"a": float("inf")}
+"""
+
+
+def prompts(n: int, label: str | None = None) -> list[Prompt]:
+    return [Prompt(str(index), "pp", label, None, None, others={"colour": "red"} if index else {})
+            for index in range(n)]  # fmt: skip
+
+
+def test_a_function_sees_the_whole_batch_and_every_column(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mine.py").write_text(BATCH)
+    with UserReward(f"{tmp_path}/mine.py:grouped", seconds=2.0) as reward:
+        assert reward.score(prompts(3), ["a", "bb", "cccc"]) == ([0.25, 0.5, 1.0], 0, {"longest": 4.0, "red": 2.0})
+        assert not caplog.records
+        # the batch ends the process: it is asked again for each
+        assert reward.score(prompts(3), ["a", "die", "cccc"]) == ([1.0, 0.0, 1.0], 1, {})
+        assert "ended with status 3; it is asked for one response at a time" in caplog.text
+    for name, message in (
+        ("few", "gave 1 numbers for 2 responses; expected one each"),
+        ("lost", r"raised TypeError: .*'color'; it is called with lists under .* prompts, .*, tolerance, colour"),
+        ("endless", "inf for 'a' of the log; expected a finite number"),
+    ):
+        with UserReward(f"{tmp_path}/mine.py:{name}") as reward, pytest.raises(UserError, match=message):
+            reward.score(prompts(2), ["a", "b"])
+
+
 def test_calls_survive_hanging_and_dying_functions(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(CODE)
     with UserReward(f"{tmp_path}/mine.py:reward", seconds=1.0) as reward:
         texts = ["a", "hang", "bc", "die", ""]
-        found, n_failed = reward.score(["pp"] * 5, texts, ["1", None, None, None, "2"])
-        assert found == [3.0, 0.0, 4.25, 0.0, 2.0] and n_failed == 2
-        with pytest.raises(UserError, match="raised KeyError: 'no such thing' for the response 'raise'"):
-            reward.score(["p"], ["raise"], [None])
+        labels = ["1", None, None, None, "2"]
+        asked = [prompt._replace(label=label) for prompt, label in zip(prompts(5), labels, strict=True)]
+        assert reward.score(asked, texts) == ([3.0, 0.0, 4.25, 0.0, 2.0], 2, {})
+        with pytest.raises(UserError, match="raised KeyError: 'no such thing'"):
+            reward.score(prompts(1), ["raise"])
         with pytest.raises(UserError, match="nan for the response 'nan'; expected a finite number"):
-            reward.score(["p"], ["nan"], [None])
+            reward.score(prompts(1), ["nan"])
 
 
 def test_a_file_that_does_not_load_is_named(tmp_path: Path) -> None:
@@ -42,10 +87,10 @@ def test_a_file_that_does_not_load_is_named(tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("x = 1\n")
     with UserReward(f"{tmp_path}/bad.py:reward") as reward:
         with pytest.raises(UserError, match="No module named 'nothing_of_this_name'"):
-            reward.score(["p"], ["r"], [None])
+            reward.score(prompts(1), ["r"])
     with UserReward(f"{tmp_path}/other.py:reward") as reward:
         with pytest.raises(UserError, match="has no attribute 'reward'"):
-            reward.score(["p"], ["r"], [None])
+            reward.score(prompts(1), ["r"])
     for place in (f"{tmp_path}/none.py:reward", f"{tmp_path}/bad.py", "rules"):
         with pytest.raises(UserError, match="is neither verifier nor rule nor FILE.py:FUNCTION"):
             UserReward(place)

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,10 +38,18 @@ from src.training.ppo_config import PPOConfig
 from src.training.ppo_setup import Inputs, PPOModels
 from src.training.reference import reference_logprobs
 from src.training.reward_model import pair_dataset
-from src.training.rewards import Reward, Scores, on_first_rank, pairwise_reward, score_rollout
+from src.training.rewards import (
+    Reward,
+    Scores,
+    function_reward,
+    on_first_rank,
+    pairwise_reward,
+    score_rollout,
+)  # fmt: skip
 from src.training.rollout import Rollout
 from src.training.sft import n_supervised, sft_dataset, sft_loss
 from src.training.trainer import Trainer
+from src.training.user_reward import UserReward
 
 INSTRUCTIONS = [
     Instruction("1+1=", ["2"]),
@@ -317,13 +326,20 @@ def ppo_buffers(
     return found | {name: local_weights(model) for name, model in trained.items()}
 
 
-def graded_once() -> dict[str, Tensor]:
-    """One right episode, on however many data-parallel ranks: what it earns, and how many episodes were graded."""
+def graded_once(file: str) -> dict[str, Tensor]:
+    """One right episode, on however many data-parallel ranks: what it earns, and how many episodes were graded.
+
+    And two of them by the function `count` of a file, with its `n` of the log.
+    """
     batch = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
     rollout = Rollout(PROMPTS[:1], ["4"], batch, torch.tensor([True]), torch.zeros(1, 3))
     reward = on_first_rank(lambda rollout: ([1.0], {"graded_right": (1, 1)}))
     scores = score_rollout({"rule": Reward(1.0, reward)}, rollout)
-    return {"earned": scores.total, "graded": torch.tensor(scores.counts["graded_right"][1])}
+    found = {"earned": scores.total, "graded": torch.tensor(scores.counts["graded_right"][1])}
+    with UserReward(f"{file}:count") as function:
+        count = Reward(1.0, partial(function_reward, function, "count"), whole=True)
+        scores = score_rollout({"count": count}, rollout.take(torch.tensor([0, 0])))
+    return found | {"counted": scores.total, "n": torch.tensor(scores.counts["reward_count/n"])}
 
 
 def resumed_epochs(
