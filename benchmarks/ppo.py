@@ -129,6 +129,7 @@ def our_side(
     import ppo_train
     from src import parallel
     from src.data.examples import Prompt
+    from src.grading.tasks import find_task
     from src.runlog import Phases, RunLog
     from src.training.ppo_config import PPOConfig
     from src.training.ppo_setup import Inputs, load_models
@@ -156,7 +157,8 @@ def our_side(
         mask = rollout.batch.response_mask
         return (((rollout.batch.tokens % 2 == 0) & mask).sum(1) / mask.sum(1)).tolist(), {}
 
-    rewards, data = {"even": Reward(1.0, on_first_rank(score))}, Inputs(rows, [], 0, Ids(), [], 1)
+    rewards = {"even": Reward(1.0, on_first_rank(score))}
+    data = Inputs(rows, [], 0, Ids(), find_task(config.task), [], 1)
 
     def collect(iteration: int) -> object:
         n = config.prompts_per_buffer
