@@ -17,6 +17,7 @@ from src.command import cli
 from src.command.config import (
     AskedFlags,
     CodeFlags,
+    ColumnFlags,
     Count,
     CountOrOff,
     CountOrZero,
@@ -50,7 +51,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverEvaluateConfig(AskedFlags, CodeFlags):
+class SolverEvaluateConfig(AskedFlags, CodeFlags, ColumnFlags):
     """Evaluation"""
 
     task: str = flag(help="""how problems are put and answers found and compared: GSM8K, MATH, MATH-500,
@@ -115,7 +116,7 @@ def main(config: SolverEvaluateConfig) -> None:
         model = load.load_solver(config.ckpt_dir, **solver)
         converse(LocalSolver(model, tokenizer, prompting, 1), sampling, benchmark, verifier)
         return
-    problems = read_prompts(config.label_file, need_label=benchmark.graded)
+    problems = read_prompts(config.label_file, config.renamed, need_label=benchmark.graded)
     prompts = select_prompts(problems, config.split)[: config.limit if config.limit >= 0 else None]
     served = ServedSolver(config, prompting, config.max_batch_size) if config.backend == "openai" else None
     if config.dry_run and not config.ckpt_dir:

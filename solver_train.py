@@ -8,7 +8,7 @@ from typing import Literal
 
 from src import load, parallel, plan, runlog
 from src.command import cli
-from src.command.config import TrainConfig, flag
+from src.command.config import ColumnFlags, TrainConfig, flag
 from src.data.encoding import masked_text
 from src.data.examples import read_instructions
 from src.runlog import RunLog
@@ -17,7 +17,7 @@ from src.training.sft import n_supervised, sft_dataset, sft_loss, validation_los
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverTrainConfig(TrainConfig):
+class SolverTrainConfig(TrainConfig, ColumnFlags):
     """Supervised fine-tuning"""
 
     train_file: str = flag(help="""json array, jsonl, parquet or a saved datasets directory of {"instruction",
@@ -39,7 +39,7 @@ def main(config: SolverTrainConfig) -> None:
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     longest = load.context_limit(config.max_seq_len, config.ckpt_dir, model_config)
-    data, held_out = (sft_dataset(read_instructions(file), tokenizer, max_seq_len=longest, source=file,
+    data, held_out = (sft_dataset(read_instructions(file, config.renamed), tokenizer, max_seq_len=longest, source=file,
                                   truncation=config.truncation, loss_on=config.loss_on) if file else None
                       for file in (config.train_file, config.eval_file))
     run = Run(config, data)

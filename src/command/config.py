@@ -91,6 +91,28 @@ class SeedFlags(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColumnFlags(Config):
+    """Files and rows"""
+
+    columns: list[str] = flag([], """THEIRS=OURS for columns of data files that have other names than ours, such as
+        answer=label,problem=instruction; all others stay""")
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The file's names by ours."""
+        return {ours: theirs for theirs, _, ours in (word.partition("=") for word in self.columns)}
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a pair of names that is none, and for a name that stands twice."""
+        super().__post_init__()
+        object.__setattr__(self, "columns", [part for word in self.columns for part in word.split(",") if part])
+        renamed = self.renamed
+        if not all(renamed) or not all(renamed.values()) or len({*renamed.values()}) < len(self.columns):
+            raise UserError(f"--columns is {','.join(self.columns)}; expected THEIRS=OURS, each name once, such as "
+                            f"answer=label,problem=instruction")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerFlags(SeedFlags):
     """Optimizer"""
 

@@ -112,12 +112,12 @@ _MESSAGE = Schema(foreign=FOREIGN_IN_MESSAGE)
 VOTES = Schema("expected votes: data_build.py vote makes them of samples", foreign={})
 
 
-def read_instructions(path: str) -> list[Instruction | Chat]:
+def read_instructions(path: str, columns: Mapping[str, str] = {}) -> list[Instruction | Chat]:
     """Rows `{"instruction", "input"?, "output": text or list}` or `{"messages": [{"role", "content"}, ...]}`.
 
     Raises UserError.
     """
-    return [_instruction(row) for row in read_rows(path, INSTRUCTIONS)]
+    return [_instruction(row) for row in read_rows(path, INSTRUCTIONS, columns)]
 
 
 def _instruction(row: Row) -> Instruction | Chat:
@@ -252,7 +252,7 @@ def _step_labels(row: Row) -> StepLabels:
     return StepLabels(row.instruction(), steps, [None if x is None else float(x) for x in labels])
 
 
-def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:
+def read_prompts(path: str, columns: Mapping[str, str] = {}, *, need_label: bool) -> list[Prompt]:
     """Rows `{"instruction", "id"?, "label"?, "level"?, "subject"?, "split"?, "answer_type"?, "tolerance"?}`.
 
     Ids default to the row number from 0.
@@ -260,7 +260,7 @@ def read_prompts(path: str, *, need_label: bool) -> list[Prompt]:
     Raises UserError, also for an id that stands twice and, with need_label, for a row without a label.
     """
     prompts, seen = [], {}
-    for index, row in enumerate(read_rows(path, PROMPTS)):
+    for index, row in enumerate(read_rows(path, PROMPTS, columns)):
         prompt = Prompt(
             id=row.optional_text("id") or str(index),
             instruction=row.instruction(),
@@ -289,6 +289,9 @@ def _label(row: Row, needed: bool) -> str | None:
             f"{row.where}: 'label' is {value}; expected the answer of the problem, or 'answer_type': 'true_false'"
         )
     label = row.optional_text("label")
+    if needed and "####" in (label or ""):
+        raise UserError(f"{row.where}: 'label' holds a whole solution (####), which no answer would equal; "
+                        f"dataset/prepare.py gsm8k makes the label of it")
     shown = "".join(filter(str.isprintable, label or "")).strip()
     if needed and shown.lower() in ("", "nan"):
         raise UserError(

@@ -139,10 +139,11 @@ class Row(NamedTuple):
                 raise UserError(f"{self.where}: {key!r} is {repr(value)[:60]}, which would be lost; {advice}")
 
 
-def read_rows(path: str, schema: Schema = ANY) -> list[Row]:
+def read_rows(path: str, schema: Schema = ANY, columns: Mapping[str, str] = {}) -> list[Row]:
     """The objects of a json array, a jsonl or parquet file, or a saved `datasets` directory.
 
-    Raises UserError if it is missing, torn or empty, and for keys that the schema refuses.
+    columns: keys of the file by ours, which they become. Raises UserError if the file is missing, torn or empty, for
+    keys that the schema refuses, and for a column that is not there or would take another one's place.
     """
     if is_table(Path(path)) and Path(path).exists():
         rows = [Row(f"{path}, row {n}", values, schema) for n, values in enumerate(read_table(Path(path)), 1)]
@@ -150,9 +151,24 @@ def read_rows(path: str, schema: Schema = ANY) -> list[Row]:
         rows = [Row(where, values, schema) for where, values in jsonfile.read_rows(path)]
     if not rows:
         raise UserError(f"{path} holds no rows; expected a json array or one json object a line")
+    rows = [row._replace(values=_renamed(row, columns)) for row in rows] if columns else rows
     for row in rows:
         row.check_foreign()
     return rows
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, object]:
+    """The values of a row with the columns under our names. Raises UserError."""
+    missing = [theirs for theirs in columns.values() if theirs not in row.values]
+    if missing:
+        raise UserError(f"{row.where}: --columns names {missing[0]!r}, which is not there; found "
+                        f"{', '.join(row.values)}")
+    rest = {key: value for key, value in row.values.items() if key not in columns.values()}
+    twice = [ours for ours in columns if ours in rest]
+    if twice:
+        raise UserError(f"{row.where}: --columns makes {columns[twice[0]]!r} {twice[0]!r}, which is there already; "
+                        f"rename that one too")
+    return rest | {ours: row.values[theirs] for ours, theirs in columns.items()}
 
 
 def number_text(value: int | float | Decimal, where: str) -> str:

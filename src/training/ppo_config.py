@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from src.command.config import (
     Bounds,
+    ColumnFlags,
     Config,
     Count,
     CountOrOff,
@@ -174,7 +175,8 @@ class UpdateFlags(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(
-    RunFlags, SamplingFlags, RewardFlags, KlFlags, AdvantageFlags, UpdateFlags, OptimizerFlags, LoraFlags, SavingFlags
+    RunFlags, SamplingFlags, RewardFlags, KlFlags, AdvantageFlags, UpdateFlags, OptimizerFlags, LoraFlags, SavingFlags,
+    ColumnFlags,
 ):
     """Models and data"""
 

@@ -53,8 +53,10 @@ def read_inputs(config: PPOConfig) -> Inputs:
     task = find_task(config.task)
     if not task.graded:
         raise UserError(f"--task {task.name} grades nothing; name the task of the answers")
-    prompts = _in_words_of(task, read_prompts(config.train_file, need_label=config.reward == ["rule"]))
-    held_out = _in_words_of(task, read_prompts(config.eval_file, need_label=True)) if config.eval_file else []
+    prompts = _in_words_of(task, read_prompts(config.train_file, config.renamed,
+                                              need_label=config.reward == ["rule"]))
+    held_out = _in_words_of(task, read_prompts(config.eval_file, config.renamed, need_label=True)
+                            ) if config.eval_file else []
     if task.prompt != INSTRUCTION and "verifier" in config.reward:
         runlog.logger().warning("--task %s puts each problem into words of its own, and the verifier reads these too; "
                                 "it should have learnt on them", config.task)

@@ -11,7 +11,7 @@ import pandas
 import pytest
 
 from src import load
-from src.command.config import TokenizerFlags
+from src.command.config import ColumnFlags, TokenizerFlags
 from src.data import rows
 from src.data.encoding import encode_conversation
 from src.data.examples import (
@@ -362,3 +362,25 @@ def test_reports_that_are_read() -> None:
     absent = REPORTS / "DT5_null_means_absent"
     assert read_pairs(str(absent / "prefix_null.jsonl")) == [Pair("x", ["a"], ["b"])]
     assert len(read_instructions(str(absent / "messages_null.parquet"))) == 2
+
+
+def test_columns_of_public_files_are_read_under_our_names(tmp_path: Path) -> None:
+    path = tmp_path / "public.jsonl"
+    path.write_text('{"problem": "1+1=", "answer": 2, "instruction": "old"}\n')
+    columns = {"instruction": "problem", "label": "answer"}
+    with pytest.raises(UserError, match="row 1.*|line 1: --columns makes 'problem' 'instruction', which is there"):
+        read_prompts(str(path), columns, need_label=True)
+    (prompt,) = read_prompts(str(path), columns | {"subject": "instruction"}, need_label=True)
+    assert (prompt.instruction, prompt.label, prompt.subject) == ("1+1=", "2", "old")
+    with pytest.raises(UserError, match="line 1: --columns names 'question', which is not there; found problem"):
+        read_instructions(str(path), {"instruction": "question"})
+    path.write_text('{"instruction": "q", "answer": "so #### 2"}')
+    with pytest.raises(UserError, match="'label' holds a whole solution"):
+        read_prompts(str(path), {"label": "answer"}, need_label=True)
+
+
+@pytest.mark.parametrize("words", [["answer"], ["=label"], ["a=label", "b=label"], ["a=label", "a=id"]])
+def test_columns_that_are_no_pairs_of_names_are_refused(words: list[str]) -> None:
+    assert ColumnFlags(columns=["answer=label,problem=instruction"]).renamed["instruction"] == "problem"
+    with pytest.raises(UserError, match="--columns is .*; expected THEIRS=OURS, each name once"):
+        ColumnFlags(columns=words)
