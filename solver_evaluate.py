@@ -55,7 +55,8 @@ class SolverEvaluateConfig(AskedFlags, CodeFlags, ColumnFlags):
     """Evaluation"""
 
     task: str = flag(help="""how problems are put and answers found and compared: GSM8K, MATH, MATH-500,
-        SVAMP, ASDiv, MAWPS, AQuA, choice, OlympiadBench, toy, GSM8K-strict, GSM8K-weak-to-strong,
+        SVAMP, ASDiv, MAWPS, AQuA, AIME24, AIME25, AMC23, HMMT, Minerva, GPQA, MMLU, ARC, CommonsenseQA, choice,
+        OlympiadBench, OlympicArena, BBH, AGIEval, toy, GSM8K-strict, GSM8K-weak-to-strong,
         MATH-weak-to-strong, none (sample without grading), or FILE.json with one's own""")
     label_file: str = flag("", """problems, json array or jsonl of {"instruction", "label"?, "id"?, "level"?,
         "subject"?, "split"?}""")

@@ -10,6 +10,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,6 +28,7 @@ from dataset.benchmarks import (  # noqa: E402
     with_answer_said,
 )
 from dataset.raw import LeftOut, RawRow, Row, read_raw  # noqa: E402
+from dataset.readers import READERS, table_row  # noqa: E402
 from dataset.verifier_data import (  # noqa: E402
     hh_rlhf_rows,
     math_shepherd_rows,
@@ -48,6 +50,7 @@ BENCHMARKS: dict[str, Callable[[RawRow], Row]] = {
     "mawps": mawps_row,
     "aqua": aqua_row,
     "olympiadbench": olympiad_row,
+    **{name: partial(table_row, reader) for name, reader in READERS.items()},
 }
 BUILDERS: dict[str, Callable[[RawRow], Iterable[Row]]] = {
     **{task: lambda raw, make_row=make_row: [make_row(raw)] for task, make_row in BENCHMARKS.items()},
@@ -125,14 +128,15 @@ def save(rows: list[Row], path: Path) -> None:
 
 def main(
     raw_file: str, save_file: str,
-    task: Literal["gsm8k", "math", "svamp", "asdiv", "mawps", "aqua", "olympiadbench", "metamath", "prm800k",
-                  "math_shepherd", "processbench", "hh_rlhf"],
+    task: Literal["gsm8k", "math", "svamp", "asdiv", "mawps", "aqua", "olympiadbench", "aime24", "aime25", "amc23",
+                  "hmmt", "minerva", "gpqa", "mmlu", "arc", "commonsenseqa", "bbh", "agieval", "olympicarena",
+                  "metamath", "prm800k", "math_shepherd", "processbench", "hh_rlhf"],
     levels: list[int] = [], level_file: str = "",  # noqa: B006 (shown by --help, never changed)
     say_answer: bool = False, strict: bool = False,
 ) -> None:
     """Convert one file.
 
-    raw_file: the published file: .jsonl, .json, .parquet or (ASDiv) .xml, or a directory of `datasets`
+    raw_file: the published file: .jsonl, .json, .parquet, .csv or (ASDiv) .xml, or a directory of `datasets`
     save_file: the json file to write
     task: what the file holds; written first and without --task
     levels: only problems of these levels, such as 1,2,3; default: all

@@ -1,5 +1,6 @@
 """Rows of published files, each with the words that name it in an error."""
 
+import csv
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class RawRow(NamedTuple):
 
 
 def read_raw(path: Path, refuse: Callable[[UserError], None]) -> Iterator[RawRow]:
-    """Rows of a .jsonl, .json (one array), .parquet or .xml file, or of a directory of `datasets`.
+    """Rows of a .jsonl, .json (one array), .parquet, .csv or .xml file, or of a directory of `datasets`.
 
     refuse: called with the complaint about a row that cannot be read. Raises UserError for a file that cannot be.
     """
@@ -42,10 +43,24 @@ def read_raw(path: Path, refuse: Callable[[UserError], None]) -> Iterator[RawRow
             (f"{path}, row {number}", fields) for number, fields in enumerate(rows.read_table(path), start=1)
         )
     else:
-        found = read_problems(path) if path.suffix == ".xml" else jsonfile.read_rows(path, refuse)
+        others = {".xml": read_problems, ".csv": read_csv}
+        found = others[path.suffix](path) if path.suffix in others else jsonfile.read_rows(path, refuse)
     for place, fields in found:
         there = rows.Row(place, fields)
         yield RawRow(place, {name: fields[name] for name in fields if there.get(name) is not None})
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a comma-separated file whose first line names the columns; an empty field is not there."""
+    jsonfile.check_file(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
+                if None in row or None in row.values():
+                    raise UserError(f"{path}, row {number}: other columns than the first line names")
+                yield f"{path}, row {number}", {name: text or None for name, text in row.items()}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not comma-separated UTF-8 ({error})") from error
 
 
 def read_problems(path: Path) -> Iterator[tuple[str, Row]]:

@@ -50,7 +50,7 @@ def same_choice(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) ->
 
 
 def same_truth(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
-    """Both say true, or both say false."""
+    """Both say true (yes, valid), or both say false (no, invalid)."""
     values = [TRUTH.get(re.sub(r"\\text|[^A-Za-z]", "", text).lower()) for text in (answer, label)]
     return values[0] is not None and values[0] == values[1]
 
@@ -79,6 +79,7 @@ def same_minerva_string(answer: str, label: str, answer_type: AnswerType, leaf: 
 KINDS: dict[str, Equality] = {
     "": exact, "number": near_number, "expression": exact, "equation": exact, "interval": exact, "tuple": exact,
     "set": exact, "choice": same_choice, "true_false": same_truth,
+    "yes_no": same_truth, "valid_invalid": same_truth,
 }
 
 

@@ -98,6 +98,6 @@ MONEY = {
 
 TRUTH = {
     word: value
-    for value, words in ((True, "true t yes y correct right"), (False, "false f no n incorrect wrong"))
+    for value, words in ((True, "true t yes y correct right valid"), (False, "false f no n incorrect wrong invalid"))
     for word in words.split()
 }

@@ -73,7 +73,12 @@ TASKS = {
         Task(name="MAWPS", extraction=NUMBER, equality=EXACT),
         Task(name="AQuA", extraction="choice/letter@2", equality="choice@2"),
         Task(name="choice", extraction="choice/letter@2", equality="choice@2"),
-        Task(name="OlympiadBench", extraction=MATH, equality="typed@2"),
+        *(Task(name=name, extraction=MATH, equality=EXACT)
+          for name in ("AIME24", "AIME25", "AMC23", "HMMT", "Minerva")),
+        *(Task(name=name, extraction="choice/letter@2", equality="choice@2")
+          for name in ("GPQA", "MMLU", "ARC", "CommonsenseQA")),
+        *(Task(name=name, extraction=MATH, equality="typed@2")
+          for name in ("OlympiadBench", "OlympicArena", "BBH", "AGIEval")),
         # the formats and comparisons of two published code bases, to reproduce their numbers
         Task(name="GSM8K-strict", extraction="gsm8k/hashes@2", equality=EXACT),
         Task(name="GSM8K-weak-to-strong", extraction="weak-to-strong/hashes@1", **WEAK_TO_STRONG),
