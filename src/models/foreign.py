@@ -7,14 +7,8 @@ import dataclasses
 
 from src.errors import UserError
 from src.models.config import FIELDS, ModelConfig, is_number
-from src.models.families import (
-    FAMILIES,
-    MAX_WINDOW_LAYERS,
-    MODEL_TYPES,
-    ROPE_TYPES,
-    Family,
-    Released,
-)
+from src.models.families import FAMILIES, MAX_WINDOW_LAYERS, ROPE_TYPES, Family
+from src.models.released import MODEL_TYPES, Released
 
 # What a row of MODEL_TYPES leaves open unless it states it: how a checkpoint was trained, cut, extended and stored.
 _UNCLAIMED = {

@@ -9,7 +9,7 @@ import transformers
 
 from src.errors import UserError
 from src.models.config import ModelConfig, config_from_dict
-from src.models.families import FAMILIES, MODEL_TYPES
+from src.models.families import FAMILIES
 from src.models.foreign import (
     check_model_type,
     claimed_facts,
@@ -19,6 +19,7 @@ from src.models.foreign import (
     released_config,
 )
 from src.models.meta import MetaWeights, config_from_meta, meta_ffn_dim
+from src.models.released import MODEL_TYPES
 from tests import reference, zoo
 from tests.checkpoint.weights import CONFIG, HF, META
 
