@@ -59,8 +59,17 @@ def decoders(
             "gradients": gradients(model, batch),
             "cached": cached_logprobs(model) if name in cached else {},
             "stepped": one_step(model, batch, log),
+            "adapted": freshly_adapted(model, batch.tokens) if name in cached else {},
         }
     return results
+
+
+def freshly_adapted(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
+    """Logits [B, S, V] of a model, and with fresh adapters on every linear that can have one, which add nothing."""
+    targets = LINEARS[:4] if model.config.n_experts else LINEARS
+    before = all_logits(model, tokens)
+    load.put_lora_on(model, LoraConfig(rank=2, alpha=2.0, dropout=0.0, targets=targets), seed=1)
+    return {"before": before, "after": all_logits(model, tokens)}
 
 
 def one_step(model: Decoder, batch: Batch, log: RunLog) -> dict[str, object]:

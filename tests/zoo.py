@@ -48,6 +48,8 @@ _WAVELENGTH = _rope(
     10.0, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
 
+_YARN = _rope(10.0, "yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=4.0, attention_factor=1.25)
+
 MODELS: dict[str, Tiny] = {
     "llama-1": Tiny("llama", {"num_key_value_heads": 4}),
     "llama-2-70b": Tiny("llama", _GROUPS),
@@ -96,6 +98,59 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "internlm2": Tiny("llama", _GROUPS | _rope(1e6), layout="internlm2"),
+    "biases": Tiny("llama", _GROUPS | {"attention_bias": True, "mlp_bias": True}),
+    "smollm3": Tiny("smollm3", _GROUPS | _rope(1e4) | {"no_rope_layer_interval": 2, "pad_token_id": None}),
+    "phi-3": Tiny("phi3", {"sliding_window": 4, "pad_token_id": None}),
+    "phi-4-mini": Tiny(
+        "phi3",
+        _rope(10.0, "longrope", short_factor=[1.0, 1.5, 2.0], long_factor=[1.0, 3.0, 4.0], partial_rotary_factor=0.75)
+        | {"max_position_embeddings": 512, "original_max_position_embeddings": 128, "pad_token_id": None},
+    ),
+    "olmo-2": Tiny("olmo2", _GROUPS | {"pad_token_id": None}),
+    "olmo-3": Tiny(
+        "olmo3",
+        {
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_theta": 5e5, "rope_type": "default"},
+                "full_attention": _YARN["rope_parameters"],
+            },
+            "pad_token_id": None,
+        },
+    ),
+    "granite": Tiny(
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma-3": Tiny(
+        "gemma3_text",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 4,
+            "sliding_window_pattern": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+                "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+            },
+        },
+    ),
+    "glm-4": Tiny("glm4", {"head_dim": 16, "pad_token_id": None} | _rope(1e4, partial_rotary_factor=0.5)),
+    "qwen-2-moe": Tiny(
+        "qwen2_moe",
+        _EXPERTS
+        | {"num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+        | {"sliding_window": None},
+    ),
 }
 
 _MIXED = ["full_attention", "sliding_attention", "full_attention"]
@@ -133,6 +188,7 @@ VARIANTS: dict[str, Tiny] = {
             "tie_word_embeddings": False,
         },
     ),
+    "yarn": Tiny("qwen2", _rope(1e4, "yarn", factor=4.0, original_max_position_embeddings=32)),
     "dynamic": Tiny("llama", _rope(1e4, "dynamic", factor=2.0)),
     # the forms of 4.x
     "rope_scaling": Tiny(

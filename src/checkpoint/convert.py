@@ -11,7 +11,7 @@ from src.checkpoint.shards import expected_shapes
 from src.checkpoint.tensor_files import StoredTensor
 from src.errors import UserError
 from src.models.config import ModelConfig
-from src.models.families import PLAIN
+from src.models.families import FAMILIES, PLAIN
 
 Reorder = Callable[[str, Tensor, ModelConfig], Tensor]
 Take = Callable[[Tensor], Tensor]
@@ -40,11 +40,22 @@ _HF = {
     "model.layers.#.input_layernorm": "layers.#.attention_norm",
     "model.layers.#.post_attention_layernorm": "layers.#.ffn_norm",
 }
+_POST_NORMS = {  # what others call the norm before the feed-forward is here the one after attention
+    "model.layers.#.post_attention_layernorm": "layers.#.attention_post_norm",
+    "model.layers.#.pre_feedforward_layernorm": "layers.#.ffn_norm",
+    "model.layers.#.post_feedforward_layernorm": "layers.#.ffn_post_norm",
+}
+_GATE_UP = {"model.layers.#.mlp.gate_up_proj": "layers.#.feed_forward.w13_stacked"}
 _STACKED_EXPERTS = {  # in memory, and in files of transformers 5 alone
     "model.layers.#.mlp.gate": "layers.#.feed_forward.gate",
     "model.layers.#.mlp.experts.gate_up_proj": "layers.#.feed_forward.experts.w13_stacked",
     "model.layers.#.mlp.experts.down_proj": "layers.#.feed_forward.experts.w2_stacked",
 }
+_QWEN_EXPERTS = {
+    "model.layers.#.mlp.experts.#.gate_proj": "layers.#.feed_forward.experts.#.w1",
+    "model.layers.#.mlp.experts.#.down_proj": "layers.#.feed_forward.experts.#.w2",
+    "model.layers.#.mlp.experts.#.up_proj": "layers.#.feed_forward.experts.#.w3",
+} | _STACKED_EXPERTS
 _NAMES: dict[str, dict[str, str]] = {
     "mixtral": _HF
     | {
@@ -66,18 +77,22 @@ _NAMES: dict[str, dict[str, str]] = {
         "transformer.h.#.ln_1": "layers.#.attention_norm",
         "transformer.h.#.ln_2": "layers.#.ffn_norm",
     },
-    "qwen3_moe": _HF
+    "qwen3_moe": _HF | _QWEN_EXPERTS,
+    "qwen2_moe": _HF
+    | _QWEN_EXPERTS
     | {
-        "model.layers.#.mlp.experts.#.gate_proj": "layers.#.feed_forward.experts.#.w1",
-        "model.layers.#.mlp.experts.#.down_proj": "layers.#.feed_forward.experts.#.w2",
-        "model.layers.#.mlp.experts.#.up_proj": "layers.#.feed_forward.experts.#.w3",
-    }
-    | _STACKED_EXPERTS,
-    "gemma2": _HF
+        "model.layers.#.mlp.shared_expert.gate_proj": "layers.#.feed_forward.shared.w1",
+        "model.layers.#.mlp.shared_expert.down_proj": "layers.#.feed_forward.shared.w2",
+        "model.layers.#.mlp.shared_expert.up_proj": "layers.#.feed_forward.shared.w3",
+        "model.layers.#.mlp.shared_expert_gate": "layers.#.feed_forward.shared_gate",
+    },
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _HF | _POST_NORMS),
+    "phi3": _HF | _GATE_UP | {"model.layers.#.self_attn.qkv_proj": "layers.#.attention.wqkv_stacked"},
+    "glm4": _HF
+    | _GATE_UP
     | {
-        "model.layers.#.post_attention_layernorm": "layers.#.attention_post_norm",
-        "model.layers.#.pre_feedforward_layernorm": "layers.#.ffn_norm",
-        "model.layers.#.post_feedforward_layernorm": "layers.#.ffn_post_norm",
+        "model.layers.#.post_self_attn_layernorm": "layers.#.attention_post_norm",
+        "model.layers.#.post_mlp_layernorm": "layers.#.ffn_post_norm",
     },
     "internlm2": {
         "model.tok_embeddings": "tok_embeddings",
@@ -94,6 +109,7 @@ _NAMES: dict[str, dict[str, str]] = {
 }
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _QKV = ("wq", "wk", "wv")
+_FUSED = {"wqkv": _QKV, "w13": ("w1", "w3")}
 
 
 def strip_wrappers(name: str) -> str:
@@ -159,22 +175,29 @@ def as_ours(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[st
 
 def as_hf(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
     """Our whole parameters as Hugging Face's: its names, its rotary layout, fused where the family fuses."""
-    fused = {ours.rpartition("_")[2] for ours in _NAMES.get(config.family, _HF).values() if "wqkv_" in ours}
+    fused = fused_linears(config.family)
     theirs: dict[str, StoredTensor] = {}
     for name, stored in tensors.items():
         stem, kind = name.rsplit(".", 1)
         parent, _, module = stem.rpartition(".")
-        if not fused or module not in _QKV:
+        whole = fused.get(module, "")
+        modules = _FUSED.get(whole.partition("_")[0], ())
+        if not whole:
             reorder = functools.partial(_contiguous_to_hf, name, config=config)
             theirs[to_hf_name(name, config.family)] = stored.then(reorder)
-        elif module == "wq":
-            (way,) = fused
-            parts = {part: tensors[f"{parent}.{part}.{kind}"] for part in _QKV}
+        elif module == modules[0]:
+            parts = {part: tensors[f"{parent}.{part}.{kind}"] for part in modules}
             rows = sum(part.shape[0] for part in parts.values())
-            load = functools.partial(_load_fused, parent, kind, parts, way, config)
-            whole = to_hf_name(f"{parent}.wqkv_{way}.{kind}", config.family)
-            theirs[whole] = StoredTensor((rows, *stored.shape[1:]), load, stored.dtype)
+            load = functools.partial(_load_fused, parent, kind, parts, whole.partition("_")[2], config)
+            name = to_hf_name(f"{parent}.{whole}.{kind}", config.family)
+            theirs[name] = StoredTensor((rows, *stored.shape[1:]), load, stored.dtype)
     return theirs
+
+
+def fused_linears(family: str) -> dict[str, str]:
+    """Our linears that a family has in one tensor -> our name of it, such as w13_stacked; experts in memory apart."""
+    wholes = {ours.rpartition(".")[2] for ours in _NAMES.get(family, _HF).values() if ".experts." not in ours}
+    return {part: whole for whole in wholes for part in _FUSED.get(whole.partition("_")[0], ())}
 
 
 def _contiguous_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
@@ -185,7 +208,7 @@ def _contiguous_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 def _load_fused(
     parent: str, kind: str, parts: Mapping[str, StoredTensor], way: str, config: ModelConfig
 ) -> Tensor:
-    """Queries, keys and values as one tensor: stacked, or for each kv head its queries, key and value.
+    """Linears as one tensor: stacked, or for each kv head its queries, key and value.
 
     Parts [heads * E, ...] each -> [all their rows, ...].
     """
@@ -206,9 +229,13 @@ def _parts(name: str, fused: StoredTensor, config: ModelConfig) -> dict[str, Sto
     if modules == "wqkv":
         takes = _qkv_parts(f"{parent}.{{}}.{name.rpartition('.')[2]}", way, config)
         leading: tuple[int, ...] = ((config.n_heads + 2 * config.n_kv_heads) * config.head_dim,)
-    else:
+    elif ".experts." in name:
         takes = _expert_parts(parent, modules, config)
         leading = (config.n_experts, 2 * config.ffn_dim if modules == "w13" else config.dim)
+    else:
+        pattern = f"{parent}.{{}}.{name.rpartition('.')[2]}"
+        takes = {pattern.format(part): functools.partial(_half, half=i) for i, part in enumerate(_FUSED[modules])}
+        leading = (2 * config.ffn_dim,)
     first = next(iter(takes), "")
     if first not in shapes:
         raise UserError(f"unknown parameter {name}: the config describes no {first or 'experts'}")
@@ -243,6 +270,11 @@ def _qkv_parts(pattern: str, way: str, config: ModelConfig) -> dict[str, Take]:
     return {pattern.format(module): functools.partial(take, index=index) for index, module in enumerate(_QKV)}
 
 
+def _half(whole: Tensor, half: int) -> Tensor:
+    """The first or the second half of the rows. [rows, ...] -> [rows / 2, ...]."""
+    return whole.chunk(2)[half]
+
+
 def _expert_parts(parent: str, modules: str, config: ModelConfig) -> dict[str, Take]:
     """How single experts' linears are taken from [X, rows, columns]; w13 has w1's rows above w3's."""
 
@@ -262,17 +294,23 @@ def rotary_from_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     """Reorder the rows of a whole wq or wk, its bias or its norm [heads * E, ...] from Hugging Face's rotary layout to
     ours; others pass through.
 
-    Hugging Face pairs row i of a head with row i + E/2; ours (Meta's) pairs rows 2i and 2i + 1.
+    Hugging Face pairs row i of a head with row i + R/2 of the R that rotate; ours (Meta's) pairs rows 2i and 2i + 1.
     """
-    return _reorder_rotary(name, tensor, config, (2, config.head_dim // 2))
+    return _reorder_rotary(name, tensor, config, (2, config.rotary_dim // 2))
 
 
 def rotary_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     """The inverse of rotary_from_hf(). [heads * E, ...] -> [heads * E, ...]."""
-    return _reorder_rotary(name, tensor, config, (config.head_dim // 2, 2))
+    return _reorder_rotary(name, tensor, config, (config.rotary_dim // 2, 2))
 
 
 def _reorder_rotary(name: str, tensor: Tensor, config: ModelConfig, rows: tuple[int, int]) -> Tensor:
-    """Swap the two axes that a head's rows [E] are made of, (half, pair) or (pair, half). Any shape of rotary rows."""
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads, "q_norm": 1, "k_norm": 1}.get(name.split(".")[-2])
-    return tensor if heads is None else tensor.unflatten(0, (heads, *rows)).transpose(1, 2).flatten(0, 2)
+    """Swap the two axes that a head's first rows [R] are made of, (half, pair) or (pair, half). Any shape of them."""
+    of_q, of_k = (config.n_heads, config.n_kv_heads) if config.qk_norm_whole else (1, 1)
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads, "q_norm": of_q, "k_norm": of_k}.get(name.split(".")[-2])
+    if heads is None or FAMILIES[config.family].interleaved:
+        return tensor
+    by_head = tensor.unflatten(0, (heads, -1))
+    turning, still = by_head.split((config.rotary_dim, config.head_dim - config.rotary_dim), 1)
+    turning = turning.unflatten(1, rows).transpose(1, 2).flatten(1, 2)
+    return (torch.cat((turning, still), 1) if still.shape[1] else turning).flatten(0, 1)

@@ -196,9 +196,10 @@ def _reordered(
 def as_peft(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
     """Our adapter's tensors under PEFT's names and in Hugging Face's rotary layout.
 
-    Raises UserError for a family whose code is remote: PEFT adapts its fused linears, we adapt their parts.
+    Raises UserError for an adapter of parts of a linear that the family has in one: PEFT adapts the whole.
     """
-    if FAMILIES[config.family].remote:
+    fused = convert.fused_linears(config.family)
+    if FAMILIES[config.family].remote or any(part in fused for name in tensors for part in name.split(".")):
         raise UserError(
             f"an adapter of a {config.family} model has no form in PEFT; merge it with --merge_lora"
         )

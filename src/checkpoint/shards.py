@@ -17,7 +17,7 @@ from src.parallel import padded_share, share
 SPLIT_DIM: dict[str, int | None] = {
     **dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0),  # by what they give
     **dict.fromkeys(("wo", "w2"), 1),  # by what they take: the sum over ranks is theirs to send
-    **dict.fromkeys(("gate", "q_norm", "k_norm", "norm", "v_head"), None),
+    **dict.fromkeys(("gate", "shared_gate", "q_norm", "k_norm", "norm", "v_head"), None),
     **dict.fromkeys(("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"), None),
 }
 
@@ -31,12 +31,14 @@ def split_dim(name: str, config: ModelConfig, n: int = 1) -> int | None:
     if module not in SPLIT_DIM or parts[-1] not in ("weight", "bias"):
         raise UserError(f"unknown parameter {name!r}; a checkpoint has {', '.join(SPLIT_DIM)}")
     dim = SPLIT_DIM[module]
+    if config.qk_norm_whole and module in ("q_norm", "k_norm"):
+        return 0  # as the projection whose outputs it normalises
     if parts[-2] in ("lora_a", "lora_b", "lora_m"):
         # an adapter's A shares its base's inputs, its B and DoRA's lengths the base's outputs: A or they are whole
         return dim if dim == (1 if parts[-2] == "lora_a" else 0) else None
-    if parts[-1] == "bias" and dim != 0:
-        raise UserError(f"unknown parameter {name!r}; only linears split by their outputs have a bias")
-    return dim
+    if parts[-1] == "bias" and dim is None:
+        raise UserError(f"unknown parameter {name!r}; only linears that are split have a bias")
+    return None if parts[-1] == "bias" and dim == 1 else dim  # outputs of the sum over ranks are whole
 
 
 def _base_name(name: str) -> str:
@@ -78,9 +80,9 @@ def cut_of(name: str, config: ModelConfig, n: int) -> Cut:
     if _base_name(name) not in expected_shapes(config):
         raise UserError(f"unknown parameter {name!r}; the config describes no such tensor")
     size = expected_shapes(config)[_base_name(name)][dim]
-    if module in ("wq", "wo"):
+    if module in ("wq", "wo", "q_norm"):
         rows = [config.rows_of(config.heads_on(n, index)[0]) for index in range(n)]
-    elif module in ("wk", "wv"):
+    elif module in ("wk", "wv", "k_norm"):
         rows = [config.rows_of(config.heads_on(n, index)[1]) for index in range(n)]
     elif module in ("tok_embeddings", "output"):
         rows = [padded_share(size, n, index) for index in range(n)]
@@ -208,17 +210,27 @@ def expected_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     D, V, F = config.dim, config.vocab_size, config.ffn_dim
     Q, K = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     attention = {"wq.weight": (Q, D), "wk.weight": (K, D), "wv.weight": (K, D), "wo.weight": (D, Q)}
-    if config.qkv_bias:
+    if config.qkv_bias or config.attention_bias:
         attention |= {"wq.bias": (Q,), "wk.bias": (K,), "wv.bias": (K,)}
+    if config.attention_bias:
+        attention["wo.bias"] = (D,)
     if config.qk_norm:
-        attention |= {"q_norm.weight": (config.head_dim,), "k_norm.weight": (config.head_dim,)}
+        of_q, of_k = (Q, K) if config.qk_norm_whole else (config.head_dim, config.head_dim)
+        attention |= {"q_norm.weight": (of_q,), "k_norm.weight": (of_k,)}
     layer: dict[str, tuple[int, ...]] = {f"attention.{name}": shape for name, shape in attention.items()}
+    widths = {f"experts.{expert}.": F for expert in range(config.n_experts)} or {"": F}
     if config.n_experts:
         layer["feed_forward.gate.weight"] = (config.n_experts, D)
-    for place in [f"experts.{expert}." for expert in range(config.n_experts)] or [""]:
-        for name, shape in (("w1", (F, D)), ("w2", (D, F)), ("w3", (F, D))):
-            layer[f"feed_forward.{place}{name}.weight"] = shape
-    norms = ["attention_norm", "ffn_norm"] + ["attention_post_norm", "ffn_post_norm"] * config.post_norms
+    if config.shared_ffn_dim:
+        layer["feed_forward.shared_gate.weight"] = (1, D)
+        widths["shared."] = config.shared_ffn_dim
+    for place, width in widths.items():
+        for name, rows, columns in (("w1", width, D), ("w2", D, width), ("w3", width, D)):
+            layer[f"feed_forward.{place}{name}.weight"] = (rows, columns)
+            if config.mlp_bias:
+                layer[f"feed_forward.{place}{name}.bias"] = (rows,)
+    norms = ["attention_norm", "ffn_norm"] * config.pre_norms
+    norms += ["attention_post_norm", "ffn_post_norm"] * config.post_norms
     layer |= {f"{norm}.weight": (D,) for norm in norms}
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (V, D)}
     for index in range(config.n_layers):

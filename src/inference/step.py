@@ -81,9 +81,11 @@ class GraphStep:
 
 
 def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> Step:
-    """A step of this many slots; `compiled` takes effect on a GPU alone, and without experts.
+    """A step of this many slots; `compiled` takes effect on a GPU alone, and without experts or longrope.
 
-    Which rows an expert takes must be known before it is called, and nothing can be asked while a graph is recorded.
+    Which rows an expert takes must be known before it is called. While a graph is recorded nothing can be asked, nor
+    longrope's factors be sent.
     """
-    graphs = compiled and parallel.device().type == "cuda" and not model.config.n_experts
+    able = not model.config.n_experts and not model.config.rope_short_factors
+    graphs = compiled and parallel.device().type == "cuda" and able
     return (GraphStep if graphs else EagerStep)(model, n_slots)

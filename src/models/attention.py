@@ -16,9 +16,15 @@ from torch.nn.attention.varlen import varlen_attn
 from src.models.cache import Cache, Group
 from src.models.config import ModelConfig
 from src.models.feedforward import RMSNorm
-from src.models.layers import ColumnParallelLinear, RowParallelLinear
-from src.models.rope import apply_rope
-from src.parallel import copy_to_tensor_parallel, tensor_parallel_rank, tensor_parallel_size, to_device
+from src.models.layers import ColumnParallelLinear, RowParallelLinear, SumGradientOverReplicas
+from src.models.rope import Rotation, apply_rope
+from src.parallel import (
+    copy_to_tensor_parallel,
+    reduce_from_tensor_parallel,
+    tensor_parallel_rank,
+    tensor_parallel_size,
+    to_device,
+)
 
 # What lies in one row of samples laid end to end: a sample of so many positions; or samples that begin alike as
 # (shared, rest, rest, ...): their common beginning once, then what each of them has of its own.
@@ -217,6 +223,28 @@ class HeadNorm(RMSNorm):
         return copy_to_tensor_parallel(super().scale())
 
 
+class ProjectionNorm(RMSNorm):
+    """RMS normalisation over all heads at once (OLMo 2): every rank has its heads' weights, and their squares' sum."""
+
+    def __init__(self, config: ModelConfig, projection: ColumnParallelLinear, copies: int, dtype: torch.dtype) -> None:
+        """The norm of what `projection` gives; `copies`: the ranks that have this rank's heads."""
+        super().__init__(len(projection.rows), config.norm_eps, config.norm_offset, dtype)
+        self.rows, self.width = projection.rows, projection.out_features
+        self.copies, self.replicated = copies, projection.replicated
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, H, E] of any float dtype -> [B, S, H, E] in the norm's dtype."""
+        flat = x.flatten(-2).float()
+        squares = flat.square().sum(-1, keepdim=True) / self.copies
+        # all ranks need the sum, and the gradient that it has on all of them
+        squares = copy_to_tensor_parallel(reduce_from_tensor_parallel(squares))
+        normal = flat * (squares / self.width + self.eps).rsqrt()
+        scale = self.scale()
+        if self.replicated:
+            scale = SumGradientOverReplicas.apply(scale, self.rows, self.width)
+        return (normal * scale).to(self.dtype).view_as(x)
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped key-value heads (Ainslie et al. 2023) and rotary positions."""
 
@@ -228,17 +256,22 @@ class Attention(nn.Module):
         queries, keys = config.rows_of(heads), config.rows_of(kv_heads)
         all_queries, all_keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         replicated = config.n_kv_heads < tensor_parallel_size()
-        bias = config.qkv_bias
+        bias = config.qkv_bias or config.attention_bias
         self.wq = ColumnParallelLinear(config.dim, all_queries, queries, bias=bias)
         self.wk = ColumnParallelLinear(config.dim, all_keys, keys, bias=bias, replicated=replicated)
         self.wv = ColumnParallelLinear(config.dim, all_keys, keys, bias=bias, replicated=replicated)
-        self.wo = RowParallelLinear(all_queries, config.dim, queries)
-        self.q_norm = HeadNorm(config, dtype) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(config, dtype) if config.qk_norm else nn.Identity()
+        self.wo = RowParallelLinear(all_queries, config.dim, queries, bias=config.attention_bias)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm_whole:
+            ranks = [config.heads_on(tensor_parallel_size(), rank)[1] for rank in range(tensor_parallel_size())]
+            self.q_norm = ProjectionNorm(config, self.wq, 1, dtype)
+            self.k_norm = ProjectionNorm(config, self.wk, ranks.count(kv_heads), dtype)
+        elif config.qk_norm:
+            self.q_norm, self.k_norm = HeadNorm(config, dtype), HeadNorm(config, dtype)
         self.scores = Scores(config.attention_scale, config.attention_softcap, config.window_of(layer))
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
+        self, x: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D]. A cache takes the new keys and values and makes the mask itself."""
         B, S, _ = x.shape

@@ -10,7 +10,7 @@ from src.parallel import share
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "activation": ("silu", "gelu_tanh"),
-    "rope_type": ("default", "linear", "wavelength", "dynamic"),
+    "rope_type": ("default", "linear", "wavelength", "dynamic", "yarn", "longrope"),
     "embedding_split_dim": (0, 1),
     "objective": ("pairwise", "outcome", "process"),
     "score": ("last", "mean", "steps"),
@@ -30,18 +30,27 @@ class ModelConfig:
     0 by vocabulary rows, 1 by width (Meta's first releases). The last n_added_tokens rows of the vocabulary
     are not of the released model.
 
-    rope_type says how rotary frequencies are stretched: `linear` divides all by rope_factor, `wavelength` only
-    those that turn less than rope_low_freq_factor to rope_high_freq_factor times within
-    rope_original_max_seq_len, `dynamic` none as long as no position exceeds max_seq_len - beyond it, nor beyond it
-    with logn_attention, the model's rule is not implemented and the decoder refuses.
+    rope_type says how rotary frequencies are stretched: `linear` divides all by rope_factor, `wavelength` and `yarn`
+    only those that turn less than rope_low_freq_factor to rope_high_freq_factor times within
+    rope_original_max_seq_len, `longrope` each by its own of rope_short_factors, `dynamic` none as long as no position
+    exceeds max_seq_len - beyond it, nor beyond it with longrope (whose rope_long_factors would depend on what else is
+    in a row) or logn_attention, the model's rule is not implemented and the decoder refuses. rope_attention_factor
+    multiplies rotated queries and keys; 0 stands for what yarn or longrope make of rope_factor.
+    Rotary positions are of the first partial_rotary_factor of a head, and of no head in nope_layers. Layers with a
+    window turn with window_rope_theta, unstretched; 0: as the others.
 
     windows holds each layer's sliding window in positions, its own included; 0, or an empty tuple, is unlimited.
-    query_pre_attn_scalar divides attention scores by its root; 0 stands for head_dim. A softcap of c turns scores
-    x into c tanh(x / c); 0 leaves them. norm_offset: norms store their weight minus one. post_norms: attention and
-    feed-forward outputs are normalised too. scaled_embeddings: embeddings are multiplied by the root of dim.
+    Attention scores are multiplied by attention_multiplier; 0 stands for query_pre_attn_scalar ** -0.5, where 0 stands
+    for head_dim. A softcap of c turns scores x into c tanh(x / c); 0 leaves them. qkv_bias: of wq, wk and wv;
+    attention_bias: of wo too. qk_norm: queries and keys are normalised, head by head or, with qk_norm_whole, over all
+    heads at once. norm_offset: norms store their weight minus one. pre_norms, post_norms: what attention and
+    feed-forward read, and what they give, is normalised. scaled_embeddings: embeddings are multiplied by the root of
+    dim. What layers add to the residual stream is multiplied by residual_multiplier; logits are divided by
+    logit_divisor.
 
-    With n_experts > 0 a router sends each token to n_active_experts feed-forward layers of width ffn_dim;
-    renormalised_experts: the chosen ones' probabilities are made to sum to one.
+    With n_experts > 0 a router sends each token to n_active_experts feed-forward layers of width ffn_dim, and all to
+    a shared one of width shared_ffn_dim, if that is not 0; renormalised_experts: the chosen ones' probabilities are
+    made to sum to one.
 
     A value head (`v_head`, one score a position) replaces the output layer. objective says what a verifier was
     trained for: pairwise (scores order two solutions), outcome or process (scores are logits of a solution or a step
@@ -67,6 +76,7 @@ class ModelConfig:
     max_seq_len: int
     norm_eps: float = 1e-5
     norm_offset: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     activation: str = "silu"
     rope_theta: float = 10000.0
@@ -75,16 +85,30 @@ class ModelConfig:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_seq_len: int = 8192
+    rope_attention_factor: float = 0.0
+    rope_short_factors: tuple[float, ...] = ()
+    rope_long_factors: tuple[float, ...] = ()
+    window_rope_theta: float = 0.0
+    nope_layers: tuple[int, ...] = ()
+    partial_rotary_factor: float = 1.0
     logn_attention: bool = False
     qkv_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    attention_multiplier: float = 0.0
     query_pre_attn_scalar: float = 0.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     windows: tuple[int, ...] = ()
     n_experts: int = 0
     n_active_experts: int = 0
+    shared_ffn_dim: int = 0
     renormalised_experts: bool = True
+    residual_multiplier: float = 1.0
+    embedding_multiplier: float = 1.0
+    logit_divisor: float = 1.0
     tied: bool = False
     scaled_embeddings: bool = False
     embedding_split_dim: int = 1
@@ -119,18 +143,21 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 expected = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}"
                 raise UserError(f"{name}={getattr(self, name)!r}: expected {expected}")
-        if self.windows and (
-            len(self.windows) != self.n_layers
-            or any(type(window) is not int or window < 0 for window in self.windows)
-        ):
+        whole = {type(number) is int and number >= 0 for number in (*self.windows, *self.nope_layers)} <= {True}
+        if not whole or len(self.windows) not in (0, self.n_layers):
             raise UserError(
-                f"windows={list(self.windows)}: expected {self.n_layers} non-negative integers, one a layer"
+                f"windows={list(self.windows)}, nope_layers={list(self.nope_layers)}: expected non-negative integers, "
+                f"of windows one for each of {self.n_layers} layers"
             )
+        for name in ("rope_short_factors", "rope_long_factors"):
+            factors, pairs = getattr(self, name), self.rotary_dim // 2 if self.rope_type == "longrope" else 0
+            if len(factors) != pairs or not all(is_number(factor) and factor > 0 for factor in factors):
+                raise UserError(f"{name}={list(factors)}: expected {pairs} numbers above 0 ({self.rope_type} rope)")
         if self.n_experts and not 0 < self.n_active_experts <= self.n_experts:
             raise UserError(
                 f"n_active_experts={self.n_active_experts}: expected 1 to n_experts={self.n_experts}"
             )
-        for name in ("rope_factor", "rope_theta", "head_dim", "max_seq_len", "score_std"):
+        for name in ("rope_factor", "rope_theta", "head_dim", "max_seq_len", "score_std", "logit_divisor"):
             if getattr(self, name) == 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected a number above 0")
         if self.rope_low_freq_factor >= self.rope_high_freq_factor:
@@ -138,8 +165,10 @@ class ModelConfig:
                 f"rope_low_freq_factor={self.rope_low_freq_factor}: expected a number below "
                 f"rope_high_freq_factor={self.rope_high_freq_factor}"
             )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
+        if self.head_dim % 2 or self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise UserError(
+                f"head_dim={self.head_dim}, of which {self.rotary_dim} rotate; rotary positions need pairs"
+            )
         if self.tied and self.embedding_split_dim != 0:
             raise UserError("tied embeddings are shared with the output layer: embedding_split_dim must be 0")
 
@@ -188,12 +217,17 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         """What attention scores are multiplied by."""
-        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        return self.attention_multiplier or (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    @property
+    def rotary_dim(self) -> int:
+        """The dimensions of a head, from its first on, that rotary positions turn."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def bounded_context(self) -> bool:
         """Whether positions beyond max_seq_len follow a rule that is not implemented."""
-        return self.rope_type == "dynamic" or self.logn_attention
+        return self.rope_type in ("dynamic", "longrope") or self.logn_attention
 
     def to_dict(self) -> dict[str, object]:
         """The contents of params.json."""
@@ -207,6 +241,15 @@ TYPES = {name: field.type for name, field in FIELDS.items()}
 def is_number(value: object) -> bool:
     """Whether a value is a number that a float can hold; true, false and NaN are none."""
     return type(value) in (int, float) and -1e308 < value < 1e308
+
+
+def above_zero(value: object, key: str, kind: object, source: str) -> int | float:
+    """A number of a foreign description. kind: int where it must be whole. Raises UserError that names the key."""
+    if not is_number(value) or value <= 0:
+        raise UserError(f"{source}: {key}={value!r}; expected a number above 0")
+    if kind is int and type(value) is not int:
+        raise UserError(f"{source}: {key}={value!r}; expected an integer")
+    return value
 
 
 def refuse_infinities(values: object, source: str, key: str = "") -> None:
@@ -235,11 +278,12 @@ def config_from_dict(values: dict[str, object], source: str) -> ModelConfig:
     ]
     if missing:
         raise UserError(f"{source}: key {missing[0]!r} is missing")
-    for name, kind in (("windows", list), ("carried", dict)):
-        if not isinstance(values.get(name, kind()), kind):
-            what = "a list with an integer for each layer" if kind is list else "an object"
+    lists = [name for name, field in FIELDS.items() if field.default == ()]
+    for name in (*lists, "carried"):
+        if name in values and not isinstance(values[name], list if name in lists else dict):
+            what = "a list of numbers" if name in lists else "an object"
             raise UserError(f"{source}: {name}={values[name]!r}; expected {what}")
     try:
-        return ModelConfig(**values | {"windows": tuple(values.get("windows", []))})
+        return ModelConfig(**values | {name: tuple(values[name]) for name in lists if name in values})
     except UserError as problem:
         raise UserError(f"{source}: {problem}") from None

@@ -17,27 +17,33 @@ from src.models.config import ModelConfig
 from src.models.feedforward import FeedForward, MixtureOfExperts, RMSNorm
 from src.models.layers import ColumnParallelLinear, ParallelEmbedding, VocabParallelEmbedding
 from src.models.linear import linear
-from src.models.rope import rope_frequencies, rope_rotation
+from src.models.rope import Rotation, layer_rotations
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then feed-forward; with post_norms both outputs are normalised too."""
+    """Residual block: attention, then feed-forward, with norms of what they read, of what they give, or of both."""
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.attention = Attention(config, layer, dtype)
-        self.feed_forward = MixtureOfExperts(config) if config.n_experts else FeedForward(config)
-        self.attention_norm = _norm(config, dtype)
-        self.ffn_norm = _norm(config, dtype)
+        self.feed_forward = MixtureOfExperts(config) if config.n_experts else FeedForward(config, config.ffn_dim)
+        self.dtype, self.multiplier = dtype, config.residual_multiplier
+        self.attention_norm = _norm(config, dtype) if config.pre_norms else nn.Identity()
+        self.ffn_norm = _norm(config, dtype) if config.pre_norms else nn.Identity()
         self.attention_post_norm = _norm(config, dtype) if config.post_norms else nn.Identity()
         self.ffn_post_norm = _norm(config, dtype) if config.post_norms else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
+        self, x: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None
     ) -> Tensor:
         """The residual stream x [B, S, D] float32 -> [B, S, D] float32."""
-        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotation, mask, cache))
-        return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
+        read = self.attention_norm(x).to(self.dtype)  # as a norm does it, where there is one
+        x = self._added(x, self.attention_post_norm(self.attention(read, rotation, mask, cache)))
+        return self._added(x, self.ffn_post_norm(self.feed_forward(self.ffn_norm(x).to(self.dtype))))
+
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        """The residual stream x with a layer's output y, both [B, S, D]."""
+        return x + (y if self.multiplier == 1 else y * self.multiplier)
 
 
 def _positions(packed: Segments) -> Tensor:
@@ -102,9 +108,10 @@ class Decoder(nn.Module):
         if self.config.scaled_embeddings:  # the root is rounded too, as when the model was pretrained
             x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype, device=x.device)
         x = x.float()
-        rotation = rope_rotation(positions, rope_frequencies(self.config, tokens.device))
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         mask = Packed(lengths) if lengths else None
-        for layer in self.layers:
+        for layer, rotation in zip(self.layers, layer_rotations(self.config, positions), strict=True):
             x = layer(x, rotation, mask, cache=cache)
         return self.norm(x)
 
@@ -119,7 +126,7 @@ class Decoder(nn.Module):
         if self.config.bounded_context and last >= self.config.max_seq_len:
             raise UserError(
                 f"position {last} lies beyond the model's context of {self.config.max_seq_len}, "
-                f"where its dynamic rotary positions or logn attention would begin; they are not implemented: "
+                f"where its dynamic or long rotary positions or logn attention would begin; they are not implemented: "
                 f"shorten the text"
             )
 
@@ -138,6 +145,8 @@ class Decoder(nn.Module):
 
     def finish_logits(self, local: Tensor) -> Tensor:
         """The output layer's products with what a family does to them, padding rows at -inf. [..., P] -> [..., P]."""
+        if self.config.logit_divisor != 1:
+            local = local / self.config.logit_divisor
         if self.config.logit_softcap:
             local = self.config.logit_softcap * torch.tanh(local / self.config.logit_softcap)
         rows = parallel.padded_share(self.config.vocab_size)

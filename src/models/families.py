@@ -20,10 +20,12 @@ class Family(NamedTuple):
     fixed: config.json key -> the values we implement; absent counts as the first.
     aliases: what other writers call a key of `fields` -> that key.
     flags: config.json key -> (ModelConfig field, its value where the key is true).
-    window: the layers that `sliding_window` holds for: none, `all`, `alternate` ones from the first, the `late`
+    window: the layers that `sliding_window` holds for: none, `all`, all `but each nth` (window_period), the `late`
     ones from max_window_layers; with `-if-used` only where use_sliding_window is true.
     window_default: sliding_window of a config that does not mention it.
     layer_types: whether transformers reads this key, which says the same layer by layer and rules over the others.
+    nope_period: each layer of this number has no rotary positions, unless `no_rope_layers` says which.
+    interleaved: rotary pairs are neighbouring rows of wq and wk, as in our own layout; else the halves of a head.
     ffn_parts: how many FFN widths the config's intermediate_size counts.
     """
 
@@ -35,7 +37,10 @@ class Family(NamedTuple):
     flags: dict[str, tuple[str, Value]] = {}
     window: str = ""
     window_default: int | None = None
+    window_period: int = 0
     layer_types: bool = False
+    nope_period: int = 0
+    interleaved: bool = False
     ffn_parts: int = 1
     remote: tuple[str, str, str] | None = None
 
@@ -53,9 +58,22 @@ _FIELDS: dict[str, tuple[str, Value]] = {
     "rope_theta": ("rope_theta", None),
     "tie_word_embeddings": ("tied", False),
 }
+LOCAL_THETA = "rope_local_base_freq"  # the base of layers with a window
+_BIASES = {"attention_bias": ("attention_bias", False), "mlp_bias": ("mlp_bias", False)}
 _EXPERTS = {"num_experts_per_tok": ("n_active_experts", None)}
 _SILU = {"hidden_act": ("silu",)}
 _NO_BIAS = {"attention_bias": (False,)}
+# intermediate_size is of dense layers, which decoder_sparse_step 1 leaves none of
+_QWEN_EXPERTS = (
+    {key: field for key, field in _FIELDS.items() if key != "intermediate_size"}
+    | _EXPERTS
+    | {
+        "moe_intermediate_size": ("ffn_dim", None),
+        "num_experts": ("n_experts", None),
+        "norm_topk_prob": ("renormalised_experts", False),
+    }
+)
+_ALL_SPARSE = _SILU | {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 _GEMMA_FIELDS = _FIELDS | {"head_dim": ("head_dim", None), "tie_word_embeddings": ("tied", True)}
 _GEMMA_FACTS = {"activation": "gelu_tanh", "norm_offset": True, "scaled_embeddings": True}
 
@@ -68,6 +86,13 @@ _MISTRAL_LIKE = Family(
     layer_types=True,
 )
 
+_OLMO_2 = Family(
+    architecture="Olmo2ForCausalLM",
+    fields=_FIELDS | {"attention_bias": ("attention_bias", False)},
+    facts={"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True},
+    fixed=_SILU,
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -77,8 +102,47 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": ("max_seq_len", 2048),
             "rms_norm_eps": ("norm_eps", 1e-6),
             "rope_theta": ("rope_theta", 10000.0),
+        }
+        | _BIASES,
+        fixed=_SILU,
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        fields=_FIELDS
+        | _BIASES
+        | {"rope_theta": ("rope_theta", 2000000.0), "tie_word_embeddings": ("tied", True)},
+        fixed=_SILU | {"use_sliding_window": (False,)},
+        nope_period=4,
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        fields=_FIELDS
+        | _BIASES
+        | {
+            "embedding_multiplier": ("embedding_multiplier", 1.0),
+            "attention_multiplier": ("attention_multiplier", 1.0),
+            "residual_multiplier": ("residual_multiplier", 1.0),
+            "logits_scaling": ("logit_divisor", 1.0),
         },
-        fixed=_SILU | _NO_BIAS | {"mlp_bias": (False,)},
+        fixed=_SILU,
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        fields=_FIELDS | {"partial_rotary_factor": ("partial_rotary_factor", 1.0)},
+        fixed=_SILU,
+        window="all",
+    ),
+    "olmo2": _OLMO_2,
+    # the window's layers keep the plain positions that yarn stretches in the others
+    "olmo3": _OLMO_2._replace(
+        architecture="Olmo3ForCausalLM",
+        fields=_OLMO_2.fields | {"rope_theta": ("rope_theta", 500000.0)},
+        facts=_OLMO_2.facts | {"window_rope_theta": 500000.0},
+        fixed=_OLMO_2.fixed | {LOCAL_THETA: (500000.0,)},  # of rope_parameters; no key of its own is read
+        window="but each nth",
+        window_period=4,
+        window_default=4096,
+        layer_types=True,
     ),
     "mistral": _MISTRAL_LIKE,
     # what transformers makes of a mistral config with layer_types, and what it then saves
@@ -129,19 +193,20 @@ FAMILIES: dict[str, Family] = {
         window_default=4096,
         layer_types=True,
     ),
+    "qwen2_moe": Family(
+        architecture="Qwen2MoeForCausalLM",
+        fields=_QWEN_EXPERTS | {"shared_expert_intermediate_size": ("shared_ffn_dim", 5632)},
+        facts={"qkv_bias": True},
+        fixed=_ALL_SPARSE | {"qkv_bias": (True,), "use_sliding_window": (False,)},
+        window="all-if-used",
+        window_default=4096,
+    ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
-        # intermediate_size is of dense layers, which decoder_sparse_step 1 leaves none of
-        fields={key: field for key, field in _FIELDS.items() if key != "intermediate_size"}
-        | _EXPERTS
-        | {
-            "moe_intermediate_size": ("ffn_dim", None),
-            "num_experts": ("n_experts", None),
-            "norm_topk_prob": ("renormalised_experts", False),
-        },
+        fields=_QWEN_EXPERTS,
         facts={"qk_norm": True},
         aliases={"num_local_experts": "num_experts"},
-        fixed=_SILU | _NO_BIAS | {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+        fixed=_ALL_SPARSE | _NO_BIAS,
         window="all-if-used",
         window_default=4096,
     ),
@@ -162,9 +227,40 @@ FAMILIES: dict[str, Family] = {
         facts=_GEMMA_FACTS | {"post_norms": True},
         fixed=_NO_BIAS
         | {"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (None, False)},
-        window="alternate",
+        window="but each nth",
+        window_period=2,
         window_default=4096,
         layer_types=True,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        fields=_GEMMA_FIELDS
+        | {
+            "rope_theta": ("rope_theta", 1000000.0),
+            LOCAL_THETA: ("window_rope_theta", 10000.0),
+            "query_pre_attn_scalar": ("query_pre_attn_scalar", 256),
+            "attn_logit_softcapping": ("attention_softcap", 0.0),
+            "final_logit_softcapping": ("logit_softcap", 0.0),
+        },
+        facts=_GEMMA_FACTS | {"post_norms": True, "qk_norm": True},
+        fixed=_NO_BIAS
+        | {
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "use_bidirectional_attention": (False, None),
+            "sliding_window_pattern": (6,),
+        },
+        window="but each nth",
+        window_period=6,
+        window_default=4096,
+        layer_types=True,
+    ),
+    "glm4": Family(
+        architecture="Glm4ForCausalLM",
+        fields=_FIELDS
+        | {"partial_rotary_factor": ("partial_rotary_factor", 0.5), "attention_bias": ("qkv_bias", True)},
+        facts={"post_norms": True},
+        fixed=_SILU,
+        interleaved=True,
     ),
     "internlm2": Family(
         architecture="InternLM2ForCausalLM",
@@ -182,22 +278,45 @@ FAMILIES: dict[str, Family] = {
 # state hidden_dim and head_dim, and one with experts.
 PLAIN, META_OWN_HEAD_DIM, META_EXPERTS = "llama", "mistral", "mixtral"
 
+# Families that are known and not computed: model_type -> the part that is missing.
+UNSUPPORTED = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "minicpm3", "kimi_k2"), "multi-head latent attention"),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe"), "gated delta nets"),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_h1", "granitemoehybrid", "bamba"), "state space layers"),
+    **dict.fromkeys(("gemma3", "mistral3", "llama4", "qwen2_5_vl", "qwen3_vl"), "an image encoder"),
+    "gpt_oss": "attention sinks",
+    "phimoe": "sparse mixing of two experts",
+}
+
 MAX_WINDOW_LAYERS = 28  # what transformers takes for a max_window_layers that is not there
 
 # Meta's use_scaled_rope states no factor: it is 8 in Llama 3.1 and 32 in the small models of 3.2, which are tied.
 META_ROPE_FACTOR, META_ROPE_FACTOR_TIED = 8.0, 32.0
 
-# rope_type of a config.json -> rope_type here, and its parameters: key -> ModelConfig field.
-ROPE_TYPES: dict[str, tuple[str, dict[str, str]]] = {
-    "linear": ("linear", {"factor": "rope_factor"}),
-    "dynamic": ("dynamic", {"factor": "rope_factor"}),
+# rope_type of a config.json -> rope_type here, and its parameters: key -> (ModelConfig field, value of an absent key;
+# None means required).
+_ROPE_FACTOR: dict[str, tuple[str, Value]] = {"factor": ("rope_factor", None)}
+_ROPE_CONTEXT: dict[str, tuple[str, Value]] = {"original_max_position_embeddings": ("rope_original_max_seq_len", None)}
+_ROPE_SCALE: dict[str, tuple[str, Value]] = {"attention_factor": ("rope_attention_factor", 0.0)}
+_LONGROPE = ("longrope", _ROPE_CONTEXT | _ROPE_SCALE | {
+    "short_factor": ("rope_short_factors", None), "long_factor": ("rope_long_factors", None)
+})  # fmt: skip
+ROPE_TYPES: dict[str, tuple[str, dict[str, tuple[str, Value]]]] = {
+    "linear": ("linear", _ROPE_FACTOR),
+    "dynamic": ("dynamic", _ROPE_FACTOR),
     "llama3": (
         "wavelength",
-        {
-            "factor": "rope_factor",
-            "low_freq_factor": "rope_low_freq_factor",
-            "high_freq_factor": "rope_high_freq_factor",
-            "original_max_position_embeddings": "rope_original_max_seq_len",
-        },
+        _ROPE_FACTOR
+        | {"low_freq_factor": ("rope_low_freq_factor", None), "high_freq_factor": ("rope_high_freq_factor", None)}
+        | _ROPE_CONTEXT,
     ),
+    "yarn": (
+        "yarn",
+        _ROPE_FACTOR
+        | {"beta_slow": ("rope_low_freq_factor", 1.0), "beta_fast": ("rope_high_freq_factor", 32.0)}
+        | _ROPE_CONTEXT
+        | _ROPE_SCALE,
+    ),
+    "longrope": _LONGROPE,
+    "su": _LONGROPE,  # in the first files of Phi-3
 }

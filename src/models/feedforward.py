@@ -16,12 +16,12 @@ from src.parallel import copy_to_tensor_parallel, reduce_from_tensor_parallel
 class FeedForward(nn.Module):
     """Gated linear unit (Shazeer 2020): w2(act(w1 x) * w3 x), with its inner width split over the ranks."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.activation = config.activation
-        self.w1 = ColumnParallelLinear(config.dim, config.ffn_dim)
-        self.w2 = RowParallelLinear(config.ffn_dim, config.dim)
-        self.w3 = ColumnParallelLinear(config.dim, config.ffn_dim)
+        self.activation, bias = config.activation, config.mlp_bias
+        self.w1 = ColumnParallelLinear(config.dim, width, bias=bias)
+        self.w2 = RowParallelLinear(width, config.dim, bias=bias)
+        self.w3 = ColumnParallelLinear(config.dim, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
@@ -41,6 +41,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 class MixtureOfExperts(nn.Module):
     """Each token through its n_active_experts most probable experts (Shazeer et al. 2017), none dropped.
 
+    Where there is a shared expert, all tokens go through it too, each weighed by a sigmoid (Qwen team 2024).
     Every expert is split over the ranks like a plain feed-forward layer. All ranks route alike, so the experts'
     outputs are summed over the ranks once, however many were used.
     """
@@ -49,7 +50,9 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.n_active, self.renormalised = config.n_active_experts, config.renormalised_experts
         self.gate = nn.Linear(config.dim, config.n_experts, bias=False)
-        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_experts))
+        self.experts = nn.ModuleList(FeedForward(config, config.ffn_dim) for _ in range(config.n_experts))
+        self.shared = FeedForward(config, config.shared_ffn_dim) if config.shared_ffn_dim else None
+        self.shared_gate = nn.Linear(config.dim, 1, bias=False) if config.shared_ffn_dim else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
@@ -61,6 +64,9 @@ class MixtureOfExperts(nn.Module):
         # each rank has a part of every expert, hence a part of these gradients
         tokens, weights = copy_to_tensor_parallel(tokens), copy_to_tensor_parallel(weights)
         output = torch.zeros_like(tokens, dtype=torch.float32)
+        if self.shared is not None:
+            share = linear(x.flatten(0, 1), self.shared_gate.weight).float().sigmoid()  # [N, 1]
+            output = copy_to_tensor_parallel(share) * self.shared.partial_output(tokens)
         chosen, weights = chosen.flatten(), weights.flatten()  # [N * n_active]
         # a GPU is asked once how many tokens each expert has
         counts = (chosen[:, None] == torch.arange(len(self.experts), device=chosen.device)).sum(0).tolist()

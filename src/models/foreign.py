@@ -6,16 +6,17 @@ What differs between families is data, src/models/families.py; nothing here know
 import dataclasses
 
 from src.errors import UserError
-from src.models.config import FIELDS, ModelConfig, is_number
-from src.models.families import FAMILIES, MAX_WINDOW_LAYERS, ROPE_TYPES, Family
+from src.models.config import FIELDS, ModelConfig, above_zero
+from src.models.families import FAMILIES, MAX_WINDOW_LAYERS, UNSUPPORTED, Family
+from src.models.foreign_rope import read_rope, rope_facts, rope_to_hf
 from src.models.released import MODEL_TYPES, Released
 
 # What a row of MODEL_TYPES leaves open unless it states it: how a checkpoint was trained, cut, extended and stored.
 _UNCLAIMED = {
     "family", "n_added_tokens", "max_seq_len", "rope_original_max_seq_len", "rope_low_freq_factor",
-    "rope_high_freq_factor", "logn_attention", "renormalised_experts", "norm_eps", "embedding_split_dim",
-    "value_head", "score", "score_mean", "score_std", "step", "dtype", "chat_template", "template_args",
-    "system_prompt", "carried",
+    "rope_high_freq_factor", "rope_attention_factor", "rope_short_factors", "rope_long_factors", "logn_attention",
+    "renormalised_experts", "norm_eps", "embedding_split_dim", "value_head", "score", "score_mean", "score_std", "step",
+    "dtype", "chat_template", "template_args", "system_prompt", "carried",
 }  # fmt: skip
 # Facts that only SplitRL reads; they are under `splitrl` in a config.json.
 _OWN_FACTS = {
@@ -40,8 +41,6 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "per_layer_config": (None, {}),
     "transformers_weights": (None,),  # the name of another file of weights
 }
-# They may be in rope_parameters or on their own.
-_BESIDE_ROPE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 # What an export says anew, besides the keys of ModelConfig's facts.
 _NOT_CARRIED = {
     "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters",
@@ -82,6 +81,7 @@ def released_config(model_type: str, max_seq_len: int) -> ModelConfig:
         **FAMILIES[row.family].facts,
     }
     facts |= {name: value for name, value in row.facts.items() if name in FIELDS}
+    facts["nope_layers"] = _nope_layers({}, FAMILIES[row.family], row.facts["n_layers"], "--model_type")
     if facts.get("tied"):
         facts["embedding_split_dim"] = 0  # as the output layer that it is too
     return ModelConfig(**facts | {"family": row.family, "max_seq_len": max_seq_len})
@@ -97,6 +97,7 @@ def claimed_facts(row: Released, config: ModelConfig) -> dict[str, object]:
     claimed.setdefault("head_dim", facts["dim"] // facts["n_heads"])
     stated = {"sliding_window": window or None, "use_sliding_window": window > 0, "max_window_layers": 0}
     claimed["windows"] = _windows(stated, family, facts["n_layers"], "--model_type")
+    claimed["nope_layers"] = _nope_layers({}, family, facts["n_layers"], "--model_type")
     claimed |= family.facts
     claimed |= {name: FIELDS[name].default for name in FIELDS.keys() - _UNCLAIMED - claimed.keys()}
     if config.value_head:
@@ -108,8 +109,10 @@ def family_of(values: dict[str, object], source: str) -> Family:
     """The family of a Hugging Face config. Raises UserError for one we do not know."""
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        missing = UNSUPPORTED.get(model_type) if isinstance(model_type, str) else None
         raise UserError(
-            f"{source}: model_type {model_type!r} is not supported; expected {', '.join(FAMILIES)}"
+            f"{source}: model_type {model_type!r} is not supported{f' ({missing})' if missing else ''}; "
+            f"expected {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
@@ -118,10 +121,10 @@ def config_from_hf(stated: dict[str, object], source: str, dtype: str) -> ModelC
     """Read a Hugging Face config.json. Raises UserError that names the field we lack or do not implement."""
     family = family_of(stated, source)
     values = stated | _aliased(stated, family, source)
-    values |= _rope(values, source)
+    values |= read_rope(values, family, source)
     _check_fixed(values, family, source)
     facts = {field: _field(values, key, family, source) for key, (field, _) in family.fields.items()}
-    facts |= family.facts | _rope_facts(values["rope_scaling"], source)
+    facts |= family.facts | rope_facts(values["rope_scaling"], source)
     facts |= {field: value for key, (field, value) in family.flags.items() if is_true(values, key, source)}
     if facts["ffn_dim"] % family.ffn_parts:
         raise UserError(f"{source}: intermediate_size={values['intermediate_size']}; expected an even number")
@@ -129,6 +132,11 @@ def config_from_hf(stated: dict[str, object], source: str, dtype: str) -> ModelC
     facts["n_kv_heads"] = facts.get("n_kv_heads") or facts["n_heads"]
     facts["head_dim"] = facts.get("head_dim") or facts["dim"] // facts["n_heads"]
     facts["windows"] = _windows(values, family, facts["n_layers"], source)
+    facts["nope_layers"] = _nope_layers(values, family, facts["n_layers"], source)
+    if facts.get("rope_type") == "longrope":
+        original = facts["rope_original_max_seq_len"]
+        facts["rope_factor"] = facts["max_seq_len"] / original
+        facts["max_seq_len"] = min(facts["max_seq_len"], original)
     facts["embedding_split_dim"] = 0 if facts["tied"] else 1
     try:
         config = ModelConfig(family=values["model_type"], dtype=dtype, **facts)
@@ -184,78 +192,16 @@ def _field(values: dict[str, object], key: str, family: Family, source: str) -> 
     return above_zero(value, key, FIELDS[field].type, source)
 
 
-def above_zero(value: object, key: str, kind: object, source: str) -> int | float:
-    """A number of a foreign description. kind: int where it must be whole. Raises UserError that names the key."""
-    if not is_number(value) or value <= 0:
-        raise UserError(f"{source}: {key}={value!r}; expected a number above 0")
-    if kind is int and type(value) is not int:
-        raise UserError(f"{source}: {key}={value!r}; expected an integer")
-    return value
-
-
 def _check_fixed(values: dict[str, object], family: Family, source: str) -> None:
     """Raise UserError for a config that asks for arithmetic we do not implement."""
     refused = _REFUSED | ({} if family.window else {"sliding_window": (None,)})
+    refused = {key: allowed for key, allowed in refused.items() if key not in family.fields}
     if "hidden_act" in family.fixed and "hidden_activation" in values:
         # the newer key rules; its null means the family's own activation, whatever the older one says
         values = values | {"hidden_act": values["hidden_activation"] or family.fixed["hidden_act"][0]}
     for key, allowed in (refused | family.fixed).items():
         if values.get(key, allowed[0]) not in allowed:
             raise UserError(f"{source}: {key}={values[key]!r} is not implemented; supported: {allowed[0]!r}")
-
-
-def _rope(values: dict[str, object], source: str) -> dict[str, object]:
-    """`rope_scaling` and the keys of _BESIDE_ROPE, wherever they are.
-
-    transformers 5 nests them all in `rope_parameters`, and where `rope_scaling` is there too it reads that alone.
-    Raises UserError where two places say different things.
-    """
-    said = []
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = values.get(key) or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{source}: {key}={rope!r} is not implemented; expected an object or null")
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise UserError(f"{source}: {key} differ between layers, which is not implemented")
-        outside = {name: values[name] for name in _BESIDE_ROPE if values.get(name) is not None}
-        for name in outside.keys() & rope.keys():
-            if outside[name] != rope[name]:
-                raise UserError(
-                    f"{source}: {name}={outside[name]!r}, but {rope[name]!r} in {key}; remove one of them"
-                )
-        if rope:
-            inside = {name: rope[name] for name in _BESIDE_ROPE if name in rope}
-            said.append(outside | inside | {"rope_scaling": outside | rope})
-    if len(said) == 2:
-        first, second = (each | {"rope_scaling": _rope_facts(each["rope_scaling"], source)} for each in said)
-        if first != second:
-            raise UserError(
-                f"{source}: rope_scaling={values['rope_scaling']!r} and rope_parameters={values['rope_parameters']!r} "
-                f"differ; remove the one that is not meant (transformers reads rope_scaling alone)"
-            )
-    return said[0] if said else {"rope_scaling": {}}
-
-
-def _rope_facts(rope: dict[str, object], source: str) -> dict[str, object]:
-    """The ModelConfig fields of a stretched rope. Raises UserError for a type that is not implemented."""
-    kinds = [rope[key] for key in ("rope_type", "type") if key in rope]
-    if not kinds and not rope.keys() - set(_BESIDE_ROPE):
-        return {}
-    if kinds and kinds[0] == kinds[-1] == "default":
-        return {}
-    if not kinds or kinds[0] != kinds[-1] or not isinstance(kinds[0], str) or kinds[0] not in ROPE_TYPES:
-        raise UserError(
-            f"{source}: rope_scaling={rope!r} is not implemented; supported: {', '.join(ROPE_TYPES)}"
-        )
-    rope_type, keys = ROPE_TYPES[kinds[0]]
-    missing = [key for key in keys if key not in rope]
-    if missing:
-        raise UserError(f"{source}: rope_scaling of type {kinds[0]} lacks {missing[0]!r}")
-    facts = {
-        field: above_zero(rope[key], f"rope_scaling.{key}", FIELDS[field].type, source)
-        for key, field in keys.items()
-    }
-    return {"rope_type": rope_type} | facts
 
 
 def _windows(values: dict[str, object], family: Family, n_layers: int, source: str) -> tuple[int, ...]:
@@ -269,16 +215,17 @@ def _windows(values: dict[str, object], family: Family, n_layers: int, source: s
         used = bool(which)
     else:
         used = is_true(values, "use_sliding_window", source)
-    if window is not None:
-        above_zero(window, "sliding_window", int, source)
     slides = used and window is not None
+    if slides:
+        above_zero(window, "sliding_window", int, source)
     first = 0
     if which == "late" and slides:
         first = values.get("max_window_layers", MAX_WINDOW_LAYERS)
         if type(first) is not int:
             raise UserError(f"{source}: max_window_layers={first!r}; expected an integer")
+    period = family.window_period
     own = [
-        _SLIDING if slides and index >= first and (which != "alternate" or index % 2 == 0) else _FULL
+        _SLIDING if slides and index >= first and not (period and (index + 1) % period == 0) else _FULL
         for index in range(n_layers)
     ]
     kinds = own if values.get("layer_types") is None else values["layer_types"]
@@ -301,6 +248,20 @@ def _windows(values: dict[str, object], family: Family, n_layers: int, source: s
             f"sliding_window, or make all layers {_FULL}"
         )
     return tuple(window if kind == _SLIDING else 0 for kind in kinds) if _SLIDING in kinds else ()
+
+
+def _nope_layers(values: dict[str, object], family: Family, n_layers: int, source: str) -> tuple[int, ...]:
+    """The layers without rotary positions. Raises UserError."""
+    if not family.nope_period:
+        return ()
+    if (turns := values.get("no_rope_layers")) is None:
+        period = above_zero(
+            values.get("no_rope_layer_interval", family.nope_period), "no_rope_layer_interval", int, source
+        )
+        return tuple(range(period - 1, n_layers, period))
+    if not isinstance(turns, list) or len(turns) != n_layers or any(turn not in (0, 1) for turn in turns):
+        raise UserError(f"{source}: no_rope_layers={turns!r}; expected 0 or 1 for each of {n_layers} layers")
+    return tuple(layer for layer, turn in enumerate(turns) if not turn)
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
@@ -328,6 +289,8 @@ def _hf_values(config: ModelConfig) -> dict[str, object]:
     }
     values |= {key: getattr(config, field) == value for key, (field, value) in family.flags.items()}
     values |= {key: allowed[0] for key, allowed in family.fixed.items()}
+    if family.nope_period:
+        values["no_rope_layers"] = [int(layer not in config.nope_layers) for layer in range(config.n_layers)]
     if family.ffn_parts > 1:
         values["intermediate_size"] = family.ffn_parts * config.ffn_dim
     if family.remote:
@@ -335,21 +298,8 @@ def _hf_values(config: ModelConfig) -> dict[str, object]:
         classes = {"AutoConfig": config_class, "AutoModelForCausalLM": model_class}
         values["auto_map"] = {auto: f"{repository}--{name}" for auto, name in classes.items()}
     return (
-        values | _rope_to_hf(config, family) | _windows_to_hf(config, family) | {"torch_dtype": config.dtype}
+        values | rope_to_hf(config, family) | _windows_to_hf(config, family) | {"torch_dtype": config.dtype}
     )
-
-
-def _rope_to_hf(config: ModelConfig, family: Family) -> dict[str, object]:
-    """`rope_scaling`, null where frequencies are not stretched; nothing where a flag of the family says it."""
-    if any(field == "rope_type" for field, _ in family.flags.values()):
-        return {}
-    for kind, (rope_type, keys) in ROPE_TYPES.items():
-        if config.rope_type == rope_type:
-            # code of remote families knows the older name alone
-            name = "type" if family.remote else "rope_type"
-            scaling = {name: kind} | {key: getattr(config, field) for key, field in keys.items()}
-            return {"rope_scaling": scaling}
-    return {"rope_scaling": None}
 
 
 def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, object]:

@@ -21,7 +21,7 @@ from src.parallel import (
 )
 
 
-class _SumGradientOverReplicas(torch.autograd.Function):
+class SumGradientOverReplicas(torch.autograd.Function):
     """Identity forwards; backwards the sum of the gradients of all ranks that hold the same rows."""
 
     @staticmethod
@@ -71,27 +71,31 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
 
     def sum_over_replicas(self, x: Tensor) -> Tensor:
         """x, its gradient summed over the ranks that hold the same rows. [rows of this rank, ...], unchanged."""
-        return _SumGradientOverReplicas.apply(x, self.rows, self.out_features) if self.replicated else x
+        return SumGradientOverReplicas.apply(x, self.rows, self.out_features) if self.replicated else x
 
 
 class RowParallelLinear(layers.RowParallelLinear):
-    """y = x W^T with W [out_features, in_features] split by columns: inputs arrive split, outputs are summed.
+    """y = x W^T + b with W [out_features, in_features] split by columns: inputs arrive split, outputs are summed.
 
-    `columns` are those of this rank (default: an even share, the first ranks taking what does not divide).
+    `columns` are those of this rank (default: an even share, the first ranks taking what does not divide). Every rank
+    holds the whole bias.
     """
 
-    def __init__(self, in_features: int, out_features: int, columns: range | None = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, columns: range | None = None, *, bias: bool = False
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
         self.columns = share(in_features) if columns is None else columns
         self.rows, self.replicated = None, False  # whole on every rank
         self.input_size_per_partition = len(self.columns)
         self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
-        self.register_parameter("bias", None)
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., columns of this rank] -> [..., out_features], summed over the ranks."""
-        return reduce_from_tensor_parallel(linear(x, self.weight))
+        y = reduce_from_tensor_parallel(linear(x, self.weight))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def _lookup_settings(module: nn.Module, num_embeddings: int, embedding_dim: int) -> None:

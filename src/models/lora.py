@@ -149,19 +149,21 @@ class LoraLinear(nn.Module):
             lora_b = parallel.copy_to_tensor_parallel(lora_b)
         rows = x.flatten(0, -2)
         kept = None if kept is None else kept.type_as(x).flatten(0, -2)
-        bias = self.base.bias if self.lora_m is None else None
+        at_once = self.by_rows and self.lora_m is None  # else the bias comes after the sum over ranks, or the lengths
+        bias = self.base.bias if at_once else None
         y = _AdaptedProduct.apply(rows, lora_a, lora_b, kept, self.base, bias, self.scale)
         y = y.unflatten(0, x.shape[:-1])
         y = y if self.by_rows else parallel.reduce_from_tensor_parallel(y)
-        return y if self.lora_m is None else self._with_magnitude(y)
+        if self.lora_m is not None:
+            y = self._with_magnitude(y)
+        return y if at_once or self.base.bias is None else y + self.base.bias.type_as(y)
 
     def _with_magnitude(self, y: Tensor) -> Tensor:
-        """m / ||W + scale B A|| times the product y [..., out], plus the bias (DoRA, Liu et al. 2024, eq. 5)."""
+        """m / ||W + scale B A|| times the product y [..., out] (DoRA, Liu et al. 2024, eq. 5)."""
         magnitude = self.lora_m.weight
         if self.by_rows:
             magnitude = self.lora_b.sum_over_replicas(magnitude)
-        y = y * (magnitude / self.row_lengths()).type_as(y)
-        return y if self.base.bias is None else y + self.base.bias.type_as(y)
+        return y * (magnitude / self.row_lengths()).type_as(y)
 
     @torch.no_grad()
     def row_lengths(self) -> Tensor:

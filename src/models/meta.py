@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from src.errors import UserError
-from src.models.config import ModelConfig
+from src.models.config import ModelConfig, above_zero
 from src.models.families import (
     META_EXPERTS,
     META_OWN_HEAD_DIM,
@@ -11,7 +11,7 @@ from src.models.families import (
     META_ROPE_FACTOR_TIED,
     PLAIN,
 )
-from src.models.foreign import above_zero, is_true
+from src.models.foreign import is_true
 
 
 class MetaWeights(NamedTuple):

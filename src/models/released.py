@@ -42,6 +42,13 @@ _QWEN_3 = _QWEN | {"head_dim": 128}
 _GEMMA = {"vocab_size": 256000, "norm_eps": 1e-6, "rope_theta": 1e4, "tied": True, "head_dim": 256}
 _GEMMA_2 = _GEMMA | {"attention_softcap": 50.0, "logit_softcap": 30.0}
 _INTERNLM_2 = {"vocab_size": 92544, "norm_eps": 1e-5, "rope_theta": 1e6}
+_SMOLLM_3 = {"vocab_size": 128256, "norm_eps": 1e-6, "rope_theta": 5e6, "tied": True}
+_PHI_3 = {"vocab_size": 32064, "norm_eps": 1e-5, "rope_theta": 1e4, "window": 2047}
+_PHI_4 = {"vocab_size": 100352, "norm_eps": 1e-5, "rope_theta": 2.5e5}
+_OLMO_2 = {"vocab_size": 100352, "norm_eps": 1e-6, "rope_theta": 5e5}
+_GEMMA_3 = _GEMMA | {
+    "vocab_size": 262144, "rope_theta": 1e6, "window_rope_theta": 1e4, "query_pre_attn_scalar": 256, "window": 512
+}  # fmt: skip
 _TIED, _WIDE_VOCAB = ("tied", True), ("vocab_size", 152064)
 
 # Names without a size claim the family alone. A row's name may be followed by -base, -chat, -instruct or -it.
@@ -59,6 +66,15 @@ MODEL_TYPES: dict[str, Released] = (
         "deepseek": Released("llama", {}),
         "gemma": Released("gemma", {}),
         "gemma-2": Released("gemma2", {}),
+        "gemma-3": Released("gemma3_text", {}),
+        "glm-4": Released("glm4", {}),
+        "granite": Released("granite", {}),
+        "olmo-2": Released("olmo2", {}),
+        "olmo-3": Released("olmo3", {}),
+        "phi-3": Released("phi3", {}),
+        "phi-4-mini": Released("phi3", {}),
+        "qwen-1.5-moe": Released("qwen2_moe", {}),
+        "qwen-2-moe": Released("qwen2_moe", {}),
         "internlm2": Released("internlm2", {}),
     }
     | _sizes("llama", _LLAMA_2 | {"norm_eps": 1e-6}, {
@@ -157,6 +173,22 @@ MODEL_TYPES: dict[str, Released] = (
         "gemma-2-27b": (
             4608, 46, 32, 16, 36864, ("head_dim", 128), ("query_pre_attn_scalar", 144.0), ("window", 4096)
         ),
+    })
+    | _sizes("gemma3_text", _GEMMA_3, {
+        "gemma-3-270m": (640, 18, 4, 1, 2048),
+        "gemma-3-1b": (1152, 26, 4, 1, 6912),
+    })
+    | _sizes("smollm3", _SMOLLM_3, {"smollm3-3b": (2048, 36, 16, 4, 11008)})
+    | _sizes("phi3", _PHI_3, {
+        "phi-3-mini-4k": (3072, 32, 32, 32, 8192),
+        "phi-3-medium-4k": (5120, 40, 40, 10, 17920),
+    })
+    | _sizes("phi3", _PHI_4, {"phi-4": (5120, 40, 40, 10, 17920)})
+    | _sizes("olmo2", _OLMO_2, {
+        "olmo-2-1b": (2048, 16, 16, 16, 8192),
+        "olmo-2-7b": _7B,
+        "olmo-2-13b": _13B,
+        "olmo-2-32b": (5120, 64, 40, 8, 27648),
     })
     | _sizes("internlm2", _INTERNLM_2, {
         "internlm2-7b": _8B,

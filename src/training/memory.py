@@ -121,10 +121,11 @@ def _linear_parameters(config: ModelConfig, n: int) -> int:
 def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tuple[int, int]:
     """What the backward pass needs of all blocks but the last, and of the last with what it makes there."""
     H, K = map(len, config.heads_on(n, 0))
-    D, E, F = config.dim, config.head_dim, -(-config.ffn_dim // n) * max(1, config.n_active_experts)
+    D, E = config.dim, config.head_dim
+    F = -(-config.ffn_dim // n) * max(1, config.n_active_experts) + -(-config.shared_ffn_dim // n)
     computed = 2 if how.half else FLOAT32  # bytes of what linears read and write
     norm = FLOAT32 * D  # its input
-    norms = norm * (2 if config.post_norms else 1)
+    norms = norm * (config.pre_norms + config.post_norms)
     attention = norms + computed * (D + 2 * (H + K) * E)  # the norm's output, queries, keys, values, output
     attention += norm * (H + K) * E // D if config.qk_norm else 0
     feed_forward = norms + computed * (D + 4 * F)  # the norm's output, products, gate and their product

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from src.checkpoint import convert
+from src.checkpoint import convert, peft_layout
 from src.checkpoint.shards import expected_shapes
 from src.checkpoint.sources import open_source
 from src.errors import UserError
@@ -63,6 +63,14 @@ def test_fused_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
         UserError, match=r"layers.0.attention.wqkv_grouped.weight has shape \[63, 32\], but .* \[64, 32\]"
     ):
         open_source(str(folder))
+
+
+def test_parts_of_a_fused_linear_have_no_adapter_in_peft(tmp_path: Path) -> None:
+    source = open_source(str(zoo.make(tmp_path / "glm-4", "glm-4")))
+    name = "layers.0.{}.lora_a.weight"
+    assert peft_layout.as_peft({name.format("attention.wq"): source.tensors["norm.weight"]}, source.config)
+    with pytest.raises(UserError, match="an adapter of a glm4 model has no form in PEFT"):
+        peft_layout.as_peft({name.format("feed_forward.w1"): source.tensors["norm.weight"]}, source.config)
 
 
 def test_every_parameter_has_one_hf_name() -> None:

@@ -262,6 +262,9 @@ def test_a_window_is_a_shorter_context(
         ("qwen-3-moe", "is of family qwen3_moe"),
         ("gemma-2", "query_pre_attn_scalar=24 has no form"),
         ("dynamic", "rope_type='dynamic' has no form"),
+        ("yarn", "rope_type='yarn' has no form"),
+        ("biases", "attention_bias=True has no form"),
+        ("phi-3", "is of family phi3"),
         ("gemma-2 without window", "tied=False has no form"),
     ],
 )

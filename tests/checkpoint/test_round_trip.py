@@ -16,8 +16,8 @@ from tests import reference, workers, zoo
 
 ALL = zoo.MODELS | zoo.VARIANTS
 STEPS = 12
-# What transformers notes about the file rather than the model
-NOTES = {"_name_or_path", "transformers_version", "architectures"}
+# What transformers notes about the file rather than the model, and what it reads into rope_parameters
+NOTES = {"_name_or_path", "transformers_version", "architectures", "partial_rotary_factor", "rope_local_base_freq"}
 
 
 def opened(folder: Path) -> PreTrainedModel:

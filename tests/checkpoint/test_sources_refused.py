@@ -121,7 +121,7 @@ WRONG_PARAMS: dict[str, tuple[dict[str, object], str]] = {
     "moe": (META | {"moe": {"num_experts": 2, "num_experts_per_tok": 1}}, "num_experts=2, but the weights hold 0 "),
     "no dim": ({"n_layers": 2, "n_heads": 8}, "key 'dim' is missing"),
     "heads": (META | {"n_kv_heads": 3}, "n_heads=8 is not a multiple of n_kv_heads=3"),
-    "rope_scaling": (HF | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling=.* not implemented"),
+    "rope_scaling": (HF | {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_scaling=.* not implemented"),
     "rope_parameters": (
         HF | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}},
         "rope_scaling of type llama3 lacks 'low_freq_factor'",

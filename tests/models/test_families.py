@@ -34,11 +34,32 @@ RUNS = {
         "qwen-3",
         "qwen-3-moe",
         "gemma-2",
+        "biases",
+        "olmo-3",
+        "gemma-3",
+        "qwen-2-moe",
     ],
 }
 DECODES = {
-    1: ["mistral-window", "qwen", "qwen-2-window", "qwen-3-moe", "gemma-2", "llama-3.1", "deepseek-coder"],
-    2: ["one kv head", "uneven", "gemma-2"],
+    1: [
+        "mistral-window",
+        "qwen",
+        "qwen-2-window",
+        "qwen-3-moe",
+        "gemma-2",
+        "llama-3.1",
+        "deepseek-coder",
+        "biases",
+        "smollm3",
+        "phi-3",
+        "phi-4-mini",
+        "olmo-3",
+        "granite",
+        "gemma-3",
+        "glm-4",
+        "qwen-2-moe",
+    ],
+    2: ["one kv head", "uneven", "gemma-2", "biases", "olmo-3"],
 }
 WAYS = ["padded", "packed", "token by token", "among others", "after a prefix"]
 runs = pytest.mark.parametrize(("n", "name"), [(n, name) for n in RUNS for name in RUNS[n]])
@@ -151,6 +172,13 @@ def test_cached_decoding_equals_plain(on: On, n: int, name: str, way: str) -> No
         torch.testing.assert_close(logprobs[way], logprobs["plain"], rtol=1e-6, atol=2e-5)
 
 
+@decodes
+def test_fresh_adapters_change_nothing(on: On, n: int, name: str) -> None:
+    for rank in on(n).results:
+        adapted = rank[name]["adapted"]
+        assert reference.relative_difference(adapted["after"], adapted["before"]) < 1e-6
+
+
 @pytest.fixture(scope="module")
 def alone(hf_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """A model of the zoo as a directory of one shard."""
@@ -165,7 +193,7 @@ def alone(hf_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return alone
 
 
-@pytest.mark.parametrize("name", ["qwen", "internlm2"])
+@pytest.mark.parametrize("name", ["qwen", "internlm2", "phi-4-mini"])
 def test_context_beyond_what_is_implemented_is_refused(alone: Callable[[str], str], name: str) -> None:
     model = load.load_solver(alone(name))
     assert model.config.max_seq_len == 128
@@ -174,8 +202,8 @@ def test_context_beyond_what_is_implemented_is_refused(alone: Callable[[str], st
         model(torch.ones(1, 129, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen-3-moe"])
-def test_experts_can_be_quantised(alone: Callable[[str], str], name: str) -> None:
+@pytest.mark.parametrize("name", ["mixtral", "qwen-3-moe", "qwen-2-moe", "biases", "olmo-2"])
+def test_every_kind_can_be_quantised(alone: Callable[[str], str], name: str) -> None:
     tokens = reference.batch()[0]
     full, small = (
         workers.all_logits(load.load_solver(alone(name), quantize=q), tokens) for q in ("", "int8")

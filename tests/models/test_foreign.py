@@ -1,4 +1,4 @@
-"""src/models/foreign.py and the tables of families.py: released facts, foreign configs, and claims that contradict."""
+"""src/models/foreign.py and its tables: released facts, foreign configs, and claims that contradict."""
 
 import dataclasses
 import json
@@ -39,6 +39,13 @@ WAVELENGTH = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0, 2.0],
+    "long_factor": [1.0, 4.0],
+}  # fmt: skip
+PHI, GEMMA_3 = {"model_type": "phi3"}, {"model_type": "gemma3_text", "head_dim": 4}
 
 
 @pytest.mark.parametrize(
@@ -143,9 +150,26 @@ def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
     ("values", "named"),
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"mlp_bias": True}, "mlp_bias=True"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling=.*yarn"),
+        ({"attention_bias": "no"}, "attention_bias='no'; expected true or false"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}, "rope_scaling=.*proportional"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "type yarn lacks 'original_max_position_embeddings'"),
+        ({"rope_scaling": YARN | {"mscale": 0.7}}, "rope_scaling.mscale=0.7 is not implemented"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate=False is not implemented"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, r"rope_short_factors=\[1.0\]: expected 2 numbers"),
+        ({"rope_scaling": LONGROPE | {"long_factor": 2.0}}, "long_factor=2.0; expected a list of numbers"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0, "2"]}}, "long_factor='2'; expected a number above 0"),
+        (PHI | {"partial_rotary_factor": 0.3}, "head_dim=4, of which 1 rotate"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, r"no_rope_layers=\[1\]; expected 0 or 1 for each of 2"),
+        ({"model_type": "smollm3", "use_sliding_window": True}, "use_sliding_window=True is not implemented"),
+        (GEMMA_3 | {"sliding_window_pattern": 5}, "sliding_window_pattern=5 is not implemented"),
+        (
+            GEMMA_3 | {"rope_parameters": {"full_attention": {}, "sliding_attention": YARN}},
+            "rope_parameters.sliding_attention=.*yarn.*expected 'default'",
+        ),
+        ({"model_type": "qwen2_moe", "moe_intermediate_size": 8, "num_experts": 4} | EXPERTS
+         | {"use_sliding_window": True}, "use_sliding_window=True is not implemented"),
+        ({"model_type": "deepseek_v3"}, r"'deepseek_v3' is not supported \(multi-head latent attention\)"),
+        ({"model_type": "qwen3_next"}, r"'qwen3_next' is not supported \(gated delta nets\)"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear lacks 'factor'"),
         ({"rope_parameters": {"full": {"rope_theta": 1e4}}}, "rope_parameters differ between layers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -197,7 +221,7 @@ def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
             {"rope_scaling": WAVELENGTH, "original_max_position_embeddings": 16},
             "original_max_position_embeddings=16, but 32 in rope_scaling",
         ),
-        ({"rope_parameters": {"type": "yarn", "factor": 4.0}}, "rope_scaling=.*yarn"),
+        ({"rope_parameters": {"type": "proportional", "factor": 4.0}}, "rope_scaling=.*proportional"),
         (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_scaling=.*linear.* and rope_parameters=.*default.*differ",
@@ -354,5 +378,5 @@ def test_config_survives_the_way_to_hf_and_back(tmp_path: Path, name: str) -> No
         return
     theirs = transformers.AutoConfig.for_model(**exported)
     assert theirs.head_dim == config.head_dim if hasattr(theirs, "head_dim") else True
-    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    assert theirs.rope_parameters.get("full_attention", theirs.rope_parameters)["rope_theta"] == config.rope_theta
     assert theirs.num_key_value_heads == config.n_kv_heads
