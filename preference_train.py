@@ -105,7 +105,7 @@ def main(config: PreferenceTrainConfig) -> None:
     if config.dry_run:
         examples = [encoded for pair in data.samples for encoded in pair]
         steps = run.planned_steps(data)
-        runlog.table(plan.training(config, model_config, steps, examples, tokenizer, run.sampler.ranks))
+        runlog.table(plan.training(config, model_config, steps, examples, tokenizer, run.sampler.ranks, summed=False))
         return
     run.begin("preference_train", tokenizer)
     saving.check_save_dir(config.save_dir, config.reference_ckpt_dir)

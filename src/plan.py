@@ -43,29 +43,24 @@ STILL_TO_COME = 60 * 2**20
 MEASURED = "measured on a CPU it was 7% above to 28% below; no GPU was measured"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
 ARRANGEMENTS = ("all at once", "--phases", "--share_base")
-DOING = {
-    "model": "training",
-    "actor": "the actor learns",
-    "critic": "the critic learns",
-    "reference": "the reference scores",
-    "verifier": "the verifier scores",
-    "rollouts": "the actor samples",
-}
+DOING = {"model": "training", "actor": "the actor learns", "critic": "the critic learns",
+         "reference": "the reference scores", "verifier": "the verifier scores",
+         "rollouts": "the actor samples"}  # fmt: skip
 Memory = Mapping[str, Mapping[str, int]]  # model, or rollouts of the actor -> part -> bytes of a rank
 
 
 def training(
     config: TrainConfig, model: ModelConfig, steps: Iterable[Step], examples: Sequence[Encoded], tokenizer: Tokenizer,
-    data_parallel: int,
+    data_parallel: int, *, summed: bool = True,
 ) -> str:  # fmt: skip
-    """The plan of a trainer that takes these steps, of these examples."""
+    """The plan of a trainer that takes these steps, of these examples. summed: its loss is a sum of log-probs."""
     n = load.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
     model.check_divides(n, "this checkpoint")
     passes = [(step.epoch, max(batch.tokens.numel() for batch in step.batches)) for step in steps]
     n_tokens = max((tokens for _, tokens in passes), default=0)
     how = Training(load.lora_config(config, config.lora_dropout), config.quantize, config.activation_checkpointing,
-                   data_parallel, config.accumulation_steps > 1, _on_gpu(), is_half(config),
-                   config.optimizer)  # fmt: skip
+                   data_parallel, config.accumulation_steps > 1, _on_gpu(), is_half(config), config.optimizer,
+                   summed)  # fmt: skip
     memory = {"model": training_memory(model, n, n_tokens, how)}
     facts = {
         "tensor-parallel ranks": n,
@@ -86,15 +81,12 @@ def decoding(
     """The plan of decoding these prompts with at most n_rows rows at once."""
     config.check_divides(n, "this checkpoint")
     longest, n_samples, shared = max(map(len, prompts)), samples * len(prompts), shared_prefix(prompts)
-    facts = {
-        "tensor-parallel ranks": n,
-        "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {config.max_seq_len}, the first "
-        f"{shared} of all the same",
-        "samples": n_samples,
-    }
-    n_tokens = min(longest + max_new_tokens, config.max_seq_len)
-    held = frozen_memory(config, n, quantize or "bfloat16" * half)
-    parts = held | decoding_memory(config, n, min(n_rows, n_samples), n_tokens, shared, half=half)
+    facts = {"tensor-parallel ranks": n, "samples": n_samples,
+             "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {config.max_seq_len}, the first "
+             f"{shared} of all the same"}  # fmt: skip
+    n_rows, n_tokens = min(n_rows, n_samples), min(longest + max_new_tokens, config.max_seq_len)
+    parts = frozen_memory(config, n, quantize or "bfloat16" * half)
+    parts |= decoding_memory(config, n, n_rows, n_tokens, shared, half=half)
     return report(facts, {"model": parts}, {"decoding": sum(parts.values())}, n)
 
 
@@ -115,7 +107,7 @@ def ppo(
     ids, held_ids = ([encode_prompt(tokenizer, p.instruction) for p in some] for some in (prompts, held_out))
     work = ppo_work(config, models["actor"].max_seq_len, [*map(len, ids)], [*map(len, held_ids)], ranks)
     how = Training(load.lora_config(config), checkpointing=config.activation_checkpointing, data_parallel=ranks,
-                   accumulates=work.accumulates, on_gpu=_on_gpu(), half=is_half(config))  # fmt: skip
+                   accumulates=work.accumulates, on_gpu=_on_gpu(), half=is_half(config), summed=False)  # fmt: skip
     memory = {name: ppo_memory(models, n, how, work, config.quantize, name) for name in ARRANGEMENTS}
     peaks = {name: moments(memory[name], models, n, phases=name == "--phases") for name in ARRANGEMENTS}
     folders = filter(None, (config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir))
@@ -128,13 +120,12 @@ def ppo(
             "--share_base: one base cannot be below these models; actor, critic and verifier must be adapters on the "
             "same weights, and all ranks one tensor-parallel group (--tensor_parallel_size)"
         )
-    per_buffer = min(config.prompts_per_buffer, len(ids))
     facts = {
         "tensor-parallel ranks": n,
         "data-parallel ranks": ranks,
         "prompts": f"{len(ids)}, the longest {max(map(len, ids))} tokens of a context of {models['actor'].max_seq_len}",
-        "rollout buffers": f"{n_buffers} of {per_buffer * config.group_size} episodes, each for "
-        f"{config.inner_epochs} x {config.minibatches} optimizer steps",
+        "rollout buffers": f"{n_buffers} of {min(config.prompts_per_buffer, len(ids)) * config.group_size} "
+        f"episodes, each for {config.inner_epochs} x {config.minibatches} optimizer steps",
         "largest forward pass": f"{work.n_tokens} tokens",
         "disk": disk([models[name] for name in ("actor", "critic") if name in models], n, how, config, n_buffers,
                      -(-len(prompts) // config.prompts_per_buffer), config.reference_refresh),
@@ -142,8 +133,8 @@ def ppo(
         "an example": f"{tokenizer.decode(ids[0], show_control=True)}[[...]], {len(ids[0])} tokens and at most "
         f"{config.max_new_tokens} to learn",
     }  # fmt: skip
-    totals = {name: size(_process() + max(peaks[name].values())) if name in peaks else "-" for name in ARRANGEMENTS}
-    rows = [f"  {name:22}{total}" for name, total in totals.items()]
+    rows = [f"  {name:22}{size(_process() + max(peaks[name].values())) if name in peaks else '-'}"
+            for name in ARRANGEMENTS]  # fmt: skip
     return "\n".join([report(facts, memory[asked], peaks[asked], n * ranks), "in each arrangement", *rows])
 
 
@@ -301,11 +292,10 @@ def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] 
         "vocabulary": f"{config.vocab_size}, {'tied to' if config.tied else 'apart from'} the output layer",
         "context": config.max_seq_len,
         "tokenizer": ", ".join(path.name for path in source.tokenizer_files)
-        if storage.has_vocabulary(source.tokenizer_files)
-        else "none: give --tokenizer_file",
+        if storage.has_vocabulary(source.tokenizer_files) else "none: give --tokenizer_file",
     }
-    head = f"{'ranks':8}{'a rank, ' + config.dtype:20}{'kv heads a rank':18}what to know"
-    return "\n".join([report(facts, {}), "", head, *(_rank_row(config, n) for n in ranks)])
+    head = f"\n{'ranks':8}{'a rank, ' + config.dtype:20}{'kv heads a rank':18}what to know"
+    return "\n".join([report(facts, {}), head, *(_rank_row(config, n) for n in ranks)])
 
 
 def _rank_row(config: ModelConfig, n: int) -> str:
@@ -316,8 +306,8 @@ def _rank_row(config: ModelConfig, n: int) -> str:
         return f"{n:<8}{problem}"
     notes = []
     if config.n_kv_heads < n:
-        copies = _between(n // config.n_kv_heads, -(-n // config.n_kv_heads))
-        notes.append(f"each key-value head lies on {copies} ranks")
+        copies = {n // config.n_kv_heads, -(-n // config.n_kv_heads)}
+        notes.append(f"each key-value head lies on {_span(copies)} ranks")
     elif config.n_heads % n or config.n_kv_heads % n:
         notes.append(f"uneven: {_counts(config, n, 0)} query heads")
     if padding := -config.vocab_size % n:
@@ -328,12 +318,12 @@ def _rank_row(config: ModelConfig, n: int) -> str:
 
 def _counts(config: ModelConfig, n: int, kind: int) -> str:
     """How many query (0) or KV heads (1) a shard holds: one number, or the fewest and the most."""
-    counts = sorted({len(config.heads_on(n, index)[kind]) for index in range(n)})
-    return _between(counts[0], counts[-1])
+    return _span({len(config.heads_on(n, index)[kind]) for index in range(n)})
 
 
-def _between(fewest: int, most: int) -> str:
-    return str(fewest) if fewest == most else f"{fewest} to {most}"
+def _span(counts: set[int]) -> str:
+    """The only one of some counts, or the fewest and the most."""
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def report(
@@ -380,9 +370,8 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes / 1024**power:.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-# What a card of 80 GB leaves to tensors, besides the CUDA context, NCCL's buffers and holes between blocks
-CARD_BYTES = 75 * 2**30
 GROUPS = (1, 2, 4, 8, 16, 32, 64)
+CARD_BYTES = 75 * 2**30  # that a card of 80 GB leaves to tensors: CUDA, NCCL and holes between blocks take the rest
 
 
 def cluster(model_types: Sequence[str], n: int = 8, n_tokens: int = 4096) -> str:

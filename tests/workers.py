@@ -23,7 +23,7 @@ from src.models.decoder import Decoder
 from src.models.layers import ParallelEmbedding
 from src.models.lora import LINEARS, LoraConfig
 from src.models.quantize import weight_bytes
-from src.models.vocab_softmax import vocab_entropy, vocab_logprobs
+from src.models.vocab_softmax import vocab_entropy, vocab_gradient, vocab_logprobs
 from src.runlog import RunLog
 from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import Trainer
@@ -254,26 +254,22 @@ def vocabulary_and_layers(n_rows: int, vocab_size: int) -> dict[str, object]:
     columns = shards.Cut(
         1, vocab_size, tuple(parallel.padded_share(vocab_size, n, index) for index in range(n))
     )
-    local = shards.cut(logits, columns, rank).requires_grad_()
-    logprobs = vocab_logprobs(local, targets)
-    (logprobs * weights).sum().backward()
-    spread = shards.cut(logits, columns, rank).requires_grad_()
-    (vocab_entropy(spread) * weights).sum().backward()
-    huge = shards.cut(logits * 1e4, columns, rank)
+    local, huge = (shards.cut(scaled, columns, rank) for scaled in (logits, logits * 1e4))
+    (found, logprobs), (huge_found, huge_logprobs) = (vocab_logprobs(each, targets) for each in (local, huge))
+    entropy, nothing = vocab_entropy(found), torch.zeros_like(logprobs)
     gathered = shards.cut(logits, columns, rank).requires_grad_()
     (parallel.gather_vocab(gathered) * logits).sum().backward()
     with torch.device("meta"):
         model = Decoder(CONFIG)
     return {
-        "logprobs": logprobs.detach(),
-        "gradient": local.grad,
-        "bfloat16": vocab_logprobs(local.detach().bfloat16(), targets),
-        "huge": vocab_logprobs(huge, targets),
-        "none": vocab_logprobs(local[:0], targets[:0]),
-        "entropy": vocab_entropy(spread.detach()),
-        "entropy_gradient": spread.grad,
-        "huge_entropy": vocab_entropy(huge),
-        "gathered": parallel.gather_vocab(local.detach()),
+        "logprobs": logprobs,
+        "gradient": vocab_gradient(found.clone(), targets, entropy, weights, None),
+        "huge": huge_logprobs,
+        "none": vocab_logprobs(local[:0], targets[:0])[1],
+        "entropy": entropy,
+        "entropy_gradient": vocab_gradient(found, targets, entropy, nothing, weights),
+        "huge_entropy": vocab_entropy(huge_found),
+        "gathered": parallel.gather_vocab(local),
         "gathered_gradient": gathered.grad,
         "shapes": {name: list(p.shape) for name, p in model.named_parameters() if p.is_meta},
         "refusal": refusal(2 * n + 1),

@@ -21,9 +21,9 @@ from src import parallel
 from src.checkpoint import adapters
 from src.checkpoint.shards import cut_of, expected_shapes, layer_of
 from src.models.config import ModelConfig
-from src.models.forward import CHUNK_BYTES
 from src.models.lora import LoraConfig, check_targets
 from src.models.quantize import PRECISIONS
+from src.models.vocab_softmax import CHUNK_BYTES, SOFTMAX_BYTES
 
 FLOAT32 = 4
 # of both moments of a weight; in 8 bits 256 of them share a float32 scale
@@ -33,7 +33,7 @@ MOMENT_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2 * (1 + FLOAT32 / 256)}
 class Training(NamedTuple):
     """How a model is trained. accumulates: a step has several backward passes. quantize: of LoRA's frozen base.
 
-    half: it computes in two bytes a number, see Decoder.
+    half: it computes in two bytes a number, see Decoder. summed: its loss is a sum of log-probs.
     """
 
     lora: LoraConfig | None = None
@@ -44,6 +44,7 @@ class Training(NamedTuple):
     on_gpu: bool = False
     half: bool = False
     optimizer: str = "adamw"
+    summed: bool = True
 
 
 def bytes_per_weight(precision: str) -> float:
@@ -139,17 +140,23 @@ def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tu
 
 
 def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> int:
-    """What the loss holds: twice the logits of as many positions as are done at once, were all tokens supervised.
+    """What the loss holds, were all tokens supervised: see models/vocab_softmax.py.
 
-    The logits and their log-softmax in the forward pass, the latter and the gradient in the backward one; in half
-    precision also the logits as the linear yields them.
+    A chunk of logits, and the first one where it is kept; a part in float32 and its softmax; hidden states and their
+    gradient; and a chunk's gradient of the output layer besides the sum of all, which on a CPU is among the gradients.
     """
     if config.value_head:
         return 0
-    row = FLOAT32 * -(-config.vocab_size // n)
-    at_once = min(n_tokens * row, CHUNK_BYTES["cuda" if how.on_gpu else "cpu"])
-    held = FLOAT32 * config.dim * n_tokens + at_once * (5 if how.half else 4) // 2  # with the hidden states
-    return held + (0 if how.lora else row * config.dim)  # a chunk's gradient of the output layer, and their sum
+    place, computed = "cuda" if how.on_gpu else "cpu", 2 if how.half else FLOAT32
+    rows = -(-config.vocab_size // n)
+    whole = computed * rows * n_tokens
+    chunk, parts = min(whole, CHUNK_BYTES[place]), min(FLOAT32 * rows * n_tokens, SOFTMAX_BYTES[place])
+    held = chunk + 2 * parts + 2 * computed * config.dim * n_tokens
+    if how.lora:
+        return held
+    cut_up = whole > chunk
+    of_layer = (FLOAT32 * how.on_gpu + computed * cut_up) * rows * config.dim
+    return held + of_layer + (chunk if cut_up and not how.summed else 0)
 
 
 def _gathered(sizes: Mapping[str, int], how: Training) -> int:

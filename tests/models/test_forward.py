@@ -1,5 +1,6 @@
 """src/models/forward.py: the same numbers and gradients however samples lie and logits are cut."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from src import load
+from src import load, parallel
 from src.checkpoint import saving
 from src.data.batch import Batch, make_batch, pack_shared
 from src.data.encoding import Encoded
-from src.models import forward
+from src.models import forward, vocab_softmax
 from src.models.decoder import Decoder
 from tests import zoo
 from tests.conftest import Folders
@@ -25,12 +26,44 @@ def model(folders: Folders) -> Decoder:
     return load.load_solver(folders.one)
 
 
-def gradients(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Log-probs, entropies, and the gradient of a weighted sum of the log-probs."""
+def gradients(
+    model: Decoder, batch: Batch, read: Callable[..., tuple[Tensor, Tensor]] = forward.logprobs_and_entropy,
+    **options: object,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Log-probs, entropies, and the gradient of a weighted sum of the log-probs and of the entropies that learn."""
     model.zero_grad()
-    logprobs, entropy = forward.logprobs_and_entropy(model, *batch.inputs, temperature=0.7)
-    (logprobs * torch.arange(1, 1 + len(logprobs)).sqrt()).mean().backward()
-    return logprobs.detach(), entropy, [parameter.grad.clone() for parameter in model.parameters()]
+    logprobs, entropy = read(model, *batch.inputs, temperature=0.7, **options)
+    weights = torch.arange(1, 1 + len(logprobs)).sqrt()
+    (logprobs * weights - 0.5 * entropy * weights.flip(0)).mean().backward()
+    return logprobs.detach(), entropy.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def dense(
+    model: Decoder, tokens: Tensor, mask: Tensor, lengths: None, temperature: float, n_ids: int, learn_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """logprobs_and_entropy() by torch, of all logits at once."""
+    logits = model.logits(model(tokens)).float()[:, :-1][mask[:, 1:]][:, :n_ids] / temperature
+    chosen = logits.log_softmax(-1).gather(-1, tokens[mask][:, None])[:, 0]
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    return chosen, entropy if learn_entropy else entropy.detach()
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "llama-3.2", "gemma-2"])
+@pytest.mark.parametrize("learn_entropy", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_logprobs_entropies_and_gradients_are_torch_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, learn_entropy: bool, learns: bool
+) -> None:
+    """With an output layer of its own, a tied one and softcapped logits, in four chunks of several parts."""
+    parallel.start()
+    solver = load.load_solver(split(zoo.make(tmp_path / "hf", name), tmp_path / "split"))
+    solver.output_weight.requires_grad_(learns)
+    monkeypatch.setitem(vocab_softmax.CHUNK_BYTES, "cpu", 13 * 4 * solver.config.vocab_size)
+    monkeypatch.setitem(vocab_softmax.SOFTMAX_BYTES, "cpu", 5 * 4 * solver.config.vocab_size)
+    options = {"n_ids": solver.config.vocab_size - 3, "learn_entropy": learn_entropy}
+    expected, found = (gradients(solver, make_batch(SAMPLES), read, **options)
+                       for read in (dense, forward.logprobs_and_entropy))  # fmt: skip
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
@@ -39,7 +72,7 @@ def test_scdpo_04_packing_and_chunks_change_nothing(
     model: Decoder, monkeypatch: pytest.MonkeyPatch, rows: int, packing: bool
 ) -> None:
     expected = gradients(model, make_batch(SAMPLES))
-    monkeypatch.setitem(forward.CHUNK_BYTES, "cpu", rows * 4 * model.config.vocab_size)
+    monkeypatch.setitem(vocab_softmax.CHUNK_BYTES, "cpu", rows * 4 * model.config.vocab_size)
     found = gradients(model, make_batch(SAMPLES, packing=packing))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -60,7 +93,7 @@ def test_a_common_beginning_read_once_changes_nothing(tmp_path: Path, name: str)
 
 
 def test_chunks_by_hand(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(forward.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(vocab_softmax.CHUNK_BYTES, "cpu", 1)
     alone = torch.tensor([SAMPLES[0].tokens])
     logprobs = model.logits(model(alone))[0].log_softmax(-1)
     expected = torch.stack([logprobs[1, 9], logprobs[2, 3], logprobs[3, 2]])
@@ -69,12 +102,17 @@ def test_chunks_by_hand(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_logits_of_one_chunk_exist_at_once(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    logits = model.logits
-    monkeypatch.setattr(model, "logits", lambda hidden: sizes.append(len(hidden)) or logits(hidden))
-    monkeypatch.setitem(forward.CHUNK_BYTES, "cpu", 7 * 4 * model.config.vocab_size)
-    forward.response_logprobs(model, *make_batch(SAMPLES, packing=True).inputs).sum().backward()
-    assert max(sizes) == 7 and sum(sizes) == 2 * sum(sample.n_response for sample in SAMPLES)
+    """They are made twice but for the first chunk; once of an output layer that does not learn, and of a sum."""
+    sizes, product = [], vocab_softmax.linear
+    monkeypatch.setattr(vocab_softmax, "linear", lambda rows, weight: sizes.append(len(rows)) or product(rows, weight))
+    monkeypatch.setitem(vocab_softmax.CHUNK_BYTES, "cpu", 7 * 4 * model.config.vocab_size)
+    batch, n = make_batch(SAMPLES, packing=True), sum(sample.n_response for sample in SAMPLES)
+    for read, learns, made in ((forward.response_logprobs, True, 2 * n - 7), (forward.response_logprobs, False, n),
+                               (forward.summed_logprobs, True, n)):  # fmt: skip
+        sizes.clear()
+        model.output.requires_grad_(learns)
+        read(model, *batch.inputs).sum().backward()
+        assert max(sizes) == 7 and sum(sizes) == made
 
 
 @pytest.mark.parametrize("name", ["llama-3.1", "llama-3.2", "gemma-2"])
@@ -84,7 +122,7 @@ def test_a_sum_and_its_gradient_are_those_of_the_parts(
 ) -> None:
     """With an output layer of its own and a tied one, with softcapped logits, cut up and whole."""
     solver = load.load_solver(split(zoo.make(tmp_path / "hf", name), tmp_path / "split"))
-    for limits in (forward.CHUNK_BYTES, forward.SOFTMAX_BYTES):
+    for limits in (vocab_softmax.CHUNK_BYTES, vocab_softmax.SOFTMAX_BYTES):
         monkeypatch.setitem(limits, "cpu", rows * 4 * solver.config.vocab_size)
     batch = make_batch(SAMPLES)
     sums, found = (forward.summed_logprobs, lambda *args: forward.response_logprobs(*args).sum()), []

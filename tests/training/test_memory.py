@@ -11,6 +11,7 @@ from src import parallel
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.lora import LINEARS, LoraConfig, add_lora
+from src.models.vocab_softmax import CHUNK_BYTES
 from src.training.memory import (
     Training,
     activations,
@@ -50,8 +51,12 @@ def test_kv_cache_by_hand() -> None:
 def test_training_memory_by_hand() -> None:
     held = training_memory(CONFIG, 1, 15, Training())
     assert (held["weights"], held["optimizer"], held["gradients"]) == (4 * 664, 8 * 664, 4 * 664)
-    # 15 hidden states of 8, logits and log-softmax of 10, and the output layer's gradient
-    assert held["logits"] == 4 * (15 * 8 + 2 * 15 * 10 + 80) and "gathered" not in held
+    # 15 hidden states of 8 and their gradient, logits of 10, the same in a part and its softmax
+    assert held["logits"] == 4 * (2 * 15 * 8 + 3 * 15 * 10) and "gathered" not in held
+    # more than a chunk: two are held where one is kept, and a chunk's gradient of the output layer unless it is frozen
+    kept, summed, frozen = (training_memory(CONFIG, 1, 3_000_000, how)["logits"]
+                            for how in (Training(summed=False), Training(), Training(LORA)))  # fmt: skip
+    assert (kept - summed, summed - frozen) == (CHUNK_BYTES["cpu"], 4 * 80)
     adapted = training_memory(CONFIG, 1, 15, Training(LORA))
     assert adapted["weights"] == 4 * (664 + 72) and adapted["optimizer"] == 8 * 72
     shared = training_memory(CONFIG, 1, 15, Training(data_parallel=2))
