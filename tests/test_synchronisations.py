@@ -24,7 +24,7 @@ from src.inference import engine
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.inference.step import EagerStep
-from src.models import attention, forward
+from src.models import attention, vocab_softmax
 from src.models.cache import FixedCache
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -77,7 +77,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     monkeypatch.setattr(parallel, "device", lambda: GPU)
     for module in (parallel, attention):
         monkeypatch.setattr(module, "to_device", lambda x: torch.empty(x.shape, dtype=x.dtype, device=GPU))
-    for table in (forward.CHUNK_BYTES, forward.SOFTMAX_BYTES):
+    for table in (vocab_softmax.CHUNK_BYTES, vocab_softmax.SOFTMAX_BYTES):
         monkeypatch.setitem(table, "meta", table["cuda"])
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: x.is_meta), raising=False)
     # torch's fused update knows no meta device
@@ -111,7 +111,7 @@ def test_sft_waits_once_a_step(waits: Waits, tmp_path: Path, packing: bool, lora
 
 
 WAYS: dict[str, tuple[bool, Callable[[Decoder], Tensor]]] = {
-    "log-probs": (False, lambda solver: response_logprobs(solver, *make_batch(rows(9, 6)).inputs, chunk=5)),
+    "log-probs": (False, lambda solver: response_logprobs(solver, *make_batch(rows(9, 6)).inputs)),
     "values": (True, lambda critic: response_values(critic, *make_batch(rows(9, 6)).inputs)),
     "scores": (True, lambda verifier: response_scores(verifier, *make_batch(rows(9, 6), packing=True).inputs)),
     "pairs": (True, lambda verifier: PairwiseObjective().loss(verifier, make_batch(rows(9, 6)))),

@@ -114,7 +114,7 @@ def test_split_dimension(name: str, dim: int | None) -> None:
     assert shards.split_dim(name, CONFIG) == dim
 
 
-@pytest.mark.parametrize("name", ["layers.0.attention.wx.weight", "layers.0.attention.wo.bias", "wq.scales"])
+@pytest.mark.parametrize("name", ["layers.0.attention.wx.weight", "layers.0.attention.wx.bias", "wq.scales"])
 def test_name_outside_the_table_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"unknown parameter '{name}'"):
         shards.split_dim(name, CONFIG)

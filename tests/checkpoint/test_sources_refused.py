@@ -126,8 +126,8 @@ WRONG_PARAMS: dict[str, tuple[dict[str, object], str]] = {
         HF | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}},
         "rope_scaling of type llama3 lacks 'low_freq_factor'",
     ),
-    "attention_bias": (HF | {"attention_bias": True}, "attention_bias=True is not implemented"),
-    "mlp_bias": (HF | {"mlp_bias": True}, "mlp_bias=True is not implemented"),
+    "attention_bias": (HF | {"attention_bias": True}, "parameter 'layers.0.attention.wq.bias' is missing"),
+    "mlp_bias": (HF | {"mlp_bias": True}, "parameter 'layers.0.feed_forward.w1.bias' is missing"),
     "hidden_act": (HF | {"hidden_act": "gelu"}, "hidden_act='gelu' is not implemented; supported: 'silu'"),
     "model_type": (HF | {"model_type": "mamba"}, "model_type 'mamba' is not supported"),
     "no intermediate_size": (
