@@ -122,9 +122,11 @@ def _figures(results: Mapping[str, object]) -> Iterator[dict[str, object]]:
     """The numbers at the top of the page: {"label", "value", "share", "interval"}."""
 
     def share(label: str, value: object, interval: object = None) -> dict[str, object]:
+        """A share from 0 to 1, shown in percent."""
         return {"label": label, "value": value, "share": True, "interval": interval}
 
     def count(label: str, value: object) -> dict[str, object]:
+        """What is shown as it is."""
         return {"label": label, "value": value, "share": False, "interval": None}
 
     if "accuracy" in results:

@@ -113,6 +113,7 @@ def readable_rows(buffer: PPOBuffer, scores: Scores, n: int, tokenizer: Tokenize
     kl, tokens, mask = losses.kl_k1(buffer.logprobs, buffer.reference_logprobs), *buffer.batch[:2]
 
     def rounded(values: Tensor, row: int) -> list[float]:
+        """An episode's values [B, S] at its response tokens, short enough for a file."""
         return [round(value, 4) for value in values[row][mask[row]].tolist()]
 
     return [
