@@ -134,8 +134,7 @@ def main(config: PreferenceTrainConfig) -> None:
             run.trainer.backward(loss / in_step, last=batch is step.batches[-1])
             tallies.append(tally)
         done, n_tokens = run.trainer.step(), parallel.sum_over_data_parallel(n_supervised(step.batches))
-        run.log_step(step, done, n_tokens, measured.report(tallies)._asdict(),
-                     **{measured.unit: in_step})
+        run.log_step(step, done, n_tokens, measured.report(tallies)._asdict(), **{measured.unit: in_step})
         score = None
         if run.is_eval_due(step):
             found = evaluate(model, held_out, objective, run.sampler, packing=config.packing)

@@ -58,9 +58,8 @@ class VerifierTrainConfig(TrainConfig):
         """Raise UserError for a flag of another objective."""
         super().__post_init__()
         if self.step and self.objective == "pairwise":
-            raise UserError(
-                f"--step {self.step} goes with --objective outcome or process; pairwise scores know no steps"
-            )
+            raise UserError(f"--step {self.step} goes with --objective outcome or process; pairwise scores know no "
+                            "steps")
 
 
 def main(config: VerifierTrainConfig) -> None:

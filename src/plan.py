@@ -116,10 +116,9 @@ def ppo(
         del peaks["--share_base"]
     asked = "--share_base" if config.share_base else "--phases" if config.phases else "all at once"
     if asked not in peaks:
-        raise UserError(
-            "--share_base: one base cannot be below these models; actor, critic and verifier must be adapters on the "
-            "same weights, and all ranks one tensor-parallel group (--tensor_parallel_size)"
-        )
+        raise UserError("--share_base: one base cannot be below these models; actor, critic and verifier must be "
+                        "adapters on the same weights, and all ranks one tensor-parallel group "
+                        "(--tensor_parallel_size)")
     facts = {
         "tensor-parallel ranks": n,
         "data-parallel ranks": ranks,
@@ -170,12 +169,9 @@ def ppo_work(config: PPOConfig, context: int, lengths: Sequence[int], held_out: 
     prompts = min(config.prompts_per_buffer, len(lengths))
     per_step = -(-prompts * config.group_size // config.minibatches)  # episodes, over all ranks
     n_rows = max(config.group_size * -(-prompts // ranks), config.eval_samples * -(-len(held_out) // ranks))
-    return PPOWork(
-        min(config.max_batch_size, per_step) * min(max(lengths) + config.max_new_tokens, context),
-        -(-per_step // config.max_batch_size) > ranks,
-        min(config.rollout_batch_size, n_rows),
-        min(max(*lengths, *held_out) + config.max_new_tokens, context),
-    )
+    return PPOWork(min(config.max_batch_size, per_step) * min(max(lengths) + config.max_new_tokens, context),
+                   -(-per_step // config.max_batch_size) > ranks, min(config.rollout_batch_size, n_rows),
+                   min(max(*lengths, *held_out) + config.max_new_tokens, context))
 
 
 def ppo_memory(

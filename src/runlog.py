@@ -174,16 +174,9 @@ class RunLog:
         """
         self.close_progress()
         seen = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            unit=unit,
-            disable=not _is_rank_0(),
-            file=sys.stderr if seen else _Lines(),
-            mininterval=1.0 if seen else LINE_SECONDS,
-            miniters=1,
-            dynamic_ncols=seen,
-        )
+        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not _is_rank_0(),
+                         file=sys.stderr if seen else _Lines(), mininterval=1.0 if seen else LINE_SECONDS,
+                         miniters=1, dynamic_ncols=seen)
         self._last_time, self._last_tokens = time.monotonic(), 0
 
     def advance(self, by: int = 1, tokens: int = 0, **shown: float) -> None:
@@ -258,9 +251,7 @@ def draw(folder: Path) -> Path:
     path, picture = folder / METRICS, folder / "metrics.png"
     rows = read_metrics(path) if path.is_file() else []
     if not rows:
-        raise UserError(
-            f"{folder} holds no {METRICS} with a line in it; give the directory of a run that has begun"
-        )
+        raise UserError(f"{folder} holds no {METRICS} with a line in it; give the directory of a run that has begun")
     try:
         plot_run(rows, str(folder), picture)
     except ValueError:
@@ -317,19 +308,11 @@ def _wandb_run(place: str, folder: Path, flags: Mapping[str, object], *, resumed
     if not (resumed and identity.is_file()):
         identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     try:
-        run = wandb.init(
-            project=project,
-            name=name or folder.resolve().name,
-            id=identity.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=folder,
-            config=dict(flags),
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        run = wandb.init(project=project, name=name or folder.resolve().name,
+                         id=identity.read_text(encoding="utf-8"), resume="allow", dir=folder,
+                         config=dict(flags), settings=wandb.Settings(console="off", silent=True))
     except wandb.Error as problem:
-        raise UserError(
-            f"--wandb {place}: {problem}; log in with `wandb login`, or set WANDB_MODE=offline"
-        ) from None
+        raise UserError(f"--wandb {place}: {problem}; log in with `wandb login`, or set WANDB_MODE=offline") from None
     run.define_metric("*", step_metric="step")  # steps that a killed part had reached come again
     return run
 

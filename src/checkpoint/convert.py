@@ -133,9 +133,7 @@ def from_hf_name(name: str, family: str = PLAIN) -> str:
     """Our name of a Hugging Face parameter, or of the tensor it is fused in. Raises UserError for an unknown one."""
     ours = rename(name, _NAMES.get(family, _HF))
     if ours is None:
-        raise UserError(
-            f"unknown parameter {name!r}; the importer of {family} checkpoints knows no place for it"
-        )
+        raise UserError(f"unknown parameter {name!r}; the importer of {family} checkpoints knows no place for it")
     return ours
 
 

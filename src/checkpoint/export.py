@@ -36,9 +36,7 @@ def export_hf(
     parameters that hold NaN or infinity.
     """
     if source.config.value_head and FAMILIES[source.config.family].remote:
-        raise UserError(
-            f"{description} is a verifier; transformers has no classifier of {source.config.family} models"
-        )
+        raise UserError(f"{description} is a verifier; transformers has no classifier of {source.config.family} models")
     tokenizer = tokenizer_of(source.tokenizer_files, tokenizer_file)
     refuse_source(folder, source.folders)
     tensors = convert.as_hf(source.tensors, source.config)

@@ -64,9 +64,8 @@ def gguf_file(paths: list[Path]) -> Path | None:
         if not found or others:  # other weights are what a directory means
             return None
         if len([path for path in found if (_part(path) or (0,))[0] == 0]) > 1:
-            raise UserError(
-                f"{paths[0]} holds {len(found)} GGUF files, of several checkpoints or precisions; name the one to read"
-            )
+            raise UserError(f"{paths[0]} holds {len(found)} GGUF files, of several checkpoints or precisions; name the "
+                            "one to read")
         return storage.inside(paths[0], found[0])
     named = [path for path in paths if path.suffix == ".gguf" or _begins_as_gguf(path)]
     if named and len(paths) > 1:
@@ -96,10 +95,8 @@ def open_gguf(path: Path) -> GgufFile:
     count = file.metadata.get("split.count", 0)
     index, n = _part(path) or (0, 1)
     if count not in (0, 1, n) or index:
-        raise UserError(
-            f"{path} is part {file.metadata.get('split.no', index)} of {count or n} of a split file; name the first, "
-            f"...-00001-of-{count or n:05d}.gguf, with the others beside it"
-        )
+        raise UserError(f"{path} is part {file.metadata.get('split.no', index)} of {count or n} of a split file; name "
+                        f"the first, ...-00001-of-{count or n:05d}.gguf, with the others beside it")
     tensors = dict(file.tensors)
     for number in range(1, n if count == n else 1):
         part = _open_one(path.with_name(f"{_PART.fullmatch(path.name)[1]}-{number + 1:05d}-of-{n:05d}.gguf"))
@@ -153,10 +150,8 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
     start = -(-header.at // alignment) * alignment
     for name, entry in entries.items():
         if start + entry.offset + entry.nbytes > len(data):
-            raise UserError(
-                f"{path} is truncated: {name!r} lies at bytes {start + entry.offset:,} to "
-                f"{start + entry.offset + entry.nbytes:,} of a file of {len(data):,}"
-            )
+            raise UserError(f"{path} is truncated: {name!r} lies at bytes {start + entry.offset:,} to "
+                            f"{start + entry.offset + entry.nbytes:,} of a file of {len(data):,}")
     if start + sum(entry.nbytes for entry in entries.values()) > max(len(data), start):
         raise UserError(f"{path}: its tensors claim more bytes than the file has; the file is corrupt or forged")
     tensors = {
@@ -223,10 +218,9 @@ class _Header:
         kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
         kind = kinds.get(number)
         if kind is None or not _can_dequantize(kind):
-            raise UserError(
-                f"{self.path}: {name!r} is stored as {kind.name if kind else f'type {number}'}, which is not "
-                f"implemented; expected {', '.join(known.name for known in kinds.values() if _can_dequantize(known))}"
-            )
+            raise UserError(f"{self.path}: {name!r} is stored as {kind.name if kind else f'type {number}'}, which is "
+                            "not implemented; expected "
+                            f"{', '.join(known.name for known in kinds.values() if _can_dequantize(known))}")
         block, _ = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise UserError(f"{self.path}: a row of {name!r} has {shape[-1]} values; {kind.name} packs {block} in one")

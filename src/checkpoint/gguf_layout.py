@@ -186,9 +186,8 @@ def architecture_of(metadata: Mapping[str, object], source: str) -> tuple[str, A
     """The architecture that a file names. Raises UserError for one that is not implemented."""
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise UserError(
-            f"{source}: general.architecture={name!r} is not implemented; expected {', '.join(ARCHITECTURES)}"
-        )
+        raise UserError(f"{source}: general.architecture={name!r} is not implemented; expected "
+                        f"{', '.join(ARCHITECTURES)}")
     if metadata.get("general.type", "model") != "model":
         raise UserError(f"{source}: general.type={metadata['general.type']!r} is not implemented; expected 'model'")
     if metadata.get(_QUANTIZATION, 2) != 2:
@@ -347,7 +346,5 @@ def _check_back(
     for field in (name for name in FIELDS if name not in free):
         ours, theirs = getattr(config, field), getattr(back, field)
         if ours != theirs and not (type(ours) is float and np.float32(ours) == np.float32(theirs)):
-            raise UserError(
-                f"{description}: {field}={ours!r} has no form in a GGUF file of architecture {architecture}, where it "
-                f"would be read as {theirs!r}; write it with --format hf"
-            )
+            raise UserError(f"{description}: {field}={ours!r} has no form in a GGUF file of architecture "
+                            f"{architecture}, where it would be read as {theirs!r}; write it with --format hf")

@@ -46,9 +46,8 @@ def _lock(path: Path, place: Path) -> int:
             process, _, host = os.read(file, 300).decode(errors="replace").partition(" ")
             os.close(file)
             where = f" on {host}" if host not in ("", socket.gethostname()) else ""
-            raise UserError(
-                f"{place} is being written by process {process or '?'}{where}; wait for it, or choose another place"
-            ) from None
+            raise UserError(f"{place} is being written by process {process or '?'}{where}; wait for it, or choose "
+                            "another place") from None
         except OSError as problem:
             if problem.errno not in _NO_LOCKS:
                 raise

@@ -110,15 +110,12 @@ def read(folder: Path) -> PeftConfig:
     path = folder / CONFIG
     values = read_json(path)
     if values.get("peft_type") != "LORA":
-        raise UserError(
-            f"{path}: peft_type={_shown(values.get('peft_type'))} is not implemented; only LORA is"
-        )
+        raise UserError(f"{path}: peft_type={_shown(values.get('peft_type'))} is not implemented; only LORA is")
     for key, value in values.items():
         if key not in _KEYS and not _among(value, _OFF):
-            raise UserError(
-                f"{path}: key {key!r} is unknown and may change what the adapter computes: it is {_shown(value)}; "
-                f"merge the adapter with the PEFT that wrote it (merge_and_unload) and bring the result"
-            )
+            raise UserError(f"{path}: key {key!r} is unknown and may change what the adapter computes: it is "
+                            f"{_shown(value)}; merge the adapter with the PEFT that wrote it (merge_and_unload) and "
+                            "bring the result")
         allowed = _KEYS.get(key, _ANY)
         if allowed and not _among(value, allowed):
             _refuse(path, key, value, allowed)
@@ -148,9 +145,8 @@ def _check_numbers(path: Path, values: Mapping[str, object]) -> None:
     """Raise UserError unless ranks are whole numbers from 1 on, and alphas numbers."""
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not (_is_rank(rank) and _is_number(alpha)):
-        raise UserError(
-            f"{path}: r={_shown(rank)} and lora_alpha={_shown(alpha)}; expected a whole number from 1 on and a number"
-        )
+        raise UserError(f"{path}: r={_shown(rank)} and lora_alpha={_shown(alpha)}; expected a whole number from 1 on "
+                        "and a number")
     for name, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         pattern = values.get(name) or {}
         if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
@@ -178,13 +174,9 @@ def _check_expression(path: Path, name: str, expression: str) -> None:
     try:
         re.compile(f"({expression})")
     except (re.error, OverflowError, RecursionError) as problem:
-        raise UserError(
-            f"{path}: {name} has {_shown(expression)}, no regular expression ({problem})"
-        ) from None
+        raise UserError(f"{path}: {name} has {_shown(expression)}, no regular expression ({problem})") from None
     if re.search(r"\)[*+{]", expression) or len(re.findall(r"[*+{]", expression)) > 8:
-        raise UserError(
-            f"{path}: {name} has {_shown(expression)}; expected fewer repetitions, none of a group"
-        )
+        raise UserError(f"{path}: {name} has {_shown(expression)}; expected fewer repetitions, none of a group")
 
 
 def _is_rank(value: object) -> bool:

@@ -52,10 +52,8 @@ def read(folder: Path) -> PeftAdapter:
     if len(tensors) != len(stored):
         raise UserError(f"{folder}: two tensors mean the same parameter; remove one of them")
     if config.has_score != ("v_head.weight" in tensors):
-        raise UserError(
-            f"{config.path}: task_type and modules_to_save {'name' if config.has_score else 'lack'} the score layer "
-            f"of a classifier, but the tensors {'lack' if config.has_score else 'hold'} it"
-        )
+        raise UserError(f"{config.path}: task_type and modules_to_save {'name' if config.has_score else 'lack'} the "
+                        f"score layer of a classifier, but the tensors {'lack' if config.has_score else 'hold'} it")
     return PeftAdapter(config, tensors, folder)
 
 
@@ -103,16 +101,12 @@ def check(adapter: PeftAdapter, config: ModelConfig) -> None:
         raise UserError(f"{folder}: {name} is {what}; adapters of some layers only are not implemented")
     for stem, (rank, _) in linears.items():
         if not adapter.config.targets(module_name(stem)):
-            raise UserError(
-                f"{adapter.config.path}: target_modules leaves out {module_name(stem)}, which has factors"
-            )
+            raise UserError(f"{adapter.config.path}: target_modules leaves out {module_name(stem)}, which has factors")
         for name, axis in ((f"{stem}.lora_a.weight", 0), (f"{stem}.lora_b.weight", 1)):
             found, expected = adapter.tensors[name].shape, list(of_rank_1[name])
             expected[axis] = rank
             if list(found) != expected:
-                raise UserError(
-                    f"{folder}: {name} is {list(found)}, but r={rank} and the base mean {expected}"
-                )
+                raise UserError(f"{folder}: {name} is {list(found)}, but r={rank} and the base mean {expected}")
     for name, shape in of_rank_1.items():
         if ".lora_a." not in name and ".lora_b." not in name and adapter.tensors[name].shape != shape:
             raise UserError(f"{folder}: {name} is {list(adapter.tensors[name].shape)}; expected {list(shape)}")
@@ -130,13 +124,9 @@ def as_ours(
     rank = max(each.rank for each in linears.values()) * (2 if changes_base else 1)
     first = max(linears.values(), key=lambda each: abs(each.scale))
     alpha = first.alpha if rank == first.rank else first.alpha * rank / first.rank
-    lora = LoraConfig(
-        rank=rank,
-        alpha=alpha,
-        dropout=0.0,
-        targets=tuple(name for name in LINEARS if any(stem.endswith(f".{name}") for stem in linears)),
-        dora=adapter.config.has_dora,
-    )
+    lora = LoraConfig(rank=rank, alpha=alpha, dropout=0.0,
+                      targets=tuple(name for name in LINEARS if any(stem.endswith(f".{name}") for stem in linears)),
+                      dora=adapter.config.has_dora)
     tensors = dict(adapter.tensors)
     for stem, each in linears.items():
         if changes_base or each != (rank, alpha):
@@ -200,9 +190,7 @@ def as_peft(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[st
     """
     fused = convert.fused_linears(config.family)
     if FAMILIES[config.family].remote or any(part in fused for name in tensors for part in name.split(".")):
-        raise UserError(
-            f"an adapter of a {config.family} model has no form in PEFT; merge it with --merge_lora"
-        )
+        raise UserError(f"an adapter of a {config.family} model has no form in PEFT; merge it with --merge_lora")
     theirs = {}
     for name, stored in tensors.items():
         hf = convert.to_hf_name(re.sub(r"\.lora_[abm]\.", ".", name))
@@ -216,10 +204,8 @@ def as_peft(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[st
 def config_json(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, object]:
     """adapter_config.json as PEFT reads it. Raises UserError for a verifier that has no form there."""
     if config.value_head and config.score != "last":
-        raise UserError(
-            f"a verifier with score={config.score} has no form in PEFT: its sequence classifiers read the last "
-            f"token; merge it with --merge_lora and --format hf instead"
-        )
+        raise UserError(f"a verifier with score={config.score} has no form in PEFT: its sequence classifiers read the "
+                        "last token; merge it with --merge_lora and --format hf instead")
     attention = ("wq", "wk", "wv", "wo")
     places = [f"{'attention' if name in attention else 'feed_forward'}.{name}" for name in lora.targets]
     return {

@@ -152,9 +152,7 @@ def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
             folder.resolve().parent == target.resolve()
             and folder.name.startswith(("epoch-", "step-", "best", "reference"))
         ):
-            raise UserError(
-                f"saving to {save_dir} would overwrite {folder}, which is read; choose another directory"
-            )
+            raise UserError(f"saving to {save_dir} would overwrite {folder}, which is read; choose another directory")
         if adapter := adapters.read_adapter(folder):
             unsafe.append(adapter.base)
     storage.claim(target)

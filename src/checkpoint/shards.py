@@ -186,19 +186,16 @@ def check_pieces(name: str, shapes: Sequence[tuple[int, ...]], how: Cut, where: 
             len(how.rows[index]) if axis == how.dim else size for axis, size in enumerate(shapes[0])
         )
         if shape != expected:
-            raise UserError(
-                f"{where}: {name} is {list(shape)} in shard {index}, expected {list(expected)} beside "
-                f"{list(shapes[0])} in shard 0; the shards are not of one split"
-            )
+            raise UserError(f"{where}: {name} is {list(shape)} in shard {index}, expected {list(expected)} beside "
+                            f"{list(shapes[0])} in shard 0; the shards are not of one split")
 
 
 def _check_copies(copies: Sequence[Tensor], first: Tensor) -> None:
     """Raise UserError unless these, all [...], are bit-equal (NaN equals NaN)."""
     for copy in copies:
         if not torch.equal(copy.contiguous().view(torch.uint8), first.contiguous().view(torch.uint8)):
-            raise UserError(
-                "two shards hold different values of the same rows of a parameter; they are not of one checkpoint"
-            )
+            raise UserError("two shards hold different values of the same rows of a parameter; they are not of one "
+                            "checkpoint")
 
 
 @functools.lru_cache(maxsize=8)
@@ -250,10 +247,8 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
         if name not in tensors:
             raise UserError(f"{source}: parameter {name!r} is missing from its shard")
         if tuple(tensors[name].shape) != shape:
-            raise UserError(
-                f"{source}: {name} has shape {list(tensors[name].shape)} but params.json means "
-                f"{list(shape)} on each of {parallel.tensor_parallel_size()} ranks"
-            )
+            raise UserError(f"{source}: {name} has shape {list(tensors[name].shape)} but params.json means "
+                            f"{list(shape)} on each of {parallel.tensor_parallel_size()} ranks")
     unknown = sorted(set(tensors) - set(wanted))
     if unknown:
         raise UserError(f"{source}: unknown parameter {unknown[0]!r}; params.json describes no such tensor")

@@ -100,16 +100,13 @@ def _open_peft(folder: Path, base_dir: str) -> AdapterSource:
     adapter = peft_layout.read(folder)
     for pattern in ("model*.safetensors", "pytorch_model*.bin", "consolidated.*.pth"):
         for path in folder.glob(pattern):
-            raise UserError(
-                f"{folder} holds an adapter and whole weights, {path.name}; name the file that is meant, or move one"
-            )
+            raise UserError(f"{folder} holds an adapter and whole weights, {path.name}; name the file that is meant, "
+                            "or move one")
     below = base = _base_of(adapter, base_dir)
     above = {folder.resolve()}
     while (below / peft_layout.CONFIG).is_file():
         if below.resolve() in above:
-            raise UserError(
-                f"{folder} stands on itself: {below} is the base of its base; name it with --base_dir"
-            )
+            raise UserError(f"{folder} stands on itself: {below} is the base of its base; name it with --base_dir")
         above.add(below.resolve())
         below = _base_of(peft_layout.read(below), "")
     opened = open_source(str(base))
@@ -125,13 +122,9 @@ def _base_of(adapter: peft_layout.PeftAdapter, base_dir: str) -> Path:
     named = Path(base_dir or adapter.config.base)
     places = [path for path in ([named] if base_dir else [named, adapter.folder / named]) if path.exists()]
     if not places:
-        raise UserError(
-            f"{adapter.folder} adapts {named}, which is no directory here; name its base with --base_dir"
-        )
+        raise UserError(f"{adapter.folder} adapts {named}, which is no directory here; name its base with --base_dir")
     if len({path.resolve() for path in places}) > 1:
-        raise UserError(
-            f"{adapter.folder} adapts {named}: {places[0]} or {places[1]}? Name one with --base_dir"
-        )
+        raise UserError(f"{adapter.folder} adapts {named}: {places[0]} or {places[1]}? Name one with --base_dir")
     return places[0]
 
 

@@ -64,16 +64,13 @@ def shard_paths(folder: Path, kind: str = WEIGHTS) -> list[Path]:
         if not (number.isascii() and number.isdigit()):
             continue
         if int(number) in found:
-            raise UserError(
-                f"{folder}: {found[int(number)].name} and {path.name} are both shard {int(number)}; remove one"
-            )
+            raise UserError(f"{folder}: {found[int(number)].name} and {path.name} are both shard {int(number)}; remove "
+                            "one")
         found[int(number)] = inside(folder, path)
     if sorted(found) != list(range(len(found))):
         hole = next(i for i in range(len(found)) if i not in found)
-        raise UserError(
-            f"{folder} has {len(found)} {kind} shards but {shard_name(kind, hole)} is missing; "
-            f"restore it or split the checkpoint again"
-        )
+        raise UserError(f"{folder} has {len(found)} {kind} shards but {shard_name(kind, hole)} is missing; restore it "
+                        "or split the checkpoint again")
     return [found[i] for i in range(len(found))]
 
 
@@ -85,9 +82,7 @@ def inside(folder: Path, path: Path) -> Path:
     real, home = path.resolve(), folder.resolve()
     in_cache = home.parent.name == "snapshots" and real.is_relative_to(home.parents[1] / "blobs")
     if not (real.is_relative_to(home) or in_cache):
-        raise UserError(
-            f"{path} is a link to {real}, outside its directory; name that file itself, or copy it here"
-        )
+        raise UserError(f"{path} is a link to {real}, outside its directory; name that file itself, or copy it here")
     return path
 
 
@@ -117,9 +112,8 @@ def writing(folder: Path) -> Iterator[None]:
         if not staging(folder).exists():  # else a killed save may have moved some of its own already
             found = {path.name for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern)}
             if foreign := sorted(found - manifest_files(folder).keys()):
-                raise UserError(
-                    f"{folder} holds {foreign[0]}, weights that were not written here; choose an empty directory"
-                )
+                raise UserError(f"{folder} holds {foreign[0]}, weights that were not written here; choose an empty "
+                                "directory")
         shutil.rmtree(staging(folder), ignore_errors=True)  # left by a save that was killed
         staging(folder).mkdir()
         try:
@@ -127,11 +121,9 @@ def writing(folder: Path) -> Iterator[None]:
         except OSError as problem:
             if problem.errno not in _DISK_FULL:
                 raise
-            raise UserError(
-                f"{folder}: {problem.strerror.lower()} in the middle of writing, with "
-                f"{shutil.disk_usage(folder).free:,} bytes free; what was there before is untouched. "
-                f"Free some space and run the same command again"
-            ) from None
+            raise UserError(f"{folder}: {problem.strerror.lower()} in the middle of writing, with "
+                            f"{shutil.disk_usage(folder).free:,} bytes free; what was there before is untouched. Free "
+                            "some space and run the same command again") from None
         finally:
             shutil.rmtree(staging(folder), ignore_errors=True)
 
@@ -249,15 +241,12 @@ def check_complete(folder: Path) -> None:
     known = manifest_files(folder)
     for name, facts in known.items():
         if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} lacks {name}, which its manifest names; restore it or split the checkpoint again"
-            )
+            raise UserError(f"{folder} lacks {name}, which its manifest names; restore it or split the checkpoint "
+                            "again")
         size = inside(folder, folder / name).stat().st_size
         if size != facts["bytes"]:
-            raise UserError(
-                f"{folder / name} has {size} bytes but the manifest says {facts['bytes']}: it was "
-                f"truncated or changed; restore it or split the checkpoint again"
-            )
+            raise UserError(f"{folder / name} has {size} bytes but the manifest says {facts['bytes']}: it was "
+                            "truncated or changed; restore it or split the checkpoint again")
     for path in (*shard_paths(folder), *shard_paths(folder, ADAPTER)):
         if known and path.name not in known:
             raise UserError(f"{path} is not in the manifest beside it: it is of another checkpoint; remove it")
@@ -276,18 +265,14 @@ def read_manifest(folder: Path) -> dict[str, object]:
             expected = "a number" if kind is int else "an object by name"
             raise UserError(f"{path}: {key}={str(manifest[key])[:100]}; expected {expected}")
     if manifest.get("format", MANIFEST_FORMAT) not in range(1, MANIFEST_FORMAT + 1):
-        raise UserError(
-            f"{path}: format={str(manifest['format'])[:100]}; a newer version of SplitRL may have written it"
-        )
+        raise UserError(f"{path}: format={str(manifest['format'])[:100]}; a newer version of SplitRL may have written "
+                        "it")
     if not manifest["files"]:
-        raise UserError(
-            f"{path} names no files, so nothing shows that the weights are whole; split the checkpoint again"
-        )
+        raise UserError(f"{path} names no files, so nothing shows that the weights are whole; split the checkpoint "
+                        "again")
     for name, facts in manifest["files"].items():
         if Path(name).name != name or not isinstance(facts, dict) or not {"bytes", "blake3"} <= facts.keys():
-            raise UserError(
-                f"{path}: entry {name!r} is not a file of this directory with its bytes and blake3"
-            )
+            raise UserError(f"{path}: entry {name!r} is not a file of this directory with its bytes and blake3")
     return manifest
 
 
@@ -304,10 +289,8 @@ def verify_hashes(folder: Path, prefix: str = "", index: int = 0, n: int = 1) ->
     files = [each for each in sorted(manifest_files(folder).items()) if each[0].startswith(prefix)]
     for name, facts in files[index::n]:
         if file_hash(folder / name) != facts["blake3"]:
-            raise UserError(
-                f"{folder / name} has the right size but other contents than were written: bits were "
-                f"flipped or it was edited; restore it or split the checkpoint again"
-            )
+            raise UserError(f"{folder / name} has the right size but other contents than were written: bits were "
+                            "flipped or it was edited; restore it or split the checkpoint again")
 
 
 def fingerprint(folder: Path) -> str:
@@ -367,6 +350,5 @@ def check_space(folder: Path, needed: int) -> None:
     """Raise UserError unless the disk of a directory has room for `needed` bytes more."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
-            f"{folder}: {needed:,} bytes are needed but {free:,} are free; free some space or choose another disk"
-        )
+        raise UserError(f"{folder}: {needed:,} bytes are needed but {free:,} are free; free some space or choose "
+                        "another disk")

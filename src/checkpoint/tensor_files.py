@@ -83,10 +83,8 @@ def read_torch(path: Path) -> dict[str, object]:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except _UNREADABLE as problem:
         if "Cannot allocate memory" in str(problem):  # torch maps a file privately, which the kernel may refuse
-            raise UserError(
-                f"{path} is larger than the memory that this machine lets a process map; "
-                f"read it elsewhere, or set vm.overcommit_memory=1"
-            ) from None
+            raise UserError(f"{path} is larger than the memory that this machine lets a process map; read it "
+                            "elsewhere, or set vm.overcommit_memory=1") from None
         # torch's own words advise to run the code that such a file holds: only the name of it is repeated
         found = _PICKLED_CODE.search(str(problem))
         raise UserError(
@@ -101,14 +99,12 @@ def read_torch(path: Path) -> dict[str, object]:
 def as_stored(path: Path, name: str, tensor: Tensor) -> StoredTensor:
     """A tensor [...] of a torch file that is what it claims to be. Raises UserError otherwise."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise UserError(
-            f"{path}: {name!r} is a {tensor.layout} tensor on {tensor.device}; expected a plain dense one with data"
-        )
+        raise UserError(f"{path}: {name!r} is a {tensor.layout} tensor on {tensor.device}; expected a plain dense one "
+                        "with data")
     claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
     if claimed > held:
-        raise UserError(
-            f"{path}: {name!r} claims {claimed} bytes of which the file holds {held}; the file is corrupt or forged"
-        )
+        raise UserError(f"{path}: {name!r} claims {claimed} bytes of which the file holds {held}; the file is corrupt "
+                        "or forged")
     return StoredTensor(tuple(tensor.shape), lambda: tensor, tensor.dtype)
 
 
@@ -125,9 +121,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 def _stored_safetensor(path: Path, file: safetensors.safe_open, name: str) -> StoredTensor:
     piece = file.get_slice(name)
     if piece.get_dtype() not in SAFETENSORS_DTYPES:
-        raise UserError(
-            f"{path}: {name!r} is stored as {piece.get_dtype()}; expected one of {', '.join(SAFETENSORS_DTYPES)}"
-        )
+        raise UserError(f"{path}: {name!r} is stored as {piece.get_dtype()}; expected one of "
+                        f"{', '.join(SAFETENSORS_DTYPES)}")
     return StoredTensor(
         tuple(piece.get_shape()), lambda: file.get_tensor(name), SAFETENSORS_DTYPES[piece.get_dtype()]
     )

@@ -87,17 +87,11 @@ def weight_files(folder: Path) -> list[Path]:
     parts = [sorted(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin")]
     found = found or [path.name for paths in parts for path in paths]
     if shards and found:
-        raise UserError(
-            f"{folder} holds both {shards[0].name} and {found[0]}, which may be different weights; remove one kind, "
-            f"or name the files to read with --ckpt_file"
-        )
+        raise UserError(f"{folder} holds both {shards[0].name} and {found[0]}, which may be different weights; remove "
+                        "one kind, or name the files to read with --ckpt_file")
     if len(found) > 1 and found[0] in _HF_FILES:
-        runlog.logger().warning(
-            "%s: reads %s, as transformers does, and not %s beside it",
-            folder,
-            found[0],
-            " or ".join(found[1:]),
-        )
+        runlog.logger().warning("%s: reads %s, as transformers does, and not %s beside it", folder, found[0],
+                                " or ".join(found[1:]))
     if found and found[0].endswith(".index.json"):
         return _indexed_files(folder / found[0])
     if found:
@@ -106,9 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
     if shards:
         storage.check_complete(folder)
         return shards
-    raise UserError(
-        f"{folder} holds no weights; expected model*.safetensors, pytorch_model*.bin or consolidated.*.pth"
-    )
+    raise UserError(f"{folder} holds no weights; expected model*.safetensors, pytorch_model*.bin or consolidated.*.pth")
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -140,9 +132,7 @@ def open_file(path: Path) -> OpenedFile:
             if isinstance(value, Tensor)
         }
     if not tensors:
-        raise UserError(
-            f"{path} holds no tensors; expected a checkpoint, plain or under {' or '.join(_NESTED_KEYS)}"
-        )
+        raise UserError(f"{path} holds no tensors; expected a checkpoint, plain or under {' or '.join(_NESTED_KEYS)}")
     return OpenedFile(path, tensors, params)
 
 
@@ -205,15 +195,11 @@ def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
             unknown.append(stored_name)
             continue
         if name in tensors:
-            raise UserError(
-                f"{file.path}: {name!r} is stored twice, once as {stored_name}; remove one of them"
-            )
+            raise UserError(f"{file.path}: {name!r} is stored twice, once as {stored_name}; remove one of them")
         tensors[name] = tensor
     if unknown:
-        raise UserError(
-            f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; "
-            f"expected a checkpoint in the names of {family or 'Meta'}"
-        )
+        raise UserError(f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; expected a "
+                        f"checkpoint in the names of {family or 'Meta'}")
     return tensors
 
 
@@ -223,10 +209,8 @@ def _merge_parts(files: list[OpenedFile], named: list[dict[str, StoredTensor]]) 
     for file, part in zip(files, named, strict=True):
         twice = sorted(set(part) & set(tensors))
         if twice:
-            raise UserError(
-                f"{file.path}: parameter {twice[0]!r} is in an earlier file too; expected parts of "
-                f"one checkpoint, or all its tensor-parallel shards"
-            )
+            raise UserError(f"{file.path}: parameter {twice[0]!r} is in an earlier file too; expected parts of one "
+                            "checkpoint, or all its tensor-parallel shards")
         tensors |= part
     return tensors
 
@@ -270,21 +254,13 @@ def _config(
         return config_from_hf(values, described, dtype)
     for key in ("dim", "n_layers", "n_heads"):
         if key not in values:
-            raise UserError(
-                f"{described}: key {key!r} is missing; expected a Meta params.json or an HF config.json"
-            )
+            raise UserError(f"{described}: key {key!r} is missing; expected a Meta params.json or an HF config.json")
     inner = f"layers.0.feed_forward.{'experts.0.' if values.get('moe') else ''}w1.weight"
     _check_present(tensors, ("tok_embeddings.weight", inner), described)
     ffn_rows = tensors[inner].shape[0] * scale
     vocab_rows = tensors["tok_embeddings.weight"].shape[0] * (scale if embedding_dim == 0 else 1)
-    weights = MetaWeights(
-        ffn_dim=ffn_rows,
-        vocab_size=vocab_rows,
-        dtype=dtype,
-        tied=_is_tied(tensors),
-        value_head="v_head.weight" in tensors,
-        embedding_split_dim=embedding_dim,
-    )
+    weights = MetaWeights(ffn_dim=ffn_rows, vocab_size=vocab_rows, dtype=dtype, tied=_is_tied(tensors),
+                          value_head="v_head.weight" in tensors, embedding_split_dim=embedding_dim)
     return config_from_meta(values, described, weights)
 
 
@@ -317,10 +293,8 @@ def _one_of_tied(
         return tensors
     embedding = tensors.get("tok_embeddings.weight", output)
     if embedding is not output and not torch.equal(output.load(), embedding.load()):
-        raise UserError(
-            f"{described} says that embeddings are tied, but output and tok_embeddings differ; "
-            f"set tie_word_embeddings to false to keep both"
-        )
+        raise UserError(f"{described} says that embeddings are tied, but output and tok_embeddings differ; set "
+                        "tie_word_embeddings to false to keep both")
     tensors = tensors | {"tok_embeddings.weight": embedding}
     return {name: stored for name, stored in tensors.items() if name != "output.weight"}
 
@@ -343,13 +317,10 @@ def check_shapes(tensors: dict[str, StoredTensor], config: ModelConfig, describe
     expected = expected_shapes(config)
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
-        raise UserError(
-            f"{len(unknown)} unknown parameters: {', '.join(unknown[:8])}; {described} describes none of them"
-        )
+        raise UserError(f"{len(unknown)} unknown parameters: {', '.join(unknown[:8])}; {described} describes none of "
+                        "them")
     for name, shape in expected.items():
         if name not in tensors:
             raise UserError(f"{described}: parameter {name!r} is missing from the weights")
         if tensors[name].shape != shape:
-            raise UserError(
-                f"{name} has shape {list(tensors[name].shape)}, but {described} means {list(shape)}"
-            )
+            raise UserError(f"{name} has shape {list(tensors[name].shape)}, but {described} means {list(shape)}")

@@ -130,15 +130,8 @@ def converse(arguments: list[str], job: dict[str, object], seconds: float) -> Ex
     variables = ENVIRONMENT | {"HOME": job["folder"], "TMPDIR": job["folder"]}
     if "LD_LIBRARY_PATH" in os.environ:  # some interpreters do not start without it
         variables["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    with subprocess.Popen(
-        arguments,
-        cwd=REPO,
-        env=variables,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
+    with subprocess.Popen(arguments, cwd=REPO, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, start_new_session=True) as process:
         try:
             report, complaint = process.communicate(json.dumps(job).encode(), timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -176,10 +169,8 @@ def best_isolation() -> str:
         if result == Execution("1/2\n", "ok"):
             return isolation
         reasons.append(f"{isolation}: a trial ended in {result}")
-    raise UserError(
-        f"this machine does not isolate a solution's code: {'; '.join(reasons)}. Allow user namespaces, install "
-        "libseccomp2 and bubblewrap, or say isolation='none' to run the code with your own rights"
-    )
+    raise UserError(f"this machine does not isolate a solution's code: {'; '.join(reasons)}. Allow user namespaces, "
+                    "install libseccomp2 and bubblewrap, or say isolation='none' to run the code with your own rights")
 
 
 def require_bubblewrap() -> None:

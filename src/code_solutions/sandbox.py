@@ -212,14 +212,8 @@ def build_tree(visible: list[str], disk_bytes: int, files: int) -> None:
 def mount(source: str, target: str, kind: str | None, flags: int = 0, options: str | None = None) -> None:
     """mount(2); raises OSError naming the target."""
     try:
-        call(
-            "mount",
-            source.encode(),
-            target.encode(),
-            kind and kind.encode(),
-            flags,
-            options and options.encode(),
-        )
+        call("mount", source.encode(), target.encode(), kind and kind.encode(), flags,
+             options and options.encode())
     except OSError as problem:
         raise OSError(problem.errno, f"mount {target}: {os.strerror(problem.errno)}") from None
 

@@ -150,12 +150,8 @@ def _commands_help(commands: Mapping[str, Callable[..., None]], width: int) -> s
     """The docstring of the script, then what each command does."""
     width, margin = max(40, min(width, 100)), max(map(len, commands)) + 4
     lines = [
-        textwrap.fill(
-            (inspect.getdoc(command) or "").partition("\n")[0],
-            width,
-            initial_indent=f"  {name}".ljust(margin),
-            subsequent_indent=" " * margin,
-        )
+        textwrap.fill((inspect.getdoc(command) or "").partition("\n")[0], width,
+                      initial_indent=f"  {name}".ljust(margin), subsequent_indent=" " * margin)
         for name, command in commands.items()
     ]
     about = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")
@@ -216,14 +212,8 @@ def _reflow(text: str, width: int) -> str:
 
 
 def _wrap(text: str, width: int, margin: str = "") -> str:
-    return textwrap.fill(
-        text,
-        width,
-        initial_indent=margin,
-        subsequent_indent=margin,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return textwrap.fill(text, width, initial_indent=margin, subsequent_indent=margin, break_long_words=False,
+                         break_on_hyphens=False)
 
 
 def _local_rank() -> int:

@@ -227,10 +227,8 @@ def _parse_words(argv: list[str], flags: dict[str, Flag]) -> dict[str, Value]:
     rest = list(argv)
     while rest:
         if not _looks_like_flag(rest[0]):
-            raise UserError(
-                f"{rest[0]!r} belongs to no flag; write --NAME before it, or quotes around "
-                "a value with spaces; --help lists the flags"
-            )
+            raise UserError(f"{rest[0]!r} belongs to no flag; write --NAME before it, or quotes around a value with "
+                            "spaces; --help lists the flags")
         head, equals, text = rest.pop(0).partition("=")
         flag, negated = _find(head, flags)
         if flag.name in values:
@@ -242,10 +240,8 @@ def _parse_words(argv: list[str], flags: dict[str, Flag]) -> dict[str, Value]:
         if negated and words:
             raise UserError(f"{head} is followed by {words[0]!r} but takes no value; write {head} alone")
         if is_path(flag.name) and not all(map(str.strip, words)):
-            raise UserError(
-                f"--{flag.name} is empty; name a file or directory, or leave the flag out (is a variable of the shell "
-                f"unset?)"
-            )
+            raise UserError(f"--{flag.name} is empty; name a file or directory, or leave the flag out (is a variable "
+                            "of the shell unset?)")
         values[flag.name] = not negated if bool in flag.kinds and not words else _read(flag, words)
     return values
 

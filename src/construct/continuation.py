@@ -243,12 +243,9 @@ def generate_stepwise(
     """
     found = {request: Continuation(request, "", 0, 0.0, "") for request in requests}
     for step in range(sampling.max_steps):
-        step_sampling = Sampling(
-            temperature=sampling.schedule.at(step),
-            max_new_tokens=sampling.max_new_tokens,
-            stop=(sampling.step_end, *solver.prompting.stop),
-            seed=sampling.seed,
-        )
+        step_sampling = Sampling(temperature=sampling.schedule.at(step),
+                                 max_new_tokens=sampling.max_new_tokens,
+                                 stop=(sampling.step_end, *solver.prompting.stop), seed=sampling.seed)
         if solver.coding:
             step_sampling = solver.coding.sampling(step_sampling)
         # the id counts the step, so that each has random numbers of its own

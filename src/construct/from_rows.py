@@ -117,10 +117,9 @@ def mixed_pairs(
     """
     total = round(len(branched) / (1 - share)) if share < 1 else 0
     if not len(branched) < total <= len(ordinary):
-        raise UserError(
-            f"{len(branched)} step-controlled pairs and a --share {share} of ordinary ones make {total} rows, and the "
-            f"control needs as many ordinary pairs; found {len(ordinary)}: sample more, or take another share"
-        )
+        raise UserError(f"{len(branched)} step-controlled pairs and a --share {share} of ordinary ones make {total} "
+                        f"rows, and the control needs as many ordinary pairs; found {len(ordinary)}: sample more, or "
+                        "take another share")
     generator = random.Random(seed)
     control = generator.sample(list(ordinary), total)
     mixed = [*control[: total - len(branched)], *branched]
@@ -175,10 +174,8 @@ def concatenated(
     wrong = [row for row in rows if _has_mistake(row) and (row.labels[-1] or 0) < 0.5]
     for kind, solutions, is_needed in (("right", right, wrong_share < 1), ("wrong", wrong, wrong_share > 0)):
         if is_needed and not solutions:
-            raise UserError(
-                f"{source} has no {kind} solution to put in front of others; set --wrong_share {int(kind == 'right')}, "
-                "or judge more"
-            )
+            raise UserError(f"{source} has no {kind} solution to put in front of others; set --wrong_share "
+                            f"{int(kind == 'right')}, or judge more")
     result = []
     for row in rows:
         front = generator.choice(wrong if generator.random() < wrong_share else right)

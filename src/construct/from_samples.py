@@ -167,8 +167,6 @@ def _reward(sample: Sample) -> float:
     """The verifier's score in [0, 1], plus 1 for a right answer."""
     score = sample.values.get("score")
     if not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise UserError(
-            f"sample {sample.id!r}/{sample.sample} has the score {score!r}; expected a probability: score the "
-            f"samples with verifier_evaluate.py and an outcome or process verifier"
-        )
+        raise UserError(f"sample {sample.id!r}/{sample.sample} has the score {score!r}; expected a probability: score "
+                        "the samples with verifier_evaluate.py and an outcome or process verifier")
     return score + (sample.outcome == "right")

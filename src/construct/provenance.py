@@ -29,32 +29,25 @@ def read_provenance(file: str, model: str = "") -> Provenance:
     """
     path = Path(file)
     if not identity_file(path).is_file():
-        raise UserError(
-            f"{file} has no {identity_file(path).name} beside it, so its model is unknown; expected samples in the "
-            f"directory where solver_evaluate.py sampled them, or a file of data_build.py"
-        )
+        raise UserError(f"{file} has no {identity_file(path).name} beside it, so its model is unknown; expected "
+                        "samples in the directory where solver_evaluate.py sampled them, or a file of data_build.py")
     values = read_json(identity_file(path))
     rules = values.get("rules") or read_json(path.with_name("results.json")).get("rules")
     if not isinstance(rules, dict) or not rules.get("extraction"):
-        raise UserError(
-            f"{file} is not graded; grade it with solver_evaluate.py, so that answers can be compared"
-        )
+        raise UserError(f"{file} is not graded; grade it with solver_evaluate.py, so that answers can be compared")
     found = str(values.get("checkpoint") or values.get("model_name"))
     wanted = storage.fingerprint(Path(model)) if Path(model).is_dir() and model else model
     if wanted and found != wanted:
-        raise UserError(
-            f"{file} was sampled from the model {found[:16]}, but {model} is {wanted[:16]}; give the samples of {model}"
-        )
+        raise UserError(f"{file} was sampled from the model {found[:16]}, but {model} is {wanted[:16]}; give the "
+                        f"samples of {model}")
     return Provenance(found, rules)
 
 
 def same_rules(first: str, one: Provenance, second: str, other: Provenance) -> dict[str, str]:
     """The rules that found the answers of both files. Raises UserError where they differ."""
     if one.rules != other.rules:
-        raise UserError(
-            f"{first} was graded by {_named(one.rules)} and {second} by {_named(other.rules)}, so their answers cannot "
-            f"be compared; grade both with one --task"
-        )
+        raise UserError(f"{first} was graded by {_named(one.rules)} and {second} by {_named(other.rules)}, so their "
+                        "answers cannot be compared; grade both with one --task")
     return one.rules
 
 

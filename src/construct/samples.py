@@ -81,10 +81,8 @@ def by_problem(samples: Sequence[Sample]) -> dict[str, Problem]:
     seen: set[tuple[str, str]] = set()
     for sample in samples:
         if sample.values.get("prompt") is None:
-            raise UserError(
-                f"sample {sample.id!r}/{sample.sample} has no key 'prompt'; "
-                f"grade the file with solver_evaluate.py --samples_file, which adds it"
-            )
+            raise UserError(f"sample {sample.id!r}/{sample.sample} has no key 'prompt'; grade the file with "
+                            "solver_evaluate.py --samples_file, which adds it")
         if sample.outcome not in ("right", "wrong", "unparsed") or not sample.response.strip():
             continue
         if (sample.id, sample.response) not in seen:

@@ -59,10 +59,8 @@ def check_solver(config: SolverFlags, *, from_prefix: bool = False) -> None:
     if bool(config.ckpt_dir) == (config.backend == "openai"):
         raise UserError("give one of --ckpt_dir, a solver's checkpoint, and --backend openai, a server")
     if check_flags(config) and from_prefix and config.chat_template == AT_SERVER:
-        raise UserError(
-            f"with --chat_template {AT_SERVER} every answer begins anew, but here solutions are gone on with; give "
-            f"--tokenizer_file with a --chat_template of this side, or neither"
-        )
+        raise UserError(f"with --chat_template {AT_SERVER} every answer begins anew, but here solutions are gone on "
+                        "with; give --tokenizer_file with a --chat_template of this side, or neither")
 
 
 def open_solver(
@@ -93,10 +91,8 @@ def open_task(config: ContinuationFlags, samples: Sequence[Sample]) -> tuple[Pro
     if identity_file(Path(samples_file)).is_file():
         rules = read_provenance(samples_file).rules
         if rules != task.rules():
-            raise UserError(
-                f"{samples_file} was graded by {', '.join(rules.values())}, but --task {config.task} means "
-                f"{', '.join(task.rules().values())}; name the task of the samples"
-            )
+            raise UserError(f"{samples_file} was graded by {', '.join(rules.values())}, but --task {config.task} means "
+                            f"{', '.join(task.rules().values())}; name the task of the samples")
     elif parallel.rank() == 0:  # an error on one rank stops all
         _check_outcomes(samples, task, samples_file)
     return make_prompting(task, prompt_template=config.prompt_template), task
@@ -109,12 +105,11 @@ def _check_outcomes(samples: Sequence[Sample], task: Task, samples_file: str) ->
             kind = AnswerType(str(values.get("answer_type") or ""), float(values.get("tolerance") or 0))
             outcome = grader.grade_one(sample.response, str(values["label"]), kind).outcome
             if outcome != sample.outcome and outcome not in ("timeout", "error"):
-                raise UserError(
-                    f"{samples_file} has no {identity_file(Path(samples_file)).name} beside it that says how it was "
-                    f"graded, and it was not by --task {task.name}: sample {sample.id!r}/{sample.sample} is "
-                    f"{sample.outcome} there, but {outcome} by that task; name the task of the samples, or grade the "
-                    f"file with solver_evaluate.py --samples_file"
-                )
+                raise UserError(f"{samples_file} has no {identity_file(Path(samples_file)).name} beside it that says "
+                                f"how it was graded, and it was not by --task {task.name}: sample "
+                                f"{sample.id!r}/{sample.sample} is {sample.outcome} there, but {outcome} by that task; "
+                                "name the task of the samples, or grade the file with solver_evaluate.py "
+                                "--samples_file")
 
 
 def sample_and_grade(

@@ -101,9 +101,8 @@ def choose_solutions(samples: Sequence[Sample], solutions_per_problem: int, limi
         chosen += sorted(solutions, key=lambda sample: sample.sample)[:solutions_per_problem]
     for sample in chosen:
         if not sample.values.get("label"):
-            raise UserError(
-                f"sample {sample.id!r}/{sample.sample} has no key 'label'; grade the file with solver_evaluate.py"
-            )
+            raise UserError(f"sample {sample.id!r}/{sample.sample} has no key 'label'; grade the file with "
+                            "solver_evaluate.py")
     return chosen
 
 

@@ -144,9 +144,8 @@ def read_shown_problems(file: str) -> list[str]:
     """Read the ids of the problems in a file of demonstrations. Raises UserError for one that does not name them."""
     rows = read_json(Path(file)).get("demonstrations")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
-        raise UserError(
-            f"{file}: expected an id in each row of 'demonstrations', as data_build.py demonstrations leaves it"
-        )
+        raise UserError(f"{file}: expected an id in each row of 'demonstrations', as data_build.py demonstrations "
+                        "leaves it")
     return [str(row["id"]) for row in rows]
 
 

@@ -79,9 +79,7 @@ def encode_prompt(tokenizer: Tokenizer, instruction: str, prefix: str = "") -> l
         return tokenizer.encode_rendered(rendered) + partial_answer
     prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(instruction)
     if not prompt:
-        raise UserError(
-            f"an instruction is empty and {tokenizer.path} has no BOS: the prompt would hold no token"
-        )
+        raise UserError(f"an instruction is empty and {tokenizer.path} has no BOS: the prompt would hold no token")
     return prompt + (tokenizer.encode(prefix) if prefix else [])
 
 
@@ -136,10 +134,8 @@ def _partial_answer(tokenizer: Tokenizer, instruction: str, prefix: str) -> str:
 
 
 def _changed(tokenizer: Tokenizer, prefix: str) -> UserError:
-    return UserError(
-        f"chat template {tokenizer.chat_template} changes the partial answer {prefix[:40]!r}, so nothing can go on "
-        f"from it; expected one that begins with a letter or digit and spells no control token"
-    )
+    return UserError(f"chat template {tokenizer.chat_template} changes the partial answer {prefix[:40]!r}, so nothing "
+                     "can go on from it; expected one that begins with a letter or digit and spells no control token")
 
 
 def learn_all(encoded: Encoded) -> Encoded:
@@ -180,10 +176,8 @@ def _encode_turns(
 ) -> list[Conversation]:
     """A chat of plain texts in the tokenizer's template; kept: for each answer whether it is to be learnt."""
     if any(not isinstance(message["content"], str) for message in messages):
-        raise UserError(
-            f"a message holds blocks, which --chat_template {tokenizer.chat_template} has no form for; train with "
-            f"--chat_template code"
-        )
+        raise UserError(f"a message holds blocks, which --chat_template {tokenizer.chat_template} has no form for; "
+                        "train with --chat_template code")
     found = [Conversation([], [])]
     for place, (prompt, answer, is_anew) in enumerate(tokenizer.chat.turns(messages)):
         if is_anew:
@@ -295,10 +289,8 @@ def fit(
     long = len(rows) - len(kept) + cut
     if lost > MAX_DROPPED_SHARE * len(rows) or not kept or (long and truncation == "error"):
         longest = max(len(encoded.tokens) for row in rows for encoded in row)
-        raise UserError(
-            f"{source}: {lost or long} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} "
-            f"(the longest has {longest} tokens); raise it or shorten the data"
-        )
+        raise UserError(f"{source}: {lost or long} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} "
+                        f"(the longest has {longest} tokens); raise it or shorten the data")
     return kept, f"{source}: {len(rows)} samples, {long} too long: {cut} cut, {long - cut} dropped"
 
 

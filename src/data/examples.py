@@ -98,14 +98,11 @@ class Vote(NamedTuple):
     negatives: list[str]
 
 
-INSTRUCTIONS = Schema(
-    "solver_train.py learns from 'instruction' and 'output', or from 'messages': dataset/prepare.py makes such rows"
-)
+INSTRUCTIONS = Schema("solver_train.py learns from 'instruction' and 'output', or from 'messages': dataset/prepare.py "
+                      "makes such rows")
 PAIRS = Schema("expected pairs, 'instruction', 'chosen' and 'rejected': data_build.py pairs makes them of samples")
-STEP_LABELS = Schema(
-    "expected outcomes, 'instruction', 'output' and 'correct', which data_build.py outcome makes of samples, or "
-    "'instruction', 'steps' and 'labels', which data_build.py process does"
-)
+STEP_LABELS = Schema("expected outcomes, 'instruction', 'output' and 'correct', which data_build.py outcome makes of "
+                     "samples, or 'instruction', 'steps' and 'labels', which data_build.py process does")
 PROMPTS = Schema("expected problems, 'instruction' and 'label': dataset/prepare.py makes them of published files")
 SAMPLES = Schema("expected samples, as solver_evaluate.py writes them", foreign={})
 _MESSAGE = Schema(foreign=FOREIGN_IN_MESSAGE)
@@ -186,15 +183,12 @@ def _content(message: Row) -> str | list[dict[str, str]]:
     for part in inside:
         kind = part.text("type")
         if part.get("text") is None and part.get("content") is None:
-            raise UserError(
-                f"{part.where}: key 'content' is missing in a block of type {kind!r}; expected a text under 'text' "
-                f"(type 'text') or under 'content' (type 'text', 'code' or 'execution')"
-            )
+            raise UserError(f"{part.where}: key 'content' is missing in a block of type {kind!r}; expected a text "
+                            "under 'text' (type 'text') or under 'content' (type 'text', 'code' or 'execution')")
         if part.get("text") is not None and (kind != "text" or part.get("content") is not None):
             found = ", ".join(key for key in part.values if part.get(key) is not None)
-            raise UserError(
-                f"{part.where}: expected the 'text' of a part of type 'text', found type {kind!r} and {found}"
-            )
+            raise UserError(f"{part.where}: expected the 'text' of a part of type 'text', found type {kind!r} and "
+                            f"{found}")
     if inside and all(part.get("text") is not None for part in inside):
         return "".join(part.text("text") for part in inside)
     return [{"type": part.text("type"), "content": part.text("content")} for part in inside]
@@ -236,17 +230,13 @@ def _step_labels(row: Row) -> StepLabels:
     steps, labels = row.get("steps"), row.get("labels")
     lengths = [len(side) if isinstance(side, list) else repr(side)[:60] for side in (steps, labels)]
     if not isinstance(steps, list) or not isinstance(labels, list) or not steps or len(steps) != len(labels):
-        raise UserError(
-            f"{row.where}: expected lists of equal length under 'steps' and 'labels', "
-            f"found {lengths[0]} and {lengths[1]}"
-        )
+        raise UserError(f"{row.where}: expected lists of equal length under 'steps' and 'labels', found {lengths[0]} "
+                        f"and {lengths[1]}")
     for number, (step, label) in enumerate(zip(steps, labels, strict=True)):
         if not isinstance(step, str) or not step.strip():
             raise UserError(f"{row.where}: step {number} is {step!r}; expected a text that is not empty")
         if label is not None and (not isinstance(label, int | float) or not 0 <= label <= 1):
-            raise UserError(
-                f"{row.where}: label {number} is {label!r}; expected 0 to 1, or null for not judged"
-            )
+            raise UserError(f"{row.where}: label {number} is {label!r}; expected 0 to 1, or null for not judged")
     if all(label is None for label in labels):
         raise UserError(f"{row.where}: every label is null; leave out a row that judges nothing")
     return StepLabels(row.instruction(), steps, [None if x is None else float(x) for x in labels])
@@ -285,18 +275,15 @@ def _label(row: Row, needed: bool) -> str | None:
     if isinstance(value, bool) and row.get("answer_type") == "true_false":
         return str(value)
     if isinstance(value, bool):
-        raise UserError(
-            f"{row.where}: 'label' is {value}; expected the answer of the problem, or 'answer_type': 'true_false'"
-        )
+        raise UserError(f"{row.where}: 'label' is {value}; expected the answer of the problem, or 'answer_type': "
+                        "'true_false'")
     label = row.optional_text("label")
     if needed and "####" in (label or ""):
         raise UserError(f"{row.where}: 'label' holds a whole solution (####), which no answer would equal; "
                         f"dataset/prepare.py gsm8k makes the label of it")
     shown = "".join(filter(str.isprintable, label or "")).strip()
     if needed and shown.lower() in ("", "nan"):
-        raise UserError(
-            f"{row.where}: key 'label' is missing, empty or NaN; grading needs the answer of every row"
-        )
+        raise UserError(f"{row.where}: key 'label' is missing, empty or NaN; grading needs the answer of every row")
     return label
 
 
@@ -323,10 +310,8 @@ def read_votes(path: str) -> list[Vote]:
         confidence, sides = row.get("confidence"), [row.get(x) for x in ("positives", "negatives")]
         texts = all(isinstance(side, list) and all(isinstance(x, str) for x in side) for side in sides)
         if not isinstance(confidence, int | float) or not 0 <= confidence <= 1 or not texts:
-            raise UserError(
-                f"{row.where}: expected a 'confidence' from 0 to 1 and lists of texts under 'positives' and "
-                f"'negatives'; {row.schema.source}"
-            )
+            raise UserError(f"{row.where}: expected a 'confidence' from 0 to 1 and lists of texts under 'positives' "
+                            f"and 'negatives'; {row.schema.source}")
         vote = row.text("id"), row.text("prompt"), row.optional_text("answer"), float(confidence)
         found.append(Vote(*vote, *sides))
     return found
@@ -385,8 +370,7 @@ def match_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], source: 
         else:
             prompt = by_id.get(sample.id)
         if prompt is None:
-            raise UserError(
-                f"{source}: sample id {sample.id!r} is not among the {len(prompts)} problems of the label file"
-            )
+            raise UserError(f"{source}: sample id {sample.id!r} is not among the {len(prompts)} problems of the label "
+                            "file")
         matched.append(sample._replace(id=prompt.id, prompt=sample.prompt or prompt.instruction))
     return matched

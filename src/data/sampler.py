@@ -43,13 +43,7 @@ class BatchSampler:
     ranks: int = 1
 
     def steps(
-        self,
-        data: Dataset,
-        *,
-        packing: bool,
-        epochs: int,
-        done: int = 0,
-        stop: int | None = None,
+        self, data: Dataset, *, packing: bool, epochs: int, done: int = 0, stop: int | None = None
     ) -> Iterator[Step]:
         """Yield the steps of `epochs` epochs after number `done` and up to `stop` (None: to the end)."""
         per_epoch = self.steps_per_epoch(len(data.samples))

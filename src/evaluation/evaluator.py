@@ -129,17 +129,13 @@ def claim_samples(path: Path, identity: dict[str, object]) -> None:
     """
     if path.is_file():
         if not identity_file(path).is_file():
-            raise UserError(
-                f"{path} was not sampled here (no {identity_file(path).name} beside it); "
-                f"choose another --log_dir or delete that file"
-            )
+            raise UserError(f"{path} was not sampled here (no {identity_file(path).name} beside it); choose another "
+                            "--log_dir or delete that file")
         found = read_json(identity_file(path))
         for name, value in identity.items():
             if found.get(name) != value:
-                raise UserError(
-                    f"{path} holds samples with {name}={on_one_line(found.get(name))}, but this run has "
-                    f"{on_one_line(value)}; choose another --log_dir or delete that file"
-                )
+                raise UserError(f"{path} holds samples with {name}={on_one_line(found.get(name))}, but this run has "
+                                f"{on_one_line(value)}; choose another --log_dir or delete that file")
     parallel.barrier()  # nobody writes before all have read
     if parallel.rank() == 0:
         write_json(identity_file(path), identity)
@@ -148,9 +144,8 @@ def claim_samples(path: Path, identity: dict[str, object]) -> None:
 def refuse_sampled(path: Path, samples_file: str) -> None:
     """Raise UserError if samples.jsonl was sampled here: graded samples of another file must not take its place."""
     if path.is_file() and identity_file(path).is_file() and path.resolve() != Path(samples_file).resolve():
-        raise UserError(
-            f"{path} was sampled here, and graded samples of another file would replace it; choose another --log_dir"
-        )
+        raise UserError(f"{path} was sampled here, and graded samples of another file would replace it; choose another "
+                        "--log_dir")
 
 
 def identity_file(path: Path) -> Path:
@@ -205,9 +200,7 @@ def sample_prompts(
         _report_failures(failed, path, log)
         place = {prompt.id: index for index, prompt in enumerate(prompts)}
         if not path.stat().st_size:
-            raise UserError(
-                f"none of {len(failed)} samples came; the first failed with: {failed[0]['error']}"
-            )
+            raise UserError(f"none of {len(failed)} samples came; the first failed with: {failed[0]['error']}")
         rows = [sample.values for sample in read_samples(str(path))]
         write_samples(path, sorted(rows, key=lambda row: (place[row["id"]], row["sample"])))
     parallel.barrier()
@@ -242,10 +235,8 @@ def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -
     done = {}
     for sample in read_samples(str(path)) if path.is_file() and path.stat().st_size else ():
         if instructions.get(sample.id) != sample.prompt or sample.sample >= num_samples:
-            raise UserError(
-                f"{path} holds sample {sample.sample} of problem {sample.id!r}, which this run does not ask for "
-                f"(other problems, or fewer); choose another --log_dir or delete that file"
-            )
+            raise UserError(f"{path} holds sample {sample.sample} of problem {sample.id!r}, which this run does not "
+                            "ask for (other problems, or fewer); choose another --log_dir or delete that file")
         done[sample.id, sample.sample] = sample.response
     return done
 

@@ -32,14 +32,8 @@ def answer_problem(
     """Stream the solution of one problem to the screen; what is to be said of it as a whole, as lines."""
     request = Request(name, 0, encode_prompt(solver.tokenizer, solver.prompting.text(instruction)))
     stream = Stream(solver.tokenizer.decode, sampling.stop, runlog.say)
-    (completion,) = generate(
-        solver.model,
-        [request],
-        sampling,
-        vocabulary=vocabulary_of(solver.tokenizer),
-        max_batch_size=1,
-        on_token=lambda _, token: stream.add(token),
-    )
+    (completion,) = generate(solver.model, [request], sampling, vocabulary=vocabulary_of(solver.tokenizer),
+                             max_batch_size=1, on_token=lambda _, token: stream.add(token))
     stream.finish(completion.text)
     lines = [] if completion.finish == "stop" else [f"cut at {len(completion.tokens)} tokens"]
     if task.graded:

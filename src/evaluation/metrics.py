@@ -51,9 +51,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not 0 <= c <= n:
         raise ValueError(f"c={c} right samples of n={n}: expected 0 <= c <= n")
     if not 1 <= k <= n:
-        raise ValueError(
-            f"pass@{k} needs at least {k} samples of every problem, found {n}; sample more or lower k"
-        )
+        raise ValueError(f"pass@{k} needs at least {k} samples of every problem, found {n}; sample more or lower k")
     if n - c < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))

@@ -79,9 +79,7 @@ def _read_few_shot(name: str) -> dict[str, object]:
             f'--few_shot {name}: expected {{"prompt": text?, "stop": [text, ...]?, '
             f'"demonstrations": [{{"instruction": text, "output": text}}, ...]}}'
         )
-    shots = [
-        Row(f"--few_shot {name}, demonstration {n}", row, Schema()) for n, row in enumerate(rows, 1)
-    ]
+    shots = [Row(f"--few_shot {name}, demonstration {n}", row, Schema()) for n, row in enumerate(rows, 1)]
     for shot in shots:
         shot.check_foreign()
     return values | {
@@ -100,16 +98,12 @@ def select_prompts(prompts: Sequence[Prompt], split: str) -> list[Prompt]:
         key, sign, value = condition.partition("=")
         key, value = (key.strip(), value.strip()) if sign else ("split", key.strip())
         if key not in KEYS or not value:
-            raise UserError(
-                f"--split {split!r}: {condition!r} is no condition; "
-                "expected NAME, level=4, level=1-3 or subject=Algebra"
-            )
+            raise UserError(f"--split {split!r}: {condition!r} is no condition; expected NAME, level=4, level=1-3 or "
+                            "subject=Algebra")
         found = sorted({str(getattr(prompt, key)) for prompt in chosen})
         chosen = [prompt for prompt in chosen if _is_in(getattr(prompt, key), value)]
         if not chosen:
-            raise UserError(
-                f"--split {split!r}: no problem has {key} {value}; found {', '.join(found)[:200]}"
-            )
+            raise UserError(f"--split {split!r}: no problem has {key} {value}; found {', '.join(found)[:200]}")
     return chosen
 
 

@@ -99,9 +99,7 @@ def right_and_classes(rows: Sequence[Sequence[Graded]], n: int) -> tuple[Bools, 
     return right, [[graded.vote for graded in samples] + [None] * (n - len(samples)) for samples in rows]
 
 
-def score_array(
-    rows: Sequence[Sequence[Graded]], n: int, score: Callable[[Graded], float | None]
-) -> Floats:
+def score_array(rows: Sequence[Sequence[Graded]], n: int, score: Callable[[Graded], float | None]) -> Floats:
     """Lay out the scores of P problems of at most n samples; -inf where there is none. -> [P, n]."""
     scores = np.full((len(rows), n), -np.inf)
     for place, samples in enumerate(rows):
@@ -145,15 +143,11 @@ def results_table(results: dict[str, object], speed: Speed | None = None) -> str
         for name, entry in results[f"by_{kind}"].items():
             low, high = entry["interval"]
             name = f"level {name}" if kind == "level" else name
-            lines.append(
-                f"{name:22} {entry['accuracy']:7.1%}   {low:.1%} .. {high:.1%}   of {entry['problems']}"
-            )
+            lines.append(f"{name:22} {entry['accuracy']:7.1%}   {low:.1%} .. {high:.1%}   of {entry['problems']}")
     lines.append("outcomes    " + ", ".join(f"{count} {name}" for name, count in results["outcomes"].items()))
     length = "" if results["mean_tokens"] is None else f", {results['mean_tokens']:.0f} tokens on average"
-    lines.append(
-        f"samples     {results['samples']}, {results['never_sampled']} missing, "
-        f"{results['truncated']} cut at the limit{length}"
-    )
+    lines.append(f"samples     {results['samples']}, {results['never_sampled']} missing, {results['truncated']} cut at "
+                 f"the limit{length}")
     if speed and speed.samples:
         lines.append(f"speed       {speed.tokens / speed.seconds:.0f} tokens/s over {speed.samples} samples")
     return "\n".join(lines)

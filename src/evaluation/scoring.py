@@ -113,17 +113,10 @@ def tell_too_long(encoded: Sequence[Encoded | None], what: str, max_seq_len: int
     """Say how many solutions a model cannot read, None among the encoded. Raises UserError if it can read none."""
     left_out = sum(row is None for row in encoded)
     if encoded and left_out == len(encoded):
-        raise UserError(
-            f"each of the {left_out} {what} is longer than the model's context of {max_seq_len} tokens"
-        )
+        raise UserError(f"each of the {left_out} {what} is longer than the model's context of {max_seq_len} tokens")
     if left_out:
-        runlog.logger().warning(
-            "%d of %d %s are longer than the model's context of %d tokens and get no score",
-            left_out,
-            len(encoded),
-            what,
-            max_seq_len,
-        )
+        runlog.logger().warning("%d of %d %s are longer than the model's context of %d tokens and get no score",
+                                left_out, len(encoded), what, max_seq_len)
 
 
 def _tell_uncut(samples: Sequence[Sample], config: ModelConfig) -> None:
@@ -166,10 +159,8 @@ def _scored(raw: Sequence[float], config: ModelConfig, aggregation: str) -> Scor
 def _check_finite(sample: Sample, scores: Sequence[float]) -> None:
     for score in scores:
         if not math.isfinite(score):
-            raise UserError(
-                f"the score of sample {sample.id!r}/{sample.sample} is {score}; "
-                f"the verifier has diverged, train it again with a lower learning rate"
-            )
+            raise UserError(f"the score of sample {sample.id!r}/{sample.sample} is {score}; the verifier has diverged, "
+                            "train it again with a lower learning rate")
 
 
 def _key(sample: Sample) -> str:

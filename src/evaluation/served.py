@@ -38,34 +38,25 @@ def check_flags(config: AskedFlags) -> bool:
     if not (config.base_url and config.model_name):
         raise UserError("--backend openai needs --base_url and --model_name")
     if lost := [name for name, nothing in WITHOUT_EFFECT.items() if getattr(config, name, nothing) != nothing]:
-        raise UserError(
-            f"--{', --'.join(lost)} would have no effect at a server, since it is not in the OpenAI protocol; "
-            f"set it there, or leave --backend openai out"
-        )
+        raise UserError(f"--{', --'.join(lost)} would have no effect at a server, since it is not in the OpenAI "
+                        "protocol; set it there, or leave --backend openai out")
     if parallel.world_size() > 1:
         raise UserError("--backend openai needs one process; start it with python, not torchrun")
     if template == CODE_FORM:
         raise UserError(f"--chat_template {CODE_FORM} runs a solution's code as it is written, which no server can")
     if config.tokenizer_file and template in ("", AT_SERVER):
-        raise UserError(
-            f"--tokenizer_file with --backend openai puts prompts in the form of a --chat_template and in token ids; "
-            f"give none, file or a built-in name with it (found {template or 'nothing'})"
-        )
+        raise UserError("--tokenizer_file with --backend openai puts prompts in the form of a --chat_template and in "
+                        f"token ids; give none, file or a built-in name with it (found {template or 'nothing'})")
     if not config.tokenizer_file and template not in ("", "none", AT_SERVER):
-        raise UserError(
-            f"--chat_template {template} with --backend openai needs --tokenizer_file, the file or directory of the "
-            f"model's tokenizer; --chat_template {AT_SERVER} leaves the form to the server"
-        )
+        raise UserError(f"--chat_template {template} with --backend openai needs --tokenizer_file, the file or "
+                        f"directory of the model's tokenizer; --chat_template {AT_SERVER} leaves the form to the "
+                        "server")
     if config.template_args and not config.tokenizer_file:
-        raise UserError(
-            "--template_args with --backend openai goes with a template that is filled in here; give --tokenizer_file "
-            "and --chat_template with it"
-        )
+        raise UserError("--template_args with --backend openai goes with a template that is filled in here; give "
+                        "--tokenizer_file and --chat_template with it")
     if config.system_prompt not in ("", "none") and template in ("", "none"):
-        raise UserError(
-            f"--system_prompt with --backend openai is a message of a chat template; give --chat_template {AT_SERVER}, "
-            f"or --tokenizer_file and a template of this side, with it"
-        )
+        raise UserError("--system_prompt with --backend openai is a message of a chat template; give --chat_template "
+                        f"{AT_SERVER}, or --tokenizer_file and a template of this side, with it")
     key = config.api_key_env
     if key and key not in os.environ:
         raise UserError(f"--api_key_env {key}: there is no such environment variable; export the server's key")

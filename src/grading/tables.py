@@ -77,14 +77,13 @@ CHANGES_AFTER = "maximum minimum max below above beyond if unless but except no"
 # Units by their first name, and money by its sign and its words.
 UNITS = {
     name: names.split()[0]
-    for names in (
-        "meter m meters metre metres; centimeter cm centimeters centimetre centimetres; millimeter mm millimeters; "
-        "kilometer km kilometers kilometre kilometres; inch in inches; foot ft feet; yard yd yards; mile mi miles; "
-        "dollar dollars usd; cent cents; euro euros eur; second s sec seconds; minute min minutes mins; "
-        "hour h hr hrs hours; day days; week weeks; month months; year years; gram g gm grams; kilogram kg kilograms; "
-        "milligram mg; pound lb lbs pounds; ounce oz ounces; liter l liters litre litres; milliliter ml milliliters; "
-        "newton n; joule j joules; watt w watts; volt v volts; am; pm; unit units"
-    ).split(";")
+    for names in ("meter m meters metre metres; centimeter cm centimeters centimetre centimetres; millimeter mm "
+                  "millimeters; kilometer km kilometers kilometre kilometres; inch in inches; foot ft feet; yard yd "
+                  "yards; mile mi miles; dollar dollars usd; cent cents; euro euros eur; second s sec seconds; minute "
+                  "min minutes mins; hour h hr hrs hours; day days; week weeks; month months; year years; gram g gm "
+                  "grams; kilogram kg kilograms; milligram mg; pound lb lbs pounds; ounce oz ounces; liter l liters "
+                  "litre litres; milliliter ml milliliters; newton n; joule j joules; watt w watts; volt v volts; am; "
+                  "pm; unit units").split(";")
     for name in names.split()
 }
 SPEEDS = {"mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour", "fps": "foot/second"}

@@ -19,9 +19,8 @@ INSTRUCTION = "{instruction}"  # where the problem stands in a template
 def check_template(template: str, what: str) -> None:
     """Raise UserError unless the problem stands in the template exactly once."""
     if template.count(INSTRUCTION) != 1:
-        raise UserError(
-            f"{what} holds {INSTRUCTION} {template.count(INSTRUCTION)} times; expected it once, in {template[:80]!r}"
-        )
+        raise UserError(f"{what} holds {INSTRUCTION} {template.count(INSTRUCTION)} times; expected it once, in "
+                        f"{template[:80]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +96,7 @@ def find_task(name: str) -> Task:
     if task is None:
         near = difflib.get_close_matches(name.lower(), TASKS, n=1)
         hint = f"did you mean {TASKS[near[0]].name}?" if near else "or give a .json file"
-        raise UserError(
-            f"no task {name!r}; known tasks: {', '.join(task.name for task in TASKS.values())}; {hint}"
-        )
+        raise UserError(f"no task {name!r}; known tasks: {', '.join(task.name for task in TASKS.values())}; {hint}")
     return task
 
 
@@ -108,10 +105,8 @@ def read_task(path: str) -> Task:
     values = {key: value for key, value in read_json(path).items() if value is not None}
     known = {field.name for field in fields(Task)}
     if not {"extraction", "equality"} <= values.keys() <= known:
-        raise UserError(
-            f"task file {path} holds {', '.join(values) or 'nothing'}; expected extraction and equality, and perhaps "
-            f"{', '.join(sorted(known - {'extraction', 'equality'}))}"
-        )
+        raise UserError(f"task file {path} holds {', '.join(values) or 'nothing'}; expected extraction and equality, "
+                        f"and perhaps {', '.join(sorted(known - {'extraction', 'equality'}))}")
     stop = values.pop("stop", [])
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
         raise UserError(f"task file {path}: 'stop' is {stop!r}; expected a list of texts")

@@ -69,13 +69,8 @@ class Worker:
     def _start(self) -> None:
         self.close()
         self._pending, self._ready = b"", False
-        self.process = subprocess.Popen(
-            [sys.executable, *self.command],
-            cwd=REPO,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        self.process = subprocess.Popen([sys.executable, *self.command], cwd=REPO, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._finalizer = weakref.finalize(self, _end, self.process)
 
     def _await_ready(self) -> None:
@@ -85,10 +80,8 @@ class Worker:
             trouble = problem
         if trouble:
             self.close()
-            raise UserError(
-                f"the process did not start ({trouble}): `python {' '.join(self.command)}` says why; "
-                f"everything in requirements.txt must be installed"
-            )
+            raise UserError(f"the process did not start ({trouble}): `python {' '.join(self.command)}` says why; "
+                            "everything in requirements.txt must be installed")
         self._ready = True
 
     def _read(self, wanted: int | str, seconds: float) -> Reply:

@@ -69,9 +69,7 @@ def message_pieces(rows: Sequence[Mapping[str, object]]) -> list[Piece]:
             if kind not in KINDS:
                 raise UserError(f"message {number}: {kind!r} is no kind of block; expected one of {', '.join(KINDS)}")
             if not isinstance(text, str):
-                raise UserError(
-                    f"message {number}: content of a {kind} block is {type(text).__name__}, expected text"
-                )
+                raise UserError(f"message {number}: content of a {kind} block is {type(text).__name__}, expected text")
             parts += [KINDS[kind], text, Marker.END_OF_BLOCK]
         parts.append(Marker.END_OF_MESSAGE)
     return parts

@@ -103,10 +103,8 @@ class ChatTemplate:
         except UserError as problem:
             raise UserError(f"--system_prompt: {problem}") from None
         if not _has_words(text, self.system_prompt):
-            raise UserError(
-                f"--system_prompt {self.system_prompt[:40]!r}: chat template {self.name} does not write a system "
-                f"message; leave it out, or give none where it was recorded"
-            )
+            raise UserError(f"--system_prompt {self.system_prompt[:40]!r}: chat template {self.name} does not write a "
+                            "system message; leave it out, or give none where it was recorded")
 
     def _find_frame(self) -> None:
         """What stands around an answer, found in a conversation whose content holds no control token."""
@@ -121,10 +119,8 @@ class ChatTemplate:
         self._before, answer, rest = text[len(shared) :].partition("2")
         end = self._control.search(rest)
         if not answer or not end or not (opened or text.startswith(prompt)):
-            raise UserError(
-                f"chat template {self.name} renders an answer as {text[-60:]!r} after {prompt[-60:]!r}; expected the "
-                f"prompt, the answer, and a control token that ends it"
-            )
+            raise UserError(f"chat template {self.name} renders an answer as {text[-60:]!r} after {prompt[-60:]!r}; "
+                            "expected the prompt, the answer, and a control token that ends it")
         self.opening, self.suffix, self.end_token = opened[0] if opened else "", rest[: end.end()], end[0]
 
     def prompt(self, messages: Sequence[Message]) -> str:
@@ -149,17 +145,14 @@ class ChatTemplate:
             text = self._render(system + shielded[: index + 1], add_generation_prompt=False)
             given = self.without_opening(message["content"])
             if _THINK in given and _THOUGHT.search(prompt):
-                raise UserError(
-                    f"message {index + 1} holds {_THINK}, but chat template {self.name} ends thoughts before an answer "
-                    f"begins ({prompt[-40:]!r}); take them out, or let it think (--template_args)"
-                )
+                raise UserError(f"message {index + 1} holds {_THINK}, but chat template {self.name} ends thoughts "
+                                f"before an answer begins ({prompt[-40:]!r}); take them out, or let it think "
+                                "(--template_args)")
             last = text.find(self.end_token, len(prompt))
             made = text[len(prompt) : last + len(self.end_token)] if text.startswith(prompt) and last >= 0 else ""
             if not made and not (self.opening and text.startswith(prompt.removesuffix(self.opening))):
-                raise UserError(
-                    f"chat template {self.name} changes earlier text when message {index + 1} is added, or does not "
-                    f"end it with {self.end_token}; its answers cannot be told from its prompts"
-                )
+                raise UserError(f"chat template {self.name} changes earlier text when message {index + 1} is added, or "
+                                f"does not end it with {self.end_token}; its answers cannot be told from its prompts")
             if not made or not self._keeps(made, given) or (self.opening and not whole):
                 before = "" if self.opening or _THINK in self._before else self._before
                 made = before + self.shield(given) + self.suffix
@@ -195,10 +188,8 @@ class ChatTemplate:
     def _shielded_message(self, number: int, message: Message) -> dict[str, str]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or not isinstance(content, str):
-            raise UserError(
-                f"message {number} has role {role!r} and content of type {type(content).__name__}; expected text "
-                f"from {', '.join(ROLES)}"
-            )
+            raise UserError(f"message {number} has role {role!r} and content of type {type(content).__name__}; "
+                            f"expected text from {', '.join(ROLES)}")
         if MARK in content:
             raise UserError(f"message {number} holds U+{ord(MARK):X}, which is no character; remove it")
         return {"role": role, "content": self.shield(content)}
@@ -224,10 +215,8 @@ class ChatTemplate:
         try:
             reply = self._worker.ask(request, WAIT_SECONDS)
         except (TimeoutError, ChildProcessError):
-            raise UserError(
-                f"chat template {self.name} did not finish within {RENDER_SECONDS:g} s of processor time and the "
-                f"memory it is given; it may be hostile"
-            ) from None
+            raise UserError(f"chat template {self.name} did not finish within {RENDER_SECONDS:g} s of processor time "
+                            "and the memory it is given; it may be hostile") from None
         if "error" in reply:
             raise UserError(f"chat template {self.name}: {reply['error']}")
         return reply["text"]
@@ -254,16 +243,12 @@ def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_
     if name in BUILT_IN:
         return read_built_in(name)
     if name != FILE:
-        raise UserError(
-            f"--chat_template {name} is unknown; expected none, file (the tokenizer's own) or one of "
-            f"{', '.join(BUILT_IN)}"
-        )
+        raise UserError(f"--chat_template {name} is unknown; expected none, file (the tokenizer's own) or one of "
+                        f"{', '.join(BUILT_IN)}")
     source = read_own_template(folder)
     if source is None:
-        raise UserError(
-            f"--chat_template file: {folder} holds no chat template (chat_template.jinja, or chat_template in "
-            f"tokenizer_config.json); choose a built-in one of {', '.join(BUILT_IN)}"
-        )
+        raise UserError(f"--chat_template file: {folder} holds no chat template (chat_template.jinja, or chat_template "
+                        f"in tokenizer_config.json); choose a built-in one of {', '.join(BUILT_IN)}")
     return source
 
 

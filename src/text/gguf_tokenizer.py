@@ -136,10 +136,8 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
     if model is None and not said.values:
         return
     if model not in ("gpt2", "llama"):
-        raise UserError(
-            f"{source}: {_G}model={model!r} is not implemented; expected 'gpt2' or 'llama', or another tokenizer with "
-            f"--tokenizer_file"
-        )
+        raise UserError(f"{source}: {_G}model={model!r} is not implemented; expected 'gpt2' or 'llama', or another "
+                        "tokenizer with --tokenizer_file")
     tokens = said.array("tokens", str)
     if len(tokens) > n_rows or len(set(tokens)) < len(tokens):
         what = "some twice" if len(tokens) <= n_rows else f"for {n_rows} rows of the embedding"
@@ -191,10 +189,8 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
 def _cut_of(said: _Said) -> _Cut:
     pre = said.get("pre", None, str)
     if _ALSO.get(pre, pre) not in _CUTS:
-        raise UserError(
-            f"{said.source}: {_G}pre={pre!r} is not implemented; expected one of {', '.join([*_CUTS, *_ALSO])}, or "
-            f"another tokenizer with --tokenizer_file"
-        )
+        raise UserError(f"{said.source}: {_G}pre={pre!r} is not implemented; expected one of "
+                        f"{', '.join([*_CUTS, *_ALSO])}, or another tokenizer with --tokenizer_file")
     return _CUTS[_ALSO.get(pre, pre)]
 
 
@@ -302,9 +298,8 @@ def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
             metadata[f"{_G}{name}_token_id"] = index
     ends = dict.fromkeys([tokenizer.eos_id, *read_stops(folder, tokenizer.vocab_size), *sorted(tokenizer.stop_ids)])
     if len(ends) > len(_ENDS):
-        raise UserError(
-            f"{folder} ends responses at {len(ends)} tokens, {list(ends)}; a GGUF file has room for {len(_ENDS)}"
-        )
+        raise UserError(f"{folder} ends responses at {len(ends)} tokens, {list(ends)}; a GGUF file has room for "
+                        f"{len(_ENDS)}")
     metadata |= {f"{_G}{name}_token_id": index for name, index in zip(_ENDS, ends, strict=False)}
     metadata[f"{_G}add_bos_token"] = tokenizer.bos_id is not None
     metadata[f"{_G}add_eos_token"] = False

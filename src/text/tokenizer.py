@@ -73,10 +73,8 @@ class Tokenizer:
         elif template_args or system_prompt:
             name, value = ("template_args", ", ".join(template_args)) if template_args else (
                 "system_prompt", repr(system_prompt[:40]))  # fmt: skip
-            raise UserError(
-                f"--{name} {value}: --chat_template {chat_template} has no template to take that; give file or a "
-                f"built-in name"
-            )
+            raise UserError(f"--{name} {value}: --chat_template {chat_template} has no template to take that; give "
+                            "file or a built-in name")
         if self.code:
             self._put_in_code_form()
 
@@ -91,10 +89,8 @@ class Tokenizer:
             elif known is None and facts.id < self.vocabulary.size and not self.vocabulary.renames:
                 other = "another token in the vocabulary"
             if other is not None:
-                raise UserError(
-                    f"{self.path}: the added tokens beside it give id {facts.id} to {token!r}, but that is {other}; "
-                    f"they are of another tokenizer"
-                )
+                raise UserError(f"{self.path}: the added tokens beside it give id {facts.id} to {token!r}, but that is "
+                                f"{other}; they are of another tokenizer")
             seen[facts.id] = repr(token)
 
     def _set_ends(self, folder: Path, config: Mapping[str, object]) -> None:
@@ -112,10 +108,8 @@ class Tokenizer:
         """The id of the token called bos_token or eos_token; it counts as a control token from here on."""
         index = self.control.get(token, self.vocabulary.token_id(token)) if isinstance(token, str) else None
         if index is None:
-            raise UserError(
-                f"{self.path}: {name} is {token!r}, which the vocabulary does not have; expected tokenizer_config.json "
-                f"beside it to name one"
-            )
+            raise UserError(f"{self.path}: {name} is {token!r}, which the vocabulary does not have; expected "
+                            "tokenizer_config.json beside it to name one")
         self.control[token] = index
         return index
 
@@ -138,10 +132,8 @@ class Tokenizer:
         """Attach a template. Raises UserError when it needs tokens that the vocabulary does not have."""
         missing = sorted(control_tokens(source) - self.control.keys())
         if missing and name != "file":  # a file's may name tokens for tools, which it never writes here
-            raise UserError(
-                f"{self.path} has no token {missing[0]!r}, which --chat_template {name} needs; choose the format that "
-                f"the model was made for"
-            )
+            raise UserError(f"{self.path} has no token {missing[0]!r}, which --chat_template {name} needs; choose the "
+                            "format that the model was made for")
         names = {
             key: token for key, token in config.items() if key.endswith("_token") and isinstance(token, str)
         }
@@ -156,10 +148,8 @@ class Tokenizer:
         """End responses as messages of solutions with code end. Raises UserError when the markers are missing."""
         missing = [marker for marker in Marker if marker not in self.control]
         if missing:
-            raise UserError(
-                f"{self.path} has no token {missing[0].value!r}, which --chat_template code needs; put the "
-                f"markers behind its vocabulary with checkpoint_split.py --code_tokens"
-            )
+            raise UserError(f"{self.path} has no token {missing[0].value!r}, which --chat_template code needs; put the "
+                            "markers behind its vocabulary with checkpoint_split.py --code_tokens")
         self.eos_id = self.control[Marker.END_OF_MESSAGE]
         self.stop_ids |= {self.eos_id}
 
@@ -205,9 +195,8 @@ class Tokenizer:
         try:
             text.encode()  # the libraries' own complaints name no reason
         except UnicodeEncodeError as problem:
-            raise UserError(
-                f"text holds a lone surrogate at character {problem.start}; it is not valid Unicode"
-            ) from None
+            raise UserError(f"text holds a lone surrogate at character {problem.start}; it is not valid "
+                            "Unicode") from None
         ids: list[int] = []
         for index, stretch in enumerate(self._plain_pattern.split(text)):
             if index % 2:  # split() gives the tokens of the pattern at odd places
@@ -218,10 +207,7 @@ class Tokenizer:
 
     def encode_pieces(self, parts: Iterable[Piece]) -> list[list[int]]:
         """Ids of each piece of a solution with code: a marker is its control token, a content is encoded apart."""
-        return [
-            [self.control[part]] if isinstance(part, Marker) else self.encode(part)
-            for part in parts
-        ]
+        return [[self.control[part]] if isinstance(part, Marker) else self.encode(part) for part in parts]
 
     def encode_rendered(self, text: str, *, start: bool = True) -> list[int]:
         """Ids of a chat template's text: control tokens are read as such, except where MARK breaks them.
@@ -283,10 +269,8 @@ def read_template_args(text: str) -> dict[str, object]:
     for part in re.split(r",(?=\s*\w+=)", text) if text else []:
         name, equals, value = part.strip().partition("=")
         if not name.isidentifier() or not equals or name in args:
-            raise UserError(
-                f"--template_args: found {part!r}, expected each NAME=VALUE once, as in enable_thinking=false, or a "
-                f"json object"
-            )
+            raise UserError(f"--template_args: found {part!r}, expected each NAME=VALUE once, as in "
+                            "enable_thinking=false, or a json object")
         try:
             args[name] = parse(value, "--template_args", object)
         except UserError:
@@ -312,9 +296,8 @@ def _find_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     if path.is_dir():
-        raise UserError(
-            f"{path} holds no tokenizer ({', '.join(VOCABULARY_FILES)}); give checkpoint_split.py a --tokenizer_file"
-        )
+        raise UserError(f"{path} holds no tokenizer ({', '.join(VOCABULARY_FILES)}); give checkpoint_split.py a "
+                        "--tokenizer_file")
     raise UserError(f"{path} does not exist; expected a tokenizer's file or directory")
 
 
@@ -364,9 +347,7 @@ def _content(path: Path, entry: object) -> str:
     """The text of a token, which stands there plainly or as {"content": text, ...}. Raises UserError."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     if not isinstance(text, str) or not text:
-        raise UserError(
-            f"{path}: found {entry!r} for an added token; expected a text or an object with its content"
-        )
+        raise UserError(f"{path}: found {entry!r} for an added token; expected a text or an object with its content")
     return text
 
 

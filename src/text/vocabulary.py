@@ -84,10 +84,8 @@ class SentencePiece:
             self._continued = SentencePieceProcessor(model_proto=content + self._NO_DUMMY_PREFIX)
             pieces = [self._model.id_to_piece(index) for index in range(self._model.vocab_size())]
         except (RuntimeError, OSError, ValueError):
-            raise UserError(
-                f"{path} is no tokenizer: expected a sentencepiece model, a tiktoken file, tokenizer.json, or "
-                f"vocab.json with merges.txt; it may be truncated"
-            ) from None
+            raise UserError(f"{path} is no tokenizer: expected a sentencepiece model, a tiktoken file, tokenizer.json, "
+                            "or vocab.json with merges.txt; it may be truncated") from None
         self.size = len(pieces)
         self.added = {
             piece: Added(index, control=True)
@@ -155,12 +153,7 @@ _LLAMA_3 = _Ranks(
 _QWEN = _Ranks(
     pattern=CUT.format(digits=""),
     nfc=True,
-    control=(
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        *(f"<|extra_{index}|>" for index in range(205)),
-    ),
+    control=("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{index}|>" for index in range(205))),
     bos=None,
     eos="<|endoftext|>",
     stops=("<|im_end|>",),
@@ -183,10 +176,9 @@ class Tiktoken:
         """Raises UserError for a damaged file, or one whose pattern is not known."""
         ranks = _read_ranks(path)
         if len(ranks) not in _TIKTOKEN:
-            raise UserError(
-                f"{path} holds {len(ranks)} tiktoken ranks; known are {' and '.join(map(str, _TIKTOKEN))} (Llama 3, "
-                f"Qwen v1), because the file does not tell how text is cut; give the tokenizer.json instead"
-            )
+            raise UserError(f"{path} holds {len(ranks)} tiktoken ranks; known are {' and '.join(map(str, _TIKTOKEN))} "
+                            "(Llama 3, Qwen v1), because the file does not tell how text is cut; give the "
+                            "tokenizer.json instead")
         facts = _TIKTOKEN[len(ranks)]
         control = {token: len(ranks) + index for index, token in enumerate(facts.control)}
         self._encoding = tiktoken.Encoding(
@@ -225,14 +217,11 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             piece, index = base64.b64decode(token, validate=True), int(rank)
         except (binascii.Error, ValueError):
-            raise UserError(
-                f"{path}, line {number}: expected a base64 token and its rank; the file is damaged"
-            ) from None
+            raise UserError(f"{path}, line {number}: expected a base64 token and its rank; the file is "
+                            "damaged") from None
         if piece in ranks or index != len(ranks):
-            raise UserError(
-                f"{path}, line {number}: found rank {index}, token {piece!r}; expected rank {len(ranks)} and a "
-                f"token that did not stand before; the file is damaged"
-            )
+            raise UserError(f"{path}, line {number}: found rank {index}, token {piece!r}; expected rank {len(ranks)} "
+                            "and a token that did not stand before; the file is damaged")
         ranks[piece] = index
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
@@ -285,10 +274,9 @@ class HfTokenizers:
         """
         cut = _MERGES.get(str(tokenizer_class).removesuffix("Fast"))
         if cut is None:
-            raise UserError(
-                f"{path}: tokenizer_config.json beside it names tokenizer_class {tokenizer_class!r}; expected one of "
-                f"{', '.join(_MERGES)}, which tells how text is cut; or give the tokenizer.json"
-            )
+            raise UserError(f"{path}: tokenizer_config.json beside it names tokenizer_class {tokenizer_class!r}; "
+                            f"expected one of {', '.join(_MERGES)}, which tells how text is cut; or give the "
+                            "tokenizer.json")
         vocab = read_json(path)
         for token, index in vocab.items():
             if type(index) is not int or index < 0:
@@ -339,10 +327,7 @@ class _Cut(NamedTuple):
     nfc: bool
 
 
-_MERGES = {
-    "Qwen2Tokenizer": _Cut(_QWEN.pattern, nfc=True),
-    "GPT2Tokenizer": _Cut(GPT_2_CUT, nfc=False),
-}
+_MERGES = {"Qwen2Tokenizer": _Cut(_QWEN.pattern, nfc=True), "GPT2Tokenizer": _Cut(GPT_2_CUT, nfc=False)}
 
 
 def _read_merges(path: Path, vocab: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -359,9 +344,7 @@ def _read_merges(path: Path, vocab: Mapping[str, object]) -> list[tuple[str, str
             continue
         left, _, right = line.partition(" ")
         if any(piece not in vocab for piece in (left, right, left + right)):
-            raise UserError(
-                f"{path}, line {number}: {line[:60]!r} merges pieces that vocab.json does not have"
-            )
+            raise UserError(f"{path}, line {number}: {line[:60]!r} merges pieces that vocab.json does not have")
         merges.append((left, right))
     if not merges:
         raise UserError(f"{path} holds no merges; expected one pair of pieces a line")
@@ -373,9 +356,7 @@ def _check_unique(path: Path, vocab: Mapping[str, object]) -> None:
     seen: dict[object, str] = {}
     for token, index in vocab.items():
         if index in seen:
-            raise UserError(
-                f"{path}: {seen[index]!r} and {token!r} both have id {index}; the file is damaged"
-            )
+            raise UserError(f"{path}: {seen[index]!r} and {token!r} both have id {index}; the file is damaged")
         seen[index] = token
     if not seen:
         raise UserError(f"{path} holds no tokens")
@@ -391,7 +372,5 @@ def open_vocabulary(path: Path, tokenizer_class: object) -> Vocabulary:
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", head):
         return Tiktoken(path)
     if head.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` where it is from"
-        )
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` where it is from")
     return SentencePiece(path)

@@ -93,9 +93,8 @@ class Checkpointer:
         folder, stored = step_folder(model.folder, step), read_state(model.folder, step)
         for name, now in self._state.items():
             if type(stored.get(name)) is not type(now):
-                raise UserError(
-                    f"{folder / training_state.STATE}: {name!r} is {stored.get(name)!r}; expected the like of {now!r}"
-                )
+                raise UserError(f"{folder / training_state.STATE}: {name!r} is {stored.get(name)!r}; expected the like "
+                                f"of {now!r}")
         self._state.update({name: stored[name] for name in self._state})
         self._best_step = stored["best_step"]
         self._best = -math.inf if stored["best"] is None else stored["best"]

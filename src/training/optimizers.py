@@ -113,10 +113,8 @@ class AdamW:
 def check_available(name: OptimizerName) -> None:
     """Raise UserError for an optimizer whose library is not installed."""
     if name == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
-        raise UserError(
-            "--optimizer adamw_8bit needs the package torchao, which is not installed; "
-            "pip install torchao==0.18.0, or leave --optimizer at adamw"
-        )
+        raise UserError("--optimizer adamw_8bit needs the package torchao, which is not installed; pip install "
+                        "torchao==0.18.0, or leave --optimizer at adamw")
 
 
 def _has_codes(x: Tensor) -> bool:

@@ -83,18 +83,15 @@ class Preference:
 
     def __post_init__(self) -> None:
         if self.objective == "cdpo" and not 0 < self.label_smoothing < 0.5:
-            raise UserError(
-                f"--label_smoothing is {self.label_smoothing}; --objective cdpo needs the share of wrong labels, more "
-                f"than 0 and less than 0.5"
-            )
+            raise UserError(f"--label_smoothing is {self.label_smoothing}; --objective cdpo needs the share of wrong "
+                            "labels, more than 0 and less than 0.5")
         if self.objective != "cdpo" and self.label_smoothing:
             raise UserError(f"--label_smoothing is of --objective cdpo, not of {self.objective}")
         if self.objective != "simpo" and self.margin:
             raise UserError(f"--margin is of --objective simpo, not of {self.objective}")
         if self.length_normalize and self.objective not in ("dpo", "cdpo"):
-            raise UserError(
-                f"--length_normalize is of --objective dpo and cdpo; {self.objective} always takes means a token"
-            )
+            raise UserError(f"--length_normalize is of --objective dpo and cdpo; {self.objective} always takes means a "
+                            "token")
 
     @property
     def needs_reference(self) -> bool:

@@ -112,10 +112,8 @@ def _read(path: Path) -> dict[str, float]:
     for row in read_rows(str(path)) if path.is_file() and path.stat().st_size else ():
         key, logprob = row.values.get("key"), row.values.get("logprob")
         if not isinstance(key, str) or not isinstance(logprob, float):
-            raise UserError(
-                f"{row.where}: expected the keys 'key' and 'logprob' of a reference's log-prob, found "
-                f"{', '.join(row.values) or 'none'}; choose another --reference_file"
-            )
+            raise UserError(f"{row.where}: expected the keys 'key' and 'logprob' of a reference's log-prob, found "
+                            f"{', '.join(row.values) or 'none'}; choose another --reference_file")
         known[key] = logprob
     parallel.barrier()  # nobody writes before all have read
     return known

@@ -86,10 +86,8 @@ def find_start(folders: Sequence[str], mode: Resume, fingerprint: Mapping[str, o
     if mode == "none":
         for folder, found in steps.items():
             if found and max(found) < read_state(folder, max(found))["total_steps"]:
-                raise UserError(
-                    f"{folder} holds a run that stopped at step {max(found)}; continue it with --resume auto, or "
-                    f"choose another directory"
-                )
+                raise UserError(f"{folder} holds a run that stopped at step {max(found)}; continue it with --resume "
+                                "auto, or choose another directory")
         return 0
     # A kill may fall between the saves of actor and critic: only a step that all hold is a state of the run
     common = set.intersection(*steps.values())
@@ -101,15 +99,11 @@ def find_start(folders: Sequence[str], mode: Resume, fingerprint: Mapping[str, o
         state = read_state(folder, step)
         _check_same(step_folder(folder, step), state["run"], fingerprint)
         if state.get("part") != part:
-            raise UserError(
-                f"{folder} holds another model of its run than is to go on there; exchange the actor's directory and "
-                f"the critic's"
-            )
+            raise UserError(f"{folder} holds another model of its run than is to go on there; exchange the actor's "
+                            "directory and the critic's")
     if step > total_steps:
-        raise UserError(
-            f"{folders[0]} holds a run of {step} steps, more than the {total_steps} that are asked for now; give more "
-            f"--epochs or --max_steps"
-        )
+        raise UserError(f"{folders[0]} holds a run of {step} steps, more than the {total_steps} that are asked for "
+                        "now; give more --epochs or --max_steps")
     return step
 
 
@@ -118,16 +112,12 @@ def _refuse_loss(steps: Mapping[str, set[int]]) -> None:
     for folder, found in steps.items():
         if found:
             others = " and ".join(f"{other} {_listed(at)}" for other, at in steps.items() if other != folder)
-            raise UserError(
-                f"{folder} holds {_listed(found)} of a run, but {others}; a run goes on from a step that all its "
-                f"directories hold: name those that it was started with, or choose others"
-            )
+            raise UserError(f"{folder} holds {_listed(found)} of a run, but {others}; a run goes on from a step that "
+                            "all its directories hold: name those that it was started with, or choose others")
         for pattern in WEIGHTS:
             for path in Path(folder).glob(pattern):
-                raise UserError(
-                    f"{folder} holds trained weights ({path.relative_to(folder)}) but no step-N to resume from; choose "
-                    f"another directory, or remove what is there"
-                )
+                raise UserError(f"{folder} holds trained weights ({path.relative_to(folder)}) but no step-N to resume "
+                                "from; choose another directory, or remove what is there")
 
 
 def _listed(steps: set[int]) -> str:
@@ -143,10 +133,8 @@ def _check_same(folder: Path, then: Mapping[str, object], now: Mapping[str, obje
         and ((name in then) != (name in now) or _known(then.get(name)) != _known(now.get(name)))
     ]
     if found:
-        raise UserError(
-            f"{folder}: {'; '.join(found)}; resume with the data and flags of then, or choose another directory "
-            f"(--help lists what may differ)"
-        )
+        raise UserError(f"{folder}: {'; '.join(found)}; resume with the data and flags of then, or choose another "
+                        "directory (--help lists what may differ)")
 
 
 def _known(value: object) -> object:
@@ -191,8 +179,7 @@ def read_state(folder: str, step: int) -> dict[str, object]:
     }
     for name, is_right in right.items():
         if not is_right:
-            raise UserError(
-                f"{path / training_state.STATE}: {name!r} is {json.dumps(state.get(name))[:60]}, not what a save of "
-                f"step {step} leaves: the file is damaged or another version's; remove {path} to go on without it"
-            )
+            raise UserError(f"{path / training_state.STATE}: {name!r} is {json.dumps(state.get(name))[:60]}, not what "
+                            f"a save of step {step} leaves: the file is damaged or another version's; remove {path} to "
+                            "go on without it")
     return state

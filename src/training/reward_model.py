@@ -250,10 +250,8 @@ def split_held_out(
     problems = list(dict.fromkeys(row.instruction for rows in files for row in rows))
     n_held = int(share * len(problems))
     if not 0 < n_held < len(problems):
-        raise UserError(
-            f"--held_out {share} of {len(problems)} problems leaves nothing to train or test on; "
-            f"give more problems or a --label_file"
-        )
+        raise UserError(f"--held_out {share} of {len(problems)} problems leaves nothing to train or test on; give more "
+                        "problems or a --label_file")
     last = set(problems[-n_held:])
     left = [[row for row in rows if row.instruction not in last] for rows in files]
     return left, [row for rows in files for row in rows if row.instruction in last]
@@ -266,9 +264,7 @@ def mix(files: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> 
     """
     weights = weights or [1.0] * len(files)
     if len(files) != len(weights):
-        raise UserError(
-            f"--weights has {len(weights)} numbers for {len(files)} training files; give one a file"
-        )
+        raise UserError(f"--weights has {len(weights)} numbers for {len(files)} training files; give one a file")
     generator = random.Random(seed)
     mixed: list[Row] = []
     for rows, weight in zip(files, weights, strict=True):

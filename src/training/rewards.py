@@ -200,9 +200,7 @@ def step_logits(
     return found
 
 
-def _in_steps(
-    tokenizer: Tokenizer, prompt: Prompt, response: str, finished: bool, step: StepKind
-) -> Encoded:
+def _in_steps(tokenizer: Tokenizer, prompt: Prompt, response: str, finished: bool, step: StepKind) -> Encoded:
     """A response laid out in steps, each with a target where the verifier's score of it is read."""
     steps = split_steps(response, STEP_ENDS[step])
     # a response of control tokens alone has no text; its end is then all there is to score

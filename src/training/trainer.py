@@ -136,10 +136,8 @@ class Trainer:
             self._bad_steps += 1
             self.log.logger.warning("step %d skipped: loss %s, gradient norm %s", self.steps, loss, grad_norm)
             if self._bad_steps == MAX_BAD_STEPS:
-                raise UserError(
-                    f"{MAX_BAD_STEPS} steps in a row had a non-finite loss or gradient; "
-                    f"lower the learning rate or look for broken rows in the data"
-                )
+                raise UserError(f"{MAX_BAD_STEPS} steps in a row had a non-finite loss or gradient; lower the learning "
+                                "rate or look for broken rows in the data")
         self.optimizer.zero_grad()
         self._loss.zero_()
         if parallel.device().type == "cpu":
