@@ -186,9 +186,7 @@ def with_ends(
     source: Source | AdapterSource, tokenizer_file: str, format: str
 ) -> tuple[Source | AdapterSource, str]:
     """A checkpoint and the directory of its tokenizer, where both say what ends a response, and an export the template.
-
-    Shards only need what config.json alone said: their params.json knows the rest.
-    """
+    Shards only need what config.json alone said: their params.json knows the rest."""
     files = tokenizer_of(source.tokenizer_files, tokenizer_file)
     carried = source.config.carried
     ids = {key: carried[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in carried}

@@ -80,9 +80,7 @@ class PreferenceTrainConfig(TrainConfig):
 
     def reference_dir(self, needed: bool) -> str:
         """The checkpoint measured against: as named, else where the policy starts; empty for an objective without.
-
-        Raises UserError when a reference is named that the objective would not use.
-        """
+        Raises UserError when a reference is named that the objective would not use."""
         for name in ("reference_ckpt_dir", "reference_file"):
             if getattr(self, name) and not needed:
                 raise UserError(f"--{name} is given, but --objective {self.objective} has no reference; leave it out")

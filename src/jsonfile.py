@@ -22,10 +22,8 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse(text: str | bytes, where: str, kind: type[T] = dict) -> T:
-    """The value of a json text, of the kind that is expected. `where` begins the message of the UserError.
-
-    A byte order mark is skipped. NaN and Infinity are read, since Python writes them: who wants a number checks it.
-    """
+    """The value of a json text, of the kind that is expected. `where` begins the message of the UserError. A byte order
+    mark is skipped. NaN and Infinity are read, since Python writes them: who wants a number checks it."""
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8-sig")

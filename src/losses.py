@@ -18,9 +18,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 def label_loss(scores: Tensor, labels: Tensor, right_weight: float = 1.0) -> Tensor:
     """Binary cross-entropy of logits with labels in [0, 1] (Cobbe et al. 2021; Lightman et al. 2023). [N] -> [N].
-
-    right_weight multiplies the term of a right label, to even out classes of unequal size.
-    """
+    right_weight multiplies the term of a right label, to even out classes of unequal size."""
     weight = torch.tensor(right_weight, device=scores.device)
     return F.binary_cross_entropy_with_logits(scores, labels, pos_weight=weight, reduction="none")
 
@@ -76,9 +74,7 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, counts: Tensor) -> Te
 
 def truncated_importance(old_logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
     """min(pi_old / pi_sampler, cap) of each token: corrects for a sampler that is not quite the policy trained.
-
-    Truncated importance sampling (Ionides 2008; for samplers, Yao et al. 2025). Any shape.
-    """
+    Truncated importance sampling (Ionides 2008; for samplers, Yao et al. 2025). Any shape."""
     return probability_ratio(old_logprobs, sampled_logprobs).clamp_max(cap)
 
 
@@ -157,10 +153,8 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Sum of the discounted rewards from each True position to its row's last; 0 elsewhere. [B, S] -> [B, S].
-
-    What REINFORCE++ (Hu et al. 2025, eq. 5) takes as advantages before it whitens them over the batch.
-    """
+    """Sum of the discounted rewards from each True position to its row's last; 0 elsewhere. [B, S] -> [B, S]. What
+    REINFORCE++ (Hu et al. 2025, eq. 5) takes as advantages before it whitens them over the batch."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
 
 
@@ -203,9 +197,7 @@ def dpo_margins(
     chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor
 ) -> Tensor:
     """How much more the policy than the reference prefers chosen to rejected, in nats (Rafailov et al. 2023, eq. 7).
-
-    Summed (or mean) log-probs of each side [B] -> [B].
-    """
+    Summed (or mean) log-probs of each side [B] -> [B]."""
     return (chosen - reference_chosen) - (rejected - reference_rejected)
 
 
@@ -235,9 +227,7 @@ def ipo_loss(margins: Tensor, beta: float) -> Tensor:
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """beta * -log sigmoid(log odds ratio), the preference term of ORPO (Hong et al. 2024, eq. 6-7). [B], [B] -> [B].
-
-    chosen, rejected: mean log-probs a token, float32 and not above 0. The caller adds the NLL of chosen.
-    """
+    chosen, rejected: mean log-probs a token, float32 and not above 0. The caller adds the NLL of chosen."""
     log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
     return -beta * F.logsigmoid(log_odds)
 

@@ -138,11 +138,8 @@ def ppo(
 
 
 def ppo_models(config: PPOConfig, n: int) -> dict[str, ModelConfig]:
-    """The models that the flags name, each by the config of its own directory.
-
-    The reference is one of them unless it is the actor without its adapters. Raises UserError for one that n ranks
-    cannot share.
-    """
+    """The models that the flags name, each by the config of its own directory. The reference is one of them unless it
+    is the actor without its adapters. Raises UserError for one that n ranks cannot share."""
     models = {"actor": load.load_config(config.actor_ckpt_dir, config.model_type)}
     if config.has_critic:
         models["critic"] = load.solver_to_verifier(load.load_config(config.critic_ckpt_dir))
@@ -197,9 +194,7 @@ def ppo_memory(
 
 def moments(memory: Memory, models: Mapping[str, ModelConfig], n: int, *, phases: bool = False) -> dict[str, int]:
     """Bytes of a rank at the largest moment of each model's own phase and, on a CPU, as the last weight is read.
-
-    phases: only the model at work is in memory. A file that is read is mapped: its bytes are resident until then.
-    """
+    phases: only the model at work is in memory. A file that is read is mapped: its bytes are resident until then."""
     stay = ("weights", "optimizer") if _on_gpu() else ("weights", "optimizer", "gradients")  # a heap keeps their holes
     lasting = {name: sum(parts.get(part, 0) for part in stay) for name, parts in memory.items()}
     weights = {name: memory[name]["weights"] for name in models}
@@ -372,9 +367,7 @@ CARD_BYTES = 75 * 2**30  # that a card of 80 GB leaves to tensors: CUDA, NCCL an
 
 def cluster(model_types: Sequence[str], n: int = 8, n_tokens: int = 4096) -> str:
     """GiB on each GPU by model and number of data-parallel groups of n ranks; a star: does not fit a card of 80 GB.
-
-    Packs of n_tokens, all supervised, blocks computed again; LoRA of rank 16 on all linears of a bfloat16 base.
-    """
+    Packs of n_tokens, all supervised, blocks computed again; LoRA of rank 16 on all linears of a bfloat16 base."""
     lora = LoraConfig(rank=16, alpha=16.0, dropout=0.0, targets=LINEARS)
     lines = [f"{f'GiB a GPU, tp {n} x dp':24}" + "".join(f"{groups:>8}" for groups in GROUPS)]
     for model_type in model_types:

@@ -122,10 +122,8 @@ class Phases:
 
 
 class RunLog:
-    """The record of one run in its directory: run.json at the start, metrics.jsonl line by line, a progress bar.
-
-    Every rank may hold one and call it; only rank 0 writes.
-    """
+    """The record of one run in its directory: run.json at the start, metrics.jsonl line by line, a progress bar. Every
+    rank may hold one and call it; only rank 0 writes."""
 
     def __init__(
         self,
@@ -168,10 +166,8 @@ class RunLog:
         return path.open("a", encoding="utf-8")
 
     def progress(self, total: int, unit: str, done: int = 0) -> None:
-        """Start a progress bar of `total` units, `done` of which are over; a bar that runs already is closed.
-
-        Where standard error is no terminal it is a line every half minute.
-        """
+        """Start a progress bar of `total` units, `done` of which are over; a bar that runs already is closed. Where
+        standard error is no terminal it is a line every half minute."""
         self.close_progress()
         seen = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=done, unit=unit, disable=not _is_rank_0(),

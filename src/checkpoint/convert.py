@@ -159,10 +159,8 @@ def rename(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def as_ours(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
-    """A Hugging Face checkpoint's tensors, under our names already, as our parameters in our rotary layout.
-
-    Raises UserError for a fused tensor whose shape does not fit the config.
-    """
+    """A Hugging Face checkpoint's tensors, under our names already, as our parameters in our rotary layout. Raises
+    UserError for a fused tensor whose shape does not fit the config."""
     ours: dict[str, StoredTensor] = {}
     for name, stored in tensors.items():
         parts = _parts(name, stored, config) if "_stacked" in name or "_grouped" in name else {name: stored}
@@ -206,10 +204,8 @@ def _contiguous_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 def _load_fused(
     parent: str, kind: str, parts: Mapping[str, StoredTensor], way: str, config: ModelConfig
 ) -> Tensor:
-    """Linears as one tensor: stacked, or for each kv head its queries, key and value.
-
-    Parts [heads * E, ...] each -> [all their rows, ...].
-    """
+    """Linears as one tensor: stacked, or for each kv head its queries, key and value. Parts [heads * E, ...] each ->
+    [all their rows, ...]."""
     pieces = [
         _contiguous_to_hf(f"{parent}.{part}.{kind}", stored.load(), config) for part, stored in parts.items()
     ]

@@ -73,10 +73,8 @@ def export_peft(
 def export_gguf(
     source: Source, folder: Path, description: str, tokenizer: Mapping[str, object], *, dtype: str = ""
 ) -> list[str]:
-    """Write model.gguf, which llama.cpp opens, with the metadata of a tokenizer. dtype as in create_gguf().
-
-    Returns the tensors that hold NaN or infinity.
-    """
+    """Write model.gguf, which llama.cpp opens, with the metadata of a tokenizer. dtype as in create_gguf(). Returns the
+    tensors that hold NaN or infinity."""
     refuse_source(folder, source.folders)
     name = Path(description.split(", ")[0]).resolve().name
     metadata, tensors = gguf_layout.as_gguf(source.config, source.tensors, name, description)

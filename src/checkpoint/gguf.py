@@ -88,9 +88,7 @@ def _part(path: Path) -> tuple[int, int] | None:
 
 def open_gguf(path: Path) -> GgufFile:
     """Open a file, or all parts of a split one by its first. Raises UserError that names the file and what is wrong.
-
-    Quantised tensors are float32 when they are loaded.
-    """
+    Quantised tensors are float32 when they are loaded."""
     file = _open_one(path)
     count = file.metadata.get("split.count", 0)
     index, n = _part(path) or (0, 1)

@@ -120,9 +120,7 @@ class GgufModel(NamedTuple):
 
 def open_model(path: Path, own_tokenizer: bool) -> GgufModel:
     """Open a GGUF file and put the tokenizer that it holds into files. Raises UserError that names what is wrong.
-
-    own_tokenizer False leaves the tokenizer unread, where another takes its place.
-    """
+    own_tokenizer False leaves the tokenizer unread, where another takes its place."""
     _, metadata, tensors = open_gguf(path)
     config = config_of(metadata, tensors, str(path))
     ours = _as_ours(tensors, config, metadata, str(path))
@@ -256,10 +254,8 @@ def _special_ids(metadata: Mapping[str, object]) -> dict[str, object]:
 def _as_ours(
     tensors: Mapping[str, StoredTensor], config: ModelConfig, metadata: Mapping[str, object], source: str
 ) -> dict[str, StoredTensor]:
-    """A file's tensors as our parameters: our names and rotary layout, and norms that store one less.
-
-    Raises UserError that lists unknown tensors.
-    """
+    """A file's tensors as our parameters: our names and rotary layout, and norms that store one less. Raises UserError
+    that lists unknown tensors."""
     _, arch = architecture_of(metadata, source)
     ours = _our_tensors(tensors, source)
     ours = ours if arch.interleaved else convert.as_ours(ours, config)
@@ -277,10 +273,8 @@ def _load_shifted(load: functools.partial[Tensor], by: float) -> Tensor:
 def as_gguf(
     source_config: ModelConfig, tensors: Mapping[str, StoredTensor], name: str, description: str
 ) -> tuple[dict[str, object], dict[str, StoredTensor]]:
-    """Metadata and tensors of a file for llama.cpp, without a tokenizer. name: the model's, for people.
-
-    Raises UserError for a model that no file can describe.
-    """
+    """Metadata and tensors of a file for llama.cpp, without a tokenizer. name: the model's, for people. Raises
+    UserError for a model that no file can describe."""
     config = _within_window(source_config, description)
     architecture = next((key for key, arch in ARCHITECTURES.items() if config.family in arch.families), None)
     if architecture is None or config.value_head:

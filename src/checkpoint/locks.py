@@ -18,10 +18,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def alone(place: Path) -> Iterator[None]:
-    """Hold a directory, which exists, or a file. Raises UserError that names the process if another one does.
-
-    What this process keeps by hold() it has. Where the file system has no locks this holds nothing.
-    """
+    """Hold a directory, which exists, or a file. Raises UserError that names the process if another one does. What this
+    process keeps by hold() it has. Where the file system has no locks this holds nothing."""
     if place.resolve() in _HELD:
         yield
         return

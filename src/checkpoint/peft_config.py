@@ -72,10 +72,8 @@ class PeftConfig(NamedTuple):
     values: Mapping[str, object]
 
     def scaled(self, module: str) -> Scaled:
-        """Rank and alpha of a module under its Hugging Face name, those of patterns included.
-
-        Rank-stabilised adapters (Kalajdzievski 2023) are multiplied with alpha / sqrt(rank): their alpha says so here.
-        """
+        """Rank and alpha of a module under its Hugging Face name, those of patterns included. Rank-stabilised adapters
+        (Kalajdzievski 2023) are multiplied with alpha / sqrt(rank): their alpha says so here."""
         rank, alpha = (
             next(
                 (value for key, value in (self.values.get(name) or {}).items() if _matches(key, module)),

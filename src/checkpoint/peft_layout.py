@@ -116,9 +116,7 @@ def as_ours(
     adapter: PeftAdapter, config: ModelConfig, base: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, StoredTensor], LoraConfig]:
     """A plain adapter, of one rank and scale, that makes of the base what PEFT makes of it; in our rotary layout.
-
-    Raises UserError unless the tensors are exactly those of the config.
-    """
+    Raises UserError unless the tensors are exactly those of the config."""
     check(adapter, config)
     linears, changes_base = adapter.linears(), adapter.config.init in peft_config.CHANGE_BASE
     rank = max(each.rank for each in linears.values()) * (2 if changes_base else 1)
@@ -184,10 +182,8 @@ def _reordered(
 
 
 def as_peft(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
-    """Our adapter's tensors under PEFT's names and in Hugging Face's rotary layout.
-
-    Raises UserError for an adapter of parts of a linear that the family has in one: PEFT adapts the whole.
-    """
+    """Our adapter's tensors under PEFT's names and in Hugging Face's rotary layout. Raises UserError for an adapter of
+    parts of a linear that the family has in one: PEFT adapts the whole."""
     fused = convert.fused_linears(config.family)
     if FAMILIES[config.family].remote or any(part in fused for name in tensors for part in name.split(".")):
         raise UserError(f"an adapter of a {config.family} model has no form in PEFT; merge it with --merge_lora")

@@ -66,10 +66,8 @@ class Save:
         return self._thread is None or self._thread.done()
 
     def complete(self) -> None:
-        """Move the checkpoint into place once all ranks have written theirs; every rank calls this.
-
-        Raises UserError or OSError, on the rank whose writing failed.
-        """
+        """Move the checkpoint into place once all ranks have written theirs; every rank calls this. Raises UserError or
+        OSError, on the rank whose writing failed."""
         with self._held:
             self._write()
             parallel.barrier()
@@ -142,10 +140,8 @@ def _write(folder: Path, groups: Sequence[TensorGroup]) -> None:
 
 
 def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
-    """Raise UserError unless a trainer can write there without touching a checkpoint that it reads.
-
-    An adapter's base counts: without it the adapter is worth nothing. Empty names are skipped.
-    """
+    """Raise UserError unless a trainer can write there without touching a checkpoint that it reads. An adapter's base
+    counts: without it the adapter is worth nothing. Empty names are skipped."""
     target, unsafe = Path(save_dir), [Path(folder) for folder in ckpt_dirs if folder]
     for folder in unsafe:
         if folder.resolve() == target.resolve() or (

@@ -116,10 +116,8 @@ def view_of(tensor: Tensor, how: Cut, index: int) -> Tensor:
 
 
 def join(pieces: Sequence[Tensor], how: Cut) -> Tensor:
-    """The whole tensor [..., size, ...] from its shards, padding dropped and copies taken once.
-
-    Raises UserError when two shards disagree about what both hold.
-    """
+    """The whole tensor [..., size, ...] from its shards, padding dropped and copies taken once. Raises UserError when
+    two shards disagree about what both hold."""
     if how.dim is None:
         _check_copies(pieces[1:], pieces[0])
         return pieces[0]
@@ -127,10 +125,8 @@ def join(pieces: Sequence[Tensor], how: Cut) -> Tensor:
 
 
 def _join_rows(pieces: Sequence[Tensor], how: Cut, wanted: range) -> Tensor:
-    """Rows `wanted` of the whole tensor, [..., len(wanted), ...]; nothing else of the shards is read.
-
-    Raises UserError as join() does.
-    """
+    """Rows `wanted` of the whole tensor, [..., len(wanted), ...]; nothing else of the shards is read. Raises UserError
+    as join() does."""
     shape = list(pieces[0].shape)
     shape[how.dim] = len(wanted)
     whole, filled = pieces[0].new_empty(shape), wanted.start
@@ -152,10 +148,8 @@ def _join_rows(pieces: Sequence[Tensor], how: Cut, wanted: range) -> Tensor:
 
 
 def reshard(pieces: Sequence[Tensor], how: Cut, other: Cut, index: int) -> Tensor:
-    """Shard `index` of the cut `other` from the shards of the cut `how`, reading only what it holds.
-
-    Also for optimizer state, whose tensors have their parameter's shape. Raises UserError as join() does.
-    """
+    """Shard `index` of the cut `other` from the shards of the cut `how`, reading only what it holds. Also for optimizer
+    state, whose tensors have their parameter's shape. Raises UserError as join() does."""
     if how.dim is None:
         _check_copies(pieces[1:], pieces[0])
         return cut(pieces[0], other, index)

@@ -72,9 +72,7 @@ class AdapterSource(NamedTuple):
 
 def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
     """The adapter in a directory of ours or of PEFT, or in a file of one; None when there is none. Raises UserError.
-
-    base_dir takes the place of the base that the adapter names; for one of ours it must hold the same weights.
-    """
+    base_dir takes the place of the base that the adapter names; for one of ours it must hold the same weights."""
     if folder.is_file():
         if not folder.name.startswith("adapter"):
             return None

@@ -133,10 +133,8 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def tokenizer_of(found: list[Path], tokenizer_file: str) -> list[Path]:
-    """The tokenizer's files that go with a checkpoint: the one named, else those found with the source.
-
-    The source's generation_config.json stays, unless the tokenizer that is named has one of its own.
-    """
+    """The tokenizer's files that go with a checkpoint: the one named, else those found with the source. The source's
+    generation_config.json stays, unless the tokenizer that is named has one of its own."""
     if not tokenizer_file:
         return found
     if not Path(tokenizer_file).exists():

@@ -76,9 +76,7 @@ def shard_paths(folder: Path, kind: str = WEIGHTS) -> list[Path]:
 
 def inside(folder: Path, path: Path) -> Path:
     """A file of a directory, proven to lie in it: a link must not lead out, except into the same hub cache.
-
-    huggingface_hub keeps a model as snapshots/REVISION/NAME -> ../../blobs/HASH. Raises UserError.
-    """
+    huggingface_hub keeps a model as snapshots/REVISION/NAME -> ../../blobs/HASH. Raises UserError."""
     real, home = path.resolve(), folder.resolve()
     in_cache = home.parent.name == "snapshots" and real.is_relative_to(home.parents[1] / "blobs")
     if not (real.is_relative_to(home) or in_cache):
@@ -103,10 +101,8 @@ def staging(folder: Path) -> Path:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold a directory for one save: no other process can write there. What finish() has not moved is discarded.
-
-    Raises UserError when another process is writing, or the disk is full; the directory is then as it was.
-    """
+    """Hold a directory for one save: no other process can write there. What finish() has not moved is discarded. Raises
+    UserError when another process is writing, or the disk is full; the directory is then as it was."""
     folder.mkdir(parents=True, exist_ok=True)
     with locks.alone(folder):
         if not staging(folder).exists():  # else a killed save may have moved some of its own already
@@ -204,9 +200,7 @@ def copy_tokenizer(files: Sequence[Path], folder: Path) -> None:
 
 def publish(source: Path, target: Path) -> None:
     """Make `target` a checkpoint of the same weights as the complete directory `source`, without its training state.
-
-    Shards are hard links where the file system has them, so nothing is stored twice.
-    """
+    Shards are hard links where the file system has them, so nothing is stored twice."""
     manifest = read_json(source / "manifest.json")
     state = {"state.json", *(name for name in manifest["files"] if name.startswith(f"{OPTIMIZER}."))}
     manifest["files"] = {name: facts for name, facts in manifest["files"].items() if name not in state}
@@ -222,10 +216,8 @@ def publish(source: Path, target: Path) -> None:
 
 
 def check_complete(folder: Path) -> None:
-    """Raise UserError unless every file that the manifest names is there with its size.
-
-    Directories without a manifest (Meta's, Llama-RLHF's) only need params.json.
-    """
+    """Raise UserError unless every file that the manifest names is there with its size. Directories without a manifest
+    (Meta's, Llama-RLHF's) only need params.json."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory; expected a checkpoint made by checkpoint_split.py")
     if not (folder / "params.json").is_file():
@@ -283,9 +275,7 @@ def manifest_files(folder: Path) -> dict[str, dict[str, object]]:
 
 def verify_hashes(folder: Path, prefix: str = "", index: int = 0, n: int = 1) -> None:
     """Read the tensor files of a directory and compare them with the manifest. Raises UserError that names the file.
-
-    prefix: only files whose names begin so. Of n processes that share the work, this is number `index`.
-    """
+    prefix: only files whose names begin so. Of n processes that share the work, this is number `index`."""
     files = [each for each in sorted(manifest_files(folder).items()) if each[0].startswith(prefix)]
     for name, facts in files[index::n]:
         if file_hash(folder / name) != facts["blake3"]:
@@ -302,10 +292,8 @@ def fingerprint(folder: Path) -> str:
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """The tokenizer files that lie in a directory, or a vocabulary file with those that go with it.
-
-    Other vocabularies in the directory of a named one are left out: they are other tokenizers.
-    """
+    """The tokenizer files that lie in a directory, or a vocabulary file with those that go with it. Other vocabularies
+    in the directory of a named one are left out: they are other tokenizers."""
     if path.is_dir():
         return [inside(path, path / name) for name in TOKENIZER_FILES if (path / name).is_file()]
     with_it = {"vocab.json": ("merges.txt",)}.get(path.name, ())
@@ -327,9 +315,7 @@ def has_vocabulary(files: Sequence[Path]) -> bool:
 
 def claim(folder: Path) -> None:
     """check_writable(), and keep the directory for this run until its process ends, be it killed; all ranks call this.
-
-    Raises UserError, too, if a process of another run holds it.
-    """
+    Raises UserError, too, if a process of another run holds it."""
     check_writable(folder)
     if parallel.rank() == 0:
         locks.hold(folder)

@@ -72,10 +72,8 @@ class StoredTensor(NamedTuple):
 
 
 def read_torch(path: Path) -> dict[str, object]:
-    """The dictionary in a torch file, tensors memory-mapped where the format allows it; nothing is executed.
-
-    Raises UserError when the file is truncated, corrupt or holds more than tensors and plain values.
-    """
+    """The dictionary in a torch file, tensors memory-mapped where the format allows it; nothing is executed. Raises
+    UserError when the file is truncated, corrupt or holds more than tensors and plain values."""
     check_file(path)
     with path.open("rb") as file:
         mappable = file.read(4) == _ZIP_MAGIC  # the format before torch 1.6 is read into memory
@@ -154,9 +152,7 @@ class TensorFile:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Take the next tensor [...], in the layout's type, once the one before it is written. It must not change then.
-
-        Raises OSError when the disk is full, of this tensor at the next call.
-        """
+        Raises OSError when the disk is full, of this tensor at the next call."""
         shape, dtype = self._layout[name]
         assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} into room for {shape}"
         assert name == self.names[self._taken], f"{name} is written before {self.names[self._taken]}"
@@ -212,9 +208,7 @@ class TensorFile:
 
 def file_hash(path: Path) -> str:
     """Hex BLAKE3 of a file's bytes; a processor does several GB a second, three times what SHA-256 instructions do.
-
-    Raises UserError for what is no regular file.
-    """
+    Raises UserError for what is no regular file."""
     check_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, blake3).hexdigest()
@@ -242,9 +236,7 @@ def _torch_offsets(
     path: Path, layout: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
     """Where each tensor's bytes begin in a file of torch.save, which numbers storages as they come, and their CRC-32s.
-
-    A CRC-32 follows the bytes (in the data descriptor) and in the archive's directory (APPNOTE.TXT, 4.3).
-    """
+    A CRC-32 follows the bytes (in the data descriptor) and in the archive's directory (APPNOTE.TXT, 4.3)."""
     starts, checksums = {}, {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entry = archive.start_dir

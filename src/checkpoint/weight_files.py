@@ -78,10 +78,8 @@ def open_weights(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a directory: those that transformers reads, else by the usual names, else shards.
-
-    What else lies there and is not read is said. Raises UserError where shards and others lie side by side.
-    """
+    """The weight files of a directory: those that transformers reads, else by the usual names, else shards. What else
+    lies there and is not read is said. Raises UserError where shards and others lie side by side."""
     shards = storage.shard_paths(folder)
     found = [name for name in _HF_FILES if (folder / name).exists()]
     parts = [sorted(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin")]
@@ -137,10 +135,8 @@ def open_file(path: Path) -> OpenedFile:
 
 
 def _descriptions(folder: Path, config_file: str) -> dict[str, dict[str, object]]:
-    """What describes the model, by file: the one named, or params.json and config.json as far as they are there.
-
-    Raises UserError for a family that is not supported, and for numbers that are none.
-    """
+    """What describes the model, by file: the one named, or params.json and config.json as far as they are there. Raises
+    UserError for a family that is not supported, and for numbers that are none."""
     candidates = [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
     found = {str(path): read_json(path) for path in candidates if config_file or path.is_file()}
     for described, values in found.items():
@@ -160,10 +156,8 @@ def _description_inside(file: OpenedFile, folder: Path) -> dict[str, dict[str, o
 
 
 def check_counts(values: dict[str, object], shapes: Mapping[str, tuple[int, ...]], described: str) -> None:
-    """Raise UserError where a description counts more layers or experts than the weights hold.
-
-    Whatever is as large as these numbers say comes after this.
-    """
+    """Raise UserError where a description counts more layers or experts than the weights hold. Whatever is as large as
+    these numbers say comes after this."""
     layers = {found[1] for name in shapes if (found := _LAYER.match(name))}
     experts = {found[1] for name in shapes if (found := _EXPERT.search(name))}
     stacked = [shape[0] for name, shape in shapes.items() if _EXPERTS_STACKED.search(name) and shape]
@@ -181,9 +175,7 @@ def check_counts(values: dict[str, object], shapes: Mapping[str, tuple[int, ...]
 
 def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
     """A file's tensors under our names, wrappers' prefixes and derived tensors removed; unknown names are listed.
-
-    family: whose Hugging Face names they are; None = they are ours.
-    """
+    family: whose Hugging Face names they are; None = they are ours."""
     tensors, unknown = {}, []
     for stored_name, tensor in file.tensors.items():
         name = convert.strip_wrappers(stored_name)
@@ -243,10 +235,8 @@ def _config(
     scale: int = 1,
     embedding_dim: int = 1,
 ) -> ModelConfig:
-    """The ModelConfig of a description in our, Hugging Face's or Meta's terms.
-
-    `tensors` may be shard 0 of `scale` shards whose embeddings are cut along `embedding_dim`.
-    """
+    """The ModelConfig of a description in our, Hugging Face's or Meta's terms. `tensors` may be shard 0 of `scale`
+    shards whose embeddings are cut along `embedding_dim`."""
     if "ffn_dim" in values:
         return config_from_dict(values, described)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -284,10 +274,8 @@ def _is_tied(tensors: dict[str, StoredTensor]) -> bool:
 def _one_of_tied(
     tensors: dict[str, StoredTensor], config: ModelConfig, described: str
 ) -> dict[str, StoredTensor]:
-    """The matrix of a tied checkpoint once, under the embedding's name, whichever of the two it was stored under.
-
-    A pair that has diverged is refused.
-    """
+    """The matrix of a tied checkpoint once, under the embedding's name, whichever of the two it was stored under. A
+    pair that has diverged is refused."""
     output = tensors.get("output.weight")
     if not config.tied or output is None:
         return tensors

@@ -134,10 +134,8 @@ def refusal(kind: str, problem: OSError) -> OSError:
 
 
 def map_users() -> None:
-    """A new user namespace in which INSIDE_ID is the caller, or nobody where the caller is root.
-
-    Only a process outside may write root's map, and one that is not root gets no other map than itself.
-    """
+    """A new user namespace in which INSIDE_ID is the caller, or nobody where the caller is root. Only a process outside
+    may write root's map, and one that is not root gets no other map than itself."""
     user, group, target = os.getuid(), os.getgid(), os.getpid()
     go_read, go_write = os.pipe()
     writer = os.fork()

@@ -67,10 +67,8 @@ class Coding(NamedTuple):
         return [("" if output is None else "".join(_execution(output)), reason) for output, reason in ran]
 
     def replays(self, answer: str) -> bool:
-        """Whether the code of an answer prints what follows it when it is run again.
-
-        A solution for which it is false must not be continued: its state cannot be rebuilt.
-        """
+        """Whether the code of an answer prints what follows it when it is run again. A solution for which it is false
+        must not be continued: its state cannot be rebuilt."""
         blocks = ended_blocks(split_text(answer))
         code, outputs = (
             [block.content for block in blocks if block.kind == kind] for kind in ("code", "execution")

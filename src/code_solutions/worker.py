@@ -83,10 +83,8 @@ class Watch:
         self.deadline = time.monotonic() + self.limits["wall_seconds"]
 
     def wait(self) -> str:
-        """Until the code ends or breaks a limit; then nothing of it is left. Returns the status.
-
-        Raises OSError if it never came to its first block.
-        """
+        """Until the code ends or breaks a limit; then nothing of it is left. Returns the status. Raises OSError if it
+        never came to its first block."""
         broken = self.watch()
         self.kill()
         _, wait_status, usage = os.wait4(self.pid, 0)

@@ -34,10 +34,8 @@ GRACE_SECONDS = 2.0
 
 
 def run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: list[str] | None = None) -> None:
-    """Check argv (default: sys.argv[1:]), call main with typed values; exit as the top of this file says.
-
-    Returns after success. An exception other than UserError and OSError is our bug and keeps its traceback.
-    """
+    """Check argv (default: sys.argv[1:]), call main with typed values; exit as the top of this file says. Returns after
+    success. An exception other than UserError and OSError is our bug and keeps its traceback."""
     argv = sys.argv[1:] if argv is None else argv
     guarded(lambda: _run(main, argv))
 
@@ -100,10 +98,8 @@ def _in_words(error: Exception) -> str:
 
 
 def _open_streams() -> None:
-    """Give a process that was started without standard streams (`>&-`) empty ones.
-
-    Otherwise the next file that is opened takes the place of one, and what a library prints goes into it.
-    """
+    """Give a process that was started without standard streams (`>&-`) empty ones. Otherwise the next file that is
+    opened takes the place of one, and what a library prints goes into it."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)

@@ -115,10 +115,8 @@ def config_of(main: Callable[..., None]) -> type[Config] | None:
 
 
 def flags_of(main: Callable[..., None]) -> dict[str, Flag]:
-    """What main accepts: the fields of its config, or its parameters with the meanings that its docstring gives.
-
-    With a flag of REPLACED comes --overwrite, which outputs.check() reads, and not main.
-    """
+    """What main accepts: the fields of its config, or its parameters with the meanings that its docstring gives. With a
+    flag of REPLACED comes --overwrite, which outputs.check() reads, and not main."""
     config = config_of(main)
     hints = get_type_hints(config or main, include_extras=True)
     flags = {}
@@ -135,10 +133,8 @@ def flags_of(main: Callable[..., None]) -> dict[str, Flag]:
 
 
 def _fields(config: type[Config]) -> Iterator[tuple[str, object, str, str]]:
-    """Name, default, meaning and group of each field, the config's own first and those of its bases after them.
-
-    A class that gives a flag of a base another default alone leaves its meaning and its group as they are.
-    """
+    """Name, default, meaning and group of each field, the config's own first and those of its bases after them. A class
+    that gives a flag of a base another default alone leaves its meaning and its group as they are."""
     lineage = {
         field.name: [base for base in config.__mro__ if field.name in vars(base).get("__annotations__", {})]
         for field in dataclasses.fields(config)
@@ -161,10 +157,8 @@ def _parameters(main: Callable[..., None]) -> Iterator[tuple[str, object, str, s
 
 
 def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
-    """The flags given in argv, and in the file that --config names; those of argv win. Raises UserError.
-
-    They are typed as main's config or parameters are; defaults stay with these.
-    """
+    """The flags given in argv, and in the file that --config names; those of argv win. Raises UserError. They are typed
+    as main's config or parameters are; defaults stay with these."""
     flags = flags_of(main)
     file = Flag("config", (str,), "", CONFIG, "", None)
     values = _parse_words(argv, flags | {"config": file})

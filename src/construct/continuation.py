@@ -68,10 +68,8 @@ class ContinuationRequest(NamedTuple):
 
 
 class Continuation(NamedTuple):
-    """What follows the prefix, and its end: EOS, LENGTH, the stop string that came, or why there is no text.
-
-    A server may not report the number of tokens and their log-prob (sum over tokens, nats).
-    """
+    """What follows the prefix, and its end: EOS, LENGTH, the stop string that came, or why there is no text. A server
+    may not report the number of tokens and their log-prob (sum over tokens, nats)."""
 
     request: ContinuationRequest
     text: str
@@ -117,11 +115,8 @@ def generate_continuations(
 def _generate_at_server(
     solver: ServedSolver, requests: Sequence[ContinuationRequest], sampling: Sampling
 ) -> Iterator[Continuation]:
-    """generate_continuations() by a server.
-
-    A server does not say which stop string came, so it is not sent those that end a step: the first is looked for here,
-    and what the server wrote after it is dropped.
-    """
+    """generate_continuations() by a server. A server does not say which stop string came, so it is not sent those that
+    end a step: the first is looked for here, and what the server wrote after it is dropped."""
     by_key = {(request.id, request.sample): request for request in requests}
     remote = [RemoteRequest(*key, solver.prompt(one.instruction, one.prefix)) for key, one in by_key.items()]
     for answer in solver.complete(remote, replace(sampling, stop=solver.prompting.stop)):
@@ -223,11 +218,8 @@ def branching_sampler(
 
 
 def doubling_ranges(n: int) -> Iterator[range]:
-    """Yield the numbers below n in ranges that double.
-
-    Attempts of one range are made at once: most prefixes need few, and the few that need many would otherwise decode
-    one by one.
-    """
+    """Yield the numbers below n in ranges that double. Attempts of one range are made at once: most prefixes need few,
+    and the few that need many would otherwise decode one by one."""
     first = 0
     while first < n:
         yield range(first, min(2 * first + 1, n))
@@ -237,10 +229,8 @@ def doubling_ranges(n: int) -> Iterator[range]:
 def generate_stepwise(
     solver: LocalSolver | ServedSolver, requests: Sequence[ContinuationRequest], sampling: StepSampling
 ) -> dict[ContinuationRequest, Continuation]:
-    """Continue every prefix a step at a time, all in lockstep, each step at its own temperature.
-
-    The steps of a solution with code are its blocks; what its code prints is appended to them.
-    """
+    """Continue every prefix a step at a time, all in lockstep, each step at its own temperature. The steps of a
+    solution with code are its blocks; what its code prints is appended to them."""
     found = {request: Continuation(request, "", 0, 0.0, "") for request in requests}
     for step in range(sampling.max_steps):
         step_sampling = Sampling(temperature=sampling.schedule.at(step),

@@ -185,10 +185,8 @@ def concatenated(
 
 
 def concatenate(front: StepLabels, row: StepLabels) -> StepLabels:
-    """Make one solution of two: both problems as one instruction, then the steps of both.
-
-    The final answer of the one in front is left out, unless it is the only step or the first mistake.
-    """
+    """Make one solution of two: both problems as one instruction, then the steps of both. The final answer of the one
+    in front is left out, unless it is the only step or the first mistake."""
     n_front = len(front.steps)
     if n_front > 1 and not (_has_mistake(front) and not _has_mistake(front, n_front - 1)):
         n_front -= 1

@@ -242,10 +242,8 @@ def choose_branches(
 
 
 def branch_points(steps: Sequence[str]) -> list[int]:
-    """List after how many steps a branch may leave a solution: one at least, and at least two remain.
-
-    A block of code is not left before its output (the released jobs of Step-Controlled DPO end at text or execution).
-    """
+    """List after how many steps a branch may leave a solution: one at least, and at least two remain. A block of code
+    is not left before its output (the released jobs of Step-Controlled DPO end at text or execution)."""
     return [k for k in range(1, len(steps) - 1) if not steps[k - 1].startswith(Marker.CODE)]
 
 

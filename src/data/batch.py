@@ -71,10 +71,8 @@ class Batch(NamedTuple):
 
 
 def make_batch(samples: Sequence[Encoded], *, packing: bool = False, with_targets: bool = False) -> Batch:
-    """Collate samples: padded on the right to the longest, or packed end to end in one row.
-
-    Padding ids are 0 and mean nothing: masks come from lengths. Attention stays within each packed sample.
-    """
+    """Collate samples: padded on the right to the longest, or packed end to end in one row. Padding ids are 0 and mean
+    nothing: masks come from lengths. Attention stays within each packed sample."""
     if packing:
         tokens = torch.tensor([[token for sample in samples for token in sample.tokens]])
         response_mask = torch.tensor([[is_learnt for sample in samples for is_learnt in sample.supervised]])
@@ -96,10 +94,8 @@ def make_batch(samples: Sequence[Encoded], *, packing: bool = False, with_target
 
 
 def pack_shared(groups: Sequence[tuple[Encoded, ...]]) -> Batch:
-    """Pack groups of samples end to end in one row, the tokens that begin all samples of a group only once.
-
-    The last of them before a response stays with each sample, for it predicts the response's first token.
-    """
+    """Pack groups of samples end to end in one row, the tokens that begin all samples of a group only once. The last of
+    them before a response stays with each sample, for it predicts the response's first token."""
     tokens, supervised, lengths = [], [], []
     for group in groups:
         shared = _n_shared(group)

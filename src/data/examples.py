@@ -20,19 +20,15 @@ class Instruction(NamedTuple):
 
 class Chat(NamedTuple):
     """A conversation: every answer of the assistant is learnt but those of weight 0. `where` it stands is for messages.
-
-    The content of a message is a text, or a list of {"type": text | code | execution, "content": text} blocks.
-    """
+    The content of a message is a text, or a list of {"type": text | code | execution, "content": text} blocks."""
 
     where: str
     messages: list[dict[str, object]]
 
 
 class Pair(NamedTuple):
-    """A problem with solutions that should score higher (chosen) and lower (rejected).
-
-    prefix is a partial solution that both sides continue; it is given, and nothing is learnt from it.
-    """
+    """A problem with solutions that should score higher (chosen) and lower (rejected). prefix is a partial solution
+    that both sides continue; it is given, and nothing is learnt from it."""
 
     instruction: str
     chosen: list[str]
@@ -41,10 +37,8 @@ class Pair(NamedTuple):
 
 
 class StepLabels(NamedTuple):
-    """A problem with a solution in steps and what is known of each: 0 wrong to 1 right, None = not known.
-
-    An outcome row is one whose whole solution is a single step.
-    """
+    """A problem with a solution in steps and what is known of each: 0 wrong to 1 right, None = not known. An outcome
+    row is one whose whole solution is a single step."""
 
     instruction: str
     steps: list[str]
@@ -110,10 +104,8 @@ VOTES = Schema("expected votes: data_build.py vote makes them of samples", forei
 
 
 def read_instructions(path: str, columns: Mapping[str, str] = {}) -> list[Instruction | Chat]:
-    """Rows `{"instruction", "input"?, "output": text or list}` or `{"messages": [{"role", "content"}, ...]}`.
-
-    Raises UserError.
-    """
+    """Rows `{"instruction", "input"?, "output": text or list}` or `{"messages": [{"role", "content"}, ...]}`. Raises
+    UserError."""
     return [_instruction(row) for row in read_rows(path, INSTRUCTIONS, columns)]
 
 
@@ -358,10 +350,8 @@ def _check_sample(row: Row) -> None:
 
 
 def match_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], source: str) -> list[Sample]:
-    """Samples with the id and the instruction of their problem: found by id, or by place where a row names none.
-
-    Raises UserError for a sample of no problem; `source` names the samples' file.
-    """
+    """Samples with the id and the instruction of their problem: found by id, or by place where a row names none. Raises
+    UserError for a sample of no problem; `source` names the samples' file."""
     by_id = {prompt.id: prompt for prompt in prompts}
     matched = []
     for index, sample in enumerate(samples):

@@ -85,10 +85,8 @@ class LocalSolver(NamedTuple):
 
 
 class BackgroundGrader:
-    """Grade samples of a task in the background, while others are still being sampled. Use as a context manager.
-
-    Raises UserError for a problem of an unknown answer type.
-    """
+    """Grade samples of a task in the background, while others are still being sampled. Use as a context manager. Raises
+    UserError for a problem of an unknown answer type."""
 
     def __init__(self, task: Task, prompts: Sequence[Prompt]) -> None:
         self.types = {prompt.id: type_of(prompt) for prompt in prompts}
@@ -226,10 +224,8 @@ def _report_failures(failed: Sequence[dict[str, object]], path: Path, log: RunLo
 
 
 def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -> dict[tuple[str, int], str]:
-    """(id, sample) -> response of what an earlier, interrupted run left; a torn last line is cut off.
-
-    Raises UserError for a sample that is not asked for: it would be deleted, or graded against another problem.
-    """
+    """(id, sample) -> response of what an earlier, interrupted run left; a torn last line is cut off. Raises UserError
+    for a sample that is not asked for: it would be deleted, or graded against another problem."""
     cut_torn_line(path)
     instructions = {prompt.id: prompt.instruction for prompt in prompts}
     done = {}
@@ -274,10 +270,8 @@ def write_samples(path: Path, rows: Iterable[dict[str, object]]) -> None:
 def grade_samples(
     grading: BackgroundGrader, samples: Sequence[Sample], path: Path
 ) -> dict[str, list[Graded]]:
-    """Grade samples and write them with answer and outcome to `path`. -> those of each problem, perhaps none.
-
-    Samples that `grading` has graded already are not graded again. Samples of other problems are left out.
-    """
+    """Grade samples and write them with answer and outcome to `path`. -> those of each problem, perhaps none. Samples
+    that `grading` has graded already are not graded again. Samples of other problems are left out."""
     samples = [sample for sample in samples if sample.id in grading.prompts]
     for sample in samples:
         if not grading.has(sample.id, sample.sample):

@@ -109,11 +109,8 @@ def weighted_vote(classes: Sequence[int | None], weights: Sequence[float]) -> in
 
 
 def vote_weights(scores: Floats) -> Floats:
-    """Turn scores into weights of votes; -inf weighs nothing.
-
-    Scores that all lie between 0 and 1 weigh as they are, others by their sigmoid: scores around 0, summed as they
-    are, would give a class nothing for its size.
-    """
+    """Turn scores into weights of votes; -inf weighs nothing. Scores that all lie between 0 and 1 weigh as they are,
+    others by their sigmoid: scores around 0, summed as they are, would give a class nothing for its size."""
     known = scores[~np.isneginf(scores)]
     if ((known >= 0) & (known <= 1)).all():
         return np.maximum(scores, 0.0)
@@ -121,10 +118,8 @@ def vote_weights(scores: Floats) -> Floats:
 
 
 def answer_classes(answers: Sequence[str | None], equal: Equal) -> list[int | None]:
-    """For each answer the index of the first answer of its class of equal ones; None for a missing answer (None).
-
-    Each answer joins the first class whose first member it equals.
-    """
+    """For each answer the index of the first answer of its class of equal ones; None for a missing answer (None). Each
+    answer joins the first class whose first member it equals."""
     firsts: list[int] = []
     classes: list[int | None] = []
     for index, answer in enumerate(answers):

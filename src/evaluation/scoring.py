@@ -180,10 +180,8 @@ def _read_scores(path: Path) -> dict[str, list[float]]:
 def score_steps(
     verifier: Decoder, tokenizer: Tokenizer, rows: Sequence[StepLabels], *, max_batch_size: int
 ) -> list[list[float] | None]:
-    """The probability that each step is right, of all steps of each row, in order of the rows.
-
-    A row longer than the model's context has none, and the log says how many there are. Raises UserError if all are.
-    """
+    """The probability that each step is right, of all steps of each row, in order of the rows. A row longer than the
+    model's context has none, and the log says how many there are. Raises UserError if all are."""
     config = verifier.config
     encoded = encode_solutions(rows, tokenizer, config.max_seq_len, config.step)
     tell_too_long(encoded, "solutions", config.max_seq_len)

@@ -66,11 +66,8 @@ def check_flags(config: AskedFlags) -> bool:
 
 
 class ServedSolver:
-    """What goes on with solutions at a server.
-
-    A prompt is a text; with a tokenizer its ids in the tokenizer's template, as a model in this process would get
-    them; with --chat_template server the message of a user.
-    """
+    """What goes on with solutions at a server. A prompt is a text; with a tokenizer its ids in the tokenizer's
+    template, as a model in this process would get them; with --chat_template server the message of a user."""
 
     coding = None  # no code is run
 
@@ -147,9 +144,7 @@ class ServedSolver:
 
 def until(reply: Reply, stop: Sequence[str]) -> tuple[str, str, Reply]:
     """The text up to the first of these strings, that string ("" where there is none), and the reply up to its end.
-
-    Some servers leave the string in, or go on after it.
-    """
+    Some servers leave the string in, or go on after it."""
     found = min((text for text in stop if text in reply.text), key=reply.text.index, default="")
     if not found:
         return reply.text, "", reply

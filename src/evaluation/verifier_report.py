@@ -22,9 +22,7 @@ from src.evaluation.report import Graded, right_and_classes, score_array
 
 def report_samples(problems: Sequence[Sequence[Graded]]) -> dict[str, object]:
     """The numbers on samples, some of each problem, with votes: accuracy on pairs, AUC, calibration, length, curves.
-
-    Samples without a score are counted as too_long; they count in the curves alone, chosen last and without weight.
-    """
+    Samples without a score are counted as too_long; they count in the curves alone, chosen last and without weight."""
     everyone = [sample for problem in problems for sample in problem]
     pooled = [sample for sample in everyone if sample.score is not None]
     scores = np.array([sample.score for sample in pooled])
@@ -68,10 +66,8 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def choice_curves(problems: Sequence[Sequence[Graded]]) -> dict[str, dict[str, list[float]]]:
-    """Accuracy over n with 95% intervals, {"n", "accuracy", "low", "high"} for each way of choosing.
-
-    Step scores choose in every aggregation. A missing sample is wrong and comes last, as does one without a score.
-    """
+    """Accuracy over n with 95% intervals, {"n", "accuracy", "low", "high"} for each way of choosing. Step scores choose
+    in every aggregation. A missing sample is wrong and comes last, as does one without a score."""
     n = max(map(len, problems))
     scored = [sample for problem in problems for sample in problem if sample.score is not None]
     ways: dict[str, Callable[[Graded], float | None]] = {"score": lambda sample: sample.score}
@@ -144,10 +140,8 @@ def _scored(
 
 
 def choose_threshold(rows: Sequence[StepLabels], found: Sequence[Sequence[float] | None]) -> float:
-    """The threshold with the best F1 on these solutions, as far as they have scores.
-
-    Raises UserError where none of these, or all, have a wrong step.
-    """
+    """The threshold with the best F1 on these solutions, as far as they have scores. Raises UserError where none of
+    these, or all, have a wrong step."""
     rows, found = _scored(rows, found)
     n_wrong = sum(place >= 0 for place in first_wrong(rows))
     if n_wrong in (0, len(rows)):

@@ -310,9 +310,7 @@ EXTRACTIONS = (*GROUPS, *PUBLISHED_MARKS)
 
 def extract(extraction: str, response: str) -> Extraction:
     """The final answer of a response and the rule that found it: the first group with a mark in the response decides.
-
-    extraction: one of EXTRACTIONS
-    """
+    extraction: one of EXTRACTIONS"""
     if mark := PUBLISHED_MARKS.get(extraction):
         answer = weak_to_strong_answer(response, mark)
         return Extraction(answer or None, mark if answer else "none")

@@ -120,9 +120,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def serve(start: Callable[[], Answer]) -> None:
     """In the process: answer requests until standard input ends. What is printed meanwhile goes to standard error.
-
-    start: gets ready, and returns the function from a request to its reply; what it raises reaches the caller.
-    """
+    start: gets ready, and returns the function from a request to its reply; what it raises reaches the caller."""
     # a lone surrogate, which no reader of ours takes, becomes a question mark
     replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
     os.dup2(2, 1)

@@ -197,9 +197,7 @@ def show_sample(sample: Sample, label: str, extraction: str) -> dict[str, object
 
 def answer_span(response: str, answer: str) -> tuple[int, int] | None:
     """Where an extracted answer stands last in a response: [start, end). None if it does not stand there as such.
-
-    Grading leaves out blanks, dollars and the commas of thousands; here they may stand between its characters.
-    """
+    Grading leaves out blanks, dollars and the commas of thousands; here they may stand between its characters."""
     between = r"[\s,$\\{}!]{0,4}?"
     pattern = between.join(re.escape(character) for character in answer[:200] if not character.isspace())
     found = list(re.finditer(rf"(?<![\w.]){pattern}(?!\w|\.\d)", response)) if pattern else []

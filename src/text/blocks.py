@@ -51,9 +51,7 @@ class Block:
 
 def message_pieces(rows: Sequence[Mapping[str, object]]) -> list[Piece]:
     """Make the pieces of a training row's messages, [{"role", "content": text or [{"type", "content"}, ...]}, ...].
-
-    Raises UserError naming the message.
-    """
+    Raises UserError naming the message."""
     parts: list[Piece] = []
     for number, row in enumerate(rows, start=1):
         role, content = row.get("role"), row.get("content")

@@ -46,10 +46,8 @@ def tojson(value: object, indent: int | None = None) -> str:
 
 @functools.cache
 def compiled(source: str) -> tuple[jinja2.Template, set[str]]:
-    """A template in the environment that Hugging Face's templates are written for, and the variables that it reads.
-
-    Its strftime_now is left out on purpose: a prompt must not depend on the day. A day can be given for it.
-    """
+    """A template in the environment that Hugging Face's templates are written for, and the variables that it reads. Its
+    strftime_now is left out on purpose: a prompt must not depend on the day. A day can be given for it."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
     )

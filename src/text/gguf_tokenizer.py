@@ -127,10 +127,8 @@ class _Said:
 
 
 def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, source: str) -> None:
-    """Write the tokenizer of a GGUF file whose embedding has n_rows; nothing where it has none.
-
-    Raises UserError for a kind, a pre-tokenizer or a key that is not implemented, and for damaged values.
-    """
+    """Write the tokenizer of a GGUF file whose embedding has n_rows; nothing where it has none. Raises UserError for a
+    kind, a pre-tokenizer or a key that is not implemented, and for damaged values."""
     said = _Said(metadata, source)
     model = said.get("model", None, str)
     if model is None and not said.values:

@@ -15,10 +15,8 @@ def spelled(token: bytes) -> str:
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two parts of each token, by rank: what lower ranks make of its bytes.
-
-    A token of which they leave more than two parts has none: only a whole piece of text becomes it.
-    """
+    """The two parts of each token, by rank: what lower ranks make of its bytes. A token of which they leave more than
+    two parts has none: only a whole piece of text becomes it."""
     merges = []
     for token, rank in ranks.items():
         parts = [token[at : at + 1] for at in range(len(token))]

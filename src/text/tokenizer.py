@@ -260,9 +260,7 @@ class Tokenizer:
 
 def read_template_args(text: str) -> dict[str, object]:
     """What --template_args gives: a json object, or NAME=VALUE,NAME=VALUE with values that are json or plain text.
-
-    Raises UserError.
-    """
+    Raises UserError."""
     if text.lstrip().startswith("{"):
         return parse(text, "--template_args")
     args: dict[str, object] = {}
@@ -316,10 +314,8 @@ def read_config(folder: Path) -> dict[str, object]:
 
 
 def _read_added(folder: Path, config: Mapping[str, object], vocabulary: Vocabulary) -> dict[str, Added]:
-    """The tokens that the config files add to a vocabulary, or set apart in it. Raises UserError for odd entries.
-
-    Those named in the config (eos_token, additional_special_tokens, ...) and those marked special are control tokens.
-    """
+    """The tokens that the config files add to a vocabulary, or set apart in it. Raises UserError for odd entries. Those
+    named in the config (eos_token, additional_special_tokens, ...) and those marked special are control tokens."""
     path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
     lists = [config.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
     named = {value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}

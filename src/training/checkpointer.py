@@ -27,9 +27,7 @@ from src.training.trainer import Trainer
 
 class Trainee(NamedTuple):
     """One model of a run: its directory, its trainer, and how a save of it to a directory, with a state, is started.
-
-    here: brings the model and its optimizer's state into memory, where they are not there all the time.
-    """
+    here: brings the model and its optimizer's state into memory, where they are not there all the time."""
 
     folder: str
     trainer: Trainer
@@ -70,10 +68,8 @@ class Checkpointer:
         self._stop_asked = True
 
     def resume(self, mode: Resume) -> int:
-        """Take up the newest training checkpoint that is complete for all models; how many steps are done.
-
-        Raises UserError for an unfinished run that is not to be resumed, and for one that was started otherwise.
-        """
+        """Take up the newest training checkpoint that is complete for all models; how many steps are done. Raises
+        UserError for an unfinished run that is not to be resumed, and for one that was started otherwise."""
         folders = [model.folder for model in self._models]
         step = find_start(folders, mode, self._run_fingerprint, self._total_steps)
         parallel.barrier()  # nobody writes before all have looked

@@ -41,9 +41,7 @@ def open_outcomes(
     train_file: str, label_file: str, held_out: float, tokenizer: Tokenizer, **options: object
 ) -> tuple[Dataset, Dataset]:
     """The responses to train on and to test on; `options` are max_seq_len and truncation of fit(). Raises UserError.
-
-    Without a label_file the last `held_out` of the problems are kept.
-    """
+    Without a label_file the last `held_out` of the problems are kept."""
     (rows,), held = split_held_out(
         [_read(train_file)], _read(label_file) if label_file else None, held_out)  # fmt: skip
     train = outcome_dataset(rows, tokenizer, source=train_file, **options)
@@ -62,9 +60,7 @@ def outcome_dataset(
     rows: Sequence[StepLabels], tokenizer: Tokenizer, *, max_seq_len: int, source: str, truncation: str = "drop"
 ) -> Dataset:
     """Pairs of a response, with its label as the target of each token, and another problem's response to its prompt.
-
-    The latter, of which the reference point is made, are cut to max_seq_len. Raises UserError for a single problem.
-    """
+    The latter, of which the reference point is made, are cut to max_seq_len. Raises UserError for a single problem."""
     encoded = [(label_everywhere(encode_response(tokenizer, row.instruction, row.steps[0]), row.labels[0]),)
                for row in rows]  # fmt: skip
     kept, report = fit(encoded, max_seq_len, source, truncation)

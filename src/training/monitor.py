@@ -80,10 +80,8 @@ def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, dtype: torch.dt
 
 
 def check_first_update(metrics: Mapping[str, float], buffer: PPOBuffer, dtype: torch.dtype) -> bool:
-    """Refuse a run whose first actor update starts from another policy, or has no gradient. Raises UserError.
-
-    Returns whether there was anything to learn: without it a later buffer's update is the first one.
-    """
+    """Refuse a run whose first actor update starts from another policy, or has no gradient. Raises UserError. Returns
+    whether there was anything to learn: without it a later buffer's update is the first one."""
     ratio, limit = metrics["first_ratio_deviation"], ROUNDING[dtype]
     if ratio > limit:
         raise UserError(
@@ -182,10 +180,8 @@ HACKED = (
 
 
 class Monitor:
-    """Watches a run, and says the likely cause of what should not last and the flag to change.
-
-    What it remembers is in the run's state and saved with it: a resumed run warns as one that was never stopped.
-    """
+    """Watches a run, and says the likely cause of what should not last and the flag to change. What it remembers is in
+    the run's state and saved with it: a resumed run warns as one that was never stopped."""
 
     def __init__(self, logger: logging.Logger, state: dict[str, object]) -> None:
         """Adds to the state what was warned of at which buffer, the last WINDOW pairs of rewards, and for each alert
@@ -194,10 +190,8 @@ class Monitor:
         state |= {"warned": {}, "reward_pairs": [], "alarms": {}}
 
     def check(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, str], list[str]]:
-        """Warn of the alerts that a buffer's metrics show, of each at most once in REPEAT buffers.
-
-        Returns the advice for each that shows, and the texts of the warnings.
-        """
+        """Warn of the alerts that a buffer's metrics show, of each at most once in REPEAT buffers. Returns the advice
+        for each that shows, and the texts of the warnings."""
         shown = {alert.name: alert.advice for alert in ALERTS if alert.shows(metrics)}
         if {"reward_verifier", "graded_right"} <= metrics.keys():
             pair = (metrics["reward_verifier"], metrics["graded_right"])

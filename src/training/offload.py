@@ -18,10 +18,8 @@ from src.training.trainer import Trainer
 
 
 class ModelOffloader:
-    """Which models are in memory: with a folder, where files may wait, each only inside `with loaded(model)`.
-
-    As a context manager it removes this rank's files in the end; no model can be used from then on.
-    """
+    """Which models are in memory: with a folder, where files may wait, each only inside `with loaded(model)`. As a
+    context manager it removes this rank's files in the end; no model can be used from then on."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder and folder / f"rank-{parallel.rank()}"
@@ -54,10 +52,8 @@ class ModelOffloader:
 
     @contextlib.contextmanager
     def loaded(self, model: nn.Module | None, *, optimizer: bool = False) -> Iterator[None]:
-        """Inside, the model's weights, and if asked for the state of its optimizer, are in memory.
-
-        What was freed meanwhile goes back to the system: phases need their memory at different moments.
-        """
+        """Inside, the model's weights, and if asked for the state of its optimizer, are in memory. What was freed
+        meanwhile goes back to the system: phases need their memory at different moments."""
         tables = (self._weights, self._moments) if optimizer else (self._weights,)
         parts = [table[model] for table in tables if model in table]
         for part in parts:
@@ -71,10 +67,8 @@ class ModelOffloader:
 
 
 class OffloadedTensors:
-    """Tensors that leave memory and come back bit for bit, at other addresses.
-
-    tensors() lists those that exist when they leave, [...] each: an optimizer has none before its first step.
-    """
+    """Tensors that leave memory and come back bit for bit, at other addresses. tensors() lists those that exist when
+    they leave, [...] each: an optimizer has none before its first step."""
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], path: Path) -> None:
         """tensors: as above, [...] each. path: the file that they wait in, of tensors in main memory."""

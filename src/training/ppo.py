@@ -76,10 +76,8 @@ def decoupled_rewards(scores: Scores, weights: Sequence[float], rollout: Rollout
 def compute_advantages(
     rewards: Tensor, values: Tensor | None, mask: Tensor, trainable: Tensor, config: PPOConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """Advantages by --advantage, and for a critic the returns that it learns.
-
-    rewards, values [B, S] float32, mask [B, S] bool, trainable [K] int64 -> [B, S] float32 each, 0 outside the mask.
-    """
+    """Advantages by --advantage, and for a critic the returns that it learns. rewards, values [B, S] float32, mask [B,
+    S] bool, trainable [K] int64 -> [B, S] float32 each, 0 outside the mask."""
     learned = torch.zeros_like(mask)
     learned[trainable] = mask[trainable]
     if config.whiten_rewards and learned.any():
@@ -165,11 +163,8 @@ def scoring_passes(rollout: Rollout, trainable: Tensor, config: PPOConfig, itera
 
 
 def minibatches(buffer: PPOBuffer, config: PPOConfig, iteration: int) -> Iterator[Minibatch]:
-    """The optimizer steps of all passes over the trainable episodes.
-
-    Forward passes are dealt in turn to the data-parallel ranks: those that run at the same time are alike in size. The
-    update does not depend on it.
-    """
+    """The optimizer steps of all passes over the trainable episodes. Forward passes are dealt in turn to the
+    data-parallel ranks: those that run at the same time are alike in size. The update does not depend on it."""
     for inner_epoch in range(config.inner_epochs):
         for passes in epoch_passes(buffer.rollout, buffer.trainable, config, iteration, inner_epoch):
             micros = [MicroBatch(part) for part in shard_for_rank(passes)]

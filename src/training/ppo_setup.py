@@ -141,10 +141,8 @@ class PPOModels:
             yield
 
     def load_reference(self, config: PPOConfig, *, refreshed: bool) -> None:
-        """Make the actor as it started, or as it was last kept for this (refreshed), the reference.
-
-        In the actor's own precision their first KL is 0; a quantised one is somewhat off it.
-        """
+        """Make the actor as it started, or as it was last kept for this (refreshed), the reference. In the actor's own
+        precision their first KL is 0; a quantised one is somewhat off it."""
         if config.lora_rank > 0 and not refreshed:
             return  # it is the actor without its adapters
         if self.frozen:

@@ -43,10 +43,8 @@ class PreferenceReport(NamedTuple):
 def open_preferences(
     train_file: str, label_file: str, held_out: float, tokenizer: Tokenizer, **options: object
 ) -> tuple[Dataset, Dataset]:
-    """The pairs to train on and to test on; `options` are those of pair_dataset(). Raises UserError.
-
-    Without a label_file the last `held_out` of the problems are kept.
-    """
+    """The pairs to train on and to test on; `options` are those of pair_dataset(). Raises UserError. Without a
+    label_file the last `held_out` of the problems are kept."""
     (rows,), held = split_held_out(
         [read_pairs(train_file)], read_pairs(label_file) if label_file else None, held_out)  # fmt: skip
     train = pair_dataset(rows, tokenizer, source=train_file, **options)

@@ -25,9 +25,7 @@ from src.text.tokenizer import Tokenizer
 
 class Reference(NamedTuple):
     """What a frozen model says of responses: the sum of their tokens' log-probs, in nats, by the hash of the row.
-
-    identity stands for the model, the tokenizer and the arithmetic, and is part of every hash.
-    """
+    identity stands for the model, the tokenizer and the arithmetic, and is part of every hash."""
 
     identity: str
     logprobs: Mapping[str, float]

@@ -72,11 +72,8 @@ class PairwiseObjective:
         return n_pairs(batches)
 
     def loss(self, verifier: Decoder, batch: Batch) -> Tensor:
-        """Bradley-Terry loss, summed over a batch's pairs. -> [].
-
-        centring adds its weight times the squared sum of the two scores (Eisenstein et al. 2023, eq. 2), which keeps
-        scores around 0 and changes no difference.
-        """
+        """Bradley-Terry loss, summed over a batch's pairs. -> []. centring adds its weight times the squared sum of the
+        two scores (Eisenstein et al. 2023, eq. 2), which keeps scores around 0 and changes no difference."""
         chosen, rejected = response_scores(verifier, *batch.inputs).chunk(2)
         # a rank without pairs left runs along with none
         supervised = parallel.to_device(batch.response_counts().chunk(2)[0] > 0)
@@ -240,10 +237,8 @@ def open_data(
 def split_held_out(
     files: list[list[Row]], held_out: list[Row] | None, share: float
 ) -> tuple[list[list[Row]], list[Row]]:
-    """The rows of each file to train on, and those to test on: held_out, or else the last `share` of the problems.
-
-    Rows of one problem stay together. Raises UserError when a side would be empty.
-    """
+    """The rows of each file to train on, and those to test on: held_out, or else the last `share` of the problems. Rows
+    of one problem stay together. Raises UserError when a side would be empty."""
     if held_out is not None:
         return files, held_out
     # By problem, not by row: a verifier that saw another solution of a problem would look better on it than it is

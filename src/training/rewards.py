@@ -121,10 +121,8 @@ def verifier_reward(
 
 @torch.no_grad()
 def pairwise_reward(verifier: Decoder, rollout: Rollout, flags: RewardFlags, max_batch_size: int) -> Tensor:
-    """A pairwise verifier's normalised, clipped score of each response, at its last token. -> [B, S].
-
-    Of one that is longer than the verifier's context it reads the beginning, and the log says so.
-    """
+    """A pairwise verifier's normalised, clipped score of each response, at its last token. -> [B, S]. Of one that is
+    longer than the verifier's context it reads the beginning, and the log says so."""
     scores, batch, longest = [], rollout.batch, verifier.config.max_seq_len
     _warn_of_cut(int((rollout.last >= longest).sum()), len(rollout.prompts), longest)
     for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
@@ -150,9 +148,7 @@ def process_reward(
     verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, flags: RewardFlags, max_batch_size: int
 ) -> Tensor:
     """A process verifier's score of each step, at the sampled token that ends the step. -> [B, S].
-
-    losses.process_rewards() has the three kinds. The bonus is added for every step.
-    """
+    losses.process_rewards() has the three kinds. The bonus is added for every step."""
     laid_out = torch.zeros(rollout.batch.tokens.shape)
     starts = (rollout.last - rollout.lengths + 1).tolist()
     for row, steps in enumerate(step_logits(verifier, tokenizer, rollout, max_batch_size)):
@@ -184,10 +180,8 @@ def _warn_of_cut(n_cut: int, n: int, max_seq_len: int) -> None:
 def step_logits(
     verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, max_batch_size: int
 ) -> list[list[float]]:
-    """The verifier's logit at the end of every step of every response, read in the layout that it was trained on.
-
-    Of a response longer than the verifier's context it reads the beginning, and the log says so.
-    """
+    """The verifier's logit at the end of every step of every response, read in the layout that it was trained on. Of a
+    response longer than the verifier's context it reads the beginning, and the log says so."""
     config, n = verifier.config, len(rollout.prompts)
     rows = [_in_steps(tokenizer, *row, config.step) for row in zip(
         rollout.prompts, rollout.responses, rollout.finished.tolist(), strict=True)]
@@ -221,10 +215,8 @@ def _cut(row: Encoded, max_seq_len: int) -> Encoded:
 
 
 def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str, step_end: str) -> list[int]:
-    """The places among sampled response tokens where the steps of their text end, by characters.
-
-    A step ends with the step_end after it, the last one with the response's last token.
-    """
+    """The places among sampled response tokens where the steps of their text end, by characters. A step ends with the
+    step_end after it, the last one with the response's last token."""
     steps, ends, characters = split_steps(response, step_end), [], 0
     for step in steps[:-1]:
         characters = response.index(step, characters) + len(step) + len(step_end)
@@ -270,9 +262,7 @@ def graded_reward(grader: Grader, rollout: Rollout) -> tuple[list[float], Counts
 
 def function_reward(function: UserReward, name: str, rollout: Rollout) -> tuple[Tensor, Counts]:
     """What a user's function says of each response, at its last token, [B, S]; the first rank asks it, once for all.
-
-    Counts the responses that it failed at, and the numbers that it gives for the log.
-    """
+    Counts the responses that it failed at, and the numbers that it gives for the log."""
     found = parallel.from_first_rank(lambda: function.score(rollout.prompts, rollout.responses))
     counts = {f"reward_{name}/{key}": (value, 1) for key, value in found.stats.items()}
     counts[f"reward_{name}_failed"] = (found.n_failed, len(found.values))

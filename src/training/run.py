@@ -36,10 +36,8 @@ class Run:
             data, packing=config.packing, epochs=config.epochs, stop=self.total_steps)  # fmt: skip
 
     def begin(self, trainer: str, tokenizer: Tokenizer) -> None:
-        """Start the ranks.
-
-        Raises UserError for a save_dir that would overwrite what the run reads, or that holds another run.
-        """
+        """Start the ranks. Raises UserError for a save_dir that would overwrite what the run reads, or that holds
+        another run."""
         config = self.config
         # All that can be refused is refused here, before the minutes that loading a model takes
         parallel.start(config.seed, self._n_shards)

@@ -49,10 +49,8 @@ def sft_dataset(
     truncation: Truncation = "drop",
     loss_on: Learnt = "assistant_no_execution",
 ) -> Dataset:
-    """Encode rows; a row with several outputs shows one of them in each epoch.
-
-    fit() says what becomes of rows that are too long. loss_on: the tokens to learn.
-    """
+    """Encode rows; a row with several outputs shows one of them in each epoch. fit() says what becomes of rows that are
+    too long. loss_on: the tokens to learn."""
     samples = [sample for row in rows for sample in _encode(tokenizer, row, loss_on)]
     return Dataset(*fit(samples, max_seq_len, source, truncation), collate, one_of_each=True)
 

@@ -185,9 +185,7 @@ class Trainer:
 
     def state(self) -> TrainerState:
         """What a checkpoint must hold besides the weights. Tensors are parts of this rank, made as they are asked for.
-
-        Random states are not among it: they follow from the seed and the step.
-        """
+        Random states are not among it: they follow from the seed and the step."""
         makers: dict[str, Callable[[], Tensor]] = {}
         for name, parameter in self._trainable.items():
             for moment in MOMENTS:
@@ -255,10 +253,8 @@ def checkpoint_activations(model: Decoder, kind: Recomputed) -> None:
 def lr_factor(
     step: int, total_steps: int, warmup_steps: int, min_ratio: float, schedule: Schedule = "cosine"
 ) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then down to min_ratio at the last step.
-
-    The way down is a cosine or a line; a constant schedule stays at the peak.
-    """
+    """Share of the peak learning rate at a step: linear warm-up, then down to min_ratio at the last step. The way down
+    is a cosine or a line; a constant schedule stays at the peak."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
