@@ -1,4 +1,4 @@
-"""README and dataset/README stay true: their commands parse, their files exist."""
+"""README, docs/ and dataset/README stay true: their commands parse, their files, functions and examples exist."""
 
 import importlib
 import re
@@ -10,16 +10,37 @@ import pytest
 
 from dataset.prepare import BUILDERS
 from src.command.flags import flags_of, parse
+from src.data.examples import Prompt
+from src.grading.tasks import find_task
+from src.training.user_reward import UserReward
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+SCRIPTS_NAMED = {f"{name}.py" for name in SCRIPTS}
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
-def commands(path: Path) -> list[list[str]]:
-    """The words of every python and torchrun command in a text's code blocks, continued lines joined."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
-    return [shlex.split(line) for line in lines if line.startswith(("python ", "torchrun "))]
+# of commands that are no entry scripts: cli.py's own, recipes', dataset/prepare.py's, torchrun's
+OTHER_FLAGS = "help config fresh improve levels level_file strict say_answer raw_file".split()
+OTHER_FLAGS += "nproc_per_node N model run nnodes".split()
+
+
+def blocks(path: Path, language: str = r"\w*") -> list[str]:
+    """The code blocks of a text, of one language or all."""
+    text = path.read_text(encoding="utf-8")
+    return [block for _, block in re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)]
+
+
+def commands(path: Path, *programs: str) -> list[list[str]]:
+    """The words of every command of these programs in a text's code blocks, continued lines joined."""
+    lines = "\n".join(blocks(path)).replace("\\\n", " ").split("\n")
+    words = [shlex.split(line) for line in map(str.strip, lines) if line.startswith(("python ", "torchrun ", "bash "))]
+    return [line for line in words if line[0] in (programs or ("python", "torchrun"))]
+
+
+def doc_commands() -> list[list[str]]:
+    """The starts of entry scripts in docs/."""
+    return [words for path in DOCS for words in commands(path) if SCRIPTS_NAMED & set(words)]
 
 
 def docstring_commands() -> list[list[str]]:
@@ -61,7 +82,8 @@ def easy_to_hard_commands() -> list[list[str]]:
 
 ALL_COMMANDS = (
     commands(ROOT / "README.md") + docstring_commands() + quick_start_commands() + easy_to_hard_commands()
-)
+    + doc_commands()
+)  # fmt: skip
 
 
 def test_every_script_has_a_command_in_its_header_and_in_readme() -> None:
@@ -83,6 +105,54 @@ def test_commands_parse_against_the_scripts_they_start(words: list[str]) -> None
     assert not any("," in file for file in files)  # one word is one file; several are several words
 
 
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS], ids=lambda path: path.stem)
+def test_other_commands_start_what_is_there(path: Path) -> None:
+    for words in commands(path, "python", "torchrun", "bash"):
+        if words[0] == "bash" or "/" in words[1]:
+            assert (ROOT / words[1]).is_file(), words
+            assert words[1] != "dataset/prepare.py" or words[2] in BUILDERS, words
+        elif words[1] == "-m":
+            assert importlib.util.find_spec(words[2]), words
+            assert words[2] != "pytest" or all((ROOT / name).is_file() for name in words[3:]), words
+        else:
+            assert SCRIPTS_NAMED & set(words), words
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS], ids=lambda path: path.stem)
+def test_files_functions_and_links_of_a_page_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for file, names in re.findall(r"`([\w/]+\.(?:py|sh))`((?: `\w+`,?)*)", text):
+        code = (ROOT / file).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"(def|class) {name}\b", code), f"{file} has no {name}"
+    for link, _, anchor in re.findall(r"\]\((?!http)([^)#]*)(#([\w-]+))?\)", text):
+        headings = re.findall(r"^#+ (.*)$", (path.parent / link).read_text(encoding="utf-8"), re.MULTILINE)
+        assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}, anchor
+
+
+def test_flags_that_docs_name_exist() -> None:
+    modules = [importlib.import_module(name) for name in SCRIPTS]
+    mains = [main for module in modules
+             for main in (module.COMMANDS.values() if hasattr(module, "COMMANDS") else [module.main])]  # fmt: skip
+    known = {name for main in mains for name in flags_of(main)} | set(OTHER_FLAGS)
+    for path in [ROOT / "README.md", *DOCS]:
+        prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"`[^`\n]*?--(\w+)", prose):
+            assert name in known or name.removeprefix("no") in known, f"{path.name}: --{name}"
+
+
+def test_the_reward_and_the_task_of_docs_work(tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "docs" / "reward.md", "python")
+    (tmp_path / "my_reward.py").write_text(code, encoding="utf-8")
+    prompts = [Prompt("0", "1 + 1?", "2", None, None)] * 2
+    with UserReward(f"{tmp_path}/my_reward.py:short_and_boxed") as reward:
+        found = reward.score(prompts, [r"It is \boxed{2}", "2"])
+    assert found.values == pytest.approx([0.97, -0.01]) and found.stats == {"boxed_share": 0.5}
+    (task,) = blocks(ROOT / "docs" / "task.md", "json")
+    (tmp_path / "my_task.json").write_text(task, encoding="utf-8")
+    assert find_task(f"{tmp_path}/my_task.json").text("1 + 1?").startswith("Problem: 1 + 1?\n")
+
+
 def test_prepare_commands_name_its_tasks() -> None:
     found = commands(ROOT / "dataset" / "README.md")
     assert {tuple(words[:2]) for words in found} == {("python", "dataset/prepare.py")}
@@ -97,15 +167,15 @@ def test_the_tree_names_every_script_module_and_room() -> None:
         assert re.search(rf"(^|  ){re.escape(name)}\s", tree, re.MULTILINE), name
 
 
-def test_what_readme_says_of_the_size_is_true() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Read it", 1)[1].split("```", 1)[0]
+def test_what_docs_say_of_the_size_is_true() -> None:
+    text = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8").split("## ", 1)[0]
     said = [int(number.replace(",", "")) for number in re.findall(r"([\d,]*\d{2,})", text.split("In this order")[0])]
     algorithms = [ROOT / name for name in re.findall(r"`([\w/]+\.py)`", text)]
     code = [*ROOT.glob("*.py"), *ROOT.glob("src/**/*.py")]
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in code}
     counted = sum(lines[path] for path in algorithms)
     for number, true in zip(said, (counted, len(algorithms), sum(lines.values()) - counted), strict=True):
-        assert abs(number - true) <= 0.05 * true, f"README says {number}, it is {true}"
+        assert abs(number - true) <= 0.05 * true, f"docs/algorithms.md says {number}, it is {true}"
 
 
 def test_ci_runs_the_test_command_of_readme_and_nothing_else() -> None:
