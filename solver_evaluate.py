@@ -12,10 +12,8 @@ from typing import Literal
 
 from src import load, parallel, plan, runlog
 from src.checkpoint import storage
-from src.code_solutions.tool_hook import Coding
 from src.command import cli
 from src.command.config import (
-    AskedFlags,
     CodeFlags,
     ColumnFlags,
     Count,
@@ -27,6 +25,7 @@ from src.command.config import (
     TopP,
     flag,
 )
+from src.construct.solver import SolverFlags, open_solver
 from src.data.encoding import StepKind, encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
@@ -51,7 +50,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverEvaluateConfig(AskedFlags, CodeFlags, ColumnFlags):
+class SolverEvaluateConfig(SolverFlags, CodeFlags, ColumnFlags):
     """Evaluation"""
 
     task: str = flag(help="""how problems are put and answers found and compared: GSM8K, MATH, MATH-500,
@@ -103,7 +102,6 @@ def main(config: SolverEvaluateConfig) -> None:
     prompting = make_prompting(benchmark, config.few_shot, config.prompt_template)
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
                         max_new_tokens=config.max_new_tokens, stop=prompting.stop, seed=config.seed)
-    solver = {"model_type": config.model_type, "precision": config.precision, "quantize": config.quantize}
     if config.interactive:
         parallel.start(seed=config.seed)
         tokenizer = load.load_tokenizer(config.ckpt_dir, config)
@@ -114,13 +112,14 @@ def main(config: SolverEvaluateConfig) -> None:
             load.check_step(config.verifier_ckpt_dir, scoring, config.step)
             verifier = load.load_verifier(config.verifier_ckpt_dir, precision=config.precision,
                                               quantize=config.quantize)
-        model = load.load_solver(config.ckpt_dir, **solver)
+        model = load.load_solver(config.ckpt_dir, model_type=config.model_type, precision=config.precision,
+                                 quantize=config.quantize)
         converse(LocalSolver(model, tokenizer, prompting, 1), sampling, benchmark, verifier)
         return
     problems = read_prompts(config.label_file, config.renamed, need_label=benchmark.graded)
     prompts = select_prompts(problems, config.split)[: config.limit if config.limit >= 0 else None]
-    served = ServedSolver(config, prompting, config.max_batch_size) if config.backend == "openai" else None
     if config.dry_run and not config.ckpt_dir:
+        served = ServedSolver(config, prompting, config.max_batch_size) if config.backend == "openai" else None
         shown = (served.shown if served else prompting.text)(prompts[0].instruction)
         runlog.table(plan.report({"problems": len(prompts), "a prompt": shown}, {}))
         return
@@ -140,25 +139,13 @@ def main(config: SolverEvaluateConfig) -> None:
     grades = parallel.rank() == 0 and benchmark.graded
     with BackgroundGrader(benchmark, prompts) if grades else nullcontext() as grading:
         if not config.samples_file:
-            parallel.start(seed=config.seed)
-            if served:
-                sampled_from, sampler = served, served.sampler(sampling)
-            else:
-                model = load.load_solver(config.ckpt_dir, **solver)
-                tokenizer = load.load_tokenizer(config.ckpt_dir, config)
-                source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)),
-                          "chat_template": tokenizer.chat_template,
-                          "template_args": tokenizer.template_args or None,
-                          "system_prompt": tokenizer.system_prompt or None,
-                          "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
-                coding = Coding(tokenizer, config.max_rounds, config.isolation or None) if tokenizer.code else None
-                source |= {"max_rounds": config.max_rounds} if coding else {}
-                sampled_from = LocalSolver(model, tokenizer, prompting, config.max_batch_size, coding, source)
-                sampler = sampled_from.sampler(sampling, compiled=config.compile)
+            solver = open_solver(
+                config, prompting, seed=config.seed, max_rounds=config.max_rounds, isolation=config.isolation,
+                model_type=config.model_type, quantize=config.quantize, compiled=config.compile)
             sampled_by = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "quantize", "seed")
             identity = {name: getattr(config, name) for name in sampled_by}
-            claim_samples(path, {**sampled_from.source, **identity, **prompting.facts()})
-            speed = sample_prompts(sampler, prompts, num_samples=config.num_samples, path=path,
+            claim_samples(path, {**solver.source, **identity, **prompting.facts()})
+            speed = sample_prompts(solver.sampler(sampling), prompts, num_samples=config.num_samples, path=path,
                                    log=RunLog(config.log_dir, config.flags()), grading=grading)
         if grading:
             samples = match_samples(read_samples(config.samples_file or str(path)), problems, config.samples_file)

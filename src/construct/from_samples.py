@@ -12,7 +12,6 @@ from src.construct.samples import (
     Row,
     SamplesConfig,
     by_problem,
-    pair_row,
     read_graded,
     read_without_errors,
     save,
@@ -34,7 +33,7 @@ class PairsConfig(SamplesConfig, ErrorFlags):
 
 def pairs(config: PairsConfig) -> None:
     """A right against a wrong solution of the same problem, for verifier_train.py."""
-    samples = without_similar(read_without_errors(config, config), config.similar_characters)
+    samples = without_similar(read_without_errors(config.samples_file, config), config.similar_characters)
     rows = pairs_from_samples(samples, config.pairs_a_problem, config.seed)
     save(rows, "pairs", ONE_KIND, config.samples_file, config.save_file, config.dry_run)
 
@@ -54,7 +53,8 @@ def pairs_from_samples(samples: Sequence[Sample], pairs_per_problem: int, seed: 
         right, wrong = problem.right, problem.wrong + problem.unparsed
         if right and wrong:
             rows += [
-                pair_row(problem.instruction, right[i % len(right)].response, wrong[i % len(wrong)].response)
+                {"instruction": problem.instruction, "chosen": right[i % len(right)].response,
+                 "rejected": wrong[i % len(wrong)].response}
                 for i in range(min(pairs_per_problem, max(len(right), len(wrong))))
             ]
     generator.shuffle(rows)
@@ -73,7 +73,7 @@ class OutcomeConfig(SamplesConfig):
 
 def outcome(config: OutcomeConfig) -> None:
     """Solutions with the word whether they are right, for verifier_train.py --objective outcome."""
-    samples = read_graded(config.samples_file, config.save_file)
+    samples = read_graded(config.samples_file)
     rows = outcome_rows(samples, config.max_ratio, config.rows_a_problem, config.seed)
     save(rows, "solutions", ONE_KIND, config.samples_file, config.save_file, config.dry_run)
 
@@ -113,7 +113,7 @@ class RejectConfig(SamplesConfig):
 
 def reject(config: RejectConfig) -> None:
     """Right samples as instruction data for solver_train.py (rejection sampling, ReST-EM)."""
-    samples = read_graded(config.samples_file, config.save_file)
+    samples = read_graded(config.samples_file)
     rows = right_solutions(samples, config.solutions_a_problem, config.seed)
     why_none = f"no sample is right; {SAMPLE_MORE}"
     save(rows, "problems with solutions", why_none, config.samples_file, config.save_file, config.dry_run)
@@ -143,7 +143,7 @@ class PreferConfig(SamplesConfig):
 
 def prefer(config: PreferConfig) -> None:
     """Pairs that differ in the verifier's score and the answer together, for preference training."""
-    samples = read_graded(config.samples_file, config.save_file)
+    samples = read_graded(config.samples_file)
     rows = preferred_pairs(samples, config.margin, config.pairs_a_problem, config.seed)
     why_none = f"no two samples of a problem differ by more than {config.margin}; {SAMPLE_MORE}"
     save(rows, "pairs", why_none, config.samples_file, config.save_file, config.dry_run)
@@ -158,7 +158,7 @@ def preferred_pairs(samples: Sequence[Sample], margin: float, pairs_per_problem:
         rewarded = [(_reward(sample), sample) for sample in (*problem.right, *problem.wrong, *problem.unparsed)]
         apart = [(one, other) for reward, one in rewarded for lower, other in rewarded if reward - lower > margin]
         for chosen, rejected in generator.sample(apart, min(pairs_per_problem, len(apart))):
-            rows.append(pair_row(problem.instruction, chosen.response, rejected.response))
+            rows.append({"instruction": problem.instruction, "chosen": chosen.response, "rejected": rejected.response})
     generator.shuffle(rows)
     return rows
 

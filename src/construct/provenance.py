@@ -1,6 +1,5 @@
 """Where samples come from: the model that wrote them and the rules that found their answers."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +14,6 @@ class Provenance(NamedTuple):
 
     model: str
     rules: dict[str, str]
-
-    def document(self) -> dict[str, object]:
-        """What write_provenance() writes next to a file."""
-        return {"checkpoint": self.model, "rules": self.rules}
 
 
 def read_provenance(file: str, model: str = "") -> Provenance:
@@ -46,15 +41,12 @@ def read_provenance(file: str, model: str = "") -> Provenance:
 def same_rules(first: str, one: Provenance, second: str, other: Provenance) -> dict[str, str]:
     """The rules that found the answers of both files. Raises UserError where they differ."""
     if one.rules != other.rules:
-        raise UserError(f"{first} was graded by {_named(one.rules)} and {second} by {_named(other.rules)}, so their "
-                        "answers cannot be compared; grade both with one --task")
+        named = [", ".join(each.rules.values()) for each in (one, other)]
+        raise UserError(f"{first} was graded by {named[0]} and {second} by {named[1]}, so their answers cannot be "
+                        "compared; grade both with one --task")
     return one.rules
 
 
 def write_provenance(file: str, provenance: Provenance) -> None:
     """Write a file's provenance next to it."""
-    write_json(identity_file(Path(file)), provenance.document())
-
-
-def _named(rules: dict[str, str]) -> str:
-    return json.dumps(list(rules.values()))
+    write_json(identity_file(Path(file)), {"checkpoint": provenance.model, "rules": provenance.rules})

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from src import runlog
@@ -61,10 +60,8 @@ class Problem(NamedTuple):
     unparsed: list[Sample]
 
 
-def read_graded(samples_file: str, save_file: str) -> list[Sample]:
-    """Read the samples of a graded file. Raises UserError, also when the rows could not be saved afterwards."""
-    if Path(save_file).is_dir():
-        raise UserError(f"--save_file {save_file} is a directory; expected the name of a json file")
+def read_graded(samples_file: str) -> list[Sample]:
+    """Read the samples of a graded file. Raises UserError for one without outcomes."""
     samples = read_samples(samples_file)
     if not any(sample.outcome for sample in samples):
         raise UserError(f"{samples_file} has no outcomes; grade it first with solver_evaluate.py --samples_file")
@@ -92,9 +89,9 @@ def by_problem(samples: Sequence[Sample]) -> dict[str, Problem]:
     return problems
 
 
-def read_without_errors(config: SamplesConfig, errors: ErrorFlags) -> list[Sample]:
+def read_without_errors(samples_file: str, errors: ErrorFlags) -> list[Sample]:
     """Read a graded file without the right samples that mention an error, and log how many those are."""
-    samples = read_graded(config.samples_file, config.save_file)
+    samples = read_graded(samples_file)
     kept = without_phrases(samples, errors.error_phrases, errors.error_place)
     if errors.error_phrases:
         runlog.logger().info("%d right samples left out: they speak of an error", len(samples) - len(kept))
@@ -136,11 +133,6 @@ def without_similar(samples: Sequence[Sample], characters: int) -> list[Sample]:
             lengths.append(len(sample.response))
             kept.append(sample)
     return kept
-
-
-def pair_row(instruction: str, chosen: str, rejected: str) -> Row:
-    """Make a row of preference training."""
-    return {"instruction": instruction, "chosen": chosen, "rejected": rejected}
 
 
 def save(rows: Sequence[Row], what: str, why_none: str, source: str, save_file: str, dry_run: bool) -> None:

@@ -64,21 +64,21 @@ def check_solver(config: SolverFlags, *, from_prefix: bool = False) -> None:
 
 
 def open_solver(
-    config: SolverFlags, prompting: Prompting, *, seed: int, max_rounds: int = 24, isolation: str = ""
+    config: SolverFlags, prompting: Prompting, *, seed: int, max_rounds: int = 24, isolation: str = "",
+    model_type: str = "", quantize: str = "", compiled: bool = False,
 ) -> LocalSolver | ServedSolver:
     """Open what the flags name: a server, or the model of a checkpoint on this rank, with what runs its code."""
     parallel.start(seed)
     if config.backend == "openai":
         return ServedSolver(config, prompting, config.max_batch_size)
-    template = config.chat_template
+    model = load.load_solver(config.ckpt_dir, model_type=model_type, precision=config.precision, quantize=quantize)
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
-    model = load.load_solver(config.ckpt_dir, precision=config.precision)
-    source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)),
-              **({"chat_template": template} if template else {}),
+    source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)), "chat_template": tokenizer.chat_template,
               "template_args": tokenizer.template_args or None, "system_prompt": tokenizer.system_prompt or None,
               "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
     coding = Coding(tokenizer, max_rounds, isolation or None) if tokenizer.code else None
-    return LocalSolver(model, tokenizer, prompting, config.max_batch_size, coding, source)
+    source |= {"max_rounds": max_rounds} if coding else {}
+    return LocalSolver(model, tokenizer, prompting, config.max_batch_size, coding, source, compiled)
 
 
 def open_task(config: ContinuationFlags, samples: Sequence[Sample]) -> tuple[Prompting, Task]:

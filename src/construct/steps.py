@@ -7,7 +7,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from src import load, parallel, runlog
 from src.command.config import CodeFlags, Count, CountOrOff, NonNegative, Seed, flag
@@ -65,7 +65,7 @@ def process(config: ProcessConfig) -> None:
     """
     check_solver(config, from_prefix=True)
     step_end, source = STEP_ENDS[config.step], config.samples_file
-    solutions = choose_solutions(read_graded(source, config.save_file), config.solutions_a_problem, config.limit)
+    solutions = choose_solutions(read_graded(source), config.solutions_a_problem, config.limit)
     prompting, task = open_task(config, solutions)
     jobs = list(truncate_everywhere(solutions, step_end).values())
     if not jobs:
@@ -195,7 +195,7 @@ def branch(config: BranchConfig) -> None:
         template = load.load_config(config.ckpt_dir, kind="solver").chat_template
     if config.ckpt_dir and template == CODE_FORM:
         step_end = Marker.END_OF_BLOCK
-    samples = read_without_errors(config, config)
+    samples = read_without_errors(config.samples_file, config)
     jobs = choose_branches(samples, config.pairs_a_problem, config.seed, step_end)
     prompting, task = open_task(config, [job.sample for job in jobs])
     if not jobs:
@@ -219,10 +219,11 @@ def branch(config: BranchConfig) -> None:
         path = sample_and_grade(solver, sampler, [job.prompt for job in jobs], 1, config=config,
                                 log_dir=config.log_dir, identity=identity)
     if parallel.rank() == 0:
-        found = step_controlled_pairs(jobs, read_samples(str(path)), schedule, max_steps=config.steps_a_solution,
-                                      max_step_characters=config.characters_a_step)
-        log_counts(found.counts)
-        save(found.pairs, "pairs", "no branch is kept", config.samples_file, config.save_file, config.dry_run)
+        pairs, counts = step_controlled_pairs(
+            jobs, read_samples(str(path)), schedule, max_steps=config.steps_a_solution,
+            max_step_characters=config.characters_a_step)
+        log_counts(counts)
+        save(pairs, "pairs", "no branch is kept", config.samples_file, config.save_file, config.dry_run)
 
 
 def choose_branches(
@@ -247,13 +248,6 @@ def branch_points(steps: Sequence[str]) -> list[int]:
     return [k for k in range(1, len(steps) - 1) if not steps[k - 1].startswith(Marker.CODE)]
 
 
-class StepControlledPairs(NamedTuple):
-    """The pairs, and how many branches ended how."""
-
-    pairs: list[Row]
-    counts: Counter[str]
-
-
 def step_controlled_pairs(
     jobs: Sequence[Truncated],
     wrong_solutions: Sequence[Sample],
@@ -261,8 +255,8 @@ def step_controlled_pairs(
     *,
     max_steps: int,
     max_step_characters: int,
-) -> StepControlledPairs:
-    """Make rows `{"instruction", "prefix", "chosen", "rejected"}`: a prefix, a right and a wrong rest.
+) -> tuple[list[Row], Counter[str]]:
+    """Make rows `{"instruction", "prefix", "chosen", "rejected"}`, a right and a wrong rest; count how branches end.
 
     wrong_solutions have the ids of their jobs. Solutions of more steps, or with a longer step, are left out as noise
     (Lu et al. 2024, section 3.2, filters of the released code).
@@ -287,4 +281,4 @@ def step_controlled_pairs(
                 "chosen": job.rest, "rejected": rejected, "start_steps": job.k,
                 "temperatures": [round(schedule.at(step), 6) for step in range(len(wrong))],
             })  # fmt: skip
-    return StepControlledPairs(pairs, counts)
+    return pairs, counts

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from src import runlog
 from src.command.config import Count, CountOrOff, Seed, Share, flag
@@ -85,7 +84,6 @@ class DemonstrationsConfig(WeakSamplesConfig):
         with {instruction} where it goes and \\n for a new line""")
     stop: list[str] = flag(["Question:"], "texts that end its response: a base model goes on with the next problem")
     seed: Seed = flag(1, "seed of the choice")
-    dry_run: bool = flag(False, "choose without writing")
 
 
 def demonstrations(config: DemonstrationsConfig) -> None:
@@ -133,10 +131,10 @@ def weak_icl(config: WeakIclConfig) -> None:
     provenances = read_provenance(weak_file, config.weak_model), read_provenance(icl_file, config.strong_model)
     with grader_of(same_rules(weak_file, provenances[0], icl_file, provenances[1])) as grader:
         weak, icl = read_one_per_problem(weak_file), read_one_per_problem(icl_file)
-        found = agreement(weak, icl, grader.equal, shown, fill_up_to=config.fill_up_to, seed=config.seed)
-    log_counts(found.counts)
-    for name in ("weak", "icl", "hybrid"):
-        save(getattr(found, name), f"{name} rows", "the models agree on none", weak_file,
+        found, counts = agreement(weak, icl, grader.equal, shown, fill_up_to=config.fill_up_to, seed=config.seed)
+    log_counts(counts)
+    for name, rows in found.items():
+        save(rows, f"{name} rows", "the models agree on none", weak_file,
              str(Path(config.save_dir) / f"{name}.json"), config.dry_run)
 
 
@@ -149,15 +147,6 @@ def read_shown_problems(file: str) -> list[str]:
     return [str(row["id"]) for row in rows]
 
 
-class Agreement(NamedTuple):
-    """Rows of the weak model, of the strong one, both in turns, and how many problems ended how."""
-
-    weak: list[Row]
-    icl: list[Row]
-    hybrid: list[Row]
-    counts: Counter[str]
-
-
 def agreement(
     weak: dict[str, Sample],
     icl: dict[str, Sample],
@@ -166,8 +155,9 @@ def agreement(
     *,
     fill_up_to: int = -1,
     seed: int = 1,
-) -> Agreement:
-    """Find the problems to which both models give an answer and the same one (section 3.1).
+) -> tuple[dict[str, list[Row]], Counter[str]]:
+    """Find the problems to which both models give an answer and the same one (section 3.1). -> the rows of the weak
+    model, of the strong one (icl) and of both in turns (hybrid), and how many problems ended how.
 
     shown: problems that the strong model saw with their weak solution, which are left out. fill_up_to: where fewer are
     kept, problems of two different answers, chosen by the seed, until there are so many, in the order of the file; the
@@ -200,8 +190,8 @@ def agreement(
         counts["kept although of different answers"] = len(added)
         kept |= {name: different[name] for name in added}
     pairs = [kept[name] for name in weak if name in kept]
-    rows = [[pair[side] for pair in pairs] for side in (0, 1)]
-    return Agreement(*rows, [row for pair in pairs for row in pair], counts)
+    weak_rows, icl_rows = ([pair[side] for pair in pairs] for side in (0, 1))
+    return {"weak": weak_rows, "icl": icl_rows, "hybrid": [row for pair in pairs for row in pair]}, counts
 
 
 def typed(equal: Equal, sample: Sample) -> Equal:
@@ -226,7 +216,7 @@ def report(config: ReportConfig) -> None:
 
     It alone reads outcomes. Raises UserError for a row whose response is not the sample's.
     """
-    read_graded(config.samples_file, config.save_file)  # refuses samples without outcomes
+    read_graded(config.samples_file)  # refuses samples without outcomes
     samples = read_one_per_problem(config.samples_file)
     kept = set()
     for row in read_instruction_rows(config.rows_file):

@@ -59,8 +59,9 @@ class LocalSolver(NamedTuple):
     max_batch_size: int
     coding: Coding | None = None
     source: Mapping[str, object] = {}
+    compiled: bool = False
 
-    def sampler(self, sampling: Sampling, *, compiled: bool = False) -> Sampler:
+    def sampler(self, sampling: Sampling) -> Sampler:
         """Whole solutions, as sample_prompts() takes them; all ranks get the same ones in the same order."""
         coding, config = self.coding, self.model.config
         sampling = coding.sampling(sampling) if coding else sampling
@@ -73,7 +74,7 @@ class LocalSolver(NamedTuple):
                 for prompt, number in wanted
             ]
             for done in generate(self.model, requests, sampling, vocabulary=vocabulary_of(self.tokenizer),
-                                 max_batch_size=self.max_batch_size, compiled=compiled, tool_hook=tool_hook):
+                                 max_batch_size=self.max_batch_size, compiled=self.compiled, tool_hook=tool_hook):
                 finish = coding.end(done, config.max_seq_len) if coding else done.finish
                 error = finish if finish.startswith(INFRASTRUCTURE) else ""
                 # a tenth of a nat: further digits depend on the rest of the batch, and a rerun would change the file
