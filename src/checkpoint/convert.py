@@ -90,10 +90,8 @@ _NAMES: dict[str, dict[str, str]] = {
     "phi3": _HF | _GATE_UP | {"model.layers.#.self_attn.qkv_proj": "layers.#.attention.wqkv_stacked"},
     "glm4": _HF
     | _GATE_UP
-    | {
-        "model.layers.#.post_self_attn_layernorm": "layers.#.attention_post_norm",
-        "model.layers.#.post_mlp_layernorm": "layers.#.ffn_post_norm",
-    },
+    | {"model.layers.#.post_self_attn_layernorm": "layers.#.attention_post_norm",
+       "model.layers.#.post_mlp_layernorm": "layers.#.ffn_post_norm"},
     "internlm2": {
         "model.tok_embeddings": "tok_embeddings",
         "model.norm": "norm",
@@ -238,10 +236,8 @@ def _parts(name: str, fused: StoredTensor, config: ModelConfig) -> dict[str, Sto
         raise UserError(f"{name} has shape {list(fused.shape)}, but the config means {list(whole)}")
     # the parts are read one after the other: the last whole tensor is kept
     kept = fused._replace(load=functools.partial(_load_whole, fused))
-    return {
-        part: kept.then(lambda whole, take=take: take(whole).contiguous(), shapes[part])
-        for part, take in takes.items()
-    }
+    return {part: kept.then(lambda whole, take=take: take(whole).contiguous(), shapes[part])
+            for part, take in takes.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -277,11 +273,8 @@ def _expert_parts(parent: str, modules: str, config: ModelConfig) -> dict[str, T
         return whole[expert].chunk(2)[half] if modules == "w13" else whole[expert]
 
     halves = {"w1": 0, "w3": 1} if modules == "w13" else {"w2": 0}
-    return {
-        f"{parent}.{expert}.{module}.weight": functools.partial(take, expert=expert, half=half)
-        for expert in range(config.n_experts)
-        for module, half in halves.items()
-    }
+    return {f"{parent}.{expert}.{module}.weight": functools.partial(take, expert=expert, half=half)
+            for expert in range(config.n_experts) for module, half in halves.items()}
 
 
 def rotary_from_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:

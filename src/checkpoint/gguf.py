@@ -153,11 +153,8 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
     if start + sum(entry.nbytes for entry in entries.values()) > max(len(data), start):
         raise UserError(f"{path}: its tensors claim more bytes than the file has; the file is corrupt or forged")
     tensors = {
-        name: StoredTensor(
-            entry.shape,
-            functools.partial(_load, data, start + entry.offset, entry),
-            _PLAIN.get(entry.kind.name, torch.float32),
-        )
+        name: StoredTensor(entry.shape, functools.partial(_load, data, start + entry.offset, entry),
+                           _PLAIN.get(entry.kind.name, torch.float32))
         for name, entry in entries.items()
     }
     return GgufFile(path, metadata, tensors)

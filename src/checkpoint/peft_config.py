@@ -30,15 +30,11 @@ _KEYS: dict[str, tuple[object, ...]] = {
     "trainable_token_indices": (None, [], {}),
     **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"), (None, False)),
     **dict.fromkeys(("layer_replication", "layers_to_transform", "target_parameters"), (None, [])),
-    **dict.fromkeys((
-        "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
-        "megatron_config", "enable_lora",
-    ), (None,)),
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+                     "velora_config", "megatron_config", "enable_lora"), (None,)),
     # read below
-    **dict.fromkeys((
-        "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save",
-        "base_model_name_or_path",
-    ), _ANY),
+    **dict.fromkeys(("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+                     "modules_to_save", "base_model_name_or_path"), _ANY),
     # about training, files or starting values that PEFT replaces by those of the adapter; ensure_weight_tying is of
     # embeddings and the output layer, which carry no adapter here
     **dict.fromkeys((
@@ -75,10 +71,8 @@ class PeftConfig(NamedTuple):
         """Rank and alpha of a module under its Hugging Face name, those of patterns included. Rank-stabilised adapters
         (Kalajdzievski 2023) are multiplied with alpha / sqrt(rank): their alpha says so here."""
         rank, alpha = (
-            next(
-                (value for key, value in (self.values.get(name) or {}).items() if _matches(key, module)),
-                self.values[default],
-            )
+            next((value for key, value in (self.values.get(name) or {}).items() if _matches(key, module)),
+                 self.values[default])
             for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
         return Scaled(rank, alpha * math.sqrt(rank) if self.values.get("use_rslora") else alpha)

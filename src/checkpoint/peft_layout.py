@@ -67,11 +67,8 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
     if (folder / WEIGHTS).is_file():
         return read_safetensors(storage.inside(folder, folder / WEIGHTS))
     path = storage.inside(folder, folder / "adapter_model.bin")
-    return {
-        name: as_stored(path, name, value)
-        for name, value in read_torch(path).items()
-        if isinstance(value, Tensor)
-    }
+    return {name: as_stored(path, name, value)
+            for name, value in read_torch(path).items() if isinstance(value, Tensor)}
 
 
 def _our_name(name: str, folder: Path) -> str:

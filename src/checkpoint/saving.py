@@ -96,11 +96,8 @@ def begin_save(
     parallel.free_gathered(model)
     source = Path(ckpt_dir)
     dtype = dtype or model.config.dtype
-    tensors = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if lora is None or parameter.requires_grad
-    }
+    tensors = {name: parameter
+               for name, parameter in model.named_parameters() if lora is None or parameter.requires_grad}
     kind, stored = (storage.ADAPTER, torch.float32) if lora else (storage.WEIGHTS, getattr(torch, dtype))
     groups = [TensorGroup(kind, tensors, stored)]
     documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
@@ -109,12 +106,8 @@ def begin_save(
         documents[training_state.STATE] = state.document()
     documents["params.json"] = model.config.to_dict() | {"dtype": dtype}
     n = parallel.tensor_parallel_size()
-    facts = {
-        "source": str(source),
-        "rotary_layout": "interleaved",
-        "tied": model.config.tied,
-        "split": {name: shards.split_dim(name, model.config, n) for name in tensors},
-    }
+    facts = {"source": str(source), "rotary_layout": "interleaved", "tied": model.config.tied,
+             "split": {name: shards.split_dim(name, model.config, n) for name in tensors}}
     tokenizer = storage.tokenizer_files(Path(tokenizer_file) if tokenizer_file else source)
     return Save(Path(save_dir), groups, documents, tokenizer, facts, background=background)
 

@@ -41,10 +41,8 @@ def split_adapter(
     adapter.config.check_divides(n, description)
     storage.check_complete(adapter.base)
     tokenizer = tokenizer_of(adapter.tokenizer_files, tokenizer_file)
-    documents = {
-        "adapter.json": adapters.document(adapter.base, adapter.lora),
-        "params.json": adapter.config.to_dict(),
-    }
+    documents = {"adapter.json": adapters.document(adapter.base, adapter.lora),
+                 "params.json": adapter.config.to_dict()}
     refuse_source(folder, [adapter.folder, adapter.base])
     return _write_shards(
         adapter.tensors, adapter.config, folder, storage.ADAPTER, n, "", documents, tokenizer, description
@@ -65,12 +63,8 @@ def _write_shards(
     """Fill n shards in one pass over the tensors, and complete the directory."""
     cuts = {name: shards.cut_of(name, config, n) for name in tensors}
     files = {storage.shard_name(kind, index): _layout(tensors, cuts, index, dtype) for index in range(n)}
-    facts = {
-        "source": description,
-        "rotary_layout": "interleaved",
-        "tied": config.tied,
-        "split": {name: how.dim for name, how in cuts.items()},
-    }
+    facts = {"source": description, "rotary_layout": "interleaved", "tied": config.tied,
+             "split": {name: how.dim for name, how in cuts.items()}}
     with _one_thread():
         return write_files(
             folder, [files], tensors, documents, tokenizer, facts,
@@ -100,10 +94,8 @@ def write_files(
     with storage.writing(folder):
         for files in passes:
             with ExitStack() as stack:
-                opened = [
-                    stack.enter_context(open_tensor_file(storage.staging(folder) / name, layout))
-                    for name, layout in files.items()
-                ]
+                opened = [stack.enter_context(open_tensor_file(storage.staging(folder) / name, layout))
+                          for name, layout in files.items()]
                 for name in opened[0].names:
                     whole = tensors[name].load()
                     if not is_finite(whole):

@@ -261,11 +261,8 @@ def open_safetensors_file(path: Path, layout: Mapping[str, TensorSpec]) -> Itera
     # wide types first: every tensor then starts at a multiple of its element
     for name, spec in sorted(layout.items(), key=lambda item: -item[1].dtype.itemsize):
         begins[name] = offset
-        header[name] = {
-            "dtype": _SAFETENSORS_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
+        header[name] = {"dtype": _SAFETENSORS_NAMES[spec.dtype], "shape": list(spec.shape),
+                        "data_offsets": [offset, offset + spec.nbytes]}
         offset += spec.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

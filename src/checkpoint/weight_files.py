@@ -124,11 +124,8 @@ def open_file(path: Path) -> OpenedFile:
         for key in _NESTED_KEYS:
             if isinstance(values.get(key), dict):
                 values = values[key]
-        tensors = {
-            str(name): as_stored(path, str(name), value)
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
+        tensors = {str(name): as_stored(path, str(name), value)
+                   for name, value in values.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors; expected a checkpoint, plain or under {' or '.join(_NESTED_KEYS)}")
     return OpenedFile(path, tensors, params)

@@ -191,11 +191,8 @@ def concatenate(front: StepLabels, row: StepLabels) -> StepLabels:
     if n_front > 1 and not (_has_mistake(front) and not _has_mistake(front, n_front - 1)):
         n_front -= 1
     labels = [0.0] * len(row.labels) if _has_mistake(front) else row.labels
-    return StepLabels(
-        f"{front.instruction} {row.instruction}",
-        [*front.steps[:n_front], *row.steps],
-        [*front.labels[:n_front], *labels],
-    )
+    return StepLabels(f"{front.instruction} {row.instruction}", [*front.steps[:n_front], *row.steps],
+                      [*front.labels[:n_front], *labels])
 
 
 def _has_mistake(row: StepLabels, n_steps: int | None = None) -> bool:

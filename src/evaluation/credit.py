@@ -68,11 +68,8 @@ def report_credit(rows: Sequence[StepLabels], found: Sequence[Credit]) -> dict[s
     wrong = [(place, each) for place, each in zip(first_wrong(rows), found, strict=True) if place >= 0]
     if not wrong:
         raise UserError(f"none of the {len(rows)} solutions has a wrong step; there is none to find")
-    report: dict[str, object] = {
-        "solutions": len(rows),
-        "with_a_wrong_step": len(wrong),
-        "blindly": sum(1 / len(each.step_credits) for _, each in wrong) / len(wrong),
-    }
+    report: dict[str, object] = {"solutions": len(rows), "with_a_wrong_step": len(wrong),
+                                 "blindly": sum(1 / len(each.step_credits) for _, each in wrong) / len(wrong)}
     for name, kind in (("by_sum", "step_credits"), ("by_lowest_token", "step_lowest")):
         hits = sum((steps := getattr(each, kind)).index(min(steps)) == place for place, each in wrong)
         report[name] = {"accuracy": hits / len(wrong), "interval": list(wilson_interval(hits, len(wrong)))}
@@ -87,10 +84,8 @@ def credit_table(report: dict[str, object]) -> str:
     lines = [
         f"{report['with_a_wrong_step']} of {report['solutions']} solutions go wrong; the first wrong step is"
     ]
-    for name, label in (
-        ("by_sum", "by the least credit of a step"),
-        ("by_lowest_token", "by the least of a token"),
-    ):
+    for name, label in (("by_sum", "by the least credit of a step"),
+                        ("by_lowest_token", "by the least of a token")):
         low, high = report[name]["interval"]
         lines.append(f"{label:32}{report[name]['accuracy']:7.1%}   95% interval {low:.1%} .. {high:.1%}")
     lines.append(f"{'blindly':32}{report['blindly']:7.1%}")

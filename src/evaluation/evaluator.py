@@ -170,12 +170,8 @@ def sample_prompts(
         raise UserError(f"there is no prompt to sample for {path}; expected at least one")
     done = _finished_samples(path, prompts, num_samples)
     parallel.barrier()  # nobody writes before all have read
-    wanted = [
-        (prompt, number)
-        for prompt in prompts
-        for number in range(num_samples)
-        if (prompt.id, number) not in done
-    ]
+    wanted = [(prompt, number)
+              for prompt in prompts for number in range(num_samples) if (prompt.id, number) not in done]
     for (name, number), response in done.items() if grading else ():
         grading.submit(name, number, response)
     started, n_done, failed, tokens = time.monotonic(), 0, [], 0

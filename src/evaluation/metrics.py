@@ -31,10 +31,8 @@ def curves(
     for name, values in scores.items():
         if np.isnan(values).any():
             raise ValueError(f"a score ({name}) is not a number; the verifier that gave it has diverged")
-    found = {
-        "pass": {k: np.array([pass_at_k(n, int(c), k) for c in right.sum(1)]) for k in sizes},
-        "majority": {k: vote(right, classes, np.ones(right.shape), k) for k in sizes},
-    }
+    found = {"pass": {k: np.array([pass_at_k(n, int(c), k) for c in right.sum(1)]) for k in sizes},
+             "majority": {k: vote(right, classes, np.ones(right.shape), k) for k in sizes}}
     for name, values in scores.items():
         weights = vote_weights(values)
         found[f"best of n, {name}"] = {k: best_of_n(right, values, k) for k in sizes}
@@ -193,11 +191,8 @@ def calibration(
     """Expected calibration error (Guo et al. 2017, eq. 3) and its bins: probability, accuracy, count."""
     places = np.minimum((probabilities * n_bins).astype(int), n_bins - 1)
     bins = [
-        {
-            "probability": float(probabilities[places == place].mean()),
-            "accuracy": float(right[places == place].mean()),
-            "count": int((places == place).sum()),
-        }
+        {"probability": float(probabilities[places == place].mean()),
+         "accuracy": float(right[places == place].mean()), "count": int((places == place).sum())}
         for place in range(n_bins)
         if (places == place).any()
     ]

@@ -119,10 +119,8 @@ def _by(names: Sequence[Hashable], shares: Sequence[float]) -> dict[Hashable, di
     for name, share in zip(names, shares, strict=True):
         if name is not None:
             groups[name].append(share)
-    return {
-        name: {"accuracy": _mean(values), "interval": interval(values), "problems": len(values)}
-        for name, values in sorted(groups.items())
-    }
+    return {name: {"accuracy": _mean(values), "interval": interval(values), "problems": len(values)}
+            for name, values in sorted(groups.items())}
 
 
 def results_table(results: dict[str, object], speed: Speed | None = None) -> str:

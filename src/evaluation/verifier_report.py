@@ -44,10 +44,8 @@ def pair_accuracy(problems: Sequence[Sequence[Graded]]) -> float:
     """Share of the pairs of a right and a wrong sample of one problem in which the right one scores higher; a tie
     counts half. Every problem with both kinds weighs the same; nan if there is none."""
     shares = [
-        auc(
-            np.array([sample.score for sample in problem]),
-            np.array([sample.verdict.outcome == "right" for sample in problem]),
-        )
+        auc(np.array([sample.score for sample in problem]),
+            np.array([sample.verdict.outcome == "right" for sample in problem]))
         for problem in ([sample for sample in problem if sample.score is not None] for problem in problems)
         if problem
     ]
@@ -98,12 +96,8 @@ def report_steps(
     """
     too_long = sum(scores is None for scores in found)
     rows, found = _scored(rows, found)
-    pairs = [
-        (score, label >= 0.5)
-        for row, scores in zip(rows, found, strict=True)
-        for score, label in zip(scores, row.labels, strict=True)
-        if label is not None
-    ]
+    pairs = [(score, label >= 0.5) for row, scores in zip(rows, found, strict=True)
+             for score, label in zip(scores, row.labels, strict=True) if label is not None]
     scores, right = np.array([score for score, _ in pairs]), np.array([label for _, label in pairs])
     agree = (scores >= 0.5) == right
     threshold = 0.5 if threshold is None else threshold
@@ -125,10 +119,8 @@ def report_steps(
 
 def first_wrong(rows: Sequence[StepLabels]) -> list[int]:
     """The number of each row's first step that is labelled wrong; -1 for none."""
-    return [
-        next((place for place, label in enumerate(row.labels) if label is not None and label < 0.5), -1)
-        for row in rows
-    ]
+    return [next((place for place, label in enumerate(row.labels) if label is not None and label < 0.5), -1)
+            for row in rows]
 
 
 def _scored(

@@ -166,10 +166,8 @@ def conclusion(sides: list[str]) -> str:
     known = [(side, value) for side, value in values[:-1] if value is not None]
     worked = [value for side, value in known if rational(join_thousands(side)) is None]
     digits = len(last.partition(".")[2]) if "." in last else 15
-    if end is not None and any(
-        abs(value - end) > 0.51 / 10**digits + abs(end) * 1e-12
-        for value in worked or [value for _, value in known]
-    ):
+    if end is not None and any(abs(value - end) > 0.51 / 10**digits + abs(end) * 1e-12
+                               for value in worked or [value for _, value in known]):
         return ""
     return last
 

@@ -26,11 +26,8 @@ def variants(tag: str, first: int, last: int) -> dict[str, str]:
     return found
 
 
-RAISED = {
-    char: base
-    for char, base in variants("<super>", 0xB2, 0x2100).items()
-    if (base.isascii() or base == "−") and char != "º"
-}
+RAISED = {char: base for char, base in variants("<super>", 0xB2, 0x2100).items()
+          if (base.isascii() or base == "−") and char != "º"}
 LOWERED = variants("<sub>", 0x2080, 0x209D)
 FRACTIONS = variants("<fraction>", 0xBC, 0x215F)
 WIDE = variants("<wide>", 0xFF01, 0xFF5F) | variants("<font>", 0x1D400, 0x1D800)
@@ -73,10 +70,8 @@ Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 
 def compiled(*rules: tuple[str, str]) -> tuple[Rule, ...]:
     """The rules (pattern, replacement), ready to apply; sub() would read a template again whether or not it matches."""
-    return tuple(
-        (re.compile(pattern), partial(re.Match.expand, template=new) if "\\" in new else new)
-        for pattern, new in rules
-    )
+    return tuple((re.compile(pattern), partial(re.Match.expand, template=new) if "\\" in new else new)
+                 for pattern, new in rules)
 
 
 END = r"(?![A-Za-z])"  # a macro name ends here

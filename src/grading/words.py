@@ -58,10 +58,8 @@ CHANGED_AFTER = re.compile(
     re.IGNORECASE,
 )
 MONEY = re.compile(
-    "|".join(
-        rf"(?P<{name}>{re.escape(sign)}|(?<![A-Za-z])(?:{words})(?![A-Za-z]))"
-        for name, (sign, words) in tables.MONEY.items()
-    ),
+    "|".join(rf"(?P<{name}>{re.escape(sign)}|(?<![A-Za-z])(?:{words})(?![A-Za-z]))"
+             for name, (sign, words) in tables.MONEY.items()),
     re.IGNORECASE,
 )
 RAISED = re.compile(r"(?<=[A-Za-z]) (squared|cubed)(?![A-Za-z])")

@@ -205,12 +205,8 @@ class ChatTemplate:
         return content
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        context = self._names | {
-            "messages": list(messages),
-            "add_generation_prompt": add_generation_prompt,
-            "tools": None,
-            "documents": None,
-        }
+        context = self._names | {"messages": list(messages), "add_generation_prompt": add_generation_prompt,
+                                 "tools": None, "documents": None}
         request = {"template": self.source, "context": context, "args": self.args, "seconds": RENDER_SECONDS}
         try:
             reply = self._worker.ask(request, WAIT_SECONDS)

@@ -24,10 +24,8 @@ def add_control_tokens(folder: Path, tokens: Sequence[str], source: Path) -> int
         raise UserError(f"{source}: the tokenizer has '{known[0]}' already; nothing is to be added")
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     never = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    entries = {
-        str(tokenizer.vocab_size + place): {"content": token, **never, "special": True}
-        for place, token in enumerate(tokens)
-    }
+    entries = {str(tokenizer.vocab_size + place): {"content": token, **never, "special": True}
+               for place, token in enumerate(tokens)}
     config["added_tokens_decoder"] = (config.get("added_tokens_decoder") or {}) | entries
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return tokenizer.vocab_size

@@ -200,15 +200,10 @@ def _byte_level(said: _Said, tokens: list[str], types: list[int], cut: _Cut, bos
         if len(pair) != 2 or any(piece not in vocab for piece in (*pair, "".join(pair))):
             raise UserError(f"{said.source}: {_G}merges has {' '.join(pair)[:60]!r}, no two tokens that make one")
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": index, "content": tokens[index], **plain, "special": kind == CONTROL}
-        for index, kind in enumerate(types)
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-    splits = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in cut.patterns
-    ]
+    added = [{"id": index, "content": tokens[index], **plain, "special": kind == CONTROL}
+             for index, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)]
+    splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+              for pattern in cut.patterns]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     post = None
     if bos is not None:
@@ -316,10 +311,8 @@ def _from_sentencepiece(model: bytes, source: str) -> tuple[dict[str, object], d
     if opened.replaces or opened.squeezes:
         what = "a table that replaces characters" if opened.replaces else "the removal of repeated spaces"
         raise UserError(f"{source}: its normalizer has {what}, which llama.cpp does not apply")
-    tokens = {
-        index: _Token(text.replace(_SPACE, " ") if kind == USER_DEFINED else text, kind, score)
-        for index, (text, score, kind) in enumerate(opened.pieces)
-    }
+    tokens = {index: _Token(text.replace(_SPACE, " ") if kind == USER_DEFINED else text, kind, score)
+              for index, (text, score, kind) in enumerate(opened.pieces)}
     return {f"{_G}model": "llama", f"{_G}pre": "default", f"{_G}add_space_prefix": opened.puts_space}, tokens
 
 

@@ -172,11 +172,8 @@ class Tokenizer:
 
     def chat_facts(self) -> dict[str, object]:
         """What gives texts their form, as ModelConfig records it."""
-        return {
-            "chat_template": self.chat_template,
-            "template_args": self.template_args,
-            "system_prompt": self.system_prompt,
-        }
+        return {"chat_template": self.chat_template, "template_args": self.template_args,
+                "system_prompt": self.system_prompt}
 
     def fingerprint(self) -> str:
         """A hash of the ids that texts become: of the vocabulary's file and the tokens that config files add."""

@@ -87,11 +87,8 @@ class SentencePiece:
             raise UserError(f"{path} is no tokenizer: expected a sentencepiece model, a tiktoken file, tokenizer.json, "
                             "or vocab.json with merges.txt; it may be truncated") from None
         self.size = len(pieces)
-        self.added = {
-            piece: Added(index, control=True)
-            for index, piece in enumerate(pieces)
-            if self._model.is_control(index)
-        }
+        self.added = {piece: Added(index, control=True)
+                      for index, piece in enumerate(pieces) if self._model.is_control(index)}
         self.bos, self.eos = (
             pieces[index] if index >= 0 else None for index in (self._model.bos_id(), self._model.eos_id())
         )
@@ -243,10 +240,8 @@ class HfTokenizers:
         model.encode_special_tokens = True  # text that spells a control token stays text
         self.kind = kind
         self._model = model
-        self.added = {
-            token.content: Added(index, token.special, token.lstrip, token.rstrip)
-            for index, token in model.get_added_tokens_decoder().items()
-        }
+        self.added = {token.content: Added(index, token.special, token.lstrip, token.rstrip)
+                      for index, token in model.get_added_tokens_decoder().items()}
         ids = model.get_vocab(with_added_tokens=True).values()
         self.size = max(ids) + 1
         text, sequence = model.encode("a", add_special_tokens=False).tokens, model.encode("a").tokens
@@ -291,10 +286,8 @@ class HfTokenizers:
         if cut.nfc:
             model.normalizer = normalizers.NFC()
         model.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(cut.pattern), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
+            [pre_tokenizers.Split(tokenizers.Regex(cut.pattern), "isolated"),
+             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         model.decoder = decoders.ByteLevel()
         return cls(model, "vocab.json and merges.txt")

@@ -80,10 +80,8 @@ def _completed(
         for keys in chunks(missing, max_batch_size * parallel.data_parallel_size()):
             found = _log_probs(model, [every[key] for key in keys], max_batch_size)
             known |= zip(keys, found, strict=True)
-            file.writelines(
-                json.dumps({"key": key, "logprob": value}) + "\n"
-                for key, value in zip(keys, found, strict=True)
-            )
+            file.writelines(json.dumps({"key": key, "logprob": value}) + "\n"
+                            for key, value in zip(keys, found, strict=True))
             file.flush()
             log.advance(len(keys))
     log.close_progress()

@@ -35,11 +35,8 @@ def refill_groups(
             break
         rollout, scores = sample(refill)
     alive = torch.cat(has_variance)
-    stats = {
-        "dead_groups": int((~alive).sum()) / len(alive),
-        "sampled_reward": torch.cat(everything).mean().item(),
-        "sampled_groups": float(len(alive)),
-    }
+    stats = {"dead_groups": int((~alive).sum()) / len(alive),
+             "sampled_reward": torch.cat(everything).mean().item(), "sampled_groups": float(len(alive))}
     if not found:  # nothing to learn from: the last ones stand for the log, and --filter_groups trains on none of them
         return rollout, scores, stats
     rollouts, parts = zip(*found, strict=True)

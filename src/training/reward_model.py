@@ -145,10 +145,8 @@ def pair_dataset(
 
 def encode_pairs(row: Pair, tokenizer: Tokenizer) -> Iterator[tuple[Encoded, Encoded]]:
     """The pairs of a row: as many as its longer side has texts; the shorter side repeats."""
-    sides = [
-        [encode_response(tokenizer, row.instruction, text, prefix=row.prefix) for text in side]
-        for side in (row.chosen, row.rejected)
-    ]
+    sides = [[encode_response(tokenizer, row.instruction, text, prefix=row.prefix) for text in side]
+             for side in (row.chosen, row.rejected)]
     for index in range(max(map(len, sides))):
         yield tuple(side[index % len(side)] for side in sides)
 

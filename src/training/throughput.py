@@ -23,11 +23,8 @@ class ThroughputMeter:
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         """dtype: of the products, whose best rate here counts as all there is."""
         shapes = expected_shapes(config)
-        self._weights = sum(
-            shape[0] * shape[1]
-            for name, shape in shapes.items()
-            if len(shape) == 2 and name not in ("tok_embeddings.weight", "output.weight")
-        )
+        self._weights = sum(shape[0] * shape[1] for name, shape in shapes.items()
+                            if len(shape) == 2 and name not in ("tok_embeddings.weight", "output.weight"))
         self._head = config.vocab_size * config.dim if not config.value_head else 0
         self._attention = 6 * config.n_layers * config.n_heads * config.head_dim
         self.peak = matrix_rate(dtype)

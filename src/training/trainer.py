@@ -100,10 +100,8 @@ class Trainer:
         self._copies = [shards.copies(shards.cut_of(name, model.config, n), rank) for name in self._trainable]
         matrices = [p for p in self._trainable.values() if p.dim() > 1]
         vectors = [p for p in self._trainable.values() if p.dim() <= 1]  # norms are not decayed
-        groups = [
-            {"params": matrices, "weight_decay": flags.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        groups = [{"params": matrices, "weight_decay": flags.weight_decay},
+                  {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], self.max_lr, adam_eps)
         self._heap = HeapTrimmer()
         self._seed_step()
