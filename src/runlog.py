@@ -126,10 +126,7 @@ class RunLog:
     rank may hold one and call it; only rank 0 writes."""
 
     def __init__(
-        self,
-        folder: str,
-        flags: Mapping[str, object],
-        facts: Mapping[str, object] | None = None,
+        self, folder: str, flags: Mapping[str, object], facts: Mapping[str, object] | None = None,
         wandb: str = "",
     ) -> None:
         """facts: what run.json is to say besides, json values by name.

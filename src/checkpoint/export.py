@@ -21,12 +21,7 @@ GGUF = "model.gguf"
 
 
 def export_hf(
-    source: Source,
-    folder: Path,
-    description: str,
-    *,
-    dtype: str = "",
-    tokenizer_file: str = "",
+    source: Source, folder: Path, description: str, *, dtype: str = "", tokenizer_file: str = "",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
     """Write config.json, model*.safetensors of at most max_shard_bytes each, their index, and the tokenizer.

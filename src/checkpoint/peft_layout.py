@@ -143,11 +143,7 @@ def as_ours(
 
 
 def _plain_factors(
-    adapter: PeftAdapter,
-    stem: str,
-    base: Mapping[str, StoredTensor],
-    config: ModelConfig,
-    rank: int,
+    adapter: PeftAdapter, stem: str, base: Mapping[str, StoredTensor], config: ModelConfig, rank: int,
     share: float,
 ) -> tuple[Tensor, Tensor]:
     """Factors of `rank` whose product is `share` of B A, less what PEFT took from the base. [rank, in], [out, rank]."""

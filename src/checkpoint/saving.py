@@ -35,14 +35,8 @@ class Save:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        groups: Sequence[TensorGroup],
-        documents: Mapping[str, Mapping[str, object]],
-        tokenizer_files: Sequence[Path],
-        facts: Mapping[str, object],
-        *,
-        background: bool,
+        self, folder: Path, groups: Sequence[TensorGroup], documents: Mapping[str, Mapping[str, object]],
+        tokenizer_files: Sequence[Path], facts: Mapping[str, object], *, background: bool,
     ) -> None:
         """documents, tokenizer_files, facts: as storage.finish() takes them. Every rank makes the save."""
         self._folder = folder
@@ -77,14 +71,8 @@ class Save:
 
 
 def begin_save(
-    model: Decoder,
-    save_dir: str,
-    ckpt_dir: str,
-    dtype: str = "",
-    lora: LoraConfig | None = None,
-    tokenizer_file: str = "",
-    state: RunState | None = None,
-    background: bool = False,
+    model: Decoder, save_dir: str, ckpt_dir: str, dtype: str = "", lora: LoraConfig | None = None,
+    tokenizer_file: str = "", state: RunState | None = None, background: bool = False,
 ) -> Save:
     """A save of the model as it is now, for all ranks to complete.
 

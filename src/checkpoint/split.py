@@ -50,15 +50,8 @@ def split_adapter(
 
 
 def _write_shards(
-    tensors: Mapping[str, StoredTensor],
-    config: ModelConfig,
-    folder: Path,
-    kind: str,
-    n: int,
-    dtype: str,
-    documents: Mapping[str, Mapping[str, object]],
-    tokenizer: list[Path],
-    description: str,
+    tensors: Mapping[str, StoredTensor], config: ModelConfig, folder: Path, kind: str, n: int, dtype: str,
+    documents: Mapping[str, Mapping[str, object]], tokenizer: list[Path], description: str,
 ) -> list[str]:
     """Fill n shards in one pass over the tensors, and complete the directory."""
     cuts = {name: shards.cut_of(name, config, n) for name in tensors}

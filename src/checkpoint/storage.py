@@ -142,10 +142,7 @@ def write_shard(
 
 
 def finish(
-    folder: Path,
-    n: int,
-    documents: Mapping[str, Mapping[str, object]],
-    tokenizer_files: Sequence[Path],
+    folder: Path, n: int, documents: Mapping[str, Mapping[str, object]], tokenizer_files: Sequence[Path],
     facts: Mapping[str, object],
 ) -> None:
     """Complete the save whose n shards (tensor files of each kind) are written, and move it into place.

@@ -134,10 +134,7 @@ class TensorFile:
     """
 
     def __init__(
-        self,
-        path: Path,
-        layout: Mapping[str, TensorSpec],
-        offsets: Mapping[str, int],
+        self, path: Path, layout: Mapping[str, TensorSpec], offsets: Mapping[str, int],
         checksums: Mapping[str, Sequence[int]],
     ) -> None:
         """offsets: where a tensor's bytes begin; checksums: where their CRC-32 is written, after them."""

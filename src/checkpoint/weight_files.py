@@ -226,10 +226,7 @@ def _join_shards(
 
 
 def _config(
-    values: dict[str, object],
-    described: str,
-    tensors: dict[str, StoredTensor],
-    scale: int = 1,
+    values: dict[str, object], described: str, tensors: dict[str, StoredTensor], scale: int = 1,
     embedding_dim: int = 1,
 ) -> ModelConfig:
     """The ModelConfig of a description in our, Hugging Face's or Meta's terms. `tensors` may be shard 0 of `scale`

@@ -173,11 +173,8 @@ class StepSampling(NamedTuple):
 
 
 def branching_sampler(
-    solver: LocalSolver | ServedSolver,
-    prefixes: Mapping[str, str],
-    sampling: StepSampling,
-    grade: Callable[[str, str], str],
-    attempts: int,
+    solver: LocalSolver | ServedSolver, prefixes: Mapping[str, str], sampling: StepSampling,
+    grade: Callable[[str, str], str], attempts: int,
 ) -> Sampler:
     """Make a sampler of wrong solutions that begin with the prefix of their id (Lu et al. 2024, section 3.2).
 

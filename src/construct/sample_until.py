@@ -65,10 +65,7 @@ def attempts(config: AttemptsConfig) -> None:
 
 
 def sample_until(
-    sampler: Sampler,
-    n_right: int,
-    n_wrong: int,
-    grade: Callable[[Prompt, str], str],
+    sampler: Sampler, n_right: int, n_wrong: int, grade: Callable[[Prompt, str], str],
     earlier: Mapping[tuple[str, int], str],
 ) -> Sampler:
     """Sample each problem, one requested sample at a time, until it has so many right and so many wrong solutions.

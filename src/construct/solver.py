@@ -113,15 +113,8 @@ def _check_outcomes(samples: Sequence[Sample], task: Task, samples_file: str) ->
 
 
 def sample_and_grade(
-    solver: LocalSolver | ServedSolver,
-    sampler: Sampler,
-    prompts: Sequence[Prompt],
-    n: int,
-    *,
-    config: Config,
-    log_dir: str,
-    identity: Mapping[str, object],
-    task: Task | None = None,
+    solver: LocalSolver | ServedSolver, sampler: Sampler, prompts: Sequence[Prompt], n: int, *,
+    config: Config, log_dir: str, identity: Mapping[str, object], task: Task | None = None,
 ) -> Path:
     """Sample n times for every problem into log_dir/samples.jsonl, grading with the task meanwhile. -> the file.
 

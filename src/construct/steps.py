@@ -249,12 +249,8 @@ def branch_points(steps: Sequence[str]) -> list[int]:
 
 
 def step_controlled_pairs(
-    jobs: Sequence[Truncated],
-    wrong_solutions: Sequence[Sample],
-    schedule: TemperatureSchedule,
-    *,
-    max_steps: int,
-    max_step_characters: int,
+    jobs: Sequence[Truncated], wrong_solutions: Sequence[Sample], schedule: TemperatureSchedule, *,
+    max_steps: int, max_step_characters: int,
 ) -> tuple[list[Row], Counter[str]]:
     """Make rows `{"instruction", "prefix", "chosen", "rejected"}`, a right and a wrong rest; count how branches end.
 

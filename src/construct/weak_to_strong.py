@@ -148,13 +148,8 @@ def read_shown_problems(file: str) -> list[str]:
 
 
 def agreement(
-    weak: dict[str, Sample],
-    icl: dict[str, Sample],
-    equal: Equal,
-    shown: Collection[str] = (),
-    *,
-    fill_up_to: int = -1,
-    seed: int = 1,
+    weak: dict[str, Sample], icl: dict[str, Sample], equal: Equal, shown: Collection[str] = (), *,
+    fill_up_to: int = -1, seed: int = 1,
 ) -> tuple[dict[str, list[Row]], Counter[str]]:
     """Find the problems to which both models give an answer and the same one (section 3.1). -> the rows of the weak
     model, of the strong one (icl) and of both in turns (hybrid), and how many problems ended how.
@@ -310,14 +305,8 @@ def contrast(config: ContrastConfig) -> None:
 
 
 def contrast_pairs(
-    found: Iterable[Vote],
-    weak: dict[str, Sample],
-    equal: Equal,
-    *,
-    min_confidence: float,
-    flip_confidence: float,
-    pairs_per_problem: int,
-    seed: int,
+    found: Iterable[Vote], weak: dict[str, Sample], equal: Equal, *, min_confidence: float,
+    flip_confidence: float, pairs_per_problem: int, seed: int,
 ) -> tuple[list[Row], Counter[str]]:
     """Pair the weak model's response with the strong one's samples (section 3.2). -> pairs, and problems by their end.
 

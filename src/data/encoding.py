@@ -202,13 +202,8 @@ def split_steps(solution: str, step_end: str = STEP_END) -> list[str]:
 
 
 def encode_steps(
-    tokenizer: Tokenizer,
-    instruction: str,
-    steps: Sequence[str],
-    labels: Sequence[float | None],
-    *,
-    finished: bool = True,
-    step_end: str = STEP_END,
+    tokenizer: Tokenizer, instruction: str, steps: Sequence[str], labels: Sequence[float | None], *,
+    finished: bool = True, step_end: str = STEP_END,
 ) -> Encoded:
     """Encode a solution in steps, each scored at its last token: the one place that says which token carries its score.
 

@@ -153,12 +153,7 @@ def identity_file(path: Path) -> Path:
 
 
 def sample_prompts(
-    sampler: Sampler,
-    prompts: Sequence[Prompt],
-    *,
-    num_samples: int,
-    path: Path,
-    log: RunLog,
+    sampler: Sampler, prompts: Sequence[Prompt], *, num_samples: int, path: Path, log: RunLog,
     grading: BackgroundGrader | None = None,
 ) -> Speed:
     """Sample every prompt into samples.jsonl, a line as each sample finishes; what the file holds is not redone.

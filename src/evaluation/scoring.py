@@ -36,14 +36,8 @@ class Scored(NamedTuple):
 
 
 def score_samples(
-    verifier: Decoder,
-    tokenizer: Tokenizer,
-    samples: Sequence[Sample],
-    *,
-    aggregation: str,
-    max_batch_size: int,
-    path: Path,
-    log: RunLog,
+    verifier: Decoder, tokenizer: Tokenizer, samples: Sequence[Sample], *, aggregation: str,
+    max_batch_size: int, path: Path, log: RunLog,
 ) -> list[Scored | None]:
     """Score every sample, in their order. `aggregation` makes one score of a process verifier's steps.
 

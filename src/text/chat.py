@@ -70,13 +70,8 @@ class ChatTemplate:
     """
 
     def __init__(
-        self,
-        name: str,
-        source: str,
-        names: Mapping[str, str],
-        control: Collection[str],
-        args: Mapping[str, object] | None = None,
-        system_prompt: str = "",
+        self, name: str, source: str, names: Mapping[str, str], control: Collection[str],
+        args: Mapping[str, object] | None = None, system_prompt: str = "",
     ) -> None:
         """names: what the template may call bos_token, eos_token, ...; control: all control tokens.
 

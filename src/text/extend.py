@@ -32,11 +32,8 @@ def add_control_tokens(folder: Path, tokens: Sequence[str], source: Path) -> int
 
 
 def say_ends(
-    folder: Path,
-    chat_template: str,
-    ids: Mapping[str, object],
-    template_args: Mapping[str, object] | None = None,
-    system_prompt: str = "",
+    folder: Path, chat_template: str, ids: Mapping[str, object],
+    template_args: Mapping[str, object] | None = None, system_prompt: str = "",
 ) -> dict[str, object]:
     """Write what ends a response, and the template of training, where transformers looks for them.
 

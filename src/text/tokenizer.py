@@ -29,10 +29,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        path: Path,
-        chat_template: str = "none",
-        template_args: Mapping[str, object] | None = None,
+        self, path: Path, chat_template: str = "none", template_args: Mapping[str, object] | None = None,
         system_prompt: str = "",
     ) -> None:
         """Open a vocabulary file, or the one in a directory, with the config files next to it.

@@ -41,13 +41,8 @@ def validation_loss(model: Decoder, held_out: Dataset, sampler: BatchSampler, *,
 
 
 def sft_dataset(
-    rows: Sequence[Instruction | Chat],
-    tokenizer: Tokenizer,
-    *,
-    max_seq_len: int,
-    source: str,
-    truncation: Truncation = "drop",
-    loss_on: Learnt = "assistant_no_execution",
+    rows: Sequence[Instruction | Chat], tokenizer: Tokenizer, *, max_seq_len: int, source: str,
+    truncation: Truncation = "drop", loss_on: Learnt = "assistant_no_execution",
 ) -> Dataset:
     """Encode rows; a row with several outputs shows one of them in each epoch. fit() says what becomes of rows that are
     too long. loss_on: the tokens to learn."""

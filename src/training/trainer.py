@@ -74,15 +74,8 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: Decoder,
-        log: RunLog,
-        flags: OptimizerFlags,
-        *,
-        total_steps: int,
-        lr: float | None = None,
-        adam_eps: float = 1e-8,
-        optimizer: OptimizerName = "adamw",
+        self, model: Decoder, log: RunLog, flags: OptimizerFlags, *, total_steps: int,
+        lr: float | None = None, adam_eps: float = 1e-8, optimizer: OptimizerName = "adamw",
     ) -> None:
         """lr: the peak rate where it is not flags.lr, as for a critic."""
         self.model, self.log, self.flags = model, log, flags
