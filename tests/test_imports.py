@@ -63,6 +63,9 @@ DOORS: dict[str, str | None] = {
     "tools": "checkpoint_split.py",  # --certify
     "fire": "src/command/cli.py",
     "yaml": "src/command/flags.py",
+    "huggingface_hub": "src/command/hub.py",
+    "datasets": None,  # also the word for what is trained on
+    "datasets.load_dataset": "src/command/hub.py",
     "tqdm": "src/runlog.py",
     "wandb": None,  # also the name of a flag
     "wandb.init": "src/runlog.py",

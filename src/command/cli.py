@@ -176,6 +176,8 @@ def usage(main: Callable[..., None], width: int) -> str:
                 width,
             )
         )
+    blocks.append(_wrap("Where a path is read, hf:ORG/NAME[@REVISION] is a checkpoint at the Hugging Face Hub, and "
+                        "hf:ORG/NAME[@REVISION][:CONFIG][:SPLIT] rows.", width))
     blocks.append(_wrap(f"--config FILE: {CONFIG}.", width))
     blocks.append(
         _wrap(

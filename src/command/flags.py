@@ -19,6 +19,7 @@ import yaml
 
 from src import jsonfile
 from src.command.config import Bounds, Config, check_bounds
+from src.command.hub import fetch
 from src.errors import UserError
 
 Scalar = str | int | float | bool | None
@@ -169,7 +170,16 @@ def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
     if missing:
         names = ", ".join(f"--{flag.name}" for flag in missing)
         raise UserError(f"missing required {names}; write {missing[0].example}, or see --help")
-    return values
+    return {name: _fetched(name, value) if is_path(name) else value for name, value in values.items()}
+
+
+def _fetched(name: str, value: Value) -> Value:
+    """The value of a flag for paths with what lies at the Hugging Face Hub fetched. Raises UserError."""
+    words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
+    if name in WRITTEN and any(word.startswith("hf:") for word in words):
+        raise UserError(f"--{name} is {words[0]!r}; what lies at the Hub is read only, expected a local path")
+    found = [fetch(name, word) for word in words]
+    return found if isinstance(value, list) else (*found, value)[0]
 
 
 def bind(main: Callable[..., None], values: Mapping[str, Value]) -> Callable[[], None]:
