@@ -15,7 +15,7 @@ from typing import Literal
 from src import load, parallel, plan, runlog
 from src.checkpoint import export, gguf_layout, sources, storage, training_state, verify
 from src.checkpoint.sources import AdapterSource, Source
-from src.checkpoint.split import split, split_adapter, tokenizer_of, with_added_tokens
+from src.checkpoint.split import as_verifier, split, split_adapter, tokenizer_of, with_added_tokens
 from src.command import cli
 from src.command.config import Config, Count, CountOrOff, CountOrZero, Counts, Positive, flag
 from src.errors import UserError
@@ -25,6 +25,7 @@ from src.text.blocks import CODE_FORM, Marker
 from src.text.chat import has_own_template
 from src.text.extend import GENERATION, add_control_tokens, say_ends
 from src.text.gguf_tokenizer import tokenizer_metadata
+from src.text.tokenizer import Tokenizer
 from tools.certify import certify
 
 
@@ -61,6 +62,9 @@ class SplitConfig(Config):
     code_tokens: bool = flag(False, """put the eight markers of solutions with code after the tokenizer's
         vocabulary, each row the mean of those before; later commands then write such solutions, as
         --chat_template code""")
+    verifier_form: Literal["", "math-shepherd", "rlhflow"] = flag("", """make a process verifier of a model that says
+        "+" after a right step and "-" after a wrong one, and show it steps as Math-Shepherd's or RLHFlow's training
+        did; Qwen2.5-Math-PRM's form is known by its weights""")
     certify: str = flag("", """a directory made here to compute with instead, on several ranks of this CPU,
         padded, packed, decoded and with a chunked loss: how far logits, log-probs and gradients lie from a
         plain forward; status 1 beyond rounding""")
@@ -117,6 +121,12 @@ def main(config: SplitConfig) -> None:
         source = with_added_tokens(source, config.num_added_tokens)
     if config.code_tokens:
         source, tokenizer_file = with_code_tokens(source, tokenizer_file, described)
+    if config.verifier_form:
+        if keep or not storage.has_vocabulary(tokenizer_of(source.tokenizer_files, tokenizer_file)):
+            raise UserError(f"--verifier_form needs whole weights and a tokenizer beside {described}; merge the "
+                            "adapter, or give --tokenizer_file")
+        tokenizer = Tokenizer(Path(tokenizer_file) if tokenizer_file else source.tokenizer_files[0].parent)
+        source = as_verifier(source, config.verifier_form, tokenizer)
     if (sources.folders_of(source)[0] / training_state.STATE).is_file():
         log.warning("%s is a training checkpoint: its weights are written, and its optimizer and place in the run are "
                     "left out. --resume opens it as it is, on any number of ranks", described)

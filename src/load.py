@@ -190,6 +190,9 @@ def load_verifier(
     With from_solver a solver will do: its value head starts at zero.
     """
     config = load_config(ckpt_dir, model_type, "" if from_solver else "verifier")
+    if from_solver and config.verifier_form:
+        raise UserError(f"{ckpt_dir} is a verifier of the form {config.verifier_form}, which scores here and is not "
+                        "trained; begin with a solver, or with a verifier trained here")
     return _load(Path(ckpt_dir), config, precision, trained, value_head=True, quantize=quantize)
 
 

@@ -28,6 +28,8 @@ _HF = {
     "model.norm": "norm",
     "lm_head": "output",
     "score": "v_head",  # transformers' classifiers with one label
+    "score.0": "v_head_in",  # Qwen2.5-Math-PRM
+    "score.2": "v_head",
     "model.layers.#.self_attn.q_proj": "layers.#.attention.wq",
     "model.layers.#.self_attn.k_proj": "layers.#.attention.wk",
     "model.layers.#.self_attn.v_proj": "layers.#.attention.wv",

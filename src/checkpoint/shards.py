@@ -17,7 +17,8 @@ from src.parallel import padded_share, share
 SPLIT_DIM: dict[str, int | None] = {
     **dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0),  # by what they give
     **dict.fromkeys(("wo", "w2"), 1),  # by what they take: the sum over ranks is theirs to send
-    **dict.fromkeys(("gate", "shared_gate", "q_norm", "k_norm", "norm", "v_head"), None),
+    **dict.fromkeys(("gate", "shared_gate", "q_norm", "k_norm", "norm"), None),
+    **dict.fromkeys(("v_head", "v_head_in"), None),
     **dict.fromkeys(("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"), None),
 }
 
@@ -36,7 +37,7 @@ def split_dim(name: str, config: ModelConfig, n: int = 1) -> int | None:
     if parts[-2] in ("lora_a", "lora_b", "lora_m"):
         # an adapter's A shares its base's inputs, its B and DoRA's lengths the base's outputs: A or they are whole
         return dim if dim == (1 if parts[-2] == "lora_a" else 0) else None
-    if parts[-1] == "bias" and dim is None:
+    if parts[-1] == "bias" and dim is None and not (config.two_layer_head and module.startswith("v_head")):
         raise UserError(f"unknown parameter {name!r}; only linears that are split have a bias")
     return None if parts[-1] == "bias" and dim == 1 else dim  # outputs of the sum over ranks are whole
 
@@ -228,6 +229,8 @@ def expected_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
         shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
     shapes["norm.weight"] = (D,)
     if config.value_head:
+        if config.two_layer_head:
+            shapes |= {"v_head_in.weight": (D, D), "v_head_in.bias": (D,), "v_head.bias": (1,)}
         shapes["v_head.weight"] = (1, D)
     elif not config.tied:
         shapes["output.weight"] = (V, D)

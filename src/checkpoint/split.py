@@ -15,6 +15,7 @@ from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_tensor_fi
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.text.extend import GENERATION
+from src.text.tokenizer import Tokenizer
 
 
 def split(
@@ -144,6 +145,30 @@ def _layout(
         piece = shards.view_of(torch.empty(stored.shape, device="meta"), cuts[name], index)
         layout[name] = TensorSpec(tuple(piece.shape), getattr(torch, dtype) if dtype else stored.dtype)
     return layout
+
+
+def as_verifier(source: Source, form: str, tokenizer: Tokenizer) -> Source:
+    """The process verifier in a solver that was trained to say "+" after a right step and "-" after a wrong one.
+
+    Its score is the logit of the first minus that of the second, as one row [1, D] of a value head.
+    """
+    config, ids = source.config, [tokenizer.encode(sign)[-1] for sign in "+-"]
+    if config.value_head or config.logit_softcap:
+        raise UserError(f"--verifier_form {form} is for a solver without a softcap; found "
+                        + ("a verifier" if config.value_head else f"logit_softcap={config.logit_softcap}"))
+
+    def head(output: Tensor) -> Tensor:
+        """[V, D] -> [1, D] float32."""
+        right, wrong = output[ids].float()
+        return (right - wrong)[None] / config.logit_divisor
+
+    output = source.tensors["tok_embeddings.weight" if config.tied else "output.weight"]
+    tensors = {name: stored for name, stored in source.tensors.items() if name != "output.weight"}
+    tensors["v_head.weight"] = output.then(head, (1, config.dim))._replace(dtype=torch.float32)
+    config = dataclasses.replace(
+        config, value_head=True, tied=False, objective="process", score="steps", verifier_form=form,
+        **{"step": "line"} if form == "math-shepherd" else {"chat_template": "file"})
+    return source._replace(config=config, tensors=tensors)
 
 
 def with_added_tokens(source: Source, n: int, first: int | None = None) -> Source:

@@ -285,6 +285,17 @@ def _verifier_from_hf(
     tensors: dict[str, StoredTensor], values: dict[str, object], config: ModelConfig, described: str
 ) -> tuple[dict[str, StoredTensor], ModelConfig]:
     """The verifier in a classifier of transformers with one label; where its scores are read, its export knows."""
+    if "v_head_in.weight" in tensors:  # Qwen2.5-Math-PRM: logits of wrong and right, here their difference
+        heads = {name: tensors[name] for name in ("v_head.weight", "v_head.bias") if name in tensors}
+        if any(stored.shape[0] != 2 for stored in heads.values()):
+            raise UserError(f"{described}: score.2 has {tensors['v_head.weight'].shape[0]} outputs; expected 2: a step "
+                            "is wrong, it is right")
+        heads = {name: stored.then(lambda whole: whole[1:] - whole[:1], (1, *stored.shape[1:]))
+                 for name, stored in heads.items()}
+        tensors = {name: stored for name, stored in tensors.items() if name != "output.weight"} | heads
+        return tensors, dataclasses.replace(
+            config, value_head=True, two_layer_head=True, tied=False, objective="process", score="steps",
+            verifier_form="qwen-prm", chat_template="file")
     bias = tensors.get("v_head.bias")
     if bias is not None and bias.load().any():
         raise UserError(f"{described}: score.bias is not zero, and a verifier's value head has no bias")

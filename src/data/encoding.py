@@ -25,6 +25,9 @@ MAX_DROPPED_SHARE = 0.01  # more answers than this lost to the length limit is a
 StepKind = Literal["paragraph", "line"]
 STEP_ENDS: dict[str, str] = {"paragraph": "\n\n", "line": "\n"}
 STEP_END = STEP_ENDS["paragraph"]
+# How verifiers trained elsewhere are shown steps: what stands before the first and before the others, and the token
+# after each at which its score is read. Zhang et al. 2025 (arXiv 2501.07301), Wang et al. 2024 (arXiv 2312.08935).
+STEP_TOKENS = {"qwen-prm": ("", "", "<extra_0>"), "math-shepherd": (" ", "\n", "ки")}
 
 
 class Encoded(NamedTuple):
@@ -203,27 +206,56 @@ def split_steps(solution: str, step_end: str = STEP_END) -> list[str]:
 
 def encode_steps(
     tokenizer: Tokenizer, instruction: str, steps: Sequence[str], labels: Sequence[float | None], *,
-    finished: bool = True, step_end: str = STEP_END,
+    finished: bool = True, step_end: str = STEP_END, form: str = "",
 ) -> Encoded:
     """Encode a solution in steps, each scored at its last token: the one place that says which token carries its score.
 
     Steps are tokenised apart, step_end after each but the last and EOS after that if it is finished, so that the
-    position of every step's end is known by construction. A step with the label None is not scored.
+    position of every step's end is known by construction. A step with the label None is not scored. form: of a
+    verifier that was trained elsewhere, which is shown steps as STEP_TOKENS says, or as _steps_as_turns() does.
     """
+    if form == "rlhflow":
+        return _steps_as_turns(tokenizer, instruction, steps, labels)
     prompt = encode_prompt(tokenizer, instruction)
-    texts = [step + step_end for step in steps[:-1]] + [steps[-1]]
+    texts, tag = [step + step_end for step in steps[:-1]] + [steps[-1]], []
+    if form:
+        first, between, name = STEP_TOKENS[form]
+        texts, finished = [first + steps[0], *(between + step for step in steps[1:])], False
+        tag = [tokenizer.control[name]] if name in tokenizer.control else tokenizer.encode(name)
+        if len(tag) != 1:
+            raise UserError(f"{tokenizer.path} has no token {name!r}, at which verifiers of the form {form} are read; "
+                            "give the tokenizer that this one was trained with")
     if tokenizer.chat:
         texts = _steps_in_template(tokenizer, instruction, texts, finished=finished)
     response: list[int] = []
     targets: list[float] = []
     for number, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if tokenizer.chat:
-            response += tokenizer.encode_rendered(text, start=number == 0)
+            response += tokenizer.encode_rendered(text, start=number == 0) + tag
         else:
-            ends = finished and number == len(texts) - 1
-            response += tokenizer.encode(text, start=number == 0) + ([tokenizer.eos_id] if ends else [])
+            ends = [tokenizer.eos_id] if finished and number == len(texts) - 1 else tag
+            response += tokenizer.encode(text, start=number == 0 and not form) + ends
         targets += [math.nan] * (len(response) - len(targets) - 1) + [math.nan if label is None else label]
     return Encoded(prompt + response, len(prompt), tuple(targets))
+
+
+def _steps_as_turns(
+    tokenizer: Tokenizer, instruction: str, steps: Sequence[str], labels: Sequence[float | None]
+) -> Encoded:
+    """Steps as a user's turns, the problem before the first; the verifier answers each with "+" or "-". As in Xiong et
+    al. 2024 (github.com/RLHFlow/RLHF-Reward-Modeling, math-rm): "+" stands as every answer, and the score is read where
+    an answer is predicted. Raises UserError for a template in which earlier turns change."""
+    said = [f"{instruction} {steps[0]}", *steps[1:]]
+    turns = [_message(role, text) for step in said for role, text in (("user", step), ("assistant", "+"))]
+    tokens, is_answer = encode_conversation(tokenizer, turns)[-1]
+    ends = [place for place in range(len(tokens) - 1) if is_answer[place + 1] and not is_answer[place]]
+    if len(ends) != len(steps):
+        raise UserError(f"chat template {tokenizer.chat_template} shows {len(ends)} of {len(steps)} turns; a verifier "
+                        "that answers turns needs one that keeps them all")
+    targets = [math.nan] * (ends[-1] + 1)
+    for place, label in zip(ends, labels, strict=True):
+        targets[place] = math.nan if label is None else label
+    return Encoded(tokens[: len(targets)], 1, tuple(targets[1:]))
 
 
 def _steps_in_template(

@@ -94,7 +94,8 @@ def _encode(tokenizer: Tokenizer, sample: Sample, config: ModelConfig) -> Encode
         step_end = STEP_ENDS[config.step]
         steps = split_steps(sample.response, step_end)
         labels = [0.0] * len(steps)
-        row = encode_steps(tokenizer, sample.prompt, steps, labels, finished=finished, step_end=step_end)
+        row = encode_steps(tokenizer, sample.prompt, steps, labels, finished=finished, step_end=step_end,
+                           form=config.verifier_form)
     else:
         row = encode_response(tokenizer, sample.prompt, sample.response, finished=finished)
     too_long = len(row.tokens) > longest and (finished or by_steps)
@@ -177,7 +178,7 @@ def score_steps(
     """The probability that each step is right, of all steps of each row, in order of the rows. A row longer than the
     model's context has none, and the log says how many there are. Raises UserError if all are."""
     config = verifier.config
-    encoded = encode_solutions(rows, tokenizer, config.max_seq_len, config.step)
+    encoded = encode_solutions(rows, tokenizer, config.max_seq_len, config.step, config.verifier_form)
     tell_too_long(encoded, "solutions", config.max_seq_len)
     fitting = [row for row in encoded if row]
     found = (logits for chunk in chunks(fitting, max_batch_size) for logits in _read_steps(verifier, chunk))
@@ -185,11 +186,11 @@ def score_steps(
 
 
 def encode_solutions(
-    rows: Sequence[StepLabels], tokenizer: Tokenizer, max_seq_len: int, step: str
+    rows: Sequence[StepLabels], tokenizer: Tokenizer, max_seq_len: int, step: str, form: str = ""
 ) -> list[Encoded | None]:
     """The solutions as ids with the ends of all their steps marked; None for one longer than max_seq_len."""
     encoded = [
-        encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps), step_end=STEP_ENDS[step])
+        encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps), step_end=STEP_ENDS[step], form=form)
         for row in rows
     ]
     return [row if len(row.tokens) <= max_seq_len else None for row in encoded]

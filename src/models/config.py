@@ -15,6 +15,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "objective": ("pairwise", "outcome", "process"),
     "score": ("last", "mean", "steps"),
     "step": ("paragraph", "line"),
+    "verifier_form": ("", "qwen-prm", "math-shepherd", "rlhflow"),
     "dtype": ("float32", "bfloat16", "float16"),
     "family": tuple(FAMILIES),
 }
@@ -52,7 +53,9 @@ class ModelConfig:
     a shared one of width shared_ffn_dim, if that is not 0; renormalised_experts: the chosen ones' probabilities are
     made to sum to one.
 
-    A value head (`v_head`, one score a position) replaces the output layer. objective says what a verifier was
+    A value head (`v_head`, one score a position) replaces the output layer; two_layer_head: with a layer of the model's
+    width and a ReLU before it, and biases. verifier_form: whose process verifier it is, if not one trained here, which
+    says how it is shown steps (data.encoding). objective says what a verifier was
     trained for: pairwise (scores order two solutions), outcome or process (scores are logits of a solution or a step
     being right); score says where the score of a response is read: at its `last` token, as the `mean` over its tokens,
     or at the end of its `steps`; score_mean and score_std are the measured statistics of such scores; step says what
@@ -113,6 +116,8 @@ class ModelConfig:
     scaled_embeddings: bool = False
     embedding_split_dim: int = 1
     value_head: bool = False
+    two_layer_head: bool = False
+    verifier_form: str = ""
     objective: str = "pairwise"
     score: str = "last"
     score_mean: float = 0.0

@@ -78,7 +78,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.n_layers))
         self.norm = _norm(config, dtype)
         if config.value_head:
-            self.v_head = nn.Linear(config.dim, 1, bias=False)
+            if config.two_layer_head:
+                self.v_head_in = nn.Linear(config.dim, config.dim)
+            self.v_head = nn.Linear(config.dim, 1, bias=config.two_layer_head)
         elif not config.tied:
             rows = parallel.padded_share(config.vocab_size)
             self.output = ColumnParallelLinear(config.dim, config.vocab_size, rows)
@@ -157,4 +159,8 @@ class Decoder(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The value head's score of each position. hidden [..., D] -> [...] float32."""
-        return F.linear(hidden.float(), self.v_head.weight.to(self.dtype).float()).squeeze(-1)
+        hidden = hidden.float()
+        if self.config.two_layer_head:
+            hidden = F.linear(hidden, self.v_head_in.weight.float(), self.v_head_in.bias.float()).relu()
+            return F.linear(hidden, self.v_head.weight.float(), self.v_head.bias.float()).squeeze(-1)
+        return F.linear(hidden, self.v_head.weight.to(self.dtype).float()).squeeze(-1)

@@ -15,8 +15,8 @@ from src.models.released import MODEL_TYPES, Released
 _UNCLAIMED = {
     "family", "n_added_tokens", "max_seq_len", "rope_original_max_seq_len", "rope_low_freq_factor",
     "rope_high_freq_factor", "rope_attention_factor", "rope_short_factors", "rope_long_factors", "logn_attention",
-    "renormalised_experts", "norm_eps", "embedding_split_dim", "value_head", "score", "score_mean", "score_std", "step",
-    "dtype", "chat_template", "template_args", "system_prompt", "carried",
+    "renormalised_experts", "norm_eps", "embedding_split_dim", "value_head", "two_layer_head", "verifier_form", "score",
+    "score_mean", "score_std", "step", "dtype", "chat_template", "template_args", "system_prompt", "carried",
 }  # fmt: skip
 # Facts that only SplitRL reads; they are under `splitrl` in a config.json.
 _OWN_FACTS = {

@@ -64,7 +64,9 @@ def read_inputs(config: PPOConfig) -> Inputs:
     if tokenizer.code:
         raise UserError(f"{config.actor_ckpt_dir} writes solutions with code, but rollouts run none; expected a solver "
                         f"that answers in text alone, trained without --chat_template code")
-    load.check_tokenizer(tokenizer, config.critic_ckpt_dir, config.reward_model_ckpt_dir)
+    judge = config.reward_model_ckpt_dir
+    foreign = bool(judge) and load.load_config(judge).verifier_form  # it comes with a tokenizer of its own
+    load.check_tokenizer(tokenizer, config.critic_ckpt_dir, "" if foreign else judge)
     prompts = fitting_prompts(prompts, config.train_file, tokenizer, contexts, config.max_new_tokens)
     n_held_out, own = len(held_out), {config.actor_ckpt_dir: contexts[config.actor_ckpt_dir]}
     if held_out:
@@ -195,7 +197,8 @@ def open_rewards(
     for name, weight in config.weights_by_reward.items():
         short, whole = short_name(name), False
         if name == "verifier":
-            score = rewards.verifier_reward(models.verifier, tokenizer, config, config.max_batch_size)
+            own = load.load_tokenizer(config.reward_model_ckpt_dir) if models.verifier.config.verifier_form else None
+            score = rewards.verifier_reward(models.verifier, tokenizer, config, config.max_batch_size, own)
         elif name == "rule":
             score = rewards.rule_reward(grader)
         else:

@@ -4,6 +4,7 @@ B episodes, S sequence, T steps of a solution. A reward is [B, S] float32 on the
 everywhere else. With it come counts for the log, of what this rank alone has seen.
 """
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from src import losses, parallel, runlog
 from src.data.batch import Batch, make_batch
-from src.data.encoding import STEP_ENDS, Encoded, StepKind, encode_steps, split_steps
+from src.data.encoding import STEP_ENDS, Encoded, encode_steps, split_steps
 from src.data.examples import OUTCOMES, Prompt
 from src.data.sampler import chunks
 from src.errors import UserError
@@ -110,13 +111,15 @@ def add_counts(parts: Iterable[Counts]) -> dict[str, tuple[float, int]]:
 
 
 def verifier_reward(
-    verifier: Decoder, tokenizer: Tokenizer, flags: RewardFlags, max_batch_size: int
+    verifier: Decoder, tokenizer: Tokenizer, flags: RewardFlags, max_batch_size: int, own: Tokenizer | None = None
 ) -> Callable[[Rollout], tuple[Tensor, Counts]]:
-    """The reward [B, S] of a verifier, by what its config says it was trained for."""
+    """The reward [B, S] of a verifier, by what its config says it was trained for. own: its tokenizer, if that is not
+    the policy's."""
     if verifier.config.objective == "pairwise":
         return lambda rollout: (pairwise_reward(verifier, rollout, flags, max_batch_size), {})
-    kind = outcome_reward if verifier.config.objective == "outcome" else process_reward
-    return lambda rollout: (kind(verifier, tokenizer, rollout, flags, max_batch_size), {})
+    if verifier.config.objective == "outcome":
+        return lambda rollout: (outcome_reward(verifier, tokenizer, rollout, flags, max_batch_size), {})
+    return lambda rollout: (process_reward(verifier, tokenizer, rollout, flags, max_batch_size, own), {})
 
 
 @torch.no_grad()
@@ -145,13 +148,14 @@ def outcome_reward(
 
 
 def process_reward(
-    verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, flags: RewardFlags, max_batch_size: int
+    verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, flags: RewardFlags, max_batch_size: int,
+    own: Tokenizer | None = None,
 ) -> Tensor:
     """A process verifier's score of each step, at the sampled token that ends the step. -> [B, S].
     losses.process_rewards() has the three kinds. The bonus is added for every step."""
     laid_out = torch.zeros(rollout.batch.tokens.shape)
     starts = (rollout.last - rollout.lengths + 1).tolist()
-    for row, steps in enumerate(step_logits(verifier, tokenizer, rollout, max_batch_size)):
+    for row, steps in enumerate(step_logits(verifier, own or tokenizer, rollout, max_batch_size)):
         probabilities = torch.tensor([steps]).sigmoid()
         worth = losses.process_rewards(probabilities, torch.ones_like(probabilities).bool(), flags.step_reward)[0]
         # the verifier read the response's text in tokens of its own layout; rewards belong to the sampled ones
@@ -183,35 +187,36 @@ def step_logits(
     """The verifier's logit at the end of every step of every response, read in the layout that it was trained on. Of a
     response longer than the verifier's context it reads the beginning, and the log says so."""
     config, n = verifier.config, len(rollout.prompts)
-    rows = [_in_steps(tokenizer, *row, config.step) for row in zip(
+    rows = [_in_steps(tokenizer, *row, config) for row in zip(
         rollout.prompts, rollout.responses, rollout.finished.tolist(), strict=True)]
     _warn_of_cut(sum(len(row.tokens) > config.max_seq_len for row in rows), n, config.max_seq_len)
     found: list[list[float]] = []
-    for chunk in chunks([_cut(row, config.max_seq_len) for row in rows], max_batch_size):
+    end = math.nan if config.verifier_form else 0.0  # other verifiers are read at tokens of their own
+    for chunk in chunks([_cut(row, config.max_seq_len, end) for row in rows], max_batch_size):
         batch = make_batch(chunk, with_targets=True)
         scores = token_scores(verifier, *batch.inputs).cpu()
         found += [row[~targets.isnan()].tolist() for row, targets in zip(scores, batch.targets, strict=True)]
     return found
 
 
-def _in_steps(tokenizer: Tokenizer, prompt: Prompt, response: str, finished: bool, step: StepKind) -> Encoded:
+def _in_steps(tokenizer: Tokenizer, prompt: Prompt, response: str, finished: bool, config: ModelConfig) -> Encoded:
     """A response laid out in steps, each with a target where the verifier's score of it is read."""
-    steps = split_steps(response, STEP_ENDS[step])
+    steps = split_steps(response, STEP_ENDS[config.step])
     # a response of control tokens alone has no text; its end is then all there is to score
     ended = finished or not response
     return encode_steps(tokenizer, prompt.instruction, steps, [0.0] * len(steps), finished=ended,
-                        step_end=STEP_ENDS[step])
+                        step_end=STEP_ENDS[config.step], form=config.verifier_form)
 
 
-def _cut(row: Encoded, max_seq_len: int) -> Encoded:
-    """The beginning of a row that is too long; its last token then speaks for the step cut there."""
+def _cut(row: Encoded, max_seq_len: int, end: float) -> Encoded:
+    """The beginning of a row that is too long; with end 0 its last token speaks for the step cut there."""
     if len(row.tokens) <= max_seq_len:
         return row
     if row.response_start >= max_seq_len:
         raise UserError(f"a prompt has {row.response_start} tokens, which leaves none of the verifier's context of "
                         f"{max_seq_len}; drop it from --train_file")
     targets = row.targets[: max_seq_len - row.response_start - 1]
-    return Encoded(row.tokens[:max_seq_len], row.response_start, (*targets, 0.0))
+    return Encoded(row.tokens[:max_seq_len], row.response_start, (*targets, end))
 
 
 def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str, step_end: str) -> list[int]:
