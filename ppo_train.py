@@ -98,12 +98,12 @@ def main(config: PPOConfig) -> None:
                 score = metrics["eval_accuracy"]
 
             shown, warned = alerts.check(iteration + 1, metrics)
-            tokens = int(buffer.rollout.lengths.sum())
+            tokens = int(stats.get("sampled_tokens", buffer.rollout.lengths.sum()))
             log.metrics(iteration + 1, shown, epoch=epoch, **metrics, **timer.seconds,
                         tokens_per_second=timer.rate(tokens))
             log.rows(f"rollouts/step-{iteration + 1:06}.jsonl",
                      monitor.readable_rows(buffer, scores, config.rollout_samples, data.tokenizer))
-            log.advance(tokens=tokens, reward=metrics["reward"], kl=metrics["kl"])
+            log.advance(tokens=tokens, reward=stats.get("sampled_reward", metrics["reward"]), kl=metrics["kl"])
             checkpointer.step_done(iteration + 1, score, "; ".join(warned) if config.stop_on_alarm else "")
             if config.reference_refresh > 0 and (iteration + 1) % config.reference_refresh == 0:
                 checkpointer.complete()  # it is read from the files of this save
@@ -121,13 +121,13 @@ def collect(
     """Fill a buffer: sample and score responses to some prompts, and compute what an update needs of each token.
 
     Per-token tensors are [B, S] float32 on the CPU. kl_scale: what the KL's weight is multiplied by. Returns what the
-    log says of refills too.
+    log says of groups that were dropped.
     """
     phase, n_ids = partial(models.phase, timer), data.tokenizer.vocab_size
     actor, critic, reference = models.actor.model, models.critic and models.critic.model, models.reference
     sample = partial(sample_and_score, config, models, data, rewards, rows, iteration, timer)
     (rollout, scores), stats = sample(), {}
-    if config.max_refills:
+    if config.filter_groups:  # before the passes that score tokens: what nothing is learned from costs none
         rollout, scores, stats = refill_groups(rollout, scores, sample, config.group_size, config.max_refills)
     batch, mask = rollout.batch, rollout.batch.response_mask
 

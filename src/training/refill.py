@@ -14,16 +14,18 @@ from src.training.rollout import Rollout, pad_to
 def refill_groups(
     rollout: Rollout, scores: Scores, sample: Callable[[int], tuple[Rollout, Scores]], group_size: int, max_refills: int
 ) -> tuple[Rollout, Scores, dict[str, float]]:
-    """Fill a buffer with groups whose rewards differ. Returns it with its scores, and what the log says of all groups.
+    """Keep the groups of a buffer whose rewards differ, and fill it with more of them. Returns it with its scores, and
+    what the log says of all groups.
 
-    sample(1), sample(2) and on give as many further groups as the buffer has; those that it has no place for are
-    dropped. It is handed on short when max_refills did not fill it.
+    sample(1), sample(2) and on, up to max_refills, give as many further groups as the buffer has; those that it has no
+    place for are dropped. It is handed on short when they did not fill it.
     """
     found: list[tuple[Rollout, Scores]] = []
-    everything, has_variance = [], []
+    everything, has_variance, tokens = [], [], 0
     missing = len(rollout.prompts) // group_size
     for refill in range(1, max_refills + 2):
         everything.append(scores.total.sum(1))
+        tokens += int(rollout.lengths.sum())
         alive = group_has_variance(everything[-1], group_size)
         has_variance.append(alive)
         # groups beyond the room that is left are dropped
@@ -36,7 +38,8 @@ def refill_groups(
         rollout, scores = sample(refill)
     alive = torch.cat(has_variance)
     stats = {"dead_groups": int((~alive).sum()) / len(alive),
-             "sampled_reward": torch.cat(everything).mean().item(), "sampled_groups": float(len(alive))}
+             "sampled_reward": torch.cat(everything).mean().item(), "sampled_groups": float(len(alive)),
+             "sampled_tokens": float(tokens)}
     if not found:  # nothing to learn from: the last ones stand for the log, and --filter_groups trains on none of them
         return rollout, scores, stats
     rollouts, parts = zip(*found, strict=True)

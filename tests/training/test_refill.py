@@ -36,10 +36,13 @@ def test_a_buffer_is_refilled_until_it_is_full_or_the_limit_is_reached(
 
     full, scores, stats = fill(9)  # one group a round, three wanted
     assert len(full.prompts) == 6
+    assert stats.pop("sampled_tokens") >= int(full.lengths.sum())
     assert stats == {"sampled_groups": 9, "dead_groups": 6 / 9, "sampled_reward": pytest.approx(3 / 18)}
     assert scores.tolist() == [1.0, 0.0] * 3
     assert len({(p.id, r) for p, r in zip(full.prompts, full.responses, strict=True)}) > 3
     short, _, stats = fill(1)
     assert len(short.prompts) == 4 and stats["sampled_groups"] == 6
+    shorter, _, stats = fill(0)  # without refills, what nothing is learned from is not even scored
+    assert len(shorter.prompts) == 2 and stats["sampled_groups"] == 3
     # what was there without refills is there with them
     assert short.prompts[:2] == full.prompts[:2] == [PROMPTS[0]] * 2
