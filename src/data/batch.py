@@ -98,11 +98,11 @@ def pack_shared(groups: Sequence[tuple[Encoded, ...]]) -> Batch:
     them before a response stays with each sample, for it predicts the response's first token."""
     tokens, supervised, lengths = [], [], []
     for group in groups:
-        shared = _n_shared(group)
+        shared = _n_shared(group) if len(group) > 1 else 0
         rests = [encoded.tokens[shared:] for encoded in group]
         tokens += [*group[0].tokens[:shared], *(token for rest in rests for token in rest)]
         supervised += [False] * shared + [here for encoded in group for here in encoded.supervised[shared:]]
-        lengths.append((shared, *map(len, rests)))
+        lengths.append((shared, *map(len, rests)) if len(group) > 1 else len(rests[0]))
     return Batch(torch.tensor([tokens]), torch.tensor([supervised]), tuple(lengths))
 
 

@@ -15,7 +15,7 @@ from src.data.sampler import epoch_order
 from src.models.forward import logprobs_and_entropy, response_values
 from src.training.ppo_config import PPOConfig
 from src.training.rewards import Scores, apply_length_penalty, at_last
-from src.training.rollout import Rollout, shard_for_rank, trim_padding
+from src.training.rollout import Rollout, pack_episodes, shard_for_rank
 from src.training.trainer import StepReport, Trainer
 
 KL_LOSSES = {"k2": losses.kl_k2, "k3": losses.kl_k3}
@@ -119,10 +119,10 @@ class MicroBatch(NamedTuple):
 
     def of(self, buffer: PPOBuffer) -> tuple[Batch, Callable[[Tensor], Tensor]]:
         """Its tokens and response mask, and what sends its response tokens of a tensor to the device: [B, S] -> [N]."""
-        mask = buffer.batch.response_mask[self.rows]
-        batch = trim_padding(Batch(buffer.batch.tokens[self.rows], mask))
-        batch = Batch(batch.tokens, batch.response_mask & self.counts)
-        return batch, lambda tensor: parallel.to_device(tensor[self.rows][mask & self.counts])
+        mask = buffer.batch.response_mask[self.rows] & self.counts
+        batch = pack_episodes(buffer.batch, self.rows)
+        batch = batch._replace(response_mask=batch.response_mask & self.counts)
+        return batch, lambda tensor: parallel.to_device(tensor[self.rows][mask])
 
 
 class Minibatch(NamedTuple):
@@ -139,32 +139,33 @@ def epoch_passes(
 ) -> Iterator[Sequence[Tensor]]:
     """The rows [n] int64 of the forward passes of each optimizer step in one pass over the trainable episodes [K].
 
-    Shuffled by (seed, iteration, inner epoch). Inside a step rows are ordered by length: passes hold little padding.
+    Shuffled by (seed, iteration, inner epoch). Inside a step the rows of a group follow each other: a pass reads their
+    prompt once. Groups are ordered by length: passes that ranks run at the same time are alike in size.
     Yields nothing where no episode is trainable.
     """
     if n := len(trainable):
         order = epoch_order(n, config.seed, iteration * config.inner_epochs + inner_epoch)
         # no more minibatches than episodes: an empty one would be a step without a gradient
         for rows in trainable[torch.tensor(order)].tensor_split(min(config.minibatches, n)):
-            yield rollout.by_length(rows).split(config.max_batch_size)
+            yield rollout.by_group(rows, config.group_size).split(config.max_batch_size)
 
 
 def scoring_passes(rollout: Rollout, trainable: Tensor, config: PPOConfig, iteration: int) -> list[Tensor]:
     """The rows [n] int64 of the forward passes that score a rollout: those of its first inner epoch, then the rest.
 
-    In half precision a log-prob depends on the rows and the padding of its pass, by up to 0.25 nats in a model of 135M
+    In half precision a log-prob depends on the other rows of its pass, by up to 0.25 nats in a model of 135M
     parameters: scored as they are learnt from, the first optimizer step's ratios are exactly 1.
     """
     learned = [rows for step in epoch_passes(rollout, trainable, config, iteration) for rows in step]
     others = torch.ones(len(rollout.finished), dtype=torch.bool)
     others[trainable] = False
-    rest = rollout.by_length(others.nonzero()[:, 0]).split(config.max_batch_size)
+    rest = rollout.by_group(others.nonzero()[:, 0], config.group_size).split(config.max_batch_size)
     return learned + [rows for rows in rest if len(rows)]
 
 
 def minibatches(buffer: PPOBuffer, config: PPOConfig, iteration: int) -> Iterator[Minibatch]:
     """The optimizer steps of all passes over the trainable episodes. Forward passes are dealt in turn to the
-    data-parallel ranks: those that run at the same time are alike in size. The update does not depend on it."""
+    data-parallel ranks. The update does not depend on it."""
     for inner_epoch in range(config.inner_epochs):
         for passes in epoch_passes(buffer.rollout, buffer.trainable, config, iteration, inner_epoch):
             micros = [MicroBatch(part) for part in shard_for_rank(passes)]

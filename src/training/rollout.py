@@ -4,6 +4,7 @@ B episodes, S sequence, N response tokens of some episodes laid end to end in ro
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import parallel
-from src.data.batch import Batch, make_batch
+from src.data.batch import Batch, make_batch, pack_shared
 from src.data.encoding import Encoded, encode_prompt
 from src.data.examples import Prompt
 from src.errors import UserError
@@ -46,9 +47,11 @@ class Rollout(NamedTuple):
         mask = self.batch.response_mask
         return (torch.arange(mask.shape[1]) * mask).argmax(1)
 
-    def by_length(self, rows: Tensor) -> Tensor:
-        """These episodes, the shortest first. [K] int64 -> [K]."""
-        return rows[self.last[rows].argsort(stable=True)]
+    def by_group(self, rows: Tensor, group_size: int) -> Tensor:
+        """These episodes, those of a group together, groups of the shortest first. [K] int64 -> [K]."""
+        rows = rows.sort().values
+        longest = self.last.view(-1, group_size).amax(1)
+        return rows[longest[rows // group_size].argsort(stable=True)]
 
     def take(self, rows: Tensor) -> "Rollout":
         """Some of the episodes, as wide as before. rows [K] int64."""
@@ -70,6 +73,19 @@ def trim_padding(batch: Batch) -> Batch:
     """Cut the columns after the longest row. tokens, mask [B, S] -> [B, L], L <= S."""
     length = int(batch.response_mask.any(0).nonzero().max()) + 1
     return Batch(batch.tokens[:, :length], batch.response_mask[:, :length])
+
+
+def pack_episodes(batch: Batch, rows: Tensor) -> Batch:
+    """Some episodes for a forward pass: end to end, a prompt that neighbours have in common only once.
+
+    tokens, mask [B, S], rows [n] int64 -> [1, L]. The response tokens keep their order.
+    """
+    episodes = []
+    for tokens, mask in zip(batch.tokens[rows], batch.response_mask[rows], strict=True):
+        places = mask.nonzero()[:, 0]
+        episodes.append(Encoded(tokens[: int(places[-1]) + 1].tolist(), int(places[0])))
+    groups = itertools.groupby(episodes, lambda episode: episode.tokens[: episode.response_start])
+    return pack_shared([tuple(group) for _, group in groups])
 
 
 def shard_for_rank(order: Sequence[Item]) -> Sequence[Item]:
@@ -149,10 +165,9 @@ def _per_token(score: Callable[..., Tensor], model: Decoder, batch: Batch, passe
     laid_out = torch.zeros(batch.tokens.shape)
     with parallel.gathered(model):  # ranks may have different numbers of passes
         mine = shard_for_rank(passes)
-        micros = [trim_padding(Batch(batch.tokens[rows], batch.response_mask[rows])) for rows in mine]
-        scores = [score(*micro.inputs).float() for micro in micros]  # read when all are under way
-    for rows, micro, found in zip(mine, micros, scores, strict=True):
-        values = torch.zeros(micro.tokens.shape)
-        values[micro.response_mask] = found.cpu()
-        laid_out[rows] = pad_to(values, laid_out.shape[1])
+        scores = [score(*pack_episodes(batch, rows).inputs).float() for rows in mine]  # read when all are under way
+    for rows, found in zip(mine, scores, strict=True):
+        values = torch.zeros(len(rows), laid_out.shape[1])
+        values[batch.response_mask[rows]] = found.cpu()
+        laid_out[rows] = values
     return parallel.join_over_data_parallel(laid_out)
