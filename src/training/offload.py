@@ -52,8 +52,11 @@ class ModelOffloader:
 
     @contextlib.contextmanager
     def loaded(self, model: nn.Module | None, *, optimizer: bool = False) -> Iterator[None]:
-        """Inside, the model's weights, and if asked for the state of its optimizer, are in memory. What was freed
-        meanwhile goes back to the system: phases need their memory at different moments."""
+        """Inside, the model's weights, and if asked for the state of its optimizer, are in memory.
+
+        What was freed meanwhile goes back to the device, and where models wait in files to the system: phases need
+        their memory at different moments. Else a CPU keeps it: the next phase would spend its time on clearing pages.
+        """
         tables = (self._weights, self._moments) if optimizer else (self._weights,)
         parts = [table[model] for table in tables if model in table]
         for part in parts:
@@ -63,7 +66,8 @@ class ModelOffloader:
         finally:
             for part in parts:  # written anew: training has changed them
                 part.offload()
-        parallel.release_memory()
+        if parts or parallel.device().type == "cuda":
+            parallel.release_memory()
 
 
 class OffloadedTensors:
