@@ -19,7 +19,7 @@ from src.data.sampler import Dataset
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
-from src.training.kto import KTO, open_outcomes
+from src.training.kto import KTO
 from src.training.preference import Preference, evaluate, open_preferences, with_reference
 from src.training.reference import reference_identity, reference_logprobs
 from src.training.run import Run
@@ -95,9 +95,9 @@ def main(config: PreferenceTrainConfig) -> None:
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     if config.reference_ckpt_dir:
         load.load_config(config.reference_ckpt_dir, kind="solver")
-    open_rows = open_outcomes if config.objective == "kto" else open_preferences
-    data, held_out = open_rows(
-        config.train_file, config.label_file, config.held_out, tokenizer, truncation=config.truncation,
+    data, held_out = open_preferences(
+        config.train_file, config.label_file, config.held_out, tokenizer, single=config.objective == "kto",
+        truncation=config.truncation,
         max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, model_config))
     run = Run(config, data)
     if config.dry_run:

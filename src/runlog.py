@@ -134,7 +134,8 @@ class RunLog:
         wandb: PROJECT or PROJECT/NAME that Weights & Biases shows the metrics under; empty = without. Raises UserError
         if it is not installed.
         """
-        check_wandb(wandb)
+        if wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError(f"--wandb {wandb} needs the package wandb, which is not installed; pip install wandb")
         self.logger = logger()
         self._folder, self._flags, self._wandb = Path(folder), dict(flags), wandb
         self._wandb_run: wandb.Run | None = None
@@ -196,7 +197,11 @@ class RunLog:
         if _is_rank_0():
             if self._metrics is None:
                 self._metrics = self._open_metrics()
-                self._curves = _summary_writer(self._folder / "tensorboard", purge_step=self._kept + 1)
+                # importing it costs half a second and more: not for a process that never writes
+                from torch.utils.tensorboard import SummaryWriter
+
+                # what an earlier part of the run wrote from purge_step on disappears
+                self._curves = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._kept + 1)
                 if self._wandb:
                     self._wandb_run = _wandb_run(
                         self._wandb, self._folder, self._flags, resumed=self._kept > 0
@@ -259,14 +264,6 @@ def _command(arguments: Sequence[str]) -> None:
     table(f"wrote {draw(Path(arguments[0]))}")
 
 
-def _summary_writer(folder: Path, purge_step: int) -> "SummaryWriter":
-    """TensorBoard's event file; what an earlier part of the run wrote from purge_step on disappears."""
-    # importing it costs half a second and more: not for a process that never writes
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=purge_step)
-
-
 def _hashes(flags: Mapping[str, object]) -> dict[str, str]:
     """SHA-256 of the files that a run reads, by flag: a later change of theirs shows."""
     hashes = {}
@@ -280,12 +277,6 @@ def _hashes(flags: Mapping[str, object]) -> dict[str, str]:
             with Path(value).open("rb") as file:
                 hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
-
-
-def check_wandb(wandb: str) -> None:
-    """Raise UserError where --wandb is asked for and the package is missing."""
-    if wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"--wandb {wandb} needs the package wandb, which is not installed; pip install wandb")
 
 
 def _wandb_run(place: str, folder: Path, flags: Mapping[str, object], *, resumed: bool) -> "wandb.Run":

@@ -35,16 +35,7 @@ class Kind(NamedTuple):
 
 
 NONE = {"None": None, "none": None}
-TRUTH = {
-    "true": True,
-    "True": True,
-    "yes": True,
-    "1": True,
-    "false": False,
-    "False": False,
-    "no": False,
-    "0": False,
-}
+TRUTH = dict.fromkeys(("true", "True", "yes", "1"), True) | dict.fromkeys(("false", "False", "no", "0"), False)
 CONFIG = "json or yaml file of flags, or run.json of an earlier run; flags on the command line win"
 KINDS: dict[object, Kind] = {
     types.NoneType: Kind("none", "none", NONE.__getitem__),

@@ -229,12 +229,13 @@ def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -
     return done
 
 
-def cut_torn_line(path: Path) -> None:
-    """Cut off a last line that a killed run left without its end. All ranks call this."""
+def cut_torn_line(path: Path, begins: bytes = b"") -> None:
+    """Cut off a last line that a killed run left without its end, if it begins as its lines do. All ranks call this."""
     if parallel.rank() == 0 and path.is_file():
         data = path.read_bytes()
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
+        whole = data.rfind(b"\n") + 1
+        if data[whole:].startswith(begins) or begins.startswith(data[whole:]):
+            os.truncate(path, whole)
     parallel.barrier()  # nobody reads before the torn line is gone
 
 

@@ -60,7 +60,9 @@ def score_samples(
     with path.open("a", encoding="utf-8") as file:
         for rows in chunks(waiting, max_batch_size):
             for index, scores in zip(rows, read(verifier, [encoded[index] for index in rows]), strict=True):
-                _check_finite(samples[index], scores)
+                if odd := [score for score in scores if not math.isfinite(score)]:
+                    raise UserError(f"the score of sample {samples[index].id!r}/{samples[index].sample} is {odd[0]}; "
+                                    "the verifier has diverged, train it again with a lower learning rate")
                 raw[keys[index]] = scores
                 if parallel.rank() == 0:
                     file.write(json.dumps({"text": keys[index], "scores": scores}) + "\n")
@@ -149,13 +151,6 @@ def _scored(raw: Sequence[float], config: ModelConfig, aggregation: str) -> Scor
         return Scored(sigmoid((raw[0] - config.score_mean) / config.score_std), None)
     steps = [sigmoid(logit) for logit in raw]
     return Scored(steps[-1] if config.objective == "outcome" else AGGREGATIONS[aggregation](steps), steps)
-
-
-def _check_finite(sample: Sample, scores: Sequence[float]) -> None:
-    for score in scores:
-        if not math.isfinite(score):
-            raise UserError(f"the score of sample {sample.id!r}/{sample.sample} is {score}; the verifier has diverged, "
-                            "train it again with a lower learning rate")
 
 
 def _key(sample: Sample) -> str:

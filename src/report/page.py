@@ -34,7 +34,9 @@ def write_report(folder: Path, other: Path | None = None, label_file: str = "") 
 def _fitting(runs: Sequence[Run], largest: int) -> str:
     """The page's data as json of at most so many bytes, by leaving out problems and buffers."""
     names = list(dict.fromkeys(name for run in runs for name in run.problems))
-    changed = [name for name in names if len({_share(run, name) for run in runs}) > 1]
+    # a problem that a run has not got counts as unsolved there
+    changed = [name for name in names
+               if len({run.problems[name].share if name in run.problems else 0.0 for run in runs}) > 1]
     others = [name for name in names if name not in set(changed)]
     comparison = _comparison(runs) if len(runs) > 1 else None
     size = sum(problem.size for run in runs for problem in run.problems.values())
@@ -83,11 +85,6 @@ def _problem(runs: Sequence[Run], name: str) -> dict[str, object]:
                if name in run.problems else [] for run in runs]
     return {"id": name, "prompt": known.prompt, "label": known.label, "level": place and place.level,
             "subject": place and place.subject, "runs": samples}
-
-
-def _share(run: Run, name: str) -> float:
-    """A problem's share of right samples in a run; without one it counts as unsolved."""
-    return run.problems[name].share if name in run.problems else 0.0
 
 
 def _comparison(runs: Sequence[Run]) -> str | None:

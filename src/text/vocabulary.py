@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import tiktoken
 import tokenizers
@@ -33,37 +33,13 @@ class Added(NamedTuple):
     eats_right: bool = False
 
 
-class Vocabulary(Protocol):
-    """One opened vocabulary file.
-
-    size: its ids are 0 .. size-1. added: the tokens that the file itself, or its published description, sets apart;
-    encode() finds those of them that are not control tokens. renames: config files give other names to ids that are
-    in the file (InternLM2's unused pieces, Llama 3's reserved tokens). bos, eos: the names that begin and end a
-    sequence unless a config file says otherwise; None where the file does not tell. adds_bos: whether sequences begin
-    with bos by default. stops: further tokens that end an answer. puts_space: a space is put before a sequence.
-    """
-
-    kind: str
-    size: int
-    added: dict[str, Added]
-    renames: bool
-    bos: str | None
-    eos: str | None
-    adds_bos: bool
-    stops: tuple[str, ...]
-    puts_space: bool
-
-    def encode(self, text: str, *, start: bool) -> list[int]:
-        """Ids of a text, which begins a sequence or continues one."""
-
-    def decode(self, ids: Sequence[int], *, start: bool) -> str:
-        """The text of ids below size, which begin a sequence or continue one."""
-
-    def token_id(self, token: str) -> int | None:
-        """The id of one piece as the file writes it, None if there is no such piece."""
-
-    def spelling(self, index: int) -> str:
-        """How the file writes the piece of an id, whatever config files call it."""
+# What the three classes of vocabularies have alike.
+# size: ids are 0 .. size-1. added: the tokens that the file itself, or its published description, sets apart; encode()
+# finds those of them that are not control tokens. renames: config files give other names to ids that are in the file
+# (InternLM2's unused pieces, Llama 3's reserved tokens). bos, eos: the names that begin and end a sequence unless a
+# config file says otherwise; None where the file does not tell. adds_bos: whether sequences begin with bos by default.
+# stops: further tokens that end an answer. puts_space: a space is put before a sequence. start: the text, or the ids,
+# begin a sequence and do not continue one.
 
 
 class SentencePiece:
@@ -353,6 +329,9 @@ def _check_unique(path: Path, vocab: Mapping[str, object]) -> None:
         seen[index] = token
     if not seen:
         raise UserError(f"{path} holds no tokens")
+
+
+Vocabulary = SentencePiece | Tiktoken | HfTokenizers
 
 
 def open_vocabulary(path: Path, tokenizer_class: object) -> Vocabulary:

@@ -20,7 +20,6 @@ from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
 from src.training.reference import Reference, response_sums
-from src.training.reward_model import split_held_out
 from src.training.trainer import evaluating
 
 
@@ -37,18 +36,8 @@ class KTOReport(NamedTuple):
     wrong_logprob: float
 
 
-def open_outcomes(
-    train_file: str, label_file: str, held_out: float, tokenizer: Tokenizer, **options: object
-) -> tuple[Dataset, Dataset]:
-    """The responses to train on and to test on; `options` are max_seq_len and truncation of fit(). Raises UserError.
-    Without a label_file the last `held_out` of the problems are kept."""
-    (rows,), held = split_held_out(
-        [_read(train_file)], _read(label_file) if label_file else None, held_out)  # fmt: skip
-    train = outcome_dataset(rows, tokenizer, source=train_file, **options)
-    return train, outcome_dataset(held, tokenizer, source=label_file or train_file, **options)
-
-
-def _read(path: str) -> list[StepLabels]:
+def read_outcomes(path: str) -> list[StepLabels]:
+    """The rows of right and wrong responses. Raises UserError for judged steps."""
     rows = read_step_labels(path)
     if any(len(row.steps) > 1 or row.labels[0] not in (0, 1) for row in rows):
         raise UserError(f"{path} holds judged steps, or labels between 0 and 1; --objective kto learns from whole "

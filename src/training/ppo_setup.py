@@ -200,7 +200,7 @@ def open_rewards(
             own = load.load_tokenizer(config.reward_model_ckpt_dir) if models.verifier.config.verifier_form else None
             score = rewards.verifier_reward(models.verifier, tokenizer, config, config.max_batch_size, own)
         elif name == "rule":
-            score = rewards.rule_reward(grader)
+            score = rewards.on_first_rank(partial(rewards.graded_reward, grader))
         else:
             function = in_use.enter_context(UserReward(name))
             score, whole = partial(rewards.function_reward, function, short), True

@@ -18,7 +18,7 @@ from src.data.sampler import BatchSampler, Dataset, Sample
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
-from src.training.kto import KTO, KTOReport
+from src.training.kto import KTO, KTOReport, outcome_dataset, read_outcomes
 from src.training.reference import Reference, response_sums
 from src.training.reward_model import n_pairs, pair_dataset, split_held_out
 from src.training.trainer import evaluating
@@ -41,19 +41,19 @@ class PreferenceReport(NamedTuple):
 
 
 def open_preferences(
-    train_file: str, label_file: str, held_out: float, tokenizer: Tokenizer, **options: object
+    train_file: str, label_file: str, held_out: float, tokenizer: Tokenizer, *, single: bool = False, **options: object
 ) -> tuple[Dataset, Dataset]:
-    """The pairs to train on and to test on; `options` are those of pair_dataset(). Raises UserError. Without a
-    label_file the last `held_out` of the problems are kept."""
-    (rows,), held = split_held_out(
-        [read_pairs(train_file)], read_pairs(label_file) if label_file else None, held_out)  # fmt: skip
-    train = pair_dataset(rows, tokenizer, source=train_file, **options)
-    test = pair_dataset(held, tokenizer, source=label_file or train_file, **options)
-    return train._replace(collate=collate), test._replace(collate=collate)
+    """The pairs, or the single responses of KTO, to train on and to test on; `options` are max_seq_len and truncation
+    of fit(). Without a label_file the last `held_out` of the problems are kept. Raises UserError."""
+    read, encode = (read_outcomes, outcome_dataset) if single else (read_pairs, pair_dataset)
+    (rows,), held = split_held_out([read(train_file)], read(label_file) if label_file else None, held_out)
+    train = encode(rows, tokenizer, source=train_file, **options)
+    test = encode(held, tokenizer, source=label_file or train_file, **options)
+    return (train, test) if single else (train._replace(collate=collate), test._replace(collate=collate))
 
 
 def with_reference(data: Dataset, reference: Reference | None) -> Dataset:
-    """Rows of open_preferences() or open_outcomes() with what the reference says of them in every batch; None: 0."""
+    """Rows of open_preferences() with what the reference says of them in every batch; None: 0."""
     return data._replace(collate=partial(data.collate, reference=reference))
 
 

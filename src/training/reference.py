@@ -17,6 +17,7 @@ from src.data.encoding import Encoded
 from src.data.rows import read_rows
 from src.data.sampler import Sample, chunks
 from src.errors import UserError
+from src.evaluation.evaluator import cut_torn_line
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs
 from src.runlog import RunLog
@@ -101,9 +102,7 @@ def _log_probs(model: Decoder, rows: Sequence[Encoded], max_batch_size: int) -> 
 
 def _read(path: Path) -> dict[str, float]:
     """The log-probs that a file holds by hash; a last line torn by a kill is cut off. All ranks call this."""
-    if parallel.rank() == 0:
-        _cut_torn_line(path)
-    parallel.barrier()  # nobody reads before the torn line is gone
+    cut_torn_line(path, begins=b'{"key": "')  # what did not begin as one of our lines stays: a user named the file
     known = {}
     for row in read_rows(str(path)) if path.is_file() and path.stat().st_size else ():
         key, logprob = row.values.get("key"), row.values.get("logprob")
@@ -113,13 +112,3 @@ def _read(path: Path) -> dict[str, float]:
         known[key] = logprob
     parallel.barrier()  # nobody writes before all have read
     return known
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Remove the unfinished last line of one of our files; what did not begin as one of our lines stays."""
-    data = path.read_bytes() if path.is_file() else b""
-    whole = data.rfind(b"\n") + 1
-    torn, start = data[whole:], b'{"key": "'
-    if torn and (torn.startswith(start) or start.startswith(torn)):
-        with path.open("r+b") as file:
-            file.truncate(whole)

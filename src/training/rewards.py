@@ -8,7 +8,6 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -245,11 +244,6 @@ def on_first_rank(
         return at_last(parallel.broadcast_from_first(scores).cpu(), rollout), counts
 
     return reward
-
-
-def rule_reward(grader: Grader) -> Callable[[Rollout], tuple[Tensor, Counts]]:
-    """The reward [B, S] of graded_reward(), graded by the first rank alone."""
-    return on_first_rank(partial(graded_reward, grader))
 
 
 def graded_reward(grader: Grader, rollout: Rollout) -> tuple[list[float], Counts]:
