@@ -112,10 +112,8 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
     """The mean of each value and its neighbours up to `reach` away, without gaps; a gap stays one."""
     windows = (values[max(0, at - reach) : at + reach + 1] for at in range(len(values)))
     kept = ([value for value in window if not math.isnan(value)] for window in windows)
-    return [
-        math.nan if math.isnan(value) else math.fsum(window) / len(window)
-        for value, window in zip(values, kept, strict=True)
-    ]
+    return [math.nan if math.isnan(value) else math.fsum(window) / len(window)
+            for value, window in zip(values, kept, strict=True)]
 
 
 def plot_results(results: dict[str, object], curves: Mapping[str, str], path: Path) -> None:

@@ -62,11 +62,8 @@ class Sampling:
 
 
 class Choice(NamedTuple):
-    """The next token of each row, alike on every rank.
-
-    logprobs are those of the plain model, sampled_logprobs those of the distribution that was sampled from (after
-    bias, temperature and truncation; 0 when greedy). Nats.
-    """
+    """The next token of each row, alike on every rank. logprobs are those of the plain model, sampled_logprobs those of
+    the distribution that was sampled from (after bias, temperature and truncation; 0 when greedy). Nats."""
 
     tokens: Tensor  # [B] int64
     logprobs: Tensor  # [B] float32
@@ -80,11 +77,8 @@ def uniforms(seed: int, request_id: str, sample: int, n: int) -> np.ndarray:
 
 
 def choose(local_logits: Tensor, sampling: Sampling, u: Tensor, bias: Tensor | None = None) -> Choice:
-    """Sample each row's next token.
-
-    local_logits [B, P] any float dtype, this rank's slice; u [B] float64 in [0, 1); bias [P] float32, this rank's
-    -> three [B].
-    """
+    """Sample each row's next token. local_logits [B, P] any float dtype, this rank's slice; u [B] float64 in [0, 1);
+    bias [P] float32, this rank's -> three [B]."""
     plain = local_logits.float()
     biased = plain if bias is None else plain + bias
     if sampling.temperature == 0:
@@ -124,10 +118,8 @@ def _greedy(plain: Tensor, biased: Tensor) -> Choice:
 
 
 def _sample_any(plain: Tensor, scaled: Tensor, u: Tensor) -> Choice:
-    """Sample from the whole softmax: sums decide which rank holds the token, its rank finds it.
-
-    plain, scaled [B, P], u [B] -> three [B].
-    """
+    """Sample from the whole softmax: sums decide which rank holds the token, its rank finds it. plain, scaled [B, P], u
+    [B] -> three [B]."""
     highest = scaled.amax(-1)
     weights = torch.exp(scaled - highest.clamp_min(torch.finfo(scaled.dtype).min)[:, None])  # [B, P]
     blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
@@ -147,11 +139,8 @@ def _sample_any(plain: Tensor, scaled: Tensor, u: Tensor) -> Choice:
     index = (block * BLOCK + _position(inside, rest - before)).clamp_max(plain.shape[-1] - 1)
     values = [logits.gather(-1, index[:, None]) for logits in (plain, scaled)]
     sampled = _of_rank(_from_ranks(index + _first_id(plain), *values), owner)
-    return Choice(
-        sampled[:, 0].long(),
-        (sampled[:, 1] - found[:, :, 2].logsumexp(-1)).float(),
-        (sampled[:, 2] - top - ends[:, -1].log()).float(),
-    )
+    return Choice(sampled[:, 0].long(), (sampled[:, 1] - found[:, :, 2].logsumexp(-1)).float(),
+                  (sampled[:, 2] - top - ends[:, -1].log()).float())
 
 
 def _position(cumulative: Tensor, target: Tensor) -> Tensor:
@@ -163,10 +152,8 @@ def _position(cumulative: Tensor, target: Tensor) -> Tensor:
 
 
 def _sample_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tensor) -> Choice:
-    """Sample from the likeliest tokens: each rank sends its own few, more of them where they fall short.
-
-    plain, scaled [B, P], u [B] -> three [B].
-    """
+    """Sample from the likeliest tokens: each rank sends its own few, more of them where they fall short. plain, scaled
+    [B, P], u [B] -> three [B]."""
     n = sampling.top_k or CANDIDATES
     while True:
         n = min(n, scaled.shape[-1])

@@ -125,10 +125,8 @@ class RequestFailed(Exception):
 def complete(
     server: Server, requests: Sequence[RemoteRequest], sampling: Sampling, *, concurrency: int
 ) -> Iterator[RemoteCompletion]:
-    """Yield completions as they come, at most `concurrency` requests being under way.
-
-    Raises UserError when the server never answers, or refuses every request (wrong address, key or model).
-    """
+    """Yield completions as they come, at most `concurrency` requests being under way. Raises UserError when the server
+    never answers, or refuses every request (wrong address, key or model)."""
     waiting, running = iter(requests), set()
     client = httpx2.Client(
         headers={"Authorization": f"Bearer {server.api_key}"} if server.api_key else {},
@@ -195,10 +193,8 @@ class _Session:
         return reply
 
     def post(self, body: Mapping[str, object]) -> bytes:
-        """Send a request once. -> the bytes of the reply.
-
-        Raises BadReply, TransientFailure, RequestFailed or UserError.
-        """
+        """Send a request once. -> the bytes of the reply. Raises BadReply, TransientFailure, RequestFailed or
+        UserError."""
         try:
             with self.client.stream("POST", self.url, json=body) as response:
                 self.answered.set()
@@ -209,10 +205,8 @@ class _Session:
             raise TransientFailure(f"{type(problem).__name__}: {problem}") from None
         status = response.status_code
         if status in REFUSED and not self.completed.is_set():
-            raise UserError(
-                f"{self.url} answers {status} ({shown(data)}); "
-                f"check --base_url, --model_name and --api_key_env"
-            )
+            raise UserError(f"{self.url} answers {status} ({shown(data)}); check --base_url, --model_name and "
+                            "--api_key_env")
         if status in TRANSIENT or status in REFUSED or status >= 500 and status not in DECLINED:
             raise TransientFailure(f"status {status}", _asked_pause(response))
         if status != 200:

@@ -19,10 +19,8 @@ class Step(Protocol):
     cache: KVCache | FixedCache
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Feed every row its newest token, after cache.advance().
-
-        tokens [B] int64 on the CPU, in cache.slots() order -> logits [B, P].
-        """
+        """Feed every row its newest token, after cache.advance(). tokens [B] int64 on the CPU, in cache.slots() order
+        -> logits [B, P]."""
 
 
 class EagerStep:
@@ -38,10 +36,8 @@ class EagerStep:
 
 
 class GraphStep:
-    """A compiled forward over all n slots, replayed from a CUDA graph that is captured anew when the cache grows.
-
-    At few rows a decoding step is bound by launching kernels; a graph launches them at once and Inductor fuses them.
-    """
+    """A compiled forward over all n slots, replayed from a CUDA graph that is captured anew when the cache grows. At
+    few rows a decoding step is bound by launching kernels; a graph launches them at once and Inductor fuses them."""
 
     def __init__(self, model: Decoder, n_slots: int) -> None:
         self.model, self.cache = model, FixedCache(n_slots, parallel.device())

@@ -82,13 +82,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Sc
         return _AttendInShortRows.apply(queries, keys, values, scores.scale)
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(
-        queries,
-        keys,
-        values,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scores.scale,
-        enable_gqa=grouped,
+        queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=grouped
     )
 
 
@@ -133,10 +127,8 @@ def _attend_by_parts(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """attend() in plain products: with a softcap, which no fused kernel has, or after a prefix.
-
-    Scores [B, K, H / K, S, P + T] are held in float32; the mask has their last two dimensions.
-    """
+    """attend() in plain products: with a softcap, which no fused kernel has, or after a prefix. Scores [B, K, H / K, S,
+    P + T] are held in float32; the mask has their last two dimensions."""
     grouped = queries.unflatten(1, (keys.shape[1], -1))  # [B, K, H / K, S, E]
     raw = grouped @ keys[:, :, None].transpose(-1, -2)
     if prefix:
@@ -270,9 +262,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = HeadNorm(config, dtype), HeadNorm(config, dtype)
         self.scores = Scores(config.attention_scale, config.attention_softcap, config.window_of(layer))
 
-    def forward(
-        self, x: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """x [B, S, D] -> [B, S, D]. A cache takes the new keys and values and makes the mask itself."""
         B, S, _ = x.shape
         queries = self.q_norm(self.wq(x).view(B, S, self.n_heads, self.head_dim))  # [B, S, H, E]

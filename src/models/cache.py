@@ -205,10 +205,8 @@ class KVCache:
 
 
 class FixedCache:
-    """The slots of a KVCache in one tensor that is read whole, empty slots too: what a CUDA graph needs.
-
-    Addresses and shapes change only when a row outgrows the capacity, which then doubles; `generation` counts that.
-    """
+    """The slots of a KVCache in one tensor that is read whole, empty slots too: what a CUDA graph needs. Addresses and
+    shapes change only when a row outgrows the capacity, which then doubles; `generation` counts that."""
 
     SMALLEST = 256  # positions; below it a graph would be captured too often
 

@@ -29,29 +29,24 @@ def read_rope(values: dict[str, object], family: Family, source: str) -> dict[st
         outside = {name: values[name] for name in BESIDE_ROPE if values.get(name) is not None}
         for name in outside.keys() & rope.keys():
             if outside[name] != rope[name]:
-                raise UserError(
-                    f"{source}: {name}={outside[name]!r}, but {rope[name]!r} in {key}; remove one of them"
-                )
+                raise UserError(f"{source}: {name}={outside[name]!r}, but {rope[name]!r} in {key}; remove one of them")
         if rope:
             inside = {name: rope[name] for name in BESIDE_ROPE if name in rope}
             said.append(outside | inside | {"rope_scaling": outside | rope})
     if len(said) == 2:
         first, second = (each | {"rope_scaling": rope_facts(each["rope_scaling"], source)} for each in said)
         if first != second:
-            raise UserError(
-                f"{source}: rope_scaling={values['rope_scaling']!r} and rope_parameters={values['rope_parameters']!r} "
-                f"differ; remove the one that is not meant (transformers reads rope_scaling alone)"
-            )
+            raise UserError(f"{source}: rope_scaling={values['rope_scaling']!r} and "
+                            f"rope_parameters={values['rope_parameters']!r} differ; remove the one that is not meant "
+                            "(transformers reads rope_scaling alone)")
     return local | (said[0] if said else {"rope_scaling": {}})
 
 
 def _by_kind_of_layer(
     values: dict[str, object], family: Family, source: str
 ) -> tuple[dict[str, object], dict[str, object]]:
-    """The base of layers with a window, and the values with the `rope_parameters` of all other layers alone.
-
-    Raises UserError where layers with a window are stretched.
-    """
+    """The base of layers with a window, and the values with the `rope_parameters` of all other layers alone. Raises
+    UserError where layers with a window are stretched."""
     nested = values.get("rope_parameters")
     has_two = LOCAL_THETA in family.fields | family.fixed
     if not has_two or not isinstance(nested, dict) or "full_attention" not in nested:
@@ -71,9 +66,7 @@ def rope_facts(rope: dict[str, object], source: str) -> dict[str, object]:
     if kinds and kinds[0] == kinds[-1] == "default":
         return {}
     if not kinds or kinds[0] != kinds[-1] or not isinstance(kinds[0], str) or kinds[0] not in ROPE_TYPES:
-        raise UserError(
-            f"{source}: rope_scaling={rope!r} is not implemented; supported: {', '.join(ROPE_TYPES)}"
-        )
+        raise UserError(f"{source}: rope_scaling={rope!r} is not implemented; supported: {', '.join(ROPE_TYPES)}")
     rope_type, keys = ROPE_TYPES[kinds[0]]
     rope = {key: value for key, value in rope.items() if value is not None and (key, value) != ("truncate", True)}
     missing = [key for key, (_, default) in keys.items() if default is None and key not in rope]
@@ -82,10 +75,8 @@ def rope_facts(rope: dict[str, object], source: str) -> dict[str, object]:
     unknown = sorted(rope.keys() - keys.keys() - {"rope_type", "type", *BESIDE_ROPE})
     if unknown and any(default is not None for _, default in keys.values()):  # these types have further keys
         raise UserError(f"{source}: rope_scaling.{unknown[0]}={rope[unknown[0]]!r} is not implemented")
-    return {"rope_type": rope_type} | {
-        field: _parameter(rope[key], key, FIELDS[field].type, source) if key in rope else default
-        for key, (field, default) in keys.items()
-    }
+    return {"rope_type": rope_type} | {field: _parameter(rope[key], key, FIELDS[field].type, source)
+                                       if key in rope else default for key, (field, default) in keys.items()}
 
 
 def _parameter(value: object, key: str, kind: object, source: str) -> float | tuple[float, ...]:

@@ -29,13 +29,8 @@ def _predicting(model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: 
 
 
 def response_logprobs(
-    model: Decoder,
-    tokens: Tensor,
-    response_mask: Tensor,
-    lengths: Lengths = None,
-    *,
-    temperature: float = 1.0,
-    n_ids: int | None = None,
+    model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None, *,
+    temperature: float = 1.0, n_ids: int | None = None,
 ) -> Tensor:
     """Log-probability of every response token at a sampling temperature, among the first n_ids ids (None: all).
 
@@ -51,33 +46,18 @@ def summed_logprobs(model: Decoder, tokens: Tensor, response_mask: Tensor, lengt
 
 
 def logprobs_and_entropy(
-    model: Decoder,
-    tokens: Tensor,
-    response_mask: Tensor,
-    lengths: Lengths = None,
-    *,
-    temperature: float = 1.0,
-    n_ids: int | None = None,
-    learn_entropy: bool = False,
+    model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None, *,
+    temperature: float = 1.0, n_ids: int | None = None, learn_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """response_logprobs() and the entropy of each predicting distribution. -> two [N] float32.
-
-    The entropy has a gradient only with learn_entropy.
-    """
+    """response_logprobs() and the entropy of each predicting distribution. -> two [N] float32. The entropy has a
+    gradient only with learn_entropy."""
     kind = "learned" if learn_entropy else "logged"
     return _logprobs(model, tokens, response_mask, lengths, temperature, n_ids, entropy=kind)
 
 
 def _logprobs(
-    model: Decoder,
-    tokens: Tensor,
-    response_mask: Tensor,
-    lengths: Lengths,
-    temperature: float = 1.0,
-    n_ids: int | None = None,
-    *,
-    entropy: Entropy = "none",
-    summed: bool = False,
+    model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths, temperature: float = 1.0,
+    n_ids: int | None = None, *, entropy: Entropy = "none", summed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [N] and entropies [N] (empty unless asked for). summed: see output_logprobs()."""
 
@@ -118,10 +98,8 @@ def token_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengt
 def response_scores(
     verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None
 ) -> Tensor:
-    """The verifier's score of each whole response, read where its config says. -> [B] float32. Differentiable.
-
-    `last`: at the response's last token. `mean`: the mean over its tokens.
-    """
+    """The verifier's score of each whole response, read where its config says. -> [B] float32. Differentiable. `last`:
+    at the response's last token. `mean`: the mean over its tokens."""
     scores = token_scores(verifier, tokens, response_mask, lengths)
     if lengths is not None:
         scores, response_mask = (

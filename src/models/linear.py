@@ -114,11 +114,8 @@ class _Product(torch.autograd.Function):
         """grad [N, out] -> [N, in], [out, in], [out]."""
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        return (
-            input_gradient(grad, weight) if of_x else None,
-            weight_gradient(grad, x) if of_weight else None,
-            grad.sum(0) if of_bias else None,
-        )
+        return (input_gradient(grad, weight) if of_x else None, weight_gradient(grad, x)
+                if of_weight else None, grad.sum(0) if of_bias else None)
 
 
 def _by_onednn(x: Tensor, other: Tensor, elements: int) -> bool:

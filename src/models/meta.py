@@ -42,29 +42,23 @@ def config_from_meta(values: dict[str, object], source: str, weights: MetaWeight
     )
     experts = values.get("moe") or {}
     if not isinstance(experts, dict):
-        raise UserError(
-            f"{source}: moe={experts!r}; expected an object with num_experts and num_experts_per_tok"
-        )
+        raise UserError(f"{source}: moe={experts!r}; expected an object with num_experts and num_experts_per_tok")
     stated = number("hidden_dim", 0)
     if "multiple_of" in values and not stated:
         stated = meta_ffn_dim(dim, number("multiple_of", 1), number("ffn_dim_multiplier", 0.0, float))
     if stated not in (0, weights.ffn_dim):
         raise UserError(f"{source} means an FFN width of {stated}, but w1 has {weights.ffn_dim} rows")
     if values.get("vocab_size", -1) not in (-1, weights.vocab_size):
-        raise UserError(
-            f"{source}: vocab_size={values['vocab_size']!r}, but tok_embeddings has {weights.vocab_size} rows"
-        )
+        raise UserError(f"{source}: vocab_size={values['vocab_size']!r}, but tok_embeddings has {weights.vocab_size} "
+                        "rows")
     own_head_dim = "hidden_dim" in values and "head_dim" in values
     family = META_EXPERTS if experts else META_OWN_HEAD_DIM if own_head_dim else PLAIN
     window = number("sliding_window", 0)
     scaled: dict[str, object] = {}
     if is_true(values, "use_scaled_rope", source):
         factor = META_ROPE_FACTOR_TIED if weights.tied else META_ROPE_FACTOR
-        scaled = {
-            "rope_type": "wavelength",
-            "rope_factor": number("rope_scaling_factor", factor, float),
-            "rope_high_freq_factor": number("rope_high_freq_factor", 4.0, float),
-        }
+        scaled = {"rope_type": "wavelength", "rope_factor": number("rope_scaling_factor", factor, float),
+                  "rope_high_freq_factor": number("rope_high_freq_factor", 4.0, float)}
     return ModelConfig(
         family=family,
         dim=dim,

@@ -15,10 +15,8 @@ class Released(NamedTuple):
 def _sizes(family: str, shared: dict[str, Value], rows: dict[str, tuple[Value, ...]]) -> dict[str, Released]:
     """Rows of (dim, n_layers, n_heads, n_kv_heads, ffn_dim, further facts) under their released names."""
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim")
-    return {
-        name: Released(family, dict(zip(names, row[:5], strict=True)) | shared | dict(row[5:]))
-        for name, row in rows.items()
-    }
+    return {name: Released(family, dict(zip(names, row[:5], strict=True)) | shared | dict(row[5:]))
+            for name, row in rows.items()}
 
 
 _7B = (4096, 32, 32, 32, 11008)
@@ -86,16 +84,10 @@ MODEL_TYPES: dict[str, Released] = (
     })
     | _sizes("llama", _LLAMA_2, {"llama-2-7b": _7B, "llama-2-13b": _13B, "llama-2-70b": _70B})
     | _sizes("llama", _LLAMA_3, {"llama-3-8b": _8B, "llama-3-70b": _70B})
-    | _sizes("llama", _LLAMA_31, {
-        "llama-3.1-8b": _8B,
-        "llama-3.1-70b": _70B,
-        "llama-3.1-405b": (16384, 126, 128, 8, 53248),
-        "llama-3.3-70b": _70B,
-    })
-    | _sizes("llama", _LLAMA_32, {
-        "llama-3.2-1b": (2048, 16, 32, 8, 8192),
-        "llama-3.2-3b": (3072, 28, 24, 8, 8192),
-    })
+    | _sizes("llama", _LLAMA_31, {"llama-3.1-8b": _8B, "llama-3.1-70b": _70B,
+                                  "llama-3.1-405b": (16384, 126, 128, 8, 53248), "llama-3.3-70b": _70B})
+    | _sizes("llama", _LLAMA_32, {"llama-3.2-1b": (2048, 16, 32, 8, 8192),
+                                  "llama-3.2-3b": (3072, 28, 24, 8, 8192)})
     | _sizes("llama", _CODE, {
         "codellama-7b": (*_7B, ("vocab_size", 32016)),
         "codellama-13b": (*_13B, ("vocab_size", 32016)),
@@ -108,11 +100,8 @@ MODEL_TYPES: dict[str, Released] = (
         "deepseek-llm-67b": (8192, 95, 64, 8, 22016),
         "deepseek-math-7b": (4096, 30, 32, 32, 11008),
     })
-    | _sizes("llama", _CODER, {
-        "deepseek-coder-1.3b": (2048, 24, 16, 16, 5504),
-        "deepseek-coder-6.7b": _7B,
-        "deepseek-coder-33b": (7168, 62, 56, 8, 19200),
-    })
+    | _sizes("llama", _CODER, {"deepseek-coder-1.3b": (2048, 24, 16, 16, 5504), "deepseek-coder-6.7b": _7B,
+                               "deepseek-coder-33b": (7168, 62, 56, 8, 19200)})
     | _sizes("mistral", _MISTRAL, {
         "mistral-7b": (*_8B, ("rope_theta", 1e4), ("window", 4096)),
         "mistral-7b-v0.1": (*_8B, ("rope_theta", 1e4), ("window", 4096)),
@@ -174,24 +163,14 @@ MODEL_TYPES: dict[str, Released] = (
             4608, 46, 32, 16, 36864, ("head_dim", 128), ("query_pre_attn_scalar", 144.0), ("window", 4096)
         ),
     })
-    | _sizes("gemma3_text", _GEMMA_3, {
-        "gemma-3-270m": (640, 18, 4, 1, 2048),
-        "gemma-3-1b": (1152, 26, 4, 1, 6912),
-    })
+    | _sizes("gemma3_text", _GEMMA_3, {"gemma-3-270m": (640, 18, 4, 1, 2048),
+                                       "gemma-3-1b": (1152, 26, 4, 1, 6912)})
     | _sizes("smollm3", _SMOLLM_3, {"smollm3-3b": (2048, 36, 16, 4, 11008)})
-    | _sizes("phi3", _PHI_3, {
-        "phi-3-mini-4k": (3072, 32, 32, 32, 8192),
-        "phi-3-medium-4k": (5120, 40, 40, 10, 17920),
-    })
+    | _sizes("phi3", _PHI_3, {"phi-3-mini-4k": (3072, 32, 32, 32, 8192),
+                              "phi-3-medium-4k": (5120, 40, 40, 10, 17920)})
     | _sizes("phi3", _PHI_4, {"phi-4": (5120, 40, 40, 10, 17920)})
-    | _sizes("olmo2", _OLMO_2, {
-        "olmo-2-1b": (2048, 16, 16, 16, 8192),
-        "olmo-2-7b": _7B,
-        "olmo-2-13b": _13B,
-        "olmo-2-32b": (5120, 64, 40, 8, 27648),
-    })
-    | _sizes("internlm2", _INTERNLM_2, {
-        "internlm2-7b": _8B,
-        "internlm2-20b": (6144, 48, 48, 8, 16384),
-    })
+    | _sizes("olmo2", _OLMO_2, {"olmo-2-1b": (2048, 16, 16, 16, 8192), "olmo-2-7b": _7B, "olmo-2-13b": _13B,
+                                "olmo-2-32b": (5120, 64, 40, 8, 27648)})
+    | _sizes("internlm2", _INTERNLM_2, {"internlm2-7b": _8B,
+                                        "internlm2-20b": (6144, 48, 48, 8, 16384)})
 )  # fmt: skip

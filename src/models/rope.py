@@ -20,10 +20,8 @@ def layer_rotations(config: ModelConfig, positions: Tensor) -> list[Rotation | N
     windowed = rotation
     if config.window_rope_theta:
         windowed = rope_rotation(positions, _plain_frequencies(config, config.window_rope_theta, device))
-    return [
-        None if layer in config.nope_layers else windowed if config.window_of(layer) else rotation
-        for layer in range(config.n_layers)
-    ]
+    return [None if layer in config.nope_layers else windowed if config.window_of(layer) else rotation
+            for layer in range(config.n_layers)]
 
 
 def _plain_frequencies(config: ModelConfig, theta: float, device: torch.device) -> Tensor:

@@ -52,13 +52,8 @@ class _OutputLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        finish: Finish,
-        entropy: Entropy,
-        gradient: Literal["now", "later", "never"],
+        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor,
+        finish: Finish, entropy: Entropy, gradient: Literal["now", "later", "never"],
     ) -> tuple[Tensor, Tensor]:
         """hidden [N, D], weight [P, D], targets [N] int64 -> [N], [N] float32."""
         weight = rounded(weight.detach(), hidden.dtype)
@@ -143,10 +138,8 @@ def _read(
 
 
 def vocab_logprobs(local_logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of this rank's ids, and of one id a row, by two small all-reduces.
-
-    local_logits [N, P] float32, targets [N] int64 global ids -> [N, P], [N] float32, nats.
-    """
+    """Log-probabilities of this rank's ids, and of one id a row, by two small all-reduces. local_logits [N, P] float32,
+    targets [N] int64 global ids -> [N, P], [N] float32, nats."""
     local = local_logits.log_softmax(-1)  # over this rank's slice; one fused pass
     if tensor_parallel_size() > 1:
         local += _slice_logprob(local_logits[:, 0] - local[:, 0])[:, None]

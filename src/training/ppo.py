@@ -76,8 +76,10 @@ def decoupled_rewards(scores: Scores, weights: Sequence[float], rollout: Rollout
 def compute_advantages(
     rewards: Tensor, values: Tensor | None, mask: Tensor, trainable: Tensor, config: PPOConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """Advantages by --advantage, and for a critic the returns that it learns. rewards, values [B, S] float32, mask [B,
-    S] bool, trainable [K] int64 -> [B, S] float32 each, 0 outside the mask."""
+    """Advantages by --advantage, and for a critic the returns that it learns.
+
+    rewards, values [B, S] float32, mask [B, S] bool, trainable [K] int64 -> [B, S] float32 each, 0 outside the mask.
+    """
     learned = torch.zeros_like(mask)
     learned[trainable] = mask[trainable]
     if config.whiten_rewards and learned.any():
