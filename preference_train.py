@@ -113,14 +113,13 @@ def main(config: PreferenceTrainConfig) -> None:
                  wandb=config.wandb)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
-    how = {"precision": config.precision, "trained": config.lora_rank == -1, "quantize": config.quantize}
-    model = load.load_solver(against or config.ckpt_dir, **how)
+    how = {"precision": config.precision, "quantize": config.quantize}
     if against:
+        model = load.load_solver(against, **how)
         identity = reference_identity(fingerprint, tokenizer, model.dtype, config.quantize)
         data, held_out = score_by_reference(config, model, identity, (data, held_out), log)
-    if config.reference_ckpt_dir:
         del model  # before the policy takes its place
-        model = load.load_solver(config.ckpt_dir, **how)
+    model = load.load_solver(config.ckpt_dir, trained=run.trained, **how)
     run.open(model, log)
 
     for step in run.steps(data):

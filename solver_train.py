@@ -49,7 +49,7 @@ def main(config: SolverTrainConfig) -> None:
                                    run.sampler.ranks))
         return
     run.begin("solver_train", tokenizer)
-    model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
+    model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=run.trained,
                              quantize=config.quantize)
     log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
     log.logger.info("%s", data.report)

@@ -83,7 +83,7 @@ def main(config: VerifierTrainConfig) -> None:
                                    tokenizer, run.sampler.ranks))
         return
     run.begin("verifier_train", tokenizer)
-    model = load.load_verifier(config.ckpt_dir, precision=config.precision, trained=config.lora_rank == -1,
+    model = load.load_verifier(config.ckpt_dir, precision=config.precision, trained=run.trained,
                                from_solver=True, quantize=config.quantize)
     score = {"pairwise": config.score, "outcome": "last", "process": "steps"}[config.objective]
     saving.record(model, objective=config.objective, score=score, step=step_kind)

@@ -71,7 +71,7 @@ def ours(case: Case, folder: Path, *, precision: str = "float32") -> Run:
     from src.training.trainer import Trainer
 
     parallel.start()
-    model = load.load_solver(str(folder / "ours"), precision=precision, trained=True)
+    model = load.load_solver(str(folder / "ours"), precision=precision, trained=load.Trained())
     log = RunLog(str(folder / "log"), {})
     rows = [
         (Encoded(prompt + chosen, len(prompt)), Encoded(prompt + rejected, len(prompt)))

@@ -46,6 +46,7 @@ from src.data.encoding import Encoded
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.models.lora import LoraConfig
+from src.processes import heap
 from src.training.ppo_config import PPOConfig
 from src.training.sft import n_supervised, sft_loss
 
@@ -114,7 +115,7 @@ def correct(place: Path, size: Size) -> Found:
         peer = apart(their_gradient(theirs, samples), exact)
     turned = {name: rotary_from_hf(from_hf_name(name), each, config) for name, each in exact.items()}
     for precision in ("float32", "bfloat16"):
-        model = load.load_solver(str(folder / "split"), precision=precision, trained=True)
+        model = load.load_solver(str(folder / "split"), precision=precision, trained=load.Trained())
         own = model.logits(model(parallel.to_device(torch.tensor([samples[0].tokens]))))[0].detach().float().cpu()
         (sft_loss(model, batch) / n_supervised([batch])).backward()
         found = {to_hf_name(name): each.grad.cpu() for name, each in model.named_parameters()}
@@ -187,7 +188,7 @@ def ppo(place: Path, size: Size) -> Found:
         seen = last_metrics(run / "actor")
         kept = ("first_ratio_deviation", "kl", "tokens_per_second")
         phases = {each: value for each, value in seen.items() if each.startswith("seconds_") or each in kept}
-        yield name, phases | {"peak GiB": parallel.peak_memory() / 2**30}
+        yield name, phases | {"peak GiB": heap.peak_memory() / 2**30}
         shutil.rmtree(run)  # full weights and moments of two models
         free()
 

@@ -21,6 +21,7 @@ from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs, response_scores
 from src.models.quantize import quantize_weights, weight_bytes
+from src.processes import heap
 from src.runlog import RunLog
 from src.training.memory import Training, training_memory
 from src.training.sft import n_supervised, sft_loss
@@ -82,7 +83,7 @@ def seconds(run: Callable[[], object]) -> float:
 def free() -> None:
     """Give back what models that are gone have held, and forget the peak."""
     gc.collect()
-    parallel.release_memory()
+    heap.release_memory()
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
 

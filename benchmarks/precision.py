@@ -82,7 +82,7 @@ def main(rounds: int = 5, layers: int = 30) -> None:
         theirs = LlamaForCausalLM(LlamaConfig(**SMOLLM2, num_hidden_layers=layers))
         theirs.save_pretrained(f"{folder}/hf")
         checkpoint_split.main(checkpoint_split.SplitConfig(ckpt_file=f"{folder}/hf", save_path=f"{folder}/ours", n=1))
-        trained = {precision: load.load_solver(f"{folder}/ours", precision=precision, trained=True)
+        trained = {precision: load.load_solver(f"{folder}/ours", precision=precision, trained=load.Trained())
                    for precision in ("float32", "bfloat16")}
         frozen = {precision: load.load_solver(f"{folder}/ours", precision=precision) for precision in trained}
     batch = training_batch()

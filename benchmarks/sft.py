@@ -90,7 +90,7 @@ def ours(case: Case, folder: Path, *, packing: bool = True, precision: str = "fl
     from src.training.trainer import Trainer
 
     parallel.start()
-    model = load.load_solver(str(folder / "ours"), precision=precision, trained=True)
+    model = load.load_solver(str(folder / "ours"), precision=precision, trained=load.Trained())
     names = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
     lora = LoraFlags(lora_rank=16 if case.lora else -1, lora_alpha=32.0, lora_targets=names)
     load.put_lora_on(model, load.lora_config(lora), seed=1)

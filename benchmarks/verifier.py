@@ -83,7 +83,7 @@ def write_model(model: str, folder: Path) -> None:
 
 def open_verifier(folder: Path) -> Decoder:
     """The model with a random value head, the same at every call."""
-    verifier = load.load_verifier(str(folder / "ours"), trained=True, from_solver=True)
+    verifier = load.load_verifier(str(folder / "ours"), trained=load.Trained(), from_solver=True)
     with torch.no_grad():
         verifier.v_head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(5))
     saving.record(verifier, objective="process", score="steps")

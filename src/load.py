@@ -1,18 +1,19 @@
 """Checkpoint directory to ready model or tokenizer.
 
-A model is laid out on the meta device and filled from this rank's shard alone. An adapter directory (LoRA)
-names its base; loading it loads the base and folds the adapter in, in the requested dtype.
+A model is laid out on the meta device and filled from this rank's shard alone; of one that will be trained a rank
+reads its share of each tensor and no more. An adapter directory (LoRA) names its base; loading it loads the base and
+folds the adapter in, in the requested dtype.
 """
 
 import dataclasses
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from src import parallel, runlog
 from src.checkpoint import adapters, shards, sources, storage
@@ -157,18 +158,26 @@ def _quoted(system_prompt: str) -> str:
     return json.dumps(textwrap.shorten(system_prompt, 60), ensure_ascii=False) if system_prompt else "none"
 
 
+class Trained(NamedTuple):
+    """That a model will be trained: the fresh adapters it is given, None where all weights learn, and their seed."""
+
+    lora: LoraConfig | None = None
+    seed: int = 1
+
+
 def load_solver(
     ckpt_dir: str,
     *,
     model_type: str = "",
     precision: str = "",
-    trained: bool = False,
+    trained: Trained | None = None,
     quantize: str = "",
     n_layers: int | None = None,
 ) -> Decoder:
     """A language model on this rank's device that computes in --precision.
 
-    Its weights are held in that type too, or `trained` in float32: rounding would swallow an update.
+    Its weights are held in that type too, those that learn in float32: rounding would swallow an update. A `trained`
+    model is shared over the data-parallel ranks, whose forward passes then wait for each other.
     quantize: empty, or a precision of models/quantize.py for weights that will not be trained.
     n_layers: leave out the layers after this many; None keeps all.
     """
@@ -181,7 +190,7 @@ def load_verifier(
     *,
     model_type: str = "",
     precision: str = "",
-    trained: bool = False,
+    trained: Trained | None = None,
     from_solver: bool = False,
     quantize: str = "",
 ) -> Decoder:
@@ -200,28 +209,40 @@ def _load(
     folder: Path,
     config: ModelConfig,
     precision: str,
-    trained: bool,
+    trained: Trained | None,
     *,
     value_head: bool = False,
     quantize: str = "",
     n_layers: int | None = None,
 ) -> Decoder:
-    """Lay the model out on the meta device and assign this rank's tensors to it."""
+    """Lay the model out on the meta device, share it if it will be trained, and read what this rank keeps."""
     left_out = range(config.n_layers if n_layers is None else n_layers, config.n_layers)
     config = dataclasses.replace(config, n_layers=left_out.start)
     dtype = parallel.compute_dtype(precision)
-    held = None if quantize else torch.float32 if trained else dtype  # None: as stored, to be made smaller
-    tensors = local_tensors(folder, held, left_out)
+    stored = {name: read for name, read in _stored_tensors(folder).items() if shards.layer_of(name) not in left_out}
     if value_head and not config.value_head:
-        tensors.pop("output.weight", None)
-        tensors["v_head.weight"] = torch.zeros(1, config.dim, dtype=held or dtype, device=parallel.device())
+        stored.pop("output.weight", None)
+        stored["v_head.weight"] = lambda: torch.zeros(1, config.dim)
         config = solver_to_verifier(config)
     with torch.device("meta"):
         model = Decoder(config, dtype)
-    shards.assign(model, tensors, str(folder))
     if quantize:
-        tensors.clear()  # each weight goes as its codes come
+        shards.assign(model, _read(stored, None), str(folder))
         quantize_weights(model, quantize, dtype)
+        if trained:
+            put_lora_on(model, *trained)
+        return model
+    model.to(torch.float32 if trained and trained.lora is None else dtype)
+    if trained:
+        _add_adapters(model, trained.lora)
+        parallel.shard_over_data_parallel(model, model.layers, dtype)
+    places = shards.places(model)
+    # one at a time: what was merged or resharded is freed as this rank's part is copied
+    parts = {name: parallel.part_like(read(), model.get_parameter(places[name])) if name in places else read()
+             for name, read in stored.items()}  # fmt: skip
+    shards.assign(model, parts, str(folder))
+    if trained:
+        _init_adapters(model, trained.seed)
     return model
 
 
@@ -230,18 +251,17 @@ def solver_to_verifier(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, value_head=True, tied=False)
 
 
-def local_tensors(folder: Path, dtype: torch.dtype | None, left_out: range = range(0)) -> dict[str, Tensor]:
-    """This rank's tensors [...] of a directory on its device, adapters folded in, some layers left out.
+def local_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """This tensor-parallel rank's tensors [...] of a directory on its device, adapters folded in.
 
     dtype None = as stored. Raises UserError.
     """
-    place = {"device": parallel.device(), "dtype": dtype, "copy": True}
-    # one at a time: what was merged or resharded is freed as it is copied
-    return {
-        name: load().to(**place)
-        for name, load in _stored_tensors(folder).items()
-        if shards.layer_of(name) not in left_out
-    }
+    return _read(_stored_tensors(folder), dtype)
+
+
+def _read(stored: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Copies [...] of these tensors on this rank's device, made one at a time. dtype None = as stored."""
+    return {name: read().to(parallel.device(), dtype, copy=True) for name, read in stored.items()}
 
 
 def _stored_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
@@ -272,6 +292,12 @@ def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
 
     The model may be one that quantize_weights() has changed.
     """
+    _add_adapters(model, lora)
+    _init_adapters(model, seed)
+
+
+def _add_adapters(model: Decoder, lora: LoraConfig | None) -> None:
+    """put_lora_on() but for the adapters' values, which are on the meta device."""
     if lora is None:
         return
     check_targets(lora, model.config)
@@ -279,6 +305,10 @@ def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
         add_lora(model, lora)
     if model.config.value_head:
         model.v_head.float()
+
+
+def _init_adapters(model: Decoder, seed: int) -> None:
+    """Give the adapters that a model has, if any, the values they start from."""
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
 
     def local_slice(name: str, whole: Tensor) -> Tensor:
@@ -286,7 +316,7 @@ def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:
         return shards.cut(whole, shards.cut_of(name, model.config, n), rank)
 
     for name, tensor in init_lora(model, seed, local_slice):
-        model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(tensor.to(parallel.device()))
+        shards.put(model, name, parallel.part_like(tensor, model.get_parameter(name)))
 
 
 def lora_config(flags: LoraFlags, dropout: float = 0.0) -> LoraConfig | None:

@@ -5,12 +5,10 @@ V vocabulary, P vocabulary rows on this rank
 
 import atexit
 import contextlib
-import ctypes
 import datetime
 import io
 import os
 import random
-import resource
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +22,10 @@ from fairscale.nn.model_parallel import mappings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from src.errors import UserError
-from src.processes import watchdog
+from src.processes import heap, watchdog
 
 Item = TypeVar("Item")
 
@@ -42,7 +40,7 @@ def start(seed: int = 1, tensor_parallel_size: int = -1) -> None:
     place in theirs form a data-parallel group. gloo on the CPU, NCCL where CUDA is present. Raises UserError.
     """
     if not dist.is_initialized():
-        _keep_large_blocks()
+        heap.keep_large_blocks()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -175,43 +173,6 @@ def _multiplies_faster(dtype: torch.dtype, size: int = 512) -> bool:
     return 1.5 * seconds(x.to(dtype)) < seconds(x)
 
 
-def peak_memory() -> float:
-    """Most bytes this process has held: on the GPU where it computes on one, else resident."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def resident_memory() -> int:
-    """Bytes of main memory that this process holds now; on systems without /proc the most it has held."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except FileNotFoundError:
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _keep_large_blocks() -> None:
-    """Let the C library keep freed blocks of any size for the next step.
-
-    glibc maps blocks above 32 MiB anew each time, and touching new pages takes longer than most that is done to logits
-    or gradients there: with 49,152 words SFT had 1.2 to 1.5 times the tokens a second of before.
-    """
-    with contextlib.suppress(AttributeError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def release_memory() -> None:
-    """Hand freed memory back to the device or the system: one phase's blocks seldom fit the next one's tensors."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    else:
-        with contextlib.suppress(AttributeError, TypeError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
-
-
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()
@@ -275,9 +236,9 @@ def shard_over_data_parallel(model: nn.Module, blocks: Iterable[nn.Module], dtyp
 
     `blocks` are gathered one at a time, the rest of the model as a whole, rounded to `dtype`. Gradients are summed in
     float32, not averaged: losses are already divided by counts over all ranks. Nothing happens with one data-parallel
-    rank.
+    rank, or to a model that is shared already. Parameters may be on the meta device, to be filled with part_like().
     """
-    if data_parallel_size() == 1:
+    if data_parallel_size() == 1 or isinstance(model, FSDPModule):
         return
     mesh = DeviceMesh.from_group(
         [groups.get_data_parallel_group(), groups.get_model_parallel_group()],
@@ -328,17 +289,44 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def whole(x: Tensor) -> Tensor:
-    """Gather a tensor from the data-parallel group, all of whose ranks call this. [n on this rank, ...] -> [n, ...]."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def gather_on_first(x: Tensor) -> Tensor | None:
+    """The whole tensor on data-parallel rank 0, which the others only send to; all of them call this.
+
+    [n on this rank, ...] -> [n, ...], None on the others.
+    """
+    first = data_parallel_rank() == 0
+    if not isinstance(x, DTensor):
+        return x if first else None
+    group, size = groups.get_data_parallel_group(), data_parallel_size()
+    part = x.detach().to_local()
+    each = -(-len(x) // size)  # rows, of the first ranks: the last ones may hold fewer
+    if len(part) < each:
+        part = torch.cat([part, part.new_zeros(each - len(part), *part.shape[1:])])
+    pieces = part.new_empty(size, *part.shape) if first else None
+    dist.gather(part, None if pieces is None else list(pieces), dist.get_global_rank(group, 0), group)
+    return None if pieces is None else pieces.flatten(0, 1)[: len(x)]
+
+
+def rows_like(x: Tensor, like: Tensor) -> Tensor:
+    """The rows of x [n, ...] that this data-parallel rank has of `like` [n, ...], in x's memory. -> [n here, ...]."""
+    if not isinstance(like, DTensor):
+        return x
+    rows = padded_share(len(x), like.device_mesh.size(), like.device_mesh.get_local_rank())
+    return x[rows.start : rows.stop]
 
 
 def part_like(x: Tensor, like: Tensor) -> Tensor:
-    """This data-parallel rank's part of x [n, ...], laid out and typed as `like` [n, ...] is; nothing is sent."""
-    x = x.to(like.device, like.dtype)
-    if isinstance(like, DTensor):
-        return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
-    return x.clone()
+    """This data-parallel rank's part of x [n, ...] on its device, shared and typed as `like` [n, ...] is: a copy.
+
+    No other part of x is read, and nothing is sent. What is a part already stays as it is.
+    """
+    if isinstance(x, DTensor):
+        return x
+    if not isinstance(like, DTensor):
+        return x.to(device(), like.dtype, copy=True)
+    part = rows_like(x, like).to(device(), like.dtype, copy=True)
+    place = {"device_mesh": like.device_mesh, "placements": like.placements}
+    return DTensor.from_local(part, **place, run_check=False, shape=x.shape, stride=x.stride())
 
 
 def as_part(x: Tensor, like: Tensor) -> Tensor:

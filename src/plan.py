@@ -22,6 +22,7 @@ from src.models.cache import shared_prefix
 from src.models.config import ModelConfig
 from src.models.foreign import released_config
 from src.models.lora import LINEARS, LoraConfig
+from src.processes import heap
 from src.sharing import base_of
 from src.text.tokenizer import Tokenizer
 from src.training.memory import (
@@ -352,7 +353,7 @@ def _on_gpu() -> bool:
 
 def _process() -> int:
     """What the process of a rank holds on a CPU before it has a model."""
-    return 0 if _on_gpu() else parallel.resident_memory() + STILL_TO_COME
+    return 0 if _on_gpu() else heap.resident_memory() + STILL_TO_COME
 
 
 def size(n_bytes: int) -> str:

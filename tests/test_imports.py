@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "processes", "runlog", "sharing", "text",
     },
     "plan": {
-        "checkpoint", "command", "data", "load", "models", "parallel", "runlog", "sharing", "text",
+        "checkpoint", "command", "data", "load", "models", "parallel", "processes", "runlog", "sharing", "text",
         "training",
     },
 }

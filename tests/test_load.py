@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.loading import write_model
 from src import load, parallel
 from src.checkpoint import saving, storage
 from src.checkpoint.sources import open_source
@@ -119,6 +120,18 @@ def save_verifier_adapter(base: str, folder: str) -> dict[str, object]:
             torch.nn.init.constant_(parameter, 0.1)
     saving.begin_save(verifier, folder, base, lora=lora).complete()
     return {}
+
+
+def test_a_rank_holds_what_it_keeps_of_a_model_and_little_more(tmp_path: Path) -> None:
+    """30M parameters on two data-parallel ranks; what a rank does not write it does not gather."""
+    write_model(tmp_path / "base", "dataset/toy/base", 512, 6, 4096)
+    files = {"folder": str(tmp_path / "base"), "save_dir": str(tmp_path / "run")}
+    ranks = run_ranks(2, "benchmarks.loading:phases", tmp_path, 1, **files)
+    shard = 4 * sum(tensor.numel() for tensor in storage.read_shard(tmp_path / "base" / "consolidated.00.pth").values())
+    for found in ranks:
+        assert 0.49 * shard < found["load"][0] < 1.2 * shard / 2
+        assert 0.98 * shard < found["resume"][0] < 1.2 * shard  # two moments
+    assert ranks[1]["save"][0] < 0.05 * shard
 
 
 def test_no_training_sequence_is_longer_than_the_context(folders: Folders) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from src import parallel
+from src.processes import heap
 from tests.ranks import run_ranks
 from tests.workers import random_vocabulary
 
@@ -103,6 +104,6 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     blocks = [torch.ones(megabyte) for _ in range(64)]
     pins = [torch.ones(64) for _ in range(4096)]  # what stays behind them keeps the heap from shrinking
     del blocks
-    held = parallel.resident_memory()
-    parallel.release_memory()
-    assert parallel.resident_memory() < held - 32 * 2**20 and len(pins) == 4096
+    held = heap.resident_memory()
+    heap.release_memory()
+    assert heap.resident_memory() < held - 32 * 2**20 and len(pins) == 4096

@@ -20,6 +20,7 @@ from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.plan import Memory, PPOWork
+from src.processes import heap
 from src.training.memory import Training, local_lora_parameters, local_parameters, training_memory
 from src.training.ppo_config import ESTIMATORS, PPOConfig
 from tests import tiny
@@ -279,7 +280,7 @@ def test_each_model_is_planned_by_its_own_config(
 def test_every_arrangement_is_told_and_the_one_asked_for_is_the_peak(
     flags: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "resident_memory", lambda: 2**20)
+    monkeypatch.setattr(heap, "resident_memory", lambda: 2**20)
     found = {}
     for asked in ({}, {"phases": True}, {"phases": True, "quantize": "int4"}, {"phases": True, "lora_rank": 2}):
         told = planned(capsys, flags | asked)

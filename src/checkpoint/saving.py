@@ -104,8 +104,8 @@ def _copied(group: TensorGroup) -> TensorGroup:
     """The same tensors apart from the model, in main memory; empty on ranks that will not write."""
     copies = {}
     for name, tensor in group.tensors.items():
-        whole = parallel.whole(tensor)
-        if parallel.data_parallel_rank() == 0:
+        whole = parallel.gather_on_first(tensor)
+        if whole is not None:
             copies[name] = whole.detach().to("cpu", group.dtype, copy=True)
     return group._replace(tensors=copies)
 
@@ -117,7 +117,7 @@ def _write(folder: Path, groups: Sequence[TensorGroup]) -> None:
             storage.write_shard(folder, kind, parallel.tensor_parallel_rank(), tensors, dtype)
         else:
             for tensor in tensors.values():
-                parallel.whole(tensor)
+                parallel.gather_on_first(tensor)
 
 
 def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:

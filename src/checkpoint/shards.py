@@ -238,9 +238,13 @@ def expected_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Make these tensors the model's parameters. Raises UserError unless names and shapes match exactly."""
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, shape in wanted.items():
+    """Make these tensors the model's parameters, parts of this data-parallel rank where it is shared.
+
+    Fresh adapters are left alone. Raises UserError unless all other names and shapes match exactly.
+    """
+    wanted = places(model)
+    for name, place in wanted.items():
+        shape = tuple(model.get_parameter(place).shape)
         if name not in tensors:
             raise UserError(f"{source}: parameter {name!r} is missing from its shard")
         if tuple(tensors[name].shape) != shape:
@@ -249,6 +253,17 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     unknown = sorted(set(tensors) - set(wanted))
     if unknown:
         raise UserError(f"{source}: unknown parameter {unknown[0]!r}; params.json describes no such tensor")
-    model.load_state_dict(tensors, assign=True)
-    for parameter in model.parameters():  # assigned tensors come without
-        parameter.requires_grad_(True)
+    for name, place in wanted.items():
+        put(model, place, tensors[name])
+
+
+def places(model: nn.Module) -> dict[str, str]:
+    """The name in a checkpoint of every parameter that is no adapter's -> its name in the model."""
+    return {_base_name(name): name for name, _ in model.named_parameters() if ".lora_" not in name}
+
+
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a tensor [...] the parameter of this name, to be trained or not as the one that was there."""
+    parent, _, child = name.rpartition(".")
+    learns = model.get_parameter(name).requires_grad
+    setattr(model.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=learns))

@@ -134,11 +134,14 @@ def discard(folder: Path) -> None:
 def write_shard(
     folder: Path, kind: str, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Write one shard of the save that is under way, a tensor [...] at a time. dtype None keeps every tensor's."""
+    """Write one shard of the save that is under way, a tensor [...] at a time. dtype None keeps every tensor's.
+
+    Data-parallel rank 0 calls this while the others send their parts.
+    """
     layout = {name: TensorSpec(tuple(t.shape), dtype or t.dtype) for name, t in tensors.items()}
     with open_torch_file(staging(folder) / shard_name(kind, index), layout) as file:
         for name, tensor in tensors.items():
-            file.write(name, parallel.whole(tensor))
+            file.write(name, parallel.gather_on_first(tensor))
 
 
 def finish(

@@ -171,9 +171,19 @@ class LoraLinear(nn.Module):
 
         -> [out] float32.
         """
-        merged = merged_weight(self.base.weight, self.lora_a.weight, self.lora_b.weight, self.scale)
-        squares = merged.square().sum(1)
-        return (squares if self.by_rows else parallel.sum_over_tensor_parallel(squares)).sqrt()
+        return self._lengths(merged_weight(self.base.weight, self.lora_a.weight, self.lora_b.weight, self.scale))
+
+    @torch.no_grad()
+    def base_lengths(self) -> Tensor:
+        """row_lengths() at the start, where B is zero. -> [out] float32, shared as the base is."""
+        return self._lengths(self.base.weight.float())
+
+    def _lengths(self, matrix: Tensor) -> Tensor:
+        """The lengths of whole rows of a matrix, [out, in] float32 on this rank -> [out]."""
+        squares = matrix.square().sum(1)
+        if not self.by_rows:
+            parallel.sum_over_tensor_parallel(parallel.local(squares))
+        return squares.sqrt()
 
 
 @contextlib.contextmanager
@@ -210,9 +220,8 @@ def init_lora(
 ) -> Iterator[tuple[str, Tensor]]:
     """Starting values of every adapter tensor: A uniform as Kaiming's rule for a linear layer, B zero, m W's lengths.
 
-    Yields (name, this rank's float32 tensor): A [rank, in], B [out, rank], of DoRA m [out]; each is to be put in its
-    place before the next is asked for. A is sampled whole on the CPU from (seed,
-    place in the model) and cut by `local_slice`, so the adapters do not depend on the tensor-parallel size.
+    Yields (name, this rank's float32 tensor): A [rank, in], B [out, rank], of DoRA m [out]. A is sampled whole on the
+    CPU from (seed, place in the model) and cut by `local_slice`, so it does not depend on the tensor-parallel size.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():
@@ -222,7 +231,7 @@ def init_lora(
             yield f"{name}.lora_a.weight", local_slice(f"{name}.lora_a.weight", whole)
             yield f"{name}.lora_b.weight", torch.zeros(module.lora_b.weight.shape)
             if module.lora_m is not None:
-                yield f"{name}.lora_m.weight", module.row_lengths()
+                yield f"{name}.lora_m.weight", module.base_lengths()
 
 
 class Factors(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from src import parallel
+from src.processes import heap
 from src.training.trainer import Trainer
 
 
@@ -67,7 +68,7 @@ class ModelOffloader:
             for part in parts:  # written anew: training has changed them
                 part.offload()
         if parts or parallel.device().type == "cuda":
-            parallel.release_memory()
+            heap.release_memory()
 
 
 class OffloadedTensors:

@@ -163,11 +163,13 @@ def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
                         "tensor-parallel group with --tensor_parallel_size")
     shared = SharedBase(config.actor_ckpt_dir, config.precision) if config.share_base else None
     models = PPOModels(None, None, None, ModelOffloader(Path(config.run_dir) / ".waiting" if config.phases else None))
-    how = {"precision": config.precision, "trained": config.lora_rank == -1}
+    trained = load.Trained(load.lora_config(config), config.seed)
+    how = {"precision": config.precision, "trained": trained}
 
     def trainer(model: Decoder, lr: float, iterations: int) -> Trainer:
-        """Give a model adapters and an optimizer."""
-        load.put_lora_on(model, load.lora_config(config), config.seed)
+        """Give a model an optimizer, and one that shares its base adapters."""
+        if shared:
+            load.put_lora_on(model, *trained)
         made = Trainer(model, log, config, lr=lr, total_steps=iterations * config.steps_per_buffer,
                        adam_eps=config.adam_eps)
         models.offloader.add(model, made)

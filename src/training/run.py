@@ -22,6 +22,7 @@ class Run:
     def __init__(self, config: TrainConfig, data: Dataset) -> None:
         """Count the steps. Raises UserError for ranks that cannot share the model."""
         self.config, self.n_rows = config, len(data.samples)
+        self.trained = load.Trained(load.lora_config(config, config.lora_dropout), config.seed)
         self._n_shards = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size)
         self.sampler = BatchSampler(
             max_batch_size=config.max_batch_size, accumulation_steps=config.accumulation_steps, seed=config.seed,
@@ -49,15 +50,14 @@ class Run:
         find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
 
     def open(self, model: Decoder, log: RunLog) -> None:
-        """Give the model its adapters, an optimizer and a place to be saved; take up what an earlier start saved."""
+        """Give the model, `trained`, an optimizer and a place to be saved; take up what an earlier start saved."""
         config = self.config
         saving.record(model, **self._chat_facts)
-        lora = load.lora_config(config, config.lora_dropout)
-        load.put_lora_on(model, lora, config.seed)
         self.log = log
         self.trainer = Trainer(model, log, config, total_steps=self.total_steps, optimizer=config.optimizer)
-        begin_save = partial(saving.begin_save, model, ckpt_dir=config.ckpt_dir, dtype=config.save_dtype, lora=lora,
-                             tokenizer_file=config.tokenizer_file, background=config.background_save)  # fmt: skip
+        begin_save = partial(saving.begin_save, model, ckpt_dir=config.ckpt_dir, dtype=config.save_dtype,
+                             lora=self.trained.lora, tokenizer_file=config.tokenizer_file,
+                             background=config.background_save)  # fmt: skip
         self.checkpointer = Checkpointer(
             log, [Trainee(config.save_dir, self.trainer, begin_save)], config, steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps, run_fingerprint=self._fingerprint)  # fmt: skip

@@ -15,6 +15,7 @@ from src.data.batch import Batch
 from src.data.sampler import Step
 from src.models.config import ModelConfig
 from src.models.linear import linear
+from src.processes import heap
 
 
 class ThroughputMeter:
@@ -61,7 +62,7 @@ class ThroughputMeter:
             "supervised_per_second": supervised / seconds,
             "mfu": flops / (seconds * self.peak * parallel.world_size()),
             "padding_share": 1 - n_tokens / held,
-            "peak_memory": parallel.peak_memory(),
+            "peak_memory": heap.peak_memory(),
             "data_seconds": self._data_seconds,
             "step_seconds": seconds,
         }

@@ -22,7 +22,7 @@ from src.command.config import OptimizerFlags, Recomputed, Schedule
 from src.errors import UserError
 from src.models.cache import Cache
 from src.models.decoder import Decoder
-from src.processes import watchdog
+from src.processes import heap, watchdog
 from src.runlog import RunLog
 from src.training.optimizers import AdamW, LazyTensors, OptimizerName
 
@@ -53,7 +53,7 @@ class HeapTrimmer:
 
     def after_step(self) -> None:
         """Look at what is held, and trim the heap if it is too much."""
-        held = parallel.resident_memory()
+        held = heap.resident_memory()
         self._steps += 1
         if self._steps <= 3:  # these say what a step takes
             self._limit = max(self._limit, HEAP_GROWTH * held)
@@ -62,7 +62,7 @@ class HeapTrimmer:
         elif self._trimmed:  # one step before: what is held is in use, and trimming again would not help
             self._limit, self._trimmed = 1.1 * held, False
         else:
-            parallel.release_memory()
+            heap.release_memory()
             self._trimmed = True
 
 
@@ -193,9 +193,7 @@ class Trainer:
             self._loss_scale, self._scaled_steps = counts["loss_scale"], counts["scaled_steps"]
         for name, parameter in self._trainable.items():
             with torch.no_grad():
-                parallel.local(parameter).copy_(
-                    parallel.local(parallel.part_like(read(f"{name}/{MASTER}"), parameter))
-                )
+                parallel.local(parameter).copy_(parallel.rows_like(read(f"{name}/{MASTER}"), parameter))
             if self._updates:
                 moments = {
                     moment: parallel.part_like(read(f"{name}/{moment}"), parameter) for moment in MOMENTS

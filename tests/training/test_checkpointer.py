@@ -41,7 +41,7 @@ class Run:
         self, ckpt_dir: str, folder: Path, lora_rank: int = -1, background: bool = False, **options: object
     ) -> None:
         self.folder = folder
-        self.model = load.load_solver(ckpt_dir, trained=True)
+        self.model = load.load_solver(ckpt_dir, trained=load.Trained())
         lora = load.lora_config(
             LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "w2"]), 0.1
         )

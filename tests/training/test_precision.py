@@ -45,7 +45,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def test_gradients_are_as_near_to_float32_as_under_autocast(folders: Folders) -> None:
     ours = [
         gradient(model, sft_loss(model, batch()) / 16)
-        for model in (load.load_solver(folders.one, precision=precision, trained=True)
+        for model in (load.load_solver(folders.one, precision=precision, trained=load.Trained())
                       for precision in ("float32", "bfloat16"))
     ]
     theirs = []
@@ -66,20 +66,20 @@ def test_trained_and_frozen_weights_compute_the_same_numbers(folders: Folders, p
         trained, frozen, rounded = (
             response_logprobs(model, tokens, mask)
             for model in (
-                load.load_solver(folders.one, precision=precision, trained=True),
+                load.load_solver(folders.one, precision=precision, trained=load.Trained()),
                 load.load_solver(folders.one, precision=precision),
                 load.load_solver(folders.one, precision="float32"),
             )
         )
         scores = [token_scores(load.load_verifier(folders.verifier, precision=precision, trained=trained),
-                               tokens, mask) for trained in (False, True)]
+                               tokens, mask) for trained in (None, load.Trained())]
     assert torch.equal(trained, frozen) and torch.equal(*scores)
     assert 0 < distance(trained, rounded) < 0.02
     assert trained.dtype == scores[0].dtype == torch.float32
 
 
 def test_weights_are_prepared_while_nothing_trains_them(folders: Folders) -> None:
-    model = load.load_solver(folders.one, precision="bfloat16", trained=True)
+    model = load.load_solver(folders.one, precision="bfloat16", trained=load.Trained())
     weight = model.layers[0].feed_forward.w1.weight
 
     def loss() -> Tensor:
@@ -117,7 +117,7 @@ def packed(samples: Batch) -> Batch:
 
 
 def test_packing_changes_bfloat16_gradients_by_rounding_alone(folders: Folders) -> None:
-    model: Decoder = load.load_solver(folders.one, precision="bfloat16", trained=True)
+    model: Decoder = load.load_solver(folders.one, precision="bfloat16", trained=load.Trained())
     padded = gradient(model, sft_loss(model, batch()) / 16)
     assert distance(gradient(model, sft_loss(model, packed(batch())) / 16), padded) < 0.02
 
@@ -146,7 +146,7 @@ def test_a_run_is_resumed_with_the_same_bits(folders: Folders, tmp_path: Path, p
 
 
 def test_float16_scales_the_loss_as_far_as_gradients_allow(folders: Folders, tmp_path: Path) -> None:
-    model = load.load_solver(folders.one, precision="float16", trained=True)
+    model = load.load_solver(folders.one, precision="float16", trained=load.Trained())
     trainer = Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(lr=1e-3, warmup_ratio=0.0), total_steps=9)
 
     def step(factor: float) -> tuple[float, dict[str, int]]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src import load, parallel
+from src import load
 from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.command.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.lora import LINEARS
+from src.processes import heap
 from src.runlog import RunLog
 from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import HEAP_GROWTH, HeapTrimmer, Trainer, lr_factor
@@ -183,14 +184,14 @@ def test_ten_steps_of_adapters_equal_peft(folders: Folders, tmp_path: Path) -> N
 
 
 def test_freed_memory_goes_back_when_holes_have_grown() -> None:
-    heap = HeapTrimmer()
+    trimmer = HeapTrimmer()
     for _ in range(3):
-        heap.after_step()
-    before = parallel.resident_memory()
+        trimmer.after_step()
+    before = heap.resident_memory()
     blocks = [torch.ones(1 << 20) for _ in range(int((HEAP_GROWTH - 0.9) * before) // 2**22)]  # 4 MiB each
     fence = torch.ones(1 << 18)  # at the end of the heap: what lies below it is not handed back by itself
-    held = parallel.resident_memory()
+    held = heap.resident_memory()
     del blocks
-    assert parallel.resident_memory() > 0.99 * held > HEAP_GROWTH * before
-    heap.after_step()
-    assert parallel.resident_memory() < 1.1 * before and fence.sum() == 1 << 18
+    assert heap.resident_memory() > 0.99 * held > HEAP_GROWTH * before
+    trimmer.after_step()
+    assert heap.resident_memory() < 1.1 * before and fence.sum() == 1 << 18

@@ -48,14 +48,10 @@ def verifier_epochs(
     label_tokens: str = "all",
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two steps on ROWS, the losses, and the report on ROWS."""
-    model = load.load_verifier(folder, trained=True)
-    load.put_lora_on(
-        model,
-        load.lora_config(
-            LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
-        ),
-        seed=1,
+    lora = load.lora_config(
+        LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
     )
+    model = load.load_verifier(folder, trained=load.Trained(lora))
     options = {"max_seq_len": 64, "source": "ROWS", "label_tokens": label_tokens, "balance": True}
     data, kind = label_dataset(ROWS[objective], load.load_tokenizer(folder), **options)
     trainer = Trainer(model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import ppo_train
 from src import load, parallel
@@ -79,7 +80,8 @@ PROMPTS = [
 
 def local_weights(model: Decoder) -> dict[str, Tensor]:
     """This rank's parameters, for join_weights()."""
-    return {name: parallel.whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach().clone()
+            for name, parameter in model.named_parameters()}  # fmt: skip
 
 
 def join_weights(ranks: list[dict[str, Tensor]], model: Decoder) -> dict[str, Tensor]:
@@ -135,14 +137,10 @@ def sft_epochs(
     dora: bool = False,
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two epochs on INSTRUCTIONS, and every step's loss under `losses`."""
-    model = load.load_solver(folder)
-    load.put_lora_on(
-        model,
-        load.lora_config(
-            LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"], dora=dora)
-        ),
-        seed=1,
+    lora = load.lora_config(
+        LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"], dora=dora)
     )
+    model = load.load_solver(folder, trained=load.Trained(lora))
     tokenizer = load.load_tokenizer(folder)
     data = sft_dataset(INSTRUCTIONS, tokenizer, max_seq_len=64, source="INSTRUCTIONS")
     trainer = Trainer(
@@ -353,11 +351,10 @@ def resumed_epochs(
     precision: str = "",
 ) -> dict[str, Tensor]:
     """Steps `first` + 1 .. `last` of a run of 8 on INSTRUCTIONS, saved after each; losses and every rank's weights."""
-    model = load.load_solver(folder, precision=precision, trained=lora_rank == -1)
     lora = load.lora_config(
         LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
     )
-    load.put_lora_on(model, lora, seed=1)
+    model = load.load_solver(folder, precision=precision, trained=load.Trained(lora))
     data = sft_dataset(INSTRUCTIONS, load.load_tokenizer(folder), max_seq_len=64, source="INSTRUCTIONS")
     ranks = parallel.data_parallel_size()
     batching = BatchSampler(
@@ -404,7 +401,7 @@ def hash_for(seconds: float) -> None:
 
 def interrupted(folder: str, save_dir: str, how: str) -> None:
     """Two steps of a run that catches SIGTERM; in the second something befalls one rank."""
-    model = load.load_solver(folder, trained=True)
+    model = load.load_solver(folder, trained=load.Trained())
     log = RunLog(save_dir, {})
     trainer = Trainer(model, log, OptimizerFlags(lr=1e-3), total_steps=2)
     trainee = Trainee(save_dir, trainer, lambda target, state: None)
