@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from src import runlog
 from src.command.config import Seed, Share, flag
-from src.construct.samples import BuildConfig, OneFileConfig, Row, save
+from src.construct.samples import BuildConfig, OneFileConfig, Row, by_problem, read_graded, save
 from src.data.encoding import STEP_END
 from src.data.examples import StepLabels, read_instruction_rows, read_pairs, read_prompts, read_step_labels
 from src.errors import UserError
@@ -20,17 +20,25 @@ class SelectConfig(OneFileConfig):
     """Rows"""
 
     train_file: str = flag(help='rows with "instruction"')
-    split: str = flag(help="""level=1-3, subject=Algebra|Geometry, or a name that stands under "split"; a comma
+    split: str = flag("", """level=1-3, subject=Algebra|Geometry, or a name that stands under "split"; a comma
         means and""")
+    samples_file: str = flag("", """graded samples.jsonl of these problems: keeps those that some samples, not
+        all, solve, which group advantages learn from""")
 
 
 def select(config: SelectConfig) -> None:
-    """The rows of a data file whose problems a split names, with all their keys: easy problems to train on, say."""
+    """The rows of a data file whose problems a split names, or are of middling difficulty, with all their keys."""
     prompts = read_prompts(config.train_file, need_label=False)
     rows = read_instruction_rows(config.train_file)
     chosen = {prompt.id for prompt in select_prompts(prompts, config.split)}
     kept = [row for prompt, row in zip(prompts, rows, strict=True) if prompt.id in chosen]
-    save(kept, "rows", "none is in the split", config.train_file, config.save_file, config.dry_run)
+    if config.samples_file:
+        problems = by_problem(read_graded(config.samples_file)).values()
+        middling = {problem.instruction for problem in problems
+                    if problem.right and (problem.wrong or problem.unparsed)}
+        kept = [row for row in kept if row["instruction"] in middling]
+    why_none = "none is in the split, or some samples of it right and some wrong"
+    save(kept, "rows", why_none, config.train_file, config.save_file, config.dry_run)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,7 +162,8 @@ ALERTS = [
     Alert("blind critic", lambda seen: seen.get("explained_variance", 0.0) < -0.5,
           "the critic is worse than a constant; raise --critic_warmup, or lower --critic_lr if value_loss rises"),
     Alert("dead groups", lambda seen: seen.get("dead_groups", 0.0) > 0.8,
-          "over 80% of the groups earn equal rewards; raise --group_size, or choose prompts of middling difficulty"),
+          "over 80% of the groups earn equal rewards; raise --group_size, or choose prompts of middling difficulty "
+          "(data_build.py select --samples_file)"),
     Alert("length", lambda seen: seen["reward_length_correlation"] > 0.8,
           "the reward follows the length of the response, not its merit; set --overlong_buffer or mend the reward"),
     Alert("unreadable", lambda seen: seen.get("graded_unparsed", 0.0) > 0.5,

@@ -1,5 +1,9 @@
-"""src/construct/from_samples.py: balance within a problem, and right solutions."""
+"""src/construct/from_samples.py: balance within a problem, right solutions, problems of middling difficulty."""
 
+import json
+from pathlib import Path
+
+from src.construct.from_rows import SelectConfig, select
 from src.construct.from_samples import outcome_rows, right_solutions
 from tests.construct.test_pairs import SAMPLES, sample
 
@@ -22,3 +26,15 @@ def test_right_solutions_stand_once_and_within_the_limit() -> None:
     found = {row["instruction"]: row["output"] for row in right_solutions(SAMPLES, 2, seed=1)}
     assert found.keys() == {"q0", "q1", "q3"}
     assert found["q0"] == ["r1"] and len(found["q3"]) == 2
+
+
+def test_problems_are_selected_that_some_samples_solve(tmp_path: Path) -> None:
+    outcomes = {"0": ["right", "right"], "1": ["right", "wrong"], "2": ["wrong", "wrong"], "3": ["unparsed", "right"]}
+    rows = [{"id": id, "sample": number, "prompt": f"q{id}", "response": f"r{number}", "outcome": outcome}
+            for id, found in outcomes.items() for number, outcome in enumerate(found)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = [{"instruction": f"q{id}", "output": "", "label": id} for id in range(5)]
+    (tmp_path / "all.json").write_text(json.dumps(problems))
+    select(SelectConfig(train_file=str(tmp_path / "all.json"), samples_file=str(tmp_path / "samples.jsonl"),
+                        save_file=str(tmp_path / "some.json")))
+    assert [row["label"] for row in json.loads((tmp_path / "some.json").read_text())] == [1, 3]

@@ -61,7 +61,7 @@ def test_every_command_is_one_that_its_script_understands(commands: list[list[st
         parsed = parse(main, flags)
         assert {flag.name for flag in flags_of(main).values() if flag.required} <= set(parsed), words
         started[script] = started.get(script, 0) + 1
-    assert started == {"checkpoint_split": 1, "data_build": 2 + 2 * 3, "solver_evaluate": 2 + 2 * 7, "solver_train": 4,
+    assert started == {"checkpoint_split": 1, "data_build": 2 + 2 * 4, "solver_evaluate": 2 + 2 * 7, "solver_train": 4,
                        "verifier_train": 4, "verifier_evaluate": 4, "ppo_train": 4, "preference_train": 2}  # fmt: skip
     assert commands[-1][1:] == ["recipes/gsm8k_table.py", "--run_dir", commands[-1][3], "--seeds", "1,2"]
 
