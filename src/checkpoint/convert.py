@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -124,11 +124,6 @@ def is_derived(name: str) -> bool:
     return _DERIVED.search(name) is not None
 
 
-def uses_hf_names(names: Iterable[str]) -> bool:
-    """Whether a checkpoint speaks Hugging Face's names rather than Meta's."""
-    return any(strip_wrappers(name).startswith(("model.", "transformer.")) for name in names)
-
-
 def from_hf_name(name: str, family: str = PLAIN) -> str:
     """Our name of a Hugging Face parameter, or of the tensor it is fused in. Raises UserError for an unknown one."""
     ours = rename(name, _NAMES.get(family, _HF))
@@ -228,7 +223,7 @@ def _parts(name: str, fused: StoredTensor, config: ModelConfig) -> dict[str, Sto
         leading = (config.n_experts, 2 * config.ffn_dim if modules == "w13" else config.dim)
     else:
         pattern = f"{parent}.{{}}.{name.rpartition('.')[2]}"
-        takes = {pattern.format(part): functools.partial(_half, half=i) for i, part in enumerate(_FUSED[modules])}
+        takes = {pattern.format(part): lambda whole, i=i: whole.chunk(2)[i] for i, part in enumerate(_FUSED[modules])}
         leading = (2 * config.ffn_dim,)
     first = next(iter(takes), "")
     if first not in shapes:
@@ -260,11 +255,6 @@ def _qkv_parts(pattern: str, way: str, config: ModelConfig) -> dict[str, Take]:
         return heads.split(sizes, 1)[index].flatten(0, 2)
 
     return {pattern.format(module): functools.partial(take, index=index) for index, module in enumerate(_QKV)}
-
-
-def _half(whole: Tensor, half: int) -> Tensor:
-    """The first or the second half of the rows. [rows, ...] -> [rows / 2, ...]."""
-    return whole.chunk(2)[half]
 
 
 def _expert_parts(parent: str, modules: str, config: ModelConfig) -> dict[str, Take]:

@@ -24,7 +24,7 @@ from src.errors import UserError
 from src.models.config import FIELDS, ModelConfig
 from src.models.foreign import config_from_hf, config_to_hf
 from src.models.rope import rope_frequencies
-from src.text.gguf_tokenizer import write_tokenizer
+from src.text.gguf_tokenizer import special_ids, write_tokenizer
 
 
 class Architecture(NamedTuple):
@@ -169,7 +169,8 @@ def config_of(metadata: Mapping[str, object], tensors: Mapping[str, StoredTensor
             found, width = said[key], values["head_dim"]
             raise UserError(f"{source}: {name}.{key}={found}, but heads are {width} wide; not implemented")
     values["rope_scaling"] = _rope_scaling(said, values, tensors, f"{source}: {name}")
-    values |= _special_ids(metadata)
+    values |= special_ids({name: metadata.get(f"tokenizer.ggml.{name}_token_id")
+                           for name in ("bos", "eos", "eot", "eom", "padding")})
     of_matrices = {stored.dtype for stored in tensors.values() if len(stored.shape) > 1}
     dtype = of_matrices.pop() if len(of_matrices) == 1 else torch.float32
     config = config_from_hf(values, source, str(dtype).removeprefix("torch."))
@@ -240,15 +241,6 @@ def rope_factors(config: ModelConfig) -> Tensor:
     cpu = torch.device("cpu")
     plain = rope_frequencies(dataclasses.replace(config, rope_type="default"), cpu)
     return plain / rope_frequencies(config, cpu)
-
-
-def _special_ids(metadata: Mapping[str, object]) -> dict[str, object]:
-    """The ids of special tokens as a config.json says them; what may end a response is one id or several."""
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")}
-    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None))
-    said = {"bos_token_id": ids["bos"], "pad_token_id": ids["padding"]}
-    said["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
-    return {key: value for key, value in said.items() if value is not None}
 
 
 def _as_ours(

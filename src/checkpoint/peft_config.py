@@ -71,7 +71,8 @@ class PeftConfig(NamedTuple):
         """Rank and alpha of a module under its Hugging Face name, those of patterns included. Rank-stabilised adapters
         (Kalajdzievski 2023) are multiplied with alpha / sqrt(rank): their alpha says so here."""
         rank, alpha = (
-            next((value for key, value in (self.values.get(name) or {}).items() if _matches(key, module)),
+            next((value for key, value in (self.values.get(name) or {}).items()
+                  if re.match(rf"(.*\.)?({key})$", module)),
                  self.values[default])
             for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
@@ -83,11 +84,6 @@ class PeftConfig(NamedTuple):
         return (wanted == "all-linear" or _names(wanted, module)) and not (
             left_out and _names(left_out, module)
         )
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern means a module: its whole name, or its end after a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _names(wanted: str | list[str], module: str) -> bool:

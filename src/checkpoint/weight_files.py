@@ -53,9 +53,14 @@ def open_weights(
     if len(paths) == 1 and paths[0].is_dir():
         paths = weight_files(folder)
     files = [open_file(path) for path in paths]
-    hf = any(convert.uses_hf_names(file.tensors) for file in files)
+    hf = any(convert.strip_wrappers(name).startswith(("model.", "transformer."))
+             for file in files for name in file.tensors)
     if not descriptions:
-        descriptions = _description_inside(files[0], folder)
+        # some writers store params with the tensors
+        if (inside := files[0].params) is None:
+            raise UserError(f"{folder} has neither params.json nor config.json; name one with --config_file")
+        descriptions = {f"{files[0].path} (model_args)": inside}
+        refuse_infinities(inside, *descriptions)
     # tensors under Hugging Face's names go by config.json, as in transformers
     described, values = list(descriptions.items())[-1 if hf else 0]
     family = str(values.get("model_type", PLAIN)) if hf else None
@@ -141,15 +146,6 @@ def _descriptions(folder: Path, config_file: str) -> dict[str, dict[str, object]
         if "model_type" in values and "dim" not in values:
             family_of(values, described)
     return found
-
-
-def _description_inside(file: OpenedFile, folder: Path) -> dict[str, dict[str, object]]:
-    """The params that a file stores with its tensors, for want of any other description."""
-    if file.params is None:
-        raise UserError(f"{folder} has neither params.json nor config.json; name one with --config_file")
-    described = f"{file.path} (model_args)"
-    refuse_infinities(file.params, described)
-    return {described: file.params}
 
 
 def check_counts(values: dict[str, object], shapes: Mapping[str, tuple[int, ...]], described: str) -> None:

@@ -170,11 +170,7 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
     # sentencepiece knows its own; a name would make it a control token, which is not shown
     config |= {key: tokens[index] for key, index in named_ids.items() if types[index] != UNKNOWN}
     write_json(folder / "tokenizer_config.json", config)
-    ends = list(dict.fromkeys(ids[name] for name in _ENDS if ids[name] is not None))
-    generation = {"bos_token_id": ids["bos"], "pad_token_id": ids["padding"]}
-    generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
-    said_ids = {key: value for key, value in generation.items() if value is not None}
-    write_json(folder / "generation_config.json", said_ids)
+    write_json(folder / "generation_config.json", special_ids(ids))
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -182,6 +178,14 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
         Tokenizer(folder)
     except UserError as problem:
         raise UserError(f"{source}: its tokenizer does not open ({problem})") from None
+
+
+def special_ids(ids: Mapping[str, int | None]) -> dict[str, object]:
+    """Ids by llama.cpp's names as a config.json says them; what may end a response is one id or several."""
+    ends = list(dict.fromkeys(ids[name] for name in _ENDS if ids[name] is not None))
+    said = {"bos_token_id": ids["bos"], "pad_token_id": ids["padding"]}
+    said["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _cut_of(said: _Said) -> _Cut:
