@@ -105,15 +105,13 @@ class BackgroundGrader:
         self.grader.__exit__(*error)
 
     def submit(self, name: str, number: int, response: str) -> None:
-        """Take a sample; returns at once."""
+        """Take a sample, unless it was taken before; returns at once."""
+        if (name, number) in self._verdicts:
+            return
         prompt = self.prompts[name]
         self._verdicts[name, number] = self._threads.submit(
             self.grader.grade_one, response, prompt.label or "", self.types[name]
         )
-
-    def has(self, name: str, number: int) -> bool:
-        """Whether a sample was submitted."""
-        return (name, number) in self._verdicts
 
     def verdict(self, name: str, number: int) -> Verdict:
         """The verdict of a sample that was submitted, as soon as there is one."""
@@ -267,8 +265,7 @@ def grade_samples(
     that `grading` has graded already are not graded again. Samples of other problems are left out."""
     samples = [sample for sample in samples if sample.id in grading.prompts]
     for sample in samples:
-        if not grading.has(sample.id, sample.sample):
-            grading.submit(sample.id, sample.sample, sample.response)
+        grading.submit(sample.id, sample.sample, sample.response)
     rows: list[dict[str, object]] = []
     problems: dict[str, list[Graded]] = {name: [] for name in grading.prompts}
     for sample in samples:

@@ -7,16 +7,7 @@ import numpy as np
 
 from src.data.examples import StepLabels
 from src.errors import UserError
-from src.evaluation.metrics import (
-    AGGREGATIONS,
-    auc,
-    best_threshold,
-    calibration,
-    curves,
-    first_wrong_step,
-    interval,
-    processbench_f1,
-)
+from src.evaluation import metrics
 from src.evaluation.report import Graded, right_and_classes, score_array
 
 
@@ -28,11 +19,11 @@ def report_samples(problems: Sequence[Sequence[Graded]]) -> dict[str, object]:
     scores = np.array([sample.score for sample in pooled])
     right = np.array([sample.verdict.outcome == "right" for sample in pooled])
     lengths = np.array([sample.token_count or math.nan for sample in pooled])
-    error, bins = calibration(scores, right)
+    error, bins = metrics.calibration(scores, right)
     return {
         "too_long": len(everyone) - len(pooled),
         "pair_accuracy": pair_accuracy(problems),
-        "auc": auc(scores, right),
+        "auc": metrics.auc(scores, right),
         "calibration_error": error,
         "calibration": bins,
         "length_correlation": correlation(scores, lengths),
@@ -44,7 +35,7 @@ def pair_accuracy(problems: Sequence[Sequence[Graded]]) -> float:
     """Share of the pairs of a right and a wrong sample of one problem in which the right one scores higher; a tie
     counts half. Every problem with both kinds weighs the same; nan if there is none."""
     shares = [
-        auc(np.array([sample.score for sample in problem]),
+        metrics.auc(np.array([sample.score for sample in problem]),
             np.array([sample.verdict.outcome == "right" for sample in problem]))
         for problem in ([sample for sample in problem if sample.score is not None] for problem in problems)
         if problem
@@ -74,12 +65,12 @@ def choice_curves(problems: Sequence[Sequence[Graded]]) -> dict[str, dict[str, l
             name: lambda sample, aggregate=aggregate: (
                 None if sample.score is None else aggregate(sample.step_scores)
             )
-            for name, aggregate in AGGREGATIONS.items()
+            for name, aggregate in metrics.AGGREGATIONS.items()
         }
     scores = {name: score_array(problems, n, score) for name, score in ways.items()}
     report = {}
-    for name, curve in curves(*right_and_classes(problems, n), scores).items():
-        low, high = zip(*(interval(chances.tolist()) for chances in curve.values()), strict=True)
+    for name, curve in metrics.curves(*right_and_classes(problems, n), scores).items():
+        low, high = zip(*(metrics.interval(chances.tolist()) for chances in curve.values()), strict=True)
         accuracy = [float(chances.mean()) for chances in curve.values()]
         report[name] = {"n": list(curve), "accuracy": accuracy, "low": list(low), "high": list(high)}
     return report
@@ -102,7 +93,7 @@ def report_steps(
     agree = (scores >= 0.5) == right
     threshold = 0.5 if threshold is None else threshold
     expected = first_wrong(rows)
-    wrong_steps = [first_wrong_step(scores, threshold) for scores in found]
+    wrong_steps = [metrics.first_wrong_step(scores, threshold) for scores in found]
     both = min(expected) < 0 <= max(expected)
     return {
         "solutions": len(rows),
@@ -111,8 +102,8 @@ def report_steps(
         "step_accuracy": float(agree.mean()),
         "step_accuracy_on_right": float(agree[right].mean()) if right.any() else None,
         "step_accuracy_on_wrong": float(agree[~right].mean()) if not right.all() else None,
-        "step_auc": auc(scores, right),
-        "f1": processbench_f1(wrong_steps, expected) if both else None,
+        "step_auc": metrics.auc(scores, right),
+        "f1": metrics.processbench_f1(wrong_steps, expected) if both else None,
         "f1_threshold": threshold,
     }
 
@@ -139,7 +130,7 @@ def choose_threshold(rows: Sequence[StepLabels], found: Sequence[Sequence[float]
     if n_wrong in (0, len(rows)):
         raise UserError(f"--threshold_file: {n_wrong} of its {len(rows)} solutions have a wrong step; F1 needs some "
                         "with one and some without")
-    return best_threshold(found, first_wrong(rows))
+    return metrics.best_threshold(found, first_wrong(rows))
 
 
 def report_table(report: dict[str, object]) -> str:
