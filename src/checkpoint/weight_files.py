@@ -239,7 +239,11 @@ def _config(
     _check_present(tensors, ("tok_embeddings.weight", inner), described)
     ffn_rows = tensors[inner].shape[0] * scale
     vocab_rows = tensors["tok_embeddings.weight"].shape[0] * (scale if embedding_dim == 0 else 1)
-    weights = MetaWeights(ffn_dim=ffn_rows, vocab_size=vocab_rows, dtype=dtype, tied=_is_tied(tensors),
+    # no output layer, or the very same values
+    output, embedding = tensors.get("output.weight"), tensors["tok_embeddings.weight"]
+    tied = "v_head.weight" not in tensors and (
+        output is None or output.shape == embedding.shape and torch.equal(output.load(), embedding.load()))
+    weights = MetaWeights(ffn_dim=ffn_rows, vocab_size=vocab_rows, dtype=dtype, tied=tied,
                           value_head="v_head.weight" in tensors, embedding_split_dim=embedding_dim)
     return config_from_meta(values, described, weights)
 
@@ -249,16 +253,6 @@ def _check_present(tensors: dict[str, StoredTensor], names: tuple[str, ...], des
     for name in names:
         if name not in tensors:
             raise UserError(f"{described}: the weights lack parameter {name!r}")
-
-
-def _is_tied(tensors: dict[str, StoredTensor]) -> bool:
-    """Whether Meta-style weights share the embedding with the output layer: no output, or the very same values."""
-    if "v_head.weight" in tensors:
-        return False
-    output, embedding = tensors.get("output.weight"), tensors["tok_embeddings.weight"]
-    return output is None or (
-        output.shape == embedding.shape and torch.equal(output.load(), embedding.load())
-    )
 
 
 def _one_of_tied(

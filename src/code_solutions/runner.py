@@ -159,8 +159,10 @@ def best_isolation() -> str:
     reasons = []
     for isolation in ("bubblewrap", "namespaces"):
         try:
-            if isolation == "bubblewrap":
-                require_bubblewrap()
+            if isolation == "bubblewrap" and os.getuid() == 0:
+                raise SandboxError("bubblewrap: would run code of root as root")
+            if isolation == "bubblewrap" and shutil.which("bwrap") is None:
+                raise SandboxError("bubblewrap: bwrap is not installed")
             # an import shows that the interpreter's files can be read in there
             result = run(["import fractions; print(fractions.Fraction(1, 2))"], isolation=isolation)
         except SandboxError as problem:
@@ -171,14 +173,6 @@ def best_isolation() -> str:
         reasons.append(f"{isolation}: a trial ended in {result}")
     raise UserError(f"this machine does not isolate a solution's code: {'; '.join(reasons)}. Allow user namespaces, "
                     "install libseccomp2 and bubblewrap, or say isolation='none' to run the code with your own rights")
-
-
-def require_bubblewrap() -> None:
-    """Raises SandboxError where it is not installed, or would run the code as root."""
-    if os.getuid() == 0:
-        raise SandboxError("bubblewrap: would run code of root as root")
-    if shutil.which("bwrap") is None:
-        raise SandboxError("bubblewrap: bwrap is not installed")
 
 
 def command(isolation: str, limits: Limits) -> list[str]:

@@ -3,6 +3,7 @@
 Flags are known by their names (src/command/flags.py), so that this holds for every script, before any work.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -44,15 +45,8 @@ def _paths(values: Mapping[str, object]) -> Iterator[tuple[str, Path]]:
         for word in value if isinstance(value, list) else [value]:
             if isinstance(word, str) and word and len(word) < 4096:
                 path = Path(word if is_path(name) else word.partition(":")[0])
-                if is_path(name) or "." in word and _is_file(path):
+                if is_path(name) or "." in word and os.path.isfile(path):  # also of a text too long for a name
                     yield name, path
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a text too long for a name
-        return False
 
 
 def _check_apart(name: str, target: Path, other: str, source: Path) -> None:

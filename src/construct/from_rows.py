@@ -67,21 +67,14 @@ def split(config: SplitConfig) -> None:
         raise UserError(f"{len(shared)} questions of {train_file} are in {test_file}, such as {min(shared)[:60]!r}; "
                         f"drop them with --allow_overlap")
     kept = [row for row in rows if normalized_question(row["instruction"]) not in shared]
-    first, second = split_by_question(kept, config.share, config.seed)
+    questions = sorted(_questions(kept))
+    of_first = set(random.Random(config.seed).sample(questions, round(config.share * len(questions))))
+    first, second = ([row for row in kept if (normalized_question(row["instruction"]) in of_first) is is_first]
+                     for is_first in (True, False))
     if test_file:
         runlog.logger().info("%d of %d rows left out: in the test file", len(rows) - len(kept), len(rows))
     for part, file in ((first, config.first_file), (second, config.second_file)):
         save(part, "rows", f"--share {config.share} leaves it none", train_file, file, config.dry_run)
-
-
-def split_by_question(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split rows into two parts, in the order of the file, the first with `share` of the questions."""
-    questions = sorted(_questions(rows))
-    first = set(random.Random(seed).sample(questions, round(share * len(questions))))
-    parts: tuple[list[Row], list[Row]] = ([], [])
-    for row in rows:
-        parts[normalized_question(row["instruction"]) not in first].append(row)
-    return parts
 
 
 def _questions(rows: Iterable[Row]) -> set[str]:

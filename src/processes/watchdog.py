@@ -107,7 +107,9 @@ class Watchdog(threading.Thread):
             self._say(json.dumps({"now": looked, "still": 0.0, "place": _place()}))
         while not self._left.wait(LOOK_SECONDS):
             now, before = time.monotonic(), looked
-            state, looked = (_Signs.steps, _Signs.ends, _stack()), now
+            # where each frame of the main thread stands; nothing in it keeps a tensor alive
+            stack = tuple((frame.f_code.co_filename, frame.f_lasti) for frame in _frames())
+            state, looked = (_Signs.steps, _Signs.ends, stack), now
             late = now - before > 3 * LOOK_SECONDS  # this process itself was stopped, and so were the others perhaps
             if late or state != seen:
                 seen, since = state, now
@@ -187,11 +189,6 @@ def _frames() -> list[FrameType]:
         frames.append(frame)
         frame = frame.f_back
     return frames
-
-
-def _stack() -> tuple[tuple[str, int], ...]:
-    """Where each frame of the main thread stands; nothing in it keeps a tensor alive."""
-    return tuple((frame.f_code.co_filename, frame.f_lasti) for frame in _frames())
 
 
 def _place() -> str:

@@ -45,24 +45,19 @@ def _fitting(runs: Sequence[Run], largest: int) -> str:
     while True:
         first = _evenly(changed, n_problems)
         kept = {*first, *_evenly(others, n_problems - len(first))}
-        text = _json({
+        text = json.dumps(_finite({
             "comparison": comparison, "n_problems": len(names),
             "runs": [run.shown | {"buffers": _evenly(run.shown["buffers"], n_buffers)} for run in runs],
             "problems": [_problem(runs, name) for name in names if name in kept],
-        })  # fmt: skip
+        }), ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")  # none ends a script
         size = len(text.encode())
         if size <= largest or not (n_problems or n_buffers):
             return text
         n_problems, n_buffers = (int(n * min(0.9, largest / size)) for n in (n_problems, n_buffers))
 
 
-def _json(value: object) -> str:
-    """Json that may stand in a script element: no `<` that could end it, and null for numbers that json lacks."""
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c")
-
-
 def _finite(value: object) -> object:
+    """The value with null for numbers that json lacks."""
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if isinstance(value, Mapping):

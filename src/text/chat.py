@@ -178,16 +178,16 @@ class ChatTemplate:
         """The messages with MARK inside whatever spells a control token, or could become one at an edge."""
         if not messages:
             raise UserError("a conversation has no messages; expected at least one from the user")
-        return [self._shielded_message(number, message) for number, message in enumerate(messages, 1)]
-
-    def _shielded_message(self, number: int, message: Message) -> dict[str, str]:
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str):
-            raise UserError(f"message {number} has role {role!r} and content of type {type(content).__name__}; "
-                            f"expected text from {', '.join(ROLES)}")
-        if MARK in content:
-            raise UserError(f"message {number} holds U+{ord(MARK):X}, which is no character; remove it")
-        return {"role": role, "content": self.shield(content)}
+        shielded = []
+        for number, message in enumerate(messages, 1):
+            role, content = message.get("role"), message.get("content")
+            if role not in ROLES or not isinstance(content, str):
+                raise UserError(f"message {number} has role {role!r} and content of type {type(content).__name__}; "
+                                f"expected text from {', '.join(ROLES)}")
+            if MARK in content:
+                raise UserError(f"message {number} holds U+{ord(MARK):X}, which is no character; remove it")
+            shielded.append({"role": role, "content": self.shield(content)})
+        return shielded
 
     def shield(self, content: str) -> str:
         """Text with MARK inside whatever spells a control token, or could become one at an edge."""
