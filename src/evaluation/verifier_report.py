@@ -36,7 +36,7 @@ def pair_accuracy(problems: Sequence[Sequence[Graded]]) -> float:
     counts half. Every problem with both kinds weighs the same; nan if there is none."""
     shares = [
         metrics.auc(np.array([sample.score for sample in problem]),
-            np.array([sample.verdict.outcome == "right" for sample in problem]))
+                    np.array([sample.verdict.outcome == "right" for sample in problem]))
         for problem in ([sample for sample in problem if sample.score is not None] for problem in problems)
         if problem
     ]

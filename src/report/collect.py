@@ -121,30 +121,27 @@ def _subtitle(results: Mapping[str, object], metrics: Sequence[Mapping[str, obje
 def _figures(results: Mapping[str, object]) -> Iterator[dict[str, object]]:
     """The numbers at the top of the page: {"label", "value", "share", "interval"}."""
 
-    def share(label: str, value: object, interval: object = None) -> dict[str, object]:
-        """A share from 0 to 1, shown in percent."""
-        return {"label": label, "value": value, "share": True, "interval": interval}
-
-    def count(label: str, value: object) -> dict[str, object]:
-        """What is shown as it is."""
-        return {"label": label, "value": value, "share": False, "interval": None}
+    def figure(label: str, value: object, interval: object = None, *, share: bool = False) -> dict[str, object]:
+        """A figure as it is, or a share from 0 to 1, which is shown in percent."""
+        return {"label": label, "value": value, "share": share, "interval": interval}
 
     if "accuracy" in results:
-        yield share("accuracy", results["accuracy"], results["interval"])
+        yield figure("accuracy", results["accuracy"], results["interval"], share=True)
     for key, label in CURVES.items():
         if results.get("samples_a_problem", 1) > 1 and key in results:
             (k, value), interval = list(results[key].items())[-1], list(results["intervals"][key].values())[-1]
-            yield share(f"{label} {k}", value, interval)
+            yield figure(f"{label} {k}", value, interval, share=True)
     if "outcomes" in results:
-        yield count("samples", ", ".join(f"{n} {name}" for name, n in results["outcomes"].items() if n))
-        yield count("cut off", results["truncated"])
+        yield figure("samples", ", ".join(f"{n} {name}" for name, n in results["outcomes"].items() if n))
+        yield figure("cut off", results["truncated"])
     report = results.get("verifier", results)
     for key in ("auc", "pair_accuracy", "calibration_error", "reward_auc", "step_accuracy", "step_auc", "f1"):
         if isinstance(report.get(key), int | float):
-            yield count(key.replace("_", " "), round(report[key], 3))
+            yield figure(key.replace("_", " "), round(report[key], 3))
     for key in ("by_sum", "by_lowest_token"):
         if key in results:
-            yield share(f"wrong step found {key.replace('_', ' ')}", results[key]["accuracy"], results[key]["interval"])
+            yield figure(f"wrong step found {key.replace('_', ' ')}", results[key]["accuracy"],
+                         results[key]["interval"], share=True)
 
 
 def _curves(results: Mapping[str, object]) -> Iterator[dict[str, object]]:
