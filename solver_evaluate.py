@@ -1,12 +1,14 @@
-"""Sample solutions to a benchmark and grade them, or grade samples that exist.
+"""Sample solutions to a benchmark and grade them, or grade samples that exist; or serve a solver.
 
 torchrun --nproc_per_node 8 solver_evaluate.py --task GSM8K --ckpt_dir out --label_file dataset/GSM8K/test.json \
     --log_dir log --max_batch_size 64
 python solver_evaluate.py --task GSM8K --ckpt_dir out --interactive
+python solver_evaluate.py --ckpt_dir out --serve 8000
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,9 +43,12 @@ from src.evaluation.interactive import converse
 from src.evaluation.prompting import make_prompting, select_prompts
 from src.evaluation.report import CURVES, results_table, summarize
 from src.evaluation.served import ServedSolver, check_flags
+from src.evaluation.server import SolverServer
 from src.grading.tasks import Task, find_task
 from src.inference.sampling import Sampling
+from src.inference.serving import ServingEngine
 from src.jsonfile import write_json
+from src.models.decoder import Decoder
 from src.plot import plot_results
 from src.report.page import write_report
 from src.runlog import RunLog
@@ -53,7 +58,7 @@ from src.runlog import RunLog
 class SolverEvaluateConfig(SolverFlags, CodeFlags, ColumnFlags):
     """Evaluation"""
 
-    task: str = flag(help="""how problems are put and answers found and compared: GSM8K, MATH, MATH-500,
+    task: str = flag("", """how problems are put and answers found and compared: GSM8K, MATH, MATH-500,
         SVAMP, ASDiv, MAWPS, AQuA, AIME24, AIME25, AMC23, HMMT, Minerva, GPQA, MMLU, ARC, CommonsenseQA, choice,
         OlympiadBench, OlympicArena, BBH, AGIEval, toy, GSM8K-strict, GSM8K-weak-to-strong,
         MATH-weak-to-strong, none (sample without grading), or FILE.json with one's own""")
@@ -87,6 +92,8 @@ class SolverEvaluateConfig(SolverFlags, CodeFlags, ColumnFlags):
         of text and code at most""")
     interactive: bool = flag(False, """answer problems typed on standard input instead; needs no label_file
         and no log_dir""")
+    serve: str = flag("", """PORT or HOST:PORT at which to answer requests in OpenAI's protocol instead, which say how
+        to sample: completions and chats, streams, token ids, adapters that come and go, as vLLM has them""")
     verifier_ckpt_dir: str = flag("", "with interactive, the verifier that scores every step of a solution")
     step: Literal["", StepKind] = flag("", """what such a step is: a paragraph, with a blank line after it,
         or a line; default: what it was in the verifier's training, which nothing else may be""")
@@ -94,6 +101,9 @@ class SolverEvaluateConfig(SolverFlags, CodeFlags, ColumnFlags):
 
 def main(config: SolverEvaluateConfig) -> None:
     """Decode and grade. Writes samples.jsonl, results.json and report.html to log_dir; a rerun continues."""
+    if config.serve:
+        serve(config)
+        return
     benchmark = find_task(config.task)
     refuse_contradictions(config, benchmark)
     for folder, kind in ((config.ckpt_dir, "solver"), (config.verifier_ckpt_dir, "verifier")):
@@ -155,6 +165,39 @@ def main(config: SolverEvaluateConfig) -> None:
             plot_results(results, CURVES, Path(config.log_dir) / "results.png")
             report = write_report(Path(config.log_dir), label_file=config.label_file)
             runlog.table(f"{results_table(results, speed)}\nlook at     {report}")
+
+
+SERVED_BY = ("serve", "ckpt_dir", "model_type", "max_batch_size", "precision", "quantize", "compile", "tokenizer_file",
+             "chat_template", "template_args", "system_prompt")
+
+
+def serve(config: SolverEvaluateConfig) -> None:
+    """Answer requests until the process is ended. Raises UserError for flags that a server has no use for."""
+    host, _, port = config.serve.rpartition(":")
+    if not config.ckpt_dir or not port.isdecimal() or int(port) > 65535:
+        raise UserError(f"--serve {config.serve} needs a port, perhaps after HOST:, and --ckpt_dir, the solver")
+    for field in fields(config):
+        if field.name not in SERVED_BY and getattr(config, field.name) not in (field.default, []):
+            raise UserError(f"--{field.name} has no effect on a server, whose requests say what they want; leave it or "
+                            "--serve out")
+    if parallel.world_size() > 1:
+        raise UserError("--serve needs one process; start it with python, not torchrun")
+    parallel.start()
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
+    if tokenizer.code:
+        raise UserError(f"{config.ckpt_dir} writes solutions with code, which --serve does not run; evaluate it here")
+    model = load.load_solver(config.ckpt_dir, model_type=config.model_type, precision=config.precision,
+                             quantize=config.quantize)
+
+    def load_adapter(folder: str) -> Decoder:
+        """The solver with an adapter."""
+        if config.quantize:
+            raise UserError("no adapter is put on weights in few bits; start the server without --quantize")
+        return load.load_adapted(folder, config.ckpt_dir, config.precision)
+
+    engine = ServingEngine(config.max_batch_size, compiled=config.compile)
+    server = SolverServer(config.ckpt_dir, model, tokenizer, engine, load_adapter)
+    server.serve(host or "127.0.0.1", int(port), partial(runlog.logger().info, "serving %s at %s", config.ckpt_dir))
 
 
 def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None:

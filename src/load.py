@@ -246,6 +246,21 @@ def _load(
     return model
 
 
+def load_adapted(folder: str, base_dir: str, precision: str = "") -> Decoder:
+    """The solver base_dir with an adapter, one of PEFT or ours, merged in float32; for one rank. Raises UserError
+    for a directory without an adapter, or with one of another base."""
+    if not sources.open_adapter(Path(folder), base_dir):
+        raise UserError(f"{folder} holds no adapter; expected adapter_config.json of PEFT, or adapter.json")
+    source, dtype = sources.open_source(folder, base_dir=base_dir), parallel.compute_dtype(precision)
+    if source.config.value_head:
+        raise UserError(f"{folder} is a verifier's adapter (it has a value head); a solver's is needed here")
+    with torch.device("meta"):
+        model = Decoder(source.config, dtype)
+    place = {"device": parallel.device(), "dtype": dtype, "copy": True}
+    shards.assign(model, {name: stored.load().to(**place) for name, stored in source.tensors.items()}, folder)
+    return model
+
+
 def solver_to_verifier(config: ModelConfig) -> ModelConfig:
     """The config of the verifier that starts from a solver."""
     return dataclasses.replace(config, value_head=True, tied=False)

@@ -34,7 +34,7 @@ def answer_problem(
     stream = Stream(solver.tokenizer.decode, sampling.stop, runlog.say)
     (completion,) = generate(solver.model, [request], sampling, vocabulary=vocabulary_of(solver.tokenizer),
                              max_batch_size=1, on_token=lambda _, token: stream.add(token))
-    stream.finish(completion.text)
+    stream.finish(completion.text + "\n")
     lines = [] if completion.finish == "stop" else [f"cut at {len(completion.tokens)} tokens"]
     if task.graded:
         found = extract(task.extraction, completion.text)
@@ -75,7 +75,6 @@ class Stream:
     def finish(self, text: str) -> None:
         """Say the rest of the whole text."""
         self._say_up_to(text, len(text))
-        self.say("\n")
 
     def _say_up_to(self, text: str, end: int) -> None:
         if end > self.said:

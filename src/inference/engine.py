@@ -127,16 +127,10 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        batch = _Batch(
-            model,
-            requests,
-            sampling,
-            vocabulary,
-            max_batch_size,
-            on_token,
-            compiled=compiled,
-            tool_hook=tool_hook,
-        )
+        shortest = min((len(request.prompt) for request in requests), default=0)
+        batch = Batch(model, sampling, vocabulary, min(max_batch_size, len(requests)), on_token, compiled=compiled,
+                      tool_hook=tool_hook, shortest=shortest)
+        batch.add(requests)
         with prepared(model.linear_weights(), model.dtype):
             yield from batch.run()
     finally:
@@ -152,37 +146,22 @@ def _check_lengths(requests: Sequence[Request], max_seq_len: int) -> None:
             )
 
 
-class _Batch:
-    """The requests of one call: those waiting, those in slots and what was sampled there.
+class Batch:
+    """Requests of one Sampling: those waiting, those in slots and what was sampled there; more may join at any time.
 
     Arrays with a row for each slot hold the state, so that a step costs the same few operations for any batch.
     """
 
     def __init__(
-        self,
-        model: Decoder,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        vocabulary: Vocabulary,
-        n_slots: int,
-        on_token: Callable[[Request, int], None] | None,
-        *,
-        compiled: bool,
-        tool_hook: ToolHook | None,
+        self, model: Decoder, sampling: Sampling, vocabulary: Vocabulary, n_slots: int,
+        on_token: Callable[[Request, int], None] | None, *, compiled: bool = False, tool_hook: ToolHook | None = None,
+        shortest: int = 1,
     ) -> None:
+        """shortest: tokens of the shortest prompt that will come."""
         self.model, self.sampling, self.vocabulary, self.on_token = model, sampling, vocabulary, on_token
         self.tool_hook = tool_hook
-        chains: list[list[deque[Request]]] = []  # by prompt, after one that begins with it: its reading gives theirs
-        ordered = sorted(requests, key=lambda request: request.prompt, reverse=True)  # it comes right before them
-        for prompt, same in groupby(ordered, key=lambda request: request.prompt):
-            if not chains or chains[-1][0][0].prompt[: len(prompt)] != prompt:
-                chains.append([])
-            chains[-1].append(deque(same))
-        # the longest first: prefill batches hold little padding, and what may run longest starts early
-        self.waiting = deque(sorted(chains, key=lambda chain: (-len(chain[0][0].prompt), chain[0][0].prompt)))
+        self.waiting: deque[list[deque[Request]]] = deque()
         self.read: deque[_Read] = deque()
-        n_slots = min(n_slots, len(requests))
-        shortest = min((len(request.prompt) for request in requests), default=0)
         longest_response = model.config.max_seq_len - shortest
         if not tool_hook:
             longest_response = min(sampling.max_new_tokens, longest_response)
@@ -199,17 +178,42 @@ class _Batch:
         self.bias: Tensor | None = None  # [P], once the logits' width is known
         self.stop_window = 4 * max(map(len, sampling.stop), default=0) + 4  # a character is 4 tokens at most
 
+    def add(self, requests: Sequence[Request]) -> None:
+        """Let requests wait for slots, after those that wait already."""
+        chains: list[list[deque[Request]]] = []  # by prompt, after one that begins with it: its reading gives theirs
+        ordered = sorted(requests, key=lambda request: request.prompt, reverse=True)  # it comes right before them
+        for prompt, same in groupby(ordered, key=lambda request: request.prompt):
+            if not chains or chains[-1][0][0].prompt[: len(prompt)] != prompt:
+                chains.append([])
+            chains[-1].append(deque(same))
+        # the longest first: prefill batches hold little padding, and what may run longest starts early
+        self.waiting.extend(sorted(chains, key=lambda chain: (-len(chain[0][0].prompt), chain[0][0].prompt)))
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self.waiting or self.read or any(self.requests))
+
     def run(self) -> Iterator[Completion]:
         """Prefill and decode until nothing is left."""
         self._read_prefix()
-        while self.waiting or self.read or any(self.requests):
-            if filled := self._fill_slots():
-                yield from self._sample(*filled)
-            if any(self.requests):
-                self.cache.advance()  # rows may change places
-                slots = self.cache.slots()
-                newest = torch.from_numpy(self.tokens[slots, self.counts[slots] - 1])
-                yield from self._sample(slots, self.step(newest))
+        while self.busy:
+            yield from self.advance()
+
+    def advance(self) -> Iterator[Completion]:
+        """Prefill what there are slots for, then decode a token of every row; yield those that end."""
+        if filled := self._fill_slots():
+            yield from self._sample(*filled)
+        if any(self.requests):
+            self.cache.advance()  # rows may change places
+            slots = self.cache.slots()
+            newest = torch.from_numpy(self.tokens[slots, self.counts[slots] - 1])
+            yield from self._sample(slots, self.step(newest))
+
+    def cancel(self, request: Request) -> None:
+        """Let a request end with its next token."""
+        for slot in (slot for slot, held in enumerate(self.requests) if held is request):
+            self.limits[slot] = self.counts[slot] + 1
 
     def _fill_slots(self) -> tuple[list[int], Tensor] | None:
         """Fill empty slots with waiting requests. -> their slots and the logits [B, P] after their prompts."""
