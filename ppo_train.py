@@ -20,6 +20,7 @@ from src.report.page import write_report
 from src.runlog import Phases, RunLog
 from src.training import monitor, ppo
 from src.training.held_out import measure_held_out
+from src.training.policy_server import PolicyServers
 from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig
 from src.training.ppo_setup import (
@@ -54,6 +55,8 @@ def main(config: PPOConfig) -> None:
     find_start(config.save_dirs, config.resume, fingerprint, n_iterations)
     log = RunLog(config.run_dir, config.flags(), wandb=config.wandb)
     models = load_models(config, log, n_iterations)
+    if config.rollout_backend == "openai":
+        models.servers = PolicyServers(config, data.tokenizer)
     actor, critic = models.actor, models.critic
     state: dict[str, object] = {"kl_scale": 1.0, "update_checked": False}  # saved, and resumed with
     alerts = monitor.Monitor(log.logger, state)
@@ -87,7 +90,8 @@ def main(config: PPOConfig) -> None:
             metrics = monitor.rollout_metrics(buffer, scores, config, kl_scale) | stats | learned
             if iteration == 0:
                 monitor.check_start(metrics, buffer, actor.model.dtype,
-                                    same_reference=config.lora_rank > 0 or not config.quantize)
+                                    same_reference=config.lora_rank > 0 or not config.quantize,
+                                    mismatch_limit=config.mismatch_limit)
             if iteration >= critic_warmup:  # before, the policy is the reference
                 if not state["update_checked"]:
                     state["update_checked"] = monitor.check_first_update(metrics, buffer, actor.model.dtype)
@@ -136,6 +140,8 @@ def collect(
     passes = ppo.scoring_passes(rollout, trainable, config, iteration)
     with phase("score", actor):
         logprobs = rollout_logprobs(actor, batch, config.temperature, n_ids, passes)
+    if models.servers:
+        monitor.check_mismatch(rollout, logprobs, config.mismatch_limit)
     with phase("score", reference), without_adapters(reference):
         reference_logprobs = rollout_logprobs(reference, batch, config.temperature, n_ids, passes)
     values = None
@@ -171,9 +177,12 @@ def sample_and_score(
     # A prompt that comes again is answered with other numbers of the random stream
     first_sample = (iteration * (1 + config.max_refills) + refill) * config.group_size
     with models.phase(timer, "sample", models.actor.model):
+        if models.servers:
+            models.servers.hand_over(models.actor.model, iteration)
         rollout = sample_rollout(
             models.actor.model, [data.prompts[row] for row in rows], data.tokenizer, sampling,
-            group_size=config.group_size, first_sample=first_sample, max_batch_size=config.rollout_batch_size)
+            group_size=config.group_size, first_sample=first_sample, max_batch_size=config.rollout_batch_size,
+            servers=models.servers)
     with models.phase(timer, "reward", models.verifier):
         return rollout, score_rollout(rewards, rollout)
 

@@ -56,7 +56,7 @@ FREE_ON_RESUME = (
     "accumulation_steps", "packing", "rollout_batch_size", "activation_checkpointing", "compile",
     "tensor_parallel_size", "phases", "save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "reference_file",
     "model_type", "eval_every", "rollout_samples", "stop_on_alarm", "save_every", "keep_last", "background_save",
-    "save_dtype", "resume", "wandb", "dry_run",
+    "save_dtype", "resume", "wandb", "dry_run", "base_url", "api_key_env", "server_seconds", "mismatch_limit",
 )  # fmt: skip
 
 # Flags that name what a command writes: first what it makes in one piece, which would replace what stands there.

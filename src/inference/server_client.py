@@ -57,6 +57,7 @@ class Reply(NamedTuple):
     token_count: int | None
     finish: str  # one of ENDS
     tokens: tuple[Token, ...] = ()
+    ids: tuple[int, ...] = ()  # of all tokens, where they were asked for
 
     @property
     def logprob(self) -> float | None:
@@ -89,7 +90,8 @@ class Server:
 
     chat: a prompt is the message of a user, which the server puts in its own template (/chat/completions), after the
     system_prompt, if there is one. stop_ids: tokens that end a completion, besides those that the server knows.
-    logprobs: they are asked for; becomes False where the server declines such requests.
+    logprobs: they are asked for; becomes False where the server declines such requests. token_ids: they are asked for
+    too, in vLLM's form, and neither can be done without.
     """
 
     base_url: str
@@ -100,6 +102,7 @@ class Server:
     system_prompt: str = ""
     stop_ids: tuple[int, ...] = ()
     logprobs: bool = True
+    token_ids: bool = False
 
 
 class BadReply(Exception):
@@ -186,7 +189,7 @@ class _Session:
         try:
             return read_reply(self.post(body | extra))
         except RequestFailed as failed:
-            if failed.status not in DECLINED or self.completed.is_set():
+            if failed.status not in DECLINED or self.completed.is_set() or self.server.token_ids:
                 raise
         reply = read_reply(self.post(body))
         self.server.logprobs = False
@@ -227,6 +230,19 @@ class _Session:
         return bytes(data)
 
 
+def call(server: Server, page: str, body: Mapping[str, object] | None = None) -> bytes:
+    """What a page of a server says, once, to GET or to a body that is posted. Raises UserError."""
+    url = server.base_url.rstrip("/") + page
+    headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+    try:
+        response = httpx2.request("POST" if body else "GET", url, json=body, headers=headers, timeout=server.seconds)
+    except (httpx2.HTTPError, httpx2.InvalidURL) as problem:
+        raise UserError(f"{url} does not answer: {type(problem).__name__}: {problem}") from None
+    if response.status_code != 200:
+        raise UserError(f"{url} answers {response.status_code} ({shown(response.content)})")
+    return response.content
+
+
 def request_body(server: Server, request: RemoteRequest, sampling: Sampling) -> dict[str, object]:
     """Make a request. Its seed is made of (seed, id, sample): how far that repeats is the server's affair."""
     digest = hashlib.sha256(f"{sampling.seed}\0{request.id}\0{request.sample}".encode()).digest()
@@ -241,6 +257,8 @@ def request_body(server: Server, request: RemoteRequest, sampling: Sampling) -> 
         "seed": int.from_bytes(digest[:4], "little") >> 1,
         **({"stop": list(sampling.stop)} if sampling.stop else {}),
         **({"stop_token_ids": list(server.stop_ids)} if server.stop_ids else {}),
+        # a server may have defaults of the model's, which would make of the policy another one
+        **({"return_token_ids": True, "top_k": -1, "min_p": 0, "repetition_penalty": 1} if server.token_ids else {}),
     }
 
 
@@ -270,7 +288,9 @@ def read_reply(data: bytes) -> Reply:
     finish = choice.get("finish_reason")
     if finish not in ENDS:
         raise BadReply(f"finish_reason is {finish!r:.{SHOWN}}, which is no end")
-    return Reply(_text(choice), _token_count(values.get("usage")), finish, _tokens(choice.get("logprobs")))
+    ids = choice.get("token_ids")
+    ids = tuple(ids) if isinstance(ids, list) and all(type(each) is int for each in ids) else ()
+    return Reply(_text(choice), _token_count(values.get("usage")), finish, _tokens(choice.get("logprobs")), ids)
 
 
 def shown(data: bytes) -> str:

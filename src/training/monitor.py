@@ -14,6 +14,7 @@ from src.text.tokenizer import Tokenizer
 from src.training.ppo import PPOBuffer, group_has_variance
 from src.training.ppo_config import PPOConfig
 from src.training.rewards import Scores
+from src.training.rollout import Rollout
 
 # Largest differences at the start that rounding explains, of log-probs of one model computed twice in the same batches,
 # by the type it computes in; on a CPU they are 0. Between sampler and training forward the mean difference counts.
@@ -62,7 +63,8 @@ def correlation(first: Tensor, second: Tensor) -> float:
     return (first @ second).item() / scale if scale > 1e-12 else 0.0
 
 
-def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, dtype: torch.dtype, *, same_reference: bool) -> None:
+def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, dtype: torch.dtype, *, same_reference: bool,
+                mismatch_limit: float = MISMATCH_LIMIT) -> None:
     """Refuse a run whose first buffer shows that it computes something else than PPO. Raises UserError.
 
     dtype: of the actor. same_reference: the reference is bit for bit the actor, so that their KL must be 0.
@@ -73,10 +75,23 @@ def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, dtype: torch.dt
         raise UserError(
             f"the reference differs from the untrained actor by {worst:.3g} nats at a token, {mean:.3g} on average, "
             f"expected 0; was --actor_ckpt_dir changed while it was read?")
-    if metrics["sampler_mismatch"] > MISMATCH_LIMIT:
+    if metrics["sampler_mismatch"] > mismatch_limit:
         raise UserError(
             f"sampler and training forward differ by {metrics['sampler_mismatch']:.3g} nats a token, expected at most "
-            f"{MISMATCH_LIMIT}: episodes are sampled from another policy than the one trained")
+            f"{mismatch_limit}: episodes are sampled from another policy than the one trained")
+
+
+def check_mismatch(rollout: Rollout, logprobs: Tensor, limit: float) -> None:
+    """Refuse a buffer that servers sampled from another policy than the one trained: their log-probs differ from its
+    logprobs [B, S] by more than `limit` on average, or in a response by ten times as much. Raises UserError."""
+    apart, mask = (rollout.sampled_logprobs - logprobs).abs(), rollout.batch.response_mask
+    means = (apart * mask).sum(1) / mask.sum(1)
+    mean, worst = apart[mask].mean().item(), int(means.argmax())
+    if not mean <= limit or not means[worst] <= 10 * limit:
+        raise UserError(
+            f"the servers' log-probs differ from the actor's by {mean:.3g} nats a token, in a response to prompt "
+            f"{rollout.prompts[worst].id!r} by {means[worst]:.3g}; --mismatch_limit is {limit}: do they hold "
+            f"--actor_ckpt_dir? Nothing was learnt from this buffer; mend them, and go on with --resume auto")
 
 
 def check_first_update(metrics: Mapping[str, float], buffer: PPOBuffer, dtype: torch.dtype) -> bool:

@@ -78,6 +78,20 @@ class SamplingFlags(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerFlags(Config):
+    """Rollouts at a server"""
+
+    rollout_backend: Literal["engine", "openai"] = flag("engine", """engine = the actor samples here; openai = at
+        servers that speak vLLM's protocol (vllm serve --enable-lora with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or
+        solver_evaluate.py --serve), which hold actor_ckpt_dir and see the run's directory: they get the adapters""")
+    base_url: list[str] = flag([], "their addresses up to /v1; the requests of a buffer are shared out among them")
+    api_key_env: str = flag("", "name of the environment variable that holds the servers' key")
+    server_seconds: Positive = flag(600.0, "after so long without an answer a request is sent again")
+    mismatch_limit: Positive = flag(0.05, """nats a token by which a server's log-probs may differ from the
+        actor's, as a mean over a buffer (a response: ten times as much); what differs more is not learnt from""")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardFlags(Config):
     """Rewards"""
 
@@ -164,9 +178,9 @@ class UpdateFlags(Config):
     loss_aggregation: Literal["", Aggregation] = flag("", """what the policy loss is a mean over: tokens, or
         sequences of the mean or sum of their tokens or of their sum / max_new_tokens; default: for gspo
         seq-mean, for cispo token-mean, else for grpo and gdpo seq-mean, for dr_grpo seq-constant, or token-mean""")
-    tis_cap: Annotated[float, Bounds("1 or more, or 0", lambda x: 1 <= x < math.inf or x == 0)] = flag(0.0,
-        """weigh each token by its probability in training over that in sampling, at most this (truncated
-        importance sampling); 0 = off""")
+    tis_cap: Annotated[float, Bounds("1 or more, 0 or -1", lambda x: 1 <= x < math.inf or x in (0, -1))] = flag(
+        -1.0, """weigh each token by its probability in training over that in sampling, at most this (truncated
+        importance sampling); 0 = off; -1 = 2 for --rollout_backend openai, else off""")
     critic_lr: NonNegative = flag(9e-6, "peak learning rate of the critic")
     critic_warmup: Annotated[int, Bounds("0 or more, or -1", lambda x: x >= -1)] = flag(-1, """first buffers,
         from which only the critic learns; -1 = a tenth of all, at most 10""")
@@ -175,8 +189,8 @@ class UpdateFlags(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(
-    RunFlags, SamplingFlags, RewardFlags, KlFlags, AdvantageFlags, UpdateFlags, OptimizerFlags, LoraFlags, SavingFlags,
-    ColumnFlags,
+    RunFlags, SamplingFlags, ServerFlags, RewardFlags, KlFlags, AdvantageFlags, UpdateFlags, OptimizerFlags, LoraFlags,
+    SavingFlags, ColumnFlags,
 ):
     """Models and data"""
 
@@ -261,7 +275,8 @@ class PPOConfig(
         self._fill_in(ESTIMATORS[self.advantage].defaults | {"gae_lambda": gae_lambda})
         eval_temperature = self.temperature if self.eval_samples > 1 else 0.0
         self._fill_in({"clip_high": self.clip_ratio, "critic_lambda": self.gae_lambda,
-                       "eval_temperature": eval_temperature})
+                       "eval_temperature": eval_temperature,
+                       "tis_cap": 2.0 if self.rollout_backend == "openai" else 0.0})
         for is_wrong, message in (*self._wrong_numbers(), *self._wrong_rewards(), *self._wrong_models()):
             if is_wrong:
                 raise UserError(message)
@@ -325,9 +340,17 @@ class PPOConfig(
     def _wrong_models(self) -> list[tuple[object, str]]:
         """The same of the directories, and of what cannot share a base."""
         asked = "needs" if self.has_critic else "has no critic; leave out"
+        served = self.rollout_backend == "openai"
         alone = [name for name, off in (("phases", False), ("quantize", ""), ("reference_refresh", -1))
                  if getattr(self, name) != off]
         return [
+            (served != bool(self.base_url),
+             "--rollout_backend openai and --base_url go together; give both or neither"),
+            (served and self.lora_rank == -1,
+             "--rollout_backend openai hands the policy over as an adapter; give --lora_rank"),
+            (served and self.temperature != 1,
+             f"--temperature {self.temperature}: servers give log-probs before the temperature; with --rollout_backend "
+             f"openai it must be 1"),
             (not self.has_critic == bool(self.critic_ckpt_dir) == bool(self.critic_save_dir),
              f"--advantage {self.advantage} {asked} --critic_ckpt_dir and --critic_save_dir"),
             (self.has_critic and Path(self.actor_save_dir).resolve() == Path(self.critic_save_dir).resolve(),

@@ -24,6 +24,7 @@ from src.text.tokenizer import Tokenizer
 from src.training import rewards
 from src.training.checkpointer import Checkpointer, Trainee
 from src.training.offload import ModelOffloader
+from src.training.policy_server import PolicyServers
 from src.training.ppo_config import PPOConfig, short_name
 from src.training.rewards import Reward
 from src.training.trainer import Trainer
@@ -130,6 +131,7 @@ class PPOModels:
     verifier: Decoder | None
     offloader: ModelOffloader
     frozen: Decoder | None = None
+    servers: PolicyServers | None = None  # that sample; None: the actor does
 
     @property
     def reference(self) -> Decoder:

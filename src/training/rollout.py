@@ -18,11 +18,13 @@ from src.data.batch import Batch, make_batch, pack_shared
 from src.data.encoding import Encoded, encode_prompt
 from src.data.examples import Prompt
 from src.errors import UserError
-from src.inference.engine import Request, generate, vocabulary_of
+from src.inference.engine import Completion, Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs, response_values
+from src.processes import watchdog
 from src.text.tokenizer import Tokenizer
+from src.training.policy_server import PolicyServers
 
 Item = TypeVar("Item")
 
@@ -95,13 +97,14 @@ def shard_for_rank(order: Sequence[Item]) -> Sequence[Item]:
 
 def sample_rollout(
     actor: Decoder, prompts: Sequence[Prompt], tokenizer: Tokenizer, sampling: Sampling, *, group_size: int,
-    first_sample: int, max_batch_size: int,
+    first_sample: int, max_batch_size: int, servers: PolicyServers | None = None,
 ) -> Rollout:
     """group_size responses to each prompt from the current policy. Every data-parallel rank samples its share and
     gets all.
 
     (sampling.seed, prompt id, first_sample + place in the group) fixes each response, whatever the number of ranks.
-    max_batch_size: sequences that decode at once. Raises UserError unless all tensor-parallel ranks sampled the same.
+    max_batch_size: sequences that decode at once. servers: they sample instead of the actor. Raises UserError unless
+    all tensor-parallel ranks sampled the same.
     """
     by_prompt = [
         [Request(prompt.id, first_sample + place, encode_prompt(tokenizer, prompt.instruction))
@@ -110,13 +113,22 @@ def sample_rollout(
     ]
     # Whole groups: the samples of a prompt share its prefill
     mine = [request for group in shard_for_rank(by_prompt) for request in group]
+    if servers:
+        requests = [request for group in by_prompt for request in group]
+        with watchdog.patiently():
+            completions = parallel.from_first_rank(lambda: servers.sample(requests, sampling))
+        return _rollout(prompts, completions, group_size)
     # Ranks sample different numbers of tokens: FSDP's exchanges inside a forward pass would wait for ever
     with parallel.gathered(actor):
         found = list(generate(actor, mine, sampling, vocabulary=vocabulary_of(tokenizer),
                               max_batch_size=max_batch_size)) if mine else []
     everyone = {(done.request.id, done.request.sample): done for done in parallel.gather_over_data_parallel(found)}
     completions = [everyone[request.id, request.sample] for group in by_prompt for request in group]
+    return _rollout(prompts, completions, group_size)
 
+
+def _rollout(prompts: Sequence[Prompt], completions: Sequence[Completion], group_size: int) -> Rollout:
+    """Lay responses out, group_size to each prompt. Raises UserError unless the ranks hold the same."""
     batch = make_batch(
         [Encoded(done.request.prompt + done.tokens, len(done.request.prompt)) for done in completions])
     _check_alike(batch.tokens)

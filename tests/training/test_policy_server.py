@@ -1,0 +1,109 @@
+"""ppo_train.py --rollout_backend openai: real servers that sample, die, hold another model or lie."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import load
+from src.checkpoint import saving
+from src.errors import UserError
+from src.inference.engine import Request, Vocabulary
+from src.inference.sampling import Sampling
+from src.inference.server_client import Reply, read_reply
+from src.training.policy_server import read_response
+from src.training.ppo_config import PPOConfig
+from tests.conftest import Folders
+from tests.evaluation.test_server import post, serving
+from tests.ranks import command, succeed
+
+
+def words(folders: Folders, tmp_path: Path, urls: str, **flags: object) -> list[str]:
+    rows = [{"instruction": f"{n}+{n}=", "label": str(2 * n)} for n in range(4)]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    (tmp_path / "mine.py").write_text("def length(prompt, response, label):\n    return len(response) / 10\n")
+    flags = {
+        "actor_ckpt_dir": folders.one, "actor_save_dir": tmp_path / "actor", "train_file": tmp_path / "prompts.json",
+        "reward": f"{tmp_path}/mine.py:length", "advantage": "grpo", "group_size": 4, "max_buffer_size": 8,
+        "max_new_tokens": 6, "lora_rank": 2, "lr": 0.05, "save_every": 1, "resume": "auto",
+        "rollout_backend": "openai", "base_url": urls,
+    } | flags  # fmt: skip
+    return ["ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items())]
+
+
+def test_two_servers_sample_the_policy_as_it_learns_and_a_dead_one_is_told_of(folders: Folders, tmp_path: Path) -> None:
+    with serving(folders.one) as first:
+        with serving(folders.one) as second:
+            succeed(*words(folders, tmp_path, f"{first},{second}", max_steps=1, log_dir=tmp_path / "log"))
+            assert [len(json.loads(post(url, "/models")[1])["data"]) for url in (first, second)] == [2, 2]
+        # one of them has died: the other does its share, with the adapter of the second buffer
+        done = succeed(*words(folders, tmp_path, f"{first},{second}", max_steps=2, log_dir=tmp_path / "log"))
+        assert "does not answer" in done.stderr
+    metrics = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in metrics if "sampler_mismatch" in row]
+    assert len(steps) == 2 and all(row["sampler_mismatch"] < 1e-4 for row in steps)
+    assert steps[1]["kl"] > 1e-3  # an old policy would have been noticed
+    # none is left: one line, and what was learnt is there to go on from
+    failed = command(*words(folders, tmp_path, f"{first},{second}", epochs=2, max_steps=3, log_dir=tmp_path / "log"))
+    assert failed.returncode == 1 and "8 of 8 responses are missing" in failed.stderr
+    assert "Traceback" not in failed.stderr and (tmp_path / "actor/step-2/manifest.json").is_file()
+
+
+def test_a_server_of_another_model_teaches_nothing(folders: Folders, tmp_path: Path) -> None:
+    model = load.load_solver(folders.one)
+    with torch.no_grad():
+        model.output.weight.mul_(1.5)
+    saving.begin_save(model, str(tmp_path / "other"), folders.one).complete()
+    with serving(str(tmp_path / "other")) as url:
+        failed = command(*words(folders, tmp_path, url, max_steps=1))
+    assert failed.returncode == 1 and "the servers' log-probs differ from the actor's by" in failed.stderr
+    assert "Traceback" not in failed.stderr and not list(tmp_path.glob("actor/step-*"))
+
+
+def reply(**changed: object) -> Reply:
+    """A server's reply of three tokens, the last of which is the end, but for what is changed."""
+    choice = {"text": "ab", "finish_reason": "stop", "token_ids": [5, 6, 2],
+              "logprobs": {"token_logprobs": [-1.0, -2.0, -0.5]}} | changed  # fmt: skip
+    count = choice.pop("count", 3)
+    return read_reply(json.dumps({"choices": [choice], "usage": {"completion_tokens": count}}).encode())
+
+
+LIES = {
+    "no ids": ({"token_ids": None}, "no token ids"),
+    "beyond the vocabulary": ({"token_ids": [5, 9, 2]}, "token id 9"),
+    "no log-probs": ({"logprobs": None}, "0 valid log-probs"),
+    "positive": ({"logprobs": {"token_logprobs": [-1.0, 0.5, -0.5]}}, "0 valid log-probs"),
+    "too few": ({"logprobs": {"token_logprobs": [-1.0, -0.5]}}, "2 valid log-probs"),
+    "a wrong count": ({"count": 4}, "a count of 4"),
+    "goes on": ({"token_ids": [5, 2, 6]}, "go on after their end"),
+    "no end": ({"token_ids": [5, 6, 7]}, "finish_reason stop after 3 of 4 tokens, the last of which is 7"),
+    "cut short": ({"token_ids": [5, 6, 7], "finish_reason": "length"}, "finish_reason length after 3 of 4"),
+}
+
+
+@pytest.mark.parametrize("name", ["the truth", *LIES])
+def test_a_lying_server_teaches_nothing(name: str) -> None:
+    vocabulary = Vocabulary((2,), 8, lambda ids: "".join(".....abc"[index] for index in ids if index != 2))
+    read = partial(read_response, Request("0", 0, [1, 3]), vocabulary=vocabulary, context=6,
+                   sampling=Sampling(temperature=1.0, max_new_tokens=9))  # fmt: skip
+    if name == "the truth":
+        found = read(reply())
+        assert (found.tokens, found.sampled_logprobs, found.finish, found.text) == (
+            [5, 6, 2], [-1.0, -2.0, -0.5], "stop", "ab")  # fmt: skip
+        return
+    changed, reason = LIES[name]
+    with pytest.raises(ValueError, match=reason):
+        read(reply(**changed))
+
+
+def test_flags_that_do_not_go_with_servers_are_refused() -> None:
+    config = partial(PPOConfig, actor_ckpt_dir="a", actor_save_dir="b", advantage="grpo", reward=["rule"])
+    assert config().tis_cap == 0
+    served = partial(config, rollout_backend="openai", base_url=["http://127.0.0.1:1/v1"], lora_rank=4)
+    assert served().tis_cap == 2
+    for flags, reason in (({"lora_rank": -1}, "give --lora_rank"), ({"temperature": 0.7}, "--temperature 0.7"),
+                          ({"base_url": []}, "go together"), ({"rollout_backend": "engine"}, "together")):  # fmt: skip
+        with pytest.raises(UserError, match=reason):
+            served(**flags)
