@@ -45,7 +45,8 @@ def main(config: PPOConfig) -> None:
     if config.dry_run:
         runlog.table(plan.ppo(config, data.prompts, data.held_out, data.tokenizer, n_iterations))
         return
-    parallel.start(config.seed, load.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size))
+    parallel.start(config.seed, load.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size),
+                   config.replicas)
     for save_dir in config.save_dirs:
         saving.check_save_dir(
             save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir)

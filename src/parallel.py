@@ -32,13 +32,14 @@ Item = TypeVar("Item")
 JOIN_TIME = datetime.timedelta(minutes=10)  # between the starts of the first and the last rank; torchrun's own limit
 ANSWER_TIME = datetime.timedelta(seconds=30)  # of the store that the ranks met in
 
+_mesh: DeviceMesh | None = None  # of several data-parallel ranks: [ranks], or [replicas, ranks that share one]
 
-def start(seed: int = 1, tensor_parallel_size: int = -1) -> None:
+
+def start(seed: int = 1, tensor_parallel_size: int = -1, replicas: int = 1) -> None:
     """Join the process group that torchrun describes (or a group of one) and seed every generator alike.
-
     Consecutive ranks form tensor-parallel groups of the given size (-1: one group of all ranks); ranks at the same
-    place in theirs form a data-parallel group. gloo on the CPU, NCCL where CUDA is present. Raises UserError.
-    """
+    place in theirs form a data-parallel group, whose consecutive ranks share each of `replicas` copies of a model that
+    learns (HSDP). gloo on the CPU, NCCL where CUDA is present. Raises UserError."""
     if not dist.is_initialized():
         heap.keep_large_blocks()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -55,8 +56,30 @@ def start(seed: int = 1, tensor_parallel_size: int = -1) -> None:
             groups.initialize_model_parallel(
                 dist.get_world_size() if tensor_parallel_size == -1 else tensor_parallel_size
             )
+        replica_size(data_parallel_size(), replicas)
+        if data_parallel_size() > 1:
+            global _mesh
+            _mesh = _data_parallel_mesh(replicas)
         atexit.register(stop)  # gloo's threads abort a process that exits while its groups are alive
     seed_all(seed)
+
+
+def replica_size(data_parallel: int, replicas: int) -> int:
+    """How many of the data-parallel ranks share each of so many replicas. Raises UserError."""
+    if data_parallel % replicas:
+        raise UserError(f"--replicas {replicas} does not divide the {data_parallel} data-parallel ranks that run; "
+                        f"start a multiple of it")
+    return data_parallel // replicas
+
+
+def _data_parallel_mesh(replicas: int) -> DeviceMesh:
+    """The data-parallel ranks of this one, by replica and place in it; of one replica by place."""
+    ranks = torch.arange(world_size()).view(-1, tensor_parallel_size())
+    if replicas == 1:
+        both = [groups.get_data_parallel_group(), groups.get_model_parallel_group()]
+        return DeviceMesh.from_group(both, device().type, mesh=ranks, mesh_dim_names=("dp", "tp"))["dp"]
+    mesh = DeviceMesh(device().type, ranks.unflatten(0, (replicas, -1)), mesh_dim_names=("replica", "shard", "tp"))
+    return mesh["replica", "shard"]
 
 
 def _join(backend: str) -> None:
@@ -145,10 +168,8 @@ def to_device(x: Tensor) -> Tensor:
 
 def compute_dtype(precision: str = "") -> torch.dtype:
     """The type that linear layers and attention compute in, alike on every rank.
-
     precision: float32, bfloat16 or float16; empty = bfloat16 on a GPU, float32 on a CPU; auto = bfloat16 on a GPU, and
-    on a CPU whose first rank multiplies faster in it (AMX, AVX-512 BF16), else float32.
-    """
+    on a CPU whose first rank multiplies faster in it (AMX, AVX-512 BF16), else float32."""
     if precision in ("", "auto"):
         half = device().type == "cuda" or precision == "auto" and _multiplies_faster(torch.bfloat16)
         if dist.is_initialized():
@@ -232,26 +253,23 @@ def any_rank(flag: bool) -> bool:
 
 
 def shard_over_data_parallel(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
-    """Share every parameter, its gradient and its optimizer state over the data-parallel group (FSDP2).
-
+    """Share every parameter, its gradient and its optimizer state over the ranks of a replica (FSDP2).
     `blocks` are gathered one at a time, the rest of the model as a whole, rounded to `dtype`. Gradients are summed in
     float32, not averaged: losses are already divided by counts over all ranks. Nothing happens with one data-parallel
-    rank, or to a model that is shared already. Parameters may be on the meta device, to be filled with part_like().
-    """
+    rank, or to a model that is shared already. Parameters may be on the meta device, to be filled with part_like()."""
     if data_parallel_size() == 1 or isinstance(model, FSDPModule):
         return
-    mesh = DeviceMesh.from_group(
-        [groups.get_data_parallel_group(), groups.get_model_parallel_group()],
-        device().type,
-        mesh=torch.arange(world_size()).view(-1, tensor_parallel_size()),
-        mesh_dim_names=("dp", "tp"),
-    )
     # a block's input, the residual stream, stays float32
     rounding = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh["dp"], mp_policy=rounding)
+        fully_shard(module, mesh=_mesh, mp_policy=rounding)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+
+
+def replicas() -> int:
+    """How many copies of what learns the data-parallel ranks hold together."""
+    return _mesh.size(0) if _mesh is not None and _mesh.ndim == 2 else 1
 
 
 def communicate_gradients(model: nn.Module, now: bool) -> None:
@@ -269,9 +287,7 @@ def free_gathered(model: nn.Module) -> None:
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, each data-parallel rank holds the whole parameters: forward passes send nothing to other such ranks.
-
-    They may then make different numbers of them, as sampling does. No backward pass inside.
-    """
+    They may then make different numbers of them, as sampling does. No backward pass inside."""
     shared = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shared:
         module.set_reshard_after_forward(False, recurse=False)
@@ -290,14 +306,15 @@ def local(x: Tensor) -> Tensor:
 
 
 def gather_on_first(x: Tensor) -> Tensor | None:
-    """The whole tensor on data-parallel rank 0, which the others only send to; all of them call this.
-
-    [n on this rank, ...] -> [n, ...], None on the others.
-    """
+    """The whole tensor on data-parallel rank 0, to which the others of its replica send; all ranks call this.
+    [n on this rank, ...] -> [n, ...], None on the others."""
     first = data_parallel_rank() == 0
     if not isinstance(x, DTensor):
         return x if first else None
-    group, size = groups.get_data_parallel_group(), data_parallel_size()
+    mesh = x.device_mesh
+    group, size = mesh.get_group(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    if data_parallel_rank() >= size:  # another replica
+        return None
     part = x.detach().to_local()
     each = -(-len(x) // size)  # rows, of the first ranks: the last ones may hold fewer
     if len(part) < each:
@@ -311,15 +328,14 @@ def rows_like(x: Tensor, like: Tensor) -> Tensor:
     """The rows of x [n, ...] that this data-parallel rank has of `like` [n, ...], in x's memory. -> [n here, ...]."""
     if not isinstance(like, DTensor):
         return x
-    rows = padded_share(len(x), like.device_mesh.size(), like.device_mesh.get_local_rank())
+    mesh, shared = like.device_mesh, like.device_mesh.ndim - 1
+    rows = padded_share(len(x), mesh.size(shared), mesh.get_local_rank(shared))
     return x[rows.start : rows.stop]
 
 
 def part_like(x: Tensor, like: Tensor) -> Tensor:
     """This data-parallel rank's part of x [n, ...] on its device, shared and typed as `like` [n, ...] is: a copy.
-
-    No other part of x is read, and nothing is sent. What is a part already stays as it is.
-    """
+    No other part of x is read, and nothing is sent. What is a part already stays as it is."""
     if isinstance(x, DTensor):
         return x
     if not isinstance(like, DTensor):
@@ -368,9 +384,7 @@ def reduce_from_tensor_parallel(x: Tensor) -> Tensor:
 
 def share(size: int, n: int | None = None, index: int | None = None) -> range:
     """The rows of a dimension that part `index` of n holds (default: this rank of its tensor-parallel group).
-
-    Parts are contiguous and as even as they can be: the first ones take what does not divide.
-    """
+    Parts are contiguous and as even as they can be: the first ones take what does not divide."""
     n = tensor_parallel_size() if n is None else n
     index = tensor_parallel_rank() if index is None else index
     each, rest = divmod(size, n)

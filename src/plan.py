@@ -1,16 +1,11 @@
-"""What a run would need, computed from its flags, configs and data alone: the answer to --dry_run.
-
-python -m src.plan llama-2-7b llama-2-13b llama-2-70b
-shows what each GPU of tensor-parallel 8 x data-parallel 1 .. 64 would hold of these, trained on packs of 4096 tokens.
-"""
+"""What a run would need, computed from its flags, configs and data alone: the answer to --dry_run."""
 
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from src import load, parallel, runlog
+from src import load, parallel
 from src.checkpoint import storage
 from src.checkpoint.sources import Source
 from src.command.config import PrecisionFlags, SavingFlags, TrainConfig
@@ -20,8 +15,7 @@ from src.data.sampler import Step
 from src.errors import UserError
 from src.models.cache import shared_prefix
 from src.models.config import ModelConfig
-from src.models.foreign import released_config
-from src.models.lora import LINEARS, LoraConfig
+from src.models.lora import LoraConfig
 from src.processes import heap
 from src.sharing import base_of
 from src.text.tokenizer import Tokenizer
@@ -60,8 +54,8 @@ def training(
     passes = [(step.epoch, max(batch.tokens.numel() for batch in step.batches)) for step in steps]
     n_tokens = max((tokens for _, tokens in passes), default=0)
     how = Training(load.lora_config(config, config.lora_dropout), config.quantize, config.activation_checkpointing,
-                   data_parallel, config.accumulation_steps > 1, _on_gpu(), is_half(config), config.optimizer,
-                   summed)  # fmt: skip
+                   parallel.replica_size(data_parallel, config.replicas), config.accumulation_steps > 1, _on_gpu(),
+                   is_half(config), config.optimizer, summed)  # fmt: skip
     memory = {"model": training_memory(model, n, n_tokens, how)}
     facts = {
         "tensor-parallel ranks": n,
@@ -107,8 +101,9 @@ def ppo(
     models = ppo_models(config, n)
     ids, held_ids = ([encode_prompt(tokenizer, p.instruction) for p in some] for some in (prompts, held_out))
     work = ppo_work(config, models["actor"].max_seq_len, [*map(len, ids)], [*map(len, held_ids)], ranks)
-    how = Training(load.lora_config(config), checkpointing=config.activation_checkpointing, data_parallel=ranks,
-                   accumulates=work.accumulates, on_gpu=_on_gpu(), half=is_half(config), summed=False)  # fmt: skip
+    how = Training(load.lora_config(config), checkpointing=config.activation_checkpointing,
+                   data_parallel=parallel.replica_size(ranks, config.replicas), accumulates=work.accumulates,
+                   on_gpu=_on_gpu(), half=is_half(config), summed=False)  # fmt: skip
     memory = {name: ppo_memory(models, n, how, work, config.quantize, name) for name in ARRANGEMENTS}
     peaks = {name: moments(memory[name], models, n, phases=name == "--phases") for name in ARRANGEMENTS}
     folders = filter(None, (config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir))
@@ -360,31 +355,3 @@ def size(n_bytes: int) -> str:
     """Bytes as a person reads them."""
     power = max(0, min(4, (n_bytes.bit_length() - 1) // 10))
     return f"{n_bytes / 1024**power:.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
-GROUPS = (1, 2, 4, 8, 16, 32, 64)
-CARD_BYTES = 75 * 2**30  # that a card of 80 GB leaves to tensors: CUDA, NCCL and holes between blocks take the rest
-
-
-def cluster(model_types: Sequence[str], n: int = 8, n_tokens: int = 4096) -> str:
-    """GiB on each GPU by model and number of data-parallel groups of n ranks; a star: does not fit a card of 80 GB.
-    Packs of n_tokens, all supervised, blocks computed again; LoRA of rank 16 on all linears of a bfloat16 base."""
-    lora = LoraConfig(rank=16, alpha=16.0, dropout=0.0, targets=LINEARS)
-    lines = [f"{f'GiB a GPU, tp {n} x dp':24}" + "".join(f"{groups:>8}" for groups in GROUPS)]
-    for model_type in model_types:
-        config = released_config(model_type, n_tokens)
-        for name, how in (("full", Training()), ("LoRA", Training(lora, "bfloat16"))):
-            row = f"{model_type + ' ' + name:24}"
-            for groups in GROUPS:
-                how = how._replace(checkpointing="full", data_parallel=groups, on_gpu=True, half=True)
-                held = sum(training_memory(config, n, n_tokens, how).values())
-                row += f"{f'{held / 2**30:.1f}' + '*' * (held > CARD_BYTES):>8}"
-            lines.append(row)
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    try:
-        runlog.table(cluster(sys.argv[1:]))
-    except UserError as problem:
-        sys.exit(f"error: {problem}")

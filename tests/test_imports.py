@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint", "command", "data", "evaluation", "grading", "inference", "load", "losses", "models", "parallel",
         "processes", "runlog", "sharing", "text",
     },
+    "cluster": {"models", "runlog", "training"},
     "plan": {
         "checkpoint", "command", "data", "load", "models", "parallel", "processes", "runlog", "sharing", "text",
         "training",

@@ -198,6 +198,8 @@ class RunFlags(PrecisionFlags, SeedFlags, TokenizerFlags):
         params.json says""")
     tensor_parallel_size: CountOrOff = flag(-1, """ranks that share one model; the others take other rows. -1
         = the shards of ckpt_dir, if they divide the ranks, else all ranks""")
+    replicas: Count = flag(1, """copies of the weights that learn, of which each is shared by consecutive ranks: as
+        many as machines, weights go over the network within one alone, and summed gradients between them""")
     max_batch_size: Count = flag(1, "rows in one forward pass")
     epochs: Count = flag(1, "passes over the training file")
     max_steps: CountOrOff = flag(-1, "stop after so many optimizer steps; -1 = after all epochs")

@@ -41,7 +41,7 @@ class Run:
         another run."""
         config = self.config
         # All that can be refused is refused here, before the minutes that loading a model takes
-        parallel.start(config.seed, self._n_shards)
+        parallel.start(config.seed, self._n_shards, config.replicas)
         saving.check_save_dir(config.save_dir, config.ckpt_dir)
         self._chat_facts = tokenizer.chat_facts()
         self._fingerprint = run_fingerprint(

@@ -90,7 +90,8 @@ class Trainer:
         parallel.shard_over_data_parallel(model, model.layers, model.dtype)
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
-        self._copies = [shards.copies(shards.cut_of(name, model.config, n), rank) for name in self._trainable]
+        self._copies = [parallel.replicas() * shards.copies(shards.cut_of(name, model.config, n), rank)
+                        for name in self._trainable]  # fmt: skip
         matrices = [p for p in self._trainable.values() if p.dim() > 1]
         vectors = [p for p in self._trainable.values() if p.dim() <= 1]  # norms are not decayed
         groups = [{"params": matrices, "weight_decay": flags.weight_decay},
@@ -147,7 +148,7 @@ class Trainer:
         """Loss and gradient norm over all ranks, in one all-reduce; alike on every rank.
 
         The loss is summed over data-parallel ranks. The squares of the gradient are summed over all: what several
-        tensor-parallel ranks hold counts once.
+        tensor-parallel ranks or replicas hold counts once.
         """
         squares = torch.zeros((), dtype=torch.float64, device=parallel.device())
         for parameter, copies in zip(self._trainable.values(), self._copies, strict=True):

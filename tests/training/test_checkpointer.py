@@ -232,7 +232,7 @@ def _die_at_operation(k: int) -> None:
 
 
 def test_a_run_goes_on_at_another_number_of_ranks(folders: Folders, tmp_path: Path) -> None:
-    """Tensor-parallel 2, then 4, then data-parallel 2, then alone; the first two write in the background."""
+    """Tensor-parallel 2, then 4, then two replicas, then alone; the first two write in the background."""
     whole = resumed_epochs(folders.one, str(tmp_path / "whole"), 0, 8)["losses"]
     save_dir = str(tmp_path / "run")
     target = "tests.training.workers:resumed_epochs"
@@ -241,7 +241,7 @@ def test_a_run_goes_on_at_another_number_of_ranks(folders: Folders, tmp_path: Pa
         for n, tensor_parallel_size, folder, arguments in (
             (2, 2, folders.two, {"first": 0, "last": 2, "background": True}),
             (4, 4, folders.two, {"first": 2, "last": 4, "background": True}),
-            (2, 1, folders.one, {"first": 4, "last": 6}),
+            (2, 1, folders.one, {"first": 4, "last": 6, "replicas": 2}),
         )
     ]
     parts.append([resumed_epochs(folders.one, save_dir, 6, 8)])

@@ -78,17 +78,20 @@ def test_micro_batches_packing_and_recomputation(
     assert_same(found, whole[lora_rank])
 
 
-@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("n", "tensor_parallel_size", "replicas"), [(2, 1, 1), (2, 2, 1), (4, 2, 1), (4, 1, 2)])
 def test_ranks(
     folders: Folders,
     whole: dict[int | str, dict[str, Tensor]],
     tmp_path: Path,
     n: int,
     tensor_parallel_size: int,
+    replicas: int,
 ) -> None:
+    """Tensor-parallel, sharing each parameter, and sharing it in two replicas."""
     data_parallel_size = n // tensor_parallel_size
+    own = ROWS // data_parallel_size
     cases = [
-        {"max_batch_size": size, "accumulation_steps": ROWS // size // data_parallel_size, **case}
+        {"max_batch_size": min(size, own), "accumulation_steps": own // min(size, own), **case}
         for size, case in (
             (4, {}),
             (1, {"packing": True, "activation_checkpointing": "full"}),
@@ -102,6 +105,7 @@ def test_ranks(
         "tests.training.workers:invariance_cases",
         tmp_path,
         tensor_parallel_size,
+        replicas,
         folder=(folders.one, folders.two)[tensor_parallel_size - 1],
         log_dir=str(tmp_path / "log"),
         cases=cases,

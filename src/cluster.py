@@ -1,0 +1,64 @@
+"""What models would take on a cluster of nodes of 8 GPUs, computed from their sizes alone: memory and network.
+
+python -m src.cluster llama-2-7b llama-2-13b llama-2-70b
+shows what each GPU of tensor-parallel 8 x data-parallel 1 .. 64 would hold of these, trained on packs of 4096 tokens,
+and what a node would send in a step, within it and to others, with a model shared by all GPUs or a replica on each
+node (--replicas).
+"""
+
+import sys
+from collections.abc import Sequence
+
+from src import runlog
+from src.errors import UserError
+from src.models.foreign import released_config
+from src.models.lora import LINEARS, LoraConfig
+from src.training.memory import FLOAT32, Training, local_parameters, training_memory
+
+GROUPS = (1, 2, 4, 8, 16, 32, 64)
+CARD_BYTES = 75 * 2**30  # that a card of 80 GB leaves to tensors: CUDA, NCCL and holes between blocks take the rest
+
+
+def cluster(model_types: Sequence[str], n: int = 8, n_tokens: int = 4096) -> str:
+    """GiB on each GPU by model and number of data-parallel groups of n ranks; a star: does not fit a card of 80 GB.
+    Packs of n_tokens, all supervised, blocks computed again; LoRA of rank 16 on all linears of a bfloat16 base."""
+    lora = LoraConfig(rank=16, alpha=16.0, dropout=0.0, targets=LINEARS)
+    lines = [f"{f'GiB a GPU, tp {n} x dp':24}" + "".join(f"{groups:>8}" for groups in GROUPS)]
+    for model_type in model_types:
+        config = released_config(model_type, n_tokens)
+        for name, how in (("full", Training()), ("LoRA", Training(lora, "bfloat16"))):
+            row = f"{model_type + ' ' + name:24}"
+            for groups in GROUPS:
+                how = how._replace(checkpointing="full", data_parallel=groups, on_gpu=True, half=True)
+                held = sum(training_memory(config, n, n_tokens, how).values())
+                row += f"{f'{held / 2**30:.1f}' + '*' * (held > CARD_BYTES):>8}"
+            lines.append(row)
+    return "\n".join(lines)
+
+
+def traffic(model_types: Sequence[str], gpus: int = 8, passes: int = 4) -> str:
+    """GB that a node sends in a step, within it / to others, by model and number of nodes, shared over all GPUs or over
+    those of each node (--replicas NODES). A ring joins the ranks that share, and leaves a node once; weights are
+    gathered in bfloat16 twice a pass, for it and its gradient, and gradients sent once in float32."""
+    lines = [f"{f'GB a step, {passes} passes':24}" + "".join(f"{f'{nodes} nodes':>16}" for nodes in GROUPS)]
+    for model_type in model_types:
+        size = local_parameters(released_config(model_type, 4096), 1)
+        for name in ("shared", "replicas"):
+            row = f"{model_type + ' ' + name:24}"
+            for nodes in GROUPS:
+                ranks = gpus * nodes if name == "shared" else gpus
+                link = (2 * 2 * passes + FLOAT32) * size * (ranks - 1) / ranks  # of the ring, from a rank to the next
+                out = link * (nodes > 1) if name == "shared" else 0.0
+                within = gpus * link - out
+                if name == "replicas":  # each GPU's part of the gradients, summed over the nodes by a ring
+                    out = 2 * FLOAT32 * size * (nodes - 1) / nodes
+                row += f"{f'{within / 1e9:,.0f} / {out / 1e9:,.0f}':>16}"
+            lines.append(row)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        runlog.table(f"{cluster(sys.argv[1:])}\n\n{traffic(sys.argv[1:])}")
+    except UserError as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,12 @@
+"""src/cluster.py: what goes over the network, by hand."""
+
+from src import cluster
+
+
+def test_what_a_node_of_two_sends_by_hand() -> None:
+    """Llama 2 7B: 6.738e9 weights. Shared by 16 GPUs a link of the ring carries (2 * 2 * 4 + 4) bytes of each, 15/16
+    of them: 126.3 GB, 7 of 8 links of a node within it, one out. In two replicas 117.9 GB on each of 8 links, and 2 * 4
+    bytes, half of them, between the nodes: 27.0 GB."""
+    _, shared, replicas = cluster.traffic(["llama-2-7b"]).splitlines()
+    assert shared.split()[5:8] == ["884", "/", "126"]
+    assert replicas.split()[5:8] == ["943", "/", "27"]
