@@ -48,8 +48,8 @@ def main(config: PPOConfig) -> None:
     parallel.start(config.seed, load.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size),
                    config.replicas)
     for save_dir in config.save_dirs:
-        saving.check_save_dir(
-            save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir)
+        saving.check_save_dir(save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir,
+                              config.teacher_ckpt_dir)
     storage.claim(Path(config.run_dir))
     fingerprint = run_fingerprint("ppo_train", config.flags(), data.tokenizer, critic_warmup=critic_warmup,
                                   precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))
@@ -158,6 +158,11 @@ def collect(
     if config.advantage == "gdpo":
         token_rewards = ppo.decoupled_rewards(scores, [each.weight for each in rewards.values()], rollout, config)
     advantages, returns = ppo.compute_advantages(token_rewards, values, mask, trainable, config)
+    if models.teacher:
+        with phase("score", models.teacher):
+            teacher = rollout_logprobs(models.teacher, batch, config.temperature, n_ids, passes)
+        advantages = advantages + losses.distillation_advantages(logprobs, teacher, config.teacher_coef) * mask
+        stats |= {"teacher_kl": losses.kl_k1(logprobs, teacher)[mask].mean().item()}
     if config.tis_cap:  # the loss is proportional to the advantages: to weigh them is to weigh it
         advantages *= losses.truncated_importance(logprobs, rollout.sampled_logprobs, config.tis_cap)
     weights = losses.sequence_weights(rollout.lengths, config.loss_aggregation, config.max_new_tokens)[:, None] * mask

@@ -113,6 +113,13 @@ def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return logprobs - reference_logprobs
 
 
+def distillation_advantages(logprobs: Tensor, teacher_logprobs: Tensor, weight: float) -> Tensor:
+    """weight * (log q - log p) at the sampled tokens of a policy p with the teacher q. [N] -> [N].
+    Their policy gradient, E_p[(log q - log p) grad log p], is minus that of each token's reverse KL(p, q): on-policy
+    distillation (Agarwal et al. 2024, arXiv 2306.13649; as advantages without discount: Thinking Machines Lab 2025)."""
+    return weight * (teacher_logprobs - logprobs)
+
+
 def kl_k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """Half the squared log-ratio (Schulman 2020, k2): biased in value, its gradient is that of the KL. [N] -> [N]."""
     return 0.5 * (logprobs - reference_logprobs) ** 2

@@ -40,6 +40,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
 ARRANGEMENTS = ("all at once", "--phases", "--share_base")
 DOING = {"model": "training", "actor": "the actor learns", "critic": "the critic learns",
          "reference": "the reference scores", "verifier": "the verifier scores",
+         "teacher": "the teacher scores",
          "rollouts": "the actor samples"}  # fmt: skip
 Memory = Mapping[str, Mapping[str, int]]  # model, or rollouts of the actor -> part -> bytes of a rank
 
@@ -143,6 +144,8 @@ def ppo_models(config: PPOConfig, n: int) -> dict[str, ModelConfig]:
         models["reference"] = models["actor"]
     if "verifier" in config.reward:
         models["verifier"] = load.load_config(config.reward_model_ckpt_dir)
+    if config.teacher_ckpt_dir:
+        models["teacher"] = load.load_config(config.teacher_ckpt_dir)
     for name, model in models.items():
         model.check_divides(n, f"the {name}'s checkpoint")
     return models

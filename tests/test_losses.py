@@ -129,6 +129,17 @@ def test_value_loss_is_half_the_worse_squared_error() -> None:
     assert_close(values.grad, torch.tensor([0.0, 1.0, -0.9, 0.0]))
 
 
+def test_the_policy_gradient_of_distillation_is_that_of_the_reverse_kl() -> None:
+    found = losses.distillation_advantages(torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -0.5]), 2.0)
+    assert_close(found, torch.tensor([-1.0, 2.0, 0.0]))
+    logits, teacher = torch.tensor([0.3, -1.0, 2.0, 0.1], requires_grad=True), torch.tensor([1.0, 0.5, 0.2, -2.0])
+    p, q = logits.log_softmax(0), teacher.log_softmax(0)
+    (exact,) = torch.autograd.grad((p.exp() * (p - q)).sum(), logits, retain_graph=True)
+    advantages = losses.distillation_advantages(p, q, 0.7).detach()
+    (found,) = torch.autograd.grad(-(p.exp().detach() * advantages * p).sum(), logits)
+    assert_close(found, 0.7 * exact)
+
+
 def test_kl_k1_is_the_difference_of_logprobs() -> None:
     found = losses.kl_k1(torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -0.5]))
     assert_close(found, torch.tensor([0.5, -1.0, 0.0]))

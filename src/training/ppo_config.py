@@ -201,6 +201,10 @@ class PPOConfig(
         starts at zero)""")
     critic_save_dir: str = flag("", "directory for the critic; only --advantage gae has one")
     reward_model_ckpt_dir: str = flag("", "verifier that scores responses; needed for --reward verifier")
+    teacher_ckpt_dir: str = flag("", """solver with the same tokenizer to learn from as well, on the actor's own
+        responses: each token's reverse KL to it, at --temperature, is taken from the token's advantage (on-policy
+        distillation). For its sake alone: --advantage grpo --reward rule --reward_weights 0""")
+    teacher_coef: NonNegative = flag(1.0, "what that KL weighs")
     train_file: str = flag("dataset/GSM8K/train.json", """prompts, json array or jsonl of {"instruction",
         "label"?}; --reward rule alone needs labels. Those that fill a model's context are left out, counted
         and named""")
@@ -355,6 +359,8 @@ class PPOConfig(
              f"--advantage {self.advantage} {asked} --critic_ckpt_dir and --critic_save_dir"),
             (self.has_critic and Path(self.actor_save_dir).resolve() == Path(self.critic_save_dir).resolve(),
              "--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other"),
+            (self.teacher_ckpt_dir and self.filter_groups,
+             "--filter_groups drops responses that --teacher_ckpt_dir teaches on; leave one of them out"),
             (self.share_base and self.lora_rank == -1,
              "--share_base shares frozen weights below adapters; give --lora_rank"),
             (self.share_base and alone,

@@ -49,7 +49,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
     """Read prompts and tokenizer, and check that they fit the models. Raises UserError."""
     # pairs: one directory may be given twice
     kinds = [(config.actor_ckpt_dir, "solver"), (config.critic_ckpt_dir, ""),
-             (config.reward_model_ckpt_dir, "verifier")]
+             (config.reward_model_ckpt_dir, "verifier"), (config.teacher_ckpt_dir, "solver")]
     contexts = {folder: load.load_config(folder, kind=kind).max_seq_len for folder, kind in kinds if folder}
     task = find_task(config.task)
     if not task.graded:
@@ -67,7 +67,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
                         f"that answers in text alone, trained without --chat_template code")
     judge = config.reward_model_ckpt_dir
     foreign = bool(judge) and load.load_config(judge).verifier_form  # it comes with a tokenizer of its own
-    load.check_tokenizer(tokenizer, config.critic_ckpt_dir, "" if foreign else judge)
+    load.check_tokenizer(tokenizer, config.critic_ckpt_dir, config.teacher_ckpt_dir, "" if foreign else judge)
     prompts = fitting_prompts(prompts, config.train_file, tokenizer, contexts, config.max_new_tokens)
     n_held_out, own = len(held_out), {config.actor_ckpt_dir: contexts[config.actor_ckpt_dir]}
     if held_out:
@@ -122,8 +122,8 @@ class PPOModels:
     """Actor and critic, which learn, a verifier and a reference, which do not; in memory by --phases only inside
     `with phase(...)`.
 
-    critic None: the estimator has none. verifier None: no reward asks for it. frozen None: the reference is the actor
-    without its adapters, or not loaded yet.
+    critic None: the estimator has none. verifier, teacher None: nothing asks for them. frozen None: the reference is
+    the actor without its adapters, or not loaded yet.
     """
 
     actor: Trainer
@@ -132,6 +132,7 @@ class PPOModels:
     offloader: ModelOffloader
     frozen: Decoder | None = None
     servers: PolicyServers | None = None  # that sample; None: the actor does
+    teacher: Decoder | None = None
 
     @property
     def reference(self) -> Decoder:
@@ -190,6 +191,9 @@ def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
         models.verifier = shared.model(folder, value_head=True) if shared else load.load_verifier(
             folder, precision=config.precision, quantize=config.quantize)
         models.offloader.add(models.verifier)
+    if config.teacher_ckpt_dir:
+        models.teacher = load.load_solver(config.teacher_ckpt_dir, precision=config.precision, quantize=config.quantize)
+        models.offloader.add(models.teacher)
     return models
 
 

@@ -404,6 +404,25 @@ def test_aggregations_by_hand(models: PPOModels, tokenizer: Tokenizer, aggregati
     assert -actor_loss(models, found, numbers)[0].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_a_teacher_is_a_part_of_every_tokens_advantage(
+    folders: Folders, models: PPOModels, tokenizer: Tokenizer
+) -> None:
+    numbers = ppo_config(advantage="dr_grpo", group_size=2, teacher_coef=0.5)
+    models = replace(models, critic=None)
+    plain, itself = (buffer_of(replace(models, teacher=teacher), tokenizer, by_length, numbers, iteration=0)
+                     for teacher in (None, models.reference))
+    assert torch.equal(plain.advantages, itself.advantages)  # from itself there is nothing to learn
+    teacher = load.load_solver(folders.one)
+    with torch.no_grad():
+        teacher.output.weight.mul_(0.7)
+    found = buffer_of(replace(models, teacher=teacher), tokenizer, by_length, numbers, iteration=0)
+    batch = found.batch
+    theirs = response_logprobs(teacher, *batch.inputs, temperature=0.8, n_ids=tokenizer.vocab_size)
+    expected = plain.advantages[batch.response_mask] + 0.5 * (theirs - found.logprobs[batch.response_mask])
+    assert_close(found.advantages[batch.response_mask], expected, rtol=1e-4, atol=1e-4)
+    assert not found.advantages[~batch.response_mask].any()
+
+
 def test_kl_loss_adds_its_estimate(models: PPOModels, tokenizer: Tokenizer) -> None:
     numbers = ppo_config(advantage="dr_grpo", group_size=2, loss_aggregation="token-mean")
     found = buffer_of(replace(models, critic=None), tokenizer, by_length, numbers, iteration=0)
