@@ -96,8 +96,8 @@ def main(config: PreferenceTrainConfig) -> None:
     if config.reference_ckpt_dir:
         load.load_config(config.reference_ckpt_dir, kind="solver")
     data, held_out = open_preferences(
-        config.train_file, config.label_file, config.held_out, tokenizer, single=config.objective == "kto",
-        truncation=config.truncation,
+        config.train_file, config.label_file, config.held_out, tokenizer, config.renamed,
+        single=config.objective == "kto", truncation=config.truncation,
         max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, model_config))
     run = Run(config, data)
     if config.dry_run:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from src import load, parallel, plan, runlog
 from src.command import cli
-from src.command.config import ColumnFlags, TrainConfig, flag
+from src.command.config import TrainConfig, flag
 from src.data.encoding import masked_text
 from src.data.examples import read_instructions
 from src.runlog import RunLog
@@ -17,7 +17,7 @@ from src.training.sft import n_supervised, sft_dataset, sft_loss, validation_los
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverTrainConfig(TrainConfig, ColumnFlags):
+class SolverTrainConfig(TrainConfig):
     """Supervised fine-tuning"""
 
     train_file: str = flag(help="""json array, jsonl, parquet or a saved datasets directory of {"instruction",

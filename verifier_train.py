@@ -74,7 +74,7 @@ def main(config: VerifierTrainConfig) -> None:
         "step": step_kind}
     data, held_out, objective = open_data(
         config.objective, config.train_file, config.weights, config.label_file, config.held_out, tokenizer,
-        seed=config.seed, truncation=config.truncation,
+        config.renamed, seed=config.seed, truncation=config.truncation,
         max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, start), **options)
     run = Run(config, data)
     if config.dry_run:

@@ -231,7 +231,7 @@ class CodeFlags(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(RunFlags, OptimizerFlags, LoraFlags, SavingFlags):
+class TrainConfig(RunFlags, OptimizerFlags, LoraFlags, SavingFlags, ColumnFlags):
     """Files and rows"""  # of the trainers that go over the rows of a file
 
     ckpt_dir: str = flag(help="checkpoint directory to start from")

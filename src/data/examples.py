@@ -186,10 +186,10 @@ def _content(message: Row) -> str | list[dict[str, str]]:
     return [{"type": part.text("type"), "content": part.text("content")} for part in inside]
 
 
-def read_pairs(path: str) -> list[Pair]:
+def read_pairs(path: str, columns: Mapping[str, str] = {}) -> list[Pair]:
     """Rows `{"instruction", "chosen", "rejected", "prefix"?}`, each side a text or list. Raises UserError."""
     pairs = []
-    for row in read_rows(path, PAIRS):
+    for row in read_rows(path, PAIRS, columns):
         prefix = row.text("prefix") if row.get("prefix") is not None else ""
         pair = Pair(row.instruction(), row.texts("chosen"), row.texts("rejected"), prefix)
         same = set(pair.chosen) & set(pair.rejected)
@@ -199,13 +199,13 @@ def read_pairs(path: str) -> list[Pair]:
     return pairs
 
 
-def read_step_labels(path: str) -> list[StepLabels]:
+def read_step_labels(path: str, columns: Mapping[str, str] = {}) -> list[StepLabels]:
     """Outcome rows `{"instruction", "output", "correct": bool}` and labelled steps `{"instruction", "steps":
     [text, ...], "labels": [0 to 1 or null, ...]}`. Raises UserError.
 
     A row none of whose steps has a label is an error: it could teach nothing.
     """
-    rows = read_rows(path, STEP_LABELS)
+    rows = read_rows(path, STEP_LABELS, columns)
     return [_outcome_labels(row) if row.get("steps") is None else _step_labels(row) for row in rows]
 
 

@@ -3,7 +3,7 @@
 B pairs of a batch; its 2 B samples are chosen and rejected sides in turns
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
@@ -41,12 +41,14 @@ class PreferenceReport(NamedTuple):
 
 
 def open_preferences(
-    train_file: str, label_file: str, held_out: float, tokenizer: Tokenizer, *, single: bool = False, **options: object
+    train_file: str, label_file: str, held_out: float, tokenizer: Tokenizer, columns: Mapping[str, str] = {}, *,
+    single: bool = False, **options: object,
 ) -> tuple[Dataset, Dataset]:
     """The pairs, or the single responses of KTO, to train on and to test on; `options` are max_seq_len and truncation
     of fit(). Without a label_file the last `held_out` of the problems are kept. Raises UserError."""
     read, encode = (read_outcomes, outcome_dataset) if single else (read_pairs, pair_dataset)
-    (rows,), held = split_held_out([read(train_file)], read(label_file) if label_file else None, held_out)
+    (rows,), held = split_held_out(
+        [read(train_file, columns)], read(label_file, columns) if label_file else None, held_out)
     train = encode(rows, tokenizer, source=train_file, **options)
     test = encode(held, tokenizer, source=label_file or train_file, **options)
     return (train, test) if single else (train._replace(collate=collate), test._replace(collate=collate))

@@ -6,7 +6,7 @@ the logit of the solution, or of the step that ends there, being right.
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -205,6 +205,7 @@ def open_data(
     label_file: str,
     held_out: float,
     tokenizer: Tokenizer,
+    columns: Mapping[str, str] = {},
     *,
     seed: int,
     max_seq_len: int,
@@ -217,8 +218,8 @@ def open_data(
     then, so that no row is on both sides. A held-out outcome is one label, read where a score is read: at the end.
     """
     parts, held = split_held_out(
-        [read_rows(objective, path) for path in train_files],
-        read_rows(objective, label_file) if label_file else None, held_out)  # fmt: skip
+        [read_rows(objective, path, columns) for path in train_files],
+        read_rows(objective, label_file, columns) if label_file else None, held_out)  # fmt: skip
     rows, source = mix(parts, weights, seed), ", ".join(train_files)
     lengths = {"max_seq_len": max_seq_len, "truncation": truncation}
     if objective == "pairwise":
@@ -265,11 +266,11 @@ def mix(files: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> 
     return mixed
 
 
-def read_rows(objective: Objective, path: str) -> list[Pair] | list[StepLabels]:
+def read_rows(objective: Objective, path: str, columns: Mapping[str, str] = {}) -> list[Pair] | list[StepLabels]:
     """The rows of a file, which must hold what the objective learns from. Raises UserError."""
     if objective == "pairwise":
-        return read_pairs(path)
-    rows = read_step_labels(path)
+        return read_pairs(path, columns)
+    rows = read_step_labels(path, columns)
     if objective == "outcome" and any(len(row.steps) > 1 for row in rows):
         raise UserError(f"{path} holds judged steps; train on them with --objective process")
     return rows

@@ -10,6 +10,8 @@ from src.data.examples import Pair, StepLabels
 from src.errors import UserError
 from src.text.tokenizer import Tokenizer
 from src.training.reward_model import mix, open_data, read_rows, split_held_out
+from tests.conftest import Folders
+from tests.tiny import main_of
 
 STEPS = {"instruction": "1+1=", "steps": ["a", "#### 2"], "labels": [1, 0]}
 OUTCOME = {"instruction": "2+2=", "output": "#### 4", "correct": True}
@@ -74,3 +76,22 @@ def test_no_problem_is_on_both_sides(tmp_path: Path, tokenizer: object) -> None:
     assert len(prompts[0]) == 6 and len(prompts[1]) == 2 and not prompts[0] & prompts[1]
     assert len(train.samples) == 3 * 6 and len(held.samples) == 4
     assert objective.right_weight == pytest.approx(0.5)  # the right ones are in the file that counts twice
+
+
+@pytest.mark.parametrize("script, objective, names", [
+    ("verifier_train", "pairwise", {"prompt": "instruction", "good": "chosen", "bad": "rejected"}),
+    ("verifier_train", "outcome", {"prompt": "instruction", "completion": "output", "label": "correct"}),
+    ("preference_train", "dpo", {"prompt": "instruction", "good": "chosen", "bad": "rejected"}),
+    ("preference_train", "kto", {"prompt": "instruction", "completion": "output", "label": "correct"}),
+])  # fmt: skip
+def test_trainers_read_public_columns_under_our_names(
+    folders: Folders, tmp_path: Path, script: str, objective: str, names: dict[str, str]
+) -> None:
+    ours = {"chosen": "#### 2", "rejected": "#### 3", "output": "#### 2", "correct": True}
+    rows = [{"instruction": f"{n}+1="} | ours for n in range(4)]
+    file = write(tmp_path / "theirs.jsonl", *({name: row[key] for name, key in names.items()} for row in rows))
+    flags = {"ckpt_dir": folders.one, "save_dir": str(tmp_path / "out"), "objective": objective, "held_out": 0.5,
+             "train_file": [file] if script == "verifier_train" else file, "dry_run": True}
+    with pytest.raises(UserError, match="key 'instruction' is missing|key '.*' is missing|'correct' is None"):
+        main_of(script)(**flags)
+    main_of(script)(**flags, columns=[f"{name}={key}" for name, key in names.items()])
