@@ -16,6 +16,7 @@ from src.errors import UserError
 from src.models.cache import shared_prefix
 from src.models.config import ModelConfig
 from src.models.lora import LoraConfig
+from src.models.quantize import PRECISIONS
 from src.processes import heap
 from src.sharing import base_of
 from src.text.tokenizer import Tokenizer
@@ -81,8 +82,10 @@ def decoding(
              "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {config.max_seq_len}, the first "
              f"{shared} of all the same"}  # fmt: skip
     n_rows, n_tokens = min(n_rows, n_samples), min(longest + max_new_tokens, config.max_seq_len)
-    parts = frozen_memory(config, n, quantize or "bfloat16" * half)
-    parts |= decoding_memory(config, n, n_rows, n_tokens, shared, half=half)
+    held = frozen_memory(config, n, quantize or "bfloat16" * half)
+    parts = held | decoding_memory(config, n, n_rows, n_tokens, shared, half=half)
+    if half and quantize in PRECISIONS:
+        parts["prepared weights"] = held["weights"]  # the codes, laid out for a CPU's kernel
     return report(facts, {"model": parts}, {"decoding": sum(parts.values())}, n)
 
 

@@ -24,6 +24,7 @@ from src.inference.sampling import Sampling
 from src.inference.serving import Job, ServingEngine
 from src.models.decoder import Decoder
 from src.models.linear import prepared
+from src.models.quantize import packed
 from src.text.tokenizer import Tokenizer
 
 LARGEST_REQUEST = 2**25  # bytes
@@ -87,6 +88,7 @@ class SolverServer:
         model.eval()
         stack = contextlib.ExitStack()
         stack.enter_context(prepared(model.linear_weights(), model.dtype))
+        stack.enter_context(packed(model))
         self.models[name], self._kept[name] = model, stack
 
     def serve(self, host: str, port: int, started: Callable[[str], None]) -> NoReturn:

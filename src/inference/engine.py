@@ -19,6 +19,7 @@ from src.inference.step import make_step
 from src.models.cache import Layers, PromptCache, n_positions, shared_prefix
 from src.models.decoder import Decoder
 from src.models.linear import prepared
+from src.models.quantize import packed
 from src.text.tokenizer import Tokenizer
 
 # Of one forward over prompts, padding and a shared prefix included: enough to use a processor, few to hold
@@ -131,7 +132,7 @@ def generate(
         batch = Batch(model, sampling, vocabulary, min(max_batch_size, len(requests)), on_token, compiled=compiled,
                       tool_hook=tool_hook, shortest=shortest)
         batch.add(requests)
-        with prepared(model.linear_weights(), model.dtype):
+        with prepared(model.linear_weights(), model.dtype), packed(model):
             yield from batch.run()
     finally:
         model.train(was_training)

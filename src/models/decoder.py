@@ -16,7 +16,6 @@ from src.models.cache import Cache
 from src.models.config import ModelConfig
 from src.models.feedforward import FeedForward, MixtureOfExperts, RMSNorm
 from src.models.layers import ColumnParallelLinear, ParallelEmbedding, VocabParallelEmbedding
-from src.models.linear import linear
 from src.models.rope import Rotation, layer_rotations
 
 
@@ -135,7 +134,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's vocabulary slice of the logits, padding rows at -inf. hidden [..., D] -> [..., P]."""
         if self.config.tied:
-            local = linear(parallel.copy_to_tensor_parallel(hidden), self.tok_embeddings.weight)
+            local = self.tok_embeddings.logits(parallel.copy_to_tensor_parallel(hidden))
         else:
             local = self.output(hidden)
         return self.finish_logits(local)

@@ -119,6 +119,10 @@ class VocabParallelEmbedding(layers.VocabParallelEmbedding):
         self.vocab_start_index, self.vocab_end_index = rows.start, rows.stop
         self.weight = nn.Parameter(torch.empty(self.num_embeddings_per_partition, embedding_dim))
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The products with every row, where the output layer is this embedding. [..., D] -> [..., rows]."""
+        return linear(hidden, self.weight)
+
 
 class ParallelEmbedding(layers.ParallelEmbedding):
     """Embedding [num_embeddings, embedding_dim] split by columns, as Meta's Llama 1 and 2 shards have it."""

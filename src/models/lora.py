@@ -86,7 +86,9 @@ class _AdaptedProduct(torch.autograd.Function):
         low = scale * linear(x if kept is None else x * kept, lora_a)  # [N, rank]
         ctx.save_for_backward(x, lora_a, lora_b, kept, low)
         ctx.base, ctx.scale = base, scale
-        return linear(x, base.weight, bias).addmm_(low, lora_b.type_as(x).T)
+        quantised = isinstance(base, QuantizedLinear)
+        y = base.matrix.product(x, bias) if quantised else linear(x, base.weight, bias)
+        return y.addmm_(low, lora_b.type_as(x).T)
 
     @staticmethod
     def backward(

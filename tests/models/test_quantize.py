@@ -10,7 +10,7 @@ from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.models.config import ModelConfig
-from src.models.quantize import PRECISIONS, Precision, QuantizedMatrix, weight_bytes
+from src.models.quantize import PRECISIONS, Precision, QuantizedMatrix, packed, weight_bytes
 from src.text.tokenizer import Tokenizer
 from src.training.memory import bytes_per_weight
 from tests import reference, tiny
@@ -91,6 +91,38 @@ def test_error_is_at_most_half_a_step_and_rows_are_looked_up(bits: int, columns:
         assert ((found - group).abs() <= 0.51 * span / (2**bits - 1) + slack).all()
     indices = torch.tensor([[5, 0], [2, 2]])
     assert torch.equal(matrix.rows(indices), dense[indices])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("n", [1, 3, 64])
+def test_the_kernel_for_codes_multiplies_as_the_dense_matrix_does(precision: str, n: int) -> None:
+    """Within bfloat16's rounding, of 8 bits twice; a row's numbers do not depend on how many others there are."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(48, 300, generator=generator) + 0.1, torch.randn(48, generator=generator)
+    x = torch.randn(n, 1, 300, generator=generator).bfloat16()
+    matrix = QuantizedMatrix(weight, PRECISIONS[precision], torch.bfloat16)
+    exact = QuantizedMatrix(weight, PRECISIONS[precision], torch.float32).dense()
+    expected = torch.nn.functional.linear(x.float(), exact, bias.bfloat16().float())
+    dense = matrix.product(x, bias.bfloat16())
+    matrix.pack()
+    found = matrix.product(x, bias.bfloat16())
+    assert len(matrix.parts) == {"int8": 2, "int4": 1}[precision] and found.shape == (n, 1, 48)
+    assert (found - expected).norm() <= 2 * (dense - expected).norm()
+    assert torch.equal(matrix.product(x[-1:], bias.bfloat16()), found[-1:])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_model_is_packed_while_it_decodes(stories: tuple[Path, list[list[int]]], precision: str) -> None:
+    parallel.start()
+    root, texts = stories
+    model = load.load_solver(str(root / "1"), quantize=precision, precision="bfloat16")
+    matrices = [module for module in model.modules() if isinstance(module, QuantizedMatrix)]
+    dense = all_logits(model, torch.tensor([texts[0]]))
+    with packed(model):
+        assert any(matrix.parts for matrix in matrices) or "AVX512" not in torch.backends.cpu.get_cpu_capability()
+        found = all_logits(model, torch.tensor([texts[0]]))
+    assert not any(matrix.parts for matrix in matrices)
+    assert (found.argmax(-1) == dense.argmax(-1)).float().mean() > 0.95
 
 
 def test_plan_counts_what_a_wide_model_takes() -> None:
