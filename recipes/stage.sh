@@ -1,15 +1,17 @@
 # Sourced by the recipes, whose stages are done once.
 
-# stage NAME FILE COMMAND...: run COMMAND unless FILE, which it writes last, is there already; it must leave it
+# stage NAME FILE COMMAND...: run COMMAND unless FILE, which it writes last, is there already; it must leave it.
+# $means, if set, is what this one is for
 stage() {
     local name=$1 file=$2
     shift 2
     if [ -e "$file" ]; then
         echo "== $name: done before ($file)"
     else
-        echo "== $name"
+        echo "== $name${means:+: $means}"
         "$@"
         # a trainer that was told to stop saves, and ends well
         [ -e "$file" ] || { echo "error: $name ended without $file; start the recipe again to go on" >&2; return 1; }
     fi
+    means=
 }

@@ -35,6 +35,14 @@ def test_sizes_as_a_person_reads_them(n_bytes: int, text: str) -> None:
     assert plan.size(n_bytes) == text
 
 
+@pytest.mark.parametrize(("flop", "text"), [(1, "1 min"), (30 * 45, "46 min"), (30 * 60 * 3, "3.0 h")])
+def test_the_time_of_a_run_is_twice_that_of_its_products(flop: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "matrix_rate", lambda dtype: 1e9)
+    config = PPOConfig(actor_ckpt_dir="a", actor_save_dir="b", precision="float32", advantage="grpo", reward=["rule"])
+    said = plan.duration(flop * 10**9, config)
+    assert said == f"about {text} where a rank multiplies matrices as fast as here, 1 GFLOP/s"
+
+
 def test_the_plan_counts_what_shards_and_loaded_models_hold(tmp_path: Path) -> None:
     source = tiny.write_hf_llama(tmp_path / "hf")
     halves = tiny.split(source, tmp_path / "two", n=2)

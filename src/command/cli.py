@@ -25,7 +25,17 @@ from typing import NoReturn
 import fire
 
 from src.command import outputs
-from src.command.flags import CONFIG, FREE_ON_RESUME, Flag, bind, flags_of, meanings_of, parse
+from src.command.flags import (
+    CONFIG,
+    FIRST,
+    FREE_ON_RESUME,
+    Flag,
+    bind,
+    config_of,
+    flags_of,
+    meanings_of,
+    parse,
+)
 from src.errors import UserError, leave_for_torchrun, show_problem, to_nowhere
 
 # torchrun looks at its workers every 0.1 s and kills the others once one has failed: a rank that is still
@@ -156,15 +166,19 @@ def _commands_help(commands: Mapping[str, Callable[..., None]], width: int) -> s
 
 
 def usage(main: Callable[..., None], width: int) -> str:
-    """The text of --help: the docstring of main's module (of a command: its own), then every flag, required first."""
+    """The text of --help: the docstring of main's module (of a command: its own), then every flag, required ones first,
+    then five that matter most, then by group."""
     accepted = flags_of(main)
     flags = accepted.values()
     width = max(40, min(width, 100))
     about = sys.modules[main.__module__].__doc__ if main.__name__ == "main" else _about(main)
     blocks = [_reflow(inspect.cleandoc(about or ""), width)]
+    first = [name for name in FIRST if name in accepted and not accepted[name].required][:5] if config_of(main) else []
+    places = {name: place for place, name in enumerate(first)}
     groups: dict[str, list[str]] = {}
-    for flag in sorted(flags, key=lambda flag: not flag.required):
-        groups.setdefault("Required flags" if flag.required else flag.group, []).append(_flag_help(flag, width))
+    for flag in sorted(flags, key=lambda flag: (not flag.required, places.get(flag.name, len(first)))):
+        group = "Required flags" if flag.required else "Look at these first" if flag.name in first else flag.group
+        groups.setdefault(group, []).append(_flag_help(flag, width))
     blocks += ["\n".join([f"{title}:", *entries]) for title, entries in groups.items()]
     if "save_every" in accepted:  # a trainer
         free = ", ".join(name for name in FREE_ON_RESUME if name in accepted)

@@ -98,12 +98,12 @@ class Row(NamedTuple):
     def text(self, key: str) -> str:
         """A string; an empty one is allowed. Raises UserError."""
         value = self.get(key)
+        advice = f"; {self.schema.source}" if self.schema.source else ""
         if value is None:
             found = ", ".join(key for key in self.values if self.get(key) is not None) or "no keys"
-            advice = f"; {self.schema.source}" if self.schema.source else ""
             raise UserError(f"{self.where}: key {key!r} is missing; found {found}{advice}")
         if not isinstance(value, str):
-            raise UserError(f"{self.where}: {key!r} is a {type(value).__name__}; expected a string")
+            raise UserError(f"{self.where}: {key!r} is a {type(value).__name__}; expected a string{advice}")
         return value
 
     def texts(self, key: str) -> list[str]:

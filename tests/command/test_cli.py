@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import solver_train
 from src.command import cli
 from tests.command.test_flags import main
 
@@ -212,6 +213,15 @@ several words, or one word with commas; where a text is
 expected too, a comma is part of it.
 """
     )
+
+
+def test_help_leads_with_five_flags_of_a_config() -> None:
+    text = cli.usage(solver_train.main, width=90)
+    first = text.split("Look at these first:\n", 1)[1].split("\n\n", 1)[0]
+    names = re.findall(r"^  --(\w+)", first, re.MULTILINE)
+    assert names == ["eval_file", "max_batch_size", "lora_rank", "lr", "epochs"]
+    assert text.index("Required flags:") < text.index("Look at these first:") < text.index("Supervised fine-tuning:")
+    assert all(text.count(f"\n  --{name} ") == 1 for name in names)
 
 
 def torchrun(script: Path, *argv: str) -> tuple[int, list[str], str, float]:

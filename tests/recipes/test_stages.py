@@ -43,3 +43,8 @@ def test_a_job_that_fails_is_named_and_no_further_one_starts(tmp_path: Path) -> 
     assert done.returncode != 0
     assert done.stdout.splitlines() == ["1"]  # nothing behind the mistake, no seed 2, no word after the jobs
     assert "error: work 1 did not end well" in done.stderr
+
+
+def test_a_stage_says_what_it_is_for_once(tmp_path: Path) -> None:
+    recipe(tmp_path, "means='to have it'\nstage 'make a' a touch a\nstage 'make b' b touch b\nstage 'make a' a false")
+    assert run(tmp_path).stdout.splitlines() == ["== make a: to have it", "== make b", "== make a: done before (a)"]
