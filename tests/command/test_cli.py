@@ -204,6 +204,10 @@ Optional flags:
   --resume  true|false  (default: false)
       go on from the last checkpoint
 
+Where a path is read, hf:ORG/NAME[@REVISION] is a checkpoint
+at the Hugging Face Hub, and
+hf:ORG/NAME[@REVISION][:CONFIG][:SPLIT] rows.
+
 --config FILE: json or yaml file of flags, or run.json of an
 earlier run; flags on the command line win.
 
