@@ -75,7 +75,8 @@ stage "part the others: solutions to imitate, problems to solve" "$RUN/problems.
     python data_build.py split --train_file "$RUN/learnt.json" --share 0.6 --overwrite \
     --first_file "$RUN/demonstrations.json" --second_file "$RUN/problems.json"
 
-NPROC=2 OMP_NUM_THREADS=1 test_it "zero-shot, on two ranks" "$RUN/base" "$RUN/zero-shot" $instruct
+ranks=$(python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)') # two share no GPU
+NPROC=$ranks OMP_NUM_THREADS=1 test_it "zero-shot, ranks: $ranks" "$RUN/base" "$RUN/zero-shot" $instruct
 test_it "eight demonstrations" "$RUN/base" "$RUN/few-shot" --chat_template none --few_shot gsm8k8
 
 for seed in $SEEDS; do
