@@ -142,6 +142,10 @@ def main(config: SolverEvaluateConfig) -> None:
             max_new_tokens=config.max_new_tokens, n_rows=config.max_batch_size, quantize=config.quantize,
             half=plan.is_half(config)))
         return
+    if not config.samples_file:
+        solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.max_rounds,
+                             isolation=config.isolation, model_type=config.model_type, quantize=config.quantize,
+                             compiled=config.compile)
     storage.claim(Path(config.log_dir))
     path, speed = Path(config.log_dir) / "samples.jsonl", None
     if config.samples_file:
@@ -149,9 +153,6 @@ def main(config: SolverEvaluateConfig) -> None:
     grades = parallel.rank() == 0 and benchmark.graded
     with BackgroundGrader(benchmark, prompts) if grades else nullcontext() as grading:
         if not config.samples_file:
-            solver = open_solver(
-                config, prompting, seed=config.seed, max_rounds=config.max_rounds, isolation=config.isolation,
-                model_type=config.model_type, quantize=config.quantize, compiled=config.compile)
             sampled_by = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "quantize", "seed")
             identity = {name: getattr(config, name) for name in sampled_by}
             claim_samples(path, {**solver.source, **identity, **prompting.facts()})

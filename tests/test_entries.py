@@ -562,7 +562,6 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("checkpoint_split", {"ckpt_file": "train.json"}, "train.json cannot be read as a checkpoint"),
     ("checkpoint_split", {"tokenizer_file": "nowhere"}, "--tokenizer_file nowhere does not exist"),
     ("data_build pairs", {"samples_file": "samples.json"}, "samples.json has no outcomes; grade it first"),
-    ("data_build pairs", {"save_file": "one"}, "--save_file one is a directory"),
     ("data_build pairs", {"pairs_a_problem": 0}, "--pairs_a_problem is 0, expected 1 or more"),
     ("data_build outcome", {"max_ratio": 0.5}, "--max_ratio is 0.5, expected a number of at least 1"),
     ("data_build prefer", {}, "has the score None; expected a probability"),

@@ -61,13 +61,11 @@ def _outputs(source: Source | AdapterSource, tokens: Tensor) -> Tensor:
         model = Decoder(source.config)
         if own and not foreign:
             add_lora(model, source.lora)
-    tensors = {}
-    for name, _ in model.named_parameters():
-        plain = name.replace(".base.weight", ".weight")
-        tensors[name] = (
-            (own.get(name) or base.tensors[plain]).load().to(parallel.device(), torch.float32, copy=True)
-        )
+    where = {"device": parallel.device(), "dtype": torch.float32, "copy": True}
+    tensors = {name: (own.get(name) or base.tensors[name]).load().to(**where) for name in shards.places(model)}
     shards.assign(model, tensors, "this checkpoint")
+    for name in [name for name, _ in model.named_parameters() if ".lora_" in name]:
+        shards.put(model, name, own[name].load().to(**where))
     for stem in foreign.linears() if foreign else ():
         model.get_submodule(stem).register_forward_hook(_forward_hook(foreign, stem, source.config))
     hidden = model(tokens.to(parallel.device()))

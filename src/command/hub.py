@@ -61,8 +61,8 @@ def _rows(repo: str, revision: str | None, config: str | None, split: str | None
         raise ValueError(problem.__cause__ or problem) from None
     if split is None:
         if len(rows) != 1:
-            raise ValueError(f"it has the splits {', '.join(rows)}; name one, as in hf:{repo}:"
-                             f"{f'{config}:' if config else ''}{next(iter(rows))}")
+            example = ":".join(filter(None, (f"hf:{repo}", config, next(iter(rows)))))
+            raise ValueError(f"it has the splits {', '.join(rows)}; name one, as in {example}")
         ((split, rows),) = rows.items()
     file = Path(rows.cache_files[0]["filename"]).with_name(f"{split}.parquet")  # its directory is the commit's
     if not file.exists():

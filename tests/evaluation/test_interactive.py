@@ -92,7 +92,7 @@ def test_streamed_text_comes_in_pieces_and_stops_where_it_should() -> None:
     for token in range(len(pieces)):
         stream.add(token)
     stream.finish("abcQuexé\n")
-    assert said == ["ab", "c", "Quex", "é\n"]  # nothing that may become the stop string is said too early
+    assert said == ["ab", "c", "Quex", "é", "\n"]  # nothing that may become the stop string is said too early
 
 
 def test_a_solution_longer_than_the_verifier_s_context_has_no_score(

@@ -15,7 +15,7 @@ from tests.training.workers import join_weights, ppo_buffers, ppo_models
 Run = dict[str, dict[str, Tensor]]
 CASES = [
     {"advantage": "gae"},
-    {"advantage": "grpo", "group_size": 2, "kl_loss": "k3", "entropy_coef": 0.01},
+    {"advantage": "grpo", "group_size": 2, "kl_loss": "k3", "entropy_coef": 0.01, "teacher_ckpt_dir": "itself"},
     {"advantage": "gdpo", "group_size": 2, "policy_loss": "gspo", "kl_coef": 0.0},
     {"advantage": "reinforce++", "group_size": 2, "filter_groups": True, "lora_rank": 4, "policy_loss": "cispo"},
 ]

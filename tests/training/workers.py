@@ -305,6 +305,8 @@ def ppo_buffers(
     """Two buffers against the critic as verifier: weights, the rollouts' numbers, and what was logged."""
     config = ppo_config(max_batch_size=max_batch_size, **changes)
     models = ppo_models(actor, critic if config.has_critic else "", log_dir, lora_rank)
+    if config.teacher_ckpt_dir:
+        models.teacher = load.load_solver(actor)
     tokenizer, verifier = load.load_tokenizer(actor), load.load_verifier(critic)
     found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
     for iteration in range(2):
