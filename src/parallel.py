@@ -311,8 +311,7 @@ def gather_on_first(x: Tensor) -> Tensor | None:
     first = data_parallel_rank() == 0
     if not isinstance(x, DTensor):
         return x if first else None
-    mesh = x.device_mesh
-    group, size = mesh.get_group(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    group, size = x.device_mesh.get_group(x.device_mesh.ndim - 1), x.device_mesh.size(x.device_mesh.ndim - 1)
     if data_parallel_rank() >= size:  # another replica
         return None
     part = x.detach().to_local()

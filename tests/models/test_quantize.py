@@ -96,7 +96,7 @@ def test_error_is_at_most_half_a_step_and_rows_are_looked_up(bits: int, columns:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("n", [1, 3, 64])
 def test_the_kernel_for_codes_multiplies_as_the_dense_matrix_does(precision: str, n: int) -> None:
-    """Within bfloat16's rounding, of 8 bits twice; a row's numbers do not depend on how many others there are."""
+    """Within bfloat16's rounding; a row's numbers do not depend on how many others there are."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(48, 300, generator=generator) + 0.1, torch.randn(48, generator=generator)
     x = torch.randn(n, 1, 300, generator=generator).bfloat16()
@@ -107,7 +107,9 @@ def test_the_kernel_for_codes_multiplies_as_the_dense_matrix_does(precision: str
     matrix.pack()
     found = matrix.product(x, bias.bfloat16())
     assert len(matrix.parts) == {"int8": 2, "int4": 1}[precision] and found.shape == (n, 1, 48)
-    assert (found - expected).norm() <= 2 * (dense - expected).norm()
+    # int8 is two products and their sum, each rounded: three independent errors where the dense product has one
+    limit = {"int8": 3**0.5, "int4": 1.6}[precision]
+    assert (found - expected).norm() <= limit * (dense - expected).norm()
     assert torch.equal(matrix.product(x[-1:], bias.bfloat16()), found[-1:])
 
 
