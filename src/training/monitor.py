@@ -163,7 +163,7 @@ def _not_graded(seen: Mapping[str, float]) -> bool:
 
 
 ALERTS = [
-    Alert("no spread", lambda seen: seen["reward_std"] == 0,
+    Alert("no spread", lambda seen: seen["reward_std"] == 0 and "teacher_kl" not in seen,
           "all responses earn the same, so there is nothing to learn; look at rollouts/ and check --reward and --task"),
     Alert("cut off", lambda seen: seen["truncated_share"] > 0.3,
           "over 30% of the responses did not end; raise --max_new_tokens, or --missing_eos_penalty if they ramble"),
@@ -176,7 +176,7 @@ ALERTS = [
           "lower --lr"),
     Alert("blind critic", lambda seen: seen.get("explained_variance", 0.0) < -0.5,
           "the critic is worse than a constant; raise --critic_warmup, or lower --critic_lr if value_loss rises"),
-    Alert("dead groups", lambda seen: seen.get("dead_groups", 0.0) > 0.8,
+    Alert("dead groups", lambda seen: seen.get("dead_groups", 0.0) > 0.8 and "teacher_kl" not in seen,
           "over 80% of the groups earn equal rewards; raise --group_size, or choose prompts of middling difficulty "
           "(data_build.py select --samples_file)"),
     Alert("length", lambda seen: seen["reward_length_correlation"] > 0.8,

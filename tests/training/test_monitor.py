@@ -132,6 +132,11 @@ WELL = {
 }
 
 
+def test_equal_rewards_are_no_alarm_where_a_teacher_is_learnt_from() -> None:
+    alarms = monitor.Monitor(logging.getLogger("test"), {})
+    assert alarms.check(1, WELL | {"dead_groups": 1.0, "reward_std": 0.0, "teacher_kl": 0.1}) == ({}, [])
+
+
 @pytest.mark.parametrize(
     "ill, flag",
     [
