@@ -20,7 +20,7 @@ from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.layers import ColumnParallelLinear, RowParallelLinear
 from src.models.linear import input_gradient, linear, rounded, weight_gradient
-from src.models.quantize import QuantizedLinear
+from src.models.quantize import FrozenMatrix, QuantizedLinear
 
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
@@ -244,7 +244,7 @@ class Factors(NamedTuple):
     scale: float
 
 
-class AdaptedMatrix(nn.Module):
+class AdaptedMatrix(FrozenMatrix):
     """A base's matrix [out, in] with adapters added when it is used; the base may belong to several models."""
 
     def __init__(self, base: Tensor, chain: Sequence[Factors]) -> None:

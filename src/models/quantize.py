@@ -40,7 +40,19 @@ KERNEL_GROUPS = (32, 64, 128, 256)  # columns that may share a scale in torch's 
 KERNEL_ROWS = 16  # it takes a multiple of these
 
 
-class QuantizedMatrix(nn.Module):
+class FrozenMatrix(nn.Module):
+    """A matrix [rows, columns] kept in another form than the model computes with; no gradient."""
+
+    def dense(self) -> Tensor:
+        """The whole matrix. -> [rows, columns]."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b. [..., columns], [rows] -> [..., rows]."""
+        return linear(x, self.dense(), bias)
+
+
+class QuantizedMatrix(FrozenMatrix):
     """A matrix [rows, columns] as codes [rows, groups, group] (two to a byte for 4 bits), scales and lows."""
 
     def __init__(self, weight: Tensor, precision: Precision, dtype: torch.dtype) -> None:
@@ -75,7 +87,7 @@ class QuantizedMatrix(nn.Module):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b. [..., columns], [rows] -> [..., rows]."""
         if not self.parts or x.numel() > FEW // len(self.parts) * self.columns:
-            return linear(x, self.dense(), bias)
+            return super().product(x, bias)
         few = F.pad(x.reshape(-1, self.columns), (0, -self.columns % self.group))
         y, *others = (torch.ops.aten._weight_int4pack_mm_for_cpu(few, *part) for part in self.parts)
         y = sum(others, y).view(*x.shape[:-1], -1)
@@ -114,7 +126,7 @@ class QuantizedMatrix(nn.Module):
         return values.flatten(-2)[..., : self.columns].to(self.dtype)
 
 
-class RoundedMatrix(nn.Module):
+class RoundedMatrix(FrozenMatrix):
     """A matrix [rows, columns] held in bfloat16, for a model that computes in another dtype."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -131,18 +143,11 @@ class RoundedMatrix(nn.Module):
         """Some rows. indices [...] int64 -> [..., columns]."""
         return self.values[indices].to(self.dtype)
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + b. [..., columns], [rows] -> [..., rows]."""
-        return linear(x, self.dense(), bias)
-
-
-Matrix = QuantizedMatrix | RoundedMatrix
-
 
 class QuantizedLinear(nn.Module):
     """A column- or row-parallel linear over a quantised matrix; no gradient."""
 
-    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, matrix: Matrix) -> None:
+    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, matrix: FrozenMatrix) -> None:
         super().__init__()
         self.matrix, self.bias = matrix, layer.bias
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -167,7 +172,7 @@ class _FrozenProduct(torch.autograd.Function):
     """x W^T, whose W is made dense again for the backward pass instead of being kept for it."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, matrix: Matrix) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, matrix: FrozenMatrix) -> Tensor:
         """x [..., in] -> [..., out]."""
         ctx.matrix = matrix
         return linear(x, matrix.dense())
@@ -182,7 +187,9 @@ class _FrozenProduct(torch.autograd.Function):
 class QuantizedEmbedding(nn.Module):
     """An embedding split by rows or by width over a quantised matrix; no gradient."""
 
-    def __init__(self, layer: VocabParallelEmbedding | ParallelEmbedding, matrix: Matrix) -> None:
+    def __init__(
+        self, layer: VocabParallelEmbedding | ParallelEmbedding, matrix: QuantizedMatrix | RoundedMatrix
+    ) -> None:
         super().__init__()
         self.matrix = matrix
         by_rows = isinstance(layer, VocabParallelEmbedding)
@@ -224,7 +231,7 @@ def quantize_weights(model: nn.Module, precision: str, dtype: torch.dtype) -> No
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in STAND_INS:
-                matrix: Matrix = (
+                matrix: QuantizedMatrix | RoundedMatrix = (
                     RoundedMatrix(child.weight, dtype)
                     if precision == "bfloat16"
                     else QuantizedMatrix(child.weight, PRECISIONS[precision], dtype)
