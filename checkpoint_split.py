@@ -81,39 +81,13 @@ def main(config: SplitConfig) -> None:
         runlog.table(plan.inspection(*sources.describe(config.inspect)))
         return
     if config.certify:
-        load.load_config(config.certify, kind="solver")
-        if config.verify_hashes:
-            storage.verify_hashes(Path(config.certify))
-        found = certify(config.certify, config.certify_ranks, config.certify_layers)
-        runlog.table(str(found))
-        if not found.passed:
-            raise UserError(f"{config.certify} computes differently where the table says DIFFERS; do not use it so")
+        certify_checkpoint(config)
         return
-    if not config.ckpt_file or not config.save_path:
-        raise UserError("--ckpt_file and --save_path are needed: what to read and where to write; or --inspect DIR")
-    if config.verify and config.num_added_tokens:
-        raise UserError("--verify compares logits over one vocabulary; leave it out with --num_added_tokens")
-    if config.verify and parallel.world_size() > 1:
-        raise UserError("--verify computes with one process; start this script with python, not with torchrun")
     files = [config.ckpt_file] if isinstance(config.ckpt_file, str) else config.ckpt_file
     described, tokenizer_file = ", ".join(files), config.tokenizer_file
-    adapter = sources.open_adapter(Path(files[0]), config.base_dir)
+    adapter = sources.open_adapter(Path(files[0]), config.base_dir) if files[0] else None
     keep = adapter is not None and (config.format == "peft" or not config.merge_lora)
-    if config.format == "peft" and not keep:
-        raise UserError(f"--format peft: {described} is no adapter; write it with --format hf")
-    if config.format in ("hf", "gguf") and keep:
-        raise UserError(
-            f"--format {config.format} holds whole weights: merge the adapter, or write it with --format peft")
-    if config.dtype == "q8_0" and config.format != "gguf":
-        raise UserError("--dtype q8_0 is a type of GGUF files; give --format gguf, or another type")
-    if config.base_dir and adapter is None:
-        raise UserError(f"--base_dir names the base of an adapter, but {described} is none")
-    if config.config_file and adapter:
-        raise UserError(f"--config_file describes whole weights, but {described} is an adapter, described by its base")
-    changes = {
-        "--num_added_tokens": config.num_added_tokens, "--code_tokens": config.code_tokens, "--dtype": config.dtype}
-    if keep and any(changes.values()):
-        raise UserError(f"{' '.join(filter(changes.get, changes))} changes whole weights: merge the adapter")
+    refuse_contradictions(config, described, has_adapter=adapter is not None, keep=keep)
     source = adapter if keep else sources.open_source(
         config.ckpt_file, config.config_file, config.base_dir, own_tokenizer=not config.tokenizer_file)
     check_model_type(source.config, config.model_type, described)
@@ -171,6 +145,43 @@ def main(config: SplitConfig) -> None:
     if config.verify:
         after = sources.open_adapter(target, config.base_dir) or sources.open_source(config.save_path)
         log.info("logits before and after: %s", verify.logit_difference(adapter or source, after))
+
+
+def certify_checkpoint(config: SplitConfig) -> None:
+    """Compute with a checkpoint in many ways. Raises UserError where one of them differs beyond rounding."""
+    load.load_config(config.certify, kind="solver")
+    if config.verify_hashes:
+        storage.verify_hashes(Path(config.certify))
+    found = certify(config.certify, config.certify_ranks, config.certify_layers)
+    runlog.table(str(found))
+    if not found.passed:
+        raise UserError(f"{config.certify} computes differently where the table says DIFFERS; do not use it so")
+
+
+def refuse_contradictions(config: SplitConfig, described: str, *, has_adapter: bool, keep: bool) -> None:
+    """Raise UserError for flags that do not go together, or not with what was found. keep: an adapter stays one."""
+    changes = [name for name in ("num_added_tokens", "code_tokens", "dtype") if getattr(config, name)]
+    whole = config.format in ("hf", "gguf")
+    for is_wrong, message in (
+        (not described or not config.save_path,
+         "--ckpt_file and --save_path are needed: what to read and where to write; or --inspect DIR"),
+        (config.verify and config.num_added_tokens,
+         "--verify compares logits over one vocabulary; leave it out with --num_added_tokens"),
+        (config.verify and parallel.world_size() > 1,
+         "--verify computes with one process; start this script with python, not with torchrun"),
+        (config.format == "peft" and not keep, f"--format peft: {described} is no adapter; write it with --format hf"),
+        (whole and keep,
+         f"--format {config.format} holds whole weights: merge the adapter, or write it with --format peft"),
+        (config.dtype == "q8_0" and config.format != "gguf",
+         "--dtype q8_0 is a type of GGUF files; give --format gguf, or another type"),
+        (config.base_dir and not has_adapter,
+         f"--base_dir names the base of an adapter, but {described} is none"),
+        (config.config_file and has_adapter,
+         f"--config_file describes whole weights, but {described} is an adapter, described by its base"),
+        (keep and changes, f"--{' --'.join(changes)} changes whole weights: merge the adapter"),
+    ):
+        if is_wrong:
+            raise UserError(message)
 
 
 def write_gguf(source: Source, target: Path, tokenizer: str, dtype: str, described: str) -> list[str]:
