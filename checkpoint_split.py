@@ -15,7 +15,7 @@ from typing import Literal
 from src import load, parallel, plan, runlog
 from src.checkpoint import export, gguf_layout, sources, storage, training_state, verify
 from src.checkpoint.sources import AdapterSource, Source
-from src.checkpoint.split import as_verifier, split, split_adapter, tokenizer_of, with_added_tokens
+from src.checkpoint.split import as_verifier, split, with_added_tokens, with_tokenizer
 from src.command import cli
 from src.command.config import Config, Count, CountOrOff, CountOrZero, Counts, Positive, flag
 from src.errors import UserError
@@ -84,24 +84,24 @@ def main(config: SplitConfig) -> None:
         certify_checkpoint(config)
         return
     files = [config.ckpt_file] if isinstance(config.ckpt_file, str) else config.ckpt_file
-    described, tokenizer_file = ", ".join(files), config.tokenizer_file
+    described = ", ".join(files)
     adapter = sources.open_adapter(Path(files[0]), config.base_dir) if files[0] else None
     keep = adapter is not None and (config.format == "peft" or not config.merge_lora)
     refuse_contradictions(config, described, has_adapter=adapter is not None, keep=keep)
     source = adapter if keep else sources.open_source(
         config.ckpt_file, config.config_file, config.base_dir, own_tokenizer=not config.tokenizer_file)
+    source = with_tokenizer(source, config.tokenizer_file)
     check_model_type(source.config, config.model_type, described)
     if config.num_added_tokens:
         source = with_added_tokens(source, config.num_added_tokens)
     if config.code_tokens:
-        source, tokenizer_file = with_code_tokens(source, tokenizer_file, described)
+        source = with_code_tokens(source, described)
     if config.verifier_form:
-        if keep or not storage.has_vocabulary(tokenizer_of(source.tokenizer_files, tokenizer_file)):
+        if keep or not storage.has_vocabulary(source.tokenizer_files):
             raise UserError(f"--verifier_form needs whole weights and a tokenizer beside {described}; merge the "
                             "adapter, or give --tokenizer_file")
-        tokenizer = Tokenizer(Path(tokenizer_file) if tokenizer_file else source.tokenizer_files[0].parent)
-        source = as_verifier(source, config.verifier_form, tokenizer)
-    if (sources.folders_of(source)[0] / training_state.STATE).is_file():
+        source = as_verifier(source, config.verifier_form, Tokenizer(source.tokenizer_files[0]))
+    if (source.folders[0] / training_state.STATE).is_file():
         log.warning("%s is a training checkpoint: its weights are written, and its optimizer and place in the run are "
                     "left out. --resume opens it as it is, on any number of ranks", described)
     max_shard_bytes = int(config.max_shard_size * 10**9)
@@ -118,26 +118,23 @@ def main(config: SplitConfig) -> None:
         runlog.table(text)
         return
     if config.verify_hashes:
-        for folder in sources.folders_of(source):
+        for folder in source.folders:
             storage.verify_hashes(folder)
-    source, tokenizer_file = with_ends(source, tokenizer_file, config.format)
+    source = with_ends(source, config.format)
     target = Path(config.save_path)
     if config.format == "peft":
-        not_finite = export.export_peft(source, target, described, tokenizer_file)
+        not_finite = export.export_peft(source, target, described)
     elif config.format == "hf":
-        not_finite = export.export_hf(source, target, described, dtype=config.dtype, tokenizer_file=tokenizer_file,
-                                      max_shard_bytes=max_shard_bytes)
+        not_finite = export.export_hf(source, target, described, dtype=config.dtype, max_shard_bytes=max_shard_bytes)
     elif config.format == "gguf":
-        not_finite = write_gguf(source, target, tokenizer_file, config.dtype, described)
-    elif keep:
-        not_finite = split_adapter(source, target, config.n, tokenizer_file, described)
+        not_finite = write_gguf(source, target, config.dtype, described)
     else:
-        not_finite = split(source, target, config.n, config.dtype, tokenizer_file, described)
+        not_finite = split(source, target, config.n, described, config.dtype)
     for name in not_finite:
         log.warning("%s holds NaN or infinity: the source is damaged, or its training diverged", name)
     written = f"{config.n} shards of {described}" if config.format == "shards" else described
     log.info("wrote %s to %s", written, config.save_path)
-    if not tokenizer_file and not storage.has_vocabulary(source.tokenizer_files):
+    if not storage.has_vocabulary(source.tokenizer_files):
         log.warning("no tokenizer lies beside %s: give --tokenizer_file, or one to every later command", described)
     if config.format == "shards" and not source.config.chat_template and has_own_template(target):
         log.info("%s has a chat template: give --chat_template file to the commands that show it prompts, or none for "
@@ -184,41 +181,40 @@ def refuse_contradictions(config: SplitConfig, described: str, *, has_adapter: b
             raise UserError(message)
 
 
-def write_gguf(source: Source, target: Path, tokenizer: str, dtype: str, described: str) -> list[str]:
-    """Write a checkpoint, with the tokenizer of a directory, for llama.cpp. -> the tensors with NaN or infinity."""
-    if not tokenizer or not storage.has_vocabulary(storage.tokenizer_files(Path(tokenizer))):
+def write_gguf(source: Source, target: Path, dtype: str, described: str) -> list[str]:
+    """Write a checkpoint with its tokenizer for llama.cpp. -> the tensors with NaN or infinity."""
+    if not storage.has_vocabulary(source.tokenizer_files):
         raise UserError(f"--format gguf holds a tokenizer, but none lies beside {described}; give --tokenizer_file")
-    metadata = tokenizer_metadata(Path(tokenizer), source.config.vocab_size)
+    metadata = tokenizer_metadata(source.tokenizer_files[0].parent, source.config.vocab_size)
     return export.export_gguf(source, target, described, metadata, dtype=dtype)
 
 
-def with_code_tokens(source: Source, tokenizer_file: str, described: str) -> tuple[Source, str]:
-    """A checkpoint whose vocabulary has the markers of solutions with code, and the directory of its tokenizer."""
-    files = tokenizer_of(source.tokenizer_files, tokenizer_file)
-    if not tokenizer_file and not storage.has_vocabulary(files):
+def with_code_tokens(source: Source, described: str) -> Source:
+    """A checkpoint whose vocabulary, of model and tokenizer, has the markers of solutions with code."""
+    files = source.tokenizer_files
+    if not storage.has_vocabulary(files):
         raise UserError(f"--code_tokens extends a tokenizer, but none lies beside {described}; give --tokenizer_file")
     folder = copy_of(files)
     first = add_control_tokens(folder, list(Marker), files[0].parent)
     source = with_added_tokens(source, len(Marker), first)
-    return source._replace(config=dataclasses.replace(source.config, chat_template=CODE_FORM)), str(folder)
+    return source._replace(config=dataclasses.replace(source.config, chat_template=CODE_FORM),
+                           tokenizer_files=storage.tokenizer_files(folder))
 
 
-def with_ends(
-    source: Source | AdapterSource, tokenizer_file: str, format: str
-) -> tuple[Source | AdapterSource, str]:
-    """A checkpoint and the directory of its tokenizer, where both say what ends a response, and an export the template.
-    Shards only need what config.json alone said: their params.json knows the rest."""
-    files = tokenizer_of(source.tokenizer_files, tokenizer_file)
-    carried = source.config.carried
+def with_ends(source: Source | AdapterSource, format: str) -> Source | AdapterSource:
+    """A checkpoint whose config and tokenizer say what ends a response, and in an export the template. Shards only need
+    what config.json alone said: their params.json knows the rest."""
+    files, carried = source.tokenizer_files, source.config.carried
     ids = {key: carried[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in carried}
     said = any(file.name == GENERATION and read_json(file).get("eos_token_id") is not None for file in files)
     if not files or (format == "shards" and (said or ids.get("eos_token_id") is None)):
-        return source, tokenizer_file
+        return source
     folder = copy_of(files)
     chosen = "" if format == "shards" else source.config.chat_template
     facts = {name: getattr(source.config, name) for name in ("template_args", "system_prompt")} if chosen else {}
     ids = say_ends(folder, chosen, ids, **facts)
-    return source._replace(config=dataclasses.replace(source.config, carried=carried | ids)), str(folder)
+    return source._replace(config=dataclasses.replace(source.config, carried=carried | ids),
+                           tokenizer_files=storage.tokenizer_files(folder))
 
 
 def copy_of(files: list[Path]) -> Path:

@@ -79,7 +79,7 @@ def prepare(case: Case, place: Path) -> None:
     for path in (ROOT / "dataset/toy/base").glob("tokenizer*"):
         shutil.copy(path, place / "hf")
     n = 1 if "tensor_parallel_size" in case.flags else case.ranks
-    split(open_source(str(place / "hf")), place / "ours", n, "", "", "benchmark")
+    split(open_source(str(place / "hf")), place / "ours", n, "benchmark")
     shutil.rmtree(place / "hf")
     rows = [
         {"instruction": "How many? " * (3 + 5 * i % 17), "output": "1 + 2 = 3. " * (5 + 7 * i % 23)} for i in range(48)

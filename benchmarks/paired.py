@@ -44,7 +44,7 @@ def save_model(model: object, folder: Path) -> None:
     from src.checkpoint.split import split
 
     model.save_pretrained(folder / "hf")
-    split(open_source(str(folder / "hf")), folder / "ours", 1, "", "", "benchmark")
+    split(open_source(str(folder / "hf")), folder / "ours", 1, "benchmark")
 
 
 def memory(field: str) -> int:

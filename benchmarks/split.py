@@ -66,7 +66,7 @@ def copy(source: Path, target: Path) -> None:
 
 def ours(source: Path, target: Path) -> None:
     """checkpoint_split.py's work, without its command line."""
-    split(open_source(str(source)), target, SHARDS, "", "", "a random model")
+    split(open_source(str(source)), target, SHARDS, "a random model")
 
 
 def naive(source: Path, target: Path) -> None:

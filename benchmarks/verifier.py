@@ -78,7 +78,7 @@ def write_model(model: str, folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder / "hf")
     tokenizer = (ROOT / "dataset" / "toy" / "base" / "tokenizer.model").read_bytes()
     (folder / "hf" / "tokenizer.model").write_bytes(tokenizer)
-    split(open_source(str(folder / "hf")), folder / "ours", 1, "", "", "benchmark")
+    split(open_source(str(folder / "hf")), folder / "ours", 1, "benchmark")
 
 
 def open_verifier(folder: Path) -> Decoder:

@@ -28,7 +28,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cut(source: Path, folder: Path, n: int) -> str:
-    split(open_source(str(source)), folder, n, "", "", str(source))
+    split(open_source(str(source)), folder, n, str(source))
     return str(folder)
 
 

@@ -210,7 +210,7 @@ def lora(
     results["loaded"] = all_logits(load.load_solver(save_dir), batch.tokens)
     if parallel.rank() == 0:
         source = open_source(save_dir)
-        split(source, Path(f"{save_dir}-merged"), parallel.world_size(), "", "", save_dir)
+        split(source, Path(f"{save_dir}-merged"), parallel.world_size(), save_dir)
     parallel.barrier()
     results["merged"] = all_logits(load.load_solver(f"{save_dir}-merged"), batch.tokens)
     for name, path in ("loaded_bfloat16", save_dir), ("merged_bfloat16", f"{save_dir}-merged"):

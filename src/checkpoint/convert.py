@@ -174,7 +174,7 @@ def as_hf(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str,
         whole = fused.get(module, "")
         modules = _FUSED.get(whole.partition("_")[0], ())
         if not whole:
-            reorder = functools.partial(_contiguous_to_hf, name, config=config)
+            reorder = functools.partial(rotary_to_hf, name, config=config)
             theirs[to_hf_name(name, config.family)] = stored.then(reorder)
         elif module == modules[0]:
             parts = {part: tensors[f"{parent}.{part}.{kind}"] for part in modules}
@@ -191,19 +191,12 @@ def fused_linears(family: str) -> dict[str, str]:
     return {part: whole for whole in wholes for part in _FUSED.get(whole.partition("_")[0], ())}
 
 
-def _contiguous_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """rotary_to_hf() in memory of its own, as files are written from. [rows, ...] -> [rows, ...]."""
-    return rotary_to_hf(name, tensor, config).contiguous()
-
-
 def _load_fused(
     parent: str, kind: str, parts: Mapping[str, StoredTensor], way: str, config: ModelConfig
 ) -> Tensor:
     """Linears as one tensor: stacked, or for each kv head its queries, key and value. Parts [heads * E, ...] each ->
     [all their rows, ...]."""
-    pieces = [
-        _contiguous_to_hf(f"{parent}.{part}.{kind}", stored.load(), config) for part, stored in parts.items()
-    ]
+    pieces = [rotary_to_hf(f"{parent}.{part}.{kind}", stored.load(), config) for part, stored in parts.items()]
     if way == "grouped":
         pieces = [piece.unflatten(0, (config.n_kv_heads, -1, config.head_dim)) for piece in pieces]
         return torch.cat(pieces, 1).flatten(0, 2)

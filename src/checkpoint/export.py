@@ -8,7 +8,7 @@ import torch
 from src.checkpoint import convert, gguf_layout, peft_layout, storage
 from src.checkpoint.gguf import create_gguf, gguf_bytes
 from src.checkpoint.sources import AdapterSource, Source
-from src.checkpoint.split import is_finite, refuse_source, tokenizer_of, write_files
+from src.checkpoint.split import is_finite, refuse_source, write_files
 from src.checkpoint.tensor_files import StoredTensor, TensorSpec
 from src.errors import UserError
 from src.models.config import ModelConfig
@@ -21,8 +21,7 @@ GGUF = "model.gguf"
 
 
 def export_hf(
-    source: Source, folder: Path, description: str, *, dtype: str = "", tokenizer_file: str = "",
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    source: Source, folder: Path, description: str, *, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[str]:
     """Write config.json, model*.safetensors of at most max_shard_bytes each, their index, and the tokenizer.
 
@@ -32,7 +31,6 @@ def export_hf(
     """
     if source.config.value_head and FAMILIES[source.config.family].remote:
         raise UserError(f"{description} is a verifier; transformers has no classifier of {source.config.family} models")
-    tokenizer = tokenizer_of(source.tokenizer_files, tokenizer_file)
     refuse_source(folder, source.folders)
     tensors = convert.as_hf(source.tensors, source.config)
     if source.config.value_head and source.config.score != "last":
@@ -47,22 +45,19 @@ def export_hf(
         documents = {INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}} | documents
     facts = {"source": description, "rotary_layout": "halves", "tied": source.config.tied}
     passes = [{name: layout} for name, layout in files.items()]
-    return write_files(folder, passes, tensors, documents, tokenizer, facts)
+    return write_files(folder, passes, tensors, documents, source.tokenizer_files, facts)
 
 
-def export_peft(
-    adapter: AdapterSource, folder: Path, description: str, tokenizer_file: str = ""
-) -> list[str]:
+def export_peft(adapter: AdapterSource, folder: Path, description: str) -> list[str]:
     """Write adapter_model.safetensors and adapter_config.json, which PEFT opens on the same base."""
-    tokenizer = tokenizer_of(adapter.tokenizer_files, tokenizer_file)
-    refuse_source(folder, [adapter.folder, adapter.base])
+    refuse_source(folder, adapter.folders)
     documents = {
         peft_layout.CONFIG: peft_layout.config_json(adapter.config, adapter.lora, str(adapter.base.resolve()))
     }
     tensors = peft_layout.as_peft(adapter.tensors, adapter.config)
     files = {peft_layout.WEIGHTS: {name: TensorSpec(t.shape, t.dtype) for name, t in tensors.items()}}
     facts = {"source": description, "rotary_layout": "halves"}
-    return write_files(folder, [files], tensors, documents, tokenizer, facts)
+    return write_files(folder, [files], tensors, documents, adapter.tokenizer_files, facts)
 
 
 def export_gguf(

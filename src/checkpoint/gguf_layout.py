@@ -253,13 +253,8 @@ def _as_ours(
     ours = ours if arch.interleaved else convert.as_ours(ours, config)
     for name in ours:
         if config.norm_offset and name.endswith("norm.weight"):
-            ours[name] = ours[name]._replace(load=functools.partial(_load_shifted, ours[name].load, -1.0))
+            ours[name] = ours[name].then(lambda weight: weight.float() - 1.0)  # gemma stores one less
     return ours
-
-
-def _load_shifted(load: functools.partial[Tensor], by: float) -> Tensor:
-    """A norm's weight plus a number: gemma stores one less than it multiplies with. [D] float32."""
-    return load().float() + by
 
 
 def as_gguf(
@@ -285,12 +280,11 @@ def as_gguf(
     written = {}
     for ours, stored in tensors.items():
         theirs = convert.rename(ours, _OURS)
-        load = stored.load
         if not arch.interleaved:
-            load = functools.partial(_load_halves, ours, load, config)
+            stored = stored.then(functools.partial(convert.rotary_to_hf, ours, config=config))
         if config.norm_offset and ours.endswith("norm.weight"):
-            load = functools.partial(_load_shifted, load, 1.0)
-        written[theirs] = stored._replace(load=load)
+            stored = stored.then(lambda weight: weight.float() + 1.0)
+        written[theirs] = stored
     if config.rope_type == "linear":
         metadata[f"{architecture}.{_SCALING}"] = "linear"
         metadata[f"{architecture}.rope.scaling.factor"] = float(config.rope_factor)
@@ -300,11 +294,6 @@ def as_gguf(
         written[_ROPE_FACTORS] = StoredTensor(tuple(factors.shape), lambda: factors, torch.float32)
     _check_back(config, metadata, written, architecture, description)
     return metadata, written
-
-
-def _load_halves(name: str, load: functools.partial[Tensor], config: ModelConfig) -> Tensor:
-    """A parameter [rows, ...] with the rows of its heads in Hugging Face's rotary layout."""
-    return convert.rotary_to_hf(name, load(), config).contiguous()
 
 
 def _within_window(config: ModelConfig, description: str) -> ModelConfig:

@@ -69,6 +69,11 @@ class AdapterSource(NamedTuple):
     tokenizer_files: list[Path]
     foreign: peft_layout.PeftAdapter | None = None
 
+    @property
+    def folders(self) -> list[Path]:
+        """The directories that it is read from."""
+        return [self.folder, self.base]
+
 
 def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
     """The adapter in a directory of ours or of PEFT, or in a file of one; None when there is none. Raises UserError.
@@ -139,11 +144,6 @@ def merge(adapter: AdapterSource) -> Source:
     }
     tokenizer = adapter.tokenizer_files or base.tokenizer_files
     return Source(adapter.config, tensors, tokenizer, [adapter.folder, *base.folders])
-
-
-def folders_of(source: Source | AdapterSource) -> list[Path]:
-    """The directories that a checkpoint is read from, an adapter's base included."""
-    return source.folders if isinstance(source, Source) else [source.folder, source.base]
 
 
 def describe(ckpt_dir: str) -> tuple[Source, str, int]:

@@ -13,57 +13,31 @@ from src.checkpoint.shards import Cut
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_tensor_file
 from src.errors import UserError
-from src.models.config import ModelConfig
 from src.text.extend import GENERATION
 from src.text.tokenizer import Tokenizer
 
 
-def split(
-    source: Source, folder: Path, n: int, dtype: str, tokenizer_file: str, description: str
-) -> list[str]:
+def split(source: Source | AdapterSource, folder: Path, n: int, description: str, dtype: str = "") -> list[str]:
     """Write n shards of a source with params.json, tokenizer and manifest; one tensor is in memory at a time.
 
-    dtype "" keeps every tensor's. Returns the parameters that hold NaN or infinity. Raises UserError when the model
-    cannot be cut so, a file is missing or the disk is too small.
+    An adapter stays one, with adapter.json that names its base. dtype "" keeps every tensor's. Returns the parameters
+    that hold NaN or infinity. Raises UserError when the model cannot be cut so, a file is missing or the disk is too
+    small.
     """
-    source.config.check_divides(n, description)
-    tokenizer = tokenizer_of(source.tokenizer_files, tokenizer_file)
-    documents = {"params.json": source.config.to_dict() | {"dtype": dtype or source.config.dtype}}
+    config, tensors, kind, documents = source.config, source.tensors, storage.WEIGHTS, {}
+    config.check_divides(n, description)
+    if isinstance(source, AdapterSource):
+        storage.check_complete(source.base)
+        kind, documents = storage.ADAPTER, {"adapter.json": adapters.document(source.base, source.lora)}
+    documents["params.json"] = config.to_dict() | {"dtype": dtype or config.dtype}
     refuse_source(folder, source.folders)
-    return _write_shards(
-        source.tensors, source.config, folder, storage.WEIGHTS, n, dtype, documents, tokenizer, description
-    )
-
-
-def split_adapter(
-    adapter: AdapterSource, folder: Path, n: int, tokenizer_file: str, description: str
-) -> list[str]:
-    """Write n shards of an adapter, unmerged, with adapter.json that names its base. Otherwise as split()."""
-    adapter.config.check_divides(n, description)
-    storage.check_complete(adapter.base)
-    tokenizer = tokenizer_of(adapter.tokenizer_files, tokenizer_file)
-    documents = {"adapter.json": adapters.document(adapter.base, adapter.lora),
-                 "params.json": adapter.config.to_dict()}
-    refuse_source(folder, [adapter.folder, adapter.base])
-    return _write_shards(
-        adapter.tensors, adapter.config, folder, storage.ADAPTER, n, "", documents, tokenizer, description
-    )
-
-
-def _write_shards(
-    tensors: Mapping[str, StoredTensor], config: ModelConfig, folder: Path, kind: str, n: int, dtype: str,
-    documents: Mapping[str, Mapping[str, object]], tokenizer: list[Path], description: str,
-) -> list[str]:
-    """Fill n shards in one pass over the tensors, and complete the directory."""
     cuts = {name: shards.cut_of(name, config, n) for name in tensors}
     files = {storage.shard_name(kind, index): _layout(tensors, cuts, index, dtype) for index in range(n)}
     facts = {"source": description, "rotary_layout": "interleaved", "tied": config.tied,
              "split": {name: how.dim for name, how in cuts.items()}}
     with _one_thread():
-        return write_files(
-            folder, [files], tensors, documents, tokenizer, facts,
-            piece=lambda name, whole, index: shards.view_of(whole, cuts[name], index),
-        )  # fmt: skip
+        return write_files(folder, [files], tensors, documents, source.tokenizer_files, facts,
+                           piece=lambda name, whole, index: shards.view_of(whole, cuts[name], index))
 
 
 def write_files(
@@ -118,16 +92,17 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
-def tokenizer_of(found: list[Path], tokenizer_file: str) -> list[Path]:
-    """The tokenizer's files that go with a checkpoint: the one named, else those found with the source. The source's
-    generation_config.json stays, unless the tokenizer that is named has one of its own."""
+def with_tokenizer(source: Source | AdapterSource, tokenizer_file: str) -> Source | AdapterSource:
+    """A checkpoint with the tokenizer named, if one is. The source's generation_config.json stays, unless the tokenizer
+    has one of its own."""
     if not tokenizer_file:
-        return found
+        return source
     if not Path(tokenizer_file).exists():
         raise UserError(f"--tokenizer_file {tokenizer_file} does not exist")
     named = storage.tokenizer_files(Path(tokenizer_file))
     known = {file.name for file in named}
-    return named + [file for file in found if file.name == GENERATION and file.name not in known]
+    kept = [file for file in source.tokenizer_files if file.name == GENERATION and file.name not in known]
+    return source._replace(tokenizer_files=named + kept)
 
 
 def refuse_source(folder: Path, sources: list[Path]) -> None:

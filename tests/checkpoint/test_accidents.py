@@ -40,7 +40,7 @@ def directory(weights: Tensors, folder: Path, n: int, config: ModelConfig = CONF
     with storage.writing(whole):
         storage.write_shard(whole, storage.WEIGHTS, 0, weights)
         storage.finish(whole, 1, {"params.json": config.to_dict()}, [], {})
-    split(open_source(str(whole)), folder, n, "", "", "random weights")
+    split(open_source(str(whole)), folder, n, "random weights")
     return folder
 
 
@@ -53,7 +53,7 @@ def holds(folder: Path, weights: Tensors) -> bool:
 
 
 def run_split(source: Path, target: Path, n: int) -> None:
-    split(open_source(str(source)), target, n, "", "", str(source))
+    split(open_source(str(source)), target, n, str(source))
 
 
 def processor_seconds(pid: int) -> float:
@@ -201,7 +201,7 @@ def test_not_a_number_is_carried_over_and_reported(tmp_path: Path) -> None:
     weights["layers.1.feed_forward.w2.weight"][3, 5] = float("nan")
     weights["norm.weight"][0] = float("inf")
     source = open_source(str(directory(weights, tmp_path / "ours", 2)))
-    reported = split(source, tmp_path / "out", 3, "", "", "ours")
+    reported = split(source, tmp_path / "out", 3, "ours")
     assert sorted(reported) == ["layers.1.feed_forward.w2.weight", "norm.weight"]
 
 

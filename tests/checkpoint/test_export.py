@@ -30,14 +30,14 @@ def shards_of(config: ModelConfig, folder: Path, n: int, dtype: torch.dtype = to
         storage.write_shard(folder, storage.WEIGHTS, 0, {name: w / 5 for name, w in weights.items()})
         storage.finish(folder, 1, {"params.json": config.to_dict()}, [], {})
     if n > 1:
-        split(open_source(str(folder)), folder / "cut", n, "", "", "random weights")
+        split(open_source(str(folder)), folder / "cut", n, "random weights")
     return folder / "cut" if n > 1 else folder
 
 
 @pytest.mark.parametrize("name", [name for name, model in zoo.MODELS.items() if not model.layout])
 def test_hf_to_ours_to_hf_gives_identical_files_and_logits(tmp_path: Path, name: str) -> None:
     original = zoo.make(tmp_path / "hf", name)
-    split(open_source(str(original)), tmp_path / "two", 2, "", "", "hf")
+    split(open_source(str(original)), tmp_path / "two", 2, "hf")
     export.export_hf(open_source(str(tmp_path / "two")), tmp_path / "back", "two")
     before, after = (load_file(folder / "model.safetensors") for folder in (original, tmp_path / "back"))
     assert set(before) == set(after)

@@ -32,7 +32,7 @@ def shards(folder: Path) -> str:
     """Two of our shards; the damaged file is one of them, or one of the documents beside them."""
     torch.save(random_weights(), folder / "source.pth")
     write_json(folder / "params.json", META)
-    split(open_source(str(folder / "source.pth")), folder / "ours", 2, "", "", "random")
+    split(open_source(str(folder / "source.pth")), folder / "ours", 2, "random")
     return str(folder / "ours")
 
 

@@ -103,7 +103,7 @@ def test_hf_to_gguf_to_ours_to_hf(tmp_path: Path, tokenizer: Path, name: str) ->
 
 def test_bfloat16_norms_of_gemma_come_back_bit_for_bit(tmp_path: Path, tokenizer: Path) -> None:
     source = open_source(str(zoo.write(tmp_path / "hf", zoo.MODELS["gemma-2b"])))
-    split(source, tmp_path / "half", 1, "bfloat16", "", "hf")
+    split(source, tmp_path / "half", 1, "hf", "bfloat16")
     half = open_source(str(tmp_path / "half"))
     export.export_gguf(half, tmp_path / "gguf", "half", tokenizer_metadata(tokenizer, 64))
     back = open_source(str(tmp_path / "gguf"))
@@ -464,7 +464,7 @@ def test_which_file_of_a_directory(tmp_path: Path, parts: tuple[dict[str, object
     with pytest.raises(UserError, match="describes its model itself"):
         open_source(str(tmp_path / "one-f16.gguf"), config_file="config.json")
     with pytest.raises(UserError, match="holds one-f16.gguf, weights that were not written here"):
-        split(open_source(str(tmp_path / "one-f16.gguf")), _beside(tmp_path), 1, "", "", "gguf")
+        split(open_source(str(tmp_path / "one-f16.gguf")), _beside(tmp_path), 1, "gguf")
 
 
 def _beside(folder: Path) -> Path:

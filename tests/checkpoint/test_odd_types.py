@@ -60,7 +60,7 @@ def indexed(root: Path) -> Path:
 
 
 def shards(root: Path) -> Path:
-    split(open_source(str(zoo.make(root / "hf", "qwen-2-window"))), root / "ours", 1, "", "", "hf")
+    split(open_source(str(zoo.make(root / "hf", "qwen-2-window"))), root / "ours", 1, "hf")
     return root / "ours"
 
 

@@ -15,7 +15,7 @@ import checkpoint_split
 from src import load
 from src.checkpoint import export, peft_config, storage, verify
 from src.checkpoint.sources import merge, open_adapter, open_source
-from src.checkpoint.split import split, split_adapter
+from src.checkpoint.split import split
 from src.errors import UserError
 from tests import reference
 
@@ -57,8 +57,8 @@ def test_merged_equals_unmerged(base: Path, adapter: Path) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_peft_to_ours_to_peft_is_identical(tmp_path: Path, base: Path, adapter: Path, n: int) -> None:
-    split(open_source(str(base)), tmp_path / "base", 2, "", "", "base")
-    split_adapter(open_adapter(adapter, str(tmp_path / "base")), tmp_path / "ours", n, "", "adapter")
+    split(open_source(str(base)), tmp_path / "base", 2, "base")
+    split(open_adapter(adapter, str(tmp_path / "base")), tmp_path / "ours", n, "adapter")
     assert len(storage.shard_paths(tmp_path / "ours", storage.ADAPTER)) == n
     export.export_peft(open_adapter(tmp_path / "ours"), tmp_path / "peft", "ours")
     before, after = (
@@ -76,8 +76,8 @@ def test_peft_to_ours_to_peft_is_identical(tmp_path: Path, base: Path, adapter: 
 
 def test_dora_goes_through_shards_bit_for_bit(tmp_path: Path, base: Path) -> None:
     folder = save_variant(base, tmp_path / "lora", use_dora=True)
-    split(open_source(str(base)), tmp_path / "base", 1, "", "", "base")
-    split_adapter(open_adapter(folder, str(tmp_path / "base")), tmp_path / "ours", 3, "", "adapter")
+    split(open_source(str(base)), tmp_path / "base", 1, "base")
+    split(open_adapter(folder, str(tmp_path / "base")), tmp_path / "ours", 3, "adapter")
     export.export_peft(open_adapter(tmp_path / "ours"), tmp_path / "peft", "ours")
     before, after = (load_file(each / "adapter_model.safetensors") for each in (folder, tmp_path / "peft"))
     assert set(before) == set(after) and any("magnitude" in name for name in before)
@@ -88,13 +88,13 @@ def test_dora_goes_through_shards_bit_for_bit(tmp_path: Path, base: Path) -> Non
 def test_adapter_goes_from_any_number_of_shards_to_any_other(
     tmp_path: Path, base: Path, adapter: Path
 ) -> None:
-    split(open_source(str(base)), tmp_path / "base", 1, "", "", "base")
+    split(open_source(str(base)), tmp_path / "base", 1, "base")
     folder = adapter
     for n in (3, 8, 2, 1):
-        split_adapter(open_adapter(folder, str(tmp_path / "base")), tmp_path / str(n), n, "", "adapter")
+        split(open_adapter(folder, str(tmp_path / "base")), tmp_path / str(n), n, "adapter")
         folder = tmp_path / str(n)
     once = tmp_path / "once"
-    split_adapter(open_adapter(adapter, str(tmp_path / "base")), once, 1, "", "adapter")
+    split(open_adapter(adapter, str(tmp_path / "base")), once, 1, "adapter")
     assert storage.fingerprint(folder) == storage.fingerprint(once)
 
 
@@ -180,7 +180,7 @@ def test_variants_compute_what_peft_computes(tmp_path: Path, base: Path, kind: s
 def test_variants_in_bfloat16_compute_what_peft_computes(tmp_path: Path, base: Path, kind: str) -> None:
     reference.hf_model(base).bfloat16().save_pretrained(tmp_path / "base")
     folder = save_variant(tmp_path / "base", tmp_path / "lora", torch.bfloat16, **VARIANTS[kind])
-    split(open_source(str(tmp_path / "base")), tmp_path / "ours", 2, "", "", "base")
+    split(open_source(str(tmp_path / "base")), tmp_path / "ours", 2, "base")
     for base_dir in ("", str(tmp_path / "ours")):
         opened = open_adapter(folder, base_dir)
         export.export_hf(merge(opened), tmp_path / "merged", "adapter", dtype="float32")
@@ -363,7 +363,7 @@ def test_adapter_of_some_layers_or_without_its_base_is_refused(
     with pytest.raises(UserError, match="is no directory here; name its base with --base_dir"):
         open_adapter(adapter, str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"has no params\.json"):  # a base that no rank could open
-        split_adapter(open_adapter(adapter, str(base)), tmp_path / "out", 2, "", "adapter")
+        split(open_adapter(adapter, str(base)), tmp_path / "out", 2, "adapter")
 
 
 def test_command_merges_keeps_and_verifies(

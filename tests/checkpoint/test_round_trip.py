@@ -58,7 +58,7 @@ def test_transformers_sees_no_difference(tmp_path: Path, name: str) -> None:
     stop = {"eos_token_id": said[4] if len(name) % 2 else [63, said[4]], "pad_token_id": 9}
     path.write_text(json.dumps(values | stop), encoding="utf-8")
 
-    split(open_source(str(original)), tmp_path / "ours", 2, "", "", "hf")
+    split(open_source(str(original)), tmp_path / "ours", 2, "hf")
     export.export_hf(open_source(str(tmp_path / "ours")), tmp_path / "back", "ours")
 
     before, after = (load_file(folder / "model.safetensors") for folder in (original, tmp_path / "back"))
@@ -73,7 +73,7 @@ def test_transformers_sees_no_difference(tmp_path: Path, name: str) -> None:
 def test_logits_of_variants_equal_transformers(tmp_path: Path, name: str) -> None:
     parallel.start()
     original = zoo.make(tmp_path / "hf", name)
-    split(open_source(str(original)), tmp_path / "ours", 1, "", "", "hf")
+    split(open_source(str(original)), tmp_path / "ours", 1, "hf")
     model = load.load_solver(str(tmp_path / "ours"))
     with torch.no_grad():
         found, expected = (

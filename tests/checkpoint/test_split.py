@@ -16,7 +16,7 @@ import checkpoint_split
 import solver_train
 from src.checkpoint import storage
 from src.checkpoint.sources import open_source, read_config
-from src.checkpoint.split import split
+from src.checkpoint.split import split, with_tokenizer
 from src.checkpoint.tensor_files import file_hash
 from src.errors import UserError
 from tests import reference, zoo
@@ -38,7 +38,7 @@ def gqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cut(source: Path, folder: Path, n: int, dtype: str = "", tokenizer_file: str = "") -> Path:
-    split(open_source(str(source)), folder, n, dtype, tokenizer_file, str(source))
+    split(with_tokenizer(open_source(str(source)), tokenizer_file), folder, n, str(source), dtype)
     return folder
 
 

@@ -48,7 +48,7 @@ def test_any_number_of_shards_to_any_other_is_bit_exact(config: ModelConfig, dat
             storage.finish(folder, 1, {"params.json": config.to_dict()}, [], {})
         first = storage.fingerprint(folder)
         for step, n in enumerate(path, 1):
-            split(open_source(str(folder)), Path(scratch) / str(step), n, "", "", "before")
+            split(open_source(str(folder)), Path(scratch) / str(step), n, "before")
             folder = Path(scratch) / str(step)
             check_ranks(folder, weights, config, data.draw(numbers, "ranks"))
         assert storage.fingerprint(folder) == first

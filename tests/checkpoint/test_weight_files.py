@@ -77,7 +77,7 @@ def test_one_set_is_read_without_a_word(tmp_path: Path, caplog: pytest.LogCaptur
 def test_shards_beside_the_files_of_hugging_face_are_refused(tmp_path: Path) -> None:
     torch.save(random_weights(), tmp_path / "consolidated.00.pth")
     write_json(tmp_path / "params.json", META)
-    split(open_source(str(tmp_path)), tmp_path / "ours", 1, "", "", "meta")
+    split(open_source(str(tmp_path)), tmp_path / "ours", 1, "meta")
     for folder in (tmp_path, tmp_path / "ours"):
         write_set(folder, KINDS[0], 1.0)
         with pytest.raises(
@@ -131,7 +131,7 @@ def test_a_shard_that_is_a_pipe_is_refused_when_hashed(tmp_path: Path) -> None:
     folder = tmp_path / "ours"
     torch.save(random_weights(), tmp_path / "weights.pth")
     write_json(tmp_path / "params.json", META)
-    split(open_source(str(tmp_path / "weights.pth")), folder, 1, "", "", "weights")
+    split(open_source(str(tmp_path / "weights.pth")), folder, 1, "weights")
     (folder / "consolidated.00.pth").unlink()
     os.mkfifo(folder / "consolidated.00.pth")
     for read in (storage.verify_hashes, lambda folder: describe(str(folder)), read_config):
@@ -184,7 +184,7 @@ def test_sizes_beyond_what_the_weights_hold_are_refused_at_once(
 def test_absurd_sizes_in_our_own_and_in_metas_params_are_refused_at_once(
     tmp_path: Path, key: str, value: int
 ) -> None:
-    split(open_source(str(zoo.make(tmp_path / "hf", "mixtral"))), tmp_path / "ours", 1, "", "", "hf")
+    split(open_source(str(zoo.make(tmp_path / "hf", "mixtral"))), tmp_path / "ours", 1, "hf")
     params = json.loads((tmp_path / "ours" / "params.json").read_text())
     write_json(tmp_path / "ours" / "params.json", params | {key: value})
     with pytest.raises(UserError, match=f"{key}={value}, but the weights hold [24] "):
@@ -199,7 +199,7 @@ def test_absurd_sizes_in_our_own_and_in_metas_params_are_refused_at_once(
 def test_an_adapter_that_leaves_experts_alone_opens(tmp_path: Path) -> None:
     parallel.start()
     ours = tmp_path / "ours"
-    split(open_source(str(zoo.make(tmp_path / "hf", "mixtral"))), ours, 1, "", "", "hf")
+    split(open_source(str(zoo.make(tmp_path / "hf", "mixtral"))), ours, 1, "hf")
     model = load.load_solver(str(ours))
     lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq",))
     load.put_lora_on(model, lora, 0)

@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     root = tmp_path_factory.mktemp("engine")
     source = open_source(str(reference.make_llama(root / "hf", "gqa")))
     for n in (1, 2, 4):
-        split(source, root / str(n), n, "", "", "gqa")
+        split(source, root / str(n), n, "gqa")
     return {n: root / str(n) for n in (1, 2, 4)}
 
 

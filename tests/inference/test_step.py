@@ -25,7 +25,7 @@ REQUESTS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     root = tmp_path_factory.mktemp("step")
-    split(open_source(str(reference.make_llama(root / "hf", "gqa"))), root / "1", 1, "", "", "gqa")
+    split(open_source(str(reference.make_llama(root / "hf", "gqa"))), root / "1", 1, "gqa")
     parallel.start()
     return load.load_solver(str(root / "1"))
 

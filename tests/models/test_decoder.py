@@ -44,7 +44,7 @@ def ranks(
         if name == "gqa":
             succeed("checkpoint_split.py", "--ckpt_file", folder, "--save_path", root / name, "--n", n)
         else:
-            split(open_source(str(folder)), root / name, n, "", "", str(folder))
+            split(open_source(str(folder)), root / name, n, str(folder))
     folders = {name: str(root / name) for name in hf_folders}
     tokens, mask = (x.tolist() for x in reference.batch()[:2])
     results = run_ranks(

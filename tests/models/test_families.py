@@ -91,7 +91,7 @@ def on(hf_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     def on(n: int) -> Ranks:
         root = tmp_path_factory.mktemp("split")
         for name in RUNS[n]:
-            split(open_source(str(hf_folders[name])), root / name, n, "", "", name)
+            split(open_source(str(hf_folders[name])), root / name, n, name)
         folders = {name: str(root / name) for name in RUNS[n]}
         tokens, mask, *_ = reference.batch()
         arguments = {
@@ -187,7 +187,7 @@ def alone(hf_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     @functools.cache
     def alone(name: str) -> str:
         folder = tmp_path_factory.mktemp("alone") / name.replace(" ", "-")
-        split(open_source(str(hf_folders[name])), folder, 1, "", "", name)
+        split(open_source(str(hf_folders[name])), folder, 1, name)
         return str(folder)
 
     return alone

@@ -64,7 +64,7 @@ def run(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         if (n, dora) not in runs:
             root = tmp_path_factory.mktemp(f"lora-{n}")
             base, adapter = root / "base", root / "adapter"
-            split(open_source(str(hf_folder)), base, n, "", "", "gqa")
+            split(open_source(str(hf_folder)), base, n, "gqa")
             arguments = {"folder": str(base), "save_dir": str(adapter), "tokens": tokens, "mask": mask, "dora": dora}
             runs[n, dora] = Run(run_ranks(n, "tests.workers:lora", root, **arguments), base, adapter)
         return runs[n, dora]
@@ -220,7 +220,7 @@ def test_verifier_keeps_its_value_head_in_the_adapter_directory(run: Callable[[i
 def test_changed_base_is_refused(tmp_path: Path, hf_folder: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     source = open_source(str(hf_folder))
-    split(source, base, 1, "", "", "gqa")
+    split(source, base, 1, "gqa")
     adapter.mkdir()
     lora = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=("wq",))
     write_json(adapter / "adapter.json", adapters.document(base, lora))
@@ -234,7 +234,7 @@ def test_changed_base_is_refused(tmp_path: Path, hf_folder: Path) -> None:
         with pytest.raises(UserError, match=rf"adapter\.json: .*{message}"):
             adapters.read_adapter(adapter)
     write_json(adapter / "adapter.json", values)
-    split(source, base, 1, "bfloat16", "", "gqa")
+    split(source, base, 1, "gqa", "bfloat16")
     with pytest.raises(UserError, match=r"adapter\.json: the base .*base has changed"):
         adapters.read_adapter(adapter)
 

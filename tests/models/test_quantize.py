@@ -8,7 +8,7 @@ import torch
 from src import load, parallel
 from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source
-from src.checkpoint.split import split
+from src.checkpoint.split import split, with_tokenizer
 from src.models.config import ModelConfig
 from src.models.quantize import PRECISIONS, Precision, QuantizedMatrix, packed, weight_bytes
 from src.text.tokenizer import Tokenizer
@@ -36,10 +36,10 @@ BARS = {"int8": (0.30, 0.97), "int4": (0.18, 0.85)}
 def stories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
     """A real trained model split for 1 and 2 ranks, and the texts as its ids."""
     folder, root = reference.shared("weights/stories260K"), tmp_path_factory.mktemp("stories")
-    source = open_source(str(folder / "stories260K.pt"))
     tokenizer_file = str(folder / "tok512.model")
+    source = with_tokenizer(open_source(str(folder / "stories260K.pt")), tokenizer_file)
     for n in (1, 2):
-        split(source, root / str(n), n, "", tokenizer_file, "stories260K")
+        split(source, root / str(n), n, "stories260K")
     tokenizer = Tokenizer(Path(tokenizer_file))
     return root, [[tokenizer.bos_id, *tokenizer.encode(text)] for text in TEXTS]
 
@@ -138,7 +138,7 @@ def test_quantised_verifier_and_tied_solver_are_close(tmp_path: Path) -> None:
     parallel.start()
     tokens = torch.arange(3, 43).view(2, 20)
     source = reference.make_llama(tmp_path / "hf", "tied")
-    split(open_source(str(source)), tmp_path / "tied", 1, "", "", "tied")
+    split(open_source(str(source)), tmp_path / "tied", 1, "tied")
     tied = [
         all_logits(load.load_solver(str(tmp_path / "tied"), quantize=way), tokens) for way in ("", "int8")
     ]
