@@ -352,10 +352,11 @@ def _local_bias(sampling: Sampling, vocabulary: Vocabulary, local_logits: Tensor
     width = local_logits.shape[-1]
     first = parallel.tensor_parallel_rank() * width
     bias = torch.zeros(width)
-    if vocabulary.size is not None:
+    pads = vocabulary.size is not None and vocabulary.size < width * parallel.tensor_parallel_size()
+    if pads:
         bias[max(0, vocabulary.size - first) :] = float("-inf")
     for index, value in sampling.logit_bias.items():
         if 0 <= index - first < width:
             bias[index - first] += value
     # every rank adds or none: a sum with zeros may not decide what another rank does
-    return bias.to(local_logits.device) if vocabulary.size is not None or sampling.logit_bias else None
+    return bias.to(local_logits.device) if pads or sampling.logit_bias else None
