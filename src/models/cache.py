@@ -80,20 +80,29 @@ class _Bucket:
         self.capacity = capacity
         self.slots: list[int] = []
         self.store: Tensor | None = None  # [2, L, n, K, capacity, E]; keys, then values
+        self.most = 0  # rows that the store has held
 
-    def reserve(self, n: int, n_layers: int, like: Tensor) -> None:
-        """Make room for n more rows of keys shaped like [K, T, E]."""
-        needed, had = len(self.slots) + n, 0 if self.store is None else self.store.shape[2]
-        if needed > had:
+    def add(self, slots: Sequence[int], length: int, n_layers: int, like: Tensor) -> Tensor:
+        """Give slots the next rows. -> their part of the store, whose first `length` positions are to be written, with
+        keys and values shaped like [K, T, E]."""
+        start, end = len(self.slots), len(self.slots) + len(slots)
+        had = 0 if self.store is None else self.store.shape[2]
+        if end > had:
             kv_heads, _, head_dim = like.shape
-            room = max(needed, had * 5 // 4)  # grown by a quarter: a row is copied a few times, not every time
-            store = like.new_zeros(2, n_layers, room, kv_heads, self.capacity, head_dim)
+            # doubled, rows are copied seldom; a processor's memory is not taken before it is written
+            room = max(end, had * 2 if like.is_cpu else had * 5 // 4)
+            store = like.new_empty(2, n_layers, room, kv_heads, self.capacity, head_dim)
             if self.store is not None:
-                store[:, :, : len(self.slots)] = self.store[:, :, : len(self.slots)]
+                store[:, :, :start] = self.store[:, :, :start]
             self.store = store
+        self.slots += slots
+        self.most = max(self.most, end)
+        rows = self.store[:, :, start:end]
+        rows[:, :, :, :, length:] = 0
+        return rows
 
     def remove(self, slot: int) -> None:
-        """Drop a row; the last one takes its place. A bucket that is a quarter empty gives its memory back."""
+        """Drop a row; the last one takes its place. A bucket that is half empty gives its memory back."""
         index, last = self.slots.index(slot), len(self.slots) - 1
         if index != last:
             self.store[:, :, index] = self.store[:, :, last]
@@ -101,8 +110,8 @@ class _Bucket:
         self.slots.pop()
         if not self.slots:
             self.store = None
-        elif len(self.slots) * 4 <= 3 * self.store.shape[2]:
-            self.store = self.store[:, :, : len(self.slots)].clone()
+        elif 2 * last <= self.most:
+            self.store, self.most = self.store[:, :, :last].clone(), last
 
 
 class KVCache:
@@ -133,13 +142,10 @@ class KVCache:
     def admit(self, slots: Sequence[int], prompt: Layers) -> None:
         """Put one prompt's keys and values into each of these empty slots."""
         length = n_positions(prompt)
-        bucket = self._bucket_of(length + 1)
-        bucket.reserve(len(slots), len(prompt), prompt[0][0])
-        start, end = len(bucket.slots), len(bucket.slots) + len(slots)
+        rows = self._bucket_of(length + 1).add(slots, length, len(prompt), prompt[0][0])
         for layer, (keys, values) in enumerate(prompt):
-            bucket.store[0, layer, start:end, :, :length] = keys
-            bucket.store[1, layer, start:end, :, :length] = values
-        bucket.slots += slots
+            rows[0, layer, :, :, :length] = keys
+            rows[1, layer, :, :, :length] = values
         self.lengths[slots] = length
 
     def release(self, slot: int) -> None:
@@ -179,10 +185,6 @@ class KVCache:
             groups.append(Group(rows, stored_keys[:n, :, :length], stored_values[:n, :, :length], seen, prefix))
         return groups
 
-    def n_bytes(self) -> int:
-        """Memory that the buckets hold."""
-        return sum(bucket.store.nbytes for bucket in self._buckets)
-
     def _bucket_of(self, length: int) -> _Bucket:
         """The bucket for rows of this many positions, made if there is none."""
         power = max(self.SMALLEST, 1 << (length - 1).bit_length())
@@ -195,12 +197,10 @@ class KVCache:
 
     def _move_up(self, slots: Sequence[int], bucket: _Bucket) -> None:
         """Copy rows that fill their bucket into the next one; prompts of equal length do so together."""
-        target = self._bucket_of(bucket.capacity + 1)
-        target.reserve(len(slots), bucket.store.shape[1], bucket.store[0, 0, 0])
-        for slot in slots:
-            row = bucket.store[:, :, bucket.slots.index(slot)]  # [2, L, K, capacity, E]
-            target.store[:, :, len(target.slots), :, : bucket.capacity] = row
-            target.slots.append(slot)
+        target, like = self._bucket_of(bucket.capacity + 1), bucket.store[0, 0, 0]
+        rows = target.add(slots, bucket.capacity, bucket.store.shape[1], like)
+        for place, slot in enumerate(slots):
+            rows[:, :, place, :, : bucket.capacity] = bucket.store[:, :, bucket.slots.index(slot)]
             bucket.remove(slot)
 
 
