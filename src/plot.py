@@ -1,11 +1,119 @@
-"""Pictures of what was measured: results.json, a verifier's report. The door to matplotlib."""
+"""Pictures of what was measured: results.json, a verifier's report, a run's metrics. The door to matplotlib."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+
+_COLUMNS = 3  # panels side by side in a run's picture
+_MOST_PANELS = 10
+_SMOOTHED = 40  # steps from which on a curve is drawn with its running mean
+_LARGEST = 1e300  # of the numbers that are plotted: margins around larger ones overflow
+
+
+class Panel(NamedTuple):
+    """Curves that belong together. names: pattern of the metrics; unit: of their values divided by `scale`; noisy:
+    whether long ones are drawn with their running mean."""
+
+    title: str
+    unit: str
+    names: str
+    scale: float = 1.0
+    noisy: bool = True
+
+
+PANELS = [  # the most telling first: a run's picture has those of them that it has metrics for
+    Panel("accuracy", "share", r"(eval_|held_out_)?(accuracy|pass|majority)|accuracy_on_\w+|graded_right"),
+    Panel("reward", "a response", r"reward(_(?!std$|length)\w+)?"),
+    Panel("loss", "nats", r"(eval_|held_out_|policy_|kl_)?loss"),
+    Panel("chosen ahead of rejected", "nats", r"(eval_)?margin|(eval_)?reference_point"),
+    Panel("log-probs", "nats a token", r"(eval_)?(chosen|rejected|right|wrong)_logprob"),
+    Panel("KL to the reference", "nats a token", r"kl|kl_k3"),
+    Panel("entropy", "nats a token", r"entropy"),
+    Panel("clipped", "share", r"clipped_low|clipped_high|value_clipped"),
+    Panel("critic", "", r"value_loss|explained_variance"),
+    Panel("response length", "tokens", r"response_tokens(_max)?"),
+    Panel("responses", "share", r"truncated_share|kept_share|dead_groups|graded_(unparsed|timeout|error)"),
+    Panel("gradient norm", "", r"(critic_)?grad_norm"),
+    Panel("verifier's scores", "", r"score_(mean|std)"),
+    Panel("learning rate", "", r"(critic_)?lr", noisy=False),
+    Panel("speed", "tokens a second", r"tokens_per_second|supervised_per_second"),
+    Panel("peak memory of a rank", "GiB", r"peak_memory", 2.0**30, noisy=False),
+]
+_UNTOLD = (r"seconds.*|\w+_seconds|epoch|step|(supervised_)?tokens|pairs|judged|samples|responses|mfu|padding_share|"
+           r"reward_\w+|kl_\w+|\w*ratio_deviation\w*|sampler_mismatch\w*|graded_wrong")  # fmt: skip
+
+
+def plot_run(rows: Sequence[Mapping[str, object]], title: str, path: Path) -> None:
+    """Write a PNG of at most ten panels of a run's metrics over its steps, those of PANELS first.
+
+    rows: the lines of metrics.jsonl; only numbers in them are plotted, and the names of `alarms` at the steps that have
+    them. Raises ValueError when there is no number.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("step", "epoch") and isinstance(value, int | float) and abs(value) <= _LARGEST:
+                curves.setdefault(name, []).append((row["step"], value))
+            elif isinstance(value, float):  # a gap
+                curves.setdefault(name, []).append((row["step"], math.nan))
+    if not curves:
+        raise ValueError("no metrics to draw")
+    panels = [(panel, [name for name in curves if re.fullmatch(panel.names, name)]) for panel in PANELS]
+    known = {name for _, names in panels for name in names}
+    others = [name for name in curves if name not in known and not re.fullmatch(_UNTOLD, name)]
+    panels = [(panel, names) for panel, names in panels if names]
+    panels += [(Panel(name, "", ""), [name]) for name in (others if known or others else curves)]
+    del panels[_MOST_PANELS:]
+    alarms = [(row["step"], name) for row in rows if isinstance(row.get("alarms"), dict) for name in row["alarms"]]
+    n_rows = math.ceil((len(panels) + bool(alarms)) / _COLUMNS)
+    figure = Figure(figsize=(4.2 * _COLUMNS, 2.6 * n_rows), layout="constrained")
+    axes_list = figure.subplots(n_rows, _COLUMNS, squeeze=False).flat
+    if alarms:
+        _over_steps(next(axes_list), alarms, [row["step"] for row in rows])
+    for (panel, names), axes in zip(panels, axes_list, strict=False):
+        _draw_panel(axes, panel, {name: curves[name] for name in names}, sorted({step for step, _ in alarms}))
+    for axes in axes_list:  # what zip has left over
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _draw_panel(
+    axes: Axes, panel: Panel, curves: Mapping[str, Sequence[tuple[float, float]]], alarms: Sequence[float]
+) -> None:
+    """The curves of a panel over steps, those that are 0 throughout left out; a red tick at each step of an alarm."""
+    moving = {name: points for name, points in curves.items() if any(value for _, value in points)}
+    curves = moving or curves
+    for name, points in curves.items():
+        steps, values = zip(*((step, value / panel.scale) for step, value in points), strict=True)
+        if len(points) >= _SMOOTHED and panel.noisy:
+            (line,) = axes.plot(steps, _running_mean(values, len(values) // 20), label=name)
+            axes.plot(steps, values, color=line.get_color(), alpha=0.3, zorder=1)
+        else:
+            axes.plot(steps, values, marker="." if len(points) < _SMOOTHED else "", label=name)
+    for step in alarms:
+        axes.axvline(step, ymax=0.04, color="tab:red", linewidth=0.8)
+    axes.set_title(f"{panel.title} ({panel.unit})" if panel.unit else panel.title, fontsize=9, parse_math=False)
+    axes.set_xlabel("step", fontsize=7)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+    if list(curves) != [panel.title]:
+        for text in axes.legend(fontsize=6).get_texts():
+            text.set_parse_math(False)
+
+
+def _running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """The mean of each value and its neighbours up to `reach` away, without gaps; a gap stays one."""
+    windows = (values[max(0, at - reach) : at + reach + 1] for at in range(len(values)))
+    kept = ([value for value in window if not math.isnan(value)] for window in windows)
+    return [math.nan if math.isnan(value) else math.fsum(window) / len(window)
+            for value, window in zip(values, kept, strict=True)]
 
 
 def plot_results(results: dict[str, object], curves: Mapping[str, str], path: Path) -> None:
@@ -50,6 +158,17 @@ def plot_verifier(report: dict[str, object], path: Path) -> None:
     reliability.grid(alpha=0.3)
     reliability.legend(fontsize=7)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _over_steps(axes: Axes, alarms: Sequence[tuple[float, str]], steps: Sequence[float]) -> None:
+    """A red mark for each alarm at every one of the run's steps where it rang."""
+    names = list(dict.fromkeys(name for _, name in alarms))
+    axes.plot([min(steps), max(steps)], [0, 0], alpha=0)  # as wide as the other panels
+    axes.plot([step for step, _ in alarms], [names.index(name) for _, name in alarms], "|", color="tab:red")
+    axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_title("alarms", fontsize=9, color="tab:red")
+    axes.grid(alpha=0.3)
 
 
 def _over_samples(axes: Axes, results: dict[str, object], curves: Mapping[str, str]) -> None:

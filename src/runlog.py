@@ -1,5 +1,9 @@
 """What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, TensorBoard, W&B, and run.json. Nothing else
-prints."""
+prints.
+
+python -m src.runlog RUN_DIR
+draws the metrics of a run, which may still be going on, into RUN_DIR/metrics.png.
+"""
 
 import contextlib
 import hashlib
@@ -188,7 +192,7 @@ class RunLog:
     def metrics(self, step: int, alarms: Mapping[str, str] | None = None, **values: float) -> None:
         """Append one line to metrics.jsonl: the step, the seconds since the start, and these values.
 
-        alarms: what is wrong at this step by name, and what to do; they stand in the line and in the report.
+        alarms: what is wrong at this step by name, and what to do; they stand in the line and in its picture.
         """
         if _is_rank_0():
             if self._metrics is None:
@@ -236,6 +240,28 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     if odd:
         logger().warning("%s: %d lines without a step are left out, the first is line %d", path, len(odd), odd[0])
     return rows
+
+
+def draw(folder: Path) -> Path:
+    """Draw the metrics of a run. Returns the PNG. Raises UserError for a directory without any."""
+    from src.plot import plot_run  # matplotlib costs half a second: not for every run
+
+    path, picture = folder / METRICS, folder / "metrics.png"
+    rows = read_metrics(path) if path.is_file() else []
+    if not rows:
+        raise UserError(f"{folder} holds no {METRICS} with a line in it; give the directory of a run that has begun")
+    try:
+        plot_run(rows, str(folder), picture)
+    except ValueError:
+        raise UserError(f"{path} holds no number to draw beside the steps; is it of another program?") from None
+    return picture
+
+
+def _command(arguments: Sequence[str]) -> None:
+    """What this file does as a program."""
+    if len(arguments) != 1:
+        raise UserError(f"found {len(arguments)} arguments; expected one: python -m src.runlog RUN_DIR")
+    table(f"wrote {draw(Path(arguments[0]))}")
 
 
 def _hashes(flags: Mapping[str, object]) -> dict[str, str]:
@@ -286,3 +312,7 @@ def _environment() -> dict[str, object]:
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__},
     }
+
+
+if __name__ == "__main__":
+    cli.guarded(lambda: _command(sys.argv[1:]))

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "command": set(),
     "plot": set(),
     "processes": set(),
-    "runlog": {"command", "processes"},
+    "runlog": {"command", "plot", "processes"},
     "losses": set(),
     "parallel": {"processes"},
     "text": {"processes"},

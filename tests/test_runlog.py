@@ -56,6 +56,22 @@ def test_other_ranks_write_nothing(
     logging.getLogger("splitrl").setLevel(logging.INFO)
 
 
+def test_a_run_is_drawn_while_it_goes_on(tmp_path: Path) -> None:
+    log = RunLog(str(tmp_path), {})
+    for step in range(1, 5):
+        log.metrics(step, epoch=0, loss=1 / step, grad_norm=float("nan") if step == 3 else 1.0)
+    log.metrics(4, epoch=0, eval_loss=0.3, accuracy=0.5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # a line that is being written
+    done = command("-m", "src.runlog", tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'metrics.png'}\n"), done.stderr
+    data = (tmp_path / "metrics.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(data[place : place + 4], "big") for place in (16, 20))
+    # accuracy, loss with eval_loss over it, grad_norm
+    assert (width, height) == (int(4.2 * 3 * 110), int(2.6 * 110))
+
+
 ODD_ROWS = [
     b'\xff\xfe{"step": 1}',
     b"{",
@@ -77,11 +93,11 @@ ODD_ROWS = [
 
 
 def test_odd_rows_of_metrics_are_left_out_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Reading and going on keep the rows with a step, whatever stands between them."""
+    """Drawing and going on keep the rows with a step, whatever stands between them."""
     path = tmp_path / "metrics.jsonl"
     good = [b'{"step": 1, "loss": NaN}', b'{"step": 2, "loss": 0.5}', b'{"step": 3, "loss": 0.25}']
     path.write_bytes(b"\n".join([good[0], *ODD_ROWS, b"", *good[1:], b'{"step": 4, "lo']))
-    assert [row["step"] for row in runlog.read_metrics(path)] == [1, 2, 3]
+    assert runlog.draw(tmp_path).read_bytes().startswith(b"\x89PNG")
     told = f"{len(ODD_ROWS)} lines without a step are left out, the first is line 2\n"
     assert capsys.readouterr().err.count(told) == 1
     log = RunLog(str(tmp_path), {})
@@ -90,6 +106,37 @@ def test_odd_rows_of_metrics_are_left_out_with_a_word(tmp_path: Path, capsys: py
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows[1:]] == [(2, 0.5), (3, 0.125)] and rows[0]["step"] == 1
     assert capsys.readouterr().err.count(told) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"loss": "high"},
+        {"loss": None},
+        {"loss": [1, 2], "note": {"a": 1}},
+        {"loss": True},
+        {"loss": float("inf")},
+        {"loss": 10**400},
+        {"$\\frac{": 1.0, "a_$^b$": 2.0},
+        {f"key{number}": 1.0 for number in range(40)},
+        {"": 1.0},
+        {"eval_loss": 0.5},
+        {"epoch": 2},
+    ],
+    ids=lambda row: str(row)[:30],
+)
+def test_a_row_with_odd_values_is_drawn(row: dict[str, object], tmp_path: Path) -> None:
+    folder = tmp_path / "a_$^b$ run"
+    folder.mkdir()
+    rows = [{"step": 1, "reward": 1.0}, {"step": 2, **row}, {"step": 10**300, "reward": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert runlog.draw(folder).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_without_a_number_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "note": "none"}\n')
+    with pytest.raises(UserError, match="metrics.jsonl holds no number to draw"):
+        runlog.draw(tmp_path)
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tmp_path: Path) -> None:
@@ -106,6 +153,12 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tmp_path: Pa
     assert "3/103" in lines[0] and "103/103" in lines[-1] and "loss=99" in lines[-1]
     assert 4 <= len(lines) <= 20 and sum(line.endswith(" half") for line in lines) == 1
     assert all("/103 [" in line or line.endswith(" half") for line in lines)
+
+
+@pytest.mark.parametrize("words", [("nowhere",), (), ("a", "b")])
+def test_what_cannot_be_drawn_is_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = command("-m", "src.runlog", *words)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_wandb_holds_the_metrics_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def _metrics(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for name, value in row.items():
-            if name not in ("step", "epoch", "seconds") and isinstance(value, int | float) and not abs(value) > 1e300:
+            if name not in ("step", "epoch", "seconds") and isinstance(value, int | float):
                 curves.setdefault(name, []).append((row["step"], value))
     found = []
     for name, points in curves.items():

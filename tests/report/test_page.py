@@ -100,14 +100,6 @@ def test_a_large_evaluation_leaves_problems_out_evenly(evaluations: tuple[Path, 
     assert kept[0] == 0 and kept[-1] == 899 and max(gaps) - min(gaps) <= 1
 
 
-@pytest.mark.parametrize("row", [{"loss": "high"}, {"loss": None}, {"loss": True}, {"loss": float("inf")},
-                                 {"loss": 10**400}, {"": 1.0}, {"epoch": 2}], ids=str)  # fmt: skip
-def test_a_run_with_odd_metrics_is_shown(row: dict[str, object], tmp_path: Path) -> None:
-    rows = [{"step": 1, "reward": 1.0}, {"step": 2, **row}, {"step": 10**300, "reward": 0.5}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows) + '{"step": 5, "lo')
-    assert {"reward"} <= {metric["name"] for metric in page_data(write_report(tmp_path))["runs"][0]["metrics"]}
-
-
 def test_runs_that_cannot_be_shown_are_refused(evaluations: tuple[Path, Path], rl_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds neither results.json nor metrics.jsonl"):
         write_report(tmp_path)
