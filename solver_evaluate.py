@@ -49,7 +49,6 @@ from src.inference.sampling import Sampling
 from src.inference.serving import ServingEngine
 from src.jsonfile import write_json
 from src.models.decoder import Decoder
-from src.plot import plot_results
 from src.report.page import write_report
 from src.runlog import RunLog
 
@@ -163,6 +162,8 @@ def main(config: SolverEvaluateConfig) -> None:
             asked = {} if config.samples_file else prompting._asdict() | {"few_shot": config.few_shot}
             results = summarize(benchmark, prompts, grade_samples(grading, samples, path)) | asked
             write_json(Path(config.log_dir) / "results.json", results)
+            from src.plot import plot_results  # matplotlib costs half a second: not for every start
+
             plot_results(results, CURVES, Path(config.log_dir) / "results.png")
             report = write_report(Path(config.log_dir), label_file=config.label_file)
             runlog.table(f"{results_table(results, speed)}\nlook at     {report}")

@@ -31,7 +31,6 @@ from src.evaluation.verifier_report import (
 )
 from src.grading.tasks import find_task
 from src.jsonfile import write_json
-from src.plot import plot_verifier
 from src.report.page import write_report
 from src.runlog import RunLog
 
@@ -125,6 +124,8 @@ def main(config: VerifierEvaluateConfig) -> None:
             problems = grade_samples(grading, scored, folder / "samples.jsonl")
         results, report = summarize(task, prompts, problems), report_samples(list(problems.values()))
         write_json(folder / "results.json", results | {"verifier": report})
+        from src.plot import plot_verifier  # matplotlib costs half a second: not for every start
+
         plot_verifier(report, folder / "verifier.png")
         runlog.table(f"{report_table(report)}\nlook at {write_report(folder)}")
 

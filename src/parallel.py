@@ -21,8 +21,6 @@ from fairscale.nn.model_parallel import initialize as groups
 from fairscale.nn.model_parallel import mappings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from src.errors import UserError
 from src.processes import heap, watchdog
@@ -257,14 +255,26 @@ def shard_over_data_parallel(model: nn.Module, blocks: Iterable[nn.Module], dtyp
     `blocks` are gathered one at a time, the rest of the model as a whole, rounded to `dtype`. Gradients are summed in
     float32, not averaged: losses are already divided by counts over all ranks. Nothing happens with one data-parallel
     rank, or to a model that is shared already. Parameters may be on the meta device, to be filled with part_like()."""
-    if data_parallel_size() == 1 or isinstance(model, FSDPModule):
+    if data_parallel_size() == 1 or _is_shared(model):
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     # a block's input, the residual stream, stays float32
     rounding = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*blocks, model):
         fully_shard(module, mesh=_mesh, mp_policy=rounding)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
+
+
+def _is_shared(x: Tensor | nn.Module) -> bool:
+    """Whether data-parallel ranks each hold a part of x: an FSDP2 module or a DTensor."""
+    if _mesh is None:
+        return False
+    from torch.distributed.fsdp import FSDPModule  # 0.7 s, which one data-parallel rank need not spend
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, FSDPModule | DTensor)
 
 
 def replicas() -> int:
@@ -274,13 +284,13 @@ def replicas() -> int:
 
 def communicate_gradients(model: nn.Module, now: bool) -> None:
     """Whether the next backward() sums gradients over the data-parallel group, or leaves that to a later one."""
-    if isinstance(model, FSDPModule):
+    if _is_shared(model):
         model.set_requires_gradient_sync(now)
 
 
 def free_gathered(model: nn.Module) -> None:
     """Give back what an evaluation gathered, so that the parameters are the optimizer's again."""
-    if isinstance(model, FSDPModule):
+    if _is_shared(model):
         model.reshard()
 
 
@@ -288,7 +298,7 @@ def free_gathered(model: nn.Module) -> None:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, each data-parallel rank holds the whole parameters: forward passes send nothing to other such ranks.
     They may then make different numbers of them, as sampling does. No backward pass inside."""
-    shared = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    shared = [module for module in model.modules() if _is_shared(module)]
     for module in shared:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -302,14 +312,14 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def local(x: Tensor) -> Tensor:
     """This data-parallel rank's part of a tensor, sharing its memory. [n, ...] -> [n on this rank, ...]."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if _is_shared(x) else x
 
 
 def gather_on_first(x: Tensor) -> Tensor | None:
     """The whole tensor on data-parallel rank 0, to which the others of its replica send; all ranks call this.
     [n on this rank, ...] -> [n, ...], None on the others."""
     first = data_parallel_rank() == 0
-    if not isinstance(x, DTensor):
+    if not _is_shared(x):
         return x if first else None
     group, size = x.device_mesh.get_group(x.device_mesh.ndim - 1), x.device_mesh.size(x.device_mesh.ndim - 1)
     if data_parallel_rank() >= size:  # another replica
@@ -325,7 +335,7 @@ def gather_on_first(x: Tensor) -> Tensor | None:
 
 def rows_like(x: Tensor, like: Tensor) -> Tensor:
     """The rows of x [n, ...] that this data-parallel rank has of `like` [n, ...], in x's memory. -> [n here, ...]."""
-    if not isinstance(like, DTensor):
+    if not _is_shared(like):
         return x
     mesh, shared = like.device_mesh, like.device_mesh.ndim - 1
     rows = padded_share(len(x), mesh.size(shared), mesh.get_local_rank(shared))
@@ -335,20 +345,20 @@ def rows_like(x: Tensor, like: Tensor) -> Tensor:
 def part_like(x: Tensor, like: Tensor) -> Tensor:
     """This data-parallel rank's part of x [n, ...] on its device, shared and typed as `like` [n, ...] is: a copy.
     No other part of x is read, and nothing is sent. What is a part already stays as it is."""
-    if isinstance(x, DTensor):
+    if _is_shared(x):
         return x
-    if not isinstance(like, DTensor):
+    if not _is_shared(like):
         return x.to(device(), like.dtype, copy=True)
     part = rows_like(x, like).to(device(), like.dtype, copy=True)
     place = {"device_mesh": like.device_mesh, "placements": like.placements}
-    return DTensor.from_local(part, **place, run_check=False, shape=x.shape, stride=x.stride())
+    return type(like).from_local(part, **place, run_check=False, shape=x.shape, stride=x.stride())
 
 
 def as_part(x: Tensor, like: Tensor) -> Tensor:
     """x [n on this rank, ...] as the part of a tensor laid out as `like` [n, ...] is; nothing is copied."""
-    if isinstance(like, DTensor):
+    if _is_shared(like):
         place = {"device_mesh": like.device_mesh, "placements": like.placements}
-        return DTensor.from_local(x, **place, run_check=False, shape=like.shape, stride=like.stride())
+        return type(like).from_local(x, **place, run_check=False, shape=like.shape, stride=like.stride())
     return x
 
 

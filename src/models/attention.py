@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from src.models.cache import Cache, Group
 from src.models.config import ModelConfig
@@ -30,8 +29,11 @@ from src.parallel import (
 # (shared, rest, rest, ...): their common beginning once, then what each of them has of its own.
 Segments = tuple[int | tuple[int, ...], ...]
 
-# torch before 2.12 takes grouped heads without being told
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+if torch.cuda.is_available():  # a kernel of GPUs, whose module brings the whole compiler: half a second of any start
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch before 2.12 takes grouped heads without being told
+    GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class Packed:
@@ -76,6 +78,8 @@ class Scores(NamedTuple):
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Scores) -> Tensor:
     """Scaled dot-product attention. [B, H, S, E], [B, K, T, E], [B, K, T, E] -> [B, H, S, E]."""
     if isinstance(mask, Packed):
+        if torch.compiler.is_compiling():  # a graph of the calls, which are alike for any lengths, would hold for these
+            return torch.compiler.disable(_attend_in_samples)(queries, keys, values, mask, scores)
         return _attend_in_samples(queries, keys, values, mask, scores)
     if 0 < scores.window < keys.shape[2]:
         mask = _in_window(_causal(queries, keys) if mask is None else mask, scores.window)
@@ -192,7 +196,6 @@ def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Segme
     return torch.cat(mixed, dim=2)
 
 
-@torch.compiler.disable  # kernels are called alike for any lengths; a graph of the calls would hold for these alone
 def _attend_in_samples(queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scores: Scores) -> Tensor:
     """attend() within samples laid end to end: in one call of the GPU's flash kernel where it can, else in turn.
 
