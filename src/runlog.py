@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -311,7 +312,18 @@ def _environment() -> dict[str, object]:
         "revision": git.stdout.strip(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__},
+        # what decides which kernels multiply, and so the last bits of a run
+        "processor": {"name": _processor(), "instructions": torch.backends.cpu.get_cpu_capability(),
+                      "onednn": torch.backends.mkldnn.is_available(), "mkl": torch.backends.mkl.is_available()},
     }
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it."""
+    cpus = Path("/proc/cpuinfo")
+    text = cpus.read_text(encoding="utf-8", errors="replace") if cpus.is_file() else ""
+    named = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return named[1] if named else platform.processor()
 
 
 if __name__ == "__main__":

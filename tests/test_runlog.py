@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from src import runlog
 from src.errors import UserError
@@ -20,6 +21,7 @@ def test_run_and_metrics_files(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "new/run.json").read_text())
     assert facts["flags"] == {"lr": 1e-5, "lora_targets": ["wq"]}
     assert facts["versions"]["torch"] and facts["command"] and facts["world_size"] == 1
+    assert facts["processor"]["name"] and facts["processor"]["onednn"] == torch.backends.mkldnn.is_available()
     rows = [json.loads(line) for line in (tmp_path / "new/metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.5), (2, 0.25)]
     assert rows[1]["lr"] == 1e-6 and 0 <= rows[0]["seconds"] <= rows[1]["seconds"]
