@@ -4,7 +4,6 @@ llama.cpp knows two kinds that our families have: "gpt2", byte-level BPE whose p
 "llama", sentencepiece's BPE by scores.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -28,22 +27,9 @@ from src.text.sentencepiece_model import (
 )
 from src.text.tiktoken_merges import merges_of, spelled
 from src.text.tokenizer import Tokenizer, read_config, read_stops
-from src.text.vocabulary import CUT, GPT_2_CUT, SentencePiece, Tiktoken
+from src.text.vocabulary import CUT, GPT_2_CUT, PreTokenizer, SentencePiece, Tiktoken, byte_level_bpe
 
 _SPACE = "▁"  # what sentencepiece writes for one
-
-
-class _Cut(NamedTuple):
-    """How byte-level BPE cuts text before merging: by each pattern in turn; the pieces between its matches are kept.
-
-    nfc: text is composed first. ignore_merges: a piece that is a token is not merged from bytes. adds_bos: where the
-    file does not say.
-    """
-
-    patterns: tuple[str, ...]
-    nfc: bool = False
-    ignore_merges: bool = False
-    adds_bos: bool = False
 
 
 class _Token(NamedTuple):
@@ -71,22 +57,22 @@ _LETTERS = (  # of DeepSeek LLM
 _MARKS = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 # Pre-tokenizers by tokenizer.ggml.pre, as the released tokenizer.json files of these models have them.
-_CUTS = {
-    "llama-bpe": _Cut((CUT.format(digits="{1,3}"),), ignore_merges=True, adds_bos=True),
-    "qwen2": _Cut((CUT.format(digits=""),), nfc=True),
-    "gpt-2": _Cut((GPT_2_CUT,)),
-    "smollm": _Cut((_DIGIT, GPT_2_CUT)),
-    "deepseek-coder": _Cut(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, _DIGIT)),
-    "deepseek-llm": _Cut(("[\r\n]", rf"\s?[{_LETTERS}]+", _MARKS, r"\s+$", _CJK, _DIGIT)),
-    "tekken": _Cut(
+_CUTS: dict[str, PreTokenizer] = {
+    "llama-bpe": PreTokenizer((CUT.format(digits="{1,3}"),), ignore_merges=True),
+    "qwen2": PreTokenizer((CUT.format(digits=""),), nfc=True),
+    "gpt-2": PreTokenizer((GPT_2_CUT,)),
+    "smollm": PreTokenizer((_DIGIT, GPT_2_CUT)),
+    "deepseek-coder": PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, _DIGIT)),
+    "deepseek-llm": PreTokenizer(("[\r\n]", rf"\s?[{_LETTERS}]+", _MARKS, r"\s+$", _CJK, _DIGIT)),
+    "tekken": PreTokenizer(
         (
             rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
             r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         ),
         ignore_merges=True,
-        adds_bos=True,
     ),
 }
+_ADDS_BOS = ("llama-bpe", "tekken")  # where the file does not say
 _ALSO = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
 _G = "tokenizer.ggml."
@@ -147,9 +133,12 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
         if index is not None and not 0 <= index < len(tokens):
             raise UserError(f"{source}: {_G}{name}_token_id={index} is none of {len(tokens)} tokens")
     if model == "gpt2":
-        cut = _cut_of(said)
-        adds_bos = said.get("add_bos_token", cut.adds_bos, bool) and ids["bos"] is not None
-        text = json.dumps(_byte_level(said, tokens, types, cut, ids["bos"] if adds_bos else None), ensure_ascii=False)
+        pre = said.get("pre", None, str)
+        if (pre := _ALSO.get(pre, pre)) not in _CUTS:
+            raise UserError(f"{source}: {_G}pre={pre!r} is not implemented; expected one of "
+                            f"{', '.join([*_CUTS, *_ALSO])}, or another tokenizer with --tokenizer_file")
+        adds_bos = said.get("add_bos_token", pre in _ADDS_BOS, bool) and ids["bos"] is not None
+        text = _byte_level(said, tokens, types, _CUTS[pre], tokens[ids["bos"]] if adds_bos else None)
         (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     else:
         adds_bos = said.get("add_bos_token", True, bool)
@@ -188,42 +177,16 @@ def special_ids(ids: Mapping[str, int | None]) -> dict[str, object]:
     return {key: value for key, value in said.items() if value is not None}
 
 
-def _cut_of(said: _Said) -> _Cut:
-    pre = said.get("pre", None, str)
-    if _ALSO.get(pre, pre) not in _CUTS:
-        raise UserError(f"{said.source}: {_G}pre={pre!r} is not implemented; expected one of "
-                        f"{', '.join([*_CUTS, *_ALSO])}, or another tokenizer with --tokenizer_file")
-    return _CUTS[_ALSO.get(pre, pre)]
-
-
-def _byte_level(said: _Said, tokens: list[str], types: list[int], cut: _Cut, bos: int | None) -> dict[str, object]:
-    """The contents of a tokenizer.json. bos: the id that is put before a sequence."""
+def _byte_level(said: _Said, tokens: list[str], types: list[int], cut: PreTokenizer, bos: str | None) -> str:
+    """The contents of a tokenizer.json. bos: the token that is put before a sequence."""
     vocab = {token: index for index, token in enumerate(tokens) if not _is_padding(token, index, types[index])}
-    merges = [merge.split(" ") for merge in said.array("merges", str)]
+    merges = [tuple(merge.split(" ")) for merge in said.array("merges", str)]
     for pair in merges:
         if len(pair) != 2 or any(piece not in vocab for piece in (*pair, "".join(pair))):
             raise UserError(f"{said.source}: {_G}merges has {' '.join(pair)[:60]!r}, no two tokens that make one")
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [{"id": index, "content": tokens[index], **plain, "special": kind == CONTROL}
-             for index, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)]
-    splits = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-              for pattern in cut.patterns]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    post = None
-    if bos is not None:
-        first, text = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-        pair = [first, text, {"Sequence": {"id": "B", "type_id": 0}}]
-        special = {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}}
-        post = {"type": "TemplateProcessing", "single": [first, text], "pair": pair, "special_tokens": special}
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if cut.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
-        "post_processor": post,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": cut.ignore_merges},
-    }
+    control, user_defined = ([tokens[index] for index, kind in enumerate(types) if kind == wanted]
+                             for wanted in (CONTROL, USER_DEFINED))
+    return byte_level_bpe(vocab, merges, cut, control, user_defined, bos).to_str()
 
 
 def _types(said: _Said, n_tokens: int) -> list[int]:

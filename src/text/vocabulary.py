@@ -15,7 +15,7 @@ from typing import NamedTuple
 import tiktoken
 import tokenizers
 from sentencepiece import SentencePieceProcessor
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from src.errors import UserError
 from src.jsonfile import read_json
@@ -256,16 +256,7 @@ class HfTokenizers:
         missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys())
         if missing:
             raise UserError(f"{path} has no token for the byte {missing[0]!r}; expected byte-level BPE")
-        model = tokenizers.Tokenizer(
-            models.BPE(vocab=vocab, merges=_read_merges(path.with_name("merges.txt"), vocab))
-        )
-        if cut.nfc:
-            model.normalizer = normalizers.NFC()
-        model.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(tokenizers.Regex(cut.pattern), "isolated"),
-             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        model.decoder = decoders.ByteLevel()
+        model = byte_level_bpe(vocab, _read_merges(path.with_name("merges.txt"), vocab), cut)
         return cls(model, "vocab.json and merges.txt")
 
     def encode(self, text: str, *, start: bool) -> list[int]:
@@ -289,14 +280,39 @@ class HfTokenizers:
         return self._model.id_to_token(index) or ""
 
 
-class _Cut(NamedTuple):
-    """How text is cut before merging, and whether it is put into Unicode's composed form first."""
+class PreTokenizer(NamedTuple):
+    """How byte-level BPE cuts text before merging: by each pattern in turn; the pieces between its matches are kept.
 
-    pattern: str
-    nfc: bool
+    nfc: text is composed first. ignore_merges: a piece that is a token is not merged from bytes.
+    """
+
+    patterns: tuple[str, ...]
+    nfc: bool = False
+    ignore_merges: bool = False
 
 
-_MERGES = {"Qwen2Tokenizer": _Cut(_QWEN.pattern, nfc=True), "GPT2Tokenizer": _Cut(GPT_2_CUT, nfc=False)}
+_MERGES = {"Qwen2Tokenizer": PreTokenizer((_QWEN.pattern,), nfc=True), "GPT2Tokenizer": PreTokenizer((GPT_2_CUT,))}
+
+
+def byte_level_bpe(
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], cut: PreTokenizer, control: Sequence[str] = (),
+    user_defined: Sequence[str] = (), bos: str | None = None,
+) -> tokenizers.Tokenizer:
+    """GPT-2's kind of tokenizer. control, user_defined: tokens of the vocabulary that are not merged from bytes. bos:
+    the one of them that is put before a sequence."""
+    model = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=merges, ignore_merges=cut.ignore_merges))
+    if cut.nfc:
+        model.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in cut.patterns]
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in control])
+    model.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in user_defined])
+    if bos is not None:
+        model.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", "$B:1"], special_tokens=[(bos, vocab[bos])])
+    return model
 
 
 def _read_merges(path: Path, vocab: Mapping[str, object]) -> list[tuple[str, str]]:
