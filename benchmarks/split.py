@@ -26,7 +26,7 @@ from src.checkpoint.convert import to_hf_name  # noqa: E402
 from src.checkpoint.shards import cut, cut_of, expected_shapes  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.split import split  # noqa: E402
-from src.checkpoint.tensor_files import TensorSpec, open_safetensors_file  # noqa: E402
+from src.checkpoint.tensor_files import TensorSpec, open_tensor_file  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.models.config import ModelConfig  # noqa: E402
 from src.models.foreign import config_to_hf  # noqa: E402
@@ -45,7 +45,7 @@ def write_model(folder: Path) -> None:
         return
     folder.mkdir(parents=True)
     layout = {to_hf_name(name): TensorSpec(shape, torch.bfloat16) for name, shape in expected_shapes(CONFIG).items()}
-    with open_safetensors_file(folder / "model.safetensors", layout) as file:
+    with open_tensor_file(folder / "model.safetensors", layout) as file:
         for name in file.names:
             file.write(name, torch.randn(layout[name].shape))
     (folder / "config.json").write_text(json.dumps(config_to_hf(CONFIG)))

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from src import load, parallel
 from src.checkpoint import shards, storage
-from src.checkpoint.tensor_files import TensorSpec, open_torch_file
+from src.checkpoint.tensor_files import TensorSpec, open_tensor_file
 from src.command import cli
 from src.errors import UserError
 from src.models import vocab_softmax
@@ -180,7 +180,7 @@ def _write_reference(model: Decoder, rows: Sequence[Tensor], path: Path) -> None
     tensors = {"logits": torch.cat(logits).detach(), "logprobs": logprobs.detach()}
     tensors |= _gradients(model, logprobs)
     layout = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    with open_torch_file(path, layout) as file:
+    with open_tensor_file(path, layout) as file:
         for name, tensor in tensors.items():
             file.write(name, tensor)
 

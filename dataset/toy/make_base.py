@@ -29,7 +29,7 @@ from src.checkpoint import convert  # noqa: E402
 from src.checkpoint.export import export_hf  # noqa: E402
 from src.checkpoint.shards import expected_shapes  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
-from src.checkpoint.tensor_files import TensorSpec, digest_path, open_safetensors_file  # noqa: E402
+from src.checkpoint.tensor_files import TensorSpec, digest_path, open_tensor_file  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.jsonfile import write_json  # noqa: E402
 from src.models.config import ModelConfig  # noqa: E402
@@ -141,7 +141,7 @@ def write_scratch(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True)
     tensors = {convert.to_hf_name(name): tensor for name, tensor in tensors.items()}
     layout = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    with open_safetensors_file(folder / "model.safetensors", layout) as file:
+    with open_tensor_file(folder / "model.safetensors", layout) as file:
         for name in file.names:
             file.write(name, tensors[name])
     digest_path(folder / "model.safetensors").unlink()

@@ -91,7 +91,7 @@ def begin_save(
     documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
     if state:
         groups.append(TensorGroup(storage.OPTIMIZER, state.trainer.tensors, torch.float32))
-        documents[training_state.STATE] = state.document()
+        documents[training_state.STATE] = {"loop": dict(state.trainer.counts), **state.facts}
     documents["params.json"] = model.config.to_dict() | {"dtype": dtype}
     n = parallel.tensor_parallel_size()
     facts = {"source": str(source), "rotary_layout": "interleaved", "tied": model.config.tied,

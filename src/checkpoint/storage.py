@@ -25,7 +25,7 @@ from src.checkpoint.tensor_files import (
     as_stored,
     digest_path,
     file_hash,
-    open_torch_file,
+    open_tensor_file,
     read_torch,
 )
 from src.errors import UserError
@@ -139,7 +139,7 @@ def write_shard(
     Data-parallel rank 0 calls this while the others send their parts.
     """
     layout = {name: TensorSpec(tuple(t.shape), dtype or t.dtype) for name, t in tensors.items()}
-    with open_torch_file(staging(folder) / shard_name(kind, index), layout) as file:
+    with open_tensor_file(staging(folder) / shard_name(kind, index), layout) as file:
         for name, tensor in tensors.items():
             file.write(name, parallel.gather_on_first(tensor))
 

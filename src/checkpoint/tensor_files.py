@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +127,7 @@ def _stored_safetensor(path: Path, file: safetensors.safe_open, name: str) -> St
 
 
 class TensorFile:
-    """A laid-out file that is filled one tensor at a time, in the order of `names`; open_torch_file() makes one.
+    """A laid-out file that is filled one tensor at a time, in the order of `names`; open_tensor_file() makes one.
 
     A thread of its own hashes (BLAKE3) and writes each tensor: nothing is read twice, and files that are filled side
     by side share the processors.
@@ -217,23 +217,29 @@ def digest_path(path: Path) -> Path:
 
 
 @contextmanager
-def open_torch_file(path: Path, layout: Mapping[str, TensorSpec]) -> Iterator[TensorFile]:
-    """Create a file that torch.load(weights_only=True, mmap=True) opens as a dictionary of these tensors."""
+def open_tensor_file(path: Path, layout: Mapping[str, TensorSpec]) -> Iterator[TensorFile]:
+    """Create a file of these tensors, to be filled: safetensors' where its name says so, else one that
+    torch.load(weights_only=True, mmap=True) opens as a dictionary. It is complete unless its user fails."""
+    lay_out = _lay_out_safetensors if path.suffix == ".safetensors" else _lay_out_torch
+    file = TensorFile(path, layout, *lay_out(path, layout))
     try:
-        with skip_data():  # lays the file out; the memory of torch.empty is never touched, so none is used
-            torch.save(
-                {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}, path
-            )
+        yield file
+        file.complete()
+    finally:
+        file.close()
+
+
+Places = tuple[dict[str, int], dict[str, tuple[int, int]]]  # of each tensor: its first byte, its CRC-32s if it has any
+
+
+def _lay_out_torch(path: Path, layout: Mapping[str, TensorSpec]) -> Places:
+    """Have torch.save write a file with room for the tensors, which numbers storages as they come. A CRC-32 follows the
+    bytes (in the data descriptor) and in the archive's directory (APPNOTE.TXT, 4.3)."""
+    try:
+        with skip_data():  # the memory of torch.empty is never touched, so none is used
+            torch.save({name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in layout.items()}, path)
     except RuntimeError:  # of torch's writer, which tells no errno
         raise OSError(errno.EFBIG, "The disk or a limit on files is full", str(path)) from None
-    yield from _filled(path, layout, *_torch_offsets(path, layout))
-
-
-def _torch_offsets(
-    path: Path, layout: Mapping[str, TensorSpec]
-) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Where each tensor's bytes begin in a file of torch.save, which numbers storages as they come, and their CRC-32s.
-    A CRC-32 follows the bytes (in the data descriptor) and in the archive's directory (APPNOTE.TXT, 4.3)."""
     starts, checksums = {}, {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entry = archive.start_dir
@@ -250,9 +256,8 @@ def _torch_offsets(
     return tuple({name: of[index] for index, name in enumerate(layout)} for of in (starts, checksums))
 
 
-@contextmanager
-def open_safetensors_file(path: Path, layout: Mapping[str, TensorSpec]) -> Iterator[TensorFile]:
-    """Create a safetensors file of these tensors (https://huggingface.co/docs/safetensors, Format)."""
+def _lay_out_safetensors(path: Path, layout: Mapping[str, TensorSpec]) -> Places:
+    """Write the header, and make room for the tensors (https://huggingface.co/docs/safetensors, Format)."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset, begins = 0, {}
     # wide types first: every tensor then starts at a multiple of its element
@@ -265,24 +270,4 @@ def open_safetensors_file(path: Path, layout: Mapping[str, TensorSpec]) -> Itera
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path, 8 + len(text) + offset)
-    yield from _filled(path, layout, {name: 8 + len(text) + begin for name, begin in begins.items()}, {})
-
-
-def open_tensor_file(path: Path, layout: Mapping[str, TensorSpec]) -> AbstractContextManager[TensorFile]:
-    """Create a file of the kind that its name ends in."""
-    return (open_safetensors_file if path.suffix == ".safetensors" else open_torch_file)(path, layout)
-
-
-def _filled(
-    path: Path,
-    layout: Mapping[str, TensorSpec],
-    offsets: Mapping[str, int],
-    checksums: Mapping[str, Sequence[int]],
-) -> Iterator[TensorFile]:
-    """The file while it is filled; complete unless its user fails."""
-    file = TensorFile(path, layout, offsets, checksums)
-    try:
-        yield file
-        file.complete()
-    finally:
-        file.close()
+    return {name: 8 + len(text) + begin for name, begin in begins.items()}, {}

@@ -36,10 +36,6 @@ class RunState(NamedTuple):
     trainer: TrainerState
     facts: Mapping[str, object]
 
-    def document(self) -> dict[str, object]:
-        """state.json."""
-        return {"loop": dict(self.trainer.counts), **self.facts}
-
 
 def read_facts(folder: Path) -> dict[str, object]:
     """state.json of a directory. Raises UserError unless the directory is a complete training checkpoint."""

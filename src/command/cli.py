@@ -8,7 +8,6 @@ flags are wrong, 130 interrupted.
 """
 
 import contextlib
-import difflib
 import inspect
 import io
 import os
@@ -35,6 +34,7 @@ from src.command.flags import (
     flags_of,
     meanings_of,
     parse,
+    suggestion,
 )
 from src.errors import UserError, leave_for_torchrun, show_problem, to_nowhere
 
@@ -147,9 +147,8 @@ def _pick(
     if "--help" in argv or "-h" in argv:
         _help(_commands_help(commands, width=shutil.get_terminal_size().columns))
     found = f"found {argv[0]!r}" if argv else "found nothing"
-    near = difflib.get_close_matches(argv[0], commands, n=1) if argv else []
-    hint = f"did you mean {near[0]}?" if near else "--help says what each does"
-    _stop(2, f"error: the first word must be one of {', '.join(commands)}, {found}; {hint}")
+    advice = suggestion(argv[0] if argv else "", commands, "--help says what each does")
+    _stop(2, f"error: the first word must be one of {', '.join(commands)}, {found}; {advice}")
 
 
 def _commands_help(commands: Mapping[str, Callable[..., None]], width: int) -> str:

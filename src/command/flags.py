@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -258,9 +258,14 @@ def _find(head: str, flags: dict[str, Flag]) -> tuple[Flag, bool]:
         positive = name.removeprefix("no").removeprefix("_")
         if name.startswith("no") and positive in flags and bool in flags[positive].kinds:
             return flags[positive], True
-    near = difflib.get_close_matches(name.lower(), flags, n=1)
-    hint = f"did you mean --{near[0]}?" if near else "--help lists the flags of this script"
-    raise UserError(f"unknown flag {head}; {hint}")
+    advice = suggestion(name.lower(), flags, "--help lists the flags of this script", "--")
+    raise UserError(f"unknown flag {head}; {advice}")
+
+
+def suggestion(word: str, known: Iterable[str], otherwise: str, dashes: str = "") -> str:
+    """What somebody who wrote a word may have meant, else other advice."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {dashes}{near[0]}?" if near else otherwise
 
 
 def _looks_like_flag(word: str) -> bool:
@@ -282,9 +287,8 @@ def _read(flag: Flag, words: list[str]) -> Value:
             check_bounds(flag.name, value, flag.bounds)
         return value
     choices = [str(choice) for kind in flag.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    near = difflib.get_close_matches(words[0], choices, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"write for example {flag.example}"
-    raise UserError(f"--{flag.name} is {' '.join(words)!r}, expected {flag.expects}; {hint}")
+    raise UserError(f"--{flag.name} is {' '.join(words)!r}, expected {flag.expects}; "
+                    + suggestion(words[0], choices, f"write for example {flag.example}"))
 
 
 def _read_as(kind: object, words: list[str], split: bool) -> Value:

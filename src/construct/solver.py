@@ -46,9 +46,11 @@ class ContinuationFlags(SolverFlags):
 
     task: str = flag(help="how answers are found and compared; the samples must have been graded by the same rules")
     samples_file: str = flag(help="graded samples.jsonl with solutions")
-    log_dir: str = flag(help="directory for the continuations, samples.jsonl and run.json")
+    log_dir: str = flag(help="""directory for the continuations, samples.jsonl, results.json and run.json, and
+        failures.jsonl for those that did not come to what was looked for""")
     save_file: str = flag(help="the json file to write")
-    step: StepKind = flag("paragraph", "what a step is: a paragraph, with a blank line after it, or a line")
+    step: StepKind = flag("paragraph", """what a step is: a paragraph, with a blank line after it, or a line, as in
+        GSM8K and MetaMath, and as the verifier is trained with --step; of solutions with code it is a block""")
 
 
 def check_solver(config: SolverFlags, *, from_prefix: bool = False) -> None:

@@ -33,7 +33,7 @@ from src.construct.samples import (
     save,
 )
 from src.construct.solver import ContinuationFlags, check_solver, open_solver, open_task, sample_and_grade
-from src.data.encoding import STEP_END, STEP_ENDS, StepKind, split_steps
+from src.data.encoding import STEP_END, STEP_ENDS, split_steps
 from src.data.examples import Sample, read_samples
 from src.errors import UserError
 from src.grading.grader import Grader
@@ -45,14 +45,11 @@ from src.text.blocks import CODE_FORM, Marker
 class ProcessConfig(ContinuationFlags, BuildConfig):
     """Rollouts and labels"""
 
-    log_dir: str = flag(help="directory for the rollouts, samples.jsonl and results.json")
     rollouts: Count = flag(8, "samples that continue from the end of each step")
     label: Literal["hard", "soft"] = flag("hard", """hard = is a way on known that comes out right: a rollout
         from here or a later step, or a solution; soft = the share of the step's own rollouts that do""")
     solutions_a_problem: Count = flag(4, "most solutions of one problem")
     limit: CountOrOff = flag(-1, "only the first so many problems; -1 = all")
-    step: StepKind = flag("paragraph", """what a step is: a paragraph, with a blank line
-        after it, or a line, as in GSM8K and MetaMath; train the verifier with the same --step""")
     temperature: NonNegative = flag(0.7, "of the rollouts")
     max_new_tokens: Count = flag(512, "longest rollout")
     seed: Seed = flag(1, "seed of the rollouts")
@@ -168,8 +165,6 @@ def _prefixes_of_right_ones(
 class BranchConfig(ContinuationFlags, CodeFlags, ErrorFlags, BuildConfig):
     """Branches"""
 
-    log_dir: str = flag(help="""directory for the wrong solutions, samples.jsonl, and failures.jsonl for branches
-        that never went wrong""")
     pairs_a_problem: Count = flag(2, "most points to leave the right solution of a problem at")
     attempts: Count = flag(100, "how often a branch is tried until it comes to a wrong answer")
     temperature: NonNegative = flag(1.1, "of the first step after the given ones")
@@ -177,8 +172,6 @@ class BranchConfig(ContinuationFlags, CodeFlags, ErrorFlags, BuildConfig):
     temperature_cap: NonNegative = flag(1.4, "never above this")
     steps_a_solution: Count = flag(24, "longer solutions are left out")
     characters_a_step: Count = flag(3000, "solutions with a longer step are left out")
-    step: StepKind = flag("paragraph", """what a step is: a paragraph, with a blank line
-        after it, or a line; of solutions with code it is a block""")
     max_new_tokens: Count = flag(512, "longest step")
     seed: Seed = flag(1, "seed of the points and of the samples")
 

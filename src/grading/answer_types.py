@@ -71,11 +71,6 @@ def near_number(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) ->
     return abs(ours - theirs) <= answer_type.tolerance
 
 
-def same_minerva_string(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
-    """The same string after Minerva's normalisation; an empty answer equals nothing."""
-    return bool(answer) and minerva_string(answer) == minerva_string(label)
-
-
 KINDS: dict[str, Equality] = {
     "": exact, "number": near_number, "expression": exact, "equation": exact, "interval": exact, "tuple": exact,
     "set": exact, "choice": same_choice, "true_false": same_truth,
@@ -83,14 +78,10 @@ KINDS: dict[str, Equality] = {
 }
 
 
-def by_kind(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
-    """The rule of the row's own kind."""
-    return KINDS[answer_type.kind](answer, label, answer_type, leaf)
-
-
 EQUALITIES: dict[str, Equality] = {
     "exact@2": exact,
     "choice@2": same_choice,
-    "typed@2": by_kind,
-    "minerva-strings@1": same_minerva_string,
+    "typed@2": lambda answer, label, answer_type, leaf: KINDS[answer_type.kind](answer, label, answer_type, leaf),
+    # an empty answer equals nothing
+    "minerva-strings@1": lambda answer, label, *_: bool(answer) and minerva_string(answer) == minerva_string(label),
 }

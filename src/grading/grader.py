@@ -45,8 +45,6 @@ class Grader:
         self.task = find_task(task) if isinstance(task, str) else task
         if not self.task.graded:
             raise UserError(f"task {self.task.name} grades nothing; name the task of the answers")
-        if workers < 1 or seconds <= 0:
-            raise ValueError(f"workers={workers}, seconds={seconds}: expected a worker and a positive time")
         self.same = EQUALITIES[self.task.equality]
         self.seconds = seconds
         self.workers = [Worker("src.grading.worker") for _ in range(workers)]
@@ -65,17 +63,11 @@ class Grader:
     def grade(
         self, responses: Sequence[str], labels: Sequence[str], types: Sequence[AnswerType] = ()
     ) -> list[Verdict]:
-        """A verdict for each response against its bare label. Raises ValueError if the lengths differ.
-
-        types: how each label is compared by a task of typed answers; none = by its shape.
-        """
-        if len(responses) != len(labels):
-            raise ValueError(f"{len(responses)} responses but {len(labels)} labels; expected one label a response")
-        types = types or [ANY] * len(labels)
-        if len(self.workers) == 1:
-            return [self.grade_one(*each) for each in zip(responses, labels, types, strict=True)]
+        """A verdict for each response against its bare label. types: how each label is compared by a task of typed
+        answers; none = by its shape."""
+        rows = zip(responses, labels, types or [ANY] * len(labels), strict=True)
         with ThreadPoolExecutor(len(self.workers)) as threads:
-            return list(threads.map(self.grade_one, responses, labels, types))
+            return list(threads.map(lambda row: self.grade_one(*row), rows))
 
     def grade_one(self, response: str, label: str, answer_type: AnswerType = ANY) -> Verdict:
         """The verdict for one response; of a solution with code its last block of text is read."""

@@ -82,10 +82,15 @@ def read_run(folder: Path, label_file: str = "") -> Run:
         "metrics": _metrics(metrics),
         "alerts": [[row["step"], name, str(advice)]
                    for row in metrics for name, advice in row.get("alarms", {}).items()],
-        "buffers": [{"step": int(path.stem.removeprefix("step-")), "rows": list(map(_rollout, _rows(path)))}
+        "buffers": [{"step": int(path.stem.removeprefix("step-")), "rows": [
+            {**row, "prompt": _cut(str(row["prompt"])), "response": _cut(str(row["response"]))} for row in _rows(path)]}
                     for path in rollouts],
         "n_buffers": len(rollouts),
-        "credits": [_credit(row) for row in list(_rows(credits_file))[:MOST_CREDITS]] if credits_file.is_file() else [],
+        "credits": [{
+            "prompt": _cut(row["instruction"]), "pieces": row["tokens"], "credits": row["credits"],
+            "reward": row["reward"],
+            "first_wrong": first_wrong([StepLabels(row["instruction"], row["steps"], row["labels"])])[0],
+        } for row in list(_rows(credits_file))[:MOST_CREDITS]] if credits_file.is_file() else [],
     }
     return Run(shown, problems, results.get("rules", {}).get("extraction", ""), _places(folder, label_file))
 
@@ -208,13 +213,3 @@ def _steps(response: str, scores: Sequence[object]) -> list[str] | None:
         if len(pieces) == len(scores) and "".join(pieces) == response:
             return pieces
     return None
-
-
-def _rollout(row: Mapping[str, object]) -> dict[str, object]:
-    return {**row, "prompt": _cut(str(row["prompt"])), "response": _cut(str(row["response"]))}
-
-
-def _credit(row: Mapping[str, object]) -> dict[str, object]:
-    wrong = first_wrong([StepLabels(row["instruction"], row["steps"], row["labels"])])[0]
-    return {"prompt": _cut(row["instruction"]), "pieces": row["tokens"], "credits": row["credits"],
-            "reward": row["reward"], "first_wrong": wrong}

@@ -1,6 +1,6 @@
 """Dynamic sampling: groups of equal rewards give their place in a buffer to further prompts' (DAPO, Yu et al. 2025)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -43,22 +43,16 @@ def refill_groups(
     if not found:  # nothing to learn from: the last ones stand for the log, and --filter_groups trains on none of them
         return rollout, scores, stats
     rollouts, parts = zip(*found, strict=True)
-    return _concatenate_rollouts(rollouts), _concatenate_scores(parts), stats
-
-
-def _concatenate_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    return Rollout(
-        [prompt for part in parts for prompt in part.prompts],
-        [response for part in parts for response in part.responses],
-        Batch(_rows(part.batch.tokens for part in parts), _rows(part.batch.response_mask for part in parts)),
-        torch.cat([part.finished for part in parts]),
-        _rows(part.sampled_logprobs for part in parts),
+    rollout = Rollout(
+        [prompt for part in rollouts for prompt in part.prompts],
+        [response for part in rollouts for response in part.responses],
+        Batch(_rows(part.batch.tokens for part in rollouts), _rows(part.batch.response_mask for part in rollouts)),
+        torch.cat([part.finished for part in rollouts]),
+        _rows(part.sampled_logprobs for part in rollouts),
     )
-
-
-def _concatenate_scores(parts: Sequence[Scores]) -> Scores:
-    by_reward = {name: _rows(part.by_reward[name] for part in parts) for name in parts[0].by_reward}
-    return Scores(by_reward, _rows(part.total for part in parts), add_counts(part.counts for part in parts))
+    by_reward = {name: _rows(part.by_reward[name] for part in parts) for name in scores.by_reward}
+    scores = Scores(by_reward, _rows(part.total for part in parts), add_counts(part.counts for part in parts))
+    return rollout, scores, stats
 
 
 def _rows(tensors: Iterable[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -33,6 +34,7 @@ from src.losses import bradley_terry_loss, label_loss
 from src.models.decoder import Decoder
 from src.models.forward import response_scores, token_scores
 from src.text.tokenizer import Tokenizer
+from src.training.sft import collate
 from src.training.trainer import evaluating
 
 Objective = Literal["pairwise", "outcome", "process"]
@@ -179,7 +181,7 @@ def label_dataset(
     right = sum(labels) / len(labels)
     weight = (1 - right) / right if balance and 0 < right < 1 else 1.0
     report += f"; {len(labels)} labels, {right:.1%} right, each of these weighs {weight:.2f}"
-    return Dataset(samples, report, collate_labels), LabelObjective(right_weight=weight)
+    return Dataset(samples, report, partial(collate, with_targets=True)), LabelObjective(right_weight=weight)
 
 
 def _encode_labels(row: StepLabels, tokenizer: Tokenizer, label_tokens: LabelTokens, step_end: str) -> Encoded:
@@ -191,11 +193,6 @@ def _encode_labels(row: StepLabels, tokenizer: Tokenizer, label_tokens: LabelTok
     encoded = encode_steps(tokenizer, row.instruction, steps, labels, step_end=step_end)
     everywhere = label_tokens == "all" and len(row.steps) == 1
     return label_everywhere(encoded, row.labels[0]) if everywhere else encoded
-
-
-def collate_labels(samples: Sequence[Sample], packing: bool) -> Batch:
-    """Samples of one sequence each, with their targets, as a batch."""
-    return make_batch([encoded for (encoded,) in samples], packing=packing, with_targets=True)
 
 
 def open_data(

@@ -50,9 +50,9 @@ def sft_dataset(
     return Dataset(*fit(samples, max_seq_len, source, truncation), collate, one_of_each=True)
 
 
-def collate(samples: Sequence[Sample], packing: bool) -> Batch:
+def collate(samples: Sequence[Sample], packing: bool, with_targets: bool = False) -> Batch:
     """Samples of one sequence each as a batch."""
-    return make_batch([encoded for (encoded,) in samples], packing=packing)
+    return make_batch([encoded for (encoded,) in samples], packing=packing, with_targets=with_targets)
 
 
 def _encode(tokenizer: Tokenizer, row: Instruction | Chat, loss_on: Learnt) -> list[Sample]:
