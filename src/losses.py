@@ -44,7 +44,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift: bool = True) -> Tensor:
-    """Shift and scale the masked entries to mean 0 and variance 1; the others become 0. Any shape, float32.
+    """Shift and scale the masked entries to mean 0 and variance 1; the others become 0. [...] twice -> [...] float32.
 
     shift False leaves the mean in, so that rewards keep their signs. 1e-8 is added to the variance: entries that are
     equal up to rounding become about 0, not noise of size 1.
@@ -74,7 +74,7 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, counts: Tensor) -> Te
 
 def truncated_importance(old_logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
     """min(pi_old / pi_sampler, cap) of each token: corrects for a sampler that is not quite the policy trained.
-    Truncated importance sampling (Ionides 2008; for samplers, Yao et al. 2025). Any shape."""
+    Truncated importance sampling (Ionides 2008; for samplers, Yao et al. 2025). [...] twice -> [...]."""
     return probability_ratio(old_logprobs, sampled_logprobs).clamp_max(cap)
 
 

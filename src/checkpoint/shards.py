@@ -149,8 +149,8 @@ def _join_rows(pieces: Sequence[Tensor], how: Cut, wanted: range) -> Tensor:
 
 
 def reshard(pieces: Sequence[Tensor], how: Cut, other: Cut, index: int) -> Tensor:
-    """Shard `index` of the cut `other` from the shards of the cut `how`, reading only what it holds. Also for optimizer
-    state, whose tensors have their parameter's shape. Raises UserError as join() does."""
+    """Shard `index` of the cut `other` from the shards of the cut `how`, reading only what it holds. [..., rows, ...]
+    each. Also for optimizer state, whose tensors have their parameter's shape. Raises UserError as join() does."""
     if how.dim is None:
         _check_copies(pieces[1:], pieces[0])
         return cut(pieces[0], other, index)
@@ -238,7 +238,7 @@ def expected_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def assign(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Make these tensors the model's parameters, parts of this data-parallel rank where it is shared.
+    """Make these tensors [...] the model's parameters, parts of this data-parallel rank where it is shared.
 
     Fresh adapters are left alone. Raises UserError unless all other names and shapes match exactly.
     """

@@ -67,7 +67,7 @@ class StoredTensor(NamedTuple):
     def then(
         self, compute: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None
     ) -> "StoredTensor":
-        """What `compute` makes of the tensor, when it is read; shape where that is another one."""
+        """What `compute` makes of the tensor [*self.shape], when it is read; shape where that is another one."""
         return self._replace(shape=shape or self.shape, load=lambda: compute(self.load()))
 
 

@@ -29,6 +29,7 @@ class LazyTensors(Mapping[str, Tensor]):
     """Tensors [...] by name, each made when it is read and not kept."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        """makers: what returns each tensor [...]."""
         self._makers = makers
 
     def __getitem__(self, name: str) -> Tensor:

@@ -229,7 +229,7 @@ def compile_blocks(model: Decoder) -> None:
 def _forward(
     eager: Callable[..., Tensor], compiled: Callable[..., Tensor], *inputs: object, cache: Cache | None = None
 ) -> Tensor:
-    """A block's forward() in one of two ways."""
+    """A block's forward() in one of two ways. -> hidden states, of the shape of the first input [B, S, D]."""
     return compiled(*inputs, None) if cache is None else eager(*inputs, cache)
 
 
