@@ -96,28 +96,11 @@ def load_tokenizer(ckpt_dir: str, flags: TokenizerFlags = TokenizerFlags()) -> T
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces but {ckpt_dir} embeds {rows}; "
             f"give the tokenizer that the checkpoint was trained with"
         )
-    _tell_of_form(ckpt_dir, config, tokenizer, flags)
-    return tokenizer
-
-
-def _tell_of_form(ckpt_dir: str, config: ModelConfig, tokenizer: Tokenizer, flags: TokenizerFlags) -> None:
-    """Warn where the tokenizer shows a checkpoint texts in another form than it has learnt, as far as that is known."""
-    warn = runlog.logger().warning
     if not (config.chat_template or flags.chat_template) and has_own_template(tokenizer.path.parent):
-        warn("%s has a chat template, but its prompts are raw here; give --chat_template file, or none to say that it "
-             "is meant", tokenizer.path.parent)  # fmt: skip
-    if not config.chat_template:
-        return
-    differs = "%s was trained with %s %s; --%s %s shows it texts in another form"
-    if tokenizer.chat_template != config.chat_template:
-        warn(differs, ckpt_dir, "chat template", config.chat_template, "chat_template", tokenizer.chat_template)
-        return
-    if tokenizer.template_args != config.template_args:
-        then, now = json.dumps(config.template_args), json.dumps(tokenizer.template_args)
-        warn(differs, ckpt_dir, "the template arguments", then, "template_args", now)
-    if tokenizer.system_prompt != config.system_prompt:
-        then, now = _quoted(config.system_prompt), _quoted(tokenizer.system_prompt)
-        warn(differs, ckpt_dir, "the system prompt", then, "system_prompt", now)
+        runlog.logger().warning("%s has a chat template, but its prompts are raw here; give --chat_template file, or "
+                                "none to say that it is meant", tokenizer.path.parent)
+    _tell_of_form(ckpt_dir, config, tokenizer)
+    return tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, *ckpt_dirs: str) -> None:
@@ -129,33 +112,31 @@ def check_tokenizer(tokenizer: Tokenizer, *ckpt_dirs: str) -> None:
         if not any((Path(folder) / name).is_file() for name in VOCABULARY_FILES):
             continue
         if Tokenizer(Path(folder)).fingerprint() != tokenizer.fingerprint():
-            raise UserError(
-                f"{folder} has another tokenizer than {tokenizer.path}; models that read each other's token ids "
-                f"need the same one"
-            )
+            raise UserError(f"{folder} has another tokenizer than {tokenizer.path}; models that read each other's "
+                            "token ids need the same one")
         config = load_config(folder)
-        if not config.chat_template:
-            continue
-        then = Tokenizer(Path(folder), config.chat_template, config.template_args, config.system_prompt)
-        form, now = _form(then), _form(tokenizer)
-        if then.chat and tokenizer.chat and form == now and then.chat.source != tokenizer.chat.source:
-            now += f" of {tokenizer.path.parent}, which is another template,"
-        if form != now:
-            runlog.logger().warning(
-                "%s was trained with chat template %s, but reads texts in the form of %s here", folder, form, now
-            )
+        where = ""
+        if tokenizer.chat and config.chat_template == tokenizer.chat_template:  # by name: a file's may be another
+            then = Tokenizer(Path(folder), config.chat_template, config.template_args, config.system_prompt)
+            if then.chat.source != tokenizer.chat.source:
+                where = f" of {tokenizer.path.parent}, which is another template,"
+        _tell_of_form(folder, config, tokenizer, where)
 
 
-def _form(tokenizer: Tokenizer) -> str:
-    """A chat template with its arguments and system prompt, in words."""
-    args = f" {json.dumps(tokenizer.template_args)}" if tokenizer.template_args else ""
-    system = f" and the system prompt {_quoted(tokenizer.system_prompt)}" if tokenizer.system_prompt else ""
-    return tokenizer.chat_template + args + system
+def _tell_of_form(folder: str, config: ModelConfig, tokenizer: Tokenizer, where: str = "") -> None:
+    """Warn where a tokenizer shows a checkpoint texts in another form than it has learnt, as far as that is known.
+    where: that of a template of the same name which is another one."""
+    then, now = _form(config), _form(tokenizer)
+    if config.chat_template and (then != now or where):
+        runlog.logger().warning("%s was trained with chat template %s, but reads texts in the form of %s here",
+                                folder, then, now + where)
 
 
-def _quoted(system_prompt: str) -> str:
-    """The beginning of a system prompt; none without one."""
-    return json.dumps(textwrap.shorten(system_prompt, 60), ensure_ascii=False) if system_prompt else "none"
+def _form(of: ModelConfig | Tokenizer) -> str:
+    """A chat template with its arguments and the beginning of its system prompt, in words."""
+    args = f" {json.dumps(of.template_args)}" if of.template_args else ""
+    begins = json.dumps(textwrap.shorten(of.system_prompt, 60), ensure_ascii=False)
+    return of.chat_template + args + (f" and the system prompt {begins}" if of.system_prompt else "")
 
 
 class Trained(NamedTuple):

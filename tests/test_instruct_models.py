@@ -181,8 +181,7 @@ def test_other_commands_follow(
     # another form is said, is another set of samples, and gives scores of its own
     with pytest.raises(UserError, match="holds samples with system_prompt=You're exact.*, but this run has None"):
         evaluate(ckpt_dir=trained.path("ppo"), log_dir=log, num_samples=2, system_prompt="none", **samples)
-    assert "was trained with the system prompt" in caplog.text
-    assert "--system_prompt none shows it texts in another form" in caplog.text
+    assert 'and the system prompt "You' in caplog.text and 'in the form of file {"tone": "kind"} here' in caplog.text
     rows = shown(score, **judge, system_prompt="none")
     assert rows and not times(trained.prompt(PROBLEMS[0]["instruction"]), rows)
 

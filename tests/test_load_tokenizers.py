@@ -165,7 +165,7 @@ def test_later_commands_follow_the_chat_template_of_training(
                 max_new_tokens=40,
             )
         )
-    assert "was trained with chat template gemma; --chat_template none shows it texts in" in warned.text
+    assert "was trained with chat template gemma, but reads texts in the form of none here" in warned.text
     warned.clear()
     load.check_tokenizer(load.load_tokenizer(str(tmp_path / "base")), out)
     assert "was trained with chat template gemma, but reads texts in the form of none here" in warned.text

@@ -79,7 +79,7 @@ def test_arguments_are_recorded_followed_and_exported(
     assert not caplog.records
     with pytest.raises(UserError, match="template_args={'enable_thinking': False}, but this run has None"):
         sampled(tmp_path, more, template_args="{}")
-    assert 'trained with the template arguments {"enable_thinking": false}; --template_args {} shows' in caplog.text
+    assert '{"enable_thinking": false}, but reads texts in the form of file here' in caplog.text
     caplog.clear()
     load.check_tokenizer(load.load_tokenizer(start, TokenizerFlags(chat_template="file")), out)
     assert 'trained with chat template file {"enable_thinking": false}, but reads texts in the form of' in caplog.text
