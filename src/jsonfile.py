@@ -37,12 +37,12 @@ def parse(text: str | bytes, where: str, kind: type[T] = dict) -> T:
     return _checked(value, text, where, kind)
 
 
-def read_json(path: str | Path, kind: type[T] = dict) -> T:
-    """The value of a json file. Raises UserError that names the file."""
+def read_json(path: str | Path) -> dict[str, object]:
+    """The object in a json file. Raises UserError that names the file."""
     check_file(path)
     if Path(path).stat().st_size > MAX_FILE:
         raise UserError(f"{path} has more than {MAX_FILE >> 20} MiB; is it the file you mean?")
-    return parse(Path(path).read_bytes(), str(path), kind)
+    return parse(Path(path).read_bytes(), str(path))
 
 
 def check_file(path: str | Path) -> None:

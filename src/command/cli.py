@@ -170,8 +170,9 @@ def usage(main: Callable[..., None], width: int) -> str:
     accepted = flags_of(main)
     flags = accepted.values()
     width = max(40, min(width, 100))
-    about = sys.modules[main.__module__].__doc__ if main.__name__ == "main" else _about(main)
-    blocks = [_reflow(inspect.cleandoc(about or ""), width)]
+    about = sys.modules[main.__module__].__doc__ if main.__name__ == "main" else main.__doc__
+    paragraphs = inspect.cleandoc(about or "").split("\n\n")
+    blocks = [_reflow("\n\n".join(text for text in paragraphs if not meanings_of(text)), width)]
     first = [name for name in FIRST if name in accepted and not accepted[name].required][:5] if config_of(main) else []
     places = {name: place for place, name in enumerate(first)}
     groups: dict[str, list[str]] = {}
@@ -201,12 +202,6 @@ def usage(main: Callable[..., None], width: int) -> str:
         )
     )
     return "\n\n".join(blocks).lstrip()
-
-
-def _about(command: Callable[..., None]) -> str:
-    """A command's docstring without its lines on flags."""
-    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
-    return "\n\n".join(text for text in paragraphs if not meanings_of(text))
 
 
 def _flag_help(flag: Flag, width: int) -> str:

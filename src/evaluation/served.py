@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from src import parallel, runlog
 from src.command.config import AskedFlags
@@ -16,7 +15,6 @@ from src.inference.server_client import RemoteCompletion, RemoteRequest, Reply, 
 from src.text.blocks import CODE_FORM
 from src.text.tokenizer import Tokenizer, read_template_args
 
-Backend = Literal["engine", "openai"]
 AT_SERVER = "server"  # the --chat_template that the server applies itself
 OWN = ("base_url", "model_name", "api_key_env")  # flags of a server alone
 # what a request has no word for, or a server decides, by the value that asks for nothing
