@@ -11,7 +11,7 @@ from pathlib import Path
 from src import load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.command import cli
-from src.command.config import Count, Positive, PrecisionFlags, TokenizerFlags, flag
+from src.command.config import Count, ModelFlags, Positive, TokenizerFlags, flag
 from src.data.encoding import Encoded, StepKind
 from src.data.examples import read_step_labels
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
@@ -22,7 +22,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class CreditConfig(PrecisionFlags, TokenizerFlags):
+class CreditConfig(ModelFlags, TokenizerFlags):
     """Credit of tokens"""
 
     ckpt_dir: str = flag(help="solver that preference_train.py has trained")
@@ -34,8 +34,6 @@ class CreditConfig(PrecisionFlags, TokenizerFlags):
         least""")
     step: StepKind = flag("paragraph", """what a step is: a paragraph, with a blank line after it, or a line,
         as the solver writes them""")
-    model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
-        params.json says""")
     max_batch_size: Count = flag(64, "solutions in one forward pass")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from src import load, parallel, plan, runlog
 from src.checkpoint import saving, storage
 from src.command import cli
-from src.command.config import Bounds, NonNegative, Positive, Share, TrainConfig, flag
+from src.command.config import Bounds, HeldOutFlags, NonNegative, Positive, Share, TrainConfig, flag
 from src.data.encoding import masked_text
 from src.data.sampler import Dataset
 from src.errors import UserError
@@ -29,16 +29,13 @@ Smoothing = Annotated[float, Bounds("0 or more and less than 0.5", lambda x: 0 <
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceTrainConfig(TrainConfig):
+class PreferenceTrainConfig(TrainConfig, HeldOutFlags):
     """Preference optimisation"""
 
     ckpt_dir: str = flag(help="solver to start from")
     train_file: str = flag(help="""{"instruction", "chosen", "rejected", "prefix"?} as json array or jsonl,
         each side a text or a list; prefix is a partial answer that both sides go on from, and carries no
         loss. kto: {"instruction", "output", "correct"}, as data_build.py outcome writes them""")
-    label_file: str = flag("", "held-out rows in the same form; default: a share of the training rows")
-    held_out: Share = flag(0.1, """share of the problems, the last ones, kept for evaluation when there is no
-        label_file""")
     objective: Literal["dpo", "cdpo", "ipo", "orpo", "simpo", "kto"] = flag("dpo", """dpo; cdpo = DPO for
         labels of which some are wrong; ipo, orpo and simpo take means a token; orpo and simpo have no reference;
         kto learns from single responses, right or wrong""")

@@ -67,8 +67,6 @@ class SolverEvaluateConfig(SolverFlags, CodeFlags, ColumnFlags):
     ckpt_dir: str = flag("", "solver checkpoint; not needed with samples_file or a server")
     samples_file: str = flag("", """grade these samples instead: jsonl of {"response", "id"?, "sample"?},
         matched by id or row order""")
-    model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
-        params.json says""")
     max_batch_size: Count = flag(64, "sequences that decode at once; requests under way at a server")
     max_new_tokens: Count = flag(512, "longest response")
     num_samples: Count = flag(1, "samples of each problem")
@@ -143,8 +141,7 @@ def main(config: SolverEvaluateConfig) -> None:
         return
     if not config.samples_file:
         solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.max_rounds,
-                             isolation=config.isolation, model_type=config.model_type, quantize=config.quantize,
-                             compiled=config.compile)
+                             isolation=config.isolation, quantize=config.quantize, compiled=config.compile)
     storage.claim(Path(config.log_dir))
     path, speed = Path(config.log_dir) / "samples.jsonl", None
     if config.samples_file:

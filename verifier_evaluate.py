@@ -14,7 +14,7 @@ from typing import Literal
 from src import load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.command import cli
-from src.command.config import Count, PrecisionFlags, TokenizerFlags, flag
+from src.command.config import Count, ModelFlags, TokenizerFlags, flag
 from src.data.encoding import StepKind
 from src.data.examples import match_samples, read_prompts, read_samples, read_step_labels
 from src.errors import UserError
@@ -36,7 +36,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifierEvaluateConfig(PrecisionFlags, TokenizerFlags):
+class VerifierEvaluateConfig(ModelFlags, TokenizerFlags):
     """Verifier evaluation"""
 
     ckpt_dir: str = flag(help="verifier checkpoint")
@@ -56,8 +56,6 @@ class VerifierEvaluateConfig(PrecisionFlags, TokenizerFlags):
         steps of a solution (process verifiers)""")
     step: Literal["", StepKind] = flag("", """what a step is: a paragraph, with a blank line after it, or a
         line; default: what it was in the verifier's training, which nothing else may be""")
-    model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
-        params.json says""")
     max_batch_size: Count = flag(64, "samples in one forward pass")
     quantize: Literal["", "int8", "int4"] = flag("", """hold weights in 8 or 4 bits, in groups of 128 or 32
         that share a scale; default: as they are computed with""")

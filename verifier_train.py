@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from src import load, parallel, plan, runlog
 from src.checkpoint import saving
 from src.command import cli
-from src.command.config import Bounds, NonNegative, Share, TrainConfig, flag
+from src.command.config import Bounds, HeldOutFlags, NonNegative, TrainConfig, flag
 from src.data.encoding import StepKind, masked_text
 from src.errors import UserError
 from src.runlog import RunLog
@@ -22,7 +22,7 @@ Repeats = Annotated[list[float], Bounds("more than 0 each", lambda x: all(0 < on
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifierTrainConfig(TrainConfig):
+class VerifierTrainConfig(TrainConfig, HeldOutFlags):
     """Reward modelling"""
 
     ckpt_dir: str = flag(help="""solver to start from (its value head starts at zero), or a verifier to train
@@ -32,9 +32,6 @@ class VerifierTrainConfig(TrainConfig):
         {"instruction", "steps", "labels"}, and outcomes""")
     weights: Repeats = flag([], """how often the rows of each training file count, such as 1,0.5; default:
         once""")
-    label_file: str = flag("", "held-out rows in the same form; default: a share of the training rows")
-    held_out: Share = flag(0.1, """share of the problems, the last ones, kept for evaluation when there is no
-        label_file""")
     objective: Literal["pairwise", "outcome", "process"] = flag("pairwise", """pairwise = Bradley-Terry on two
         scores; outcome = is the solution right; process = is each step right""")
     score: Literal["last", "mean"] = flag("last", """pairwise: a solution's score is read at its last token,

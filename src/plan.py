@@ -8,7 +8,7 @@ from typing import NamedTuple
 from src import load, parallel
 from src.checkpoint import storage
 from src.checkpoint.sources import Source
-from src.command.config import PrecisionFlags, SavingFlags, TrainConfig
+from src.command.config import ModelFlags, SavingFlags, TrainConfig
 from src.data.encoding import Encoded, encode_prompt, masked_text
 from src.data.examples import Prompt
 from src.data.sampler import Step
@@ -74,7 +74,7 @@ def training(
     return report(facts, memory, moments(memory, {"model": model}, n), n * data_parallel)
 
 
-def duration(flop: int, config: PrecisionFlags) -> str:
+def duration(flop: int, config: ModelFlags) -> str:
     """About how long a rank takes for this many operations, at half the measured rate of matrix products."""
     rate = matrix_rate(parallel.compute_dtype(config.precision))
     minutes = 1 + flop / (0.5 * rate) / 60  # one to start
@@ -354,7 +354,7 @@ def report(
     return "\n".join(lines)
 
 
-def is_half(config: PrecisionFlags) -> bool:
+def is_half(config: ModelFlags) -> bool:
     """Whether models compute in two bytes a number."""
     return parallel.compute_dtype(config.precision).itemsize == 2
 

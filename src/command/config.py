@@ -168,9 +168,11 @@ class SavingFlags(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionFlags(Config):
-    """Arithmetic"""
+class ModelFlags(Config):
+    """The model"""
 
+    model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
+        params.json says""")
     precision: Precision = flag("", """type that models compute in, and that weights are held in unless they
         are trained: those, norms, softmax and losses stay float32. auto = bfloat16 on a GPU, and on a CPU that
         is measured to be faster in it; default: bfloat16 on a GPU, float32 on a CPU""")
@@ -191,11 +193,9 @@ class TokenizerFlags(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(PrecisionFlags, SeedFlags, TokenizerFlags):
-    """Model, batches and steps"""
+class RunFlags(ModelFlags, SeedFlags, TokenizerFlags):
+    """Batches and steps"""
 
-    model_type: str = flag("", """a family or released size the checkpoint must agree with; default: what
-        params.json says""")
     tensor_parallel_size: CountOrOff = flag(-1, """ranks that share one model; the others take other rows. -1
         = the shards of ckpt_dir, if they divide the ranks, else all ranks""")
     replicas: Count = flag(1, """copies of the weights that learn, of which each is shared by consecutive ranks: as
@@ -208,7 +208,7 @@ class RunFlags(PrecisionFlags, SeedFlags, TokenizerFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedFlags(PrecisionFlags, TokenizerFlags):
+class AskedFlags(ModelFlags, TokenizerFlags):
     """How the solver is asked"""  # of what samples from a solver: a checkpoint in this process, or a server
 
     prompt_template: str = flag("", """text or file with {instruction} where the problem goes, \\n for a new
@@ -220,6 +220,15 @@ class AskedFlags(PrecisionFlags, TokenizerFlags):
     base_url: str = flag("", "the server's address up to /v1, for example http://localhost:8000/v1")
     model_name: str = flag("", "the model's name at the server")
     api_key_env: str = flag("", "name of the environment variable that holds the server's key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutFlags(Config):
+    """Held-out rows"""
+
+    label_file: str = flag("", "held-out rows in the same form; default: a share of the training rows")
+    held_out: Share = flag(0.1, """share of the problems, the last ones, kept for evaluation when there is no
+        label_file""")
 
 
 @dataclass(frozen=True, kw_only=True)

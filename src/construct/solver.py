@@ -67,13 +67,14 @@ def check_solver(config: SolverFlags, *, from_prefix: bool = False) -> None:
 
 def open_solver(
     config: SolverFlags, prompting: Prompting, *, seed: int, max_rounds: int = 24, isolation: str = "",
-    model_type: str = "", quantize: str = "", compiled: bool = False,
+    quantize: str = "", compiled: bool = False,
 ) -> LocalSolver | ServedSolver:
     """Open what the flags name: a server, or the model of a checkpoint on this rank, with what runs its code."""
     parallel.start(seed)
     if config.backend == "openai":
         return ServedSolver(config, prompting, config.max_batch_size)
-    model = load.load_solver(config.ckpt_dir, model_type=model_type, precision=config.precision, quantize=quantize)
+    model = load.load_solver(config.ckpt_dir, model_type=config.model_type, precision=config.precision,
+                             quantize=quantize)
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)), "chat_template": tokenizer.chat_template,
               "template_args": tokenizer.template_args or None, "system_prompt": tokenizer.system_prompt or None,
