@@ -7,7 +7,7 @@ python solver_evaluate.py --ckpt_dir out --serve 8000
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,7 @@ from src.construct.solver import SolverFlags, open_solver
 from src.data.encoding import StepKind, encode_prompt
 from src.data.examples import match_samples, read_prompts, read_samples
 from src.errors import UserError
+from src.evaluation.choices import PROMPT, ChoiceKind, choice_sampler, normalised
 from src.evaluation.evaluator import (
     BackgroundGrader,
     LocalSolver,
@@ -44,7 +45,7 @@ from src.evaluation.prompting import make_prompting, select_prompts
 from src.evaluation.report import CURVES, results_table, summarize
 from src.evaluation.served import ServedSolver, check_flags
 from src.evaluation.server import SolverServer
-from src.grading.tasks import Task, find_task
+from src.grading.tasks import INSTRUCTION, Task, find_task
 from src.inference.sampling import Sampling
 from src.inference.serving import ServingEngine
 from src.jsonfile import write_json
@@ -78,6 +79,9 @@ class SolverEvaluateConfig(SolverFlags, CodeFlags, ColumnFlags):
     quantize: Literal["", "int8", "int4"] = flag("", """hold weights in 8 or 4 bits, in groups of 128 or 32
         that share a scale; default: as they are computed with""")
     compile: bool = flag(False, "decode from compiled CUDA graphs; without a GPU, or with experts, it changes nothing")
+    choices: Literal["", ChoiceKind] = flag("", """answer with the choice of the highest log-prob after the
+        prompt, not by sampling: letter compares the letters of choices that the problem lists, text their texts
+        after the question alone. acc_norm takes the highest log-prob per byte of the choice""")
     few_shot: str = flag("", """demonstrations before each problem: gsm8k8, minerva4 or a json file
         (dataset/README.md)""")
     split: str = flag("", """only problems with this `split` field, or level=4, level=1-3,
@@ -102,6 +106,8 @@ def main(config: SolverEvaluateConfig) -> None:
         serve(config)
         return
     benchmark = find_task(config.task)
+    if config.choices and benchmark.prompt == INSTRUCTION:
+        benchmark = replace(benchmark, prompt=PROMPT)
     refuse_contradictions(config, benchmark)
     for folder, kind in ((config.ckpt_dir, "solver"), (config.verifier_ckpt_dir, "verifier")):
         if folder:
@@ -130,6 +136,10 @@ def main(config: SolverEvaluateConfig) -> None:
         shown = (served.shown if served else prompting.text)(prompts[0].instruction)
         runlog.table(plan.report({"problems": len(prompts), "a prompt": shown}, {}))
         return
+    if config.dry_run and config.choices:
+        model_config, n_shards = load.load_config(config.ckpt_dir, config.model_type), load.n_shards(config.ckpt_dir)
+        runlog.table(plan.scoring(model_config, n_shards, len(prompts), config.quantize, half=plan.is_half(config)))
+        return
     if config.dry_run:
         tokenizer = load.load_tokenizer(config.ckpt_dir, config)
         texts = [prompting.text(prompt.instruction) for prompt in prompts]
@@ -149,15 +159,17 @@ def main(config: SolverEvaluateConfig) -> None:
     grades = parallel.rank() == 0 and benchmark.graded
     with BackgroundGrader(benchmark, prompts) if grades else nullcontext() as grading:
         if not config.samples_file:
-            sampled_by = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "quantize", "seed")
-            identity = {name: getattr(config, name) for name in sampled_by}
+            identity = {name: getattr(config, name) for name in (*SAMPLED_BY, "quantize", "seed")}
+            identity["choices"] = config.choices or None
             claim_samples(path, {**solver.source, **identity, **prompting.facts()})
-            speed = sample_prompts(solver.sampler(sampling), prompts, num_samples=config.num_samples, path=path,
+            sampler = choice_sampler(solver, config.choices, prompts) if config.choices else solver.sampler(sampling)
+            speed = sample_prompts(sampler, prompts, num_samples=config.num_samples, path=path,
                                    log=RunLog(config.log_dir, config.flags()), grading=grading)
         if grading:
             samples = match_samples(read_samples(config.samples_file or str(path)), problems, config.samples_file)
             asked = {} if config.samples_file else prompting._asdict() | {"few_shot": config.few_shot}
             results = summarize(benchmark, prompts, grade_samples(grading, samples, path)) | asked
+            results |= normalised(prompts, samples)
             write_json(Path(config.log_dir) / "results.json", results)
             from src.plot import plot_results  # matplotlib costs half a second: not for every start
 
@@ -166,6 +178,7 @@ def main(config: SolverEvaluateConfig) -> None:
             runlog.table(f"{results_table(results, speed)}\nlook at     {report}")
 
 
+SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")
 SERVED_BY = ("serve", "ckpt_dir", "model_type", "max_batch_size", "precision", "quantize", "compile", "tokenizer_file",
              "chat_template", "template_args", "system_prompt")
 
@@ -217,10 +230,17 @@ def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None
             raise UserError("--task none grades nothing; name the task of --samples_file")
         if parallel.world_size() > 1:
             raise UserError("--samples_file needs one process; start it with python, not torchrun")
-        for name in ("chat_template", "compile", "model_type", "precision", "quantize", "system_prompt",
+        for name in ("chat_template", "choices", "compile", "model_type", "precision", "quantize", "system_prompt",
                      "template_args", "tokenizer_file"):
             if getattr(config, name):
                 raise UserError(f"--{name} has no effect on samples that exist; leave it or --samples_file out")
+    for field in fields(config) if config.choices else ():
+        if field.name in (*SAMPLED_BY, "num_samples", "compile", "max_rounds", "interactive") and (
+                getattr(config, field.name) != field.default):
+            raise UserError(f"--{field.name} has no effect on --choices, which samples nothing; leave it out")
+    if config.choices and benchmark.equality not in ("choice@2", "typed@2"):
+        raise UserError(f"--choices gives the letter of a choice, but --task {config.task} compares by "
+                        f"{benchmark.equality or 'nothing'}; name a task of choices, such as choice")
     check_flags(config)
 
 

@@ -7,6 +7,7 @@ from dataset.raw import LeftOut, RawRow, Row
 from src.data import rows
 from src.errors import UserError
 from src.grading.extract import last_box
+from src.grading.letters import LETTERS
 from src.grading.normalize import rational
 
 CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")       # <<48/2=24>> in GSM8K: a hint for a tool we do not have
@@ -79,11 +80,18 @@ def aqua_row(raw: RawRow) -> Row:
     parts = [re.fullmatch(r"\(?([A-Z])\)?[).:]?\s*(.*)", option, re.DOTALL) for option in options]
     if not all(parts) or correct not in [part.group(1) for part in parts]:
         raise UserError(f"{raw.place}: expected options 'A) ...' with {correct!r} among them, found {options!r}")
-    listed = " ".join(f"({part.group(1)}) {part.group(2).strip()}" for part in parts)
-    row: Row = {"instruction": f"{raw.text('question').strip()}\nOptions: {listed}", "label": correct}
+    row = with_choices(raw.text("question").strip(), [part.group(2).strip() for part in parts],
+                       [part.group(1) for part in parts].index(correct))
     if "rationale" in raw.fields:
         row["output"] = [f"{raw.text('rationale')}\nThe answer is ({correct})."]
     return row
+
+
+def with_choices(question: str, texts: list[str], right: int) -> Row:
+    """The question with its choices by letter, and the right letter as label; both apart for their log-likelihood."""
+    listed = " ".join(f"({letter}) {text}" for letter, text in zip(LETTERS, texts, strict=False))
+    return {"instruction": f"{question}\nOptions: {listed}", "label": LETTERS[right], "question": question,
+            "choices": texts}
 
 
 ANSWER_TYPES = {

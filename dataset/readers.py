@@ -4,13 +4,12 @@ import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from dataset.benchmarks import optional
+from dataset.benchmarks import optional, with_choices
 from dataset.raw import LeftOut, RawRow, Row
 from src.data import rows
 from src.errors import UserError
 from src.grading.extract import last_box
-
-LETTERS = "ABCDEFGHIJ"
+from src.grading.letters import LETTERS
 
 
 class Reader(NamedTuple):
@@ -124,9 +123,3 @@ def _shuffled(reader: Reader, raw: RawRow, question: str) -> Row:
     right, wrong = raw.text(*reader.answer).strip(), [raw.text(name).strip() for name in reader.wrong]
     texts = sorted([right, *wrong], key=lambda text: hashlib.sha256(f"{question}\n{text}".encode()).digest())
     return with_choices(question, texts, texts.index(right))
-
-
-def with_choices(question: str, texts: list[str], right: int) -> Row:
-    """The question with its choices by letter, and the right letter as label."""
-    listed = " ".join(f"({letter}) {text}" for letter, text in zip(LETTERS, texts, strict=False))
-    return {"instruction": f"{question}\nOptions: {listed}", "label": LETTERS[right]}

@@ -272,6 +272,7 @@ OLYMPIAD = {"id": 7, "question": "Find x.", "solution": ["Halve."], "final_answe
      {"instruction": "How much is 1/2 of 5?", "label": "2.5", "id": "4"}),
     ("mawps", {"sQuestion": "Which two?", "lSolutions": [3.0, 2.0]}, {"instruction": "Which two?", "label": "3, 2"}),
     ("aqua", AQUA, {"instruction": "What is 3*7?\nOptions: (A) 20 (B) 21 (C) 22", "label": "B",
+                    "question": "What is 3*7?", "choices": ["20", "21", "22"],
                     "output": ["3*7=21\nThe answer is (B)."]}),
     ("olympiadbench", OLYMPIAD, {"instruction": "Find x.", "label": "\\frac{1}{2}", "output": ["Halve."], "id": "7",
                                  "answer_type": "number", "subject": "Algebra"}),

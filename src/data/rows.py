@@ -135,6 +135,9 @@ class Row(NamedTuple):
         """Raise UserError for a key that says something which nobody here would hear."""
         for key, advice in self.schema.foreign.items():
             value = self.get(key)
+            if key == "choices" and isinstance(value, list) and all(
+                    str(choice) in str(self.get("instruction")) for choice in value):
+                continue  # they are told there
             if value is not None and value not in ("", [], {}) and value != _WITHOUT_EFFECT.get(key):
                 raise UserError(f"{self.where}: {key!r} is {repr(value)[:60]}, which would be lost; {advice}")
 

@@ -32,7 +32,8 @@ SampleRequest = tuple[Prompt, int]  # a problem and the number of a sample
 
 
 class SamplerOutput(NamedTuple):
-    """One sample as it comes from a sampler; with an error it failed and has no response."""
+    """One sample as it comes from a sampler; with an error it failed and has no response. values: what else its line in
+    samples.jsonl holds."""
 
     id: str
     sample: int
@@ -41,6 +42,7 @@ class SamplerOutput(NamedTuple):
     finish: str
     logprob: float | None
     error: str = ""
+    values: Mapping[str, object] = {}
 
 
 Sampler = Callable[[Sequence[SampleRequest]], Iterator[SamplerOutput]]
@@ -250,6 +252,7 @@ def _sample_row(sample: SamplerOutput, prompt: Prompt) -> dict[str, object]:
         "label": prompt.label,
         **({"answer_type": prompt.answer_type} if prompt.answer_type else {}),
         **({"tolerance": prompt.tolerance} if prompt.tolerance else {}),
+        **sample.values,
     }
 
 

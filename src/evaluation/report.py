@@ -132,6 +132,9 @@ def results_table(results: dict[str, object], speed: Speed | None = None) -> str
         f"{rules['extraction']}, {rules['equality']}",
         f"accuracy    {results['accuracy']:7.1%}   95% interval {low:.1%} .. {high:.1%}",
     ]
+    if "acc_norm" in results:
+        low, high = results["acc_norm_interval"]
+        lines.append(f"acc_norm    {results['acc_norm']:7.1%}   95% interval {low:.1%} .. {high:.1%}")
     for name, label in CURVES.items():
         if n > 1 and name in results:
             values = "   ".join(f"@{k} {value:.1%}" for k, value in results[name].items())

@@ -2,6 +2,7 @@
 
 import re
 
+LETTERS = "ABCDEFGHIJ"  # of choices, in order
 CHOSEN = re.compile(  # one letter, perhaps after "Option"; small ones only where they can be no word
     r"[\s$*\\_\"'`“‘<\[{]*(?:(?:text|mathrm|textbf|mathbf|bf)\s*\{)?\s*"
     r"(?:(?i:the |correct |option|choice|letter|answer|is|clearly|therefore|thus|hence|then|indeed|obviously|:)\s*)*"

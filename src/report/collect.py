@@ -132,6 +132,8 @@ def _figures(results: Mapping[str, object]) -> Iterator[dict[str, object]]:
 
     if "accuracy" in results:
         yield figure("accuracy", results["accuracy"], results["interval"], share=True)
+    if "acc_norm" in results:
+        yield figure("acc_norm", results["acc_norm"], results["acc_norm_interval"], share=True)
     for key, label in CURVES.items():
         if results.get("samples_a_problem", 1) > 1 and key in results:
             (k, value), interval = list(results[key].items())[-1], list(results["intervals"][key].values())[-1]
