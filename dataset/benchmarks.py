@@ -23,6 +23,14 @@ def gsm8k_row(raw: RawRow) -> Row:
     return {"instruction": raw.text("question"), "output": [solution], "label": label}
 
 
+def abel_row(raw: RawRow) -> Row:
+    """GSM8K with the problems that Abel adds, as the weak-to-strong data hold them (Yang et al. 2024): {"id": "gsm8k_2"
+    or "aug_5", "question", "answer"}, or with the answer as "solution"; the id says which part a row is of."""
+    row = gsm8k_row(raw._replace(fields=raw.fields | {"answer": raw.text("solution", "answer")}))
+    name = optional(raw, name="id").get("name", "")
+    return row | ({"split": "augmented" if name.startswith("aug") else "original"} if name else {})
+
+
 def math_row(raw: RawRow) -> Row:
     r"""A MATH row; the label is the content of the last \boxed."""
     solution = raw.text("solution")

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.benchmarks import (  # noqa: E402
+    abel_row,
     aqua_row,
     asdiv_row,
     gsm8k_row,
@@ -33,7 +34,9 @@ from dataset.verifier_data import (  # noqa: E402
     hh_rlhf_rows,
     math_shepherd_rows,
     metamath_rows,
+    metamath_steps,
     prm800k_rows,
+    prm800k_solutions,
     processbench_rows,
 )
 from src.command import cli  # noqa: E402
@@ -54,8 +57,11 @@ BENCHMARKS: dict[str, Callable[[RawRow], Row]] = {
 }
 BUILDERS: dict[str, Callable[[RawRow], Iterable[Row]]] = {
     **{task: lambda raw, make_row=make_row: [make_row(raw)] for task, make_row in BENCHMARKS.items()},
+    "abel": lambda raw: [abel_row(raw)],
     "metamath": metamath_rows,
+    "metamath_steps": metamath_steps,
     "prm800k": prm800k_rows,
+    "prm800k_solutions": prm800k_solutions,
     "math_shepherd": math_shepherd_rows,
     "processbench": processbench_rows,
     "hh_rlhf": hh_rlhf_rows,
@@ -77,12 +83,14 @@ class Report(NamedTuple):
         return ", ".join(parts)
 
 
-def build(path: Path, task: str, levels: list[int], level_of: dict[str, int], *, strict: bool) -> Report:
+def build(path: Path, task: str, levels: list[int], level_of: dict[str, int], *, strict: bool,
+          hide_answers: bool = False) -> Report:
     """All rows of a file, each once (a benchmark's as they are); of the wanted levels alone where some are named.
 
     A row's level is its own, or that of its problem (the original of a rephrased one) in level_of. Rows whose
     problem has no known level are left out too, and counted: nothing hard slips in as easy. A row that is wrong is
-    counted, or with strict raises UserError.
+    counted, or with strict raises UserError. hide_answers: problems of other known levels stay, without solution and
+    label.
     """
     report, seen = Report([], Counter(), []), set()
 
@@ -103,6 +111,10 @@ def build(path: Path, task: str, levels: list[int], level_of: dict[str, int], *,
         for row in rows:
             problem = row.pop("original", row["instruction"])
             level = row.get("level", level_of.get(" ".join(str(problem).split())))
+            if hide_answers and levels and level is not None and level not in levels:
+                row = {name: value for name, value in row.items() if name not in ("output", "label")} | {"level": level}
+                report.left_out["answers of other levels"] += 1
+                level = levels[0]
             key = json.dumps(row, sort_keys=True)  # the problem is part of it: equal steps of two problems are two rows
             if levels and level not in levels:
                 report.left_out["of unknown level" if level is None else "of other levels"] += 1
@@ -130,9 +142,10 @@ def main(
     raw_file: str, save_file: str,
     task: Literal["gsm8k", "math", "svamp", "asdiv", "mawps", "aqua", "olympiadbench", "aime24", "aime25", "amc23",
                   "hmmt", "minerva", "gpqa", "mmlu", "arc", "commonsenseqa", "bbh", "agieval", "olympicarena",
-                  "metamath", "prm800k", "math_shepherd", "processbench", "hh_rlhf"],
+                  "abel", "metamath", "metamath_steps", "prm800k", "prm800k_solutions", "math_shepherd", "processbench",
+                  "hh_rlhf"],
     levels: list[int] = [], level_file: str = "",  # noqa: B006 (shown by --help, never changed)
-    say_answer: bool = False, strict: bool = False,
+    hide_answers: bool = False, say_answer: bool = False, strict: bool = False,
 ) -> None:
     """Convert one file.
 
@@ -141,15 +154,18 @@ def main(
     task: what the file holds; written first and without --task
     levels: only problems of these levels, such as 1,2,3; default: all
     level_file: prompts with levels (such as dataset/MATH/train.json), for files whose rows carry none
+    hide_answers: keep the problems of other levels than --levels, without their solutions and labels
     say_answer: end every solution of MATH with "The answer is: LABEL", where --task MATH-weak-to-strong looks for it
     strict: stop at the first row that cannot be read, instead of leaving it out and counting it
     """
     if say_answer and task != "math":
         raise UserError(f"--say_answer is for math, whose solutions end in any words; found {task}")
+    if hide_answers and not levels:
+        raise UserError("--hide_answers hides those of other levels than --levels names; give --levels with it")
     path = Path(raw_file)
     if not path.is_file() and not path.is_dir():
         raise UserError(f"--raw_file {raw_file} is not a file; name the downloaded .jsonl, .json or .parquet file")
-    report = build(path, task, levels, read_levels(level_file), strict=strict)
+    report = build(path, task, levels, read_levels(level_file), strict=strict, hide_answers=hide_answers)
     if not report.rows:
         wanted = f"{task} with levels {levels}" if levels else task
         hint = f"--level_file {level_file} has no level for their problems" if level_file else "give --level_file"

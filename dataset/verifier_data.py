@@ -11,6 +11,7 @@ from dataset.raw import LeftOut, RawRow, Row
 from src.errors import UserError
 
 SHEPHERD_MARK = "ки"
+ANSWER_HEADING = "# Answer"
 ASSISTANT = "\n\nAssistant:"
 
 
@@ -62,6 +63,31 @@ def step_parts(step: object, place: str) -> tuple[list[Row], int | None, Row | N
     return completions, chosen, human if chosen is None else completions[int(chosen)]
 
 
+def prm800k_solutions(raw: RawRow) -> Iterator[Row]:
+    """PRM800K's solutions that are good to the end, for fine-tuning (Sun et al. 2024): every step that the labeller
+    went on from is rated 1 or written by the labeller, and the last, rated 1, holds the answer."""
+    rows = list(prm800k_rows(raw))  # refuses what is not as published
+    problem, right = str(rows[0]["instruction"]), RawRow(f"{raw.place} question", raw.fields["question"])
+    steps: list[str] = []
+    solutions: list[str] = []
+    for number, step in enumerate(raw.fields["label"]["steps"]):
+        completions, chosen, followed = step_parts(step, f"{raw.place} step {number}")
+        good = [str(each["text"]) for each in completions if each.get("rating") == 1]
+        solutions += ["\n\n".join([*steps, text]) for text in good if ANSWER_HEADING in text]
+        if followed is None or chosen is not None and followed.get("rating") != 1:
+            break
+        steps.append(str(followed["text"]))
+    if not solutions:
+        raise LeftOut("without a good solution to the end")
+    yield {"instruction": problem, "output": [with_answer_apart(text) for text in dict.fromkeys(solutions)],
+           "label": right.text("ground_truth_answer")}
+
+
+def with_answer_apart(solution: str) -> str:
+    """A solution whose last two paragraphs are "# Answer" and the answer."""
+    return "\n\n".join(part.strip() for part in re.split(f"({ANSWER_HEADING})", solution, maxsplit=1)).strip()
+
+
 def rating_label(completion: dict[str, object], place: str) -> int | None:
     """1 for a rating of 0 or 1, 0 for -1, None where nobody rated."""
     rating = completion.get("rating")
@@ -110,6 +136,24 @@ def processbench_rows(raw: RawRow) -> Iterator[Row]:
     labels = [1 if number < right else 0 if number == right else None for number in range(len(steps))]
     row: Row = {"instruction": raw.text("problem"), "steps": steps, "labels": labels}
     yield row | optional(raw, id="id")
+
+
+# Where a step of MetaMathQA ends: lines, sentences but for abbreviations, displayed formulas; none within a formula
+STEP_BREAK = re.compile(
+    r"(\$[^$]*\$|\\\[.*?\\\])|\n\s*|(?<=\.)(?<!\bMrs\.)(?<!\bProf\.)(?<!\b[MDS][rst]\.)[ ]+"
+    r"|(?<=\.\$)[ ]+|(?<=\\\])[ ]+", re.DOTALL)
+
+
+def metamath_steps(raw: RawRow) -> Iterator[Row]:
+    """MetaMathQA with every sentence a paragraph and the answer under "# Answer", as Sun et al. 2024 train on it; what
+    comes from GSM8K counts as easy: level 1."""
+    (row,) = metamath_rows(raw)
+    if "label" not in row:
+        raise LeftOut("without an answer")
+    solution = re.split(r"####|The answer is", raw.text("response"), maxsplit=1)[0].strip()
+    steps = STEP_BREAK.sub(lambda found: " ".join(found[1].split()) if found[1] else "\n\n", solution)
+    easy = {"level": 1} if raw.text("type").startswith("GSM") else {}
+    yield row | {"output": [f"{steps}\n\n{ANSWER_HEADING}\n\n{row['label']}".strip()]} | easy
 
 
 def metamath_rows(raw: RawRow) -> Iterator[Row]:

@@ -173,6 +173,64 @@ def test_prm800k_gives_the_path_and_every_alternative_step(tmp_path: Path) -> No
     assert [row["instruction"] for row in rows] == 4 * ["What is 2+2*3?"] + 4 * ["What is 2*3+2?"]
 
 
+def test_prm800k_solutions_are_good_to_the_end(tmp_path: Path) -> None:
+    problem = {"problem": "What is 2+2*3?", "ground_truth_answer": "8"}
+    steps = [*PRM800K["label"]["steps"]]
+    steps[-1] = {"completions": [completion("So 8.\n# Answer\n\n8", 1), completion("# Answer\n\n9", -1),
+                                 completion("# Answer\n\n8", 1)], "human_completion": None, "chosen_completion": 0}
+    neutral = {"completions": [completion("Hm.", 0)], "human_completion": None, "chosen_completion": 0}
+    raws = [{"question": problem, "label": {"steps": each}} for each in (steps, [neutral, *steps], steps[:-1])]
+    rows = prepared("prm800k_solutions", write(tmp_path / "raw.jsonl", *map(json.dumps, raws)), tmp_path)
+    assert rows == [{"instruction": "What is 2+2*3?", "label": "8", "output": [
+        "2*3=6.\n\n2+6=8.\n\nSo 8.\n\n# Answer\n\n8", "2*3=6.\n\n2+6=8.\n\n# Answer\n\n8"]}]
+    with Grader("MATH") as grader:
+        assert [each.outcome for each in grader.grade(rows[0]["output"], ["8", "8"])] == ["right", "right"]
+
+
+def test_metamath_becomes_steps_and_what_is_of_gsm8k_counts_as_easy(tmp_path: Path) -> None:
+    math = "Mr. Po has $a = 2.5. b$ apples. Then\n\\[ a.\n b \\] follows: $b=3.$ So it is 3.\nThe answer is: 3"
+    found = [("Hard", "MATH_AnsAug", math), ("g", "GSM_SV", "She has 1.5. It is 2.\n#### 2\nThe answer is: 2"),
+             ("Easy", "MATH_FOBAR", "So.\nThe answer is: x"), ("g", "GSM_SV", "I do not know.")]
+    raws = [{"query": f"q{n}", "original_question": name, "type": kind, "response": response}
+            for n, (name, kind, response) in enumerate(found)]
+    levels = [MATH | {"problem": name, "level": level} for name, level in (("Easy", "Level 2"), ("Hard", "Level 5"))]
+    main(write(tmp_path / "math.jsonl", *levels), str(tmp_path / "levels.json"), "math")
+    raw_file, out = write(tmp_path / "raw.jsonl", *map(json.dumps, raws)), str(tmp_path / "out.json")
+    main(raw_file, out, "metamath_steps", strict=True)
+    assert [row["output"] for row in json.loads(Path(out).read_text())] == [
+        ["Mr. Po has $a = 2.5. b$ apples.\n\nThen\n\n\\[ a. b \\]\n\nfollows: $b=3.$\n\nSo it is 3.\n\n# Answer\n\n3"],
+        ["She has 1.5.\n\nIt is 2.\n\n# Answer\n\n2"], ["So.\n\n# Answer\n\nx"]]
+    main(raw_file, out, "metamath_steps", levels=[1, 2, 3], level_file=str(tmp_path / "levels.json"))
+    assert [row["instruction"] for row in json.loads(Path(out).read_text())] == ["q1", "q2"]
+
+
+def test_answers_of_hard_problems_are_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    raw_file = write(tmp_path / "raw.jsonl", MATH, MATH | {"problem": "Easy", "level": "Level 1"})
+    main(raw_file, str(out), "math", levels=[1, 2, 3], hide_answers=True)
+    hard, easy = json.loads(out.read_text())
+    assert hard == {"instruction": MATH["problem"], "level": 4, "subject": "Algebra"}
+    assert easy["label"] == "\\frac{1}{2}" and easy["output"]
+    assert "2 rows written" in (said := capsys.readouterr().out) and "1 answers of other levels left out" in said
+    with pytest.raises(UserError, match="give --levels with it"):
+        main(raw_file, str(out), "math", hide_answers=True)
+
+
+@pytest.mark.parametrize("answer", ["answer", "solution"])
+def test_abel_adds_problems_to_gsm8k(tmp_path: Path, answer: str) -> None:
+    rows = [{"question": GSM8K["question"], answer: GSM8K["answer"]} | named
+            for named in ({"id": "gsm8k_2"}, {"id": "aug_7"}, {"id": "aug_9"}, {})]
+    found = prepared("abel", write(tmp_path / "raw.jsonl", *map(json.dumps, rows)), tmp_path)
+    assert [row.get("split") for row in found] == ["original", "augmented", None]  # the same problem twice is one row
+    assert all(row["label"] == "1200" and "<<" not in row["output"][0] for row in found)
+
+
+@shared_data
+def test_the_published_augmented_gsm8k(tmp_path: Path) -> None:
+    rows = prepared("abel", str(SHARED / "weak_to_strong/gsm8k_train_2.jsonl"), tmp_path)
+    assert 6800 < len(rows) <= 7000 and rows[0]["label"] == "72"
+
+
 def test_math_shepherd_labels_the_step_that_each_mark_ends(tmp_path: Path) -> None:
     text = "How many? Step 1: 2*3=6. ки\nStep 2: 6 + 2 = 9. The answer is: 9 ки"
     judged = "How many? Step 1: 2*3=6. +\nStep 2: 6 + 2 = 9. The answer is: 9 -"

@@ -21,7 +21,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
 # of commands that are no entry scripts: cli.py's own, recipes', dataset/prepare.py's, torchrun's
-OTHER_FLAGS = "help config fresh improve levels level_file strict say_answer raw_file".split()
+OTHER_FLAGS = "help config fresh improve levels level_file strict say_answer hide_answers raw_file".split()
 OTHER_FLAGS += "nproc_per_node N model run nnodes max_restarts shutdown_timeout rdzv_conf node_rank master_addr".split()
 
 
