@@ -21,6 +21,12 @@ _WRAPPERS = ("_orig_mod.", "module.")  # left by torch.compile and DistributedDa
 # Tensors that some writers store although they follow from the config.
 _DERIVED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs|freqs_cos|freqs_sin)$")
 
+def _mlp(theirs: str, ours: str) -> dict[str, str]:
+    """The three linears of a gated feed-forward."""
+    return {f"{theirs}.{name}": f"{ours}.{w}" for name, w in
+            (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))}
+
+
 # Names without their last part (weight or bias), theirs -> ours; # stands for a number. Where two of theirs mean one of
 # ours, exports have the first. Ours that end in _stacked or _grouped are tensors that hold several of our parameters.
 _HF = {
@@ -36,9 +42,7 @@ _HF = {
     "model.layers.#.self_attn.o_proj": "layers.#.attention.wo",
     "model.layers.#.self_attn.q_norm": "layers.#.attention.q_norm",
     "model.layers.#.self_attn.k_norm": "layers.#.attention.k_norm",
-    "model.layers.#.mlp.gate_proj": "layers.#.feed_forward.w1",
-    "model.layers.#.mlp.down_proj": "layers.#.feed_forward.w2",
-    "model.layers.#.mlp.up_proj": "layers.#.feed_forward.w3",
+    **_mlp("model.layers.#.mlp", "layers.#.feed_forward"),
     "model.layers.#.input_layernorm": "layers.#.attention_norm",
     "model.layers.#.post_attention_layernorm": "layers.#.ffn_norm",
 }
@@ -53,19 +57,11 @@ _STACKED_EXPERTS = {  # in memory, and in files of transformers 5 alone
     "model.layers.#.mlp.experts.gate_up_proj": "layers.#.feed_forward.experts.w13_stacked",
     "model.layers.#.mlp.experts.down_proj": "layers.#.feed_forward.experts.w2_stacked",
 }
-_QWEN_EXPERTS = {
-    "model.layers.#.mlp.experts.#.gate_proj": "layers.#.feed_forward.experts.#.w1",
-    "model.layers.#.mlp.experts.#.down_proj": "layers.#.feed_forward.experts.#.w2",
-    "model.layers.#.mlp.experts.#.up_proj": "layers.#.feed_forward.experts.#.w3",
-} | _STACKED_EXPERTS
+_QWEN_EXPERTS = _mlp("model.layers.#.mlp.experts.#", "layers.#.feed_forward.experts.#") | _STACKED_EXPERTS
 _NAMES: dict[str, dict[str, str]] = {
     "mixtral": _HF
-    | {
-        "model.layers.#.block_sparse_moe.gate": "layers.#.feed_forward.gate",
-        "model.layers.#.block_sparse_moe.experts.#.w1": "layers.#.feed_forward.experts.#.w1",
-        "model.layers.#.block_sparse_moe.experts.#.w2": "layers.#.feed_forward.experts.#.w2",
-        "model.layers.#.block_sparse_moe.experts.#.w3": "layers.#.feed_forward.experts.#.w3",
-    }
+    | {f"model.layers.#.block_sparse_moe.{part}": f"layers.#.feed_forward.{part}"
+       for part in ("gate", "experts.#.w1", "experts.#.w2", "experts.#.w3")}
     | _STACKED_EXPERTS,
     "qwen": {
         "transformer.wte": "tok_embeddings",
@@ -82,30 +78,18 @@ _NAMES: dict[str, dict[str, str]] = {
     "qwen3_moe": _HF | _QWEN_EXPERTS,
     "qwen2_moe": _HF
     | _QWEN_EXPERTS
-    | {
-        "model.layers.#.mlp.shared_expert.gate_proj": "layers.#.feed_forward.shared.w1",
-        "model.layers.#.mlp.shared_expert.down_proj": "layers.#.feed_forward.shared.w2",
-        "model.layers.#.mlp.shared_expert.up_proj": "layers.#.feed_forward.shared.w3",
-        "model.layers.#.mlp.shared_expert_gate": "layers.#.feed_forward.shared_gate",
-    },
+    | _mlp("model.layers.#.mlp.shared_expert", "layers.#.feed_forward.shared")
+    | {"model.layers.#.mlp.shared_expert_gate": "layers.#.feed_forward.shared_gate"},
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _HF | _POST_NORMS),
     "phi3": _HF | _GATE_UP | {"model.layers.#.self_attn.qkv_proj": "layers.#.attention.wqkv_stacked"},
     "glm4": _HF
     | _GATE_UP
     | {"model.layers.#.post_self_attn_layernorm": "layers.#.attention_post_norm",
        "model.layers.#.post_mlp_layernorm": "layers.#.ffn_post_norm"},
-    "internlm2": {
-        "model.tok_embeddings": "tok_embeddings",
-        "model.norm": "norm",
-        "output": "output",
-        "model.layers.#.attention.wqkv": "layers.#.attention.wqkv_grouped",
-        "model.layers.#.attention.wo": "layers.#.attention.wo",
-        "model.layers.#.feed_forward.w1": "layers.#.feed_forward.w1",
-        "model.layers.#.feed_forward.w2": "layers.#.feed_forward.w2",
-        "model.layers.#.feed_forward.w3": "layers.#.feed_forward.w3",
-        "model.layers.#.attention_norm": "layers.#.attention_norm",
-        "model.layers.#.ffn_norm": "layers.#.ffn_norm",
-    },
+    "internlm2": {"output": "output", "model.layers.#.attention.wqkv": "layers.#.attention.wqkv_grouped"}
+    | {f"model.{name}": name for name in (
+        "tok_embeddings", "norm", "layers.#.attention.wo", "layers.#.attention_norm", "layers.#.ffn_norm",
+        *(f"layers.#.feed_forward.w{number}" for number in (1, 2, 3)))},
 }
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _QKV = ("wq", "wk", "wv")
