@@ -21,54 +21,27 @@ from src.jsonfile import MAX_ROW, check_file
 _MEDIA = "a picture or sound cannot be read"
 _TOOLS = "calls of tools are not supported; solutions with code are blocks (dataset/README.md)"
 _SYSTEM = "give conversations, whose first message may be the system's, or one for all rows with --system_prompt"
-_PROBLEM = "write it into the instruction, or rename it to 'input'"
 _THINKING = "put the thinking into the solution, as <think> ... </think>"
 # Keys that change what a row means where other tools read them, and what to do about each
 FOREIGN: dict[str, str] = {
-    "system": _SYSTEM,
-    "system_prompt": _SYSTEM,
-    "system_message": _SYSTEM,
+    **dict.fromkeys(("system", "system_prompt", "system_message"), _SYSTEM),
     "history": "give conversations, where earlier turns are messages",
-    "conversations": "rename it to 'messages', with 'role' and 'content' in each",
-    "conversation": "rename it to 'messages', with 'role' and 'content' in each",
-    "tools": _TOOLS,
-    "functions": _TOOLS,
-    "tool_calls": _TOOLS,
-    "function_call": _TOOLS,
-    "image": _MEDIA,
-    "images": _MEDIA,
-    "video": _MEDIA,
-    "videos": _MEDIA,
-    "audio": _MEDIA,
-    "audios": _MEDIA,
-    "reasoning_content": _THINKING,
-    "thinking": _THINKING,
-    "reasoning": _THINKING,
-    "context": _PROBLEM,
-    "options": _PROBLEM,
-    "choices": _PROBLEM,
+    **dict.fromkeys(("conversations", "conversation"), "rename it to 'messages', with 'role' and 'content' in each"),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), _THINKING),
+    **dict.fromkeys(("context", "options", "choices"), "write it into the instruction, or rename it to 'input'"),
     "weight": "rows count alike; repeat a row, or mix files with --weights",
     "margin": "pairs count alike; give --margin where a trainer has it",
 }
 FOREIGN_IN_MESSAGE: dict[str, str] = {
-    "tool_calls": _TOOLS,
-    "function_call": _TOOLS,
-    "tool_call_id": _TOOLS,
-    "tools": _TOOLS,
-    "functions": _TOOLS,
+    **dict.fromkeys(("tool_calls", "function_call", "tool_call_id", "tools", "functions"), _TOOLS),
     "name": "speakers have no names here; put it into the text",
-    "reasoning": "rename it to 'reasoning_content'",
-    "thinking": "rename it to 'reasoning_content'",
-    "prefix": "whole answers are learnt; give pairs with a 'prefix' instead",
-    "prefill": "whole answers are learnt; give pairs with a 'prefix' instead",
+    **dict.fromkeys(("reasoning", "thinking"), "rename it to 'reasoning_content'"),
+    **dict.fromkeys(("prefix", "prefill"), "whole answers are learnt; give pairs with a 'prefix' instead"),
     "refusal": "put it into 'content'",
-    "loss": "use 'weight': 0 for a message that is not to be learnt",
-    "train": "use 'weight': 0 for a message that is not to be learnt",
-    "masked": "use 'weight': 0 for a message that is not to be learnt",
-    "image": _MEDIA,
-    "images": _MEDIA,
-    "audio": _MEDIA,
-    "videos": _MEDIA,
+    **dict.fromkeys(("loss", "train", "masked"), "use 'weight': 0 for a message that is not to be learnt"),
+    **dict.fromkeys(("image", "images", "audio", "videos"), _MEDIA),
 }
 _WITHOUT_EFFECT = {"weight": 1, "train": True, "loss": True, "masked": False, "prefix": False}  # says what we do anyway
 
