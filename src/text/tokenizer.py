@@ -26,6 +26,7 @@ class Tokenizer:
     any of these ends a sampled response. control: names and ids of all control tokens.
     chat: the template that prompts and responses are put in, None for none; then eos_id is its end of a turn. code:
     whether they are put in the form of solutions with code (blocks.py); then eos_id is its end of a message.
+    chat_template, template_args, system_prompt: as they were given.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Tokenizer:
         own = {token: facts for token, facts in self.vocabulary.added.items() if facts.id not in renamed}
         added = own | extra
         self._identity = sorted((token, facts.id) for token, facts in added.items())
+        self.chat_template, self.system_prompt = chat_template, system_prompt
+        self.template_args = dict(template_args or {})
         self.code = chat_template == CODE_FORM
         source = ""
         if not self.code and chat_template != "none":
@@ -66,7 +69,7 @@ class Tokenizer:
         self._set_patterns(added)
         self.chat = None
         if source:
-            self._put_in_chat(chat_template, source, config, template_args, system_prompt)
+            self._put_in_chat(source, config)
         elif template_args or system_prompt:
             name, value = ("template_args", ", ".join(template_args)) if template_args else (
                 "system_prompt", repr(system_prompt[:40]))  # fmt: skip
@@ -123,11 +126,9 @@ class Tokenizer:
         self._plain_names = {index: token for token, index in self._plain.items()}
         self._plain_pattern = _alternatives(self._plain, added)
 
-    def _put_in_chat(
-        self, name: str, source: str, config: Mapping[str, object], args: Mapping[str, object] | None, system: str
-    ) -> None:
+    def _put_in_chat(self, source: str, config: Mapping[str, object]) -> None:
         """Attach a template. Raises UserError when it needs tokens that the vocabulary does not have."""
-        missing = sorted(control_tokens(source) - self.control.keys())
+        name, missing = self.chat_template, sorted(control_tokens(source) - self.control.keys())
         if missing and name != "file":  # a file's may name tokens for tools, which it never writes here
             raise UserError(f"{self.path} has no token {missing[0]!r}, which --chat_template {name} needs; choose the "
                             "format that the model was made for")
@@ -137,7 +138,7 @@ class Tokenizer:
         names.setdefault("eos_token", self._names[self.eos_id])
         if "bos_token" not in config and self.vocabulary.bos is not None:
             names["bos_token"] = self.vocabulary.bos
-        self.chat = ChatTemplate(name, source, names, self.control, args, system)
+        self.chat = ChatTemplate(name, source, names, self.control, self.template_args, self.system_prompt)
         self.eos_id = self.control[self.chat.end_token]
         self.stop_ids |= {self.eos_id}
 
@@ -149,23 +150,6 @@ class Tokenizer:
                             "markers behind its vocabulary with checkpoint_split.py --code_tokens")
         self.eos_id = self.control[Marker.END_OF_MESSAGE]
         self.stop_ids |= {self.eos_id}
-
-    @property
-    def chat_template(self) -> str:
-        """The name of the template, none without one."""
-        if self.code:
-            return CODE_FORM
-        return self.chat.name if self.chat else "none"
-
-    @property
-    def template_args(self) -> dict[str, object]:
-        """The values that the template's own variables were given."""
-        return self.chat.args if self.chat else {}
-
-    @property
-    def system_prompt(self) -> str:
-        """The system message of conversations that bring none, empty without one."""
-        return self.chat.system_prompt if self.chat else ""
 
     def chat_facts(self) -> dict[str, object]:
         """What gives texts their form, as ModelConfig records it."""
