@@ -21,7 +21,7 @@ THOUGHTS = ("<think>", "</think>")
 class Tokenizer:
     """A vocabulary of any kind. Plain texts never become control tokens; only this class's ids and a template do.
 
-    kind: what the file is. vocabulary, added: the opened file, and the tokens that it or config files set apart.
+    vocabulary, added: the opened file, and the tokens that it or config files set apart.
     vocab_size: ids are below this. bos_id: begins a sequence, None where none does. eos_id: ends a response. stop_ids:
     any of these ends a sampled response. control: names and ids of all control tokens.
     chat: the template that prompts and responses are put in, None for none; then eos_id is its end of a turn. code:
@@ -43,7 +43,6 @@ class Tokenizer:
         folder = self.path.parent
         config = read_config(folder)
         self.vocabulary: Vocabulary = open_vocabulary(self.path, config.get("tokenizer_class"))
-        self.kind = self.vocabulary.kind
         extra = _read_added(folder, config, self.vocabulary)
         self._check_added(extra)
         renamed = {facts.id for facts in extra.values()}

@@ -45,7 +45,6 @@ class Added(NamedTuple):
 class SentencePiece:
     """Llama 1 and 2, Mistral, Gemma, InternLM2."""
 
-    kind = "sentencepiece"
     renames = True
     adds_bos = True
     stops = ()
@@ -141,7 +140,6 @@ class Tiktoken:
     ranks: the id of each token's bytes, in order; pattern: how text is cut before merging.
     """
 
-    kind = "tiktoken"
     renames = True
     puts_space = False
 
@@ -209,12 +207,11 @@ class HfTokenizers:
     stops = ()
     renames = False
 
-    def __init__(self, model: tokenizers.Tokenizer, kind: str) -> None:
+    def __init__(self, model: tokenizers.Tokenizer) -> None:
         """Takes over a model of the library; from_json and from_merges open files."""
         model.no_truncation()  # a file may carry the settings of whoever saved it
         model.no_padding()
         model.encode_special_tokens = True  # text that spells a control token stays text
-        self.kind = kind
         self._model = model
         self.added = {token.content: Added(index, token.special, token.lstrip, token.rstrip)
                       for index, token in model.get_added_tokens_decoder().items()}
@@ -234,7 +231,7 @@ class HfTokenizers:
         except ValueError as problem:
             raise UserError(f"{path} is no readable tokenizer.json ({problem})") from None
         _check_unique(path, model.get_vocab(with_added_tokens=True))
-        return cls(model, "tokenizer.json")
+        return cls(model)
 
     @classmethod
     def from_merges(cls, path: Path, tokenizer_class: object) -> "HfTokenizers":
@@ -256,8 +253,7 @@ class HfTokenizers:
         missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys())
         if missing:
             raise UserError(f"{path} has no token for the byte {missing[0]!r}; expected byte-level BPE")
-        model = byte_level_bpe(vocab, _read_merges(path.with_name("merges.txt"), vocab), cut)
-        return cls(model, "vocab.json and merges.txt")
+        return cls(byte_level_bpe(vocab, _read_merges(path.with_name("merges.txt"), vocab), cut))
 
     def encode(self, text: str, *, start: bool) -> list[int]:
         """Ids of a text."""

@@ -72,11 +72,6 @@ class AdamW:
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             self._optimizer.step()
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the last update."""
-        return float(self._optimizer.param_groups[0]["lr"])
-
     def zero_grad(self) -> None:
         """Drop the gradients."""
         self._optimizer.zero_grad(set_to_none=True)

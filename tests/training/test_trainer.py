@@ -58,7 +58,7 @@ def test_the_trainer_follows_the_schedule(folders: Folders, tmp_path: Path) -> N
         trainer.backward(sft_loss(trainer.model, batch()) / 16)
         report = trainer.step()
         assert report.lr == pytest.approx(1e-3 * lr_factor(step, 11, 3, 0.1))
-        assert trainer.optimizer.lr == report.lr
+        assert trainer.optimizer._optimizer.param_groups[0]["lr"] == report.lr
 
 
 def test_gradients_are_clipped_to_their_global_norm(folders: Folders, tmp_path: Path) -> None:
