@@ -8,28 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+
 from src.errors import UserError
 from src.jsonfile import parse, write_json
 from src.text.chat import find_source
-from src.text.sentencepiece_model import (
-    BPE,
-    BYTE,
-    CHAR,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    SpmModel,
-    SpmPiece,
-    from_bytes,
-    to_bytes,
-)
 from src.text.tiktoken_merges import merges_of, spelled
 from src.text.tokenizer import Tokenizer, read_config, read_stops
 from src.text.vocabulary import CUT, GPT_2_CUT, PreTokenizer, SentencePiece, Tiktoken, byte_level_bpe
 
 _SPACE = "▁"  # what sentencepiece writes for one
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # its types of pieces
 
 
 class _Token(NamedTuple):
@@ -211,12 +200,20 @@ def _sentencepiece(said: _Said, tokens: list[str], types: list[int], ids: Mappin
     n = len(tokens)
     while n and _is_padding(tokens[n - 1], n - 1, types[n - 1]) and n - 1 not in ids.values():
         n -= 1
-    pieces = [
+    proto = ModelProto()
+    for text, score, kind in zip(tokens[:n], scores, types, strict=False):
         # llama.cpp looks for user-defined tokens in plain text, sentencepiece where spaces are escaped
-        SpmPiece(text.replace(" ", _SPACE) if kind == USER_DEFINED else text, score, kind or NORMAL)
-        for text, score, kind in zip(tokens[:n], scores, types, strict=False)
-    ]
-    return to_bytes(SpmModel(pieces, said.get("add_space_prefix", True, bool)), ids)
+        text = text.replace(" ", _SPACE) if kind == USER_DEFINED else text
+        proto.pieces.add(piece=text, score=score, type=kind or NORMAL)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = TrainerSpec.BPE, n, BYTE in types[:n]
+    for name, field in (("unknown", "unk"), ("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
+        setattr(trainer, f"{field}_id", -1 if ids[name] is None else ids[name])
+        if ids[name] is not None:
+            setattr(trainer, f"{field}_piece", proto.pieces[ids[name]].piece)
+    normalizer.name, normalizer.add_dummy_prefix = "identity", said.get("add_space_prefix", True, bool)
+    normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = False, True
+    return proto.SerializeToString(deterministic=True)
 
 
 def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
@@ -272,15 +269,16 @@ def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
 
 def _from_sentencepiece(model: bytes, source: str) -> tuple[dict[str, object], dict[int, _Token]]:
     """Metadata and tokens of a sentencepiece model."""
-    opened = from_bytes(model)
-    if opened.kind not in (BPE, CHAR):
-        raise UserError(f"{source}: a sentencepiece model of type {opened.kind} has no form in a GGUF file")
-    if opened.replaces or opened.squeezes:
-        what = "a table that replaces characters" if opened.replaces else "the removal of repeated spaces"
+    proto = ModelProto.FromString(model)
+    kind, normal = proto.trainer_spec.model_type, proto.normalizer_spec
+    if kind not in (TrainerSpec.BPE, TrainerSpec.CHAR):  # one of single characters merges nothing
+        raise UserError(f"{source}: a sentencepiece model of type {kind} has no form in a GGUF file")
+    if normal.precompiled_charsmap or normal.remove_extra_whitespaces:
+        what = "a table that replaces characters" if normal.precompiled_charsmap else "the removal of repeated spaces"
         raise UserError(f"{source}: its normalizer has {what}, which llama.cpp does not apply")
-    tokens = {index: _Token(text.replace(_SPACE, " ") if kind == USER_DEFINED else text, kind, score)
-              for index, (text, score, kind) in enumerate(opened.pieces)}
-    return {f"{_G}model": "llama", f"{_G}pre": "default", f"{_G}add_space_prefix": opened.puts_space}, tokens
+    tokens = {index: _Token(one.piece.replace(_SPACE, " ") if one.type == USER_DEFINED else one.piece, one.type,
+                            one.score) for index, one in enumerate(proto.pieces)}
+    return {f"{_G}model": "llama", f"{_G}pre": "default", f"{_G}add_space_prefix": normal.add_dummy_prefix}, tokens
 
 
 def _from_ranks(vocabulary: Tiktoken) -> tuple[dict[str, object], dict[int, _Token]]:

@@ -1,16 +1,15 @@
-"""src/text/gguf_tokenizer.py, sentencepiece_model.py and tiktoken_merges.py: tokenizers into GGUF's keys and back."""
+"""src/text/gguf_tokenizer.py and tiktoken_merges.py: tokenizers into GGUF's keys and back."""
 
 import json
 from pathlib import Path
 
 import pytest
 import tokenizers
-from sentencepiece import SentencePieceProcessor
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from src.errors import UserError
-from src.text import gguf_tokenizer, sentencepiece_model
+from src.text import gguf_tokenizer
 from src.text.gguf_tokenizer import tokenizer_metadata, write_tokenizer
 from src.text.tokenizer import Tokenizer
 from tests import reference, tiny
@@ -241,15 +240,3 @@ def test_damaged_metadata(tmp_path: Path, case: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         write_tokenizer(metadata, tmp_path / "back", 512, "model.gguf")
     assert "model.gguf" in str(caught.value)
-
-
-def test_a_model_of_ours_is_one_of_sentencepiece(tmp_path: Path) -> None:
-    path = write_sentencepiece(tmp_path)
-    first = sentencepiece_model.from_bytes(path.read_bytes())
-    ids = {"unknown": 0, "bos": 1, "eos": 2, "padding": None}
-    data = sentencepiece_model.to_bytes(first, ids)
-    assert sentencepiece_model.from_bytes(data) == first
-    theirs, ours = SentencePieceProcessor(model_file=str(path)), SentencePieceProcessor(model_proto=data)
-    assert (ours.unk_id(), ours.bos_id(), ours.eos_id(), ours.pad_id()) == (0, 1, 2, -1)
-    for text in MORE_TEXTS:
-        assert ours.encode(text) == theirs.encode(text)
