@@ -19,7 +19,7 @@ from src import runlog
 from src.checkpoint import convert, storage
 from src.checkpoint.gguf import open_gguf
 from src.checkpoint.tensor_files import StoredTensor
-from src.checkpoint.weight_files import check_counts, check_shapes
+from src.checkpoint.weight_files import Source, check_counts, check_shapes
 from src.errors import UserError
 from src.models.config import FIELDS, ModelConfig
 from src.models.foreign import config_from_hf, config_to_hf
@@ -110,17 +110,9 @@ _WAVELENGTH = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of every Llam
 _WAVELENGTH_CONTEXT = 8192
 
 
-class GgufModel(NamedTuple):
-    """A file in our terms; the tokenizer's files are gone when the process ends."""
-
-    config: ModelConfig
-    tensors: dict[str, StoredTensor]
-    tokenizer_files: list[Path]
-
-
-def open_model(path: Path, own_tokenizer: bool) -> GgufModel:
-    """Open a GGUF file and put the tokenizer that it holds into files. Raises UserError that names what is wrong.
-    own_tokenizer False leaves the tokenizer unread, where another takes its place."""
+def open_model(path: Path, own_tokenizer: bool) -> Source:
+    """Open a GGUF file and put the tokenizer that it holds into files, which are gone when the process ends. Raises
+    UserError that names what is wrong. own_tokenizer False leaves it unread, where another takes its place."""
     _, metadata, tensors = open_gguf(path)
     config = config_of(metadata, tensors, str(path))
     ours = _as_ours(tensors, config, metadata, str(path))
@@ -128,7 +120,7 @@ def open_model(path: Path, own_tokenizer: bool) -> GgufModel:
     folder = storage.temporary_folder()
     if own_tokenizer:
         write_tokenizer(metadata, folder, config.vocab_size, str(path))
-    return GgufModel(config, ours, storage.tokenizer_files(folder))
+    return Source(config, ours, storage.tokenizer_files(folder), [path.parent])
 
 
 def _our_tensors(tensors: Mapping[str, StoredTensor], source: str) -> dict[str, StoredTensor]:

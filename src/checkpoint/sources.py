@@ -17,20 +17,11 @@ from src.checkpoint import adapters, convert, gguf_layout, peft_layout, storage
 from src.checkpoint.gguf import gguf_file
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, reshard
 from src.checkpoint.tensor_files import StoredTensor
-from src.checkpoint.weight_files import check_counts, open_weights
+from src.checkpoint.weight_files import Source, check_counts, open_weights
 from src.errors import UserError
 from src.jsonfile import read_json
 from src.models.config import ModelConfig, config_from_dict, refuse_infinities
 from src.models.lora import LoraConfig
-
-
-class Source(NamedTuple):
-    """An opened checkpoint: what it is, its whole tensors in our names and layout, its tokenizer's files."""
-
-    config: ModelConfig
-    tensors: dict[str, StoredTensor]
-    tokenizer_files: list[Path]
-    folders: list[Path]
 
 
 def open_source(
@@ -49,10 +40,8 @@ def open_source(
     if path := gguf_file(paths):
         if config_file:
             raise UserError(f"--config_file {config_file}: {path} describes its model itself")
-        opened = gguf_layout.open_model(path, own_tokenizer)
-        return Source(opened.config, opened.tensors, opened.tokenizer_files, [path.parent])
-    config, tensors = open_weights(paths, folder, config_file)
-    return Source(config, tensors, storage.tokenizer_files(folder), [folder])
+        return gguf_layout.open_model(path, own_tokenizer)
+    return open_weights(paths, folder, config_file)
 
 
 class AdapterSource(NamedTuple):

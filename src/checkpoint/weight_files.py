@@ -33,6 +33,15 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _EXPERTS_STACKED = re.compile(r"\.experts\.\w+_stacked")
 
 
+class Source(NamedTuple):
+    """An opened checkpoint: what it is, its whole tensors in our names and layout, its tokenizer's files."""
+
+    config: ModelConfig
+    tensors: dict[str, StoredTensor]
+    tokenizer_files: list[Path]
+    folders: list[Path]
+
+
 class OpenedFile(NamedTuple):
     """One tensor file as stored, and the params that some writers store with the tensors."""
 
@@ -41,10 +50,8 @@ class OpenedFile(NamedTuple):
     params: dict[str, object] | None
 
 
-def open_weights(
-    paths: list[Path], folder: Path, config_file: str = ""
-) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    """The config and the whole tensors, under our names and in our layout, of files or of a directory.
+def open_weights(paths: list[Path], folder: Path, config_file: str = "") -> Source:
+    """The checkpoint in files or in a directory, with the tokenizer that lies in `folder`.
 
     The description is `config_file`, else params.json or config.json in `folder`, else what lies in the file.
     Raises UserError that names what is wrong.
@@ -79,7 +86,7 @@ def open_weights(
     if hf:
         tensors = convert.as_ours(tensors, config)
     check_shapes(tensors, config, described)
-    return config, tensors
+    return Source(config, tensors, storage.tokenizer_files(folder), [folder])
 
 
 def weight_files(folder: Path) -> list[Path]:
