@@ -8,6 +8,7 @@ its function's parameters, before any work starts.
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -79,6 +80,14 @@ OVERWRITE = "replace what is finished and stands where this command writes"
 def is_path(name: str) -> bool:
     """Whether a flag of this name holds a path, or several."""
     return name.endswith(("_file", "_dir", "_path")) or name in ("inspect", "certify", "config")
+
+
+def path_in(name: str, word: str) -> Path | None:
+    """The path that a word of a flag names: all of it, or of FILE.py:FUNCTION the file, if there is one."""
+    if is_path(name):
+        return Path(word) if word else None
+    path = Path(word.partition(":")[0])
+    return path if "." in word and os.path.isfile(path) else None  # which says no of a text too long for a name
 
 
 class Flag(NamedTuple):

@@ -3,11 +3,10 @@
 Flags are known by their names (src/command/flags.py), so that this holds for every script, before any work.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from src.command.flags import REPLACED, WRITTEN, is_path
+from src.command.flags import REPLACED, WRITTEN, path_in
 from src.errors import UserError
 
 # What commands leave right in a directory of theirs, by names that could also be given as an input.
@@ -40,13 +39,11 @@ def check(values: Mapping[str, object]) -> None:
 
 
 def _paths(values: Mapping[str, object]) -> Iterator[tuple[str, Path]]:
-    """Each path that the flags name; of those that may hold one, such as --task FILE.json, if it is a file."""
+    """Each path that the flags name."""
     for name, value in values.items():
         for word in value if isinstance(value, list) else [value]:
-            if isinstance(word, str) and word and len(word) < 4096:
-                path = Path(word if is_path(name) else word.partition(":")[0])
-                if is_path(name) or "." in word and os.path.isfile(path):  # also of a text too long for a name
-                    yield name, path
+            if isinstance(word, str) and len(word) < 4096 and (path := path_in(name, word)):
+                yield name, path
 
 
 def _check_apart(name: str, target: Path, other: str, source: Path) -> None:

@@ -7,7 +7,6 @@ flag that is added is compared without a word here.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from src import parallel
 from src.checkpoint import storage, training_state
 from src.checkpoint.tensor_files import file_hash
 from src.command.config import Resume
-from src.command.flags import FREE_ON_RESUME, is_path
+from src.command.flags import FREE_ON_RESUME, path_in
 from src.errors import UserError, on_one_line
 from src.jsonfile import read_json
 from src.text.tokenizer import Tokenizer
@@ -44,19 +43,11 @@ def run_fingerprint(
 def _with_contents(name: str, value: object) -> object:
     """A flag's value; what is a path, alone or in a list, with the hash of what lies there."""
     words = value if isinstance(value, list) else [value]
-    paths = [path for word in words if isinstance(word, str) and (path := _path_in(name, word))]
+    paths = [path for word in words if isinstance(word, str) and (path := path_in(name, word)) and path.exists()]
     if not paths:
         return value
     hashes = [content_hash(path, is_tokenizer=name == "tokenizer_file") for path in paths]
     return {"path": ", ".join(map(str, words)), "hash": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
-
-
-def _path_in(name: str, word: str) -> Path | None:
-    """The path that a word of a flag names: all of it, or of FILE.py:FUNCTION the file."""
-    path = Path(word if is_path(name) else word.partition(":")[0])
-    if is_path(name):
-        return path if word and path.exists() else None
-    return path if path.suffix and os.path.isfile(path) else None  # which says no of a text too long for a name
 
 
 def content_hash(path: Path, is_tokenizer: bool = False) -> str:
