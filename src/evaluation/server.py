@@ -87,7 +87,7 @@ class SolverServer:
     def _put(self, name: str, model: Decoder) -> None:
         model.eval()
         stack = contextlib.ExitStack()
-        stack.enter_context(prepared(model.linear_weights(), model.dtype))
+        stack.enter_context(prepared(model.linear_weights(), model.dtype, self.engine.n_slots))
         stack.enter_context(packed(model))
         self.models[name], self._kept[name] = model, stack
 

@@ -132,7 +132,7 @@ def generate(
         batch = Batch(model, sampling, vocabulary, min(max_batch_size, len(requests)), on_token, compiled=compiled,
                       tool_hook=tool_hook, shortest=shortest)
         batch.add(requests)
-        with prepared(model.linear_weights(), model.dtype), packed(model):
+        with prepared(model.linear_weights(), model.dtype, max_batch_size), packed(model):
             yield from batch.run()
     finally:
         model.train(was_training)

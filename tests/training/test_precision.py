@@ -87,7 +87,7 @@ def test_weights_are_prepared_while_nothing_trains_them(folders: Folders) -> Non
             return sft_loss(model, batch()) / 16
 
     plain = loss()
-    with prepared(model.linear_weights(), model.dtype):
+    with prepared(model.linear_weights(), model.dtype, 16):
         assert weight.dtype == torch.float32
         assert torch.equal(weight.prepared.to_dense(), weight.bfloat16())
         assert_close(loss(), plain, rtol=0, atol=0.01)
