@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from src.data.batch import pack_shared
-from src.data.encoding import Encoded, encode_prompt, encode_response
+from src.data.encoding import Encoded, encode_prompt
 from src.data.examples import Prompt, Sample
 from src.data.sampler import chunks
 from src.errors import UserError
@@ -72,12 +72,12 @@ def _choices(prompt: Prompt, kind: ChoiceKind) -> list[str]:
 
 
 def _encode(solver: LocalSolver, prompt: Prompt, kind: ChoiceKind, choice: str) -> Encoded:
-    """A prompt and a choice as ids: in a chat template the choice is the answer; else both are tokenised together, a
-    space between them, and the choice is what comes after the prompt's own tokens."""
+    """A prompt and a choice as ids: in a chat template the choice begins the answer; else both are tokenised together,
+    a space between them, and the choice is what comes after the prompt's own tokens."""
     tokenizer = solver.tokenizer
     text = solver.prompting.text(str(prompt.others["question"]) if kind == "text" else prompt.instruction)
     if tokenizer.chat:
-        row = encode_response(tokenizer, text, choice, finished=False)
+        row = Encoded(encode_prompt(tokenizer, text, choice), len(encode_prompt(tokenizer, text)))
     else:
         stem = text.rstrip()
         whole = encode_prompt(tokenizer, stem + (text[len(stem) :] or " ") + choice)

@@ -44,17 +44,18 @@ def rows(log_dir: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (log_dir / "samples.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["text", "letter"])
+@pytest.mark.parametrize(("kind", "template"), [("text", ""), ("letter", ""), ("text", "llama-2")])
 def test_choices_have_the_log_probs_of_transformers_and_a_rerun_continues(
-    folder: Path, tmp_path: Path, kind: str
+    folder: Path, tmp_path: Path, kind: str, template: str
 ) -> None:
     model, tokenizer = hf_model(folder / "hf"), write_tokenizer(tmp_path)
-    results = evaluate(folder, tmp_path / "log", choices=kind, max_batch_size=5)
+    results = evaluate(folder, tmp_path / "log", choices=kind, max_batch_size=5, chat_template=template)
     right, right_norm = 0, 0
     for raw, row in zip(ARC, rows(tmp_path / "log"), strict=True):
         texts, sums = raw["choices"]["text"], []
         listed = " ".join(f"({letter}) {text}" for letter, text in zip("ABCD", texts, strict=True))
         prompt = f"Question: {raw['question']}" + f"\nOptions: {listed}" * (kind == "letter") + "\nAnswer:"
+        prompt = f"[INST] {prompt} [/INST]" if template else prompt
         scored = texts if kind == "text" else [*"ABCD"]
         for text in scored:
             start, ids = 1 + len(tokenizer.encode(prompt)), [1, *tokenizer.encode(f"{prompt} {text}")]
@@ -71,10 +72,11 @@ def test_choices_have_the_log_probs_of_transformers_and_a_rerun_continues(
     assert results["acc_norm_interval"] == list(wilson_interval(right_norm, 12))
     lines = (tmp_path / "log/samples.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "log/samples.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
-    assert evaluate(folder, tmp_path / "log", choices=kind, max_batch_size=64) == results
+    again = evaluate(folder, tmp_path / "log", choices=kind, max_batch_size=64, chat_template=template)
+    assert again == results
     assert [row["answer"] for row in rows(tmp_path / "log")] == [json.loads(line)["answer"] for line in lines]
     with pytest.raises(UserError, match=f"holds samples with choices={kind}, but this run has None"):
-        evaluate(folder, tmp_path / "log", choices="")
+        evaluate(folder, tmp_path / "log", choices="", chat_template=template)
 
 
 def test_two_ranks_choose_as_one_and_runs_are_compared(folder: Path, tmp_path: Path) -> None:
