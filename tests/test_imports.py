@@ -16,7 +16,7 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "jsonfile": set(),
-    "command": set(),
+    "command": {"processes"},
     "plot": set(),
     "processes": set(),
     "runlog": {"command", "plot", "processes"},

@@ -37,6 +37,7 @@ from src.command.flags import (
     suggestion,
 )
 from src.errors import UserError, leave_for_torchrun, show_problem, to_nowhere
+from src.processes import watchdog
 
 # torchrun looks at its workers every 0.1 s and kills the others once one has failed: a rank that is still
 # alive after this many seconds is the one with something to say.
@@ -86,10 +87,11 @@ def guarded(command: Callable[[], None]) -> None:
     except Exception as error:
         if line := _in_words(error):
             _stop(1, f"error: {line}")
-        # The death of another rank breaks the collectives of this one. Then the other has printed the cause, and
-        # torchrun ends this wait.
         if "RANK" in os.environ:
-            time.sleep(GRACE_SECONDS)
+            if _is_lost_connection(error):
+                lost = watchdog.after_lost_connection()
+                _stop(1, lost and f"error: {lost}")
+            time.sleep(GRACE_SECONDS)  # another rank may print the cause, after which torchrun ends this wait
         leave_for_torchrun(traceback.format_exc())
         raise
 
@@ -105,6 +107,12 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, ValueError) and "embedded null" in first:
         return "the name of a file holds a NUL character; look for one in the files that name other files"
     return ""
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether a collective broke, as the death of another rank breaks those of this one."""
+    return isinstance(error, RuntimeError) and (
+        "gloo/transport" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError"))
 
 
 def _open_streams() -> None:
@@ -229,19 +237,22 @@ def _local_rank() -> int:
 
 
 def _stop(status: int, line: str) -> NoReturn:
-    """Print the line and exit; under torchrun one rank a machine prints when all fail alike."""
+    """Print the line and exit; under torchrun one rank a machine prints when all fail alike. Empty: another rank has
+    said why this one ends."""
     if "RANK" not in os.environ:
         show_problem(line)
         sys.exit(status)
     # A trainer may catch these to save before it dies. This rank is past saving: let a kill work at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if _local_rank() != 0:
+    if line and _local_rank() != 0:
         # If rank 0 fails for the same reason, it prints and exits now, and torchrun kills this rank in its
         # sleep. If not, rank 0 works on or waits in a collective, and this rank's line is the one to show.
         time.sleep(GRACE_SECONDS)
-    show_problem(line)
-    leave_for_torchrun(line)
+    if line:
+        show_problem(line)
+        leave_for_torchrun(line)
+    watchdog.leave()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     # Not sys.exit: the interpreter's shutdown tears down process groups and may wait there for ranks that

@@ -25,6 +25,7 @@ SILENT_SECONDS = 120.0
 # While no rank gets on. Every wait that is right is shorter (a worker process has 60 s to start and 120 s for a reply;
 # a layer or an optimizer step on a GPU takes less), or somebody computes or says patiently() meanwhile.
 STILL_SECONDS = 300.0
+NOTICE_SHARE = 0.15  # of these two, after which a line says who waits for whom: within a minute, and ends nothing
 # For one rank in one place while others work: a little less than torch's own limits of a collective.
 LONGEST_SECONDS = {"cuda": 0.9 * 600, "cpu": 0.9 * 1800}
 # until the others have seen it too, on a busy machine: torchrun kills them once this rank is gone
@@ -45,6 +46,9 @@ class Store(Protocol):
 
     def check(self, keys: list[str]) -> bool:
         """Whether all keys have values."""
+
+    def add(self, key: str, amount: int) -> int:
+        """Count up; the count."""
 
 
 class _Sign(NamedTuple):
@@ -82,6 +86,23 @@ def patiently() -> Iterator[None]:
         _Signs.patient -= 1
 
 
+def after_lost_connection() -> str:
+    """What a rank whose connection to another one broke has to say: which rank has gone without a word. Empty where
+    one that has gone said why, or another rank tells this. Takes as long as a rank that lives may be silent."""
+    dogs = [thread for thread in threading.enumerate() if isinstance(thread, Watchdog)]
+    try:
+        return dogs[0].lost() if dogs else ""
+    except RuntimeError:  # the store is gone too
+        return f"after step {_Signs.steps} the ranks lost each other: rank 0 was killed, or a machine is gone"
+
+
+def leave() -> None:
+    """Let this process's watchdog, if there is one, say that this rank leaves, and has told why."""
+    for thread in threading.enumerate():
+        if isinstance(thread, Watchdog):
+            thread.leave()
+
+
 class Watchdog(threading.Thread):
     """Looks at the main thread of this rank from time to time, and at the others' words once it stands still."""
 
@@ -91,6 +112,7 @@ class Watchdog(threading.Thread):
         self._cpu, self._longest = device == "cpu", LONGEST_SECONDS[device]
         self._left = threading.Event()
         self._signs: dict[int, _Sign] = {}
+        self._has_noticed = False
 
     def leave(self) -> None:
         """Stop watching: this rank is done, and the others shall not miss it."""
@@ -123,6 +145,8 @@ class Watchdog(threading.Thread):
             try:
                 self._say(json.dumps({"now": now, "still": now - got_on_at, "place": _place()}))
                 problem = self._problem(now, now - since, now - got_on_at)
+                if not problem:
+                    self._notice(self._problem(now, now - since, now - got_on_at, NOTICE_SHARE))
             except RuntimeError:  # the store is gone, with it the launcher, or does not answer: nothing is known
                 problem = ""
             if not problem and now - since > self._longest:
@@ -134,36 +158,60 @@ class Watchdog(threading.Thread):
     def _say(self, text: str) -> None:
         self._store.set(f"watchdog/{self._rank}", text)
 
-    def _problem(self, now: float, here: float, still: float) -> str:
+    def lost(self) -> str:
+        """Which ranks say nothing any more, that did not leave; empty where there are none, or another rank tells it.
+        Raises RuntimeError without the store."""
+        before, until = self._words(), time.monotonic() + 2 * LOOK_SECONDS + 1
+        while silent := [rank for rank, text in self._words().items() if text == before[rank] != LEFT]:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+        if not silent or self._store.add(f"watchdog/told/{before[silent[0]]}", 1) > 1:
+            return ""
+        lost = "; ".join(f"rank {rank}, last {_sign(before[rank])['place'] or 'not yet there'}" for rank in silent)
+        return f"nothing is heard any more of {lost}: its process was killed (out of memory?), or its machine is gone"
+
+    def _words(self) -> dict[int, str]:
+        """What each other rank said last."""
+        keys = {rank: f"watchdog/{rank}" for rank in self._others}
+        return {rank: self._store.get(key).decode() if self._store.check([key]) else "" for rank, key in keys.items()}
+
+    def _notice(self, problem: str) -> None:
+        """Say once what this rank waits for."""
+        if problem not in ("", "-") and not self._has_noticed:
+            show_problem(f"waiting: {problem}")
+        self._has_noticed = bool(problem)
+
+    def _problem(self, now: float, here: float, still: float, share: float = 1.0) -> str:
         """What is wrong with the job as far as this rank can tell; else empty.
 
-        here: seconds that this rank has been in one place; still: those in which it has not got on either.
+        here: seconds that this rank has been in one place; still: those in which it has not got on either. share: of
+        the seconds that are waited for a sign of life, or of getting on.
         """
+        patience, longest = share * SILENT_SECONDS, share * STILL_SECONDS
         if here < 4 * LOOK_SECONDS:
             self._signs.clear()
             return ""
         self._listen(now)
-        silent = [rank for rank, sign in self._signs.items() if now - sign.came > SILENT_SECONDS and sign.text != LEFT]
+        silent = [rank for rank, sign in self._signs.items() if now - sign.came > patience and sign.text != LEFT]
         places = {self._rank: _place()} | {rank: sign.place for rank, sign in self._signs.items() if rank not in silent}
         if silent:
             lost = "; ".join(f"rank {rank}, last {self._signs[rank].place or 'not yet there'}" for rank in silent)
             problem = (
-                f"nothing was heard for {SILENT_SECONDS:.0f} s of {lost}: its process is stopped or swapped out, "
+                f"nothing was heard for {patience:.0f} s of {lost}: its process is stopped or swapped out, "
                 f"or its machine is gone; {_listed(places)}"
             )
-        elif min([still, *(sign.still + now - sign.came for sign in self._signs.values())]) > STILL_SECONDS:
-            problem = f"no rank has got on for {STILL_SECONDS:.0f} s: {_listed(places)}"
+        elif min([still, *(sign.still + now - sign.came for sign in self._signs.values())]) > longest:
+            problem = f"no rank has got on for {longest:.0f} s: {_listed(places)}"
         else:
             return ""
         return problem if self._rank == min(places) else "-"  # one speaks
 
     def _listen(self, now: float) -> None:
         """Take note of what the other ranks said."""
-        for rank in self._others:
-            key = f"watchdog/{rank}"
-            text = self._store.get(key).decode() if self._store.check([key]) else ""
+        for rank, text in self._words().items():
             if rank not in self._signs or text != self._signs[rank].text:
-                said = json.loads(text) if text not in ("", LEFT) else {"still": 0.0, "place": ""}
+                said = _sign(text)
                 self._signs[rank] = _Sign(text, now, said["still"] if text != LEFT else -float("inf"), said["place"])
 
     def _end(self, problem: str) -> None:
@@ -172,6 +220,11 @@ class Watchdog(threading.Thread):
             leave_for_torchrun(f"error: {problem}")
         time.sleep(GRACE_SECONDS)
         os._exit(1)  # a thread cannot interrupt what the main one is waiting in
+
+
+def _sign(text: str) -> dict[str, object]:
+    """What a rank said."""
+    return json.loads(text) if text not in ("", LEFT) else {"still": 0.0, "place": ""}
 
 
 def _listed(places: Mapping[int, str]) -> str:

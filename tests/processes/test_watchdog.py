@@ -23,8 +23,8 @@ THERE = r"after step 1 in no collective, at tests/training/workers.py:\d+ in int
 
 
 def end_of(folders: Folders, save_dir: Path, how: str) -> tuple[int, str, float]:
-    """Status of two ranks of which the second one `hangs`, `fails` or is `slow`, what they told, and the seconds from
-    then to the job's end."""
+    """Status of two ranks of which the second one `hangs`, `fails`, `dies` or is `slow`, what they told, the seconds
+    from then to the job's end."""
     flags = (f"--folder={folders.two}", f"--save_dir={save_dir}", f"--how={how}")
     done = launch("-m", "tests.training.workers", *flags, n=2)
     return done.returncode, done.stderr, time.time() - float((save_dir / "since").read_text(encoding="utf-8"))
@@ -35,6 +35,7 @@ def end_of(folders: Folders, save_dir: Path, how: str) -> tuple[int, str, float]
     [
         ("hangs", rf"error: no rank has got on for 4 s: {WAITS}; rank 1 {THERE}"),
         ("fails", r"error: row 7 is broken"),
+        ("dies", rf"error: nothing is heard any more of rank 1, last {THERE}: its process was killed .*"),
     ],
 )
 def test_a_rank_in_trouble_ends_the_job_with_one_line(
@@ -44,7 +45,9 @@ def test_a_rank_in_trouble_ends_the_job_with_one_line(
     said, _, report = told.partition("ChildFailedError")
     assert status != 0 and seconds < 30
     assert len(re.findall(rf"^{line}$", said, re.MULTILINE)) == 1 and len(re.findall("error: ", said)) == 1, told
-    assert re.search(rf"Root Cause[^=]*traceback : {line}$", report, re.MULTILINE), told
+    cause = r"Signal 9 \(SIGKILL\) received by PID \d+" if how == "dies" else line
+    assert re.search(rf"Root Cause[^=]*traceback : {cause}$", report, re.MULTILINE), told
+    assert "[rank0]: Traceback" not in said and (how != "hangs" or "waiting: no" in said), told
 
 
 def test_a_stopped_rank_is_named_by_the_one_that_waits(folders: Folders, tmp_path: Path) -> None:

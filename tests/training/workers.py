@@ -414,9 +414,9 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
             (Path(save_dir) / "since").write_text(str(time.time()), encoding="utf-8")
             if how == "hangs":
                 time.sleep(1000)
-            if how == "stops":
+            if how in ("stops", "dies"):
                 time.sleep(1)
-                os.kill(os.getpid(), signal.SIGSTOP)
+                os.kill(os.getpid(), signal.SIGSTOP if how == "stops" else signal.SIGKILL)
             if how == "fails":
                 raise UserError("row 7 is broken")
             with watchdog.patiently():
