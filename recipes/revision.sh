@@ -10,7 +10,7 @@ RUN=${RUN:-runs/revision} SEEDS=${SEEDS:-1 2 3} JOBS=${JOBS:-2} NPROC=${NPROC:-1
 TASK=${TASK:-toy} TRAIN=${TRAIN:-dataset/toy/train.json} TEST=${TEST:-dataset/toy/test.json} SOLVER=${SOLVER:-}
 PROBLEMS=${PROBLEMS:-1000} SAMPLE_FLAGS=${SAMPLE_FLAGS:---num_samples 4 --temperature 0.7}
 TRAIN_FLAGS=${TRAIN_FLAGS:---max_batch_size 16 --lr 1e-3} DECODE_FLAGS=${DECODE_FLAGS:---max_batch_size 512 --max_new_tokens 96}
-VERIFIER_FLAGS=${VERIFIER_FLAGS:---objective outcome --max_batch_size 32 --lr 6e-4 --epochs 2} THRESHOLD=${THRESHOLD:-0.5}
+VERIFIER_FLAGS=${VERIFIER_FLAGS:---objective outcome --max_batch_size 32 --lr 1e-3 --epochs 8} THRESHOLD=${THRESHOLD:-0.5}
 
 train() { many solver_train.py --seed "$seed" --resume auto $TRAIN_FLAGS "$@"; }
 answer() { many solver_evaluate.py --task "$TASK" --seed "$seed" $DECODE_FLAGS "$@"; }
