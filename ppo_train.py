@@ -128,7 +128,7 @@ def collect(
     Per-token tensors are [B, S] float32 on the CPU. kl_scale: what the KL's weight is multiplied by. Returns what the
     log says of groups that were dropped.
     """
-    phase, n_ids = partial(models.phase, timer), data.tokenizer.vocab_size
+    phase, ids = partial(models.phase, timer), data.sampled_ids
     actor, critic, reference = models.actor.model, models.critic and models.critic.model, models.reference
     sample = partial(sample_and_score, config, models, data, rewards, rows, iteration, timer)
     (rollout, scores), stats = sample(), {}
@@ -140,11 +140,11 @@ def collect(
     trainable = ppo.trainable_rows(scores.total.sum(1), rollout, config)
     passes = ppo.scoring_passes(rollout, trainable, config, iteration)
     with phase("score", actor):
-        logprobs = rollout_logprobs(actor, batch, config.temperature, n_ids, passes)
+        logprobs = rollout_logprobs(actor, batch, config.temperature, ids, passes)
     if models.servers:
         monitor.check_mismatch(rollout, logprobs, config.mismatch_limit)
     with phase("score", reference), without_adapters(reference):
-        reference_logprobs = rollout_logprobs(reference, batch, config.temperature, n_ids, passes)
+        reference_logprobs = rollout_logprobs(reference, batch, config.temperature, ids, passes)
     values = None
     if critic:
         with phase("score", critic):
@@ -160,13 +160,13 @@ def collect(
     advantages, returns = ppo.compute_advantages(token_rewards, values, mask, trainable, config)
     if models.teacher:
         with phase("score", models.teacher):
-            teacher = rollout_logprobs(models.teacher, batch, config.temperature, n_ids, passes)
+            teacher = rollout_logprobs(models.teacher, batch, config.temperature, ids, passes)
         advantages = advantages + losses.distillation_advantages(logprobs, teacher, config.teacher_coef) * mask
         stats |= {"teacher_kl": losses.kl_k1(logprobs, teacher)[mask].mean().item()}
     if config.tis_cap:  # the loss is proportional to the advantages: to weigh them is to weigh it
         advantages *= losses.truncated_importance(logprobs, rollout.sampled_logprobs, config.tis_cap)
     weights = losses.sequence_weights(rollout.lengths, config.loss_aggregation, config.max_new_tokens)[:, None] * mask
-    buffer = PPOBuffer(rollout, logprobs, reference_logprobs, values, advantages, returns, weights, trainable, n_ids)
+    buffer = PPOBuffer(rollout, logprobs, reference_logprobs, values, advantages, returns, weights, trainable, ids)
     return buffer, scores, stats
 
 
@@ -181,14 +181,14 @@ def sample_and_score(
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens,
                         stop=data.task.stop, seed=config.seed)
     # A prompt that comes again is answered with other numbers of the random stream
-    first_sample = (iteration * (1 + config.max_refills) + refill) * config.group_size
+    first = (iteration * (1 + config.max_refills) + refill) * config.group_size
     with models.phase(timer, "sample", models.actor.model):
         if models.servers:
             models.servers.hand_over(models.actor.model, iteration)
         rollout = sample_rollout(
             models.actor.model, [data.prompts[row] for row in rows], data.tokenizer, sampling,
-            group_size=config.group_size, first_sample=first_sample, max_batch_size=config.rollout_batch_size,
-            servers=models.servers)
+            numbers=range(first, first + config.group_size), max_batch_size=config.rollout_batch_size,
+            servers=models.servers, coding=data.coding)
     with models.phase(timer, "reward", models.verifier):
         return rollout, score_rollout(rewards, rollout)
 

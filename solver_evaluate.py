@@ -16,12 +16,12 @@ from src import load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.command import cli
 from src.command.config import (
-    CodeFlags,
     ColumnFlags,
     Count,
     CountOrOff,
     CountOrZero,
     NonNegative,
+    RoundsFlags,
     Seed,
     Share,
     TopP,
@@ -55,7 +55,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverEvaluateConfig(SolverFlags, CodeFlags, ColumnFlags):
+class SolverEvaluateConfig(SolverFlags, RoundsFlags, ColumnFlags):
     """Evaluation"""
 
     task: str = flag("", """how problems are put and answers found and compared: GSM8K, MATH, MATH-500,
@@ -69,7 +69,7 @@ class SolverEvaluateConfig(SolverFlags, CodeFlags, ColumnFlags):
     samples_file: str = flag("", """grade these samples instead: jsonl of {"response", "id"?, "sample"?},
         matched by id or row order""")
     max_batch_size: Count = flag(64, "sequences that decode at once; requests under way at a server")
-    max_new_tokens: Count = flag(512, "longest response")
+    max_new_tokens: Count = flag(512, "longest response; of a solution with code the longest block")
     num_samples: Count = flag(1, "samples of each problem")
     temperature: NonNegative = flag(0.0, "0 = greedy")
     top_p: TopP = flag(1.0, "sample from the smallest set of tokens with this probability")
@@ -89,8 +89,6 @@ class SolverEvaluateConfig(SolverFlags, CodeFlags, ColumnFlags):
     limit: CountOrOff = flag(-1, "only the first so many problems; -1 = all")
     seed: Seed = flag(1, """with the problem's id and the sample's number, all that a sample's randomness
         depends on""")
-    max_rounds: Count = flag(24, """of a model that writes solutions with code (--chat_template code): blocks
-        of text and code at most""")
     interactive: bool = flag(False, """answer problems typed on standard input instead; needs no label_file
         and no log_dir""")
     serve: str = flag("", """PORT or HOST:PORT at which to answer requests in OpenAI's protocol instead, which say how
@@ -151,7 +149,7 @@ def main(config: SolverEvaluateConfig) -> None:
         return
     if not config.samples_file:
         solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.max_rounds,
-                             isolation=config.isolation, quantize=config.quantize, compiled=config.compile)
+                             code=config, quantize=config.quantize, compiled=config.compile)
     storage.claim(Path(config.log_dir))
     path, speed = Path(config.log_dir) / "samples.jsonl", None
     if config.samples_file:

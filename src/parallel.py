@@ -369,10 +369,11 @@ def broadcast_from_first(x: Tensor) -> Tensor:
     return x
 
 
-def from_first_rank(compute: Callable[[], Item]) -> Item:
-    """What the first rank computes, on every rank: the others do not call it. It must be picklable."""
-    found = [compute() if rank() == 0 else None]
-    dist.broadcast_object_list(found)
+def from_first_rank(compute: Callable[[], Item], *, of_group: bool = False) -> Item:
+    """What the first rank (of_group: of each tensor-parallel group) alone computes, on all of them. It is pickled."""
+    first = groups.get_model_parallel_src_rank() if of_group else 0
+    found = [compute() if rank() == first else None]
+    dist.broadcast_object_list(found, first, groups.get_model_parallel_group() if of_group else None)
     return found[0]
 
 

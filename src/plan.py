@@ -115,7 +115,9 @@ def ppo(
     ranks = parallel.world_size() // load.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size)
     models = ppo_models(config, n)
     ids, held_ids = ([encode_prompt(tokenizer, p.instruction) for p in some] for some in (prompts, held_out))
-    work = ppo_work(config, models["actor"].max_seq_len, [*map(len, ids)], [*map(len, held_ids)], ranks)
+    context = models["actor"].max_seq_len
+    longest = context if tokenizer.code else config.max_new_tokens  # what code prints comes on top
+    work = ppo_work(config, context, longest, [*map(len, ids)], [*map(len, held_ids)], ranks)
     how = Training(load.lora_config(config), checkpointing=config.activation_checkpointing,
                    data_parallel=parallel.replica_size(ranks, config.replicas), accumulates=work.accumulates,
                    on_gpu=_on_gpu(), half=is_half(config), summed=False)  # fmt: skip
@@ -133,7 +135,7 @@ def ppo(
     facts = {
         "tensor-parallel ranks": n,
         "data-parallel ranks": ranks,
-        "prompts": f"{len(ids)}, the longest {max(map(len, ids))} tokens of a context of {models['actor'].max_seq_len}",
+        "prompts": f"{len(ids)}, the longest {max(map(len, ids))} tokens of a context of {context}",
         "rollout buffers": f"{n_buffers} of {min(config.prompts_per_buffer, len(ids)) * config.group_size} "
         f"episodes, each for {config.inner_epochs} x {config.minibatches} optimizer steps",
         "largest forward pass": f"{work.n_tokens} tokens",
@@ -174,14 +176,16 @@ class PPOWork(NamedTuple):
     n_decoded: int
 
 
-def ppo_work(config: PPOConfig, context: int, lengths: Sequence[int], held_out: Sequence[int], ranks: int) -> PPOWork:
-    """The largest work, should the longest prompts get the longest responses. lengths: tokens of each prompt."""
+def ppo_work(
+    config: PPOConfig, context: int, longest: int, lengths: Sequence[int], held_out: Sequence[int], ranks: int
+) -> PPOWork:
+    """The largest work, should the longest prompts get responses of `longest` tokens. lengths: of each prompt."""
     prompts = min(config.prompts_per_buffer, len(lengths))
     per_step = -(-prompts * config.group_size // config.minibatches)  # episodes, over all ranks
     n_rows = max(config.group_size * -(-prompts // ranks), config.eval_samples * -(-len(held_out) // ranks))
-    return PPOWork(min(config.max_batch_size, per_step) * min(max(lengths) + config.max_new_tokens, context),
+    return PPOWork(min(config.max_batch_size, per_step) * min(max(lengths) + longest, context),
                    -(-per_step // config.max_batch_size) > ranks, min(config.rollout_batch_size, n_rows),
-                   min(max(*lengths, *held_out) + config.max_new_tokens, context))
+                   min(max(*lengths, *held_out) + longest, context))
 
 
 def ppo_memory(

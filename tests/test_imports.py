@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharing": {"checkpoint", "load", "models", "parallel"},
     "inference": {"models", "parallel", "text"},
     "grading": {"processes", "text"},
-    "code_solutions": {"inference", "parallel", "text"},
+    "code_solutions": {"inference", "parallel", "processes", "text"},
     "evaluation": {
         "code_solutions", "command", "data", "grading", "inference", "models", "parallel", "runlog", "text"
     },
@@ -40,8 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models", "parallel", "runlog", "text",
     },
     "training": {
-        "checkpoint", "command", "data", "evaluation", "grading", "inference", "load", "losses", "models", "parallel",
-        "processes", "runlog", "sharing", "text",
+        "checkpoint", "code_solutions", "command", "data", "evaluation", "grading", "inference", "load", "losses",
+        "models", "parallel", "processes", "runlog", "sharing", "text",
     },
     "cluster": {"models", "runlog", "training"},
     "plan": {

@@ -39,6 +39,10 @@ def test_gae_by_hand(gamma: float, lam: float, expected: list[float]) -> None:
     rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.full((1, 3), 0.5)
     found = losses.gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma, lam)
     assert_close(found, torch.tensor([expected]))
+    # two tokens that code printed stand after the first, with rewards and values that nobody reads: no step is theirs
+    rewards, values = torch.tensor([[0.0, 9, 9, 0, 1]]), torch.tensor([[0.5, 7, 7, 0.5, 0.5]])
+    found = losses.gae(rewards, values, torch.tensor([[T, F, F, T, T]]), gamma, lam)
+    assert_close(found, torch.tensor([[expected[0], 0.0, 0.0, *expected[1:]]]))
 
 
 def test_gae_skips_padding_wherever_it_stands() -> None:

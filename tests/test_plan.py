@@ -212,7 +212,7 @@ def test_the_largest_work_by_hand(
     held_out: Sequence[int],
     work: tuple[int, ...],
 ) -> None:
-    found = plan.ppo_work(config_of(max_new_tokens=20, **changes), CONFIG.max_seq_len, lengths, held_out, ranks)
+    found = plan.ppo_work(config_of(max_new_tokens=20, **changes), CONFIG.max_seq_len, 20, lengths, held_out, ranks)
     assert found == work
 
 

@@ -13,18 +13,34 @@ from typing import NamedTuple
 from src import parallel
 from src.code_solutions import runner
 from src.code_solutions.runner import Limits, SandboxError
-from src.inference.engine import Completion, Request, ToolHook
+from src.inference.engine import Completion, Request, ToolAnswer, ToolHook
 from src.inference.sampling import Sampling
+from src.processes import watchdog
 from src.text.blocks import ANY_MARKER, Block, Marker, Piece, ended_blocks, split_text
 from src.text.tokenizer import Tokenizer
 
-SHOWN = ("ok", "error", "output_limit")  # after these a solution sees the output and goes on
+PASSED = ("ok", "output_limit")
+SHOWN = (*PASSED, "error")  # after these a solution sees the output and goes on
 MAX_ROUNDS, MAX_TOKENS, CONTEXT_FULL = "max_rounds", "max_tokens", "context_full"
 MALFORMED, INFRASTRUCTURE = "malformed", "infrastructure"
 OUTPUT_BYTES = 2048  # of one execution; a page of digits teaches a model nothing and fills its context
 THREADS = 2
 # The interpreter's and the conversation's: a model that wrote them would answer for others.
 NOT_SAMPLED = (Marker.EXECUTION, Marker.USER, Marker.SYSTEM, Marker.ASSISTANT)
+
+
+def block_limits(seconds: float) -> Limits:
+    """The limits of a block of so many seconds of a processor: twice as many by the clock, little output."""
+    return Limits(cpu_seconds=seconds, wall_seconds=2 * seconds, output_bytes=OUTPUT_BYTES)
+
+
+class _Next(NamedTuple):
+    """What follows a block: the output of its code (None: nothing is shown), why the solution ends there, or "", and
+    how the execution ended, "" of none."""
+
+    output: str | None
+    end: str = ""
+    status: str = ""
 
 
 class Coding(NamedTuple):
@@ -38,18 +54,23 @@ class Coding(NamedTuple):
     tokenizer: Tokenizer
     max_rounds: int
     isolation: str | None = None
-    limits: Limits = Limits(output_bytes=OUTPUT_BYTES)
+    limits: Limits = block_limits(6.0)
 
-    def tool_hook(self) -> ToolHook:
-        """What the engine asks at the end of every block. Raises UserError where code cannot be isolated."""
-        if self.isolation is None and parallel.rank() == 0:
+    def tool_hook(self, *, whole: bool = False) -> ToolHook:
+        """What the engine asks at the end of every block; whole: max_new_tokens bounds a solution, not a block. Raises
+        UserError where code cannot be isolated."""
+        if self.isolation is None and parallel.tensor_parallel_rank() == 0:
             runner.best_isolation()
-        return ToolHook((self.tokenizer.control[Marker.END_OF_BLOCK],), self._on_pause)
+        return ToolHook((self.tokenizer.control[Marker.END_OF_BLOCK],), self._on_pause, whole)
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """The ids of the markers that a solution must not write."""
+        return tuple(self.tokenizer.control[marker] for marker in NOT_SAMPLED)
 
     def sampling(self, sampling: Sampling) -> Sampling:
-        """The same without the markers that a solution must not write."""
-        banned = {self.tokenizer.control[marker]: float("-inf") for marker in NOT_SAMPLED}
-        return replace(sampling, logit_bias={**sampling.logit_bias, **banned})
+        """The same without those."""
+        return replace(sampling, logit_bias={**sampling.logit_bias, **dict.fromkeys(self.banned, float("-inf"))})
 
     def end(self, completion: Completion, max_seq_len: int) -> str:
         """Why a solution ended."""
@@ -64,7 +85,7 @@ class Coding(NamedTuple):
         -> the execution, perhaps none, and why the answer ends there, or "". All ranks call it.
         """
         ran = self._run([ended_blocks(split_text(answer)) for answer in answers])
-        return [("" if output is None else "".join(_execution(output)), reason) for output, reason in ran]
+        return [("" if output is None else "".join(_execution(output)), end) for output, end, _ in ran]
 
     def replays(self, answer: str) -> bool:
         """Whether the code of an answer prints what follows it when it is run again. A solution for which it is false
@@ -75,32 +96,33 @@ class Coding(NamedTuple):
         )
         return len(code) == len(outputs) and runner.replays(code, outputs, self.limits, self.isolation)
 
-    def _on_pause(self, rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
+    def _on_pause(self, rows: list[tuple[Request, list[int]]]) -> list[ToolAnswer]:
         """What the engine appends after each pause."""
-        ran = self._run([self.blocks(request.prompt, tokens) for request, tokens in rows])
-        appended: list[list[int] | str] = []
-        for output, reason in ran:
+        answers = []
+        for output, end, status in self._run([self.blocks(request.prompt, tokens) for request, tokens in rows]):
             pieces = [] if output is None else self.tokenizer.encode_pieces(_execution(output))
-            appended.append(reason or [index for piece in pieces for index in piece])
-        return appended
+            answers.append(ToolAnswer([index for piece in pieces for index in piece], end, status))
+        return answers
 
-    def _run(self, solutions: list[list[Block]]) -> list[tuple[str | None, str]]:
-        """What the code at the end of all solutions gives, run side by side on the first rank, on every rank."""
-        with ThreadPoolExecutor(THREADS) as pool:
-            return parallel.from_first_rank(lambda: list(pool.map(self._next, solutions)))
+    def _run(self, solutions: list[list[Block]]) -> list[_Next]:
+        """What follows each solution, run side by side on the first rank of a tensor-parallel group, on all of it."""
+        with watchdog.patiently(), ThreadPoolExecutor(THREADS) as pool:
+            return parallel.from_first_rank(lambda: list(pool.map(self._next, solutions)), of_group=True)
 
-    def _next(self, solution: Sequence[Block]) -> tuple[str | None, str]:
-        """What the last block of a solution printed, None where it is no code, and why the solution ends, or ""."""
+    def _next(self, solution: Sequence[Block]) -> _Next:
+        """What follows the last block of a solution; it runs code."""
         if sum(block.kind != "execution" for block in solution) >= self.max_rounds:
-            return None, MAX_ROUNDS
+            return _Next(None, MAX_ROUNDS)
         if solution[-1].kind != "code":
-            return None, MALFORMED if solution[-1].kind == "" else ""
+            return _Next(None, MALFORMED if solution[-1].kind == "" else "")
         code = [block.content for block in solution if block.kind == "code"]
         try:
             execution = runner.run(code, self.limits, self.isolation)
         except SandboxError as problem:
-            return None, f"{INFRASTRUCTURE}: {problem}"
-        return (execution.output, "") if execution.status in SHOWN else (None, f"exec_{execution.status}")
+            return _Next(None, f"{INFRASTRUCTURE}: {problem}")
+        if execution.status in SHOWN:
+            return _Next(execution.output, "", execution.status)
+        return _Next(None, f"exec_{execution.status}", execution.status)
 
     def blocks(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[Block]:
         """The ended blocks of the answer that a prompt may begin and these tokens go on with."""

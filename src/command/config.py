@@ -237,6 +237,15 @@ class CodeFlags(Config):
 
     isolation: Literal["", "bubblewrap", "namespaces", "none"] = flag("", """what the code of solutions with
         code runs in; default: what this machine has; none = your own rights, under limits alone""")
+    code_seconds: Positive = flag(6.0, """processor time that a block of code may take, rounded up, and twice as much by
+        the clock""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsFlags(CodeFlags):
+    """Solutions with code"""
+
+    max_rounds: Count = flag(24, "blocks of text and code at most in a solution with code (--chat_template code)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src import jsonfile, parallel, runlog
-from src.command.config import CodeFlags, Count, NonNegative, Seed, flag
+from src.command.config import Count, NonNegative, RoundsFlags, Seed, flag
 from src.construct.samples import BuildConfig, log_counts
 from src.construct.solver import SolverFlags, check_solver, open_solver, sample_and_grade
 from src.data.examples import Prompt, Sample, read_prompts, read_samples
@@ -19,7 +19,7 @@ from src.inference.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttemptsConfig(SolverFlags, CodeFlags, BuildConfig):
+class AttemptsConfig(SolverFlags, RoundsFlags, BuildConfig):
     """Problems and samples"""
 
     task: str = flag(help="how problems are put, and answers found and compared")
@@ -30,7 +30,6 @@ class AttemptsConfig(SolverFlags, CodeFlags, BuildConfig):
     attempts: Count = flag(100, "samples of a problem at most")
     temperature: NonNegative = flag(1.0, "of the samples")
     max_new_tokens: Count = flag(512, "longest response; of a solution with code the longest block")
-    max_rounds: Count = flag(24, "of solutions with code: blocks of text and code at most")
     split: str = flag("", "only problems of this part, as for solver_evaluate.py")
     seed: Seed = flag(1, "seed of the samples")
 
@@ -48,7 +47,7 @@ def attempts(config: AttemptsConfig) -> None:
     if config.dry_run:
         return
     prompting = make_prompting(task, prompt_template=config.prompt_template)
-    solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.max_rounds, isolation=config.isolation)
+    solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.max_rounds, code=config)
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=prompting.stop,
                         seed=config.seed)
     with Grader(task) as grader:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from src import load, parallel
 from src.checkpoint import storage
-from src.code_solutions.tool_hook import Coding
-from src.command.config import AskedFlags, Config, Count, flag
+from src.code_solutions.tool_hook import Coding, block_limits
+from src.command.config import AskedFlags, CodeFlags, Config, Count, flag
 from src.construct.provenance import read_provenance
 from src.data.encoding import StepKind
 from src.data.examples import Prompt, Sample, read_samples
@@ -66,8 +66,8 @@ def check_solver(config: SolverFlags, *, from_prefix: bool = False) -> None:
 
 
 def open_solver(
-    config: SolverFlags, prompting: Prompting, *, seed: int, max_rounds: int = 24, isolation: str = "",
-    quantize: str = "", compiled: bool = False,
+    config: SolverFlags, prompting: Prompting, *, seed: int, max_rounds: int = 24,
+    code: CodeFlags | None = None, quantize: str = "", compiled: bool = False,
 ) -> LocalSolver | ServedSolver:
     """Open what the flags name: a server, or the model of a checkpoint on this rank, with what runs its code."""
     parallel.start(seed)
@@ -79,8 +79,11 @@ def open_solver(
     source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)), "chat_template": tokenizer.chat_template,
               "template_args": tokenizer.template_args or None, "system_prompt": tokenizer.system_prompt or None,
               "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
-    coding = Coding(tokenizer, max_rounds, isolation or None) if tokenizer.code else None
-    source |= {"max_rounds": max_rounds} if coding else {}
+    coding, code, usual = None, code or CodeFlags(), CodeFlags()
+    if tokenizer.code:
+        coding = Coding(tokenizer, max_rounds, code.isolation or None, block_limits(code.code_seconds))
+        source |= {"max_rounds": max_rounds,
+                   "code_seconds": code.code_seconds if code.code_seconds != usual.code_seconds else None}
     return LocalSolver(model, tokenizer, prompting, config.max_batch_size, coding, source, compiled)
 
 

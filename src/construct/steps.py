@@ -197,7 +197,7 @@ def branch(config: BranchConfig) -> None:
     if config.dry_run:
         return
     solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.steps_a_solution,
-                         isolation=config.isolation)
+                         code=config)
     if solver.coding:
         jobs = replayable(jobs, solver.coding)
         runlog.logger().info("%d of them leave solutions whose code prints the same again", len(jobs))

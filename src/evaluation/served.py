@@ -20,7 +20,7 @@ OWN = ("base_url", "model_name", "api_key_env")  # flags of a server alone
 # what a request has no word for, or a server decides, by the value that asks for nothing
 WITHOUT_EFFECT: dict[str, object] = {
     "model_type": "", "top_k": 0, "min_p": 0.0, "precision": "", "quantize": "", "compile": False, "isolation": "",
-    "max_rounds": 24, "choices": "",
+    "max_rounds": 24, "code_seconds": 6.0, "choices": "",
 }  # fmt: skip
 
 

@@ -43,7 +43,8 @@ class Completion(NamedTuple):
 
     tokens are all of the response, EOS or stop string and what a ToolHook appended included; text is what they say,
     without EOS or stop string (empty when the vocabulary cannot decode). logprobs are the plain model's,
-    sampled_logprobs those of the distribution that was sampled from, in nats; 0 for tokens that a ToolHook appended.
+    sampled_logprobs those of the distribution that was sampled from, in nats; 0 for tokens that a ToolHook appended,
+    where is_sampled is False. tool_results: how the runs of its tool ended, in order.
     """
 
     request: Request
@@ -52,18 +53,30 @@ class Completion(NamedTuple):
     sampled_logprobs: list[float]
     finish: str  # stop | length | what ToolHook says
     text: str
+    is_sampled: list[bool]
+    tool_results: Sequence[str] = ()
+
+
+class ToolAnswer(NamedTuple):
+    """How a paused row continues: tokens to append, perhaps none, or in `end` the reason why it ends. result: how the
+    tool's run ended, "" where it ran nothing."""
+
+    tokens: list[int]
+    end: str = ""
+    result: str = ""
 
 
 class ToolHook(NamedTuple):
     """Rows that sample one of these ids pause, and a tool says how each continues.
 
-    on_pause(rows) gets the request and the tokens of every row that paused in this step, and returns for each the
-    tokens to append, perhaps none, or a text: the reason why it ends. All ranks call it and must get the same.
-    max_new_tokens then bounds what is sampled between two pauses.
+    on_pause(rows) gets the request and the tokens of every row that paused in this step, and answers for each. All
+    ranks of a tensor-parallel group call it and must get the same. max_new_tokens then bounds what is sampled between
+    two pauses, or with `whole` all that is sampled of a response.
     """
 
     ids: tuple[int, ...]
-    on_pause: Callable[[list[tuple[Request, list[int]]]], list[list[int] | str]]
+    on_pause: Callable[[list[tuple[Request, list[int]]]], list[ToolAnswer]]
+    whole: bool = False
 
 
 class Vocabulary(NamedTuple):
@@ -175,6 +188,8 @@ class Batch:
         self.tokens = np.zeros((n_slots, longest_response), dtype=np.int64)
         self.logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
         self.sampled_logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
+        self.is_sampled = np.zeros((n_slots, longest_response), dtype=bool)  # not appended by a tool
+        self.tool_results: list[list[str]] = [[] for _ in range(n_slots)]
         self.uniforms = np.zeros((n_slots, longest_response))
         self.bias: Tensor | None = None  # [P], once the logits' width is known
         self.stop_window = 4 * max(map(len, sampling.stop), default=0) + 4  # a character is 4 tokens at most
@@ -267,7 +282,7 @@ class Batch:
         """Start a response in an empty slot."""
         room = self._room(request)
         limit = min(self.sampling.max_new_tokens, request.max_new_tokens or room, room)
-        self.requests[slot], self.limits[slot], self.counts[slot] = request, limit, 0
+        self.requests[slot], self.limits[slot], self.counts[slot], self.tool_results[slot] = request, limit, 0, []
         n = room if self.tool_hook else limit
         self.uniforms[slot, :n] = uniforms(self.sampling.seed, request.id, request.sample, n)
 
@@ -285,7 +300,7 @@ class Batch:
         # all is read at once: the only time in a step that a GPU is waited for
         read = torch.stack([column.double() for column in choice]).cpu().numpy()
         self.tokens[places], self.logprobs[places], self.sampled_logprobs[places] = read
-        sampled = self._force_tokens(slots)
+        sampled = self.is_sampled[places] = self._force_tokens(slots)
         self.counts[slots] += 1
         if self.on_token:
             for slot, token in zip(slots, self.tokens[places].tolist(), strict=True):
@@ -314,13 +329,14 @@ class Batch:
         """Ask the tool how these paused slots continue; yield and empty those that it ends."""
         rows = [(self.requests[slot], self.tokens[slot, : self.counts[slot]].tolist()) for slot in slots]
         answers = self.tool_hook.on_pause(rows) if rows else ()
-        for slot, (request, _), more in zip(slots, rows, answers, strict=True):
-            if isinstance(more, str):
-                yield self._completion(slot, self._text(slot, True)[0], more)
+        for slot, (request, _), answer in zip(slots, rows, answers, strict=True):
+            self.tool_results[slot] += [answer.result] * bool(answer.result)
+            if answer.end:
+                yield self._completion(slot, self._text(slot, True)[0], answer.end)
                 continue
-            self.forced[slot] = deque(more)
-            limit = self.counts[slot] + len(more) + self.sampling.max_new_tokens
-            self.limits[slot] = min(limit, self._room(request))
+            self.forced[slot] = deque(answer.tokens)
+            limit = self.limits[slot] if self.tool_hook.whole else self.counts[slot] + self.sampling.max_new_tokens
+            self.limits[slot] = min(limit + len(answer.tokens), self._room(request))
 
     def _text(self, slot: int, ended: bool) -> tuple[str, bool]:
         """What a row says, up to its first stop string, and whether there is one; empty while nothing ends it."""
@@ -339,8 +355,9 @@ class Batch:
     def _completion(self, slot: int, text: str, finish: str) -> Completion:
         """The row of a slot, which is emptied."""
         n = self.counts[slot]
-        columns = (self.tokens, self.logprobs, self.sampled_logprobs)
-        completion = Completion(self.requests[slot], *(column[slot, :n].tolist() for column in columns), finish, text)
+        columns = (self.tokens, self.logprobs, self.sampled_logprobs, self.is_sampled)
+        *numbers, is_sampled = (column[slot, :n].tolist() for column in columns)
+        completion = Completion(self.requests[slot], *numbers, finish, text, is_sampled, self.tool_results[slot])
         self.requests[slot] = None
         self.forced[slot].clear()
         self.cache.release(slot)

@@ -9,6 +9,8 @@ samples laid end to end. What it returns is the same either way. The fields lie 
 device from here: which positions a mask picks must be known before, for to ask a GPU is to wait for all that it does.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -21,6 +23,13 @@ from src.models.vocab_softmax import Entropy, output_logprobs
 Lengths = Segments | None
 
 
+class SampledIds(NamedTuple):
+    """The ids that a sampler may choose: those below `size`, but for the banned ones."""
+
+    size: int
+    banned: tuple[int, ...] = ()
+
+
 def _predicting(model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
     """Hidden states at the positions that predict response tokens, and these. [B, S], [B, S] -> [N, D], [N] int64."""
     places = response_mask.flatten().nonzero()[:, 0]
@@ -30,14 +39,14 @@ def _predicting(model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: 
 
 def response_logprobs(
     model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None, *,
-    temperature: float = 1.0, n_ids: int | None = None,
+    temperature: float = 1.0, ids: SampledIds | None = None,
 ) -> Tensor:
-    """Log-probability of every response token at a sampling temperature, among the first n_ids ids (None: all).
+    """Log-probability of every response token at a sampling temperature, among the ids that are sampled (None: all).
 
     tokens [B, S] int64, response_mask [B, S] bool, False where a sample starts -> [N] float32, nats.
     Differentiable. Training, scoring and evaluation all take their log-probs and cross-entropies from here.
     """
-    return _logprobs(model, tokens, response_mask, lengths, temperature, n_ids)[0]
+    return _logprobs(model, tokens, response_mask, lengths, temperature, ids)[0]
 
 
 def summed_logprobs(model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None) -> Tensor:
@@ -47,17 +56,17 @@ def summed_logprobs(model: Decoder, tokens: Tensor, response_mask: Tensor, lengt
 
 def logprobs_and_entropy(
     model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None, *,
-    temperature: float = 1.0, n_ids: int | None = None, learn_entropy: bool = False,
+    temperature: float = 1.0, ids: SampledIds | None = None, learn_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """response_logprobs() and the entropy of each predicting distribution. -> two [N] float32. The entropy has a
     gradient only with learn_entropy."""
     kind = "learned" if learn_entropy else "logged"
-    return _logprobs(model, tokens, response_mask, lengths, temperature, n_ids, entropy=kind)
+    return _logprobs(model, tokens, response_mask, lengths, temperature, ids, entropy=kind)
 
 
 def _logprobs(
     model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths, temperature: float = 1.0,
-    n_ids: int | None = None, *, entropy: Entropy = "none", summed: bool = False,
+    ids: SampledIds | None = None, *, entropy: Entropy = "none", summed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [N] and entropies [N] (empty unless asked for). summed: see output_logprobs()."""
 
@@ -66,21 +75,25 @@ def _logprobs(
         logits = model.finish_logits(products)
         if temperature != 1.0:
             logits = logits / temperature
-        return logits if n_ids is None or n_ids >= model.config.vocab_size else _without_padding(logits, n_ids)
+        everything = ids is None or ids.size >= model.config.vocab_size and not ids.banned
+        return logits if everything else _of_sampled(logits, ids)
 
     hidden, targets = _predicting(model, tokens, response_mask, lengths)  # [N, D], [N]
     hidden = parallel.copy_to_tensor_parallel(hidden)
     return output_logprobs(hidden, model.output_weight, targets, finish, entropy, summed=summed)
 
 
-def _without_padding(logits: Tensor, n_ids: int) -> Tensor:
-    """Take all probability from ids that no text has and no sampler yields. [n, P] -> [n, P], this rank's.
+def _of_sampled(logits: Tensor, ids: SampledIds) -> Tensor:
+    """Take all probability from ids that no sampler yields, such as padding. [n, P] -> [n, P], this rank's.
 
     The value is finite: the slice of a rank that holds padding alone must still have a normaliser.
     """
     start = parallel.tensor_parallel_rank() * logits.shape[-1]
-    ids = torch.arange(start, start + logits.shape[-1], device=logits.device)
-    return logits.masked_fill(ids >= n_ids, -1e4)
+    here = torch.arange(start, start + logits.shape[-1], device=logits.device)
+    never = here >= ids.size
+    for index in ids.banned:
+        never |= here == index
+    return logits.masked_fill(never, -1e4)
 
 
 def response_values(

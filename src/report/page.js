@@ -136,7 +136,7 @@ function groupTables() {
 // ---- a text with colours
 
 function coloured(pieces, values, least, most, unit) {
-  return pieces.map((piece, i) => el("span", {
+  return pieces.map((piece, i) => values[i] === null ? el("span", { class: "faint", title: "printed by code" }, piece) : el("span", {
     class: "step", style: colour(values[i], least, most), title: `${unit} ${short(values[i])}` }, piece));
 }
 

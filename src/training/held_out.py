@@ -28,8 +28,8 @@ def measure_held_out(
                         stop=data.task.stop, seed=config.seed)  # fmt: skip
     counts = torch.zeros(3, dtype=torch.int64)  # right: responses, in any, by majority
     with models.phase(timer, "evaluate", models.actor.model):
-        rollout = sample_rollout(models.actor.model, data.held_out, data.tokenizer, sampling, group_size=n,
-                                 first_sample=0, max_batch_size=config.rollout_batch_size)  # fmt: skip
+        rollout = sample_rollout(models.actor.model, data.held_out, data.tokenizer, sampling, numbers=range(n),
+                                 max_batch_size=config.rollout_batch_size, coding=data.coding)  # fmt: skip
     # a problem's responses are compared with one another: they stay on one rank, the first of its group
     for place in shard_for_rank(range(len(data.held_out))) if parallel.tensor_parallel_rank() == 0 else ():
         prompt = data.held_out[place]

@@ -124,10 +124,12 @@ def readable_rows(buffer: PPOBuffer, scores: Scores, n: int, tokenizer: Tokenize
     """The first n episodes of a buffer to be read by a person, with advantage and KL, in nats, of each token."""
     rollout, trainable = buffer.rollout, set(buffer.trainable.tolist())
     kl, tokens, mask = losses.kl_k1(buffer.logprobs, buffer.reference_logprobs), *buffer.batch[:2]
+    spans = [slice(int(mask[row].int().argmax()), last + 1) for row, last in enumerate(rollout.last.tolist())]
 
-    def rounded(values: Tensor, row: int) -> list[float]:
-        """An episode's values [B, S] at its response tokens, short enough for a file."""
-        return [round(value, 4) for value in values[row][mask[row]].tolist()]
+    def rounded(values: Tensor, row: int) -> list[float | None]:
+        """An episode's values [B, S] at its response tokens, short enough for a file; None where code printed."""
+        pairs = zip(values[row, spans[row]].tolist(), mask[row, spans[row]].tolist(), strict=True)
+        return [round(value, 4) if is_sampled else None for value, is_sampled in pairs]
 
     return [
         {
@@ -140,7 +142,8 @@ def readable_rows(buffer: PPOBuffer, scores: Scores, n: int, tokenizer: Tokenize
             "tokens": int(rollout.lengths[row]),
             "finished": bool(rollout.finished[row]),
             "learned": row in trainable,
-            "pieces": [tokenizer.decode([token]) for token in tokens[row][mask[row]].tolist()],
+            "pieces": [tokenizer.decode([token], show_control=tokenizer.code)
+                       for token in tokens[row, spans[row]].tolist()],
             "token_kl": rounded(kl, row),
             "advantages": rounded(buffer.advantages, row),
         }
@@ -166,7 +169,8 @@ ALERTS = [
     Alert("no spread", lambda seen: seen["reward_std"] == 0 and "teacher_kl" not in seen,
           "all responses earn the same, so there is nothing to learn; look at rollouts/ and check --reward and --task"),
     Alert("cut off", lambda seen: seen["truncated_share"] > 0.3,
-          "over 30% of the responses did not end; raise --max_new_tokens, or --missing_eos_penalty if they ramble"),
+          "over 30% of the responses did not end; raise --max_new_tokens (--max_rounds, --code_seconds), or "
+          "--missing_eos_penalty if they ramble"),
     Alert("far away", lambda seen: seen["kl"] > 0.5,
           "the policy is over 0.5 nats a token from the reference; raise --kl_coef or lower --lr"),
     Alert("clipped", lambda seen: seen["clipped_low"] + seen["clipped_high"] > 0.3,
@@ -183,6 +187,8 @@ ALERTS = [
           "the reward follows the length of the response, not its merit; set --overlong_buffer or mend the reward"),
     Alert("unreadable", lambda seen: seen.get("graded_unparsed", 0.0) > 0.5,
           "over half of the responses hold no answer that --task finds; fine-tune on its form first, or change --task"),
+    Alert("failing code", lambda seen: seen.get("executions_error", 0.0) + seen.get("executions_timeout", 0.0) > 0.5,
+          "over half of the executions fail; look at rollouts/, and give --reward code some of --reward_weights"),
     Alert("not judged", _not_graded,
           "over 10% of the responses earn 0 because the grader or your --reward function ran out of time or died; "
           "look at rollouts/ for what they stumble on"),

@@ -134,4 +134,5 @@ def read_response(
     if reply.finish != finish or finish == "length" and len(ids) < limit:
         raise ValueError(f"finish_reason {reply.finish} after {len(ids)} of {limit} tokens, the last of which is "
                          f"{ids[-1]}; expected an end that the tokenizer's files or --task name")
-    return Completion(request, ids, logprobs, logprobs, finish, text[: min(stops)] if stops else text)
+    return Completion(request, ids, logprobs, logprobs, finish, text[: min(stops)] if stops else text,
+                      [True] * len(ids))

@@ -19,6 +19,7 @@ from src.command.config import (
     OptimizerFlags,
     Positive,
     PositiveOrOff,
+    RoundsFlags,
     RunFlags,
     SavingFlags,
     Share,
@@ -69,7 +70,7 @@ class SamplingFlags(Config):
     max_buffer_size: Count = flag(96, "episodes in one rollout buffer, over all ranks")
     rollout_batch_size: Count = flag(64, "sequences that decode at once on a rank")
     temperature: NonNegative = flag(1.0, "sampling temperature; ratios and KL are at the same temperature")
-    max_new_tokens: Count = flag(256, "longest response")
+    max_new_tokens: Count = flag(256, "longest response; with code, what the policy writes of it")
     group_size: CountOrOff = flag(-1, "responses to each prompt; -1 = 8 for grpo, dr_grpo, gdpo and rloo, else 1")
     filter_groups: bool = flag(False, "do not learn from groups whose rewards are all equal")
     max_refills: CountOrZero = flag(0, """how often a buffer is refilled with groups of further prompts for
@@ -97,9 +98,10 @@ class RewardFlags(Config):
 
     reward: list[str] = flag(["verifier"], """one or more, added up: verifier = its score (pairwise, outcome)
         or those of the steps (process); rule = 1 for an answer that grades right against the label, else 0 (0
-        without a label beside another reward); FILE.py:FUNCTION = what your function(prompts, completions,
-        **columns) gives for the lists of a buffer: a number for each response, or these and a dictionary of
-        numbers for the log; columns are those of train_file, such as label. It asks for those that it names""")
+        without a label beside another reward); code = minus the share of its runs of code that fail;
+        FILE.py:FUNCTION = what your function(prompts, completions, **columns) gives for the lists of a buffer: a
+        number for each response, or these and a dictionary of numbers for the log; columns are those of
+        train_file, such as label. It asks for those that it names""")
     reward_weights: Weights = flag([], "what each of them weighs, 0 to log it only; default: 1 each")
     outcome_reward: Literal["probability", "logit"] = flag("probability", """what an outcome verifier gives:
         its probability, or its normalised logit""")
@@ -189,8 +191,8 @@ class UpdateFlags(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(
-    RunFlags, SamplingFlags, ServerFlags, RewardFlags, KlFlags, AdvantageFlags, UpdateFlags, OptimizerFlags, LoraFlags,
-    SavingFlags, ColumnFlags,
+    RunFlags, SamplingFlags, RoundsFlags, ServerFlags, RewardFlags, KlFlags, AdvantageFlags, UpdateFlags,
+    OptimizerFlags, LoraFlags, SavingFlags, ColumnFlags,
 ):
     """Models and data"""
 
@@ -326,7 +328,8 @@ class PPOConfig(
     def _wrong_rewards(self) -> list[tuple[object, str]]:
         """The same of --reward, its weights, and functions that the log could not tell apart."""
         names = self.reward
-        logged = [*map(short_name, names), "format", "std"]  # reward_format and reward_std are no user's function
+        # reward_format, reward_std and, where code is run, reward_code are no user's function
+        logged = [*map(short_name, names), "format", "std", "code"]
         twice = [name for name in names if ":" in name and logged.count(short_name(name)) > 1]
         return [
             (not names or len(set(names)) < len(names),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from src import load, parallel, runlog
 from src.checkpoint import saving
+from src.code_solutions.tool_hook import Coding, block_limits
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, read_prompts
 from src.data.sampler import chunks, epoch_order
@@ -18,6 +19,7 @@ from src.evaluation.report import type_of
 from src.grading.grader import Grader
 from src.grading.tasks import INSTRUCTION, Task, find_task
 from src.models.decoder import Decoder
+from src.models.forward import SampledIds
 from src.runlog import Phases, RunLog
 from src.sharing import SharedBase
 from src.text.tokenizer import Tokenizer
@@ -34,7 +36,8 @@ NAMED = 5  # prompts that a warning names; it counts all
 
 
 class Inputs(NamedTuple):
-    """What a run reads before it starts: prompts as the policy is shown them, and the rows that iterations answer."""
+    """What a run reads before it starts: prompts as the policy is shown them, and the rows that iterations answer.
+    coding: how the code of responses is run; None of text alone."""
 
     prompts: list[Prompt]
     held_out: list[Prompt]
@@ -43,6 +46,12 @@ class Inputs(NamedTuple):
     task: Task
     iterations: list[tuple[int, list[int]]]  # epoch and rows of prompts
     per_epoch: int
+    coding: Coding | None = None
+
+    @property
+    def sampled_ids(self) -> SampledIds:
+        """What the policy samples from."""
+        return SampledIds(self.tokenizer.vocab_size, self.coding.banned if self.coding else ())
 
 
 def read_inputs(config: PPOConfig) -> Inputs:
@@ -62,9 +71,14 @@ def read_inputs(config: PPOConfig) -> Inputs:
         runlog.logger().warning("--task %s puts each problem into words of its own, and the verifier reads these too; "
                                 "it should have learnt on them", config.task)
     tokenizer = load.load_tokenizer(config.actor_ckpt_dir, config)
-    if tokenizer.code:
-        raise UserError(f"{config.actor_ckpt_dir} writes solutions with code, but rollouts run none; expected a solver "
-                        f"that answers in text alone, trained without --chat_template code")
+    if tokenizer.code and config.rollout_backend == "openai":
+        raise UserError(f"{config.actor_ckpt_dir} writes solutions with code, which no server runs while it samples; "
+                        "leave --rollout_backend openai out")
+    if "code" in config.reward and not tokenizer.code:
+        raise UserError(f"--reward code looks at runs of code, but {config.actor_ckpt_dir} answers in text alone; "
+                        "leave it out, or train a solver with --chat_template code")
+    coding = Coding(tokenizer, config.max_rounds, config.isolation or None, block_limits(config.code_seconds)
+                    ) if tokenizer.code else None
     judge = config.reward_model_ckpt_dir
     foreign = bool(judge) and load.load_config(judge).verifier_form  # it comes with a tokenizer of its own
     load.check_tokenizer(tokenizer, config.critic_ckpt_dir, config.teacher_ckpt_dir, "" if foreign else judge)
@@ -81,7 +95,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
     iterations = list(itertools.islice(schedule, config.max_steps if config.max_steps >= 0 else None))
     runlog.warn_of_early_end(len(iterations), config.epochs, config.max_steps)
     per_epoch = -(-len(prompts) // config.prompts_per_buffer)
-    return Inputs(prompts, held_out, n_held_out, tokenizer, task, iterations, per_epoch)
+    return Inputs(prompts, held_out, n_held_out, tokenizer, task, iterations, per_epoch, coding)
 
 
 def _in_words_of(task: Task, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -209,10 +223,14 @@ def open_rewards(
             score = rewards.verifier_reward(models.verifier, tokenizer, config, config.max_batch_size, own)
         elif name == "rule":
             score = rewards.on_first_rank(partial(rewards.graded_reward, grader))
+        elif name == "code":
+            score = rewards.code_reward
         else:
             function = in_use.enter_context(UserReward(name))
             score, whole = partial(rewards.function_reward, function, short), True
         opened[short] = Reward(weight, score, whole)
+    if tokenizer.code:  # in any case for the log
+        opened.setdefault("code", Reward(0.0, rewards.code_reward))
     if config.format_penalty:
         score = rewards.on_first_rank(partial(rewards.format_reward, grader, config.format_penalty))
         opened["format"] = Reward(1.0, score)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from src import losses, parallel, runlog
+from src.code_solutions.tool_hook import PASSED
 from src.data.batch import Batch, make_batch
 from src.data.encoding import STEP_ENDS, Encoded, encode_steps, split_steps
 from src.data.examples import OUTCOMES, Prompt
@@ -21,6 +22,7 @@ from src.data.sampler import chunks
 from src.errors import UserError
 from src.evaluation.report import type_of
 from src.grading.grader import Grader
+from src.inference.engine import vocabulary_of
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import response_scores, token_scores
@@ -153,16 +155,19 @@ def process_reward(
     """A process verifier's score of each step, at the sampled token that ends the step. -> [B, S].
     losses.process_rewards() has the three kinds. The bonus is added for every step."""
     laid_out = torch.zeros(rollout.batch.tokens.shape)
-    starts = (rollout.last - rollout.lengths + 1).tolist()
     for row, steps in enumerate(step_logits(verifier, own or tokenizer, rollout, max_batch_size)):
         probabilities = torch.tensor([steps]).sigmoid()
         worth = losses.process_rewards(probabilities, torch.ones_like(probabilities).bool(), flags.step_reward)[0]
         # the verifier read the response's text in tokens of its own layout; rewards belong to the sampled ones
-        tokens = rollout.batch.tokens[row][rollout.batch.response_mask[row]].tolist()
-        ends = step_ends(tokenizer, tokens, rollout.responses[row], STEP_ENDS[verifier.config.step])
+        places = rollout.batch.response_mask[row].nonzero()[:, 0]
+        first = int(places[0])
+        tokens = rollout.batch.tokens[row, first : int(places[-1]) + 1].tolist()
+        ends = torch.tensor(step_ends(tokenizer, tokens, rollout.responses[row], STEP_ENDS[verifier.config.step]))
+        # a step that ends in what code printed is the worth of the code
+        columns = places[torch.searchsorted(places, first + ends, right=True) - 1].tolist()
         # two steps may end in one token, and a solution too long for the verifier has fewer scores than steps
-        for end, value in zip(ends, (worth + flags.step_bonus).tolist(), strict=False):
-            laid_out[row, starts[row] + end] += value
+        for column, value in zip(columns, (worth + flags.step_bonus).tolist(), strict=False):
+            laid_out[row, column] += value
     return laid_out
 
 
@@ -222,10 +227,11 @@ def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str, step_e
     """The places among sampled response tokens where the steps of their text end, by characters. A step ends with the
     step_end after it, the last one with the response's last token."""
     steps, ends, characters = split_steps(response, step_end), [], 0
+    decode = vocabulary_of(tokenizer).decode
     for step in steps[:-1]:
         characters = response.index(step, characters) + len(step) + len(step_end)
         # the first token with which the decoded text is at least so long: tokens may straddle the end of a step
-        ends.append(bisect_left(range(1, len(tokens) + 1), characters, key=lambda n: len(tokenizer.decode(tokens[:n]))))
+        ends.append(bisect_left(range(1, len(tokens) + 1), characters, key=lambda n: len(decode(tokens[:n]))))
     return [*ends, len(tokens) - 1]
 
 
@@ -266,6 +272,16 @@ def function_reward(function: UserReward, name: str, rollout: Rollout) -> tuple[
     counts = {f"reward_{name}/{key}": (value, 1) for key, value in found.stats.items()}
     counts[f"reward_{name}_failed"] = (found.n_failed, len(found.values))
     return at_last(torch.tensor(found.values), rollout), counts if parallel.data_parallel_rank() == 0 else {}
+
+
+def code_reward(rollout: Rollout) -> tuple[Tensor, Counts]:
+    """Minus the share of its executions that failed, at each response's last token; 0 without any. -> [B, S]. Counts
+    how executions ended, and how many a response has."""
+    scores = [-sum(status not in PASSED for status in each) / max(1, len(each)) for each in rollout.executions]
+    found = Counter(status if status in ("ok", "error", "timeout") else "other"
+                    for each in rollout.executions for status in each)
+    ends = {f"executions_{end}": (found[end], found.total()) for end in ("ok", "error", "timeout", "other")}
+    return at_last(torch.tensor(scores), rollout), ends | {"executions": (found.total(), len(scores))}
 
 
 def format_reward(grader: Grader, penalty: float, rollout: Rollout) -> tuple[list[float], Counts]:

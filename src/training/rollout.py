@@ -4,9 +4,9 @@ B episodes, S sequence, N response tokens of some episodes laid end to end in ro
 """
 
 import hashlib
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress, groupby
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import parallel
+from src.code_solutions.tool_hook import INFRASTRUCTURE, Coding
 from src.data.batch import Batch, make_batch, pack_shared
 from src.data.encoding import Encoded, encode_prompt
 from src.data.examples import Prompt
@@ -21,7 +22,7 @@ from src.errors import UserError
 from src.inference.engine import Completion, Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
-from src.models.forward import response_logprobs, response_values
+from src.models.forward import SampledIds, response_logprobs, response_values
 from src.processes import watchdog
 from src.text.tokenizer import Tokenizer
 from src.training.policy_server import PolicyServers
@@ -30,22 +31,24 @@ Item = TypeVar("Item")
 
 
 class Rollout(NamedTuple):
-    """A response to each prompt, alike on every rank; the responses to one prompt, a group, stand together."""
+    """A response to each prompt, alike on every rank; the responses to one prompt, a group, stand together. What code
+    printed stands in a response, but outside batch.response_mask: the policy did not sample it."""
 
     prompts: list[Prompt]
     responses: list[str]
     batch: Batch
     finished: Tensor  # [B] bool: the response ended by itself
     sampled_logprobs: Tensor  # [B, S] float32: of the distribution that was sampled from, 0 outside batch.response_mask
+    executions: Sequence[Sequence[str]]  # how each run of a response's code ended; in text alone there is none
 
     @property
     def lengths(self) -> Tensor:
-        """Response tokens of each episode. [B] int64."""
+        """Sampled tokens of each episode. [B] int64."""
         return self.batch.response_mask.sum(1)
 
     @property
     def last(self) -> Tensor:
-        """Column of each response's last token. [B] int64."""
+        """Column of each response's last sampled token. [B] int64."""
         mask = self.batch.response_mask
         return (torch.arange(mask.shape[1]) * mask).argmax(1)
 
@@ -63,6 +66,7 @@ class Rollout(NamedTuple):
             Batch(self.batch.tokens[rows], self.batch.response_mask[rows]),
             self.finished[rows],
             self.sampled_logprobs[rows],
+            [self.executions[row] for row in rows],
         )
 
 
@@ -85,8 +89,9 @@ def pack_episodes(batch: Batch, rows: Tensor) -> Batch:
     episodes = []
     for tokens, mask in zip(batch.tokens[rows], batch.response_mask[rows], strict=True):
         places = mask.nonzero()[:, 0]
-        episodes.append(Encoded(tokens[: int(places[-1]) + 1].tolist(), int(places[0])))
-    groups = itertools.groupby(episodes, lambda episode: episode.tokens[: episode.response_start])
+        end = int(places[-1]) + 1
+        episodes.append(Encoded(tokens[:end].tolist(), int(places[0]), answer_mask=mask[:end].tolist()))
+    groups = groupby(episodes, lambda episode: episode.tokens[: episode.response_start])
     return pack_shared([tuple(group) for _, group in groups])
 
 
@@ -96,19 +101,18 @@ def shard_for_rank(order: Sequence[Item]) -> Sequence[Item]:
 
 
 def sample_rollout(
-    actor: Decoder, prompts: Sequence[Prompt], tokenizer: Tokenizer, sampling: Sampling, *, group_size: int,
-    first_sample: int, max_batch_size: int, servers: PolicyServers | None = None,
+    actor: Decoder, prompts: Sequence[Prompt], tokenizer: Tokenizer, sampling: Sampling, *, numbers: range,
+    max_batch_size: int, servers: PolicyServers | None = None, coding: Coding | None = None,
 ) -> Rollout:
-    """group_size responses to each prompt from the current policy. Every data-parallel rank samples its share and
-    gets all.
+    """A group of responses to each prompt, of these numbers, from the current policy. Every data-parallel rank samples
+    its share and gets all.
 
-    (sampling.seed, prompt id, first_sample + place in the group) fixes each response, whatever the number of ranks.
-    max_batch_size: sequences that decode at once. servers: they sample instead of the actor. Raises UserError unless
-    all tensor-parallel ranks sampled the same.
+    (sampling.seed, prompt id, number) fixes each response, whatever the number of ranks. max_batch_size: sequences that
+    decode at once. servers: they sample instead of the actor. coding: runs the code of responses. Raises UserError
+    where code could not be run, and unless all tensor-parallel ranks sampled the same.
     """
     by_prompt = [
-        [Request(prompt.id, first_sample + place, encode_prompt(tokenizer, prompt.instruction))
-         for place in range(group_size)]
+        [Request(prompt.id, number, encode_prompt(tokenizer, prompt.instruction)) for number in numbers]
         for prompt in prompts
     ]
     # Whole groups: the samples of a prompt share its prefill
@@ -117,30 +121,39 @@ def sample_rollout(
         requests = [request for group in by_prompt for request in group]
         with watchdog.patiently():
             completions = parallel.from_first_rank(lambda: servers.sample(requests, sampling))
-        return _rollout(prompts, completions, group_size)
+        return _rollout(prompts, completions, len(numbers))
+    if coding:
+        sampling = coding.sampling(sampling)
+    tool_hook = coding.tool_hook(whole=True) if coding else None
     # Ranks sample different numbers of tokens: FSDP's exchanges inside a forward pass would wait for ever
     with parallel.gathered(actor):
         found = list(generate(actor, mine, sampling, vocabulary=vocabulary_of(tokenizer),
-                              max_batch_size=max_batch_size)) if mine else []
+                              max_batch_size=max_batch_size, tool_hook=tool_hook)) if mine else []
     everyone = {(done.request.id, done.request.sample): done for done in parallel.gather_over_data_parallel(found)}
     completions = [everyone[request.id, request.sample] for group in by_prompt for request in group]
-    return _rollout(prompts, completions, group_size)
+    for done in completions:
+        if done.finish.startswith(INFRASTRUCTURE):
+            raise UserError(f"the code of a response to prompt {done.request.id!r} could not be run, and nothing was "
+                            f"learnt from its buffer: {done.finish}; go on with --resume auto")
+    return _rollout(prompts, completions, len(numbers))
 
 
 def _rollout(prompts: Sequence[Prompt], completions: Sequence[Completion], group_size: int) -> Rollout:
     """Lay responses out, group_size to each prompt. Raises UserError unless the ranks hold the same."""
-    batch = make_batch(
-        [Encoded(done.request.prompt + done.tokens, len(done.request.prompt)) for done in completions])
+    batch = make_batch([
+        Encoded(done.request.prompt + done.tokens, n, answer_mask=[False] * n + done.is_sampled)
+        for done in completions for n in (len(done.request.prompt),)])
     _check_alike(batch.tokens)
     sampled_logprobs = torch.zeros(batch.tokens.shape)
     sampled_logprobs[batch.response_mask] = torch.tensor(
-        [logprob for done in completions for logprob in done.sampled_logprobs])
+        [logprob for done in completions for logprob in compress(done.sampled_logprobs, done.is_sampled)])
     return Rollout(
         [prompt for prompt in prompts for _ in range(group_size)],
         [done.text for done in completions],
         batch,
         torch.tensor([done.finish == "stop" for done in completions]),
         sampled_logprobs,
+        [done.tool_results for done in completions],
     )
 
 
@@ -155,11 +168,11 @@ def _check_alike(tokens: Tensor) -> None:
 
 
 def rollout_logprobs(
-    model: Decoder, batch: Batch, temperature: float, n_ids: int, passes: Sequence[Tensor]
+    model: Decoder, batch: Batch, temperature: float, ids: SampledIds, passes: Sequence[Tensor]
 ) -> Tensor:
-    """Log-probs of the response tokens among the first n_ids ids, by the forward pass that training uses.
+    """Log-probs of the response tokens among the ids that are sampled, by the forward pass that training uses.
     passes: the rows [n] int64 that are read at once. -> [B, S] float32, nats, 0 outside the response mask."""
-    score = partial(response_logprobs, model, temperature=temperature, n_ids=n_ids)
+    score = partial(response_logprobs, model, temperature=temperature, ids=ids)
     return _per_token(score, model, batch, passes)
 
 

@@ -43,8 +43,8 @@ class UserReward:
     def __init__(self, place: str, seconds: float = 10.0) -> None:
         path, _, name = place.rpartition(":")
         if not Path(path).is_file() or not name.isidentifier():
-            raise UserError(f"--reward {place!r} is neither verifier nor rule nor FILE.py:FUNCTION with a file that "
-                            "exists")
+            raise UserError(f"--reward {place!r} is neither verifier, rule nor code, nor FILE.py:FUNCTION with a file "
+                            "that exists")
         self.place, self.seconds = place, seconds
         self._worker = Worker("src.training.user_reward", (str(Path(path).resolve()), name))
 

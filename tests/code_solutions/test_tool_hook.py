@@ -9,7 +9,7 @@ import solver_evaluate
 from src import parallel
 from src.code_solutions.runner import Limits
 from src.code_solutions.tool_hook import Coding
-from src.inference.engine import Completion, Request
+from src.inference.engine import Completion, Request, ToolAnswer
 from src.inference.sampling import Sampling
 from src.text.blocks import Block, Marker, answer_pieces, prompt_pieces
 from src.text.tokenizer import Tokenizer
@@ -38,27 +38,31 @@ def code(*programs: str) -> str:
     return "".join(f"<|code|>{program}<|endofblock|>" for program in programs)
 
 
-def said(tokenizer: Tokenizer, more: list[int] | str) -> str:
-    return more if isinstance(more, str) else tokenizer.decode(more, show_control=True)
+def said(tokenizer: Tokenizer, answer: ToolAnswer) -> str:
+    return answer.end or tokenizer.decode(answer.tokens, show_control=True)
 
 
 @pytest.mark.parametrize(
-    ("answer", "follows"),
+    ("answer", "follows", "status"),
     [
-        ("<|text|>Think.<|endofblock|>", ""),
-        (code("print(6*7)"), "<|execution|>42\n<|endofblock|>"),
+        ("<|text|>Think.<|endofblock|>", "", ""),
+        (code("print(6*7)"), "<|execution|>42\n<|endofblock|>", "ok"),
         (
             code("x = 6") + "<|execution|><|endofblock|>" + code("print(x * 7)"),
             "<|execution|>42\n<|endofblock|>",
+            "ok",
         ),
-        (code("while True: pass"), "exec_timeout"),
-        ("loose<|endofblock|>", "malformed"),
-        (code("pass") * 5, "max_rounds"),
+        (code("while True: pass"), "exec_timeout", "timeout"),
+        ("loose<|endofblock|>", "malformed", ""),
+        (code("pass") * 5, "max_rounds", ""),
     ],
 )
-def test_scdpo_07_what_follows_a_block(code_tokenizer: Tokenizer, answer: str, follows: str) -> None:
+def test_scdpo_07_what_follows_a_block(
+    code_tokenizer: Tokenizer, answer: str, follows: str, status: str
+) -> None:
     tool_hook = Coding(code_tokenizer, max_rounds=5, limits=QUICK).tool_hook()
-    assert [said(code_tokenizer, more) for more in tool_hook.on_pause([row(code_tokenizer, answer)])] == [follows]
+    (more,) = tool_hook.on_pause([row(code_tokenizer, answer)])
+    assert (said(code_tokenizer, more), more.result) == (follows, status)
 
 
 def test_scdpo_07_an_error_is_shown_and_long_output_is_cut(code_tokenizer: Tokenizer) -> None:
@@ -79,9 +83,9 @@ def test_a_marker_that_code_prints_is_text(code_tokenizer: Tokenizer) -> None:
         .tool_hook()
         .on_pause([(request, ids(code_tokenizer, pieces))])
     )
-    control = [index for index in more if index in code_tokenizer.control.values()]
+    control = [index for index in more.tokens if index in code_tokenizer.control.values()]
     assert control == [code_tokenizer.control[marker] for marker in (Marker.EXECUTION, Marker.END_OF_BLOCK)]
-    assert code_tokenizer.decode(more) == "<| endofblock|><| text|>#### 1\n"
+    assert code_tokenizer.decode(more.tokens) == "<| endofblock|><| text|>#### 1\n"
 
 
 def test_scdpo_08_solutions_run_side_by_side_and_apart(code_tokenizer: Tokenizer) -> None:
@@ -114,7 +118,7 @@ def test_code_of_the_beginning_is_replayed(code_tokenizer: Tokenizer) -> None:
 def test_scdpo_07_ends_in_a_block_and_at_the_end_of_the_context(code_tokenizer: Tokenizer) -> None:
     coding = Coding(code_tokenizer, max_rounds=5)
     request, tokens = row(code_tokenizer, "<|text|>a<|endofblock|>")
-    done = Completion(request, tokens, [], [], "length", "")
+    done = Completion(request, tokens, [], [], "length", "", [True] * len(tokens))
     assert coding.end(done, 10_000) == "max_tokens"
     assert coding.end(done, len(request.prompt) + len(tokens)) == "context_full"
     assert coding.end(done._replace(finish="exec_timeout"), 10_000) == "exec_timeout"

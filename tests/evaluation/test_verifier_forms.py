@@ -143,7 +143,7 @@ def test_ppo_rewards_a_policy_of_another_tokenizer(tmp_path: Path, folders: Fold
     ids = encode_prompt(policy, PROBLEM)
     batch = make_batch([Encoded(ids + policy.encode(text), len(ids))])
     rollout = Rollout([Prompt("0", PROBLEM, None, None, None)], [text], batch, torch.tensor([True]),
-                      torch.zeros(batch.tokens.shape))
+                      torch.zeros(batch.tokens.shape), [[]])
     reward = rewards.verifier_reward(load.load_verifier(prm), policy, ppo_config(step_reward="raw"), 2,
                                      load.load_tokenizer(prm))
     assert reward(rollout)[0].sum().item() == pytest.approx(sum(expected), abs=1e-5)

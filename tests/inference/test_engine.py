@@ -12,7 +12,7 @@ from src import load, parallel
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.errors import UserError
-from src.inference.engine import Completion, Request, ToolHook, Vocabulary, generate
+from src.inference.engine import Completion, Request, ToolAnswer, ToolHook, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.models import cache
 from src.models.decoder import Decoder
@@ -389,9 +389,9 @@ def test_what_a_tool_appends_is_continued_from(
     pause = paused_at(model, request)
     heard = []
 
-    def on_pause(rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
+    def on_pause(rows: list[tuple[Request, list[int]]]) -> list[ToolAnswer]:
         heard.extend(rows)
-        return [GIVEN if tokens.count(pause) == 1 else "enough" for _, tokens in rows]
+        return [ToolAnswer(GIVEN, "" if tokens.count(pause) == 1 else "enough", "ran") for _, tokens in rows]
 
     found = sampled(
         model, requests, max_batch_size, temperature=0.0, max_new_tokens=20, tool_hook=ToolHook((pause,), on_pause)
@@ -399,6 +399,9 @@ def test_what_a_tool_appends_is_continued_from(
     first = found.tokens.index(pause) + 1
     assert found.tokens[first : first + len(GIVEN)] == GIVEN
     assert found.logprobs[first : first + len(GIVEN)] == [0.0] * len(GIVEN)
+    appended = [place for place, is_sampled in enumerate(found.is_sampled) if not is_sampled]
+    assert appended == list(range(first, first + len(GIVEN)))
+    assert found.tool_results == ["ran"] * (1 + (found.finish == "enough"))
     assert (request, found.tokens[:first]) in heard
     rest = found.tokens[first + len(GIVEN) :]
     again = Request("again", 0, [*request.prompt, *found.tokens[: first + len(GIVEN)]])
@@ -413,15 +416,14 @@ def test_what_a_tool_appends_is_continued_from(
 def test_a_pause_can_end_a_row_and_nothing_given_pauses_again(model: Decoder, requests: list[Request]) -> None:
     request = requests[6]
     pause = paused_at(model, request)
-    ended = sampled(
-        model, [request], temperature=0.0, tool_hook=ToolHook((pause,), lambda rows: ["why"] * len(rows))
-    )
+    hook = ToolHook((pause,), lambda rows: [ToolAnswer([], "why")] * len(rows))
+    ended = sampled(model, [request], temperature=0.0, tool_hook=hook)
     assert ended[request.id, request.sample].finish == "why"
     calls = []
 
-    def on_pause(rows: list[tuple[Request, list[int]]]) -> list[list[int] | str]:
+    def on_pause(rows: list[tuple[Request, list[int]]]) -> list[ToolAnswer]:
         calls.append(len(rows))
-        return [[pause, EOS, pause] if len(calls) == 1 else "twice"]
+        return [ToolAnswer([pause, EOS, pause], "twice" * (len(calls) > 1))]
 
     found = sampled(model, [request], temperature=0.0, max_new_tokens=5, tool_hook=ToolHook((pause,), on_pause))
     tokens = found[request.id, request.sample].tokens
@@ -433,12 +435,14 @@ def test_a_pause_can_end_a_row_and_nothing_given_pauses_again(model: Decoder, re
 def test_each_stretch_between_pauses_has_its_own_limit(model: Decoder, requests: list[Request]) -> None:
     request = requests[6]
     pause = paused_at(model, request)
-    first = ToolHook((pause,), lambda rows: [GIVEN * 5 if len(tokens) < 10 else [] for _, tokens in rows])
+    first = ToolHook((pause,), lambda rows: [ToolAnswer(GIVEN * 5 * (len(tokens) < 10)) for _, tokens in rows])
     found = sampled(model, [request], temperature=0.0, max_new_tokens=6, tool_hook=first)
     tokens = found[request.id, request.sample].tokens
     assert len(tokens) >= tokens.index(pause) + 1 + 20 + 6
+    one = sampled(model, [request], temperature=0.0, max_new_tokens=6, tool_hook=first._replace(whole=True))
+    assert sum(one[request.id, request.sample].is_sampled) == 6 and len(one[request.id, request.sample].tokens) == 26
     whole = sampled(
         model, [request], temperature=0.0, max_new_tokens=6,
-        tool_hook=ToolHook((pause,), lambda rows: [GIVEN * 100 for _ in rows]),
+        tool_hook=ToolHook((pause,), lambda rows: [ToolAnswer(GIVEN * 100) for _ in rows]),
     )[request.id, request.sample]  # fmt: skip
     assert (len(request.prompt) + len(whole.tokens), whole.finish) == (CONTEXT, "length")

@@ -39,10 +39,12 @@ def gradients(
 
 
 def dense(
-    model: Decoder, tokens: Tensor, mask: Tensor, lengths: None, temperature: float, n_ids: int, learn_entropy: bool
+    model: Decoder, tokens: Tensor, mask: Tensor, lengths: None, temperature: float, ids: forward.SampledIds,
+    learn_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """logprobs_and_entropy() by torch, of all logits at once."""
-    logits = model.logits(model(tokens)).float()[:, :-1][mask[:, 1:]][:, :n_ids] / temperature
+    logits = model.logits(model(tokens)).float()[:, :-1][mask[:, 1:]][:, : ids.size] / temperature
+    logits = logits.index_fill(1, torch.tensor(ids.banned), -1e4)
     chosen = logits.log_softmax(-1).gather(-1, tokens[mask][:, None])[:, 0]
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     return chosen, entropy if learn_entropy else entropy.detach()
@@ -60,7 +62,8 @@ def test_logprobs_entropies_and_gradients_are_torch_s(
     solver.output_weight.requires_grad_(learns)
     monkeypatch.setitem(vocab_softmax.CHUNK_BYTES, "cpu", 13 * 4 * solver.config.vocab_size)
     monkeypatch.setitem(vocab_softmax.SOFTMAX_BYTES, "cpu", 5 * 4 * solver.config.vocab_size)
-    options = {"n_ids": solver.config.vocab_size - 3, "learn_entropy": learn_entropy}
+    ids = forward.SampledIds(solver.config.vocab_size - 3, (0, solver.config.vocab_size - 6))
+    options = {"ids": ids, "learn_entropy": learn_entropy}
     expected, found = (gradients(solver, make_batch(SAMPLES), read, **options)
                        for read in (dense, forward.logprobs_and_entropy))  # fmt: skip
     assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from src.data.batch import Batch
 from src.data.examples import Prompt
 from src.errors import UserError
+from src.models.forward import SampledIds
 from src.text.tokenizer import Tokenizer
 from src.training import monitor
 from src.training.ppo import PPOBuffer
@@ -29,6 +30,7 @@ def buffer(**changes: object) -> PPOBuffer:
         Batch(torch.zeros(4, 4, dtype=torch.int64), MASK),
         torch.tensor([True, True, True, False]),
         -0.9 * MASK,
+        [[]] * 4,
     )
     numbers = {
         "rollout": rollout,
@@ -39,7 +41,7 @@ def buffer(**changes: object) -> PPOBuffer:
         "returns": None,
         "weights": MASK.float(),
         "trainable": torch.arange(4),
-        "n_ids": 8,
+        "ids": SampledIds(8),
     }
     return PPOBuffer(**(numbers | changes))
 

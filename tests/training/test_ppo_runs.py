@@ -264,21 +264,6 @@ def test_alarms_stand_in_the_run_and_stop_it_where_that_is_asked_for(
     assert runlog.draw(actor).read_bytes() != with_alarms
 
 
-def test_a_solver_of_solutions_with_code_is_refused(code_base: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="writes solutions with code, but rollouts run none; expected a solver"
-    ):
-        ppo_train.main(
-            ppo_train.PPOConfig(
-                actor_ckpt_dir=code_base,
-                actor_save_dir=str(tmp_path / "actor"),
-                reward=["rule"],
-                train_file=str(prompts_file(tmp_path)),
-                advantage="grpo",
-            )
-        )
-
-
 def test_the_first_update_is_checked_when_it_comes(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from src import load
 from src.checkpoint import saving
 from src.data.batch import Batch, make_batch
-from src.data.encoding import Encoded, encode_prompt, encode_steps, split_steps
+from src.data.encoding import Encoded, encode_prompt, encode_response, encode_steps, split_steps
 from src.data.examples import Prompt
 from src.errors import UserError
 from src.grading.grader import Grader
@@ -37,7 +37,8 @@ def episodes_of(tokenizer: Tokenizer, responses: list[str], finished: list[bool]
         rows.append(Encoded(ids + tokenizer.encode(text) + [tokenizer.eos_id] * ended, len(ids)))
     batch = make_batch(rows)
     prompts = [prompt(index) for index in range(len(rows))]
-    return Rollout(prompts, responses, batch, torch.tensor(finished), torch.zeros(batch.tokens.shape))
+    return Rollout(prompts, responses, batch, torch.tensor(finished), torch.zeros(batch.tokens.shape),
+                   [[]] * len(rows))
 
 
 @pytest.fixture
@@ -118,6 +119,30 @@ def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tok
     for shape, total in (("min-drop", probabilities.min()), ("prod-drop", probabilities.prod())):
         found = rewards.process_reward(verifier, tokenizer, episodes, ppo_config(step_reward=shape), 2)
         assert found[0].sum().item() == pytest.approx(total.item() - 1, abs=1e-5)
+
+
+def test_runs_of_code_that_fail_cost_their_share_and_are_counted(tokenizer: Tokenizer) -> None:
+    ends = [["ok", "error", "ok", "timeout"], [], ["output_limit", "memory"]]
+    found, counts = rewards.code_reward(episodes_of(tokenizer, TEXTS, [True] * 3)._replace(executions=ends))
+    assert found.sum(1).tolist() == [-0.5, 0.0, -0.5]
+    assert counts == {"executions": (6, 3), "executions_ok": (2, 6), "executions_error": (1, 6),
+                      "executions_timeout": (1, 6), "executions_other": (2, 6)}  # fmt: skip
+
+
+def test_a_step_that_ends_in_what_code_printed_rewards_the_code(code_base: str, code_tokenizer: Tokenizer) -> None:
+    verifier = load.load_verifier(code_base, from_solver=True)  # which has no opinion yet: 1/2
+    saving.record(verifier, objective="process")
+    text = ("<|text|>a\n\nb<|endofblock|><|code|>print(1)<|endofblock|><|execution|>1\n\n2<|endofblock|>"
+            "<|text|>c<|endofblock|>")  # fmt: skip
+    row = encode_response(code_tokenizer, "Q", text)
+    batch = make_batch([row])
+    rollout = Rollout([prompt(0)], [text], batch, torch.tensor([True]), torch.zeros(batch.tokens.shape), [["ok"]])
+    found = rewards.process_reward(verifier, code_tokenizer, rollout, ppo_config(step_reward="raw"), 2)
+    before = row.tokens.index(code_tokenizer.control["<|execution|>"]) - 1
+    first = next(n for n in range(row.response_start, before)
+                 if code_tokenizer.decode(row.tokens[row.response_start : n + 1]) == "a\n\n")
+    assert found.nonzero()[:, 1].tolist() == [first, before, len(row.tokens) - 1]
+    assert found.sum().item() == 1.5
 
 
 @pytest.mark.parametrize("step_end", ["\n\n", "\n"])

@@ -26,8 +26,8 @@ SAMPLING = Sampling(temperature=0.8, max_new_tokens=6, seed=11)
 def sample(
     actor: Decoder, prompts: list[Prompt], tokenizer: Tokenizer, first_sample: int, group_size: int = 1
 ) -> Rollout:
-    options = {"group_size": group_size, "first_sample": first_sample, "max_batch_size": 4}
-    return sample_rollout(actor, prompts, tokenizer, SAMPLING, **options)
+    numbers = range(first_sample, first_sample + group_size)
+    return sample_rollout(actor, prompts, tokenizer, SAMPLING, numbers=numbers, max_batch_size=4)
 
 
 def test_episodes_are_sampled_in_prompt_order_and_reproducibly(actor: Decoder, tokenizer: Tokenizer) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 import ppo_train
 from src import load, parallel
 from src.checkpoint import saving, shards
+from src.code_solutions.tool_hook import Coding
 from src.command import cli
 from src.command.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.batch import Batch
@@ -254,23 +255,28 @@ def ppo_config(**changes: object) -> PPOConfig:
     return PPOConfig(**numbers)
 
 
-def ppo_models(actor: str, critic: str, log_dir: str, lora_rank: int = -1, **flags: object) -> PPOModels:
+def ppo_models(
+    actor: str, critic: str, log_dir: str, lora_rank: int = -1, adam_eps: float = 1e-8, **flags: object,
+) -> PPOModels:
     """Actor and reference from one directory, the critic from another (empty: none)."""
     log, flags = RunLog(log_dir, {}), OptimizerFlags(**({"lr": 1e-4} | flags))
     model, reference = load.load_solver(actor), None if lora_rank > 0 else load.load_solver(actor)
     lora = LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
     load.put_lora_on(model, load.lora_config(lora), seed=1)
     value = load.load_verifier(critic, from_solver=True) if critic else None
-    trainers = (each and Trainer(each, log, flags, total_steps=8) for each in (model, value))
+    trainers = (each and Trainer(each, log, flags, total_steps=8, adam_eps=adam_eps) for each in (model, value))
     return PPOModels(*trainers, None, ModelOffloader(), reference)
 
 
 def collect(
-    models: PPOModels, tokenizer: Tokenizer, reward: Callable[[Rollout], Tensor], config: PPOConfig, iteration: int
+    models: PPOModels, tokenizer: Tokenizer, reward: Callable[[Rollout], Tensor], config: PPOConfig, iteration: int,
+    question: str = "",
 ) -> tuple[PPOBuffer, Scores, dict[str, float]]:
-    """A buffer of PROMPTS with one reward, by ppo_train.py."""
+    """A buffer of PROMPTS, or of as many times one question, with one reward, by ppo_train.py."""
+    prompts = [prompt._replace(instruction=question or prompt.instruction) for prompt in PROMPTS]
     rewards = {"length": Reward(1.0, lambda rollout: (reward(rollout), {}))}
-    data, rows = Inputs(PROMPTS, [], 0, tokenizer, find_task("toy"), [], 1), range(len(PROMPTS))
+    coding = Coding(tokenizer, max_rounds=8) if tokenizer.code else None
+    data, rows = Inputs(prompts, [], 0, tokenizer, find_task("toy"), [], 1, coding), range(len(PROMPTS))
     return ppo_train.collect(config, models, data, rewards, rows, iteration, 1.0, Phases())
 
 
@@ -300,11 +306,12 @@ def ppo_buffers(
     log_dir: str,
     max_batch_size: int = 2,
     lora_rank: int = -1,
+    question: str = "",
     **changes: object,
 ) -> dict[str, dict[str, Tensor]]:
     """Two buffers against the critic as verifier: weights, the rollouts' numbers, and what was logged."""
     config = ppo_config(max_batch_size=max_batch_size, **changes)
-    models = ppo_models(actor, critic if config.has_critic else "", log_dir, lora_rank)
+    models = ppo_models(actor, critic if config.has_critic else "", log_dir, lora_rank, config.adam_eps, lr=config.lr)
     if config.teacher_ckpt_dir:
         models.teacher = load.load_solver(actor)
     tokenizer, verifier = load.load_tokenizer(actor), load.load_verifier(critic)
@@ -312,7 +319,7 @@ def ppo_buffers(
     for iteration in range(2):
         buffer, scores, stats = collect(
             models, tokenizer, lambda rollout: pairwise_reward(verifier, rollout, config, max_batch_size),
-            config, iteration,
+            config, iteration, question,
         )  # fmt: skip
         metrics = ppo_update(models, buffer, config, iteration)
         values = buffer._asdict() | buffer.batch._asdict() | rollout_metrics(buffer, scores, config) | stats | metrics
@@ -332,7 +339,7 @@ def graded_once(file: str) -> dict[str, Tensor]:
     And two of them by the function `count` of a file, with its `n` of the log.
     """
     batch = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
-    rollout = Rollout(PROMPTS[:1], ["4"], batch, torch.tensor([True]), torch.zeros(1, 3))
+    rollout = Rollout(PROMPTS[:1], ["4"], batch, torch.tensor([True]), torch.zeros(1, 3), [[]])
     reward = on_first_rank(lambda rollout: ([1.0], {"graded_right": (1, 1)}))
     scores = score_rollout({"rule": Reward(1.0, reward)}, rollout)
     found = {"earned": scores.total, "graded": torch.tensor(scores.counts["graded_right"][1])}
