@@ -18,7 +18,6 @@ from src.models.config import ModelConfig
 from src.models.lora import LoraConfig
 from src.models.quantize import PRECISIONS
 from src.processes import heap
-from src.sharing import base_of
 from src.text.tokenizer import Tokenizer
 from src.training.memory import (
     FLOAT32,
@@ -33,6 +32,7 @@ from src.training.memory import (
     training_memory,
 )
 from src.training.ppo_config import PPOConfig, short_name
+from src.training.sharing import base_of
 from src.training.throughput import matrix_rate
 
 # What a run adds on a CPU to what its dry run holds: process group, TensorBoard, kernels' code, sampling (measured)

@@ -27,7 +27,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"models", "parallel", "runlog", "text"},
     "data": {"text"},
     "load": {"checkpoint", "command", "models", "parallel", "runlog", "text"},
-    "sharing": {"checkpoint", "load", "models", "parallel"},
     "inference": {"models", "parallel", "text"},
     "grading": {"processes", "text"},
     "code_solutions": {"inference", "parallel", "processes", "text"},
@@ -41,12 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training": {
         "checkpoint", "code_solutions", "command", "data", "evaluation", "grading", "inference", "load", "losses",
-        "models", "parallel", "processes", "runlog", "sharing", "text",
+        "models", "parallel", "processes", "runlog", "text",
     },
     "cluster": {"models", "runlog", "training"},
     "plan": {
-        "checkpoint", "command", "data", "load", "models", "parallel", "processes", "runlog", "sharing", "text",
-        "training",
+        "checkpoint", "command", "data", "load", "models", "parallel", "processes", "runlog", "text", "training",
     },
 }
 

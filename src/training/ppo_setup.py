@@ -21,7 +21,6 @@ from src.grading.tasks import INSTRUCTION, Task, find_task
 from src.models.decoder import Decoder
 from src.models.forward import SampledIds
 from src.runlog import Phases, RunLog
-from src.sharing import SharedBase
 from src.text.tokenizer import Tokenizer
 from src.training import rewards
 from src.training.checkpointer import Checkpointer, Trainee
@@ -29,6 +28,7 @@ from src.training.offload import ModelOffloader
 from src.training.policy_server import PolicyServers
 from src.training.ppo_config import PPOConfig, short_name
 from src.training.rewards import Reward
+from src.training.sharing import SharedBase
 from src.training.trainer import Trainer
 from src.training.user_reward import UserReward
 

@@ -1,4 +1,4 @@
-"""src/sharing.py: models on one base compute what separate ones compute, and hold the base once."""
+"""src/training/sharing.py: models on one base compute what separate ones compute, and hold the base once."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from src.command.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
-from src.sharing import SharedBase
 from src.text.tokenizer import Tokenizer
 from src.training.offload import ModelOffloader
 from src.training.ppo_setup import PPOModels
 from src.training.rewards import pairwise_reward
+from src.training.sharing import SharedBase
 from src.training.trainer import Trainer
 from tests.conftest import Folders
 from tests.training.workers import collect, ppo_config, ppo_update
