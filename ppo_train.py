@@ -5,6 +5,7 @@ torchrun --nproc_per_node 8 ppo_train.py --actor_ckpt_dir out --actor_save_dir p
 """
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from src.training.ppo_setup import (
 from src.training.refill import refill_groups
 from src.training.resuming import find_start, run_fingerprint
 from src.training.rewards import Reward, Scores, apply_length_penalty, score_rollout
-from src.training.rollout import Rollout, rollout_logprobs, rollout_values, sample_rollout
+from src.training.rollout import Rollout, requests_of, rollout_logprobs, rollout_values, sample_rollout
 
 
 def main(config: PPOConfig) -> None:
@@ -180,15 +181,17 @@ def sample_and_score(
         rows = epoch_order(len(data.prompts), config.seed, order)[: len(rows)]
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens,
                         stop=data.task.stop, seed=config.seed)
-    # A prompt that comes again is answered with other numbers of the random stream
-    first = (iteration * (1 + config.max_refills) + refill) * config.group_size
     with models.phase(timer, "sample", models.actor.model):
         if models.servers:
             models.servers.hand_over(models.actor.model, iteration)
         rollout = sample_rollout(
             models.actor.model, [data.prompts[row] for row in rows], data.tokenizer, sampling,
-            numbers=range(first, first + config.group_size), max_batch_size=config.rollout_batch_size,
+            numbers=config.sample_numbers(iteration, refill), max_batch_size=config.rollout_batch_size,
             servers=models.servers, coding=data.coding)
+        if config.rollout_ahead and not refill and parallel.rank() == 0 and iteration + 1 < len(data.iterations):
+            coming = [data.prompts[row] for row in data.iterations[iteration + 1][1]]
+            groups = requests_of(coming, data.tokenizer, config.sample_numbers(iteration + 1))
+            models.servers.sample_ahead(list(itertools.chain(*groups)), sampling)
     with models.phase(timer, "reward", models.verifier):
         return rollout, score_rollout(rewards, rollout)
 

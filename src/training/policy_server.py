@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from src import jsonfile, load, parallel, runlog
@@ -13,6 +13,7 @@ from src.inference.engine import Completion, Request, Vocabulary, vocabulary_of
 from src.inference.sampling import Sampling
 from src.inference.server_client import RemoteCompletion, RemoteRequest, Reply, Server, call, complete
 from src.models.decoder import Decoder
+from src.processes import watchdog
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import PPOConfig
 
@@ -34,9 +35,15 @@ class PolicyServers:
         self.servers = [
             Server(base_url=url, model_name="", api_key=os.environ.get(key, ""), seconds=config.server_seconds,
                    stop_ids=self.vocabulary.eos_ids, token_ids=True) for url in config.base_url]  # fmt: skip
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead: tuple[list[Request], Future[list[Completion]]] | None = None  # on the first rank
 
     def hand_over(self, actor: Decoder, iteration: int) -> None:
-        """Write the policy of an iteration as an adapter, for the next sample() to load. All ranks call this."""
+        """Write the policy of an iteration as an adapter, for the next sample() to load, once what is sampled from the
+        one before has come. All ranks call this."""
+        if self.ahead:
+            with watchdog.patiently():
+                wait([self.ahead[1]])
         name, config, written = f"policy-{self.run}-{iteration}", self.config, self.folder / "adapter"
         if name == self.name:
             return
@@ -60,9 +67,23 @@ class PolicyServers:
             call(server, "/load_lora_adapter", {"lora_name": self.name, "lora_path": path})
         server.model_name = self.name
 
+    def sample_ahead(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Begin what sample() will be asked for, from the policy handed over last. The first rank calls this."""
+        self.ahead = list(requests), self.thread.submit(self._sample, requests, sampling)
+
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """A response to each request, in their order. Raises UserError for a response that is not what was asked for,
-        and where some are still missing after all rounds."""
+        """A response to each request, in their order: what was begun, else from the policy handed over last.
+
+        Raises UserError for a response that is not what was asked for, and where some are still missing after all
+        rounds.
+        """
+        if self.ahead and self.ahead[0] == requests:
+            (_, coming), self.ahead = self.ahead, None
+            return coming.result()
+        return self._sample(requests, sampling)
+
+    def _sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """sample() without what was begun."""
         found: dict[tuple[str, int], Completion] = {}
         reason, asked = "", self.servers
         for _ in range(ROUNDS):

@@ -87,6 +87,8 @@ class ServerFlags(Config):
         solver_evaluate.py --serve), which hold actor_ckpt_dir and see the run's directory: they get the adapters""")
     base_url: list[str] = flag([], "their addresses up to /v1; the requests of a buffer are shared out among them")
     api_key_env: str = flag("", "name of the environment variable that holds the servers' key")
+    rollout_ahead: Literal[0, 1] = flag(0, """1 = servers sample a buffer while the one before is learnt from, from
+        the policy before: its log-probs differ by an update more, which tis_cap weighs and mismatch_limit bounds""")
     server_seconds: Positive = flag(600.0, "after so long without an answer a request is sent again")
     mismatch_limit: Positive = flag(0.05, """nats a token by which a server's log-probs may differ from the
         actor's, as a mean over a buffer (a response: ten times as much); what differs more is not learnt from""")
@@ -248,6 +250,12 @@ class PPOConfig(
         """Optimizer steps for each buffer."""
         return self.inner_epochs * self.minibatches
 
+    def sample_numbers(self, iteration: int, refill: int = 0) -> range:
+        """The numbers of a group's samples: a prompt that comes again is answered from other parts of the random
+        stream."""
+        first = (iteration * (1 + self.max_refills) + refill) * self.group_size
+        return range(first, first + self.group_size)
+
     def warmup_iterations(self, n_iterations: int) -> int:
         """First iterations, in which only the critic learns. Raises UserError if there are no others."""
         if not self.has_critic:
@@ -355,6 +363,8 @@ class PPOConfig(
              "--rollout_backend openai and --base_url go together; give both or neither"),
             (served and self.lora_rank == -1,
              "--rollout_backend openai hands the policy over as an adapter; give --lora_rank"),
+            (self.rollout_ahead and not (served and self.tis_cap),
+             "--rollout_ahead 1 is for --rollout_backend openai, with a --tis_cap"),
             (served and self.temperature != 1,
              f"--temperature {self.temperature}: servers give log-probs before the temperature; with --rollout_backend "
              f"openai it must be 1"),

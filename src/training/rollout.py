@@ -100,6 +100,12 @@ def shard_for_rank(order: Sequence[Item]) -> Sequence[Item]:
     return order[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
 
 
+def requests_of(prompts: Sequence[Prompt], tokenizer: Tokenizer, numbers: range) -> list[list[Request]]:
+    """A group of requests to each prompt, of these numbers."""
+    encoded = [(prompt.id, encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts]
+    return [[Request(name, number, tokens) for number in numbers] for name, tokens in encoded]
+
+
 def sample_rollout(
     actor: Decoder, prompts: Sequence[Prompt], tokenizer: Tokenizer, sampling: Sampling, *, numbers: range,
     max_batch_size: int, servers: PolicyServers | None = None, coding: Coding | None = None,
@@ -111,10 +117,7 @@ def sample_rollout(
     decode at once. servers: they sample instead of the actor. coding: runs the code of responses. Raises UserError
     where code could not be run, and unless all tensor-parallel ranks sampled the same.
     """
-    by_prompt = [
-        [Request(prompt.id, number, encode_prompt(tokenizer, prompt.instruction)) for number in numbers]
-        for prompt in prompts
-    ]
+    by_prompt = requests_of(prompts, tokenizer, numbers)
     # Whole groups: the samples of a prompt share its prefill
     mine = [request for group in shard_for_rank(by_prompt) for request in group]
     if servers:

@@ -62,6 +62,23 @@ def test_a_server_of_another_model_teaches_nothing(folders: Folders, tmp_path: P
     assert "Traceback" not in failed.stderr and not list(tmp_path.glob("actor/step-*"))
 
 
+def test_a_buffer_is_sampled_from_the_policy_before_while_one_is_learnt_from(folders: Folders, tmp_path: Path) -> None:
+    def responses(step: int, run: str) -> list[str]:
+        rows = (tmp_path / run / f"rollouts/step-{step:06}.jsonl").read_text().splitlines()
+        return [json.loads(row)["response"] for row in rows]
+
+    # with a rate of 0 the policy is always the first one
+    flags = {"ahead": {"rollout_ahead": 1, "mismatch_limit": 9}, "still": {"lr": 0}}
+    with serving(folders.one) as url:
+        for name, changed in flags.items():
+            succeed(*words(folders, tmp_path, url, epochs=2, max_steps=3, actor_save_dir=tmp_path / name, **changed))
+    metrics = [json.loads(line) for line in (tmp_path / "ahead/metrics.jsonl").read_text().splitlines()]
+    mismatch = [row["sampler_mismatch"] for row in metrics if "sampler_mismatch" in row]
+    assert mismatch[0] < 1e-4 and min(mismatch[1:]) > 1e-3
+    same = [responses(step, "ahead") == responses(step, "still") for step in (1, 2, 3)]
+    assert same == [True, True, False]
+
+
 def reply(**changed: object) -> Reply:
     """A server's reply of three tokens, the last of which is the end, but for what is changed."""
     choice = {"text": "ab", "finish_reason": "stop", "token_ids": [5, 6, 2],
@@ -104,6 +121,7 @@ def test_flags_that_do_not_go_with_servers_are_refused() -> None:
     served = partial(config, rollout_backend="openai", base_url=["http://127.0.0.1:1/v1"], lora_rank=4)
     assert served().tis_cap == 2
     for flags, reason in (({"lora_rank": -1}, "give --lora_rank"), ({"temperature": 0.7}, "--temperature 0.7"),
-                          ({"base_url": []}, "go together"), ({"rollout_backend": "engine"}, "together")):  # fmt: skip
+                          ({"base_url": []}, "go together"), ({"rollout_backend": "engine"}, "together"),
+                          ({"rollout_ahead": 1, "tis_cap": 0}, "--rollout_ahead 1")):  # fmt: skip
         with pytest.raises(UserError, match=reason):
             served(**flags)
