@@ -10,7 +10,7 @@ import io
 import os
 import random
 import socket
-import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -178,18 +178,9 @@ def compute_dtype(precision: str = "") -> torch.dtype:
 
 def _multiplies_faster(dtype: torch.dtype, size: int = 512) -> bool:
     """Whether a square product in this type takes at most two thirds of the time of float32's."""
-
-    def seconds(x: Tensor) -> float:
-        """Of one product of a matrix [size, size] with itself; the least of five."""
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - began)
-        return min(times)
-
     x = torch.ones(size, size)
-    return 1.5 * seconds(x.to(dtype)) < seconds(x)
+    in_it, in_float32 = (min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)) for x in (x.to(dtype), x))
+    return 1.5 * in_it < in_float32
 
 
 def barrier() -> None:
