@@ -2,6 +2,5 @@
 # Install what is missing, then check the style and run every test: CPU only, no network after the install.
 source "$(dirname "$0")/environment.sh" requirements.txt requirements-dev.txt
 ruff check .
-# one thread a process: the tests start several processes, and tiny models are faster so; files in their order, as the
-# longest, of few tests that start processes, would else be the last
-OMP_NUM_THREADS=1 exec python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# one thread a process: the tests start several processes, and tiny models are faster so
+OMP_NUM_THREADS=1 exec python -m pytest -q -n 2 --dist loadfile "$@"

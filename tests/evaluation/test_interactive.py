@@ -43,13 +43,25 @@ def responses(ckpt_dir: str, folder: Path) -> list[str]:
     return [json.loads(line)["response"] for line in (folder / "log/samples.jsonl").read_text().splitlines()]
 
 
-def test_what_is_typed_is_answered_like_an_evaluation(hf: Path, tmp_path: Path) -> None:
-    """On two ranks, of which torchrun gives the first one what is typed; alone the tests below show it."""
-    ckpt_dir = split(hf, tmp_path / "ckpt", 2)
-    words = "--task GSM8K --interactive --temperature 1 --max_new_tokens 12 --ckpt_dir".split()
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_is_typed_is_answered_like_an_evaluation(hf: Path, tmp_path: Path, n: int) -> None:
+    ckpt_dir = split(hf, tmp_path / "ckpt", n)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(ROOT / "solver_evaluate.py"), *words, ckpt_dir],
+        [
+            sys.executable,
+            *torchrun,
+            str(ROOT / "solver_evaluate.py"),
+            "--task",
+            "GSM8K",
+            "--ckpt_dir",
+            ckpt_dir,
+            "--interactive",
+            "--temperature",
+            "1",
+            "--max_new_tokens",
+            "12",
+        ],
         input=PROBLEMS,
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -57,7 +69,7 @@ def test_what_is_typed_is_answered_like_an_evaluation(hf: Path, tmp_path: Path) 
         text=True,
         timeout=120,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     first, empty, second, last = done.stdout.split("problem> ")[1:]
     assert (empty, last.strip()) == ("", "")

@@ -337,11 +337,19 @@ def test_w2s_04_ranks_sample_what_one_samples(
         assert first[way] == {f"{name}/{sample}": done.tokens for (name, sample), done in alone.items()}, way
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, 2, 4])
 def test_trained_model_reproduces_its_published_text_among_seven_others(tmp_path: Path, n: int) -> None:
     folder = reference.shared("weights/stories260K")
     golden = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
-    others = ["Tom", "Lily and Ben went to the park. They saw", "A dog", "She", "It was", "Mom said", "The sun"]
+    others = [
+        "Tom",
+        "Lily and Ben went to the park. They saw",
+        "A dog",
+        "She",
+        "It was",
+        "Mom said",
+        "The sun",
+    ]
     prompts = tmp_path / "prompts.jsonl"
     rows = [
         json.dumps({"instruction": prompt}) + "\n" for prompt in [*others[:3], golden["prompt"], *others[3:]]

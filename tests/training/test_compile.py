@@ -50,6 +50,7 @@ def trained(
 @pytest.mark.parametrize(
     ("dtype", "lora", "recomputed"),
     [
+        (torch.float32, False, "none"),
         (torch.float32, True, "full"),
         (torch.float32, False, "selective"),
         (torch.bfloat16, True, "none"),
