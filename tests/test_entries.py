@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 import tokenize
 from collections.abc import Callable
@@ -24,7 +26,6 @@ from src.command.flags import bind, flags_of, is_path, parse
 from src.errors import UserError
 from src.evaluation.prompting import make_prompting
 from src.grading.tasks import find_task
-from tests.ranks import command, launch
 from tests.reference import hf_model
 from tests.tiny import build, main_of, make_verifier, split, write_hf_llama, write_tokenizer
 
@@ -38,6 +39,21 @@ PROBLEMS = [
 EXACTLY_ONE_ERROR = re.compile(r"error: [^\n]+\n")
 
 SCORED = ("ckpt_dir", "log_dir", "task", "samples_file", "label_file")  # flags of verifier_evaluate.py by position
+
+
+def launch(
+    folder: Path, script: str, *flags: object, n: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in a folder, on n ranks if given. Under two minutes, or the test fails."""
+    torchrun = [] if n is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    return subprocess.run(
+        [sys.executable, *torchrun, str(ROOT / script), *map(str, flags)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def write_json(path: Path, rows: object) -> Path:
@@ -83,7 +99,7 @@ def whole_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     problems = "--label_file dataset/GSM8K/train.json"
     train_solver = f"solver_train.py --ckpt_dir ckpt --train_file dataset/GSM8K/train.json {trained}"
     train_verifier = f"verifier_train.py --ckpt_dir solver --train_file pairs.json {trained}"
-    for n, words in (
+    for n, command in (
         (None, "checkpoint_split.py --ckpt_file hf --save_path ckpt --n 2"),
         (2, f"{train_solver} --save_dir solver --lora_rank -1"),
         (2, f"{train_solver} --save_dir solver_lora --lora_rank 8"),
@@ -105,12 +121,10 @@ def whole_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--critic_save_dir ppo/critic --reward_model_ckpt_dir verifier_lora --max_batch_size 4 --max_buffer_size 8",
         ),
     ):
-        if words.startswith("solver_evaluate"):
+        if command.startswith("solver_evaluate"):
             tear_samples(folder / "log", folder / "solver_lora")
-        script, *flags = words.split()
-        run = command if "--lora_rank 8" in words else launch  # each script once under torchrun
-        done = run(ROOT / script, *flags, n=n, cwd=folder)
-        assert done.returncode == 0, f"{words}\n{done.stderr}"
+        done = launch(folder, *command.split(), n=n)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
     return folder
 
 
@@ -882,7 +896,7 @@ def test_a_mistake_in_a_real_process(here: Path) -> None:
         ((), 1, "has .* bytes but the manifest"),
         (("--lora_rnk", 8), 2, "unknown flag"),
     ):
-        done = launch(ROOT / "solver_train.py", *flags, *extra, cwd=here)
+        done = launch(here, "solver_train.py", *flags, *extra)
         assert done.returncode == status and EXACTLY_ONE_ERROR.fullmatch(done.stderr), done.stderr
         assert re.search(message, done.stderr) and not done.stdout
 
@@ -892,8 +906,17 @@ def test_a_rank_that_fails_ends_the_job(here: Path) -> None:
     (folder / "manifest.json").unlink()  # with it both ranks would see the damage
     cut(folder / "consolidated.01.pth")
     start = time.monotonic()
-    flags = "--ckpt_dir damaged --save_dir out --train_file train.json".split()
-    done = launch(ROOT / "solver_train.py", *flags, n=2, cwd=here)
+    done = launch(
+        here,
+        "solver_train.py",
+        "--ckpt_dir",
+        "damaged",
+        "--save_dir",
+        "out",
+        "--train_file",
+        "train.json",
+        n=2,
+    )
     assert done.returncode != 0 and time.monotonic() - start < 60
     (line,) = set(re.findall("error: [^\n]*", done.stderr))  # told at once, and again in torchrun's final box
     assert "consolidated.01.pth cannot be read as a checkpoint" in line
@@ -996,10 +1019,10 @@ def test_ppo_leaves_out_prompts_that_are_too_long(world: World, here: Path) -> N
     rows = [{"instruction": "1+1=", "label": "2"}, {"instruction": "a" * 200, "label": "1"},
             {"instruction": "2+2=", "label": "4"}]  # fmt: skip
     write_json(here / "long.json", rows)
-    done = command(ROOT / "ppo_train.py", "--actor_ckpt_dir", "one", "--actor_save_dir", "out", "--reward", "rule",
+    done = launch(here, "ppo_train.py", "--actor_ckpt_dir", "one", "--actor_save_dir", "out", "--reward", "rule",
                   "--advantage", "grpo", "--group_size", 2, "--max_buffer_size", 4, "--max_new_tokens", 8,
                   "--train_file", "long.json", "--eval_file", "long.json", "--task", "toy", "--minibatches", 1,
-                  "--format_penalty", 0.1, cwd=here)  # fmt: skip
+                  "--format_penalty", 0.1)  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = "long.json: 1 of 3 prompts fill the context of one, 128 tokens, and are left out: row 2 (id '1', 202 tokens)"
     assert done.stderr.count(told) == 2

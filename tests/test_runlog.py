@@ -11,7 +11,7 @@ import torch
 from src import runlog
 from src.errors import UserError
 from src.runlog import RunLog
-from tests.ranks import command, launch
+from tests.ranks import command
 
 
 def test_run_and_metrics_files(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tmp_path: Pa
         "for number in range(100):\n    time.sleep(0.01); log.advance(tokens=10, loss=number)\n"
         "    if number == 50: log.logger.info('half')\nlog.close_progress()"
     )
-    done = launch("-c", code)
+    done = command("-c", code)
     lines = done.stderr.splitlines()
     assert done.returncode == 0 and "\r" not in done.stderr and done.stderr.endswith("\n")
     assert "3/103" in lines[0] and "103/103" in lines[-1] and "loss=99" in lines[-1]

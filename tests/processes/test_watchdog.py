@@ -16,7 +16,7 @@ from src import parallel
 from src.errors import UserError
 from src.processes.watchdog import LEFT, SILENT_SECONDS, STILL_SECONDS, Watchdog
 from tests.conftest import Folders
-from tests.ranks import ROOT, launch
+from tests.ranks import ROOT, command
 
 WAITS = r"rank 0 after step 1 in the collective all_gather, at src/models/decoder.py:\d+ in forward"
 THERE = r"after step 1 in no collective, at tests/training/workers.py:\d+ in interrupted"
@@ -26,7 +26,7 @@ def end_of(folders: Folders, save_dir: Path, how: str) -> tuple[int, str, float]
     """Status of two ranks of which the second one `hangs`, `fails`, `dies` or is `slow`, what they told, the seconds
     from then to the job's end."""
     flags = (f"--folder={folders.two}", f"--save_dir={save_dir}", f"--how={how}")
-    done = launch("-m", "tests.training.workers", *flags, n=2)
+    done = command("-m", "tests.training.workers", *flags, n=2)
     return done.returncode, done.stderr, time.time() - float((save_dir / "since").read_text(encoding="utf-8"))
 
 
