@@ -516,7 +516,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ),
     ("ppo_train", {"overlong_buffer": 300}, "--overlong_buffer 300 needs --truncated penalty and more"),
     ("ppo_train", {"kl_coef": 0, "kl_target": 1}, "--kl_target adapts a KL term, but --kl_coef is 0"),
-    ("ppo_train", {"reward": "nowhere.py:f"}, "--reward 'nowhere.py:f' is neither verifier nor rule"),
+    ("ppo_train", {"reward": "nowhere.py:f"}, "--reward 'nowhere.py:f' is neither verifier, rule nor code"),
     ("ppo_train", {"reward_weights": "1,2"}, "--reward_weights has 2 numbers for 1 rewards"),
     ("ppo_train", {"temperature": 0}, "PPO learns from sampled responses; expected more than 0"),
     ("ppo_train", {"critic_save_dir": "out/actor"}, "are the same directory; one would overwrite the other"),

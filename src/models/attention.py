@@ -4,8 +4,10 @@ B batch, S new positions, T cached positions, P positions of a prefix that all r
 on this rank, E head dim, D width
 """
 
+import functools
 import inspect
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,11 +31,14 @@ from src.parallel import (
 # (shared, rest, rest, ...): their common beginning once, then what each of them has of its own.
 Segments = tuple[int | tuple[int, ...], ...]
 
-if torch.cuda.is_available():  # a kernel of GPUs, whose module brings the whole compiler: half a second of any start
+
+@functools.cache
+def _packed_kernel() -> tuple[Callable[..., Tensor], dict[str, bool]]:
+    """The GPU's kernel for samples end to end, and what it is told of grouped heads: torch before 2.12 takes them
+    untold. Imported where it is used, since its module brings the whole compiler, half a second of any start."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch before 2.12 takes grouped heads without being told
-    GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn, {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class Packed:
@@ -207,8 +212,9 @@ def _attend_in_samples(queries: Tensor, keys: Tensor, values: Tensor, packed: Pa
         return _attend_in_turn(queries, keys, values, packed.segments, scores)
     rows = [heads[0].transpose(0, 1) for heads in (queries, keys, values)]  # [S, H or K, E]
     before = scores.window - 1 if scores.window else -1
+    varlen_attn, grouped = _packed_kernel()
     mixed = varlen_attn(*rows, packed.ends, packed.ends, packed.longest, packed.longest, scale=scores.scale,
-                        window_size=(before, 0), **(GROUPED if queries.shape[1] != keys.shape[1] else {}))  # fmt: skip
+                        window_size=(before, 0), **(grouped if queries.shape[1] != keys.shape[1] else {}))  # fmt: skip
     return mixed.transpose(0, 1)[None]
 
 

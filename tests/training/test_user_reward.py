@@ -92,5 +92,5 @@ def test_a_file_that_does_not_load_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="has no attribute 'reward'"):
             reward.score(prompts(1), ["r"])
     for place in (f"{tmp_path}/none.py:reward", f"{tmp_path}/bad.py", "rules"):
-        with pytest.raises(UserError, match="is neither verifier nor rule nor FILE.py:FUNCTION"):
+        with pytest.raises(UserError, match="is neither verifier, rule nor code, nor FILE.py:FUNCTION"):
             UserReward(place)
