@@ -309,7 +309,7 @@ def local(x: Tensor) -> Tensor:
 def gather_on_first(x: Tensor) -> Tensor | None:
     """The whole tensor on data-parallel rank 0, to which the others of its replica send; all ranks call this.
     [n on this rank, ...] -> [n, ...], None on the others."""
-    first = data_parallel_rank() == 0
+    first = _mesh is None or data_parallel_rank() == 0
     if not _is_shared(x):
         return x if first else None
     group, size = x.device_mesh.get_group(x.device_mesh.ndim - 1), x.device_mesh.size(x.device_mesh.ndim - 1)
