@@ -60,7 +60,5 @@ mkdir -p "$RUN"
 [ "$BASE" != "$RUN/base" ] || stage "the toy's base" $RUN/base/manifest.json \
     python checkpoint_split.py --ckpt_file dataset/toy/base --save_path $RUN/base --n 1
 for_each_seed run_seed
-for baseline in sft old; do
-    python recipes/seeds_table.py --run_dir $RUN --claim new --baseline $baseline --rows sft old new \
-        --names "solver" "own answers to old problems" "own answers to new problems"
-done
+python recipes/seeds_table.py --run_dir $RUN --claim new --baseline sft old --rows sft old new \
+    --names "solver" "own answers to old problems" "own answers to new problems"

@@ -61,7 +61,5 @@ mkdir -p "$RUN"
 [ -n "$SOLVER" ] || stage "the toy's base" $RUN/base/manifest.json \
     python checkpoint_split.py --ckpt_file dataset/toy/base --save_path $RUN/base --n 1
 for_each_seed run_seed
-for baseline in sft right; do
-    python recipes/seeds_table.py --run_dir $RUN --claim revised --baseline $baseline --rows sft right revised \
-        --names "first attempts" "right solutions learnt alone" "second attempts"
-done
+python recipes/seeds_table.py --run_dir $RUN --claim revised --baseline sft right --rows sft right revised \
+    --names "first attempts" "right solutions learnt alone" "second attempts"

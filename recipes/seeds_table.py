@@ -65,11 +65,11 @@ def main(
     rows: list[str],
     names: list[str],
     claim: str,
-    baseline: str,
+    baseline: list[str],
     floor: str = "",
     ceiling: str = "",
 ) -> None:
-    """Print accuracies on the test problems over all finished seeds, and whether the claim beats its baseline.
+    """Print accuracies on the test problems over all finished seeds, and whether the claim beats each baseline.
 
     Intervals are 95%, from drawing seeds and problems again; a difference is taken within each draw.
 
@@ -77,7 +77,7 @@ def main(
     rows: folders to show, without -test
     names: what to call them
     claim: row that should be better
-    baseline: than this one
+    baseline: than these
     floor: row from which the recovered share of the gap is counted; default: no such column
     ceiling: row at which the gap is closed
     """
@@ -94,7 +94,8 @@ def main(
             share = "" if row in (floor, ceiling) else _recovered(right, draws, row, floor, ceiling)
             line += f"{share:28}"
         lines.append(f"{line}   seeds {_each(right[row])}")
-    lines.append(_verdict(right, draws, claim, baseline, dict(zip(rows, names, strict=True))))
+    named = dict(zip(rows, names, strict=True))
+    lines += [_verdict(right, draws, claim, each, named) for each in baseline]
     runlog.table("\n".join(lines))
 
 

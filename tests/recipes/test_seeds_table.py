@@ -39,16 +39,16 @@ def test_the_gap_and_the_verdict(
             write_samples(tmp_path, seed, row, shares(n_right))
     rows = ["weak", "full", "pro", "gold"]
     main = runpy.run_path(str(RECIPES / "seeds_table.py"))["main"]
-    main(str(tmp_path), rows, rows, "pro", "full", "weak", "gold")
+    main(str(tmp_path), rows, rows, "pro", ["full", "weak"], "weak", "gold")
     text = capfd.readouterr().out
-    assert verdict in text and "100 test problems, 2 seeds" in text
+    assert "pro beats weak" in text and verdict in text and "100 test problems, 2 seeds" in text
     assert f"{(claimed - 20) / 80:.0%}" in text and "25%" in text  # of the gap: pro and full
     assert len({line.index("seeds ") for line in text.splitlines()[1:5]}) == 1
     with pytest.raises(UserError, match="found 4 --rows and 5 --names"):
-        main(str(tmp_path), rows, ["weak", "full", "pro", "gold", " or not"], "pro", "full")
+        main(str(tmp_path), rows, ["weak", "full", "pro", "gold", " or not"], "pro", ["full"])
     write_samples(tmp_path, 3, "weak", [True])
     with pytest.raises(UserError, match="3 finished seeds of weak"):
-        main(str(tmp_path), rows, rows, "pro", "full")
+        main(str(tmp_path), rows, rows, "pro", ["full"])
 
 
 def test_credit_is_the_mean_over_seeds(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
