@@ -51,9 +51,8 @@ def start(seed: int = 1, tensor_parallel_size: int = -1, replicas: int = 1) -> N
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its group sizes; nothing else runs here
-            groups.initialize_model_parallel(
-                dist.get_world_size() if tensor_parallel_size == -1 else tensor_parallel_size
-            )
+            size = dist.get_world_size() if tensor_parallel_size == -1 else tensor_parallel_size
+            groups.initialize_model_parallel(size)
         replica_size(data_parallel_size(), replicas)
         if data_parallel_size() > 1:
             global _mesh
@@ -152,11 +151,7 @@ def data_parallel_size() -> int:
 
 def device() -> torch.device:
     """The device this rank computes on."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def to_device(x: Tensor) -> Tensor:

@@ -41,12 +41,12 @@ class PolicyServers:
     def hand_over(self, actor: Decoder, iteration: int) -> None:
         """Write the policy of an iteration as an adapter, for the next sample() to load, once what is sampled from the
         one before has come. All ranks call this."""
-        if self.ahead:
-            with watchdog.patiently():
-                wait([self.ahead[1]])
         name, config, written = f"policy-{self.run}-{iteration}", self.config, self.folder / "adapter"
         if name == self.name:
             return
+        if self.ahead:
+            with watchdog.patiently():
+                wait([self.ahead[1]])
         saving.begin_save(actor, str(written), config.actor_ckpt_dir, lora=load.lora_config(config)).complete()
         if parallel.rank() == 0:
             export.export_peft(sources.open_adapter(written), self.folder / name, str(written))
