@@ -245,9 +245,10 @@ def _stop(status: int, line: str) -> NoReturn:
     # A trainer may catch these to save before it dies. This rank is past saving: let a kill work at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if line and _local_rank() != 0:
+    if not line or _local_rank() != 0:
         # If rank 0 fails for the same reason, it prints and exits now, and torchrun kills this rank in its
-        # sleep. If not, rank 0 works on or waits in a collective, and this rank's line is the one to show.
+        # sleep. If not, rank 0 works on or waits in a collective, and this rank's line is the one to show. A rank
+        # with nothing to say is killed in it too: ending by itself it could pass for the one that failed first.
         time.sleep(GRACE_SECONDS)
     if line:
         show_problem(line)
