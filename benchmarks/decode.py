@@ -48,7 +48,7 @@ MODELS: dict[str, dict[str, int]] = {
             "num_key_value_heads": 4, "vocab_size": 32000},
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
              "num_key_value_heads": 3, "vocab_size": 49152},  # SmolLM2's shape
-}  # fmt: skip
+}
 COMPARED, ALLOWED = 8, {"float32": 0.02, "bfloat16": 0.5, "int8": 0.5}
 CONTEXT = 1024
 
@@ -109,7 +109,7 @@ def prepare(folder: Path, model: str, precisions: Sequence[str], systems: Sequen
         checkpoint_split.main(checkpoint_split.SplitConfig(
             ckpt_file=str(folder / "ours"), save_path=str(folder / f"gguf-{precision}"), format="gguf",
             dtype=GGUF_TYPES[precision], tokenizer_file=str(ROOT / "dataset/toy/base"),
-        ))  # fmt: skip
+        ))
     if "ctranslate2" in systems:
         decode_peers.prepare_ctranslate2(folder, sizes["vocab_size"])
 
@@ -148,7 +148,7 @@ def measure(options: argparse.Namespace) -> Run:
 def in_own_process(options: argparse.Namespace, folder: Path, name: str, side: str, precision: str) -> Run:
     """measure() in a fresh interpreter."""
     more = {"model": options.model, "precisions": precision, "prompts": options.prompts, "slots": options.slots,
-            "threads": options.threads}  # fmt: skip
+            "threads": options.threads}
     words = [str(word) for key, value in more.items() for word in (f"--{key}", value)]
     return paired.run_side(__file__, side, name, folder, *words)
 

@@ -91,7 +91,7 @@ def transformers(folder: Path, system: str, dtype: torch.dtype) -> Decode:
             torch.stack(rows), attention_mask=mask,
             generation_config=config(work, num_return_sequences=lengths.shape[1], **settings),
             stopping_criteria=[RowLengths(longest, lengths.flatten())],
-        )  # fmt: skip
+        )
         return [row[longest : longest + n].tolist() for row, n in zip(out, lengths.flatten().tolist(), strict=True)]
 
     def run_continuously(work: Workload) -> list[list[int]]:
@@ -143,7 +143,7 @@ def ctranslate2(folder: Path, precision: str, threads: int) -> Decode:
         found = model.generate_batch(
             [list(map(str, prompt)) for prompt in work.prompts], max_length=max(lengths), min_length=max(lengths),
             include_prompt_in_result=False, callback=ends if len(set(lengths)) > 1 else None,
-        )  # fmt: skip
+        )
         return [result.sequences_ids[0][:n] for result, n in zip(found, lengths, strict=True)]
 
     return run
@@ -190,7 +190,7 @@ def llama_cpp(folder: Path, precision: str, threads: int, rows: int, context: in
         out = [[token] for token in decode([
             (row, position, token, position == len(prompt) - 1)
             for row, prompt in enumerate(prompts) for position, token in enumerate(prompt)
-        ])]  # fmt: skip
+        ])]
         for step in range(1, max(lengths)):
             going = [row for row, index in enumerate(order) if lengths[index] > step]
             tokens = [(row, len(prompts[row]) + step - 1, out[row][-1], True) for row in going]

@@ -115,7 +115,7 @@ def theirs(case: Case, folder: Path, *, bf16: bool = False) -> Run:
 SIDES = {
     "ours": ours, "ours, bfloat16": functools.partial(ours, precision="bfloat16"),
     "trl": theirs, "trl, bfloat16": functools.partial(theirs, bf16=True),
-}  # fmt: skip
+}
 
 
 def compare(name: str, repeats: int) -> str:

@@ -95,7 +95,7 @@ def checkpoint(place: Path, size: Size) -> Found:
     took = start("checkpoint_split.py", ckpt_file=folder / "hf", save_path=folder / "split")
     yield "split", {"GB": n_bytes / 1e9, "seconds": took, "GB/s": n_bytes / 1e9 / took}
     took = start("solver_evaluate.py", task="none", ckpt_dir=folder / "split", limit=1, max_new_tokens=1,
-                 label_file=ROOT / "dataset/toy/test.json", log_dir=place / "first")  # fmt: skip
+                 label_file=ROOT / "dataset/toy/test.json", log_dir=place / "first")
     yield "cold process to the end of its first token", {"seconds": took}
 
 
@@ -121,12 +121,12 @@ def correct(place: Path, size: Size) -> Found:
         found = {to_hf_name(name): each.grad.cpu() for name, each in model.named_parameters()}
         yield f"{precision} off float32 on the CPU", {
             "logits": ((own - logits).norm() / logits.norm()).item(), "gradients": apart(found, turned),
-            "transformers' under autocast": peer}  # fmt: skip
+            "transformers' under autocast": peer}
         del model, found
         solver = load.load_solver(str(folder / "split"), precision=precision)
         prompt = samples[2].tokens
         ours = list(generate(solver, [Request("", 0, prompt)], Sampling(max_new_tokens=size.greedy),
-                             vocabulary=Vocabulary(()), max_batch_size=1))[0].tokens  # fmt: skip
+                             vocabulary=Vocabulary(()), max_batch_size=1))[0].tokens
         theirs = theirs.to(getattr(torch, precision))
         asked, n = torch.tensor([prompt], device=parallel.device()), size.greedy
         same = theirs.generate(asked, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
@@ -137,7 +137,7 @@ def correct(place: Path, size: Size) -> Found:
     del theirs
     small = checkpoint_of(place, size.small)
     common = {"ckpt_dir": str(small / "split"), "train_file": str(ROOT / "dataset/toy/demonstrations.json"),
-              "schedule": "constant", "warmup_ratio": 0.0, "max_batch_size": 4, "save_every": 2}  # fmt: skip
+              "schedule": "constant", "warmup_ratio": 0.0, "max_batch_size": 4, "save_every": 2}
     for name, resume, n in (("whole", "none", 4), ("resumed", "none", 2), ("resumed", "auto", 4)):
         config = solver_train.SolverTrainConfig(**common, save_dir=str(place / name), max_steps=n, resume=resume)
         solver_train.main(config)
@@ -171,7 +171,7 @@ def ppo(place: Path, size: Size) -> Found:
     """Seconds of one iteration by phase."""
     critic = {"critic_warmup": 0, "reward": ["verifier"]}
     cases = {"PPO": (size.middle, critic), "GRPO": (size.middle, {"advantage": "grpo", "reward": ["rule"]}),
-             "PPO, LoRA on one base": (size.large, critic | {"lora_rank": 16, "share_base": True})}  # fmt: skip
+             "PPO, LoRA on one base": (size.large, critic | {"lora_rank": 16, "share_base": True})}
     for name, (sizes, flags) in cases.items():
         folder, run = checkpoint_of(place, sizes), place / name
         base, lora = str(folder / "split"), load.lora_config(LORA) if "lora_rank" in flags else None
@@ -180,11 +180,11 @@ def ppo(place: Path, size: Size) -> Found:
             if not Path(verifier).is_dir():
                 save_verifier(base, verifier, lora)
             flags |= {"critic_ckpt_dir": base, "critic_save_dir": str(run / "critic"),
-                      "reward_model_ckpt_dir": verifier}  # fmt: skip
+                      "reward_model_ckpt_dir": verifier}
         ppo_train.main(PPOConfig(
             actor_ckpt_dir=base, actor_save_dir=str(run / "actor"), task="toy", max_steps=1, inner_epochs=1,
             train_file=str(ROOT / "dataset/toy/train.json"), max_buffer_size=max(8, size.problems),
-            max_new_tokens=2 * size.new_tokens, max_batch_size=8, **flags))  # fmt: skip
+            max_new_tokens=2 * size.new_tokens, max_batch_size=8, **flags))
         seen = last_metrics(run / "actor")
         kept = ("first_ratio_deviation", "kl", "tokens_per_second")
         phases = {each: value for each, value in seen.items() if each.startswith("seconds_") or each in kept}
@@ -219,7 +219,7 @@ def small(place: Path, size: Size) -> Found:
             actor_ckpt_dir=str(out / "sft"), actor_save_dir=str(out / "grpo"), advantage="grpo", reward=["rule"],
             task="toy", train_file=str(toy / "train.json"), max_buffer_size=max(8, size.problems), max_steps=2,
             max_new_tokens=2 * size.new_tokens, max_batch_size=16)),
-    }  # fmt: skip
+    }
     for name, run in stages.items():
         began = time.perf_counter()
         run()
@@ -231,7 +231,7 @@ def small(place: Path, size: Size) -> Found:
 PARTS: dict[str, tuple[Callable[[Path, Size], Found], int]] = {
     "correct": (correct, 75), "decode": (decode, 110), "train": (train, 110), "checkpoint": (checkpoint, 75),
     "ppo": (ppo, 100), "score": (score, 25), "small": (small, 45),
-}  # fmt: skip
+}
 
 
 def run_part(name: str, place: Path, size: Size) -> None:
@@ -243,12 +243,12 @@ def run_part(name: str, place: Path, size: Size) -> None:
             file.write(json.dumps({"part": name, "what": what} | figures) + "\n")
             file.flush()
             words = (f"{each} {value:.4g}" if isinstance(value, float) else f"{each} {value}"
-                     for each, value in figures.items())  # fmt: skip
+                     for each, value in figures.items())
             print(f"{name:11}{what:48}{'  '.join(words)}", file=shown, flush=True)
 
 
 def main(device: Literal["gpu", "cpu"] = "gpu", size: Literal["llama-2-7b", "tiny"] = "llama-2-7b",
-         parts: list[str] = list(PARTS), minutes: float = 9.0, folder: str = "runs/gpu", only: str = "") -> None:  # noqa: B006, B008 (shown by --help)  # fmt: skip
+         parts: list[str] = list(PARTS), minutes: float = 9.0, folder: str = "runs/gpu", only: str = "") -> None:  # noqa: B006, B008 (shown by --help)
     """Run the parts in turn, each in a process that is ended when its time is over.
 
     device: cpu hides the GPU
@@ -273,7 +273,7 @@ def main(device: Literal["gpu", "cpu"] = "gpu", size: Literal["llama-2-7b", "tin
         words = [sys.executable, __file__, f"--only={name}", f"--size={size}", f"--folder={folder}"]
         with (place / f"{name}.log").open("w") as log:
             process = subprocess.Popen(words, stderr=log, start_new_session=True, env=os.environ | (
-                {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))  # fmt: skip
+                {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
         try:
             if process.wait(timeout=box):
                 print(f"{name:11}failed: {place}/{name}.log says why", flush=True)

@@ -47,14 +47,14 @@ class Size(NamedTuple):
 def shape(width: int, inner: int, layers: int, heads: int, kv_heads: int, words: int) -> dict[str, int]:
     """A Llama's sizes."""
     return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": words,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 4096}  # fmt: skip
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 4096}
 
 
 SIZES = {
     "llama-2-7b": Size(shape(4096, 11008, 32, 32, 32, 32000), shape(2048, 5632, 22, 32, 4, 32000),
                        shape(576, 1536, 30, 9, 3, 49152), (1, 32, 128, 384), 128, 4096, 500, 64),
     "tiny": Size(*[shape(64, 172, 2, 4, 2, 640)] * 3, (1, 3), 8, 128, 12, 4),
-}  # fmt: skip
+}
 LORA = LoraFlags(lora_rank=16)
 HALF = torch.bfloat16
 
@@ -99,7 +99,7 @@ def config_of(sizes: dict[str, int]) -> ModelConfig:
     """The same shape as our models are told of it."""
     names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
              "n_kv_heads": "num_key_value_heads", "ffn_dim": "intermediate_size", "vocab_size": "vocab_size",
-             "max_seq_len": "max_position_embeddings"}  # fmt: skip
+             "max_seq_len": "max_position_embeddings"}
     config = {ours: sizes[theirs] for ours, theirs in names.items()}
     return ModelConfig(head_dim=config["dim"] // config["n_heads"], **config)
 
@@ -109,7 +109,7 @@ def random_model(config: ModelConfig, held: torch.dtype) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config, HALF)
     tensors = {name: torch.empty(each.shape, dtype=held, device=parallel.device()).normal_(0, 0.02)
-               for name, each in model.named_parameters()}  # fmt: skip
+               for name, each in model.named_parameters()}
     shards.assign(model, tensors, "the benchmark")
     return model
 
@@ -139,7 +139,7 @@ def decode(place: Path, size: Size) -> Found:
         tokens = torch.full((n, 32), 7, device=parallel.device())
         peers[n] = n / per_step(size, lambda new, theirs=theirs, tokens=tokens: theirs.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-            pad_token_id=0))  # fmt: skip
+            pad_token_id=0))
         yield f"transformers' generate(), {n} rows", {"tokens/s": peers[n]}
     del theirs
     free()
@@ -152,11 +152,11 @@ def decode(place: Path, size: Size) -> Found:
             requests = [Request(str(row), 0, prompt) for row, prompt in enumerate(prompts)]
             took = per_step(size, lambda new, n=n, requests=requests, compiled=compiled, model=model: list(generate(
                 model, requests, Sampling(max_new_tokens=new), vocabulary=Vocabulary(()), max_batch_size=n,
-                compiled=compiled)))  # fmt: skip
+                compiled=compiled)))
             cached = 4 * config.n_layers * config.n_kv_heads * config.head_dim * sum(map(len, prompts))
             yield f"{precision or 'bfloat16'}, {n} rows, {'graphs' if compiled else 'eager'}", {
                 "tokens/s": n / took, "of the copy's rate": (weight_bytes(model) + cached) / took / rate,
-                "of transformers'": n / took / peers[n] if n in peers else float("nan")}  # fmt: skip
+                "of transformers'": n / took / peers[n] if n in peers else float("nan")}
         del model
         free()
 

@@ -49,7 +49,7 @@ class Case(NamedTuple):
             "accumulation_steps": 4 * tensor_parallel_size // n, "max_steps": STEPS, "eval_every": EVAL_EVERY,
             "save_every": SAVE_EVERY, "lr": 1e-3, "lora_rank": self.lora_rank, "resume": "auto",
             "tensor_parallel_size": tensor_parallel_size, "save_dtype": "float32", "background_save": self.background,
-        }  # fmt: skip
+        }
         return [sys.executable, *launcher, "solver_train.py", *(f"--{name}={value}" for name, value in flags.items())]
 
     def __str__(self) -> str:

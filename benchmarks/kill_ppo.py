@@ -77,7 +77,7 @@ def command(case: str, run: Path) -> list[str]:
         "train_file": "dataset/toy/train.json", "task": "toy", "max_buffer_size": EPISODES, "max_batch_size": 8,
         "max_steps": BUFFERS, "max_new_tokens": 24, "kl_loss": "k3", "kl_target": 0.5, "kl_horizon": 20, "lr": 1e-3,
         "save_every": 1, "resume": "auto",
-    }  # fmt: skip
+    }
     if "advantage" not in flags:
         everywhere |= {"critic_ckpt_dir": actor, "critic_save_dir": run / "critic"}
     words = (f"--{name}={value}" for name, value in (everywhere | flags).items())

@@ -94,7 +94,7 @@ def write_model(folder: Path, like: str, dim: int, n_layers: int, vocab_size: in
     """A checkpoint of random weights in bfloat16, with the tokenizer of another one."""
     parallel.start()
     config = dataclasses.replace(open_source(like).config, dim=dim, n_layers=n_layers, n_heads=dim // 64,
-                                 n_kv_heads=dim // 64, head_dim=64, ffn_dim=4 * dim, vocab_size=vocab_size)  # fmt: skip
+                                 n_kv_heads=dim // 64, head_dim=64, ffn_dim=4 * dim, vocab_size=vocab_size)
     model = Decoder(config, torch.bfloat16).bfloat16()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -118,13 +118,13 @@ def main() -> None:
         for n in map(int, arguments.ranks.split(",")):
             words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__]
             done = subprocess.run([*words, "--folder", place], stdout=subprocess.PIPE, text=True, check=True,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
             ranks = json.loads(done.stdout.splitlines()[-1])
             for name in ranks[0]:
                 (first, kept), *others = (rank[name] for rank in ranks)
                 rest = max(peak for peak, _ in others)
                 sys.stdout.write(f"{n} ranks, {name}: kept {kept / 2**20:,.0f} MiB; peak of rank 0 "
-                                 f"{first / 2**20:,.0f}, of others {rest / 2**20:,.0f}\n")  # fmt: skip
+                                 f"{first / 2**20:,.0f}, of others {rest / 2**20:,.0f}\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ M21, M60 = (512, 6, 8, 1408, 2048), (768, 8, 12, 2048, 2048)
 WIDE = (256, 4, 4, 688, 151936)
 PACKED = {"max_batch_size": 4, "packing": "true"}
 PPO = {"max_buffer_size": 8, "max_batch_size": 4, "minibatches": 1, "max_new_tokens": 160, "epochs": 2,
-       "critic_warmup": 0, "task": "toy"}  # fmt: skip
+       "critic_warmup": 0, "task": "toy"}
 CASES = {
     "full, packed": Case(M60, PACKED),
     "LoRA, vocabulary 152k": Case(WIDE, {"max_batch_size": 4, "lora_rank": 16}),
@@ -53,7 +53,7 @@ CASES = {
         ", LoRA, --phases": {"lora_rank": 16, "phases": True},
         ", LoRA, --share_base": {"lora_rank": 16, "share_base": True},
     }.items()
-}  # fmt: skip
+}
 
 
 def prepare(case: Case, place: Path) -> None:
@@ -73,7 +73,7 @@ def prepare(case: Case, place: Path) -> None:
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=dim, intermediate_size=ffn, max_position_embeddings=2048,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(place / "hf")
     for path in (ROOT / "dataset/toy/base").glob("tokenizer*"):
@@ -102,7 +102,7 @@ def command(case: Case, place: Path, *, dry: bool) -> list[str]:
     if case.script == "ppo_train.py":
         flags |= {"actor_ckpt_dir": place / "ours", "actor_save_dir": place / "actor",
                   "critic_ckpt_dir": place / "ours", "critic_save_dir": place / "critic",
-                  "reward_model_ckpt_dir": place / "verifier"}  # fmt: skip
+                  "reward_model_ckpt_dir": place / "verifier"}
     else:
         flags |= {"ckpt_dir": place / "ours", "save_dir": place / "run", "max_seq_len": 1024, "max_steps": 3}
     return [sys.executable, *launcher, case.script, *(f"--{name}={value}" for name, value in flags.items())]
@@ -112,7 +112,7 @@ def run(words: list[str]) -> tuple[str, int]:
     """The output of a run that must end well, and the peak in bytes of the largest of its processes."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True,
-                                   env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+                                   env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
         _, status, usage = os.wait4(process.pid, 0)
         output.seek(0)
         said = output.read()

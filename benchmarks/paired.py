@@ -34,7 +34,7 @@ def write_model(folder: Path, size: str, vocab_size: int, **settings: object) ->
     config = LlamaConfig(**{
         "vocab_size": vocab_size, "max_position_embeddings": 2048, "tie_word_embeddings": False, "pad_token_id": 0,
         "num_key_value_heads": MODELS[size]["num_attention_heads"], **MODELS[size], **settings,
-    })  # fmt: skip
+    })
     save_model(LlamaForCausalLM(config), folder)
 
 
@@ -82,7 +82,7 @@ class Watch:
         return {
             "losses": self.losses, "work": self.work, "times": self.times, "middles": self.middles, "peak": peak,
             "growth": peak - self.before,
-        }  # fmt: skip
+        }
 
 
 def rate(run: Run, clock: int, warm_up: int = WARM_UP) -> float:
@@ -96,7 +96,7 @@ def run_side(script: str, side: str, name: str, folder: Path, *more: str, python
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
         "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+    }
     words = [python, script, "--side", side, "--only", name, "--folder", str(folder), *more]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -57,7 +57,7 @@ class Case(NamedTuple):
 CASES = {
     f"{kind} {model}{' ragged' * ragged}": Case(model, kind == "GRPO", ragged)
     for kind in ("PPO", "GRPO") for model in ("tiny", "5M", "60M") for ragged in (False, True)
-}  # fmt: skip
+}
 
 
 def prompts(case: Case) -> list[list[int]]:
@@ -81,7 +81,7 @@ def write_model(case: Case, folder: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCAB, max_position_embeddings=512, num_key_value_heads=size["num_attention_heads"],
         tie_word_embeddings=False, pad_token_id=PADDING, bos_token_id=None, eos_token_id=EOS, **size,
-    ))  # fmt: skip
+    ))
     logits = {PADDING: -30.0, EOS: math.log(VOCAB / MEAN_LENGTH) if case.ragged else -30.0}
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 0.1
@@ -146,7 +146,7 @@ def our_side(
         kl_coef=0.0 if case.grpo else 0.05, clip_ratio=0.2, clip_high=0.2, value_clip=0.2, gae_lambda=0.95,
         missing_eos_penalty=0.0, lr=LR, critic_lr=LR, schedule="constant", warmup_ratio=0.0, precision=precision,
         max_grad_norm=max_grad_norm, critic_warmup=0, **critic,
-    )  # fmt: skip
+    )
     models = load_models(config, RunLog(str(folder / "log"), {}), 100)
     models.load_reference(config, refreshed=False)
     if models.critic:
@@ -200,7 +200,7 @@ def theirs(case: Case, folder: Path, *, bf16: bool = False, parity: bool = False
     setting = Setting(
         folder, prompts(case), VOCAB, EPISODES, EPISODES if parity else case.micro, case.response, EPOCHS, iterations,
         LR, bf16, torch.load(folder / "episodes.pth") if parity else None,
-    )  # fmt: skip
+    )
     if case.grpo:
         from benchmarks import trl_grpo
 

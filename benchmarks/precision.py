@@ -33,7 +33,7 @@ from src.training.sft import sft_loss
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
     "vocab_size": 49152, "tie_word_embeddings": True, "rope_theta": 1e5, "max_position_embeddings": 2048,
-}  # fmt: skip
+}
 ROWS, LENGTH, PROMPT = 4, 512, 150
 
 

@@ -122,7 +122,7 @@ def theirs(case: Case, folder: Path, *, bf16: bool) -> Run:
 
         n = 2 if case.packing else case.rows_a_step
         trl_sft.train(model, rows, folder, watch, rows_a_step=n, max_length=MAX_LENGTH, packing=case.packing,
-                      bf16=bf16, lr=case.lr)  # fmt: skip
+                      bf16=bf16, lr=case.lr)
     return watch.record()
 
 
@@ -175,7 +175,7 @@ def compare(name: str, case: Case, repeats: int) -> str:
         more = ("--steps", str(case.steps))
         found = paired.in_turns(
             list(sides(case)), repeats,
-            lambda side: paired.run_side(__file__, side, name, Path(folder), *more))  # fmt: skip
+            lambda side: paired.run_side(__file__, side, name, Path(folder), *more))
     columns = {
         "tokens/cpu s": lambda run: paired.rate(run, 0) * scale / sum(run["work"]),
         "tokens/s": lambda run: paired.rate(run, 1) * scale / sum(run["work"]),

@@ -52,7 +52,7 @@ def trainer(
     settings = DPOConfig(
         **_settings(folder, pairs_a_step, lr, logging) | {"bf16": bf16}, beta=beta, precompute_ref_log_probs=True,
         max_length=None,
-    )  # fmt: skip
+    )
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return AsGiven(
         model=model,
@@ -94,9 +94,9 @@ class KTOAsGiven(KTOTrainer):
 def kto_trainer(
     model: PreTrainedModel, rows: Sequence[Mapping[str, object]], folder: Path, *, rows_a_step: int, lr: float,
     **options: float,
-) -> KTOAsGiven:  # fmt: skip
+) -> KTOAsGiven:
     """The same of KTO. rows: prompt_ids, completion_ids, KL_completion_ids, label; options: beta and the weights."""
     settings = KTOConfig(**_settings(folder, rows_a_step, lr, True), precompute_ref_log_probs=True, max_length=None,
-                         train_sampling_strategy="sequential", **options)  # fmt: skip
+                         train_sampling_strategy="sequential", **options)
     return KTOAsGiven(model=model, args=settings, train_dataset=Dataset.from_list(list(rows)),
-                      processing_class=words(2))  # fmt: skip
+                      processing_class=words(2))

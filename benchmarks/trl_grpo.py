@@ -58,12 +58,12 @@ def train(setting: Setting, group: int, watch: Watch, norms: Norms | None = None
         lr_scheduler_type="constant", warmup_steps=0, adam_beta2=0.95, weight_decay=0.0, epsilon=0.2, loss_type="grpo",
         shuffle_dataset=False, max_grad_norm=0.0 if norms else 1.0, logging_strategy="no", save_strategy="no",
         report_to=[], disable_tqdm=True,
-    )  # fmt: skip
+    )
     trainer = Watched(
         model=LlamaForCausalLM.from_pretrained(setting.folder / "hf", dtype=torch.float32), reward_funcs=even,
         args=settings, processing_class=words(setting.vocab_size), callbacks=[Clock(watch, setting.epochs)],
         train_dataset=Dataset.from_list([{"prompt": " ".join(map(str, ids))} for ids in setting.prompts]),
-    )  # fmt: skip
+    )
     if norms:
         trainer.add_callback(norms)
     watch.start()
@@ -76,7 +76,7 @@ def parity(setting: Setting, group: int) -> dict[str, object]:
     train(setting, group, watch, norms)
     return {
         "policy_loss": sum(watch.losses) / len(watch.losses), "grad_norm": sum(norms.found) / len(norms.found),
-    }  # fmt: skip
+    }
 
 
 def measure(setting: Setting, group: int) -> dict[str, object]:

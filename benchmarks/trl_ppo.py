@@ -87,13 +87,13 @@ def train(setting: Setting, watch: Watch) -> Seen:
         adam_beta2=0.95, weight_decay=0.0, kl_coef=0.05, vf_coef=1.0, cliprange=0.2, cliprange_value=0.2, gamma=1.0,
         lam=0.95, num_sample_generations=0, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         eval_strategy="no",
-    )  # fmt: skip
+    )
     rows = Dataset.from_list([{"input_ids": ids} for ids in setting.prompts])
     trainer = PPOTrainer(
         args=settings, processing_class=words(setting.vocab_size), model=policy, ref_model=reference,
         reward_model=Reward(len(setting.prompts[0])), value_model=value, train_dataset=rows,
         eval_dataset=rows.select(range(setting.episodes)), callbacks=[Clock(watch)],
-    )  # fmt: skip
+    )
     gc.collect()
     watch.start()
     trainer.train()

@@ -33,8 +33,8 @@ def train(
         per_device_train_batch_size=rows_a_step, num_train_epochs=1, learning_rate=lr, lr_scheduler_type="constant",
         warmup_steps=0, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, packing=packing, max_length=max_length,
         logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True, dataloader_num_workers=0,
-    )  # fmt: skip
+    )
     InOrder(
         model=model, args=settings, train_dataset=Dataset.from_list(list(rows)), callbacks=[Clock(watch)],
         processing_class=words(2),
-    ).train()  # fmt: skip
+    ).train()

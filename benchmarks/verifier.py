@@ -74,7 +74,7 @@ def write_model(model: str, folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCAB, hidden_size=dim, intermediate_size=ffn, max_position_embeddings=CONTEXT,
                          num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-                         tie_word_embeddings=False, pad_token_id=0)  # fmt: skip
+                         tie_word_embeddings=False, pad_token_id=0)
     LlamaForCausalLM(config).save_pretrained(folder / "hf")
     tokenizer = (ROOT / "dataset" / "toy" / "base" / "tokenizer.model").read_bytes()
     (folder / "hf" / "tokenizer.model").write_bytes(tokenizer)
@@ -124,7 +124,7 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
     data, _ = label_dataset(rows, tokenizer, max_seq_len=CONTEXT, source="rows")
     by_tokens = {tuple(sample.tokens): row for (sample,), row in zip(data.samples, rows, strict=True)}
     trainers = [Trainer(open_verifier(folder), RunLog(str(folder), {}), OptimizerFlags(lr=1e-4), total_steps=rounds + 1)
-             for _ in range(2)]  # fmt: skip
+             for _ in range(2)]
 
     def update(trainer: Trainer, batches: Sequence[Batch]) -> float:
         n = sum(batch.n_targets for batch in batches)
@@ -146,7 +146,7 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
         ]
         order = [(0, [packed]), (1, padded)]
         sides = {side: timed(lambda side=side, batches=batches: update(trainers[side], batches))
-                 for side, batches in (order if number % 2 else order[::-1])}  # fmt: skip
+                 for side, batches in (order if number % 2 else order[::-1])}
         gap = max(gap, abs(sides[0][0] - sides[1][0]))
         if number:  # the first one warms up
             found.append((sides[0][1], sides[1][1]))
@@ -196,7 +196,7 @@ def score(folder: Path, rounds: int, n_samples: int, batch_size: int) -> None:
     """Score the same samples on both sides in turns; print samples a second and the ratio."""
     rng = random.Random(4)
     samples = [Sample(str(n), 0, PROBLEM, "\n\n".join(solution(rng, 5)), None, {"finish": "stop"})
-               for n in range(n_samples)]  # fmt: skip
+               for n in range(n_samples)]
     verifier, tokenizer = open_verifier(folder), load.load_tokenizer(str(folder / "ours"))
     log = RunLog(str(folder), {})
 
@@ -204,7 +204,7 @@ def score(folder: Path, rounds: int, n_samples: int, batch_size: int) -> None:
         path = folder / "scores.jsonl"
         path.unlink(missing_ok=True)
         found = score_samples(verifier, tokenizer, samples, aggregation="prod", max_batch_size=batch_size, path=path,
-                              log=log)  # fmt: skip
+                              log=log)
         return [each.step_scores for each in found]
 
     plain = transformers_scorer(folder, tokenizer, batch_size)
@@ -213,7 +213,7 @@ def score(folder: Path, rounds: int, n_samples: int, batch_size: int) -> None:
         order = [(0, ours), (1, lambda: plain(samples))]
         sides = {side: timed(work) for side, work in (order if number % 2 else order[::-1])}
         gap = max(gap, max(abs(a - b) for one, other in zip(sides[0][0], sides[1][0], strict=True)
-                           for a, b in zip(one, other, strict=True)))  # fmt: skip
+                           for a, b in zip(one, other, strict=True)))
         if number:
             found.append((sides[0][1], sides[1][1]))
     if gap > SCORE_LIMIT:

@@ -33,11 +33,11 @@ class Reader(NamedTuple):
 WORDS = {  # of an answer, in small letters -> its kind
     "true": "true_false", "false": "true_false", "yes": "yes_no", "no": "yes_no", "valid": "valid_invalid",
     "invalid": "valid_invalid", **{f"({letter})": "choice" for letter in LETTERS.lower()},
-}  # fmt: skip
+}
 OLYMPIC = {
     "mc": "choice", "tf": "true_false", "nv": "number", "set": "set", "in": "interval", "ex": "expression",
     "eq": "equation", "tup": "tuple",
-}  # fmt: skip
+}
 CONTEST = Reader(("problem", "Problem", "question"), ("answer", "Answer"), names={"id": "id"})
 READERS: dict[str, Reader] = {
     "aime24": CONTEST,  # HuggingFaceH4/aime_2024, and Maxwell-Jia/AIME_2024 with capitals
@@ -58,7 +58,7 @@ READERS: dict[str, Reader] = {
     # GAIR/OlympicArena, whose validation split has answers
     "olympicarena": Reader(("problem",), ("answer",), typed=OLYMPIC, kind="answer_type",
                            names={"id": "id", "subject": "subject"}),
-}  # fmt: skip
+}
 
 
 def table_row(reader: Reader, raw: RawRow) -> Row:

@@ -110,7 +110,7 @@ def toy_problems() -> dict[str, Problem]:
     """The bundled problems by their text, with the true steps."""
     rows = [row for name in ("train", "test") for row in read_instruction_rows(str(TOY / f"{name}.json"))]
     return {row["instruction"]: Problem(row["instruction"], split_steps(row["output"][0])[:-1], row["label"],
-                                        row["level"]) for row in rows}  # fmt: skip
+                                        row["level"]) for row in rows}
 
 
 def agreement(pairs: Sequence[tuple[float, bool]]) -> str:

@@ -87,7 +87,7 @@ def main(
     draws = resampled(right)
     n_seeds, n_problems = right[rows[0]].shape
     lines = [f"{f'{n_problems} test problems, {n_seeds} seeds':34}accuracy   95% interval      "
-             f"{'of the gap   95% interval' if floor else ''}"]  # fmt: skip
+             f"{'of the gap   95% interval' if floor else ''}"]
     for row, name in zip(rows, names, strict=True):
         line = f"{name:34}{right[row].mean():8.1%}  {interval(draws[row]):20}"
         if floor:

@@ -220,7 +220,7 @@ def _load(
     places = shards.places(model)
     # one at a time: what was merged or resharded is freed as this rank's part is copied
     parts = {name: parallel.part_like(read(), model.get_parameter(places[name])) if name in places else read()
-             for name, read in stored.items()}  # fmt: skip
+             for name, read in stored.items()}
     shards.assign(model, parts, str(folder))
     if trained:
         _init_adapters(model, trained.seed)
@@ -321,7 +321,7 @@ def lora_config(flags: LoraFlags, dropout: float = 0.0) -> LoraConfig | None:
         return None
     alpha = flags.lora_alpha * (flags.lora_rank**0.5 if flags.rslora else 1.0)
     return LoraConfig(rank=flags.lora_rank, alpha=alpha, dropout=dropout, targets=tuple(flags.lora_targets),
-                      dora=flags.dora)  # fmt: skip
+                      dora=flags.dora)
 
 
 def check_step(ckpt_dir: str, config: ModelConfig, asked: str) -> None:

@@ -43,14 +43,14 @@ ARRANGEMENTS = ("all at once", "--phases", "--share_base")
 DOING = {"model": "training", "actor": "the actor learns", "critic": "the critic learns",
          "reference": "the reference scores", "verifier": "the verifier scores",
          "teacher": "the teacher scores",
-         "rollouts": "the actor samples"}  # fmt: skip
+         "rollouts": "the actor samples"}
 Memory = Mapping[str, Mapping[str, int]]  # model, or rollouts of the actor -> part -> bytes of a rank
 
 
 def training(
     config: TrainConfig, model: ModelConfig, steps: Iterable[Step], examples: Sequence[Encoded], tokenizer: Tokenizer,
     data_parallel: int, *, summed: bool = True,
-) -> str:  # fmt: skip
+) -> str:
     """The plan of a trainer that takes these steps, of these examples. summed: its loss is a sum of log-probs."""
     n = load.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
     model.check_divides(n, "this checkpoint")
@@ -59,7 +59,7 @@ def training(
     n_flop = 6 * local_parameters(model, n) * sum(sum(tokens) for _, tokens in passes)
     how = Training(load.lora_config(config, config.lora_dropout), config.quantize, config.activation_checkpointing,
                    parallel.replica_size(data_parallel, config.replicas), config.accumulation_steps > 1, _on_gpu(),
-                   is_half(config), config.optimizer, summed)  # fmt: skip
+                   is_half(config), config.optimizer, summed)
     memory = {"model": training_memory(model, n, n_tokens, how)}
     facts = {
         "tensor-parallel ranks": n,
@@ -85,13 +85,13 @@ def duration(flop: int, config: ModelFlags) -> str:
 def decoding(
     config: ModelConfig, n: int, prompts: Sequence[list[int]], *, samples: int, max_new_tokens: int, n_rows: int,
     quantize: str = "", half: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """The plan of decoding these prompts with at most n_rows rows at once."""
     config.check_divides(n, "this checkpoint")
     longest, n_samples, shared = max(map(len, prompts)), samples * len(prompts), shared_prefix(prompts)
     facts = {"tensor-parallel ranks": n, "samples": n_samples,
              "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {config.max_seq_len}, the first "
-             f"{shared} of all the same"}  # fmt: skip
+             f"{shared} of all the same"}
     n_rows, n_tokens = min(n_rows, n_samples), min(longest + max_new_tokens, config.max_seq_len)
     held = frozen_memory(config, n, quantize or "bfloat16" * half)
     parts = held | decoding_memory(config, n, n_rows, n_tokens, shared, half=half)
@@ -120,7 +120,7 @@ def ppo(
     work = ppo_work(config, context, longest, [*map(len, ids)], [*map(len, held_ids)], ranks)
     how = Training(load.lora_config(config), checkpointing=config.activation_checkpointing,
                    data_parallel=parallel.replica_size(ranks, config.replicas), accumulates=work.accumulates,
-                   on_gpu=_on_gpu(), half=is_half(config), summed=False)  # fmt: skip
+                   on_gpu=_on_gpu(), half=is_half(config), summed=False)
     memory = {name: ppo_memory(models, n, how, work, config.quantize, name) for name in ARRANGEMENTS}
     peaks = {name: moments(memory[name], models, n, phases=name == "--phases") for name in ARRANGEMENTS}
     folders = filter(None, (config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir))
@@ -144,9 +144,9 @@ def ppo(
         "rewards": places(config, models.get("verifier")),
         "an example": f"{tokenizer.decode(ids[0], show_control=True)}[[...]], {len(ids[0])} tokens and at most "
         f"{config.max_new_tokens} to learn",
-    }  # fmt: skip
+    }
     rows = [f"  {name:22}{size(_process() + max(peaks[name].values())) if name in peaks else '-'}"
-            for name in ARRANGEMENTS]  # fmt: skip
+            for name in ARRANGEMENTS]
     return "\n".join([report(facts, memory[asked], peaks[asked], n * ranks), "in each arrangement", *rows])
 
 
@@ -228,7 +228,7 @@ def moments(memory: Memory, models: Mapping[str, ModelConfig], n: int, *, phases
 def disk(
     models: Sequence[ModelConfig], n: int, how: Training, flags: SavingFlags, n_steps: int, per_epoch: int,
     refresh: int = -1,
-) -> str:  # fmt: skip
+) -> str:
     """What the checkpoints of these models take in the end, and what one more takes until it replaces another.
 
     Kept are the ends of epochs and of the run, the newest reference (renewed every `refresh` steps), the newest few to
@@ -257,7 +257,7 @@ def places(config: PPOConfig, verifier: ModelConfig | None) -> str:
     """The tokens that rewards are laid on, for those that weigh something."""
     by_step = {"verifier"} if verifier and verifier.objective == "process" else set()
     laid = [f"{short_name(name)} at {'the ends of steps' if name in by_step else 'the last token'}"
-            for name, weight in config.weights_by_reward.items() if weight]  # fmt: skip
+            for name, weight in config.weights_by_reward.items() if weight]
     return ", ".join(laid + ["KL at every token"] * bool(config.kl_coef))
 
 
@@ -267,7 +267,7 @@ def splitting(config: ModelConfig, n: int, dtype: str) -> str:
     shard = BYTES[dtype or config.dtype] * local_parameters(config, n)
     heads = f"{_counts(config, n, 0)} heads, {_counts(config, n, 1)} kv heads each"
     return report({"parameters": f"{local_parameters(config, 1):,}", "shards": f"{n} of {size(shard)}: {heads}",
-                   "disk": size(n * shard)})  # fmt: skip
+                   "disk": size(n * shard)})
 
 
 def exporting(config: ModelConfig, dtype: str, max_file_bytes: int | None = None) -> str:
@@ -281,7 +281,7 @@ def adapting(config: ModelConfig, lora: LoraConfig, n: int = 1) -> str:
     """The plan of writing an adapter in n files."""
     return report({"adapter": f"rank {lora.rank} on {', '.join(lora.targets)}",
                    "parameters": f"{local_lora_parameters(config, lora, 1):,}",
-                   "disk": size(n * FLOAT32 * local_lora_parameters(config, lora, n))})  # fmt: skip
+                   "disk": size(n * FLOAT32 * local_lora_parameters(config, lora, n))})
 
 
 def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] = (1, 2, 4, 8)) -> str:

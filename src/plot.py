@@ -46,7 +46,7 @@ PANELS = [  # the most telling first: a run's picture has those of them that it 
     Panel("peak memory of a rank", "GiB", r"peak_memory", 2.0**30, noisy=False),
 ]
 _UNTOLD = (r"seconds.*|\w+_seconds|epoch|step|(supervised_)?tokens|pairs|judged|samples|responses|mfu|padding_share|"
-           r"reward_\w+|kl_\w+|\w*ratio_deviation\w*|sampler_mismatch\w*|graded_wrong")  # fmt: skip
+           r"reward_\w+|kl_\w+|\w*ratio_deviation\w*|sampler_mismatch\w*|graded_wrong")
 
 
 def plot_run(rows: Sequence[Mapping[str, object]], title: str, path: Path) -> None:
@@ -136,7 +136,7 @@ def plot_results(results: dict[str, object], curves: Mapping[str, str], path: Pa
         _bars(axes, f"accuracy by {kind} (problems)", entries)
     low, high = results["interval"]
     figure.suptitle(f"{results['task']}, {results['problems']} problems\n{results['accuracy']:.1%} right, 95% interval "
-                    f"{low:.1%} .. {high:.1%}", fontsize=10, parse_math=False)  # fmt: skip
+                    f"{low:.1%} .. {high:.1%}", fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})  # equal numbers, equal bytes
 
 
@@ -206,7 +206,7 @@ def _bars(axes: Axes, title: str, entries: Mapping[str, dict[str, object]]) -> N
         low, high = entry.get("interval", (share, share))
         ends = [[max(0.0, share - low)], [max(0.0, high - share)]]
         axes.barh(place, share, color="tab:green" if name == "right" else "tab:blue", alpha=0.7,
-                  xerr=ends if "interval" in entry else None, capsize=3)  # fmt: skip
+                  xerr=ends if "interval" in entry else None, capsize=3)
         axes.text(max(share, high) + 0.02, place, f"{share:.1%}", va="center", fontsize=7)
     axes.set_yticks(range(len(entries)), entries, fontsize=7, parse_math=False)
     axes.invert_yaxis()

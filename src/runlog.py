@@ -76,7 +76,7 @@ def warn_of_early_end(n_steps: int, epochs: int, max_steps: int) -> None:
     """Say that a run has fewer steps than --max_steps, which is a limit: --epochs give the rows."""
     if n_steps < max_steps:
         logger().warning("the run ends after step %d of --max_steps %d, when its rows are used up: raise --epochs %d",
-                         n_steps, max_steps, epochs)  # fmt: skip
+                         n_steps, max_steps, epochs)
 
 
 def table(text: str) -> None:

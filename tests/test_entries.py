@@ -302,7 +302,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_json(folder / "judged.json", [in_steps[0], in_steps[1] | {"response": "1\n\n2"}])
     write_json(folder / "judged.identity.json", {"checkpoint": "m", "rules": find_task("toy").rules()})
     build = {"ckpt_dir": "one", "task": "toy", "samples_file": "judged.json", "log_dir": "out",
-             "save_file": "out/pairs.json"}  # fmt: skip
+             "save_file": "out/pairs.json"}
     evaluate = {"task": "toy", "ckpt_dir": "one", "label_file": "train.json", "log_dir": "out"}
     return World(
         folder,
@@ -334,7 +334,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
                 "reference_ckpt_dir": "one",
                 "steps_file": "steps.json",
                 "log_dir": "out",
-            },  # fmt: skip
+            },
             "verifier_evaluate": evaluate | {"ckpt_dir": "verifier", "samples_file": "samples.json"},
             "ppo_train": {
                 "actor_ckpt_dir": "one",
@@ -759,7 +759,7 @@ KINDS: list[tuple[str, dict[str, object], str]] = [
     ("ppo_train", {"actor_ckpt_dir": "verifier", "dry_run": True}, SOLVER),
     ("data_build process", {"ckpt_dir": "verifier"}, SOLVER),
     ("data_build branch", {"ckpt_dir": "verifier", "samples_file": "gone"}, SOLVER),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("script, changes, message", KINDS, ids=[f"{s} {c}" for s, c, _ in KINDS])
@@ -998,7 +998,7 @@ def test_what_a_step_is_is_learnt_once_and_followed(
     assert load.load_config("further").step == "line"
     message = "prm has learnt steps that are lines, but --step is paragraph; leave it out to follow"
     refuse(world, "verifier_train", {"ckpt_dir": "prm", "objective": "process", "train_file": "s.json",
-                                     "step": "paragraph"}, message, here)  # fmt: skip
+                                     "step": "paragraph"}, message, here)
     refuse(world, "verifier_evaluate", {"ckpt_dir": "prm", "step": "paragraph"}, message, here)
     refuse(world, "ppo_train", {"reward_model_ckpt_dir": "prm", "step": "paragraph"}, message, here)
     with pytest.raises(UserError, match=message):
@@ -1017,12 +1017,12 @@ def test_what_a_step_is_is_learnt_once_and_followed(
 def test_ppo_leaves_out_prompts_that_are_too_long(world: World, here: Path) -> None:
     """They are counted and named; of --eval_file they are wrong."""
     rows = [{"instruction": "1+1=", "label": "2"}, {"instruction": "a" * 200, "label": "1"},
-            {"instruction": "2+2=", "label": "4"}]  # fmt: skip
+            {"instruction": "2+2=", "label": "4"}]
     write_json(here / "long.json", rows)
     done = launch(here, "ppo_train.py", "--actor_ckpt_dir", "one", "--actor_save_dir", "out", "--reward", "rule",
                   "--advantage", "grpo", "--group_size", 2, "--max_buffer_size", 4, "--max_new_tokens", 8,
                   "--train_file", "long.json", "--eval_file", "long.json", "--task", "toy", "--minibatches", 1,
-                  "--format_penalty", 0.1)  # fmt: skip
+                  "--format_penalty", 0.1)
     assert done.returncode == 0, done.stderr
     told = "long.json: 1 of 3 prompts fill the context of one, 128 tokens, and are left out: row 2 (id '1', 202 tokens)"
     assert done.stderr.count(told) == 2

@@ -38,9 +38,9 @@ Be brief.<|im_end|>
 SYSTEM = "You're exact: write \\boxed{}, \"so\",\nthen stop."
 FORM = {"chat_template": "file", "template_args": "tone=kind", "system_prompt": SYSTEM}
 ANSWERS = {"Add 12 and 7": ("It is 19", "It is 20"), "Take 5 from 9": ("It is 4", "Is it 5"),
-           "Half of 48": ("It is 24", "It is 12"), "Count to 3": ("It is 3", "Not so")}  # fmt: skip
+           "Half of 48": ("It is 24", "It is 12"), "Count to 3": ("It is 3", "Not so")}
 PROBLEMS = [{"id": str(n), "instruction": text, "output": right, "label": right[6:]}
-            for n, (text, (right, _)) in enumerate(ANSWERS.items())]  # fmt: skip
+            for n, (text, (right, _)) in enumerate(ANSWERS.items())]
 PAIRS = [{"instruction": text, "chosen": right, "rejected": wrong} for text, (right, wrong) in ANSWERS.items()]
 LABELS = [{"instruction": text, "steps": [wrong], "labels": [0]} for text, (_, wrong) in ANSWERS.items()]
 
@@ -103,17 +103,17 @@ def trained(world: World) -> World:
     """SFT with a template, and from that alone a verifier and DPO, and from these PPO."""
     path = world.path
     train(world, "sft", "solver_train", 2, ckpt_dir=path("base"), save_dir=path("sft"),
-          train_file=path("problems.json"), max_batch_size=2, **FORM)  # fmt: skip
+          train_file=path("problems.json"), max_batch_size=2, **FORM)
     pairs = {"label_file": path("pairs.json"), "train_file": path("pairs.json"), "ckpt_dir": path("sft")}
     with ThreadPoolExecutor() as both:
         runs = [both.submit(train, world, name, script, save_dir=path(name), max_batch_size=4, **pairs)
-                for name, script in (("verifier", "verifier_train"), ("dpo", "preference_train"))]  # fmt: skip
+                for name, script in (("verifier", "verifier_train"), ("dpo", "preference_train"))]
         for run in runs:
             run.result()
     train(world, "ppo", "ppo_train", 2, actor_ckpt_dir=path("dpo"), actor_save_dir=path("ppo"),
           critic_ckpt_dir=path("verifier"), critic_save_dir=path("critic"), reward_model_ckpt_dir=path("verifier"),
           reward="verifier,rule", train_file=path("problems.json"), max_buffer_size=4, max_batch_size=2,
-          max_new_tokens=3)  # fmt: skip
+          max_new_tokens=3)
     return world
 
 
@@ -168,14 +168,14 @@ def test_other_commands_follow(
     evaluate, score = main_of("solver_evaluate"), main_of("verifier_evaluate")
     assert_shown(trained, shown(evaluate, ckpt_dir=trained.path("ppo"), log_dir=log, num_samples=2, **samples))
     judge = {"ckpt_dir": trained.path("verifier"), "samples_file": f"{log}/samples.jsonl", "task": "GSM8K",
-             "label_file": trained.path("problems.json"), "log_dir": str(tmp_path / "scored")}  # fmt: skip
+             "label_file": trained.path("problems.json"), "log_dir": str(tmp_path / "scored")}
     assert_shown(trained, shown(score, **judge))
     credit = {"reference_ckpt_dir": trained.path("sft"), "steps_file": trained.path("labels.json")}
     assert_shown(trained, shown(main_of("preference_evaluate"), ckpt_dir=trained.path("dpo"),
-                                log_dir=str(tmp_path / "credit"), **credit), 1)  # fmt: skip
+                                log_dir=str(tmp_path / "credit"), **credit), 1)
     attempts = samples | {"task": "toy", "attempts": 1}
     assert_shown(trained, shown(build.attempts, ckpt_dir=trained.path("dpo"), log_dir=str(tmp_path / "more"),
-                                **attempts))  # fmt: skip
+                                **attempts))
     assert not caplog.records
 
     # another form is said, is another set of samples, and gives scores of its own
@@ -191,7 +191,7 @@ def test_ppo_says_that_its_verifier_reads_another_form(trained: World, caplog: p
     flags = {"actor_ckpt_dir": trained.path("dpo"), "actor_save_dir": trained.path("a"), "dry_run": True,
              "critic_ckpt_dir": trained.path("verifier"), "critic_save_dir": trained.path("c"),
              "reward_model_ckpt_dir": trained.path("verifier"), "train_file": trained.path("problems.json"),
-             "max_new_tokens": 3}  # fmt: skip
+             "max_new_tokens": 3}
     main_of("ppo_train")(**flags)
     assert not caplog.records
     main_of("ppo_train")(**flags, system_prompt="Go.")
@@ -235,7 +235,7 @@ def test_the_export_has_the_form_of_training(trained: World, tmp_path: Path, nam
 @pytest.mark.parametrize("change, message", [
     ({"system_prompt": "Go."}, "system_prompt was You're exact: .* and is Go. now"),
     ({"chat_template": "none", "template_args": "", "system_prompt": ""}, "chat_template was file and is none now"),
-])  # fmt: skip
+])
 def test_a_run_is_not_resumed_in_another_form(
     trained: World, tmp_path: Path, change: dict[str, str], message: str
 ) -> None:
@@ -264,13 +264,13 @@ def test_raw_prompts_beside_a_template_are_said_once_in_every_script(
                             "dry_run": True},
         "ppo_train": {"actor_ckpt_dir": base, "actor_save_dir": str(tmp_path / "out"), "advantage": "grpo",
                       "reward": ["rule"], "train_file": problems, "max_new_tokens": 3, "dry_run": True},
-    }  # fmt: skip
+    }
     for name, flags in runs.items():
         caplog.clear()
         main_of(name)(**flags)
         said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert said == [f"{base} has a chat template, but its prompts are raw here; give --chat_template file, or none "
-                        f"to say that it is meant"], name  # fmt: skip
+                        f"to say that it is meant"], name
         caplog.clear()
         main_of(name)(**flags, chat_template="none")
         assert not [record for record in caplog.records if record.levelno == logging.WARNING], name
@@ -296,7 +296,7 @@ def test_raw_prompts_that_are_meant_are_recorded_as_such(
 @pytest.mark.parametrize("flags, message", [
     ({"system_prompt": "Go."}, "--system_prompt 'Go.': --chat_template none has no template to take that"),
     ({"system_prompt": "Go.", "chat_template": "gemma"}, "--system_prompt: .*gemma: this format has no system message"),
-])  # fmt: skip
+])
 def test_a_system_prompt_without_effect_is_refused(world: World, flags: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load.load_tokenizer(world.path("base"), TokenizerFlags(**flags))

@@ -168,7 +168,7 @@ def test_adapters_on_one_base_by_hand() -> None:
     apart, shared = (held(models, Training(LORA), name) for name in ("all at once", "--share_base"))
     assert [parts.get("weights", 0) for parts in apart.values()] == [
         4 * (ACTOR + ADAPTERS), 4 * (CRITIC + ADAPTERS + HEAD), 4 * CRITIC, 0
-    ]  # fmt: skip
+    ]
     own = 4 * (ADAPTERS + HEAD)
     assert [parts.get("weights", 0) for parts in shared.values()] == [4 * (ACTOR + ADAPTERS), own, own, 0]
 
@@ -236,7 +236,7 @@ def test_saves_by_hand(given: tuple[int, ...], kept: tuple[int, int]) -> None:
 def test_rewards_lie_where_they_are_laid() -> None:
     process = dataclasses.replace(VERIFIER_CONFIG, objective="process")
     flags = {"reward": ["verifier", "rule", "mine.py:short"], "reward_weights": [1.0, 0.0, 0.5],
-             "reward_model_ckpt_dir": "e"}  # fmt: skip
+             "reward_model_ckpt_dir": "e"}
     for verifier, where in ((process, "the ends of steps"), (VERIFIER_CONFIG, "the last token")):
         expected = f"verifier at {where}, short at the last token"
         assert plan.places(config_of(**flags, kl_coef=0.0), verifier) == expected
@@ -259,7 +259,7 @@ def flags(folders: Folders, tmp_path: Path) -> dict[str, object]:
         "critic_ckpt_dir": folders.verifier, "critic_save_dir": str(tmp_path / "critic"),
         "reward_model_ckpt_dir": str(tmp_path / "deep"), "train_file": str(tmp_path / "rows.json"), "task": "toy",
         "max_new_tokens": 8, "max_buffer_size": 2, "minibatches": 1, "epochs": 3,
-    }  # fmt: skip
+    }
 
 
 def planned(capsys: pytest.CaptureFixture[str], flags: dict[str, object]) -> dict[str, str]:

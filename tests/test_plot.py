@@ -50,7 +50,7 @@ def test_a_runs_picture_groups_its_metrics_and_smooths_long_curves(
             ("loss", ["eval_loss", "loss"]), ("KL to the reference", ["kl", "kl_k3"]), ("clipped", ["clipped_low"]),
             ("mine", ["mine"]),
         )
-    ]  # fmt: skip
+    ]
     assert plot._running_mean([1.0, 3.0, float("nan"), 5.0], 1) == pytest.approx([2, 2, float("nan"), 5], nan_ok=True)
 
 

@@ -31,7 +31,7 @@ def test_a_perfect_scorer_has_f1_of_1_and_a_constant_one_of_0(steps_file: str) -
     wrong = first_wrong(rows)
     assert [row["label"] for row in json.loads(RAW.read_text())] == wrong
     perfect = [[0.1 if place == first else 0.9 for place in range(len(row.steps))]
-               for row, first in zip(rows, wrong, strict=True)]  # fmt: skip
+               for row, first in zip(rows, wrong, strict=True)]
     assert report_steps(rows, perfect)["f1"] == 1.0
     for constant in (0.1, 0.9):
         assert report_steps(rows, [[constant] * len(row.steps) for row in rows])["f1"] == 0.0

@@ -83,7 +83,7 @@ def easy_to_hard_commands() -> list[list[str]]:
 ALL_COMMANDS = (
     commands(ROOT / "README.md") + docstring_commands() + quick_start_commands() + easy_to_hard_commands()
     + doc_commands()
-)  # fmt: skip
+)
 
 
 def test_every_script_has_a_command_in_its_header_and_in_readme() -> None:
@@ -133,7 +133,7 @@ def test_files_functions_and_links_of_a_page_exist(path: Path) -> None:
 def test_flags_that_docs_name_exist() -> None:
     modules = [importlib.import_module(name) for name in SCRIPTS]
     mains = [main for module in modules
-             for main in (module.COMMANDS.values() if hasattr(module, "COMMANDS") else [module.main])]  # fmt: skip
+             for main in (module.COMMANDS.values() if hasattr(module, "COMMANDS") else [module.main])]
     known = {name for main in mains for name in flags_of(main)} | set(OTHER_FLAGS)
     for path in [ROOT / "README.md", *DOCS]:
         prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

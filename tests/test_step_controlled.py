@@ -51,7 +51,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"instruction": row["instruction"], "steps": stepwise(row, f"#### {answer}").split("\n\n"),
              "labels": [1, 1, int(str(answer) == row["label"])]}
             for row in PROBLEMS for answer in (row["label"], int(row["label"]) + 1)
-        ]  # fmt: skip
+        ]
         write_json(folder / "steps.json", steps)
         preference_evaluate.main(
             preference_evaluate.CreditConfig(

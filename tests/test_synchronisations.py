@@ -37,7 +37,7 @@ from src.training.sft import sft_loss
 from src.training.trainer import Trainer
 
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=61,
-                     max_seq_len=128)  # fmt: skip
+                     max_seq_len=128)
 GPU, ADAMW = torch.device("meta"), torch.optim.AdamW
 
 

@@ -32,7 +32,7 @@ def test_machines_that_are_lost_and_come_back_change_no_bit(folders: Folders, tm
     rows = [{"instruction": "a" * (1 + n % 5), "output": f"{n}+{n}={2 * n}"} for n in range(2 * STEPS)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     words = ["solver_train.py", f"--ckpt_dir={folders.one}", f"--train_file={tmp_path / 'rows.json'}", "--lr=1e-3",
-             "--max_batch_size=1", "--tensor_parallel_size=1", "--save_every=4", "--resume=auto"]  # fmt: skip
+             "--max_batch_size=1", "--tensor_parallel_size=1", "--save_every=4", "--resume=auto"]
     succeed(*words, f"--save_dir={tmp_path / 'whole'}", n=2)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -46,7 +46,7 @@ def test_machines_that_are_lost_and_come_back_change_no_bit(folders: Folders, tm
              f"--rdzv_conf=is_host={1 - machine},keep_alive_interval=1", *words, f"--save_dir={tmp_path / 'run'}"],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=(tmp_path / f"machine-{machine}").open("ab"),
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})  # fmt: skip
+                              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
 
     # the agent of machine 0 hosts the rendezvous: without it the other one ends too
     losses = [(1, tmp_path / "run" / "step-4"), (0, tmp_path / "run" / "step-12")]

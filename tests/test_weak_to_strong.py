@@ -49,7 +49,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build.weak_icl(
             "log/2/weak/samples.jsonl", "log/2/icl/samples.jsonl", "stage_2", weak_model="plus/weak",
             strong_model="plus/icl",
-        )  # fmt: skip
+        )
         solver_train(base, "plus/hybrid_2", "stage_2/hybrid.json", **TRAIN)
         evaluate("toy", "train_2.json", "log/plus", "plus/hybrid", num_samples=10, temperature=1.0, **SAMPLE)
         build.vote("log/plus/samples.jsonl", "votes.jsonl", strong_model="plus/hybrid")
@@ -74,7 +74,7 @@ def few_shot(path: Path) -> Path:
         solver_train, evaluate = SOLVER_TRAIN, EVALUATE
         samples, shown = "log/weak/samples.jsonl", "demonstrations.json"
         build.demonstrations(samples, shown, shots=2, weak_model="weak", prompt_template="a {instruction}\\nb",
-                                  stop=["\na"])  # fmt: skip
+                                  stop=["\na"])
         text = make_prompting(find_task("toy"), shown).text
         write_json(
             path / "context.json",
@@ -88,7 +88,7 @@ def few_shot(path: Path) -> Path:
         solver_train("base", "reader", "context.json", lr=5e-3, epochs=12, max_batch_size=16)
         evaluate("toy", "train_2.json", "log/shown", "reader", few_shot=shown, **SAMPLE | {"max_new_tokens": 24})
         build.weak_icl(samples, "log/shown/samples.jsonl", "stage_1_shown", weak_model="weak",
-                            strong_model="reader", demonstrations_file=shown)  # fmt: skip
+                            strong_model="reader", demonstrations_file=shown)
         solver_train("reader", "plus/shown", "stage_1_shown/hybrid.json", **TRAIN)
         evaluate("toy", "train_2.json", "log/plus_shown", "plus/shown", num_samples=4, temperature=1.0, **SAMPLE)
         build.vote("log/plus_shown/samples.jsonl", "votes_shown.jsonl", strong_model="plus/shown")

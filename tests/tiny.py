@@ -59,7 +59,7 @@ def split(source: Path, folder: Path, n: int = 1) -> str:
 
 
 def make_verifier(ckpt_dir: str, folder: Path, *, mean: float = 0.0, std: float = 1.0,
-                  objective: str = "pairwise") -> str:  # fmt: skip
+                  objective: str = "pairwise") -> str:
     """Save a one-shard solver as a verifier with a random value head. Returns the directory."""
     verifier = load.load_verifier(ckpt_dir, from_solver=True)
     with torch.no_grad():

@@ -223,7 +223,7 @@ VARIANTS: dict[str, Tiny] = {
             "eos_token_id": [3, 5], "rms_norm_eps": 1e-3,
         },
     ),
-}  # fmt: skip
+}
 
 
 def make(folder: Path, name: str) -> Path:
@@ -293,7 +293,7 @@ def _as_qwen(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
         for ours, other in {
             "attn.c_proj": "self_attn.o_proj", "mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj",
             "mlp.c_proj": "mlp.down_proj", "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
-        }.items():  # fmt: skip
+        }.items():
             tensors[f"{new}.{ours}.weight"] = theirs[f"{old}.{other}.weight"]
     return tensors
 
@@ -307,7 +307,7 @@ def _qwen_config(config: transformers.PreTrainedConfig) -> dict[str, object]:
         "max_position_embeddings": 8192, "layer_norm_epsilon": config.rms_norm_eps, "rotary_emb_base": 10000,
         "rotary_pct": 1.0, "use_logn_attn": True, "use_dynamic_ntk": True, "no_bias": True,
         "tie_word_embeddings": False, "scale_attn_weights": True,
-    }  # fmt: skip
+    }
 
 
 def _as_internlm2(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
@@ -333,7 +333,7 @@ def _as_internlm2(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
             "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
             "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
             "ffn_norm": "post_attention_layernorm",
-        }.items():  # fmt: skip
+        }.items():
             tensors[f"{name}.{ours}.weight"] = theirs[f"{name}.{other}.weight"]
     return tensors
 
@@ -346,4 +346,4 @@ def _internlm2_config(config: transformers.PreTrainedConfig) -> dict[str, object
         "vocab_size": config.vocab_size, "max_position_embeddings": 128, "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": 1000000, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "hidden_act": "silu",
         "bias": False, "tie_word_embeddings": False,
-    }  # fmt: skip
+    }

@@ -32,7 +32,7 @@ from src.errors import UserError  # noqa: E402
 SCRIPTS = (
     "checkpoint_split", "solver_train", "solver_evaluate", "verifier_train", "verifier_evaluate", "ppo_train",
     "preference_train", "preference_evaluate", "data_build",
-)  # fmt: skip
+)
 TIMES = ("second", "mfu", "memory", "gib", "_ms", "time")  # metrics that differ from run to run
 TOY = "dataset/toy"
 SIZE = "--max_batch_size 8 --max_steps 3"
@@ -111,7 +111,7 @@ def runs() -> list[Run]:
         *_each("grpo-mixed", f"ppo_train.py {PPO} --advantage rloo --group_size 4 --reward rule,verifier "
                              "--reward_model_ckpt_dir process-one --filter_groups --max_refills 1 --kl_target 0.1 "
                              "--reference_refresh 1 --actor_save_dir OUT", ("one",)),
-    ]  # fmt: skip
+    ]
 
 
 def record(save_file: str, keep_dir: str = "") -> None:
@@ -195,7 +195,7 @@ def _content(file: Path) -> object:
     if file.suffix == ".pth" and "optimizer" not in file.name:
         tensors = torch.load(file, weights_only=True)
         return {name: _digest(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-                for name, tensor in tensors.items()}  # fmt: skip
+                for name, tensor in tensors.items()}
     if file.suffix == ".jsonl":  # samples are written as they finish, in the order of time
         return _digest("\n".join(sorted(file.read_text(encoding="utf-8").splitlines())).encode())
     return _digest(file.read_bytes()) if file.suffix in (".safetensors", ".json") else None
@@ -209,7 +209,7 @@ def _write_rows(folder: Path) -> None:
     """A few rows of the toy's files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, source, n in (("demonstrations", "demonstrations", 40), ("prompts", "train", 32), ("test", "test", 32),
-                            ("steps", "steps", 40)):  # fmt: skip
+                            ("steps", "steps", 40)):
         rows = json.loads((ROOT / TOY / f"{source}.json").read_text(encoding="utf-8"))
         (folder / f"{name}.json").write_text(json.dumps(rows[:n]), encoding="utf-8")
 

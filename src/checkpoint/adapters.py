@@ -53,7 +53,7 @@ def read_adapter(folder: Path, base_dir: str = "") -> Adapter | None:
     is_number = type(alpha) in (int, float) and abs(alpha) < 1e30  # nan is not
     if type(rank) is not int or not is_number or not isinstance(targets, list) or values.get("dora", True) is not True:
         raise UserError(f"{path}: rank, alpha and targets must be a whole number, a number and a list of names, and "
-                        f"dora true where it is there")  # fmt: skip
+                        f"dora true where it is there")
     lora = LoraConfig(rank=rank, alpha=alpha, dropout=0.0, targets=tuple(map(str, targets)), dora="dora" in values)
     return Adapter(base, lora)
 
@@ -89,7 +89,7 @@ def fold(
             stem = name.removesuffix(".lora_a.weight")
             if f"{stem}.weight" not in base or f"{stem}.lora_b.weight" not in own:
                 raise UserError(f"{name} adapts nothing: the base lacks {stem}.weight, or the adapter "
-                                f"{stem}.lora_b.weight")  # fmt: skip
+                                f"{stem}.lora_b.weight")
             merged[f"{stem}.weight"] = partial(_merged, stem, base, own, lora.alpha / lora.rank, total)
         elif not name.endswith((".lora_b.weight", ".lora_m.weight")):
             merged[name] = load

@@ -66,7 +66,7 @@ _KEYS = {
 }
 _FLOATS = {"attention.layer_norm_rms_epsilon", "rope.freq_base", "attn_logit_softcapping", "final_logit_softcapping"}
 _REQUIRED = {"block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-             "attention.layer_norm_rms_epsilon"}  # fmt: skip
+             "attention.layer_norm_rms_epsilon"}
 # What llama.cpp takes for keys of gemma2 that are not there.
 _GEMMA_2 = {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 # Keys that must say nothing else, since their other values are not computed here.
@@ -81,7 +81,7 @@ _NEUTRAL: dict[str, object] = {
 _UNREAD = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
 # Numbers that are read apart from the tables, and the kind of stretching.
 _SHAPED = {"attention.value_length", "rope.dimension_count", "rope.scaling.factor", "rope.scale_linear",
-           "rope.scaling.original_context_length"}  # fmt: skip
+           "rope.scaling.original_context_length"}
 _SCALING = "rope.scaling.type"
 _QUANTIZATION = "general.quantization_version"
 
@@ -296,20 +296,20 @@ def _within_window(config: ModelConfig, description: str) -> ModelConfig:
     runlog.logger().warning(
         "%s has a sliding window of %d, which llama.cpp does not compute: the file's context is as long and no longer",
         description, window,
-    )  # fmt: skip
+    )
     return dataclasses.replace(config, windows=(), max_seq_len=min(config.max_seq_len, window))
 
 
 def _check_back(
     config: ModelConfig, metadata: Mapping[str, object], tensors: Mapping[str, StoredTensor], architecture: str,
     description: str,
-) -> None:  # fmt: skip
+) -> None:
     """Raise UserError unless the file, read again, means this model."""
     if config.norm_offset and not config.tied:  # llama.cpp's gemma takes the embedding, whatever else is there
         raise UserError(f"{description}: tied=False has no form in a GGUF file of architecture {architecture}")
     back = config_of(metadata, tensors, description)
     free = {"family", "dtype", "carried", "embedding_split_dim", "n_added_tokens", "chat_template", "template_args",
-            "system_prompt", "objective", "score", "score_mean", "score_std", "step"}  # fmt: skip
+            "system_prompt", "objective", "score", "score_mean", "score_std", "step"}
     for field in (name for name in FIELDS if name not in free):
         ours, theirs = getattr(config, field), getattr(back, field)
         if ours != theirs and not (type(ours) is float and np.float32(ours) == np.float32(theirs)):

@@ -42,7 +42,7 @@ _KEYS: dict[str, tuple[object, ...]] = {
         "lora_ga_config", "loftq_config", "megatron_core", "merge_weights", "peft_version", "qalora_group_size",
         "revision", "runtime_config",
     ), _ANY),
-}  # fmt: skip
+}
 
 
 class Scaled(NamedTuple):
@@ -116,7 +116,7 @@ def read(folder: Path) -> PeftConfig:
     has_score = values.get("task_type") == "SEQ_CLS" or "score" in (values.get("modules_to_save") or ())
     base = values.get("base_model_name_or_path")
     return PeftConfig(path, str(base), values.get("init_lora_weights"), has_score,
-                      bool(values.get("use_dora")), values)  # fmt: skip
+                      bool(values.get("use_dora")), values)
 
 
 def _refuse(path: Path, key: str, value: object, allowed: tuple[object, ...]) -> None:

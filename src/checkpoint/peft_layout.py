@@ -92,7 +92,7 @@ def check(adapter: PeftAdapter, config: ModelConfig) -> None:
     if not kinds:
         raise UserError(f"{folder} holds no LoRA factors; expected lora_A and lora_B of some linear layers")
     of_rank_1 = adapters.expected_shapes(config, LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=kinds,
-                                                           dora=adapter.config.has_dora))  # fmt: skip
+                                                           dora=adapter.config.has_dora))
     for name in sorted(of_rank_1.keys() ^ adapter.tensors.keys()):
         what = "missing" if name in of_rank_1 else "one too many"
         raise UserError(f"{folder}: {name} is {what}; adapters of some layers only are not implemented")

@@ -39,14 +39,14 @@ FOREIGN_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.s
 DOCUMENTS = (
     "manifest.json", "params.json", "adapter.json", "state.json", "config.json", "adapter_config.json",
     "model.safetensors.index.json",
-)  # fmt: skip
+)
 MANIFEST_FORMAT = 3  # 2 added the rotary layout, the tie and the cut of each parameter, 3 hashes by BLAKE3
 # A tokenizer is a vocabulary, one or two files, and files about special tokens and chats.
 _VOCABULARY = (*VOCABULARY_FILES, "merges.txt")
 TOKENIZER_FILES = (
     *_VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", GENERATION,
     "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+)
 _NAMES_BY_SUFFIX = {".model": "tokenizer.model", ".tiktoken": "qwen.tiktoken"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

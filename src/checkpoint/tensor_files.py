@@ -33,12 +33,12 @@ from src.jsonfile import check_file
 _UNREADABLE = (
     RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
     AssertionError, NotImplementedError, MemoryError, struct.error,
-)  # fmt: skip
+)
 _PICKLED_CODE = re.compile(r"GLOBAL ([\w.]+)")
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+}
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 FLUSH_BYTES = 32 * 2**20  # enough for a disk to work at its full speed
 PIECE_BYTES = 2**18

@@ -272,4 +272,4 @@ class TrainConfig(RunFlags, OptimizerFlags, LoraFlags, SavingFlags, ColumnFlags)
         super().__post_init__()
         if self.quantize and self.lora_rank == -1:
             raise UserError(f"--quantize {self.quantize} holds weights that are not trained, but --lora_rank -1 trains "
-                            f"all of them; give a --lora_rank, or leave --quantize out")  # fmt: skip
+                            f"all of them; give a --lora_rank, or leave --quantize out")

@@ -59,20 +59,20 @@ FREE_ON_RESUME = (
     "reference_file",
     "model_type", "eval_every", "rollout_samples", "stop_on_alarm", "save_every", "keep_last", "background_save",
     "save_dtype", "resume", "wandb", "dry_run", "base_url", "api_key_env", "server_seconds", "mismatch_limit",
-)  # fmt: skip
+)
 
 # The first five of these that a script has lead its --help, after those that it requires.
 FIRST = (
     "ckpt_file", "save_path", "n", "format", "verify", "label_file", "ckpt_dir", "log_dir", "objective", "advantage",
     "reward", "num_samples", "eval_file", "task", "max_batch_size", "lora_rank", "lr", "epochs", "temperature",
     "dry_run",
-)  # fmt: skip
+)
 
 # Flags that name what a command writes: first what it makes in one piece, which would replace what stands there.
 REPLACED = (
     "save_file", "save_path", "save_dir", "actor_save_dir", "critic_save_dir", "first_file", "second_file",
     "control_file",
-)  # fmt: skip
+)
 WRITTEN = (*REPLACED, "log_dir", "reference_file", "out_file", "outcome_file")
 OVERWRITE = "replace what is finished and stands where this command writes"
 

@@ -13,12 +13,12 @@ from src.errors import UserError
 LEFT = (
     "samples.jsonl", "samples.identity.json", "failures.jsonl", "results.json", "credits.jsonl", "metrics.jsonl",
     "run.json", "reference.jsonl", "weak.json", "icl.json", "hybrid.json",
-)  # fmt: skip
+)
 # What shows that a directory holds a checkpoint, a finished run or finished data.
 FINISHED = (
     "manifest.json", "params.json", "config.json", "adapter.json", "adapter_config.json", "consolidated.*.pth",
     "*.safetensors", "epoch-*/manifest.json", "best/manifest.json", "weak.json", "icl.json", "hybrid.json",
-)  # fmt: skip
+)
 
 
 def check(values: Mapping[str, object]) -> None:

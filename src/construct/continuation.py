@@ -135,7 +135,7 @@ def rollout_sampler(solver: LocalSolver | ServedSolver, prefixes: Mapping[str, s
     def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
         """Yield each solution, prefix and continuation, as it finishes."""
         requests = [ContinuationRequest(prompt.id, number, prompt.instruction, prefixes[prompt.id])
-                    for prompt, number in wanted]  # fmt: skip
+                    for prompt, number in wanted]
         for found in generate_continuations(solver, requests, sampling):
             error = "" if found.end in (EOS, LENGTH, *sampling.stop) else found.end
             yield _as_sample(found, found.request.sample, "length" if found.end == LENGTH else "stop", error)
@@ -191,7 +191,7 @@ def branching_sampler(
             if not open_prompts:
                 break
             requests = [ContinuationRequest(prompt.id, attempt, prompt.instruction, prefixes[prompt.id])
-                        for prompt, _ in open_prompts.values() for attempt in batch]  # fmt: skip
+                        for prompt, _ in open_prompts.values() for attempt in batch]
             continuations = generate_stepwise(solver, requests, sampling)
             labels = {name: prompt.label or "" for name, (prompt, _) in open_prompts.items()}
             outcomes = parallel.from_first_rank(
@@ -240,7 +240,7 @@ def generate_stepwise(
         if not active:
             break
         step_requests = [one._replace(id=name, prefix=one.prefix + found[one].text)
-                         for (name, _), one in active.items()]  # fmt: skip
+                         for (name, _), one in active.items()]
         for new in generate_continuations(solver, step_requests, step_sampling):
             request = active[new.request.id, new.request.sample]
             goes_on = new.end == sampling.step_end

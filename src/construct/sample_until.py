@@ -54,7 +54,7 @@ def attempts(config: AttemptsConfig) -> None:
         sampler = sample_until(
             solver.sampler(sampling), config.right, config.wrong,
             lambda problem, response: grader.grade_one(response, problem.label, type_of(problem)).outcome,
-            read_earlier_responses(config.log_dir))  # fmt: skip
+            read_earlier_responses(config.log_dir))
         identity = {name: getattr(config, name)
                     for name in ("temperature", "max_new_tokens", "seed", "right", "wrong", "max_rounds")}
         path = sample_and_grade(solver, sampler, problems, config.attempts, config=config, log_dir=config.log_dir,
@@ -85,7 +85,7 @@ def sample_until(
             left = [
                 prompt for prompt in prompts_of_number[number]
                 if counts[prompt.id]["right"] < n_right or counts[prompt.id]["wrong"] < n_wrong
-            ]  # fmt: skip
+            ]
             responses = {name: text for (name, n), text in earlier.items() if n == number and name in problems}
             for output in sampler([(prompt, number) for prompt in left]) if left else ():
                 yield output
@@ -116,5 +116,5 @@ def count_kinds(problems: Sequence[Prompt], samples: Sequence[Sample]) -> Counte
         if sample.values.get("finish") == "stop":
             outcomes[sample.id].add(sample.outcome)
     names = {(True, True): "with right and wrong samples", (True, False): "with right ones alone",
-             (False, True): "with wrong ones alone", (False, False): "with neither"}  # fmt: skip
+             (False, True): "with wrong ones alone", (False, False): "with neither"}
     return Counter(names["right" in found, "wrong" in found] for found in outcomes.values())

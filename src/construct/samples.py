@@ -118,7 +118,7 @@ def without_phrases(
     return [
         sample for sample in samples
         if sample.outcome != "right" or not any(phrase in searched(sample) for phrase in phrases)
-    ]  # fmt: skip
+    ]
 
 
 def without_similar(samples: Sequence[Sample], characters: int) -> list[Sample]:

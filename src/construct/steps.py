@@ -208,7 +208,7 @@ def branch(config: BranchConfig) -> None:
         sampler = branching_sampler(
             solver, {job.prompt.id: job.prefix for job in jobs},
             StepSampling(schedule, config.steps_a_solution, config.max_new_tokens, config.seed, step_end),
-            lambda response, answer: grader.grade_one(response, answer).outcome, config.attempts)  # fmt: skip
+            lambda response, answer: grader.grade_one(response, answer).outcome, config.attempts)
         path = sample_and_grade(solver, sampler, [job.prompt for job in jobs], 1, config=config,
                                 log_dir=config.log_dir, identity=identity)
     if parallel.rank() == 0:
@@ -269,5 +269,5 @@ def step_controlled_pairs(
                 "id": job.prompt.id, "instruction": job.prompt.instruction, "prefix": job.prefix,
                 "chosen": job.rest, "rejected": rejected, "start_steps": job.k,
                 "temperatures": [round(schedule.at(step), 6) for step in range(len(wrong))],
-            })  # fmt: skip
+            })
     return pairs, counts

@@ -223,7 +223,7 @@ def report(config: ReportConfig) -> None:
     numbers = {"problems": len(samples), "kept": len(kept), "right": len(right), "right_of_kept": len(right & kept)}
     runlog.logger().info(
         "%s: %d of %d problems kept; right: %.1f%% of the kept, %.1f%% of all", config.rows_file, len(kept),
-        len(samples), 100 * len(right & kept) / len(kept), 100 * len(right) / len(samples))  # fmt: skip
+        len(samples), 100 * len(right & kept) / len(kept), 100 * len(right) / len(samples))
     if not config.dry_run:
         write_text(config.save_file, json.dumps(numbers, indent=1) + "\n")
 
@@ -294,7 +294,7 @@ def contrast(config: ContrastConfig) -> None:
     Where the weak answer is the majority's it is chosen, else rejected, with a higher confidence asked for.
     """
     provenances = (read_provenance(config.vote_file, config.strong_model),
-                   read_provenance(config.weak_file, config.weak_model))  # fmt: skip
+                   read_provenance(config.weak_file, config.weak_model))
     with grader_of(same_rules(config.vote_file, provenances[0], config.weak_file, provenances[1])) as grader:
         weak = read_one_per_problem(config.weak_file)
         rows, counts = contrast_pairs(
@@ -335,5 +335,5 @@ def contrast_pairs(
             for other in generator.sample(others, min(pairs_per_problem, len(others))):
                 chosen, rejected = (sample.response, other) if agrees else (other, sample.response)
                 pairs.append({"id": vote.id, "instruction": vote.prompt, "chosen": chosen, "rejected": rejected,
-                              "weak": "chosen" if agrees else "rejected"})  # fmt: skip
+                              "weak": "chosen" if agrees else "rejected"})
     return pairs, counts

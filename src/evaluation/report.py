@@ -17,7 +17,7 @@ from src.grading.tasks import Task
 # ways to choose among k samples: their names in metrics.py, in results.json and in tables
 KEYS = {
     "pass": "pass_at", "majority": "maj_at", "best of n, score": "best_of_at", "weighted vote, score": "weighted_at",
-}  # fmt: skip
+}
 CURVES = {"pass_at": "pass", "maj_at": "majority", "best_of_at": "best of", "weighted_at": "weighted"}
 CUT = ("length", MAX_TOKENS, CONTEXT_FULL, MAX_ROUNDS)  # ends of samples that were not done
 

@@ -21,7 +21,7 @@ OWN = ("base_url", "model_name", "api_key_env")  # flags of a server alone
 WITHOUT_EFFECT: dict[str, object] = {
     "model_type": "", "top_k": 0, "min_p": 0.0, "precision": "", "quantize": "", "compile": False, "isolation": "",
     "max_rounds": 24, "code_seconds": 6.0, "choices": "",
-}  # fmt: skip
+}
 
 
 def check_flags(config: AskedFlags) -> bool:
@@ -94,7 +94,7 @@ class ServedSolver:
         template = None if self.chat_template in ("", "none") else self.chat_template
         args = (self.tokenizer and self.tokenizer.template_args) or None
         return {"model_name": self.server.model_name, "chat_template": template, "template_args": args,
-                "system_prompt": self.system_prompt or None, "tokenizer": tokenizer}  # fmt: skip
+                "system_prompt": self.system_prompt or None, "tokenizer": tokenizer}
 
     def prompt(self, instruction: str, prefix: str = "") -> str | list[int]:
         """A problem as it is sent, perhaps with the beginning of its solution."""

@@ -37,13 +37,13 @@ READ: dict[str, tuple[type, ...]] = {
     "temperature": NUMBER, "top_p": NUMBER, "top_k": (int,), "min_p": NUMBER, "n": (int,), "seed": (int,),
     "stop": (str, list), "stop_token_ids": (list,), "logprobs": (bool, int), "return_token_ids": (bool,),
     "stream": (bool,), "stream_options": (dict,), "user": (str,),
-}  # fmt: skip
+}
 # Further keys -> the one value under which they ask for what is done anyway
 NEUTRAL: dict[str, object] = {
     "echo": False, "best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1,
     "logit_bias": {}, "ignore_eos": False, "skip_special_tokens": True, "top_logprobs": 0, "tools": [],
     "response_format": {"type": "text"}, "add_generation_prompt": True,
-}  # fmt: skip
+}
 
 
 class Refused(Exception):
@@ -114,7 +114,7 @@ class SolverServer:
         """What GET /v1/models says."""
         facts = {"object": "model", "created": 0, "owned_by": "splitrl", "root": self.name}
         return {"object": "list", "data": [{"id": name, **facts, "max_model_len": model.config.max_seq_len}
-                                           for name, model in list(self.models.items())]}  # fmt: skip
+                                           for name, model in list(self.models.items())]}
 
     def load_adapter(self, body: Mapping[str, object]) -> str:
         """POST /v1/load_lora_adapter: serve an adapter under a name of its own."""
@@ -150,7 +150,7 @@ class SolverServer:
         for prompt in prompts:
             if not 0 < len(prompt) < context:
                 raise Refused(400, f"the prompt has {len(prompt)} tokens, expected 1 to {context - 1}: the model's "
-                                   f"context is {context}")  # fmt: skip
+                                   f"context is {context}")
         n, stream, options = values.get("n", 1), values.get("stream", False), values.get("stream_options", {})
         if not 1 <= n * len(prompts) <= MOST_COMPLETIONS:
             raise Refused(400, f"n={n} for {len(prompts)} prompts, expected 1 to {MOST_COMPLETIONS} completions in all")
@@ -165,7 +165,7 @@ class SolverServer:
         sampling = Sampling(
             temperature=values.get("temperature", 1.0), top_p=values.get("top_p", 1.0),
             top_k=max(0, values.get("top_k", 0)), min_p=values.get("min_p", 0.0), max_new_tokens=context,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop), seed=0)  # fmt: skip
+            stop=(stop,) if isinstance(stop, str) else tuple(stop), seed=0)
         seed = str(values["seed"]) if "seed" in values else secrets.token_hex(16)
         requests = [Request(f"{seed}/{place}", number, prompt, min(limit, context))
                     for place, prompt in enumerate(prompts) for number in range(n)]
@@ -193,7 +193,7 @@ class SolverServer:
     def _ids(self, ids: object, key: str) -> list[int]:
         """A list of token ids that the vocabulary has."""
         if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < self.tokenizer.vocab_size
-                                                for each in ids):  # fmt: skip
+                                                for each in ids):
             raise Refused(400, f"{key!r} holds something else than token ids below {self.tokenizer.vocab_size}")
         return ids
 
@@ -247,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
             "/v1/completions": lambda body: self._complete(self.solver.read(body, chat=False)),
             "/v1/chat/completions": lambda body: self._complete(self.solver.read(body, chat=True)),
             "/v1/load_lora_adapter": self.solver.load_adapter, "/v1/unload_lora_adapter": self.solver.unload_adapter,
-        }  # fmt: skip
+        }
         try:
             body = self._body()
             if self.path not in paths:
@@ -302,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         head, said, found = self.solver.head(asked), [], []
         streams = [Stream(self.solver.tokenizer.decode, asked.job.sampling.stop, said.append)
-                   for _ in asked.job.requests]  # fmt: skip
+                   for _ in asked.job.requests]
 
         def chunk(place: int, finish: str | None) -> None:
             """Send what was said since the last one."""
@@ -375,7 +375,7 @@ def _messages(messages: list[object]) -> list[dict[str, str]]:
             raise Refused(400, f"a message is {message!r:.100}; expected a role and content alone")
         parts = message["content"]
         if isinstance(parts, list) and all(isinstance(part, dict) and part.keys() == {"type", "text"} and
-                                           isinstance(part["text"], str) for part in parts):  # fmt: skip
+                                           isinstance(part["text"], str) for part in parts):
             message = message | {"content": "".join(part["text"] for part in parts)}
         found.append(message)
     return found

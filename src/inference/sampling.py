@@ -167,7 +167,7 @@ def _sample_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tens
         n = min(n, scaled.shape[-1])
         values, index = scaled.topk(n)
         found = _from_ranks(scaled.logsumexp(-1), plain.logsumexp(-1), values, index + _first_id(plain),
-                            plain.gather(-1, index))  # fmt: skip
+                            plain.gather(-1, index))
         values, ids, plain_values = (
             columns.flatten(1) for columns in found[:, :, 2:].unflatten(-1, (3, n)).unbind(2)
         )  # [B, R * n]

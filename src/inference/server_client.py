@@ -346,4 +346,4 @@ def _tokens(logprobs: object) -> tuple[Token, ...]:
     if not all(type(value) in (int, float) and LEAST_LOGPROB < value < 1e-3 for value in values):
         return ()
     return tuple(Token(text if isinstance(text, str) else "", value)
-                 for text, value in zip(texts, values, strict=True))  # fmt: skip
+                 for text, value in zip(texts, values, strict=True))

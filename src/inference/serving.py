@@ -78,7 +78,7 @@ class ServingEngine:
             key = job.model, repr(job.sampling), job.vocabulary.eos_ids
             if key not in self._batches:
                 self._batches[key] = Batch(job.model, job.sampling, job.vocabulary, self.n_slots, self._sampled,
-                                           compiled=self.compiled)  # fmt: skip
+                                           compiled=self.compiled)
             for place, request in enumerate(job.requests):
                 self._places[id(request)] = _Place(job, place, self._batches[key], request)
             joining.setdefault(key, []).extend(job.requests)

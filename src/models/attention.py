@@ -140,7 +140,7 @@ def _in_window(mask: Tensor, window: int) -> Tensor:
 def _attend_by_parts(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores,
     prefix: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """attend() in plain products: with a softcap, which no fused kernel has, or after a prefix. Scores [B, K, H / K, S,
     P + T] are held in float32; the mask has their last two dimensions."""
     grouped = queries.unflatten(1, (keys.shape[1], -1))  # [B, K, H / K, S, E]
@@ -175,7 +175,7 @@ def _attend_after_prefix(queries: Tensor, group: Group, scores: Scores) -> Tenso
     together = queries.reshape(B, len(keys), -1, E).transpose(0, 1).reshape(1, len(keys), -1, E)
     first, first_sums = flash(together, keys[None], values[None], scale=scores.scale)
     first, first_sums = (x.reshape(len(keys), B, H * S // len(keys), -1).transpose(0, 1).reshape(B, H, S, -1)
-                         for x in (first, first_sums))  # fmt: skip
+                         for x in (first, first_sums))
     mask = None if group.mask is None else group.mask.to(queries.dtype).log()  # what is added to scores
     own, own_sums = flash(
         queries, group.keys, group.values, is_causal=mask is None, attn_mask=mask, scale=scores.scale
@@ -214,7 +214,7 @@ def _attend_in_samples(queries: Tensor, keys: Tensor, values: Tensor, packed: Pa
     before = scores.window - 1 if scores.window else -1
     varlen_attn, grouped = _packed_kernel()
     mixed = varlen_attn(*rows, packed.ends, packed.ends, packed.longest, packed.longest, scale=scores.scale,
-                        window_size=(before, 0), **(grouped if queries.shape[1] != keys.shape[1] else {}))  # fmt: skip
+                        window_size=(before, 0), **(grouped if queries.shape[1] != keys.shape[1] else {}))
     return mixed.transpose(0, 1)[None]
 
 
@@ -302,5 +302,5 @@ def _attend_to_groups(queries: Tensor, groups: list[Group], scores: Scores) -> T
     parts = [
         _attend_after_prefix(queries[group.rows], group, scores) if group.prefix
         else attend(queries[group.rows], group.keys, group.values, group.mask, scores) for group in groups
-    ]  # fmt: skip
+    ]
     return torch.cat(parts).view(B, H, S, E)

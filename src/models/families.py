@@ -300,7 +300,7 @@ _ROPE_CONTEXT: dict[str, tuple[str, Value]] = {"original_max_position_embeddings
 _ROPE_SCALE: dict[str, tuple[str, Value]] = {"attention_factor": ("rope_attention_factor", 0.0)}
 _LONGROPE = ("longrope", _ROPE_CONTEXT | _ROPE_SCALE | {
     "short_factor": ("rope_short_factors", None), "long_factor": ("rope_long_factors", None)
-})  # fmt: skip
+})
 ROPE_TYPES: dict[str, tuple[str, dict[str, tuple[str, Value]]]] = {
     "linear": ("linear", _ROPE_FACTOR),
     "dynamic": ("dynamic", _ROPE_FACTOR),

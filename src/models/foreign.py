@@ -17,12 +17,12 @@ _UNCLAIMED = {
     "rope_high_freq_factor", "rope_attention_factor", "rope_short_factors", "rope_long_factors", "logn_attention",
     "renormalised_experts", "norm_eps", "embedding_split_dim", "value_head", "two_layer_head", "verifier_form", "score",
     "score_mean", "score_std", "step", "dtype", "chat_template", "template_args", "system_prompt", "carried",
-}  # fmt: skip
+}
 # Facts that only SplitRL reads; they are under `splitrl` in a config.json.
 _OWN_FACTS = {
     "n_added_tokens", "objective", "score", "score_mean", "score_std", "step", "chat_template", "template_args",
     "system_prompt",
-}  # fmt: skip
+}
 _SUFFIXES = ("-base", "-chat", "-instruct", "-it")
 
 # ModelConfig fields where a foreign 0 or null has a meaning: derived from other fields, or switched off.
@@ -45,7 +45,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 _NOT_CARRIED = {
     "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters",
     "layer_types", "id2label", "label2id", "num_labels", "splitrl", "transformers_version", "_name_or_path",
-}  # fmt: skip
+}
 
 
 def check_model_type(config: ModelConfig, model_type: str, source: str) -> None:

@@ -46,7 +46,7 @@ _PHI_4 = {"vocab_size": 100352, "norm_eps": 1e-5, "rope_theta": 2.5e5}
 _OLMO_2 = {"vocab_size": 100352, "norm_eps": 1e-6, "rope_theta": 5e5}
 _GEMMA_3 = _GEMMA | {
     "vocab_size": 262144, "rope_theta": 1e6, "window_rope_theta": 1e4, "query_pre_attn_scalar": 256, "window": 512
-}  # fmt: skip
+}
 _TIED, _WIDE_VOCAB = ("tied", True), ("vocab_size", 152064)
 
 # Names without a size claim the family alone. A row's name may be followed by -base, -chat, -instruct or -it.
@@ -173,4 +173,4 @@ MODEL_TYPES: dict[str, Released] = (
                                 "olmo-2-32b": (5120, 64, 40, 8, 27648)})
     | _sizes("internlm2", _INTERNLM_2, {"internlm2-7b": _8B,
                                         "internlm2-20b": (6144, 48, 48, 8, 16384)})
-)  # fmt: skip
+)

@@ -119,7 +119,7 @@ def _add_gradient(total: Tensor | None, of_logits: Tensor, rows: Tensor) -> Tens
 def _read(
     products: Tensor, finish: Finish, entropy: Entropy, targets: Tensor, of_logprobs: Tensor | None,
     of_entropies: Tensor | None = None,
-) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+) -> list[tuple[Tensor, Tensor]]:
     """Log-probs and entropies of parts of a chunk; given the log-probs' gradients, products [n, P] become theirs."""
     found, learns = [], of_logprobs is not None
     for part, ids, *gradients in _split(

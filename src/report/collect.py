@@ -189,14 +189,14 @@ def show_sample(sample: Sample, label: str, extraction: str) -> dict[str, object
     reason = {
         "right": f"{answer} equals {label}, read by {rule}", "wrong": f"{answer} is not {label}, read by {rule}",
         "unparsed": "no answer was found", "timeout": f"{answer} could not be compared with {label} in time",
-    }.get(outcome, f"the comparison of {answer} with {label} failed")  # fmt: skip
+    }.get(outcome, f"the comparison of {answer} with {label} failed")
     scores = values.get("step_scores")
     return {
         "sample": sample.sample, "response": response, "answer": answer, "outcome": outcome, "reason": reason,
         "span": answer_span(response, answer) if answer else None, "score": values.get("score"),
         "step_scores": scores, "steps": _steps(response, scores) if scores else None,
         "tokens": values.get("token_count"), "finish": values.get("finish"),
-    }  # fmt: skip
+    }
 
 
 def answer_span(response: str, answer: str) -> tuple[int, int] | None:

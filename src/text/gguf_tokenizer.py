@@ -66,11 +66,11 @@ _ALSO = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qw
 
 _G = "tokenizer.ggml."
 _KEYS = {"model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token", "add_eos_token",
-         "add_space_prefix", "remove_extra_whitespaces"}  # fmt: skip
+         "add_space_prefix", "remove_extra_whitespaces"}
 _IDS = {"bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask", "cls"}  # in llama.cpp's spelling
 _ENDS = ("eos", "eot", "eom")  # llama.cpp ends a response at each of them
 _UNREAD = {"token_type_count", "add_sep_token"} | {f"{name}_token_id" for name in (
-    "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle")}  # fmt: skip
+    "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle")}
 
 
 class _Said:

@@ -71,7 +71,7 @@ class Tokenizer:
             self._put_in_chat(source, config)
         elif template_args or system_prompt:
             name, value = ("template_args", ", ".join(template_args)) if template_args else (
-                "system_prompt", repr(system_prompt[:40]))  # fmt: skip
+                "system_prompt", repr(system_prompt[:40]))
             raise UserError(f"--{name} {value}: --chat_template {chat_template} has no template to take that; give "
                             "file or a built-in name")
         if self.code:

@@ -25,11 +25,11 @@ def measure_held_out(
     """
     n = config.eval_samples
     sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.max_new_tokens,
-                        stop=data.task.stop, seed=config.seed)  # fmt: skip
+                        stop=data.task.stop, seed=config.seed)
     counts = torch.zeros(3, dtype=torch.int64)  # right: responses, in any, by majority
     with models.phase(timer, "evaluate", models.actor.model):
         rollout = sample_rollout(models.actor.model, data.held_out, data.tokenizer, sampling, numbers=range(n),
-                                 max_batch_size=config.rollout_batch_size, coding=data.coding)  # fmt: skip
+                                 max_batch_size=config.rollout_batch_size, coding=data.coding)
     # a problem's responses are compared with one another: they stay on one rank, the first of its group
     for place in shard_for_rank(range(len(data.held_out))) if parallel.tensor_parallel_rank() == 0 else ():
         prompt = data.held_out[place]

@@ -41,7 +41,7 @@ def read_outcomes(path: str, columns: Mapping[str, str] = {}) -> list[StepLabels
     rows = read_step_labels(path, columns)
     if any(len(row.steps) > 1 or row.labels[0] not in (0, 1) for row in rows):
         raise UserError(f"{path} holds judged steps, or labels between 0 and 1; --objective kto learns from whole "
-                        f'responses: {{"instruction", "output", "correct": true or false}}')  # fmt: skip
+                        f'responses: {{"instruction", "output", "correct": true or false}}')
     return rows
 
 
@@ -51,13 +51,13 @@ def outcome_dataset(
     """Pairs of a response, with its label as the target of each token, and another problem's response to its prompt.
     The latter, of which the reference point is made, are cut to max_seq_len. Raises UserError for a single problem."""
     encoded = [(label_everywhere(encode_response(tokenizer, row.instruction, row.steps[0]), row.labels[0]),)
-               for row in rows]  # fmt: skip
+               for row in rows]
     kept, report = fit(encoded, max_seq_len, source, truncation)
     own = [sample for (sample,) in kept]
     n_right = sum(sample.targets[0] == 1 for sample in own)
     return Dataset(
         [(sample, other) for sample, other in zip(own, _mismatched(own, max_seq_len, source), strict=True)],
-        f"{report}; {n_right} right and {len(own) - n_right} wrong", collate)  # fmt: skip
+        f"{report}; {n_right} right and {len(own) - n_right} wrong", collate)
 
 
 def _mismatched(samples: Sequence[Encoded], max_seq_len: int, source: str) -> list[Encoded]:
@@ -66,7 +66,7 @@ def _mismatched(samples: Sequence[Encoded], max_seq_len: int, source: str) -> li
     shift, n = max(Counter(prompts).values()), len(samples)
     if shift == n:
         raise UserError(f"{source}: all responses are to one problem; --objective kto needs two or more to measure "
-                        f"the reference point, also among the held-out rows (--held_out)")  # fmt: skip
+                        f"the reference point, also among the held-out rows (--held_out)")
     found = []
     for place, prompt in enumerate(prompts):
         other = next(samples[i % n] for i in range(place + shift, place + shift + n) if prompts[i % n] != prompt)
@@ -81,7 +81,7 @@ def collate(samples: Sequence[Sample], packing: bool, reference: Reference | Non
         make_batch(side, packing=packing, with_targets=is_own)._replace(
             reference=torch.tensor([reference.of(encoded) if reference else 0.0 for encoded in side]))
         for side, is_own in zip(zip(*samples, strict=True), (True, False), strict=True)
-    )  # fmt: skip
+    )
     return own._replace(mismatched=others)
 
 
@@ -134,7 +134,7 @@ class KTO:
             columns = torch.stack((
                 one, each, agree.float(), one * self.reference_point, is_right, is_right * ratios, is_right * means,
                 is_wrong * ratios, is_wrong * means,
-            ))  # fmt: skip
+            ))
         return each.sum(), columns.double().sum(1)
 
     @staticmethod
@@ -144,4 +144,4 @@ class KTO:
         n, loss, agree, point, n_right, right, right_mean, wrong, wrong_mean = total.tolist()
         n_right, n_wrong = max(1.0, n_right), max(1.0, n - n_right)
         return KTOReport(loss / n, agree / n, right / n_right - wrong / n_wrong, point / n, right_mean / n_right,
-                         wrong_mean / n_wrong)  # fmt: skip
+                         wrong_mean / n_wrong)

@@ -187,7 +187,7 @@ def decoding_memory(
     """
     per_token = 2 * config.n_layers * len(config.heads_on(n, 0)[1]) * config.head_dim
     parts = {"kv cache": (2 if half else FLOAT32) * per_token * (n_rows * (n_tokens - shared) + shared),
-             "logits": FLOAT32 * n_rows * config.vocab_size}  # fmt: skip
+             "logits": FLOAT32 * n_rows * config.vocab_size}
     if half:  # rounded, and on a CPU laid out for its kernels, while rows decode
         parts["prepared weights"] = 2 * _linear_parameters(config, n)
     return parts

@@ -192,7 +192,7 @@ ALERTS = [
     Alert("not judged", _not_graded,
           "over 10% of the responses earn 0 because the grader or your --reward function ran out of time or died; "
           "look at rollouts/ for what they stumble on"),
-]  # fmt: skip
+]
 REPEAT = 20  # buffers between two warnings of one alert
 WINDOW = 20  # buffers over which a trend is looked for
 HACKED = (

@@ -34,7 +34,7 @@ class PolicyServers:
             storage.discard(self.folder)  # of a run that was stopped
         self.servers = [
             Server(base_url=url, model_name="", api_key=os.environ.get(key, ""), seconds=config.server_seconds,
-                   stop_ids=self.vocabulary.eos_ids, token_ids=True) for url in config.base_url]  # fmt: skip
+                   stop_ids=self.vocabulary.eos_ids, token_ids=True) for url in config.base_url]
         self.thread = ThreadPoolExecutor(1)
         self.ahead: tuple[list[Request], Future[list[Completion]]] | None = None  # on the first rank
 
@@ -149,7 +149,7 @@ def read_response(
     early, text = vocabulary.decode(ids[:-1]), vocabulary.decode(ids)
     stops = [text.index(stop) for stop in sampling.stop if stop in text]
     if len(ids) > limit or any(each in vocabulary.eos_ids for each in ids[:-1]) or any(
-            stop in early for stop in sampling.stop):  # fmt: skip
+            stop in early for stop in sampling.stop):
         raise ValueError(f"{len(ids)} tokens that go on after their end; the limit is {limit}")
     finish = "stop" if ids[-1] in vocabulary.eos_ids or stops else "length"
     if reply.finish != finish or finish == "length" and len(ids) < limit:

@@ -181,7 +181,7 @@ def minibatches(buffer: PPOBuffer, config: PPOConfig, iteration: int) -> Iterato
 NOTHING_LEARNED = dict.fromkeys((
     "policy_loss", "grad_norm", "lr", "value_loss", "critic_grad_norm", "value_clipped", "critic_lr", "entropy",
     "kl_loss", "clipped_low", "clipped_high", "ratio_deviation_max", "first_ratio_deviation",
-), 0.0)  # fmt: skip
+), 0.0)
 
 
 def update_critic(critic: Trainer, buffer: PPOBuffer, config: PPOConfig, iteration: int) -> dict[str, float]:

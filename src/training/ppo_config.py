@@ -26,7 +26,7 @@ from src.command.config import (
     ShareOrOff,
     Weights,
     flag,
-)  # fmt: skip
+)
 from src.data.encoding import StepKind
 from src.errors import UserError
 

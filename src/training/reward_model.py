@@ -216,7 +216,7 @@ def open_data(
     """
     parts, held = split_held_out(
         [read_rows(objective, path, columns) for path in train_files],
-        read_rows(objective, label_file, columns) if label_file else None, held_out)  # fmt: skip
+        read_rows(objective, label_file, columns) if label_file else None, held_out)
     rows, source = mix(parts, weights, seed), ", ".join(train_files)
     lengths = {"max_seq_len": max_seq_len, "truncation": truncation}
     if objective == "pairwise":

@@ -26,7 +26,7 @@ class Run:
         self._n_shards = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size)
         self.sampler = BatchSampler(
             max_batch_size=config.max_batch_size, accumulation_steps=config.accumulation_steps, seed=config.seed,
-            rank=parallel.rank() // self._n_shards, ranks=parallel.world_size() // self._n_shards)  # fmt: skip
+            rank=parallel.rank() // self._n_shards, ranks=parallel.world_size() // self._n_shards)
         self.steps_per_epoch = self.sampler.steps_per_epoch(self.n_rows)
         self.total_steps = self.sampler.total_steps(self.n_rows, config.epochs, config.max_steps)
 
@@ -34,7 +34,7 @@ class Run:
         """All steps as the rank with the longest forward passes sees them."""
         config = self.config
         return self.sampler.of_last_rank.steps(
-            data, packing=config.packing, epochs=config.epochs, stop=self.total_steps)  # fmt: skip
+            data, packing=config.packing, epochs=config.epochs, stop=self.total_steps)
 
     def begin(self, trainer: str, tokenizer: Tokenizer) -> None:
         """Start the ranks. Raises UserError for a save_dir that would overwrite what the run reads, or that holds
@@ -46,7 +46,7 @@ class Run:
         self._chat_facts = tokenizer.chat_facts()
         self._fingerprint = run_fingerprint(
             trainer, config.flags(), tokenizer, rows=self.n_rows, rows_a_step=self.sampler.rows_per_step,
-            precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))  # fmt: skip
+            precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))
         find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
 
     def open(self, model: Decoder, log: RunLog) -> None:
@@ -57,10 +57,10 @@ class Run:
         self.trainer = Trainer(model, log, config, total_steps=self.total_steps, optimizer=config.optimizer)
         begin_save = partial(saving.begin_save, model, ckpt_dir=config.ckpt_dir, dtype=config.save_dtype,
                              lora=self.trained.lora, tokenizer_file=config.tokenizer_file,
-                             background=config.background_save)  # fmt: skip
+                             background=config.background_save)
         self.checkpointer = Checkpointer(
             log, [Trainee(config.save_dir, self.trainer, begin_save)], config, steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.total_steps, run_fingerprint=self._fingerprint)  # fmt: skip
+            total_steps=self.total_steps, run_fingerprint=self._fingerprint)
         model.train()
         # After the trainer is made: it owns the parameters, shared over the data-parallel ranks, that resume() fills
         self._done = self.checkpointer.resume(config.resume)
@@ -72,12 +72,12 @@ class Run:
         """The steps that are left to do, on this rank."""
         config = self.config
         return self._meter.timed(self.sampler.steps(
-            data, packing=config.packing, epochs=config.epochs, done=self._done, stop=self.total_steps))  # fmt: skip
+            data, packing=config.packing, epochs=config.epochs, done=self._done, stop=self.total_steps))
 
     def log_step(
         self, step: Step, report: StepReport, supervised: float, metrics: Mapping[str, float] | None = None,
         **counts: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Write what a step did to metrics.jsonl. supervised: tokens or labels that its loss is a mean over."""
         measured = self._meter.measure(step.batches, supervised)
         said = {**(metrics or {}), **report._asdict()}

@@ -91,7 +91,7 @@ class Trainer:
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
         self._copies = [parallel.replicas() * shards.copies(shards.cut_of(name, model.config, n), rank)
-                        for name in self._trainable]  # fmt: skip
+                        for name in self._trainable]
         matrices = [p for p in self._trainable.values() if p.dim() > 1]
         vectors = [p for p in self._trainable.values() if p.dim() <= 1]  # norms are not decayed
         groups = [{"params": matrices, "weight_decay": flags.weight_decay},
@@ -123,7 +123,7 @@ class Trainer:
         elif self._loss_scale > 1 and math.isfinite(loss):
             self._loss_scale, self._scaled_steps = self._loss_scale // 2, 0
             self.log.logger.info("step %d skipped: gradients left float16's range; the loss is scaled by %d now",
-                                 self.steps, self._loss_scale)  # fmt: skip
+                                 self.steps, self._loss_scale)
         else:
             self._bad_steps += 1
             self.log.logger.warning("step %d skipped: loss %s, gradient norm %s", self.steps, loss, grad_norm)
@@ -184,7 +184,7 @@ class Trainer:
                 makers[f"{name}/{moment}"] = functools.partial(self.optimizer.moment, parameter, moment)
             makers[f"{name}/{MASTER}"] = functools.partial(torch.Tensor.detach, parameter)
         counts = {"steps": self.steps, "updates": self._updates, "bad_steps": self._bad_steps,
-                  "loss_scale": self._loss_scale, "scaled_steps": self._scaled_steps}  # fmt: skip
+                  "loss_scale": self._loss_scale, "scaled_steps": self._scaled_steps}
         return TrainerState(LazyTensors(makers), counts)
 
     def load(self, counts: dict[str, int], read: Callable[[str], Tensor]) -> None:

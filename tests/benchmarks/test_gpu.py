@@ -15,7 +15,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
     assert "failed" not in done.stdout and "left out" not in done.stdout, (done.stdout, logs)
     found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [len([row for row in found if row["part"] == part]) for part in (
-        "correct", "decode", "train", "checkpoint", "ppo", "score", "small")] == [6, 12, 8, 2, 3, 3, 3]  # fmt: skip
+        "correct", "decode", "train", "checkpoint", "ppo", "score", "small")] == [6, 12, 8, 2, 3, 3, 3]
     by_name = {row["what"]: row for row in found}
     assert by_name["float32 off float32 on the CPU"]["gradients"] < 1e-5
     assert by_name["greedy text, float32"]["tokens until it parts from transformers'"] == 12
@@ -27,4 +27,4 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     words = [*WORDS, "--minutes=0", f"--folder={tmp_path}", "--parts", "decode", "train"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert [line.split()[:3] for line in done.stdout.splitlines()] == [
-        ["decode", "left", "out:"], ["train", "left", "out:"]]  # fmt: skip
+        ["decode", "left", "out:"], ["train", "left", "out:"]]

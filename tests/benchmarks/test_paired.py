@@ -11,7 +11,7 @@ def run(*rates: float) -> list[paired.Run]:
 def test_the_fastest_side_that_agrees_is_compared() -> None:
     found = {
         "ours": run(2, 4, 6), "ours, bfloat16": run(30, 40, 50), "peer": run(1, 4, 2), "peer, fast": run(90, 90, 90)
-    }  # fmt: skip
+    }
     gaps = {"ours": (0.0, 1e-4), "ours, bfloat16": (0.01, 0.02), "peer": (1e-6, 1e-4), "peer, fast": (0.5, 1e-4)}
     columns = {"cpu": lambda run: run["cpu"], "clock": lambda run: run["clock"]}
     lines = paired.table("title", found, columns, gaps).splitlines()

@@ -415,7 +415,7 @@ FORGED = {
         struct.pack("<Q", 1) + name + struct.pack("<IQIQ", 1, 16, 0, 0) for name in (b"a", b"b")
     ) + bytes(32 + 64),
     "no text": struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"\xff" + struct.pack("<IB", 0, 0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FORGED)
@@ -526,7 +526,7 @@ def test_a_released_file(tmp_path: Path) -> None:
         evaluate(
             task="GSM8K", ckpt_dir=str(tmp_path / f"ours-{n}"), log_dir=str(tmp_path / f"log-{n}"),
             label_file=str(tmp_path / "questions.json"), chat_template="file", max_new_tokens=60,
-        )  # fmt: skip
+        )
         (row,) = map(json.loads, (tmp_path / f"log-{n}" / "samples.jsonl").read_text().splitlines())
         assert row["response"].strip() == their_tokenizer.decode(answer, skip_special_tokens=True).strip()
 

@@ -24,7 +24,7 @@ Place = tuple[str | int, ...]
 ODD: list[object] = [
     None, True, False, 0, 1, -1, 3, 2.5, 10**9, 10**400, float("nan"), float("inf"), "", "x", "3", "a\0b", [], [[]],
     [1, "x", None], ["full_attention"], {}, {"x": 1}, {"type": "linear"}, {"rope_type": [], "factor": "2"},
-]  # fmt: skip
+]
 
 
 def places(values: object, at: Place = ()) -> Iterator[Place]:

@@ -158,7 +158,7 @@ def test_meta_directory_of_one_shard_opens_and_loads_as_it_is(tmp_path: Path) ->
 def test_shards_behind_the_tenth_keep_their_place(tmp_path: Path) -> None:
     n, config = 12, ModelConfig(
         dim=48, n_layers=1, n_heads=12, n_kv_heads=12, head_dim=4, ffn_dim=132, vocab_size=48, max_seq_len=2048
-    )  # fmt: skip
+    )
     weights = random_weights(config)
     for index in range(n):
         shard = {

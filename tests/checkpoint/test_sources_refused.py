@@ -137,7 +137,7 @@ WRONG_PARAMS: dict[str, tuple[dict[str, object], str]] = {
     "text for a number": (HF | {"intermediate_size": "48"}, "intermediate_size='48'; expected a number above 0"),
     "fraction for a number": (HF | {"num_hidden_layers": 2.5}, "num_hidden_layers=2.5; expected an integer"),
     "no heads": (HF | {"num_attention_heads": 0}, "num_attention_heads=0; expected a number above 0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG_PARAMS)
@@ -160,7 +160,7 @@ def test_description_we_cannot_honour_is_refused(tmp_path: Path, case: str) -> N
         ({}, "weight_map"),
         (["model.safetensors"], "weight_map"),
     ],
-)  # fmt: skip
+)
 def test_index_that_names_no_files_beside_it_is_refused(
     tmp_path: Path, weight_map: object, message: str
 ) -> None:
@@ -213,7 +213,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", ".", "a\n", "hello\n", "{}", "<html></html>", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"],
-)  # fmt: skip
+)
 def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     write_json(tmp_path / "params.json", META)

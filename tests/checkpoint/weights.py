@@ -12,18 +12,18 @@ from src.models.config import ModelConfig
 CONFIG = ModelConfig(
     dim=32, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=4, ffn_dim=48, vocab_size=64, max_seq_len=128,
     rope_theta=5e5, norm_eps=1e-6,
-)  # fmt: skip
+)
 # The same model in Meta's words: int(8 * 32 / 3) = 85, half of it is 42, rounded up to a multiple of 16 is 48.
 META = {
     "dim": 32, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 16, "ffn_dim_multiplier": 0.5,
     "norm_eps": 1e-6, "rope_theta": 5e5, "vocab_size": -1, "max_seq_len": 128,
-}  # fmt: skip
+}
 # The same model in Hugging Face's words.
 HF = {
     "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 4, "intermediate_size": 48, "vocab_size": 64, "max_position_embeddings": 128,
     "rms_norm_eps": 1e-6, "rope_theta": 5e5, "hidden_act": "silu", "tie_word_embeddings": False,
-}  # fmt: skip
+}
 
 Tensors = dict[str, Tensor]
 

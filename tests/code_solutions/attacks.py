@@ -207,7 +207,7 @@ if ctypes.CDLL(None).vmsplice(os.pipe()[1], ctypes.byref(span), ctypes.c_size_t(
     ),
     Attack("locked_memory", "import ctypes\nx = ctypes.create_string_buffer(2**20)\n"
            "if ctypes.CDLL(None).mlock(x, ctypes.c_size_t(2**20)) == 0: breach('memory that is never paged out')",
-           may_be_denied=True),  # fmt: skip
+           may_be_denied=True),
     Attack("huge_file", "open('big', 'wb').write(b'x' * (64 * 2**20))\nbreach('64 MB on disk')"),
     Attack(
         "many_large_files",

@@ -76,7 +76,7 @@ def isolation(request: pytest.FixtureRequest) -> str | None:
     (["from concurrent import futures", "with futures.ThreadPoolExecutor() as p: print([*p.map(abs, [-1, -2])])"],
      "[1, 2]\n", "ok"),
     (["import subprocess", "print(subprocess.run(['echo', '5'], capture_output=True).stdout)"], "b'5\\n'\n", "ok"),
-])  # fmt: skip
+])
 def test_a_block_shows_what_a_notebook_shows(blocks: list[str], output: str, status: str) -> None:
     execution = run(blocks)
     assert execution.status == status, execution.output

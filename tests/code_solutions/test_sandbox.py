@@ -27,7 +27,7 @@ from tests.code_solutions.attacks import ATTACKS, BREACH, PRELUDE, Attack
 LIMITS = Limits(
     cpu_seconds=5, wall_seconds=20, memory_bytes=256 * 2**20, disk_bytes=8 * 2**20, files=64, output_bytes=2**14,
     processes=8,
-)  # fmt: skip
+)
 SHORT = replace(LIMITS, cpu_seconds=1, wall_seconds=1)  # for attacks that go on until they are stopped
 OVERDUE_SECONDS = 25.0  # more than the limits and a start on a busy machine, less than the attacks' minutes
 CLEAN = "import json, os; print(1 + 1, json.dumps([1]), os.listdir('.'))"
@@ -100,7 +100,7 @@ class World:
             "secret": self.secret, "outside": self.outside, "victim_file": self.victim_file, "token": self.token,
             "victim": self.victim.pid, "shm_key": self.shm_key, "tcp": self.servers[0].getsockname()[1],
             "udp": self.servers[1].getsockname()[1], "socket": self.folder / "socket",
-        }  # fmt: skip
+        }
         return PRELUDE + Template(code).substitute(names | CALLS.get(platform.machine(), CALLS["aarch64"]))
 
     def damage(self) -> list[str]:

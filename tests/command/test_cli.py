@@ -162,7 +162,7 @@ def test_streams_that_are_closed_full_or_not_read(
 def test_a_closed_stream_s_place_is_taken_by_no_file(tmp_path: Path) -> None:
     """What a library prints must not land in the next file that is opened."""
     code = ("import os; from src.command import cli; "
-            "cli.guarded(lambda: os.write(open('kept', 'w').fileno() and 1, b'noise'))")  # fmt: skip
+            "cli.guarded(lambda: os.write(open('kept', 'w').fileno() and 1, b'noise'))")
     shell = ["bash", "-c", f'{sys.executable} -c "{code}" >&-']
     done = subprocess.run(shell, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode == 0 and (tmp_path / "kept").read_bytes() == b""

@@ -30,7 +30,7 @@ from tests.ranks import ROOT, command
 from tests.tiny import build
 
 SCRIPTS = (checkpoint_split, solver_train, solver_evaluate, verifier_train, verifier_evaluate, preference_train,
-           preference_evaluate, ppo_train, prepare)  # fmt: skip
+           preference_evaluate, ppo_train, prepare)
 MAINS = [*(script.main for script in SCRIPTS), *data_build.COMMANDS.values()]
 GRADED = [
     {"id": "0", "sample": n, "prompt": "1+1=", "response": f"#### {n}", "label": "2", "outcome": outcome}
@@ -111,7 +111,7 @@ SAME = [
     (checkpoint_split.main, "--ckpt_file a.pth b.pth ckpt/deep --save_path ckpt --overwrite"),
     (checkpoint_split.main, "--ckpt_file a --base_dir ckpt --save_path ckpt --overwrite"),
     (checkpoint_split.main, "--ckpt_file a.pth --config_file ckpt/config.json --save_path ckpt --overwrite"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("main, words", SAME, ids=[f"{m.__module__} {words}" for m, words in SAME])
@@ -133,7 +133,7 @@ def test_an_output_that_is_an_input_is_refused(here: Path, main: Callable[..., N
     (checkpoint_split.main, "--inspect ckpt"),
     (ppo_train.main, "--actor_ckpt_dir ckpt --actor_save_dir new/actor --log_dir new/actor"),
     (ppo_train.main, "--actor_ckpt_dir ckpt --actor_save_dir new --critic_save_dir new/critic"),
-])  # fmt: skip
+])
 def test_what_destroys_nothing_is_let_through(here: Path, main: Callable[..., None], words: str) -> None:
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
     started(main, *words.split())
@@ -220,7 +220,7 @@ def test_two_evaluations_do_not_write_in_one_directory(folders: Folders, tmp_pat
     """The second is refused by the first one's number; a kill lets the directory go."""
     write(tmp_path / "rows.json", [{"instruction": "1+1=", "label": "2"}])
     flags = {"task": "toy", "ckpt_dir": folders.one, "label_file": f"{tmp_path}/rows.json",
-             "log_dir": f"{tmp_path}/log", "max_new_tokens": 4}  # fmt: skip
+             "log_dir": f"{tmp_path}/log", "max_new_tokens": 4}
     judged = write(tmp_path / "steps.json", [{"instruction": "1+1=", "steps": ["2"], "labels": [1]}])
     samples = tmp_path / "samples.jsonl"
     samples.write_text("".join(json.dumps(row) + "\n" for row in GRADED))
@@ -238,7 +238,7 @@ def test_two_evaluations_do_not_write_in_one_directory(folders: Folders, tmp_pat
             verifier_evaluate.main(verifier_evaluate.VerifierEvaluateConfig(
                 ckpt_dir=folders.verifier, log_dir=flags["log_dir"], task="toy", samples_file=str(samples),
                 label_file=flags["label_file"],
-            ))  # fmt: skip
+            ))
         with pytest.raises(UserError, match=message):
             preference_evaluate.main(
                 preference_evaluate.CreditConfig(

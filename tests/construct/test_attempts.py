@@ -58,7 +58,7 @@ def test_scdpo_09_a_solver_is_asked_until_it_has_gone_wrong(code_solver: str, tm
     """It goes wrong one time in three, in its code."""
     problems = [{"instruction": CODE_QUESTION, "label": "68", "id": str(n)} for n in range(4)]
     flags = {"label_file": str(write_json(tmp_path / "problems.json", problems)), "attempts": 12,
-             "temperature": 0.9, "max_new_tokens": 30}  # fmt: skip
+             "temperature": 0.9, "max_new_tokens": 30}
     build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "log"), **flags)
     text = (tmp_path / "log" / "samples.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]

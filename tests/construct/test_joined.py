@@ -83,7 +83,7 @@ def test_the_command_writes_rows_that_a_verifier_learns_from(tmp_path: Path) -> 
 def test_outcomes_are_joined_whole(tmp_path: Path) -> None:
     source, target = tmp_path / "outcome.json", tmp_path / "joined.json"
     rows = [{"instruction": "1+1?", "output": "1+1=2\n\n\n#### 2", "correct": True},
-            {"instruction": "2+3?", "output": "2+3=6\n\n#### 6", "correct": False}]  # fmt: skip
+            {"instruction": "2+3?", "output": "2+3=6\n\n#### 6", "correct": False}]
     source.write_text(json.dumps(rows))
     build.join(str(source), str(target), share=1.0, wrong_share=1.0)
     right, wrong = json.loads(target.read_text())

@@ -45,7 +45,7 @@ SOLUTION = "1+1 #### 2\n\n2+2=3 #### 3\n\na\n\n#### 4"  # until the last step it
 
 def sample(name: str, number: int, response: str, outcome: str) -> Sample:
     values = {"id": name, "sample": number, "prompt": f"{name}+1=", "response": response, "label": "4",
-              "outcome": outcome, "answer": "4"}  # fmt: skip
+              "outcome": outcome, "answer": "4"}
     return Sample(name, number, f"{name}+1=", response, outcome, values)
 
 
@@ -97,11 +97,11 @@ def test_a_beginning_and_its_rest_are_the_solution() -> None:
 
 def test_a_beginning_that_solutions_share_is_judged_once() -> None:
     solutions = [sample("0", 0, "a\n\nb\n\n#### 4", "right"), sample("0", 1, "a\n\nc\n\n#### 5", "wrong"),
-                 sample("1", 0, "a\n\n#### 4", "right")]  # fmt: skip
+                 sample("1", 0, "a\n\n#### 4", "right")]
     names = [item.prompt.id for item in truncate_everywhere(solutions).values()]
     assert names == ["0/0/1", "0/0/2", "0/1/2", "1/0/1"]
     rollouts = [sample(name, 0, "", outcome)
-                for name, outcome in zip(names, ("right", "right", "wrong", "wrong"), strict=True)]  # fmt: skip
+                for name, outcome in zip(names, ("right", "right", "wrong", "wrong"), strict=True)]
     rows = label_steps(solutions, rollouts, hard=True)
     assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 1.0]]
     soft = label_steps(solutions, rollouts, hard=False)
@@ -110,11 +110,11 @@ def test_a_beginning_that_solutions_share_is_judged_once() -> None:
 
 def test_a_beginning_is_right_when_a_longer_one_or_a_solution_behind_it_is() -> None:
     solutions = [sample("0", 0, "a\n\nb\n\nc\n\n#### 5", "wrong"), sample("0", 1, "a\n\nd\n\n#### 4", "right"),
-                 sample("0", 2, "e\n\n#### 4", "wrong")]  # fmt: skip
+                 sample("0", 2, "e\n\n#### 4", "wrong")]
     rollouts = [sample(name, number, "", outcome)
                 for name, outcomes in {"0/0/1": ("wrong",), "0/0/2": ("wrong",), "0/0/3": ("wrong", "right"),
                                        "0/1/2": ("wrong",)}.items()
-                for number, outcome in enumerate(outcomes)]  # fmt: skip
+                for number, outcome in enumerate(outcomes)]
     rows = label_steps(solutions, rollouts, hard=True)
     assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [None, 0.0]]
 
@@ -328,13 +328,13 @@ def test_two_ranks_build_the_same(folders: Folders, tmp_path: Path) -> None:
     source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right")])
     expected = branched(folders, source, tmp_path / "a")
     flags = {"ckpt_dir": folders.two, "task": "toy", "samples_file": source, "log_dir": tmp_path / "b",
-             "save_file": tmp_path / "b.json", **BRANCH}  # fmt: skip
+             "save_file": tmp_path / "b.json", **BRANCH}
     succeed("data_build.py", "branch", *(f"--{name}={value}" for name, value in flags.items()), n=2)
     assert json.loads((tmp_path / "b.json").read_text()) == expected
 
 
 CODE_BRANCH = {"attempts": 30, "max_new_tokens": 20, "max_batch_size": 8, "steps_a_solution": 12,
-               "temperature": 0.8, "temperature_rise": 0.02, "temperature_cap": 0.9, "pairs_a_problem": 3}  # fmt: skip
+               "temperature": 0.8, "temperature_rise": 0.02, "temperature_cap": 0.9, "pairs_a_problem": 3}
 
 
 def test_scdpo_15_branches_of_code_share_their_first_blocks(code_solver: str, tmp_path: Path) -> None:

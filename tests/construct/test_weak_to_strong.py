@@ -22,7 +22,7 @@ GOLD = {"label": "never read", "outcome": "wrong"}
 
 def log_dir(
     folder: Path, answers: dict[str, Sequence[str | None]], model: str, rules: dict[str, str] = RULES, **more: object
-) -> str:  # fmt: skip
+) -> str:
     """samples.jsonl of these answers by problem, with what stands beside it. Returns the samples' file."""
     folder.mkdir()
     rows = [
@@ -134,7 +134,7 @@ def test_w2s_12_filling_up_is_asked_for_drawn_and_counted(tmp_path: Path, monkey
     for name, options in {
         "off": {}, "some": {"fill_up_to": 14}, "again": {"fill_up_to": 14}, "other": {"fill_up_to": 14, "seed": 2},
         "all": {"fill_up_to": 99}, "fewer": {"fill_up_to": 3},
-    }.items():  # fmt: skip
+    }.items():
         build.weak_icl(weak, icl, str(tmp_path / name), **options)
         found[name] = [int(row["id"]) for row in load(tmp_path / name / "weak.json")]
     agreeing = list(range(0, 20, 2))
@@ -171,7 +171,7 @@ def test_w2s_23_consistency_and_votes_judge_by_the_kind_of_answer(tmp_path: Path
     kinds = {"0": ("choice", 0), "1": ("true_false", 0), "2": ("number", 0.01), "3": ("number", 0.01), "4": ("", 0)}
     answers = {
         "0": ("C and A", "A, C"), "1": ("True", "correct"), "2": ("2.001", "2"), "3": ("2.1", "2"), "4": ("x", "y"),
-    }  # fmt: skip
+    }
     files = []
     for side in (0, 1):
         path = Path(log_dir(tmp_path / str(side), {k: [x[side]] for k, x in answers.items()}, "ws"[side], rules))
@@ -186,10 +186,10 @@ def test_w2s_23_consistency_and_votes_judge_by_the_kind_of_answer(tmp_path: Path
     weak = {sample.id: sample for sample in read_samples(files[0])}
     with grader_of(rules) as grader:
         pairs, _ = contrast_pairs(found, weak, grader.equal, min_confidence=0.6, flip_confidence=0.8,
-                                  pairs_per_problem=1, seed=1)  # fmt: skip
+                                  pairs_per_problem=1, seed=1)
     assert {row["id"]: row["weak"] for row in pairs} == {
         "0": "chosen", "1": "chosen", "2": "chosen", "3": "rejected", "4": "rejected",
-    }  # fmt: skip
+    }
 
 
 def test_w2s_09_demonstrations_are_the_weak_model_s_own_by_id(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_w2s_17_truth_table(confidence: float, answer: str | None, pairs_a_probl
     pairs, _ = contrast_pairs(
         [one_vote(confidence)], {"0": weak}, exactly, min_confidence=0.6, flip_confidence=0.8,
         pairs_per_problem=pairs_a_problem, seed=42,
-    )  # fmt: skip
+    )
     agrees = answer == "1"
     wanted = 0.6 <= confidence < 1.0 if agrees else confidence >= 0.8  # unanimous and right: too easy
     available = round(10 * (1 - confidence)) if agrees else round(10 * confidence)

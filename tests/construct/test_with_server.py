@@ -54,14 +54,14 @@ def test_process_goes_on_from_text(tmp_path: Path) -> None:
     assert row["labels"] == [1.0, 0.0]
     with pytest.raises(UserError, match="holds samples with model_name=m, but this run has other"):
         build.process("toy", source, str(tmp_path / "a"), str(tmp_path / "a.json"), rollouts=3,
-                           **at(server, model_name="other"))  # fmt: skip
+                           **at(server, model_name="other"))
 
 
 def test_a_rollout_that_failed_is_counted_and_got_by_a_rerun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.001)
     source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "wrong")])
     flags = {"task": "toy", "samples_file": source, "log_dir": str(tmp_path / "a"), "rollouts": 2,
-             "save_file": str(tmp_path / "a.json")}  # fmt: skip
+             "save_file": str(tmp_path / "a.json")}
 
     def answer(path: str, body: dict[str, object]) -> tuple[int, bytes]:
         return says(completion(finish="abort" if "2+2" in body["prompt"] else "stop"))(path, body)
@@ -89,7 +89,7 @@ def test_a_branch_is_written_step_by_step(tmp_path: Path) -> None:
 
     with Answering(answer) as server:
         build.branch("toy", source, str(tmp_path / "a"), str(tmp_path / "a.json"), temperature=1.0,
-                          temperature_rise=0.25, attempts=1, pairs_a_problem=1, **at(server))  # fmt: skip
+                          temperature_rise=0.25, attempts=1, pairs_a_problem=1, **at(server))
     assert [(body["prompt"], body["temperature"]) for body in server.bodies] == list(
         zip(replies, (1.0, 1.25, 1.4), strict=True)
     )

@@ -27,7 +27,7 @@ def messages(answer: str) -> list[dict[str, object]]:
         for kind, rest in (
             part.split("|>", 1) for part in answer.replace("<|endofblock|>", "<|endofblock|>\0").split("\0") if part
         )
-    ]  # fmt: skip
+    ]
     return [{"role": "user", "content": "What is 6 x 7?"}, {"role": "assistant", "content": blocks}]
 
 

@@ -48,7 +48,7 @@ ROWS = {  # a row of the published file, what is made of it, a right and a wrong
                       "The answer is False.", "The answer is True."),
                      (OLYMPIC | {"answer_type": "NV", "answer": ["7"]}, {"label": "7", "answer_type": "number"},
                       "\\boxed{7}", "\\boxed{8}")],
-}  # fmt: skip
+}
 
 
 def test_every_reader_is_tested() -> None:
@@ -89,7 +89,7 @@ def test_gpqa_is_a_csv_whose_choices_stand_in_an_order_of_their_own(tmp_path: Pa
     ("minerva", {"problem": "P", "solution": "4"}, "expected a closed"),
     ("gpqa", GPQA | {"Incorrect Answer 3": None}, "expected text under 'Incorrect Answer 3'"),
     ("aime24", {"text": "P", "answer": "1"}, "expected text under 'problem' or 'Problem' or 'question'"),
-])  # fmt: skip
+])
 def test_rows_that_do_not_fit_are_refused_by_name(
     tmp_path: Path, name: str, row: dict[str, object], complaint: str
 ) -> None:
@@ -101,4 +101,4 @@ def test_answers_that_are_not_published_or_of_no_kind_are_counted(tmp_path: Path
     path = write(tmp_path / "raw.jsonl", OLYMPIC | {"answer": None}, OLYMPIC | {"answer_type": "CODE"})
     assert build(Path(path), "olympicarena", [], {}, strict=True).left_out == {
         "without a published answer": 1, "with answers of kind CODE": 1,
-    }  # fmt: skip
+    }

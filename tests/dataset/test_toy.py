@@ -184,7 +184,7 @@ def test_sums_are_right_or_judged(judged: bool, tmp_path: Path, monkeypatch: pyt
     if judged:
         assert 0.45 < sum(labels) / len(labels) < 0.55
         assert all(is_true(step) == bool(label) for row in rows
-                   for step, label in zip(row["steps"], row["labels"], strict=True))  # fmt: skip
+                   for step, label in zip(row["steps"], row["labels"], strict=True))
     else:
         assert all(is_true(f"{one}.") for row in rows for one in row["output"].rstrip(".").split(". "))
 

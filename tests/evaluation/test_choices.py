@@ -19,7 +19,7 @@ ARC = [
     {"question": f"{n}+{n % 3}=", "answerKey": "ABCD"[n % 4], "id": f"q{n}",
      "choices": {"label": [*"ABCD"], "text": [f"{n + n % 3}", f"a {n} b", "bead" * (1 + n % 3), "cafe é"]}}
     for n in range(12)
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluate(folder: Path, log_dir: Path, **changes: object) -> dict[str, object]:
     """results.json."""
     flags = {"task": "ARC", "ckpt_dir": str(folder / "one"), "label_file": str(folder / "test.json"),
-             "log_dir": str(log_dir), "choices": "text"}  # fmt: skip
+             "log_dir": str(log_dir), "choices": "text"}
     solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**flags | changes))
     return json.loads((log_dir / "results.json").read_text())
 
@@ -82,7 +82,7 @@ def test_choices_have_the_log_probs_of_transformers_and_a_rerun_continues(
 def test_two_ranks_choose_as_one_and_runs_are_compared(folder: Path, tmp_path: Path) -> None:
     results = evaluate(folder, tmp_path / "one")
     succeed("solver_evaluate.py", "--task", "ARC", "--ckpt_dir", folder / "one", "--label_file", folder / "test.json",
-            "--log_dir", tmp_path / "two", "--choices", "text", n=2)  # fmt: skip
+            "--log_dir", tmp_path / "two", "--choices", "text", n=2)
     assert json.loads((tmp_path / "two/results.json").read_text()) == results
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert one["choice_logprobs"] == pytest.approx(two["choice_logprobs"], abs=2e-3)
@@ -105,7 +105,7 @@ def test_two_ranks_choose_as_one_and_runs_are_compared(folder: Path, tmp_path: P
     ({"choices": ["4"]}, {}, "expected 2 to 10 texts"),
     ({"choices": ["4", "5", "9"]}, {}, "'choices' is .*, which would be lost"),
     ({"question": "12" * 70}, {}, "but the model's context is 128"),
-])  # fmt: skip
+])
 def test_what_does_not_go_together_is_refused_by_name(
     folder: Path, tmp_path: Path, row: dict[str, object], flags: dict[str, object], complaint: str | None
 ) -> None:

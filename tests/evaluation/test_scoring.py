@@ -143,7 +143,7 @@ def test_a_verifier_of_lines_scores_lines(
 def test_no_score_of_another_verifier_stays() -> None:
     before = SAMPLES[0]._replace(values={"finish": "stop", "score": 0.1, "step_scores": [0.2]})
     for scored, expected in ((None, {}), (Scored(0.5, None), {"score": 0.5}),
-                             (Scored(0.5, [0.5]), {"score": 0.5, "step_scores": [0.5]})):  # fmt: skip
+                             (Scored(0.5, [0.5]), {"score": 0.5, "step_scores": [0.5]})):
         assert with_score(before, scored).values == {"finish": "stop"} | expected
 
 

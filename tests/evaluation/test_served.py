@@ -52,7 +52,7 @@ ODD = {
     "abort": completion(finish="abort"), "null": completion(finish=None),
     "surrogate": completion(text="\ud83d #### 4"), "error": {"error": {"message": "\ud83d"}},
     "html": b"<html>\xff</html>", "deep": b"[" * 50_000,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -117,7 +117,7 @@ def test_a_server_that_declines_log_probs_is_asked_without(
     ("text", "finish", "expected"),
     [(" #### 4 Question: 5", "length", " #### 4 "), (" #### 4\nQuestion:", "stop", " #### 4\n"),
      ("Question:", "length", "")],
-)  # fmt: skip
+)
 def test_a_stop_string_ends_a_sample_whatever_the_server_does(
     text: str, finish: str, expected: str, tmp_path: Path
 ) -> None:
@@ -140,7 +140,7 @@ def test_an_echo_is_cut_off_and_told(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 def test_a_chat_server_gets_messages_with_the_demonstrations(tmp_path: Path) -> None:
     reply = {"choices": [{"message": {"content": "#### 4", "reasoning": "2+2"}, "finish_reason": "stop",
-                          "logprobs": {"content": [{"token": "4", "logprob": -0.25}]}}]}  # fmt: skip
+                          "logprobs": {"content": [{"token": "4", "logprob": -0.25}]}}]}
     with Answering(says(reply)) as server:
         rows = evaluate(tmp_path, server, chat_template="server", few_shot="gsm8k8")
     (message,) = server.bodies[0]["messages"]
@@ -236,14 +236,14 @@ def test_a_server_without_token_ids_says_so(folders: Folders, tmp_path: Path) ->
          "--system_prompt has no effect on samples that exist"),
         ({"api_key_env": "BAD_KEY"}, "characters that no key has"),
     ],
-)  # fmt: skip
+)
 def test_flags_without_effect_are_refused(
     changes: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BAD_KEY", "sk-1\nX-Evil: 1")
     (tmp_path / "labels.json").write_text('[{"instruction": "1+1=", "label": "2"}]')
     asked = {"task": "toy", "label_file": str(tmp_path / "labels.json"), "log_dir": str(tmp_path / "log"),
-             "backend": "openai", "base_url": "http://127.0.0.1:1/v1", "model_name": "m"}  # fmt: skip
+             "backend": "openai", "base_url": "http://127.0.0.1:1/v1", "model_name": "m"}
     with pytest.raises(UserError, match=message):
         solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**asked | changes))
     assert not (tmp_path / "log").exists()
@@ -278,7 +278,7 @@ def test_a_reply_without_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
     ("status", "tries", "error"),
     [(429, 6, "status 429 (6 tries)"), (500, 6, "status 500"), (520, 6, "status 520"), (400, 2, "status 400: 'no'"),
      (413, 1, "status 413: 'no'"), (422, 2, "status 422"), (204, 1, "status 204"), (302, 1, "status 302")],
-)  # fmt: skip
+)
 def test_statuses(status: int, tries: int, error: str) -> None:
     with Answering(lambda path, body: (status, b"no")) as server:
         assert asked(server).startswith(error) and len(server.bodies) == tries
@@ -313,7 +313,7 @@ def test_a_server_that_dies_leaves_what_came_and_a_count(tmp_path: Path) -> None
     [("good", 2), ("nousage", 2), ("nul", 2), ("echo", 2),
      *((mode, 0) for mode in ("abort", "sgl", "null", "missingfinish", "content_filter", "textnull", "textlist",
                               "usagestr", "surrogate", "redirect", "err200", "ctx", "html", "id404"))],
-)  # fmt: skip
+)
 def test_sv1(mode: str, n_right: int, tmp_path: Path) -> None:
     port = free_port()
     process = subprocess.Popen([sys.executable, str(REPORT / "fake.py"), str(port), mode])

@@ -74,13 +74,13 @@ def base_url(solver: str) -> Iterator[str]:
 def test_an_evaluation_at_it_gives_the_text_of_a_local_one(solver: str, base_url: str, tmp_path: Path) -> None:
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps({"instruction": f"{n} pens and {n * 7} more?", "label": "4"}) + "\n"
-                              for n in range(7)))  # fmt: skip
+                              for n in range(7)))
     rows = []
     for name, flags in (("here", {"ckpt_dir": solver}),
-                        ("there", {"backend": "openai", "base_url": base_url, "model_name": solver})):  # fmt: skip
+                        ("there", {"backend": "openai", "base_url": base_url, "model_name": solver})):
         solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(
             task="GSM8K", label_file=str(labels), log_dir=str(tmp_path / name), max_new_tokens=24, max_batch_size=5,
-            **flags))  # fmt: skip
+            **flags))
         rows.append([json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()])
     here, there = rows
     assert len(here) == 7 and any(row["response"] for row in here)
@@ -150,7 +150,7 @@ def test_what_is_not_understood_is_refused(name: str, base_url: str) -> None:
 
 def test_flags_of_another_use_are_refused(solver: str) -> None:
     for flags, reason in (({"label_file": "rows.json"}, "--label_file has no effect on a server"),
-                          ({"serve": "here"}, "needs a port"), ({"ckpt_dir": ""}, "--ckpt_dir")):  # fmt: skip
+                          ({"serve": "here"}, "needs a port"), ({"ckpt_dir": ""}, "--ckpt_dir")):
         with pytest.raises(UserError, match=reason):
             solver_evaluate.main(
                 solver_evaluate.SolverEvaluateConfig(**{"serve": "0", "ckpt_dir": solver} | flags))
@@ -163,7 +163,7 @@ def test_a_caller_that_hangs_up_holds_no_slot(base_url: str) -> None:
         connection.request("POST", "/v1/completions", json.dumps({"prompt": "1", "max_tokens": 10**6, "n": 9}))
         connection.close()
     assert answer(base_url, prompt="1+1=", max_tokens=3, temperature=0)["choices"][0]["finish_reason"] in (
-        "stop", "length")  # fmt: skip
+        "stop", "length")
 
 
 def test_an_adapter_of_peft_answers_under_its_own_name(solver: str, base_url: str, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_an_adapter_of_peft_answers_under_its_own_name(solver: str, base_url: st
             parameter.data.normal_(std=0.3)
     saving.begin_save(model, str(tmp_path / "ours"), solver, lora=lora).complete()
     checkpoint_split.main(checkpoint_split.SplitConfig(
-        ckpt_file=str(tmp_path / "ours"), save_path=str(tmp_path / "peft"), format="peft"))  # fmt: skip
+        ckpt_file=str(tmp_path / "ours"), save_path=str(tmp_path / "peft"), format="peft"))
     assert post(base_url, "/load_lora_adapter", lora_name="tuned", lora_path=str(tmp_path / "peft"))[0] == 200
     asked = {"prompt": "Ana has 7 pens.", "max_tokens": 12, "temperature": 0, "logprobs": 1}
     with serving(str(tmp_path / "ours")) as alone:

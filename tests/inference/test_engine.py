@@ -358,7 +358,7 @@ def test_trained_model_reproduces_its_published_text_among_seven_others(tmp_path
     succeed(
         "checkpoint_split.py", "--ckpt_file", folder / "stories260K.pt", "--save_path", tmp_path / "ckpt",
         f"--n={n}", "--tokenizer_file", folder / "tok512.model",
-    )  # fmt: skip
+    )
     succeed(
         *("solver_evaluate.py", "--task", "none", "--ckpt_dir", tmp_path / "ckpt", "--label_file", prompts),
         *("--max_new_tokens", golden["steps"], "--temperature", 0, "--log_dir", tmp_path / "log"),
@@ -444,5 +444,5 @@ def test_each_stretch_between_pauses_has_its_own_limit(model: Decoder, requests:
     whole = sampled(
         model, [request], temperature=0.0, max_new_tokens=6,
         tool_hook=ToolHook((pause,), lambda rows: [ToolAnswer(GIVEN * 100) for _ in rows]),
-    )[request.id, request.sample]  # fmt: skip
+    )[request.id, request.sample]
     assert (len(request.prompt) + len(whole.tokens), whole.finish) == (CONTEXT, "length")

@@ -43,7 +43,7 @@ def said(**message: object) -> dict[str, object]:
         {}, None, [], [reply()], 4, "4", True,
     ],
     ids=lambda values: json.dumps(values)[:80],
-)  # fmt: skip
+)
 def test_what_is_no_completion(values: object) -> None:
     with pytest.raises(BadReply) as problem:
         read_reply(json.dumps(values).encode())
@@ -62,7 +62,7 @@ def test_what_is_no_completion(values: object) -> None:
           for n in range(100, 1000, 100)),
     ],
     ids=lambda data: repr(data)[:40],
-)  # fmt: skip
+)
 def test_what_is_no_reply(data: bytes) -> None:
     with pytest.raises(BadReply) as problem:
         read_reply(data)
@@ -104,7 +104,7 @@ TOKENS = (Token(" a", -0.5), Token("\n\n", -1.0), Token("b", 0.0))
             {"token_logprobs": [True]},
             {"content": [None]}, {"content": [{"token": "a"}]})),
     ],
-)  # fmt: skip
+)
 def test_logprobs_of_either_protocol_or_none(logprobs: object, tokens: tuple[Token, ...]) -> None:
     found = read_reply(json.dumps(reply(logprobs=logprobs)).encode())
     assert found.tokens == tokens

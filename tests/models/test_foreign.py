@@ -33,18 +33,18 @@ HF_QWEN = HF | {
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
 QWEN_1 = {
     "model_type": "qwen", "kv_channels": 4, "seq_length": 64, "layer_norm_epsilon": 1e-5, "intermediate_size": 96
-}  # fmt: skip
+}
 MIXED = ["full_attention", "sliding_attention"]
 WAVELENGTH = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {
     "rope_type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0, 2.0],
     "long_factor": [1.0, 4.0],
-}  # fmt: skip
+}
 PHI, GEMMA_3 = {"model_type": "phi3"}, {"model_type": "gemma3_text", "head_dim": 4}
 
 
@@ -74,7 +74,7 @@ def test_sizes_are_the_published_ones() -> None:
         "hidden": "dim", "layers": "n_layers", "heads": "n_heads", "kv": "n_kv_heads", "ffn": "ffn_dim",
         "vocab": "vocab_size", "rope_theta": "rope_theta", "norm_eps": "norm_eps", "experts": "n_experts",
         "experts_per_tok": "n_active_experts", "kv_channels": "head_dim", "tie": "tied",
-    }  # fmt: skip
+    }
     rows = {
         name.removesuffix(" (v1)").replace("qwen2", "qwen-2"): row
         for name, row in published.items()
@@ -287,7 +287,7 @@ def test_params_of_mistral_and_mixtral() -> None:
     values = {
         "dim": 32, "n_layers": 2, "head_dim": 4, "hidden_dim": 48, "n_heads": 8, "n_kv_heads": 4, "norm_eps": 1e-5,
         "vocab_size": 64, "rope_theta": 1e6,
-    }  # fmt: skip
+    }
     assert meta(values).family == "mistral"
     assert meta(values).windows == ()
     assert meta(values | {"sliding_window": 4096}).windows == (4096, 4096)

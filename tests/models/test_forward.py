@@ -29,7 +29,7 @@ def model(folders: Folders) -> Decoder:
 def gradients(
     model: Decoder, batch: Batch, read: Callable[..., tuple[Tensor, Tensor]] = forward.logprobs_and_entropy,
     **options: object,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Log-probs, entropies, and the gradient of a weighted sum of the log-probs and of the entropies that learn."""
     model.zero_grad()
     logprobs, entropy = read(model, *batch.inputs, temperature=0.7, **options)
@@ -65,7 +65,7 @@ def test_logprobs_entropies_and_gradients_are_torch_s(
     ids = forward.SampledIds(solver.config.vocab_size - 3, (0, solver.config.vocab_size - 6))
     options = {"ids": ids, "learn_entropy": learn_entropy}
     expected, found = (gradients(solver, make_batch(SAMPLES), read, **options)
-                       for read in (dense, forward.logprobs_and_entropy))  # fmt: skip
+                       for read in (dense, forward.logprobs_and_entropy))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_logits_of_one_chunk_exist_at_once(model: Decoder, monkeypatch: pytest.M
     monkeypatch.setitem(vocab_softmax.CHUNK_BYTES, "cpu", 7 * 4 * model.config.vocab_size)
     batch, n = make_batch(SAMPLES, packing=True), sum(sample.n_response for sample in SAMPLES)
     for read, learns, made in ((forward.response_logprobs, True, 2 * n - 7), (forward.response_logprobs, False, n),
-                               (forward.summed_logprobs, True, n)):  # fmt: skip
+                               (forward.summed_logprobs, True, n)):
         sizes.clear()
         model.output.requires_grad_(learns)
         read(model, *batch.inputs).sum().backward()

@@ -113,7 +113,7 @@ def test_dora_at_any_tensor_parallel_size(run: Callable[[int], Run], n: int) -> 
 def test_gradients_equal_peft(run: Callable[[int], Run], hf_folder: Path, dora: bool) -> None:
     result, config = run(1, dora).results[0], run(1, dora).config
     settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", use_rslora=dora,
-                               use_dora=dora)  # fmt: skip
+                               use_dora=dora)
     model = peft.get_peft_model(reference.hf_model(hf_folder), settings)
     found = {}
     for theirs, parameter in model.named_parameters():

@@ -69,7 +69,7 @@ def test_ranks_quantise_as_one_does(stories: tuple[Path, list[list[int]]], tmp_p
     precisions = list(PRECISIONS)
     alone = quantised_logits(str(root / "1"), texts, precisions)
     for rank in run_ranks(2, "tests.workers:quantised_logits", tmp_path, folder=str(root / "2"), texts=texts,
-                          precisions=precisions):  # fmt: skip
+                          precisions=precisions):
         for precision, (logits, share) in rank.items():
             for found, expected in zip(logits, alone[precision][0], strict=True):
                 # groups of w2's 172 columns end elsewhere on two ranks, so rounding differs a little

@@ -23,14 +23,14 @@ def run(tmp_path: Path) -> Path:
         for number, steps in enumerate(([*problem.steps, "#### 9999"], [*problem.steps, "#### 9999"], right)):
             rows.append({"id": str(index), "sample": number, "prompt": problem.instruction,
                          "response": "\n\n".join(steps), "answer": steps[-1][5:],
-                         "outcome": "right" if number == 2 else "wrong"})  # fmt: skip
+                         "outcome": "right" if number == 2 else "wrong"})
     write(seed / "greedy", [row for row in rows if row["sample"] == 0])
     write(seed / "hard", rows)
     (seed / "hard" / "results.json").write_text(json.dumps({"rules": RULES}))
     for name in table.VERIFIERS:
         write(seed / f"{name}-hard", [row | {"step_scores": step_scores(name, row)} for row in rows])
     labelled = [{"instruction": problem.instruction, "steps": [*problem.steps, "#### 9999"],
-                 "labels": [1] * len(problem.steps) + [0]} for problem in problems]  # fmt: skip
+                 "labels": [1] * len(problem.steps) + [0]} for problem in problems]
     (seed / "steps.json").write_text(json.dumps(labelled))
     return tmp_path
 

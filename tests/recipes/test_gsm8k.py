@@ -62,7 +62,7 @@ def test_every_command_is_one_that_its_script_understands(commands: list[list[st
         assert {flag.name for flag in flags_of(main).values() if flag.required} <= set(parsed), words
         started[script] = started.get(script, 0) + 1
     assert started == {"checkpoint_split": 1, "data_build": 2 + 2 * 4, "solver_evaluate": 2 + 2 * 7, "solver_train": 4,
-                       "verifier_train": 4, "verifier_evaluate": 4, "ppo_train": 4, "preference_train": 2}  # fmt: skip
+                       "verifier_train": 4, "verifier_evaluate": 4, "ppo_train": 4, "preference_train": 2}
     assert commands[-1][1:] == ["recipes/gsm8k_table.py", "--run_dir", commands[-1][3], "--seeds", "1,2"]
 
 
@@ -75,7 +75,7 @@ def write(folder: Path, outcomes: list[list[str]], scores: list[list[float]] | N
             score = {"step_scores": [scores[problem][number]]} if scores else {}
             answer = "7" if outcome == "right" else str(100 + number)
             rows.append({"id": str(problem), "sample": number, "prompt": "?", "response": f"#### {answer}",
-                         "answer": answer, "outcome": outcome, **score})  # fmt: skip
+                         "answer": answer, "outcome": outcome, **score})
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curves = {name: {"1": 0.1, "8": 0.5} for name in ("pass_at", "maj_at", "best_of_at")}
     (folder / "results.json").write_text(json.dumps({"rules": RULES, **curves}))

@@ -20,7 +20,7 @@ def write_results(run_dir: Path, best_of_interval: list[float]) -> None:
     }
     for folder, results in (
         ("base-test", SFT), ("sft-test", SFT), ("sft-test-8", majority), ("verified", best_of), ("ppo-test", SFT)
-    ):  # fmt: skip
+    ):
         (run_dir / folder).mkdir()
         (run_dir / folder / "results.json").write_text(json.dumps(results))
 

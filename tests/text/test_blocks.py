@@ -74,7 +74,7 @@ def test_scdpo_01_eight_markers() -> None:
     assert [str(marker) for marker in Marker] == [
         "<|user|>", "<|system|>", "<|assistant|>", "<|text|>", "<|code|>", "<|execution|>", "<|endofblock|>",
         "<|endofmessage|>",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_printed_marker_survives_as_a_piece() -> None:

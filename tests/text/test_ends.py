@@ -24,7 +24,7 @@ from tests.text.files import write_json, write_merges, write_sentencepiece
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 128,
-}  # fmt: skip
+}
 MESSAGES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 
 
@@ -113,7 +113,7 @@ def test_ends_of_a_checkpoint_stay_when_its_tokenizer_comes_from_elsewhere(tmp_p
 def test_what_stands_beside_a_tokenizer_is_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     source = base(tmp_path / "hf", {"eos_token_id": 7})
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (source / name).unlink()

@@ -26,7 +26,7 @@ from tests.text.files import (
 
 MORE_TEXTS = [
     *TEXTS, "12345 + ½ = ٣ ４５", "He's   here\n\n\t\tNOW, isn'T he?", "<|im_start|>user<think>", "日本語 テスト 한국어"
-]  # fmt: skip
+]
 
 
 def metadata_of(folder: Path, n_rows: int = 512, **changed: object) -> dict[str, object]:
@@ -204,7 +204,7 @@ UNKNOWN = {
         ),
         "ends responses at 4 tokens",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", UNKNOWN)

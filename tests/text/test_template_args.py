@@ -58,7 +58,7 @@ def trained(folder: Path, ckpt_dir: str, rows: list[dict[str, object]] = ROWS, *
 def sampled(folder: Path, ckpt_dir: str, **flags: object) -> str:
     file = write_json(folder / "problems.json", [{"instruction": "1+1?"}])
     evaluate(SolverEvaluateConfig(task="none", label_file=str(file), log_dir=str(folder / "log"), ckpt_dir=ckpt_dir,
-                                  max_new_tokens=4, **flags))  # fmt: skip
+                                  max_new_tokens=4, **flags))
     return read_samples(str(folder / "log/samples.jsonl"))[0].prompt
 
 

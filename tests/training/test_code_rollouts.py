@@ -46,9 +46,9 @@ def test_what_code_prints_is_read_but_not_learned(code_solver: str, code_verifie
     found, _, _ = collect(models, tokenizer, by_length, config, 0, CODE_QUESTION)
     rollout, tokens, mask = found.rollout, found.batch.tokens, found.batch.response_mask
     begins, ends, asks = (tokenizer.control[marker] for marker in (
-        Marker.EXECUTION, Marker.END_OF_BLOCK, Marker.ASSISTANT))  # fmt: skip
+        Marker.EXECUTION, Marker.END_OF_BLOCK, Marker.ASSISTANT))
     banned = [tokenizer.control[marker] for marker in (
-        Marker.EXECUTION, Marker.USER, Marker.SYSTEM, Marker.ASSISTANT)]  # fmt: skip
+        Marker.EXECUTION, Marker.USER, Marker.SYSTEM, Marker.ASSISTANT)]
     for row in range(len(tokens)):
         printed, expected = False, []
         start, last = tokens[row].tolist().index(asks) + 1, int(rollout.last[row])
@@ -99,7 +99,7 @@ def test_ranks_change_nothing(code_solver: str, code_verifier: str, tmp_path: Pa
     case = CASES[0] | {"max_new_tokens": 40, "group_size": 1}
     whole = ppo_buffers(code_solver, code_verifier, str(tmp_path), **case)
     ranks = run_ranks(4, "tests.training.workers:ppo_cases", tmp_path, 2, actor=code_solver, critic=code_verifier,
-                      log_dir=str(tmp_path / "log"), cases=[case])  # fmt: skip
+                      log_dir=str(tmp_path / "log"), cases=[case])
     models = ppo_models(code_solver, code_verifier, str(tmp_path))
     started = {"actor": models.actor.model, "critic": models.critic.model}
     for first in (0, 2):
@@ -133,7 +133,7 @@ def test_a_run_is_resumed_bit_for_bit_and_logs_what_its_code_did(code_solver: st
             "train_file": str(tmp_path / "prompts.json"), "eval_file": str(tmp_path / "prompts.json"),
             "group_size": 4, "max_buffer_size": 4, "max_new_tokens": 80, "max_batch_size": 4, "epochs": 2,
             "save_every": 1, "lr": 1e-4, "resume": "auto",
-        }  # fmt: skip
+        }
         ppo_train.main(ppo_train.PPOConfig(**flags))
         return tmp_path / name
 
@@ -162,7 +162,7 @@ def test_a_run_is_resumed_bit_for_bit_and_logs_what_its_code_did(code_solver: st
 def test_what_cannot_go_together_is_refused(folders: Folders, code_base: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.json").write_text(json.dumps([{"instruction": "1+1=", "label": "2"}]))
     flags = {"actor_save_dir": str(tmp_path / "actor"), "train_file": str(tmp_path / "prompts.json"),
-             "advantage": "grpo", "task": "toy"}  # fmt: skip
+             "advantage": "grpo", "task": "toy"}
     with pytest.raises(UserError, match="writes solutions with code, which no server runs while it samples"):
         ppo_train.main(ppo_train.PPOConfig(actor_ckpt_dir=code_base, reward=["rule"], rollout_backend="openai",
                                            base_url=["http://localhost:1/v1"], lora_rank=2, **flags))

@@ -20,7 +20,7 @@ from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import Trainer
 
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=61,
-                     max_seq_len=128)  # fmt: skip
+                     max_seq_len=128)
 LENGTHS = ((9, 14, 5), (20, 7), (30,), (4, 5, 6, 7, 8))
 
 
@@ -43,7 +43,7 @@ def trained(
             trainer.backward(sft_loss(model, batch) / n_supervised([batch]))
         losses.append(trainer.step().loss)
     (found,) = generate(model, [Request("", 0, [1, 2, 3])], Sampling(max_new_tokens=8), vocabulary=Vocabulary(()),
-                        max_batch_size=1)  # fmt: skip
+                        max_batch_size=1)
     return losses, found.tokens
 
 

@@ -85,7 +85,7 @@ def test_ranks(
     ranks = run_ranks(
         n, "tests.training.workers:preference_cases", tmp_path, tensor_parallel_size,
         folder=(folders.one, folders.two)[tensor_parallel_size - 1], log_dir=str(tmp_path / "log"), cases=[case],
-    )  # fmt: skip
+    )
     found, model = [rank["0"] for rank in ranks], load.load_solver(folders.one)
     for rank in found:
         for name in ("losses", "reports", "held"):
@@ -104,7 +104,7 @@ def test_losses_and_reference_points_equal_trl(
     steps, size, lr, beta, weights = 12, 4, 1e-3, 0.3, {"desirable_weight": 1.5, "undesirable_weight": 0.7}
     tokenizer, log = load.load_tokenizer(folders.one), RunLog(str(tmp_path), {})
     rows = [StepLabels(f"{n % 7}+{n % 5}=", [f"{n % 9}" * (1 + n % 4)], [float(n % 3 == 0)])
-            for n in range(steps * size)]  # fmt: skip
+            for n in range(steps * size)]
     data = outcome_dataset(rows, tokenizer, max_seq_len=64, source="rows")
     model, objective = load.load_solver(folders.one), KTO(beta=beta, **weights)
     reference = reference_logprobs(model, data.samples, tmp_path / "r.jsonl", "x", max_batch_size=8, log=log)
@@ -120,7 +120,7 @@ def test_losses_and_reference_points_equal_trl(
         {"prompt_ids": own.tokens[: own.response_start], "completion_ids": own.tokens[own.response_start :],
          "KL_completion_ids": other.tokens[other.response_start :], "label": own.targets[0] == 1}
         for own, other in data.samples
-    ]  # fmt: skip
+    ]
     theirs = trl_dpo.kto_trainer(hf_model(folders.hf), given, tmp_path, rows_a_step=size, lr=lr, beta=beta, **weights)
     theirs.train()
     expected = [row for row in theirs.state.log_history if "loss" in row]
@@ -134,11 +134,11 @@ def test_losses_and_reference_points_equal_trl(
 def test_command_learns_from_outcomes(folders: Folders, tmp_path: Path) -> None:
     path = tmp_path / "outcomes.json"
     rows = [{"instruction": f"{a}+{b}=", "output": str(a + b + wrong), "correct": not wrong}
-            for a in range(4) for b in range(3) for wrong in (0, 1)]  # fmt: skip
+            for a in range(4) for b in range(3) for wrong in (0, 1)]
     path.write_text(json.dumps(rows))
     preference_train.main(preference_train.PreferenceTrainConfig(
         ckpt_dir=folders.one, save_dir=str(tmp_path / "out"), train_file=str(path), objective="kto", held_out=0.25,
-        max_batch_size=4, lr=1e-3, epochs=4, lora_rank=4))  # fmt: skip
+        max_batch_size=4, lr=1e-3, epochs=4, lora_rank=4))
     steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     taken = [row for row in steps if "margin" in row]
     assert taken[0]["loss"] == pytest.approx(0.5, abs=1e-6) and taken[0]["reference_point"] == 0.0
@@ -147,4 +147,4 @@ def test_command_learns_from_outcomes(folders: Folders, tmp_path: Path) -> None:
     path.write_text(json.dumps([{"instruction": "a", "steps": ["b", "c"], "labels": [1, 0]}]))
     with pytest.raises(UserError, match=r"outcomes\.json holds judged steps, .* kto learns from whole responses"):
         preference_train.main(preference_train.PreferenceTrainConfig(
-            ckpt_dir=folders.one, save_dir=str(tmp_path / "no"), train_file=str(path), objective="kto"))  # fmt: skip
+            ckpt_dir=folders.one, save_dir=str(tmp_path / "no"), train_file=str(path), objective="kto"))

@@ -55,7 +55,7 @@ def test_training_memory_by_hand() -> None:
     assert held["logits"] == 4 * (2 * 15 * 8 + 3 * 15 * 10) and "gathered" not in held
     # more than a chunk: two are held where one is kept, and a chunk's gradient of the output layer unless it is frozen
     kept, summed, frozen = (training_memory(CONFIG, 1, 3_000_000, how)["logits"]
-                            for how in (Training(summed=False), Training(), Training(LORA)))  # fmt: skip
+                            for how in (Training(summed=False), Training(), Training(LORA)))
     assert (kept - summed, summed - frozen) == (CHUNK_BYTES["cpu"], 4 * 80)
     adapted = training_memory(CONFIG, 1, 15, Training(LORA))
     assert adapted["weights"] == 4 * (664 + 72) and adapted["optimizer"] == 8 * 72

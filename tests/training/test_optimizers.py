@@ -107,7 +107,7 @@ def test_a_run_goes_on_at_another_number_of_ranks(folder: str, tmp_path: Path) -
         run_ranks(2, TARGET, tmp_path, size, folder=folder, save_dir=save_dir, first=first, last=first + 2,
                   optimizer="adamw_8bit")[0]
         for size, first in ((2, 0), (1, 2))
-    ]  # fmt: skip
+    ]
     parts.append(resumed_epochs(folder, save_dir, 4, 6, optimizer="adamw_8bit"))
     parts.append(resumed_epochs(folder, save_dir, 6, 8))
     found = torch.cat([part["losses"] for part in parts])

@@ -29,7 +29,7 @@ def words(folders: Folders, tmp_path: Path, urls: str, **flags: object) -> list[
         "reward": f"{tmp_path}/mine.py:length", "advantage": "grpo", "group_size": 4, "max_buffer_size": 8,
         "max_new_tokens": 6, "lora_rank": 2, "lr": 0.05, "save_every": 1, "resume": "auto",
         "rollout_backend": "openai", "base_url": urls,
-    } | flags  # fmt: skip
+    } | flags
     return ["ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items())]
 
 
@@ -82,7 +82,7 @@ def test_a_buffer_is_sampled_from_the_policy_before_while_one_is_learnt_from(fol
 def reply(**changed: object) -> Reply:
     """A server's reply of three tokens, the last of which is the end, but for what is changed."""
     choice = {"text": "ab", "finish_reason": "stop", "token_ids": [5, 6, 2],
-              "logprobs": {"token_logprobs": [-1.0, -2.0, -0.5]}} | changed  # fmt: skip
+              "logprobs": {"token_logprobs": [-1.0, -2.0, -0.5]}} | changed
     count = choice.pop("count", 3)
     return read_reply(json.dumps({"choices": [choice], "usage": {"completion_tokens": count}}).encode())
 
@@ -104,11 +104,11 @@ LIES = {
 def test_a_lying_server_teaches_nothing(name: str) -> None:
     vocabulary = Vocabulary((2,), 8, lambda ids: "".join(".....abc"[index] for index in ids if index != 2))
     read = partial(read_response, Request("0", 0, [1, 3]), vocabulary=vocabulary, context=6,
-                   sampling=Sampling(temperature=1.0, max_new_tokens=9))  # fmt: skip
+                   sampling=Sampling(temperature=1.0, max_new_tokens=9))
     if name == "the truth":
         found = read(reply())
         assert (found.tokens, found.sampled_logprobs, found.finish, found.text) == (
-            [5, 6, 2], [-1.0, -2.0, -0.5], "stop", "ab")  # fmt: skip
+            [5, 6, 2], [-1.0, -2.0, -0.5], "stop", "ab")
         return
     changed, reason = LIES[name]
     with pytest.raises(ValueError, match=reason):
@@ -122,6 +122,6 @@ def test_flags_that_do_not_go_with_servers_are_refused() -> None:
     assert served().tis_cap == 2
     for flags, reason in (({"lora_rank": -1}, "give --lora_rank"), ({"temperature": 0.7}, "--temperature 0.7"),
                           ({"base_url": []}, "go together"), ({"rollout_backend": "engine"}, "together"),
-                          ({"rollout_ahead": 1, "tis_cap": 0}, "--rollout_ahead 1")):  # fmt: skip
+                          ({"rollout_ahead": 1, "tis_cap": 0}, "--rollout_ahead 1")):
         with pytest.raises(UserError, match=reason):
             served(**flags)

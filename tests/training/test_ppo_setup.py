@@ -44,7 +44,7 @@ def test_prompts_that_leave_a_model_no_token_are_left_out_counted_and_named(
     ("none", {}, "--task none grades nothing"),
     ("GSM9K", {}, "no task 'GSM9K'.*did you mean GSM8K"),
     ("OlympiadBench", {"answer_type": "word"}, "'0' has the answer_type 'word'; expected number"),
-])  # fmt: skip
+])
 def test_tasks_that_cannot_reward_are_refused_first(
     folders: Folders, tmp_path: Path, task: str, row: dict[str, str], complaint: str
 ) -> None:
@@ -65,7 +65,7 @@ def test_a_schedule_is_as_long_as_the_run(
     config = PPOConfig(
         actor_ckpt_dir=str(folders.one), actor_save_dir=str(tmp_path / "actor"), train_file=str(path), reward=["rule"],
         advantage="grpo", group_size=2, max_buffer_size=4, max_new_tokens=4, epochs=10**12, max_steps=7,
-    )  # fmt: skip
+    )
     found = read_inputs(config)
     assert [epoch for epoch, _ in found.iterations] == [1, 1, 1, 2, 2, 2, 3] and found.per_epoch == 3
     assert sorted(row for _, rows in found.iterations[:3] for row in rows) == list(range(5))

@@ -129,7 +129,7 @@ def test_ranks_change_a_run_by_rounding_alone(
     options = {"first": 0, "last": 8, "lora_rank": lora_rank, "precision": "bfloat16"}
     alone = resumed_epochs(folders.one, str(tmp_path / "alone"), **options)["losses"]
     ranks = run_ranks(n, RESUMED, tmp_path, tensor_parallel_size, folder=folders.two, save_dir=str(tmp_path / "run"),
-                      **options)  # fmt: skip
+                      **options)
     exact = resumed_epochs(folders.one, str(tmp_path / "exact"), **options | {"precision": "float32"})["losses"]
     for rank in ranks:
         assert_close(rank["losses"], alone, rtol=0, atol=0.02)
@@ -184,15 +184,15 @@ def test_the_scripts_take_it_and_a_run_keeps_it(folders: Folders, tmp_path: Path
     train, save_dir = tmp_path / "train.json", tmp_path / "solver"
     train.write_text(json.dumps([{"instruction": f"{n}+{n}=", "output": f"#### {2 * n}"} for n in range(8)]))
     words = ["--ckpt_dir", folders.one, "--save_dir", save_dir, "--train_file", train, "--max_batch_size", 4,
-             "--precision", "bfloat16", "--lr", "1e-3", "--save_every", 1]  # fmt: skip
+             "--precision", "bfloat16", "--lr", "1e-3", "--save_every", 1]
     succeed("solver_train.py", *words, "--max_steps", 1, n=2)
     config = solver_train.SolverTrainConfig(
         ckpt_dir=folders.one, save_dir=str(save_dir), train_file=str(train), max_batch_size=4, lr=1e-3, save_every=1,
-        resume="auto", precision="float32")  # fmt: skip
+        resume="auto", precision="float32")
     with pytest.raises(UserError, match="precision was bfloat16 and is float32 now"):
         solver_train.main(config)
     evaluate = {"task": "toy", "ckpt_dir": str(save_dir), "label_file": str(tmp_path / "labels.json"),
-                "log_dir": str(tmp_path / "log"), "max_new_tokens": 8}  # fmt: skip
+                "log_dir": str(tmp_path / "log"), "max_new_tokens": 8}
     (tmp_path / "labels.json").write_text(json.dumps([{"instruction": "1+1=", "label": "2"}]))
     solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**evaluate, precision="bfloat16"))
     with pytest.raises(UserError, match="precision=bfloat16, but this run has None"):
@@ -207,7 +207,7 @@ def test_ppo_begins_at_a_ratio_of_1_and_a_kl_of_0(folders: Folders, tmp_path: Pa
         actor_ckpt_dir=folders.one, actor_save_dir=str(tmp_path / "out"), train_file=str(prompts), task="toy",
         reward=["rule"], advantage="grpo", group_size=2, kl_coef=0.1, max_buffer_size=8, max_batch_size=3,
         max_new_tokens=16, max_steps=1, inner_epochs=1, minibatches=2, lora_rank=lora_rank,
-        precision="bfloat16"))  # fmt: skip
+        precision="bfloat16"))
     first = rows(tmp_path / "out" / "metrics.jsonl")[0]
     assert first["kl"] == 0
     # in passes of other rows than those that are learnt from rounding moved a ratio by up to 0.06

@@ -452,7 +452,7 @@ def test_a_quantised_policy_is_its_own_reference(folders: Folders, tmp_path: Pat
                 ckpt_dir=folders.one, save_dir=str(tmp_path / f"out-{bits}"), train_file=pairs, lora_rank=2, lr=1e-2,
                 max_batch_size=15, reference_file=str(file), quantize=bits, epochs=4,
             )
-        )  # fmt: skip
+        )
         rows = [json.loads(line) for line in (tmp_path / f"out-{bits}/metrics.jsonl").read_text().splitlines()]
         losses = [row["loss"] for row in rows if "margin" in row]
         assert losses[0] == pytest.approx(LN2, abs=1e-6) and losses[-1] < LN2 - 1e-2

@@ -132,7 +132,7 @@ def with_another_form(run: Path) -> None:
     (edited, "train_file a.json had other contents"),
     (with_another_tokenizer, "ckpt_dir base had other contents"),
     (with_another_form, "ckpt_dir base had other contents"),
-])  # fmt: skip
+])
 def test_an_edited_input_is_refused_though_its_name_and_rows_are_the_same(
     run: Path, change: Callable[[Path], None], message: str
 ) -> None:
@@ -186,7 +186,7 @@ def test_what_is_in_the_list_may_differ_and_what_was_moved_is_the_same(run: Path
         warmup_ratio=0.0, min_lr_ratio=0.5, epochs=3, max_batch_size=2, accumulation_steps=2, packing=False,
         eval_every=1, save_every=2, keep_last=1, save_dtype="bfloat16", activation_checkpointing="full",
         background_save=True, model_type="llama",
-    )  # fmt: skip
+    )
     steps = [json.loads(line)["step"] for line in (run / "moved/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6] and (run / "moved/adapter.json").is_file()
     with pytest.raises(
@@ -224,7 +224,7 @@ def test_a_flag_of_another_version_is_named(run: Path) -> None:
 @pytest.mark.parametrize("change", [
     {"loop": [1]}, {"loop": {"steps": "2", "updates": 2, "bad_steps": 0}}, {"loop": None}, {"step": 3}, {"step": "2"},
     {"run": None}, {"run": "solver_train"}, {"total_steps": True}, {"best": "high"}, {"best": [1]}, {"best_step": 1.5},
-])  # fmt: skip
+])
 def test_a_state_of_odd_types_is_refused_by_key_and_nothing_begins_anew(
     run: Path, change: dict[str, object]
 ) -> None:
@@ -280,7 +280,7 @@ def ppo(folders: Folders, here: Path, **flags: object) -> None:
         "critic_ckpt_dir": folders.verifier, "critic_save_dir": str(here / "critic"), "train_file": rows,
         "reward": ["rule", f"{here}/mine.py:length"], "max_new_tokens": 3, "max_buffer_size": 2, "lora_rank": 2,
         "save_every": 1, "keep_last": 9, "max_steps": 2, "resume": "auto",
-    } | flags  # fmt: skip
+    } | flags
     ppo_train.main(
         ppo_train.PPOConfig(
             actor_ckpt_dir=flags.pop("actor_ckpt_dir", folders.one),
@@ -305,7 +305,7 @@ def test_a_run_of_ppo_is_not_begun_anew_over_its_own_checkpoints(folders: Folder
         "advantage was gae and is rloo now": {
             "advantage": "rloo", "group_size": 2, "critic_save_dir": "", "critic_ckpt_dir": ""
         },
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(UserError, match=message):
             ppo(folders, tmp_path, **flags)
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
@@ -334,7 +334,7 @@ def test_the_reported_run_on_other_rows(tmp_path: Path) -> None:
     files = [shared(f"reports/RS1_resume_edited_file/{name}.json") for name in "ab"]
     base = split(TOY_BASE, tmp_path / "base")
     words = ("solver_train.py", "--ckpt_dir", base, "--save_dir", tmp_path / "S", "--max_batch_size", 4, "--epochs",
-             2, "--save_every", 1, "--keep_last", 4)  # fmt: skip
+             2, "--save_every", 1, "--keep_last", 4)
     succeed(*words, "--train_file", files[0])
     for step in (3, 4):
         shutil.rmtree(tmp_path / f"S/step-{step}")

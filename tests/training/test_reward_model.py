@@ -83,7 +83,7 @@ def test_no_problem_is_on_both_sides(tmp_path: Path, tokenizer: object) -> None:
     ("verifier_train", "outcome", {"prompt": "instruction", "completion": "output", "label": "correct"}),
     ("preference_train", "dpo", {"prompt": "instruction", "good": "chosen", "bad": "rejected"}),
     ("preference_train", "kto", {"prompt": "instruction", "completion": "output", "label": "correct"}),
-])  # fmt: skip
+])
 def test_trainers_read_public_columns_under_our_names(
     folders: Folders, tmp_path: Path, script: str, objective: str, names: dict[str, str]
 ) -> None:

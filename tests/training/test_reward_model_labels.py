@@ -192,12 +192,12 @@ def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, t
 
 def test_a_verifier_learns_on_a_quantised_base(folders: Folders, tmp_path: Path) -> None:
     rows = [{"instruction": f"{a}+1=", "output": str(a + 1 + wrong), "correct": not wrong}
-            for a in range(8) for wrong in (0, 1)]  # fmt: skip
+            for a in range(8) for wrong in (0, 1)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     verifier_train.main(verifier_train.VerifierTrainConfig(
         ckpt_dir=folders.one, save_dir=str(tmp_path / "out"), train_file=[str(tmp_path / "rows.json")],
         objective="outcome", quantize="int4", lora_rank=4, held_out=0.25, max_batch_size=12, epochs=8,
-        lr=1e-2))  # fmt: skip
+        lr=1e-2))
     steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in steps if "loss" in row]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < losses[0] - 1e-3

@@ -126,14 +126,14 @@ def test_runs_of_code_that_fail_cost_their_share_and_are_counted(tokenizer: Toke
     found, counts = rewards.code_reward(episodes_of(tokenizer, TEXTS, [True] * 3)._replace(executions=ends))
     assert found.sum(1).tolist() == [-0.5, 0.0, -0.5]
     assert counts == {"executions": (6, 3), "executions_ok": (2, 6), "executions_error": (1, 6),
-                      "executions_timeout": (1, 6), "executions_other": (2, 6)}  # fmt: skip
+                      "executions_timeout": (1, 6), "executions_other": (2, 6)}
 
 
 def test_a_step_that_ends_in_what_code_printed_rewards_the_code(code_base: str, code_tokenizer: Tokenizer) -> None:
     verifier = load.load_verifier(code_base, from_solver=True)  # which has no opinion yet: 1/2
     saving.record(verifier, objective="process")
     text = ("<|text|>a\n\nb<|endofblock|><|code|>print(1)<|endofblock|><|execution|>1\n\n2<|endofblock|>"
-            "<|text|>c<|endofblock|>")  # fmt: skip
+            "<|text|>c<|endofblock|>")
     row = encode_response(code_tokenizer, "Q", text)
     batch = make_batch([row])
     rollout = Rollout([prompt(0)], [text], batch, torch.tensor([True]), torch.zeros(batch.tokens.shape), [["ok"]])

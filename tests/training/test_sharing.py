@@ -67,7 +67,7 @@ def test_ppo_on_one_base_is_ppo_on_four_models(
             buffer, scores, _ = collect(
                 models, tokenizer, lambda rollout, verifier=verifier: pairwise_reward(
                     verifier, rollout, numbers, 2), numbers, iteration
-            )  # fmt: skip
+            )
             metrics = ppo_update(models, buffer, numbers, iteration)
             seen |= {f"{name} {iteration}": torch.tensor(value) for name, value in metrics.items()}
             tensors = {**buffer._asdict(), "verifier": scores.total}

@@ -49,7 +49,7 @@ def endless(completions):
 
 def prompts(n: int, label: str | None = None) -> list[Prompt]:
     return [Prompt(str(index), "pp", label, None, None, others={"colour": "red"} if index else {})
-            for index in range(n)]  # fmt: skip
+            for index in range(n)]
 
 
 def test_a_function_sees_the_whole_batch_and_every_column(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

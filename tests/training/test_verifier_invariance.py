@@ -74,7 +74,7 @@ def test_ranks(
         {"objective": objective, "max_batch_size": size, "accumulation_steps": 8 // size // data_parallel_size, **case}
         for objective in OBJECTIVES
         for size, case in ((4, {}), (1, {"packing": True}), (2, {"lora_rank": 4}))
-    ]  # fmt: skip
+    ]
     ranks = run_ranks(
         n,
         "tests.training.verifier_workers:verifier_cases",
@@ -111,9 +111,9 @@ def test_a_killed_run_ends_with_the_same_bits(
 ) -> None:
     keys = ("output", "correct") if objective == "outcome" else ("steps", "labels")
     sides = [(row.steps[0], row.labels[0] == 1) if objective == "outcome" else (row.steps, row.labels)
-             for row in ROWS[objective]]  # fmt: skip
+             for row in ROWS[objective]]
     rows = [{"instruction": row.instruction or "q", **dict(zip(keys, side, strict=True))}
-            for row, side in zip(ROWS[objective], sides, strict=True)]  # fmt: skip
+            for row, side in zip(ROWS[objective], sides, strict=True)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
 
     def train(name: str, **more: object) -> Path:

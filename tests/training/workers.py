@@ -47,7 +47,7 @@ from src.training.rewards import (
     on_first_rank,
     pairwise_reward,
     score_rollout,
-)  # fmt: skip
+)
 from src.training.rollout import Rollout
 from src.training.sft import n_supervised, sft_dataset, sft_loss
 from src.training.trainer import Trainer
@@ -72,7 +72,7 @@ PAIRS = [
 OUTCOMES = [
     StepLabels(pair.instruction, [text], [label])
     for pair in PAIRS for label, side in ((1.0, pair.chosen), (0.0, pair.rejected)) for text in side
-]  # fmt: skip
+]
 PROMPTS = [
     Prompt(str(index), text, "4", None, None)
     for index, text in enumerate(("2+2=", "a", "", "1 2 3 4 5", "b-c"))
@@ -82,7 +82,7 @@ PROMPTS = [
 def local_weights(model: Decoder) -> dict[str, Tensor]:
     """This rank's parameters, for join_weights()."""
     return {name: parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach().clone()
-            for name, parameter in model.named_parameters()}  # fmt: skip
+            for name, parameter in model.named_parameters()}
 
 
 def join_weights(ranks: list[dict[str, Tensor]], model: Decoder) -> dict[str, Tensor]:
@@ -320,7 +320,7 @@ def ppo_buffers(
         buffer, scores, stats = collect(
             models, tokenizer, lambda rollout: pairwise_reward(verifier, rollout, config, max_batch_size),
             config, iteration, question,
-        )  # fmt: skip
+        )
         metrics = ppo_update(models, buffer, config, iteration)
         values = buffer._asdict() | buffer.batch._asdict() | rollout_metrics(buffer, scores, config) | stats | metrics
         found["rollouts"] |= {
