@@ -106,10 +106,12 @@ def encode_response(
         answer = _answer(tokenizer, instruction, prefix + output, whole=finished and not prefix)
         if not answer.startswith(partial_answer):
             raise _changed(tokenizer, prefix)
+        if not finished:  # what stands between an answer and its end token, such as Llama 2's space, is yet to come
+            answer = answer.removesuffix(tokenizer.chat.suffix)
         response = tokenizer.encode_rendered(answer.removeprefix(partial_answer), start=not prefix)
     else:
-        response = [*tokenizer.encode(output, start=not prefix), tokenizer.eos_id]
-    return Encoded(prompt + (response if finished else response[:-1]), len(prompt))
+        response = tokenizer.encode(output, start=not prefix) + ([tokenizer.eos_id] if finished else [])
+    return Encoded(prompt + response, len(prompt))
 
 
 def _encode_pieces(

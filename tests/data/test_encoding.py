@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import transformers
 
 from src.data.encoding import Encoded, encode_conversation, encode_prompt, encode_response, encode_steps
 from src.errors import UserError
-from src.text.chat import BUILT_IN
+from src.text.chat import BUILT_IN, read_built_in
 from src.text.tokenizer import Tokenizer
-from tests.text.files import WRITERS, write_merges
+from tests.text.files import WRITERS, write_merges, write_tokenizer_json
 from tests.tiny import write_tokenizer
 
 
@@ -69,6 +70,19 @@ def test_steps_stand_in_the_template_as_the_whole_answer_does(tmp_path: Path, ki
         cut = encode_steps(tokenizer, "1+1=", ["It", "is"], [0.0, 1.0], finished=False)
         assert cut.tokens[-1] != tokenizer.eos_id and len(cut.targets) == cut.n_response
     assert n_templates > 2
+
+
+@pytest.mark.parametrize("name", ["llama-2", "mistral", "qwen", "deepseek", "gemma", "internlm2"])
+def test_an_unfinished_answer_ends_where_transformers_would_continue_it(tmp_path: Path, name: str) -> None:
+    write_tokenizer_json(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, chat_template=read_built_in(name))
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "It\n\nis"}]
+    expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    tokenizer = Tokenizer(tmp_path, name)
+    for encoded in (encode_response(tokenizer, "1+1=", "It\n\nis", finished=False),
+                    encode_response(tokenizer, "1+1=", "is", prefix="It\n\n", finished=False),
+                    encode_steps(tokenizer, "1+1=", ["It", "is"], [0.0, 1.0], finished=False)):
+        assert tokenizer.decode(encoded.tokens, show_control=True) == expected
 
 
 def test_scdpo_19_a_partial_answer_in_a_chat_template_belongs_to_the_prompt(tmp_path: Path) -> None:
