@@ -234,7 +234,8 @@ def test_weights_belong_to_the_names_of_rewards() -> None:
     for names in (["rule", "rule"], []):
         with pytest.raises(UserError, match="each named once"):
             weights(names, [])
-    for names in (["a.py:score", "b.py:score"], ["rule", "a.py:rule"], ["a.py:std"], ["a.py:format"]):
+    for names in (["a.py:score", "b.py:score"], ["rule", "a.py:rule"], ["a.py:std"], ["a.py:format"],
+                  ["a.py:code"]):
         with pytest.raises(UserError, match=r"the log has another '\w+'; rename the function"):
             weights(names, [])
     assert weights(["a.py:one", "b.py:two"], [1, 2]) == {"a.py:one": 1, "b.py:two": 2}
