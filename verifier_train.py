@@ -15,7 +15,7 @@ from src.command.config import Bounds, HeldOutFlags, NonNegative, TrainConfig, f
 from src.data.encoding import StepKind, masked_text
 from src.errors import UserError
 from src.runlog import RunLog
-from src.training.reward_model import open_data
+from src.training.reward_model import SEPARATION_BY_CHANCE, open_data
 from src.training.run import Run
 
 Repeats = Annotated[list[float], Bounds("more than 0 each", lambda x: all(0 < one < math.inf for one in x))]
@@ -104,6 +104,11 @@ def main(config: VerifierTrainConfig) -> None:
             log.logger.info("step %d: held-out accuracy %.3f", step.number, accuracy)
             # PPO's rewards and best-of-n are scores in these units
             saving.record(model, score_mean=found.score_mean, score_std=found.score_std)
+            if step.number == run.total_steps and found.separation < SEPARATION_BY_CHANCE:
+                log.logger.warning(
+                    "the verifier is not shown to tell right from wrong: on held-out rows it is %.1f deviations above "
+                    "chance, expected %g or more; give it more problems with right and wrong samples, more steps "
+                    "(--epochs, --lr), or hold out more rows", found.separation, SEPARATION_BY_CHANCE)
         run.checkpointer.step_done(step.number, accuracy)
     run.checkpointer.finish()
 

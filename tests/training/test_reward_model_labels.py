@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,10 @@ def test_report_by_hand(verifier: Decoder, tokenizer: Tokenizer) -> None:
     assert report.accuracy_on_right == pytest.approx((agree[0] + agree[3]) / 2)
     assert report.accuracy_on_wrong == pytest.approx((agree[1] + agree[2]) / 2)
     assert report.score_mean == pytest.approx(sum(scores) / 4, abs=1e-5)
+    above = [scores[right] > scores[wrong] for right in (0, 3) for wrong in (1, 2)]
+    assert report.held_out_auc == sum(above) / 4
+    # U = 4 AUC of 2 right and 2 wrong ones has the variance 2 x 2 x 5 / 12
+    assert report.separation == pytest.approx((sum(above) - 2) / math.sqrt(20 / 12))
 
 
 def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -188,6 +193,23 @@ def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, t
         trainer.step()
     report = objective.evaluate(model, data, 16)
     assert report.accuracy_on_right == report.accuracy_on_wrong == 1.0
+
+
+@pytest.mark.parametrize("objective", ["outcome", "pairwise"])
+def test_a_verifier_that_learns_nothing_says_so_once(
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture, objective: str
+) -> None:
+    rows = [{"instruction": f"{a}+1=", "output": f"a{b}", "correct": b == 1, "chosen": "a1", "rejected": f"b{a}"}
+            for a in range(8) for b in (0, 1)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = verifier_train.VerifierTrainConfig(
+        ckpt_dir=folders.one, save_dir=str(tmp_path / "out"), train_file=[str(tmp_path / "rows.json")],
+        objective=objective, held_out=0.5, max_batch_size=8, epochs=2, lr=0.0)
+    verifier_train.main(config)
+    assert caplog.text.count("not shown to tell right from wrong: on held-out rows it is ") == 1
+    caplog.clear()
+    verifier_train.main(replace(config, save_dir=str(tmp_path / "learnt"), lr=2e-2, epochs=12))
+    assert "not shown to tell" not in caplog.text
 
 
 def test_a_verifier_learns_on_a_quantised_base(folders: Folders, tmp_path: Path) -> None:
