@@ -55,7 +55,7 @@ def main(config: PPOConfig) -> None:
     fingerprint = run_fingerprint("ppo_train", config.flags(), data.tokenizer, critic_warmup=critic_warmup,
                                   precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))
     find_start(config.save_dirs, config.resume, fingerprint, n_iterations)
-    log = RunLog(config.run_dir, config.flags(), wandb=config.wandb)
+    log = RunLog(config.run_dir, config.flags(), trackers=config.trackers)
     models = load_models(config, log, n_iterations)
     if config.rollout_backend == "openai":
         models.servers = PolicyServers(config, data.tokenizer)

@@ -107,7 +107,7 @@ def main(config: PreferenceTrainConfig) -> None:
     load.check_tokenizer(tokenizer, config.reference_ckpt_dir)
     fingerprint = storage.fingerprint(Path(against)) if against else None
     log = RunLog(config.save_dir, config.flags(), {"reference": {"ckpt_dir": against, "fingerprint": fingerprint}},
-                 wandb=config.wandb)
+                 trackers=config.trackers)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
     how = {"precision": config.precision, "quantize": config.quantize}

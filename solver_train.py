@@ -51,7 +51,7 @@ def main(config: SolverTrainConfig) -> None:
     run.begin("solver_train", tokenizer)
     model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=run.trained,
                              quantize=config.quantize)
-    log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
+    log = RunLog(config.save_dir, config.flags(), trackers=config.trackers)
     log.logger.info("%s", data.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
     run.open(model, log)

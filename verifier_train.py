@@ -84,7 +84,7 @@ def main(config: VerifierTrainConfig) -> None:
                                from_solver=True, quantize=config.quantize)
     score = {"pairwise": config.score, "outcome": "last", "process": "steps"}[config.objective]
     saving.record(model, objective=config.objective, score=score, step=step_kind)
-    log = RunLog(config.save_dir, config.flags(), wandb=config.wandb)
+    log = RunLog(config.save_dir, config.flags(), trackers=config.trackers)
     log.logger.info("%s; held out: %s", data.report, held_out.report)
     log.logger.info("first example: %s", masked_text(data.samples[0][0], tokenizer))
     run.open(model, log)

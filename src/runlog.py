@@ -1,10 +1,11 @@
-"""What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, TensorBoard, W&B, and run.json. Nothing else
-prints.
+"""What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, trackers (TensorBoard, W&B, trackio), and
+run.json. Nothing else prints.
 
 python -m src.runlog RUN_DIR
 draws the metrics of a run, which may still be going on, into RUN_DIR/metrics.png.
 """
 
+import atexit
 import contextlib
 import hashlib
 import importlib.util
@@ -18,9 +19,9 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -30,13 +31,11 @@ from src.command import cli
 from src.errors import UserError, show_problem
 from src.processes import watchdog
 
-if TYPE_CHECKING:
-    import wandb
-    from torch.utils.tensorboard import SummaryWriter
-
 METRICS = "metrics.jsonl"
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 _FORMAT = "%(asctime)s %(message)s"
+
+Tracker = Callable[[Mapping[str, object]], None]  # is given each row of metrics.jsonl
 
 
 class _AboveProgressBar(logging.Handler):
@@ -128,20 +127,16 @@ class RunLog:
 
     def __init__(
         self, folder: str, flags: Mapping[str, object], facts: Mapping[str, object] | None = None,
-        wandb: str = "",
+        trackers: Sequence[str] = (),
     ) -> None:
         """facts: what run.json is to say besides, json values by name.
 
-        wandb: PROJECT or PROJECT/NAME that Weights & Biases shows the metrics under; empty = without. Raises UserError
-        if it is not installed.
+        trackers: who is given the metrics too, as --trackers has them. Raises UserError for one that is not installed.
         """
-        if wandb and importlib.util.find_spec("wandb") is None:
-            raise UserError(f"--wandb {wandb} needs the package wandb, which is not installed; pip install wandb")
         self.logger = logger()
-        self._folder, self._flags, self._wandb = Path(folder), dict(flags), wandb
-        self._wandb_run: wandb.Run | None = None
+        self._folder, self._flags, self._asked = Path(folder), dict(flags), _asked(trackers)
+        self._trackers: list[Tracker] = []
         self._metrics: TextIO | None = None
-        self._curves: SummaryWriter
         self._kept = 0  # steps of an earlier part of the run whose metrics stay
         self._bar: tqdm | None = None
         self._started = self._last_time = time.monotonic()
@@ -198,23 +193,14 @@ class RunLog:
         if _is_rank_0():
             if self._metrics is None:
                 self._metrics = self._open_metrics()
-                # importing it costs half a second and more: not for a process that never writes
-                from torch.utils.tensorboard import SummaryWriter
-
-                # what an earlier part of the run wrote from purge_step on disappears
-                self._curves = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._kept + 1)
-                if self._wandb:
-                    self._wandb_run = _wandb_run(
-                        self._wandb, self._folder, self._flags, resumed=self._kept > 0
-                    )
+                self._trackers = [OPEN[name](place, self._folder, self._flags, self._kept)
+                                  for name, place in self._asked.items()]
             row = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
             row |= {"alarms": dict(alarms)} if alarms else {}
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
-            for name, value in values.items():
-                self._curves.add_scalar(name, value, step)
-            if self._wandb_run:
-                self._wandb_run.log(row)
+            for track in self._trackers:
+                track(row)
 
     def rows(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
         """Write rows as a jsonl file of this name in the run's directory, in place of an older one."""
@@ -280,26 +266,82 @@ def _hashes(flags: Mapping[str, object]) -> dict[str, str]:
     return hashes
 
 
-def _wandb_run(place: str, folder: Path, flags: Mapping[str, object], *, resumed: bool) -> "wandb.Run":
+def _asked(words: Sequence[str]) -> dict[str, str]:
+    """PROJECT[/NAME] by tracker, of words TRACKER:PROJECT[/NAME]; without a word TensorBoard, where it is installed.
+
+    Raises UserError.
+    """
+    asked = {}
+    for word in words or (["tensorboard"] if importlib.util.find_spec("tensorboard") else []):
+        name, _, asked[name] = word.partition(":")
+        if name not in OPEN or (asked[name] == "") != (name == "tensorboard"):
+            raise UserError(f"--trackers {word}: expected tensorboard, wandb:PROJECT[/NAME] or trackio:PROJECT[/NAME]")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--trackers {word} needs the package {name}, which is not installed; pip install {name}")
+    return asked
+
+
+def _tensorboard(_: str, folder: Path, flags: Mapping[str, object], kept: int) -> Tracker:
+    """Events in the run's directory. What an earlier part of the run wrote after `kept` steps disappears."""
+    from torch.utils.tensorboard import SummaryWriter  # half a second and more: not for who never writes
+
+    curves = SummaryWriter(str(folder / "tensorboard"), purge_step=kept + 1)
+
+    def track(row: Mapping[str, object]) -> None:
+        for name in row.keys() - {"step", "seconds", "alarms"}:
+            curves.add_scalar(name, row[name], row["step"])
+
+    return track
+
+
+def _wandb(place: str, folder: Path, flags: Mapping[str, object], kept: int) -> Tracker:
     """The run that W&B keeps for this directory; a resumed one goes on under its id. Raises UserError.
 
-    place: PROJECT or PROJECT/NAME. Offline (WANDB_MODE=offline) it lies in the directory, for `wandb sync`.
+    Offline (WANDB_MODE=offline) it lies in the directory, for `wandb sync`.
     """
     import wandb  # a second and its own process: only where it is asked for
 
     project, _, name = place.partition("/")
     identity = folder / "wandb" / "id"
     identity.parent.mkdir(exist_ok=True)
-    if not (resumed and identity.is_file()):
+    if not (kept and identity.is_file()):
         identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     try:
         run = wandb.init(project=project, name=name or folder.resolve().name,
                          id=identity.read_text(encoding="utf-8"), resume="allow", dir=folder,
                          config=dict(flags), settings=wandb.Settings(console="off", silent=True))
     except wandb.Error as problem:
-        raise UserError(f"--wandb {place}: {problem}; log in with `wandb login`, or set WANDB_MODE=offline") from None
+        raise UserError(f"--trackers wandb:{place}: {problem}; log in with `wandb login`, or set "
+                        f"WANDB_MODE=offline") from None
     run.define_metric("*", step_metric="step")  # steps that a killed part had reached come again
-    return run
+    return run.log
+
+
+def _trackio(place: str, folder: Path, flags: Mapping[str, object], kept: int) -> Tracker:
+    """A run of trackio, in TRACKIO_DIR or at the server or Space that its variables name. Raises UserError.
+
+    A resumed one goes on under its name; steps that a killed part had reached come again.
+    """
+    import trackio
+
+    project, _, name = place.partition("/")
+    aside = contextlib.redirect_stdout(sys.stderr)  # it prints how to see the run; standard output is for tables
+    try:
+        with aside:
+            run = trackio.init(project, name=name or folder.resolve().name, config=dict(flags),
+                               resume="allow" if kept else "never", auto_log_gpu=False, auto_log_cpu=False)
+    except (ValueError, OSError) as problem:
+        raise UserError(f"--trackers trackio:{place}: {problem}") from None
+
+    @atexit.register  # before it does so itself, aloud
+    def finish() -> None:
+        with aside:
+            trackio.finish()
+
+    return lambda row: run.log({name: row[name] for name in row if name != "step"}, step=row["step"])
+
+
+OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
 def _environment() -> dict[str, object]:

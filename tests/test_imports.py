@@ -66,8 +66,8 @@ DOORS: dict[str, str | None] = {
     "datasets": None,  # also the word for what is trained on
     "datasets.load_dataset": "src/command/hub.py",
     "tqdm": "src/runlog.py",
-    "wandb": None,  # also the name of a flag
-    "wandb.init": "src/runlog.py",
+    "wandb": "src/runlog.py",
+    "trackio": "src/runlog.py",
     "torchao": "src/training/optimizers.py",
     "safetensors": "src/checkpoint/tensor_files.py",
     "blake3": "src/checkpoint/tensor_files.py",

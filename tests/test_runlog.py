@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -165,27 +166,68 @@ def test_what_cannot_be_drawn_is_one_line(words: tuple[str, ...], tmp_path: Path
 
 def test_wandb_holds_the_metrics_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline: flags as config, every step's values, and the same run when it is resumed."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for part in (0, 1):
-        log = RunLog(str(tmp_path), {"lr": 1e-5}, wandb="splitrl/first")
-        if part:
-            log.go_on_after(2)
-        for step in (1 + 2 * part, 2 + 2 * part):
-            log.metrics(step, loss=1 / step)
-        run = log._wandb_run
+        write_part(tmp_path, part, "wandb:splitrl/first")
+        run = wandb.run
         assert (run.project, run.name, run.config["lr"]) == ("splitrl", "first", 1e-5)
-        assert run.summary["step"] == step and run.summary["loss"] == 1 / step
+        assert run.summary["step"] == 2 * part + 2 and run.summary["loss"] == 1 / (2 * part + 2)
         run.finish()
         assert run.id == (tmp_path / "wandb" / "id").read_text()
     assert len(list(tmp_path.glob(f"wandb/offline-run-*/run-{run.id}.wandb"))) == 2
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
-    RunLog(str(tmp_path), {}, wandb="splitrl").metrics(1, loss=0.0)
+    RunLog(str(tmp_path), {}, trackers=["wandb:splitrl"]).metrics(1, loss=0.0)
     assert (tmp_path / "wandb" / "id").read_text() != run.id
 
 
-def test_missing_wandb_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    RunLog(str(tmp_path), {})
-    with pytest.raises(UserError, match="--wandb splitrl needs the package wandb, which is not installed"):
-        RunLog(str(tmp_path), {}, wandb="splitrl")
+def write_part(folder: Path, part: int, *trackers: str) -> None:
+    """Two steps of a run; part 1 is resumed after part 0's."""
+    log = RunLog(str(folder), {"lr": 1e-5}, trackers=trackers)
+    log.go_on_after(2 * part)
+    for step in (1 + 2 * part, 2 + 2 * part):
+        log.metrics(step, alarms={"loss": "lower --lr"} if step == 3 else None, loss=1 / step)
+
+
+def test_trackio_and_tensorboard_hold_the_metrics_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part in a process of its own, as a run is: trackio finds the run again, standard output stays empty."""
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = "Path(sys.argv[1]), int(sys.argv[2]), 'trackio:splitrl/first', 'tensorboard'"
+    code = f"import sys; from pathlib import Path; from tests.test_runlog import write_part; write_part({words})"
+    for part in (0, 1):
+        done = command("-c", code, tmp_path / "run", part)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+    def ask(*words: str) -> dict[str, object]:
+        return json.loads(command("-m", "trackio.cli", *words, "--project", "splitrl", "--json").stdout)
+
+    assert ask("get", "run", "--run", "first")["config"]["lr"] == 1e-5
+    values = ask("get", "metric", "--run", "first", "--metric", "loss")["values"]
+    assert [(value["step"], value["value"]) for value in values] == [(step, 1 / step) for step in (1, 2, 3, 4)]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in curves.Scalars("loss")] == [
+        (step, pytest.approx(1 / step)) for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("word, problem", [
+    ("wandb:splitrl", "needs the package wandb, which is not installed; pip install wandb"),
+    ("trackio:splitrl", "needs the package trackio, which is not installed; pip install trackio"),
+    ("tensorboard", "needs the package tensorboard, which is not installed; pip install tensorboard"),
+    ("wandb", "expected tensorboard, wandb:PROJECT"), ("mlflow:splitrl", "expected tensorboard, wandb:PROJECT"),
+    ("tensorboard:here", "expected tensorboard, wandb:PROJECT"),
+])
+def test_a_tracker_that_is_not_there_is_one_line(
+    word: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("wandb", "trackio", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    RunLog(str(tmp_path), {}).metrics(1, loss=0.5)
+    assert not (tmp_path / "tensorboard").exists()
+    with pytest.raises(UserError, match=f"--trackers {word}.*{re.escape(problem)}"):
+        RunLog(str(tmp_path), {}, trackers=[word])

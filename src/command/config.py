@@ -203,8 +203,8 @@ class RunFlags(ModelFlags, SeedFlags, TokenizerFlags):
     max_batch_size: Count = flag(1, "rows in one forward pass")
     epochs: Count = flag(1, "passes over the training file")
     max_steps: CountOrOff = flag(-1, "stop after so many optimizer steps; -1 = after all epochs")
-    wandb: str = flag("", """PROJECT or PROJECT/NAME to show the metrics under in Weights & Biases;
-        WANDB_MODE=offline keeps them in the run's directory""")
+    trackers: list[str] = flag([], """where the metrics go besides metrics.jsonl: tensorboard, wandb:PROJECT[/NAME],
+        trackio:PROJECT[/NAME], one or more; default: tensorboard, if it is installed""")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ FREE_ON_RESUME = (
     "tensor_parallel_size", "replicas", "phases", "save_dir", "actor_save_dir", "critic_save_dir", "log_dir",
     "reference_file",
     "model_type", "eval_every", "rollout_samples", "stop_on_alarm", "save_every", "keep_last", "background_save",
-    "save_dtype", "resume", "wandb", "dry_run", "base_url", "api_key_env", "server_seconds", "mismatch_limit",
+    "save_dtype", "resume", "trackers", "dry_run", "base_url", "api_key_env", "server_seconds", "mismatch_limit",
 )
 
 # The first five of these that a script has lead its --help, after those that it requires.
