@@ -148,6 +148,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b by a kernel made for these very sizes; x [N, in] and weight [out, in] may be transposed views."""
+    if not (weight.is_mkldnn or weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # by one with gaps between its rows oneDNN multiplies a thousand times slower
     # "none": no activation after the product
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 

@@ -38,6 +38,7 @@ PRECISIONS = {"int8": Precision(8, 128), "int4": Precision(4, 32)}
 FEW = 128
 KERNEL_GROUPS = (32, 64, 128, 256)  # columns that may share a scale in torch's kernel for 4 bits
 KERNEL_ROWS = 16  # it takes a multiple of these
+SLICE = 256  # rows that a CPU makes dense at a time: they are multiplied while they are in its cache
 
 
 class FrozenMatrix(nn.Module):
@@ -78,7 +79,10 @@ class QuantizedMatrix(FrozenMatrix):
 
     def dense(self) -> Tensor:
         """The whole matrix. -> [rows, columns]."""
-        return self._decode(self.codes, self.scale, self.low)
+        matrix = torch.empty(len(self.codes), self.columns, dtype=self.dtype, device=self.codes.device)
+        for part, weight in self._slices():
+            matrix[part] = weight
+        return matrix
 
     def rows(self, indices: Tensor) -> Tensor:
         """Some rows. indices [...] int64 -> [..., columns]."""
@@ -87,7 +91,10 @@ class QuantizedMatrix(FrozenMatrix):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b. [..., columns], [rows] -> [..., rows]."""
         if not self.parts or x.numel() > FEW // len(self.parts) * self.columns:
-            return super().product(x, bias)
+            y = x.new_empty(*x.shape[:-1], len(self.codes))
+            for part, weight in self._slices():
+                y[..., part] = linear(x, weight, None if bias is None else bias[part])
+            return y
         few = F.pad(x.reshape(-1, self.columns), (0, -self.columns % self.group))
         y, *others = (torch.ops.aten._weight_int4pack_mm_for_cpu(few, *part) for part in self.parts)
         y = sum(others, y).view(*x.shape[:-1], -1)
@@ -118,6 +125,18 @@ class QuantizedMatrix(FrozenMatrix):
     def _unpaired(self, codes: Tensor) -> Tensor:
         """One code an element: [..., groups, group] of codes as they are kept."""
         return codes if self.bits == 8 else torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """The matrix, some rows at a time; the next ones take their place in memory. -> rows, [n, columns]."""
+        whole = not self.codes.is_cpu or torch.compiler.is_compiling()
+        n = len(self.codes) if whole else min(SLICE, len(self.codes))
+        groups, group = self.codes.shape[1], self.group
+        values = torch.empty(n, groups, group, device=self.codes.device)
+        for start in range(0, len(self.codes), n):
+            part = slice(start, min(start + n, len(self.codes)))
+            held = values[: part.stop - start].copy_(self._unpaired(self.codes[part]))
+            held.mul_(self.scale[part].float()).add_(self.low[part].float())
+            yield part, held.flatten(1)[:, : self.columns].to(self.dtype)
 
     def _decode(self, codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
         """codes [..., groups, group], scale and low [..., groups, 1] -> [..., columns]."""

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,22 @@ def test_strided_rows_and_weights() -> None:
     x, weight = torch.randn(6, 9, 32)[:, -1], torch.randn(32, 20).t()
     with torch.inference_mode():
         assert_close(linear(x, weight), F.linear(x, weight), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
+def test_a_weight_with_gaps_between_its_rows_is_as_fast_as_one_without() -> None:
+    x, wide = torch.randn(64, 576), torch.randn(576, 640)
+    weights = wide[:, :576].contiguous(), wide[:, :576]
+
+    def seconds(weight: Tensor) -> float:
+        start = time.process_time()
+        linear(x, weight)
+        return time.process_time() - start
+
+    with torch.inference_mode():
+        assert torch.equal(*(linear(x, weight) for weight in weights))
+        dense, strided = (min(seconds(weight) for _ in range(5)) for weight in weights)
+    assert strided < 100 * dense  # it took 1,000 times as long
 
 
 def test_a_row_is_the_same_whatever_stands_beside_it() -> None:
