@@ -1,6 +1,7 @@
 """Every family against transformers: logits, gradients and cached decoding at tensor-parallel sizes 1, 2 and 4."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,17 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from src import load, parallel
-from src.checkpoint import convert
+import solver_train
+from src import load, parallel, plan
+from src.checkpoint import convert, storage
 from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
 from src.checkpoint.tensor_files import StoredTensor
 from src.errors import UserError
+from src.jsonfile import write_json
 from src.models.config import ModelConfig
-from tests import reference, workers, zoo
+from src.training.memory import local_parameters
+from tests import reference, tiny, workers, zoo
 from tests.ranks import run_ranks
 
+NEWER = ["smollm3", "phi-3", "phi-4-mini", "olmo-2", "olmo-3", "granite", "gemma-3", "glm-4", "qwen-2-moe"]
 # The models that run on n ranks, and those that decode there: one of each kind of arithmetic beyond one rank.
 RUNS = {
     1: list(zoo.MODELS),
@@ -35,9 +40,7 @@ RUNS = {
         "qwen-3-moe",
         "gemma-2",
         "biases",
-        "olmo-3",
-        "gemma-3",
-        "qwen-2-moe",
+        *NEWER,
     ],
 }
 DECODES = {
@@ -50,14 +53,7 @@ DECODES = {
         "llama-3.1",
         "deepseek-coder",
         "biases",
-        "smollm3",
-        "phi-3",
-        "phi-4-mini",
-        "olmo-3",
-        "granite",
-        "gemma-3",
-        "glm-4",
-        "qwen-2-moe",
+        *NEWER,
     ],
     2: ["one kv head", "uneven", "gemma-2", "biases", "olmo-3"],
 }
@@ -209,3 +205,39 @@ def test_every_kind_can_be_quantised(alone: Callable[[str], str], name: str) -> 
         workers.all_logits(load.load_solver(alone(name), quantize=q), tokens) for q in ("", "int8")
     )
     assert 0 < reference.relative_difference(small, full) < 0.1
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_in_bfloat16_logits_are_as_near_to_float32_as_transformers(
+    alone: Callable[[str], str], hf_folders: dict[str, Path], name: str
+) -> None:
+    tokens, models = reference.batch()[0], [zoo.reference_model(hf_folders[name]) for _ in range(2)]
+    models[1].bfloat16().set_experts_implementation("eager")  # grouped products want wider experts
+    with torch.no_grad():
+        exact, theirs = (model(tokens).logits.float() for model in models)
+    ours = workers.all_logits(load.load_solver(alone(name), precision="bfloat16"), tokens).float()
+    ours = ours[..., : exact.shape[-1]]
+    rounded = (theirs - exact).norm()
+    assert rounded > 1e-3 * exact.norm()
+    assert (ours - exact).norm() < 1.1 * rounded and (ours - theirs).norm() < 2 * rounded
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_dry_run_plans_the_parameters_that_there_are(
+    hf_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    parallel.start()
+    (hf_folders[name] / "generation_config.json").unlink()  # its ends are not this tokenizer's
+    tiny.write_tokenizer(hf_folders[name])
+    for n in (1, 2, 4):
+        split(open_source(str(hf_folders[name])), tmp_path / str(n), n, name)
+        for path in storage.shard_paths(tmp_path / str(n)):
+            held = sum(tensor.numel() for tensor in storage.read_shard(path).values())
+            assert held == local_parameters(read_config(tmp_path / str(n)), n)
+    write_json(tmp_path / "rows.json", [{"instruction": "1+1=", "output": "2"}])
+    solver_train.main(solver_train.SolverTrainConfig(
+        ckpt_dir=str(tmp_path / "1"), save_dir=str(tmp_path / "out"), train_file=str(tmp_path / "rows.json"),
+        dry_run=True))
+    said = capsys.readouterr().out
+    n_parameters = sum(parameter.numel() for parameter in load.load_solver(str(tmp_path / "1")).parameters())
+    assert re.search(rf"^  weights +{re.escape(plan.size(4 * n_parameters))}$", said, re.MULTILINE), said
