@@ -41,7 +41,7 @@ def main(config: CreditConfig) -> None:
     """Credit of tokens and steps, beta times the log-ratio of a solver and its reference, and what it finds."""
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     load.load_config(config.reference_ckpt_dir, kind="solver")
-    rows = read_step_labels(config.steps_file)
+    rows = list(read_step_labels(config.steps_file))
     if config.dry_run:
         runlog.table(plan.scoring(model_config, load.n_shards(config.ckpt_dir), len(rows),
                                   half=plan.is_half(config)))

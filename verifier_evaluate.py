@@ -80,7 +80,7 @@ def main(config: VerifierEvaluateConfig) -> None:
         matched = match_samples(read_samples(config.samples_file), problems, config.samples_file)
         samples = [sample for sample in matched if sample.id in asked]
     else:
-        labelled = read_step_labels(config.steps_file)
+        labelled = list(read_step_labels(config.steps_file))
         if model_config.objective == "pairwise":
             raise UserError(f"{config.ckpt_dir} is a pairwise verifier and cannot judge steps; give an outcome or "
                             f"process one")
@@ -100,7 +100,7 @@ def main(config: VerifierEvaluateConfig) -> None:
     if config.steps_file:
         threshold = None
         if config.threshold_file:
-            rows = read_step_labels(config.threshold_file)
+            rows = list(read_step_labels(config.threshold_file))
             found = score_steps(verifier, tokenizer, rows, max_batch_size=config.max_batch_size)
             threshold = choose_threshold(rows, found)
         found = score_steps(verifier, tokenizer, labelled, max_batch_size=config.max_batch_size)

@@ -27,7 +27,7 @@ def steps_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_perfect_scorer_has_f1_of_1_and_a_constant_one_of_0(steps_file: str) -> None:
-    rows = read_step_labels(steps_file)
+    rows = list(read_step_labels(steps_file))
     wrong = first_wrong(rows)
     assert [row["label"] for row in json.loads(RAW.read_text())] == wrong
     perfect = [[0.1 if place == first else 0.9 for place in range(len(row.steps))]

@@ -100,7 +100,7 @@ class MixConfig(OneFileConfig):
 def mix(config: MixConfig) -> None:
     """Ordinary and step-controlled pairs in one file, and a file of as many ordinary ones to compare with."""
     for file in (config.pairs_file, config.branch_file):
-        read_pairs(file)  # names the row that is no pair
+        list(read_pairs(file))  # names the row that is no pair
     ordinary, branched = read_instruction_rows(config.pairs_file), read_instruction_rows(config.branch_file)
     mixed, control = mixed_pairs(ordinary, branched, config.share, config.seed)
     save(mixed, "pairs", "", config.pairs_file, config.save_file, config.dry_run)
@@ -148,7 +148,7 @@ def join(config: JoinConfig) -> None:
     A verifier of problems harder than those that it learns from needs this: their solutions have more steps.
     """
     source = config.train_file
-    rows = concatenated(read_step_labels(source), config.share, config.wrong_share, config.seed, source)
+    rows = concatenated(list(read_step_labels(source)), config.share, config.wrong_share, config.seed, source)
     if read_instruction_rows(source)[0].get("steps") is not None:
         written = [row._asdict() for row in rows]
     else:

@@ -4,7 +4,7 @@ A file is a json array or jsonl; rows follow the schemas in dataset/README.md.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from src.data.rows import FOREIGN_IN_MESSAGE, Row, Schema, level_number, read_rows
@@ -103,10 +103,10 @@ _MESSAGE = Schema(foreign=FOREIGN_IN_MESSAGE)
 VOTES = Schema("expected votes: data_build.py vote makes them of samples", foreign={})
 
 
-def read_instructions(path: str, columns: Mapping[str, str] = {}) -> list[Instruction | Chat]:
+def read_instructions(path: str, columns: Mapping[str, str] = {}) -> Iterator[Instruction | Chat]:
     """Rows `{"instruction", "input"?, "output": text or list}` or `{"messages": [{"role", "content"}, ...]}`. Raises
     UserError."""
-    return [_instruction(row) for row in read_rows(path, INSTRUCTIONS, columns)]
+    return map(_instruction, read_rows(path, INSTRUCTIONS, columns))
 
 
 def _instruction(row: Row) -> Instruction | Chat:
@@ -186,27 +186,28 @@ def _content(message: Row) -> str | list[dict[str, str]]:
     return [{"type": part.text("type"), "content": part.text("content")} for part in inside]
 
 
-def read_pairs(path: str, columns: Mapping[str, str] = {}) -> list[Pair]:
+def read_pairs(path: str, columns: Mapping[str, str] = {}) -> Iterator[Pair]:
     """Rows `{"instruction", "chosen", "rejected", "prefix"?}`, each side a text or list. Raises UserError."""
-    pairs = []
-    for row in read_rows(path, PAIRS, columns):
-        prefix = row.text("prefix") if row.get("prefix") is not None else ""
-        pair = Pair(row.instruction(), row.texts("chosen"), row.texts("rejected"), prefix)
-        same = set(pair.chosen) & set(pair.rejected)
-        if same:
-            raise UserError(f"{row.where}: the same text is chosen and rejected: {min(same)[:60]!r}")
-        pairs.append(pair)
-    return pairs
+    return map(_pair, read_rows(path, PAIRS, columns))
 
 
-def read_step_labels(path: str, columns: Mapping[str, str] = {}) -> list[StepLabels]:
+def _pair(row: Row) -> Pair:
+    prefix = row.text("prefix") if row.get("prefix") is not None else ""
+    pair = Pair(row.instruction(), row.texts("chosen"), row.texts("rejected"), prefix)
+    same = set(pair.chosen) & set(pair.rejected)
+    if same:
+        raise UserError(f"{row.where}: the same text is chosen and rejected: {min(same)[:60]!r}")
+    return pair
+
+
+def read_step_labels(path: str, columns: Mapping[str, str] = {}) -> Iterator[StepLabels]:
     """Outcome rows `{"instruction", "output", "correct": bool}` and labelled steps `{"instruction", "steps":
     [text, ...], "labels": [0 to 1 or null, ...]}`. Raises UserError.
 
     A row none of whose steps has a label is an error: it could teach nothing.
     """
     rows = read_rows(path, STEP_LABELS, columns)
-    return [_outcome_labels(row) if row.get("steps") is None else _step_labels(row) for row in rows]
+    return (_outcome_labels(row) if row.get("steps") is None else _step_labels(row) for row in rows)
 
 
 def _outcome_labels(row: Row) -> StepLabels:

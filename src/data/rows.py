@@ -6,7 +6,7 @@ and the directories of Hugging Face `datasets`.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from src import jsonfile
 from src.errors import UserError
 from src.jsonfile import MAX_ROW, check_file
 
+BATCH_ROWS, BUFFER = 1024, 2**16  # rows of a parquet file, and bytes of each of its columns, that are held at once
 _MEDIA = "a picture or sound cannot be read"
 _TOOLS = "calls of tools are not supported; solutions with code are blocks (dataset/README.md)"
 _SYSTEM = "give conversations, whose first message may be the system's, or one for all rows with --system_prompt"
@@ -115,22 +116,26 @@ class Row(NamedTuple):
                 raise UserError(f"{self.where}: {key!r} is {repr(value)[:60]}, which would be lost; {advice}")
 
 
-def read_rows(path: str, schema: Schema = ANY, columns: Mapping[str, str] = {}) -> list[Row]:
-    """The objects of a json array, a jsonl or parquet file, or a saved `datasets` directory.
+def read_rows(path: str, schema: Schema = ANY, columns: Mapping[str, str] = {}) -> Iterator[Row]:
+    """The objects of a json array, a jsonl or parquet file, or a saved `datasets` directory, one after another: what
+    is held of a file does not grow with it.
 
     columns: keys of the file by ours, which they become. Raises UserError if the file is missing, torn or empty, for
     keys that the schema refuses, and for a column that is not there or would take another one's place.
     """
-    if is_table(Path(path)) and Path(path).exists():
-        rows = [Row(f"{path}, row {n}", values, schema) for n, values in enumerate(read_table(Path(path)), 1)]
-    else:
-        rows = [Row(where, values, schema) for where, values in jsonfile.read_rows(path)]
-    if not rows:
-        raise UserError(f"{path} holds no rows; expected a json array or one json object a line")
-    rows = [row._replace(values=_renamed(row, columns)) for row in rows] if columns else rows
-    for row in rows:
+    row = None
+    for row in _all_rows(path, schema):
+        row = row._replace(values=_renamed(row, columns)) if columns else row
         row.check_foreign()
-    return rows
+        yield row
+    if row is None:
+        raise UserError(f"{path} holds no rows; expected a json array or one json object a line")
+
+
+def _all_rows(path: str, schema: Schema) -> Iterator[Row]:
+    if is_table(Path(path)) and Path(path).exists():
+        return (Row(f"{path}, row {n}", values, schema) for n, values in enumerate(read_table(Path(path)), 1))
+    return (Row(where, values, schema) for where, values in jsonfile.read_rows(path))
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, object]:
@@ -173,11 +178,16 @@ def is_table(path: Path) -> bool:
     return path.is_dir() or path.suffix == ".parquet"
 
 
-def read_table(path: Path) -> list[dict[str, object]]:
+def read_table(path: Path) -> Iterator[dict[str, object]]:
     """The rows in order. Raises UserError for a damaged file, a directory that is no saved dataset, or a huge row."""
     try:
-        files = _arrow_files(path) if path.is_dir() else [path]
-        return [row for file in files for row in _read_file(file)]
+        for file in _arrow_files(path) if path.is_dir() else [path]:
+            first = 1
+            for batch in _batches(file):
+                _check_rows(batch, file, first)
+                yield from batch.to_pylist()
+                first += batch.num_rows
+                pyarrow.default_memory_pool().release_unused()  # else it keeps what batches have freed
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as problem:
         reason = str(problem).strip().split("\n")[0]
         raise UserError(f"{path} cannot be read as a table ({reason[:200]})") from None
@@ -197,25 +207,23 @@ def _arrow_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_file(path: Path) -> list[dict[str, object]]:
-    """A parquet file, or an Arrow stream, the format of Dataset.save_to_disk()."""
+def _batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
+    """A parquet file, or an Arrow stream, the format of Dataset.save_to_disk(), some rows at a time."""
     check_file(path)
     if path.suffix == ".parquet":
-        table = pyarrow.parquet.read_table(path)
-        _check_rows(table, path)
-        return table.to_pylist()
-    with pyarrow.memory_map(str(path)) as source:
-        table = pyarrow.ipc.open_stream(source).read_all()
-        _check_rows(table, path)
-        return table.to_pylist()
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as table:
+            yield from table.iter_batches(BATCH_ROWS)
+    else:
+        with pyarrow.memory_map(str(path)) as source:
+            yield from pyarrow.ipc.open_stream(source)
 
 
-def _check_rows(table: pyarrow.Table, path: Path, first: int = 1) -> None:
+def _check_rows(rows: pyarrow.RecordBatch, path: Path, first: int) -> None:
     """Raise UserError for a row that is longer than any row of json may be; they are searched for by halves."""
-    if table.nbytes <= MAX_ROW:
+    if rows.nbytes <= MAX_ROW:
         return
-    if table.num_rows == 1:
+    if rows.num_rows == 1:
         raise UserError(f"{path}, row {first}: the row has more than {MAX_ROW >> 20} MiB")
-    half = table.num_rows // 2
-    _check_rows(table[:half], path, first)
-    _check_rows(table[half:], path, first + half)
+    half = rows.num_rows // 2
+    _check_rows(rows.slice(0, half), path, first)
+    _check_rows(rows.slice(half), path, first + half)

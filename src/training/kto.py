@@ -38,7 +38,7 @@ class KTOReport(NamedTuple):
 
 def read_outcomes(path: str, columns: Mapping[str, str] = {}) -> list[StepLabels]:
     """The rows of right and wrong responses. Raises UserError for judged steps."""
-    rows = read_step_labels(path, columns)
+    rows = list(read_step_labels(path, columns))
     if any(len(row.steps) > 1 or row.labels[0] not in (0, 1) for row in rows):
         raise UserError(f"{path} holds judged steps, or labels between 0 and 1; --objective kto learns from whole "
                         f'responses: {{"instruction", "output", "correct": true or false}}')

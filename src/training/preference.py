@@ -48,7 +48,7 @@ def open_preferences(
     of fit(). Without a label_file the last `held_out` of the problems are kept. Raises UserError."""
     read, encode = (read_outcomes, outcome_dataset) if single else (read_pairs, pair_dataset)
     (rows,), held = split_held_out(
-        [read(train_file, columns)], read(label_file, columns) if label_file else None, held_out)
+        [list(read(train_file, columns))], list(read(label_file, columns)) if label_file else None, held_out)
     train = encode(rows, tokenizer, source=train_file, **options)
     test = encode(held, tokenizer, source=label_file or train_file, **options)
     return (train, test) if single else (train._replace(collate=collate), test._replace(collate=collate))

@@ -278,8 +278,8 @@ def mix(files: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> 
 def read_rows(objective: Objective, path: str, columns: Mapping[str, str] = {}) -> list[Pair] | list[StepLabels]:
     """The rows of a file, which must hold what the objective learns from. Raises UserError."""
     if objective == "pairwise":
-        return read_pairs(path, columns)
-    rows = read_step_labels(path, columns)
+        return list(read_pairs(path, columns))
+    rows = list(read_step_labels(path, columns))
     if objective == "outcome" and any(len(row.steps) > 1 for row in rows):
         raise UserError(f"{path} holds judged steps; train on them with --objective process")
     return rows

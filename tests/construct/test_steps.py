@@ -172,7 +172,7 @@ def test_process_judges_steps_and_continues(folders: Folders, tmp_path: Path) ->
     )
     process("a")
     expected, rollouts = save_file.read_bytes(), (tmp_path / "a/samples.jsonl").read_bytes()
-    rows = read_step_labels(str(save_file))
+    rows = list(read_step_labels(str(save_file)))
     assert len(rows) == 4 and all(len(row.labels) == 4 for row in rows)
     assert [row.labels[-1] for row in rows] == [1.0, 0.0, 1.0, 0.0]
     found = read_samples(str(tmp_path / "a/samples.jsonl"))
@@ -232,7 +232,7 @@ def test_scdpo_15_a_branch_shares_the_first_steps_and_is_wrong(folders: Folders,
             assert grader.grade_one(row["prefix"] + row["chosen"], "4").outcome == "right"
             assert grader.grade_one(row["prefix"] + row["rejected"], "4").outcome == "wrong"
             assert row["temperatures"][0] == 1.1 and max(row["temperatures"]) <= 1.4
-    assert read_pairs(str(tmp_path / "a.json"))[0].prefix.endswith("\n\n")
+    assert list(read_pairs(str(tmp_path / "a.json")))[0].prefix.endswith("\n\n")
     again = (tmp_path / "a/samples.jsonl").read_bytes()
     (tmp_path / "a/samples.jsonl").write_bytes(again[:-20])  # killed within a line
     assert branched(folders, source, tmp_path / "a") == rows

@@ -118,7 +118,7 @@ def test_blocks_need_their_form(tmp_path: Path, toy_tokenizer: Tokenizer, code_t
         Tokenizer(toy_tokenizer.path, "code")
     bad = write_json(tmp_path / "bad.json", [{"messages": [{"role": "assistant", "content": [{"type": "code"}]}]}])
     with pytest.raises(UserError, match=r"row 1, message 1, block 1: key 'content' is missing"):
-        read_instructions(str(bad))
+        list(read_instructions(str(bad)))
     odd = write_json(
         tmp_path / "odd.json", [{"messages": [{"role": "assistant", "content": [{"type": "x", "content": "y"}]}]}]
     )

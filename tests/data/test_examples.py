@@ -50,21 +50,21 @@ def file(tmp_path: Path) -> Callable[[str], str]:
     ],
 )
 def test_array_and_lines_hold_the_same(file: Callable[[str], str], text: str) -> None:
-    found = read_instructions(file(text))
+    found = list(read_instructions(file(text)))
     assert found == [Instruction("1+1", ["2"]), Instruction("", ["a", "b"])]
 
 
 def test_a_line_separator_inside_a_text_ends_no_line(file: Callable[[str], str]) -> None:
     path = file(json.dumps({"instruction": "a\u2028b\x85c", "output": "x"}, ensure_ascii=False))
-    assert read_instructions(path)[0].instruction == "a\u2028b\x85c"
+    assert list(read_instructions(path))[0].instruction == "a\u2028b\x85c"
 
 
 def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
-    assert read_pairs(file('{"instruction": "q", "chosen": "a", "rejected": ["b", "c"]}')) == [
+    assert list(read_pairs(file('{"instruction": "q", "chosen": "a", "rejected": ["b", "c"]}'))) == [
         Pair("q", ["a"], ["b", "c"])
     ]
     step_controlled = '{"instruction": "q", "chosen": "a", "rejected": "b", "prefix": "c"}'
-    assert read_pairs(file(step_controlled)) == [Pair("q", ["a"], ["b"], "c")]
+    assert list(read_pairs(file(step_controlled))) == [Pair("q", ["a"], ["b"], "c")]
     rows = [
         {"instruction": "q", "label": 0, "level": 3, "subject": "algebra"},
         {"instruction": "r", "label": "1/2", "id": "x", "level": "Level 5"},
@@ -141,15 +141,15 @@ def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
 )
 def test_mistake(file: Callable[[str], str], read: Reader, text: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        read(file(text))
+        list(read(file(text)))
 
 
 def test_a_missing_and_a_binary_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing.json does not exist"):
-        read_rows(str(tmp_path / "nothing.json"))
+        list(read_rows(str(tmp_path / "nothing.json")))
     (tmp_path / "binary.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(UserError, match=r"binary.json, line 1: not UTF-8 \(byte 7\)"):
-        read_rows(str(tmp_path / "binary.json"))
+        list(read_rows(str(tmp_path / "binary.json")))
 
 
 PROMPTS = [Prompt("x", "q", "1", None, None), Prompt("y", "r", "2", None, None)]

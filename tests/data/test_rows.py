@@ -142,18 +142,18 @@ def test_alpaca_input_stands_behind_its_instruction(tmp_path: Path) -> None:
     row |= {"rejected": "5", "steps": ["4"], "labels": [1]}
     problem = "Solve.\n2+2?"
     for path in containers(tmp_path, [row]):
-        assert read_instructions(path) == [Instruction(problem, ["4"])]
-        assert read_pairs(path) == [Pair(problem, ["4"], ["5"])]
-        assert read_step_labels(path) == [StepLabels(problem, ["4"], [1.0])]
+        assert list(read_instructions(path)) == [Instruction(problem, ["4"])]
+        assert list(read_pairs(path)) == [Pair(problem, ["4"], ["5"])]
+        assert list(read_step_labels(path)) == [StepLabels(problem, ["4"], [1.0])]
         assert read_prompts(path, need_label=True)[0].instruction == problem
         (found,) = read_instruction_rows(path)
         assert found["instruction"] == problem and "input" not in found
-    assert read_instructions(saved(tmp_path / "x", row | {"instruction": ""})) == [Instruction("2+2?", ["4"])]
+    assert list(read_instructions(saved(tmp_path / "x", row | {"instruction": ""}))) == [Instruction("2+2?", ["4"])]
     for nothing in ("", " ", None):
         path = saved(tmp_path / "x", row | {"input": nothing})
-        assert read_instructions(path) == [Instruction("Solve.", ["4"])]
+        assert list(read_instructions(path)) == [Instruction("Solve.", ["4"])]
     with pytest.raises(UserError, match="line 1: 'input' is a list; expected a string"):
-        read_instructions(saved(tmp_path / "x", row | {"input": ["2+2?"]}))
+        list(read_instructions(saved(tmp_path / "x", row | {"input": ["2+2?"]})))
 
 
 @pytest.mark.parametrize("key", rows.FOREIGN)
@@ -161,9 +161,9 @@ def test_alpaca_input_stands_behind_its_instruction(tmp_path: Path) -> None:
 def test_keys_that_change_a_row_are_refused_by_name(tmp_path: Path, key: str, read: Read) -> None:
     row = {"instruction": "x", "output": "a", "chosen": "a", "rejected": "b", "correct": True}
     for nothing in (None, "", [], {}):
-        assert len(read(saved(tmp_path / "x", row | {key: nothing, "source": "web", "difficulty": 3}))) == 1
+        assert len(list(read(saved(tmp_path / "x", row | {key: nothing, "source": "web", "difficulty": 3})))) == 1
     with pytest.raises(UserError, match=rf"x, line 2: '{key}' is .*, which would be lost; "):
-        read(saved(tmp_path / "x", row, row | {key: ["y"]}))
+        list(read(saved(tmp_path / "x", row, row | {key: ["y"]})))
 
 
 def test_null_means_absent(tmp_path: Path) -> None:
@@ -181,16 +181,16 @@ def test_null_means_absent(tmp_path: Path) -> None:
     judged = [{"instruction": "x", "output": "a", "correct": True}, {"instruction": "x", "steps": ["a"], "labels": [1]}]
     absent = dict.fromkeys(judged[0] | judged[1])
     for path in containers(tmp_path, [absent | row for row in judged]):
-        assert read_step_labels(path) == [StepLabels("x", ["a"], [1.0])] * 2
+        assert list(read_step_labels(path)) == [StepLabels("x", ["a"], [1.0])] * 2
     sample = {"id": None, "sample": None, "response": "a", "prompt": None, "outcome": None}
     assert read_samples(saved(tmp_path / "x", sample))[0][:5] == ("0", 0, "", "a", None)
     with pytest.raises(UserError, match="key 'output' is missing; found instruction"):
-        read_instructions(saved(tmp_path / "x", {"instruction": "x", "output": None}))
+        list(read_instructions(saved(tmp_path / "x", {"instruction": "x", "output": None})))
 
 
 def messages_of(path: Path, *messages: object) -> list[dict[str, object]]:
     """The messages that a conversation is read with, from lines and from parquet."""
-    read = [read_instructions(file)[0].messages for file in containers(path, [{"messages": list(messages)}])]
+    read = [list(read_instructions(file))[0].messages for file in containers(path, [{"messages": list(messages)}])]
     assert all(found == read[0] for found in read)
     return read[0]
 
@@ -240,13 +240,13 @@ def test_what_messages_say_in_other_ways(tmp_path: Path) -> None:
 def test_what_a_message_may_not_say(tmp_path: Path, message: dict[str, object], complaint: str) -> None:
     path = saved(tmp_path / "x", {"messages": [USER, {"role": "assistant", "content": "4"} | message]})
     with pytest.raises(UserError, match=f"x, line 1.*{complaint}"):
-        read_instructions(path)
+        list(read_instructions(path))
 
 
 def test_a_row_with_two_meanings_is_refused(tmp_path: Path) -> None:
     row = {"messages": [USER, {"role": "assistant", "content": "4"}], "instruction": "q", "output": "4"}
     with pytest.raises(UserError, match="found both 'messages' and 'instruction'"):
-        read_instructions(saved(tmp_path / "x", row))
+        list(read_instructions(saved(tmp_path / "x", row)))
 
 
 def test_what_has_weight_0_is_read_but_not_learnt(folders: Folders, code_tokenizer: Tokenizer) -> None:
@@ -282,7 +282,7 @@ def test_rows_of_another_kind_name_the_command_for_the_right_one(
     tmp_path: Path, read: Read, values: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=f"x, line 1: .*; found {', '.join(values)}; .*|true or false; .*") as caught:
-        read(saved(tmp_path / "x", values))
+        list(read(saved(tmp_path / "x", values)))
     assert message in str(caught.value)
 
 
@@ -323,11 +323,11 @@ def test_a_huge_row_of_a_table_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     folder = tmp_path / "good"
     folder.mkdir()
     for path in containers(folder, values)[2:]:
-        assert len(read_instructions(path)) == 20
+        assert len(list(read_instructions(path))) == 20
     values[13]["output"] = "a" * 2000
     for path in containers(tmp_path, values)[2:]:
         with pytest.raises(UserError, match="row 14: the row has more than"):
-            read_instructions(path)
+            list(read_instructions(path))
 
 
 @needs_reports
@@ -355,13 +355,13 @@ def test_reports_that_are_read() -> None:
     assert prompts("DT3_levels/level_5.jsonl") == [("4", 5)]
     assert prompts("DT3_levels/nullable.parquet") == [("4", 3), ("5", None)]
     lost = REPORTS / "DT4_keys_lost"
-    assert read_instructions(str(lost / "alpaca_input.jsonl")) == [Instruction("Solve.\n2+2?", ["4"])]
-    assert read_pairs(str(lost / "pair_with_input.jsonl"))[0].instruction == "Choose.\n2+2? (A) 3 (B) 4"
-    assert "2+2 is 4" in read_instructions(str(lost / "reasoning_content.jsonl"))[0].messages[1]["content"]
-    assert read_instructions(str(lost / "weight_0.jsonl"))[0].messages[1]["weight"] == 0
+    assert list(read_instructions(str(lost / "alpaca_input.jsonl"))) == [Instruction("Solve.\n2+2?", ["4"])]
+    assert list(read_pairs(str(lost / "pair_with_input.jsonl")))[0].instruction == "Choose.\n2+2? (A) 3 (B) 4"
+    assert "2+2 is 4" in list(read_instructions(str(lost / "reasoning_content.jsonl")))[0].messages[1]["content"]
+    assert list(read_instructions(str(lost / "weight_0.jsonl")))[0].messages[1]["weight"] == 0
     absent = REPORTS / "DT5_null_means_absent"
-    assert read_pairs(str(absent / "prefix_null.jsonl")) == [Pair("x", ["a"], ["b"])]
-    assert len(read_instructions(str(absent / "messages_null.parquet"))) == 2
+    assert list(read_pairs(str(absent / "prefix_null.jsonl"))) == [Pair("x", ["a"], ["b"])]
+    assert len(list(read_instructions(str(absent / "messages_null.parquet")))) == 2
 
 
 def test_columns_of_public_files_are_read_under_our_names(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_columns_of_public_files_are_read_under_our_names(tmp_path: Path) -> Non
     (prompt,) = read_prompts(str(path), columns | {"subject": "instruction"}, need_label=True)
     assert (prompt.instruction, prompt.label, prompt.subject) == ("1+1=", "2", "old")
     with pytest.raises(UserError, match="line 1: --columns names 'question', which is not there; found problem"):
-        read_instructions(str(path), {"instruction": "question"})
+        list(read_instructions(str(path), {"instruction": "question"}))
     path.write_text('{"instruction": "q", "answer": "so #### 2"}')
     with pytest.raises(UserError, match="'label' holds a whole solution"):
         read_prompts(str(path), {"label": "answer"}, need_label=True)
