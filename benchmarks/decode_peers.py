@@ -162,8 +162,9 @@ def llama_cpp(folder: Path, precision: str, threads: int, rows: int, context: in
     callback = lib.llama_log_callback(silent)
     lib.llama_log_set(callback, None)
     lib.llama_backend_init()
-    model = lib.llama_model_load_from_file(
-        os.fsencode(folder / f"gguf-{precision}/model.gguf"), lib.llama_model_default_params())
+    loading = lib.llama_model_default_params()
+    loading.use_extra_bufts = precision != "int8"  # its AMX kernel for Q8_0 ends by SIGSEGV on eight rows or more
+    model = lib.llama_model_load_from_file(os.fsencode(folder / f"gguf-{precision}/model.gguf"), loading)
     settings = lib.llama_context_default_params()
     settings.n_ctx, settings.n_seq_max, settings.n_batch = rows * context, rows, rows * context
     settings.n_threads = settings.n_threads_batch = threads

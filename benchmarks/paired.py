@@ -7,6 +7,7 @@ thread; sides take turns (A B C C B A ...), and a ratio is the median over turns
 import importlib.metadata
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def run_side(script: str, side: str, name: str, folder: Path, *more: str, python
     words = [python, script, "--side", side, "--only", name, "--folder", str(folder), *more]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{name}, {side} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"status {done.returncode}"
+        raise SystemExit(f"{name}, {side} failed ({how})\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

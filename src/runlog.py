@@ -189,12 +189,16 @@ class RunLog:
         """Append one line to metrics.jsonl: the step, the seconds since the start, and these values.
 
         alarms: what is wrong at this step by name, and what to do; they stand in the line and in its picture.
+        Raises UserError when the run's directory has vanished.
         """
         if _is_rank_0():
             if self._metrics is None:
                 self._metrics = self._open_metrics()
                 self._trackers = [OPEN[name](place, self._folder, self._flags, self._kept)
                                   for name, place in self._asked.items()]
+            if not (self._folder / METRICS).exists():  # the open file would go on being written where nobody looks
+                raise UserError(f"{self._folder}: the run's directory, or its {METRICS}, is gone since the run began; "
+                                "bring it back, or start the run again as it was started")
             row = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
             row |= {"alarms": dict(alarms)} if alarms else {}
             self._metrics.write(json.dumps(row) + "\n")

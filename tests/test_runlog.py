@@ -28,6 +28,18 @@ def test_run_and_metrics_files(tmp_path: Path) -> None:
     assert rows[1]["lr"] == 1e-6 and 0 <= rows[0]["seconds"] <= rows[1]["seconds"]
 
 
+def test_a_directory_that_vanishes_ends_the_run_at_its_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # its thread would complain too, later
+    log = RunLog(str(tmp_path / "run"), {})
+    log.metrics(1, loss=0.5)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    (tmp_path / "run").mkdir()  # as a save makes it anew
+    with pytest.raises(UserError, match=r"run: the run's directory, or its metrics.jsonl, is gone since the run began"):
+        log.metrics(2, loss=0.25)
+
+
 def test_progress_and_log_lines_go_to_stderr_and_tables_to_stdout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
