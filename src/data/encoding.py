@@ -18,9 +18,6 @@ from src.text.blocks import Learnt, Marker, Piece
 from src.text.chat import MARK, Message
 from src.text.tokenizer import Tokenizer
 
-Truncation = Literal["error", "drop", "left", "right", "keep_end"]
-MAX_DROPPED_SHARE = 0.01  # more answers than this lost to the length limit is a wrong flag, not noise
-
 # What parts the steps of a solution: those of GSM8K, MetaMath and Math-Shepherd are lines
 StepKind = Literal["paragraph", "line"]
 STEP_ENDS: dict[str, str] = {"paragraph": "\n\n", "line": "\n"}
@@ -283,73 +280,6 @@ def _steps_in_template(
 def label_everywhere(encoded: Encoded, label: float) -> Encoded:
     """Let the label of a response be read at each of its tokens (Cobbe et al. 2021, token-level verifiers)."""
     return encoded._replace(targets=(label,) * encoded.n_response)
-
-
-def fit(
-    rows: Sequence[tuple[Encoded, ...]], max_seq_len: int, source: str, truncation: Truncation = "drop"
-) -> tuple[list[tuple[Encoded, ...]], str]:
-    """Drop or cut samples with a sequence longer than max_seq_len. -> the others, and a sentence on what became of all.
-
-    `left` cuts the prompt after its first token and leaves the response whole (conversations, whose prompts are
-    turns, are not cut), `right` cuts the end of the response; where that leaves no response, or none of a verifier's
-    targets, the sample is dropped.
-    `keep_end` is what the published preference runs did (_keep_end()).
-    Raises UserError when more than 1% of the samples lose response tokens or are dropped - of fewer than 100, when one
-    does - and for any long one under `error`.
-    """
-    kept, cut, lost = [], 0, 0
-    for row in rows:
-        if all(len(encoded.tokens) <= max_seq_len for encoded in row):
-            kept.append(row)
-            continue
-        if truncation == "keep_end":
-            shorter = _keep_end(row, max_seq_len)
-        else:
-            shorter = tuple(_cut(encoded, max_seq_len, truncation) for encoded in row)
-        fits = all(
-            encoded.n_response > 0 and len(encoded.tokens) <= max_seq_len and encoded.is_labelled for encoded in shorter
-        )
-        cut += fits
-        lost += not fits or any(
-            short.n_response < whole.n_response for short, whole in zip(shorter, row, strict=True)
-        )
-        if fits:
-            kept.append(shorter)
-    long = len(rows) - len(kept) + cut
-    if lost > MAX_DROPPED_SHARE * len(rows) or not kept or (long and truncation == "error"):
-        longest = max(len(encoded.tokens) for row in rows for encoded in row)
-        raise UserError(f"{source}: {lost or long} of {len(rows)} rows are longer than --max_seq_len {max_seq_len} "
-                        f"(the longest has {longest} tokens); raise it or shorten the data")
-    return kept, f"{source}: {len(rows)} samples, {long} too long: {cut} cut, {long - cut} dropped"
-
-
-def _cut(encoded: Encoded, max_seq_len: int, truncation: Truncation) -> Encoded:
-    """A sequence cut to max_seq_len, or as it is where the policy cannot cut it."""
-    excess = len(encoded.tokens) - max_seq_len
-    if truncation == "left" and 0 < excess < encoded.response_start and not encoded.answer_mask:
-        tokens = encoded.tokens[:1] + encoded.tokens[1 + excess :]  # BOS stays, where there is one
-        return Encoded(tokens, encoded.response_start - excess, encoded.targets)
-    if truncation == "right" and excess > 0:
-        start = min(encoded.response_start, max_seq_len)
-        mask = encoded.answer_mask and encoded.answer_mask[:max_seq_len]
-        return Encoded(encoded.tokens[:max_seq_len], start, encoded.targets[: max_seq_len - start], mask)
-    return encoded
-
-
-def _keep_end(row: tuple[Encoded, ...], max_seq_len: int) -> tuple[Encoded, ...]:
-    """A sample cut as trl 0.7.10 cuts a pair with max_prompt_length half of max_length: the prompt's last
-    max_seq_len / 2 tokens stay - BOS and the question go first - and then, if need be, as many of each response."""
-    half = max_seq_len // 2
-    longest = max(encoded.n_response for encoded in row)
-    cut = []
-    for encoded in row:
-        first = max(0, encoded.response_start - half)
-        start = encoded.response_start - first
-        kept = encoded.n_response if start + longest <= max_seq_len else max_seq_len - half
-        cut.append(
-            Encoded(encoded.tokens[first : encoded.response_start + kept], start, encoded.targets[:kept])
-        )
-    return tuple(cut)
 
 
 def masked_text(encoded: Encoded, tokenizer: Tokenizer) -> str:

@@ -4,7 +4,7 @@ B responses of a batch
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from src import losses, parallel
 from src.data.batch import Batch, make_batch
-from src.data.encoding import Encoded, encode_response, fit, label_everywhere
+from src.data.encoded_rows import Keep, Sample, fit, in_temporary_file
+from src.data.encoding import Encoded, encode_response, label_everywhere
 from src.data.examples import StepLabels, read_step_labels
-from src.data.sampler import Dataset, Sample
+from src.data.sampler import Dataset
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
@@ -36,23 +37,24 @@ class KTOReport(NamedTuple):
     wrong_logprob: float
 
 
-def read_outcomes(path: str, columns: Mapping[str, str] = {}) -> list[StepLabels]:
+def read_outcomes(path: str, columns: Mapping[str, str] = {}) -> Iterator[StepLabels]:
     """The rows of right and wrong responses. Raises UserError for judged steps."""
-    rows = list(read_step_labels(path, columns))
-    if any(len(row.steps) > 1 or row.labels[0] not in (0, 1) for row in rows):
-        raise UserError(f"{path} holds judged steps, or labels between 0 and 1; --objective kto learns from whole "
-                        f'responses: {{"instruction", "output", "correct": true or false}}')
-    return rows
+    for row in read_step_labels(path, columns):
+        if len(row.steps) > 1 or row.labels[0] not in (0, 1):
+            raise UserError(f"{path} holds judged steps, or labels between 0 and 1; --objective kto learns from whole "
+                            f'responses: {{"instruction", "output", "correct": true or false}}')
+        yield row
 
 
 def outcome_dataset(
-    rows: Sequence[StepLabels], tokenizer: Tokenizer, *, max_seq_len: int, source: str, truncation: str = "drop"
+    rows: Iterable[StepLabels], tokenizer: Tokenizer, *, max_seq_len: int, source: str, truncation: str = "drop",
+    keep: Keep = in_temporary_file,
 ) -> Dataset:
     """Pairs of a response, with its label as the target of each token, and another problem's response to its prompt.
     The latter, of which the reference point is made, are cut to max_seq_len. Raises UserError for a single problem."""
-    encoded = [(label_everywhere(encode_response(tokenizer, row.instruction, row.steps[0]), row.labels[0]),)
-               for row in rows]
-    kept, report = fit(encoded, max_seq_len, source, truncation)
+    encoded = ((label_everywhere(encode_response(tokenizer, row.instruction, row.steps[0]), row.labels[0]),)
+               for row in rows)
+    kept, report = fit(encoded, max_seq_len, source, truncation, keep)
     own = [sample for (sample,) in kept]
     n_right = sum(sample.targets[0] == 1 for sample in own)
     return Dataset(

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from src import losses, parallel
 from src.data.batch import Batch, make_batch, pack_shared
+from src.data.encoded_rows import Keep, Sample, in_temporary_file
 from src.data.examples import read_pairs
-from src.data.sampler import BatchSampler, Dataset, Sample
+from src.data.sampler import BatchSampler, Dataset
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer
@@ -42,15 +43,16 @@ class PreferenceReport(NamedTuple):
 
 def open_preferences(
     train_file: str, label_file: str, held_out: float, tokenizer: Tokenizer, columns: Mapping[str, str] = {}, *,
-    single: bool = False, **options: object,
+    single: bool = False, keeps: Sequence[Keep] = (in_temporary_file, in_temporary_file), **options: object,
 ) -> tuple[Dataset, Dataset]:
     """The pairs, or the single responses of KTO, to train on and to test on; `options` are max_seq_len and truncation
-    of fit(). Without a label_file the last `held_out` of the problems are kept. Raises UserError."""
+    of fit(), keeps where it writes each side. Without a label_file the last `held_out` of the problems are kept. Raises
+    UserError."""
     read, encode = (read_outcomes, outcome_dataset) if single else (read_pairs, pair_dataset)
     (rows,), held = split_held_out(
-        [list(read(train_file, columns))], list(read(label_file, columns)) if label_file else None, held_out)
-    train = encode(rows, tokenizer, source=train_file, **options)
-    test = encode(held, tokenizer, source=label_file or train_file, **options)
+        [partial(read, train_file, columns)], partial(read, label_file, columns) if label_file else None, held_out)
+    train = encode(rows(), tokenizer, source=train_file, keep=keeps[0], **options)
+    test = encode(held(), tokenizer, source=label_file or train_file, keep=keeps[1], **options)
     return (train, test) if single else (train._replace(collate=collate), test._replace(collate=collate))
 
 

@@ -4,31 +4,32 @@ Pairwise: the chosen solution of a pair should score above the rejected one. Out
 the logit of the solution, or of the step that ends there, being right.
 """
 
+import hashlib
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from src import parallel
 from src.data.batch import Batch, make_batch
+from src.data.encoded_rows import Keep, Sample, Truncation, fit, in_temporary_file
 from src.data.encoding import (
     STEP_ENDS,
     Encoded,
     StepKind,
-    Truncation,
     encode_response,
     encode_steps,
-    fit,
     label_everywhere,
     split_steps,
 )
 from src.data.examples import Pair, StepLabels, read_pairs, read_step_labels
-from src.data.sampler import Dataset, Sample, chunks
+from src.data.sampler import Dataset, chunks
 from src.errors import UserError
 from src.evaluation.metrics import auc
 from src.losses import bradley_terry_loss, label_loss
@@ -42,6 +43,7 @@ Objective = Literal["pairwise", "outcome", "process"]
 LabelTokens = Literal["all", "last"]
 SEPARATION_BY_CHANCE = 2.0  # deviations; scores that know nothing are above it once in 44 runs
 Row = TypeVar("Row", Pair, StepLabels)
+Rows = Callable[[], Iterable[Row]]  # reads them anew
 
 
 class PairReport(NamedTuple):
@@ -150,11 +152,12 @@ def n_pairs(batches: Sequence[Batch]) -> int:
 
 
 def pair_dataset(
-    rows: Sequence[Pair], tokenizer: Tokenizer, *, max_seq_len: int, source: str, truncation: Truncation = "drop"
+    rows: Iterable[Pair], tokenizer: Tokenizer, *, max_seq_len: int, source: str, truncation: Truncation = "drop",
+    keep: Keep = in_temporary_file,
 ) -> Dataset:
-    """Encode pairs. fit() says what becomes of those with a text that is too long."""
-    pairs = [pair for row in rows for pair in encode_pairs(row, tokenizer)]
-    return Dataset(*fit(pairs, max_seq_len, source, truncation), collate_pairs)
+    """Encode pairs. fit() says what becomes of those with a text that is too long, and `keep` where they lie."""
+    pairs = (pair for row in rows for pair in encode_pairs(row, tokenizer))
+    return Dataset(*fit(pairs, max_seq_len, source, truncation, keep), collate_pairs)
 
 
 def encode_pairs(row: Pair, tokenizer: Tokenizer) -> Iterator[tuple[Encoded, Encoded]]:
@@ -172,7 +175,7 @@ def collate_pairs(pairs: Sequence[Sample], packing: bool) -> Batch:
 
 
 def label_dataset(
-    rows: Sequence[StepLabels],
+    rows: Iterable[StepLabels],
     tokenizer: Tokenizer,
     *,
     max_seq_len: int,
@@ -181,18 +184,23 @@ def label_dataset(
     label_tokens: LabelTokens = "last",
     balance: bool = False,
     step: StepKind = "paragraph",
+    keep: Keep = in_temporary_file,
 ) -> tuple[Dataset, LabelObjective]:
     """Encode labelled solutions; their objective, which with `balance` lets right labels count as much as wrong ones.
 
     Every label is read once, at the last token of its step or of its solution; label_tokens `all`, which is for
     outcomes, reads it at each of a solution's tokens instead. step says what parts the steps.
     """
-    encoded = [(_encode_labels(row, tokenizer, label_tokens, STEP_ENDS[step]),) for row in rows]
-    samples, report = fit(encoded, max_seq_len, source, truncation)
-    labels = [label for (sample,) in samples for label in sample.targets if not math.isnan(label)]
-    right = sum(labels) / len(labels)
+    encoded = ((_encode_labels(row, tokenizer, label_tokens, STEP_ENDS[step]),) for row in rows)
+    samples, report = fit(encoded, max_seq_len, source, truncation, keep)
+    n_labels, right = 0, 0.0
+    for (sample,) in samples:
+        for label in sample.targets:
+            if not math.isnan(label):
+                n_labels, right = n_labels + 1, right + label
+    right /= n_labels
     weight = (1 - right) / right if balance and 0 < right < 1 else 1.0
-    report += f"; {len(labels)} labels, {right:.1%} right, each of these weighs {weight:.2f}"
+    report += f"; {n_labels} labels, {right:.1%} right, each of these weighs {weight:.2f}"
     return Dataset(samples, report, partial(collate, with_targets=True)), LabelObjective(right_weight=weight)
 
 
@@ -219,49 +227,64 @@ def open_data(
     seed: int,
     max_seq_len: int,
     truncation: Truncation = "drop",
+    keeps: Sequence[Keep] = (in_temporary_file, in_temporary_file),
     **options: object,
 ) -> tuple[Dataset, Dataset, PairwiseObjective | LabelObjective]:
-    """The data to train on and to test on; `options` are those of the objective. Raises UserError.
+    """The data to train on and to test on, and keeps where fit() writes each; `options` are those of the objective.
+    Raises UserError.
 
     Without a label_file the last `held_out` of the problems are kept. Several files are mixed by their weights only
     then, so that no row is on both sides. A held-out outcome is one label, read where a score is read: at the end.
     """
     parts, held = split_held_out(
-        [read_rows(objective, path, columns) for path in train_files],
-        read_rows(objective, label_file, columns) if label_file else None, held_out)
+        [partial(read_rows, objective, path, columns) for path in train_files],
+        partial(read_rows, objective, label_file, columns) if label_file else None, held_out)
     rows, source = mix(parts, weights, seed), ", ".join(train_files)
     lengths = {"max_seq_len": max_seq_len, "truncation": truncation}
     if objective == "pairwise":
-        data = pair_dataset(rows, tokenizer, source=source, **lengths)
-        test = pair_dataset(held, tokenizer, source=label_file or source, **lengths)
+        data = pair_dataset(rows, tokenizer, source=source, keep=keeps[0], **lengths)
+        test = pair_dataset(held(), tokenizer, source=label_file or source, keep=keeps[1], **lengths)
         return data, test, PairwiseObjective(**options)
-    data, labelled = label_dataset(rows, tokenizer, source=source, **lengths, **options)
+    data, labelled = label_dataset(rows, tokenizer, source=source, keep=keeps[0], **lengths, **options)
     # Later commands read an outcome's score at the end alone, so that is where it is tested
     options |= {"label_tokens": "last"}
-    test, _ = label_dataset(held, tokenizer, source=label_file or source, **lengths, **options)
+    test, _ = label_dataset(held(), tokenizer, source=label_file or source, keep=keeps[1], **lengths, **options)
     return data, test, labelled
 
 
-def split_held_out(
-    files: list[list[Row]], held_out: list[Row] | None, share: float
-) -> tuple[list[list[Row]], list[Row]]:
+def split_held_out(files: Sequence[Rows], held_out: Rows | None, share: float) -> tuple[list[Rows], Rows]:
     """The rows of each file to train on, and those to test on: held_out, or else the last `share` of the problems. Rows
-    of one problem stay together. Raises UserError when a side would be empty."""
+    of one problem stay together. Raises UserError, when they are read, if a side would be empty."""
     if held_out is not None:
-        return files, held_out
+        return list(files), held_out
+    last = cache(partial(_last_problems, files, share))
+
+    def side(rows: Rows, is_held: bool) -> Iterator[Row]:
+        return (row for row in rows() if (_problem(row) in last()) is is_held)
+
+    return [partial(side, rows, False) for rows in files], lambda: (row for rows in files for row in side(rows, True))
+
+
+def _last_problems(files: Sequence[Rows], share: float) -> set[int]:
+    """The last `share` of the problems, by their hashes. Raises UserError."""
     # By problem, not by row: a verifier that saw another solution of a problem would look better on it than it is
-    problems = list(dict.fromkeys(row.instruction for rows in files for row in rows))
+    problems = np.fromiter((_problem(row) for rows in files for row in rows()), np.uint64)
+    problems = problems[np.sort(np.unique(problems, return_index=True)[1])]  # each where it comes first
     n_held = int(share * len(problems))
     if not 0 < n_held < len(problems):
         raise UserError(f"--held_out {share} of {len(problems)} problems leaves nothing to train or test on; give more "
                         "problems or a --label_file")
-    last = set(problems[-n_held:])
-    left = [[row for row in rows if row.instruction not in last] for rows in files]
-    return left, [row for rows in files for row in rows if row.instruction in last]
+    return set(problems[-n_held:].tolist())
 
 
-def mix(files: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> list[Row]:
-    """The rows of several files in one list, each file `weight` times: whole copies and a part taken at random.
+def _problem(row: Row) -> int:
+    """64 bits for a problem: texts of all would not fit where rows do not."""
+    return int.from_bytes(hashlib.blake2b(row.instruction.encode(), digest_size=8).digest())
+
+
+def mix(files: Sequence[Rows], weights: Sequence[float], seed: int) -> Iterator[Row]:
+    """The rows of several files one after another, each file `weight` times: whole copies and a part taken at random,
+    which is held in memory meanwhile.
 
     No weights: each file once. Raises UserError for another number of weights than files.
     """
@@ -269,17 +292,24 @@ def mix(files: Sequence[Sequence[Row]], weights: Sequence[float], seed: int) -> 
     if len(files) != len(weights):
         raise UserError(f"--weights has {len(weights)} numbers for {len(files)} training files; give one a file")
     generator = random.Random(seed)
-    mixed: list[Row] = []
     for rows, weight in zip(files, weights, strict=True):
-        mixed += [*rows] * int(weight) + generator.sample(rows, round(len(rows) * (weight % 1)))
-    return mixed
+        for _ in range(int(weight)):
+            yield from rows()
+        if weight % 1:
+            n = sum(1 for _ in rows())
+            places = generator.sample(range(n), round(n * (weight % 1)))
+            taken = dict.fromkeys(places)
+            taken |= ((place, row) for place, row in enumerate(rows()) if place in taken)
+            yield from map(taken.__getitem__, places)
 
 
-def read_rows(objective: Objective, path: str, columns: Mapping[str, str] = {}) -> list[Pair] | list[StepLabels]:
+def read_rows(objective: Objective, path: str, columns: Mapping[str, str] = {}) -> Iterator[Pair | StepLabels]:
     """The rows of a file, which must hold what the objective learns from. Raises UserError."""
-    if objective == "pairwise":
-        return list(read_pairs(path, columns))
-    rows = list(read_step_labels(path, columns))
-    if objective == "outcome" and any(len(row.steps) > 1 for row in rows):
-        raise UserError(f"{path} holds judged steps; train on them with --objective process")
-    return rows
+    return read_pairs(path, columns) if objective == "pairwise" else _labels(objective, path, columns)
+
+
+def _labels(objective: Objective, path: str, columns: Mapping[str, str]) -> Iterator[StepLabels]:
+    for row in read_step_labels(path, columns):
+        if objective == "outcome" and len(row.steps) > 1:
+            raise UserError(f"{path} holds judged steps; train on them with --objective process")
+        yield row

@@ -1,15 +1,16 @@
 """Supervised fine-tuning: the loss is on the response and its EOS only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from src import parallel
 from src.data.batch import Batch, make_batch
-from src.data.encoding import Encoded, Truncation, encode_conversation, encode_response, fit, learn_all
+from src.data.encoded_rows import Keep, Sample, Truncation, fit, in_temporary_file
+from src.data.encoding import Encoded, encode_conversation, encode_response, learn_all
 from src.data.examples import Chat, Instruction
-from src.data.sampler import BatchSampler, Dataset, Sample
+from src.data.sampler import BatchSampler, Dataset
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.forward import summed_logprobs
@@ -41,13 +42,13 @@ def validation_loss(model: Decoder, held_out: Dataset, sampler: BatchSampler, *,
 
 
 def sft_dataset(
-    rows: Sequence[Instruction | Chat], tokenizer: Tokenizer, *, max_seq_len: int, source: str,
-    truncation: Truncation = "drop", loss_on: Learnt = "assistant_no_execution",
+    rows: Iterable[Instruction | Chat], tokenizer: Tokenizer, *, max_seq_len: int, source: str,
+    truncation: Truncation = "drop", loss_on: Learnt = "assistant_no_execution", keep: Keep = in_temporary_file,
 ) -> Dataset:
     """Encode rows; a row with several outputs shows one of them in each epoch. fit() says what becomes of rows that are
-    too long. loss_on: the tokens to learn."""
-    samples = [sample for row in rows for sample in _encode(tokenizer, row, loss_on)]
-    return Dataset(*fit(samples, max_seq_len, source, truncation), collate, one_of_each=True)
+    too long, and `keep` where they lie. loss_on: the tokens to learn."""
+    samples = (sample for row in rows for sample in _encode(tokenizer, row, loss_on))
+    return Dataset(*fit(samples, max_seq_len, source, truncation, keep), collate, one_of_each=True)
 
 
 def collate(samples: Sequence[Sample], packing: bool, with_targets: bool = False) -> Batch:

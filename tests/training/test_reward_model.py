@@ -24,21 +24,23 @@ def write(path: Path, *rows: dict[str, object]) -> str:
 
 def test_the_last_problems_are_held_out_whole() -> None:
     rows = [Pair(str(index % 10), [f"r{index}"], [f"w{index}"]) for index in range(30)]
-    (train,), held = split_held_out([rows], None, 0.25)
-    assert {row.instruction for row in held} == {"8", "9"} and [*map(len, (train, held))] == [24, 6]
+    (train,), held = split_held_out([lambda: rows], None, 0.25)
+    assert {row.instruction for row in held()} == {"8", "9"}
+    assert [len(list(side())) for side in (train, held)] == [24, 6]
     for share in (0.0, 0.05, 1.0):
         with pytest.raises(UserError, match="of 10 problems leaves nothing to train or test on"):
-            split_held_out([rows], None, share)
+            list(split_held_out([lambda: rows], None, share)[1]())
 
 
 def test_a_weight_is_whole_copies_and_a_drawn_part() -> None:
     files = [[StepLabels(f"{name}{i}", ["s"], [1.0]) for i in range(4)] for name in "ab"]
-    counts = Counter(row.instruction for row in mix(files, [2.5, 0.25], seed=1))
+    readers = [lambda rows=rows: rows for rows in files]
+    counts = Counter(row.instruction for row in mix(readers, [2.5, 0.25], seed=1))
     assert sorted(counts[f"a{i}"] for i in range(4)) == [2, 2, 3, 3]
     assert sum(counts[f"b{i}"] for i in range(4)) == 1
-    assert mix(files, [], seed=1) == [*files[0], *files[1]]
+    assert list(mix(readers, [], seed=1)) == [*files[0], *files[1]]
     with pytest.raises(UserError, match="--weights has 1 numbers for 2 training files"):
-        mix(files, [1.0], seed=1)
+        list(mix(readers, [1.0], seed=1))
 
 
 def test_outcomes_and_steps_mix_under_the_process_objective(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Encoded samples in a file that is mapped into memory: cut to the length limit, written once, read by place.
+
+The file holds int32 words. A sequence is four of them - how many tokens, where the response begins, how many targets,
+whether there is an answer_mask - then its tokens, of which a mask's are stored as their complement (~token), and its
+targets as float64, two words each. After the last sample stand where each ends, and their number, as int64.
+"""
+
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from src.data.encoding import Encoded
+from src.errors import UserError
+
+Sample = tuple[Encoded, ...]  # the sequences that stay together: one, or a chosen and a rejected one
+Truncation = Literal["error", "drop", "left", "right", "keep_end"]
+MAX_DROPPED_SHARE = 0.01  # more answers than this lost to the length limit is a wrong flag, not noise
+
+
+class EncodedRows(Sequence[Sample]):
+    """The samples in a file. Its pages belong to the system, which keeps them while there is room."""
+
+    def __init__(self, file: Path | BinaryIO) -> None:
+        words = np.asarray(np.memmap(file, np.int32, "r"))
+        self.n_bytes = words.nbytes
+        n = int(words[-2:].view(np.int64)[0])
+        self._words, self._ends = words, words[-2 * (n + 1) : -2].view(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, place: int | slice) -> Sample | list[Sample]:
+        """A sample, or a list of several."""
+        places = range(len(self))[place]
+        if isinstance(places, range):
+            return [self[each] for each in places]
+        words = self._words[self._ends[places - 1] if places else 0 : self._ends[places]]
+        sample = []
+        while len(words):
+            n_tokens, start, n_targets, is_masked = words[:4].tolist()
+            tokens, targets, words = np.split(words[4:], (n_tokens, n_tokens + 2 * n_targets))
+            mask = (tokens < 0).tolist() if is_masked else None
+            tokens = np.where(tokens < 0, ~tokens, tokens) if is_masked else tokens
+            sample.append(Encoded(tokens.tolist(), start, tuple(targets.view(np.float64).tolist()), mask))
+        return tuple(sample)
+
+
+Fill = Callable[[Callable[[Sample], None]], str]  # hands samples on one by one, and says what became of all
+Keep = Callable[[Fill], tuple[Sequence[Sample], str]]
+
+
+def write(file: BinaryIO, fill: Fill) -> str:
+    """Write the samples that fill() hands on. In memory are 8 bytes a sample. -> what fill() says."""
+    ends, size = array("q"), 0
+
+    def add(sample: Sample) -> None:
+        nonlocal size
+        for tokens, start, targets, mask in sample:
+            ids = np.array(tokens, np.int32)
+            if mask is not None:
+                ids = np.where(mask, ~ids, ids)
+            head = np.array((len(ids), start, len(targets), mask is not None), np.int32)
+            file.write(head.tobytes() + ids.tobytes() + np.array(targets, np.float64).tobytes())
+            size += len(head) + len(ids) + 2 * len(targets)
+        ends.append(size)
+
+    said = fill(add)
+    ends.append(len(ends))
+    file.write(ends)
+    file.flush()
+    return said
+
+
+def in_temporary_file(fill: Fill) -> tuple[EncodedRows, str]:
+    """The samples in a file without a name, which is gone when nobody reads it any more; and what fill() says."""
+    with tempfile.TemporaryFile() as file:
+        said = write(file, fill)
+        return EncodedRows(file), said
+
+
+def fit(
+    rows: Iterable[Sample], max_seq_len: int, source: str, truncation: Truncation = "drop",
+    keep: Keep = in_temporary_file,
+) -> tuple[Sequence[Sample], str]:
+    """Drop or cut samples with a sequence longer than max_seq_len. -> the others, and a sentence on what became of all.
+
+    `left` cuts the prompt after its first token and leaves the response whole (conversations, whose prompts are
+    turns, are not cut), `right` cuts the end of the response; where that leaves no response, or none of a verifier's
+    targets, the sample is dropped.
+    `keep_end` is what the published preference runs did (_keep_end()).
+    keep: where the samples are written to; the rows are not looked at if they lie there already.
+    Raises UserError when more than 1% of the samples lose response tokens or are dropped - of fewer than 100, when one
+    does - and for any long one under `error`.
+    """
+    return keep(partial(_fill, rows, max_seq_len, source, truncation))
+
+
+def _fill(
+    rows: Iterable[Sample], max_seq_len: int, source: str, truncation: Truncation, add: Callable[[Sample], None]
+) -> str:
+    """fit(), whose samples add() takes."""
+    n = longest = kept = cut = lost = 0
+    for row in rows:
+        length = max(len(encoded.tokens) for encoded in row)
+        n, longest = n + 1, max(longest, length)
+        if length <= max_seq_len:
+            kept += 1
+            add(row)
+            continue
+        if truncation == "keep_end":
+            shorter = _keep_end(row, max_seq_len)
+        else:
+            shorter = tuple(_cut(encoded, max_seq_len, truncation) for encoded in row)
+        fits = all(
+            encoded.n_response > 0 and len(encoded.tokens) <= max_seq_len and encoded.is_labelled for encoded in shorter
+        )
+        cut += fits
+        lost += not fits or any(
+            short.n_response < whole.n_response for short, whole in zip(shorter, row, strict=True)
+        )
+        if fits:
+            kept += 1
+            add(shorter)
+    long = n - kept + cut
+    if lost > MAX_DROPPED_SHARE * n or not kept or (long and truncation == "error"):
+        raise UserError(f"{source}: {lost or long} of {n} rows are longer than --max_seq_len {max_seq_len} "
+                        f"(the longest has {longest} tokens); raise it or shorten the data")
+    return f"{source}: {n} samples, {long} too long: {cut} cut, {long - cut} dropped"
+
+
+def _cut(encoded: Encoded, max_seq_len: int, truncation: Truncation) -> Encoded:
+    """A sequence cut to max_seq_len, or as it is where the policy cannot cut it."""
+    excess = len(encoded.tokens) - max_seq_len
+    if truncation == "left" and 0 < excess < encoded.response_start and not encoded.answer_mask:
+        tokens = encoded.tokens[:1] + encoded.tokens[1 + excess :]  # BOS stays, where there is one
+        return Encoded(tokens, encoded.response_start - excess, encoded.targets)
+    if truncation == "right" and excess > 0:
+        start = min(encoded.response_start, max_seq_len)
+        mask = encoded.answer_mask and encoded.answer_mask[:max_seq_len]
+        return Encoded(encoded.tokens[:max_seq_len], start, encoded.targets[: max_seq_len - start], mask)
+    return encoded
+
+
+def _keep_end(row: tuple[Encoded, ...], max_seq_len: int) -> tuple[Encoded, ...]:
+    """A sample cut as trl 0.7.10 cuts a pair with max_prompt_length half of max_length: the prompt's last
+    max_seq_len / 2 tokens stay - BOS and the question go first - and then, if need be, as many of each response."""
+    half = max_seq_len // 2
+    longest = max(encoded.n_response for encoded in row)
+    cut = []
+    for encoded in row:
+        first = max(0, encoded.response_start - half)
+        start = encoded.response_start - first
+        kept = encoded.n_response if start + longest <= max_seq_len else max_seq_len - half
+        cut.append(
+            Encoded(encoded.tokens[first : encoded.response_start + kept], start, encoded.targets[:kept])
+        )
+    return tuple(cut)
