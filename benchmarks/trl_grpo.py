@@ -1,6 +1,7 @@
 """trl's GRPOTrainer with a scripted reward, on prompts that are token ids; a buffer is used in one step an epoch."""
 
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -68,6 +69,17 @@ def train(setting: Setting, group: int, watch: Watch, norms: Norms | None = None
         trainer.add_callback(norms)
     watch.start()
     trainer.train()
+
+
+def loss(
+    model: LlamaForCausalLM, given: dict[str, torch.Tensor], folder: Path, **settings: object
+) -> torch.Tensor:
+    """trl's policy loss of one batch of episodes: what tests compare ours with. -> []."""
+    settings = {"loss_type": "grpo", "num_generations": 2, "per_device_train_batch_size": 2, "beta": 0.0} | settings
+    config = GRPOConfig(output_dir=str(folder / "trl"), use_cpu=True, bf16=False, report_to=[], **settings)
+    trainer = GRPOTrainer(model=model.eval(), reward_funcs=len, args=config, processing_class=words(64),
+                          train_dataset=Dataset.from_list([{"prompt": "2"}] * 2))
+    return trainer._compute_loss(model, given)
 
 
 def parity(setting: Setting, group: int) -> dict[str, object]:
