@@ -256,12 +256,13 @@ def ppo_config(**changes: object) -> PPOConfig:
 
 
 def ppo_models(
-    actor: str, critic: str, log_dir: str, lora_rank: int = -1, adam_eps: float = 1e-8, **flags: object,
+    actor: str, critic: str, log_dir: str, lora_rank: int = -1, adam_eps: float = 1e-8,
+    lora: LoraFlags | None = None, **flags: object,
 ) -> PPOModels:
     """Actor and reference from one directory, the critic from another (empty: none)."""
     log, flags = RunLog(log_dir, {}), OptimizerFlags(**({"lr": 1e-4} | flags))
-    model, reference = load.load_solver(actor), None if lora_rank > 0 else load.load_solver(actor)
-    lora = LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+    lora = lora or LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
+    model, reference = load.load_solver(actor), None if lora.lora_rank > 0 else load.load_solver(actor)
     load.put_lora_on(model, load.lora_config(lora), seed=1)
     value = load.load_verifier(critic, from_solver=True) if critic else None
     trainers = (each and Trainer(each, log, flags, total_steps=8, adam_eps=adam_eps) for each in (model, value))
