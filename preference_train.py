@@ -92,17 +92,17 @@ def main(config: PreferenceTrainConfig) -> None:
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     if config.reference_ckpt_dir:
         load.load_config(config.reference_ckpt_dir, kind="solver")
+    run = Run(config, "preference_train", tokenizer)
     data, held_out = open_preferences(
         config.train_file, config.label_file, config.held_out, tokenizer, config.renamed,
-        single=config.objective == "kto", truncation=config.truncation,
+        single=config.objective == "kto", truncation=config.truncation, keeps=(run.keep("train"), run.keep("eval")),
         max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, model_config))
-    run = Run(config, data)
+    run.begin(data)
     if config.dry_run:
-        examples = [encoded for pair in data.samples for encoded in pair]
         steps = run.planned_steps(data)
-        runlog.table(plan.training(config, model_config, steps, examples, tokenizer, run.sampler.ranks, summed=False))
+        runlog.table(
+            plan.training(config, model_config, steps, data.samples, tokenizer, run.sampler.ranks, summed=False))
         return
-    run.begin("preference_train", tokenizer)
     saving.check_save_dir(config.save_dir, config.reference_ckpt_dir)
     load.check_tokenizer(tokenizer, config.reference_ckpt_dir)
     fingerprint = storage.fingerprint(Path(against)) if against else None

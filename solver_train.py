@@ -39,16 +39,15 @@ def main(config: SolverTrainConfig) -> None:
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     longest = load.context_limit(config.max_seq_len, config.ckpt_dir, model_config)
+    run = Run(config, "solver_train", tokenizer)
     data, held_out = (sft_dataset(read_instructions(file, config.renamed), tokenizer, max_seq_len=longest, source=file,
-                                  truncation=config.truncation, loss_on=config.loss_on) if file else None
-                      for file in (config.train_file, config.eval_file))
-    run = Run(config, data)
+                                  truncation=config.truncation, loss_on=config.loss_on, keep=run.keep(name))
+                      if file else None for name, file in (("train", config.train_file), ("eval", config.eval_file)))
+    run.begin(data)
     if config.dry_run:
-        examples = [encoded for sample in data.samples for encoded in sample]
-        runlog.table(plan.training(config, model_config, run.planned_steps(data), examples, tokenizer,
+        runlog.table(plan.training(config, model_config, run.planned_steps(data), data.samples, tokenizer,
                                    run.sampler.ranks))
         return
-    run.begin("solver_train", tokenizer)
     model = load.load_solver(config.ckpt_dir, precision=config.precision, trained=run.trained,
                              quantize=config.quantize)
     log = RunLog(config.save_dir, config.flags(), trackers=config.trackers)

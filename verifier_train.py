@@ -69,17 +69,16 @@ def main(config: VerifierTrainConfig) -> None:
     options = {"margin": config.margin, "centring": config.centring} if config.objective == "pairwise" else {
         "label_tokens": config.label_tokens if config.objective == "outcome" else "last", "balance": config.balance,
         "step": step_kind}
+    run = Run(config, "verifier_train", tokenizer)
     data, held_out, objective = open_data(
         config.objective, config.train_file, config.weights, config.label_file, config.held_out, tokenizer,
-        config.renamed, seed=config.seed, truncation=config.truncation,
+        config.renamed, seed=config.seed, truncation=config.truncation, keeps=(run.keep("train"), run.keep("eval")),
         max_seq_len=load.context_limit(config.max_seq_len, config.ckpt_dir, start), **options)
-    run = Run(config, data)
+    run.begin(data)
     if config.dry_run:
-        examples = [encoded for sample in data.samples for encoded in sample]
-        runlog.table(plan.training(config, load.solver_to_verifier(start), run.planned_steps(data), examples,
+        runlog.table(plan.training(config, load.solver_to_verifier(start), run.planned_steps(data), data.samples,
                                    tokenizer, run.sampler.ranks))
         return
-    run.begin("verifier_train", tokenizer)
     model = load.load_verifier(config.ckpt_dir, precision=config.precision, trained=run.trained,
                                from_solver=True, quantize=config.quantize)
     score = {"pairwise": config.score, "outcome": "last", "process": "steps"}[config.objective]

@@ -5,11 +5,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from src import load, parallel
 from src.checkpoint import storage
 from src.checkpoint.sources import Source
 from src.command.config import ModelFlags, SavingFlags, TrainConfig
-from src.data.encoding import Encoded, encode_prompt, masked_text
+from src.data.encoded_rows import Sample
+from src.data.encoding import encode_prompt, masked_text
 from src.data.examples import Prompt
 from src.data.sampler import Step
 from src.errors import UserError
@@ -48,10 +51,10 @@ Memory = Mapping[str, Mapping[str, int]]  # model, or rollouts of the actor -> p
 
 
 def training(
-    config: TrainConfig, model: ModelConfig, steps: Iterable[Step], examples: Sequence[Encoded], tokenizer: Tokenizer,
+    config: TrainConfig, model: ModelConfig, steps: Iterable[Step], samples: Sequence[Sample], tokenizer: Tokenizer,
     data_parallel: int, *, summed: bool = True,
 ) -> str:
-    """The plan of a trainer that takes these steps, of these examples. summed: its loss is a sum of log-probs."""
+    """The plan of a trainer that takes these steps, of these samples. summed: its loss is a sum of log-probs."""
     n = load.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
     model.check_divides(n, "this checkpoint")
     passes = [(step.epoch, [batch.tokens.numel() for batch in step.batches]) for step in steps]
@@ -61,15 +64,17 @@ def training(
                    parallel.replica_size(data_parallel, config.replicas), config.accumulation_steps > 1, _on_gpu(),
                    is_half(config), config.optimizer, summed)
     memory = {"model": training_memory(model, n, n_tokens, how)}
+    lengths = np.fromiter((len(encoded.tokens) for sample in samples for encoded in sample), np.int32)
+    ids = size(4 * int(lengths.sum(dtype=int)))
     facts = {
         "tensor-parallel ranks": n,
         "data-parallel ranks": data_parallel,
-        "examples": f"{len(examples)}, the longest {max(len(e.tokens) for e in examples)} tokens",
+        "examples": f"{len(lengths)}, the longest {lengths.max()} tokens; their ids take {ids}",
         "largest forward pass": f"{n_tokens} tokens",
         "optimizer steps": len(passes),
         "time": duration(n_flop, config),
         "disk": disk([model], n, how, config, len(passes), sum(epoch == 1 for epoch, _ in passes)),
-        "an example": masked_text(examples[0], tokenizer),
+        "an example": masked_text(samples[0][0], tokenizer),
     }
     return report(facts, memory, moments(memory, {"model": model}, n), n * data_parallel)
 

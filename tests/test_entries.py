@@ -445,7 +445,10 @@ def test_a_damaged_checkpoint(
 
 
 DATA: list[tuple[str, str, str]] = [
-    ('{"instruction": "a", "output": "b"}\n{"instruction": \n', "bad.json, line 2: not valid json", "all"),
+    (
+        '{"instruction": "a", "output": "b", "chosen": "b", "rejected": "c", "label": "1"}\n{"instruction": \n',
+        "bad.json, line 2: not valid json", "all",
+    ),
     ("", "bad.json holds no rows", "all"),
     ("[]", "bad.json holds no rows", "all"),
     ('[{"output": "b"}]', "bad.json, row 1: key 'instruction' is missing; found output", "all"),

@@ -67,8 +67,12 @@ def content_hash(path: Path, is_tokenizer: bool = False) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def find_start(folders: Sequence[str], mode: Resume, fingerprint: Mapping[str, object], total_steps: int) -> int:
+def find_start(
+    folders: Sequence[str], mode: Resume, fingerprint: Mapping[str, object], total_steps: int,
+    not_yet: Sequence[str] = (),
+) -> int:
     """Find the step after which a run of one model in each folder resumes; 0 = it begins. Reads, and writes nothing.
+    not_yet: facts that the fingerprint does not hold yet, which are not compared.
 
     Raises UserError for a run that was started otherwise, is damaged, or would be lost: one that is not finished where
     it is not to be resumed, and weights without anything to resume from where it is.
@@ -88,7 +92,8 @@ def find_start(folders: Sequence[str], mode: Resume, fingerprint: Mapping[str, o
     step = max(common)
     for part, folder in enumerate(folders):
         state = read_state(folder, step)
-        _check_same(step_folder(folder, step), state["run"], fingerprint)
+        then = {name: value for name, value in state["run"].items() if name not in not_yet}
+        _check_same(step_folder(folder, step), then, fingerprint)
         if state.get("part") != part:
             raise UserError(f"{folder} holds another model of its run than is to go on there; exchange the actor's "
                             "directory and the critic's")

@@ -1,53 +1,69 @@
 """What the trainers that go over the rows of a file do alike: how rows become steps, the run, its log."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 from src import load, parallel
 from src.checkpoint import saving
 from src.command.config import TrainConfig
+from src.data.encoded_rows import Keep, in_temporary_file
 from src.data.sampler import BatchSampler, Dataset, Step
 from src.models.decoder import Decoder
 from src.runlog import RunLog, warn_of_early_end
 from src.text.tokenizer import Tokenizer
 from src.training.checkpointer import Checkpointer, Trainee
+from src.training.kept_rows import KeptRows, rows_identity
 from src.training.resuming import find_start, run_fingerprint
 from src.training.throughput import ThroughputMeter
 from src.training.trainer import StepReport, Trainer
 
 
 class Run:
-    """A run of a trainer over a dataset: begin() before the model is loaded, open() once it is, then steps()."""
+    """A run of a trainer over rows: keep() says where they lie, begin() counts its steps before the model is loaded,
+    open() takes it up once it is, then steps()."""
 
-    def __init__(self, config: TrainConfig, data: Dataset) -> None:
-        """Count the steps. Raises UserError for ranks that cannot share the model."""
-        self.config, self.n_rows = config, len(data.samples)
+    def __init__(self, config: TrainConfig, trainer: str, tokenizer: Tokenizer) -> None:
+        """Start the ranks. Raises UserError for ranks that cannot share the model, and for a save_dir that would
+        overwrite what the run reads, or that holds another run. A dry run starts and writes nothing."""
+        self.config = config
         self.trained = load.Trained(load.lora_config(config, config.lora_dropout), config.seed)
-        self._n_shards = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size)
+        self._chat_facts, n_shards = tokenizer.chat_facts(), load.tensor_parallel_size(
+            config.ckpt_dir, config.tensor_parallel_size)
         self.sampler = BatchSampler(
             max_batch_size=config.max_batch_size, accumulation_steps=config.accumulation_steps, seed=config.seed,
-            rank=parallel.rank() // self._n_shards, ranks=parallel.world_size() // self._n_shards)
-        self.steps_per_epoch = self.sampler.steps_per_epoch(self.n_rows)
-        self.total_steps = self.sampler.total_steps(self.n_rows, config.epochs, config.max_steps)
+            rank=parallel.rank() // n_shards, ranks=parallel.world_size() // n_shards)
+        if not config.dry_run:
+            # All that can be refused is refused here, before the minutes that rows and model take
+            parallel.start(config.seed, n_shards, config.replicas)
+            saving.check_save_dir(config.save_dir, config.ckpt_dir)
+            self._fingerprint = run_fingerprint(
+                trainer, config.flags(), tokenizer, rows_a_step=self.sampler.rows_per_step,
+                precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))
+            find_start([config.save_dir], config.resume, self._fingerprint, sys.maxsize, not_yet=("rows",))
+            self._identity = rows_identity(self._fingerprint)
+
+    def keep(self, name: str) -> Keep:
+        """Where rows of this name lie: in the run's directory, for a dry run in a file that is gone with it."""
+        if self.config.dry_run:
+            return in_temporary_file
+        return KeptRows(Path(self.config.save_dir) / "rows" / f"{name}.ids", self._identity)
+
+    def begin(self, data: Dataset) -> None:
+        """Count the steps. Raises UserError for a save_dir with a run of more of them, or of other rows."""
+        config, n_rows = self.config, len(data.samples)
+        self.steps_per_epoch = self.sampler.steps_per_epoch(n_rows)
+        self.total_steps = self.sampler.total_steps(n_rows, config.epochs, config.max_steps)
+        if not config.dry_run:
+            self._fingerprint |= {"rows": n_rows}
+            find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
 
     def planned_steps(self, data: Dataset) -> Iterator[Step]:
         """All steps as the rank with the longest forward passes sees them."""
         config = self.config
         return self.sampler.of_last_rank.steps(
             data, packing=config.packing, epochs=config.epochs, stop=self.total_steps)
-
-    def begin(self, trainer: str, tokenizer: Tokenizer) -> None:
-        """Start the ranks. Raises UserError for a save_dir that would overwrite what the run reads, or that holds
-        another run."""
-        config = self.config
-        # All that can be refused is refused here, before the minutes that loading a model takes
-        parallel.start(config.seed, self._n_shards, config.replicas)
-        saving.check_save_dir(config.save_dir, config.ckpt_dir)
-        self._chat_facts = tokenizer.chat_facts()
-        self._fingerprint = run_fingerprint(
-            trainer, config.flags(), tokenizer, rows=self.n_rows, rows_a_step=self.sampler.rows_per_step,
-            precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))
-        find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
 
     def open(self, model: Decoder, log: RunLog) -> None:
         """Give the model, `trained`, an optimizer and a place to be saved; take up what an earlier start saved."""
