@@ -22,6 +22,7 @@ from fairscale.nn.model_parallel import mappings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from src import context_parallel
 from src.errors import UserError
 from src.processes import heap, watchdog
 
@@ -33,11 +34,11 @@ ANSWER_TIME = datetime.timedelta(seconds=30)  # of the store that the ranks met 
 _mesh: DeviceMesh | None = None  # of several data-parallel ranks: [ranks], or [replicas, ranks that share one]
 
 
-def start(seed: int = 1, tensor_parallel_size: int = -1, replicas: int = 1) -> None:
+def start(seed: int = 1, tensor_parallel_size: int = -1, replicas: int = 1, context_parallel_size: int = 1) -> None:
     """Join the process group that torchrun describes (or a group of one) and seed every generator alike.
     Consecutive ranks form tensor-parallel groups of the given size (-1: one group of all ranks); ranks at the same
     place in theirs form a data-parallel group, whose consecutive ranks share each of `replicas` copies of a model that
-    learns (HSDP). gloo on the CPU, NCCL where CUDA is present. Raises UserError."""
+    learns (HSDP), and `context_parallel_size` a batch. gloo on the CPU, NCCL where CUDA is. Raises UserError."""
     if not dist.is_initialized():
         heap.keep_large_blocks()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -53,20 +54,21 @@ def start(seed: int = 1, tensor_parallel_size: int = -1, replicas: int = 1) -> N
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its group sizes; nothing else runs here
             size = dist.get_world_size() if tensor_parallel_size == -1 else tensor_parallel_size
             groups.initialize_model_parallel(size)
-        replica_size(data_parallel_size(), replicas)
-        if data_parallel_size() > 1:
+        context_parallel.start(context_parallel_size, size)
+        ranks = groups.get_data_parallel_world_size()
+        if divided(ranks, "replicas", replicas) and ranks > 1:
             global _mesh
             _mesh = _data_parallel_mesh(replicas)
         atexit.register(stop)  # gloo's threads abort a process that exits while its groups are alive
     seed_all(seed)
 
 
-def replica_size(data_parallel: int, replicas: int) -> int:
-    """How many of the data-parallel ranks share each of so many replicas. Raises UserError."""
-    if data_parallel % replicas:
-        raise UserError(f"--replicas {replicas} does not divide the {data_parallel} data-parallel ranks that run; "
+def divided(data_parallel: int, flag: str, value: int) -> int:
+    """How many data-parallel ranks each part has of as many as a flag says. Raises UserError."""
+    if data_parallel % value:
+        raise UserError(f"--{flag} {value} does not divide the {data_parallel} data-parallel ranks that run; "
                         f"start a multiple of it")
-    return data_parallel // replicas
+    return data_parallel // value
 
 
 def _data_parallel_mesh(replicas: int) -> DeviceMesh:
@@ -140,13 +142,18 @@ def tensor_parallel_size() -> int:
 
 
 def data_parallel_rank() -> int:
-    """This rank's place among those that hold the same shard of the model and see other data."""
-    return groups.get_data_parallel_rank()
+    """This rank's place among those that see other data; alike on ranks that share a batch."""
+    return groups.get_data_parallel_rank() // context_parallel.size()
 
 
 def data_parallel_size() -> int:
-    """Number of copies of the model that share a step's data."""
-    return groups.get_data_parallel_world_size()
+    """Number of batches that a step's data are dealt to at once."""
+    return groups.get_data_parallel_world_size() // context_parallel.size()
+
+
+def ranks_per_batch() -> int:
+    """Number of ranks that compute the same losses: they share a model, and the positions of a batch."""
+    return tensor_parallel_size() * context_parallel.size()
 
 
 def device() -> torch.device:
@@ -199,11 +206,7 @@ def max_over_tensor_parallel(x: Tensor) -> Tensor:
 
 def sum_over_data_parallel(x: float) -> float:
     """Sum of a number over the data-parallel group: a step's global count from every rank's own."""
-    if data_parallel_size() == 1:
-        return x
-    total = torch.tensor(x, dtype=torch.float64, device=device())
-    dist.all_reduce(total, group=groups.get_data_parallel_group())
-    return total.item()
+    return x if data_parallel_size() == 1 else join_over_data_parallel(torch.tensor(x, dtype=torch.float64)).item()
 
 
 def sum_over_all(x: Tensor) -> Tensor:
@@ -217,16 +220,16 @@ def gather_over_data_parallel(items: list[Item]) -> list[Item]:
     """The lists of all data-parallel ranks joined in their order, alike on each. Items must be picklable."""
     if data_parallel_size() == 1:
         return items
-    found: list[list[Item]] = [[] for _ in range(data_parallel_size())]
+    found: list[list[Item]] = [[] for _ in range(groups.get_data_parallel_world_size())]
     dist.all_gather_object(found, items, group=groups.get_data_parallel_group())
-    return [item for part in found for item in part]
+    return [item for part in found[:: context_parallel.size()] for item in part]
 
 
 def join_over_data_parallel(x: Tensor) -> Tensor:
     """Sum of CPU tensors x [...] over the data-parallel ranks, each of which has filled its own entries. -> [...]."""
     if data_parallel_size() == 1:
         return x
-    total = x.to(device(), copy=True)
+    total = x.to(device()) * (context_parallel.rank() == 0)  # those of a batch have the same: one of them counts
     dist.all_reduce(total, group=groups.get_data_parallel_group())
     return total.cpu()
 
@@ -241,7 +244,7 @@ def shard_over_data_parallel(model: nn.Module, blocks: Iterable[nn.Module], dtyp
     `blocks` are gathered one at a time, the rest of the model as a whole, rounded to `dtype`. Gradients are summed in
     float32, not averaged: losses are already divided by counts over all ranks. Nothing happens with one data-parallel
     rank, or to a model that is shared already. Parameters may be on the meta device, to be filled with part_like()."""
-    if data_parallel_size() == 1 or _is_shared(model):
+    if _mesh is None or _is_shared(model):
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -301,14 +304,19 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if _is_shared(x) else x
 
 
+def holds_whole() -> bool:
+    """Whether this rank is the first of its data-parallel group, which writes what they have."""
+    return _mesh is None or groups.get_data_parallel_rank() == 0
+
+
 def gather_on_first(x: Tensor) -> Tensor | None:
     """The whole tensor on data-parallel rank 0, to which the others of its replica send; all ranks call this.
     [n on this rank, ...] -> [n, ...], None on the others."""
-    first = _mesh is None or data_parallel_rank() == 0
+    first = holds_whole()
     if not _is_shared(x):
         return x if first else None
     group, size = x.device_mesh.get_group(x.device_mesh.ndim - 1), x.device_mesh.size(x.device_mesh.ndim - 1)
-    if data_parallel_rank() >= size:  # another replica
+    if groups.get_data_parallel_rank() >= size:  # another replica
         return None
     part = x.detach().to_local()
     each = -(-len(x) // size)  # rows, of the first ranks: the last ones may hold fewer
@@ -333,11 +341,7 @@ def part_like(x: Tensor, like: Tensor) -> Tensor:
     No other part of x is read, and nothing is sent. What is a part already stays as it is."""
     if _is_shared(x):
         return x
-    if not _is_shared(like):
-        return x.to(device(), like.dtype, copy=True)
-    part = rows_like(x, like).to(device(), like.dtype, copy=True)
-    place = {"device_mesh": like.device_mesh, "placements": like.placements}
-    return type(like).from_local(part, **place, run_check=False, shape=x.shape, stride=x.stride())
+    return as_part(rows_like(x, like).to(device(), like.dtype, copy=True), like)
 
 
 def as_part(x: Tensor, like: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from src.training.memory import (
     local_lora_parameters,
     local_parameters,
     local_trainable_parameters,
+    sent_for_attention,
     training_memory,
 )
 from src.training.ppo_config import PPOConfig, short_name
@@ -57,26 +58,30 @@ def training(
     """The plan of a trainer that takes these steps, of these samples. summed: its loss is a sum of log-probs."""
     n = load.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
     model.check_divides(n, "this checkpoint")
+    sharing = config.context_parallel_size
+    model.check_heads(n, sharing)
     passes = [(step.epoch, [batch.tokens.numel() for batch in step.batches]) for step in steps]
     n_tokens = max((max(tokens) for _, tokens in passes), default=0)
-    n_flop = 6 * local_parameters(model, n) * sum(sum(tokens) for _, tokens in passes)
+    n_flop = 6 * local_parameters(model, n) * sum(sum(tokens) for _, tokens in passes) // sharing
     how = Training(load.lora_config(config, config.lora_dropout), config.quantize, config.activation_checkpointing,
-                   parallel.replica_size(data_parallel, config.replicas), config.accumulation_steps > 1, _on_gpu(),
-                   is_half(config), config.optimizer, summed)
+                   parallel.divided(data_parallel * sharing, "replicas", config.replicas),
+                   config.accumulation_steps > 1, _on_gpu(), is_half(config), config.optimizer, summed, sharing)
     memory = {"model": training_memory(model, n, n_tokens, how)}
     lengths = np.fromiter((len(encoded.tokens) for sample in samples for encoded in sample), np.int32)
     ids = size(4 * int(lengths.sum(dtype=int)))
     facts = {
         "tensor-parallel ranks": n,
-        "data-parallel ranks": data_parallel,
+        "data-parallel ranks": data_parallel * sharing,
         "examples": f"{len(lengths)}, the longest {lengths.max()} tokens; their ids take {ids}",
         "largest forward pass": f"{n_tokens} tokens",
+        **({"shared by": f"{sharing} ranks, {-(-n_tokens // sharing)} tokens each; for attention each sends "
+            f"{size(sent_for_attention(model, n, n_tokens, how))} a pass"} if sharing > 1 else {}),
         "optimizer steps": len(passes),
         "time": duration(n_flop, config),
         "disk": disk([model], n, how, config, len(passes), sum(epoch == 1 for epoch, _ in passes)),
         "an example": masked_text(samples[0][0], tokenizer),
     }
-    return report(facts, memory, moments(memory, {"model": model}, n), n * data_parallel)
+    return report(facts, memory, moments(memory, {"model": model}, n), n * data_parallel * sharing)
 
 
 def duration(flop: int, config: ModelFlags) -> str:
@@ -124,7 +129,7 @@ def ppo(
     longest = context if tokenizer.code else config.max_new_tokens  # what code prints comes on top
     work = ppo_work(config, context, longest, [*map(len, ids)], [*map(len, held_ids)], ranks)
     how = Training(load.lora_config(config), checkpointing=config.activation_checkpointing,
-                   data_parallel=parallel.replica_size(ranks, config.replicas), accumulates=work.accumulates,
+                   data_parallel=parallel.divided(ranks, "replicas", config.replicas), accumulates=work.accumulates,
                    on_gpu=_on_gpu(), half=is_half(config), summed=False)
     memory = {name: ppo_memory(models, n, how, work, config.quantize, name) for name in ARRANGEMENTS}
     peaks = {name: moments(memory[name], models, n, phases=name == "--phases") for name in ARRANGEMENTS}

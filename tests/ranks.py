@@ -53,18 +53,19 @@ def succeed(*words: object, n: int | None = None) -> subprocess.CompletedProcess
 
 
 def run_ranks(
-    n: int, target: str, tmp_path: Path, tensor_parallel_size: int = -1, replicas: int = 1, **arguments: object
+    n: int, target: str, tmp_path: Path, tensor_parallel_size: int = -1, replicas: int = 1,
+    context_parallel_size: int = 1, **arguments: object,
 ) -> list[dict[str, object]]:
     """Call `target` ("module:function") with json-able arguments on n ranks; what each returned, by rank."""
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     (folder / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
-    succeed("-m", "tests.ranks", target, folder, tensor_parallel_size, replicas, n=n)
+    succeed("-m", "tests.ranks", target, folder, tensor_parallel_size, replicas, context_parallel_size, n=n)
     return [torch.load(folder / f"{rank}.pth") for rank in range(n)]
 
 
-def _work(target: str, folder: Path, tensor_parallel_size: int, replicas: int) -> None:
+def _work(target: str, folder: Path, *sizes: int) -> None:
     """One rank's part of run_ranks()."""
-    parallel.start(1, tensor_parallel_size, replicas)
+    parallel.start(1, *sizes)
     module, function = target.split(":")
     arguments = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))
     result = getattr(importlib.import_module(module), function)(**arguments)
@@ -72,4 +73,4 @@ def _work(target: str, folder: Path, tensor_parallel_size: int, replicas: int) -
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    _work(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -3,6 +3,7 @@
 They import nothing heavier than src: every rank pays for it.
 """
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from src.data.batch import Batch
 from src.errors import UserError
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
+from src.models import forward
 from src.models.cache import KVCache, PromptCache, n_positions
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -394,4 +396,44 @@ def quantised_lora(
             "adapted": all_logits(models[""], batch.tokens),
             "loaded": all_logits(load.load_solver(f"{save_dir}/{precision}"), batch.tokens),
         }
+    return found
+
+
+# What attention can be: windows and a softcap over shared key heads; norms of heads; one key head and experts.
+KINDS_OF_ATTENTION = {
+    "windows": {"windows": (3, 0), "attention_softcap": 5.0, "logit_softcap": 9.0, "n_kv_heads": 2},
+    "norms": {"qk_norm": True, "qkv_bias": True, "n_kv_heads": 4, "partial_rotary_factor": 0.5},
+    "experts": {"n_experts": 3, "n_active_experts": 2, "n_kv_heads": 1},
+    "mean": {"qk_norm_whole": True, "n_kv_heads": 2, "score": "mean"},
+}
+
+
+def shared_positions() -> dict[str, dict[str, Tensor]]:
+    """By kind of attention and layout of a batch: all that is read of a model, and the gradient of a loss of it all,
+    summed over the ranks that share the batch. Each model is whole on each rank."""
+    tokens, mask = torch.arange(33).view(3, 11) * 7 % 31, torch.arange(11).expand(3, 11) > 3
+    mask = mask & (torch.arange(11) < torch.tensor([[11], [7], [5]]))
+    rows = {"padded": (tokens, mask, None), "packed": (tokens[:1], mask[:1], (3, 8)),
+            "from one beginning": (tokens[:1], mask[:1], (2, (2, 1, 4, 2)))}
+    found = {}
+    for kind, changes in KINDS_OF_ATTENTION.items():
+        config = ModelConfig(dim=16, n_layers=2, n_heads=4, head_dim=4, ffn_dim=24, vocab_size=31, max_seq_len=64,
+                             **changes)
+        torch.manual_seed(1)
+        solver, verifier = Decoder(config), Decoder(dataclasses.replace(config, value_head=True))
+        for parameter in (*solver.parameters(), *verifier.parameters()):
+            nn.init.normal_(parameter, std=0.3)
+        for layout, (ids, chosen, lengths) in rows.items():
+            logprobs, entropies = forward.logprobs_and_entropy(solver, ids, chosen, lengths, learn_entropy=True)
+            read = {"logprobs": logprobs, "entropies": entropies,
+                    "values": forward.response_values(verifier, ids, chosen, lengths),
+                    "scores of tokens": forward.token_scores(verifier, ids, chosen, lengths)}
+            if layout != "from one beginning":
+                read["scores"] = forward.response_scores(verifier, ids, chosen, lengths)
+            parameters = [p for p in (*solver.parameters(), *verifier.parameters()) if p.requires_grad]
+            loss = sum((x * torch.arange(1, x.numel() + 1).view_as(x).cos()).sum() for x in read.values())
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            flat = torch.cat([g.flatten() for g in gradients if g is not None])
+            found[f"{kind}, {layout}"] = {name: x.detach() for name, x in read.items()} | {
+                "gradient": parallel.sum_over_all(flat)}
     return found

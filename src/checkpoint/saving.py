@@ -113,7 +113,7 @@ def _copied(group: TensorGroup) -> TensorGroup:
 def _write(folder: Path, groups: Sequence[TensorGroup]) -> None:
     """Write this tensor-parallel rank's shards, a tensor at a time; data-parallel rank 0 gathers from the others."""
     for kind, tensors, dtype in groups:
-        if parallel.data_parallel_rank() == 0:
+        if parallel.holds_whole():
             storage.write_shard(folder, kind, parallel.tensor_parallel_rank(), tensors, dtype)
         else:
             for tensor in tensors.values():

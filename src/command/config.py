@@ -258,6 +258,8 @@ class TrainConfig(RunFlags, OptimizerFlags, LoraFlags, SavingFlags, ColumnFlags)
     max_seq_len: CountOrOff = flag(-1, """longest prompt + answer in tokens, at most the model's context; -1 =
         512, or that if it is less""")
     accumulation_steps: Count = flag(1, "forward passes in one optimizer step")
+    context_parallel_size: Count = flag(1, """data-parallel ranks that share each batch, every one with a part of its
+        tokens and of what they take in memory, for long rows; they are to divide each rank's query heads""")
     packing: bool = flag(True, """lay the rows of a forward pass end to end instead of padding them; the
         update is the same""")
     optimizer: Literal["adamw", "adamw_8bit"] = flag("adamw", """AdamW with its moments in float32, or in 8
@@ -269,8 +271,10 @@ class TrainConfig(RunFlags, OptimizerFlags, LoraFlags, SavingFlags, ColumnFlags)
         float32""")
 
     def __post_init__(self) -> None:
-        """Raise UserError for a base in few bits that is to be trained itself."""
+        """Raise UserError for a base in few bits that is to be trained itself, and for shared batches compiled."""
         super().__post_init__()
+        if self.compile and self.context_parallel_size > 1:
+            raise UserError("--compile has not been tried with --context_parallel_size; leave one of them out")
         if self.quantize and self.lora_rank == -1:
             raise UserError(f"--quantize {self.quantize} holds weights that are not trained, but --lora_rank -1 trains "
                             f"all of them; give a --lora_rank, or leave --quantize out")

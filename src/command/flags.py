@@ -55,8 +55,8 @@ TRY_ORDER: list[object] = [types.NoneType, Literal, bool, int, float, str, list]
 FREE_ON_RESUME = (
     "lr", "critic_lr", "schedule", "warmup_ratio", "min_lr_ratio", "epochs", "max_steps", "max_batch_size",
     "accumulation_steps", "packing", "rollout_batch_size", "activation_checkpointing", "compile",
-    "tensor_parallel_size", "replicas", "phases", "save_dir", "actor_save_dir", "critic_save_dir", "log_dir",
-    "reference_file",
+    "tensor_parallel_size", "context_parallel_size", "replicas", "phases", "save_dir", "actor_save_dir",
+    "critic_save_dir", "log_dir", "reference_file",
     "model_type", "eval_every", "rollout_samples", "stop_on_alarm", "save_every", "keep_last", "background_save",
     "save_dtype", "resume", "trackers", "dry_run", "base_url", "api_key_env", "server_seconds", "mismatch_limit",
 )

@@ -7,6 +7,7 @@ on this rank, E head dim, D width
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src import context_parallel
 from src.models.cache import Cache, Group
 from src.models.config import ModelConfig
 from src.models.feedforward import RMSNorm
@@ -284,11 +286,23 @@ class Attention(nn.Module):
         values = self.wv(x).view(B, S, self.n_kv_heads, self.head_dim)
         queries, keys = apply_rope(queries, rotation), apply_rope(keys, rotation)
         queries, keys, values = (heads.transpose(1, 2) for heads in (queries, keys, values))
-        if cache is None:
+        if cache is None and context_parallel.size() > 1:
+            mixed = _attend_over_context(queries, keys, values, mask, self.scores)
+        elif cache is None:
             mixed = attend(queries, keys, values, mask, self.scores)
         else:
             mixed = _attend_to_groups(queries, cache.write(self.layer, keys, values), self.scores)
         return self.wo(mixed.transpose(1, 2).reshape(B, S, -1))
+
+
+def _attend_over_context(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Scores) -> Tensor:
+    """attend() to all positions of a batch, of which this rank has S, with its share of the heads: see
+    src/context_parallel.py. [B, H, S, E], [B, K, S, E], [B, K, S, E] -> [B, H, S, E]."""
+    copies = context_parallel.size() // math.gcd(context_parallel.size(), keys.shape[1])
+    if copies > 1:  # the queries of a key head go to several ranks
+        keys, values = (heads.repeat_interleave(copies, 1) for heads in (keys, values))
+    shares = (context_parallel.exchange(heads, 1, 2) for heads in (queries, keys, values))
+    return context_parallel.exchange(attend(*shares, mask, scores), 2, 1)
 
 
 def _attend_to_groups(queries: Tensor, groups: list[Group], scores: Scores) -> Tensor:

@@ -211,6 +211,13 @@ class ModelConfig:
                 f"{where}: ffn_dim={self.ffn_dim} cannot be shared out over {n} shards; choose fewer"
             )
 
+    def check_heads(self, n: int, parts: int) -> None:
+        """Raise UserError unless `parts` ranks can share the query heads of each of n tensor-parallel ones."""
+        for held in (len(self.heads_on(n, index)[0]) for index in range(n)):
+            if held % parts:
+                raise UserError(f"--context_parallel_size {parts} does not divide the {held} query heads of a "
+                                f"tensor-parallel rank (n_heads={self.n_heads} over {n}); choose what does")
+
     def embedding_dim_on(self, n: int) -> int:
         """The dimension along which n shards cut tok_embeddings: the width only where it divides."""
         return 0 if self.dim % n else self.embedding_split_dim

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src import parallel
+from src import context_parallel, parallel
 from src.errors import UserError
 from src.models.attention import Attention, Mask, Packed, Segments
 from src.models.cache import Cache
@@ -70,6 +70,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        config.check_heads(parallel.tensor_parallel_size(), context_parallel.size())
         self.config, self.dtype = config, dtype
         by_width = config.embedding_dim_on(parallel.tensor_parallel_size()) == 1
         embedding = ParallelEmbedding if by_width else VocabParallelEmbedding
@@ -91,7 +92,8 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         lengths: Segments | None = None,
     ) -> Tensor:
-        """tokens [B, S] int64 -> normalised hidden states [B, S, D] in the model's dtype.
+        """tokens [B, S] int64 -> normalised hidden states [B, S, D] in the model's dtype; without a cache those of this
+        rank's context_parallel.part(S).
 
         Without a cache attention is causal over the row, so padding after a row's end changes nothing before
         it; a PromptCache keeps what such a forward computes, at `positions` [B, S] int64 if a prefix comes before.
@@ -105,6 +107,10 @@ class Decoder(nn.Module):
             positions = _positions(lengths or (S,))
             self._check_context(int(positions.max()))
             positions = parallel.to_device(positions).expand(B, S)
+        if cache is None and context_parallel.size() > 1:
+            tokens, positions = context_parallel.cut(tokens), context_parallel.cut(positions)
+            if lengths and (padding := tokens.shape[1] * context_parallel.size() - S):
+                lengths = (*lengths, padding)
         x = self.tok_embeddings(tokens).to(self.dtype)
         if self.config.scaled_embeddings:  # the root is rounded too, as when the model was pretrained
             x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype, device=x.device)

@@ -5,17 +5,20 @@ position t - 1: its log-prob and the critic's value of the state it was chosen i
 read at its own last token (EOS where it has one), or is the mean over its tokens.
 
 Every function takes the fields of a data.batch.Batch: rows padded on the right, or, with `lengths`, one row of
-samples laid end to end. What it returns is the same either way. The fields lie in main memory and are sent to the
-device from here: which positions a mask picks must be known before, for to ask a GPU is to wait for all that it does.
+samples laid end to end. What it returns is the same either way, and on each of the ranks that share a batch. The
+fields lie in main memory and are sent to the device from here: which positions a mask picks must be known before, for
+to ask a GPU is to wait for all that it does.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from src import parallel
+from src import context_parallel, parallel
 from src.models.attention import Segments
 from src.models.decoder import Decoder
 from src.models.vocab_softmax import Entropy, output_logprobs
@@ -30,11 +33,18 @@ class SampledIds(NamedTuple):
     banned: tuple[int, ...] = ()
 
 
-def _predicting(model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
-    """Hidden states at the positions that predict response tokens, and these. [B, S], [B, S] -> [N, D], [N] int64."""
-    places = response_mask.flatten().nonzero()[:, 0]
+def _predicting(
+    model: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Hidden states at this rank's positions that predict response tokens, these, and what joins a number of each with
+    those of the ranks that share the batch. [B, S], [B, S] -> [N here, D], [N here] int64, [N here] to [N]."""
+    here, (rows, places) = context_parallel.part(tokens.shape[1]), response_mask.nonzero(as_tuple=True)
+    mine = ((places > here.start) & (places <= here.stop)).nonzero()[:, 0]
     hidden = model(parallel.to_device(tokens), lengths=lengths).flatten(0, 1)
-    return hidden.index_select(0, parallel.to_device(places - 1)), parallel.to_device(tokens.flatten()[places])
+    predicting = (rows * len(here) + places - 1 - here.start)[mine]
+    join = partial(context_parallel.join, places=mine, total=len(rows))
+    return (hidden.index_select(0, parallel.to_device(predicting)),
+            parallel.to_device(tokens[response_mask][mine]), join)
 
 
 def response_logprobs(
@@ -78,9 +88,10 @@ def _logprobs(
         everything = ids is None or ids.size >= model.config.vocab_size and not ids.banned
         return logits if everything else _of_sampled(logits, ids)
 
-    hidden, targets = _predicting(model, tokens, response_mask, lengths)  # [N, D], [N]
+    hidden, targets, join = _predicting(model, tokens, response_mask, lengths)
     hidden = parallel.copy_to_tensor_parallel(hidden)
-    return output_logprobs(hidden, model.output_weight, targets, finish, entropy, summed=summed)
+    logprobs, entropies = output_logprobs(hidden, model.output_weight, targets, finish, entropy, summed=summed)
+    return join(logprobs), entropies if entropy == "none" else join(entropies)
 
 
 def _of_sampled(logits: Tensor, ids: SampledIds) -> Tensor:
@@ -100,12 +111,14 @@ def response_values(
     critic: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None
 ) -> Tensor:
     """The critic's value of the state that each response token was chosen in. [B, S] -> [N] float32. Differentiable."""
-    return critic.scores(_predicting(critic, tokens, response_mask, lengths)[0])
+    hidden, _, join = _predicting(critic, tokens, response_mask, lengths)
+    return join(critic.scores(hidden))
 
 
 def token_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None) -> Tensor:
     """The verifier's score after each token, the token included. [B, S] -> [B, S] float32. Differentiable."""
-    return verifier.scores(verifier(parallel.to_device(tokens), lengths=lengths))
+    scores = verifier.scores(verifier(parallel.to_device(tokens), lengths=lengths))
+    return context_parallel.uncut(scores, tokens.shape[1])
 
 
 def response_scores(

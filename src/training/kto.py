@@ -142,7 +142,7 @@ class KTO:
     @staticmethod
     def report(tallies: Sequence[Tensor]) -> KTOReport:
         """The means over all ranks' responses from the sums [9] of their batches; 0 for a mean over none."""
-        total = parallel.sum_over_all(torch.stack(list(tallies)).sum(0)) / parallel.tensor_parallel_size()
+        total = parallel.sum_over_all(torch.stack(list(tallies)).sum(0)) / parallel.ranks_per_batch()
         n, loss, agree, point, n_right, right, right_mean, wrong, wrong_mean = total.tolist()
         n_right, n_wrong = max(1.0, n_right), max(1.0, n - n_right)
         return KTOReport(loss / n, agree / n, right / n_right - wrong / n_wrong, point / n, right_mean / n_right,

@@ -33,7 +33,8 @@ MOMENT_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2 * (1 + FLOAT32 / 256)}
 class Training(NamedTuple):
     """How a model is trained. accumulates: a step has several backward passes. quantize: of LoRA's frozen base.
 
-    half: it computes in two bytes a number, see Decoder. summed: its loss is a sum of log-probs.
+    half: it computes in two bytes a number, see Decoder. summed: its loss is a sum of log-probs. context_parallel:
+    ranks that share the tokens of a pass.
     """
 
     lora: LoraConfig | None = None
@@ -45,6 +46,7 @@ class Training(NamedTuple):
     half: bool = False
     optimizer: str = "adamw"
     summed: bool = True
+    context_parallel: int = 1
 
 
 def bytes_per_weight(precision: str) -> float:
@@ -83,8 +85,9 @@ def local_trainable_parameters(config: ModelConfig, lora: LoraConfig | None, n: 
 
 
 def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> dict[str, int]:
-    """Bytes by part of a rank that trains on n_tokens, padding included, in its largest forward pass."""
-    sizes, ranks = local_sizes(config, n), how.data_parallel
+    """Bytes by part of a rank that trains on n_tokens, padding included, in its largest forward pass, or on its part
+    of them."""
+    sizes, ranks, n_tokens = local_sizes(config, n), how.data_parallel, -(-n_tokens // how.context_parallel)
     trainable = local_trainable_parameters(config, how.lora, n)
     frozen = sum(sizes.values()) if how.lora else 0
     # What LoRA does not train is held in the type it is computed in; FSDP2 gathers all weights in the same type
@@ -129,6 +132,7 @@ def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tu
     norms = norm * (config.pre_norms + config.post_norms)
     attention = norms + computed * (D + 2 * (H + K) * E)  # the norm's output, queries, keys, values, output
     attention += norm * (H + K) * E // D if config.qk_norm else 0
+    attention += computed * 2 * (_exchanged(K, how) - K) * E
     feed_forward = norms + computed * (D + 4 * F)  # the norm's output, products, gate and their product
     if how.lora and how.lora.dora:  # what each adapted linear yields before its rows have their lengths
         widths = {"wq": H * E, "wk": K * E, "wv": K * E, "wo": D, "w1": F, "w2": D, "w3": F}
@@ -137,6 +141,21 @@ def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tu
     kept = {"none": block, "selective": attention + entry, "full": entry}[how.checkpointing]
     gradients = 3 * computed * F  # of the product, the gate and the other factor, before they are the input's
     return n_tokens * kept * (config.n_layers - 1), n_tokens * (block + gradients)
+
+
+def _exchanged(n_kv_heads: int, how: Training) -> int:
+    """Key-value heads with the copies that context parallelism makes of them: see models/attention.py."""
+    return math.lcm(n_kv_heads, how.context_parallel)
+
+
+def sent_for_attention(config: ModelConfig, n: int, n_tokens: int, how: Training) -> int:
+    """Bytes that each rank sends to those it shares n_tokens with, in a forward and a backward pass over them: queries,
+    keys, values and attention's output, then their gradients; with blocks computed again the former twice."""
+    H, K = map(len, config.heads_on(n, 0))
+    heads, own = 2 * (H + _exchanged(K, how)), -(-n_tokens // how.context_parallel)
+    times = config.n_layers * (3 if how.checkpointing == "full" else 2)
+    computed = 2 if how.half else FLOAT32
+    return times * own * heads * config.head_dim * computed * (how.context_parallel - 1) // how.context_parallel
 
 
 def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> int:

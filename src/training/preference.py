@@ -144,7 +144,7 @@ class Preference:
     @staticmethod
     def report(tallies: Sequence[Tensor]) -> PreferenceReport:
         """The means over all ranks' pairs from the sums [6] of their batches."""
-        total = parallel.sum_over_all(torch.stack(list(tallies)).sum(0)) / parallel.tensor_parallel_size()
+        total = parallel.sum_over_all(torch.stack(list(tallies)).sum(0)) / parallel.ranks_per_batch()
         return PreferenceReport(*(total[1:] / total[0]).tolist())
 
 

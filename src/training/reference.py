@@ -98,7 +98,7 @@ def _log_probs(model: Decoder, rows: Sequence[Encoded], max_batch_size: int) -> 
     if mine := rows[first : first + max_batch_size]:
         batch = make_batch(mine)
         found[first : first + len(mine)] = response_sums(model, batch).double()
-    return (parallel.sum_over_all(found) / parallel.tensor_parallel_size()).float().tolist()
+    return (parallel.sum_over_all(found) / parallel.ranks_per_batch()).float().tolist()
 
 
 def _read(path: Path) -> dict[str, float]:

@@ -31,12 +31,14 @@ class Run:
         self.trained = load.Trained(load.lora_config(config, config.lora_dropout), config.seed)
         self._chat_facts, n_shards = tokenizer.chat_facts(), load.tensor_parallel_size(
             config.ckpt_dir, config.tensor_parallel_size)
+        sharing = config.context_parallel_size
         self.sampler = BatchSampler(
             max_batch_size=config.max_batch_size, accumulation_steps=config.accumulation_steps, seed=config.seed,
-            rank=parallel.rank() // n_shards, ranks=parallel.world_size() // n_shards)
+            rank=parallel.rank() // (n_shards * sharing),
+            ranks=parallel.divided(parallel.world_size() // n_shards, "context_parallel_size", sharing))
         if not config.dry_run:
             # All that can be refused is refused here, before the minutes that rows and model take
-            parallel.start(config.seed, n_shards, config.replicas)
+            parallel.start(config.seed, n_shards, config.replicas, sharing)
             saving.check_save_dir(config.save_dir, config.ckpt_dir)
             self._fingerprint = run_fingerprint(
                 trainer, config.flags(), tokenizer, rows_a_step=self.sampler.rows_per_step,

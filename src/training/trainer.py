@@ -155,7 +155,7 @@ class Trainer:
             if parameter.grad is not None:
                 norm = torch.linalg.vector_norm(parallel.local(parameter.grad), dtype=torch.float32)
                 squares += (norm.double() / self._loss_scale).square() / copies
-        sums = parallel.sum_over_all(torch.stack((self._loss / parallel.tensor_parallel_size(), squares)))
+        sums = parallel.sum_over_all(torch.stack((self._loss / parallel.ranks_per_batch(), squares)))
         loss, norm = torch.stack((sums[0], sums[1].sqrt())).tolist()
         return loss, norm
 
@@ -167,8 +167,8 @@ class Trainer:
                     parallel.local(parameter.grad).mul_(factor)
 
     def _seed_step(self) -> None:
-        """Make every random draw of the next step (dropout) a pure function of (seed, step, data-parallel rank)."""
-        place = f"{self.flags.seed}/{self.steps}/{parallel.data_parallel_rank()}"
+        """Make every random draw of the next step (dropout) a pure function of (seed, step, tensor-parallel group)."""
+        place = f"{self.flags.seed}/{self.steps}/{parallel.rank() // parallel.tensor_parallel_size()}"
         parallel.seed_all(random.Random(place).getrandbits(63))
 
     def moments(self) -> Iterator[Tensor]:

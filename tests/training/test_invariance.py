@@ -78,7 +78,9 @@ def test_micro_batches_packing_and_recomputation(
     assert_same(found, whole[lora_rank])
 
 
-@pytest.mark.parametrize(("n", "tensor_parallel_size", "replicas"), [(2, 1, 1), (2, 2, 1), (4, 2, 1), (4, 1, 2)])
+@pytest.mark.parametrize(
+    ("n", "tensor_parallel_size", "replicas", "context_parallel_size"),
+    [(2, 1, 1, 1), (2, 2, 1, 1), (4, 2, 1, 1), (4, 1, 2, 1), (2, 1, 1, 2), (4, 2, 1, 2)])
 def test_ranks(
     folders: Folders,
     whole: dict[int | str, dict[str, Tensor]],
@@ -86,9 +88,10 @@ def test_ranks(
     n: int,
     tensor_parallel_size: int,
     replicas: int,
+    context_parallel_size: int,
 ) -> None:
-    """Tensor-parallel, sharing each parameter, and sharing it in two replicas."""
-    data_parallel_size = n // tensor_parallel_size
+    """Tensor-parallel, sharing each parameter, sharing it in two replicas, and sharing the positions of batches."""
+    data_parallel_size = n // tensor_parallel_size // context_parallel_size
     own = ROWS // data_parallel_size
     cases = [
         {"max_batch_size": min(size, own), "accumulation_steps": own // min(size, own), **case}
@@ -106,6 +109,7 @@ def test_ranks(
         tmp_path,
         tensor_parallel_size,
         replicas,
+        context_parallel_size,
         folder=(folders.one, folders.two)[tensor_parallel_size - 1],
         log_dir=str(tmp_path / "log"),
         cases=cases,

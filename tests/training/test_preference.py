@@ -208,11 +208,12 @@ def test_w2s_18_first_loss_is_ln_2_on_four_ranks(
             assert rank[place]["reports"][1][0] < rank[place]["reports"][0][0]
 
 
-@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (2, 2)])
+@pytest.mark.parametrize(("n", "tensor_parallel_size", "context_parallel_size"), [(2, 1, 1), (2, 2, 1), (2, 1, 2)])
 def test_w2s_18_ranks(
-    folders: Folders, whole: list[dict[str, Tensor]], tmp_path: Path, n: int, tensor_parallel_size: int
+    folders: Folders, whole: list[dict[str, Tensor]], tmp_path: Path, n: int, tensor_parallel_size: int,
+    context_parallel_size: int,
 ) -> None:
-    data_parallel_size = n // tensor_parallel_size
+    data_parallel_size = n // tensor_parallel_size // context_parallel_size
     cases = [
         {
             "max_batch_size": 4,
@@ -227,6 +228,7 @@ def test_w2s_18_ranks(
         "tests.training.workers:preference_cases",
         tmp_path,
         tensor_parallel_size,
+        context_parallel_size=context_parallel_size,
         folder=(folders.one, folders.two)[tensor_parallel_size - 1],
         log_dir=str(tmp_path / "log"),
         cases=cases,

@@ -61,15 +61,17 @@ def test_micro_batches_and_packing(
     assert_same_run(found, whole[objective, lora_rank])
 
 
-@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("n", "tensor_parallel_size", "context_parallel_size"), [(2, 1, 1), (2, 2, 1), (4, 2, 1), (4, 4, 1), (2, 1, 2)])
 def test_ranks(
     folders: Folders,
     whole: dict[tuple[str, int], dict[str, Tensor]],
     tmp_path: Path,
     n: int,
     tensor_parallel_size: int,
+    context_parallel_size: int,
 ) -> None:
-    data_parallel_size = n // tensor_parallel_size
+    data_parallel_size = n // tensor_parallel_size // context_parallel_size
     cases = [
         {"objective": objective, "max_batch_size": size, "accumulation_steps": 8 // size // data_parallel_size, **case}
         for objective in OBJECTIVES
@@ -80,6 +82,7 @@ def test_ranks(
         "tests.training.verifier_workers:verifier_cases",
         tmp_path,
         tensor_parallel_size,
+        context_parallel_size=context_parallel_size,
         folder=folders.verifier if tensor_parallel_size == 1 else folders.verifier_two,
         log_dir=str(tmp_path / "log"),
         cases=cases,
