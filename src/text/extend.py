@@ -51,6 +51,8 @@ def say_ends(
         except UserError:  # what nothing here has trained with need not be understood
             if chat_template:
                 raise
+    if tokenizer and tokenizer.path.suffix == ".model" and not (folder / CONFIG).is_file():
+        _name_sentencepiece(folder, tokenizer)
     said = read_json(path) if path.is_file() else {}
     of_config = said.get("eos_token_id") is None
     ends = (ids if of_config else said).get("eos_token_id")
@@ -79,3 +81,14 @@ def say_ends(
             defaults += f"{{% set messages = [{first!r}] + messages %}}{{% endif %}}\n"
         (folder / "chat_template.jinja").write_text(defaults + tokenizer.chat.source, encoding="utf-8")
     return ids
+
+
+def _name_sentencepiece(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write tokenizer_config.json beside a sentencepiece model that came without. transformers takes one that nothing
+    names for another kind, and gives texts without BOS and without the space before their first word."""
+    model = tokenizer.vocabulary
+    named = {"bos_token": model.bos, "eos_token": model.eos}
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.bos_id is not None,
+              "add_prefix_space": model.puts_space, "legacy": False, "clean_up_tokenization_spaces": False}
+    config |= {name: token for name, token in named.items() if token}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -242,6 +242,9 @@ def test_files_of_meta_get_the_ends_of_their_tokenizer(tmp_path: Path) -> None:
         back = exported(str(ours), tmp_path / f"back-{ours.name}")
         assert ids(back)[1] == tokenizer.eos_id
         assert json.loads((back / "config.json").read_text())["bos_token_id"] == tokenizer.bos_id
+        theirs = AutoTokenizer.from_pretrained(back)  # it would leave out BOS and the first word's space
+        for text in ("2 + 3 = 5", "two\n\nthree", "é"):
+            assert theirs(text).input_ids == [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 def test_a_verifier_does_not_take_the_end_for_padding(tmp_path: Path) -> None:
