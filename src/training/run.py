@@ -29,8 +29,8 @@ class Run:
         overwrite what the run reads, or that holds another run. A dry run starts and writes nothing."""
         self.config = config
         self.trained = load.Trained(load.lora_config(config, config.lora_dropout), config.seed)
-        self._chat_facts, n_shards = tokenizer.chat_facts(), load.tensor_parallel_size(
-            config.ckpt_dir, config.tensor_parallel_size)
+        self._chat_facts = tokenizer.chat_facts()
+        n_shards = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size)
         sharing = config.context_parallel_size
         self.sampler = BatchSampler(
             max_batch_size=config.max_batch_size, accumulation_steps=config.accumulation_steps, seed=config.seed,
