@@ -50,8 +50,11 @@ def _checkpoint(repo: str, revision: str | None, file: str | None) -> str:
 
 def _rows(repo: str, revision: str | None, config: str | None, split: str | None) -> str:
     """A parquet file of the rows of a split, as `datasets` reads the repository, in its cache."""
-    import datasets
-
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise UserError(f"hf:{repo}: rows are read by the package datasets, which is not installed; pip install "
+                        "datasets, or download the file and name it") from None
     place = f"hf://datasets/{repo}"  # a directory of this name here is not meant
     try:
         if config and not split and config not in datasets.get_dataset_config_names(place, revision=revision):

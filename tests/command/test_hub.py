@@ -12,7 +12,9 @@ from threading import Thread
 
 import pytest
 
+from src.command import hub
 from src.data.rows import read_rows
+from src.errors import UserError
 from tests.ranks import ROOT
 from tests.tiny import write_hf_llama
 
@@ -147,3 +149,9 @@ def test_a_script_reads_what_a_flag_names_at_the_hub(tmp_path: Path, environment
     assert json.loads((tmp_path / "rows.json").read_text())[0]["label"] == "2"
     done = subprocess.run([*command, "hf:openai/mine"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "expected a local path" in done.stderr
+
+
+def test_rows_of_the_hub_without_the_package_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="hf:a/b: rows are read by the package datasets, which is not installed"):
+        hub.fetch("train_file", "hf:a/b")
