@@ -32,7 +32,7 @@ def test_values_of_every_kind() -> None:
 WRONG = {
     "": "x: not valid json",
     '{"a": ': "x: not valid json (Expecting value)",
-    '{\n"a": 1,\n}': "x, line 3: not valid json",
+    '{\n"a": 1,\n}': f"x, line {3 if sys.version_info < (3, 13) else 2}: not valid json",
     '{"a": 1} {}': "x: not valid json (Extra data)",
     '{"a": 01}': "x: not valid json",
     "{'a': 1}": "x: not valid json",
@@ -94,7 +94,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         Path("/dev/zero"): "/dev/zero is a device; expected a file",
         tmp_path / "loop": "loop' cannot be read",
         tmp_path / ("n" * 300): "cannot be read (File name too long)",
-        "a\0b": "'a\\x00b' cannot be read (embedded null byte)",
+        "a\0b": "'a\\x00b' cannot be read (",  # in words that differ by Python's version
     }.items():
         for read in (read_json, rows):
             with pytest.raises(UserError, match=re.escape(message)):
