@@ -16,7 +16,7 @@ from src.code_solutions.runner import Limits, SandboxError
 from src.inference.engine import Completion, Request, ToolAnswer, ToolHook
 from src.inference.sampling import Sampling
 from src.processes import watchdog
-from src.text.blocks import ANY_MARKER, Block, Marker, Piece, ended_blocks, split_text
+from src.text.blocks import ANY_MARKER, Marker, Piece, SolutionBlock, ended_blocks, split_text
 from src.text.tokenizer import Tokenizer
 
 PASSED = ("ok", "output_limit")
@@ -104,12 +104,12 @@ class Coding(NamedTuple):
             answers.append(ToolAnswer([index for piece in pieces for index in piece], end, status))
         return answers
 
-    def _run(self, solutions: list[list[Block]]) -> list[_Next]:
+    def _run(self, solutions: list[list[SolutionBlock]]) -> list[_Next]:
         """What follows each solution, run side by side on the first rank of a tensor-parallel group, on all of it."""
         with watchdog.patiently(), ThreadPoolExecutor(THREADS) as pool:
             return parallel.from_first_rank(lambda: list(pool.map(self._next, solutions)), of_group=True)
 
-    def _next(self, solution: Sequence[Block]) -> _Next:
+    def _next(self, solution: Sequence[SolutionBlock]) -> _Next:
         """What follows the last block of a solution; it runs code."""
         if sum(block.kind != "execution" for block in solution) >= self.max_rounds:
             return _Next(None, MAX_ROUNDS)
@@ -124,7 +124,7 @@ class Coding(NamedTuple):
             return _Next(execution.output, "", execution.status)
         return _Next(None, f"exec_{execution.status}", execution.status)
 
-    def blocks(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[Block]:
+    def blocks(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[SolutionBlock]:
         """The ended blocks of the answer that a prompt may begin and these tokens go on with."""
         markers = {self.tokenizer.control[marker]: marker for marker in Marker}
         ids = [*prompt, *tokens]

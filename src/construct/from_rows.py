@@ -42,7 +42,7 @@ def select(config: SelectConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitConfig(BuildConfig):
+class SplitRowsConfig(BuildConfig):
     """Two parts"""
 
     train_file: str = flag(help='rows with "instruction"; all their keys are kept')
@@ -55,7 +55,7 @@ class SplitConfig(BuildConfig):
     seed: Seed = flag(1, "seed of the choice")
 
 
-def split(config: SplitConfig) -> None:
+def split(config: SplitRowsConfig) -> None:
     """Instruction data in two parts without a question in common: one to teach the weak model, one for it to label.
 
     Questions that differ in case, width or blanks count as the same.

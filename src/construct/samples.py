@@ -51,7 +51,7 @@ class ErrorFlags(Config):
         its code printed, such as tracebacks""")
 
 
-class Problem(NamedTuple):
+class GradedProblem(NamedTuple):
     """A problem's distinct responses by outcome, in the order of the file."""
 
     instruction: str
@@ -68,13 +68,13 @@ def read_graded(samples_file: str) -> list[Sample]:
     return samples
 
 
-def by_problem(samples: Sequence[Sample]) -> dict[str, Problem]:
+def by_problem(samples: Sequence[Sample]) -> dict[str, GradedProblem]:
     """Group graded samples by problem id; equal texts of one problem count once, empty ones not at all.
 
     A timeout or an error of the grader says nothing about a solution, so these are left out. Raises UserError for a
     sample without its prompt.
     """
-    problems: dict[str, Problem] = {}
+    problems: dict[str, GradedProblem] = {}
     seen: set[tuple[str, str]] = set()
     for sample in samples:
         if sample.values.get("prompt") is None:
@@ -84,7 +84,7 @@ def by_problem(samples: Sequence[Sample]) -> dict[str, Problem]:
             continue
         if (sample.id, sample.response) not in seen:
             seen.add((sample.id, sample.response))
-            problem = problems.setdefault(sample.id, Problem(sample.prompt, [], [], []))
+            problem = problems.setdefault(sample.id, GradedProblem(sample.prompt, [], [], []))
             getattr(problem, sample.outcome).append(sample)
     return problems
 

@@ -142,8 +142,8 @@ def generate(
     model.eval()
     try:
         shortest = min((len(request.prompt) for request in requests), default=0)
-        batch = Batch(model, sampling, vocabulary, min(max_batch_size, len(requests)), on_token, compiled=compiled,
-                      tool_hook=tool_hook, shortest=shortest)
+        batch = DecodingBatch(model, sampling, vocabulary, min(max_batch_size, len(requests)), on_token,
+                              compiled=compiled, tool_hook=tool_hook, shortest=shortest)
         batch.add(requests)
         with prepared(model.linear_weights(), model.dtype, max_batch_size), packed(model):
             yield from batch.run()
@@ -160,7 +160,7 @@ def _check_lengths(requests: Sequence[Request], max_seq_len: int) -> None:
             )
 
 
-class Batch:
+class DecodingBatch:
     """Requests of one Sampling: those waiting, those in slots and what was sampled there; more may join at any time.
 
     Arrays with a row for each slot hold the state, so that a step costs the same few operations for any batch.

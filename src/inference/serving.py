@@ -5,7 +5,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from src.inference.engine import Batch, Completion, Request, Vocabulary
+from src.inference.engine import Completion, DecodingBatch, Request, Vocabulary
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 
@@ -37,7 +37,7 @@ class _Place(NamedTuple):
 
     job: Job
     place: int
-    batch: Batch
+    batch: DecodingBatch
     request: Request
 
 
@@ -48,7 +48,7 @@ class ServingEngine:
         """n_slots: sequences that decode at once in one batch."""
         self.n_slots, self.compiled = n_slots, compiled
         self._arrived: SimpleQueue[Job] = SimpleQueue()
-        self._batches: dict[object, Batch] = {}  # by what its requests share: model, sampling and ends
+        self._batches: dict[object, DecodingBatch] = {}  # by what its requests share: model, sampling and ends
         self._places: dict[int, _Place] = {}  # by the identity of the request: equal ones may be under way
 
     def submit(self, job: Job) -> None:
@@ -77,8 +77,8 @@ class ServingEngine:
                 break
             key = job.model, repr(job.sampling), job.vocabulary.eos_ids
             if key not in self._batches:
-                self._batches[key] = Batch(job.model, job.sampling, job.vocabulary, self.n_slots, self._sampled,
-                                           compiled=self.compiled)
+                self._batches[key] = DecodingBatch(job.model, job.sampling, job.vocabulary, self.n_slots, self._sampled,
+                                                   compiled=self.compiled)
             for place, request in enumerate(job.requests):
                 self._places[id(request)] = _Place(job, place, self._batches[key], request)
             joining.setdefault(key, []).extend(job.requests)

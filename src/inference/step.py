@@ -13,7 +13,7 @@ from src.models.cache import FixedCache, KVCache
 from src.models.decoder import Decoder
 
 
-class Step(Protocol):
+class DecodingStep(Protocol):
     """What the engine decodes with; the cache holds the sequences."""
 
     cache: KVCache | FixedCache
@@ -76,7 +76,7 @@ class GraphStep:
         self.generation = self.cache.generation
 
 
-def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> Step:
+def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> DecodingStep:
     """A step of this many slots; `compiled` takes effect on a GPU alone, and without experts or longrope.
 
     Which rows an expert takes must be known before it is called. While a graph is recorded nothing can be asked, nor

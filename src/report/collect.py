@@ -27,7 +27,7 @@ GROUPS = {  # of metrics, in the page's order: a metric belongs to the first who
 }
 
 
-class Problem(NamedTuple):
+class ReportedProblem(NamedTuple):
     """A problem and its graded samples in one run."""
 
     prompt: str
@@ -45,16 +45,16 @@ class Problem(NamedTuple):
         return sum(len(_cut(sample.response)) for sample in self.samples) + len(self.prompt)
 
 
-class Run(NamedTuple):
+class ReportedRun(NamedTuple):
     """What one directory holds; empty where it has nothing of a kind. shown: what is not of single problems."""
 
     shown: dict[str, object]
-    problems: dict[str, Problem]
+    problems: dict[str, ReportedProblem]
     extraction: str  # how answers were found
     places: dict[str, Prompt]  # level and subject by problem, where the label file is still there
 
 
-def read_run(folder: Path, label_file: str = "") -> Run:
+def read_run(folder: Path, label_file: str = "") -> ReportedRun:
     """Read the directory of an evaluation, a verifier's evaluation, a training run or of credits.
 
     label_file: where the problems' levels and subjects are; default: the file that run.json names, if it is there.
@@ -67,10 +67,10 @@ def read_run(folder: Path, label_file: str = "") -> Run:
     if not (results or metrics):
         raise UserError(f"{folder} holds neither results.json nor {METRICS} with a line in it; give the --log_dir of "
                         f"an evaluation or the --save_dir of a training run")
-    problems: dict[str, Problem] = {}
+    problems: dict[str, ReportedProblem] = {}
     for sample in samples:
         label = str(sample.values.get("label", ""))
-        problems.setdefault(sample.id, Problem(_cut(sample.prompt), label, [])).samples.append(sample)
+        problems.setdefault(sample.id, ReportedProblem(_cut(sample.prompt), label, [])).samples.append(sample)
     credits_file, rollouts = folder / "credits.jsonl", sorted((folder / "rollouts").glob("step-*.jsonl"))
     shown = {
         "name": str(folder),
@@ -92,7 +92,7 @@ def read_run(folder: Path, label_file: str = "") -> Run:
             "first_wrong": first_wrong([StepLabels(row["instruction"], row["steps"], row["labels"])])[0],
         } for row in list(_rows(credits_file))[:MOST_CREDITS]] if credits_file.is_file() else [],
     }
-    return Run(shown, problems, results.get("rules", {}).get("extraction", ""), _places(folder, label_file))
+    return ReportedRun(shown, problems, results.get("rules", {}).get("extraction", ""), _places(folder, label_file))
 
 
 def _rows(path: Path) -> Iterator[dict[str, object]]:

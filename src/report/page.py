@@ -7,7 +7,7 @@ from pathlib import Path
 from src import jsonfile
 from src.errors import UserError
 from src.evaluation.metrics import interval
-from src.report.collect import Run, read_run, show_sample
+from src.report.collect import ReportedRun, read_run, show_sample
 
 LARGEST = 4_500_000  # bytes of a page
 REPORT = "report.html"
@@ -31,7 +31,7 @@ def write_report(folder: Path, other: Path | None = None, label_file: str = "") 
     return path
 
 
-def _fitting(runs: Sequence[Run], largest: int) -> str:
+def _fitting(runs: Sequence[ReportedRun], largest: int) -> str:
     """The page's data as json of at most so many bytes, by leaving out problems and buffers."""
     names = list(dict.fromkeys(name for run in runs for name in run.problems))
     # a problem that a run has not got counts as unsolved there
@@ -72,7 +72,7 @@ def _evenly(items: Sequence[object], n: int) -> list[object]:
     return [items[round(place * (len(items) - 1) / max(1, n - 1))] for place in range(max(0, n))]
 
 
-def _problem(runs: Sequence[Run], name: str) -> dict[str, object]:
+def _problem(runs: Sequence[ReportedRun], name: str) -> dict[str, object]:
     """A problem with its samples in each run."""
     known = next(run.problems[name] for run in runs if name in run.problems)
     place = next((run.places[name] for run in runs if name in run.places), None)
@@ -82,7 +82,7 @@ def _problem(runs: Sequence[Run], name: str) -> dict[str, object]:
             "subject": place and place.subject, "runs": samples}
 
 
-def _comparison(runs: Sequence[Run]) -> str | None:
+def _comparison(runs: Sequence[ReportedRun]) -> str | None:
     """The second run's accuracy beside the first's, over the problems of both. Raises UserError if there is none."""
     before, after = (run.problems for run in runs)
     if not (before or after):

@@ -42,7 +42,7 @@ CODE_FORM = "code"  # the name among chat templates
 
 
 @dataclass(frozen=True)
-class Block:
+class SolutionBlock:
     """kind: "text", "code" or "execution"."""
 
     kind: str
@@ -117,12 +117,12 @@ def split_text(text: str) -> list[Piece]:
     return [part for part in parts if part]
 
 
-def ended_blocks(parts: Iterable[Piece]) -> list[Block]:
+def ended_blocks(parts: Iterable[Piece]) -> list[SolutionBlock]:
     """Collect the ended blocks of an answer, whatever lies between them; kind "" is one that no marker began."""
     found, kind, content = [], "", ""
     for part in parts:
         if part == Marker.END_OF_BLOCK and isinstance(part, Marker):
-            found.append(Block(kind, content))
+            found.append(SolutionBlock(kind, content))
             kind = content = ""
         elif isinstance(part, Marker):
             kind, content = part.name.lower() if part in KINDS.values() else "", ""

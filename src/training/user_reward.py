@@ -24,7 +24,7 @@ from src.processes.worker import Answer, Reply, Worker, serve
 Columns = Mapping[str, Sequence[object]]
 
 
-class Scored(NamedTuple):
+class UserScores(NamedTuple):
     """What a function gives for each response, how many of them it failed at, and its numbers for the log."""
 
     values: list[float]
@@ -54,13 +54,13 @@ class UserReward:
     def __exit__(self, *error: object) -> None:
         self._worker.close()
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scored:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> UserScores:
         """The rewards of responses to prompts. Raises UserError where the function raises, or gives anything but a
         finite number for each."""
         columns = _columns(prompts, responses)
         try:
             values, stats = self._ask(columns, (6 + len(responses) / 10) * self.seconds)
-            return Scored(values, 0, stats)
+            return UserScores(values, 0, stats)
         except (TimeoutError, ChildProcessError) as trouble:
             runlog.logger().warning("--reward %s: %s; it is asked for one response at a time", self.place, trouble)
         found: list[float | None] = []
@@ -69,7 +69,7 @@ class UserReward:
                 found += self._ask({name: values[row : row + 1] for name, values in columns.items()}, self.seconds)[0]
             except (TimeoutError, ChildProcessError):
                 found.append(None)
-        return Scored([value or 0.0 for value in found], found.count(None), {})
+        return UserScores([value or 0.0 for value in found], found.count(None), {})
 
     def _ask(self, columns: Columns, seconds: float) -> tuple[list[float], dict[str, float]]:
         """One call: its numbers, and those for the log. Raises as Worker.ask() does, and UserError."""

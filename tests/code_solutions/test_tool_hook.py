@@ -11,7 +11,7 @@ from src.code_solutions.runner import Limits
 from src.code_solutions.tool_hook import Coding
 from src.inference.engine import Completion, Request, ToolAnswer
 from src.inference.sampling import Sampling
-from src.text.blocks import Block, Marker, answer_pieces, prompt_pieces
+from src.text.blocks import Marker, SolutionBlock, answer_pieces, prompt_pieces
 from src.text.tokenizer import Tokenizer
 from tests.conftest import CODE_QUESTION, CODE_SOLUTION
 from tests.text.files import write_json
@@ -105,9 +105,9 @@ def test_code_of_the_beginning_is_replayed(code_tokenizer: Tokenizer) -> None:
     coding = Coding(code_tokenizer, max_rounds=5, limits=QUICK)
     request, tokens = row(code_tokenizer, code("print(math.gcd(x, 4))"), begun)
     assert coding.blocks(request.prompt, tokens) == [
-        Block("code", "import math\nx = 10"),
-        Block("execution", ""),
-        Block("code", "print(math.gcd(x, 4))"),
+        SolutionBlock("code", "import math\nx = 10"),
+        SolutionBlock("execution", ""),
+        SolutionBlock("code", "print(math.gcd(x, 4))"),
     ]
     assert (
         said(code_tokenizer, coding.tool_hook().on_pause([(request, tokens)])[0])
