@@ -43,6 +43,13 @@ def test_the_time_of_a_run_is_twice_that_of_its_products(flop: int, text: str, m
     assert said == f"about {text} where a rank multiplies matrices as fast as here, 1 GFLOP/s"
 
 
+@pytest.mark.parametrize("free, verdict", [(1 << 40, "fits: 1.00 TiB free"), (1 << 20, "does not fit: 1.00 MiB free")])
+def test_a_plan_says_whether_this_machine_has_it(free: int, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "available_memory", lambda: free)
+    told = plan.report({}, {"model": {"weights": 1 << 30}}, {"learning": 1 << 30})
+    assert f"this machine            {verdict}" in told
+
+
 def test_the_plan_counts_what_shards_and_loaded_models_hold(tmp_path: Path) -> None:
     source = tiny.write_hf_llama(tmp_path / "hf")
     halves = tiny.split(source, tmp_path / "two", n=2)
