@@ -22,12 +22,14 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class Case(NamedTuple):
-    """A model (dim, layers, heads, ffn, vocabulary), flags of a trainer, and how many ranks train it."""
+    """A model (dim, layers, heads, ffn, vocabulary), flags of a trainer, how many ranks train it, and the tokens of the
+    one row of its one step (0: rows of many lengths)."""
 
     model: tuple[int, int, int, int, int]
     flags: dict[str, object]
     ranks: int = 1
     script: str = "solver_train.py"
+    tokens: int = 0
 
 
 M21, M60 = (512, 6, 8, 1408, 2048), (768, 8, 12, 2048, 2048)
@@ -43,6 +45,12 @@ CASES = {
     "full, packed, long": Case(M21, {"max_batch_size": 8}),
     "tensor-parallel 2": Case(M60, PACKED, ranks=2),
     "data-parallel 2": Case(M60, PACKED | {"tensor_parallel_size": 1}, ranks=2),
+} | {
+    f"{n}k tokens on {ranks}": Case(M60, {
+        "packing": "true", "activation_checkpointing": "full", "precision": "bfloat16", "tensor_parallel_size": 1,
+        "context_parallel_size": ranks, "max_seq_len": 1024 * n, "max_steps": 1,
+    }, ranks, tokens=1024 * n)
+    for n in (8, 16, 32) for ranks in (1, 2)
 } | {
     f"PPO{name}": Case(M21, PPO | flags, script="ppo_train.py")
     for name, flags in {
@@ -71,7 +79,7 @@ def prepare(case: Case, place: Path) -> None:
 
     dim, layers, heads, ffn, vocab = case.model
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=dim, intermediate_size=ffn, max_position_embeddings=2048,
+        vocab_size=vocab, hidden_size=dim, intermediate_size=ffn, max_position_embeddings=max(2048, case.tokens),
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=False,
     )
     torch.manual_seed(0)
@@ -84,6 +92,10 @@ def prepare(case: Case, place: Path) -> None:
     rows = [
         {"instruction": "How many? " * (3 + 5 * i % 17), "output": "1 + 2 = 3. " * (5 + 7 * i % 23)} for i in range(48)
     ]
+    if case.tokens:
+        unit = "1 + 2 = 3. "
+        each = len(load.load_tokenizer(str(place / "ours")).encode(unit * 64)) / 64
+        rows = [{"instruction": "How many?", "output": unit * int((case.tokens - 24) / each)}]
     if case.script == "ppo_train.py":
         parallel.start()
         verifier = load.load_verifier(str(place / "ours"), from_solver=True)
@@ -98,13 +110,14 @@ def prepare(case: Case, place: Path) -> None:
 def command(case: Case, place: Path, *, dry: bool) -> list[str]:
     """The script's words."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"] * (case.ranks > 1)
-    flags = {"train_file": place / "rows.json", "dry_run": dry} | case.flags
+    flags = {"train_file": place / "rows.json", "dry_run": dry, "max_seq_len": 1024, "max_steps": 3} | case.flags
     if case.script == "ppo_train.py":
         flags |= {"actor_ckpt_dir": place / "ours", "actor_save_dir": place / "actor",
                   "critic_ckpt_dir": place / "ours", "critic_save_dir": place / "critic",
                   "reward_model_ckpt_dir": place / "verifier"}
+        del flags["max_seq_len"], flags["max_steps"]
     else:
-        flags |= {"ckpt_dir": place / "ours", "save_dir": place / "run", "max_seq_len": 1024, "max_steps": 3}
+        flags |= {"ckpt_dir": place / "ours", "save_dir": place / "run"}
     return [sys.executable, *launcher, case.script, *(f"--{name}={value}" for name, value in flags.items())]
 
 

@@ -19,6 +19,7 @@ from src.training.memory import (
     decoding_memory,
     local_lora_parameters,
     local_parameters,
+    sent_for_attention,
     training_memory,
 )
 
@@ -70,6 +71,16 @@ def test_training_memory_by_hand() -> None:
     assert frozen["weights"] == 2 * 664 + 4 * 72 and "rounded weights" not in frozen
     summed = training_memory(CONFIG, 1, 15, Training(data_parallel=2, accumulates=True))
     assert summed["gradients"] == 4 * 664  # whole until the last backward pass of a step
+
+
+def test_shared_tokens_by_hand() -> None:
+    """Two ranks take 7 and 8 of 15 tokens; their one key head is copied for the two query heads."""
+    how = Training(data_parallel=2, context_parallel=2)
+    copies = 4 * 2 * 4  # float32, key and value of one more head of 4
+    assert training_memory(CONFIG, 1, 15, how)["activations"] == (
+        training_memory(CONFIG, 1, 8, Training())["activations"] + 8 * copies)
+    # of 8 tokens queries, keys, values and output in 8 heads of 4, half of them to the other rank, and gradients
+    assert sent_for_attention(CONFIG, 1, 15, how) == 8 * 8 * 4 * 4 // 2 * 2
 
 
 def kept(config: ModelConfig, n_tokens: int, lora: LoraConfig | None, *, packed: bool, half: bool) -> int:
