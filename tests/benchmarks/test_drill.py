@@ -11,6 +11,7 @@ def test_a_run_whose_directory_vanishes_says_so_and_ends_bit_equal_when_it_is_st
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kill, "STEPS", 10)
+    monkeypatch.setattr(drill, "CASE", kill.Case("dp 2", -1, background=False))  # half the processes
     drill.prepare(tmp_path)
     said, equal = drill.drill("vanished", tmp_path)
     errors = [line for _, line in said.lines if line.startswith("error: ")]
