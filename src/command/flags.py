@@ -50,6 +50,9 @@ KINDS: dict[object, Kind] = {
 TRY_ORDER: list[object] = [types.NoneType, Literal, bool, int, float, str, list]
 
 
+# Flags of earlier versions, which command lines and run.json of then still have
+BECAME = {"wandb": "it has become --trackers wandb:PROJECT/NAME"}
+
 # What may differ when a run of a trainer is resumed: how it goes on, where it writes, and how the work of a step is cut
 # up, none of which changes what was learnt so far. Any other flag is compared with what it was.
 FREE_ON_RESUME = (
@@ -267,7 +270,7 @@ def _find(head: str, flags: dict[str, Flag]) -> tuple[Flag, bool]:
         positive = name.removeprefix("no").removeprefix("_")
         if name.startswith("no") and positive in flags and bool in flags[positive].kinds:
             return flags[positive], True
-    advice = suggestion(name.lower(), flags, "--help lists the flags of this script", "--")
+    advice = BECAME.get(name) or suggestion(name.lower(), flags, "--help lists the flags of this script", "--")
     raise UserError(f"unknown flag {head}; {advice}")
 
 
