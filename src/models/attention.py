@@ -74,7 +74,7 @@ HALF = (torch.bfloat16, torch.float16)
 FEW_QUERIES = 7
 
 
-class Scores(NamedTuple):
+class Scoring(NamedTuple):
     """How a layer makes attention scores of queries and keys."""
 
     scale: float
@@ -82,7 +82,7 @@ class Scores(NamedTuple):
     window: int  # positions that each one sees, its own included; 0 = all before it
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Scores) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Scoring) -> Tensor:
     """Scaled dot-product attention. [B, H, S, E], [B, K, T, E], [B, K, T, E] -> [B, H, S, E]."""
     if isinstance(mask, Packed):
         if torch.compiler.is_compiling():  # a graph of the calls, which are alike for any lengths, would hold for these
@@ -140,7 +140,7 @@ def _in_window(mask: Tensor, window: int) -> Tensor:
 
 
 def _attend_by_parts(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scores,
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scores: Scoring,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """attend() in plain products: with a softcap, which no fused kernel has, or after a prefix. Scores [B, K, H / K, S,
@@ -158,7 +158,7 @@ def _attend_by_parts(
     return mixed.flatten(1, 2)
 
 
-def _attend_after_prefix(queries: Tensor, group: Group, scores: Scores) -> Tensor:
+def _attend_after_prefix(queries: Tensor, group: Group, scores: Scoring) -> Tensor:
     """attend() to the prefix that all rows share and to what each has of its own. [B, H, S, E] -> [B, H, S, E].
 
     The two are mixed by the sums of their exponentials (Juravsky et al. 2024, section 3.1), so that the prefix is read
@@ -186,7 +186,7 @@ def _attend_after_prefix(queries: Tensor, group: Group, scores: Scores) -> Tenso
     return torch.lerp(own.float(), first.float(), share).type_as(queries)
 
 
-def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Segments, scores: Scores) -> Tensor:
+def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Segments, scores: Scoring) -> Tensor:
     """attend() within samples laid end to end, one after the other. [1, H or K, S, E] -> [1, H, S, E]."""
     segments = [sample if isinstance(sample, tuple) else (0, sample) for sample in packed]
     runs = [length for shared, first, *others in segments for length in (shared + first, *others)]
@@ -203,7 +203,7 @@ def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Segme
     return torch.cat(mixed, dim=2)
 
 
-def _attend_in_samples(queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scores: Scores) -> Tensor:
+def _attend_in_samples(queries: Tensor, keys: Tensor, values: Tensor, packed: Packed, scores: Scoring) -> Tensor:
     """attend() within samples laid end to end: in one call of the GPU's flash kernel where it can, else in turn.
 
     [1, H, S, E], [1, K, S, E], [1, K, S, E] -> [1, H, S, E].
@@ -276,7 +276,7 @@ class Attention(nn.Module):
             self.k_norm = ProjectionNorm(config, self.wk, ranks.count(kv_heads), dtype)
         elif config.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(config, dtype), HeadNorm(config, dtype)
-        self.scores = Scores(config.attention_scale, config.attention_softcap, config.window_of(layer))
+        self.scores = Scoring(config.attention_scale, config.attention_softcap, config.window_of(layer))
 
     def forward(self, x: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """x [B, S, D] -> [B, S, D]. A cache takes the new keys and values and makes the mask itself."""
@@ -295,7 +295,7 @@ class Attention(nn.Module):
         return self.wo(mixed.transpose(1, 2).reshape(B, S, -1))
 
 
-def _attend_over_context(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Scores) -> Tensor:
+def _attend_over_context(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Scoring) -> Tensor:
     """attend() to all positions of a batch, of which this rank has S, with its share of the heads: see
     src/context_parallel.py. [B, H, S, E], [B, K, S, E], [B, K, S, E] -> [B, H, S, E]."""
     copies = context_parallel.size() // math.gcd(context_parallel.size(), keys.shape[1])
@@ -305,7 +305,7 @@ def _attend_over_context(queries: Tensor, keys: Tensor, values: Tensor, mask: Ma
     return context_parallel.exchange(attend(*shares, mask, scores), 2, 1)
 
 
-def _attend_to_groups(queries: Tensor, groups: list[Group], scores: Scores) -> Tensor:
+def _attend_to_groups(queries: Tensor, groups: list[Group], scores: Scoring) -> Tensor:
     """attend(), each group of rows to what the cache holds of it. [B, H, S, E] -> [B, H, S, E]."""
     B, H, S, E = queries.shape
     n_kv_heads = groups[0].keys.shape[1]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.models import attention
-from src.models.attention import Scores, attend
+from src.models.attention import Scoring, attend
 
 
 @pytest.mark.parametrize(("rows", "heads", "kv_heads", "length"), [(1, 9, 3, 100), (3, 4, 4, 33)])
@@ -16,7 +16,7 @@ def test_short_rows_in_bfloat16_have_their_own_gradient(
     """The same bits forwards as torch's, gradients no farther from the exact ones, and less than rounding off."""
     inputs = [torch.randn(rows, length, n, 64).bfloat16().transpose(1, 2) for n in (heads, kv_heads, kv_heads)]
     direction = torch.randn(rows, heads, length, 64).bfloat16()
-    scores = Scores(0.3, 0.0, 0)
+    scores = Scoring(0.3, 0.0, 0)
 
     def found(limit: int) -> tuple[Tensor, ...]:
         monkeypatch.setattr(attention, "SHORT", limit)
