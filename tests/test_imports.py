@@ -43,7 +43,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint", "code_solutions", "command", "data", "evaluation", "grading", "inference", "load", "losses",
         "models", "parallel", "processes", "runlog", "text",
     },
-    "cluster": {"models", "runlog", "training"},
     "plan": {
         "checkpoint", "command", "data", "load", "models", "parallel", "processes", "runlog", "text", "training",
     },

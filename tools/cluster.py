@@ -1,6 +1,6 @@
 """What models would take on a cluster of nodes of 8 GPUs, computed from their sizes alone: memory and network.
 
-python -m src.cluster llama-2-7b llama-2-13b llama-2-70b
+python -m tools.cluster llama-2-7b llama-2-13b llama-2-70b
 shows what each GPU of tensor-parallel 8 x data-parallel 1 .. 64 would hold of these, trained on packs of 4096 tokens,
 and what a node would send in a step, within it and to others, with a model shared by all GPUs or a replica on each
 node (--replicas).

@@ -1,6 +1,6 @@
-"""src/cluster.py: what goes over the network, by hand."""
+"""tools/cluster.py: what goes over the network, by hand."""
 
-from src import cluster
+from tools import cluster
 
 
 def test_what_a_node_of_two_sends_by_hand() -> None:
