@@ -67,8 +67,9 @@ def training(
                    parallel.divided(data_parallel * sharing, "replicas", config.replicas),
                    config.accumulation_steps > 1, _on_gpu(), is_half(config), config.optimizer, summed, sharing)
     memory = {"model": training_memory(model, n, n_tokens, how)}
-    lengths = np.fromiter((len(encoded.tokens) for sample in samples for encoded in sample), np.int32)
-    ids = size(4 * int(lengths.sum(dtype=int)))
+    sizes = (n for sample in samples for row in sample for n in (len(row.tokens), len(row.targets)))
+    lengths, n_targets = np.fromiter(sizes, np.int64).reshape(-1, 2).T
+    ids = size(int(4 * lengths.sum() + 8 * n_targets.sum()))
     facts = {
         "tensor-parallel ranks": n,
         "data-parallel ranks": data_parallel * sharing,

@@ -254,7 +254,7 @@ class TrainConfig(RunFlags, OptimizerFlags, LoraFlags, SavingFlags, ColumnFlags)
 
     ckpt_dir: str = flag(help="checkpoint directory to start from")
     save_dir: str = flag(help="""directory for epoch-N checkpoints, the final one, metrics.jsonl, run.json, and the rows
-        as ids (rows/, 4 bytes a token)""")
+        as ids (rows/, 4 bytes a token, and 8 a target of a verifier)""")
     max_seq_len: CountOrOff = flag(-1, """longest prompt + answer in tokens, at most the model's context; -1 =
         512, or that if it is less""")
     accumulation_steps: Count = flag(1, "forward passes in one optimizer step")

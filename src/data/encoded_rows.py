@@ -5,6 +5,7 @@ whether there is an answer_mask - then its tokens, of which a mask's are stored 
 targets as float64, two words each. After the last sample stand where each ends, and their number, as int64.
 """
 
+import errno
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ from src.errors import UserError
 
 Sample = tuple[Encoded, ...]  # the sequences that stay together: one, or a chosen and a rejected one
 Truncation = Literal["error", "drop", "left", "right", "keep_end"]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_DROPPED_SHARE = 0.01  # more answers than this lost to the length limit is a wrong flag, not noise
 
 
@@ -27,7 +29,6 @@ class EncodedRows(Sequence[Sample]):
 
     def __init__(self, file: Path | BinaryIO) -> None:
         words = np.asarray(np.memmap(file, np.int32, "r"))
-        self.n_bytes = words.nbytes
         n = int(words[-2:].view(np.int64)[0])
         self._words, self._ends = words, words[-2 * (n + 1) : -2].view(np.int64)
 
@@ -77,9 +78,16 @@ def write(file: BinaryIO, fill: Fill) -> str:
 
 
 def in_temporary_file(fill: Fill) -> tuple[EncodedRows, str]:
-    """The samples in a file without a name, which is gone when nobody reads it any more; and what fill() says."""
+    """The samples in a file without a name, which is gone when nobody reads it any more; and what fill() says. Raises
+    UserError for a full disk."""
     with tempfile.TemporaryFile() as file:
-        said = write(file, fill)
+        try:
+            said = write(file, fill)
+        except OSError as problem:
+            if problem.errno not in DISK_FULL:
+                raise
+            raise UserError(f"{tempfile.gettempdir()}: {problem.strerror.lower()}; the encoded rows lie there "
+                            "meanwhile: set TMPDIR to a larger disk") from None
         return EncodedRows(file), said
 
 
@@ -126,6 +134,8 @@ def _fill(
         if fits:
             kept += 1
             add(shorter)
+    if not n:
+        raise UserError(f"{source}: no row is left to be encoded; give more of them, or a larger weight")
     long = n - kept + cut
     if lost > MAX_DROPPED_SHARE * n or not kept or (long and truncation == "error"):
         raise UserError(f"{source}: {lost or long} of {n} rows are longer than --max_seq_len {max_seq_len} "
