@@ -1,7 +1,6 @@
 """Encoded rows kept in the directory of their run: rank 0 makes the file, all ranks map it, a resumed run finds it."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -13,14 +12,13 @@ from typing import NamedTuple
 
 from src import parallel, runlog
 from src.checkpoint.tensor_files import file_hash
-from src.data.encoded_rows import EncodedRows, Fill, write
+from src.data.encoded_rows import DISK_FULL, EncodedRows, Fill, write
 from src.errors import UserError
 from src.jsonfile import flush, read_json, write_json
 from src.processes import watchdog
 
 LOOK_SECONDS = 0.1  # between two looks for the file that rank 0 makes
 _CODE = ("data", "text", "training")  # of src/: what makes ids of rows
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def rows_identity(run_fingerprint: Mapping[str, object]) -> str:
@@ -41,7 +39,7 @@ class KeptRows(NamedTuple):
     def __call__(self, fill: Fill) -> tuple[EncodedRows, str]:
         """The samples and what fill() said when they were made: by rank 0, while the others wait. All ranks call this;
         nothing is sent, for a collective has a time limit. Raises UserError for a full disk."""
-        found, written = self._find(), 0
+        found = self._find()
         if found is None and parallel.rank() == 0:
             self._write(fill)
             found = self._find()
@@ -49,11 +47,7 @@ class KeptRows(NamedTuple):
                 raise UserError(f"{self.path} does not read as it was written a moment ago; use another disk")
         while found is None:
             time.sleep(LOOK_SECONDS)
-            before = written
-            with contextlib.suppress(FileNotFoundError):
-                written = self._partial.stat().st_size
-            if written != before:
-                watchdog.got_on()
+            watchdog.got_on()  # rank 0 may read for long before it writes; when it is gone is told elsewhere
             found = self._find()
         return found
 
@@ -85,7 +79,7 @@ class KeptRows(NamedTuple):
             flush(self._partial)
             os.replace(self._partial, self.path)
         except OSError as problem:
-            if problem.errno not in _DISK_FULL:
+            if problem.errno not in DISK_FULL:
                 raise
             raise UserError(f"{self.path}: {problem.strerror.lower()}, with "
                             f"{shutil.disk_usage(self.path.parent).free:,} bytes free; --dry_run says how much the "
