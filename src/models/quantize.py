@@ -128,7 +128,8 @@ class QuantizedMatrix(FrozenMatrix):
 
     def _slices(self) -> Iterator[tuple[slice, Tensor]]:
         """The matrix, some rows at a time; the next ones take their place in memory. -> rows, [n, columns]."""
-        whole = not self.codes.is_cpu or torch.compiler.is_compiling()
+        # a gradient would be computed of rows that others have taken the place of
+        whole = not self.codes.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling()
         n = len(self.codes) if whole else min(SLICE, len(self.codes))
         groups, group = self.codes.shape[1], self.group
         values = torch.empty(n, groups, group, device=self.codes.device)

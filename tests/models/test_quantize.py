@@ -114,6 +114,20 @@ def test_the_kernel_for_codes_multiplies_as_the_dense_matrix_does(precision: str
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_product_by_slices_of_rows_is_that_of_the_whole_matrix(precision: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = QuantizedMatrix(torch.randn(600, 72, generator=generator), PRECISIONS[precision], torch.float32)
+    x, bias = torch.randn(5, 72, generator=generator, requires_grad=True), torch.randn(600, generator=generator)
+    whole = matrix.dense()
+    matrix.product(x, bias).square().sum().backward()
+    expected, = torch.autograd.grad((x @ whole.T + bias).square().sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+    with torch.inference_mode():
+        assert torch.equal(matrix.dense(), whole)
+        torch.testing.assert_close(matrix.product(x, bias), x @ whole.T + bias)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_model_is_packed_while_it_decodes(stories: tuple[Path, list[list[int]]], precision: str) -> None:
     parallel.start()
     root, texts = stories
