@@ -277,9 +277,11 @@ def _asked(words: Sequence[str]) -> dict[str, str]:
     """
     asked = {}
     for word in words or (["tensorboard"] if importlib.util.find_spec("tensorboard") else []):
-        name, _, asked[name] = word.partition(":")
-        if name not in OPEN or (asked[name] == "") != (name == "tensorboard"):
-            raise UserError(f"--trackers {word}: expected tensorboard, wandb:PROJECT[/NAME] or trackio:PROJECT[/NAME]")
+        name, _, place = word.partition(":")
+        if name not in OPEN or (not place.partition("/")[0]) != (name == "tensorboard") or name in asked:
+            raise UserError(f"--trackers {word}: expected tensorboard, wandb:PROJECT[/NAME] or trackio:PROJECT[/NAME], "
+                            "each once")
+        asked[name] = place
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--trackers {word} needs the package {name}, which is not installed; pip install {name}")
     return asked
@@ -298,6 +300,14 @@ def _tensorboard(_: str, folder: Path, flags: Mapping[str, object], kept: int) -
     return track
 
 
+def _identity(folder: Path, kept: int) -> str:
+    """What a run is called at a tracker: the name that a file in its directory holds if it goes on, else a new one."""
+    folder.mkdir(exist_ok=True)
+    if not (kept and (folder / "id").is_file()):
+        (folder / "id").write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return (folder / "id").read_text(encoding="utf-8")
+
+
 def _wandb(place: str, folder: Path, flags: Mapping[str, object], kept: int) -> Tracker:
     """The run that W&B keeps for this directory; a resumed one goes on under its id. Raises UserError.
 
@@ -306,13 +316,9 @@ def _wandb(place: str, folder: Path, flags: Mapping[str, object], kept: int) -> 
     import wandb  # a second and its own process: only where it is asked for
 
     project, _, name = place.partition("/")
-    identity = folder / "wandb" / "id"
-    identity.parent.mkdir(exist_ok=True)
-    if not (kept and identity.is_file()):
-        identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     try:
         run = wandb.init(project=project, name=name or folder.resolve().name,
-                         id=identity.read_text(encoding="utf-8"), resume="allow", dir=folder,
+                         id=_identity(folder / "wandb", kept), resume="allow", dir=folder,
                          config=dict(flags), settings=wandb.Settings(console="off", silent=True))
     except wandb.Error as problem:
         raise UserError(f"--trackers wandb:{place}: {problem}; log in with `wandb login`, or set "
@@ -324,15 +330,17 @@ def _wandb(place: str, folder: Path, flags: Mapping[str, object], kept: int) -> 
 def _trackio(place: str, folder: Path, flags: Mapping[str, object], kept: int) -> Tracker:
     """A run of trackio, in TRACKIO_DIR or at the server or Space that its variables name. Raises UserError.
 
-    A resumed one goes on under its name; steps that a killed part had reached come again.
+    A resumed one goes on under its name, in which no other run of the project has its own unless both were given the
+    same; steps that a killed part had reached come again.
     """
     import trackio
 
     project, _, name = place.partition("/")
+    name = name or f"{folder.resolve().name}-{_identity(folder / 'trackio', kept)}"
     aside = contextlib.redirect_stdout(sys.stderr)  # it prints how to see the run; standard output is for tables
     try:
         with aside:
-            run = trackio.init(project, name=name or folder.resolve().name, config=dict(flags),
+            run = trackio.init(project, name=name, config=dict(flags),
                                resume="allow" if kept else "never", auto_log_gpu=False, auto_log_cpu=False)
     except (ValueError, OSError) as problem:
         raise UserError(f"--trackers trackio:{place}: {problem}") from None

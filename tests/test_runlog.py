@@ -204,25 +204,29 @@ def write_part(folder: Path, part: int, *trackers: str) -> None:
 def test_trackio_and_tensorboard_hold_the_metrics_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each part in a process of its own, as a run is: trackio finds the run again, standard output stays empty."""
+    """Each part in a process of its own, as a run is: trackio finds the run again, even after one whose directory has
+    the same name; standard output stays empty."""
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = "Path(sys.argv[1]), int(sys.argv[2]), 'trackio:splitrl/first', 'tensorboard'"
+    words = "Path(sys.argv[1]), int(sys.argv[2]), 'trackio:splitrl', 'tensorboard'"
     code = f"import sys; from pathlib import Path; from tests.test_runlog import write_part; write_part({words})"
-    for part in (0, 1):
-        done = command("-c", code, tmp_path / "run", part)
+    first = tmp_path / "first" / "run"
+    for folder, part in ((first, 0), (tmp_path / "second" / "run", 0), (first, 1)):
+        folder.mkdir(parents=True, exist_ok=True)
+        done = command("-c", code, folder, part)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
     def ask(*words: str) -> dict[str, object]:
         return json.loads(command("-m", "trackio.cli", *words, "--project", "splitrl", "--json").stdout)
 
-    assert ask("get", "run", "--run", "first")["config"]["lr"] == 1e-5
-    values = ask("get", "metric", "--run", "first", "--metric", "loss")["values"]
+    name = "run-" + (first / "trackio" / "id").read_text()
+    assert ask("get", "run", "--run", name)["config"]["lr"] == 1e-5
+    values = ask("get", "metric", "--run", name, "--metric", "loss")["values"]
     assert [(value["step"], value["value"]) for value in values] == [(step, 1 / step) for step in (1, 2, 3, 4)]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    curves = EventAccumulator(str(first / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in curves.Scalars("loss")] == [
         (step, pytest.approx(1 / step)) for step in (1, 2, 3, 4)]
 
@@ -243,3 +247,9 @@ def test_a_tracker_that_is_not_there_is_one_line(
     assert not (tmp_path / "tensorboard").exists()
     with pytest.raises(UserError, match=f"--trackers {word}.*{re.escape(problem)}"):
         RunLog(str(tmp_path), {}, trackers=[word])
+
+
+@pytest.mark.parametrize("words", [["tensorboard", "tensorboard"], ["wandb:a/x", "wandb:b/y"], ["trackio:/x"]])
+def test_a_tracker_that_would_hide_another_is_refused(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected tensorboard, .* each once"):
+        RunLog(str(tmp_path), {}, trackers=words)
