@@ -215,6 +215,8 @@ def read_config(file: str, flags: dict[str, Flag]) -> dict[str, Value]:
         raise UserError(f"{file} holds {type(found).__name__}, expected flags by name, such as {{\"seed\": 1}}")
     values = {}
     for name, value in found.items():
+        if name in BECAME and not value:
+            continue  # it was not given
         try:
             flag, negated = _find(f"--{name}", flags)
             if negated:

@@ -89,7 +89,7 @@ def test_what_a_run_recorded_starts_the_same_run(script: object, form: str, tmp_
         ("lr: -2", "--lr is -2.0, expected 0 or more"),
         ("schedule: cosin", "--schedule is 'cosin', expected cosine|linear|constant; did you mean cosine"),
         ("packing: maybe", "unknown flag --packing"),
-        ("wandb: ''", "unknown flag --wandb; it has become --trackers wandb:PROJECT/NAME"),
+        ("wandb: a/b", "unknown flag --wandb; it has become --trackers wandb:PROJECT/NAME"),
         ("dry_run: maybe", "--dry_run is 'maybe', expected true|false"),
         ("nodry_run: true", "write dry_run: false"),
         ("- 1", "holds list, expected flags by name"),
