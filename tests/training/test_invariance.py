@@ -80,7 +80,7 @@ def test_micro_batches_packing_and_recomputation(
 
 @pytest.mark.parametrize(
     ("n", "tensor_parallel_size", "replicas", "context_parallel_size"),
-    [(2, 1, 1, 1), (2, 2, 1, 1), (4, 2, 1, 1), (4, 1, 2, 1), (2, 1, 1, 2), (4, 2, 1, 2)])
+    [(2, 1, 1, 1), (2, 2, 1, 1), (4, 2, 1, 1), (4, 1, 2, 1), (2, 1, 1, 2), (4, 2, 1, 2), (4, 1, 1, 2)])
 def test_ranks(
     folders: Folders,
     whole: dict[int | str, dict[str, Tensor]],
