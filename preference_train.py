@@ -92,7 +92,7 @@ def main(config: PreferenceTrainConfig) -> None:
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     if config.reference_ckpt_dir:
         load.load_config(config.reference_ckpt_dir, kind="solver")
-    run = Run(config, "preference_train", tokenizer)
+    run = Run(config, "preference_train", tokenizer, model_config)
     data, held_out = open_preferences(
         config.train_file, config.label_file, config.held_out, tokenizer, config.renamed,
         single=config.objective == "kto", truncation=config.truncation, keeps=(run.keep("train"), run.keep("eval")),

@@ -39,7 +39,7 @@ def main(config: SolverTrainConfig) -> None:
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
     longest = load.context_limit(config.max_seq_len, config.ckpt_dir, model_config)
-    run = Run(config, "solver_train", tokenizer)
+    run = Run(config, "solver_train", tokenizer, model_config)
     data, held_out = (sft_dataset(read_instructions(file, config.renamed), tokenizer, max_seq_len=longest, source=file,
                                   truncation=config.truncation, loss_on=config.loss_on, keep=run.keep(name))
                       if file else None for name, file in (("train", config.train_file), ("eval", config.eval_file)))

@@ -69,7 +69,7 @@ def main(config: VerifierTrainConfig) -> None:
     options = {"margin": config.margin, "centring": config.centring} if config.objective == "pairwise" else {
         "label_tokens": config.label_tokens if config.objective == "outcome" else "last", "balance": config.balance,
         "step": step_kind}
-    run = Run(config, "verifier_train", tokenizer)
+    run = Run(config, "verifier_train", tokenizer, start)
     data, held_out, objective = open_data(
         config.objective, config.train_file, config.weights, config.label_file, config.held_out, tokenizer,
         config.renamed, seed=config.seed, truncation=config.truncation, keeps=(run.keep("train"), run.keep("eval")),

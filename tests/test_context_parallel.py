@@ -56,5 +56,9 @@ def test_what_cannot_be_shared_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         main(SolverTrainConfig(**flags(folders.one, tmp_path, "none", context_parallel_size=2, **changes)))
+
+
+def test_heads_that_do_not_divide_are_refused_before_rows_are_read(folders: Folders, tmp_path: Path) -> None:
+    wrong = flags(folders.one, tmp_path, "none", context_parallel_size=3) | {"train_file": "absent.json"}
     with pytest.raises(UserError, match="size 3 does not divide the . query heads of a tensor-parallel rank"):
-        load.load_config(folders.one).check_heads(2, 3)
+        main(SolverTrainConfig(**wrong))

@@ -10,6 +10,7 @@ from src.checkpoint import saving
 from src.command.config import TrainConfig
 from src.data.encoded_rows import Keep, in_temporary_file
 from src.data.sampler import BatchSampler, Dataset, Step
+from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.runlog import RunLog, warn_of_early_end
 from src.text.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ class Run:
     """A run of a trainer over rows: keep() says where they lie, begin() counts its steps before the model is loaded,
     open() takes it up once it is, then steps()."""
 
-    def __init__(self, config: TrainConfig, trainer: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: TrainConfig, trainer: str, tokenizer: Tokenizer, model: ModelConfig) -> None:
         """Start the ranks. Raises UserError for ranks that cannot share the model, and for a save_dir that would
         overwrite what the run reads, or that holds another run. A dry run starts and writes nothing."""
         self.config = config
@@ -32,6 +33,7 @@ class Run:
         self._chat_facts = tokenizer.chat_facts()
         n_shards = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size)
         sharing = config.context_parallel_size
+        model.check_heads(n_shards, sharing)
         self.sampler = BatchSampler(
             max_batch_size=config.max_batch_size, accumulation_steps=config.accumulation_steps, seed=config.seed,
             rank=parallel.rank() // (n_shards * sharing),

@@ -130,7 +130,7 @@ def test_data_tokenizer_and_flags_make_other_rows(tmp_path: Path, folders: Folde
     def identity(**flags: object) -> str:
         config = SolverTrainConfig(**{
             "ckpt_dir": folders.one, "save_dir": str(tmp_path / "out"), "train_file": str(data), **flags})
-        return Run(config, "solver_train", tokenizer).keep("train").identity
+        return Run(config, "solver_train", tokenizer, load.load_config(config.ckpt_dir)).keep("train").identity
 
     same = [identity(), identity(lr=1.0), identity(max_batch_size=1, epochs=3)]
     others = [identity(train_file=str(other)), identity(max_seq_len=9), identity(loss_on="all"),
