@@ -1,4 +1,4 @@
-"""Ranks, groups and what is sent between them: the only door to torch.distributed and fairscale's groups.
+"""Ranks, groups and what is sent between them: with context_parallel.py the only door to torch.distributed.
 
 V vocabulary, P vocabulary rows on this rank
 """
