@@ -61,7 +61,10 @@ def _run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: li
         call = bind(main, values)
     except UserError as error:
         _stop(2, f"error: {error}")
-    if os.environ.get("RANK", "0") == "0":  # the others must not look at what it has started to write
+    first = os.environ.get("RANK", "0") == "0"
+    if values.get("dry_run") and not first:
+        return  # a plan is one rank's to make and to show
+    if first:  # the others must not look at what it has started to write
         outputs.check({name: flag.default for name, flag in flags_of(main).items()} | values)
 
     def command() -> None:

@@ -268,6 +268,14 @@ def test_torchrun_prints_help_once(script: Path) -> None:
     assert result.returncode == 0 and result.stdout.count("Required flags:") == 1
 
 
+def test_a_dry_run_is_the_first_rank_s_alone(script: Path) -> None:
+    """Every rank of this script would print."""
+    script.write_text(SCRIPT.replace("resume: bool = False)", "resume: bool = False, dry_run: bool = False)"))
+    result = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", script, "--ckpt_dir=x",
+                    "--dry_run")
+    assert result.returncode == 0 and result.stdout == "('x', 1e-05, False)\n"
+
+
 def count(n: int, seed: int = 1) -> None:
     """Count to a number.
 
