@@ -72,12 +72,12 @@ def export_gguf(
     storage.check_space(folder, gguf_bytes(tensors, dtype))
     not_finite = []
     with storage.writing(folder):
-        with create_gguf(storage.staging(folder) / GGUF, metadata | tokenizer, tensors, dtype) as file:
+        with create_gguf(storage.staging(folder) / GGUF, metadata | tokenizer, tensors, dtype) as write:
             for key, stored in tensors.items():
                 tensor = stored.load()
                 if not is_finite(tensor):
                     not_finite.append(key)
-                file.write(key, tensor)
+                write(key, tensor)
         storage.finish(folder, 1, {}, [], {"source": description})
     return not_finite
 

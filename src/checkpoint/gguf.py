@@ -11,10 +11,10 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import gguf
 import numpy as np
@@ -37,6 +37,7 @@ _MAX_DIMS = 4
 _Q8_BLOCK = 32
 _CHUNK = 2**20  # values packed or unpacked at a time: the package needs some ten times their memory
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -130,18 +131,8 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
         big = " (its bytes may be in big-endian order)" if version & 0xFFFF == 0 else ""
         raise UserError(f"{path} is GGUF of version {version}{big}; expected version 2 or 3")
     n_tensors, n_keys = header.take("Q"), header.take("Q")
-    metadata: dict[str, object] = {}
-    for _ in range(n_keys):
-        key = header.text()
-        if key in metadata:
-            raise UserError(f"{path}: key {key!r} stands twice")
-        metadata[key] = header.value(header.take("I"))
-    entries: dict[str, Entry] = {}
-    for _ in range(n_tensors):
-        name = header.text()
-        if name in entries:
-            raise UserError(f"{path}: tensor {name!r} stands twice")
-        entries[name] = header.entry(name)
+    metadata = header.table("key", n_keys, lambda key: header.value(header.take("I")))
+    entries = header.table("tensor", n_tensors, header.entry)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise UserError(f"{path}: general.alignment={alignment!r}; expected a power of two")
@@ -183,6 +174,16 @@ class _Header:
         self.check(length)
         self.at += length
         return self.data[self.at - length : self.at].decode()
+
+    def table(self, what: str, count: int, read: Callable[[str], T]) -> dict[str, T]:
+        """So many names, each with what `read` finds after it. Raises UserError for a name that stands twice."""
+        found: dict[str, T] = {}
+        for _ in range(count):
+            name = self.text()
+            if name in found:
+                raise UserError(f"{self.path}: {what} {name!r} stands twice")
+            found[name] = read(name)
+        return found
 
     def value(self, kind: int) -> object:
         """A value of one of GGUF's kinds; an array is a list of numbers or of texts."""
@@ -248,33 +249,27 @@ def _load(data: mmap.mmap, start: int, entry: Entry) -> Tensor:
     return values.view(entry.shape)
 
 
-class GgufWriter:
-    """A laid-out file that is filled one tensor at a time, in the order of the tensors; create_gguf() makes one."""
-
-    def __init__(self, writer: gguf.GGUFWriter, kinds: Mapping[str, str]) -> None:
-        self._writer, self._kinds = writer, kinds
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Take the next tensor [...], in the type that the layout gives it. Raises OSError when the disk is full."""
-        try:
-            self._writer.write_tensor_data(_packed(tensor, self._kinds[name]))
-        except OSError as problem:  # numpy tells how many bytes were written, and no errno
-            if problem.errno is not None:
-                raise
-            raise OSError(errno.EFBIG, "The disk or a limit on files is full") from None
-
-
 @contextmanager
 def create_gguf(
     path: Path, metadata: Mapping[str, object], tensors: Mapping[str, StoredTensor], dtype: str
-) -> Iterator[GgufWriter]:
-    """Create a file with this metadata and room for these tensors; its hash is written next to it.
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """Create a file with this metadata and room for these tensors; its hash is written next to it. -> the function that
+    takes them one after the other, by name; it raises OSError when the disk is full.
 
     dtype: float32, bfloat16, float16 or q8_0 of the matrices, "" keeps every one's. What is no matrix is float32, as
     llama.cpp needs it, and so is a matrix whose rows q8_0 does not divide.
     """
     kinds = {name: _kind_of(stored, dtype) for name, stored in tensors.items()}
     writer = gguf.GGUFWriter(path, str(metadata["general.architecture"]))
+
+    def write(name: str, tensor: Tensor) -> None:
+        try:
+            writer.write_tensor_data(_packed(tensor, kinds[name]))
+        except OSError as problem:  # numpy tells how many bytes were written, and no errno
+            if problem.errno is not None:
+                raise
+            raise OSError(errno.EFBIG, "The disk or a limit on files is full") from None
+
     try:
         _add_metadata(writer, metadata, kinds)
         for name, stored in tensors.items():
@@ -284,7 +279,7 @@ def create_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        yield GgufWriter(writer, kinds)
+        yield write
     finally:
         writer.close()
     with path.open("rb") as file:

@@ -44,25 +44,14 @@ ARCHITECTURES = {
     "qwen2": Architecture(("qwen2",)),
     "qwen3": Architecture(("qwen3",)),
     "gemma": Architecture(("gemma",)),
-    "gemma2": Architecture(
-        ("gemma2",),
-        keys={
-            "attention.sliding_window": "sliding_window",
-            "attn_logit_softcapping": "attn_logit_softcapping",
-            "final_logit_softcapping": "final_logit_softcapping",
-        },
-    ),
+    "gemma2": Architecture(("gemma2",), keys={"attention.sliding_window": "sliding_window"} | {
+        name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")}),
 }
 _KEYS = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta",
+    "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
 }
 _FLOATS = {"attention.layer_norm_rms_epsilon", "rope.freq_base", "attn_logit_softcapping", "final_logit_softcapping"}
 _REQUIRED = {"block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
@@ -71,10 +60,7 @@ _REQUIRED = {"block_count", "context_length", "embedding_length", "feed_forward_
 _GEMMA_2 = {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 # Keys that must say nothing else, since their other values are not computed here.
 _NEUTRAL: dict[str, object] = {
-    "attention.causal": True,
-    "expert_count": 0,
-    "expert_used_count": 0,
-    "rope.scaling.attn_factor": 1.0,
+    "attention.causal": True, "expert_count": 0, "expert_used_count": 0, "rope.scaling.attn_factor": 1.0,
     "use_parallel_residual": False,
 }
 # Keys that change nothing here: the size of the vocabulary is the embedding's, and the others are of YaRN or history.
@@ -85,24 +71,13 @@ _SHAPED = {"attention.value_length", "rope.dimension_count", "rope.scaling.facto
 _SCALING = "rope.scaling.type"
 _QUANTIZATION = "general.quantization_version"
 
-_NAMES = {
-    "token_embd": "tok_embeddings",
-    "output_norm": "norm",
-    "output": "output",
-    "blk.#.attn_norm": "layers.#.attention_norm",
-    "blk.#.attn_q": "layers.#.attention.wq",
-    "blk.#.attn_k": "layers.#.attention.wk",
-    "blk.#.attn_v": "layers.#.attention.wv",
-    "blk.#.attn_output": "layers.#.attention.wo",
-    "blk.#.attn_q_norm": "layers.#.attention.q_norm",
-    "blk.#.attn_k_norm": "layers.#.attention.k_norm",
-    "blk.#.post_attention_norm": "layers.#.attention_post_norm",
-    "blk.#.ffn_norm": "layers.#.ffn_norm",
-    "blk.#.ffn_gate": "layers.#.feed_forward.w1",
-    "blk.#.ffn_down": "layers.#.feed_forward.w2",
-    "blk.#.ffn_up": "layers.#.feed_forward.w3",
-    "blk.#.post_ffw_norm": "layers.#.ffn_post_norm",
-}
+_NAMES = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"} | {
+    f"blk.#.{theirs}": f"layers.#.{ours}" for theirs, ours in (
+        ("attn_norm", "attention_norm"), ("attn_q", "attention.wq"), ("attn_k", "attention.wk"),
+        ("attn_v", "attention.wv"), ("attn_output", "attention.wo"), ("attn_q_norm", "attention.q_norm"),
+        ("attn_k_norm", "attention.k_norm"), ("post_attention_norm", "attention_post_norm"),
+        ("ffn_norm", "ffn_norm"), ("ffn_gate", "feed_forward.w1"), ("ffn_down", "feed_forward.w2"),
+        ("ffn_up", "feed_forward.w3"), ("post_ffw_norm", "ffn_post_norm"))}
 _OURS = {ours: theirs for theirs, ours in _NAMES.items()}
 # How much slower each rotary pair turns than without stretching, [E / 2]; the one trace of Llama 3.1's rope.
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -115,7 +90,12 @@ def open_model(path: Path, own_tokenizer: bool) -> Source:
     UserError that names what is wrong. own_tokenizer False leaves it unread, where another takes its place."""
     _, metadata, tensors = open_gguf(path)
     config = config_of(metadata, tensors, str(path))
-    ours = _as_ours(tensors, config, metadata, str(path))
+    _, arch = architecture_of(metadata, str(path))
+    ours = _our_tensors(tensors, str(path))
+    ours = ours if arch.interleaved else convert.as_ours(ours, config)
+    for name in ours:
+        if config.norm_offset and name.endswith("norm.weight"):
+            ours[name] = ours[name].then(lambda weight: weight.float() - 1.0)  # gemma stores one less
     check_shapes(ours, config, str(path))
     folder = storage.temporary_folder()
     if own_tokenizer:
@@ -235,26 +215,16 @@ def rope_factors(config: ModelConfig) -> Tensor:
     return plain / rope_frequencies(config, cpu)
 
 
-def _as_ours(
-    tensors: Mapping[str, StoredTensor], config: ModelConfig, metadata: Mapping[str, object], source: str
-) -> dict[str, StoredTensor]:
-    """A file's tensors as our parameters: our names and rotary layout, and norms that store one less. Raises UserError
-    that lists unknown tensors."""
-    _, arch = architecture_of(metadata, source)
-    ours = _our_tensors(tensors, source)
-    ours = ours if arch.interleaved else convert.as_ours(ours, config)
-    for name in ours:
-        if config.norm_offset and name.endswith("norm.weight"):
-            ours[name] = ours[name].then(lambda weight: weight.float() - 1.0)  # gemma stores one less
-    return ours
-
-
 def as_gguf(
     source_config: ModelConfig, tensors: Mapping[str, StoredTensor], name: str, description: str
 ) -> tuple[dict[str, object], dict[str, StoredTensor]]:
     """Metadata and tensors of a file for llama.cpp, without a tokenizer. name: the model's, for people. Raises
     UserError for a model that no file can describe."""
-    config = _within_window(source_config, description)
+    config, window = source_config, max(source_config.windows, default=0)
+    if window and config.family not in ARCHITECTURES["gemma2"].families:
+        runlog.logger().warning("%s has a sliding window of %d, which llama.cpp does not compute: the file's context is"
+                                " as long and no longer", description, window)
+        config = dataclasses.replace(config, windows=(), max_seq_len=min(config.max_seq_len, window))
     architecture = next((key for key, arch in ARCHITECTURES.items() if config.family in arch.families), None)
     if architecture is None or config.value_head:
         what = "a verifier" if config.value_head else f"of family {config.family}"
@@ -286,18 +256,6 @@ def as_gguf(
         written[_ROPE_FACTORS] = StoredTensor(tuple(factors.shape), lambda: factors, torch.float32)
     _check_back(config, metadata, written, architecture, description)
     return metadata, written
-
-
-def _within_window(config: ModelConfig, description: str) -> ModelConfig:
-    """A model whose layers all have one window as the model without, for contexts that the window holds."""
-    window = max(config.windows, default=0)
-    if not window or config.family in ARCHITECTURES["gemma2"].families:
-        return config
-    runlog.logger().warning(
-        "%s has a sliding window of %d, which llama.cpp does not compute: the file's context is as long and no longer",
-        description, window,
-    )
-    return dataclasses.replace(config, windows=(), max_seq_len=min(config.max_seq_len, window))
 
 
 def _check_back(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from src.checkpoint import adapters, convert, peft_config, storage
 from src.checkpoint.peft_config import PeftConfig, Scaled
-from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
+from src.checkpoint.tensor_files import StoredTensor
+from src.checkpoint.weight_files import open_file
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.families import FAMILIES
@@ -47,7 +48,8 @@ class PeftAdapter(NamedTuple):
 def read(folder: Path) -> PeftAdapter:
     """Open an adapter directory of PEFT. Raises UserError for what it names that we do not implement."""
     config = peft_config.read(folder)
-    stored = _tensors(folder)
+    path = storage.inside(folder, folder / (WEIGHTS if (folder / WEIGHTS).is_file() else "adapter_model.bin"))
+    stored = open_file(path).tensors
     tensors = {_our_name(name, folder): tensor for name, tensor in stored.items()}
     if len(tensors) != len(stored):
         raise UserError(f"{folder}: two tensors mean the same parameter; remove one of them")
@@ -60,15 +62,6 @@ def read(folder: Path) -> PeftAdapter:
 def module_name(stem: str) -> str:
     """Hugging Face's name of one of our linears."""
     return convert.to_hf_name(f"{stem}.weight").removesuffix(".weight")
-
-
-def _tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The stored tensors under PEFT's names."""
-    if (folder / WEIGHTS).is_file():
-        return read_safetensors(storage.inside(folder, folder / WEIGHTS))
-    path = storage.inside(folder, folder / "adapter_model.bin")
-    return {name: as_stored(path, name, value)
-            for name, value in read_torch(path).items() if isinstance(value, Tensor)}
 
 
 def _our_name(name: str, folder: Path) -> str:
@@ -99,7 +92,7 @@ def check(adapter: PeftAdapter, config: ModelConfig) -> None:
     for stem, (rank, _) in linears.items():
         if not adapter.config.targets(module_name(stem)):
             raise UserError(f"{adapter.config.path}: target_modules leaves out {module_name(stem)}, which has factors")
-        for name, axis in ((f"{stem}.lora_a.weight", 0), (f"{stem}.lora_b.weight", 1)):
+        for axis, name in enumerate((f"{stem}.lora_a.weight", f"{stem}.lora_b.weight")):
             found, expected = adapter.tensors[name].shape, list(of_rank_1[name])
             expected[axis] = rank
             if list(found) != expected:
@@ -126,25 +119,17 @@ def as_ours(
     for stem, each in linears.items():
         if changes_base or each != (rank, alpha):
             share = each.scale / first.scale if first.scale else 1.0
-            both = functools.cache(
-                functools.partial(_plain_factors, adapter, stem, base, config, rank, share)
-            )
-            for index, (name, axis) in enumerate(
-                ((f"{stem}.lora_a.weight", 0), (f"{stem}.lora_b.weight", 1))
-            ):
+            both = functools.cache(functools.partial(_plain_factors, adapter, stem, base, config, rank, share))
+            for axis, name in enumerate((f"{stem}.lora_a.weight", f"{stem}.lora_b.weight")):  # [rank, in], [out, rank]
                 shape = list(tensors[name].shape)
                 shape[axis] = rank
-                tensors[name] = StoredTensor(
-                    tuple(shape), lambda both=both, index=index: both()[index], torch.float32
-                )
-    return {
-        name: _reordered(convert.rotary_from_hf, name, stored, config) for name, stored in tensors.items()
-    }, lora
+                tensors[name] = StoredTensor(tuple(shape), lambda both=both, axis=axis: both()[axis], torch.float32)
+    return {name: _reordered(convert.rotary_from_hf, name, stored, config) for name, stored in tensors.items()}, lora
 
 
 def _plain_factors(
     adapter: PeftAdapter, stem: str, base: Mapping[str, StoredTensor], config: ModelConfig, rank: int,
-    share: float,
+    share: float
 ) -> tuple[Tensor, Tensor]:
     """Factors of `rank` whose product is `share` of B A, less what PEFT took from the base. [rank, in], [out, rank]."""
     lora_a, lora_b = (adapter.tensors[f"{stem}.lora_{which}.weight"].load().float() for which in "ab")

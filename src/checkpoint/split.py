@@ -1,15 +1,14 @@
 """A checkpoint or an adapter cut into n tensor-parallel shards on disk."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from src.checkpoint import adapters, shards, storage
-from src.checkpoint.shards import Cut
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_tensor_file
 from src.errors import UserError
@@ -32,21 +31,29 @@ def split(source: Source | AdapterSource, folder: Path, n: int, description: str
     documents["params.json"] = config.to_dict() | {"dtype": dtype or config.dtype}
     refuse_source(folder, source.folders)
     cuts = {name: shards.cut_of(name, config, n) for name in tensors}
-    files = {storage.shard_name(kind, index): _layout(tensors, cuts, index, dtype) for index in range(n)}
+
+    def layout(index: int) -> dict[str, TensorSpec]:
+        """What a shard holds, without reading anything."""
+        empty = {name: torch.empty(stored.shape, device="meta") for name, stored in tensors.items()}
+        return {name: TensorSpec(tuple(shards.view_of(whole, cuts[name], index).shape),
+                                 getattr(torch, dtype) if dtype else tensors[name].dtype)
+                for name, whole in empty.items()}
+
+    files = {storage.shard_name(kind, index): layout(index) for index in range(n)}
     facts = {"source": description, "rotary_layout": "interleaved", "tied": config.tied,
              "split": {name: how.dim for name, how in cuts.items()}}
-    with _one_thread():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # its own would spin on the processors on which the files are hashed and written
+    try:
         return write_files(folder, [files], tensors, documents, source.tokenizer_files, facts,
                            piece=lambda name, whole, index: shards.view_of(whole, cuts[name], index))
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def write_files(
-    folder: Path,
-    passes: Sequence[Mapping[str, Mapping[str, TensorSpec]]],
-    tensors: Mapping[str, StoredTensor],
-    documents: Mapping[str, Mapping[str, object]],
-    tokenizer: list[Path],
-    facts: Mapping[str, object],
+    folder: Path, passes: Sequence[Mapping[str, Mapping[str, TensorSpec]]], tensors: Mapping[str, StoredTensor],
+    documents: Mapping[str, Mapping[str, object]], tokenizer: list[Path], facts: Mapping[str, object],
     piece: Callable[[str, Tensor, int], Tensor] = lambda name, whole, index: whole,
 ) -> list[str]:
     """Write tensor files from one reading of the tensors, one of them in memory at a time, and complete the directory.
@@ -74,17 +81,6 @@ def write_files(
     return not_finite
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: its own would spin on the processors on which the files are hashed and written."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def is_finite(tensor: Tensor) -> bool:
     """Whether every entry of a tensor [...] is a number; one pass, nothing allocated."""
     if tensor.numel() == 0:
@@ -109,17 +105,6 @@ def refuse_source(folder: Path, sources: list[Path]) -> None:
     """Raise UserError if a checkpoint would be written over what it is read from."""
     if any(path.resolve() == folder.resolve() for path in sources):
         raise UserError(f"--save_path {folder} is the source itself; choose another directory")
-
-
-def _layout(
-    tensors: Mapping[str, StoredTensor], cuts: Mapping[str, Cut], index: int, dtype: str
-) -> dict[str, TensorSpec]:
-    """What shard `index` holds, without reading anything."""
-    layout = {}
-    for name, stored in tensors.items():
-        piece = shards.view_of(torch.empty(stored.shape, device="meta"), cuts[name], index)
-        layout[name] = TensorSpec(tuple(piece.shape), getattr(torch, dtype) if dtype else stored.dtype)
-    return layout
 
 
 def as_verifier(source: Source, form: str, tokenizer: Tokenizer) -> Source:

@@ -223,13 +223,10 @@ def check_complete(folder: Path) -> None:
     if not (folder / "params.json").is_file():
         foreign = [name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
         foreign += sorted(path.name for path in folder.glob("*.gguf"))
-        raise UserError(
-            f"{folder} has no params.json: it is no checkpoint of ours but what {foreign[0]} describes; bring it here "
-            f"with checkpoint_split.py --ckpt_file {folder} --save_path NEW"
-            if foreign
-            else f"{folder} has no params.json: it is no checkpoint, or its save was interrupted; "
-            f"make it again with checkpoint_split.py or the trainer"
-        )
+        raise UserError(f"{folder} has no params.json: it is no checkpoint" + (
+            f" of ours but what {foreign[0]} describes; bring it here with checkpoint_split.py --ckpt_file {folder} "
+            "--save_path NEW" if foreign else
+            ", or its save was interrupted; make it again with checkpoint_split.py or the trainer"))
     known = manifest_files(folder)
     for name, facts in known.items():
         if not (folder / name).is_file():

@@ -21,12 +21,7 @@ from src.models.foreign import config_from_hf, family_of
 from src.models.meta import MetaWeights, config_from_meta
 
 # In the order in which transformers looks for them; it reads the first that is there.
-_HF_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_HF_FILES = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 _NESTED_KEYS = ("model", "state_dict")
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -56,10 +51,13 @@ def open_weights(paths: list[Path], folder: Path, config_file: str = "") -> Sour
     The description is `config_file`, else params.json or config.json in `folder`, else what lies in the file.
     Raises UserError that names what is wrong.
     """
-    descriptions = _descriptions(folder, config_file)
-    if len(paths) == 1 and paths[0].is_dir():
-        paths = weight_files(folder)
-    files = [open_file(path) for path in paths]
+    candidates = [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
+    descriptions = {str(path): read_json(path) for path in candidates if config_file or path.is_file()}
+    for described, values in descriptions.items():
+        refuse_infinities(values, described)
+        if "model_type" in values and "dim" not in values:
+            family_of(values, described)  # refuses one that is not supported
+    files = [open_file(path) for path in (weight_files(folder) if paths == [folder] else paths)]
     hf = any(convert.strip_wrappers(name).startswith(("model.", "transformer."))
              for file in files for name in file.tensors)
     if not descriptions:
@@ -78,7 +76,12 @@ def open_weights(paths: list[Path], folder: Path, config_file: str = "") -> Sour
     if len(named) > 1 and all(set(tensors) == set(named[0]) for tensors in named):
         tensors, config = _join_shards(named, values, described)
     else:
-        tensors = _merge_parts(files, named)
+        tensors = {}
+        for file, part in zip(files, named, strict=True):
+            if twice := sorted(part.keys() & tensors.keys()):
+                raise UserError(f"{file.path}: parameter {twice[0]!r} is in an earlier file too; expected parts of one "
+                                "checkpoint, or all its tensor-parallel shards")
+            tensors |= part
         config = _config(values, described, tensors)
     if hf and "v_head.weight" in tensors:
         tensors, config = _verifier_from_hf(tensors, values, config, described)
@@ -143,30 +146,15 @@ def open_file(path: Path) -> OpenedFile:
     return OpenedFile(path, tensors, params)
 
 
-def _descriptions(folder: Path, config_file: str) -> dict[str, dict[str, object]]:
-    """What describes the model, by file: the one named, or params.json and config.json as far as they are there. Raises
-    UserError for a family that is not supported, and for numbers that are none."""
-    candidates = [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
-    found = {str(path): read_json(path) for path in candidates if config_file or path.is_file()}
-    for described, values in found.items():
-        refuse_infinities(values, described)
-        if "model_type" in values and "dim" not in values:
-            family_of(values, described)
-    return found
-
-
 def check_counts(values: dict[str, object], shapes: Mapping[str, tuple[int, ...]], described: str) -> None:
     """Raise UserError where a description counts more layers or experts than the weights hold. Whatever is as large as
     these numbers say comes after this."""
     layers = {found[1] for name in shapes if (found := _LAYER.match(name))}
     experts = {found[1] for name in shapes if (found := _EXPERT.search(name))}
     stacked = [shape[0] for name, shape in shapes.items() if _EXPERTS_STACKED.search(name) and shape]
-    held = {
-        **dict.fromkeys(("n_layers", "num_hidden_layers"), ("layers", len(layers))),
-        **dict.fromkeys(
-            ("n_experts", "num_experts", "num_local_experts"), ("experts", max([len(experts), *stacked]))
-        ),
-    }
+    n_experts = max([len(experts), *stacked])
+    held = {**dict.fromkeys(("n_layers", "num_hidden_layers"), ("layers", len(layers))),
+            **dict.fromkeys(("n_experts", "num_experts", "num_local_experts"), ("experts", n_experts))}
     meta_experts = values.get("moe")
     for key, value in (values | (meta_experts if isinstance(meta_experts, dict) else {})).items():
         if key in held and type(value) is int and value > held[key][1]:
@@ -192,18 +180,6 @@ def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
     if unknown:
         raise UserError(f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; expected a "
                         f"checkpoint in the names of {family or 'Meta'}")
-    return tensors
-
-
-def _merge_parts(files: list[OpenedFile], named: list[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """One table from files that each hold some of the parameters."""
-    tensors: dict[str, StoredTensor] = {}
-    for file, part in zip(files, named, strict=True):
-        twice = sorted(set(part) & set(tensors))
-        if twice:
-            raise UserError(f"{file.path}: parameter {twice[0]!r} is in an earlier file too; expected parts of one "
-                            "checkpoint, or all its tensor-parallel shards")
-        tensors |= part
     return tensors
 
 
