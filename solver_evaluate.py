@@ -236,7 +236,7 @@ def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None
         if field.name in (*SAMPLED_BY, "num_samples", "compile", "max_rounds", "interactive") and (
                 getattr(config, field.name) != field.default):
             raise UserError(f"--{field.name} has no effect on --choices, which samples nothing; leave it out")
-    if config.choices and benchmark.equality not in ("choice@2", "typed@2"):
+    if config.choices and benchmark.equality not in ("choice@3", "typed@3"):
         raise UserError(f"--choices gives the letter of a choice, but --task {config.task} compares by "
                         f"{benchmark.equality or 'nothing'}; name a task of choices, such as choice")
     check_flags(config)

@@ -79,9 +79,9 @@ KINDS: dict[str, Equality] = {
 
 
 EQUALITIES: dict[str, Equality] = {
-    "exact@2": exact,
-    "choice@2": same_choice,
-    "typed@2": lambda answer, label, answer_type, leaf: KINDS[answer_type.kind](answer, label, answer_type, leaf),
+    "exact@3": exact,
+    "choice@3": same_choice,
+    "typed@3": lambda answer, label, answer_type, leaf: KINDS[answer_type.kind](answer, label, answer_type, leaf),
     # an empty answer equals nothing
     "minerva-strings@1": lambda answer, label, *_: bool(answer) and minerva_string(answer) == minerva_string(label),
 }

@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from src.grading.intervals import NAME, RELATION, as_union, named_set
+from src.grading.letters import leading_letters
 from src.grading.normalize import (
     THOUSANDS,
     closing,
@@ -23,7 +24,16 @@ from src.grading.normalize import (
     strip_braces,
 )
 from src.grading.polynomial import constant_value, same_polynomial
-from src.grading.words import MONEY, NUMBER, Quantity, changed, currencies, quantity, units_clash
+from src.grading.words import (
+    MONEY,
+    NUMBER,
+    Quantity,
+    changed,
+    currencies,
+    in_one_unit,
+    quantity,
+    units_clash,
+)
 
 MAX_LENGTH = 4000  # longer answers are compared as strings
 MAX_LEAF_LENGTH = 300
@@ -37,8 +47,14 @@ LIST_SEPARATOR = r",(?!\d{3}(?!\d))|(?<!\d),|;|(?<![A-Za-z\\])(?:and|or)(?![A-Za
 ENVIRONMENT = re.compile(
     r"\\begin\{([pbBvV]?)(small)?(matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1(?:small)?\3\}", re.DOTALL
 )
-BASE = re.compile(r"\(?([+-]?[0-9A-Z.]+)\)?_\{\(?(\w+)\)?\}")
+BASE = re.compile(  # 52_{8}, 52 (base 8)
+    r"\(?([+-]?(?:\d[0-9A-Za-z.]*|[A-Z][0-9A-Z.]*))\)?(?:_\{\(?(?:base ?)?| ?\(?(?:in )?base ?)(\w+)\)?\}?"
+)
 WORDS = re.compile(r"\(?[A-Za-z][A-Za-z0-9 .,;'():-]*")
+NAMED = re.compile(  # what a problem may ask for that has no name of its own: x+y, a/b, [ABC], f^{-1}(2)
+    r"(?:(?:[A-Za-z](?:\^\{\d\})?[+-]?){2,9}|\\frac\{[A-Za-z]+\}\{[A-Za-z]+\}|[A-Za-z]/[A-Za-z]|\[[A-Z]{3,6}\]"
+    r"|[A-Za-z]\^\{-1\}\([^()=]{1,40}\))(?<![+-])=(?==|[^=]*$)"
+)
 CLOCK = re.compile(r"(\d{1,2}(?::\d\d)*) ?([AaPp])\.?[Mm]\.?")
 HOPELESS = re.compile(
     r"\\(?:sum|int|prod|lim|binom)(?![a-z])|\^\{\^|\^\{[^{}]*\^|\^\{-?\d{4,}|\d{4,}!|\)!|!!"
@@ -68,12 +84,18 @@ def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
     answer, label = named_set(answer), named_set(label)
     if answer == label:
         return True
+    if re.fullmatch(r"\([A-J]\)", label):
+        return leading_letters(answer) == label[1]
     if is_words(label):
         answer = split_name(answer)[1]
         return is_words(answer) and words(answer) == words(label)
     lead = LEAD.match(answer)
     if lead and not changed(lead.group(), ""):  # "The probability is"
         answer = answer[lead.end() :]
+    answer, label = in_one_unit(answer), in_one_unit(label)
+    if (named := NAMED.match(answer)) and rational(label) is not None:
+        answer = answer[named.end() :]
+    answer, label = as_tuple(answer, label), as_tuple(label, answer)
     answer, label, agree = without_names(exact_part(answer), exact_part(label))
     if not agree or not answer or not label:
         return False
@@ -108,9 +130,10 @@ def is_words(text: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """The members of a text answer without case, punctuation and "th" after a day; the order of a list does not
-    count."""
-    members = re.split(r"[,;]|\band\b", re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text.lower().replace(".", "")))
+    """The members of a text answer without case, punctuation, articles and "th" after a day; the order of a list does
+    not count."""
+    text = re.sub(r"\b(?:an?|the) (?=[a-z]{3})|(?<=\d)(?:st|nd|rd|th)\b", "", text.lower().replace(".", ""))
+    members = re.split(r"[,;]|\band\b", text)
     return sorted(filter(None, (" ".join(re.findall(r"[a-z0-9']+", member)) for member in members)))
 
 
@@ -158,9 +181,23 @@ def is_name(text: str) -> bool:
     return all(NAME.fullmatch(part) for part in text.split(":"))
 
 
+def as_tuple(text: str, other: str) -> str:
+    """x=3, y=-4 as (3,-4), in the order of the alphabet, and the point P(3,-4) as it, where the other answer is a
+    tuple; else the text."""
+    pair = structure(split_name(other)[1] or other)
+    if pair is None or pair.kind != "()":
+        return text
+    if re.match(r"[A-Z]\(", text) and closing(text, 1) == len(text) - 1:
+        return text[1:]
+    named = dict(split_name(member) for member in split_top(text, LIST_SEPARATOR))
+    if len(named) != len(pair.members) or not all(re.fullmatch("[A-Za-z]", name) for name in named):
+        return text
+    return f"({','.join(named[name] for name in sorted(named))})"
+
+
 def conclusion(sides: list[str]) -> str:
-    """The last of several numbers that are said to be equal; "" if it is not what the arithmetic before it comes to, or
-    not what the numbers before it are where there is none."""
+    """The last of several numbers that are said to be equal, the first where the last is left to compute; "" if it is
+    not what the arithmetic before it comes to, or not what the numbers before it are where there is none."""
     values = [(side, constant_value(join_thousands(quantity(side, glued=True).value))) for side in sides]
     last, end = values[-1]
     known = [(side, value) for side, value in values[:-1] if value is not None]
@@ -169,7 +206,8 @@ def conclusion(sides: list[str]) -> str:
     if end is not None and any(abs(value - end) > 0.51 / 10**digits + abs(end) * 1e-12
                                for value in worked or [value for _, value in known]):
         return ""
-    return last
+    first = sides[0]
+    return first if end is not None and rational(join_thousands(last)) is None and rational(first) is not None else last
 
 
 def elements(text: str) -> list[str]:

@@ -33,6 +33,9 @@ THINKS = re.compile(r"<(?:think(?:ing)?|thought|reasoning)>|\[THINK\]|◁think�
 THOUGHT = re.compile(r"</(?:think(?:ing)?|thought|reasoning)>|\[/THINK\]|◁/think▷", re.IGNORECASE)
 TAG = re.compile(r"<answer>", re.IGNORECASE)
 TAG_END = re.compile(r"</answer>", re.IGNORECASE)
+ENDED = re.compile(  # the end of a turn in the chat templates of today, which some programs leave in their samples
+    r"</s>|<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end|return)\|>|<end_of_turn>|<eos>|<\|end▁of▁sentence\|>"
+)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 BETWEEN_BOXES = re.compile(  # what makes neighbours of boxes one list; the names in front of them are not read
     r"(?:\([a-h]\)|[\s$,;:.&/()|~*-]|\\[()\[\],;!\\ ]|\\(?:q?quad|to|mid)(?![a-z])|\\text\s*\{|\}|^\d\d?"
@@ -254,9 +257,12 @@ def last_letter(text: str) -> Found | None:
 
 
 def own_part(response: str) -> str:
-    """What the model says to the problem: no thoughts, only what it marks as <answer> if it does, and nothing after
-    its own answer from the next problem on that it made up."""
-    text, lower = response, response.lower()
+    """What the model says to the problem: nothing after the end of its turn, no thoughts, only what it marks as
+    <answer> if it does, and nothing after its own answer from the next problem on that it made up."""
+    text = response
+    if "<" in text and (end := ENDED.search(text)):
+        text = text[: end.start()]
+    lower = text.lower()
     if any(word in lower for word in ("think", "thought", "reasoning")):
         if thought := last_match(THOUGHT, text):
             text = text[thought.end() :]
@@ -299,10 +305,10 @@ RULES: dict[str, Callable[[str], Found | None]] = {
     "last-letter": last_letter,
 }
 GROUPS = {
-    "gsm8k/last-number@2": ("hashes", "box hope heading", "answer-is", "last-number"),
-    "gsm8k/hashes@2": ("hashes",),
-    "math/last-box@2": ("box hope heading", "hashes answer-is", "last-statement"),
-    "choice/letter@2": ("box hope heading", "hashes answer-is option-is", "last-letter"),
+    "gsm8k/last-number@3": ("hashes", "box hope heading", "answer-is", "last-number"),
+    "gsm8k/hashes@3": ("hashes",),
+    "math/last-box@3": ("box hope heading", "hashes answer-is", "last-statement"),
+    "choice/letter@3": ("box hope heading", "hashes answer-is option-is", "last-letter"),
 }
 PUBLISHED_MARKS = {"weak-to-strong/hashes@1": "####", "weak-to-strong/answer-is@1": "The answer is:"}
 EXTRACTIONS = (*GROUPS, *PUBLISHED_MARKS)
@@ -315,7 +321,7 @@ def extract(extraction: str, response: str) -> Extraction:
         answer = weak_to_strong_answer(response, mark)
         return Extraction(answer or None, mark if answer else "none")
     text = own_part(plain(response))
-    read = leading_letters if extraction == "choice/letter@2" else str
+    read = leading_letters if extraction == "choice/letter@3" else str
     for group in GROUPS[extraction]:
         found = [(place.position, read(place.text), name) for name in group.split() if (place := RULES[name](text))]
         if found:

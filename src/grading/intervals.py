@@ -10,6 +10,7 @@ NAME = re.compile(
 )
 UP = ("<", "\\le")
 RELATION = re.compile(r"\\le(?![a-z]) ?|\\ge(?![a-z]) ?|<|>")
+OUTWARD = re.compile(r"([\[\]])([^()\[\],;]+[,;][^()\[\],;]+)([\[\]])")  # ]1,5[ is (1,5)
 REALS = "(-\\infty,\\infty)"
 EXCEPT = re.compile(re.escape(REALS) + r" ?(?:\\setminus|-) ?\\\{(.*)\\\}")
 UNEQUAL = re.compile(rf"(?:{re.escape(REALS)}[,;|:] ?)?([A-Za-z]) ?\\ne ?")
@@ -27,17 +28,27 @@ def named_set(text: str) -> str:
 
 def as_union(text: str, other: str) -> str:
     r"""A set of reals that is described as a union of intervals, where the other answer is none that is described."""
+    text = OUTWARD.sub(lambda match: f"{'[('[match[1] == ']']}{match[2]}{'])'[match[3] == '[']}", text)
     match = BUILDER.fullmatch(text)
     inside = match[2] if match else text
     if not RELATION.search(inside) and "\\ne" not in inside and "\\setminus" not in inside:
         return text
     if RELATION.search(other) or "\\ne" in other:
-        return inside
+        return ascending(inside)
     if points := excluded(inside):
         ends = zip(["-\\infty", *points], [*points, "\\infty"], strict=True)
         return "\\cup".join(f"({left},{right})" for left, right in ends)
     parts = [as_intersection(part) for part in split_top(inside, OR)]
     return "\\cup".join(parts)
+
+
+def ascending(text: str) -> str:
+    r"""5>x\ge2 as 2\le x<5; as it is where it is more than one chain."""
+    parts, signs = RELATION.split(text), [sign.strip() for sign in RELATION.findall(text)]
+    if not signs or any(sign in UP for sign in signs) or re.search(rf",|;|{AND}|{OR}", text):
+        return text
+    turned = ["<" if sign == ">" else "\\le " for sign in reversed(signs)] + [""]
+    return "".join(part + sign for part, sign in zip(reversed(parts), turned, strict=True))
 
 
 def excluded(text: str) -> list[str]:

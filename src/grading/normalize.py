@@ -32,7 +32,7 @@ LOWERED = variants("<sub>", 0x2080, 0x209D)
 FRACTIONS = variants("<fraction>", 0xBC, 0x215F)
 WIDE = variants("<wide>", 0xFF01, 0xFF5F) | variants("<font>", 0x1D400, 0x1D800)
 PLAIN = str.maketrans(
-    dict.fromkeys(tables.WIDTHLESS, "")
+    dict.fromkeys(tables.WIDTHLESS + tables.CHEERS, "")
     | dict.fromkeys(tables.DASHES, "-")
     | dict.fromkeys(tables.SPACES, " ")
     | {char: base for char, base in WIDE.items() if base.isascii()}
@@ -75,6 +75,7 @@ def compiled(*rules: tuple[str, str]) -> tuple[Rule, ...]:
 
 
 END = r"(?![A-Za-z])"  # a macro name ends here
+INSIDE = r"(?:[^{}\\]|\\(?!over(?![a-z]))|\{[^{}]*\}){1,200}"  # of braces, with one more pair of them
 TEXT_MACRO = re.compile(rf"\\(?:{any_of(tables.TEXT_MACROS)})\s*\{{([^{{}}]*)\}}")
 MACRO = re.compile(r"\\([A-Za-z]+)")
 LAYOUT = compiled(  # only where there are macros, before they are renamed
@@ -113,6 +114,8 @@ REWRITES = compiled(
     (r"\^\s?(-?\d{2,}|-\d)(?![\d}])", r"^{\1}"),
 )
 ARGUMENTS = compiled(  # of macros and exponents: in braces
+    (rf"\{{({INSIDE})\\over{END}({INSIDE})\}}", r"\\frac{\1}{\2}"),
+    (rf"^({INSIDE})\\over{END}({INSIDE})$", r"\\frac{\1}{\2}"),
     (rf"\\sqrt\s*(\w|\\pi{END})", r"\\sqrt{\1}"),
     (rf"\\frac\s*(\w|\\pi{END})\s*(\w|\\pi{END})", r"\\frac{\1}{\2}"),
     (rf"\\frac\s*(\w|\\pi{END})\s*\{{", r"\\frac{\1}{"),
@@ -143,7 +146,7 @@ PART = rf"[+-]?(?:{DECIMAL}|\([+-]?{DECIMAL}\))"
 FRACTION = re.compile(
     rf"([+-]?)\(?(?:({PART})/({PART.removeprefix('[+-]?')})|\\frac\{{({PART})\}}\{{({PART})\}})\)?"
 )
-SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d+)?)(?:\\cdot|x)10\^\{([+-]?\d{1,3})\}")
+SCIENTIFIC = re.compile(r"([+-]?)(?:(\d+(?:\.\d+)?)(?:\\cdot|x))?10\^\{([+-]?\d{1,3})\}")
 MONEY_SIGNS = re.compile(r"\\?\$|[€£¥₹]")
 QUOTES = re.compile("\"|``|''|^[`']|[`']$|^[*_]+|[*_]+$")
 WHOLE_PART = r"(?<![\d.])(\d{0,20})\.(\d{0,20})"
@@ -321,4 +324,4 @@ def rational(text: str) -> Fraction | None:
         )
         return None if under == 0 else (-over if sign == "-" else over) / under
     match = SCIENTIFIC.fullmatch(text)
-    return Fraction(match[1]) * Fraction(10) ** int(match[2]) if match else None
+    return Fraction(match[1] + (match[2] or "1")) * Fraction(10) ** int(match[3]) if match else None

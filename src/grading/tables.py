@@ -17,6 +17,7 @@ SIGNS = spread({
     "…": "...", "¢": " cents", "ϕ": "\\phi ",
 })
 WIDTHLESS = "\u00ad\u200b\u200c\u200d\u2060\ufeff\ufe0e\ufe0f"
+CHEERS = "✅✔☑🎉🎊✨⭐🏆💯👍🙂😀😃😄😊"  # signs next to an answer that say nothing of it
 DASHES = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"  # not the long ones, which part clauses
 SPACES = "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 GREEK = dict(zip(
@@ -32,7 +33,7 @@ MACROS = spread({  # of LaTeX -> one of those that mean the same
     "dfrac tfrac cfrac": "\\frac", "leq leqslant le": "\\le ", "geq geqslant ge": "\\ge ", "lt": "<", "gt": ">",
     "neq ne": "\\ne ", "approxeq approx simeq cong": "\\approx ", "setminus backslash": "\\setminus ",
     "vert lvert rvert mid": "|", "langle": "(", "rangle": ")", "lbrace": "\\{", "rbrace": "\\}",
-    "varnothing": "\\emptyset ", "times cdot ast": "\\cdot ", "infinity": "\\infty ", "degree": "^{\\circ}",
+    "varnothing": "\\emptyset ", "times cdot ast": "\\cdot ", "div": "/", "infinity": "\\infty ", "degree": "^{\\circ}",
 })
 TEXT_MACROS = "text mbox mathrm textbf mathbf textit mathit textrm textsf emph operatorname\\*? rm bf"
 FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log exp"
@@ -83,11 +84,16 @@ UNITS = {
                   "min minutes mins; hour h hr hrs hours; day days; week weeks; month months; year years; gram g gm "
                   "grams; kilogram kg kilograms; milligram mg; pound lb lbs pounds; ounce oz ounces; liter l liters "
                   "litre litres; milliliter ml milliliters; newton n; joule j joules; watt w watts; volt v volts; am; "
-                  "pm; unit units").split(";")
+                  "pm; unit units; celsius; fahrenheit").split(";")
     for name in names.split()
 }
 SPEEDS = {"mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour", "fps": "foot/second"}
 UNIT_LETTERS = "mgshLlNJWV"  # units of one letter, which need a space in front: 5m is a product
+PARTS_OF_UNITS = {  # how many of the smaller unit are one of the larger
+    ("dollar", "cent"): 100, ("hour", "minute"): 60, ("minute", "second"): 60, ("day", "hour"): 24, ("week", "day"): 7,
+    ("year", "month"): 12, ("foot", "inch"): 12, ("yard", "foot"): 3, ("pound", "ounce"): 16,
+    ("meter", "centimeter"): 100, ("kilometer", "meter"): 1000, ("kilogram", "gram"): 1000,
+}
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 NO_UNITS = "and or not sin cos tan cot sec csc log ln mod pi".split()
 MONEY = {

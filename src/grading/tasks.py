@@ -56,7 +56,7 @@ class Task:
         return {"extraction": self.extraction, "equality": self.equality}
 
 
-NUMBER, MATH, EXACT = "gsm8k/last-number@2", "math/last-box@2", "exact@2"
+NUMBER, MATH, EXACT = "gsm8k/last-number@3", "math/last-box@3", "exact@3"
 WEAK_TO_STRONG = {
     "prompt": "Question: {instruction}\nAnswer:", "stop": ("Question", "Answer"), "equality": "minerva-strings@1",
 }
@@ -70,19 +70,19 @@ TASKS = {
         Task(name="SVAMP", extraction=NUMBER, equality=EXACT),
         Task(name="ASDiv", extraction=NUMBER, equality=EXACT),
         Task(name="MAWPS", extraction=NUMBER, equality=EXACT),
-        Task(name="AQuA", extraction="choice/letter@2", equality="choice@2"),
-        Task(name="choice", extraction="choice/letter@2", equality="choice@2"),
+        Task(name="AQuA", extraction="choice/letter@3", equality="choice@3"),
+        Task(name="choice", extraction="choice/letter@3", equality="choice@3"),
         *(Task(name=name, extraction=MATH, equality=EXACT)
           for name in ("AIME24", "AIME25", "AMC23", "HMMT", "Minerva")),
-        *(Task(name=name, extraction="choice/letter@2", equality="choice@2")
+        *(Task(name=name, extraction="choice/letter@3", equality="choice@3")
           for name in ("GPQA", "MMLU", "ARC", "CommonsenseQA")),
-        *(Task(name=name, extraction=MATH, equality="typed@2")
+        *(Task(name=name, extraction=MATH, equality="typed@3")
           for name in ("OlympiadBench", "OlympicArena", "BBH", "AGIEval")),
         # the formats and comparisons of two published code bases, to reproduce their numbers
-        Task(name="GSM8K-strict", extraction="gsm8k/hashes@2", equality=EXACT),
+        Task(name="GSM8K-strict", extraction="gsm8k/hashes@3", equality=EXACT),
         Task(name="GSM8K-weak-to-strong", extraction="weak-to-strong/hashes@1", **WEAK_TO_STRONG),
         Task(name="MATH-weak-to-strong", extraction="weak-to-strong/answer-is@1", **WEAK_TO_STRONG),
-        Task(name="toy", extraction="gsm8k/hashes@2", equality=EXACT),
+        Task(name="toy", extraction="gsm8k/hashes@3", equality=EXACT),
         Task(name="none", extraction="", equality=""),
     )
 }

@@ -68,6 +68,8 @@ UNIT = re.compile(
     rf"(?:(?<=[\d}})%])|(?<=\\pi)|(?<=[^a-z]i))( ?/?{UNIT_PART}(?:(?: |/|\\cdot ){UNIT_PART})*)$"
 )
 UNIT_FRACTION = re.compile(r"\\frac\{([A-Za-z ]{1,20})\}\{([A-Za-z ]{1,20}(?:\^\{\d\})?)\}$")
+DEGREES = re.compile(r"(?:\^\{\\circ\}| degrees?) ?(C|F|Celsius|Fahrenheit)$", re.IGNORECASE)
+IN_PARTS = re.compile(r"(\d{1,9}) ?([A-Za-z]+)(?: and|,| ?;)? ?(\d{1,9}(?:\.\d{1,9})?) ?([A-Za-z]+)")
 MAX_UNIT = 60  # characters
 
 
@@ -141,6 +143,9 @@ def quantity(text: str, glued: bool = False) -> Quantity:
     """Split a normalised answer into value, unit, and percent or degree sign; glued: 5m is 5 meters."""
     tail = max(0, len(text) - MAX_UNIT)
     text = text[:tail] + UNIT_FRACTION.sub(r" \1/\2", text[tail:])
+    if temperature := DEGREES.search(text, tail):
+        name = "celsius" if temperature[1][0] in "cC" else "fahrenheit"
+        return Quantity(text[: temperature.start()], name, "")
     match = UNIT.search(text, tail)
     unit = match.group(1) if match and is_unit(match.group(1), glued) else ""
     if match and unit:
@@ -150,6 +155,15 @@ def quantity(text: str, glued: bool = False) -> Quantity:
     if text.endswith("^{\\circ}") or unit.lower().startswith("degree"):
         return Quantity(text.removesuffix("^{\\circ}"), "", "degree")
     return Quantity(text, unit, "")
+
+
+def in_one_unit(text: str) -> str:
+    """3 hours and 20 minutes as 10/3 hour; as it is where the second unit is no part of the first."""
+    match = IN_PARTS.fullmatch(text)
+    names = (UNITS.get(match[2].lower(), ""), UNITS.get(match[4].lower(), "")) if match else ("", "")
+    if names not in tables.PARTS_OF_UNITS:
+        return text
+    return f"{int(match[1]) + Fraction(match[3]) / tables.PARTS_OF_UNITS[names]} {names[0]}"
 
 
 def is_unit(phrase: str, glued: bool) -> bool:

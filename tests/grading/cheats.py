@@ -94,6 +94,9 @@ UNITS = (  # answer, gold
     ("60 \\text{ miles per minute}", "60 \\text{ miles per hour}"), ("7 \\text{ hours}", "7 \\text{ days}"),
     ("9 \\text{ square feet}", "9 \\text{ cubic feet}"), ("4 \\text{ units}", "4 \\text{ square units}"),
     ("3 kg", "3 \\text{ grams}"), ("\\frac12\\%", "\\frac12"),
+    ("72^\\circ \\text{C}", "72^\\circ \\text{F}"), ("72 degrees Celsius", "72 °F"), ("72°C", "27"),
+    ("3 hours and 20 minutes", "3 \\text{ hours } 30 \\text{ minutes}"), ("3 hours 20 minutes", "3.2"),
+    ("12 dollars and 5 cents", "12.50"), ("3 hours and 20 miles", "3"), ("5 feet 6 inches", "5 \\text{ feet}"),
 )
 PRODUCTS = (
     ("3", "3xy"), ("3xy", "3"), ("2", "2s"), ("3", "3m^2"), ("5", "5ab"), ("4", "4gh"), ("2\\pi", "2\\pi rh"),
@@ -110,6 +113,15 @@ EXPRESSIONS = (
     ("\\text{all real numbers except }2", "(-\\infty,\\infty)"), ("0", "\\text{no solution}"),
     ("\\text{June 12th}", "\\text{June 20}"),
     ("x", "\\sqrt{x^2}"), ("even, odd", "even"), ("\"not even\"", "even"),
+    ("x=3, y=-4", "(-4,3)"), ("x=3, x=-4", "(3,-4)"), ("x=3, y=-4, z=1", "(3,-4)"), ("Q(3,4)", "(4,3)"),
+    ("]1,5]", "(1,5)"), ("]1,5[", "[1,5]"), ("(1,2]\\cup(3,4]", "(1,2)\\cup(3,4]"),
+    ("5>x\\ge2", "(2,5)"), ("5>x>2", "2<y<5"), ("5>x>2", "2 \\le x<5"),
+    ("10^{5}", "1000000"), ("-10^{5}", "100000"), ("10^{-5}", "100000"), ("x+y=5", "6"), ("x+y=6=5", "5"),
+    ("5", "x+y=5"), ("2x=10", "10"), ("x+5=10", "10"), ("xy-1=5", "5"), ("[ABC]=12, [DEF]=13", "12"),
+    ("12=3 \\cdot 5", "12"), ("13=3 \\cdot 4", "12"), ("{3 \\over 4}", "\\frac43"), ("4 \\div 3", "\\frac34"),
+    ("1101 \\text{ (base 3)}", "1101_2"), ("2b_{16}", "2A_{16}"), ("1101 base 2", "1101"),
+    ("\\text{not an ellipse}", "\\text{ellipse}"), ("\\text{an ellipse or a circle}", "\\text{ellipse}"),
+    ("(B) or (C)", "\\text{(B)}"), ("(C)~12", "\\text{(B)}"), ("\\text{not (B)}", "\\text{(B)}"),
 )
 CHOICES = (  # response, gold
     ("The answer is A or B.", "A"), ("The answer is (A) or (B).", "A"), ("Answer: A/B", "A"),
@@ -139,6 +151,8 @@ HONEST_PAIRS = (
     ("1 000 dollars", "1000"), ("1\u2009000\u2009000", "1000000"), ("12 thousand dollars", "12000"),
     ("20 apples + 22 apples = 42 apples", "42"), ("2 x 3 = 6", "6"), ("100/3 = 33.33", "33.33"),
     ("1.2e3", "1200"), ("42 (forty-two)", "42"), ("forty-two (42) eggs", "42"), ("`42`", "42"),
+    ("12 dollars and 50 cents", "12.50"), ("72°C", "72"), ("-40 degrees Fahrenheit", "-40"), ("42 ✅", "42"),
+    ("🎉 42 🎉", "42"), ("42 = 6 * 7", "42"),
     ("_42_", "42"), ("Total: 42", "42"), ("Total cost: $42", "42"), ("Profit: -42", "-42"), ("42 logs", "42"),
     ("42 cots", "42"),
     ("The cost is 42", "42"), ("two thirds", "2/3"), ("one half", "0.5"), ("three-fourths", "0.75"),
@@ -147,6 +161,17 @@ HONEST_PAIRS = (
     ("１８", "18"),
 )
 HONEST_MATH = (
+    ("x=3, y=-4", "(3,-4)"), ("y=-4 \\text{ and } x=3", "(3,-4)"), ("x=3,\\ y=-4", "(x,y)=(3,-4)"),
+    ("(3,-4)", "x=3, y=-4"), ("a=2, b=3, c=5", "(2,3,5)"), ("P(3,-4)", "(3,-4)"), ("P = (3,-4)", "(3,-4)"),
+    ("]1,5[", "(1,5)"), ("[1,5[", "[1,5)"), ("]-\\infty,1]\\cup]2,3]", "(-\\infty,1]\\cup(2,3]"),
+    ("5>x\\ge2", "2\\le x<5"), ("2<x<5", "5>x>2"), ("10^{5}", "100000"), ("1.0 \\times 10^{12}", "10^{12}"),
+    ("10^{-2}", "0.01"), ("x+y=5", "5"), ("x^2+y^2=5", "5"), ("\\frac{a}{b}=\\frac12", "0.5"), ("[ABC]=12", "12"),
+    ("f^{-1}(2)=7", "7"), ("{3 \\over 4}", "\\frac34"), ("{\\sqrt{3} \\over 2}", "\\frac{\\sqrt3}2"),
+    ("3 \\over 4", "\\frac34"), ("3 \\div 4", "\\frac34"), ("2a_{16}", "2A_{16}"), ("1101_{base\\ 2}", "1101_2"),
+    ("1101 \\text{ (base 2)}", "1101_2"), ("3\\text{ hours and }20\\text{ minutes}", "3\\text{ hours }20\\text{ min}"),
+    ("5 \\text{ ft } 6 \\text{ in}", "5 \\text{ feet, } 6 \\text{ inches}"), ("72^\\circ\\text{C}", "72"),
+    ("72^\\circ C", "72^\\circ"), ("\\text{an ellipse}", "\\text{ellipse}"), ("ellipse", "\\text{An ellipse}"),
+    ("\\textbf{(B)}\\ 12", "\\text{(B)}"), ("B", "\\text{(B)}"), ("\\text{(B) is correct}", "\\text{(B)}"),
     ("\\text{all real numbers}", "(-\\infty,\\infty)"), ("\\mathbb{R}", "\\text{all real numbers}"),
     ("\\text{no solution}", "\\emptyset"), ("\\emptyset", "\\text{No real solutions}"),
     ("x>3 \\text{ and } x<5", "(3,5)"), ("3 \\le x \\text{ and } x<5", "[3,5)"), ("5 \\text{ to } 3", "5:3"),
@@ -228,6 +253,12 @@ MATH|$$\boxed{G}$$⏎⏎$\boxed{G}$
 MATH|It is \boxed{G}, or \boxed{G.0}.
 MATH|**Final Answer**⏎⏎$G$
 MATH|The answer is $G$ dollars.
+GSM8K|The answer is G.</s>
+GSM8K|The answer is G.<|eot_id|><|start_header_id|>user<|end_header_id|>⏎The answer is N.
+GSM8K|She sells N eggs for G dollars.<|endoftext|>
+GSM8K|#### G<end_of_turn>
+GSM8K|#### G<｜end▁of▁sentence｜>
+MATH|Therefore $\boxed{G}$.<|im_end|>⏎$\boxed{N}$
 """
 HONEST_CHOICES = (
     ("\\boxed{b}", "B"), ("The answer is Option B", "B"), ("The answer is (b).", "B"), ("**Answer: B**", "B"),
@@ -246,5 +277,6 @@ HONEST_CHOICES = (
     ("The answer is B) F = ma", "B"),
     ("The answer is B) A circle", "B"), ("The answer is (B) I and II", "B"),
     ("The answer must be positive. So (B).", "B"),
+    ("Answer: B</s>", "B"), ("The answer is B<|im_end|>", "B"), ("B<|eot_id|>", "B"),
     ("<answer>B. Twelve eggs</answer>", "B"), ("The answer is B = 12.", "B"),
 )

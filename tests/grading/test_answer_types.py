@@ -30,7 +30,7 @@ def test_letters_by_hand(text: str, letters: str) -> None:
     ("The answer is A.\nQuestion: next?\nThe answer is B.", "A"),
 ])
 def test_letters_are_found_in_responses(response: str, answer: str | None) -> None:
-    assert extract("choice/letter@2", response).answer == answer
+    assert extract("choice/letter@3", response).answer == answer
 
 
 @pytest.mark.parametrize(("kind", "tolerance", "answer", "label", "outcome"), [

@@ -57,9 +57,9 @@ def test_extraction_by_hand(task: str, response: str, answer: str | None) -> Non
 
 
 def test_extraction_names_its_rule() -> None:
-    assert extract("gsm8k/last-number@2", "#### 4") == ("4", "hashes")
-    assert extract("math/last-box@2", "\\boxed{") == (None, "box")
-    assert extract("gsm8k/hashes@2", "4") == (None, "none")
+    assert extract("gsm8k/last-number@3", "#### 4") == ("4", "hashes")
+    assert extract("math/last-box@3", "\\boxed{") == (None, "box")
+    assert extract("gsm8k/hashes@3", "4") == (None, "none")
 
 
 def test_unknown_task_names_the_known_ones() -> None:

@@ -9,7 +9,7 @@ from dataset.toy.generate import check_steps
 from recipes import easy_to_hard_table as table
 
 N = 40
-RULES = {"extraction": "gsm8k/hashes@2", "equality": "exact@2"}
+RULES = {"extraction": "gsm8k/hashes@3", "equality": "exact@3"}
 
 
 @pytest.fixture
