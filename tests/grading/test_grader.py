@@ -223,9 +223,9 @@ def test_hostile_answers_are_wrong_and_leave_nothing(grader: Grader, answer: str
 ])
 def test_extraction_is_linear(piece: str) -> None:
     for extraction in EXTRACTIONS:
-        started = time.monotonic()
+        started = time.process_time()
         extract(extraction, piece * (200_000 // len(piece)) + ".")
-        assert time.monotonic() - started < 5
+        assert time.process_time() - started < 5
 
 
 def labelled(name: str) -> list[dict[str, str | bool]]:
@@ -282,10 +282,10 @@ def test_a_long_response_is_searched_in_a_process_under_the_time_limit(monkeypat
     "\\frac{", "x\\ne1,", "\\pm",
 ])
 def test_comparison_of_the_longest_answers_takes_no_time(piece: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     for before, after in (("", ""), ("1", " x")):
         answer = before + piece * (3900 // len(piece)) + after
         for label in ("5", "x+1", "\\$5"):
             assert not equality.equal(answer, label, lambda first, second: False)
         equality.equal("5", answer, lambda first, second: False)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
