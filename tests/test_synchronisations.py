@@ -38,7 +38,7 @@ from src.training.trainer import Trainer
 
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=61,
                      max_seq_len=128)
-GPU, ADAMW = torch.device("meta"), torch.optim.AdamW
+GPU = torch.device("meta")
 
 
 class Waits(TorchDispatchMode):
@@ -80,8 +80,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     for table in (vocab_softmax.CHUNK_BYTES, vocab_softmax.SOFTMAX_BYTES):
         monkeypatch.setitem(table, "meta", table["cuda"])
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: x.is_meta), raising=False)
-    # torch's fused update knows no meta device
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused, **rest: ADAMW(groups, **rest))
     with Waits() as counting:
         yield counting
 

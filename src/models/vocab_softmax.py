@@ -132,9 +132,26 @@ def _read(
         entropies = logprobs.new_empty(0) if entropy == "none" else vocab_entropy(local)
         if learns:
             of_logits = vocab_gradient(local, ids, entropies, *gradients)
-            part.copy_(*torch.autograd.grad(logits, leaf, of_logits))
+            with torch.enable_grad():
+                given = _Given.apply(logits, of_logits)
+            part.copy_(*torch.autograd.grad(given, leaf))
         found.append((logprobs, entropies))
     return found
+
+
+class _Given(torch.autograd.Function):
+    """A number whose gradient is given: torch.autograd.grad with one imports sympy, as long as half of torch."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, gradient: Tensor) -> Tensor:
+        """x [n, P], its gradient [n, P] -> []."""
+        ctx.save_for_backward(gradient)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, _: Tensor) -> tuple[Tensor, None]:
+        """[] -> [n, P]."""
+        return ctx.saved_tensors[0], None
 
 
 def vocab_logprobs(local_logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

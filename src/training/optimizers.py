@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from src import parallel
 from src.checkpoint.training_state import MOMENTS
@@ -42,6 +43,42 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._makers)
 
 
+class Float32AdamW:
+    """What torch.optim.AdamW does, by the function that it calls: torch's optimizers import its compiler when they are
+    made, which takes as long as to import torch."""
+
+    def __init__(self, groups: Sequence[Mapping[str, object]], lr: float, eps: float) -> None:
+        """groups: parameters with their weight_decay."""
+        self.param_groups = [{**group, "lr": lr} for group in groups]
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._eps = eps
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from the gradients, of the parts that this data-parallel rank has."""
+        for group in self.param_groups:
+            learned = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in learned:
+                if parameter not in self.state:
+                    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    self.state[parameter] = {"step": step, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
+            first, second, steps = (
+                [parallel.local(self.state[parameter][name]) for parameter in learned] for name in (*MOMENTS, "step")
+            )
+            adamw(
+                [parallel.local(parameter) for parameter in learned],
+                [parallel.local(parameter.grad) for parameter in learned],
+                first, second, [], steps, fused=True, amsgrad=False, maximize=False, beta1=BETAS[0], beta2=BETAS[1],
+                lr=group["lr"], weight_decay=group["weight_decay"], eps=self._eps,
+            )
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
 class AdamW:
     """AdamW over groups of parameters; its moments are read and set as float32 tensors, whatever they are held in."""
 
@@ -50,7 +87,7 @@ class AdamW:
     ) -> None:
         """groups: parameters with their weight_decay, as torch's optimizers take them. Raises UserError."""
         if name == "adamw":
-            self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=eps, fused=True)
+            self._optimizer = Float32AdamW(groups, lr, eps)
         else:
             check_available(name)
             # it reports libraries for other devices that it cannot load
@@ -74,7 +111,7 @@ class AdamW:
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
         """One of MOMENTS, float32 [...] laid out as its parameter; zero before the first update."""

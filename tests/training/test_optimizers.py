@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from src import parallel
 from src.errors import UserError
-from src.training.optimizers import AdamW, check_available, encode
+from src.training.optimizers import BETAS, AdamW, check_available, encode
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.training.workers import resumed_epochs
@@ -42,6 +42,26 @@ def step_of(weight: torch.nn.Parameter, optimizer: AdamW, step: int) -> None:
 
 def adamw(weight: torch.nn.Parameter, name: str = "adamw_8bit") -> AdamW:
     return AdamW(name, [{"params": [weight], "weight_decay": 0.1}], 1e-2)
+
+
+def test_float32_moments_give_the_bits_of_torch_s_own_class() -> None:
+    parallel.start()
+    ours, torchs = ([torch.nn.Parameter(gradient(0, torch.Size(shape))) for shape in ([8, 32], [32])] for _ in "ab")
+    optimizer = AdamW("adamw", [{"params": [x], "weight_decay": 0.1 * x.dim() - 0.1} for x in ours], 1e-2, eps=1e-6)
+    groups = [{"params": [x], "weight_decay": 0.1 * x.dim() - 0.1} for x in torchs]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=BETAS, eps=1e-6, fused=True)
+    for step in range(1, 8):
+        for x in (*ours, *torchs):
+            x.grad = gradient(step, x.shape) if step != 4 or x.dim() > 1 else None
+        for group in reference.param_groups:
+            group["lr"] = 1e-2 / step
+        reference.step()
+        optimizer.step(1e-2 / step)
+        assert all(map(torch.equal, ours, torchs))
+    assert all(torch.equal(optimizer.moment(x, "exp_avg_sq"), reference.state[y]["exp_avg_sq"])
+               for x, y in zip(ours, torchs, strict=True))
+    optimizer.zero_grad()
+    assert ours[0].grad is ours[1].grad is None
 
 
 def test_moments_go_to_float32_and_back_without_a_change() -> None:

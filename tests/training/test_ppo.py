@@ -227,7 +227,9 @@ def test_rates_follow_the_buffers_also_behind_one_that_kept_nothing(
     assert rates["critic_lr"] == pytest.approx([mean_rate(0, 12), 0.0, mean_rate(8, 12)])
 
 
-def test_learning_rate_0_leaves_every_bit(folders: Folders, tmp_path: Path) -> None:
+def test_learning_rate_0_leaves_every_bit(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{"instruction": prompt.instruction} for prompt in PROMPTS]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
     flags = {
@@ -243,7 +245,10 @@ def test_learning_rate_0_leaves_every_bit(folders: Folders, tmp_path: Path) -> N
         "lr": 0,
         "critic_lr": 0,
     }
-    succeed("ppo_train.py", *(f"--{name}={value}" for name, value in flags.items()))
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    done = succeed("ppo_train.py", *(f"--{name}={value}" for name, value in flags.items()))
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "torch.nn" in imported and not imported & {"torch._dynamo", "sympy"}  # each as long as torch itself
     for source, target in ((folders.one, tmp_path / "actor"), (folders.verifier, tmp_path / "critic")):
         before, after = weights(source), weights(target)
         assert before.keys() == after.keys()

@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 import ppo_train
 from src import load, parallel
@@ -81,7 +80,7 @@ PROMPTS = [
 
 def local_weights(model: Decoder) -> dict[str, Tensor]:
     """This rank's parameters, for join_weights()."""
-    return {name: parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach().clone()
+    return {name: parameter.detach().clone() if type(parameter) is nn.Parameter else parameter.detach().full_tensor()
             for name, parameter in model.named_parameters()}
 
 
