@@ -129,7 +129,7 @@ def collect(
     Per-token tensors are [B, S] float32 on the CPU. kl_scale: what the KL's weight is multiplied by. Returns what the
     log says of groups that were dropped.
     """
-    phase, ids = partial(models.phase, timer), data.sampled_ids
+    phase, distribution = partial(models.phase, timer), data.distribution(config.temperature)
     actor, critic, reference = models.actor.model, models.critic and models.critic.model, models.reference
     sample = partial(sample_and_score, config, models, data, rewards, rows, iteration, timer)
     (rollout, scores), stats = sample(), {}
@@ -141,11 +141,11 @@ def collect(
     trainable = ppo.trainable_rows(scores.total.sum(1), rollout, config)
     passes = ppo.scoring_passes(rollout, trainable, config, iteration)
     with phase("score", actor):
-        logprobs = rollout_logprobs(actor, batch, config.temperature, ids, passes)
+        logprobs = rollout_logprobs(actor, batch, distribution, passes)
     if models.servers:
         monitor.check_mismatch(rollout, logprobs, config.mismatch_limit)
     with phase("score", reference), without_adapters(reference):
-        reference_logprobs = rollout_logprobs(reference, batch, config.temperature, ids, passes)
+        reference_logprobs = rollout_logprobs(reference, batch, distribution, passes)
     values = None
     if critic:
         with phase("score", critic):
@@ -161,13 +161,14 @@ def collect(
     advantages, returns = ppo.compute_advantages(token_rewards, values, mask, trainable, config)
     if models.teacher:
         with phase("score", models.teacher):
-            teacher = rollout_logprobs(models.teacher, batch, config.temperature, ids, passes)
+            teacher = rollout_logprobs(models.teacher, batch, distribution, passes)
         advantages = advantages + losses.distillation_advantages(logprobs, teacher, config.teacher_coef) * mask
         stats |= {"teacher_kl": losses.kl_k1(logprobs, teacher)[mask].mean().item()}
     if config.tis_cap:  # the loss is proportional to the advantages: to weigh them is to weigh it
         advantages *= losses.truncated_importance(logprobs, rollout.sampled_logprobs, config.tis_cap)
     weights = losses.sequence_weights(rollout.lengths, config.loss_aggregation, config.max_new_tokens)[:, None] * mask
-    buffer = PPOBuffer(rollout, logprobs, reference_logprobs, values, advantages, returns, weights, trainable, ids)
+    buffer = PPOBuffer(rollout, logprobs, reference_logprobs, values, advantages, returns, weights, trainable,
+                       distribution)
     return buffer, scores, stats
 
 

@@ -1,4 +1,4 @@
-"""src/parallel.py, models/vocab_softmax.py and models/layers.py on 1 and 2 ranks."""
+"""src/parallel.py, models/forward.py and models/layers.py on 1 and 2 ranks."""
 
 import platform
 

@@ -24,7 +24,7 @@ from src.inference import engine
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.inference.step import EagerStep
-from src.models import attention, vocab_softmax
+from src.models import attention, forward
 from src.models.cache import FixedCache
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -77,7 +77,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     monkeypatch.setattr(parallel, "device", lambda: GPU)
     for module in (parallel, attention):
         monkeypatch.setattr(module, "to_device", lambda x: torch.empty(x.shape, dtype=x.dtype, device=GPU))
-    for table in (vocab_softmax.CHUNK_BYTES, vocab_softmax.SOFTMAX_BYTES):
+    for table in (forward.CHUNK_BYTES, forward.SOFTMAX_BYTES):
         monkeypatch.setitem(table, "meta", table["cuda"])
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: x.is_meta), raising=False)
     with Waits() as counting:

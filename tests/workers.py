@@ -22,10 +22,10 @@ from src.models import forward
 from src.models.cache import KVCache, PromptCache, n_positions
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
+from src.models.forward import vocab_entropy, vocab_gradient, vocab_logprobs
 from src.models.layers import ParallelEmbedding
 from src.models.lora import LINEARS, LoraConfig
 from src.models.quantize import weight_bytes
-from src.models.vocab_softmax import vocab_entropy, vocab_gradient, vocab_logprobs
 from src.runlog import RunLog
 from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import Trainer

@@ -27,7 +27,7 @@ from src.checkpoint import shards, storage
 from src.checkpoint.tensor_files import TensorSpec, open_tensor_file
 from src.command import cli
 from src.errors import UserError
-from src.models import vocab_softmax
+from src.models import forward
 from src.models.cache import KVCache, PromptCache
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
@@ -216,7 +216,7 @@ def _differences(
     cached = _decoded_logits(model, rows)
     yield "padded", (_of(padded, expected), *trained(response_logprobs(model, tokens, mask)))
     yield "packed", (_of(packed, expected), *trained(response_logprobs(model, *one_row, lengths)))
-    with patch.dict(vocab_softmax.CHUNK_BYTES, CHUNK_BYTES):
+    with patch.dict(forward.CHUNK_BYTES, CHUNK_BYTES):
         yield "chunked loss", (None, *trained(response_logprobs(model, tokens, mask)))
     logprobs = torch.cat([_of_responses(part, row) for part, row in zip(cached, rows, strict=True)])
     yield "cached decode", (_of(torch.cat(cached), expected), _farthest(logprobs, expected["logprobs"]), None)

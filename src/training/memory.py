@@ -21,9 +21,9 @@ from src import parallel
 from src.checkpoint import adapters
 from src.checkpoint.shards import cut_of, expected_shapes, layer_of
 from src.models.config import ModelConfig
+from src.models.forward import CHUNK_BYTES, SOFTMAX_BYTES
 from src.models.lora import LoraConfig, check_targets
 from src.models.quantize import PRECISIONS
-from src.models.vocab_softmax import CHUNK_BYTES, SOFTMAX_BYTES
 
 FLOAT32 = 4
 # of both moments of a weight; in 8 bits 256 of them share a float32 scale
@@ -159,7 +159,7 @@ def sent_for_attention(config: ModelConfig, n: int, n_tokens: int, how: Training
 
 
 def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> int:
-    """What the loss holds, were all tokens supervised: see models/vocab_softmax.py.
+    """What the loss holds, were all tokens supervised: see models/forward.py.
 
     A chunk of logits, and the first one where it is kept; a part in float32 and its softmax; hidden states and their
     gradient; and a chunk's gradient of the output layer besides the sum of all, which on a CPU is among the gradients.

@@ -12,7 +12,7 @@ from torch import Tensor
 from src import losses, parallel
 from src.data.batch import Batch
 from src.data.sampler import epoch_order
-from src.models.forward import SampledIds, logprobs_and_entropy, response_values
+from src.models.forward import Distribution, logprobs_and_entropy, response_values
 from src.training.ppo_config import PPOConfig
 from src.training.rewards import Scores, apply_length_penalty, at_last
 from src.training.rollout import Rollout, pack_episodes, shard_for_rank
@@ -33,7 +33,7 @@ class PPOBuffer(NamedTuple):
     returns: Tensor | None
     weights: Tensor  # what each token weighs in the policy loss
     trainable: Tensor  # [K] int64: the episodes that are learned from
-    ids: SampledIds
+    distribution: Distribution  # that was sampled from
 
     @property
     def batch(self) -> Batch:
@@ -232,7 +232,7 @@ def update_actor(
         for micro in minibatch.micros:
             batch, pick = micro.of(buffer)
             logprobs, entropy = logprobs_and_entropy(
-                actor.model, *batch.inputs, temperature=config.temperature, ids=buffer.ids,
+                actor.model, *batch.inputs, distribution=buffer.distribution,
                 learn_entropy=config.entropy_coef > 0)  # [N] each
             loss, ratio = policy_loss(
                 logprobs, pick(buffer.logprobs), pick(buffer.advantages), batch.response_counts(), config)

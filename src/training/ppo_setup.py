@@ -19,7 +19,7 @@ from src.evaluation.report import type_of
 from src.grading.grader import Grader
 from src.grading.tasks import INSTRUCTION, Task, find_task
 from src.models.decoder import Decoder
-from src.models.forward import SampledIds
+from src.models.forward import Distribution
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
 from src.training import rewards
@@ -48,10 +48,9 @@ class Inputs(NamedTuple):
     per_epoch: int
     coding: Coding | None = None
 
-    @property
-    def sampled_ids(self) -> SampledIds:
+    def distribution(self, temperature: float) -> Distribution:
         """What the policy samples from."""
-        return SampledIds(self.tokenizer.vocab_size, self.coding.banned if self.coding else ())
+        return Distribution(temperature, self.tokenizer.vocab_size, self.coding.banned if self.coding else ())
 
 
 def read_inputs(config: PPOConfig) -> Inputs:

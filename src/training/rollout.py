@@ -22,7 +22,7 @@ from src.errors import UserError
 from src.inference.engine import Completion, Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
-from src.models.forward import SampledIds, response_logprobs, response_values
+from src.models.forward import Distribution, response_logprobs, response_values
 from src.processes import watchdog
 from src.text.tokenizer import Tokenizer
 from src.training.policy_server import PolicyServers
@@ -171,12 +171,11 @@ def _check_alike(tokens: Tensor) -> None:
 
 
 def rollout_logprobs(
-    model: Decoder, batch: Batch, temperature: float, ids: SampledIds, passes: Sequence[Tensor]
+    model: Decoder, batch: Batch, distribution: Distribution, passes: Sequence[Tensor]
 ) -> Tensor:
-    """Log-probs of the response tokens among the ids that are sampled, by the forward pass that training uses.
+    """Log-probs of the response tokens where they were sampled from, by the forward pass that training uses.
     passes: the rows [n] int64 that are read at once. -> [B, S] float32, nats, 0 outside the response mask."""
-    score = partial(response_logprobs, model, temperature=temperature, ids=ids)
-    return _per_token(score, model, batch, passes)
+    return _per_token(partial(response_logprobs, model, distribution=distribution), model, batch, passes)
 
 
 def rollout_values(critic: Decoder, batch: Batch, passes: Sequence[Tensor]) -> Tensor:

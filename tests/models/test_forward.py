@@ -12,7 +12,7 @@ from src import load, parallel
 from src.checkpoint import saving
 from src.data.batch import Batch, make_batch, pack_shared
 from src.data.encoding import Encoded
-from src.models import forward, vocab_softmax
+from src.models import forward
 from src.models.decoder import Decoder
 from tests import zoo
 from tests.conftest import Folders
@@ -32,19 +32,19 @@ def gradients(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Log-probs, entropies, and the gradient of a weighted sum of the log-probs and of the entropies that learn."""
     model.zero_grad()
-    logprobs, entropy = read(model, *batch.inputs, temperature=0.7, **options)
+    logprobs, entropy = read(model, *batch.inputs, **options)
     weights = torch.arange(1, 1 + len(logprobs)).sqrt()
     (logprobs * weights - 0.5 * entropy * weights.flip(0)).mean().backward()
     return logprobs.detach(), entropy.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
 def dense(
-    model: Decoder, tokens: Tensor, mask: Tensor, lengths: None, temperature: float, ids: forward.SampledIds,
+    model: Decoder, tokens: Tensor, mask: Tensor, lengths: None, distribution: forward.Distribution,
     learn_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """logprobs_and_entropy() by torch, of all logits at once."""
-    logits = model.logits(model(tokens)).float()[:, :-1][mask[:, 1:]][:, : ids.size] / temperature
-    logits = logits.index_fill(1, torch.tensor(ids.banned), -1e4)
+    logits = model.logits(model(tokens)).float()[:, :-1][mask[:, 1:]][:, : distribution.size] / distribution.temperature
+    logits = logits.index_fill(1, torch.tensor(distribution.banned), -1e4)
     chosen = logits.log_softmax(-1).gather(-1, tokens[mask][:, None])[:, 0]
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     return chosen, entropy if learn_entropy else entropy.detach()
@@ -60,10 +60,10 @@ def test_logprobs_entropies_and_gradients_are_torch_s(
     parallel.start()
     solver = load.load_solver(split(zoo.make(tmp_path / "hf", name), tmp_path / "split"))
     solver.output_weight.requires_grad_(learns)
-    monkeypatch.setitem(vocab_softmax.CHUNK_BYTES, "cpu", 13 * 4 * solver.config.vocab_size)
-    monkeypatch.setitem(vocab_softmax.SOFTMAX_BYTES, "cpu", 5 * 4 * solver.config.vocab_size)
-    ids = forward.SampledIds(solver.config.vocab_size - 3, (0, solver.config.vocab_size - 6))
-    options = {"ids": ids, "learn_entropy": learn_entropy}
+    monkeypatch.setitem(forward.CHUNK_BYTES, "cpu", 13 * 4 * solver.config.vocab_size)
+    monkeypatch.setitem(forward.SOFTMAX_BYTES, "cpu", 5 * 4 * solver.config.vocab_size)
+    size = solver.config.vocab_size
+    options = {"distribution": forward.Distribution(0.7, size - 3, (0, size - 6)), "learn_entropy": learn_entropy}
     expected, found = (gradients(solver, make_batch(SAMPLES), read, **options)
                        for read in (dense, forward.logprobs_and_entropy))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -75,7 +75,7 @@ def test_scdpo_04_packing_and_chunks_change_nothing(
     model: Decoder, monkeypatch: pytest.MonkeyPatch, rows: int, packing: bool
 ) -> None:
     expected = gradients(model, make_batch(SAMPLES))
-    monkeypatch.setitem(vocab_softmax.CHUNK_BYTES, "cpu", rows * 4 * model.config.vocab_size)
+    monkeypatch.setitem(forward.CHUNK_BYTES, "cpu", rows * 4 * model.config.vocab_size)
     found = gradients(model, make_batch(SAMPLES, packing=packing))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -96,7 +96,7 @@ def test_a_common_beginning_read_once_changes_nothing(tmp_path: Path, name: str)
 
 
 def test_chunks_by_hand(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vocab_softmax.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(forward.CHUNK_BYTES, "cpu", 1)
     alone = torch.tensor([SAMPLES[0].tokens])
     logprobs = model.logits(model(alone))[0].log_softmax(-1)
     expected = torch.stack([logprobs[1, 9], logprobs[2, 3], logprobs[3, 2]])
@@ -106,9 +106,9 @@ def test_chunks_by_hand(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_logits_of_one_chunk_exist_at_once(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made twice but for the first chunk; once of an output layer that does not learn, and of a sum."""
-    sizes, product = [], vocab_softmax.linear
-    monkeypatch.setattr(vocab_softmax, "linear", lambda rows, weight: sizes.append(len(rows)) or product(rows, weight))
-    monkeypatch.setitem(vocab_softmax.CHUNK_BYTES, "cpu", 7 * 4 * model.config.vocab_size)
+    sizes, product = [], forward.linear
+    monkeypatch.setattr(forward, "linear", lambda rows, weight: sizes.append(len(rows)) or product(rows, weight))
+    monkeypatch.setitem(forward.CHUNK_BYTES, "cpu", 7 * 4 * model.config.vocab_size)
     batch, n = make_batch(SAMPLES, packing=True), sum(sample.n_response for sample in SAMPLES)
     for read, learns, made in ((forward.response_logprobs, True, 2 * n - 7), (forward.response_logprobs, False, n),
                                (forward.summed_logprobs, True, n)):
@@ -125,7 +125,7 @@ def test_a_sum_and_its_gradient_are_those_of_the_parts(
 ) -> None:
     """With an output layer of its own and a tied one, with softcapped logits, cut up and whole."""
     solver = load.load_solver(split(zoo.make(tmp_path / "hf", name), tmp_path / "split"))
-    for limits in (vocab_softmax.CHUNK_BYTES, vocab_softmax.SOFTMAX_BYTES):
+    for limits in (forward.CHUNK_BYTES, forward.SOFTMAX_BYTES):
         monkeypatch.setitem(limits, "cpu", rows * 4 * solver.config.vocab_size)
     batch = make_batch(SAMPLES)
     sums, found = (forward.summed_logprobs, lambda *args: forward.response_logprobs(*args).sum()), []

@@ -10,8 +10,8 @@ from torch import Tensor
 from src import parallel
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
+from src.models.forward import CHUNK_BYTES
 from src.models.lora import LINEARS, LoraConfig, add_lora
-from src.models.vocab_softmax import CHUNK_BYTES
 from src.training.memory import (
     Training,
     activations,

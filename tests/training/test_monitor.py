@@ -9,7 +9,7 @@ import torch
 from src.data.batch import Batch
 from src.data.examples import Prompt
 from src.errors import UserError
-from src.models.forward import SampledIds
+from src.models.forward import Distribution
 from src.text.tokenizer import Tokenizer
 from src.training import monitor
 from src.training.ppo import PPOBuffer
@@ -41,7 +41,7 @@ def buffer(**changes: object) -> PPOBuffer:
         "returns": None,
         "weights": MASK.float(),
         "trainable": torch.arange(4),
-        "ids": SampledIds(8),
+        "distribution": Distribution(size=8),
     }
     return PPOBuffer(**(numbers | changes))
 

@@ -20,7 +20,7 @@ from src.grading.grader import Grader
 from src.grading.tasks import Task
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
-from src.models.forward import SampledIds, response_logprobs, response_values
+from src.models.forward import Distribution, response_logprobs, response_values
 from src.runlog import Phases
 from src.text.tokenizer import Tokenizer
 from src.training import ppo
@@ -164,7 +164,7 @@ def test_policy_gradient_raises_what_was_good(
 
     def gain(rows: list[int]) -> float:
         batch = Batch(found.batch.tokens[rows], found.batch.response_mask[rows])
-        new = response_logprobs(models.actor.model, *batch.inputs, temperature=numbers.temperature, ids=found.ids)
+        new = response_logprobs(models.actor.model, *batch.inputs, distribution=found.distribution)
         weighted = (new - found.logprobs[rows][batch.response_mask]) * found.advantages[rows][
             batch.response_mask
         ]
@@ -421,7 +421,7 @@ def test_a_teacher_is_a_part_of_every_tokens_advantage(
         teacher.output.weight.mul_(0.7)
     found = buffer_of(replace(models, teacher=teacher), tokenizer, by_length, numbers, iteration=0)
     batch = found.batch
-    theirs = response_logprobs(teacher, *batch.inputs, temperature=0.8, ids=SampledIds(tokenizer.vocab_size))
+    theirs = response_logprobs(teacher, *batch.inputs, distribution=Distribution(0.8, tokenizer.vocab_size))
     expected = plain.advantages[batch.response_mask] + 0.5 * (theirs - found.logprobs[batch.response_mask])
     assert_close(found.advantages[batch.response_mask], expected, rtol=1e-4, atol=1e-4)
     assert not found.advantages[~batch.response_mask].any()

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 
-from src.models.forward import SampledIds, response_logprobs
+from src.models.forward import Distribution, response_logprobs
 from src.text.tokenizer import Tokenizer
 from src.training.rewards import at_last
 from tests.conftest import Folders
@@ -35,11 +35,11 @@ def test_losses_and_gradients_equal_trl(folders: Folders, tokenizer: Tokenizer, 
     models = replace(ppo_models(folders.one, "", str(tmp_path)), critic=None)
     buffer = buffer_of(models, tokenizer, lambda rollout: at_last(rollout.lengths.float(), rollout), config, 0)
     tokens, mask = buffer.batch.tokens, buffer.batch.response_mask
-    ids, apart = SampledIds(64), torch.randn(mask.shape, generator=torch.Generator().manual_seed(1)) / 3
+    sampled, apart = Distribution(0.8, 64), torch.randn(mask.shape, generator=torch.Generator().manual_seed(1)) / 3
     old = torch.zeros(mask.shape)
     with torch.no_grad():  # as if several updates lay between
-        old[mask] = response_logprobs(models.actor.model, tokens, mask, temperature=0.8, ids=ids) + apart[mask]
-    loss, metrics = actor_loss(models, buffer._replace(logprobs=old, ids=ids), config)
+        old[mask] = response_logprobs(models.actor.model, tokens, mask, distribution=sampled) + apart[mask]
+    loss, metrics = actor_loss(models, buffer._replace(logprobs=old, distribution=sampled), config)
     loss.backward()
     assert metrics["clipped_high"] > 0 and (metrics["clipped_low"] > 0) == (kind != "cispo")
 

@@ -78,6 +78,6 @@ def test_adapters_sample_as_peft_s_merged_weights(
     merged = peft.PeftModel.from_pretrained(hf_model(folders.hf), tmp_path / "peft").merge_and_unload()
     tokens, mask = buffer.batch.tokens, buffer.batch.response_mask
     with torch.no_grad():
-        logits = merged(tokens).logits[..., : buffer.ids.size] / config.temperature
+        logits = merged(tokens).logits[..., : buffer.distribution.size] / config.temperature
     expected = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
     assert_close(buffer.rollout.sampled_logprobs[:, 1:][mask[:, 1:]], expected[mask[:, 1:]], rtol=0, atol=1e-5)
