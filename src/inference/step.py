@@ -3,8 +3,6 @@
 B rows in the batch, n slots, P vocabulary rows on this rank
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -13,25 +11,16 @@ from src.models.cache import FixedCache, KVCache
 from src.models.decoder import Decoder
 
 
-class DecodingStep(Protocol):
-    """What the engine decodes with; the cache holds the sequences."""
-
-    cache: KVCache | FixedCache
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Feed every row its newest token, after cache.advance(). tokens [B] int64 on the CPU, in cache.slots() order
-        -> logits [B, P]."""
-
-
 class EagerStep:
-    """A plain forward over the rows in use."""
+    """A plain forward over the rows in use, which the cache holds."""
 
     def __init__(self, model: Decoder, n_slots: int) -> None:
         self.model, self.cache = model, KVCache(n_slots, parallel.device())
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """One token a row in use, [n] int64 -> this rank's logits of the next [n, P]."""
-        hidden = self.model(parallel.to_device(tokens)[:, None], self.cache.positions, self.cache)
+        """Feed every row its newest token, after cache.advance(). tokens [B] int64 on the CPU, in cache.slots() order
+        -> this rank's logits of the next [B, P]."""
+        hidden = self.model(parallel.to_device(tokens)[:, None], self.cache.positions, self.cache)  # [B, 1, D]
         return self.model.logits(hidden[:, -1])
 
 
@@ -52,7 +41,7 @@ class GraphStep:
         return self.model.logits(self.model(self.tokens, self.cache.positions, self.cache)[:, -1])
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """As EagerStep: [n] int64 -> [n, P]."""
+        """As EagerStep: [B] int64 -> [B, P]."""
         slots = torch.tensor(self.cache.slots())
         everyone = torch.zeros(len(self.tokens), 1, dtype=torch.int64)
         everyone[slots, 0] = tokens
@@ -76,7 +65,7 @@ class GraphStep:
         self.generation = self.cache.generation
 
 
-def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> DecodingStep:
+def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> EagerStep | GraphStep:
     """A step of this many slots; `compiled` takes effect on a GPU alone, and without experts or longrope.
 
     Which rows an expert takes must be known before it is called. While a graph is recorded nothing can be asked, nor

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from src import context_parallel
 from src.models.cache import Cache, Group
 from src.models.config import ModelConfig
-from src.models.feedforward import RMSNorm
-from src.models.layers import ColumnParallelLinear, RowParallelLinear, SumGradientOverReplicas
+from src.models.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, SumGradientOverReplicas
 from src.models.rope import Rotation, apply_rope
 from src.parallel import (
     copy_to_tensor_parallel,

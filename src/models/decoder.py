@@ -1,9 +1,10 @@
 """The decoder-only transformer: one model for every family, built from a ModelConfig.
 
-B batch, S sequence, D width, P vocabulary rows on this rank
+B batch, S sequence, D width, N tokens, X experts, P vocabulary rows on this rank
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,14 @@ from src.errors import UserError
 from src.models.attention import Attention, Mask, Packed, Segments
 from src.models.cache import Cache
 from src.models.config import ModelConfig
-from src.models.feedforward import FeedForward, MixtureOfExperts, RMSNorm
-from src.models.layers import ColumnParallelLinear, ParallelEmbedding, VocabParallelEmbedding
+from src.models.layers import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from src.models.linear import linear
 from src.models.rope import Rotation, layer_rotations
 
 
@@ -36,7 +43,7 @@ class Block(nn.Module):
         self, x: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None
     ) -> Tensor:
         """The residual stream x [B, S, D] float32 -> [B, S, D] float32."""
-        read = self.attention_norm(x).to(self.dtype)  # as a norm does it, where there is one
+        read = self.attention_norm(x).to(self.dtype)  # [B, S, D]; as a norm does it, where there is one
         x = self._added(x, self.attention_post_norm(self.attention(read, rotation, mask, cache)))
         return self._added(x, self.ffn_post_norm(self.feed_forward(self.ffn_norm(x).to(self.dtype))))
 
@@ -109,15 +116,15 @@ class Decoder(nn.Module):
             positions = parallel.to_device(positions).expand(B, S)
         if cache is None and context_parallel.size() > 1:
             tokens, positions = context_parallel.cut(tokens), context_parallel.cut(positions)
-            if lengths and (padding := tokens.shape[1] * context_parallel.size() - S):
+            if lengths and (padding := tokens.shape[1] * context_parallel.size() - S):  # a sample of its own
                 lengths = (*lengths, padding)
-        x = self.tok_embeddings(tokens).to(self.dtype)
+        x = self.tok_embeddings(tokens).to(self.dtype)  # [B, S, D]
         if self.config.scaled_embeddings:  # the root is rounded too, as when the model was pretrained
             x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype, device=x.device)
-        x = x.float()
+        x = x.float()  # the residual stream: a sum over layers, in which half precision would lose what each adds
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
-        mask = Packed(lengths) if lengths else None
+        mask = Packed(lengths) if lengths else None  # None: causal over the row
         for layer, rotation in zip(self.layers, layer_rotations(self.config, positions), strict=True):
             x = layer(x, rotation, mask, cache=cache)
         return self.norm(x)
@@ -169,3 +176,65 @@ class Decoder(nn.Module):
             hidden = F.linear(hidden, self.v_head_in.weight.float(), self.v_head_in.bias.float()).relu()
             return F.linear(hidden, self.v_head.weight.float(), self.v_head.bias.float()).squeeze(-1)
         return F.linear(hidden, self.v_head.weight.to(self.dtype).float()).squeeze(-1)
+
+
+class FeedForward(nn.Module):
+    """Gated linear unit (Shazeer 2020): w2(act(w1 x) * w3 x), with its inner width split over the ranks."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.act = F.silu if config.activation == "silu" else partial(F.gelu, approximate="tanh")
+        bias = config.mlp_bias
+        self.w1 = ColumnParallelLinear(config.dim, width, bias=bias)
+        self.w2 = RowParallelLinear(width, config.dim, bias=bias)
+        self.w3 = ColumnParallelLinear(config.dim, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        return self.w2(self.act(self.w1(x)) * self.w3(x))
+
+    def partial_output(self, x: Tensor) -> Tensor:
+        """This rank's summand of the output, for callers that sum over ranks themselves. x [N, D] -> [N, D]."""
+        inner = self.act(linear(x, self.w1.weight)) * linear(x, self.w3.weight)  # [N, width on this rank]
+        return linear(inner, self.w2.weight)
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token through its n_active_experts most probable experts (Shazeer et al. 2017), none dropped.
+
+    Where there is a shared expert, all tokens go through it too, each weighed by a sigmoid (Qwen team 2024).
+    Every expert is split over the ranks like a plain feed-forward layer. All ranks route alike, so the experts'
+    outputs are summed over the ranks once, however many were used.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_active, self.renormalised = config.n_active_experts, config.renormalised_experts
+        self.gate = nn.Linear(config.dim, config.n_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config, config.ffn_dim) for _ in range(config.n_experts))
+        self.shared = FeedForward(config, config.shared_ffn_dim) if config.shared_ffn_dim else None
+        self.shared_gate = nn.Linear(config.dim, 1, bias=False) if config.shared_ffn_dim else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        tokens = x.flatten(0, 1)  # [N, D]
+        probabilities = linear(tokens, self.gate.weight).float().softmax(-1)  # [N, X]
+        weights, chosen = probabilities.topk(self.n_active, dim=-1)  # [N, n_active]
+        if self.renormalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        # each rank has a part of every expert, hence a part of these gradients
+        tokens, weights = parallel.copy_to_tensor_parallel(tokens), parallel.copy_to_tensor_parallel(weights)
+        output = torch.zeros_like(tokens, dtype=torch.float32)
+        if self.shared is not None:
+            share = linear(x.flatten(0, 1), self.shared_gate.weight).float().sigmoid()  # [N, 1]
+            output = parallel.copy_to_tensor_parallel(share) * self.shared.partial_output(tokens)
+        chosen, weights = chosen.flatten(), weights.flatten()  # [N * n_active]
+        # a GPU is asked once how many tokens each expert has
+        counts = (chosen[:, None] == torch.arange(len(self.experts), device=chosen.device)).sum(0).tolist()
+        for expert, places in zip(self.experts, chosen.argsort(stable=True).split(counts), strict=True):
+            rows = places // self.n_active
+            if not len(rows) and not torch.is_grad_enabled():  # in training an idle expert has a gradient of zero
+                continue
+            mixed = expert.partial_output(tokens[rows]) * weights[places, None]
+            output = output.index_add(0, rows, mixed.type_as(output))
+        return parallel.reduce_from_tensor_parallel(output).view_as(x)

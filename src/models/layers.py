@@ -1,4 +1,4 @@
-"""Tensor-parallel layers: fairscale's, laid out from this rank's slice alone.
+"""Tensor-parallel layers, fairscale's laid out from this rank's slice alone, and RMS normalisation.
 
 They take their own slice of the weight as an uninitialised tensor on the current default device, so that a model can
 be laid out on the meta device and filled from its shard alone. (fairscale's own constructors allocate on the CPU and
@@ -6,6 +6,7 @@ draw the full weight on every rank.)
 """
 
 import torch
+import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers
 from torch import Tensor, nn
 
@@ -137,3 +138,47 @@ class ParallelEmbedding(layers.ParallelEmbedding):
             )
         self.embedding_dim_per_partition = embedding_dim // tensor_parallel_size()
         self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019), computed in float32; with offset, * (1 + weight)."""
+
+    def __init__(self, dim: int, eps: float, offset: bool, dtype: torch.dtype) -> None:
+        """dtype: of what comes out, for the linear layers that read it."""
+        super().__init__()
+        self.eps, self.offset, self.dtype = eps, offset, dtype
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def scale(self) -> Tensor:
+        """The factor of each dimension. -> [D] float32."""
+        weight = self.weight.to(self.dtype).float()  # as FSDP2 gathers it in bfloat16
+        return weight + 1 if self.offset else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] of any float dtype -> [..., D] in the norm's dtype."""
+        x, scale = x.float(), self.scale()
+        if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _LearningNorm.apply(x, scale, self.eps).to(self.dtype)
+        return F.rms_norm(x, x.shape[-1:], scale, self.eps).to(self.dtype)
+
+
+class _LearningNorm(torch.autograd.Function):
+    """rms_norm() with a fused gradient, which torch has on a GPU alone; on a CPU it takes a dozen passes over x."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        """x [..., D], scale [D] -> [..., D], all float32: the bits of F.rms_norm()."""
+        y, inverse = torch.ops.aten._fused_rms_norm(x, scale.shape, scale, eps)  # inverse [..., 1]: 1 / rms(x)
+        ctx.save_for_backward(x, scale, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """[..., D] -> [..., D], [D]: layer norm's gradient at a mean of 0, but for what that mean itself adds."""
+        x, scale, inverse = ctx.saved_tensors
+        mean, wanted = torch.zeros_like(inverse), [True, ctx.needs_input_grad[1], False]
+        of_x, of_scale, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, scale.shape, mean, inverse, scale, None, wanted
+        )
+        of_x.addcmul_(inverse, (grad @ scale)[..., None], value=1 / len(scale))
+        return of_x, of_scale, None

@@ -1,4 +1,4 @@
-"""src/models/feedforward.py: RMS normalisation beside torch's own, in twice the bits."""
+"""src/models/layers.py: RMS normalisation beside torch's own, in twice the bits."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from src.models.feedforward import RMSNorm
+from src.models.layers import RMSNorm
 
 
 @pytest.mark.parametrize("shape", [(48,), (0, 48), (2, 7, 48), (1, 3, 4, 64)])
