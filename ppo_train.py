@@ -32,7 +32,6 @@ from src.training.ppo_setup import (
     open_rewards,
     read_inputs,
 )
-from src.training.refill import refill_groups
 from src.training.resuming import find_start, run_fingerprint
 from src.training.rewards import Reward, Scores, apply_length_penalty, score_rollout
 from src.training.rollout import Rollout, requests_of, rollout_logprobs, rollout_values, sample_rollout
@@ -134,7 +133,7 @@ def collect(
     sample = partial(sample_and_score, config, models, data, rewards, rows, iteration, timer)
     (rollout, scores), stats = sample(), {}
     if config.filter_groups:  # before the passes that score tokens: what nothing is learned from costs none
-        rollout, scores, stats = refill_groups(rollout, scores, sample, config.group_size, config.max_refills)
+        rollout, scores, stats = ppo.refill_groups(rollout, scores, sample, config.group_size, config.max_refills)
     batch, mask = rollout.batch, rollout.batch.response_mask
 
     # Log-probs come from the forward passes that training uses, not from the sampler: the update's first ratio is 1

@@ -24,8 +24,8 @@ from src.models.quantize import quantize_weights, weight_bytes
 from src.processes import heap
 from src.runlog import RunLog
 from src.training.memory import Training, training_memory
+from src.training.run import ThroughputMeter, matrix_rate
 from src.training.sft import n_supervised, sft_loss
-from src.training.throughput import ThroughputMeter, matrix_rate
 from src.training.trainer import Trainer
 
 Found = Iterator[tuple[str, dict[str, float | str]]]  # what was done, and figures by name

@@ -36,8 +36,8 @@ from src.training.memory import (
     training_memory,
 )
 from src.training.ppo_config import PPOConfig, short_name
+from src.training.run import matrix_rate
 from src.training.sharing import base_of
-from src.training.throughput import matrix_rate
 
 # What a run adds on a CPU to what its dry run holds: process group, TensorBoard, kernels' code, sampling (measured)
 STILL_TO_COME = 60 * 2**20

@@ -6,6 +6,8 @@ import resource
 
 import torch
 
+GROWTH = 1.3  # of what is held after a step, over the first three steps
+
 
 def peak_memory() -> float:
     """Most bytes this process has held: on the GPU where it computes on one, else resident."""
@@ -42,3 +44,28 @@ def release_memory() -> None:
     else:
         with contextlib.suppress(AttributeError, TypeError):  # another C library than glibc
             ctypes.CDLL(None).malloc_trim(0)
+
+
+class HeapTrimmer:
+    """Hands freed memory back to the system when what a process holds after its steps has grown by GROWTH.
+
+    On a CPU freed blocks are kept for the next step, but those of a packed batch have its length, and fit the next ones
+    badly: SFT of 135M parameters on 16 rows held 4.3 GB after a step and 14.6 GB after ninety.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._limit, self._trimmed = 0, 0.0, False
+
+    def after_step(self) -> None:
+        """Look at what is held, and trim the heap if it is too much."""
+        held = resident_memory()
+        self._steps += 1
+        if self._steps <= 3:  # these say what a step takes
+            self._limit = max(self._limit, GROWTH * held)
+        elif held <= self._limit:
+            self._trimmed = False
+        elif self._trimmed:  # one step before: what is held is in use, and trimming again would not help
+            self._limit, self._trimmed = 1.1 * held, False
+        else:
+            release_memory()
+            self._trimmed = True

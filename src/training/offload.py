@@ -44,7 +44,7 @@ class ModelOffloader:
             lambda: (*model.parameters(), *model.buffers()), self._folder / f"{n}-weights")
         self._weights[model].offload()
         if trainer is not None:
-            self._moments[model] = OffloadedTensors(trainer.moments, self._folder / f"{n}-moments")
+            self._moments[model] = OffloadedTensors(trainer.optimizer.held, self._folder / f"{n}-moments")
 
     def drop(self, model: nn.Module) -> None:
         """Forget a model that is used no more, and remove its file."""

@@ -3,10 +3,11 @@
 B episodes, S sequence, P prompts of G episodes each, N response tokens of some episodes laid end to end in row order
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from src import losses, parallel
@@ -14,7 +15,7 @@ from src.data.batch import Batch
 from src.data.sampler import epoch_order
 from src.models.forward import Distribution, logprobs_and_entropy, response_values
 from src.training.ppo_config import PPOConfig
-from src.training.rewards import Scores, apply_length_penalty, at_last
+from src.training.rewards import Scores, add_counts, apply_length_penalty, at_last
 from src.training.rollout import Rollout, pack_episodes, shard_for_rank
 from src.training.trainer import StepReport, Trainer
 
@@ -46,6 +47,58 @@ def group_has_variance(scores: Tensor, group_size: int) -> Tensor:
     groups = scores.view(-1, group_size)
     # sums of float32 in another order: equal rewards may differ in their last bits
     return groups.amax(1) - groups.amin(1) > 1e-6
+
+
+def refill_groups(
+    rollout: Rollout, scores: Scores, sample: Callable[[int], tuple[Rollout, Scores]], group_size: int, max_refills: int
+) -> tuple[Rollout, Scores, dict[str, float]]:
+    """Dynamic sampling (DAPO, Yu et al. 2025, section 3.2): keep the groups of a buffer whose rewards differ, and fill
+    it with more of them. Returns it with its scores, and what the log says of all groups.
+
+    sample(1), sample(2) and on, up to max_refills, give as many further groups as the buffer has; those that it has no
+    place for are dropped. It is handed on short when they did not fill it.
+    """
+    found: list[tuple[Rollout, Scores]] = []
+    everything, has_variance, tokens = [], [], 0
+    missing = len(rollout.prompts) // group_size
+    for refill in range(1, max_refills + 2):
+        everything.append(scores.total.sum(1))
+        tokens += int(rollout.lengths.sum())
+        alive = group_has_variance(everything[-1], group_size)
+        has_variance.append(alive)
+        # groups beyond the room that is left are dropped
+        rows = alive.repeat_interleave(group_size).nonzero()[:, 0][: missing * group_size]
+        missing -= len(rows) // group_size
+        if len(rows):
+            found.append((rollout.take(rows), scores.take(rows)))
+        if not missing or refill > max_refills:
+            break
+        rollout, scores = sample(refill)
+    alive = torch.cat(has_variance)
+    stats = {"dead_groups": int((~alive).sum()) / len(alive),
+             "sampled_reward": torch.cat(everything).mean().item(), "sampled_groups": float(len(alive)),
+             "sampled_tokens": float(tokens)}
+    if not found:  # nothing to learn from: the last ones stand for the log, and --filter_groups trains on none of them
+        return rollout, scores, stats
+    rollouts, parts = zip(*found, strict=True)
+    rollout = Rollout(
+        [prompt for part in rollouts for prompt in part.prompts],
+        [response for part in rollouts for response in part.responses],
+        Batch(_rows(part.batch.tokens for part in rollouts), _rows(part.batch.response_mask for part in rollouts)),
+        torch.cat([part.finished for part in rollouts]),
+        _rows(part.sampled_logprobs for part in rollouts),
+        [each for part in rollouts for each in part.executions],
+    )
+    by_reward = {name: _rows(part.by_reward[name] for part in parts) for name in scores.by_reward}
+    scores = Scores(by_reward, _rows(part.total for part in parts), add_counts(part.counts for part in parts))
+    return rollout, scores, stats
+
+
+def _rows(tensors: Iterable[Tensor]) -> Tensor:
+    """Tensors [K, S] of several widths below one another, filled up with zeros (padding's id, False)."""
+    tensors = list(tensors)
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
 
 
 def trainable_rows(scores: Tensor, rollout: Rollout, config: PPOConfig) -> Tensor:

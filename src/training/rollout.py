@@ -10,7 +10,6 @@ from itertools import compress, groupby
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from src import parallel
@@ -68,11 +67,6 @@ class Rollout(NamedTuple):
             self.sampled_logprobs[rows],
             [self.executions[row] for row in rows],
         )
-
-
-def pad_to(tensor: Tensor, width: int) -> Tensor:
-    """Fill rows up with zeros (padding's id, False). [B, S] -> [B, width]."""
-    return F.pad(tensor, (0, width - tensor.shape[1]))
 
 
 def trim_padding(batch: Batch) -> Batch:

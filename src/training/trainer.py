@@ -26,7 +26,6 @@ from src.processes import heap, watchdog
 from src.runlog import RunLog
 from src.training.optimizers import AdamW, LazyTensors, OptimizerName
 
-HEAP_GROWTH = 1.3  # of what is held after a step, over the first three steps
 MAX_BAD_STEPS = 5  # non-finite steps in a row after which training cannot be saved
 
 # float16 has no numbers below 6e-8: losses are scaled up by as much as gradients allow (Micikevicius et al. 2018)
@@ -39,31 +38,6 @@ class StepReport(NamedTuple):
     loss: float
     grad_norm: float
     lr: float
-
-
-class HeapTrimmer:
-    """Hands freed memory back to the system when what a process holds after its steps has grown by HEAP_GROWTH.
-
-    On a CPU freed blocks are kept for the next step, but those of a packed batch have its length, and fit the next ones
-    badly: SFT of 135M parameters on 16 rows held 4.3 GB after a step and 14.6 GB after ninety.
-    """
-
-    def __init__(self) -> None:
-        self._steps, self._limit, self._trimmed = 0, 0.0, False
-
-    def after_step(self) -> None:
-        """Look at what is held, and trim the heap if it is too much."""
-        held = heap.resident_memory()
-        self._steps += 1
-        if self._steps <= 3:  # these say what a step takes
-            self._limit = max(self._limit, HEAP_GROWTH * held)
-        elif held <= self._limit:
-            self._trimmed = False
-        elif self._trimmed:  # one step before: what is held is in use, and trimming again would not help
-            self._limit, self._trimmed = 1.1 * held, False
-        else:
-            heap.release_memory()
-            self._trimmed = True
 
 
 class Trainer:
@@ -97,7 +71,7 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": flags.weight_decay},
                   {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], self.max_lr, adam_eps)
-        self._heap = HeapTrimmer()
+        self._heap = heap.HeapTrimmer()
         self._seed_step()
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -114,7 +88,11 @@ class Trainer:
         loss, grad_norm = self._reduce()
         if math.isfinite(grad_norm) and math.isfinite(loss):
             self._bad_steps = 0
-            self._scale_gradients(min(1.0, self.flags.max_grad_norm / max(grad_norm, 1e-30)) / self._loss_scale)
+            # down to the maximal norm, and back by what the loss was scaled up
+            factor = min(1.0, self.flags.max_grad_norm / max(grad_norm, 1e-30)) / self._loss_scale
+            for parameter in self._trainable.values() if factor != 1 else ():
+                if parameter.grad is not None:
+                    parallel.local(parameter.grad).mul_(factor)
             self.optimizer.step(lr)
             self._updates += 1
             self._scaled_steps += 1
@@ -159,21 +137,10 @@ class Trainer:
         loss, norm = torch.stack((sums[0], sums[1].sqrt())).tolist()
         return loss, norm
 
-    def _scale_gradients(self, factor: float) -> None:
-        """Multiply every gradient: down to the maximal norm, and by what the loss was scaled up."""
-        if factor != 1:
-            for parameter in self._trainable.values():
-                if parameter.grad is not None:
-                    parallel.local(parameter.grad).mul_(factor)
-
     def _seed_step(self) -> None:
         """Make every random draw of the next step (dropout) a pure function of (seed, step, tensor-parallel group)."""
         place = f"{self.flags.seed}/{self.steps}/{parallel.rank() // parallel.tensor_parallel_size()}"
         parallel.seed_all(random.Random(place).getrandbits(63))
-
-    def moments(self) -> Iterator[Tensor]:
-        """The optimizer's tensors [...], which exist from the first step on."""
-        return self.optimizer.held()
 
     def state(self) -> TrainerState:
         """What a checkpoint must hold besides the weights. Tensors are parts of this rank, made as they are asked for.

@@ -1,4 +1,4 @@
-"""src/training/refill.py: groups without variance give their place to others."""
+"""src/training/ppo.py, refill_groups(): groups without variance give their place to others."""
 
 from pathlib import Path
 

@@ -13,10 +13,9 @@ from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.command.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.lora import LINEARS
-from src.processes import heap
 from src.runlog import RunLog
 from src.training.sft import n_supervised, sft_loss
-from src.training.trainer import HEAP_GROWTH, HeapTrimmer, Trainer, lr_factor
+from src.training.trainer import Trainer, lr_factor
 from tests.conftest import Folders
 from tests.ranks import run_ranks
 from tests.reference import batch, hf_logits_and_loss, hf_model
@@ -100,7 +99,7 @@ def test_a_non_finite_step_is_skipped(folders: Folders, tmp_path: Path) -> None:
         assert not math.isfinite(report.loss)
         assert all(map(torch.equal, before, trainer.model.parameters()))
         assert all(p.grad is None for p in trainer.model.parameters())
-        assert not list(trainer.moments())  # the moments were not touched
+        assert not list(trainer.optimizer.held())  # the moments were not touched
     trainer.backward(sft_loss(trainer.model, batch()) / 16)
     assert math.isfinite(trainer.step().loss) and trainer.steps == 3
     assert not torch.equal(before[0], next(trainer.model.parameters()))
@@ -181,17 +180,3 @@ def test_ten_steps_of_adapters_equal_peft(folders: Folders, tmp_path: Path) -> N
     for name, (base, parameter) in theirs.items():
         assert_close(ours[name].detach(), rotary_from_hf(base, parameter.detach(), config), rtol=0, atol=1e-5)
         assert ours[name].abs().max() > 1e-3
-
-
-def test_freed_memory_goes_back_when_holes_have_grown() -> None:
-    trimmer = HeapTrimmer()
-    for _ in range(3):
-        trimmer.after_step()
-    before = heap.resident_memory()
-    blocks = [torch.ones(1 << 20) for _ in range(int((HEAP_GROWTH - 0.9) * before) // 2**22)]  # 4 MiB each
-    fence = torch.ones(1 << 18)  # at the end of the heap: what lies below it is not handed back by itself
-    held = heap.resident_memory()
-    del blocks
-    assert heap.resident_memory() > 0.99 * held > HEAP_GROWTH * before
-    trimmer.after_step()
-    assert heap.resident_memory() < 1.1 * before and fence.sum() == 1 << 18

@@ -1,4 +1,4 @@
-"""src/training/throughput.py: counts by hand, and a share of the machine's rate that can be."""
+"""src/training/run.py, ThroughputMeter: counts by hand, and a share of the machine's rate that can be."""
 
 import time
 
@@ -10,8 +10,8 @@ from src.data.batch import make_batch
 from src.data.encoding import Encoded
 from src.data.sampler import Step
 from src.models.config import ModelConfig
-from src.training import throughput as module
-from src.training.throughput import ThroughputMeter
+from src.training import run as module
+from src.training.run import ThroughputMeter
 
 CONFIG = ModelConfig(
     dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=12, vocab_size=10, max_seq_len=32
