@@ -178,9 +178,9 @@ def compute_dtype(precision: str = "") -> torch.dtype:
     return getattr(torch, precision)
 
 
-def _multiplies_faster(dtype: torch.dtype, size: int = 512) -> bool:
+def _multiplies_faster(dtype: torch.dtype) -> bool:
     """Whether a square product in this type takes at most two thirds of the time of float32's."""
-    x = torch.ones(size, size)
+    x = torch.ones(512, 512)
     in_it, in_float32 = (min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)) for x in (x.to(dtype), x))
     return 1.5 * in_it < in_float32
 

@@ -261,6 +261,3 @@ def test_process_rewards_by_hand() -> None:
     }
     for shape, expected in shapes.items():
         assert losses.process_rewards(probabilities, mask, shape)[0].tolist() == pytest.approx(expected)
-    assert losses.process_rewards(probabilities, mask, "min-drop", upper=0.6)[0].tolist() == pytest.approx(
-        [0.0, 0.0, -0.1, 0.0]
-    )

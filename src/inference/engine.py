@@ -92,20 +92,13 @@ class Vocabulary(NamedTuple):
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """The vocabulary of a model that speaks this tokenizer's ids."""
-    decode = _decode_blocks(tokenizer) if tokenizer.code else tokenizer.decode
+
+    def decode_blocks(ids: list[int]) -> str:
+        """A solution with code in its text form, its markers of blocks shown, but for what ends it."""
+        return tokenizer.decode([index for index in ids if index not in tokenizer.stop_ids], show_control=True)
+
+    decode = decode_blocks if tokenizer.code else tokenizer.decode
     return Vocabulary(tuple(sorted(tokenizer.stop_ids)), tokenizer.vocab_size, decode)
-
-
-def _decode_blocks(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
-    """Solutions with code are read in their text form, markers shown, but for what ends them."""
-
-    def decode(ids: list[int]) -> str:
-        """The text of a response, its markers of blocks shown."""
-        return tokenizer.decode(
-            [index for index in ids if index not in tokenizer.stop_ids], show_control=True
-        )
-
-    return decode
 
 
 class _Read(NamedTuple):
@@ -135,7 +128,10 @@ def generate(
     sampled. compiled: on a GPU, decode from compiled CUDA graphs. Raises UserError for a prompt that fills the model's
     context.
     """
-    _check_lengths(requests, model.config.max_seq_len)
+    for request in requests:
+        if len(request.prompt) >= model.config.max_seq_len:
+            raise UserError(f"prompt {request.id!r} has {len(request.prompt)} tokens but the model's context is "
+                            f"{model.config.max_seq_len}; shorten or drop it")
     if sampling.stop and vocabulary.decode is None:
         raise UserError("stop strings need a vocabulary that can decode")
     was_training = model.training
@@ -149,15 +145,6 @@ def generate(
             yield from batch.run()
     finally:
         model.train(was_training)
-
-
-def _check_lengths(requests: Sequence[Request], max_seq_len: int) -> None:
-    for request in requests:
-        if len(request.prompt) >= max_seq_len:
-            raise UserError(
-                f"prompt {request.id!r} has {len(request.prompt)} tokens but the model's context is "
-                f"{max_seq_len}; shorten or drop it"
-            )
 
 
 class DecodingBatch:

@@ -82,21 +82,19 @@ def choose(local_logits: Tensor, sampling: Sampling, u: Tensor, bias: Tensor | N
     bias [P] float32, this rank's -> three [B]."""
     alone = local_logits.is_cpu and parallel.tensor_parallel_size() == 1
     # ranks take all rows at once: they send each other a message or two for each part
-    n = max(1, CACHED // local_logits.shape[-1]) if alone else max(1, len(local_logits))
-    rows = zip(local_logits.split(n), u.split(n), strict=True)
-    choice = Choice(*map(torch.cat, zip(*(_choose(*row, sampling, bias) for row in rows), strict=True)))
+    n, parts = max(1, CACHED // local_logits.shape[-1]) if alone else max(1, len(local_logits)), []
+    for logits, draws in zip(local_logits.split(n), u.split(n), strict=True):
+        plain = logits.float()  # [b, P]
+        biased = plain if bias is None else plain + bias
+        if sampling.temperature == 0:
+            parts.append(_greedy(plain, biased))
+            continue
+        scaled = biased if sampling.temperature == 1 else biased / sampling.temperature
+        parts.append(_sample_candidate(plain, scaled, sampling, draws) if sampling.truncates
+                     else _sample_any(plain, scaled, draws))
+    choice = Choice(*map(torch.cat, zip(*parts, strict=True)))
     parallel.broadcast_from_first(choice.tokens)  # one rank's rounding decides for all
     return choice
-
-
-def _choose(local_logits: Tensor, u: Tensor, sampling: Sampling, bias: Tensor | None) -> Choice:
-    """choose() of a few rows, each rank by itself. [B, P], [B], [P] -> three [B]."""
-    plain = local_logits.float()
-    biased = plain if bias is None else plain + bias
-    if sampling.temperature == 0:
-        return _greedy(plain, biased)
-    scaled = biased if sampling.temperature == 1 else biased / sampling.temperature
-    return _sample_candidate(plain, scaled, sampling, u) if sampling.truncates else _sample_any(plain, scaled, u)
 
 
 def _from_ranks(*columns: Tensor) -> Tensor:

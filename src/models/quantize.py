@@ -86,7 +86,9 @@ class QuantizedMatrix(FrozenMatrix):
 
     def rows(self, indices: Tensor) -> Tensor:
         """Some rows. indices [...] int64 -> [..., columns]."""
-        return self._decode(self.codes[indices], self.scale[indices], self.low[indices])
+        codes = self._unpaired(self.codes[indices])  # [..., groups, group]
+        values = torch.addcmul(self.low[indices].float(), codes.float(), self.scale[indices].float())
+        return values.flatten(-2)[..., : self.columns].to(self.dtype)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b. [..., columns], [rows] -> [..., rows]."""
@@ -138,12 +140,6 @@ class QuantizedMatrix(FrozenMatrix):
             held = values[: part.stop - start].copy_(self._unpaired(self.codes[part]))
             held.mul_(self.scale[part].float()).add_(self.low[part].float())
             yield part, held.flatten(1)[:, : self.columns].to(self.dtype)
-
-    def _decode(self, codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-        """codes [..., groups, group], scale and low [..., groups, 1] -> [..., columns]."""
-        codes = self._unpaired(codes)
-        values = torch.addcmul(low.float(), codes.float(), scale.float())
-        return values.flatten(-2)[..., : self.columns].to(self.dtype)
 
 
 class RoundedMatrix(FrozenMatrix):
