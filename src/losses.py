@@ -69,6 +69,7 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, counts: Tensor) -> Te
     log_ratio = (logprobs - old_logprobs).detach()
     parts = log_ratio.split(counts.tolist())
     means = torch.cat([(part.sum() / max(1, len(part))).expand(len(part)) for part in parts])
+    # the value is the mean's alone, the gradient each token's own
     return (logprobs - logprobs.detach() + means).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
@@ -105,6 +106,7 @@ def cispo_loss(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip_low: fl
 def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
     """Half the squared error, the worse of clipped and unclipped values (Schulman et al. 2017's code). [N] -> [N]."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
+    # the worse of the two: to move further than the clip never pays
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
@@ -139,6 +141,7 @@ def grpo_advantages(rewards: Tensor, *, divide_by_std: bool) -> Tensor:
     without it this is Dr. GRPO (Liu et al. 2025, section 3.2), which does not favour problems of little spread.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
+    # with 1e-4 a group of equal rewards has advantages of 0
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if divide_by_std else centred
 
 
@@ -196,6 +199,7 @@ def process_rewards(probabilities: Tensor, mask: Tensor, shape: str) -> Tensor:
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over [N] entries; 0 for constant returns. -> scalar."""
     spread = returns.var(unbiased=False)
+    # where() computes both sides: the one that is not taken must not divide by 0
     return torch.where(spread > 0, 1 - (returns - values).var(unbiased=False) / spread.clamp_min(1e-12), 0.0)
 
 
@@ -228,13 +232,14 @@ def kto_loss(
 
 def ipo_loss(margins: Tensor, beta: float) -> Tensor:
     """(margin - 1 / (2 beta))^2 on margins of mean log-probs (Azar et al. 2023, eq. 17). [B] -> [B]."""
+    # a target for each margin: log sigmoid would drive the margins of pairs that are always judged alike to infinity
     return (margins - 1 / (2 * beta)) ** 2
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """beta * -log sigmoid(log odds ratio), the preference term of ORPO (Hong et al. 2024, eq. 6-7). [B], [B] -> [B].
     chosen, rejected: mean log-probs a token, float32 and not above 0. The caller adds the NLL of chosen."""
-    log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
+    log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))  # log p / (1 - p) of each
     return -beta * F.logsigmoid(log_odds)
 
 

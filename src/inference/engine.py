@@ -177,7 +177,7 @@ class DecodingBatch:
         self.sampled_logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
         self.is_sampled = np.zeros((n_slots, longest_response), dtype=bool)  # not appended by a tool
         self.tool_results: list[list[str]] = [[] for _ in range(n_slots)]
-        self.uniforms = np.zeros((n_slots, longest_response))
+        self.uniforms = np.zeros((n_slots, longest_response))  # drawn at a response's start: no batch changes them
         self.bias: Tensor | None = None  # [P], once the logits' width is known
         self.stop_window = 4 * max(map(len, sampling.stop), default=0) + 4  # a character is 4 tokens at most
 
@@ -198,8 +198,12 @@ class DecodingBatch:
         return bool(self.waiting or self.read or any(self.requests))
 
     def run(self) -> Iterator[Completion]:
-        """Prefill and decode until nothing is left."""
-        self._read_prefix()
+        """Prefill and decode until nothing is left; what all prompts begin with is read first, once for all."""
+        prompts = [same[0].prompt for chain in self.waiting for same in chain]
+        if n := shared_prefix(prompts):
+            cache = PromptCache()
+            self.model(parallel.to_device(torch.tensor([prompts[0][:n]])), cache=cache)
+            self.cache.prefix = cache.row(0, n)
         while self.busy:
             yield from self.advance()
 
@@ -216,7 +220,7 @@ class DecodingBatch:
     def cancel(self, request: Request) -> None:
         """Let a request end with its next token."""
         for slot in (slot for slot, held in enumerate(self.requests) if held is request):
-            self.limits[slot] = self.counts[slot] + 1
+            self.limits[slot] = self.counts[slot] + 1  # it leaves as any other: its slot is freed in one place
 
     def _fill_slots(self) -> tuple[list[int], Tensor] | None:
         """Fill empty slots with waiting requests. -> their slots and the logits [B, P] after their prompts."""
@@ -237,14 +241,6 @@ class DecodingBatch:
                 cached = [(keys.clone(), values.clone()) for keys, values in read.cached]
                 self.read.appendleft(read._replace(cached=cached))
         return (filled, torch.cat(logits)) if filled else None
-
-    def _read_prefix(self) -> None:
-        """Read what all prompts begin with."""
-        prompts = [same[0].prompt for chain in self.waiting for same in chain]
-        if n := shared_prefix(prompts):
-            cache = PromptCache()
-            self.model(parallel.to_device(torch.tensor([prompts[0][:n]])), cache=cache)
-            self.cache.prefix = cache.row(0, n)
 
     def _prefill(self, n_slots: int) -> None:
         """Read prompts of like length in one forward: as many as have samples for n slots, within the budget."""

@@ -87,13 +87,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Sc
         if torch.compiler.is_compiling():  # a graph of the calls, which are alike for any lengths, would hold for these
             return torch.compiler.disable(_attend_in_samples)(queries, keys, values, mask, scores)
         return _attend_in_samples(queries, keys, values, mask, scores)
-    if 0 < scores.window < keys.shape[2]:
+    if 0 < scores.window < keys.shape[2]:  # a longer one hides nothing, and without a mask kernels are faster
         mask = _in_window(_causal(queries, keys) if mask is None else mask, scores.window)
     if scores.softcap:
         return _attend_by_parts(queries, keys, values, _causal(queries, keys) if mask is None else mask, scores)
     half = queries.dtype in HALF
     short = queries.is_cpu and half and not torch.compiler.is_compiling() and 0 < queries[0, 0].numel() <= SHORT
-    if mask is None and short and torch.is_grad_enabled():
+    if mask is None and short and torch.is_grad_enabled():  # see SHORT
         return _AttendInShortRows.apply(queries, keys, values, scores.scale)
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(
@@ -148,7 +148,7 @@ def _attend_by_parts(
     raw = grouped @ keys[:, :, None].transpose(-1, -2)
     if prefix:
         raw = torch.cat((torch.einsum("bkgse,kpe->bkgsp", grouped, prefix[0]), raw), -1)
-    raw = scores.scale * raw.float()
+    raw = scores.scale * raw.float()  # [B, K, H / K, S, P + T]
     capped = scores.softcap * torch.tanh(raw / scores.softcap) if scores.softcap else raw
     weights = capped.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).type_as(values)
     mixed = weights[..., -keys.shape[2] :] @ values[:, :, None]
@@ -173,6 +173,7 @@ def _attend_after_prefix(queries: Tensor, group: Group, scores: Scoring) -> Tens
         own = queries.float(), group.keys.float(), group.values.float()
         return _attend_by_parts(*own, mask, scores, (keys.float(), values.float())).type_as(queries)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    # the queries of all rows become positions of one row: [1, K, B H S / K, E]
     together = queries.reshape(B, len(keys), -1, E).transpose(0, 1).reshape(1, len(keys), -1, E)
     first, first_sums = flash(together, keys[None], values[None], scale=scores.scale)
     first, first_sums = (x.reshape(len(keys), B, H * S // len(keys), -1).transpose(0, 1).reshape(B, H, S, -1)
@@ -283,15 +284,16 @@ class Attention(nn.Module):
         queries = self.q_norm(self.wq(x).view(B, S, self.n_heads, self.head_dim))  # [B, S, H, E]
         keys = self.k_norm(self.wk(x).view(B, S, self.n_kv_heads, self.head_dim))  # [B, S, K, E]
         values = self.wv(x).view(B, S, self.n_kv_heads, self.head_dim)
+        # before the cache: what it holds is rotated once, by positions that do not change
         queries, keys = apply_rope(queries, rotation), apply_rope(keys, rotation)
-        queries, keys, values = (heads.transpose(1, 2) for heads in (queries, keys, values))
+        queries, keys, values = (heads.transpose(1, 2) for heads in (queries, keys, values))  # [B, H or K, S, E]
         if cache is None and context_parallel.size() > 1:
             mixed = _attend_over_context(queries, keys, values, mask, self.scores)
         elif cache is None:
             mixed = attend(queries, keys, values, mask, self.scores)
         else:
             mixed = _attend_to_groups(queries, cache.write(self.layer, keys, values), self.scores)
-        return self.wo(mixed.transpose(1, 2).reshape(B, S, -1))
+        return self.wo(mixed.transpose(1, 2).reshape(B, S, -1))  # [B, S, H E], summed over the ranks to [B, S, D]
 
 
 def _attend_over_context(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Scoring) -> Tensor:

@@ -175,6 +175,7 @@ class Decoder(nn.Module):
         if self.config.two_layer_head:
             hidden = F.linear(hidden, self.v_head_in.weight.float(), self.v_head_in.bias.float()).relu()
             return F.linear(hidden, self.v_head.weight.float(), self.v_head.bias.float()).squeeze(-1)
+        # rounded as FSDP2 gathers it: one rank's scores are those of several
         return F.linear(hidden, self.v_head.weight.to(self.dtype).float()).squeeze(-1)
 
 

@@ -85,7 +85,8 @@ def _stretch_by_pair(frequencies: Tensor, config: ModelConfig) -> Tensor:
 
 def rope_rotation(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> Rotation:
     """cos and sin of every pair's angle, times `factor`. positions [B, S] int64 -> two [B, S, 1, R / 2] float32."""
-    angles = positions[..., None, None].float() * frequencies
+    # in float32: at position 4,096 bfloat16 would be off by several radians
+    angles = positions[..., None, None].float() * frequencies  # [B, S, 1, R / 2]
     return (angles.cos(), angles.sin()) if factor == 1 else (angles.cos() * factor, angles.sin() * factor)
 
 
@@ -97,7 +98,7 @@ def apply_rope(x: Tensor, rotation: Rotation | None) -> Tensor:
     R = 2 * cos.shape[-1]
     if R < x.shape[-1]:
         return torch.cat((apply_rope(x[..., :R], rotation), x[..., R:]), -1)
-    pairs = x.float().unflatten(-1, (-1, 2))  # [B, S, H, R/2, 2]
+    pairs = x.float().unflatten(-1, (-1, 2))  # [B, S, H, R / 2, 2]
     # one pass for eight; compilers join the eight, and know no complex numbers
     if x.is_cpu and not torch.compiler.is_compiling():
         return (

@@ -291,9 +291,10 @@ def update_actor(
                 logprobs, pick(buffer.logprobs), pick(buffer.advantages), batch.response_counts(), config)
             kl = logprobs.new_zeros(())
             if config.kl_loss != "none":
+                # here it acts by its own gradient, in the reward through the advantages
                 kl = KL_LOSSES[config.kl_loss](logprobs, pick(buffer.reference_logprobs))
                 loss = loss + config.kl_loss_coef * kl_scale * kl
-            if config.entropy_coef:
+            if config.entropy_coef:  # taken off: what is minimised rewards it
                 loss = loss - config.entropy_coef * entropy
             actor.backward((loss * pick(buffer.weights)).sum() / n, last=micro is minibatch.micros[-1])
 

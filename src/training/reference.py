@@ -64,28 +64,24 @@ def reference_logprobs(
     All ranks call this and get the same numbers; the model is whole on each data-parallel rank. Raises UserError for a
     file of another kind.
     """
-    if parallel.rank() == 0:
+    first = parallel.rank() == 0
+    if first:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with locks.alone(path) if parallel.rank() == 0 else nullcontext():  # several runs may share the file
-        return _completed(model, samples, path, identity, max_batch_size, log)
-
-
-def _completed(
-    model: Decoder, samples: Iterable[Sample], path: Path, identity: str, max_batch_size: int, log: RunLog
-) -> Reference:
-    known = _read(path)
-    every = {row_key(identity, encoded): encoded for sample in samples for encoded in sample}
-    missing = sorted(every.keys() - known.keys(), key=lambda key: (-len(every[key].tokens), key))
-    model.eval()
-    log.progress(len(missing), "reference")
-    with path.open("a", encoding="utf-8") if parallel.rank() == 0 else open(os.devnull, "w") as file:
-        for keys in chunks(missing, max_batch_size * parallel.data_parallel_size()):
-            found = _log_probs(model, [every[key] for key in keys], max_batch_size)
-            known |= zip(keys, found, strict=True)
-            file.writelines(json.dumps({"key": key, "logprob": value}) + "\n"
-                            for key, value in zip(keys, found, strict=True))
-            file.flush()
-            log.advance(len(keys))
+    with locks.alone(path) if first else nullcontext():  # several runs may share the file
+        known = _read(path)
+        every = {row_key(identity, encoded): encoded for sample in samples for encoded in sample}
+        # the longest first: what does not fit fails at once; equal lengths in an order that all ranks have
+        missing = sorted(every.keys() - known.keys(), key=lambda key: (-len(every[key].tokens), key))
+        model.eval()
+        log.progress(len(missing), "reference")
+        with path.open("a", encoding="utf-8") if first else open(os.devnull, "w") as file:
+            for keys in chunks(missing, max_batch_size * parallel.data_parallel_size()):
+                found = _log_probs(model, [every[key] for key in keys], max_batch_size)
+                known |= zip(keys, found, strict=True)
+                file.writelines(json.dumps({"key": key, "logprob": value}) + "\n"
+                                for key, value in zip(keys, found, strict=True))
+                file.flush()
+                log.advance(len(keys))
     log.close_progress()
     log.logger.info("%s: %d reference log-probs, %d of them computed now", path, len(every), len(missing))
     return Reference(identity, {key: known[key] for key in every})

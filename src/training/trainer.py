@@ -64,6 +64,7 @@ class Trainer:
         parallel.shard_over_data_parallel(model, model.layers, model.dtype)
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
+        # how many ranks hold the same parameter: its gradient counts once in the norm
         self._copies = [parallel.replicas() * shards.copies(shards.cut_of(name, model.config, n), rank)
                         for name in self._trainable]
         matrices = [p for p in self._trainable.values() if p.dim() > 1]
@@ -78,7 +79,7 @@ class Trainer:
         """Add the gradient of a micro-batch's loss []. Data-parallel ranks exchange gradients in a step's `last`."""
         parallel.communicate_gradients(self.model, last)
         (self._loss_scale * loss).backward()
-        self._loss += loss.detach()
+        self._loss += loss.detach()  # read in step(): to read it here would be to wait for the device
 
     def step(self) -> StepReport:
         """Clip, update, advance the schedule. A non-finite step is skipped and reported; several end the run."""
@@ -213,7 +214,7 @@ def lr_factor(
     """Share of the peak learning rate at a step: linear warm-up, then down to min_ratio at the last step. The way down
     is a cosine or a line; a constant schedule stays at the peak."""
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return (step + 1) / warmup_steps  # above 0 at the first step, which then learns
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
     return min_ratio + (1 - min_ratio) * left[schedule]
