@@ -233,7 +233,12 @@ class DecodingBatch:
             read = self.read.popleft()
             slots, free = free[: len(read.requests)], free[len(read.requests) :]
             for slot in slots:
-                self._start_request(read.requests.popleft(), slot)
+                self.requests[slot] = request = read.requests.popleft()
+                room = self._room(request)
+                limit = min(self.sampling.max_new_tokens, request.max_new_tokens or room, room)
+                self.limits[slot], self.counts[slot], self.tool_results[slot] = limit, 0, []
+                n = room if self.tool_hook else limit  # a tool's tokens come on top
+                self.uniforms[slot, :n] = uniforms(self.sampling.seed, request.id, request.sample, n)
             self.cache.admit(slots, read.cached)
             filled += slots
             logits.append(read.logits.expand(len(slots), -1))
@@ -260,14 +265,6 @@ class DecodingBatch:
         last = torch.stack([hidden[row, length - 1] for row, length, _ in read])
         for (row, length, same), logits in zip(read, self.model.logits(last), strict=True):
             self.read.append(_Read(same, cache.row(row, length), logits))
-
-    def _start_request(self, request: Request, slot: int) -> None:
-        """Start a response in an empty slot."""
-        room = self._room(request)
-        limit = min(self.sampling.max_new_tokens, request.max_new_tokens or room, room)
-        self.requests[slot], self.limits[slot], self.counts[slot], self.tool_results[slot] = request, limit, 0, []
-        n = room if self.tool_hook else limit
-        self.uniforms[slot, :n] = uniforms(self.sampling.seed, request.id, request.sample, n)
 
     def _room(self, request: Request) -> int:
         """Tokens that the model's context has left after a prompt."""

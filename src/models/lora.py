@@ -161,27 +161,18 @@ class LoraLinear(nn.Module):
         return y if at_once or self.base.bias is None else y + self.base.bias.type_as(y)
 
     def _with_magnitude(self, y: Tensor) -> Tensor:
-        """m / ||W + scale B A|| times the product y [..., out] (DoRA, Liu et al. 2024, eq. 5)."""
-        magnitude = self.lora_m.weight
+        """m / ||W + scale B A|| times the product y [..., out], of each row that this rank yields (DoRA, Liu et al.
+        2024, eq. 5). The lengths are constants in the backward pass (section 4.3 there)."""
+        magnitude = self.lora_m.weight  # [out]
         if self.by_rows:
             magnitude = self.lora_b.sum_over_replicas(magnitude)
-        return y * (magnitude / self.row_lengths()).type_as(y)
+        with torch.no_grad():
+            matrix = merged_weight(self.base.weight, self.lora_a.weight, self.lora_b.weight, self.scale)
+            lengths = self.row_lengths(matrix)
+        return y * (magnitude / lengths).type_as(y)
 
-    @torch.no_grad()
-    def row_lengths(self) -> Tensor:
-        """||W + scale B A|| of each row that this rank yields, a constant in the backward pass (section 4.3 there).
-
-        -> [out] float32.
-        """
-        return self._lengths(merged_weight(self.base.weight, self.lora_a.weight, self.lora_b.weight, self.scale))
-
-    @torch.no_grad()
-    def base_lengths(self) -> Tensor:
-        """row_lengths() at the start, where B is zero. -> [out] float32, shared as the base is."""
-        return self._lengths(self.base.weight.float())
-
-    def _lengths(self, matrix: Tensor) -> Tensor:
-        """The lengths of whole rows of a matrix, [out, in] float32 on this rank -> [out]."""
+    def row_lengths(self, matrix: Tensor) -> Tensor:
+        """The lengths of whole rows of a matrix, [out, in] float32 on this rank -> [out], shared as the base is."""
         squares = matrix.square().sum(1)
         if not self.by_rows:
             parallel.sum_over_tensor_parallel(parallel.local(squares))
@@ -233,7 +224,7 @@ def init_lora(
             yield f"{name}.lora_a.weight", local_slice(f"{name}.lora_a.weight", whole)
             yield f"{name}.lora_b.weight", torch.zeros(module.lora_b.weight.shape)
             if module.lora_m is not None:
-                yield f"{name}.lora_m.weight", module.base_lengths()
+                yield f"{name}.lora_m.weight", module.row_lengths(module.base.weight.detach().float())
 
 
 class Factors(NamedTuple):

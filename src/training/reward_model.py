@@ -305,10 +305,9 @@ def mix(files: Sequence[Rows], weights: Sequence[float], seed: int) -> Iterator[
 
 def read_rows(objective: Objective, path: str, columns: Mapping[str, str] = {}) -> Iterator[Pair | StepLabels]:
     """The rows of a file, which must hold what the objective learns from. Raises UserError."""
-    return read_pairs(path, columns) if objective == "pairwise" else _labels(objective, path, columns)
-
-
-def _labels(objective: Objective, path: str, columns: Mapping[str, str]) -> Iterator[StepLabels]:
+    if objective == "pairwise":
+        yield from read_pairs(path, columns)
+        return
     for row in read_step_labels(path, columns):
         if objective == "outcome" and len(row.steps) > 1:
             raise UserError(f"{path} holds judged steps; train on them with --objective process")
