@@ -203,9 +203,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     return torch.where(spread > 0, 1 - (returns - values).var(unbiased=False) / spread.clamp_min(1e-12), 0.0)
 
 
-def dpo_margins(
-    chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor
-) -> Tensor:
+def dpo_margins(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor) -> Tensor:
     """How much more the policy than the reference prefers chosen to rejected, in nats (Rafailov et al. 2023, eq. 7).
     Summed (or mean) log-probs of each side [B] -> [B]."""
     return (chosen - reference_chosen) - (rejected - reference_rejected)

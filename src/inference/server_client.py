@@ -345,5 +345,4 @@ def _tokens(logprobs: object) -> tuple[Token, ...]:
             texts = [""] * len(values)
     if not all(type(value) in (int, float) and LEAST_LOGPROB < value < 1e-3 for value in values):
         return ()
-    return tuple(Token(text if isinstance(text, str) else "", value)
-                 for text, value in zip(texts, values, strict=True))
+    return tuple(Token(text if isinstance(text, str) else "", value) for text, value in zip(texts, values, strict=True))

@@ -97,8 +97,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Sc
         return _AttendInShortRows.apply(queries, keys, values, scores.scale)
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=grouped
-    )
+        queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=grouped)
 
 
 class _AttendInShortRows(torch.autograd.Function):
@@ -110,8 +109,7 @@ class _AttendInShortRows(torch.autograd.Function):
     ) -> Tensor:
         """[B, H, S, E], [B, K, S, E], [B, K, S, E] -> [B, H, S, E]."""
         mixed, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, is_causal=True, scale=scale
-        )
+            queries, keys, values, is_causal=True, scale=scale)
         ctx.save_for_backward(queries, keys, values, mixed, log_sums)
         ctx.scale = scale
         return mixed
@@ -121,8 +119,7 @@ class _AttendInShortRows(torch.autograd.Function):
         """[B, H, S, E] -> those of queries, keys and values, in their type."""
         *rows, log_sums = ctx.saved_tensors
         of_rows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad.float(), *(row.float() for row in rows), log_sums, 0.0, True, scale=ctx.scale
-        )
+            grad.float(), *(row.float() for row in rows), log_sums, 0.0, True, scale=ctx.scale)
         return *(of_row.type_as(grad) for of_row in of_rows), None
 
 
@@ -179,9 +176,7 @@ def _attend_after_prefix(queries: Tensor, group: Group, scores: Scoring) -> Tens
     first, first_sums = (x.reshape(len(keys), B, H * S // len(keys), -1).transpose(0, 1).reshape(B, H, S, -1)
                          for x in (first, first_sums))
     mask = None if group.mask is None else group.mask.to(queries.dtype).log()  # what is added to scores
-    own, own_sums = flash(
-        queries, group.keys, group.values, is_causal=mask is None, attn_mask=mask, scale=scores.scale
-    )
+    own, own_sums = flash(queries, group.keys, group.values, is_causal=mask is None, attn_mask=mask, scale=scores.scale)
     share = torch.sigmoid(first_sums - own_sums[..., None])  # of the weights, what lies on the prefix
     return torch.lerp(own.float(), first.float(), share).type_as(queries)
 
@@ -316,6 +311,5 @@ def _attend_to_groups(queries: Tensor, groups: list[Group], scores: Scoring) -> 
         queries = queries.reshape(B, n_kv_heads, -1, E)
     parts = [
         _attend_after_prefix(queries[group.rows], group, scores) if group.prefix
-        else attend(queries[group.rows], group.keys, group.values, group.mask, scores) for group in groups
-    ]
+        else attend(queries[group.rows], group.keys, group.values, group.mask, scores) for group in groups]
     return torch.cat(parts).view(B, H, S, E)

@@ -71,8 +71,7 @@ _QWEN_EXPERTS = (
         "moe_intermediate_size": ("ffn_dim", None),
         "num_experts": ("n_experts", None),
         "norm_topk_prob": ("renormalised_experts", False),
-    }
-)
+    })
 _ALL_SPARSE = _SILU | {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 _GEMMA_FIELDS = _FIELDS | {"head_dim": ("head_dim", None), "tie_word_embeddings": ("tied", True)}
 _GEMMA_FACTS = {"activation": "gelu_tanh", "norm_offset": True, "scaled_embeddings": True}
@@ -299,8 +298,7 @@ _ROPE_FACTOR: dict[str, tuple[str, Value]] = {"factor": ("rope_factor", None)}
 _ROPE_CONTEXT: dict[str, tuple[str, Value]] = {"original_max_position_embeddings": ("rope_original_max_seq_len", None)}
 _ROPE_SCALE: dict[str, tuple[str, Value]] = {"attention_factor": ("rope_attention_factor", 0.0)}
 _LONGROPE = ("longrope", _ROPE_CONTEXT | _ROPE_SCALE | {
-    "short_factor": ("rope_short_factors", None), "long_factor": ("rope_long_factors", None)
-})
+    "short_factor": ("rope_short_factors", None), "long_factor": ("rope_long_factors", None)})
 ROPE_TYPES: dict[str, tuple[str, dict[str, tuple[str, Value]]]] = {
     "linear": ("linear", _ROPE_FACTOR),
     "dynamic": ("dynamic", _ROPE_FACTOR),

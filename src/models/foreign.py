@@ -59,8 +59,7 @@ def check_model_type(config: ModelConfig, model_type: str, source: str) -> None:
         if found != expected:
             raise UserError(
                 f"{source} has {name}={found}, but --model_type {model_type} means {name}={expected}; "
-                f"drop --model_type (params.json knows) or give the right checkpoint"
-            )
+                f"drop --model_type (params.json knows) or give the right checkpoint")
 
 
 def released(model_type: str) -> Released:
@@ -112,8 +111,7 @@ def family_of(values: dict[str, object], source: str) -> Family:
         missing = UNSUPPORTED.get(model_type) if isinstance(model_type, str) else None
         raise UserError(
             f"{source}: model_type {model_type!r} is not supported{f' ({missing})' if missing else ''}; "
-            f"expected {', '.join(FAMILIES)}"
-        )
+            f"expected {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
@@ -144,9 +142,7 @@ def config_from_hf(stated: dict[str, object], source: str, dtype: str) -> ModelC
         raise UserError(f"{source}: {problem}") from None
     own = stated.get("splitrl", {})
     if not isinstance(own, dict) or own.keys() - _OWN_FACTS:
-        raise UserError(
-            f"{source}: splitrl={own!r}; expected an object with some of {', '.join(sorted(_OWN_FACTS))}"
-        )
+        raise UserError(f"{source}: splitrl={own!r}; expected an object with some of {', '.join(sorted(_OWN_FACTS))}")
     return dataclasses.replace(config, carried=_carried(stated, config, source), **own)
 
 
@@ -167,9 +163,7 @@ def _aliased(values: dict[str, object], family: Family, source: str) -> dict[str
     """The values of keys under other writers' names for them. Raises UserError where both are there and differ."""
     for other, key in family.aliases.items():
         if other in values and values.get(key, values[other]) != values[other]:
-            raise UserError(
-                f"{source}: {key}={values[key]!r} but {other}={values[other]!r}; remove one of them"
-            )
+            raise UserError(f"{source}: {key}={values[key]!r} but {other}={values[other]!r}; remove one of them")
     return {key: values[other] for other, key in family.aliases.items() if other in values}
 
 
@@ -226,27 +220,19 @@ def _windows(values: dict[str, object], family: Family, n_layers: int, source: s
     period = family.window_period
     own = [
         _SLIDING if slides and index >= first and not (period and (index + 1) % period == 0) else _FULL
-        for index in range(n_layers)
-    ]
+        for index in range(n_layers)]
     kinds = own if values.get("layer_types") is None else values["layer_types"]
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != n_layers
-        or any(k not in (_SLIDING, _FULL) for k in kinds)
-    ):
+    if not isinstance(kinds, list) or len(kinds) != n_layers or any(k not in (_SLIDING, _FULL) for k in kinds):
         raise UserError(
-            f"{source}: layer_types={kinds!r}; expected {_FULL} or {_SLIDING} for each of {n_layers} layers"
-        )
+            f"{source}: layer_types={kinds!r}; expected {_FULL} or {_SLIDING} for each of {n_layers} layers")
     if kinds != own and not family.layer_types:
         raise UserError(
             f"{source}: layer_types={kinds!r}, which transformers does not read for this family: its layers are "
-            f"{own!r} by the other keys; remove layer_types, or make it say the same"
-        )
+            f"{own!r} by the other keys; remove layer_types, or make it say the same")
     if _SLIDING in kinds and not slides:
         raise UserError(
             f"{source}: layer_types={kinds!r}, but no window is in use (sliding_window={window!r}); give the "
-            f"sliding_window, or make all layers {_FULL}"
-        )
+            f"sliding_window, or make all layers {_FULL}")
     return tuple(window if kind == _SLIDING else 0 for kind in kinds) if _SLIDING in kinds else ()
 
 
@@ -256,8 +242,7 @@ def _nope_layers(values: dict[str, object], family: Family, n_layers: int, sourc
         return ()
     if (turns := values.get("no_rope_layers")) is None:
         period = above_zero(
-            values.get("no_rope_layer_interval", family.nope_period), "no_rope_layer_interval", int, source
-        )
+            values.get("no_rope_layer_interval", family.nope_period), "no_rope_layer_interval", int, source)
         return tuple(range(period - 1, n_layers, period))
     if not isinstance(turns, list) or len(turns) != n_layers or any(turn not in (0, 1) for turn in turns):
         raise UserError(f"{source}: no_rope_layers={turns!r}; expected 0 or 1 for each of {n_layers} layers")
@@ -274,8 +259,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         if getattr(back, name) != getattr(config, name):
             raise UserError(
                 f"{name}={getattr(config, name)!r} has no form in a config.json of family {config.family}, where it "
-                f"would be read as {getattr(back, name)!r}; keep the checkpoint in SplitRL's own format"
-            )
+                f"would be read as {getattr(back, name)!r}; keep the checkpoint in SplitRL's own format")
     return values
 
 
@@ -284,9 +268,7 @@ def _hf_values(config: ModelConfig) -> dict[str, object]:
     family = FAMILIES[config.family]
     values: dict[str, object] = {"architectures": [family.architecture], "model_type": config.family}
     values |= {key: getattr(config, field) for key, (field, _) in family.fields.items()}
-    values |= {
-        key: values[key] or None for key, (field, _) in family.fields.items() if field.endswith("softcap")
-    }
+    values |= {key: values[key] or None for key, (field, _) in family.fields.items() if field.endswith("softcap")}
     values |= {key: getattr(config, field) == value for key, (field, value) in family.flags.items()}
     values |= {key: allowed[0] for key, allowed in family.fixed.items()}
     if family.nope_period:
@@ -297,9 +279,7 @@ def _hf_values(config: ModelConfig) -> dict[str, object]:
         repository, config_class, model_class = family.remote
         classes = {"AutoConfig": config_class, "AutoModelForCausalLM": model_class}
         values["auto_map"] = {auto: f"{repository}--{name}" for auto, name in classes.items()}
-    return (
-        values | rope_to_hf(config, family) | _windows_to_hf(config, family) | {"torch_dtype": config.dtype}
-    )
+    return (values | rope_to_hf(config, family) | _windows_to_hf(config, family) | {"torch_dtype": config.dtype})
 
 
 def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, object]:
@@ -314,9 +294,7 @@ def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, object]:
         values["max_window_layers"] = config.windows.index(window)
     # layer_types makes another model of one whose layers are alike by family: it is said where they differ
     if family.layer_types and (family.window != "all" or len(set(config.windows)) > 1):
-        values["layer_types"] = [
-            _SLIDING if config.window_of(layer) else _FULL for layer in range(config.n_layers)
-        ]
+        values["layer_types"] = [_SLIDING if config.window_of(layer) else _FULL for layer in range(config.n_layers)]
     if window or "layer_types" not in values:  # else no layer reads it
         values["sliding_window"] = window or None
     return values

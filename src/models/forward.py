@@ -93,9 +93,7 @@ def logprobs_and_entropy(
     return _logprobs(model, tokens, response_mask, lengths, distribution, entropy=kind)
 
 
-def response_values(
-    critic: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None
-) -> Tensor:
+def response_values(critic: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None) -> Tensor:
     """The critic's value of the state that each response token was chosen in. [B, S] -> [N] float32. Differentiable."""
     hidden, _, join = _predicting(critic, tokens, response_mask, lengths)
     return join(critic.scores(hidden))
@@ -107,16 +105,13 @@ def token_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengt
     return context_parallel.uncut(scores, tokens.shape[1])
 
 
-def response_scores(
-    verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None
-) -> Tensor:
+def response_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None) -> Tensor:
     """The verifier's score of each whole response, read where its config says. -> [B] float32. Differentiable. `last`:
     at the response's last token. `mean`: the mean over its tokens."""
     scores = token_scores(verifier, tokens, response_mask, lengths)
     if lengths is not None:
         scores, response_mask = (
-            pad_sequence(row[0].split(lengths), batch_first=True) for row in (scores, response_mask)
-        )
+            pad_sequence(row[0].split(lengths), batch_first=True) for row in (scores, response_mask))
     if verifier.config.score == "mean":
         response_mask = parallel.to_device(response_mask)
         return (scores * response_mask).sum(1) / response_mask.sum(1).clamp_min(1)

@@ -134,8 +134,7 @@ class ParallelEmbedding(layers.ParallelEmbedding):
         if embedding_dim % tensor_parallel_size():
             raise UserError(
                 f"the embedding width {embedding_dim} does not divide over {tensor_parallel_size()} ranks; "
-                f"split the vocabulary instead (embedding_split_dim 0)"
-            )
+                f"split the vocabulary instead (embedding_split_dim 0)")
         self.embedding_dim_per_partition = embedding_dim // tensor_parallel_size()
         self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
 
@@ -178,7 +177,6 @@ class _LearningNorm(torch.autograd.Function):
         x, scale, inverse = ctx.saved_tensors
         mean, wanted = torch.zeros_like(inverse), [True, ctx.needs_input_grad[1], False]
         of_x, of_scale, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, scale.shape, mean, inverse, scale, None, wanted
-        )
+            grad, x, scale.shape, mean, inverse, scale, None, wanted)
         of_x.addcmul_(inverse, (grad @ scale)[..., None], value=1 / len(scale))
         return of_x, of_scale, None

@@ -106,9 +106,7 @@ class _Product(torch.autograd.Function):
     """linear() where torch has no gradient: by oneDNN, or with a weight that is rounded first."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [N, in], weight [out, in], bias [out] -> [N, out]."""
         weight = rounded(weight, x.dtype)
         ctx.save_for_backward(x, weight)

@@ -56,8 +56,7 @@ def check_targets(lora: LoraConfig, config: ModelConfig) -> None:
     if config.n_experts and experts:
         raise UserError(
             f"lora_targets names {', '.join(experts)}, but this model has experts, which carry no adapters; "
-            f"give --lora_targets wq,wk,wv,wo"
-        )
+            f"give --lora_targets wq,wk,wv,wo")
 
 
 Frozen = ColumnParallelLinear | RowParallelLinear | QuantizedLinear
@@ -129,8 +128,7 @@ class LoraLinear(nn.Module):
         if self.by_rows:
             self.lora_a: nn.Module = nn.Linear(base.in_features, config.rank, bias=False)
             self.lora_b: nn.Module = ColumnParallelLinear(
-                config.rank, base.out_features, base.rows, replicated=base.replicated
-            )
+                config.rank, base.out_features, base.rows, replicated=base.replicated)
         else:
             self.lora_a = RowParallelLinear(base.in_features, config.rank, base.columns)
             self.lora_b = nn.Linear(config.rank, base.out_features, bias=False)

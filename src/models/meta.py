@@ -37,9 +37,7 @@ def config_from_meta(values: dict[str, object], source: str, weights: MetaWeight
         given = among.get(key)
         return default if given is None else kind(above_zero(given, key, kind, source))
 
-    dim, n_layers, n_heads = (
-        above_zero(values[key], key, int, source) for key in ("dim", "n_layers", "n_heads")
-    )
+    dim, n_layers, n_heads = (above_zero(values[key], key, int, source) for key in ("dim", "n_layers", "n_heads"))
     experts = values.get("moe") or {}
     if not isinstance(experts, dict):
         raise UserError(f"{source}: moe={experts!r}; expected an object with num_experts and num_experts_per_tok")

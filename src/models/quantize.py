@@ -250,8 +250,7 @@ def quantize_weights(model: nn.Module, precision: str, dtype: torch.dtype) -> No
                 matrix: QuantizedMatrix | RoundedMatrix = (
                     RoundedMatrix(child.weight, dtype)
                     if precision == "bfloat16"
-                    else QuantizedMatrix(child.weight, PRECISIONS[precision], dtype)
-                )
+                    else QuantizedMatrix(child.weight, PRECISIONS[precision], dtype))
                 setattr(parent, name, STAND_INS[type(child)](child, matrix))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -45,8 +45,7 @@ _PHI_3 = {"vocab_size": 32064, "norm_eps": 1e-5, "rope_theta": 1e4, "window": 20
 _PHI_4 = {"vocab_size": 100352, "norm_eps": 1e-5, "rope_theta": 2.5e5}
 _OLMO_2 = {"vocab_size": 100352, "norm_eps": 1e-6, "rope_theta": 5e5}
 _GEMMA_3 = _GEMMA | {
-    "vocab_size": 262144, "rope_theta": 1e6, "window_rope_theta": 1e4, "query_pre_attn_scalar": 256, "window": 512
-}
+    "vocab_size": 262144, "rope_theta": 1e6, "window_rope_theta": 1e4, "query_pre_attn_scalar": 256, "window": 512}
 _TIED, _WIDE_VOCAB = ("tied", True), ("vocab_size", 152064)
 
 # Names without a size claim the family alone. A row's name may be followed by -base, -chat, -instruct or -it.
@@ -86,8 +85,7 @@ MODEL_TYPES: dict[str, Released] = (
     | _sizes("llama", _LLAMA_3, {"llama-3-8b": _8B, "llama-3-70b": _70B})
     | _sizes("llama", _LLAMA_31, {"llama-3.1-8b": _8B, "llama-3.1-70b": _70B,
                                   "llama-3.1-405b": (16384, 126, 128, 8, 53248), "llama-3.3-70b": _70B})
-    | _sizes("llama", _LLAMA_32, {"llama-3.2-1b": (2048, 16, 32, 8, 8192),
-                                  "llama-3.2-3b": (3072, 28, 24, 8, 8192)})
+    | _sizes("llama", _LLAMA_32, {"llama-3.2-1b": (2048, 16, 32, 8, 8192), "llama-3.2-3b": (3072, 28, 24, 8, 8192)})
     | _sizes("llama", _CODE, {
         "codellama-7b": (*_7B, ("vocab_size", 32016)),
         "codellama-13b": (*_13B, ("vocab_size", 32016)),
@@ -159,18 +157,12 @@ MODEL_TYPES: dict[str, Released] = (
     | _sizes("gemma2", _GEMMA_2, {
         "gemma-2-2b": (2304, 26, 8, 4, 9216, ("query_pre_attn_scalar", 256.0), ("window", 4096)),
         "gemma-2-9b": (3584, 42, 16, 8, 14336, ("query_pre_attn_scalar", 256.0), ("window", 4096)),
-        "gemma-2-27b": (
-            4608, 46, 32, 16, 36864, ("head_dim", 128), ("query_pre_attn_scalar", 144.0), ("window", 4096)
-        ),
+        "gemma-2-27b": (4608, 46, 32, 16, 36864, ("head_dim", 128), ("query_pre_attn_scalar", 144.0), ("window", 4096)),
     })
-    | _sizes("gemma3_text", _GEMMA_3, {"gemma-3-270m": (640, 18, 4, 1, 2048),
-                                       "gemma-3-1b": (1152, 26, 4, 1, 6912)})
+    | _sizes("gemma3_text", _GEMMA_3, {"gemma-3-270m": (640, 18, 4, 1, 2048), "gemma-3-1b": (1152, 26, 4, 1, 6912)})
     | _sizes("smollm3", _SMOLLM_3, {"smollm3-3b": (2048, 36, 16, 4, 11008)})
-    | _sizes("phi3", _PHI_3, {"phi-3-mini-4k": (3072, 32, 32, 32, 8192),
-                              "phi-3-medium-4k": (5120, 40, 40, 10, 17920)})
+    | _sizes("phi3", _PHI_3, {"phi-3-mini-4k": (3072, 32, 32, 32, 8192), "phi-3-medium-4k": (5120, 40, 40, 10, 17920)})
     | _sizes("phi3", _PHI_4, {"phi-4": (5120, 40, 40, 10, 17920)})
     | _sizes("olmo2", _OLMO_2, {"olmo-2-1b": (2048, 16, 16, 16, 8192), "olmo-2-7b": _7B, "olmo-2-13b": _13B,
                                 "olmo-2-32b": (5120, 64, 40, 8, 27648)})
-    | _sizes("internlm2", _INTERNLM_2, {"internlm2-7b": _8B,
-                                        "internlm2-20b": (6144, 48, 48, 8, 16384)})
-)
+    | _sizes("internlm2", _INTERNLM_2, {"internlm2-7b": _8B, "internlm2-20b": (6144, 48, 48, 8, 16384)}))

@@ -101,8 +101,6 @@ def apply_rope(x: Tensor, rotation: Rotation | None) -> Tensor:
     pairs = x.float().unflatten(-1, (-1, 2))  # [B, S, H, R / 2, 2]
     # one pass for eight; compilers join the eight, and know no complex numbers
     if x.is_cpu and not torch.compiler.is_compiling():
-        return (
-            torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2).type_as(x)
-        )
+        return (torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2).type_as(x))
     even, odd = pairs.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)

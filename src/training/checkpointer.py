@@ -135,8 +135,7 @@ class Checkpointer:
         self._log.close_progress()
         if not self._best_step and self._best > -math.inf:
             self._log.logger.warning(
-                "nothing did better on held-out data than the start, %.4g, so that there is no best", self._best
-            )
+                "nothing did better on held-out data than the start, %.4g, so that there is no best", self._best)
         for model in self._models:
             self._log.logger.info("saved %s", model.folder)
 

@@ -82,8 +82,7 @@ def collate(samples: Sequence[Sample], packing: bool, reference: Reference | Non
     own, others = (
         make_batch(side, packing=packing, with_targets=is_own)._replace(
             reference=torch.tensor([reference.of(encoded) if reference else 0.0 for encoded in side]))
-        for side, is_own in zip(zip(*samples, strict=True), (True, False), strict=True)
-    )
+        for side, is_own in zip(zip(*samples, strict=True), (True, False), strict=True))
     return own._replace(mismatched=others)
 
 

@@ -22,9 +22,7 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 MISMATCH_LIMIT = 0.05  # nats; of mean |log-prob| difference: above it the sampler is another policy
 
 
-def rollout_metrics(
-    buffer: PPOBuffer, scores: Scores, config: PPOConfig, kl_scale: float = 1.0
-) -> dict[str, float]:
+def rollout_metrics(buffer: PPOBuffer, scores: Scores, config: PPOConfig, kl_scale: float = 1.0) -> dict[str, float]:
     """Means over a buffer for the log. scores: of its episodes, apart from KL and penalties."""
     rollout, mask = buffer.rollout, buffer.batch.response_mask
     logprobs, reference = buffer.logprobs[mask], buffer.reference_logprobs[mask]
@@ -147,8 +145,7 @@ def readable_rows(buffer: PPOBuffer, scores: Scores, n: int, tokenizer: Tokenize
             "token_kl": rounded(kl, row),
             "advantages": rounded(buffer.advantages, row),
         }
-        for row in range(min(n, len(rollout.prompts)))
-    ]
+        for row in range(min(n, len(rollout.prompts)))]
 
 
 class Alert(NamedTuple):
@@ -197,8 +194,7 @@ REPEAT = 20  # buffers between two warnings of one alert
 WINDOW = 20  # buffers over which a trend is looked for
 HACKED = (
     "the verifier's reward rises while the grader's falls: the policy has found the verifier's weakness; "
-    "raise --kl_coef, give the rule more of --reward_weights, or train the verifier on these responses"
-)
+    "raise --kl_coef, give the rule more of --reward_weights, or train the verifier on these responses")
 
 
 class Monitor:

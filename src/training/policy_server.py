@@ -102,8 +102,7 @@ class PolicyServers:
                         problem = problem or f"{server.base_url}: {error}"
                         continue
                     try:
-                        found[key] = read_response(
-                            by_key[key], reply, self.vocabulary, sampling, self.context)
+                        found[key] = read_response(by_key[key], reply, self.vocabulary, sampling, self.context)
                     except ValueError as lie:
                         raise UserError(f"{server.base_url} answers prompt {request.id!r} with {lie}; nothing was "
                                         "learnt from it: mend the server, and go on with --resume auto") from None

@@ -126,8 +126,7 @@ def _check_same(folder: Path, then: Mapping[str, object], now: Mapping[str, obje
         _difference(name, then, now)
         for name in {**then, **now}
         if name not in FREE_ON_RESUME
-        and ((name in then) != (name in now) or _known(then.get(name)) != _known(now.get(name)))
-    ]
+        and ((name in then) != (name in now) or _known(then.get(name)) != _known(now.get(name)))]
     if found:
         raise UserError(f"{folder}: {'; '.join(found)}; resume with the data and flags of then, or choose another "
                         "directory (--help lists what may differ)")

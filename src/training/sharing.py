@@ -64,8 +64,7 @@ class SharedBase:
             name: read().to(parallel.device(), torch.float32, copy=True)
             for name, read in sources.local_tensors(
                 folder, storage.ADAPTER, sources.read_config(folder), n, rank
-            ).items()
-        }
+            ).items()}
         for name, tensor in own.items():
             stem = name.removesuffix(".lora_a.weight")
             if stem != name:

@@ -69,8 +69,7 @@ class Trainer:
                         for name in self._trainable]
         matrices = [p for p in self._trainable.values() if p.dim() > 1]
         vectors = [p for p in self._trainable.values() if p.dim() <= 1]  # norms are not decayed
-        groups = [{"params": matrices, "weight_decay": flags.weight_decay},
-                  {"params": vectors, "weight_decay": 0.0}]
+        groups = [{"params": matrices, "weight_decay": flags.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], self.max_lr, adam_eps)
         self._heap = heap.HeapTrimmer()
         self._seed_step()
@@ -84,8 +83,7 @@ class Trainer:
     def step(self) -> StepReport:
         """Clip, update, advance the schedule. A non-finite step is skipped and reported; several end the run."""
         lr = self.max_lr * lr_factor(
-            self.steps, self.total_steps, self.warmup_steps, self.flags.min_lr_ratio, self.flags.schedule
-        )
+            self.steps, self.total_steps, self.warmup_steps, self.flags.min_lr_ratio, self.flags.schedule)
         loss, grad_norm = self._reduce()
         if math.isfinite(grad_norm) and math.isfinite(loss):
             self._bad_steps = 0
@@ -164,9 +162,7 @@ class Trainer:
             with torch.no_grad():
                 parallel.local(parameter).copy_(parallel.rows_like(read(f"{name}/{MASTER}"), parameter))
             if self._updates:
-                moments = {
-                    moment: parallel.part_like(read(f"{name}/{moment}"), parameter) for moment in MOMENTS
-                }
+                moments = {moment: parallel.part_like(read(f"{name}/{moment}"), parameter) for moment in MOMENTS}
                 self.optimizer.load(parameter, self._updates, moments)
         watchdog.at_step(self.steps)
         self._seed_step()
@@ -208,9 +204,7 @@ def checkpoint_activations(model: Decoder, kind: Recomputed) -> None:
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
-def lr_factor(
-    step: int, total_steps: int, warmup_steps: int, min_ratio: float, schedule: Schedule = "cosine"
-) -> float:
+def lr_factor(step: int, total_steps: int, warmup_steps: int, min_ratio: float, schedule: Schedule = "cosine") -> float:
     """Share of the peak learning rate at a step: linear warm-up, then down to min_ratio at the last step. The way down
     is a cosine or a line; a constant schedule stays at the peak."""
     if step < warmup_steps:
