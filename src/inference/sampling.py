@@ -126,9 +126,10 @@ def _greedy(plain: Tensor, biased: Tensor) -> Choice:
 def _sample_any(plain: Tensor, scaled: Tensor, u: Tensor) -> Choice:
     """Sample from the whole softmax: sums decide which rank holds the token, its rank finds it. plain, scaled [B, P], u
     [B] -> three [B]."""
-    highest = scaled.amax(-1)
+    highest = scaled.amax(-1)  # [B]; -inf where the slice is padding alone, and -inf less itself would be nan
     weights = torch.exp(scaled - highest.clamp_min(torch.finfo(scaled.dtype).min)[:, None])  # [B, P]
     blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    # in float64: float32 sums of a large vocabulary would lose its rarest ids
     sums = blocks.sum(-1).double().cumsum(-1)  # [B, P / BLOCK]
     found = _from_ranks(highest, sums[:, -1], plain.logsumexp(-1))
     top = found[:, :, 0].amax(-1)
@@ -181,7 +182,7 @@ def _sample_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tens
     logits = values[:, :width].masked_fill(~kept[:, :width], float("-inf")).gather(-1, by_id)
     logprobs = logits.log_softmax(-1)
     cumulative = logprobs.exp().cumsum(-1)
-    index = _position(cumulative, u * cumulative[:, -1])[:, None]
+    index = _position(cumulative, u * cumulative[:, -1])[:, None]  # of the sum, which rounding takes off 1
     return Choice(
         ids.gather(-1, index).squeeze(-1).long(),
         (plain_values.gather(-1, index).squeeze(-1) - found[:, :, 1].logsumexp(-1)).float(),

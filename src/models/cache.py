@@ -162,13 +162,14 @@ class KVCache:
                 self._move_up(full, bucket)
         self._buckets = [bucket for bucket in self._buckets if bucket.slots]
         slots = self.slots()
-        positions = parallel.to_device(torch.from_numpy(self.lengths[slots]))
+        positions = parallel.to_device(torch.from_numpy(self.lengths[slots]))  # [B]
         self.lengths[slots] += 1
         self._targets, start = [], 0
         for bucket in self._buckets:
             rows = slice(start, start + len(bucket.slots))
             start = rows.stop
             here = positions[rows]
+            # read only as far as the bucket's longest row has come
             seen = up_to(here[:, None], int(self.lengths[bucket.slots].max()))
             self._targets.append((bucket, rows, torch.arange(len(here), device=self.device), here, seen))
         self.positions = positions[:, None] + n_positions(self.prefix)

@@ -209,7 +209,7 @@ class _OutputLogprobs(torch.autograd.Function):
             _read(logits, finish, entropy, *each)
             parts.append(input_gradient(logits, weight))
             of_weight = _add_gradient(of_weight, logits, rows) if ctx.needs_input_grad[1] else None
-            del logits
+            del logits  # before there is another chunk
         return torch.cat(parts), of_weight, None, None, None, None
 
 

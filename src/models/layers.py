@@ -96,6 +96,7 @@ class RowParallelLinear(layers.RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., columns of this rank] -> [..., out_features], summed over the ranks."""
         y = reduce_from_tensor_parallel(linear(x, self.weight))
+        # once, after the sum: every rank has the whole bias
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

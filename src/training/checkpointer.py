@@ -140,7 +140,7 @@ class Checkpointer:
             self._log.logger.info("saved %s", model.folder)
 
     def _save(self, step: int) -> None:
-        self.complete()
+        self.complete()  # one save at a time: a copy of the state is in memory until it is written
         best = {"best": None if self._best == -math.inf else self._best, "best_step": self._best_step}
         saved = {"run": self._run_fingerprint, **self._state, "step": step, "total_steps": self._total_steps, **best}
         self._saved_step = step

@@ -65,6 +65,7 @@ def outcome_dataset(
 def _mismatched(samples: Sequence[Encoded], max_seq_len: int, source: str) -> list[Encoded]:
     """Each prompt with the response of the sample as many rows on as one problem has, or of the next of another's."""
     prompts = [tuple(sample.tokens[: sample.response_start]) for sample in samples]
+    # as many rows on as one problem has: where a file's rows are in order of problems, that is another's
     shift, n = max(Counter(prompts).values()), len(samples)
     if shift == n:
         raise UserError(f"{source}: all responses are to one problem; --objective kto needs two or more to measure "

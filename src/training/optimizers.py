@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchao.optim.subclass_8bit import OptimState8bit
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
-BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.95)  # the second as for large language models (Brown et al. 2020): 0.999 forgets outliers slowly
 
 
 class LazyTensors(Mapping[str, Tensor]):

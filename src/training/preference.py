@@ -134,7 +134,7 @@ class Preference:
         else:
             of_means = self.length_normalize or self.objective == "ipo"
             policy, frozen = (means, reference / counts) if of_means else (logprobs, reference)
-            margins = losses.dpo_margins(*_sides(policy), *_sides(frozen))
+            margins = losses.dpo_margins(*_sides(policy), *_sides(frozen))  # [B]
             if self.objective == "ipo":
                 each = losses.ipo_loss(margins, self.beta)
             else:

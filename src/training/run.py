@@ -66,7 +66,7 @@ class Run:
         self.steps_per_epoch = self.sampler.steps_per_epoch(n_rows)
         self.total_steps = self.sampler.total_steps(n_rows, config.epochs, config.max_steps)
         if not config.dry_run:
-            self._fingerprint |= {"rows": n_rows}
+            self._fingerprint |= {"rows": n_rows}  # known only now: whether the run goes on is asked once more
             find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
 
     def planned_steps(self, data: Dataset) -> Iterator[Step]:
@@ -87,7 +87,7 @@ class Run:
         self.checkpointer = Checkpointer(
             log, [Trainee(config.save_dir, self.trainer, begin_save)], config, steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps, run_fingerprint=self._fingerprint)
-        model.train()
+        model.train()  # dropout before adapters
         # After the trainer is made: it owns the parameters, shared over the data-parallel ranks, that resume() fills
         self._done = self.checkpointer.resume(config.resume)
         warn_of_early_end(self.total_steps, config.epochs, config.max_steps)

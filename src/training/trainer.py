@@ -62,6 +62,7 @@ class Trainer:
             compile_blocks(model)
         checkpoint_activations(model, flags.activation_checkpointing)
         parallel.shard_over_data_parallel(model, model.layers, model.dtype)
+        # after they are shared: the optimizer holds moments of this rank's parts alone
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
         # how many ranks hold the same parameter: its gradient counts once in the norm
