@@ -31,12 +31,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     True position the episode is over and its value is 0.
     """
     # A_t = delta_t + gamma lambda A_(t+1), from the last token back
-    advantages = torch.zeros_like(rewards)
-    next_value = torch.zeros_like(rewards[:, 0])
+    advantages = torch.zeros_like(rewards)  # [B, S]
+    next_value = torch.zeros_like(rewards[:, 0])  # [B]
     running = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        here = delta + gamma * lam * running
+        here = delta + gamma * lam * running  # [B]; kept where the mask is True, else the row's last one stays
         running = torch.where(mask[:, t], here, running)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = torch.where(mask[:, t], here, 0.0)
@@ -66,7 +66,7 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, counts: Tensor) -> Te
     of a response are equal, the loss has GSPO's gradient, and where they differ each token learns from its own.
     counts [B] int64: tokens of each response; a response may have none.
     """
-    log_ratio = (logprobs - old_logprobs).detach()
+    log_ratio = (logprobs - old_logprobs).detach()  # [N]
     parts = log_ratio.split(counts.tolist())
     means = torch.cat([(part.sum() / max(1, len(part))).expand(len(part)) for part in parts])
     # the value is the mean's alone, the gradient each token's own
@@ -140,7 +140,7 @@ def grpo_advantages(rewards: Tensor, *, divide_by_std: bool) -> Tensor:
     divide_by_std also divides by the group's (unbiased) deviation + 1e-4 (GRPO, Shao et al. 2024, section 4.1.2);
     without it this is Dr. GRPO (Liu et al. 2025, section 3.2), which does not favour problems of little spread.
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = rewards - rewards.mean(1, keepdim=True)  # [P, G]
     # with 1e-4 a group of equal rewards has advantages of 0
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if divide_by_std else centred
 
@@ -192,7 +192,7 @@ def process_rewards(probabilities: Tensor, mask: Tensor, shape: str) -> Tensor:
         return probabilities * mask
     factors = probabilities.masked_fill(~mask, 1.0)  # neither the least nor the product sees padding
     joined = torch.cat((torch.ones_like(factors[:, :1]), factors), 1)  # [B, 1 + T]
-    running = joined.cummin(1).values if shape == "min-drop" else joined.cumprod(1)
+    running = joined.cummin(1).values if shape == "min-drop" else joined.cumprod(1)  # [B, 1 + T]
     return (running[:, 1:] - running[:, :-1]) * mask
 
 
@@ -223,7 +223,7 @@ def kto_loss(
     log_ratios: summed log-probs less the reference's, in nats; v = lambda_D sigmoid(beta (ratio - z)) of a right
     response, lambda_U sigmoid(beta (z - ratio)) of a wrong one, z being the reference point.
     """
-    logits = beta * (log_ratios - reference_point)
+    logits = beta * (log_ratios - reference_point)  # [B]
     weights = torch.where(right, right_weight, wrong_weight)
     return weights * (1 - torch.where(right, logits, -logits).sigmoid())
 

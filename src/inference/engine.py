@@ -253,7 +253,7 @@ class DecodingBatch:
         shared = n_positions(self.cache.prefix)
         while self.waiting and sum(len(same) for chain in chunk for same in chain) < n_slots:
             longest = len((chunk or self.waiting)[0][0][0].prompt) - shared
-            if chunk and shared + longest * (len(chunk) + 1) > PREFILL_TOKENS:
+            if chunk and shared + longest * (len(chunk) + 1) > PREFILL_TOKENS:  # one prompt may be longer than that
                 break
             chunk.append(self.waiting.popleft())
         prompts = [torch.tensor(chain[0][0].prompt[shared:]) for chain in chunk]

@@ -131,7 +131,7 @@ def _causal(queries: Tensor, keys: Tensor) -> Tensor:
 
 def _in_window(mask: Tensor, window: int) -> Tensor:
     """The last `window` of the positions that each one sees, which are the first of their row. [B, 1, S, T] bool."""
-    first = mask.sum(-1, keepdim=True) - window
+    first = mask.sum(-1, keepdim=True) - window  # [B, 1, S, 1]
     return mask & (torch.arange(mask.shape[-1], device=mask.device) >= first)
 
 
@@ -237,8 +237,8 @@ class ProjectionNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, H, E] of any float dtype -> [B, S, H, E] in the norm's dtype."""
-        flat = x.flatten(-2).float()
-        squares = flat.square().sum(-1, keepdim=True) / self.copies
+        flat = x.flatten(-2).float()  # [B, S, H E]
+        squares = flat.square().sum(-1, keepdim=True) / self.copies  # [B, S, 1]
         # all ranks need the sum, and the gradient that it has on all of them
         squares = copy_to_tensor_parallel(reduce_from_tensor_parallel(squares))
         normal = flat * (squares / self.width + self.eps).rsqrt()

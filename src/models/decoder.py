@@ -225,7 +225,7 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         # each rank has a part of every expert, hence a part of these gradients
         tokens, weights = parallel.copy_to_tensor_parallel(tokens), parallel.copy_to_tensor_parallel(weights)
-        output = torch.zeros_like(tokens, dtype=torch.float32)
+        output = torch.zeros_like(tokens, dtype=torch.float32)  # [N, D]
         if self.shared is not None:
             share = linear(x.flatten(0, 1), self.shared_gate.weight).float().sigmoid()  # [N, 1]
             output = parallel.copy_to_tensor_parallel(share) * self.shared.partial_output(tokens)
@@ -236,6 +236,6 @@ class MixtureOfExperts(nn.Module):
             rows = places // self.n_active
             if not len(rows) and not torch.is_grad_enabled():  # in training an idle expert has a gradient of zero
                 continue
-            mixed = expert.partial_output(tokens[rows]) * weights[places, None]
+            mixed = expert.partial_output(tokens[rows]) * weights[places, None]  # [the expert's tokens, D]
             output = output.index_add(0, rows, mixed.type_as(output))
         return parallel.reduce_from_tensor_parallel(output).view_as(x)

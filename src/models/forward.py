@@ -108,14 +108,14 @@ def token_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengt
 def response_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor, lengths: Lengths = None) -> Tensor:
     """The verifier's score of each whole response, read where its config says. -> [B] float32. Differentiable. `last`:
     at the response's last token. `mean`: the mean over its tokens."""
-    scores = token_scores(verifier, tokens, response_mask, lengths)
+    scores = token_scores(verifier, tokens, response_mask, lengths)  # [B, S]
     if lengths is not None:
         scores, response_mask = (
             pad_sequence(row[0].split(lengths), batch_first=True) for row in (scores, response_mask))
     if verifier.config.score == "mean":
         response_mask = parallel.to_device(response_mask)
         return (scores * response_mask).sum(1) / response_mask.sum(1).clamp_min(1)
-    last = (torch.arange(scores.shape[1]) * response_mask).argmax(1)
+    last = (torch.arange(scores.shape[1]) * response_mask).argmax(1)  # [B]
     return scores.gather(1, parallel.to_device(last)[:, None])[:, 0]
 
 
@@ -127,7 +127,7 @@ def _predicting(
     here, (rows, places) = context_parallel.part(tokens.shape[1]), response_mask.nonzero(as_tuple=True)
     mine = ((places > here.start) & (places <= here.stop)).nonzero()[:, 0]
     hidden = model(parallel.to_device(tokens), lengths=lengths).flatten(0, 1)  # [B * S here, D]
-    predicting = (rows * len(here) + places - 1 - here.start)[mine]
+    predicting = (rows * len(here) + places - 1 - here.start)[mine]  # [N here], rows of `hidden`
     join = partial(context_parallel.join, places=mine, total=len(rows))
     return (hidden.index_select(0, parallel.to_device(predicting)),
             parallel.to_device(tokens[response_mask][mine]), join)
@@ -235,7 +235,7 @@ def _read(
     for part, ids, *gradients in _split(
         SOFTMAX_BYTES, 4 * products.shape[1], products, targets, of_logprobs, of_entropies
     ):
-        leaf = part.detach().float().requires_grad_(learns)
+        leaf = part.detach().float().requires_grad_(learns)  # [n, P]
         with torch.set_grad_enabled(learns):
             logits = finish(leaf)
         local, logprobs = vocab_logprobs(logits.detach(), ids)
@@ -292,7 +292,7 @@ def vocab_gradient(
     With probabilities p that of a log-prob is one-hot minus p, that of an entropy H is -p (log p + H). local [N, P],
     targets [N] int64, entropies [N], gradients of log-probs and of entropies [N], None where they have none -> [N, P].
     """
-    factor = of_logprobs[:, None]
+    factor = of_logprobs[:, None]  # [N, 1]
     if of_entropies is not None:
         factor = factor + of_entropies[:, None] * (local + entropies[:, None])
     index, here = _place(targets, local)

@@ -147,7 +147,7 @@ class LoraLinear(nn.Module):
             lora_b = self.lora_b.sum_over_replicas(lora_b)
         else:
             lora_b = parallel.copy_to_tensor_parallel(lora_b)
-        rows = x.flatten(0, -2)
+        rows = x.flatten(0, -2)  # [N, in]
         kept = None if kept is None else kept.type_as(x).flatten(0, -2)
         at_once = self.by_rows and self.lora_m is None  # else the bias comes after the sum over ranks, or the lengths
         bias = self.base.bias if at_once else None
@@ -171,7 +171,7 @@ class LoraLinear(nn.Module):
 
     def row_lengths(self, matrix: Tensor) -> Tensor:
         """The lengths of whole rows of a matrix, [out, in] float32 on this rank -> [out], shared as the base is."""
-        squares = matrix.square().sum(1)
+        squares = matrix.square().sum(1)  # [out]
         if not self.by_rows:
             parallel.sum_over_tensor_parallel(parallel.local(squares))
         return squares.sqrt()

@@ -65,7 +65,7 @@ class QuantizedMatrix(FrozenMatrix):
         values = weight.float()
         # what fills the last group repeats a weight: it must not widen the group's range
         padding = values[:, -1:].expand(-1, -self.columns % group)
-        values = torch.cat([values, padding], 1).unflatten(1, (-1, group))
+        values = torch.cat([values, padding], 1).unflatten(1, (-1, group))  # [rows, groups, group]
         low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
         top = 2**precision.bits - 1
         scale = ((high - low) / top).clamp_min(torch.finfo(torch.bfloat16).tiny)

@@ -142,6 +142,7 @@ def compute_advantages(
     if config.advantage == "gae":
         advantages = losses.gae(rewards, values, mask, config.gamma, config.gae_lambda)
         # A lambda of its own: the critic wants unbiased targets, the actor advantages of little variance
+        # An advantage and the value it is beyond are the lambda-return
         returns = (losses.gae(rewards, values, mask, config.gamma, config.critic_lambda) + values) * mask
     elif config.advantage == "reinforce++":
         advantages, returns = losses.discounted_returns(rewards, mask, config.gamma), None
