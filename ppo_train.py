@@ -53,6 +53,7 @@ def main(config: PPOConfig) -> None:
     storage.claim(Path(config.run_dir))
     fingerprint = run_fingerprint("ppo_train", config.flags(), data.tokenizer, critic_warmup=critic_warmup,
                                   precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))
+    # what cannot go on is refused here, before the minutes that models take
     find_start(config.save_dirs, config.resume, fingerprint, n_iterations)
     log = RunLog(config.run_dir, config.flags(), trackers=config.trackers)
     models = load_models(config, log, n_iterations)
@@ -63,6 +64,7 @@ def main(config: PPOConfig) -> None:
     alerts = monitor.Monitor(log.logger, state)
     checkpointer = open_checkpointer(config, models, log, state, data, fingerprint)
     done = checkpointer.resume(config.resume)
+    # after the actor has come back: a reference that was refreshed was saved with it
     models.load_reference(config, refreshed=0 < config.reference_refresh <= done)
     log.progress(n_iterations, "buffer", done)
 
@@ -70,7 +72,7 @@ def main(config: PPOConfig) -> None:
         in_use.enter_context(models.offloader)
         grader = in_use.enter_context(Grader(data.task))
         rewards = open_rewards(config, models, data.tokenizer, grader, in_use)
-        if data.held_out and not done:
+        if data.held_out and not done:  # what `best` must beat
             timer = Phases()
             held_out = measure_held_out(config, models, data, grader, timer)
             log.metrics(0, **held_out, **timer.seconds)
@@ -78,6 +80,7 @@ def main(config: PPOConfig) -> None:
 
         for iteration, (epoch, rows) in list(enumerate(data.iterations))[done:]:
             timer, kl_scale, learned = Phases(), state["kl_scale"], dict(ppo.NOTHING_LEARNED)
+            # All that the updates learn from is computed before the first of them, by the policy that sampled
             buffer, scores, stats = collect(config, models, data, rewards, rows, iteration, kl_scale, timer)
 
             # The critic learns first, then the actor: neither reads the other, only one need be in memory
@@ -96,6 +99,7 @@ def main(config: PPOConfig) -> None:
             if iteration >= critic_warmup:  # before, the policy is the reference
                 if not state["update_checked"]:
                     state["update_checked"] = monitor.check_first_update(metrics, buffer, actor.model.dtype)
+                # for the next buffer: its KL is steered to --kl_target
                 state["kl_scale"] *= monitor.kl_factor(metrics["kl_response"], len(buffer.rollout.prompts), config)
             score = None
             if data.held_out and config.is_eval_due(iteration + 1, data.per_epoch, n_iterations):
@@ -165,6 +169,7 @@ def collect(
         stats |= {"teacher_kl": losses.kl_k1(logprobs, teacher)[mask].mean().item()}
     if config.tis_cap:  # the loss is proportional to the advantages: to weigh them is to weigh it
         advantages *= losses.truncated_importance(logprobs, rollout.sampled_logprobs, config.tis_cap)
+    # what a token weighs in a mean over tokens or over sequences; 0 in prompts and in what code printed
     weights = losses.sequence_weights(rollout.lengths, config.loss_aggregation, config.max_new_tokens)[:, None] * mask
     buffer = PPOBuffer(rollout, logprobs, reference_logprobs, values, advantages, returns, weights, trainable,
                        distribution)
