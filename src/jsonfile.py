@@ -16,6 +16,15 @@ MAX_DEPTH = 100  # so that whoever walks over a value, prints or writes it, stay
 
 T = TypeVar("T")
 BOM = b"\xef\xbb\xbf"
+_OTHERS = {  # what files of other kinds begin with, and what to do about each
+    b"\x1f\x8b": "compressed (gzip); unpack it first",
+    b"BZh": "compressed (bzip2); unpack it first",
+    b"\xfd7zXZ": "compressed (xz); unpack it first",
+    b"(\xb5/\xfd": "compressed (zstd); unpack it first",
+    b"PK\x03\x04": "compressed (zip); unpack it first",
+    b"PAR1": "a parquet file; rename it to .parquet",
+}
+_ROWS = "expected one object a line, or an array of objects"
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory"}
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -106,13 +115,17 @@ def read_rows(
     """
     check_file(path)
     with Path(path).open("rb") as file:
-        is_array = file.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
+        head = file.read(4096)
+    for start, what in _OTHERS.items():
+        if head.startswith(start):
+            raise UserError(f"{path} is {what}; {_ROWS}")
+    is_array = head.removeprefix(BOM).lstrip().startswith(b"[")
     return _array_rows(path, refuse) if is_array else _line_rows(path, refuse)
 
 
 def _line_rows(path: str | Path, refuse: Callable[[UserError], None]) -> Iterator[tuple[str, dict[str, object]]]:
     with Path(path).open("rb") as file:
-        number = 0
+        number, advice = 0, f"; {_ROWS}"  # which a file with a good row follows
         while line := file.readline(MAX_ROW + 1):
             number += 1
             where = f"{path}, line {number}"
@@ -126,8 +139,9 @@ def _line_rows(path: str | Path, refuse: Callable[[UserError], None]) -> Iterato
             try:
                 row = parse(line, where)
             except UserError as problem:
-                refuse(problem)
+                refuse(UserError(f"{problem}{advice}"))
                 continue
+            advice = ""
             yield where, row
 
 
@@ -246,4 +260,4 @@ def _reason(problem: ValueError | RecursionError) -> str:
 
 
 def _too_long(where: str) -> str:
-    return f"{where}: the row has more than {MAX_ROW >> 20} MiB; expected one object a line, or an array of objects"
+    return f"{where}: the row has more than {MAX_ROW >> 20} MiB; {_ROWS}"

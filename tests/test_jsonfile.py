@@ -1,5 +1,6 @@
 """src/jsonfile.py: every way in which a json text or file can be wrong is one UserError that names the place."""
 
+import gzip
 import json
 import os
 import re
@@ -81,6 +82,28 @@ def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
                 read(path)
     path.write_bytes(b'[{"a": 1}, {"a": "\xff"}]')
     with pytest.raises(UserError, match="x, row 1, line 1: not UTF-8 here or later"):
+        rows(path)
+
+
+@pytest.mark.parametrize(("head", "what"), [
+    (gzip.compress(b'{"a": 1}'), "compressed (gzip); unpack it first"), (b"PK\x03\x04..", "compressed (zip)"),
+    (b"(\xb5/\xfd..", "compressed (zstd)"), (b"BZh9..", "compressed (bzip2)"), (b"PAR1..", "a parquet file; rename it"),
+])
+def test_files_of_other_kinds_are_called_by_their_names(tmp_path: Path, head: bytes, what: str) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(head)
+    with pytest.raises(UserError, match=re.escape(f"{path} is {what}")):
+        rows(path)
+
+
+@pytest.mark.parametrize("text", ["instruction,output\n1,2", '{\n "a": 1\n}', "- a: 1", "{'a': 1}", '"a"'])
+def test_a_file_without_a_good_row_is_told_what_rows_are(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x"
+    path.write_text(text)
+    with pytest.raises(UserError, match="x, line 1: .*; expected one object a line, or an array of objects"):
+        rows(path)
+    path.write_text('{"a": 1}\n' + text)
+    with pytest.raises(UserError, match=r"x, line 2: (?!.*expected one object a line)"):
         rows(path)
 
 
