@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from src.data.rows import FOREIGN_IN_MESSAGE, Row, Schema, level_number, read_rows
+from src.data.rows import FOREIGN, FOREIGN_IN_MESSAGE, VERDICTS, Row, Schema, level_number, read_rows
 from src.errors import UserError
 
 
@@ -93,7 +93,7 @@ class Vote(NamedTuple):
 
 
 INSTRUCTIONS = Schema("solver_train.py learns from 'instruction' and 'output', or from 'messages': dataset/prepare.py "
-                      "makes such rows")
+                      "makes such rows", FOREIGN | VERDICTS)
 PAIRS = Schema("expected pairs, 'instruction', 'chosen' and 'rejected': data_build.py pairs makes them of samples")
 STEP_LABELS = Schema("expected outcomes, 'instruction', 'output' and 'correct', which data_build.py outcome makes of "
                      "samples, or 'instruction', 'steps' and 'labels', which data_build.py process does")

@@ -44,7 +44,12 @@ FOREIGN_IN_MESSAGE: dict[str, str] = {
     **dict.fromkeys(("loss", "train", "masked"), "use 'weight': 0 for a message that is not to be learnt"),
     **dict.fromkeys(("image", "images", "audio", "videos"), _MEDIA),
 }
-_WITHOUT_EFFECT = {"weight": 1, "train": True, "loss": True, "masked": False, "prefix": False}  # says what we do anyway
+# Keys by which a row says whether its solution is right, which who learns every solution would not hear
+VERDICTS: dict[str, str] = dict.fromkeys(
+    ("correct", "is_correct", "outcome"), "every 'output' is learnt; leave out such rows, as data_build.py reject does"
+)
+_WITHOUT_EFFECT = {"weight": 1, "train": True, "loss": True, "masked": False, "prefix": False, "correct": True,
+                   "is_correct": True, "outcome": "right"}  # says what we do anyway
 
 
 class Schema(NamedTuple):

@@ -166,6 +166,19 @@ def test_keys_that_change_a_row_are_refused_by_name(tmp_path: Path, key: str, re
         list(read(saved(tmp_path / "x", row, row | {key: ["y"]})))
 
 
+@pytest.mark.parametrize(("key", "right", "wrong"), [
+    ("correct", True, False), ("is_correct", 1, 0), ("outcome", "right", "wrong"), ("outcome", None, "unparsed"),
+])
+def test_solutions_that_are_marked_wrong_are_not_learnt(
+    tmp_path: Path, key: str, right: object, wrong: object
+) -> None:
+    row = {"instruction": "x", "output": "a"}
+    assert len(list(read_instructions(saved(tmp_path / "x", row | {key: right})))) == 1
+    with pytest.raises(UserError, match=f"x, line 2: '{key}' is .*, which would be lost; every 'output' is learnt"):
+        list(read_instructions(saved(tmp_path / "x", row | {key: right}, row | {key: wrong})))
+    assert [each.labels for each in read_step_labels(saved(tmp_path / "x", row | {"correct": False}))] == [[0.0]]
+
+
 def test_null_means_absent(tmp_path: Path) -> None:
     both = [
         {"messages": [USER, {"role": "assistant", "content": "4"}], "instruction": None, "output": None},
