@@ -131,14 +131,15 @@ def answer_classes(answers: Sequence[str | None], equal: Equal) -> list[int | No
 
 
 def interval(shares: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean: Wilson for 0/1 shares, a seeded bootstrap over problems otherwise."""
-    if all(share in (0.0, 1.0) for share in shares):
-        return wilson_interval(int(sum(shares)), len(shares))
+    """95% interval of the mean: Wilson for 0/1 shares, a seeded bootstrap over problems otherwise. Equal shares, of
+    which the bootstrap would see no spread, count as the trials of their mean: none of [0, 1] spread further."""
+    if all(share in (0.0, 1.0) for share in shares) or len(set(shares)) == 1:
+        return wilson_interval(sum(shares), len(shares))
     draws = np.random.default_rng(0).choice(np.array(shares), (BOOTSTRAP_DRAWS, len(shares))).mean(1)
     return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
 
 
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
+def wilson_interval(right: float, total: int) -> tuple[float, float]:
     """95 % score interval of a proportion (Wilson 1927, "Probable Inference"), as fractions.
 
     Valid for independent trials: count problems, not samples of the same problem. Raises ValueError unless

@@ -15,6 +15,7 @@ from src.evaluation.metrics import (
     calibration,
     curves,
     first_wrong_step,
+    interval,
     pass_at_k,
     processbench_f1,
     sigmoid,
@@ -75,6 +76,13 @@ def test_wilson_interval_by_hand() -> None:
 def test_wilson_interval_at_the_ends() -> None:
     assert wilson_interval(0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4))     # z^2 / (10 + z^2)
     assert wilson_interval(10, 10) == (pytest.approx(0.7225, abs=1e-4), pytest.approx(1.0))
+
+
+def test_equal_shares_have_an_interval() -> None:
+    assert interval([0.5] * 10) == wilson_interval(5, 10)     # the bootstrap would say 0.5 .. 0.5
+    assert interval([0.25]) == wilson_interval(0.25, 1)
+    low, high = interval([0.25, 0.75] * 50)                   # 0.5 -+ 1.96 * 0.25 / 10
+    assert (low, high) == (pytest.approx(0.451, abs=0.01), pytest.approx(0.549, abs=0.01))
 
 
 @pytest.mark.parametrize(("right", "total"), [(1, 0), (3, 2), (-1, 2)])
