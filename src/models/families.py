@@ -61,7 +61,7 @@ _FIELDS: dict[str, tuple[str, Value]] = {
 LOCAL_THETA = "rope_local_base_freq"  # the base of layers with a window
 _BIASES = {"attention_bias": ("attention_bias", False), "mlp_bias": ("mlp_bias", False)}
 _EXPERTS = {"num_experts_per_tok": ("n_active_experts", None)}
-_SILU = {"hidden_act": ("silu",)}
+_SILU = {"hidden_act": ("silu", "swish")}  # two names of one function
 _NO_BIAS = {"attention_bias": (False,)}
 # intermediate_size is of dense layers, which decoder_sparse_step 1 leaves none of
 _QWEN_EXPERTS = (
@@ -238,7 +238,6 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": ("rope_theta", 1000000.0),
             LOCAL_THETA: ("window_rope_theta", 10000.0),
             "query_pre_attn_scalar": ("query_pre_attn_scalar", 256),
-            "attn_logit_softcapping": ("attention_softcap", 0.0),
             "final_logit_softcapping": ("logit_softcap", 0.0),
         },
         facts=_GEMMA_FACTS | {"post_norms": True, "qk_norm": True},
@@ -247,6 +246,7 @@ FAMILIES: dict[str, Family] = {
             "hidden_activation": ("gelu_pytorch_tanh",),
             "use_bidirectional_attention": (False, None),
             "sliding_window_pattern": (6,),
+            "attn_logit_softcapping": (None,),  # transformers reads it into the config, and computes without it
         },
         window="but each nth",
         window_period=6,

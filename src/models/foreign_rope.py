@@ -49,8 +49,11 @@ def _by_kind_of_layer(
     UserError where layers with a window are stretched."""
     nested = values.get("rope_parameters")
     has_two = LOCAL_THETA in family.fields | family.fixed
-    if not has_two or not isinstance(nested, dict) or "full_attention" not in nested:
+    if not has_two or not isinstance(nested, dict) or not nested:
         return {}, values
+    if "full_attention" not in nested:
+        raise UserError(f"{source}: rope_parameters={nested!r} do not say which layers they are of; expected an object "
+                        "under full_attention, and one under sliding_attention (transformers reads nothing else there)")
     local = nested.get("sliding_attention") or {}
     if not isinstance(local, dict) or local.get("rope_type", "default") != "default":
         raise UserError(f"{source}: rope_parameters.sliding_attention={local!r} is not implemented; expected 'default'")

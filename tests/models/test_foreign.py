@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from src.errors import UserError
@@ -45,6 +46,7 @@ LONGROPE = {
     "rope_type": "longrope", "original_max_position_embeddings": 16, "short_factor": [1.0, 2.0],
     "long_factor": [1.0, 4.0],
 }
+POINTS = torch.linspace(-5, 5, 11)
 PHI, GEMMA_3 = {"model_type": "phi3"}, {"model_type": "gemma3_text", "head_dim": 4}
 
 
@@ -166,6 +168,9 @@ def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
             GEMMA_3 | {"rope_parameters": {"full_attention": {}, "sliding_attention": YARN}},
             "rope_parameters.sliding_attention=.*yarn.*expected 'default'",
         ),
+        (GEMMA_3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "say which layers they are of"),
+        ({"model_type": "olmo3", "rope_parameters": YARN}, "do not say which layers they are of"),
+        (GEMMA_3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not implemented"),
         ({"model_type": "qwen2_moe", "moe_intermediate_size": 8, "num_experts": 4} | EXPERTS
          | {"use_sliding_window": True}, "use_sliding_window=True is not implemented"),
         ({"model_type": "deepseek_v3"}, r"'deepseek_v3' is not supported \(multi-head latent attention\)"),
@@ -266,6 +271,12 @@ def test_every_released_size_can_be_planned(model_type: str) -> None:
 def test_released_configs_of_gemma_leave_their_activation_null() -> None:
     values = HF | {"model_type": "gemma", "head_dim": 8, "hidden_act": "gelu", "hidden_activation": None}
     assert config_from_hf(values, "config.json", "float32").activation == "gelu_tanh"
+
+
+def test_silu_by_its_other_name() -> None:
+    assert config_from_hf(HF | {"hidden_act": "swish"}, "x", "float32").activation == "silu"
+    swish, silu = (transformers.activations.ACT2FN[name](POINTS) for name in ("swish", "silu"))
+    assert torch.equal(swish, silu)
 
 
 def meta(values: dict[str, object], tied: bool = False) -> ModelConfig:
