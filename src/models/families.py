@@ -24,6 +24,8 @@ class Family(NamedTuple):
     ones from max_window_layers; with `-if-used` only where use_sliding_window is true.
     window_default: sliding_window of a config that does not mention it.
     layer_types: whether transformers reads this key, which says the same layer by layer and rules over the others.
+    original_context: original_max_position_embeddings of a config that does not state it on its own; transformers puts
+    it over what is said with the rope.
     nope_period: each layer of this number has no rotary positions, unless `no_rope_layers` says which.
     interleaved: rotary pairs are neighbouring rows of wq and wk, as in our own layout; else the halves of a head.
     ffn_parts: how many FFN widths the config's intermediate_size counts.
@@ -39,6 +41,7 @@ class Family(NamedTuple):
     window_default: int | None = None
     window_period: int = 0
     layer_types: bool = False
+    original_context: int = 0
     nope_period: int = 0
     interleaved: bool = False
     ffn_parts: int = 1
@@ -130,6 +133,7 @@ FAMILIES: dict[str, Family] = {
         fields=_FIELDS | {"partial_rotary_factor": ("partial_rotary_factor", 1.0)},
         fixed=_SILU,
         window="all",
+        original_context=4096,
     ),
     "olmo2": _OLMO_2,
     # the window's layers keep the plain positions that yarn stretches in the others

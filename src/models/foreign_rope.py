@@ -8,8 +8,9 @@ from src.errors import UserError
 from src.models.config import FIELDS, ModelConfig, above_zero
 from src.models.families import LOCAL_THETA, ROPE_TYPES, Family
 
+CONTEXT = "original_max_position_embeddings"
 # They may be in rope_parameters or on their own.
-BESIDE_ROPE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+BESIDE_ROPE = ("rope_theta", "partial_rotary_factor", CONTEXT)
 
 
 def read_rope(values: dict[str, object], family: Family, source: str) -> dict[str, object]:
@@ -30,6 +31,7 @@ def read_rope(values: dict[str, object], family: Family, source: str) -> dict[st
         for name in outside.keys() & rope.keys():
             if outside[name] != rope[name]:
                 raise UserError(f"{source}: {name}={outside[name]!r}, but {rope[name]!r} in {key}; remove one of them")
+        _check_context(rope, outside, family, source)
         if rope:
             inside = {name: rope[name] for name in BESIDE_ROPE if name in rope}
             said.append(outside | inside | {"rope_scaling": outside | rope})
@@ -40,6 +42,19 @@ def read_rope(values: dict[str, object], family: Family, source: str) -> dict[st
                             f"rope_parameters={values['rope_parameters']!r} differ; remove the one that is not meant "
                             "(transformers reads rope_scaling alone)")
     return local | (said[0] if said else {"rope_scaling": {}})
+
+
+def _check_context(rope: dict[str, object], outside: dict[str, object], family: Family, source: str) -> None:
+    """Raise UserError where transformers takes another original context than the one that is stated."""
+    kind = rope.get("rope_type", rope.get("type"))
+    if not isinstance(kind, str) or CONTEXT not in ROPE_TYPES.get(kind, ("", {}))[1]:
+        return
+    if family.original_context and CONTEXT not in outside and rope.get(CONTEXT) not in (None, family.original_context):
+        raise UserError(f"{source}: {CONTEXT}={rope[CONTEXT]!r} stands with the rope alone, where transformers takes "
+                        f"{family.original_context} for this family; state it on its own too")
+    if LOCAL_THETA in family.fields | family.fixed and CONTEXT in outside and CONTEXT not in rope:
+        raise UserError(f"{source}: {CONTEXT}={outside[CONTEXT]!r} stands on its own, where transformers does not read "
+                        "it for this family; state it with the rope")
 
 
 def _by_kind_of_layer(

@@ -169,6 +169,12 @@ def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
             "rope_parameters.sliding_attention=.*yarn.*expected 'default'",
         ),
         (GEMMA_3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "say which layers they are of"),
+        (PHI | {"rope_parameters": LONGROPE}, "original_max_position_embeddings=16 stands with the rope alone.* 4096"),
+        (
+            {"model_type": "olmo3", "original_max_position_embeddings": 16}
+            | {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}},
+            "original_max_position_embeddings=16 stands on its own, where transformers does not read it",
+        ),
         ({"model_type": "olmo3", "rope_parameters": YARN}, "do not say which layers they are of"),
         (GEMMA_3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not implemented"),
         ({"model_type": "qwen2_moe", "moe_intermediate_size": 8, "num_experts": 4} | EXPERTS
