@@ -1,4 +1,4 @@
-"""One decoding step for every sequence in the cache: eagerly, or compiled and replayed from a CUDA graph.
+"""A decoding step compiled and replayed from a CUDA graph.
 
 B rows in the batch, n slots, P vocabulary rows on this rank
 """
@@ -7,21 +7,8 @@ import torch
 from torch import Tensor
 
 from src import parallel
-from src.models.cache import FixedCache, KVCache
+from src.models.cache import FixedCache
 from src.models.decoder import Decoder
-
-
-class EagerStep:
-    """A plain forward over the rows in use, which the cache holds."""
-
-    def __init__(self, model: Decoder, n_slots: int) -> None:
-        self.model, self.cache = model, KVCache(n_slots, parallel.device())
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Feed every row its newest token, after cache.advance(). tokens [B] int64 on the CPU, in cache.slots() order
-        -> this rank's logits of the next [B, P]."""
-        hidden = self.model(parallel.to_device(tokens)[:, None], self.cache.positions, self.cache)  # [B, 1, D]
-        return self.model.logits(hidden[:, -1])
 
 
 class GraphStep:
@@ -41,7 +28,7 @@ class GraphStep:
         return self.model.logits(self.model(self.tokens, self.cache.positions, self.cache)[:, -1])
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """As EagerStep: [B] int64 -> [B, P]."""
+        """As engine.EagerStep: [B] int64 -> [B, P]."""
         slots = torch.tensor(self.cache.slots())
         everyone = torch.zeros(len(self.tokens), 1, dtype=torch.int64)
         everyone[slots, 0] = tokens
@@ -63,14 +50,3 @@ class GraphStep:
         with torch.cuda.graph(self.graph):
             self.logits = self.forward()
         self.generation = self.cache.generation
-
-
-def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> EagerStep | GraphStep:
-    """A step of this many slots; `compiled` takes effect on a GPU alone, and without experts or longrope.
-
-    Which rows an expert takes must be known before it is called. While a graph is recorded nothing can be asked, nor
-    longrope's factors be sent.
-    """
-    able = not model.config.n_experts and not model.config.rope_short_factors
-    graphs = compiled and parallel.device().type == "cuda" and able
-    return (GraphStep if graphs else EagerStep)(model, n_slots)
