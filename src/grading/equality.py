@@ -43,7 +43,8 @@ MAX_DEPTH = 6
 Leaf = Callable[[str, str], bool]  # (answer, label), both normalised -> equal?
 
 IS = r"=|\\in(?![a-z]) ?"
-LIST_SEPARATOR = r",(?!\d{3}(?!\d))|(?<!\d),|;|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
+ALL_OF = r",(?!\d{3}(?!\d))|(?<!\d),|;|(?<![A-Za-z\\])and(?![A-Za-z])"
+LIST_SEPARATOR = rf"{ALL_OF}|(?<![A-Za-z\\])or(?![A-Za-z])"
 ENVIRONMENT = re.compile(
     r"\\begin\{([pbBvV]?)(small)?(matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1(?:small)?\3\}", re.DOTALL
 )
@@ -189,10 +190,10 @@ def as_tuple(text: str, other: str) -> str:
         return text
     if re.match(r"[A-Z]\(", text) and closing(text, 1) == len(text) - 1:
         return text[1:]
-    named = dict(split_name(member) for member in split_top(text, LIST_SEPARATOR))
+    named = dict(split_name(member) for member in split_top(text, ALL_OF))
     if len(named) != len(pair.members) or not all(re.fullmatch("[A-Za-z]", name) for name in named):
         return text
-    return f"({','.join(named[name] for name in sorted(named))})"
+    return f"({','.join(join_thousands(named[name]) for name in sorted(named))})"
 
 
 def conclusion(sides: list[str]) -> str:

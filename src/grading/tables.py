@@ -17,7 +17,7 @@ SIGNS = spread({
     "…": "...", "¢": " cents", "ϕ": "\\phi ",
 })
 WIDTHLESS = "\u00ad\u200b\u200c\u200d\u2060\ufeff\ufe0e\ufe0f"
-CHEERS = "✅✔☑🎉🎊✨⭐🏆💯👍🙂😀😃😄😊"  # signs next to an answer that say nothing of it
+CHEERS = "✅✔✓☑🎉🎊✨⭐🏆💯👍🙂😀😃😄😊"  # signs next to an answer that say nothing of it
 DASHES = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"  # not the long ones, which part clauses
 SPACES = "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 GREEK = dict(zip(
