@@ -29,9 +29,7 @@ from src.text.chat import has_own_template
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer, read_template_args
 
 
-def load_config(
-    ckpt_dir: str, model_type: str = "", kind: Literal["", "solver", "verifier"] = ""
-) -> ModelConfig:
+def load_config(ckpt_dir: str, model_type: str = "", kind: Literal["", "solver", "verifier"] = "") -> ModelConfig:
     """The config of a checkpoint directory, which --model_type must not contradict and must be of this kind.
 
     Scripts call this before any work. Raises UserError.
@@ -41,9 +39,7 @@ def load_config(
     if kind == "solver" and config.value_head:
         raise UserError(f"{ckpt_dir} is a verifier (it has a value head); a solver is needed here")
     if kind == "verifier" and not config.value_head:
-        raise UserError(
-            f"{ckpt_dir} is a solver (no value head); train a verifier from it with verifier_train.py"
-        )
+        raise UserError(f"{ckpt_dir} is a solver (no value head); train a verifier from it with verifier_train.py")
     return config
 
 
@@ -63,9 +59,8 @@ def tensor_parallel_size(ckpt_dir: str, asked: int = -1) -> int:
     if asked == -1:
         return n if n and world % n == 0 else world
     if world % asked:
-        raise UserError(
-            f"--tensor_parallel_size {asked} does not divide the {world} processes that run; start a multiple of it"
-        )
+        raise UserError(f"--tensor_parallel_size {asked} does not divide the {world} processes that run; start a "
+                        "multiple of it")
     return asked
 
 
@@ -90,12 +85,9 @@ def load_tokenizer(ckpt_dir: str, flags: TokenizerFlags = TokenizerFlags()) -> T
     if not flags.system_prompt and name not in ("none", CODE_FORM):  # which have no system message
         system = config.system_prompt
     tokenizer = Tokenizer(Path(flags.tokenizer_file or ckpt_dir), name, args, system)
-    rows = config.vocab_size
-    if tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces but {ckpt_dir} embeds {rows}; "
-            f"give the tokenizer that the checkpoint was trained with"
-        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces but {ckpt_dir} embeds {config.vocab_size};"
+                        " give the tokenizer that the checkpoint was trained with")
     if not (config.chat_template or flags.chat_template) and has_own_template(tokenizer.path.parent):
         runlog.logger().warning("%s has a chat template, but its prompts are raw here; give --chat_template file, or "
                                 "none to say that it is meant", tokenizer.path.parent)
@@ -126,17 +118,15 @@ def check_tokenizer(tokenizer: Tokenizer, *ckpt_dirs: str) -> None:
 def _tell_of_form(folder: str, config: ModelConfig, tokenizer: Tokenizer, where: str = "") -> None:
     """Warn where a tokenizer shows a checkpoint texts in another form than it has learnt, as far as that is known.
     where: that of a template of the same name which is another one."""
-    then, now = _form(config), _form(tokenizer)
+    forms = []
+    for of in (config, tokenizer):
+        args = f" {json.dumps(of.template_args)}" if of.template_args else ""
+        begins = json.dumps(textwrap.shorten(of.system_prompt, 60), ensure_ascii=False)
+        forms.append(of.chat_template + args + (f" and the system prompt {begins}" if of.system_prompt else ""))
+    then, now = forms
     if config.chat_template and (then != now or where):
         runlog.logger().warning("%s was trained with chat template %s, but reads texts in the form of %s here",
                                 folder, then, now + where)
-
-
-def _form(of: ModelConfig | Tokenizer) -> str:
-    """A chat template with its arguments and the beginning of its system prompt, in words."""
-    args = f" {json.dumps(of.template_args)}" if of.template_args else ""
-    begins = json.dumps(textwrap.shorten(of.system_prompt, 60), ensure_ascii=False)
-    return of.chat_template + args + (f" and the system prompt {begins}" if of.system_prompt else "")
 
 
 class Trained(NamedTuple):
@@ -147,12 +137,7 @@ class Trained(NamedTuple):
 
 
 def load_solver(
-    ckpt_dir: str,
-    *,
-    model_type: str = "",
-    precision: str = "",
-    trained: Trained | None = None,
-    quantize: str = "",
+    ckpt_dir: str, *, model_type: str = "", precision: str = "", trained: Trained | None = None, quantize: str = "",
     n_layers: int | None = None,
 ) -> Decoder:
     """A language model on this rank's device that computes in --precision.
@@ -167,13 +152,8 @@ def load_solver(
 
 
 def load_verifier(
-    ckpt_dir: str,
-    *,
-    model_type: str = "",
-    precision: str = "",
-    trained: Trained | None = None,
-    from_solver: bool = False,
-    quantize: str = "",
+    ckpt_dir: str, *, model_type: str = "", precision: str = "", trained: Trained | None = None,
+    from_solver: bool = False, quantize: str = "",
 ) -> Decoder:
     """A model with a value head; the rest as for load_solver().
 
@@ -187,14 +167,8 @@ def load_verifier(
 
 
 def _load(
-    folder: Path,
-    config: ModelConfig,
-    precision: str,
-    trained: Trained | None,
-    *,
-    value_head: bool = False,
-    quantize: str = "",
-    n_layers: int | None = None,
+    folder: Path, config: ModelConfig, precision: str, trained: Trained | None, *, value_head: bool = False,
+    quantize: str = "", n_layers: int | None = None,
 ) -> Decoder:
     """Lay the model out on the meta device, share it if it will be trained, and read what this rank keeps."""
     left_out = range(config.n_layers if n_layers is None else n_layers, config.n_layers)
@@ -329,10 +303,8 @@ def check_step(ckpt_dir: str, config: ModelConfig, asked: str) -> None:
     if asked and config.objective == "pairwise":
         raise UserError(f"{ckpt_dir} is no verifier of outcomes or steps; leave --step {asked} out")
     if asked not in ("", config.step):
-        raise UserError(
-            f"{ckpt_dir} has learnt steps that are {config.step}s, but --step is {asked}; leave it out to follow "
-            f"the checkpoint, or give a verifier that was trained with --step {asked}"
-        )
+        raise UserError(f"{ckpt_dir} has learnt steps that are {config.step}s, but --step is {asked}; leave it out to "
+                        f"follow the checkpoint, or give a verifier that was trained with --step {asked}")
 
 
 def context_limit(max_seq_len: int, ckpt_dir: str, config: ModelConfig) -> int:
@@ -341,8 +313,6 @@ def context_limit(max_seq_len: int, ckpt_dir: str, config: ModelConfig) -> int:
     Raises UserError for more than the context: positions that the model has never seen teach it nothing.
     """
     if max_seq_len > config.max_seq_len:
-        raise UserError(
-            f"--max_seq_len {max_seq_len} is more than the context of {ckpt_dir}, {config.max_seq_len} tokens "
-            f"(max_seq_len in its params.json); give at most that"
-        )
+        raise UserError(f"--max_seq_len {max_seq_len} is more than the context of {ckpt_dir}, {config.max_seq_len} "
+                        "tokens (max_seq_len in its params.json); give at most that")
     return min(512, config.max_seq_len) if max_seq_len == -1 else max_seq_len

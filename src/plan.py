@@ -45,9 +45,7 @@ MEASURED = "measured on a CPU it was 7% above to 36% below; no GPU was measured"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
 ARRANGEMENTS = ("all at once", "--phases", "--share_base")
 DOING = {"model": "training", "actor": "the actor learns", "critic": "the critic learns",
-         "reference": "the reference scores", "verifier": "the verifier scores",
-         "teacher": "the teacher scores",
-         "rollouts": "the actor samples"}
+         "rollouts": "the actor samples"}  # the others score
 Memory = Mapping[str, Mapping[str, int]]  # model, or rollouts of the actor -> part -> bytes of a rank
 
 
@@ -229,7 +227,8 @@ def moments(memory: Memory, models: Mapping[str, ModelConfig], n: int, *, phases
     found = {}
     for name, parts in memory.items():
         own = lasting[name] or weights["actor"]  # rollouts are sampled from the actor
-        found[DOING[name]] = sum(parts.values()) - lasting[name] + (own if phases else sum(lasting.values()))
+        doing = DOING.get(name, f"the {name} scores")
+        found[doing] = sum(parts.values()) - lasting[name] + (own if phases else sum(lasting.values()))
     if not _on_gpu():
         files = {name: BYTES[model.dtype] * local_parameters(model, n) for name, model in models.items()}
         found["loading"] = max(files[name] + (weights[name] if phases else sum(weights.values())) for name in models)
@@ -245,23 +244,18 @@ def disk(
     Kept are the ends of epochs and of the run, the newest reference (renewed every `refresh` steps), the newest few to
     resume from and, where held-out rows are measured between, the best.
     """
-
-    def multiples(every: int) -> set[int]:
-        """The steps that something falls on that comes every so many."""
-        return set(range(every, n_steps + 1, every)) if every > 0 else set()
-
-    ends, references = multiples(per_epoch) | {n_steps}, multiples(refresh)
-    to_resume = set(sorted(ends | references | multiples(flags.save_every))[-flags.keep_last :])
+    epochs, references, saves = (set(range(every, n_steps + 1, every)) if every > 0 else set()
+                                 for every in (per_epoch, refresh, flags.save_every))
+    ends = epochs | {n_steps}
+    to_resume = set(sorted(ends | references | saves)[-flags.keep_last :])
     n_saves = len(ends | to_resume | set(sorted(references)[-1:])) + (flags.eval_every > 0)
     weights = resumed = 0
     for config in models:
         learn = n * local_trainable_parameters(config, how.lora, n)
         weights += learn * (FLOAT32 if how.lora else BYTES[flags.save_dtype or config.dtype])
         resumed += int(learn * (FLOAT32 + MOMENT_BYTES[how.optimizer]))  # as they learn, and both moments
-    return (
-        f"{size(n_saves * weights + len(to_resume) * resumed)}: weights of {n_saves} saves, {len(to_resume)} of them "
-        f"to resume from; {size(weights + resumed)} more while another is written"
-    )
+    return (f"{size(n_saves * weights + len(to_resume) * resumed)}: weights of {n_saves} saves, {len(to_resume)} of "
+            f"them to resume from; {size(weights + resumed)} more while another is written")
 
 
 def places(config: PPOConfig, verifier: ModelConfig | None) -> str:
@@ -295,7 +289,7 @@ def adapting(config: ModelConfig, lora: LoraConfig, n: int = 1) -> str:
                    "disk": size(n * FLOAT32 * local_lora_parameters(config, lora, n))})
 
 
-def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] = (1, 2, 4, 8)) -> str:
+def inspection(source: Source, stored: str, n_files: int, ranks: Sequence[int] = (1, 2, 4, 8)) -> str:
     """What a checkpoint is, and what each number of tensor-parallel ranks would hold of it, or why it cannot."""
     config = source.config
     params = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
@@ -305,7 +299,7 @@ def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] 
     facts = {
         "family": f"{config.family}, a {'verifier' if config.value_head else 'solver'}",
         "parameters": f"{params:,}",
-        "stored as": f"{', '.join(dtypes)}, {size(n_bytes)}; {stored}: {n_shards}",
+        "stored as": f"{', '.join(dtypes)}, {size(n_bytes)}; {stored}: {n_files}",
         "layers": f"{config.n_layers} of width {config.dim}, {experts}{config.ffn_dim}",
         "heads": f"{config.n_heads} query, {config.n_kv_heads} key-value, of {config.head_dim}",
         "vocabulary": f"{config.vocab_size}, {'tied to' if config.tied else 'apart from'} the output layer",
@@ -313,26 +307,24 @@ def inspection(source: Source, stored: str, n_shards: int, ranks: Sequence[int] 
         "tokenizer": ", ".join(path.name for path in source.tokenizer_files)
         if storage.has_vocabulary(source.tokenizer_files) else "none: give --tokenizer_file",
     }
-    head = f"\n{'ranks':8}{'a rank, ' + config.dtype:20}{'kv heads a rank':18}what to know"
-    return "\n".join([report(facts, {}), head, *(_rank_row(config, n) for n in ranks)])
-
-
-def _rank_row(config: ModelConfig, n: int) -> str:
-    """A line of inspection(): one number of ranks."""
-    try:
-        config.check_divides(n, "fails")
-    except UserError as problem:
-        return f"{n:<8}{problem}"
-    notes = []
-    if config.n_kv_heads < n:
-        copies = {n // config.n_kv_heads, -(-n // config.n_kv_heads)}
-        notes.append(f"each key-value head lies on {_span(copies)} ranks")
-    elif config.n_heads % n or config.n_kv_heads % n:
-        notes.append(f"uneven: {_counts(config, n, 0)} query heads")
-    if padding := -config.vocab_size % n:
-        notes.append(f"{padding} rows of padding in the vocabulary")
-    weights = size(BYTES[config.dtype] * local_parameters(config, n))
-    return f"{n:<8}{weights:20}{_counts(config, n, 1):18}{'; '.join(notes) or 'even'}"
+    lines = [report(facts), f"\n{'ranks':8}{'a rank, ' + config.dtype:20}{'kv heads a rank':18}what to know"]
+    for n in ranks:
+        try:
+            config.check_divides(n, "fails")
+        except UserError as problem:
+            lines.append(f"{n:<8}{problem}")
+            continue
+        notes = []
+        if config.n_kv_heads < n:
+            copies = {n // config.n_kv_heads, -(-n // config.n_kv_heads)}
+            notes.append(f"each key-value head lies on {_span(copies)} ranks")
+        elif config.n_heads % n or config.n_kv_heads % n:
+            notes.append(f"uneven: {_counts(config, n, 0)} query heads")
+        if padding := -config.vocab_size % n:
+            notes.append(f"{padding} rows of padding in the vocabulary")
+        weights = size(BYTES[config.dtype] * local_parameters(config, n))
+        lines.append(f"{n:<8}{weights:20}{_counts(config, n, 1):18}{'; '.join(notes) or 'even'}")
+    return "\n".join(lines)
 
 
 def _counts(config: ModelConfig, n: int, kind: int) -> str:

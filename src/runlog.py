@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -47,16 +48,13 @@ class _AboveProgressBar(logging.Handler):
             show_problem(self.format(record))
 
 
-class _Lines:
+class _Lines(io.StringIO):
     """Standard error for a progress bar where nobody sees it move: each state of the bar becomes a line."""
 
     def write(self, text: str) -> None:
         """What tqdm writes is a carriage return, a state, and spaces over the rest of the last one."""
         if line := text.strip():
             show_problem(line)
-
-    def flush(self) -> None:
-        """Lines are written at once."""
 
 
 def logger() -> logging.Logger:
@@ -80,8 +78,7 @@ def warn_of_early_end(n_steps: int, epochs: int, max_steps: int) -> None:
 
 def table(text: str) -> None:
     """Show a finished table on standard output (rank 0)."""
-    if _is_rank_0():
-        cli.show(text.rstrip("\n") + "\n")
+    say(text.rstrip("\n") + "\n")
 
 
 def say(text: str) -> None:
@@ -248,23 +245,11 @@ def draw(folder: Path) -> Path:
     return picture
 
 
-def _command(arguments: Sequence[str]) -> None:
-    """What this file does as a program."""
-    if len(arguments) != 1:
-        raise UserError(f"found {len(arguments)} arguments; expected one: python -m src.runlog RUN_DIR")
-    table(f"wrote {draw(Path(arguments[0]))}")
-
-
 def _hashes(flags: Mapping[str, object]) -> dict[str, str]:
     """SHA-256 of the files that a run reads, by flag: a later change of theirs shows."""
     hashes = {}
     for name, value in flags.items():
-        if (
-            name.endswith("_file")
-            and name != "save_file"
-            and isinstance(value, str)
-            and Path(value).is_file()
-        ):
+        if name.endswith("_file") and name != "save_file" and isinstance(value, str) and Path(value).is_file():
             with Path(value).open("rb") as file:
                 hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
@@ -358,27 +343,28 @@ OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 def _environment() -> dict[str, object]:
     """Versions, revision and machine, for run.json."""
-    here = Path(__file__).parent
+    here, cpus = Path(__file__).parent, Path("/proc/cpuinfo")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    said = cpus.read_text(encoding="utf-8", errors="replace") if cpus.is_file() else ""
+    named = re.search(r"^model name\s*: (.*)$", said, re.MULTILINE)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "revision": git.stdout.strip(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         # what decides which kernels multiply, and so the last bits of a run
-        "processor": {"name": _processor(), "instructions": torch.backends.cpu.get_cpu_capability(),
+        "processor": {"name": named[1] if named else platform.processor(),
+                      "instructions": torch.backends.cpu.get_cpu_capability(),
                       "onednn": torch.backends.mkldnn.is_available(), "mkl": torch.backends.mkl.is_available()},
     }
 
 
-def _processor() -> str:
-    """The processor's name as the system gives it."""
-    cpus = Path("/proc/cpuinfo")
-    text = cpus.read_text(encoding="utf-8", errors="replace") if cpus.is_file() else ""
-    named = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    return named[1] if named else platform.processor()
+def main(arguments: Sequence[str]) -> None:
+    """Draw the picture and say where it is."""
+    if len(arguments) != 1:
+        raise UserError(f"found {len(arguments)} arguments; expected one: python -m src.runlog RUN_DIR")
+    table(f"wrote {draw(Path(arguments[0]))}")
 
 
 if __name__ == "__main__":
-    cli.guarded(lambda: _command(sys.argv[1:]))
+    cli.guarded(lambda: main(sys.argv[1:]))
