@@ -1,8 +1,11 @@
 """The one reader of json, whose complaints say where in a file; and files that are written whole or not at all."""
 
+import contextlib
+import errno
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -89,6 +92,19 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def telling_full_disk(place: Path, advice: str) -> Iterator[None]:
+    """Raise UserError with the advice where the disk of a file or directory fills up while it is written."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(place if place.is_dir() else place.parent).free
+        raise UserError(f"{place}: {problem.strerror.lower()} in the middle of writing, with {free:,} bytes free; "
+                        f"{advice}") from None
 
 
 def flush(path: Path) -> None:

@@ -6,7 +6,6 @@ then moved into place, the manifest last: a save that is killed leaves the old c
 """
 
 import atexit
-import errno
 import hashlib
 import os
 import shutil
@@ -29,7 +28,7 @@ from src.checkpoint.tensor_files import (
     read_torch,
 )
 from src.errors import UserError
-from src.jsonfile import check_file, flush, read_json, write_json, write_whole
+from src.jsonfile import check_file, flush, read_json, telling_full_disk, write_json, write_whole
 from src.text.extend import GENERATION
 from src.text.tokenizer import VOCABULARY_FILES
 
@@ -48,7 +47,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json",
 )
 _NAMES_BY_SUFFIX = {".model": "tokenizer.model", ".tiktoken": "qwen.tiktoken"}
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def shard_name(kind: str, index: int) -> str:
@@ -112,14 +110,10 @@ def writing(folder: Path) -> Iterator[None]:
                                 "directory")
         shutil.rmtree(staging(folder), ignore_errors=True)  # left by a save that was killed
         staging(folder).mkdir()
+        advice = "what was there before is untouched. Free some space and run the same command again"
         try:
-            yield
-        except OSError as problem:
-            if problem.errno not in _DISK_FULL:
-                raise
-            raise UserError(f"{folder}: {problem.strerror.lower()} in the middle of writing, with "
-                            f"{shutil.disk_usage(folder).free:,} bytes free; what was there before is untouched. Free "
-                            "some space and run the same command again") from None
+            with telling_full_disk(folder, advice):
+                yield
         finally:
             shutil.rmtree(staging(folder), ignore_errors=True)
 

@@ -98,16 +98,13 @@ def pack_shared(groups: Sequence[tuple[Encoded, ...]]) -> Batch:
     them before a response stays with each sample, for it predicts the response's first token."""
     tokens, supervised, lengths = [], [], []
     for group in groups:
-        shared = _n_shared(group) if len(group) > 1 else 0
+        shared = 0
+        if len(group) > 1:
+            most = min(encoded.response_start for encoded in group) - 1
+            first, *others = (encoded.tokens for encoded in group)
+            shared = next((n for n in range(most) if any(other[n] != first[n] for other in others)), max(most, 0))
         rests = [encoded.tokens[shared:] for encoded in group]
         tokens += [*group[0].tokens[:shared], *(token for rest in rests for token in rest)]
         supervised += [False] * shared + [here for encoded in group for here in encoded.supervised[shared:]]
         lengths.append((shared, *map(len, rests)) if len(group) > 1 else len(rests[0]))
     return Batch(torch.tensor([tokens]), torch.tensor([supervised]), tuple(lengths))
-
-
-def _n_shared(group: Sequence[Encoded]) -> int:
-    """How many tokens all samples begin with, short of the last before any response."""
-    most = min(encoded.response_start for encoded in group) - 1
-    first, *others = (encoded.tokens for encoded in group)
-    return next((n for n in range(most) if any(other[n] != first[n] for other in others)), max(most, 0))

@@ -5,7 +5,6 @@ whether there is an answer_mask - then its tokens, of which a mask's are stored 
 targets as float64, two words each. After the last sample stand where each ends, and their number, as int64.
 """
 
-import errno
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -17,10 +16,10 @@ import numpy as np
 
 from src.data.encoding import Encoded
 from src.errors import UserError
+from src.jsonfile import telling_full_disk
 
 Sample = tuple[Encoded, ...]  # the sequences that stay together: one, or a chosen and a rejected one
 Truncation = Literal["error", "drop", "left", "right", "keep_end"]
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_DROPPED_SHARE = 0.01  # more answers than this lost to the length limit is a wrong flag, not noise
 
 
@@ -80,14 +79,9 @@ def write(file: BinaryIO, fill: Fill) -> str:
 def in_temporary_file(fill: Fill) -> tuple[EncodedRows, str]:
     """The samples in a file without a name, which is gone when nobody reads it any more; and what fill() says. Raises
     UserError for a full disk."""
-    with tempfile.TemporaryFile() as file:
-        try:
-            said = write(file, fill)
-        except OSError as problem:
-            if problem.errno not in DISK_FULL:
-                raise
-            raise UserError(f"{tempfile.gettempdir()}: {problem.strerror.lower()}; the encoded rows lie there "
-                            "meanwhile: set TMPDIR to a larger disk") from None
+    advice = "the encoded rows lie there meanwhile: set TMPDIR to a larger disk"
+    with tempfile.TemporaryFile() as file, telling_full_disk(Path(tempfile.gettempdir()), advice):
+        said = write(file, fill)
         return EncodedRows(file), said
 
 
@@ -124,13 +118,9 @@ def _fill(
             shorter = _keep_end(row, max_seq_len)
         else:
             shorter = tuple(_cut(encoded, max_seq_len, truncation) for encoded in row)
-        fits = all(
-            encoded.n_response > 0 and len(encoded.tokens) <= max_seq_len and encoded.is_labelled for encoded in shorter
-        )
+        fits = all(one.n_response > 0 and len(one.tokens) <= max_seq_len and one.is_labelled for one in shorter)
         cut += fits
-        lost += not fits or any(
-            short.n_response < whole.n_response for short, whole in zip(shorter, row, strict=True)
-        )
+        lost += not fits or any(short.n_response < whole.n_response for short, whole in zip(shorter, row, strict=True))
         if fits:
             kept += 1
             add(shorter)
@@ -166,7 +156,5 @@ def _keep_end(row: tuple[Encoded, ...], max_seq_len: int) -> tuple[Encoded, ...]
         first = max(0, encoded.response_start - half)
         start = encoded.response_start - first
         kept = encoded.n_response if start + longest <= max_seq_len else max_seq_len - half
-        cut.append(
-            Encoded(encoded.tokens[first : encoded.response_start + kept], start, encoded.targets[:kept])
-        )
+        cut.append(Encoded(encoded.tokens[first : encoded.response_start + kept], start, encoded.targets[:kept]))
     return tuple(cut)

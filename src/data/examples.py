@@ -106,15 +106,13 @@ VOTES = Schema("expected votes: data_build.py vote makes them of samples", forei
 def read_instructions(path: str, columns: Mapping[str, str] = {}) -> Iterator[Instruction | Chat]:
     """Rows `{"instruction", "input"?, "output": text or list}` or `{"messages": [{"role", "content"}, ...]}`. Raises
     UserError."""
-    return map(_instruction, read_rows(path, INSTRUCTIONS, columns))
-
-
-def _instruction(row: Row) -> Instruction | Chat:
-    if row.get("messages") is None:
-        return Instruction(row.instruction(), row.texts("output"))
-    if row.get("instruction") is not None:
-        raise UserError(f"{row.where}: found both 'messages' and 'instruction'; leave out what is not to be learnt")
-    return Chat(row.where, read_messages(row))
+    for row in read_rows(path, INSTRUCTIONS, columns):
+        if row.get("messages") is None:
+            yield Instruction(row.instruction(), row.texts("output"))
+        elif row.get("instruction") is not None:
+            raise UserError(f"{row.where}: found both 'messages' and 'instruction'; leave out what is not to be learnt")
+        else:
+            yield Chat(row.where, read_messages(row))
 
 
 def read_messages(row: Row) -> list[dict[str, object]]:
@@ -188,16 +186,12 @@ def _content(message: Row) -> str | list[dict[str, str]]:
 
 def read_pairs(path: str, columns: Mapping[str, str] = {}) -> Iterator[Pair]:
     """Rows `{"instruction", "chosen", "rejected", "prefix"?}`, each side a text or list. Raises UserError."""
-    return map(_pair, read_rows(path, PAIRS, columns))
-
-
-def _pair(row: Row) -> Pair:
-    prefix = row.text("prefix") if row.get("prefix") is not None else ""
-    pair = Pair(row.instruction(), row.texts("chosen"), row.texts("rejected"), prefix)
-    same = set(pair.chosen) & set(pair.rejected)
-    if same:
-        raise UserError(f"{row.where}: the same text is chosen and rejected: {min(same)[:60]!r}")
-    return pair
+    for row in read_rows(path, PAIRS, columns):
+        prefix = row.text("prefix") if row.get("prefix") is not None else ""
+        pair = Pair(row.instruction(), row.texts("chosen"), row.texts("rejected"), prefix)
+        if same := set(pair.chosen) & set(pair.rejected):
+            raise UserError(f"{row.where}: the same text is chosen and rejected: {min(same)[:60]!r}")
+        yield pair
 
 
 def read_step_labels(path: str, columns: Mapping[str, str] = {}) -> Iterator[StepLabels]:
@@ -206,17 +200,16 @@ def read_step_labels(path: str, columns: Mapping[str, str] = {}) -> Iterator[Ste
 
     A row none of whose steps has a label is an error: it could teach nothing.
     """
-    rows = read_rows(path, STEP_LABELS, columns)
-    return (_outcome_labels(row) if row.get("steps") is None else _step_labels(row) for row in rows)
-
-
-def _outcome_labels(row: Row) -> StepLabels:
-    output, correct = row.text("output"), row.get("correct")
-    if not isinstance(correct, bool):
-        raise UserError(f"{row.where}: 'correct' is {correct!r}, not true or false; {row.schema.source}")
-    if not output.strip():
-        raise UserError(f"{row.where}: 'output' must be a non-empty string")
-    return StepLabels(row.instruction(), [output], [float(correct)])
+    for row in read_rows(path, STEP_LABELS, columns):
+        if row.get("steps") is not None:
+            yield _step_labels(row)
+            continue
+        output, correct = row.text("output"), row.get("correct")
+        if not isinstance(correct, bool):
+            raise UserError(f"{row.where}: 'correct' is {correct!r}, not true or false; {row.schema.source}")
+        if not output.strip():
+            raise UserError(f"{row.where}: 'output' must be a non-empty string")
+        yield StepLabels(row.instruction(), [output], [float(correct)])
 
 
 def _step_labels(row: Row) -> StepLabels:
@@ -244,6 +237,9 @@ def read_prompts(path: str, columns: Mapping[str, str] = {}, *, need_label: bool
     """
     prompts, seen = [], {}
     for index, row in enumerate(read_rows(path, PROMPTS, columns)):
+        tolerance = row.get("tolerance")
+        if tolerance is not None and (not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf):
+            raise UserError(f"{row.where}: 'tolerance' is {tolerance!r}; expected a number, 0 or more")
         prompt = Prompt(
             id=row.optional_text("id") or str(index),
             instruction=row.instruction(),
@@ -252,7 +248,7 @@ def read_prompts(path: str, columns: Mapping[str, str] = {}, *, need_label: bool
             subject=row.optional_text("subject"),
             split=row.optional_text("split"),
             answer_type=row.optional_text("answer_type") or "",
-            tolerance=_tolerance(row),
+            tolerance=float(tolerance or 0),
             others={name: value for name, value in row.values.items() if name not in Prompt._fields[:-1]},
         )
         if prompt.id in seen:
@@ -278,14 +274,6 @@ def _label(row: Row, needed: bool) -> str | None:
     if needed and shown.lower() in ("", "nan"):
         raise UserError(f"{row.where}: key 'label' is missing, empty or NaN; grading needs the answer of every row")
     return label
-
-
-def _tolerance(row: Row) -> float:
-    """How far a number may be from its label; 0 where nothing is said."""
-    value = row.get("tolerance")
-    if value is not None and (not isinstance(value, int | float) or not 0 <= value < math.inf):
-        raise UserError(f"{row.where}: 'tolerance' is {value!r}; expected a number, 0 or more")
-    return float(value or 0)
 
 
 def read_instruction_rows(path: str) -> list[dict[str, object]]:

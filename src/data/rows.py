@@ -129,18 +129,17 @@ def read_rows(path: str, schema: Schema = ANY, columns: Mapping[str, str] = {}) 
     keys that the schema refuses, and for a column that is not there or would take another one's place.
     """
     row = None
-    for row in _all_rows(path, schema):
+    if is_table(Path(path)) and Path(path).exists():
+        found = ((f"{path}, row {n}", values) for n, values in enumerate(read_table(Path(path)), 1))
+    else:
+        found = jsonfile.read_rows(path)
+    for where, values in found:
+        row = Row(where, values, schema)
         row = row._replace(values=_renamed(row, columns)) if columns else row
         row.check_foreign()
         yield row
     if row is None:
         raise UserError(f"{path} holds no rows; expected a json array or one json object a line")
-
-
-def _all_rows(path: str, schema: Schema) -> Iterator[Row]:
-    if is_table(Path(path)) and Path(path).exists():
-        return (Row(f"{path}, row {n}", values, schema) for n, values in enumerate(read_table(Path(path)), 1))
-    return (Row(where, values, schema) for where, values in jsonfile.read_rows(path))
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, object]:
@@ -202,13 +201,10 @@ def _arrow_files(folder: Path) -> list[Path]:
     """The data files of Dataset.save_to_disk(), or the parquet files of a downloaded dataset, in order."""
     files = sorted(folder.glob("*.arrow")) or sorted(folder.glob("*.parquet"))
     if not files:
-        splits = sorted(path.parent.name for path in folder.glob("*/*.arrow"))
-        hint = (
-            f"it holds the splits {', '.join(dict.fromkeys(splits))}; name one of them"
-            if splits
-            else ("expected *.arrow or *.parquet files, as datasets.Dataset.save_to_disk writes them")
-        )
-        raise UserError(f"{folder} is a directory without rows: {hint}")
+        splits = sorted({path.parent.name for path in folder.glob("*/*.arrow")})
+        raise UserError(f"{folder} is a directory without rows: " + (
+            f"it holds the splits {', '.join(splits)}; name one of them" if splits else
+            "expected *.arrow or *.parquet files, as datasets.Dataset.save_to_disk writes them"))
     return files
 
 

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import NamedTuple
 
 from src import parallel, runlog
 from src.checkpoint.tensor_files import file_hash
-from src.data.encoded_rows import DISK_FULL, EncodedRows, Fill, write
+from src.data.encoded_rows import EncodedRows, Fill, write
 from src.errors import UserError
-from src.jsonfile import flush, read_json, write_json
+from src.jsonfile import flush, read_json, telling_full_disk, write_json
 from src.processes import watchdog
 
 LOOK_SECONDS = 0.1  # between two looks for the file that rank 0 makes
@@ -74,16 +73,11 @@ class KeptRows(NamedTuple):
         self.path.parent.mkdir(exist_ok=True)
         self._facts.unlink(missing_ok=True)
         try:
-            with self._partial.open("wb") as file:
-                report = write(file, fill)
-            flush(self._partial)
-            os.replace(self._partial, self.path)
-        except OSError as problem:
-            if problem.errno not in DISK_FULL:
-                raise
-            raise UserError(f"{self.path}: {problem.strerror.lower()}, with "
-                            f"{shutil.disk_usage(self.path.parent).free:,} bytes free; --dry_run says how much the "
-                            "encoded rows take") from None
+            with telling_full_disk(self.path, "--dry_run says how much the encoded rows take"):
+                with self._partial.open("wb") as file:
+                    report = write(file, fill)
+                flush(self._partial)
+                os.replace(self._partial, self.path)
         finally:
             self._partial.unlink(missing_ok=True)
         size = self.path.stat().st_size

@@ -100,7 +100,8 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
             device.write(b"x")
 
     monkeypatch.setattr(kept_rows, "write", full)
-    with pytest.raises(UserError, match=r"train.ids: no space left on device, with [\d,]+ bytes free; --dry_run"):
+    full = r"train.ids: no space left on device in the middle of writing, with [\d,]+ bytes free; --dry_run"
+    with pytest.raises(UserError, match=full):
         KeptRows(tmp_path / "train.ids", "one")(filling())
     assert not list(tmp_path.iterdir())
 
