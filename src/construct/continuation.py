@@ -99,10 +99,8 @@ def generate_continuations(
             continue
         engine_requests.append(Request(request.id, request.sample, ids))
         by_key[request.id, request.sample] = request, ids[len(encode_prompt(tokenizer, text)) :]
-    completions = generate(
-        solver.model, engine_requests, sampling, vocabulary=vocabulary, max_batch_size=solver.max_batch_size
-    )
-    for done in completions:
+    for done in generate(solver.model, engine_requests, sampling, vocabulary=vocabulary,
+                         max_batch_size=solver.max_batch_size):
         request, prefix_ids = by_key[done.request.id, done.request.sample]
         # decoded together with the prefix: a vocabulary may drop a space at the start of a text, but not within it
         text = vocabulary.decode([*prefix_ids, *done.tokens])[len(vocabulary.decode(prefix_ids)) :]
@@ -230,8 +228,7 @@ def generate_stepwise(
     solution with code are its blocks; what its code prints is appended to them."""
     found = {request: Continuation(request, "", 0, 0.0, "") for request in requests}
     for step in range(sampling.max_steps):
-        step_sampling = Sampling(temperature=sampling.schedule.at(step),
-                                 max_new_tokens=sampling.max_new_tokens,
+        step_sampling = Sampling(temperature=sampling.schedule.at(step), max_new_tokens=sampling.max_new_tokens,
                                  stop=(sampling.step_end, *solver.prompting.stop), seed=sampling.seed)
         if solver.coding:
             step_sampling = solver.coding.sampling(step_sampling)
@@ -248,13 +245,9 @@ def generate_stepwise(
             if end and solver.coding and new.text:
                 end = MALFORMED  # it stopped within a block
             before = found[request]
-            found[request] = Continuation(
-                request,
-                before.text + new.text + (sampling.step_end if goes_on else ""),
-                _sum(before.n_tokens, new.n_tokens),
-                _sum(before.logprob, new.logprob),
-                end,
-            )
+            text = before.text + new.text + (sampling.step_end if goes_on else "")
+            found[request] = Continuation(request, text, _sum(before.n_tokens, new.n_tokens),
+                                          _sum(before.logprob, new.logprob), end)
         if solver.coding:
             unfinished = [one for one in active.values() if not found[one].end]
             executed = solver.coding.execute_after([one.prefix + found[one].text for one in unfinished])

@@ -152,10 +152,8 @@ def join(config: JoinConfig) -> None:
     if read_instruction_rows(source)[0].get("steps") is not None:
         written = [row._asdict() for row in rows]
     else:
-        written = [
-            {"instruction": row.instruction, "output": STEP_END.join(row.steps), "correct": row.labels[-1] == 1.0}
-            for row in rows
-        ]
+        written = [{"instruction": row.instruction, "output": STEP_END.join(row.steps),
+                    "correct": row.labels[-1] == 1.0} for row in rows]
     save(written, "judged solutions", "", source, config.save_file, config.dry_run)
 
 

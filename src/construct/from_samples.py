@@ -150,23 +150,21 @@ def prefer(config: PreferConfig) -> None:
 
 
 def preferred_pairs(samples: Sequence[Sample], margin: float, pairs_per_problem: int, seed: int) -> list[Row]:
-    """Pair samples whose rewards differ by more than `margin` (Sun et al. 2024, Easy-to-Hard, iterative DPO: margin 1,
-    at most 3 a problem). Raises UserError for a sample without a score that is a probability."""
+    """Pair samples whose rewards, scores plus 1 where right, differ by more than `margin` (Sun et al. 2024,
+    Easy-to-Hard, iterative DPO: margin 1, at most 3 a problem). Raises UserError for a score that is no probability."""
     generator = random.Random(seed)
     rows: list[Row] = []
     for problem in by_problem(samples).values():
-        rewarded = [(_reward(sample), sample) for sample in (*problem.right, *problem.wrong, *problem.unparsed)]
+        rewarded = []
+        for sample in (*problem.right, *problem.wrong, *problem.unparsed):
+            score = sample.values.get("score")
+            if not isinstance(score, int | float) or not 0 <= score <= 1:
+                raise UserError(f"sample {sample.id!r}/{sample.sample} has the score {score!r}; expected a "
+                                "probability: score the samples with verifier_evaluate.py and an outcome or process "
+                                "verifier")
+            rewarded.append((score + (sample.outcome == "right"), sample))
         apart = [(one, other) for reward, one in rewarded for lower, other in rewarded if reward - lower > margin]
         for chosen, rejected in generator.sample(apart, min(pairs_per_problem, len(apart))):
             rows.append({"instruction": problem.instruction, "chosen": chosen.response, "rejected": rejected.response})
     generator.shuffle(rows)
     return rows
-
-
-def _reward(sample: Sample) -> float:
-    """The verifier's score in [0, 1], plus 1 for a right answer."""
-    score = sample.values.get("score")
-    if not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise UserError(f"sample {sample.id!r}/{sample.sample} has the score {score!r}; expected a probability: score "
-                        "the samples with verifier_evaluate.py and an outcome or process verifier")
-    return score + (sample.outcome == "right")

@@ -82,18 +82,15 @@ def sample_until(
             prompts_of_number[number].append(prompt)
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for number in range(1 + max(prompts_of_number, default=-1)):
-            left = [
-                prompt for prompt in prompts_of_number[number]
-                if counts[prompt.id]["right"] < n_right or counts[prompt.id]["wrong"] < n_wrong
-            ]
+            left = [prompt for prompt in prompts_of_number[number]
+                    if counts[prompt.id]["right"] < n_right or counts[prompt.id]["wrong"] < n_wrong]
             responses = {name: text for (name, n), text in earlier.items() if n == number and name in problems}
             for output in sampler([(prompt, number) for prompt in left]) if left else ():
                 yield output
                 if not output.error:
                     responses[output.id] = output.response if output.finish == "stop" else ""
             outcomes = parallel.from_first_rank(
-                lambda texts=responses: {name: grade(problems[name], text) for name, text in texts.items()}
-            )
+                lambda texts=responses: {name: grade(problems[name], text) for name, text in texts.items()})
             for name, outcome in outcomes.items():
                 counts[name][outcome] += 1
 

@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from src import runlog
 from src.command.config import Count, NonNegative, Seed, Share, flag
 from src.construct.from_rows import normalized_question
-from src.construct.samples import (
-    SAMPLE_MORE,
-    OneFileConfig,
-    Row,
-    SamplesConfig,
-    read_graded,
-    save,
-)
+from src.construct.samples import SAMPLE_MORE, OneFileConfig, Row, SamplesConfig, read_graded, save
 from src.construct.weak_to_strong import votes
 from src.data.examples import Sample, read_instruction_rows, read_samples
 from src.errors import UserError

@@ -79,11 +79,11 @@ def open_solver(
     source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)), "chat_template": tokenizer.chat_template,
               "template_args": tokenizer.template_args or None, "system_prompt": tokenizer.system_prompt or None,
               "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
-    coding, code, usual = None, code or CodeFlags(), CodeFlags()
+    coding, code = None, code or CodeFlags()
     if tokenizer.code:
         coding = Coding(tokenizer, max_rounds, code.isolation or None, block_limits(code.code_seconds))
-        source |= {"max_rounds": max_rounds,
-                   "code_seconds": code.code_seconds if code.code_seconds != usual.code_seconds else None}
+        seconds = code.code_seconds if code.code_seconds != CodeFlags().code_seconds else None
+        source |= {"max_rounds": max_rounds, "code_seconds": seconds}
     return LocalSolver(model, tokenizer, prompting, config.max_batch_size, coding, source, compiled)
 
 
@@ -100,22 +100,18 @@ def open_task(config: ContinuationFlags, samples: Sequence[Sample]) -> tuple[Pro
             raise UserError(f"{samples_file} was graded by {', '.join(rules.values())}, but --task {config.task} means "
                             f"{', '.join(task.rules().values())}; name the task of the samples")
     elif parallel.rank() == 0:  # an error on one rank stops all
-        _check_outcomes(samples, task, samples_file)
+        with Grader(task) as grader:
+            for sample in samples:
+                values = sample.values
+                kind = AnswerType(str(values.get("answer_type") or ""), float(values.get("tolerance") or 0))
+                outcome = grader.grade_one(sample.response, str(values["label"]), kind).outcome
+                if outcome != sample.outcome and outcome not in ("timeout", "error"):
+                    raise UserError(f"{samples_file} has no {identity_file(Path(samples_file)).name} beside it that "
+                                    f"says how it was graded, and it was not by --task {task.name}: sample "
+                                    f"{sample.id!r}/{sample.sample} is {sample.outcome} there, but {outcome} by that "
+                                    "task; name the task of the samples, or grade the file with solver_evaluate.py "
+                                    "--samples_file")
     return make_prompting(task, prompt_template=config.prompt_template), task
-
-
-def _check_outcomes(samples: Sequence[Sample], task: Task, samples_file: str) -> None:
-    with Grader(task) as grader:
-        for sample in samples:
-            values = sample.values
-            kind = AnswerType(str(values.get("answer_type") or ""), float(values.get("tolerance") or 0))
-            outcome = grader.grade_one(sample.response, str(values["label"]), kind).outcome
-            if outcome != sample.outcome and outcome not in ("timeout", "error"):
-                raise UserError(f"{samples_file} has no {identity_file(Path(samples_file)).name} beside it that says "
-                                f"how it was graded, and it was not by --task {task.name}: sample "
-                                f"{sample.id!r}/{sample.sample} is {sample.outcome} there, but {outcome} by that task; "
-                                "name the task of the samples, or grade the file with solver_evaluate.py "
-                                "--samples_file")
 
 
 def sample_and_grade(

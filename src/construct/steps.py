@@ -109,9 +109,7 @@ def prefixes_of(sample: Sample, step_end: str) -> list[Truncated]:
     return [truncate_at_step(sample, k, step_end) for k in range(1, n_steps)]
 
 
-def truncate_everywhere(
-    solutions: Sequence[Sample], step_end: str = STEP_END
-) -> dict[tuple[str, str], Truncated]:
+def truncate_everywhere(solutions: Sequence[Sample], step_end: str = STEP_END) -> dict[tuple[str, str], Truncated]:
     """Collect every prefix of every solution under (problem, prefix): what solutions share is sampled from once."""
     found: dict[tuple[str, str], Truncated] = {}
     for sample in solutions:
@@ -196,8 +194,7 @@ def branch(config: BranchConfig) -> None:
     runlog.logger().info("%d branches of %d problems", len(jobs), len({job.sample.id for job in jobs}))
     if config.dry_run:
         return
-    solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.steps_a_solution,
-                         code=config)
+    solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.steps_a_solution, code=config)
     if solver.coding:
         jobs = replayable(jobs, solver.coding)
         runlog.logger().info("%d of them leave solutions whose code prints the same again", len(jobs))

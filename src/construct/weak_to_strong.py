@@ -127,24 +127,21 @@ def weak_icl(config: WeakIclConfig) -> None:
     strong model as it was.
     """
     weak_file, icl_file = config.weak_file, config.icl_file
-    shown = read_shown_problems(config.demonstrations_file) if config.demonstrations_file else []
+    shown = []
+    if file := config.demonstrations_file:
+        shown = read_json(file).get("demonstrations")
+        if not isinstance(shown, list) or not all(isinstance(row, dict) and "id" in row for row in shown):
+            raise UserError(f"{file}: expected an id in each row of 'demonstrations', as data_build.py demonstrations "
+                            "leaves it")
     provenances = read_provenance(weak_file, config.weak_model), read_provenance(icl_file, config.strong_model)
     with grader_of(same_rules(weak_file, provenances[0], icl_file, provenances[1])) as grader:
         weak, icl = read_one_per_problem(weak_file), read_one_per_problem(icl_file)
-        found, counts = agreement(weak, icl, grader.equal, shown, fill_up_to=config.fill_up_to, seed=config.seed)
+        found, counts = agreement(weak, icl, grader.equal, [str(row["id"]) for row in shown],
+                                  fill_up_to=config.fill_up_to, seed=config.seed)
     log_counts(counts)
     for name, rows in found.items():
         save(rows, f"{name} rows", "the models agree on none", weak_file,
              str(Path(config.save_dir) / f"{name}.json"), config.dry_run)
-
-
-def read_shown_problems(file: str) -> list[str]:
-    """Read the ids of the problems in a file of demonstrations. Raises UserError for one that does not name them."""
-    rows = read_json(Path(file)).get("demonstrations")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
-        raise UserError(f"{file}: expected an id in each row of 'demonstrations', as data_build.py demonstrations "
-                        "leaves it")
-    return [str(row["id"]) for row in rows]
 
 
 def agreement(
