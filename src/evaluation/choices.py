@@ -47,7 +47,7 @@ def choice_sampler(solver: LocalSolver, kind: ChoiceKind, prompts: Sequence[Prom
             for prompt, number in some:
                 # a thousandth of a nat: further digits depend on the rest of the batch
                 sums = [round(next(found).double().sum().item(), 3) for _ in texts[prompt.id]]
-                best = _likeliest(sums)
+                best = sums.index(max(sums))
                 yield SamplerOutput(prompt.id, number, f"The answer is ({LETTERS[best]}).",
                                     encoded[prompt.id][best].n_response, "stop", round(sums[best], 1),
                                     values={TEXTS: texts[prompt.id], LOGPROBS: sums})
@@ -89,15 +89,11 @@ def _encode(solver: LocalSolver, prompt: Prompt, kind: ChoiceKind, choice: str) 
     return row
 
 
-def _likeliest(scores: Sequence[float]) -> int:
-    return max(range(len(scores)), key=scores.__getitem__)
-
-
 def normalised(prompts: Sequence[Prompt], samples: Sequence[Sample]) -> dict[str, object]:
     """acc_norm and its 95% interval as results.json holds them; nothing for samples without log-probs of choices."""
     picks = {}
     for name, values in ((sample.id, sample.values) for sample in samples if LOGPROBS in sample.values):
         per_byte = [sum_ / len(text.encode()) for text, sum_ in zip(values[TEXTS], values[LOGPROBS], strict=True)]
-        picks[name] = LETTERS[_likeliest(per_byte)]
+        picks[name] = LETTERS[per_byte.index(max(per_byte))]
     right = [float(picks.get(prompt.id) == prompt.label) for prompt in prompts]
     return {"acc_norm": sum(right) / len(right), "acc_norm_interval": interval(right)} if picks else {}

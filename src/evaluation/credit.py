@@ -81,11 +81,8 @@ def report_credit(rows: Sequence[StepLabels], found: Sequence[Credit]) -> dict[s
 
 def credit_table(report: dict[str, object]) -> str:
     """The report in words."""
-    lines = [
-        f"{report['with_a_wrong_step']} of {report['solutions']} solutions go wrong; the first wrong step is"
-    ]
-    for name, label in (("by_sum", "by the least credit of a step"),
-                        ("by_lowest_token", "by the least of a token")):
+    lines = [f"{report['with_a_wrong_step']} of {report['solutions']} solutions go wrong; the first wrong step is"]
+    for name, label in (("by_sum", "by the least credit of a step"), ("by_lowest_token", "by the least of a token")):
         low, high = report[name]["interval"]
         lines.append(f"{label:32}{report[name]['accuracy']:7.1%}   95% interval {low:.1%} .. {high:.1%}")
     lines.append(f"{'blindly':32}{report['blindly']:7.1%}")

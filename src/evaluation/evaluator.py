@@ -73,8 +73,7 @@ class LocalSolver(NamedTuple):
             """Yield samples as they finish."""
             requests = [
                 Request(prompt.id, number, encode_prompt(self.tokenizer, self.prompting.text(prompt.instruction)))
-                for prompt, number in wanted
-            ]
+                for prompt, number in wanted]
             for done in generate(self.model, requests, sampling, vocabulary=vocabulary_of(self.tokenizer),
                                  max_batch_size=self.max_batch_size, compiled=self.compiled, tool_hook=tool_hook):
                 finish = coding.end(done, config.max_seq_len) if coding else done.finish
@@ -112,8 +111,7 @@ class BackgroundGrader:
             return
         prompt = self.prompts[name]
         self._verdicts[name, number] = self._threads.submit(
-            self.grader.grade_one, response, prompt.label or "", self.types[name]
-        )
+            self.grader.grade_one, response, prompt.label or "", self.types[name])
 
     def verdict(self, name: str, number: int) -> Verdict:
         """The verdict of a sample that was submitted, as soon as there is one."""
@@ -178,7 +176,12 @@ def sample_prompts(
             if sample.error:
                 failed.append({"id": sample.id, "sample": sample.sample, "error": sample.error})
                 continue
-            file.write(json.dumps(_sample_row(sample, by_id[sample.id]), ensure_ascii=False) + "\n")
+            prompt = by_id[sample.id]
+            row = {"id": prompt.id, "sample": sample.sample, "prompt": prompt.instruction, "response": sample.response,
+                   "token_count": sample.token_count, "finish": sample.finish, "logprob": sample.logprob,
+                   "label": prompt.label}
+            row |= {name: value for name in ("answer_type", "tolerance") if (value := getattr(prompt, name))}
+            file.write(json.dumps(row | dict(sample.values), ensure_ascii=False) + "\n")
             file.flush()
             if grading:
                 grading.submit(sample.id, sample.sample, sample.response)
@@ -204,15 +207,10 @@ def _report_failures(failed: Sequence[dict[str, object]], path: Path, log: RunLo
         record.unlink(missing_ok=True)
         return
     write_samples(record, failed)
-    names = ", ".join(f"{row['id']}/{row['sample']}" for row in failed[:10])
-    log.logger.warning(
-        "%d samples failed and count as missing until a rerun gets them: %s%s; %d of them with: %s; all reasons in %s",
-        len(failed),
-        names,
-        " ..." if len(failed) > 10 else "",
-        *Counter(row["error"] for row in failed).most_common(1)[0][::-1],
-        record,
-    )
+    names = ", ".join(f"{row['id']}/{row['sample']}" for row in failed[:10]) + " ..." * (len(failed) > 10)
+    [(reason, n)] = Counter(row["error"] for row in failed).most_common(1)
+    log.logger.warning("%d samples failed and count as missing until a rerun gets them: %s; %d of them with: %s; all "
+                       "reasons in %s", len(failed), names, n, reason, record)
 
 
 def _finished_samples(path: Path, prompts: Sequence[Prompt], num_samples: int) -> dict[tuple[str, int], str]:
@@ -239,31 +237,12 @@ def cut_torn_line(path: Path, begins: bytes = b"") -> None:
     parallel.barrier()  # nobody reads before the torn line is gone
 
 
-def _sample_row(sample: SamplerOutput, prompt: Prompt) -> dict[str, object]:
-    """A line of samples.jsonl before grading."""
-    return {
-        "id": prompt.id,
-        "sample": sample.sample,
-        "prompt": prompt.instruction,
-        "response": sample.response,
-        "token_count": sample.token_count,
-        "finish": sample.finish,
-        "logprob": sample.logprob,
-        "label": prompt.label,
-        **({"answer_type": prompt.answer_type} if prompt.answer_type else {}),
-        **({"tolerance": prompt.tolerance} if prompt.tolerance else {}),
-        **sample.values,
-    }
-
-
 def write_samples(path: Path, rows: Iterable[dict[str, object]]) -> None:
     """Write a whole samples.jsonl, complete or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def grade_samples(
-    grading: BackgroundGrader, samples: Sequence[Sample], path: Path
-) -> dict[str, list[Graded]]:
+def grade_samples(grading: BackgroundGrader, samples: Sequence[Sample], path: Path) -> dict[str, list[Graded]]:
     """Grade samples and write them with answer and outcome to `path`. -> those of each problem, perhaps none. Samples
     that `grading` has graded already are not graded again. Samples of other problems are left out."""
     samples = [sample for sample in samples if sample.id in grading.prompts]
@@ -277,8 +256,7 @@ def grade_samples(
         label = grading.prompts[sample.id].label or ""
         rows.append(values | named | {"label": label, "answer": verdict.answer, "outcome": verdict.outcome})
         problems[sample.id].append(
-            Graded(verdict, *(values.get(name) for name in ("score", "step_scores", "finish", "token_count")))
-        )
+            Graded(verdict, *(values.get(name) for name in ("score", "step_scores", "finish", "token_count"))))
     write_samples(path, rows)
     for name, graded in problems.items():
         equal = partial(grading.grader.equal, answer_type=grading.types[name])

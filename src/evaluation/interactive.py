@@ -7,7 +7,7 @@ from src import parallel, runlog
 from src.data.encoding import STEP_ENDS, encode_prompt, split_steps
 from src.data.examples import Sample
 from src.evaluation.evaluator import LocalSolver
-from src.evaluation.scoring import Scored, score_one
+from src.evaluation.scoring import score_one
 from src.grading.extract import extract
 from src.grading.tasks import Task
 from src.inference.engine import Request, generate, vocabulary_of
@@ -38,21 +38,18 @@ def answer_problem(
     lines = [] if completion.finish == "stop" else [f"cut at {len(completion.tokens)} tokens"]
     if task.graded:
         found = extract(task.extraction, completion.text)
-        lines.append(
-            "no answer found" if found.answer is None else f"answer  {found.answer}   ({found.rule})"
-        )
+        lines.append("no answer found" if found.answer is None else f"answer  {found.answer}   ({found.rule})")
     if verifier is not None and completion.text:
         solution = Sample(name, 0, instruction, completion.text, None, {"finish": completion.finish})
-        lines += _scores(score_one(verifier, solver.tokenizer, solution), completion.text, verifier)
+        scored = score_one(verifier, solver.tokenizer, solution)
+        if scored is None:
+            lines.append(f"no score: longer than the verifier's context of {verifier.config.max_seq_len} tokens")
+        elif scored.step_scores:
+            steps = split_steps(completion.text, STEP_ENDS[verifier.config.step])
+            lines += [f"{p:8.3f}  {step}" for p, step in zip(scored.step_scores, steps, strict=True)]
+        else:
+            lines.append(f"{scored.score:8.3f}  {completion.text}")
     return "\n".join(lines)
-
-
-def _scores(scored: Scored | None, text: str, verifier: Decoder) -> list[str]:
-    """Lines of a solution's steps, each after its score."""
-    if scored is None:
-        return [f"no score: longer than the verifier's context of {verifier.config.max_seq_len} tokens"]
-    steps = split_steps(text, STEP_ENDS[verifier.config.step]) if scored.step_scores else [text]
-    return [f"{p:8.3f}  {step}" for p, step in zip(scored.step_scores or [scored.score], steps, strict=True)]
 
 
 class Stream:
@@ -70,7 +67,9 @@ class Stream:
         self.tokens.append(token)
         text = self.decode(self.tokens).rstrip("\ufffd")
         places = [text.find(stop) for stop in self.stop if stop in text]
-        self._say_up_to(text, min(places) if places else len(text) - self._withheld(text))
+        # an end that a stop string begins with is withheld
+        begun = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        self._say_up_to(text, min(places) if places else len(text) - max(begun, default=0))
 
     def finish(self, text: str) -> None:
         """Say the rest of the whole text."""
@@ -80,8 +79,3 @@ class Stream:
         if end > self.said:
             self.say(text[self.said : end])
             self.said = end
-
-    def _withheld(self, text: str) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
-        lengths = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(lengths, default=0)

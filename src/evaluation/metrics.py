@@ -85,8 +85,7 @@ def vote(right: Bools, classes: Sequence[Sequence[int | None]], weights: Floats,
     """
     groups = [slice(start, start + k) for start in range(0, right.shape[1] - k + 1, k)]
     shares = np.zeros(len(right))
-    rows = zip(right.tolist(), classes, weights.tolist(), strict=True)
-    for place, (is_right, names, weighs) in enumerate(rows):
+    for place, (is_right, names, weighs) in enumerate(zip(right.tolist(), classes, weights.tolist(), strict=True)):
         picks = [(group, weighted_vote(names[group], weighs[group])) for group in groups]
         hits = sum(pick is not None and is_right[group.start + pick] for group, pick in picks)
         shares[place] = hits / len(groups)
@@ -166,16 +165,12 @@ AGGREGATIONS = {
     "last": lambda probabilities: probabilities[-1],
     "mean": lambda probabilities: sum(probabilities) / len(probabilities),
     "max": max,
-    "sum_logit": lambda probabilities: sum(math.log(p / (1 - p)) for p in map(clipped, probabilities)),
+    # kept where a logit is a number
+    "sum_logit": lambda probabilities: sum(math.log(p / (1 - p)) for p in np.clip(probabilities, 1e-12, 1 - 1e-12)),
 }
 
 
-def clipped(probability: float) -> float:
-    """The probability kept where its logit is a number."""
-    return min(max(probability, 1e-12), 1 - 1e-12)
-
-
-def auc(scores: Floats, right: NDArray[np.bool_]) -> float:
+def auc(scores: Floats, right: Bools) -> float:
     """Chance that a right sample scores above a wrong one, ties counting half (Mann-Whitney). [N], [N]; nan if one
     kind is absent."""
     n_right, n_wrong = int(right.sum()), int((~right).sum())
@@ -186,17 +181,11 @@ def auc(scores: Floats, right: NDArray[np.bool_]) -> float:
     return float((ranks[right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
 
 
-def calibration(
-    probabilities: Floats, right: NDArray[np.bool_], n_bins: int = 10
-) -> tuple[float, list[dict[str, float]]]:
-    """Expected calibration error (Guo et al. 2017, eq. 3) and its bins: probability, accuracy, count."""
-    places = np.minimum((probabilities * n_bins).astype(int), n_bins - 1)
-    bins = [
-        {"probability": float(probabilities[places == place].mean()),
-         "accuracy": float(right[places == place].mean()), "count": int((places == place).sum())}
-        for place in range(n_bins)
-        if (places == place).any()
-    ]
+def calibration(probabilities: Floats, right: Bools) -> tuple[float, list[dict[str, float]]]:
+    """Expected calibration error (Guo et al. 2017, eq. 3) and its ten bins: probability, accuracy, count."""
+    places = np.minimum((probabilities * 10).astype(int), 9)
+    bins = [{"probability": float(probabilities[inside].mean()), "accuracy": float(right[inside].mean()),
+             "count": int(inside.sum())} for inside in (places == place for place in np.unique(places))]
     error = sum(each["count"] * abs(each["probability"] - each["accuracy"]) for each in bins) / len(right)
     return error, bins
 
@@ -224,9 +213,5 @@ def best_threshold(solutions: Sequence[Sequence[float]], expected: Sequence[int]
     candidates = [0.0, *((low + high) / 2 for low, high in zip(values, values[1:], strict=False)), 1.0 + 1e-9]
     if len(candidates) > 512:  # more would cost time and move F1 by less than its noise
         candidates = [candidates[int(place)] for place in np.linspace(0, len(candidates) - 1, 512)]
-    return max(
-        candidates,
-        key=lambda threshold: processbench_f1(
-            [first_wrong_step(probabilities, threshold) for probabilities in solutions], expected
-        ),
-    )
+    return max(candidates, key=lambda threshold: processbench_f1(
+        [first_wrong_step(probabilities, threshold) for probabilities in solutions], expected))

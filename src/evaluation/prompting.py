@@ -50,13 +50,9 @@ def make_prompting(task: Task, few_shot: str = "", prompt_template: str = "") ->
         path = Path(prompt_template)
         is_file = INSTRUCTION not in prompt_template and path.is_file()
         template = path.read_text(encoding="utf-8") if is_file else prompt_template.replace("\\n", "\n")
-    check_template(
-        template, "--prompt_template" if prompt_template else f"the prompt of {few_shot or task.name}"
-    )
+    check_template(template, "--prompt_template" if prompt_template else f"the prompt of {few_shot or task.name}")
     gap = "" if template[-1].isspace() else " "
-    shots = [
-        template.replace(INSTRUCTION, row["instruction"]) + gap + row["output"] + BETWEEN for row in rows
-    ]
+    shots = [template.replace(INSTRUCTION, row["instruction"]) + gap + row["output"] + BETWEEN for row in rows]
     return Prompting(template, "".join(shots), stop)
 
 
@@ -66,25 +62,17 @@ def _read_few_shot(name: str) -> dict[str, object]:
     if name not in bundled and not Path(name).exists():
         raise UserError(f"--few_shot {name} is neither a file nor one of {', '.join(sorted(bundled))}")
     values = {key: value for key, value in read_json(bundled.get(name, name)).items() if value is not None}
-    rows = values.get("demonstrations")
-    if (
-        not isinstance(rows, list)
-        or not rows
-        or not all(isinstance(row, dict) for row in rows)
-        or not isinstance(values.get("prompt", ""), str)
-        or not isinstance(values.get("stop", []), list)
-        or not all(isinstance(text, str) and text for text in values.get("stop", []))
-    ):
-        raise UserError(
-            f'--few_shot {name}: expected {{"prompt": text?, "stop": [text, ...]?, '
-            f'"demonstrations": [{{"instruction": text, "output": text}}, ...]}}'
-        )
+    rows, prompt, stop = (values.get(key, default) for key, default in (("demonstrations", []), ("prompt", ""),
+                                                                        ("stop", [])))
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) and isinstance(prompt, str)
+            and isinstance(stop, list) and all(isinstance(text, str) and text for text in stop)):
+        raise UserError(f'--few_shot {name}: expected {{"prompt": text?, "stop": [text, ...]?, "demonstrations": '
+                        '[{"instruction": text, "output": text}, ...]}')
     shots = [Row(f"--few_shot {name}, demonstration {n}", row, Schema()) for n, row in enumerate(rows, 1)]
     for shot in shots:
         shot.check_foreign()
-    return values | {
-        "demonstrations": [{"instruction": shot.instruction(), "output": shot.text("output")} for shot in shots]
-    }
+    return values | {"demonstrations": [{"instruction": shot.instruction(), "output": shot.text("output")}
+                                        for shot in shots]}
 
 
 def select_prompts(prompts: Sequence[Prompt], split: str) -> list[Prompt]:

@@ -64,16 +64,10 @@ def summarize(task: Task, prompts: Sequence[Prompt], problems: Mapping[str, Sequ
     shares = (right.sum(1) / n).tolist()
     lengths = [graded.token_count for graded in given if graded.token_count is not None]
     results: dict[str, object] = {
-        "task": task.name,
-        "rules": task.rules(),
-        "grader": GRADER_VERSION,
-        "accuracy": _mean(shares),
-        "interval": interval(shares),
-        "problems": len(prompts),
-        "samples": len(given),
-        "samples_a_problem": n,
-        "missing": outcomes["unparsed"],
-        "never_sampled": n * len(prompts) - len(given),
+        "task": task.name, "rules": task.rules(), "grader": GRADER_VERSION,
+        "accuracy": _mean(shares), "interval": interval(shares),
+        "problems": len(prompts), "samples": len(given), "samples_a_problem": n,
+        "missing": outcomes["unparsed"], "never_sampled": n * len(prompts) - len(given),
         "truncated": sum(graded.finish in CUT for graded in given),
         "mean_tokens": _mean(lengths) if lengths else None,
         "outcomes": {name: outcomes[name] for name in OUTCOMES},
@@ -127,11 +121,9 @@ def results_table(results: dict[str, object], speed: Speed | None = None) -> str
     """results.json as a person reads it, and the speed of this start."""
     low, high = results["interval"]
     n, rules = results["samples_a_problem"], results["rules"]
-    lines = [
-        f"{results['task']}: {results['problems']} problems, {n} samples each; "
-        f"{rules['extraction']}, {rules['equality']}",
-        f"accuracy    {results['accuracy']:7.1%}   95% interval {low:.1%} .. {high:.1%}",
-    ]
+    lines = [f"{results['task']}: {results['problems']} problems, {n} samples each; {rules['extraction']}, "
+             f"{rules['equality']}",
+             f"accuracy    {results['accuracy']:7.1%}   95% interval {low:.1%} .. {high:.1%}"]
     if "acc_norm" in results:
         low, high = results["acc_norm_interval"]
         lines.append(f"acc_norm    {results['acc_norm']:7.1%}   95% interval {low:.1%} .. {high:.1%}")

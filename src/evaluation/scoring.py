@@ -50,8 +50,12 @@ def score_samples(
     encoded = [_encode(tokenizer, sample, config) for sample in samples]
     tell_too_long(encoded, "samples", config.max_seq_len)
     _tell_uncut(samples, config)
-    keys = [_key(sample) for sample in samples]
-    raw = _read_scores(path)
+    # what a score depends on apart from the verifier: texts, and whether the response was cut
+    texts = (json.dumps([one.prompt, one.response, one.values.get("finish", "stop")]) for one in samples)
+    keys = [hashlib.sha256(text.encode()).hexdigest()[:24] for text in texts]
+    cut_torn_line(path)
+    earlier = read_rows(str(path)) if path.is_file() and path.stat().st_size else ()
+    raw = {row.values["text"]: row.values["scores"] for row in earlier}
     parallel.barrier()  # nobody writes before all have read
     waiting = {key: index for index, key in enumerate(keys) if encoded[index] and key not in raw}
     waiting = sorted(waiting.values(), key=lambda index: len(encoded[index].tokens))
@@ -69,9 +73,7 @@ def score_samples(
             file.flush()
             log.advance(len(rows), tokens=sum(len(encoded[index].tokens) for index in rows))
     log.close_progress()
-    return [
-        _scored(raw[key], config, aggregation) if row else None for key, row in zip(keys, encoded, strict=True)
-    ]
+    return [_scored(raw[key], config, aggregation) if row else None for key, row in zip(keys, encoded, strict=True)]
 
 
 def with_score(sample: Sample, scored: Scored | None) -> Sample:
@@ -91,12 +93,10 @@ def score_one(verifier: Decoder, tokenizer: Tokenizer, sample: Sample) -> Scored
 def _encode(tokenizer: Tokenizer, sample: Sample, config: ModelConfig) -> Encoded | None:
     """A sample as ids, laid out as its verifier was trained. One that was cut off has no EOS. None = too long."""
     finished = sample.values.get("finish", "stop") == "stop" or not sample.response
-    by_steps, longest = config.objective != "pairwise", config.max_seq_len
+    by_steps, longest, step_end = config.objective != "pairwise", config.max_seq_len, STEP_ENDS[config.step]
     if by_steps:
-        step_end = STEP_ENDS[config.step]
         steps = split_steps(sample.response, step_end)
-        labels = [0.0] * len(steps)
-        row = encode_steps(tokenizer, sample.prompt, steps, labels, finished=finished, step_end=step_end,
+        row = encode_steps(tokenizer, sample.prompt, steps, [0.0] * len(steps), finished=finished, step_end=step_end,
                            form=config.verifier_form)
     else:
         row = encode_response(tokenizer, sample.prompt, sample.response, finished=finished)
@@ -123,11 +123,8 @@ def _tell_uncut(samples: Sequence[Sample], config: ModelConfig) -> None:
         uncut = sum(len(split_steps(sample.response)) == 1 for sample in lines)
         if 2 * uncut > len(lines):
             runlog.logger().warning(
-                "%d of the %d samples of several lines have no blank line and are one step each to this verifier; "
-                "one that is to judge their lines learns it with verifier_train.py --step line",
-                uncut,
-                len(lines),
-            )
+                "%d of the %d samples of several lines have no blank line and are one step each to this verifier; one "
+                "that is to judge their lines learns it with verifier_train.py --step line", uncut, len(lines))
 
 
 @torch.no_grad()
@@ -153,20 +150,6 @@ def _scored(raw: Sequence[float], config: ModelConfig, aggregation: str) -> Scor
     return Scored(steps[-1] if config.objective == "outcome" else AGGREGATIONS[aggregation](steps), steps)
 
 
-def _key(sample: Sample) -> str:
-    """Hash what a score depends on apart from the verifier: texts, and whether the response was cut."""
-    text = json.dumps([sample.prompt, sample.response, sample.values.get("finish", "stop")])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _read_scores(path: Path) -> dict[str, list[float]]:
-    """The scores that an earlier start left; a torn last line is cut off."""
-    cut_torn_line(path)
-    if not path.is_file() or not path.stat().st_size:
-        return {}
-    return {row.values["text"]: row.values["scores"] for row in read_rows(str(path))}
-
-
 def score_steps(
     verifier: Decoder, tokenizer: Tokenizer, rows: Sequence[StepLabels], *, max_batch_size: int
 ) -> list[list[float] | None]:
@@ -184,8 +167,6 @@ def encode_solutions(
     rows: Sequence[StepLabels], tokenizer: Tokenizer, max_seq_len: int, step: str, form: str = ""
 ) -> list[Encoded | None]:
     """The solutions as ids with the ends of all their steps marked; None for one longer than max_seq_len."""
-    encoded = [
-        encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps), step_end=STEP_ENDS[step], form=form)
-        for row in rows
-    ]
+    encoded = [encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps), step_end=STEP_ENDS[step],
+                            form=form) for row in rows]
     return [row if len(row.tokens) <= max_seq_len else None for row in encoded]

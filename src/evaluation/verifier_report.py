@@ -1,7 +1,7 @@
 """What a verifier is worth: how well its scores tell right from wrong, and what choosing by them gains."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,12 +34,10 @@ def report_samples(problems: Sequence[Sequence[Graded]]) -> dict[str, object]:
 def pair_accuracy(problems: Sequence[Sequence[Graded]]) -> float:
     """Share of the pairs of a right and a wrong sample of one problem in which the right one scores higher; a tie
     counts half. Every problem with both kinds weighs the same; nan if there is none."""
-    shares = [
-        metrics.auc(np.array([sample.score for sample in problem]),
-                    np.array([sample.verdict.outcome == "right" for sample in problem]))
-        for problem in ([sample for sample in problem if sample.score is not None] for problem in problems)
-        if problem
-    ]
+    scored = ([sample for sample in problem if sample.score is not None] for problem in problems)
+    shares = [metrics.auc(np.array([sample.score for sample in problem]),
+                          np.array([sample.verdict.outcome == "right" for sample in problem]))
+              for problem in scored if problem]
     return float(np.nanmean(shares)) if not np.isnan(shares).all() else math.nan
 
 
@@ -47,11 +45,7 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Pearson's correlation where both are numbers; nan if one does not vary."""
     known = ~(np.isnan(first) | np.isnan(second))
     first, second = first[known], second[known]
-    return (
-        float(np.corrcoef(first, second)[0, 1])
-        if len(first) > 1 and first.std() and second.std()
-        else math.nan
-    )
+    return float(np.corrcoef(first, second)[0, 1]) if len(first) > 1 and first.std() and second.std() else math.nan
 
 
 def choice_curves(problems: Sequence[Sequence[Graded]]) -> dict[str, dict[str, list[float]]]:
@@ -59,15 +53,12 @@ def choice_curves(problems: Sequence[Sequence[Graded]]) -> dict[str, dict[str, l
     in every aggregation. A missing sample is wrong and comes last, as does one without a score."""
     n = max(map(len, problems))
     scored = [sample for problem in problems for sample in problem if sample.score is not None]
-    ways: dict[str, Callable[[Graded], float | None]] = {"score": lambda sample: sample.score}
     if all(sample.step_scores for sample in scored):
-        ways = {
-            name: lambda sample, aggregate=aggregate: (
-                None if sample.score is None else aggregate(sample.step_scores)
-            )
-            for name, aggregate in metrics.AGGREGATIONS.items()
-        }
-    scores = {name: score_array(problems, n, score) for name, score in ways.items()}
+        scores = {name: score_array(problems, n, lambda sample, aggregate=aggregate: (
+            None if sample.score is None else aggregate(sample.step_scores)))
+            for name, aggregate in metrics.AGGREGATIONS.items()}
+    else:
+        scores = {"score": score_array(problems, n, lambda sample: sample.score)}
     report = {}
     for name, curve in metrics.curves(*right_and_classes(problems, n), scores).items():
         low, high = zip(*(metrics.interval(chances.tolist()) for chances in curve.values()), strict=True)
@@ -143,9 +134,7 @@ def report_table(report: dict[str, object]) -> str:
         lines.append(f"{report['too_long']} samples are too long for the verifier: they come last and have no weight")
     width = max(map(len, report["curves"]))
     for name, curve in report["curves"].items():
-        values = "  ".join(
-            f"@{n} {value:.1%}" for n, value in zip(curve["n"], curve["accuracy"], strict=True)
-        )
+        values = "  ".join(f"@{n} {value:.1%}" for n, value in zip(curve["n"], curve["accuracy"], strict=True))
         lines.append(f"{name:{width}}  {values}   ({curve['low'][-1]:.1%} .. {curve['high'][-1]:.1%})")
     return "\n".join(lines)
 
