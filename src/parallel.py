@@ -109,6 +109,8 @@ def _join(backend: str) -> None:
 
 def stop() -> None:
     """Leave the process group; start() may be called again."""
+    global _mesh
+    _mesh = None
     if dist.is_initialized():
         groups.destroy_model_parallel()
         dist.destroy_process_group()

@@ -1,8 +1,9 @@
-"""Run a function in several real processes under torchrun: `run_ranks(2, "tests.workers:layers", tmp_path)`.
+"""Run a function in several real processes: `run_ranks(2, "tests.workers:layers", tmp_path)`; a command under torchrun.
 
-As a program (what torchrun starts): join the group, call the function, save what it returns.
+As a program (one rank): join the group, call the function, save what it returns.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -10,14 +11,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from src import parallel
 
+Key = TypeVar("Key", bound=Hashable)
+
 ROOT = Path(__file__).resolve().parents[1]
+OURS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TIMEOUT = 120  # seconds; a healthy launch of tiny models takes less than 15
 
 
@@ -30,7 +38,7 @@ def command(*words: object, n: int | None = None) -> subprocess.CompletedProcess
     process = subprocess.Popen(
         [sys.executable, *torchrun, *map(str, words)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | OURS,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -52,25 +60,85 @@ def succeed(*words: object, n: int | None = None) -> subprocess.CompletedProcess
     return done
 
 
+class Job(NamedTuple):
+    """What n ranks do: call `target` ("module:function"), in groups of these sizes, with json-able arguments."""
+
+    n: int
+    target: str
+    arguments: dict[str, object]
+    tensor_parallel_size: int = -1
+    replicas: int = 1
+    context_parallel_size: int = 1
+
+
 def run_ranks(
     n: int, target: str, tmp_path: Path, tensor_parallel_size: int = -1, replicas: int = 1,
     context_parallel_size: int = 1, **arguments: object,
 ) -> list[dict[str, object]]:
-    """Call `target` ("module:function") with json-able arguments on n ranks; what each returned, by rank."""
-    folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    (folder / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
-    succeed("-m", "tests.ranks", target, folder, tensor_parallel_size, replicas, context_parallel_size, n=n)
-    return [torch.load(folder / f"{rank}.pth") for rank in range(n)]
+    """Call `target` with json-able arguments on n ranks; what each returned, by rank."""
+    return run_jobs([Job(n, target, arguments, tensor_parallel_size, replicas, context_parallel_size)], tmp_path)[0]
 
 
-def _work(target: str, folder: Path, *sizes: int) -> None:
-    """One rank's part of run_ranks()."""
-    parallel.start(1, *sizes)
+def in_few_launches(jobs: Mapping[Key, Job], tmp_path: Path) -> Callable[[Key], list[dict[str, object]]]:
+    """What each rank returned of a job, by its key; the first that is asked for brings all of as many ranks."""
+
+    @functools.cache
+    def launch(n: int) -> dict[Key, list[dict[str, object]]]:
+        keys = [key for key, job in jobs.items() if job.n == n]
+        return dict(zip(keys, run_jobs([jobs[key] for key in keys], tmp_path), strict=True))
+
+    return lambda key: launch(jobs[key].n)[key]
+
+
+def run_jobs(jobs: list[Job], tmp_path: Path) -> list[list[dict[str, object]]]:
+    """Do jobs of as many ranks one after another on those, which meet anew for each; what they returned, by job and
+    rank.
+
+    The ranks are started as torchrun does, by this process: each start of torchrun imports torch once more. One rank
+    alone is this process.
+    """
+    (n,), folder = {job.n for job in jobs}, Path(tempfile.mkdtemp(dir=tmp_path))
+    if n == 1:
+        parallel.start()
+        return [[_function(job.target)(**job.arguments)] for job in jobs]
+    stores = [dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in jobs]
+    (folder / "jobs.json").write_text(json.dumps([[store.port, *job] for store, job in zip(stores, jobs, strict=True)]))
+    place = {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = []
+    for rank in range(n):
+        with (folder / f"{rank}.log").open("w") as log:
+            words = [sys.executable, "-m", "tests.ranks", str(folder)]
+            environment = os.environ | OURS | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    until = time.monotonic() + TIMEOUT * len(jobs)
+    while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    ended = [rank.poll() for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    if any(status != 0 for status in ended):
+        logs = "\n".join((folder / f"{rank}.log").read_text() for rank in range(n))
+        pytest.fail(f"{jobs}: {n} ranks ended with {ended}, None after {TIMEOUT * len(jobs)} s\n{logs}")
+    return [[torch.load(folder / f"{job}-{rank}.pth") for rank in range(n)] for job in range(len(jobs))]
+
+
+def _function(target: str) -> Callable[..., dict[str, object]]:
     module, function = target.split(":")
-    arguments = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))
-    result = getattr(importlib.import_module(module), function)(**arguments)
-    torch.save(result, folder / f"{parallel.rank()}.pth")
+    return getattr(importlib.import_module(module), function)
+
+
+def _work(folder: Path) -> None:
+    """One rank's part of run_jobs()."""
+    for number, (port, _, target, arguments, *sizes) in enumerate(json.loads((folder / "jobs.json").read_text())):
+        os.environ["MASTER_PORT"] = str(port)
+        parallel.start(1, *sizes)
+        result = _function(target)(**arguments)
+        torch.save(result, folder / f"{number}-{parallel.rank()}.pth")
+        parallel.stop()
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    _work(Path(sys.argv[1]))

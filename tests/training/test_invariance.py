@@ -1,6 +1,6 @@
 """The update of a step does not depend on how the step is cut up: micro-batches, packing, ranks, recomputation."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -11,10 +11,11 @@ from src import load
 from src.command.config import LoraFlags
 from src.models.lora import at_length, merged_weight
 from tests.conftest import Folders
-from tests.ranks import run_ranks
+from tests.ranks import Job, in_few_launches
 from tests.reference import relative_difference
 from tests.training.workers import join_weights, sft_epochs
 
+OnRanks = Callable[[tuple[int, ...]], list[dict[str, object]]]
 LIMIT = 1e-6  # relative, float32
 ROWS = 8  # in a step: more than the six that the last step of an epoch has
 
@@ -78,43 +79,50 @@ def test_micro_batches_packing_and_recomputation(
     assert_same(found, whole[lora_rank])
 
 
-@pytest.mark.parametrize(
-    ("n", "tensor_parallel_size", "replicas", "context_parallel_size"),
-    [(2, 1, 1, 1), (2, 2, 1, 1), (4, 2, 1, 1), (4, 1, 2, 1), (2, 1, 1, 2), (4, 2, 1, 2), (4, 1, 1, 2)])
+# ranks, how many of them share a model, replicas of what they share of it, and how many share the positions of batches
+TOPOLOGIES = [
+    (2, 1, 1, 1), (2, 2, 1, 1), (4, 2, 1, 1), (4, 1, 2, 1), (2, 1, 1, 2), (4, 2, 1, 2), (4, 1, 1, 2),
+]
+CASES = [  # rows of a forward pass at most, and what else differs
+    (4, {}),
+    (1, {"packing": True, "activation_checkpointing": "full"}),
+    (2, {"lora_rank": 4}),
+    (4, {"lora_rank": 4, "packing": True}),
+    (2, {"lora_rank": 4, "packing": True, "dora": True, "activation_checkpointing": "full"}),
+]
+
+
+@pytest.fixture(scope="module")
+def on_ranks(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> OnRanks:
+    """By topology, every rank's weights and losses of every case, whose steps all have ROWS rows."""
+    folder, jobs = tmp_path_factory.mktemp("ranks"), {}
+    for n, tensor_parallel_size, replicas, context_parallel_size in TOPOLOGIES:
+        own = ROWS * tensor_parallel_size * context_parallel_size // n
+        cases = [
+            {"max_batch_size": min(size, own), "accumulation_steps": own // min(size, own), **case}
+            for size, case in CASES
+        ]
+        arguments = {"folder": (folders.one, folders.two)[tensor_parallel_size - 1], "log_dir": str(folder / "log"),
+                     "cases": cases}
+        jobs[n, tensor_parallel_size, replicas, context_parallel_size] = Job(
+            n, "tests.training.workers:invariance_cases", arguments, tensor_parallel_size, replicas,
+            context_parallel_size,
+        )
+    return in_few_launches(jobs, folder)
+
+
+@pytest.mark.parametrize(("n", "tensor_parallel_size", "replicas", "context_parallel_size"), TOPOLOGIES)
 def test_ranks(
     folders: Folders,
     whole: dict[int | str, dict[str, Tensor]],
-    tmp_path: Path,
+    on_ranks: OnRanks,
     n: int,
     tensor_parallel_size: int,
     replicas: int,
     context_parallel_size: int,
 ) -> None:
-    """Tensor-parallel, sharing each parameter, sharing it in two replicas, and sharing the positions of batches."""
-    data_parallel_size = n // tensor_parallel_size // context_parallel_size
-    own = ROWS // data_parallel_size
-    cases = [
-        {"max_batch_size": min(size, own), "accumulation_steps": own // min(size, own), **case}
-        for size, case in (
-            (4, {}),
-            (1, {"packing": True, "activation_checkpointing": "full"}),
-            (2, {"lora_rank": 4}),
-            (4, {"lora_rank": 4, "packing": True}),
-            (2, {"lora_rank": 4, "packing": True, "dora": True, "activation_checkpointing": "full"}),
-        )
-    ]
-    ranks = run_ranks(
-        n,
-        "tests.training.workers:invariance_cases",
-        tmp_path,
-        tensor_parallel_size,
-        replicas,
-        context_parallel_size,
-        folder=(folders.one, folders.two)[tensor_parallel_size - 1],
-        log_dir=str(tmp_path / "log"),
-        cases=cases,
-    )
-    for index, case in enumerate(cases):
+    ranks = on_ranks((n, tensor_parallel_size, replicas, context_parallel_size))
+    for index, (_, case) in enumerate(CASES):
         lora_rank, dora = case.get("lora_rank", -1), case.get("dora", False)
         one = whole["dora" if dora else lora_rank]
         model = load.load_solver(folders.one)

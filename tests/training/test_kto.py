@@ -22,7 +22,7 @@ from src.training.preference import with_reference
 from src.training.reference import reference_logprobs
 from src.training.trainer import Trainer
 from tests.conftest import Folders
-from tests.ranks import run_ranks
+from tests.ranks import Job, run_jobs
 from tests.reference import hf_model, relative_difference
 from tests.training.workers import join_weights, preference_epochs
 
@@ -77,22 +77,23 @@ def test_micro_batches_and_packing(
         assert relative_difference(tensor, whole[name]) < 2e-6, name
 
 
-@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(2, 1), (2, 2)])
-def test_ranks(
-    folders: Folders, whole: dict[str, Tensor], tmp_path: Path, n: int, tensor_parallel_size: int
-) -> None:
-    case = {"max_batch_size": 4, "accumulation_steps": tensor_parallel_size, "packing": True, **KIND}
-    ranks = run_ranks(
-        n, "tests.training.workers:preference_cases", tmp_path, tensor_parallel_size,
-        folder=(folders.one, folders.two)[tensor_parallel_size - 1], log_dir=str(tmp_path / "log"), cases=[case],
-    )
-    found, model = [rank["0"] for rank in ranks], load.load_solver(folders.one)
-    for rank in found:
-        for name in ("losses", "reports", "held"):
-            assert_close(rank.pop(name), whole[name], rtol=1e-5, atol=1e-5)
-    for first in range(0, n, tensor_parallel_size):
-        for name, tensor in join_weights(found[first : first + tensor_parallel_size], model).items():
-            assert relative_difference(tensor, whole[name]) < 2e-6, name
+def test_ranks(folders: Folders, whole: dict[str, Tensor], tmp_path: Path) -> None:
+    """Two of them, which share the data and then the model."""
+    jobs = []
+    for size in (1, 2):
+        case = {"max_batch_size": 4, "accumulation_steps": size, "packing": True, **KIND}
+        arguments = {"folder": (folders.one, folders.two)[size - 1], "log_dir": str(tmp_path / f"{size}"),
+                     "cases": [case]}
+        jobs.append(Job(2, "tests.training.workers:preference_cases", arguments, size))
+    model = load.load_solver(folders.one)
+    for size, ranks in zip((1, 2), run_jobs(jobs, tmp_path), strict=True):
+        found = [rank["0"] for rank in ranks]
+        for rank in found:
+            for name in ("losses", "reports", "held"):
+                assert_close(rank.pop(name), whole[name], rtol=1e-5, atol=1e-5)
+        for first in range(0, 2, size):
+            for name, tensor in join_weights(found[first : first + size], model).items():
+                assert relative_difference(tensor, whole[name]) < 2e-6, (size, name)
 
 
 def test_losses_and_reference_points_equal_trl(

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,12 @@ from src.training.reference import (
 )
 from src.training.reward_model import pair_dataset
 from tests.conftest import Folders
-from tests.ranks import run_ranks
+from tests.ranks import Job, in_few_launches
 from tests.reference import hf_model, relative_difference
 from tests.tiny import weights
 from tests.training.workers import PAIRS, join_weights, preference_epochs
 
+OnRanks = Callable[[tuple[int, ...]], list[dict[str, object]]]
 LN2 = math.log(2)
 KINDS = [
     {"objective": "dpo"},
@@ -189,50 +191,44 @@ def test_micro_batches_and_packing(
             assert relative_difference(tensor, expected[name]) < 2e-6, (kind, name)
 
 
-@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(4, 4), (4, 2)])
+TWO_RANKS = [(2, 1, 1), (2, 2, 1), (2, 1, 2)]  # ranks, those that share a model, and those that share a batch
+
+
+@pytest.fixture(scope="module")
+def on_ranks(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> OnRanks:
+    """By topology, what every rank has of KINDS, and on four ranks of DPO alone, padded and packed."""
+    folder, jobs = tmp_path_factory.mktemp("ranks"), {}
+    for n, tensor_parallel_size, context_parallel_size in (*TWO_RANKS, (4, 4, 1), (4, 2, 1)):
+        share = n // tensor_parallel_size // context_parallel_size
+        kinds = [{"accumulation_steps": 2 // share, "packing": place % 2 == 1, **kind}
+                 for place, kind in enumerate(KINDS)]
+        alone = [{"accumulation_steps": 2, "packing": packing} for packing in (False, True)]
+        log_dir = folder / f"{n}-{tensor_parallel_size}-{context_parallel_size}"  # where the reference is kept, too
+        arguments = {"folder": (folders.one, folders.two)[tensor_parallel_size > 1], "log_dir": str(log_dir),
+                     "cases": [{"max_batch_size": 4, **case} for case in (kinds if n == 2 else alone)]}
+        jobs[n, tensor_parallel_size, context_parallel_size] = Job(
+            n, "tests.training.workers:preference_cases", arguments, tensor_parallel_size,
+            context_parallel_size=context_parallel_size,
+        )
+    return in_few_launches(jobs, folder)
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [4, 2])
 def test_w2s_18_first_loss_is_ln_2_on_four_ranks(
-    folders: Folders, tmp_path: Path, n: int, tensor_parallel_size: int
+    on_ranks: OnRanks, tensor_parallel_size: int
 ) -> None:
-    cases = [{"max_batch_size": 4, "accumulation_steps": 2, "packing": packing} for packing in (False, True)]
-    for rank in run_ranks(
-        n,
-        "tests.training.workers:preference_cases",
-        tmp_path,
-        tensor_parallel_size,
-        folder=folders.two,
-        log_dir=str(tmp_path / "log"),
-        cases=cases,
-    ):
+    for rank in on_ranks((4, tensor_parallel_size, 1)):
         for place in ("0", "1"):
             assert rank[place]["reports"][0][0].item() == pytest.approx(LN2, abs=1e-6)
             assert rank[place]["reports"][1][0] < rank[place]["reports"][0][0]
 
 
-@pytest.mark.parametrize(("n", "tensor_parallel_size", "context_parallel_size"), [(2, 1, 1), (2, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize(("n", "tensor_parallel_size", "context_parallel_size"), TWO_RANKS)
 def test_w2s_18_ranks(
-    folders: Folders, whole: list[dict[str, Tensor]], tmp_path: Path, n: int, tensor_parallel_size: int,
-    context_parallel_size: int,
+    folders: Folders, whole: list[dict[str, Tensor]], on_ranks: OnRanks,
+    n: int, tensor_parallel_size: int, context_parallel_size: int,
 ) -> None:
-    data_parallel_size = n // tensor_parallel_size // context_parallel_size
-    cases = [
-        {
-            "max_batch_size": 4,
-            "accumulation_steps": 2 // data_parallel_size,
-            "packing": place % 2 == 1,
-            **kind,
-        }
-        for place, kind in enumerate(KINDS)
-    ]
-    ranks = run_ranks(
-        n,
-        "tests.training.workers:preference_cases",
-        tmp_path,
-        tensor_parallel_size,
-        context_parallel_size=context_parallel_size,
-        folder=(folders.one, folders.two)[tensor_parallel_size - 1],
-        log_dir=str(tmp_path / "log"),
-        cases=cases,
-    )
+    ranks = on_ranks((n, tensor_parallel_size, context_parallel_size))
     model = load.load_solver(folders.one)
     for place, expected in enumerate(whole):
         found = [rank[str(place)] for rank in ranks]

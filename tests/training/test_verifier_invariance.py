@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from src import load
 from src.command.config import LoraFlags
 from src.training.trainer import StepReport, Trainer
 from tests.conftest import Folders
-from tests.ranks import run_ranks
+from tests.ranks import Job, in_few_launches
 from tests.training.test_invariance import assert_same
 from tests.training.verifier_workers import ROWS, verifier_epochs
 from tests.training.workers import join_weights
@@ -61,33 +62,47 @@ def test_micro_batches_and_packing(
     assert_same_run(found, whole[objective, lora_rank])
 
 
-@pytest.mark.parametrize(
-    ("n", "tensor_parallel_size", "context_parallel_size"), [(2, 1, 1), (2, 2, 1), (4, 2, 1), (4, 4, 1), (2, 1, 2)])
+TOPOLOGIES = [(2, 1, 1), (2, 2, 1), (4, 2, 1), (4, 4, 1), (2, 1, 2)]  # ranks, those of a model, those of a batch
+CASES = [
+    (size, {"objective": objective, **case})
+    for objective in OBJECTIVES
+    for size, case in ((4, {}), (1, {"packing": True}), (2, {"lora_rank": 4}))
+]
+
+
+@pytest.fixture(scope="module")
+def on_ranks(
+    folders: Folders, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[tuple[int, ...]], list[dict[str, object]]]:
+    """By topology, what every rank has of every case, whose steps all have 8 rows."""
+    folder, jobs = tmp_path_factory.mktemp("ranks"), {}
+    for n, tensor_parallel_size, context_parallel_size in TOPOLOGIES:
+        share = n // tensor_parallel_size // context_parallel_size
+        arguments = {
+            "folder": folders.verifier if tensor_parallel_size == 1 else folders.verifier_two,
+            "log_dir": str(folder / "log"),
+            "cases": [
+                {"max_batch_size": size, "accumulation_steps": 8 // size // share, **case} for size, case in CASES
+            ],
+        }
+        jobs[n, tensor_parallel_size, context_parallel_size] = Job(
+            n, "tests.training.verifier_workers:verifier_cases", arguments, tensor_parallel_size,
+            context_parallel_size=context_parallel_size,
+        )
+    return in_few_launches(jobs, folder)
+
+
+@pytest.mark.parametrize(("n", "tensor_parallel_size", "context_parallel_size"), TOPOLOGIES)
 def test_ranks(
     folders: Folders,
     whole: dict[tuple[str, int], dict[str, Tensor]],
-    tmp_path: Path,
+    on_ranks: Callable[[tuple[int, ...]], list[dict[str, object]]],
     n: int,
     tensor_parallel_size: int,
     context_parallel_size: int,
 ) -> None:
-    data_parallel_size = n // tensor_parallel_size // context_parallel_size
-    cases = [
-        {"objective": objective, "max_batch_size": size, "accumulation_steps": 8 // size // data_parallel_size, **case}
-        for objective in OBJECTIVES
-        for size, case in ((4, {}), (1, {"packing": True}), (2, {"lora_rank": 4}))
-    ]
-    ranks = run_ranks(
-        n,
-        "tests.training.verifier_workers:verifier_cases",
-        tmp_path,
-        tensor_parallel_size,
-        context_parallel_size=context_parallel_size,
-        folder=folders.verifier if tensor_parallel_size == 1 else folders.verifier_two,
-        log_dir=str(tmp_path / "log"),
-        cases=cases,
-    )
-    for index, case in enumerate(cases):
+    ranks = on_ranks((n, tensor_parallel_size, context_parallel_size))
+    for index, (_, case) in enumerate(CASES):
         lora_rank = case.get("lora_rank", -1)
         model = load.load_verifier(folders.verifier)
         load.put_lora_on(
