@@ -1,6 +1,7 @@
 """src/models/lora.py and adapter directories, at tensor-parallel sizes 1, 2 and 4; gradients against peft."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from src.models.lora import LoraConfig, check_targets
 from tests import reference
 from tests.checkpoint.weights import CONFIG
 from tests.conftest import Folders
-from tests.ranks import run_ranks, succeed
+from tests.ranks import Job, in_few_launches, succeed
 
 SIZES = (1, 2, 4)
 
@@ -57,17 +58,18 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
     """run(n, dora): the worker's results on n ranks, computed once."""
-    runs: dict[tuple[int, bool], Run] = {}
     tokens, mask = (x.tolist() for x in reference.batch()[:2])
+    root, jobs = tmp_path_factory.mktemp("lora"), {}
+    for n, dora in itertools.product(SIZES, (False, True)):
+        base, adapter = root / f"{n}-{dora}" / "base", root / f"{n}-{dora}" / "adapter"
+        split(open_source(str(hf_folder)), base, n, "gqa")
+        arguments = {"folder": str(base), "save_dir": str(adapter), "tokens": tokens, "mask": mask, "dora": dora}
+        jobs[n, dora] = Job(n, "tests.workers:lora", arguments)
+    results = in_few_launches(jobs, root)
 
     def on(n: int, dora: bool = False) -> Run:
-        if (n, dora) not in runs:
-            root = tmp_path_factory.mktemp(f"lora-{n}")
-            base, adapter = root / "base", root / "adapter"
-            split(open_source(str(hf_folder)), base, n, "gqa")
-            arguments = {"folder": str(base), "save_dir": str(adapter), "tokens": tokens, "mask": mask, "dora": dora}
-            runs[n, dora] = Run(run_ranks(n, "tests.workers:lora", root, **arguments), base, adapter)
-        return runs[n, dora]
+        arguments = jobs[n, dora].arguments
+        return Run(results((n, dora)), Path(arguments["folder"]), Path(arguments["save_dir"]))
 
     return on
 

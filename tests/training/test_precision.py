@@ -23,7 +23,7 @@ from src.runlog import RunLog
 from src.training.sft import sft_loss
 from src.training.trainer import STEPS_TO_DOUBLE, Trainer
 from tests.conftest import Folders
-from tests.ranks import run_ranks, succeed
+from tests.ranks import Job, run_jobs, succeed
 from tests.reference import batch, hf_logits_and_loss, hf_model
 from tests.training.workers import resumed_epochs
 
@@ -122,19 +122,24 @@ def test_packing_changes_bfloat16_gradients_by_rounding_alone(folders: Folders) 
     assert distance(gradient(model, sft_loss(model, packed(batch())) / 16), padded) < 0.02
 
 
-@pytest.mark.parametrize(("n", "tensor_parallel_size", "lora_rank"), [(2, 2, -1), (2, 1, -1), (2, 2, 4)])
-def test_ranks_change_a_run_by_rounding_alone(
-    folders: Folders, tmp_path: Path, n: int, tensor_parallel_size: int, lora_rank: int
-) -> None:
-    options = {"first": 0, "last": 8, "lora_rank": lora_rank, "precision": "bfloat16"}
-    alone = resumed_epochs(folders.one, str(tmp_path / "alone"), **options)["losses"]
-    ranks = run_ranks(n, RESUMED, tmp_path, tensor_parallel_size, folder=folders.two, save_dir=str(tmp_path / "run"),
-                      **options)
-    exact = resumed_epochs(folders.one, str(tmp_path / "exact"), **options | {"precision": "float32"})["losses"]
-    for rank in ranks:
-        assert_close(rank["losses"], alone, rtol=0, atol=0.02)
-    assert_close(alone, exact, rtol=0, atol=0.05)
-    assert not torch.equal(alone, exact)
+def test_ranks_change_a_run_by_rounding_alone(folders: Folders, tmp_path: Path) -> None:
+    """Two of them: tensor-parallel, data-parallel, tensor-parallel with adapters."""
+    cases = [(2, -1), (1, -1), (2, 4)]
+    options = [{"first": 0, "last": 8, "lora_rank": lora_rank, "precision": "bfloat16"} for _, lora_rank in cases]
+    jobs = [
+        Job(2, RESUMED, {"folder": folders.two, "save_dir": str(tmp_path / f"run-{place}"), **option}, cases[place][0])
+        for place, option in enumerate(options)
+    ]
+    for place, ranks in enumerate(run_jobs(jobs, tmp_path)):
+        alone, exact = (
+            resumed_epochs(folders.one, str(tmp_path / f"{precision}-{place}"),
+                           **options[place] | {"precision": precision})["losses"]
+            for precision in ("bfloat16", "float32")
+        )
+        for rank in ranks:
+            assert_close(rank["losses"], alone, rtol=0, atol=0.02)
+        assert_close(alone, exact, rtol=0, atol=0.05)
+        assert not torch.equal(alone, exact)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
