@@ -14,7 +14,7 @@ from src import parallel
 from src.errors import UserError
 from src.training.optimizers import BETAS, AdamW, check_available, encode
 from tests import tiny
-from tests.ranks import run_ranks
+from tests.ranks import Job, run_jobs
 from tests.training.workers import resumed_epochs
 
 TARGET = "tests.training.workers:resumed_epochs"
@@ -123,11 +123,9 @@ def test_a_run_goes_on_at_another_number_of_ranks(folder: str, tmp_path: Path) -
     parallel.start()
     whole = resumed_epochs(folder, str(tmp_path / "whole"), 0, 8, optimizer="adamw_8bit")["losses"]
     save_dir = str(tmp_path / "run")
-    parts = [
-        run_ranks(2, TARGET, tmp_path, size, folder=folder, save_dir=save_dir, first=first, last=first + 2,
-                  optimizer="adamw_8bit")[0]
-        for size, first in ((2, 0), (1, 2))
-    ]
+    where = {"folder": folder, "save_dir": save_dir, "optimizer": "adamw_8bit"}
+    jobs = [Job(2, TARGET, where | {"first": first, "last": first + 2}, size) for size, first in ((2, 0), (1, 2))]
+    parts = [ranks[0] for ranks in run_jobs(jobs, tmp_path)]
     parts.append(resumed_epochs(folder, save_dir, 4, 6, optimizer="adamw_8bit"))
     parts.append(resumed_epochs(folder, save_dir, 6, 8))
     found = torch.cat([part["losses"] for part in parts])
