@@ -26,7 +26,7 @@ from src.training.checkpointer import Checkpointer, Trainee
 from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import Trainer
 from tests.conftest import Folders
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import ROOT, Job, run_jobs
 from tests.reference import batch
 from tests.training.workers import resumed_epochs
 
@@ -232,18 +232,18 @@ def _die_at_operation(k: int) -> None:
 
 
 def test_a_run_goes_on_at_another_number_of_ranks(folders: Folders, tmp_path: Path) -> None:
-    """Tensor-parallel 2, then 4, then two replicas, then alone; the first two write in the background."""
+    """Tensor-parallel 4, then 2, then two replicas, then alone; the first two write in the background."""
     whole = resumed_epochs(folders.one, str(tmp_path / "whole"), 0, 8)["losses"]
-    save_dir = str(tmp_path / "run")
-    target = "tests.training.workers:resumed_epochs"
-    parts = [
-        run_ranks(n, target, tmp_path, tensor_parallel_size, folder=folder, save_dir=save_dir, **arguments)
-        for n, tensor_parallel_size, folder, arguments in (
-            (2, 2, folders.two, {"first": 0, "last": 2, "background": True}),
-            (4, 4, folders.two, {"first": 2, "last": 4, "background": True}),
-            (2, 1, folders.one, {"first": 4, "last": 6, "replicas": 2}),
+    save_dir, target = str(tmp_path / "run"), "tests.training.workers:resumed_epochs"
+    four, two, replicas = (
+        Job(n, target, {"folder": folder, "save_dir": save_dir, "first": first, "last": first + 2, **how}, *sizes)
+        for n, folder, first, how, sizes in (
+            (4, folders.two, 0, {"background": True}, (4,)),
+            (2, folders.two, 2, {"background": True}, (2,)),
+            (2, folders.one, 4, {}, (1, 2)),
         )
-    ]
+    )
+    parts = run_jobs([four], tmp_path) + run_jobs([two, replicas], tmp_path)
     parts.append([resumed_epochs(folders.one, save_dir, 6, 8)])
     for ranks, expected in zip(parts, whole.split(2), strict=True):
         for rank in ranks:
