@@ -110,12 +110,6 @@ class SolverServer:
         started(f"http://{host}:{http.server_port}/v1")
         self.engine.run()
 
-    def models_listed(self) -> dict[str, object]:
-        """What GET /v1/models says."""
-        facts = {"object": "model", "created": 0, "owned_by": "splitrl", "root": self.name}
-        return {"object": "list", "data": [{"id": name, **facts, "max_model_len": model.config.max_seq_len}
-                                           for name, model in list(self.models.items())]}
-
     def load_adapter(self, body: Mapping[str, object]) -> str:
         """POST /v1/load_lora_adapter: serve an adapter under a name of its own."""
         name, path = (_text(body, key) for key in ("lora_name", "lora_path"))
@@ -235,7 +229,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The models, or that the server is well."""
-        pages = {"/health": {}, "/v1/models": self.solver.models_listed()}
+        facts = {"object": "model", "created": 0, "owned_by": "splitrl", "root": self.solver.name}
+        models = [{"id": name, **facts, "max_model_len": model.config.max_seq_len}
+                  for name, model in list(self.solver.models.items())]
+        pages = {"/health": {}, "/v1/models": {"object": "list", "data": models}}
         if self.path in pages:
             self._send(200, pages[self.path])
         else:
@@ -249,7 +246,11 @@ class _Handler(BaseHTTPRequestHandler):
             "/v1/load_lora_adapter": self.solver.load_adapter, "/v1/unload_lora_adapter": self.solver.unload_adapter,
         }
         try:
-            body = self._body()
+            length = self.headers.get("Content-Length", "")
+            if not length.isdecimal() or int(length) > LARGEST_REQUEST:
+                self.close_connection = True  # what follows is not read
+                raise Refused(413, f"Content-Length is {length!r}, expected at most {LARGEST_REQUEST}")
+            body = jsonfile.parse(self.rfile.read(int(length)), "the request")
             if self.path not in paths:
                 raise Refused(404, f"no page {self.path}; there are {', '.join(paths)}")
             found = paths[self.path](body)
@@ -261,13 +262,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(Refused(400, str(problem)))
         except OSError:  # the caller has gone
             self.close_connection = True
-
-    def _body(self) -> dict[str, object]:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > LARGEST_REQUEST:
-            self.close_connection = True  # what follows is not read
-            raise Refused(413, f"Content-Length is {length!r}, expected at most {LARGEST_REQUEST}")
-        return jsonfile.parse(self.rfile.read(int(length)), "the request")
 
     def _complete(self, asked: Asked) -> dict[str, object] | None:
         """A whole reply; None where it was streamed."""

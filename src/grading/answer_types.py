@@ -30,6 +30,7 @@ Equality = Callable[[str, str, AnswerType, Leaf], bool]  # (answer, label, type,
 
 SEVERAL = re.compile(r"\(?[A-Z]\)?(?:(?:\s*(?:,|;|and|&)\s*|\s*)\(?[A-Z]\)?)*")
 
+
 def exact(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
     """The same value, whatever its shape; see equality.py."""
     return equality.equal(answer, label, leaf)
@@ -73,11 +74,8 @@ def near_number(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) ->
 
 KINDS: dict[str, Equality] = {
     "": exact, "number": near_number, "expression": exact, "equation": exact, "interval": exact, "tuple": exact,
-    "set": exact, "choice": same_choice, "true_false": same_truth,
-    "yes_no": same_truth, "valid_invalid": same_truth,
+    "set": exact, "choice": same_choice, "true_false": same_truth, "yes_no": same_truth, "valid_invalid": same_truth,
 }
-
-
 EQUALITIES: dict[str, Equality] = {
     "exact@3": exact,
     "choice@3": same_choice,

@@ -48,9 +48,7 @@ HEDGE = re.compile(  # or, inside one sentence, a word that leaves open which of
     r"(?:(?![.!?]\s|\n\s*\n).)*",
     re.IGNORECASE | re.DOTALL,
 )
-HOPE = re.compile(
-    r"final answer is:?((?:(?!final answer is).){0,2000}?)\.?\s*I hope", re.IGNORECASE | re.DOTALL
-)
+HOPE = re.compile(r"final answer is:?((?:(?!final answer is).){0,2000}?)\.?\s*I hope", re.IGNORECASE | re.DOTALL)
 HASHES = re.compile(r"####[ \t:#]*([^\n]*)")
 LABEL = re.compile(r"[\s*_]*(?:the )?(?:final )?answer(?: is)?[\s:*_]*", re.IGNORECASE)  # in a #### line
 TITLE = re.compile(  # markdown's heading of the fourth level
@@ -60,19 +58,12 @@ TITLE = re.compile(  # markdown's heading of the fourth level
 )
 BELOW = re.compile(r"[\W_]{0,6}\d[\d., /]{0,20}[\W_]{0,6}")  # all that stands below a heading: a number
 SENTENCE_START = re.compile(r"[\s*_]*[A-Za-z]{3}")
-ANSWER_HEADING = re.compile(
-    r"^(?:#+|\*\*)[ \t]*(?:final[ \t]+)?answer[ \t:*]*\n", re.IGNORECASE | re.MULTILINE
-)
-ANSWER_IS = re.compile(
-    r"\banswer(?:\s+is\b|\W{0,3}[:=])[\s:*_}]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE
-)
+ANSWER_HEADING = re.compile(r"^(?:#+|\*\*)[ \t]*(?:final[ \t]+)?answer[ \t:*]*\n", re.IGNORECASE | re.MULTILINE)
+ANSWER_IS = re.compile(r"\banswer(?:\s+is\b|\W{0,3}[:=])[\s:*_}]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE)
 NEXT_PROBLEM = re.compile(
-    r"^\W{0,4}(?:(?:Q|Question|Problem)\s{0,2}(\d{0,3})|Instruction|Human|User)\W{0,2}:", re.MULTILINE
-)
+    r"^\W{0,4}(?:(?:Q|Question|Problem)\s{0,2}(\d{0,3})|Instruction|Human|User)\W{0,2}:", re.MULTILINE)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[])")
-MATH = re.compile(
-    r"(?<![\\$])\$(?!\$)((?:[^$\\]|\\.){1,400})\$(?!\$)|\\\(((?:(?!\\\)).){1,400})\\\)", re.DOTALL
-)
+MATH = re.compile(r"(?<![\\$])\$(?!\$)((?:[^$\\]|\\.){1,400})\$(?!\$)|\\\(((?:(?!\\\)).){1,400})\\\)", re.DOTALL)
 CHOICE_IS = re.compile(
     r"\b(?:answer\s+(?:would|must|should|will|has to|can only)\s+be|(?:option|choice)\s+is)\b[\s:*_]*", re.IGNORECASE
 )
@@ -93,9 +84,7 @@ DISBELIEVED = re.compile(  # right in front of "answer is"
     re.IGNORECASE,
 )
 FINISHED = re.compile(r"[.!?]\W{0,4}$")
-CHOICE = re.compile(
-    r"(?<![A-Za-z])(?:or|either|maybe|possibly|not|one of(?= [$\\\d]))(?![A-Za-z])", re.IGNORECASE
-)
+CHOICE = re.compile(r"(?<![A-Za-z])(?:or|either|maybe|possibly|not|one of(?= [$\\\d]))(?![A-Za-z])", re.IGNORECASE)
 
 
 def last_match(pattern: re.Pattern[str], text: str, hint: str = "") -> re.Match[str] | None:
@@ -164,18 +153,6 @@ def is_title(line: str, text: str, end: int) -> bool:
     if not re.search(r"\d", line) and digits_for_words(line) == line:
         return True
     return any(pattern.search(text, end) for pattern in (BOX, ANSWER_IS))
-
-
-def after_heading(text: str) -> Found | None:
-    """The statement under a heading "# Answer" or "**Final Answer**"."""
-    mark = last_match(ANSWER_HEADING, text, "answer")
-    return mark and Found(mark.start(), statement(text[mark.end() :]))
-
-
-def hoped_answer(text: str) -> Found | None:
-    """Minerva's form: "The final answer is X. I hope it is correct."; a cut before "I hope" does not count here."""
-    mark = last_match(HOPE, text, "hope")
-    return mark and Found(mark.start(), statement(mark.group(1)))
 
 
 def after_answer_is(text: str) -> Found | None:
@@ -296,8 +273,10 @@ def tagged(inside: str) -> str:
 RULES: dict[str, Callable[[str], Found | None]] = {
     "hashes": after_hashes,
     "box": last_box,
-    "hope": hoped_answer,
-    "heading": after_heading,
+    # Minerva's form: "The final answer is X. I hope it is correct."; a cut before "I hope" does not count here
+    "hope": lambda text: (mark := last_match(HOPE, text, "hope")) and Found(mark.start(), statement(mark[1])),
+    "heading": lambda text: ((mark := last_match(ANSWER_HEADING, text, "answer"))
+                             and Found(mark.start(), statement(text[mark.end() :]))),
     "answer-is": after_answer_is,
     "option-is": chosen_otherwise,
     "last-number": last_number,
