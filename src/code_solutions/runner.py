@@ -33,16 +33,9 @@ SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache
 DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")
 STARTUP_SECONDS = 60.0
 ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin",
-    "HOME": sandbox.FOLDER,
-    "TMPDIR": sandbox.FOLDER,
-    "LANG": "C.UTF-8",
-    "PYTHONUTF8": "1",
+    "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONUTF8": "1", "MPLBACKEND": "Agg",
     "PYTHONHASHSEED": "0",  # a replayed block prints its sets in the same order
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MPLBACKEND": "Agg",
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
 }
 
 
@@ -92,19 +85,15 @@ def run(blocks: Sequence[str], limits: Limits | None = None, isolation: str | No
         raise ValueError("no block to run")
     isolation = isolation or best_isolation()
     limits = limits or Limits()
-    job = {
-        "blocks": list(blocks),
-        "limits": asdict(limits),
-        "isolation": isolation,
-        "folder": sandbox.FOLDER,
-        "visible": visible_paths(),
-        "site_packages": site_packages(),
-    }
+    job = {"blocks": list(blocks), "limits": asdict(limits), "isolation": isolation, "folder": sandbox.FOLDER,
+           "visible": visible_paths(), "site_packages": site_packages()}
+    command = [os.path.realpath(sys.executable), "-S", "-s", "-m", WORKER]
+    command = [*bubblewrap(limits), *command] if isolation == "bubblewrap" else command
     seconds = limits.wall_seconds * len(blocks) + STARTUP_SECONDS
     if isolation != "none":
-        return converse(command(isolation, limits), job, seconds)
+        return converse(command, job, seconds)
     with tempfile.TemporaryDirectory(prefix="solution-", ignore_cleanup_errors=True) as folder:
-        return converse(command(isolation, limits), job | {"folder": folder}, seconds)
+        return converse(command, job | {"folder": folder}, seconds)
 
 
 def replays(
@@ -173,12 +162,6 @@ def best_isolation() -> str:
         reasons.append(f"{isolation}: a trial ended in {result}")
     raise UserError(f"this machine does not isolate a solution's code: {'; '.join(reasons)}. Allow user namespaces, "
                     "install libseccomp2 and bubblewrap, or say isolation='none' to run the code with your own rights")
-
-
-def command(isolation: str, limits: Limits) -> list[str]:
-    """The command line of the worker."""
-    python = [os.path.realpath(sys.executable), "-S", "-s", "-m", WORKER]
-    return [*bubblewrap(limits), *python] if isolation == "bubblewrap" else python
 
 
 def bubblewrap(limits: Limits) -> list[str]:

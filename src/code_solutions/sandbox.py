@@ -183,9 +183,7 @@ def build_tree(visible: list[str], disk_bytes: int, files: int) -> None:
     visible: absolute paths; a link is copied, a missing path is left out.
     """
     mount("none", "/", None, MS_REC | MS_PRIVATE)
-    mount(
-        "tmpfs", "/tmp", "tmpfs"
-    )  # only a place for the two directories; what it hides comes back under /old
+    mount("tmpfs", "/tmp", "tmpfs")  # only a place for the two directories; what it hides comes back under /old
     os.mkdir("/tmp/old")
     os.mkdir("/tmp/new")
     call("pivot_root", b"/tmp", b"/tmp/old")
@@ -210,8 +208,7 @@ def build_tree(visible: list[str], disk_bytes: int, files: int) -> None:
 def mount(source: str, target: str, kind: str | None, flags: int = 0, options: str | None = None) -> None:
     """mount(2); raises OSError naming the target."""
     try:
-        call("mount", source.encode(), target.encode(), kind and kind.encode(), flags,
-             options and options.encode())
+        call("mount", source.encode(), target.encode(), kind and kind.encode(), flags, options and options.encode())
     except OSError as problem:
         raise OSError(problem.errno, f"mount {target}: {os.strerror(problem.errno)}") from None
 
@@ -270,12 +267,8 @@ def drop_privileges(processes: int) -> None:
 class Argument(ctypes.Structure):
     """struct scmp_arg_cmp: a condition on one argument of a system call."""
 
-    _fields_ = [
-        ("index", ctypes.c_uint),
-        ("operator", ctypes.c_int),
-        ("first", ctypes.c_uint64),
-        ("second", ctypes.c_uint64),
-    ]
+    _fields_ = [("index", ctypes.c_uint), ("operator", ctypes.c_int), ("first", ctypes.c_uint64),
+                ("second", ctypes.c_uint64)]
 
 
 def filter_calls() -> None:
@@ -289,9 +282,8 @@ def filter_calls() -> None:
         number = seccomp.seccomp_syscall_resolve_name(name.encode())
         if number == -1:  # a call younger than the library
             return
-        length = 0 if condition is None else 1
         given = None if condition is None else ctypes.byref(condition)
-        failure = seccomp.seccomp_rule_add_array(rules, SCMP_ACT_ERRNO | code, number, length, given)
+        failure = seccomp.seccomp_rule_add_array(rules, SCMP_ACT_ERRNO | code, number, condition is not None, given)
         if failure:
             raise OSError(-failure, f"seccomp rule for {name}: {os.strerror(-failure)}")
 
@@ -307,9 +299,7 @@ def filter_calls() -> None:
     deny("prlimit64", condition=Argument(0, SCMP_CMP_NE, 0, 0))  # limits of another process: the worker's
     for flag in NEW_NAMESPACES.values():
         deny("clone", condition=Argument(0, SCMP_CMP_MASKED_EQ, flag, flag))
-    deny(
-        "clone3", errno.ENOSYS
-    )  # its flags lie in memory that a filter cannot see; the C library falls back to clone
+    deny("clone3", errno.ENOSYS)  # its flags lie in memory that a filter cannot see; the C library takes clone instead
     failure = seccomp.seccomp_load(rules)
     if failure:
         raise OSError(-failure, f"seccomp_load: {os.strerror(-failure)}")

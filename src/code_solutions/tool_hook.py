@@ -91,9 +91,7 @@ class Coding(NamedTuple):
         """Whether the code of an answer prints what follows it when it is run again. A solution for which it is false
         must not be continued: its state cannot be rebuilt."""
         blocks = ended_blocks(split_text(answer))
-        code, outputs = (
-            [block.content for block in blocks if block.kind == kind] for kind in ("code", "execution")
-        )
+        code, outputs = ([block.content for block in blocks if block.kind == kind] for kind in ("code", "execution"))
         return len(code) == len(outputs) and runner.replays(code, outputs, self.limits, self.isolation)
 
     def _on_pause(self, rows: list[tuple[Request, list[int]]]) -> list[ToolAnswer]:

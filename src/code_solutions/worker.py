@@ -129,9 +129,7 @@ class Watch:
         """Take what the code wrote, to one chunk beyond the limit; False at the end of the pipe."""
         chunk = None
         with contextlib.suppress(BlockingIOError):
-            while len(self.output) <= self.limits["output_bytes"] and (
-                chunk := os.read(self.output_fd, CHUNK)
-            ):
+            while len(self.output) <= self.limits["output_bytes"] and (chunk := os.read(self.output_fd, CHUNK)):
                 self.output += chunk
         return chunk != b""
 
@@ -173,9 +171,7 @@ def broken_limit(limits: dict) -> str | None:
 
 def outcome(exit_code: int, usage: resource.struct_rusage, limits: dict) -> str:
     """The status of code that ended by itself; a negative exit code is a signal."""
-    if exit_code in (-signal.SIGXCPU, -signal.SIGKILL) and (
-        usage.ru_utime + usage.ru_stime >= limits["cpu_seconds"]
-    ):
+    if exit_code in (-signal.SIGXCPU, -signal.SIGKILL) and usage.ru_utime + usage.ru_stime >= limits["cpu_seconds"]:
         return "timeout"
     if exit_code < 0:
         return "crashed"

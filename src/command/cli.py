@@ -66,13 +66,8 @@ def _run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: li
         return  # a plan is one rank's to make and to show
     if first:  # the others must not look at what it has started to write
         outputs.check({name: flag.default for name, flag in flags_of(main).items()} | values)
-
-    def command() -> None:
-        """What Fire calls."""
-        # With the values bound Fire has nothing left to parse, and without a result it has nothing to print.
-        call()
-
-    fire.Fire(command, command=[])
+    # with the values bound Fire has nothing left to parse, and without a result it has nothing to print
+    fire.Fire(lambda: call(), command=[])
 
 
 def guarded(command: Callable[[], None]) -> None:
@@ -91,7 +86,8 @@ def guarded(command: Callable[[], None]) -> None:
         if line := _in_words(error):
             _stop(1, f"error: {line}")
         if "RANK" in os.environ:
-            if _is_lost_connection(error):
+            if isinstance(error, RuntimeError) and ("gloo/transport" in str(error) or type(error).__name__ in (
+                    "DistBackendError", "DistNetworkError")):  # as the death of another rank breaks a collective
                 lost = watchdog.after_lost_connection()
                 _stop(1, lost and f"error: {lost}")
             time.sleep(GRACE_SECONDS)  # another rank may print the cause, after which torchrun ends this wait
@@ -110,12 +106,6 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, ValueError) and "embedded null" in first:
         return "the name of a file holds a NUL character; look for one in the files that name other files"
     return ""
-
-
-def _is_lost_connection(error: Exception) -> bool:
-    """Whether a collective broke, as the death of another rank breaks those of this one."""
-    return isinstance(error, RuntimeError) and (
-        "gloo/transport" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError"))
 
 
 def _open_streams() -> None:
@@ -149,9 +139,7 @@ def _help(text: str) -> NoReturn:
     sys.exit(0)
 
 
-def _pick(
-    commands: Mapping[str, Callable[..., None]], argv: list[str]
-) -> tuple[Callable[..., None], list[str]]:
+def _pick(commands: Mapping[str, Callable[..., None]], argv: list[str]) -> tuple[Callable[..., None], list[str]]:
     """The function that the first word names, and the other words. Without one, --help lists them all."""
     if argv and argv[0] in commands:
         return commands[argv[0]], argv[1:]
@@ -193,25 +181,16 @@ def usage(main: Callable[..., None], width: int) -> str:
     blocks += ["\n".join([f"{title}:", *entries]) for title, entries in groups.items()]
     if "save_every" in accepted:  # a trainer
         free = ", ".join(name for name in FREE_ON_RESUME if name in accepted)
-        blocks.append(
-            _wrap(
-                f"With --resume auto these may differ from what they were when the run began: {free}; the rows of a "
-                "step stay as many. With anything else changed, the contents of its inputs included, a run is not "
-                "resumed.",
-                width,
-            )
-        )
-    blocks.append(_wrap("Where a path is read, hf:ORG/NAME[@REVISION] is a checkpoint at the Hugging Face Hub, and "
-                        "hf:ORG/NAME[@REVISION][:CONFIG][:SPLIT] rows.", width))
-    blocks.append(_wrap(f"--config FILE: {CONFIG}.", width))
-    blocks.append(
-        _wrap(
-            "`--flag value` and `--flag=value` mean the same. A true|false flag alone means "
-            "true, --noflag false. A list is several words, or one word with commas; where a text is "
-            "expected too, a comma is part of it.",
-            width,
-        )
-    )
+        blocks.append(_wrap(
+            f"With --resume auto these may differ from what they were when the run began: {free}; the rows of a step "
+            "stay as many. With anything else changed, the contents of its inputs included, a run is not resumed.",
+            width))
+    blocks += [_wrap(text, width) for text in (
+        "Where a path is read, hf:ORG/NAME[@REVISION] is a checkpoint at the Hugging Face Hub, and "
+        "hf:ORG/NAME[@REVISION][:CONFIG][:SPLIT] rows.",
+        f"--config FILE: {CONFIG}.",
+        "`--flag value` and `--flag=value` mean the same. A true|false flag alone means true, --noflag false. A list "
+        "is several words, or one word with commas; where a text is expected too, a comma is part of it.")]
     return "\n\n".join(blocks).lstrip()
 
 

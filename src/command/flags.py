@@ -129,10 +129,13 @@ def config_of(main: Callable[..., None]) -> type[Config] | None:
 def flags_of(main: Callable[..., None]) -> dict[str, Flag]:
     """What main accepts: the fields of its config, or its parameters with the meanings that its docstring gives. With a
     flag of REPLACED comes --overwrite, which outputs.check() reads, and not main."""
-    config = config_of(main)
+    config, meanings = config_of(main), meanings_of(inspect.getdoc(main) or "")
     hints = get_type_hints(config or main, include_extras=True)
+    declared = _fields(config) if config else (
+        (name, parameter.default, meanings.get(name, ""), "Optional flags")
+        for name, parameter in inspect.signature(main).parameters.items())
     flags = {}
-    for name, default, meaning, group in _fields(config) if config else _parameters(main):
+    for name, default, meaning, group in declared:
         hint, bounds = hints[name], None
         if get_origin(hint) is Annotated:
             hint, bounds = get_args(hint)
@@ -147,10 +150,8 @@ def flags_of(main: Callable[..., None]) -> dict[str, Flag]:
 def _fields(config: type[Config]) -> Iterator[tuple[str, object, str, str]]:
     """Name, default, meaning and group of each field, the config's own first and those of its bases after them. A class
     that gives a flag of a base another default alone leaves its meaning and its group as they are."""
-    lineage = {
-        field.name: [base for base in config.__mro__ if field.name in vars(base).get("__annotations__", {})]
-        for field in dataclasses.fields(config)
-    }
+    lineage = {field.name: [base for base in config.__mro__ if field.name in vars(base).get("__annotations__", {})]
+               for field in dataclasses.fields(config)}
     for name in sorted(lineage, key=lambda name: config.__mro__.index(lineage[name][-1])):
         declared = [vars(base)["__dataclass_fields__"][name] for base in lineage[name]]
         default = declared[0].default
@@ -160,12 +161,6 @@ def _fields(config: type[Config]) -> Iterator[tuple[str, object, str, str]]:
             default = inspect.Parameter.empty
         meaning = next(field.metadata["help"] for field in declared if field.metadata)
         yield name, default, meaning, (inspect.getdoc(lineage[name][-1]) or "").partition("\n")[0]
-
-
-def _parameters(main: Callable[..., None]) -> Iterator[tuple[str, object, str, str]]:
-    meanings = meanings_of(inspect.getdoc(main) or "")
-    for name, parameter in inspect.signature(main).parameters.items():
-        yield name, parameter.default, meanings.get(name, ""), "Optional flags"
 
 
 def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:

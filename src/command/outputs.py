@@ -3,7 +3,7 @@
 Flags are known by their names (src/command/flags.py), so that this holds for every script, before any work.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from src.command.flags import REPLACED, WRITTEN, path_in
@@ -23,12 +23,14 @@ FINISHED = (
 
 def check(values: Mapping[str, object]) -> None:
     """Raise UserError if a command with these flags, defaults among them, would destroy what must stay."""
-    paths = list(_paths(values))
+    words = ((name, word) for name, value in values.items() for word in (value if isinstance(value, list) else [value]))
+    paths = [(name, path) for name, word in words
+             if isinstance(word, str) and len(word) < 4096 and (path := path_in(name, word))]
     for name, target in paths:
         if name in WRITTEN:
             if name.endswith("_file") and target.exists() and not target.is_file():  # a file would take its place
-                raise UserError(
-                    f"--{name} {target} is a directory, a device or a pipe; expected the name of a file to write")
+                raise UserError(f"--{name} {target} is a directory, a device or a pipe; expected the name of a file to "
+                                "write")
             for other, source in paths:
                 if (other, source) != (name, target):
                     _check_apart(name, target, other, source)
@@ -36,14 +38,6 @@ def check(values: Mapping[str, object]) -> None:
         for name, target in paths:
             if name in REPLACED:
                 _check_new(name, target, going_on=values.get("resume") == "auto")
-
-
-def _paths(values: Mapping[str, object]) -> Iterator[tuple[str, Path]]:
-    """Each path that the flags name."""
-    for name, value in values.items():
-        for word in value if isinstance(value, list) else [value]:
-            if isinstance(word, str) and len(word) < 4096 and (path := path_in(name, word)):
-                yield name, path
 
 
 def _check_apart(name: str, target: Path, other: str, source: Path) -> None:
