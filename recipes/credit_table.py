@@ -7,9 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # a script's own folder is on the path, the repository is not
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, the repository is not
 
 from src import runlog  # noqa: E402
 from src.command import cli  # noqa: E402

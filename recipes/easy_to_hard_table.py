@@ -43,9 +43,7 @@ def by_problem(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
     return iter(groups.values())
 
 
-def choose(
-    samples: Sequence[Sample], pick: Callable[[list[Sample], list[str | None]], int | None]
-) -> np.ndarray:
+def choose(samples: Sequence[Sample], pick: Callable[[list[Sample], list[str | None]], int | None]) -> np.ndarray:
     """Whether the sample that `pick` takes of each problem, by its place, is right. None is a wrong answer. -> [P]."""
     right = []
     for group in by_problem(samples):
@@ -59,31 +57,37 @@ def step_score(name: str) -> Callable[[Sample], float]:
     return lambda sample: AGGREGATIONS[name](sample.values["step_scores"])
 
 
-def ways_of_seed(folder: Path) -> dict[str, np.ndarray]:
-    """Every way of choosing on the hard problems, of one seed's solver and verifiers."""
-    rules = json.loads((folder / "hard" / "results.json").read_text(encoding="utf-8"))["rules"]
-    ways = {"greedy": choose(read_samples(str(folder / "greedy" / "samples.jsonl")), lambda group, _: 0)}
+def ways_to_choose(
+    folder: Path, sampled: str, scored: str, verifiers: Mapping[str, tuple[str, str]]
+) -> dict[str, np.ndarray]:
+    """Whether one of a problem's samples is right: of any, by majority, and by each verifier's weighted vote and best.
+
+    sampled, scored: places in the folder, scored with {} for a verifier's name. verifiers: as VERIFIERS.
+    """
+    rules = json.loads((folder / sampled / "results.json").read_text(encoding="utf-8"))["rules"]
+    samples = read_samples(str(folder / sampled / "samples.jsonl"))
+    ways = {"pass": np.array([any(s.outcome == "right" for s in group) for group in by_problem(samples)], float)}
     with grader_of(rules) as grader:
 
-        def vote_of(answers: Sequence[str | None], weights: Sequence[float]) -> int | None:
-            return weighted_vote(answer_classes(answers, grader.equal), weights)
+        def vote(score: Callable[[Sample], float]) -> Callable[[list[Sample], list[str | None]], int | None]:
+            return lambda group, answers: weighted_vote(answer_classes(answers, grader.equal), [*map(score, group)])
 
-        samples = read_samples(str(folder / "hard" / "samples.jsonl"))
-        ways["pass"] = np.array([any(s.outcome == "right" for s in group) for group in by_problem(samples)], float)
-        ways["majority"] = choose(samples, lambda _, answers: vote_of(answers, [1.0] * len(answers)))
-        for name, (for_vote, for_best) in VERIFIERS.items():
-            scored = read_samples(str(folder / f"{name}-hard" / "samples.jsonl"))
-            vote, best = step_score(for_vote), step_score(for_best)
-            ways[f"weighted vote, {name}"] = choose(
-                scored, lambda group, answers, vote=vote: vote_of(answers, list(map(vote, group))))
-            ways[f"best of n, {name}"] = choose(
-                scored, lambda group, _, best=best: int(np.argmax(list(map(best, group)))))
+        ways["majority"] = choose(samples, vote(lambda _: 1.0))
+        for name, (for_vote, for_best) in verifiers.items():
+            rows, best = read_samples(str(folder / scored.format(name) / "samples.jsonl")), step_score(for_best)
+            ways[f"weighted vote, {name}"] = choose(rows, vote(step_score(for_vote)))
+            ways[f"best of n, {name}"] = choose(rows, lambda group, _, best=best: int(np.argmax([*map(best, group)])))
     return ways
 
 
-def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+def first_right(folder: Path) -> np.ndarray:
+    """1 where the first sample of a problem is right. -> [P]."""
+    return choose(read_samples(str(folder / "samples.jsonl")), lambda group, _: 0)
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
     """The 95% interval of a mean over problems, which are drawn again. [P] -> low, high."""
-    places = np.random.default_rng(1).integers(len(values), size=(draws, len(values)))
+    places = np.random.default_rng(1).integers(len(values), size=(10_000, len(values)))
     low, high = np.quantile(values[places].mean(1), (0.025, 0.975))
     return float(low), float(high)
 
@@ -128,24 +132,16 @@ def truths(problem: Problem, steps: Sequence[str]) -> list[bool]:
 
 def toy_truth_table(run: Path, seeds: Sequence[int]) -> str:
     """Rollout labels and verifiers' step scores against the exact truth, over all seeds."""
-    problems, lines = toy_problems(), []
-    labels = [
-        (label, true)
-        for seed in seeds
-        for row in read_instruction_rows(str(run / f"seed-{seed}" / "steps.json"))
-        for label, true in zip(row["labels"], truths(problems[row["instruction"]], row["steps"]), strict=True)
-        if label is not None
-    ]
-    lines.append(f"labels by rollouts, easy problems {agreement(labels)}")
+    problems, folders = toy_problems(), [run / f"seed-{seed}" for seed in seeds]
+    rows = (row for folder in folders for row in read_instruction_rows(str(folder / "steps.json")))
+    labels = [(label, true) for row in rows for label, true in zip(
+        row["labels"], truths(problems[row["instruction"]], row["steps"]), strict=True) if label is not None]
+    lines = [f"labels by rollouts, easy problems {agreement(labels)}"]
     for name in VERIFIERS:
-        pairs = [
-            (score, true)
-            for seed in seeds
-            for sample in read_samples(str(run / f"seed-{seed}" / f"{name}-hard" / "samples.jsonl"))
-            for score, true in zip(
-                sample.values["step_scores"],
-                truths(problems[sample.prompt], split_steps(sample.response)), strict=True)
-        ]
+        samples = (sample for folder in folders
+                   for sample in read_samples(str(folder / f"{name}-hard" / "samples.jsonl")))
+        pairs = [pair for sample in samples for pair in zip(
+            sample.values["step_scores"], truths(problems[sample.prompt], split_steps(sample.response)), strict=True)]
         lines.append(f"{name:8} verifier, hard problems   {agreement(pairs)}")
     return "\n".join(lines)
 
@@ -158,7 +154,9 @@ def main(run_dir: str, seeds: list[int], toy: bool = True) -> None:
     toy: whether the problems are the bundled ones, of whose steps the exact truth is known
     """
     run = Path(run_dir)
-    tables = [choices_table([ways_of_seed(run / f"seed-{seed}") for seed in seeds])]
+    folders = [run / f"seed-{seed}" for seed in seeds]
+    tables = [choices_table([{"greedy": first_right(folder / "greedy")}
+                             | ways_to_choose(folder, "hard", "{}-hard", VERIFIERS) for folder in folders])]
     if toy:
         tables.append("steps said right or wrong as they truly are\n" + toy_truth_table(run, seeds))
     runlog.table("\n\n".join([*tables, PAPER]))

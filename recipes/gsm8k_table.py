@@ -5,62 +5,35 @@ python recipes/gsm8k_table.py --run_dir runs/gsm8k --seeds 1,2
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, the repository is not
 
-from recipes.easy_to_hard_table import choose, step_score  # noqa: E402
+from recipes.easy_to_hard_table import first_right, ways_to_choose  # noqa: E402
 from recipes.ppo_toy_table import gain, metrics, plot_curves  # noqa: E402
 from recipes.seeds_table import Floats, interval, resampled  # noqa: E402
 from src import runlog  # noqa: E402
 from src.command import cli  # noqa: E402
-from src.construct.solver import grader_of  # noqa: E402
-from src.data.examples import Sample, read_samples  # noqa: E402
-from src.evaluation.metrics import answer_classes, weighted_vote  # noqa: E402
 
 # A stage, its samples of the test problems, and the stage that it should be better than.
-GREEDY = {
-    "zero-shot": ("zero-shot", ""),
-    "8 demonstrations": ("few-shot", ""),
-    "LoRA": ("lora-test", "zero-shot"),
-    "SFT": ("sft-test", "zero-shot"),
-}
-REINFORCED = {
-    "GRPO, grader": ("grpo-test", "SFT"),
-    "PPO, grader": ("ppo-test", "SFT"),
-    "DPO": ("dpo-test", "SFT"),
-}
-# A verifier -> what makes one score of its steps' scores, for best-of-n and as a weight of votes.
-VERIFIERS = {"outcome": "last", "process": "min"}
-
-
-def first_right(path: Path) -> Floats:
-    """1 where the first sample of a problem is right. -> [problems]."""
-    return choose(read_samples(str(path / "samples.jsonl")), lambda group, _: 0)
+GREEDY = {"zero-shot": ("zero-shot", ""), "8 demonstrations": ("few-shot", ""), "LoRA": ("lora-test", "zero-shot"),
+          "SFT": ("sft-test", "zero-shot")}
+REINFORCED = {"GRPO, grader": ("grpo-test", "SFT"), "PPO, grader": ("ppo-test", "SFT"), "DPO": ("dpo-test", "SFT")}
+# A verifier -> what makes one score of its steps' scores, as a weight of votes and for best-of-n.
+VERIFIERS = {"outcome": ("last", "last"), "process": ("min", "min")}
 
 
 def choices(folder: Path) -> dict[str, tuple[Floats, str]]:
     """What one of eight samples was right by each way of choosing it, and the stage it should be better than."""
-    rules = json.loads((folder / "eight-test" / "results.json").read_text(encoding="utf-8"))["rules"]
-    ways: dict[str, tuple[Floats, str]] = {}
-    with grader_of(rules) as grader:
-
-        def votes(weight: Callable[[Sample], float]) -> Callable[[list[Sample], list[str | None]], int | None]:
-            return lambda group, answers: weighted_vote(
-                answer_classes(answers, grader.equal), list(map(weight, group))
-            )
-
-        samples = read_samples(str(folder / "eight-test" / "samples.jsonl"))
-        ways["majority of 8"] = (choose(samples, votes(lambda sample: 1.0)), "SFT")
-        for name, aggregation in VERIFIERS.items():
-            scored, score = read_samples(str(folder / f"{name}-test" / "samples.jsonl")), step_score(aggregation)
-            best = choose(scored, lambda group, _, score=score: int(np.argmax(list(map(score, group)))))
-            ways[f"best of 8, {name} verifier"] = (best, "SFT")
-            ways[f"weighted vote, {name} verifier"] = (choose(scored, votes(score)), "SFT")
-    return ways
+    ways = ways_to_choose(folder, "eight-test", "{}-test", VERIFIERS)
+    shown = {"majority of 8": "majority"}
+    for name in VERIFIERS:
+        shown[f"best of 8, {name} verifier"] = f"best of n, {name}"
+        shown[f"weighted vote, {name} verifier"] = f"weighted vote, {name}"
+    return {name: (ways[way], "SFT") for name, way in shown.items()}
 
 
 def stages(run: Path, seed: int) -> dict[str, tuple[Floats, str]]:
@@ -95,12 +68,9 @@ def draw(run: Path, seeds: Sequence[int], path: Path) -> None:
     while_learning: dict[str, list[tuple[float, float]]] = {}
     for seed in seeds:
         folder, end = run / f"seed-{seed}", f", seed {seed}" if len(seeds) > 1 else ""
-        for source, key, label in (
-            ("eight-test", "pass_at", "any right"),
-            ("eight-test", "maj_at", "majority"),
-            ("outcome-test", "best_of_at", "best by outcome"),
-            ("process-test", "best_of_at", "best by process"),
-        ):
+        for source, key, label in (("eight-test", "pass_at", "any right"), ("eight-test", "maj_at", "majority"),
+                                   ("outcome-test", "best_of_at", "best by outcome"),
+                                   ("process-test", "best_of_at", "best by process")):
             found = json.loads((folder / source / "results.json").read_text(encoding="utf-8"))[key]
             by_samples[label + end] = [(int(k), share) for k, share in found.items()]
         for name in ("grpo", "ppo"):

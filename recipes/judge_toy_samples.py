@@ -12,9 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # a script's own folder is on the path, the repository is not
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, the repository is not
 
 from dataset.toy.generate import read_step  # noqa: E402
 from recipes.easy_to_hard_table import toy_problems, truths  # noqa: E402
@@ -43,11 +41,8 @@ def cut_short(sample: Sample, label: str, generator: random.Random) -> Sample | 
 def with_cut_samples(samples: Sequence[Sample], copies: int, seed: int) -> list[Sample]:
     """The samples, and of each problem at most so many right ones cut short."""
     generator, problems = random.Random(seed), toy_problems()
-    cut = [
-        cut_short(sample, problems[problem.instruction].label, generator)
-        for problem in by_problem(samples).values()
-        for sample in problem.right[:copies]
-    ]
+    cut = [cut_short(sample, problems[problem.instruction].label, generator)
+           for problem in by_problem(samples).values() for sample in problem.right[:copies]]
     return [*samples, *(sample for sample in cut if sample is not None)]
 
 

@@ -11,23 +11,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # a script's own folder is on the path, the repository is not
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, the repository is not
 
 from recipes.seeds_table import Floats, outcomes, resampled  # noqa: E402
 from src import runlog  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.training.monitor import WINDOW, hacked  # noqa: E402
 
-ARMS = {
-    "ppo-rule": "PPO, grader",
-    "ppo-outcome": "PPO, outcome verifier",
-    "ppo-process": "PPO, process verifier",
-    "grpo": "GRPO, grader",
-    "ppo-bad": "PPO, inverted verifier",
-}
 BAD = "ppo-bad"
+ARMS = {"ppo-rule": "PPO, grader", "ppo-outcome": "PPO, outcome verifier", "ppo-process": "PPO, process verifier",
+        "grpo": "GRPO, grader", BAD: "PPO, inverted verifier"}
 ENDS = 6  # buffers at either end of a run whose means are compared
 
 
@@ -60,11 +53,9 @@ def watched(logs: Sequence[list[dict[str, float]]]) -> list[str]:
 
     (reward, reward_then), (right, right_then) = ends("reward_verifier"), ends("graded_right")
     rung = [f"at buffer {buffer}" for buffer in map(alarm, logs) if buffer]
-    return [
-        f"    first to last {ENDS} buffers: verifier {reward:+.3f} to {reward_then:+.3f}, "
-        f"right {right:.1%} to {right_then:.1%}",
-        f"    alarm for a hacked verifier: {', '.join(rung) or 'none'}",
-    ]
+    return [f"    first to last {ENDS} buffers: verifier {reward:+.3f} to {reward_then:+.3f}, right {right:.1%} to "
+            f"{right_then:.1%}",
+            f"    alarm for a hacked verifier: {', '.join(rung) or 'none'}"]
 
 
 def judging(folders: Sequence[Path]) -> list[str]:
@@ -86,10 +77,8 @@ def main(run_dir: str, seeds: list[int]) -> None:
     """
     folders = [Path(run_dir) / f"seed-{seed}" for seed in seeds]
     before = outcomes(Path(run_dir), "sft")
-    lines = [
-        f"{f'{before.shape[1]} test problems, seeds {seeds}':36}accuracy   gain over SFT, 95% interval",
-        f"{'SFT':36}{before.mean():8.1%}",
-    ]
+    lines = [f"{f'{before.shape[1]} test problems, seeds {seeds}':36}accuracy   gain over SFT, 95% interval",
+             f"{'SFT':36}{before.mean():8.1%}"]
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {"held-out accuracy": {}, "reward": {}}
     for arm, name in ARMS.items():
         ran = folders[:1] if arm == BAD else folders
@@ -111,9 +100,7 @@ def main(run_dir: str, seeds: list[int]) -> None:
     runlog.table("\n".join([*lines, *judging(folders), f"curves in {picture}"]))
 
 
-def plot_curves(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str, path: Path
-) -> None:
+def plot_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str, path: Path) -> None:
     """Write a PNG with a panel for each title and in it a line of (x, y) points for each label."""
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     axes_row = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # a script's own folder is on the path, the repository is not
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is on the path, the repository is not
 
 from src import runlog  # noqa: E402
 from src.command import cli  # noqa: E402
@@ -26,29 +24,20 @@ Floats = NDArray[np.float64]
 def outcomes(run_dir: Path, row: str) -> Floats:
     """1 where a seed's model was right, by seed and test problem. -> [seeds, problems]."""
     files = sorted(run_dir.glob(f"seed-*/{row}-test/samples.jsonl"))
-    found = [
-        [
-            sample.outcome == "right"
-            for sample in sorted(read_samples(str(file)), key=lambda sample: sample.id)
-        ]
-        for file in files
-    ]
+    found = [[sample.outcome == "right" for sample in sorted(read_samples(str(file)), key=lambda sample: sample.id)]
+             for file in files]
     if not found or len({len(right) for right in found}) > 1:
-        raise UserError(
-            f"{run_dir} holds {len(found)} finished seeds of {row}; expected at least one, and equal ones"
-        )
+        raise UserError(f"{run_dir} holds {len(found)} finished seeds of {row}; expected at least one, and equal ones")
     return np.array(found, dtype=np.float64)
 
 
-def resampled(right: dict[str, Floats], seed: int = 0) -> dict[str, Floats]:
+def resampled(right: dict[str, Floats]) -> dict[str, Floats]:
     """Mean accuracies of every row on the same draws of seeds and of problems. -> [RESAMPLES] each."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     n_seeds, n_problems = next(iter(right.values())).shape
     means: dict[str, list[float]] = {row: [] for row in right}
     for _ in range(RESAMPLES):
-        drawn = np.ix_(
-            generator.integers(n_seeds, size=n_seeds), generator.integers(n_problems, size=n_problems)
-        )
+        drawn = np.ix_(generator.integers(n_seeds, size=n_seeds), generator.integers(n_problems, size=n_problems))
         for row, values in right.items():
             means[row].append(values[drawn].mean())
     return {row: np.array(values) for row, values in means.items()}
@@ -61,13 +50,7 @@ def interval(draws: Floats) -> str:
 
 
 def main(
-    run_dir: str,
-    rows: list[str],
-    names: list[str],
-    claim: str,
-    baseline: list[str],
-    floor: str = "",
-    ceiling: str = "",
+    run_dir: str, rows: list[str], names: list[str], claim: str, baseline: list[str], floor: str = "", ceiling: str = ""
 ) -> None:
     """Print accuracies on the test problems over all finished seeds, and whether the claim beats each baseline.
 
@@ -90,33 +73,19 @@ def main(
              f"{'of the gap   95% interval' if floor else ''}"]
     for row, name in zip(rows, names, strict=True):
         line = f"{name:34}{right[row].mean():8.1%}  {interval(draws[row]):20}"
-        if floor:
-            share = "" if row in (floor, ceiling) else _recovered(right, draws, row, floor, ceiling)
-            line += f"{share:28}"
-        lines.append(f"{line}   seeds {_each(right[row])}")
+        if floor and row not in (floor, ceiling):  # the share of the gap (Burns et al. 2023, section 3)
+            share = (right[row].mean() - right[floor].mean()) / (right[ceiling].mean() - right[floor].mean())
+            spread = (draws[row] - draws[floor]) / (draws[ceiling] - draws[floor])
+            line += f"{f'{share:8.0%}  {interval(spread)}':28}"
+        elif floor:
+            line += " " * 28
+        lines.append(f"{line}   seeds {' '.join(f'{mean:.1%}' for mean in right[row].mean(1))}")
     named = dict(zip(rows, names, strict=True))
-    lines += [_verdict(right, draws, claim, each, named) for each in baseline]
+    for other in baseline:
+        difference, rise = draws[claim] - draws[other], right[claim].mean() - right[other].mean()
+        beats = "beats" if np.quantile(difference, 0.025) > 0 else "does not beat"
+        lines.append(f"{named[claim]} {beats} {named[other]}: {rise:+.1%}, 95% interval{interval(difference)}")
     runlog.table("\n".join(lines))
-
-
-def _recovered(right: dict[str, Floats], draws: dict[str, Floats], row: str, floor: str, ceiling: str) -> str:
-    """The share of the gap between floor and ceiling that a row recovers (Burns et al. 2023, section 3)."""
-    share = (right[row].mean() - right[floor].mean()) / (right[ceiling].mean() - right[floor].mean())
-    spread = (draws[row] - draws[floor]) / (draws[ceiling] - draws[floor])
-    return f"{share:8.0%}  {interval(spread)}"
-
-
-def _each(right: Floats) -> str:
-    return " ".join(f"{mean:.1%}" for mean in right.mean(1))
-
-
-def _verdict(
-    right: dict[str, Floats], draws: dict[str, Floats], claim: str, baseline: str, names: dict[str, str]
-) -> str:
-    difference = draws[claim] - draws[baseline]
-    beats = "beats" if np.quantile(difference, 0.025) > 0 else "does not beat"
-    gain = right[claim].mean() - right[baseline].mean()
-    return f"{names[claim]} {beats} {names[baseline]}: {gain:+.1%}, 95% interval{interval(difference)}"
 
 
 if __name__ == "__main__":
