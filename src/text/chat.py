@@ -4,6 +4,7 @@ Texts that come out of here hold control tokens (<|im_end|>, ...) of the templat
 spells one, MARK breaks it, so that whoever tokenises the text can tell them apart and nobody can forge a turn.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -42,8 +43,6 @@ def read_built_in(name: str) -> str:
 
 # Control tokens that a vocabulary may hold as ordinary pieces, as Gemma's and DeepSeek's do
 _CONTROL = re.compile(r"<([|｜])[^|｜<>\s]+\1>|<(?:start|end)_of_turn>")
-
-
 # At the end of a prompt a tag that opens the answer, perhaps closed at once ("<think>\n\n</think>\n\n"); a piece of one
 _OPEN_TAG, _CUT_TAG = re.compile(r"<(\w+)>\s*(</\1>\s*)?\Z"), re.compile(r"[<\[][^>\]\s]*\Z")
 _THINK, _THOUGHT = "<think>", re.compile(r"</think>\s*\Z")
@@ -80,26 +79,20 @@ class ChatTemplate:
         """
         self.name, self.source, self.args, self.system_prompt = name, source, dict(args or {}), system_prompt
         self._names = dict(names)
-        self._control = re.compile(
-            "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)"
-        )
+        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
         self._heads = {token[:length] for token in control for length in range(1, len(token))}
         self._tails = {token[length:] for token in control for length in range(1, len(token))}
         self._longest = max(map(len, control), default=0)
         self._worker = Worker("src.text.chat_worker")
         self._find_frame()
         if system_prompt:
-            self._check_system_prompt()
-
-    def _check_system_prompt(self) -> None:
-        """Raise UserError if the template has no system message, or leaves it out without a word."""
-        try:
-            text = self.prompt([{"role": "user", "content": "1"}])
-        except UserError as problem:
-            raise UserError(f"--system_prompt: {problem}") from None
-        if not _has_words(text, self.system_prompt):
-            raise UserError(f"--system_prompt {self.system_prompt[:40]!r}: chat template {self.name} does not write a "
-                            "system message; leave it out, or give none where it was recorded")
+            try:
+                text = self.prompt([{"role": "user", "content": "1"}])
+            except UserError as problem:
+                raise UserError(f"--system_prompt: {problem}") from None
+            if not _has_words(text, system_prompt):
+                raise UserError(f"--system_prompt {system_prompt[:40]!r}: chat template {name} does not write a system "
+                                "message; leave it out, or give none where it was recorded")
 
     def _find_frame(self) -> None:
         """What stands around an answer, found in a conversation whose content holds no control token."""
@@ -148,7 +141,9 @@ class ChatTemplate:
             if not made and not (self.opening and text.startswith(prompt.removesuffix(self.opening))):
                 raise UserError(f"chat template {self.name} changes earlier text when message {index + 1} is added, or "
                                 f"does not end it with {self.end_token}; its answers cannot be told from its prompts")
-            if not made or not self._keeps(made, given) or (self.opening and not whole):
+            # all the words of the answer given, and no thoughts put before its own
+            is_kept = _has_words(made, given) and (_THINK not in given or made.count(_THINK) == given.count(_THINK))
+            if not made or not is_kept or (self.opening and not whole):
                 before = "" if self.opening or _THINK in self._before else self._before
                 made = before + self.shield(given) + self.suffix
             anew = not prompt.startswith(done)
@@ -163,10 +158,6 @@ class ChatTemplate:
             return text.removeprefix(self.opening)
         spelt = r"\s*".join(map(re.escape, self.opening.split()))
         return re.sub(rf"{spelt}\s*", "", text, count=1) if spelt and re.match(spelt, text) else content
-
-    def _keeps(self, made: str, given: str) -> bool:
-        """Whether a rendered answer has all the words of the one given, and no thoughts put before its own."""
-        return _has_words(made, given) and (_THINK not in given or made.count(_THINK) == given.count(_THINK))
 
     def _system(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         """The system message to put before these messages, in a list; an empty one where they bring their own."""
@@ -243,14 +234,6 @@ def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_
     return source
 
 
-def has_own_template(folder: Path) -> bool:
-    """Whether a template that --chat_template file would take stands next to a tokenizer."""
-    try:
-        return read_own_template(folder) is not None
-    except UserError:  # a damaged file: an error for those alone who want the template
-        return False
-
-
 def read_own_template(folder: Path) -> str | None:
     """The jinja source of the template next to a tokenizer; None where there is none. Raises UserError for a file that
     is no json."""
@@ -265,6 +248,13 @@ def read_own_template(folder: Path) -> str | None:
         if isinstance(found, str):
             return found
     return None
+
+
+def has_own_template(folder: Path) -> bool:
+    """Whether a template that --chat_template file would take stands next to a tokenizer."""
+    with contextlib.suppress(UserError):  # a damaged file: an error for those alone who want the template
+        return read_own_template(folder) is not None
+    return False
 
 
 def control_tokens(source: str) -> set[str]:

@@ -39,20 +39,15 @@ def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def tojson(value: object, indent: int | None = None) -> str:
-    """Json as models were trained on it: jinja2's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
 @functools.cache
 def compiled(source: str) -> tuple[jinja2.Template, set[str]]:
     """A template in the environment that Hugging Face's templates are written for, and the variables that it reads. Its
     strftime_now is left out on purpose: a prompt must not depend on the day. A day can be given for it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[ext.loopcontrols, Generation])
     environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = tojson
+    # json as models were trained on it: jinja2's own filter escapes for HTML
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     tree = environment.parse(source)
     own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
     tested = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
@@ -76,16 +71,8 @@ def render(source: str, context: dict[str, object], args: dict[str, object]) -> 
         text.encode()  # a lone surrogate, which is no Unicode, is a ValueError
     except jinja2.TemplateSyntaxError as problem:
         return {"error": f"line {problem.lineno}: {problem.message}"}
-    except (
-        jinja2.TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as problem:
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
+            ValueError) as problem:
         said = str(problem) or type(problem).__name__
         fix = "; --template_args strftime_now=2024-07-26 says which day it is" if "'strftime_now' is" in said else ""
         return {"error": said + fix}

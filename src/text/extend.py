@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from src.errors import UserError
-from src.jsonfile import read_json
+from src.jsonfile import read_json, write_json
 from src.text.chat import BUILT_IN
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
 
@@ -43,9 +43,8 @@ def say_ends(
     prompt, which it then holds as defaults. -> the ids that the config is to have.
     """
     path = folder / GENERATION
-    has_vocabulary = any((folder / name).is_file() for name in VOCABULARY_FILES)
     tokenizer, ids = None, dict(ids)
-    if has_vocabulary:
+    if any((folder / name).is_file() for name in VOCABULARY_FILES):
         try:
             tokenizer = Tokenizer(folder, chat_template or "none", template_args, system_prompt)
         except UserError:  # what nothing here has trained with need not be understood
@@ -68,7 +67,7 @@ def say_ends(
         ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     if ends:
         said = said | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
-        path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        write_json(path, said)
     if tokenizer and tokenizer.chat and (chat_template in BUILT_IN or template_args or system_prompt):
         defaults = "".join(
             f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}\n"

@@ -4,6 +4,7 @@ llama.cpp knows two kinds that our families have: "gpt2", byte-level BPE whose p
 "llama", sentencepiece's BPE by scores.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -53,13 +54,8 @@ _CUTS: dict[str, PreTokenizer] = {
     "smollm": PreTokenizer((_DIGIT, GPT_2_CUT)),
     "deepseek-coder": PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, _DIGIT)),
     "deepseek-llm": PreTokenizer(("[\r\n]", rf"\s?[{_LETTERS}]+", _MARKS, r"\s+$", _CJK, _DIGIT)),
-    "tekken": PreTokenizer(
-        (
-            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-            r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
-        ignore_merges=True,
-    ),
+    "tekken": PreTokenizer((rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+                            r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",), ignore_merges=True),
 }
 _ADDS_BOS = ("llama-bpe", "tekken")  # where the file does not say
 _ALSO = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
@@ -115,7 +111,9 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
     if len(tokens) > n_rows or len(set(tokens)) < len(tokens):
         what = "some twice" if len(tokens) <= n_rows else f"for {n_rows} rows of the embedding"
         raise UserError(f"{source}: {_G}tokens names {len(tokens)} tokens, {what}; the file is damaged")
-    types = _types(said, len(tokens))
+    types = said.array("token_type", int, len(tokens), [NORMAL] * len(tokens))  # sentencepiece's, or 0
+    for index in (index for index, kind in enumerate(types) if not 0 <= kind <= BYTE):
+        raise UserError(f"{source}: {_G}token_type of token {index} is {types[index]}; expected 0 to {BYTE}")
     default = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
     ids = {name: said.get(f"{name}_token_id", default.get(name), int) for name in _IDS}
     for name, index in ids.items():
@@ -176,15 +174,6 @@ def _byte_level(said: _Said, tokens: list[str], types: list[int], cut: PreTokeni
     control, user_defined = ([tokens[index] for index, kind in enumerate(types) if kind == wanted]
                              for wanted in (CONTROL, USER_DEFINED))
     return byte_level_bpe(vocab, merges, cut, control, user_defined, bos).to_str()
-
-
-def _types(said: _Said, n_tokens: int) -> list[int]:
-    """The types of all tokens, which are sentencepiece's, or 0."""
-    types = said.array("token_type", int, n_tokens, [NORMAL] * n_tokens)
-    for index, kind in enumerate(types):
-        if not 0 <= kind <= BYTE:
-            raise UserError(f"{said.source}: {_G}token_type of token {index} is {kind}; expected 0 to {BYTE}")
-    return types
 
 
 def _is_padding(token: str, index: int, kind: int) -> bool:
@@ -260,10 +249,8 @@ def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
     metadata |= {f"{_G}{name}_token_id": index for name, index in zip(_ENDS, ends, strict=False)}
     metadata[f"{_G}add_bos_token"] = tokenizer.bos_id is not None
     metadata[f"{_G}add_eos_token"] = False
-    try:
+    with contextlib.suppress(UserError):  # there is none
         metadata["tokenizer.chat_template"] = find_source("file", folder)
-    except UserError:  # there is none
-        pass
     return metadata
 
 
@@ -308,13 +295,9 @@ def _from_byte_level(document: Mapping[str, object], source: str) -> tuple[dict[
         else:
             raise UserError(f"{source}: its pre-tokenizer's step {kind} has no form in a GGUF file")
     model, normal = document["model"], [step["type"] for step in _steps(document["normalizer"], "normalizers")]
-    names = [
-        name
-        for name, cut in _CUTS.items()
-        if cut.patterns == tuple(patterns)
-        and cut.ignore_merges == model["ignore_merges"]
-        and (not normal or cut.nfc and normal == ["NFC"])
-    ]
+    names = [name for name, cut in _CUTS.items()
+             if (cut.patterns, cut.ignore_merges) == (tuple(patterns), model["ignore_merges"])
+             and (not normal or cut.nfc and normal == ["NFC"])]
     if not names:
         raise UserError(f"{source}: llama.cpp has no pre-tokenizer that cuts text as it does ({normal + patterns})")
     metadata = {f"{_G}model": "gpt2", f"{_G}pre": names[0]}

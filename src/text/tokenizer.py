@@ -74,8 +74,12 @@ class Tokenizer:
                 "system_prompt", repr(system_prompt[:40]))
             raise UserError(f"--{name} {value}: --chat_template {chat_template} has no template to take that; give "
                             "file or a built-in name")
-        if self.code:
-            self._put_in_code_form()
+        if self.code:  # responses end as messages of solutions with code do
+            if missing := [marker for marker in Marker if marker not in self.control]:
+                raise UserError(f"{self.path} has no token {missing[0].value!r}, which --chat_template code needs; put "
+                                "the markers behind its vocabulary with checkpoint_split.py --code_tokens")
+            self.eos_id = self.control[Marker.END_OF_MESSAGE]
+            self.stop_ids |= {self.eos_id}
 
     def _check_added(self, added: Mapping[str, Added]) -> None:
         """Raise UserError when the tokens that config files add do not go with the vocabulary or with each other."""
@@ -131,23 +135,12 @@ class Tokenizer:
         if missing and name != "file":  # a file's may name tokens for tools, which it never writes here
             raise UserError(f"{self.path} has no token {missing[0]!r}, which --chat_template {name} needs; choose the "
                             "format that the model was made for")
-        names = {
-            key: token for key, token in config.items() if key.endswith("_token") and isinstance(token, str)
-        }
+        names = {key: token for key, token in config.items() if key.endswith("_token") and isinstance(token, str)}
         names.setdefault("eos_token", self._names[self.eos_id])
         if "bos_token" not in config and self.vocabulary.bos is not None:
             names["bos_token"] = self.vocabulary.bos
         self.chat = ChatTemplate(name, source, names, self.control, self.template_args, self.system_prompt)
         self.eos_id = self.control[self.chat.end_token]
-        self.stop_ids |= {self.eos_id}
-
-    def _put_in_code_form(self) -> None:
-        """End responses as messages of solutions with code end. Raises UserError when the markers are missing."""
-        missing = [marker for marker in Marker if marker not in self.control]
-        if missing:
-            raise UserError(f"{self.path} has no token {missing[0].value!r}, which --chat_template code needs; put the "
-                            "markers behind its vocabulary with checkpoint_split.py --code_tokens")
-        self.eos_id = self.control[Marker.END_OF_MESSAGE]
         self.stop_ids |= {self.eos_id}
 
     def chat_facts(self) -> dict[str, object]:
@@ -282,12 +275,10 @@ def read_config(folder: Path) -> dict[str, object]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             config |= read_json(folder / name)
-    return {
-        key: value["content"]
-        if key.endswith("_token") and isinstance(value, dict) and "content" in value
-        else value
-        for key, value in config.items()
-    }
+    for key, value in config.items():
+        if key.endswith("_token") and isinstance(value, dict) and "content" in value:
+            config[key] = value["content"]
+    return config
 
 
 def _read_added(folder: Path, config: Mapping[str, object], vocabulary: Vocabulary) -> dict[str, Added]:
@@ -306,9 +297,7 @@ def _read_added(folder: Path, config: Mapping[str, object], vocabulary: Vocabula
     for index, facts in decoder.items():
         token = _content(path, facts)
         control = bool(facts.get("special")) or token in named
-        added[token] = Added(
-            _id(path, token, index), control, bool(facts.get("lstrip")), bool(facts.get("rstrip"))
-        )
+        added[token] = Added(_id(path, token, index), control, bool(facts.get("lstrip")), bool(facts.get("rstrip")))
     for token in named - added.keys():
         index = vocabulary.token_id(token)
         if index is not None:

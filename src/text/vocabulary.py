@@ -64,9 +64,8 @@ class SentencePiece:
         self.size = len(pieces)
         self.added = {piece: Added(index, control=True)
                       for index, piece in enumerate(pieces) if self._model.is_control(index)}
-        self.bos, self.eos = (
-            pieces[index] if index >= 0 else None for index in (self._model.bos_id(), self._model.eos_id())
-        )
+        self.bos, self.eos = (pieces[index] if index >= 0 else None
+                              for index in (self._model.bos_id(), self._model.eos_id()))
         self.puts_space = self._model.encode("a") != self._continued.encode("a")
 
     def encode(self, text: str, *, start: bool) -> list[int]:
@@ -110,25 +109,16 @@ CUT = (
 GPT_2_CUT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _RESERVED = tuple(f"<|reserved_special_token_{index}|>" for index in range(248))
 _LLAMA_3 = _Ranks(
-    pattern=CUT.format(digits="{1,3}"),
-    nfc=False,
+    pattern=CUT.format(digits="{1,3}"), nfc=False,
     # the names of Llama 3.1; Llama 3 has reserved ones for eom_id, python_tag and finetune_right_pad_id
-    control=(
-        *("<|begin_of_text|>", "<|end_of_text|>", *_RESERVED[:2], "<|finetune_right_pad_id|>", _RESERVED[2]),
-        *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
-        *_RESERVED[3:],
-    ),
-    bos="<|begin_of_text|>",
-    eos="<|end_of_text|>",
-    stops=("<|eot_id|>",),
+    control=("<|begin_of_text|>", "<|end_of_text|>", *_RESERVED[:2], "<|finetune_right_pad_id|>", _RESERVED[2],
+             "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *_RESERVED[3:]),
+    bos="<|begin_of_text|>", eos="<|end_of_text|>", stops=("<|eot_id|>",),
 )
 _QWEN = _Ranks(
-    pattern=CUT.format(digits=""),
-    nfc=True,
+    pattern=CUT.format(digits=""), nfc=True,
     control=("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{index}|>" for index in range(205))),
-    bos=None,
-    eos="<|endoftext|>",
-    stops=("<|im_end|>",),
+    bos=None, eos="<|endoftext|>", stops=("<|im_end|>",),
 )
 # Known by their number of ranks: Meta's llama3/tokenizer.py and Qwen v1's tokenization_qwen.py hold the rest.
 _TIKTOKEN = {128000: _LLAMA_3, 151643: _QWEN}
@@ -152,9 +142,8 @@ class Tiktoken:
                             "tokenizer.json instead")
         facts = _TIKTOKEN[len(ranks)]
         control = {token: len(ranks) + index for index, token in enumerate(facts.control)}
-        self._encoding = tiktoken.Encoding(
-            path.name, pat_str=facts.pattern, mergeable_ranks=ranks, special_tokens=control
-        )
+        self._encoding = tiktoken.Encoding(path.name, pat_str=facts.pattern, mergeable_ranks=ranks,
+                                           special_tokens=control)
         self.ranks, self.pattern, self._nfc = ranks, facts.pattern, facts.nfc
         self.size: int = self._encoding.n_vocab
         self.added = {token: Added(index, control=True) for token, index in control.items()}
