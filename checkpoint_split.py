@@ -81,7 +81,13 @@ def main(config: SplitConfig) -> None:
         runlog.table(plan.inspection(*sources.describe(config.inspect)))
         return
     if config.certify:
-        certify_checkpoint(config)
+        load.load_config(config.certify, kind="solver")
+        if config.verify_hashes:
+            storage.verify_hashes(Path(config.certify))
+        found = certify(config.certify, config.certify_ranks, config.certify_layers)
+        runlog.table(str(found))
+        if not found.passed:
+            raise UserError(f"{config.certify} computes differently where the table says DIFFERS; do not use it so")
         return
     files = [config.ckpt_file] if isinstance(config.ckpt_file, str) else config.ckpt_file
     described = ", ".join(files)
@@ -142,17 +148,6 @@ def main(config: SplitConfig) -> None:
     if config.verify:
         after = sources.open_adapter(target, config.base_dir) or sources.open_source(config.save_path)
         log.info("logits before and after: %s", verify.logit_difference(adapter or source, after))
-
-
-def certify_checkpoint(config: SplitConfig) -> None:
-    """Compute with a checkpoint in many ways. Raises UserError where one of them differs beyond rounding."""
-    load.load_config(config.certify, kind="solver")
-    if config.verify_hashes:
-        storage.verify_hashes(Path(config.certify))
-    found = certify(config.certify, config.certify_ranks, config.certify_layers)
-    runlog.table(str(found))
-    if not found.passed:
-        raise UserError(f"{config.certify} computes differently where the table says DIFFERS; do not use it so")
 
 
 def refuse_contradictions(config: SplitConfig, described: str, *, has_adapter: bool, keep: bool) -> None:

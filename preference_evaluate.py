@@ -12,7 +12,7 @@ from src import load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.command import cli
 from src.command.config import Count, ModelFlags, Positive, TokenizerFlags, flag
-from src.data.encoding import Encoded, StepKind
+from src.data.encoding import StepKind
 from src.data.examples import read_step_labels
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
 from src.evaluation.scoring import encode_solutions, tell_too_long
@@ -55,7 +55,9 @@ def main(config: CreditConfig) -> None:
     storage.claim(Path(config.log_dir))
     parallel.start()
     RunLog(config.log_dir, config.flags())
-    policy, reference = (logprobs_of(folder, encoded, config)
+    # each solver is gone when the next one is loaded
+    policy, reference = (list(token_logprobs(load.load_solver(folder, precision=config.precision), encoded,
+                                             config.max_batch_size))
                          for folder in (config.ckpt_dir, config.reference_ckpt_dir))
     if parallel.rank() == 0:
         found = [credit(*each, config.beta, tokenizer) for each in zip(encoded, policy, reference, strict=True)]
@@ -65,12 +67,6 @@ def main(config: CreditConfig) -> None:
         report = report_credit(rows, found) | {"too_long": len(solutions) - len(rows)}
         write_json(Path(config.log_dir) / "results.json", report)
         runlog.table(f"{credit_table(report)}\nlook at {write_report(Path(config.log_dir))}")
-
-
-def logprobs_of(ckpt_dir: str, encoded: list[Encoded], config: CreditConfig) -> list[list[float]]:
-    """The log-prob of each response token by the solver in a directory, which is gone afterwards."""
-    solver = load.load_solver(ckpt_dir, precision=config.precision)
-    return list(token_logprobs(solver, encoded, config.max_batch_size))
 
 
 if __name__ == "__main__":

@@ -74,8 +74,14 @@ def plot_run(rows: Sequence[Mapping[str, object]], title: str, path: Path) -> No
     n_rows = math.ceil((len(panels) + bool(alarms)) / _COLUMNS)
     figure = Figure(figsize=(4.2 * _COLUMNS, 2.6 * n_rows), layout="constrained")
     axes_list = figure.subplots(n_rows, _COLUMNS, squeeze=False).flat
-    if alarms:
-        _over_steps(next(axes_list), alarms, [row["step"] for row in rows])
+    if alarms:  # a red mark for each at every step where it rang
+        axes, names, steps = next(axes_list), list(dict.fromkeys(name for _, name in alarms)), [r["step"] for r in rows]
+        axes.plot([min(steps), max(steps)], [0, 0], alpha=0)  # as wide as the other panels
+        axes.plot([step for step, _ in alarms], [names.index(name) for _, name in alarms], "|", color="tab:red")
+        axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title("alarms", fontsize=9, color="tab:red")
+        axes.grid(alpha=0.3)
     for (panel, names), axes in zip(panels, axes_list, strict=False):
         _draw_panel(axes, panel, {name: curves[name] for name in names}, sorted({step for step, _ in alarms}))
     for axes in axes_list:  # what zip has left over
@@ -130,7 +136,12 @@ def plot_results(results: dict[str, object], curves: Mapping[str, str], path: Pa
     shares["right"]["interval"] = results["interval"]
     _bars(outcomes, f"{n_samples} samples", shares)
     if has_curves:
-        _over_samples(axes_row.pop(0), results, curves)
+        axes = axes_row.pop(0)
+        for name in (name for name in curves if name in results):
+            sizes = [int(k) for k in results[name]]
+            low, high = zip(*results["intervals"][name].values(), strict=True)
+            _curve(axes, curves[name], sizes, list(results[name].values()), low, high)
+        _finish_curves(axes, sizes)
     for kind, axes in zip(groups, axes_row, strict=True):
         entries = {f"{name} ({entry['problems']})": entry for name, entry in results[f"by_{kind}"].items()}
         _bars(axes, f"accuracy by {kind} (problems)", entries)
@@ -158,27 +169,6 @@ def plot_verifier(report: dict[str, object], path: Path) -> None:
     reliability.grid(alpha=0.3)
     reliability.legend(fontsize=7)
     figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def _over_steps(axes: Axes, alarms: Sequence[tuple[float, str]], steps: Sequence[float]) -> None:
-    """A red mark for each alarm at every one of the run's steps where it rang."""
-    names = list(dict.fromkeys(name for _, name in alarms))
-    axes.plot([min(steps), max(steps)], [0, 0], alpha=0)  # as wide as the other panels
-    axes.plot([step for step, _ in alarms], [names.index(name) for _, name in alarms], "|", color="tab:red")
-    axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_title("alarms", fontsize=9, color="tab:red")
-    axes.grid(alpha=0.3)
-
-
-def _over_samples(axes: Axes, results: dict[str, object], curves: Mapping[str, str]) -> None:
-    """One line with its 95% band for each way to use k samples."""
-    for name, label in curves.items():
-        if name in results:
-            sizes = [int(k) for k in results[name]]
-            low, high = zip(*results["intervals"][name].values(), strict=True)
-            _curve(axes, label, sizes, list(results[name].values()), low, high)
-    _finish_curves(axes, sizes)
 
 
 def _curve(

@@ -29,7 +29,6 @@ from src.command import cli
 from src.errors import UserError
 from src.models import forward
 from src.models.cache import KVCache, PromptCache
-from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs
 
@@ -88,9 +87,7 @@ class Certificate(NamedTuple):
 
 
 def _line(ranks: object, way: str, *cells: object) -> str:
-    shown = [
-        "-" if cell is None else f"{cell:.1e}" if isinstance(cell, float) else str(cell) for cell in cells
-    ]
+    shown = ["-" if cell is None else f"{cell:.1e}" if isinstance(cell, float) else str(cell) for cell in cells]
     return f"{ranks:<7}{way:18}{''.join(f'{cell:12}' for cell in shown)}".rstrip()
 
 
@@ -119,29 +116,20 @@ def _run_job(folder: Path, n_layers: int, n: int, scratch: Path) -> list[Row]:
     root, threads = Path(__file__).parents[1], max(1, (os.cpu_count() or 1) // n)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
     flags = [f"--ckpt_dir={folder}", f"--scratch={scratch}", f"--n_layers={n_layers}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tools.certify", *flags],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *launcher, "-m", "tools.certify", *flags], cwd=root, env=environment,
+                          capture_output=True, text=True, check=False)
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         reason = told[0].removeprefix("error: ") if told else done.stderr[-2000:]
         raise UserError(f"no certificate: on {n} ranks {reason}")
     found = [json.loads((scratch / f"{n}-{rank}.json").read_text(encoding="utf-8")) for rank in range(n)]
-    return [Row(n, way, *_worst([each[way] for each in found])) for way in found[0]]
 
+    def worst(values: Sequence[float | None]) -> float | None:
+        """The largest difference of a kind; nan is larger than any number."""
+        return None if None in values else math.nan if any(map(math.isnan, values)) else max(values)
 
-def _worst(found: Sequence[Sequence[float | None]]) -> Iterator[float | None]:
-    """The largest of each kind of difference; nan is larger than any number."""
-    for values in zip(*found, strict=True):
-        if None in values:
-            yield None
-        else:
-            yield math.nan if any(map(math.isnan, values)) else max(values)
+    return [Row(n, way, *map(worst, zip(*(each[way] for each in found), strict=True))) for way in found[0]]
 
 
 def rank(ckpt_dir: str, scratch: str, n_layers: int) -> None:
@@ -153,19 +141,15 @@ def rank(ckpt_dir: str, scratch: str, n_layers: int) -> None:
     """
     parallel.start()
     model = load.load_solver(ckpt_dir, precision="float32", n_layers=n_layers)
-    rows, reference = _random_rows(model.config), Path(scratch) / "reference.pth"
+    draw = torch.Generator().manual_seed(0)  # the same rows in every process
+    rows = [torch.randint(model.config.vocab_size, (min(length, model.config.max_seq_len),), generator=draw)
+            for length in LENGTHS]
+    reference = Path(scratch) / "reference.pth"
     if parallel.world_size() == 1:
         _write_reference(model, rows, reference)
     expected = storage.read_shard(reference)
     path = Path(scratch) / f"{parallel.world_size()}-{parallel.rank()}.json"
     path.write_text(json.dumps(dict(_differences(model, rows, expected))), encoding="utf-8")
-
-
-def _random_rows(config: ModelConfig) -> list[Tensor]:
-    """The rows to compute on, the same in every process."""
-    draw = torch.Generator().manual_seed(0)
-    lengths = [min(length, config.max_seq_len) for length in LENGTHS]
-    return [torch.randint(config.vocab_size, (length,), generator=draw) for length in lengths]
 
 
 def _response_mask(row: Tensor) -> Tensor:
@@ -202,9 +186,7 @@ def _differences(
     model: Decoder, rows: Sequence[Tensor], expected: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, tuple[float | None, float | None, float | None]]]:
     """Each way of computing, and how far its logits, log-probs and gradients lie from the reference."""
-    tokens, mask = (
-        pad_sequence(parts, batch_first=True) for parts in (rows, [_response_mask(row) for row in rows])
-    )
+    tokens, mask = (pad_sequence(parts, batch_first=True) for parts in (rows, [_response_mask(row) for row in rows]))
     lengths = tuple(map(len, rows))
     one_row = torch.cat(rows)[None], torch.cat([_response_mask(row) for row in rows])[None]
 
