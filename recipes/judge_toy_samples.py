@@ -72,10 +72,8 @@ def main(
     seed: seed of cuts, choice and order
     """
     samples = with_cut_samples(read_samples(samples_file), cut_copies, seed)
-    for path, found in (
-        (outcome_file, outcome_rows(samples, max_ratio=3.0, rows_per_problem=32, seed=seed)),
-        (steps_file, step_rows(samples, seed)),
-    ):
+    for path, found in ((outcome_file, outcome_rows(samples, max_ratio=3.0, rows_per_problem=32, seed=seed)),
+                        (steps_file, step_rows(samples, seed))):
         write_text(path, json.dumps(found[:rows]))
         runlog.table(f"{min(rows, len(found))} of {len(found)} judged solutions in {path}")
 

@@ -176,11 +176,8 @@ def public_flags() -> dict[str, dict[str, str]]:
 def outputs(path: Path) -> dict[str, object]:
     """What a run left, by file: metrics without times, json and jsonl as they are, weights as a hash of each tensor."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return {
-        str(file.relative_to(path.parent)): content
-        for file in files
-        if file.is_file() and (content := _content(file)) is not None
-    }
+    return {str(file.relative_to(path.parent)): content for file in files
+            if file.is_file() and (content := _content(file)) is not None}
 
 
 def _content(file: Path) -> object:

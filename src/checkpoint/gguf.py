@@ -143,11 +143,9 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
                             f"{start + entry.offset + entry.nbytes:,} of a file of {len(data):,}")
     if start + sum(entry.nbytes for entry in entries.values()) > max(len(data), start):
         raise UserError(f"{path}: its tensors claim more bytes than the file has; the file is corrupt or forged")
-    tensors = {
-        name: StoredTensor(entry.shape, functools.partial(_load, data, start + entry.offset, entry),
-                           _PLAIN.get(entry.kind.name, torch.float32))
-        for name, entry in entries.items()
-    }
+    tensors = {name: StoredTensor(entry.shape, functools.partial(_load, data, start + entry.offset, entry),
+                                  _PLAIN.get(entry.kind.name, torch.float32))
+               for name, entry in entries.items()}
     return GgufFile(path, metadata, tensors)
 
 

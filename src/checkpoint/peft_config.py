@@ -70,12 +70,10 @@ class PeftConfig(NamedTuple):
     def scaled(self, module: str) -> Scaled:
         """Rank and alpha of a module under its Hugging Face name, those of patterns included. Rank-stabilised adapters
         (Kalajdzievski 2023) are multiplied with alpha / sqrt(rank): their alpha says so here."""
-        rank, alpha = (
-            next((value for key, value in (self.values.get(name) or {}).items()
-                  if re.match(rf"(.*\.)?({key})$", module)),
-                 self.values[default])
-            for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        )
+        rank, alpha = (next((value for key, value in (self.values.get(name) or {}).items()
+                             if re.match(rf"(.*\.)?({key})$", module)),
+                            self.values[default])
+                       for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
         return Scaled(rank, alpha * math.sqrt(rank) if self.values.get("use_rslora") else alpha)
 
     def targets(self, module: str) -> bool:

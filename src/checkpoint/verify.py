@@ -31,10 +31,8 @@ class LogitDifference(NamedTuple):
     agreement: float
 
     def __str__(self) -> str:
-        return (
-            f"largest difference {self.difference:.3g} of values up to {self.scale:.3g}, "
-            f"the same likeliest token at {self.agreement:.1%} of positions"
-        )
+        return (f"largest difference {self.difference:.3g} of values up to {self.scale:.3g}, "
+                f"the same likeliest token at {self.agreement:.1%} of positions")
 
 
 @torch.no_grad()

@@ -153,11 +153,9 @@ def _pick(commands: Mapping[str, Callable[..., None]], argv: list[str]) -> tuple
 def _commands_help(commands: Mapping[str, Callable[..., None]], width: int) -> str:
     """The docstring of the script, then what each command does."""
     width, margin = max(40, min(width, 100)), max(map(len, commands)) + 4
-    lines = [
-        textwrap.fill((inspect.getdoc(command) or "").partition("\n")[0], width,
-                      initial_indent=f"  {name}".ljust(margin), subsequent_indent=" " * margin)
-        for name, command in commands.items()
-    ]
+    lines = [textwrap.fill((inspect.getdoc(command) or "").partition("\n")[0], width,
+                           initial_indent=f"  {name}".ljust(margin), subsequent_indent=" " * margin)
+             for name, command in commands.items()]
     about = inspect.cleandoc(sys.modules["__main__"].__doc__ or "")
     ending = "COMMAND --help lists the flags of a command."
     return "\n\n".join([_reflow(about, width), "\n".join(lines), ending])

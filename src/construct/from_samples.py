@@ -52,11 +52,9 @@ def pairs_from_samples(samples: Sequence[Sample], pairs_per_problem: int, seed: 
             generator.shuffle(solutions)
         right, wrong = problem.right, problem.wrong + problem.unparsed
         if right and wrong:
-            rows += [
-                {"instruction": problem.instruction, "chosen": right[i % len(right)].response,
-                 "rejected": wrong[i % len(wrong)].response}
-                for i in range(min(pairs_per_problem, max(len(right), len(wrong))))
-            ]
+            rows += [{"instruction": problem.instruction, "chosen": right[i % len(right)].response,
+                      "rejected": wrong[i % len(wrong)].response}
+                     for i in range(min(pairs_per_problem, max(len(right), len(wrong))))]
     generator.shuffle(rows)
     return rows
 

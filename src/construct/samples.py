@@ -115,10 +115,8 @@ def without_phrases(
         return "\n".join(block.content for block in blocks if block.kind == "execution").casefold()
 
     phrases = [phrase.casefold() for phrase in phrases]
-    return [
-        sample for sample in samples
-        if sample.outcome != "right" or not any(phrase in searched(sample) for phrase in phrases)
-    ]
+    return [sample for sample in samples
+            if sample.outcome != "right" or not any(phrase in searched(sample) for phrase in phrases)]
 
 
 def without_similar(samples: Sequence[Sample], characters: int) -> list[Sample]:

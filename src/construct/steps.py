@@ -262,9 +262,7 @@ def step_controlled_pairs(
             counts["with too long a step"] += 1
         else:
             counts["kept"] += 1
-            pairs.append({
-                "id": job.prompt.id, "instruction": job.prompt.instruction, "prefix": job.prefix,
-                "chosen": job.rest, "rejected": rejected, "start_steps": job.k,
-                "temperatures": [round(schedule.at(step), 6) for step in range(len(wrong))],
-            })
+            pairs.append({"id": job.prompt.id, "instruction": job.prompt.instruction, "prefix": job.prefix,
+                          "chosen": job.rest, "rejected": rejected, "start_steps": job.k,
+                          "temperatures": [round(schedule.at(step), 6) for step in range(len(wrong))]})
     return pairs, counts

@@ -77,14 +77,10 @@ class ServedSolver:
         self.system_prompt = "" if config.system_prompt == "none" else config.system_prompt
         args = read_template_args(config.template_args)
         self.tokenizer = Tokenizer(Path(path), self.chat_template, args, self.system_prompt) if path else None
-        self.server = Server(
-            base_url=config.base_url,
-            model_name=config.model_name,
-            api_key=os.environ.get(config.api_key_env, ""),
-            chat=self.chat_template == AT_SERVER,
-            system_prompt=self.system_prompt,
-            stop_ids=tuple(sorted(self.tokenizer.stop_ids)) if self.tokenizer else (),
-        )
+        self.server = Server(base_url=config.base_url, model_name=config.model_name,
+                             api_key=os.environ.get(config.api_key_env, ""),
+                             chat=self.chat_template == AT_SERVER, system_prompt=self.system_prompt,
+                             stop_ids=tuple(sorted(self.tokenizer.stop_ids)) if self.tokenizer else ())
         self._warned: set[str] = set()
 
     @property

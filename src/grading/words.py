@@ -57,11 +57,9 @@ CHANGED_AFTER = re.compile(
     r"(?![A-Za-z'])",
     re.IGNORECASE,
 )
-MONEY = re.compile(
-    "|".join(rf"(?P<{name}>{re.escape(sign)}|(?<![A-Za-z])(?:{words})(?![A-Za-z]))"
-             for name, (sign, words) in tables.MONEY.items()),
-    re.IGNORECASE,
-)
+MONEY = re.compile("|".join(rf"(?P<{name}>{re.escape(sign)}|(?<![A-Za-z])(?:{words})(?![A-Za-z]))"
+                            for name, (sign, words) in tables.MONEY.items()),
+                   re.IGNORECASE)
 RAISED = re.compile(r"(?<=[A-Za-z]) (squared|cubed)(?![A-Za-z])")
 UNIT_PART = r"[A-Za-z][A-Za-z.]*(?:\^\{-?[1-9]\})?"
 UNIT = re.compile(
