@@ -127,10 +127,8 @@ def merge(adapter: AdapterSource) -> Source:
     own = {name: stored.load for name, stored in adapter.tensors.items()}
     merged = adapters.fold(plain, own, adapter.lora)
     dtype = getattr(torch, adapter.config.dtype)
-    tensors = {
-        name: StoredTensor(shape, merged[name], base.tensors[name].dtype if name in base.tensors else dtype)
-        for name, shape in expected_shapes(adapter.config).items()
-    }
+    tensors = {name: StoredTensor(shape, merged[name], base.tensors[name].dtype if name in base.tensors else dtype)
+               for name, shape in expected_shapes(adapter.config).items()}
     tokenizer = adapter.tokenizer_files or base.tokenizer_files
     return Source(adapter.config, tensors, tokenizer, [adapter.folder, *base.folders])
 
@@ -139,25 +137,16 @@ def describe(ckpt_dir: str) -> tuple[Source, str, int]:
     """A checkpoint, what kind of files it is stored in and how many they are. Raises UserError if it cannot be read."""
     folder = Path(ckpt_dir)
     source = open_source(ckpt_dir)
-    if open_adapter(folder):
-        return source, "files of the adapter and its base", sum(len(_tensor_files(f)) for f in source.folders)
     if gguf_file([folder]):
         return source, "GGUF files", 1
-    kind = "shards" if storage.shard_paths(folder) else "Hugging Face files"
-    return source, kind, len(_tensor_files(folder))
+    n_files = sum(path.suffix in (".pth", ".safetensors", ".bin") and not path.name.startswith(f"{storage.OPTIMIZER}.")
+                  for read in source.folders for path in read.iterdir())
+    if open_adapter(folder):
+        return source, "files of the adapter and its base", n_files
+    return source, "shards" if storage.shard_paths(folder) else "Hugging Face files", n_files
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in folder.iterdir()
-        if path.suffix in (".pth", ".safetensors", ".bin") and not path.name.startswith(f"{storage.OPTIMIZER}.")
-    ]
-
-
-def local_tensors(
-    folder: Path, kind: str, config: ModelConfig, n: int, index: int
-) -> dict[str, Callable[[], Tensor]]:
+def local_tensors(folder: Path, kind: str, config: ModelConfig, n: int, index: int) -> dict[str, Callable[[], Tensor]]:
     """What rank `index` of n holds of a directory of any number of shards of one kind, read when called.
 
     Only its rows [rows, ...] are read. PARAMETER/WHAT, of an optimizer, is cut as its parameter is. Raises UserError
@@ -166,9 +155,7 @@ def local_tensors(
     paths = storage.shard_paths(folder, kind)
     if len(paths) == n:
         own = storage.read_shard(paths[index])
-        return {
-            name: lambda tensor=tensor: tensor for name, tensor in own.items() if not convert.is_derived(name)
-        }
+        return {name: lambda tensor=tensor: tensor for name, tensor in own.items() if not convert.is_derived(name)}
     all_shards = [storage.read_shard(path) for path in paths]
     tensors = {}
     for name in all_shards[0]:
@@ -194,11 +181,8 @@ def read_config(folder: Path) -> ModelConfig:
         return open_source(str(folder)).config
     refuse_infinities(values, str(path))
     paths = storage.shard_paths(folder) or storage.shard_paths(folder, storage.ADAPTER)
-    names = list(
-        storage.read_manifest(folder).get("split") or (storage.read_shard(paths[0]) if paths else ())
-    )
-    if any(".lora_" in name for name in names):  # an adapter has a part of each layer, not of each expert
-        check_counts({"n_layers": values.get("n_layers")}, dict.fromkeys(names, ()), str(path))
-    elif names:
-        check_counts(values, dict.fromkeys(names, ()), str(path))
+    names = list(storage.read_manifest(folder).get("split") or (storage.read_shard(paths[0]) if paths else ()))
+    if names:  # an adapter has a part of each layer, not of each expert
+        counted = {"n_layers": values.get("n_layers")} if any(".lora_" in name for name in names) else values
+        check_counts(counted, dict.fromkeys(names, ()), str(path))
     return config_from_dict(values, str(path))

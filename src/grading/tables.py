@@ -20,12 +20,9 @@ WIDTHLESS = "\u00ad\u200b\u200c\u200d\u2060\ufeff\ufe0e\ufe0f"
 CHEERS = "✅✔✓☑🎉🎊✨⭐🏆💯👍🙂😀😃😄😊"  # signs next to an answer that say nothing of it
 DASHES = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"  # not the long ones, which part clauses
 SPACES = "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
-GREEK = dict(zip(
-    "αβγδεζηθικλμνξοπρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
+GREEK = dict(zip("αβγδεζηθικλμνξοπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi "
-    "psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
-    strict=True,
-))
+    "psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split(), strict=True))
 
 MACROS = spread({  # of LaTeX -> one of those that mean the same
     "left right big Big bigl Bigl bigr Bigr bigg Bigg": "",
@@ -40,15 +37,11 @@ FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log 
 BARE_NAMES = "pi theta alpha beta gamma lambda phi omega sqrt"  # macros also without their backslash
 
 # Numbers in words.
-SMALL = dict(zip(
+SMALL = dict(zip((
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety".split(),
-    [*range(20), *range(20, 100, 10)],
-    strict=True,
-))
-SCALES = {
-    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
-}
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety").split(),
+    [*range(20), *range(20, 100, 10)], strict=True))
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 PARTS = {"half": Fraction(1, 2), "quarter": Fraction(1, 4), "third": Fraction(1, 3)}
 SHARES = {
     "half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8,
@@ -101,8 +94,5 @@ MONEY = {
     "yen": ("¥", "yen|yuan|JPY|CNY"), "rupee": ("₹", "rupees?|INR"),
 }
 
-TRUTH = {
-    word: value
-    for value, words in ((True, "true t yes y correct right valid"), (False, "false f no n incorrect wrong invalid"))
-    for word in words.split()
-}
+TRUTH = (dict.fromkeys("true t yes y correct right valid".split(), True)
+         | dict.fromkeys("false f no n incorrect wrong invalid".split(), False))

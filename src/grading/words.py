@@ -32,9 +32,7 @@ SPELLED = re.compile(
     rf"(?:{PART})?(?![A-Za-z]|-[A-Za-z])",
     re.IGNORECASE,
 )
-SCALED = re.compile(
-    rf"(?<![\w.,])(\d+(?:,\d{{3}})*(?:\.\d+)?)[\s~-]*({SCALE})(?:s? of)?(?![A-Za-z])", re.IGNORECASE
-)
+SCALED = re.compile(rf"(?<![\w.,])(\d+(?:,\d{{3}})*(?:\.\d+)?)[\s~-]*({SCALE})(?:s? of)?(?![A-Za-z])", re.IGNORECASE)
 AND_A_PART = re.compile(rf"(?<![\w.,/])(\d{{1,9}}){PART}(?![A-Za-z])", re.IGNORECASE)
 SHARE = re.compile(  # two thirds, one half, a quarter
     rf"\s*(?:(an?|{any_of(SMALL)})[\s-])?({any_of(SHARES)})s?[\s.]*", re.IGNORECASE
@@ -44,9 +42,8 @@ NEGATIVE = re.compile(r"(?<![A-Za-z])(?:negative|minus)\s+(?=\\?\$?\s*[\d.])", r
 HINT = re.compile(  # one search tells most texts that there is nothing to do
     rf"(?<![A-Za-z])(?:{WORD}|(?:{any_of(SHARES)})s?|negative|minus)(?![A-Za-z])", re.IGNORECASE
 )
-CHANGED = re.compile(
-    rf"(?<![A-Za-z'])(?:{any_of(tables.CHANGES)}|at (?:the )?(?:most|least|best|worst))(?![A-Za-z'])", re.IGNORECASE
-)
+CHANGED = re.compile(rf"(?<![A-Za-z'])(?:{any_of(tables.CHANGES)}|at (?:the )?(?:most|least|best|worst))(?![A-Za-z'])",
+                     re.IGNORECASE)
 CHANGED_BEFORE = re.compile(
     rf"(?<![A-Za-z'])(?:(?:{any_of(tables.CHANGES_BEFORE)}|{any_of(tables.CHANGES)}|at (?:most|least))"
     rf"(?: (?:to|be|a|an|the|only|of|from))?|(?:{any_of(tables.CHANGES_WITH_OF)})s? of)\W{{0,3}}$",
@@ -62,9 +59,7 @@ MONEY = re.compile("|".join(rf"(?P<{name}>{re.escape(sign)}|(?<![A-Za-z])(?:{wor
                    re.IGNORECASE)
 RAISED = re.compile(r"(?<=[A-Za-z]) (squared|cubed)(?![A-Za-z])")
 UNIT_PART = r"[A-Za-z][A-Za-z.]*(?:\^\{-?[1-9]\})?"
-UNIT = re.compile(
-    rf"(?:(?<=[\d}})%])|(?<=\\pi)|(?<=[^a-z]i))( ?/?{UNIT_PART}(?:(?: |/|\\cdot ){UNIT_PART})*)$"
-)
+UNIT = re.compile(rf"(?:(?<=[\d}})%])|(?<=\\pi)|(?<=[^a-z]i))( ?/?{UNIT_PART}(?:(?: |/|\\cdot ){UNIT_PART})*)$")
 UNIT_FRACTION = re.compile(r"\\frac\{([A-Za-z ]{1,20})\}\{([A-Za-z ]{1,20}(?:\^\{\d\})?)\}$")
 DEGREES = re.compile(r"(?:\^\{\\circ\}| degrees?) ?(C|F|Celsius|Fahrenheit)$", re.IGNORECASE)
 IN_PARTS = re.compile(r"(\d{1,9}) ?([A-Za-z]+)(?: and|,| ?;)? ?(\d{1,9}(?:\.\d{1,9})?) ?([A-Za-z]+)")
@@ -180,9 +175,7 @@ def is_unit(phrase: str, glued: bool) -> bool:
 def units_clash(mine: str, other: str) -> bool:
     """Whether the units of two phrases are known ones and differ, or both say a power and it differs."""
     first, second = powers(mine), powers(other)
-    known = [
-        {name: power for name, power in unit.items() if name not in ("unit", "?")} for unit in (first, second)
-    ]
+    known = [{name: power for name, power in unit.items() if name not in ("unit", "?")} for unit in (first, second)]
     if all(known):
         return known[0] != known[1]
     ends = [max(unit.values(), default=1) for unit in (first, second)]
