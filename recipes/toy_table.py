@@ -35,13 +35,6 @@ class Row(NamedTuple):
     problems: int
 
 
-def read_row(path: Path, accuracy_at: tuple[str, ...], interval_at: tuple[str, ...]) -> Row:
-    """The row that a results.json holds at two paths of keys."""
-    results = json.loads(path.read_text(encoding="utf-8"))
-    accuracy, (low, high) = (reduce(dict.__getitem__, keys, results) for keys in (accuracy_at, interval_at))
-    return Row(accuracy, low, high, results["problems"])
-
-
 def verdict(name: str, claim: Row, baseline: Row) -> str:
     """Whether a row beats the baseline beyond the intervals: its lower end above the baseline's upper end."""
     beats, sign = ("beats", ">") if claim.low > baseline.high else ("does not beat", "<=")
@@ -53,8 +46,11 @@ def main(run_dir: str) -> None:
 
     run_dir: directory of the quick start
     """
-    root = Path(run_dir)
-    rows = {name: read_row(root / folder / "results.json", *where) for name, folder, *where in ROWS}
+    rows = {}
+    for name, folder, *places in ROWS:
+        results = json.loads((Path(run_dir) / folder / "results.json").read_text(encoding="utf-8"))
+        accuracy, (low, high) = (reduce(dict.__getitem__, keys, results) for keys in places)
+        rows[name] = Row(accuracy, low, high, results["problems"])
     lines = [f"{f'{rows[BASELINE].problems} test problems':32}accuracy   95% interval"]
     lines += [f"{name:32}{row.accuracy:8.1%}   {row.low:.1%} .. {row.high:.1%}" for name, row in rows.items()]
     lines += [verdict(name, rows[name], rows[BASELINE]) for name in CLAIMS]

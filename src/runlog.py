@@ -148,14 +148,6 @@ class RunLog:
         """Keep the metrics of the steps up to this one, which an earlier part of the run has written."""
         self._kept = step
 
-    def _open_metrics(self) -> TextIO:
-        """metrics.jsonl for appending; what follows the kept steps was of a part that is run again."""
-        path = self._folder / METRICS
-        rows = read_metrics(path) if self._kept and path.is_file() else []
-        kept = [row for row in rows if row["step"] <= self._kept]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        return path.open("a", encoding="utf-8")
-
     def progress(self, total: int, unit: str, done: int = 0) -> None:
         """Start a progress bar of `total` units, `done` of which are over; a bar that runs already is closed. Where
         standard error is no terminal it is a line every half minute."""
@@ -189,11 +181,14 @@ class RunLog:
         Raises UserError when the run's directory has vanished.
         """
         if _is_rank_0():
-            if self._metrics is None:
-                self._metrics = self._open_metrics()
+            path = self._folder / METRICS
+            if self._metrics is None:  # what follows the kept steps was of a part that is run again
+                rows = read_metrics(path) if self._kept and path.is_file() else []
+                self._metrics = path.open("w", encoding="utf-8")
+                self._metrics.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= self._kept)
                 self._trackers = [OPEN[name](place, self._folder, self._flags, self._kept)
                                   for name, place in self._asked.items()]
-            if not (self._folder / METRICS).exists():  # the open file would go on being written where nobody looks
+            if not path.exists():  # the open file would go on being written where nobody looks
                 raise UserError(f"{self._folder}: the run's directory, or its {METRICS}, is gone since the run began; "
                                 "bring it back, or start the run again as it was started")
             row = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}

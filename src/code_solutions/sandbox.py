@@ -91,13 +91,6 @@ def call(name: str, *arguments: object) -> int:
     return result
 
 
-def require_kernel() -> None:
-    """Raises OSError on a kernel where processes cannot be limited a namespace."""
-    release = os.uname().release
-    if tuple(int(part) for part in release.split("-")[0].split(".")[:2]) < MIN_KERNEL:
-        raise OSError(errno.ENOSYS, f"Linux {release} is older than {'.'.join(map(str, MIN_KERNEL))}")
-
-
 def enter_namespaces() -> None:
     """Return in process 1 of new namespaces, the rights of their root in hand; the caller's process waits for it
     and ends as it ends."""

@@ -111,7 +111,10 @@ class Flag(NamedTuple):
     @property
     def expects(self) -> str:
         """The kinds of value it takes, in words."""
-        return " or ".join(_describe(kind) for kind in self.kinds)
+        return " or ".join(
+            "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else
+            f"list of {KINDS[get_args(kind)[0]].name}" if get_origin(kind) is list else KINDS[kind].name
+            for kind in self.kinds)
 
     @property
     def example(self) -> str:
@@ -176,16 +179,14 @@ def parse(main: Callable[..., None], argv: list[str]) -> dict[str, Value]:
     if missing:
         names = ", ".join(f"--{flag.name}" for flag in missing)
         raise UserError(f"missing required {names}; write {missing[0].example}, or see --help")
-    return {name: _fetched(name, value) if is_path(name) else value for name, value in values.items()}
-
-
-def _fetched(name: str, value: Value) -> Value:
-    """The value of a flag for paths with what lies at the Hugging Face Hub fetched. Raises UserError."""
-    words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
-    if name in WRITTEN and any(word.startswith("hf:") for word in words):
-        raise UserError(f"--{name} is {words[0]!r}; what lies at the Hub is read only, expected a local path")
-    found = [fetch(name, word) for word in words]
-    return found if isinstance(value, list) else (*found, value)[0]
+    for name, value in values.items():
+        if is_path(name):
+            words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
+            if name in WRITTEN and any(word.startswith("hf:") for word in words):
+                raise UserError(f"--{name} is {words[0]!r}; what lies at the Hub is read only, expected a local path")
+            found = [fetch(name, word) for word in words]
+            values[name] = found if isinstance(value, list) else (*found, value)[0]
+    return values
 
 
 def bind(main: Callable[..., None], values: Mapping[str, Value]) -> Callable[[], None]:
@@ -309,12 +310,6 @@ def _read_as(kind: object, words: list[str], split: bool) -> Value:
     if get_origin(kind) is Literal:
         return get_args(kind)[[str(choice) for choice in get_args(kind)].index(word)]
     return KINDS[kind].read(word)
-
-
-def _describe(kind: object) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(str(choice) for choice in get_args(kind))
-    return f"list of {KINDS[get_args(kind)[0]].name}" if get_origin(kind) is list else KINDS[kind].name
 
 
 def meanings_of(docstring: str) -> dict[str, str]:

@@ -50,11 +50,14 @@ def attempts(config: AttemptsConfig) -> None:
     solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.max_rounds, code=config)
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=prompting.stop,
                         seed=config.seed)
+    path = Path(config.log_dir) / "samples.jsonl"
+    # what an earlier run left; of a line that is none, such as a torn last one, sample_prompts() takes care
+    rows = jsonfile.read_rows(path, refuse=lambda problem: None) if path.is_file() else ()
+    earlier = {(row["id"], row["sample"]): row["response"] if row["finish"] == "stop" else "" for _, row in rows}
     with Grader(task) as grader:
         sampler = sample_until(
             solver.sampler(sampling), config.right, config.wrong,
-            lambda problem, response: grader.grade_one(response, problem.label, type_of(problem)).outcome,
-            read_earlier_responses(config.log_dir))
+            lambda problem, response: grader.grade_one(response, problem.label, type_of(problem)).outcome, earlier)
         identity = {name: getattr(config, name)
                     for name in ("temperature", "max_new_tokens", "seed", "right", "wrong", "max_rounds")}
         path = sample_and_grade(solver, sampler, problems, config.attempts, config=config, log_dir=config.log_dir,
@@ -95,15 +98,6 @@ def sample_until(
                 counts[name][outcome] += 1
 
     return sample
-
-
-def read_earlier_responses(log_dir: str) -> dict[tuple[str, int], str]:
-    """Read (id, sample) -> response of what an earlier run left; empty where it was cut off. A torn last line does not
-    count."""
-    path = Path(log_dir) / "samples.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    rows = [jsonfile.parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-    return {(row["id"], row["sample"]): row["response"] if row["finish"] == "stop" else "" for row in rows}
 
 
 def count_kinds(problems: Sequence[Prompt], samples: Sequence[Sample]) -> Counter[str]:

@@ -151,17 +151,12 @@ def _message(message: Row) -> dict[str, object]:
             raise UserError(f"{message.where}: 'reasoning_content' belongs to a text of the assistant's")
     if thinking:  # as the templates of DeepSeek-R1 and Qwen3 write it
         content = f"<think>\n{thinking}\n</think>\n\n{content}"
-    return {"role": role, "content": content} | ({} if _is_learnt(message, role) else {"weight": 0})
-
-
-def _is_learnt(message: Row, role: str) -> bool:
-    """Whether the weight of a message, if there is one, says what is done without it. Raises UserError."""
     weight = message.get("weight")
     if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
         raise UserError(f"{message.where}: 'weight' is {weight!r}; expected 0, which leaves it unlearnt, or 1")
     if weight and role != "assistant":
         raise UserError(f"{message.where}: 'weight' is {weight!r}, but of the {role} nothing is learnt; leave it out")
-    return weight is None or bool(weight)
+    return {"role": role, "content": content} | ({} if weight is None or weight else {"weight": 0})
 
 
 def _content(message: Row) -> str | list[dict[str, str]]:

@@ -70,7 +70,6 @@ class LocalSolver(NamedTuple):
         tool_hook = coding.tool_hook() if coding else None
 
         def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
-            """Yield samples as they finish."""
             requests = [
                 Request(prompt.id, number, encode_prompt(self.tokenizer, self.prompting.text(prompt.instruction)))
                 for prompt, number in wanted]

@@ -88,16 +88,11 @@ def select_prompts(prompts: Sequence[Prompt], split: str) -> list[Prompt]:
         if key not in KEYS or not value:
             raise UserError(f"--split {split!r}: {condition!r} is no condition; expected NAME, level=4, level=1-3 or "
                             "subject=Algebra")
-        found = sorted({str(getattr(prompt, key)) for prompt in chosen})
-        chosen = [prompt for prompt in chosen if _is_in(getattr(prompt, key), value)]
+        found = [getattr(prompt, key) for prompt in chosen]
+        span, words = re.fullmatch(r"(\d+)-(\d+)", value), [word.strip().lower() for word in value.split("|")]
+        chosen = [prompt for prompt, own in zip(chosen, found, strict=True) if own is not None and (
+            int(span[1]) <= own <= int(span[2]) if span and isinstance(own, int) else str(own).lower() in words)]
         if not chosen:
-            raise UserError(f"--split {split!r}: no problem has {key} {value}; found {', '.join(found)[:200]}")
+            known = ", ".join(sorted({*map(str, found)}))
+            raise UserError(f"--split {split!r}: no problem has {key} {value}; found {known[:200]}")
     return chosen
-
-
-def _is_in(value: str | int | None, wanted: str) -> bool:
-    """Whether a field is one of the alternatives, or lies in a range of numbers."""
-    span = re.fullmatch(r"(\d+)-(\d+)", wanted)
-    if span and isinstance(value, int):
-        return int(span.group(1)) <= value <= int(span.group(2))
-    return value is not None and str(value).lower() in [word.strip().lower() for word in wanted.split("|")]

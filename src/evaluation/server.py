@@ -93,19 +93,12 @@ class SolverServer:
 
     def serve(self, host: str, port: int, started: Callable[[str], None]) -> NoReturn:
         """Answer for ever. started: is told the address. Raises OSError for one that cannot be listened at."""
-        server = self
-
-        class Handler(_Handler):
-            """Of this server."""
-
-            solver = server
-
         class Listener(ThreadingHTTPServer):
             """Many callers may come at once."""
 
             request_queue_size, daemon_threads = 512, True
 
-        http = Listener((host, port), Handler)
+        http = Listener((host, port), type("Handler", (_Handler,), {"solver": self}))
         Thread(target=http.serve_forever, daemon=True).start()
         started(f"http://{host}:{http.server_port}/v1")
         self.engine.run()

@@ -145,8 +145,11 @@ class Watchdog(threading.Thread):
             try:
                 self._say(json.dumps({"now": now, "still": now - got_on_at, "place": _place()}))
                 problem = self._problem(now, now - since, now - got_on_at)
-                if not problem:
-                    self._notice(self._problem(now, now - since, now - got_on_at, NOTICE_SHARE))
+                if not problem:  # say once what this rank waits for
+                    waits = self._problem(now, now - since, now - got_on_at, NOTICE_SHARE)
+                    if waits not in ("", "-") and not self._has_noticed:
+                        show_problem(f"waiting: {waits}")
+                    self._has_noticed = bool(waits)
             except RuntimeError:  # the store is gone, with it the launcher, or does not answer: nothing is known
                 problem = ""
             if not problem and now - since > self._longest:
@@ -175,12 +178,6 @@ class Watchdog(threading.Thread):
         """What each other rank said last."""
         keys = {rank: f"watchdog/{rank}" for rank in self._others}
         return {rank: self._store.get(key).decode() if self._store.check([key]) else "" for rank, key in keys.items()}
-
-    def _notice(self, problem: str) -> None:
-        """Say once what this rank waits for."""
-        if problem not in ("", "-") and not self._has_noticed:
-            show_problem(f"waiting: {problem}")
-        self._has_noticed = bool(problem)
 
     def _problem(self, now: float, here: float, still: float, share: float = 1.0) -> str:
         """What is wrong with the job as far as this rank can tell; else empty.

@@ -215,7 +215,7 @@ def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
     config = read_config(folder)
     vocabulary = tokenizer.vocabulary
     if isinstance(vocabulary, SentencePiece):
-        metadata, tokens = _from_sentencepiece(vocabulary.to_proto(), str(tokenizer.path))
+        metadata, tokens = _from_sentencepiece(tokenizer.path.read_bytes(), str(tokenizer.path))
     elif isinstance(vocabulary, Tiktoken):
         metadata, tokens = _from_ranks(vocabulary)
     else:

@@ -85,10 +85,6 @@ class SentencePiece:
         """The piece of an id."""
         return self._model.id_to_piece(index)
 
-    def to_proto(self) -> bytes:
-        """The bytes of the file."""
-        return self._model.serialized_model_proto()
-
 
 class _Ranks(NamedTuple):
     """What a tiktoken file leaves out: how text is cut before merging, and the tokens after the last rank."""
