@@ -68,8 +68,7 @@ class PreferenceTrainConfig(TrainConfig, HeldOutFlags):
         of_pairs = {"margin": self.margin, "label_smoothing": self.label_smoothing,
                     "length_normalize": self.length_normalize, "nll_weight": self.nll_weight}
         of_kto = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
-        wrong = of_pairs if self.objective == "kto" else {name: weight - 1 for name, weight in of_kto.items()}
-        for name in (name for name, value in wrong.items() if value):
+        for name in self.changed(of_pairs if self.objective == "kto" else of_kto):
             raise UserError(f"--{name} is not of --objective {self.objective}; leave it out")
         if self.objective == "kto":
             return KTO(beta=self.beta, **of_kto)

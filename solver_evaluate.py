@@ -7,7 +7,7 @@ python solver_evaluate.py --ckpt_dir out --serve 8000
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -186,10 +186,9 @@ def serve(config: SolverEvaluateConfig) -> None:
     host, _, port = config.serve.rpartition(":")
     if not config.ckpt_dir or not port.isdecimal() or int(port) > 65535:
         raise UserError(f"--serve {config.serve} needs a port, perhaps after HOST:, and --ckpt_dir, the solver")
-    for field in fields(config):
-        if field.name not in SERVED_BY and getattr(config, field.name) not in (field.default, []):
-            raise UserError(f"--{field.name} has no effect on a server, whose requests say what they want; leave it or "
-                            "--serve out")
+    for name in config.changed(config.flags().keys() - set(SERVED_BY)):
+        raise UserError(f"--{name} has no effect on a server, whose requests say what they want; leave it or --serve "
+                        "out")
     if parallel.world_size() > 1:
         raise UserError("--serve needs one process; start it with python, not torchrun")
     parallel.start()
@@ -228,17 +227,15 @@ def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None
             raise UserError("--task none grades nothing; name the task of --samples_file")
         if parallel.world_size() > 1:
             raise UserError("--samples_file needs one process; start it with python, not torchrun")
-        for name in ("chat_template", "choices", "compile", "model_type", "precision", "quantize", "system_prompt",
-                     "template_args", "tokenizer_file"):
-            if getattr(config, name):
-                raise UserError(f"--{name} has no effect on samples that exist; leave it or --samples_file out")
-    for field in fields(config) if config.choices else ():
-        if field.name in (*SAMPLED_BY, "num_samples", "compile", "max_rounds", "interactive") and (
-                getattr(config, field.name) != field.default):
-            raise UserError(f"--{field.name} has no effect on --choices, which samples nothing; leave it out")
-    if config.choices and benchmark.equality not in ("choice@3", "typed@3"):
-        raise UserError(f"--choices gives the letter of a choice, but --task {config.task} compares by "
-                        f"{benchmark.equality or 'nothing'}; name a task of choices, such as choice")
+        for name in config.changed(("chat_template", "choices", "compile", "model_type", "precision", "quantize",
+                                    "system_prompt", "template_args", "tokenizer_file")):
+            raise UserError(f"--{name} has no effect on samples that exist; leave it or --samples_file out")
+    if config.choices:
+        for name in config.changed((*SAMPLED_BY, "num_samples", "compile", "max_rounds", "interactive")):
+            raise UserError(f"--{name} has no effect on --choices, which samples nothing; leave it out")
+        if benchmark.equality not in ("choice@3", "typed@3"):
+            raise UserError(f"--choices gives the letter of a choice, but --task {config.task} compares by "
+                            f"{benchmark.equality or 'nothing'}; name a task of choices, such as choice")
     check_flags(config)
 
 

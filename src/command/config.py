@@ -14,7 +14,7 @@ the file that --config names. Making one does no work but to check its numbers a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -71,6 +71,11 @@ class Config:
         for each in fields(self):
             for bounds in getattr(hints[each.name], "__metadata__", ()):
                 check_bounds(each.name, getattr(self, each.name), bounds)
+
+    def changed(self, names: Collection[str]) -> list[str]:
+        """Those of these flags, as far as the config has them, with another value than their default."""
+        return [each.name for each in fields(self) if each.name in names and getattr(self, each.name) != (
+            each.default if each.default_factory is MISSING else each.default_factory())]
 
     def flags(self) -> dict[str, Any]:
         """Every flag by name, as run.json records it and --config reads it back."""

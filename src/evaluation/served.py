@@ -17,11 +17,9 @@ from src.text.tokenizer import Tokenizer, read_template_args
 
 AT_SERVER = "server"  # the --chat_template that the server applies itself
 OWN = ("base_url", "model_name", "api_key_env")  # flags of a server alone
-# what a request has no word for, or a server decides, by the value that asks for nothing
-WITHOUT_EFFECT: dict[str, object] = {
-    "model_type": "", "top_k": 0, "min_p": 0.0, "precision": "", "quantize": "", "compile": False, "isolation": "",
-    "max_rounds": 24, "code_seconds": 6.0, "choices": "",
-}
+# flags that a request has no word for, or a server decides
+WITHOUT_EFFECT = ("model_type", "top_k", "min_p", "precision", "quantize", "compile", "isolation", "max_rounds",
+                  "code_seconds", "choices")
 
 
 def check_flags(config: AskedFlags) -> bool:
@@ -35,7 +33,7 @@ def check_flags(config: AskedFlags) -> bool:
         return False
     if not (config.base_url and config.model_name):
         raise UserError("--backend openai needs --base_url and --model_name")
-    if lost := [name for name, nothing in WITHOUT_EFFECT.items() if getattr(config, name, nothing) != nothing]:
+    if lost := config.changed(WITHOUT_EFFECT):
         raise UserError(f"--{', --'.join(lost)} would have no effect at a server, since it is not in the OpenAI "
                         "protocol; set it there, or leave --backend openai out")
     if parallel.world_size() > 1:

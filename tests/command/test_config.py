@@ -124,3 +124,10 @@ def test_a_config_that_is_not_there_or_no_text(tmp_path: Path) -> None:
     assert parse(small, ["--ckpt_dir=x", f"--config={tmp_path / 'empty.json'}"]) == {"ckpt_dir": "x"}
     (tmp_path / "list.yaml").write_text("kinds: []\nlr: 1e-3\nckpt_dir: 12\n")
     assert parse(small, [f"--config={tmp_path / 'list.yaml'}"]) == {"kinds": [], "lr": 1e-3, "ckpt_dir": "12"}
+
+
+def test_a_flag_is_changed_where_it_has_another_value_than_its_default() -> None:
+    names = ("kinds", "lr", "seed", "unknown")
+    assert Small(ckpt_dir="x").changed(names) == []
+    assert Small(ckpt_dir="x", kinds=["a"], seed=2).changed(names) == ["seed", "kinds"]
+    assert Small(ckpt_dir="x", seed=2).changed(["ckpt_dir"]) == ["ckpt_dir"]  # it has no default
