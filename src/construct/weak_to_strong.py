@@ -14,7 +14,6 @@ from pathlib import Path
 
 from src import runlog
 from src.command.config import Count, CountOrOff, Seed, Share, flag
-from src.construct.provenance import read_provenance, same_rules, write_provenance
 from src.construct.samples import (
     SAMPLE_MORE,
     BuildConfig,
@@ -25,7 +24,7 @@ from src.construct.samples import (
     read_graded,
     save,
 )
-from src.construct.solver import grader_of
+from src.construct.solver import grader_of, read_provenance, same_rules, write_provenance
 from src.data.examples import Sample, Vote, read_instruction_rows, read_samples, read_votes
 from src.errors import UserError
 from src.evaluation.metrics import Equal, answer_classes, weighted_vote

@@ -1,4 +1,4 @@
-"""src/construct/weak_to_strong.py and provenance.py by the commands of data_build.py."""
+"""src/construct/weak_to_strong.py by the commands of data_build.py."""
 
 import json
 from collections.abc import Sequence
