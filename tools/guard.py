@@ -29,10 +29,8 @@ from src import runlog  # noqa: E402 (this script lies below the root)
 from src.command import cli, flags  # noqa: E402 (this script lies below the root)
 from src.errors import UserError  # noqa: E402
 
-SCRIPTS = (
-    "checkpoint_split", "solver_train", "solver_evaluate", "verifier_train", "verifier_evaluate", "ppo_train",
-    "preference_train", "preference_evaluate", "data_build",
-)
+SCRIPTS = ("checkpoint_split", "solver_train", "solver_evaluate", "verifier_train", "verifier_evaluate", "ppo_train",
+           "preference_train", "preference_evaluate", "data_build")
 TIMES = ("second", "mfu", "memory", "gib", "_ms", "time")  # metrics that differ from run to run
 TOY = "dataset/toy"
 SIZE = "--max_batch_size 8 --max_steps 3"
@@ -168,8 +166,7 @@ def public_flags() -> dict[str, dict[str, str]]:
         for name, command in commands.items():
             found[f"{script} {name}".strip()] = {
                 flag.name: f"{flag.expects} = {'required' if flag.required else flag.default}"
-                for flag in flags.flags_of(command).values()
-            }
+                for flag in flags.flags_of(command).values()}
     return found
 
 

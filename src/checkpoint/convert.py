@@ -36,12 +36,8 @@ _HF = {
     "score": "v_head",  # transformers' classifiers with one label
     "score.0": "v_head_in",  # Qwen2.5-Math-PRM
     "score.2": "v_head",
-    "model.layers.#.self_attn.q_proj": "layers.#.attention.wq",
-    "model.layers.#.self_attn.k_proj": "layers.#.attention.wk",
-    "model.layers.#.self_attn.v_proj": "layers.#.attention.wv",
-    "model.layers.#.self_attn.o_proj": "layers.#.attention.wo",
-    "model.layers.#.self_attn.q_norm": "layers.#.attention.q_norm",
-    "model.layers.#.self_attn.k_norm": "layers.#.attention.k_norm",
+    **{f"model.layers.#.self_attn.{letter}_proj": f"layers.#.attention.w{letter}" for letter in "qkvo"},
+    **{f"model.layers.#.self_attn.{letter}_norm": f"layers.#.attention.{letter}_norm" for letter in "qk"},
     **_mlp("model.layers.#.mlp", "layers.#.feed_forward"),
     "model.layers.#.input_layernorm": "layers.#.attention_norm",
     "model.layers.#.post_attention_layernorm": "layers.#.ffn_norm",
@@ -175,9 +171,7 @@ def fused_linears(family: str) -> dict[str, str]:
     return {part: whole for whole in wholes for part in _FUSED.get(whole.partition("_")[0], ())}
 
 
-def _load_fused(
-    parent: str, kind: str, parts: Mapping[str, StoredTensor], way: str, config: ModelConfig
-) -> Tensor:
+def _load_fused(parent: str, kind: str, parts: Mapping[str, StoredTensor], way: str, config: ModelConfig) -> Tensor:
     """Linears as one tensor: stacked, or for each kv head its queries, key and value. Parts [heads * E, ...] each ->
     [all their rows, ...]."""
     pieces = [rotary_to_hf(f"{parent}.{part}.{kind}", stored.load(), config) for part, stored in parts.items()]

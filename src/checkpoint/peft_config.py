@@ -79,9 +79,7 @@ class PeftConfig(NamedTuple):
     def targets(self, module: str) -> bool:
         """Whether PEFT puts an adapter on a module."""
         wanted, left_out = self.values.get("target_modules"), self.values.get("exclude_modules")
-        return (wanted == "all-linear" or _names(wanted, module)) and not (
-            left_out and _names(left_out, module)
-        )
+        return (wanted == "all-linear" or _names(wanted, module)) and not (left_out and _names(left_out, module))
 
 
 def _names(wanted: str | list[str], module: str) -> bool:
@@ -112,18 +110,14 @@ def read(folder: Path) -> PeftConfig:
     ):
         raise UserError(f"{path}: init_lora_weights='pissa' divides by lora_alpha; expected more than 0")
     has_score = values.get("task_type") == "SEQ_CLS" or "score" in (values.get("modules_to_save") or ())
-    base = values.get("base_model_name_or_path")
-    return PeftConfig(path, str(base), values.get("init_lora_weights"), has_score,
+    return PeftConfig(path, str(values.get("base_model_name_or_path")), values.get("init_lora_weights"), has_score,
                       bool(values.get("use_dora")), values)
 
 
 def _refuse(path: Path, key: str, value: object, allowed: tuple[object, ...]) -> None:
-    way_out = f"expected {' or '.join(map(repr, allowed))}"
-    if key == "init_lora_weights":
-        way_out = (
-            "such an adapter was trained on another base than the one it names, which it alone does not tell; save it "
-            "in PEFT with path_initial_model_for_weight_conversion, or merge it there (merge_and_unload)"
-        )
+    way_out = ("such an adapter was trained on another base than the one it names, which it alone does not tell; save "
+               "it in PEFT with path_initial_model_for_weight_conversion, or merge it there (merge_and_unload)"
+               if key == "init_lora_weights" else f"expected {' or '.join(map(repr, allowed))}")
     raise UserError(f"{path}: {key}={_shown(value)} is not implemented; {way_out}")
 
 

@@ -89,17 +89,17 @@ def check(adapter: PeftAdapter, config: ModelConfig) -> None:
     for name in sorted(of_rank_1.keys() ^ adapter.tensors.keys()):
         what = "missing" if name in of_rank_1 else "one too many"
         raise UserError(f"{folder}: {name} is {what}; adapters of some layers only are not implemented")
+    expected = {name: list(shape) for name, shape in of_rank_1.items()}
     for stem, (rank, _) in linears.items():
         if not adapter.config.targets(module_name(stem)):
             raise UserError(f"{adapter.config.path}: target_modules leaves out {module_name(stem)}, which has factors")
-        for axis, name in enumerate((f"{stem}.lora_a.weight", f"{stem}.lora_b.weight")):
-            found, expected = adapter.tensors[name].shape, list(of_rank_1[name])
-            expected[axis] = rank
-            if list(found) != expected:
-                raise UserError(f"{folder}: {name} is {list(found)}, but r={rank} and the base mean {expected}")
-    for name, shape in of_rank_1.items():
-        if ".lora_a." not in name and ".lora_b." not in name and adapter.tensors[name].shape != shape:
-            raise UserError(f"{folder}: {name} is {list(adapter.tensors[name].shape)}; expected {list(shape)}")
+        expected[f"{stem}.lora_a.weight"][0] = expected[f"{stem}.lora_b.weight"][1] = rank
+    for name, shape in expected.items():
+        if list(adapter.tensors[name].shape) != shape:
+            stem, is_factor, _ = name.rpartition(".lora_")
+            of_rank = f"r={linears[stem].rank} and " if is_factor else ""
+            raise UserError(f"{folder}: {name} is {list(adapter.tensors[name].shape)}, but {of_rank}the base mean "
+                            f"{shape}")
 
 
 def as_ours(

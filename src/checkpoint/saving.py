@@ -84,8 +84,7 @@ def begin_save(
     parallel.free_gathered(model)
     source = Path(ckpt_dir)
     dtype = dtype or model.config.dtype
-    tensors = {name: parameter
-               for name, parameter in model.named_parameters() if lora is None or parameter.requires_grad}
+    tensors = {name: own for name, own in model.named_parameters() if lora is None or own.requires_grad}
     kind, stored = (storage.ADAPTER, torch.float32) if lora else (storage.WEIGHTS, getattr(torch, dtype))
     groups = [TensorGroup(kind, tensors, stored)]
     documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
@@ -125,10 +124,9 @@ def check_save_dir(save_dir: str, *ckpt_dirs: str) -> None:
     counts: without it the adapter is worth nothing. Empty names are skipped."""
     target, unsafe = Path(save_dir), [Path(folder) for folder in ckpt_dirs if folder]
     for folder in unsafe:
+        is_inside = folder.resolve().parent == target.resolve()
         if folder.resolve() == target.resolve() or (
-            folder.resolve().parent == target.resolve()
-            and folder.name.startswith(("epoch-", "step-", "best", "reference"))
-        ):
+                is_inside and folder.name.startswith(("epoch-", "step-", "best", "reference"))):
             raise UserError(f"saving to {save_dir} would overwrite {folder}, which is read; choose another directory")
         if adapter := adapters.read_adapter(folder):
             unsafe.append(adapter.base)

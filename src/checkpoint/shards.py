@@ -17,9 +17,8 @@ from src.parallel import padded_share, share
 SPLIT_DIM: dict[str, int | None] = {
     **dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0),  # by what they give
     **dict.fromkeys(("wo", "w2"), 1),  # by what they take: the sum over ranks is theirs to send
-    **dict.fromkeys(("gate", "shared_gate", "q_norm", "k_norm", "norm"), None),
-    **dict.fromkeys(("v_head", "v_head_in"), None),
-    **dict.fromkeys(("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"), None),
+    **dict.fromkeys(("gate", "shared_gate", "q_norm", "k_norm", "norm", "v_head", "v_head_in", "attention_norm",
+                     "attention_post_norm", "ffn_norm", "ffn_post_norm"), None),
 }
 
 
@@ -140,9 +139,7 @@ def _join_rows(pieces: Sequence[Tensor], how: Cut, wanted: range) -> Tensor:
         # rows come in order: what is filled already, these are copies of
         twice = max(0, min(filled, stop) - start)
         _check_copies([own.narrow(how.dim, 0, twice)], target.narrow(how.dim, 0, twice))
-        target.narrow(how.dim, twice, stop - start - twice).copy_(
-            own.narrow(how.dim, twice, stop - start - twice)
-        )
+        target.narrow(how.dim, twice, stop - start - twice).copy_(own.narrow(how.dim, twice, stop - start - twice))
         filled = max(filled, stop)
     assert filled == max(wanted.start, wanted.stop), f"the shards hold rows up to {filled} of {wanted}"
     return whole
@@ -177,9 +174,7 @@ def _padded(piece: Tensor, dim: int, length: int) -> Tensor:
 def check_pieces(name: str, shapes: Sequence[tuple[int, ...]], how: Cut, where: str) -> None:
     """Raise UserError unless the shapes of a parameter's shards are those of this cut."""
     for index, shape in enumerate(shapes):
-        expected = tuple(
-            len(how.rows[index]) if axis == how.dim else size for axis, size in enumerate(shapes[0])
-        )
+        expected = tuple(len(how.rows[index]) if axis == how.dim else size for axis, size in enumerate(shapes[0]))
         if shape != expected:
             raise UserError(f"{where}: {name} is {list(shape)} in shard {index}, expected {list(expected)} beside "
                             f"{list(shapes[0])} in shard 0; the shards are not of one split")

@@ -64,9 +64,7 @@ class StoredTensor(NamedTuple):
     load: Callable[[], Tensor]
     dtype: torch.dtype
 
-    def then(
-        self, compute: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None
-    ) -> "StoredTensor":
+    def then(self, compute: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> "StoredTensor":
         """What `compute` makes of the tensor [*self.shape], when it is read; shape where that is another one."""
         return self._replace(shape=shape or self.shape, load=lambda: compute(self.load()))
 
@@ -85,10 +83,9 @@ def read_torch(path: Path) -> dict[str, object]:
                             "elsewhere, or set vm.overcommit_memory=1") from None
         # torch's own words advise to run the code that such a file holds: only the name of it is repeated
         found = _PICKLED_CODE.search(str(problem))
-        raise UserError(
-            f"{path} cannot be read as a checkpoint of tensors: it is truncated, corrupt, or holds pickled code"
-            + (f" ({found[1][:100]})" if found else "")
-        ) from None
+        code = f" ({found[1][:100]})" if found else ""
+        raise UserError(f"{path} cannot be read as a checkpoint of tensors: it is truncated, corrupt, or holds pickled "
+                        f"code{code}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}; expected a dictionary of tensors")
     return values
@@ -121,9 +118,7 @@ def _stored_safetensor(path: Path, file: safetensors.safe_open, name: str) -> St
     if piece.get_dtype() not in SAFETENSORS_DTYPES:
         raise UserError(f"{path}: {name!r} is stored as {piece.get_dtype()}; expected one of "
                         f"{', '.join(SAFETENSORS_DTYPES)}")
-    return StoredTensor(
-        tuple(piece.get_shape()), lambda: file.get_tensor(name), SAFETENSORS_DTYPES[piece.get_dtype()]
-    )
+    return StoredTensor(tuple(piece.get_shape()), lambda: file.get_tensor(name), SAFETENSORS_DTYPES[piece.get_dtype()])
 
 
 class TensorFile:
@@ -189,9 +184,7 @@ class TensorFile:
 
     def complete(self) -> None:
         """Put the file on the disk, and its hash next to it. Raises OSError when the disk is full."""
-        assert self._taken == len(self.names), (
-            f"{self._path}: nothing was written for {self.names[self._taken]}"
-        )
+        assert self._taken == len(self.names), f"{self._path}: nothing was written for {self.names[self._taken]}"
         self._wait()
         self._hash_until(os.fstat(self._file).st_size)
         os.fsync(self._file)
