@@ -14,7 +14,6 @@ from src.models.config import ModelConfig
 from src.models.families import FAMILIES, PLAIN
 
 Reorder = Callable[[str, Tensor, ModelConfig], Tensor]
-Take = Callable[[Tensor], Tensor]
 
 _WRAPPERS = ("_orig_mod.", "module.")  # left by torch.compile and DistributedDataParallel
 
@@ -88,8 +87,7 @@ _NAMES: dict[str, dict[str, str]] = {
         *(f"layers.#.feed_forward.w{number}" for number in (1, 2, 3)))},
 }
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_QKV = ("wq", "wk", "wv")
-_FUSED = {"wqkv": _QKV, "w13": ("w1", "w3")}
+_FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
 
 
 def strip_wrappers(name: str) -> str:
@@ -157,9 +155,9 @@ def as_hf(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict[str,
             reorder = functools.partial(rotary_to_hf, name, config=config)
             theirs[to_hf_name(name, config.family)] = stored.then(reorder)
         elif module == modules[0]:
-            parts = {part: tensors[f"{parent}.{part}.{kind}"] for part in modules}
+            parts = {part: tensors[part] for part in (f"{parent}.{each}.{kind}" for each in modules)}
             rows = sum(part.shape[0] for part in parts.values())
-            load = functools.partial(_load_fused, parent, kind, parts, whole.partition("_")[2], config)
+            load = functools.partial(_fuse, parts, config.n_kv_heads if whole.endswith("_grouped") else 1, config)
             name = to_hf_name(f"{parent}.{whole}.{kind}", config.family)
             theirs[name] = StoredTensor((rows, *stored.shape[1:]), load, stored.dtype)
     return theirs
@@ -171,73 +169,41 @@ def fused_linears(family: str) -> dict[str, str]:
     return {part: whole for whole in wholes for part in _FUSED.get(whole.partition("_")[0], ())}
 
 
-def _load_fused(parent: str, kind: str, parts: Mapping[str, StoredTensor], way: str, config: ModelConfig) -> Tensor:
-    """Linears as one tensor: stacked, or for each kv head its queries, key and value. Parts [heads * E, ...] each ->
-    [all their rows, ...]."""
-    pieces = [rotary_to_hf(f"{parent}.{part}.{kind}", stored.load(), config) for part, stored in parts.items()]
-    if way == "grouped":
-        pieces = [piece.unflatten(0, (config.n_kv_heads, -1, config.head_dim)) for piece in pieces]
-        return torch.cat(pieces, 1).flatten(0, 2)
-    return torch.cat(pieces)
+def _fuse(parts: Mapping[str, StoredTensor], groups: int, config: ModelConfig) -> Tensor:
+    """Linears as one tensor: in each of so many groups a part of each, after one another. [rows, ...] -> [all, ...]."""
+    pieces = [rotary_to_hf(name, stored.load(), config).unflatten(0, (groups, -1)) for name, stored in parts.items()]
+    return torch.cat(pieces, 1).flatten(0, 1)
 
 
 def _parts(name: str, fused: StoredTensor, config: ModelConfig) -> dict[str, StoredTensor]:
     """Our parameters that a fused tensor holds, each cut from it when read. Raises UserError on a wrong shape."""
-    shapes = expected_shapes(config)
+    shapes, of_experts = expected_shapes(config), ".experts." in name
     stem, way = re.fullmatch(r"(.+)_(stacked|grouped)(?:\.(?:weight|bias))?", name).groups()
-    parent, _, modules = stem.rpartition(".")
-    if modules == "wqkv":
-        takes = _qkv_parts(f"{parent}.{{}}.{name.rpartition('.')[2]}", way, config)
-        leading: tuple[int, ...] = ((config.n_heads + 2 * config.n_kv_heads) * config.head_dim,)
-    elif ".experts." in name:
-        takes = _expert_parts(parent, modules, config)
-        leading = (config.n_experts, 2 * config.ffn_dim if modules == "w13" else config.dim)
-    else:
-        pattern = f"{parent}.{{}}.{name.rpartition('.')[2]}"
-        takes = {pattern.format(part): lambda whole, i=i: whole.chunk(2)[i] for i, part in enumerate(_FUSED[modules])}
-        leading = (2 * config.ffn_dim,)
-    first = next(iter(takes), "")
-    if first not in shapes:
-        raise UserError(f"unknown parameter {name}: the config describes no {first or 'experts'}")
-    whole = (*leading, *shapes[first][1:])
-    if fused.shape != whole:
-        raise UserError(f"{name} has shape {list(fused.shape)}, but the config means {list(whole)}")
+    parent, _, whole = stem.rpartition(".")
+    ends = [f"{module}.{'weight' if of_experts else name.rpartition('.')[2]}" for module in _FUSED.get(whole, (whole,))]
+    places = [f"{parent}.{expert}" for expert in range(config.n_experts)] if of_experts else [parent]
+    parts = [f"{place}.{end}" for place in places for end in ends]
+    if not parts or parts[0] not in shapes:
+        raise UserError(f"unknown parameter {name}: the config describes no {parts[0] if parts else 'experts'}")
+    rows, groups = [shapes[part][0] for part in parts], config.n_kv_heads if way == "grouped" else 1
+    expected = (*((len(places), sum(rows) // len(places)) if of_experts else (sum(rows),)), *shapes[parts[0]][1:])
+    if fused.shape != expected:
+        raise UserError(f"{name} has shape {list(fused.shape)}, but the config means {list(expected)}")
     # the parts are read one after the other: the last whole tensor is kept
     kept = fused._replace(load=functools.partial(_load_whole, fused))
-    return {part: kept.then(lambda whole, take=take: take(whole).contiguous(), shapes[part])
-            for part, take in takes.items()}
+
+    def take(whole: Tensor, index: int) -> Tensor:
+        """One part [rows, ...]: of experts [X, rows, columns] the rows lie after one another, as _fuse() lays them."""
+        by_group = (whole.flatten(0, 1) if of_experts else whole).unflatten(0, (groups, -1))
+        return by_group.split([n // groups for n in rows], 1)[index].flatten(0, 1).contiguous()
+
+    return {part: kept.then(functools.partial(take, index=index), shapes[part]) for index, part in enumerate(parts)}
 
 
 @functools.lru_cache(maxsize=1)
 def _load_whole(fused: StoredTensor) -> Tensor:
     """A fused tensor [rows, ...], kept until another one is read."""
     return fused.load()
-
-
-def _qkv_parts(pattern: str, way: str, config: ModelConfig) -> dict[str, Take]:
-    """How queries, keys and values are taken from one tensor of them all [heads * E, ...], {} standing for each."""
-    sizes = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
-    if way == "grouped":
-        sizes = [size // config.n_kv_heads for size in sizes]
-
-    def take(whole: Tensor, index: int) -> Tensor:
-        """The rows of wq, wk or wv by index, [its heads * E, ...]."""
-        heads = whole.unflatten(0, (-1, sum(sizes), config.head_dim))
-        return heads.split(sizes, 1)[index].flatten(0, 2)
-
-    return {pattern.format(module): functools.partial(take, index=index) for index, module in enumerate(_QKV)}
-
-
-def _expert_parts(parent: str, modules: str, config: ModelConfig) -> dict[str, Take]:
-    """How single experts' linears are taken from [X, rows, columns]; w13 has w1's rows above w3's."""
-
-    def take(whole: Tensor, expert: int, half: int) -> Tensor:
-        """A linear [rows, columns] of one expert, half of what is stored of it where w1 and w3 are stacked."""
-        return whole[expert].chunk(2)[half] if modules == "w13" else whole[expert]
-
-    halves = {"w1": 0, "w3": 1} if modules == "w13" else {"w2": 0}
-    return {f"{parent}.{expert}.{module}.weight": functools.partial(take, expert=expert, half=half)
-            for expert in range(config.n_experts) for module, half in halves.items()}
 
 
 def rotary_from_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
