@@ -115,18 +115,13 @@ def view_of(tensor: Tensor, how: Cut, index: int) -> Tensor:
     return _padded(tensor.narrow(how.dim, start, stop - start), how.dim, len(rows))
 
 
-def join(pieces: Sequence[Tensor], how: Cut) -> Tensor:
-    """The whole tensor [..., size, ...] from its shards, padding dropped and copies taken once. Raises UserError when
-    two shards disagree about what both hold."""
+def join(pieces: Sequence[Tensor], how: Cut, wanted: range | None = None) -> Tensor:
+    """The whole tensor [..., size, ...] from its shards, padding dropped and copies taken once; or its rows `wanted`
+    alone, and nothing else of the shards is read. Raises UserError when two shards disagree about what both hold."""
     if how.dim is None:
         _check_copies(pieces[1:], pieces[0])
         return pieces[0]
-    return _join_rows(pieces, how, range(how.size))
-
-
-def _join_rows(pieces: Sequence[Tensor], how: Cut, wanted: range) -> Tensor:
-    """Rows `wanted` of the whole tensor, [..., len(wanted), ...]; nothing else of the shards is read. Raises UserError
-    as join() does."""
+    wanted = range(how.size) if wanted is None else wanted
     shape = list(pieces[0].shape)
     shape[how.dim] = len(wanted)
     whole, filled = pieces[0].new_empty(shape), wanted.start
@@ -156,7 +151,7 @@ def reshard(pieces: Sequence[Tensor], how: Cut, other: Cut, index: int) -> Tenso
     rows = other.rows[index]
     held = range(min(rows.start, other.size), min(rows.stop, other.size))
     if how.dim == other.dim:
-        piece = _join_rows(pieces, how, held)
+        piece = join(pieces, how, held)
     else:  # the embedding, by its width in one and by its vocabulary in the other
         piece = join([part.narrow(other.dim, held.start, len(held)) for part in pieces], how)
     return _padded(piece, other.dim, len(rows))

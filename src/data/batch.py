@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from src.data.encoding import Encoded
 
@@ -78,12 +79,8 @@ def make_batch(samples: Sequence[Encoded], *, packing: bool = False, with_target
         response_mask = torch.tensor([[is_learnt for sample in samples for is_learnt in sample.supervised]])
         batch = Batch(tokens, response_mask, tuple(len(sample.tokens) for sample in samples))
     else:
-        longest = max(len(sample.tokens) for sample in samples)
-        tokens = torch.zeros(len(samples), longest, dtype=torch.int64)
-        response_mask = torch.zeros(len(samples), longest, dtype=torch.bool)
-        for index, sample in enumerate(samples):
-            tokens[index, : len(sample.tokens)] = torch.tensor(sample.tokens)
-            response_mask[index, : len(sample.tokens)] = torch.tensor(sample.supervised)
+        tokens = pad_sequence([torch.tensor(sample.tokens) for sample in samples], batch_first=True)
+        response_mask = pad_sequence([torch.tensor(sample.supervised) for sample in samples], batch_first=True)
         batch = Batch(tokens, response_mask)
     if not with_targets:
         return batch

@@ -93,6 +93,7 @@ class SolverServer:
 
     def serve(self, host: str, port: int, started: Callable[[str], None]) -> NoReturn:
         """Answer for ever. started: is told the address. Raises OSError for one that cannot be listened at."""
+
         class Listener(ThreadingHTTPServer):
             """Many callers may come at once."""
 

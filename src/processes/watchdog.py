@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -232,11 +233,8 @@ def _listed(places: Mapping[int, str]) -> str:
 
 def _frames() -> list[FrameType]:
     """The main thread's frames, innermost first."""
-    frame, frames = sys._current_frames().get(threading.main_thread().ident), []
-    while frame:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames
+    innermost = sys._current_frames().get(threading.main_thread().ident)
+    return [frame for frame, _ in traceback.walk_stack(innermost)] if innermost else []
 
 
 def _place() -> str:
