@@ -5,7 +5,6 @@ torchrun --nproc_per_node 8 preference_train.py --ckpt_dir out --save_dir prefer
     --objective orpo --lora_rank 8 --lr 3e-5
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,9 +14,7 @@ from src.checkpoint import saving, storage
 from src.command import cli
 from src.command.config import Bounds, HeldOutFlags, NonNegative, Positive, Share, TrainConfig, flag
 from src.data.encoding import masked_text
-from src.data.sampler import Dataset
 from src.errors import UserError
-from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.training.kto import KTO
 from src.training.preference import Preference, evaluate, open_preferences, with_reference
@@ -113,7 +110,11 @@ def main(config: PreferenceTrainConfig) -> None:
     if against:
         model = load.load_solver(against, **how)
         identity = reference_identity(fingerprint, tokenizer, model.dtype, config.quantize)
-        data, held_out = score_by_reference(config, model, identity, (data, held_out), log)
+        # one pass before there is a policy, kept in a file for later runs
+        file = Path(config.reference_file or Path(config.save_dir) / "reference.jsonl")
+        reference = reference_logprobs(model, [*data.samples, *held_out.samples], file, identity,
+                                       max_batch_size=2 * config.max_batch_size, log=log)
+        data, held_out = with_reference(data, reference), with_reference(held_out, reference)
         del model  # before the policy takes its place
     model = load.load_solver(config.ckpt_dir, trained=run.trained, **how)
     run.open(model, log)
@@ -136,16 +137,6 @@ def main(config: PreferenceTrainConfig) -> None:
             score = -found.loss
         run.checkpointer.step_done(step.number, score)
     run.checkpointer.finish()
-
-
-def score_by_reference(
-    config: PreferenceTrainConfig, model: Decoder, identity: str, parts: Sequence[Dataset], log: RunLog
-) -> list[Dataset]:
-    """The pairs with log-probs of the model, which is not the policy yet: one pass, kept in a file for later runs."""
-    file = Path(config.reference_file or Path(config.save_dir) / "reference.jsonl")
-    reference = reference_logprobs(model, [sample for data in parts for sample in data.samples], file, identity,
-                                   max_batch_size=2 * config.max_batch_size, log=log)
-    return [with_reference(data, reference) for data in parts]
 
 
 if __name__ == "__main__":
