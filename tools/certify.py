@@ -74,16 +74,14 @@ class Certificate(NamedTuple):
         return all(row.passed for row in self.rows)
 
     def __str__(self) -> str:
-        lines = [
+        return "\n".join([
             f"{self.folder}: the first {self.n_layers} of {self.all_layers} layers in float32 on the CPU, "
-            f"against each row by itself on 1 rank",
+            "against each row by itself on 1 rank",
             _line("ranks", "way", "logits", "log-probs", "gradients", ""),
             *(_line(*row, "ok" if row.passed else "DIFFERS") for row in self.rows),
             _line("", "largest allowed", *LIMITS.values(), ""),
             *(f"not on {ranks} ranks: {reason}" for ranks, reason in self.skipped.items()),
-            "PASSED" if self.passed else "FAILED",
-        ]
-        return "\n".join(lines)
+            "PASSED" if self.passed else "FAILED"])
 
 
 def _line(ranks: object, way: str, *cells: object) -> str:

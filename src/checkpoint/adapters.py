@@ -26,14 +26,8 @@ class Adapter(NamedTuple):
 
 def document(base: Path, lora: LoraConfig) -> dict[str, object]:
     """The contents of adapter.json; the base's weights are pinned by their fingerprint."""
-    return {
-        "base": str(base.resolve()),
-        "base_fingerprint": storage.fingerprint(base),
-        "rank": lora.rank,
-        "alpha": lora.alpha,
-        "targets": list(lora.targets),
-        **({"dora": True} if lora.dora else {}),
-    }
+    return {"base": str(base.resolve()), "base_fingerprint": storage.fingerprint(base), "rank": lora.rank,
+            "alpha": lora.alpha, "targets": list(lora.targets), **({"dora": True} if lora.dora else {})}
 
 
 def read_adapter(folder: Path, base_dir: str = "") -> Adapter | None:

@@ -183,16 +183,10 @@ def config_json(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, o
     attention = ("wq", "wk", "wv", "wo")
     places = [f"{'attention' if name in attention else 'feed_forward'}.{name}" for name in lora.targets]
     return {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if config.value_head else "CAUSAL_LM",
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if config.value_head else "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_dora": lora.dora,
+        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_dora": lora.dora,
         "target_modules": [module_name(f"layers.0.{place}").split(".")[-1] for place in places],
         "modules_to_save": ["score"] if config.value_head else None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
     }

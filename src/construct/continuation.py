@@ -192,12 +192,9 @@ def branching_sampler(
                         for prompt, _ in open_prompts.values() for attempt in batch]
             continuations = generate_stepwise(solver, requests, sampling)
             labels = {name: prompt.label or "" for name, (prompt, _) in open_prompts.items()}
-            outcomes = parallel.from_first_rank(
-                lambda continuations=continuations, labels=labels: {
-                    f"{one.id}/{one.sample}": grade(one.prefix + found.text, labels[one.id])
-                    for one, found in continuations.items()
-                }
-            )
+            outcomes = parallel.from_first_rank(lambda continuations=continuations, labels=labels: {
+                f"{one.id}/{one.sample}": grade(one.prefix + found.text, labels[one.id])
+                for one, found in continuations.items()})
             for request, found in continuations.items():
                 outcome = outcomes[f"{request.id}/{request.sample}"]
                 last_end[request.id] = f"{found.end}, {outcome}"

@@ -236,16 +236,11 @@ def read_prompts(path: str, columns: Mapping[str, str] = {}, *, need_label: bool
         if tolerance is not None and (not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf):
             raise UserError(f"{row.where}: 'tolerance' is {tolerance!r}; expected a number, 0 or more")
         prompt = Prompt(
-            id=row.optional_text("id") or str(index),
-            instruction=row.instruction(),
-            label=_label(row, need_label),
-            level=level_number(row.get("level"), row.where),
-            subject=row.optional_text("subject"),
-            split=row.optional_text("split"),
-            answer_type=row.optional_text("answer_type") or "",
+            id=row.optional_text("id") or str(index), instruction=row.instruction(), label=_label(row, need_label),
+            level=level_number(row.get("level"), row.where), subject=row.optional_text("subject"),
+            split=row.optional_text("split"), answer_type=row.optional_text("answer_type") or "",
             tolerance=float(tolerance or 0),
-            others={name: value for name, value in row.values.items() if name not in Prompt._fields[:-1]},
-        )
+            others={name: value for name, value in row.values.items() if name not in Prompt._fields[:-1]})
         if prompt.id in seen:
             raise UserError(f"{row.where}: id {prompt.id!r} stands already at {seen[prompt.id]}")
         seen[prompt.id] = row.where
@@ -273,10 +268,8 @@ def _label(row: Row, needed: bool) -> str | None:
 
 def read_instruction_rows(path: str) -> list[dict[str, object]]:
     """Rows with an "instruction", an "input" joined to it, and whatever else they hold. Raises UserError."""
-    return [
-        {key: value for key, value in row.values.items() if key != "input"} | {"instruction": row.instruction()}
-        for row in read_rows(path, Schema())
-    ]
+    return [{key: value for key, value in row.values.items() if key != "input"} | {"instruction": row.instruction()}
+            for row in read_rows(path, Schema())]
 
 
 def read_votes(path: str) -> list[Vote]:
@@ -302,13 +295,9 @@ def read_samples(path: str) -> list[Sample]:
             raise UserError(f"{row.where}: 'sample' is {number!r}; expected a whole number")
         _check_sample(row)
         sample = Sample(
-            id=row.optional_text("id") or str(index),
-            sample=int(number),
-            prompt=row.text("prompt") if row.get("prompt") is not None else "",
-            response=row.text("response"),
-            outcome=row.optional_text("outcome"),
-            values=row.values | ({} if row.get("label") is None else {"label": row.optional_text("label")}),
-        )
+            id=row.optional_text("id") or str(index), sample=int(number), response=row.text("response"),
+            prompt=row.text("prompt") if row.get("prompt") is not None else "", outcome=row.optional_text("outcome"),
+            values=row.values | ({} if row.get("label") is None else {"label": row.optional_text("label")}))
         if (sample.id, sample.sample) in seen:
             raise UserError(f"{row.where}: id {sample.id!r}, sample {sample.sample} stands twice")
         seen.add((sample.id, sample.sample))

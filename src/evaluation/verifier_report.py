@@ -20,15 +20,9 @@ def report_samples(problems: Sequence[Sequence[Graded]]) -> dict[str, object]:
     right = np.array([sample.verdict.outcome == "right" for sample in pooled])
     lengths = np.array([sample.token_count or math.nan for sample in pooled])
     error, bins = metrics.calibration(scores, right)
-    return {
-        "too_long": len(everyone) - len(pooled),
-        "pair_accuracy": pair_accuracy(problems),
-        "auc": metrics.auc(scores, right),
-        "calibration_error": error,
-        "calibration": bins,
-        "length_correlation": correlation(scores, lengths),
-        "curves": choice_curves(problems),
-    }
+    return {"too_long": len(everyone) - len(pooled), "pair_accuracy": pair_accuracy(problems),
+            "auc": metrics.auc(scores, right), "calibration_error": error, "calibration": bins,
+            "length_correlation": correlation(scores, lengths), "curves": choice_curves(problems)}
 
 
 def pair_accuracy(problems: Sequence[Sequence[Graded]]) -> float:
@@ -87,9 +81,7 @@ def report_steps(
     wrong_steps = [metrics.first_wrong_step(scores, threshold) for scores in found]
     both = min(expected) < 0 <= max(expected)
     return {
-        "solutions": len(rows),
-        "too_long": too_long,
-        "steps": len(pairs),
+        "solutions": len(rows), "too_long": too_long, "steps": len(pairs),
         "step_accuracy": float(agree.mean()),
         "step_accuracy_on_right": float(agree[right].mean()) if right.any() else None,
         "step_accuracy_on_wrong": float(agree[~right].mean()) if not right.all() else None,

@@ -134,10 +134,8 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
     sentencepiece_class = "GemmaTokenizer" if is_gemma else "LlamaTokenizer"  # as transformers opens such a model
     config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast" if model == "gpt2" else sentencepiece_class,
-        "add_bos_token": adds_bos,
-        "add_eos_token": said.get("add_eos_token", False, bool),
-        "clean_up_tokenization_spaces": False,
-    }
+        "add_bos_token": adds_bos, "add_eos_token": said.get("add_eos_token", False, bool),
+        "clean_up_tokenization_spaces": False}
     if model == "llama":
         config["add_prefix_space"] = said.get("add_space_prefix", True, bool)
         config["legacy"] = False
