@@ -56,36 +56,21 @@ class Task:
         return {"extraction": self.extraction, "equality": self.equality}
 
 
-NUMBER, MATH, EXACT = "gsm8k/last-number@3", "math/last-box@3", "exact@3"
-WEAK_TO_STRONG = {
-    "prompt": "Question: {instruction}\nAnswer:", "stop": ("Question", "Answer"), "equality": "minerva-strings@1",
-}
-
-TASKS = {
-    task.name.lower(): task
-    for task in (
-        Task(name="GSM8K", extraction=NUMBER, equality=EXACT),
-        Task(name="MATH", extraction=MATH, equality=EXACT),
-        Task(name="MATH-500", extraction=MATH, equality=EXACT),
-        Task(name="SVAMP", extraction=NUMBER, equality=EXACT),
-        Task(name="ASDiv", extraction=NUMBER, equality=EXACT),
-        Task(name="MAWPS", extraction=NUMBER, equality=EXACT),
-        Task(name="AQuA", extraction="choice/letter@3", equality="choice@3"),
-        Task(name="choice", extraction="choice/letter@3", equality="choice@3"),
-        *(Task(name=name, extraction=MATH, equality=EXACT)
-          for name in ("AIME24", "AIME25", "AMC23", "HMMT", "Minerva")),
-        *(Task(name=name, extraction="choice/letter@3", equality="choice@3")
-          for name in ("GPQA", "MMLU", "ARC", "CommonsenseQA")),
-        *(Task(name=name, extraction=MATH, equality="typed@3")
-          for name in ("OlympiadBench", "OlympicArena", "BBH", "AGIEval")),
-        # the formats and comparisons of two published code bases, to reproduce their numbers
-        Task(name="GSM8K-strict", extraction="gsm8k/hashes@3", equality=EXACT),
-        Task(name="GSM8K-weak-to-strong", extraction="weak-to-strong/hashes@1", **WEAK_TO_STRONG),
-        Task(name="MATH-weak-to-strong", extraction="weak-to-strong/answer-is@1", **WEAK_TO_STRONG),
-        Task(name="toy", extraction="gsm8k/hashes@3", equality=EXACT),
-        Task(name="none", extraction="", equality=""),
-    )
-}
+RULES = (  # names, extraction, equality
+    ("GSM8K SVAMP ASDiv MAWPS", "gsm8k/last-number@3", "exact@3"),
+    ("MATH MATH-500 AIME24 AIME25 AMC23 HMMT Minerva", "math/last-box@3", "exact@3"),
+    ("AQuA choice GPQA MMLU ARC CommonsenseQA", "choice/letter@3", "choice@3"),
+    ("OlympiadBench OlympicArena BBH AGIEval", "math/last-box@3", "typed@3"),
+    ("GSM8K-strict toy", "gsm8k/hashes@3", "exact@3"),
+    ("none", "", ""),
+)
+TASKS = {name.lower(): Task(name=name, extraction=extraction, equality=equality)
+         for names, extraction, equality in RULES for name in names.split()}
+# the formats and comparisons of a published code base, to reproduce its numbers
+TASKS |= {f"{name}-weak-to-strong".lower(): Task(
+    name=f"{name}-weak-to-strong", prompt="Question: {instruction}\nAnswer:", stop=("Question", "Answer"),
+    extraction=f"weak-to-strong/{extraction}@1", equality="minerva-strings@1")
+    for name, extraction in (("GSM8K", "hashes"), ("MATH", "answer-is"))}
 
 
 def find_task(name: str) -> Task:
