@@ -42,7 +42,7 @@ from src.evaluation.evaluator import (
 )
 from src.evaluation.interactive import converse
 from src.evaluation.prompting import make_prompting, select_prompts
-from src.evaluation.report import CURVES, results_table, summarize
+from src.evaluation.report import curves_of, results_table, summarize
 from src.evaluation.served import ServedSolver, check_flags
 from src.evaluation.server import SolverServer
 from src.grading.tasks import INSTRUCTION, Task, find_task
@@ -171,7 +171,7 @@ def main(config: SolverEvaluateConfig) -> None:
             write_json(Path(config.log_dir) / "results.json", results)
             from src.plot import plot_results  # matplotlib costs half a second: not for every start
 
-            plot_results(results, CURVES, Path(config.log_dir) / "results.png")
+            plot_results(results, curves_of(results), Path(config.log_dir) / "results.png")
             report = write_report(Path(config.log_dir), label_file=config.label_file)
             runlog.table(f"{results_table(results, speed)}\nlook at     {report}")
 

@@ -122,26 +122,23 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
             for value, window in zip(values, kept, strict=True)]
 
 
-def plot_results(results: dict[str, object], curves: Mapping[str, str], path: Path) -> None:
+def plot_results(
+    results: dict[str, object], curves: Mapping[str, Sequence[tuple[int, float, float, float]]], path: Path
+) -> None:
     """Write a PNG: outcomes, ways to use k samples, levels, subjects, as far as there are any.
 
-    curves: keys of results over k, and their labels.
+    curves: points (k, accuracy, low, high) by label.
     """
     groups = [kind for kind in ("level", "subject") if results[f"by_{kind}"]]
-    has_curves = results["samples_a_problem"] > 1
-    figure = Figure(figsize=(4.2 * (1 + has_curves + len(groups)), 3.4), layout="constrained")
-    outcomes, *axes_row = figure.subplots(1, 1 + has_curves + len(groups), squeeze=False)[0]
+    n_panels = 1 + bool(curves) + len(groups)
+    figure = Figure(figsize=(4.2 * n_panels, 3.4), layout="constrained")
+    outcomes, *axes_row = figure.subplots(1, n_panels, squeeze=False)[0]
     n_samples = sum(results["outcomes"].values())
     shares = {name: {"accuracy": n / n_samples} for name, n in results["outcomes"].items() if n or name == "right"}
     shares["right"]["interval"] = results["interval"]
     _bars(outcomes, f"{n_samples} samples", shares)
-    if has_curves:
-        axes = axes_row.pop(0)
-        for name in (name for name in curves if name in results):
-            sizes = [int(k) for k in results[name]]
-            low, high = zip(*results["intervals"][name].values(), strict=True)
-            _curve(axes, curves[name], sizes, list(results[name].values()), low, high)
-        _finish_curves(axes, sizes)
+    if curves:
+        _draw_curves(axes_row.pop(0), curves)
     for kind, axes in zip(groups, axes_row, strict=True):
         entries = {f"{name} ({entry['problems']})": entry for name, entry in results[f"by_{kind}"].items()}
         _bars(axes, f"accuracy by {kind} (problems)", entries)
@@ -155,9 +152,8 @@ def plot_verifier(report: dict[str, object], path: Path) -> None:
     """Write a PNG: accuracy of every way of choosing over n, and how often a score of p is right."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     over_n, reliability = figure.subplots(1, 2)
-    for name, curve in report["curves"].items():
-        _curve(over_n, name, curve["n"], curve["accuracy"], curve["low"], curve["high"])
-    _finish_curves(over_n, curve["n"])
+    _draw_curves(over_n, {name: list(zip(curve["n"], curve["accuracy"], curve["low"], curve["high"], strict=True))
+                          for name, curve in report["curves"].items()})
     bins = report["calibration"]
     probabilities, accuracies, counts = zip(*((b["probability"], b["accuracy"], b["count"]) for b in bins), strict=True)
     reliability.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="calibrated")
@@ -171,15 +167,12 @@ def plot_verifier(report: dict[str, object], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def _curve(
-    axes: Axes, label: str, sizes: Sequence[int], values: Sequence[float], low: Sequence[float], high: Sequence[float]
-) -> None:
+def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> None:
     """Accuracy over a number of samples, and its interval from low to high."""
-    axes.plot(sizes, values, marker="o", markersize=3, label=label)
-    axes.fill_between(sizes, low, high, alpha=0.1)
-
-
-def _finish_curves(axes: Axes, sizes: Sequence[int]) -> None:
+    for label, points in curves.items():
+        sizes, values, low, high = zip(*points, strict=True)
+        axes.plot(sizes, values, marker="o", markersize=3, label=label)
+        axes.fill_between(sizes, low, high, alpha=0.1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(k) for k in sizes])
     axes.set_xlabel("samples of a problem")

@@ -6,7 +6,7 @@ import pytest
 
 from src import plot
 from src.data.examples import Prompt
-from src.evaluation.report import CURVES, Graded, summarize
+from src.evaluation.report import Graded, curves_of, summarize
 from src.grading.grader import Verdict
 from src.grading.tasks import find_task
 from src.plot import plot_results, plot_run
@@ -26,7 +26,8 @@ def results(n: int, level: int | None, scored: bool) -> dict[str, object]:
 @pytest.mark.parametrize("n, level, scored, panels", [(1, None, False, 1), (1, 2, False, 2), (4, 2, True, 3)])
 def test_a_picture_is_written(tmp_path: Path, n: int, level: int | None, scored: bool, panels: int) -> None:
     for name in ("first.png", "second.png"):
-        plot_results(results(n, level, scored), CURVES, tmp_path / name)
+        found = results(n, level, scored)
+        plot_results(found, curves_of(found), tmp_path / name)
     data = (tmp_path / "first.png").read_bytes()
     assert data.startswith(b"\x89PNG") and data == (tmp_path / "second.png").read_bytes()
     width = int.from_bytes(data[16:20], "big")

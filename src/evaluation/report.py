@@ -117,6 +117,13 @@ def _by(names: Sequence[Hashable], shares: Sequence[float]) -> dict[Hashable, di
             for name, values in sorted(groups.items())}
 
 
+def curves_of(results: Mapping[str, object]) -> dict[str, list[tuple[int, float, float, float]]]:
+    """Of each way to use k samples, by its label, the points (k, accuracy, low, high); none of one sample a problem."""
+    shown = CURVES.items() if results.get("samples_a_problem", 1) > 1 else ()
+    return {label: [(int(k), value, *results["intervals"][key][k]) for k, value in results[key].items()]
+            for key, label in shown if key in results}
+
+
 def results_table(results: dict[str, object], speed: Speed | None = None) -> str:
     """results.json as a person reads it, and the speed of this start."""
     low, high = results["interval"]
@@ -127,11 +134,10 @@ def results_table(results: dict[str, object], speed: Speed | None = None) -> str
     if "acc_norm" in results:
         low, high = results["acc_norm_interval"]
         lines.append(f"acc_norm    {results['acc_norm']:7.1%}   95% interval {low:.1%} .. {high:.1%}")
-    for name, label in CURVES.items():
-        if n > 1 and name in results:
-            values = "   ".join(f"@{k} {value:.1%}" for k, value in results[name].items())
-            low, high = list(results["intervals"][name].values())[-1]
-            lines.append(f"{label:10}  {values}   ({low:.1%} .. {high:.1%})")
+    for label, points in curves_of(results).items():
+        values = "   ".join(f"@{k} {value:.1%}" for k, value, *_ in points)
+        *_, low, high = points[-1]
+        lines.append(f"{label:10}  {values}   ({low:.1%} .. {high:.1%})")
     for kind in ("level", "subject"):
         for name, entry in results[f"by_{kind}"].items():
             low, high = entry["interval"]

@@ -9,7 +9,7 @@ from src import jsonfile
 from src.data.encoding import STEP_ENDS
 from src.data.examples import Prompt, Sample, StepLabels, read_prompts, read_samples
 from src.errors import UserError
-from src.evaluation.report import CURVES
+from src.evaluation.report import curves_of
 from src.evaluation.verifier_report import first_wrong
 from src.grading.extract import extract
 from src.runlog import METRICS, read_metrics
@@ -72,11 +72,15 @@ def read_run(folder: Path, label_file: str = "") -> ReportedRun:
         label = str(sample.values.get("label", ""))
         problems.setdefault(sample.id, ReportedProblem(_cut(sample.prompt), label, [])).samples.append(sample)
     credits_file, rollouts = folder / "credits.jsonl", sorted((folder / "rollouts").glob("step-*.jsonl"))
+    curves = curves_of(results)  # points of k, accuracy and the ends of its interval, for each way of choosing
+    if verifier := results.get("verifier"):
+        curves = {name: list(zip(curve["n"], curve["accuracy"], curve["low"], curve["high"], strict=True))
+                  for name, curve in verifier["curves"].items()}
     shown = {
         "name": str(folder),
         "subtitle": _subtitle(results, metrics),
         "figures": list(_figures(results)),
-        "curves": list(_curves(results)),
+        "curves": [{"name": name, "points": points} for name, points in curves.items()],
         "groups": [{"kind": kind, "entries": [{"name": name, **entry} for name, entry in results[f"by_{kind}"].items()]}
                    for kind in ("level", "subject") if results.get(f"by_{kind}")],
         "metrics": _metrics(metrics),
@@ -134,10 +138,9 @@ def _figures(results: Mapping[str, object]) -> Iterator[dict[str, object]]:
         yield figure("accuracy", results["accuracy"], results["interval"], share=True)
     if "acc_norm" in results:
         yield figure("acc_norm", results["acc_norm"], results["acc_norm_interval"], share=True)
-    for key, label in CURVES.items():
-        if results.get("samples_a_problem", 1) > 1 and key in results:
-            (k, value), interval = list(results[key].items())[-1], list(results["intervals"][key].values())[-1]
-            yield figure(f"{label} {k}", value, interval, share=True)
+    for label, points in curves_of(results).items():
+        k, value, *interval = points[-1]
+        yield figure(f"{label} {k}", value, interval, share=True)
     if "outcomes" in results:
         yield figure("samples", ", ".join(f"{n} {name}" for name, n in results["outcomes"].items() if n))
         yield figure("cut off", results["truncated"])
@@ -149,19 +152,6 @@ def _figures(results: Mapping[str, object]) -> Iterator[dict[str, object]]:
         if key in results:
             yield figure(f"wrong step found {key.replace('_', ' ')}", results[key]["accuracy"],
                          results[key]["interval"], share=True)
-
-
-def _curves(results: Mapping[str, object]) -> Iterator[dict[str, object]]:
-    """Accuracy over k samples for each way of choosing: points of k, accuracy and the ends of its interval."""
-    if verifier := results.get("verifier"):
-        for name, curve in verifier["curves"].items():
-            points = zip(curve["n"], curve["accuracy"], curve["low"], curve["high"], strict=True)
-            yield {"name": name, "points": list(points)}
-        return
-    for key, label in CURVES.items():
-        if results.get("samples_a_problem", 1) > 1 and key in results:
-            intervals = results["intervals"][key]
-            yield {"name": label, "points": [[int(k), value, *intervals[k]] for k, value in results[key].items()]}
 
 
 def _metrics(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
