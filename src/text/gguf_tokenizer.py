@@ -5,6 +5,7 @@ llama.cpp knows two kinds that our families have: "gpt2", byte-level BPE whose p
 """
 
 import contextlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,6 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from src.errors import UserError
 from src.jsonfile import parse, write_json
 from src.text.chat import find_source
-from src.text.tiktoken_merges import merges_of, spelled
 from src.text.tokenizer import Tokenizer, read_config, read_stops
 from src.text.vocabulary import CUT, GPT_2_CUT, PreTokenizer, SentencePiece, Tiktoken, byte_level_bpe
 
@@ -264,6 +264,34 @@ def _from_sentencepiece(model: bytes, source: str) -> tuple[dict[str, object], d
     tokens = {index: _Token(one.piece.replace(_SPACE, " ") if one.type == USER_DEFINED else one.piece, one.type,
                             one.score) for index, one in enumerate(proto.pieces)}
     return {f"{_G}model": "llama", f"{_G}pre": "default", f"{_G}add_space_prefix": normal.add_dummy_prefix}, tokens
+
+
+# Printable bytes stand for themselves in GPT-2's letters for bytes, the others for the characters from 256 on.
+_SHOWN = (*range(33, 127), *range(161, 173), *range(174, 256))
+_HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
+_OF_BYTES = {byte: chr(byte) for byte in _SHOWN} | {byte: chr(256 + at) for at, byte in enumerate(_HIDDEN)}
+
+
+def spelled(token: bytes) -> str:
+    """A token as byte-level BPE writes it."""
+    return "".join(_OF_BYTES[byte] for byte in token)
+
+
+def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two parts of each token, by rank: what lower ranks make of its bytes. A token of which they leave more than
+    two parts has none: only a whole piece of text becomes it."""
+    merges = []
+    for token, rank in ranks.items():
+        parts = [token[at : at + 1] for at in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            if min(pairs) >= rank:
+                break
+            at = pairs.index(min(pairs))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
 
 
 def _from_ranks(vocabulary: Tiktoken) -> tuple[dict[str, object], dict[int, _Token]]:

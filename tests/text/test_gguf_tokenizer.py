@@ -1,4 +1,4 @@
-"""src/text/gguf_tokenizer.py and tiktoken_merges.py: tokenizers into GGUF's keys and back."""
+"""src/text/gguf_tokenizer.py: tokenizers into GGUF's keys and back."""
 
 import json
 from pathlib import Path
