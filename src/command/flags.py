@@ -111,10 +111,7 @@ class Flag(NamedTuple):
     @property
     def expects(self) -> str:
         """The kinds of value it takes, in words."""
-        return " or ".join(
-            "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else
-            f"list of {KINDS[get_args(kind)[0]].name}" if get_origin(kind) is list else KINDS[kind].name
-            for kind in self.kinds)
+        return " or ".join(map(_describe, self.kinds))
 
     @property
     def example(self) -> str:
@@ -310,6 +307,12 @@ def _read_as(kind: object, words: list[str], split: bool) -> Value:
     if get_origin(kind) is Literal:
         return get_args(kind)[[str(choice) for choice in get_args(kind)].index(word)]
     return KINDS[kind].read(word)
+
+
+def _describe(kind: object) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    return f"list of {KINDS[get_args(kind)[0]].name}" if get_origin(kind) is list else KINDS[kind].name
 
 
 def meanings_of(docstring: str) -> dict[str, str]:

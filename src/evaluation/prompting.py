@@ -62,8 +62,7 @@ def _read_few_shot(name: str) -> dict[str, object]:
     if name not in bundled and not Path(name).exists():
         raise UserError(f"--few_shot {name} is neither a file nor one of {', '.join(sorted(bundled))}")
     values = {key: value for key, value in read_json(bundled.get(name, name)).items() if value is not None}
-    rows, prompt, stop = (values.get(key, default) for key, default in (("demonstrations", []), ("prompt", ""),
-                                                                        ("stop", [])))
+    rows, prompt, stop = values.get("demonstrations"), values.get("prompt", ""), values.get("stop", [])
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) and isinstance(prompt, str)
             and isinstance(stop, list) and all(isinstance(text, str) and text for text in stop)):
         raise UserError(f'--few_shot {name}: expected {{"prompt": text?, "stop": [text, ...]?, "demonstrations": '
@@ -88,11 +87,16 @@ def select_prompts(prompts: Sequence[Prompt], split: str) -> list[Prompt]:
         if key not in KEYS or not value:
             raise UserError(f"--split {split!r}: {condition!r} is no condition; expected NAME, level=4, level=1-3 or "
                             "subject=Algebra")
-        found = [getattr(prompt, key) for prompt in chosen]
-        span, words = re.fullmatch(r"(\d+)-(\d+)", value), [word.strip().lower() for word in value.split("|")]
-        chosen = [prompt for prompt, own in zip(chosen, found, strict=True) if own is not None and (
-            int(span[1]) <= own <= int(span[2]) if span and isinstance(own, int) else str(own).lower() in words)]
+        found = sorted({str(getattr(prompt, key)) for prompt in chosen})
+        chosen = [prompt for prompt in chosen if _is_in(getattr(prompt, key), value)]
         if not chosen:
-            known = ", ".join(sorted({*map(str, found)}))
-            raise UserError(f"--split {split!r}: no problem has {key} {value}; found {known[:200]}")
+            raise UserError(f"--split {split!r}: no problem has {key} {value}; found {', '.join(found)[:200]}")
     return chosen
+
+
+def _is_in(value: str | int | None, wanted: str) -> bool:
+    """Whether a field is one of the alternatives, or lies in a range of numbers."""
+    span = re.fullmatch(r"(\d+)-(\d+)", wanted)
+    if span and isinstance(value, int):
+        return int(span[1]) <= value <= int(span[2])
+    return value is not None and str(value).lower() in [word.strip().lower() for word in wanted.split("|")]
