@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -146,11 +145,8 @@ class Watchdog(threading.Thread):
             try:
                 self._say(json.dumps({"now": now, "still": now - got_on_at, "place": _place()}))
                 problem = self._problem(now, now - since, now - got_on_at)
-                if not problem:  # say once what this rank waits for
-                    waits = self._problem(now, now - since, now - got_on_at, NOTICE_SHARE)
-                    if waits not in ("", "-") and not self._has_noticed:
-                        show_problem(f"waiting: {waits}")
-                    self._has_noticed = bool(waits)
+                if not problem:
+                    self._notice(self._problem(now, now - since, now - got_on_at, NOTICE_SHARE))
             except RuntimeError:  # the store is gone, with it the launcher, or does not answer: nothing is known
                 problem = ""
             if not problem and now - since > self._longest:
@@ -180,6 +176,12 @@ class Watchdog(threading.Thread):
         keys = {rank: f"watchdog/{rank}" for rank in self._others}
         return {rank: self._store.get(key).decode() if self._store.check([key]) else "" for rank, key in keys.items()}
 
+    def _notice(self, problem: str) -> None:
+        """Say once what this rank waits for."""
+        if problem not in ("", "-") and not self._has_noticed:
+            show_problem(f"waiting: {problem}")
+        self._has_noticed = bool(problem)
+
     def _problem(self, now: float, here: float, still: float, share: float = 1.0) -> str:
         """What is wrong with the job as far as this rank can tell; else empty.
 
@@ -195,8 +197,10 @@ class Watchdog(threading.Thread):
         places = {self._rank: _place()} | {rank: sign.place for rank, sign in self._signs.items() if rank not in silent}
         if silent:
             lost = "; ".join(f"rank {rank}, last {self._signs[rank].place or 'not yet there'}" for rank in silent)
-            problem = (f"nothing was heard for {patience:.0f} s of {lost}: its process is stopped or swapped out, or "
-                       f"its machine is gone; {_listed(places)}")
+            problem = (
+                f"nothing was heard for {patience:.0f} s of {lost}: its process is stopped or swapped out, "
+                f"or its machine is gone; {_listed(places)}"
+            )
         elif min([still, *(sign.still + now - sign.came for sign in self._signs.values())]) > longest:
             problem = f"no rank has got on for {longest:.0f} s: {_listed(places)}"
         else:
@@ -233,8 +237,11 @@ def _listed(places: Mapping[int, str]) -> str:
 
 def _frames() -> list[FrameType]:
     """The main thread's frames, innermost first."""
-    innermost = sys._current_frames().get(threading.main_thread().ident)
-    return [frame for frame, _ in traceback.walk_stack(innermost)] if innermost else []
+    frame, frames = sys._current_frames().get(threading.main_thread().ident), []
+    while frame:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
 
 
 def _place() -> str:
