@@ -46,7 +46,7 @@ def main(config: PPOConfig) -> None:
         runlog.table(plan.ppo(config, data.prompts, data.held_out, data.tokenizer, n_iterations))
         return
     parallel.start(config.seed, load.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size),
-                   config.replicas)
+                   config.replicas, config.context_parallel_size)
     for save_dir in config.save_dirs:
         saving.check_save_dir(save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir,
                               config.teacher_ckpt_dir)

@@ -11,18 +11,18 @@ from pathlib import Path
 from src import load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.command import cli
-from src.command.config import Count, ModelFlags, Positive, TokenizerFlags, flag
+from src.command.config import ContextFlags, Count, ModelFlags, Positive, TokenizerFlags, flag
 from src.data.encoding import StepKind
 from src.data.examples import read_step_labels
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
-from src.evaluation.scoring import encode_solutions, tell_too_long
+from src.evaluation.scoring import encode_solutions
 from src.jsonfile import write_json
 from src.report.page import write_report
 from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class CreditConfig(ModelFlags, TokenizerFlags):
+class CreditConfig(ModelFlags, TokenizerFlags, ContextFlags):
     """Credit of tokens"""
 
     ckpt_dir: str = flag(help="solver that preference_train.py has trained")
@@ -40,20 +40,21 @@ class CreditConfig(ModelFlags, TokenizerFlags):
 def main(config: CreditConfig) -> None:
     """Credit of tokens and steps, beta times the log-ratio of a solver and its reference, and what it finds."""
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
-    load.load_config(config.reference_ckpt_dir, kind="solver")
+    reference_config = load.load_config(config.reference_ckpt_dir, kind="solver")
+    models = {config.ckpt_dir: model_config, config.reference_ckpt_dir: reference_config}
+    n = load.scoring_ranks(models, config.context_parallel_size, planned=config.dry_run)
     rows = list(read_step_labels(config.steps_file))
-    if config.dry_run:
-        runlog.table(plan.scoring(model_config, load.n_shards(config.ckpt_dir), len(rows),
-                                  half=plan.is_half(config)))
-        return
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     load.check_tokenizer(tokenizer, config.reference_ckpt_dir)
     solutions = encode_solutions(rows, tokenizer, model_config.max_seq_len, config.step)
-    tell_too_long(solutions, "solutions", model_config.max_seq_len)
     encoded = [solution for solution in solutions if solution]
+    if config.dry_run:
+        runlog.table(plan.scoring(config, model_config, n, [len(row.tokens) for row in encoded], config.max_batch_size,
+                                  context_parallel=config.context_parallel_size))
+        return
     rows = [row for row, solution in zip(rows, solutions, strict=True) if solution]
     storage.claim(Path(config.log_dir))
-    parallel.start()
+    parallel.start(tensor_parallel_size=n, context_parallel_size=config.context_parallel_size)
     RunLog(config.log_dir, config.flags())
     # each solver is gone when the next one is loaded
     policy, reference = (list(token_logprobs(load.load_solver(folder, precision=config.precision), encoded,

@@ -134,18 +134,18 @@ def main(config: SolverEvaluateConfig) -> None:
         shown = (served.shown if served else prompting.text)(prompts[0].instruction)
         runlog.table(plan.report({"problems": len(prompts), "a prompt": shown}, {}))
         return
-    if config.dry_run and config.choices:
-        model_config, n_shards = load.load_config(config.ckpt_dir, config.model_type), load.n_shards(config.ckpt_dir)
-        runlog.table(plan.scoring(model_config, n_shards, len(prompts), config.quantize, half=plan.is_half(config)))
-        return
     if config.dry_run:
+        model_config = load.load_config(config.ckpt_dir, config.model_type)
         tokenizer = load.load_tokenizer(config.ckpt_dir, config)
-        texts = [prompting.text(prompt.instruction) for prompt in prompts]
+        n = load.scoring_ranks({config.ckpt_dir: model_config}, 1, planned=True)
+        encoded = [encode_prompt(tokenizer, prompting.text(prompt.instruction)) for prompt in prompts]
+        if config.choices:  # each a few tokens after its prompt
+            runlog.table(plan.scoring(config, model_config, n, [*map(len, encoded)], config.max_batch_size,
+                                      quantize=config.quantize))
+            return
         runlog.table(plan.decoding(
-            load.load_config(config.ckpt_dir, config.model_type), load.n_shards(config.ckpt_dir),
-            [encode_prompt(tokenizer, text) for text in texts], samples=config.num_samples,
-            max_new_tokens=config.max_new_tokens, n_rows=config.max_batch_size, quantize=config.quantize,
-            half=plan.is_half(config)))
+            model_config, n, encoded, samples=config.num_samples, max_new_tokens=config.max_new_tokens,
+            n_rows=config.max_batch_size, quantize=config.quantize, half=plan.is_half(config)))
         return
     if not config.samples_file:
         solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.max_rounds,

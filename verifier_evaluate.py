@@ -14,14 +14,14 @@ from typing import Literal
 from src import load, parallel, plan, runlog
 from src.checkpoint import storage
 from src.command import cli
-from src.command.config import Count, ModelFlags, TokenizerFlags, flag
+from src.command.config import ContextFlags, Count, ModelFlags, TokenizerFlags, flag
 from src.data.encoding import StepKind
 from src.data.examples import match_samples, read_prompts, read_samples, read_step_labels
 from src.errors import UserError
 from src.evaluation.evaluator import BackgroundGrader, grade_samples, refuse_sampled
 from src.evaluation.prompting import select_prompts
 from src.evaluation.report import summarize
-from src.evaluation.scoring import score_samples, score_steps, with_score
+from src.evaluation.scoring import encode_samples, encode_solutions, score_samples, score_steps, with_score
 from src.evaluation.verifier_report import (
     choose_threshold,
     report_samples,
@@ -36,7 +36,7 @@ from src.runlog import RunLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifierEvaluateConfig(ModelFlags, TokenizerFlags):
+class VerifierEvaluateConfig(ModelFlags, TokenizerFlags, ContextFlags):
     """Verifier evaluation"""
 
     ckpt_dir: str = flag(help="verifier checkpoint")
@@ -72,6 +72,7 @@ class VerifierEvaluateConfig(ModelFlags, TokenizerFlags):
 def main(config: VerifierEvaluateConfig) -> None:
     """Add scores to samples: best-of-n and weighted voting over n next to majority voting; or score steps."""
     model_config = load.load_config(config.ckpt_dir, config.model_type, "verifier")
+    n = load.scoring_ranks({config.ckpt_dir: model_config}, config.context_parallel_size, planned=config.dry_run)
     prompts, samples, labelled = [], [], []
     if config.samples_file:
         problems = read_prompts(config.label_file, need_label=True)
@@ -85,17 +86,19 @@ def main(config: VerifierEvaluateConfig) -> None:
             raise UserError(f"{config.ckpt_dir} is a pairwise verifier and cannot judge steps; give an outcome or "
                             f"process one")
     load.check_step(config.ckpt_dir, model_config, config.step)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     if config.dry_run:
-        n_shards = load.n_shards(config.ckpt_dir)
-        runlog.table(plan.scoring(model_config, n_shards, len(samples or labelled), config.quantize,
-                                  half=plan.is_half(config)))
+        encoded = encode_samples(tokenizer, samples, model_config) or encode_solutions(
+            labelled, tokenizer, model_config.max_seq_len, model_config.step, model_config.verifier_form)
+        runlog.table(plan.scoring(config, model_config, n, [len(row.tokens) for row in encoded if row],
+                                  config.max_batch_size, quantize=config.quantize,
+                                  context_parallel=config.context_parallel_size))
         return
     storage.claim(Path(config.log_dir))
     if config.samples_file:
         refuse_sampled(Path(config.log_dir) / "samples.jsonl", config.samples_file)
-    parallel.start()
+    parallel.start(tensor_parallel_size=n, context_parallel_size=config.context_parallel_size)
     verifier = load.load_verifier(config.ckpt_dir, precision=config.precision, quantize=config.quantize)
-    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     log, folder = RunLog(config.log_dir, config.flags()), Path(config.log_dir)
     if config.steps_file:
         threshold = None

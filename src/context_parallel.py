@@ -8,10 +8,15 @@ gets the part of its gradient that comes through its own positions; their sum ov
 B batch, S positions, H heads, E head dim, n ranks of a group
 """
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 _group: dist.ProcessGroup | None = None
 
@@ -53,6 +58,20 @@ def uncut(x: Tensor, n_positions: int) -> Tensor:
         return x
     here = part(n_positions)
     return _Sum.apply(F.pad(x, (here.start, len(here) * size() - here.stop)))[:, :n_positions]
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """What this rank takes of work that the ranks of a group do each by itself, such as sampling."""
+    return items[rank() :: size()]
+
+
+def gather(items: list[Item]) -> list[Item]:
+    """The lists of all ranks of a group, joined in their order, on each. Items must be picklable."""
+    if _group is None:
+        return items
+    found: list[list[Item]] = [[] for _ in range(size())]
+    dist.all_gather_object(found, items, group=_group)
+    return [item for part in found for item in part]
 
 
 def exchange(x: Tensor, over: int, joined: int) -> Tensor:

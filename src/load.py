@@ -64,6 +64,26 @@ def tensor_parallel_size(ckpt_dir: str, asked: int = -1) -> int:
     return asked
 
 
+def check_context_parallel(models: Mapping[str, ModelConfig], size: int, n: int) -> int:
+    """How many batches the ranks take at once, `size` of them and n tensor-parallel ones sharing each. Raises UserError
+    for ranks that this does not divide, and, by its directory, for a model whose heads it does not."""
+    for folder, model in models.items():
+        model.check_heads(n, size, folder)
+    return parallel.divided(parallel.world_size() // n, "context_parallel_size", size)
+
+
+def scoring_ranks(models: Mapping[str, ModelConfig], context_parallel_size: int, *, planned: bool = False) -> int:
+    """How many tensor-parallel ranks share a model that scores rows: all that run, or those of each part of a row.
+    planned: of a dry run, which without torchrun is of the shards. Raises UserError like check_context_parallel()."""
+    world = parallel.world_size()
+    if world % context_parallel_size:
+        raise UserError(f"--context_parallel_size {context_parallel_size} does not divide the {world} processes that "
+                        f"run; start a multiple of it")
+    n = world // context_parallel_size
+    check_context_parallel(models, context_parallel_size, n)
+    return n_shards(next(iter(models))) if planned and world == 1 else n
+
+
 def planned_ranks(ckpt_dir: str, asked: int = -1) -> int:
     """How many ranks share one model in a dry run: those of the command, or without torchrun the shards."""
     n_ranks = tensor_parallel_size(ckpt_dir, asked)

@@ -56,9 +56,9 @@ def start(seed: int = 1, tensor_parallel_size: int = -1, replicas: int = 1, cont
             groups.initialize_model_parallel(size)
         context_parallel.start(context_parallel_size, size)
         ranks = groups.get_data_parallel_world_size()
-        if divided(ranks, "replicas", replicas) and ranks > 1:
-            global _mesh
-            _mesh = _data_parallel_mesh(replicas)
+        divided(ranks, "replicas", replicas)
+        global _mesh
+        _mesh = _data_parallel_mesh(replicas) if ranks > 1 else None
         atexit.register(stop)  # gloo's threads abort a process that exits while its groups are alive
     seed_all(seed)
 
@@ -109,8 +109,6 @@ def _join(backend: str) -> None:
 
 def stop() -> None:
     """Leave the process group; start() may be called again."""
-    global _mesh
-    _mesh = None
     if dist.is_initialized():
         groups.destroy_model_parallel()
         dist.destroy_process_group()
@@ -220,7 +218,7 @@ def sum_over_all(x: Tensor) -> Tensor:
 
 def gather_over_data_parallel(items: list[Item]) -> list[Item]:
     """The lists of all data-parallel ranks joined in their order, alike on each. Items must be picklable."""
-    if data_parallel_size() == 1:
+    if groups.get_data_parallel_world_size() == 1:
         return items
     found: list[list[Item]] = [[] for _ in range(groups.get_data_parallel_world_size())]
     dist.all_gather_object(found, items, group=groups.get_data_parallel_group())
@@ -229,9 +227,9 @@ def gather_over_data_parallel(items: list[Item]) -> list[Item]:
 
 def join_over_data_parallel(x: Tensor) -> Tensor:
     """Sum of CPU tensors x [...] over the data-parallel ranks, each of which has filled its own entries. -> [...]."""
-    if data_parallel_size() == 1:
+    if groups.get_data_parallel_world_size() == 1:
         return x
-    total = x.to(device()) * (context_parallel.rank() == 0)  # those of a batch have the same: one of them counts
+    total = x.to(device()) * (context_parallel.rank() == 0)  # of those that share a batch the first one counts
     dist.all_reduce(total, group=groups.get_data_parallel_group())
     return total.cpu()
 

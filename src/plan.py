@@ -32,6 +32,7 @@ from src.training.memory import (
     local_lora_parameters,
     local_parameters,
     local_trainable_parameters,
+    scoring_memory,
     sent_for_attention,
     training_memory,
 )
@@ -41,7 +42,7 @@ from src.training.sharing import base_of
 
 # What a run adds on a CPU to what its dry run holds: process group, TensorBoard, kernels' code, sampling (measured)
 STILL_TO_COME = 60 * 2**20
-MEASURED = "measured on a CPU it was 7% above to 36% below; no GPU was measured"
+MEASURED = "measured on a CPU it was 7% above to 36% below (long rows: holes in the heap); no GPU was measured"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
 ARRANGEMENTS = ("all at once", "--phases", "--share_base")
 DOING = {"model": "training", "actor": "the actor learns", "critic": "the critic learns",
@@ -56,31 +57,36 @@ def training(
     """The plan of a trainer that takes these steps, of these samples. summed: its loss is a sum of log-probs."""
     n = load.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
     model.check_divides(n, "this checkpoint")
-    sharing = config.context_parallel_size
-    model.check_heads(n, sharing)
+    parts = config.context_parallel_size
     passes = [(step.epoch, [batch.tokens.numel() for batch in step.batches]) for step in steps]
     n_tokens = max((max(tokens) for _, tokens in passes), default=0)
-    n_flop = 6 * local_parameters(model, n) * sum(sum(tokens) for _, tokens in passes) // sharing
+    n_flop = 6 * local_parameters(model, n) * sum(sum(tokens) for _, tokens in passes) // parts
     how = Training(load.lora_config(config, config.lora_dropout), config.quantize, config.activation_checkpointing,
-                   parallel.divided(data_parallel * sharing, "replicas", config.replicas),
-                   config.accumulation_steps > 1, _on_gpu(), is_half(config), config.optimizer, summed, sharing)
+                   parallel.divided(data_parallel * parts, "replicas", config.replicas),
+                   config.accumulation_steps > 1, _on_gpu(), is_half(config), config.optimizer, summed, parts)
     memory = {"model": training_memory(model, n, n_tokens, how)}
     sizes = (n for sample in samples for row in sample for n in (len(row.tokens), len(row.targets)))
     lengths, n_targets = np.fromiter(sizes, np.int64).reshape(-1, 2).T
     ids = size(int(4 * lengths.sum() + 8 * n_targets.sum()))
     facts = {
         "tensor-parallel ranks": n,
-        "data-parallel ranks": data_parallel * sharing,
+        "data-parallel ranks": data_parallel * parts,
         "examples": f"{len(lengths)}, the longest {lengths.max()} tokens; their ids take {ids}",
         "largest forward pass": f"{n_tokens} tokens",
-        **({"shared by": f"{sharing} ranks, {-(-n_tokens // sharing)} tokens each; for attention each sends "
-            f"{size(sent_for_attention(model, n, n_tokens, how))} a pass"} if sharing > 1 else {}),
+        **sharing(n_tokens, how, sent_for_attention(model, n, n_tokens, how)),
         "optimizer steps": len(passes),
         "time": duration(n_flop, config),
         "disk": disk([model], n, how, config, len(passes), sum(epoch == 1 for epoch, _ in passes)),
         "an example": masked_text(samples[0][0], tokenizer),
     }
-    return report(facts, memory, moments(memory, {"model": model}, n), n * data_parallel * sharing)
+    return report(facts, memory, moments(memory, {"model": model}, n), n * data_parallel * parts)
+
+
+def sharing(n_tokens: int, how: Training, sent: int) -> dict[str, str]:
+    """The fact that context-parallel ranks share a pass over so many tokens, if they do. sent: bytes, by each."""
+    n = how.context_parallel
+    shared = f"{n} ranks, {-(-n_tokens // n)} tokens each; for attention each sends {size(sent)} a pass"
+    return {"shared by": shared} if n > 1 else {}
 
 
 def duration(flop: int, config: ModelFlags) -> str:
@@ -102,18 +108,25 @@ def decoding(
              "prompts": f"{len(prompts)}, the longest {longest} tokens of a context of {config.max_seq_len}, the first "
              f"{shared} of all the same"}
     n_rows, n_tokens = min(n_rows, n_samples), min(longest + max_new_tokens, config.max_seq_len)
-    held = frozen_memory(config, n, quantize or "bfloat16" * half)
-    parts = held | decoding_memory(config, n, n_rows, n_tokens, shared, half=half)
+    parts = frozen_memory(config, n, quantize or "bfloat16" * half)
+    parts |= decoding_memory(config, n, n_rows, n_tokens, shared, half=half)
     if half and quantize in PRECISIONS:
-        parts["prepared weights"] = held["weights"]  # the codes, laid out for a CPU's kernel
+        parts["prepared weights"] = parts["weights"]  # the codes, laid out for a CPU's kernel
     return report(facts, {"model": parts}, {"decoding": sum(parts.values())}, n)
 
 
-def scoring(config: ModelConfig, n: int, samples: int, quantize: str = "", *, half: bool = False) -> str:
-    """The plan of scoring samples with a verifier, of which the weights alone are counted."""
-    config.check_divides(n, "this checkpoint")
-    held = frozen_memory(config, n, quantize or "bfloat16" * half)
-    return report({"tensor-parallel ranks": n, "samples": samples}, {"model": held}, {"scoring": held["weights"]}, n)
+def scoring(
+    flags: ModelFlags, model: ModelConfig, n: int, lengths: Sequence[int], n_rows: int, quantize: str = "", *,
+    context_parallel: int = 1,
+) -> str:
+    """The plan of scoring rows of these lengths with a model that does not learn, n_rows of them in a pass."""
+    model.check_divides(n, "this checkpoint")
+    n_tokens = min(len(lengths), n_rows) * max(lengths, default=0)
+    how = Training(quantize=quantize, on_gpu=_on_gpu(), half=is_half(flags), context_parallel=context_parallel)
+    parts, sent = scoring_memory(model, n, n_tokens, how), sent_for_attention(model, n, n_tokens, how, learns=False)
+    facts = {"tensor-parallel ranks": n, "rows": f"{len(lengths)}, the longest {max(lengths, default=0)} tokens",
+             "largest forward pass": f"{n_tokens} tokens", **sharing(n_tokens, how, sent)}
+    return report(facts, {"model": parts}, {"scoring": sum(parts.values())}, n * context_parallel)
 
 
 def ppo(
@@ -129,7 +142,7 @@ def ppo(
     work = ppo_work(config, context, longest, [*map(len, ids)], [*map(len, held_ids)], ranks)
     how = Training(load.lora_config(config), checkpointing=config.activation_checkpointing,
                    data_parallel=parallel.divided(ranks, "replicas", config.replicas), accumulates=work.accumulates,
-                   on_gpu=_on_gpu(), half=is_half(config), summed=False)
+                   on_gpu=_on_gpu(), half=is_half(config), summed=False, context_parallel=config.context_parallel_size)
     memory = {name: ppo_memory(models, n, how, work, config.quantize, name) for name in ARRANGEMENTS}
     peaks = {name: moments(memory[name], models, n, phases=name == "--phases") for name in ARRANGEMENTS}
     folders = filter(None, (config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir))
@@ -139,23 +152,22 @@ def ppo(
     asked = "--share_base" if config.share_base else "--phases" if config.phases else "all at once"
     if asked not in peaks:
         raise UserError("--share_base: one base cannot be below these models; actor, critic and verifier must be "
-                        "adapters on the same weights, and all ranks one tensor-parallel group "
-                        "(--tensor_parallel_size)")
+                        "adapters on the same weights, all ranks one tensor-parallel group (--tensor_parallel_size)")
     facts = {
-        "tensor-parallel ranks": n,
-        "data-parallel ranks": ranks,
+        "tensor-parallel ranks": n, "data-parallel ranks": ranks,
         "prompts": f"{len(ids)}, the longest {max(map(len, ids))} tokens of a context of {context}",
         "rollout buffers": f"{n_buffers} of {min(config.prompts_per_buffer, len(ids)) * config.group_size} "
         f"episodes, each for {config.inner_epochs} x {config.minibatches} optimizer steps",
         "largest forward pass": f"{work.n_tokens} tokens",
+        **sharing(work.n_tokens, how, sent_for_attention(models["actor"], n, work.n_tokens, how)),
         "disk": disk([models[name] for name in ("actor", "critic") if name in models], n, how, config, n_buffers,
                      -(-len(prompts) // config.prompts_per_buffer), config.reference_refresh),
         "rewards": places(config, models.get("verifier")),
         "an example": f"{tokenizer.decode(ids[0], show_control=True)}[[...]], {len(ids[0])} tokens and at most "
         f"{config.max_new_tokens} to learn",
     }
-    rows = [f"  {name:22}{size(_process() + max(peaks[name].values())) if name in peaks else '-'}"
-            for name in ARRANGEMENTS]
+    found = ((name, size(_process() + max(peaks[name].values())) if name in peaks else "-") for name in ARRANGEMENTS)
+    rows = [f"  {name:22}{needed}" for name, needed in found]
     return "\n".join([report(facts, memory[asked], peaks[asked], n * ranks), "in each arrangement", *rows])
 
 
@@ -192,9 +204,9 @@ def ppo_work(
     prompts = min(config.prompts_per_buffer, len(lengths))
     per_step = -(-prompts * config.group_size // config.minibatches)  # episodes, over all ranks
     n_rows = max(config.group_size * -(-prompts // ranks), config.eval_samples * -(-len(held_out) // ranks))
-    return PPOWork(min(config.max_batch_size, per_step) * min(max(lengths) + longest, context),
-                   -(-per_step // config.max_batch_size) > ranks, min(config.rollout_batch_size, n_rows),
-                   min(max(*lengths, *held_out) + longest, context))
+    accumulates = -(-per_step // config.max_batch_size) > ranks // config.context_parallel_size
+    return PPOWork(min(config.max_batch_size, per_step) * min(max(lengths) + longest, context), accumulates,
+                   min(config.rollout_batch_size, n_rows), min(max(*lengths, *held_out) + longest, context))
 
 
 def ppo_memory(
@@ -209,7 +221,7 @@ def ppo_memory(
         if name in ("actor", "critic"):
             memory[name] = training_memory(model, n, work.n_tokens, how)
         else:
-            memory[name] = frozen_memory(model, n, quantize or "bfloat16" * how.half)
+            memory[name] = scoring_memory(model, n, work.n_tokens, how._replace(quantize=quantize))
         if arrangement == "--share_base" and how.lora and name != "actor":
             memory[name]["weights"] = FLOAT32 * local_lora_parameters(model, how.lora, n)
     memory["rollouts"] = decoding_memory(models["actor"], n, work.n_rows, work.n_decoded, half=how.half)

@@ -40,8 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models", "parallel", "runlog", "text",
     },
     "training": {
-        "checkpoint", "code_solutions", "command", "data", "evaluation", "grading", "inference", "load", "losses",
-        "models", "parallel", "processes", "runlog", "text",
+        "checkpoint", "code_solutions", "command", "context_parallel", "data", "evaluation", "grading", "inference",
+        "load", "losses", "models", "parallel", "processes", "runlog", "text",
     },
     "plan": {
         "checkpoint", "command", "data", "load", "models", "parallel", "processes", "runlog", "text", "training",

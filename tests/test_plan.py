@@ -21,7 +21,13 @@ from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.plan import Memory, PPOWork
 from src.processes import heap
-from src.training.memory import Training, local_lora_parameters, local_parameters, training_memory
+from src.training.memory import (
+    Training,
+    local_lora_parameters,
+    local_parameters,
+    scoring_memory,
+    training_memory,
+)
 from src.training.ppo_config import ESTIMATORS, PPOConfig
 from tests import tiny
 from tests.conftest import Folders
@@ -150,21 +156,24 @@ def test_four_models_at_once_and_in_phases_by_hand() -> None:
     # what learning adds: the activations of one token and, of the actor, its logits
     parts = (training_memory(config, 1, 1, Training()) for config in (CONFIG, CRITIC_CONFIG))
     actor, critic = (learning["activations"] + learning["logits"] for learning in parts)
+    # and what scoring adds to weights
+    reference, verifier = (scoring_memory(config, 1, 1, Training())["forward pass"] for config in (
+        CONFIG, VERIFIER_CONFIG))
     # weights, two moments and the holes of gradients; weights alone
     lasting = (4 + 8 + 4) * (ACTOR + CRITIC) + 4 * ACTOR + 4 * VERIFIER
     assert peaks(FULL, Training(), "all at once") == {
         "the actor learns": lasting + actor,
         "the critic learns": lasting + critic,
-        "the reference scores": lasting,
-        "the verifier scores": lasting,
+        "the reference scores": lasting + reference,
+        "the verifier scores": lasting + verifier,
         "the actor samples": lasting + ROLLOUTS,
         "loading": 4 * (2 * ACTOR + CRITIC + VERIFIER) + 4 * VERIFIER,  # and the largest file
     }
     assert peaks(FULL, Training(), "--phases") == {
         "the actor learns": 16 * ACTOR + actor,
         "the critic learns": 16 * CRITIC + critic,
-        "the reference scores": 4 * ACTOR,
-        "the verifier scores": 4 * VERIFIER,
+        "the reference scores": 4 * ACTOR + reference,
+        "the verifier scores": 4 * VERIFIER + verifier,
         "the actor samples": 4 * ACTOR + ROLLOUTS,
         "loading": 2 * 4 * VERIFIER,
     }
@@ -182,8 +191,8 @@ def test_adapters_on_one_base_by_hand() -> None:
 
 def test_frozen_models_in_fewer_bits() -> None:
     found = held(FULL, Training(), quantize="int8")
-    assert found["reference"] == {"weights": int((1 + 4 / 128) * ACTOR)}
-    assert found["verifier"] == {"weights": int((1 + 4 / 128) * VERIFIER)}
+    assert found["reference"]["weights"] == int((1 + 4 / 128) * ACTOR)
+    assert found["verifier"]["weights"] == int((1 + 4 / 128) * VERIFIER)
     assert found["actor"]["weights"] == 4 * ACTOR
 
 
@@ -208,6 +217,9 @@ def config_of(**changes: object) -> PPOConfig:
         ({}, 1, [3] * 200 + [9], [], (4 * 29, True, 64, 29)),
         # a step has 3 episodes; 12 on 2 ranks decode 6 each, the held-out problems are more
         ({"max_buffer_size": 12}, 2, [3] * 200, [5] * 40, (3 * 23, False, 20, 25)),
+        # 24 episodes are 6 passes: one for each of 6 ranks, two where pairs of ranks share them; all sample
+        ({}, 6, [3] * 200, [], (4 * 23, False, 16, 23)),
+        ({"context_parallel_size": 2}, 6, [3] * 200, [], (4 * 23, True, 16, 23)),
         # 2 prompts fill a smaller buffer than allowed: 8 episodes, 2 a step; the context ends after 32
         ({"group_size": 4, "advantage": "grpo"}, 1, [30, 2], [], (2 * 32, False, 8, 32)),
     ],

@@ -118,7 +118,15 @@ class ColumnFlags(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerFlags(SeedFlags):
+class ContextFlags(Config):
+    """Batches and steps"""
+
+    context_parallel_size: Count = flag(1, """ranks that share each batch, every one with a part of its tokens and of
+        what they take in memory, for long rows; they are to divide each rank's query heads""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerFlags(SeedFlags, ContextFlags):
     """Optimizer"""
 
     lr: NonNegative = flag(1e-5, "peak learning rate of AdamW")
@@ -132,6 +140,12 @@ class OptimizerFlags(SeedFlags):
         memory: nothing, feed-forwards, or all""")
     compile: bool = flag(False, """compile the model's blocks (torch.compile; a CPU needs a C++ compiler): a minute at
         the start, faster steps from then on, which round a little differently""")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for shared batches compiled."""
+        super().__post_init__()
+        if self.compile and self.context_parallel_size > 1:
+            raise UserError("--compile has not been tried with --context_parallel_size; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +277,6 @@ class TrainConfig(RunFlags, OptimizerFlags, LoraFlags, SavingFlags, ColumnFlags)
     max_seq_len: CountOrOff = flag(-1, """longest prompt + answer in tokens, at most the model's context; -1 =
         512, or that if it is less""")
     accumulation_steps: Count = flag(1, "forward passes in one optimizer step")
-    context_parallel_size: Count = flag(1, """data-parallel ranks that share each batch, every one with a part of its
-        tokens and of what they take in memory, for long rows; they are to divide each rank's query heads""")
     packing: bool = flag(True, """lay the rows of a forward pass end to end instead of padding them; the
         update is the same""")
     optimizer: Literal["adamw", "adamw_8bit"] = flag("adamw", """AdamW with its moments in float32, or in 8
@@ -276,10 +288,8 @@ class TrainConfig(RunFlags, OptimizerFlags, LoraFlags, SavingFlags, ColumnFlags)
         float32""")
 
     def __post_init__(self) -> None:
-        """Raise UserError for a base in few bits that is to be trained itself, and for shared batches compiled."""
+        """Raise UserError for a base in few bits that is to be trained itself."""
         super().__post_init__()
-        if self.compile and self.context_parallel_size > 1:
-            raise UserError("--compile has not been tried with --context_parallel_size; leave one of them out")
         if self.quantize and self.lora_rank == -1:
             raise UserError(f"--quantize {self.quantize} holds weights that are not trained, but --lora_rank -1 trains "
                             f"all of them; give a --lora_rank, or leave --quantize out")

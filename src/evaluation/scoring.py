@@ -47,8 +47,7 @@ def score_samples(
     """
     config = verifier.config
     by_steps = config.objective != "pairwise"
-    encoded = [_encode(tokenizer, sample, config) for sample in samples]
-    tell_too_long(encoded, "samples", config.max_seq_len)
+    encoded = encode_samples(tokenizer, samples, config)
     _tell_uncut(samples, config)
     # what a score depends on apart from the verifier: texts, and whether the response was cut
     texts = (json.dumps([one.prompt, one.response, one.values.get("finish", "stop")]) for one in samples)
@@ -74,6 +73,13 @@ def score_samples(
             log.advance(len(rows), tokens=sum(len(encoded[index].tokens) for index in rows))
     log.close_progress()
     return [_scored(raw[key], config, aggregation) if row else None for key, row in zip(keys, encoded, strict=True)]
+
+
+def encode_samples(tokenizer: Tokenizer, samples: Sequence[Sample], config: ModelConfig) -> list[Encoded | None]:
+    """The samples as ids; None for one longer than the verifier's context. Raises UserError where no sample fits."""
+    encoded = [_encode(tokenizer, sample, config) for sample in samples]
+    tell_too_long(encoded, "samples", config.max_seq_len)
+    return encoded
 
 
 def with_score(sample: Sample, scored: Scored | None) -> Sample:
@@ -157,7 +163,6 @@ def score_steps(
     model's context has none, and the log says how many there are. Raises UserError if all are."""
     config = verifier.config
     encoded = encode_solutions(rows, tokenizer, config.max_seq_len, config.step, config.verifier_form)
-    tell_too_long(encoded, "solutions", config.max_seq_len)
     fitting = [row for row in encoded if row]
     found = (logits for chunk in chunks(fitting, max_batch_size) for logits in _read_steps(verifier, chunk))
     return [[sigmoid(logit) for logit in next(found)] if row else None for row in encoded]
@@ -166,7 +171,10 @@ def score_steps(
 def encode_solutions(
     rows: Sequence[StepLabels], tokenizer: Tokenizer, max_seq_len: int, step: str, form: str = ""
 ) -> list[Encoded | None]:
-    """The solutions as ids with the ends of all their steps marked; None for one longer than max_seq_len."""
+    """The solutions as ids with the ends of all their steps marked; None for one longer than max_seq_len, and the log
+    says how many there are. Raises UserError if all are."""
     encoded = [encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps), step_end=STEP_ENDS[step],
                             form=form) for row in rows]
-    return [row if len(row.tokens) <= max_seq_len else None for row in encoded]
+    fitting = [row if len(row.tokens) <= max_seq_len else None for row in encoded]
+    tell_too_long(fitting, "solutions", max_seq_len)
+    return fitting

@@ -211,11 +211,12 @@ class ModelConfig:
                 f"{where}: ffn_dim={self.ffn_dim} cannot be shared out over {n} shards; choose fewer"
             )
 
-    def check_heads(self, n: int, parts: int) -> None:
-        """Raise UserError unless `parts` ranks can share the query heads of each of n tensor-parallel ones."""
+    def check_heads(self, n: int, parts: int, where: str) -> None:
+        """Raise UserError, naming the model, unless `parts` ranks can share the query heads of each of n
+        tensor-parallel ones."""
         for held in (len(self.heads_on(n, index)[0]) for index in range(n)):
             if held % parts:
-                raise UserError(f"--context_parallel_size {parts} does not divide the {held} query heads of a "
+                raise UserError(f"{where}: --context_parallel_size {parts} does not divide the {held} query heads of a "
                                 f"tensor-parallel rank (n_heads={self.n_heads} over {n}); choose what does")
 
     def embedding_dim_on(self, n: int) -> int:

@@ -77,7 +77,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        config.check_heads(parallel.tensor_parallel_size(), context_parallel.size())
+        config.check_heads(parallel.tensor_parallel_size(), context_parallel.size(), f"a model of {config.family}")
         self.config, self.dtype = config, dtype
         by_width = config.embedding_dim_on(parallel.tensor_parallel_size()) == 1
         embedding = ParallelEmbedding if by_width else VocabParallelEmbedding

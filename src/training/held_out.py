@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from src import parallel
+from src import context_parallel, parallel
 from src.evaluation.metrics import answer_classes, weighted_vote
 from src.evaluation.report import type_of
 from src.grading.grader import Grader
@@ -31,7 +31,8 @@ def measure_held_out(
         rollout = sample_rollout(models.actor.model, data.held_out, data.tokenizer, sampling, numbers=range(n),
                                  max_batch_size=config.rollout_batch_size, coding=data.coding)
     # a problem's responses are compared with one another: they stay on one rank, the first of its group
-    for place in shard_for_rank(range(len(data.held_out))) if parallel.tensor_parallel_rank() == 0 else ():
+    mine = context_parallel.share(shard_for_rank(range(len(data.held_out))))
+    for place in mine if parallel.tensor_parallel_rank() == 0 else ():
         prompt = data.held_out[place]
         responses, kind = rollout.responses[place * n : (place + 1) * n], type_of(prompt)
         verdicts = grader.grade(responses, [prompt.label or ""] * n, [kind] * n)

@@ -3,7 +3,8 @@
 On a CPU it is resident memory, on a GPU what torch allocates there. In a step of one backward pass gradients come as
 activations go; on a CPU both are counted all the same, for the heap keeps the holes that the last step's left.
 
-Not counted: what a forward pass without gradients takes, attention's scores with a softcap, masks of LoRA's dropout.
+Not counted: attention's scores with a softcap, masks of LoRA's dropout, and the holes that blocks of long rows leave in
+glibc's heap: rows of 8k to 32k tokens took 1.4 to 2.1 times as much there in scoring, 1.1 with jemalloc.
 
 D width, H query heads, K key-value heads, E head dim, F feed-forward width, V vocabulary: what the first of n
 tensor-parallel ranks has of each; none has more.
@@ -148,17 +149,17 @@ def _exchanged(n_kv_heads: int, how: Training) -> int:
     return math.lcm(n_kv_heads, how.context_parallel)
 
 
-def sent_for_attention(config: ModelConfig, n: int, n_tokens: int, how: Training) -> int:
-    """Bytes that each rank sends to those it shares n_tokens with, in a forward and a backward pass over them: queries,
-    keys, values and attention's output, then their gradients; with blocks computed again the former twice."""
+def sent_for_attention(config: ModelConfig, n: int, n_tokens: int, how: Training, *, learns: bool = True) -> int:
+    """Bytes that each rank sends to those it shares n_tokens with, in a forward pass over them: queries, keys, values
+    and attention's output. Where it learns there come their gradients; with blocks computed again the former twice."""
     H, K = map(len, config.heads_on(n, 0))
     heads, own = 2 * (H + _exchanged(K, how)), -(-n_tokens // how.context_parallel)
-    times = config.n_layers * (3 if how.checkpointing == "full" else 2)
+    times = config.n_layers * (1 + learns + (learns and how.checkpointing == "full"))
     computed = 2 if how.half else FLOAT32
     return times * own * heads * config.head_dim * computed * (how.context_parallel - 1) // how.context_parallel
 
 
-def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> int:
+def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training, *, learns: bool = True) -> int:
     """What the loss holds, were all tokens supervised: see models/forward.py.
 
     A chunk of logits, and the first one where it is kept; a part in float32 and its softmax; hidden states and their
@@ -170,8 +171,8 @@ def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> 
     rows = -(-config.vocab_size // n)
     whole = computed * rows * n_tokens
     chunk, parts = min(whole, CHUNK_BYTES[place]), min(FLOAT32 * rows * n_tokens, SOFTMAX_BYTES[place])
-    held = chunk + 2 * parts + 2 * computed * config.dim * n_tokens
-    if how.lora:
+    held = chunk + 2 * parts + (1 + learns) * computed * config.dim * n_tokens
+    if how.lora or not learns:
         return held
     cut_up = whole > chunk
     of_layer = (FLOAT32 * how.on_gpu + computed * cut_up) * rows * config.dim
@@ -195,6 +196,27 @@ def _gathered(sizes: Mapping[str, int], how: Training) -> int:
 def frozen_memory(config: ModelConfig, n: int, precision: str = "") -> dict[str, int]:
     """Bytes of a rank's share of a model that does not learn."""
     return {"weights": int(bytes_per_weight(precision) * local_parameters(config, n))}
+
+
+def scoring_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> dict[str, int]:
+    """Bytes by part of a rank that scores n_tokens, padding included, in its largest forward pass, or its part of them,
+    with a model that does not learn: its weights, and the most that a block makes at once, or the logits."""
+    n_tokens, computed = -(-n_tokens // how.context_parallel), 2 if how.half else FLOAT32
+    H, K = map(len, config.heads_on(n, 0))
+    D, E, heads = config.dim, config.head_dim, H + 2 * K  # of queries, keys and values
+    F = -(-config.ffn_dim // n) * max(1, config.n_active_experts) + -(-config.shared_ffn_dim // n)
+    # queries and keys are rotated in float32, one after the other
+    in_float32 = max(2 * FLOAT32 * H, (2 * FLOAT32 + computed) * K) if how.half else FLOAT32 * K
+    rotated = (computed * (heads + H) + in_float32) * E
+    mixed = computed * ((heads + H) * E + D)
+    if how.context_parallel > 1:  # what is exchanged is laid out, sent, received and joined
+        sent = _exchanged(K, how)
+        mixed = computed * (heads + (2 * sent if sent > K else 0) + max(H + 4 * sent, 4 * H)) * E
+    feed_forward = FLOAT32 * D + computed * (D + 3 * F)  # what attention made of its input, gate, factor and product
+    block = FLOAT32 * (D + E) + computed * D + max(rotated, mixed, feed_forward)  # a block's input, angles, its norm
+    end = computed * D * n_tokens + logits_memory(config, n, n_tokens, how, learns=False)
+    return frozen_memory(config, n, how.quantize or "bfloat16" * how.half) | {
+        "forward pass": max(n_tokens * block, end)}
 
 
 def decoding_memory(

@@ -58,7 +58,10 @@ def read_inputs(config: PPOConfig) -> Inputs:
     # pairs: one directory may be given twice
     kinds = [(config.actor_ckpt_dir, "solver"), (config.critic_ckpt_dir, ""),
              (config.reward_model_ckpt_dir, "verifier"), (config.teacher_ckpt_dir, "solver")]
-    contexts = {folder: load.load_config(folder, kind=kind).max_seq_len for folder, kind in kinds if folder}
+    configs = {folder: load.load_config(folder, kind=kind) for folder, kind in kinds if folder}
+    load.check_context_parallel(configs, config.context_parallel_size,
+                                load.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size))
+    contexts = {folder: each.max_seq_len for folder, each in configs.items()}
     task = find_task(config.task)
     if not task.graded:
         raise UserError(f"--task {task.name} grades nothing; name the task of the answers")
@@ -174,7 +177,7 @@ class PPOModels:
 
 def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
     """All models but the reference. Raises UserError where --share_base cannot hold them on one base."""
-    if config.share_base and parallel.data_parallel_size() > 1:
+    if config.share_base and parallel.world_size() > parallel.tensor_parallel_size():
         raise UserError("--share_base: data-parallel ranks would cut the base for each model; make all ranks one "
                         "tensor-parallel group with --tensor_parallel_size")
     shared = SharedBase(config.actor_ckpt_dir, config.precision) if config.share_base else None

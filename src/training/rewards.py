@@ -238,13 +238,14 @@ def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str, step_e
 def on_first_rank(
     score: Callable[[Rollout], tuple[Sequence[float], Counts]],
 ) -> Callable[[Rollout], tuple[Tensor, Counts]]:
-    """A score of each response at its last token, [B, S], which only the first tensor-parallel rank computes."""
+    """A score of each response at its last token, [B, S], which only the first rank of those that share a batch
+    computes: score_rollout() gives it to all."""
 
     def reward(rollout: Rollout) -> tuple[Tensor, Counts]:
         """-> [B, S], and the counts of this rank."""
         scores, counts = torch.zeros(len(rollout.responses), device=parallel.device()), {}
         # grading starts processes, and a user's function need not answer twice alike: one call, one answer for all
-        if parallel.tensor_parallel_rank() == 0:
+        if parallel.rank() % parallel.ranks_per_batch() == 0:
             found, counts = score(rollout)
             scores += torch.tensor(found, dtype=torch.float32, device=parallel.device())
         return at_last(parallel.broadcast_from_first(scores).cpu(), rollout), counts

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from src import parallel
+from src import context_parallel, parallel
 from src.code_solutions.tool_hook import INFRASTRUCTURE, Coding
 from src.data.batch import Batch, make_batch, pack_shared
 from src.data.encoding import Encoded, encode_prompt
@@ -104,8 +104,8 @@ def sample_rollout(
     actor: Decoder, prompts: Sequence[Prompt], tokenizer: Tokenizer, sampling: Sampling, *, numbers: range,
     max_batch_size: int, servers: PolicyServers | None = None, coding: Coding | None = None,
 ) -> Rollout:
-    """A group of responses to each prompt, of these numbers, from the current policy. Every data-parallel rank samples
-    its share and gets all.
+    """A group of responses to each prompt, of these numbers, from the current policy. Every data-parallel rank, also
+    of those that share batches, samples its part of them and gets all.
 
     (sampling.seed, prompt id, number) fixes each response, whatever the number of ranks. max_batch_size: sequences that
     decode at once. servers: they sample instead of the actor. coding: runs the code of responses. Raises UserError
@@ -113,7 +113,7 @@ def sample_rollout(
     """
     by_prompt = requests_of(prompts, tokenizer, numbers)
     # Whole groups: the samples of a prompt share its prefill
-    mine = [request for group in shard_for_rank(by_prompt) for request in group]
+    mine = [request for group in context_parallel.share(shard_for_rank(by_prompt)) for request in group]
     if servers:
         requests = [request for group in by_prompt for request in group]
         with watchdog.patiently():
@@ -126,7 +126,8 @@ def sample_rollout(
     with parallel.gathered(actor):
         found = list(generate(actor, mine, sampling, vocabulary=vocabulary_of(tokenizer),
                               max_batch_size=max_batch_size, tool_hook=tool_hook)) if mine else []
-    everyone = {(done.request.id, done.request.sample): done for done in parallel.gather_over_data_parallel(found)}
+    found = parallel.gather_over_data_parallel(context_parallel.gather(found))
+    everyone = {(done.request.id, done.request.sample): done for done in found}
     completions = [everyone[request.id, request.sample] for group in by_prompt for request in group]
     for done in completions:
         if done.finish.startswith(INFRASTRUCTURE):

@@ -39,11 +39,10 @@ class Run:
         self._chat_facts = tokenizer.chat_facts()
         n_shards = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size)
         sharing = config.context_parallel_size
-        model.check_heads(n_shards, sharing)
+        batches = load.check_context_parallel({config.ckpt_dir: model}, sharing, n_shards)
         self.sampler = BatchSampler(
             max_batch_size=config.max_batch_size, accumulation_steps=config.accumulation_steps, seed=config.seed,
-            rank=parallel.rank() // (n_shards * sharing),
-            ranks=parallel.divided(parallel.world_size() // n_shards, "context_parallel_size", sharing))
+            rank=parallel.rank() // (n_shards * sharing), ranks=batches)
         if not config.dry_run:
             # All that can be refused is refused here, before the minutes that rows and model take
             parallel.start(config.seed, n_shards, config.replicas, sharing)

@@ -38,7 +38,8 @@ def small(config: Small) -> None:
 def test_flags_of_a_config_come_by_group_the_scripts_own_first() -> None:
     found = flags_of(small)
     assert list(found)[:3] == ["ckpt_dir", "kinds", "lr"] and list(found)[-1] == "dry_run"
-    assert {flag.group for flag in found.values()} == {"Something small", "Optimizer", "What is random", "The run"}
+    assert {flag.group for flag in found.values()} == {
+        "Something small", "Optimizer", "Batches and steps", "What is random", "The run"}
     assert found["kinds"].meaning == "kinds of things there are" and found["kinds"].default == ["a", "b"]
     # another default leaves meaning, group and bounds as they are
     assert found["lr"].default == 0.5 and found["lr"].group == "Optimizer"

@@ -42,7 +42,8 @@ def test_scdpo_24_token_credits_add_up_to_the_sequence_reward(folders: Folders, 
     assert_close(torch.tensor(alone[0]), torch.tensor(said[0][2]), rtol=1e-5, atol=1e-5)
     lengths = [len(each.tokens) for each in encoded]
     assert encode_solutions(ROWS, tokenizer, sorted(lengths)[1], "paragraph").count(None) == 1
-    assert encode_solutions(ROWS, tokenizer, 9, "line") == [None] * 3
+    with pytest.raises(UserError, match="each of the 3 solutions is longer than the model's context of 9 tokens"):
+        encode_solutions(ROWS, tokenizer, 9, "line")
 
 
 def credited(*steps: list[float]) -> Credit:

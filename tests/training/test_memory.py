@@ -1,16 +1,23 @@
 """src/training/memory.py: parameters by hand, and activations beside the tensors that autograd really keeps."""
 
 import dataclasses
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from src import parallel
+from src import context_parallel, parallel
+from src.load import solver_to_verifier
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
-from src.models.forward import CHUNK_BYTES
+from src.models.forward import CHUNK_BYTES, response_logprobs, token_scores
 from src.models.lora import LINEARS, LoraConfig, add_lora
 from src.training.memory import (
     Training,
@@ -19,9 +26,11 @@ from src.training.memory import (
     decoding_memory,
     local_lora_parameters,
     local_parameters,
+    scoring_memory,
     sent_for_attention,
     training_memory,
 )
+from tests.ranks import run_ranks
 
 CONFIG = ModelConfig(
     dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=12, vocab_size=10, max_seq_len=32
@@ -81,6 +90,7 @@ def test_shared_tokens_by_hand() -> None:
         training_memory(CONFIG, 1, 8, Training())["activations"] + 8 * copies)
     # of 8 tokens queries, keys, values and output in 8 heads of 4, half of them to the other rank, and gradients
     assert sent_for_attention(CONFIG, 1, 15, how) == 8 * 8 * 4 * 4 // 2 * 2
+    assert sent_for_attention(CONFIG, 1, 15, how, learns=False) == 8 * 8 * 4 * 4 // 2
 
 
 def kept(config: ModelConfig, n_tokens: int, lora: LoraConfig | None, *, packed: bool, half: bool) -> int:
@@ -126,6 +136,59 @@ def test_activations_are_those_that_autograd_keeps(
     found = [kept(config, n_tokens, lora, packed=packed, half=half) for config in (four, three)]
     narrow = 0.13 if half else 0.11  # a share that grows as the wide tensors halve
     assert counted[0] - counted[1] == pytest.approx(found[0] - found[1], rel=narrow)
+
+
+class Live(TorchDispatchMode):
+    """Inside, the most bytes that new tensors take at once are counted; those of a model are not new."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()} | {0}
+        self.tensors: Counter[int] = Counter()  # by the place of what they share
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, function: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        result = function(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            place = tensor.untyped_storage().data_ptr()
+            if place not in self.known:
+                self.tensors[place] += 1
+                self.sizes[place] = tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor, self.tensors.subtract, [place])
+        self.most = max(self.most, sum(size for place, size in self.sizes.items() if self.tensors[place] > 0))
+        return result
+
+
+@torch.no_grad()
+def scoring_peaks() -> dict[str, float]:
+    """What scoring 2048 tokens is planned to take, over what it takes, by case."""
+    parallel.start()
+    found = {}
+    for kv_heads, ffn_dim, half, is_verifier in itertools.product((1, 8), (64, 320), (False, True), (False, True)):
+        config = dataclasses.replace(WIDE, n_heads=8, n_kv_heads=kv_heads, ffn_dim=ffn_dim, max_seq_len=2048)
+        config = solver_to_verifier(config) if is_verifier else config
+        dtype = torch.bfloat16 if half else torch.float32
+        model, read = Decoder(config, dtype).to(dtype), token_scores if is_verifier else response_logprobs
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        mask = torch.ones(1, 2048, dtype=torch.bool)
+        mask[0, 0] = False
+        with Live(model) as live:
+            read(model, mask.long(), mask)
+        how = Training(half=half, context_parallel=context_parallel.size())
+        planned = scoring_memory(config, 1, 2048, how)["forward pass"]
+        found[f"{kv_heads} {ffn_dim} {half} {is_verifier}"] = planned / live.most
+    return found
+
+
+def test_scoring_takes_what_is_planned_of_one_rank_and_of_two(tmp_path: Path) -> None:
+    ranks = run_ranks(2, "tests.training.test_memory:scoring_peaks", tmp_path, 1, context_parallel_size=2)
+    # a thread of gloo's may hold what was sent a little longer
+    for least, found in ((0.94, scoring_peaks()), *((0.8, rank) for rank in ranks)):
+        assert len(found) == 16 and all(least < ratio < 1.02 for ratio in found.values()), found
 
 
 def test_on_a_gpu_gradients_come_as_activations_go() -> None:

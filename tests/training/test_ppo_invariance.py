@@ -54,14 +54,20 @@ def test_micro_batches(folders: Folders, whole: list[Run], tmp_path: Path, max_b
 
 
 # five prompts: three ranks sample 2, 2 and 1 of them, and in some forward passes one keeps the others company
-@pytest.mark.parametrize(("n", "tensor_parallel_size"), [(3, 1), (2, 2), (4, 2)])
-def test_ranks(folders: Folders, whole: list[Run], tmp_path: Path, n: int, tensor_parallel_size: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "tensor_parallel_size", "context_parallel_size"),
+    [(3, 1, 1), (2, 2, 1), (4, 2, 1), (2, 1, 2), (4, 2, 2), (4, 1, 2)])
+def test_ranks(
+    folders: Folders, whole: list[Run], tmp_path: Path, n: int, tensor_parallel_size: int, context_parallel_size: int,
+) -> None:
+    """Tensor-parallel, data-parallel, and sharing the positions of batches, alone and together."""
     place = tensor_parallel_size - 1
     ranks = run_ranks(
         n,
         "tests.training.workers:ppo_cases",
         tmp_path,
         tensor_parallel_size,
+        context_parallel_size=context_parallel_size,
         actor=(folders.one, folders.two)[place],
         critic=(folders.verifier, folders.verifier_two)[place],
         log_dir=str(tmp_path / "log"),

@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from src.training import monitor
 from src.training.ppo import PPOBuffer
 from tests.conftest import Folders
 from tests.ranks import command, succeed
+from tests.reference import relative_difference
 from tests.tiny import weights
 from tests.training.workers import PROMPTS
 
@@ -33,37 +35,49 @@ def length(prompt, response, label):
 """
 
 
-def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_path: Path) -> None:
+def write_files(tmp_path: Path) -> None:
+    """A reward and prompts."""
     (tmp_path / "mine.py").write_text(REWARD)
     rows = [{"instruction": prompt.instruction, "label": "4"} for prompt in PROMPTS]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
     (tmp_path / "eval.json").write_text(json.dumps(rows[:2]))
 
-    def words(name: str, phases: bool = False) -> list[str]:
-        flags = {
-            "actor_ckpt_dir": folders.one,
-            "actor_save_dir": tmp_path / name / "actor",
-            "critic_ckpt_dir": folders.verifier,
-            "critic_save_dir": tmp_path / name / "critic",
-            "reward": f"rule,{tmp_path}/mine.py:length",
-            "reward_weights": "0,1",
-            "train_file": tmp_path / "prompts.json",
-            "eval_file": tmp_path / "eval.json",
-            "max_new_tokens": 5,
-            "max_buffer_size": 4,
-            "group_size": 2,
-            "kl_target": 0.5,
-            "kl_horizon": 10,
-            "kl_loss": "k3",
-            "critic_warmup": 1,
-            "reference_refresh": 2,
-            "phases": phases,
-            "save_every": 1,
-            "lr": 1e-3,
-            "resume": "auto",
-        }
-        return ["ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items())]
 
+def words_of(folders: Folders, tmp_path: Path, name: str, **changes: object) -> list[str]:
+    """The command of a run with an actor and a critic on what write_files() wrote."""
+    flags = {
+        "actor_ckpt_dir": folders.one,
+        "actor_save_dir": tmp_path / name / "actor",
+        "critic_ckpt_dir": folders.verifier,
+        "critic_save_dir": tmp_path / name / "critic",
+        "reward": f"rule,{tmp_path}/mine.py:length",
+        "reward_weights": "0,1",
+        "train_file": tmp_path / "prompts.json",
+        "eval_file": tmp_path / "eval.json",
+        "max_new_tokens": 5,
+        "max_buffer_size": 4,
+        "group_size": 2,
+        "kl_target": 0.5,
+        "kl_horizon": 10,
+        "kl_loss": "k3",
+        "critic_warmup": 1,
+        "reference_refresh": 2,
+        "save_every": 1,
+        "lr": 1e-3,
+        "resume": "auto",
+    } | changes
+    return ["ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items())]
+
+
+def logged(tmp_path: Path, name: str) -> list[dict[str, object]]:
+    """The metrics of a run but for times."""
+    rows = map(json.loads, (tmp_path / name / "actor/metrics.jsonl").read_text().splitlines())
+    return [{key: row[key] for key in row if not key.startswith(("seconds", "tokens_per_second"))} for row in rows]
+
+
+def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_path: Path) -> None:
+    write_files(tmp_path)
+    words = partial(words_of, folders, tmp_path)
     whole_run = succeed(*words("whole"))
     (tmp_path / "stop").touch()
     failed = command(*words("parts"))
@@ -83,14 +97,7 @@ def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_
         whole = weights(tmp_path / "whole" / model)
         for other in (weights(tmp_path / name / model) for name in ("parts", "phased")):
             assert all(torch.equal(whole[name], other[name]) for name in whole | other)
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "actor/metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "parts", "phased")
-    ]
-    timed = ("seconds", "tokens_per_second")
-    expected, found, phased = (
-        [{key: row[key] for key in row if not key.startswith(timed)} for row in rows] for rows in logs
-    )
+    expected, found, phased = (logged(tmp_path, name) for name in ("whole", "parts", "phased"))
     assert found == expected == phased and [row["step"] for row in found] == [0, 1, 2, 3]
     # nothing of the right form was learned: the start is not surpassed, and the resumed part knows what it was worth
     assert found.pop(0)["eval_accuracy"] == found[2]["eval_accuracy"]
@@ -108,6 +115,31 @@ def test_a_run_that_fails_in_a_buffer_goes_on_bit_for_bit(folders: Folders, tmp_
         "rule",
         "length",
     }
+
+
+def test_ranks_that_share_batches_learn_what_one_does_and_go_on_bit_for_bit(folders: Folders, tmp_path: Path) -> None:
+    write_files(tmp_path)
+    words = partial(words_of, folders, tmp_path, policy_loss="gspo", eval_samples=3, lr=1e-4)
+    shared = {"tensor_parallel_size": 1, "context_parallel_size": 2}
+    succeed(*words("one"))
+    succeed(*words("two", **shared), n=2)
+    (tmp_path / "stop").touch()
+    failed = command(*words("parts", **shared), n=2)
+    assert failed.returncode == 1 and "raised RuntimeError: stopped" in failed.stderr
+    (tmp_path / "stop").unlink()
+    assert "resumed after step 2 of 3" in succeed(*words("parts", **shared), n=2).stderr
+    for model in ("actor", "critic"):
+        one, two, parts = (weights(tmp_path / name / model) for name in ("one", "two", "parts"))
+        for name in one:
+            assert relative_difference(two[name], one[name]) < 1e-6, name
+            assert torch.equal(two[name], parts[name]), name
+    one, two, parts = (logged(tmp_path, name) for name in ("one", "two", "parts"))
+    assert two == parts and [row["step"] for row in two] == [0, 1, 2, 3]
+    for row, expected in zip(two, one, strict=True):
+        assert row.keys() == expected.keys()
+        for name, value in row.items():
+            assert isinstance(value, dict) or value == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    assert max(row["grad_norm"] for row in one[1:]) > 0
 
 
 def test_grpo_with_adapters_runs_without_critic_or_reference(folders: Folders, tmp_path: Path) -> None:
