@@ -32,7 +32,7 @@ class Case(NamedTuple):
     tokens: int = 0
 
 
-M21, M60 = (512, 6, 8, 1408, 2048), (768, 8, 12, 2048, 2048)
+M5, M21, M60 = (256, 4, 4, 1024, 2048), (512, 6, 8, 1408, 2048), (768, 8, 12, 2048, 2048)
 WIDE = (256, 4, 4, 688, 151936)
 PACKED = {"max_batch_size": 4, "packing": "true"}
 PPO = {"max_buffer_size": 8, "max_batch_size": 4, "minibatches": 1, "max_new_tokens": 160, "epochs": 2,
@@ -46,10 +46,14 @@ CASES = {
     "tensor-parallel 2": Case(M60, PACKED, ranks=2),
     "data-parallel 2": Case(M60, PACKED | {"tensor_parallel_size": 1}, ranks=2),
 } | {
-    f"{n}k tokens on {ranks}": Case(M60, {
-        "packing": "true", "activation_checkpointing": "full", "precision": "bfloat16", "tensor_parallel_size": 1,
-        "context_parallel_size": ranks, "max_seq_len": 1024 * n, "max_steps": 1,
+    f"{n}k tokens on {ranks}": Case(M5, {
+        "activation_checkpointing": "full", "tensor_parallel_size": 1, "context_parallel_size": ranks,
+        "max_seq_len": 1024 * n, "max_steps": 1,
     }, ranks, tokens=1024 * n)
+    for n in (8, 16, 32) for ranks in (1, 2)
+} | {
+    f"scoring {n}k on {ranks}": Case(
+        M5, {"context_parallel_size": ranks}, ranks, "verifier_evaluate.py", tokens=1024 * n)
     for n in (8, 16, 32) for ranks in (1, 2)
 } | {
     f"PPO{name}": Case(M21, PPO | flags, script="ppo_train.py")
@@ -86,7 +90,7 @@ def prepare(case: Case, place: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(place / "hf")
     for path in (ROOT / "dataset/toy/base").glob("tokenizer*"):
         shutil.copy(path, place / "hf")
-    n = 1 if "tensor_parallel_size" in case.flags else case.ranks
+    n = case.ranks if case.flags.keys().isdisjoint(("tensor_parallel_size", "context_parallel_size")) else 1
     split(open_source(str(place / "hf")), place / "ours", n, "benchmark")
     shutil.rmtree(place / "hf")
     rows = [
@@ -95,14 +99,16 @@ def prepare(case: Case, place: Path) -> None:
     if case.tokens:
         unit = "1 + 2 = 3. "
         each = len(load.load_tokenizer(str(place / "ours")).encode(unit * 64)) / 64
-        rows = [{"instruction": "How many?", "output": unit * int((case.tokens - 24) / each)}]
-    if case.script == "ppo_train.py":
+        text = unit * int((case.tokens - 24) / each)
+        rows = [{"instruction": "How many?", "output": text, "steps": [text], "labels": [1]}]
+    if case.script != "solver_train.py":
         parallel.start()
         verifier = load.load_verifier(str(place / "ours"), from_solver=True)
         saving.record(verifier, objective="outcome", score="last")
         lora = load.lora_config(LoraFlags(lora_rank=16)) if "lora_rank" in case.flags else None
         load.put_lora_on(verifier, lora, seed=1)
         saving.begin_save(verifier, str(place / "verifier"), str(place / "ours"), lora=lora).complete()
+    if case.script == "ppo_train.py":
         rows = [{"instruction": row["instruction"], "label": "3"} for row in rows[:8]]
     (place / "rows.json").write_text(json.dumps(rows))
 
@@ -110,14 +116,16 @@ def prepare(case: Case, place: Path) -> None:
 def command(case: Case, place: Path, *, dry: bool) -> list[str]:
     """The script's words."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"] * (case.ranks > 1)
-    flags = {"train_file": place / "rows.json", "dry_run": dry, "max_seq_len": 1024, "max_steps": 3} | case.flags
-    if case.script == "ppo_train.py":
-        flags |= {"actor_ckpt_dir": place / "ours", "actor_save_dir": place / "actor",
-                  "critic_ckpt_dir": place / "ours", "critic_save_dir": place / "critic",
-                  "reward_model_ckpt_dir": place / "verifier"}
-        del flags["max_seq_len"], flags["max_steps"]
-    else:
-        flags |= {"ckpt_dir": place / "ours", "save_dir": place / "run"}
+    of_script = {
+        "solver_train.py": {"ckpt_dir": place / "ours", "save_dir": place / "run", "train_file": place / "rows.json",
+                            "max_seq_len": 1024, "max_steps": 3},
+        "ppo_train.py": {"actor_ckpt_dir": place / "ours", "actor_save_dir": place / "actor",
+                         "critic_ckpt_dir": place / "ours", "critic_save_dir": place / "critic",
+                         "reward_model_ckpt_dir": place / "verifier", "train_file": place / "rows.json"},
+        "verifier_evaluate.py": {"ckpt_dir": place / "verifier", "steps_file": place / "rows.json",
+                                 "log_dir": place / "run"},
+    }
+    flags = of_script[case.script] | case.flags | {"dry_run": dry}
     return [sys.executable, *launcher, case.script, *(f"--{name}={value}" for name, value in flags.items())]
 
 
