@@ -66,8 +66,12 @@ def _run(main: Callable[..., None] | Mapping[str, Callable[..., None]], argv: li
         return  # a plan is one rank's to make and to show
     if first:  # the others must not look at what it has started to write
         outputs.check({name: flag.default for name, flag in flags_of(main).items()} | values)
-    # with the values bound Fire has nothing left to parse, and without a result it has nothing to print
-    fire.Fire(lambda: call(), command=[])
+
+    def command() -> None:
+        """What Fire calls: with the values bound it has nothing left to parse, without a result nothing to print."""
+        call()
+
+    fire.Fire(command, command=[])
 
 
 def guarded(command: Callable[[], None]) -> None:
