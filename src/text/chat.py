@@ -74,8 +74,8 @@ class ChatTemplate:
     ) -> None:
         """names: what the template may call bos_token, eos_token, ...; control: all control tokens.
 
-        Raises UserError when the template does not end an assistant's turn with a control token, does not read one of
-        args, or does not write the system prompt.
+        Raises UserError when the template does not end an assistant's turn with a control token, begins it with words
+        that no prompt ends with, does not read one of args, or does not write the system prompt.
         """
         self.name, self.source, self.args, self.system_prompt = name, source, dict(args or {}), system_prompt
         self._names = dict(names)
@@ -109,6 +109,11 @@ class ChatTemplate:
         if not answer or not end or not (opened or text.startswith(prompt)):
             raise UserError(f"chat template {self.name} renders an answer as {text[-60:]!r} after {prompt[-60:]!r}; "
                             "expected the prompt, the answer, and a control token that ends it")
+        if self._before.strip() and prompt == self._render(question, add_generation_prompt=False):
+            raise UserError(f"chat template {self.name} begins an answer with {self._before!r}, which it leaves out of "
+                            "a prompt: it does not read add_generation_prompt, and a model would have to write that "
+                            f"itself; end the template with {{% if add_generation_prompt %}}{{{{ {self._before!r} }}}}"
+                            "{% endif %}, or choose a built-in one")
         self.opening, self.suffix, self.end_token = opened[0] if opened else "", rest[: end.end()], end[0]
 
     def prompt(self, messages: Sequence[Message]) -> str:

@@ -277,6 +277,15 @@ def test_released_qwen_template_is_the_built_in_one() -> None:
         ),
         ("{{ add_generation_prompt }}{{ messages[-1].content }}</s>", "expected the prompt, the answer"),
         ("{{ messages[-1].content }}</s>", "expected the prompt, the answer, and a control token"),
+        (
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}",
+            r"begins an answer with '<\|im_start\|>assistant\\n', which it leaves out of a prompt: it does not read "
+            r"add_generation_prompt, .*; end the template with \{% if add_generation_prompt %\}",
+        ),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}",
+            "begins an answer with 'assistant: ', which it leaves out of a prompt",
+        ),
         ("{% for m in messages %}", "chat template file: line 1: Unexpected end of template"),
         ("{{ messages.__class__.__base__ }}", "chat template file: access to attribute '__class__'"),
         ("{{ raise_exception('no') }}", "chat template file: no"),
