@@ -26,15 +26,15 @@ _KEYS: dict[str, tuple[object, ...]] = {
     "init_lora_weights": (None, False, True, "gaussian", "orthogonal", "eva", "mica", *CHANGE_BASE),
     # off, or another computation
     "bias": (None, "none"),
-    "layers_pattern": (None, [], ""),
+    "layers_pattern": (None, [], "", "layers", ["layers"]),
     "trainable_token_indices": (None, [], {}),
     **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"), (None, False)),
-    **dict.fromkeys(("layer_replication", "layers_to_transform", "target_parameters"), (None, [])),
+    **dict.fromkeys(("layer_replication", "target_parameters"), (None, [])),
     **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
                      "velora_config", "megatron_config", "enable_lora"), (None,)),
     # read below
     **dict.fromkeys(("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
-                     "modules_to_save", "base_model_name_or_path"), _ANY),
+                     "layers_to_transform", "modules_to_save", "base_model_name_or_path"), _ANY),
     # about training, files or starting values that PEFT replaces by those of the adapter; ensure_weight_tying is of
     # embeddings and the output layer, which carry no adapter here
     **dict.fromkeys((
@@ -79,7 +79,12 @@ class PeftConfig(NamedTuple):
     def targets(self, module: str) -> bool:
         """Whether PEFT puts an adapter on a module."""
         wanted, left_out = self.values.get("target_modules"), self.values.get("exclude_modules")
-        return (wanted == "all-linear" or _names(wanted, module)) and not (left_out and _names(left_out, module))
+        if left_out and _names(left_out, module) or wanted != "all-linear" and not _names(wanted, module):
+            return False
+        layers = self.values.get("layers_to_transform")
+        if layers in (None, []) or module in wanted:  # what is named whole is meant whatever its layer is
+            return True
+        return int(re.search(r"\.(\d+)\.", module)[1]) in (layers if isinstance(layers, list) else [layers])
 
 
 def _names(wanted: str | list[str], module: str) -> bool:
@@ -147,6 +152,12 @@ def _check_modules(path: Path, values: Mapping[str, object]) -> None:
         elif name == "target_modules" or wanted is not None:
             if not isinstance(wanted, list) or not all(isinstance(end, str) for end in wanted):
                 raise UserError(f"{path}: {name}={_shown(wanted)}; expected a list of names of modules")
+    layers = values.get("layers_to_transform")
+    if layers not in (None, []):
+        numbers = layers if isinstance(layers, list) else [layers]
+        if not isinstance(values["target_modules"], list) or not all(type(number) is int for number in numbers):
+            raise UserError(f"{path}: layers_to_transform={_shown(layers)}; expected numbers of layers, and a list for "
+                            "target_modules")
 
 
 def _check_expression(path: Path, name: str, expression: str) -> None:

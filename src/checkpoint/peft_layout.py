@@ -86,13 +86,16 @@ def check(adapter: PeftAdapter, config: ModelConfig) -> None:
         raise UserError(f"{folder} holds no LoRA factors; expected lora_A and lora_B of some linear layers")
     of_rank_1 = adapters.expected_shapes(config, LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=kinds,
                                                            dora=adapter.config.has_dora))
-    for name in sorted(of_rank_1.keys() ^ adapter.tensors.keys()):
-        what = "missing" if name in of_rank_1 else "one too many"
-        raise UserError(f"{folder}: {name} is {what}; adapters of some layers only are not implemented")
-    expected = {name: list(shape) for name, shape in of_rank_1.items()}
-    for stem, (rank, _) in linears.items():
+    for stem in linears:
         if not adapter.config.targets(module_name(stem)):
-            raise UserError(f"{adapter.config.path}: target_modules leaves out {module_name(stem)}, which has factors")
+            raise UserError(f"{adapter.config.path} leaves out {module_name(stem)}, which has factors")
+    for name in sorted(of_rank_1.keys() ^ adapter.tensors.keys()):
+        stem, is_factor, _ = name.rpartition(".lora_")
+        if name not in of_rank_1 or not is_factor or adapter.config.targets(module_name(stem)):
+            raise UserError(f"{folder}: {name} is {'missing' if name in of_rank_1 else 'one too many'}; expected the "
+                            f"factors of what {CONFIG} names, and of nothing else")
+    expected = {name: list(of_rank_1[name]) for name in adapter.tensors}
+    for stem, (rank, _) in linears.items():
         expected[f"{stem}.lora_a.weight"][0] = expected[f"{stem}.lora_b.weight"][1] = rank
     for name, shape in expected.items():
         if list(adapter.tensors[name].shape) != shape:
@@ -106,7 +109,8 @@ def as_ours(
     adapter: PeftAdapter, config: ModelConfig, base: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, StoredTensor], LoraConfig]:
     """A plain adapter, of one rank and scale, that makes of the base what PEFT makes of it; in our rotary layout.
-    Raises UserError unless the tensors are exactly those of the config."""
+    Linears that it leaves out, of kinds that it adapts elsewhere, have factors that do nothing. Raises UserError
+    unless the tensors are exactly those of the config."""
     check(adapter, config)
     linears, changes_base = adapter.linears(), adapter.config.init in peft_config.CHANGE_BASE
     rank = max(each.rank for each in linears.values()) * (2 if changes_base else 1)
@@ -124,7 +128,17 @@ def as_ours(
                 shape = list(tensors[name].shape)
                 shape[axis] = rank
                 tensors[name] = StoredTensor(tuple(shape), lambda both=both, axis=axis: both()[axis], torch.float32)
-    return {name: _reordered(convert.rotary_from_hf, name, stored, config) for name, stored in tensors.items()}, lora
+    ours = {name: _reordered(convert.rotary_from_hf, name, stored, config) for name, stored in tensors.items()}
+    return {name: ours[name] if name in ours else _idle(name, shape, base)
+            for name, shape in adapters.expected_shapes(config, lora).items()}, lora
+
+
+def _idle(name: str, shape: tuple[int, ...], base: Mapping[str, StoredTensor]) -> StoredTensor:
+    """A factor that leaves the base's matrix as it is: zeros, or for DoRA the lengths of its rows [out]."""
+    stem, _, which = name.rpartition(".lora_")
+    if which != "m.weight":
+        return StoredTensor(shape, lambda: torch.zeros(shape), torch.float32)
+    return base[f"{stem}.weight"].then(lambda whole: whole.float().norm(dim=1), shape)._replace(dtype=torch.float32)
 
 
 def _plain_factors(

@@ -127,6 +127,15 @@ VARIANTS: dict[str, dict[str, object]] = {
     },
     "olora, no scale": {"init_lora_weights": "olora", "lora_alpha": 0},
     "modules left out": {"exclude_modules": ["o_proj", "mlp.up_proj"]},
+    "some layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "one layer, patterns": {"layers_to_transform": 0, "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
+    "one layer, dora": {"layers_to_transform": 1, "use_dora": True},
+    "one layer, pissa": {"layers_to_transform": 1, "init_lora_weights": "pissa"},
+    "a module of one layer": {"target_modules": ["model.layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "v_proj"]},
+    "a module that is named whole": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "q_proj", "v_proj"], "layers_to_transform": [1]
+    },
+    "a layer left out": {"exclude_modules": r".*\.layers\.0\..*"},
     "an expression": {
         "target_modules": r".*\.(self_attn|mlp)\.(k_proj|down_proj)",
         "init_lora_weights": "pissa",
@@ -318,10 +327,19 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "no modules": ({"target_modules": None}, "target_modules=None; expected a list of names"),
     "fewer modules": (
         {"target_modules": TARGETS[1:]},
-        r"target_modules leaves out model\.layers\.0\.self_attn\.q_proj",
+        r"adapter_config\.json leaves out model\.layers\.0\.self_attn\.q_proj, which has factors",
     ),
-    "modules excluded": ({"exclude_modules": ".*up_proj"}, r"target_modules leaves out .*mlp\.up_proj"),
-    "some layers": ({"layers_to_transform": 1}, "layers_to_transform=1 is not implemented"),
+    "modules excluded": ({"exclude_modules": ".*up_proj"}, r"adapter_config.json leaves out .*mlp\.up_proj"),
+    "fewer layers": ({"layers_to_transform": 1}, r"adapter_config.json leaves out model\.layers\.0\..*_proj"),
+    "layers that are none": ({"layers_to_transform": ["1"]}, r"layers_to_transform=\['1'\]; expected numbers"),
+    "layers and an expression": (
+        {"layers_to_transform": [1], "target_modules": ".*_proj"},
+        r"layers_to_transform=\[1\]; expected .* and a list for target_modules",
+    ),
+    "layers of another model": (
+        {"layers_to_transform": [1], "layers_pattern": "h"},
+        "layers_pattern='h' is not implemented",
+    ),
     "rank of a pattern": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern=.*; expected names of modules"),
     "alpha of a pattern": ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern=.*; expected names of modules"),
     "no expression": ({"alpha_pattern": {"(q_proj": 8}}, "'.q_proj', no regular expression"),
@@ -351,7 +369,7 @@ def test_what_we_cannot_do_is_refused(tmp_path: Path, base: Path, adapter: Path,
         open_adapter(folder, str(base))
 
 
-def test_adapter_of_some_layers_or_without_its_base_is_refused(
+def test_adapter_without_some_factors_or_its_base_is_refused(
     tmp_path: Path, base: Path, adapter: Path
 ) -> None:
     folder = shutil.copytree(adapter, tmp_path / "lora")
