@@ -74,9 +74,9 @@ def encode_prompt(tokenizer: Tokenizer, instruction: str, prefix: str = "") -> l
         partial_answer = blocks.answer_pieces(prefix) if prefix else []
         return list(chain(*tokenizer.encode_pieces([*blocks.prompt_pieces(instruction), *partial_answer])))
     if tokenizer.chat:
-        rendered = tokenizer.chat.prompt([_message("user", instruction)])
-        partial_answer = tokenizer.encode_rendered(_partial_answer(tokenizer, instruction, prefix)) if prefix else []
-        return tokenizer.encode_rendered(rendered) + partial_answer
+        prompt = tokenizer.encode_rendered(tokenizer.chat.prompt([_message("user", instruction)]))
+        partial_answer = _partial_answer(tokenizer, instruction, prefix) if prefix else ""
+        return prompt + tokenizer.encode_rendered(partial_answer, start=tokenizer.begins_after(prompt))
     prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(instruction)
     if not prompt:
         raise UserError(f"an instruction is empty and {tokenizer.path} has no BOS: the prompt would hold no token")
@@ -105,7 +105,8 @@ def encode_response(
             raise _changed(tokenizer, prefix)
         if not finished:  # what stands between an answer and its end token, such as Llama 2's space, is yet to come
             answer = answer.removesuffix(tokenizer.chat.suffix)
-        response = tokenizer.encode_rendered(answer.removeprefix(partial_answer), start=not prefix)
+        answer = answer.removeprefix(partial_answer)
+        response = tokenizer.encode_rendered(answer, start=not prefix and tokenizer.begins_after(prompt))
     else:
         response = tokenizer.encode(output, start=not prefix) + ([tokenizer.eos_id] if finished else [])
     return Encoded(prompt + response, len(prompt))
@@ -188,7 +189,7 @@ def _encode_turns(
         # a context that stands there again may hold answers that are not to be learnt
         is_all = learnt == "all" and (not is_anew or all(kept[:place]))
         for text, is_learnt in ((prompt, is_all), (answer, kept[place])):
-            ids = tokenizer.encode_rendered(text)
+            ids = tokenizer.encode_rendered(text, start=tokenizer.begins_after(tokens))
             tokens += ids
             mask += [is_learnt] * len(ids)
     return found
@@ -230,7 +231,8 @@ def encode_steps(
     targets: list[float] = []
     for number, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if tokenizer.chat:
-            response += tokenizer.encode_rendered(text, start=number == 0) + tag
+            start = number == 0 and tokenizer.begins_after(prompt)
+            response += tokenizer.encode_rendered(text, start=start) + tag
         else:
             ends = [tokenizer.eos_id] if finished and number == len(texts) - 1 else tag
             response += tokenizer.encode(text, start=number == 0 and not form) + ends

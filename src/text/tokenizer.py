@@ -43,6 +43,10 @@ class Tokenizer:
         folder = self.path.parent
         config = read_config(folder)
         self.vocabulary: Vocabulary = open_vocabulary(self.path, config.get("tokenizer_class"))
+        if config.get("add_prefix_space") not in (None, self.vocabulary.puts_space):
+            raise UserError(f"{folder / 'tokenizer_config.json'}: add_prefix_space={config['add_prefix_space']!r}, but "
+                            f"{self.path.name} puts {'a' if self.vocabulary.puts_space else 'no'} space before a text; "
+                            "give the tokenizer.json that the model was trained with, or set it to null if this is it")
         extra = _read_added(folder, config, self.vocabulary)
         self._check_added(extra)
         renamed = {facts.id for facts in extra.values()}
@@ -172,7 +176,7 @@ class Tokenizer:
             if index % 2:  # split() gives the tokens of the pattern at odd places
                 ids.append(self._plain[stretch])
             elif stretch:
-                ids += self._encode_stretch(stretch, start=start and not index)
+                ids += self._encode_stretch(stretch, start=self.vocabulary.after_added if index else start)
         return ids
 
     def encode_pieces(self, parts: Iterable[Piece]) -> list[list[int]]:
@@ -184,18 +188,23 @@ class Tokenizer:
 
         The stretches between them are encoded apart. Where a vocabulary puts a space before a sequence, a stretch
         that begins with one gets no second: "[INST]" and " [INST]" give the same ids, as in Meta's and Mistral's code.
-        start False: the text goes on from an earlier one, in the middle of a stretch.
+        Some put it before the first stretch alone. start False: the text goes on from an earlier one, in the middle of
+        a stretch.
         """
         ids: list[int] = []
         for index, stretch in enumerate(self._control.split(text)):
             if index % 2:
                 ids.append(self.control[stretch if stretch in self.control else stretch.strip()])
             else:
-                stretch, begins = stretch.replace(MARK, ""), start or index > 0
+                stretch, begins = stretch.replace(MARK, ""), self.vocabulary.after_control if index else start
                 if self.vocabulary.puts_space and begins:
                     stretch = stretch.removeprefix(" ")
                 ids += self.encode(stretch, start=begins)
         return ids
+
+    def begins_after(self, ids: Sequence[int]) -> bool:
+        """Whether a rendered text that follows these ids begins a stretch, as `start` of encode_rendered() means it."""
+        return not ids or ids[-1] in self._names and self.vocabulary.after_control
 
     def _encode_stretch(self, text: str, *, start: bool) -> list[int]:
         """Ids of a text without added tokens. Some vocabularies would find control tokens in it: then it is cut there.
@@ -219,7 +228,8 @@ class Tokenizer:
         for index in ids:
             if index in shown:
                 text += self._decode_stretch(pending, start=start) + shown[index]
-                pending, start = [], index in self._names
+                start = self.vocabulary.after_control if index in self._names else self.vocabulary.after_added
+                pending = []
             elif index < self.vocabulary.size and index not in self._names:
                 pending.append(index)
         return text + self._decode_stretch(pending, start=start)
@@ -296,6 +306,8 @@ def _read_added(folder: Path, config: Mapping[str, object], vocabulary: Vocabula
         raise UserError(f"{path}: added_tokens_decoder must give an object with its content for each id")
     for index, facts in decoder.items():
         token = _content(path, facts)
+        if facts.get("single_word") and token not in vocabulary.added:
+            raise UserError(f"{path}: token {token!r} is a single_word, which is implemented for tokenizer.json alone")
         control = bool(facts.get("special")) or token in named
         added[token] = Added(_id(path, token, index), control, bool(facts.get("lstrip")), bool(facts.get("rstrip")))
     for token in named - added.keys():

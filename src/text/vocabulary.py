@@ -6,6 +6,7 @@ text only; text/tokenizer.py puts control tokens (<s>, <|im_end|>, ...) around t
 
 import base64
 import binascii
+import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -38,15 +39,16 @@ class Added(NamedTuple):
 # finds those of them that are not control tokens. renames: config files give other names to ids that are in the file
 # (InternLM2's unused pieces, Llama 3's reserved tokens). bos, eos: the names that begin and end a sequence unless a
 # config file says otherwise; None where the file does not tell. adds_bos: whether sequences begin with bos by default.
-# stops: further tokens that end an answer. puts_space: a space is put before a sequence. start: the text, or the ids,
-# begin a sequence and do not continue one.
+# stops: further tokens that end an answer. puts_space: a space is put before a sequence; after_control, after_added:
+# and before what follows such a token in it. start: the text, or the ids, begin a sequence and do not continue one.
 
 
 class SentencePiece:
     """Llama 1 and 2, Mistral, Gemma, InternLM2."""
 
     renames = True
-    adds_bos = True
+    adds_bos = after_control = True
+    after_added = False
     stops = ()
     # protobuf merges what is appended: normalizer_spec (field 3) { add_dummy_prefix (field 3): false }
     _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -125,7 +127,7 @@ class Tiktoken:
     """
 
     renames = True
-    puts_space = False
+    puts_space = after_control = after_added = False
 
     def __init__(self, path: Path) -> None:
         """Raises UserError for a damaged file, or one whose pattern is not known."""
@@ -183,6 +185,19 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
+# Steps of a tokenizer.json that put a space before a text, or take it away again -> what they are without it
+_SPACES = {"Prepend": {"prepend": ""}, "Metaspace": {"prepend_scheme": "never"}, "Strip": {"start": 0},
+           "ByteLevel": {"add_prefix_space": False}}
+
+
+def _steps(step: object) -> list[dict[str, object]]:
+    """A normalizer, pre-tokenizer or decoder of a tokenizer.json, or the parts of a sequence of them."""
+    if not isinstance(step, dict):
+        return []
+    parts = [part for key in ("normalizers", "pretokenizers", "decoders") for part in step.get(key, ())]
+    return [step, *(inner for part in parts for inner in _steps(part))]
+
+
 class HfTokenizers:
     """A tokenizer.json, or vocab.json with merges.txt, run by the `tokenizers` library."""
 
@@ -195,7 +210,7 @@ class HfTokenizers:
         model.no_truncation()  # a file may carry the settings of whoever saved it
         model.no_padding()
         model.encode_special_tokens = True  # text that spells a control token stays text
-        self._model = model
+        self._model = self._continued = model
         self.added = {token.content: Added(index, token.special, token.lstrip, token.rstrip)
                       for index, token in model.get_added_tokens_decoder().items()}
         ids = model.get_vocab(with_added_tokens=True).values()
@@ -203,7 +218,17 @@ class HfTokenizers:
         text, sequence = model.encode("a", add_special_tokens=False).tokens, model.encode("a").tokens
         self.adds_bos = sequence[: len(text)] != text  # the file may put tokens around a sequence
         self.bos = sequence[0] if self.adds_bos else None
-        self.puts_space = "".join(text).startswith(("▁", "Ġ"))
+        self.puts_space = self.after_control = self.after_added = "".join(text).startswith(("▁", "Ġ"))
+        if self.puts_space:
+            document = json.loads(model.to_str())
+            steps = [each for key in ("normalizer", "pre_tokenizer", "decoder") for each in _steps(document[key])]
+            if any(step.get("prepend_scheme") == "first" for step in steps):
+                self.after_control = self.after_added = False
+            for step in steps:
+                without = _SPACES.get(str(step["type"]), {})
+                step |= {key: value for key, value in without.items() if key in step}
+            self._continued = tokenizers.Tokenizer.from_str(json.dumps(document))
+            self._continued.encode_special_tokens = True
 
     @classmethod
     def from_json(cls, path: Path) -> "HfTokenizers":
@@ -240,11 +265,11 @@ class HfTokenizers:
 
     def encode(self, text: str, *, start: bool) -> list[int]:
         """Ids of a text."""
-        return self._model.encode(text, add_special_tokens=False).ids
+        return (self._model if start else self._continued).encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, start: bool) -> str:
         """The text of ids."""
-        return self._model.decode(list(ids), skip_special_tokens=False)
+        return (self._model if start else self._continued).decode(list(ids), skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
         """The id of a piece."""
