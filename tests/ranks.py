@@ -1,18 +1,22 @@
 """Run a function in several real processes: `run_ranks(2, "tests.workers:layers", tmp_path)`; a command under torchrun.
 
-As a program (one rank): join the group, call the function, save what it returns.
+Processes are forked from one that has imported torch, which takes seconds in each otherwise.
 """
 
+import atexit
 import functools
 import importlib
 import json
+import multiprocessing
 import os
-import signal
+import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +31,57 @@ Key = TypeVar("Key", bound=Hashable)
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TIMEOUT = 120  # seconds; a healthy launch of tiny models takes less than 15
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["torch.distributed.run", "tests.ranks", *(path.stem for path in ROOT.glob("*.py"))])
+_LOCK = threading.Lock()  # a process that starts looks after all others: two threads would both read how one ended
+
+
+def fork(words: Sequence[object], output: Path, errors: Path, **environment: str) -> ForkServerProcess:
+    """Start `python words...` in the repository, with these variables besides ours; it writes to two files."""
+    run = list(map(str, words)), os.environ | OURS | environment, output, errors
+    with _LOCK:
+        process = _SERVER.Process(target=_run, args=run, daemon=True)
+        process.start()
+    return process
+
+
+def wait(processes: list[ForkServerProcess], seconds: float) -> list[int | None]:
+    """Wait until all have ended, or one with an error; then end the others. The status of each, None for those."""
+    until = time.monotonic() + seconds
+    while True:
+        with _LOCK:
+            ended = [process.exitcode for process in processes]
+        if None not in ended or any(ended) or time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    for process, status in zip(processes, ended, strict=True):
+        if status is None:
+            process.terminate()  # torchrun passes it on
+            with _LOCK:
+                process.join(10)
+            process.kill()
+    return ended
+
+
+def _run(words: list[str], environment: dict[str, str], output: Path, errors: Path) -> None:
+    """What a forked process does: be the interpreter of this command line."""
+    for number, path in ((1, output), (2, errors)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # read long ago, as the library was loaded
+    os.chdir(ROOT)
+    try:
+        if words[0] == "-m":
+            sys.argv, sys.path[0] = words[1:], str(ROOT)
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = words, str((ROOT / words[0]).parent)
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing's processes leave without
 
 
 def command(*words: object, n: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -35,21 +90,12 @@ def command(*words: object, n: int | None = None) -> subprocess.CompletedProcess
     Several may run at once: each finds its own port. Past TIMEOUT all processes are killed and the test fails.
     """
     torchrun = [] if n is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    process = subprocess.Popen(
-        [sys.executable, *torchrun, *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | OURS,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        out, err = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # torchrun passes it on; its workers are in sessions of their own
-        out, err = process.communicate()
-        pytest.fail(f"{words} on {n} ranks took more than {TIMEOUT} s\n{out}\n{err}")
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = fork([*torchrun, *words], out, err)
+        if (status := wait([process], TIMEOUT)[0]) is None:
+            pytest.fail(f"{words} on {n} ranks took more than {TIMEOUT} s\n{out.read_text()}\n{err.read_text()}")
+        return subprocess.CompletedProcess(words, status, out.read_text(), err.read_text())
 
 
 def succeed(*words: object, n: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -103,25 +149,14 @@ def run_jobs(jobs: list[Job], tmp_path: Path) -> list[list[dict[str, object]]]:
         return [[_function(job.target)(**job.arguments)] for job in jobs]
     stores = [dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in jobs]
     (folder / "jobs.json").write_text(json.dumps([[store.port, *job] for store, job in zip(stores, jobs, strict=True)]))
-    place = {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    ranks = []
-    for rank in range(n):
-        with (folder / f"{rank}.log").open("w") as log:
-            words = [sys.executable, "-m", "tests.ranks", str(folder)]
-            environment = os.environ | OURS | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    until = time.monotonic() + TIMEOUT * len(jobs)
-    while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
-        if time.monotonic() > until:
-            break
-        time.sleep(0.02)
-    ended = [rank.poll() for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-        rank.wait()
+    meeting = {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    logs = [folder / f"{rank}.log" for rank in range(n)]
+    ranks = [fork(["-m", "tests.ranks", folder], log, log, **meeting, RANK=str(rank), LOCAL_RANK=str(rank))
+             for rank, log in enumerate(logs)]
+    ended = wait(ranks, TIMEOUT * len(jobs))
     if any(status != 0 for status in ended):
-        logs = "\n".join((folder / f"{rank}.log").read_text() for rank in range(n))
-        pytest.fail(f"{jobs}: {n} ranks ended with {ended}, None after {TIMEOUT * len(jobs)} s\n{logs}")
+        said = "\n".join(log.read_text() for log in logs)
+        pytest.fail(f"{jobs}: {n} ranks ended with {ended}, None after {TIMEOUT * len(jobs)} s\n{said}")
     return [[torch.load(folder / f"{job}-{rank}.pth") for rank in range(n)] for job in range(len(jobs))]
 
 
