@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import checkpoint_split
 from src import load, parallel
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
@@ -355,9 +356,11 @@ def test_trained_model_reproduces_its_published_text_among_seven_others(tmp_path
         json.dumps({"instruction": prompt}) + "\n" for prompt in [*others[:3], golden["prompt"], *others[3:]]
     ]
     prompts.write_text("".join(rows), encoding="utf-8")
-    succeed(
-        "checkpoint_split.py", "--ckpt_file", folder / "stories260K.pt", "--save_path", tmp_path / "ckpt",
-        f"--n={n}", "--tokenizer_file", folder / "tok512.model",
+    checkpoint_split.main(
+        checkpoint_split.SplitConfig(
+            ckpt_file=str(folder / "stories260K.pt"), save_path=str(tmp_path / "ckpt"), n=n,
+            tokenizer_file=str(folder / "tok512.model"),
+        )
     )
     succeed(
         *("solver_evaluate.py", "--task", "none", "--ckpt_dir", tmp_path / "ckpt", "--label_file", prompts),

@@ -11,7 +11,7 @@ from src.checkpoint.sources import open_source, read_config
 from src.checkpoint.split import split
 from src.models.config import ModelConfig
 from tests import reference
-from tests.ranks import run_ranks, succeed
+from tests.ranks import run_ranks
 
 TINY = "hf_tiny_llama"
 NAMES = [*reference.MODELS, TINY]
@@ -38,13 +38,10 @@ def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def ranks(
     request: pytest.FixtureRequest, hf_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Ranks:
-    """Every model split for n ranks - one of them by the real command - and run there."""
+    """Every model split for n ranks and run there."""
     n, root = request.param, tmp_path_factory.mktemp("split")
     for name, folder in hf_folders.items():
-        if name == "gqa":
-            succeed("checkpoint_split.py", "--ckpt_file", folder, "--save_path", root / name, "--n", n)
-        else:
-            split(open_source(str(folder)), root / name, n, str(folder))
+        split(open_source(str(folder)), root / name, n, str(folder))
     folders = {name: str(root / name) for name in hf_folders}
     tokens, mask = (x.tolist() for x in reference.batch()[:2])
     results = run_ranks(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ppo_train
 from src import load
 from src.checkpoint import saving
 from src.errors import UserError
@@ -17,38 +18,41 @@ from src.training.policy_server import read_response
 from src.training.ppo_config import PPOConfig
 from tests.conftest import Folders
 from tests.evaluation.test_server import post, serving
-from tests.ranks import command, succeed
 
 
-def words(folders: Folders, tmp_path: Path, urls: str, **flags: object) -> list[str]:
+def train(folders: Folders, tmp_path: Path, urls: list[str], **flags: object) -> None:
     rows = [{"instruction": f"{n}+{n}=", "label": str(2 * n)} for n in range(4)]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
     (tmp_path / "mine.py").write_text("def length(prompt, response, label):\n    return len(response) / 10\n")
     flags = {
-        "actor_ckpt_dir": folders.one, "actor_save_dir": tmp_path / "actor", "train_file": tmp_path / "prompts.json",
-        "reward": f"{tmp_path}/mine.py:length", "advantage": "grpo", "group_size": 4, "max_buffer_size": 8,
-        "max_new_tokens": 6, "lora_rank": 2, "lr": 0.05, "save_every": 1, "resume": "auto",
+        "actor_ckpt_dir": folders.one, "actor_save_dir": str(tmp_path / "actor"),
+        "train_file": str(tmp_path / "prompts.json"), "reward": [f"{tmp_path}/mine.py:length"],
+        "advantage": "grpo", "group_size": 4, "max_buffer_size": 8, "max_new_tokens": 6,
+        "lora_rank": 2, "lr": 0.05, "save_every": 1, "resume": "auto",
         "rollout_backend": "openai", "base_url": urls,
     } | flags
-    return ["ppo_train.py", *(f"--{flag}={value}" for flag, value in flags.items())]
+    ppo_train.main(PPOConfig(**flags))
 
 
-def test_two_servers_sample_the_policy_as_it_learns_and_a_dead_one_is_told_of(folders: Folders, tmp_path: Path) -> None:
+def test_two_servers_sample_the_policy_as_it_learns_and_a_dead_one_is_told_of(
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_dir = str(tmp_path / "log")
     with serving(folders.one) as first:
         with serving(folders.one) as second:
-            succeed(*words(folders, tmp_path, f"{first},{second}", max_steps=1, log_dir=tmp_path / "log"))
+            train(folders, tmp_path, [first, second], max_steps=1, log_dir=log_dir)
             assert [len(json.loads(post(url, "/models")[1])["data"]) for url in (first, second)] == [2, 2]
         # one of them has died: the other does its share, with the adapter of the second buffer
-        done = succeed(*words(folders, tmp_path, f"{first},{second}", max_steps=2, log_dir=tmp_path / "log"))
-        assert "does not answer" in done.stderr
+        train(folders, tmp_path, [first, second], max_steps=2, log_dir=log_dir)
+        assert "does not answer" in caplog.text
     metrics = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
     steps = [row for row in metrics if "sampler_mismatch" in row]
     assert len(steps) == 2 and all(row["sampler_mismatch"] < 1e-4 for row in steps)
     assert steps[1]["kl"] > 1e-3  # an old policy would have been noticed
     # none is left: one line, and what was learnt is there to go on from
-    failed = command(*words(folders, tmp_path, f"{first},{second}", epochs=2, max_steps=3, log_dir=tmp_path / "log"))
-    assert failed.returncode == 1 and "8 of 8 responses are missing" in failed.stderr
-    assert "Traceback" not in failed.stderr and (tmp_path / "actor/step-2/manifest.json").is_file()
+    with pytest.raises(UserError, match="8 of 8 responses are missing"):
+        train(folders, tmp_path, [first, second], epochs=2, max_steps=3, log_dir=log_dir)
+    assert (tmp_path / "actor/step-2/manifest.json").is_file()
 
 
 def test_a_server_of_another_model_teaches_nothing(folders: Folders, tmp_path: Path) -> None:
@@ -56,10 +60,10 @@ def test_a_server_of_another_model_teaches_nothing(folders: Folders, tmp_path: P
     with torch.no_grad():
         model.output.weight.mul_(1.5)
     saving.begin_save(model, str(tmp_path / "other"), folders.one).complete()
-    with serving(str(tmp_path / "other")) as url:
-        failed = command(*words(folders, tmp_path, url, max_steps=1))
-    assert failed.returncode == 1 and "the servers' log-probs differ from the actor's by" in failed.stderr
-    assert "Traceback" not in failed.stderr and not list(tmp_path.glob("actor/step-*"))
+    message = "the servers' log-probs differ from the actor's by"
+    with serving(str(tmp_path / "other")) as url, pytest.raises(UserError, match=message):
+        train(folders, tmp_path, [url], max_steps=1)
+    assert not list(tmp_path.glob("actor/step-*"))
 
 
 def test_a_buffer_is_sampled_from_the_policy_before_while_one_is_learnt_from(folders: Folders, tmp_path: Path) -> None:
@@ -71,7 +75,7 @@ def test_a_buffer_is_sampled_from_the_policy_before_while_one_is_learnt_from(fol
     flags = {"ahead": {"rollout_ahead": 1, "mismatch_limit": 9}, "still": {"lr": 0}}
     with serving(folders.one) as url:
         for name, changed in flags.items():
-            succeed(*words(folders, tmp_path, url, epochs=2, max_steps=3, actor_save_dir=tmp_path / name, **changed))
+            train(folders, tmp_path, [url], epochs=2, max_steps=3, actor_save_dir=str(tmp_path / name), **changed)
     metrics = [json.loads(line) for line in (tmp_path / "ahead/metrics.jsonl").read_text().splitlines()]
     mismatch = [row["sampler_mismatch"] for row in metrics if "sampler_mismatch" in row]
     assert mismatch[0] < 1e-4 and min(mismatch[1:]) > 1e-3
