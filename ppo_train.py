@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from src import load, losses, parallel, plan, runlog
+from src import load, losses, parallel, runlog
 from src.checkpoint import saving, storage
 from src.command import cli
 from src.data.sampler import epoch_order
 from src.grading.grader import Grader
 from src.inference.sampling import Sampling
 from src.models.lora import without_adapters
+from src.planning import plan
 from src.report.page import write_report
 from src.runlog import Phases, RunLog
 from src.training import monitor, ppo

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from src import load, parallel, plan, runlog
+from src import load, parallel, runlog
 from src.checkpoint import storage
 from src.command import cli
 from src.command.config import ContextFlags, Count, ModelFlags, Positive, TokenizerFlags, flag
@@ -17,6 +17,7 @@ from src.data.examples import read_step_labels
 from src.evaluation.credit import credit, credit_table, report_credit, token_logprobs
 from src.evaluation.scoring import encode_solutions
 from src.jsonfile import write_json
+from src.planning import plan
 from src.report.page import write_report
 from src.runlog import RunLog
 

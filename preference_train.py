@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from src import load, parallel, plan, runlog
+from src import load, parallel, runlog
 from src.checkpoint import saving, storage
 from src.command import cli
 from src.command.config import Bounds, HeldOutFlags, NonNegative, Positive, Share, TrainConfig, flag
 from src.data.encoding import masked_text
 from src.errors import UserError
+from src.planning import plan
 from src.runlog import RunLog
 from src.training.kto import KTO
 from src.training.preference import Preference, evaluate, open_preferences, with_reference

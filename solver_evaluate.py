@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from src import load, parallel, plan, runlog
+from src import load, parallel, runlog
 from src.checkpoint import storage
 from src.command import cli
 from src.command.config import (
@@ -50,6 +50,7 @@ from src.inference.sampling import Sampling
 from src.inference.serving import ServingEngine
 from src.jsonfile import write_json
 from src.models.decoder import Decoder
+from src.planning import plan
 from src.report.page import write_report
 from src.runlog import RunLog
 

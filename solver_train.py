@@ -6,11 +6,12 @@ torchrun --nproc_per_node 8 solver_train.py --ckpt_dir ckpt/8 --save_dir out --t
 from dataclasses import dataclass
 from typing import Literal
 
-from src import load, parallel, plan, runlog
+from src import load, parallel, runlog
 from src.command import cli
 from src.command.config import TrainConfig, flag
 from src.data.encoding import masked_text
 from src.data.examples import read_instructions
+from src.planning import plan
 from src.runlog import RunLog
 from src.training.run import Run
 from src.training.sft import n_supervised, sft_dataset, sft_loss, validation_loss

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src import load, parallel, plan, runlog
+from src import load, parallel, runlog
 from src.checkpoint import storage
 from src.command import cli
 from src.command.config import ContextFlags, Count, ModelFlags, TokenizerFlags, flag
@@ -31,6 +31,7 @@ from src.evaluation.verifier_report import (
 )
 from src.grading.tasks import find_task
 from src.jsonfile import write_json
+from src.planning import plan
 from src.report.page import write_report
 from src.runlog import RunLog
 

@@ -8,12 +8,13 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from src import load, parallel, plan, runlog
+from src import load, parallel, runlog
 from src.checkpoint import saving
 from src.command import cli
 from src.command.config import Bounds, HeldOutFlags, NonNegative, TrainConfig, flag
 from src.data.encoding import StepKind, masked_text
 from src.errors import UserError
+from src.planning import plan
 from src.runlog import RunLog
 from src.training.reward_model import SEPARATION_BY_CHANCE, open_data
 from src.training.run import Run

@@ -21,9 +21,9 @@ from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs, response_scores
 from src.models.quantize import quantize_weights, weight_bytes
+from src.planning.memory import Training, training_memory
 from src.processes import heap
 from src.runlog import RunLog
-from src.training.memory import Training, training_memory
 from src.training.run import ThroughputMeter, matrix_rate
 from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import Trainer

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint", "code_solutions", "command", "context_parallel", "data", "evaluation", "grading", "inference",
         "load", "losses", "models", "parallel", "processes", "runlog", "text",
     },
-    "plan": {
+    "planning": {
         "checkpoint", "command", "data", "load", "models", "parallel", "processes", "runlog", "text", "training",
     },
 }

@@ -13,7 +13,7 @@ from src import runlog
 from src.errors import UserError
 from src.models.foreign import released_config
 from src.models.lora import LINEARS, LoraConfig
-from src.training.memory import FLOAT32, Training, local_parameters, training_memory
+from src.planning.memory import FLOAT32, Training, local_parameters, training_memory
 
 GROUPS = (1, 2, 4, 8, 16, 32, 64)
 GPUS, TOKENS, PASSES = 8, 4096, 4  # of a node, of a forward pass, and passes in a step

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import solver_train
-from src import load, parallel, plan
+from src import load, parallel
 from src.checkpoint import convert, storage
 from src.checkpoint.shards import cut_of, join
 from src.checkpoint.sources import open_source, read_config
@@ -20,7 +20,8 @@ from src.checkpoint.tensor_files import StoredTensor
 from src.errors import UserError
 from src.jsonfile import write_json
 from src.models.config import ModelConfig
-from src.training.memory import local_parameters
+from src.planning import plan
+from src.planning.memory import local_parameters
 from tests import reference, tiny, workers, zoo
 from tests.ranks import run_ranks
 

@@ -12,8 +12,8 @@ from src.checkpoint.split import split, with_tokenizer
 from src.models.config import ModelConfig
 from src.models.linear import linear
 from src.models.quantize import PRECISIONS, Precision, QuantizedMatrix, packed, weight_bytes
+from src.planning.memory import bytes_per_weight
 from src.text.tokenizer import Tokenizer
-from src.training.memory import bytes_per_weight
 from tests import reference, tiny
 from tests.conftest import Folders
 from tests.ranks import run_ranks

@@ -20,9 +20,7 @@ from src.models.cache import shared_prefix
 from src.models.config import ModelConfig
 from src.models.lora import LoraConfig
 from src.models.quantize import PRECISIONS
-from src.processes import heap
-from src.text.tokenizer import Tokenizer
-from src.training.memory import (
+from src.planning.memory import (
     FLOAT32,
     MOMENT_BYTES,
     Training,
@@ -36,6 +34,8 @@ from src.training.memory import (
     sent_for_attention,
     training_memory,
 )
+from src.processes import heap
+from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import PPOConfig, short_name
 from src.training.run import matrix_rate
 from src.training.sharing import base_of

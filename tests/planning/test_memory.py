@@ -1,4 +1,4 @@
-"""src/training/memory.py: parameters by hand, and activations beside the tensors that autograd really keeps."""
+"""src/planning/memory.py: parameters by hand, and activations beside the tensors that autograd really keeps."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import CHUNK_BYTES, response_logprobs, token_scores
 from src.models.lora import LINEARS, LoraConfig, add_lora
-from src.training.memory import (
+from src.planning.memory import (
     Training,
     activations,
     available_memory,
@@ -185,7 +185,7 @@ def scoring_peaks() -> dict[str, float]:
 
 
 def test_scoring_takes_what_is_planned_of_one_rank_and_of_two(tmp_path: Path) -> None:
-    ranks = run_ranks(2, "tests.training.test_memory:scoring_peaks", tmp_path, 1, context_parallel_size=2)
+    ranks = run_ranks(2, "tests.planning.test_memory:scoring_peaks", tmp_path, 1, context_parallel_size=2)
     # a thread of gloo's may hold what was sent a little longer
     for least, found in ((0.94, scoring_peaks()), *((0.8, rank) for rank in ranks)):
         assert len(found) == 16 and all(least < ratio < 1.02 for ratio in found.values()), found

@@ -12,26 +12,27 @@ from torch import Tensor
 import checkpoint_split
 import ppo_train
 import solver_train
-from src import load, parallel, plan
+from src import load, parallel
 from src.checkpoint import saving, sources, storage
 from src.checkpoint.tensor_files import read_safetensors
 from src.command.config import SavingFlags
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
-from src.plan import Memory, PPOWork
-from src.processes import heap
-from src.training.memory import (
+from src.planning import plan
+from src.planning.memory import (
     Training,
     local_lora_parameters,
     local_parameters,
     scoring_memory,
     training_memory,
 )
+from src.planning.plan import Memory, PPOWork
+from src.processes import heap
 from src.training.ppo_config import ESTIMATORS, PPOConfig
 from tests import tiny
 from tests.conftest import Folders
-from tests.training.test_memory import CONFIG, LORA
+from tests.planning.test_memory import CONFIG, LORA
 
 
 @pytest.mark.parametrize(
