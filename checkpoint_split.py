@@ -14,13 +14,13 @@ from typing import Literal
 
 from src import load, parallel, runlog
 from src.checkpoint import export, gguf_layout, sources, storage, training_state, verify
+from src.checkpoint.foreign_config import check_model_type
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.split import as_verifier, split, with_added_tokens, with_tokenizer
 from src.command import cli
 from src.command.config import Config, Count, CountOrOff, CountOrZero, Counts, Positive, flag
 from src.errors import UserError
 from src.jsonfile import read_json
-from src.models.foreign import check_model_type
 from src.planning import plan
 from src.text.blocks import CODE_FORM, Marker
 from src.text.chat import has_own_template

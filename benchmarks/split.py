@@ -23,13 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
 
 from src.checkpoint.convert import to_hf_name  # noqa: E402
+from src.checkpoint.foreign_config import config_to_hf  # noqa: E402
 from src.checkpoint.shards import cut, cut_of, expected_shapes  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.split import split  # noqa: E402
 from src.checkpoint.tensor_files import TensorSpec, open_tensor_file  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.models.config import ModelConfig  # noqa: E402
-from src.models.foreign import config_to_hf  # noqa: E402
 
 CONFIG = ModelConfig(  # TinyLlama's sizes
     dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, head_dim=64, ffn_dim=5632, vocab_size=32000, max_seq_len=2048,

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from src import parallel, runlog
 from src.checkpoint import adapters, shards, sources, storage
+from src.checkpoint.foreign_config import check_model_type
 from src.command.config import LoraFlags, TokenizerFlags
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
-from src.models.foreign import check_model_type
 from src.models.lora import LoraConfig, add_lora, check_targets, init_lora
 from src.models.quantize import quantize_weights
 from src.text.blocks import CODE_FORM

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from src import runlog
+from src.checkpoint.foreign_config import released_config
 from src.errors import UserError
-from src.models.foreign import released_config
 from src.models.lora import LINEARS, LoraConfig
 from src.planning.memory import FLOAT32, Training, local_parameters, training_memory
 

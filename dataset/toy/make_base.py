@@ -27,13 +27,13 @@ sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repos
 
 from src.checkpoint import convert  # noqa: E402
 from src.checkpoint.export import export_hf  # noqa: E402
+from src.checkpoint.foreign_config import config_to_hf  # noqa: E402
 from src.checkpoint.shards import expected_shapes  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.tensor_files import TensorSpec, digest_path, open_tensor_file  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.jsonfile import write_json  # noqa: E402
 from src.models.config import ModelConfig  # noqa: E402
-from src.models.foreign import config_to_hf  # noqa: E402
 
 VOCAB_SIZE = 640
 CONFIG = ModelConfig(

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from src import runlog
 from src.checkpoint import convert, storage
+from src.checkpoint.foreign_config import config_from_hf, config_to_hf
 from src.checkpoint.gguf import open_gguf
 from src.checkpoint.tensor_files import StoredTensor
 from src.checkpoint.weight_files import Source, check_counts, check_shapes
 from src.errors import UserError
 from src.models.config import FIELDS, ModelConfig
-from src.models.foreign import config_from_hf, config_to_hf
 from src.models.rope import rope_frequencies
 from src.text.gguf_tokenizer import special_ids, write_tokenizer
 

@@ -1,4 +1,4 @@
-"""src/models/foreign.py and its tables: released facts, foreign configs, and claims that contradict."""
+"""src/checkpoint/foreign_config.py and its tables: released facts, foreign configs, and claims that contradict."""
 
 import dataclasses
 import json
@@ -8,19 +8,21 @@ import pytest
 import torch
 import transformers
 
-from src.errors import UserError
-from src.models.config import ModelConfig, config_from_dict
-from src.models.families import FAMILIES
-from src.models.foreign import (
+from src.checkpoint.foreign_config import (
+    MetaWeights,
     check_model_type,
     claimed_facts,
     config_from_hf,
+    config_from_meta,
     config_to_hf,
+    meta_ffn_dim,
     released,
     released_config,
 )
-from src.models.meta import MetaWeights, config_from_meta, meta_ffn_dim
-from src.models.released import MODEL_TYPES
+from src.checkpoint.released import MODEL_TYPES
+from src.errors import UserError
+from src.models.config import ModelConfig, config_from_dict
+from src.models.families import FAMILIES
 from tests import reference, zoo
 from tests.checkpoint.weights import CONFIG, HF, META
 
