@@ -43,16 +43,16 @@ from src.evaluation.evaluator import (
 from src.evaluation.interactive import converse
 from src.evaluation.prompting import make_prompting, select_prompts
 from src.evaluation.report import curves_of, results_table, summarize
-from src.evaluation.served import ServedSolver, check_flags
-from src.evaluation.server import SolverServer
 from src.grading.tasks import INSTRUCTION, Task, find_task
 from src.inference.sampling import Sampling
-from src.inference.serving import ServingEngine
 from src.jsonfile import write_json
 from src.models.decoder import Decoder
 from src.planning import plan
 from src.report.page import write_report
 from src.runlog import RunLog
+from src.serving.jobs import ServingEngine
+from src.serving.served import ServedSolver, check_flags
+from src.serving.server import SolverServer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,14 +34,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {
         "code_solutions", "command", "data", "grading", "inference", "models", "parallel", "runlog", "text"
     },
+    "serving": {"command", "data", "evaluation", "inference", "models", "parallel", "runlog", "text"},
     "report": {"command", "data", "evaluation", "grading", "runlog"},
     "construct": {
         "checkpoint", "code_solutions", "command", "data", "evaluation", "grading", "inference", "load",
-        "models", "parallel", "runlog", "text",
+        "models", "parallel", "runlog", "serving", "text",
     },
     "training": {
         "checkpoint", "code_solutions", "command", "context_parallel", "data", "evaluation", "grading", "inference",
-        "load", "losses", "models", "parallel", "processes", "runlog", "text",
+        "load", "losses", "models", "parallel", "processes", "runlog", "serving", "text",
     },
     "planning": {
         "checkpoint", "command", "data", "load", "models", "parallel", "processes", "runlog", "text", "training",
@@ -74,7 +75,7 @@ DOORS: dict[str, str | set[str] | None] = {
     "gguf": "src/checkpoint/gguf.py",
     "matplotlib": "src/plot.py",
     "pyarrow": "src/data/rows.py",
-    "httpx2": "src/inference/server_client.py",
+    "httpx2": "src/serving/server_client.py",
     "sentencepiece": None,
     "sentencepiece.SentencePieceProcessor": "src/text/vocabulary.py",
     "sentencepiece.sentencepiece_model_pb2": "src/text/gguf_tokenizer.py",

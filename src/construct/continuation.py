@@ -9,10 +9,10 @@ from src.code_solutions.tool_hook import MALFORMED, Coding
 from src.data.encoding import STEP_END, encode_prompt, split_steps
 from src.data.examples import Prompt, Sample
 from src.evaluation.evaluator import LocalSolver, Sampler, SampleRequest, SamplerOutput
-from src.evaluation.served import ServedSolver, until
 from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
-from src.inference.server_client import RemoteRequest
+from src.serving.served import ServedSolver, until
+from src.serving.server_client import RemoteRequest
 from src.text.blocks import ANY_MARKER, Marker
 
 EOS, LENGTH, CONTEXT_FULL, TOO_MANY_STEPS = "eos", "length", "context full", "too many steps"

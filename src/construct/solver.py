@@ -24,12 +24,12 @@ from src.evaluation.evaluator import (
 )
 from src.evaluation.prompting import Prompting, make_prompting
 from src.evaluation.report import summarize
-from src.evaluation.served import AT_SERVER, ServedSolver, check_flags
 from src.grading.answer_types import AnswerType
 from src.grading.grader import Grader
 from src.grading.tasks import Task, find_task
 from src.jsonfile import read_json, write_json
 from src.runlog import RunLog
+from src.serving.served import AT_SERVER, ServedSolver, check_flags
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from src.checkpoint import export, saving, sources, storage
 from src.errors import UserError
 from src.inference.engine import Completion, Request, Vocabulary, vocabulary_of
 from src.inference.sampling import Sampling
-from src.inference.server_client import RemoteCompletion, RemoteRequest, Reply, Server, call, complete
 from src.models.decoder import Decoder
 from src.processes import watchdog
+from src.serving.server_client import RemoteCompletion, RemoteRequest, Reply, Server, call, complete
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import PPOConfig
 

@@ -12,11 +12,11 @@ from src.construct.sample_until import count_kinds
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, Sample
 from src.errors import UserError
-from src.inference import server_client
+from src.serving import server_client
 from src.text.tokenizer import Tokenizer
 from tests.conftest import Folders
 from tests.construct.test_steps import SOLUTION, log_dir, sample
-from tests.inference.server import Answering, completion, engine, says
+from tests.serving.fake_server import Answering, completion, engine, says
 from tests.tiny import build
 
 

@@ -13,11 +13,11 @@ from src.checkpoint import saving
 from src.errors import UserError
 from src.inference.engine import Request, Vocabulary
 from src.inference.sampling import Sampling
-from src.inference.server_client import Reply, read_reply
+from src.serving.server_client import Reply, read_reply
 from src.training.policy_server import read_response
 from src.training.ppo_config import PPOConfig
 from tests.conftest import Folders
-from tests.evaluation.test_server import post, serving
+from tests.serving.test_server import post, serving
 
 
 def train(folders: Folders, tmp_path: Path, urls: list[str], **flags: object) -> None:

@@ -1,4 +1,4 @@
-"""src/inference/server_client.py and --backend openai against a real server, with the faults of a bad day."""
+"""src/serving/server_client.py and --backend openai against a real server, with the faults of a bad day."""
 
 import json
 import time
@@ -10,10 +10,10 @@ import pytest
 
 import solver_evaluate
 from src.errors import UserError
-from src.inference import server_client
 from src.inference.sampling import Sampling
-from src.inference.server_client import RemoteRequest, Server
-from tests.inference.server import FaultyProxy, free_port, start_server, write_model
+from src.serving import server_client
+from src.serving.server_client import RemoteRequest, Server
+from tests.serving.fake_server import FaultyProxy, free_port, start_server, write_model
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
 REQUESTS = [RemoteRequest(str(n), 0, f"{n}+{n}=") for n in range(6)]

@@ -1,11 +1,11 @@
-"""src/inference/server_client.py: what is a completion, and what only looks like one."""
+"""src/serving/server_client.py: what is a completion, and what only looks like one."""
 
 import json
 import math
 
 import pytest
 
-from src.inference.server_client import BadReply, Reply, Token, read_reply
+from src.serving.server_client import BadReply, Reply, Token, read_reply
 
 CHOICE = {"index": 0, "text": " #### 4", "finish_reason": "stop", "logprobs": None}
 DEEP = b"[" * 100_000 + b"]" * 100_000

@@ -11,7 +11,7 @@ from src.errors import UserError
 from src.evaluation.evaluator import Sampler, SampleRequest, SamplerOutput
 from src.evaluation.prompting import Prompting
 from src.inference.sampling import Sampling
-from src.inference.server_client import RemoteCompletion, RemoteRequest, Reply, Server, complete
+from src.serving.server_client import RemoteCompletion, RemoteRequest, Reply, Server, complete
 from src.text.blocks import CODE_FORM
 from src.text.tokenizer import Tokenizer, read_template_args
 

@@ -1,4 +1,4 @@
-"""src/evaluation/served.py and --backend openai: what a server is asked, and what is made of any answer."""
+"""src/serving/served.py and --backend openai: what a server is asked, and what is made of any answer."""
 
 import json
 import subprocess
@@ -12,12 +12,12 @@ import pytest
 import solver_evaluate
 from src.data.encoding import encode_prompt
 from src.errors import UserError
-from src.inference import server_client
 from src.inference.sampling import Sampling
-from src.inference.server_client import RemoteRequest, Server
+from src.serving import server_client
+from src.serving.server_client import RemoteRequest, Server
 from src.text.tokenizer import Tokenizer
 from tests.conftest import Folders
-from tests.inference.server import Answering, completion, engine, free_port, says
+from tests.serving.fake_server import Answering, completion, engine, free_port, says
 
 REPORT = Path(__file__).parents[2] / "../shared/data/reports/SV1_server"
 

@@ -21,10 +21,10 @@ from src.errors import UserError
 from src.evaluation.interactive import Stream
 from src.inference.engine import Completion, Request, vocabulary_of
 from src.inference.sampling import Sampling
-from src.inference.serving import Job, ServingEngine
 from src.models.decoder import Decoder
 from src.models.linear import prepared
 from src.models.quantize import packed
+from src.serving.jobs import Job, ServingEngine
 from src.text.tokenizer import Tokenizer
 
 LARGEST_REQUEST = 2**25  # bytes
