@@ -13,7 +13,7 @@ from pathlib import Path
 from src import load, losses, parallel, runlog
 from src.checkpoint import saving, storage
 from src.command import cli
-from src.data.sampler import epoch_order
+from src.data.batch import epoch_order
 from src.grading.grader import Grader
 from src.inference.sampling import Sampling
 from src.models.lora import without_adapters

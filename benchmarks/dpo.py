@@ -63,8 +63,8 @@ def ours(case: Case, folder: Path, *, precision: str = "float32") -> Run:
 
     from src import load, parallel
     from src.command.config import OptimizerFlags
+    from src.data.batch import chunks
     from src.data.encoding import Encoded
-    from src.data.sampler import chunks
     from src.runlog import RunLog
     from src.training.preference import Preference, collate
     from src.training.reference import reference_logprobs

@@ -12,9 +12,8 @@ import torch
 from src import load, parallel
 from src.checkpoint import shards
 from src.command.config import LoraFlags, OptimizerFlags
-from src.data.batch import Batch, make_batch
+from src.data.batch import Batch, Step, make_batch
 from src.data.encoding import Encoded
-from src.data.sampler import Step
 from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
 from src.models.config import ModelConfig

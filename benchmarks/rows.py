@@ -19,9 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
 
+from src.data.batch import BatchSampler, Dataset  # noqa: E402
 from src.data.encoded_rows import Fill, Keep, Sample  # noqa: E402
 from src.data.examples import read_instructions  # noqa: E402
-from src.data.sampler import BatchSampler, Dataset  # noqa: E402
 from src.text.tokenizer import Tokenizer  # noqa: E402
 from src.training.kept_rows import KeptRows  # noqa: E402
 from src.training.sft import sft_dataset  # noqa: E402

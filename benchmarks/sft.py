@@ -82,9 +82,8 @@ def ours(case: Case, folder: Path, *, packing: bool = True, precision: str = "fl
     """Our Trainer on the samples, the rows of a step end to end or padded."""
     from src import load, parallel
     from src.command.config import LoraFlags, OptimizerFlags
-    from src.data.batch import make_batch
+    from src.data.batch import chunks, make_batch
     from src.data.encoding import Encoded
-    from src.data.sampler import chunks
     from src.runlog import RunLog
     from src.training.sft import n_supervised, sft_loss
     from src.training.trainer import Trainer

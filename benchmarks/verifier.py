@@ -32,10 +32,9 @@ from src.checkpoint.sources import open_source  # noqa: E402
 from src.checkpoint.split import split  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.command.config import OptimizerFlags  # noqa: E402
-from src.data.batch import Batch, make_batch  # noqa: E402
+from src.data.batch import Batch, BatchSampler, chunks, make_batch  # noqa: E402  # noqa: E402
 from src.data.encoding import Encoded, encode_steps, split_steps  # noqa: E402
 from src.data.examples import Sample, StepLabels  # noqa: E402
-from src.data.sampler import BatchSampler, chunks  # noqa: E402
 from src.evaluation.scoring import score_samples  # noqa: E402
 from src.losses import label_loss  # noqa: E402
 from src.models.decoder import Decoder  # noqa: E402

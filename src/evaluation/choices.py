@@ -10,10 +10,9 @@ from typing import Literal
 
 import torch
 
-from src.data.batch import pack_shared
+from src.data.batch import chunks, pack_shared
 from src.data.encoding import Encoded, encode_prompt
 from src.data.examples import Prompt, Sample
-from src.data.sampler import chunks
 from src.errors import UserError
 from src.evaluation.evaluator import LocalSolver, Sampler, SampleRequest, SamplerOutput
 from src.evaluation.metrics import interval

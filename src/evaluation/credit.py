@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from src.data.batch import make_batch
+from src.data.batch import chunks, make_batch
 from src.data.encoding import Encoded
 from src.data.examples import StepLabels
-from src.data.sampler import chunks
 from src.errors import UserError
 from src.evaluation.metrics import auc, wilson_interval
 from src.evaluation.verifier_report import first_wrong

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 
 from src import parallel, runlog
-from src.data.batch import make_batch
+from src.data.batch import chunks, make_batch
 from src.data.encoding import STEP_ENDS, Encoded, encode_response, encode_steps, split_steps
 from src.data.examples import Sample, StepLabels, read_rows
-from src.data.sampler import chunks
 from src.errors import UserError
 from src.evaluation.evaluator import cut_torn_line
 from src.evaluation.metrics import AGGREGATIONS, sigmoid

@@ -11,10 +11,10 @@ from src import load, parallel
 from src.checkpoint import storage
 from src.checkpoint.sources import Source
 from src.command.config import ModelFlags, SavingFlags, TrainConfig
+from src.data.batch import Step
 from src.data.encoded_rows import Sample
 from src.data.encoding import encode_prompt, masked_text
 from src.data.examples import Prompt
-from src.data.sampler import Step
 from src.errors import UserError
 from src.models.cache import shared_prefix
 from src.models.config import ModelConfig

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from src import losses, parallel
-from src.data.batch import Batch, make_batch
+from src.data.batch import Batch, Dataset, make_batch
 from src.data.encoded_rows import Keep, Sample, fit, in_temporary_file
 from src.data.encoding import Encoded, encode_response, label_everywhere
 from src.data.examples import StepLabels, read_step_labels
-from src.data.sampler import Dataset
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src import losses, parallel
-from src.data.batch import Batch
-from src.data.sampler import epoch_order
+from src.data.batch import Batch, epoch_order
 from src.models.forward import Distribution, logprobs_and_entropy, response_values
 from src.training.ppo_config import PPOConfig
 from src.training.rewards import Scores, add_counts, apply_length_penalty, at_last

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from src import load, parallel, runlog
 from src.checkpoint import saving
 from src.code_solutions.tool_hook import Coding, block_limits
+from src.data.batch import chunks, epoch_order
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt, read_prompts
-from src.data.sampler import chunks, epoch_order
 from src.errors import UserError
 from src.evaluation.report import type_of
 from src.grading.grader import Grader

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from src import losses, parallel
-from src.data.batch import Batch, make_batch, pack_shared
+from src.data.batch import Batch, BatchSampler, Dataset, make_batch, pack_shared
 from src.data.encoded_rows import Keep, Sample, in_temporary_file
 from src.data.examples import read_pairs
-from src.data.sampler import BatchSampler, Dataset
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.text.tokenizer import Tokenizer

@@ -12,11 +12,10 @@ import torch
 
 from src import parallel
 from src.checkpoint import locks
-from src.data.batch import Batch, make_batch
+from src.data.batch import Batch, chunks, make_batch
 from src.data.encoded_rows import Sample
 from src.data.encoding import Encoded
 from src.data.rows import read_rows
-from src.data.sampler import chunks
 from src.errors import UserError
 from src.evaluation.evaluator import cut_torn_line
 from src.models.decoder import Decoder

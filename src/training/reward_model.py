@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from src import parallel
-from src.data.batch import Batch, make_batch
+from src.data.batch import Batch, Dataset, chunks, make_batch
 from src.data.encoded_rows import Keep, Sample, Truncation, fit, in_temporary_file
 from src.data.encoding import (
     STEP_ENDS,
@@ -29,7 +29,6 @@ from src.data.encoding import (
     split_steps,
 )
 from src.data.examples import Pair, StepLabels, read_pairs, read_step_labels
-from src.data.sampler import Dataset, chunks
 from src.errors import UserError
 from src.evaluation.metrics import auc
 from src.losses import bradley_terry_loss, label_loss

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from src import losses, parallel, runlog
 from src.code_solutions.tool_hook import PASSED
-from src.data.batch import Batch, make_batch
+from src.data.batch import Batch, chunks, make_batch
 from src.data.encoding import STEP_ENDS, Encoded, encode_steps, split_steps
 from src.data.examples import OUTCOMES, Prompt
-from src.data.sampler import chunks
 from src.errors import UserError
 from src.evaluation.report import type_of
 from src.grading.grader import Grader

@@ -12,9 +12,8 @@ from src import load, parallel
 from src.checkpoint import saving
 from src.checkpoint.shards import expected_shapes
 from src.command.config import TrainConfig
-from src.data.batch import Batch
+from src.data.batch import Batch, BatchSampler, Dataset, Step
 from src.data.encoded_rows import Keep, in_temporary_file
-from src.data.sampler import BatchSampler, Dataset, Step
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.linear import linear

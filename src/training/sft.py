@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from src import parallel
-from src.data.batch import Batch, make_batch
+from src.data.batch import Batch, BatchSampler, Dataset, make_batch
 from src.data.encoded_rows import Keep, Sample, Truncation, fit, in_temporary_file
 from src.data.encoding import Encoded, encode_conversation, encode_response, learn_all
 from src.data.examples import Chat, Instruction
-from src.data.sampler import BatchSampler, Dataset
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.forward import summed_logprobs

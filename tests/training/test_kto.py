@@ -12,8 +12,8 @@ from torch.testing import assert_close
 import preference_train
 from src import load, losses
 from src.command.config import OptimizerFlags
+from src.data.batch import BatchSampler
 from src.data.examples import StepLabels
-from src.data.sampler import BatchSampler
 from src.errors import UserError
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ def test_losses_and_reference_points_equal_trl(
     model, objective = load.load_solver(folders.one), KTO(beta=beta, **weights)
     reference = reference_logprobs(model, data.samples, tmp_path / "r.jsonl", "x", max_batch_size=8, log=log)
     trainer = Trainer(model, log, OptimizerFlags(lr=lr, schedule="constant", warmup_ratio=0.0), total_steps=steps)
-    monkeypatch.setattr("src.data.sampler.epoch_order", lambda n, seed, epoch: list(range(n)))
+    monkeypatch.setattr("src.data.batch.epoch_order", lambda n, seed, epoch: list(range(n)))
     batching, found = BatchSampler(max_batch_size=size, accumulation_steps=1, seed=1), []
     for _, _, (batch,) in batching.steps(with_reference(data, reference), packing=False, epochs=1):
         measured = objective.of_step(model, [batch])

@@ -15,9 +15,9 @@ from torch.testing import assert_close
 import preference_train
 from src import load, losses
 from src.checkpoint import saving, storage
+from src.data.batch import BatchSampler, Dataset
 from src.data.encoding import encode_prompt, encode_response
 from src.data.examples import Pair
-from src.data.sampler import BatchSampler, Dataset
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog

@@ -7,8 +7,8 @@ import torch
 
 from src import load
 from src.command.config import OptimizerFlags
+from src.data.batch import BatchSampler
 from src.data.examples import Pair
-from src.data.sampler import BatchSampler
 from src.runlog import RunLog
 from src.training.preference import Preference, collate, with_reference
 from src.training.reference import reference_logprobs, response_sums
@@ -37,7 +37,7 @@ def test_losses_and_logprobs_equal_trl(
     trainer = Trainer(
         model, log, OptimizerFlags(lr=LR, schedule="constant", warmup_ratio=0.0), total_steps=STEPS
     )
-    monkeypatch.setattr("src.data.sampler.epoch_order", lambda n, seed, epoch: list(range(n)))
+    monkeypatch.setattr("src.data.batch.epoch_order", lambda n, seed, epoch: list(range(n)))
     batching, found = BatchSampler(max_batch_size=BATCH, accumulation_steps=1, seed=1), []
     for _, _, (batch,) in batching.steps(with_reference(data, reference), packing=False, epochs=1):
         with torch.no_grad():

@@ -14,9 +14,9 @@ import verifier_train
 from src import load
 from src.checkpoint import storage
 from src.command.config import OptimizerFlags
+from src.data.batch import BatchSampler, Dataset
 from src.data.encoding import STEP_END, encode_steps
 from src.data.examples import StepLabels
-from src.data.sampler import BatchSampler, Dataset
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer

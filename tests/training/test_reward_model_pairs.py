@@ -11,10 +11,9 @@ from torch.testing import assert_close
 from src import load
 from src.checkpoint import saving
 from src.command.config import OptimizerFlags
-from src.data.batch import make_batch
+from src.data.batch import BatchSampler, Dataset, chunks, make_batch
 from src.data.encoding import encode_response
 from src.data.examples import Pair
-from src.data.sampler import BatchSampler, Dataset, chunks
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.forward import response_scores

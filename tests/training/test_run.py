@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from src import parallel
-from src.data.batch import make_batch
+from src.data.batch import Step, make_batch
 from src.data.encoding import Encoded
-from src.data.sampler import Step
 from src.models.config import ModelConfig
 from src.training import run as module
 from src.training.run import ThroughputMeter

@@ -8,10 +8,9 @@ from torch.testing import assert_close
 
 from src import load
 from src.command.config import OptimizerFlags, TokenizerFlags
-from src.data.batch import Batch
+from src.data.batch import Batch, BatchSampler, Dataset
 from src.data.encoding import encode_response, masked_text
 from src.data.examples import Chat, Instruction
-from src.data.sampler import BatchSampler, Dataset
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from src import load, parallel
 from src.command.config import LoraFlags, OptimizerFlags
+from src.data.batch import BatchSampler
 from src.data.examples import StepLabels
-from src.data.sampler import BatchSampler
 from src.runlog import RunLog
 from src.training.reward_model import label_dataset
 from src.training.trainer import Trainer

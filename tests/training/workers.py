@@ -20,9 +20,8 @@ from src.checkpoint import saving, shards
 from src.code_solutions.tool_hook import Coding
 from src.command import cli
 from src.command.config import LoraFlags, OptimizerFlags, SavingFlags
-from src.data.batch import Batch
+from src.data.batch import Batch, BatchSampler
 from src.data.examples import Instruction, Pair, Prompt, StepLabels
-from src.data.sampler import BatchSampler
 from src.errors import UserError
 from src.grading.tasks import find_task
 from src.models import linear
