@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from src import load, parallel, runlog
-from src.checkpoint import export, gguf_layout, sources, storage, training_state, verify
+from src.checkpoint import export, gguf_layout, saving, sources, storage, verify
 from src.checkpoint.foreign_config import check_model_type
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.split import as_verifier, split, with_added_tokens, with_tokenizer
@@ -108,7 +108,7 @@ def main(config: SplitConfig) -> None:
             raise UserError(f"--verifier_form needs whole weights and a tokenizer beside {described}; merge the "
                             "adapter, or give --tokenizer_file")
         source = as_verifier(source, config.verifier_form, Tokenizer(source.tokenizer_files[0]))
-    if (source.folders[0] / training_state.STATE).is_file():
+    if (source.folders[0] / saving.STATE).is_file():
         log.warning("%s is a training checkpoint: its weights are written, and its optimizer and place in the run are "
                     "left out. --resume opens it as it is, on any number of ranks", described)
     max_shard_bytes = int(config.max_shard_size * 10**9)

@@ -21,7 +21,7 @@ from src.planning import plan
 from src.report.page import write_report
 from src.runlog import Phases, RunLog
 from src.training import monitor, ppo
-from src.training.held_out import measure_held_out
+from src.training.monitor import measure_held_out
 from src.training.policy_server import PolicyServers
 from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repository is not
 
 from src import load, parallel  # noqa: E402
-from src.checkpoint import saving, training_state  # noqa: E402
+from src.checkpoint import saving  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
 from src.command.config import OptimizerFlags  # noqa: E402
 from src.data.batch import Batch  # noqa: E402
@@ -79,14 +79,14 @@ def phases(folder: str, save_dir: str) -> dict[str, Held]:
     row = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
     first.backward(sft_loss(first.model, row) / 2.0)
     first.step()
-    state = training_state.RunState(first.state(), {})
+    state = saving.RunState(first.state(), {})
     with measured(found, "save"):
         saving.begin_save(first.model, f"{save_dir}/step-1", folder, state=state).complete()
     counts = first.state().counts
     del first, state
     again = trainer()
     with measured(found, "resume"):
-        again.load(counts, training_state.reader(Path(save_dir) / "step-1", again.model.config))
+        again.load(counts, saving.state_reader(Path(save_dir) / "step-1", again.model.config))
     return found
 
 

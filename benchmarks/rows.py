@@ -23,7 +23,7 @@ from src.data.batch import BatchSampler, Dataset  # noqa: E402
 from src.data.encoded_rows import Fill, Keep, Sample  # noqa: E402
 from src.data.examples import read_instructions  # noqa: E402
 from src.text.tokenizer import Tokenizer  # noqa: E402
-from src.training.kept_rows import KeptRows  # noqa: E402
+from src.training.run import KeptRows  # noqa: E402
 from src.training.sft import sft_dataset  # noqa: E402
 
 PHASES = ("encoded", "opened", "steps", "in lists")

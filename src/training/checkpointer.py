@@ -14,9 +14,8 @@ from types import FrameType
 from typing import NamedTuple
 
 from src import parallel
-from src.checkpoint import storage, training_state
-from src.checkpoint.saving import Save
-from src.checkpoint.training_state import RunState
+from src.checkpoint import saving, storage
+from src.checkpoint.saving import RunState, Save
 from src.command.config import Resume, SavingFlags
 from src.errors import UserError
 from src.processes import watchdog
@@ -89,13 +88,13 @@ class Checkpointer:
         folder, stored = step_folder(model.folder, step), read_state(model.folder, step)
         for name, now in self._state.items():
             if type(stored.get(name)) is not type(now):
-                raise UserError(f"{folder / training_state.STATE}: {name!r} is {stored.get(name)!r}; expected the like "
+                raise UserError(f"{folder / saving.STATE}: {name!r} is {stored.get(name)!r}; expected the like "
                                 f"of {now!r}")
         self._state.update({name: stored[name] for name in self._state})
         self._best_step = stored["best_step"]
         self._best = -math.inf if stored["best"] is None else stored["best"]
         with model.here():
-            model.trainer.load(stored["loop"], training_state.reader(folder, model.trainer.model.config))
+            model.trainer.load(stored["loop"], saving.state_reader(folder, model.trainer.model.config))
 
     def measured_start(self, score: float) -> None:
         """Held-out merit of the models before the first step: only what does better becomes `best`."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from src import parallel
-from src.checkpoint.training_state import MOMENTS
+from src.checkpoint.saving import MOMENTS
 from src.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from src import parallel
-from src.checkpoint import storage, training_state
+from src.checkpoint import saving, storage
 from src.checkpoint.tensor_files import file_hash
 from src.command.config import Resume
 from src.command.flags import FREE_ON_RESUME, path_in
@@ -162,7 +162,7 @@ def complete_steps(folder: str) -> set[int]:
 def read_state(folder: str, step: int) -> dict[str, object]:
     """state.json of a step. Raises UserError for one that is damaged, or that no version of this kind wrote."""
     path = step_folder(folder, step)
-    state = training_state.read_facts(path)
+    state = saving.read_facts(path)
     counts, best = state.get("loop"), state.get("best", "")
     right = {
         "run": isinstance(state.get("run"), dict),
@@ -174,7 +174,7 @@ def read_state(folder: str, step: int) -> dict[str, object]:
     }
     for name, is_right in right.items():
         if not is_right:
-            raise UserError(f"{path / training_state.STATE}: {name!r} is {json.dumps(state.get(name))[:60]}, not what "
+            raise UserError(f"{path / saving.STATE}: {name!r} is {json.dumps(state.get(name))[:60]}, not what "
                             f"a save of step {step} leaves: the file is damaged or another version's; remove {path} to "
                             "go on without it")
     return state

@@ -1,27 +1,34 @@
-"""What the trainers that go over the rows of a file do alike: how rows become steps, the run, its log, its speed."""
+"""What the trainers that go over the rows of a file do alike: their rows, encoded once, the run, its log, its speed."""
 
+import contextlib
+import hashlib
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from src import load, parallel
+from src import load, parallel, runlog
 from src.checkpoint import saving
 from src.checkpoint.shards import expected_shapes
+from src.checkpoint.tensor_files import file_hash
 from src.command.config import TrainConfig
 from src.data.batch import Batch, BatchSampler, Dataset, Step
-from src.data.encoded_rows import Keep, in_temporary_file
+from src.data.encoded_rows import EncodedRows, Fill, Keep, in_temporary_file, write
+from src.errors import UserError
+from src.jsonfile import flush, read_json, telling_full_disk, write_json
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.linear import linear
-from src.processes import heap
+from src.processes import heap, watchdog
 from src.runlog import RunLog, warn_of_early_end
 from src.text.tokenizer import Tokenizer
 from src.training.checkpointer import Checkpointer, Trainee
-from src.training.kept_rows import KeptRows, rows_identity
 from src.training.resuming import find_start, run_fingerprint
 from src.training.trainer import StepReport, Trainer
 
@@ -177,3 +184,65 @@ def matrix_rate(dtype: torch.dtype) -> float:
         linear(a, a)[0, 0].item()  # by the library that multiplies in training
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
+
+
+LOOK_SECONDS = 0.1  # between two looks for the file that rank 0 makes
+_CODE = ("data", "text", "training")  # of src/: what makes ids of rows
+
+
+def rows_identity(run_fingerprint: Mapping[str, object]) -> str:
+    """What the rows of a run are known by: its data by contents, its tokenizer, every flag that is compared when it is
+    resumed, and the code."""
+    root = Path(__file__).parents[1]
+    code = [file_hash(file) for name in _CODE for file in sorted((root / name).rglob("*.py"))]
+    return hashlib.sha256(json.dumps([dict(run_fingerprint), code]).encode()).hexdigest()
+
+
+class KeptRows(NamedTuple):
+    """Where some rows of a run are kept: `path`, with a `.json` that says of which identity they are, and their hash.
+    The latter comes last: what a kill leaves counts for nothing, and is made again."""
+
+    path: Path
+    identity: str
+
+    def __call__(self, fill: Fill) -> tuple[EncodedRows, str]:
+        """The samples and what fill() said when they were made: by rank 0, while the others wait. All ranks call this;
+        nothing is sent, for a collective has a time limit. Raises UserError for a full disk."""
+        found = self._find()
+        if found is None and parallel.rank() == 0:
+            self._write(fill)
+            found = self._find()
+            if found is None:
+                raise UserError(f"{self.path} does not read as it was written a moment ago; use another disk")
+        while found is None:
+            time.sleep(LOOK_SECONDS)
+            watchdog.got_on()  # rank 0 may read for long before it writes; when it is gone is told elsewhere
+            found = self._find()
+        return found
+
+    def _find(self) -> tuple[EncodedRows, str] | None:
+        """The samples that lie there; None where there are none, or others, or damaged ones."""
+        with contextlib.suppress(UserError):  # no file, or none of ours
+            facts = read_json(self.path.with_suffix(".json"))
+            if facts.get("identity") == self.identity and facts.get("blake3") == file_hash(self.path):
+                return EncodedRows(self.path), str(facts.get("report"))
+        return None
+
+    def _write(self, fill: Fill) -> None:
+        log, began = runlog.logger(), time.monotonic()
+        facts, unfinished = self.path.with_suffix(".json"), self.path.with_suffix(".partial")
+        if facts.exists():
+            log.info("%s is of other data, flags or code, or damaged: it is made again", self.path)
+        self.path.parent.mkdir(exist_ok=True)
+        facts.unlink(missing_ok=True)
+        try:
+            with telling_full_disk(self.path, "--dry_run says how much the encoded rows take"):
+                with unfinished.open("wb") as file:
+                    report = write(file, fill)
+                flush(unfinished)
+                os.replace(unfinished, self.path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        size = self.path.stat().st_size
+        write_json(facts, {"identity": self.identity, "blake3": file_hash(self.path), "report": report})
+        log.info("%s: encoded rows, %.1f MB in %.0f s", self.path, size / 1e6, time.monotonic() - began)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src import parallel
 from src.checkpoint import shards
-from src.checkpoint.training_state import MASTER, MOMENTS, TrainerState
+from src.checkpoint.saving import MASTER, MOMENTS, TrainerState
 from src.command.config import OptimizerFlags, Recomputed, Schedule
 from src.errors import UserError
 from src.models.cache import Cache

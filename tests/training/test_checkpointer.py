@@ -16,8 +16,7 @@ from torch.testing import assert_close
 
 from src import load, parallel
 from src.checkpoint import saving, storage
-from src.checkpoint.saving import Save
-from src.checkpoint.training_state import RunState
+from src.checkpoint.saving import RunState, Save
 from src.command.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.batch import Batch
 from src.errors import UserError

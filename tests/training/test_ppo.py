@@ -24,8 +24,7 @@ from src.models.forward import Distribution, response_logprobs, response_values
 from src.runlog import Phases
 from src.text.tokenizer import Tokenizer
 from src.training import ppo
-from src.training.held_out import measure_held_out
-from src.training.monitor import rollout_metrics
+from src.training.monitor import measure_held_out, rollout_metrics
 from src.training.ppo import PPOBuffer
 from src.training.ppo_config import PPOConfig
 from src.training.ppo_setup import Inputs, PPOModels

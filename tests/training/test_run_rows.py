@@ -1,4 +1,4 @@
-"""src/training/kept_rows.py: rows are encoded once for a run, by one process; no other rows are taken for them."""
+"""src/training/run.py: rows are encoded once for a run, by one process; no other rows are taken for them."""
 
 import json
 import math
@@ -17,10 +17,9 @@ from src.data.encoding import Encoded
 from src.data.examples import Chat, Instruction, Pair, StepLabels
 from src.errors import UserError
 from src.text.tokenizer import Tokenizer
-from src.training import kept_rows
-from src.training.kept_rows import KeptRows
+from src.training import run
 from src.training.reward_model import label_dataset, pair_dataset
-from src.training.run import Run
+from src.training.run import KeptRows, Run
 from src.training.sft import sft_dataset
 from tests.conftest import Folders
 from tests.ranks import run_ranks
@@ -99,7 +98,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         with open("/dev/full", "wb", buffering=0) as device:
             device.write(b"x")
 
-    monkeypatch.setattr(kept_rows, "write", full)
+    monkeypatch.setattr(run, "write", full)
     full = r"train.ids: no space left on device in the middle of writing, with [\d,]+ bytes free; --dry_run"
     with pytest.raises(UserError, match=full):
         KeptRows(tmp_path / "train.ids", "one")(filling())
@@ -117,7 +116,7 @@ def ranks_share(path: str) -> dict[str, object]:
 
 
 def test_two_ranks_share_what_one_has_encoded(tmp_path: Path) -> None:
-    found = run_ranks(2, "tests.training.test_kept_rows:ranks_share", tmp_path, path=str(tmp_path / "train.ids"))
+    found = run_ranks(2, "tests.training.test_run_rows:ranks_share", tmp_path, path=str(tmp_path / "train.ids"))
     assert [rank["rows"] for rank in found] == [repr(SAMPLES)] * 2
 
 
