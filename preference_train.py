@@ -17,8 +17,7 @@ from src.data.encoding import masked_text
 from src.errors import UserError
 from src.planning import plan
 from src.runlog import RunLog
-from src.training.kto import KTO
-from src.training.preference import Preference, evaluate, open_preferences, with_reference
+from src.training.preference import KTO, Preference, evaluate, open_preferences, with_reference
 from src.training.reference import reference_identity, reference_logprobs
 from src.training.run import Run
 from src.training.sft import n_supervised

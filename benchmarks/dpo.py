@@ -66,7 +66,7 @@ def ours(case: Case, folder: Path, *, precision: str = "float32") -> Run:
     from src.data.batch import chunks
     from src.data.encoding import Encoded
     from src.runlog import RunLog
-    from src.training.preference import Preference, collate
+    from src.training.preference import Preference, collate_sides
     from src.training.reference import reference_logprobs
     from src.training.trainer import Trainer
 
@@ -86,7 +86,7 @@ def ours(case: Case, folder: Path, *, precision: str = "float32") -> Run:
     model.train()
     watch.start()
     for group in chunks(rows, PAIRS_A_STEP):
-        batch = collate(group, True, reference)
+        batch = collate_sides(group, True, reference)
         trainer.backward(preference.loss(model, batch)[0] / len(group))
         watch.losses.append(trainer.step().loss)
         watch.work.append(len(group))

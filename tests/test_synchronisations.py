@@ -29,8 +29,7 @@ from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs, response_scores, response_values
 from src.runlog import RunLog
-from src.training.kto import KTO
-from src.training.preference import Preference
+from src.training.preference import KTO, Preference
 from src.training.reward_model import LabelObjective, PairwiseObjective
 from src.training.sft import sft_loss
 from src.training.trainer import Trainer

@@ -2,23 +2,26 @@
 
 A directory holds `consolidated.NN.pth` (an adapter directory `adapter.NN.pth` and adapter.json), the tokenizer's
 files, params.json and manifest.json. All of it is written to a staging directory inside, flushed and hashed, and
-then moved into place, the manifest last: a save that is killed leaves the old checkpoint, or none that counts.
+then moved into place, the manifest last: a save that is killed leaves the old checkpoint, or none that counts. What is
+written is locked, one process at a time; the kernel frees a lock when its holder dies, however it dies.
 """
 
 import atexit
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from src import parallel
-from src.checkpoint import locks
 from src.checkpoint.tensor_files import (
     TensorSpec,
     as_stored,
@@ -46,6 +49,9 @@ TOKENIZER_FILES = (
     *_VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", GENERATION,
     "chat_template.jinja", "chat_template.json",
 )
+LOCK = ".lock"
+_HELD: dict[Path, AbstractContextManager[None]] = {}  # what hold() keeps
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _NAMES_BY_SUFFIX = {".model": "tokenizer.model", ".tiktoken": "qwen.tiktoken"}
 
 
@@ -102,7 +108,7 @@ def writing(folder: Path) -> Iterator[None]:
     """Hold a directory for one save: no other process can write there. What finish() has not moved is discarded. Raises
     UserError when another process is writing, or the disk is full; the directory is then as it was."""
     folder.mkdir(parents=True, exist_ok=True)
-    with locks.alone(folder):
+    with alone(folder):
         if not staging(folder).exists():  # else a killed save may have moved some of its own already
             found = {path.name for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern)}
             if foreign := sorted(found - manifest_files(folder).keys()):
@@ -309,7 +315,7 @@ def claim(folder: Path) -> None:
     Raises UserError, too, if a process of another run holds it."""
     check_writable(folder)
     if parallel.rank() == 0:
-        locks.hold(folder)
+        hold(folder)
 
 
 def check_writable(folder: Path) -> None:
@@ -329,3 +335,51 @@ def check_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise UserError(f"{folder}: {needed:,} bytes are needed but {free:,} are free; free some space or choose "
                         "another disk")
+
+
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Hold a directory, which exists, or a file. Raises UserError that names the process if another one does. What this
+    process keeps by hold() it has. Where the file system has no locks this holds nothing."""
+    if place.resolve() in _HELD:
+        yield
+        return
+    path = place / LOCK if place.is_dir() else place.with_name(f".{place.name}{LOCK}")
+    file = _lock(path, place)
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, f"{os.getpid()} {socket.gethostname()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _lock(path: Path, place: Path) -> int:
+    """The lock file of a place, open and locked."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            process, _, host = os.read(file, 300).decode(errors="replace").partition(" ")
+            os.close(file)
+            where = f" on {host}" if host not in ("", socket.gethostname()) else ""
+            raise UserError(f"{place} is being written by process {process or '?'}{where}; wait for it, or choose "
+                            "another place") from None
+        except OSError as problem:
+            if problem.errno not in _NO_LOCKS:
+                raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        os.close(file)  # its last holder removed it between our open and our lock
+
+
+def hold(folder: Path) -> None:
+    """Keep a directory for this process until it ends. Raises UserError if another process holds it."""
+    if folder.resolve() not in _HELD:
+        lock = alone(folder)
+        lock.__enter__()
+        _HELD[folder.resolve()] = lock
+        atexit.register(lock.__exit__, None, None, None)

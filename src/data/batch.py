@@ -47,6 +47,11 @@ class Batch(NamedTuple):
         return len(self.tokens if self.lengths is None else self._runs())
 
     @property
+    def n_learnt(self) -> int:
+        """Samples with a response token; what a rank runs along with, to keep others company, has none."""
+        return int((self.response_counts() > 0).sum())
+
+    @property
     def n_targets(self) -> int:
         """Scores that are read."""
         return int((~self.targets.isnan()).sum())

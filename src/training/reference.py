@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from src import parallel
-from src.checkpoint import locks
+from src.checkpoint import storage
 from src.data.batch import Batch, chunks, make_batch
 from src.data.encoded_rows import Sample
 from src.data.encoding import Encoded
@@ -66,7 +66,7 @@ def reference_logprobs(
     first = parallel.rank() == 0
     if first:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with locks.alone(path) if first else nullcontext():  # several runs may share the file
+    with storage.alone(path) if first else nullcontext():  # several runs may share the file
         known = _read(path)
         every = {row_key(identity, encoded): encoded for sample in samples for encoded in sample}
         # the longest first: what does not fit fails at once; equal lengths in an order that all ranks have

@@ -79,7 +79,7 @@ class PairwiseObjective:
 
     def count(self, batches: Sequence[Batch]) -> int:
         """Pairs in the micro-batches of one step: what the loss is a mean over."""
-        return n_pairs(batches)
+        return sum(batch.n_learnt for batch in batches) // 2
 
     def loss(self, verifier: Decoder, batch: Batch) -> Tensor:
         """Bradley-Terry loss, summed over a batch's pairs. -> []. centring adds its weight times the squared sum of the
@@ -143,11 +143,6 @@ def read_scores(verifier: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
 def _mean_and_deviation(scores: Tensor) -> tuple[float, float]:
     """[N] -> mean and deviation; 1 for the deviation of equal scores, so that what divides by it gives 0."""
     return scores.mean().item(), scores.std(unbiased=False).item() or 1.0
-
-
-def n_pairs(batches: Sequence[Batch]) -> int:
-    """Count pairs in this rank's micro-batches of one step. Unsupervised ones do not count."""
-    return sum(int((batch.response_counts() > 0).sum()) for batch in batches) // 2
 
 
 def pair_dataset(

@@ -21,7 +21,7 @@ import solver_train
 import verifier_evaluate
 import verifier_train
 from dataset import prepare
-from src.checkpoint import locks, storage
+from src.checkpoint import storage
 from src.command import cli, outputs
 from src.command.flags import REPLACED, WRITTEN, flags_of, is_path, parse
 from src.errors import UserError
@@ -225,8 +225,8 @@ def test_two_evaluations_do_not_write_in_one_directory(folders: Folders, tmp_pat
     samples = tmp_path / "samples.jsonl"
     samples.write_text("".join(json.dumps(row) + "\n" for row in GRADED))
     holder = (
-        f"from pathlib import Path; from src.checkpoint import locks; import time\n"
-        f"place = Path({flags['log_dir']!r}); place.mkdir(); locks.hold(place); print(1, flush=True); time.sleep(30)"
+        f"from pathlib import Path; from src.checkpoint import storage; import time\n"
+        f"place = Path({flags['log_dir']!r}); place.mkdir(); storage.hold(place); print(1, flush=True); time.sleep(30)"
     )
     with subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"1\n"
@@ -257,15 +257,15 @@ def test_two_evaluations_do_not_write_in_one_directory(folders: Folders, tmp_pat
 
 def test_a_lock_says_who_holds_it_and_is_free_after_its_holder(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("17 elsewhere")  # of a process that was killed
-    with locks.alone(tmp_path):
+    with storage.alone(tmp_path):
         with pytest.raises(UserError, match=rf"is being written by process {os.getpid()}; wait for it"):
-            locks.alone(tmp_path).__enter__()
+            storage.alone(tmp_path).__enter__()
         (tmp_path / ".lock").write_text("17 elsewhere")
         with pytest.raises(UserError, match="is being written by process 17 on elsewhere; wait for it"):
-            locks.alone(tmp_path / ".").__enter__()
-        with locks.alone(tmp_path / "file.jsonl"):  # in it, not it
+            storage.alone(tmp_path / ".").__enter__()
+        with storage.alone(tmp_path / "file.jsonl"):  # in it, not it
             pass
-    with locks.alone(tmp_path):
+    with storage.alone(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -278,7 +278,7 @@ def test_of_many_that_begin_at_once_one_has_the_directory(tmp_path: Path) -> Non
         held = 0
         while time.monotonic() < ends:
             try:
-                with locks.alone(tmp_path):
+                with storage.alone(tmp_path):
                     (tmp_path / "inside").mkdir()  # fails if another one is inside
                     (tmp_path / "inside").rmdir()
                     held += 1

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from src.errors import UserError
-from src.report.collect import answer_span
-from src.report.page import LARGEST, write_report
+from src.report.page import LARGEST, answer_span, write_report
 from tests.report.browser import CHROMIUM, Browser
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""src/training/kto.py: the loss and the reference point by hand and beside trl, invariance, the command."""
+"""src/training/preference.py: the loss and the reference point by hand and beside trl, invariance, the command."""
 
 import json
 import math
@@ -17,8 +17,7 @@ from src.data.examples import StepLabels
 from src.errors import UserError
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
-from src.training.kto import KTO, outcome_dataset
-from src.training.preference import with_reference
+from src.training.preference import KTO, outcome_dataset, with_reference
 from src.training.reference import reference_logprobs
 from src.training.trainer import Trainer
 from tests.conftest import Folders

@@ -22,7 +22,7 @@ from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
-from src.training.preference import Preference, collate, open_preferences, with_reference
+from src.training.preference import Preference, collate_sides, open_preferences, with_reference
 from src.training.reference import (
     Reference,
     reference_identity,
@@ -57,7 +57,7 @@ def whole(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> list[di
 
 
 def make_data(rows: list[Pair], tokenizer: Tokenizer) -> Dataset:
-    return pair_dataset(rows, tokenizer, max_seq_len=64, source="pairs.json")._replace(collate=collate)
+    return pair_dataset(rows, tokenizer, max_seq_len=64, source="pairs.json")._replace(collate=collate_sides)
 
 
 def one_step(data: Dataset, reference: Reference | None, size: int = 99):

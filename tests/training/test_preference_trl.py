@@ -10,7 +10,7 @@ from src.command.config import OptimizerFlags
 from src.data.batch import BatchSampler
 from src.data.examples import Pair
 from src.runlog import RunLog
-from src.training.preference import Preference, collate, with_reference
+from src.training.preference import Preference, collate_sides, with_reference
 from src.training.reference import reference_logprobs, response_sums
 from src.training.reward_model import pair_dataset
 from src.training.trainer import Trainer
@@ -31,7 +31,7 @@ def test_losses_and_logprobs_equal_trl(
         Pair(f"{n % 7}+{n % 5}=", [f"{n % 9}" * (1 + n % 4)], [f"b{n % 8}" * (1 + n % 3)])
         for n in range(STEPS * BATCH)
     ]
-    data = pair_dataset(pairs, tokenizer, max_seq_len=64, source="pairs")._replace(collate=collate)
+    data = pair_dataset(pairs, tokenizer, max_seq_len=64, source="pairs")._replace(collate=collate_sides)
     model, preference = load.load_solver(folders.one), Preference(objective="dpo", beta=BETA)
     reference = reference_logprobs(model, data.samples, tmp_path / "r.jsonl", "x", max_batch_size=8, log=log)
     trainer = Trainer(

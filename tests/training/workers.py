@@ -29,7 +29,7 @@ from src.models.decoder import Decoder
 from src.processes import watchdog
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
-from src.training import kto, ppo, preference
+from src.training import ppo, preference
 from src.training.checkpointer import Checkpointer, Trainee
 from src.training.monitor import rollout_metrics
 from src.training.offload import ModelOffloader
@@ -185,11 +185,11 @@ def preference_epochs(
     """This tensor-parallel rank's weights after two steps of 8 on PAIRS, and the reports of every step."""
     tokenizer, log = load.load_tokenizer(folder), RunLog(log_dir, {})
     if options.pop("kto", False):
-        kind: preference.Preference | kto.KTO = kto.KTO(beta=0.1, **options)
-        data = kto.outcome_dataset(OUTCOMES, tokenizer, max_seq_len=64, source="OUTCOMES")
+        kind: preference.Preference | preference.KTO = preference.KTO(beta=0.1, **options)
+        data = preference.outcome_dataset(OUTCOMES, tokenizer, max_seq_len=64, source="OUTCOMES")
     else:
         kind = preference.Preference(**{"objective": "dpo", "beta": 0.1} | options)
-        data = pair_dataset(PAIRS, tokenizer, max_seq_len=64, source="PAIRS")._replace(collate=preference.collate)
+        data = pair_dataset(PAIRS, tokenizer, max_seq_len=64, source="PAIRS")._replace(collate=preference.collate_sides)
     model, reference = load.load_solver(folder), None
     if kind.needs_reference:
         path = Path(log_dir) / f"{folder.replace('/', '_')}.jsonl"

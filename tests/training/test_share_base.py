@@ -1,4 +1,4 @@
-"""src/training/sharing.py: models on one base compute what separate ones compute, and hold the base once."""
+"""src/training/ppo_setup.py: models on one base compute what separate ones compute, and hold the base once."""
 
 from pathlib import Path
 
@@ -14,9 +14,8 @@ from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
 from src.training.offload import ModelOffloader
-from src.training.ppo_setup import PPOModels
+from src.training.ppo_setup import PPOModels, SharedBase
 from src.training.rewards import pairwise_reward
-from src.training.sharing import SharedBase
 from src.training.trainer import Trainer
 from tests.conftest import Folders
 from tests.training.workers import collect, ppo_config, ppo_update
