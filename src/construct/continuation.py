@@ -104,9 +104,8 @@ def generate_continuations(
         request, prefix_ids = by_key[done.request.id, done.request.sample]
         # decoded together with the prefix: a vocabulary may drop a space at the start of a text, but not within it
         text = vocabulary.decode([*prefix_ids, *done.tokens])[len(vocabulary.decode(prefix_ids)) :]
-        stop = min((stop for stop in sampling.stop if stop in text), key=text.index, default="")
+        text, stop = sampling.until_stop(text)
         end = stop or (EOS if done.tokens[-1] in tokenizer.stop_ids else LENGTH)
-        text = text.partition(stop)[0] if stop else text
         yield Continuation(request, text, len(done.tokens), sum(done.logprobs), end)
 
 
@@ -122,7 +121,7 @@ def _generate_at_server(
         if answer.reply is None:
             yield Continuation(request, "", None, None, answer.error)
             continue
-        text, stop, reply = until(answer.reply, sampling.stop)
+        text, stop, reply = until(answer.reply, sampling)
         end = stop or (EOS if reply.finish == "stop" else LENGTH)
         yield Continuation(request, text, reply.token_count, reply.logprob, end)
 

@@ -57,7 +57,7 @@ def score_samples(
     parallel.barrier()  # nobody writes before all have read
     waiting = {key: index for index, key in enumerate(keys) if encoded[index] and key not in raw}
     waiting = sorted(waiting.values(), key=lambda index: len(encoded[index].tokens))
-    read = _read_steps if by_steps else _read_response
+    read = read_steps if by_steps else _read_response
     log.progress(len(waiting), "sample")
     with path.open("a", encoding="utf-8") as file:
         for rows in chunks(waiting, max_batch_size):
@@ -90,7 +90,7 @@ def with_score(sample: Sample, scored: Scored | None) -> Sample:
 
 def score_one(verifier: Decoder, tokenizer: Tokenizer, sample: Sample) -> Scored | None:
     """Score a single sample; a process verifier's steps are multiplied. None for one longer than the context."""
-    read = _read_response if verifier.config.objective == "pairwise" else _read_steps
+    read = _read_response if verifier.config.objective == "pairwise" else read_steps
     row = _encode(tokenizer, sample, verifier.config)
     return _scored(read(verifier, [row])[0], verifier.config, "prod") if row else None
 
@@ -98,17 +98,24 @@ def score_one(verifier: Decoder, tokenizer: Tokenizer, sample: Sample) -> Scored
 def _encode(tokenizer: Tokenizer, sample: Sample, config: ModelConfig) -> Encoded | None:
     """A sample as ids, laid out as its verifier was trained. One that was cut off has no EOS. None = too long."""
     finished = sample.values.get("finish", "stop") == "stop" or not sample.response
-    by_steps, longest, step_end = config.objective != "pairwise", config.max_seq_len, STEP_ENDS[config.step]
+    by_steps, longest = config.objective != "pairwise", config.max_seq_len
     if by_steps:
-        steps = split_steps(sample.response, step_end)
-        row = encode_steps(tokenizer, sample.prompt, steps, [0.0] * len(steps), finished=finished, step_end=step_end,
-                           form=config.verifier_form)
+        row = encode_in_steps(tokenizer, sample.prompt, sample.response, config, finished=finished)
     else:
         row = encode_response(tokenizer, sample.prompt, sample.response, finished=finished)
     too_long = len(row.tokens) > longest and (finished or by_steps)
     if too_long or row.response_start >= longest:
         return None
     return Encoded(row.tokens[:longest], row.response_start, row.targets)
+
+
+def encode_in_steps(
+    tokenizer: Tokenizer, instruction: str, response: str, config: ModelConfig, *, finished: bool
+) -> Encoded:
+    """A response laid out in steps as its verifier was trained, with a target where each one's score is read."""
+    steps = split_steps(response, STEP_ENDS[config.step])
+    return encode_steps(tokenizer, instruction, steps, [0.0] * len(steps), finished=finished,
+                        step_end=STEP_ENDS[config.step], form=config.verifier_form)
 
 
 def tell_too_long(encoded: Sequence[Encoded | None], what: str, max_seq_len: int) -> None:
@@ -140,8 +147,8 @@ def _read_response(verifier: Decoder, rows: Sequence[Encoded]) -> list[list[floa
 
 
 @torch.no_grad()
-def _read_steps(verifier: Decoder, rows: Sequence[Encoded]) -> list[list[float]]:
-    """Compute the logits at the ends of the labelled steps of each row; as many numbers a row as it has steps."""
+def read_steps(verifier: Decoder, rows: Sequence[Encoded]) -> list[list[float]]:
+    """Compute the logits at the targets of each row; as many numbers a row as it has steps with a label."""
     verifier.eval()
     batch = make_batch(rows, with_targets=True)
     scores = token_scores(verifier, *batch.inputs).cpu()
@@ -163,7 +170,7 @@ def score_steps(
     config = verifier.config
     encoded = encode_solutions(rows, tokenizer, config.max_seq_len, config.step, config.verifier_form)
     fitting = [row for row in encoded if row]
-    found = (logits for chunk in chunks(fitting, max_batch_size) for logits in _read_steps(verifier, chunk))
+    found = (logits for chunk in chunks(fitting, max_batch_size) for logits in read_steps(verifier, chunk))
     return [[sigmoid(logit) for logit in next(found)] if row else None for row in encoded]
 
 

@@ -321,16 +321,12 @@ class DecodingBatch:
     def _text(self, slot: int, ended: bool) -> tuple[str, bool]:
         """What a row says, up to its first stop string, and whether there is one; empty while nothing ends it."""
         tokens = self.tokens[slot, : self.counts[slot]].tolist()
-        decode, stops = self.vocabulary.decode, self.sampling.stop
-        if decode is None:
+        decode = self.vocabulary.decode
+        # while a row goes on, the newest tokens alone are looked at: to decode all at each step would be quadratic
+        if decode is None or not ended and not self.sampling.until_stop(decode(tokens[-self.stop_window :]))[1]:
             return "", False
-        if not ended:
-            recent = decode(tokens[-self.stop_window :])
-            if not any(stop in recent for stop in stops):
-                return "", False
-        text = decode(tokens)
-        found = [text.find(stop) for stop in stops if stop in text]
-        return (text[: min(found)], True) if found else (text, False)
+        text, stop = self.sampling.until_stop(decode(tokens))
+        return text, bool(stop)
 
     def _completion(self, slot: int, text: str, finish: str) -> Completion:
         """The row of a slot, which is emptied."""

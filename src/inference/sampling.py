@@ -56,6 +56,11 @@ class Sampling:
         if "" in self.stop:
             raise UserError("stop holds an empty string, which every response begins with; drop it")
 
+    def until_stop(self, text: str) -> tuple[str, str]:
+        """The text up to the first stop string in it, and that string; "" where there is none."""
+        stop = min((stop for stop in self.stop if stop in text), key=text.index, default="")
+        return (text[: text.index(stop)], stop) if stop else (text, "")
+
     @property
     def truncates(self) -> bool:
         """Whether some tokens can never be sampled."""

@@ -1,6 +1,5 @@
 """A solver at a server: the flags that name it, the form in which it is asked, and its answers as samples."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from src.errors import UserError
 from src.evaluation.evaluator import Sampler, SampleRequest, SamplerOutput
 from src.evaluation.prompting import Prompting
 from src.inference.sampling import Sampling
-from src.serving.server_client import RemoteCompletion, RemoteRequest, Reply, Server, complete
+from src.serving.server_client import RemoteCompletion, RemoteRequest, Reply, Server, api_key, complete
 from src.text.blocks import CODE_FORM
 from src.text.tokenizer import Tokenizer, read_template_args
 
@@ -53,11 +52,7 @@ def check_flags(config: AskedFlags) -> bool:
     if config.system_prompt not in ("", "none") and template in ("", "none"):
         raise UserError("--system_prompt with --backend openai is a message of a chat template; give --chat_template "
                         f"{AT_SERVER}, or --tokenizer_file and a template of this side, with it")
-    key = config.api_key_env
-    if key and key not in os.environ:
-        raise UserError(f"--api_key_env {key}: there is no such environment variable; export the server's key")
-    if key and not (os.environ[key].isascii() and os.environ[key].isprintable()):
-        raise UserError(f"--api_key_env {key}: its value has characters that no key has, such as a new line")
+    api_key(config.api_key_env)
     return True
 
 
@@ -76,8 +71,8 @@ class ServedSolver:
         args = read_template_args(config.template_args)
         self.tokenizer = Tokenizer(Path(path), self.chat_template, args, self.system_prompt) if path else None
         self.server = Server(base_url=config.base_url, model_name=config.model_name,
-                             api_key=os.environ.get(config.api_key_env, ""),
-                             chat=self.chat_template == AT_SERVER, system_prompt=self.system_prompt,
+                             api_key=api_key(config.api_key_env), chat=self.chat_template == AT_SERVER,
+                             system_prompt=self.system_prompt,
                              stop_ids=tuple(sorted(self.tokenizer.stop_ids)) if self.tokenizer else ())
         self._warned: set[str] = set()
 
@@ -121,7 +116,7 @@ class ServedSolver:
                 if reply is None:
                     yield SamplerOutput(name, number, "", None, "", None, error)
                     continue
-                text, stopped_by, reply = until(reply, sampling.stop)
+                text, stopped_by, reply = until(reply, sampling)
                 logprob = None if reply.logprob is None else round(reply.logprob, 1)
                 finish = "stop" if stopped_by else reply.finish
                 yield SamplerOutput(name, number, text, reply.token_count, finish, logprob)
@@ -134,11 +129,8 @@ class ServedSolver:
             runlog.logger().warning("%s", what)
 
 
-def until(reply: Reply, stop: Sequence[str]) -> tuple[str, str, Reply]:
-    """The text up to the first of these strings, that string ("" where there is none), and the reply up to its end.
-    Some servers leave the string in, or go on after it."""
-    found = min((text for text in stop if text in reply.text), key=reply.text.index, default="")
-    if not found:
-        return reply.text, "", reply
-    place = reply.text.index(found)
-    return reply.text[:place], found, reply.first(place + len(found))
+def until(reply: Reply, sampling: Sampling) -> tuple[str, str, Reply]:
+    """sampling.until_stop() of a reply, and the reply up to the end of that string. Some servers leave it in, or go on
+    after it."""
+    text, stop = sampling.until_stop(reply.text)
+    return text, stop, reply.first(len(text) + len(stop))

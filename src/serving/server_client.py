@@ -6,6 +6,7 @@ pass is reported with its request. The door to httpx2.
 """
 
 import hashlib
+import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,6 +104,16 @@ class Server:
     stop_ids: tuple[int, ...] = ()
     logprobs: bool = True
     token_ids: bool = False
+
+
+def api_key(variable: str) -> str:
+    """The key in the environment variable that --api_key_env names; empty for no name. Raises UserError."""
+    key = os.environ.get(variable, "")
+    if variable and variable not in os.environ:
+        raise UserError(f"--api_key_env {variable}: there is no such environment variable; export the server's key")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"--api_key_env {variable}: its value has characters that no key has, such as a new line")
+    return key
 
 
 class BadReply(Exception):

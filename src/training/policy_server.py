@@ -1,6 +1,5 @@
 """Rollouts at servers: the policy goes there as a PEFT adapter on disk, token ids and their log-probs come back."""
 
-import os
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -13,7 +12,7 @@ from src.inference.engine import Completion, Request, Vocabulary, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from src.processes import watchdog
-from src.serving.server_client import RemoteCompletion, RemoteRequest, Reply, Server, call, complete
+from src.serving.server_client import RemoteCompletion, RemoteRequest, Reply, Server, api_key, call, complete
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import PPOConfig
 
@@ -24,16 +23,13 @@ class PolicyServers:
     """Servers that speak vLLM's protocol and hold the base of the policy. Every rank makes one."""
 
     def __init__(self, config: PPOConfig, tokenizer: Tokenizer) -> None:
-        key = config.api_key_env
-        if key and key not in os.environ:
-            raise UserError(f"--api_key_env {key}: there is no such environment variable; export the server's key")
-        self.config, self.vocabulary = config, vocabulary_of(tokenizer)
+        self.config, self.vocabulary, key = config, vocabulary_of(tokenizer), api_key(config.api_key_env)
         self.context = load.load_config(config.actor_ckpt_dir).max_seq_len
         self.folder, self.run, self.name = Path(config.run_dir) / "policy", secrets.token_hex(4), ""
         if parallel.rank() == 0:
             storage.discard(self.folder)  # of a run that was stopped
         self.servers = [
-            Server(base_url=url, model_name="", api_key=os.environ.get(key, ""), seconds=config.server_seconds,
+            Server(base_url=url, model_name="", api_key=key, seconds=config.server_seconds,
                    stop_ids=self.vocabulary.eos_ids, token_ids=True) for url in config.base_url]
         self.thread = ThreadPoolExecutor(1)
         self.ahead: tuple[list[Request], Future[list[Completion]]] | None = None  # on the first rank
@@ -145,14 +141,12 @@ def read_response(
     if len(logprobs) != len(ids) or reply.token_count not in (None, len(ids)):
         raise ValueError(f"{len(logprobs)} valid log-probs and a count of {reply.token_count} for {len(ids)} tokens")
     limit = min(sampling.max_new_tokens, context - len(request.prompt))
-    early, text = vocabulary.decode(ids[:-1]), vocabulary.decode(ids)
-    stops = [text.index(stop) for stop in sampling.stop if stop in text]
-    if len(ids) > limit or any(each in vocabulary.eos_ids for each in ids[:-1]) or any(
-            stop in early for stop in sampling.stop):
+    text, stop = sampling.until_stop(vocabulary.decode(ids))
+    _, early = sampling.until_stop(vocabulary.decode(ids[:-1]))
+    if len(ids) > limit or any(each in vocabulary.eos_ids for each in ids[:-1]) or early:
         raise ValueError(f"{len(ids)} tokens that go on after their end; the limit is {limit}")
-    finish = "stop" if ids[-1] in vocabulary.eos_ids or stops else "length"
+    finish = "stop" if ids[-1] in vocabulary.eos_ids or stop else "length"
     if reply.finish != finish or finish == "length" and len(ids) < limit:
         raise ValueError(f"finish_reason {reply.finish} after {len(ids)} of {limit} tokens, the last of which is "
                          f"{ids[-1]}; expected an end that the tokenizer's files or --task name")
-    return Completion(request, ids, logprobs, logprobs, finish, text[: min(stops)] if stops else text,
-                      [True] * len(ids))
+    return Completion(request, ids, logprobs, logprobs, finish, text, [True] * len(ids))

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from src import losses, parallel, runlog
 from src.code_solutions.tool_hook import PASSED
-from src.data.batch import Batch, chunks, make_batch
-from src.data.encoding import STEP_ENDS, Encoded, encode_steps, split_steps
-from src.data.examples import OUTCOMES, Prompt
+from src.data.batch import Batch, chunks
+from src.data.encoding import STEP_ENDS, Encoded, split_steps
+from src.data.examples import OUTCOMES
 from src.errors import UserError
 from src.evaluation.report import type_of
+from src.evaluation.scoring import encode_in_steps, read_steps
 from src.grading.grader import Grader
 from src.inference.engine import vocabulary_of
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
-from src.models.forward import response_scores, token_scores
+from src.models.forward import response_scores
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import RewardFlags
 from src.training.rollout import Rollout, shard_for_rank, trim_padding
@@ -183,32 +184,20 @@ def _warn_of_cut(n_cut: int, n: int, max_seq_len: int) -> None:
                                 "their beginnings", n_cut, n, max_seq_len)
 
 
-@torch.no_grad()
 def step_logits(
     verifier: Decoder, tokenizer: Tokenizer, rollout: Rollout, max_batch_size: int
 ) -> list[list[float]]:
     """The verifier's logit at the end of every step of every response, read in the layout that it was trained on. Of a
     response longer than the verifier's context it reads the beginning, and the log says so."""
     config, n = verifier.config, len(rollout.prompts)
-    rows = [_in_steps(tokenizer, *row, config) for row in zip(
-        rollout.prompts, rollout.responses, rollout.finished.tolist(), strict=True)]
-    _warn_of_cut(sum(len(row.tokens) > config.max_seq_len for row in rows), n, config.max_seq_len)
-    found: list[list[float]] = []
-    end = math.nan if config.verifier_form else 0.0  # other verifiers are read at tokens of their own
-    for chunk in chunks([_cut(row, config.max_seq_len, end) for row in rows], max_batch_size):
-        batch = make_batch(chunk, with_targets=True)
-        scores = token_scores(verifier, *batch.inputs).cpu()
-        found += [row[~targets.isnan()].tolist() for row, targets in zip(scores, batch.targets, strict=True)]
-    return found
-
-
-def _in_steps(tokenizer: Tokenizer, prompt: Prompt, response: str, finished: bool, config: ModelConfig) -> Encoded:
-    """A response laid out in steps, each with a target where the verifier's score of it is read."""
-    steps = split_steps(response, STEP_ENDS[config.step])
     # a response of control tokens alone has no text; its end is then all there is to score
-    ended = finished or not response
-    return encode_steps(tokenizer, prompt.instruction, steps, [0.0] * len(steps), finished=ended,
-                        step_end=STEP_ENDS[config.step], form=config.verifier_form)
+    rows = [encode_in_steps(tokenizer, prompt.instruction, response, config, finished=finished or not response)
+            for prompt, response, finished in zip(
+                rollout.prompts, rollout.responses, rollout.finished.tolist(), strict=True)]
+    _warn_of_cut(sum(len(row.tokens) > config.max_seq_len for row in rows), n, config.max_seq_len)
+    end = math.nan if config.verifier_form else 0.0  # other verifiers are read at tokens of their own
+    cut = (_cut(row, config.max_seq_len, end) for row in rows)
+    return [logits for chunk in chunks([*cut], max_batch_size) for logits in read_steps(verifier, chunk)]
 
 
 def _cut(row: Encoded, max_seq_len: int, end: float) -> Encoded:
