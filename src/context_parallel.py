@@ -26,6 +26,7 @@ def start(n: int, tensor_parallel_size: int) -> None:
     global _group
     _group = None
     if n > 1:
+        # [groups, n, tp]: at one place of their tensor-parallel groups ranks hold the same slices of the weights
         ranks = torch.arange(dist.get_world_size()).view(-1, n, tensor_parallel_size).transpose(1, 2)
         _group, _ = dist.new_subgroups_by_enumeration(ranks.reshape(-1, n).tolist())
 
@@ -42,6 +43,7 @@ def rank() -> int:
 
 def part(n_positions: int) -> range:
     """The positions of a row that this rank computes; those of the last ranks may run past its end, into padding."""
+    # as many on each: all to all sends pieces of one size
     each = -(-n_positions // size())
     return range(rank() * each, (rank() + 1) * each)
 
@@ -57,6 +59,7 @@ def uncut(x: Tensor, n_positions: int) -> Tensor:
     if _group is None:
         return x
     here = part(n_positions)
+    # zeros where others have theirs: one sum lays all parts side by side
     return _Sum.apply(F.pad(x, (here.start, len(here) * size() - here.stop)))[:, :n_positions]
 
 
@@ -89,6 +92,7 @@ class _Exchange(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, over: int, joined: int) -> Tensor:
         """[B, H, S / n, E] -> [B, H / n, S, E], or back."""
         ctx.dimensions = over, joined
+        # what goes to a rank must lie together, along the first dimension
         sent = torch.stack(x.chunk(size(), over))
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=_group)
@@ -120,4 +124,5 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
         """[N] -> [N]."""
+        # not summed: each rank computes the same loss, so that a sum would count it n times
         return grad

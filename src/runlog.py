@@ -274,6 +274,7 @@ def _tensorboard(_: str, folder: Path, flags: Mapping[str, object], kept: int) -
     curves = SummaryWriter(str(folder / "tensorboard"), purge_step=kept + 1)
 
     def track(row: Mapping[str, object]) -> None:
+        """Add a row's numbers to their curves, at the row's step."""
         for name in row.keys() - {"step", "seconds", "alarms"}:
             curves.add_scalar(name, row[name], row["step"])
 
@@ -327,6 +328,7 @@ def _trackio(place: str, folder: Path, flags: Mapping[str, object], kept: int) -
 
     @atexit.register  # before it does so itself, aloud
     def finish() -> None:
+        """Send what is left of the run, without a word on standard output."""
         with aside:
             trackio.finish()
 

@@ -261,6 +261,7 @@ def create_gguf(
     writer = gguf.GGUFWriter(path, str(metadata["general.architecture"]))
 
     def write(name: str, tensor: Tensor) -> None:
+        """Append a tensor [...] in the type that it was laid out with."""
         try:
             writer.write_tensor_data(_packed(tensor, kinds[name]))
         except OSError as problem:  # numpy tells how many bytes were written, and no errno

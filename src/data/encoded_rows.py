@@ -59,6 +59,7 @@ def write(file: BinaryIO, fill: Fill) -> str:
     ends, size = array("q"), 0
 
     def add(sample: Sample) -> None:
+        """Append a sample's words to the file, and where they end to `ends`."""
         nonlocal size
         for tokens, start, targets, mask in sample:
             ids = np.array(tokens, np.int32)

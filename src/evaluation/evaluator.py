@@ -70,6 +70,7 @@ class LocalSolver(NamedTuple):
         tool_hook = coding.tool_hook() if coding else None
 
         def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
+            """Decode a solution to each request, and yield them as they end."""
             requests = [
                 Request(prompt.id, number, encode_prompt(self.tokenizer, self.prompting.text(prompt.instruction)))
                 for prompt, number in wanted]

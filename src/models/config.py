@@ -132,6 +132,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, kind in TYPES.items():
             value = getattr(self, name)
+            # type(), not isinstance(): to Python true is an integer
             if kind is int and (type(value) is not int or not 0 <= value < LARGEST):
                 raise UserError(f"{name}={value!r}: expected a non-negative integer")
             if kind is float and not (is_number(value) and (value >= 0 or name in _MAY_BE_NEGATIVE)):
@@ -185,6 +186,7 @@ class ModelConfig:
         """
         group = self.n_heads // self.n_kv_heads
         if self.n_kv_heads >= n:
+            # a key-value head and the queries that read it stay on one part
             kv = share(self.n_kv_heads, n, index)
             return range(kv.start * group, kv.stop * group), kv
         head = index * self.n_kv_heads // n
@@ -221,6 +223,7 @@ class ModelConfig:
 
     def embedding_dim_on(self, n: int) -> int:
         """The dimension along which n shards cut tok_embeddings: the width only where it divides."""
+        # slices of a width must be equal, for the ranks' are gathered; rows of a vocabulary are padded
         return 0 if self.dim % n else self.embedding_split_dim
 
     def window_of(self, layer: int) -> int:
@@ -297,6 +300,7 @@ def config_from_dict(values: dict[str, object], source: str) -> ModelConfig:
             what = "a list of numbers" if name in lists else "an object"
             raise UserError(f"{source}: {name}={values[name]!r}; expected {what}")
     try:
+        # tuples, not json's lists: a config is hashed, as the key of caches
         return ModelConfig(**values | {name: tuple(values[name]) for name in lists if name in values})
     except UserError as problem:
         raise UserError(f"{source}: {problem}") from None

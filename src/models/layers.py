@@ -34,6 +34,7 @@ class SumGradientOverReplicas(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         """grad [rows of this rank, ...] -> the same, summed."""
+        # over all ranks, with zeros for rows that others hold: no group for each set of copies
         whole = grad.new_zeros(ctx.total, *grad.shape[1:])
         own = slice(ctx.rows.start, ctx.rows.stop)
         whole[own] = grad
@@ -68,6 +69,7 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., rows of this rank]."""
         bias = None if self.bias is None else self.sum_over_replicas(self.bias)
+        # each rank's outputs give a part of the input's gradient: copy_to_tensor_parallel() sums it
         return linear(copy_to_tensor_parallel(x), self.sum_over_replicas(self.weight), bias)
 
     def sum_over_replicas(self, x: Tensor) -> Tensor:

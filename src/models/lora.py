@@ -82,6 +82,7 @@ class _AdaptedProduct(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         """x [N, in], lora_a [rank, in], lora_b [out, rank], kept [N, in], bias [out] -> [N, out] in x's dtype."""
+        # scaled here, where it is narrow
         low = scale * linear(x if kept is None else x * kept, lora_a)  # [N, rank]
         ctx.save_for_backward(x, lora_a, lora_b, kept, low)
         ctx.base, ctx.scale = base, scale
@@ -139,6 +140,7 @@ class LoraLinear(nn.Module):
         """x [..., in] -> [..., out], both as the base layer has them on this rank."""
         if not self.adapted:
             return self.base(x)
+        # the mask and not what it leaves of x: the backward pass has x anyway
         kept = F.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
         lora_a, lora_b = self.lora_a.weight, self.lora_b.weight
         # a whole factor multiplies a part of the product on each rank: its gradient is the sum over the ranks
@@ -202,6 +204,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
             if name in config.targets:
                 setattr(parent, name, LoraLinear(child, config))
     for name, parameter in model.named_parameters():
+        # new with the task, and small: it learns as a whole
         if name == "v_head.weight":
             parameter.requires_grad_(True)
 
@@ -220,6 +223,7 @@ def init_lora(
             rank, in_features = module.lora_a.weight.shape[0], module.base.in_features
             whole = torch.empty(rank, in_features).uniform_(-1, 1, generator=generator) / in_features**0.5
             yield f"{name}.lora_a.weight", local_slice(f"{name}.lora_a.weight", whole)
+            # with B zero the adapted model starts as its base
             yield f"{name}.lora_b.weight", torch.zeros(module.lora_b.weight.shape)
             if module.lora_m is not None:
                 yield f"{name}.lora_m.weight", module.row_lengths(module.base.weight.detach().float())

@@ -64,6 +64,7 @@ class Checkpointer:
         signal.signal(signal.SIGTERM, self._ask_to_stop)
 
     def _ask_to_stop(self, signal_number: int, frame: FrameType | None) -> None:
+        # only noted: a signal may come in the middle of a step, on one rank of many
         self._stop_asked = True
 
     def resume(self, mode: Resume) -> int:
@@ -111,8 +112,10 @@ class Checkpointer:
         stop_because: a reason, alike on all ranks, to save and raise a UserError that gives it.
         A save that is written in the background counts from the first step on at whose end it is all written.
         """
+        # all ranks or none: to save is to gather, and who is not there would be waited for
         stop = parallel.any_rank(self._stop_asked) or bool(stop_because)
         self._complete_if_written()
+        # better, not as good: of equal ones the earliest is kept
         if score is not None and score > self._best:
             self._best, self._best_step = score, number
         due = self._every > 0 and number % self._every == 0 or bool(self._snapshots_of(number))
@@ -163,6 +166,7 @@ class Checkpointer:
             with model.here(), watchdog.patiently():
                 save.complete()
         for model in self._models:
+            # only now that the new one counts: a kill before it leaves the old one to resume from
             self._discard(model.folder, sorted(complete_steps(model.folder))[: -self._keep_last])
         parallel.barrier()
         self._publish_due(self._saved_step)

@@ -43,6 +43,7 @@ def rollout_metrics(buffer: PPOBuffer, scores: Scores, config: PPOConfig, kl_sca
         **{name: n / max(1, of) for name, (n, of) in scores.counts.items()},
         "kl": kl.mean().item(),
         "kl_k3": losses.kl_k3(logprobs, reference).mean().item(),
+        # of a whole response: what --kl_target is compared with
         "kl_response": kl.sum().item() / len(earned),
         "kl_coef": config.kl_coef * kl_scale,
         "response_tokens": lengths.mean().item(),
@@ -121,7 +122,9 @@ def kl_factor(kl: float, n_episodes: int, config: PPOConfig) -> float:
     """
     if config.kl_target < 0:
         return 1.0
+    # clipped: one odd buffer must not throw the weight far off
     error = max(-0.2, min(0.2, kl / config.kl_target - 1))
+    # by episodes, so that large and small buffers steer alike
     return (1 + error) ** (n_episodes / config.kl_horizon)
 
 
@@ -252,6 +255,7 @@ def hacked(rewards: Sequence[tuple[float, float]]) -> bool:
         """How many standard errors the second half's mean lies above the first's."""
         old, new = column[:half], column[-half:]
         error = ((statistics.variance(old) + statistics.variance(new)) / half) ** 0.5
+        # rewards that are all alike have no error to divide by
         return (statistics.fmean(new) - statistics.fmean(old)) / max(error, 1e-9)
 
     verifier, grader = zip(*rewards, strict=True)

@@ -84,6 +84,7 @@ class OffloadedTensors:
 
     def offload(self) -> None:
         """Free the memory of the tensors that exist now."""
+        # of this rank's parts: what other ranks hold they free themselves
         self._away = [_resizable(parallel.local(tensor)) for tensor in self._tensors()]
         self._sizes = [storage.nbytes() for storage in self._away]
         if not self._away:

@@ -59,6 +59,7 @@ class Float32AdamW:
         for group in self.param_groups:
             learned = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in learned:
+                # as in torch's optimizers: what has had no gradient has no state, and is not decayed
                 if parameter not in self.state:
                     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
                     self.state[parameter] = {"step": step, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
@@ -101,6 +102,7 @@ class AdamW:
         """One update from the gradients at this learning rate."""
         for group in self._optimizer.param_groups:
             if self._in_8_bits:
+                # a tensor: a new number would have torchao's step compiled again
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
@@ -127,6 +129,7 @@ class AdamW:
         held = dict(moments)
         if self._in_8_bits:
             for name in MOMENTS:
+                # torchao alone decides which tensors are large enough for 8 bits
                 held[name] = self._optimizer._new_buffer(parameter, signed=name == "exp_avg")
                 local = parallel.local(held[name])
                 if _has_codes(local):

@@ -31,6 +31,7 @@ class PolicyServers:
         self.servers = [
             Server(base_url=url, model_name="", api_key=key, seconds=config.server_seconds,
                    stop_ids=self.vocabulary.eos_ids, token_ids=True) for url in config.base_url]
+        # samples ahead on the first rank, while all ranks learn
         self.thread = ThreadPoolExecutor(1)
         self.ahead: tuple[list[Request], Future[list[Completion]]] | None = None  # on the first rank
 
@@ -41,6 +42,7 @@ class PolicyServers:
         if name == self.name:
             return
         if self.ahead:
+            # the servers still sample from the adapter that is about to go
             with watchdog.patiently():
                 wait([self.ahead[1]])
         saving.begin_save(actor, str(written), config.actor_ckpt_dir, lora=load.lora_config(config)).complete()
@@ -57,6 +59,7 @@ class PolicyServers:
         names = [model.get("id") for model in listed or () if isinstance(model, dict)]
         if self.name not in names:
             for old in names:
+                # a server has places for few adapters
                 if str(old).startswith(f"policy-{self.run}-"):
                     call(server, "/unload_lora_adapter", {"lora_name": old})
             path = str((self.folder / self.name).resolve())
@@ -73,6 +76,7 @@ class PolicyServers:
         Raises UserError for a response that is not what was asked for, and where some are still missing after all
         rounds.
         """
+        # a refill asks for others than those that were begun
         if self.ahead and self.ahead[0] == requests:
             (_, coming), self.ahead = self.ahead, None
             return coming.result()

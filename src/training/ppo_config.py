@@ -253,6 +253,7 @@ class PPOConfig(
     def sample_numbers(self, iteration: int, refill: int = 0) -> range:
         """The numbers of a group's samples: a prompt that comes again is answered from other parts of the random
         stream."""
+        # room for each buffer's refills: no number comes twice in a run
         first = (iteration * (1 + self.max_refills) + refill) * self.group_size
         return range(first, first + self.group_size)
 
@@ -285,6 +286,7 @@ class PPOConfig(
         super().__post_init__()
         # A grader's reward comes at the end and is exact: the returns need no critic to hold their variance down
         gae_lambda = 1.0 if self.reward == ["rule"] else 0.95
+        # who fills a number in first decides: the clips of a policy loss come before those of an estimator
         self._fill_in(POLICY_LOSSES[self.policy_loss])
         self._fill_in(ESTIMATORS[self.advantage].defaults | {"gae_lambda": gae_lambda})
         eval_temperature = self.temperature if self.eval_samples > 1 else 0.0
@@ -298,6 +300,7 @@ class PPOConfig(
     def _fill_in(self, defaults: Mapping[str, object]) -> None:
         for name, default in defaults.items():
             if getattr(self, name) in (-1, ""):
+                # the config is frozen to all but its own defaults
                 object.__setattr__(self, name, default)
 
     def _wrong_numbers(self) -> list[tuple[object, str]]:

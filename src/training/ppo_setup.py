@@ -186,6 +186,7 @@ def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
                         "tensor-parallel group with --tensor_parallel_size")
     shared = SharedBase(config.actor_ckpt_dir, config.precision) if config.share_base else None
     models = PPOModels(None, None, None, ModelOffloader(Path(config.run_dir) / ".waiting" if config.phases else None))
+    # adapters of the run's seed: started again it begins with the same ones
     trained = load.Trained(load.lora_config(config), config.seed)
     how = {"precision": config.precision, "trained": trained}
 

@@ -115,6 +115,7 @@ class Preference:
         counts = parallel.to_device(batch.response_counts())
         each, margins = self.pair_losses(sums, parallel.to_device(batch.reference), counts)
         supervised = _sides(counts)[0] > 0
+        # for report() alone: nothing of it is learnt
         with torch.no_grad():
             means = _sides(sums / counts.clamp_min(1))
             columns = torch.stack((torch.ones_like(each), each, (margins > 0).float(), margins, *means))
@@ -123,10 +124,12 @@ class Preference:
 
     def pair_losses(self, logprobs: Tensor, reference: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and margins of pairs from summed log-probs and token counts, each [2 B]. -> two [B] float32."""
+        # a side without response tokens is one that this rank only runs along with
         counts = counts.clamp_min(1)
         means = logprobs / counts
         chosen, rejected = _sides(means)
         if self.objective == "orpo":
+            # ORPO's other term is the likelihood of the chosen side, which no reference holds where it is
             each = losses.orpo_loss(chosen, rejected, self.beta) - chosen
             margins = chosen - rejected
         elif self.objective == "simpo":
@@ -248,6 +251,7 @@ class KTO:
                 total += (response_sums(policy, others) - parallel.to_device(others.reference)).double().sum()
                 n += self.count([others])
         mean = parallel.sum_over_data_parallel(total.item()) / parallel.sum_over_data_parallel(n)
+        # a KL is never negative; its estimate, a mean of a few log-ratios, may be
         return replace(self, reference_point=max(0.0, mean))
 
     def count(self, batches: Sequence[Batch]) -> int:

@@ -93,6 +93,7 @@ def _log_probs(model: Decoder, rows: Sequence[Encoded], max_batch_size: int) -> 
     if mine := rows[first : first + max_batch_size]:
         batch = make_batch(mine)
         found[first : first + len(mine)] = response_sums(model, batch).double()
+    # the ranks that share a batch have each added what all of them computed
     return (parallel.sum_over_all(found) / parallel.ranks_per_batch()).float().tolist()
 
 

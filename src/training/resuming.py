@@ -61,6 +61,7 @@ def content_hash(path: Path, is_tokenizer: bool = False) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         parts = [[str(file.relative_to(path)), file_hash(file)] for file in files]
     else:
+        # where an adapter's base lies may change; what it holds is in its fingerprint
         adapter = read_json(path / "adapter.json") if (path / "adapter.json").is_file() else {}
         parts = [storage.fingerprint(path), {key: adapter[key] for key in adapter if key != "base"}]
         parts += [file_hash(file) for file in (path / "params.json", *storage.tokenizer_files(path))]
@@ -156,6 +157,7 @@ def step_folder(folder: str, step: int) -> Path:
 def complete_steps(folder: str) -> set[int]:
     """Steps whose training checkpoints are complete: the manifest, which comes last, is there."""
     names = (path.parent.name.removeprefix("step-") for path in Path(folder).glob("step-*/manifest.json"))
+    # other digits than 0 to 9 are no names of ours
     return {int(name) for name in names if name.isascii() and name.isdigit()}
 
 

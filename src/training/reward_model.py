@@ -97,6 +97,7 @@ class PairwiseObjective:
             scores = [response_scores(verifier, *batch.inputs) for batch in batches]
         chosen, rejected = (torch.cat(side) for side in zip(*(each.chunk(2) for each in scores), strict=True))
         won = (chosen > rejected).float().mean().item()
+        # 0.25 / n: the variance of the mean of n fair coins
         separation = (won - 0.5) / math.sqrt(0.25 / len(chosen))
         return PairReport(won, separation, *_mean_and_deviation(torch.cat((chosen, rejected))))
 
@@ -193,6 +194,7 @@ def label_dataset(
             if not math.isnan(label):
                 n_labels, right = n_labels + 1, right + label
     right /= n_labels
+    # then right and wrong labels weigh the same in all
     weight = (1 - right) / right if balance and 0 < right < 1 else 1.0
     report += f"; {n_labels} labels, {right:.1%} right, each of these weighs {weight:.2f}"
     return Dataset(samples, report, partial(collate, with_targets=True)), LabelObjective(right_weight=weight)
@@ -251,9 +253,11 @@ def split_held_out(files: Sequence[Rows], held_out: Rows | None, share: float) -
     of one problem stay together. Raises UserError, when they are read, if a side would be empty."""
     if held_out is not None:
         return list(files), held_out
+    # found when a side is first read, and once for both
     last = cache(partial(_last_problems, files, share))
 
     def side(rows: Rows, is_held: bool) -> Iterator[Row]:
+        """The rows of a file whose problems are held out, or those whose problems are not, read anew."""
         return (row for row in rows() if (_problem(row) in last()) is is_held)
 
     return [partial(side, rows, False) for rows in files], lambda: (row for rows in files for row in side(rows, True))
@@ -292,6 +296,7 @@ def mix(files: Sequence[Rows], weights: Sequence[float], seed: int) -> Iterator[
         if weight % 1:
             n = sum(1 for _ in rows())
             places = generator.sample(range(n), round(n * (weight % 1)))
+            # keeps the order in which they were drawn, whatever the file's
             taken = dict.fromkeys(places)
             taken |= ((place, row) for place, row in enumerate(rows()) if place in taken)
             yield from map(taken.__getitem__, places)

@@ -53,6 +53,7 @@ class Rollout(NamedTuple):
 
     def by_group(self, rows: Tensor, group_size: int) -> Tensor:
         """These episodes, those of a group together, groups of the shortest first. [K] int64 -> [K]."""
+        # sorted, the rows of a group are neighbours: they share their prompt in a pass
         rows = rows.sort().values
         longest = self.last.view(-1, group_size).amax(1)
         return rows[longest[rows // group_size].argsort(stable=True)]
@@ -91,6 +92,7 @@ def pack_episodes(batch: Batch, rows: Tensor) -> Batch:
 
 def shard_for_rank(order: Sequence[Item]) -> Sequence[Item]:
     """What this data-parallel rank takes of things that are dealt out in this order."""
+    # every n-th, not a block: neighbours in an order of length are alike in what they take
     return order[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
 
 

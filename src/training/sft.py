@@ -20,6 +20,7 @@ from src.training.trainer import evaluating
 
 def sft_loss(model: Decoder, batch: Batch) -> Tensor:
     """Sum the negative log-likelihood of the batch's response tokens; divide it by the step's count of them. -> []."""
+    # the log-probs' sum, not they themselves: its gradient is known while the logits are at hand
     return -summed_logprobs(model, *batch.inputs)
 
 
@@ -32,6 +33,7 @@ def validation_loss(model: Decoder, held_out: Dataset, sampler: BatchSampler, *,
     """Mean negative log-likelihood of the response tokens of held-out rows, over all ranks, in nats."""
     total, n_tokens = torch.zeros((), dtype=torch.float64, device=parallel.device()), 0
     with evaluating(model):
+        # by the sampler, so that each rank makes as many passes as the others: FSDP gathers the weights in each
         for step in sampler.steps(held_out, packing=packing, epochs=1):
             for batch in step.batches:
                 total += sft_loss(model, batch)

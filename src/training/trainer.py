@@ -57,7 +57,9 @@ class Trainer:
         self.max_lr = flags.lr if lr is None else lr
         self.steps = self._updates = self._bad_steps = 0
         self._loss_scale, self._scaled_steps = FIRST_LOSS_SCALE if model.dtype == torch.float16 else 1, 0
+        # in float64: the same sum, however many passes a step is cut into
         self._loss = torch.zeros((), dtype=torch.float64, device=parallel.device())
+        # compiled first, shared last: FSDP's hooks then stay outside of what is compiled
         if flags.compile:
             compile_blocks(model)
         checkpoint_activations(model, flags.activation_checkpointing)
@@ -86,6 +88,7 @@ class Trainer:
         lr = self.max_lr * lr_factor(
             self.steps, self.total_steps, self.warmup_steps, self.flags.min_lr_ratio, self.flags.schedule)
         loss, grad_norm = self._reduce()
+        # both are sums over all ranks: all take the same way here
         if math.isfinite(grad_norm) and math.isfinite(loss):
             self._bad_steps = 0
             # down to the maximal norm, and back by what the loss was scaled up
@@ -132,6 +135,7 @@ class Trainer:
         for parameter, copies in zip(self._trainable.values(), self._copies, strict=True):
             if parameter.grad is not None:
                 norm = torch.linalg.vector_norm(parallel.local(parameter.grad), dtype=torch.float32)
+                # squared in float64: with the loss scaled up a square may leave float32's range
                 squares += (norm.double() / self._loss_scale).square() / copies
         sums = parallel.sum_over_all(torch.stack((self._loss / parallel.ranks_per_batch(), squares)))
         loss, norm = torch.stack((sums[0], sums[1].sqrt())).tolist()

@@ -68,6 +68,7 @@ class UserReward:
             try:
                 found += self._ask({name: values[row : row + 1] for name, values in columns.items()}, self.seconds)[0]
             except (TimeoutError, ChildProcessError):
+                # worth 0, and counted for the log: one response must not end the run
                 found.append(None)
         return UserScores([value or 0.0 for value in found], found.count(None), {})
 
@@ -120,6 +121,7 @@ def load(path: str, name: str) -> Answer:
             return {"values": [float(value) for value in values],
                     "stats": {str(key): float(value) for key, value in stats.items()}}
         except Exception as error:
+            # a stranger's code may raise anything; the run says what, in one line
             return {"raised": f"{type(error).__name__}: {error}"}
 
     return answer
