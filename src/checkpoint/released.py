@@ -50,30 +50,12 @@ _TIED, _WIDE_VOCAB = ("tied", True), ("vocab_size", 152064)
 
 # Names without a size claim the family alone. A row's name may be followed by -base, -chat, -instruct or -it.
 MODEL_TYPES: dict[str, Released] = (
-    {
-        "llama": Released("llama", {}),
-        "mistral": Released("mistral", {}),
-        "mixtral": Released("mixtral", {}),
-        "qwen": Released("qwen", {}),
-        "qwen-1.5": Released("qwen2", {}),
-        "qwen-2": Released("qwen2", {}),
-        "qwen-2.5": Released("qwen2", {}),
-        "qwen-3": Released("qwen3", {}),
-        "qwen-3-moe": Released("qwen3_moe", {}),
-        "deepseek": Released("llama", {}),
-        "gemma": Released("gemma", {}),
-        "gemma-2": Released("gemma2", {}),
-        "gemma-3": Released("gemma3_text", {}),
-        "glm-4": Released("glm4", {}),
-        "granite": Released("granite", {}),
-        "olmo-2": Released("olmo2", {}),
-        "olmo-3": Released("olmo3", {}),
-        "phi-3": Released("phi3", {}),
-        "phi-4-mini": Released("phi3", {}),
-        "qwen-1.5-moe": Released("qwen2_moe", {}),
-        "qwen-2-moe": Released("qwen2_moe", {}),
-        "internlm2": Released("internlm2", {}),
-    }
+    {name: Released(family, {}) for name, family in {
+        "llama": "llama", "mistral": "mistral", "mixtral": "mixtral", "qwen": "qwen", "qwen-1.5": "qwen2",
+        "qwen-2": "qwen2", "qwen-2.5": "qwen2", "qwen-3": "qwen3", "qwen-3-moe": "qwen3_moe", "deepseek": "llama",
+        "gemma": "gemma", "gemma-2": "gemma2", "gemma-3": "gemma3_text", "glm-4": "glm4", "granite": "granite",
+        "olmo-2": "olmo2", "olmo-3": "olmo3", "phi-3": "phi3", "phi-4-mini": "phi3", "qwen-1.5-moe": "qwen2_moe",
+        "qwen-2-moe": "qwen2_moe", "internlm2": "internlm2"}.items()}
     | _sizes("llama", _LLAMA_2 | {"norm_eps": 1e-6}, {
         "llama-1-7b": _7B,
         "llama-1-13b": _13B,

@@ -66,214 +66,105 @@ _EXPERTS = {"num_experts_per_tok": ("n_active_experts", None)}
 _SILU = {"hidden_act": ("silu", "swish")}  # two names of one function
 _NO_BIAS = {"attention_bias": (False,)}
 # intermediate_size is of dense layers, which decoder_sparse_step 1 leaves none of
-_QWEN_EXPERTS = (
-    {key: field for key, field in _FIELDS.items() if key != "intermediate_size"}
-    | _EXPERTS
-    | {
-        "moe_intermediate_size": ("ffn_dim", None),
-        "num_experts": ("n_experts", None),
-        "norm_topk_prob": ("renormalised_experts", False),
-    })
+_QWEN_EXPERTS = {key: field for key, field in _FIELDS.items() if key != "intermediate_size"} | _EXPERTS | {
+    "moe_intermediate_size": ("ffn_dim", None), "num_experts": ("n_experts", None),
+    "norm_topk_prob": ("renormalised_experts", False)}
 _ALL_SPARSE = _SILU | {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 _GEMMA_FIELDS = _FIELDS | {"head_dim": ("head_dim", None), "tie_word_embeddings": ("tied", True)}
 _GEMMA_FACTS = {"activation": "gelu_tanh", "norm_offset": True, "scaled_embeddings": True}
+_GELU = ("gelu_pytorch_tanh",)
+_WINDOW = {"window_default": 4096, "layer_types": True}
 
-_MISTRAL_LIKE = Family(
-    architecture="MistralForCausalLM",
-    fields=_FIELDS,
-    fixed=_SILU,
-    window="all",
-    window_default=4096,
-    layer_types=True,
-)
-
+_MISTRAL_LIKE = Family("MistralForCausalLM", _FIELDS, fixed=_SILU, window="all", **_WINDOW)
 _OLMO_2 = Family(
-    architecture="Olmo2ForCausalLM",
-    fields=_FIELDS | {"attention_bias": ("attention_bias", False)},
-    facts={"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True},
-    fixed=_SILU,
-)
+    "Olmo2ForCausalLM", _FIELDS | {"attention_bias": ("attention_bias", False)},
+    facts={"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}, fixed=_SILU)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        architecture="LlamaForCausalLM",
-        fields=_FIELDS
-        | {
+        "LlamaForCausalLM", _FIELDS | _BIASES | {
             "num_key_value_heads": ("n_kv_heads", 0),  # 0: n_heads
-            "max_position_embeddings": ("max_seq_len", 2048),
-            "rms_norm_eps": ("norm_eps", 1e-6),
-            "rope_theta": ("rope_theta", 10000.0),
-        }
-        | _BIASES,
-        fixed=_SILU,
-    ),
+            "max_position_embeddings": ("max_seq_len", 2048), "rms_norm_eps": ("norm_eps", 1e-6),
+            "rope_theta": ("rope_theta", 10000.0)},
+        fixed=_SILU),
     "smollm3": Family(
-        architecture="SmolLM3ForCausalLM",
-        fields=_FIELDS
-        | _BIASES
-        | {"rope_theta": ("rope_theta", 2000000.0), "tie_word_embeddings": ("tied", True)},
-        fixed=_SILU | {"use_sliding_window": (False,)},
-        nope_period=4,
-    ),
+        "SmolLM3ForCausalLM", _FIELDS | _BIASES | {
+            "rope_theta": ("rope_theta", 2000000.0), "tie_word_embeddings": ("tied", True)},
+        fixed=_SILU | {"use_sliding_window": (False,)}, nope_period=4),
     "granite": Family(
-        architecture="GraniteForCausalLM",
-        fields=_FIELDS
-        | _BIASES
-        | {
+        "GraniteForCausalLM", _FIELDS | _BIASES | {
             "embedding_multiplier": ("embedding_multiplier", 1.0),
             "attention_multiplier": ("attention_multiplier", 1.0),
-            "residual_multiplier": ("residual_multiplier", 1.0),
-            "logits_scaling": ("logit_divisor", 1.0),
-        },
-        fixed=_SILU,
-    ),
+            "residual_multiplier": ("residual_multiplier", 1.0), "logits_scaling": ("logit_divisor", 1.0)},
+        fixed=_SILU),
     "phi3": Family(
-        architecture="Phi3ForCausalLM",
-        fields=_FIELDS | {"partial_rotary_factor": ("partial_rotary_factor", 1.0)},
-        fixed=_SILU,
-        window="all",
-        original_context=4096,
-    ),
+        "Phi3ForCausalLM", _FIELDS | {"partial_rotary_factor": ("partial_rotary_factor", 1.0)}, fixed=_SILU,
+        window="all", original_context=4096),
     "olmo2": _OLMO_2,
     # the window's layers keep the plain positions that yarn stretches in the others
     "olmo3": _OLMO_2._replace(
-        architecture="Olmo3ForCausalLM",
-        fields=_OLMO_2.fields | {"rope_theta": ("rope_theta", 500000.0)},
+        architecture="Olmo3ForCausalLM", fields=_OLMO_2.fields | {"rope_theta": ("rope_theta", 500000.0)},
         facts=_OLMO_2.facts | {"window_rope_theta": 500000.0},
         fixed=_OLMO_2.fixed | {LOCAL_THETA: (500000.0,)},  # of rope_parameters; no key of its own is read
-        window="but each nth",
-        window_period=4,
-        window_default=4096,
-        layer_types=True,
-    ),
+        window="but each nth", window_period=4, **_WINDOW),
     "mistral": _MISTRAL_LIKE,
     # what transformers makes of a mistral config with layer_types, and what it then saves
     "ministral": _MISTRAL_LIKE._replace(architecture="MinistralForCausalLM"),
     "mixtral": Family(
-        architecture="MixtralForCausalLM",
-        fields=_FIELDS | _EXPERTS | {"num_local_experts": ("n_experts", None)},
-        facts={"renormalised_experts": True},
-        fixed=_SILU,
-        window="all",
-    ),
+        "MixtralForCausalLM", _FIELDS | _EXPERTS | {"num_local_experts": ("n_experts", None)},
+        facts={"renormalised_experts": True}, fixed=_SILU, window="all"),
     "qwen": Family(
-        architecture="QWenLMHeadModel",
-        fields={
-            "hidden_size": ("dim", None),
-            "num_hidden_layers": ("n_layers", None),
-            "num_attention_heads": ("n_heads", None),
-            "kv_channels": ("head_dim", None),
-            "intermediate_size": ("ffn_dim", None),
-            "vocab_size": ("vocab_size", None),
-            "seq_length": ("max_seq_len", None),
-            "layer_norm_epsilon": ("norm_eps", None),
-            "rotary_emb_base": ("rope_theta", 10000.0),
-            "tie_word_embeddings": ("tied", False),
-            "use_logn_attn": ("logn_attention", True),
-        },
+        "QWenLMHeadModel", {
+            "hidden_size": ("dim", None), "num_hidden_layers": ("n_layers", None),
+            "num_attention_heads": ("n_heads", None), "kv_channels": ("head_dim", None),
+            "intermediate_size": ("ffn_dim", None), "vocab_size": ("vocab_size", None),
+            "seq_length": ("max_seq_len", None), "layer_norm_epsilon": ("norm_eps", None),
+            "rotary_emb_base": ("rope_theta", 10000.0), "tie_word_embeddings": ("tied", False),
+            "use_logn_attn": ("logn_attention", True)},
         facts={"qkv_bias": True},
         fixed={"rope_scaling": (None, {}), "no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)},
-        flags={"use_dynamic_ntk": ("rope_type", "dynamic")},
-        ffn_parts=2,
-        remote=("Qwen/Qwen-7B", "configuration_qwen.QWenConfig", "modeling_qwen.QWenLMHeadModel"),
-    ),
+        flags={"use_dynamic_ntk": ("rope_type", "dynamic")}, ffn_parts=2,
+        remote=("Qwen/Qwen-7B", "configuration_qwen.QWenConfig", "modeling_qwen.QWenLMHeadModel")),
     "qwen2": Family(
-        architecture="Qwen2ForCausalLM",
-        fields=_FIELDS,
-        facts={"qkv_bias": True},
-        fixed=_SILU,
-        window="late-if-used",
-        window_default=4096,
-        layer_types=True,
-    ),
+        "Qwen2ForCausalLM", _FIELDS, facts={"qkv_bias": True}, fixed=_SILU, window="late-if-used", **_WINDOW),
     "qwen3": Family(
-        architecture="Qwen3ForCausalLM",
-        fields=_FIELDS | {"head_dim": ("head_dim", None)},
-        facts={"qk_norm": True},
-        fixed=_SILU | _NO_BIAS,
-        window="late-if-used",
-        window_default=4096,
-        layer_types=True,
-    ),
+        "Qwen3ForCausalLM", _FIELDS | {"head_dim": ("head_dim", None)}, facts={"qk_norm": True},
+        fixed=_SILU | _NO_BIAS, window="late-if-used", **_WINDOW),
     "qwen2_moe": Family(
-        architecture="Qwen2MoeForCausalLM",
-        fields=_QWEN_EXPERTS | {"shared_expert_intermediate_size": ("shared_ffn_dim", 5632)},
-        facts={"qkv_bias": True},
-        fixed=_ALL_SPARSE | {"qkv_bias": (True,), "use_sliding_window": (False,)},
-        window="all-if-used",
-        window_default=4096,
-    ),
+        "Qwen2MoeForCausalLM", _QWEN_EXPERTS | {"shared_expert_intermediate_size": ("shared_ffn_dim", 5632)},
+        facts={"qkv_bias": True}, fixed=_ALL_SPARSE | {"qkv_bias": (True,), "use_sliding_window": (False,)},
+        window="all-if-used", window_default=4096),
     "qwen3_moe": Family(
-        architecture="Qwen3MoeForCausalLM",
-        fields=_QWEN_EXPERTS,
-        facts={"qk_norm": True},
-        aliases={"num_local_experts": "num_experts"},
-        fixed=_ALL_SPARSE | _NO_BIAS,
-        window="all-if-used",
-        window_default=4096,
-    ),
+        "Qwen3MoeForCausalLM", _QWEN_EXPERTS, facts={"qk_norm": True}, aliases={"num_local_experts": "num_experts"},
+        fixed=_ALL_SPARSE | _NO_BIAS, window="all-if-used", window_default=4096),
     "gemma": Family(
-        architecture="GemmaForCausalLM",
-        fields=_GEMMA_FIELDS,
-        facts=_GEMMA_FACTS,
-        fixed=_NO_BIAS | {"hidden_act": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (None, False)},
-    ),
+        "GemmaForCausalLM", _GEMMA_FIELDS, facts=_GEMMA_FACTS,
+        fixed=_NO_BIAS | {"hidden_act": _GELU, "use_bidirectional_attention": (None, False)}),
     "gemma2": Family(
-        architecture="Gemma2ForCausalLM",
-        fields=_GEMMA_FIELDS
-        | {
+        "Gemma2ForCausalLM", _GEMMA_FIELDS | {
             "query_pre_attn_scalar": ("query_pre_attn_scalar", None),
-            "attn_logit_softcapping": ("attention_softcap", None),
-            "final_logit_softcapping": ("logit_softcap", None),
-        },
+            "attn_logit_softcapping": ("attention_softcap", None), "final_logit_softcapping": ("logit_softcap", None)},
         facts=_GEMMA_FACTS | {"post_norms": True},
-        fixed=_NO_BIAS
-        | {"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (None, False)},
-        window="but each nth",
-        window_period=2,
-        window_default=4096,
-        layer_types=True,
-    ),
+        fixed=_NO_BIAS | {"hidden_activation": _GELU, "use_bidirectional_attention": (None, False)},
+        window="but each nth", window_period=2, **_WINDOW),
     "gemma3_text": Family(
-        architecture="Gemma3ForCausalLM",
-        fields=_GEMMA_FIELDS
-        | {
-            "rope_theta": ("rope_theta", 1000000.0),
-            LOCAL_THETA: ("window_rope_theta", 10000.0),
+        "Gemma3ForCausalLM", _GEMMA_FIELDS | {
+            "rope_theta": ("rope_theta", 1000000.0), LOCAL_THETA: ("window_rope_theta", 10000.0),
             "query_pre_attn_scalar": ("query_pre_attn_scalar", 256),
-            "final_logit_softcapping": ("logit_softcap", 0.0),
-        },
+            "final_logit_softcapping": ("logit_softcap", 0.0)},
         facts=_GEMMA_FACTS | {"post_norms": True, "qk_norm": True},
-        fixed=_NO_BIAS
-        | {
-            "hidden_activation": ("gelu_pytorch_tanh",),
-            "use_bidirectional_attention": (False, None),
-            "sliding_window_pattern": (6,),
-            "attn_logit_softcapping": (None,),  # transformers reads it into the config, and computes without it
-        },
-        window="but each nth",
-        window_period=6,
-        window_default=4096,
-        layer_types=True,
-    ),
+        fixed=_NO_BIAS | {
+            "hidden_activation": _GELU, "use_bidirectional_attention": (False, None), "sliding_window_pattern": (6,),
+            "attn_logit_softcapping": (None,)},  # transformers reads it into the config, and computes without it
+        window="but each nth", window_period=6, **_WINDOW),
     "glm4": Family(
-        architecture="Glm4ForCausalLM",
-        fields=_FIELDS
-        | {"partial_rotary_factor": ("partial_rotary_factor", 0.5), "attention_bias": ("qkv_bias", True)},
-        facts={"post_norms": True},
-        fixed=_SILU,
-        interleaved=True,
-    ),
+        "Glm4ForCausalLM", _FIELDS | {
+            "partial_rotary_factor": ("partial_rotary_factor", 0.5), "attention_bias": ("qkv_bias", True)},
+        facts={"post_norms": True}, fixed=_SILU, interleaved=True),
     "internlm2": Family(
-        architecture="InternLM2ForCausalLM",
-        fields=_FIELDS,
-        fixed=_SILU | {"bias": (False,)},
-        remote=(
-            "internlm/internlm2-7b",
-            "configuration_internlm2.InternLM2Config",
-            "modeling_internlm2.InternLM2ForCausalLM",
-        ),
-    ),
+        "InternLM2ForCausalLM", _FIELDS, fixed=_SILU | {"bias": (False,)},
+        remote=("internlm/internlm2-7b", "configuration_internlm2.InternLM2Config",
+                "modeling_internlm2.InternLM2ForCausalLM")),
 }
 
 # The family that every field's default describes, and what Meta's layout holds besides it: a checkpoint whose params
@@ -305,19 +196,12 @@ _LONGROPE = ("longrope", _ROPE_CONTEXT | _ROPE_SCALE | {
 ROPE_TYPES: dict[str, tuple[str, dict[str, tuple[str, Value]]]] = {
     "linear": ("linear", _ROPE_FACTOR),
     "dynamic": ("dynamic", _ROPE_FACTOR),
-    "llama3": (
-        "wavelength",
-        _ROPE_FACTOR
-        | {"low_freq_factor": ("rope_low_freq_factor", None), "high_freq_factor": ("rope_high_freq_factor", None)}
-        | _ROPE_CONTEXT,
-    ),
-    "yarn": (
-        "yarn",
-        _ROPE_FACTOR
-        | {"beta_slow": ("rope_low_freq_factor", 1.0), "beta_fast": ("rope_high_freq_factor", 32.0)}
-        | _ROPE_CONTEXT
-        | _ROPE_SCALE,
-    ),
+    "llama3": ("wavelength", _ROPE_FACTOR | {
+        "low_freq_factor": ("rope_low_freq_factor", None),
+        "high_freq_factor": ("rope_high_freq_factor", None)} | _ROPE_CONTEXT),
+    "yarn": ("yarn", _ROPE_FACTOR | {
+        "beta_slow": ("rope_low_freq_factor", 1.0),
+        "beta_fast": ("rope_high_freq_factor", 32.0)} | _ROPE_CONTEXT | _ROPE_SCALE),
     "longrope": _LONGROPE,
     "su": _LONGROPE,  # in the first files of Phi-3
 }
