@@ -352,8 +352,7 @@ def _environment() -> dict[str, object]:
         # what decides which kernels multiply, and so the last bits of a run
         "processor": {"name": named[1] if named else platform.processor(),
                       "instructions": torch.backends.cpu.get_cpu_capability(),
-                      "onednn": torch.backends.mkldnn.is_available(), "mkl": torch.backends.mkl.is_available()},
-    }
+                      "onednn": torch.backends.mkldnn.is_available(), "mkl": torch.backends.mkl.is_available()}}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -52,8 +52,7 @@ def export_peft(adapter: AdapterSource, folder: Path, description: str) -> list[
     """Write adapter_model.safetensors and adapter_config.json, which PEFT opens on the same base."""
     refuse_source(folder, adapter.folders)
     documents = {
-        peft_layout.CONFIG: peft_layout.config_json(adapter.config, adapter.lora, str(adapter.base.resolve()))
-    }
+        peft_layout.CONFIG: peft_layout.config_json(adapter.config, adapter.lora, str(adapter.base.resolve()))}
     tensors = peft_layout.as_peft(adapter.tensors, adapter.config)
     files = {peft_layout.WEIGHTS: {name: TensorSpec(t.shape, t.dtype) for name, t in tensors.items()}}
     facts = {"source": description, "rotary_layout": "halves"}

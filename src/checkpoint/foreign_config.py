@@ -88,8 +88,7 @@ def released_config(model_type: str, max_seq_len: int) -> ModelConfig:
         raise UserError(f"{model_type} names a family; expected a size, such as llama-2-7b")
     facts: dict[str, object] = {
         "head_dim": row.facts["dim"] // row.facts["n_heads"],
-        **FAMILIES[row.family].facts,
-    }
+        **FAMILIES[row.family].facts}
     facts |= {name: value for name, value in row.facts.items() if name in FIELDS}
     facts["nope_layers"] = _nope_layers({}, FAMILIES[row.family], row.facts["n_layers"], "--model_type")
     if facts.get("tied"):
@@ -368,8 +367,7 @@ def config_from_meta(values: dict[str, object], source: str, weights: MetaWeight
         n_experts=number("num_experts", 0, among=experts),
         n_active_experts=number("num_experts_per_tok", 0, among=experts),
         **scaled,
-        **weights._replace(embedding_split_dim=0 if weights.tied else weights.embedding_split_dim)._asdict(),
-    )
+        **weights._replace(embedding_split_dim=0 if weights.tied else weights.embedding_split_dim)._asdict())
 
 
 def meta_ffn_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None = None) -> int:

@@ -128,8 +128,7 @@ def config_of(metadata: Mapping[str, object], tensors: Mapping[str, StoredTensor
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_theta": 10000.0,
         "num_key_value_heads": said["attention.head_count"],
-        "head_dim": said["embedding_length"] // said["attention.head_count"],
-    }
+        "head_dim": said["embedding_length"] // said["attention.head_count"]}
     values |= {key: _GEMMA_2[key] for key in arch.keys.values()}
     values |= {theirs: said[key] for key, theirs in (_KEYS | arch.keys).items() if key in said}
     if arch.families[0] == "gemma2":  # its 27B alone scales by the width of a layer's share, and is known by its depth

@@ -202,5 +202,4 @@ def config_json(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, o
         "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_dora": lora.dora,
         "target_modules": [module_name(f"layers.0.{place}").split(".")[-1] for place in places],
         "modules_to_save": ["score"] if config.value_head else None,
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-    }
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True}

@@ -67,8 +67,7 @@ class Save:
         """documents, tokenizer_files, facts: as storage.finish() takes them. Every rank makes the save."""
         self._folder = folder
         self._finish = lambda: storage.finish(
-            folder, parallel.tensor_parallel_size(), documents, tokenizer_files, facts
-        )
+            folder, parallel.tensor_parallel_size(), documents, tokenizer_files, facts)
         self._held = contextlib.ExitStack()
         if parallel.rank() == 0:
             self._held.enter_context(storage.writing(folder))

@@ -150,6 +150,5 @@ def with_added_tokens(source: Source, n: int, first: int | None = None) -> Sourc
     for name in tensors.keys() & {"tok_embeddings.weight", "output.weight"}:
         tensors[name] = tensors[name].then(extended, (rows, tensors[name].shape[1]))
     config = dataclasses.replace(
-        source.config, vocab_size=rows, n_added_tokens=source.config.n_added_tokens + rows - had
-    )
+        source.config, vocab_size=rows, n_added_tokens=source.config.n_added_tokens + rows - had)
     return source._replace(config=config, tensors=tensors)

@@ -198,8 +198,7 @@ def _join_shards(
         check_pieces(name, [piece.shape for piece in pieces], how, described)
         whole = tuple(how.size if axis == how.dim else size for axis, size in enumerate(shape))
         tensors[name] = StoredTensor(
-            whole, lambda pieces=pieces, how=how: join([p.load() for p in pieces], how), pieces[0].dtype
-        )
+            whole, lambda pieces=pieces, how=how: join([p.load() for p in pieces], how), pieces[0].dtype)
     return tensors, config
 
 

@@ -95,8 +95,7 @@ def outcome_rows(samples: Sequence[Sample], max_ratio: float, rows_per_problem: 
         turns = [sample for pair in zip(right, wrong, strict=False) for sample in pair]
         rows += [
             {"instruction": problem.instruction, "output": sample.response, "correct": sample.outcome == "right"}
-            for sample in (turns + right[n_turns:] + wrong[n_turns:])[:rows_per_problem]
-        ]
+            for sample in (turns + right[n_turns:] + wrong[n_turns:])[:rows_per_problem]]
     generator.shuffle(rows)
     return rows
 

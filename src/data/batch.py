@@ -7,7 +7,7 @@ import math
 import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -178,11 +178,6 @@ class BatchSampler:
         passes = list(chunks(by_length, self.max_batch_size))
         for turn in chunks(passes, self.ranks):
             yield turn[self.rank] if self.rank < len(turn) else [unsupervised(passes[0][0])]
-
-    @property
-    def of_last_rank(self) -> "BatchSampler":
-        """As the last rank sees it, whose forward passes are the longest."""
-        return replace(self, rank=self.ranks - 1)
 
     @property
     def rows_per_step(self) -> int:

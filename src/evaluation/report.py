@@ -70,8 +70,7 @@ def summarize(task: Task, prompts: Sequence[Prompt], problems: Mapping[str, Sequ
         "missing": outcomes["unparsed"], "never_sampled": n * len(prompts) - len(given),
         "truncated": sum(graded.finish in CUT for graded in given),
         "mean_tokens": _mean(lengths) if lengths else None,
-        "outcomes": {name: outcomes[name] for name in OUTCOMES},
-    }
+        "outcomes": {name: outcomes[name] for name in OUTCOMES}}
     # choosing by score only where every sample has one
     scored = all(graded.score is not None for graded in given)
     scores = {"score": score_array(rows, n, lambda graded: graded.score)} if scored else {}
@@ -79,8 +78,7 @@ def summarize(task: Task, prompts: Sequence[Prompt], problems: Mapping[str, Sequ
     for name, curve in found.items():
         results[name] = {k: _mean(chances.tolist()) for k, chances in curve.items()}
     results["intervals"] = {
-        name: {k: interval(chances.tolist()) for k, chances in curve.items()} for name, curve in found.items()
-    }
+        name: {k: interval(chances.tolist()) for k, chances in curve.items()} for name, curve in found.items()}
     levels, subjects = [prompt.level for prompt in prompts], [prompt.subject for prompt in prompts]
     return results | {"by_level": _by(levels, shares), "by_subject": _by(subjects, shares)}
 

@@ -87,8 +87,7 @@ def report_steps(
         "step_accuracy_on_wrong": float(agree[~right].mean()) if not right.all() else None,
         "step_auc": metrics.auc(scores, right),
         "f1": metrics.processbench_f1(wrong_steps, expected) if both else None,
-        "f1_threshold": threshold,
-    }
+        "f1_threshold": threshold}
 
 
 def first_wrong(rows: Sequence[StepLabels]) -> list[int]:
@@ -120,8 +119,7 @@ def report_table(report: dict[str, object]) -> str:
     """The report as a person reads it."""
     lines = [
         f"pairs       {report['pair_accuracy']:7.1%} right before wrong; AUC {report['auc']:.3f}; calibration error "
-        f"{report['calibration_error']:.3f}; correlation with length {report['length_correlation']:+.2f}"
-    ]
+        f"{report['calibration_error']:.3f}; correlation with length {report['length_correlation']:+.2f}"]
     if report["too_long"]:
         lines.append(f"{report['too_long']} samples are too long for the verifier: they come last and have no weight")
     width = max(map(len, report["curves"]))
@@ -139,5 +137,4 @@ def steps_table(report: dict[str, object]) -> str:
     return (
         f"steps       {report['step_accuracy']:7.1%} of {report['steps']} ({parts}); AUC {report['step_auc']:.3f}\n"
         f"first error F1 {f1} at threshold {report['f1_threshold']:.3f}, {report['solutions']} solutions"
-        + f"; {report['too_long']} more are too long for the verifier" * bool(report["too_long"])
-    )
+        + f"; {report['too_long']} more are too long for the verifier" * bool(report["too_long"]))

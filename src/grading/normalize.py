@@ -320,8 +320,7 @@ def rational(text: str) -> Fraction | None:
         over, under = (  # each perhaps in brackets: -(7)
             Fraction(part.lstrip("+-").strip("()").rstrip(".")) * (-1 if part.startswith("-") else 1)
             for part in parts
-            if part is not None
-        )
+            if part is not None)
         return None if under == 0 else (-over if sign == "-" else over) / under
     match = SCIENTIFIC.fullmatch(text)
     return Fraction(match[1] + (match[2] or "1")) * Fraction(10) ** int(match[3]) if match else None

@@ -191,8 +191,7 @@ def _sample_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tens
     return Choice(
         ids.gather(-1, index).squeeze(-1).long(),
         (plain_values.gather(-1, index).squeeze(-1) - found[:, :, 1].logsumexp(-1)).float(),
-        logprobs.gather(-1, index).squeeze(-1).float(),
-    )
+        logprobs.gather(-1, index).squeeze(-1).float())
 
 
 def _kept(values: Tensor, total: Tensor, sampling: Sampling) -> Tensor:

@@ -271,7 +271,8 @@ class Attention(nn.Module):
             self.k_norm = ProjectionNorm(config, self.wk, ranks.count(kv_heads), dtype)
         elif config.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(config, dtype), HeadNorm(config, dtype)
-        self.scores = Scoring(config.attention_scale, config.attention_softcap, config.window_of(layer))
+        scale = config.attention_multiplier or (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.scores = Scoring(scale, config.attention_softcap, config.window_of(layer))
 
     def forward(self, x: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """x [B, S, D] -> [B, S, D]. A cache takes the new keys and values and makes the mask itself."""

@@ -151,30 +151,22 @@ class ModelConfig:
                 raise UserError(f"{name}={getattr(self, name)!r}: expected {expected}")
         whole = {type(number) is int and number >= 0 for number in (*self.windows, *self.nope_layers)} <= {True}
         if not whole or len(self.windows) not in (0, self.n_layers):
-            raise UserError(
-                f"windows={list(self.windows)}, nope_layers={list(self.nope_layers)}: expected non-negative integers, "
-                f"of windows one for each of {self.n_layers} layers"
-            )
+            raise UserError(f"windows={list(self.windows)}, nope_layers={list(self.nope_layers)}: expected "
+                            f"non-negative integers, of windows one for each of {self.n_layers} layers")
         for name in ("rope_short_factors", "rope_long_factors"):
             factors, pairs = getattr(self, name), self.rotary_dim // 2 if self.rope_type == "longrope" else 0
             if len(factors) != pairs or not all(is_number(factor) and factor > 0 for factor in factors):
                 raise UserError(f"{name}={list(factors)}: expected {pairs} numbers above 0 ({self.rope_type} rope)")
         if self.n_experts and not 0 < self.n_active_experts <= self.n_experts:
-            raise UserError(
-                f"n_active_experts={self.n_active_experts}: expected 1 to n_experts={self.n_experts}"
-            )
+            raise UserError(f"n_active_experts={self.n_active_experts}: expected 1 to n_experts={self.n_experts}")
         for name in ("rope_factor", "rope_theta", "head_dim", "max_seq_len", "score_std", "logit_divisor"):
             if getattr(self, name) == 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected a number above 0")
         if self.rope_low_freq_factor >= self.rope_high_freq_factor:
-            raise UserError(
-                f"rope_low_freq_factor={self.rope_low_freq_factor}: expected a number below "
-                f"rope_high_freq_factor={self.rope_high_freq_factor}"
-            )
+            raise UserError(f"rope_low_freq_factor={self.rope_low_freq_factor}: expected a number below "
+                            f"rope_high_freq_factor={self.rope_high_freq_factor}")
         if self.head_dim % 2 or self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
-            raise UserError(
-                f"head_dim={self.head_dim}, of which {self.rotary_dim} rotate; rotary positions need pairs"
-            )
+            raise UserError(f"head_dim={self.head_dim}, of which {self.rotary_dim} rotate; rotary positions need pairs")
         if self.tied and self.embedding_split_dim != 0:
             raise UserError("tied embeddings are shared with the output layer: embedding_split_dim must be 0")
 
@@ -204,14 +196,10 @@ class ModelConfig:
             raise UserError(f"{where}: cannot be cut into {n} shards; choose 1 or more")
         idle = [index for index in range(n) if not len(self.heads_on(n, index)[0])]
         if idle:
-            raise UserError(
-                f"{where}: n_heads={self.n_heads} leaves nothing to do for shard {idle[0]} of {n}; "
-                f"choose at most {self.n_heads} shards"
-            )
+            raise UserError(f"{where}: n_heads={self.n_heads} leaves nothing to do for shard {idle[0]} of {n}; choose "
+                            f"at most {self.n_heads} shards")
         if self.ffn_dim < n:
-            raise UserError(
-                f"{where}: ffn_dim={self.ffn_dim} cannot be shared out over {n} shards; choose fewer"
-            )
+            raise UserError(f"{where}: ffn_dim={self.ffn_dim} cannot be shared out over {n} shards; choose fewer")
 
     def check_heads(self, n: int, parts: int, where: str) -> None:
         """Raise UserError, naming the model, unless `parts` ranks can share the query heads of each of n
@@ -231,19 +219,9 @@ class ModelConfig:
         return self.windows[layer] if self.windows else 0
 
     @property
-    def attention_scale(self) -> float:
-        """What attention scores are multiplied by."""
-        return self.attention_multiplier or (self.query_pre_attn_scalar or self.head_dim) ** -0.5
-
-    @property
     def rotary_dim(self) -> int:
         """The dimensions of a head, from its first on, that rotary positions turn."""
         return int(self.head_dim * self.partial_rotary_factor)
-
-    @property
-    def bounded_context(self) -> bool:
-        """Whether positions beyond max_seq_len follow a rule that is not implemented."""
-        return self.rope_type in ("dynamic", "longrope") or self.logn_attention
 
     def to_dict(self) -> dict[str, object]:
         """The contents of params.json."""
@@ -284,14 +262,9 @@ def config_from_dict(values: dict[str, object], source: str) -> ModelConfig:
     """Rebuild a config from params.json; `source` names the file. Raises UserError on a missing or unknown key."""
     unknown = sorted(set(values) - set(FIELDS))
     if unknown:
-        raise UserError(
-            f"{source}: unknown key {unknown[0]!r}; a newer version of SplitRL may have written it"
-        )
-    missing = [
-        name
-        for name, field in FIELDS.items()
-        if field.default is field.default_factory is dataclasses.MISSING and name not in values
-    ]
+        raise UserError(f"{source}: unknown key {unknown[0]!r}; a newer version of SplitRL may have written it")
+    missing = [name for name, field in FIELDS.items()
+               if field.default is field.default_factory is dataclasses.MISSING and name not in values]
     if missing:
         raise UserError(f"{source}: key {missing[0]!r} is missing")
     lists = [name for name, field in FIELDS.items() if field.default == ()]

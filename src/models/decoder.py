@@ -39,9 +39,7 @@ class Block(nn.Module):
         self.attention_post_norm = _norm(config, dtype) if config.post_norms else nn.Identity()
         self.ffn_post_norm = _norm(config, dtype) if config.post_norms else nn.Identity()
 
-    def forward(
-        self, x: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """The residual stream x [B, S, D] float32 -> [B, S, D] float32."""
         read = self.attention_norm(x).to(self.dtype)  # [B, S, D]; as a norm does it, where there is one
         x = self._added(x, self.attention_post_norm(self.attention(read, rotation, mask, cache)))
@@ -137,12 +135,11 @@ class Decoder(nn.Module):
 
     def _check_context(self, last: int) -> None:
         """Raise UserError for a position beyond a context whose rule for it is not implemented."""
-        if self.config.bounded_context and last >= self.config.max_seq_len:
-            raise UserError(
-                f"position {last} lies beyond the model's context of {self.config.max_seq_len}, "
-                f"where its dynamic or long rotary positions or logn attention would begin; they are not implemented: "
-                f"shorten the text"
-            )
+        bounded = self.config.rope_type in ("dynamic", "longrope") or self.config.logn_attention
+        if bounded and last >= self.config.max_seq_len:
+            raise UserError(f"position {last} lies beyond the model's context of {self.config.max_seq_len}, where its "
+                            "dynamic or long rotary positions or logn attention would begin; they are not implemented: "
+                            "shorten the text")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's vocabulary slice of the logits, padding rows at -inf. hidden [..., D] -> [..., P]."""

@@ -131,8 +131,7 @@ def _by_onednn(x: Tensor, other: Tensor, elements: int) -> bool:
         and x.numel() > 0
         and (elements >= SMALL or torch.is_inference_mode_enabled())  # the engine alone uses that mode
         and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
-    )
+        and not torch.compiler.is_compiling())
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

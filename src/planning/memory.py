@@ -107,8 +107,7 @@ def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -
         "optimizer": int(MOMENT_BYTES[how.optimizer] * trainable) // ranks,
         "gradients": gradients,
         "activations": kept + last_block,
-        "logits": logits,
-    }
+        "logits": logits}
     if ranks > 1:
         parts["gathered"] = _gathered(sizes, how)
     if how.half and not how.lora and ranks == 1:  # each weight is rounded in a forward pass, and kept for the backward

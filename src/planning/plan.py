@@ -77,8 +77,7 @@ def training(
         "optimizer steps": len(passes),
         "time": duration(n_flop, config),
         "disk": disk([model], n, how, config, len(passes), sum(epoch == 1 for epoch, _ in passes)),
-        "an example": masked_text(samples[0][0], tokenizer),
-    }
+        "an example": masked_text(samples[0][0], tokenizer)}
     return report(facts, memory, moments(memory, {"model": model}, n), n * data_parallel * parts)
 
 
@@ -164,8 +163,7 @@ def ppo(
                      -(-len(prompts) // config.prompts_per_buffer), config.reference_refresh),
         "rewards": places(config, models.get("verifier")),
         "an example": f"{tokenizer.decode(ids[0], show_control=True)}[[...]], {len(ids[0])} tokens and at most "
-        f"{config.max_new_tokens} to learn",
-    }
+        f"{config.max_new_tokens} to learn"}
     found = ((name, size(_process() + max(peaks[name].values())) if name in peaks else "-") for name in ARRANGEMENTS)
     rows = [f"  {name:22}{needed}" for name, needed in found]
     return "\n".join([report(facts, memory[asked], peaks[asked], n * ranks), "in each arrangement", *rows])
@@ -317,8 +315,7 @@ def inspection(source: Source, stored: str, n_files: int, ranks: Sequence[int] =
         "vocabulary": f"{config.vocab_size}, {'tied to' if config.tied else 'apart from'} the output layer",
         "context": config.max_seq_len,
         "tokenizer": ", ".join(path.name for path in source.tokenizer_files)
-        if storage.has_vocabulary(source.tokenizer_files) else "none: give --tokenizer_file",
-    }
+        if storage.has_vocabulary(source.tokenizer_files) else "none: give --tokenizer_file"}
     lines = [report(facts), f"\n{'ranks':8}{'a rank, ' + config.dtype:20}{'kv heads a rank':18}what to know"]
     for n in ranks:
         try:

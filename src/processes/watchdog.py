@@ -199,8 +199,7 @@ class Watchdog(threading.Thread):
             lost = "; ".join(f"rank {rank}, last {self._signs[rank].place or 'not yet there'}" for rank in silent)
             problem = (
                 f"nothing was heard for {patience:.0f} s of {lost}: its process is stopped or swapped out, "
-                f"or its machine is gone; {_listed(places)}"
-            )
+                f"or its machine is gone; {_listed(places)}")
         elif min([still, *(sign.still + now - sign.came for sign in self._signs.values())]) > longest:
             problem = f"no rank has got on for {longest:.0f} s: {_listed(places)}"
         else:

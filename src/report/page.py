@@ -98,8 +98,7 @@ def read_run(folder: Path, label_file: str = "") -> ReportedRun:
             "prompt": _cut(row["instruction"]), "pieces": row["tokens"], "credits": row["credits"],
             "reward": row["reward"],
             "first_wrong": first_wrong([StepLabels(row["instruction"], row["steps"], row["labels"])])[0],
-        } for row in list(_rows(credits_file))[:MOST_CREDITS]] if credits_file.is_file() else [],
-    }
+        } for row in list(_rows(credits_file))[:MOST_CREDITS]] if credits_file.is_file() else []}
     return ReportedRun(shown, problems, results.get("rules", {}).get("extraction", ""), _places(folder, label_file))
 
 
@@ -189,8 +188,7 @@ def show_sample(sample: Sample, label: str, extraction: str) -> dict[str, object
         "sample": sample.sample, "response": response, "answer": answer, "outcome": outcome, "reason": reason,
         "span": answer_span(response, answer) if answer else None, "score": values.get("score"),
         "step_scores": scores, "steps": _steps(response, scores) if scores else None,
-        "tokens": values.get("token_count"), "finish": values.get("finish"),
-    }
+        "tokens": values.get("token_count"), "finish": values.get("finish")}
 
 
 def answer_span(response: str, answer: str) -> tuple[int, int] | None:

@@ -237,8 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
         paths: dict[str, Callable[[dict[str, object]], object]] = {
             "/v1/completions": lambda body: self._complete(self.solver.read(body, chat=False)),
             "/v1/chat/completions": lambda body: self._complete(self.solver.read(body, chat=True)),
-            "/v1/load_lora_adapter": self.solver.load_adapter, "/v1/unload_lora_adapter": self.solver.unload_adapter,
-        }
+            "/v1/load_lora_adapter": self.solver.load_adapter, "/v1/unload_lora_adapter": self.solver.unload_adapter}
         try:
             length = self.headers.get("Content-Length", "")
             if not length.isdecimal() or int(length) > LARGEST_REQUEST:

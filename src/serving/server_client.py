@@ -145,8 +145,7 @@ def complete(
     client = httpx2.Client(
         headers={"Authorization": f"Bearer {server.api_key}"} if server.api_key else {},
         timeout=server.seconds,
-        limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-    )
+        limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency))
     with client, ThreadPoolExecutor(concurrency) as threads:
         session = _Session(server, sampling, client)
         try:
@@ -269,8 +268,7 @@ def request_body(server: Server, request: RemoteRequest, sampling: Sampling) -> 
         **({"stop": list(sampling.stop)} if sampling.stop else {}),
         **({"stop_token_ids": list(server.stop_ids)} if server.stop_ids else {}),
         # a server may have defaults of the model's, which would make of the policy another one
-        **({"return_token_ids": True, "top_k": -1, "min_p": 0, "repetition_penalty": 1} if server.token_ids else {}),
-    }
+        **({"return_token_ids": True, "top_k": -1, "min_p": 0, "repetition_penalty": 1} if server.token_ids else {})}
 
 
 def _asked_pause(response: httpx2.Response) -> float:

@@ -52,8 +52,7 @@ def rollout_metrics(buffer: PPOBuffer, scores: Scores, config: PPOConfig, kl_sca
         "kept_share": len(buffer.trainable) / len(earned),
         "reward_length_correlation": correlation(earned, lengths),
         "sampler_mismatch": mismatch.mean().item(),
-        "sampler_mismatch_max": mismatch.max().item(),
-    }
+        "sampler_mismatch_max": mismatch.max().item()}
     if config.group_size > 1:
         alive = group_has_variance(earned, config.group_size)
         found["dead_groups"] = int((~alive).sum()) / len(alive)

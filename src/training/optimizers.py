@@ -64,14 +64,12 @@ class Float32AdamW:
                     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
                     self.state[parameter] = {"step": step, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
             first, second, steps = (
-                [parallel.local(self.state[parameter][name]) for parameter in learned] for name in (*MOMENTS, "step")
-            )
+                [parallel.local(self.state[parameter][name]) for parameter in learned] for name in (*MOMENTS, "step"))
             adamw(
                 [parallel.local(parameter) for parameter in learned],
                 [parallel.local(parameter.grad) for parameter in learned],
                 first, second, [], steps, fused=True, amsgrad=False, maximize=False, beta1=BETAS[0], beta2=BETAS[1],
-                lr=group["lr"], weight_decay=group["weight_decay"], eps=self._eps,
-            )
+                lr=group["lr"], weight_decay=group["weight_decay"], eps=self._eps)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

@@ -86,8 +86,7 @@ def refill_groups(
         Batch(_rows(part.batch.tokens for part in rollouts), _rows(part.batch.response_mask for part in rollouts)),
         torch.cat([part.finished for part in rollouts]),
         _rows(part.sampled_logprobs for part in rollouts),
-        [each for part in rollouts for each in part.executions],
-    )
+        [each for part in rollouts for each in part.executions])
     by_reward = {name: _rows(part.by_reward[name] for part in parts) for name in scores.by_reward}
     scores = Scores(by_reward, _rows(part.total for part in parts), add_counts(part.counts for part in parts))
     return rollout, scores, stats

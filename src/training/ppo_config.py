@@ -333,8 +333,7 @@ class PPOConfig(
             (self.kl_target >= 0 and not self.kl_coef and self.kl_loss == "none",
              "--kl_target adapts a KL term, but --kl_coef is 0 and --kl_loss none; give one of them"),
             (self.critic_warmup > 0 and not self.has_critic,
-             f"--critic_warmup: --advantage {self.advantage} has no critic"),
-        ]
+             f"--critic_warmup: --advantage {self.advantage} has no critic")]
 
     def _wrong_rewards(self) -> list[tuple[object, str]]:
         """The same of --reward, its weights, and functions that the log could not tell apart."""
@@ -352,8 +351,7 @@ class PPOConfig(
             ("verifier" in names and not self.reward_model_ckpt_dir,
              "--reward verifier needs --reward_model_ckpt_dir; or grade answers with --reward rule"),
             (self.step and "verifier" not in names,
-             f"--step {self.step} says what a verifier judges; give --reward verifier with it"),
-        ]
+             f"--step {self.step} says what a verifier judges; give --reward verifier with it")]
 
     def _wrong_models(self) -> list[tuple[object, str]]:
         """The same of the directories, and of what cannot share a base."""
@@ -380,8 +378,7 @@ class PPOConfig(
             (self.share_base and self.lora_rank == -1,
              "--share_base shares frozen weights below adapters; give --lora_rank"),
             (self.share_base and alone,
-             f"--share_base holds one base in float32 for the whole run; leave out --{''.join(alone[:1])}"),
-        ]
+             f"--share_base holds one base in float32 for the whole run; leave out --{''.join(alone[:1])}")]
 
 
 def short_name(reward: str) -> str:

@@ -266,8 +266,7 @@ class KTO:
         sums, rows = response_sums(policy, batch), parallel.to_device(taken)
         ratios, means = (
             each.index_select(0, rows)  # [B]
-            for each in (sums - parallel.to_device(batch.reference), sums / parallel.to_device(counts.clamp_min(1)))
-        )
+            for each in (sums - parallel.to_device(batch.reference), sums / parallel.to_device(counts.clamp_min(1))))
         each = losses.kto_loss(
             ratios, right, self.reference_point, self.beta, self.desirable_weight, self.undesirable_weight)
         with torch.no_grad():

@@ -172,8 +172,7 @@ def read_state(folder: str, step: int) -> dict[str, object]:
         "step": state.get("step") == step,
         "total_steps": type(state.get("total_steps")) is int,
         "best": best is None or type(best) in (int, float) and math.isfinite(best),
-        "best_step": type(state.get("best_step")) is int,
-    }
+        "best_step": type(state.get("best_step")) is int}
     for name, is_right in right.items():
         if not is_right:
             raise UserError(f"{path / saving.STATE}: {name!r} is {json.dumps(state.get(name))[:60]}, not what "

@@ -66,8 +66,7 @@ class Rollout(NamedTuple):
             Batch(self.batch.tokens[rows], self.batch.response_mask[rows]),
             self.finished[rows],
             self.sampled_logprobs[rows],
-            [self.executions[row] for row in rows],
-        )
+            [self.executions[row] for row in rows])
 
 
 def trim_padding(batch: Batch) -> Batch:
@@ -153,8 +152,7 @@ def _rollout(prompts: Sequence[Prompt], completions: Sequence[Completion], group
         batch,
         torch.tensor([done.finish == "stop" for done in completions]),
         sampled_logprobs,
-        [done.tool_results for done in completions],
-    )
+        [done.tool_results for done in completions])
 
 
 def _check_alike(tokens: Tensor) -> None:

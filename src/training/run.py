@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -75,10 +76,9 @@ class Run:
             find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
 
     def planned_steps(self, data: Dataset) -> Iterator[Step]:
-        """All steps as the rank with the longest forward passes sees them."""
-        config = self.config
-        return self.sampler.of_last_rank.steps(
-            data, packing=config.packing, epochs=config.epochs, stop=self.total_steps)
+        """All steps as the rank with the longest forward passes, the last one, sees them."""
+        last = replace(self.sampler, rank=self.sampler.ranks - 1)
+        return last.steps(data, packing=self.config.packing, epochs=self.config.epochs, stop=self.total_steps)
 
     def open(self, model: Decoder, log: RunLog) -> None:
         """Give the model, `trained`, an optimizer and a place to be saved; take up what an earlier start saved."""
@@ -170,8 +170,7 @@ class ThroughputMeter:
             "padding_share": 1 - n_tokens / held,
             "peak_memory": heap.peak_memory(),
             "data_seconds": self._data_seconds,
-            "step_seconds": seconds,
-        }
+            "step_seconds": seconds}
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
