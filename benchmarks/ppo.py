@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,7 +158,7 @@ def our_side(
         mask = rollout.batch.response_mask
         return (((rollout.batch.tokens % 2 == 0) & mask).sum(1) / mask.sum(1)).tolist(), {}
 
-    rewards = {"even": Reward(1.0, on_first_rank(score))}
+    rewards = {"even": Reward(1.0, partial(on_first_rank, score))}
     data = Inputs(rows, [], 0, Ids(), find_task(config.task), [], 1)
 
     def collect(iteration: int) -> object:

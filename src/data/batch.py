@@ -188,11 +188,6 @@ class BatchSampler:
         """Optimizer steps in one epoch; the last may be smaller."""
         return -(-n_rows // self.rows_per_step)
 
-    def total_steps(self, n_rows: int, epochs: int, max_steps: int) -> int:
-        """Optimizer steps in all, at most max_steps; -1: those of all epochs."""
-        total = epochs * self.steps_per_epoch(n_rows)
-        return min(total, max_steps) if max_steps >= 0 else total
-
 
 def unsupervised(sample: Sample) -> Sample:
     """The sample with no response token in it: its loss is 0."""

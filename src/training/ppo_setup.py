@@ -227,9 +227,9 @@ def open_rewards(
         short, whole = short_name(name), False
         if name == "verifier":
             own = load.load_tokenizer(config.reward_model_ckpt_dir) if models.verifier.config.verifier_form else None
-            score = rewards.verifier_reward(models.verifier, tokenizer, config, config.max_batch_size, own)
+            score = partial(rewards.verifier_reward, models.verifier, tokenizer, config, config.max_batch_size, own)
         elif name == "rule":
-            score = rewards.on_first_rank(partial(rewards.graded_reward, grader))
+            score = partial(rewards.on_first_rank, partial(rewards.graded_reward, grader))
         elif name == "code":
             score = rewards.code_reward
         else:
@@ -239,7 +239,7 @@ def open_rewards(
     if tokenizer.code:  # in any case for the log
         opened.setdefault("code", Reward(0.0, rewards.code_reward))
     if config.format_penalty:
-        score = rewards.on_first_rank(partial(rewards.format_reward, grader, config.format_penalty))
+        score = partial(rewards.on_first_rank, partial(rewards.format_reward, grader, config.format_penalty))
         opened["format"] = Reward(1.0, score)
     return opened
 

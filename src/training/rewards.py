@@ -112,15 +112,16 @@ def add_counts(parts: Iterable[Counts]) -> dict[str, tuple[float, int]]:
 
 
 def verifier_reward(
-    verifier: Decoder, tokenizer: Tokenizer, flags: RewardFlags, max_batch_size: int, own: Tokenizer | None = None
-) -> Callable[[Rollout], tuple[Tensor, Counts]]:
-    """The reward [B, S] of a verifier, by what its config says it was trained for. own: its tokenizer, if that is not
-    the policy's."""
+    verifier: Decoder, tokenizer: Tokenizer, flags: RewardFlags, max_batch_size: int, own: Tokenizer | None,
+    rollout: Rollout,
+) -> tuple[Tensor, Counts]:
+    """The reward [B, S] of a verifier, by what its config says it was trained for; nothing is counted. own: its
+    tokenizer, if that is not the policy's."""
     if verifier.config.objective == "pairwise":
-        return lambda rollout: (pairwise_reward(verifier, rollout, flags, max_batch_size), {})
+        return pairwise_reward(verifier, rollout, flags, max_batch_size), {}
     if verifier.config.objective == "outcome":
-        return lambda rollout: (outcome_reward(verifier, tokenizer, rollout, flags, max_batch_size), {})
-    return lambda rollout: (process_reward(verifier, tokenizer, rollout, flags, max_batch_size, own), {})
+        return outcome_reward(verifier, tokenizer, rollout, flags, max_batch_size), {}
+    return process_reward(verifier, tokenizer, rollout, flags, max_batch_size, own), {}
 
 
 @torch.no_grad()
@@ -224,21 +225,16 @@ def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str, step_e
 
 
 def on_first_rank(
-    score: Callable[[Rollout], tuple[Sequence[float], Counts]],
-) -> Callable[[Rollout], tuple[Tensor, Counts]]:
+    score: Callable[[Rollout], tuple[Sequence[float], Counts]], rollout: Rollout
+) -> tuple[Tensor, Counts]:
     """A score of each response at its last token, [B, S], which only the first rank of those that share a batch
-    computes: score_rollout() gives it to all."""
-
-    def reward(rollout: Rollout) -> tuple[Tensor, Counts]:
-        """-> [B, S], and the counts of this rank."""
-        scores, counts = torch.zeros(len(rollout.responses), device=parallel.device()), {}
-        # grading starts processes, and a user's function need not answer twice alike: one call, one answer for all
-        if parallel.rank() % parallel.ranks_per_batch() == 0:
-            found, counts = score(rollout)
-            scores += torch.tensor(found, dtype=torch.float32, device=parallel.device())
-        return at_last(parallel.broadcast_from_first(scores).cpu(), rollout), counts
-
-    return reward
+    computes: score_rollout() gives it to all. The counts are this rank's."""
+    scores, counts = torch.zeros(len(rollout.responses), device=parallel.device()), {}
+    # grading starts processes, and need not answer twice alike where time runs out: one call, one answer for all
+    if parallel.rank() % parallel.ranks_per_batch() == 0:
+        found, counts = score(rollout)
+        scores += torch.tensor(found, dtype=torch.float32, device=parallel.device())
+    return at_last(parallel.broadcast_from_first(scores).cpu(), rollout), counts
 
 
 def graded_reward(grader: Grader, rollout: Rollout) -> tuple[list[float], Counts]:

@@ -70,7 +70,8 @@ class Run:
         """Count the steps. Raises UserError for a save_dir with a run of more of them, or of other rows."""
         config, n_rows = self.config, len(data.samples)
         self.steps_per_epoch = self.sampler.steps_per_epoch(n_rows)
-        self.total_steps = self.sampler.total_steps(n_rows, config.epochs, config.max_steps)
+        total = config.epochs * self.steps_per_epoch
+        self.total_steps = min(total, config.max_steps) if config.max_steps >= 0 else total
         if not config.dry_run:
             self._fingerprint |= {"rows": n_rows}  # known only now: whether the run goes on is asked once more
             find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)

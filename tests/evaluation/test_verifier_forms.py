@@ -144,9 +144,9 @@ def test_ppo_rewards_a_policy_of_another_tokenizer(tmp_path: Path, folders: Fold
     batch = make_batch([Encoded(ids + policy.encode(text), len(ids))])
     rollout = Rollout([Prompt("0", PROBLEM, None, None, None)], [text], batch, torch.tensor([True]),
                       torch.zeros(batch.tokens.shape), [[]])
-    reward = rewards.verifier_reward(load.load_verifier(prm), policy, ppo_config(step_reward="raw"), 2,
-                                     load.load_tokenizer(prm))
-    assert reward(rollout)[0].sum().item() == pytest.approx(sum(expected), abs=1e-5)
+    found, _ = rewards.verifier_reward(load.load_verifier(prm), policy, ppo_config(step_reward="raw"), 2,
+                                       load.load_tokenizer(prm), rollout)
+    assert found.sum().item() == pytest.approx(sum(expected), abs=1e-5)
     write_json(tmp_path / "prompts.json", [{"instruction": "1+1=", "label": "2"}])
     main_of("ppo_train")(
         actor_ckpt_dir=folders.one, actor_save_dir=str(tmp_path / "actor"), reward_model_ckpt_dir=prm,

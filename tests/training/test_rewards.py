@@ -97,15 +97,15 @@ def test_outcome_reward_is_the_last_probability(verifier: Decoder, tokenizer: To
     episodes = episodes_of(tokenizer, TEXTS, endings)
     last = torch.tensor([alone(verifier, tokenizer, *row)[-1] for row in zip(TEXTS, endings, strict=True)])
     for scale, expected in (("probability", last.sigmoid()), ("logit", ((last - 0.5) / 2).clamp(-5, 5))):
-        find = rewards.verifier_reward(verifier, tokenizer, ppo_config(outcome_reward=scale), 2)
-        assert_close(find(episodes)[0], rewards.at_last(expected, episodes), rtol=1e-5, atol=1e-5)
+        found, _ = rewards.verifier_reward(verifier, tokenizer, ppo_config(outcome_reward=scale), 2, None, episodes)
+        assert_close(found, rewards.at_last(expected, episodes), rtol=1e-5, atol=1e-5)
 
 
 def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tokenizer: Tokenizer) -> None:
     saving.record(verifier, objective="process")
     episodes = episodes_of(tokenizer, TEXTS, [True, False, True])
-    find = rewards.verifier_reward(verifier, tokenizer, ppo_config(step_reward="raw", step_bonus=0.25), 2)
-    found, counts = find(episodes)
+    config = ppo_config(step_reward="raw", step_bonus=0.25)
+    found, counts = rewards.verifier_reward(verifier, tokenizer, config, 2, None, episodes)
     assert not counts
     for row, (text, finished) in enumerate(zip(TEXTS, (True, False, True), strict=True)):
         tokens = episodes.batch.tokens[row][episodes.batch.response_mask[row]].tolist()

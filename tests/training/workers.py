@@ -339,7 +339,7 @@ def graded_once(file: str) -> dict[str, Tensor]:
     """
     batch = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
     rollout = Rollout(PROMPTS[:1], ["4"], batch, torch.tensor([True]), torch.zeros(1, 3), [[]])
-    reward = on_first_rank(lambda rollout: ([1.0], {"graded_right": (1, 1)}))
+    reward = partial(on_first_rank, lambda rollout: ([1.0], {"graded_right": (1, 1)}))
     scores = score_rollout({"rule": Reward(1.0, reward)}, rollout)
     found = {"earned": scores.total, "graded": torch.tensor(scores.counts["graded_right"][1])}
     with UserReward(f"{file}:count") as function:
