@@ -90,13 +90,18 @@ def guarded(command: Callable[[], None]) -> None:
         if line := _in_words(error):
             _stop(1, f"error: {line}")
         if "RANK" in os.environ:
-            if isinstance(error, RuntimeError) and ("gloo/transport" in str(error) or type(error).__name__ in (
-                    "DistBackendError", "DistNetworkError")):  # as the death of another rank breaks a collective
+            if _is_lost_connection(error):
                 lost = watchdog.after_lost_connection()
                 _stop(1, lost and f"error: {lost}")
             time.sleep(GRACE_SECONDS)  # another rank may print the cause, after which torchrun ends this wait
         leave_for_torchrun(traceback.format_exc())
         raise
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether a collective has failed as it does when another rank dies, in the words of gloo or by NCCL's errors."""
+    kinds = ("DistBackendError", "DistNetworkError")  # by their names: scripts without torch come here too
+    return isinstance(error, RuntimeError) and ("gloo/transport" in str(error) or type(error).__name__ in kinds)
 
 
 def _in_words(error: Exception) -> str:

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the report from the data that stands in the page; src/report/collect.py says what is in it.
+// Draws the report from the data that stands in the page; src/report/page.py says what is in it.
 const data = JSON.parse(document.getElementById("data").textContent);
 const page = document.getElementById("page");
 const PAGE_SIZE = 25;
