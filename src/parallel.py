@@ -29,7 +29,7 @@ from src.processes import heap, watchdog
 Item = TypeVar("Item")
 
 JOIN_TIME = datetime.timedelta(minutes=10)  # between the starts of the first and the last rank; torchrun's own limit
-ANSWER_TIME = datetime.timedelta(seconds=30)  # of the store that the ranks met in
+ANSWER_TIME = datetime.timedelta(seconds=30)  # of the store that they met in, to the watchdog's own connection
 
 _mesh: DeviceMesh | None = None  # of several data-parallel ranks: [ranks], or [replicas, ranks that share one]
 
@@ -40,8 +40,7 @@ def start(seed: int = 1, tensor_parallel_size: int = -1, replicas: int = 1, cont
     place in theirs form a data-parallel group, whose consecutive ranks share each of `replicas` copies of a model that
     learns (HSDP), and `context_parallel_size` a batch. gloo on the CPU, NCCL where CUDA is. Raises UserError."""
     if not dist.is_initialized():
-        # before anything large is allocated
-        heap.keep_large_blocks()
+        heap.keep_large_blocks()  # before anything large is allocated
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -92,7 +91,6 @@ def _join(backend: str) -> None:
     try:
         socket.getaddrinfo(host, port)
         store, *_ = next(dist.rendezvous("env://", timeout=JOIN_TIME))
-        # a connection of the watchdog's own: the group's may wait on it for minutes
         talk = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=ANSWER_TIME)
         watching = watchdog.Watchdog(talk, number, size, device().type)
         if size > 1:
@@ -119,8 +117,7 @@ def stop() -> None:
 def seed_all(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices). Equal on all ranks: replicated draws must agree."""
     random.seed(seed)
-    # NumPy's seeds have 32 bits
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # NumPy's seeds have 32 bits
     torch.manual_seed(seed)
 
 
@@ -175,8 +172,7 @@ def compute_dtype(precision: str = "") -> torch.dtype:
     on a CPU whose first rank multiplies faster in it (AMX, AVX-512 BF16), else float32."""
     if precision in ("", "auto"):
         half = device().type == "cuda" or precision == "auto" and _multiplies_faster(torch.bfloat16)
-        if dist.is_initialized():
-            # one measurement for all: ranks that compute in different types would not agree
+        if dist.is_initialized():  # one measurement for all: ranks that compute in two types would not agree
             half = any_rank(half and rank() == 0)
         return torch.bfloat16 if half else torch.float32
     return getattr(torch, precision)
@@ -293,8 +289,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     They may then make different numbers of them, as sampling does. No backward pass inside."""
     shared = [module for module in model.modules() if _is_shared(module)]
     for module in shared:
-        # else each forward pass would give its weights back, and wait for all ranks to gather them again
-        module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_forward(False, recurse=False)  # else each pass would give its weights back
         module.unshard()
     try:
         yield
@@ -325,8 +320,7 @@ def gather_on_first(x: Tensor) -> Tensor | None:
         return None
     part = x.detach().to_local()
     each = -(-len(x) // size)  # rows, of the first ranks: the last ones may hold fewer
-    if len(part) < each:
-        # gather() takes pieces of one size
+    if len(part) < each:  # gather() takes pieces of one size
         part = torch.cat([part, part.new_zeros(each - len(part), *part.shape[1:])])
     pieces = part.new_empty(size, *part.shape) if first else None
     dist.gather(part, None if pieces is None else list(pieces), dist.get_global_rank(group, 0), group)
@@ -347,7 +341,6 @@ def part_like(x: Tensor, like: Tensor) -> Tensor:
     No other part of x is read, and nothing is sent. What is a part already stays as it is."""
     if _is_shared(x):
         return x
-    # only this part goes to the device: the whole may be larger than it
     return as_part(rows_like(x, like).to(device(), like.dtype, copy=True), like)
 
 
