@@ -56,11 +56,7 @@ class Encoded(NamedTuple):
         return sum(self.supervised)
 
 
-class Conversation(NamedTuple):
-    """A whole chat as ids; answer_mask is True on the assistant's tokens, those that end its turns included."""
-
-    tokens: list[int]
-    answer_mask: list[bool]
+Masked = tuple[list[int], list[bool]]  # ids, and for each whether it is to be learnt
 
 
 def encode_prompt(tokenizer: Tokenizer, instruction: str, prefix: str = "") -> list[int]:
@@ -114,11 +110,11 @@ def encode_response(
 
 def _encode_pieces(
     tokenizer: Tokenizer, parts: Sequence[Piece], what: Learnt, kept: Sequence[bool] = (True,)
-) -> Conversation:
+) -> Masked:
     """Pieces as ids, with a mask of those to learn; kept: for each answer whether it is to be learnt."""
     ids = tokenizer.encode_pieces(parts)
     mask = [[is_learnt] * len(own) for own, is_learnt in zip(ids, blocks.learnt(parts, what, kept), strict=True)]
-    return Conversation(list(chain(*ids)), list(chain(*mask)))
+    return list(chain(*ids)), list(chain(*mask))
 
 
 def _answer(tokenizer: Tokenizer, instruction: str, output: str, *, whole: bool) -> str:
@@ -148,9 +144,9 @@ def learn_all(encoded: Encoded) -> Encoded:
 
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], learnt: Learnt = "assistant_no_execution"
-) -> list[Conversation]:
-    """A chat in the tokenizer's template up to its last answer; its mask says what `learnt` names, the answers or all,
-    but for answers with "weight": 0.
+) -> list[Encoded]:
+    """A chat in the tokenizer's template up to its last answer; answer_mask says what `learnt` names, the answers with
+    what ends them or all, but for answers with "weight": 0.
 
     One sequence, but where the template writes what came before an answer in another way than it stood there when it
     was learnt itself (earlier thoughts are dropped): then another one begins, with the whole context of that answer.
@@ -166,25 +162,25 @@ def encode_conversation(
         found = _encode_turns(tokenizer, messages, learnt, kept)
     else:
         raise UserError("messages need a --chat_template: a built-in name, or file for the tokenizer's own")
-    found = [conversation for conversation in found if any(conversation.answer_mask)]
+    found = [(tokens, mask) for tokens, mask in found if any(mask)]
     if not found:
         raise UserError("a conversation holds no message of the assistant; there is nothing to learn from it")
-    for conversation in found:
-        conversation.answer_mask[0] = False  # nothing predicts the first token
-    return found
+    for _, mask in found:
+        mask[0] = False  # nothing predicts the first token
+    return [Encoded(tokens, mask.index(True), answer_mask=mask) for tokens, mask in found]
 
 
 def _encode_turns(
     tokenizer: Tokenizer, messages: Sequence[Message], learnt: Learnt, kept: Sequence[bool]
-) -> list[Conversation]:
+) -> list[Masked]:
     """A chat of plain texts in the tokenizer's template; kept: for each answer whether it is to be learnt."""
     if any(not isinstance(message["content"], str) for message in messages):
         raise UserError(f"a message holds blocks, which --chat_template {tokenizer.chat_template} has no form for; "
                         "train with --chat_template code")
-    found = [Conversation([], [])]
+    found: list[Masked] = [([], [])]
     for place, (prompt, answer, is_anew) in enumerate(tokenizer.chat.turns(messages)):
         if is_anew:
-            found.append(Conversation([], []))
+            found.append(([], []))
         tokens, mask = found[-1]
         # a context that stands there again may hold answers that are not to be learnt
         is_all = learnt == "all" and (not is_anew or all(kept[:place]))
@@ -248,7 +244,8 @@ def _steps_as_turns(
     an answer is predicted. Raises UserError for a template in which earlier turns change."""
     said = [f"{instruction} {steps[0]}", *steps[1:]]
     turns = [_message(role, text) for step in said for role, text in (("user", step), ("assistant", "+"))]
-    tokens, is_answer = encode_conversation(tokenizer, turns)[-1]
+    last = encode_conversation(tokenizer, turns)[-1]
+    tokens, is_answer = last.tokens, last.supervised
     ends = [place for place in range(len(tokens) - 1) if is_answer[place + 1] and not is_answer[place]]
     if len(ends) != len(steps):
         raise UserError(f"chat template {tokenizer.chat_template} shows {len(ends)} of {len(steps)} turns; a verifier "

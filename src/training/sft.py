@@ -8,7 +8,7 @@ from torch import Tensor
 from src import parallel
 from src.data.batch import Batch, BatchSampler, Dataset, make_batch
 from src.data.encoded_rows import Keep, Sample, Truncation, fit, in_temporary_file
-from src.data.encoding import Encoded, encode_conversation, encode_response, learn_all
+from src.data.encoding import encode_conversation, encode_response, learn_all
 from src.data.examples import Chat, Instruction
 from src.errors import UserError
 from src.models.decoder import Decoder
@@ -63,7 +63,6 @@ def _encode(tokenizer: Tokenizer, row: Instruction | Chat, loss_on: Learnt) -> l
         outputs = (encode_response(tokenizer, row.instruction, output) for output in row.outputs)
         return [tuple(learn_all(encoded) if loss_on == "all" else encoded for encoded in outputs)]
     try:
-        found = encode_conversation(tokenizer, row.messages, loss_on)
+        return [(encoded,) for encoded in encode_conversation(tokenizer, row.messages, loss_on)]
     except UserError as problem:
         raise UserError(f"{row.where}: {problem}") from None
-    return [(Encoded(tokens, mask.index(True), answer_mask=mask),) for tokens, mask in found]

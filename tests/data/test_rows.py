@@ -269,12 +269,13 @@ def test_what_has_weight_0_is_read_but_not_learnt(folders: Folders, code_tokeniz
         (without,) = encode_conversation(tokenizer, [USER, bad | {"weight": 0}, USER, good])
         assert whole.tokens == without.tokens
         learnt = [
-            tokenizer.decode([t for t, kept in zip(*found, strict=True) if kept]) for found in (whole, without)
+            tokenizer.decode([t for t, kept in zip(found.tokens, found.answer_mask, strict=True) if kept])
+            for found in (whole, without)
         ]
         assert "bad" in learnt[0] and "4" in learnt[0]
         assert "bad" not in learnt[1] and "4" in learnt[1]
         (everything,) = encode_conversation(tokenizer, [USER, bad | {"weight": 0}, USER, good], "all")
-        not_learnt = [t for t, kept in zip(*everything, strict=True) if not kept]
+        not_learnt = [t for t, kept in zip(everything.tokens, everything.answer_mask, strict=True) if not kept]
         assert "bad" in tokenizer.decode(not_learnt[1:]) and "4" not in tokenizer.decode(not_learnt[1:])
         with pytest.raises(UserError, match="not the assistant's has weight 0"):
             encode_conversation(tokenizer, [USER | {"weight": 0}, good], "all")

@@ -147,7 +147,7 @@ def test_content_cannot_forge_a_turn(tmp_path: Path, name: str, content: str) ->
     def shape(text: str) -> list[int]:
         (conversation,) = encode_conversation(tokenizer, [message("user", text), message("assistant", text)])
         assert conversation.answer_mask == sorted(conversation.answer_mask)
-        answer = [i for i, own in zip(*conversation, strict=True) if own]
+        answer = [i for i, own in zip(conversation.tokens, conversation.answer_mask, strict=True) if own]
         assert answer.count(tokenizer.eos_id) == 1 and answer[-1] == tokenizer.eos_id
         return [index for index in conversation.tokens if index in controls]
 
@@ -251,7 +251,8 @@ def test_released_mistral_ids() -> None:
     assert tokenizer.encode_rendered(tokenizer.chat.prompt(messages)) == expected
     (whole,) = encode_conversation(tokenizer, messages)
     assert whole.tokens == expected[: len(whole.tokens)]
-    answers = tokenizer.decode([i for i, own in zip(*whole, strict=True) if own], show_control=True)
+    own = [i for i, is_own in zip(whole.tokens, whole.answer_mask, strict=True) if is_own]
+    answers = tokenizer.decode(own, show_control=True)
     assert answers.startswith("The result of 5 + 5 is 10.</s>") and answers.count("</s>") == 3
 
 

@@ -93,7 +93,7 @@ def opened(folder: Path, source: str, args: dict[str, object] | None = None) -> 
 def learnt(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
     """Each answer as it is learnt: the ids before it, and its own."""
     found = []
-    for tokens, mask in encode_conversation(tokenizer, messages):
+    for tokens, _, _, mask in encode_conversation(tokenizer, messages):
         starts = [place for place in range(1, len(mask)) if mask[place] and not mask[place - 1]]
         for start in starts:
             end = next((place for place in range(start, len(mask)) if not mask[place]), len(mask))
@@ -139,9 +139,9 @@ def test_conversations_are_as_few_sequences_as_their_contexts_allow(tmp_path: Pa
     (tmp_path / "a").mkdir()
     assert len(encode_conversation(opened(tmp_path, CHATML + ASK), THOUGHT)) == 1
     found = encode_conversation(opened(tmp_path / "a", DROPPED), THOUGHT)
-    assert [sum(mask) > 0 and not mask[0] for _, mask in found] == [True, True]
+    assert [sum(each.answer_mask) > 0 and not each.answer_mask[0] for each in found] == [True, True]
     whole = encode_conversation(opened(tmp_path / "a", DROPPED), THOUGHT, "all")
-    assert [mask.count(False) for _, mask in whole] == [1, 1]
+    assert [each.answer_mask.count(False) for each in whole] == [1, 1]
     barred = [THOUGHT[0], THOUGHT[1] | {"weight": 0}, *THOUGHT[2:]]
     first, second = encode_conversation(opened(tmp_path / "a", DROPPED), barred, "all")
     assert first.answer_mask == [place > 0 and not own for place, own in enumerate(found[0].answer_mask)]
