@@ -79,7 +79,7 @@ def phases(folder: str, save_dir: str) -> dict[str, Held]:
     row = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
     first.backward(sft_loss(first.model, row) / 2.0)
     first.step()
-    state = saving.RunState(first.state(), {})
+    state = first.state()
     with measured(found, "save"):
         saving.begin_save(first.model, f"{save_dir}/step-1", folder, state=state).complete()
     counts = first.state().counts

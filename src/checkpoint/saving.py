@@ -31,17 +31,12 @@ STATE = "state.json"
 
 
 class TrainerState(NamedTuple):
-    """A trainer's tensors by name (PARAMETER/WHAT, parts of this rank), and its counts."""
+    """A trainer's tensors by name (PARAMETER/WHAT, parts of this rank) and its counts; when it is saved, facts of its
+    run besides, json values for state.json."""
 
     tensors: Mapping[str, Tensor]
     counts: Mapping[str, int]
-
-
-class RunState(NamedTuple):
-    """What is saved with one model of a run: its trainer's state and the run's facts, json values for state.json."""
-
-    trainer: TrainerState
-    facts: Mapping[str, object]
+    facts: Mapping[str, object] = {}
 
 
 class TensorGroup(NamedTuple):
@@ -97,7 +92,7 @@ class Save:
 
 def begin_save(
     model: Decoder, save_dir: str, ckpt_dir: str, dtype: str = "", lora: LoraConfig | None = None,
-    tokenizer_file: str = "", state: RunState | None = None, background: bool = False,
+    tokenizer_file: str = "", state: TrainerState | None = None, background: bool = False,
 ) -> Save:
     """A save of the model as it is now, for all ranks to complete.
 
@@ -114,8 +109,8 @@ def begin_save(
     groups = [TensorGroup(kind, tensors, stored)]
     documents = {"adapter.json": adapters.document(source, lora)} if lora else {}
     if state:
-        groups.append(TensorGroup(storage.OPTIMIZER, state.trainer.tensors, torch.float32))
-        documents[STATE] = {"loop": dict(state.trainer.counts), **state.facts}
+        groups.append(TensorGroup(storage.OPTIMIZER, state.tensors, torch.float32))
+        documents[STATE] = {"loop": dict(state.counts), **state.facts}
     documents["params.json"] = model.config.to_dict() | {"dtype": dtype}
     n = parallel.tensor_parallel_size()
     facts = {"source": str(source), "rotary_layout": "interleaved", "tied": model.config.tied,

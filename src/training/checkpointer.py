@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from src import parallel
 from src.checkpoint import saving, storage
-from src.checkpoint.saving import RunState, Save
+from src.checkpoint.saving import Save
 from src.command.config import Resume, SavingFlags
 from src.errors import UserError
 from src.processes import watchdog
@@ -148,7 +148,7 @@ class Checkpointer:
         self._saved_step = step
         for part, model in enumerate(self._models):
             with model.here(), watchdog.patiently():
-                state = RunState(model.trainer.state(), {**saved, "part": part})
+                state = model.trainer.state()._replace(facts={**saved, "part": part})
                 self._saves.append(model.begin_save(str(step_folder(model.folder, step)), state=state))
         self._complete_if_written()
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from src import load, parallel
 from src.checkpoint import saving, storage
-from src.checkpoint.saving import RunState, Save
+from src.checkpoint.saving import Save, TrainerState
 from src.command.config import LoraFlags, OptimizerFlags, SavingFlags
 from src.data.batch import Batch
 from src.errors import UserError
@@ -48,7 +48,7 @@ class Run:
         log = RunLog(str(folder), {})
         self.trainer = Trainer(self.model, log, OptimizerFlags(lr=1e-2, weight_decay=0.1), total_steps=STEPS)
 
-        def begin_save(target: str, state: RunState) -> Save:
+        def begin_save(target: str, state: TrainerState) -> Save:
             return saving.begin_save(
                 self.model, target, ckpt_dir, "bfloat16", lora, state=state, background=background
             )
