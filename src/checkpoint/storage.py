@@ -201,7 +201,7 @@ def copy_tokenizer(files: Sequence[Path], folder: Path) -> None:
 def publish(source: Path, target: Path) -> None:
     """Make `target` a checkpoint of the same weights as the complete directory `source`, without its training state.
     Shards are hard links where the file system has them, so nothing is stored twice."""
-    manifest = read_json(source / "manifest.json")
+    manifest = read_manifest(source)
     state = {"state.json", *(name for name in manifest["files"] if name.startswith(f"{OPTIMIZER}."))}
     manifest["files"] = {name: facts for name, facts in manifest["files"].items() if name not in state}
     with writing(target):
