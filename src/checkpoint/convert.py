@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from src.checkpoint.families import FAMILIES, PLAIN
 from src.checkpoint.shards import expected_shapes
 from src.checkpoint.tensor_files import StoredTensor
 from src.errors import UserError
 from src.models.config import ModelConfig
-from src.models.families import FAMILIES, PLAIN
 
 Reorder = Callable[[str, Tensor, ModelConfig], Tensor]
 

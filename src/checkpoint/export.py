@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from src.checkpoint import convert, gguf_layout, peft_layout, storage
+from src.checkpoint.families import FAMILIES
 from src.checkpoint.foreign_config import config_to_hf
 from src.checkpoint.gguf import create_gguf, gguf_bytes
 from src.checkpoint.sources import AdapterSource, Source
@@ -13,7 +14,6 @@ from src.checkpoint.split import is_finite, refuse_source, write_files
 from src.checkpoint.tensor_files import StoredTensor, TensorSpec
 from src.errors import UserError
 from src.models.config import ModelConfig
-from src.models.families import FAMILIES
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"

@@ -1,16 +1,12 @@
 """Hugging Face's config.json to ModelConfig and back, Meta's params.json to it, and what --model_type claims.
 
-What differs between families is data, src/models/families.py; nothing here knows a family by name.
+What differs between families is data, src/checkpoint/families.py; nothing here knows a family by name.
 """
 
 import dataclasses
 from typing import NamedTuple
 
-from src.checkpoint.foreign_rope import read_rope, rope_facts, rope_to_hf
-from src.checkpoint.released import MODEL_TYPES, Released
-from src.errors import UserError
-from src.models.config import FIELDS, ModelConfig, above_zero
-from src.models.families import (
+from src.checkpoint.families import (
     FAMILIES,
     MAX_WINDOW_LAYERS,
     META_EXPERTS,
@@ -21,6 +17,11 @@ from src.models.families import (
     UNSUPPORTED,
     Family,
 )
+from src.checkpoint.foreign_rope import read_rope, rope_facts, rope_to_hf
+from src.checkpoint.params import above_zero
+from src.checkpoint.released import MODEL_TYPES, Released
+from src.errors import UserError
+from src.models.config import FIELDS, ModelConfig
 
 # What a row of MODEL_TYPES leaves open unless it states it: how a checkpoint was trained, cut, extended and stored.
 _UNCLAIMED = {

@@ -4,9 +4,10 @@ transformers 5 keeps all of it in `rope_parameters`, older files in `rope_scalin
 and the older form, which all versions read, is written.
 """
 
+from src.checkpoint.families import LOCAL_THETA, ROPE_TYPES, Family
+from src.checkpoint.params import above_zero
 from src.errors import UserError
-from src.models.config import FIELDS, ModelConfig, above_zero
-from src.models.families import LOCAL_THETA, ROPE_TYPES, Family
+from src.models.config import FIELDS, ModelConfig
 
 CONTEXT = "original_max_position_embeddings"
 # They may be in rope_parameters or on their own.

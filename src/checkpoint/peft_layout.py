@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.checkpoint import adapters, convert, peft_config, storage
+from src.checkpoint.families import FAMILIES
 from src.checkpoint.peft_config import PeftConfig, Scaled
 from src.checkpoint.tensor_files import StoredTensor
 from src.checkpoint.weight_files import open_file
 from src.errors import UserError
 from src.models.config import ModelConfig
-from src.models.families import FAMILIES
 from src.models.lora import LINEARS, LoraConfig
 
 CONFIG = peft_config.CONFIG

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from src.models.families import Value
+from src.checkpoint.families import Value
 
 
 class Released(NamedTuple):

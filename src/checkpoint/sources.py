@@ -15,12 +15,13 @@ from torch import Tensor
 
 from src.checkpoint import adapters, convert, gguf_layout, peft_layout, storage
 from src.checkpoint.gguf import gguf_file
+from src.checkpoint.params import config_from_dict, refuse_infinities
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, reshard
 from src.checkpoint.tensor_files import StoredTensor
 from src.checkpoint.weight_files import Source, check_counts, open_weights
 from src.errors import UserError
 from src.jsonfile import read_json
-from src.models.config import ModelConfig, config_from_dict, refuse_infinities
+from src.models.config import ModelConfig
 from src.models.lora import LoraConfig
 
 

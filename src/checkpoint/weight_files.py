@@ -11,13 +11,14 @@ from torch import Tensor
 
 from src import runlog
 from src.checkpoint import convert, storage
+from src.checkpoint.families import PLAIN
 from src.checkpoint.foreign_config import MetaWeights, config_from_hf, config_from_meta, family_of
+from src.checkpoint.params import config_from_dict, refuse_infinities
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join
 from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
 from src.errors import UserError
 from src.jsonfile import read_json
-from src.models.config import ModelConfig, config_from_dict, refuse_infinities
-from src.models.families import PLAIN
+from src.models.config import ModelConfig
 
 # In the order in which transformers looks for them; it reads the first that is there.
 _HF_FILES = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))

@@ -1,11 +1,9 @@
-"""What a decoder is made of: one frozen record of facts, read from and written to params.json."""
+"""What a decoder is made of: one frozen record of facts, as params.json holds it."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 
 from src.errors import UserError
-from src.models.families import FAMILIES, PLAIN
 from src.parallel import share
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
@@ -17,7 +15,6 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "step": ("paragraph", "line"),
     "verifier_form": ("", "qwen-prm", "math-shepherd", "rlhflow"),
     "dtype": ("float32", "bfloat16", "float16"),
-    "family": tuple(FAMILIES),
 }
 LARGEST = 2**53  # beyond it json's numbers are not exact
 _MAY_BE_NEGATIVE = {"score_mean"}
@@ -67,7 +64,7 @@ class ModelConfig:
     from it here, and an export says it again.
     """
 
-    family: str = PLAIN
+    family: str = "llama"  # whose facts are the defaults; nothing is computed from it
     dim: int
     n_layers: int
     n_heads: int
@@ -235,45 +232,3 @@ TYPES = {name: field.type for name, field in FIELDS.items()}
 def is_number(value: object) -> bool:
     """Whether a value is a number that a float can hold; true, false and NaN are none."""
     return type(value) in (int, float) and -1e308 < value < 1e308
-
-
-def above_zero(value: object, key: str, kind: object, source: str) -> int | float:
-    """A number of a foreign description. kind: int where it must be whole. Raises UserError that names the key."""
-    if not is_number(value) or value <= 0:
-        raise UserError(f"{source}: {key}={value!r}; expected a number above 0")
-    if kind is int and type(value) is not int:
-        raise UserError(f"{source}: {key}={value!r}; expected an integer")
-    return value
-
-
-def refuse_infinities(values: object, source: str, key: str = "") -> None:
-    """Raise UserError, by key and value, for NaN or an infinity anywhere in what a json file said."""
-    if isinstance(values, dict):
-        for name, value in values.items():
-            refuse_infinities(value, source, f"{key}.{name}" if key else str(name))
-    elif isinstance(values, list):
-        for index, value in enumerate(values):
-            refuse_infinities(value, source, f"{key}[{index}]")
-    elif type(values) is float and not math.isfinite(values):
-        raise UserError(f"{source}: {key}={values}; expected a finite number")
-
-
-def config_from_dict(values: dict[str, object], source: str) -> ModelConfig:
-    """Rebuild a config from params.json; `source` names the file. Raises UserError on a missing or unknown key."""
-    unknown = sorted(set(values) - set(FIELDS))
-    if unknown:
-        raise UserError(f"{source}: unknown key {unknown[0]!r}; a newer version of SplitRL may have written it")
-    missing = [name for name, field in FIELDS.items()
-               if field.default is field.default_factory is dataclasses.MISSING and name not in values]
-    if missing:
-        raise UserError(f"{source}: key {missing[0]!r} is missing")
-    lists = [name for name, field in FIELDS.items() if field.default == ()]
-    for name in (*lists, "carried"):
-        if name in values and not isinstance(values[name], list if name in lists else dict):
-            what = "a list of numbers" if name in lists else "an object"
-            raise UserError(f"{source}: {name}={values[name]!r}; expected {what}")
-    try:
-        # tuples, not json's lists: a config is hashed, as the key of caches
-        return ModelConfig(**values | {name: tuple(values[name]) for name in lists if name in values})
-    except UserError as problem:
-        raise UserError(f"{source}: {problem}") from None

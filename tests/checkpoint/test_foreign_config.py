@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from src.checkpoint.families import FAMILIES
 from src.checkpoint.foreign_config import (
     MetaWeights,
     check_model_type,
@@ -19,10 +20,10 @@ from src.checkpoint.foreign_config import (
     released,
     released_config,
 )
+from src.checkpoint.params import config_from_dict
 from src.checkpoint.released import MODEL_TYPES
 from src.errors import UserError
-from src.models.config import ModelConfig, config_from_dict
-from src.models.families import FAMILIES
+from src.models.config import ModelConfig
 from tests import reference, zoo
 from tests.checkpoint.weights import CONFIG, HF, META
 

@@ -1,7 +1,7 @@
 """Model families as data: what a foreign config must say, and what it means here.
 
-The facts are those of the released checkpoints' config.json and params.json files. In src/checkpoint/
-foreign_config.py reads these tables, released.py has the released sizes, convert.py each family's names of tensors.
+The facts are those of the released checkpoints' config.json and params.json files. foreign_config.py reads these
+tables, released.py has the released sizes, convert.py each family's names of tensors.
 """
 
 from typing import NamedTuple
