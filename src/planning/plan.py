@@ -42,7 +42,7 @@ from src.training.run import matrix_rate
 
 # What a run adds on a CPU to what its dry run holds: process group, TensorBoard, kernels' code, sampling (measured)
 STILL_TO_COME = 60 * 2**20
-MEASURED = "measured on a CPU it was 7% above to 36% below (long rows: holes in the heap); no GPU was measured"
+MEASURED = "measured on a CPU it was 7% above to 39% below (long rows: holes in the heap); no GPU was measured"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
 ARRANGEMENTS = ("all at once", "--phases", "--share_base")
 DOING = {"model": "training", "actor": "the actor learns", "critic": "the critic learns",
