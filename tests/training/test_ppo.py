@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +35,7 @@ from src.training.rewards import at_last
 from src.training.rollout import Rollout, sample_rollout
 from src.training.trainer import StepReport, lr_factor
 from tests.conftest import Folders
-from tests.ranks import succeed
+from tests.ranks import OURS, ROOT, TIMEOUT
 from tests.tiny import weights
 from tests.training.workers import PROMPTS, collect, ppo_config, ppo_models, ppo_update
 
@@ -226,9 +229,7 @@ def test_rates_follow_the_buffers_also_behind_one_that_kept_nothing(
     assert rates["critic_lr"] == pytest.approx([mean_rate(0, 12), 0.0, mean_rate(8, 12)])
 
 
-def test_learning_rate_0_leaves_every_bit(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_learning_rate_0_leaves_every_bit(folders: Folders, tmp_path: Path) -> None:
     rows = [{"instruction": prompt.instruction} for prompt in PROMPTS]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
     flags = {
@@ -244,8 +245,10 @@ def test_learning_rate_0_leaves_every_bit(
         "lr": 0,
         "critic_lr": 0,
     }
-    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
-    done = succeed("ppo_train.py", *(f"--{name}={value}" for name, value in flags.items()))
+    # an interpreter of its own, which says what it imports: a forked one has imported all
+    words = sys.executable, "ppo_train.py", *(f"--{name}={value}" for name, value in flags.items())
+    environment = os.environ | OURS | {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert "torch.nn" in imported and not imported & {"torch._dynamo", "sympy"}  # each as long as torch itself
     for source, target in ((folders.one, tmp_path / "actor"), (folders.verifier, tmp_path / "critic")):
