@@ -1,7 +1,9 @@
 """Weights that a user brings, with their description: which files hold them, and what they are under our names."""
 
 import dataclasses
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ from src.models.config import ModelConfig
 # In the order in which transformers looks for them; it reads the first that is there.
 _HF_FILES = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 _NESTED_KEYS = ("model", "state_dict")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _EXPERTS_STACKED = re.compile(r"\.experts\.\w+_stacked")
@@ -176,6 +179,9 @@ def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
             continue
         if name in tensors:
             raise UserError(f"{file.path}: {name!r} is stored twice, once as {stored_name}; remove one of them")
+        if tensor.dtype not in _FLOATS:
+            raise UserError(f"{file.path}: {stored_name!r} is stored as {_name_of(tensor.dtype)}; expected "
+                            f"{', '.join(map(_name_of, _FLOATS))}: bring the weights as they were before quantisation")
         tensors[name] = tensor
     if unknown:
         raise UserError(f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; expected a "
@@ -211,7 +217,10 @@ def _config(
     shards whose embeddings are cut along `embedding_dim`."""
     if "ffn_dim" in values:
         return config_from_dict(values, described)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    numbers: Counter[torch.dtype] = Counter()
+    for stored in tensors.values():
+        numbers[stored.dtype] += math.prod(stored.shape)
+    dtype = _name_of(numbers.most_common(1)[0][0])  # that of most: what is trained from these is saved in it
     if "hidden_size" in values:
         return config_from_hf(values, described, dtype)
     for key in ("dim", "n_layers", "n_heads"):
@@ -228,6 +237,10 @@ def _config(
     weights = MetaWeights(ffn_dim=ffn_rows, vocab_size=vocab_rows, dtype=dtype, tied=tied,
                           value_head="v_head.weight" in tensors, embedding_split_dim=embedding_dim)
     return config_from_meta(values, described, weights)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_present(tensors: dict[str, StoredTensor], names: tuple[str, ...], described: str) -> None:

@@ -95,6 +95,31 @@ def test_config_json_rules_over_tensors_of_hugging_face_and_params_json_over_oth
     assert open_source(str(tmp_path / "weights.pth")).config.norm_eps == 1e-4
 
 
+def test_weights_of_several_types_keep_theirs_and_the_type_of_most_is_the_checkpoint_s(tmp_path: Path) -> None:
+    """A run on them saves in that type: the first tensor's, float16, would cut the others short."""
+    weights = {name: tensor.half() if name.startswith("lm_head") else tensor for name, tensor in scaled(1.0).items()}
+    save_file(weights, tmp_path / KINDS[0])
+    write_json(tmp_path / "config.json", HF)
+    source = open_source(str(tmp_path))
+    assert source.config.dtype == "float32"
+    assert source.tensors["output.weight"].dtype == torch.float16
+    assert source.tensors["norm.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("file", [KINDS[0], KINDS[2]])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(
+    tmp_path: Path, file: str, dtype: torch.dtype
+) -> None:
+    weights = scaled(1.0)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = weights[name].to(dtype)
+    (save_file if file.endswith("safetensors") else torch.save)(weights, tmp_path / file)
+    write_json(tmp_path / "config.json", HF)
+    with pytest.raises(UserError, match=rf"{file}: '{name}' is stored as .*; expected"):
+        open_source(str(tmp_path))
+
+
 def make_special(path: Path, kind: str) -> None:
     if kind == "a pipe":
         os.mkfifo(path)
