@@ -102,7 +102,7 @@ def encode_response(
         if not finished:  # what stands between an answer and its end token, such as Llama 2's space, is yet to come
             answer = answer.removesuffix(tokenizer.chat.suffix)
         answer = answer.removeprefix(partial_answer)
-        response = tokenizer.encode_rendered(answer, start=not prefix and tokenizer.begins_after(prompt))
+        response = tokenizer.encode_rendered(answer, start=tokenizer.begins_after(prompt))
     else:
         response = tokenizer.encode(output, start=not prefix) + ([tokenizer.eos_id] if finished else [])
     return Encoded(prompt + response, len(prompt))

@@ -204,7 +204,9 @@ class Tokenizer:
 
     def begins_after(self, ids: Sequence[int]) -> bool:
         """Whether a rendered text that follows these ids begins a stretch, as `start` of encode_rendered() means it."""
-        return not ids or ids[-1] in self._names and self.vocabulary.after_control
+        if not ids or ids[-1] in self._names:
+            return not ids or self.vocabulary.after_control
+        return self.vocabulary.after_added and ids[-1] in {facts.id for facts in self.added.values()}
 
     def _encode_stretch(self, text: str, *, start: bool) -> list[int]:
         """Ids of a text without added tokens. Some vocabularies would find control tokens in it: then it is cut there.

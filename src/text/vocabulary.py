@@ -50,15 +50,16 @@ class SentencePiece:
     adds_bos = after_control = True
     after_added = False
     stops = ()
-    # protobuf merges what is appended: normalizer_spec (field 3) { add_dummy_prefix (field 3): false }
-    _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+    # protobuf merges what is appended: normalizer_spec (field 3) { add_dummy_prefix (field 3): false,
+    # remove_extra_whitespaces (field 4): false }; the latter would take the space before the first word away
+    _GOES_ON = b"\x1a\x04\x18\x00\x20\x00"
 
     def __init__(self, path: Path) -> None:
         """Raises UserError when the file is no sentencepiece model."""
         content = path.read_bytes()
         try:
             self._model = SentencePieceProcessor(model_proto=content)
-            self._continued = SentencePieceProcessor(model_proto=content + self._NO_DUMMY_PREFIX)
+            self._continued = SentencePieceProcessor(model_proto=content + self._GOES_ON)
             pieces = [self._model.id_to_piece(index) for index in range(self._model.vocab_size())]
         except (RuntimeError, OSError, ValueError):
             raise UserError(f"{path} is no tokenizer: expected a sentencepiece model, a tiktoken file, tokenizer.json, "

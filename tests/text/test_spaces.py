@@ -99,6 +99,9 @@ def test_tokens_that_config_files_add_have_the_ids_of_transformers(tmp_path: Pat
     for text in ("It<think>is", "<think>is", "It<think>", "It<think>\nis<think>2"):
         assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False), text
         assert tokenizer.decode(tokenizer.encode(text)).removeprefix(" ") in (text, text.replace("<think>", "<think> "))
+    begun = tokenizer.encode("It<think>")
+    rest = tokenizer.encode_rendered("is", start=tokenizer.begins_after(begun))
+    assert begun + rest == tokenizer.encode("It<think>is")
 
 
 def test_an_answer_goes_on_from_the_words_of_its_prompt_in_sentencepiece(tmp_path: Path) -> None:
@@ -110,6 +113,13 @@ def test_an_answer_goes_on_from_the_words_of_its_prompt_in_sentencepiece(tmp_pat
     found = encode_response(Tokenizer(tmp_path, "file"), "1+1?", "It is 2.")
     assert found.tokens == [*user, begin, *pieces.encode("assistant\nIt is 2."), end]
     assert found.response_start == len(user) + 1 + len(pieces.encode("assistant\n"))
+
+
+@pytest.mark.parametrize("options", [{}, {"remove_extra_whitespaces": True, "normalization_rule_name": "nmt_nfkc"}])
+def test_a_text_of_sentencepiece_goes_on_with_its_own_space(tmp_path: Path, options: dict[str, object]) -> None:
+    tokenizer, text = Tokenizer(write_sentencepiece(tmp_path, **options)), "So. What is 12 a"
+    for place in (2, 3, 5, 8, 11, 14):
+        assert tokenizer.decode(tokenizer.encode(text[:place]) + tokenizer.encode(text[place:], start=False)) == text
 
 
 @pytest.mark.parametrize("said", [True, False])
