@@ -19,7 +19,7 @@ from src.inference.sampling import Sampling
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs, response_scores
-from src.models.quantize import quantize_weights, weight_bytes
+from src.models.quantize import quantize_weights
 from src.planning.memory import Training, training_memory
 from src.processes import heap
 from src.runlog import RunLog
@@ -152,9 +152,10 @@ def decode(place: Path, size: Size) -> Found:
             took = per_step(size, lambda new, n=n, requests=requests, compiled=compiled, model=model: list(generate(
                 model, requests, Sampling(max_new_tokens=new), vocabulary=Vocabulary(()), max_batch_size=n,
                 compiled=compiled)))
+            held = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
             cached = 4 * config.n_layers * config.n_kv_heads * config.head_dim * sum(map(len, prompts))
             yield f"{precision or 'bfloat16'}, {n} rows, {'graphs' if compiled else 'eager'}", {
-                "tokens/s": n / took, "of the copy's rate": (weight_bytes(model) + cached) / took / rate,
+                "tokens/s": n / took, "of the copy's rate": (held + cached) / took / rate,
                 "of transformers'": n / took / peers[n] if n in peers else float("nan")}
         del model
         free()

@@ -25,7 +25,6 @@ from src.models.decoder import Decoder
 from src.models.forward import vocab_entropy, vocab_gradient, vocab_logprobs
 from src.models.layers import ParallelEmbedding
 from src.models.lora import LINEARS, LoraConfig
-from src.models.quantize import weight_bytes
 from src.runlog import RunLog
 from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import Trainer
@@ -331,6 +330,11 @@ def completions(folder: str, requests: list[tuple[str, int, list[int]]]) -> dict
         )
         results[way] = {f"{done.request.id}/{done.request.sample}": done.tokens for done in found}
     return results
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Memory of a model's parameters and buffers on this rank."""
+    return sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
 
 
 def quantised_logits(

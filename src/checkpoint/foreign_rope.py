@@ -119,14 +119,10 @@ def rope_to_hf(config: ModelConfig, family: Family) -> dict[str, object]:
                 value = getattr(config, field)
                 if value != default:
                     scaling[key] = list(value) if isinstance(value, tuple) else value
-            return {"rope_scaling": scaling} | _longrope_to_hf(config)
+            said: dict[str, object] = {"rope_scaling": scaling}
+            if rope_type == "longrope":  # the context of its short factors, and the whole, which its scale is made of
+                original = config.rope_original_max_seq_len
+                whole = round(original * config.rope_factor)
+                said |= {"max_position_embeddings": whole, CONTEXT: original}
+            return said
     return {"rope_scaling": None}
-
-
-def _longrope_to_hf(config: ModelConfig) -> dict[str, object]:
-    """What longrope says of the context: that of its short factors, and the whole, which its scale is made of."""
-    if config.rope_type != "longrope":
-        return {}
-    original = config.rope_original_max_seq_len
-    whole = round(original * config.rope_factor)
-    return {"max_position_embeddings": whole, "original_max_position_embeddings": original}

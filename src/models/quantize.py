@@ -279,8 +279,3 @@ def packed(model: nn.Module) -> Iterator[None]:
     finally:
         for matrix in matrices:
             matrix.parts = []
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Memory of a model's parameters and buffers on this rank."""
-    return sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)

@@ -11,13 +11,21 @@ from src.checkpoint.sources import open_source
 from src.checkpoint.split import split, with_tokenizer
 from src.models.config import ModelConfig
 from src.models.linear import linear
-from src.models.quantize import PRECISIONS, Precision, QuantizedMatrix, packed, weight_bytes
+from src.models.quantize import PRECISIONS, Precision, QuantizedMatrix, packed
 from src.planning.memory import bytes_per_weight
 from src.text.tokenizer import Tokenizer
 from tests import reference, tiny
 from tests.conftest import Folders
 from tests.ranks import run_ranks
-from tests.workers import ADAPTERS, all_logits, fill_lora_b, gradients, quantised_logits, quantised_lora
+from tests.workers import (
+    ADAPTERS,
+    all_logits,
+    fill_lora_b,
+    gradients,
+    quantised_logits,
+    quantised_lora,
+    weight_bytes,
+)
 
 TEXTS = [
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
