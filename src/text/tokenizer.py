@@ -174,7 +174,7 @@ class Tokenizer:
         ids: list[int] = []
         for index, stretch in enumerate(self._plain_pattern.split(text)):
             if index % 2:  # split() gives the tokens of the pattern at odd places
-                ids.append(self._plain[stretch])
+                ids.append(self._plain[stretch if stretch in self._plain else stretch.strip()])
             elif stretch:
                 ids += self._encode_stretch(stretch, start=self.vocabulary.after_added if index else start)
         return ids

@@ -94,11 +94,14 @@ def test_tokens_that_config_files_add_have_the_ids_of_transformers(tmp_path: Pat
     size = write_spaced(tmp_path, kind).vocab_size
     # normalised, it would be "▁<think>" where the space is prepended, which stands before no other word
     facts = {"content": "<think>", "special": False, "normalized": False}
-    tokenizer = write_spaced(tmp_path, kind, added_tokens_decoder={str(size): facts})
+    eats = facts | {"content": "</think>", "lstrip": True, "rstrip": True}
+    tokenizer = write_spaced(tmp_path, kind, added_tokens_decoder={str(size): facts, str(size + 1): eats})
     library = theirs(tmp_path)
     for text in ("It<think>is", "<think>is", "It<think>", "It<think>\nis<think>2"):
         assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False), text
         assert tokenizer.decode(tokenizer.encode(text)).removeprefix(" ") in (text, text.replace("<think>", "<think> "))
+    for text in ("It </think>\n\nis", " </think>", "<think> </think>2", "It\n</think></think> is"):
+        assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False), text
     begun = tokenizer.encode("It<think>")
     rest = tokenizer.encode_rendered("is", start=tokenizer.begins_after(begun))
     assert begun + rest == tokenizer.encode("It<think>is")
