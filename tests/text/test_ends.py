@@ -245,6 +245,8 @@ def test_files_of_meta_get_the_ends_of_their_tokenizer(tmp_path: Path) -> None:
         theirs = AutoTokenizer.from_pretrained(back)  # it would leave out BOS and the first word's space
         for text in ("2 + 3 = 5", "two\n\nthree", "é"):
             assert theirs(text).input_ids == [tokenizer.bos_id, *tokenizer.encode(text)]
+        for text in ("<s>[INST] 2 + 3 [/INST]", "<s>two</s><s>three"):
+            assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode_rendered(text)
 
 
 def test_a_verifier_does_not_take_the_end_for_padding(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
     theirs = AutoTokenizer.from_pretrained(tmp_path / "back")  # an export of it is for transformers
     for text in texts if name != "characters" else []:  # it merges them
         assert theirs(text, add_special_tokens=False).input_ids == found.encode(text), text
+    if name != "characters":
+        assert theirs.encode("<s>a</s>b", add_special_tokens=False) == found.encode_rendered("<s>a</s>b")
 
 
 def test_tiktoken_there_and_back(tmp_path: Path) -> None:
