@@ -112,8 +112,8 @@ class ChatTemplate:
         if self._before.strip() and prompt == self._render(question, add_generation_prompt=False):
             raise UserError(f"chat template {self.name} begins an answer with {self._before!r}, which it leaves out of "
                             "a prompt: it does not read add_generation_prompt, and a model would have to write that "
-                            f"itself; end the template with {{% if add_generation_prompt %}}{{{{ {self._before!r} }}}}"
-                            "{% endif %}, or choose a built-in one")
+                            "itself; end the template with {% if add_generation_prompt %}{{ "
+                            f"{self._before!r} }}}}{{% endif %}}, or choose a built-in one")
         self.opening, self.suffix, self.end_token = opened[0] if opened else "", rest[: end.end()], end[0]
 
     def prompt(self, messages: Sequence[Message]) -> str:
