@@ -74,11 +74,16 @@ def _run(words: list[str], environment: dict[str, str], output: Path, errors: Pa
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # read long ago, as the library was loaded
     os.chdir(ROOT)
     try:
-        if words[0] == "-m":
-            sys.argv, sys.path[0] = words[1:], str(ROOT)
+        kind, sys.path[0] = words[0], str((ROOT / words[0]).parent)
+        if kind == "-c":
+            sys.argv = [kind, *words[2:]]
+            exec(words[1], {"__name__": "__main__"})
+        elif kind == "-m":
+            sys.argv = words[1:]
+            sys.modules.pop(words[1], None)  # a module that runs is not the one that was imported
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv, sys.path[0] = words, str((ROOT / words[0]).parent)
+            sys.argv = words
             runpy.run_path(words[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # multiprocessing's processes leave without
