@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from src.command import cli
@@ -340,6 +339,8 @@ OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 def _environment() -> dict[str, object]:
     """Versions, revision and machine, for run.json."""
+    import torch  # seconds: not for those who only log, such as a process of a user's reward
+
     here, cpus = Path(__file__).parent, Path("/proc/cpuinfo")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     said = cpus.read_text(encoding="utf-8", errors="replace") if cpus.is_file() else ""

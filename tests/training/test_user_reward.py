@@ -82,6 +82,12 @@ def test_calls_survive_hanging_and_dying_functions(tmp_path: Path) -> None:
             reward.score(prompts(1), ["nan"])
 
 
+def test_its_process_is_started_again_in_less_than_torch_takes(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import sys\n\ndef reward(prompts):\n    return ['torch' in sys.modules] * 2\n")
+    with UserReward(f"{tmp_path}/mine.py:reward") as reward:
+        assert reward.score(prompts(2), ["a", "b"]).values == [0.0, 0.0]
+
+
 def test_a_file_that_does_not_load_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("import nothing_of_this_name\n")
     (tmp_path / "other.py").write_text("x = 1\n")
