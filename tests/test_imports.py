@@ -78,7 +78,7 @@ DOORS: dict[str, str | set[str] | None] = {
     "httpx2": "src/serving/server_client.py",
     "sentencepiece": None,
     "sentencepiece.SentencePieceProcessor": "src/text/vocabulary.py",
-    "sentencepiece.sentencepiece_model_pb2": "src/text/gguf_tokenizer.py",
+    "sentencepiece.sentencepiece_model_pb2": {"src/text/vocabulary.py", "src/text/gguf_tokenizer.py"},
     "tiktoken": "src/text/vocabulary.py",
     "tokenizers": "src/text/vocabulary.py",
     # templates of strangers are rendered in a process that can be killed

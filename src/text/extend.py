@@ -85,10 +85,11 @@ def say_ends(
 def _name_sentencepiece(folder: Path, tokenizer: Tokenizer) -> None:
     """Write tokenizer_config.json beside a sentencepiece model that came without. transformers takes one that nothing
     names for another kind, and gives texts without BOS and without the space before their first word; with `legacy` it
-    puts that after control tokens too, as Meta's code does."""
+    puts that after control tokens too, as Meta's code does, but also after user-defined pieces, as nobody else does."""
     model = tokenizer.vocabulary
     named = {"bos_token": model.bos, "eos_token": model.eos}
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.bos_id is not None,
-              "add_prefix_space": model.puts_space, "legacy": True, "clean_up_tokenization_spaces": False}
+              "add_prefix_space": model.puts_space, "legacy": not model.has_user_defined(),
+              "clean_up_tokenization_spaces": False}
     config |= {name: token for name, token in named.items() if token}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

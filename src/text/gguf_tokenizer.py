@@ -138,7 +138,8 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
         "clean_up_tokenization_spaces": False}
     if model == "llama":
         config["add_prefix_space"] = said.get("add_space_prefix", True, bool)
-        config["legacy"] = True  # the space is put after control tokens too, as in llama.cpp
+        # with it the space is put after control tokens too, as in llama.cpp, but also after user-defined ones
+        config["legacy"] = USER_DEFINED not in types
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     named_ids = {key: ids[name] for key, name in named.items() if ids[name] is not None}
     # sentencepiece knows its own; a name would make it a control token, which is not shown

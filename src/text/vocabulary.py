@@ -16,6 +16,7 @@ from typing import NamedTuple
 import tiktoken
 import tokenizers
 from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from src.errors import UserError
@@ -70,6 +71,11 @@ class SentencePiece:
         self.bos, self.eos = (pieces[index] if index >= 0 else None
                               for index in (self._model.bos_id(), self._model.eos_id()))
         self.puts_space = self._model.encode("a") != self._continued.encode("a")
+
+    def has_user_defined(self) -> bool:
+        """Whether pieces are found in any text before the others are made."""
+        proto = ModelProto.FromString(self._model.serialized_model_proto())
+        return any(piece.type == piece.USER_DEFINED for piece in proto.pieces)
 
     def encode(self, text: str, *, start: bool) -> list[int]:
         """Ids of a text."""

@@ -236,7 +236,7 @@ def test_files_of_meta_get_the_ends_of_their_tokenizer(tmp_path: Path) -> None:
         {name: stored.load() for name, stored in source.tensors.items()}, tmp_path / "consolidated.00.pth"
     )
     write_json(tmp_path / "params.json", {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2})
-    write_sentencepiece(tmp_path)
+    write_sentencepiece(tmp_path, user_defined_symbols=[])  # as the files of Llama 2
     tokenizer = Tokenizer(tmp_path)
     for ours in (tmp_path, Path(tiny.split(tmp_path, tmp_path / "ours"))):
         back = exported(str(ours), tmp_path / f"back-{ours.name}")
@@ -278,3 +278,11 @@ def test_reported_folders_keep_their_ends(tmp_path: Path) -> None:
     back = exported(str(tmp_path / "d"), tmp_path / "e")
     assert ids(back) == [None, [292, 290], 290]
     assert "<|im_start|>" in (back / "chat_template.jinja").read_text()
+
+
+def test_transformers_puts_no_space_after_the_user_defined_pieces_of_an_export(tmp_path: Path) -> None:
+    base = Path(__file__).parents[2] / "dataset/toy/base"  # "\n\n" is one
+    back, tokenizer = exported(tiny.split(base, tmp_path / "ours"), tmp_path / "back"), Tokenizer(base)
+    theirs = AutoTokenizer.from_pretrained(back)
+    for text in ("New: 6x5=30.\n\nWith them: 98.", "two\n\nthree"):
+        assert theirs(text).input_ids == [tokenizer.bos_id, *tokenizer.encode(text)]

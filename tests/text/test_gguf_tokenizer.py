@@ -73,6 +73,7 @@ def write_merged(folder: Path, gemma: bool = False) -> None:
 
 WRITERS = {
     "sentencepiece": write_sentencepiece,
+    "sentencepiece without user-defined pieces": lambda folder: write_sentencepiece(folder, user_defined_symbols=[]),
     "sentencepiece without prefix": lambda folder: write_sentencepiece(folder, add_dummy_prefix=False),
     "characters": tiny.write_tokenizer,
     "tokenizer.json": write_tokenizer_json,
@@ -96,7 +97,9 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
     theirs = AutoTokenizer.from_pretrained(tmp_path / "back")  # an export of it is for transformers
     for text in texts if name != "characters" else []:  # it merges them
         assert theirs(text, add_special_tokens=False).input_ids == found.encode(text), text
-    if name != "characters":
+    # with user-defined pieces transformers' form of it has either these right or what follows control tokens
+    legacy = json.loads((tmp_path / "back/tokenizer_config.json").read_text()).get("legacy", True)
+    if legacy and name != "characters":
         assert theirs.encode("<s>a</s>b", add_special_tokens=False) == found.encode_rendered("<s>a</s>b")
 
 
