@@ -46,6 +46,7 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.found: Counter[str] = Counter()
         self.seen: set[str] = set()
+        self.n_done = 0
 
     def __torch_dispatch__(
         self, func: torch._ops.OpOverload, types: object, args: tuple = (), kwargs: dict | None = None
@@ -56,11 +57,12 @@ class Waits(TorchDispatchMode):
             self.found["sent"] += name in ("to", "_to_copy") and str(kwargs.get("device")) == "meta"
             return func(*args, **kwargs)
         self.seen.add(name)
+        self.n_done += 1
         if name in ("item", "_local_scalar_dense"):
             self.found["read"] += 1
             return 1
         if name in ("to", "_to_copy") and str(kwargs.get("device")) == "cpu":
-            self.found["read"] += 1
+            self.found["read"] += not kwargs.get("non_blocking")
             return torch.ones(x.shape, dtype=kwargs.get("dtype") or x.dtype)
         indices = [each for each in tensors[1:] if name.startswith("index") and not each.is_floating_point()]
         self.found["asked"] += name in ("nonzero", "masked_select") or any(i.dtype == torch.bool for i in indices)
@@ -79,6 +81,17 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         monkeypatch.setitem(table, "meta", table["cuda"])
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: x.is_meta), raising=False)
     with Waits() as counting:
+
+        class Event:
+            """Waiting for it costs nothing as long as the device has been given more to do since."""
+
+            def record(self) -> None:
+                self.n_done = counting.n_done
+
+            def synchronize(self) -> None:
+                counting.found["idle"] += counting.n_done == self.n_done
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
         yield counting
 
 
@@ -151,10 +164,10 @@ class FixedStep(EagerStep):
 @pytest.mark.parametrize("kind", [EagerStep, FixedStep])
 @pytest.mark.parametrize(
     ("sampling", "expected"),
-    [({}, 1), ({"temperature": 1.0}, 1), ({"temperature": 1.0, "top_k": 5}, 2)],
-    ids=["greedy", "all", "top_k"],
+    [({"temperature": 0.0}, 0), ({}, 0), ({"top_k": 5}, 0), ({"top_p": 0.5}, 1)],
+    ids=["greedy", "all", "top_k", "top_p"],
 )
-def test_decoding_waits_once_a_token(
+def test_a_gpu_decodes_on_while_its_tokens_are_read(
     waits: Waits, monkeypatch: pytest.MonkeyPatch, kind: type[EagerStep], sampling: dict[str, float], expected: int
 ) -> None:
     monkeypatch.setattr(engine, "make_step", lambda solver, n_slots, compiled: kind(solver, n_slots))
@@ -162,7 +175,7 @@ def test_decoding_waits_once_a_token(
     solver, counted = model(), []
     waits.found.clear()
     for n in (4, 9):
-        asked = Sampling(max_new_tokens=n, **sampling)
+        asked = Sampling(max_new_tokens=n, **{"temperature": 1.0} | sampling)
         list(generate(solver, requests, asked, vocabulary=Vocabulary(()), max_batch_size=3))
         counted.append(waits.found.total())
         waits.found.clear()

@@ -109,6 +109,15 @@ class _Read(NamedTuple):
     logits: Tensor  # [P] of the position after the prompt
 
 
+class _Sampled(NamedTuple):
+    """A token for each of some slots, on its way from the device."""
+
+    slots: list[int]
+    turns: np.ndarray  # [B]: of a slot's requests the one that it is for; that may have ended since
+    places: np.ndarray  # [B]: where in the responses the tokens stand
+    numbers: Callable[[], Tensor]  # waits for them. -> [3, B] float64: tokens, logprobs, sampled_logprobs
+
+
 @torch.inference_mode()
 def generate(
     model: Decoder,
@@ -169,9 +178,16 @@ class DecodingBatch:
         self.step = make_step(model, n_slots, compiled=compiled)
         self.cache = self.step.cache
         self.requests: list[Request | None] = [None] * n_slots
-        self.limits = np.zeros(n_slots, dtype=np.int64)
+        self.turns = np.zeros(n_slots, dtype=np.int64)  # requests that each slot has had
+        self.limits = np.full(n_slots, -1, dtype=np.int64)  # -1: the slot is empty
         self.forced: list[deque[int]] = [deque() for _ in range(n_slots)]  # a tool's tokens, to be appended next
-        self.counts = np.zeros(n_slots, dtype=np.int64)  # tokens of each response so far
+        self.newest = torch.zeros(n_slots, dtype=torch.int64, device=parallel.device())
+        self.unread: deque[_Sampled] = deque()
+        # A GPU computes the next token while this one is read, of a response that has ended in vain. A tool's token
+        # must be known before
+        self.n_ahead = 0 if self.newest.is_cpu or tool_hook else 1
+        self.n_sampled = np.zeros(n_slots, dtype=np.int64)  # tokens of each response so far
+        self.n_read = np.zeros(n_slots, dtype=np.int64)  # those of them that are known here
         self.tokens = np.zeros((n_slots, longest_response), dtype=np.int64)
         self.logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
         self.sampled_logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
@@ -210,17 +226,17 @@ class DecodingBatch:
     def advance(self) -> Iterator[Completion]:
         """Prefill what there are slots for, then decode a token of every row; yield those that end."""
         if filled := self._fill_slots():
-            yield from self._sample(*filled)
+            self._sample(*filled)
+            yield from self._read_due()
         if any(self.requests):
             self.cache.advance()  # rows may change places
-            slots = self.cache.slots()
-            newest = torch.from_numpy(self.tokens[slots, self.counts[slots] - 1])
-            yield from self._sample(slots, self.step(newest))
+            self._sample(self.cache.slots(), self.step(self.newest))
+            yield from self._read_due()
 
     def cancel(self, request: Request) -> None:
         """Let a request end with its next token."""
         for slot in (slot for slot, held in enumerate(self.requests) if held is request):
-            self.limits[slot] = self.counts[slot] + 1  # it leaves as any other: its slot is freed in one place
+            self.limits[slot] = self.n_sampled[slot] + 1  # it leaves as any other: its slot is freed in one place
 
     def _fill_slots(self) -> tuple[list[int], Tensor] | None:
         """Fill empty slots with waiting requests. -> their slots and the logits [B, P] after their prompts."""
@@ -236,7 +252,8 @@ class DecodingBatch:
                 self.requests[slot] = request = read.requests.popleft()
                 room = self._room(request)
                 limit = min(self.sampling.max_new_tokens, request.max_new_tokens or room, room)
-                self.limits[slot], self.counts[slot], self.tool_results[slot] = limit, 0, []
+                self.limits[slot], self.tool_results[slot] = limit, []
+                self.n_sampled[slot] = self.n_read[slot] = 0
                 n = room if self.tool_hook else limit  # a tool's tokens come on top
                 self.uniforms[slot, :n] = uniforms(self.sampling.seed, request.id, request.sample, n)
             self.cache.admit(slots, read.cached)
@@ -270,25 +287,41 @@ class DecodingBatch:
         """Tokens that the model's context has left after a prompt."""
         return self.model.config.max_seq_len - len(request.prompt)
 
-    def _sample(self, slots: list[int], local_logits: Tensor) -> Iterator[Completion]:
-        """Append these slots' next tokens, sampled from local_logits [B, P]; yield and empty those that end."""
+    def _sample(self, slots: list[int], local_logits: Tensor) -> None:
+        """Sample these slots' next tokens from local_logits [B, P]; _read() takes them from the device."""
         if self.bias is None:
             self.bias = _local_bias(self.sampling, self.vocabulary, local_logits)
-        places = slots, self.counts[slots]
-        u = parallel.to_device(torch.from_numpy(self.uniforms[places]))
+        places = self.n_sampled[slots]
+        u = parallel.to_device(torch.from_numpy(self.uniforms[slots, places]))
         choice = choose(local_logits, self.sampling, u, self.bias)
-        # all is read at once: the only time in a step that a GPU is waited for
-        read = torch.stack([column.double() for column in choice]).cpu().numpy()
-        self.tokens[places], self.logprobs[places], self.sampled_logprobs[places] = read
-        sampled = self.is_sampled[places] = self._force_tokens(slots)
-        self.counts[slots] += 1
+        self.newest.index_copy_(0, parallel.to_device(torch.tensor(slots)), choice.tokens)
+        self.n_sampled[slots] += 1
+        numbers = parallel.to_host(torch.stack([column.double() for column in choice]))
+        self.unread.append(_Sampled(slots, self.turns[slots], places, numbers))
+
+    def _read_due(self) -> Iterator[Completion]:
+        """Read what was sampled, but for what a GPU may compute meanwhile; yield the completions that end with it."""
+        # no token is sampled beyond a limit: its place in the context may not exist
+        while len(self.unread) > self.n_ahead or self.unread and (self.n_sampled == self.limits).any():
+            yield from self._read(self.unread.popleft())
+
+    def _read(self, sampled: _Sampled) -> Iterator[Completion]:
+        """Append tokens to their responses; yield and empty the slots that end."""
+        # the only time in a step that a GPU is waited for
+        numbers, held = sampled.numbers().numpy(), self.turns[sampled.slots] == sampled.turns
+        slots = np.array(sampled.slots)[held].tolist()
+        places = slots, sampled.places[held]
+        self.tokens[places], self.logprobs[places], self.sampled_logprobs[places] = numbers[:, held]
+        is_sampled = self.is_sampled[places] = self._force_tokens(slots)
+        self.n_read[slots] += 1
+        tokens = self.tokens[places]
         if self.on_token:
-            for slot, token in zip(slots, self.tokens[places].tolist(), strict=True):
+            for slot, token in zip(slots, tokens.tolist(), strict=True):
                 self.on_token(self.requests[slot], token)
-        stopped = sampled & np.isin(self.tokens[places], self.vocabulary.eos_ids)
-        ended = stopped | (self.counts[slots] == self.limits[slots])
+        stopped = is_sampled & np.isin(tokens, self.vocabulary.eos_ids)
+        ended = stopped | (self.n_read[slots] == self.limits[slots])
         if self.tool_hook:
-            paused = sampled & ~ended & np.isin(self.tokens[places], self.tool_hook.ids)
+            paused = is_sampled & ~ended & np.isin(tokens, self.tool_hook.ids)
             yield from self._continue_paused([slot for slot, here in zip(slots, paused, strict=True) if here])
         for slot, eos, end in zip(slots, stopped.tolist(), ended.tolist(), strict=True):
             if end or (self.sampling.stop and self.requests[slot]):
@@ -298,16 +331,16 @@ class DecodingBatch:
 
     def _force_tokens(self, slots: list[int]) -> np.ndarray:
         """Overwrite what was sampled by the tokens that tools append. -> [B] bool, False there."""
-        sampled = np.array([not self.forced[slot] for slot in slots])
+        sampled = np.array([not self.forced[slot] for slot in slots], dtype=bool)
         for slot in (slot for slot in slots if self.forced[slot]):
-            place = slot, self.counts[slot]
-            self.tokens[place] = self.forced[slot].popleft()
+            place = slot, self.n_read[slot]
+            self.tokens[place] = self.newest[slot] = self.forced[slot].popleft()
             self.logprobs[place] = self.sampled_logprobs[place] = 0
         return sampled
 
     def _continue_paused(self, slots: list[int]) -> Iterator[Completion]:
         """Ask the tool how these paused slots continue; yield and empty those that it ends."""
-        rows = [(self.requests[slot], self.tokens[slot, : self.counts[slot]].tolist()) for slot in slots]
+        rows = [(self.requests[slot], self.tokens[slot, : self.n_read[slot]].tolist()) for slot in slots]
         answers = self.tool_hook.on_pause(rows) if rows else ()
         for slot, (request, _), answer in zip(slots, rows, answers, strict=True):
             self.tool_results[slot] += [answer.result] * bool(answer.result)
@@ -315,12 +348,12 @@ class DecodingBatch:
                 yield self._completion(slot, self._text(slot, True)[0], answer.end)
                 continue
             self.forced[slot] = deque(answer.tokens)
-            limit = self.limits[slot] if self.tool_hook.whole else self.counts[slot] + self.sampling.max_new_tokens
+            limit = self.limits[slot] if self.tool_hook.whole else self.n_read[slot] + self.sampling.max_new_tokens
             self.limits[slot] = min(limit + len(answer.tokens), self._room(request))
 
     def _text(self, slot: int, ended: bool) -> tuple[str, bool]:
         """What a row says, up to its first stop string, and whether there is one; empty while nothing ends it."""
-        tokens = self.tokens[slot, : self.counts[slot]].tolist()
+        tokens = self.tokens[slot, : self.n_read[slot]].tolist()
         decode = self.vocabulary.decode
         # while a row goes on, the newest tokens alone are looked at: to decode all at each step would be quadratic
         if decode is None or not ended and not self.sampling.until_stop(decode(tokens[-self.stop_window :]))[1]:
@@ -330,11 +363,12 @@ class DecodingBatch:
 
     def _completion(self, slot: int, text: str, finish: str) -> Completion:
         """The row of a slot, which is emptied."""
-        n = self.counts[slot]
+        n = self.n_read[slot]
         columns = (self.tokens, self.logprobs, self.sampled_logprobs, self.is_sampled)
         *numbers, is_sampled = (column[slot, :n].tolist() for column in columns)
         completion = Completion(self.requests[slot], *numbers, finish, text, is_sampled, self.tool_results[slot])
-        self.requests[slot] = None
+        self.requests[slot], self.limits[slot] = None, -1
+        self.turns[slot] += 1
         self.forced[slot].clear()
         self.cache.release(slot)
         return completion
@@ -346,10 +380,11 @@ class EagerStep:
     def __init__(self, model: Decoder, n_slots: int) -> None:
         self.model, self.cache = model, KVCache(n_slots, parallel.device())
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Feed every row its newest token, after cache.advance(). tokens [B] int64 on the CPU, in cache.slots() order
-        -> this rank's logits of the next [B, P]."""
-        hidden = self.model(parallel.to_device(tokens)[:, None], self.cache.positions, self.cache)  # [B, 1, D]
+    def __call__(self, newest: Tensor) -> Tensor:
+        """Feed every row its newest token, after cache.advance(). newest [n] int64 by slot -> this rank's logits of the
+        next [B, P], in cache.slots() order."""
+        tokens = newest.index_select(0, parallel.to_device(torch.tensor(self.cache.slots())))
+        hidden = self.model(tokens[:, None], self.cache.positions, self.cache)  # [B, 1, D]
         return self.model.logits(hidden[:, -1])
 
 

@@ -27,16 +27,13 @@ class GraphStep:
         """Logits after every slot's newest token. -> [n, P]."""
         return self.model.logits(self.model(self.tokens, self.cache.positions, self.cache)[:, -1])
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """As engine.EagerStep: [B] int64 -> [B, P]."""
-        slots = torch.tensor(self.cache.slots())
-        everyone = torch.zeros(len(self.tokens), 1, dtype=torch.int64)
-        everyone[slots, 0] = tokens
-        self.tokens.copy_(parallel.to_device(everyone))
+    def __call__(self, newest: Tensor) -> Tensor:
+        """As engine.EagerStep: [n] int64 -> [B, P]."""
+        self.tokens.copy_(newest[:, None])
         if self.generation != self.cache.generation:
             self._capture()
         self.graph.replay()
-        return self.logits.index_select(0, parallel.to_device(slots))
+        return self.logits.index_select(0, parallel.to_device(torch.tensor(self.cache.slots())))
 
     def _capture(self) -> None:
         """Compile for the cache's new shape, then record one step. A step may run twice: it writes the same keys."""

@@ -177,7 +177,8 @@ def _sample_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tens
         )  # [B, R * n]
         values, order = values.sort(descending=True, stable=True)
         kept = _kept(values, found[:, :, 0].logsumexp(-1), sampling)
-        width = int(kept.sum(-1).max())  # those kept come first
+        # those kept come first; without top_k a GPU is waited for, to know how many they are
+        width = min(sampling.top_k, values.shape[-1]) or int(kept.sum(-1).max())
         # all that any rank kept back is below its n-th: the first n in all are the true first n
         if sampling.top_k or n == scaled.shape[-1] or width < n:
             break

@@ -13,7 +13,15 @@ from src import load, parallel
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.errors import UserError
-from src.inference.engine import Completion, Request, ToolAnswer, ToolHook, Vocabulary, generate
+from src.inference.engine import (
+    Completion,
+    DecodingBatch,
+    Request,
+    ToolAnswer,
+    ToolHook,
+    Vocabulary,
+    generate,
+)
 from src.inference.sampling import Sampling
 from src.models import cache
 from src.models.decoder import Decoder
@@ -94,6 +102,28 @@ def test_w2s_15_samples_do_not_depend_on_batch_size_order_or_slot(
         torch.testing.assert_close(
             torch.tensor(found[key].logprobs), torch.tensor(done.logprobs), rtol=0, atol=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 5}, {"temperature": 0.0}, {"max_new_tokens": 1}, {"stop": ("e", "st")}])
+def test_tokens_that_are_read_a_step_late_are_the_same(
+    model: Decoder, requests: list[Request], settings: dict[str, object]
+) -> None:
+    """As on a GPU, which computes the next ones meanwhile; stop strings, limits and refilled slots among them."""
+    sampling = Sampling(**{"temperature": 1.0, "max_new_tokens": 30, "seed": 3} | settings)
+    letters = Vocabulary((EOS, 7, 9), decode=lambda ids: "".join(chr(97 + index % 26) for index in ids))
+    mixed = [request._replace(max_new_tokens=(None, 1, 2, 9)[place % 4]) for place, request in enumerate(requests)]
+    found = []
+    for n_ahead in (0, 1):
+        with torch.inference_mode():
+            batch = DecodingBatch(model, sampling, letters, 4, None)
+            batch.n_ahead = n_ahead
+            batch.add([*mixed, mixed[0]])  # one of them twice
+            found.append(sorted(batch.run()))
+    assert len(found[0]) == len(mixed) + 1 and {done.finish for done in found[0]} <= {"stop", "length"}
+    for late, expected in zip(found[1], found[0], strict=True):
+        assert late[:2] == expected[:2] and late[4:] == expected[4:]
+        torch.testing.assert_close(torch.tensor(late[2:4]), torch.tensor(expected[2:4]), rtol=0, atol=1e-4)
 
 
 def test_sample_is_the_same_without_the_others(model: Decoder, requests: list[Request]) -> None:

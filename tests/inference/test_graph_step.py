@@ -36,10 +36,9 @@ class FixedStep(EagerStep):
     def __init__(self, model: Decoder, n_slots: int) -> None:
         self.model, self.cache = model, FixedCache(n_slots, parallel.device())
 
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        slots, everyone = self.cache.slots(), torch.zeros(len(self.cache.lengths), dtype=torch.int64)
-        everyone[slots] = tokens
-        return super().__call__(everyone)[slots]
+    def __call__(self, newest: torch.Tensor) -> torch.Tensor:
+        hidden = self.model(newest[:, None], self.cache.positions, self.cache)
+        return self.model.logits(hidden[:, -1])[self.cache.slots()]
 
 
 def sampled(model: Decoder, max_batch_size: int, n_shared: int = 0) -> dict[tuple[str, int], list[int]]:
