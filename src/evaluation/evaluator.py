@@ -243,22 +243,25 @@ def write_samples(path: Path, rows: Iterable[dict[str, object]]) -> None:
 
 
 def grade_samples(grading: BackgroundGrader, samples: Sequence[Sample], path: Path) -> dict[str, list[Graded]]:
-    """Grade samples and write them with answer and outcome to `path`. -> those of each problem, perhaps none. Samples
-    that `grading` has graded already are not graded again. Samples of other problems are left out."""
+    """Grade samples and write them with answer and outcome to `path`. -> those of each problem in the order of their
+    numbers, perhaps none. Samples that `grading` has graded already are not graded again. Samples of other problems are
+    left out."""
     samples = [sample for sample in samples if sample.id in grading.prompts]
     for sample in samples:
         grading.submit(sample.id, sample.sample, sample.response)
     rows: list[dict[str, object]] = []
-    problems: dict[str, list[Graded]] = {name: [] for name in grading.prompts}
+    numbered: dict[str, list[tuple[int, Graded]]] = {name: [] for name in grading.prompts}
     for sample in samples:
         verdict, values = grading.verdict(sample.id, sample.sample), sample.values
         named = {"id": sample.id, "sample": sample.sample, "prompt": sample.prompt}
         label = grading.prompts[sample.id].label or ""
         rows.append(values | named | {"label": label, "answer": verdict.answer, "outcome": verdict.outcome})
-        problems[sample.id].append(
-            Graded(verdict, *(values.get(name) for name in ("score", "step_scores", "finish", "token_count"))))
+        facts = (values.get(name) for name in ("score", "step_scores", "finish", "token_count"))
+        numbered[sample.id].append((sample.sample, Graded(verdict, *facts)))
     write_samples(path, rows)
-    for name, graded in problems.items():
+    problems = {}
+    for name, found in numbered.items():
+        graded = [each for _, each in sorted(found, key=lambda pair: pair[0])]
         equal = partial(grading.grader.equal, answer_type=grading.types[name])
         classes = answer_classes([each.verdict.answer for each in graded], equal)
         problems[name] = [each._replace(vote=vote) for each, vote in zip(graded, classes, strict=True)]

@@ -4,6 +4,7 @@ Pure functions of numbers; equality of answers is passed in. P problems, N sampl
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -115,18 +116,19 @@ def vote_weights(scores: Floats) -> Floats:
 
 
 def answer_classes(answers: Sequence[str | None], equal: Equal) -> list[int | None]:
-    """For each answer the index of the first answer of its class of equal ones; None for a missing answer (None). Each
-    answer joins the first class whose first member it equals."""
-    firsts: list[int] = []
-    classes: list[int | None] = []
-    for index, answer in enumerate(answers):
-        first = None
-        if answer is not None:
-            first = next((first for first in firsts if equal(answers[first], answer)), index)
-            if first == index:
-                firsts.append(index)
-        classes.append(first)
-    return classes
+    """For each answer the index of the first answer of its class of equal ones; None for a missing answer (None).
+
+    Answers join the first class whose most frequent one they equal, frequent ones before others: where 5 equals both
+    5 m and 5 cm, which differ, the order of the samples decides nothing.
+    """
+    counts = Counter(answer for answer in answers if answer is not None)
+    spoken_for: dict[str, str] = {}
+    for answer in sorted(counts, key=lambda answer: (-counts[answer], answer)):
+        heads = dict.fromkeys(spoken_for.values())
+        spoken_for[answer] = next((head for head in heads if equal(head, answer)), answer)
+    firsts: dict[str, int] = {}
+    return [None if answer is None else firsts.setdefault(spoken_for[answer], index)
+            for index, answer in enumerate(answers)]
 
 
 def interval(shares: Sequence[float]) -> tuple[float, float]:

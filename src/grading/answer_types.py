@@ -77,9 +77,9 @@ KINDS: dict[str, Equality] = {
     "set": exact, "choice": same_choice, "true_false": same_truth, "yes_no": same_truth, "valid_invalid": same_truth,
 }
 EQUALITIES: dict[str, Equality] = {
-    "exact@3": exact,
-    "choice@3": same_choice,
-    "typed@3": lambda answer, label, answer_type, leaf: KINDS[answer_type.kind](answer, label, answer_type, leaf),
+    "exact@4": exact,
+    "choice@4": same_choice,
+    "typed@4": lambda answer, label, answer_type, leaf: KINDS[answer_type.kind](answer, label, answer_type, leaf),
     # an empty answer equals nothing
     "minerva-strings@1": lambda answer, label, *_: bool(answer) and minerva_string(answer) == minerva_string(label),
 }

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from src.grading.intervals import NAME, RELATION, as_union, named_set
+from src.grading.intervals import NAME, RELATION, as_unions, named_set
 from src.grading.letters import leading_letters
 from src.grading.normalize import (
-    THOUSANDS,
     closing,
     formulas_only,
     join_thousands,
@@ -23,7 +22,7 @@ from src.grading.normalize import (
     split_top,
     strip_braces,
 )
-from src.grading.polynomial import constant_value, same_polynomial
+from src.grading.polynomial import constant_value, multiple_of, same_polynomial
 from src.grading.words import (
     MONEY,
     NUMBER,
@@ -44,23 +43,27 @@ Leaf = Callable[[str, str], bool]  # (answer, label), both normalised -> equal?
 
 IS = r"=|\\in(?![a-z]) ?"
 ALL_OF = r",(?!\d{3}(?!\d))|(?<!\d),|;|(?<![A-Za-z\\])and(?![A-Za-z])"
+LIST_OR_NUMBER = re.compile(r"[1-9]\d{0,2}(?:,[1-9]\d\d)+")  # 100,200; but 10,080 is a number
 LIST_SEPARATOR = rf"{ALL_OF}|(?<![A-Za-z\\])or(?![A-Za-z])"
 ENVIRONMENT = re.compile(
     r"\\begin\{([pbBvV]?)(small)?(matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1(?:small)?\3\}", re.DOTALL
 )
 BASE = re.compile(  # 52_{8}, 52 (base 8)
-    r"\(?([+-]?(?:\d[0-9A-Za-z.]*|[A-Z][0-9A-Z.]*))\)?(?:_\{\(?(?:base ?)?| ?\(?(?:in )?base ?)(\w+)\)?\}?"
+    r"\(?([+-]?(?:\.?\d[0-9A-Za-z.]*|[A-Z][0-9A-Z.]*))\)?(?:_\{\(?(?:base ?)?| ?\(?(?:in )?base ?)(\w+)\)?\}?"
 )
 WORDS = re.compile(r"\(?[A-Za-z][A-Za-z0-9 .,;'():-]*")
 NAMED = re.compile(  # what a problem may ask for that has no name of its own: x+y, a/b, [ABC], f^{-1}(2)
-    r"(?:(?:[A-Za-z](?:\^\{\d\})?[+-]?){2,9}|\\frac\{[A-Za-z]+\}\{[A-Za-z]+\}|[A-Za-z]/[A-Za-z]|\[[A-Z]{3,6}\]"
-    r"|[A-Za-z]\^\{-1\}\([^()=]{1,40}\))(?<![+-])=(?==|[^=]*$)"
+    r"(?:(?:[A-Za-z](?:\^\{\d\})?(?:[+-]|\\cdot ?)?){2,9}|\\frac\{[A-Za-z]+\}\{[A-Za-z]+\}|[A-Za-z]/[A-Za-z]"
+    r"|\[[A-Z]{3,6}\]|[A-Za-z]\^\{-1\}\([^()=]{1,40}\))(?<![+-])="
 )
-CLOCK = re.compile(r"(\d{1,2}(?::\d\d)*) ?([AaPp])\.?[Mm]\.?")
-HOPELESS = re.compile(
-    r"\\(?:sum|int|prod|lim|binom)(?![a-z])|\^\{\^|\^\{[^{}]*\^|\^\{-?\d{4,}|\d{4,}!|\)!|!!"
+TRIG, ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])"), re.compile(r"(\d+(?:\.\d+)?)\^\{\\circ\}")
+TIME = re.compile(r"\d?\d:[0-5]\d")  # perhaps of the clock, which is no ratio
+CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))? ?([AaPp])\.?[Mm]\.?")
+UNDONE = re.compile(
+    r"\\(?:sum|int|prod|lim|binom|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log)(?![a-z])"
+    r"|\^\{\^|\^\{[^{}]*\^|\^\{-?\d{4,}|\d{4,}!|\)!|!!"
 )
-LEAD = re.compile(r"(?:[A-Za-z', ]* (?:is|are|equals|was|be) ?|[A-Za-z][A-Za-z' ]+[A-Za-z]: ?)(?=[^A-Za-z ])")
+LEAD = re.compile(r"(?:[A-Za-z', ]* (?:is|are|equals|was|be) ?|[A-Za-z][A-Za-z' ]+[A-Za-z]: ?)(?=[^ ])")
 
 
 def equal(answer: str, label: str, leaf: Leaf) -> bool:
@@ -87,12 +90,12 @@ def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
         return True
     if re.fullmatch(r"\([A-J]\)", label):
         return leading_letters(answer) == label[1]
-    if is_words(label):
-        answer = split_name(answer)[1]
-        return is_words(answer) and words(answer) == words(label)
     lead = LEAD.match(answer)
     if lead and not changed(lead.group(), ""):  # "The probability is"
         answer = answer[lead.end() :]
+    if is_words(label):
+        answer = split_name(answer)[1].removeprefix("\\{").removesuffix("\\}")
+        return is_words(answer) and words(answer) == words(label)
     answer, label = in_one_unit(answer), in_one_unit(label)
     if (named := NAMED.match(answer)) and rational(label) is not None:
         answer = answer[named.end() :]
@@ -100,11 +103,11 @@ def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
     answer, label, agree = without_names(exact_part(answer), exact_part(label))
     if not agree or not answer or not label:
         return False
-    answer, label = as_union(answer, label), as_union(label, answer)
+    answer, label = as_unions(answer, label)
     ours, theirs = elements(answer), elements(label)
-    if THOUSANDS.fullmatch(answer) and len(theirs) > 1:
+    if LIST_OR_NUMBER.fullmatch(answer) and len(theirs) > 1:
         ours = answer.split(",")
-    if THOUSANDS.fullmatch(label) and len(ours) > 1:
+    if LIST_OR_NUMBER.fullmatch(label) and len(ours) > 1:
         theirs = label.split(",")
     if {len(ours), len(theirs)} in ({1, 2}, {1, 3}):  # one value in several spellings: "3/4 or 0.75"
         return all(same(mine, other, leaf, depth + 1) for mine in ours for other in theirs)
@@ -126,7 +129,7 @@ def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:
 
 def is_words(text: str) -> bool:
     """A text answer: Saturday, (C), June 20 - and not a formula such as xy."""
-    called = "(" in text[1:].rstrip(")")  # f(x)
+    called = re.search(r"[A-Za-z](?<!and)\(.*[^)]", text)  # f(x)
     return not called and bool(WORDS.fullmatch(text)) and bool(re.search(r"[A-Z]|[a-z]{3}", text))
 
 
@@ -154,7 +157,9 @@ def exact_part(text: str) -> str:
     if "." in left and "." not in right and rational(left) is not None and constant_value(right) is not None:
         left, right = right, left
     near = rational(right.strip())
-    if near is None or not left:
+    if not left:  # a rounded number says that it is one
+        return right.strip() if "." in right else text
+    if near is None:
         return text
     if NAME.fullmatch(left):
         return right.strip()
@@ -172,7 +177,7 @@ def split_name(text: str) -> tuple[str, str]:
     names = [side for side in sides if is_name(side)]
     rest = [side for side in sides if not is_name(side)] or sides[-1:]
     if len(sides) > 2 and not is_name(sides[0]) or len(sides) == 2 and not names:
-        worked = all(constant_value(join_thousands(side)) is not None for side in sides)
+        worked = all(number_of(side) is not None for side in sides)
         return ("", conclusion(sides) if worked else text)
     return names[0], conclusion(rest)
 
@@ -199,7 +204,7 @@ def as_tuple(text: str, other: str) -> str:
 def conclusion(sides: list[str]) -> str:
     """The last of several numbers that are said to be equal, the first where the last is left to compute; "" if it is
     not what the arithmetic before it comes to, or not what the numbers before it are where there is none."""
-    values = [(side, constant_value(join_thousands(quantity(side, glued=True).value))) for side in sides]
+    values = [(side, number_of(side)) for side in sides]
     last, end = values[-1]
     known = [(side, value) for side, value in values[:-1] if value is not None]
     worked = [value for side, value in known if rational(join_thousands(side)) is None]
@@ -209,6 +214,13 @@ def conclusion(sides: list[str]) -> str:
         return ""
     first = sides[0]
     return first if end is not None and rational(join_thousands(last)) is None and rational(first) is not None else last
+
+
+def number_of(text: str) -> float | None:
+    """The value of a number, perhaps with a unit or a percent sign, or of arithmetic with numbers; None for others."""
+    found = quantity(text, glued=True)
+    value = constant_value(join_thousands(found.value))
+    return value / 100 if value is not None and found.scale == "percent" else value
 
 
 def elements(text: str) -> list[str]:
@@ -273,16 +285,19 @@ def structure(text: str) -> Structure | None:
 
 def same_value(answer: str, label: str, leaf: Leaf) -> bool:
     """Single values: clock times, bases, ratios, quantities, equations, and the rest by the leaf comparer."""
-    answer, label = join_thousands(answer), join_thousands(label)
+    answer, label = in_radians(join_thousands(answer), join_thousands(label))
     for form in (CLOCK, BASE):
         mine, other = form.fullmatch(answer), form.fullmatch(label)
         if mine or other:
-            return bool(mine and other) and "|".join(mine.groups()).lower() == "|".join(other.groups()).lower()
+            return bool(mine and other) and parts_of(mine) == parts_of(other)
     other = split_top(label, ":")
     mine = split_top(answer, ":| ?to ?(?=\\d)" if len(other) > 1 else ":")
     if len(mine) > 1 or len(other) > 1:
-        pairs = zip(mine, other, strict=False)
-        return len(mine) == len(other) and all(same_value(*pair, leaf) for pair in pairs)
+        if len(mine) == 1 and ("/" in answer or "\\frac" in answer):  # 3/4 as 3:4
+            mine = [answer, "1"]
+        pairs = list(zip(mine, other, strict=False))
+        scaled = not TIME.fullmatch(label) and proportional(pairs)
+        return len(mine) == len(other) and (scaled or all(same_value(*pair, leaf) for pair in pairs))
     theirs = quantity(label)
     number = rational(theirs.value)
     ours = quantity(answer, glued=number is not None)
@@ -298,6 +313,25 @@ def same_value(answer: str, label: str, leaf: Leaf) -> bool:
     return same_expression(radians(ours), theirs.value, leaf)
 
 
+def in_radians(answer: str, label: str) -> tuple[str, str]:
+    r"""Both with their degrees in radians where both are such as \cos 58^\circ; one of them may lack the sign."""
+    sides = answer, label
+    if all(TRIG.search(side) and ANGLE.search(side) for side in sides):
+        return ANGLE.sub(r"\\frac{\1\\pi}{180}", answer), ANGLE.sub(r"\\frac{\1\\pi}{180}", label)
+    return sides
+
+
+def proportional(pairs: list[tuple[str, str]]) -> bool:
+    """Whether all pairs are numbers other than 0 with the same quotient: 6:8 is 3:4."""
+    values = [(rational(first), rational(second)) for first, second in pairs]
+    return all(map(all, values)) and len({first / second for first, second in values}) == 1
+
+
+def parts_of(match: re.Match[str]) -> list[str]:
+    """What a clock time or a numeral with its base is made of: hours, minutes and seconds without zeros in front."""
+    return [part.lower().lstrip("0") for part in match.groups(default="")]
+
+
 def same_number(answer: str, ours: Quantity, number: Fraction, theirs: Quantity, leaf: Leaf) -> bool:
     """An answer for a label with an exact rational value."""
     value = rational(ours.value)
@@ -305,13 +339,9 @@ def same_number(answer: str, ours: Quantity, number: Fraction, theirs: Quantity,
         return call_leaf(ours.value, radians(theirs), leaf)
     if value is None:
         return only_number(answer) == number
-    if value == number:  # the percent sign is optional where the label can be a percentage
-        return ours.scale != "percent" or bool(theirs.scale) or abs(number) >= 1 and "/" not in theirs.value
-    if ours.scale == theirs.scale:
-        return False
-    if ours.scale == "percent":
-        return value / 100 == number
-    return theirs.scale == "percent" and value == number / 100
+    if ours.scale == "percent" and not theirs.scale:  # the sign is optional where the label can be a percentage
+        return value / 100 == number or value == number and abs(number) >= 1 and "/" not in theirs.value
+    return value == number or theirs.scale == "percent" and not ours.scale and value == number / 100
 
 
 def radians(angle: Quantity) -> str:
@@ -344,12 +374,15 @@ def only_number(text: str) -> Fraction | None:
 
 
 def same_expression(answer: str, label: str, leaf: Leaf) -> bool:
-    """Equations up to the sign of both sides; other expressions go to the leaf comparer as they are."""
+    """Equations up to the sign of both sides, or up to any factor where the answer is solved for a name; other
+    expressions go to the leaf comparer as they are."""
     sides, other_sides = split_top(answer, "="), split_top(label, "=")
     if len(other_sides) == 1 and len(sides) > 1:
         return False
     if len(sides) == len(other_sides) == 2:
         first, second = (f"{left}-({right})" for left, right in (sides, other_sides))
+        if (multiple := multiple_of(first, second)) is not None:
+            return abs(multiple) == 1 or multiple != 0 and any(map(NAME.fullmatch, sides))
         return call_leaf(first, second, leaf) or call_leaf(f"-({first})", second, leaf)
     if len(sides) != len(other_sides):
         return False
@@ -357,11 +390,11 @@ def same_expression(answer: str, label: str, leaf: Leaf) -> bool:
 
 
 def call_leaf(answer: str, label: str, leaf: Leaf) -> bool:
-    """Compare term by term where both are sums of simple terms, else ask the leaf comparer, unless the answer can only
-    cost time: too long, or towers, sums and factorials that the label does not have."""
+    r"""Compare sums of simple terms term by term, others by the leaf comparer, unless the answer is too long or leaves
+    to compute what the label does not: a tower may take for ever, and \cos 45^\circ may be what the problem says."""
     if max(len(answer), len(label)) > MAX_LEAF_LENGTH or re.search(r"\d_\{", answer + label):
         return False
-    if HOPELESS.search(answer) and not HOPELESS.search(label):
-        return False
     verdict = same_polynomial(answer, label)
+    if verdict is None and UNDONE.search(answer) and not UNDONE.search(label):
+        return False
     return leaf(answer, label) if verdict is None else verdict

@@ -59,7 +59,7 @@ TITLE = re.compile(  # markdown's heading of the fourth level
 BELOW = re.compile(r"[\W_]{0,6}\d[\d., /]{0,20}[\W_]{0,6}")  # all that stands below a heading: a number
 SENTENCE_START = re.compile(r"[\s*_]*[A-Za-z]{3}")
 ANSWER_HEADING = re.compile(r"^(?:#+|\*\*)[ \t]*(?:final[ \t]+)?answer[ \t:*]*\n", re.IGNORECASE | re.MULTILINE)
-ANSWER_IS = re.compile(r"\banswer(?:\s+is\b|\W{0,3}[:=])[\s:*_}]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE)
+ANSWER_IS = re.compile(r"\bans(?:wer)?(?:\s+is\b|\W{0,3}[:=])[\s:*_}]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE)
 NEXT_PROBLEM = re.compile(
     r"^\W{0,4}(?:(?:Q|Question|Problem)\s{0,2}(\d{0,3})|Instruction|Human|User)\W{0,2}:", re.MULTILINE)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[])")
@@ -69,7 +69,7 @@ CHOICE_IS = re.compile(
 )
 WRONG = re.compile(r"\b(?:wrong|false|incorrect|impossible|cannot|except|eliminated?)\b|n['’]t\b", re.IGNORECASE)
 CORRECT = re.compile(
-    r"\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-J])\)?(?![A-Za-z'+\d^])"
+    r"\b(?:[Oo]ption|[Cc]hoice|choose|select|pick)\s+\(?([A-J])\)?(?![A-Za-z'+\d^])"
     r"|(?<![A-Za-z])([A-J])\)? is (?:the )?(?:correct|right|answer)\b"
 )
 EXPLICIT = re.compile(  # marks of an answer, wherever they stand
@@ -83,7 +83,9 @@ DISBELIEVED = re.compile(  # right in front of "answer is"
     r"(?: that)?(?: (?:the|my|our))?(?: (?:final|correct|right))? $",
     re.IGNORECASE,
 )
+UNFINISHED = re.compile(r"\$(?![\d.\s-])[^$]*$|\\\((?:(?!\\\)).)*$", re.DOTALL)  # a formula, no sum of money
 FINISHED = re.compile(r"[.!?]\W{0,4}$")
+LISTED = re.compile(r"\s*,?\s*(?:and)?\s*")  # between the formulas of a list
 CHOICE = re.compile(r"(?<![A-Za-z])(?:or|either|maybe|possibly|not|one of(?= [$\\\d]))(?![A-Za-z])", re.IGNORECASE)
 
 
@@ -174,6 +176,8 @@ def statement(text: str) -> str:
         if text.startswith(opening):
             inside, found, _ = text[2:].partition(closing)
             return inside.strip().rstrip(".") if found else ""
+    if UNFINISHED.match(text):
+        return ""
     line = text if "\\begin" in text[:200] else text.partition("\n")[0]
     line = SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t*")
     return line if line.endswith("...") else line.rstrip(" *.")
@@ -205,10 +209,17 @@ def last_statement(text: str) -> Found | None:
     sentence = last_sentence(text)
     if sentence is None or "$$" in sentence:  # a display is a step of a derivation, not a conclusion
         return None
-    formula = last_match(MATH, sentence)
-    if formula:
-        return Found(len(text), (formula.group(1) or formula.group(2)).rpartition("=")[2].strip(" ."))
-    return last_number(text)
+    formulas = list(MATH.finditer(sentence))
+    if not formulas:
+        return last_number(text)
+    said, following = [], formulas[-1].end()
+    for found in reversed(formulas):
+        name, _, value = (found[1] or found[2]).rpartition("=")
+        if said and (name != said[0][0] or not LISTED.fullmatch(sentence, found.end(), following)):
+            break
+        said.insert(0, (name, value.strip(" .")))
+        following = found.start()
+    return Found(len(text), ", ".join(value for _, value in said))
 
 
 def chosen_otherwise(text: str) -> Found | None:
@@ -223,7 +234,7 @@ def last_letter(text: str) -> Found | None:
     """The only choice that the last sentence of a finished response names in brackets or as an option, or that is all
     of it."""
     sentence = last_sentence(text) or ""
-    bare = re.fullmatch(r"\W{0,9}([A-Z]|\([a-z]\))\W{0,9}", text.rstrip().rpartition("\n")[2])
+    bare = re.fullmatch(r"\W{0,9}(?:(?i:option|choice)\s+)?([A-Z]|\([a-z]\))\W{0,9}", text.rstrip().rpartition("\n")[2])
     if WRONG.search(sentence):
         return None
     named = re.findall(r"(?<![A-Za-z])\(([A-Ja-j])\)", sentence)
@@ -284,10 +295,10 @@ RULES: dict[str, Callable[[str], Found | None]] = {
     "last-letter": last_letter,
 }
 GROUPS = {
-    "gsm8k/last-number@3": ("hashes", "box hope heading", "answer-is", "last-number"),
-    "gsm8k/hashes@3": ("hashes",),
-    "math/last-box@3": ("box hope heading", "hashes answer-is", "last-statement"),
-    "choice/letter@3": ("box hope heading", "hashes answer-is option-is", "last-letter"),
+    "gsm8k/last-number@4": ("hashes", "box hope heading", "answer-is", "last-number"),
+    "gsm8k/hashes@4": ("hashes",),
+    "math/last-box@4": ("box hope heading", "hashes answer-is", "last-statement"),
+    "choice/letter@4": ("box hope heading", "hashes answer-is option-is", "last-letter"),
 }
 PUBLISHED_MARKS = {"weak-to-strong/hashes@1": "####", "weak-to-strong/answer-is@1": "The answer is:"}
 EXTRACTIONS = (*GROUPS, *PUBLISHED_MARKS)
@@ -300,7 +311,7 @@ def extract(extraction: str, response: str) -> Extraction:
         answer = weak_to_strong_answer(response, mark)
         return Extraction(answer or None, mark if answer else "none")
     text = own_part(plain(response))
-    read = leading_letters if extraction == "choice/letter@3" else str
+    read = leading_letters if extraction == "choice/letter@4" else str
     for group in GROUPS[extraction]:
         found = [(place.position, read(place.text), name) for name in group.split() if (place := RULES[name](text))]
         if found:

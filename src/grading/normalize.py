@@ -75,27 +75,33 @@ def compiled(*rules: tuple[str, str]) -> tuple[Rule, ...]:
 
 
 END = r"(?![A-Za-z])"  # a macro name ends here
-INSIDE = r"(?:[^{}\\]|\\(?!over(?![a-z]))|\{[^{}]*\}){1,200}"  # of braces, with one more pair of them
-TEXT_MACRO = re.compile(rf"\\(?:{any_of(tables.TEXT_MACROS)})\s*\{{([^{{}}]*)\}}")
+INSIDE = r"(?:[^{}\\]|\\(?!(?:over|choose)(?![a-z]))|\{[^{}]*\}){1,200}"  # of braces, with one more pair of them
+TEXT_MACRO = re.compile(rf"\\(?:{any_of(tables.TEXT_MACROS)})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
 MACRO = re.compile(r"\\([A-Za-z]+)")
 LAYOUT = compiled(  # only where there are macros, before they are renamed
     (r"\\\\\*?\s?\[\s?-?[\d.]+ ?(?:pt|em|ex|mm|cm|in|mu|px|bp|pc)\s?\]", r"\\\\\\\\"),  # height of a row
     (r"\\(left|right)\s?\.", ""),
     (r"(?<=\d) ?,? ?\\! ?,? ?(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\!", ""),
-    (r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))", ","),
+    (r"(?<=\d) ?\\[,;: ] ?(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\[,;:\s]", " "),
     (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
     (r"\\not\s?=", r"\\ne "),
     (r"\\\{\s?\\\}", r"\\emptyset "),
-    (rf"\^\s*\{{?\s*\\(?:circ|degree){END}\s*\}}?", r"^{\\circ}"),
+    (rf"\^\s*(?:\{{\s*\\(?:circ|degree)\s*\}}|\\(?:circ|degree){END})", r"^{\\circ}"),
+    (r"\\(?:text)?color\s*\{[A-Za-z]+\}", ""),
 )
 REWRITES = compiled(
     (r"(?<=\{) +| +(?=\})", ""),
     (r"(?<=\d)(?:~|\{,\})(?=\d{3}(?!\d))", ","),
     (r"^~\s*(?=[\d\\.-])", r"\\approx "),
     (r"~", " "),
-    (r"\{,\}", ","),
+    (r"\{([,:])\}", r"\1"),
+    (r"\{\}(?=\s?[_^])", ""),
+    (r"(?<=\d)\^\s?(?:\{\s*o\s*\}|o(?![A-Za-z]))", r"^{\\circ}"),
+    (r"(?<=\d)\^\s?\{\s*(st|nd|rd|th)\s*\}", r" \1"),
+    (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
+    (r"\+/-", r"\\pm "),
     (r"^\{\s*\}$", r"\\emptyset "),
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
@@ -104,10 +110,10 @@ REWRITES = compiled(
     (r"\*\*", "^"),
     (r"\\%|%|\bpercent\b", r"\\%"),
     (r"(?<![\\A-Za-z])sqrt\s?(\d+)", r"\\sqrt{\1}"),
-    (rf"(?<![\\A-Za-z])(?:infty|infinity){END}", r"\\infty "),
+    (rf"(?<![\\A-Za-z])(?:infty|infinity|inf){END}", r"\\infty "),
     (rf"(?<![\\A-Za-z])({any_of(tables.BARE_NAMES)}){END}", r"\\\1 "),
     (  # not "logs", "cost"
-        rf"(?<![\\A-Za-z])({any_of(tables.FUNCTIONS)})(?=\s?[_^({{\\\d]|(?:\s[a-z]|[a-ru-z]){END})",
+        rf"(?<![\\A-Za-z])({any_of(tables.FUNCTIONS)})(?=\s*[_^({{\\\d]|(?:\s+[a-z]|[a-ru-z]){END})",
         r"\\\1 ",
     ),
     (r",\s+", ";"),  # 81, 256 is a list, 81,256 may be a number
@@ -116,18 +122,20 @@ REWRITES = compiled(
 ARGUMENTS = compiled(  # of macros and exponents: in braces
     (rf"\{{({INSIDE})\\over{END}({INSIDE})\}}", r"\\frac{\1}{\2}"),
     (rf"^({INSIDE})\\over{END}({INSIDE})$", r"\\frac{\1}{\2}"),
-    (rf"\\sqrt\s*(\w|\\pi{END})", r"\\sqrt{\1}"),
-    (rf"\\frac\s*(\w|\\pi{END})\s*(\w|\\pi{END})", r"\\frac{\1}{\2}"),
-    (rf"\\frac\s*(\w|\\pi{END})\s*\{{", r"\\frac{\1}{"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
-    (r"([_^])\s*(\w)", r"\1{\2}"),
+    (rf"\{{({INSIDE})\\choose{END}({INSIDE})\}}", r"\\binom{\1}{\2}"),
+    (rf"\\sqrt\s*(\[\w\])?\s*(\w|\\pi{END})", r"\\sqrt\1{\2}"),
+    (rf"\\(frac|binom)\s*(\w|\\pi{END})\s*(\w|\\pi{END})", r"\\\1{\2}{\3}"),
+    (rf"\\(frac|binom)\s*(\w|\\pi{END})\s*\{{", r"\\\1{\2}{"),
+    (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
+    (r"([_^])\s*(\w|\\frac\{[^{}]*\}\{[^{}]*\})", r"\1{\2}"),
+    (rf"\\({any_of(tables.FUNCTIONS)})\s*(\d+|[a-z]|\\[a-z]+)(?=\s*(?:/|\\cdot{END}))", r"\\\1(\2)"),
 )
 SPACING = compiled(  # a space stays between letters, between digits, and in front of a unit; no other has a meaning
     (r"(?<=[A-Za-z])\s+(?=[A-Za-z])|(?<=\d)\s+(?=[\d.])", "\x00"),
     (rf"(?<=[\d}})%])\s+(?=[A-Za-z]{{2}}|[{tables.UNIT_LETTERS}]{END})", "\x00"),
     (r"\s+", ""),
     ("\x00", " "),
-    (r"(?:^|(?<=[(\[,;=]))\+", ""),
+    (r"(?:^|(?<=[(\[,;=<>]))\+", ""),
 )
 BRACKET = re.compile(r"[(\[{}\])]")
 OPENING = re.compile(r"(?<!\\)\$\$?|\\[(\[]")
@@ -191,7 +199,7 @@ def single_backslashes(text: str) -> str:
     r"""Undo doubled escaping (\\frac for \frac), which models copy from badly escaped prompts."""
     if "\\begin" in text and "\\\\begin" not in text:
         return text  # here \\ ends a row
-    return re.sub(r"\\\\(?=[A-Za-z%$])", r"\\", text)
+    return re.sub(r"\\\\(?=[A-Za-z%$,;!{}])", r"\\", text)
 
 
 def improper(match: re.Match[str]) -> str:
@@ -235,8 +243,7 @@ def without_end(text: str) -> str:
     r"""The text without the stops, separators and spaces (\, too) at its end."""
     while True:
         kept = text.rstrip(" \t\r\n\f\v.,;:")
-        spaced = kept.endswith("\\!") or len(kept) < len(text) and kept.endswith("\\")  # of \, or \;
-        if not spaced or kept.endswith("\\\\"):
+        if not kept.endswith(("\\!", "\\")) or kept.endswith("\\\\"):  # the rest of \, or of a space
             return kept
         text = kept[:-2] if kept.endswith("!") else kept[:-1]
 
@@ -296,6 +303,8 @@ def closing(text: str, start: int) -> int:
 
 def split_top(text: str, separator: str) -> list[str]:
     """Split at a separator (a regular expression) that stands outside all brackets."""
+    if re.search(separator, text) is None:
+        return [text.strip()]
     parts, start, depth = [], 0, 0
     for match in re.finditer(rf"{BRACKET.pattern}|{separator}", text):
         if BRACKET.fullmatch(match.group()):

@@ -42,6 +42,16 @@ def same_polynomial(first: str, second: str) -> bool | None:
         return None
 
 
+def multiple_of(first: str, second: str) -> Fraction | None:
+    """The number by which the first of two sums of terms is the second, 0 if there is none; None as above."""
+    try:
+        ours, theirs = read(first), read(second)
+    except Unreadable:
+        return None
+    factors = {ours[term] / theirs[term] if term in ours else Fraction(0) for term in theirs}
+    return factors.pop() if len(factors) == 1 and ours.keys() == theirs.keys() else Fraction(0)
+
+
 def constant_value(text: str) -> float | None:
     r"""The value of a text that is a number or arithmetic with numbers, roots and \pi; None for anything else."""
     try:
@@ -153,7 +163,7 @@ class _Reader:
         return result
 
     def factor(self) -> Sum:
-        """A number, a letter, a fraction, a root, or a sum in brackets."""
+        """A number, a letter, a fraction, a binomial coefficient, a root, or a sum in brackets."""
         token = self.take()
         if token in CLOSING:
             self.position -= 1
@@ -167,6 +177,10 @@ class _Reader:
             over = self.group()
             if self.next == "{":
                 return multiply(over, reciprocal(self.group()))
+        if token == "\\binom" and self.next == "{":
+            over = self.group()
+            if self.next == "{":
+                return binomial(over, self.group())
         if token == "\\sqrt" and self.next == "{":
             return root(self.group())
         raise Unreadable
@@ -220,6 +234,18 @@ def reciprocal(value: Sum) -> Sum:
         if isinstance(symbol, int):
             coefficient *= symbol  # 1 / root = root / number
     return {frozenset((symbol, 1 if isinstance(symbol, int) else -power) for symbol, power in term): 1 / coefficient}
+
+
+def binomial(over: Sum, under: Sum) -> Sum:
+    """over (over - 1) ... / under! for a whole number under. Raises Unreadable for anything else."""
+    chosen = under.get(ONE, Fraction(0))
+    if under.keys() - {ONE} or chosen.denominator != 1 or not 0 <= chosen <= MAX_POWER:
+        raise Unreadable
+    value: Sum = {ONE: Fraction(1)}
+    for place in range(int(chosen)):
+        factor = collected([*over.items(), (ONE, Fraction(-place))])
+        value = multiply(value, {term: c / (place + 1) for term, c in factor.items()})
+    return value
 
 
 def root(value: Sum) -> Sum:

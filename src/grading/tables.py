@@ -25,14 +25,18 @@ GREEK = dict(zip("αβγδεζηθικλμνξοπρστυφχψωΓΔΘΛΞΠΣ
     "psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split(), strict=True))
 
 MACROS = spread({  # of LaTeX -> one of those that mean the same
-    "left right big Big bigl Bigl bigr Bigr bigg Bigg": "",
+    "left right big Big bigl Bigl bigr Bigr bigg Bigg bf it rm sf tt": "", "checkmark blacksquare square Box qed": "",
     "displaystyle textstyle limits mathstrut quad qquad": " ",
-    "dfrac tfrac cfrac": "\\frac", "leq leqslant le": "\\le ", "geq geqslant ge": "\\ge ", "lt": "<", "gt": ">",
+    "dfrac tfrac cfrac": "\\frac", "dbinom tbinom": "\\binom", "bigcup": "\\cup ", "colon": ":",
+    "leq leqslant le": "\\le ", "geq geqslant ge": "\\ge ", "lt": "<", "gt": ">",
     "neq ne": "\\ne ", "approxeq approx simeq cong": "\\approx ", "setminus backslash": "\\setminus ",
     "vert lvert rvert mid": "|", "langle": "(", "rangle": ")", "lbrace": "\\{", "rbrace": "\\}",
     "varnothing": "\\emptyset ", "times cdot ast": "\\cdot ", "div": "/", "infinity": "\\infty ", "degree": "^{\\circ}",
+    "measuredangle": "\\angle ",
 })
-TEXT_MACROS = "text mbox mathrm textbf mathbf textit mathit textrm textsf emph operatorname\\*? rm bf"
+TEXT_MACROS = (
+    "text mbox mathrm textbf mathbf textit mathit textrm textsf textnormal mathsf boldsymbol bm emph operatorname\\*? "
+    "rm bf underline")
 FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc ln log exp"
 BARE_NAMES = "pi theta alpha beta gamma lambda phi omega sqrt"  # macros also without their backslash
 

@@ -37,7 +37,7 @@ AND_A_PART = re.compile(rf"(?<![\w.,/])(\d{{1,9}}){PART}(?![A-Za-z])", re.IGNORE
 SHARE = re.compile(  # two thirds, one half, a quarter
     rf"\s*(?:(an?|{any_of(SMALL)})[\s-])?({any_of(SHARES)})s?[\s.]*", re.IGNORECASE
 )
-IN_BOTH = re.compile(r"(?<![\w.,-])(-?\d+(?:/\d+)?) ?\(\1\)")  # 42 (forty-two)
+IN_BOTH = re.compile(r"(?<![\w.,-])(-?\d+(?:/\d+)?) *\(\1\)")  # 42 (forty-two)
 NEGATIVE = re.compile(r"(?<![A-Za-z])(?:negative|minus)\s+(?=\\?\$?\s*[\d.])", re.IGNORECASE)
 HINT = re.compile(  # one search tells most texts that there is nothing to do
     rf"(?<![A-Za-z])(?:{WORD}|(?:{any_of(SHARES)})s?|negative|minus)(?![A-Za-z])", re.IGNORECASE
@@ -169,7 +169,7 @@ def is_unit(phrase: str, glued: bool) -> bool:
         return False
     if len(first) == 1:
         return glued or phrase[0] in " /"
-    return len(first) + (phrase[0] in " /") > 3 or first in UNITS or first in SPEEDS
+    return len(first) + (phrase[0] in " /") > 3 or first in (*UNITS, *SPEEDS, *POWERS)
 
 
 def units_clash(mine: str, other: str) -> bool:

@@ -39,7 +39,7 @@ from tests.conftest import CODE_QUESTION, CODE_SOLUTION, Folders
 from tests.ranks import succeed
 from tests.tiny import build
 
-RULES = {"extraction": "gsm8k/hashes@3", "equality": "exact@3"}
+RULES = {"extraction": "gsm8k/hashes@4", "equality": "exact@4"}
 SOLUTION = "1+1 #### 2\n\n2+2=3 #### 3\n\na\n\n#### 4"  # until the last step its answer is another
 
 
@@ -319,8 +319,8 @@ def test_scdpo_18_held_out_pairs_share_no_question(folders: Folders, tmp_path: P
 
 
 def test_samples_of_another_scorer_are_refused(folders: Folders, tmp_path: Path) -> None:
-    source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right")], RULES | {"equality": "choice@3"})
-    with pytest.raises(UserError, match="was graded by gsm8k/hashes@3, choice@3, but --task toy means"):
+    source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right")], RULES | {"equality": "choice@4"})
+    with pytest.raises(UserError, match="was graded by gsm8k/hashes@4, choice@4, but --task toy means"):
         branched(folders, source, tmp_path / "a")
 
 

@@ -96,7 +96,7 @@ def test_two_ranks_choose_as_one_and_runs_are_compared(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize(("row", "flags", "complaint"), [
     ({}, {"temperature": 1.0}, "--temperature has no effect on --choices"),
-    ({}, {"task": "GSM8K"}, "--task GSM8K compares by exact@3; name a task of choices"),
+    ({}, {"task": "GSM8K"}, "--task GSM8K compares by exact@4; name a task of choices"),
     ({}, {"ckpt_dir": "", "samples_file": "x.jsonl"}, "--choices has no effect on samples that exist"),
     ({"choices": None}, {}, "problem '0' has no 'choices', which --choices text needs"),
     ({"question": None}, {}, "problem '0' has no 'question'"),

@@ -74,7 +74,7 @@ def test_w2s_04_n_problems_in_n_verdicts_out(prompts: list[Prompt], tmp_path: Pa
         2: {"accuracy": 0.0, "interval": wilson_interval(0, 2), "problems": 2},
     }
     table = results_table(results)
-    assert "3 problems, 1 samples each; gsm8k/hashes@3, exact@3" in table
+    assert "3 problems, 1 samples each; gsm8k/hashes@4, exact@4" in table
     assert "33.3%" in table and "2 unparsed" in table and "2, 1 missing, 0 cut at the limit" in table
 
 
@@ -95,6 +95,15 @@ def test_graded_samples_are_written_with_all_that_later_stages_need(
         "outcome": "right",
     }
     assert (second["answer"], second["outcome"]) == (None, "unparsed")
+
+
+def test_results_do_not_depend_on_the_order_of_rows(prompts: list[Prompt], tmp_path: Path) -> None:
+    samples = [sample(problem, number, answer, score=score) for problem in range(3)
+               for number, (answer, score) in enumerate((("4", 0.1), ("7", 0.9), ("4", 0.5), ("8", 0.2), (None, 0.3)))]
+    found = []
+    for order in (samples, samples[::-1], samples[7:] + samples[:7]):
+        found.append(grade("toy", prompts, order, tmp_path / "samples.jsonl"))
+    assert found[0] == found[1] == found[2]
 
 
 def test_votes_by_hand(prompts: list[Prompt], tmp_path: Path) -> None:

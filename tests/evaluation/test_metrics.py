@@ -97,6 +97,15 @@ def test_a_majority_counts_classes_not_strings() -> None:
     assert weighted_vote(classes, [1.0] * 6) == 1
 
 
+def test_classes_do_not_depend_on_the_order_of_answers() -> None:
+    """A number without a unit equals it with either, but these differ: it goes with the more frequent one."""
+    for answers in itertools.permutations(["5", "5 m", "5 cm", "5 m"]):
+        classes = answer_classes(answers, lambda first, second: first == second or "5" in (first, second))
+        named = {answer: name for answer, name in zip(answers, classes, strict=True)}
+        assert named["5"] == named["5 m"] != named["5 cm"]
+        assert classes[named["5 m"]] == named["5 m"] and classes[named["5 cm"]] == named["5 cm"]
+
+
 def test_ties_go_to_the_first_seen_and_missing_answers_do_not_vote() -> None:
     assert weighted_vote([5, 7, 7, 5], [1.0] * 4) == 0
     assert weighted_vote([None, None, None, 3, 3, 5], [1.0] * 6) == 3

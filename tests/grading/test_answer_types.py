@@ -25,12 +25,14 @@ def test_letters_by_hand(text: str, letters: str) -> None:
     ("Option (A) is too small. It must be (E).", "E"),
     ("It may be (A) or (E).", None),       # a choice between two is none
     ("D", "D"),
+    ("Option D", "D"),
+    ("Of these I would choose D.", "D"),
     ("The answer is 21.", None),
     ("A train leaves the station", None),
     ("The answer is A.\nQuestion: next?\nThe answer is B.", "A"),
 ])
 def test_letters_are_found_in_responses(response: str, answer: str | None) -> None:
-    assert extract("choice/letter@3", response).answer == answer
+    assert extract("choice/letter@4", response).answer == answer
 
 
 @pytest.mark.parametrize(("kind", "tolerance", "answer", "label", "outcome"), [

@@ -48,6 +48,14 @@ def grader() -> Iterator[Grader]:
     ("MATH", "The answer is: $4\\pi$", "$4\\pi$"),
     ("MATH", "Thus $x=5$ and $y = 2 + 3 = 5$.", "5"),
     ("MATH", "Thus $x=5$ and $y = 2 + 3 = 5$, so that", None),
+    ("MATH", "The solutions are $x=-2$ and $x=1$.", "-2, 1"),
+    ("MATH", "It is one of $A$, $B$, and $C$ that we want.", None),
+    ("MATH", "Dividing by 5, $5x=30$ and $x=6$.", "6"),
+    ("MATH", "Ans: $6$", "$6$"),
+    ("MATH", "The answer is $\\frac12", None),                  # cut off inside a formula
+    ("MATH", "The answer is \\(x+1", None),
+    ("GSM8K", "The answer is $12", "$12"),
+    ("GSM8K", "#### $-5", "$-5"),
     ("MATH", "", None),
     ("toy", "2 + 2 = 4\n#### 4", "4"),
     ("toy", "The answer is 4. \\boxed{4}", None),
@@ -57,9 +65,9 @@ def test_extraction_by_hand(task: str, response: str, answer: str | None) -> Non
 
 
 def test_extraction_names_its_rule() -> None:
-    assert extract("gsm8k/last-number@3", "#### 4") == ("4", "hashes")
-    assert extract("math/last-box@3", "\\boxed{") == (None, "box")
-    assert extract("gsm8k/hashes@3", "4") == (None, "none")
+    assert extract("gsm8k/last-number@4", "#### 4") == ("4", "hashes")
+    assert extract("math/last-box@4", "\\boxed{") == (None, "box")
+    assert extract("gsm8k/hashes@4", "4") == (None, "none")
 
 
 def test_unknown_task_names_the_known_ones() -> None:

@@ -6,7 +6,7 @@ import time
 import pytest
 import sympy
 
-from src.grading.polynomial import same_polynomial
+from src.grading.polynomial import multiple_of, same_polynomial
 
 EQUAL = [
     ("3x^{2}y", "y\\cdot3xx"), ("7-4i", "-4i+7"), ("i^{3}", "-i"), ("\\frac{1}{i}", "-i"), ("(1+i)^{2}", "2i"),
@@ -14,6 +14,8 @@ EQUAL = [
     ("1.25\\pi", "\\frac{5\\pi}{4}"), ("-\\sqrt{3}/2", "-\\frac{\\sqrt{3}}{2}"), ("\\sqrt{0.25}x", "x/2"),
     ("\\frac{x^{2}}{x}", "x"), ("x^{-1}", "\\frac{1}{x}"), ("(x-y)(x+y)", "x^{2}-y^{2}"), ("0x+1", "1"),
     ("\\pi r", "r\\pi"), ("{2}^{10}a", "1024a"), ("\\frac{1}{i\\sqrt{2}}", "-\\frac{i\\sqrt{2}}{2}"),
+    ("\\binom{n}{2}", "\\frac{n(n-1)}{2}"), ("\\binom{n+1}{3}", "\\frac{n^{3}-n}{6}"), ("\\binom{6}{3}x", "20x"),
+    ("\\binom{2}{3}", "0"), ("\\binom{x}{0}", "1"),
 ]
 DIFFERENT = [
     ("9c+6", "-9c+6"), ("2-2i", "2+2i"), ("\\sqrt{3}", "\\sqrt{2}"), ("x", "y"), ("\\pi", "3.14159"),
@@ -22,7 +24,8 @@ DIFFERENT = [
 UNDECIDED = [
     "1/2x", "x2", "2\\frac{1}{2}", "\\frac{1}{x+1}", "\\sqrt{x}", "\\sqrt{-3}", "\\sqrt[3]{2}", "x^{y}", "2^{999}",
     "\\sin x", "sinx", "f(x)", "x_{1}", "|x|", "3!", "x<2", "\\frac{1}{0}", "0^{0}", "", "x+", "(x", "x)", "a,b", "E",
-    "x^{2}^{2}", "\\frac{1}{x-x}", "\\sqrt{1000003}", "9" * 5000 + "x", "(x+y+z+w)^{20}", "(" * 200 + "x" + ")" * 200,
+    "x^{2}^{2}", "\\frac{1}{x-x}", "\\sqrt{1000003}", "\\binom{4}{x}", "\\binom{x}{-1}", "\\binom{x}{99}", "\\binom{n}",
+    "9" * 5000 + "x", "(x+y+z+w)^{20}", "(" * 200 + "x" + ")" * 200,
 ]
 
 
@@ -42,8 +45,17 @@ def test_the_rest_is_left_to_others(text: str) -> None:
     assert same_polynomial("x", text) is None
 
 
+@pytest.mark.parametrize(("first", "second", "factor"), [
+    ("2x-4y", "x-2y", 2), ("2y-x", "x-2y", -1), ("x-2y", "x-2y", 1), ("x/3", "\\pi x", 0), ("2x-4y", "x-y", 0),
+    ("0", "x", 0), ("x", "0", 0), ("\\sqrt{2}x", "x", 0), ("f(x)", "x", None),
+])
+def test_multiples_by_hand(first: str, second: str, factor: int | None) -> None:
+    assert multiple_of(first, second) == factor
+
+
 def test_no_text_takes_long() -> None:
-    for text in ("(((x+1)^{20})^{20})^{20}", "(a+b)^{20}" * 30, "(99^{20})^{20}" * 20, "(x+\\sqrt{2}+\\pi)^{9}" * 14):
+    for text in ("(((x+1)^{20})^{20})^{20}", "(a+b)^{20}" * 30, "(99^{20})^{20}" * 20, "(x+\\sqrt{2}+\\pi)^{9}" * 14,
+                 "\\binom{x+y+\\pi}{20}" * 14):
         started = time.monotonic()
         same_polynomial(text[:300], "x")
         assert time.monotonic() - started < 2, text

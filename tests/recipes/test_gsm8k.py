@@ -13,7 +13,7 @@ from recipes import gsm8k_table as table
 from src.command.flags import flags_of, parse
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gsm8k.sh"
-RULES = {"extraction": "gsm8k/last-number@3", "equality": "exact@3"}
+RULES = {"extraction": "gsm8k/last-number@4", "equality": "exact@4"}
 N = 60
 
 
