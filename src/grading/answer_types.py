@@ -10,11 +10,12 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from src.grading import equality
-from src.grading.equality import Leaf, split_name
+from src.grading.equality import split_name
 from src.grading.letters import leading_letters
 from src.grading.normalize import join_thousands, normalize, rational
 from src.grading.published_rules import minerva_string
 from src.grading.tables import TRUTH
+from src.grading.values import Leaf
 from src.grading.words import quantity
 
 
