@@ -76,7 +76,8 @@ def compiled(*rules: tuple[str, str]) -> tuple[Rule, ...]:
 
 END = r"(?![A-Za-z])"  # a macro name ends here
 INSIDE = r"(?:[^{}\\]|\\(?!(?:over|choose)(?![a-z]))|\{[^{}]*\}){1,200}"  # of braces, with one more pair of them
-TEXT_MACRO = re.compile(rf"\\(?:{any_of(tables.TEXT_MACROS)})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
+GROUP = r"(?:[^{}]|\{[^{}]*\})*"  # inside braces
+TEXT_MACRO = re.compile(rf"\\(?:{any_of(tables.TEXT_MACROS)})\s*\{{({GROUP})\}}")
 MACRO = re.compile(r"\\([A-Za-z]+)")
 LAYOUT = compiled(  # only where there are macros, before they are renamed
     (r"\\\\\*?\s?\[\s?-?[\d.]+ ?(?:pt|em|ex|mm|cm|in|mu|px|bp|pc)\s?\]", r"\\\\\\\\"),  # height of a row
@@ -110,7 +111,7 @@ REWRITES = compiled(
     (r"\*\*", "^"),
     (r"\\%|%|\bpercent\b", r"\\%"),
     (r"(?<![\\A-Za-z])sqrt\s?(\d+)", r"\\sqrt{\1}"),
-    (rf"(?<![\\A-Za-z])(?:infty|infinity|inf){END}", r"\\infty "),
+    (rf"(?<![\\A-Za-z])(?:infty|infinity|inf|oo){END}", r"\\infty "),
     (rf"(?<![\\A-Za-z])({any_of(tables.BARE_NAMES)}){END}", r"\\\1 "),
     (  # not "logs", "cost"
         rf"(?<![\\A-Za-z])({any_of(tables.FUNCTIONS)})(?=\s*[_^({{\\\d]|(?:\s+[a-z]|[a-ru-z]){END})",
@@ -129,6 +130,7 @@ ARGUMENTS = compiled(  # of macros and exponents: in braces
     (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
     (r"([_^])\s*(\w|\\frac\{[^{}]*\}\{[^{}]*\})", r"\1{\2}"),
     (rf"\\({any_of(tables.FUNCTIONS)})\s*(\d+|[a-z]|\\[a-z]+)(?=\s*(?:/|\\cdot{END}))", r"\\\1(\2)"),
+    (rf"\\((?:{any_of(tables.FUNCTIONS)}){END}(?:[_^]\{{[^{{}}]*\}})?)\s*\{{({GROUP})\}}", r"\\\1(\2)"),
 )
 SPACING = compiled(  # a space stays between letters, between digits, and in front of a unit; no other has a meaning
     (r"(?<=[A-Za-z])\s+(?=[A-Za-z])|(?<=\d)\s+(?=[\d.])", "\x00"),

@@ -18,6 +18,7 @@ BASE = re.compile(  # 52_{8}, 52 (base 8)
     r"\(?([+-]?(?:\.?\d[0-9A-Za-z.]*|[A-Z][0-9A-Z.]*))\)?(?:_\{\(?(?:base ?)?| ?\(?(?:in )?base ?)(\w+)\)?\}?"
 )
 TRIG, ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])"), re.compile(r"(\d+(?:\.\d+)?)\^\{\\circ\}")
+UNSPACED = re.compile(r"(?<=[\d}]) (?=[A-Za-z])")
 TIME = re.compile(r"\d?\d:[0-5]\d")  # perhaps of the clock, which is no ratio
 CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))? ?([AaPp])\.?[Mm]\.?")
 UNDONE = re.compile(
@@ -29,6 +30,8 @@ UNDONE = re.compile(
 def same_value(answer: str, label: str, leaf: Leaf) -> bool:
     """Single values: clock times, bases, ratios, quantities, equations, and the rest by the leaf comparer."""
     answer, label = in_radians(join_thousands(answer), join_thousands(label))
+    if UNSPACED.sub("", answer) == UNSPACED.sub("", label):  # 2 s may be a product or seconds
+        return True
     for form in (CLOCK, BASE):
         mine, other = form.fullmatch(answer), form.fullmatch(label)
         if mine or other:
@@ -99,7 +102,8 @@ def only_number(text: str) -> Fraction | None:
     """The one number of a prose answer such as "Hillary has 7 nickels" or "20 + 3 = 23 miles" (there the result);
     None for formulas, for several numbers, and where the words make it another one."""
     sides = [re.sub(r"(?<=\d)x(?=\d)", r"\\cdot", side) for side in text.split("=")]
-    worked = [re.sub(r"(?<![\\A-Za-z])/?[A-Za-z][A-Za-z.']*|\\%", "", side) for side in sides]
+    worked = [re.sub(r"(\d+(?:\.\d+)?)\\%", r"(\1/100)", side) for side in sides]
+    worked = [re.sub(r"(?<![\\A-Za-z])/?[A-Za-z][A-Za-z.']*", "", side) for side in worked]
     if len(sides) > 1 and not conclusion(worked):
         return None
     text = re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", sides[-1])

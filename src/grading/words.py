@@ -60,6 +60,7 @@ MONEY = re.compile("|".join(rf"(?P<{name}>{re.escape(sign)}|(?<![A-Za-z])(?:{wor
 RAISED = re.compile(r"(?<=[A-Za-z]) (squared|cubed)(?![A-Za-z])")
 UNIT_PART = r"[A-Za-z][A-Za-z.]*(?:\^\{-?[1-9]\})?"
 UNIT = re.compile(rf"(?:(?<=[\d}})%])|(?<=\\pi)|(?<=[^a-z]i))( ?/?{UNIT_PART}(?:(?: |/|\\cdot ){UNIT_PART})*)$")
+VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
 UNIT_FRACTION = re.compile(r"\\frac\{([A-Za-z ]{1,20})\}\{([A-Za-z ]{1,20}(?:\^\{\d\})?)\}$")
 DEGREES = re.compile(r"(?:\^\{\\circ\}| degrees?) ?(C|F|Celsius|Fahrenheit)$", re.IGNORECASE)
 IN_PARTS = re.compile(r"(\d{1,9}) ?([A-Za-z]+)(?: and|,| ?;)? ?(\d{1,9}(?:\.\d{1,9})?) ?([A-Za-z]+)")
@@ -141,6 +142,8 @@ def quantity(text: str, glued: bool = False) -> Quantity:
         return Quantity(text[: temperature.start()], name, "")
     match = UNIT.search(text, tail)
     unit = match.group(1) if match and is_unit(match.group(1), glued) else ""
+    if match and len(unit.strip(" /")) == 1 and VARIABLE.search(text[: match.start()]):  # x/m
+        unit = ""
     if match and unit:
         text, unit = text[: match.start()], unit.strip(" ./")
     if text.endswith("\\%"):

@@ -62,6 +62,12 @@ KINDS = r"""
 = 0
 + 0\% ;; 0.0\%
 - 1\%
+= 5
++ 10% * 50 = 5 ;; 10\% \text{ of } 50 = 5 \text{ eggs} ;; 0.1 \times 50 = 5
+- 10% * 60 = 5 ;; 10 * 50 = 5 ;; 10\%
+= 25\%
++ \frac14 = 25\% ;; 1/4 = 25% ;; 5/20 = 0.25 = 25\%
+- 1/5 = 25% ;; \frac14 = 75\%
 = 0.56 = 56\%
 + 0.56 ;; 56\%
 - 0.65 ;; 5.6\%
@@ -159,7 +165,7 @@ KINDS = r"""
 + \text{all real numbers except } 5 ;; \text{All reals except }x=5 ;; \mathbb{R}-\{5\}
 - \text{all real numbers except } 6
 = [6,\infty)
-+ [6, inf) ;; 6\le x<+\infty
++ [6, inf) ;; [6, oo) ;; 6\le x<+\infty
 - (6,inf) ;; [6,-inf)
 = \emptyset
 + \text{There are no solutions} ;; \text{the empty set}
@@ -167,6 +173,16 @@ KINDS = r"""
 = x\ge6
 + 6\le x ;; [6,\infty)
 - y\ge6 ;; (6,\infty) ;; x\ge5
+# letters that are units elsewhere
+= \frac{h^2}{m}
++ h^2/m ;; h**2/m ;; h^{2} / m
+- m/h^2 ;; h^2m ;; h^2
+= 2s
++ 2 s ;; s+s
+- 2 ;; 2 m
+= 2 \sin 5x \cos x
++ 2 \cdot \sin{\left(5 x \right)} \cdot \cos{\left(x \right)} ;; 2\sin{5x}\cdot\cos{x}
+- 2 \cdot \sin{\left(x \right)} \cdot \cos{\left(5x \right)} ;; 2\sin{(5x\cos x)}
 # plus or minus
 = \pm 4
 + +/-4 ;; 4 \text{ and } -4
