@@ -93,8 +93,8 @@ def fit(
     """Drop or cut samples with a sequence longer than max_seq_len. -> the others, and a sentence on what became of all.
 
     `left` cuts the prompt after its first token and leaves the response whole (conversations, whose prompts are
-    turns, are not cut), `right` cuts the end of the response; where that leaves no response, or none of a verifier's
-    targets, the sample is dropped.
+    turns, are not cut): that of all sequences of a sample alike, which are compared. `right` cuts the end of each
+    response; where that leaves no response, or none of a verifier's targets, the sample is dropped.
     `keep_end` is what the published preference runs did (_keep_end()).
     keep: where the samples are written to; the rows are not looked at if they lie there already.
     Raises UserError when more than 1% of the samples lose response tokens or are dropped - of fewer than 100, when one
@@ -118,7 +118,7 @@ def _fill(
         if truncation == "keep_end":
             shorter = _keep_end(row, max_seq_len)
         else:
-            shorter = tuple(_cut(encoded, max_seq_len, truncation) for encoded in row)
+            shorter = tuple(_cut(encoded, max_seq_len, truncation, length - max_seq_len) for encoded in row)
         fits = all(one.n_response > 0 and len(one.tokens) <= max_seq_len and one.is_labelled for one in shorter)
         cut += fits
         lost += not fits or any(short.n_response < whole.n_response for short, whole in zip(shorter, row, strict=True))
@@ -134,28 +134,31 @@ def _fill(
     return f"{source}: {n} samples, {long} too long: {cut} cut, {long - cut} dropped"
 
 
-def _cut(encoded: Encoded, max_seq_len: int, truncation: Truncation) -> Encoded:
-    """A sequence cut to max_seq_len, or as it is where the policy cannot cut it."""
-    excess = len(encoded.tokens) - max_seq_len
-    if truncation == "left" and 0 < excess < encoded.response_start and not encoded.answer_mask:
-        tokens = encoded.tokens[:1] + encoded.tokens[1 + excess :]  # BOS stays, where there is one
-        return Encoded(tokens, encoded.response_start - excess, encoded.targets)
-    if truncation == "right" and excess > 0:
-        start = min(encoded.response_start, max_seq_len)
-        mask = encoded.answer_mask and encoded.answer_mask[:max_seq_len]
-        return Encoded(encoded.tokens[:max_seq_len], start, encoded.targets[: max_seq_len - start], mask)
-    return encoded
+def _cut(encoded: Encoded, max_seq_len: int, truncation: Truncation, excess: int) -> Encoded:
+    """A sequence cut to max_seq_len, or as it is where the policy cannot cut it. excess: tokens that the longest one of
+    its sample has too many."""
+    if truncation == "left" and excess < encoded.response_start and not encoded.answer_mask:
+        return _without(encoded, range(1, 1 + excess), len(encoded.tokens))  # BOS stays, where there is one
+    return _without(encoded, range(0), max_seq_len) if truncation == "right" else encoded
 
 
 def _keep_end(row: tuple[Encoded, ...], max_seq_len: int) -> tuple[Encoded, ...]:
     """A sample cut as trl 0.7.10 cuts a pair with max_prompt_length half of max_length: the prompt's last
     max_seq_len / 2 tokens stay - BOS and the question go first - and then, if need be, as many of each response."""
     half = max_seq_len // 2
-    longest = max(encoded.n_response for encoded in row)
+    longest = max(len(encoded.tokens) - encoded.response_start for encoded in row)
     cut = []
     for encoded in row:
         first = max(0, encoded.response_start - half)
-        start = encoded.response_start - first
-        kept = encoded.n_response if start + longest <= max_seq_len else max_seq_len - half
-        cut.append(Encoded(encoded.tokens[first : encoded.response_start + kept], start, encoded.targets[:kept]))
+        fits = encoded.response_start - first + longest <= max_seq_len
+        end = len(encoded.tokens) if fits else encoded.response_start + max_seq_len - half
+        cut.append(_without(encoded, range(first), end))
     return tuple(cut)
+
+
+def _without(encoded: Encoded, gone: range, end: int) -> Encoded:
+    """A sequence without a part of its prompt, and without what stands from the place `end` on; what is left of it is
+    learnt as before."""
+    tokens, mask = ([*of[: gone.start], *of[gone.stop : end]] for of in (encoded.tokens, encoded.supervised))
+    start = min(encoded.response_start, end) - len(gone)
+    return Encoded(tokens, start, encoded.targets[: sum(mask)], encoded.answer_mask and mask)

@@ -60,6 +60,23 @@ def test_truncation_by_hand() -> None:
         fitted([*rows, *[(answer,)] * 3], 5, "f.json", "right")
 
 
+def test_sides_of_a_pair_lose_the_same_of_their_prompt() -> None:
+    """They are compared: with another prompt each, what tells them apart would be the prompt."""
+    pair = Encoded([0, 1, 2, 3, 4, 5, 6, 7], 5), Encoded([0, 1, 2, 3, 4, 8], 5)
+    others = [(Encoded([1, 2], 1),) * 2] * 100
+    found, report = fitted([pair, *others], 6, "f.json", "left")
+    assert found[0] == (Encoded([0, 3, 4, 5, 6, 7], 3), Encoded([0, 3, 4, 8], 3)) and "1 cut, 0 dropped" in report
+
+
+@pytest.mark.parametrize(("truncation", "max_seq_len"), [("right", 7), ("keep_end", 6)])
+def test_what_is_not_learnt_of_a_response_is_not_learnt_of_its_beginning(truncation: str, max_seq_len: int) -> None:
+    """What code printed, tokens 5 and 6."""
+    mask = [False] * 3 + [True, True, False, False, True, True]
+    others = [(Encoded([1, 2], 1, (1.0,)),)] * 200
+    cut = fitted([(Encoded([*range(9)], 3, (1.0,) * 4, mask),), *others], max_seq_len, "f.json", truncation)[0][0][0]
+    assert cut == Encoded([*range(max_seq_len)], 3, (1.0, 1.0), mask[:max_seq_len])
+
+
 def trl_pair(prompt: list[int], sides: list[list[int]], max_length: int, max_prompt_length: int) -> list[list[int]]:
     """What trl 0.7.10 makes of a pair (DPOTrainer.tokenize_row with truncation_mode keep_end), ids for ids."""
     longer = max(map(len, sides))
