@@ -19,6 +19,7 @@ from src.planning import plan
 from src.runlog import RunLog
 from src.training.preference import KTO, Preference, evaluate, open_preferences, with_reference
 from src.training.reference import reference_identity, reference_logprobs
+from src.training.resuming import content_hash
 from src.training.run import Run
 from src.training.sft import n_supervised
 
@@ -109,7 +110,7 @@ def main(config: PreferenceTrainConfig) -> None:
     how = {"precision": config.precision, "quantize": config.quantize}
     if against:
         model = load.load_solver(against, **how)
-        identity = reference_identity(fingerprint, tokenizer, model.dtype, config.quantize)
+        identity = reference_identity(content_hash(Path(against)), tokenizer, model.dtype, config.quantize)
         # one pass before there is a policy, kept in a file for later runs
         file = Path(config.reference_file or Path(config.save_dir) / "reference.jsonl")
         reference = reference_logprobs(model, [*data.samples, *held_out.samples], file, identity,

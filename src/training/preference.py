@@ -212,8 +212,9 @@ def _mismatched(samples: Sequence[Encoded], max_seq_len: int, source: str) -> li
     found = []
     for place, prompt in enumerate(prompts):
         other = next(samples[i % n] for i in range(place + shift, place + shift + n) if prompts[i % n] != prompt)
-        tokens = [*prompt, *other.tokens[other.response_start :]][:max_seq_len]
-        found.append(Encoded(tokens, len(prompt)))
+        tokens = [*prompt, *other.tokens[other.response_start :]]
+        mask = other.answer_mask and [False] * len(prompt) + other.answer_mask[other.response_start :]
+        found.append(Encoded(tokens[:max_seq_len], len(prompt), answer_mask=mask and mask[:max_seq_len]))
     return found
 
 

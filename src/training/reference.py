@@ -36,15 +36,16 @@ class Reference(NamedTuple):
         return self.logprobs[row_key(self.identity, encoded)] if encoded.n_response else 0.0
 
 
-def reference_identity(fingerprint: str, tokenizer: Tokenizer, dtype: torch.dtype, quantize: str = "") -> str:
-    """What log-probs depend on besides the row: the checkpoint, the tokenizer, the arithmetic's type, the weights'."""
+def reference_identity(contents: str, tokenizer: Tokenizer, dtype: torch.dtype, quantize: str = "") -> str:
+    """What log-probs depend on besides the row: the checkpoint's contents (resuming.content_hash()), the tokenizer, the
+    arithmetic's type, the weights'."""
     rounded = [str(dtype)] * (dtype != torch.float32) + [quantize] * bool(quantize)
-    return "/".join((fingerprint, tokenizer.fingerprint(), parallel.device().type, *rounded))
+    return "/".join((contents, tokenizer.fingerprint(), parallel.device().type, *rounded))
 
 
 def row_key(identity: str, encoded: Encoded) -> str:
-    """The hash under which the log-prob of this response to this prompt is kept."""
-    row = json.dumps([identity, encoded.response_start, encoded.tokens])
+    """The hash under which the log-prob of this response to this prompt, or of what counts of it, is kept."""
+    row = json.dumps([identity, encoded.response_start, encoded.tokens, encoded.answer_mask])
     return hashlib.sha256(row.encode()).hexdigest()
 
 

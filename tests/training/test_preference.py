@@ -19,6 +19,7 @@ from src.data.batch import BatchSampler, Dataset
 from src.data.encoding import encode_prompt, encode_response
 from src.data.examples import Pair
 from src.errors import UserError
+from src.jsonfile import read_json, write_json
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ from src.training.reference import (
     response_sums,
     row_key,
 )
+from src.training.resuming import content_hash
 from src.training.reward_model import pair_dataset
 from tests.conftest import Folders
 from tests.ranks import Job, in_few_launches
@@ -292,7 +294,7 @@ def test_scdpo_05_the_prompt_of_training_is_that_of_generation(tokenizer: Tokeni
 
 
 def reference_of(folder: str, data: Dataset, path: Path, tokenizer: Tokenizer) -> Reference:
-    identity = reference_identity(storage.fingerprint(Path(folder)), tokenizer, torch.float32)
+    identity = reference_identity(content_hash(Path(folder)), tokenizer, torch.float32)
     log = RunLog(str(path.parent), {})
     return reference_logprobs(
         load.load_solver(folder), data.samples, path, identity, max_batch_size=2, log=log
@@ -315,6 +317,9 @@ def test_reference_is_computed_once_and_never_taken_for_another(
     other = reference_of(str(changed), data, path, tokenizer)
     assert not other.logprobs.keys() & first.logprobs.keys()
     assert not any(map(math.isclose, sorted(other.logprobs.values()), sorted(first.logprobs.values())))
+    config = read_json(changed / "params.json")  # the same weights turn otherwise
+    write_json(changed / "params.json", config | {"rope_theta": 2 * config["rope_theta"]})
+    assert not reference_of(str(changed), data, path, tokenizer).logprobs.keys() & other.logprobs.keys()
     monkeypatch.setattr(tokenizer, "fingerprint", lambda: "another")
     assert not reference_of(folders.one, data, path, tokenizer).logprobs.keys() & first.logprobs.keys()
 
@@ -324,7 +329,8 @@ def test_a_row_is_known_by_its_prompt_and_response_and_their_border(tokenizer: T
         encode_response(tokenizer, *texts, prefix=prefix)
         for *texts, prefix in (("a", "b", ""), ("ab", "b", ""), ("a", "bb", ""), ("a", "b", "b"))
     ]
-    assert len({row_key(identity, row) for identity in "xy" for row in rows}) == 8
+    rows.append(rows[1]._replace(answer_mask=[False] * len(rows[1].tokens)))  # and by what of it counts
+    assert len({row_key(identity, row) for identity in "xy" for row in rows}) == 10
 
 
 @pytest.mark.parametrize(

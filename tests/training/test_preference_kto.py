@@ -52,6 +52,17 @@ def test_each_prompt_gets_the_response_of_another_problem(tokenizer: Tokenizer) 
         outcome_dataset(rows[:2], tokenizer, max_seq_len=64, source="rows.json")
 
 
+def test_what_code_printed_counts_in_no_response(code_tokenizer: Tokenizer) -> None:
+    ran = "<|code|>print(1)<|endofblock|><|execution|>1<|endofblock|><|text|>so<|endofblock|>"
+    rows = [StepLabels("a", [ran], [1.0]), StepLabels("b", ["<|text|>2<|endofblock|>"], [0.0])]
+    (own, _), (_, mismatched) = outcome_dataset(rows, code_tokenizer, max_seq_len=200, source="rows.json").samples
+    printed = code_tokenizer.decode([
+        token for token, counts in zip(mismatched.tokens, mismatched.supervised, strict=True) if not counts
+    ], show_control=True)
+    assert printed.endswith("<|assistant|><|execution|>1<|endofblock|>")
+    assert mismatched.n_response == own.n_response < len(own.tokens) - own.response_start
+
+
 @pytest.fixture(scope="module")
 def whole(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Weights and reports with every step in one padded forward pass on one rank."""
