@@ -53,6 +53,12 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "per_layer_config": (None, {}),
     "transformers_weights": (None,),  # the name of another file of weights
 }
+# What transformers computes in training alone, and nobody here: key -> the values that leave it out.
+_IN_TRAINING: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "attn_dropout_prob", "emb_dropout_prob"), (None, 0)),
+    "router_jitter_noise": (None, 0),
+    "output_router_logits": (None, False),  # true: the loss that evens out experts is added
+}
 # What an export says anew, besides the keys of ModelConfig's facts.
 _NOT_CARRIED = {
     "model_type", "architectures", "auto_map", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters",
@@ -168,6 +174,12 @@ def _carried(stated: dict[str, object], config: ModelConfig, source: str) -> dic
     family = FAMILIES[config.family]
     said = _hf_values(config).keys() | _REFUSED.keys() | family.aliases.keys() | _NOT_CARRIED
     return {key: value for key, value in stated.items() if key not in said}
+
+
+def left_out_in_training(config: ModelConfig) -> list[str]:
+    """What config.json has transformers compute in training, such as dropout, which nobody does here: KEY=VALUE."""
+    said = {key: config.carried.get(key) for key in _IN_TRAINING}
+    return [f"{key}={value!r}" for key, value in said.items() if value not in _IN_TRAINING[key]]
 
 
 def _aliased(values: dict[str, object], family: Family, source: str) -> dict[str, object]:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src import parallel
 from src.checkpoint import shards
+from src.checkpoint.foreign_config import left_out_in_training
 from src.checkpoint.saving import MASTER, MOMENTS, TrainerState
 from src.command.config import OptimizerFlags, Recomputed, Schedule
 from src.errors import UserError
@@ -53,6 +54,9 @@ class Trainer:
     ) -> None:
         """lr: the peak rate where it is not flags.lr, as for a critic."""
         self.model, self.log, self.flags = model, log, flags
+        if left_out := left_out_in_training(model.config):
+            log.logger.warning("%s of the model's config.json: transformers would train so, here the model learns "
+                               "without it", ", ".join(left_out))
         self.total_steps, self.warmup_steps = total_steps, math.ceil(flags.warmup_ratio * total_steps)
         self.max_lr = flags.lr if lr is None else lr
         self.steps = self._updates = self._bad_steps = 0

@@ -16,6 +16,7 @@ from src.checkpoint.foreign_config import (
     config_from_hf,
     config_from_meta,
     config_to_hf,
+    left_out_in_training,
     meta_ffn_dim,
     released,
     released_config,
@@ -400,3 +401,23 @@ def test_config_survives_the_way_to_hf_and_back(tmp_path: Path, name: str) -> No
     assert theirs.head_dim == config.head_dim if hasattr(theirs, "head_dim") else True
     assert theirs.rope_parameters.get("full_attention", theirs.rope_parameters)["rope_theta"] == config.rope_theta
     assert theirs.num_key_value_heads == config.n_kv_heads
+
+
+@pytest.mark.parametrize("name", ["llama-1", "mixtral", "phi-3", "qwen-2-moe"])
+def test_what_transformers_computes_in_training_alone_is_named(name: str) -> None:
+    tiny, ids = zoo.MODELS[name], torch.arange(1, 13)[None]
+
+    def config(**changes: object) -> transformers.PreTrainedConfig:
+        return transformers.AutoConfig.for_model(tiny.model_type, **zoo._SIZES | tiny.settings | changes)
+
+    keys = [key for key in config().to_dict() if any(word in key for word in ("drop", "jitter", "router"))]
+    assert "attention_dropout" in keys
+    for key in keys:
+        changed = config(**{key: True if key == "output_router_logits" else 0.5})
+        learning, plain = map(transformers.AutoModelForCausalLM.from_config, (changed, config()))
+        plain.load_state_dict(learning.state_dict())
+        with torch.no_grad():
+            found, expected = (model(ids, labels=ids).loss.item() for model in (learning.train(), plain.eval()))
+        named = left_out_in_training(config_from_hf(changed.to_dict(), "config.json", "float32"))
+        assert named == ([f"{key}={changed.to_dict()[key]}"] if abs(found - expected) > 1e-6 else []), key
+    assert not left_out_in_training(config_from_hf(config().to_dict(), "config.json", "float32"))

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from src import load
 from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
+from src.checkpoint.saving import record
 from src.command.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
 from src.models.lora import LINEARS
@@ -71,6 +72,17 @@ def test_gradients_are_clipped_to_their_global_norm(folders: Folders, tmp_path: 
         assert 0.01 < true_norm < 1e6
         assert report.grad_norm == pytest.approx(true_norm, rel=1e-5)
         assert left == pytest.approx(min(true_norm, limit), rel=1e-5)
+
+
+def test_what_training_leaves_out_of_a_config_is_said(
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load.load_solver(folders.one)
+    for said in ({"attention_dropout": 0.0}, {"attention_dropout": 0.1, "output_router_logits": True}):
+        record(model, carried=said)
+        Trainer(model, RunLog(str(tmp_path), {}), OptimizerFlags(), total_steps=1)
+    (warning,) = (each.getMessage() for each in caplog.records if each.levelname == "WARNING")
+    assert warning.startswith("attention_dropout=0.1, output_router_logits=True of the model's config.json: ")
 
 
 def test_clipping_and_steps_are_the_same_on_two_ranks(folders: Folders, tmp_path: Path) -> None:
