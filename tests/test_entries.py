@@ -348,7 +348,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     )
 
 
-def refuse(world: World, script: str, changes: dict[str, object], message: str, tmp_path: Path) -> None:
+def assert_refused(
+    world: World, script: str, changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
     """The script stops with this one line and leaves nothing that looks like a result."""
     main = entry(script)
     flags = world.flags[script] | changes
@@ -441,7 +443,7 @@ def test_a_damaged_checkpoint(
 ) -> None:
     damage(own_copy(here, source))
     for script in ("solver_train", "solver_evaluate"):
-        refuse(world, script, {"ckpt_dir": "damaged"}, message, here)
+        assert_refused(world, script, {"ckpt_dir": "damaged"}, message, here)
 
 
 DATA: list[tuple[str, str, str]] = [
@@ -485,7 +487,7 @@ def test_a_bad_data_file(world: World, here: Path, text: str, message: str, whic
         "ppo_train": {"train_file": "bad.json", "reward": "rule", "reward_model_ckpt_dir": None},
     }
     for script in files if which == "all" else [which]:
-        refuse(world, script, files[script], message, here)
+        assert_refused(world, script, files[script], message, here)
 
 
 MISTAKES: list[tuple[str, dict[str, object], str]] = [
@@ -730,7 +732,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
 
 @pytest.mark.parametrize("script, changes, message", MISTAKES, ids=[f"{s} {c}" for s, c, _ in MISTAKES])
 def test_a_mistake(world: World, here: Path, script: str, changes: dict[str, object], message: str) -> None:
-    refuse(world, script, changes, message, here)
+    assert_refused(world, script, changes, message, here)
 
 
 SOLVER, VERIFIER = (
@@ -770,7 +772,7 @@ def test_the_wrong_kind_of_checkpoint_is_refused_before_anything_else(
     world: World, here: Path, script: str, changes: dict[str, object], message: str
 ) -> None:
     """Before the data, which is not there at all."""
-    refuse(world, script, changes, message, here)
+    assert_refused(world, script, changes, message, here)
 
 
 def wrong_paths(folder: Path) -> dict[str, Path]:
@@ -864,14 +866,14 @@ def test_an_adapter_s_base_is_not_overwritten(world: World, here: Path) -> None:
     words = "--ckpt_dir=one --save_dir=adapter --train_file=train.json --lora_rank=2"
     main = entry("solver_train")
     bind(main, parse(main, words.split()))()
-    refuse(
+    assert_refused(
         world,
         "solver_train",
         {"ckpt_dir": "adapter", "save_dir": "one"},
         "would overwrite .*one, which",
         here,
     )
-    refuse(
+    assert_refused(
         world, "solver_train", {"ckpt_dir": "adapter/epoch-1", "save_dir": "adapter"}, "would overwrite", here
     )
 
@@ -880,13 +882,13 @@ def test_models_with_another_tokenizer_do_not_read_the_actor_s_ids(world: World,
     folder = own_copy(here, "verifier")
     write_tokenizer(folder, "0123456789abc")
     for flag in ("critic_ckpt_dir", "reward_model_ckpt_dir"):
-        refuse(world, "ppo_train", {flag: "damaged"}, "damaged has another tokenizer than", here)
+        assert_refused(world, "ppo_train", {flag: "damaged"}, "damaged has another tokenizer than", here)
 
 
 def test_a_prompt_that_fills_the_context(world: World, here: Path) -> None:
     write_json(here / "long.json", [{"instruction": "a" * 200, "label": "1"}])
     told = r"1 of 1 prompts fill the context of one, 128 tokens; the first is row 1 \(id '0', 202 tokens\)"
-    refuse(world, "ppo_train", {"train_file": "long.json"}, told, here)
+    assert_refused(world, "ppo_train", {"train_file": "long.json"}, told, here)
     with pytest.raises(UserError, match="prompt '0' has 202 tokens but the model's context is 128"):
         main_of("solver_evaluate", "task", "label_file", "log_dir", "ckpt_dir")("toy", "long.json", "log", "one")
     assert not (here / "log/results.json").exists()
@@ -1000,10 +1002,10 @@ def test_what_a_step_is_is_learnt_once_and_followed(
     train("prm", "further", ["s.json"], objective="process", max_batch_size=8)
     assert load.load_config("further").step == "line"
     message = "prm has learnt steps that are lines, but --step is paragraph; leave it out to follow"
-    refuse(world, "verifier_train", {"ckpt_dir": "prm", "objective": "process", "train_file": "s.json",
+    assert_refused(world, "verifier_train", {"ckpt_dir": "prm", "objective": "process", "train_file": "s.json",
                                      "step": "paragraph"}, message, here)
-    refuse(world, "verifier_evaluate", {"ckpt_dir": "prm", "step": "paragraph"}, message, here)
-    refuse(world, "ppo_train", {"reward_model_ckpt_dir": "prm", "step": "paragraph"}, message, here)
+    assert_refused(world, "verifier_evaluate", {"ckpt_dir": "prm", "step": "paragraph"}, message, here)
+    assert_refused(world, "ppo_train", {"reward_model_ckpt_dir": "prm", "step": "paragraph"}, message, here)
     with pytest.raises(UserError, match=message):
         main_of("solver_evaluate")(
             task="toy", ckpt_dir="one", interactive=True, verifier_ckpt_dir="prm", step="paragraph"
