@@ -55,15 +55,13 @@ def as_unions(answer: str, label: str) -> tuple[str, str]:
         OUTWARD.sub(lambda match: f"{'[('[match[1] == ']']}{match[2]}{'])'[match[3] == '[']}", side)
         for side in (answer, label))
     mine, theirs = described(answer), described(label)
-    if RELATION.search(answer) and RELATION.search(label):
-        if not mine or not theirs or mine.name != theirs.name:
-            return ascending(answer), ascending(label)
-    elif "\\cup" in label and not mine:  # intervals as a list
+    names = {side.name for side in (mine, theirs) if side and side.name}
+    if len(names) > 1 or RELATION.search(answer) and RELATION.search(label) and not (mine and theirs):
+        return answer, label
+    if "\\cup" in label and not mine:  # intervals as a list
         parts = [INTERVAL.fullmatch(part) for part in split_top(answer, rf",|;|{AND}|{OR}")]
         if all(parts):
             answer = "\\cup".join(part[1] for part in parts)
-    if mine and theirs and "" not in (mine.name, theirs.name) and mine.name != theirs.name:
-        return answer, label
     return mine.union if mine else answer, theirs.union if theirs else label
 
 
@@ -78,15 +76,6 @@ def described(text: str) -> Described | None:
     if None in names or len(names) > 1:
         return None
     return Described(names.pop(), "\\cup".join(part.union for part in parts))
-
-
-def ascending(text: str) -> str:
-    r"""5>x\ge2 as 2\le x<5; as it is where it is more than one chain."""
-    parts, signs = RELATION.split(text), [sign.strip() for sign in RELATION.findall(text)]
-    if not signs or any(sign in UP for sign in signs) or re.search(rf",|;|{AND}|{OR}", text):
-        return text
-    turned = ["<" if sign == ">" else "\\le " for sign in reversed(signs)] + [""]
-    return "".join(part + sign for part, sign in zip(reversed(parts), turned, strict=True))
 
 
 def excluded(text: str) -> tuple[str, list[str]]:

@@ -83,7 +83,7 @@ LAYOUT = compiled(  # only where there are macros, before they are renamed
     (r"\\\\\*?\s?\[\s?-?[\d.]+ ?(?:pt|em|ex|mm|cm|in|mu|px|bp|pc)\s?\]", r"\\\\\\\\"),  # height of a row
     (r"\\(left|right)\s?\.", ""),
     (r"(?<=\d) ?,? ?\\! ?,? ?(?=\d{3}(?!\d))", ","),
-    (r"(?<!\\)\\!", ""),
+    (r"(?<!\\)\\(?:!|(?=\d))", ""),
     (r"(?<=\d) ?\\[,;: ] ?(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\[,;:\s]", " "),
     (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
@@ -93,8 +93,7 @@ LAYOUT = compiled(  # only where there are macros, before they are renamed
     (r"\\(?:text)?color\s*\{[A-Za-z]+\}", ""),
 )
 REWRITES = compiled(
-    (r"(?<=\{) +| +(?=\})", ""),
-    (r"(?<=\d)(?:~|\{,\})(?=\d{3}(?!\d))", ","),
+    (r"(?<=\d)~(?=\d{3}(?!\d))", ","),
     (r"^~\s*(?=[\d\\.-])", r"\\approx "),
     (r"~", " "),
     (r"\{([,:])\}", r"\1"),

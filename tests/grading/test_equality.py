@@ -27,6 +27,9 @@ KINDS = r"""
 = 5
 + \bf 5 ;; \ 5\ ;; \underline{\underline{5}} ;; 5\text{ (five)} ;; 5^{\text{th}}
 - 5^{t} ;; 5\text{ (six)}
+= 15
++ \15 ;; \$15
+- \\15 ;; 1 \\ 5
 = 440\text{ cm}^2
 + 440\text{ cm²} ;; 440\text{ cm$^2$} ;; 440\textnormal{ cm}^2
 - 440\text{ cm³}

@@ -227,7 +227,7 @@ def test_hostile_answers_are_wrong_and_leave_nothing(grader: Grader, answer: str
 
 @pytest.mark.parametrize("piece", [
     "answer is ", "Answer: A, ", "(A) ", "#### ", "#### 1\n",
-    "The final answer is ", "\\boxed{", "$", "1, ", "[ ", "-", "Q: a\n", "\\\\", "\n", "A: ",
+    "The final answer is ", "\\boxed{", "$", "1, ", "[ ", "-", "Q: a\n", "\\\\", "\n", "A: ", "$a$ and ", "\\(",
 ])
 def test_extraction_is_linear(piece: str) -> None:
     for extraction in EXTRACTIONS:
@@ -287,7 +287,7 @@ def test_a_long_response_is_searched_in_a_process_under_the_time_limit(monkeypat
 @pytest.mark.parametrize("piece", [
     " ", ". ", "; ", "$ ", "$", "\\(", "\\[", "\\sqrt(", "√(", "sqrt(", "²", "½", "1=", "x=", "*", "\\boxed{1} or ",
     "1 ", "111 ", "0.3", "0.\\overline{3}", "one ", "two hundred ", "minus ", "1 million ", "km/", "\\\\[1", "\\text{",
-    "\\frac{", "x\\ne1,", "\\pm",
+    "\\frac{", "x\\ne1,", "\\pm", "\\sin{{}", "\\text{{}", "x<1,", "{a\\choose ", "a\\cdot ", "(1,2) or ",
 ])
 def test_comparison_of_the_longest_answers_takes_no_time(piece: str) -> None:
     started = time.process_time()
