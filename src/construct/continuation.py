@@ -40,8 +40,7 @@ class Truncated(NamedTuple):
 
 def truncate_at_step(sample: Sample, k: int, step_end: str = STEP_END) -> Truncated:
     """Cut a sample's solution after its k-th step."""
-    name = f"{sample.id}/{sample.sample}/{k}"
-    prompt = Prompt(name, sample.prompt, str(sample.values.get("label") or ""), None, None)
+    prompt = sample.problem._replace(id=f"{sample.id}/{sample.sample}/{k}")
     return Truncated(prompt, sample, split_into_steps(sample.response, step_end), k, step_end)
 
 
@@ -171,13 +170,13 @@ class StepSampling(NamedTuple):
 
 def branching_sampler(
     solver: LocalSolver | ServedSolver, prefixes: Mapping[str, str], sampling: StepSampling,
-    grade: Callable[[str, str], str], attempts: int,
+    grade: Callable[[Prompt, str], str], attempts: int,
 ) -> Sampler:
     """Make a sampler of wrong solutions that begin with the prefix of their id (Lu et al. 2024, section 3.2).
 
     Each is tried up to `attempts` times, until one ends with a wrong answer; the first that is wrong counts, however
     many are made at once. A prefix that never goes wrong, or whose attempts never end, gives an error.
-    grade(response, label) -> outcome is called on rank 0 alone.
+    grade(problem, response) -> outcome is called on rank 0 alone.
     """
 
     def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
@@ -190,9 +189,9 @@ def branching_sampler(
             requests = [ContinuationRequest(prompt.id, attempt, prompt.instruction, prefixes[prompt.id])
                         for prompt, _ in open_prompts.values() for attempt in batch]
             continuations = generate_stepwise(solver, requests, sampling)
-            labels = {name: prompt.label or "" for name, (prompt, _) in open_prompts.items()}
-            outcomes = parallel.from_first_rank(lambda continuations=continuations, labels=labels: {
-                f"{one.id}/{one.sample}": grade(one.prefix + found.text, labels[one.id])
+            problems = {name: prompt for name, (prompt, _) in open_prompts.items()}
+            outcomes = parallel.from_first_rank(lambda continuations=continuations, problems=problems: {
+                f"{one.id}/{one.sample}": grade(problems[one.id], one.prefix + found.text)
                 for one, found in continuations.items()})
             for request, found in continuations.items():
                 outcome = outcomes[f"{request.id}/{request.sample}"]

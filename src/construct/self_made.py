@@ -61,7 +61,7 @@ def revisions(samples: Sequence[Sample], threshold: float, attempts_per_problem:
             instruction = REVISION.format(instruction=sample.prompt, attempt=text, verdict=verdict)
             row = {"id": name if len(distinct) == 1 else f"{name}/{sample.sample}", "instruction": instruction,
                    "label": sample.values.get("label")}
-            rows.append(row | ({"output": [solution]} if solution else {}))
+            rows.append(row | sample.problem.answer_fields | ({"output": [solution]} if solution else {}))
     return rows
 
 
@@ -124,7 +124,8 @@ def agree(config: AgreeConfig) -> None:
         samples = [sample._replace(values=sample.values | {"answer": grader.extract(sample.response).answer})
                    for sample in read_samples(config.samples_file)]
         found = votes(samples, grader.equal)
-    rows = [{"id": vote.id, "instruction": vote.prompt, "label": vote.answer,
+    fields = {sample.id: sample.problem.answer_fields for sample in samples}
+    rows = [{"id": vote.id, "instruction": vote.prompt, "label": vote.answer, **fields[vote.id],
              "output": list(dict.fromkeys(vote.positives))[: config.solutions_a_problem]}
             for vote in found if vote.answer and vote.confidence >= config.share]
     runlog.logger().info("%d of %d problems have an agreed answer", len(rows), len(found))

@@ -23,8 +23,7 @@ from src.evaluation.evaluator import (
     sample_prompts,
 )
 from src.evaluation.prompting import Prompting, make_prompting
-from src.evaluation.report import summarize
-from src.grading.answer_types import AnswerType
+from src.evaluation.report import summarize, type_of
 from src.grading.grader import Grader
 from src.grading.tasks import Task, find_task
 from src.jsonfile import read_json, write_json
@@ -102,9 +101,8 @@ def open_task(config: ContinuationFlags, samples: Sequence[Sample]) -> tuple[Pro
     elif parallel.rank() == 0:  # an error on one rank stops all
         with Grader(task) as grader:
             for sample in samples:
-                values = sample.values
-                kind = AnswerType(str(values.get("answer_type") or ""), float(values.get("tolerance") or 0))
-                outcome = grader.grade_one(sample.response, str(values["label"]), kind).outcome
+                problem = sample.problem
+                outcome = grader.grade_one(sample.response, problem.label, type_of(problem)).outcome
                 if outcome != sample.outcome and outcome not in ("timeout", "error"):
                     raise UserError(f"{samples_file} has no {identity_file(Path(samples_file)).name} beside it that "
                                     f"says how it was graded, and it was not by --task {task.name}: sample "

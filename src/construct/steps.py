@@ -36,6 +36,7 @@ from src.construct.solver import ContinuationFlags, check_solver, open_solver, o
 from src.data.encoding import STEP_END, STEP_ENDS, split_steps
 from src.data.examples import Sample, read_samples
 from src.errors import UserError
+from src.evaluation.report import type_of
 from src.grading.grader import Grader
 from src.inference.sampling import Sampling
 from src.text.blocks import CODE_FORM, Marker
@@ -205,7 +206,8 @@ def branch(config: BranchConfig) -> None:
         sampler = branching_sampler(
             solver, {job.prompt.id: job.prefix for job in jobs},
             StepSampling(schedule, config.steps_a_solution, config.max_new_tokens, config.seed, step_end),
-            lambda response, answer: grader.grade_one(response, answer).outcome, config.attempts)
+            lambda problem, response: grader.grade_one(response, problem.label, type_of(problem)).outcome,
+            config.attempts)
         path = sample_and_grade(solver, sampler, [job.prompt for job in jobs], 1, config=config,
                                 log_dir=config.log_dir, identity=identity)
     if parallel.rank() == 0:

@@ -28,7 +28,8 @@ from src.construct.solver import grader_of, read_provenance, same_rules, write_p
 from src.data.examples import Sample, Vote, read_instruction_rows, read_samples, read_votes
 from src.errors import UserError
 from src.evaluation.metrics import Equal, answer_classes, weighted_vote
-from src.grading.answer_types import AnswerType
+from src.evaluation.report import type_of
+from src.grading.answer_types import ANY
 from src.grading.tasks import check_template
 from src.jsonfile import read_json, write_text
 
@@ -187,10 +188,8 @@ def agreement(
 
 def typed(equal: Equal, sample: Sample) -> Equal:
     """`equal` with the kind of answer that the sample's problem has, where it names one."""
-    kind, tolerance = (sample.values.get(key) for key in ("answer_type", "tolerance"))
-    if not kind and not tolerance:
-        return equal
-    return partial(equal, answer_type=AnswerType(str(kind or ""), float(tolerance or 0.0)))
+    kind = type_of(sample.problem)
+    return equal if kind == ANY else partial(equal, answer_type=kind)
 
 
 @dataclass(frozen=True, kw_only=True)

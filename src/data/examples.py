@@ -62,6 +62,11 @@ class Prompt(NamedTuple):
     tolerance: float = 0.0
     others: Mapping[str, object] = {}  # what else the row holds, for rewards of a user's own
 
+    @property
+    def answer_fields(self) -> dict[str, object]:
+        """How the label is compared, as rows say it; nothing where it is compared by its shape."""
+        return {name: value for name in ("answer_type", "tolerance") if (value := getattr(self, name))}
+
 
 OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")  # what a grader may say of a sample
 
@@ -75,6 +80,13 @@ class Sample(NamedTuple):
     response: str
     outcome: str | None
     values: dict[str, object]
+
+    @property
+    def problem(self) -> Prompt:
+        """The problem that was solved, as far as the sample says; without a label "" stands for it."""
+        label, kind = (str(self.values.get(key) or "") for key in ("label", "answer_type"))
+        tolerance = float(self.values.get("tolerance") or 0)
+        return Prompt(self.id, self.prompt, label, None, None, answer_type=kind, tolerance=tolerance)
 
 
 class Vote(NamedTuple):

@@ -180,8 +180,7 @@ def sample_prompts(
             row = {"id": prompt.id, "sample": sample.sample, "prompt": prompt.instruction, "response": sample.response,
                    "token_count": sample.token_count, "finish": sample.finish, "logprob": sample.logprob,
                    "label": prompt.label}
-            row |= {name: value for name in ("answer_type", "tolerance") if (value := getattr(prompt, name))}
-            file.write(json.dumps(row | dict(sample.values), ensure_ascii=False) + "\n")
+            file.write(json.dumps(row | prompt.answer_fields | dict(sample.values), ensure_ascii=False) + "\n")
             file.flush()
             if grading:
                 grading.submit(sample.id, sample.sample, sample.response)
@@ -254,8 +253,9 @@ def grade_samples(grading: BackgroundGrader, samples: Sequence[Sample], path: Pa
     for sample in samples:
         verdict, values = grading.verdict(sample.id, sample.sample), sample.values
         named = {"id": sample.id, "sample": sample.sample, "prompt": sample.prompt}
-        label = grading.prompts[sample.id].label or ""
-        rows.append(values | named | {"label": label, "answer": verdict.answer, "outcome": verdict.outcome})
+        prompt = grading.prompts[sample.id]
+        graded = {"label": prompt.label or "", "answer": verdict.answer, "outcome": verdict.outcome}
+        rows.append(values | named | prompt.answer_fields | graded)
         facts = (values.get(name) for name in ("score", "step_scores", "finish", "token_count"))
         numbered[sample.id].append((sample.sample, Graded(verdict, *facts)))
     write_samples(path, rows)

@@ -42,6 +42,15 @@ def test_attempts_get_a_verdict_and_a_right_solution(tmp_path: Path) -> None:
                      save_file=str(tmp_path / "no.json"), threshold=0.5)
 
 
+def test_the_type_of_an_answer_stays_with_its_label(tmp_path: Path) -> None:
+    typed = {"answer_type": "number", "tolerance": 0.5}
+    file = write(tmp_path / "samples.jsonl", sample("a", 0, "#### 4.2", "right", **typed))
+    build.revise(samples_file=file, save_file=str(tmp_path / "train.json"))
+    build.agree(samples_file=file, task="toy", save_file=str(tmp_path / "agreed.json"))
+    for name in ("train.json", "agreed.json"):
+        assert [{key: row[key] for key in typed} for row in read(tmp_path / name)] == [typed]
+
+
 def test_new_problems_are_distinct_and_known_to_nobody(tmp_path: Path) -> None:
     old = write(tmp_path / "old.json", *({"instruction": f"Old {n}?"} for n in range(4)))
     build.invent(train_file=old, save_file=str(tmp_path / "invent.json"), rows_a_problem=2)

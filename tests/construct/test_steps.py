@@ -31,6 +31,8 @@ from src.data.examples import Sample, read_pairs, read_samples, read_step_labels
 from src.errors import UserError
 from src.evaluation.evaluator import LocalSolver
 from src.evaluation.prompting import make_prompting
+from src.evaluation.report import type_of
+from src.grading.answer_types import ANY, AnswerType
 from src.grading.tasks import find_task
 from src.inference.sampling import Sampling
 from src.text.blocks import Marker
@@ -146,6 +148,14 @@ def test_labels_by_hand() -> None:
     (hard,) = label_steps([solution], rollouts, hard=True)
     assert soft["labels"] == [0.5, 0.0, None, 0.0] and hard["labels"] == [1.0, 0.0, None, 0.0]
     assert soft["steps"] == SOLUTION.split("\n\n")
+
+
+def test_the_rest_of_a_solution_is_graded_by_the_type_of_its_answer() -> None:
+    (cut,) = truncate_everywhere([sample("0", 0, "a\n\n#### 4", "right")]).values()
+    assert type_of(cut.prompt) == ANY
+    typed = sample("0", 0, "a\n\n#### 4", "right")
+    typed.values.update(answer_type="number", tolerance=0.5)
+    assert type_of(truncate_at_step(typed, 1).prompt) == AnswerType("number", 0.5)
 
 
 def test_solutions_without_an_answer_are_judged_too() -> None:

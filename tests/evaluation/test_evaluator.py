@@ -381,6 +381,9 @@ def test_typed_answers_are_compared_by_the_row(tmp_path: Path) -> None:
     results = grade("OlympiadBench", prompts, samples, tmp_path / "samples.jsonl")
     assert results["outcomes"]["right"] == 4 and results["accuracy"] == pytest.approx(4 / 6)
     assert results["maj_at"][2] == pytest.approx(1.0)  # 3.14 and 3.15 are one vote at this tolerance
+    written = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(row.get("answer_type"), row.get("tolerance")) for row in written[::2]] == [
+        ("number", 0.1), ("choice", None), (None, None)]
     bad = [prompts[0]._replace(answer_type="numbr")]
     with pytest.raises(
         UserError, match="problem '0' has the answer_type 'numbr'; expected number, expression"
