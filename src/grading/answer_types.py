@@ -53,8 +53,15 @@ def same_choice(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) ->
 
 def same_truth(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
     """Both say true (yes, valid), or both say false (no, invalid)."""
-    values = [TRUTH.get(re.sub(r"\\text|[^A-Za-z]", "", text).lower()) for text in (answer, label)]
-    return values[0] is not None and values[0] == values[1]
+    ours, theirs = truth(answer), truth(label)
+    return ours is not None and ours == theirs
+
+
+def truth(text: str) -> bool | None:
+    """What the first word of "Yes, because ..." says; None if it says neither, or a later word says the other."""
+    words = re.findall(r"[a-z]+", normalize(text[: equality.MAX_LENGTH]).lower())
+    values = {TRUTH[word] for word in words if word in TRUTH}
+    return values.pop() if len(values) == 1 and words[0] in TRUTH and "or" not in words else None
 
 
 def plain_number(text: str) -> Fraction | None:

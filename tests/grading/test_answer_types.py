@@ -43,6 +43,12 @@ def test_letters_are_found_in_responses(response: str, answer: str | None) -> No
     ("number", 0.1, "\\sqrt{4}+x", "x+2", "right"),           # no plain number: exactly
     ("true_false", 0.0, "\\text{Yes}", "True", "right"),
     ("true_false", 0.0, "no", "True", "wrong"),
+    ("true_false", 0.0, "\\textbf{True}", "True", "right"),
+    ("true_false", 0.0, "\\mathrm{False}.", "True", "wrong"),
+    ("yes_no", 0.0, "Yes, because 3 > 2", "Yes", "right"),
+    ("yes_no", 0.0, "yes and no", "Yes", "wrong"),
+    ("yes_no", 0.0, "Yes or so", "Yes", "wrong"),
+    ("yes_no", 0.0, "not yes", "Yes", "wrong"),
     ("true_false", 0.0, "perhaps", "perhaps", "wrong"),
     ("choice", 0.0, "(B) 4", "B", "right"),
     ("tuple", 0.0, "(1,2)", "(2,1)", "wrong"),
