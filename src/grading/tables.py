@@ -60,7 +60,7 @@ CHANGES = (
     "double doubled triple tripled quadruple quadrupled squared cubed factorial negated negative minus plus "
     "multiplied divided dozens hundreds thousands millions billions trillions halves thirds fourths fifths sixths "
     "sevenths eighths ninths tenths hundredths thousandths ish fold nearly almost nope modulo mod binary octal hex "
-    "hexadecimal reversed backwards"
+    "hexadecimal reversed backwards divisible"
 )
 CHANGES_BEFORE = (
     "than no without except excluding besides far but under over above below beyond up within past times close near "

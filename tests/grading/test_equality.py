@@ -90,6 +90,12 @@ KINDS = r"""
 = \begin{pmatrix} 1 \\ 4 \end{pmatrix}
 + \vec{v} = \begin{pmatrix} 1 \\ 4 \end{pmatrix}
 - \vec{v} = \begin{pmatrix} 4 \\ 1 \end{pmatrix}
+= \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
++ \left(\begin{array}{c c} 1 & 2 \\ 3 & 4 \end{array}\right) ;; \begin{pmatrix*}[r] 1 & 2 \\ 3 & 4 \end{pmatrix*}
+- \left(\begin{array}{c c} 1 & 3 \\ 2 & 4 \end{array}\right) ;; \begin{vmatrix*}[r] 1 & 2 \\ 3 & 4 \end{vmatrix*}
+= 7
++ \text{The answer is: }7 ;; \text{There are 7 values}
+- \text{divisible by 7} ;; \text{The answer is not: }7
 # ratios and times
 = 3:4
 + 3 : 4 ;; 3\colon4 ;; 3\text{ to }4 ;; 6:8 ;; 1.5:2 ;; \frac34 ;; 3/4
