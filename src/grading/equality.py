@@ -33,8 +33,7 @@ ALL_OF = r",(?!\d{3}(?!\d))|(?<!\d),|;|(?<![A-Za-z\\])and(?![A-Za-z])"
 LIST_OR_NUMBER = re.compile(r"[1-9]\d{0,2}(?:,[1-9]\d\d)+")  # 100,200; but 10,080 is a number
 LIST_SEPARATOR = rf"{ALL_OF}|(?<![A-Za-z\\])or(?![A-Za-z])"
 ENVIRONMENT = re.compile(
-    r"\\begin\{([pbBvV]?)(small)?(matrix|array)\*?\}(?:\{[lcr| ]+\}|\[[lcr]\])?(.*)\\end\{\1(?:small)?\3\*?\}",
-    re.DOTALL,
+    r"\\begin\{([pbBvV]?)(small)?(matrix|array)\}(?:\{[lcr| ]+\})?(.*)\\end\{\1(?:small)?\3\}", re.DOTALL
 )
 WORDS = re.compile(r"\(?[A-Za-z][A-Za-z0-9 .,;'():-]*")
 NAMED = re.compile(  # what a problem may ask for that has no name of its own: x+y, a/b, [ABC], f^{-1}(2)

@@ -82,6 +82,7 @@ MACRO = re.compile(r"\\([A-Za-z]+)")
 LAYOUT = compiled(  # only where there are macros, before they are renamed
     (r"\\\\\*?\s?\[\s?-?[\d.]+ ?(?:pt|em|ex|mm|cm|in|mu|px|bp|pc)\s?\]", r"\\\\\\\\"),  # height of a row
     (r"\\(left|right)\s?\.", ""),
+    (r"matrix\*\}(?:\[[lcr]\])?", "matrix}"),
     (r"(?<=\d) ?,? ?\\! ?,? ?(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\(?:!|(?=\d))", ""),
     (r"(?<=\d) ?\\[,;: ] ?(?=\d{3}(?!\d))", ","),
