@@ -182,12 +182,12 @@ class DecodingBatch:
         self.limits = np.full(n_slots, -1, dtype=np.int64)  # -1: the slot is empty
         self.forced: list[deque[int]] = [deque() for _ in range(n_slots)]  # a tool's tokens, to be appended next
         self.newest = torch.zeros(n_slots, dtype=torch.int64, device=parallel.device())
-        self.unread: deque[_Sampled] = deque()
+        self.underway: deque[_Sampled] = deque()
         # A GPU computes the next token while this one is read, of a response that has ended in vain. A tool's token
         # must be known before
         self.n_ahead = 0 if self.newest.is_cpu or tool_hook else 1
         self.n_sampled = np.zeros(n_slots, dtype=np.int64)  # tokens of each response so far
-        self.n_read = np.zeros(n_slots, dtype=np.int64)  # those of them that are known here
+        self.n_appended = np.zeros(n_slots, dtype=np.int64)  # those of them that are known here
         self.tokens = np.zeros((n_slots, longest_response), dtype=np.int64)
         self.logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
         self.sampled_logprobs = np.zeros((n_slots, longest_response), dtype=np.float32)
@@ -227,11 +227,11 @@ class DecodingBatch:
         """Prefill what there are slots for, then decode a token of every row; yield those that end."""
         if filled := self._fill_slots():
             self._sample(*filled)
-            yield from self._read_due()
+            yield from self._append_due()
         if any(self.requests):
             self.cache.advance()  # rows may change places
             self._sample(self.cache.slots(), self.step(self.newest))
-            yield from self._read_due()
+            yield from self._append_due()
 
     def cancel(self, request: Request) -> None:
         """Let a request end with its next token."""
@@ -253,7 +253,7 @@ class DecodingBatch:
                 room = self._room(request)
                 limit = min(self.sampling.max_new_tokens, request.max_new_tokens or room, room)
                 self.limits[slot], self.tool_results[slot] = limit, []
-                self.n_sampled[slot] = self.n_read[slot] = 0
+                self.n_sampled[slot] = self.n_appended[slot] = 0
                 n = room if self.tool_hook else limit  # a tool's tokens come on top
                 self.uniforms[slot, :n] = uniforms(self.sampling.seed, request.id, request.sample, n)
             self.cache.admit(slots, read.cached)
@@ -288,7 +288,7 @@ class DecodingBatch:
         return self.model.config.max_seq_len - len(request.prompt)
 
     def _sample(self, slots: list[int], local_logits: Tensor) -> None:
-        """Sample these slots' next tokens from local_logits [B, P]; _read() takes them from the device."""
+        """Sample these slots' next tokens from local_logits [B, P]; _append() takes them from the device."""
         if self.bias is None:
             self.bias = _local_bias(self.sampling, self.vocabulary, local_logits)
         places = self.n_sampled[slots]
@@ -297,15 +297,15 @@ class DecodingBatch:
         self.newest.index_copy_(0, parallel.to_device(torch.tensor(slots)), choice.tokens)
         self.n_sampled[slots] += 1
         numbers = parallel.to_host(torch.stack([column.double() for column in choice]))
-        self.unread.append(_Sampled(slots, self.turns[slots], places, numbers))
+        self.underway.append(_Sampled(slots, self.turns[slots], places, numbers))
 
-    def _read_due(self) -> Iterator[Completion]:
-        """Read what was sampled, but for what a GPU may compute meanwhile; yield the completions that end with it."""
+    def _append_due(self) -> Iterator[Completion]:
+        """Append what was sampled, but for what a GPU may compute meanwhile; yield the completions that end with it."""
         # no token is sampled beyond a limit: its place in the context may not exist
-        while len(self.unread) > self.n_ahead or self.unread and (self.n_sampled == self.limits).any():
-            yield from self._read(self.unread.popleft())
+        while len(self.underway) > self.n_ahead or self.underway and (self.n_sampled == self.limits).any():
+            yield from self._append(self.underway.popleft())
 
-    def _read(self, sampled: _Sampled) -> Iterator[Completion]:
+    def _append(self, sampled: _Sampled) -> Iterator[Completion]:
         """Append tokens to their responses; yield and empty the slots that end."""
         # the only time in a step that a GPU is waited for
         numbers, held = sampled.numbers().numpy(), self.turns[sampled.slots] == sampled.turns
@@ -313,13 +313,13 @@ class DecodingBatch:
         places = slots, sampled.places[held]
         self.tokens[places], self.logprobs[places], self.sampled_logprobs[places] = numbers[:, held]
         is_sampled = self.is_sampled[places] = self._force_tokens(slots)
-        self.n_read[slots] += 1
+        self.n_appended[slots] += 1
         tokens = self.tokens[places]
         if self.on_token:
             for slot, token in zip(slots, tokens.tolist(), strict=True):
                 self.on_token(self.requests[slot], token)
         stopped = is_sampled & np.isin(tokens, self.vocabulary.eos_ids)
-        ended = stopped | (self.n_read[slots] == self.limits[slots])
+        ended = stopped | (self.n_appended[slots] == self.limits[slots])
         if self.tool_hook:
             paused = is_sampled & ~ended & np.isin(tokens, self.tool_hook.ids)
             yield from self._continue_paused([slot for slot, here in zip(slots, paused, strict=True) if here])
@@ -333,14 +333,14 @@ class DecodingBatch:
         """Overwrite what was sampled by the tokens that tools append. -> [B] bool, False there."""
         sampled = np.array([not self.forced[slot] for slot in slots], dtype=bool)
         for slot in (slot for slot in slots if self.forced[slot]):
-            place = slot, self.n_read[slot]
+            place = slot, self.n_appended[slot]
             self.tokens[place] = self.newest[slot] = self.forced[slot].popleft()
             self.logprobs[place] = self.sampled_logprobs[place] = 0
         return sampled
 
     def _continue_paused(self, slots: list[int]) -> Iterator[Completion]:
         """Ask the tool how these paused slots continue; yield and empty those that it ends."""
-        rows = [(self.requests[slot], self.tokens[slot, : self.n_read[slot]].tolist()) for slot in slots]
+        rows = [(self.requests[slot], self.tokens[slot, : self.n_appended[slot]].tolist()) for slot in slots]
         answers = self.tool_hook.on_pause(rows) if rows else ()
         for slot, (request, _), answer in zip(slots, rows, answers, strict=True):
             self.tool_results[slot] += [answer.result] * bool(answer.result)
@@ -348,12 +348,12 @@ class DecodingBatch:
                 yield self._completion(slot, self._text(slot, True)[0], answer.end)
                 continue
             self.forced[slot] = deque(answer.tokens)
-            limit = self.limits[slot] if self.tool_hook.whole else self.n_read[slot] + self.sampling.max_new_tokens
+            limit = self.limits[slot] if self.tool_hook.whole else self.n_appended[slot] + self.sampling.max_new_tokens
             self.limits[slot] = min(limit + len(answer.tokens), self._room(request))
 
     def _text(self, slot: int, ended: bool) -> tuple[str, bool]:
         """What a row says, up to its first stop string, and whether there is one; empty while nothing ends it."""
-        tokens = self.tokens[slot, : self.n_read[slot]].tolist()
+        tokens = self.tokens[slot, : self.n_appended[slot]].tolist()
         decode = self.vocabulary.decode
         # while a row goes on, the newest tokens alone are looked at: to decode all at each step would be quadratic
         if decode is None or not ended and not self.sampling.until_stop(decode(tokens[-self.stop_window :]))[1]:
@@ -363,7 +363,7 @@ class DecodingBatch:
 
     def _completion(self, slot: int, text: str, finish: str) -> Completion:
         """The row of a slot, which is emptied."""
-        n = self.n_read[slot]
+        n = self.n_appended[slot]
         columns = (self.tokens, self.logprobs, self.sampled_logprobs, self.is_sampled)
         *numbers, is_sampled = (column[slot, :n].tolist() for column in columns)
         completion = Completion(self.requests[slot], *numbers, finish, text, is_sampled, self.tool_results[slot])
