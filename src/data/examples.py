@@ -336,7 +336,8 @@ def _check_sample(row: Row) -> None:
 
 def match_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], source: str) -> list[Sample]:
     """Samples with the id and the instruction of their problem: found by id, or by place where a row names none. Raises
-    UserError for a sample of no problem; `source` names the samples' file."""
+    UserError for a sample of no problem, or whose prompt does not hold it: rows of two files may have the same ids.
+    `source` names the samples' file."""
     by_id = {prompt.id: prompt for prompt in prompts}
     matched = []
     for index, sample in enumerate(samples):
@@ -347,5 +348,9 @@ def match_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], source: 
         if prompt is None:
             raise UserError(f"{source}: sample id {sample.id!r} is not among the {len(prompts)} problems of the label "
                             "file")
+        if sample.prompt and " ".join(prompt.instruction.split()) not in " ".join(sample.prompt.split()):
+            raise UserError(f"{source}: sample {sample.id!r}/{sample.sample} is of the prompt {sample.prompt[:60]!r}, "
+                            f"but problem {prompt.id!r} of the label file is {prompt.instruction[:60]!r}; give the "
+                            "label file of these samples")
         matched.append(sample._replace(id=prompt.id, prompt=sample.prompt or prompt.instruction))
     return matched

@@ -156,10 +156,16 @@ PROMPTS = [Prompt("x", "q", "1", None, None), Prompt("y", "r", "2", None, None)]
 
 
 def test_samples_find_their_problem_by_id_or_by_place(file: Callable[[str], str]) -> None:
-    by_id = read_samples(file('{"id": "y", "response": "b"}\n{"id": "x", "response": "a", "prompt": "own"}'))
-    assert [(s.id, s.prompt) for s in match_samples(by_id, PROMPTS, "f")] == [("y", "r"), ("x", "own")]
+    by_id = read_samples(file('{"id": "y", "response": "b"}\n{"id": "x", "response": "a", "prompt": "own\\n q"}'))
+    assert [(s.id, s.prompt) for s in match_samples(by_id, PROMPTS, "f")] == [("y", "r"), ("x", "own\n q")]
     by_place = read_samples(file('{"response": "a"}\n{"response": "b"}'))
     assert [(s.id, s.prompt) for s in match_samples(by_place, PROMPTS, "f")] == [("x", "q"), ("y", "r")]
+
+
+def test_samples_of_another_problem_with_the_same_id_are_refused(file: Callable[[str], str]) -> None:
+    others = read_samples(file('{"id": "x", "response": "a", "prompt": "another"}'))
+    with pytest.raises(UserError, match="f: sample 'x'/0 is of the prompt 'another', but problem 'x' of the label"):
+        match_samples(others, PROMPTS, "f")
 
 
 @pytest.mark.parametrize("text", ['{"id": "z", "response": "a"}', '{"response": "a"}\n' * 3])
