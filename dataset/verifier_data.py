@@ -150,7 +150,7 @@ def metamath_steps(raw: RawRow) -> Iterator[Row]:
     (row,) = metamath_rows(raw)
     if "label" not in row:
         raise LeftOut("without an answer")
-    solution = re.split(r"####|The answer is", raw.text("response"), maxsplit=1)[0].strip()
+    solution = re.sub(r"####[^\n]*\s*\Z", "", raw.text("response").rpartition("The answer is")[0]).strip()
     steps = STEP_BREAK.sub(lambda found: " ".join(found[1].split()) if found[1] else "\n\n", solution)
     easy = {"level": 1} if raw.text("type").startswith("GSM") else {}
     yield row | {"output": [f"{steps}\n\n{ANSWER_HEADING}\n\n{row['label']}".strip()]} | easy
@@ -160,7 +160,7 @@ def metamath_rows(raw: RawRow) -> Iterator[Row]:
     """MetaMathQA (Yu et al. 2024): a rephrased problem, its solution, and the original it came from."""
     solution = raw.text("response")
     row: Row = {"instruction": raw.text("query"), "output": [solution], "original": raw.text("original_question")}
-    answer = re.search(r"The answer is:?\s*(.+?)\s*$", solution)
+    answer = re.search(r"(?s:.*)The answer is:?\s*(.+?)\s*$", solution)  # the last: a step may say so, too
     if answer:
         row["label"] = answer[1]
     yield row

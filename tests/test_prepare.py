@@ -190,7 +190,8 @@ def test_prm800k_solutions_are_good_to_the_end(tmp_path: Path) -> None:
 def test_metamath_becomes_steps_and_what_is_of_gsm8k_counts_as_easy(tmp_path: Path) -> None:
     math = "Mr. Po has $a = 2.5. b$ apples. Then\n\\[ a.\n b \\] follows: $b=3.$ So it is 3.\nThe answer is: 3"
     found = [("Hard", "MATH_AnsAug", math), ("g", "GSM_SV", "She has 1.5. It is 2.\n#### 2\nThe answer is: 2"),
-             ("Easy", "MATH_FOBAR", "So.\nThe answer is: x"), ("g", "GSM_SV", "I do not know.")]
+             ("Easy", "MATH_FOBAR", "So.\nThe answer is: x"), ("g", "GSM_SV", "I do not know."),
+             ("g", "GSM_SV", "The answer is a sum. It is 3. The answer is: 3")]
     raws = [{"query": f"q{n}", "original_question": name, "type": kind, "response": response}
             for n, (name, kind, response) in enumerate(found)]
     levels = [MATH | {"problem": name, "level": level} for name, level in (("Easy", "Level 2"), ("Hard", "Level 5"))]
@@ -199,9 +200,10 @@ def test_metamath_becomes_steps_and_what_is_of_gsm8k_counts_as_easy(tmp_path: Pa
     main(raw_file, out, "metamath_steps", strict=True)
     assert [row["output"] for row in json.loads(Path(out).read_text())] == [
         ["Mr. Po has $a = 2.5. b$ apples.\n\nThen\n\n\\[ a. b \\]\n\nfollows: $b=3.$\n\nSo it is 3.\n\n# Answer\n\n3"],
-        ["She has 1.5.\n\nIt is 2.\n\n# Answer\n\n2"], ["So.\n\n# Answer\n\nx"]]
+        ["She has 1.5.\n\nIt is 2.\n\n# Answer\n\n2"], ["So.\n\n# Answer\n\nx"],
+        ["The answer is a sum.\n\nIt is 3.\n\n# Answer\n\n3"]]
     main(raw_file, out, "metamath_steps", levels=[1, 2, 3], level_file=str(tmp_path / "levels.json"))
-    assert [row["instruction"] for row in json.loads(Path(out).read_text())] == ["q1", "q2"]
+    assert [row["instruction"] for row in json.loads(Path(out).read_text())] == ["q1", "q2", "q4"]
 
 
 def test_answers_of_hard_problems_are_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
