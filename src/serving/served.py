@@ -99,7 +99,8 @@ class ServedSolver:
         """The server's answers as they come; what is odd about all of them is said once."""
         for answer in complete(self.server, requests, sampling, concurrency=self.concurrency):
             prompt, reply = answer.request.prompt, answer.reply
-            if reply and isinstance(prompt, str) and prompt.strip() and reply.text.startswith(prompt):
+            is_text = isinstance(prompt, str) and not self.server.chat  # a chat may well begin with the problem
+            if reply and is_text and prompt.strip() and reply.text.startswith(prompt):
                 self._warn_once("the server repeats the prompt before its answer; it is cut off there")
                 answer = answer._replace(reply=reply._replace(text=reply.text[len(prompt) :], tokens=()))
             elif reply and reply.text and not reply.tokens:

@@ -138,6 +138,13 @@ def test_an_echo_is_cut_off_and_told(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert caplog.text.count("the server repeats the prompt") == 1
 
 
+def test_a_chat_may_begin_with_its_problem(tmp_path: Path) -> None:
+    reply = {"choices": [{"message": {"content": "0+4= 4"}, "finish_reason": "stop"}]}
+    with Answering(says(reply)) as server:
+        rows = evaluate(tmp_path, server, chat_template="server")
+    assert {row["response"] for row in rows} == {"0+4= 4"}
+
+
 def test_a_chat_server_gets_messages_with_the_demonstrations(tmp_path: Path) -> None:
     reply = {"choices": [{"message": {"content": "#### 4", "reasoning": "2+2"}, "finish_reason": "stop",
                           "logprobs": {"content": [{"token": "4", "logprob": -0.25}]}}]}
