@@ -157,7 +157,7 @@ function sampleCard(sample, samples) {
   const votes = samples.filter((other) => other.answer !== null && other.answer === sample.answer).length;
   const facts = [`sample ${sample.sample}`,
     sample.score !== null && `score ${short(sample.score)}`,
-    samples.length > 1 && sample.answer !== null && `${votes} of ${samples.length} votes`,
+    samples.length > 1 && sample.answer !== null && `${votes} of ${samples.length} answer so, spelled alike`,
     sample.tokens !== null && `${sample.tokens} tokens`, sample.finish && sample.finish !== "stop" && `ended by ${sample.finish}`];
   return el("div", { class: "sample" },
     el("div", {}, el("b", { class: sample.outcome }, sample.outcome), " ", el("span", { class: "faint" }, facts.filter(Boolean).join(" · "))),
