@@ -13,6 +13,7 @@ from src.grading.letters import leading_letters
 from src.grading.normalize import plain
 from src.grading.published_rules import weak_to_strong_answer
 from src.grading.words import NUMBER, altered, digits_for_words, scaled
+from src.text.blocks import last_text
 
 
 class Found(NamedTuple):
@@ -306,7 +307,8 @@ EXTRACTIONS = (*GROUPS, *PUBLISHED_MARKS)
 
 def extract(extraction: str, response: str) -> Extraction:
     """The final answer of a response and the rule that found it: the first group with a mark in the response decides.
-    extraction: one of EXTRACTIONS"""
+    extraction: one of EXTRACTIONS. Of a solution with code the last block of text is read."""
+    response = last_text(response)
     if mark := PUBLISHED_MARKS.get(extraction):
         answer = weak_to_strong_answer(response, mark)
         return Extraction(answer or None, mark if answer else "none")

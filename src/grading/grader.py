@@ -11,7 +11,6 @@ from src.grading.answer_types import ANY, EQUALITIES, AnswerType
 from src.grading.extract import Extraction, extract
 from src.grading.tasks import Task, find_task
 from src.processes.worker import Worker
-from src.text.blocks import last_text
 
 GRADER_VERSION = "splitrl-4+math-verify-0.9.0"  # printed with every score: graders differ by points
 MAX_LENGTH = 50_000  # characters of a response that are searched without a limit of time
@@ -70,21 +69,21 @@ class Grader:
             return list(threads.map(lambda row: self.grade_one(*row), rows))
 
     def grade_one(self, response: str, label: str, answer_type: AnswerType = ANY) -> Verdict:
-        """The verdict for one response; of a solution with code its last block of text is read."""
+        """The verdict for one response."""
         try:
-            answer = self.extract(last_text(response)).answer
+            answer = self.extract(response).answer
         except Undecided as undecided:
             return Verdict(undecided.outcome, None)
         if answer is None:
             return Verdict("unparsed", None)
         return Verdict(self.compare(answer, label, answer_type), answer)
 
-    def readable(self, response: str) -> bool:
-        """Whether an answer is found in a response."""
+    def answer(self, response: str) -> str | None:
+        """The answer of a response; None where none is found, or none in time."""
         try:
-            return self.extract(response).answer is not None
+            return self.extract(response).answer
         except Undecided:
-            return False
+            return None
 
     def extract(self, response: str) -> Extraction:
         """The answer of a response; of a long one in a process that can be killed. Raises Undecided where it has to."""

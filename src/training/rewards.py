@@ -271,4 +271,4 @@ def code_reward(rollout: Rollout) -> tuple[Tensor, Counts]:
 
 def format_reward(grader: Grader, penalty: float, rollout: Rollout) -> tuple[list[float], Counts]:
     """Minus the penalty for a response in which the grader finds no answer."""
-    return [0.0 if grader.readable(response) else -penalty for response in rollout.responses], {}
+    return [-penalty if grader.answer(response) is None else 0.0 for response in rollout.responses], {}

@@ -274,12 +274,19 @@ def test_hostile_collection_is_survived() -> None:
         assert math.compare("v(v+2)", "v^2+2v") == "right"
 
 
+def test_of_a_solution_with_code_the_last_text_is_read() -> None:
+    response = "<|code|>print(2)<|endofblock|><|execution|>2<|endofblock|><|text|>So it is.<|endofblock|>"
+    with Grader("GSM8K") as grader:
+        assert grader.answer("It is 2.") == "2" and grader.answer(response) is None
+        assert grader.grade_one(response, "2") == Verdict("unparsed", None)
+
+
 def test_a_long_response_is_searched_in_a_process_under_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     long = "So on and on. " * 5000
     with Grader("MATH", seconds=4.0) as math, Grader("MATH-weak-to-strong") as published:
         assert math.grade_one(long + "\\boxed{x(x+1)}", "x^2+x") == Verdict("right", "x(x+1)")
         assert published.grade_one(long + "\nThe answer is: 1,250", "1250") == Verdict("right", "1250")
-        assert math.readable(long + "#### 4") and not math.readable(long)
+        assert math.answer(long + "#### 4") == "4" and math.answer(long) is None
         monkeypatch.setattr(math, "seconds", 1e-4)
         assert math.grade_one(long + "\\boxed{4}", "4") == Verdict("timeout", None)
 
