@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from src import runlog
 from src.command.config import Config, flag
 from src.construct.continuation import split_into_steps, step_end_of
-from src.data.examples import Sample, read_samples
+from src.data.examples import OUTCOMES, UNDECIDED, Sample, read_samples
 from src.errors import UserError
 from src.jsonfile import write_text
 from src.text.blocks import ended_blocks, split_text
@@ -68,11 +68,17 @@ def read_graded(samples_file: str) -> list[Sample]:
     return samples
 
 
+def has_verdict(sample: Sample) -> bool:
+    """Whether something can be learnt from a sample being right or not. A failure of the grader says nothing about it,
+    and a right one that was cut off is no example: who learns it learns to end there."""
+    return sample.outcome in OUTCOMES and sample.outcome not in UNDECIDED and (
+        sample.outcome != "right" or sample.finished)
+
+
 def by_problem(samples: Sequence[Sample]) -> dict[str, GradedProblem]:
     """Group graded samples by problem id; equal texts of one problem count once, empty ones not at all.
 
-    A timeout or an error of the grader says nothing about a solution, so these are left out. Raises UserError for a
-    sample without its prompt.
+    Samples without a verdict are left out. Raises UserError for one without its prompt.
     """
     problems: dict[str, GradedProblem] = {}
     seen: set[tuple[str, str]] = set()
@@ -80,7 +86,7 @@ def by_problem(samples: Sequence[Sample]) -> dict[str, GradedProblem]:
         if sample.values.get("prompt") is None:
             raise UserError(f"sample {sample.id!r}/{sample.sample} has no key 'prompt'; grade the file with "
                             "solver_evaluate.py --samples_file, which adds it")
-        if sample.outcome not in ("right", "wrong", "unparsed") or not sample.response.strip():
+        if not has_verdict(sample) or not sample.response.strip():
             continue
         if (sample.id, sample.response) not in seen:
             seen.add((sample.id, sample.response))

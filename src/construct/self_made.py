@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from src import runlog
 from src.command.config import Count, NonNegative, Seed, Share, flag
 from src.construct.from_rows import normalized_question
-from src.construct.samples import SAMPLE_MORE, OneFileConfig, Row, SamplesConfig, read_graded, save
+from src.construct.samples import (
+    SAMPLE_MORE,
+    OneFileConfig,
+    Row,
+    SamplesConfig,
+    has_verdict,
+    read_graded,
+    save,
+)
 from src.construct.weak_to_strong import votes
 from src.data.examples import Sample, read_instruction_rows, read_samples
 from src.errors import UserError
@@ -45,12 +53,14 @@ def revise(config: ReviseConfig) -> None:
 
 def revisions(samples: Sequence[Sample], threshold: float, attempts_per_problem: int, seed: int) -> list[Row]:
     """Rows `{"id", "instruction", "label", "output"?}`. A right attempt is its own solution, so that it is kept; a
-    wrong one has a right one of the same problem. Raises UserError for a sample without a score that is needed."""
+    wrong one has a right one of the same problem. Without a threshold samples need a verdict. Raises UserError for one
+    without a score that is needed."""
     generator, rows, attempts = random.Random(seed), [], defaultdict(dict)
     for sample in samples:
-        attempts[sample.id].setdefault(sample.response.strip(), sample)
+        if threshold or has_verdict(sample):
+            attempts[sample.id].setdefault(sample.response.strip(), sample)
     for name, distinct in attempts.items():
-        right = [text for text, sample in distinct.items() if sample.outcome == "right"]
+        right = [text for text, sample in distinct.items() if sample.outcome == "right" and has_verdict(sample)]
         for text in generator.sample(list(distinct), min(attempts_per_problem, len(distinct))):
             sample, solution = distinct[text], text if text in right else generator.choice(right or [""])
             score = sample.values.get("score")
@@ -101,7 +111,7 @@ def problems(config: ProblemsConfig) -> None:
     """The distinct problems that a questioner has finished, as prompts without labels."""
     known = {normalized_question(str(row["instruction"])) for file in config.known_files
              for row in read_instruction_rows(file)}
-    samples = [s for s in read_samples(config.samples_file) if s.values.get("finish", "stop") == "stop"]
+    samples = [sample for sample in read_samples(config.samples_file) if sample.finished]
     new = {normalized_question(s.response): s.response.strip() for s in samples if s.response.strip()}
     rows = [{"instruction": text} for name, text in new.items() if name not in known]
     runlog.logger().info("%d finished samples, %d of them distinct, %d new", len(samples), len(new), len(rows))
@@ -121,13 +131,15 @@ class AgreeConfig(SamplesConfig):
 def agree(config: AgreeConfig) -> None:
     """Problems on whose answer most samples agree, with that answer as label and solutions that end in it."""
     with Grader(config.task) as grader:
-        samples = [sample._replace(values=sample.values | {"answer": grader.extract(sample.response).answer})
+        samples = [sample._replace(values=sample.values | {"answer": grader.answer(sample.response)})
                    for sample in read_samples(config.samples_file)]
         found = votes(samples, grader.equal)
     fields = {sample.id: sample.problem.answer_fields for sample in samples}
+    finished = {(sample.id, sample.response) for sample in samples if sample.finished}
     rows = [{"id": vote.id, "instruction": vote.prompt, "label": vote.answer, **fields[vote.id],
-             "output": list(dict.fromkeys(vote.positives))[: config.solutions_a_problem]}
-            for vote in found if vote.answer and vote.confidence >= config.share]
+             "output": solutions[: config.solutions_a_problem]}
+            for vote in found if vote.answer and vote.confidence >= config.share
+            if (solutions := [text for text in dict.fromkeys(vote.positives) if (vote.id, text) in finished])]
     runlog.logger().info("%d of %d problems have an agreed answer", len(rows), len(found))
     why_none = f"on the answer of none do {config.share:.0%} agree"
     save(rows, "problems", why_none, config.samples_file, config.save_file, config.dry_run)

@@ -11,7 +11,7 @@ from src.checkpoint import storage
 from src.code_solutions.tool_hook import Coding, block_limits
 from src.command.config import AskedFlags, CodeFlags, Config, Count, flag
 from src.data.encoding import StepKind
-from src.data.examples import Prompt, Sample, read_samples
+from src.data.examples import UNDECIDED, Prompt, Sample, read_samples
 from src.errors import UserError
 from src.evaluation.evaluator import (
     BackgroundGrader,
@@ -103,7 +103,7 @@ def open_task(config: ContinuationFlags, samples: Sequence[Sample]) -> tuple[Pro
             for sample in samples:
                 problem = sample.problem
                 outcome = grader.grade_one(sample.response, problem.label, type_of(problem)).outcome
-                if outcome != sample.outcome and outcome not in ("timeout", "error"):
+                if outcome not in (sample.outcome, *UNDECIDED):
                     raise UserError(f"{samples_file} has no {identity_file(Path(samples_file)).name} beside it that "
                                     f"says how it was graded, and it was not by --task {task.name}: sample "
                                     f"{sample.id!r}/{sample.sample} is {sample.outcome} there, but {outcome} by that "

@@ -34,7 +34,7 @@ from src.construct.samples import (
 )
 from src.construct.solver import ContinuationFlags, check_solver, open_solver, open_task, sample_and_grade
 from src.data.encoding import STEP_END, STEP_ENDS, split_steps
-from src.data.examples import Sample, read_samples
+from src.data.examples import UNDECIDED, Sample, read_samples
 from src.errors import UserError
 from src.evaluation.report import type_of
 from src.grading.grader import Grader
@@ -131,7 +131,8 @@ def label_steps(
     """
     outcomes = defaultdict(list)
     for rollout in rollouts:
-        outcomes[rollout.id].append(rollout.outcome == "right")
+        if rollout.outcome not in UNDECIDED:
+            outcomes[rollout.id].append(rollout.outcome == "right")
     is_right = {key: outcomes[one.prompt.id] for key, one in truncate_everywhere(solutions, step_end).items()}
     reach_right = _prefixes_of_right_ones(solutions, is_right, step_end) if hard else set()
     rows = []

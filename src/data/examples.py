@@ -69,6 +69,7 @@ class Prompt(NamedTuple):
 
 
 OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")  # what a grader may say of a sample
+UNDECIDED = ("timeout", "error")  # of these: its own failures, which say nothing of the sample
 
 
 class Sample(NamedTuple):
@@ -87,6 +88,11 @@ class Sample(NamedTuple):
         label, kind = (str(self.values.get(key) or "") for key in ("label", "answer_type"))
         tolerance = float(self.values.get("tolerance") or 0)
         return Prompt(self.id, self.prompt, label, None, None, answer_type=kind, tolerance=tolerance)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the response came to its end; one of which nothing is said did."""
+        return (self.values.get("finish") or "stop") == "stop"
 
 
 class Vote(NamedTuple):
@@ -309,7 +315,8 @@ def read_samples(path: str) -> list[Sample]:
         sample = Sample(
             id=row.optional_text("id") or str(index), sample=int(number), response=row.text("response"),
             prompt=row.text("prompt") if row.get("prompt") is not None else "", outcome=row.optional_text("outcome"),
-            values=row.values | ({} if row.get("label") is None else {"label": row.optional_text("label")}))
+            values={key: row.get(key) for key in row.values} | (
+                {} if row.get("label") is None else {"label": row.optional_text("label")}))
         if (sample.id, sample.sample) in seen:
             raise UserError(f"{row.where}: id {sample.id!r}, sample {sample.sample} stands twice")
         seen.add((sample.id, sample.sample))

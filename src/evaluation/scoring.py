@@ -49,7 +49,7 @@ def score_samples(
     encoded = encode_samples(tokenizer, samples, config)
     _tell_uncut(samples, config)
     # what a score depends on apart from the verifier: texts, and whether the response was cut
-    texts = (json.dumps([one.prompt, one.response, one.values.get("finish", "stop")]) for one in samples)
+    texts = (json.dumps([one.prompt, one.response, one.values.get("finish") or "stop"]) for one in samples)
     keys = [hashlib.sha256(text.encode()).hexdigest()[:24] for text in texts]
     cut_torn_line(path)
     earlier = read_rows(str(path)) if path.is_file() and path.stat().st_size else ()
@@ -97,7 +97,7 @@ def score_one(verifier: Decoder, tokenizer: Tokenizer, sample: Sample) -> Scored
 
 def _encode(tokenizer: Tokenizer, sample: Sample, config: ModelConfig) -> Encoded | None:
     """A sample as ids, laid out as its verifier was trained. One that was cut off has no EOS. None = too long."""
-    finished = sample.values.get("finish", "stop") == "stop" or not sample.response
+    finished = sample.finished or not sample.response
     by_steps, longest = config.objective != "pairwise", config.max_seq_len
     if by_steps:
         row = encode_in_steps(tokenizer, sample.prompt, sample.response, config, finished=finished)

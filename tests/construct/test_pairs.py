@@ -25,7 +25,8 @@ SAMPLES = [
     sample("0", 6, "n", None),
     sample("0", 7, "", "unparsed"),
     sample("1", 0, "r1", "right"),  # nothing wrong
-    sample("2", 0, "w1", "wrong"),  # nothing right
+    sample("2", 0, "w1", "wrong"),  # nothing right that came to its end
+    sample("2", 1, "r1 and", "right")._replace(values={"prompt": "q2", "finish": "length"}),
     sample("3", 0, "a", "right"),
     sample("3", 1, "b", "right"),
     sample("3", 2, "c", "right"),

@@ -37,6 +37,11 @@ def test_attempts_get_a_verdict_and_a_right_solution(tmp_path: Path) -> None:
     rows = {row["id"]: row for row in read(tmp_path / "test.json")}
     assert rows.keys() == {"a/0", "a/1", "b"} and "output" not in rows["b"]
     assert [rows[name]["instruction"][-8:-3] for name in ("a/0", "a/1", "b")] == ["right", "wrong", "wrong"]
+    # the grader failed at the first, and the second never ended: neither has a verdict, nor is the second an example
+    file = write(tmp_path / "odd.jsonl", sample("a", 0, "#### 4", "timeout", score=0.7),
+                 sample("a", 1, "2+2 #### 4 and", "right", score=0.2, finish="length"), sample("a", 2, "4", "wrong"))
+    build.revise(samples_file=file, save_file=str(tmp_path / "odd.json"), keep_unsolved=True)
+    assert [(row["id"], "output" in row) for row in read(tmp_path / "odd.json")] == [("a", False)]
     with pytest.raises(UserError, match="sample 'c'/0 has no score"):
         build.revise(samples_file=write(tmp_path / "raw.jsonl", sample("c", 0, "x", "wrong")),
                      save_file=str(tmp_path / "no.json"), threshold=0.5)
@@ -71,9 +76,10 @@ def test_agreed_answers_become_labels_and_no_label_is_read(tmp_path: Path) -> No
     samples = [sample(name, n, response, "") | {"label": None} for name, responses in
                {"a": ["1+1\n#### 2", "#### 2.0", "#### 3", "?"], "b": ["#### 1", "#### 2", "#### 3", "?"]}.items()
                for n, response in enumerate(responses)]
+    samples[1]["finish"] = "length"  # it votes, but is no example
     file = write(tmp_path / "samples.jsonl", *samples)
     build.agree(samples_file=file, task="toy", save_file=str(tmp_path / "agreed.json"))
     assert read(tmp_path / "agreed.json") == [
-        {"id": "a", "instruction": "Pa", "label": "2", "output": ["1+1\n#### 2", "#### 2.0"]}]
+        {"id": "a", "instruction": "Pa", "label": "2", "output": ["1+1\n#### 2"]}]
     with pytest.raises(UserError, match="on the answer of none do 75% agree"):
         build.agree(samples_file=file, task="toy", save_file=str(tmp_path / "no.json"), share=0.75)

@@ -144,6 +144,7 @@ def test_labels_by_hand() -> None:
     solution = sample("0", 0, SOLUTION, "wrong")
     outcomes = {1: ["right", "wrong"], 2: ["wrong", "unparsed"], 3: []}
     rollouts = [sample(f"0/0/{k}", n, "", x) for k, given in outcomes.items() for n, x in enumerate(given)]
+    rollouts.append(sample("0/0/3", 0, "", "timeout"))  # the grader's own failure says nothing of the step
     (soft,) = label_steps([solution], rollouts, hard=False)
     (hard,) = label_steps([solution], rollouts, hard=True)
     assert soft["labels"] == [0.5, 0.0, None, 0.0] and hard["labels"] == [1.0, 0.0, None, 0.0]

@@ -168,6 +168,12 @@ def test_samples_of_another_problem_with_the_same_id_are_refused(file: Callable[
         match_samples(others, PROMPTS, "f")
 
 
+def test_nan_and_null_in_a_sample_say_nothing(file: Callable[[str], str]) -> None:
+    rows = read_samples(file('{"id": "x", "response": "a", "score": NaN, "finish": null}\n'
+                             '{"id": "y", "response": "a", "finish": "length"}'))
+    assert rows[0].values["score"] is None and [row.finished for row in rows] == [True, False]
+
+
 @pytest.mark.parametrize("text", ['{"id": "z", "response": "a"}', '{"response": "a"}\n' * 3])
 def test_samples_of_no_problem_are_refused(file: Callable[[str], str], text: str) -> None:
     with pytest.raises(UserError, match="f: sample id '[z2]' is not among the 2 problems"):
