@@ -162,6 +162,9 @@ def main(
         raise UserError(f"--say_answer is for math, whose solutions end in any words; found {task}")
     if hide_answers and not levels:
         raise UserError("--hide_answers hides those of other levels than --levels names; give --levels with it")
+    if hide_answers and task in ("prm800k", "math_shepherd", "processbench", "hh_rlhf"):
+        raise UserError(f"--hide_answers leaves out solutions and labels, and rows of {task} hold judged ones alone; "
+                        "give it with problems, such as math")
     path = Path(raw_file)
     if not path.is_file() and not path.is_dir():
         raise UserError(f"--raw_file {raw_file} is not a file; name the downloaded .jsonl, .json or .parquet file")
