@@ -7,9 +7,10 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from src import load, parallel, runlog
+from src import jsonfile, load, parallel, runlog
 from src.command.config import CodeFlags, Count, CountOrOff, NonNegative, Seed, flag
 from src.construct.continuation import (
     StepSampling,
@@ -78,13 +79,25 @@ def process(config: ProcessConfig) -> None:
         raise UserError("process judges the paragraphs of a solution; it has no labels for blocks of code")
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=prompting.stop,
                         seed=config.seed)
-    sampler = rollout_sampler(solver, {job.prompt.id: job.prefix for job in jobs}, sampling)
+    sampler = rollout_sampler(solver, beginnings(jobs, config.log_dir), sampling)
     identity = {name: getattr(config, name) for name in ("temperature", "max_new_tokens", "seed", "step")}
     path = sample_and_grade(solver, sampler, [job.prompt for job in jobs], config.rollouts, config=config,
                             log_dir=config.log_dir, identity=identity, task=task)
     if parallel.rank() == 0:
         rows = label_steps(solutions, read_samples(str(path)), step_end, hard=config.label == "hard")
         save(rows, "judged solutions", "no sample is graded", source, config.save_file, config.dry_run)
+
+
+def beginnings(jobs: Sequence[Truncated], log_dir: str) -> dict[str, str]:
+    """The prefixes to go on from, by the ids of their prompts. Raises UserError where log_dir holds continuations of
+    other ones: solutions of another file may have the same ids."""
+    found, path = {job.prompt.id: job.prefix for job in jobs}, Path(log_dir) / "samples.jsonl"
+    # of a line that is none, such as a torn last one, sample_prompts() takes care
+    for _, row in jsonfile.read_rows(path, refuse=lambda problem: None) if path.is_file() else ():
+        if not str(row.get("response")).startswith(found.get(row.get("id"), "")):
+            raise UserError(f"{path} holds {row['id']!r} of another solution than is given, or with another --step; "
+                            "choose another --log_dir or delete that file")
+    return found
 
 
 def choose_solutions(samples: Sequence[Sample], solutions_per_problem: int, limit: int = -1) -> list[Sample]:
@@ -201,11 +214,11 @@ def branch(config: BranchConfig) -> None:
         jobs = replayable(jobs, solver.coding)
         runlog.logger().info("%d of them leave solutions whose code prints the same again", len(jobs))
     schedule = TemperatureSchedule(config.temperature, config.temperature_rise, config.temperature_cap)
-    identity = schedule._asdict() | {name: getattr(config, name) for name in (
+    identity = schedule._asdict() | {"rules": task.rules()} | {name: getattr(config, name) for name in (
         "attempts", "steps_a_solution", "max_new_tokens", "seed", "step")}
     with Grader(task) as grader:
         sampler = branching_sampler(
-            solver, {job.prompt.id: job.prefix for job in jobs},
+            solver, beginnings(jobs, config.log_dir),
             StepSampling(schedule, config.steps_a_solution, config.max_new_tokens, config.seed, step_end),
             lambda problem, response: grader.grade_one(response, problem.label, type_of(problem)).outcome,
             config.attempts)

@@ -20,6 +20,7 @@ from src.construct.continuation import (
 )
 from src.construct.solver import grader_of
 from src.construct.steps import (
+    beginnings,
     branch_points,
     choose_solutions,
     label_steps,
@@ -215,7 +216,7 @@ def test_process_judges_lines(folders: Folders, tmp_path: Path, parting: str) ->
     found = read_samples(str(tmp_path / "a/samples.jsonl"))
     begins = {f"0/0/{k}": "".join(line + "\n" for line in lines[:k]) for k in (1, 2, 3)}
     assert len(found) == 3 * 3 and all(item.response.startswith(begins[item.id]) for item in found)
-    message = "with --step paragraph a step is a paragraph" if parting != "\n\n" else "step=line, but this run has par"
+    message = "with --step paragraph a step is a paragraph" if parting != "\n\n" else "or with another --step"
     with pytest.raises(UserError, match=message):
         process("paragraph")
 
@@ -327,6 +328,15 @@ def test_scdpo_18_held_out_pairs_share_no_question(folders: Folders, tmp_path: P
     data, held = open_preferences(str(tmp_path / "a.json"), "", 0.4, tokenizer, max_seq_len=128)
     questions = [{tokenizer.decode(pair[0].tokens)[:4] for pair in side.samples} for side in (data, held)]
     assert [len(side) for side in questions] == [3, 2] and not questions[0] & questions[1]
+
+
+def test_continuations_of_other_solutions_are_refused(tmp_path: Path) -> None:
+    jobs = list(truncate_everywhere([sample("0", 0, "a\n\n#### 4", "right")]).values())
+    log_dir(tmp_path / "log", [sample("0/0/1", 0, "a\n\nb", "wrong")])
+    assert beginnings(jobs, str(tmp_path / "log")) == {"0/0/1": "a\n\n"}
+    log_dir(tmp_path / "other", [sample("0/0/1", 0, "b\n\nb", "wrong")])
+    with pytest.raises(UserError, match="holds '0/0/1' of another solution than is given"):
+        beginnings(jobs, str(tmp_path / "other"))
 
 
 def test_samples_of_another_scorer_are_refused(folders: Folders, tmp_path: Path) -> None:
