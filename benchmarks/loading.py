@@ -9,6 +9,7 @@ belong to the system's cache and do not count. Printed is the largest of the ran
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -50,6 +51,7 @@ def anonymous() -> int:
 @contextlib.contextmanager
 def measured(found: dict[str, Held], name: str) -> Iterator[None]:
     """What the block adds to this process's memory, looked at every half millisecond."""
+    gc.collect()  # a model is in cycles: it would go while another one is measured
     heap.release_memory()
     before, over, peaks = anonymous(), threading.Event(), [0]
 
