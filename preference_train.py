@@ -66,8 +66,8 @@ class PreferenceTrainConfig(TrainConfig, HeldOutFlags):
         of_pairs = {"margin": self.margin, "label_smoothing": self.label_smoothing,
                     "length_normalize": self.length_normalize, "nll_weight": self.nll_weight}
         of_kto = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
-        for name in self.changed(of_pairs if self.objective == "kto" else of_kto):
-            raise UserError(f"--{name} is not of --objective {self.objective}; leave it out")
+        others = of_pairs if self.objective == "kto" else of_kto
+        self.refuse(others, f"--objective {self.objective} knows no such thing")
         if self.objective == "kto":
             return KTO(beta=self.beta, **of_kto)
         return Preference(objective=self.objective, beta=self.beta, **of_pairs)

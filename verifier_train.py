@@ -13,7 +13,6 @@ from src.checkpoint import saving
 from src.command import cli
 from src.command.config import Bounds, HeldOutFlags, NonNegative, TrainConfig, flag
 from src.data.encoding import StepKind, masked_text
-from src.errors import UserError
 from src.planning import plan
 from src.runlog import RunLog
 from src.training.reward_model import SEPARATION_BY_CHANCE, open_data
@@ -51,13 +50,12 @@ class VerifierTrainConfig(TrainConfig, HeldOutFlags):
         counted: drop them; cut the prompt's left or the solution's right; or end with an error. More than 1%
         of the rows dropped or cut on the right is an error always""")
 
-
     def __post_init__(self) -> None:
         """Raise UserError for a flag of another objective."""
         super().__post_init__()
-        if self.step and self.objective == "pairwise":
-            raise UserError(f"--step {self.step} goes with --objective outcome or process; pairwise scores know no "
-                            "steps")
+        of_pairs, of_labels = ("score", "margin", "centring"), ("label_tokens", "balance", "step")
+        others = of_labels if self.objective == "pairwise" else of_pairs
+        self.refuse(others, f"--objective {self.objective} knows no such thing")
 
 
 def main(config: VerifierTrainConfig) -> None:

@@ -139,14 +139,16 @@ def our_side(
 
     parallel.start()
     source = str(folder / "ours")
-    critic = {} if case.grpo else {"critic_ckpt_dir": source, "critic_save_dir": str(folder / "critic")}
+    critic = {} if case.grpo else {
+        "critic_ckpt_dir": source, "critic_save_dir": str(folder / "critic"), "critic_lr": LR, "critic_warmup": 0,
+        "value_clip": 0.2, "gae_lambda": 0.95}
     config = PPOConfig(
         actor_ckpt_dir=source, actor_save_dir=str(folder / "actor"), advantage="grpo" if case.grpo else "gae",
         group_size=GROUP if case.grpo else -1, reward=["rule"], temperature=1.0, max_new_tokens=case.response,
         rollout_batch_size=EPISODES, max_buffer_size=EPISODES, max_batch_size=micro, inner_epochs=EPOCHS, minibatches=1,
-        kl_coef=0.0 if case.grpo else 0.05, clip_ratio=0.2, clip_high=0.2, value_clip=0.2, gae_lambda=0.95,
-        missing_eos_penalty=0.0, lr=LR, critic_lr=LR, schedule="constant", warmup_ratio=0.0, precision=precision,
-        max_grad_norm=max_grad_norm, critic_warmup=0, **critic,
+        kl_coef=0.0 if case.grpo else 0.05, clip_ratio=0.2, clip_high=0.2,
+        missing_eos_penalty=0.0, lr=LR, schedule="constant", warmup_ratio=0.0, precision=precision,
+        max_grad_norm=max_grad_norm, **critic,
     )
     models = load_models(config, RunLog(str(folder / "log"), {}), 100)
     models.load_reference(config, refreshed=False)

@@ -90,8 +90,7 @@ def ours(case: Case, folder: Path, *, packing: bool = True, precision: str = "fl
 
     parallel.start()
     model = load.load_solver(str(folder / "ours"), precision=precision, trained=load.Trained())
-    names = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
-    lora = LoraFlags(lora_rank=16 if case.lora else -1, lora_alpha=32.0, lora_targets=names)
+    lora = LoraFlags(lora_rank=16, lora_alpha=32.0) if case.lora else LoraFlags()
     load.put_lora_on(model, load.lora_config(lora), seed=1)
     flags = OptimizerFlags(lr=case.lr, schedule="constant", warmup_ratio=0.0)
     trainer = Trainer(model, RunLog(str(folder / "log"), {}), flags, total_steps=case.steps + WARM_UP)

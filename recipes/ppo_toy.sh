@@ -26,7 +26,8 @@ learn() {
 
 # critic SEED NAME: the flags of PPO with a critic that starts from the solver
 critic() {
-    echo "--critic_ckpt_dir $RUN/seed-$1/sft --critic_save_dir $RUN/seed-$1/$2/critic --critic_warmup 2 --gae_lambda 0.95"
+    echo "--critic_ckpt_dir $RUN/seed-$1/sft --critic_save_dir $RUN/seed-$1/$2/critic --critic_lr 1e-3 --critic_warmup 2" \
+        "--gae_lambda 0.95"
 }
 
 # judged SEED NAME VERIFIER: the flags of PPO against a verifier; the grader only looks on

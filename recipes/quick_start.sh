@@ -57,7 +57,7 @@ stage "PPO against the grader" $run/ppo/actor/manifest.json \
     python ppo_train.py --config recipes/presets/ppo_toy.yaml --actor_ckpt_dir $run/sft \
     --actor_save_dir $run/ppo/actor --critic_ckpt_dir $run/sft --critic_save_dir $run/ppo/critic --reward rule \
     --train_file $toy/train.json --max_buffer_size 256 --max_steps 16 --critic_warmup 2 --kl_coef 0.01 \
-    --gae_lambda 0.95
+    --critic_lr 1e-3 --gae_lambda 0.95
 means="the same problems after PPO"
 stage "evaluate the PPO solver" $run/ppo-test/results.json \
     sample --ckpt_dir $run/ppo/actor --label_file $toy/test.json --log_dir $run/ppo-test

@@ -521,7 +521,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ),
     ("ppo_train", {"overlong_buffer": 300}, "--overlong_buffer 300 needs --truncated penalty and more"),
     ("ppo_train", {"kl_coef": 0, "kl_target": 1}, "--kl_target adapts a KL term, but --kl_coef is 0"),
-    ("ppo_train", {"reward": "nowhere.py:f"}, "--reward 'nowhere.py:f' is neither verifier, rule nor code"),
+    ("ppo_train", {"reward": "nowhere.py:f", "reward_model_ckpt_dir": None}, "--reward 'nowhere.py:f' is neither"),
     ("ppo_train", {"reward_weights": "1,2"}, "--reward_weights has 2 numbers for 1 rewards"),
     ("ppo_train", {"temperature": 0}, "PPO learns from sampled responses; expected more than 0"),
     ("ppo_train", {"critic_save_dir": "out/actor"}, "are the same directory; one would overwrite the other"),
@@ -708,7 +708,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     (
         "verifier_train",
         {"step": "line"},
-        "--step line goes with --objective outcome or process; pairwise scores know",
+        "--step has no effect: --objective pairwise knows no such thing; leave it out",
     ),
     (
         "verifier_evaluate",
@@ -723,7 +723,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     (
         "ppo_train",
         {"step": "line", "reward": "rule"},
-        "--step line says what a verifier judges; give --reward",
+        "--step has no effect: --reward rule asks no verifier; leave it out",
     ),
     ("solver_evaluate", {"step": "line"}, "--step says what a verifier judges; give --interactive and"),
     ("solver_train", {"lora_rnk": 8}, r"unknown flag --lora_rnk; did you mean --lora_rank\?"),

@@ -77,6 +77,11 @@ class Config:
         return [each.name for each in fields(self) if each.name in names and getattr(self, each.name) != (
             each.default if each.default_factory is MISSING else each.default_factory())]
 
+    def refuse(self, names: Collection[str], why: str) -> None:
+        """Raise UserError for one of these flags that was given: nothing would come of it."""
+        for name in self.changed(names):
+            raise UserError(f"--{name} has no effect: {why}; leave it out")
+
     def flags(self) -> dict[str, Any]:
         """Every flag by name, as run.json records it and --config reads it back."""
         return asdict(self)
@@ -129,7 +134,7 @@ class ContextFlags(Config):
 class OptimizerFlags(SeedFlags, ContextFlags):
     """Optimizer"""
 
-    lr: NonNegative = flag(1e-5, "peak learning rate of AdamW")
+    lr: NonNegative = flag(1e-5, "peak learning rate of AdamW, whose betas are 0.9 and 0.95")
     schedule: Schedule = flag("cosine", "how the rate falls after it has risen")
     warmup_ratio: Share = flag(0.03, "share of all steps in which the rate rises")
     min_lr_ratio: Share = flag(0.1, """share of the peak rate that the last step has, unless the schedule is
@@ -160,11 +165,11 @@ class LoraFlags(Config):
         slower, most of all where the model also samples""")
 
     def __post_init__(self) -> None:
-        """Raise UserError for kinds of adapters without adapters."""
+        """Raise UserError for what adapters should be like without adapters."""
         super().__post_init__()
-        for name in ("rslora", "dora"):
-            if getattr(self, name) and self.lora_rank == -1:
-                raise UserError(f"--{name} is a kind of adapter, but --lora_rank -1 trains all weights; give a rank")
+        if self.lora_rank == -1:
+            self.refuse(("lora_alpha", "lora_targets", "rslora", "dora", "lora_dropout"),
+                        "--lora_rank -1 trains all weights, without adapters")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The flags of ppo_train.py: PPO and its relatives without a critic, and which of their numbers go together."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -288,20 +288,38 @@ class PPOConfig(
         gae_lambda = 1.0 if self.reward == ["rule"] else 0.95
         # who fills a number in first decides: the clips of a policy loss come before those of an estimator
         self._fill_in(POLICY_LOSSES[self.policy_loss])
-        self._fill_in(ESTIMATORS[self.advantage].defaults | {"gae_lambda": gae_lambda})
-        eval_temperature = self.temperature if self.eval_samples > 1 else 0.0
+        self._fill_in(ESTIMATORS[self.advantage].defaults | ({"gae_lambda": gae_lambda} if self.has_critic else {}))
         self._fill_in({"clip_high": self.clip_ratio, "critic_lambda": self.gae_lambda,
-                       "eval_temperature": eval_temperature,
                        "tis_cap": 2.0 if self.rollout_backend == "openai" else 0.0})
+        if self.eval_file:
+            self._fill_in({"eval_temperature": self.temperature if self.eval_samples > 1 else 0.0})
         for is_wrong, message in (*self._wrong_numbers(), *self._wrong_rewards(), *self._wrong_models()):
             if is_wrong:
                 raise UserError(message)
+        for has_none, names, why in self._without_effect():
+            self.refuse(names if has_none else (), why)
 
     def _fill_in(self, defaults: Mapping[str, object]) -> None:
         for name, default in defaults.items():
             if getattr(self, name) in (-1, ""):
                 # the config is frozen to all but its own defaults
                 object.__setattr__(self, name, default)
+
+    def _without_effect(self) -> list[tuple[object, Collection[str], str]]:
+        """Flags of which nothing would come if the first of three is true, and why."""
+        return [
+            (not self.has_critic, ("gae_lambda", "critic_lambda", "value_clip", "critic_lr", "critic_warmup"),
+             f"--advantage {self.advantage} has no critic"),
+            (self.advantage not in ("gae", "reinforce++"), ("gamma",),
+             f"--advantage {self.advantage} gives all tokens of a response the same, undiscounted"),
+            ("verifier" not in self.reward,
+             ("reward_model_ckpt_dir", "outcome_reward", "step_reward", "step_bonus", "step", "reward_clip"),
+             f"--reward {' '.join(self.reward)} asks no verifier"),
+            (self.truncated != "penalty", ("missing_eos_penalty",), f"--truncated {self.truncated} takes no penalty"),
+            (self.kl_loss == "none", ("kl_loss_coef",), "--kl_loss is none"),
+            (self.kl_target == -1, ("kl_horizon",), "there is no --kl_target"),
+            (not self.teacher_ckpt_dir, ("teacher_coef",), "there is no --teacher_ckpt_dir"),
+            (not self.eval_file, ("eval_samples", "eval_temperature"), "there is no --eval_file")]
 
     def _wrong_numbers(self) -> list[tuple[object, str]]:
         """What is wrong with the numbers if the first of a pair is true, and what to say of it."""
@@ -331,9 +349,7 @@ class PPOConfig(
              f"--overlong_buffer {self.overlong_buffer} needs --truncated penalty and more --max_new_tokens than it; "
              f"they are {self.truncated} and {self.max_new_tokens}"),
             (self.kl_target >= 0 and not self.kl_coef and self.kl_loss == "none",
-             "--kl_target adapts a KL term, but --kl_coef is 0 and --kl_loss none; give one of them"),
-            (self.critic_warmup > 0 and not self.has_critic,
-             f"--critic_warmup: --advantage {self.advantage} has no critic")]
+             "--kl_target adapts a KL term, but --kl_coef is 0 and --kl_loss none; give one of them")]
 
     def _wrong_rewards(self) -> list[tuple[object, str]]:
         """The same of --reward, its weights, and functions that the log could not tell apart."""
@@ -349,9 +365,7 @@ class PPOConfig(
             (self.reward_weights and len(self.reward_weights) != len(names),
              f"--reward_weights has {len(self.reward_weights)} numbers for {len(names)} rewards; give one for each"),
             ("verifier" in names and not self.reward_model_ckpt_dir,
-             "--reward verifier needs --reward_model_ckpt_dir; or grade answers with --reward rule"),
-            (self.step and "verifier" not in names,
-             f"--step {self.step} says what a verifier judges; give --reward verifier with it")]
+             "--reward verifier needs --reward_model_ckpt_dir; or grade answers with --reward rule")]
 
     def _wrong_models(self) -> list[tuple[object, str]]:
         """The same of the directories, and of what cannot share a base."""

@@ -93,8 +93,13 @@ def read_inputs(config: PPOConfig) -> Inputs:
     if held_out:
         held_out = fitting_prompts(held_out, config.eval_file, tokenizer, own, config.max_new_tokens)
     if "verifier" in config.reward:
-        verifier = config.reward_model_ckpt_dir
-        load.check_step(verifier, load.load_config(verifier), config.step)
+        load.check_step(judge, configs[judge], config.step)
+        objective = configs[judge].objective
+        of_others = {"pairwise": ["outcome_reward", "step_reward", "step_bonus"],
+                     "outcome": ["step_reward", "step_bonus"], "process": ["outcome_reward", "reward_clip"]}[objective]
+        if objective == "outcome" and config.outcome_reward == "probability":
+            of_others.append("reward_clip")
+        config.refuse(of_others, f"{judge} is a verifier of objective {objective}")
     schedule = ((epoch, rows) for epoch in range(1, config.epochs + 1)
                 for rows in chunks(epoch_order(len(prompts), config.seed, epoch), config.prompts_per_buffer))
     # the whole schedule is known before the run: a resumed one takes up where it stopped

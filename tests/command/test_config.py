@@ -17,7 +17,7 @@ from src.errors import UserError
 TRAINERS = {
     solver_train: ["--ckpt_dir=a", "--save_dir=b", "--train_file=c", "--lr=0.25", "--packing=false"],
     verifier_train: ["--ckpt_dir=a", "--save_dir=b", "--train_file=c,d", "--objective=outcome", "--weights=1,0.5"],
-    preference_train: ["--ckpt_dir=a", "--save_dir=b", "--train_file=c", "--lora_targets=wq,wv"],
+    preference_train: ["--ckpt_dir=a", "--save_dir=b", "--train_file=c", "--lora_rank=4", "--lora_targets=wq,wv"],
     ppo_train: ["--actor_ckpt_dir=a", "--actor_save_dir=b", "--advantage=grpo", "--reward=rule,x.py:f", "--phases"],
 }
 
@@ -61,6 +61,34 @@ def test_every_flag_of_the_trainers_has_a_meaning_and_a_group() -> None:
             assert each.meaning and each.group, each.name
         assert issubclass(config_of(script.main), Config)
     assert config_of(TrainConfig.flags) is None  # a function of no config
+
+
+WITHOUT_EFFECT = [
+    (solver_train, ["--lora_dropout=0.1"], "--lora_rank -1 trains all weights, without adapters"),
+    (solver_train, ["--lora_rank=-1", "--dora"], "--lora_rank -1 trains all weights, without adapters"),
+    (verifier_train, ["--margin=1"], "--objective outcome knows no such thing"),
+    (verifier_train, ["--objective=pairwise", "--label_tokens=last"], "--objective pairwise knows no such thing"),
+    (verifier_train, ["--objective=pairwise", "--balance"], "--objective pairwise knows no such thing"),
+    (ppo_train, ["--gae_lambda=0.9"], "--advantage grpo has no critic"),
+    (ppo_train, ["--gamma=0.99"], "--advantage grpo gives all tokens of a response the same"),
+    (ppo_train, ["--reward_model_ckpt_dir=v"], "--reward rule x.py:f asks no verifier"),
+    (ppo_train, ["--kl_loss_coef=0.1"], "--kl_loss is none"),
+    (ppo_train, ["--kl_horizon=100"], "there is no --kl_target"),
+    (ppo_train, ["--truncated=mask", "--missing_eos_penalty=2"], "--truncated mask takes no penalty"),
+    (ppo_train, ["--teacher_coef=2"], "there is no --teacher_ckpt_dir"),
+    (ppo_train, ["--eval_samples=4"], "there is no --eval_file"),
+    (ppo_train, ["--lora_alpha=32"], "--lora_rank -1 trains all weights, without adapters"),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "why"), WITHOUT_EFFECT, ids=lambda value: "-".join(value)[:30]
+                         if isinstance(value, list) else "")
+def test_a_flag_of_which_nothing_would_come_is_refused(script: object, words: list[str], why: str) -> None:
+    name = words[-1].partition("=")[0]
+    given = {word.partition("=")[0] for word in words}
+    rest = [word for word in TRAINERS[script] if word.partition("=")[0] not in given]
+    with pytest.raises(UserError, match=f"{name} has no effect: {why}"):
+        bind(script.main, parse(script.main, [*rest, *words]))
 
 
 @pytest.mark.parametrize("script", TRAINERS, ids=lambda script: script.__name__)

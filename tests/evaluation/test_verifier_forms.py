@@ -26,11 +26,11 @@ from src.errors import UserError
 from src.evaluation.scoring import score_samples, score_steps
 from src.runlog import RunLog
 from src.training import rewards
+from src.training.ppo_config import RewardFlags
 from src.training.rollout import Rollout
 from tests.conftest import Folders
 from tests.text.files import byte_level, write_json, write_sentencepiece
 from tests.tiny import main_of
-from tests.training.workers import ppo_config
 
 PROBLEM, STEPS = "What is 12 + 7?", ["Step 1: 12 + 7 is 19.", "Step 2: so 5 + 5.", "#### 19"]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -144,7 +144,7 @@ def test_ppo_rewards_a_policy_of_another_tokenizer(tmp_path: Path, folders: Fold
     batch = make_batch([Encoded(ids + policy.encode(text), len(ids))])
     rollout = Rollout([Prompt("0", PROBLEM, None, None, None)], [text], batch, torch.tensor([True]),
                       torch.zeros(batch.tokens.shape), [[]])
-    found, _ = rewards.verifier_reward(load.load_verifier(prm), policy, ppo_config(step_reward="raw"), 2,
+    found, _ = rewards.verifier_reward(load.load_verifier(prm), policy, RewardFlags(step_reward="raw"), 2,
                                        load.load_tokenizer(prm), rollout)
     assert found.sum().item() == pytest.approx(sum(expected), abs=1e-5)
     write_json(tmp_path / "prompts.json", [{"instruction": "1+1=", "label": "2"}])

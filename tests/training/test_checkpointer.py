@@ -17,9 +17,10 @@ from torch.testing import assert_close
 from src import load, parallel
 from src.checkpoint import saving, storage
 from src.checkpoint.saving import Save, TrainerState
-from src.command.config import LoraFlags, OptimizerFlags, SavingFlags
+from src.command.config import OptimizerFlags, SavingFlags
 from src.data.batch import Batch
 from src.errors import UserError
+from src.models.lora import LoraConfig
 from src.runlog import RunLog
 from src.training.checkpointer import Checkpointer, Trainee
 from src.training.sft import n_supervised, sft_loss
@@ -41,9 +42,7 @@ class Run:
     ) -> None:
         self.folder = folder
         self.model = load.load_solver(ckpt_dir, trained=load.Trained())
-        lora = load.lora_config(
-            LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "w2"]), 0.1
-        )
+        lora = LoraConfig(rank=lora_rank, alpha=16.0, dropout=0.1, targets=("wq", "w2")) if lora_rank > 0 else None
         load.put_lora_on(self.model, lora, seed=1)
         log = RunLog(str(folder), {})
         self.trainer = Trainer(self.model, log, OptimizerFlags(lr=1e-2, weight_decay=0.1), total_steps=STEPS)

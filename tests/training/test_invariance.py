@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from src import load
-from src.command.config import LoraFlags
 from src.models.lora import at_length, merged_weight
 from tests.conftest import Folders
 from tests.ranks import Job, in_few_launches
 from tests.reference import relative_difference
-from tests.training.workers import join_weights, sft_epochs
+from tests.training.workers import join_weights, lora_of, sft_epochs
 
 OnRanks = Callable[[tuple[int, ...]], list[dict[str, object]]]
 LIMIT = 1e-6  # relative, float32
@@ -126,13 +125,7 @@ def test_ranks(
         lora_rank, dora = case.get("lora_rank", -1), case.get("dora", False)
         one = whole["dora" if dora else lora_rank]
         model = load.load_solver(folders.one)
-        load.put_lora_on(
-            model,
-            load.lora_config(
-                LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"], dora=dora)
-            ),
-            1,
-        )
+        load.put_lora_on(model, lora_of(lora_rank, dora=dora), 1)
         found = [rank[str(index)] for rank in ranks]
         losses = [rank.pop("losses") for rank in found]
         for loss in losses:

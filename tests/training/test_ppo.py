@@ -351,7 +351,7 @@ class FirstCharacter(Grader):
 def test_held_out_measures_count_every_prompt_and_are_those_of_the_evaluator(
     models: PPOModels, tokenizer: Tokenizer, n: int
 ) -> None:
-    numbers = ppo_config(eval_samples=n)
+    numbers = ppo_config(eval_file="held", eval_samples=n)
     sampling = Sampling(temperature=numbers.temperature * (n > 1), max_new_tokens=6, seed=11)
     same = sample_rollout(models.actor.model, PROMPTS, tokenizer, sampling, numbers=range(n), max_batch_size=4)
     task = Task(name="begins", extraction="gsm8k/last-number@4", equality="typed@4")
@@ -413,7 +413,7 @@ def test_aggregations_by_hand(models: PPOModels, tokenizer: Tokenizer, aggregati
 def test_a_teacher_is_a_part_of_every_tokens_advantage(
     folders: Folders, models: PPOModels, tokenizer: Tokenizer
 ) -> None:
-    numbers = ppo_config(advantage="dr_grpo", group_size=2, teacher_coef=0.5)
+    numbers = ppo_config(advantage="dr_grpo", group_size=2, teacher_ckpt_dir="teacher", teacher_coef=0.5)
     models = replace(models, critic=None)
     plain, itself = (buffer_of(replace(models, teacher=teacher), tokenizer, by_length, numbers, iteration=0)
                      for teacher in (None, models.reference))
@@ -435,7 +435,7 @@ def test_kl_loss_adds_its_estimate(models: PPOModels, tokenizer: Tokenizer) -> N
     apart = found._replace(reference_logprobs=found.reference_logprobs - 0.5 * found.batch.response_mask)
     plain = actor_loss(models, apart, numbers)[0]
     for kind, expected in (("k2", 0.125), ("k3", 2.718281828**-0.5 + 0.5 - 1)):
-        loss, metrics = actor_loss(models, apart, replace(numbers, kl_loss=kind))
+        loss, metrics = actor_loss(models, apart, replace(numbers, kl_loss=kind, kl_loss_coef=0.01))
         assert (loss - plain).item() == pytest.approx(0.01 * expected, abs=1e-6)
         assert metrics["kl_loss"] == pytest.approx(expected, abs=1e-4)
 

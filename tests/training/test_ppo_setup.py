@@ -53,8 +53,8 @@ def test_tasks_that_cannot_reward_are_refused_first(
         read_inputs(PPOConfig(actor_ckpt_dir=str(folders.one), actor_save_dir=str(tmp_path / "actor"), task=task,
                               train_file=str(tmp_path / "p.json"), reward=["rule"], advantage="rloo"))
     with pytest.raises(UserError, match="--eval_samples 8 greedy responses would be one"):
-        PPOConfig(actor_ckpt_dir="", actor_save_dir="", reward=["rule"], advantage="rloo", eval_samples=8,
-                  eval_temperature=0.0)
+        PPOConfig(actor_ckpt_dir="", actor_save_dir="", reward=["rule"], advantage="rloo", eval_file="held",
+                  eval_samples=8, eval_temperature=0.0)
 
 
 def test_a_schedule_is_as_long_as_the_run(

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from src import load
 from src.checkpoint import saving
-from src.command.config import LoraFlags, OptimizerFlags
+from src.command.config import OptimizerFlags
 from src.errors import UserError
 from src.models.decoder import Decoder
 from src.runlog import RunLog
@@ -18,9 +18,9 @@ from src.training.ppo_setup import PPOModels, SharedBase
 from src.training.rewards import pairwise_reward
 from src.training.trainer import Trainer
 from tests.conftest import Folders
-from tests.training.workers import collect, ppo_config, ppo_update
+from tests.training.workers import collect, lora_of, ppo_config, ppo_update
 
-LORA = load.lora_config(LoraFlags(lora_rank=4, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"]))
+LORA = lora_of(4)
 
 
 def save_adapter(model: Decoder, base: str, folder: Path, seed: int) -> str:

@@ -299,7 +299,7 @@ def test_a_run_of_ppo_is_not_begun_anew_over_its_own_checkpoints(folders: Folder
         "critic holds step-1, step-2 of a run, but .*other none": {"actor_save_dir": str(tmp_path / "other")},
         "exchange the actor's directory": {"critic_save_dir": actor, "actor_save_dir": critic},
         "critic_ckpt_dir was .*verifier and is .*one now": {"critic_ckpt_dir": folders.one},
-        "reward_model_ckpt_dir was nothing and is .*verifier": {"reward_model_ckpt_dir": folders.verifier},
+        "teacher_ckpt_dir was nothing and is .*two": {"teacher_ckpt_dir": folders.two},
         "kl_coef was .* and is 0.5 now": {"kl_coef": 0.5},
         r"reward was rule, .*mine.py:length and is \['rule'\]": {"reward": ["rule"]},
         "advantage was gae and is rloo now": {

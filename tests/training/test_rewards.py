@@ -19,6 +19,7 @@ from src.models.decoder import Decoder
 from src.models.forward import response_scores, token_scores
 from src.text.tokenizer import Tokenizer
 from src.training import rewards
+from src.training.ppo_config import RewardFlags
 from src.training.rollout import Rollout
 from tests.conftest import Folders
 from tests.ranks import run_ranks
@@ -54,7 +55,7 @@ def test_ending_costs_what_truncated_says(tokenizer: Tokenizer) -> None:
     task = rewards.at_last(torch.tensor([1.0, 1.0, -2.0]), episodes)
     lost = {"penalty": [1.0, 0.5, -2.5], "zero": [1.0, 0.0, -2.0], "mask": [1.0, 1.0, -2.0]}
     for policy, expected in lost.items():
-        found = rewards.apply_length_penalty(task, episodes, ppo_config(truncated=policy), 6)
+        found = rewards.apply_length_penalty(task, episodes, RewardFlags(truncated=policy, missing_eos_penalty=0.5), 6)
         assert_close(found, rewards.at_last(torch.tensor(expected), episodes))
 
 
@@ -74,11 +75,11 @@ def test_pairwise_reward_is_the_normalised_clamped_score(verifier: Decoder, toke
     episodes = episodes_of(tokenizer, TEXTS, [True, False, True])
     scores = response_scores(verifier, *episodes.batch.inputs)
     for size in (1, 2, 5):
-        found = rewards.pairwise_reward(verifier, episodes, ppo_config(), size)
+        found = rewards.pairwise_reward(verifier, episodes, RewardFlags(), size)
         expected = rewards.at_last(((scores - 0.5) / 2).clamp(-5, 5), episodes)
         assert_close(found, expected, rtol=1e-5, atol=1e-5)
     saving.record(verifier, score_std=1e-6)
-    extreme = rewards.pairwise_reward(verifier, episodes, ppo_config(), 5)
+    extreme = rewards.pairwise_reward(verifier, episodes, RewardFlags(), 5)
     assert set(extreme[extreme != 0].tolist()) <= {-5.0, 5.0} and not extreme.requires_grad
 
 
@@ -97,14 +98,14 @@ def test_outcome_reward_is_the_last_probability(verifier: Decoder, tokenizer: To
     episodes = episodes_of(tokenizer, TEXTS, endings)
     last = torch.tensor([alone(verifier, tokenizer, *row)[-1] for row in zip(TEXTS, endings, strict=True)])
     for scale, expected in (("probability", last.sigmoid()), ("logit", ((last - 0.5) / 2).clamp(-5, 5))):
-        found, _ = rewards.verifier_reward(verifier, tokenizer, ppo_config(outcome_reward=scale), 2, None, episodes)
+        found, _ = rewards.verifier_reward(verifier, tokenizer, RewardFlags(outcome_reward=scale), 2, None, episodes)
         assert_close(found, rewards.at_last(expected, episodes), rtol=1e-5, atol=1e-5)
 
 
 def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tokenizer: Tokenizer) -> None:
     saving.record(verifier, objective="process")
     episodes = episodes_of(tokenizer, TEXTS, [True, False, True])
-    config = ppo_config(step_reward="raw", step_bonus=0.25)
+    config = RewardFlags(step_reward="raw", step_bonus=0.25)
     found, counts = rewards.verifier_reward(verifier, tokenizer, config, 2, None, episodes)
     assert not counts
     for row, (text, finished) in enumerate(zip(TEXTS, (True, False, True), strict=True)):
@@ -117,7 +118,7 @@ def test_process_reward_lies_on_the_tokens_that_end_steps(verifier: Decoder, tok
     # min-drop sums up to the least probability less 1, prod-drop to their product less 1
     probabilities = torch.tensor(alone(verifier, tokenizer, TEXTS[0], True)).sigmoid()
     for shape, total in (("min-drop", probabilities.min()), ("prod-drop", probabilities.prod())):
-        found = rewards.process_reward(verifier, tokenizer, episodes, ppo_config(step_reward=shape), 2)
+        found = rewards.process_reward(verifier, tokenizer, episodes, RewardFlags(step_reward=shape), 2)
         assert found[0].sum().item() == pytest.approx(total.item() - 1, abs=1e-5)
 
 
@@ -137,7 +138,7 @@ def test_a_step_that_ends_in_what_code_printed_rewards_the_code(code_base: str, 
     row = encode_response(code_tokenizer, "Q", text)
     batch = make_batch([row])
     rollout = Rollout([prompt(0)], [text], batch, torch.tensor([True]), torch.zeros(batch.tokens.shape), [["ok"]])
-    found = rewards.process_reward(verifier, code_tokenizer, rollout, ppo_config(step_reward="raw"), 2)
+    found = rewards.process_reward(verifier, code_tokenizer, rollout, RewardFlags(step_reward="raw"), 2)
     before = row.tokens.index(code_tokenizer.control["<|execution|>"]) - 1
     first = next(n for n in range(row.response_start, before)
                  if code_tokenizer.decode(row.tokens[row.response_start : n + 1]) == "a\n\n")
@@ -165,14 +166,14 @@ def test_a_verifier_of_lines_rewards_lines(verifier: Decoder, tokenizer: Tokeniz
     row = encode_steps(tokenizer, "2+2=", steps, [1.0] * 3, step_end="\n")
     scores = token_scores(verifier, *make_batch([row]).inputs)[0, row.response_start :].sigmoid()
     expected = scores[~torch.tensor(row.targets).isnan()]
-    found = rewards.process_reward(verifier, tokenizer, episodes, ppo_config(step_reward="raw"), 2)
+    found = rewards.process_reward(verifier, tokenizer, episodes, RewardFlags(step_reward="raw"), 2)
     lengths = [len(tokenizer.encode(step + "\n", start=n == 0)) for n, step in enumerate(steps)]
     ends = torch.tensor(lengths).cumsum(0) + row.response_start - 1
     assert ends[-1] == len(row.tokens) - 1  # EOS stands where the last newline would
     assert_close(found[0, ends], expected, rtol=1e-5, atol=1e-5)
     assert found.count_nonzero() == 3
     saving.record(verifier, step="paragraph")
-    assert rewards.process_reward(verifier, tokenizer, episodes, ppo_config(step_reward="raw"), 2).count_nonzero() == 1
+    assert rewards.process_reward(verifier, tokenizer, episodes, RewardFlags(step_reward="raw"), 2).count_nonzero() == 1
 
 
 def test_a_response_too_long_for_the_verifier_is_cut_and_counted(
@@ -183,7 +184,7 @@ def test_a_response_too_long_for_the_verifier_is_cut_and_counted(
     logits = rewards.step_logits(verifier, tokenizer, episodes, 2)
     assert [len(steps) for steps in logits] == [2, 1] and all(map(math.isfinite, logits[0]))
     assert "1 of 2 responses are longer than the verifier's context of 12 tokens" in caplog.text
-    pairwise = rewards.pairwise_reward(verifier, episodes, ppo_config(), 2)
+    pairwise = rewards.pairwise_reward(verifier, episodes, RewardFlags(), 2)
     short = Batch(episodes.batch.tokens[:1, :12], episodes.batch.response_mask[:1, :12])
     alone = response_scores(verifier, *short.inputs).item()
     assert pairwise[0].sum().item() == pytest.approx((alone - 0.5) / 2, abs=1e-4)
@@ -225,7 +226,8 @@ def test_rewards_are_weighted(tokenizer: Tokenizer) -> None:
 
 def test_weights_belong_to_the_names_of_rewards() -> None:
     def weights(names: list[str], numbers: list[float]) -> dict[str, float]:
-        return ppo_config(reward=names, reward_weights=numbers, reward_model_ckpt_dir="v").weights_by_reward
+        judge = "v" if "verifier" in names else ""
+        return ppo_config(reward=names, reward_weights=numbers, reward_model_ckpt_dir=judge).weights_by_reward
 
     assert weights(["rule", "verifier"], []) == {"rule": 1.0, "verifier": 1.0}
     assert weights(["rule", "verifier"], [1, 0]) == {"rule": 1, "verifier": 0}

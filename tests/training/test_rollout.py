@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from src import load
 from src.checkpoint import export, saving
 from src.checkpoint.sources import open_adapter
-from src.command.config import LoraFlags
 from src.data.encoding import encode_prompt
 from src.data.examples import Prompt
 from src.inference.sampling import Sampling
@@ -21,7 +20,7 @@ from src.training.rewards import at_last
 from src.training.rollout import Rollout, sample_rollout
 from tests.conftest import Folders
 from tests.reference import hf_model
-from tests.training.workers import PROMPTS, collect, ppo_config, ppo_models, ppo_update
+from tests.training.workers import PROMPTS, collect, lora_of, ppo_config, ppo_models, ppo_update
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def test_adapters_sample_as_peft_s_merged_weights(
     folders: Folders, tokenizer: Tokenizer, tmp_path: Path, kind: str
 ) -> None:
     config = ppo_config(advantage="grpo", group_size=2)
-    lora = LoraFlags(lora_rank=4, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"], **{kind: True})
+    lora = lora_of(4, **{kind: True})
     models = ppo_models(folders.one, "", str(tmp_path / "log"), lora=lora, lr=2e-2)
     for iteration in range(2):
         buffer, scores, _ = collect(
@@ -72,7 +71,7 @@ def test_adapters_sample_as_peft_s_merged_weights(
         metrics = rollout_metrics(buffer, scores, config)
         assert metrics["sampler_mismatch"] < 1e-6 and (metrics["kl"] == 0) == (iteration == 0)
         saving.begin_save(models.actor.model, str(tmp_path / str(iteration)), folders.one,
-                          lora=load.lora_config(lora)).complete()
+                          lora=lora).complete()
         ppo_update(models, buffer, config, iteration)
     export.export_peft(open_adapter(tmp_path / "1"), tmp_path / "peft", "actor")
     merged = peft.PeftModel.from_pretrained(hf_model(folders.hf), tmp_path / "peft").merge_and_unload()

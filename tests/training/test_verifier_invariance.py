@@ -11,13 +11,12 @@ from torch import Tensor
 
 import verifier_train
 from src import load
-from src.command.config import LoraFlags
 from src.training.trainer import StepReport, Trainer
 from tests.conftest import Folders
 from tests.ranks import Job, in_few_launches
 from tests.training.test_invariance import assert_same
 from tests.training.verifier_workers import ROWS, verifier_epochs
-from tests.training.workers import join_weights
+from tests.training.workers import join_weights, lora_of
 
 OBJECTIVES = ("outcome", "process")
 APART = ("losses", "report")
@@ -105,13 +104,7 @@ def test_ranks(
     for index, (_, case) in enumerate(CASES):
         lora_rank = case.get("lora_rank", -1)
         model = load.load_verifier(folders.verifier)
-        load.put_lora_on(
-            model,
-            load.lora_config(
-                LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
-            ),
-            1,
-        )
+        load.put_lora_on(model, lora_of(lora_rank), 1)
         found = [rank[str(index)] for rank in ranks]
         apart = [{name: rank.pop(name) for name in APART} for rank in found]
         for first in range(0, n, tensor_parallel_size):  # every data-parallel copy

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from src import load, parallel
-from src.command.config import LoraFlags, OptimizerFlags
+from src.command.config import OptimizerFlags
 from src.data.batch import BatchSampler
 from src.data.examples import StepLabels
 from src.runlog import RunLog
 from src.training.reward_model import label_dataset
 from src.training.trainer import Trainer
-from tests.training.workers import local_weights
+from tests.training.workers import local_weights, lora_of
 
 ROWS = {
     "outcome": [
@@ -48,9 +48,7 @@ def verifier_epochs(
     label_tokens: str = "all",
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two steps on ROWS, the losses, and the report on ROWS."""
-    lora = load.lora_config(
-        LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
-    )
+    lora = lora_of(lora_rank)
     model = load.load_verifier(folder, trained=load.Trained(lora))
     options = {"max_seq_len": 64, "source": "ROWS", "label_tokens": label_tokens, "balance": True}
     data, kind = label_dataset(ROWS[objective], load.load_tokenizer(folder), **options)

@@ -26,6 +26,7 @@ from src.errors import UserError
 from src.grading.tasks import find_task
 from src.models import linear
 from src.models.decoder import Decoder
+from src.models.lora import LoraConfig
 from src.processes import watchdog
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
@@ -77,6 +78,12 @@ PROMPTS = [
 ]
 
 
+def lora_of(rank: int, **kinds: bool) -> LoraConfig | None:
+    """Adapters on some of the linears; None for rank -1."""
+    return load.lora_config(
+        LoraFlags(lora_rank=rank, lora_targets=["wq", "wo", "w1", "w2"], **kinds)) if rank > 0 else None
+
+
 def local_weights(model: Decoder) -> dict[str, Tensor]:
     """This rank's parameters, for join_weights()."""
     return {name: parameter.detach().clone() if type(parameter) is nn.Parameter else parameter.detach().full_tensor()
@@ -98,13 +105,7 @@ def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
     for name in ("full", "lora"):
         model = load.load_solver(folder)
         if name == "lora":
-            load.put_lora_on(
-                model,
-                load.lora_config(
-                    LoraFlags(lora_rank=4, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
-                ),
-                seed=1,
-            )
+            load.put_lora_on(model, lora_of(4), seed=1)
         trainer = Trainer(
             model, RunLog(log_dir, {}), OptimizerFlags(lr=1e-2, max_grad_norm=0.5), total_steps=3
         )
@@ -136,9 +137,7 @@ def sft_epochs(
     dora: bool = False,
 ) -> dict[str, Tensor]:
     """This tensor-parallel rank's weights after two epochs on INSTRUCTIONS, and every step's loss under `losses`."""
-    lora = load.lora_config(
-        LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"], dora=dora)
-    )
+    lora = lora_of(lora_rank, dora=dora)
     model = load.load_solver(folder, trained=load.Trained(lora))
     tokenizer = load.load_tokenizer(folder)
     data = sft_dataset(INSTRUCTIONS, tokenizer, max_seq_len=64, source="INSTRUCTIONS")
@@ -195,13 +194,7 @@ def preference_epochs(
         path = Path(log_dir) / f"{folder.replace('/', '_')}.jsonl"
         reference = reference_logprobs(model, data.samples, path, "identity", max_batch_size=2, log=log)
     data = preference.with_reference(data, reference)
-    load.put_lora_on(
-        model,
-        load.lora_config(
-            LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
-        ),
-        seed=1,
-    )
+    load.put_lora_on(model, lora_of(lora_rank), seed=1)
     trainer = Trainer(model, log, OptimizerFlags(lr=1e-4, weight_decay=0.1), total_steps=2)
     batching = BatchSampler(
         max_batch_size=max_batch_size,
@@ -239,29 +232,30 @@ def ppo_config(**changes: object) -> PPOConfig:
         "inner_epochs": 2,
         "minibatches": 2,
         "kl_coef": 0.1,
-        "kl_loss_coef": 0.01,
-        "kl_horizon": 100.0,
         "missing_eos_penalty": 0.5,
         "seed": 11,
         "lr": 1e-4,
         "reward": ["rule"],
-        "gae_lambda": 0.95,
     }
-    numbers |= {"actor_ckpt_dir": "actor", "actor_save_dir": "save"} | changes
-    if numbers.get("advantage", "gae") == "gae":
-        numbers |= {"critic_ckpt_dir": "critic", "critic_save_dir": "save-critic"}
-    return PPOConfig(**numbers)
+    numbers |= {"actor_ckpt_dir": "actor", "actor_save_dir": "save"}
+    if changes.get("advantage", "gae") == "gae":
+        numbers |= {"critic_ckpt_dir": "critic", "critic_save_dir": "save-critic", "gae_lambda": 0.95}
+    numbers |= {"kl_loss_coef": 0.01} if "kl_loss" in changes else {}
+    numbers |= {"kl_horizon": 100.0} if "kl_target" in changes else {}
+    if changes.get("truncated", "penalty") != "penalty":
+        del numbers["missing_eos_penalty"]
+    return PPOConfig(**numbers | changes)
 
 
 def ppo_models(
     actor: str, critic: str, log_dir: str, lora_rank: int = -1, adam_eps: float = 1e-8,
-    lora: LoraFlags | None = None, **flags: object,
+    lora: LoraConfig | None = None, **flags: object,
 ) -> PPOModels:
     """Actor and reference from one directory, the critic from another (empty: none)."""
     log, flags = RunLog(log_dir, {}), OptimizerFlags(**({"lr": 1e-4} | flags))
-    lora = lora or LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
-    model, reference = load.load_solver(actor), None if lora.lora_rank > 0 else load.load_solver(actor)
-    load.put_lora_on(model, load.lora_config(lora), seed=1)
+    lora = lora or lora_of(lora_rank)
+    model, reference = load.load_solver(actor), None if lora else load.load_solver(actor)
+    load.put_lora_on(model, lora, seed=1)
     value = load.load_verifier(critic, from_solver=True) if critic else None
     trainers = (each and Trainer(each, log, flags, total_steps=8, adam_eps=adam_eps) for each in (model, value))
     return PPOModels(*trainers, None, ModelOffloader(), reference)
@@ -359,9 +353,7 @@ def resumed_epochs(
     precision: str = "",
 ) -> dict[str, Tensor]:
     """Steps `first` + 1 .. `last` of a run of 8 on INSTRUCTIONS, saved after each; losses and every rank's weights."""
-    lora = load.lora_config(
-        LoraFlags(lora_rank=lora_rank, lora_alpha=16.0, lora_targets=["wq", "wo", "w1", "w2"])
-    )
+    lora = lora_of(lora_rank)
     model = load.load_solver(folder, precision=precision, trained=load.Trained(lora))
     data = sft_dataset(INSTRUCTIONS, load.load_tokenizer(folder), max_seq_len=64, source="INSTRUCTIONS")
     ranks = parallel.data_parallel_size()
