@@ -95,8 +95,12 @@ def main(config: SplitConfig) -> None:
     adapter = sources.open_adapter(Path(files[0]), config.base_dir) if files[0] else None
     keep = adapter is not None and (config.format == "peft" or not config.merge_lora)
     refuse_contradictions(config, described, has_adapter=adapter is not None, keep=keep)
-    source = adapter if keep else sources.open_source(
-        config.ckpt_file, config.config_file, config.base_dir, own_tokenizer=not config.tokenizer_file)
+    if keep:
+        source = adapter
+    elif adapter:
+        source = sources.merge(adapter, config.dtype or adapter.config.dtype, "--dtype float32 stores all of it")
+    else:
+        source = sources.open_source(config.ckpt_file, config.config_file, own_tokenizer=not config.tokenizer_file)
     source = with_tokenizer(source, config.tokenizer_file)
     check_model_type(source.config, config.model_type, described)
     if config.num_added_tokens:

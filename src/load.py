@@ -28,6 +28,9 @@ from src.text.blocks import CODE_FORM
 from src.text.chat import has_own_template
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer, read_template_args
 
+# What to do where rounding swallows an adapter
+ALL_OF_IT = "--precision float32 computes with all of it"
+
 
 def load_config(ckpt_dir: str, model_type: str = "", kind: Literal["", "solver", "verifier"] = "") -> ModelConfig:
     """The config of a checkpoint directory, which --model_type must not contradict and must be of this kind.
@@ -194,7 +197,9 @@ def _load(
     left_out = range(config.n_layers if n_layers is None else n_layers, config.n_layers)
     config = dataclasses.replace(config, n_layers=left_out.start)
     dtype = parallel.compute_dtype(precision)
-    stored = {name: read for name, read in _stored_tensors(folder).items() if shards.layer_of(name) not in left_out}
+    rounded = {"": dtype, "bfloat16": torch.bfloat16}.get(quantize)  # codes have steps of their own
+    stored = {name: read for name, read in _stored_tensors(folder, rounded).items()
+              if shards.layer_of(name) not in left_out}
     if value_head and not config.value_head:
         stored.pop("output.weight", None)
         stored["v_head.weight"] = lambda: torch.zeros(1, config.dim)
@@ -224,9 +229,10 @@ def _load(
 def load_adapted(folder: str, base_dir: str, precision: str = "") -> Decoder:
     """The solver base_dir with an adapter, one of PEFT or ours, merged in float32; for one rank. Raises UserError
     for a directory without an adapter, or with one of another base."""
-    if not sources.open_adapter(Path(folder), base_dir):
+    adapter, dtype = sources.open_adapter(Path(folder), base_dir), parallel.compute_dtype(precision)
+    if not adapter:
         raise UserError(f"{folder} holds no adapter; expected adapter_config.json of PEFT, or adapter.json")
-    source, dtype = sources.open_source(folder, base_dir=base_dir), parallel.compute_dtype(precision)
+    source = sources.merge(adapter, str(dtype).removeprefix("torch."), ALL_OF_IT)
     if source.config.value_head:
         raise UserError(f"{folder} is a verifier's adapter (it has a value head); a solver's is needed here")
     with torch.device("meta"):
@@ -246,7 +252,7 @@ def local_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
     dtype None = as stored. Raises UserError.
     """
-    return _read(_stored_tensors(folder), dtype)
+    return _read(_stored_tensors(folder, dtype), dtype)
 
 
 def _read(stored: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -254,8 +260,9 @@ def _read(stored: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype | None)
     return {name: read().to(parallel.device(), dtype, copy=True) for name, read in stored.items()}
 
 
-def _stored_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """This rank's tensors [...] as stored; adapters are folded in before any rounding to another dtype.
+def _stored_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Callable[[], Tensor]]:
+    """This rank's tensors [...] as stored; adapters are folded in before any rounding to dtype (None: nothing is known
+    of it), and where that leaves little of them the log says so.
 
     The ranks share the files out to compare them with their hashes: a flipped bit must not train on in silence.
     """
@@ -274,7 +281,9 @@ def _stored_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
             return squares
         return parallel.sum_over_tensor_parallel(squares.to(parallel.device())).to(squares.device)
 
-    return adapters.fold(_stored_tensors(adapter.base), own, adapter.lora, total)
+    base = _stored_tensors(adapter.base, dtype)
+    adapters.tell_of_rounding(folder, base, own, adapter.lora, dtype or torch.float32, ALL_OF_IT, total)
+    return adapters.fold(base, own, adapter.lora, total)
 
 
 def put_lora_on(model: Decoder, lora: LoraConfig | None, seed: int) -> None:

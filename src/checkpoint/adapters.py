@@ -5,8 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from src import runlog
 from src.checkpoint import shards, storage
 from src.errors import UserError
 from src.jsonfile import read_json
@@ -15,6 +17,10 @@ from src.models.lora import LoraConfig, at_length, merged_weight
 
 Load = Callable[[], Tensor]
 Total = Callable[[str, Tensor], Tensor]  # a parameter's name and its rows' squares here [out] -> those of whole rows
+
+
+SPEAKING = 8  # matrices that tell what rounding does to all
+LEAST_KEPT = 0.8  # of an adapter's update; less is told
 
 
 class Adapter(NamedTuple):
@@ -88,6 +94,24 @@ def fold(
         elif not name.endswith((".lora_b.weight", ".lora_m.weight")):
             merged[name] = load
     return merged
+
+
+def tell_of_rounding(
+    folder: Path, base: Mapping[str, Load], own: Mapping[str, Load], lora: LoraConfig, dtype: torch.dtype, advice: str,
+    total: Total = lambda name, squares: squares,
+) -> None:
+    """Warn where merged weights that are rounded to dtype keep little of an adapter: a base that has been rounded to it
+    already stays as it is wherever the adapter adds less than half a step. A few matrices speak for all."""
+    stems = [name.removesuffix(".lora_a.weight") for name in own if name.endswith(".lora_a.weight")]
+    added = kept = 0.0
+    for stem in stems[:: -(-len(stems) // SPEAKING)] if dtype != torch.float32 else ():
+        weight, merged = base[f"{stem}.weight"](), _merged(stem, base, own, lora.alpha / lora.rank, total)
+        update = merged - weight.float()
+        added += update.square().sum().item()
+        kept += (update * (merged.to(dtype).float() - weight.to(dtype).float())).sum().item()
+    if kept < LEAST_KEPT * added:
+        runlog.logger().warning("%s: %s, to which merged weights are rounded, keeps %.0f%% of what the adapter adds to "
+                                "its base: %s", folder, str(dtype).removeprefix("torch."), 100 * kept / added, advice)
 
 
 def _merged(stem: str, base: Mapping[str, Load], own: Mapping[str, Load], scale: float, total: Total) -> Tensor:

@@ -97,7 +97,7 @@ def begin_save(
     """A save of the model as it is now, for all ranks to complete.
 
     ckpt_dir is where training started: it gives the tokenizer unless tokenizer_file does and, with LoRA, the base
-    that the adapter directory will name. dtype of the stored weights: empty = as in ckpt_dir; adapters are always
+    that the adapter directory will name. dtype of the stored weights: empty = stored_dtype(); adapters are always
     float32. With a state the directory is one that training can be resumed from. In the background the model may
     change before complete() is called.
     """

@@ -121,11 +121,14 @@ def _base_of(adapter: peft_layout.PeftAdapter, base_dir: str) -> Path:
     return places[0]
 
 
-def merge(adapter: AdapterSource) -> Source:
-    """An adapter with its base: every adapted weight is merged in float32 when it is read, and stored as the base's."""
+def merge(adapter: AdapterSource, rounded: str = "", advice: str = "") -> Source:
+    """An adapter with its base: every adapted weight is merged in float32 when it is read, and stored as the base's.
+    rounded: the type that the merged weights will have; where it keeps little of the adapter the log says so and gives
+    the advice."""
     base = open_source(str(adapter.base))
     plain = {name: stored.load for name, stored in base.tensors.items()}
     own = {name: stored.load for name, stored in adapter.tensors.items()}
+    adapters.tell_of_rounding(adapter.folder, plain, own, adapter.lora, getattr(torch, rounded, torch.float32), advice)
     merged = adapters.fold(plain, own, adapter.lora)
     dtype = getattr(torch, adapter.config.dtype)
     tensors = {name: StoredTensor(shape, merged[name], base.tensors[name].dtype if name in base.tensors else dtype)
