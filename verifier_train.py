@@ -95,7 +95,8 @@ def main(config: VerifierTrainConfig) -> None:
             run.trainer.backward(loss, last=batch is step.batches[-1])
         run.log_step(step, run.trainer.step(), n_labels, judged=n_labels)
         accuracy = None
-        if run.is_eval_due(step):
+        # epoch-N is kept too: what reads its scores needs their units
+        if run.is_eval_due(step) or step.number % run.steps_per_epoch == 0:
             found = objective.evaluate(model, held_out, config.max_batch_size)
             accuracy = found.held_out_accuracy
             log.metrics(step.number, epoch=step.epoch, **found._asdict())

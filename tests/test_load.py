@@ -9,7 +9,7 @@ import torch
 from benchmarks.loading import write_model
 from src import load, parallel
 from src.checkpoint import saving, storage
-from src.checkpoint.sources import open_source
+from src.checkpoint.sources import merge, open_adapter, open_source
 from src.checkpoint.split import split
 from src.errors import UserError
 from src.models.decoder import Decoder
@@ -120,6 +120,33 @@ def save_verifier_adapter(base: str, folder: str) -> dict[str, object]:
             torch.nn.init.constant_(parameter, 0.1)
     saving.begin_save(verifier, folder, base, lora=lora).complete()
     return {}
+
+
+@pytest.mark.parametrize(("size", "is_told"), [(1e-4, True), (1e-2, False)])
+def test_an_adapter_that_rounding_swallows_is_told(
+    tmp_path: Path, hf_folder: Path, caplog: pytest.LogCaptureFixture, size: float, is_told: bool
+) -> None:
+    base, folder = str(tmp_path / "base"), str(tmp_path / "lora")
+    split(open_source(str(hf_folder)), Path(base), 1, "hf", "bfloat16")
+    model = load.load_solver(base)
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("wq", "w2"))
+    load.put_lora_on(model, lora, seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(parameter, std=size)
+    saving.begin_save(model, folder, base, lora=lora).complete()
+    before, exact, rounded = (
+        dict(load.load_solver(each, precision=precision).named_parameters())
+        for each, precision in ((base, "float32"), (folder, "float32"), (folder, "bfloat16")))
+    updates = {name: (tensor - before[name]).flatten() for name, tensor in exact.items() if ".w" in name}
+    asked = torch.cat(list(updates.values()))
+    kept = torch.cat([(rounded[name].float() - before[name]).flatten() for name in updates]) @ asked / (asked @ asked)
+    told = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert bool(told) == is_told == (kept.item() < 0.8)
+    assert not told or f"bfloat16, to which merged weights are rounded, keeps {100 * kept:.0f}% of" in told[0]
+    caplog.clear()
+    merge(open_adapter(Path(folder)), "bfloat16", "advice")
+    assert bool(caplog.records) == is_told
 
 
 def test_a_rank_holds_what_it_keeps_of_a_model_and_little_more(tmp_path: Path) -> None:

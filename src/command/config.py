@@ -182,8 +182,8 @@ class SavingFlags(Config):
     background_save: bool = flag(False, """write checkpoints to resume from while training goes on; a copy of
         what they hold is then in main memory until they are written""")
     resume: Resume = flag("none", "auto = go on from the newest complete one in save_dir, if there is one")
-    save_dtype: StoredType = flag("", """type of the stored weights; default: as in ckpt_dir (adapters:
-        float32)""")
+    save_dtype: StoredType = flag("", """type of the stored weights; default: as in ckpt_dir, or as computed in if
+        that is finer (adapters: float32)""")
 
     def is_eval_due(self, n_done: int, steps_per_epoch: int, total_steps: int) -> bool:
         """Whether held-out rows are measured after so many steps."""

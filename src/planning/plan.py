@@ -262,7 +262,8 @@ def disk(
     weights = resumed = 0
     for config in models:
         learn = n * local_trainable_parameters(config, how.lora, n)
-        weights += learn * (FLOAT32 if how.lora else BYTES[flags.save_dtype or config.dtype])
+        dtype = flags.save_dtype or (config.dtype if how.half else "float32")  # as in saving.stored_dtype()
+        weights += learn * (FLOAT32 if how.lora else BYTES[dtype])
         resumed += int(learn * (FLOAT32 + MOMENT_BYTES[how.optimizer]))  # as they learn, and both moments
     return (f"{size(n_saves * weights + len(to_resume) * resumed)}: weights of {n_saves} saves, {len(to_resume)} of "
             f"them to resume from; {size(weights + resumed)} more while another is written")

@@ -208,8 +208,10 @@ def test_a_verifier_that_learns_nothing_says_so_once(
     verifier_train.main(config)
     assert caplog.text.count("not shown to tell right from wrong: on held-out rows it is ") == 1
     caplog.clear()
-    verifier_train.main(replace(config, save_dir=str(tmp_path / "learnt"), lr=2e-2, epochs=12))
+    verifier_train.main(replace(config, save_dir=str(tmp_path / "learnt"), lr=2e-2, epochs=12, eval_every=5))
     assert "not shown to tell" not in caplog.text
+    kept = [load.load_config(str(tmp_path / "learnt" / f"epoch-{epoch}")) for epoch in (1, 7, 12)]
+    assert len({1.0, *(each.score_std for each in kept)}) == 4  # each in units of its own scores
 
 
 def test_a_verifier_learns_on_a_quantised_base(folders: Folders, tmp_path: Path) -> None:
