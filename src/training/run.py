@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +18,11 @@ import torch
 from src import load, parallel, runlog
 from src.checkpoint import saving
 from src.checkpoint.shards import expected_shapes
+from src.checkpoint.sources import open_source
 from src.checkpoint.tensor_files import file_hash
 from src.command.config import TrainConfig
 from src.data.batch import Batch, BatchSampler, Dataset, Step
-from src.data.encoded_rows import EncodedRows, Fill, Keep, in_temporary_file, write
+from src.data.encoded_rows import EncodedRows, Fill, Keep, Sample, in_temporary_file, write
 from src.errors import UserError
 from src.jsonfile import flush, read_json, telling_full_disk, write_json
 from src.models.config import ModelConfig
@@ -43,7 +45,7 @@ class Run:
         overwrite what the run reads, or that holds another run. A dry run starts and writes nothing."""
         self.config = config
         self.trained = load.Trained(load.lora_config(config, config.lora_dropout), config.seed)
-        self._chat_facts = tokenizer.chat_facts()
+        self._tokenizer = tokenizer
         n_shards = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size)
         sharing = config.context_parallel_size
         batches = load.check_context_parallel({config.ckpt_dir: model}, sharing, n_shards)
@@ -67,7 +69,8 @@ class Run:
         return KeptRows(Path(self.config.save_dir) / "rows" / f"{name}.ids", self._identity)
 
     def begin(self, data: Dataset) -> None:
-        """Count the steps. Raises UserError for a save_dir with a run of more of them, or of other rows."""
+        """Count the steps. Raises UserError for a save_dir with a run of more of them, or of other rows, and for
+        adapters where no adapter can learn the rows."""
         config, n_rows = self.config, len(data.samples)
         self.steps_per_epoch = self.sampler.steps_per_epoch(n_rows)
         total = config.epochs * self.steps_per_epoch
@@ -75,6 +78,30 @@ class Run:
         if not config.dry_run:
             self._fingerprint |= {"rows": n_rows}  # known only now: whether the run goes on is asked once more
             find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
+            if self.trained.lora:
+                self._check_tokens_apart(data.samples[:TOLD_APART])
+
+    def _check_tokens_apart(self, samples: Sequence[Sample]) -> None:
+        """Raise UserError where a token that ends or parts responses has the same row of the output layer as another:
+        their logits are equal, and stay so under adapters, which leave that layer alone. Tokens that were added to a
+        vocabulary are alike, and so are those that a base model has never seen."""
+        names = {token: name for name, token in self._tokenizer.control.items()}
+        learnt = {token for sample in samples for encoded in sample
+                  for token in compress(encoded.tokens, encoded.supervised) if token in names}
+
+        def find() -> list[int]:
+            """Those of them that are like another token."""
+            tensors = open_source(self.config.ckpt_dir).tensors
+            rows = tensors["output.weight" if "output.weight" in tensors else "tok_embeddings.weight"].load()  # [V, D]
+            # the first number tells most of them apart
+            near = {token: rows[rows[:, 0] == rows[token, 0]] for token in sorted(learnt)}
+            return [token for token, others in near.items() if (others == rows[token]).all(1).sum() > 1]
+
+        if alike := parallel.from_first_rank(find):
+            raise UserError(
+                f"{self.config.ckpt_dir} has for {', '.join(names[token] for token in alike)} the same weights as for "
+                "another token, and adapters leave them so: no training could tell them apart; train all weights first "
+                "(--lora_rank -1)")
 
     def planned_steps(self, data: Dataset) -> Iterator[Step]:
         """All steps as the rank with the longest forward passes, the last one, sees them."""
@@ -84,7 +111,7 @@ class Run:
     def open(self, model: Decoder, log: RunLog) -> None:
         """Give the model, `trained`, an optimizer and a place to be saved; take up what an earlier start saved."""
         config = self.config
-        saving.record(model, **self._chat_facts)
+        saving.record(model, **self._tokenizer.chat_facts())
         self.log = log
         self.trainer = Trainer(model, log, config, total_steps=self.total_steps, optimizer=config.optimizer)
         begin_save = partial(saving.begin_save, model, ckpt_dir=config.ckpt_dir, dtype=config.save_dtype,
@@ -186,6 +213,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+TOLD_APART = 100  # first rows whose control tokens are looked at
 LOOK_SECONDS = 0.1  # between two looks for the file that rank 0 makes
 _CODE = ("data", "text", "training")  # of src/: what makes ids of rows
 

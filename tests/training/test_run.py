@@ -1,16 +1,21 @@
-"""src/training/run.py, ThroughputMeter: counts by hand, and a share of the machine's rate that can be."""
+"""src/training/run.py: a step by hand, a rate that a machine can have, and tokens that adapters cannot tell apart."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import solver_train
 from src import parallel
 from src.data.batch import Step, make_batch
 from src.data.encoding import Encoded
+from src.errors import UserError
 from src.models.config import ModelConfig
 from src.training import run as module
 from src.training.run import ThroughputMeter
+from tests.conftest import CODE_BLOCKS
+from tests.text.files import write_json
 
 CONFIG = ModelConfig(
     dim=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=12, vocab_size=10, max_seq_len=32
@@ -39,3 +44,11 @@ def test_a_step_by_hand(monkeypatch: pytest.MonkeyPatch, packing: bool, padding:
 def test_the_rate_of_matrix_products_is_one_a_machine_can_have() -> None:
     parallel.start()
     assert 1e8 < module.matrix_rate(torch.float32) < 1e16
+
+
+def test_adapters_are_refused_where_no_adapter_tells_the_ends_of_blocks_apart(code_base: str, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": CODE_BLOCKS}]}]
+    with pytest.raises(UserError, match=r"has for <\|text\|>, <\|code\|>, .* the same weights as for another token"):
+        solver_train.main(solver_train.SolverTrainConfig(
+            ckpt_dir=code_base, save_dir=str(tmp_path / "run"), lora_rank=2,
+            train_file=str(write_json(tmp_path / "rows.json", rows))))
