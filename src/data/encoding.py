@@ -225,12 +225,16 @@ def encode_steps(
         texts = _steps_in_template(tokenizer, instruction, texts, finished=finished)
     response: list[int] = []
     targets: list[float] = []
+    pieces = blocks.pieces_of_steps(texts) if tokenizer.code else []
     for number, (text, label) in enumerate(zip(texts, labels, strict=True)):
-        if tokenizer.chat:
+        ends = [tokenizer.eos_id] if finished and number == len(texts) - 1 else tag
+        if tokenizer.code:
+            start = number == 0 or isinstance(pieces[number - 1][-1], Marker)
+            response += [*chain(*tokenizer.encode_pieces(pieces[number], start=start)), *ends]
+        elif tokenizer.chat:
             start = number == 0 and tokenizer.begins_after(prompt)
             response += tokenizer.encode_rendered(text, start=start) + tag
         else:
-            ends = [tokenizer.eos_id] if finished and number == len(texts) - 1 else tag
             response += tokenizer.encode(text, start=number == 0 and not form) + ends
         targets += [math.nan] * (len(response) - len(targets) - 1) + [math.nan if label is None else label]
     return Encoded(prompt + response, len(prompt), tuple(targets))

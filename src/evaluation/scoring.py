@@ -106,7 +106,7 @@ def _encode(tokenizer: Tokenizer, sample: Sample, config: ModelConfig) -> Encode
     too_long = len(row.tokens) > longest and (finished or by_steps)
     if too_long or row.response_start >= longest:
         return None
-    return Encoded(row.tokens[:longest], row.response_start, row.targets)
+    return row._replace(tokens=row.tokens[:longest], answer_mask=row.answer_mask and row.answer_mask[:longest])
 
 
 def encode_in_steps(

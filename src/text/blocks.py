@@ -83,6 +83,16 @@ def answer_pieces(answer: str) -> list[Piece]:
     return split_text(answer) if ANY_MARKER.search(answer) else [Marker.TEXT, answer, Marker.END_OF_BLOCK]
 
 
+def pieces_of_steps(texts: Sequence[str]) -> list[list[Piece]]:
+    """Split the steps of a response, none of them empty, which together are what answer_pieces() reads; blocks may go
+    on from one step to the next."""
+    parts = [split_text(text) for text in texts]
+    if not any(isinstance(part, Marker) for step in parts for part in step):
+        parts[0].insert(0, Marker.TEXT)
+        parts[-1].append(Marker.END_OF_BLOCK)
+    return parts
+
+
 def last_text(answer: str) -> str:
     """Find the content of an answer's last block of text, where its result is; without markers it is all text."""
     if not ANY_MARKER.search(answer):

@@ -179,9 +179,11 @@ class Tokenizer:
                 ids += self._encode_stretch(stretch, start=self.vocabulary.after_added if index else start)
         return ids
 
-    def encode_pieces(self, parts: Iterable[Piece]) -> list[list[int]]:
-        """Ids of each piece of a solution with code: a marker is its control token, a content is encoded apart."""
-        return [[self.control[part]] if isinstance(part, Marker) else self.encode(part) for part in parts]
+    def encode_pieces(self, parts: Iterable[Piece], *, start: bool = True) -> list[list[int]]:
+        """Ids of each piece of a solution with code: a marker is its control token, a content is encoded apart. start
+        False: the first piece goes on in the middle of a content."""
+        return [[self.control[part]] if isinstance(part, Marker) else self.encode(part, start=start or place > 0)
+                for place, part in enumerate(parts)]
 
     def encode_rendered(self, text: str, *, start: bool = True) -> list[int]:
         """Ids of a chat template's text: control tokens are read as such, except where MARK breaks them.

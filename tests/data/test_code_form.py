@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from src.data.encoding import Encoded, encode_conversation, encode_prompt, encode_response
+from src.data.encoding import (
+    Encoded,
+    encode_conversation,
+    encode_prompt,
+    encode_response,
+    encode_steps,
+    split_steps,
+)
 from src.data.examples import read_instructions
 from src.errors import UserError
 from src.text.blocks import Marker, split_text
@@ -76,6 +83,22 @@ def test_an_answer_without_markers_is_one_block_of_text(code_tokenizer: Tokenize
         "<|assistant|><|text|>plain 3<|endofblock|><|endofmessage|>"
     )
     assert encoded.answer_mask is None
+
+
+@pytest.mark.parametrize("step_end", ["\n", "\n\n"])
+@pytest.mark.parametrize("answer", [SIX + END, SIX.replace("Multiply:", "a\n\nb") + END, "plain 3", "6 x 7\n\n42"])
+def test_a_verifier_reads_steps_in_the_tokens_of_the_whole_answer(
+    code_tokenizer: Tokenizer, answer: str, step_end: str
+) -> None:
+    """They may end inside a block; none is a marker spelled out in letters."""
+    steps = split_steps(answer, step_end)
+    found = encode_steps(code_tokenizer, "Q", steps, [1.0] * len(steps), step_end=step_end)
+    assert found.tokens == encode_response(code_tokenizer, "Q", step_end.join(steps)).tokens
+    ends = [place + 1 for place, target in enumerate(found.targets) if target == 1.0]
+    texts = [shown(code_tokenizer, found.tokens[found.response_start :][:end]) for end in ends]
+    opening = "" if "<|" in answer else "<|text|>"
+    assert texts[:-1] == [opening + step_end.join(steps[: n + 1]) + step_end for n in range(len(steps) - 1)]
+    assert texts[-1].endswith("<|endofblock|><|endofmessage|>")
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ import torch
 
 from src import load
 from src.checkpoint import saving
+from src.data.encoding import encode_response
 from src.data.examples import Sample, StepLabels
 from src.errors import UserError
 from src.evaluation.metrics import sigmoid
-from src.evaluation.scoring import Scored, score_one, score_samples, score_steps, with_score
+from src.evaluation.scoring import Scored, encode_samples, score_one, score_samples, score_steps, with_score
 from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
-from tests.conftest import Folders
+from tests.conftest import CODE_SOLUTION, Folders
 
 TEXTS = ["4", "abc def\n\n0123", "", "a\n\nb\n\n#### 7"]
 SAMPLES = [
@@ -152,3 +153,10 @@ def test_a_diverged_verifier_is_refused(verifier: Decoder, tokenizer: Tokenizer,
         verifier.v_head.weight.fill_(math.nan)
     with pytest.raises(UserError, match="the score of sample '0'/0 is nan; the verifier has diverged"):
         score(verifier, tokenizer, tmp_path, [LONG._replace(response="a")])
+
+
+def test_a_mean_score_is_over_what_it_was_in_training(code_base: str, code_tokenizer: Tokenizer) -> None:
+    """The tokens that a solver wrote, without what its code printed."""
+    sample = Sample("0", 0, "Q", CODE_SOLUTION, None, {})
+    (found,) = encode_samples(code_tokenizer, [sample], load.load_config(code_base))
+    assert found == encode_response(code_tokenizer, "Q", CODE_SOLUTION) and not all(found.answer_mask[-30:])
