@@ -9,9 +9,10 @@ from typing import NamedTuple
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from src import load
+from src import load, parallel
 from src.checkpoint import adapters, storage
 from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.checkpoint.shards import cut_of, join
@@ -21,7 +22,8 @@ from src.command.config import LoraFlags
 from src.errors import UserError
 from src.jsonfile import write_json
 from src.models.config import ModelConfig
-from src.models.lora import LoraConfig, check_targets
+from src.models.layers import ColumnParallelLinear
+from src.models.lora import LoraConfig, LoraLinear, check_targets
 from tests import reference
 from tests.checkpoint.weights import CONFIG
 from tests.conftest import Folders
@@ -203,6 +205,27 @@ def test_dropout_acts_in_training_only(run: Callable[[int], Run], n: int) -> Non
         logits = rank["dropout"]
         assert torch.equal(logits["eval"], logits["without"])
         assert reference.relative_difference(logits["train"], logits["without"]) > 0.01
+
+
+def test_dropout_and_its_gradients_equal_torch_s_own_of_the_same_draw() -> None:
+    parallel.start()
+    base = ColumnParallelLinear(6, 5, range(5))
+    layer = LoraLinear(base, LoraConfig(rank=2, alpha=6.0, dropout=0.4, targets=("wq",)))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    base.weight.requires_grad_(False)
+    given = [torch.randn(2, 3, 6, requires_grad=True), layer.lora_a.weight, layer.lora_b.weight]
+    x, lora_a, lora_b = given
+    torch.manual_seed(5)
+    found = layer(x)
+    torch.manual_seed(5)
+    expected = F.linear(x, base.weight) + 3.0 * F.linear(F.linear(F.dropout(x, 0.4), lora_a), lora_b)
+    torch.testing.assert_close(found, expected)
+    of_result = torch.randn(found.shape)
+    gradients = (torch.autograd.grad(each, given, of_result, retain_graph=True) for each in (found, expected))
+    for own, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, other)
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -13,7 +13,7 @@ from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.checkpoint.saving import record
 from src.command.config import LoraFlags, OptimizerFlags
 from src.errors import UserError
-from src.models.lora import LINEARS
+from src.models.lora import LINEARS, LoraConfig
 from src.runlog import RunLog
 from src.training.sft import n_supervised, sft_loss
 from src.training.trainer import Trainer, lr_factor
@@ -99,6 +99,28 @@ def test_clipping_and_steps_are_the_same_on_two_ranks(folders: Folders, tmp_path
         assert reports[2, 0] < reports[0, 0]
         for found in two:
             assert_close(found[name], reports, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_drawn_anew_each_pass_and_recomputed_as_it_was(folders: Folders, tmp_path: Path) -> None:
+    lora, found = LoraConfig(rank=4, alpha=16.0, dropout=0.3, targets=("wq", "wo", "w1", "w2")), {}
+    for kind in ("none", "selective", "full"):
+        model = load.load_solver(folders.one, trained=load.Trained(lora))
+        learnt = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for parameter in learnt.values():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        flags = OptimizerFlags(lr=1e-3, activation_checkpointing=kind)
+        trainer = Trainer(model, RunLog(str(tmp_path), {}), flags, total_steps=3)
+        model.train()
+        for step in range(2):
+            losses = []
+            for last in (False, True):
+                losses.append(sft_loss(model, batch()) / 32)
+                trainer.backward(losses[-1], last=last)
+            assert losses[0] != losses[1]
+            found[kind, step] = {name: parameter.grad.clone() for name, parameter in learnt.items()}
+            trainer.step()
+    for (_, step), gradients in found.items():
+        assert all(torch.equal(gradients[name], expected) for name, expected in found["none", step].items())
 
 
 def test_a_non_finite_step_is_skipped(folders: Folders, tmp_path: Path) -> None:
