@@ -75,6 +75,14 @@ def has_verdict(sample: Sample) -> bool:
         sample.outcome != "right" or sample.finished)
 
 
+def check_prompts(samples: Sequence[Sample]) -> None:
+    """Raise UserError for a sample without its prompt."""
+    for sample in samples:
+        if sample.values.get("prompt") is None:
+            raise UserError(f"sample {sample.id!r}/{sample.sample} has no key 'prompt'; grade the file with "
+                            "solver_evaluate.py --samples_file, which adds it")
+
+
 def by_problem(samples: Sequence[Sample]) -> dict[str, GradedProblem]:
     """Group graded samples by problem id; equal texts of one problem count once, empty ones not at all.
 
@@ -82,10 +90,8 @@ def by_problem(samples: Sequence[Sample]) -> dict[str, GradedProblem]:
     """
     problems: dict[str, GradedProblem] = {}
     seen: set[tuple[str, str]] = set()
+    check_prompts(samples)
     for sample in samples:
-        if sample.values.get("prompt") is None:
-            raise UserError(f"sample {sample.id!r}/{sample.sample} has no key 'prompt'; grade the file with "
-                            "solver_evaluate.py --samples_file, which adds it")
         if not has_verdict(sample) or not sample.response.strip():
             continue
         if (sample.id, sample.response) not in seen:

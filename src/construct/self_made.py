@@ -16,6 +16,7 @@ from src.construct.samples import (
     OneFileConfig,
     Row,
     SamplesConfig,
+    check_prompts,
     has_verdict,
     read_graded,
     save,
@@ -55,6 +56,7 @@ def revisions(samples: Sequence[Sample], threshold: float, attempts_per_problem:
     """Rows `{"id", "instruction", "label", "output"?}`. A right attempt is its own solution, so that it is kept; a
     wrong one has a right one of the same problem. Without a threshold samples need a verdict. Raises UserError for one
     without a score that is needed."""
+    check_prompts(samples)
     generator, rows, attempts = random.Random(seed), [], defaultdict(dict)
     for sample in samples:
         if threshold or has_verdict(sample):
@@ -133,6 +135,7 @@ def agree(config: AgreeConfig) -> None:
     with Grader(config.task) as grader:
         samples = [sample._replace(values=sample.values | {"answer": grader.answer(sample.response)})
                    for sample in read_samples(config.samples_file)]
+        check_prompts(samples)
         found = votes(samples, grader.equal)
     fields = {sample.id: sample.problem.answer_fields for sample in samples}
     finished = {(sample.id, sample.response) for sample in samples if sample.finished}

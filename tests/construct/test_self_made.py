@@ -56,6 +56,13 @@ def test_the_type_of_an_answer_stays_with_its_label(tmp_path: Path) -> None:
         assert [{key: row[key] for key in typed} for row in read(tmp_path / name)] == [typed]
 
 
+def test_samples_without_their_problem_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "samples.jsonl", sample("a", 0, "#### 4", "right", prompt=None))
+    for command, more in ((build.revise, {}), (build.agree, {"task": "toy"})):
+        with pytest.raises(UserError, match="sample 'a'/0 has no key 'prompt'"):
+            command(samples_file=file, save_file=str(tmp_path / "no.json"), **more)
+
+
 def test_new_problems_are_distinct_and_known_to_nobody(tmp_path: Path) -> None:
     old = write(tmp_path / "old.json", *({"instruction": f"Old {n}?"} for n in range(4)))
     build.invent(train_file=old, save_file=str(tmp_path / "invent.json"), rows_a_problem=2)
