@@ -37,11 +37,12 @@ class ReportedProblem(NamedTuple):
     prompt: str
     label: str
     samples: list[Sample]
+    n: int  # samples that were asked for
 
     @property
     def share(self) -> float:
-        """The share of right samples."""
-        return sum(sample.outcome == "right" for sample in self.samples) / len(self.samples)
+        """The share of right samples; those that are missing are wrong, as in results.json."""
+        return sum(sample.outcome == "right" for sample in self.samples) / self.n
 
     @property
     def size(self) -> int:
@@ -74,7 +75,8 @@ def read_run(folder: Path, label_file: str = "") -> ReportedRun:
     problems: dict[str, ReportedProblem] = {}
     for sample in samples:
         label = str(sample.values.get("label", ""))
-        problems.setdefault(sample.id, ReportedProblem(_cut(sample.prompt), label, [])).samples.append(sample)
+        empty = ReportedProblem(_cut(sample.prompt), label, [], results["samples_a_problem"])
+        problems.setdefault(sample.id, empty).samples.append(sample)
     credits_file, rollouts = folder / "credits.jsonl", sorted((folder / "rollouts").glob("step-*.jsonl"))
     curves = curves_of(results)  # points of k, accuracy and the ends of its interval, for each way of choosing
     if verifier := results.get("verifier"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_a_page_holds_the_figures_and_every_problem(evaluations: tuple[Path, Pat
     first = data["problems"][1]["runs"][0][0]
     assert first["response"][slice(*first["span"])] == "1,234,000"
     assert first["reason"] == "1,234,000 equals 1234000, read by hashes"
+
+
+def test_a_missing_sample_is_wrong_in_a_comparison_too(evaluations: tuple[Path, Path], tmp_path: Path) -> None:
+    for run, folder in zip(evaluations, ("first", "second"), strict=True):
+        shutil.copytree(run, tmp_path / folder)
+    rows = (tmp_path / "second/samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "second/samples.jsonl").write_text("".join(rows[:-1]), encoding="utf-8")  # one right of two
+    told = page_data(write_report(tmp_path / "second", tmp_path / "first"))["comparison"]
+    assert told.startswith("Of 3 problems that both have, the second run solves 1 more often and 2 less often: -16.7%")
 
 
 def test_a_large_evaluation_leaves_problems_out_evenly(evaluations: tuple[Path, Path], tmp_path: Path) -> None:
