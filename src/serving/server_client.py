@@ -25,6 +25,11 @@ from src.inference.sampling import Sampling
 TRANSIENT = frozenset((408, 409, 425, 429))  # HTTP statuses below 500 that a later try may not meet
 REFUSED = frozenset((401, 403, 404, 405))  # these no request of this run will get past
 DECLINED = frozenset((400, 422, 501))  # so a server answers what it has no means for
+# What is asked for where a server takes it, the most first
+EXTRAS = (("logprobs", "plain"), ("logprobs",), ("plain",), ())
+# Where nothing is said, vLLM and SGLang sample by the model's generation_config.json, llama.cpp from the 40 likeliest
+# tokens: another distribution than the flags name
+PLAIN = {"top_k": -1, "min_p": 0, "repetition_penalty": 1}
 ATTEMPTS = 6
 BAD_REPLY_ATTEMPTS = 3  # a server whose reply made no sense seldom does better
 FIRST_PAUSE = 0.5  # seconds; doubles with each try
@@ -91,8 +96,8 @@ class Server:
 
     chat: a prompt is the message of a user, which the server puts in its own template (/chat/completions), after the
     system_prompt, if there is one. stop_ids: tokens that end a completion, besides those that the server knows.
-    logprobs: they are asked for; becomes False where the server declines such requests. token_ids: they are asked for
-    too, in vLLM's form, and neither can be done without.
+    asks: of EXTRAS what is asked for; becomes less where the server declines such requests. token_ids: they are asked
+    for too, in vLLM's form, and none of it can be done without.
     """
 
     base_url: str
@@ -102,7 +107,7 @@ class Server:
     chat: bool = False
     system_prompt: str = ""
     stop_ids: tuple[int, ...] = ()
-    logprobs: bool = True
+    asks: tuple[str, ...] = EXTRAS[0]
     token_ids: bool = False
 
 
@@ -192,18 +197,21 @@ class _Session:
         return RemoteCompletion(request, None, reason)
 
     def ask(self, request: RemoteRequest) -> Reply:
-        """Ask once, and again without log-probs where these may be why. Raises what post() does, and BadReply."""
-        body, extra = request_body(self.server, request, self.sampling), {"logprobs": True if self.server.chat else 1}
-        if not self.server.logprobs:
-            return read_reply(self.post(body))
-        try:
-            return read_reply(self.post(body | extra))
-        except RequestFailed as failed:
-            if failed.status not in DECLINED or self.completed.is_set() or self.server.token_ids:
-                raise
-        reply = read_reply(self.post(body))
-        self.server.logprobs = False
-        return reply
+        """Ask once, and again for less where what not every protocol has may be why. Raises what post() does, and
+        BadReply."""
+        body, server = request_body(self.server, request, self.sampling), self.server
+        extras = {"logprobs": {"logprobs": True if server.chat else 1}, "plain": PLAIN}
+        for asks in EXTRAS[EXTRAS.index(server.asks) :]:
+            more = {key: value for name in asks for key, value in extras[name].items()}
+            try:
+                reply = read_reply(self.post(body | more))
+            except RequestFailed as failed:
+                takes = server.token_ids or asks == server.asks and self.completed.is_set()
+                if failed.status not in DECLINED or takes or not asks:
+                    raise
+            else:
+                server.asks = asks
+                return reply
 
     def post(self, body: Mapping[str, object]) -> bytes:
         """Send a request once. -> the bytes of the reply. Raises BadReply, TransientFailure, RequestFailed or
@@ -267,8 +275,7 @@ def request_body(server: Server, request: RemoteRequest, sampling: Sampling) -> 
         "seed": int.from_bytes(digest[:4], "little") >> 1,
         **({"stop": list(sampling.stop)} if sampling.stop else {}),
         **({"stop_token_ids": list(server.stop_ids)} if server.stop_ids else {}),
-        # a server may have defaults of the model's, which would make of the policy another one
-        **({"return_token_ids": True, "top_k": -1, "min_p": 0, "repetition_penalty": 1} if server.token_ids else {})}
+        **({"return_token_ids": True} if server.token_ids else {})}
 
 
 def _asked_pause(response: httpx2.Response) -> float:

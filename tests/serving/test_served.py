@@ -1,6 +1,7 @@
 """src/serving/served.py and --backend openai: what a server is asked, and what is made of any answer."""
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -101,16 +102,31 @@ def test_log_probs_are_asked_for_and_stored(
     assert {body["logprobs"] for body in server.bodies} == {1} and "log-probs" not in caplog.text
 
 
-def test_a_server_that_declines_log_probs_is_asked_without(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("declined", "n_more"), [((), 0), (("top_k",), 1), (("logprobs",), 2), (("top_k", "logprobs"), 3)])
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_a_server_is_asked_for_what_it_takes(
+    declined: tuple[str, ...], n_more: int, at_once: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The distribution of the flags, whatever defaults it has, and log-probs."""
+
     def answer(path: str, body: dict[str, object]) -> tuple[int, bytes]:
-        return (400, b"logprobs is not supported") if "logprobs" in body else says(completion())(path, body)
+        if declined and not body.keys().isdisjoint(declined):
+            time.sleep(random.random() / 50)  # another request may have got through meanwhile
+            return 400, b"not supported"
+        tokens = {"tokens": [" ####", " 4"], "token_logprobs": [-1.25, -0.5]}
+        return says(completion(logprobs=tokens if "logprobs" in body else None))(path, body)
 
     with Answering(answer) as server:
-        rows = evaluate(tmp_path, server, max_batch_size=1, num_samples=2)
-    assert len(server.bodies) == 9 and {row["logprob"] for row in rows} == {None}
-    assert caplog.text.count("the server gives no log-probs") == 1
+        rows = evaluate(tmp_path, server, max_batch_size=at_once, num_samples=2)
+    assert {row["logprob"] for row in rows} == {None if "logprobs" in declined else -1.8} and not any(
+        row.get("error") for row in rows)
+    if at_once == 1:
+        assert len(server.bodies) == 8 + n_more
+    last = server.bodies[-1]
+    if "top_k" not in declined:
+        assert (last["top_k"], last["min_p"], last["repetition_penalty"]) == (-1, 0, 1)
+    assert caplog.text.count("the server gives no log-probs") == ("logprobs" in declined)
 
 
 @pytest.mark.parametrize(
@@ -283,8 +299,8 @@ def test_a_reply_without_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("status", "tries", "error"),
-    [(429, 6, "status 429 (6 tries)"), (500, 6, "status 500"), (520, 6, "status 520"), (400, 2, "status 400: 'no'"),
-     (413, 1, "status 413: 'no'"), (422, 2, "status 422"), (204, 1, "status 204"), (302, 1, "status 302")],
+    [(429, 6, "status 429 (6 tries)"), (500, 6, "status 500"), (520, 6, "status 520"), (400, 4, "status 400: 'no'"),
+     (413, 1, "status 413: 'no'"), (422, 4, "status 422"), (204, 1, "status 204"), (302, 1, "status 302")],
 )
 def test_statuses(status: int, tries: int, error: str) -> None:
     with Answering(lambda path, body: (status, b"no")) as server:

@@ -16,6 +16,7 @@ from src.serving.server_client import RemoteRequest, Server
 from tests.serving.fake_server import FaultyProxy, free_port, start_server, write_model
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
+TAKES = ("logprobs",)  # what transformers' server does not decline
 REQUESTS = [RemoteRequest(str(n), 0, f"{n}+{n}=") for n in range(6)]
 
 
@@ -36,7 +37,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
 
 def answers(upstream: Upstream, base_url: str, seconds: float = 30.0, concurrency: int = 3) -> dict[str, str]:
     """id -> text of REQUESTS; none may fail."""
-    server = Server(base_url=base_url, model_name=upstream.model_name, seconds=seconds)
+    server = Server(base_url=base_url, model_name=upstream.model_name, seconds=seconds, asks=TAKES)
     found = list(server_client.complete(server, REQUESTS, GREEDY, concurrency=concurrency))
     assert [answer.error for answer in found] == [""] * len(found)
     assert all((answer.reply.finish == "length") == (answer.reply.token_count == 8) for answer in found)
@@ -60,6 +61,12 @@ def test_faults_that_pass_change_nothing(
     assert found == expected and len(set(found.values())) > 1
     assert set(proxy.seen.values()) == {len(faults) + 1}  # each was tried until it got through, and no more
     assert proxy.most_under_way <= 3 or faults == ["slow"]  # what the client gave up is still under way there
+
+
+def test_what_the_server_takes_is_found_by_the_first_request(upstream: Upstream) -> None:
+    server = Server(base_url=f"http://127.0.0.1:{upstream.port}/v1", model_name=upstream.model_name)
+    (found,) = server_client.complete(server, REQUESTS[:1], GREEDY, concurrency=1)
+    assert not found.error and server.asks == TAKES
 
 
 def test_what_the_server_asks_for_is_waited(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +142,11 @@ def evaluate(upstream: Upstream, proxy: FaultyProxy, folder: Path) -> tuple[str,
     return (log / "samples.jsonl").read_text(), json.loads((log / "results.json").read_text())
 
 
+def n_taken(proxy: FaultyProxy) -> int:
+    """The requests that ask for no more than transformers' server takes."""
+    return sum(n for body, n in proxy.seen.items() if b"top_k" not in body)
+
+
 def test_an_evaluation_goes_on_where_requests_failed(
     upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,7 +155,7 @@ def test_an_evaluation_goes_on_where_requests_failed(
     good = FaultyProxy(upstream.port, [])
     whole, results = evaluate(upstream, good, tmp_path / "whole")
     assert results["samples"] == 10 and results["never_sampled"] == 0
-    assert sum(good.seen.values()) == 10
+    assert n_taken(good) == 10
     assert "the server gives no log-probs" in caplog.text and len(caplog.records) == 1  # and is told once
 
     bad = FaultyProxy(upstream.port, ["hang-up"], always={"3+3": 503})
@@ -158,7 +170,7 @@ def test_an_evaluation_goes_on_where_requests_failed(
 
     again = FaultyProxy(upstream.port, [])
     assert evaluate(upstream, again, tmp_path / "part")[0] == whole != part
-    assert sum(again.seen.values()) == 2  # what was there is not asked for again
+    assert n_taken(again) == 2  # what was there is not asked for again
     assert not (tmp_path / "part/log/failures.jsonl").exists()
     again.stop()
     good.stop()
