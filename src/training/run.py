@@ -45,7 +45,7 @@ class Run:
         overwrite what the run reads, or that holds another run. A dry run starts and writes nothing."""
         self.config = config
         self.trained = load.Trained(load.lora_config(config, config.lora_dropout), config.seed)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._learns_tokens = tokenizer, trainer != "verifier_train"
         n_shards = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size)
         sharing = config.context_parallel_size
         batches = load.check_context_parallel({config.ckpt_dir: model}, sharing, n_shards)
@@ -78,7 +78,7 @@ class Run:
         if not config.dry_run:
             self._fingerprint |= {"rows": n_rows}  # known only now: whether the run goes on is asked once more
             find_start([config.save_dir], config.resume, self._fingerprint, self.total_steps)
-            if self.trained.lora:
+            if self.trained.lora and self._learns_tokens:
                 self._check_tokens_apart(data.samples[:TOLD_APART])
 
     def _check_tokens_apart(self, samples: Sequence[Sample]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import solver_train
+import verifier_train
 from src import parallel
 from src.data.batch import Step, make_batch
 from src.data.encoding import Encoded
@@ -52,3 +53,14 @@ def test_adapters_are_refused_where_no_adapter_tells_the_ends_of_blocks_apart(co
         solver_train.main(solver_train.SolverTrainConfig(
             ckpt_dir=code_base, save_dir=str(tmp_path / "run"), lora_rank=2,
             train_file=str(write_json(tmp_path / "rows.json", rows))))
+
+
+def test_a_verifier_of_them_may_learn_by_adapters(code_base: str, tmp_path: Path) -> None:
+    """It predicts no token."""
+    texts = ["".join(f"<|{kind}|>{text}<|endofblock|>" for kind, text in (("text", "so"), ("code", code)))
+             for code in ("print(1)", "print(2)")]
+    rows = [{"instruction": problem, "chosen": texts[0], "rejected": texts[1]} for problem in ("1", "2")]
+    verifier_train.main(verifier_train.VerifierTrainConfig(
+        ckpt_dir=code_base, save_dir=str(tmp_path / "run"), lora_rank=2, held_out=0.5,
+        train_file=[str(write_json(tmp_path / "pairs.json", rows))]))
+    assert (tmp_path / "run" / "manifest.json").is_file()
