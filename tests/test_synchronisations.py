@@ -21,8 +21,9 @@ from src.command.config import LoraFlags, OptimizerFlags
 from src.data.batch import Batch, make_batch, pack_shared
 from src.data.encoding import Encoded
 from src.inference import engine
-from src.inference.engine import EagerStep, Request, Vocabulary, generate
+from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
+from src.inference.step import EagerStep
 from src.models import attention, forward
 from src.models.cache import FixedCache
 from src.models.config import ModelConfig

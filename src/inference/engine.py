@@ -14,9 +14,9 @@ from torch import Tensor
 
 from src import parallel
 from src.errors import UserError
-from src.inference.graph_step import GraphStep
 from src.inference.sampling import Sampling, choose, uniforms
-from src.models.cache import KVCache, Layers, PromptCache, n_positions, shared_prefix
+from src.inference.step import make_step
+from src.models.cache import Layers, PromptCache, n_positions, shared_prefix
 from src.models.decoder import Decoder
 from src.models.linear import prepared
 from src.models.quantize import packed
@@ -372,31 +372,6 @@ class DecodingBatch:
         self.forced[slot].clear()
         self.cache.release(slot)
         return completion
-
-
-class EagerStep:
-    """A plain forward over the rows in use, which the cache holds."""
-
-    def __init__(self, model: Decoder, n_slots: int) -> None:
-        self.model, self.cache = model, KVCache(n_slots, parallel.device())
-
-    def __call__(self, newest: Tensor) -> Tensor:
-        """Feed every row its newest token, after cache.advance(). newest [n] int64 by slot -> this rank's logits of the
-        next [B, P], in cache.slots() order."""
-        tokens = newest.index_select(0, parallel.to_device(torch.tensor(self.cache.slots())))
-        hidden = self.model(tokens[:, None], self.cache.positions, self.cache)  # [B, 1, D]
-        return self.model.logits(hidden[:, -1])
-
-
-def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> EagerStep | GraphStep:
-    """A step of this many slots; `compiled` takes effect on a GPU alone, and without experts or longrope.
-
-    Which rows an expert takes must be known before it is called. While a graph is recorded nothing can be asked, nor
-    longrope's factors be sent.
-    """
-    able = not model.config.n_experts and not model.config.rope_short_factors
-    graphs = compiled and parallel.device().type == "cuda" and able
-    return (GraphStep if graphs else EagerStep)(model, n_slots)
 
 
 def _local_bias(sampling: Sampling, vocabulary: Vocabulary, local_logits: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""A decoding step compiled and replayed from a CUDA graph.
+"""A decoding step: a plain forward, or one compiled and replayed from a CUDA graph.
 
 B rows in the batch, n slots, P vocabulary rows on this rank
 """
@@ -7,8 +7,22 @@ import torch
 from torch import Tensor
 
 from src import parallel
-from src.models.cache import FixedCache
+from src.models.cache import FixedCache, KVCache
 from src.models.decoder import Decoder
+
+
+class EagerStep:
+    """A plain forward over the rows in use, which the cache holds."""
+
+    def __init__(self, model: Decoder, n_slots: int) -> None:
+        self.model, self.cache = model, KVCache(n_slots, parallel.device())
+
+    def __call__(self, newest: Tensor) -> Tensor:
+        """Feed every row its newest token, after cache.advance(). newest [n] int64 by slot -> this rank's logits of the
+        next [B, P], in cache.slots() order."""
+        tokens = newest.index_select(0, parallel.to_device(torch.tensor(self.cache.slots())))
+        hidden = self.model(tokens[:, None], self.cache.positions, self.cache)  # [B, 1, D]
+        return self.model.logits(hidden[:, -1])
 
 
 class GraphStep:
@@ -28,7 +42,7 @@ class GraphStep:
         return self.model.logits(self.model(self.tokens, self.cache.positions, self.cache)[:, -1])
 
     def __call__(self, newest: Tensor) -> Tensor:
-        """As engine.EagerStep: [n] int64 -> [B, P]."""
+        """As EagerStep: [n] int64 -> [B, P]."""
         self.tokens.copy_(newest[:, None])
         if self.generation != self.cache.generation:
             self._capture()
@@ -47,3 +61,14 @@ class GraphStep:
         with torch.cuda.graph(self.graph):
             self.logits = self.forward()
         self.generation = self.cache.generation
+
+
+def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> EagerStep | GraphStep:
+    """A step of this many slots; `compiled` takes effect on a GPU alone, and without experts or longrope.
+
+    Which rows an expert takes must be known before it is called. While a graph is recorded nothing can be asked, nor
+    longrope's factors be sent.
+    """
+    able = not model.config.n_experts and not model.config.rope_short_factors
+    graphs = compiled and parallel.device().type == "cuda" and able
+    return (GraphStep if graphs else EagerStep)(model, n_slots)

@@ -1,4 +1,4 @@
-"""src/inference/graph_step.py: what a graph would record, run without one; the graph itself needs a GPU."""
+"""src/inference/step.py: what a graph would record, run without one; the graph itself needs a GPU."""
 
 
 import pytest
@@ -8,9 +8,9 @@ from src import load, parallel
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.inference import engine
-from src.inference.engine import EagerStep, Request, Vocabulary, generate, make_step
-from src.inference.graph_step import GraphStep
+from src.inference.engine import Request, Vocabulary, generate
 from src.inference.sampling import Sampling
+from src.inference.step import EagerStep, GraphStep, make_step
 from src.models.cache import FixedCache
 from src.models.decoder import Decoder
 from tests import reference
