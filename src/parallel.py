@@ -166,22 +166,6 @@ def to_device(x: Tensor) -> Tensor:
     return x.pin_memory().to(device(), non_blocking=True) if device().type == "cuda" else x
 
 
-def to_host(x: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy x [...] of the device to main memory; what is returned waits for it. -> [...]."""
-    if x.is_cpu:
-        return lambda: x
-    copy = x.to("cpu", non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-
-    def wait() -> Tensor:
-        """The copy, once all that was asked of the device before it is done."""
-        done.synchronize()
-        return copy
-
-    return wait
-
-
 def compute_dtype(precision: str = "") -> torch.dtype:
     """The type that linear layers and attention compute in, alike on every rank.
     precision: float32, bfloat16 or float16; empty = bfloat16 on a GPU, float32 on a CPU; auto = bfloat16 on a GPU, and

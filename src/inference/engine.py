@@ -15,7 +15,7 @@ from torch import Tensor
 from src import parallel
 from src.errors import UserError
 from src.inference.sampling import Sampling, choose, uniforms
-from src.inference.step import make_step
+from src.inference.step import make_step, to_host
 from src.models.cache import Layers, PromptCache, n_positions, shared_prefix
 from src.models.decoder import Decoder
 from src.models.linear import prepared
@@ -296,7 +296,7 @@ class DecodingBatch:
         choice = choose(local_logits, self.sampling, u, self.bias)
         self.newest.index_copy_(0, parallel.to_device(torch.tensor(slots)), choice.tokens)
         self.n_sampled[slots] += 1
-        numbers = parallel.to_host(torch.stack([column.double() for column in choice]))
+        numbers = to_host(torch.stack([column.double() for column in choice]))
         self.underway.append(_Sampled(slots, self.turns[slots], places, numbers))
 
     def _append_due(self) -> Iterator[Completion]:

@@ -3,6 +3,8 @@
 B rows in the batch, n slots, P vocabulary rows on this rank
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -72,3 +74,19 @@ def make_step(model: Decoder, n_slots: int, *, compiled: bool) -> EagerStep | Gr
     able = not model.config.n_experts and not model.config.rope_short_factors
     graphs = compiled and parallel.device().type == "cuda" and able
     return (GraphStep if graphs else EagerStep)(model, n_slots)
+
+
+def to_host(x: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy x [...] of the device to main memory; what is returned waits for it. -> [...]."""
+    if x.is_cpu:
+        return lambda: x
+    copy = x.to("cpu", non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> Tensor:
+        """The copy, once all that was asked of the device before it is done."""
+        done.synchronize()
+        return copy
+
+    return wait

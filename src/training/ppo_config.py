@@ -374,8 +374,7 @@ class PPOConfig(
         alone = [name for name, off in (("phases", False), ("quantize", ""), ("reference_refresh", -1))
                  if getattr(self, name) != off]
         return [
-            (served != bool(self.base_url),
-             "--rollout_backend openai and --base_url go together; give both or neither"),
+            (served != bool(self.base_url), "--rollout_backend openai and --base_url go together: give both or none"),
             (served and self.lora_rank == -1,
              "--rollout_backend openai hands the policy over as an adapter; give --lora_rank"),
             (self.rollout_ahead and not (served and self.tis_cap),
