@@ -8,7 +8,7 @@ problems, a problem's difference is its mean over the seeds, and whole problems 
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from src.command import cli  # noqa: E402
 from src.construct.solver import grader_of  # noqa: E402
 from src.data.encoding import split_steps  # noqa: E402
 from src.data.examples import Sample, read_instruction_rows, read_samples  # noqa: E402
-from src.evaluation.metrics import AGGREGATIONS, answer_classes, auc, weighted_vote  # noqa: E402
+from src.evaluation.metrics import AGGREGATIONS, answer_classes, auc, best_of_n, vote  # noqa: E402
 
 # A verifier -> what makes one score of its steps for voting and for best-of-n: prod and min are the paper's choice
 # (section 3.3), an outcome verifier judges the whole solution at its end.
@@ -35,54 +35,46 @@ MATH500, all        majority 37.1%   weighted vote: process 40.5%, outcome 40.0%
 step accuracy       process 80.4%, outcome 64.3%, mixed 79.8%"""
 
 
-def by_problem(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+def by_problem(samples: Sequence[Sample]) -> list[list[Sample]]:
     """The samples of each problem, in the order of the file."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.id, []).append(sample)
-    return iter(groups.values())
-
-
-def choose(samples: Sequence[Sample], pick: Callable[[list[Sample], list[str | None]], int | None]) -> np.ndarray:
-    """Whether the sample that `pick` takes of each problem, by its place, is right. None is a wrong answer. -> [P]."""
-    right = []
-    for group in by_problem(samples):
-        place = pick(group, [sample.values.get("answer") for sample in group])
-        right.append(place is not None and group[place].outcome == "right")
-    return np.array(right, dtype=float)
-
-
-def step_score(name: str) -> Callable[[Sample], float]:
-    """The score of a sample from its steps' scores, by an aggregation."""
-    return lambda sample: AGGREGATIONS[name](sample.values["step_scores"])
+    return list(groups.values())
 
 
 def ways_to_choose(
     folder: Path, sampled: str, scored: str, verifiers: Mapping[str, tuple[str, str]]
 ) -> dict[str, np.ndarray]:
-    """Whether one of a problem's samples is right: of any, by majority, and by each verifier's weighted vote and best.
+    """The chance that one of a problem's samples is right: any, by majority, by a verifier's weighted vote and best.
 
-    sampled, scored: places in the folder, scored with {} for a verifier's name. verifiers: as VERIFIERS.
+    sampled, scored: places in the folder, scored with {} for a verifier's name. verifiers: as VERIFIERS. -> [P] each.
     """
     rules = json.loads((folder / sampled / "results.json").read_text(encoding="utf-8"))["rules"]
-    samples = read_samples(str(folder / sampled / "samples.jsonl"))
-    ways = {"pass": np.array([any(s.outcome == "right" for s in group) for group in by_problem(samples)], float)}
     with grader_of(rules) as grader:
 
-        def vote(score: Callable[[Sample], float]) -> Callable[[list[Sample], list[str | None]], int | None]:
-            return lambda group, answers: weighted_vote(answer_classes(answers, grader.equal), [*map(score, group)])
+        def read(place: str) -> tuple[list[list[Sample]], np.ndarray, list[list[int | None]]]:
+            groups = by_problem(read_samples(str(folder / place / "samples.jsonl")))
+            right = np.array([[sample.outcome == "right" for sample in group] for group in groups])
+            return groups, right, [answer_classes([sample.values.get("answer") for sample in group], grader.equal)
+                                   for group in groups]
 
-        ways["majority"] = choose(samples, vote(lambda _: 1.0))
-        for name, (for_vote, for_best) in verifiers.items():
-            rows, best = read_samples(str(folder / scored.format(name) / "samples.jsonl")), step_score(for_best)
-            ways[f"weighted vote, {name}"] = choose(rows, vote(step_score(for_vote)))
-            ways[f"best of n, {name}"] = choose(rows, lambda group, _, best=best: int(np.argmax([*map(best, group)])))
+        _, right, classes = read(sampled)
+        n = right.shape[1]
+        ways = {"pass": right.any(1).astype(float), "majority": vote(right, classes, np.ones(right.shape), n)}
+        for name, aggregations in verifiers.items():
+            groups, right, classes = read(scored.format(name))
+            weights, scores = (np.array([[AGGREGATIONS[by](sample.values["step_scores"]) for sample in group]
+                                         for group in groups]) for by in aggregations)
+            ways[f"weighted vote, {name}"] = vote(right, classes, weights, n)
+            ways[f"best of n, {name}"] = best_of_n(right, scores, n)
     return ways
 
 
 def first_right(folder: Path) -> np.ndarray:
     """1 where the first sample of a problem is right. -> [P]."""
-    return choose(read_samples(str(folder / "samples.jsonl")), lambda group, _: 0)
+    return np.array([group[0].outcome == "right" for group in by_problem(read_samples(str(folder / "samples.jsonl")))],
+                    dtype=float)
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:

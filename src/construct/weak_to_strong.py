@@ -27,7 +27,7 @@ from src.construct.samples import (
 from src.construct.solver import grader_of, read_provenance, same_rules, write_provenance
 from src.data.examples import Sample, Vote, read_instruction_rows, read_samples, read_votes
 from src.errors import UserError
-from src.evaluation.metrics import Equal, answer_classes, weighted_vote
+from src.evaluation.metrics import Equal, answer_classes, winners
 from src.evaluation.report import type_of
 from src.grading.answer_types import ANY
 from src.grading.tasks import check_template
@@ -259,7 +259,7 @@ def votes(samples: Sequence[Sample], equal: Equal) -> list[Vote]:
         if len(group) != most:
             raise UserError(f"problem {name!r} has {len(group)} samples, others {most}; sample it to the end")
         classes = answer_classes([answer_of(sample) for sample in group], typed(equal, group[0]))
-        top = weighted_vote(classes, [1] * len(classes))
+        top = next(iter(winners(classes, [1] * len(classes))), None)
         agree = [top is not None and first == top for first in classes]
         positives = [sample.response for sample, agrees in zip(group, agree, strict=True) if agrees]
         negatives = [sample.response for sample, agrees in zip(group, agree, strict=True) if not agrees]

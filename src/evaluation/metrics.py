@@ -79,31 +79,33 @@ def best_of_n(right: Bools, scores: Floats, n: int) -> Floats:
 
 
 def vote(right: Bools, classes: Sequence[Sequence[int | None]], weights: Floats, k: int) -> Floats:
-    """Compute the share of disjoint groups of k consecutive samples whose vote is right. [P, N], [P, N] -> [P].
+    """Compute the chance that the vote of a group of k consecutive samples is right. [P, N], [P, N] -> [P].
 
-    Samples of a problem are exchangeable, so this is an unbiased estimate of the expectation, which no formula gives;
-    it needs no random draws, is exact at k = 1, and at k = N the one vote of all samples. No votes is wrong.
+    The mean over the disjoint groups: samples of a problem are exchangeable, so this is an unbiased estimate of the
+    expectation, which no formula gives; it needs no random draws, is exact at k = 1, and at k = N the one vote of all
+    samples. Of classes that tie each is as likely to be taken; no votes is wrong.
     """
-    groups = [slice(start, start + k) for start in range(0, right.shape[1] - k + 1, k)]
+    starts = range(0, right.shape[1] - k + 1, k)
     shares = np.zeros(len(right))
-    for place, (is_right, names, weighs) in enumerate(zip(right.tolist(), classes, weights.tolist(), strict=True)):
-        picks = [(group, weighted_vote(names[group], weighs[group])) for group in groups]
-        hits = sum(pick is not None and is_right[group.start + pick] for group, pick in picks)
-        shares[place] = hits / len(groups)
-    return shares
+    for place, (is_right, names, weighs) in enumerate(zip(right, classes, weights.tolist(), strict=True)):
+        for start in starts:
+            if tied := winners(names[start : start + k], weighs[start : start + k]):
+                shares[place] += is_right[start:][tied].mean()
+    return shares / len(starts)
 
 
-def weighted_vote(classes: Sequence[int | None], weights: Sequence[float]) -> int | None:
-    """Find the first member of the class with the highest sum of weights; weights of one make it the majority
-    (self-consistency, Wang et al. 2022; by a verifier's scores, Li et al. 2022, "DiVeRSe").
+def winners(classes: Sequence[int | None], weights: Sequence[float]) -> list[int]:
+    """Find the place of the first member of each class with the highest sum of weights; weights of one make it the
+    majority (self-consistency, Wang et al. 2022; by a verifier's scores, Li et al. 2022, "DiVeRSe").
 
-    None among the classes has no vote; None is returned when nobody votes. Of equal sums the class seen first wins.
+    More than one place is a tie, in the order seen. None among the classes has no vote; nobody's vote is no place.
     """
     sums: dict[int, float] = {}
     for name, weight in zip(classes, weights, strict=True):
         if name is not None:
             sums[name] = sums.get(name, 0.0) + weight
-    return list(classes).index(max(sums, key=sums.__getitem__)) if sums else None
+    highest = max(sums.values(), default=0.0)
+    return [list(classes).index(name) for name, weight in sums.items() if weight == highest]
 
 
 def vote_weights(scores: Floats) -> Floats:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src import context_parallel, losses, parallel
 from src.errors import UserError
-from src.evaluation.metrics import answer_classes, weighted_vote
+from src.evaluation.metrics import answer_classes, winners
 from src.evaluation.report import type_of
 from src.grading.grader import Grader
 from src.inference.sampling import Sampling
@@ -267,12 +267,12 @@ def measure_held_out(
     """eval_accuracy, the mean share of right responses to the held-out prompts; of several to each, eval_pass too, the
     share of prompts with a right one, and eval_majority, that of prompts whose most frequent answer is right.
 
-    Of equally frequent answers the one seen first counts. A prompt that is too long to be answered is wrong.
+    Equally frequent answers count as their mean. A prompt that is too long to be answered is wrong.
     """
     n = config.eval_samples
     sampling = Sampling(temperature=config.eval_temperature, max_new_tokens=config.max_new_tokens,
                         stop=data.task.stop, seed=config.seed)
-    counts = torch.zeros(3, dtype=torch.int64)  # right: responses, in any, by majority
+    counts = torch.zeros(3, dtype=torch.float64)  # right: responses, in any, by majority
     with models.phase(timer, "evaluate", models.actor.model):
         rollout = sample_rollout(models.actor.model, data.held_out, data.tokenizer, sampling, numbers=range(n),
                                  max_batch_size=config.rollout_batch_size, coding=data.coding)
@@ -286,8 +286,9 @@ def measure_held_out(
         counts[0] += sum(is_right)
         if n > 1:
             equal = partial(grader.equal, answer_type=kind)
-            chosen = weighted_vote(answer_classes([verdict.answer for verdict in verdicts], equal), [1.0] * n)
-            counts[1:] += torch.tensor([any(is_right), chosen is not None and is_right[chosen]])
+            tied = winners(answer_classes([verdict.answer for verdict in verdicts], equal), [1.0] * n)
+            counts[1] += any(is_right)
+            counts[2] += sum(is_right[place] for place in tied) / max(1, len(tied))
     right, one_or_more, majority = parallel.sum_over_all(counts.to(parallel.device())).tolist()
     several = {"eval_pass": one_or_more / data.n_held_out, "eval_majority": majority / data.n_held_out}
     return {"eval_accuracy": right / (n * data.n_held_out)} | (several if n > 1 else {})

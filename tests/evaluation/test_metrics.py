@@ -21,8 +21,8 @@ from src.evaluation.metrics import (
     sigmoid,
     vote,
     vote_weights,
-    weighted_vote,
     wilson_interval,
+    winners,
 )
 
 GENERATOR = np.random.default_rng(5)
@@ -94,7 +94,7 @@ def test_wilson_interval_refuses_impossible_counts(right: int, total: int) -> No
 def test_a_majority_counts_classes_not_strings() -> None:
     classes = answer_classes(["3", "2", "2.0", "3", "2.00", None], same_number)
     assert classes == [0, 1, 1, 0, 1, None]
-    assert weighted_vote(classes, [1.0] * 6) == 1
+    assert winners(classes, [1.0] * 6) == [1]
 
 
 def test_classes_do_not_depend_on_the_order_of_answers() -> None:
@@ -106,18 +106,19 @@ def test_classes_do_not_depend_on_the_order_of_answers() -> None:
         assert classes[named["5 m"]] == named["5 m"] and classes[named["5 cm"]] == named["5 cm"]
 
 
-def test_ties_go_to_the_first_seen_and_missing_answers_do_not_vote() -> None:
-    assert weighted_vote([5, 7, 7, 5], [1.0] * 4) == 0
-    assert weighted_vote([None, None, None, 3, 3, 5], [1.0] * 6) == 3
-    assert weighted_vote([None, None], [1.0] * 2) is None
-    assert weighted_vote([], []) is None
+def test_classes_that_tie_win_together_and_missing_answers_do_not_vote() -> None:
+    assert winners([5, 7, 7, 5, 3], [1.0] * 5) == [0, 1]
+    assert winners([None, None, None, 3, 3, 5], [1.0] * 6) == [3]
+    assert winners([None, None], [1.0] * 2) == []
+    assert winners([], []) == []
 
 
-def test_weighted_vote_adds_the_weights_of_a_class() -> None:
-    assert weighted_vote([0, 1, 0, None], [0.3, 0.5, 0.3, 9.0]) == 0
-    assert weighted_vote([0, 1, 0, None], [0.2, 0.5, 0.2, 9.0]) == 1
+def test_a_vote_adds_the_weights_of_a_class() -> None:
+    assert winners([0, 1, 0, None], [0.3, 0.5, 0.3, 9.0]) == [0]
+    assert winners([0, 1, 0, None], [0.2, 0.5, 0.2, 9.0]) == [1]
+    assert winners([0, 1, 0, None], [0.25, 0.5, 0.25, 9.0]) == [0, 1]
     with pytest.raises(ValueError, match="shorter"):
-        weighted_vote([0, 1], [0.5])
+        winners([0, 1], [0.5])
 
 
 def test_scores_beyond_0_and_1_weigh_by_their_sigmoid() -> None:
@@ -128,7 +129,8 @@ def test_scores_beyond_0_and_1_weigh_by_their_sigmoid() -> None:
 def test_a_vote_is_counted_in_disjoint_groups() -> None:
     right, classes = np.array([[True, False, False, False, True]]), [[0, 1, 1, None, 0]]
     ones = np.ones((1, 5))
-    assert [vote(right, classes, ones, k)[0] for k in range(1, 6)] == [0.4, 0.5, 0.0, 0.0, 1.0]
+    # of 2: a tie of right and wrong, and a wrong answer alone; of 5: two right ones tie with two wrong ones
+    assert [vote(right, classes, ones, k)[0] for k in range(1, 6)] == [0.4, 0.25, 0.0, 0.0, 0.5]
     weights = np.array([[0.1, 0.4, 0.3, 0.9, 0.2]])
     assert vote(right, classes, weights, 5)[0] == 0.0
     assert vote(right, [[None] * 5], ones, 2)[0] == 0.0
