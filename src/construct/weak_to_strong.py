@@ -44,12 +44,12 @@ class WeakSamplesConfig(SamplesConfig):
 
 
 def full_weak(config: WeakSamplesConfig) -> None:
-    """All that the weak model wrote, right or wrong, as instruction data: the baseline of weak-to-strong."""
+    """All that the weak model wrote to its end, right or wrong, as instruction data: the baseline of weak-to-strong."""
     provenance = read_provenance(config.samples_file, config.weak_model)
     samples = read_one_per_problem(config.samples_file)
-    rows = [row for sample in samples.values() if (row := instruction_row(sample))["output"]]
-    runlog.logger().info("%d of %d responses left out: empty", len(samples) - len(rows), len(samples))
-    save(rows, "responses", "all are empty", config.samples_file, config.save_file, config.dry_run)
+    rows = [row for sample in samples.values() if (row := instruction_row(sample))["output"] and sample.finished]
+    runlog.logger().info("%d of %d responses left out: empty or cut off", len(samples) - len(rows), len(samples))
+    save(rows, "responses", "all are empty or cut off", config.samples_file, config.save_file, config.dry_run)
     if not config.dry_run:
         write_provenance(config.save_file, provenance)
 
@@ -70,9 +70,10 @@ def instruction_row(sample: Sample) -> Row:
 
 
 def answer_of(sample: Sample) -> str | None:
-    """What was found in a response; None for nothing, and for an empty answer."""
+    """What was found in a response; None for nothing, for an empty answer, and for what stands in a response that was
+    cut off: who learns it learns to end there."""
     answer = sample.values.get("answer")
-    return answer if isinstance(answer, str) and answer else None
+    return answer if isinstance(answer, str) and answer and sample.finished else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -282,6 +282,24 @@ def test_w2s_16_every_vote_counts_in_the_file(tmp_path: Path) -> None:
         build.vote(short, str(tmp_path / "votes.jsonl"))
 
 
+def test_a_response_that_was_cut_off_has_no_answer_and_is_never_learnt(tmp_path: Path) -> None:
+    whole = log_dir(tmp_path / "whole", {"0": ["1"], "1": ["2"], "2": ["3"]}, "w")
+    rows = [json.loads(line) for line in Path(whole).read_text().splitlines()]
+    rows[1]["finish"], rows[2]["finish"] = "length", "stop"
+    Path(whole).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build.full_weak(whole, str(tmp_path / "full.json"))
+    assert [row["id"] for row in load(tmp_path / "full.json")] == ["0", "2"]
+    with pytest.raises(UserError, match="2 responses hold an answer, fewer than --shots 3"):
+        build.demonstrations(whole, str(tmp_path / "shown.json"), shots=3)
+    icl = log_dir(tmp_path / "icl", {"0": ["1"], "1": ["2"], "2": ["3"]}, "s")
+    build.weak_icl(whole, icl, str(tmp_path / "both"))
+    assert [row["id"] for row in load(tmp_path / "both" / "icl.json")] == ["0", "2"]
+    three = samples_of(["1", "1", "2"])
+    three[1].values["finish"] = "context_full"
+    (vote,) = votes(three, exactly)
+    assert vote.positives == ["0 #### 1"] and len(vote.negatives) == 2
+
+
 def one_vote(confidence: float) -> Vote:
     """Ten samples, those of the majority saying 1."""
     right = round(10 * confidence)
