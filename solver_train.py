@@ -34,6 +34,12 @@ class SolverTrainConfig(TrainConfig):
         them; cut the prompt's left or the output's right; or end with an error. More than 1% of the outputs
         dropped or cut is an error always""")
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a measurement of rows that are not given."""
+        super().__post_init__()
+        if not self.eval_file:
+            self.refuse(("eval_every",), "there is no --eval_file")
+
 
 def main(config: SolverTrainConfig) -> None:
     """The loss is on outputs and their end only, a mean over the tokens of a whole step."""

@@ -319,7 +319,7 @@ class PPOConfig(
             (self.kl_loss == "none", ("kl_loss_coef",), "--kl_loss is none"),
             (self.kl_target == -1, ("kl_horizon",), "there is no --kl_target"),
             (not self.teacher_ckpt_dir, ("teacher_coef",), "there is no --teacher_ckpt_dir"),
-            (not self.eval_file, ("eval_samples", "eval_temperature"), "there is no --eval_file")]
+            (not self.eval_file, ("eval_samples", "eval_temperature", "eval_every"), "there is no --eval_file")]
 
     def _wrong_numbers(self) -> list[tuple[object, str]]:
         """What is wrong with the numbers if the first of a pair is true, and what to say of it."""

@@ -77,6 +77,8 @@ WITHOUT_EFFECT = [
     (ppo_train, ["--truncated=mask", "--missing_eos_penalty=2"], "--truncated mask takes no penalty"),
     (ppo_train, ["--teacher_coef=2"], "there is no --teacher_ckpt_dir"),
     (ppo_train, ["--eval_samples=4"], "there is no --eval_file"),
+    (ppo_train, ["--eval_every=4"], "there is no --eval_file"),
+    (solver_train, ["--eval_every=4"], "there is no --eval_file"),
     (ppo_train, ["--lora_alpha=32"], "--lora_rank -1 trains all weights, without adapters"),
 ]
 
@@ -140,7 +142,7 @@ def test_the_presets_of_the_recipes_are_read() -> None:
     assert presets
     for file in presets:
         folders = ["--actor_ckpt_dir=a", "--actor_save_dir=b", "--critic_ckpt_dir=c", "--critic_save_dir=d"]
-        values = parse(ppo_train.main, [*folders, "--reward=rule", f"--config={file}"])
+        values = parse(ppo_train.main, [*folders, "--reward=rule", "--eval_file=e", f"--config={file}"])
         assert bind(ppo_train.main, values).args[0].task == "toy"
 
 
