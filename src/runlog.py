@@ -32,6 +32,8 @@ from src.errors import UserError, show_problem
 from src.processes import watchdog
 
 METRICS = "metrics.jsonl"
+GONE = ("the run's directory, or a file in it, is gone since the run began; bring it back, or start the run again as it "
+        "was started")
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 _FORMAT = "%(asctime)s %(message)s"
 
@@ -188,14 +190,16 @@ class RunLog:
                 self._trackers = [OPEN[name](place, self._folder, self._flags, self._kept)
                                   for name, place in self._asked.items()]
             if not path.exists():  # the open file would go on being written where nobody looks
-                raise UserError(f"{self._folder}: the run's directory, or its {METRICS}, is gone since the run began; "
-                                "bring it back, or start the run again as it was started")
+                raise UserError(f"{self._folder}: {GONE}")
             row = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
             row |= {"alarms": dict(alarms)} if alarms else {}
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
-            for track in self._trackers:
-                track(row)
+            try:
+                for track in self._trackers:
+                    track(row)
+            except FileNotFoundError:  # TensorBoard opens its file when it has something to write
+                raise UserError(f"{self._folder}: {GONE}") from None
 
     def rows(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
         """Write rows as a jsonl file of this name in the run's directory, in place of an older one."""

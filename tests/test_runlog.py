@@ -3,7 +3,9 @@
 import json
 import logging
 import re
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,20 @@ def test_a_directory_that_vanishes_ends_the_run_at_its_next_step(
     log.metrics(1, loss=0.5)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     (tmp_path / "run").mkdir()  # as a save makes it anew
-    with pytest.raises(UserError, match=r"run: the run's directory, or its metrics.jsonl, is gone since the run began"):
+    with pytest.raises(UserError, match=r"run: the run's directory, or a file in it, is gone since the run began"):
         log.metrics(2, loss=0.25)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
+def test_a_directory_that_is_being_deleted_ends_the_run_by_the_same_line(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    log = RunLog(str(tmp_path / "run"), {})
+    log.metrics(1, loss=0.5)
+    shutil.rmtree(tmp_path / "run" / "tensorboard")  # its thread finds out when it next writes
+    with pytest.raises(UserError, match=r"run: the run's directory, or a file in it, is gone since the run began"):
+        for step in range(2, 1000):
+            log.metrics(step, loss=0.25)
+            time.sleep(0.005)
 
 
 def test_progress_and_log_lines_go_to_stderr_and_tables_to_stdout(
