@@ -32,8 +32,8 @@ from src.errors import UserError, show_problem
 from src.processes import watchdog
 
 METRICS = "metrics.jsonl"
-GONE = ("the run's directory, or a file in it, is gone since the run began; bring it back, or start the run again as it "
-        "was started")
+GONE = ("the run's directory, or a file in it, is gone since the run began; bring it back, or start the run again as "
+        "it was started")
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 _FORMAT = "%(asctime)s %(message)s"
 
