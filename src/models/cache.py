@@ -8,8 +8,10 @@ attend to the groups of rows it returns. A cache may have a prefix: each row the
 lie there once, and what is said of a row's positions counts from the prefix's end.
 """
 
+import math
+import mmap
 import os.path
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from src import parallel
 
+SMALLEST = 64  # positions of a bucket; below it moving rows costs more than it saves
 LEAST_SHARED = 64  # tokens; a shorter prefix saves little, and what rows round to would depend on the other prompts
 Layers = Sequence[tuple[Tensor, Tensor]]  # keys and values of one sequence, [K, T, E] a layer
 
@@ -69,49 +72,71 @@ class PromptCache:
         return [(keys[index, :, :length], values[index, :, :length]) for keys, values in self.layers]
 
 
-class _Bucket:
-    """Rows of at most `capacity` positions: row i's position t lies at store[:, :, i, :, t].
+def bucket_capacity(length: int) -> int:
+    """How many positions a row of so many has room for on a CPU: 64, 96, 128, 192, 256, ..."""
+    power = max(SMALLEST, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if SMALLEST < length <= power * 3 // 4 else power
 
-    The rows in use come first. What lies after a row's end is stale or zero, never NaN: it is masked, and a
-    masked NaN would still spoil a sum.
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros [...] of its type, on its device. A processor's memory is not taken before it is written, and the system
+    has it back at once: a heap would keep the holes that smaller tensors leave, which no larger one fits into."""
+    if not like.is_cpu:
+        return like.new_zeros(shape)
+    pages = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
+class _Bucket:
+    """Rows of at most `capacity` positions: row i's position t lies at stores[layer][:, i, :, t].
+
+    The rows in use come first. What lies after a row's end is zero, never another row's: it is masked, and a masked
+    NaN would still spoil a sum. Each layer has a tensor of its own: while rows move, one is there twice.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.slots: list[int] = []
-        self.store: Tensor | None = None  # [2, L, n, K, capacity, E]; keys, then values
-        self.most = 0  # rows that the store has held
+        self.stores: list[Tensor] = []  # of each layer [2, n, K, capacity, E]; keys, then values
+        self.most = 0  # rows that the stores have held
 
-    def add(self, slots: Sequence[int], length: int, n_layers: int, like: Tensor) -> Tensor:
-        """Give slots the next rows. -> their part of the store, whose first `length` positions are to be written, with
-        keys and values shaped like [K, T, E]."""
+    def add(self, slots: Sequence[int], layers: Iterable[Sequence[Tensor]]) -> None:
+        """Give slots the next rows. layers: in each what every row begins with, [2, K, T, E]."""
         start, end = len(self.slots), len(self.slots) + len(slots)
-        had = 0 if self.store is None else self.store.shape[2]
-        if end > had:
-            kv_heads, _, head_dim = like.shape
-            # doubled, rows are copied seldom; a processor's memory is not taken before it is written
-            room = max(end, had * 2 if like.is_cpu else had * 5 // 4)
-            store = like.new_empty(2, n_layers, room, kv_heads, self.capacity, head_dim)
-            if self.store is not None:
-                store[:, :, :start] = self.store[:, :, :start]
-            self.store = store
+        for layer, rows in enumerate(layers):
+            if not start:
+                _, kv_heads, _, head_dim = rows[0].shape
+                self.stores.append(_zeros(rows[0], 2, end, kv_heads, self.capacity, head_dim))
+            elif end > (had := self.stores[layer].shape[1]):  # doubled, rows are copied seldom
+                room = max(end, had * 2 if rows[0].is_cpu else had * 5 // 4)
+                self.stores[layer] = self._resized(self.stores[layer], room, start)
+            for place, row in enumerate(rows, start):
+                self.stores[layer][:, place, :, : row.shape[2]] = row
+                if place < self.most:  # of the row that was there before
+                    self.stores[layer][:, place, :, row.shape[2] :] = 0
         self.slots += slots
         self.most = max(self.most, end)
-        rows = self.store[:, :, start:end]
-        rows[:, :, :, :, length:] = 0
-        return rows
 
     def remove(self, slot: int) -> None:
         """Drop a row; the last one takes its place. A bucket that is half empty gives its memory back."""
         index, last = self.slots.index(slot), len(self.slots) - 1
-        if index != last:
-            self.store[:, :, index] = self.store[:, :, last]
+        for store in self.stores if index != last else ():
+            store[:, index] = store[:, last]
         self.slots[index] = self.slots[last]
         self.slots.pop()
         if not self.slots:
-            self.store = None
+            self.stores = []
         elif 2 * last <= self.most:
-            self.store, self.most = self.store[:, :, :last].clone(), last
+            for layer, store in enumerate(self.stores):
+                self.stores[layer] = self._resized(store, last, last)
+            self.most = last
+
+    @staticmethod
+    def _resized(rows: Tensor, n: int, kept: int) -> Tensor:
+        """A layer's store for n rows, of which the first few are kept. [2, m, K, capacity, E] -> [2, n, ...]."""
+        store = _zeros(rows, 2, n, *rows.shape[2:])
+        store[:, :kept] = rows[:, :kept]
+        return store
 
 
 class KVCache:
@@ -120,8 +145,6 @@ class KVCache:
     Rows live in buckets of like length - up to 64 positions, 96, 128, 192, 256, ... - and move to the next when
     they outgrow theirs, so memory and reading follow what is used. slots() tells the order of the rows in the batch.
     """
-
-    SMALLEST = 64  # positions; below it moving rows costs more than it saves
 
     def __init__(self, n_slots: int, device: torch.device) -> None:
         self.lengths = np.zeros(n_slots, dtype=np.int64)  # positions in use, by slot; 0 = empty
@@ -142,10 +165,7 @@ class KVCache:
     def admit(self, slots: Sequence[int], prompt: Layers) -> None:
         """Put one prompt's keys and values into each of these empty slots."""
         length = n_positions(prompt)
-        rows = self._bucket_of(length + 1).add(slots, length, len(prompt), prompt[0][0])
-        for layer, (keys, values) in enumerate(prompt):
-            rows[0, layer, :, :, :length] = keys
-            rows[1, layer, :, :, :length] = values
+        self._bucket_of(length + 1).add(slots, ([torch.stack(both)] * len(slots) for both in prompt))
         self.lengths[slots] = length
 
     def release(self, slot: int) -> None:
@@ -179,7 +199,7 @@ class KVCache:
         """Store keys and values [B, K, 1, E] of a layer at the positions that advance() gave; what to attend to."""
         groups, prefix = [], self.prefix[layer] if self.prefix else None
         for bucket, rows, index, positions, seen in self._targets:
-            stored_keys, stored_values = bucket.store[0, layer], bucket.store[1, layer]
+            stored_keys, stored_values = bucket.stores[layer]
             stored_keys[index, :, positions] = keys[rows, :, 0]
             stored_values[index, :, positions] = values[rows, :, 0]
             n, length = len(index), seen.shape[-1]
@@ -188,8 +208,7 @@ class KVCache:
 
     def _bucket_of(self, length: int) -> _Bucket:
         """The bucket for rows of this many positions, made if there is none."""
-        power = max(self.SMALLEST, 1 << (length - 1).bit_length())
-        capacity = power * 3 // 4 if self.SMALLEST < length <= power * 3 // 4 else power
+        capacity = bucket_capacity(length)
         for bucket in self._buckets:
             if bucket.capacity == capacity:
                 return bucket
@@ -198,10 +217,11 @@ class KVCache:
 
     def _move_up(self, slots: Sequence[int], bucket: _Bucket) -> None:
         """Copy rows that fill their bucket into the next one; prompts of equal length do so together."""
-        target, like = self._bucket_of(bucket.capacity + 1), bucket.store[0, 0, 0]
-        rows = target.add(slots, bucket.capacity, bucket.store.shape[1], like)
-        for place, slot in enumerate(slots):
-            rows[:, :, place, :, : bucket.capacity] = bucket.store[:, :, bucket.slots.index(slot)]
+        index, everyone = [bucket.slots.index(slot) for slot in slots], len(slots) == len(bucket.slots)
+        # where all rows leave, a layer at a time is given back
+        stores = (bucket.stores.pop(0) if everyone else bucket.stores[layer] for layer in range(len(bucket.stores)))
+        self._bucket_of(bucket.capacity + 1).add(slots, ([store[:, i] for i in index] for store in stores))
+        for slot in slots:
             bucket.remove(slot)
 
 
@@ -233,6 +253,7 @@ class FixedCache:
         length = n_positions(prompt)
         self._reserve(length + 1, len(prompt), prompt[0][0])
         index = parallel.to_device(torch.tensor(slots))
+        self.store[:, :, index, :, length:] = 0  # masked or not, a NaN of an earlier row would spoil sums
         for layer, (keys, values) in enumerate(prompt):
             self.store[0, layer, index, :, :length] = keys
             self.store[1, layer, index, :, :length] = values

@@ -1,11 +1,14 @@
 """src/models/cache.py: where rows lie, what they may see, and how much memory they hold."""
 
+import math
 import random
+import weakref
 
+import pytest
 import torch
 from torch import Tensor
 
-from src.models.cache import KVCache, PromptCache, shared_prefix, up_to
+from src.models.cache import FixedCache, KVCache, PromptCache, _zeros, shared_prefix, up_to
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
 ROW_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4  # of one position, float32
@@ -76,7 +79,7 @@ def test_rows_keep_their_past_while_others_come_grow_and_go() -> None:
 
 
 def n_bytes(cache: KVCache) -> int:
-    return sum(bucket.store.nbytes for bucket in cache._buckets)
+    return sum(store.nbytes for bucket in cache._buckets for store in bucket.stores)
 
 
 def test_memory_follows_what_is_used() -> None:
@@ -93,6 +96,38 @@ def test_memory_follows_what_is_used() -> None:
     assert n_bytes(cache) == 256 * ROW_BYTES
     cache.release(7)
     assert n_bytes(cache) == 0
+
+
+def test_rows_that_move_together_are_twice_in_memory_a_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive, most = [0], [0]
+
+    def count(store: Tensor) -> Tensor:
+        alive[0] += store.nbytes
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(store, lambda n=store.nbytes: alive.append(alive.pop() - n))
+        return store
+
+    monkeypatch.setattr("src.models.cache._zeros", lambda *given: count(_zeros(*given)))
+    cache = KVCache(20, CPU)
+    cache.admit(range(20), prompt(1, 60))
+    for _ in range(20):  # from 64 positions to 96
+        step(cache, dict.fromkeys(range(20), 1))
+    assert most[0] == 20 * (96 + 64 // LAYERS) * ROW_BYTES and alive[0] == n_bytes(cache) == 20 * 96 * ROW_BYTES
+
+
+@pytest.mark.parametrize("kind", [KVCache, FixedCache])
+def test_a_broken_row_spoils_none_that_takes_its_place(kind: type[KVCache] | type[FixedCache]) -> None:
+    """One of whose numbers were NaN left them where the next row's positions will be, and those after it."""
+    cache = kind(3, CPU)
+    cache.admit([0, 2], prompt(1, 3))
+    cache.admit([1], [(keys * math.nan, values) for keys, values in prompt(2, 40)])
+    cache.release(1)
+    cache.admit([1], prompt(3, 5))
+    cache.advance()
+    for layer in range(LAYERS):
+        new = torch.zeros(3, KV_HEADS, 1, HEAD_DIM)
+        for group in cache.write(layer, new, new):
+            assert group.keys.isfinite().all() and group.values.isfinite().all()
 
 
 def test_a_bucket_that_empties_gives_memory_back() -> None:
