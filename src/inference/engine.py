@@ -16,14 +16,11 @@ from src import parallel
 from src.errors import UserError
 from src.inference.sampling import Sampling, choose, uniforms
 from src.inference.step import make_step, to_host
-from src.models.cache import Layers, PromptCache, n_positions, shared_prefix
+from src.models.cache import PREFILL_TOKENS, Layers, PromptCache, n_positions, shared_prefix
 from src.models.decoder import Decoder
 from src.models.linear import prepared
 from src.models.quantize import packed
 from src.text.tokenizer import Tokenizer
-
-# Of one forward over prompts, padding and a shared prefix included: enough to use a processor, few to hold
-PREFILL_TOKENS = 2048
 
 
 class Request(NamedTuple):

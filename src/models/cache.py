@@ -21,6 +21,8 @@ from torch import Tensor
 from src import parallel
 
 SMALLEST = 64  # positions of a bucket; below it moving rows costs more than it saves
+# Of one forward over prompts, padding and a shared prefix included: enough to use a processor, few to hold
+PREFILL_TOKENS = 2048
 LEAST_SHARED = 64  # tokens; a shorter prefix saves little, and what rows round to would depend on the other prompts
 Layers = Sequence[tuple[Tensor, Tensor]]  # keys and values of one sequence, [K, T, E] a layer
 

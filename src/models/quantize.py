@@ -77,6 +77,7 @@ class QuantizedMatrix(FrozenMatrix):
             codes = codes[..., ::2] | codes[..., 1::2] << 4
         self.register_buffer("codes", codes)
 
+    @torch.no_grad()
     def dense(self) -> Tensor:
         """The whole matrix. -> [rows, columns]."""
         matrix = torch.empty(len(self.codes), self.columns, dtype=self.dtype, device=self.codes.device)

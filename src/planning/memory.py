@@ -3,8 +3,8 @@
 On a CPU it is resident memory, on a GPU what torch allocates there. In a step of one backward pass gradients come as
 activations go; on a CPU both are counted all the same, for the heap keeps the holes that the last step's left.
 
-Not counted: attention's scores with a softcap, masks of LoRA's dropout, and the holes that blocks of long rows leave in
-glibc's heap: rows of 8k to 32k tokens took 1.4 to 2.1 times as much there in scoring, 1.1 with jemalloc.
+Not counted: masks of LoRA's dropout, and the holes that blocks of long rows leave in glibc's heap: rows of 8k to 32k
+tokens took 1.4 to 2.1 times as much there in scoring, 1.1 with jemalloc.
 
 D width, H query heads, K key-value heads, E head dim, F feed-forward width, V vocabulary: what the first of n
 tensor-parallel ranks has of each; none has more.
@@ -21,6 +21,7 @@ import torch
 from src import parallel
 from src.checkpoint import adapters
 from src.checkpoint.shards import cut_of, expected_shapes, layer_of
+from src.models.cache import PREFILL_TOKENS, SMALLEST, bucket_capacity
 from src.models.config import ModelConfig
 from src.models.forward import CHUNK_BYTES, SOFTMAX_BYTES
 from src.models.lora import LoraConfig, check_targets
@@ -35,7 +36,7 @@ class Training(NamedTuple):
     """How a model is trained. accumulates: a step has several backward passes. quantize: of LoRA's frozen base.
 
     half: it computes in two bytes a number, see Decoder. summed: its loss is a sum of log-probs. context_parallel:
-    ranks that share the tokens of a pass.
+    ranks that share the tokens of a pass. longest: tokens of its longest row. background: saves are copies.
     """
 
     lora: LoraConfig | None = None
@@ -48,6 +49,8 @@ class Training(NamedTuple):
     optimizer: str = "adamw"
     summed: bool = True
     context_parallel: int = 1
+    longest: int = 0
+    background: bool = False
 
 
 def bytes_per_weight(precision: str) -> float:
@@ -88,14 +91,16 @@ def local_trainable_parameters(config: ModelConfig, lora: LoraConfig | None, n: 
 def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> dict[str, int]:
     """Bytes by part of a rank that trains on n_tokens, padding included, in its largest forward pass, or on its part
     of them."""
-    sizes, ranks, n_tokens = local_sizes(config, n), how.data_parallel, -(-n_tokens // how.context_parallel)
+    sizes, ranks, pairs = local_sizes(config, n), how.data_parallel, n_tokens * how.longest
+    n_tokens = -(-n_tokens // how.context_parallel)
     trainable = local_trainable_parameters(config, how.lora, n)
     frozen = sum(sizes.values()) if how.lora else 0
     # What LoRA does not train is held in the type it is computed in; FSDP2 gathers all weights in the same type
     per_frozen = bytes_per_weight(how.quantize or "bfloat16" * (how.half and how.lora is not None))
     # FSDP sums gradients and shares them out in the last backward pass of a step
     gradients = FLOAT32 * trainable // (1 if how.accumulates else ranks)
-    kept, last_block = activations(config, n, n_tokens, how)
+    kept, last_block = (sum(both) for both in zip(
+        activations(config, n, n_tokens, how), scores_memory(config, n, pairs, how), strict=True))
     logits = logits_memory(config, n, n_tokens, how)
     if how.on_gpu and not how.accumulates:  # gradients come as activations go: the peak is at either end
         if kept + logits < gradients:
@@ -110,6 +115,8 @@ def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -
         "logits": logits}
     if ranks > 1:
         parts["gathered"] = _gathered(sizes, how)
+    if how.background and not how.on_gpu:  # weights, as they learn and as they are stored, and moments, whole on a rank
+        parts["being saved"] = 4 * FLOAT32 * trainable
     if how.half and not how.lora and ranks == 1:  # each weight is rounded in a forward pass, and kept for the backward
         parts["rounded weights"] = 2 * _linear_parameters(config, n)
     return parts
@@ -134,6 +141,9 @@ def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tu
     attention += norm * (H + K) * E // D if config.qk_norm else 0
     attention += computed * 2 * (_exchanged(K, how) - K) * E
     feed_forward = norms + computed * (D + 4 * F)  # the norm's output, products, gate and their product
+    if config.n_experts:  # of each that a token goes through, what it reads and gives, and that weighed
+        read_and_given = config.n_active_experts * (2 * computed + FLOAT32) + computed * bool(config.shared_ffn_dim)
+        feed_forward += D * read_and_given
     if how.lora and how.lora.dora:  # what each adapted linear yields before its rows have their lengths
         widths = {"wq": H * E, "wk": K * E, "wv": K * E, "wo": D, "w1": F, "w2": D, "w3": F}
         attention += computed * sum(widths[name] for name in how.lora.targets)
@@ -141,6 +151,19 @@ def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tu
     kept = {"none": block, "selective": attention + entry, "full": entry}[how.checkpointing]
     gradients = 3 * computed * F  # of the product, the gate and the other factor, before they are the input's
     return n_tokens * kept * (config.n_layers - 1), n_tokens * (block + gradients)
+
+
+def scores_memory(config: ModelConfig, n: int, pairs: int, how: Training) -> tuple[int, int]:
+    """What attention holds of so many pairs of positions, which its kernels do not where there is neither a softcap nor
+    a window: what the backward pass needs of all blocks but the last, and of the last with what it makes there."""
+    computed = 2 if how.half else FLOAT32
+    windowed = sum(0 < config.window_of(layer) < how.longest for layer in range(config.n_layers))
+    each, layers, made = computed, windowed, 3  # a mask as it is added to scores, and three of booleans
+    if config.attention_softcap:  # tanh, softmax and its rounded copy of each head; what comes before and between
+        heads = -(-len(config.heads_on(n, 0)[0]) // how.context_parallel)
+        each, layers, made = heads * (2 * FLOAT32 + 2 * how.half), config.n_layers, heads * 3 * FLOAT32
+    kept = max(0, layers - 1) if how.checkpointing != "full" else 0
+    return pairs * each * kept, pairs * (each + made) * (layers > 0)
 
 
 def _exchanged(n_kv_heads: int, how: Training) -> int:
@@ -171,6 +194,10 @@ def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training, *, 
     whole = computed * rows * n_tokens
     chunk, parts = min(whole, CHUNK_BYTES[place]), min(FLOAT32 * rows * n_tokens, SOFTMAX_BYTES[place])
     held = chunk + 2 * parts + (1 + learns) * computed * config.dim * n_tokens
+    if learns and computed == FLOAT32 and not how.on_gpu:  # copied to a number of rows that a kernel is made for
+        held += chunk
+    if how.quantize and (how.quantize != "bfloat16" or computed == FLOAT32):  # the layer as it is multiplied
+        held += computed * rows * config.dim
     if how.lora or not learns:
         return held
     cut_up = whole > chunk
@@ -200,6 +227,15 @@ def frozen_memory(config: ModelConfig, n: int, precision: str = "") -> dict[str,
 def scoring_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> dict[str, int]:
     """Bytes by part of a rank that scores n_tokens, padding included, in its largest forward pass, or its part of them,
     with a model that does not learn: its weights, and the most that a block makes at once, or the logits."""
+    own, computed = -(-n_tokens // how.context_parallel), 2 if how.half else FLOAT32
+    end = computed * config.dim * own + logits_memory(config, n, own, how, learns=False)
+    return frozen_memory(config, n, how.quantize or "bfloat16" * how.half) | {
+        "forward pass": max(_block_memory(config, n, n_tokens, how), end)}
+
+
+def _block_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> int:
+    """The most that a block makes at once of n_tokens, or of this rank's part of them, where nothing learns."""
+    scores = scores_memory(config, n, n_tokens * how.longest, how)[1]
     n_tokens, computed = -(-n_tokens // how.context_parallel), 2 if how.half else FLOAT32
     H, K = map(len, config.heads_on(n, 0))
     D, E, heads = config.dim, config.head_dim, H + 2 * K  # of queries, keys and values
@@ -213,9 +249,7 @@ def scoring_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) ->
         mixed = computed * (heads + (2 * sent if sent > K else 0) + max(H + 4 * sent, 4 * H)) * E
     feed_forward = FLOAT32 * D + computed * (D + 3 * F)  # what attention made of its input, gate, factor and product
     block = FLOAT32 * (D + E) + computed * D + max(rotated, mixed, feed_forward)  # a block's input, angles, its norm
-    end = computed * D * n_tokens + logits_memory(config, n, n_tokens, how, learns=False)
-    return frozen_memory(config, n, how.quantize or "bfloat16" * how.half) | {
-        "forward pass": max(n_tokens * block, end)}
+    return n_tokens * block + scores
 
 
 def decoding_memory(
@@ -223,10 +257,15 @@ def decoding_memory(
 ) -> dict[str, int]:
     """What decoding adds to the weights: n_rows rows of at most n_tokens tokens, if all get that long at once.
 
-    shared: those of them that all rows begin with, kept once.
+    shared: those of them that all rows begin with, kept once. As rows move one by one to a bucket for longer ones, half
+    of the bucket that they leave is still there. prefill: prompts that are read at once, and their keys and values.
     """
-    per_token = 2 * config.n_layers * len(config.heads_on(n, 0)[1]) * config.head_dim
-    parts = {"kv cache": (2 if half else FLOAT32) * per_token * (n_rows * (n_tokens - shared) + shared),
+    computed, capacity = 2 if half else FLOAT32, bucket_capacity(n_tokens - shared)
+    per_token = computed * 2 * config.n_layers * len(config.heads_on(n, 0)[1]) * config.head_dim
+    left = bucket_capacity(capacity * 2 // 3) // 2 if capacity > SMALLEST else 0
+    read = min(n_rows * n_tokens, max(PREFILL_TOKENS, n_tokens))
+    parts = {"kv cache": per_token * (n_rows * (n_tokens - shared + left) + shared),
+             "prefill": per_token * read + _block_memory(config, n, read, Training(half=half, longest=n_tokens)),
              "logits": FLOAT32 * n_rows * config.vocab_size}
     if half:  # rounded, and on a CPU laid out for its kernels, while rows decode
         parts["prepared weights"] = 2 * _linear_parameters(config, n)

@@ -58,12 +58,16 @@ def training(
     n = load.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
     model.check_divides(n, "this checkpoint")
     parts = config.context_parallel_size
-    passes = [(step.epoch, [batch.tokens.numel() for batch in step.batches]) for step in steps]
+    passes, longest = [], 0
+    for step in steps:
+        passes.append((step.epoch, [batch.tokens.numel() for batch in step.batches]))
+        longest = max(longest, *(int(batch.sample_lengths().max()) for batch in step.batches))
     n_tokens = max((max(tokens) for _, tokens in passes), default=0)
     n_flop = 6 * local_parameters(model, n) * sum(sum(tokens) for _, tokens in passes) // parts
     how = Training(load.lora_config(config, config.lora_dropout), config.quantize, config.activation_checkpointing,
                    parallel.divided(data_parallel * parts, "replicas", config.replicas),
-                   config.accumulation_steps > 1, _on_gpu(), is_half(config), config.optimizer, summed, parts)
+                   config.accumulation_steps > 1, _on_gpu(), is_half(config), config.optimizer, summed, parts,
+                   longest, config.background_save)
     memory = {"model": training_memory(model, n, n_tokens, how)}
     sizes = (n for sample in samples for row in sample for n in (len(row.tokens), len(row.targets)))
     lengths, n_targets = np.fromiter(sizes, np.int64).reshape(-1, 2).T
@@ -120,10 +124,12 @@ def scoring(
 ) -> str:
     """The plan of scoring rows of these lengths with a model that does not learn, n_rows of them in a pass."""
     model.check_divides(n, "this checkpoint")
-    n_tokens = min(len(lengths), n_rows) * max(lengths, default=0)
-    how = Training(quantize=quantize, on_gpu=_on_gpu(), half=is_half(flags), context_parallel=context_parallel)
+    longest = max(lengths, default=0)
+    n_tokens = min(len(lengths), n_rows) * longest
+    how = Training(quantize=quantize, on_gpu=_on_gpu(), half=is_half(flags), context_parallel=context_parallel,
+                   longest=longest)
     parts, sent = scoring_memory(model, n, n_tokens, how), sent_for_attention(model, n, n_tokens, how, learns=False)
-    facts = {"tensor-parallel ranks": n, "rows": f"{len(lengths)}, the longest {max(lengths, default=0)} tokens",
+    facts = {"tensor-parallel ranks": n, "rows": f"{len(lengths)}, the longest {longest} tokens",
              "largest forward pass": f"{n_tokens} tokens", **sharing(n_tokens, how, sent)}
     return report(facts, {"model": parts}, {"scoring": sum(parts.values())}, n * context_parallel)
 
@@ -141,7 +147,8 @@ def ppo(
     work = ppo_work(config, context, longest, [*map(len, ids)], [*map(len, held_ids)], ranks)
     how = Training(load.lora_config(config), checkpointing=config.activation_checkpointing,
                    data_parallel=parallel.divided(ranks, "replicas", config.replicas), accumulates=work.accumulates,
-                   on_gpu=_on_gpu(), half=is_half(config), summed=False, context_parallel=config.context_parallel_size)
+                   on_gpu=_on_gpu(), half=is_half(config), summed=False, context_parallel=config.context_parallel_size,
+                   longest=work.n_decoded, background=config.background_save)
     memory = {name: ppo_memory(models, n, how, work, config.quantize, name) for name in ARRANGEMENTS}
     peaks = {name: moments(memory[name], models, n, phases=name == "--phases") for name in ARRANGEMENTS}
     folders = filter(None, (config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir))
@@ -231,7 +238,8 @@ def ppo_memory(
 def moments(memory: Memory, models: Mapping[str, ModelConfig], n: int, *, phases: bool = False) -> dict[str, int]:
     """Bytes of a rank at the largest moment of each model's own phase and, on a CPU, as the last weight is read.
     phases: only the model at work is in memory. A file that is read is mapped: its bytes are resident until then."""
-    stay = ("weights", "optimizer") if _on_gpu() else ("weights", "optimizer", "gradients")  # a heap keeps their holes
+    # a heap keeps the holes of gradients
+    stay = ("weights", "optimizer") if _on_gpu() else ("weights", "optimizer", "gradients", "being saved")
     lasting = {name: sum(parts.get(part, 0) for part in stay) for name, parts in memory.items()}
     weights = {name: memory[name]["weights"] for name in models}
     found = {}

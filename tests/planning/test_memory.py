@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from src import context_parallel, parallel
-from src.load import solver_to_verifier
+from src.load import put_lora_on, solver_to_verifier
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
-from src.models.forward import CHUNK_BYTES, response_logprobs, token_scores
+from src.models.forward import CHUNK_BYTES, response_logprobs, summed_logprobs, token_scores
 from src.models.lora import LINEARS, LoraConfig, add_lora
+from src.models.quantize import quantize_weights
 from src.planning.memory import (
     Training,
     activations,
@@ -26,6 +27,7 @@ from src.planning.memory import (
     decoding_memory,
     local_lora_parameters,
     local_parameters,
+    scores_memory,
     scoring_memory,
     sent_for_attention,
     training_memory,
@@ -56,13 +58,18 @@ def test_kv_cache_by_hand() -> None:
     assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=7)["kv cache"] == 2 * 4 * 4 * 3 * 7
     # the first five are the same in all rows
     assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=7, shared=5)["kv cache"] == 2 * 4 * 4 * (5 + 3 * 2)
+    # in buckets of 128 positions: half of one of 96 is still there
+    assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=100)["kv cache"] == 2 * 4 * 4 * 3 * (100 + 48)
+    # keys and values of what is read at once, and what a block makes of it
+    read = {rows: decoding_memory(CONFIG, 1, rows, 7)["prefill"] for rows in (3, 6, 1000, 2000)}
+    assert read[6] == 2 * read[3] > 4 * 21 * 2 * 4 and read[1000] == read[2000]
 
 
 def test_training_memory_by_hand() -> None:
     held = training_memory(CONFIG, 1, 15, Training())
     assert (held["weights"], held["optimizer"], held["gradients"]) == (4 * 664, 8 * 664, 4 * 664)
-    # 15 hidden states of 8 and their gradient, logits of 10, the same in a part and its softmax
-    assert held["logits"] == 4 * (2 * 15 * 8 + 3 * 15 * 10) and "gathered" not in held
+    # 15 hidden states of 8 and their gradient, logits of 10, twice, the same in a part and its softmax
+    assert held["logits"] == 4 * (2 * 15 * 8 + 4 * 15 * 10) and "gathered" not in held
     # more than a chunk: two are held where one is kept, and a chunk's gradient of the output layer unless it is frozen
     kept, summed, frozen = (training_memory(CONFIG, 1, 3_000_000, how)["logits"]
                             for how in (Training(summed=False), Training(), Training(LORA)))
@@ -138,6 +145,23 @@ def test_activations_are_those_that_autograd_keeps(
     assert counted[0] - counted[1] == pytest.approx(found[0] - found[1], rel=narrow)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_experts": 8, "n_active_experts": 4}, {"n_experts": 4, "n_active_experts": 2, "shared_ffn_dim": 96},
+     {"attention_softcap": 30.0}, {"windows": 8}, {"attention_softcap": 30.0, "windows": 8}])
+def test_what_experts_softcaps_and_windows_keep(changes: dict[str, object], half: bool) -> None:
+    how, n_tokens, found, counted = Training(half=half, longest=64), 128, [], []
+    for n_layers in (3, 4):
+        own = changes | ({"windows": (changes["windows"],) * n_layers} if "windows" in changes else {})
+        config = dataclasses.replace(WIDE, n_layers=n_layers, **own)
+        found.append(kept(config, n_tokens, None, packed=True, half=half))
+        rounded = training_memory(config, 1, 1, how).get("rounded weights", 0)
+        scores = scores_memory(config, 1, n_tokens * 64, how)
+        counted.append(sum(activations(config, 1, n_tokens, how)) + rounded + sum(scores))
+    assert counted[1] - counted[0] == pytest.approx(found[1] - found[0], rel=0.15)
+
+
 class Live(TorchDispatchMode):
     """Inside, the most bytes that new tensors take at once are counted; those of a model are not new."""
 
@@ -189,6 +213,27 @@ def test_scoring_takes_what_is_planned_of_one_rank_and_of_two(tmp_path: Path) ->
     # a thread of gloo's may hold what was sent a little longer
     for least, found in ((0.94, scoring_peaks()), *((0.8, rank) for rank in ranks)):
         assert len(found) == 16 and all(least < ratio < 1.02 for ratio in found.values()), found
+
+
+@pytest.mark.parametrize("precision", ["", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("changes", [{}, {"tied": True, "embedding_split_dim": 0}, {"attention_softcap": 30.0}])
+def test_adapters_take_what_is_planned(precision: str, changes: dict[str, object]) -> None:
+    """Of a large vocabulary, whose layer is made dense, and of scores, in a forward and a backward pass."""
+    parallel.start()
+    model = Decoder(dataclasses.replace(WIDE, vocab_size=20_000, max_seq_len=256, **changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    if precision:
+        quantize_weights(model, precision, torch.float32)
+    put_lora_on(model, LORA, 1)
+    mask = torch.ones(1, 256, dtype=torch.bool)
+    mask[0, 0] = False
+    with Live(model) as live:
+        live.known |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
+        summed_logprobs(model, mask.long(), mask).backward()
+    parts = training_memory(model.config, 1, 256, Training(LORA, precision, longest=256))
+    planned = sum(parts[name] for name in ("gradients", "activations", "logits"))
+    assert 0.95 < planned / live.most < 1.6
 
 
 def test_on_a_gpu_gradients_come_as_activations_go() -> None:
