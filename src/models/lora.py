@@ -105,7 +105,8 @@ class _AdaptedProduct(torch.autograd.Function):
             else:
                 grad_x.addcmul_(grad_low @ lora_a.type_as(grad), kept)
         seen = x if kept is None else x * kept
-        grad_b = weight_gradient(low, grad).T  # several times as fast as grad^T low: the rank is the smaller side
+        # several times as fast as grad^T low: the rank is the smaller side. NCCL sums what lies in order alone
+        grad_b = weight_gradient(low, grad).T.contiguous()
         return grad_x, weight_gradient(grad_low, seen), grad_b, None, None, None, None
 
 
