@@ -280,7 +280,8 @@ def vocab_logprobs(local_logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 def vocab_entropy(local: Tensor) -> Tensor:
     """Entropy from this rank's log-probs, in which -inf is replaced. [N, P] float32 -> [N], nats."""
-    local.clamp_min_(torch.finfo(local.dtype).min)  # of an id that cannot be, times its probability 0: 0
+    # an id that cannot be, of probability 0: the product is 0, and in a gradient, times a scaled loss's, no infinity
+    local.clamp_min_(-1e30)
     return -parallel.sum_over_tensor_parallel((local.exp() * local).sum(-1))
 
 

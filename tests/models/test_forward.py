@@ -69,6 +69,18 @@ def test_logprobs_entropies_and_gradients_are_torch_s(
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_id_that_cannot_be_has_no_gradient_however_far_the_loss_is_scaled() -> None:
+    """Padding's logit is -inf; the entropy and its gradient are those of the two others."""
+    parallel.start()
+    logits = torch.tensor([[1.0, 0.0, -torch.inf]])
+    local, _ = forward.vocab_logprobs(logits, torch.tensor([0]))
+    entropies, scale = forward.vocab_entropy(local), torch.tensor([2.0**16])
+    found = forward.vocab_gradient(local, torch.tensor([0]), entropies, torch.zeros(1), scale)
+    leaf = logits[:, :2].clone().requires_grad_()
+    torch.distributions.Categorical(logits=leaf).entropy().backward(scale)
+    assert_close(found, torch.cat((leaf.grad, torch.zeros(1, 1)), 1))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 @pytest.mark.parametrize("packing", [False, True])
 def test_scdpo_04_packing_and_chunks_change_nothing(
