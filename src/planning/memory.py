@@ -30,6 +30,8 @@ from src.models.quantize import PRECISIONS
 FLOAT32 = 4
 # of both moments of a weight; in 8 bits 256 of them share a float32 scale
 MOMENT_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2 * (1 + FLOAT32 / 256)}
+# of a weight of the tensor that torchao updates, where it does not compile: on a CPU (77 measured, of 16M weights)
+WORK_IN_8_BITS = 80
 
 
 class Training(NamedTuple):
@@ -115,6 +117,9 @@ def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -
         "logits": logits}
     if ranks > 1:
         parts["gathered"] = _gathered(sizes, how)
+    if how.optimizer == "adamw_8bit" and not (how.on_gpu or how.lora):  # when activations are gone
+        work = WORK_IN_8_BITS * max(sizes.values()) // ranks
+        parts["8-bit step"] = max(0, work - parts["activations"] - parts["logits"])
     if how.background and not how.on_gpu:  # weights, as they learn and as they are stored, and moments, whole on a rank
         parts["being saved"] = 4 * FLOAT32 * trainable
     if how.half and not how.lora and ranks == 1:  # each weight is rounded in a forward pass, and kept for the backward

@@ -258,6 +258,15 @@ def test_moments_in_8_bits_are_a_quarter() -> None:
     assert small == int((2 + 2 * 4 / 256) * local_parameters(WIDE, 1))
 
 
+def test_a_step_in_8_bits_works_on_the_largest_tensor_when_activations_are_gone() -> None:
+    how = Training(optimizer="adamw_8bit")
+    few, many = (training_memory(WIDE, 1, n_tokens, how) for n_tokens in (2, 4096))
+    assert sum(few[name] for name in ("8-bit step", "activations", "logits")) == 80 * 64 * 160  # one of w1, w2 and w3
+    assert many["8-bit step"] == 0
+    for other in (how._replace(on_gpu=True), how._replace(lora=LORA)):
+        assert "8-bit step" not in training_memory(WIDE, 1, 2, other)
+
+
 def test_what_is_computed_again_is_not_kept() -> None:
     whole = activations(dataclasses.replace(WIDE, n_layers=2), 1, 100, Training())[0]
     for kind, share in (("none", 1.0), ("selective", 0.6), ("full", 0.1)):
