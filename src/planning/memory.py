@@ -3,8 +3,8 @@
 On a CPU it is resident memory, on a GPU what torch allocates there. In a step of one backward pass gradients come as
 activations go; on a CPU both are counted all the same, for the heap keeps the holes that the last step's left.
 
-Not counted: masks of LoRA's dropout, and the holes that blocks of long rows leave in glibc's heap: rows of 8k to 32k
-tokens took 1.4 to 2.1 times as much there in scoring, 1.1 with jemalloc.
+Not counted: the holes that blocks of long rows leave in glibc's heap: rows of 8k to 32k tokens took 1.4 to 2.1 times as
+much there in scoring, 1.1 with jemalloc.
 
 D width, H query heads, K key-value heads, E head dim, F feed-forward width, V vocabulary: what the first of n
 tensor-parallel ranks has of each; none has more.
@@ -24,7 +24,7 @@ from src.checkpoint.shards import cut_of, expected_shapes, layer_of
 from src.models.cache import PREFILL_TOKENS, SMALLEST, bucket_capacity
 from src.models.config import ModelConfig
 from src.models.forward import CHUNK_BYTES, SOFTMAX_BYTES
-from src.models.lora import LoraConfig, check_targets
+from src.models.lora import LINEARS, LoraConfig, check_targets
 from src.models.quantize import PRECISIONS
 
 FLOAT32 = 4
@@ -149,9 +149,14 @@ def activations(config: ModelConfig, n: int, n_tokens: int, how: Training) -> tu
     if config.n_experts:  # of each that a token goes through, what it reads and gives, and that weighed
         read_and_given = config.n_active_experts * (2 * computed + FLOAT32) + computed * bool(config.shared_ffn_dim)
         feed_forward += D * read_and_given
-    if how.lora and how.lora.dora:  # what each adapted linear yields before its rows have their lengths
-        widths = {"wq": H * E, "wk": K * E, "wv": K * E, "wo": D, "w1": F, "w2": D, "w3": F}
-        attention += computed * sum(widths[name] for name in how.lora.targets)
+    # of an adapted linear a mask of what is dropped of its input, and what it yields before its rows have their lengths
+    widths = {"wq": (D, H * E), "wk": (D, K * E), "wv": (D, K * E), "wo": (H * E, D), "w1": (D, F), "w2": (F, D),
+              "w3": (D, F)}
+    for name in how.lora.targets if how.lora else ():
+        read, yielded = widths[name]
+        entries = read * bool(how.lora.dropout) + yielded * how.lora.dora
+        attention += computed * entries * (name in LINEARS[:4])
+        feed_forward += computed * entries * (name not in LINEARS[:4])
     block, entry = attention + feed_forward, FLOAT32 * D  # entry: all that is left of a block computed again
     kept = {"none": block, "selective": attention + entry, "full": entry}[how.checkpointing]
     gradients = 3 * computed * F  # of the product, the gate and the other factor, before they are the input's

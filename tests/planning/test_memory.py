@@ -149,13 +149,18 @@ def test_activations_are_those_that_autograd_keeps(
 @pytest.mark.parametrize(
     "changes",
     [{"n_experts": 8, "n_active_experts": 4}, {"n_experts": 4, "n_active_experts": 2, "shared_ffn_dim": 96},
-     {"attention_softcap": 30.0}, {"windows": 8}, {"attention_softcap": 30.0, "windows": 8}])
-def test_what_experts_softcaps_and_windows_keep(changes: dict[str, object], half: bool) -> None:
-    how, n_tokens, found, counted = Training(half=half, longest=64), 128, [], []
+     {"attention_softcap": 30.0}, {"windows": 8}, {"attention_softcap": 30.0, "windows": 8}, {"dropout": 0.1},
+     {"dora": True}])
+def test_what_experts_softcaps_windows_dropout_and_dora_keep(changes: dict[str, object], half: bool) -> None:
+    adapters = changes.keys() & {"dropout", "dora"}
+    lora = dataclasses.replace(LORA, targets=LINEARS, **changes) if adapters else None
+    how, n_tokens, found, counted = Training(lora, half=half, longest=64), 128, [], []
     for n_layers in (3, 4):
-        own = changes | ({"windows": (changes["windows"],) * n_layers} if "windows" in changes else {})
+        own = {} if adapters else dict(changes)
+        if "windows" in own:
+            own["windows"] = (own["windows"],) * n_layers
         config = dataclasses.replace(WIDE, n_layers=n_layers, **own)
-        found.append(kept(config, n_tokens, None, packed=True, half=half))
+        found.append(kept(config, n_tokens, lora, packed=True, half=half))
         rounded = training_memory(config, 1, 1, how).get("rounded weights", 0)
         scores = scores_memory(config, 1, n_tokens * 64, how)
         counted.append(sum(activations(config, 1, n_tokens, how)) + rounded + sum(scores))
