@@ -8,8 +8,6 @@ attend to the groups of rows it returns. A cache may have a prefix: each row the
 lie there once, and what is said of a row's positions counts from the prefix's end.
 """
 
-import math
-import mmap
 import os.path
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -80,15 +78,6 @@ def bucket_capacity(length: int) -> int:
     return power * 3 // 4 if SMALLEST < length <= power * 3 // 4 else power
 
 
-def _zeros(like: Tensor, *shape: int) -> Tensor:
-    """Zeros [...] of its type, on its device. A processor's memory is not taken before it is written, and the system
-    has it back at once: a heap would keep the holes that smaller tensors leave, which no larger one fits into."""
-    if not like.is_cpu:
-        return like.new_zeros(shape)
-    pages = mmap.mmap(-1, math.prod(shape) * like.element_size())
-    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
-
-
 class _Bucket:
     """Rows of at most `capacity` positions: row i's position t lies at stores[layer][:, i, :, t].
 
@@ -106,16 +95,16 @@ class _Bucket:
         """Give slots the next rows. layers: in each what every row begins with, [2, K, T, E]."""
         start, end = len(self.slots), len(self.slots) + len(slots)
         for layer, rows in enumerate(layers):
+            _, kv_heads, length, head_dim = rows[0].shape
             if not start:
-                _, kv_heads, _, head_dim = rows[0].shape
-                self.stores.append(_zeros(rows[0], 2, end, kv_heads, self.capacity, head_dim))
+                self.stores.append(rows[0].new_empty(2, end, kv_heads, self.capacity, head_dim))
             elif end > (had := self.stores[layer].shape[1]):  # doubled, rows are copied seldom
                 room = max(end, had * 2 if rows[0].is_cpu else had * 5 // 4)
                 self.stores[layer] = self._resized(self.stores[layer], room, start)
-            for place, row in enumerate(rows, start):
-                self.stores[layer][:, place, :, : row.shape[2]] = row
-                if place < self.most:  # of the row that was there before
-                    self.stores[layer][:, place, :, row.shape[2] :] = 0
+            store = self.stores[layer]
+            for place in range(start, end):  # no name is left to one of the rows: it would keep them all
+                store[:, place, :, :length] = rows[place - start]
+            store[:, start:end, :, length:] = 0
         self.slots += slots
         self.most = max(self.most, end)
 
@@ -136,7 +125,7 @@ class _Bucket:
     @staticmethod
     def _resized(rows: Tensor, n: int, kept: int) -> Tensor:
         """A layer's store for n rows, of which the first few are kept. [2, m, K, capacity, E] -> [2, n, ...]."""
-        store = _zeros(rows, 2, n, *rows.shape[2:])
+        store = rows.new_empty(2, n, *rows.shape[2:])
         store[:, :kept] = rows[:, :kept]
         return store
 

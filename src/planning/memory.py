@@ -267,14 +267,14 @@ def decoding_memory(
 ) -> dict[str, int]:
     """What decoding adds to the weights: n_rows rows of at most n_tokens tokens, if all get that long at once.
 
-    shared: those of them that all rows begin with, kept once. As rows move one by one to a bucket for longer ones, half
-    of the bucket that they leave is still there. prefill: prompts that are read at once, and their keys and values.
+    shared: those of them that all rows begin with, kept once. Rows have their bucket's room, and beside it, or as holes
+    in the heap, lies the bucket that they left. prefill: prompts that are read at once, and their keys and values.
     """
     computed, capacity = 2 if half else FLOAT32, bucket_capacity(n_tokens - shared)
     per_token = computed * 2 * config.n_layers * len(config.heads_on(n, 0)[1]) * config.head_dim
-    left = bucket_capacity(capacity * 2 // 3) // 2 if capacity > SMALLEST else 0
+    left = bucket_capacity(capacity * 2 // 3) if capacity > SMALLEST else 0
     read = min(n_rows * n_tokens, max(PREFILL_TOKENS, n_tokens))
-    parts = {"kv cache": per_token * (n_rows * (n_tokens - shared + left) + shared),
+    parts = {"kv cache": per_token * (n_rows * (capacity + left) + shared),
              "prefill": per_token * read + _block_memory(config, n, read, Training(half=half, longest=n_tokens)),
              "logits": FLOAT32 * n_rows * config.vocab_size}
     if half:  # rounded, and on a CPU laid out for its kernels, while rows decode

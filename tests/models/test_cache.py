@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.models.cache import FixedCache, KVCache, PromptCache, _zeros, shared_prefix, up_to
+from src.models.cache import FixedCache, KVCache, PromptCache, shared_prefix, up_to
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
 ROW_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4  # of one position, float32
@@ -107,7 +107,8 @@ def test_rows_that_move_together_are_twice_in_memory_a_layer_at_a_time(monkeypat
         weakref.finalize(store, lambda n=store.nbytes: alive.append(alive.pop() - n))
         return store
 
-    monkeypatch.setattr("src.models.cache._zeros", lambda *given: count(_zeros(*given)))
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *given: count(new_empty(*given)))
     cache = KVCache(20, CPU)
     cache.admit(range(20), prompt(1, 60))
     for _ in range(20):  # from 64 positions to 96

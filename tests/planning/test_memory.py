@@ -54,12 +54,12 @@ def test_lora_parameters_by_hand_on_two_ranks() -> None:
 
 
 def test_kv_cache_by_hand() -> None:
-    # keys and values, one layer, one kv head of 4, three rows of seven tokens, float32
-    assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=7)["kv cache"] == 2 * 4 * 4 * 3 * 7
+    # keys and values, one layer, one kv head of 4, three rows in a bucket of 64 tokens, float32
+    assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=7)["kv cache"] == 2 * 4 * 4 * 3 * 64
     # the first five are the same in all rows
-    assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=7, shared=5)["kv cache"] == 2 * 4 * 4 * (5 + 3 * 2)
-    # in buckets of 128 positions: half of one of 96 is still there
-    assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=100)["kv cache"] == 2 * 4 * 4 * 3 * (100 + 48)
+    assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=7, shared=5)["kv cache"] == 2 * 4 * 4 * (5 + 3 * 64)
+    # in a bucket of 128, after one of 96
+    assert decoding_memory(CONFIG, 1, n_rows=3, n_tokens=100)["kv cache"] == 2 * 4 * 4 * 3 * (128 + 96)
     # keys and values of what is read at once, and what a block makes of it
     read = {rows: decoding_memory(CONFIG, 1, rows, 7)["prefill"] for rows in (3, 6, 1000, 2000)}
     assert read[6] == 2 * read[3] > 4 * 21 * 2 * 4 and read[1000] == read[2000]

@@ -142,7 +142,7 @@ FULL = {"actor": CONFIG, "critic": CRITIC_CONFIG, "reference": CONFIG, "verifier
 WORK = PPOWork(n_tokens=1, accumulates=False, n_rows=2, n_decoded=7)
 # 14 tokens are read at once: their keys and values, and what a block makes
 PREFILL = 2 * 4 * 4 * 14 + scoring_memory(CRITIC_CONFIG, 1, 14, Training())["forward pass"]
-ROLLOUTS = 2 * 4 * 4 * 2 * 7 + PREFILL + 4 * 2 * 10  # keys and values of a layer's one head of 4; logits
+ROLLOUTS = 2 * 4 * 4 * 2 * 64 + PREFILL + 4 * 2 * 10  # room for keys and values of a layer's one head of 4; logits
 
 
 def held(
