@@ -14,13 +14,15 @@ CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")       # <<48/2=24>> in GSM8K: a hi
 
 
 def gsm8k_row(raw: RawRow) -> Row:
-    """A GSM8K row; the label is the number behind the last ####, which stays in the output."""
+    """A GSM8K row; the label is the number behind the last ####, which stays in the output, and the level the number of
+    lines before it, which are the solution's steps."""
     solution = CALCULATOR_MARK.sub("", raw.text("answer"))
-    _, mark, label = solution.rpartition("####")
+    steps, mark, label = solution.rpartition("####")
     label = label.strip().replace(",", "")
     if not mark or rational(label) is None:
         raise UserError(f"{raw.place}: expected 'answer' to end in a line '#### number', found {solution[-60:]!r}")
-    return {"instruction": raw.text("question"), "output": [solution], "label": label}
+    n_steps = sum(bool(line.strip()) for line in steps.splitlines())
+    return {"instruction": raw.text("question"), "output": [solution], "label": label, "level": n_steps}
 
 
 def abel_row(raw: RawRow) -> Row:

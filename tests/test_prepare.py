@@ -41,7 +41,7 @@ def prepared(task: str, raw_file: str, tmp_path: Path) -> list[dict[str, object]
 
 def test_w2s_01_gsm8k_marks_go_and_the_last_line_stays(tmp_path: Path) -> None:
     rows = prepared("gsm8k", write(tmp_path / "raw.jsonl", GSM8K, ""), tmp_path)
-    assert rows == [{"instruction": GSM8K["question"], "label": "1200",
+    assert rows == [{"instruction": GSM8K["question"], "label": "1200", "level": 1,  # steps
                      "output": ["She packs 3*400=1200 nuts.\n#### 1,200"]}]
 
 
