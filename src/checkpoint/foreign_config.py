@@ -1,22 +1,11 @@
-"""Hugging Face's config.json to ModelConfig and back, Meta's params.json to it, and what --model_type claims.
+"""Hugging Face's config.json to ModelConfig and back, and what --model_type claims.
 
 What differs between families is data, src/checkpoint/families.py; nothing here knows a family by name.
 """
 
 import dataclasses
-from typing import NamedTuple
 
-from src.checkpoint.families import (
-    FAMILIES,
-    MAX_WINDOW_LAYERS,
-    META_EXPERTS,
-    META_OWN_HEAD_DIM,
-    META_ROPE_FACTOR,
-    META_ROPE_FACTOR_TIED,
-    PLAIN,
-    UNSUPPORTED,
-    Family,
-)
+from src.checkpoint.families import FAMILIES, MAX_WINDOW_LAYERS, UNSUPPORTED, Family
 from src.checkpoint.foreign_rope import read_rope, rope_facts, rope_to_hf
 from src.checkpoint.params import above_zero
 from src.checkpoint.released import MODEL_TYPES, Released
@@ -321,71 +310,3 @@ def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, object]:
     if window or "layer_types" not in values:  # else no layer reads it
         values["sliding_window"] = window or None
     return values
-
-
-class MetaWeights(NamedTuple):
-    """What Meta's params leave open and the tensors settle."""
-
-    ffn_dim: int
-    vocab_size: int
-    tied: bool
-    value_head: bool
-    embedding_split_dim: int
-    dtype: str
-
-
-def config_from_meta(values: dict[str, object], source: str, weights: MetaWeights) -> ModelConfig:
-    """Read a params.json or a file's model_args; the weights settle what the file leaves open.
-
-    The FFN width and vocabulary are the tensors', because `multiple_of`, `ffn_dim_multiplier` and a
-    vocab_size of -1 only describe them indirectly; values that disagree are an error.
-    """
-
-    def number(key: str, default: float, kind: type = int, among: dict[str, object] = values) -> int | float:
-        """A number above 0, or the default where none is given."""
-        given = among.get(key)
-        return default if given is None else kind(above_zero(given, key, kind, source))
-
-    dim, n_layers, n_heads = (above_zero(values[key], key, int, source) for key in ("dim", "n_layers", "n_heads"))
-    experts = values.get("moe") or {}
-    if not isinstance(experts, dict):
-        raise UserError(f"{source}: moe={experts!r}; expected an object with num_experts and num_experts_per_tok")
-    stated = number("hidden_dim", 0)
-    if "multiple_of" in values and not stated:
-        stated = meta_ffn_dim(dim, number("multiple_of", 1), number("ffn_dim_multiplier", 0.0, float))
-    if stated not in (0, weights.ffn_dim):
-        raise UserError(f"{source} means an FFN width of {stated}, but w1 has {weights.ffn_dim} rows")
-    if values.get("vocab_size", -1) not in (-1, weights.vocab_size):
-        raise UserError(f"{source}: vocab_size={values['vocab_size']!r}, but tok_embeddings has {weights.vocab_size} "
-                        "rows")
-    own_head_dim = "hidden_dim" in values and "head_dim" in values
-    family = META_EXPERTS if experts else META_OWN_HEAD_DIM if own_head_dim else PLAIN
-    window = number("sliding_window", 0)
-    scaled: dict[str, object] = {}
-    if is_true(values, "use_scaled_rope", source):
-        factor = META_ROPE_FACTOR_TIED if weights.tied else META_ROPE_FACTOR
-        scaled = {"rope_type": "wavelength", "rope_factor": number("rope_scaling_factor", factor, float),
-                  "rope_high_freq_factor": number("rope_high_freq_factor", 4.0, float)}
-    return ModelConfig(
-        family=family,
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=number("n_kv_heads", n_heads),
-        head_dim=number("head_dim", dim // n_heads),
-        max_seq_len=number("max_seq_len", 2048),
-        norm_eps=number("norm_eps", 1e-5, float),
-        rope_theta=number("rope_theta", 10000.0, float),
-        windows=(window,) * n_layers if window else (),
-        n_experts=number("num_experts", 0, among=experts),
-        n_active_experts=number("num_experts_per_tok", 0, among=experts),
-        **scaled,
-        **weights._replace(embedding_split_dim=0 if weights.tied else weights.embedding_split_dim)._asdict())
-
-
-def meta_ffn_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None = None) -> int:
-    """FFN width as Meta's model.py derives it from params.json."""
-    hidden = int(8 * dim / 3)
-    if ffn_dim_multiplier:
-        hidden = int(float(ffn_dim_multiplier) * hidden)
-    return multiple_of * -(-hidden // multiple_of)

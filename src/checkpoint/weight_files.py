@@ -14,7 +14,8 @@ from torch import Tensor
 from src import runlog
 from src.checkpoint import convert, storage
 from src.checkpoint.families import PLAIN
-from src.checkpoint.foreign_config import MetaWeights, config_from_hf, config_from_meta, family_of
+from src.checkpoint.foreign_config import config_from_hf, family_of
+from src.checkpoint.meta_config import MetaWeights, config_from_meta
 from src.checkpoint.params import config_from_dict, refuse_infinities
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join
 from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch

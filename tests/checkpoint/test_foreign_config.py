@@ -10,14 +10,11 @@ import transformers
 
 from src.checkpoint.families import FAMILIES
 from src.checkpoint.foreign_config import (
-    MetaWeights,
     check_model_type,
     claimed_facts,
     config_from_hf,
-    config_from_meta,
     config_to_hf,
     left_out_in_training,
-    meta_ffn_dim,
     released,
     released_config,
 )
@@ -26,7 +23,7 @@ from src.checkpoint.released import MODEL_TYPES
 from src.errors import UserError
 from src.models.config import ModelConfig
 from tests import reference, zoo
-from tests.checkpoint.weights import CONFIG, HF, META
+from tests.checkpoint.weights import CONFIG, HF
 
 HF_QWEN = HF | {
     "model_type": "qwen2",
@@ -52,26 +49,6 @@ LONGROPE = {
 }
 POINTS = torch.linspace(-5, 5, 11)
 PHI, GEMMA_3 = {"model_type": "phi3"}, {"model_type": "gemma3_text", "head_dim": 4}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "multiple_of", "multiplier"),
-    [
-        ("llama-1-7b", 256, None),
-        ("llama-1-13b", 256, None),
-        ("llama-1-30b", 256, None),
-        ("llama-1-65b", 256, None),
-        ("llama-2-70b", 4096, 1.3),
-        ("llama-3-8b", 1024, 1.3),
-        ("llama-3-70b", 4096, 1.3),
-        ("llama-3.1-405b", 4096, 1.2),
-        ("llama-3.2-1b", 256, 1.5),
-        ("llama-3.2-3b", 256, 1.0),
-    ],
-)
-def test_ffn_width_of_released_models(model_type: str, multiple_of: int, multiplier: float | None) -> None:
-    facts = MODEL_TYPES[model_type].facts
-    assert meta_ffn_dim(facts["dim"], multiple_of, multiplier) == facts["ffn_dim"]
 
 
 def test_sizes_are_the_published_ones() -> None:
@@ -289,34 +266,6 @@ def test_silu_by_its_other_name() -> None:
     assert torch.equal(swish, silu)
 
 
-def meta(values: dict[str, object], tied: bool = False) -> ModelConfig:
-    weights = MetaWeights(
-        ffn_dim=48, vocab_size=64, tied=tied, value_head=False, embedding_split_dim=0, dtype="bfloat16"
-    )
-    return config_from_meta(values, "params.json", weights)
-
-
-def test_meta_rope_is_scaled_by_8_and_in_the_small_tied_models_by_32() -> None:
-    scaled = META | {"use_scaled_rope": True}
-    assert (meta(scaled).rope_type, meta(scaled).rope_factor) == ("wavelength", 8.0)
-    assert meta(scaled, tied=True).rope_factor == 32.0
-    assert meta(scaled | {"rope_scaling_factor": 16}).rope_factor == 16.0
-    assert meta(META | {"use_scaled_rope": False}).rope_type == "default"
-
-
-def test_params_of_mistral_and_mixtral() -> None:
-    values = {
-        "dim": 32, "n_layers": 2, "head_dim": 4, "hidden_dim": 48, "n_heads": 8, "n_kv_heads": 4, "norm_eps": 1e-5,
-        "vocab_size": 64, "rope_theta": 1e6,
-    }
-    assert meta(values).family == "mistral"
-    assert meta(values).windows == ()
-    assert meta(values | {"sliding_window": 4096}).windows == (4096, 4096)
-    experts = meta(values | {"moe": {"num_experts": 8, "num_experts_per_tok": 2}})
-    assert (experts.family, experts.n_experts, experts.n_active_experts) == ("mixtral", 8, 2)
-    assert experts.renormalised_experts
-
-
 def test_windows_by_layer() -> None:
     def windows(**values: object) -> tuple[int, ...]:
         return config_from_hf(HF_QWEN | values, "config.json", "float32").windows
@@ -363,25 +312,6 @@ def test_what_no_config_of_the_family_says_is_not_exported() -> None:
     assert config_to_hf(mixed)["layer_types"] == MIXED
     with pytest.raises(UserError, match=r"windows=\(4, 8\) has no form"):
         config_to_hf(dataclasses.replace(mixed, windows=(4, 8)))
-
-
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
-        ({"n_kv_heads": "4"}, "n_kv_heads='4'"),
-        ({"norm_eps": float("nan")}, "norm_eps=nan"),
-        ({"multiple_of": [256]}, r"multiple_of=\[256\]"),
-        ({"moe": ["experts"]}, "moe="),
-        ({"moe": {"num_experts": 2.5, "num_experts_per_tok": 1}}, "num_experts=2.5; expected an integer"),
-        ({"sliding_window": [4, None]}, r"sliding_window=\[4, None\]"),
-        ({"use_scaled_rope": "yes"}, "use_scaled_rope='yes'; expected true or false"),
-        ({"vocab_size": "64"}, "vocab_size='64', but tok_embeddings has 64 rows"),
-        ({"rope_theta": -1.0}, "rope_theta=-1.0; expected a number above 0"),
-    ],
-)
-def test_odd_values_in_params_of_meta_are_refused_by_key(values: dict[str, object], named: str) -> None:
-    with pytest.raises(UserError, match=f"params.json: {named}"):
-        meta(META | values)
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
