@@ -100,20 +100,21 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a directory: those that transformers reads, else by the usual names, else shards. What else
     lies there and is not read is said. Raises UserError where shards and others lie side by side."""
     shards = storage.shard_paths(folder)
-    found = [name for name in _HF_FILES if (folder / name).exists()]
+    named = [name for name in _HF_FILES if (folder / name).exists()]
     parts = [sorted(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin")]
-    found = found or [path.name for paths in parts for path in paths]
-    if shards and found:
-        raise UserError(f"{folder} holds both {shards[0].name} and {found[0]}, which may be different weights; remove "
+    first = next(iter(named or [path.name for paths in parts for path in paths]), "")
+    if shards and first:
+        raise UserError(f"{folder} holds both {shards[0].name} and {first}, which may be different weights; remove "
                         "one kind, or name the files to read with --ckpt_file")
-    if len(found) > 1 and found[0] in _HF_FILES:
-        runlog.logger().warning("%s: reads %s, as transformers does, and not %s beside it", folder, found[0],
-                                " or ".join(found[1:]))
-    if found and found[0].endswith(".index.json"):
-        return _indexed_files(folder / found[0])
-    if found:
-        paths = [folder / found[0]] if found[0] in _HF_FILES else parts[0] or parts[1]
-        return [storage.inside(folder, path) for path in paths]
+    if first:
+        paths = [folder / first] if named else parts[0] or parts[1]
+        is_index = first.endswith(".index.json")
+        paths = _indexed_files(folder / first) if is_index else [storage.inside(folder, path) for path in paths]
+        left = named[1:] or sorted({path.name for each in parts for path in each} - {path.name for path in paths})
+        if left:
+            runlog.logger().warning("%s: reads %s%s, and not %s beside it", folder, first,
+                                    ", as transformers does" if named else "", " or ".join(left))
+        return paths
     if shards:
         storage.check_complete(folder)
         return shards
@@ -183,7 +184,9 @@ def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
         if tensor.dtype not in _FLOATS:
             raise UserError(f"{file.path}: {stored_name!r} is stored as {_name_of(tensor.dtype)}; expected "
                             f"{', '.join(map(_name_of, _FLOATS))}: bring the weights as they were before quantisation")
-        tensors[name] = tensor
+        # nothing is computed or written in 64 bits
+        wide = tensor.dtype == torch.float64
+        tensors[name] = tensor.then(Tensor.float)._replace(dtype=torch.float32) if wide else tensor
     if unknown:
         raise UserError(f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; expected a "
                         f"checkpoint in the names of {family or 'Meta'}")
@@ -245,10 +248,12 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _check_present(tensors: dict[str, StoredTensor], names: tuple[str, ...], described: str) -> None:
-    """Raise UserError unless the weights hold the parameters that sizes are read from."""
+    """Raise UserError unless the weights hold the matrices that sizes are read from."""
     for name in names:
         if name not in tensors:
             raise UserError(f"{described}: the weights lack parameter {name!r}")
+        if len(tensors[name].shape) != 2:
+            raise UserError(f"{described}: {name} has shape {list(tensors[name].shape)}; expected a matrix")
 
 
 def _one_of_tied(

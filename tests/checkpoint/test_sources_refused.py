@@ -114,6 +114,17 @@ def test_shards_without_embeddings_are_refused(tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("name", ["tok_embeddings.weight", "layers.0.feed_forward.w1.weight"])
+def test_a_matrix_that_is_none_is_refused_where_sizes_are_read_from_it(tmp_path: Path, name: str, n: int) -> None:
+    write_json(tmp_path / "params.json", META)
+    for shape in ((), (3,), (2, 2, 2)):
+        for index in range(n):
+            torch.save(random_weights() | {name: torch.ones(shape)}, tmp_path / f"consolidated.{index:02d}.pth")
+        with pytest.raises(UserError, match=rf"{name} has shape .*; expected a matrix"):
+            open_source(str(tmp_path))
+
+
 WRONG_PARAMS: dict[str, tuple[dict[str, object], str]] = {
     "multiple_of": (META | {"multiple_of": 64}, "means an FFN width of 64, but w1 has 48 rows"),
     "vocab_size": (META | {"vocab_size": 100}, "vocab_size=100, but tok_embeddings has 64 rows"),

@@ -74,6 +74,21 @@ def test_one_set_is_read_without_a_word(tmp_path: Path, caplog: pytest.LogCaptur
     assert not [record for record in caplog.records if record.name == "splitrl"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_the_index_does_not_name_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Parts of an earlier save, or another precision beside it: whoever wrote them may mean them."""
+    write_json(tmp_path / "config.json", HF)
+    write_set(tmp_path, kind, 2.0)
+    other = "pytorch_model-00003-of-00003.bin" if "pytorch" in kind else "model-fp16.safetensors"
+    (torch.save if "pytorch" in kind else save_file)(scaled(3.0), tmp_path / other)
+    embedding = open_source(str(tmp_path)).tensors["tok_embeddings.weight"].load()
+    assert torch.equal(embedding, random_weights()["tok_embeddings.weight"] * 2)
+    (line,) = [record.message for record in caplog.records if record.name == "splitrl"]
+    assert f"reads {kind}, as transformers does, and not {other}" in line
+
+
 def test_shards_beside_the_files_of_hugging_face_are_refused(tmp_path: Path) -> None:
     torch.save(random_weights(), tmp_path / "consolidated.00.pth")
     write_json(tmp_path / "params.json", META)
@@ -104,6 +119,17 @@ def test_weights_of_several_types_keep_theirs_and_the_type_of_most_is_the_checkp
     assert source.config.dtype == "float32"
     assert source.tensors["output.weight"].dtype == torch.float16
     assert source.tensors["norm.weight"].dtype == torch.float32
+
+
+def test_weights_in_64_bits_are_read_in_32(tmp_path: Path) -> None:
+    save_file({name: tensor.double() / 3 for name, tensor in scaled(1.0).items()}, tmp_path / KINDS[0])
+    write_json(tmp_path / "config.json", HF)
+    source = open_source(str(tmp_path))
+    assert source.config.dtype == "float32"
+    norm = source.tensors["norm.weight"]
+    assert norm.dtype == norm.load().dtype == torch.float32
+    assert torch.equal(norm.load(), (random_weights()["norm.weight"].double() / 3).float())
+    split(source, tmp_path / "ours", 1, "hf")
 
 
 @pytest.mark.parametrize("file", [KINDS[0], KINDS[2]])
