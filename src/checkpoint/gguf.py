@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from src.checkpoint import storage
-from src.checkpoint.tensor_files import StoredTensor, digest_path, file_hash
+from src.checkpoint.tensor_files import StoredTensor, check_range, digest_path, file_hash
 from src.errors import UserError
 from src.jsonfile import check_file
 
@@ -34,7 +34,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPES = {dtype: name for name, dtype in _PLAIN.items()} | {"q8_0": "Q8_0"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}  # general.file_type, which llama.cpp prints
 _MAX_DIMS = 4
-_Q8_BLOCK = 32
+_Q8_BLOCK, _Q8_LARGEST = 32, 127  # values that share a scale, and the largest code
 _CHUNK = 2**20  # values packed or unpacked at a time: the package needs some ten times their memory
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 T = TypeVar("T")
@@ -252,7 +252,8 @@ def create_gguf(
     path: Path, metadata: Mapping[str, object], tensors: Mapping[str, StoredTensor], dtype: str
 ) -> Iterator[Callable[[str, Tensor], None]]:
     """Create a file with this metadata and room for these tensors; its hash is written next to it. -> the function that
-    takes them one after the other, by name; it raises OSError when the disk is full.
+    takes them one after the other, by name; it raises OSError when the disk is full, and UserError for values beyond
+    the type.
 
     dtype: float32, bfloat16, float16 or q8_0 of the matrices, "" keeps every one's. What is no matrix is float32, as
     llama.cpp needs it, and so is a matrix whose rows q8_0 does not divide.
@@ -262,6 +263,8 @@ def create_gguf(
 
     def write(name: str, tensor: Tensor) -> None:
         """Append a tensor [...] in the type that it was laid out with."""
+        # a block of q8_0 has a float16, which its codes multiply
+        check_range(name, tensor, _PLAIN.get(kinds[name], torch.float16), 1 if kinds[name] in _PLAIN else _Q8_LARGEST)
         try:
             writer.write_tensor_data(_packed(tensor, kinds[name]))
         except OSError as problem:  # numpy tells how many bytes were written, and no errno

@@ -19,6 +19,7 @@ from torch import Tensor
 from src import parallel
 from src.checkpoint import adapters, shards, storage
 from src.checkpoint.sources import local_tensors
+from src.checkpoint.tensor_files import check_range
 from src.errors import UserError
 from src.jsonfile import read_json
 from src.models.config import ModelConfig
@@ -133,6 +134,7 @@ def _copied(group: TensorGroup) -> TensorGroup:
     for name, tensor in group.tensors.items():
         whole = parallel.gather_on_first(tensor)
         if whole is not None:
+            check_range(name, whole, group.dtype)
             copies[name] = whole.detach().to("cpu", group.dtype, copy=True)
     return group._replace(tensors=copies)
 

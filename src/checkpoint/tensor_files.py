@@ -121,6 +121,17 @@ def _stored_safetensor(path: Path, file: safetensors.safe_open, name: str) -> St
     return StoredTensor(tuple(piece.get_shape()), lambda: file.get_tensor(name), SAFETENSORS_DTYPES[piece.get_dtype()])
 
 
+def check_range(name: str, tensor: Tensor, dtype: torch.dtype, codes: int = 1) -> None:
+    """Raise UserError where a finite value of a tensor [...] would be infinite in dtype, or as so many times one of its
+    numbers. Only float16 ends where weights may lie."""
+    if dtype != torch.float16 or tensor.dtype == dtype or not tensor.numel():
+        return
+    ends = torch.stack(torch.aminmax(tensor.detach()))
+    if (ends.isfinite() & (ends / codes).to(dtype).isinf()).any():
+        raise UserError(f"{name} holds {ends.abs().max():.6g}, but float16 ends at {codes * torch.finfo(dtype).max:.6g}"
+                        f"{' here' if codes > 1 else ''}; store it as bfloat16 or float32")
+
+
 class TensorFile:
     """A laid-out file that is filled one tensor at a time, in the order of `names`; open_tensor_file() makes one.
 
@@ -144,10 +155,12 @@ class TensorFile:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Take the next tensor [...], in the layout's type, once the one before it is written. It must not change then.
-        Raises OSError when the disk is full, of this tensor at the next call."""
+        Raises UserError for values beyond that type, and OSError when the disk is full, of this tensor at the next
+        call."""
         shape, dtype = self._layout[name]
         assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} into room for {shape}"
         assert name == self.names[self._taken], f"{name} is written before {self.names[self._taken]}"
+        check_range(name, tensor, dtype)
         flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
         self._wait()  # so that one tensor a file is in memory
         self._writing = self._writer.submit(self._put, name, memoryview(flat.view(torch.uint8).numpy()))

@@ -198,6 +198,23 @@ def test_types_of_an_export(tmp_path: Path, tokenizer: Path, dtype: str, of_matr
     storage.verify_hashes(folder)
 
 
+@pytest.mark.parametrize("dtype, largest", [("float16", 65504.0), ("q8_0", 127 * 65504.0)])
+def test_values_beyond_a_type_are_refused(tmp_path: Path, tokenizer: Path, dtype: str, largest: float) -> None:
+    source = open_source(str(zoo.write(tmp_path / "hf", zoo.MODELS["llama-1"])))
+    metadata = tokenizer_metadata(tokenizer, 64)
+    wq = source.tensors["layers.0.attention.wq.weight"]
+    for value, fits in ((largest, True), (-1.01 * largest, False)):
+        source.tensors["layers.0.attention.wq.weight"] = wq.then(
+            lambda whole, value=value: whole.index_fill(0, torch.tensor([3]), value))
+        if fits:
+            assert export.export_gguf(source, tmp_path / "fits", "x", metadata, dtype=dtype) == []
+            found = open_source(str(tmp_path / "fits")).tensors["layers.0.attention.wq.weight"].load()
+            assert found.max() == largest
+        else:
+            with pytest.raises(UserError, match=r"blk\.0\.attn_q\.weight holds .*, but float16 ends at"):
+                export.export_gguf(source, tmp_path / "not", "x", metadata, dtype=dtype)
+
+
 def test_a_full_disk_ends_with_one_line(tmp_path: Path, tokenizer: Path) -> None:
     source = open_source(str(zoo.write(tmp_path / "hf", zoo.MODELS["llama-1"])))
     metadata = tokenizer_metadata(tokenizer, 64)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from src.checkpoint import tensor_files
 from src.checkpoint.tensor_files import PIECE_BYTES, TensorSpec, open_tensor_file
+from src.errors import UserError
 
 TENSORS = {
     "piece and a bit": torch.randn(PIECE_BYTES // 4 + 3),
@@ -62,3 +63,17 @@ def test_places_of_checksums_in_a_file_beyond_32_bits(tmp_path: Path) -> None:
             assert behind == starts[name] + layout[name].nbytes + 4
             assert os.pread(file.fileno(), 4, behind - 4) == b"PK\x07\x08"
             assert os.pread(file.fileno(), 4, entry - 16) == b"PK\x01\x02"
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_float16_would_make_infinite_is_refused(tmp_path: Path, suffix: str) -> None:
+    path, layout = tmp_path / f"a.{suffix}", {"w": TensorSpec((3,), torch.float16)}
+    for values in ([1.0, -65504.0, 65519.0], [float("inf"), float("nan"), 1e9]):  # what was damaged is told elsewhere
+        with open_tensor_file(path, layout) as file:
+            file.write("w", torch.tensor(values))
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(UserError, match="w holds (1e.06|999424), but float16 ends at 65504; store it as bfloat16"):
+            with open_tensor_file(path, layout) as file:
+                file.write("w", torch.tensor([0.0, 1.0, -1e6], dtype=dtype))
+    with open_tensor_file(path, {"w": TensorSpec((1,), torch.bfloat16)}) as file:
+        file.write("w", torch.tensor([1e6]))
