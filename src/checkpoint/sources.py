@@ -107,7 +107,11 @@ def _open_peft(folder: Path, base_dir: str) -> AdapterSource:
     if "v_head.weight" in adapter.tensors and not config.value_head:
         config = dataclasses.replace(config, value_head=True, tied=False)
     tensors, lora = peft_layout.as_ours(adapter, config, opened.tensors)
-    return AdapterSource(config, tensors, lora, base, folder, storage.tokenizer_files(folder), adapter)
+    tokenizer = storage.tokenizer_files(folder)
+    if not storage.has_vocabulary(tokenizer):
+        tokenizer = opened.tokenizer_files
+    tokenizer = storage.with_ends_of(opened.tokenizer_files, tokenizer)
+    return AdapterSource(config, tensors, lora, base, folder, tokenizer, adapter)
 
 
 def _base_of(adapter: peft_layout.PeftAdapter, base_dir: str) -> Path:

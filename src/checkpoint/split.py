@@ -12,7 +12,6 @@ from src.checkpoint import adapters, shards, storage
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_tensor_file
 from src.errors import UserError
-from src.text.extend import GENERATION
 from src.text.tokenizer import Tokenizer
 
 
@@ -96,9 +95,7 @@ def with_tokenizer(source: Source | AdapterSource, tokenizer_file: str) -> Sourc
     if not Path(tokenizer_file).exists():
         raise UserError(f"--tokenizer_file {tokenizer_file} does not exist")
     named = storage.tokenizer_files(Path(tokenizer_file))
-    known = {file.name for file in named}
-    kept = [file for file in source.tokenizer_files if file.name == GENERATION and file.name not in known]
-    return source._replace(tokenizer_files=named + kept)
+    return source._replace(tokenizer_files=storage.with_ends_of(source.tokenizer_files, named))
 
 
 def refuse_source(folder: Path, sources: list[Path]) -> None:

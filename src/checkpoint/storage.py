@@ -298,6 +298,13 @@ def tokenizer_files(path: Path) -> list[Path]:
     return [path, *(path.with_name(name) for name in names if path.with_name(name).is_file())]
 
 
+def with_ends_of(model_files: Sequence[Path], tokenizer: list[Path]) -> list[Path]:
+    """A tokenizer's files and, unless one of its own is among them, the generation_config.json of a model's files: it
+    says what ends the model's responses."""
+    known = {file.name for file in tokenizer}
+    return tokenizer + [file for file in model_files if file.name == GENERATION and file.name not in known]
+
+
 def temporary_folder() -> Path:
     """An empty directory, which is gone when the process ends."""
     folder = Path(tempfile.mkdtemp())

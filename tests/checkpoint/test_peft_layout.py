@@ -17,7 +17,7 @@ from src.checkpoint import export, peft_config, storage, verify
 from src.checkpoint.sources import merge, open_adapter, open_source
 from src.checkpoint.split import split
 from src.errors import UserError
-from tests import reference
+from tests import reference, tiny
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -241,6 +241,24 @@ def test_an_adapter_beside_whole_weights_is_named_by_file(tmp_path: Path, base: 
                 base_dir=str(base),
             )
         )
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("kept", [[], ["tokenizer.model"], ["tokenizer.model", "generation_config.json"]])
+def test_what_ends_a_response_of_the_base_ends_one_of_the_adapted(
+    tmp_path: Path, base: Path, adapter: Path, kept: list[str], merged: bool
+) -> None:
+    """PEFT's own directories hold a tokenizer and no generation_config.json: the base's holds for both."""
+    base, folder = shutil.copytree(base, tmp_path / "base"), shutil.copytree(adapter, tmp_path / "lora")
+    for place, ends in ((base, [2, 5]), (folder, [2, 7])):
+        tiny.write_tokenizer(place)
+        (place / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    for name in {"tokenizer.model", "generation_config.json"} - set(kept):
+        (folder / name).unlink()
+    ours = tiny.split(base, tmp_path / "ours")
+    checkpoint_split.main(checkpoint_split.SplitConfig(
+        ckpt_file=str(folder), save_path=str(tmp_path / "out"), base_dir=ours, merge_lora=merged))
+    assert load.load_tokenizer(str(tmp_path / "out")).stop_ids == {2, 7 if len(kept) == 2 else 5}
 
 
 def test_an_adapter_on_an_adapter(tmp_path: Path, base: Path) -> None:
