@@ -175,6 +175,8 @@ def refuse_contradictions(config: SplitConfig, described: str, *, has_adapter: b
          f"--base_dir names the base of an adapter, but {described} is none"),
         (config.config_file and has_adapter,
          f"--config_file describes whole weights, but {described} is an adapter, described by its base"),
+        (has_adapter and isinstance(config.ckpt_file, list) and len(config.ckpt_file) > 1,
+         f"--ckpt_file {described}: an adapter is read alone, from its directory"),
         (keep and changes, f"--{' --'.join(changes)} changes whole weights: merge the adapter"),
     ):
         if is_wrong:

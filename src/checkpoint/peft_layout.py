@@ -48,8 +48,7 @@ class PeftAdapter(NamedTuple):
 def read(folder: Path) -> PeftAdapter:
     """Open an adapter directory of PEFT. Raises UserError for what it names that we do not implement."""
     config = peft_config.read(folder)
-    path = storage.inside(folder, folder / (WEIGHTS if (folder / WEIGHTS).is_file() else "adapter_model.bin"))
-    stored = open_file(path).tensors
+    stored = open_file(storage.inside(folder, weights_path(folder))).tensors
     tensors = {_our_name(name, folder): tensor for name, tensor in stored.items()}
     if len(tensors) != len(stored):
         raise UserError(f"{folder}: two tensors mean the same parameter; remove one of them")
@@ -57,6 +56,11 @@ def read(folder: Path) -> PeftAdapter:
         raise UserError(f"{config.path}: task_type and modules_to_save {'name' if config.has_score else 'lack'} the "
                         f"score layer of a classifier, but the tensors {'lack' if config.has_score else 'hold'} it")
     return PeftAdapter(config, tensors, folder)
+
+
+def weights_path(folder: Path) -> Path:
+    """The tensors of an adapter directory: where both forms lie, those that PEFT reads."""
+    return folder / (WEIGHTS if (folder / WEIGHTS).is_file() else "adapter_model.bin")
 
 
 def module_name(stem: str) -> str:

@@ -71,6 +71,7 @@ def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
     if folder.is_file():
         if not folder.name.startswith("adapter"):
             return None
+        _check_named(folder)
         folder = folder.parent
     if (folder / peft_layout.CONFIG).is_file():
         return _open_peft(folder, base_dir)
@@ -87,6 +88,19 @@ def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
             raise UserError(f"{folder}: unknown parameter {name!r}; adapter.json describes no such tensor")
         tensors[name] = StoredTensor(shapes[name], load, shard[name].dtype)
     return AdapterSource(config, tensors, adapter.lora, adapter.base, folder, storage.tokenizer_files(folder))
+
+
+def _check_named(path: Path) -> None:
+    """Raise UserError for a file in an adapter's directory that is not one of those which are read there."""
+    folder = path.parent
+    if (folder / peft_layout.CONFIG).is_file():
+        read = [folder / peft_layout.CONFIG, peft_layout.weights_path(folder)]
+    elif (folder / "adapter.json").is_file():
+        read = [folder / "adapter.json", *storage.shard_paths(folder, storage.ADAPTER)]
+    else:
+        return  # whole weights under an adapter's name
+    if path not in read:
+        raise UserError(f"{path} is named, but the adapter beside it is read from {read[-1].name}; move one of them")
 
 
 def _open_peft(folder: Path, base_dir: str) -> AdapterSource:

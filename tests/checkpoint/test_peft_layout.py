@@ -243,6 +243,22 @@ def test_an_adapter_beside_whole_weights_is_named_by_file(tmp_path: Path, base: 
         )
 
 
+def test_a_named_file_of_an_adapter_that_is_not_read_is_refused(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """PEFT keeps two forms of the tensors, and reads one."""
+    folder = shutil.copytree(adapter, tmp_path / "both")
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    assert open_adapter(folder, str(base)).folder == folder
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert open_adapter(folder / name, str(base)).folder == folder
+    with pytest.raises(UserError, match=r"model\.bin is named, but .* read from adapter_model\.safetensors"):
+        open_source(str(folder / "adapter_model.bin"), base_dir=str(base))
+    (folder / "adapter_model.safetensors").unlink()
+    assert open_adapter(folder / "adapter_model.bin", str(base)).folder == folder
+    with pytest.raises(UserError, match="an adapter is read alone"):
+        checkpoint_split.main(checkpoint_split.SplitConfig(
+            ckpt_file=[str(folder), str(base)], save_path=str(tmp_path / "x"), base_dir=str(base)))
+
+
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("kept", [[], ["tokenizer.model"], ["tokenizer.model", "generation_config.json"]])
 def test_what_ends_a_response_of_the_base_ends_one_of_the_adapted(
