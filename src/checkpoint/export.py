@@ -29,15 +29,13 @@ def export_hf(
     (score at the last token) or the token classifier (a score at each) of its family, with one label. Returns the
     parameters that hold NaN or infinity.
     """
-    if source.config.value_head and FAMILIES[source.config.family].remote:
-        raise UserError(f"{description} is a verifier; transformers has no classifier of {source.config.family} models")
+    documents = {"config.json": _config_json(source.config, dtype or source.config.dtype, description)}
     refuse_source(folder, source.folders)
     tensors = convert.as_hf(source.tensors, source.config)
     if source.config.value_head and source.config.score != "last":
         # transformers' token classifiers have a bias, its sequence classifiers none
         bias_dtype = tensors["score.weight"].dtype
         tensors["score.bias"] = StoredTensor((1,), lambda: torch.zeros(1, dtype=bias_dtype), bias_dtype)
-    documents = {"config.json": _config_json(source.config, dtype or source.config.dtype)}
     files = file_parts(tensors, dtype, max_shard_bytes)
     if len(files) > 1:
         weight_map = {name: file_name for file_name, layout in files.items() for name in layout}
@@ -99,15 +97,21 @@ def file_parts(
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def _config_json(config: ModelConfig, dtype: str) -> dict[str, object]:
-    """config.json as transformers reads it, of a solver or of a verifier as a classifier with one label."""
+def _config_json(config: ModelConfig, dtype: str, description: str) -> dict[str, object]:
+    """config.json as transformers reads it, of a solver or of a verifier as a classifier with one label. Raises
+    UserError for a verifier of a family without one."""
     values = config_to_hf(config) | {"torch_dtype": dtype}
     if config.value_head:
+        family = FAMILIES[config.family]
         kind = "ForSequenceClassification" if config.score == "last" else "ForTokenClassification"
-        (architecture,) = values["architectures"]
-        values["architectures"] = [architecture.replace("ForCausalLM", kind)]
+        ending = next((each for each in family.classifiers if each.endswith(kind)), None)
+        if ending is None:
+            raise UserError(f"{description} is a verifier with score={config.score}; transformers has no "
+                            f"{kind.removeprefix('For')} of {config.family} models; keep it in SplitRL's own format")
+        values["architectures"] = [family.architecture.replace("ForCausalLM", ending)]
         ends, pad = values.get("eos_token_id"), values.get("pad_token_id")
-        if pad is not None and pad in (ends if isinstance(ends, list) else [ends]):
-            values["pad_token_id"] = None  # else transformers takes the end for padding, and reads the token before
+        if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
+            # else transformers takes the end, or what its class has by default, for padding: it reads the token before
+            values["pad_token_id"] = None
         values |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     return values

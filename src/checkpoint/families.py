@@ -14,6 +14,7 @@ class Family(NamedTuple):
 
     architecture: the class that transformers opens an export with; remote: its module and repository, where
     transformers itself has no such class.
+    classifiers: what the names of transformers' classes for verifiers end in, in place of ForCausalLM.
     fields: config.json key -> (ModelConfig field, value of an absent key; None means required).
     facts: ModelConfig fields that are alike in the whole family.
     fixed: config.json key -> the values we implement; absent counts as the first.
@@ -45,6 +46,7 @@ class Family(NamedTuple):
     interleaved: bool = False
     ffn_parts: int = 1
     remote: tuple[str, str, str] | None = None
+    classifiers: tuple[str, ...] = ("ForSequenceClassification", "ForTokenClassification")
 
 
 _FIELDS: dict[str, tuple[str, Value]] = {
@@ -78,7 +80,8 @@ _WINDOW = {"window_default": 4096, "layer_types": True}
 _MISTRAL_LIKE = Family("MistralForCausalLM", _FIELDS, fixed=_SILU, window="all", **_WINDOW)
 _OLMO_2 = Family(
     "Olmo2ForCausalLM", _FIELDS | {"attention_bias": ("attention_bias", False)},
-    facts={"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}, fixed=_SILU)
+    facts={"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}, fixed=_SILU,
+    classifiers=("ForSequenceClassification",))
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -96,7 +99,7 @@ FAMILIES: dict[str, Family] = {
             "embedding_multiplier": ("embedding_multiplier", 1.0),
             "attention_multiplier": ("attention_multiplier", 1.0),
             "residual_multiplier": ("residual_multiplier", 1.0), "logits_scaling": ("logit_divisor", 1.0)},
-        fixed=_SILU),
+        fixed=_SILU, classifiers=()),
     "phi3": Family(
         "Phi3ForCausalLM", _FIELDS | {"partial_rotary_factor": ("partial_rotary_factor", 1.0)}, fixed=_SILU,
         window="all", original_context=4096),
@@ -124,7 +127,7 @@ FAMILIES: dict[str, Family] = {
         facts={"qkv_bias": True},
         fixed={"rope_scaling": (None, {}), "no_bias": (True,), "rotary_pct": (1.0,), "scale_attn_weights": (True,)},
         flags={"use_dynamic_ntk": ("rope_type", "dynamic")}, ffn_parts=2,
-        remote=("Qwen/Qwen-7B", "configuration_qwen.QWenConfig", "modeling_qwen.QWenLMHeadModel")),
+        remote=("Qwen/Qwen-7B", "configuration_qwen.QWenConfig", "modeling_qwen.QWenLMHeadModel"), classifiers=()),
     "qwen2": Family(
         "Qwen2ForCausalLM", _FIELDS, facts={"qkv_bias": True}, fixed=_SILU, window="late-if-used", **_WINDOW),
     "qwen3": Family(
@@ -156,7 +159,7 @@ FAMILIES: dict[str, Family] = {
         fixed=_NO_BIAS | {
             "hidden_activation": _GELU, "use_bidirectional_attention": (False, None), "sliding_window_pattern": (6,),
             "attn_logit_softcapping": (None,)},  # transformers reads it into the config, and computes without it
-        window="but each nth", window_period=6, **_WINDOW),
+        window="but each nth", window_period=6, **_WINDOW, classifiers=("TextForSequenceClassification",)),
     "glm4": Family(
         "Glm4ForCausalLM", _FIELDS | {
             "partial_rotary_factor": ("partial_rotary_factor", 0.5), "attention_bias": ("qkv_bias", True)},
@@ -164,7 +167,7 @@ FAMILIES: dict[str, Family] = {
     "internlm2": Family(
         "InternLM2ForCausalLM", _FIELDS, fixed=_SILU | {"bias": (False,)},
         remote=("internlm/internlm2-7b", "configuration_internlm2.InternLM2Config",
-                "modeling_internlm2.InternLM2ForCausalLM")),
+                "modeling_internlm2.InternLM2ForCausalLM"), classifiers=()),
 }
 
 # The family that every field's default describes, and what Meta's layout holds besides it: a checkpoint whose params

@@ -1,5 +1,6 @@
 """src/checkpoint/export.py: what transformers opens is what was exported."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto import modeling_auto
 
 from src import load, parallel
 from src.checkpoint import export, storage
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import split
 from src.checkpoint.tensor_files import StoredTensor
+from src.checkpoint.weight_files import Source
 from src.errors import UserError
 from src.models.config import ModelConfig
 from tests import reference, zoo
@@ -83,7 +86,7 @@ def test_parts_hold_one_tensor_at_least() -> None:
 @pytest.mark.parametrize("score", ["last", "mean"])
 def test_verifier_is_transformers_classifier(tmp_path: Path, score: str) -> None:
     facts = {"value_head": True, "objective": "process", "score": score, "score_mean": 0.5, "step": "line"}
-    config = ModelConfig(**CONFIG.to_dict() | facts)
+    config = ModelConfig(**CONFIG.to_dict() | facts | {"carried": {"pad_token_id": None}})
     folder = shards_of(config, tmp_path / "ours", 2)
     export.export_hf(open_source(str(folder)), tmp_path / "hf", "ours")
     parallel.start()
@@ -114,3 +117,38 @@ def test_weights_of_others_are_never_written_over(tmp_path: Path) -> None:
     export.export_hf(source, tmp_path / "out", "ours", max_shard_bytes=20_000)  # its own it replaces
     assert not (tmp_path / "out" / "model.safetensors").exists()
     storage.verify_hashes(tmp_path / "out")
+
+
+def as_verifier(source: Source, score: str) -> Source:
+    """A random value head on a solver."""
+    config = dataclasses.replace(source.config, value_head=True, tied=False, score=score)
+    head = torch.randn(1, config.dim, generator=torch.Generator().manual_seed(1))
+    tensors = {name: stored for name, stored in source.tensors.items() if name != "output.weight"}
+    tensors["v_head.weight"] = StoredTensor((1, config.dim), lambda: head, torch.float32)
+    return source._replace(config=config, tensors=tensors)
+
+
+@pytest.mark.parametrize("score", ["last", "steps"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen", "glm-4", "gemma-3", "granite", "olmo-2", "olmo-3", "phi-3"])
+def test_verifiers_of_every_family_are_classifiers_or_refused(tmp_path: Path, name: str, score: str) -> None:
+    """The row ends in what the class of OLMo 2 takes for padding where config.json does not say."""
+    verifier = as_verifier(open_source(str(zoo.make(tmp_path / "hf", name))), score)
+    verifier.config.carried.pop("pad_token_id", None)
+    auto, names = {
+        "last": (AutoModelForSequenceClassification, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        "steps": (AutoModelForTokenClassification, modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    }[score]
+    if verifier.config.family not in names:
+        with pytest.raises(UserError, match=f"score={score}; transformers has no .*Classification of"):
+            export.export_hf(verifier, tmp_path / "out", "ours")
+        return
+    export.export_hf(verifier, tmp_path / "out", "ours")
+    split(verifier, tmp_path / "ours", 1, "ours")
+    parallel.start()
+    model, row = load.load_verifier(str(tmp_path / "ours")), torch.tensor([[5, 17, 33, 8, 60, 1]])
+    classifier = auto.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        scores = model.scores(model(row))
+        found = classifier(row).logits
+    assert classifier.config.architectures == [names[verifier.config.family]] == [type(classifier).__name__]
+    assert reference.relative_difference(found.flatten(), scores[0, -1:] if score == "last" else scores[0]) < 1e-4
