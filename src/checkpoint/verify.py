@@ -20,7 +20,7 @@ from src.checkpoint.peft_layout import PeftAdapter, module_name
 from src.checkpoint.sources import AdapterSource, Source
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
-from src.models.lora import add_lora
+from src.models.lora import add_lora, lengths_of
 
 
 class LogitDifference(NamedTuple):
@@ -93,7 +93,7 @@ def _forward_hook(adapter: PeftAdapter, stem: str, config: ModelConfig) -> Hook:
             return output
         matrix = linear.weight + scale * up @ down - share * basis @ (basis.T @ linear.weight)
         bias = 0.0 if linear.bias is None else linear.bias
-        return (output - bias) * lengths.to(x) / matrix.norm(dim=1) + bias
+        return (output - bias) * lengths.to(x) / lengths_of(matrix.square().sum(1)) + bias
 
     return corrected
 

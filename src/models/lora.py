@@ -177,7 +177,7 @@ class LoraLinear(nn.Module):
         squares = matrix.square().sum(1)  # [out]
         if not self.by_rows:
             parallel.sum_over_tensor_parallel(parallel.local(squares))
-        return squares.sqrt()
+        return lengths_of(squares)
 
 
 @contextlib.contextmanager
@@ -266,4 +266,10 @@ def merged_weight(base: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) ->
 
 def at_length(weight: Tensor, magnitude: Tensor, squares: Tensor) -> Tensor:
     """DoRA's matrix: the rows of weight [out, in] at the lengths magnitude [out]. squares [out]: of whole rows."""
-    return weight * (magnitude.float() / squares.sqrt())[:, None]
+    return weight * (magnitude.float() / lengths_of(squares))[:, None]
+
+
+def lengths_of(squares: Tensor) -> Tensor:
+    """Lengths of rows from their summed squares, [out] float32. One of zeros, which no factor makes longer, has next to
+    none: its quotients stay finite."""
+    return squares.sqrt().clamp_min(1e-20)

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from src import load, parallel
 from src.checkpoint import adapters, storage
@@ -23,7 +23,7 @@ from src.errors import UserError
 from src.jsonfile import write_json
 from src.models.config import ModelConfig
 from src.models.layers import ColumnParallelLinear
-from src.models.lora import LoraConfig, LoraLinear, check_targets
+from src.models.lora import LoraConfig, LoraLinear, at_length, check_targets, init_lora
 from tests import reference
 from tests.checkpoint.weights import CONFIG
 from tests.conftest import Folders
@@ -226,6 +226,25 @@ def test_dropout_and_its_gradients_equal_torch_s_own_of_the_same_draw() -> None:
     gradients = (torch.autograd.grad(each, given, of_result, retain_graph=True) for each in (found, expected))
     for own, other in zip(*gradients, strict=True):
         torch.testing.assert_close(own, other)
+
+
+def test_rows_of_zeros_stay_zeros_under_dora() -> None:
+    """Widths that were padded have some; their length is no divisor."""
+    parallel.start()
+    base = ColumnParallelLinear(6, 5, range(5))
+    layer = LoraLinear(base, LoraConfig(rank=2, alpha=6.0, dropout=0.0, targets=("wq",), dora=True))
+    with torch.no_grad():
+        for name, value in init_lora(nn.ModuleDict({"wq": layer}), 1, lambda name, whole: whole):
+            layer.get_parameter(name.removeprefix("wq.")).copy_(value)
+        base.weight.copy_(torch.randn(5, 6)).index_fill_(0, torch.tensor([1, 4]), 0.0)
+        layer.lora_m.weight.copy_(layer.row_lengths(base.weight))
+    base.weight.requires_grad_(False)
+    x, learnt = torch.randn(3, 6), [layer.lora_a.weight, layer.lora_b.weight, layer.lora_m.weight]
+    y = layer(x)
+    torch.testing.assert_close(y, F.linear(x, base.weight))
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(y.sum(), learnt))
+    merged = at_length(base.weight, torch.full((5,), 2.0), base.weight.square().sum(1))
+    torch.testing.assert_close(merged.norm(dim=1), torch.tensor([2.0, 0.0, 2.0, 2.0, 0.0]))
 
 
 @pytest.mark.parametrize("n", SIZES)
