@@ -117,7 +117,11 @@ def view_of(tensor: Tensor, how: Cut, index: int) -> Tensor:
 
 def join(pieces: Sequence[Tensor], how: Cut, wanted: range | None = None) -> Tensor:
     """The whole tensor [..., size, ...] from its shards, padding dropped and copies taken once; or its rows `wanted`
-    alone, and nothing else of the shards is read. Raises UserError when two shards disagree about what both hold."""
+    alone, and nothing else of the shards is read. Raises UserError when two shards disagree about what both hold, or
+    about its type."""
+    if len(set(dtypes := [str(piece.dtype).removeprefix("torch.") for piece in pieces])) > 1:
+        raise UserError(f"shards hold a parameter in different types: {', '.join(dtypes)}; they are not of one "
+                        "checkpoint")
     if how.dim is None:
         _check_copies(pieces[1:], pieces[0])
         return pieces[0]

@@ -74,6 +74,9 @@ def test_copies_that_disagree_are_refused() -> None:
     pieces[1][0, 0] += 1
     with pytest.raises(UserError, match="different values of the same rows"):
         shards.join(pieces, how)
+    pieces[1] = pieces[0].bfloat16()  # another save's: whichever is first would round the others, or not
+    with pytest.raises(UserError, match="different types: float32, bfloat16, float32, float32;"):
+        shards.join(pieces, how)
 
 
 def test_width_that_does_not_divide_gives_way_to_the_vocabulary() -> None:
