@@ -12,7 +12,7 @@ from src.checkpoint import adapters, shards, storage
 from src.checkpoint.sources import AdapterSource, Source
 from src.checkpoint.tensor_files import StoredTensor, TensorSpec, open_tensor_file
 from src.errors import UserError
-from src.text.tokenizer import Tokenizer
+from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
 
 
 def split(source: Source | AdapterSource, folder: Path, n: int, description: str, dtype: str = "") -> list[str]:
@@ -95,6 +95,9 @@ def with_tokenizer(source: Source | AdapterSource, tokenizer_file: str) -> Sourc
     if not Path(tokenizer_file).exists():
         raise UserError(f"--tokenizer_file {tokenizer_file} does not exist")
     named = storage.tokenizer_files(Path(tokenizer_file))
+    if not storage.has_vocabulary(named):
+        raise UserError(f"--tokenizer_file {tokenizer_file} is no tokenizer; expected a directory with one, or a file "
+                        f"{', '.join(VOCABULARY_FILES)}")
     return source._replace(tokenizer_files=storage.with_ends_of(source.tokenizer_files, named))
 
 

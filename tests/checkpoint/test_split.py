@@ -147,6 +147,9 @@ def test_source_is_never_its_own_target(tmp_path: Path, gqa: Path) -> None:
 def test_missing_tokenizer_file_is_refused_before_anything_is_written(tmp_path: Path, gqa: Path) -> None:
     with pytest.raises(UserError, match=r"--tokenizer_file gone\.model does not exist"):
         cut(gqa, tmp_path / "out", 1, tokenizer_file="gone.model")
+    for none in (tmp_path, gqa / "config.json"):
+        with pytest.raises(UserError, match="--tokenizer_file .* is no tokenizer; expected a directory with one"):
+            cut(gqa, tmp_path / "out", 1, tokenizer_file=str(none))
     assert not (tmp_path / "out").exists()
 
 
