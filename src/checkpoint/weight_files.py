@@ -29,6 +29,7 @@ _NESTED_KEYS = ("model", "state_dict")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_SHARD_NUMBER = re.compile(r"(\d+)(-of-\d+)?\D*$")
 _EXPERTS_STACKED = re.compile(r"\.experts\.\w+_stacked")
 
 
@@ -78,7 +79,8 @@ def open_weights(paths: list[Path], folder: Path, config_file: str = "") -> Sour
     check_counts(values, {name: stored.shape for part in named for name, stored in part.items()}, described)
     # tensor-parallel shards hold the same names, parts of one checkpoint different ones
     if len(named) > 1 and all(set(tensors) == set(named[0]) for tensors in named):
-        tensors, config = _join_shards(named, values, described)
+        by_number = _in_order([file.path for file in files])
+        tensors, config = _join_shards([named[index] for index in by_number], values, described)
     else:
         tensors = {}
         for file, part in zip(files, named, strict=True):
@@ -191,6 +193,17 @@ def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
         raise UserError(f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; expected a "
                         f"checkpoint in the names of {family or 'Meta'}")
     return tensors
+
+
+def _in_order(paths: list[Path]) -> list[int]:
+    """The places of tensor-parallel shards in the order of the numbers in their names. Raises UserError unless these
+    are 0, 1, ... or 1, 2, ...: which rows a shard holds, it does not say itself."""
+    found = [_SHARD_NUMBER.search(path.stem) for path in paths]
+    numbers = [int(each[1]) if each else -1 for each in found]
+    if sorted(numbers) not in ([*range(len(paths))], [*range(1, len(paths) + 1)]):
+        raise UserError(f"{', '.join(path.name for path in paths)} hold the same parameters: they are tensor-parallel "
+                        "shards, whose names must number them, as consolidated.00.pth and consolidated.01.pth")
+    return sorted(range(len(paths)), key=numbers.__getitem__)
 
 
 def _join_shards(

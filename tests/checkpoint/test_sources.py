@@ -15,6 +15,7 @@ import checkpoint_split
 from src import load, parallel
 from src.checkpoint import shards
 from src.checkpoint.sources import Source, open_source
+from src.errors import UserError
 from src.models.config import ModelConfig
 from tests import reference
 from tests.checkpoint.weights import CONFIG, HF, META, Tensors, as_hf, parts, random_weights, write_json
@@ -142,6 +143,33 @@ def test_meta_directory_of_shards_opens(tmp_path: Path, n: int, embedding_dim: i
     assert all(
         torch.equal(open_source(listed).tensors[name].load(), tensor) for name, tensor in weights.items()
     )
+
+
+def write_shards(folder: Path, paths: list[str]) -> tuple[list[str], Tensors]:
+    """Shards of one checkpoint in files of these names. -> their paths as a shell lists them, the whole tensors."""
+    config = dataclasses.replace(CONFIG, n_heads=2 * len(paths), n_kv_heads=len(paths), ffn_dim=4 * len(paths))
+    weights = random_weights(config)
+    for index, name in enumerate(paths):
+        cuts = {name: shards.cut_of(name, config, len(paths)) for name in weights}
+        torch.save({name: shards.cut(weights[name], cut, index) for name, cut in cuts.items()}, folder / name)
+    write_json(folder / "params.json", config.to_dict())
+    return sorted(str(folder / name) for name in paths), weights
+
+
+@pytest.mark.parametrize("name, first", [("consolidated.{}.pth", 0), ("model_{}.pt", 0), ("a1-{:03d}-of-011.bin", 1)])
+def test_listed_shards_are_joined_by_the_numbers_in_their_names(tmp_path: Path, name: str, first: int) -> None:
+    """A shell lists consolidated.10.pth before consolidated.2.pth, and no shard says which rows it holds."""
+    listed, weights = write_shards(tmp_path, [name.format(index + first) for index in range(11)])
+    for order in (listed, listed[::-1], listed[5:] + listed[:5]):
+        source = open_source(order)
+        assert all(torch.equal(source.tensors[name].load(), tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("names", [["first.pth", "second.pth"], ["a2.pth", "a3.pth"], ["a0.pth", "b0.pth"]])
+def test_listed_shards_without_numbers_are_refused(tmp_path: Path, names: list[str]) -> None:
+    listed, _ = write_shards(tmp_path, names)
+    with pytest.raises(UserError, match=f"{names[0]}, {names[1]} hold the same parameters: .* must number them"):
+        open_source(listed)
 
 
 def test_meta_directory_of_one_shard_opens_and_loads_as_it_is(tmp_path: Path) -> None:
