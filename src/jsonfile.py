@@ -27,6 +27,7 @@ _OTHERS = {  # what files of other kinds begin with, and what to do about each
     b"PK\x03\x04": "compressed (zip); unpack it first",
     b"PAR1": "a parquet file; rename it to .parquet",
 }
+_LFS = b"version https://git-lfs"
 _ROWS = "expected one object a line, or an array of objects"
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory"}
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -62,13 +63,16 @@ def check_file(path: str | Path) -> None:
     try:
         mode = Path(path).stat().st_mode
         if stat.S_ISREG(mode):
-            Path(path).open("rb").close()
+            with Path(path).open("rb") as file:
+                head = file.read(len(_LFS))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError) as problem:  # ValueError: NUL in the name
         raise UserError(f"{str(path)!r} cannot be read ({getattr(problem, 'strerror', problem)})") from None
     if not stat.S_ISREG(mode):
         raise UserError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'a device')}; expected a file")
+    if head == _LFS:
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` where it is from")
 
 
 def write_json(path: str | Path, values: Mapping[str, object]) -> None:

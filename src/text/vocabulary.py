@@ -20,7 +20,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from src.errors import UserError
-from src.jsonfile import read_json
+from src.jsonfile import check_file, read_json
 
 
 class Added(NamedTuple):
@@ -363,6 +363,7 @@ Vocabulary = SentencePiece | Tiktoken | HfTokenizers
 
 def open_vocabulary(path: Path, tokenizer_class: object) -> Vocabulary:
     """Open a vocabulary file of any kind, recognised by its content. Raises UserError."""
+    check_file(path)
     with path.open("rb") as file:
         head = file.read(1024)
     if head.lstrip().startswith(b"{"):
@@ -370,6 +371,4 @@ def open_vocabulary(path: Path, tokenizer_class: object) -> Vocabulary:
         return HfTokenizers.from_json(path) if is_whole else HfTokenizers.from_merges(path, tokenizer_class)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", head):
         return Tiktoken(path)
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` where it is from")
     return SentencePiece(path)
