@@ -271,9 +271,9 @@ def _stored_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Callab
     n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
     storage.verify_hashes(folder, kind, rank, n)
     config = sources.read_config(folder)
-    own = sources.local_tensors(folder, kind, config, n, rank)
     if not adapter:
-        return own
+        return sources.local_tensors(folder, kind, config, n, rank)
+    own = sources.adapter_tensors(folder, adapter.lora, config, n, rank)
 
     def total(name: str, squares: Tensor) -> Tensor:
         """Squares [out] of the rows of a matrix, summed over the ranks if each holds some of its columns."""

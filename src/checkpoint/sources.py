@@ -82,11 +82,8 @@ def open_adapter(folder: Path, base_dir: str = "") -> AdapterSource | None:
     config = read_config(folder)
     shard = storage.read_shard(storage.shard_paths(folder, storage.ADAPTER)[0])
     shapes = adapters.expected_shapes(config, adapter.lora)
-    tensors = {}
-    for name, load in local_tensors(folder, storage.ADAPTER, config, 1, 0).items():
-        if name not in shapes:
-            raise UserError(f"{folder}: unknown parameter {name!r}; adapter.json describes no such tensor")
-        tensors[name] = StoredTensor(shapes[name], load, shard[name].dtype)
+    own = adapter_tensors(folder, adapter.lora, config, 1, 0)
+    tensors = {name: StoredTensor(shapes[name], load, shard[name].dtype) for name, load in own.items()}
     return AdapterSource(config, tensors, adapter.lora, adapter.base, folder, storage.tokenizer_files(folder))
 
 
@@ -192,6 +189,27 @@ def local_tensors(folder: Path, kind: str, config: ModelConfig, n: int, index: i
         check_pieces(name, [tuple(piece.shape) for piece in pieces], how, str(folder))
         tensors[name] = functools.partial(reshard, pieces, how, other, index)
     return tensors
+
+
+def adapter_tensors(
+    folder: Path, lora: LoraConfig, config: ModelConfig, n: int, index: int
+) -> dict[str, Callable[[], Tensor]]:
+    """local_tensors() of an adapter. Raises UserError unless all of it is there: without one tensor it would adapt
+    less, or by LoRA in place of DoRA, and with factors of another rank by another scale, and nothing would show it."""
+    own, shapes = local_tensors(folder, storage.ADAPTER, config, n, index), adapters.expected_shapes(config, lora)
+    for name in sorted(shapes.keys() ^ own.keys()):
+        raise UserError(f"{folder}: {name!r} is {'unknown' if name in own else 'missing'}; expected the tensors that "
+                        "adapter.json and params.json describe")
+
+    def read(name: str) -> Tensor:
+        """A tensor of the adapter, [rows, ...] as the shard holds it."""
+        tensor, how = own[name](), cut_of(name, config, n)
+        shape = [len(how.rows[index]) if axis == how.dim else size for axis, size in enumerate(shapes[name])]
+        if list(tensor.shape) != shape:
+            raise UserError(f"{folder}: {name} is {list(tensor.shape)}, but adapter.json and params.json mean {shape}")
+        return tensor
+
+    return {name: functools.partial(read, name) for name in own}
 
 
 def read_config(folder: Path) -> ModelConfig:

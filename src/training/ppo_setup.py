@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src import load, parallel, runlog
-from src.checkpoint import adapters, saving, shards, sources, storage
+from src.checkpoint import adapters, saving, shards, sources
 from src.code_solutions.tool_hook import Coding, block_limits
 from src.data.batch import chunks, epoch_order
 from src.data.encoding import encode_prompt
@@ -321,9 +321,7 @@ class SharedBase:
         n, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
         own = {
             name: read().to(parallel.device(), torch.float32, copy=True)
-            for name, read in sources.local_tensors(
-                folder, storage.ADAPTER, sources.read_config(folder), n, rank
-            ).items()}
+            for name, read in sources.adapter_tensors(folder, lora, sources.read_config(folder), n, rank).items()}
         for name, tensor in own.items():
             stem = name.removesuffix(".lora_a.weight")
             if stem != name:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +17,12 @@ from src import load, parallel
 from src.checkpoint import adapters, storage
 from src.checkpoint.convert import from_hf_name, rotary_from_hf, rotary_to_hf
 from src.checkpoint.shards import cut_of, join
-from src.checkpoint.sources import open_source, read_config
+from src.checkpoint.sources import AdapterSource, open_adapter, open_source, read_config
 from src.checkpoint.split import split
+from src.checkpoint.tensor_files import StoredTensor
 from src.command.config import LoraFlags
 from src.errors import UserError
-from src.jsonfile import write_json
+from src.jsonfile import read_json, write_json
 from src.models.config import ModelConfig
 from src.models.layers import ColumnParallelLinear
 from src.models.lora import LoraConfig, LoraLinear, at_length, check_targets, init_lora
@@ -281,6 +283,47 @@ def test_changed_base_is_refused(tmp_path: Path, hf_folder: Path) -> None:
     split(source, base, 1, "gqa", "bfloat16")
     with pytest.raises(UserError, match=r"adapter\.json: the base .*base has changed"):
         adapters.read_adapter(adapter)
+
+
+@pytest.mark.parametrize("lacking", ["lora_a", "lora_b", "lora_m"])
+def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path: Path, hf_folder: Path, lacking: str) -> None:
+    """Without one lora_a the others would be folded alone, without one lora_m that matrix by LoRA in place of DoRA."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    split(open_source(str(hf_folder)), base, 1, "gqa")
+    lora = LoraConfig(rank=2, alpha=2.0, dropout=0.0, targets=("wq", "wo"), dora=True)
+    shapes = adapters.expected_shapes(read_config(base), lora)
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    parallel.start()
+    for gone in ("", f"layers.1.attention.wq.{lacking}.weight"):
+        tensors.pop(gone, None)
+        with storage.writing(adapter):
+            storage.write_shard(adapter, storage.ADAPTER, 0, tensors)
+            documents = {"adapter.json": adapters.document(base, lora), "params.json": read_config(base).to_dict()}
+            storage.finish(adapter, 1, documents, [], {})
+        for read in (open_adapter, lambda folder: load.load_solver(str(folder))):
+            if not gone:
+                read(adapter)
+                continue
+            with pytest.raises(UserError, match=f"'{gone}' is missing; expected the tensors that adapter.json"):
+                read(adapter)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_adapter_of_another_rank_than_it_says_is_refused(tmp_path: Path, hf_folder: Path, n: int) -> None:
+    """Its scale, alpha / rank, would be another one."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    split(open_source(str(hf_folder)), base, 1, "gqa")
+    lora = LoraConfig(rank=2, alpha=2.0, dropout=0.0, targets=("wq",))
+    shapes = adapters.expected_shapes(read_config(base), lora)
+    tensors = {name: StoredTensor(shape, partial(torch.ones, shape), torch.float32) for name, shape in shapes.items()}
+    split(AdapterSource(read_config(base), tensors, lora, base, adapter, []), tmp_path / "out", n, "an adapter")
+    values = read_json(tmp_path / "out" / "adapter.json")
+    write_json(tmp_path / "out" / "adapter.json", values | {"rank": 4})
+    parallel.start()
+    for read in (open_source, load.load_solver):
+        with pytest.raises(UserError, match=r"lora_a.weight is \[2, 32\], but adapter.json .* mean \[4, 32\]"):
+            source = read(str(tmp_path / "out"))
+            source.tensors["layers.0.attention.wq.weight"].load()
 
 
 def test_experts_carry_no_adapters() -> None:
