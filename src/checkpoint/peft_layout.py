@@ -85,11 +85,11 @@ def _our_name(name: str, folder: Path) -> str:
 def check(adapter: PeftAdapter, config: ModelConfig) -> None:
     """Raise UserError unless the tensors are exactly those that adapter_config.json and the base mean."""
     folder, linears = adapter.folder, adapter.linears()
-    kinds = tuple(name for name in LINEARS if any(stem.endswith(f".{name}") for stem in linears))
-    if not kinds:
+    if not linears:
         raise UserError(f"{folder} holds no LoRA factors; expected lora_A and lora_B of some linear layers")
-    of_rank_1 = adapters.expected_shapes(config, LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=kinds,
-                                                           dora=adapter.config.has_dora))
+    lora = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=LINEARS, dora=adapter.config.has_dora)
+    of_rank_1 = {name: shape for name, shape in adapters.expected_shapes(config, lora).items()
+                 if ".experts." not in name and ".shared." not in name}  # which carry no adapters here
     for stem in linears:
         if not adapter.config.targets(module_name(stem)):
             raise UserError(f"{adapter.config.path} leaves out {module_name(stem)}, which has factors")

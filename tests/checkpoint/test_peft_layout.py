@@ -408,10 +408,12 @@ def test_adapter_without_some_factors_or_its_base_is_refused(
 ) -> None:
     folder = shutil.copytree(adapter, tmp_path / "lora")
     tensors = load_file(folder / "adapter_model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if "layers.1.self_attn.q_proj" not in name}
-    save_file(kept, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"layers\.1\.attention\.wq\.lora_a\.weight is missing"):
-        open_adapter(folder, str(base))
+    for gone, first in (("layers.1.self_attn.q_proj", "layers.1.attention.wq"),
+                        (".gate_proj", "layers.0.feed_forward.w1")):  # of all layers: PEFT makes them anew
+        kept = {name: tensor for name, tensor in tensors.items() if gone not in name}
+        save_file(kept, folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=rf"{first}\.lora_a\.weight is missing"):
+            open_adapter(folder, str(base))
     with pytest.raises(UserError, match="is no directory here; name its base with --base_dir"):
         open_adapter(adapter, str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"has no params\.json"):  # a base that no rank could open
