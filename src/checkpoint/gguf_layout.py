@@ -190,6 +190,9 @@ def _rope_scaling(
     factor = said.get("rope.scaling.factor", said.get("rope.scale_linear", 0.0))
     if kind not in ("linear", "none"):
         raise UserError(f"{source}.rope.scaling.type={kind!r} is not implemented; expected 'linear' or 'none'")
+    if kind == "none" and factor not in (0.0, 1.0) and "sliding_window" in values:
+        raise UserError(f"{source}.rope.scaling.type='none' beside a factor of {factor} is not implemented: llama.cpp "
+                        "stretches the layers with a window then, and no others")
     stretched = kind == "linear" and factor not in (0.0, 1.0)
     if _ROPE_FACTORS not in tensors:
         return {"rope_type": "linear", "factor": factor} if stretched else None

@@ -413,6 +413,19 @@ def test_a_truncated_file_is_refused_wherever_it_ends(
         assert "\n" not in str(caught.value)
 
 
+def test_a_factor_that_half_of_the_layers_would_take_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    _, made = make(tmp_path, OTHERS["gemma-2 with other caps"], tokenizer)
+    opened = open_gguf(made / "model.gguf")
+    tensors = {name: stored.load().numpy() for name, stored in opened.tensors.items()}
+    linear, none = (
+        write(tmp_path / f"{kind}.gguf", opened.metadata | {
+            "gemma2.rope.scaling.type": kind, "gemma2.rope.scaling.factor": 2.0}, tensors)
+        for kind in ("linear", "none"))
+    assert open_source(str(linear)).config.rope_factor == 2.0
+    with pytest.raises(UserError, match="gemma2.rope.scaling.type='none' beside a factor of 2.0"):
+        open_source(str(none))
+
+
 KEY = struct.pack("<Q", 1) + b"k"
 FORGED = {
     "version": struct.pack("<IQQ", 9, 0, 0),
