@@ -19,7 +19,7 @@ from src.checkpoint import adapters, convert, peft_config, storage
 from src.checkpoint.families import FAMILIES
 from src.checkpoint.peft_config import PeftConfig, Scaled
 from src.checkpoint.tensor_files import StoredTensor
-from src.checkpoint.weight_files import open_file
+from src.checkpoint.weight_files import as_float, open_file
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.lora import LINEARS, LoraConfig
@@ -48,8 +48,9 @@ class PeftAdapter(NamedTuple):
 def read(folder: Path) -> PeftAdapter:
     """Open an adapter directory of PEFT. Raises UserError for what it names that we do not implement."""
     config = peft_config.read(folder)
-    stored = open_file(storage.inside(folder, weights_path(folder))).tensors
-    tensors = {_our_name(name, folder): tensor for name, tensor in stored.items()}
+    path = storage.inside(folder, weights_path(folder))
+    stored = open_file(path).tensors
+    tensors = {_our_name(name, folder): as_float(path, name, tensor) for name, tensor in stored.items()}
     if len(tensors) != len(stored):
         raise UserError(f"{folder}: two tensors mean the same parameter; remove one of them")
     if config.has_score != ("v_head.weight" in tensors):

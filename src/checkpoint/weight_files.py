@@ -153,6 +153,15 @@ def open_file(path: Path) -> OpenedFile:
     return OpenedFile(path, tensors, params)
 
 
+def as_float(path: Path, name: str, stored: StoredTensor) -> StoredTensor:
+    """A tensor that is a weight, 64 bits read in 32: nothing is computed or written in more. Raises UserError for
+    numbers that stand for others."""
+    if stored.dtype not in _FLOATS:
+        raise UserError(f"{path}: {name!r} is stored as {_name_of(stored.dtype)}; expected "
+                        f"{', '.join(map(_name_of, _FLOATS))}: bring the weights as they were before quantisation")
+    return stored.then(Tensor.float)._replace(dtype=torch.float32) if stored.dtype == torch.float64 else stored
+
+
 def check_counts(values: dict[str, object], shapes: Mapping[str, tuple[int, ...]], described: str) -> None:
     """Raise UserError where a description counts more layers or experts than the weights hold. Whatever is as large as
     these numbers say comes after this."""
@@ -183,12 +192,7 @@ def _our_names(file: OpenedFile, family: str | None) -> dict[str, StoredTensor]:
             continue
         if name in tensors:
             raise UserError(f"{file.path}: {name!r} is stored twice, once as {stored_name}; remove one of them")
-        if tensor.dtype not in _FLOATS:
-            raise UserError(f"{file.path}: {stored_name!r} is stored as {_name_of(tensor.dtype)}; expected "
-                            f"{', '.join(map(_name_of, _FLOATS))}: bring the weights as they were before quantisation")
-        # nothing is computed or written in 64 bits
-        wide = tensor.dtype == torch.float64
-        tensors[name] = tensor.then(Tensor.float)._replace(dtype=torch.float32) if wide else tensor
+        tensors[name] = as_float(file.path, stored_name, tensor)
     if unknown:
         raise UserError(f"{file.path}: {len(unknown)} unknown parameters: {', '.join(unknown[:8])}; expected a "
                         f"checkpoint in the names of {family or 'Meta'}")

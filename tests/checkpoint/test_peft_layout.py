@@ -414,6 +414,10 @@ def test_adapter_without_some_factors_or_its_base_is_refused(
         save_file(kept, folder / "adapter_model.safetensors")
         with pytest.raises(UserError, match=rf"{first}\.lora_a\.weight is missing"):
             open_adapter(folder, str(base))
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"adapter_model.safetensors: '{name}' is stored as int8; expected float64, "):
+        open_adapter(folder, str(base))
     with pytest.raises(UserError, match="is no directory here; name its base with --base_dir"):
         open_adapter(adapter, str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"has no params\.json"):  # a base that no rank could open
