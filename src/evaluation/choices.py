@@ -8,6 +8,7 @@ there). Of equal ones the first counts.
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 
 from src.data.batch import chunks, pack_shared
@@ -17,6 +18,7 @@ from src.errors import UserError
 from src.evaluation.evaluator import LocalSolver, Sampler, SampleRequest, SamplerOutput
 from src.evaluation.metrics import interval
 from src.grading.letters import LETTERS
+from src.inference.sampling import check_numbers
 from src.models.forward import response_logprobs
 
 ChoiceKind = Literal["letter", "text"]
@@ -46,6 +48,7 @@ def choice_sampler(solver: LocalSolver, kind: ChoiceKind, prompts: Sequence[Prom
             for prompt, number in some:
                 # a thousandth of a nat: further digits depend on the rest of the batch
                 sums = [round(next(found).double().sum().item(), 3) for _ in texts[prompt.id]]
+                check_numbers(np.array(sums), f"problem {prompt.id!r}")
                 best = sums.index(max(sums))
                 yield SamplerOutput(prompt.id, number, f"The answer is ({LETTERS[best]}).",
                                     encoded[prompt.id][best].n_response, "stop", round(sums[best], 1),

@@ -18,6 +18,7 @@ from src.data.examples import StepLabels
 from src.errors import UserError
 from src.evaluation.metrics import auc, wilson_interval
 from src.evaluation.verifier_report import first_wrong
+from src.inference.sampling import check_numbers
 from src.models.decoder import Decoder
 from src.models.forward import response_logprobs
 from src.text.tokenizer import Tokenizer
@@ -39,11 +40,13 @@ class Credit(NamedTuple):
 
 @torch.no_grad()
 def token_logprobs(solver: Decoder, rows: Sequence[Encoded], max_batch_size: int) -> Iterator[list[float]]:
-    """Compute the log-prob of each response token, row by row, in nats; as many numbers a row as it has tokens."""
+    """Compute the log-prob of each response token, row by row, in nats; as many numbers a row as it has tokens. Raises
+    UserError where they are NaN."""
     solver.eval()
     for chunk in chunks(rows, max_batch_size):
         batch = make_batch(chunk)
         found = response_logprobs(solver, *batch.inputs).cpu()
+        check_numbers(found.numpy(), f"{len(chunk)} solutions")
         yield from (part.tolist() for part in found.split(batch.response_counts().tolist()))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from src import parallel
 from src.errors import UserError
-from src.inference.sampling import Sampling, choose, uniforms
+from src.inference.sampling import Sampling, check_numbers, choose, uniforms
 from src.inference.step import make_step, to_host
 from src.models.cache import PREFILL_TOKENS, Layers, PromptCache, n_positions, shared_prefix
 from src.models.decoder import Decoder
@@ -132,7 +132,7 @@ def generate(
     At most max_batch_size rows decode at once. Requests with the same prompt share its reading, as does a prompt that
     another begins with; what all prompts begin with is read and kept once. on_token hears of every token as it is
     sampled. compiled: on a GPU, decode from compiled CUDA graphs. Raises UserError for a prompt that fills the model's
-    context.
+    context, and for a model whose logits are NaN.
     """
     for request in requests:
         if len(request.prompt) >= model.config.max_seq_len:
@@ -308,6 +308,7 @@ class DecodingBatch:
         numbers, held = sampled.numbers().numpy(), self.turns[sampled.slots] == sampled.turns
         slots = np.array(sampled.slots)[held].tolist()
         places = slots, sampled.places[held]
+        check_numbers(numbers[1, held], f"request {self.requests[slots[0]].id!r}" if slots else "")
         self.tokens[places], self.logprobs[places], self.sampled_logprobs[places] = numbers[:, held]
         is_sampled = self.is_sampled[places] = self._force_tokens(slots)
         self.n_appended[slots] += 1

@@ -76,6 +76,14 @@ class Choice(NamedTuple):
     sampled_logprobs: Tensor  # [B] float32
 
 
+def check_numbers(logprobs: np.ndarray, where: str) -> None:
+    """Raise UserError for log-probs [...] that are NaN: by such logits the same token is the likeliest everywhere, and
+    whatever is measured with it means nothing."""
+    if np.isnan(logprobs).any():
+        raise UserError(f"{where}: the model's logits are NaN: its weights hold NaN or infinity, or float16 does not "
+                        "hold what it computes; try --precision bfloat16 or float32, or another checkpoint")
+
+
 def uniforms(seed: int, request_id: str, sample: int, n: int) -> np.ndarray:
     """Numbers in [0, 1) for one sample: a counter-based stream keyed by (seed, id, sample). -> [n] float64."""
     digest = hashlib.sha256(f"{seed}\0{request_id}\0{sample}".encode()).digest()
@@ -160,7 +168,8 @@ def _position(cumulative: Tensor, target: Tensor) -> Tensor:
     above = torch.searchsorted(cumulative, target[:, None].clamp_min(0), right=True)
     # rounding may put a target at the very end, after the last entry that adds anything
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.minimum(above, last).squeeze(-1)
+    # NaN ends all sums: the row's log-prob is NaN too, which check_numbers() refuses
+    return torch.minimum(above, last).squeeze(-1).clamp_max(cumulative.shape[-1] - 1)
 
 
 def _sample_candidate(plain: Tensor, scaled: Tensor, sampling: Sampling, u: Tensor) -> Choice:

@@ -94,6 +94,18 @@ def test_two_ranks_choose_as_one_and_runs_are_compared(folder: Path, tmp_path: P
     assert again["acc_norm"] == results["acc_norm"] and again["accuracy"] == results["accuracy"]
 
 
+@pytest.mark.parametrize("flags", [{}, {"choices": None, "task": "GSM8K"}], ids=["choices", "greedy"])
+def test_a_model_without_numbers_has_no_accuracy(folder: Path, tmp_path: Path, flags: dict[str, object]) -> None:
+    """It would choose A each time, or say token 0 for ever."""
+    model = hf_model(folder / "hf")
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    split(tmp_path / "hf", tmp_path / "nan")
+    with pytest.raises(UserError, match=r"'q\d+': the model's logits are NaN: its weights hold NaN"):
+        evaluate(folder, tmp_path / "log", ckpt_dir=str(tmp_path / "nan"), **flags)
+
+
 @pytest.mark.parametrize(("row", "flags", "complaint"), [
     ({}, {"temperature": 1.0}, "--temperature has no effect on --choices"),
     ({}, {"task": "GSM8K"}, "--task GSM8K compares by exact@4; name a task of choices"),

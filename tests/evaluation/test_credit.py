@@ -42,6 +42,10 @@ def test_scdpo_24_token_credits_add_up_to_the_sequence_reward(folders: Folders, 
     assert_close(torch.tensor(alone[0]), torch.tensor(said[0][2]), rtol=1e-5, atol=1e-5)
     lengths = [len(each.tokens) for each in encoded]
     assert encode_solutions(ROWS, tokenizer, sorted(lengths)[1], "paragraph").count(None) == 1
+    with torch.no_grad():
+        policy.norm.weight[3] = float("nan")
+    with pytest.raises(UserError, match="2 solutions: the model's logits are NaN"):
+        list(token_logprobs(policy, encoded, max_batch_size=2))
     with pytest.raises(UserError, match="each of the 3 solutions is longer than the model's context of 9 tokens"):
         encode_solutions(ROWS, tokenizer, 9, "line")
 

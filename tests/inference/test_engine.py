@@ -337,6 +337,18 @@ def test_every_token_is_heard_as_it_is_drawn(model: Decoder, requests: list[Requ
         assert heard[done.request.id, done.request.sample] == done.tokens
 
 
+@pytest.mark.parametrize("flags", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {"top_k": 3}], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_without_numbers_is_refused(folders: dict[int, Path], flags: dict[str, float], value: float) -> None:
+    """Greedy decoding would say token 0 for ever, and evaluate to 0%."""
+    model = load.load_solver(str(folders[1]))
+    with torch.no_grad():
+        model.layers[0].attention.wo.weight[0, 0] = value
+    asked = [Request(f"p{index}", 0, [1, 5 + index, 6]) for index in range(3)]
+    with pytest.raises(UserError, match="request 'p.': the model's logits are NaN: its weights hold NaN or infinity"):
+        list(generate(model, asked, Sampling(**flags, max_new_tokens=4), vocabulary=VOCABULARY, max_batch_size=2))
+
+
 def test_no_requests_give_no_completions(model: Decoder) -> None:
     assert sampled(model, []) == {}
 
