@@ -229,6 +229,7 @@ def dropout_logits(folder: str, tokens: Tensor) -> dict[str, Tensor]:
         load.put_lora_on(model, LoraConfig(rank=4, alpha=6.0, dropout=dropout, targets=LINEARS), seed=5)
         fill_lora_b(model)
         model.train(name == "train")
+        parallel.seed_all(1)
         results[name] = all_logits(model, tokens)
     return results
 

@@ -141,8 +141,7 @@ class LoraLinear(nn.Module):
         """x [..., in] -> [..., out], both as the base layer has them on this rank."""
         if not self.adapted:
             return self.base(x)
-        # the mask and not what it leaves of x: the backward pass has x anyway
-        kept = F.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
+        kept = self._draw_kept(x) if self.training and self.dropout else None
         lora_a, lora_b = self.lora_a.weight, self.lora_b.weight
         # a whole factor multiplies a part of the product on each rank: its gradient is the sum over the ranks
         if self.by_rows:
@@ -160,6 +159,12 @@ class LoraLinear(nn.Module):
         if self.lora_m is not None:
             y = self._with_magnitude(y)
         return y if at_once or self.base.bias is None else y + self.base.bias.type_as(y)
+
+    def _draw_kept(self, x: Tensor) -> Tensor:
+        """What x [..., in on this rank] is multiplied by to drop some of it. The mask and not what it leaves of x: the
+        backward pass has x anyway. Drawn whole and cut: every rank draws alike, and not what another one drops."""
+        whole = F.dropout(x.new_ones(*x.shape[:-1], self.base.in_features), self.dropout)
+        return whole if self.by_rows else whole[..., self.base.columns.start : self.base.columns.stop]
 
     def _with_magnitude(self, y: Tensor) -> Tensor:
         """m / ||W + scale B A|| times the product y [..., out], of each row that this rank yields (DoRA, Liu et al.
