@@ -103,7 +103,7 @@ class Trainer:
             self.optimizer.step(lr)
             self._updates += 1
             self._scaled_steps += 1
-            if self._loss_scale > 1 and self._scaled_steps % STEPS_TO_DOUBLE == 0:
+            if self.model.dtype == torch.float16 and self._scaled_steps % STEPS_TO_DOUBLE == 0:
                 self._loss_scale *= 2
         elif self._loss_scale > 1 and math.isfinite(loss):
             self._loss_scale, self._scaled_steps = self._loss_scale // 2, 0

@@ -169,8 +169,9 @@ def test_float16_scales_the_loss_as_far_as_gradients_allow(folders: Folders, tmp
     assert all(now in (then, then // 2) for then, now in zip(scales, scales[1:], strict=False)) and scales[0] == 2**15
     exact = load.load_solver(folders.one, precision="float32")
     assert norm == pytest.approx(gradient(exact, 1e3 * sft_loss(exact, batch()) / 16).norm().item(), rel=0.05)
-    trainer._scaled_steps = STEPS_TO_DOUBLE - 1
-    assert step(1.0)[1]["loss_scale"] == 2 * scales[-1]
+    for scale in (scales[-1], 1):  # also from the least one
+        trainer._loss_scale, trainer._scaled_steps = scale, STEPS_TO_DOUBLE - 1
+        assert step(1.0)[1]["loss_scale"] == 2 * scale
 
 
 def test_auto_is_one_answer_for_all_ranks() -> None:
