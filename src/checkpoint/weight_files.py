@@ -145,6 +145,12 @@ def open_file(path: Path) -> OpenedFile:
         params = values.get("model_args") if isinstance(values.get("model_args"), dict) else None
         for key in _NESTED_KEYS:
             if isinstance(values.get(key), dict):
+                # scalars may be losses, whole numbers a generator's state
+                beside = [name for name, value in values.items()
+                          if isinstance(value, Tensor) and value.is_floating_point() and value.dim()]
+                if beside:
+                    raise UserError(f"{path}: {beside[0]!r} lies beside the dictionary {key!r}, which is to hold all "
+                                    "weights; put them into one")
                 values = values[key]
         tensors = {str(name): as_stored(path, str(name), value)
                    for name, value in values.items() if isinstance(value, Tensor)}

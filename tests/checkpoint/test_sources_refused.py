@@ -34,6 +34,20 @@ def test_file_given_twice_is_refused(tmp_path: Path, names: list[str]) -> None:
         open_source([str(tmp_path / name) for name in names])
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_a_tensor_beside_the_dictionary_of_the_weights_is_refused(tmp_path: Path, key: str) -> None:
+    """Left out, it would leave a tied model where a head of its own is meant."""
+    weights = random_weights()
+    head = weights.pop("output.weight")
+    write_json(tmp_path / "params.json", META)
+    others = {"best_val_loss": torch.tensor(1.5), "step": 3, "rng_state": torch.get_rng_state()}
+    torch.save({key: weights} | others, tmp_path / "weights.pth")
+    assert open_source(str(tmp_path / "weights.pth")).config.tied
+    torch.save({key: weights, "output.weight": head}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=f"'output.weight' lies beside the dictionary '{key}'"):
+        open_source(str(tmp_path / "weights.pth"))
+
+
 def test_shards_of_different_splits_are_refused(tmp_path: Path) -> None:
     weights = random_weights()
     for index, n in enumerate((2, 4)):
