@@ -264,11 +264,11 @@ def split_held_out(files: Sequence[Rows], held_out: Rows | None, share: float) -
 
 
 def _last_problems(files: Sequence[Rows], share: float) -> set[int]:
-    """The last `share` of the problems, by their hashes. Raises UserError."""
+    """The last `share` of the problems, one or more, by their hashes. Raises UserError."""
     # By problem, not by row: a verifier that saw another solution of a problem would look better on it than it is
     problems = np.fromiter((_problem(row) for rows in files for row in rows()), np.uint64)
     problems = problems[np.sort(np.unique(problems, return_index=True)[1])]  # each where it comes first
-    n_held = int(share * len(problems))
+    n_held = max(int(share * len(problems)), share > 0)
     if not 0 < n_held < len(problems):
         raise UserError(f"--held_out {share} of {len(problems)} problems leaves nothing to train or test on; give more "
                         "problems or a --label_file")
