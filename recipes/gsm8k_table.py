@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is o
 
 from recipes.easy_to_hard_table import first_right, ways_to_choose  # noqa: E402
 from recipes.ppo_toy_table import gain, metrics, plot_curves  # noqa: E402
-from recipes.seeds_table import Floats, interval, resampled  # noqa: E402
+from recipes.seeds_table import Floats, accuracy_interval, resampled  # noqa: E402
 from src import runlog  # noqa: E402
 from src.command import cli  # noqa: E402
 
@@ -53,7 +53,7 @@ def table(seeds: Sequence[dict[str, tuple[Floats, str]]]) -> str:
     problems = f"{next(iter(right.values())).shape[1]} test problems, {len(seeds)} seeds"
     lines = [f"{problems:34}accuracy   95% interval          gain, 95% interval"]
     for name, values in right.items():
-        line = f"{name:34}{values.mean():8.1%}  {interval(draws[name]):20}"
+        line = f"{name:34}{values.mean():8.1%}  {accuracy_interval(values, draws[name]):20}"
         if before := seeds[0][name][1]:
             rise, low, high = gain(right[before], values)
             word = "beyond it" if low > 0 else "below it" if high < 0 else "within it"

@@ -16,6 +16,7 @@ from src import runlog  # noqa: E402
 from src.command import cli  # noqa: E402
 from src.data.examples import read_samples  # noqa: E402
 from src.errors import UserError  # noqa: E402
+from src.evaluation.metrics import wilson_interval  # noqa: E402
 
 RESAMPLES = 4000
 Floats = NDArray[np.float64]
@@ -49,6 +50,15 @@ def interval(draws: Floats) -> str:
     return f"{low:7.1%} .. {high:.1%}"
 
 
+def accuracy_interval(right: Floats, draws: Floats) -> str:
+    """The 95% interval of the mean of right [seeds, problems], in percent: of its draws, or where all are equal, so
+    that draws see no spread, that of as many trials as problems."""
+    if right.min() == right.max():
+        low, high = wilson_interval(right[0].sum(), right.shape[1])
+        return f"{low:7.1%} .. {high:.1%}"
+    return interval(draws)
+
+
 def main(
     run_dir: str, rows: list[str], names: list[str], claim: str, baseline: list[str], floor: str = "", ceiling: str = ""
 ) -> None:
@@ -72,7 +82,7 @@ def main(
     lines = [f"{f'{n_problems} test problems, {n_seeds} seeds':34}accuracy   95% interval      "
              f"{'of the gap   95% interval' if floor else ''}"]
     for row, name in zip(rows, names, strict=True):
-        line = f"{name:34}{right[row].mean():8.1%}  {interval(draws[row]):20}"
+        line = f"{name:34}{right[row].mean():8.1%}  {accuracy_interval(right[row], draws[row]):20}"
         if floor and row not in (floor, ceiling):  # the share of the gap (Burns et al. 2023, section 3)
             share = (right[row].mean() - right[floor].mean()) / (right[ceiling].mean() - right[floor].mean())
             spread = (draws[row] - draws[floor]) / (draws[ceiling] - draws[floor])
