@@ -128,8 +128,9 @@ def check_range(name: str, tensor: Tensor, dtype: torch.dtype, codes: int = 1) -
         return
     ends = torch.stack(torch.aminmax(tensor.detach()))
     if (ends.isfinite() & (ends / codes).to(dtype).isinf()).any():
-        raise UserError(f"{name} holds {ends.abs().max():.6g}, but float16 ends at {codes * torch.finfo(dtype).max:.6g}"
-                        f"{' here' if codes > 1 else ''}; store it as bfloat16 or float32")
+        most = f"{codes * torch.finfo(dtype).max:.6g}{' here' if codes > 1 else ''}"
+        raise UserError(f"{name} holds {ends.abs().max():.6g}, but float16 ends at {most}; store it as bfloat16 or "
+                        "float32")
 
 
 class TensorFile:
