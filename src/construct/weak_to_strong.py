@@ -70,10 +70,14 @@ def instruction_row(sample: Sample) -> Row:
 
 
 def answer_of(sample: Sample) -> str | None:
-    """What was found in a response; None for nothing, for an empty answer, and for what stands in a response that was
-    cut off: who learns it learns to end there."""
+    """What was found in a response; None for nothing, and for an empty answer."""
     answer = sample.values.get("answer")
-    return answer if isinstance(answer, str) and answer and sample.finished else None
+    return answer if isinstance(answer, str) and answer else None
+
+
+def finished_answer(sample: Sample) -> str | None:
+    """answer_of() a response that came to its end: who learns one that was cut off learns to end there."""
+    return answer_of(sample) if sample.finished else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ def demonstrations(config: DemonstrationsConfig) -> None:
     """
     check_template(template := config.prompt_template.replace("\\n", "\n"), "--prompt_template")
     provenance = read_provenance(config.samples_file, config.weak_model)
-    answered = [sample for sample in read_one_per_problem(config.samples_file).values() if answer_of(sample)]
+    answered = [sample for sample in read_one_per_problem(config.samples_file).values() if finished_answer(sample)]
     if len(answered) < config.shots:
         raise UserError(f"{len(answered)} responses hold an answer, fewer than --shots {config.shots}; lower it")
     rows = [instruction_row(sample) for sample in random.Random(config.seed).sample(answered, config.shots)]
@@ -166,7 +170,7 @@ def agreement(
         second = icl[name]
         if first.prompt != second.prompt:
             raise UserError(f"problem {name!r} is {first.prompt[:40]!r} to one model and another to the other")
-        answers = answer_of(first), answer_of(second)
+        answers = finished_answer(first), finished_answer(second)
         if name in shown:
             counts["shown as demonstrations"] += 1
         elif None in answers:
@@ -247,7 +251,8 @@ def vote(config: VoteConfig) -> None:
 
 
 def votes(samples: Sequence[Sample], equal: Equal) -> list[Vote]:
-    """Find the majority among the samples of each problem; of answers with as many votes the one seen first wins.
+    """Find the majority among the samples of each problem; of answers with as many votes the one seen first wins. One
+    that was cut off votes too, but is no example: it is among neither side's if it is of the majority.
 
     Raises UserError where problems have unequal numbers of samples, for their confidences would mean different things.
     """
@@ -262,10 +267,10 @@ def votes(samples: Sequence[Sample], equal: Equal) -> list[Vote]:
         classes = answer_classes([answer_of(sample) for sample in group], typed(equal, group[0]))
         top = next(iter(winners(classes, [1] * len(classes))), None)
         agree = [top is not None and first == top for first in classes]
-        positives = [sample.response for sample, agrees in zip(group, agree, strict=True) if agrees]
+        positives = [sample.response for sample, agrees in zip(group, agree, strict=True) if agrees and sample.finished]
         negatives = [sample.response for sample, agrees in zip(group, agree, strict=True) if not agrees]
         answer = None if top is None else answer_of(group[top])
-        found.append(Vote(name, group[0].prompt, answer, len(positives) / len(group), positives, negatives))
+        found.append(Vote(name, group[0].prompt, answer, sum(agree) / len(group), positives, negatives))
     return found
 
 
@@ -317,7 +322,7 @@ def contrast_pairs(
         if vote.id not in weak or weak[vote.id].prompt != vote.prompt:
             raise UserError(f"problem {vote.id!r} of the votes has no sample of the weak model, or is another problem")
         sample = weak[vote.id]
-        answer = answer_of(sample)
+        answer = finished_answer(sample)
         agrees = answer is not None and vote.answer is not None and typed(equal, sample)(answer, vote.answer)
         others = [text for text in dict.fromkeys(vote.negatives if agrees else vote.positives) if text.strip()]
         if vote.answer is None or vote.confidence < min_confidence:

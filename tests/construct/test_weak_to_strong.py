@@ -282,7 +282,7 @@ def test_w2s_16_every_vote_counts_in_the_file(tmp_path: Path) -> None:
         build.vote(short, str(tmp_path / "votes.jsonl"))
 
 
-def test_a_response_that_was_cut_off_has_no_answer_and_is_never_learnt(tmp_path: Path) -> None:
+def test_a_response_that_was_cut_off_votes_and_is_never_learnt(tmp_path: Path) -> None:
     whole = log_dir(tmp_path / "whole", {"0": ["1"], "1": ["2"], "2": ["3"]}, "w")
     rows = [json.loads(line) for line in Path(whole).read_text().splitlines()]
     rows[1]["finish"], rows[2]["finish"] = "length", "stop"
@@ -297,7 +297,7 @@ def test_a_response_that_was_cut_off_has_no_answer_and_is_never_learnt(tmp_path:
     three = samples_of(["1", "1", "2"])
     three[1].values["finish"] = "context_full"
     (vote,) = votes(three, exactly)
-    assert vote.positives == ["0 #### 1"] and len(vote.negatives) == 2
+    assert (vote.positives, vote.negatives) == (["0 #### 1"], ["2 #### 2"]) and vote.confidence == pytest.approx(2 / 3)
 
 
 def one_vote(confidence: float) -> Vote:
