@@ -252,7 +252,7 @@ def vote(config: VoteConfig) -> None:
 
 def votes(samples: Sequence[Sample], equal: Equal) -> list[Vote]:
     """Find the majority among the samples of each problem; of answers with as many votes the one seen first wins. One
-    that was cut off votes too, but is no example: it is among neither side's if it is of the majority.
+    that was cut off votes too, but is no example: if it is of the majority it is on neither side.
 
     Raises UserError where problems have unequal numbers of samples, for their confidences would mean different things.
     """
