@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src import losses, parallel, runlog
+from src import context_parallel, losses, parallel, runlog
 from src.code_solutions.tool_hook import PASSED
 from src.data.batch import Batch, chunks
 from src.data.encoding import STEP_ENDS, Encoded, split_steps
@@ -227,14 +227,13 @@ def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str, step_e
 def on_first_rank(
     score: Callable[[Rollout], tuple[Sequence[float], Counts]], rollout: Rollout
 ) -> tuple[Tensor, Counts]:
-    """A score of each response at its last token, [B, S], which only the first rank of those that share a batch
-    computes: score_rollout() gives it to all. The counts are this rank's."""
-    scores, counts = torch.zeros(len(rollout.responses), device=parallel.device()), {}
+    """A score of each response at its last token, [B, S], which of the ranks that share a batch only the first one
+    computes: score_rollout() gives it to all. The counts are those of the tensor-parallel group, alike on its ranks."""
     # grading starts processes, and need not answer twice alike where time runs out: one call, one answer for all
-    if parallel.rank() % parallel.ranks_per_batch() == 0:
-        found, counts = score(rollout)
-        scores += torch.tensor(found, dtype=torch.float32, device=parallel.device())
-    return at_last(parallel.broadcast_from_first(scores).cpu(), rollout), counts
+    nothing = [0.0] * len(rollout.responses), {}
+    scores, counts = parallel.from_first_rank(
+        lambda: nothing if context_parallel.rank() else score(rollout), of_group=True)
+    return at_last(torch.tensor(scores), rollout), counts
 
 
 def graded_reward(grader: Grader, rollout: Rollout) -> tuple[list[float], Counts]:

@@ -243,10 +243,12 @@ def test_weights_belong_to_the_names_of_rewards() -> None:
     assert weights(["a.py:one", "b.py:two"], [1, 2]) == {"a.py:one": 1, "b.py:two": 2}
 
 
-def test_an_episode_is_graded_once_on_more_ranks_than_episodes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_an_episode_is_graded_once_and_all_ranks_count_it(tensor_parallel_size: int, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "def count(completions):\n    n = len(completions)\n    return [n] * n, {'n': n}\n")
-    for found in run_ranks(2, "tests.training.workers:graded_once", tmp_path, 1, file=str(tmp_path / "mine.py")):
+    target, file = "tests.training.workers:graded_once", str(tmp_path / "mine.py")
+    for found in run_ranks(2, target, tmp_path, tensor_parallel_size, file=file):  # on 1: more ranks than episodes
         assert found["earned"].tolist() == [[0.0, 0.0, 1.0]] and found["graded"] == 1
         # a user's function sees the episodes of all ranks
         assert found["counted"].tolist() == [[0.0, 0.0, 2.0]] * 2 and found["n"].tolist() == [2, 1]
