@@ -19,6 +19,7 @@ from src.errors import UserError
 from src.jsonfile import MAX_ROW, check_file
 
 BATCH_ROWS, BUFFER = 1024, 2**16  # rows of a parquet file, and bytes of each of its columns, that are held at once
+_SHARD = re.compile(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?")  # a data file's name: its split, and how many files that has
 _MEDIA = "a picture or sound cannot be read"
 _TOOLS = "calls of tools are not supported; solutions with code are blocks (dataset/README.md)"
 _SYSTEM = "give conversations, whose first message may be the system's, or one for all rows with --system_prompt"
@@ -185,11 +186,14 @@ def is_table(path: Path) -> bool:
 def read_table(path: Path) -> Iterator[dict[str, object]]:
     """The rows in order. Raises UserError for a damaged file, a directory that is no saved dataset, or a huge row."""
     try:
-        for file in _arrow_files(path) if path.is_dir() else [path]:
+        for file in _data_files(path) if path.is_dir() else [path]:
             first = 1
             for batch in _batches(file):
+                names = batch.schema.names
+                if twice := [name for name in names if names.count(name) > 1]:
+                    raise UserError(f"{file} has the column {twice[0]!r} twice, of which any reader would lose one")
                 _check_rows(batch, file, first)
-                yield from batch.to_pylist()
+                yield from _with_short_floats(batch).to_pylist()
                 first += batch.num_rows
                 pyarrow.default_memory_pool().release_unused()  # else it keeps what batches have freed
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as problem:
@@ -197,14 +201,30 @@ def read_table(path: Path) -> Iterator[dict[str, object]]:
         raise UserError(f"{path} cannot be read as a table ({reason[:200]})") from None
 
 
-def _arrow_files(folder: Path) -> list[Path]:
-    """The data files of Dataset.save_to_disk(), or the parquet files of a downloaded dataset, in order."""
+def _data_files(folder: Path) -> list[Path]:
+    """The data files of Dataset.save_to_disk(), or the parquet files of a downloaded split, in order. Raises UserError
+    for a directory without, with those of several splits, or with some of one."""
+    saved = jsonfile.read_json(folder / "state.json") if (folder / "state.json").is_file() else {}
+    if saved.get("_indices_data_files"):
+        raise UserError(f"{folder} says in a file of its own which of its rows are meant, as old versions of datasets "
+                        "do; load it and save it again")
+    if "_data_files" in saved:  # what else lies there is of map(), or of what was saved there before
+        return [folder / str(one["filename"]) for one in saved["_data_files"]]
     files = sorted(folder.glob("*.arrow")) or sorted(folder.glob("*.parquet"))
     if not files:
-        splits = sorted({path.parent.name for path in folder.glob("*/*.arrow")})
+        splits = sorted({path.parent.name for kind in ("arrow", "parquet") for path in folder.glob(f"*/*.{kind}")})
         raise UserError(f"{folder} is a directory without rows: " + (
             f"it holds the splits {', '.join(splits)}; name one of them" if splits else
             "expected *.arrow or *.parquet files, as datasets.Dataset.save_to_disk writes them"))
+    shards = [_SHARD.fullmatch(file.stem) for file in files]
+    kinds = {shard[1] if shard else re.sub(r"\d+", "", file.stem): file.name
+             for file, shard in zip(files, shards, strict=True)}
+    if len(kinds) > 1:
+        raise UserError(f"{folder} holds files of several splits, {', '.join(kinds.values())}; name one file, or a "
+                        "directory with those of one split alone")
+    if odd := [shard for shard in shards if shard and int(shard[2]) != len(files)]:
+        raise UserError(f"{folder} holds {len(files)} data files, but {odd[0][0]} is one of {int(odd[0][2])}; expected "
+                        "all of one save, and no others")
     return files
 
 
@@ -217,6 +237,15 @@ def _batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
     else:
         with pyarrow.memory_map(str(path)) as source:
             yield from pyarrow.ipc.open_stream(source)
+
+
+def _with_short_floats(rows: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Columns of 32 bits as the shortest numbers that they stand for: 0.1, and not 0.10000000149011612."""
+    for place, field in enumerate(rows.schema):
+        if field.type == pyarrow.float32():
+            short = rows.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
+            rows = rows.set_column(place, field.name, short)
+    return rows
 
 
 def _check_rows(rows: pyarrow.RecordBatch, path: Path, first: int) -> None:

@@ -1,14 +1,18 @@
 """src/data/rows.py: parquet files and directories of Hugging Face `datasets` give the rows that json gives."""
 
+import json
 import random
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from src.data.examples import Chat, Instruction, read_instructions
+from src.data.examples import Chat, Instruction, read_instructions, read_prompts
+from src.data.rows import read_rows
 from src.errors import UserError
 
 ROWS = [{"instruction": f"{n}+1=", "output": [str(n + 1), "so"]} for n in range(5)]
@@ -50,6 +54,51 @@ def test_what_is_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=message):
             list(read_instructions(str(tmp_path / name)))
+
+
+def test_a_directory_gives_the_rows_that_datasets_loads_from_it(tmp_path: Path) -> None:
+    dataset, folder = datasets.Dataset.from_list(ROWS), str(tmp_path / "saved")
+    dataset.save_to_disk(folder, num_shards=3)
+    dataset.select([4, 2]).save_to_disk(folder, num_shards=1)  # the files of the first save stay
+    loaded = datasets.load_from_disk(folder)
+    loaded.map(lambda row: {"output": [*row["output"], "more"]})  # leaves a file beside them
+    assert [row.values for row in read_rows(folder)] == list(loaded)
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_indices_data_files": [{"filename": "i.arrow"}]}))
+    with pytest.raises(UserError, match="which of its rows are meant"):
+        list(read_rows(folder))
+
+
+def test_files_of_several_splits_are_no_dataset(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    for number, (names, message) in enumerate({
+        ("train-00000-of-00001", "test-00000-of-00001"): "of several splits, test-00000-of-00001.parquet, train-",
+        ("gsm8k-train", "gsm8k-test"): "of several splits, gsm8k-test.parquet, gsm8k-train.parquet; name one",
+        ("train-00001-of-00002",): "holds 1 data files, but train-00001-of-00002 is one of 2",
+        ("train-00000-of-00001", "train-00000-of-00003"): "holds 2 data files, but train-00000-of-00001 is one of 1",
+        ("train-00000-of-00002-6f8a", "train-00001-of-00002-3b2c"): "",
+        ("0000", "0001"): "",
+    }.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in names:
+            table.to_parquet(folder / f"{name}.parquet")
+        if message:
+            with pytest.raises(UserError, match=message):
+                list(read_rows(str(folder)))
+        else:
+            assert [row.values for row in read_rows(str(folder))] == ROWS * len(names)
+
+
+def test_numbers_of_32_bits_are_as_short_as_they_were_written(tmp_path: Path) -> None:
+    path, labels = tmp_path / "rows.parquet", ["0.1", "3", "0.33333334", "-2.5", "16777216"]
+    column = pyarrow.array(map(float, labels), pyarrow.float32())
+    pyarrow.parquet.write_table(pyarrow.table({"instruction": labels, "label": column}), path)
+    assert [prompt.label for prompt in read_prompts(str(path), need_label=True)] == labels
+    twice = pyarrow.Table.from_arrays([column, column], names=["label", "label"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(UserError, match="has the column 'label' twice"):
+        list(read_rows(str(path)))
 
 
 # after a file of 2,000 rows, one of 20,000 may add as much as a heap happens to grow by, not a part of the file
