@@ -43,12 +43,12 @@ class Sampling:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature}: expected 0 (greedy) or more")
+        if not (self.temperature == 0 or 1e-30 <= self.temperature <= 1e30):  # others are 0 or infinite to a logit
+            raise UserError(f"temperature={self.temperature}: expected 0 (greedy), or 1e-30 to 1e30")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: expected 0 < top_p <= 1")
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k}: expected 0 (all tokens) or more")
+        if not 0 <= self.top_k < 2**63:  # a larger one is no int64, with which places are compared
+            raise UserError(f"top_k={self.top_k}: expected 0 (all tokens) or more, below 2**63")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p={self.min_p}: expected 0 <= min_p <= 1")
         if self.max_new_tokens < 1:

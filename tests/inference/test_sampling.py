@@ -116,6 +116,16 @@ def test_temperature_sharpens_and_flattens() -> None:
     assert drawn([0.0, 0.9999], temperature=0.5, top_p=0.79) == [1, 2]
 
 
+def test_the_extremes_of_temperature_are_greedy_and_uniform() -> None:
+    bias = torch.tensor([0.0, 0.0, -math.inf])  # row 2 is padding
+    u = torch.tensor([0.0, 0.49, 0.51, 0.99], dtype=torch.float64)
+    for settings in ({}, {"top_p": 0.99}):
+        for temperature, expected in ((1e-30, [1, 1, 1, 1]), (1e30, [0, 0, 1, 1])):
+            sampling = Sampling(temperature=temperature, **settings)
+            choice = choose(1e4 * LOGITS.expand(4, 3), sampling, u, bias)
+            assert choice.tokens.tolist() == expected and choice.sampled_logprobs.isfinite().all()
+
+
 def test_temperature_zero_is_greedy_and_takes_the_first_of_equals() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]])
     tokens, *_ = choose(logits, Sampling(temperature=0.0), torch.tensor([0.99, 0.99], dtype=torch.float64))
@@ -177,9 +187,13 @@ def test_uniforms_are_uniform() -> None:
     "wrong",
     [
         {"temperature": -0.1},
+        {"temperature": 1e-40},  # what logits are divided by in float32 would be 0 or infinite
+        {"temperature": 1e39},
+        {"temperature": math.nan},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_k": -1},
+        {"top_k": 2**63},
         {"min_p": 1.5},
         {"max_new_tokens": 0},
     ],
