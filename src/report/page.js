@@ -115,7 +115,8 @@ function metricCurves() {
 }
 
 function alertTable() {
-  const rows = data.runs.flatMap((run) => Object.entries(Object.groupBy(run.alerts, ([, name]) => name)));
+  const rows = data.runs.flatMap(({ alerts }) => [...new Set(alerts.map(([, name]) => name))].map((name) =>
+    [name, alerts.filter(([, other]) => other === name)]));
   return rows.length > 0 && [el("h2", {}, "Alarms"), el("table", {}, rows.map(([name, alerts]) => el("tr", {},
     el("td", { class: "wrong number" }, name),
     el("td", { class: "number" }, `${alerts.length} times, steps ${alerts[0][0]} to ${alerts[alerts.length - 1][0]}`),
@@ -166,13 +167,16 @@ function sampleCard(sample, samples) {
 
 // ---- problems
 
-const rightShare = (samples) => samples.length ? samples.filter((sample) => sample.outcome === "right").length / samples.length : 0;
+const countRight = (samples) => samples.filter((sample) => sample.outcome === "right").length;
+// of the samples that were asked for: one that is missing is wrong
+const rightShare = (samples, i) => countRight(samples) / data.runs[i].samples_a_problem;
 
 function kindsOf(problem) { // what the outcome filter finds a problem by
   const all = problem.runs.flat();
   const kinds = new Set(all.map((sample) => sample.outcome));
-  const share = rightShare(all);
-  kinds.add(!all.length ? "no sample" : share === 1 ? "all right" : share === 0 ? "none right" : "some right");
+  const shares = problem.runs.map(rightShare).filter((share, i) => problem.runs[i].length);
+  const every = (share) => shares.every((other) => other === share);
+  kinds.add(every(1) ? "all right" : every(0) ? "none right" : "some right");
   if (all.some((sample) => sample.finish && sample.finish !== "stop")) kinds.add("cut off");
   if (problem.runs.length > 1) {
     const [before, after] = problem.runs.map(rightShare);
@@ -218,9 +222,9 @@ function problemTable() {
     };
     const row = el("tr", { class: "row", tabindex: 0, onclick: toggle, onkeydown: (event) => event.key === "Enter" && toggle() },
       el("td", {}, problem.id), problem.runs.map((samples, i) => {
-        const right = samples.filter((sample) => sample.outcome === "right").length;
+        const [right, n] = [countRight(samples), data.runs[i].samples_a_problem];
         return el("td", { class: "number" }, data.runs.length > 1 && el("span", { class: `run${i}` }, `${"AB"[i]} `),
-          el("span", { class: right ? "right" : "wrong" }, samples.length === 1 ? samples[0].outcome : `${right} of ${samples.length} right`));
+          el("span", { class: right ? "right" : "wrong" }, n === 1 && samples.length ? samples[0].outcome : `${right} of ${n} right`));
       }), el("td", { class: "text" }, problem.prompt), el("td", { class: "number" }, problem.label));
     return row;
   }

@@ -13,7 +13,7 @@ from src.errors import UserError
 from src.evaluation.metrics import interval
 from src.evaluation.report import curves_of
 from src.evaluation.verifier_report import first_wrong
-from src.grading.extract import extract
+from src.grading.extract import EXTRACTIONS, extract
 from src.runlog import METRICS, read_metrics
 
 LARGEST = 4_500_000  # bytes of a page
@@ -54,7 +54,7 @@ class ReportedRun(NamedTuple):
     """What one directory holds; empty where it has nothing of a kind. shown: what is not of single problems."""
 
     shown: dict[str, object]
-    problems: dict[str, ReportedProblem]
+    problems: dict[tuple[str, str], ReportedProblem]  # by id and prompt: two label files may have the same ids
     extraction: str  # how answers were found
     places: dict[str, Prompt]  # level and subject by problem, where the label file is still there
 
@@ -68,15 +68,15 @@ def read_run(folder: Path, label_file: str = "") -> ReportedRun:
     results_file, samples_file = folder / "results.json", folder / "samples.jsonl"
     results = jsonfile.read_json(results_file) if results_file.is_file() else {}
     metrics = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    samples = read_samples(str(samples_file)) if samples_file.is_file() and results else []
+    samples = read_samples(str(samples_file)) if samples_file.is_file() and "samples_a_problem" in results else []
     if not (results or metrics):
         raise UserError(f"{folder} holds neither results.json nor {METRICS} with a line in it; give the --log_dir of "
                         f"an evaluation or the --save_dir of a training run")
-    problems: dict[str, ReportedProblem] = {}
+    problems: dict[tuple[str, str], ReportedProblem] = {}
     for sample in samples:
-        label = str(sample.values.get("label", ""))
-        empty = ReportedProblem(_cut(sample.prompt), label, [], results["samples_a_problem"])
-        problems.setdefault(sample.id, empty).samples.append(sample)
+        prompt, label = _cut(sample.prompt), str(sample.values.get("label", ""))
+        empty = ReportedProblem(prompt, label, [], results["samples_a_problem"])
+        problems.setdefault((sample.id, prompt), empty).samples.append(sample)
     credits_file, rollouts = folder / "credits.jsonl", sorted((folder / "rollouts").glob("step-*.jsonl"))
     curves = curves_of(results)  # points of k, accuracy and the ends of its interval, for each way of choosing
     if verifier := results.get("verifier"):
@@ -84,6 +84,7 @@ def read_run(folder: Path, label_file: str = "") -> ReportedRun:
                   for name, curve in verifier["curves"].items()}
     shown = {
         "name": str(folder),
+        "samples_a_problem": results.get("samples_a_problem"),
         "subtitle": _subtitle(results, metrics),
         "figures": list(_figures(results)),
         "curves": [{"name": name, "points": points} for name, points in curves.items()],
@@ -180,7 +181,9 @@ def show_sample(sample: Sample, label: str, extraction: str) -> dict[str, object
     """What the page says of a sample: its text, where the answer was read and by which rule, its steps and scores."""
     values, outcome = sample.values, sample.outcome or ""
     response, answer = _cut(sample.response), values.get("answer")
-    rule = extract(extraction, response).rule if extraction else "none"
+    span = answer_span(response, answer) if answer else None
+    # the rules may be an older version's
+    rule = extract(extraction, sample.response).rule if extraction in EXTRACTIONS else extraction
     reason = {
         "right": f"{answer} equals {label}, read by {rule}", "wrong": f"{answer} is not {label}, read by {rule}",
         "unparsed": "no answer was found", "timeout": f"{answer} could not be compared with {label} in time",
@@ -188,7 +191,8 @@ def show_sample(sample: Sample, label: str, extraction: str) -> dict[str, object
     scores = values.get("step_scores")
     return {
         "sample": sample.sample, "response": response, "answer": answer, "outcome": outcome, "reason": reason,
-        "span": answer_span(response, answer) if answer else None, "score": values.get("score"),
+        # scripts count in halves of 32 bits
+        "span": span and [len(response[:at].encode("utf-16-le")) // 2 for at in span], "score": values.get("score"),
         "step_scores": scores, "steps": _steps(response, scores) if scores else None,
         "tokens": values.get("token_count"), "finish": values.get("finish")}
 
@@ -270,13 +274,13 @@ def _evenly(items: Sequence[object], n: int) -> list[object]:
     return [items[round(place * (len(items) - 1) / max(1, n - 1))] for place in range(max(0, n))]
 
 
-def _problem(runs: Sequence[ReportedRun], name: str) -> dict[str, object]:
+def _problem(runs: Sequence[ReportedRun], name: tuple[str, str]) -> dict[str, object]:
     """A problem with its samples in each run."""
     known = next(run.problems[name] for run in runs if name in run.problems)
-    place = next((run.places[name] for run in runs if name in run.places), None)
+    place = next((run.places[name[0]] for run in runs if name in run.problems and name[0] in run.places), None)
     samples = [[show_sample(sample, known.label, run.extraction) for sample in run.problems[name].samples]
                if name in run.problems else [] for run in runs]
-    return {"id": name, "prompt": known.prompt, "label": known.label, "level": place and place.level,
+    return {"id": name[0], "prompt": known.prompt, "label": known.label, "level": place and place.level,
             "subject": place and place.subject, "runs": samples}
 
 
@@ -285,12 +289,12 @@ def _comparison(runs: Sequence[ReportedRun]) -> str | None:
     before, after = (run.problems for run in runs)
     if not (before or after):
         return None
-    both = [name for name in before if name in after and before[name].prompt == after[name].prompt]
+    both = [name for name in before if name in after]
     if not both:
         raise UserError(f"{runs[0].shown['name']} and {runs[1].shown['name']} have no problem in common; compare "
                         f"evaluations of one label file")
     differences = [after[name].share - before[name].share for name in both]
-    low, high = interval(differences)
+    low, high = (2 * end - 1 for end in interval([(1 + each) / 2 for each in differences]))  # of numbers from 0 to 1
     gained, lost = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
     return (f"Of {len(both)} problems that both have, the second run solves {gained} more often and {lost} less often: "
             f"{sum(differences) / len(both):+.1%} (95% interval of the paired difference {low:+.1%} .. {high:+.1%}).")

@@ -96,6 +96,56 @@ def test_a_missing_sample_is_wrong_in_a_comparison_too(evaluations: tuple[Path, 
     assert told.startswith("Of 3 problems that both have, the second run solves 1 more often and 2 less often: -16.7%")
 
 
+def shown(folder: Path, outcomes: str, *, rules: str = "gsm8k/last-number@4", **values: object) -> Path:
+    """A graded evaluation, a letter for the one sample of each problem: r right, w wrong."""
+    folder.mkdir()
+    results = {"samples_a_problem": 1, "rules": {"extraction": rules}}
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    rows = [{"id": str(place), "prompt": f"{place}?", "response": "it is 7", "answer": "7", "label": "7",
+             "outcome": {"r": "right", "w": "wrong"}[letter], **values} for place, letter in enumerate(outcomes)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("before, after, told", [
+    ("rwww", "rwww", "+0.0% (95% interval of the paired difference -70.0% .. +70.0%)"),  # 2 of 4 by Wilson, as -1 .. 1
+    ("rrrr", "wwww", "-100.0% (95% interval of the paired difference -100.0% .. -2.0%)"),
+    ("wwwwwwwwww", "wwwwwwwwwr", "+10.0% (95% interval of the paired difference +0.0% .. +30.0%)"),
+])
+def test_a_paired_difference_may_be_negative(before: str, after: str, told: str, tmp_path: Path) -> None:
+    page = write_report(shown(tmp_path / "before", before), shown(tmp_path / "after", after))
+    assert page_data(page)["comparison"].endswith(f": {told}.")
+
+
+def test_other_problems_of_the_same_ids_are_not_compared(tmp_path: Path) -> None:
+    first = shown(tmp_path / "first", "rw")
+    second = shown(tmp_path / "second", "ww", prompt="another?")
+    rows = (second / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (second / "samples.jsonl").write_text(rows[0] + rows[1].replace("another?", "1?"), encoding="utf-8")
+    data = page_data(write_report(first, second))
+    assert data["comparison"].startswith("Of 1 problems that both have") and data["n_problems"] == 3
+    assert [(problem["prompt"], [len(samples) for samples in problem["runs"]]) for problem in data["problems"]] == [
+        ("0?", [1, 0]), ("1?", [1, 1]), ("another?", [0, 1])]
+
+
+def test_a_script_marks_the_answer_behind_characters_of_two_halves(tmp_path: Path) -> None:
+    page = write_report(shown(tmp_path / "run", "r", response="\U0001d465 = \U0001f600 7"))
+    [[sample]] = page_data(page)["problems"][0]["runs"]
+    halves = sample["response"].encode("utf-16-le")
+    assert halves[2 * sample["span"][0] : 2 * sample["span"][1]].decode("utf-16-le") == "7"
+
+
+def test_what_an_older_version_graded_has_a_page(tmp_path: Path) -> None:
+    page = write_report(shown(tmp_path / "run", "r", rules="gsm8k/last-number@1"))
+    assert page_data(page)["problems"][0]["runs"][0][0]["reason"] == "7 equals 7, read by gsm8k/last-number@1"
+
+
+def test_figures_beside_samples_of_another_kind_have_a_page(tmp_path: Path) -> None:
+    folder = shown(tmp_path / "run", "r")
+    (folder / "results.json").write_text(json.dumps({"with_a_wrong_step": 1}), encoding="utf-8")
+    assert page_data(write_report(folder))["problems"] == []
+
+
 def test_a_large_evaluation_leaves_problems_out_evenly(evaluations: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes((evaluations[0] / "results.json").read_bytes())
     rows = ({"id": str(place), "sample": 0, "prompt": "p", "response": f"{place} " + "\u00e9<" * 3000, "label": "1",
@@ -152,6 +202,23 @@ def test_two_runs_are_compared(evaluations: tuple[Path, Path], tmp_path: Path) -
         found = page.run("""(() => { const box = document.querySelector('select'); box.value = "lost";
             box.dispatchEvent(new Event("change")); return document.querySelector('#problems').textContent; })()""")
         assert found == "aA 1 of 2 rightB 0 of 2 rightOne and one?2"
+
+
+@needs_browser
+def test_a_sample_that_is_missing_is_not_right(evaluations: tuple[Path, Path], tmp_path: Path) -> None:
+    for run, folder in zip(evaluations, ("first", "second"), strict=True):
+        shutil.copytree(run, tmp_path / folder)
+    rows = (tmp_path / "second/samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "second/samples.jsonl").write_text("".join(rows[:3]), encoding="utf-8")  # one right of b, none of c
+    with Browser(write_report(tmp_path / "first", tmp_path / "second"), tmp_path / "profile") as page:
+        def found(kind: str) -> str:
+            return page.run(f"""(() => {{ const box = document.querySelector('select'); box.value = "{kind}";
+                box.dispatchEvent(new Event("change"));
+                return document.querySelector('#problems').textContent; }})()""")
+
+        assert found("gained") == "" and found("lost") == "aA 1 of 2 rightB 0 of 2 rightOne and one?2"
+        assert found("all right") == "" and "bA 1 of 2 rightB 1 of 2 right" in found("some right")
+        assert found("none right") == "cA 0 of 2 rightB 0 of 2 rightThree and three?6"
 
 
 @needs_browser
