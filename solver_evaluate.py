@@ -173,7 +173,7 @@ def main(config: SolverEvaluateConfig) -> None:
             from src.plot import plot_results  # matplotlib costs half a second: not for every start
 
             plot_results(results, curves_of(results), Path(config.log_dir) / "results.png")
-            report = write_report(Path(config.log_dir), label_file=config.label_file)
+            report = write_report(Path(config.log_dir), prompts=problems)
             runlog.table(f"{results_table(results, speed)}\nlook at     {report}")
 
 

@@ -14,7 +14,7 @@ the file that --config names. Making one does no work but to check its numbers a
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -100,6 +100,11 @@ class SeedFlags(Config):
     seed: Seed = flag(1, "seed of everything random: data order, sampling, new adapters, dropout")
 
 
+def renamed(columns: Sequence[str]) -> dict[str, str]:
+    """The file's names by ours, of words THEIRS=OURS."""
+    return {ours: theirs for theirs, _, ours in (word.partition("=") for word in columns)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ColumnFlags(Config):
     """Files and rows"""
@@ -110,7 +115,7 @@ class ColumnFlags(Config):
     @property
     def renamed(self) -> dict[str, str]:
         """The file's names by ours."""
-        return {ours: theirs for theirs, _, ours in (word.partition("=") for word in self.columns)}
+        return renamed(self.columns)
 
     def __post_init__(self) -> None:
         """Raise UserError for a pair of names that is none, and for a name that stands twice."""

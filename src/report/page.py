@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src import jsonfile
+from src.command.config import renamed
 from src.data.encoding import STEP_ENDS
 from src.data.examples import Prompt, Sample, StepLabels, read_prompts, read_samples
 from src.errors import UserError
@@ -59,10 +60,10 @@ class ReportedRun(NamedTuple):
     places: dict[str, Prompt]  # level and subject by problem, where the label file is still there
 
 
-def read_run(folder: Path, label_file: str = "") -> ReportedRun:
+def read_run(folder: Path, prompts: Sequence[Prompt] = ()) -> ReportedRun:
     """Read the directory of an evaluation, a verifier's evaluation, a training run or of credits.
 
-    label_file: where the problems' levels and subjects are; default: the file that run.json names, if it is there.
+    prompts: the problems, with levels and subjects; default: those of the file that run.json names, if it is there.
     Raises UserError for a directory with none of their files.
     """
     results_file, samples_file = folder / "results.json", folder / "samples.jsonl"
@@ -102,7 +103,7 @@ def read_run(folder: Path, label_file: str = "") -> ReportedRun:
             "reward": row["reward"],
             "first_wrong": first_wrong([StepLabels(row["instruction"], row["steps"], row["labels"])])[0],
         } for row in list(_rows(credits_file))[:MOST_CREDITS]] if credits_file.is_file() else []}
-    return ReportedRun(shown, problems, results.get("rules", {}).get("extraction", ""), _places(folder, label_file))
+    return ReportedRun(shown, problems, results.get("rules", {}).get("extraction", ""), _places(folder, prompts))
 
 
 def _rows(path: Path) -> Iterator[dict[str, object]]:
@@ -114,12 +115,14 @@ def _cut(text: str) -> str:
     return text if left_out <= 0 else f"{text[:LONGEST]} [{left_out} more characters]"
 
 
-def _places(folder: Path, label_file: str) -> dict[str, Prompt]:
-    """The problems of the label file by id; none if it is gone."""
+def _places(folder: Path, prompts: Sequence[Prompt]) -> dict[str, Prompt]:
+    """These problems, or those of the run's label file, by id; none if that is gone."""
     run_file = folder / "run.json"
-    flags = jsonfile.read_json(run_file).get("flags", {}) if run_file.is_file() else {}
-    path = Path(label_file or str(flags.get("label_file") or ""))
-    return {prompt.id: prompt for prompt in read_prompts(str(path), need_label=False)} if path.is_file() else {}
+    flags = jsonfile.read_json(run_file).get("flags", {}) if run_file.is_file() and not prompts else {}
+    path = Path(str(flags.get("label_file") or ""))
+    if path.is_file():
+        prompts = read_prompts(str(path), renamed(flags.get("columns") or ()), need_label=False)
+    return {prompt.id: prompt for prompt in prompts}
 
 
 def _subtitle(results: Mapping[str, object], metrics: Sequence[Mapping[str, object]]) -> str:
@@ -215,15 +218,15 @@ def _steps(response: str, scores: Sequence[object]) -> list[str] | None:
     return None
 
 
-def write_report(folder: Path, other: Path | None = None, label_file: str = "") -> Path:
+def write_report(folder: Path, other: Path | None = None, prompts: Sequence[Prompt] = ()) -> Path:
     """Write report.html into the folder; with another folder, a page that compares the two into that one.
 
     Problems, and buffers of rollouts, are left out evenly where the page would be larger than LARGEST; problems in
-    which two runs differ are kept first. label_file: as read_run() takes it. Raises UserError for a folder with nothing
+    which two runs differ are kept first. prompts: as read_run() takes them. Raises UserError for a folder with nothing
     to show, and for two runs of other problems.
     """
     folders = [folder] if other is None else [folder, other]
-    runs = [read_run(each, label_file) for each in folders]
+    runs = [read_run(each, prompts) for each in folders]
     path = folders[-1] / (REPORT if other is None else f"report-{folder.resolve().name}.html")
     here = Path(__file__).parent
     page, style, script = ((here / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))

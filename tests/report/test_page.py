@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import solver_evaluate
 from src.errors import UserError
 from src.report.page import LARGEST, answer_span, write_report
 from tests.report.browser import CHROMIUM, Browser
@@ -133,6 +134,17 @@ def test_a_script_marks_the_answer_behind_characters_of_two_halves(tmp_path: Pat
     [[sample]] = page_data(page)["problems"][0]["runs"]
     halves = sample["response"].encode("utf-16-le")
     assert halves[2 * sample["span"][0] : 2 * sample["span"][1]].decode("utf-16-le") == "7"
+
+
+def test_levels_are_found_in_columns_of_other_names(tmp_path: Path) -> None:
+    labels, folder = tmp_path / "labels.json", shown(tmp_path / "run", "r", prompt="1+6?")
+    labels.write_text(json.dumps([{"question": "1+6?", "label": "7", "difficulty": 3}]), encoding="utf-8")
+    flags = {"label_file": str(labels), "columns": ["question=instruction", "difficulty=level"]}
+    (folder / "run.json").write_text(json.dumps({"flags": flags}), encoding="utf-8")
+    assert page_data(write_report(folder))["problems"][0]["level"] == 3
+    solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(
+        task="GSM8K", samples_file=str(folder / "samples.jsonl"), log_dir=str(tmp_path / "log"), **flags))
+    assert page_data(tmp_path / "log/report.html")["problems"][0]["level"] == 3
 
 
 def test_what_an_older_version_graded_has_a_page(tmp_path: Path) -> None:
