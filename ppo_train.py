@@ -58,8 +58,7 @@ def main(config: PPOConfig) -> None:
     find_start(config.save_dirs, config.resume, fingerprint, n_iterations)
     log = RunLog(config.run_dir, config.flags(), trackers=config.trackers)
     models = load_models(config, log, n_iterations)
-    if config.rollout_backend == "openai":
-        models.servers = PolicyServers(config, data.tokenizer)
+    models.servers = PolicyServers(config, data.tokenizer) if config.rollout_backend == "openai" else None
     actor, critic = models.actor, models.critic
     state: dict[str, object] = {"kl_scale": 1.0, "update_checked": False}  # saved, and resumed with
     alerts = monitor.Monitor(log.logger, state)
@@ -94,18 +93,15 @@ def main(config: PPOConfig) -> None:
 
             metrics = monitor.rollout_metrics(buffer, scores, config, kl_scale) | stats | learned
             if iteration == 0:
-                monitor.check_start(metrics, buffer, actor.model.dtype,
-                                    same_reference=config.lora_rank > 0 or not config.quantize,
-                                    mismatch_limit=config.mismatch_limit)
+                monitor.check_start(metrics, buffer, actor.model.dtype, mismatch_limit=config.mismatch_limit,
+                                    same_reference=config.lora_rank > 0 or not config.quantize)
             if iteration >= critic_warmup:  # before, the policy is the reference
                 if not state["update_checked"]:
                     state["update_checked"] = monitor.check_first_update(metrics, buffer, actor.model.dtype)
                 # for the next buffer: its KL is steered to --kl_target
                 state["kl_scale"] *= monitor.kl_factor(metrics["kl_response"], len(buffer.rollout.prompts), config)
-            score = None
             if data.held_out and config.is_eval_due(iteration + 1, data.per_epoch, n_iterations):
                 metrics |= measure_held_out(config, models, data, grader, timer)
-                score = metrics["eval_accuracy"]
 
             shown, warned = alerts.check(iteration + 1, metrics)
             tokens = int(stats.get("sampled_tokens", buffer.rollout.lengths.sum()))
@@ -114,7 +110,7 @@ def main(config: PPOConfig) -> None:
             log.rows(f"rollouts/step-{iteration + 1:06}.jsonl",
                      monitor.readable_rows(buffer, scores, config.rollout_samples, data.tokenizer))
             log.advance(tokens=tokens, reward=stats.get("sampled_reward", metrics["reward"]), kl=metrics["kl"])
-            checkpointer.step_done(iteration + 1, score, "; ".join(warned) if config.stop_on_alarm else "")
+            checkpointer.step_done(iteration + 1, metrics.get("eval_accuracy"), warned if config.stop_on_alarm else ())
             if config.reference_refresh > 0 and (iteration + 1) % config.reference_refresh == 0:
                 checkpointer.complete()  # it is read from the files of this save
                 models.load_reference(config, refreshed=True)

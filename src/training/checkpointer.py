@@ -105,15 +105,15 @@ class Checkpointer:
                 storage.discard(Path(model.folder) / "best")  # of an earlier run
         parallel.barrier()
 
-    def step_done(self, number: int, score: float | None = None, stop_because: str = "") -> None:
+    def step_done(self, number: int, score: float | None = None, stop_because: Sequence[str] = ()) -> None:
         """Save if this step is one to save after. score: held-out merit of the models now, where it was measured.
 
         The best one is kept as `best`. After SIGTERM to any rank this saves and ends the process with status 0.
-        stop_because: a reason, alike on all ranks, to save and raise a UserError that gives it.
+        stop_because: reasons, alike on all ranks, to save and raise a UserError that gives them.
         A save that is written in the background counts from the first step on at whose end it is all written.
         """
         # all ranks or none: to save is to gather, and who is not there would be waited for
-        stop = parallel.any_rank(self._stop_asked) or bool(stop_because)
+        stop = parallel.any_rank(self._stop_asked) or len(stop_because) > 0
         self._complete_if_written()
         # better, not as good: of equal ones the earliest is kept
         if score is not None and score > self._best:
@@ -126,7 +126,8 @@ class Checkpointer:
             self.complete()
             self._log.close_progress()
             if stop_because:
-                raise UserError(f"stopped after step {number}, saved; go on with --resume auto: {stop_because}")
+                reasons = "; ".join(stop_because)
+                raise UserError(f"stopped after step {number}, saved; go on with --resume auto: {reasons}")
             self._log.logger.info("stopped by SIGTERM after step %d, saved; go on with --resume auto", number)
             sys.exit(0)
 
