@@ -36,11 +36,11 @@ class Kind(NamedTuple):
 
 
 NONE = {"None": None, "none": None}
-TRUTH = dict.fromkeys(("true", "True", "yes", "1"), True) | dict.fromkeys(("false", "False", "no", "0"), False)
+TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 CONFIG = "json or yaml file of flags, or run.json of an earlier run; flags on the command line win"
 KINDS: dict[object, Kind] = {
     types.NoneType: Kind("none", "none", NONE.__getitem__),
-    bool: Kind("true|false", "true", TRUTH.__getitem__),
+    bool: Kind("true|false", "true", lambda word: TRUTH[word.lower()]),
     int: Kind("whole number", "8", int),
     float: Kind("number", "1e-5", float),
     str: Kind("text", "VALUE", str),
@@ -192,12 +192,28 @@ def bind(main: Callable[..., None], values: Mapping[str, Value]) -> Callable[[],
     return partial(main, config(**values)) if config else partial(main, **values)
 
 
+class _Words(yaml.SafeLoader):
+    """Yaml whose words stay as they are written, for the flags to say what they mean: as its own kinds 010 would be 8,
+    1:30 be 90, 1.10 be 1.1 and yes be true. Only null is none."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if tag.endswith((":null", ":merge"))]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        """The values by key. Raises YAMLError for a key that stands twice, of which one would be lost."""
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"the key {twice[0]!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_config(file: str, flags: dict[str, Flag]) -> dict[str, Value]:
     """The flags that a json or yaml file gives, or an earlier run's run.json. Raises UserError naming file and key."""
     if Path(file).suffix in (".yaml", ".yml"):
         jsonfile.check_file(file)
         try:
-            found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            found = yaml.load(Path(file).read_text(encoding="utf-8"), _Words)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{file} is not valid yaml: {' '.join(str(error).split())}") from None
     else:
@@ -214,7 +230,9 @@ def read_config(file: str, flags: dict[str, Flag]) -> dict[str, Value]:
             flag, negated = _find(f"--{name}", flags)
             if negated:
                 raise UserError(f"write {flag.name}: false")
-            words = [_word(one) for one in (value if isinstance(value, list) else [value])]
+            if flag.name in values:
+                raise UserError(f"{flag.name} stands there twice, spelt in two ways")
+            words = [_word(one, flag) for one in (value if isinstance(value, list) else [value])]
             takes_none = not words and any(get_origin(kind) is list for kind in flag.kinds)
             values[flag.name] = [] if takes_none else _read(flag, words)
         except UserError as error:
@@ -222,8 +240,10 @@ def read_config(file: str, flags: dict[str, Flag]) -> dict[str, Value]:
     return values
 
 
-def _word(value: object) -> str:
+def _word(value: object, flag: Flag) -> str:
     """A value of a file as one would write it on the command line."""
+    if value is None and types.NoneType not in flag.kinds:
+        raise UserError(f"{flag.name} is null, expected {flag.expects}; leave the line out for the default")
     if isinstance(value, dict | list):
         raise UserError(f"found {value!r}, expected a text, a number, true or false, or a list of such")
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -116,7 +116,7 @@ def test_what_a_run_recorded_starts_the_same_run(script: object, form: str, tmp_
         ("lrr: 1", "unknown flag --lrr; did you mean --lr"),
         ("lr: [1, 2]", "--lr is '1 2', expected number"),
         ("lr: []", "--lr has no value, expected number"),
-        ("lr: {a: 1}", "found {'a': 1}, expected a text, a number"),
+        ("lr: {a: 1}", "found {'a': '1'}, expected a text, a number"),
         ("lr: -2", "--lr is -2.0, expected 0 or more"),
         ("schedule: cosin", "--schedule is 'cosin', expected cosine|linear|constant; did you mean cosine"),
         ("packing: maybe", "unknown flag --packing"),
@@ -127,6 +127,11 @@ def test_what_a_run_recorded_starts_the_same_run(script: object, form: str, tmp_
         ("a: [", "is not valid yaml"),
         ("", "holds NoneType, expected flags by name"),
         ("config: other.yaml", "unknown flag --config"),
+        ("lr: 1e-3\nlr: 1e-4", "the key 'lr' stands twice"),
+        ("dry-run: true\ndry_run: false", "dry_run stands there twice, spelt in two ways"),
+        ("ckpt_dir:", "ckpt_dir is null, expected text; leave the line out"),
+        ("kinds: [a, null]", "kinds is null, expected list of text"),
+        ("lr: 1:30", "--lr is '1:30', expected number"),
     ],
 )
 def test_a_mistake_in_the_file_names_it(text: str, message: str, tmp_path: Path) -> None:
@@ -135,6 +140,20 @@ def test_a_mistake_in_the_file_names_it(text: str, message: str, tmp_path: Path)
     with pytest.raises(UserError) as problem:
         parse(small, ["--ckpt_dir=x", f"--config={file}"])
     assert str(file) in str(problem.value) and message in str(problem.value)
+
+
+def test_a_word_of_yaml_means_what_it_means_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "flags.yaml"
+    for word in ("1.10", "010", "1_000", "0x10", "1:30", "yes", "2024-07-26", "~x", "On", "off", "1e-5"):
+        for name in ("ckpt_dir", "lr", "dry_run"):
+            file.write_text(f"{name}: {word}\n")
+            found = []
+            for words in ([f"--{name}={word}"], [f"--config={file}"]):
+                try:
+                    found.append(parse(small, ["--ckpt_dir=x", *words] if name != "ckpt_dir" else words)[name])
+                except UserError as problem:
+                    found.append(str(problem).removeprefix(f"{file}: "))
+            assert found[0] == found[1], (name, word)
 
 
 def test_the_presets_of_the_recipes_are_read() -> None:
