@@ -243,8 +243,8 @@ class Tokenizer:
 
 
 def read_template_args(text: str) -> dict[str, object]:
-    """What --template_args gives: a json object, or NAME=VALUE,NAME=VALUE with values that are json or plain text.
-    Raises UserError."""
+    """What --template_args gives: a json object, or NAME=VALUE,NAME=VALUE with values that are json, Python's True,
+    False and None, or plain text. Raises UserError."""
     if text.lstrip().startswith("{"):
         return parse(text, "--template_args")
     args: dict[str, object] = {}
@@ -254,7 +254,7 @@ def read_template_args(text: str) -> dict[str, object]:
             raise UserError(f"--template_args: found {part!r}, expected each NAME=VALUE once, as in "
                             "enable_thinking=false, or a json object")
         try:
-            args[name] = parse(value, "--template_args", object)
+            args[name] = parse({"True": "true", "False": "false", "None": "null"}.get(value, value), "", object)
         except UserError:
             args[name] = value
     return args

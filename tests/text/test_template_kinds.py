@@ -209,6 +209,7 @@ def test_thoughts_that_a_file_calls_special_are_text(tmp_path: Path) -> None:
         ("{}", {}),
         ('{"enable_thinking": false, "n": [1, null]}', {"enable_thinking": False, "n": [1, None]}),
         ("enable_thinking=false", {"enable_thinking": False}),
+        ("a=True,b=False,c=None,d=none", {"a": True, "b": False, "c": None, "d": "none"}),
         ("a=1, b=x y,c=", {"a": 1, "b": "x y", "c": ""}),
         ("day=July 26, 2024,n=2.5", {"day": "July 26, 2024", "n": 2.5}),
     ],
