@@ -149,11 +149,9 @@ def join(config: JoinConfig) -> None:
     """
     source = config.train_file
     rows = concatenated(list(read_step_labels(source)), config.share, config.wrong_share, config.seed, source)
-    if read_instruction_rows(source)[0].get("steps") is not None:
-        written = [row._asdict() for row in rows]
-    else:
-        written = [{"instruction": row.instruction, "output": STEP_END.join(row.steps),
-                    "correct": row.labels[-1] == 1.0} for row in rows]
+    written = [row._asdict() if was.get("steps") is not None else
+               {"instruction": row.instruction, "output": STEP_END.join(row.steps), "correct": row.labels[-1] == 1.0}
+               for row, was in zip(rows, read_instruction_rows(source), strict=True)]
     save(written, "judged solutions", "", source, config.save_file, config.dry_run)
 
 

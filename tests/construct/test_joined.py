@@ -101,3 +101,13 @@ def test_judged_steps_stay_so_even_when_each_solution_has_one(tmp_path: Path) ->
     source.write_text(json.dumps(rows))
     build.join(str(source), str(target), share=0.0, wrong_share=0.0)
     assert json.loads(target.read_text()) == rows
+
+
+def test_of_a_file_with_both_each_row_stays_of_its_kind(tmp_path: Path) -> None:
+    source, target = tmp_path / "both.json", tmp_path / "joined.json"
+    outcome = {"instruction": "1+1?", "output": "2", "correct": True}
+    steps = {"instruction": "2+2?", "steps": ["2+2=4", "so 4"], "labels": [1.0, None]}
+    for rows in ([outcome, steps], [steps, outcome]):
+        source.write_text(json.dumps(rows))
+        build.join(str(source), str(target), share=0.0, wrong_share=0.0)
+        assert json.loads(target.read_text()) == rows
