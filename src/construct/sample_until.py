@@ -53,7 +53,8 @@ def attempts(config: AttemptsConfig) -> None:
     path = Path(config.log_dir) / "samples.jsonl"
     # what an earlier run left; of a line that is none, such as a torn last one, sample_prompts() takes care
     rows = jsonfile.read_rows(path, refuse=lambda problem: None) if path.is_file() else ()
-    earlier = {(row["id"], row["sample"]): row["response"] if row["finish"] == "stop" else "" for _, row in rows}
+    earlier = {(str(row.get("id")), row.get("sample")): str(row.get("response")) if row.get("finish") == "stop" else ""
+               for _, row in rows}
     with Grader(task) as grader:
         sampler = sample_until(
             solver.sampler(sampling), config.right, config.wrong,

@@ -150,7 +150,8 @@ def save(rows: Sequence[Row], what: str, why_none: str, source: str, save_file: 
     if not rows:
         raise UserError(f"{source} gives no {what}: {why_none}")
     if not dry_run:
-        write_text(save_file, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        # default: parquet may hold dates
+        write_text(save_file, json.dumps(rows, indent=1, ensure_ascii=False, default=str) + "\n")
     problems = len({row["instruction"] for row in rows})
     ending = "" if dry_run else f" to {save_file}"
     runlog.logger().info("%d %s from %d problems%s", len(rows), what, problems, ending)

@@ -94,7 +94,7 @@ def beginnings(jobs: Sequence[Truncated], log_dir: str) -> dict[str, str]:
     found, path = {job.prompt.id: job.prefix for job in jobs}, Path(log_dir) / "samples.jsonl"
     # of a line that is none, such as a torn last one, sample_prompts() takes care
     for _, row in jsonfile.read_rows(path, refuse=lambda problem: None) if path.is_file() else ():
-        if not str(row.get("response")).startswith(found.get(row.get("id"), "")):
+        if not str(row.get("response")).startswith(found.get(str(row.get("id")), "")):
             raise UserError(f"{path} holds {row['id']!r} of another solution than is given, or with another --step; "
                             "choose another --log_dir or delete that file")
     return found

@@ -286,7 +286,7 @@ def _label(row: Row, needed: bool) -> str | None:
 
 def read_instruction_rows(path: str) -> list[dict[str, object]]:
     """Rows with an "instruction", an "input" joined to it, and whatever else they hold. Raises UserError."""
-    return [{key: value for key, value in row.values.items() if key != "input"} | {"instruction": row.instruction()}
+    return [{key: row.get(key) for key in row.values if key != "input"} | {"instruction": row.instruction()}
             for row in read_rows(path, Schema())]
 
 

@@ -11,6 +11,7 @@ from src import parallel
 from src.construct.sample_until import sample_until
 from src.construct.samples import without_similar
 from src.data.examples import Prompt, Sample
+from src.errors import UserError
 from src.evaluation.evaluator import SampleRequest, SamplerOutput
 from tests.conftest import CODE_QUESTION
 from tests.text.files import write_json
@@ -70,6 +71,10 @@ def test_scdpo_09_a_solver_is_asked_until_it_has_gone_wrong(code_solver: str, tm
     (tmp_path / "log" / "samples.jsonl").write_text(text[: len(text) // 2])  # killed within a line
     build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "log"), **flags)
     assert (tmp_path / "log" / "samples.jsonl").read_text() == text
+    (tmp_path / "other").mkdir()
+    write_json(tmp_path / "other" / "samples.jsonl", {"id": 0, "response": "68"})
+    with pytest.raises(UserError, match="was not sampled here"):
+        build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "other"), **flags)
 
 
 @pytest.mark.parametrize(("characters", "kept"), [(0, "abcde"), (5, "ade"), (1, "abde"), (100, "ae")])

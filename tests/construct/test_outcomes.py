@@ -1,7 +1,13 @@
 """src/construct/from_samples.py: balance within a problem, right solutions, problems of middling difficulty."""
 
+import datetime
 import json
+import math
+from decimal import Decimal
 from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
 
 from src.construct.from_rows import SelectConfig, select
 from src.construct.from_samples import outcome_rows, right_solutions
@@ -38,3 +44,11 @@ def test_problems_are_selected_that_some_samples_solve(tmp_path: Path) -> None:
     select(SelectConfig(train_file=str(tmp_path / "all.json"), samples_file=str(tmp_path / "samples.jsonl"),
                         save_file=str(tmp_path / "some.json")))
     assert [row["label"] for row in json.loads((tmp_path / "some.json").read_text())] == [1, 3]
+
+
+def test_what_json_has_no_kind_for_is_written_as_text(tmp_path: Path) -> None:
+    row = {"instruction": "1+1?", "day": datetime.date(2024, 7, 26), "sum": Decimal("1.50"), "gone": math.nan}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    select(SelectConfig(train_file=str(tmp_path / "rows.parquet"), save_file=str(tmp_path / "rows.json")))
+    assert json.loads((tmp_path / "rows.json").read_text()) == [
+        {"instruction": "1+1?", "day": "2024-07-26", "sum": "1.50", "gone": None}]
