@@ -154,7 +154,9 @@ def main(config: SolverEvaluateConfig) -> None:
     storage.claim(Path(config.log_dir))
     path, speed = Path(config.log_dir) / "samples.jsonl", None
     if config.samples_file:
-        refuse_sampled(path, config.samples_file)
+        samples = match_samples(read_samples(config.samples_file), problems, config.samples_file)
+        ids = {prompt.id for prompt in prompts}
+        refuse_sampled(path, config.samples_file, sum(sample.id not in ids for sample in samples))
     grades = parallel.rank() == 0 and benchmark.graded
     with BackgroundGrader(benchmark, prompts) if grades else nullcontext() as grading:
         if not config.samples_file:
@@ -165,7 +167,8 @@ def main(config: SolverEvaluateConfig) -> None:
             speed = sample_prompts(sampler, prompts, num_samples=config.num_samples, path=path,
                                    log=RunLog(config.log_dir, config.flags()), grading=grading)
         if grading:
-            samples = match_samples(read_samples(config.samples_file or str(path)), problems, config.samples_file)
+            if not config.samples_file:
+                samples = match_samples(read_samples(str(path)), problems, "")
             asked = {} if config.samples_file else prompting._asdict() | {"few_shot": config.few_shot}
             results = summarize(benchmark, prompts, grade_samples(grading, samples, path)) | asked
             results |= normalised(prompts, samples)

@@ -74,13 +74,18 @@ def main(config: VerifierEvaluateConfig) -> None:
     """Add scores to samples: best-of-n and weighted voting over n next to majority voting; or score steps."""
     model_config = load.load_config(config.ckpt_dir, config.model_type, "verifier")
     n = load.scoring_ranks({config.ckpt_dir: model_config}, config.context_parallel_size, planned=config.dry_run)
-    prompts, samples, labelled = [], [], []
+    prompts, matched, samples, labelled = [], [], [], []
     if config.samples_file:
         problems = read_prompts(config.label_file, need_label=True)
         prompts = select_prompts(problems, config.split)
         asked = {prompt.id for prompt in prompts}
         matched = match_samples(read_samples(config.samples_file), problems, config.samples_file)
-        samples = [sample for sample in matched if sample.id in asked]
+        samples, task = [sample for sample in matched if sample.id in asked], find_task(config.task)
+        if not task.graded:
+            raise UserError("--task none grades nothing; name the task of --samples_file")
+        if not samples:
+            raise UserError(f"{config.samples_file} holds no sample of the {len(prompts)} problems of --split "
+                            f"{config.split}; choose others")
     else:
         labelled = list(read_step_labels(config.steps_file))
         if model_config.objective == "pairwise":
@@ -97,7 +102,7 @@ def main(config: VerifierEvaluateConfig) -> None:
         return
     storage.claim(Path(config.log_dir))
     if config.samples_file:
-        refuse_sampled(Path(config.log_dir) / "samples.jsonl", config.samples_file)
+        refuse_sampled(Path(config.log_dir) / "samples.jsonl", config.samples_file, len(matched) - len(samples))
     parallel.start(tensor_parallel_size=n, context_parallel_size=config.context_parallel_size)
     verifier = load.load_verifier(config.ckpt_dir, precision=config.precision, quantize=config.quantize)
     log, folder = RunLog(config.log_dir, config.flags()), Path(config.log_dir)
@@ -121,7 +126,6 @@ def main(config: VerifierEvaluateConfig) -> None:
                            max_batch_size=config.max_batch_size, path=folder / f"scores.{identity}.jsonl", log=log)
     if parallel.rank() == 0:
         scored = [with_score(sample, found) for sample, found in zip(samples, scores, strict=True)]
-        task = find_task(config.task)
         with BackgroundGrader(task, prompts) as grading:
             problems = grade_samples(grading, scored, folder / "samples.jsonl")
         results, report = summarize(task, prompts, problems), report_samples(list(problems.values()))

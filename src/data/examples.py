@@ -343,10 +343,10 @@ def _check_sample(row: Row) -> None:
 
 def match_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], source: str) -> list[Sample]:
     """Samples with the id and the instruction of their problem: found by id, or by place where a row names none. Raises
-    UserError for a sample of no problem, or whose prompt does not hold it: rows of two files may have the same ids.
-    `source` names the samples' file."""
+    UserError for a sample of no problem, or whose prompt does not hold it: rows of two files may have the same ids. And
+    for two samples of one number, by id and by place. `source` names the samples' file."""
     by_id = {prompt.id: prompt for prompt in prompts}
-    matched = []
+    matched: dict[tuple[str, int], Sample] = {}
     for index, sample in enumerate(samples):
         if sample.values.get("id") is None:
             prompt = prompts[index] if index < len(prompts) else None
@@ -359,5 +359,9 @@ def match_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], source: 
             raise UserError(f"{source}: sample {sample.id!r}/{sample.sample} is of the prompt {sample.prompt[:60]!r}, "
                             f"but problem {prompt.id!r} of the label file is {prompt.instruction[:60]!r}; give the "
                             "label file of these samples")
-        matched.append(sample._replace(id=prompt.id, prompt=sample.prompt or prompt.instruction))
-    return matched
+        if (prompt.id, sample.sample) in matched:
+            raise UserError(f"{source}: sample {sample.sample} of problem {prompt.id!r} stands there twice, one time "
+                            "without an id, by its place in the file; give every row its 'id'")
+        sample = sample._replace(id=prompt.id, prompt=sample.prompt or prompt.instruction)
+        matched[prompt.id, sample.sample] = sample
+    return [*matched.values()]

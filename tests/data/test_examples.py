@@ -162,6 +162,11 @@ def test_samples_find_their_problem_by_id_or_by_place(file: Callable[[str], str]
     assert [(s.id, s.prompt) for s in match_samples(by_place, PROMPTS, "f")] == [("x", "q"), ("y", "r")]
 
 
+def test_a_sample_stands_once_by_id_and_by_place_together(file: Callable[[str], str]) -> None:
+    with pytest.raises(UserError, match="f: sample 0 of problem 'x' stands there twice, one time without an id"):
+        match_samples(read_samples(file('{"response": "a"}\n{"id": "x", "response": "b"}')), PROMPTS, "f")
+
+
 def test_samples_of_another_problem_with_the_same_id_are_refused(file: Callable[[str], str]) -> None:
     others = read_samples(file('{"id": "x", "response": "a", "prompt": "another"}'))
     with pytest.raises(UserError, match="f: sample 'x'/0 is of the prompt 'another', but problem 'x' of the label"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import solver_evaluate
+import verifier_evaluate
 from src import load, parallel
 from src.checkpoint import saving
 from src.data.examples import Prompt, Sample, read_prompts, read_samples
@@ -267,7 +268,26 @@ def test_w2s_07_grading_again_in_place_keeps_the_directory_ours(
     lines = evaluate(run, label_file, tmp_path / "log")
     path = str(tmp_path / "log/samples.jsonl")
     assert evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=path) == lines
+    verified = {"ckpt_dir": run.verifier_dir, "task": "toy", "label_file": label_file, "samples_file": path}
+    for again in (
+        lambda **flags: evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=path, **flags),
+        lambda **flags: verifier_evaluate.main(verifier_evaluate.VerifierEvaluateConfig(
+            log_dir=str(tmp_path / "log"), **verified, **flags)),
+    ):
+        with pytest.raises(UserError, match="samples.jsonl would lose 3 of its samples, those of problems that --spl"):
+            again(split="level=2")
     assert evaluate(run, label_file, tmp_path / "log") == lines
+
+
+def test_a_verifier_scores_nothing_that_cannot_be_reported(run: Run, label_file: str, tmp_path: Path) -> None:
+    given = write_lines(tmp_path / "given.jsonl", [{"id": "0", "response": "#### 4"}])
+    flags = {"task": "toy", "label_file": label_file, "samples_file": given, "log_dir": str(tmp_path / "log")}
+    for wrong, reason in (({"task": "none"}, "--task none grades nothing"), ({"task": "GSM8k9"}, "did you mean GSM8K"),
+                          ({"split": "level=2"}, "holds no sample of the 2 problems of --split level=2")):
+        with pytest.raises(UserError, match=reason):
+            verifier_evaluate.main(verifier_evaluate.VerifierEvaluateConfig(
+                ckpt_dir=run.verifier_dir, **flags | wrong))
+    assert not (tmp_path / "log").exists()
 
 
 @pytest.mark.parametrize("ids", [None, ["x", "y", "z"]])
