@@ -38,16 +38,26 @@ def parse(text: str | bytes, where: str, kind: type[T] = dict) -> T:
     """The value of a json text, of the kind that is expected. `where` begins the message of the UserError. A byte order
     mark is skipped. NaN and Infinity are read, since Python writes them: who wants a number checks it."""
     if isinstance(text, bytes):
-        try:
-            text = text.decode("utf-8-sig")
-        except UnicodeDecodeError as problem:
-            raise UserError(f"{where}: not UTF-8 (byte {problem.start}); convert it first") from None
+        text = _decoded(text, where)
     try:
         value = _DECODER.decode(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as problem:
         line = f", line {problem.lineno}" if getattr(problem, "lineno", 1) > 1 else ""
         raise UserError(f"{where}{line}: {_reason(problem)}") from None
     return _checked(value, text, where, kind)
+
+
+def _decoded(text: bytes, where: str) -> str:
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise UserError(f"{where}: not UTF-8 (byte {problem.start}); convert it first") from None
+
+
+def read_text(path: str | Path) -> str:
+    """A text file without its byte order mark. Raises UserError that names it."""
+    check_file(path)
+    return _decoded(Path(path).read_bytes(), str(path))
 
 
 def read_json(path: str | Path) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os.path
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from src.data.examples import Prompt
 from src.data.rows import Row, Schema
 from src.errors import UserError
 from src.grading.tasks import INSTRUCTION, Task, check_template
-from src.jsonfile import read_json
+from src.jsonfile import read_json, read_text
 
 BUNDLED = Path(__file__).parent / "few_shot"  # gsm8k8, minerva4: problems and solutions of our own wording
 BETWEEN = "\n\n"  # demonstrations
@@ -47,9 +48,8 @@ def make_prompting(task: Task, few_shot: str = "", prompt_template: str = "") ->
         template, rows = values.get("prompt", template), values["demonstrations"]
         stop = (*stop, *(text for text in values.get("stop", ()) if text not in stop))
     if prompt_template:
-        path = Path(prompt_template)
-        is_file = INSTRUCTION not in prompt_template and path.is_file()
-        template = path.read_text(encoding="utf-8") if is_file else prompt_template.replace("\\n", "\n")
+        is_file = INSTRUCTION not in prompt_template and os.path.isfile(prompt_template)  # False for too long a name
+        template = read_text(prompt_template) if is_file else prompt_template.replace("\\n", "\n")
     check_template(template, "--prompt_template" if prompt_template else f"the prompt of {few_shot or task.name}")
     gap = "" if template[-1].isspace() else " "
     shots = [template.replace(INSTRUCTION, row["instruction"]) + gap + row["output"] + BETWEEN for row in rows]
@@ -78,7 +78,7 @@ def select_prompts(prompts: Sequence[Prompt], split: str) -> list[Prompt]:
     """The prompts that a split names: "level=4-5,subject=Geometry", or "dev" for those whose `split` field says dev.
 
     All conditions must hold; a value may list alternatives with |. Empty = all. Raises UserError for a condition that
-    does not parse, or if nothing is left.
+    does not parse, for an alternative that none of the prompts is, or if nothing is left.
     """
     chosen = list(prompts)
     for condition in filter(None, split.split(",")):
@@ -87,16 +87,19 @@ def select_prompts(prompts: Sequence[Prompt], split: str) -> list[Prompt]:
         if key not in KEYS or not value:
             raise UserError(f"--split {split!r}: {condition!r} is no condition; expected NAME, level=4, level=1-3 or "
                             "subject=Algebra")
-        found = sorted({str(getattr(prompt, key)) for prompt in chosen})
-        chosen = [prompt for prompt in chosen if _is_in(getattr(prompt, key), value)]
-        if not chosen:
-            raise UserError(f"--split {split!r}: no problem has {key} {value}; found {', '.join(found)[:200]}")
+        for wanted in (alternatives := value.split("|")):
+            if not any(_is(getattr(prompt, key), wanted) for prompt in prompts):
+                found = sorted({str(getattr(prompt, key)) for prompt in prompts})
+                raise UserError(f"--split {split!r}: no problem has {key} {wanted}; found {', '.join(found)[:200]}")
+        chosen = [prompt for prompt in chosen if any(_is(getattr(prompt, key), wanted) for wanted in alternatives)]
+    if not chosen:
+        raise UserError(f"--split {split!r}: no problem meets all these conditions")
     return chosen
 
 
-def _is_in(value: str | int | None, wanted: str) -> bool:
-    """Whether a field is one of the alternatives, or lies in a range of numbers."""
-    span = re.fullmatch(r"(\d+)-(\d+)", wanted)
+def _is(value: str | int | None, wanted: str) -> bool:
+    """Whether a field is what is wanted, or lies in a range of numbers."""
+    span = re.fullmatch(r"\s*(\d+)-(\d+)\s*", wanted)
     if span and isinstance(value, int):
         return int(span[1]) <= value <= int(span[2])
-    return value is not None and str(value).lower() in [word.strip().lower() for word in wanted.split("|")]
+    return value is not None and str(value).lower() == wanted.strip().lower()

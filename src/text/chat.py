@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.errors import UserError
-from src.jsonfile import read_json
+from src.jsonfile import read_json, read_text
 from src.processes.worker import Worker
 
 MARK = "\ufdd0"  # a Unicode noncharacter: valid in strings, assigned to nothing
@@ -243,7 +243,7 @@ def read_own_template(folder: Path) -> str | None:
     """The jinja source of the template next to a tokenizer; None where there is none. Raises UserError for a file that
     is no json."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     for file in ("chat_template.json", "tokenizer_config.json"):
         path = folder / file
         found = read_json(path).get("chat_template") if path.is_file() else None

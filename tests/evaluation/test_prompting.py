@@ -89,6 +89,17 @@ def test_unknown_demonstrations_and_a_template_without_a_place() -> None:
         make_prompting(GSM8K, "gsm9k")
     with pytest.raises(UserError, match="--prompt_template holds {instruction} 0 times"):
         make_prompting(GSM8K, "", "Solve it.")
+    with pytest.raises(UserError, match="--prompt_template holds {instruction} 0 times"):
+        make_prompting(GSM8K, "", "Solve it. " * 100)  # too long a name for a file
+
+
+def test_a_template_in_a_file_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "template.txt"
+    path.write_bytes(b"\xef\xbb\xbfSolve {instruction}")  # some editors put a byte order mark first
+    assert make_prompting(GSM8K, "", str(path)).text("x") == "Solve x"
+    path.write_bytes(b"Solve {instruction}\xff")
+    with pytest.raises(UserError, match=r"template.txt: not UTF-8 \(byte 19\)"):
+        make_prompting(GSM8K, "", str(path))
 
 
 ROWS = [
@@ -100,8 +111,8 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("split", "chosen"), [
-    ("", "abcd"), ("dev", "a"), ("split=DEV", "a"), ("level=1-3", "ab"), ("level=3|5", "bc"), ("subject=algebra", "ac"),
-    ("subject=Algebra,level=4-5", "c"), ("subject=number theory|algebra", "abc"),
+    ("", "abcd"), ("dev", "a"), ("split=DEV", "a"), ("level=1-3", "ab"), ("level=3|5", "bc"), ("level=1-2 | 5", "ac"),
+    ("subject=algebra", "ac"), ("subject=Algebra,level=4-5", "c"), ("subject=number theory|algebra", "abc"),
 ])
 def test_parts_of_a_file(tmp_path: Path, split: str, chosen: str) -> None:
     path = tmp_path / "problems.json"
@@ -112,6 +123,8 @@ def test_parts_of_a_file(tmp_path: Path, split: str, chosen: str) -> None:
 
 @pytest.mark.parametrize(("split", "message"), [
     ("level=9", "no problem has level 9; found 1, 3, 5, None"),
+    ("subject=Algebra|Geomtry", "no problem has subject Geomtry; found Algebra, None, Number Theory"),
+    ("subject=Algebra,level=3", "no problem meets all these conditions"),
     ("test", "no problem has split test; found None, dev"),
     ("size=4", "'size=4' is no condition"),
     ("level=", "'level=' is no condition"),
