@@ -335,8 +335,9 @@ def _check_sample(row: Row) -> None:
     elif steps is not None:
         raise UserError(f"{row.where}: 'step_scores' is a {type(steps).__name__}; expected a list of numbers")
     for key, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UserError(f"{row.where}: {key!r} is {value!r}; expected a number")
+        if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or abs(value) >= 1e300):
+            raise UserError(f"{row.where}: {key!r} is {value!r:.60}; expected a number below 1e300")
     for key in ("finish", "answer", "answer_type"):
         row.optional_text(key)
 

@@ -308,6 +308,8 @@ def test_rows_of_another_kind_name_the_command_for_the_right_one(
         ({"token_count": "7"}, "'token_count' is '7'; expected a number"),
         ({"score": [1.0]}, r"'score' is \[1.0\]; expected a number"),
         ({"score": False}, "'score' is False; expected a number"),
+        ({"score": float("-inf")}, "'score' is -inf; expected a number below 1e300"),
+        ({"token_count": 10**400}, "'token_count' is 1000.*0; expected a number below 1e300"),
         ({"step_scores": 0.5}, "'step_scores' is a float; expected a list"),
         ({"step_scores": [0.5, "x"]}, r"'step_scores\[1\]' is 'x'; expected a number"),
         ({"finish": ["stop"]}, "'finish' is a list; expected a string"),
