@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from src import parallel
-from src.data.batch import Batch, Dataset, chunks, make_batch
+from src.data.batch import Batch, BatchSampler, Dataset, make_batch
 from src.data.encoded_rows import Keep, Sample, Truncation, fit, in_temporary_file
 from src.data.encoding import (
     STEP_ENDS,
@@ -92,11 +92,12 @@ class PairwiseObjective:
 
     def evaluate(self, verifier: Decoder, data: Dataset, max_batch_size: int) -> PairReport:
         """Score every pair; a tie counts as wrong. The statistics are over chosen and rejected scores together."""
-        with evaluating(verifier):
-            batches = (data.collate(pairs, False) for pairs in chunks(data.samples, max_batch_size))
-            scores = [response_scores(verifier, *batch.inputs) for batch in batches]
-        chosen, rejected = (torch.cat(side) for side in zip(*(each.chunk(2) for each in scores), strict=True))
-        won = (chosen > rejected).float().mean().item()
+        def sides(batch: Batch) -> Tensor:
+            """The scores of a batch's pairs that a rank does not only run along with, [n, 2]."""
+            return torch.stack(response_scores(verifier, *batch.inputs).chunk(2), 1)[: batch.n_learnt // 2]
+
+        chosen, rejected = _over_held_out(sides, verifier, data, max_batch_size)
+        won = (chosen > rejected).double().mean().item()
         # 0.25 / n: the variance of the mean of n fair coins
         separation = (won - 0.5) / math.sqrt(0.25 / len(chosen))
         return PairReport(won, separation, *_mean_and_deviation(torch.cat((chosen, rejected))))
@@ -119,14 +120,15 @@ class LabelObjective:
 
     def evaluate(self, verifier: Decoder, data: Dataset, max_batch_size: int) -> LabelReport:
         """Score every label. A label of one half or more counts as right, a score above 0 as the claim of it."""
-        with evaluating(verifier):
-            batches = (data.collate(rows, False) for rows in chunks(data.samples, max_batch_size))
-            read = [read_scores(verifier, batch) for batch in batches]
-        scores, labels = (torch.cat(column).cpu() for column in zip(*read, strict=True))
+        def read(batch: Batch) -> Tensor:
+            """Scores and labels of a batch, [n, 2]."""
+            return torch.stack(read_scores(verifier, batch), 1)
+
+        scores, labels = _over_held_out(read, verifier, data, max_batch_size)
         right = labels >= 0.5
         agree = (right == (scores > 0)).double()
         shares = (agree.mean().item(), agree[right].mean().item(), agree[~right].mean().item())  # of nothing: nan
-        area, n, n_right = auc(scores.double().numpy(), right.numpy()), len(right), int(right.sum())
+        area, n, n_right = auc(scores.numpy(), right.numpy()), len(right), int(right.sum())
         # the deviation of the area where scores know nothing (Mann and Whitney 1947)
         separation = (area - 0.5) / math.sqrt((n + 1) / (12 * (n_right * (n - n_right) or 1)))
         return LabelReport(label_loss(scores, labels).mean().item(), *shares, area, separation,
@@ -139,6 +141,20 @@ def read_scores(verifier: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
     places = (~targets.isnan()).nonzero()[:, 0]
     scores = token_scores(verifier, *batch.inputs).flatten().index_select(0, parallel.to_device(places))
     return scores, parallel.to_device(targets[places])
+
+
+def _over_held_out(
+    read: Callable[[Batch], Tensor], verifier: Decoder, data: Dataset, max_batch_size: int
+) -> tuple[Tensor, ...]:
+    """The columns of what is read of each batch of held-out rows, [n, K], by all ranks together and alike on each: who
+    finds a new best saves, and all ranks must. -> K of [N] float64."""
+    sampler = BatchSampler(max_batch_size=max_batch_size, accumulation_steps=1, seed=0,
+                           rank=parallel.data_parallel_rank(), ranks=parallel.data_parallel_size())
+    with evaluating(verifier):
+        # by the sampler, so that each rank makes as many passes as the others: FSDP gathers the weights in each
+        steps = sampler.steps(data, packing=False, epochs=1)
+        found = torch.cat([read(batch) for step in steps for batch in step.batches])
+    return torch.tensor(parallel.gather_over_data_parallel(found.tolist()), dtype=torch.float64).unbind(1)
 
 
 def _mean_and_deviation(scores: Tensor) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from tests.training.verifier_workers import ROWS, verifier_epochs
 from tests.training.workers import join_weights, lora_of
 
 OBJECTIVES = ("outcome", "process")
-APART = ("losses", "report")
+APART = ("losses", "report", "passes")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def whole(
 
 
 def assert_same_run(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name in APART:
+    for name in APART[:2]:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
     assert_same(*({name: x for name, x in run.items() if name not in APART} for run in (found, expected)))
 
@@ -101,12 +101,16 @@ def test_ranks(
     context_parallel_size: int,
 ) -> None:
     ranks = on_ranks((n, tensor_parallel_size, context_parallel_size))
-    for index, (_, case) in enumerate(CASES):
+    for index, (size, case) in enumerate(CASES):
         lora_rank = case.get("lora_rank", -1)
         model = load.load_verifier(folders.verifier)
         load.put_lora_on(model, lora_of(lora_rank), 1)
         found = [rank[str(index)] for rank in ranks]
         apart = [{name: rank.pop(name) for name in APART} for rank in found]
+        # data-parallel ranks measure a share each, and all say the same
+        share = n // tensor_parallel_size // context_parallel_size
+        assert all(rank["passes"] == -(-len(ROWS[case["objective"]]) // (size * share)) for rank in apart)
+        assert all(torch.equal(rank["report"], apart[0]["report"]) for rank in apart)
         for first in range(0, n, tensor_parallel_size):  # every data-parallel copy
             joined = join_weights(found[first : first + tensor_parallel_size], model)
             assert_same_run(joined | apart[first], whole[case["objective"], lora_rank])

@@ -47,7 +47,8 @@ def verifier_epochs(
     lora_rank: int = -1,
     label_tokens: str = "all",
 ) -> dict[str, Tensor]:
-    """This tensor-parallel rank's weights after two steps on ROWS, the losses, and the report on ROWS."""
+    """This tensor-parallel rank's weights after two steps on ROWS, the losses, the report on ROWS, and how many forward
+    passes of this rank it took."""
     lora = lora_of(lora_rank)
     model = load.load_verifier(folder, trained=load.Trained(lora))
     options = {"max_seq_len": 64, "source": "ROWS", "label_tokens": label_tokens, "balance": True}
@@ -67,5 +68,8 @@ def verifier_epochs(
         for batch in batches:
             trainer.backward(kind.loss(model, batch) / n_labels, last=batch is batches[-1])
         losses.append(trainer.step().loss)
+    passes: list[object] = []
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs))
     report = kind.evaluate(model, data, max_batch_size)
-    return local_weights(model) | {"losses": torch.tensor(losses), "report": torch.tensor(report)}
+    said = {"losses": losses, "report": report, "passes": float(len(passes))}
+    return local_weights(model) | {name: torch.tensor(values) for name, values in said.items()}
