@@ -5,6 +5,7 @@ A run's directory holds `step-N`, training checkpoints that it can be resumed fr
 """
 
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,8 @@ from src.processes import watchdog
 from src.runlog import RunLog
 from src.training.resuming import complete_steps, find_start, read_state, step_folder
 from src.training.trainer import Trainer
+
+KEPT = re.compile("(step|epoch)-[0-9]+|best|reference")  # directories that a run leaves in its own
 
 
 class Trainee(NamedTuple):
@@ -75,7 +78,8 @@ class Checkpointer:
         parallel.barrier()  # nobody writes before all have looked
         if not step:
             for model in self._models:  # of a finished run that is to be replaced
-                self._discard(model.folder, complete_steps(model.folder))
+                found = Path(model.folder).glob("*/manifest.json")
+                self._discard([path.parent for path in found if KEPT.fullmatch(path.parent.name)])
             parallel.barrier()
             return 0
         for model in self._models:
@@ -100,10 +104,6 @@ class Checkpointer:
     def measured_start(self, score: float) -> None:
         """Held-out merit of the models before the first step: only what does better becomes `best`."""
         self._best = score
-        if parallel.rank() == 0:
-            for model in self._models:
-                storage.discard(Path(model.folder) / "best")  # of an earlier run
-        parallel.barrier()
 
     def step_done(self, number: int, score: float | None = None, stop_because: Sequence[str] = ()) -> None:
         """Save if this step is one to save after. score: held-out merit of the models now, where it was measured.
@@ -168,14 +168,14 @@ class Checkpointer:
                 save.complete()
         for model in self._models:
             # only now that the new one counts: a kill before it leaves the old one to resume from
-            self._discard(model.folder, sorted(complete_steps(model.folder))[: -self._keep_last])
+            older = sorted(complete_steps(model.folder))[: -self._keep_last]
+            self._discard([step_folder(model.folder, step) for step in older])
         parallel.barrier()
         self._publish_due(self._saved_step)
 
-    def _discard(self, folder: str, steps: Iterable[int]) -> None:
-        if parallel.rank() == 0:
-            for step in steps:
-                storage.discard(step_folder(folder, step))
+    def _discard(self, folders: Iterable[Path]) -> None:
+        for folder in folders if parallel.rank() == 0 else ():
+            storage.discard(folder)
 
     def _publish_due(self, step: int) -> None:
         """The links that a saved step is the source of."""

@@ -123,6 +123,17 @@ def test_what_is_kept(folders: Folders, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "step-6" / "state.json").read_text())["best"] == 0.7
 
 
+def test_a_run_that_is_replaced_leaves_no_weights_beside_those_of_the_new_one(folders: Folders, tmp_path: Path) -> None:
+    run = Run(folders.one, tmp_path)
+    for _ in range(STEPS):
+        run.step(0.5)
+    run.checkpointer.finish()
+    left = tmp_path / "epoch-1-copy"
+    (tmp_path / "epoch-1").rename(left)
+    assert Run(folders.one, tmp_path).checkpointer.resume("none") == 0
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [left]  # a user's own
+
+
 def test_only_what_is_better_than_the_start_is_best(
     folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
