@@ -240,16 +240,17 @@ def any_rank(flag: bool) -> bool:
 
 
 def shard_over_data_parallel(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
-    """Share every parameter, its gradient and its optimizer state over the ranks of a replica (FSDP2).
-    `blocks` are gathered one at a time, the rest of the model as a whole, rounded to `dtype`. Gradients are summed in
-    float32, not averaged: losses are already divided by counts over all ranks. Nothing happens with one data-parallel
-    rank, or to a model that is shared already. Parameters may be on the meta device, to be filled with part_like()."""
+    """Share every parameter, its gradient and its optimizer state over the ranks of a replica (FSDP2); a model that is
+    shared stays so. `blocks` are gathered one at a time, the rest as a whole, rounded to `dtype`; under adapters, which
+    are rounded where they are used, as held. Gradients are summed in float32, not averaged: losses are already divided
+    by counts over all ranks. Parameters may be on the meta device, to be filled with part_like()."""
     if _mesh is None or _is_shared(model):
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    rounded = dtype if all(parameter.requires_grad for parameter in model.parameters()) else None
     # a block's input, the residual stream, stays float32
-    rounding = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    rounding = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*blocks, model):
         fully_shard(module, mesh=_mesh, mp_policy=rounding)
         module.set_gradient_divide_factor(1.0)
@@ -394,7 +395,6 @@ def share(size: int, n: int | None = None, index: int | None = None) -> range:
 
 def padded_share(size: int, n: int | None = None, index: int | None = None) -> range:
     """Like share(), but all parts are equally long: the last ones may run past the end, into padding."""
-    n = tensor_parallel_size() if n is None else n
     index = tensor_parallel_rank() if index is None else index
-    each = -(-size // n)
+    each = len(share(size, n, 0))  # where parts are uneven the first is the longest
     return range(index * each, (index + 1) * each)

@@ -78,6 +78,12 @@ def test_trained_and_frozen_weights_compute_the_same_numbers(folders: Folders, p
     assert trained.dtype == scores[0].dtype == torch.float32
 
 
+def test_fresh_adapters_change_no_number_on_data_parallel_ranks_either(folders: Folders, tmp_path: Path) -> None:
+    target = "tests.training.workers:first_logprobs"
+    for rank in run_jobs([Job(2, target, {"folder": folders.one}, 1)], tmp_path)[0]:
+        assert torch.equal(rank["lora"], rank["frozen"]) and torch.equal(rank["dora"], rank["frozen"])
+
+
 def test_weights_are_prepared_while_nothing_trains_them(folders: Folders) -> None:
     model = load.load_solver(folders.one, precision="bfloat16", trained=load.Trained())
     weight = model.layers[0].feed_forward.w1.weight

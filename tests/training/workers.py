@@ -26,6 +26,7 @@ from src.errors import UserError
 from src.grading.tasks import find_task
 from src.models import linear
 from src.models.decoder import Decoder
+from src.models.forward import response_logprobs
 from src.models.lora import LoraConfig
 from src.processes import watchdog
 from src.runlog import Phases, RunLog
@@ -96,6 +97,15 @@ def join_weights(ranks: list[dict[str, Tensor]], model: Decoder) -> dict[str, Te
         name: shards.join([rank[name] for rank in ranks], shards.cut_of(name, model.config, len(ranks)))
         for name in ranks[0]
     }
+
+
+def first_logprobs(folder: str) -> dict[str, Tensor]:
+    """In bfloat16: what a frozen model says of two responses, and what it says under fresh adapters, to be trained."""
+    rows = Batch(torch.arange(1, 25).view(2, 12), torch.arange(12).expand(2, 12) > 3)
+    kinds = {"frozen": None, **{name: load.Trained(lora_of(4, dora=name == "dora")) for name in ("lora", "dora")}}
+    with torch.no_grad():
+        return {name: response_logprobs(load.load_solver(folder, precision="bfloat16", trained=trained), *rows.inputs)
+                for name, trained in kinds.items()}
 
 
 def clipped_steps(folder: str, log_dir: str) -> dict[str, Tensor]:
