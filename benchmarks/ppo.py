@@ -134,7 +134,7 @@ def our_side(
     from src.runlog import Phases, RunLog
     from src.training.ppo_config import PPOConfig
     from src.training.ppo_setup import Inputs, load_models
-    from src.training.rewards import Reward, on_first_rank
+    from src.training.rewards import Reward, on_first_rank, share_out
     from src.training.rollout import Rollout
 
     parallel.start()
@@ -160,7 +160,7 @@ def our_side(
         mask = rollout.batch.response_mask
         return (((rollout.batch.tokens % 2 == 0) & mask).sum(1) / mask.sum(1)).tolist(), {}
 
-    rewards = {"even": Reward(1.0, partial(on_first_rank, score))}
+    rewards = {"even": Reward(1.0, partial(share_out, partial(on_first_rank, score)))}
     data = Inputs(rows, [], 0, Ids(), find_task(config.task), [], 1)
 
     def collect(iteration: int) -> object:

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from src.training.checkpointer import Checkpointer, Trainee
 from src.training.offload import ModelOffloader
 from src.training.policy_server import PolicyServers
 from src.training.ppo_config import PPOConfig, short_name
-from src.training.rewards import Reward
+from src.training.rewards import Counts, Reward, Score
+from src.training.rollout import Rollout
 from src.training.trainer import Trainer
 from src.training.user_reward import UserReward
 
@@ -227,25 +228,28 @@ def open_rewards(
     config: PPOConfig, models: PPOModels, tokenizer: Tokenizer, grader: Grader, in_use: contextlib.ExitStack
 ) -> dict[str, Reward]:
     """The rewards that are added up, by their names in the log. in_use: closes the processes of users' functions."""
-    opened = {}
+    opened, code = {}, partial(rewards.share_out, rewards.code_reward)
+
+    def of_texts(score: Callable[[Rollout], tuple[Sequence[float], Counts]]) -> Score:
+        """What the first rank of each group says of its share."""
+        return partial(rewards.share_out, partial(rewards.on_first_rank, score))
+
     for name, weight in config.weights_by_reward.items():
-        short, whole = short_name(name), False
+        short = short_name(name)
         if name == "verifier":
             own = load.load_tokenizer(config.reward_model_ckpt_dir) if models.verifier.config.verifier_form else None
             score = partial(rewards.verifier_reward, models.verifier, tokenizer, config, config.max_batch_size, own)
         elif name == "rule":
-            score = partial(rewards.on_first_rank, partial(rewards.graded_reward, grader))
+            score = of_texts(partial(rewards.graded_reward, grader))
         elif name == "code":
-            score = rewards.code_reward
-        else:
-            function = in_use.enter_context(UserReward(name))
-            score, whole = partial(rewards.function_reward, function, short), True
-        opened[short] = Reward(weight, score, whole)
+            score = code
+        else:  # of all episodes at once: what it says of one may depend on the others
+            score = partial(rewards.function_reward, in_use.enter_context(UserReward(name)), short)
+        opened[short] = Reward(weight, score)
     if tokenizer.code:  # in any case for the log
-        opened.setdefault("code", Reward(0.0, rewards.code_reward))
+        opened.setdefault("code", Reward(0.0, code))
     if config.format_penalty:
-        score = partial(rewards.on_first_rank, partial(rewards.format_reward, grader, config.format_penalty))
-        opened["format"] = Reward(1.0, score)
+        opened["format"] = Reward(1.0, of_texts(partial(rewards.format_reward, grader, config.format_penalty)))
     return opened
 
 

@@ -34,15 +34,15 @@ from src.training.user_reward import UserReward
 Counts = Mapping[str, tuple[float, int]]  # by metric: how many, of how many; or a sum, of how many numbers
 
 
-class Reward(NamedTuple):
-    """One of the rewards that are added up, and what it weighs; 0 = it is only logged.
+Score = Callable[[Rollout], tuple[Tensor, Counts]]  # of some episodes
 
-    whole: every rank asks it for all episodes, not for its share: what it says of one may depend on the others.
-    """
+
+class Reward(NamedTuple):
+    """One of the rewards that are added up, and what it weighs; 0 = it is only logged. Every rank asks it for all
+    episodes."""
 
     weight: float
-    score: Callable[[Rollout], tuple[Tensor, Counts]]
-    whole: bool = False
+    score: Score
 
 
 class Scores(NamedTuple):
@@ -59,21 +59,22 @@ class Scores(NamedTuple):
 
 
 def score_rollout(rewards: Mapping[str, Reward], rollout: Rollout) -> Scores:
-    """Every reward of the episodes, and their weighted sum. Each data-parallel rank scores its share and gets all."""
-    rows = torch.tensor(shard_for_rank(range(len(rollout.prompts))), dtype=torch.int64)
-    mine, by_reward, counts = rollout.take(rows), {}, {}
+    """Every reward of the episodes, and their weighted sum, alike on all ranks."""
+    by_reward, counts = {}, {}
     for name, reward in rewards.items():
-        if reward.whole:
-            by_reward[name], own = reward.score(rollout)
-            counts |= own
-            continue
-        laid_out = torch.zeros(rollout.batch.tokens.shape)
-        if len(rows):  # else there are more ranks than episodes
-            laid_out[rows], own = reward.score(mine)
-            counts |= own
-        by_reward[name] = parallel.join_over_data_parallel(laid_out)
+        by_reward[name], own = reward.score(rollout)
+        counts |= own
     total = torch.stack([reward.weight * by_reward[name] for name, reward in rewards.items()]).sum(0)
     return Scores(by_reward, total, add_counts(parallel.gather_over_data_parallel([counts])))
+
+
+def share_out(score: Score, rollout: Rollout) -> tuple[Tensor, Counts]:
+    """A score of which each data-parallel rank computes its share of the episodes; all get all. -> [B, S]."""
+    rows = torch.tensor(shard_for_rank(range(len(rollout.prompts))), dtype=torch.int64)
+    laid_out, counts = torch.zeros(rollout.batch.tokens.shape), {}
+    if len(rows):  # else there are more ranks than episodes
+        laid_out[rows], counts = score(rollout.take(rows))
+    return parallel.join_over_data_parallel(laid_out), counts
 
 
 def apply_length_penalty(scores: Tensor, rollout: Rollout, flags: RewardFlags, max_new_tokens: int) -> Tensor:
@@ -116,12 +117,33 @@ def verifier_reward(
     rollout: Rollout,
 ) -> tuple[Tensor, Counts]:
     """The reward [B, S] of a verifier, by what its config says it was trained for; nothing is counted. own: its
-    tokenizer, if that is not the policy's."""
-    if verifier.config.objective == "pairwise":
-        return pairwise_reward(verifier, rollout, flags, max_batch_size), {}
-    if verifier.config.objective == "outcome":
-        return outcome_reward(verifier, tokenizer, rollout, flags, max_batch_size), {}
-    return process_reward(verifier, tokenizer, rollout, flags, max_batch_size, own), {}
+    tokenizer, if that is not the policy's.
+
+    Equal episodes are scored once. Scores depend on the other rows of a pass by rounding, and estimators that divide by
+    a group's deviation would make advantages as large as any other of that.
+    """
+    kinds = {
+        "pairwise": lambda rollout: pairwise_reward(verifier, rollout, flags, max_batch_size),
+        "outcome": lambda rollout: outcome_reward(verifier, tokenizer, rollout, flags, max_batch_size),
+        "process": lambda rollout: process_reward(verifier, tokenizer, rollout, flags, max_batch_size, own)}
+    score = kinds[verifier.config.objective]
+    first, which = _distinct(rollout)
+    scores, _ = share_out(lambda some: (score(some), {}), rollout.take(first))
+    return scores[which], {}
+
+
+def _distinct(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """The first of the equal episodes of each kind, and every episode's kind. -> [K], [B] int64."""
+    tokens, mask = rollout.batch.tokens.numpy(), rollout.batch.response_mask.numpy()
+    kinds: dict[tuple[object, ...], int] = {}
+    first, which = [], []
+    for row, (prompt, finished) in enumerate(zip(rollout.prompts, rollout.finished.tolist(), strict=True)):
+        kind = prompt.instruction, tokens[row].tobytes(), mask[row].tobytes(), finished
+        if kind not in kinds:
+            kinds[kind] = len(first)
+            first.append(row)
+        which.append(kinds[kind])
+    return torch.tensor(first), torch.tensor(which)
 
 
 @torch.no_grad()
@@ -228,7 +250,7 @@ def on_first_rank(
     score: Callable[[Rollout], tuple[Sequence[float], Counts]], rollout: Rollout
 ) -> tuple[Tensor, Counts]:
     """A score of each response at its last token, [B, S], which of the ranks that share a batch only the first one
-    computes: score_rollout() gives it to all. The counts are those of the tensor-parallel group, alike on its ranks."""
+    computes, and all get. The counts are those of the tensor-parallel group, alike on its ranks."""
     # grading starts processes, and need not answer twice alike where time runs out: one call, one answer for all
     nothing = [0.0] * len(rollout.responses), {}
     scores, counts = parallel.from_first_rank(

@@ -252,3 +252,19 @@ def test_an_episode_is_graded_once_and_all_ranks_count_it(tensor_parallel_size: 
         assert found["earned"].tolist() == [[0.0, 0.0, 1.0]] and found["graded"] == 1
         # a user's function sees the episodes of all ranks
         assert found["counted"].tolist() == [[0.0, 0.0, 2.0]] * 2 and found["n"].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("objective", ["pairwise", "outcome", "process"])
+def test_equal_responses_earn_the_same_bits_beside_any_others(
+    verifier: Decoder, tokenizer: Tokenizer, objective: str
+) -> None:
+    saving.record(verifier, objective=objective)
+    text = "1+1=2" * 12
+    rollout = episodes_of(tokenizer, [text, "c" * 90, "d", text, text], [True] * 4 + [False])
+    found, _ = rewards.verifier_reward(verifier, tokenizer, RewardFlags(), 3, None, rollout)
+    assert torch.equal(found[0], found[3])  # in passes of three, one has the longer row beside it and one has not
+    for row in range(5):  # each has its own, the one that was cut off too
+        one = rollout.take(torch.tensor([row]))
+        alone, _ = rewards.verifier_reward(verifier, tokenizer, RewardFlags(), 1, None, one)
+        assert_close(found[row], alone[0], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found[0], found[4])

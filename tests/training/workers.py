@@ -45,8 +45,9 @@ from src.training.rewards import (
     Scores,
     function_reward,
     on_first_rank,
-    pairwise_reward,
     score_rollout,
+    share_out,
+    verifier_reward,
 )
 from src.training.rollout import Rollout
 from src.training.sft import n_supervised, sft_dataset, sft_loss
@@ -321,7 +322,8 @@ def ppo_buffers(
     found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
     for iteration in range(2):
         buffer, scores, stats = collect(
-            models, tokenizer, lambda rollout: pairwise_reward(verifier, rollout, config, max_batch_size),
+            models, tokenizer,
+            lambda rollout: verifier_reward(verifier, tokenizer, config, max_batch_size, None, rollout)[0],
             config, iteration, question,
         )
         metrics = ppo_update(models, buffer, config, iteration)
@@ -344,10 +346,10 @@ def graded_once(file: str) -> dict[str, Tensor]:
     batch = Batch(torch.tensor([[1, 5, 2]]), torch.tensor([[False, True, True]]))
     rollout = Rollout(PROMPTS[:1], ["4"], batch, torch.tensor([True]), torch.zeros(1, 3), [[]])
     reward = partial(on_first_rank, lambda rollout: ([1.0], {"graded_right": (1, 1)}))
-    scores = score_rollout({"rule": Reward(1.0, reward)}, rollout)
+    scores = score_rollout({"rule": Reward(1.0, partial(share_out, reward))}, rollout)
     found = {"earned": scores.total, "graded": torch.tensor(scores.counts["graded_right"][1])}
     with UserReward(f"{file}:count") as function:
-        count = Reward(1.0, partial(function_reward, function, "count"), whole=True)
+        count = Reward(1.0, partial(function_reward, function, "count"))
         scores = score_rollout({"count": count}, rollout.take(torch.tensor([0, 0])))
     return found | {"counted": scores.total, "n": torch.tensor(scores.counts["reward_count/n"])}
 
