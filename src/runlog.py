@@ -346,13 +346,17 @@ def _environment() -> dict[str, object]:
     import torch  # seconds: not for those who only log, such as a process of a user's reward
 
     here, cpus = Path(__file__).parent, Path("/proc/cpuinfo")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    place, revision = "", ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        git = subprocess.run(["git", "rev-parse", "--show-prefix", "HEAD"], cwd=here, capture_output=True, text=True,
+                             check=False)
+        place, _, revision = git.stdout.partition("\n")
     said = cpus.read_text(encoding="utf-8", errors="replace") if cpus.is_file() else ""
     named = re.search(r"^model name\s*: (.*)$", said, re.MULTILINE)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "revision": git.stdout.strip(),
+        "revision": revision.strip() if place == "src/" else "",  # else of a repository around an unpacked archive
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         # what decides which kernels multiply, and so the last bits of a run
         "processor": {"name": named[1] if named else platform.processor(),

@@ -30,6 +30,17 @@ def test_run_and_metrics_files(tmp_path: Path) -> None:
     assert rows[1]["lr"] == 1e-6 and 0 <= rows[0]["seconds"] <= rows[1]["seconds"]
 
 
+def test_a_machine_without_git_keeps_a_record_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def revision() -> str:
+        RunLog(str(tmp_path / "run"), {})
+        return json.loads((tmp_path / "run/run.json").read_text())["revision"]
+
+    if shutil.which("git"):
+        assert re.fullmatch("[0-9a-f]{40}|", revision())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert revision() == ""
+
+
 def test_a_directory_that_vanishes_ends_the_run_at_its_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
