@@ -57,7 +57,7 @@ def credit(
     credits = [beta * (new - old) for new, old in zip(policy, reference, strict=True)]
     ends = [place + 1 for place, target in enumerate(encoded.targets) if not math.isnan(target)]
     steps = [credits[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    texts = [tokenizer.decode([token]) for token in encoded.tokens[encoded.response_start :]]
+    texts = tokenizer.pieces(encoded.tokens[encoded.response_start :])
     return Credit(texts, credits, [math.fsum(step) for step in steps], [min(step) for step in steps])
 
 

@@ -202,7 +202,7 @@ class SolverServer:
             sampling = asked.job.sampling  # at temperature 1 the two differ by the rows of ids that are not in use
             as_sampled = sampling.temperature == 1 and not sampling.truncates
             values = done.sampled_logprobs if as_sampled else done.logprobs
-            tokens = [self.tokenizer.decode([token], show_control=True) for token in done.tokens]
+            tokens = self.tokenizer.pieces(done.tokens, show_control=True)
             rows = [{"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
                     for token, logprob in zip(tokens, values, strict=True)]
             logprobs = {"content": rows} if asked.chat else {

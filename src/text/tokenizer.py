@@ -238,6 +238,17 @@ class Tokenizer:
                 pending.append(index)
         return text + self._decode_stretch(pending, start=start)
 
+    def pieces(self, ids: Sequence[int], *, show_control: bool = False) -> list[str]:
+        """What each id adds to the text: joined they are what decode() says, but for characters of several ids, for
+        which U+FFFD stands."""
+        found = []
+        for place in range(len(ids)):  # alone, an id would lose the space that a text's first one begins with
+            before, both = (self.decode(ids[max(0, place - 1) : end], show_control=show_control)
+                            for end in (place, place + 1))
+            added = both[len(before) :] if both.startswith(before) else ""
+            found.append(added or self.decode([ids[place]], show_control=show_control))
+        return found
+
     def _decode_stretch(self, ids: Sequence[int], *, start: bool) -> str:
         return self.vocabulary.decode(ids, start=start) if ids else ""
 

@@ -149,8 +149,7 @@ def readable_rows(buffer: PPOBuffer, scores: Scores, n: int, tokenizer: Tokenize
             "tokens": int(rollout.lengths[row]),
             "finished": bool(rollout.finished[row]),
             "learned": row in trainable,
-            "pieces": [tokenizer.decode([token], show_control=tokenizer.code)
-                       for token in tokens[row, spans[row]].tolist()],
+            "pieces": tokenizer.pieces(tokens[row, spans[row]].tolist(), show_control=tokenizer.code),
             "token_kl": rounded(kl, row),
             "advantages": rounded(buffer.advantages, row),
         }

@@ -101,6 +101,8 @@ def test_ids_streams_chats_and_many_at_once_say_the_same(solver: str, base_url: 
         assert choice["text"] == tokenizer.decode(choice["token_ids"])
         assert len(choice["logprobs"]["token_logprobs"]) == len(choice["token_ids"])
         assert choice["prompt_token_ids"] == [tokenizer.bos_id, *tokenizer.encode(asked["prompt"])]
+    greedy = answer(base_url, **asked | {"temperature": 0, "n": 1}, logprobs=1)["choices"][0]
+    assert " " in greedy["text"] and "".join(greedy["logprobs"]["tokens"]) == greedy["text"]
     # the same by token ids, whatever else decodes meanwhile, and as a stream
     by_ids = asked | {"prompt": found["choices"][0]["prompt_token_ids"]}
     with ThreadPoolExecutor(8) as threads:

@@ -36,6 +36,16 @@ def test_round_trip_and_no_special_tokens(tmp_path: Path) -> None:
         assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
 
 
+def test_pieces_joined_are_the_text(opened: dict[str, Tokenizer]) -> None:
+    for kind in KINDS:
+        ids = [index for text in ("1 + 22  = 3", " a\n\n#### 5") for index in opened[kind].encode(text)]
+        pieces = opened[kind].pieces(ids)
+        assert len(pieces) == len(ids) and "".join(pieces) == opened[kind].decode(ids), kind
+        shown = opened[kind].pieces([*ids, opened[kind].eos_id], show_control=True)
+        assert "".join(shown) == opened[kind].decode([*ids, opened[kind].eos_id], show_control=True), kind
+        assert {*"".join(opened[kind].pieces(opened[kind].encode("\u20ac")))} in ({"\u20ac"}, {"\ufffd"}), kind
+
+
 def test_ids_of_a_padded_vocabulary_vanish(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path)
     assert tokenizer.vocab_size < 64

@@ -77,7 +77,7 @@ def test_samples_can_be_read(tokenizer: Tokenizer) -> None:
     rollout = buffer().rollout._replace(batch=Batch(ids, MASK))
     found = buffer(rollout=rollout, trainable=torch.tensor([1]))
     first, second = monitor.readable_rows(found, SCORES, 2, tokenizer)
-    assert second["pieces"] == [tokenizer.decode([token]) for token in ids[1][MASK[1]].tolist()]
+    assert second["pieces"] == tokenizer.pieces(ids[1][MASK[1]].tolist())
     assert len(second["pieces"]) == 2 and second["token_kl"] == [0.5, 0.5] and second["advantages"] == [1.0, 1.0]
     assert (
         first | {"id": "0", "response": "a", "rewards": {"rule": 0.0}, "tokens": 1, "learned": False} == first
