@@ -111,7 +111,10 @@ class SolverServer:
         with self._lock:
             if name in self.models:
                 raise Refused(400, f"a model {name!r} is being served; unload it first, or choose another name")
-            self._put(name, self._load(path))
+            try:
+                self._put(name, self._load(path))
+            except OSError as problem:  # not of the caller's connection
+                raise Refused(400, f"{path}: {problem.strerror}") from None
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def unload_adapter(self, body: Mapping[str, object]) -> str:
@@ -221,6 +224,11 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 600.0  # seconds that a connection may idle
     solver: SolverServer
 
+    def handle(self) -> None:
+        """All requests of the connection, which may break off between two of them."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
     def do_GET(self) -> None:
         """The models, or that the server is well."""
         facts = {"object": "model", "created": 0, "owned_by": "splitrl", "root": self.solver.name}
@@ -240,9 +248,9 @@ class _Handler(BaseHTTPRequestHandler):
             "/v1/load_lora_adapter": self.solver.load_adapter, "/v1/unload_lora_adapter": self.solver.unload_adapter}
         try:
             length = self.headers.get("Content-Length", "")
-            if not length.isdecimal() or int(length) > LARGEST_REQUEST:
+            if not length.isdecimal() or len(length) > 9 or int(length) > LARGEST_REQUEST:
                 self.close_connection = True  # what follows is not read
-                raise Refused(413, f"Content-Length is {length!r}, expected at most {LARGEST_REQUEST}")
+                raise Refused(413, f"Content-Length is {length!r:.20}, expected at most {LARGEST_REQUEST}")
             body = jsonfile.parse(self.rfile.read(int(length)), "the request")
             if self.path not in paths:
                 raise Refused(404, f"no page {self.path}; there are {', '.join(paths)}")
@@ -267,13 +275,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _events(self, job: Job) -> Iterator[tuple[int, int | Completion]]:
         """What becomes of a job until all of it has ended. Raises OSError, and cancels it, once the caller has gone."""
-        left = len(job.requests)
+        left, caller = len(job.requests), select.poll()
+        caller.register(self.connection, select.POLLIN)
         try:
             while left:
                 try:
                     place, what = job.events.get(timeout=LOOK_SECONDS)
                 except Empty:
-                    if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                    # not select(), which takes no file number above 1023
+                    if caller.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
                         raise ConnectionAbortedError from None
                     continue
                 left -= isinstance(what, Completion)
@@ -362,7 +372,7 @@ def _messages(messages: list[object]) -> list[dict[str, str]]:
             raise Refused(400, f"a message is {message!r:.100}; expected a role and content alone")
         parts = message["content"]
         if isinstance(parts, list) and all(isinstance(part, dict) and part.keys() == {"type", "text"} and
-                                           isinstance(part["text"], str) for part in parts):
+                                           part["type"] == "text" and isinstance(part["text"], str) for part in parts):
             message = message | {"content": "".join(part["text"] for part in parts)}
         found.append(message)
     return found

@@ -124,6 +124,10 @@ def test_ids_streams_chats_and_many_at_once_say_the_same(solver: str, base_url: 
     shown = load.load_tokenizer(solver, solver_evaluate.SolverEvaluateConfig(chat_template="llama-2"))
     raw = answer(base_url, prompt=shown.encode_rendered(shown.chat.prompt(message)), max_tokens=9, temperature=0)
     assert chat["choices"][0]["message"]["content"] == raw["choices"][0]["text"]
+    parts = [{"role": "user", "content": [{"type": "text", "text": text} for text in ("An", "a?")]}]
+    assert answer(base_url, "/chat/completions", messages=parts, max_tokens=9, temperature=0)["usage"] == chat["usage"]
+    parts[0]["content"][0]["type"] = "image"
+    assert post(base_url, "/chat/completions", messages=parts)[0] == 400
     assert chat["usage"] == raw["usage"] and len(chat["choices"][0]["token_ids"]) == raw["usage"]["completion_tokens"]
 
 
@@ -188,6 +192,7 @@ def test_an_adapter_of_peft_answers_under_its_own_name(solver: str, base_url: st
     found = answer(base_url, model="tuned", **asked)["choices"][0]
     assert found["text"] == expected["text"] != answer(base_url, **asked)["choices"][0]["text"]
     assert found["logprobs"]["token_logprobs"] == pytest.approx(expected["logprobs"]["token_logprobs"], abs=1e-4)
-    assert post(base_url, "/load_lora_adapter", lora_name="t", lora_path=str(tmp_path))[0] == 400
+    for wrong in (str(tmp_path), "x" * 300):  # no adapter, and no name that a file can have
+        assert post(base_url, "/load_lora_adapter", lora_name="t", lora_path=wrong)[0] == 400
     assert post(base_url, "/unload_lora_adapter", lora_name="tuned")[0] == 200
     assert post(base_url, "/completions", model="tuned", prompt="1")[0] == 404
