@@ -119,8 +119,10 @@ def main(config: VerifierEvaluateConfig) -> None:
             runlog.table(steps_table(report))
         return
     arithmetic = f"{config.quantize}{verifier.dtype}".removesuffix("torch.float32")
-    asked = any((config.chat_template, config.template_args, config.system_prompt))  # else the checkpoint says it
-    form = hashlib.sha256(json.dumps(tokenizer.chat_facts()).encode()).hexdigest()[:8] if asked else ""
+    # what flags say and not the checkpoint
+    asked = any((config.tokenizer_file, config.chat_template, config.template_args, config.system_prompt))
+    facts = [tokenizer.form(), tokenizer.chat_facts()]
+    form = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8] if asked else ""
     identity = f"{storage.fingerprint(Path(config.ckpt_dir))[:12]}{arithmetic}{form}"
     scores = score_samples(verifier, tokenizer, samples, aggregation=config.aggregation,
                            max_batch_size=config.max_batch_size, path=folder / f"scores.{identity}.jsonl", log=log)

@@ -76,6 +76,7 @@ def open_solver(
                              quantize=quantize)
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)), "chat_template": tokenizer.chat_template,
+              "tokenizer": tokenizer.form() if config.tokenizer_file else None,  # else the checkpoint's own
               "template_args": tokenizer.template_args or None, "system_prompt": tokenizer.system_prompt or None,
               "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
     coding, code = None, code or CodeFlags()

@@ -79,7 +79,7 @@ class ServedSolver:
     @property
     def source(self) -> dict[str, object]:
         """What samples depend on apart from the sampling."""
-        tokenizer = self.tokenizer.fingerprint()[:16] if self.tokenizer else None
+        tokenizer = self.tokenizer.form() if self.tokenizer else None
         template = None if self.chat_template in ("", "none") else self.chat_template
         args = (self.tokenizer and self.tokenizer.template_args) or None
         return {"model_name": self.server.model_name, "chat_template": template, "template_args": args,

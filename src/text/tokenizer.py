@@ -160,6 +160,11 @@ class Tokenizer:
         digest.update(repr(self._identity).encode())
         return digest.hexdigest()
 
+    def form(self) -> str:
+        """A hash of all that makes prompts and ends answers: of the ids, the template's source and the ends."""
+        facts = self.fingerprint(), self.chat and self.chat.source, sorted(self.stop_ids)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         """Tokenize a plain text, without BOS and EOS. Raises UserError on text that is not valid Unicode.
 

@@ -22,7 +22,7 @@ from src.evaluation.report import results_table, summarize
 from src.grading.tasks import find_task
 from src.inference.sampling import Sampling
 from src.runlog import RunLog
-from tests.tiny import make_verifier, split, write_hf_llama
+from tests.tiny import ALPHABET, make_verifier, split, write_hf_llama, write_tokenizer
 
 LABELS = ["4", "7", "1"]
 ROWS = [
@@ -251,6 +251,16 @@ def test_samples_of_another_checkpoint_or_of_unknown_origin_are_refused(
     saving.begin_save(model, str(tmp_path / "changed"), run.ckpt_dir).complete()
     with pytest.raises(UserError, match="holds samples with checkpoint="):
         evaluate(run, label_file, tmp_path / "log", ckpt_dir=str(tmp_path / "changed"))
+    (tmp_path / "other").mkdir()
+    write_tokenizer(tmp_path / "other", ALPHABET + "zz")  # other ids for the same characters
+    flags = {"tokenizer_file": str(tmp_path / "other")}
+    with pytest.raises(UserError, match="holds samples with tokenizer=None, but this run has"):
+        evaluate(run, label_file, tmp_path / "log", **flags)
+    for more in ({}, flags, {}):  # nor are scores taken for those of other ids
+        verifier_evaluate.main(verifier_evaluate.VerifierEvaluateConfig(
+            ckpt_dir=run.verifier_dir, task="toy", samples_file=str(tmp_path / "log/samples.jsonl"),
+            label_file=label_file, log_dir=str(tmp_path / "scored"), **more))
+    assert len(list((tmp_path / "scored").glob("scores.*.jsonl"))) == 2
     # graded samples of somebody else do not take the place of ours, nor ours of theirs
     theirs = write_lines(tmp_path / "theirs.jsonl", [{"response": "#### 4"}])
     with pytest.raises(
