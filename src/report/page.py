@@ -103,7 +103,8 @@ def read_run(folder: Path, prompts: Sequence[Prompt] = ()) -> ReportedRun:
             "reward": row["reward"],
             "first_wrong": first_wrong([StepLabels(row["instruction"], row["steps"], row["labels"])])[0],
         } for row in list(_rows(credits_file))[:MOST_CREDITS]] if credits_file.is_file() else []}
-    return ReportedRun(shown, problems, results.get("rules", {}).get("extraction", ""), _places(folder, prompts))
+    places = _places(folder, prompts) if problems else {}  # the label file of a training run has other rows
+    return ReportedRun(shown, problems, results.get("rules", {}).get("extraction", ""), places)
 
 
 def _rows(path: Path) -> Iterator[dict[str, object]]:

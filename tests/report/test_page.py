@@ -171,6 +171,13 @@ def test_a_large_evaluation_leaves_problems_out_evenly(evaluations: tuple[Path, 
     assert kept[0] == 0 and kept[-1] == 899 and max(gaps) - min(gaps) <= 1
 
 
+def test_a_training_run_has_no_problems(rl_run: Path) -> None:
+    labels = rl_run / "labels.json"
+    labels.write_text(json.dumps([{"messages": [{"role": "user", "content": "a"}]}]), encoding="utf-8")
+    (rl_run / "run.json").write_text(json.dumps({"flags": {"label_file": str(labels)}}), encoding="utf-8")
+    assert page_data(write_report(rl_run))["problems"] == []
+
+
 def test_runs_that_cannot_be_shown_are_refused(evaluations: tuple[Path, Path], rl_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds neither results.json nor metrics.jsonl"):
         write_report(tmp_path)
