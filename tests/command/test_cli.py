@@ -333,3 +333,10 @@ def test_help_lists_the_commands_and_then_the_flags_of_one(capsys: pytest.Captur
         out = capsys.readouterr().out
         assert stop.value.code == 0
         assert all(text in out for text in shown) and hidden not in out
+
+
+def test_what_is_typed_in_another_encoding_is_no_traceback() -> None:
+    script = "from src import runlog; runlog.cli.guarded(lambda: runlog.say(repr(runlog.ask(''))))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, input=b"caf\xe9\n", capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, timeout=60)
+    assert done.stdout.decode() == repr("caf\ufffd"), done.stderr.decode()
