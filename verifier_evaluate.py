@@ -68,6 +68,10 @@ class VerifierEvaluateConfig(ModelFlags, TokenizerFlags, ContextFlags):
         complete = not self.samples_file or (self.task and self.label_file)
         if bool(self.steps_file) == bool(self.samples_file) or not complete:
             raise UserError("give either --samples_file with --task and --label_file, or --steps_file")
+        if self.steps_file:
+            self.refuse(("split", "aggregation"), "each step of each row of --steps_file is judged")
+        else:
+            self.refuse(("threshold_file",), "its threshold is for the steps of --steps_file")
 
 
 def main(config: VerifierEvaluateConfig) -> None:

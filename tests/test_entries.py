@@ -624,6 +624,8 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("verifier_train", {"weights": "0"}, r"--weights is \[0.0\], expected more than 0 each"),
     ("verifier_evaluate", {"samples_file": None}, "give either --samples_file with --task and --label_file"),
     ("verifier_evaluate", {"samples_file": None, "steps_file": "steps.json"}, "is a pairwise verifier"),
+    ("verifier_evaluate", {"samples_file": None, "steps_file": "steps.json", "split": "a"}, "--split has no effect"),
+    ("verifier_evaluate", {"threshold_file": "steps.json"}, "--threshold_file has no effect"),
     ("verifier_evaluate", {"ckpt_dir": "one"}, r"is a solver \(no value head\)"),
     (
         "data_build select",
