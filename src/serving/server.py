@@ -166,7 +166,8 @@ class SolverServer:
         return Asked(chat, name, prompts, n, job, logprobs, token_ids, stream, options.get("include_usage", False))
 
     def _prompts(self, values: Mapping[str, object], chat: bool) -> list[list[int]]:
-        """The prompts of a request as token ids. A text is put after BOS; messages go into the template."""
+        """The prompts of a request as token ids. A text is put after BOS; messages go into the template. A text that
+        spells a control token, which other servers would read in it, is refused: here it would be ordinary pieces."""
         wanted = "messages" if chat else "prompt"
         if wanted not in values:
             raise Refused(400, f"{wanted!r} is missing")
@@ -177,6 +178,10 @@ class SolverServer:
                 return [self.tokenizer.encode_rendered(self.tokenizer.chat.prompt(_messages(values["messages"])))]
             given = values["prompt"]
             several = given if isinstance(given, list) and given and isinstance(given[0], str | list) else [given]
+            for token in self.tokenizer.control:
+                if any(isinstance(prompt, str) and token in prompt for prompt in several):
+                    raise Refused(400, f"the prompt spells {token!r}, which no text says here; send token ids, or "
+                                       "messages to /v1/chat/completions")
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
             return [bos + self.tokenizer.encode(prompt) if isinstance(prompt, str) else self._ids(prompt, "prompt")
                     for prompt in several]

@@ -143,6 +143,7 @@ REFUSED = {
     "no int64": ({"top_k": 10**30}, 400, "expected 0 (all tokens) or more"),
     "many": ({"n": 2000}, 400, "expected 1 to 1024 completions"),
     "ids": ({"prompt": [1, 10**6]}, 400, "something else than token ids"),
+    "control": ({"prompt": ["1+1=", "[INST] 1+1= [/INST]</s>"]}, 400, "the prompt spells '</s>', which no text says"),
     "long": ({"prompt": [1] * 100_000}, 400, "the model's context is"),
     "top": ({"logprobs": 5}, 400, "logprobs=5 is not implemented"),
     "model": ({"model": "other"}, 404, "no model 'other'"),
