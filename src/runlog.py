@@ -243,13 +243,14 @@ def draw(folder: Path) -> Path:
     return picture
 
 
-def _hashes(flags: Mapping[str, object]) -> dict[str, str]:
+def _hashes(flags: Mapping[str, object]) -> dict[str, list[str]]:
     """SHA-256 of the files that a run reads, by flag: a later change of theirs shows."""
-    hashes = {}
+    hashes: dict[str, list[str]] = {}
     for name, value in flags.items():
-        if name.endswith("_file") and name != "save_file" and isinstance(value, str) and Path(value).is_file():
-            with Path(value).open("rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        for path in value if isinstance(value, list) else [value]:
+            if name.endswith("_file") and name != "save_file" and isinstance(path, str) and Path(path).is_file():
+                with Path(path).open("rb") as file:
+                    hashes.setdefault(name, []).append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes
 
 
