@@ -123,10 +123,9 @@ def main(config: VerifierEvaluateConfig) -> None:
             runlog.table(steps_table(report))
         return
     arithmetic = f"{config.quantize}{verifier.dtype}".removesuffix("torch.float32")
-    # what flags say and not the checkpoint
-    asked = any((config.tokenizer_file, config.chat_template, config.template_args, config.system_prompt))
-    facts = [tokenizer.form(), tokenizer.chat_facts()]
-    form = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8] if asked else ""
+    facts = [*(getattr(model_config, name) for name in ("objective", "step", "verifier_form")), tokenizer.form(),
+             tokenizer.chat_facts()]
+    form = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     identity = f"{storage.fingerprint(Path(config.ckpt_dir))[:12]}{arithmetic}{form}"
     scores = score_samples(verifier, tokenizer, samples, aggregation=config.aggregation,
                            max_batch_size=config.max_batch_size, path=folder / f"scores.{identity}.jsonl", log=log)

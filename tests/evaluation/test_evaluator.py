@@ -1,6 +1,7 @@
 """src/evaluation/evaluator.py: every problem counts, votes by hand, reruns that continue, samples of another run."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -256,11 +257,15 @@ def test_samples_of_another_checkpoint_or_of_unknown_origin_are_refused(
     flags = {"tokenizer_file": str(tmp_path / "other")}
     with pytest.raises(UserError, match="holds samples with tokenizer=None, but this run has"):
         evaluate(run, label_file, tmp_path / "log", **flags)
-    for more in ({}, flags, {}):  # nor are scores taken for those of other ids
+    shutil.copytree(run.verifier_dir, tmp_path / "process")
+    params = tmp_path / "process/params.json"
+    params.write_text(json.dumps(json.loads(params.read_text()) | {"objective": "process"}))
+    # nor are scores taken for those of other ids, or of another kind
+    for more in ({}, flags, {"ckpt_dir": str(tmp_path / "process")}, {}):
         verifier_evaluate.main(verifier_evaluate.VerifierEvaluateConfig(
-            ckpt_dir=run.verifier_dir, task="toy", samples_file=str(tmp_path / "log/samples.jsonl"),
-            label_file=label_file, log_dir=str(tmp_path / "scored"), **more))
-    assert len(list((tmp_path / "scored").glob("scores.*.jsonl"))) == 2
+            **{"ckpt_dir": run.verifier_dir, "task": "toy", "samples_file": str(tmp_path / "log/samples.jsonl"),
+               "label_file": label_file, "log_dir": str(tmp_path / "scored")} | more))
+    assert len(list((tmp_path / "scored").glob("scores.*.jsonl"))) == 3
     # graded samples of somebody else do not take the place of ours, nor ours of theirs
     theirs = write_lines(tmp_path / "theirs.jsonl", [{"response": "#### 4"}])
     with pytest.raises(
