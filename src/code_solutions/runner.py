@@ -12,6 +12,7 @@ nobody. The total memory of a run is sampled, that of each of its processes is a
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -101,15 +102,16 @@ def replays(
 ) -> bool:
     """Whether every block shows its stored output again; if not, the state after the last one cannot be rebuilt.
 
-    A block whose process had to be killed has lost its state, so later blocks run as if it had not been; one that ended
-    in an error has done what it did before the error. Raises what run raises.
+    A block whose process was killed for its time or memory has lost its state, so later blocks run as if it had not
+    been; one that ended in an error has done what it did before the error, and one that printed too much does all.
+    Raises what run raises.
     """
     done: list[str] = []
     for block, output in zip(blocks, outputs, strict=True):
         execution = run([*done, block], limits, isolation)
         if execution.output != output:
             return False
-        if execution.status in ("ok", "error"):
+        if execution.status in ("ok", "error", "output_limit"):
             done.append(block)
     return True
 
@@ -137,8 +139,8 @@ def converse(arguments: list[str], job: dict[str, object], seconds: float) -> Ex
 
 def readable(output: bytes) -> str:
     """Output as text that is safe in a log, a JSON file and a prompt: U+FFFD for what is no UTF-8 and for control
-    characters other than newline and tab."""
-    text = output.decode(errors="replace").replace("\r\n", "\n")
+    characters other than newline and tab. Addresses, which differ from run to run, are 0 in it."""
+    text = re.sub(r" at 0x[0-9a-f]+>", " at 0x0>", output.decode(errors="replace").replace("\r\n", "\n"))
     return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 

@@ -143,8 +143,25 @@ def test_scdpo_14_a_solution_that_cannot_be_replayed_is_found() -> None:
     outputs = [run(blocks[: end + 1]).output for end in range(3)]
     assert replays(blocks, outputs)
     assert not replays(blocks, [*outputs[:2], "2\n"])
-    blocks[1] = "print(random.random())"
+    blocks[1] = "import time\nprint(time.time())"
     assert not replays(blocks, [outputs[0], run(blocks[:2]).output, outputs[2]])
+
+
+@pytest.mark.parametrize("draw", [
+    "import random\nx = random.random(), random.SystemRandom().random()",
+    "import numpy as np\nx = np.random.rand(), np.random.default_rng().random()",
+    "import secrets, uuid\nx = secrets.randbelow(10**9), uuid.uuid4()",
+    "x = map(abs, [1]), lambda: 1, (n for n in ())",
+])
+def test_a_later_block_sees_what_an_earlier_one_has_shown(draw: str, isolation: str | None) -> None:
+    shown = run([f"{draw}\nx"], isolation=isolation)
+    assert shown == run([draw, "x"], isolation=isolation) and shown.status == "ok"
+
+
+def test_a_block_that_printed_too_much_is_there_for_the_next() -> None:
+    limits, blocks = Limits(output_bytes=100), ["x = 7\nprint('y' * 200)", "x"]
+    outputs = [run(blocks[: end + 1], limits).output for end in range(2)]
+    assert outputs == ["y" * 100, "7\n"] and replays(blocks, outputs, limits)
 
 
 def test_runs_do_not_meet() -> None:
