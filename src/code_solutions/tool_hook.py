@@ -7,7 +7,6 @@ code blocks before it, whether they were sampled or given with the beginning of 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import groupby
 from typing import NamedTuple
 
 from src import parallel
@@ -16,7 +15,7 @@ from src.code_solutions.runner import Limits, SandboxError
 from src.inference.engine import Completion, Request, ToolAnswer, ToolHook
 from src.inference.sampling import Sampling
 from src.processes import watchdog
-from src.text.blocks import ANY_MARKER, Marker, Piece, SolutionBlock, ended_blocks, split_text
+from src.text.blocks import Marker, Piece, SolutionBlock, ended_blocks, split_text, text_form
 from src.text.tokenizer import Tokenizer
 
 PASSED = ("ok", "output_limit")
@@ -124,17 +123,11 @@ class Coding(NamedTuple):
 
     def blocks(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[SolutionBlock]:
         """The ended blocks of the answer that a prompt may begin and these tokens go on with."""
-        markers = {self.tokenizer.control[marker]: marker for marker in Marker}
         ids = [*prompt, *tokens]
         start = len(ids) - ids[::-1].index(self.tokenizer.control[Marker.ASSISTANT])
-        parts: list[Piece] = []
-        for is_marker, group in groupby(ids[start:], markers.__contains__):
-            stretch = list(group)
-            parts += [markers[index] for index in stretch] if is_marker else [self.tokenizer.decode(stretch)]
-        return ended_blocks(parts)
+        return ended_blocks(self.tokenizer.decode_pieces(ids[start:]))
 
 
 def _execution(output: str) -> list[Piece]:
     """The block that shows an output, markers in it broken: the text form of a solution must not mistake them."""
-    harmless = ANY_MARKER.sub(lambda found: f"<| {found[0][2:]}", output)
-    return [Marker.EXECUTION, harmless, Marker.END_OF_BLOCK]
+    return [Marker.EXECUTION, text_form([output]), Marker.END_OF_BLOCK]

@@ -20,6 +20,7 @@ from src.models.cache import PREFILL_TOKENS, Layers, PromptCache, n_positions, s
 from src.models.decoder import Decoder
 from src.models.linear import prepared
 from src.models.quantize import packed
+from src.text.blocks import text_form
 from src.text.tokenizer import Tokenizer
 
 
@@ -91,8 +92,8 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """The vocabulary of a model that speaks this tokenizer's ids."""
 
     def decode_blocks(ids: list[int]) -> str:
-        """A solution with code in its text form, its markers of blocks shown, but for what ends it."""
-        return tokenizer.decode([index for index in ids if index not in tokenizer.stop_ids], show_control=True)
+        """A solution with code in its text form, but for what ends it."""
+        return text_form(tokenizer.decode_pieces(index for index in ids if index not in tokenizer.stop_ids))
 
     decode = decode_blocks if tokenizer.code else tokenizer.decode
     return Vocabulary(tuple(sorted(tokenizer.stop_ids)), tokenizer.vocab_size, decode)

@@ -127,6 +127,12 @@ def split_text(text: str) -> list[Piece]:
     return [part for part in parts if part]
 
 
+def text_form(parts: Iterable[Piece]) -> str:
+    """Join pieces to the text form. What spells a marker in a content is broken, for split_text() would mistake it."""
+    return "".join(part if isinstance(part, Marker) else ANY_MARKER.sub(lambda found: f"<| {found[0][2:]}", part)
+                   for part in parts)
+
+
 def ended_blocks(parts: Iterable[Piece]) -> list[SolutionBlock]:
     """Collect the ended blocks of an answer, whatever lies between them; kind "" is one that no marker began."""
     found, kind, content = [], "", ""

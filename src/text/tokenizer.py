@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from src.errors import UserError
@@ -189,6 +190,15 @@ class Tokenizer:
         False: the first piece goes on in the middle of a content."""
         return [[self.control[part]] if isinstance(part, Marker) else self.encode(part, start=start or place > 0)
                 for place, part in enumerate(parts)]
+
+    def decode_pieces(self, ids: Iterable[int]) -> list[Piece]:
+        """The pieces that encode_pieces() has made ids of, empty ones left out."""
+        markers = {self.control[marker]: marker for marker in Marker}
+        parts: list[Piece] = []
+        for is_marker, group in groupby(ids, markers.__contains__):
+            stretch = list(group)
+            parts += [markers[index] for index in stretch] if is_marker else [self.decode(stretch)]
+        return parts
 
     def encode_rendered(self, text: str, *, start: bool = True) -> list[int]:
         """Ids of a chat template's text: control tokens are read as such, except where MARK breaks them.

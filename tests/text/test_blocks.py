@@ -13,6 +13,7 @@ from src.text.blocks import (
     message_pieces,
     prompt_pieces,
     split_text,
+    text_form,
 )
 
 TEXT = (
@@ -48,6 +49,12 @@ def test_scdpo_01_messages_to_text_to_pieces() -> None:
     assert "".join(parts) == TEXT
     assert split_text(TEXT) == [part for part in parts if part]
     assert [type(part) for part in split_text(TEXT)[:3]] == [Marker, Marker, Marker]
+
+
+def test_a_content_that_spells_a_marker_is_told_from_one_in_the_text_form() -> None:
+    parts = [Marker.CODE, "print('<|text|>')", Marker.END_OF_BLOCK]
+    assert split_text(text_form(parts)) == [Marker.CODE, "print('<| text|>')", Marker.END_OF_BLOCK]
+    assert text_form(split_text(TEXT)) == TEXT
 
 
 @pytest.mark.parametrize(

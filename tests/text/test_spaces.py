@@ -11,6 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from src.data.encoding import encode_conversation, encode_prompt, encode_response, encode_steps
 from src.errors import UserError
+from src.inference.engine import vocabulary_of
+from src.text.blocks import CODE_FORM, Marker
+from src.text.extend import add_control_tokens
 from src.text.tokenizer import Tokenizer
 from tests.text.files import (
     CONTROL,
@@ -60,6 +63,17 @@ def write_spaced(folder: Path, kind: str, **config: object) -> Tokenizer:
 
 def theirs(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "byte level"])  # of which a text keeps the space
+def test_a_solution_with_code_reads_as_it_was_written(tmp_path: Path, kind: str) -> None:
+    write_spaced(tmp_path, kind)
+    add_control_tokens(tmp_path, list(Marker), tmp_path)
+    tokenizer = Tokenizer(tmp_path, CODE_FORM)
+    parts = [Marker.CODE, "So = 1", Marker.END_OF_BLOCK, Marker.EXECUTION, "1\n", Marker.END_OF_BLOCK]
+    ids = [index for piece in tokenizer.encode_pieces(parts) for index in piece]
+    assert tokenizer.decode_pieces(ids) == parts
+    assert vocabulary_of(tokenizer).decode(ids) == "".join(parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
