@@ -97,7 +97,9 @@ class Worker:
                         return reply
                 continue
             left = max(0.0, deadline - time.monotonic())
-            if not select.select([self.process.stdout], [], [], left)[0]:
+            poll = select.poll()  # select() knows no descriptor from 1024 on
+            poll.register(self.process.stdout, select.POLLIN)
+            if not poll.poll(1000 * left):
                 self._start()
                 raise TimeoutError(f"no reply within {seconds:g} s")
             chunk = os.read(self.process.stdout.fileno(), 65536)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import signal
 import time
 
@@ -52,6 +53,18 @@ def test_a_worker_outlives_its_processes() -> None:
     del worker
     gc.collect()
     assert last.poll() == -signal.SIGKILL
+
+
+def test_a_process_with_a_thousand_open_files_is_answered_too() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2048, hard)), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        assert Worker("tests.processes.test_worker").ask({"do": "a"}, 30.0)["said"] == "a"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for number in opened:
+            os.close(number)
 
 
 @pytest.mark.parametrize("arguments, message", [(("x",), "expected no arguments"), (("die",), "status 3")])
