@@ -87,7 +87,8 @@ class DemonstrationsConfig(WeakSamplesConfig):
     shots: Count = flag(4, "how many")
     prompt_template: str = flag("Question: {instruction}\\nAnswer:", """how the strong model is shown a problem,
         with {instruction} where it goes and \\n for a new line""")
-    stop: list[str] = flag(["Question:"], "texts that end its response: a base model goes on with the next problem")
+    stop: list[str] = flag(["Question:"], """texts that end its response, \\n for a new line: a base model goes on with
+        the next problem""")
     seed: Seed = flag(1, "seed of the choice")
 
 
@@ -104,7 +105,8 @@ def demonstrations(config: DemonstrationsConfig) -> None:
     rows = [instruction_row(sample) for sample in random.Random(config.seed).sample(answered, config.shots)]
     runlog.logger().info("demonstrations: problems %s", ", ".join(str(row["id"]) for row in rows))
     if not config.dry_run:
-        values = {"prompt": template, "stop": config.stop, "demonstrations": rows}
+        stop = [text.replace("\\n", "\n") for text in config.stop]
+        values = {"prompt": template, "stop": stop, "demonstrations": rows}
         write_text(config.save_file, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
         write_provenance(config.save_file, provenance)
 

@@ -205,8 +205,9 @@ def test_w2s_09_demonstrations_are_the_weak_model_s_own_by_id(tmp_path: Path) ->
     prompt = make_prompting(find_task("GSM8K-weak-to-strong"), str(demo_file)).text("1+1?")
     shots = "".join(f"Question: {row['instruction']}\nAnswer: {row['output']}\n\n" for row in rows)
     assert prompt == shots + "Question: 1+1?\nAnswer:"
-    build.demonstrations(weak, str(demo_file), shots=1, seed=3)
+    build.demonstrations(weak, str(demo_file), shots=1, seed=3, stop=["\\n\\n", "Question:"])
     (shown,) = load(demo_file)["demonstrations"]
+    assert load(demo_file)["stop"] == ["\n\n", "Question:"]
     build.weak_icl(weak, icl, str(tmp_path / "out"), demonstrations_file=str(demo_file))
     kept = {row["id"] for row in load(tmp_path / "out/weak.json")}
     assert kept == {"0", "4", "5"} - {shown["id"]}
