@@ -312,11 +312,11 @@ def read_samples(path: str) -> list[Sample]:
         if not isinstance(number, int | float) or number % 1:
             raise UserError(f"{row.where}: 'sample' is {number!r}; expected a whole number")
         _check_sample(row)
+        texts = ("finish", "answer", "answer_type", "label")
         sample = Sample(
             id=row.optional_text("id") or str(index), sample=int(number), response=row.text("response"),
             prompt=row.text("prompt") if row.get("prompt") is not None else "", outcome=row.optional_text("outcome"),
-            values={key: row.get(key) for key in row.values} | (
-                {} if row.get("label") is None else {"label": row.optional_text("label")}))
+            values={key: row.optional_text(key) if key in texts else row.get(key) for key in row.values})
         if (sample.id, sample.sample) in seen:
             raise UserError(f"{row.where}: id {sample.id!r}, sample {sample.sample} stands twice")
         seen.add((sample.id, sample.sample))
@@ -336,10 +336,8 @@ def _check_sample(row: Row) -> None:
         raise UserError(f"{row.where}: 'step_scores' is a {type(steps).__name__}; expected a list of numbers")
     for key, value in numbers.items():
         if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float) or abs(value) >= 1e300):
+                isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300):
             raise UserError(f"{row.where}: {key!r} is {value!r:.60}; expected a number below 1e300")
-    for key in ("finish", "answer", "answer_type"):
-        row.optional_text(key)
 
 
 def match_samples(samples: Sequence[Sample], prompts: Sequence[Prompt], source: str) -> list[Sample]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from src.construct.weak_to_strong import answer_of
 from src.data.examples import (
     Instruction,
     Pair,
@@ -137,6 +138,8 @@ def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
             "line 2: id '0', sample 0 stands twice",
         ),
         (read_samples, '{"id": "0"}', "line 1: key 'response' is missing; found id"),
+        (read_samples, '{"response": "a", "score": Infinity}', "line 1: 'score' is inf; expected a number"),
+        (read_samples, '{"response": "a", "step_scores": [1, NaN]}', "line 1: 'step_scores[1]' is nan; expected a num"),
     ],
 )
 def test_mistake(file: Callable[[str], str], read: Reader, text: str, message: str) -> None:
@@ -177,6 +180,13 @@ def test_nan_and_null_in_a_sample_say_nothing(file: Callable[[str], str]) -> Non
     rows = read_samples(file('{"id": "x", "response": "a", "score": NaN, "finish": null}\n'
                              '{"id": "y", "response": "a", "finish": "length"}'))
     assert rows[0].values["score"] is None and [row.finished for row in rows] == [True, False]
+
+
+def test_numbers_stand_for_texts_in_a_sample(file: Callable[[str], str]) -> None:
+    """pandas.read_json makes numbers of texts that look like them."""
+    (sample,) = read_samples(file('{"id": 1, "response": "a", "answer": 5.0, "label": 12, "outcome": "right"}'))
+    assert (sample.id, sample.values["answer"], sample.values["label"]) == ("1", "5", "12")
+    assert answer_of(sample) == "5"
 
 
 @pytest.mark.parametrize("text", ['{"id": "z", "response": "a"}', '{"response": "a"}\n' * 3])
