@@ -241,8 +241,10 @@ def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], response: str, step_e
     decode = vocabulary_of(tokenizer).decode
     for step in steps[:-1]:
         characters = response.index(step, characters) + len(step) + len(step_end)
-        # the first token with which the decoded text is at least so long: tokens may straddle the end of a step
-        ends.append(bisect_left(range(1, len(tokens) + 1), characters, key=lambda n: len(decode(tokens[:n]))))
+        # the first token with which the decoded text is at least so long: tokens may straddle the end of a step, and of
+        # a character, whose first bytes would count as one each
+        ends.append(bisect_left(range(1, len(tokens) + 1), characters,
+                                key=lambda n: len(decode(tokens[:n]).rstrip("\ufffd"))))
     return [*ends, len(tokens) - 1]
 
 

@@ -23,6 +23,7 @@ from src.training.ppo_config import RewardFlags
 from src.training.rollout import Rollout
 from tests.conftest import Folders
 from tests.ranks import run_ranks
+from tests.text.files import write_sentencepiece
 from tests.training.workers import ppo_config
 
 
@@ -148,7 +149,8 @@ def test_a_step_that_ends_in_what_code_printed_rewards_the_code(code_base: str, 
 
 @pytest.mark.parametrize("step_end", ["\n\n", "\n"])
 def test_steps_end_where_their_characters_do(tokenizer: Tokenizer, step_end: str) -> None:
-    for text in (*TEXTS, "a\n\n\n\nb\n\n", "a\n\n\nb", "\n\na", "a\n\na\n\na", "a\nb\n\na\na\n", "\na\nb"):
+    texts = (*TEXTS, "a\n\n\n\nb\n\n", "a\n\n\nb", "\n\na", "a\n\na\n\na", "a\nb\n\na\na\n", "\na\nb")
+    for text in texts:
         tokens = [*tokenizer.encode(text), tokenizer.eos_id]
         ends, steps = rewards.step_ends(tokenizer, tokens, text, step_end), split_steps(text, step_end)
         assert len(ends) == len(steps) and ends == sorted(ends)
@@ -268,3 +270,11 @@ def test_equal_responses_earn_the_same_bits_beside_any_others(
         alone, _ = rewards.verifier_reward(verifier, tokenizer, RewardFlags(), 1, None, one)
         assert_close(found[row], alone[0], rtol=1e-5, atol=1e-5)
     assert not torch.equal(found[0], found[4])
+
+
+def test_a_step_ends_behind_a_character_of_several_tokens(tmp_path: Path) -> None:
+    write_sentencepiece(tmp_path)
+    tokenizer, text = Tokenizer(tmp_path), "a\U0001f642\n\nb"
+    tokens = tokenizer.encode(text)
+    first, _ = rewards.step_ends(tokenizer, tokens, text, "\n\n")
+    assert tokenizer.decode(tokens[: first + 1]) == "a\U0001f642\n\n"
