@@ -54,7 +54,7 @@ class VerifierTrainConfig(TrainConfig, HeldOutFlags):
         """Raise UserError for a flag of another objective."""
         super().__post_init__()
         of_pairs, of_labels = ("score", "margin", "centring"), ("label_tokens", "balance", "step")
-        others = of_labels if self.objective == "pairwise" else of_pairs
+        others = {"pairwise": of_labels, "outcome": of_pairs, "process": (*of_pairs, "label_tokens")}[self.objective]
         self.refuse(others, f"--objective {self.objective} knows no such thing")
 
 

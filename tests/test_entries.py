@@ -584,11 +584,11 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("solver_train", {"seed": 10**30}, "--seed is 10+, expected a whole number of 64 bits"),
     ("ppo_train", {"max_buffer_size": 0}, "--max_buffer_size is 0, expected 1 or more"),
     ("ppo_train", {"max_steps": 0}, "--max_steps is 0, expected 1 or more, or -1"),
-    ("ppo_train", {"critic_warmup": 2}, "--critic_warmup is 2, but there are only 1 buffers"),
+    ("ppo_train", {"critic_warmup": 2}, "--critic_warmup 2 is more than the 1 buffers"),
     (
         "ppo_train",
         {"share_base": "true"},
-        "--share_base shares frozen weights below adapters; give --lora_rank",
+        "--share_base is of weights below adapters; give --lora_rank",
     ),
     (
         "ppo_train",
@@ -960,7 +960,7 @@ def test_verifiers_of_outcomes_and_steps_from_samples_to_scores(
         packing=True,
         epochs=2,
         lr=1e-3,
-        label_tokens="last",
+        label_tokens="last" if objective == "outcome" else "all",
         balance=True,
     )
     config = load.load_config("trained")

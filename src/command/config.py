@@ -152,8 +152,10 @@ class OptimizerFlags(SeedFlags, ContextFlags):
         the start, faster steps from then on, which round a little differently""")
 
     def __post_init__(self) -> None:
-        """Raise UserError for shared batches compiled."""
+        """Raise UserError for shared batches compiled, and for the end of a rate that does not fall."""
         super().__post_init__()
+        if self.schedule == "constant":
+            self.refuse(("min_lr_ratio",), "--schedule constant keeps the rate at its peak")
         if self.compile and self.context_parallel_size > 1:
             raise UserError("--compile has not been tried with --context_parallel_size; leave one of them out")
 
@@ -258,6 +260,12 @@ class HeldOutFlags(Config):
     label_file: str = flag("", "held-out rows in the same form; default: a share of the training rows")
     held_out: Share = flag(0.1, """share of the problems, the last ones, kept for evaluation when there is no
         label_file""")
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a share of what is given whole."""
+        super().__post_init__()
+        if self.label_file:
+            self.refuse(("held_out",), "--label_file has all held-out rows")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -262,8 +262,7 @@ class PPOConfig(
         if not self.has_critic:
             return 0
         if self.critic_warmup > n_iterations:
-            raise UserError(
-                f"--critic_warmup is {self.critic_warmup}, but there are only {n_iterations} buffers; lower it")
+            raise UserError(f"--critic_warmup {self.critic_warmup} is more than the {n_iterations} buffers; lower it")
         return min(10, n_iterations // 10) if self.critic_warmup < 0 else self.critic_warmup
 
     @property
@@ -307,11 +306,16 @@ class PPOConfig(
 
     def _without_effect(self) -> list[tuple[object, Collection[str], str]]:
         """Flags of which nothing would come if the first of three is true, and why."""
+        apart = self.lora_rank == -1 or "verifier" in self.reward or self.teacher_ckpt_dir or self.reference_refresh > 0
         return [
             (not self.has_critic, ("gae_lambda", "critic_lambda", "value_clip", "critic_lr", "critic_warmup"),
              f"--advantage {self.advantage} has no critic"),
             (self.advantage not in ("gae", "reinforce++"), ("gamma",),
              f"--advantage {self.advantage} gives all tokens of a response the same, undiscounted"),
+            (self.advantage not in ("gae", "reinforce++", "gdpo"), ("whiten_advantages",),
+             f"--advantage {self.advantage} compares within groups alone"),
+            (not apart, ("quantize",), "no frozen model is held apart from the actor"),
+            (not self.base_url, ("api_key_env", "server_seconds"), "there is no --base_url"),
             ("verifier" not in self.reward,
              ("reward_model_ckpt_dir", "outcome_reward", "step_reward", "step_bonus", "step", "reward_clip"),
              f"--reward {' '.join(self.reward)} asks no verifier"),
@@ -360,8 +364,7 @@ class PPOConfig(
         return [
             (not names or len(set(names)) < len(names),
              f"--reward is {' '.join(names) or 'empty'}; expected one or more, each named once"),
-            (twice, f"--reward {' '.join(twice)}: the log has another {short_name((twice or [''])[-1])!r}; rename the "
-                    f"function"),
+            (twice, f"--reward {' '.join(twice)}: the log has another {short_name((twice or [''])[-1])!r}; rename it"),
             (self.reward_weights and len(self.reward_weights) != len(names),
              f"--reward_weights has {len(self.reward_weights)} numbers for {len(names)} rewards; give one for each"),
             ("verifier" in names and not self.reward_model_ckpt_dir,
@@ -371,8 +374,7 @@ class PPOConfig(
         """The same of the directories, and of what cannot share a base."""
         asked = "needs" if self.has_critic else "has no critic; leave out"
         served = self.rollout_backend == "openai"
-        alone = [name for name, off in (("phases", False), ("quantize", ""), ("reference_refresh", -1))
-                 if getattr(self, name) != off]
+        alone = self.changed(("phases", "quantize", "reference_refresh"))
         return [
             (served != bool(self.base_url), "--rollout_backend openai and --base_url go together: give both or none"),
             (served and self.lora_rank == -1,
@@ -388,8 +390,7 @@ class PPOConfig(
              "--actor_save_dir and --critic_save_dir are the same directory; one would overwrite the other"),
             (self.teacher_ckpt_dir and self.filter_groups,
              "--filter_groups drops responses that --teacher_ckpt_dir teaches on; leave one of them out"),
-            (self.share_base and self.lora_rank == -1,
-             "--share_base shares frozen weights below adapters; give --lora_rank"),
+            (self.share_base and self.lora_rank == -1, "--share_base is of weights below adapters; give --lora_rank"),
             (self.share_base and alone,
              f"--share_base holds one base in float32 for the whole run; leave out --{''.join(alone[:1])}")]
 

@@ -84,6 +84,8 @@ def read_inputs(config: PPOConfig) -> Inputs:
     if "code" in config.reward and not tokenizer.code:
         raise UserError(f"--reward code looks at runs of code, but {config.actor_ckpt_dir} answers in text alone; "
                         "leave it out, or train a solver with --chat_template code")
+    if not tokenizer.code:
+        config.refuse(("isolation", "code_seconds", "max_rounds"), f"{config.actor_ckpt_dir} answers in text alone")
     coding = Coding(tokenizer, config.max_rounds, config.isolation or None, block_limits(config.code_seconds)
                     ) if tokenizer.code else None
     judge = config.reward_model_ckpt_dir

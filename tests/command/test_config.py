@@ -68,6 +68,7 @@ WITHOUT_EFFECT = [
     (solver_train, ["--lora_rank=-1", "--dora"], "--lora_rank -1 trains all weights, without adapters"),
     (verifier_train, ["--margin=1"], "--objective outcome knows no such thing"),
     (verifier_train, ["--objective=pairwise", "--label_tokens=last"], "--objective pairwise knows no such thing"),
+    (verifier_train, ["--objective=process", "--label_tokens=last"], "--objective process knows no such thing"),
     (verifier_train, ["--objective=pairwise", "--balance"], "--objective pairwise knows no such thing"),
     (ppo_train, ["--gae_lambda=0.9"], "--advantage grpo has no critic"),
     (ppo_train, ["--gamma=0.99"], "--advantage grpo gives all tokens of a response the same"),
@@ -79,6 +80,12 @@ WITHOUT_EFFECT = [
     (ppo_train, ["--eval_samples=4"], "there is no --eval_file"),
     (ppo_train, ["--eval_every=4"], "there is no --eval_file"),
     (solver_train, ["--eval_every=4"], "there is no --eval_file"),
+    (solver_train, ["--schedule=constant", "--min_lr_ratio=0.5"], "--schedule constant keeps the rate at its peak"),
+    (verifier_train, ["--label_file=x", "--held_out=0.2"], "--label_file has all held-out rows"),
+    (preference_train, ["--label_file=x", "--held_out=0.2"], "--label_file has all held-out rows"),
+    (ppo_train, ["--whiten_advantages=false"], "--advantage grpo compares within groups alone"),
+    (ppo_train, ["--server_seconds=9"], "there is no --base_url"),
+    (ppo_train, ["--lora_rank=4", "--quantize=int8"], "no frozen model is held apart from the actor"),
     (ppo_train, ["--lora_alpha=32"], "--lora_rank -1 trains all weights, without adapters"),
 ]
 

@@ -169,3 +169,5 @@ def test_what_cannot_go_together_is_refused(folders: Folders, code_base: str, tm
                                            base_url=["http://localhost:1/v1"], lora_rank=2, **flags))
     with pytest.raises(UserError, match="--reward code looks at runs of code, but .* answers in text alone"):
         ppo_train.main(ppo_train.PPOConfig(actor_ckpt_dir=folders.one, reward=["code"], **flags))
+    with pytest.raises(UserError, match="--max_rounds has no effect: .* answers in text alone"):
+        ppo_train.main(ppo_train.PPOConfig(actor_ckpt_dir=folders.one, reward=["rule"], max_rounds=5, **flags))

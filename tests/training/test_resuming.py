@@ -182,7 +182,7 @@ def test_what_is_in_the_list_may_differ_and_what_was_moved_is_the_same(run: Path
     for old, new in names:
         (run / old).rename(run / new)
     train(
-        "moved-base", "moved.json", "moved", resume="auto", lr=2e-3, schedule="constant",
+        "moved-base", "moved.json", "moved", resume="auto", lr=2e-3, schedule="linear",
         warmup_ratio=0.0, min_lr_ratio=0.5, epochs=3, max_batch_size=2, accumulation_steps=2, packing=False,
         save_every=2, keep_last=1, save_dtype="bfloat16", activation_checkpointing="full",
         background_save=True, model_type="llama",

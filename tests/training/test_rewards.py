@@ -240,7 +240,7 @@ def test_weights_belong_to_the_names_of_rewards() -> None:
             weights(names, [])
     for names in (["a.py:score", "b.py:score"], ["rule", "a.py:rule"], ["a.py:std"], ["a.py:format"],
                   ["a.py:code"]):
-        with pytest.raises(UserError, match=r"the log has another '\w+'; rename the function"):
+        with pytest.raises(UserError, match=r"the log has another '\w+'; rename it"):
             weights(names, [])
     assert weights(["a.py:one", "b.py:two"], [1, 2]) == {"a.py:one": 1, "b.py:two": 2}
 
