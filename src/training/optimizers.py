@@ -1,8 +1,8 @@
 """AdamW (Loshchilov and Hutter 2019) with its moments in float32 or in 8 bits, with one interface.
 
 The 8-bit moments are torchao's, in blocks of 256 values that share a scale (Dettmers et al. 2022); tensors of fewer
-than 4096 values keep float32 ones. What goes to disk is float32 either way, so a run may be resumed on any ranks and
-with either of the two; with the same one on as many ranks, bit for bit.
+than 4096 values keep float32 ones. What goes to disk is float32 either way, so a run may be resumed on any ranks; on as
+many, bit for bit.
 """
 
 import contextlib

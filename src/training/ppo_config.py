@@ -116,12 +116,10 @@ class RewardFlags(Config):
         default: what it was in the verifier's training, which nothing else may be""")
     reward_clip: NonNegative = flag(5.0, """pairwise scores and outcome logits are kept within so many
         deviations of their mean; 0 = no limit""")
-    format_penalty: NonNegative = flag(0.0, """taken from the reward of a response in which --task finds no
-        answer""")
+    format_penalty: NonNegative = flag(0.0, "taken from the reward of a response in which --task finds no answer")
     truncated: Literal["penalty", "zero", "mask"] = flag("penalty", """what befalls a response that did not
         end: penalty; zero = it earns nothing, and keeps what it loses; mask = nothing is learned""")
-    missing_eos_penalty: NonNegative = flag(1.0, """taken from the reward of a response that did not end by
-        itself""")
+    missing_eos_penalty: NonNegative = flag(1.0, "taken from the reward of a response that did not end by itself")
     overlong_buffer: CountOrZero = flag(0, """tokens before the limit in which that penalty sets in, growing
         linearly""")
 
@@ -320,6 +318,7 @@ class PPOConfig(
              ("reward_model_ckpt_dir", "outcome_reward", "step_reward", "step_bonus", "step", "reward_clip"),
              f"--reward {' '.join(self.reward)} asks no verifier"),
             (self.truncated != "penalty", ("missing_eos_penalty",), f"--truncated {self.truncated} takes no penalty"),
+            (not self.missing_eos_penalty, ("overlong_buffer",), "--missing_eos_penalty is 0"),
             (self.kl_loss == "none", ("kl_loss_coef",), "--kl_loss is none"),
             (self.kl_target == -1, ("kl_horizon",), "there is no --kl_target"),
             (not self.teacher_ckpt_dir, ("teacher_coef",), "there is no --teacher_ckpt_dir"),

@@ -76,6 +76,7 @@ WITHOUT_EFFECT = [
     (ppo_train, ["--kl_loss_coef=0.1"], "--kl_loss is none"),
     (ppo_train, ["--kl_horizon=100"], "there is no --kl_target"),
     (ppo_train, ["--truncated=mask", "--missing_eos_penalty=2"], "--truncated mask takes no penalty"),
+    (ppo_train, ["--missing_eos_penalty=0", "--overlong_buffer=9"], "--missing_eos_penalty is 0"),
     (ppo_train, ["--teacher_coef=2"], "there is no --teacher_ckpt_dir"),
     (ppo_train, ["--eval_samples=4"], "there is no --eval_file"),
     (ppo_train, ["--eval_every=4"], "there is no --eval_file"),
