@@ -117,6 +117,9 @@ def main(config: SolverEvaluateConfig) -> None:
     if config.interactive:
         parallel.start(seed=config.seed)
         tokenizer = load.load_tokenizer(config.ckpt_dir, config)
+        if tokenizer.code:
+            raise UserError(f"{config.ckpt_dir} writes solutions with code, which --interactive does not run; evaluate "
+                            "it with a --label_file")
         load.check_tokenizer(tokenizer, config.verifier_ckpt_dir)
         verifier = None
         if config.verifier_ckpt_dir:
@@ -181,8 +184,12 @@ def main(config: SolverEvaluateConfig) -> None:
 
 
 SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")
-SERVED_BY = ("serve", "ckpt_dir", "model_type", "max_batch_size", "precision", "quantize", "compile", "tokenizer_file",
-             "chat_template", "template_args", "system_prompt")
+SHOWN_BY = ("tokenizer_file", "chat_template", "template_args", "system_prompt")
+HELD_BY = ("ckpt_dir", "model_type", "precision", "quantize", *SHOWN_BY)
+SERVED_BY = ("serve", "max_batch_size", "compile", *HELD_BY)
+ANSWERED_BY = ("interactive", "task", "few_shot", "prompt_template", "verifier_ckpt_dir", "step", "seed", *SAMPLED_BY,
+               *HELD_BY)
+GRADED_BY = ("samples_file", "task", "label_file", "columns", "split", "limit", "log_dir", "dry_run")
 
 
 def serve(config: SolverEvaluateConfig) -> None:
@@ -218,6 +225,7 @@ def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None
     if config.interactive:
         if not config.ckpt_dir or config.label_file or config.log_dir:
             raise UserError("--interactive needs --ckpt_dir, and neither --label_file nor --log_dir")
+        config.refuse(config.flags().keys() - set(ANSWERED_BY), "--interactive answers one problem at a time, once")
     elif not (config.label_file and config.log_dir):
         raise UserError("give --label_file and --log_dir, or --interactive with --ckpt_dir")
     elif config.verifier_ckpt_dir:
@@ -231,8 +239,7 @@ def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None
             raise UserError("--task none grades nothing; name the task of --samples_file")
         if parallel.world_size() > 1:
             raise UserError("--samples_file needs one process; start it with python, not torchrun")
-        for name in config.changed(("chat_template", "choices", "compile", "model_type", "precision", "quantize",
-                                    "system_prompt", "template_args", "tokenizer_file")):
+        for name in config.changed(config.flags().keys() - set(GRADED_BY)):
             raise UserError(f"--{name} has no effect on samples that exist; leave it or --samples_file out")
     if config.choices:
         for name in config.changed((*SAMPLED_BY, "num_samples", "compile", "max_rounds", "interactive")):

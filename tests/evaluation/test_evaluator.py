@@ -163,8 +163,9 @@ FLAGS = {"task": "toy", "num_samples": 3, "temperature": 1.0, "max_new_tokens": 
 
 
 def evaluate(run: Run, labels: str, log_dir: Path, **changes: object) -> list[str]:
-    """solver_evaluate.py's main; the lines of samples.jsonl."""
-    flags = FLAGS | {"ckpt_dir": run.ckpt_dir, "label_file": labels, "log_dir": str(log_dir)} | changes
+    """solver_evaluate.py's main; the lines of samples.jsonl. What exists is graded without flags of sampling."""
+    common = {"task": FLAGS["task"]} if "samples_file" in changes else FLAGS | {"ckpt_dir": run.ckpt_dir}
+    flags = common | {"label_file": labels, "log_dir": str(log_dir)} | changes
     solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(**flags))
     return (log_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()
 
@@ -271,8 +272,8 @@ def test_samples_of_another_checkpoint_or_of_unknown_origin_are_refused(
     with pytest.raises(
         UserError, match="samples.jsonl was sampled here, and graded samples of another file would"
     ):
-        evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=theirs)
-    evaluate(run, label_file, tmp_path / "theirs", ckpt_dir="", samples_file=theirs)
+        evaluate(run, label_file, tmp_path / "log", samples_file=theirs)
+    evaluate(run, label_file, tmp_path / "theirs", samples_file=theirs)
     with pytest.raises(UserError, match="samples.jsonl was not sampled here"):
         evaluate(run, label_file, tmp_path / "theirs")
 
@@ -282,10 +283,10 @@ def test_w2s_07_grading_again_in_place_keeps_the_directory_ours(
 ) -> None:
     lines = evaluate(run, label_file, tmp_path / "log")
     path = str(tmp_path / "log/samples.jsonl")
-    assert evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=path) == lines
+    assert evaluate(run, label_file, tmp_path / "log", samples_file=path) == lines
     verified = {"ckpt_dir": run.verifier_dir, "task": "toy", "label_file": label_file, "samples_file": path}
     for again in (
-        lambda **flags: evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=path, **flags),
+        lambda **flags: evaluate(run, label_file, tmp_path / "log", samples_file=path, **flags),
         lambda **flags: verifier_evaluate.main(verifier_evaluate.VerifierEvaluateConfig(
             log_dir=str(tmp_path / "log"), **verified, **flags)),
     ):
@@ -317,11 +318,14 @@ def test_a_samples_file_is_graded_by_id_and_by_place(run: Run, tmp_path: Path, i
     for number, rows in enumerate((by_place, by_id)):
         log_dir = tmp_path / str(number)
         samples_file = write_lines(tmp_path / "samples.jsonl", rows)
-        lines = evaluate(run, labels, log_dir, ckpt_dir="", samples_file=samples_file)
+        lines = evaluate(run, labels, log_dir, samples_file=samples_file)
         graded = {row["id"]: row["prompt"] for row in map(json.loads, lines)}
         assert graded == {name: row["instruction"] for name, row in zip(names, ROWS, strict=True)}
         assert json.loads((log_dir / "results.json").read_text())["accuracy"] == 1.0
-    evaluate(run, labels, tmp_path / "2", ckpt_dir="", samples_file=samples_file, limit=2)
+    for name, value in {"temperature": 0.7, "num_samples": 4, "seed": 2, "few_shot": "gsm8k8", "max_rounds": 3}.items():
+        with pytest.raises(UserError, match=f"--{name} has no effect on samples that exist"):
+            evaluate(run, labels, tmp_path / "2", samples_file=samples_file, **{name: value})
+    evaluate(run, labels, tmp_path / "2", samples_file=samples_file, limit=2)
     assert json.loads((tmp_path / "2/results.json").read_text())["problems"] == 2
 
 
@@ -335,7 +339,7 @@ def test_w2s_07_an_unknown_id_is_refused(
         tmp_path / "samples.jsonl", [row | {"sample": n} for n, row in enumerate(rows)]
     )
     with pytest.raises(UserError, match=r"sample id '(3|1.5)' is not among the 3 problems"):
-        evaluate(run, label_file, tmp_path / "log", ckpt_dir="", samples_file=samples_file)
+        evaluate(run, label_file, tmp_path / "log", samples_file=samples_file)
     assert not (tmp_path / "log/results.json").exists()
 
 

@@ -168,3 +168,16 @@ def test_flags_that_contradict(changes: dict[str, object], message: str) -> None
                 **{"task": "GSM8K", "ckpt_dir": "one", "interactive": True} | changes
             )
         )
+
+
+@pytest.mark.parametrize(
+    "flags", [{"num_samples": 4}, {"compile": True}, {"limit": 3}, {"dry_run": True}, {"max_rounds": 2}])
+def test_what_a_conversation_does_not_hear_is_refused(flags: dict[str, object]) -> None:
+    config = solver_evaluate.SolverEvaluateConfig(task="GSM8K", ckpt_dir="c", interactive=True, **flags)
+    with pytest.raises(UserError, match=f"--{[*flags][0]} has no effect: --interactive answers one problem at a time"):
+        solver_evaluate.main(config)
+
+
+def test_a_solver_whose_code_would_not_run_is_refused(code_base: str) -> None:
+    with pytest.raises(UserError, match="writes solutions with code, which --interactive does not run"):
+        solver_evaluate.main(solver_evaluate.SolverEvaluateConfig(task="toy", ckpt_dir=code_base, interactive=True))
