@@ -55,10 +55,9 @@ def start(seed: int = 1, tensor_parallel_size: int = -1, replicas: int = 1, cont
             size = dist.get_world_size() if tensor_parallel_size == -1 else tensor_parallel_size
             groups.initialize_model_parallel(size)
         context_parallel.start(context_parallel_size, size)
-        ranks = groups.get_data_parallel_world_size()
-        divided(ranks, "replicas", replicas)
+        divided(groups.get_data_parallel_world_size(), "replicas", replicas)
         global _mesh
-        _mesh = _data_parallel_mesh(replicas) if ranks > 1 else None
+        _mesh = _data_parallel_mesh(replicas) if groups.get_data_parallel_world_size() > 1 else None
         atexit.register(stop)  # gloo's threads abort a process that exits while its groups are alive
     seed_all(seed)
 
@@ -361,9 +360,10 @@ def broadcast_from_first(x: Tensor) -> Tensor:
 
 
 def from_first_rank(compute: Callable[[], Item], *, of_group: bool = False) -> Item:
-    """What the first rank (of_group: of each tensor-parallel group) alone computes, on all of them. It is pickled."""
+    """What the first rank (of_group: of each tensor-parallel group) computes, pickled, on all. It may take long."""
     first = groups.get_model_parallel_src_rank() if of_group else 0
-    found = [compute() if rank() == first else None]
+    with watchdog.turn(f"{of_group}/{first}", first=rank() == first):
+        found = [compute() if rank() == first else None]
     dist.broadcast_object_list(found, first, groups.get_model_parallel_group() if of_group else None)
     return found[0]
 

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from src.command import cli
 from src.errors import UserError, show_problem
-from src.processes import watchdog
 
 METRICS = "metrics.jsonl"
 GONE = ("the run's directory, or a file in it, is gone since the run began; bring it back, or start the run again as "
@@ -91,8 +90,7 @@ def say(text: str) -> None:
 def ask(question: str) -> str | None:
     """A line typed on standard input, without its end; None when the input has ended."""
     say(question)
-    with watchdog.patiently():
-        line = sys.stdin.readline()
+    line = sys.stdin.readline()
     return line.removesuffix("\n") if line else None
 
 

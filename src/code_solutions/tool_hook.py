@@ -14,7 +14,6 @@ from src.code_solutions import runner
 from src.code_solutions.runner import Limits, SandboxError
 from src.inference.engine import Completion, Request, ToolAnswer, ToolHook
 from src.inference.sampling import Sampling
-from src.processes import watchdog
 from src.text.blocks import Marker, Piece, SolutionBlock, ended_blocks, split_text, text_form
 from src.text.tokenizer import Tokenizer
 
@@ -103,7 +102,7 @@ class Coding(NamedTuple):
 
     def _run(self, solutions: list[list[SolutionBlock]]) -> list[_Next]:
         """What follows each solution, run side by side on the first rank of a tensor-parallel group, on all of it."""
-        with watchdog.patiently(), ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             return parallel.from_first_rank(lambda: list(pool.map(self._next, solutions)), of_group=True)
 
     def _next(self, solution: Sequence[SolutionBlock]) -> _Next:

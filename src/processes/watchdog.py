@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -63,7 +64,7 @@ class _Sign(NamedTuple):
 class _Signs:
     """What this process has done: optimizer steps, anything else that came to an end; and whether it may be slow."""
 
-    steps = ends = patient = 0
+    steps = ends = patient = turns = 0
 
 
 def at_step(steps: int) -> None:
@@ -84,6 +85,23 @@ def patiently() -> Iterator[None]:
         yield
     finally:
         _Signs.patient -= 1
+
+
+@contextlib.contextmanager
+def turn(name: str, *, first: bool) -> Iterator[None]:
+    """Inside, the first rank does what the others, who do nothing there, wait for at the end: through the store, for as
+    long as it takes. A collective would give up after minutes, and a person, a server or a user's code may need more.
+    name: of the ranks; each of them calls this as often as the others."""
+    dogs = [thread for thread in threading.enumerate() if isinstance(thread, Watchdog)]  # the last of this group
+    _Signs.turns += 1
+    try:
+        with patiently() if first else contextlib.nullcontext():
+            yield
+        with contextlib.suppress(RuntimeError):  # the store is gone: the next collective says what is lost
+            for dog in dogs[-1:]:
+                dog.end_turn(name) if first else dog.await_turn(name)
+    finally:
+        _Signs.turns -= 1
 
 
 def after_lost_connection() -> str:
@@ -112,6 +130,7 @@ class Watchdog(threading.Thread):
         self._cpu, self._longest = device == "cpu", LONGEST_SECONDS[device]
         self._left = threading.Event()
         self._signs: dict[int, _Sign] = {}
+        self._turns: Counter[str] = Counter()
         self._has_noticed = False
 
     def leave(self) -> None:
@@ -120,6 +139,18 @@ class Watchdog(threading.Thread):
         self.join()
         with contextlib.suppress(RuntimeError):  # the store may be gone before it
             self._say(LEFT)
+
+    def end_turn(self, name: str) -> None:
+        """Let the others of a turn() go on."""
+        self._turns[name] += 1
+        self._store.set(f"watchdog/turn/{name}", str(self._turns[name]))
+
+    def await_turn(self, name: str) -> None:
+        """Wait until the first rank has ended its turn."""
+        self._turns[name] += 1
+        key, start = f"watchdog/turn/{name}", time.monotonic()
+        while not (self._store.check([key]) and int(self._store.get(key)) >= self._turns[name]):
+            time.sleep(min(0.05, max(0.0005, 0.1 * (time.monotonic() - start))))
 
     def run(self) -> None:
         """Watch until this rank leaves, or end the process."""
@@ -149,7 +180,7 @@ class Watchdog(threading.Thread):
                     self._notice(self._problem(now, now - since, now - got_on_at, NOTICE_SHARE))
             except RuntimeError:  # the store is gone, with it the launcher, or does not answer: nothing is known
                 problem = ""
-            if not problem and now - since > self._longest:
+            if not problem and now - since > self._longest and not _Signs.turns:
                 problem = f"rank {self._rank} has not moved for {self._longest:.0f} s {_place()}"
             if problem:
                 self._end(problem)
@@ -235,10 +266,10 @@ def _listed(places: Mapping[int, str]) -> str:
 
 
 def _frames() -> list[FrameType]:
-    """The main thread's frames, innermost first."""
+    """The main thread's frames, innermost first, without those of this file: who waits here stands where it called."""
     frame, frames = sys._current_frames().get(threading.main_thread().ident), []
     while frame:
-        frames.append(frame)
+        frames += [frame] if frame.f_code.co_filename != __file__ else []
         frame = frame.f_back
     return frames
 

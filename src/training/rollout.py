@@ -22,7 +22,6 @@ from src.inference.engine import Completion, Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 from src.models.forward import Distribution, response_logprobs, response_values
-from src.processes import watchdog
 from src.text.tokenizer import Tokenizer
 from src.training.policy_server import PolicyServers
 
@@ -117,8 +116,7 @@ def sample_rollout(
     mine = [request for group in context_parallel.share(shard_for_rank(by_prompt)) for request in group]
     if servers:
         requests = [request for group in by_prompt for request in group]
-        with watchdog.patiently():
-            completions = parallel.from_first_rank(lambda: servers.sample(requests, sampling))
+        completions = parallel.from_first_rank(lambda: servers.sample(requests, sampling))
         return _rollout(prompts, completions, len(numbers))
     if coding:
         sampling = coding.sampling(sampling)

@@ -34,6 +34,8 @@ def end_of(folders: Folders, save_dir: Path, how: str) -> tuple[int, str, float]
     ("how", "line"),
     [
         ("hangs", rf"error: no rank has got on for 4 s: {WAITS}; rank 1 {THERE}"),
+        ("asks-nobody", rf"error: no rank has got on for 4 s: rank 0 {THERE}; rank 1 after step 1 in no collective, at "
+                        r"src/parallel.py:\d+ in from_first_rank"),
         ("fails", r"error: row 7 is broken"),
         ("dies", rf"error: nothing is heard any more of rank 1, last {THERE}: its process was killed .*"),
     ],
@@ -72,9 +74,13 @@ def test_a_stopped_rank_is_named_by_the_one_that_waits(folders: Folders, tmp_pat
     assert ranks[0].returncode == 1 and re.search(rf"^{line}\Z", told, re.MULTILINE), told
 
 
-def test_a_rank_that_computes_or_writes_for_long_is_waited_for(folders: Folders, tmp_path: Path) -> None:
-    status, told, seconds = end_of(folders, tmp_path, "slow")
-    assert status == 0 and seconds > 10, told
+@pytest.mark.parametrize("how, longer", [("slow", 10), ("asks", 7)])
+def test_a_rank_that_computes_writes_or_asks_for_long_is_waited_for(
+    folders: Folders, tmp_path: Path, how: str, longer: float
+) -> None:
+    """Who asks does so for longer than a collective may take, or a rank may stand still."""
+    status, told, seconds = end_of(folders, tmp_path, how)
+    assert status == 0 and seconds > longer, told
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ They import nothing heavier than src: every rank pays for it.
 import hashlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -412,7 +413,7 @@ def hash_for(seconds: float) -> None:
 
 
 def interrupted(folder: str, save_dir: str, how: str) -> None:
-    """Two steps of a run that catches SIGTERM; in the second something befalls one rank."""
+    """Two steps of a run that catches SIGTERM; in the second something befalls one rank, or one waits for the other."""
     model = load.load_solver(folder, trained=load.Trained())
     log = RunLog(save_dir, {})
     trainer = Trainer(model, log, OptimizerFlags(lr=1e-3), total_steps=2)
@@ -420,7 +421,12 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
     saving = SavingFlags(save_every=-1, keep_last=1)
     Checkpointer(log, [trainee], saving, steps_per_epoch=9, total_steps=9, run_fingerprint={})
     for step in range(2):
-        if step == 1 and parallel.rank() == 1:
+        if step == 1 and how in ("asks", "asks-nobody"):
+            if how == "asks-nobody" and parallel.rank() == 0:
+                time.sleep(1000)
+            (Path(save_dir) / "since").write_text(str(time.time()), encoding="utf-8")
+            assert parallel.from_first_rank(lambda: (time.sleep(8), "answer")[1]) == "answer"
+        elif step == 1 and parallel.rank() == 1:
             (Path(save_dir) / "since").write_text(str(time.time()), encoding="utf-8")
             if how == "hangs":
                 time.sleep(1000)
@@ -441,5 +447,7 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
 if __name__ == "__main__":  # a rank whose mistakes end as those of an entry script
     watchdog.LOOK_SECONDS, watchdog.SILENT_SECONDS, watchdog.STILL_SECONDS = 0.2, 3.0, 4.0
     watchdog.GRACE_SECONDS = 3.0
+    if "--how=asks" in sys.argv:
+        watchdog.LONGEST_SECONDS = {"cpu": 3.0}
     parallel.start(1)
     cli.run(interrupted)
