@@ -65,7 +65,8 @@ def judging(folders: Sequence[Path]) -> list[str]:
         files = [folder / f"{name}-held" / "results.json" for folder in folders]
         found = [json.loads(file.read_text(encoding="utf-8"))["verifier"]["auc"] for file in files if file.exists()]
         if found:
-            lines.append(f"{name} verifier, AUC on problems held back: {' '.join(f'{auc:.3f}' for auc in found)}")
+            shown = " ".join("none" if auc is None else f"{auc:.3f}" for auc in found)  # of one kind of sample
+            lines.append(f"{name} verifier, AUC on problems held back: {shown}")
     return lines
 
 

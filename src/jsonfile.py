@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -86,8 +87,17 @@ def check_file(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, values: Mapping[str, object]) -> None:
-    """Write a json object, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    """Write a json object, whole or not at all; numbers that are not finite as null."""
+    write_text(path, json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: object) -> object:
+    """The value with null for the numbers that json has no word for: NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from src import jsonfile
 from src.errors import UserError
-from src.jsonfile import parse, read_json, read_rows
+from src.jsonfile import parse, read_json, read_rows, write_json
 
 
 def rows(path: Path) -> list[object]:
@@ -28,6 +28,13 @@ def test_values_of_every_kind() -> None:
     assert parse("NaN", "x", float) != 0
     deep = "[" * 100 + "]" * 100
     json.dumps(parse(deep, "x", list))
+
+
+def test_numbers_that_json_lacks_are_written_as_null(tmp_path: Path) -> None:
+    values = {"auc": float("nan"), "curve": [1, 0.5, (float("inf"),)], 3: {"kept": -0.0}}
+    write_json(tmp_path / "x.json", values)
+    strict = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert strict == {"auc": None, "curve": [1, 0.5, [None]], "3": {"kept": 0.0}}
 
 
 WRONG = {

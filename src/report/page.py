@@ -56,6 +56,7 @@ class ReportedRun(NamedTuple):
 
     shown: dict[str, object]
     problems: dict[tuple[str, str], ReportedProblem]  # by id and prompt: two label files may have the same ids
+    n_problems: int  # with those that have no sample
     extraction: str  # how answers were found
     places: dict[str, Prompt]  # level and subject by problem, where the label file is still there
 
@@ -104,7 +105,8 @@ def read_run(folder: Path, prompts: Sequence[Prompt] = ()) -> ReportedRun:
             "first_wrong": first_wrong([StepLabels(row["instruction"], row["steps"], row["labels"])])[0],
         } for row in list(_rows(credits_file))[:MOST_CREDITS]] if credits_file.is_file() else []}
     places = _places(folder, prompts) if problems else {}  # the label file of a training run has other rows
-    return ReportedRun(shown, problems, results.get("rules", {}).get("extraction", ""), places)
+    n_problems = results.get("problems", len(problems))
+    return ReportedRun(shown, problems, n_problems, results.get("rules", {}).get("extraction", ""), places)
 
 
 def _rows(path: Path) -> Iterator[dict[str, object]]:
@@ -251,7 +253,7 @@ def _fitting(runs: Sequence[ReportedRun], largest: int) -> str:
     while True:
         first = _evenly(changed, n_problems)
         kept = {*first, *_evenly(others, n_problems - len(first))}
-        text = json.dumps(_finite({
+        text = json.dumps(jsonfile.finite({
             "comparison": comparison, "n_problems": len(names),
             "runs": [run.shown | {"buffers": _evenly(run.shown["buffers"], n_buffers)} for run in runs],
             "problems": [_problem(runs, name) for name in names if name in kept],
@@ -260,15 +262,6 @@ def _fitting(runs: Sequence[ReportedRun], largest: int) -> str:
         if size <= largest or not (n_problems or n_buffers):
             return text
         n_problems, n_buffers = (int(n * min(0.9, largest / size)) for n in (n_problems, n_buffers))
-
-
-def _finite(value: object) -> object:
-    """The value with null for numbers that json lacks."""
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _evenly(items: Sequence[object], n: int) -> list[object]:
@@ -289,7 +282,8 @@ def _problem(runs: Sequence[ReportedRun], name: tuple[str, str]) -> dict[str, ob
 
 
 def _comparison(runs: Sequence[ReportedRun]) -> str | None:
-    """The second run's accuracy beside the first's, over the problems of both. Raises UserError if there is none."""
+    """The second run's accuracy beside the first's, over the problems of both; where both had as many, and all that
+    either has samples of are among these, one without any is unsolved. Raises UserError if there is none."""
     before, after = (run.problems for run in runs)
     if not (before or after):
         return None
@@ -297,8 +291,14 @@ def _comparison(runs: Sequence[ReportedRun]) -> str | None:
     if not both:
         raise UserError(f"{runs[0].shown['name']} and {runs[1].shown['name']} have no problem in common; compare "
                         f"evaluations of one label file")
-    differences = [after[name].share - before[name].share for name in both]
+    n, names = runs[0].n_problems, dict.fromkeys([*before, *after])
+    if n == runs[1].n_problems >= len(names):
+        shares = [[problems[name].share if name in problems else 0.0 for name in names] for problems in (before, after)]
+        differences = [*(new - old for old, new in zip(*shares, strict=True)), *[0.0] * (n - len(names))]
+    else:
+        differences = [after[name].share - before[name].share for name in both]
     low, high = (2 * end - 1 for end in interval([(1 + each) / 2 for each in differences]))  # of numbers from 0 to 1
     gained, lost = sum(each > 0 for each in differences), sum(each < 0 for each in differences)
-    return (f"Of {len(both)} problems that both have, the second run solves {gained} more often and {lost} less often: "
-            f"{sum(differences) / len(both):+.1%} (95% interval of the paired difference {low:+.1%} .. {high:+.1%}).")
+    mean = sum(differences) / len(differences)
+    return (f"Of {len(differences)} problems that both have, the second run solves {gained} more often and {lost} less "
+            f"often: {mean:+.1%} (95% interval of the paired difference {low:+.1%} .. {high:+.1%}).")

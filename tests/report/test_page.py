@@ -97,6 +97,16 @@ def test_a_missing_sample_is_wrong_in_a_comparison_too(evaluations: tuple[Path, 
     assert told.startswith("Of 3 problems that both have, the second run solves 1 more often and 2 less often: -16.7%")
 
 
+def test_a_problem_without_samples_is_unsolved_in_a_comparison(evaluations: tuple[Path, Path], tmp_path: Path) -> None:
+    """One of three solved, and the two others lost; of other label files only what both have is compared."""
+    less = evaluate(tmp_path / "less", {"a": SECOND["a"]})
+    told = page_data(write_report(evaluations[1], less))["comparison"]
+    assert told.startswith("Of 3 problems that both have, the second run solves 0 more often and 2 less often: -66.7%")
+    (results := json.loads((less / "results.json").read_text())).update(problems=4)
+    (less / "results.json").write_text(json.dumps(results))
+    assert page_data(write_report(evaluations[1], less))["comparison"].startswith("Of 1 problems that both have")
+
+
 def shown(folder: Path, outcomes: str, *, rules: str = "gsm8k/last-number@4", **values: object) -> Path:
     """A graded evaluation, a letter for the one sample of each problem: r right, w wrong."""
     folder.mkdir()
