@@ -47,7 +47,8 @@ def main(config: CreditConfig) -> None:
     rows = list(read_step_labels(config.steps_file))
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     load.check_tokenizer(tokenizer, config.reference_ckpt_dir)
-    solutions = encode_solutions(rows, tokenizer, model_config.max_seq_len, config.step)
+    longest = min(each.max_seq_len for each in models.values())
+    solutions = encode_solutions(rows, tokenizer, longest, config.step)
     encoded = [solution for solution in solutions if solution]
     if config.dry_run:
         runlog.table(plan.scoring(config, model_config, n, [len(row.tokens) for row in encoded], config.max_batch_size,

@@ -1,9 +1,14 @@
 """src/evaluation/credit.py: credits by hand, and that a solution's add up to its reward."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+import preference_evaluate
 from src import load
 from src.data.batch import make_batch
 from src.data.examples import StepLabels
@@ -48,6 +53,20 @@ def test_scdpo_24_token_credits_add_up_to_the_sequence_reward(folders: Folders, 
         list(token_logprobs(policy, encoded, max_batch_size=2))
     with pytest.raises(UserError, match="each of the 3 solutions is longer than the model's context of 9 tokens"):
         encode_solutions(ROWS, tokenizer, 9, "line")
+
+
+def test_both_solvers_can_read_what_is_compared(folders: Folders, tmp_path: Path) -> None:
+    """The reference's context is shorter: beyond it, what it says of a token means nothing."""
+    shutil.copytree(folders.one, tmp_path / "short")
+    lengths = [len(each.tokens) for each in encode_solutions(ROWS, load.load_tokenizer(folders.one), 128, "paragraph")]
+    params = json.loads((tmp_path / "short/params.json").read_text())
+    (tmp_path / "short/params.json").write_text(json.dumps(params | {"max_seq_len": max(lengths) - 1}))
+    (tmp_path / "steps.json").write_text(json.dumps([row._asdict() for row in ROWS]))
+    preference_evaluate.main(preference_evaluate.CreditConfig(
+        ckpt_dir=folders.one, reference_ckpt_dir=str(tmp_path / "short"), steps_file=str(tmp_path / "steps.json"),
+        log_dir=str(tmp_path / "log")))
+    report = json.loads((tmp_path / "log/results.json").read_text())
+    assert (report["solutions"], report["too_long"]) == (2, 1)
 
 
 def credited(*steps: list[float]) -> Credit:
