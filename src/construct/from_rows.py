@@ -102,27 +102,28 @@ def mix(config: MixConfig) -> None:
     for file in (config.pairs_file, config.branch_file):
         list(read_pairs(file))  # names the row that is no pair
     ordinary, branched = read_instruction_rows(config.pairs_file), read_instruction_rows(config.branch_file)
-    mixed, control = mixed_pairs(ordinary, branched, config.share, config.seed)
+    mixed, control = mixed_pairs(ordinary, branched, config.share, config.seed, needs_control=bool(config.control_file))
     save(mixed, "pairs", "", config.pairs_file, config.save_file, config.dry_run)
     if config.control_file:
         save(control, "pairs", "", config.pairs_file, config.control_file, config.dry_run)
 
 
 def mixed_pairs(
-    ordinary: Sequence[Row], branched: Sequence[Row], share: float, seed: int
+    ordinary: Sequence[Row], branched: Sequence[Row], share: float, seed: int, *, needs_control: bool = True
 ) -> tuple[list[Row], list[Row]]:
     """Mix all step-controlled pairs with ordinary ones, `share` of the mix, and choose a control of equal size.
 
-    The control has ordinary pairs alone, those of the mix among them (Lu et al. 2024, section 4.1, "data-equal").
-    Raises UserError when there are too few.
+    The control has ordinary pairs alone, those of the mix among them (Lu et al. 2024, section 4.1, "data-equal"); one
+    that nobody needs may be smaller. Raises UserError when there are too few.
     """
     total = round(len(branched) / (1 - share)) if share < 1 else 0
-    if not len(branched) < total <= len(ordinary):
+    needed = total if needs_control else total - len(branched)
+    if not len(branched) < total or len(ordinary) < needed:
         raise UserError(f"{len(branched)} step-controlled pairs and a --share {share} of ordinary ones make {total} "
-                        f"rows, and the control needs as many ordinary pairs; found {len(ordinary)}: sample more, or "
-                        "take another share")
+                        f"rows, which with the control of --control_file, if any, needs {needed} ordinary pairs; found "
+                        f"{len(ordinary)}: sample more, or take another share")
     generator = random.Random(seed)
-    control = generator.sample(list(ordinary), total)
+    control = generator.sample(list(ordinary), min(total, len(ordinary)))
     mixed = [*control[: total - len(branched)], *branched]
     generator.shuffle(mixed)
     generator.shuffle(control)

@@ -126,3 +126,8 @@ def test_scdpo_22_the_control_has_as_many_pairs_as_the_mix() -> None:
     for share in (0.8, 1.0, 0.0):
         with pytest.raises(UserError, match="10 step-controlled pairs and a --share"):
             mixed_pairs(ordinary, branched, share, seed=3)
+    assert mixed_pairs(ordinary, branched, 0.5, seed=3, needs_control=False)[0] == mix
+    with pytest.raises(UserError, match="make 40 rows, .* needs 40 ordinary pairs; found 30"):
+        mixed_pairs(ordinary, branched, 0.75, seed=3)
+    mix, _ = mixed_pairs(ordinary, branched, 0.75, seed=3, needs_control=False)
+    assert len(mix) == 40 and all(row in mix for row in [*ordinary, *branched])
