@@ -55,7 +55,11 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
     jsonfile.check_file(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
+            reader = csv.DictReader(file, strict=True)
+            names = reader.fieldnames or []
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{path} has the column {twice[0]!r} twice, of which any reader would lose one")
+            for number, row in enumerate(reader, start=1):
                 if None in row or None in row.values():
                     raise UserError(f"{path}, row {number}: other columns than the first line names")
                 yield f"{path}, row {number}", {name: text or None for name, text in row.items()}

@@ -322,6 +322,8 @@ def _read_as(kind: object, words: list[str], split: bool) -> Value:
     """The words as one kind; split: commas part the words of a list. Raises ValueError or KeyError."""
     if get_origin(kind) is list:
         parts = [part.strip() for word in words for part in word.split(",")] if split else words
+        if any(words) and not any(parts):  # commas or a new line, which would be lost
+            raise ValueError
         return [KINDS[get_args(kind)[0]].read(part) for part in parts if part]
     (word,) = words
     if get_origin(kind) is Literal:

@@ -141,6 +141,8 @@ def test_several_flags_in_any_order() -> None:
         (["--lora_rank="], "--lora_rank is '', expected whole number; write for example --lora_rank 8"),
         (["--seed", "x"], "--seed is 'x', expected whole number or none; write for example --seed 8"),
         (["--ks", "1,b"], "--ks is '1,b', expected list of whole number or none; write for example --ks 8"),
+        (["--files", "\n"], "--files is '\\n', expected list of text or none"),
+        (["--ks", ",,"], "--ks is ',,', expected list of whole number or none"),
         (["--resume", "maybe"], "--resume is 'maybe', expected true|false; write for example --resume true"),
         (
             ["--noresume", "true"],

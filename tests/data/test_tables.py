@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -90,9 +91,10 @@ def test_files_of_several_splits_are_no_dataset(tmp_path: Path) -> None:
             assert [row.values for row in read_rows(str(folder))] == ROWS * len(names)
 
 
-def test_numbers_of_32_bits_are_as_short_as_they_were_written(tmp_path: Path) -> None:
-    path, labels = tmp_path / "rows.parquet", ["0.1", "3", "0.33333334", "-2.5", "16777216"]
-    column = pyarrow.array(map(float, labels), pyarrow.float32())
+@pytest.mark.parametrize("kind, labels", [
+    (np.float32, ["0.1", "3", "0.33333334", "-2.5", "16777216"]), (np.float16, ["0.1", "3", "0.3333", "-2.5", "2048"])])
+def test_numbers_of_few_bits_are_as_short_as_they_were_written(tmp_path: Path, kind: type, labels: list[str]) -> None:
+    path, column = tmp_path / "rows.parquet", pyarrow.array(np.array(labels, kind))
     pyarrow.parquet.write_table(pyarrow.table({"instruction": labels, "label": column}), path)
     assert [prompt.label for prompt in read_prompts(str(path), need_label=True)] == labels
     twice = pyarrow.Table.from_arrays([column, column], names=["label", "label"])

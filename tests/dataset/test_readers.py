@@ -78,6 +78,9 @@ def test_gpqa_is_a_csv_whose_choices_stand_in_an_order_of_their_own(tmp_path: Pa
     assert found[0] == found[1] and len({row["label"] for row in found[0]}) == 4
     assert all(f"({row['label']}) right" in row["instruction"] for row in found[0])
     assert found[0][0]["id"] == "rec1" and found[0][0]["subject"] == "Physics"
+    (tmp_path / "twice.csv").write_text("Question,Question\nA?,B?\n")
+    with pytest.raises(UserError, match="twice.csv has the column 'Question' twice, of which any reader would lose"):
+        build(tmp_path / "twice.csv", "gpqa", [], {}, strict=True)
 
 
 @pytest.mark.parametrize(("name", "row", "complaint"), [
