@@ -40,7 +40,7 @@ def fork(words: Sequence[object], output: Path, errors: Path, **environment: str
     """Start `python words...` in the repository, with these variables besides ours; it writes to two files."""
     run = list(map(str, words)), os.environ | OURS | environment, output, errors
     with _LOCK:
-        process = _SERVER.Process(target=_run, args=run, daemon=True)
+        process = _SERVER.Process(target=_run, args=run)
         process.start()
     return process
 
@@ -64,15 +64,21 @@ def wait(processes: list[ForkServerProcess], seconds: float) -> list[int | None]
 
 
 def _run(words: list[str], environment: dict[str, str], output: Path, errors: Path) -> None:
-    """What a forked process does: be the interpreter of this command line."""
+    """What a forked process does: be the interpreter of this command line in the repository."""
     for number, path in ((1, output), (2, errors)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    sys.stdout.reconfigure(line_buffering=True)  # ranks that are forked from here would write what waits once more
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # read long ago, as the library was loaded
     os.chdir(ROOT)
+    _interpret(words)
+
+
+def _interpret(words: list[str]) -> None:
+    """Do what `python words...` does."""
     try:
         kind, sys.path[0] = words[0], str((ROOT / words[0]).parent)
         if kind == "-c":
@@ -92,9 +98,11 @@ def _run(words: list[str], environment: dict[str, str], output: Path, errors: Pa
 def command(*words: object, n: int | None = None) -> subprocess.CompletedProcess[str]:
     """Run `python words...` in the repository, under torchrun with n processes if given; output is captured.
 
+    torchrun forks its ranks too, where it commonly starts interpreters (tests/test_entries.py has these).
     Several may run at once: each finds its own port. Past TIMEOUT all processes are killed and the test fails.
     """
-    torchrun = [] if n is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    torchrun = [] if n is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                                     "--start_method=fork", "--run_path", "--", "tests/ranks.py"]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = fork([*torchrun, *words], out, err)
@@ -181,4 +189,4 @@ def _work(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]))
+    _work(Path(sys.argv[1])) if Path(sys.argv[1]).is_dir() else _interpret(sys.argv[1:])

@@ -196,8 +196,7 @@ def test_training_checkpoint_is_split_without_its_optimizer_aloud(
 
 def test_command_works_under_torchrun_too(tmp_path: Path, gqa: Path) -> None:
     out = tmp_path / "out"
-    # without the -- torchrun on Python 3.11 takes our --n for an unfinished --nnodes
-    done = succeed("--", "checkpoint_split.py", "--ckpt_file", gqa, "--save_path", out, "--n", 2, n=2)
+    done = succeed("checkpoint_split.py", "--ckpt_file", gqa, "--save_path", out, "--n", 2, n=2)
     assert_equal(tensors(out), tensors(gqa))
     assert done.stderr.count("wrote 2 shards") + done.stdout.count("wrote 2 shards") == 1
 
