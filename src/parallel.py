@@ -362,7 +362,7 @@ def broadcast_from_first(x: Tensor) -> Tensor:
 def from_first_rank(compute: Callable[[], Item], *, of_group: bool = False) -> Item:
     """What the first rank (of_group: of each tensor-parallel group) computes, pickled, on all. It may take long."""
     first = groups.get_model_parallel_src_rank() if of_group else 0
-    with watchdog.turn(f"{of_group}/{first}", first=rank() == first):
+    with watchdog.turn(first, of_group=of_group):
         found = [compute() if rank() == first else None]
     dist.broadcast_object_list(found, first, groups.get_model_parallel_group() if of_group else None)
     return found[0]

@@ -88,18 +88,19 @@ def patiently() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def turn(name: str, *, first: bool) -> Iterator[None]:
-    """Inside, the first rank does what the others, who do nothing there, wait for at the end: through the store, for as
+def turn(first: int, *, of_group: bool) -> Iterator[None]:
+    """Inside, rank `first` does what the others, who do nothing there, wait for at the end: through the store, for as
     long as it takes. A collective would give up after minutes, and a person, a server or a user's code may need more.
-    name: of the ranks; each of them calls this as often as the others."""
-    dogs = [thread for thread in threading.enumerate() if isinstance(thread, Watchdog)]  # the last of this group
+    of_group: the others are those of its tensor-parallel group, else all. Each of them calls this equally often."""
+    dogs = [thread for thread in threading.enumerate() if isinstance(thread, Watchdog)][-1:]  # of this process group
+    is_first = not dogs or dogs[0].rank == first
     _Signs.turns += 1
     try:
-        with patiently() if first else contextlib.nullcontext():
+        with patiently() if is_first else contextlib.nullcontext():
             yield
         with contextlib.suppress(RuntimeError):  # the store is gone: the next collective says what is lost
-            for dog in dogs[-1:]:
-                dog.end_turn(name) if first else dog.await_turn(name)
+            for dog in dogs:
+                dog.end_turn(of_group) if is_first else dog.await_turn(first, of_group)
     finally:
         _Signs.turns -= 1
 
@@ -126,11 +127,11 @@ class Watchdog(threading.Thread):
 
     def __init__(self, store: Store, rank: int, world_size: int, device: str) -> None:
         super().__init__(name="watchdog", daemon=True)
-        self._store, self._rank, self._others = store, rank, [r for r in range(world_size) if r != rank]
+        self._store, self.rank, self._others = store, rank, [r for r in range(world_size) if r != rank]
         self._cpu, self._longest = device == "cpu", LONGEST_SECONDS[device]
         self._left = threading.Event()
         self._signs: dict[int, _Sign] = {}
-        self._turns: Counter[str] = Counter()
+        self._turns: Counter[bool] = Counter()  # by whether they were of a group alone
         self._has_noticed = False
 
     def leave(self) -> None:
@@ -140,16 +141,18 @@ class Watchdog(threading.Thread):
         with contextlib.suppress(RuntimeError):  # the store may be gone before it
             self._say(LEFT)
 
-    def end_turn(self, name: str) -> None:
+    def end_turn(self, of_group: bool) -> None:
         """Let the others of a turn() go on."""
-        self._turns[name] += 1
-        self._store.set(f"watchdog/turn/{name}", str(self._turns[name]))
+        self._turns[of_group] += 1
+        self._store.set(f"watchdog/turn/{of_group}/{self.rank}", str(self._turns[of_group]))
 
-    def await_turn(self, name: str) -> None:
-        """Wait until the first rank has ended its turn."""
-        self._turns[name] += 1
-        key, start = f"watchdog/turn/{name}", time.monotonic()
-        while not (self._store.check([key]) and int(self._store.get(key)) >= self._turns[name]):
+    def await_turn(self, first: int, of_group: bool) -> None:
+        """Wait until rank `first` has ended its turn, or has left: the next collective says what is lost."""
+        self._turns[of_group] += 1
+        key, start = f"watchdog/turn/{of_group}/{first}", time.monotonic()
+        while not (self._store.check([key]) and int(self._store.get(key)) >= self._turns[of_group]):
+            if self._word(first) == LEFT:
+                return
             time.sleep(min(0.05, max(0.0005, 0.1 * (time.monotonic() - start))))
 
     def run(self) -> None:
@@ -181,13 +184,13 @@ class Watchdog(threading.Thread):
             except RuntimeError:  # the store is gone, with it the launcher, or does not answer: nothing is known
                 problem = ""
             if not problem and now - since > self._longest and not _Signs.turns:
-                problem = f"rank {self._rank} has not moved for {self._longest:.0f} s {_place()}"
+                problem = f"rank {self.rank} has not moved for {self._longest:.0f} s {_place()}"
             if problem:
                 self._end(problem)
             looked = time.monotonic()
 
     def _say(self, text: str) -> None:
-        self._store.set(f"watchdog/{self._rank}", text)
+        self._store.set(f"watchdog/{self.rank}", text)
 
     def lost(self) -> str:
         """Which ranks say nothing any more, that did not leave; empty where there are none, or another rank tells it.
@@ -204,8 +207,11 @@ class Watchdog(threading.Thread):
 
     def _words(self) -> dict[int, str]:
         """What each other rank said last."""
-        keys = {rank: f"watchdog/{rank}" for rank in self._others}
-        return {rank: self._store.get(key).decode() if self._store.check([key]) else "" for rank, key in keys.items()}
+        return {rank: self._word(rank) for rank in self._others}
+
+    def _word(self, rank: int) -> str:
+        key = f"watchdog/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _notice(self, problem: str) -> None:
         """Say once what this rank waits for."""
@@ -225,7 +231,7 @@ class Watchdog(threading.Thread):
             return ""
         self._listen(now)
         silent = [rank for rank, sign in self._signs.items() if now - sign.came > patience and sign.text != LEFT]
-        places = {self._rank: _place()} | {rank: sign.place for rank, sign in self._signs.items() if rank not in silent}
+        places = {self.rank: _place()} | {rank: sign.place for rank, sign in self._signs.items() if rank not in silent}
         if silent:
             lost = "; ".join(f"rank {rank}, last {self._signs[rank].place or 'not yet there'}" for rank in silent)
             problem = (
@@ -235,7 +241,7 @@ class Watchdog(threading.Thread):
             problem = f"no rank has got on for {longest:.0f} s: {_listed(places)}"
         else:
             return ""
-        return problem if self._rank == min(places) else "-"  # one speaks
+        return problem if self.rank == min(places) else "-"  # one speaks
 
     def _listen(self, now: float) -> None:
         """Take note of what the other ranks said."""

@@ -37,6 +37,7 @@ def end_of(folders: Folders, save_dir: Path, how: str) -> tuple[int, str, float]
         ("asks-nobody", rf"error: no rank has got on for 4 s: rank 0 {THERE}; rank 1 after step 1 in no collective, at "
                         r"src/parallel.py:\d+ in from_first_rank"),
         ("fails", r"error: row 7 is broken"),
+        ("asks-in-vain", r"error: row 7 is broken"),
         ("dies", rf"error: nothing is heard any more of rank 1, last {THERE}: its process was killed .*"),
     ],
 )
