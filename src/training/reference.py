@@ -38,8 +38,9 @@ class Reference(NamedTuple):
 
 def reference_identity(contents: str, tokenizer: Tokenizer, dtype: torch.dtype, quantize: str = "") -> str:
     """What log-probs depend on besides the row: the checkpoint's contents (resuming.content_hash()), the tokenizer, the
-    arithmetic's type, the weights'."""
-    rounded = [str(dtype)] * (dtype != torch.float32) + [quantize] * bool(quantize)
+    arithmetic's type, the weights', whose groups of a scale end where a tensor-parallel rank's columns do."""
+    n = parallel.tensor_parallel_size() if quantize.startswith("int") else 1
+    rounded = [str(dtype)] * (dtype != torch.float32) + [quantize] * bool(quantize) + [str(n)] * (n > 1)
     return "/".join((contents, tokenizer.fingerprint(), parallel.device().type, *rounded))
 
 

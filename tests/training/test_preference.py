@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import preference_train
-from src import load, losses
+from src import load, losses, parallel
 from src.checkpoint import saving, storage
 from src.data.batch import BatchSampler, Dataset
 from src.data.encoding import encode_prompt, encode_response
@@ -322,6 +322,17 @@ def test_reference_is_computed_once_and_never_taken_for_another(
     assert not reference_of(str(changed), data, path, tokenizer).logprobs.keys() & other.logprobs.keys()
     monkeypatch.setattr(tokenizer, "fingerprint", lambda: "another")
     assert not reference_of(folders.one, data, path, tokenizer).logprobs.keys() & first.logprobs.keys()
+
+
+def test_few_bits_are_rounded_by_each_rank_so_a_reference_of_other_ranks_is_another(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for quantize, n_kinds in {"": 1, "bfloat16": 1, "int8": 2, "int4": 2}.items():
+        found = set()
+        for n in (1, 2):
+            monkeypatch.setattr(parallel, "tensor_parallel_size", lambda n=n: n)
+            found.add(reference_identity("weights", tokenizer, torch.float32, quantize))
+        assert len(found) == n_kinds
 
 
 def test_a_row_is_known_by_its_prompt_and_response_and_their_border(tokenizer: Tokenizer) -> None:
