@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from src.command import cli
+from src.command.flags import WRITTEN, path_in
 from src.errors import UserError, show_problem
 
 METRICS = "metrics.jsonl"
@@ -242,12 +243,13 @@ def draw(folder: Path) -> Path:
 
 
 def _hashes(flags: Mapping[str, object]) -> dict[str, list[str]]:
-    """SHA-256 of the files that a run reads, by flag: a later change of theirs shows."""
+    """SHA-256 of the files that a run reads, by flag, a reward's FILE.py among them: a later change of theirs shows."""
     hashes: dict[str, list[str]] = {}
     for name, value in flags.items():
-        for path in value if isinstance(value, list) else [value]:
-            if name.endswith("_file") and name != "save_file" and isinstance(path, str) and Path(path).is_file():
-                with Path(path).open("rb") as file:
+        for word in value if isinstance(value, list) else [value]:
+            path = path_in(name, word) if isinstance(word, str) and name not in WRITTEN else None
+            if path and path.is_file():
+                with path.open("rb") as file:
                     hashes.setdefault(name, []).append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes
 

@@ -32,11 +32,14 @@ def test_run_and_metrics_files(tmp_path: Path) -> None:
 
 def test_every_file_that_is_read_is_hashed(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"abc")
-    flags = {"train_file": [str(tmp_path / "a.json")] * 2, "eval_file": str(tmp_path / "a.json"), "save_file": "gone"}
+    (tmp_path / "a.py").write_bytes(b"abc")
+    flags = {"train_file": [str(tmp_path / "a.json")] * 2, "eval_file": str(tmp_path / "a.json"), "save_file": "gone",
+             "reward": ["rule", f"{tmp_path / 'a.py'}:score"], "task": str(tmp_path / "a.json"), "few_shot": "gsm8k8",
+             "reference_file": str(tmp_path / "a.json"), "lr": 0.1}
     RunLog(str(tmp_path / "run"), flags)
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
     found = json.loads((tmp_path / "run/run.json").read_text())["inputs"]
-    assert found == {"train_file": [abc, abc], "eval_file": [abc]}
+    assert found == {"train_file": [abc, abc], "eval_file": [abc], "reward": [abc], "task": [abc]}
 
 
 def test_a_machine_without_git_keeps_a_record_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
