@@ -107,7 +107,7 @@ run_seed() {
         --pairs_a_problem "$PAIRS" --seed "$seed"
     stage "seed $seed: pro: preferences" "$run/pro/manifest.json" \
         many preference_train.py --ckpt_dir "$run/$plus" --save_dir "$run/pro" --train_file "$run/pairs.json" \
-        --seed "$seed" $DPO_FLAGS
+        --seed "$seed" --resume auto $DPO_FLAGS
     test_on pro "$run/pro"
 
     fit ceiling "$STRONG" "$run/unlabelled.json" $SOLVER_FLAGS
