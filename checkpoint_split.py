@@ -78,6 +78,7 @@ def main(config: SplitConfig) -> None:
     if parallel.rank() != 0:  # under torchrun one process does the work
         return
     log = runlog.logger()
+    refuse_without_effect(config)
     if config.inspect:
         runlog.table(plan.inspection(*sources.describe(config.inspect)))
         return
@@ -155,6 +156,19 @@ def main(config: SplitConfig) -> None:
         log.info("logits before and after: %s", verify.logit_difference(adapter or source, after))
 
 
+def refuse_without_effect(config: SplitConfig) -> None:
+    """Raise UserError for flags of which nothing would come beside those that say what is to be done."""
+    every, of_certify = config.flags().keys(), {"certify_ranks", "certify_layers"}
+    for is_so, names, why in (
+        (config.inspect, every - {"inspect"}, "--inspect describes a checkpoint, and writes none"),
+        (config.certify, every - {"certify", "verify_hashes"} - of_certify, "--certify writes no checkpoint"),
+        (not config.certify, of_certify, "there is no --certify"),
+        (config.format != "shards", ("n",), f"--format {config.format} is not cut into shards"),
+        (config.format != "hf", ("max_shard_size",), "it is of --format hf alone"),
+    ):
+        config.refuse(names if is_so else (), why)
+
+
 def refuse_contradictions(config: SplitConfig, described: str, *, has_adapter: bool, keep: bool) -> None:
     """Raise UserError for flags that do not go together, or not with what was found. keep: an adapter stays one."""
     changes = [name for name in ("num_added_tokens", "code_tokens", "dtype") if getattr(config, name)]
@@ -173,6 +187,8 @@ def refuse_contradictions(config: SplitConfig, described: str, *, has_adapter: b
          "--dtype q8_0 is a type of GGUF files; give --format gguf, or another type"),
         (config.base_dir and not has_adapter,
          f"--base_dir names the base of an adapter, but {described} is none"),
+        (not config.merge_lora and not has_adapter,
+         f"--merge_lora false keeps an adapter one, but {described} is none"),
         (config.config_file and has_adapter,
          f"--config_file describes whole weights, but {described} is an adapter, described by its base"),
         (has_adapter and isinstance(config.ckpt_file, list) and len(config.ckpt_file) > 1,

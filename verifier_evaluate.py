@@ -41,8 +41,8 @@ class VerifierEvaluateConfig(ModelFlags, TokenizerFlags, ContextFlags):
     """Verifier evaluation"""
 
     ckpt_dir: str = flag(help="verifier checkpoint")
-    log_dir: str = flag(help="""directory for the scored samples.jsonl, results.json, report.html, verifier.png,
-        run.json; a rerun continues""")
+    log_dir: str = flag(help="""directory for results.json and run.json, and of samples for the scored samples.jsonl,
+        report.html and verifier.png, where a rerun continues""")
     task: str = flag("", """how answers are found and compared: a name that solver_evaluate.py --help lists,
         or FILE.json""")
     samples_file: str = flag("", "samples.jsonl of solver_evaluate.py, several samples a problem")
@@ -61,7 +61,6 @@ class VerifierEvaluateConfig(ModelFlags, TokenizerFlags, ContextFlags):
     quantize: Literal["", "int8", "int4"] = flag("", """hold weights in 8 or 4 bits, in groups of 128 or 32
         that share a scale; default: as they are computed with""")
 
-
     def __post_init__(self) -> None:
         """Raise UserError unless samples or steps are given, with what each needs."""
         super().__post_init__()
@@ -69,7 +68,8 @@ class VerifierEvaluateConfig(ModelFlags, TokenizerFlags, ContextFlags):
         if bool(self.steps_file) == bool(self.samples_file) or not complete:
             raise UserError("give either --samples_file with --task and --label_file, or --steps_file")
         if self.steps_file:
-            self.refuse(("split", "aggregation"), "each step of each row of --steps_file is judged")
+            self.refuse(("task", "label_file", "split", "aggregation"),
+                        "each step of each row of --steps_file is judged")
         else:
             self.refuse(("threshold_file",), "its threshold is for the steps of --steps_file")
 
@@ -77,6 +77,8 @@ class VerifierEvaluateConfig(ModelFlags, TokenizerFlags, ContextFlags):
 def main(config: VerifierEvaluateConfig) -> None:
     """Add scores to samples: best-of-n and weighted voting over n next to majority voting; or score steps."""
     model_config = load.load_config(config.ckpt_dir, config.model_type, "verifier")
+    if model_config.objective != "process":
+        config.refuse(("aggregation",), f"{config.ckpt_dir} gives one score of a solution")
     n = load.scoring_ranks({config.ckpt_dir: model_config}, config.context_parallel_size, planned=config.dry_run)
     prompts, matched, samples, labelled = [], [], [], []
     if config.samples_file:

@@ -160,6 +160,8 @@ def main(
     """
     if say_answer and task != "math":
         raise UserError(f"--say_answer is for math, whose solutions end in any words; found {task}")
+    if level_file and not levels:
+        raise UserError("--level_file has no effect: there are no --levels to choose by; leave it out")
     if hide_answers and not levels:
         raise UserError("--hide_answers hides those of other levels than --levels names; give --levels with it")
     if hide_answers and task in ("prm800k", "math_shepherd", "processbench", "hh_rlhf"):

@@ -300,7 +300,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     train = {"ckpt_dir": "one", "save_dir": "out", "train_file": "train.json"}
     in_steps = [row | {"id": "0", "sample": n, "label": "1"} for n, row in enumerate(graded)]
     write_json(folder / "judged.json", [in_steps[0], in_steps[1] | {"response": "1\n\n2"}])
-    write_json(folder / "judged.identity.json", {"checkpoint": "m", "rules": find_task("toy").rules()})
+    write_json(folder / "three.json", [in_steps[0] | {"response": "2\n\n3\n\n#### 1"}])
+    for name in ("judged", "three"):
+        write_json(folder / f"{name}.identity.json", {"checkpoint": "m", "rules": find_task("toy").rules()})
     build = {"ckpt_dir": "one", "task": "toy", "samples_file": "judged.json", "log_dir": "out",
              "save_file": "out/pairs.json"}
     evaluate = {"task": "toy", "ckpt_dir": "one", "label_file": "train.json", "log_dir": "out"}
@@ -490,6 +492,7 @@ def test_a_bad_data_file(world: World, here: Path, text: str, message: str, whic
         assert_refused(world, script, files[script], message, here)
 
 
+STEPS_ALONE = {"task": None, "label_file": None, "samples_file": None, "steps_file": "steps.json"}
 MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("solver_train", {"ckpt_dir": "nowhere"}, "nowhere"),
     ("solver_train", {"ckpt_dir": "hf"}, "hf has no params.json: it is no checkpoint"),
@@ -623,9 +626,23 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("verifier_train", {"train_file": "pairs.json,nowhere.json"}, "^nowhere.json does not exist"),
     ("verifier_train", {"weights": "0"}, r"--weights is \[0.0\], expected more than 0 each"),
     ("verifier_evaluate", {"samples_file": None}, "give either --samples_file with --task and --label_file"),
-    ("verifier_evaluate", {"samples_file": None, "steps_file": "steps.json"}, "is a pairwise verifier"),
-    ("verifier_evaluate", {"samples_file": None, "steps_file": "steps.json", "split": "a"}, "--split has no effect"),
+    ("verifier_evaluate", STEPS_ALONE, "is a pairwise verifier"),
+    *(
+        ("verifier_evaluate", STEPS_ALONE | {name: value}, f"--{name} has no effect: each step of each row of --steps")
+        for name, value in (("split", "a"), ("task", "toy"), ("label_file", "train.json"), ("aggregation", "min"))
+    ),
     ("verifier_evaluate", {"threshold_file": "steps.json"}, "--threshold_file has no effect"),
+    ("verifier_evaluate", {"aggregation": "min"}, "--aggregation has no effect: verifier gives one score"),
+    ("solver_evaluate", {"max_rounds": 3}, "--max_rounds has no effect: one answers in text alone"),
+    ("data_build branch", {"samples_file": "three.json", "code_seconds": 2}, "--code_seconds has no effect: one"),
+    ("data_build branch", {"error_place": "executions"}, "--error_place has no effect: there are no --error_phrases"),
+    ("data_build split", {"allow_overlap": True}, "--allow_overlap has no effect: there is no --test_file"),
+    ("checkpoint_split", {"inspect": "one"}, "--.* has no effect: --inspect describes a checkpoint, and writes none"),
+    ("checkpoint_split", {"certify": "one"}, "--.* has no effect: --certify writes no checkpoint"),
+    ("checkpoint_split", {"certify_layers": 1}, "--certify_layers has no effect: there is no --certify"),
+    ("checkpoint_split", {"format": "hf"}, "--n has no effect: --format hf is not cut into shards"),
+    ("checkpoint_split", {"max_shard_size": 1}, "--max_shard_size has no effect: it is of --format hf alone"),
+    ("checkpoint_split", {"merge_lora": False}, "--merge_lora false keeps an adapter one, but hf is none"),
     ("verifier_evaluate", {"ckpt_dir": "one"}, r"is a solver \(no value head\)"),
     (
         "data_build select",
@@ -745,8 +762,8 @@ FOREIGN = (
     "hf has no params.json: it is no checkpoint of ours but what config.json describes; bring it here with"
 )
 KINDS: list[tuple[str, dict[str, object], str]] = [
-    ("checkpoint_split", {"certify": "verifier"}, SOLVER),
-    ("checkpoint_split", {"certify": "hf"}, FOREIGN),
+    ("checkpoint_split", {"certify": "verifier", "ckpt_file": None, "save_path": None, "n": None}, SOLVER),
+    ("checkpoint_split", {"certify": "hf", "ckpt_file": None, "save_path": None, "n": None}, FOREIGN),
     ("solver_train", {"ckpt_dir": "verifier", "train_file": "gone"}, SOLVER),
     ("solver_evaluate", {"ckpt_dir": "verifier", "label_file": "gone"}, SOLVER),
     ("solver_evaluate", {"ckpt_dir": "verifier", "interactive": True, "label_file": None, "log_dir": None}, SOLVER),
@@ -754,7 +771,7 @@ KINDS: list[tuple[str, dict[str, object], str]] = [
      VERIFIER),
     ("verifier_train", {"ckpt_dir": "hf", "train_file": "gone"}, FOREIGN),
     ("verifier_evaluate", {"ckpt_dir": "one", "label_file": "gone"}, VERIFIER),
-    ("verifier_evaluate", {"ckpt_dir": "one", "samples_file": None, "steps_file": "gone", "dry_run": True}, VERIFIER),
+    ("verifier_evaluate", STEPS_ALONE | {"ckpt_dir": "one", "steps_file": "gone", "dry_run": True}, VERIFIER),
     ("preference_train", {"ckpt_dir": "verifier", "train_file": "gone"}, SOLVER),
     ("preference_train", {"reference_ckpt_dir": "verifier", "train_file": "gone"}, SOLVER),
     ("preference_train", {"ckpt_dir": "verifier", "dry_run": True}, SOLVER),
@@ -966,7 +983,8 @@ def test_verifiers_of_outcomes_and_steps_from_samples_to_scores(
     config = load.load_config("trained")
     assert (config.objective, config.score) == (objective, "last" if objective == "outcome" else "steps")
     evaluate = main_of("verifier_evaluate", *SCORED)
-    evaluate("trained", "log", "toy", "graded_two.json", "train.json", aggregation="min")
+    aggregation = {"aggregation": "min"} if objective == "process" else {}
+    evaluate("trained", "log", "toy", "graded_two.json", "train.json", **aggregation)
     scored = [json.loads(line) for line in (here / "log/samples.jsonl").read_text().splitlines()]
     assert len(scored) == len(samples) and all(len(row["step_scores"]) == 2 for row in scored)
     for row in scored:

@@ -216,6 +216,8 @@ def test_answers_of_hard_problems_are_hidden(tmp_path: Path, capsys: pytest.Capt
     assert "2 rows written" in (said := capsys.readouterr().out) and "1 answers of other levels left out" in said
     with pytest.raises(UserError, match="give --levels with it"):
         main(raw_file, str(out), "math", hide_answers=True)
+    with pytest.raises(UserError, match="--level_file has no effect: there are no --levels"):
+        main(raw_file, str(out), "math", level_file=str(out))
     with pytest.raises(UserError, match="rows of prm800k hold judged ones alone"):
         main(raw_file, str(out), "prm800k", levels=[1], hide_answers=True)
 

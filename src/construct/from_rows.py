@@ -54,6 +54,12 @@ class SplitRowsConfig(BuildConfig):
         error""")
     seed: Seed = flag(1, "seed of the choice")
 
+    def __post_init__(self) -> None:
+        """Raise UserError for an overlap with nothing."""
+        super().__post_init__()
+        if not self.test_file:
+            self.refuse(("allow_overlap",), "there is no --test_file")
+
 
 def split(config: SplitRowsConfig) -> None:
     """Instruction data in two parts without a question in common: one to teach the weak model, one for it to label.

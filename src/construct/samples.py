@@ -50,6 +50,12 @@ class ErrorFlags(Config):
     error_place: ErrorPlace = flag("solution", """where they are looked for: all of a solution, or only what
         its code printed, such as tracebacks""")
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a place where nothing is looked for."""
+        super().__post_init__()
+        if not self.error_phrases:
+            self.refuse(("error_place",), "there are no --error_phrases")
+
 
 class GradedProblem(NamedTuple):
     """A problem's distinct responses by outcome, in the order of the file."""

@@ -72,14 +72,16 @@ def open_solver(
     parallel.start(seed)
     if config.backend == "openai":
         return ServedSolver(config, prompting, config.max_batch_size)
+    tokenizer, code = load.load_tokenizer(config.ckpt_dir, config), code or CodeFlags()
+    if not tokenizer.code:
+        code.refuse(("isolation", "code_seconds", "max_rounds"), f"{config.ckpt_dir} answers in text alone")
     model = load.load_solver(config.ckpt_dir, model_type=config.model_type, precision=config.precision,
                              quantize=quantize)
-    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)), "chat_template": tokenizer.chat_template,
               "tokenizer": tokenizer.form() if config.tokenizer_file else None,  # else the checkpoint's own
               "template_args": tokenizer.template_args or None, "system_prompt": tokenizer.system_prompt or None,
               "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}
-    coding, code = None, code or CodeFlags()
+    coding = None
     if tokenizer.code:
         coding = Coding(tokenizer, max_rounds, code.isolation or None, block_limits(code.code_seconds))
         seconds = code.code_seconds if code.code_seconds != CodeFlags().code_seconds else None

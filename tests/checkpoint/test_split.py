@@ -174,7 +174,7 @@ def test_training_checkpoint_is_split_without_its_optimizer_aloud(
     step = str(tmp_path / "run" / "step-2")
     for format in ("shards", "hf"):
         checkpoint_split.main(
-            checkpoint_split.SplitConfig(ckpt_file=step, save_path=str(tmp_path / format), n=2, format=format)
+            checkpoint_split.SplitConfig(ckpt_file=step, save_path=str(tmp_path / format), format=format)
         )
         told = capsys.readouterr().err
         assert (
