@@ -19,7 +19,7 @@ learn() {
     stage "seed $seed: $name" "$dir/$name/actor/manifest.json" \
         python ppo_train.py --config recipes/presets/ppo_toy.yaml --actor_ckpt_dir "$dir/sft" \
         --actor_save_dir "$dir/$name/actor" --train_file "$RUN/train.json" --eval_file "$RUN/held.json" \
-        --resume auto --seed "$seed" "$@"
+        --eval_every 4 --resume auto --seed "$seed" "$@"
     stage "seed $seed: evaluate $name" "$dir/$name-test/results.json" \
         sample --ckpt_dir "$dir/$name/actor" --label_file $TOY/test.json --log_dir "$dir/$name-test"
 }

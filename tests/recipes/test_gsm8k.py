@@ -1,16 +1,14 @@
 """recipes/gsm8k.sh and its table: settings that are not understood are refused, gains are over the stage before."""
 
-import importlib
 import json
-import shlex
-import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from recipes import gsm8k_table as table
-from src.command.flags import flags_of, parse
+from tests.recipes.test_commands import check, script_of, started
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gsm8k.sh"
 RULES = {"extraction": "gsm8k/last-number@4", "equality": "exact@4"}
@@ -33,36 +31,18 @@ def test_settings_that_are_not_understood_are_refused(words: list[str], message:
 
 @pytest.fixture
 def commands(tmp_path: Path) -> list[list[str]]:
-    """What the recipe starts, one list of words each: its stages run with programs that write down their words."""
-    shutil.copytree(RECIPE.parent, tmp_path / "recipes")
-    (tmp_path / "recipes" / "stage.sh").write_text('stage() { shift 2; "$@"; }\n')
-    (tmp_path / "recipes" / "environment.sh").write_text('cd "$(dirname "$0")/.."; export PATH="$PWD/bin:$PATH"\n')
-    (tmp_path / "bin").mkdir()
-    for name in ("python", "torchrun"):
-        program = tmp_path / "bin" / name
-        program.write_text(f'#!/bin/bash\nprintf "%q " {name} "$@" >> "$PWD/started"; echo >> "$PWD/started"; echo 2\n')
-        program.chmod(0o755)
+    """What the recipe starts."""
     raw = tmp_path / "raw.jsonl"
     raw.write_text("{}\n" * 300)
     words = ["--train", str(raw), "--test", str(raw), "--model", "model.gguf", "--seeds", "1 2", "--run", "out"]
-    subprocess.run(["bash", str(tmp_path / "recipes" / "gsm8k.sh"), *words], check=True, cwd=tmp_path)
-    return [shlex.split(line) for line in (tmp_path / "started").read_text().splitlines()]
+    return started(tmp_path, "gsm8k.sh", *words)
 
 
-def test_every_command_is_one_that_its_script_understands(commands: list[list[str]]) -> None:
-    started = {}
-    for words in commands:
-        place = next((index for index, word in enumerate(words) if word.endswith(".py")), None)
-        if place is None or "/" in words[place]:
-            continue  # python -c, prepare.py, the table
-        script, flags = words[place].removesuffix(".py"), words[place + 1 :]
-        module = importlib.import_module(script)
-        main = module.main if hasattr(module, "main") else module.COMMANDS[flags.pop(0)]
-        parsed = parse(main, flags)
-        assert {flag.name for flag in flags_of(main).values() if flag.required} <= set(parsed), words
-        started[script] = started.get(script, 0) + 1
-    assert started == {"checkpoint_split": 1, "data_build": 2 + 2 * 4, "solver_evaluate": 2 + 2 * 7, "solver_train": 4,
-                       "verifier_train": 4, "verifier_evaluate": 4, "ppo_train": 4, "preference_train": 2}
+def test_every_command_is_one_that_its_script_takes(commands: list[list[str]]) -> None:
+    check(commands)
+    counts = Counter(filter(None, map(script_of, commands)))
+    assert counts == {"checkpoint_split": 1, "data_build": 2 + 2 * 4, "solver_evaluate": 2 + 2 * 7, "solver_train": 4,
+                      "verifier_train": 4, "verifier_evaluate": 4, "ppo_train": 4, "preference_train": 2}
     assert commands[-1][1:] == ["recipes/gsm8k_table.py", "--run_dir", commands[-1][3], "--seeds", "1,2"]
 
 
