@@ -258,7 +258,7 @@ def read_prompts(path: str, columns: Mapping[str, str] = {}, *, need_label: bool
             level=level_number(row.get("level"), row.where), subject=row.optional_text("subject"),
             split=row.optional_text("split"), answer_type=row.optional_text("answer_type") or "",
             tolerance=float(tolerance or 0),
-            others={name: value for name, value in row.values.items() if name not in Prompt._fields[:-1]})
+            others={name: row.get(name) for name in row.values if name not in Prompt._fields[:-1]})
         if prompt.id in seen:
             raise UserError(f"{row.where}: id {prompt.id!r} stands already at {seen[prompt.id]}")
         seen[prompt.id] = row.where

@@ -176,6 +176,11 @@ def test_samples_of_another_problem_with_the_same_id_are_refused(file: Callable[
         match_samples(others, PROMPTS, "f")
 
 
+def test_nan_and_null_in_a_column_of_a_reward_are_none(file: Callable[[str], str]) -> None:
+    (prompt,) = read_prompts(file('{"instruction": "a", "colour": NaN, "size": null, "n": 0}\n'), need_label=False)
+    assert prompt.others == {"colour": None, "size": None, "n": 0}
+
+
 def test_nan_and_null_in_a_sample_say_nothing(file: Callable[[str], str]) -> None:
     rows = read_samples(file('{"id": "x", "response": "a", "score": NaN, "finish": null}\n'
                              '{"id": "y", "response": "a", "finish": "length"}'))
