@@ -106,6 +106,18 @@ def test_commands_parse_against_the_scripts_they_start(words: list[str]) -> None
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS], ids=lambda path: path.stem)
+def test_commands_of_a_page_read_a_file_by_the_same_columns(path: Path) -> None:
+    columns: dict[str, object] = {}
+    for words in commands(path):
+        script = next((word.removesuffix(".py") for word in words if word in SCRIPTS_NAMED), "data_build")
+        main = getattr(importlib.import_module(script), "main", None)
+        if main and "columns" in flags_of(main):
+            parsed = parse(main, words[words.index(f"{script}.py") + 1 :])
+            file = str(parsed.get("label_file") or parsed.get("train_file"))
+            assert columns.setdefault(file, parsed.get("columns")) == parsed.get("columns"), words
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS], ids=lambda path: path.stem)
 def test_other_commands_start_what_is_there(path: Path) -> None:
     for words in commands(path, "python", "torchrun", "bash"):
         if words[0] == "bash" or "/" in words[1]:
