@@ -247,7 +247,10 @@ def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None
         if benchmark.equality not in ("choice@4", "typed@4"):
             raise UserError(f"--choices gives the letter of a choice, but --task {config.task} compares by "
                             f"{benchmark.equality or 'nothing'}; name a task of choices, such as choice")
-    check_flags(config)
+    served = check_flags(config)
+    if not config.temperature and not config.samples_file:
+        config.refuse(("top_p", "top_k", "min_p", *(() if served else ("num_samples",))),
+                      "--temperature 0 takes the likeliest token, the same in every sample")
 
 
 if __name__ == "__main__":

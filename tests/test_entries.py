@@ -633,6 +633,10 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ),
     ("verifier_evaluate", {"threshold_file": "steps.json"}, "--threshold_file has no effect"),
     ("verifier_evaluate", {"aggregation": "min"}, "--aggregation has no effect: verifier gives one score"),
+    *(
+        ("solver_evaluate", {name: value}, f"--{name} has no effect: --temperature 0 takes the likeliest token")
+        for name, value in (("top_p", 0.9), ("top_k", 5), ("min_p", 0.1), ("num_samples", 8))
+    ),
     ("solver_evaluate", {"max_rounds": 3}, "--max_rounds has no effect: one answers in text alone"),
     ("data_build branch", {"samples_file": "three.json", "code_seconds": 2}, "--code_seconds has no effect: one"),
     ("data_build branch", {"error_place": "executions"}, "--error_place has no effect: there are no --error_phrases"),

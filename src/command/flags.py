@@ -82,7 +82,7 @@ OVERWRITE = "replace what is finished and stands where this command writes"
 
 def is_path(name: str) -> bool:
     """Whether a flag of this name holds a path, or several."""
-    return name.endswith(("_file", "_dir", "_path")) or name in ("inspect", "certify", "config")
+    return name.endswith(("_file", "_files", "_dir", "_path")) or name in ("inspect", "certify", "config")
 
 
 def path_in(name: str, word: str) -> Path | None:

@@ -12,7 +12,9 @@ from threading import Thread
 
 import pytest
 
+import data_build
 from src.command import hub
+from src.command.flags import parse
 from src.data.rows import read_rows
 from src.errors import UserError
 from tests.ranks import ROOT
@@ -155,3 +157,8 @@ def test_rows_of_the_hub_without_the_package_that_reads_them(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="hf:a/b: rows are read by the package datasets, which is not installed"):
         hub.fetch("train_file", "hf:a/b")
+
+
+def test_a_list_of_files_may_name_the_hub_too() -> None:
+    with pytest.raises(UserError, match=r"--known_files is 'hf:mine'; expected hf:ORG/NAME\[@REVISION\]\[:CONFIG\]"):
+        parse(data_build.problems, ["--samples_file=a", "--save_file=b", "--known_files", "c.json", "hf:mine"])
