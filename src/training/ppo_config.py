@@ -30,6 +30,7 @@ from src.command.config import (
 from src.data.encoding import StepKind
 from src.errors import UserError
 
+OF_THE_LOG = ["format", "std", "code", "length_correlation"]  # behind reward_: numbers of no single reward
 Advantage = Literal["gae", "grpo", "dr_grpo", "gdpo", "rloo", "reinforce++"]
 Aggregation = Literal["token-mean", "seq-mean", "seq-sum", "seq-constant"]
 
@@ -357,8 +358,8 @@ class PPOConfig(
     def _wrong_rewards(self) -> list[tuple[object, str]]:
         """The same of --reward, its weights, and functions that the log could not tell apart."""
         names = self.reward
-        # reward_format, reward_std and, where code is run, reward_code are no user's function
-        logged = [*map(short_name, names), "format", "std", "code"]
+        # reward_format, reward_std, ... and, where code is run, reward_code are no user's function
+        logged = [each for name in map(short_name, names) for each in (name, f"{name}_failed")] + OF_THE_LOG
         twice = [name for name in names if ":" in name and logged.count(short_name(name)) > 1]
         return [
             (not names or len(set(names)) < len(names),

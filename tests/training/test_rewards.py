@@ -239,7 +239,7 @@ def test_weights_belong_to_the_names_of_rewards() -> None:
         with pytest.raises(UserError, match="each named once"):
             weights(names, [])
     for names in (["a.py:score", "b.py:score"], ["rule", "a.py:rule"], ["a.py:std"], ["a.py:format"],
-                  ["a.py:code"]):
+                  ["a.py:code"], ["a.py:length_correlation"], ["a.py:score", "b.py:score_failed"]):
         with pytest.raises(UserError, match=r"the log has another '\w+'; rename it"):
             weights(names, [])
     assert weights(["a.py:one", "b.py:two"], [1, 2]) == {"a.py:one": 1, "b.py:two": 2}
