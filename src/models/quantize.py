@@ -21,7 +21,7 @@ from src.models.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from src.models.linear import input_gradient, linear
+from src.models.linear import input_gradient, linear, rounded
 
 
 class Precision(NamedTuple):
@@ -197,7 +197,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         """[..., out] -> [..., in]."""
-        weight = ctx.matrix.dense()
+        weight = rounded(ctx.matrix.dense(), grad.dtype)  # of a base with adapters it is float32
         return input_gradient(grad.flatten(0, -2), weight).view(*grad.shape[:-1], -1), None
 
 

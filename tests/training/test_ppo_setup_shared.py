@@ -1,5 +1,6 @@
 """src/training/ppo_setup.py: models on one base compute what separate ones compute, and hold the base once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from src.text.tokenizer import Tokenizer
 from src.training.offload import ModelOffloader
 from src.training.ppo_setup import PPOModels, SharedBase
 from src.training.rewards import pairwise_reward
+from src.training.sft import sft_loss
 from src.training.trainer import Trainer
 from tests.conftest import Folders
+from tests.reference import batch
 from tests.training.workers import collect, lora_of, ppo_config, ppo_update
 
 LORA = lora_of(4)
@@ -81,6 +84,19 @@ def test_ppo_on_one_base_is_ppo_on_four_models(
         tensors = [*model.parameters(), *model.buffers()]
         own = sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in base)
         assert own < 0.6 * sum(t.nbytes for t in shared._tensors.values()) and len(tensors) > 20
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_gradients_pass_adapters_below_that_carry_none_on_top(made: dict[str, str], precision: str) -> None:
+    gradients = []
+    for model in (SharedBase(made["solver"], precision).model(made["solver"]),
+                  load.load_solver(made["solver"], precision=precision)):
+        load.put_lora_on(model, replace(LORA, targets=("wq",)), seed=1)
+        sft_loss(model, batch()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    one, separate = gradients
+    assert (one - separate).norm() < (1e-5 if precision == "float32" else 0.02) * separate.norm()
+    assert separate.norm() > 0
 
 
 def test_another_base_or_kind_of_model_is_refused(made: dict[str, str], folders: Folders) -> None:
