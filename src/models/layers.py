@@ -14,6 +14,7 @@ from src.errors import UserError
 from src.models.linear import linear
 from src.parallel import (
     copy_to_tensor_parallel,
+    gather_vocab,
     padded_share,
     reduce_from_tensor_parallel,
     share,
@@ -102,44 +103,64 @@ class RowParallelLinear(layers.RowParallelLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def _lookup_settings(module: nn.Module, num_embeddings: int, embedding_dim: int) -> None:
-    """The attributes that both fairscale embeddings read in forward()."""
-    module.num_embeddings, module.embedding_dim = num_embeddings, embedding_dim
-    module.padding_idx = module.max_norm = None
-    module.norm_type, module.scale_grad_by_freq, module.sparse = 2.0, False, False
+class _Rows(torch.autograd.Function):
+    """Rows of an embedding, the gradients of a row summed in float32 over all the places that its id has.
+
+    torch sums in the weight's type, which on data-parallel ranks is half precision: of a gradient that 32,768 tokens of
+    three ids had in common two thirds were lost in bfloat16, of 4,096 tokens 3%.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, ids: Tensor, weight: Tensor) -> Tensor:
+        """ids [...] int64, weight [V, D] -> [..., D] in the weight's type."""
+        ctx.save_for_backward(ids)
+        ctx.n_rows, ctx.dtype = len(weight), weight.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor]:
+        """[..., D] -> [V, D]."""
+        (ids,) = ctx.saved_tensors
+        total = torch.ops.aten.embedding_dense_backward(grad.float(), ids, ctx.n_rows, -1, False)
+        return None, total.to(ctx.dtype)
 
 
-class VocabParallelEmbedding(layers.VocabParallelEmbedding):
+class VocabParallelEmbedding(nn.Module):
     """Embedding [num_embeddings, embedding_dim] split by rows; shards coincide with a tied output layer's.
 
     Every rank holds equally many rows; the last ones may be padding, which no id reaches.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        nn.Module.__init__(self)
-        _lookup_settings(self, num_embeddings, embedding_dim)
-        rows = padded_share(num_embeddings)
-        self.num_embeddings_per_partition = len(rows)
-        self.vocab_start_index, self.vocab_end_index = rows.start, rows.stop
-        self.weight = nn.Parameter(torch.empty(self.num_embeddings_per_partition, embedding_dim))
+        super().__init__()
+        self.ids = padded_share(num_embeddings)
+        self.weight = nn.Parameter(torch.empty(len(self.ids), embedding_dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, S] int64 -> [B, S, D], summed over the ranks, one of which has the row."""
+        elsewhere = (tokens < self.ids.start) | (tokens >= self.ids.stop)
+        rows = _Rows.apply((tokens - self.ids.start).masked_fill(elsewhere, 0), self.weight)
+        return reduce_from_tensor_parallel(rows.masked_fill(elsewhere[..., None], 0.0))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The products with every row, where the output layer is this embedding. [..., D] -> [..., rows]."""
         return linear(hidden, self.weight)
 
 
-class ParallelEmbedding(layers.ParallelEmbedding):
+class ParallelEmbedding(nn.Module):
     """Embedding [num_embeddings, embedding_dim] split by columns, as Meta's Llama 1 and 2 shards have it."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        nn.Module.__init__(self)
-        _lookup_settings(self, num_embeddings, embedding_dim)
+        super().__init__()
         if embedding_dim % tensor_parallel_size():
             raise UserError(
                 f"the embedding width {embedding_dim} does not divide over {tensor_parallel_size()} ranks; "
                 f"split the vocabulary instead (embedding_split_dim 0)")
-        self.embedding_dim_per_partition = embedding_dim // tensor_parallel_size()
-        self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim // tensor_parallel_size()))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, S] int64 -> [B, S, D], joined over the ranks."""
+        return gather_vocab(_Rows.apply(tokens, self.weight))
 
 
 class RMSNorm(nn.Module):

@@ -209,8 +209,7 @@ class QuantizedEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.matrix = matrix
-        by_rows = isinstance(layer, VocabParallelEmbedding)
-        self.ids = range(layer.vocab_start_index, layer.vocab_end_index) if by_rows else None
+        self.ids = layer.ids if isinstance(layer, VocabParallelEmbedding) else None
 
     @property
     def weight(self) -> Tensor:
