@@ -23,7 +23,8 @@ def started(folder: Path, recipe: str, *words: str, **variables: str) -> list[li
     (folder / "bin").mkdir()
     for name in ("python", "torchrun"):
         program = folder / "bin" / name
-        program.write_text(f'#!/bin/bash\nprintf "%q " {name} "$@" >> "$PWD/started"; echo >> "$PWD/started"; echo 2\n')
+        # in one go: jobs run side by side
+        program.write_text(f'#!/bin/bash\nline=$(printf "%q " {name} "$@"); echo "$line" >> "$PWD/started"; echo 2\n')
         program.chmod(0o755)
     subprocess.run(["bash", folder / "recipes" / recipe, *words], check=True, cwd=folder, env=os.environ | variables,
                    capture_output=True)
@@ -62,7 +63,7 @@ CASES: list[tuple[str, str, dict[str, str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "words", "variables"), CASES, ids=lambda value: " ".join(value))
+@pytest.mark.parametrize(("recipe", "words", "variables"), CASES)
 def test_every_command_of_a_recipe_is_taken_by_its_script(
     recipe: str, words: str, variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
