@@ -81,9 +81,11 @@ verifier() {
 }
 
 started_as_job "$@"
-[ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
-[ "${1:-}" = "--improve" ] && choose_method "${2:-}"
-mkdir -p "$RUN"
+if [ "${1:-}" = "--improve" ]; then
+    choose_method "${2:-}"
+    shift 2
+fi
+begin "$RUN" "$@"
 stage "the base checkpoint" $RUN/base/manifest.json \
     python checkpoint_split.py --ckpt_file "$BASE" --save_path "$RUN/base" --n "$NPROC"
 stage "easy demonstrations" $RUN/demonstrations.json \

@@ -55,8 +55,7 @@ run_seed() {
 
 export BASE=${BASE:-$RUN/base}
 started_as_job "$@"
-[ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
-mkdir -p "$RUN"
+begin "$RUN" "$@"
 [ "$BASE" != "$RUN/base" ] || stage "the toy's base" $RUN/base/manifest.json \
     python checkpoint_split.py --ckpt_file dataset/toy/base --save_path $RUN/base --n 1
 for_each_seed run_seed

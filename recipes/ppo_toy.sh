@@ -88,8 +88,7 @@ arm() {
 }
 
 started_as_job "$@"
-[ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
-mkdir -p "$RUN"
+begin "$RUN" "$@"
 stage "the base checkpoint" "$RUN/base/manifest.json" \
     python checkpoint_split.py --ckpt_file $TOY/base --save_path "$RUN/base" --n 1
 stage "hold problems back" "$RUN/held.json" \

@@ -5,8 +5,7 @@ source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stage.sh
 
 toy=dataset/toy run=runs/toy
-[ "${1:-}" = "--fresh" ] && rm -rf "$run"
-mkdir -p "$run"
+begin "$run" "$@"
 
 # Threads that wait for each other must not spin: on a busy machine that costs more than the model.
 export OMP_WAIT_POLICY=PASSIVE

@@ -56,8 +56,7 @@ run_seed() {
 }
 
 started_as_job "$@"
-[ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
-mkdir -p "$RUN"
+begin "$RUN" "$@"
 [ -n "$SOLVER" ] || stage "the toy's base" $RUN/base/manifest.json \
     python checkpoint_split.py --ckpt_file dataset/toy/base --save_path $RUN/base --n 1
 for_each_seed run_seed

@@ -15,3 +15,15 @@ stage() {
     fi
     means=
 }
+
+# begin RUN_DIR [--fresh]: make the directory of results; --fresh empties it first
+begin() {
+    local dir=$1
+    shift
+    case "$*" in
+    "") ;;
+    --fresh) rm -rf "$dir" ;;
+    *) echo "error: found '$*'; $(basename "$0") takes --fresh alone" >&2; exit 1 ;;
+    esac
+    mkdir -p "$dir"
+}

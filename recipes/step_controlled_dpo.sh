@@ -80,8 +80,7 @@ run_seed() {
 }
 
 started_as_job "$@"
-[ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
-mkdir -p "$RUN"
+begin "$RUN" "$@"
 if [ -z "$SOLVER" ]; then
     [ "$FORM" = text ] || stage "demonstrations with code" "$RUN/demonstrations.json" \
         python dataset/toy/with_code.py --in_file dataset/toy/demonstrations.json --out_file "$RUN/demonstrations.json"

@@ -115,8 +115,7 @@ run_seed() {
 }
 
 started_as_job "$@"
-[ "${1:-}" = "--fresh" ] && rm -rf "$RUN"
-mkdir -p "$RUN"
+begin "$RUN" "$@"
 if [ "$TASK" = toy ]; then
     stage "a small model: the toy's base without its last layer" "$RUN/weak-base/manifest.json" \
         python dataset/toy/make_small.py --base_dir dataset/toy/base --save_dir "$RUN/weak-base" --layers 3

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def started(folder: Path, recipe: str, *words: str, **variables: str) -> list[list[str]]:
     """What a recipe starts, one list of words each: its stages run with programs that write down their words."""
     shutil.copytree(ROOT / "recipes", folder / "recipes")
-    (folder / "recipes" / "stage.sh").write_text('stage() { shift 2; "$@"; }\n')
+    (folder / "recipes" / "stage.sh").write_text('stage() { shift 2; "$@"; }\nbegin() { mkdir -p "$1"; }\n')
     (folder / "recipes" / "environment.sh").write_text('cd "$(dirname "$0")/.."; export PATH="$PWD/bin:$PATH"\n')
     (folder / "bin").mkdir()
     for name in ("python", "torchrun"):

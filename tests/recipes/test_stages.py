@@ -17,8 +17,8 @@ def recipe(folder: Path, text: str) -> Path:
     return path
 
 
-def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "recipes/own.sh"], cwd=folder, capture_output=True, text=True, check=False)
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "recipes/own.sh", *words], cwd=folder, capture_output=True, text=True, check=False)
 
 
 def test_a_stage_that_ends_well_without_its_file_stops_the_recipe(tmp_path: Path) -> None:
@@ -48,3 +48,13 @@ def test_a_job_that_fails_is_named_and_no_further_one_starts(tmp_path: Path) -> 
 def test_a_stage_says_what_it_is_for_once(tmp_path: Path) -> None:
     recipe(tmp_path, "means='to have it'\nstage 'make a' a touch a\nstage 'make b' b touch b\nstage 'make a' a false")
     assert run(tmp_path).stdout.splitlines() == ["== make a: to have it", "== make b", "== make a: done before (a)"]
+
+
+def test_results_are_kept_unless_asked_for_anew_and_other_words_are_refused(tmp_path: Path) -> None:
+    recipe(tmp_path, 'begin out "$@"\nstage first out/first touch out/first')
+    run(tmp_path)
+    assert run(tmp_path).stdout == "== first: done before (out/first)\n"
+    done = run(tmp_path, "--frehs")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: found '--frehs'; own.sh takes --fresh alone\n"
+    assert run(tmp_path, "--fresh").stdout == "== first\n"
