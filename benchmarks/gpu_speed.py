@@ -231,7 +231,7 @@ def their_lora(sizes: dict[str, int]) -> Callable[[Batch, int], None]:
 
     def learn(batch: Batch, n: int) -> None:
         tokens = batch.tokens.to(parallel.device())
-        places = torch.cat([torch.arange(length) for length in batch.lengths])[None].to(parallel.device())
+        places = torch.cat([torch.arange(length) for _, length in batch.lengths])[None].to(parallel.device())
         labels = tokens.masked_fill(~batch.response_mask.to(parallel.device()), -100)
         model(tokens, position_ids=places, labels=labels, use_cache=False, num_items_in_batch=n).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -136,7 +136,7 @@ def train(folder: Path, rounds: int, solutions: int, rows_a_forward: int) -> Non
     found: list[tuple[Time, Time]] = []
     counts, gap = [], 0.0
     for number, (_, _, (packed,)) in enumerate(batching.steps(data, packing=True, epochs=1)):
-        samples = packed.tokens[0].split(packed.lengths)
+        samples = packed.tokens[0].split(packed.sample_lengths().tolist())
         alone = [
             each for ids in samples for each in one_sequence_a_step(tokenizer, by_tokens[tuple(ids.tolist())])
         ]

@@ -98,7 +98,7 @@ def cached_logprobs(model: Decoder) -> dict[str, Tensor]:
     return {
         "plain": logprobs(model(row[None]))[0],
         "padded": logprobs(model(padded))[1, :75],
-        "packed": logprobs(model(torch.cat((other[:30], row))[None], lengths=(30, 75)))[0, 30:],
+        "packed": logprobs(model(torch.cat((other[:30], row))[None], lengths=((0, 30), (0, 75))))[0, 30:],
         "token by token": logprobs(_token_by_token(model, row, KVCache(1, parallel.device()))),
         "among others": logprobs(_among_others(model, row, other)),
         "after a prefix": logprobs(_after_prefix(model, row, other)),
@@ -418,8 +418,8 @@ def shared_positions() -> dict[str, dict[str, Tensor]]:
     summed over the ranks that share the batch. Each model is whole on each rank."""
     tokens, mask = torch.arange(33).view(3, 11) * 7 % 31, torch.arange(11).expand(3, 11) > 3
     mask = mask & (torch.arange(11) < torch.tensor([[11], [7], [5]]))
-    rows = {"padded": (tokens, mask, None), "packed": (tokens[:1], mask[:1], (3, 8)),
-            "from one beginning": (tokens[:1], mask[:1], (2, (2, 1, 4, 2)))}
+    rows = {"padded": (tokens, mask, None), "packed": (tokens[:1], mask[:1], ((0, 3), (0, 8))),
+            "from one beginning": (tokens[:1], mask[:1], ((0, 2), (2, 1, 4, 2)))}
     found = {}
     for kind, changes in KINDS_OF_ATTENTION.items():
         config = ModelConfig(dim=16, n_layers=2, n_heads=4, head_dim=4, ffn_dim=24, vocab_size=31, max_seq_len=64,

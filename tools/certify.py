@@ -185,17 +185,17 @@ def _differences(
 ) -> Iterator[tuple[str, tuple[float | None, float | None, float | None]]]:
     """Each way of computing, and how far its logits, log-probs and gradients lie from the reference."""
     tokens, mask = (pad_sequence(parts, batch_first=True) for parts in (rows, [_response_mask(row) for row in rows]))
-    lengths = tuple(map(len, rows))
+    samples = tuple((0, len(row)) for row in rows)
     one_row = torch.cat(rows)[None], torch.cat([_response_mask(row) for row in rows])[None]
 
     def trained(logprobs: Tensor) -> tuple[float, float]:
         return _farthest(logprobs, expected["logprobs"]), _gradient_difference(model, logprobs, expected)
 
-    padded = torch.cat([part[:n] for part, n in zip(_logits(model, tokens), lengths, strict=True)])
-    packed = _logits(model, one_row[0], lengths)[0]
+    padded = torch.cat([part[: len(row)] for part, row in zip(_logits(model, tokens), rows, strict=True)])
+    packed = _logits(model, one_row[0], samples)[0]
     cached = _decoded_logits(model, rows)
     yield "padded", (_of(padded, expected), *trained(response_logprobs(model, tokens, mask)))
-    yield "packed", (_of(packed, expected), *trained(response_logprobs(model, *one_row, lengths)))
+    yield "packed", (_of(packed, expected), *trained(response_logprobs(model, *one_row, samples)))
     with patch.dict(forward.CHUNK_BYTES, CHUNK_BYTES):
         yield "chunked loss", (None, *trained(response_logprobs(model, tokens, mask)))
     logprobs = torch.cat([_of_responses(part, row) for part, row in zip(cached, rows, strict=True)])
@@ -203,7 +203,7 @@ def _differences(
 
 
 @torch.no_grad()
-def _logits(model: Decoder, tokens: Tensor, lengths: tuple[int, ...] | None = None) -> Tensor:
+def _logits(model: Decoder, tokens: Tensor, lengths: tuple[tuple[int, int], ...] | None = None) -> Tensor:
     """Whole logits [B, S, V] on every rank."""
     return _whole(model, model(tokens, lengths=lengths))
 

@@ -22,8 +22,8 @@ class Batch(NamedTuple):
     """Samples for one forward pass, in main memory. tokens [B, S] int64; response_mask [B, S] bool, True on
     response tokens.
 
-    Rows padded on the right, one sample each; or, packed, one row with samples of these `lengths` end to end, an entry
-    (shared, rest, rest, ...) standing for samples whose common beginning lies there once.
+    Rows padded on the right, one sample each; or, packed, one row with samples of these `lengths` end to end: an entry
+    (shared, rest, rest, ...) is of samples whose common beginning lies there once, (0, length) of one alone.
     targets [B, S] float32: what a verifier's score should be, nan where none is read.
     reference [n_samples] float32: summed log-probs of the responses under a frozen model, in nats.
     mismatched: as many samples of the same prompts with others' responses, for KTO.
@@ -31,13 +31,13 @@ class Batch(NamedTuple):
 
     tokens: Tensor
     response_mask: Tensor
-    lengths: tuple[int | tuple[int, ...], ...] | None = None
+    lengths: tuple[tuple[int, ...], ...] | None = None
     targets: Tensor | None = None
     reference: Tensor | None = None
     mismatched: "Batch | None" = None
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, tuple[int | tuple[int, ...], ...] | None]:
+    def inputs(self) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], ...] | None]:
         """What the functions of models/forward.py take: tokens [B, S], response_mask [B, S], lengths."""
         return self.tokens, self.response_mask, self.lengths
 
@@ -71,13 +71,11 @@ class Batch(NamedTuple):
     def n_attended(self) -> float:
         """Twice the pairs of positions that causal attention compares: the sum of squared lengths."""
         squares = self.sample_lengths().double().square().sum().item()
-        segments = (segment for segment in self.lengths or () if isinstance(segment, tuple))
-        return squares + sum(2 * shared * sum(others) for shared, _, *others in segments)
+        return squares + sum(2 * shared * sum(others) for shared, _, *others in self.lengths or ())
 
     def _runs(self) -> list[int]:
         """Lengths of the row's parts, one a sample; a common beginning belongs to the first that has it."""
-        segments = (segment if isinstance(segment, tuple) else (0, segment) for segment in self.lengths)
-        return [length for shared, first, *others in segments for length in (shared + first, *others)]
+        return [length for shared, first, *others in self.lengths for length in (shared + first, *others)]
 
 
 def make_batch(samples: Sequence[Encoded], *, packing: bool = False, with_targets: bool = False) -> Batch:
@@ -86,7 +84,7 @@ def make_batch(samples: Sequence[Encoded], *, packing: bool = False, with_target
     if packing:
         tokens = torch.tensor([[token for sample in samples for token in sample.tokens]])
         response_mask = torch.tensor([[is_learnt for sample in samples for is_learnt in sample.supervised]])
-        batch = Batch(tokens, response_mask, tuple(len(sample.tokens) for sample in samples))
+        batch = Batch(tokens, response_mask, tuple((0, len(sample.tokens)) for sample in samples))
     else:
         tokens = pad_sequence([torch.tensor(sample.tokens) for sample in samples], batch_first=True)
         response_mask = pad_sequence([torch.tensor(sample.supervised) for sample in samples], batch_first=True)
@@ -112,7 +110,7 @@ def pack_shared(groups: Sequence[tuple[Encoded, ...]]) -> Batch:
         rests = [encoded.tokens[shared:] for encoded in group]
         tokens += [*group[0].tokens[:shared], *(token for rest in rests for token in rest)]
         supervised += [False] * shared + [here for encoded in group for here in encoded.supervised[shared:]]
-        lengths.append((shared, *map(len, rests)) if len(group) > 1 else len(rests[0]))
+        lengths.append((shared, *map(len, rests)))
     return Batch(torch.tensor([tokens]), torch.tensor([supervised]), tuple(lengths))
 
 

@@ -28,9 +28,9 @@ from src.parallel import (
     to_device,
 )
 
-# What lies in one row of samples laid end to end: a sample of so many positions; or samples that begin alike as
-# (shared, rest, rest, ...): their common beginning once, then what each of them has of its own.
-Segments = tuple[int | tuple[int, ...], ...]
+# What lies in one row of samples laid end to end. Each entry is of samples that begin alike, (shared, rest, rest, ...)
+# positions: their common beginning once, then what each of them has of its own. A sample alone is (0, positions).
+Segments = tuple[tuple[int, ...], ...]
 
 
 @functools.cache
@@ -51,9 +51,10 @@ class Packed:
     def __init__(self, segments: Segments) -> None:
         self.segments = segments
         self.longest, self.ends = 0, None
-        if all(isinstance(sample, int) for sample in segments):  # what a GPU's kernel reads, once for all layers
-            self.longest = max(segments)
-            self.ends = to_device(torch.tensor((0, *itertools.accumulate(segments)), dtype=torch.int32))
+        if not any(shared for shared, *_ in segments):  # what a GPU's kernel reads, once for all layers
+            samples = [length for _, *rests in segments for length in rests]
+            self.longest = max(samples)
+            self.ends = to_device(torch.tensor((0, *itertools.accumulate(samples)), dtype=torch.int32))
 
 
 # What each position may attend to: None = those before it in its row, itself included; a tensor [B, 1, S, T] of
@@ -183,11 +184,10 @@ def _attend_after_prefix(queries: Tensor, group: Group, scores: Scoring) -> Tens
 
 def _attend_in_turn(queries: Tensor, keys: Tensor, values: Tensor, packed: Segments, scores: Scoring) -> Tensor:
     """attend() within samples laid end to end, one after the other. [1, H or K, S, E] -> [1, H, S, E]."""
-    segments = [sample if isinstance(sample, tuple) else (0, sample) for sample in packed]
-    runs = [length for shared, first, *others in segments for length in (shared + first, *others)]
+    runs = [length for shared, first, *others in packed for length in (shared + first, *others)]
     rows = zip(*(heads.split(runs, dim=2) for heads in (queries, keys, values)), strict=True)
     mixed = []
-    for shared, _, *others in segments:
+    for shared, _, *others in packed:
         first = next(rows)
         mixed.append(attend(*first, None, scores))
         beginning = [heads[:, :, :shared] for heads in first[1:]]

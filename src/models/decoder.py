@@ -53,8 +53,7 @@ class Block(nn.Module):
 def _positions(packed: Segments) -> Tensor:
     """The place of each token in its own sample. -> [S] int64."""
     parts = []
-    for sample in packed:
-        shared, first, *others = sample if isinstance(sample, tuple) else (0, sample)
+    for shared, first, *others in packed:
         parts += [torch.arange(shared + first), *(torch.arange(shared, shared + n) for n in others)]
     return torch.cat(parts)
 
@@ -103,19 +102,18 @@ class Decoder(nn.Module):
         Without a cache attention is causal over the row, so padding after a row's end changes nothing before
         it; a PromptCache keeps what such a forward computes, at `positions` [B, S] int64 if a prefix comes before.
         With a KVCache one token a row is read at the `positions` [B, 1] that it gave. With `lengths` the one row
-        holds samples of these lengths end to end: positions start again at 0 in each, and none sees another. An
-        entry (shared, rest, rest, ...) stands for samples that begin alike: the beginning lies there once, and
-        positions after it start again for each rest.
+        holds samples end to end, each entry (shared, rest, rest, ...) those that begin alike: the beginning lies
+        there once, positions after it start again for each rest, and no sample sees another.
         """
         B, S = tokens.shape
         if positions is None:
-            positions = _positions(lengths or (S,))
+            positions = _positions(lengths or ((0, S),))
             self._check_context(int(positions.max()))
             positions = parallel.to_device(positions).expand(B, S)
         if cache is None and context_parallel.size() > 1:
             tokens, positions = context_parallel.cut(tokens), context_parallel.cut(positions)
             if lengths and (padding := tokens.shape[1] * context_parallel.size() - S):  # a sample of its own
-                lengths = (*lengths, padding)
+                lengths = (*lengths, (0, padding))
         x = self.tok_embeddings(tokens).to(self.dtype)  # [B, S, D]
         if self.config.scaled_embeddings:  # the root is rounded too, as when the model was pretrained
             x = x * torch.tensor(self.config.dim**0.5, dtype=x.dtype, device=x.device)

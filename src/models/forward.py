@@ -111,7 +111,8 @@ def response_scores(verifier: Decoder, tokens: Tensor, response_mask: Tensor, le
     scores = token_scores(verifier, tokens, response_mask, lengths)  # [B, S]
     if lengths is not None:
         scores, response_mask = (
-            pad_sequence(row[0].split(lengths), batch_first=True) for row in (scores, response_mask))
+            pad_sequence(row[0].split([length for _, length in lengths]), batch_first=True)
+            for row in (scores, response_mask))
     if verifier.config.score == "mean":
         response_mask = parallel.to_device(response_mask)
         return (scores * response_mask).sum(1) / response_mask.sum(1).clamp_min(1)

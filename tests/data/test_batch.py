@@ -76,7 +76,7 @@ DATA = Dataset([(Encoded([row] * length, 1),) for row, length in enumerate(LENGT
 
 def rows_of(batch: Batch) -> list[int]:
     """The rows that carry loss in a packed batch."""
-    kept = [int(part[0]) for part in batch.tokens[0].split(batch.lengths)]
+    kept = [int(part[0]) for part in batch.tokens[0].split(batch.sample_lengths().tolist())]
     return [row for row, count in zip(kept, batch.response_counts(), strict=True) if count]
 
 
@@ -98,7 +98,7 @@ def test_ranks_share_every_steps_rows(ranks: int) -> None:
 def test_a_steps_rows_come_by_length() -> None:
     batching = BatchSampler(max_batch_size=2, accumulation_steps=6, seed=1)
     (step,) = batching.steps(DATA, packing=True, epochs=1)
-    assert [length for batch in step.batches for length in batch.lengths] == sorted(LENGTHS)
+    assert [length for batch in step.batches for _, length in batch.lengths] == sorted(LENGTHS)
 
 
 def test_steps_may_start_anywhere() -> None:

@@ -119,7 +119,7 @@ def kept(config: ModelConfig, n_tokens: int, lora: LoraConfig | None, *, packed:
         return tensor
 
     length = n_tokens // 2
-    lengths = (length, length) if packed else None
+    lengths = ((0, length), (0, length)) if packed else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(torch.ones((1, 2 * length) if lengths else (2, length), dtype=torch.int64), lengths=lengths)
     return sum(storage.nbytes() for storage in storages.values())

@@ -119,7 +119,7 @@ def packed(samples: Batch) -> Batch:
     lengths = tuple(int(n) for n in samples.sample_lengths())
     tokens, mask = (torch.cat([row[:n] for row, n in zip(each, lengths, strict=True)])[None]
                     for each in (samples.tokens, samples.response_mask))
-    return Batch(tokens, mask, lengths)
+    return Batch(tokens, mask, tuple((0, n) for n in lengths))
 
 
 def test_packing_changes_bfloat16_gradients_by_rounding_alone(folders: Folders) -> None:
