@@ -238,7 +238,7 @@ class DecodingBatch:
 
     def _fill_slots(self) -> tuple[list[int], Tensor] | None:
         """Fill empty slots with waiting requests. -> their slots and the logits [B, P] after their prompts."""
-        free = self.cache.free_slots()
+        free = np.flatnonzero(self.limits == -1).tolist()
         # an eighth of the slots at a time: one forward then reads several prompts
         if self.waiting and not self.read and 8 * len(free) >= len(self.requests):
             self._prefill(len(free))

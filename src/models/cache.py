@@ -149,10 +149,6 @@ class KVCache:
         """The slots in use, in the order that the batch has them."""
         return [slot for bucket in self._buckets for slot in bucket.slots]
 
-    def free_slots(self) -> list[int]:
-        """The empty slots."""
-        return np.flatnonzero(self.lengths == 0).tolist()
-
     def admit(self, slots: Sequence[int], prompt: Layers) -> None:
         """Put one prompt's keys and values into each of these empty slots."""
         length = n_positions(prompt)
@@ -234,10 +230,6 @@ class FixedCache:
     def slots(self) -> list[int]:
         """The slots in use."""
         return np.flatnonzero(self.lengths).tolist()
-
-    def free_slots(self) -> list[int]:
-        """The empty slots."""
-        return np.flatnonzero(self.lengths == 0).tolist()
 
     def admit(self, slots: Sequence[int], prompt: Layers) -> None:
         """Put one prompt's keys and values into each of these empty slots."""
