@@ -19,6 +19,7 @@ from src.checkpoint import saving, storage
 from src.checkpoint.saving import Save
 from src.command.config import Resume, SavingFlags
 from src.errors import UserError
+from src.models.lora import LoraConfig
 from src.processes import watchdog
 from src.runlog import RunLog
 from src.training.resuming import complete_steps, find_start, read_state, step_folder
@@ -28,12 +29,12 @@ KEPT = re.compile("(step|epoch)-[0-9]+|best|reference")  # directories that a ru
 
 
 class Trainee(NamedTuple):
-    """One model of a run: its directory, its trainer, and how a save of it to a directory, with a state, is started.
-    here: brings the model and its optimizer's state into memory, where they are not there all the time."""
+    """One model of a run: its directory, its trainer, and the checkpoint that it started from. here: brings the model
+    and its optimizer's state into memory, where they are not there all the time."""
 
     folder: str
     trainer: Trainer
-    begin_save: Callable[..., Save]
+    ckpt_dir: str
     here: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -46,20 +47,23 @@ class Checkpointer:
         models: Sequence[Trainee],
         flags: SavingFlags,
         *,
+        lora: LoraConfig | None = None,
+        tokenizer_file: str = "",
         steps_per_epoch: int,
         total_steps: int,
         run_fingerprint: Mapping[str, object],
         state: dict[str, object] | None = None,
         snapshots: Mapping[str, int] | None = None,
     ) -> None:
-        """run_fingerprint: json values that must be the same when the run is resumed (resuming.run_fingerprint()).
+        """lora, tokenizer_file: of what is saved, as saving.begin_save() takes them.
+        run_fingerprint: json values that must be the same when the run is resumed (resuming.run_fingerprint()).
         state: json values that change as the run goes; every save holds them, and resume() brings them back.
         snapshots: names under which the first model's weights are kept besides, each renewed every so many steps.
         """
-        self._log, self._models, self._run_fingerprint = log, models, dict(run_fingerprint)
+        self._log, self._models, self._flags, self._run_fingerprint = log, models, flags, dict(run_fingerprint)
+        self._lora, self._tokenizer_file = lora, tokenizer_file
         self._state = {} if state is None else state
         self._snapshots = snapshots or {}
-        self._every, self._keep_last = flags.save_every, flags.keep_last
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         self._best, self._best_step, self._stop_asked = -math.inf, 0, False
         self._saves: list[Save] = []  # under way, one a model, of this step:
@@ -118,7 +122,8 @@ class Checkpointer:
         # better, not as good: of equal ones the earliest is kept
         if score is not None and score > self._best:
             self._best, self._best_step = score, number
-        due = self._every > 0 and number % self._every == 0 or bool(self._snapshots_of(number))
+        every = self._flags.save_every
+        due = every > 0 and number % every == 0 or bool(self._snapshots_of(number))
         at_end = number % self._steps_per_epoch == 0 or number == self._total_steps
         if stop or due or at_end or self._best_step == number:
             self._save(number)
@@ -150,7 +155,10 @@ class Checkpointer:
         for part, model in enumerate(self._models):
             with model.here(), watchdog.patiently():
                 state = model.trainer.state()._replace(facts={**saved, "part": part})
-                self._saves.append(model.begin_save(str(step_folder(model.folder, step)), state=state))
+                self._saves.append(saving.begin_save(
+                    model.trainer.model, str(step_folder(model.folder, step)), model.ckpt_dir,
+                    dtype=self._flags.save_dtype, lora=self._lora, tokenizer_file=self._tokenizer_file, state=state,
+                    background=self._flags.background_save))
         self._complete_if_written()
 
     def _complete_if_written(self) -> None:
@@ -168,7 +176,7 @@ class Checkpointer:
                 save.complete()
         for model in self._models:
             # only now that the new one counts: a kill before it leaves the old one to resume from
-            older = sorted(complete_steps(model.folder))[: -self._keep_last]
+            older = sorted(complete_steps(model.folder))[: -self._flags.keep_last]
             self._discard([step_folder(model.folder, step) for step in older])
         parallel.barrier()
         self._publish_due(self._saved_step)

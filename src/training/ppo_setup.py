@@ -260,22 +260,19 @@ def open_checkpointer(
     fingerprint: dict[str, object],
 ) -> Checkpointer:
     """What saves actor and critic together, and brings them back."""
-    # the critic has learnt to read texts in the actor's template, which may be a file next to the tokenizer
-    tokenizer_file = config.tokenizer_file or config.actor_ckpt_dir
-    for trainer in filter(None, (models.actor, models.critic)):
-        saving.record(trainer.model, **data.tokenizer.chat_facts())
     trainees = [
-        Trainee(save_dir, trainer,
-                partial(saving.begin_save, trainer.model, ckpt_dir=ckpt_dir, dtype=config.save_dtype,
-                        lora=load.lora_config(config), tokenizer_file=tokenizer_file,
-                        background=config.background_save),
-                partial(models.offloader.loaded, trainer.model, optimizer=True))
+        Trainee(save_dir, trainer, ckpt_dir, partial(models.offloader.loaded, trainer.model, optimizer=True))
         for trainer, save_dir, ckpt_dir in ((models.actor, config.actor_save_dir, config.actor_ckpt_dir),
                                             (models.critic, config.critic_save_dir, config.critic_ckpt_dir))
         if trainer]
+    for trainee in trainees:
+        saving.record(trainee.trainer.model, **data.tokenizer.chat_facts())
     snapshots = {"reference": config.reference_refresh} if config.reference_refresh > 0 else {}
-    return Checkpointer(log, trainees, config, steps_per_epoch=data.per_epoch, total_steps=len(data.iterations),
-                        run_fingerprint=fingerprint, state=state, snapshots=snapshots)
+    # the critic has learnt to read texts in the actor's template, which may be a file next to the tokenizer
+    return Checkpointer(
+        log, trainees, config, lora=load.lora_config(config),
+        tokenizer_file=config.tokenizer_file or config.actor_ckpt_dir, steps_per_epoch=data.per_epoch,
+        total_steps=len(data.iterations), run_fingerprint=fingerprint, state=state, snapshots=snapshots)
 
 
 class SharedBase:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
@@ -114,12 +113,10 @@ class Run:
         saving.record(model, **self._tokenizer.chat_facts())
         self.log = log
         self.trainer = Trainer(model, log, config, total_steps=self.total_steps, optimizer=config.optimizer)
-        begin_save = partial(saving.begin_save, model, ckpt_dir=config.ckpt_dir, dtype=config.save_dtype,
-                             lora=self.trained.lora, tokenizer_file=config.tokenizer_file,
-                             background=config.background_save)
         self.checkpointer = Checkpointer(
-            log, [Trainee(config.save_dir, self.trainer, begin_save)], config, steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.total_steps, run_fingerprint=self._fingerprint)
+            log, [Trainee(config.save_dir, self.trainer, config.ckpt_dir)], config, lora=self.trained.lora,
+            tokenizer_file=config.tokenizer_file, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps,
+            run_fingerprint=self._fingerprint)
         model.train()  # dropout before adapters
         # After the trainer is made: it owns the parameters, shared over the data-parallel ranks, that resume() fills
         self._done = self.checkpointer.resume(config.resume)

@@ -16,7 +16,6 @@ from torch.testing import assert_close
 
 from src import load, parallel
 from src.checkpoint import saving, storage
-from src.checkpoint.saving import Save, TrainerState
 from src.command.config import OptimizerFlags, SavingFlags
 from src.data.batch import Batch
 from src.errors import UserError
@@ -46,17 +45,12 @@ class Run:
         load.put_lora_on(self.model, lora, seed=1)
         log = RunLog(str(folder), {})
         self.trainer = Trainer(self.model, log, OptimizerFlags(lr=1e-2, weight_decay=0.1), total_steps=STEPS)
-
-        def begin_save(target: str, state: TrainerState) -> Save:
-            return saving.begin_save(
-                self.model, target, ckpt_dir, "bfloat16", lora, state=state, background=background
-            )
-
         kept = {name: options.pop(name) for name in ("save_every", "keep_last") if name in options}
         self.checkpointer = Checkpointer(
             log,
-            [Trainee(str(folder), self.trainer, begin_save)],
-            SavingFlags(**kept),
+            [Trainee(str(folder), self.trainer, ckpt_dir)],
+            SavingFlags(save_dtype="bfloat16", background_save=background, **kept),
+            lora=lora,
             steps_per_epoch=3,
             total_steps=STEPS,
             run_fingerprint={"seed": 1},

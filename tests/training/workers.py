@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import ppo_train
 from src import load, parallel
-from src.checkpoint import saving, shards
+from src.checkpoint import shards
 from src.code_solutions.tool_hook import Coding
 from src.command import cli
 from src.command.config import LoraFlags, OptimizerFlags, SavingFlags
@@ -381,13 +381,10 @@ def resumed_epochs(
     trainer = Trainer(
         model, log, OptimizerFlags(lr=1e-3, weight_decay=0.1), total_steps=8, optimizer=optimizer
     )
-    trainee = Trainee(
-        save_dir,
-        trainer,
-        lambda target, state: saving.begin_save(model, target, folder, "", lora, "", state, background),
-    )
+    flags = SavingFlags(save_every=1, keep_last=1, background_save=background)
     checkpointer = Checkpointer(
-        log, [trainee], SavingFlags(save_every=1, keep_last=1), steps_per_epoch=2, total_steps=8, run_fingerprint={}
+        log, [Trainee(save_dir, trainer, folder)], flags, lora=lora, steps_per_epoch=2, total_steps=8,
+        run_fingerprint={},
     )
     assert checkpointer.resume("auto") == first
     model.train()
@@ -417,7 +414,7 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
     model = load.load_solver(folder, trained=load.Trained())
     log = RunLog(save_dir, {})
     trainer = Trainer(model, log, OptimizerFlags(lr=1e-3), total_steps=2)
-    trainee = Trainee(save_dir, trainer, lambda target, state: None)
+    trainee = Trainee(save_dir, trainer, folder)
     saving = SavingFlags(save_every=-1, keep_last=1)
     Checkpointer(log, [trainee], saving, steps_per_epoch=9, total_steps=9, run_fingerprint={})
     for step in range(2):
