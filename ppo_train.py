@@ -93,8 +93,7 @@ def main(config: PPOConfig) -> None:
 
             metrics = monitor.rollout_metrics(buffer, scores, config, kl_scale) | stats | learned
             if iteration == 0:
-                monitor.check_start(metrics, buffer, actor.model.dtype, mismatch_limit=config.mismatch_limit,
-                                    same_reference=config.lora_rank > 0 or not config.quantize)
+                monitor.check_start(metrics, buffer, config, actor.model.dtype)
             if iteration >= critic_warmup:  # before, the policy is the reference
                 if not state["update_checked"]:
                     state["update_checked"] = monitor.check_first_update(metrics, buffer, actor.model.dtype)
@@ -154,7 +153,7 @@ def collect(
     # Scores stand at the ends of responses or steps, the KL penalty at every token. k1 may be negative at one: in a
     # reward its mean counts, which is the KL without bias
     kl = losses.kl_k1(logprobs, reference_logprobs)
-    earned = apply_length_penalty(scores.total, rollout, config, config.max_new_tokens)
+    earned = apply_length_penalty(scores.total, rollout, config)
     token_rewards = (earned - config.kl_coef * kl_scale * kl) * mask
     if config.advantage == "gdpo":
         token_rewards = ppo.decoupled_rewards(scores, [each.weight for each in rewards.values()], rollout, config)

@@ -26,7 +26,7 @@ from src.training.rollout import Rollout, sample_rollout, shard_for_rank
 # Largest differences at the start that rounding explains, of log-probs of one model computed twice in the same batches,
 # by the type it computes in; on a CPU they are 0. Between sampler and training forward the mean difference counts.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-MISMATCH_LIMIT = 0.05  # nats; of mean |log-prob| difference: above it the sampler is another policy
+ROUNDING_MEAN = 0.05  # nats; the largest such difference on average
 
 
 def rollout_metrics(buffer: PPOBuffer, scores: Scores, config: PPOConfig, kl_scale: float = 1.0) -> dict[str, float]:
@@ -68,22 +68,21 @@ def correlation(first: Tensor, second: Tensor) -> float:
     return (first @ second).item() / scale if scale > 1e-12 else 0.0
 
 
-def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, dtype: torch.dtype, *, same_reference: bool,
-                mismatch_limit: float = MISMATCH_LIMIT) -> None:
-    """Refuse a run whose first buffer shows that it computes something else than PPO. Raises UserError.
-
-    dtype: of the actor. same_reference: the reference is bit for bit the actor, so that their KL must be 0.
-    """
+def check_start(metrics: Mapping[str, float], buffer: PPOBuffer, config: PPOConfig, dtype: torch.dtype) -> None:
+    """Refuse a run whose first buffer shows that it computes something else than PPO. dtype: of the actor. Raises
+    UserError."""
+    # the actor bit for bit, so that their KL must be 0
+    same_reference = config.lora_rank > 0 or not config.quantize
     apart = (buffer.logprobs - buffer.reference_logprobs).abs()[buffer.batch.response_mask]
     worst, mean = apart.max().item(), apart.mean().item()
-    if same_reference and (worst > ROUNDING[dtype] or mean > MISMATCH_LIMIT):
+    if same_reference and (worst > ROUNDING[dtype] or mean > ROUNDING_MEAN):
         raise UserError(
             f"the reference differs from the untrained actor by {worst:.3g} nats at a token, {mean:.3g} on average, "
             f"expected 0; was --actor_ckpt_dir changed while it was read?")
-    if metrics["sampler_mismatch"] > mismatch_limit:
+    if metrics["sampler_mismatch"] > config.mismatch_limit:
         raise UserError(
             f"sampler and training forward differ by {metrics['sampler_mismatch']:.3g} nats a token, expected at most "
-            f"{mismatch_limit}: episodes are sampled from another policy than the one trained")
+            f"{config.mismatch_limit}: episodes are sampled from another policy than the one trained")
 
 
 def check_mismatch(rollout: Rollout, logprobs: Tensor, limit: float) -> None:

@@ -118,7 +118,7 @@ def decoupled_rewards(scores: Scores, weights: Sequence[float], rollout: Rollout
     weight 1. -> [B, S], at the last tokens."""
     # in float64: equal costs must not differ by rounding, which a group without spread makes large
     total = scores.total.double()
-    cost = apply_length_penalty(total, rollout, config, config.max_new_tokens) - total
+    cost = apply_length_penalty(total, rollout, config) - total
     parts = torch.stack([part.double().sum(1) for part in (*scores.by_reward.values(), cost)])  # [K, B]
     groups = parts.view(len(parts), -1, config.group_size)
     return at_last(losses.gdpo_advantages(groups, torch.tensor([*weights, 1.0]).double()).flatten(), rollout)

@@ -27,7 +27,7 @@ from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import response_scores
 from src.text.tokenizer import Tokenizer
-from src.training.ppo_config import RewardFlags
+from src.training.ppo_config import PPOConfig, RewardFlags
 from src.training.rollout import Rollout, shard_for_rank, trim_padding
 from src.training.user_reward import UserReward
 
@@ -77,7 +77,7 @@ def share_out(score: Score, rollout: Rollout) -> tuple[Tensor, Counts]:
     return parallel.join_over_data_parallel(laid_out), counts
 
 
-def apply_length_penalty(scores: Tensor, rollout: Rollout, flags: RewardFlags, max_new_tokens: int) -> Tensor:
+def apply_length_penalty(scores: Tensor, rollout: Rollout, config: PPOConfig) -> Tensor:
     """Take what a response loses for not ending, or for coming close to the limit. [B, S] -> [B, S].
 
     `zero` leaves a response without end nothing but what it lost: where rewards are negative, nothing would be the best
@@ -85,15 +85,15 @@ def apply_length_penalty(scores: Tensor, rollout: Rollout, flags: RewardFlags, m
     overlong_buffer tokens before the limit (DAPO, Yu et al. 2025, eq. 13).
     """
     unfinished = ~rollout.finished
-    if flags.truncated == "zero":
+    if config.truncated == "zero":
         return torch.where(unfinished[:, None], scores.clamp_max(0.0), scores)
-    if flags.truncated == "mask":
+    if config.truncated == "mask":
         return scores
     share = unfinished.float()
-    if flags.overlong_buffer:
-        over = rollout.lengths - (max_new_tokens - flags.overlong_buffer)
-        share = torch.maximum(share, (over / flags.overlong_buffer).clamp(0, 1))
-    return scores - at_last(flags.missing_eos_penalty * share, rollout)
+    if config.overlong_buffer:
+        over = rollout.lengths - (config.max_new_tokens - config.overlong_buffer)
+        share = torch.maximum(share, (over / config.overlong_buffer).clamp(0, 1))
+    return scores - at_last(config.missing_eos_penalty * share, rollout)
 
 
 def at_last(scores: Tensor, rollout: Rollout) -> Tensor:

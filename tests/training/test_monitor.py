@@ -89,12 +89,12 @@ def test_start_is_refused_where_the_models_disagree() -> None:
     numbers = ppo_config(group_size=1)
     same = buffer(reference_logprobs=buffer().logprobs)
     good = monitor.rollout_metrics(same, SCORES, numbers) | {"sampler_mismatch": 1e-6}
-    monitor.check_start(good, same, torch.float32, same_reference=True)
-    monitor.check_start(good, buffer(), torch.float32, same_reference=False)
+    monitor.check_start(good, same, numbers, torch.float32)
+    monitor.check_start(good, buffer(), ppo_config(group_size=1, quantize="int8"), torch.float32)
     with pytest.raises(UserError, match="reference differs from the untrained actor by 0.5 nats"):
-        monitor.check_start(good, buffer(), torch.float32, same_reference=True)
+        monitor.check_start(good, buffer(), numbers, torch.float32)
     with pytest.raises(UserError, match="sampler and training forward differ by 0.1 nats"):
-        monitor.check_start(good | {"sampler_mismatch": 0.1}, same, torch.float32, same_reference=True)
+        monitor.check_start(good | {"sampler_mismatch": 0.1}, same, numbers, torch.float32)
 
 
 def test_first_update_is_refused_without_gradient_or_with_another_policy() -> None:

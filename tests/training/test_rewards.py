@@ -56,7 +56,7 @@ def test_ending_costs_what_truncated_says(tokenizer: Tokenizer) -> None:
     task = rewards.at_last(torch.tensor([1.0, 1.0, -2.0]), episodes)
     lost = {"penalty": [1.0, 0.5, -2.5], "zero": [1.0, 0.0, -2.0], "mask": [1.0, 1.0, -2.0]}
     for policy, expected in lost.items():
-        found = rewards.apply_length_penalty(task, episodes, RewardFlags(truncated=policy, missing_eos_penalty=0.5), 6)
+        found = rewards.apply_length_penalty(task, episodes, ppo_config(truncated=policy))
         assert_close(found, rewards.at_last(torch.tensor(expected), episodes))
 
 
@@ -65,9 +65,7 @@ def test_overlong_penalty_grows_to_the_limit(tokenizer: Tokenizer) -> None:
     numbers = ppo_config(max_new_tokens=int(episodes.lengths[2]) + 1, overlong_buffer=4)
     over = (episodes.lengths - (numbers.max_new_tokens - 4)).clamp(0, 4) / 4
     assert over[2] == 0.75 and over[0] < over[1] < 0.75
-    found = rewards.apply_length_penalty(
-        torch.zeros(episodes.batch.tokens.shape), episodes, numbers, numbers.max_new_tokens
-    )
+    found = rewards.apply_length_penalty(torch.zeros(episodes.batch.tokens.shape), episodes, numbers)
     over[3] = 1.0
     assert_close(found, rewards.at_last(-0.5 * over, episodes))
 
