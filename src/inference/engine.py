@@ -192,7 +192,7 @@ class DecodingBatch:
         self.is_sampled = np.zeros((n_slots, longest_response), dtype=bool)  # not appended by a tool
         self.tool_results: list[list[str]] = [[] for _ in range(n_slots)]
         self.uniforms = np.zeros((n_slots, longest_response))  # drawn at a response's start: no batch changes them
-        self.bias: Tensor | None = None  # [P], once the logits' width is known
+        self.bias = _local_bias(sampling, vocabulary, parallel.padded_share(model.config.vocab_size))  # [P] or None
         self.stop_window = 4 * max(map(len, sampling.stop), default=0) + 4  # a character is 4 tokens at most
 
     def add(self, requests: Sequence[Request]) -> None:
@@ -287,8 +287,6 @@ class DecodingBatch:
 
     def _sample(self, slots: list[int], local_logits: Tensor) -> None:
         """Sample these slots' next tokens from local_logits [B, P]; _append() takes them from the device."""
-        if self.bias is None:
-            self.bias = _local_bias(self.sampling, self.vocabulary, local_logits)
         places = self.n_sampled[slots]
         u = parallel.to_device(torch.from_numpy(self.uniforms[slots, places]))
         choice = choose(local_logits, self.sampling, u, self.bias)
@@ -373,16 +371,15 @@ class DecodingBatch:
         return completion
 
 
-def _local_bias(sampling: Sampling, vocabulary: Vocabulary, local_logits: Tensor) -> Tensor | None:
-    """What is added to this rank's logits: the bias that was asked for, -inf for padding; None for nothing. -> [P]."""
-    width = local_logits.shape[-1]
-    first = parallel.tensor_parallel_rank() * width
-    bias = torch.zeros(width)
-    pads = vocabulary.size is not None and vocabulary.size < width * parallel.tensor_parallel_size()
+def _local_bias(sampling: Sampling, vocabulary: Vocabulary, rows: range) -> Tensor | None:
+    """What is added to the logits of this rank's rows of the vocabulary: the bias that was asked for, -inf for padding;
+    None for nothing. -> [P] float32."""
+    bias = torch.zeros(len(rows))
+    pads = vocabulary.size is not None and vocabulary.size < len(rows) * parallel.tensor_parallel_size()
     if pads:
-        bias[max(0, vocabulary.size - first) :] = float("-inf")
+        bias[max(0, vocabulary.size - rows.start) :] = float("-inf")
     for index, value in sampling.logit_bias.items():
-        if 0 <= index - first < width:
-            bias[index - first] += value
+        if index in rows:
+            bias[index - rows.start] += value
     # every rank adds or none: a sum with zeros may not decide what another rank does
-    return bias.to(local_logits.device) if pads or sampling.logit_bias else None
+    return parallel.to_device(bias) if pads or sampling.logit_bias else None
