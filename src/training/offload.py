@@ -25,8 +25,8 @@ class ModelOffloader:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder and folder / f"rank-{parallel.rank()}"
         self._numbers = itertools.count()  # of files
-        self._weights: dict[nn.Module | None, OffloadedTensors] = {}
-        self._moments: dict[nn.Module | None, OffloadedTensors] = {}
+        # of each model its weights, then, if it learns, its optimizer's state
+        self._parts: dict[nn.Module | None, list[OffloadedTensors]] = {}
 
     def __enter__(self) -> "ModelOffloader":
         return self
@@ -40,16 +40,16 @@ class ModelOffloader:
         if self._folder is None:
             return
         n = next(self._numbers)
-        self._weights[model] = OffloadedTensors(
-            lambda: (*model.parameters(), *model.buffers()), self._folder / f"{n}-weights")
-        self._weights[model].offload()
+        weights = OffloadedTensors(lambda: (*model.parameters(), *model.buffers()), self._folder / f"{n}-weights")
+        weights.offload()
+        self._parts[model] = [weights]
         if trainer is not None:
-            self._moments[model] = OffloadedTensors(trainer.optimizer.held, self._folder / f"{n}-moments")
+            self._parts[model].append(OffloadedTensors(trainer.optimizer.held, self._folder / f"{n}-moments"))
 
     def drop(self, model: nn.Module) -> None:
-        """Forget a model that is used no more, and remove its file."""
-        if offloaded := self._weights.pop(model, None):
-            offloaded.path.unlink(missing_ok=True)
+        """Forget a model that is used no more, and remove its files."""
+        for part in self._parts.pop(model, ()):
+            part.path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def loaded(self, model: nn.Module | None, *, optimizer: bool = False) -> Iterator[None]:
@@ -58,8 +58,7 @@ class ModelOffloader:
         What was freed meanwhile goes back to the device, and where models wait in files to the system: phases need
         their memory at different moments. Else a CPU keeps it: the next phase would spend its time on clearing pages.
         """
-        tables = (self._weights, self._moments) if optimizer else (self._weights,)
-        parts = [table[model] for table in tables if model in table]
+        parts = self._parts.get(model, [])[: 2 if optimizer else 1]
         for part in parts:
             part.load()
         try:
