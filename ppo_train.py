@@ -81,7 +81,7 @@ def main(config: PPOConfig) -> None:
         for iteration, (epoch, rows) in list(enumerate(data.iterations))[done:]:
             timer, kl_scale, learned = Phases(), state["kl_scale"], dict(ppo.NOTHING_LEARNED)
             # All that the updates learn from is computed before the first of them, by the policy that sampled
-            buffer, scores, stats = collect(config, models, data, rewards, rows, iteration, kl_scale, timer)
+            buffer, stats = collect(config, models, data, rewards, rows, iteration, kl_scale, timer)
 
             # The critic learns first, then the actor: neither reads the other, only one need be in memory
             if critic:
@@ -91,7 +91,7 @@ def main(config: PPOConfig) -> None:
                 with models.phase(timer, "update", actor.model, optimizer=True):
                     learned |= ppo.update_actor(actor, buffer, config, iteration, critic_warmup, kl_scale)
 
-            metrics = monitor.rollout_metrics(buffer, scores, config, kl_scale) | stats | learned
+            metrics = monitor.rollout_metrics(buffer, config, kl_scale) | stats | learned
             if iteration == 0:
                 monitor.check_start(metrics, buffer, config, actor.model.dtype)
             if iteration >= critic_warmup:  # before, the policy is the reference
@@ -107,7 +107,7 @@ def main(config: PPOConfig) -> None:
             log.metrics(iteration + 1, shown, epoch=epoch, **metrics, **timer.seconds,
                         tokens_per_second=timer.rate(tokens))
             log.rows(f"rollouts/step-{iteration + 1:06}.jsonl",
-                     monitor.readable_rows(buffer, scores, config.rollout_samples, data.tokenizer))
+                     monitor.readable_rows(buffer, config.rollout_samples, data.tokenizer))
             log.advance(tokens=tokens, reward=stats.get("sampled_reward", metrics["reward"]), kl=metrics["kl"])
             checkpointer.step_done(iteration + 1, metrics.get("eval_accuracy"), warned if config.stop_on_alarm else ())
             if config.reference_refresh > 0 and (iteration + 1) % config.reference_refresh == 0:
@@ -122,7 +122,7 @@ def main(config: PPOConfig) -> None:
 def collect(
     config: PPOConfig, models: PPOModels, data: Inputs, rewards: Mapping[str, Reward], rows: Sequence[int],
     iteration: int, kl_scale: float, timer: Phases,
-) -> tuple[PPOBuffer, Scores, dict[str, float]]:
+) -> tuple[PPOBuffer, dict[str, float]]:
     """Fill a buffer: sample and score responses to some prompts, and compute what an update needs of each token.
 
     Per-token tensors are [B, S] float32 on the CPU. kl_scale: what the KL's weight is multiplied by. Returns what the
@@ -167,9 +167,8 @@ def collect(
         advantages *= losses.truncated_importance(logprobs, rollout.sampled_logprobs, config.tis_cap)
     # what a token weighs in a mean over tokens or over sequences; 0 in prompts and in what code printed
     weights = losses.sequence_weights(rollout.lengths, config.loss_aggregation, config.max_new_tokens)[:, None] * mask
-    buffer = PPOBuffer(rollout, logprobs, reference_logprobs, values, advantages, returns, weights, trainable,
-                       distribution)
-    return buffer, scores, stats
+    return PPOBuffer(rollout, scores, logprobs, reference_logprobs, values, advantages, returns, weights, trainable,
+                     distribution), stats
 
 
 def sample_and_score(

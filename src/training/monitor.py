@@ -20,7 +20,6 @@ from src.text.tokenizer import Tokenizer
 from src.training.ppo import PPOBuffer, group_has_variance
 from src.training.ppo_config import PPOConfig
 from src.training.ppo_setup import Inputs, PPOModels
-from src.training.rewards import Scores
 from src.training.rollout import Rollout, sample_rollout, shard_for_rank
 
 # Largest differences at the start that rounding explains, of log-probs of one model computed twice in the same batches,
@@ -29,9 +28,9 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 ROUNDING_MEAN = 0.05  # nats; the largest such difference on average
 
 
-def rollout_metrics(buffer: PPOBuffer, scores: Scores, config: PPOConfig, kl_scale: float = 1.0) -> dict[str, float]:
-    """Means over a buffer for the log. scores: of its episodes, apart from KL and penalties."""
-    rollout, mask = buffer.rollout, buffer.batch.response_mask
+def rollout_metrics(buffer: PPOBuffer, config: PPOConfig, kl_scale: float = 1.0) -> dict[str, float]:
+    """Means over a buffer for the log."""
+    rollout, scores, mask = buffer.rollout, buffer.scores, buffer.batch.response_mask
     logprobs, reference = buffer.logprobs[mask], buffer.reference_logprobs[mask]
     earned, lengths = scores.total.sum(1), rollout.lengths.float()
     mismatch = (rollout.sampled_logprobs[mask] - logprobs).abs()
@@ -126,7 +125,7 @@ def kl_factor(kl: float, n_episodes: int, config: PPOConfig) -> float:
     return (1 + error) ** (n_episodes / config.kl_horizon)
 
 
-def readable_rows(buffer: PPOBuffer, scores: Scores, n: int, tokenizer: Tokenizer) -> list[dict[str, object]]:
+def readable_rows(buffer: PPOBuffer, n: int, tokenizer: Tokenizer) -> list[dict[str, object]]:
     """The first n episodes of a buffer to be read by a person, with advantage and KL, in nats, of each token."""
     rollout, trainable = buffer.rollout, set(buffer.trainable.tolist())
     kl, tokens, mask = losses.kl_k1(buffer.logprobs, buffer.reference_logprobs), *buffer.batch[:2]
@@ -143,7 +142,7 @@ def readable_rows(buffer: PPOBuffer, scores: Scores, n: int, tokenizer: Tokenize
             "prompt": rollout.prompts[row].instruction,
             "label": rollout.prompts[row].label,
             "response": rollout.responses[row],
-            "rewards": {name: part[row].sum().item() for name, part in scores.by_reward.items()},
+            "rewards": {name: part[row].sum().item() for name, part in buffer.scores.by_reward.items()},
             "kl": kl[row].sum().item(),
             "tokens": int(rollout.lengths[row]),
             "finished": bool(rollout.finished[row]),

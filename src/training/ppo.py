@@ -26,6 +26,7 @@ class PPOBuffer(NamedTuple):
     response mask."""
 
     rollout: Rollout
+    scores: Scores  # what the episodes earn, apart from KL and penalties
     logprobs: Tensor  # of the policy that sampled, by the forward pass that training uses
     reference_logprobs: Tensor
     values: Tensor | None

@@ -43,7 +43,7 @@ def by_length(rollout: Rollout) -> torch.Tensor:
 def test_what_code_prints_is_read_but_not_learned(code_solver: str, code_verifier: str, tmp_path: Path) -> None:
     config, tokenizer = ppo_config(gamma=0.9, kl_coef=0.0, **SIZES), load.load_tokenizer(code_solver)
     models = ppo_models(code_solver, code_verifier, str(tmp_path), lr=0.0)
-    found, _, _ = collect(models, tokenizer, by_length, config, 0, CODE_QUESTION)
+    found, _ = collect(models, tokenizer, by_length, config, 0, CODE_QUESTION)
     rollout, tokens, mask = found.rollout, found.batch.tokens, found.batch.response_mask
     begins, ends, asks = (tokenizer.control[marker] for marker in (
         Marker.EXECUTION, Marker.END_OF_BLOCK, Marker.ASSISTANT))

@@ -34,6 +34,7 @@ def buffer(**changes: object) -> PPOBuffer:
     )
     numbers = {
         "rollout": rollout,
+        "scores": SCORES,
         "logprobs": -1.0 * MASK,
         "reference_logprobs": -1.5 * MASK,
         "values": None,
@@ -48,7 +49,7 @@ def buffer(**changes: object) -> PPOBuffer:
 
 def test_panel_by_hand() -> None:
     numbers = ppo_config(advantage="grpo", group_size=2, kl_coef=0.1)
-    found = monitor.rollout_metrics(buffer(), SCORES, numbers, kl_scale=3.0)
+    found = monitor.rollout_metrics(buffer(), numbers, kl_scale=3.0)
     expected = {
         "reward": 0.5,
         "reward_std": 0.75**0.5,
@@ -76,19 +77,19 @@ def test_samples_can_be_read(tokenizer: Tokenizer) -> None:
     ids = torch.tensor([tokenizer.encode("one two")[-2:] * 2] * 4)
     rollout = buffer().rollout._replace(batch=Batch(ids, MASK))
     found = buffer(rollout=rollout, trainable=torch.tensor([1]))
-    first, second = monitor.readable_rows(found, SCORES, 2, tokenizer)
+    first, second = monitor.readable_rows(found, 2, tokenizer)
     assert second["pieces"] == tokenizer.pieces(ids[1][MASK[1]].tolist())
     assert len(second["pieces"]) == 2 and second["token_kl"] == [0.5, 0.5] and second["advantages"] == [1.0, 1.0]
     assert (
         first | {"id": "0", "response": "a", "rewards": {"rule": 0.0}, "tokens": 1, "learned": False} == first
     )
-    assert second["kl"] == 1.0 and second["learned"] and monitor.readable_rows(buffer(), SCORES, 0, tokenizer) == []
+    assert second["kl"] == 1.0 and second["learned"] and monitor.readable_rows(buffer(), 0, tokenizer) == []
 
 
 def test_start_is_refused_where_the_models_disagree() -> None:
     numbers = ppo_config(group_size=1)
     same = buffer(reference_logprobs=buffer().logprobs)
-    good = monitor.rollout_metrics(same, SCORES, numbers) | {"sampler_mismatch": 1e-6}
+    good = monitor.rollout_metrics(same, numbers) | {"sampler_mismatch": 1e-6}
     monitor.check_start(good, same, numbers, torch.float32)
     monitor.check_start(good, buffer(), ppo_config(group_size=1, quantize="int8"), torch.float32)
     with pytest.raises(UserError, match="reference differs from the untrained actor by 0.5 nats"):

@@ -129,8 +129,7 @@ def test_first_minibatch_has_ratio_1_and_no_kl_but_a_gradient(
     numbers = ppo_config(max_batch_size=2)
     found = buffer_of(models, tokenizer, by_length, numbers, iteration=0)
     assert torch.equal(found.logprobs, found.reference_logprobs)
-    buffer, scores, _ = collect(models, tokenizer, by_length, numbers, 0)
-    assert rollout_metrics(buffer, scores, numbers)["kl"] == 0.0
+    assert rollout_metrics(found, numbers)["kl"] == 0.0
     advantages = found.advantages[found.batch.response_mask]
     assert advantages.mean().abs() < 1e-5
     assert advantages.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-4)
@@ -327,7 +326,7 @@ def test_groups_without_signal_and_unfinished_responses_are_dropped(
         return at_last(torch.tensor([1.0, 1, 0, 1, 0, 0, 0, 0, 0.5, 0.5]), rollout)
 
     free = replace(models, critic=None)
-    found, _, stats = collect(free, tokenizer, second_group_differs, numbers, 0)
+    found, stats = collect(free, tokenizer, second_group_differs, numbers, 0)
     assert found.trainable.tolist() == [0, 1]
     assert [prompt.id for prompt in found.rollout.prompts] == ["1", "1"]
     assert len({tuple(row.tolist()) for row in found.batch.tokens}) == 2  # the samples of a group differ

@@ -66,13 +66,13 @@ def test_ppo_on_one_base_is_ppo_on_four_models(
         trainers = (Trainer(model, log, flags, total_steps=8) for model in (actor, critic))
         models, seen = PPOModels(*trainers, None, ModelOffloader()), {}
         for iteration in range(2):
-            buffer, scores, _ = collect(
+            buffer, _ = collect(
                 models, tokenizer, lambda rollout, verifier=verifier: pairwise_reward(
                     verifier, rollout, numbers, 2), numbers, iteration
             )
             metrics = ppo_update(models, buffer, numbers, iteration)
             seen |= {f"{name} {iteration}": torch.tensor(value) for name, value in metrics.items()}
-            tensors = {**buffer._asdict(), "verifier": scores.total}
+            tensors = {**buffer._asdict(), "verifier": buffer.scores.total}
             seen |= {f"{name} {iteration}": t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
         found.append(seen)
     separate, one = found

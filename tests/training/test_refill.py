@@ -31,8 +31,8 @@ def test_a_buffer_is_refilled_until_it_is_full_or_the_limit_is_reached(
         numbers = ppo_config(advantage="grpo", group_size=2, filter_groups=True, max_refills=max_refills)
         rewards = {"first": Reward(1.0, lambda rollout: (first_group_alone_differs(rollout), {}))}
         data = Inputs(PROMPTS, [], 0, tokenizer, find_task("toy"), [], 1)
-        buffer, scores, stats = ppo_train.collect(numbers, models, data, rewards, [0, 1, 2], 0, 1.0, Phases())
-        return buffer.rollout, scores.total.sum(1), stats
+        buffer, stats = ppo_train.collect(numbers, models, data, rewards, [0, 1, 2], 0, 1.0, Phases())
+        return buffer.rollout, buffer.scores.total.sum(1), stats
 
     full, scores, stats = fill(9)  # one group a round, three wanted
     assert len(full.prompts) == 6

@@ -66,9 +66,9 @@ def test_adapters_sample_as_peft_s_merged_weights(
     lora = lora_of(4, **{kind: True})
     models = ppo_models(folders.one, "", str(tmp_path / "log"), lora=lora, lr=2e-2)
     for iteration in range(2):
-        buffer, scores, _ = collect(
+        buffer, _ = collect(
             models, tokenizer, lambda rollout: at_last(rollout.lengths.float(), rollout), config, iteration)
-        metrics = rollout_metrics(buffer, scores, config)
+        metrics = rollout_metrics(buffer, config)
         assert metrics["sampler_mismatch"] < 1e-6 and (metrics["kl"] == 0) == (iteration == 0)
         saving.begin_save(models.actor.model, str(tmp_path / str(iteration)), folders.one,
                           lora=lora).complete()

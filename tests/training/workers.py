@@ -43,7 +43,6 @@ from src.training.reference import reference_logprobs
 from src.training.reward_model import pair_dataset
 from src.training.rewards import (
     Reward,
-    Scores,
     function_reward,
     on_first_rank,
     score_rollout,
@@ -276,7 +275,7 @@ def ppo_models(
 def collect(
     models: PPOModels, tokenizer: Tokenizer, reward: Callable[[Rollout], Tensor], config: PPOConfig, iteration: int,
     question: str = "",
-) -> tuple[PPOBuffer, Scores, dict[str, float]]:
+) -> tuple[PPOBuffer, dict[str, float]]:
     """A buffer of PROMPTS, or of as many times one question, with one reward, by ppo_train.py."""
     prompts = [prompt._replace(instruction=question or prompt.instruction) for prompt in PROMPTS]
     rewards = {"length": Reward(1.0, lambda rollout: (reward(rollout), {}))}
@@ -322,13 +321,13 @@ def ppo_buffers(
     tokenizer, verifier = load.load_tokenizer(actor), load.load_verifier(critic)
     found: dict[str, dict[str, Tensor]] = {"rollouts": {}}
     for iteration in range(2):
-        buffer, scores, stats = collect(
+        buffer, stats = collect(
             models, tokenizer,
             lambda rollout: verifier_reward(verifier, tokenizer, config, max_batch_size, None, rollout)[0],
             config, iteration, question,
         )
         metrics = ppo_update(models, buffer, config, iteration)
-        values = buffer._asdict() | buffer.batch._asdict() | rollout_metrics(buffer, scores, config) | stats | metrics
+        values = buffer._asdict() | buffer.batch._asdict() | rollout_metrics(buffer, config) | stats | metrics
         found["rollouts"] |= {
             f"{name} {iteration}": torch.as_tensor(value)
             for name, value in values.items()
