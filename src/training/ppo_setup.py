@@ -193,7 +193,7 @@ def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
         raise UserError("--share_base: data-parallel ranks would cut the base for each model; make all ranks one "
                         "tensor-parallel group with --tensor_parallel_size")
     shared = SharedBase(config.actor_ckpt_dir, config.precision) if config.share_base else None
-    models = PPOModels(None, None, None, ModelOffloader(Path(config.run_dir) / ".waiting" if config.phases else None))
+    offloader = ModelOffloader(Path(config.run_dir) / ".waiting" if config.phases else None)
     # adapters of the run's seed: started again it begins with the same ones
     trained = load.Trained(load.lora_config(config), config.seed)
     how = {"precision": config.precision, "trained": trained}
@@ -204,26 +204,27 @@ def load_models(config: PPOConfig, log: RunLog, n_iterations: int) -> PPOModels:
             load.put_lora_on(model, *trained)
         made = Trainer(model, log, config, lr=lr, total_steps=iterations * config.steps_per_buffer,
                        adam_eps=config.adam_eps)
-        models.offloader.add(model, made)
+        offloader.add(model, made)
         return made
 
-    actor = shared.model(config.actor_ckpt_dir) if shared else load.load_solver(
+    solver = shared.model(config.actor_ckpt_dir) if shared else load.load_solver(
         config.actor_ckpt_dir, model_type=config.model_type, **how)
-    models.actor = trainer(actor, config.lr, n_iterations - config.warmup_iterations(n_iterations))
+    actor = trainer(solver, config.lr, n_iterations - config.warmup_iterations(n_iterations))
+    critic = verifier = teacher = None
     if config.has_critic:
         folder = config.critic_ckpt_dir
-        critic = shared.model(folder, value_head=True, from_solver=True) if shared else load.load_verifier(
+        model = shared.model(folder, value_head=True, from_solver=True) if shared else load.load_verifier(
             folder, from_solver=True, **how)
-        models.critic = trainer(critic, config.critic_lr, n_iterations)
+        critic = trainer(model, config.critic_lr, n_iterations)
     if "verifier" in config.reward:
         folder = config.reward_model_ckpt_dir
-        models.verifier = shared.model(folder, value_head=True) if shared else load.load_verifier(
+        verifier = shared.model(folder, value_head=True) if shared else load.load_verifier(
             folder, precision=config.precision, quantize=config.quantize)
-        models.offloader.add(models.verifier)
+        offloader.add(verifier)
     if config.teacher_ckpt_dir:
-        models.teacher = load.load_solver(config.teacher_ckpt_dir, precision=config.precision, quantize=config.quantize)
-        models.offloader.add(models.teacher)
-    return models
+        teacher = load.load_solver(config.teacher_ckpt_dir, precision=config.precision, quantize=config.quantize)
+        offloader.add(teacher)
+    return PPOModels(actor, critic, verifier, offloader, teacher=teacher)
 
 
 def open_rewards(
