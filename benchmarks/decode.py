@@ -89,7 +89,7 @@ def ours(folder: Path, precision: str, slots: int, *, share: bool) -> Decode:
         sampling = Sampling(temperature=0.0 if work.greedy else 1.0, max_new_tokens=512)
         found = {
             (done.request.id, done.request.sample): done.tokens
-            for done in generate(model, requests, sampling, vocabulary=Vocabulary(()),
+            for done in generate(model, requests, sampling, vocabulary=Vocabulary((), model.config.vocab_size, str),
                                  max_batch_size=min(slots, len(requests)))
         }
         return [found[request.id, request.sample] for request in requests]

@@ -126,7 +126,7 @@ def correct(place: Path, size: Size) -> Found:
         solver = load.load_solver(str(folder / "split"), precision=precision)
         prompt = samples[2].tokens
         ours = list(generate(solver, [Request("", 0, prompt)], Sampling(max_new_tokens=size.greedy),
-                             vocabulary=Vocabulary(()), max_batch_size=1))[0].tokens
+                             vocabulary=Vocabulary((), solver.config.vocab_size, str), max_batch_size=1))[0].tokens
         theirs = theirs.to(getattr(torch, precision))
         asked, n = torch.tensor([prompt], device=parallel.device()), size.greedy
         same = theirs.generate(asked, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)

@@ -150,8 +150,8 @@ def decode(place: Path, size: Size) -> Found:
             prompts = [[1 + (row + place) % 99 for place in range(32 + 97 * row % 256)] for row in range(n)]
             requests = [Request(str(row), 0, prompt) for row, prompt in enumerate(prompts)]
             took = per_step(size, lambda new, n=n, requests=requests, compiled=compiled, model=model: list(generate(
-                model, requests, Sampling(max_new_tokens=new), vocabulary=Vocabulary(()), max_batch_size=n,
-                compiled=compiled)))
+                model, requests, Sampling(max_new_tokens=new), vocabulary=Vocabulary((), config.vocab_size, str),
+                max_batch_size=n, compiled=compiled)))
             held = sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
             cached = 4 * config.n_layers * config.n_kv_heads * config.head_dim * sum(map(len, prompts))
             yield f"{precision or 'bfloat16'}, {n} rows, {'graphs' if compiled else 'eager'}", {

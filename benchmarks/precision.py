@@ -64,7 +64,8 @@ def decoded(model: Decoder, n_rows: int, n_tokens: int) -> int:
     """How many tokens were sampled."""
     requests = [Request(str(row), 0, [(7 * row + n * n) % 4000 + 100 for n in range(40)]) for row in range(n_rows)]
     sampling = Sampling(temperature=0.0, max_new_tokens=n_tokens)
-    found = generate(model, requests, sampling, vocabulary=Vocabulary(()), max_batch_size=n_rows)
+    vocabulary = Vocabulary((), model.config.vocab_size, str)
+    found = generate(model, requests, sampling, vocabulary=vocabulary, max_batch_size=n_rows)
     return sum(len(completion.tokens) for completion in found)
 
 

@@ -177,7 +177,7 @@ def test_a_gpu_decodes_on_while_its_tokens_are_read(
     waits.found.clear()
     for n in (4, 9):
         asked = Sampling(max_new_tokens=n, **{"temperature": 1.0} | sampling)
-        list(generate(solver, requests, asked, vocabulary=Vocabulary(()), max_batch_size=3))
+        list(generate(solver, requests, asked, vocabulary=Vocabulary((), 61, str), max_batch_size=3))
         counted.append(waits.found.total())
         waits.found.clear()
     assert counted[1] - counted[0] == 5 * expected

@@ -326,7 +326,7 @@ def completions(folder: str, requests: list[tuple[str, int, list[int]]]) -> dict
             model,
             [Request(*request) for request in requests],
             sampling,
-            vocabulary=Vocabulary((2,), 60),
+            vocabulary=Vocabulary((2,), 60, str),
             max_batch_size=4,
         )
         results[way] = {f"{done.request.id}/{done.request.sample}": done.tokens for done in found}

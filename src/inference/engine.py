@@ -40,9 +40,9 @@ class Completion(NamedTuple):
     """What was sampled, and why it ended.
 
     tokens are all of the response, EOS or stop string and what a ToolHook appended included; text is what they say,
-    without EOS or stop string (empty when the vocabulary cannot decode). logprobs are the plain model's,
-    sampled_logprobs those of the distribution that was sampled from, in nats; 0 for tokens that a ToolHook appended,
-    where is_sampled is False. tool_results: how the runs of its tool ended, in order.
+    without EOS or stop string. logprobs are the plain model's, sampled_logprobs those of the distribution that was
+    sampled from, in nats; 0 for tokens that a ToolHook appended, where is_sampled is False. tool_results: how the runs
+    of its tool ended, in order.
     """
 
     request: Request
@@ -80,12 +80,12 @@ class ToolHook(NamedTuple):
 class Vocabulary(NamedTuple):
     """What token ids mean to the engine: which end a response, how many are in use, how they read.
 
-    Rows of the embedding from `size` on are padding and never sampled; None: all are in use.
+    Rows of the embedding from `size` on are padding and never sampled.
     """
 
     eos_ids: tuple[int, ...]
-    size: int | None = None
-    decode: Callable[[list[int]], str] | None = None
+    size: int
+    decode: Callable[[list[int]], str]
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
@@ -139,8 +139,6 @@ def generate(
         if len(request.prompt) >= model.config.max_seq_len:
             raise UserError(f"prompt {request.id!r} has {len(request.prompt)} tokens but the model's context is "
                             f"{model.config.max_seq_len}; shorten or drop it")
-    if sampling.stop and vocabulary.decode is None:
-        raise UserError("stop strings need a vocabulary that can decode")
     was_training = model.training
     model.eval()
     try:
@@ -353,7 +351,7 @@ class DecodingBatch:
         tokens = self.tokens[slot, : self.n_appended[slot]].tolist()
         decode = self.vocabulary.decode
         # while a row goes on, the newest tokens alone are looked at: to decode all at each step would be quadratic
-        if decode is None or not ended and not self.sampling.until_stop(decode(tokens[-self.stop_window :]))[1]:
+        if not ended and not self.sampling.until_stop(decode(tokens[-self.stop_window :]))[1]:
             return "", False
         text, stop = self.sampling.until_stop(decode(tokens))
         return text, bool(stop)
@@ -375,7 +373,7 @@ def _local_bias(sampling: Sampling, vocabulary: Vocabulary, rows: range) -> Tens
     """What is added to the logits of this rank's rows of the vocabulary: the bias that was asked for, -inf for padding;
     None for nothing. -> [P] float32."""
     bias = torch.zeros(len(rows))
-    pads = vocabulary.size is not None and vocabulary.size < len(rows) * parallel.tensor_parallel_size()
+    pads = vocabulary.size < len(rows) * parallel.tensor_parallel_size()
     if pads:
         bias[max(0, vocabulary.size - rows.start) :] = float("-inf")
     for index, value in sampling.logit_bias.items():

@@ -30,7 +30,7 @@ from tests.ranks import run_ranks, succeed
 from tests.workers import WAYS, all_logits
 
 EOS = 2
-VOCABULARY = Vocabulary((EOS,))
+VOCABULARY = Vocabulary((EOS,), 64, str)
 CONTEXT = 128
 LENGTHS = (1, 3, 3, 8, 20, 41, 70, 5, 2)
 
@@ -111,7 +111,7 @@ def test_tokens_that_are_read_a_step_late_are_the_same(
 ) -> None:
     """As on a GPU, which computes the next ones meanwhile; stop strings, limits and refilled slots among them."""
     sampling = Sampling(**{"temperature": 1.0, "max_new_tokens": 30, "seed": 3} | settings)
-    letters = Vocabulary((EOS, 7, 9), decode=lambda ids: "".join(chr(97 + index % 26) for index in ids))
+    letters = Vocabulary((EOS, 7, 9), 64, lambda ids: "".join(chr(97 + index % 26) for index in ids))
     mixed = [request._replace(max_new_tokens=(None, 1, 2, 9)[place % 4]) for place, request in enumerate(requests)]
     found = []
     for n_ahead in (0, 1):
@@ -198,7 +198,7 @@ def read_as_letters(tokens: list[int]) -> str:
     return "".join(f"{chr(97 + token % 7)}{chr(97 + token // 7)}" for token in tokens if token > EOS)
 
 
-LETTERS = Vocabulary((EOS,), decode=read_as_letters)
+LETTERS = Vocabulary((EOS,), 64, read_as_letters)
 
 
 @pytest.mark.parametrize("max_batch_size", [2, 9])
@@ -224,7 +224,7 @@ def test_w2s_05_stop_string_across_tokens_ends_the_response_and_is_left_out(
 def test_any_of_several_eos_ids_ends_a_response(model: Decoder, requests: list[Request]) -> None:
     free = sampled(model, requests)
     other = next(done.tokens[3] for done in free.values() if len(done.tokens) > 4)
-    for key, done in sampled(model, requests, vocabulary=Vocabulary((EOS, other))).items():
+    for key, done in sampled(model, requests, vocabulary=Vocabulary((EOS, other), 64, str)).items():
         ends = [place for place, token in enumerate(free[key].tokens) if token in (EOS, other)]
         assert done.tokens == free[key].tokens[: ends[0] + 1 if ends else None]
         assert done.finish == ("stop" if ends else "length")
@@ -235,7 +235,7 @@ def test_scdpo_02_banned_and_padding_ids_are_never_drawn(model: Decoder, request
     assert max(free) > 50 and 7 in free
     ban = {7: float("-inf")}
     for settings in ({}, {"top_p": 0.9}, {"temperature": 0.0}):
-        found = sampled(model, requests, vocabulary=Vocabulary((EOS,), 50), logit_bias=ban, **settings)
+        found = sampled(model, requests, vocabulary=Vocabulary((EOS,), 50, str), logit_bias=ban, **settings)
         tokens = {token for done in found.values() for token in done.tokens}
         assert max(tokens) < 50 and 7 not in tokens
 
@@ -376,7 +376,7 @@ def test_w2s_04_ranks_sample_what_one_samples(
     )
     assert all(other == first for other in others)
     for way, settings in WAYS.items():
-        alone = sampled(model, requests, 7, Vocabulary((EOS,), 60), **{"max_new_tokens": 24} | settings)
+        alone = sampled(model, requests, 7, Vocabulary((EOS,), 60, str), **{"max_new_tokens": 24} | settings)
         assert first[way] == {f"{name}/{sample}": done.tokens for (name, sample), done in alone.items()}, way
 
 

@@ -46,7 +46,7 @@ def sampled(model: Decoder, max_batch_size: int, n_shared: int = 0) -> dict[tupl
     shared = [1 + place * place % 60 for place in range(n_shared)]
     requests = [request._replace(prompt=[*shared, *request.prompt][:110]) for request in REQUESTS]
     found = generate(
-        model, requests, sampling, vocabulary=Vocabulary((2,)), max_batch_size=max_batch_size, compiled=True
+        model, requests, sampling, vocabulary=Vocabulary((2,), 64, str), max_batch_size=max_batch_size, compiled=True
     )
     return {(done.request.id, done.request.sample): done.tokens for done in found}
 

@@ -42,8 +42,8 @@ def trained(
         with torch.compiler.set_stance("fail_on_recompile" if losses else "default"):
             trainer.backward(sft_loss(model, batch) / n_supervised([batch]))
         losses.append(trainer.step().loss)
-    (found,) = generate(model, [Request("", 0, [1, 2, 3])], Sampling(max_new_tokens=8), vocabulary=Vocabulary(()),
-                        max_batch_size=1)
+    (found,) = generate(model, [Request("", 0, [1, 2, 3])], Sampling(max_new_tokens=8),
+                        vocabulary=Vocabulary((), 61, str), max_batch_size=1)
     return losses, found.tokens
 
 
