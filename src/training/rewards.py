@@ -15,7 +15,7 @@ from torch import Tensor
 
 from src import context_parallel, losses, parallel, runlog
 from src.code_solutions.tool_hook import PASSED
-from src.data.batch import Batch, chunks
+from src.data.batch import chunks
 from src.data.encoding import STEP_ENDS, Encoded, split_steps
 from src.data.examples import OUTCOMES
 from src.errors import UserError
@@ -28,7 +28,7 @@ from src.models.decoder import Decoder
 from src.models.forward import response_scores
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import PPOConfig, RewardFlags
-from src.training.rollout import Rollout, shard_for_rank, trim_padding
+from src.training.rollout import Rollout, shard_for_rank
 from src.training.user_reward import UserReward
 
 Counts = Mapping[str, tuple[float, int]]  # by metric: how many, of how many; or a sum, of how many numbers
@@ -153,8 +153,9 @@ def pairwise_reward(verifier: Decoder, rollout: Rollout, flags: RewardFlags, max
     scores, batch, longest = [], rollout.batch, verifier.config.max_seq_len
     _warn_of_cut(int((rollout.last >= longest).sum()), len(rollout.prompts), longest)
     for rows in torch.arange(len(batch.tokens)).split(max_batch_size):
-        micro = trim_padding(Batch(batch.tokens[rows, :longest], batch.response_mask[rows, :longest]))
-        scores.append(response_scores(verifier, *micro.inputs))
+        mask = batch.response_mask[rows, :longest]
+        n = int(mask.any(0).nonzero().max()) + 1  # what follows is padding of all of these rows
+        scores.append(response_scores(verifier, batch.tokens[rows, :n], mask[:, :n]))
     return at_last(_normalise(torch.cat(scores).cpu(), verifier.config, flags.reward_clip), rollout)
 
 

@@ -68,12 +68,6 @@ class Rollout(NamedTuple):
             [self.executions[row] for row in rows])
 
 
-def trim_padding(batch: Batch) -> Batch:
-    """Cut the columns after the longest row. tokens, mask [B, S] -> [B, L], L <= S."""
-    length = int(batch.response_mask.any(0).nonzero().max()) + 1
-    return Batch(batch.tokens[:, :length], batch.response_mask[:, :length])
-
-
 def pack_episodes(batch: Batch, rows: Tensor) -> Batch:
     """Some episodes for a forward pass: end to end, a prompt that neighbours have in common only once.
 
