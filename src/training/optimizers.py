@@ -43,69 +43,74 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._makers)
 
 
-class Float32AdamW:
-    """What torch.optim.AdamW does, by the function that it calls: torch's optimizers import its compiler when they are
-    made, which takes as long as to import torch."""
+class AdamW:
+    """AdamW with float32 moments: what torch.optim.AdamW does, by the function that it calls. torch's optimizers import
+    its compiler when they are made, which takes as long as to import torch."""
 
-    def __init__(self, groups: Sequence[Mapping[str, object]], lr: float, eps: float) -> None:
-        """groups: parameters with their weight_decay."""
-        self.param_groups = [{**group, "lr": lr} for group in groups]
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    def __init__(self, groups: Sequence[Mapping[str, object]], eps: float = 1e-8) -> None:
+        """groups: parameters with their weight_decay, as torch's optimizers take them."""
+        self._groups = groups
+        self._state: dict[nn.Parameter, dict[str, Tensor]] = {}
         self._eps = eps
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One update from the gradients, of the parts that this data-parallel rank has."""
-        for group in self.param_groups:
+    def step(self, lr: float) -> None:
+        """One update from the gradients, of the parts that this data-parallel rank has, at this learning rate."""
+        for group in self._groups:
             learned = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in learned:
                 # as in torch's optimizers: what has had no gradient has no state, and is not decayed
-                if parameter not in self.state:
-                    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    self.state[parameter] = {"step": step, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
+                if parameter not in self._state:
+                    self.load(parameter, 0, {name: torch.zeros_like(parameter) for name in MOMENTS})
             first, second, steps = (
-                [parallel.local(self.state[parameter][name]) for parameter in learned] for name in (*MOMENTS, "step"))
+                [parallel.local(self._state[parameter][name]) for parameter in learned] for name in (*MOMENTS, "step"))
             adamw(
                 [parallel.local(parameter) for parameter in learned],
                 [parallel.local(parameter.grad) for parameter in learned],
                 first, second, [], steps, fused=True, amsgrad=False, maximize=False, beta1=BETAS[0], beta2=BETAS[1],
-                lr=group["lr"], weight_decay=group["weight_decay"], eps=self._eps)
+                lr=lr, weight_decay=group["weight_decay"], eps=self._eps)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for group in self.param_groups:
+        for group in self._groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
+    def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """One of MOMENTS, float32 [...] laid out as its parameter; zero before the first update."""
+        return self._state[parameter][name] if parameter in self._state else torch.zeros_like(parameter)
 
-class AdamW:
-    """AdamW over groups of parameters; its moments are read and set as float32 tensors, whatever they are held in."""
+    def load(self, parameter: nn.Parameter, updates: int, moments: Mapping[str, Tensor]) -> None:
+        """Take up a parameter's MOMENTS, float32 [...] laid out as it is, after so many updates."""
+        self._state[parameter] = {"step": torch.tensor(float(updates), device=parameter.device), **moments}
 
-    def __init__(
-        self, name: OptimizerName, groups: Sequence[Mapping[str, object]], lr: float, eps: float = 1e-8
-    ) -> None:
-        """groups: parameters with their weight_decay, as torch's optimizers take them. Raises UserError."""
-        if name == "adamw":
-            self._optimizer = Float32AdamW(groups, lr, eps)
-        else:
-            check_available(name)
-            # it reports libraries for other devices that it cannot load
-            logging.getLogger("torchao").setLevel(logging.ERROR)
-            from torchao.optim import AdamW8bit
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that hold the moments on this rank."""
+        for state in self._state.values():
+            yield from (parallel.local(state[name]) for name in MOMENTS)
 
-            self._optimizer = AdamW8bit(groups, lr=lr, betas=BETAS, eps=eps)
-        self._in_8_bits = name == "adamw_8bit"
+
+class AdamWIn8Bits:
+    """AdamW with moments in 8 bits, which are read and set as float32 tensors all the same: see AdamW's methods."""
+
+    def __init__(self, groups: Sequence[Mapping[str, object]], eps: float = 1e-8) -> None:
+        """groups: as AdamW takes them. Raises UserError where torchao is not installed."""
+        if importlib.util.find_spec("torchao") is None:
+            raise UserError("--optimizer adamw_8bit needs the package torchao, which is not installed; pip install "
+                            "torchao==0.18.0, or leave --optimizer at adamw")
+        # it reports libraries for other devices that it cannot load
+        logging.getLogger("torchao").setLevel(logging.ERROR)
+        from torchao.optim import AdamW8bit
+
+        self._optimizer = AdamW8bit(groups, lr=0.0, betas=BETAS, eps=eps)
 
     def step(self, lr: float) -> None:
         """One update from the gradients at this learning rate."""
         for group in self._optimizer.param_groups:
-            if self._in_8_bits:
-                # a tensor: a new number would have torchao's step compiled again
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            # a tensor: a new number would have torchao's step compiled again
+            group["lr"].fill_(lr)
         # torchao compiles its arithmetic; on a CPU that would need a C++ compiler and seconds a shape
-        eager = self._in_8_bits and parallel.device().type == "cpu"
+        eager = parallel.device().type == "cpu"
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             self._optimizer.step()
 
@@ -123,18 +128,16 @@ class AdamW:
 
     def load(self, parameter: nn.Parameter, updates: int, moments: Mapping[str, Tensor]) -> None:
         """Take up a parameter's MOMENTS, float32 [...] laid out as it is, after so many updates."""
-        step = torch.tensor(float(updates), device="cpu" if self._in_8_bits else parameter.device)
-        held = dict(moments)
-        if self._in_8_bits:
-            for name in MOMENTS:
-                # torchao alone decides which tensors are large enough for 8 bits
-                held[name] = self._optimizer._new_buffer(parameter, signed=name == "exp_avg")
-                local = parallel.local(held[name])
-                if _has_codes(local):
-                    encode(local, parallel.local(moments[name]))
-                else:
-                    local.copy_(parallel.local(moments[name]))
-        self._optimizer.state[parameter] = {"step": step, **held}
+        state = {"step": torch.tensor(float(updates))}
+        for name in MOMENTS:
+            # torchao alone decides which tensors are large enough for 8 bits
+            state[name] = self._optimizer._new_buffer(parameter, signed=name == "exp_avg")
+            local = parallel.local(state[name])
+            if _has_codes(local):
+                encode(local, parallel.local(moments[name]))
+            else:
+                local.copy_(parallel.local(moments[name]))
+        self._optimizer.state[parameter] = state
 
     def held(self) -> Iterator[Tensor]:
         """The tensors that hold the moments on this rank: they themselves, or codes [n] and scales [n / 256]."""
@@ -142,13 +145,6 @@ class AdamW:
             for name in MOMENTS:
                 held = parallel.local(state[name])
                 yield from (held.codes, held.scale) if _has_codes(held) else (held,)
-
-
-def check_available(name: OptimizerName) -> None:
-    """Raise UserError for an optimizer whose library is not installed."""
-    if name == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
-        raise UserError("--optimizer adamw_8bit needs the package torchao, which is not installed; pip install "
-                        "torchao==0.18.0, or leave --optimizer at adamw")
 
 
 def _has_codes(x: Tensor) -> bool:

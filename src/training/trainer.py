@@ -25,7 +25,7 @@ from src.models.cache import Cache
 from src.models.decoder import Decoder
 from src.processes import heap, watchdog
 from src.runlog import RunLog
-from src.training.optimizers import AdamW, LazyTensors, OptimizerName
+from src.training.optimizers import AdamW, AdamWIn8Bits, LazyTensors, OptimizerName
 
 MAX_BAD_STEPS = 5  # non-finite steps in a row after which training cannot be saved
 
@@ -77,7 +77,8 @@ class Trainer:
         matrices = [p for p in self._trainable.values() if p.dim() > 1]
         vectors = [p for p in self._trainable.values() if p.dim() <= 1]  # norms are not decayed
         groups = [{"params": matrices, "weight_decay": flags.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = AdamW(optimizer, [group for group in groups if group["params"]], self.max_lr, adam_eps)
+        kind = AdamWIn8Bits if optimizer == "adamw_8bit" else AdamW
+        self.optimizer = kind([group for group in groups if group["params"]], adam_eps)
         self._heap = heap.HeapTrimmer()
         self._seed_step()
 

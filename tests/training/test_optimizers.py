@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from src import parallel
 from src.errors import UserError
-from src.training.optimizers import BETAS, AdamW, check_available, encode
+from src.training.optimizers import BETAS, AdamW, AdamWIn8Bits, encode
 from tests import tiny
 from tests.ranks import Job, run_jobs
 from tests.training.workers import resumed_epochs
@@ -35,19 +35,19 @@ def gradient(step: int, shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(step))
 
 
-def step_of(weight: torch.nn.Parameter, optimizer: AdamW, step: int) -> None:
+def step_of(weight: torch.nn.Parameter, optimizer: AdamW | AdamWIn8Bits, step: int) -> None:
     weight.grad = gradient(step, weight.shape) - 0.5  # mostly negative: so are the largest of many blocks
     optimizer.step(1e-2)
 
 
-def adamw(weight: torch.nn.Parameter, name: str = "adamw_8bit") -> AdamW:
-    return AdamW(name, [{"params": [weight], "weight_decay": 0.1}], 1e-2)
+def adamw(weight: torch.nn.Parameter, kind: type[AdamW | AdamWIn8Bits] = AdamWIn8Bits) -> AdamW | AdamWIn8Bits:
+    return kind([{"params": [weight], "weight_decay": 0.1}])
 
 
 def test_float32_moments_give_the_bits_of_torch_s_own_class() -> None:
     parallel.start()
     ours, torchs = ([torch.nn.Parameter(gradient(0, torch.Size(shape))) for shape in ([8, 32], [32])] for _ in "ab")
-    optimizer = AdamW("adamw", [{"params": [x], "weight_decay": 0.1 * x.dim() - 0.1} for x in ours], 1e-2, eps=1e-6)
+    optimizer = AdamW([{"params": [x], "weight_decay": 0.1 * x.dim() - 0.1} for x in ours], eps=1e-6)
     groups = [{"params": [x], "weight_decay": 0.1 * x.dim() - 0.1} for x in torchs]
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=BETAS, eps=1e-6, fused=True)
     for step in range(1, 8):
@@ -94,16 +94,16 @@ def test_other_values_are_rounded_to_their_nearest_codes() -> None:
 def test_it_follows_adamw_in_a_quarter_of_the_memory() -> None:
     parallel.start()
     ended, sizes = {}, {}
-    for name in ("adamw", "adamw_8bit"):
+    for kind in (AdamW, AdamWIn8Bits):
         weight = torch.nn.Parameter(gradient(0, torch.Size([64, 256])))
-        optimizer = adamw(weight, name)
+        optimizer = adamw(weight, kind)
         for step in range(1, 20):
             step_of(weight, optimizer, step)
-        ended[name], sizes[name] = weight.detach(), sum(tensor.nbytes for tensor in optimizer.held())
+        ended[kind], sizes[kind] = weight.detach(), sum(tensor.nbytes for tensor in optimizer.held())
     start = gradient(0, torch.Size([64, 256]))
-    moved = [ended[name] - start for name in ended]
+    moved = [ended[kind] - start for kind in ended]
     assert (moved[0] - moved[1]).norm() < 0.05 * moved[0].norm()
-    assert sizes["adamw_8bit"] / sizes["adamw"] == pytest.approx(0.25 + 1 / 256)
+    assert sizes[AdamWIn8Bits] / sizes[AdamW] == pytest.approx(0.25 + 1 / 256)
 
 
 @pytest.mark.parametrize("lora_rank", [-1, 64])
@@ -133,8 +133,8 @@ def test_a_run_goes_on_at_another_number_of_ranks(folder: str, tmp_path: Path) -
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_available("adamw_8bit")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    adamw(weight)
     monkeypatch.setitem(sys.modules, "torchao", None)
-    check_available("adamw")
     with pytest.raises(UserError, match="--optimizer adamw_8bit needs the package torchao"):
-        check_available("adamw_8bit")
+        adamw(weight)

@@ -50,15 +50,19 @@ def test_schedule_by_hand() -> None:
     assert [lr_factor(step, 11, 2, 0.1, "constant") for step in (0, 5, 10)] == [0.5, 1.0, 1.0]
 
 
-def test_the_trainer_follows_the_schedule(folders: Folders, tmp_path: Path) -> None:
+def test_the_trainer_follows_the_schedule(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(
         folders.one, tmp_path, lr=1e-3, warmup_ratio=0.2, total_steps=11
     )  # ceil(2.2) = 3 steps up
+    rates, step_at = [], trainer.optimizer.step
+    monkeypatch.setattr(trainer.optimizer, "step", lambda lr: (rates.append(lr), step_at(lr)))
     for step in range(11):
         trainer.backward(sft_loss(trainer.model, batch()) / 16)
         report = trainer.step()
         assert report.lr == pytest.approx(1e-3 * lr_factor(step, 11, 3, 0.1))
-        assert trainer.optimizer._optimizer.param_groups[0]["lr"] == report.lr
+        assert rates[-1] == report.lr
 
 
 def test_gradients_are_clipped_to_their_global_norm(folders: Folders, tmp_path: Path) -> None:
