@@ -37,8 +37,8 @@ from src.planning.memory import (
 from src.processes import heap
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import PPOConfig, short_name
-from src.training.ppo_setup import base_of
 from src.training.run import matrix_rate
+from src.training.shared_base import base_of
 
 # What a run adds on a CPU to what its dry run holds: process group, TensorBoard, kernels' code, sampling (measured)
 STILL_TO_COME = 60 * 2**20

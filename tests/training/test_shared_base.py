@@ -1,4 +1,4 @@
-"""src/training/ppo_setup.py: models on one base compute what separate ones compute, and hold the base once."""
+"""src/training/shared_base.py: models on one base compute what separate ones compute, and hold the base once."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,10 @@ from src.models.decoder import Decoder
 from src.runlog import RunLog
 from src.text.tokenizer import Tokenizer
 from src.training.offload import ModelOffloader
-from src.training.ppo_setup import PPOModels, SharedBase
+from src.training.ppo_setup import PPOModels
 from src.training.rewards import pairwise_reward
 from src.training.sft import sft_loss
+from src.training.shared_base import SharedBase
 from src.training.trainer import Trainer
 from tests.conftest import Folders
 from tests.reference import batch
