@@ -4,6 +4,7 @@ The rows of a step are a pure function of (seed, epoch), the same on every rank.
 """
 
 import math
+import os.path
 import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -104,9 +105,8 @@ def pack_shared(groups: Sequence[tuple[Encoded, ...]]) -> Batch:
     for group in groups:
         shared = 0
         if len(group) > 1:
-            most = min(encoded.response_start for encoded in group) - 1
-            first, *others = (encoded.tokens for encoded in group)
-            shared = next((n for n in range(most) if any(other[n] != first[n] for other in others)), max(most, 0))
+            most = max(0, min(encoded.response_start for encoded in group) - 1)
+            shared = len(os.path.commonprefix([encoded.tokens[:most] for encoded in group]))
         rests = [encoded.tokens[shared:] for encoded in group]
         tokens += [*group[0].tokens[:shared], *(token for rest in rests for token in rest)]
         supervised += [False] * shared + [here for encoded in group for here in encoded.supervised[shared:]]
