@@ -59,13 +59,11 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         replicated: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.gather_output = in_features, out_features, False
+        self.in_features, self.out_features, self.replicated = in_features, out_features, replicated
         self.rows = share(out_features) if rows is None else rows
         self.columns = None  # whole on every rank
-        self.replicated = replicated
-        self.output_size_per_partition = len(self.rows)
-        self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
-        self.bias = nn.Parameter(torch.empty(self.output_size_per_partition)) if bias else None
+        self.weight = nn.Parameter(torch.empty(len(self.rows), in_features))
+        self.bias = nn.Parameter(torch.empty(len(self.rows))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., rows of this rank]."""
@@ -89,11 +87,10 @@ class RowParallelLinear(layers.RowParallelLinear):
         self, in_features: int, out_features: int, columns: range | None = None, *, bias: bool = False
     ) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.in_features, self.out_features = in_features, out_features
         self.columns = share(in_features) if columns is None else columns
         self.rows, self.replicated = None, False  # whole on every rank
-        self.input_size_per_partition = len(self.columns)
-        self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
+        self.weight = nn.Parameter(torch.empty(out_features, len(self.columns)))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
