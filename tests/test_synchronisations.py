@@ -159,7 +159,7 @@ class FixedStep(EagerStep):
     """What a CUDA graph records, computed for all slots."""
 
     def __init__(self, solver: Decoder, n_slots: int) -> None:
-        self.model, self.cache = solver, FixedCache(n_slots, GPU)
+        self.model, self.cache = solver, FixedCache(n_slots)
 
 
 @pytest.mark.parametrize("kind", [EagerStep, FixedStep])

@@ -99,7 +99,7 @@ def cached_logprobs(model: Decoder) -> dict[str, Tensor]:
         "plain": logprobs(model(row[None]))[0],
         "padded": logprobs(model(padded))[1, :75],
         "packed": logprobs(model(torch.cat((other[:30], row))[None], lengths=((0, 30), (0, 75))))[0, 30:],
-        "token by token": logprobs(_token_by_token(model, row, KVCache(1, parallel.device()))),
+        "token by token": logprobs(_token_by_token(model, row, KVCache(1))),
         "among others": logprobs(_among_others(model, row, other)),
         "after a prefix": logprobs(_after_prefix(model, row, other)),
     }
@@ -131,7 +131,7 @@ def _token_by_token(model: Decoder, row: Tensor, cache: KVCache) -> Tensor:
 
 def _among_others(model: Decoder, row: Tensor, other: Tensor) -> Tensor:
     """Hidden states [S, D] of `row` decoded among rows of other lengths that come, outgrow buckets and leave."""
-    cache = KVCache(4, parallel.device())
+    cache = KVCache(4)
     sequences = {0: other, 1: row, 2: other[20:], 3: other[5:]}
     outputs = [_read(model, cache, {0: other[:11], 1: row[:4], 2: other[20:29]})[1, :4]]
 
@@ -156,7 +156,7 @@ def _among_others(model: Decoder, row: Tensor, other: Tensor) -> Tensor:
 
 def _after_prefix(model: Decoder, row: Tensor, other: Tensor) -> Tensor:
     """Hidden states [S, D] of `row`, whose beginning another row shares, which outgrows its bucket."""
-    prefix, cache = PromptCache(), KVCache(2, parallel.device())
+    prefix, cache = PromptCache(), KVCache(2)
     outputs = [model(row[None, :40], cache=prefix)[0]]
     cache.prefix = prefix.row(0, 40)
     sequences = {0: row[40:], 1: other}

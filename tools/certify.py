@@ -217,7 +217,7 @@ def _whole(model: Decoder, hidden: Tensor) -> Tensor:
 def _decoded_logits(model: Decoder, rows: Sequence[Tensor]) -> list[Tensor]:
     """Logits [S, V] of each row: its prompt read in one batch, then a token at a time until the row ends."""
     starts = [int((~_response_mask(row)).sum()) for row in rows]
-    prompt, cache = PromptCache(), KVCache(len(rows), parallel.device())
+    prompt, cache = PromptCache(), KVCache(len(rows))
     read = pad_sequence([row[:start] for row, start in zip(rows, starts, strict=True)], batch_first=True)
     hidden = model(read, cache=prompt)
     parts = [[hidden[index, :start]] for index, start in enumerate(starts)]

@@ -17,7 +17,7 @@ class EagerStep:
     """A plain forward over the rows in use, which the cache holds."""
 
     def __init__(self, model: Decoder, n_slots: int) -> None:
-        self.model, self.cache = model, KVCache(n_slots, parallel.device())
+        self.model, self.cache = model, KVCache(n_slots)
 
     def __call__(self, newest: Tensor) -> Tensor:
         """Feed every row its newest token, after cache.advance(). newest [n] int64 by slot -> this rank's logits of the
@@ -32,7 +32,7 @@ class GraphStep:
     few rows a decoding step is bound by launching kernels; a graph launches them at once and Inductor fuses them."""
 
     def __init__(self, model: Decoder, n_slots: int) -> None:
-        self.model, self.cache = model, FixedCache(n_slots, parallel.device())
+        self.model, self.cache = model, FixedCache(n_slots)
         self.tokens = torch.zeros(n_slots, 1, dtype=torch.int64, device=parallel.device())
         self.forward = torch.compile(self._forward, dynamic=False)
         self.graph: torch.cuda.CUDAGraph | None = None

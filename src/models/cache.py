@@ -137,11 +137,10 @@ class KVCache:
     they outgrow theirs, so memory and reading follow what is used. slots() tells the order of the rows in the batch.
     """
 
-    def __init__(self, n_slots: int, device: torch.device) -> None:
+    def __init__(self, n_slots: int) -> None:
         self.lengths = np.zeros(n_slots, dtype=np.int64)  # positions in use, by slot; 0 = empty
-        self.device = device
         self.prefix: Layers = ()
-        self.positions = torch.zeros(0, 1, dtype=torch.int64, device=device)  # [B, 1], what advance() made room for
+        self.positions = torch.zeros(0, 1, dtype=torch.int64)  # [B, 1], what advance() made room for
         self._buckets: list[_Bucket] = []  # by capacity
         self._targets: list[tuple[_Bucket, slice, Tensor, Tensor, Tensor]] = []
 
@@ -178,7 +177,7 @@ class KVCache:
             here = positions[rows]
             # read only as far as the bucket's longest row has come
             seen = up_to(here[:, None], int(self.lengths[bucket.slots].max()))
-            self._targets.append((bucket, rows, torch.arange(len(here), device=self.device), here, seen))
+            self._targets.append((bucket, rows, torch.arange(len(here), device=here.device), here, seen))
         self.positions = positions[:, None] + n_positions(self.prefix)
         return self.positions
 
@@ -218,12 +217,12 @@ class FixedCache:
 
     SMALLEST = 256  # positions; below it a graph would be captured too often
 
-    def __init__(self, n_slots: int, device: torch.device) -> None:
+    def __init__(self, n_slots: int) -> None:
         self.lengths = np.zeros(n_slots, dtype=np.int64)  # positions in use, by slot; 0 = empty
         self.generation = 0
         self.prefix: Layers = ()
-        self.positions = torch.zeros(n_slots, 1, dtype=torch.int64, device=device)
-        self.index = torch.arange(n_slots, device=device)
+        self.positions = torch.zeros(n_slots, 1, dtype=torch.int64, device=parallel.device())
+        self.index = torch.arange(n_slots, device=parallel.device())
         self.seen: Tensor | None = None  # [n, 1, 1, capacity] bool
         self.store: Tensor | None = None  # [2, L, n, K, capacity, E]; keys, then values
 

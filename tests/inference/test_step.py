@@ -34,7 +34,7 @@ class FixedStep(EagerStep):
     """GraphStep's work on its own cache, without compiler and graph: all slots are fed, those in use are read."""
 
     def __init__(self, model: Decoder, n_slots: int) -> None:
-        self.model, self.cache = model, FixedCache(n_slots, parallel.device())
+        self.model, self.cache = model, FixedCache(n_slots)
 
     def __call__(self, newest: torch.Tensor) -> torch.Tensor:
         hidden = self.model(newest[:, None], self.cache.positions, self.cache)

@@ -12,7 +12,6 @@ from src.models.cache import FixedCache, KVCache, PromptCache, shared_prefix, up
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
 ROW_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM * 4  # of one position, float32
-CPU = torch.device("cpu")
 
 
 def keys_of(sequence: int, positions: Tensor, layer: int) -> Tensor:
@@ -63,7 +62,7 @@ def test_a_shared_prefix_leaves_each_prompt_a_token() -> None:
 
 def test_rows_keep_their_past_while_others_come_grow_and_go() -> None:
     draw = random.Random(0)
-    cache, sequences = KVCache(6, CPU), {}
+    cache, sequences = KVCache(6), {}
     for sequence in range(1, 40):
         if len(sequences) == 6 or sequences and draw.random() < 0.5:
             slot = draw.choice(sorted(sequences))
@@ -83,7 +82,7 @@ def n_bytes(cache: KVCache) -> int:
 
 
 def test_memory_follows_what_is_used() -> None:
-    cache = KVCache(100, CPU)
+    cache = KVCache(100)
     assert n_bytes(cache) == 0
     cache.admit([3], prompt(1, 10))
     assert n_bytes(cache) == 64 * ROW_BYTES
@@ -109,7 +108,7 @@ def test_rows_that_move_together_are_twice_in_memory_a_layer_at_a_time(monkeypat
 
     new_empty = Tensor.new_empty
     monkeypatch.setattr(Tensor, "new_empty", lambda *given: count(new_empty(*given)))
-    cache = KVCache(20, CPU)
+    cache = KVCache(20)
     cache.admit(range(20), prompt(1, 60))
     for _ in range(20):  # from 64 positions to 96
         step(cache, dict.fromkeys(range(20), 1))
@@ -119,7 +118,7 @@ def test_rows_that_move_together_are_twice_in_memory_a_layer_at_a_time(monkeypat
 @pytest.mark.parametrize("kind", [KVCache, FixedCache])
 def test_a_broken_row_spoils_none_that_takes_its_place(kind: type[KVCache] | type[FixedCache]) -> None:
     """One of whose numbers were NaN left them where the next row's positions will be, and those after it."""
-    cache = kind(3, CPU)
+    cache = kind(3)
     cache.admit([0, 2], prompt(1, 3))
     cache.admit([1], [(keys * math.nan, values) for keys, values in prompt(2, 40)])
     cache.release(1)
@@ -132,7 +131,7 @@ def test_a_broken_row_spoils_none_that_takes_its_place(kind: type[KVCache] | typ
 
 
 def test_a_bucket_that_empties_gives_memory_back() -> None:
-    cache = KVCache(32, CPU)
+    cache = KVCache(32)
     cache.admit(range(32), prompt(1, 3))
     for slot in range(30):
         cache.release(slot)
@@ -152,7 +151,7 @@ def test_prompt_cache_keeps_rows_without_their_padding() -> None:
 
 
 def test_a_bucket_shrinks_with_its_rows() -> None:
-    cache = KVCache(20, CPU)
+    cache = KVCache(20)
     for slot in range(20):
         cache.admit([slot], prompt(slot, 10))
     for slot in range(20):
