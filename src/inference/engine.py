@@ -3,6 +3,7 @@
 B rows in the batch, n slots, P vocabulary rows on this rank
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -139,15 +140,23 @@ def generate(
         if len(request.prompt) >= model.config.max_seq_len:
             raise UserError(f"prompt {request.id!r} has {len(request.prompt)} tokens but the model's context is "
                             f"{model.config.max_seq_len}; shorten or drop it")
+    shortest = min((len(request.prompt) for request in requests), default=0)
+    batch = DecodingBatch(model, sampling, vocabulary, min(max_batch_size, len(requests)), on_token,
+                          compiled=compiled, tool_hook=tool_hook, shortest=shortest)
+    batch.add(requests)
+    with ready_to_decode(model, max_batch_size):
+        yield from batch.run()
+
+
+@contextlib.contextmanager
+def ready_to_decode(model: Decoder, n_rows: int) -> Iterator[None]:
+    """Inside, a model drops nothing out, and its weights are laid out for so many rows at a time; they must not
+    change."""
     was_training = model.training
     model.eval()
     try:
-        shortest = min((len(request.prompt) for request in requests), default=0)
-        batch = DecodingBatch(model, sampling, vocabulary, min(max_batch_size, len(requests)), on_token,
-                              compiled=compiled, tool_hook=tool_hook, shortest=shortest)
-        batch.add(requests)
-        with prepared(model.linear_weights(), model.dtype, max_batch_size), packed(model):
-            yield from batch.run()
+        with prepared(model.linear_weights(), model.dtype, n_rows), packed(model):
+            yield
     finally:
         model.train(was_training)
 

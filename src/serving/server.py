@@ -19,11 +19,9 @@ from typing import NamedTuple, NoReturn
 from src import jsonfile
 from src.errors import UserError
 from src.evaluation.interactive import Stream
-from src.inference.engine import Completion, Request, vocabulary_of
+from src.inference.engine import Completion, Request, ready_to_decode, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
-from src.models.linear import prepared
-from src.models.quantize import packed
 from src.serving.jobs import Job, ServingEngine
 from src.text.tokenizer import Tokenizer
 
@@ -85,10 +83,8 @@ class SolverServer:
         self._put(name, model)
 
     def _put(self, name: str, model: Decoder) -> None:
-        model.eval()
         stack = contextlib.ExitStack()
-        stack.enter_context(prepared(model.linear_weights(), model.dtype, self.engine.n_slots))
-        stack.enter_context(packed(model))
+        stack.enter_context(ready_to_decode(model, self.engine.n_slots))
         self.models[name], self._kept[name] = model, stack
 
     def serve(self, host: str, port: int, started: Callable[[str], None]) -> NoReturn:
