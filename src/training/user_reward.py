@@ -108,6 +108,7 @@ def _columns(prompts: Sequence[Prompt], responses: Sequence[str]) -> Columns:
 
 def load(path: str, name: str) -> Answer:
     """In the process: what calls that function of a Python file. Raises whatever the file raises."""
+    sys.path.insert(0, str(Path(path).parent))  # for what the file imports from beside it
     spec = importlib.util.spec_from_file_location("user_reward_file", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

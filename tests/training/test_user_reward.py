@@ -69,6 +69,14 @@ def test_a_function_sees_the_whole_batch_and_every_column(tmp_path: Path, caplog
             reward.score(prompts(2), ["a", "b"])
 
 
+def test_a_file_may_import_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("WORTH = 0.5")
+    code = "import beside\ndef mine(completions):\n    return [beside.WORTH for _ in completions]"
+    (tmp_path / "mine.py").write_text(code)
+    with UserReward(f"{tmp_path}/mine.py:mine", seconds=2.0) as reward:
+        assert reward.score(prompts(2), ["a", "b"]).values == [0.5, 0.5]
+
+
 def test_calls_survive_hanging_and_dying_functions(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(CODE)
     with UserReward(f"{tmp_path}/mine.py:reward", seconds=1.0) as reward:
