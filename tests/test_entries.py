@@ -666,6 +666,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
         "judged.json has no solution of two steps or more to judge",
     ),
     ("data_build process", {"rollouts": 0}, "--rollouts is 0, expected 1 or more"),
+    ("data_build process", {"temperature": 0}, "--temperature 0 would make all of --rollouts 8 alike; give more than"),
     ("data_build branch", {}, "judged.json has no right solution of three steps or more to leave"),
     ("data_build branch", {"samples_file": "pairs.json"}, "pairs.json, row 1: key 'response' is missing"),
     ("data_build branch", {"attempts": 0}, "--attempts is 0, expected 1 or more"),

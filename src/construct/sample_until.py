@@ -8,7 +8,13 @@ from pathlib import Path
 from src import jsonfile, parallel, runlog
 from src.command.config import Count, NonNegative, RoundsFlags, Seed, flag
 from src.construct.samples import BuildConfig, log_counts
-from src.construct.solver import SolverFlags, check_solver, open_solver, sample_and_grade
+from src.construct.solver import (
+    SolverFlags,
+    check_samples_differ,
+    check_solver,
+    open_solver,
+    sample_and_grade,
+)
 from src.data.examples import Prompt, Sample, read_prompts, read_samples
 from src.evaluation.evaluator import Sampler, SampleRequest, SamplerOutput
 from src.evaluation.prompting import make_prompting, select_prompts
@@ -41,6 +47,7 @@ def attempts(config: AttemptsConfig) -> None:
     is no measure of the solver: samples that were not needed count as misses there.
     """
     check_solver(config)
+    check_samples_differ(config.temperature, config.attempts, "attempts")
     task, problems = find_task(config.task), read_prompts(config.label_file, need_label=True)
     problems = select_prompts(problems, config.split)
     runlog.logger().info("%d problems, %d attempts at most each", len(problems), config.attempts)

@@ -64,6 +64,12 @@ def check_solver(config: SolverFlags, *, from_prefix: bool = False) -> None:
                         "with; give --tokenizer_file with a --chat_template of this side, or neither")
 
 
+def check_samples_differ(temperature: float, n: int, name: str) -> None:
+    """Raise UserError for several samples of one prompt that would all be the greedy one. name: of the flag of n."""
+    if not temperature and n > 1:
+        raise UserError(f"--temperature 0 would make all of --{name} {n} alike; give more than 0, or --{name} 1")
+
+
 def open_solver(
     config: SolverFlags, prompting: Prompting, *, seed: int, max_rounds: int = 24,
     code: CodeFlags | None = None, quantize: str = "", compiled: bool = False,

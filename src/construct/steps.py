@@ -33,7 +33,14 @@ from src.construct.samples import (
     read_without_errors,
     save,
 )
-from src.construct.solver import ContinuationFlags, check_solver, open_solver, open_task, sample_and_grade
+from src.construct.solver import (
+    ContinuationFlags,
+    check_samples_differ,
+    check_solver,
+    open_solver,
+    open_task,
+    sample_and_grade,
+)
 from src.data.encoding import STEP_END, STEP_ENDS, split_steps
 from src.data.examples import UNDECIDED, Sample, read_samples
 from src.errors import UserError
@@ -63,6 +70,7 @@ def process(config: ProcessConfig) -> None:
     Needs a solver: start it with torchrun, or give a server. A rerun continues.
     """
     check_solver(config, from_prefix=True)
+    check_samples_differ(config.temperature, config.rollouts, "rollouts")
     step_end, source = STEP_ENDS[config.step], config.samples_file
     solutions = choose_solutions(read_graded(source), config.solutions_a_problem, config.limit)
     prompting, task = open_task(config, solutions)

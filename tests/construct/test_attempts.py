@@ -71,6 +71,8 @@ def test_scdpo_09_a_solver_is_asked_until_it_has_gone_wrong(code_solver: str, tm
     (tmp_path / "log" / "samples.jsonl").write_text(text[: len(text) // 2])  # killed within a line
     build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "log"), **flags)
     assert (tmp_path / "log" / "samples.jsonl").read_text() == text
+    with pytest.raises(UserError, match="--temperature 0 would make all of --attempts 9 alike"):
+        build.attempts("toy", ckpt_dir=code_solver, log_dir=str(tmp_path / "log"), **flags | {"temperature": 0.0})
     (tmp_path / "other").mkdir()
     write_json(tmp_path / "other" / "samples.jsonl", {"id": 0, "response": "68"})
     with pytest.raises(UserError, match="was not sampled here"):
