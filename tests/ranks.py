@@ -95,14 +95,15 @@ def _interpret(words: list[str]) -> None:
         atexit._run_exitfuncs()  # multiprocessing's processes leave without
 
 
-def command(*words: object, n: int | None = None) -> subprocess.CompletedProcess[str]:
+def command(*words: object, n: int | None = None, forked: bool = True) -> subprocess.CompletedProcess[str]:
     """Run `python words...` in the repository, under torchrun with n processes if given; output is captured.
 
-    torchrun forks its ranks too, where it commonly starts interpreters (tests/test_entries.py has these).
-    Several may run at once: each finds its own port. Past TIMEOUT all processes are killed and the test fails.
+    forked: torchrun forks its ranks too, and then names any of those that fail. Else it starts interpreters, as users
+    have it. Several may run at once: each finds its own port. Past TIMEOUT all are killed and the test fails.
     """
-    torchrun = [] if n is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-                                     "--start_method=fork", "--run_path", "--", "tests/ranks.py"]
+    torchrun = [] if n is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    if torchrun and forked:
+        torchrun += ["--start_method=fork", "--run_path", "--", "tests/ranks.py"]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = fork([*torchrun, *words], out, err)
