@@ -93,7 +93,7 @@ def runs() -> list[Run]:
                         "--lora_rank 4", ("one",)),
         *_each("score", "verifier_evaluate.py --task toy --ckpt_dir verifier-one --label_file rows/test.json "
                         "--samples_file samples-one/samples.jsonl --log_dir OUT", two),
-        *_each("score-steps", "verifier_evaluate.py --task toy --ckpt_dir process-one --steps_file rows/steps.json "
+        *_each("score-steps", "verifier_evaluate.py --ckpt_dir process-one --steps_file rows/steps.json "
                               "--log_dir OUT", ("one",)),
         *_each("dpo", preference),
         *_each("dpo-branch", preference.replace("pairs.json", "mix.json"), ("one",)),
