@@ -41,7 +41,7 @@ from src.evaluation.evaluator import (
     sample_prompts,
 )
 from src.evaluation.interactive import converse
-from src.evaluation.prompting import make_prompting, select_prompts
+from src.evaluation.prompting import Prompting, make_prompting, select_prompts
 from src.evaluation.report import curves_of, results_table, summarize
 from src.grading.tasks import INSTRUCTION, Task, find_task
 from src.inference.sampling import Sampling
@@ -115,21 +115,7 @@ def main(config: SolverEvaluateConfig) -> None:
     sampling = Sampling(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
                         max_new_tokens=config.max_new_tokens, stop=prompting.stop, seed=config.seed)
     if config.interactive:
-        parallel.start(seed=config.seed)
-        tokenizer = load.load_tokenizer(config.ckpt_dir, config)
-        if tokenizer.code:
-            raise UserError(f"{config.ckpt_dir} writes solutions with code, which --interactive does not run; evaluate "
-                            "it with a --label_file")
-        load.check_tokenizer(tokenizer, config.verifier_ckpt_dir)
-        verifier = None
-        if config.verifier_ckpt_dir:
-            scoring = load.load_config(config.verifier_ckpt_dir)
-            load.check_step(config.verifier_ckpt_dir, scoring, config.step)
-            verifier = load.load_verifier(config.verifier_ckpt_dir, precision=config.precision,
-                                              quantize=config.quantize)
-        model = load.load_solver(config.ckpt_dir, model_type=config.model_type, precision=config.precision,
-                                 quantize=config.quantize)
-        converse(LocalSolver(model, tokenizer, prompting, 1), sampling, benchmark, verifier)
+        answer_typed(config, prompting, sampling, benchmark)
         return
     problems = read_prompts(config.label_file, config.renamed, need_label=benchmark.graded)
     prompts = select_prompts(problems, config.split)[: config.limit if config.limit >= 0 else None]
@@ -181,6 +167,24 @@ def main(config: SolverEvaluateConfig) -> None:
             plot_results(results, curves_of(results), Path(config.log_dir) / "results.png")
             report = write_report(Path(config.log_dir), prompts=problems)
             runlog.table(f"{results_table(results, speed)}\nlook at     {report}")
+
+
+def answer_typed(config: SolverEvaluateConfig, prompting: Prompting, sampling: Sampling, benchmark: Task) -> None:
+    """Answer problems that are typed. Raises UserError for a solver with code, which would show made-up outputs."""
+    parallel.start(seed=config.seed)
+    tokenizer = load.load_tokenizer(config.ckpt_dir, config)
+    if tokenizer.code:
+        raise UserError(f"{config.ckpt_dir} writes solutions with code, which --interactive does not run; evaluate it "
+                        "with a --label_file")
+    load.check_tokenizer(tokenizer, config.verifier_ckpt_dir)
+    verifier = None
+    if config.verifier_ckpt_dir:
+        scoring = load.load_config(config.verifier_ckpt_dir)
+        load.check_step(config.verifier_ckpt_dir, scoring, config.step)
+        verifier = load.load_verifier(config.verifier_ckpt_dir, precision=config.precision, quantize=config.quantize)
+    model = load.load_solver(config.ckpt_dir, model_type=config.model_type, precision=config.precision,
+                             quantize=config.quantize)
+    converse(LocalSolver(model, tokenizer, prompting, 1), sampling, benchmark, verifier)
 
 
 SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")
