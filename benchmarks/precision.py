@@ -41,7 +41,7 @@ def training_batch() -> Batch:
     """Rows [1, 2048] end to end; what comes after each one's prompt is learnt."""
     tokens = torch.randint(0, SMOLLM2["vocab_size"], (1, ROWS * LENGTH), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(ROWS * LENGTH) % LENGTH >= PROMPT)[None]
-    return Batch(tokens, mask, (LENGTH,) * ROWS)
+    return Batch(tokens, mask, ((0, LENGTH),) * ROWS)
 
 
 def their_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
