@@ -60,7 +60,7 @@ def plot_run(rows: Sequence[Mapping[str, object]], title: str, path: Path) -> No
         for name, value in row.items():
             if name not in ("step", "epoch") and isinstance(value, int | float) and abs(value) <= _LARGEST:
                 curves.setdefault(name, []).append((row["step"], value))
-            elif isinstance(value, float):  # a gap
+            elif value is None or isinstance(value, float):  # a gap
                 curves.setdefault(name, []).append((row["step"], math.nan))
     if not curves:
         raise ValueError("no metrics to draw")

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from src.command import cli
 from src.command.flags import WRITTEN, path_in
 from src.errors import UserError, show_problem
+from src.jsonfile import finite
 
 METRICS = "metrics.jsonl"
 GONE = ("the run's directory, or a file in it, is gone since the run began; bring it back, or start the run again as "
@@ -175,7 +176,7 @@ class RunLog:
             self._bar = None
 
     def metrics(self, step: int, alarms: Mapping[str, str] | None = None, **values: float) -> None:
-        """Append one line to metrics.jsonl: the step, the seconds since the start, and these values.
+        """Append one line to metrics.jsonl: the step, the seconds since the start, and these values, null for NaN.
 
         alarms: what is wrong at this step by name, and what to do; they stand in the line and in its picture.
         Raises UserError when the run's directory has vanished.
@@ -185,14 +186,14 @@ class RunLog:
             if self._metrics is None:  # what follows the kept steps was of a part that is run again
                 rows = read_metrics(path) if self._kept and path.is_file() else []
                 self._metrics = path.open("w", encoding="utf-8")
-                self._metrics.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= self._kept)
+                self._metrics.writelines(_line(row) for row in rows if row["step"] <= self._kept)
                 self._trackers = [OPEN[name](place, self._folder, self._flags, self._kept)
                                   for name, place in self._asked.items()]
             if not path.exists():  # the open file would go on being written where nobody looks
                 raise UserError(f"{self._folder}: {GONE}")
             row = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
             row |= {"alarms": dict(alarms)} if alarms else {}
-            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.write(_line(row))
             self._metrics.flush()
             try:
                 for track in self._trackers:
@@ -205,7 +206,12 @@ class RunLog:
         if _is_rank_0() and rows:
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            path.write_text("".join(map(_line, rows)), encoding="utf-8")
+
+
+def _line(row: Mapping[str, object]) -> str:
+    """A row of a jsonl file, NaN and infinity as null: readers other than Python's refuse a file for one of them."""
+    return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:

@@ -113,6 +113,10 @@ def test_a_run_is_drawn_while_it_goes_on(tmp_path: Path) -> None:
     for step in range(1, 5):
         log.metrics(step, epoch=0, loss=1 / step, grad_norm=float("nan") if step == 3 else 1.0)
     log.metrics(4, epoch=0, eval_loss=0.3, accuracy=0.5)
+    log.rows("rollouts.jsonl", [{"reward": float("-inf"), "kl": [0.5, float("nan")]}])
+    third = (tmp_path / "metrics.jsonl").read_text().splitlines()[2]
+    assert '"grad_norm": null' in third  # json has no word for NaN
+    assert json.loads((tmp_path / "rollouts.jsonl").read_text()) == {"reward": None, "kl": [0.5, None]}
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a line that is being written
     done = command("-m", "src.runlog", tmp_path)
