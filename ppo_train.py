@@ -20,6 +20,7 @@ from src.models.lora import without_adapters
 from src.planning import plan
 from src.report.page import write_report
 from src.runlog import Phases, RunLog
+from src.trackers import check_trackers
 from src.training import monitor, ppo
 from src.training.monitor import measure_held_out
 from src.training.policy_server import PolicyServers
@@ -51,6 +52,8 @@ def main(config: PPOConfig) -> None:
     for save_dir in config.save_dirs:
         saving.check_save_dir(save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir,
                               config.teacher_ckpt_dir)
+    if parallel.rank() == 0:
+        check_trackers(config.trackers)
     storage.claim(Path(config.run_dir))
     fingerprint = run_fingerprint("ppo_train", config.flags(), data.tokenizer, critic_warmup=critic_warmup,
                                   precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))

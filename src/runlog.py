@@ -1,14 +1,12 @@
-"""What a run tells: the rank-0 logger, the progress bar, metrics.jsonl, trackers (TensorBoard, W&B, trackio), and
-run.json. Nothing else prints.
+"""What a run tells: the rank-0 logger, the progress bar, metrics.jsonl and src.trackers, and run.json. Nothing else
+prints.
 
 python -m src.runlog RUN_DIR
 draws the metrics of a run, which may still be going on, into RUN_DIR/metrics.png.
 """
 
-import atexit
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import logging
@@ -19,8 +17,7 @@ import re
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -31,14 +28,13 @@ from src.command import cli
 from src.command.flags import WRITTEN, path_in
 from src.errors import UserError, show_problem
 from src.jsonfile import finite
+from src.trackers import OPEN, Tracker, asked_for
 
 METRICS = "metrics.jsonl"
 GONE = ("the run's directory, or a file in it, is gone since the run began; bring it back, or start the run again as "
         "it was started")
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 _FORMAT = "%(asctime)s %(message)s"
-
-Tracker = Callable[[Mapping[str, object]], None]  # is given each row of metrics.jsonl
 
 
 class _AboveProgressBar(logging.Handler):
@@ -132,7 +128,7 @@ class RunLog:
         trackers: who is given the metrics too, as --trackers has them. Raises UserError for one that is not installed.
         """
         self.logger = logger()
-        self._folder, self._flags, self._asked = Path(folder), dict(flags), _asked(trackers)
+        self._folder, self._flags, self._asked = Path(folder), dict(flags), asked_for(trackers)
         self._trackers: list[Tracker] = []
         self._metrics: TextIO | None = None
         self._kept = 0  # steps of an earlier part of the run whose metrics stay
@@ -258,94 +254,6 @@ def _hashes(flags: Mapping[str, object]) -> dict[str, list[str]]:
                 with path.open("rb") as file:
                     hashes.setdefault(name, []).append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashes
-
-
-def _asked(words: Sequence[str]) -> dict[str, str]:
-    """PROJECT[/NAME] by tracker, of words TRACKER:PROJECT[/NAME]; without a word TensorBoard, where it is installed.
-
-    Raises UserError.
-    """
-    asked = {}
-    for word in words or (["tensorboard"] if importlib.util.find_spec("tensorboard") else []):
-        name, _, place = word.partition(":")
-        if name not in OPEN or (not place.partition("/")[0]) != (name == "tensorboard") or name in asked:
-            raise UserError(f"--trackers {word}: expected tensorboard, wandb:PROJECT[/NAME] or trackio:PROJECT[/NAME], "
-                            "each once")
-        asked[name] = place
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"--trackers {word} needs the package {name}, which is not installed; pip install {name}")
-    return asked
-
-
-def _tensorboard(_: str, folder: Path, flags: Mapping[str, object], kept: int) -> Tracker:
-    """Events in the run's directory. What an earlier part of the run wrote after `kept` steps disappears."""
-    from torch.utils.tensorboard import SummaryWriter  # half a second and more: not for who never writes
-
-    curves = SummaryWriter(str(folder / "tensorboard"), purge_step=kept + 1)
-
-    def track(row: Mapping[str, object]) -> None:
-        """Add a row's numbers to their curves, at the row's step."""
-        for name in row.keys() - {"step", "seconds", "alarms"}:
-            curves.add_scalar(name, row[name], row["step"])
-
-    return track
-
-
-def _identity(folder: Path, kept: int) -> str:
-    """What a run is called at a tracker: the name that a file in its directory holds if it goes on, else a new one."""
-    folder.mkdir(exist_ok=True)
-    if not (kept and (folder / "id").is_file()):
-        (folder / "id").write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    return (folder / "id").read_text(encoding="utf-8")
-
-
-def _wandb(place: str, folder: Path, flags: Mapping[str, object], kept: int) -> Tracker:
-    """The run that W&B keeps for this directory; a resumed one goes on under its id. Raises UserError.
-
-    Offline (WANDB_MODE=offline) it lies in the directory, for `wandb sync`.
-    """
-    import wandb  # a second and its own process: only where it is asked for
-
-    project, _, name = place.partition("/")
-    try:
-        run = wandb.init(project=project, name=name or folder.resolve().name,
-                         id=_identity(folder / "wandb", kept), resume="allow", dir=folder,
-                         config=dict(flags), settings=wandb.Settings(console="off", silent=True))
-    except wandb.Error as problem:
-        raise UserError(f"--trackers wandb:{place}: {problem}; log in with `wandb login`, or set "
-                        f"WANDB_MODE=offline") from None
-    run.define_metric("*", step_metric="step")  # steps that a killed part had reached come again
-    return run.log
-
-
-def _trackio(place: str, folder: Path, flags: Mapping[str, object], kept: int) -> Tracker:
-    """A run of trackio, in TRACKIO_DIR or at the server or Space that its variables name. Raises UserError.
-
-    A resumed one goes on under its name, in which no other run of the project has its own unless both were given the
-    same; steps that a killed part had reached come again.
-    """
-    import trackio
-
-    project, _, name = place.partition("/")
-    name = name or f"{folder.resolve().name}-{_identity(folder / 'trackio', kept)}"
-    aside = contextlib.redirect_stdout(sys.stderr)  # it prints how to see the run; standard output is for tables
-    try:
-        with aside:
-            run = trackio.init(project, name=name, config=dict(flags),
-                               resume="allow" if kept else "never", auto_log_gpu=False, auto_log_cpu=False)
-    except (ValueError, OSError) as problem:
-        raise UserError(f"--trackers trackio:{place}: {problem}") from None
-
-    @atexit.register  # before it does so itself, aloud
-    def finish() -> None:
-        """Send what is left of the run, without a word on standard output."""
-        with aside:
-            trackio.finish()
-
-    return lambda row: run.log({name: row[name] for name in row if name != "step"}, step=row["step"])
-
-
-OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
 def _environment() -> dict[str, object]:

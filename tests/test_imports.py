@@ -19,7 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "command": {"processes"},
     "plot": set(),
     "processes": set(),
-    "runlog": {"command", "plot", "processes"},
+    "trackers": set(),
+    "runlog": {"command", "plot", "processes", "trackers"},
     "losses": set(),
     "context_parallel": set(),
     "parallel": {"context_parallel", "processes"},
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training": {
         "checkpoint", "code_solutions", "command", "context_parallel", "data", "evaluation", "grading", "inference",
-        "load", "losses", "models", "parallel", "processes", "runlog", "serving", "text",
+        "load", "losses", "models", "parallel", "processes", "runlog", "serving", "text", "trackers",
     },
     "planning": {
         "checkpoint", "command", "data", "load", "models", "parallel", "processes", "runlog", "text", "training",
@@ -67,8 +68,8 @@ DOORS: dict[str, str | set[str] | None] = {
     "datasets": None,  # also the word for what is trained on
     "datasets.load_dataset": "src/command/hub.py",
     "tqdm": "src/runlog.py",
-    "wandb": "src/runlog.py",
-    "trackio": "src/runlog.py",
+    "wandb": "src/trackers.py",
+    "trackio": "src/trackers.py",
     "torchao": "src/training/optimizers.py",
     "safetensors": "src/checkpoint/tensor_files.py",
     "blake3": "src/checkpoint/tensor_files.py",
@@ -93,7 +94,7 @@ DOORS: dict[str, str | set[str] | None] = {
 SPEAKERS: dict[str, set[str]] = {
     "print": set(),
     "sys.stdout": {"src/code_solutions/worker.py", "src/command/cli.py"},
-    "sys.stderr": {"src/errors.py", "src/command/cli.py", "src/runlog.py"},
+    "sys.stderr": {"src/errors.py", "src/command/cli.py", "src/runlog.py", "src/trackers.py"},
 }
 
 FILES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("*.py")])

@@ -30,6 +30,7 @@ from src.models.linear import linear
 from src.processes import heap, watchdog
 from src.runlog import RunLog, warn_of_early_end
 from src.text.tokenizer import Tokenizer
+from src.trackers import check_trackers
 from src.training.checkpointer import Checkpointer, Trainee
 from src.training.resuming import find_start, run_fingerprint
 from src.training.trainer import StepReport, Trainer
@@ -55,6 +56,8 @@ class Run:
             # All that can be refused is refused here, before the minutes that rows and model take
             parallel.start(config.seed, n_shards, config.replicas, sharing)
             saving.check_save_dir(config.save_dir, config.ckpt_dir)
+            if parallel.rank() == 0:
+                check_trackers(config.trackers)
             self._fingerprint = run_fingerprint(
                 trainer, config.flags(), tokenizer, rows_a_step=self.sampler.rows_per_step,
                 precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))
