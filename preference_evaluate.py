@@ -66,7 +66,7 @@ def main(config: CreditConfig) -> None:
         found = [credit(*each, config.beta, tokenizer) for each in zip(encoded, policy, reference, strict=True)]
         with (Path(config.log_dir) / "credits.jsonl").open("w", encoding="utf-8") as file:
             for row, each in zip(rows, found, strict=True):
-                file.write(json.dumps(row._asdict() | each._asdict() | {"reward": each.reward}) + "\n")
+                file.write(json.dumps(row.values | each._asdict() | {"reward": each.reward}) + "\n")
         report = report_credit(rows, found) | {"too_long": len(solutions) - len(rows)}
         write_json(Path(config.log_dir) / "results.json", report)
         runlog.table(f"{credit_table(report)}\nlook at {write_report(Path(config.log_dir))}")

@@ -128,7 +128,8 @@ def main(config: SolverEvaluateConfig) -> None:
         model_config = load.load_config(config.ckpt_dir, config.model_type)
         tokenizer = load.load_tokenizer(config.ckpt_dir, config)
         n = load.scoring_ranks({config.ckpt_dir: model_config}, 1, planned=True)
-        encoded = [encode_prompt(tokenizer, prompting.text(prompt.instruction)) for prompt in prompts]
+        encoded = [encode_prompt(tokenizer, prompting.text(prompt.instruction), where=prompt.where)
+                   for prompt in prompts]
         if config.choices:  # each a few tokens after its prompt
             runlog.table(plan.scoring(config, model_config, n, [*map(len, encoded)], config.max_batch_size,
                                       quantize=config.quantize))

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import TextIO
 
 
@@ -19,6 +20,15 @@ class UserError(Exception):
 def on_one_line(value: object) -> str:
     """A value as a message of one line shows it."""
     return str(value).replace("\n", "\\n")
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Let a UserError that is raised inside begin with the place of what it is about: a row of a file, say."""
+    try:
+        yield
+    except UserError as problem:
+        raise UserError(f"{where}: {problem}" if where else str(problem)) from None
 
 
 def show_problem(line: str) -> None:

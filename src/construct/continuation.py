@@ -92,7 +92,7 @@ def generate_continuations(
     vocabulary = vocabulary_of(tokenizer)
     for request in requests:
         text = solver.prompting.text(request.instruction)
-        ids = encode_prompt(tokenizer, text, request.prefix)
+        ids = encode_prompt(tokenizer, text, request.prefix, where=f"sample {request.id!r}")
         if len(ids) >= solver.model.config.max_seq_len:
             yield Continuation(request, "", 0, 0.0, CONTEXT_FULL)
             continue

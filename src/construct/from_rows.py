@@ -156,7 +156,7 @@ def join(config: JoinConfig) -> None:
     """
     source = config.train_file
     rows = concatenated(list(read_step_labels(source)), config.share, config.wrong_share, config.seed, source)
-    written = [row._asdict() if was.get("steps") is not None else
+    written = [row.values if was.get("steps") is not None else
                {"instruction": row.instruction, "output": STEP_END.join(row.steps), "correct": row.labels[-1] == 1.0}
                for row, was in zip(rows, read_instruction_rows(source), strict=True)]
     save(written, "judged solutions", "", source, config.save_file, config.dry_run)

@@ -7,20 +7,32 @@ targets as float64, two words each. After the last sample stand where each ends,
 
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from src.data.encoding import Encoded
-from src.errors import UserError
+from src.errors import UserError, naming
 from src.jsonfile import telling_full_disk
 
 Sample = tuple[Encoded, ...]  # the sequences that stay together: one, or a chosen and a rejected one
 Truncation = Literal["error", "drop", "left", "right", "keep_end"]
 MAX_DROPPED_SHARE = 0.01  # more answers than this lost to the length limit is a wrong flag, not noise
+
+
+class Placed(Protocol):
+    """A row that says where it stands."""
+
+    @property
+    def where(self) -> str:
+        """File and row."""
+
+
+PlacedRow = TypeVar("PlacedRow", bound=Placed)
 
 
 class EncodedRows(Sequence[Sample]):
@@ -87,10 +99,11 @@ def in_temporary_file(fill: Fill) -> tuple[EncodedRows, str]:
 
 
 def fit(
-    rows: Iterable[Sample], max_seq_len: int, source: str, truncation: Truncation = "drop",
-    keep: Keep = in_temporary_file,
+    rows: Iterable[PlacedRow], encode: Callable[[PlacedRow], Sequence[Sample]], max_seq_len: int, source: str,
+    truncation: Truncation = "drop", keep: Keep = in_temporary_file,
 ) -> tuple[Sequence[Sample], str]:
-    """Drop or cut samples with a sequence longer than max_seq_len. -> the others, and a sentence on what became of all.
+    """Encode rows, and drop or cut samples with a sequence longer than max_seq_len. -> the others, and a sentence on
+    what became of all.
 
     `left` cuts the prompt after its first token and leaves the response whole (conversations, whose prompts are
     turns, are not cut): that of all sequences of a sample alike, which are compared. `right` cuts the end of each
@@ -98,19 +111,29 @@ def fit(
     `keep_end` is what the published preference runs did (_keep_end()).
     keep: where the samples are written to; the rows are not looked at if they lie there already.
     Raises UserError when more than 1% of the samples lose response tokens or are dropped - of fewer than 100, when one
-    does - and for any long one under `error`.
+    does - and for any long one under `error`; and with its place for a row that cannot be encoded.
     """
-    return keep(partial(_fill, rows, max_seq_len, source, truncation))
+    return keep(partial(_fill, rows, encode, max_seq_len, source, truncation))
 
 
 def _fill(
-    rows: Iterable[Sample], max_seq_len: int, source: str, truncation: Truncation, add: Callable[[Sample], None]
+    rows: Iterable[PlacedRow], encode: Callable[[PlacedRow], Sequence[Sample]], max_seq_len: int, source: str,
+    truncation: Truncation, add: Callable[[Sample], None],
 ) -> str:
     """fit(), whose samples add() takes."""
-    n = longest = kept = cut = lost = 0
-    for row in rows:
+
+    def samples() -> Iterator[tuple[str, Sample]]:
+        """All samples, each with the place of its row."""
+        for row in rows:
+            with naming(row.where):
+                encoded = encode(row)
+            yield from ((row.where, sample) for sample in encoded)
+
+    n = kept = cut = lost = 0
+    longest = 0, ""
+    for where, row in samples():
         length = max(len(encoded.tokens) for encoded in row)
-        n, longest = n + 1, max(longest, length)
+        n, longest = n + 1, max(longest, (length, where), key=itemgetter(0))
         if length <= max_seq_len:
             kept += 1
             add(row)
@@ -130,7 +153,7 @@ def _fill(
     long = n - kept + cut
     if lost > MAX_DROPPED_SHARE * n or not kept or (long and truncation == "error"):
         raise UserError(f"{source}: {lost or long} of {n} rows are longer than --max_seq_len {max_seq_len} "
-                        f"(the longest has {longest} tokens); raise it or shorten the data")
+                        f"(the longest has {longest[0]} tokens: {longest[1]}); raise it or shorten the data")
     return f"{source}: {n} samples, {long} too long: {cut} cut, {long - cut} dropped"
 
 

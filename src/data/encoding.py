@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, groupby
 from typing import Literal, NamedTuple
 
-from src.errors import UserError
+from src.errors import UserError, naming
 from src.text import blocks
 from src.text.blocks import Learnt, Marker, Piece
 from src.text.chat import MARK, Message
@@ -59,13 +59,18 @@ class Encoded(NamedTuple):
 Masked = tuple[list[int], list[bool]]  # ids, and for each whether it is to be learnt
 
 
-def encode_prompt(tokenizer: Tokenizer, instruction: str, prefix: str = "") -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, instruction: str, prefix: str = "", *, where: str = "") -> list[int]:
     """BOS (where the vocabulary has one) and the instruction's ids, or what the chat template makes of it.
 
     prefix: the beginning of the answer, which is to be continued; its ids, tokenised apart, end the prompt. Raises
     UserError for an empty prompt without BOS, as there is nothing to continue, and for a prefix that the template
-    changes.
+    changes; where: the place that it begins with.
     """
+    with naming(where):
+        return _prompt_ids(tokenizer, instruction, prefix)
+
+
+def _prompt_ids(tokenizer: Tokenizer, instruction: str, prefix: str) -> list[int]:
     if tokenizer.code:
         partial_answer = blocks.answer_pieces(prefix) if prefix else []
         return list(chain(*tokenizer.encode_pieces([*blocks.prompt_pieces(instruction), *partial_answer])))

@@ -12,15 +12,16 @@ from src.errors import UserError
 
 
 class Instruction(NamedTuple):
-    """A problem with one or more reference solutions."""
+    """A problem with one or more reference solutions. `where` it stands is for messages, here and below."""
 
     instruction: str
     outputs: list[str]
+    where: str = ""
 
 
 class Chat(NamedTuple):
-    """A conversation: every answer of the assistant is learnt but those of weight 0. `where` it stands is for messages.
-    The content of a message is a text, or a list of {"type": text | code | execution, "content": text} blocks."""
+    """A conversation: every answer of the assistant is learnt but those of weight 0. The content of a
+    message is a text, or a list of {"type": text | code | execution, "content": text} blocks."""
 
     where: str
     messages: list[dict[str, object]]
@@ -34,6 +35,7 @@ class Pair(NamedTuple):
     chosen: list[str]
     rejected: list[str]
     prefix: str = ""
+    where: str = ""
 
 
 class StepLabels(NamedTuple):
@@ -43,6 +45,12 @@ class StepLabels(NamedTuple):
     instruction: str
     steps: list[str]
     labels: list[float | None]
+    where: str = ""
+
+    @property
+    def values(self) -> dict[str, object]:
+        """The row as a file holds it."""
+        return {"instruction": self.instruction, "steps": self.steps, "labels": self.labels}
 
 
 class Prompt(NamedTuple):
@@ -61,6 +69,7 @@ class Prompt(NamedTuple):
     answer_type: str = ""
     tolerance: float = 0.0
     others: Mapping[str, object] = {}  # what else the row holds, for rewards of a user's own
+    where: str = ""
 
     @property
     def answer_fields(self) -> dict[str, object]:
@@ -68,6 +77,7 @@ class Prompt(NamedTuple):
         return {name: value for name in ("answer_type", "tolerance") if (value := getattr(self, name))}
 
 
+OF_PROMPT = Prompt._fields[:-2]  # the keys of a row that are known
 OUTCOMES = ("right", "wrong", "unparsed", "timeout", "error")  # what a grader may say of a sample
 UNDECIDED = ("timeout", "error")  # of these: its own failures, which say nothing of the sample
 
@@ -126,7 +136,7 @@ def read_instructions(path: str, columns: Mapping[str, str] = {}) -> Iterator[In
     UserError."""
     for row in read_rows(path, INSTRUCTIONS, columns):
         if row.get("messages") is None:
-            yield Instruction(row.instruction(), row.texts("output"))
+            yield Instruction(row.instruction(), row.texts("output"), row.where)
         elif row.get("instruction") is not None:
             raise UserError(f"{row.where}: found both 'messages' and 'instruction'; leave out what is not to be learnt")
         else:
@@ -201,7 +211,7 @@ def read_pairs(path: str, columns: Mapping[str, str] = {}) -> Iterator[Pair]:
     """Rows `{"instruction", "chosen", "rejected", "prefix"?}`, each side a text or list. Raises UserError."""
     for row in read_rows(path, PAIRS, columns):
         prefix = row.text("prefix") if row.get("prefix") is not None else ""
-        pair = Pair(row.instruction(), row.texts("chosen"), row.texts("rejected"), prefix)
+        pair = Pair(row.instruction(), row.texts("chosen"), row.texts("rejected"), prefix, row.where)
         if same := set(pair.chosen) & set(pair.rejected):
             raise UserError(f"{row.where}: the same text is chosen and rejected: {min(same)[:60]!r}")
         yield pair
@@ -222,7 +232,7 @@ def read_step_labels(path: str, columns: Mapping[str, str] = {}) -> Iterator[Ste
             raise UserError(f"{row.where}: 'correct' is {correct!r}, not true or false; {row.schema.source}")
         if not output.strip():
             raise UserError(f"{row.where}: 'output' must be a non-empty string")
-        yield StepLabels(row.instruction(), [output], [float(correct)])
+        yield StepLabels(row.instruction(), [output], [float(correct)], row.where)
 
 
 def _step_labels(row: Row) -> StepLabels:
@@ -238,7 +248,8 @@ def _step_labels(row: Row) -> StepLabels:
             raise UserError(f"{row.where}: label {number} is {label!r}; expected 0 to 1, or null for not judged")
     if all(label is None for label in labels):
         raise UserError(f"{row.where}: every label is null; leave out a row that judges nothing")
-    return StepLabels(row.instruction(), steps, [None if x is None else float(x) for x in labels])
+    known = [None if x is None else float(x) for x in labels]
+    return StepLabels(row.instruction(), steps, known, row.where)
 
 
 def read_prompts(path: str, columns: Mapping[str, str] = {}, *, need_label: bool) -> list[Prompt]:
@@ -258,7 +269,8 @@ def read_prompts(path: str, columns: Mapping[str, str] = {}, *, need_label: bool
             level=level_number(row.get("level"), row.where), subject=row.optional_text("subject"),
             split=row.optional_text("split"), answer_type=row.optional_text("answer_type") or "",
             tolerance=float(tolerance or 0),
-            others={name: row.get(name) for name in row.values if name not in Prompt._fields[:-1]})
+            others={name: row.get(name) for name in row.values if name not in OF_PROMPT},
+            where=row.where)
         if prompt.id in seen:
             raise UserError(f"{row.where}: id {prompt.id!r} stands already at {seen[prompt.id]}")
         seen[prompt.id] = row.where

@@ -14,7 +14,7 @@ import torch
 from src.data.batch import chunks, pack_shared
 from src.data.encoding import Encoded, encode_prompt
 from src.data.examples import Prompt, Sample
-from src.errors import UserError
+from src.errors import UserError, naming
 from src.evaluation.evaluator import LocalSolver, Sampler, SampleRequest, SamplerOutput
 from src.evaluation.metrics import interval
 from src.grading.letters import LETTERS
@@ -35,7 +35,10 @@ def choice_sampler(solver: LocalSolver, kind: ChoiceKind, prompts: Sequence[Prom
     if solver.coding:
         raise UserError("--choices compares answers as they are, but this checkpoint writes solutions with code")
     texts = {prompt.id: _choices(prompt, kind) for prompt in prompts}
-    encoded = {prompt.id: [_encode(solver, prompt, kind, text) for text in texts[prompt.id]] for prompt in prompts}
+    encoded = {}
+    for prompt in prompts:
+        with naming(prompt.where):
+            encoded[prompt.id] = [_encode(solver, prompt, kind, text) for text in texts[prompt.id]]
     n = max(1, solver.max_batch_size // max(map(len, texts.values())))
 
     @torch.inference_mode()

@@ -72,7 +72,8 @@ class LocalSolver(NamedTuple):
         def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
             """Decode a solution to each request, and yield them as they end."""
             requests = [
-                Request(prompt.id, number, encode_prompt(self.tokenizer, self.prompting.text(prompt.instruction)))
+                Request(prompt.id, number, encode_prompt(
+                    self.tokenizer, self.prompting.text(prompt.instruction), where=prompt.where))
                 for prompt, number in wanted]
             for done in generate(self.model, requests, sampling, vocabulary=vocabulary_of(self.tokenizer),
                                  max_batch_size=self.max_batch_size, compiled=self.compiled, tool_hook=tool_hook):

@@ -17,7 +17,7 @@ from src import parallel, runlog
 from src.data.batch import chunks, make_batch
 from src.data.encoding import STEP_ENDS, Encoded, encode_response, encode_steps, split_steps
 from src.data.examples import Sample, StepLabels, read_rows
-from src.errors import UserError
+from src.errors import UserError, naming
 from src.evaluation.evaluator import cut_torn_line
 from src.evaluation.metrics import AGGREGATIONS, sigmoid
 from src.models.config import ModelConfig
@@ -76,7 +76,10 @@ def score_samples(
 
 def encode_samples(tokenizer: Tokenizer, samples: Sequence[Sample], config: ModelConfig) -> list[Encoded | None]:
     """The samples as ids; None for one longer than the verifier's context. Raises UserError where no sample fits."""
-    encoded = [_encode(tokenizer, sample, config) for sample in samples]
+    encoded = []
+    for sample in samples:
+        with naming(f"sample {sample.id!r}/{sample.sample}"):
+            encoded.append(_encode(tokenizer, sample, config))
     tell_too_long(encoded, "samples", config.max_seq_len)
     return encoded
 
@@ -179,8 +182,11 @@ def encode_solutions(
 ) -> list[Encoded | None]:
     """The solutions as ids with the ends of all their steps marked; None for one longer than max_seq_len, and the log
     says how many there are. Raises UserError if all are."""
-    encoded = [encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps), step_end=STEP_ENDS[step],
-                            form=form) for row in rows]
+    encoded = []
+    for row in rows:
+        with naming(row.where):
+            encoded.append(encode_steps(tokenizer, row.instruction, row.steps, [0.0] * len(row.steps),
+                                        step_end=STEP_ENDS[step], form=form))
     fitting = [row if len(row.tokens) <= max_seq_len else None for row in encoded]
     tell_too_long(fitting, "solutions", max_seq_len)
     return fitting

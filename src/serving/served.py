@@ -85,10 +85,11 @@ class ServedSolver:
         return {"model_name": self.server.model_name, "chat_template": template, "template_args": args,
                 "system_prompt": self.system_prompt or None, "tokenizer": tokenizer}
 
-    def prompt(self, instruction: str, prefix: str = "") -> str | list[int]:
-        """A problem as it is sent, perhaps with the beginning of its solution."""
+    def prompt(self, instruction: str, prefix: str = "", where: str = "") -> str | list[int]:
+        """A problem as it is sent, perhaps with the beginning of its solution. Raises UserError, which begins with
+        where the problem stands."""
         text = self.prompting.text(instruction)
-        return encode_prompt(self.tokenizer, text, prefix) if self.tokenizer else text + prefix
+        return encode_prompt(self.tokenizer, text, prefix, where=where) if self.tokenizer else text + prefix
 
     def shown(self, instruction: str) -> str:
         """A prompt for people."""
@@ -112,7 +113,8 @@ class ServedSolver:
 
         def sample(wanted: Sequence[SampleRequest]) -> Iterator[SamplerOutput]:
             """Yield samples as they come, with an error where the server gave none."""
-            requests = [RemoteRequest(problem.id, n, self.prompt(problem.instruction)) for problem, n in wanted]
+            requests = [RemoteRequest(problem.id, n, self.prompt(problem.instruction, where=problem.where))
+                        for problem, n in wanted]
             for (name, number, _), reply, error in self.complete(requests, sampling):
                 if reply is None:
                     yield SamplerOutput(name, number, "", None, "", None, error)

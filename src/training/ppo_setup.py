@@ -124,7 +124,7 @@ def fitting_prompts(
     UserError if no prompt is left.
     """
     folder, context = min(contexts.items(), key=lambda item: item[1])
-    n_tokens = [len(encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts]
+    n_tokens = [len(encode_prompt(tokenizer, prompt.instruction, where=prompt.where)) for prompt in prompts]
     too_long = [f"row {row} (id {prompt.id!r}, {n} tokens)"
                 for row, (prompt, n) in enumerate(zip(prompts, n_tokens, strict=True), 1) if n >= context]
     found = f"{source}: {len(too_long)} of {len(prompts)} prompts fill the context of {folder}, {context} tokens"

@@ -180,8 +180,8 @@ def read_outcomes(path: str, columns: Mapping[str, str] = {}) -> Iterator[StepLa
     """The rows of right and wrong responses. Raises UserError for judged steps."""
     for row in read_step_labels(path, columns):
         if len(row.steps) > 1 or row.labels[0] not in (0, 1):
-            raise UserError(f"{path} holds judged steps, or labels between 0 and 1; --objective kto learns from whole "
-                            f'responses: {{"instruction", "output", "correct": true or false}}')
+            raise UserError(f"{row.where} holds judged steps, or a label between 0 and 1; --objective kto learns from "
+                            f'whole responses: {{"instruction", "output", "correct": true or false}}')
         yield row
 
 
@@ -191,9 +191,11 @@ def outcome_dataset(
 ) -> Dataset:
     """Pairs of a response, with its label as the target of each token, and another problem's response to its prompt.
     The latter, of which the reference point is made, are cut to max_seq_len. Raises UserError for a single problem."""
-    encoded = ((label_everywhere(encode_response(tokenizer, row.instruction, row.steps[0]), row.labels[0]),)
-               for row in rows)
-    kept, report = fit(encoded, max_seq_len, source, truncation, keep)
+    def encode(row: StepLabels) -> list[Sample]:
+        """A response with its label."""
+        return [(label_everywhere(encode_response(tokenizer, row.instruction, row.steps[0]), row.labels[0]),)]
+
+    kept, report = fit(rows, encode, max_seq_len, source, truncation, keep)
     own = [sample for (sample,) in kept]
     n_right = sum(sample.targets[0] == 1 for sample in own)
     return Dataset(

@@ -21,7 +21,6 @@ from src.data.batch import Batch, BatchSampler, Dataset, make_batch
 from src.data.encoded_rows import Keep, Sample, Truncation, fit, in_temporary_file
 from src.data.encoding import (
     STEP_ENDS,
-    Encoded,
     StepKind,
     encode_response,
     encode_steps,
@@ -167,16 +166,14 @@ def pair_dataset(
     keep: Keep = in_temporary_file,
 ) -> Dataset:
     """Encode pairs. fit() says what becomes of those with a text that is too long, and `keep` where they lie."""
-    pairs = (pair for row in rows for pair in encode_pairs(row, tokenizer))
-    return Dataset(*fit(pairs, max_seq_len, source, truncation, keep), collate_pairs)
+    return Dataset(*fit(rows, partial(encode_pairs, tokenizer), max_seq_len, source, truncation, keep), collate_pairs)
 
 
-def encode_pairs(row: Pair, tokenizer: Tokenizer) -> Iterator[tuple[Encoded, Encoded]]:
+def encode_pairs(tokenizer: Tokenizer, row: Pair) -> list[Sample]:
     """The pairs of a row: as many as its longer side has texts; the shorter side repeats."""
     sides = [[encode_response(tokenizer, row.instruction, text, prefix=row.prefix) for text in side]
              for side in (row.chosen, row.rejected)]
-    for index in range(max(map(len, sides))):
-        yield tuple(side[index % len(side)] for side in sides)
+    return [tuple(side[index % len(side)] for side in sides) for index in range(max(map(len, sides)))]
 
 
 def collate_pairs(pairs: Sequence[Sample], packing: bool) -> Batch:
@@ -202,8 +199,8 @@ def label_dataset(
     Every label is read once, at the last token of its step or of its solution; label_tokens `all`, which is for
     outcomes, reads it at each of a solution's tokens instead. step says what parts the steps.
     """
-    encoded = ((_encode_labels(row, tokenizer, label_tokens, STEP_ENDS[step]),) for row in rows)
-    samples, report = fit(encoded, max_seq_len, source, truncation, keep)
+    encode = partial(_encode_labels, tokenizer, label_tokens, STEP_ENDS[step])
+    samples, report = fit(rows, encode, max_seq_len, source, truncation, keep)
     n_labels, right = 0, 0.0
     for (sample,) in samples:
         for label in sample.targets:
@@ -216,15 +213,15 @@ def label_dataset(
     return Dataset(samples, report, partial(collate, with_targets=True)), LabelObjective(right_weight=weight)
 
 
-def _encode_labels(row: StepLabels, tokenizer: Tokenizer, label_tokens: LabelTokens, step_end: str) -> Encoded:
-    """A row with its targets."""
+def _encode_labels(tokenizer: Tokenizer, label_tokens: LabelTokens, step_end: str, row: StepLabels) -> list[Sample]:
+    """A row with its targets, as the only sequence of one sample."""
     steps, labels = row.steps, row.labels
     if len(steps) == 1:  # a solution labelled as a whole is laid out in steps too, as when it is scored
         steps = split_steps(steps[0], step_end)
         labels = [None] * (len(steps) - 1) + labels
     encoded = encode_steps(tokenizer, row.instruction, steps, labels, step_end=step_end)
     everywhere = label_tokens == "all" and len(row.steps) == 1
-    return label_everywhere(encoded, row.labels[0]) if everywhere else encoded
+    return [(label_everywhere(encoded, row.labels[0]) if everywhere else encoded,)]
 
 
 def open_data(
@@ -325,5 +322,5 @@ def read_rows(objective: Objective, path: str, columns: Mapping[str, str] = {}) 
         return
     for row in read_step_labels(path, columns):
         if objective == "outcome" and len(row.steps) > 1:
-            raise UserError(f"{path} holds judged steps; train on them with --objective process")
+            raise UserError(f"{row.where} holds judged steps; train on them with --objective process")
         yield row

@@ -90,7 +90,7 @@ def shard_for_rank(order: Sequence[Item]) -> Sequence[Item]:
 
 def requests_of(prompts: Sequence[Prompt], tokenizer: Tokenizer, numbers: range) -> list[list[Request]]:
     """A group of requests to each prompt, of these numbers."""
-    encoded = [(prompt.id, encode_prompt(tokenizer, prompt.instruction)) for prompt in prompts]
+    encoded = [(prompt.id, encode_prompt(tokenizer, prompt.instruction, where=prompt.where)) for prompt in prompts]
     return [[Request(name, number, tokens) for number in numbers] for name, tokens in encoded]
 
 

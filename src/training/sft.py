@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the loss is on the response and its EOS only."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from src.data.batch import Batch, BatchSampler, Dataset, make_batch
 from src.data.encoded_rows import Keep, Sample, Truncation, fit, in_temporary_file
 from src.data.encoding import encode_conversation, encode_response, learn_all
 from src.data.examples import Chat, Instruction
-from src.errors import UserError
 from src.models.decoder import Decoder
 from src.models.forward import summed_logprobs
 from src.text.blocks import Learnt
@@ -48,8 +48,8 @@ def sft_dataset(
 ) -> Dataset:
     """Encode rows; a row with several outputs shows one of them in each epoch. fit() says what becomes of rows that are
     too long, and `keep` where they lie. loss_on: the tokens to learn."""
-    samples = (sample for row in rows for sample in _encode(tokenizer, row, loss_on))
-    return Dataset(*fit(samples, max_seq_len, source, truncation, keep), collate, one_of_each=True)
+    encode = partial(_encode, tokenizer, loss_on)
+    return Dataset(*fit(rows, encode, max_seq_len, source, truncation, keep), collate, one_of_each=True)
 
 
 def collate(samples: Sequence[Sample], packing: bool, with_targets: bool = False) -> Batch:
@@ -57,12 +57,9 @@ def collate(samples: Sequence[Sample], packing: bool, with_targets: bool = False
     return make_batch([encoded for (encoded,) in samples], packing=packing, with_targets=with_targets)
 
 
-def _encode(tokenizer: Tokenizer, row: Instruction | Chat, loss_on: Learnt) -> list[Sample]:
+def _encode(tokenizer: Tokenizer, loss_on: Learnt, row: Instruction | Chat) -> list[Sample]:
     """A row's samples, each with its alternatives: one with one for each output, or those of its conversation."""
     if isinstance(row, Instruction):
         outputs = (encode_response(tokenizer, row.instruction, output) for output in row.outputs)
         return [tuple(learn_all(encoded) if loss_on == "all" else encoded for encoded in outputs)]
-    try:
-        return [(encoded,) for encoded in encode_conversation(tokenizer, row.messages, loss_on)]
-    except UserError as problem:
-        raise UserError(f"{row.where}: {problem}") from None
+    return [(encoded,) for encoded in encode_conversation(tokenizer, row.messages, loss_on)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src import runlog
-from src.data.examples import Prompt
+from src.data.examples import OF_PROMPT, Prompt
 from src.errors import UserError
 from src.processes.worker import Answer, Reply, Worker, serve
 
@@ -100,7 +100,7 @@ def _columns(prompts: Sequence[Prompt], responses: Sequence[str]) -> Columns:
     known: dict[str, Sequence[object]] = {
         "prompts": [prompt.instruction for prompt in prompts],
         "completions": list(responses),
-        **{name: [getattr(prompt, name) for prompt in prompts] for name in Prompt._fields[:-1]}}
+        **{name: [getattr(prompt, name) for prompt in prompts] for name in OF_PROMPT}}
     names = dict.fromkeys(name for prompt in prompts for name in prompt.others if name not in known)
     columns = known | {name: [prompt.others.get(name) for prompt in prompts] for name in names}
     return json.loads(json.dumps(columns, default=str))  # parquet may hold dates

@@ -74,9 +74,9 @@ def test_a_kind_that_is_asked_for_must_be_there() -> None:
 
 def test_the_command_writes_rows_that_a_verifier_learns_from(tmp_path: Path) -> None:
     source, target = tmp_path / "steps.json", tmp_path / "joined.json"
-    source.write_text(json.dumps([row._asdict() for row in (RIGHT, WRONG, ROW)]))
+    source.write_text(json.dumps([row.values for row in (RIGHT, WRONG, ROW)]))
     build.join(str(source), str(target), share=1.0, wrong_share=0.0)
-    rows = list(read_step_labels(str(target)))
+    rows = [row._replace(where="") for row in read_step_labels(str(target))]
     assert rows[1:] == [concatenate(RIGHT, WRONG), concatenate(RIGHT, ROW)]
 
 

@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,8 +12,9 @@ from src.data.encoding import Encoded
 from src.errors import UserError
 
 
-def fitted(*arguments: object) -> tuple[list[Sample], str]:
-    samples, report = fit(*arguments)
+def fitted(samples: Sequence[Sample], *arguments: object) -> tuple[list[Sample], str]:
+    rows = (SimpleNamespace(where=f"row {number}", sample=sample) for number, sample in enumerate(samples, 1))
+    samples, report = fit(rows, lambda row: [row.sample], *arguments)
     return list(samples), report
 
 
@@ -38,13 +41,24 @@ def test_long_rows_are_dropped_up_to_one_in_a_hundred() -> None:
     rows = [(short,)] * 99 + [(short, long)]
     assert fitted(rows, 4, "f.json")[0] == [(short,)] * 99
     assert fitted(rows, 5, "f.json")[0] == rows
-    message = r"f.json: 2 of 100 rows are longer than --max_seq_len 4 \(the longest has 5 tokens\)"
+    message = r"f.json: 2 of 100 rows are longer than --max_seq_len 4 \(the longest has 5 tokens: row 99\)"
     with pytest.raises(UserError, match=message):
         fitted([*rows[1:], (long,)], 4, "f.json")
     with pytest.raises(UserError, match="f.json: 1 of 100 rows are longer"):
         fitted(rows, 4, "f.json", "error")
     with pytest.raises(UserError, match="f.json: 1 of 10 rows are longer"):
         fitted(rows[-10:], 4, "f.json")
+
+
+def test_a_row_that_cannot_be_encoded_is_named() -> None:
+    def encode(row: SimpleNamespace) -> list[Sample]:
+        if row.where == "f.json, row 2":
+            raise UserError("the template has no form for it")
+        return [(Encoded([1, 2], 1),)]
+
+    rows = [SimpleNamespace(where=f"f.json, row {number}") for number in (1, 2)]
+    with pytest.raises(UserError, match="^f.json, row 2: the template has no form for it$"):
+        fit(rows, encode, 4, "f.json")
 
 
 def test_truncation_by_hand() -> None:

@@ -28,8 +28,8 @@ def test_prompt_and_response_are_tokenised_apart(tmp_path: Path) -> None:
 def test_a_vocabulary_without_bos_puts_none(tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_merges(tmp_path))
     assert encode_prompt(tokenizer, "12") == tokenizer.encode("12")
-    with pytest.raises(UserError, match="an instruction is empty and .* has no BOS"):
-        encode_prompt(tokenizer, "")
+    with pytest.raises(UserError, match="^f.json, row 2: an instruction is empty and .* has no BOS"):
+        encode_prompt(tokenizer, "", where="f.json, row 2")
 
 
 def test_a_chat_template_is_all_that_stands_around_texts(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def file(tmp_path: Path) -> Callable[[str], str]:
     ],
 )
 def test_array_and_lines_hold_the_same(file: Callable[[str], str], text: str) -> None:
-    found = list(read_instructions(file(text)))
+    found = [row._replace(where="") for row in read_instructions(file(text))]
     assert found == [Instruction("1+1", ["2"]), Instruction("", ["a", "b"])]
 
 
@@ -61,20 +61,19 @@ def test_a_line_separator_inside_a_text_ends_no_line(file: Callable[[str], str])
 
 
 def test_pairs_and_prompts(file: Callable[[str], str]) -> None:
-    assert list(read_pairs(file('{"instruction": "q", "chosen": "a", "rejected": ["b", "c"]}'))) == [
-        Pair("q", ["a"], ["b", "c"])
-    ]
+    path = file('{"instruction": "q", "chosen": "a", "rejected": ["b", "c"]}')
+    assert list(read_pairs(path)) == [Pair("q", ["a"], ["b", "c"], where=f"{path}, line 1")]
     step_controlled = '{"instruction": "q", "chosen": "a", "rejected": "b", "prefix": "c"}'
-    assert list(read_pairs(file(step_controlled))) == [Pair("q", ["a"], ["b"], "c")]
+    assert list(read_pairs(file(step_controlled))) == [Pair("q", ["a"], ["b"], "c", f"{path}, line 1")]
     rows = [
         {"instruction": "q", "label": 0, "level": 3, "subject": "algebra"},
         {"instruction": "r", "label": "1/2", "id": "x", "level": "Level 5"},
         {"instruction": "s"},
     ]
     assert read_prompts(file(json.dumps(rows)), need_label=False) == [
-        Prompt("0", "q", "0", 3, "algebra"),
-        Prompt("x", "r", "1/2", 5, None),
-        Prompt("2", "s", None, None, None),
+        Prompt("0", "q", "0", 3, "algebra", where=f"{path}, row 1"),
+        Prompt("x", "r", "1/2", 5, None, where=f"{path}, row 2"),
+        Prompt("2", "s", None, None, None, where=f"{path}, row 3"),
     ]
 
 

@@ -16,9 +16,6 @@ from src.data import rows
 from src.data.encoding import encode_conversation
 from src.data.examples import (
     Chat,
-    Instruction,
-    Pair,
-    StepLabels,
     read_instruction_rows,
     read_instructions,
     read_pairs,
@@ -142,16 +139,16 @@ def test_alpaca_input_stands_behind_its_instruction(tmp_path: Path) -> None:
     row |= {"rejected": "5", "steps": ["4"], "labels": [1]}
     problem = "Solve.\n2+2?"
     for path in containers(tmp_path, [row]):
-        assert list(read_instructions(path)) == [Instruction(problem, ["4"])]
-        assert list(read_pairs(path)) == [Pair(problem, ["4"], ["5"])]
-        assert list(read_step_labels(path)) == [StepLabels(problem, ["4"], [1.0])]
+        assert next(read_instructions(path))[:2] == (problem, ["4"])
+        assert next(read_pairs(path))[:3] == (problem, ["4"], ["5"])
+        assert next(read_step_labels(path))[:3] == (problem, ["4"], [1.0])
         assert read_prompts(path, need_label=True)[0].instruction == problem
         (found,) = read_instruction_rows(path)
         assert found["instruction"] == problem and "input" not in found
-    assert list(read_instructions(saved(tmp_path / "x", row | {"instruction": ""}))) == [Instruction("2+2?", ["4"])]
+    assert next(read_instructions(saved(tmp_path / "x", row | {"instruction": ""})))[:2] == ("2+2?", ["4"])
     for nothing in ("", " ", None):
         path = saved(tmp_path / "x", row | {"input": nothing})
-        assert list(read_instructions(path)) == [Instruction("Solve.", ["4"])]
+        assert next(read_instructions(path))[:2] == ("Solve.", ["4"])
     with pytest.raises(UserError, match="line 1: 'input' is a list; expected a string"):
         list(read_instructions(saved(tmp_path / "x", row | {"input": ["2+2?"]})))
 
@@ -187,14 +184,14 @@ def test_null_means_absent(tmp_path: Path) -> None:
     for path in containers(tmp_path, both):
         chat, instruction = read_instructions(path)
         assert isinstance(chat, Chat) and chat.messages == both[0]["messages"]
-        assert instruction == Instruction("x", ["4"])
+        assert instruction[:2] == ("x", ["4"])
     pair = {"instruction": "x", "chosen": "a", "rejected": "b"}
     for path in containers(tmp_path, [pair | {"prefix": "c"}, pair | {"prefix": None}]):
         assert [found.prefix for found in read_pairs(path)] == ["c", ""]
     judged = [{"instruction": "x", "output": "a", "correct": True}, {"instruction": "x", "steps": ["a"], "labels": [1]}]
     absent = dict.fromkeys(judged[0] | judged[1])
     for path in containers(tmp_path, [absent | row for row in judged]):
-        assert list(read_step_labels(path)) == [StepLabels("x", ["a"], [1.0])] * 2
+        assert [found[:3] for found in read_step_labels(path)] == [("x", ["a"], [1.0])] * 2
     sample = {"id": None, "sample": None, "response": "a", "prompt": None, "outcome": None}
     assert read_samples(saved(tmp_path / "x", sample))[0][:5] == ("0", 0, "", "a", None)
     with pytest.raises(UserError, match="key 'output' is missing; found instruction"):
@@ -371,12 +368,12 @@ def test_reports_that_are_read() -> None:
     assert prompts("DT3_levels/level_5.jsonl") == [("4", 5)]
     assert prompts("DT3_levels/nullable.parquet") == [("4", 3), ("5", None)]
     lost = REPORTS / "DT4_keys_lost"
-    assert list(read_instructions(str(lost / "alpaca_input.jsonl"))) == [Instruction("Solve.\n2+2?", ["4"])]
+    assert next(read_instructions(str(lost / "alpaca_input.jsonl")))[:2] == ("Solve.\n2+2?", ["4"])
     assert list(read_pairs(str(lost / "pair_with_input.jsonl")))[0].instruction == "Choose.\n2+2? (A) 3 (B) 4"
     assert "2+2 is 4" in list(read_instructions(str(lost / "reasoning_content.jsonl")))[0].messages[1]["content"]
     assert list(read_instructions(str(lost / "weight_0.jsonl")))[0].messages[1]["weight"] == 0
     absent = REPORTS / "DT5_null_means_absent"
-    assert list(read_pairs(str(absent / "prefix_null.jsonl"))) == [Pair("x", ["a"], ["b"])]
+    assert next(read_pairs(str(absent / "prefix_null.jsonl")))[:4] == ("x", ["a"], ["b"], "")
     assert len(list(read_instructions(str(absent / "messages_null.parquet")))) == 2
 
 

@@ -156,6 +156,6 @@ def test_command_learns_from_outcomes(folders: Folders, tmp_path: Path) -> None:
     assert taken[0]["responses"] == 4 and taken[-1]["loss"] < 0.49 and taken[-1]["margin"] > 0
     assert {"eval_loss", "eval_accuracy", "eval_reference_point"} <= steps[-1].keys()
     path.write_text(json.dumps([{"instruction": "a", "steps": ["b", "c"], "labels": [1, 0]}]))
-    with pytest.raises(UserError, match=r"outcomes\.json holds judged steps, .* kto learns from whole responses"):
+    with pytest.raises(UserError, match=r"outcomes\.json, row 1 holds judged steps, .* kto learns from whole"):
         preference_train.main(preference_train.PreferenceTrainConfig(
             ckpt_dir=folders.one, save_dir=str(tmp_path / "no"), train_file=str(path), objective="kto"))

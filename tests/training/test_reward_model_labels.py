@@ -45,7 +45,7 @@ def batching(max_batch_size: int, accumulation_steps: int) -> BatchSampler:
 
 
 def test_each_step_is_judged_at_its_last_token(tokenizer: Tokenizer) -> None:
-    encoded = encode_steps(tokenizer, *ROWS[0])
+    encoded = encode_steps(tokenizer, *ROWS[0][:3])
     response = encoded.tokens[encoded.response_start :]
     read = [place for place, target in enumerate(encoded.targets) if not math.isnan(target)]
     assert len(encoded.targets) == len(response) == encoded.n_response
