@@ -63,9 +63,10 @@ Mask = Tensor | Packed | None
 
 
 # Half-precision rows of at most so many positions x head dim have their gradient in float32 on a CPU, where torch's
-# kernel is slower in bfloat16: with 9 heads of 64 it took 3.9 ms for 128 positions, in float32 1.3; as long
-# for 256.
-SHORT = 2**14
+# kernel is slower in bfloat16: with 9 heads of 64 it took 3.9 ms for 128 positions, in float32 1.3. On a Xeon with AMX
+# 261 to 321 positions take it 1.2 to 1.3 times as long, 383 as long, and 191 of 16 heads of 128; a length that it meets
+# for the first time 8 to 12 ms more.
+SHORT = 3 * 2**13
 HALF = (torch.bfloat16, torch.float16)
 
 # With fewer query heads to a key head torch's CPU kernel is faster in half precision where it takes them one by one.
@@ -93,35 +94,38 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scores: Sc
     if scores.softcap:
         return _attend_by_parts(queries, keys, values, _causal(queries, keys) if mask is None else mask, scores)
     half = queries.dtype in HALF
-    short = queries.is_cpu and half and not torch.compiler.is_compiling() and 0 < queries[0, 0].numel() <= SHORT
-    if mask is None and short and torch.is_grad_enabled():  # see SHORT
-        return _AttendInShortRows.apply(queries, keys, values, scores.scale)
+    short = queries.is_cpu and half and not torch.compiler.is_compiling() and 0 < keys[0, 0].numel() <= SHORT
+    if short and queries.shape[2] and torch.is_grad_enabled():  # see SHORT
+        return _AttendInShortRows.apply(queries, keys, values, mask, scores.scale)
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=grouped)
 
 
 class _AttendInShortRows(torch.autograd.Function):
-    """Causal attention by the kernel that torch takes without this, its gradient computed in float32."""
+    """Attention by the kernel that torch takes without this, its gradient computed in float32."""
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        ctx: torch.autograd.function.FunctionCtx, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask,
+        scale: float,
     ) -> Tensor:
-        """[B, H, S, E], [B, K, S, E], [B, K, S, E] -> [B, H, S, E]."""
+        """[B, H, S, E], [B, K, T, E], [B, K, T, E], what each position may attend to -> [B, H, S, E]."""
+        mask = None if mask is None else mask.to(queries.dtype).log()  # what is added to scores
         mixed, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, is_causal=True, scale=scale)
-        ctx.save_for_backward(queries, keys, values, mixed, log_sums)
+            queries, keys, values, is_causal=mask is None, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(queries, keys, values, mixed, log_sums, mask)
         ctx.scale = scale
         return mixed
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """[B, H, S, E] -> those of queries, keys and values, in their type."""
-        *rows, log_sums = ctx.saved_tensors
+        *rows, log_sums, mask = ctx.saved_tensors
         of_rows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad.float(), *(row.float() for row in rows), log_sums, 0.0, True, scale=ctx.scale)
-        return *(of_row.type_as(grad) for of_row in of_rows), None
+            grad.float(), *(row.float() for row in rows), log_sums, 0.0, mask is None,
+            attn_mask=None if mask is None else mask.float(), scale=ctx.scale)
+        return *(of_row.type_as(grad) for of_row in of_rows), None, None
 
 
 def _causal(queries: Tensor, keys: Tensor) -> Tensor:
