@@ -66,8 +66,8 @@ class Prompt(NamedTuple):
     level: int | None
     subject: str | None
     split: str | None = None
-    answer_type: str = ""
-    tolerance: float = 0.0
+    answer_type: str | None = None
+    tolerance: float | None = None
     others: Mapping[str, object] = {}  # what else the row holds, for rewards of a user's own
     where: str = ""
 
@@ -95,9 +95,9 @@ class Sample(NamedTuple):
     @property
     def problem(self) -> Prompt:
         """The problem that was solved, as far as the sample says; without a label "" stands for it."""
-        label, kind = (str(self.values.get(key) or "") for key in ("label", "answer_type"))
-        tolerance = float(self.values.get("tolerance") or 0)
-        return Prompt(self.id, self.prompt, label, None, None, answer_type=kind, tolerance=tolerance)
+        label, kind, tolerance = (self.values.get(key) for key in ("label", "answer_type", "tolerance"))
+        return Prompt(self.id, self.prompt, str(label or ""), None, None, answer_type=kind,
+                      tolerance=None if tolerance is None else float(tolerance))
 
     @property
     def finished(self) -> bool:
@@ -267,8 +267,8 @@ def read_prompts(path: str, columns: Mapping[str, str] = {}, *, need_label: bool
         prompt = Prompt(
             id=row.optional_text("id") or str(index), instruction=row.instruction(), label=_label(row, need_label),
             level=level_number(row.get("level"), row.where), subject=row.optional_text("subject"),
-            split=row.optional_text("split"), answer_type=row.optional_text("answer_type") or "",
-            tolerance=float(tolerance or 0),
+            split=row.optional_text("split"), answer_type=row.optional_text("answer_type"),
+            tolerance=None if tolerance is None else float(tolerance),
             others={name: row.get(name) for name in row.values if name not in OF_PROMPT},
             where=row.where)
         if prompt.id in seen:

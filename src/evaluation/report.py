@@ -43,10 +43,11 @@ class Speed(NamedTuple):
 
 def type_of(prompt: Prompt) -> AnswerType:
     """How the label of a problem is compared. Raises UserError for an answer type that is not known."""
-    if prompt.answer_type not in KINDS:
+    kind = prompt.answer_type or ""
+    if kind not in KINDS:
         raise UserError(f"problem {prompt.id!r} has the answer_type {prompt.answer_type!r}; "
                         f"expected {', '.join(filter(None, KINDS))}")
-    return AnswerType(prompt.answer_type, prompt.tolerance)
+    return AnswerType(kind, prompt.tolerance or 0.0)
 
 
 def summarize(task: Task, prompts: Sequence[Prompt], problems: Mapping[str, Sequence[Graded]]) -> dict[str, object]:

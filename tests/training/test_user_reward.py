@@ -1,10 +1,11 @@
 """src/training/user_reward.py with real processes."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from src.data.examples import Prompt
+from src.data.examples import Prompt, read_prompts
 from src.errors import UserError
 from src.training.user_reward import UserReward
 
@@ -67,6 +68,17 @@ def test_a_function_sees_the_whole_batch_and_every_column(tmp_path: Path, caplog
     ):
         with UserReward(f"{tmp_path}/mine.py:{name}") as reward, pytest.raises(UserError, match=message):
             reward.score(prompts(2), ["a", "b"])
+
+
+def test_what_a_row_lacks_is_none(tmp_path: Path) -> None:
+    rows = [{"instruction": "1+1?"}, {"instruction": "2+2?", "answer_type": "number", "tolerance": 0, "colour": "red"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "mine.py").write_text("def mine(**columns):\n    raise ValueError(columns)\n")
+    with UserReward(f"{tmp_path}/mine.py:mine") as reward, pytest.raises(UserError) as raised:
+        reward.score(read_prompts(str(tmp_path / "rows.json"), need_label=False), ["a", "b"])
+    for name, values in {"id": ["0", "1"], "label": [None, None], "answer_type": [None, "number"],
+                         "tolerance": [None, 0.0], "colour": [None, "red"]}.items():
+        assert f"{name!r}: {values}" in str(raised.value)
 
 
 def test_a_file_may_import_what_lies_beside_it(tmp_path: Path) -> None:
