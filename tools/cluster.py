@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from src import runlog
 from src.checkpoint.foreign_config import released_config
+from src.command import cli
 from src.errors import UserError
 from src.models.lora import LINEARS, LoraConfig
 from src.planning.memory import FLOAT32, Training, local_parameters, training_memory
@@ -58,8 +59,12 @@ def traffic(model_types: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def main(model_types: Sequence[str]) -> None:
+    """Show both tables of the models. Raises UserError for none, and for one that is not known."""
+    if not model_types:
+        raise UserError("found no model; expected names of released ones: python -m tools.cluster llama-2-7b ...")
+    runlog.table(f"{cluster(model_types)}\n\n{traffic(model_types)}")
+
+
 if __name__ == "__main__":
-    try:
-        runlog.table(f"{cluster(sys.argv[1:])}\n\n{traffic(sys.argv[1:])}")
-    except UserError as problem:
-        sys.exit(f"error: {problem}")
+    cli.guarded(lambda: main(sys.argv[1:]))

@@ -1,6 +1,14 @@
 """tools/cluster.py: what goes over the network, by hand."""
 
+import pytest
+
+from src.errors import UserError
 from tools import cluster
+
+
+def test_tables_of_no_model_are_refused() -> None:
+    with pytest.raises(UserError, match="found no model; expected names of released ones"):
+        cluster.main([])
 
 
 def test_what_a_node_of_two_sends_by_hand() -> None:
