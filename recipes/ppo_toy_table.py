@@ -77,7 +77,7 @@ def main(run_dir: str, seeds: list[int]) -> None:
     seeds: the seeds that it ran; the first one met the bad verifier
     """
     folders = [Path(run_dir) / f"seed-{seed}" for seed in seeds]
-    before = outcomes(Path(run_dir), "sft")
+    before = outcomes(Path(run_dir), "sft", seeds)
     lines = [f"{f'{before.shape[1]} test problems, seeds {seeds}':36}accuracy   gain over SFT, 95% interval",
              f"{'SFT':36}{before.mean():8.1%}"]
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {"held-out accuracy": {}, "reward": {}}
@@ -86,7 +86,7 @@ def main(run_dir: str, seeds: list[int]) -> None:
         if not all((folder / f"{arm}-test" / "results.json").exists() for folder in ran):
             lines.append(f"{name:36}not finished")
             continue
-        after = outcomes(Path(run_dir), arm)
+        after = outcomes(Path(run_dir), arm, seeds[: len(ran)])
         rise, low, high = gain(before[: len(ran)], after)
         beyond = "beyond it" if low > 0 else "below it" if high < 0 else "within it"
         lines.append(f"{name:36}{after.mean():8.1%}   {rise:+.1%} [{low:+.1%}, {high:+.1%}] {beyond}")

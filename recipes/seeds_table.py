@@ -5,6 +5,7 @@ python recipes/seeds_table.py --run_dir runs/weak_to_strong --rows weak pro ceil
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ RESAMPLES = 4000
 Floats = NDArray[np.float64]
 
 
-def outcomes(run_dir: Path, row: str) -> Floats:
+def outcomes(run_dir: Path, row: str, seeds: Sequence[int | str]) -> Floats:
     """1 where a seed's model was right, by seed and test problem. -> [seeds, problems]."""
-    files = sorted(run_dir.glob(f"seed-*/{row}-test/samples.jsonl"))
+    files = [run_dir / f"seed-{seed}" / f"{row}-test" / "samples.jsonl" for seed in seeds]
     found = [[sample.outcome == "right" for sample in sorted(read_samples(str(file)), key=lambda sample: sample.id)]
              for file in files]
     if not found or len({len(right) for right in found}) > 1:
@@ -62,7 +63,8 @@ def accuracy_interval(right: Floats, draws: Floats) -> str:
 def main(
     run_dir: str, rows: list[str], names: list[str], claim: str, baseline: list[str], floor: str = "", ceiling: str = ""
 ) -> None:
-    """Print accuracies on the test problems over all finished seeds, and whether the claim beats each baseline.
+    """Print accuracies on the test problems over the seeds that finished all rows, and whether the claim beats each
+    baseline.
 
     Intervals are 95%, from drawing seeds and problems again; a difference is taken within each draw.
 
@@ -76,7 +78,10 @@ def main(
     """
     if len(rows) != len(names):
         raise UserError(f"found {len(rows)} --rows and {len(names)} --names; give as many, a comma parts two")
-    right = {row: outcomes(Path(run_dir), row) for row in rows}
+    folders = sorted(Path(run_dir).glob("seed-*"))
+    seeds = [folder.name.removeprefix("seed-") for folder in folders
+             if all((folder / f"{row}-test" / "results.json").exists() for row in rows)]  # written when all is sampled
+    right = {row: outcomes(Path(run_dir), row, seeds) for row in rows}
     draws = resampled(right)
     n_seeds, n_problems = right[rows[0]].shape
     lines = [f"{f'{n_problems} test problems, {n_seeds} seeds':34}accuracy   95% interval      "

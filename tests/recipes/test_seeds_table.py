@@ -22,6 +22,7 @@ def write_samples(run_dir: Path, seed: int, row: str, right: list[bool]) -> None
         for n, x in enumerate(right)
     ]
     (folder / "samples.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    (folder / "results.json").write_text("{}")
 
 
 def shares(n_right: int) -> list[bool]:
@@ -46,7 +47,13 @@ def test_the_gap_and_the_verdict(
     assert len({line.index("seeds ") for line in text.splitlines()[1:5]}) == 1
     with pytest.raises(UserError, match="found 4 --rows and 5 --names"):
         main(str(tmp_path), rows, ["weak", "full", "pro", "gold", " or not"], "pro", ["full"])
-    write_samples(tmp_path, 3, "weak", [True])
+    with pytest.raises(UserError, match="0 finished seeds of other"):
+        main(str(tmp_path), ["other"], ["other"], "other", [])
+    for row in rows:  # a seed that is not finished counts nowhere
+        write_samples(tmp_path, 3, row, [True])
+        if row != rows[-1]:
+            main(str(tmp_path), rows, rows, "pro", ["full", "weak"], "weak", "gold")
+            assert capfd.readouterr().out == text
     with pytest.raises(UserError, match="3 finished seeds of weak"):
         main(str(tmp_path), rows, rows, "pro", ["full"])
 
