@@ -1,4 +1,4 @@
-"""tools/cluster.py: what goes over the network, by hand."""
+"""tools/cluster.py: what goes over the network, by hand, and what fits a card."""
 
 import pytest
 
@@ -18,3 +18,12 @@ def test_what_a_node_of_two_sends_by_hand() -> None:
     _, shared, replicas = cluster.traffic(["llama-2-7b"]).splitlines()
     assert shared.split()[5:8] == ["884", "/", "126"]
     assert replicas.split()[5:8] == ["943", "/", "27"]
+
+
+def test_what_does_not_fit_a_card_is_marked() -> None:
+    """Llama 2 70B on 8 GPUs: 69e9 weights in float32, their gradients and Adam's two moments are 16 bytes each, 128 GiB
+    a GPU without activations; on 16 half of that."""
+    _, full, lora = cluster.cluster(["llama-2-70b"]).splitlines()
+    alone, two, *_ = full.split()[2:]
+    assert alone.endswith("*") and 128 < float(alone[:-1]) < 160 and 64 < float(two) < 75
+    assert "*" not in lora
