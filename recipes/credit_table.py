@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is o
 
 from src import runlog  # noqa: E402
 from src.command import cli  # noqa: E402
+from src.errors import UserError  # noqa: E402
 
 KINDS = {"by_sum": "step's sum", "by_lowest_token": "lowest token"}
 
@@ -22,10 +23,14 @@ def main(run_dir: str, rows: list[str], names: list[str]) -> None:
     rows: folders to show, without -credit
     names: what to call them
     """
+    if len(rows) != len(names):
+        raise UserError(f"found {len(rows)} --rows and {len(names)} --names; give as many, a comma parts two")
     lines = []
     for row, name in zip(rows, names, strict=True):
         files = sorted(Path(run_dir).glob(f"seed-*/{row}-credit/results.json"))
         reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        if not reports:
+            raise UserError(f"{run_dir} holds 0 finished seeds of {row}-credit; expected at least one")
         for kind, what in KINDS.items():
             found = [report[kind]["accuracy"] for report in reports]
             each = " ".join(f"{share:.1%}" for share in found)

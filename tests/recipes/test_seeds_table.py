@@ -65,7 +65,12 @@ def test_credit_is_the_mean_over_seeds(tmp_path: Path, capfd: pytest.CaptureFixt
         report = {"by_sum": {"accuracy": found}, "by_lowest_token": {"accuracy": found + 0.1}}
         report |= {"with_a_wrong_step": 9, "blindly": 0.25}
         (folder / "results.json").write_text(json.dumps(report))
-    runpy.run_path(str(RECIPES / "credit_table.py"))["main"](str(tmp_path), ["dpo"], ["DPO"])
+    main = runpy.run_path(str(RECIPES / "credit_table.py"))["main"]
+    main(str(tmp_path), ["dpo"], ["DPO"])
     text = capfd.readouterr().out
     assert "60.0%   seeds 50.0% 70.0%" in text and "70.0%   seeds 60.0% 80.0%" in text
     assert "first wrong step of 9 solutions, blindly 25.0%" in text
+    with pytest.raises(UserError, match="0 finished seeds of scdpo-credit"):
+        main(str(tmp_path), ["dpo", "scdpo"], ["DPO", "step-controlled DPO"])
+    with pytest.raises(UserError, match="found 1 --rows and 2 --names"):
+        main(str(tmp_path), ["dpo"], ["DPO", "step-controlled DPO"])
