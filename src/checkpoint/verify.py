@@ -18,9 +18,15 @@ from src.checkpoint import shards, sources
 from src.checkpoint.convert import rotary_from_hf
 from src.checkpoint.peft_layout import PeftAdapter, module_name
 from src.checkpoint.sources import AdapterSource, Source
+from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.lora import add_lora, lengths_of
+
+# The largest difference that rounding weights to a type explains, as a share of the largest value. Measured on random
+# models of transformers, 8 and 24 layers: 0.0013 for float16, 0.011 for bfloat16, 0.036 for q8_0; for float32 1e-4, of
+# adapters alone. A norm's weights halved are 0.4 to 0.7.
+LIMITS = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1, "q8_0": 0.2}
 
 
 class LogitDifference(NamedTuple):
@@ -33,6 +39,22 @@ class LogitDifference(NamedTuple):
     def __str__(self) -> str:
         return (f"largest difference {self.difference:.3g} of values up to {self.scale:.3g}, "
                 f"the same likeliest token at {self.agreement:.1%} of positions")
+
+
+def check_difference(found: LogitDifference, path: str, dtype: str) -> None:
+    """Raise UserError for a difference that rounding to this type does not explain, and for one that is no number."""
+    if not found.difference <= LIMITS[dtype] * found.scale:
+        raise UserError(f"{path}: {found}; expected at most {LIMITS[dtype]:g} of the largest value, which rounding to "
+                        f"{dtype} may make; do not use what was written: the source is damaged or has another base, or "
+                        "it is read or written wrongly here")
+
+
+def rounded_to(before: Source | AdapterSource, after: Source | AdapterSource, dtype: str) -> str:
+    """The type of LIMITS to which weights were rounded, if at all: as asked for, else the coarsest that a merged or
+    rewritten adapter's result has; weights that were only copied are as exact as float32's."""
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in after.tensors.values()}
+    stored = max(kinds & LIMITS.keys(), key=[*LIMITS].index, default="float32")
+    return dtype or (stored if isinstance(before, AdapterSource) else "float32")
 
 
 @torch.no_grad()

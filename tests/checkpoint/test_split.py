@@ -15,7 +15,7 @@ from torch import Tensor
 import checkpoint_split
 import solver_train
 from src.checkpoint import storage
-from src.checkpoint.sources import open_source, read_config
+from src.checkpoint.sources import Source, open_source, read_config
 from src.checkpoint.split import split, with_tokenizer
 from src.checkpoint.tensor_files import file_hash
 from src.errors import UserError
@@ -271,3 +271,24 @@ def test_scdpo_02_added_tokens_are_the_mean_of_the_old(tmp_path: Path, name: str
             torch.testing.assert_close(new[len(old) :], old.mean(0).expand(3, -1))
         else:
             assert new.shape == old.shape
+
+
+@pytest.mark.parametrize("dtype", ["", "float16", "bfloat16"])
+def test_verify_takes_what_rounding_makes_and_no_more(
+    gqa: Path, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(name: str) -> None:
+        checkpoint_split.main(checkpoint_split.SplitConfig(
+            ckpt_file=str(gqa), save_path=str(tmp_path / name), dtype=dtype, verify=True))
+
+    def write_wrongly(source: Source, *rest: object) -> list[str]:
+        name = "layers.0.attention_norm.weight"
+        halved = source.tensors[name].load() / 2
+        wrong = source.tensors[name]._replace(load=lambda: halved)
+        return split(source._replace(tensors=source.tensors | {name: wrong}), *rest)
+
+    convert("right")
+    monkeypatch.setattr(checkpoint_split, "split", write_wrongly)
+    limit = {"": "0.001", "float16": "0.02", "bfloat16": "0.1"}[dtype]
+    with pytest.raises(UserError, match=rf"wrong: largest difference .*; expected at most {limit} of the largest"):
+        convert("wrong")
