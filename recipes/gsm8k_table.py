@@ -41,7 +41,8 @@ def stages(run: Path, seed: int) -> dict[str, tuple[Floats, str]]:
 
     def greedy(rows: dict[str, tuple[str, str]]) -> dict[str, tuple[Floats, str]]:
         places = {name: [run / folder, run / f"seed-{seed}" / folder] for name, (folder, _) in rows.items()}
-        return {name: (first_right(next(filter(Path.is_dir, places[name]))), rows[name][1]) for name in rows}
+        return {name: (first_right(next(filter(Path.is_dir, found), found[-1])), rows[name][1])
+                for name, found in places.items()}
 
     return greedy(GREEDY) | choices(run / f"seed-{seed}") | greedy(REINFORCED)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes import gsm8k_table as table
+from src.errors import UserError
 from tests.recipes.test_commands import check, script_of, started
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gsm8k.sh"
@@ -102,3 +103,8 @@ def test_gains_are_over_the_stage_before(run: Path, capfd: pytest.CaptureFixture
         ("DPO", "3.3%", "over SFT: below it"),
     ):
         assert f" {share} " in lines[name] and lines[name].endswith(verdict), lines[name]
+
+
+def test_a_seed_that_did_not_run_is_named(run: Path) -> None:
+    with pytest.raises(UserError, match="seed-4/lora-test/samples.jsonl does not exist"):
+        table.main(str(run), [3, 4])
