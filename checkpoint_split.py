@@ -152,12 +152,18 @@ def main(config: SplitConfig) -> None:
         log.info("%s has a chat template: give --chat_template file to the commands that show it prompts, or none for "
                  "raw ones; training records it for later commands", config.save_path)
     if config.verify:
-        after = sources.open_adapter(target, config.base_dir) or sources.open_source(config.save_path)
-        found = verify.logit_difference(adapter or source, after)
-        log.info("logits before and after: %s", found)
-        rounded = verify.rounded_to(adapter or source, after, config.dtype)
-        if rounded == "float32" or not source.config.n_experts:  # another last bit may choose another expert
-            verify.check_difference(found, config.save_path, rounded)
+        verify_written(config, adapter or source)
+
+
+def verify_written(config: SplitConfig, before: sources.Source | sources.AdapterSource) -> None:
+    """Compare the logits of what was written with those from before. Raises UserError where rounding does not explain
+    how far they lie apart."""
+    after = sources.open_adapter(Path(config.save_path), config.base_dir) or sources.open_source(config.save_path)
+    found = verify.logit_difference(before, after)
+    runlog.logger().info("logits before and after: %s", found)
+    rounded = verify.rounded_to(before, after, config.dtype)
+    if rounded == "float32" or not before.config.n_experts:  # another last bit may choose another expert
+        verify.check_difference(found, config.save_path, rounded)
 
 
 def refuse_without_effect(config: SplitConfig) -> None:

@@ -52,8 +52,7 @@ def main(config: PPOConfig) -> None:
     for save_dir in config.save_dirs:
         saving.check_save_dir(save_dir, config.actor_ckpt_dir, config.critic_ckpt_dir, config.reward_model_ckpt_dir,
                               config.teacher_ckpt_dir)
-    if parallel.rank() == 0:
-        check_trackers(config.trackers)
+    check_trackers(config.trackers)
     storage.claim(Path(config.run_dir))
     fingerprint = run_fingerprint("ppo_train", config.flags(), data.tokenizer, critic_warmup=critic_warmup,
                                   precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))

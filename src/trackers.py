@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import importlib.util
 import io
+import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -34,9 +35,9 @@ def asked_for(words: Sequence[str]) -> dict[str, str]:
 
 
 def check_trackers(words: Sequence[str]) -> None:
-    """Raise UserError for trackers that would refuse a run's metrics. For rank 0, before it computes any."""
+    """Raise UserError for trackers that would refuse a run's metrics, before there are any. Rank 0 asks."""
     for name, place in asked_for(words).items():
-        if name in CHECK:
+        if name in CHECK and os.environ.get("RANK", "0") == "0":
             contextvars.copy_context().run(CHECK[name], place)  # where trackio keeps which project is open
 
 

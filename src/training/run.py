@@ -56,8 +56,7 @@ class Run:
             # All that can be refused is refused here, before the minutes that rows and model take
             parallel.start(config.seed, n_shards, config.replicas, sharing)
             saving.check_save_dir(config.save_dir, config.ckpt_dir)
-            if parallel.rank() == 0:
-                check_trackers(config.trackers)
+            check_trackers(config.trackers)
             self._fingerprint = run_fingerprint(
                 trainer, config.flags(), tokenizer, rows_a_step=self.sampler.rows_per_step,
                 precision=str(parallel.compute_dtype(config.precision)).removeprefix("torch."))
