@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from src import context_parallel, parallel
 from src.load import put_lora_on, solver_to_verifier
+from src.models import linear
 from src.models.config import ModelConfig
 from src.models.decoder import Decoder
 from src.models.forward import CHUNK_BYTES, response_logprobs, summed_logprobs, token_scores
@@ -238,7 +239,8 @@ def test_adapters_take_what_is_planned(precision: str, changes: dict[str, object
         summed_logprobs(model, mask.long(), mask).backward()
     parts = training_memory(model.config, 1, 256, Training(LORA, precision, longest=256))
     planned = sum(parts[name] for name in ("gradients", "activations", "logits"))
-    assert 0.95 < planned / live.most < 1.6
+    # planned for products by oneDNN; where MKL computes gradients they take less: up to 1.74 seen
+    assert 0.95 < planned / live.most < (1.8 if linear.INTEL else 1.6)
 
 
 def test_on_a_gpu_gradients_come_as_activations_go() -> None:

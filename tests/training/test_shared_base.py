@@ -91,13 +91,14 @@ def test_ppo_on_one_base_is_ppo_on_four_models(
 def test_gradients_pass_adapters_below_that_carry_none_on_top(made: dict[str, str], precision: str) -> None:
     gradients = []
     for model in (SharedBase(made["solver"], precision).model(made["solver"]),
-                  load.load_solver(made["solver"], precision=precision)):
+                  load.load_solver(made["solver"], precision=precision), load.load_solver(made["solver"])):
         load.put_lora_on(model, replace(LORA, targets=("wq",)), seed=1)
         sft_loss(model, batch()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    one, separate = gradients
-    assert (one - separate).norm() < (1e-5 if precision == "float32" else 0.02) * separate.norm()
-    assert separate.norm() > 0
+    one, separate, exact = gradients  # the last in float32
+    # in half precision both are rounded, unlike by kernel and processor: neither is farther off than the other
+    off = 1e-5 * exact.norm() if precision == "float32" else 1.25 * (separate - exact).norm()
+    assert (one - exact).norm() < off < 0.05 * exact.norm()
 
 
 def test_another_base_or_kind_of_model_is_refused(made: dict[str, str], folders: Folders) -> None:
