@@ -24,6 +24,7 @@ from src.checkpoint.shards import cut_of, expected_shapes, layer_of
 from src.models.cache import PREFILL_TOKENS, SMALLEST, bucket_capacity
 from src.models.config import ModelConfig
 from src.models.forward import CHUNK_BYTES, SOFTMAX_BYTES
+from src.models.linear import INTEL
 from src.models.lora import LINEARS, LoraConfig, check_targets
 from src.models.quantize import PRECISIONS
 
@@ -204,7 +205,8 @@ def logits_memory(config: ModelConfig, n: int, n_tokens: int, how: Training, *, 
     whole = computed * rows * n_tokens
     chunk, parts = min(whole, CHUNK_BYTES[place]), min(FLOAT32 * rows * n_tokens, SOFTMAX_BYTES[place])
     held = chunk + 2 * parts + (1 + learns) * computed * config.dim * n_tokens
-    if learns and computed == FLOAT32 and not how.on_gpu:  # copied to a number of rows that a kernel is made for
+    # oneDNN's gradients copy it to a number of rows that a kernel is made for; MKL's need no copy
+    if learns and computed == FLOAT32 and not how.on_gpu and not INTEL:
         held += chunk
     if how.quantize and (how.quantize != "bfloat16" or computed == FLOAT32):  # the layer as it is multiplied
         held += computed * rows * config.dim
