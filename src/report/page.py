@@ -206,8 +206,9 @@ def show_sample(sample: Sample, label: str, extraction: str) -> dict[str, object
 def answer_span(response: str, answer: str) -> tuple[int, int] | None:
     """Where an extracted answer stands last in a response: [start, end). None if it does not stand there as such.
     Grading leaves out blanks, dollars and the commas of thousands; here they may stand between its characters."""
-    between = r"[\s,$\\{}!]{0,4}?"
-    pattern = between.join(re.escape(character) for character in answer[:200] if not character.isspace())
+    # blanks stop short of the character that follows, so that there is one way to match and no search without end
+    characters = [re.escape(character) for character in answer[:200] if not character.isspace()]
+    pattern = "".join(characters[:1] + [rf"(?:(?!{each})[\s,$\\{{}}!]){{0,4}}{each}" for each in characters[1:]])
     found = list(re.finditer(rf"(?<![\w.]){pattern}(?!\w|\.\d)", response)) if pattern else []
     return found[-1].span() if found else None
 

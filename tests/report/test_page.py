@@ -73,6 +73,7 @@ def test_where_an_answer_was_read() -> None:
     assert answer_span("12 then 2 and 0.2", "2") == (8, 9)  # neither in 12 nor in 0.2
     assert answer_span(r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}") == (10, 21)
     assert answer_span("one half", "1/2") is None
+    assert answer_span(40 * "!" + " The answer is " + 60 * "!", 60 * "!") == (55, 115)  # without trying every way
 
 
 def test_a_page_holds_the_figures_and_every_problem(evaluations: tuple[Path, Path]) -> None:
