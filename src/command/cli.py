@@ -199,7 +199,8 @@ def usage(main: Callable[..., None], width: int) -> str:
         "hf:ORG/NAME[@REVISION][:CONFIG][:SPLIT] rows.",
         f"--config FILE: {CONFIG}.",
         "`--flag value` and `--flag=value` mean the same. A true|false flag alone means true, --noflag false. A list "
-        "is several words, or one word with commas; where a text is expected too, a comma is part of it.")]
+        "is several words, or one word with commas; where a text is expected too, and in a list of FILE, a comma is "
+        "part of it.")]
     return "\n\n".join(blocks).lstrip()
 
 

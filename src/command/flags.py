@@ -234,7 +234,7 @@ def read_config(file: str, flags: dict[str, Flag]) -> dict[str, Value]:
                 raise UserError(f"{flag.name} stands there twice, spelt in two ways")
             words = [_word(one, flag) for one in (value if isinstance(value, list) else [value])]
             takes_none = not words and any(get_origin(kind) is list for kind in flag.kinds)
-            values[flag.name] = [] if takes_none else _read(flag, words)
+            values[flag.name] = [] if takes_none else _read(flag, words, split=not isinstance(value, list))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     return values
@@ -300,14 +300,15 @@ def _looks_like_flag(word: str) -> bool:
     return word.startswith("-") and not re.match(r"-(\d|\.\d|inf$)", word)
 
 
-def _read(flag: Flag, words: list[str]) -> Value:
-    """The words after a flag as the first of its kinds that fits them. Raises UserError."""
+def _read(flag: Flag, words: list[str], split: bool = True) -> Value:
+    """The words after a flag as the first of its kinds that fits them; split: commas part those of a list, unless one
+    of its kinds is text. Raises UserError."""
     if not words:
         dashed = f" (--{flag.name}=VALUE when it begins with a dash)" if str in flag.kinds else ""
         raise UserError(f"--{flag.name} has no value, expected {flag.expects}; write {flag.example}{dashed}")
     for kind in sorted(flag.kinds, key=lambda kind: TRY_ORDER.index(get_origin(kind) or kind)):
         try:
-            value = _read_as(kind, words, split=str not in flag.kinds)
+            value = _read_as(kind, words, split=split and str not in flag.kinds)
         except (ValueError, KeyError):
             continue
         if flag.bounds:

@@ -213,7 +213,7 @@ earlier run; flags on the command line win.
 `--flag value` and `--flag=value` mean the same. A
 true|false flag alone means true, --noflag false. A list is
 several words, or one word with commas; where a text is
-expected too, a comma is part of it.
+expected too, and in a list of FILE, a comma is part of it.
 """
     )
 

@@ -164,6 +164,13 @@ def test_a_word_of_yaml_means_what_it_means_on_the_command_line(tmp_path: Path) 
             assert found[0] == found[1], (name, word)
 
 
+def test_the_elements_of_a_list_in_a_file_stay_whole(tmp_path: Path) -> None:
+    file = tmp_path / "flags.yaml"
+    for text, kinds in (('["Sorry, I", b]', ["Sorry, I", "b"]), ('["\\n", ", "]', ["\n", ", "]), ("a, b", ["a", "b"])):
+        file.write_text(f"kinds: {text}\n")
+        assert parse(small, ["--ckpt_dir=x", f"--config={file}"])["kinds"] == kinds
+
+
 def test_the_presets_of_the_recipes_are_read() -> None:
     presets = list(Path("recipes/presets").glob("*.yaml"))
     assert presets
