@@ -144,7 +144,7 @@ class BatchSampler:
     max_batch_size: int
     accumulation_steps: int
     seed: int
-    rank: int = 0
+    rank: int = 0  # -1: a rank that has the longest pass of every turn, for plans
     ranks: int = 1
 
     def steps(

@@ -183,6 +183,11 @@ class ModelConfig:
         queries = share(group, len(copies), copies.index(index))
         return range(head * group + queries.start, head * group + queries.stop), range(head, head + 1)
 
+    @property
+    def idle_weights(self) -> int:
+        """How many weights of experts a token does not pass, in all layers together."""
+        return (self.n_experts - self.n_active_experts) * 3 * self.dim * self.ffn_dim * self.n_layers
+
     def rows_of(self, heads: range) -> range:
         """The rows of a projection that belong to these heads."""
         return range(heads.start * self.head_dim, heads.stop * self.head_dim)

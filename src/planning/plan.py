@@ -63,7 +63,8 @@ def training(
         passes.append((step.epoch, [batch.tokens.numel() for batch in step.batches]))
         longest = max(longest, *(int(batch.sample_lengths().max()) for batch in step.batches))
     n_tokens = max((max(tokens) for _, tokens in passes), default=0)
-    n_flop = 6 * local_parameters(model, n) * sum(sum(tokens) for _, tokens in passes) // parts
+    used = local_parameters(model, n) - model.idle_weights // n
+    n_flop = 6 * used * sum(sum(tokens) for _, tokens in passes) // parts
     how = Training(load.lora_config(config, config.lora_dropout), config.quantize, config.activation_checkpointing,
                    parallel.divided(data_parallel * parts, "replicas", config.replicas),
                    config.accumulation_steps > 1, _on_gpu(), is_half(config), config.optimizer, summed, parts,
@@ -219,7 +220,7 @@ def ppo_memory(
 ) -> Memory:
     """What a rank holds of each model in its own largest phase. quantize: of verifier and reference.
 
-    --share_base: all but the actor bring their adapters alone; the verifier's are taken to be of the same rank.
+    --share_base: critic and verifier bring their adapters alone; the verifier's are taken to be of the same rank.
     """
     memory = {}
     for name, model in models.items():
@@ -227,7 +228,7 @@ def ppo_memory(
             memory[name] = training_memory(model, n, work.n_tokens, how)
         else:
             memory[name] = scoring_memory(model, n, work.n_tokens, how._replace(quantize=quantize))
-        if arrangement == "--share_base" and how.lora and name != "actor":
+        if arrangement == "--share_base" and how.lora and name in ("critic", "verifier"):
             memory[name]["weights"] = FLOAT32 * local_lora_parameters(model, how.lora, n)
     memory["rollouts"] = decoding_memory(models["actor"], n, work.n_rows, work.n_decoded, half=how.half)
     if how.data_parallel > 1:  # a rank that samples holds whole weights, see parallel.gathered()

@@ -105,9 +105,9 @@ class Run:
                 "(--lora_rank -1)")
 
     def planned_steps(self, data: Dataset) -> Iterator[Step]:
-        """All steps as the rank with the longest forward passes, the last one, sees them."""
-        last = replace(self.sampler, rank=self.sampler.ranks - 1)
-        return last.steps(data, packing=self.config.packing, epochs=self.config.epochs, stop=self.total_steps)
+        """All steps, of the forward passes that ranks make at the same time the longest."""
+        longest = replace(self.sampler, rank=-1)
+        return longest.steps(data, packing=self.config.packing, epochs=self.config.epochs, stop=self.total_steps)
 
     def open(self, model: Decoder, log: RunLog) -> None:
         """Give the model, `trained`, an optimizer and a place to be saved; take up what an earlier start saved."""
@@ -159,6 +159,7 @@ class ThroughputMeter:
         shapes = expected_shapes(config)
         self._weights = sum(shape[0] * shape[1] for name, shape in shapes.items()
                             if len(shape) == 2 and name not in ("tok_embeddings.weight", "output.weight"))
+        self._weights -= config.idle_weights
         self._head = config.vocab_size * config.dim if not config.value_head else 0
         self._attention = 6 * config.n_layers * config.n_heads * config.head_dim
         self.peak = matrix_rate(dtype)
@@ -178,7 +179,7 @@ class ThroughputMeter:
     def measure(self, batches: Sequence[Batch], supervised: float) -> dict[str, float]:
         """Numbers of the step that has just ended; `supervised` tokens or pairs are counted over all ranks.
 
-        mfu: 6 FLOP for each matrix weight and token - the output layer's only where a token is supervised - and
+        mfu: 6 FLOP for each matrix weight that a token passes - the output layer's only where it is supervised - and
         6 L H E S for causal attention within samples of length S (after Chowdhery et al. 2022, appendix B), a second
         and rank, as a share of the rate at which this rank multiplied matrices before training. Recomputation and
         LoRA's smaller backward pass are not taken into account.

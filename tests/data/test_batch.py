@@ -125,5 +125,10 @@ def test_an_idle_rank_repeats_a_sample_without_loss() -> None:
         for rank in range(2)
     )
     assert sorted(rows_of(one[0].batches[0])) == [0, 1, 2, 3, 4]
+    # what is planned is the longest pass, whichever rank has it
+    plan = BatchSampler(max_batch_size=2, accumulation_steps=2, seed=1, rank=-1, ranks=2)
+    (step,) = plan.steps(DATA._replace(samples=DATA.samples[:5]), packing=True, epochs=1)
+    by_length = sorted(LENGTHS[:5])
+    assert [[length for _, length in batch.lengths] for batch in step.batches] == [by_length[2:4], by_length[4:]]
     assert rows_of(two[0].batches[0]) == []
     assert unsupervised((Encoded([1, 2, 3], 1),)) == (Encoded([1, 2, 3], 3),)

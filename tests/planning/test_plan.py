@@ -190,6 +190,8 @@ def test_adapters_on_one_base_by_hand() -> None:
     ]
     own = 4 * (ADAPTERS + HEAD)
     assert [parts.get("weights", 0) for parts in shared.values()] == [4 * (ACTOR + ADAPTERS), own, own, 0]
+    taught = {"actor": CONFIG, "teacher": CONFIG}  # which is loaded whole
+    assert held(taught, Training(LORA), "--share_base")["teacher"]["weights"] == 4 * ACTOR
 
 
 def test_frozen_models_in_fewer_bits() -> None:

@@ -1,6 +1,7 @@
 """src/training/run.py: a step by hand, a rate that a machine can have, and tokens that adapters cannot tell apart."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_a_step_by_hand(monkeypatch: pytest.MonkeyPatch, packing: bool, padding:
     assert found["step_seconds"] == 2.0 and found["data_seconds"] == 1.0
     assert found["tokens_per_second"] == 4.0 and found["supervised_per_second"] == 2.0
     assert found["mfu"] == pytest.approx(flops / 2.0 / 1e6)
+
+
+def test_experts_that_a_token_does_not_pass_compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel.start()
+    monkeypatch.setattr(module, "matrix_rate", lambda dtype: 1e6)
+    experts = replace(CONFIG, n_layers=2, n_experts=8, n_active_experts=2)
+    clock = iter([0.0, 0.0, 0.0, 1.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    meter, batches = ThroughputMeter(experts, torch.float32), [make_batch(SAMPLES, packing=True)]
+    next(meter.timed(iter([Step(1, 1, batches)])))
+    # in each layer the projections' 192, the router's 8*8, two experts of 288; two layers' attention
+    flops = 6 * (2 * (192 + 64 + 2 * 288) * 8 + 80 * 4) + 2 * 48 * 34
+    assert meter.measure(batches, 4)["mfu"] == pytest.approx(flops / 1e6)
 
 
 def test_the_rate_of_matrix_products_is_one_a_machine_can_have() -> None:
