@@ -59,10 +59,11 @@ def refill_groups(
     place for are dropped. It is handed on short when they did not fill it.
     """
     found: list[tuple[Rollout, Scores]] = []
-    everything, has_variance, tokens = [], [], 0
+    everything, counts, has_variance, tokens = [], [], [], 0
     missing = len(rollout.prompts) // group_size
     for refill in range(1, max_refills + 2):
         everything.append(scores.total.sum(1))
+        counts.append(scores.counts)
         tokens += int(rollout.lengths.sum())
         alive = group_has_variance(everything[-1], group_size)
         has_variance.append(alive)
@@ -79,7 +80,7 @@ def refill_groups(
              "sampled_reward": torch.cat(everything).mean().item(), "sampled_groups": float(len(alive)),
              "sampled_tokens": float(tokens)}
     if not found:  # nothing to learn from: the last ones stand for the log, and --filter_groups trains on none of them
-        return rollout, scores, stats
+        return rollout, scores._replace(counts=add_counts(counts)), stats
     rollouts, parts = zip(*found, strict=True)
     rollout = Rollout(
         [prompt for part in rollouts for prompt in part.prompts],
@@ -89,7 +90,7 @@ def refill_groups(
         _rows(part.sampled_logprobs for part in rollouts),
         [each for part in rollouts for each in part.executions])
     by_reward = {name: _rows(part.by_reward[name] for part in parts) for name in scores.by_reward}
-    scores = Scores(by_reward, _rows(part.total for part in parts), add_counts(part.counts for part in parts))
+    scores = Scores(by_reward, _rows(part.total for part in parts), add_counts(counts))
     return rollout, scores, stats
 
 

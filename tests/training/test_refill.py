@@ -27,11 +27,16 @@ def test_a_buffer_is_refilled_until_it_is_full_or_the_limit_is_reached(
         scores[0] = 1.0
         return at_last(scores, rollout)
 
-    def fill(max_refills: int) -> tuple[Rollout, Tensor, dict[str, float]]:
+    def fill(max_refills: int, n_dead: int = 0) -> tuple[Rollout, Tensor, dict[str, float]]:
         numbers = ppo_config(advantage="grpo", group_size=2, filter_groups=True, max_refills=max_refills)
-        rewards = {"first": Reward(1.0, lambda rollout: (first_group_alone_differs(rollout), {}))}
+        counts = {"graded_timeout": (1, 6)}
+        weights = iter([0.0] * n_dead + [1.0] * 9)  # of the rounds
+        rewards = {"first": Reward(1.0, lambda rollout: (next(weights) * first_group_alone_differs(rollout), counts))}
         data = Inputs(PROMPTS, [], 0, tokenizer, find_task("toy"), [], 1)
         buffer, stats = ppo_train.collect(numbers, models, data, rewards, [0, 1, 2], 0, 1.0, Phases())
+        # those of all groups, kept or not, as the stats are
+        rounds = stats["sampled_groups"] // 3
+        assert buffer.scores.counts == {"graded_timeout": (rounds, 6 * rounds)}
         return buffer.rollout, buffer.scores.total.sum(1), stats
 
     full, scores, stats = fill(9)  # one group a round, three wanted
@@ -42,6 +47,8 @@ def test_a_buffer_is_refilled_until_it_is_full_or_the_limit_is_reached(
     assert len({(p.id, r) for p, r in zip(full.prompts, full.responses, strict=True)}) > 3
     short, _, stats = fill(1)
     assert len(short.prompts) == 4 and stats["sampled_groups"] == 6
+    late, _, stats = fill(1, n_dead=1)
+    assert len(late.prompts) == 2 and stats["dead_groups"] == 5 / 6
     shorter, _, stats = fill(0)  # without refills, what nothing is learned from is not even scored
     assert len(shorter.prompts) == 2 and stats["sampled_groups"] == 3
     # what was there without refills is there with them
