@@ -140,6 +140,11 @@ def test_equal_rewards_are_no_alarm_where_a_teacher_is_learnt_from() -> None:
     assert alarms.check(1, WELL | {"dead_groups": 1.0, "reward_std": 0.0, "teacher_kl": 0.1}) == ({}, [])
 
 
+def test_a_reward_functions_own_numbers_are_no_alarm_whatever_they_are_called() -> None:
+    alarms = monitor.Monitor(logging.getLogger("test"), {})
+    assert alarms.check(1, WELL | {"reward_mine/parse_failed": 0.9}) == ({}, [])
+
+
 @pytest.mark.parametrize(
     "ill, flag",
     [
