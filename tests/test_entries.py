@@ -301,6 +301,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     in_steps = [row | {"id": "0", "sample": n, "label": "1"} for n, row in enumerate(graded)]
     write_json(folder / "judged.json", [in_steps[0], in_steps[1] | {"response": "1\n\n2"}])
     write_json(folder / "three.json", [in_steps[0] | {"response": "2\n\n3\n\n#### 1"}])
+    (folder / "mine.py").write_text("def found(completions):\n    return [0.0] * len(completions)\n")
     for name in ("judged", "three"):
         write_json(folder / f"{name}.identity.json", {"checkpoint": "m", "rules": find_task("toy").rules()})
     build = {"ckpt_dir": "one", "task": "toy", "samples_file": "judged.json", "log_dir": "out",
@@ -525,6 +526,9 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("ppo_train", {"overlong_buffer": 300}, "--overlong_buffer 300 needs --truncated penalty and more"),
     ("ppo_train", {"kl_coef": 0, "kl_target": 1}, "--kl_target adapts a KL term, but --kl_coef is 0"),
     ("ppo_train", {"reward": "nowhere.py:f", "reward_model_ckpt_dir": None}, "--reward 'nowhere.py:f' is neither"),
+    ("ppo_train", {"reward": "rul", "reward_model_ckpt_dir": None, "dry_run": "true"}, "--reward 'rul' is neither"),
+    ("ppo_train", {"reward": "mine.py:lost", "reward_model_ckpt_dir": None, "dry_run": "true"},
+     "--reward mine.py:lost: the process did not start .*has no attribute 'lost'"),
     ("ppo_train", {"reward_weights": "1,2"}, "--reward_weights has 2 numbers for 1 rewards"),
     ("ppo_train", {"temperature": 0}, "PPO learns from sampled responses; expected more than 0"),
     ("ppo_train", {"critic_save_dir": "out/actor"}, "are the same directory; one would overwrite the other"),

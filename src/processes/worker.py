@@ -39,16 +39,20 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self._requests = 0
 
+    def begin(self) -> None:
+        """Wait for a process that can be asked, started if there is none. Raises UserError where it does not start."""
+        if self.process is None or self.process.poll() is not None:
+            self._start()
+        if not self._ready:
+            self._await_ready()
+
     def ask(self, request: Mapping[str, object], seconds: float) -> Reply:
         """The reply to a request, which may take so many seconds, the start of the process not counted.
 
         Raises TimeoutError where the process had to be killed or ended itself by SIGPROF, ChildProcessError where it
         died, UserError where it does not start.
         """
-        if self.process is None or self.process.poll() is not None:
-            self._start()
-        if not self._ready:
-            self._await_ready()
+        self.begin()
         self._requests += 1
         try:
             self.process.stdin.write(json.dumps({"id": self._requests, **request}).encode() + b"\n")

@@ -22,7 +22,7 @@ from src.models.decoder import Decoder
 from src.models.forward import Distribution
 from src.runlog import Phases, RunLog
 from src.text.tokenizer import Tokenizer
-from src.training import rewards
+from src.training import rewards, user_reward
 from src.training.checkpointer import Checkpointer, Trainee
 from src.training.offload import ModelOffloader
 from src.training.policy_server import PolicyServers
@@ -31,7 +31,6 @@ from src.training.rewards import Counts, Reward, Score
 from src.training.rollout import Rollout
 from src.training.shared_base import SharedBase
 from src.training.trainer import Trainer
-from src.training.user_reward import UserReward
 
 NAMED = 5  # prompts that a warning names; it counts all
 
@@ -56,6 +55,7 @@ class Inputs(NamedTuple):
 
 def read_inputs(config: PPOConfig) -> Inputs:
     """Read prompts and tokenizer, and check that they fit the models. Raises UserError."""
+    user_reward.check(name for name in config.reward if name not in ("verifier", "rule", "code"))
     # pairs: one directory may be given twice
     kinds = [(config.actor_ckpt_dir, "solver"), (config.critic_ckpt_dir, ""),
              (config.reward_model_ckpt_dir, "verifier"), (config.teacher_ckpt_dir, "solver")]
@@ -243,7 +243,7 @@ def open_rewards(
         elif name == "code":
             score = code
         else:  # of all episodes at once: what it says of one may depend on the others
-            score = partial(rewards.function_reward, in_use.enter_context(UserReward(name)), short)
+            score = partial(rewards.function_reward, in_use.enter_context(user_reward.UserReward(name)), short)
         opened[short] = Reward(weight, score)
     if tokenizer.code:  # in any case for the log
         opened.setdefault("code", Reward(0.0, code))

@@ -3,16 +3,18 @@
 The function is called once for all responses of a buffer, with lists by name: `prompts`, `completions`, and every
 column of the prompts' file (`label`, `level`, ...; None where a row lacks it). It names those it wants, or takes
 `**columns`, and returns a number for each response, or these and a dictionary of numbers for the log. A function with a
-parameter `response` is called as reward(prompt, response, label) for each response instead. The process is this module
-too, with the file and the name of the function as its arguments.
+parameter `response` is called for each response instead, with those of prompt, response and label that it names, or
+all three in this order if it has other names for them. The process is this module too, with the file and the name of
+the function as its arguments.
 """
 
 import importlib.util
 import inspect
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ from src.errors import UserError
 from src.processes.worker import Answer, Reply, Worker, serve
 
 Columns = Mapping[str, Sequence[object]]
+OF_RESPONSE = ("prompt", "response", "label")
 
 
 class UserScores(NamedTuple):
@@ -54,6 +57,13 @@ class UserReward:
     def __exit__(self, *error: object) -> None:
         self._worker.close()
 
+    def begin(self) -> None:
+        """Wait until the function can be asked. Raises UserError for a file that does not load, or lacks it."""
+        try:
+            self._worker.begin()
+        except UserError as trouble:
+            raise UserError(f"--reward {self.place}: {trouble}") from None
+
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> UserScores:
         """The rewards of responses to prompts. Raises UserError where the function raises, or gives anything but a
         finite number for each."""
@@ -75,10 +85,8 @@ class UserReward:
     def _ask(self, columns: Columns, seconds: float) -> tuple[list[float], dict[str, float]]:
         """One call: its numbers, and those for the log. Raises as Worker.ask() does, and UserError."""
         n = len(columns["prompts"])
-        try:
-            reply = self._worker.ask({"columns": columns}, seconds)
-        except UserError as trouble:
-            raise UserError(f"--reward {self.place}: {trouble}") from None
+        self.begin()
+        reply = self._worker.ask({"columns": columns}, seconds)
         if "raised" in reply:
             raise UserError(f"--reward {self.place} raised {reply['raised']}; it is called with lists under the names "
                             f"{', '.join(columns)}")
@@ -93,6 +101,14 @@ class UserReward:
             if not math.isfinite(value):
                 raise UserError(f"--reward {self.place}: {value} for {name!r} of the log; expected a finite number")
         return values, stats
+
+
+def check(places: Iterable[str]) -> None:
+    """Raise UserError for a function that is not there or does not load, before models are read. Rank 0 asks."""
+    for place in places:
+        with UserReward(place) as reward:
+            if os.environ.get("RANK", "0") == "0":
+                reward.begin()
 
 
 def _columns(prompts: Sequence[Prompt], responses: Sequence[str]) -> Columns:
@@ -110,7 +126,7 @@ def load(path: str, name: str) -> Answer:
     """In the process: what calls that function of a Python file. Raises whatever the file raises."""
     sys.path.insert(0, str(Path(path).parent))  # for what the file imports from beside it
     spec = importlib.util.spec_from_file_location("user_reward_file", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     function = getattr(module, name)
 
@@ -131,8 +147,12 @@ def _call(function: Callable[..., object], columns: Columns) -> tuple[Sequence[o
     """The numbers that the function gives for the responses, and those for the log."""
     wanted = inspect.signature(function).parameters
     if "response" in wanted:
-        rows = zip(columns["prompts"], columns["completions"], columns["label"], strict=True)
-        return [function(*row) for row in rows], {}
+        rows = list(zip(columns["prompts"], columns["completions"], columns["label"], strict=True))
+        others = [parameter for name, parameter in wanted.items() if name not in OF_RESPONSE]
+        if any(parameter.default is parameter.empty for parameter in others):  # it has names of its own for the others
+            return [function(*row) for row in rows], {}
+        named = [dict(zip(OF_RESPONSE, row, strict=True)) for row in rows]
+        return [function(**{name: row[name] for name in OF_RESPONSE if name in wanted}) for row in named], {}
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
     found = function(**{name: values for name, values in columns.items() if takes_all or name in wanted})
     return found if isinstance(found, tuple) else (found, {})

@@ -48,6 +48,27 @@ def endless(completions):
 """
 
 
+RESPONSES = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Verdict:
+    size: int
+
+def turned(response, prompt, label, strict=True):
+    assert (prompt, label, strict) == ("pp", "7", True)
+    return Verdict(len(response)).size
+
+def alone(response):
+    return len(response)
+
+def renamed(question, response, answer):
+    assert (question, answer) == ("pp", "7")
+    return len(response)
+"""
+
+
 def prompts(n: int, label: str | None = None) -> list[Prompt]:
     return [Prompt(str(index), "pp", label, None, None, others={"colour": "red"} if index else {})
             for index in range(n)]
@@ -120,3 +141,12 @@ def test_a_file_that_does_not_load_is_named(tmp_path: Path) -> None:
     for place in (f"{tmp_path}/none.py:reward", f"{tmp_path}/bad.py", "rules"):
         with pytest.raises(UserError, match="is neither verifier, rule nor code, nor FILE.py:FUNCTION"):
             UserReward(place)
+
+
+def test_a_file_may_hold_dataclasses_and_names_of_responses_in_any_order(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(RESPONSES)
+    found = {}
+    for name in ("turned", "alone", "renamed"):
+        with UserReward(f"{tmp_path}/mine.py:{name}") as reward:
+            found[name] = reward.score(prompts(2, "7"), ["a", "bbb"]).values
+    assert found == {"turned": [1.0, 3.0], "alone": [1.0, 3.0], "renamed": [1.0, 3.0]}
