@@ -27,7 +27,7 @@ from tqdm import tqdm
 from src.command import cli
 from src.command.flags import WRITTEN, path_in
 from src.errors import UserError, show_problem
-from src.jsonfile import finite
+from src.jsonfile import finite, write_text
 from src.trackers import OPEN, Tracker, asked_for
 
 METRICS = "metrics.jsonl"
@@ -181,8 +181,8 @@ class RunLog:
             path = self._folder / METRICS
             if self._metrics is None:  # what follows the kept steps was of a part that is run again
                 rows = read_metrics(path) if self._kept and path.is_file() else []
-                self._metrics = path.open("w", encoding="utf-8")
-                self._metrics.writelines(_line(row) for row in rows if row["step"] <= self._kept)
+                write_text(path, "".join(_line(row) for row in rows if row["step"] <= self._kept))
+                self._metrics = path.open("a", encoding="utf-8")
                 self._trackers = [OPEN[name](place, self._folder, self._flags, self._kept)
                                   for name, place in self._asked.items()]
             if not path.exists():  # the open file would go on being written where nobody looks

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from src import runlog
 from src.errors import UserError
 from src.runlog import RunLog
-from tests.ranks import command
+from tests.ranks import ROOT, command
 
 
 def test_run_and_metrics_files(tmp_path: Path) -> None:
@@ -28,6 +29,21 @@ def test_run_and_metrics_files(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "new/metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.5), (2, 0.25)]
     assert rows[1]["lr"] == 1e-6 and 0 <= rows[0]["seconds"] <= rows[1]["seconds"]
+
+
+def test_a_kill_while_trackers_are_opened_again_loses_no_metrics(tmp_path: Path) -> None:
+    log = RunLog(str(tmp_path), {})
+    for step in (1, 2, 3):
+        log.metrics(step, loss=float(step))
+    killed = '''import os, sys
+from src import runlog
+runlog.OPEN["tensorboard"] = lambda *place: os.kill(os.getpid(), 9)
+log = runlog.RunLog(sys.argv[1], {}, trackers=["tensorboard"])
+log.go_on_after(2)
+log.metrics(3, loss=3.0)'''
+    done = subprocess.run([sys.executable, "-c", killed, str(tmp_path)], cwd=ROOT, check=False)
+    assert done.returncode == -9
+    assert [row["step"] for row in runlog.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_every_file_that_is_read_is_hashed(tmp_path: Path) -> None:
