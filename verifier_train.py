@@ -103,7 +103,7 @@ def main(config: VerifierTrainConfig) -> None:
             log.logger.info("step %d: held-out accuracy %.3f", step.number, accuracy)
             # PPO's rewards and best-of-n are scores in these units
             saving.record(model, score_mean=found.score_mean, score_std=found.score_std)
-            if step.number == run.total_steps and found.separation < SEPARATION_BY_CHANCE:
+            if step.number == run.total_steps and not found.separation >= SEPARATION_BY_CHANCE:  # or NaN
                 log.logger.warning(
                     "the verifier is not shown to tell right from wrong: on held-out rows it is %.1f deviations above "
                     "chance, expected %g or more; give it more problems with right and wrong samples, more steps "

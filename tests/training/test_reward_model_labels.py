@@ -195,6 +195,18 @@ def test_it_learns_which_step_is_wrong(folders: Folders, tokenizer: Tokenizer, t
     assert report.accuracy_on_right == report.accuracy_on_wrong == 1.0
 
 
+def test_a_verifier_that_is_measured_on_one_kind_alone_is_not_shown_to_tell(
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, kinds in (("train", (True, False)), ("held", (True,))):
+        rows = [{"instruction": f"{name}{a}", "output": f"a{a}", "correct": kind} for a in range(4) for kind in kinds]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    verifier_train.main(verifier_train.VerifierTrainConfig(
+        ckpt_dir=folders.one, save_dir=str(tmp_path / "out"), train_file=[str(tmp_path / "train.json")],
+        label_file=str(tmp_path / "held.json"), objective="outcome", max_batch_size=8))
+    assert "not shown to tell right from wrong" in caplog.text
+
+
 @pytest.mark.parametrize("objective", ["outcome", "pairwise"])
 def test_a_verifier_that_learns_nothing_says_so_once(
     folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture, objective: str
