@@ -12,7 +12,7 @@ tensor-parallel ranks has of each; none has more.
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -64,31 +64,20 @@ def bytes_per_weight(precision: str) -> float:
     return 2.0 if precision else 4.0
 
 
-def local_sizes(config: ModelConfig, n: int) -> dict[str, int]:
-    """Entries of each parameter on the first of n ranks."""
-    return {name: _local_size(name, shape, config, n) for name, shape in expected_shapes(config).items()}
+def local_sizes(config: ModelConfig, n: int, lora: LoraConfig | None = None) -> dict[str, int]:
+    """Entries of each parameter on the first of n ranks; with lora, of those that learn: adapters and a value head."""
+    if lora:
+        check_targets(lora, config)
+    sizes = {}
+    for name, shape in (adapters.expected_shapes(config, lora) if lora else expected_shapes(config)).items():
+        how = cut_of(name, config, n)
+        sizes[name] = math.prod(len(how.rows[0]) if axis == how.dim else size for axis, size in enumerate(shape))
+    return sizes
 
 
-def local_parameters(config: ModelConfig, n: int) -> int:
-    """Parameters that the first of n ranks holds."""
-    return sum(local_sizes(config, n).values())
-
-
-def _local_size(name: str, shape: Sequence[int], config: ModelConfig, n: int) -> int:
-    how = cut_of(name, config, n)
-    return math.prod(len(how.rows[0]) if axis == how.dim else size for axis, size in enumerate(shape))
-
-
-def local_lora_parameters(config: ModelConfig, lora: LoraConfig, n: int) -> int:
-    """Trainable parameters of one rank under LoRA: adapters, and the value head where there is one."""
-    check_targets(lora, config)
-    shapes = adapters.expected_shapes(config, lora)
-    return sum(_local_size(name, shape, config, n) for name, shape in shapes.items())
-
-
-def local_trainable_parameters(config: ModelConfig, lora: LoraConfig | None, n: int) -> int:
-    """Parameters of one rank that learn: all of them without LoRA."""
-    return local_lora_parameters(config, lora, n) if lora else local_parameters(config, n)
+def local_parameters(config: ModelConfig, n: int, lora: LoraConfig | None = None) -> int:
+    """Parameters that the first of n ranks holds; with lora, those that learn."""
+    return sum(local_sizes(config, n, lora).values())
 
 
 def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -> dict[str, int]:
@@ -96,7 +85,7 @@ def training_memory(config: ModelConfig, n: int, n_tokens: int, how: Training) -
     of them."""
     sizes, ranks, pairs = local_sizes(config, n), how.data_parallel, n_tokens * how.longest
     n_tokens = -(-n_tokens // how.context_parallel)
-    trainable = local_trainable_parameters(config, how.lora, n)
+    trainable = local_parameters(config, n, how.lora)
     frozen = sum(sizes.values()) if how.lora else 0
     # What LoRA does not train is held in the type it is computed in; FSDP2 gathers all weights in the same type
     per_frozen = bytes_per_weight(how.quantize or "bfloat16" * (how.half and how.lora is not None))

@@ -27,9 +27,7 @@ from src.planning.memory import (
     available_memory,
     decoding_memory,
     frozen_memory,
-    local_lora_parameters,
     local_parameters,
-    local_trainable_parameters,
     scoring_memory,
     sent_for_attention,
     training_memory,
@@ -229,7 +227,7 @@ def ppo_memory(
         else:
             memory[name] = scoring_memory(model, n, work.n_tokens, how._replace(quantize=quantize))
         if arrangement == "--share_base" and how.lora and name in ("critic", "verifier"):
-            memory[name]["weights"] = FLOAT32 * local_lora_parameters(model, how.lora, n)
+            memory[name]["weights"] = FLOAT32 * local_parameters(model, n, how.lora)
     memory["rollouts"] = decoding_memory(models["actor"], n, work.n_rows, work.n_decoded, half=how.half)
     if how.data_parallel > 1:  # a rank that samples holds whole weights, see parallel.gathered()
         memory["rollouts"]["gathered"] = memory["actor"]["weights"] * how.data_parallel
@@ -270,7 +268,7 @@ def disk(
     n_saves = len(ends | to_resume | set(sorted(references)[-1:])) + (flags.eval_every > 0)
     weights = resumed = 0
     for config in models:
-        learn = n * local_trainable_parameters(config, how.lora, n)
+        learn = n * local_parameters(config, n, how.lora)
         dtype = flags.save_dtype or (config.dtype if how.half else "float32")  # as in saving.stored_dtype()
         weights += learn * (FLOAT32 if how.lora else BYTES[dtype])
         resumed += int(learn * (FLOAT32 + MOMENT_BYTES[how.optimizer]))  # as they learn, and both moments
@@ -305,8 +303,8 @@ def exporting(config: ModelConfig, dtype: str, max_file_bytes: int | None = None
 def adapting(config: ModelConfig, lora: LoraConfig, n: int = 1) -> str:
     """The plan of writing an adapter in n files."""
     return report({"adapter": f"rank {lora.rank} on {', '.join(lora.targets)}",
-                   "parameters": f"{local_lora_parameters(config, lora, 1):,}",
-                   "disk": size(n * FLOAT32 * local_lora_parameters(config, lora, n))})
+                   "parameters": f"{local_parameters(config, 1, lora):,}",
+                   "disk": size(n * FLOAT32 * local_parameters(config, n, lora))})
 
 
 def inspection(source: Source, stored: str, n_files: int, ranks: Sequence[int] = (1, 2, 4, 8)) -> str:

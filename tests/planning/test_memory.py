@@ -26,7 +26,6 @@ from src.planning.memory import (
     activations,
     available_memory,
     decoding_memory,
-    local_lora_parameters,
     local_parameters,
     scores_memory,
     scoring_memory,
@@ -51,7 +50,7 @@ def test_parameters_by_hand() -> None:
 
 def test_lora_parameters_by_hand_on_two_ranks() -> None:
     # wq [8, 8]: A 2*8 whole, B 8*2 halved; w2 [8, 12]: A 2*12 halved, B 8*2 whole
-    assert local_lora_parameters(CONFIG, LORA, 2) == 16 + 8 + 12 + 16
+    assert local_parameters(CONFIG, 2, LORA) == 16 + 8 + 12 + 16
 
 
 def test_kv_cache_by_hand() -> None:

@@ -22,7 +22,6 @@ from src.models.decoder import Decoder
 from src.planning import plan
 from src.planning.memory import (
     Training,
-    local_lora_parameters,
     local_parameters,
     scoring_memory,
     training_memory,
@@ -69,7 +68,7 @@ def test_the_plan_counts_what_shards_and_loaded_models_hold(tmp_path: Path) -> N
     assert sum(p.numel() for p in model.parameters()) == local_parameters(model.config, 1)
     load.put_lora_on(model, LORA, seed=1)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trainable == local_lora_parameters(model.config, LORA, 1)
+    assert trainable == local_parameters(model.config, 1, LORA)
 
 
 def test_inspection_says_what_each_number_of_ranks_would_hold(tmp_path: Path) -> None:
