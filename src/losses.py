@@ -181,19 +181,17 @@ def sequence_weights(counts: Tensor, aggregation: str, constant_length: int) -> 
     return torch.full(counts.shape, 1.0 / constant_length if aggregation == "seq-constant" else 1.0)
 
 
-def process_rewards(probabilities: Tensor, mask: Tensor, shape: str) -> Tensor:
-    """Reward at the end of each step from the probabilities that steps are right. [B, T], [B, T] bool -> [B, T].
+def process_rewards(probabilities: Tensor, shape: str) -> Tensor:
+    """Reward at the end of each of a solution's steps from the probabilities that they are right. [T] -> [T].
 
     raw: the probability itself. min-drop: how far it falls below the running minimum, which starts at 1; prod-drop:
     how far the running product falls (Sun et al. 2024, Easy-to-Hard, section 3.4; both are never positive and sum up
-    to min or product minus 1). Steps outside the mask get 0.
+    to min or product minus 1).
     """
     if shape == "raw":
-        return probabilities * mask
-    factors = probabilities.masked_fill(~mask, 1.0)  # neither the least nor the product sees padding
-    joined = torch.cat((torch.ones_like(factors[:, :1]), factors), 1)  # [B, 1 + T]
-    running = joined.cummin(1).values if shape == "min-drop" else joined.cumprod(1)  # [B, 1 + T]
-    return (running[:, 1:] - running[:, :-1]) * mask
+        return probabilities
+    joined = torch.cat((probabilities.new_ones(1), probabilities))  # [1 + T]
+    return (joined.cummin(0).values if shape == "min-drop" else joined.cumprod(0)).diff()
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:

@@ -252,12 +252,7 @@ def test_aggregation_weights_by_hand() -> None:
 
 
 def test_process_rewards_by_hand() -> None:
-    probabilities = torch.tensor([[0.8, 0.9, 0.5, 0.3]])
-    mask = torch.tensor([[True, True, True, False]])
-    shapes = {
-        "raw": [0.8, 0.9, 0.5, 0.0],
-        "min-drop": [-0.2, 0.0, -0.3, 0.0],
-        "prod-drop": [-0.2, -0.08, -0.36, 0.0],
-    }
+    probabilities = torch.tensor([0.8, 0.9, 0.5])
+    shapes = {"raw": [0.8, 0.9, 0.5], "min-drop": [-0.2, 0.0, -0.3], "prod-drop": [-0.2, -0.08, -0.36]}
     for shape, expected in shapes.items():
-        assert losses.process_rewards(probabilities, mask, shape)[0].tolist() == pytest.approx(expected)
+        assert losses.process_rewards(probabilities, shape).tolist() == pytest.approx(expected)

@@ -180,8 +180,7 @@ def process_reward(
     losses.process_rewards() has the three kinds. The bonus is added for every step."""
     laid_out = torch.zeros(rollout.batch.tokens.shape)
     for row, steps in enumerate(step_logits(verifier, own or tokenizer, rollout, max_batch_size)):
-        probabilities = torch.tensor([steps]).sigmoid()
-        worth = losses.process_rewards(probabilities, torch.ones_like(probabilities).bool(), flags.step_reward)[0]
+        worth = losses.process_rewards(torch.tensor(steps).sigmoid(), flags.step_reward)
         # the verifier read the response's text in tokens of its own layout; rewards belong to the sampled ones
         places = rollout.batch.response_mask[row].nonzero()[:, 0]
         first = int(places[0])
