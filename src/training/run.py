@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import timeit
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
@@ -167,14 +168,12 @@ class ThroughputMeter:
 
     def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
         """The steps, with the time taken to lay each of them out noted."""
-        while True:
-            began = time.perf_counter()
-            step = next(steps, None)
-            if step is None:
-                return
+        began = time.perf_counter()
+        for step in steps:
             self._began = time.perf_counter()
             self._data_seconds = self._began - began
             yield step
+            began = time.perf_counter()
 
     def measure(self, batches: Sequence[Batch], supervised: float) -> dict[str, float]:
         """Numbers of the step that has just ended; `supervised` tokens or pairs are counted over all ranks.
@@ -205,12 +204,8 @@ def matrix_rate(dtype: torch.dtype) -> float:
     """FLOP a second of one square matrix product here in this type; the best of five."""
     size = 8192 if parallel.device().type == "cuda" else 512
     a = torch.ones(size, size, dtype=dtype, device=parallel.device())
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        linear(a, a)[0, 0].item()  # by the library that multiplies in training
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    # by the library that multiplies in training
+    return 2 * size**3 / min(timeit.repeat(lambda: linear(a, a)[0, 0].item(), number=1, repeat=5))
 
 
 TOLD_APART = 100  # first rows whose control tokens are looked at
