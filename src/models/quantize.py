@@ -229,14 +229,6 @@ class QuantizedEmbedding(nn.Module):
         return parallel.sum_over_tensor_parallel(rows * here[..., None])
 
 
-STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
-    ColumnParallelLinear: QuantizedLinear,
-    RowParallelLinear: QuantizedLinear,
-    VocabParallelEmbedding: QuantizedEmbedding,
-    ParallelEmbedding: QuantizedEmbedding,
-}
-
-
 @torch.no_grad()
 def quantize_weights(model: nn.Module, precision: str, dtype: torch.dtype) -> None:
     """Replace every linear's and embedding's weight in place, one at a time, and freeze the model.
@@ -246,12 +238,13 @@ def quantize_weights(model: nn.Module, precision: str, dtype: torch.dtype) -> No
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in STAND_INS:
+            embeds = isinstance(child, VocabParallelEmbedding | ParallelEmbedding)
+            if embeds or isinstance(child, ColumnParallelLinear | RowParallelLinear):
                 matrix: QuantizedMatrix | RoundedMatrix = (
                     RoundedMatrix(child.weight, dtype)
                     if precision == "bfloat16"
                     else QuantizedMatrix(child.weight, PRECISIONS[precision], dtype))
-                setattr(parent, name, STAND_INS[type(child)](child, matrix))
+                setattr(parent, name, (QuantizedEmbedding if embeds else QuantizedLinear)(child, matrix))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(False)
