@@ -249,7 +249,7 @@ def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None
     if config.choices:
         for name in config.changed((*SAMPLED_BY, "num_samples", "compile", "max_rounds", "interactive")):
             raise UserError(f"--{name} has no effect on --choices, which samples nothing; leave it out")
-        if benchmark.equality not in ("choice@4", "typed@4"):
+        if benchmark.equality not in ("choice@5", "typed@5"):
             raise UserError(f"--choices gives the letter of a choice, but --task {config.task} compares by "
                             f"{benchmark.equality or 'nothing'}; name a task of choices, such as choice")
     served = check_flags(config)

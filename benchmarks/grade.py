@@ -177,7 +177,7 @@ def model_solutions_table(path: Path, test: Path) -> str:
 def gold_table(path: Path) -> str:
     """MATH's reference solutions graded against the content of their own last box, both as text and as answer."""
     rows = [row.values for row in read_rows(str(path))]
-    golds = [extract("math/last-box@4", row["solution"]).answer or "" for row in rows]
+    golds = [extract("math/last-box@5", row["solution"]).answer or "" for row in rows]
     started = time.perf_counter()
     with Grader("MATH") as grader:
         verdicts = grader.grade([row["solution"] for row in rows], golds)

@@ -663,7 +663,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("data_build split", {"share": 2}, "--share is 2.0, expected a number from 0 to 1"),
     ("data_build split", {"test_file": "train.json"}, "16 questions of train.json are in train.json"),
     ("data_build process", {"samples_file": "graded.json"}, "has no key 'label'; grade the file"),
-    ("data_build process", {"task": "MATH"}, "was graded by gsm8k/hashes@4, exact@4, but --task MATH means"),
+    ("data_build process", {"task": "MATH"}, "was graded by gsm8k/hashes@5, exact@5, but --task MATH means"),
     (
         "data_build process",
         {"solutions_a_problem": 1},

@@ -6,7 +6,6 @@ multiple choice, true or false, a number that may be off by a stated tolerance.
 
 import re
 from collections.abc import Callable
-from fractions import Fraction
 from typing import NamedTuple
 
 from src.grading import equality
@@ -15,8 +14,8 @@ from src.grading.letters import leading_letters
 from src.grading.normalize import join_thousands, normalize, rational
 from src.grading.published_rules import minerva_string
 from src.grading.tables import TRUTH
-from src.grading.values import Leaf
-from src.grading.words import quantity
+from src.grading.values import Leaf, near_value
+from src.grading.words import Quantity, quantity, units_clash
 
 
 class AnswerType(NamedTuple):
@@ -58,26 +57,30 @@ def same_truth(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> 
 
 
 def truth(text: str) -> bool | None:
-    """What the first word of "Yes, because ..." says; None if it says neither, or a later word says the other."""
+    """What the first word of "Yes, because ..." says; None if it says neither, or a later word says the other. Beside
+    words a letter such as f says nothing."""
     words = re.findall(r"[a-z]+", normalize(text[: equality.MAX_LENGTH]).lower())
+    words = [word for word in words if len(word) > 1] or words
     values = {TRUTH[word] for word in words if word in TRUTH}
     return values.pop() if len(values) == 1 and words[0] in TRUTH and "or" not in words else None
 
 
-def plain_number(text: str) -> Fraction | None:
-    """The value of a number with or without "x=", unit and separators of thousands; None for anything else."""
-    if len(text) > equality.MAX_LENGTH:
-        return None
-    _, value = split_name(normalize(text))
-    return rational(quantity(join_thousands(value)).value)
+def plain_quantity(text: str, glued: bool = False) -> Quantity:
+    """A value with its unit or sign, without "x=" and separators of thousands; glued: 5m is 5 meters."""
+    _, value = split_name(normalize(text)) if len(text) <= equality.MAX_LENGTH else ("", "")
+    return quantity(join_thousands(value), glued)
 
 
 def near_number(answer: str, label: str, answer_type: AnswerType, leaf: Leaf) -> bool:
-    """Two numbers no further apart than the tolerance; what is no plain number is compared exactly."""
-    ours, theirs = plain_number(answer), plain_number(label)
-    if not answer_type.tolerance or ours is None or theirs is None:
+    """Two numbers no further apart than the tolerance, by the label's measure and not of another; what is no plain
+    number is compared exactly."""
+    ours, theirs = plain_quantity(answer, glued=True), plain_quantity(label)
+    value, number = rational(ours.value), rational(theirs.value)
+    if not answer_type.tolerance or value is None or number is None:
         return equality.equal(answer, label, leaf)
-    return abs(ours - theirs) <= answer_type.tolerance
+    if equality.other_money(answer, label) or units_clash(ours.unit, theirs.unit):
+        return False
+    return near_value(value, ours, number, theirs, answer_type.tolerance)
 
 
 KINDS: dict[str, Equality] = {
@@ -85,9 +88,9 @@ KINDS: dict[str, Equality] = {
     "set": exact, "choice": same_choice, "true_false": same_truth, "yes_no": same_truth, "valid_invalid": same_truth,
 }
 EQUALITIES: dict[str, Equality] = {
-    "exact@4": exact,
-    "choice@4": same_choice,
-    "typed@4": lambda answer, label, answer_type, leaf: KINDS[answer_type.kind](answer, label, answer_type, leaf),
+    "exact@5": exact,
+    "choice@5": same_choice,
+    "typed@5": lambda answer, label, answer_type, leaf: KINDS[answer_type.kind](answer, label, answer_type, leaf),
     # an empty answer equals nothing
     "minerva-strings@1": lambda answer, label, *_: bool(answer) and minerva_string(answer) == minerva_string(label),
 }

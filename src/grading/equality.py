@@ -49,11 +49,15 @@ def equal(answer: str, label: str, leaf: Leaf) -> bool:
         return bool(label.strip())
     if max(len(answer), len(label)) > MAX_LENGTH:
         return False
-    if MONEY.search(label):
-        money, wanted = (currencies(formulas_only(side)) for side in (answer, label))
-        if money and wanted and money.isdisjoint(wanted):
-            return False
-    return same(normalize(answer), normalize(label), leaf, 0)
+    return not other_money(answer, label) and same(normalize(answer), normalize(label), leaf, 0)
+
+
+def other_money(answer: str, label: str) -> bool:
+    """Whether both name kinds of money, and none that is the same."""
+    if not MONEY.search(label):
+        return False
+    money, wanted = (currencies(formulas_only(side)) for side in (answer, label))
+    return bool(money and wanted) and money.isdisjoint(wanted)
 
 
 def same(answer: str, label: str, leaf: Leaf, depth: int) -> bool:

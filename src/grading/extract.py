@@ -60,7 +60,9 @@ TITLE = re.compile(  # markdown's heading of the fourth level
 BELOW = re.compile(r"[\W_]{0,6}\d[\d., /]{0,20}[\W_]{0,6}")  # all that stands below a heading: a number
 SENTENCE_START = re.compile(r"[\s*_]*[A-Za-z]{3}")
 ANSWER_HEADING = re.compile(r"^(?:#+|\*\*)[ \t]*(?:final[ \t]+)?answer[ \t:*]*\n", re.IGNORECASE | re.MULTILINE)
-ANSWER_IS = re.compile(r"\bans(?:wer)?(?:\s+is\b|\W{0,3}[:=])[\s:*_}]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE)
+ANSWER_IS = re.compile(
+    r"\bans(?:wer)?(?:[*_]{0,3}\s+is\b|\W{0,3}[:=])[\s:*_}]*|^A[ \t]*:[ \t]*", re.IGNORECASE | re.MULTILINE
+)
 NEXT_PROBLEM = re.compile(
     r"^\W{0,4}(?:(?:Q|Question|Problem)\s{0,2}(\d{0,3})|Instruction|Human|User)\W{0,2}:", re.MULTILINE)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[])")
@@ -86,6 +88,10 @@ DISBELIEVED = re.compile(  # right in front of "answer is"
 )
 UNFINISHED = re.compile(r"\$(?![\d.\s-])[^$]*$|\\\((?:(?!\\\)).)*$", re.DOTALL)  # a formula, no sum of money
 FINISHED = re.compile(r"[.!?]\W{0,4}$")
+EMPHASIS = re.compile(  # of markdown, where it ends a word or, if it cannot be a product, begins one
+    r"(?<=[^\s*_`^\\])(?:[*_]{2,3}|`|[*_](?!\s*[-+\d({\\]|\s+[A-Za-z]\b))(?=[\s.,;:!?)%]|$)"
+    r"|(?<!\S)(?:[*_]{2,3}|`)(?=[^\W_]|[$\\(\[{-])"
+)
 LISTED = re.compile(r"\s*,?\s*(?:and)?\s*")  # between the formulas of a list
 CHOICE = re.compile(r"(?<![A-Za-z])(?:or|either|maybe|possibly|not|one of(?= [$\\\d]))(?![A-Za-z])", re.IGNORECASE)
 
@@ -171,8 +177,8 @@ def after_answer_is(text: str) -> Found | None:
 
 
 def statement(text: str) -> str:
-    """The first sentence of a text, without the mark-up and the full stop around it."""
-    text = text.strip().lstrip(":* ")
+    """The first sentence of a text, without the mark-up in it and the full stop around it."""
+    text = text.strip().lstrip(":*_ ")
     for opening, closing in (("$$", "$$"), ("\\[", "\\]")):
         if text.startswith(opening):
             inside, found, _ = text[2:].partition(closing)
@@ -180,7 +186,7 @@ def statement(text: str) -> str:
     if UNFINISHED.match(text):
         return ""
     line = text if "\\begin" in text[:200] else text.partition("\n")[0]
-    line = SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t*")
+    line = SENTENCE_END.split(EMPHASIS.sub("", line), maxsplit=1)[0].strip(" \t*")
     return line if line.endswith("...") else line.rstrip(" *.")
 
 
@@ -296,10 +302,10 @@ RULES: dict[str, Callable[[str], Found | None]] = {
     "last-letter": last_letter,
 }
 GROUPS = {
-    "gsm8k/last-number@4": ("hashes", "box hope heading", "answer-is", "last-number"),
-    "gsm8k/hashes@4": ("hashes",),
-    "math/last-box@4": ("box hope heading", "hashes answer-is", "last-statement"),
-    "choice/letter@4": ("box hope heading", "hashes answer-is option-is", "last-letter"),
+    "gsm8k/last-number@5": ("hashes", "box hope heading", "answer-is", "last-number"),
+    "gsm8k/hashes@5": ("hashes",),
+    "math/last-box@5": ("box hope heading", "hashes answer-is", "last-statement"),
+    "choice/letter@5": ("box hope heading", "hashes answer-is option-is", "last-letter"),
 }
 PUBLISHED_MARKS = {"weak-to-strong/hashes@1": "####", "weak-to-strong/answer-is@1": "The answer is:"}
 EXTRACTIONS = (*GROUPS, *PUBLISHED_MARKS)
@@ -313,7 +319,7 @@ def extract(extraction: str, response: str) -> Extraction:
         answer = weak_to_strong_answer(response, mark)
         return Extraction(answer or None, mark if answer else "none")
     text = own_part(plain(response))
-    read = leading_letters if extraction == "choice/letter@4" else str
+    read = leading_letters if extraction == "choice/letter@5" else str
     for group in GROUPS[extraction]:
         found = [(place.position, read(place.text), name) for name in group.split() if (place := RULES[name](text))]
         if found:

@@ -12,7 +12,7 @@ from src.grading.extract import Extraction, extract
 from src.grading.tasks import Task, find_task
 from src.processes.worker import Worker
 
-GRADER_VERSION = "splitrl-4+math-verify-0.9.0"  # printed with every score: graders differ by points
+GRADER_VERSION = "splitrl-5+math-verify-0.9.0"  # printed with every score: graders differ by points
 MAX_LENGTH = 50_000  # characters of a response that are searched without a limit of time
 CACHE_SIZE = 200_000
 

@@ -57,11 +57,11 @@ class Task:
 
 
 RULES = (  # names, extraction, equality
-    ("GSM8K SVAMP ASDiv MAWPS", "gsm8k/last-number@4", "exact@4"),
-    ("MATH MATH-500 AIME24 AIME25 AMC23 HMMT Minerva", "math/last-box@4", "exact@4"),
-    ("AQuA choice GPQA MMLU ARC CommonsenseQA", "choice/letter@4", "choice@4"),
-    ("OlympiadBench OlympicArena BBH AGIEval", "math/last-box@4", "typed@4"),
-    ("GSM8K-strict toy", "gsm8k/hashes@4", "exact@4"),
+    ("GSM8K SVAMP ASDiv MAWPS", "gsm8k/last-number@5", "exact@5"),
+    ("MATH MATH-500 AIME24 AIME25 AMC23 HMMT Minerva", "math/last-box@5", "exact@5"),
+    ("AQuA choice GPQA MMLU ARC CommonsenseQA", "choice/letter@5", "choice@5"),
+    ("OlympiadBench OlympicArena BBH AGIEval", "math/last-box@5", "typed@5"),
+    ("GSM8K-strict toy", "gsm8k/hashes@5", "exact@5"),
     ("none", "", ""),
 )
 TASKS = {name.lower(): Task(name=name, extraction=extraction, equality=equality)

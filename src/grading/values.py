@@ -85,9 +85,18 @@ def same_number(answer: str, ours: Quantity, number: Fraction, theirs: Quantity,
         return call_leaf(ours.value, radians(theirs), leaf)
     if value is None:
         return only_number(answer) == number
+    return near_value(value, ours, number, theirs)
+
+
+def near_value(value: Fraction, ours: Quantity, number: Fraction, theirs: Quantity, tolerance: float = 0.0) -> bool:
+    """Whether an answer's number is within the tolerance of the label's, by the label's measure: as it is or in
+    percent."""
+    def near(value: Fraction) -> bool:
+        return abs(value - number) <= tolerance
+
     if ours.scale == "percent" and not theirs.scale:  # the sign is optional where the label can be a percentage
-        return value / 100 == number or value == number and abs(number) >= 1 and "/" not in theirs.value
-    return value == number or theirs.scale == "percent" and not ours.scale and value == number / 100
+        return near(value / 100) or near(value) and abs(number) >= 1 and "/" not in theirs.value
+    return near(value) or theirs.scale == "percent" and not ours.scale and near(100 * value)
 
 
 def radians(angle: Quantity) -> str:

@@ -42,7 +42,7 @@ from tests.conftest import CODE_QUESTION, CODE_SOLUTION, Folders
 from tests.ranks import succeed
 from tests.tiny import build
 
-RULES = {"extraction": "gsm8k/hashes@4", "equality": "exact@4"}
+RULES = {"extraction": "gsm8k/hashes@5", "equality": "exact@5"}
 SOLUTION = "1+1 #### 2\n\n2+2=3 #### 3\n\na\n\n#### 4"  # until the last step its answer is another
 
 
@@ -340,8 +340,8 @@ def test_continuations_of_other_solutions_are_refused(tmp_path: Path) -> None:
 
 
 def test_samples_of_another_scorer_are_refused(folders: Folders, tmp_path: Path) -> None:
-    source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right")], RULES | {"equality": "choice@4"})
-    with pytest.raises(UserError, match="was graded by gsm8k/hashes@4, choice@4, but --task toy means"):
+    source = log_dir(tmp_path / "log", [sample("0", 0, SOLUTION, "right")], RULES | {"equality": "choice@5"})
+    with pytest.raises(UserError, match="was graded by gsm8k/hashes@5, choice@5, but --task toy means"):
         branched(folders, source, tmp_path / "a")
 
 

@@ -167,7 +167,7 @@ def test_w2s_21_the_report_of_a_stage_reads_gold_and_the_filter_does_not(tmp_pat
 
 def test_w2s_23_consistency_and_votes_judge_by_the_kind_of_answer(tmp_path: Path) -> None:
     """Letters, truth values and numbers within a tolerance are the same answer in other words."""
-    rules = {"extraction": "math/last-box@4", "equality": "typed@4"}
+    rules = {"extraction": "math/last-box@5", "equality": "typed@5"}
     kinds = {"0": ("choice", 0), "1": ("true_false", 0), "2": ("number", 0.01), "3": ("number", 0.01), "4": ("", 0)}
     answers = {
         "0": ("C and A", "A, C"), "1": ("True", "correct"), "2": ("2.001", "2"), "3": ("2.1", "2"), "4": ("x", "y"),
@@ -224,8 +224,8 @@ def test_w2s_09_demonstrations_are_the_weak_model_s_own_by_id(tmp_path: Path) ->
     [
         ({"model": "x"}, "was sampled from the model x, but s is s"),
         (
-            {"rules": RULES | {"equality": "exact@4"}},
-            "was graded by .*minerva-strings@1 and .* by .*exact@4",
+            {"rules": RULES | {"equality": "exact@5"}},
+            "was graded by .*minerva-strings@1 and .* by .*exact@5",
         ),
         ({"rules": {}}, "is not graded; grade it"),
         ({"answers": {"0": ["1"]}}, "problem '1' was answered by one of the two models only"),

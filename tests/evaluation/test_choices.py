@@ -108,7 +108,7 @@ def test_a_model_without_numbers_has_no_accuracy(folder: Path, tmp_path: Path, f
 
 @pytest.mark.parametrize(("row", "flags", "complaint"), [
     ({}, {"temperature": 1.0}, "--temperature has no effect on --choices"),
-    ({}, {"task": "GSM8K"}, "--task GSM8K compares by exact@4; name a task of choices"),
+    ({}, {"task": "GSM8K"}, "--task GSM8K compares by exact@5; name a task of choices"),
     ({}, {"ckpt_dir": "", "samples_file": "x.jsonl"}, "--choices has no effect on samples that exist"),
     ({"choices": None}, {}, "problem '0' has no 'choices', which --choices text needs"),
     ({"question": None}, {}, "problem '0' has no 'question'"),

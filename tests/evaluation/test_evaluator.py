@@ -76,7 +76,7 @@ def test_w2s_04_n_problems_in_n_verdicts_out(prompts: list[Prompt], tmp_path: Pa
         2: {"accuracy": 0.0, "interval": wilson_interval(0, 2), "problems": 2},
     }
     table = results_table(results)
-    assert "3 problems, 1 samples each; gsm8k/hashes@4, exact@4" in table
+    assert "3 problems, 1 samples each; gsm8k/hashes@5, exact@5" in table
     assert "33.3%" in table and "2 unparsed" in table and "2, 1 missing, 0 cut at the limit" in table
 
 

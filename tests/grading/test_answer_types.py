@@ -32,7 +32,7 @@ def test_letters_by_hand(text: str, letters: str) -> None:
     ("The answer is A.\nQuestion: next?\nThe answer is B.", "A"),
 ])
 def test_letters_are_found_in_responses(response: str, answer: str | None) -> None:
-    assert extract("choice/letter@4", response).answer == answer
+    assert extract("choice/letter@5", response).answer == answer
 
 
 @pytest.mark.parametrize(("kind", "tolerance", "answer", "label", "outcome"), [
@@ -40,6 +40,14 @@ def test_letters_are_found_in_responses(response: str, answer: str | None) -> No
     ("number", 0.1, "3.14", "3.1", "right"),
     ("number", 0.01, "3.14", "3.1", "wrong"),
     ("number", 0.5, "1{,}000.5 \\text{ m}", "1000", "right"),
+    ("number", 0.1, "5.05m", "x = 5 \\text{ m}", "right"),
+    ("number", 0.1, "5 km", "5 m", "wrong"),
+    ("number", 0.1, "3 cm", "3 cm^2", "wrong"),
+    ("number", 0.1, "5 euros", "\\$5", "wrong"),
+    ("number", 0.01, "49.8%", "0.5", "right"),
+    ("number", 0.01, "0.5%", "0.5", "wrong"),
+    ("number", 1.0, "0.498", "50%", "right"),                 # by the label's measure
+    ("number", 1.0, "0.4", "50%", "wrong"),
     ("number", 0.1, "\\sqrt{4}+x", "x+2", "right"),           # no plain number: exactly
     ("true_false", 0.0, "\\text{Yes}", "True", "right"),
     ("true_false", 0.0, "no", "True", "wrong"),
@@ -50,6 +58,10 @@ def test_letters_are_found_in_responses(response: str, answer: str | None) -> No
     ("yes_no", 0.0, "Yes or so", "Yes", "wrong"),
     ("yes_no", 0.0, "not yes", "Yes", "wrong"),
     ("true_false", 0.0, "perhaps", "perhaps", "wrong"),
+    ("true_false", 0.0, "True for all n", "True", "right"),   # letters beside words are names
+    ("yes_no", 0.0, "No, t is not prime", "no", "right"),
+    ("yes_no", 0.0, "f is continuous", "no", "wrong"),
+    ("true_false", 0.0, "(F)", "False", "right"),
     ("choice", 0.0, "(B) 4", "B", "right"),
     ("tuple", 0.0, "(1,2)", "(2,1)", "wrong"),
     ("set", 0.0, "2, 1", "1,2", "right"),

@@ -37,6 +37,15 @@ def grader() -> Iterator[Grader]:
     ("GSM8K", "The answer is 7 cats.\nQuestion: How many dogs?\nThe answer is 9.", "7 cats"),
     ("GSM8K", "We get \\boxed{12}.", "12"),
     ("GSM8K", "So **Answer:** 15", "15"),
+    ("GSM8K", "The answer is **15** dollars.", "15 dollars"),
+    ("GSM8K", "The answer is *15*, since 3*5 = 15 and 3 * 5 = 15.", "15, since 3*5 = 15 and 3 * 5 = 15"),
+    ("GSM8K", "The **answer** is ***$15 a week.*** She", "$15 a week"),
+    ("GSM8K", "**The answer is 15** __small__ apples", "15 small apples"),
+    ("GSM8K", "#### `15` apples", "15 apples"),
+    ("GSM8K", "#### _15_ apples", "15 apples"),
+    ("MATH", "The answer is **$x=5$** here", "$x=5$ here"),
+    ("MATH", "# Answer\n**Yes** for all", "Yes for all"),
+    ("MATH", "The answer is h**2/m, 3* 5, 2 * x, a^* or x_ {1}", "h**2/m, 3* 5, 2 * x, a^* or x_ {1}"),
     ("GSM8K", "She has 3 left and buys 4. Now she has 7 pens.", "7"),
     ("GSM8K", "She has 3 left and buys 4. Now she has 7 pe", None),
     ("GSM8K", "It is either 3 or 4.", None),
@@ -65,9 +74,9 @@ def test_extraction_by_hand(task: str, response: str, answer: str | None) -> Non
 
 
 def test_extraction_names_its_rule() -> None:
-    assert extract("gsm8k/last-number@4", "#### 4") == ("4", "hashes")
-    assert extract("math/last-box@4", "\\boxed{") == (None, "box")
-    assert extract("gsm8k/hashes@4", "4") == (None, "none")
+    assert extract("gsm8k/last-number@5", "#### 4") == ("4", "hashes")
+    assert extract("math/last-box@5", "\\boxed{") == (None, "box")
+    assert extract("gsm8k/hashes@5", "4") == (None, "none")
 
 
 def test_unknown_task_names_the_known_ones() -> None:
@@ -226,7 +235,7 @@ def test_hostile_answers_are_wrong_and_leave_nothing(grader: Grader, answer: str
 
 
 @pytest.mark.parametrize("piece", [
-    "answer is ", "Answer: A, ", "(A) ", "#### ", "#### 1\n",
+    "answer is **", "** _", "answer is ", "Answer: A, ", "(A) ", "#### ", "#### 1\n",
     "The final answer is ", "\\boxed{", "$", "1, ", "[ ", "-", "Q: a\n", "\\\\", "\n", "A: ", "$a$ and ", "\\(",
 ])
 def test_extraction_is_linear(piece: str) -> None:

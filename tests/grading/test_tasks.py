@@ -37,7 +37,7 @@ def test_a_misspelt_task_is_told_the_near_one() -> None:
 def test_a_task_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "riddles.json"
     path.write_text(json.dumps({"prompt": "Riddle: {instruction}\nSay A or B.", "stop": ["Riddle:"],
-                                "extraction": "choice/letter@4", "equality": "choice@4"}))
+                                "extraction": "choice/letter@5", "equality": "choice@5"}))
     task = find_task(str(path))
     assert (task.name, task.stop) == ("riddles", ("Riddle:",))
     with Grader(task) as grader:
@@ -48,13 +48,13 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     ("{", "not valid json"),
     ("[]", "found a list; expected a json object"),
     ('{"extraction": null, "equality": null}', "holds nothing; expected extraction and equality"),
-    ('{"extraction": "math/last-box@4"}', "holds extraction; expected extraction and equality"),
-    ('{"extraction": "math/last-box@4", "equality": "exact@4", "stops": []}', "stops; expected"),
-    ('{"extraction": "math/last-box", "equality": "exact@4"}', "no extraction rule 'math/last-box'; expected gsm8k"),
-    ('{"extraction": "math/last-box@4", "equality": "fuzzy@1"}', "no equality rule 'fuzzy@1'"),
-    ('{"extraction": "math/last-box@4", "equality": "exact@4", "stop": "Q:"}', "'stop' is 'Q:'"),
-    ('{"extraction": "math/last-box@4", "equality": "exact@4", "prompt": 1}', "'prompt' is a int"),
-    ('{"extraction": "math/last-box@4", "equality": "exact@4", "prompt": "Q:"}', "holds {instruction} 0 times"),
+    ('{"extraction": "math/last-box@5"}', "holds extraction; expected extraction and equality"),
+    ('{"extraction": "math/last-box@5", "equality": "exact@5", "stops": []}', "stops; expected"),
+    ('{"extraction": "math/last-box", "equality": "exact@5"}', "no extraction rule 'math/last-box'; expected gsm8k"),
+    ('{"extraction": "math/last-box@5", "equality": "fuzzy@1"}', "no equality rule 'fuzzy@1'"),
+    ('{"extraction": "math/last-box@5", "equality": "exact@5", "stop": "Q:"}', "'stop' is 'Q:'"),
+    ('{"extraction": "math/last-box@5", "equality": "exact@5", "prompt": 1}', "'prompt' is a int"),
+    ('{"extraction": "math/last-box@5", "equality": "exact@5", "prompt": "Q:"}', "holds {instruction} 0 times"),
 ])
 def test_a_bad_task_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "own.json"

@@ -9,7 +9,7 @@ from dataset.toy.generate import check_steps
 from recipes import easy_to_hard_table as table
 
 N = 40
-RULES = {"extraction": "gsm8k/hashes@4", "equality": "exact@4"}
+RULES = {"extraction": "gsm8k/hashes@5", "equality": "exact@5"}
 
 
 @pytest.fixture

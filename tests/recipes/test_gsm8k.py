@@ -12,7 +12,7 @@ from src.errors import UserError
 from tests.recipes.test_commands import check, script_of, started
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gsm8k.sh"
-RULES = {"extraction": "gsm8k/last-number@4", "equality": "exact@4"}
+RULES = {"extraction": "gsm8k/last-number@5", "equality": "exact@5"}
 N = 60
 
 

@@ -108,7 +108,7 @@ def test_a_problem_without_samples_is_unsolved_in_a_comparison(evaluations: tupl
     assert page_data(write_report(evaluations[1], less))["comparison"].startswith("Of 1 problems that both have")
 
 
-def shown(folder: Path, outcomes: str, *, rules: str = "gsm8k/last-number@4", **values: object) -> Path:
+def shown(folder: Path, outcomes: str, *, rules: str = "gsm8k/last-number@5", **values: object) -> Path:
     """A graded evaluation, a letter for the one sample of each problem: r right, w wrong."""
     folder.mkdir()
     results = {"samples_a_problem": 1, "rules": {"extraction": rules}}

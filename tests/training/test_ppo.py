@@ -353,7 +353,7 @@ def test_held_out_measures_count_every_prompt_and_are_those_of_the_evaluator(
     numbers = ppo_config(eval_file="held", eval_samples=n)
     sampling = Sampling(temperature=numbers.temperature * (n > 1), max_new_tokens=6, seed=11)
     same = sample_rollout(models.actor.model, PROMPTS, tokenizer, sampling, numbers=range(n), max_batch_size=4)
-    task = Task(name="begins", extraction="gsm8k/last-number@4", equality="typed@4")
+    task = Task(name="begins", extraction="gsm8k/last-number@5", equality="typed@5")
     labels = [same.responses[place * n][:1] or "7" for place in range(len(PROMPTS))]
     prompts = [prompt._replace(label=label) for prompt, label in zip(PROMPTS, labels, strict=True)]
     data = Inputs([], prompts, 6, tokenizer, task, [], 1)  # a sixth was too long to be answered

@@ -146,7 +146,7 @@ def test_grpo_with_adapters_runs_without_critic_or_reference(folders: Folders, t
     rows = [{"instruction": row.instruction, "label": "1e9", "tolerance": 1e10, "answer_type": "number"}
             for row in PROMPTS]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
-    task = {"prompt": "a {instruction}=", "stop": ["b"], "extraction": "gsm8k/last-number@4", "equality": "typed@4"}
+    task = {"prompt": "a {instruction}=", "stop": ["b"], "extraction": "gsm8k/last-number@5", "equality": "typed@5"}
     (tmp_path / "own.json").write_text(json.dumps(task))
     flags = {
         "task": tmp_path / "own.json",
