@@ -7,7 +7,9 @@ from pathlib import Path
 from src.errors import UserError
 from src.jsonfile import read_json, write_json
 from src.text.chat import BUILT_IN
-from src.text.tokenizer import VOCABULARY_FILES, Tokenizer
+from src.text.gguf_tokenizer import merges_of, spelled
+from src.text.tokenizer import VOCABULARY_FILES, Tokenizer, read_config
+from src.text.vocabulary import PreTokenizer, SentencePiece, Tiktoken, byte_level_bpe
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 
@@ -22,13 +24,22 @@ def add_control_tokens(folder: Path, tokens: Sequence[str], source: Path) -> int
     known = [token for token in tokens if token in tokenizer.control]
     if known:
         raise UserError(f"{source}: the tokenizer has '{known[0]}' already; nothing is to be added")
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = _config_of(folder)
     never = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     entries = {str(tokenizer.vocab_size + place): {"content": token, **never, "special": True}
                for place, token in enumerate(tokens)}
     config["added_tokens_decoder"] = (config.get("added_tokens_decoder") or {}) | entries
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_config(folder, config)
     return tokenizer.vocab_size
+
+
+def _config_of(folder: Path) -> dict[str, object]:
+    """tokenizer_config.json as it stands there; empty where it does not."""
+    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+
+
+def _write_config(folder: Path, config: Mapping[str, object]) -> None:
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def say_ends(
@@ -50,8 +61,9 @@ def say_ends(
         except UserError:  # what nothing here has trained with need not be understood
             if chat_template:
                 raise
-    if tokenizer and tokenizer.path.suffix == ".model" and not (folder / CONFIG).is_file():
-        _name_sentencepiece(folder, tokenizer)
+    named = _config_of(folder).get("tokenizer_class")
+    if tokenizer and not named and isinstance(tokenizer.vocabulary, SentencePiece | Tiktoken):
+        _name_class(folder, tokenizer)
     said = read_json(path) if path.is_file() else {}
     of_config = said.get("eos_token_id") is None
     ends = (ids if of_config else said).get("eos_token_id")
@@ -82,14 +94,27 @@ def say_ends(
     return ids
 
 
-def _name_sentencepiece(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write tokenizer_config.json beside a sentencepiece model that came without. transformers takes one that nothing
-    names for another kind, and gives texts without BOS and without the space before their first word; with `legacy` it
-    puts that after control tokens too, as Meta's code does, but also after user-defined pieces, as nobody else does."""
-    model = tokenizer.vocabulary
-    named = {"bos_token": model.bos, "eos_token": model.eos}
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.bos_id is not None,
-              "add_prefix_space": model.puts_space, "legacy": not model.has_user_defined(),
-              "clean_up_tokenization_spaces": False}
-    config |= {name: token for name, token in named.items() if token}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _name_class(folder: Path, tokenizer: Tokenizer) -> None:
+    """Say in tokenizer_config.json what transformers is to open a sentencepiece or tiktoken file as that came without:
+    it would take the one for another kind, and give texts without BOS and without the space before their first word,
+    and the other without control tokens.
+
+    With `legacy` that space stands after control tokens too, as in Meta's code, but also after user-defined pieces, as
+    nobody else has it. A tiktoken file gets a tokenizer.json beside it, for it does not tell how text is cut.
+    """
+    model, said = tokenizer.vocabulary, read_config(folder)
+    ends = {"bos_token": model.bos, "eos_token": model.eos}
+    config = {name: token for name, token in ends.items() if token and name not in said} | _config_of(folder)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if isinstance(model, SentencePiece):
+        config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.bos_id is not None,
+                   "add_prefix_space": model.puts_space, "legacy": not model.has_user_defined()}
+    else:
+        plain = {token: facts.id for token, facts in tokenizer.added.items() if not facts.control}
+        vocab = {spelled(token): rank for token, rank in model.ranks.items()} | tokenizer.control | plain
+        merges = [(spelled(left), spelled(right)) for left, right in merges_of(model.ranks)]
+        bos = next((token for token, index in tokenizer.control.items() if index == tokenizer.bos_id), None)
+        cut = PreTokenizer((model.pattern,), nfc=model.nfc, ignore_merges=True)
+        made = byte_level_bpe(vocab, merges, cut, list(tokenizer.control), list(plain), bos)
+        (folder / "tokenizer.json").write_text(made.to_str(), encoding="utf-8")
+    _write_config(folder, config)

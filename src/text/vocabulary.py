@@ -130,7 +130,7 @@ _TIKTOKEN = {128000: _LLAMA_3, 151643: _QWEN}
 class Tiktoken:
     """Llama 3 (tokenizer.model) and Qwen v1 (qwen.tiktoken): lines of a base64 token and its rank.
 
-    ranks: the id of each token's bytes, in order; pattern: how text is cut before merging.
+    ranks: the id of each token's bytes, in order; pattern: how text is cut before merging; nfc: it is composed first.
     """
 
     renames = True
@@ -147,7 +147,7 @@ class Tiktoken:
         control = {token: len(ranks) + index for index, token in enumerate(facts.control)}
         self._encoding = tiktoken.Encoding(path.name, pat_str=facts.pattern, mergeable_ranks=ranks,
                                            special_tokens=control)
-        self.ranks, self.pattern, self._nfc = ranks, facts.pattern, facts.nfc
+        self.ranks, self.pattern, self.nfc = ranks, facts.pattern, facts.nfc
         self.size: int = self._encoding.n_vocab
         self.added = {token: Added(index, control=True) for token, index in control.items()}
         self.bos, self.eos, self.stops = facts.bos, facts.eos, facts.stops
@@ -155,7 +155,7 @@ class Tiktoken:
 
     def encode(self, text: str, *, start: bool) -> list[int]:
         """Ids of a text."""
-        return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self._nfc else text)
+        return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
 
     def decode(self, ids: Sequence[int], *, start: bool) -> str:
         """The text of ids; bytes that form no character become U+FFFD."""

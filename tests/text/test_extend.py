@@ -4,16 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import checkpoint_split
 from src import load, parallel
 from src.checkpoint.sources import open_source
 from src.checkpoint.split import with_added_tokens
 from src.errors import UserError
-from src.text.blocks import Marker
-from src.text.extend import add_control_tokens
+from src.text.blocks import CODE_FORM, Marker, answer_pieces, text_form
+from src.text.extend import add_control_tokens, say_ends
 from src.text.tokenizer import Tokenizer
 from tests.conftest import TOY_BASE
+from tests.text.files import write_json, write_ranks, write_sentencepiece
 
 TEXT = "What is <|text|> 6 x 7?\n\n#### 42"
 
@@ -76,3 +78,24 @@ def test_tokens_that_are_there_are_not_added_again(tmp_path: Path, code_base: st
     files = [path for path in Path(code_base).iterdir() if path.name.startswith("tokenizer")]
     with pytest.raises(UserError, match="already"):
         add_control_tokens(Path(code_base), [Marker.CODE], files[0].parent)
+
+
+@pytest.mark.parametrize("kind", ["as Llama 2's", "the toy's", "as Llama 3's"])
+def test_transformers_has_our_ids_where_nothing_names_a_class(tmp_path: Path, kind: str) -> None:
+    if kind == "as Llama 2's":
+        write_sentencepiece(tmp_path, user_defined_symbols=[])
+    elif kind == "the toy's":
+        (tmp_path / "tokenizer.model").write_bytes((TOY_BASE / "tokenizer.model").read_bytes())
+    else:
+        write_ranks(tmp_path / "tokenizer.model")
+    add_control_tokens(tmp_path, list(Marker), tmp_path)
+    say_ends(tmp_path, CODE_FORM, {})
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    tokenizer, theirs = Tokenizer(tmp_path, CODE_FORM), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("12+345 = 357.\n\n#### 357", "two\n\nthree", "é ü 中文 🙂 isn't", "x" * 40):
+        assert theirs(text).input_ids == [tokenizer.bos_id, *tokenizer.encode(text)]
+        assert theirs.decode(tokenizer.encode(text)) == text
+    parts = [*answer_pieces("So 6 x 7."), Marker.CODE, "print(6 * 7)", Marker.END_OF_BLOCK, Marker.END_OF_MESSAGE]
+    if kind != "the toy's":  # whose user-defined pieces have no space after them, where markers have one
+        ids = [index for piece in tokenizer.encode_pieces(parts) for index in piece]
+        assert theirs.encode(text_form(parts), add_special_tokens=False) == ids
