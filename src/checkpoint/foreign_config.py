@@ -12,17 +12,16 @@ from src.checkpoint.released import MODEL_TYPES, Released
 from src.errors import UserError
 from src.models.config import FIELDS, ModelConfig
 
-# What a row of MODEL_TYPES leaves open unless it states it: how a checkpoint was trained, cut, extended and stored.
-_UNCLAIMED = {
-    "family", "n_added_tokens", "max_seq_len", "rope_original_max_seq_len", "rope_low_freq_factor",
-    "rope_high_freq_factor", "rope_attention_factor", "rope_short_factors", "rope_long_factors", "logn_attention",
-    "renormalised_experts", "norm_eps", "embedding_split_dim", "value_head", "two_layer_head", "verifier_form", "score",
-    "score_mean", "score_std", "step", "dtype", "chat_template", "template_args", "system_prompt", "carried",
-}
 # Facts that only SplitRL reads; they are under `splitrl` in a config.json.
-_OWN_FACTS = {
+OWN_FACTS = {
     "n_added_tokens", "objective", "score", "score_mean", "score_std", "step", "chat_template", "template_args",
     "system_prompt",
+}
+# What a row of MODEL_TYPES leaves open unless it states it: how a checkpoint was trained, cut, extended and stored.
+_UNCLAIMED = OWN_FACTS | {
+    "family", "max_seq_len", "rope_original_max_seq_len", "rope_low_freq_factor", "rope_high_freq_factor",
+    "rope_attention_factor", "rope_short_factors", "rope_long_factors", "logn_attention", "renormalised_experts",
+    "norm_eps", "embedding_split_dim", "value_head", "two_layer_head", "verifier_form", "dtype", "carried",
 }
 _SUFFIXES = ("-base", "-chat", "-instruct", "-it")
 
@@ -59,7 +58,9 @@ def check_model_type(config: ModelConfig, model_type: str, source: str) -> None:
     """Raise UserError when --model_type contradicts the checkpoint; an empty string claims nothing."""
     if not model_type:
         return
-    for name, expected in claimed_facts(released(model_type), config).items():
+    for name, expected in claimed_facts(released(model_type)).items():
+        if name == "tied" and config.value_head:  # which has taken the output layer's place
+            continue
         found = getattr(config, name)
         if name == "vocab_size":
             found -= config.n_added_tokens
@@ -82,18 +83,12 @@ def released_config(model_type: str, max_seq_len: int) -> ModelConfig:
     row = released(model_type)
     if "dim" not in row.facts:
         raise UserError(f"{model_type} names a family; expected a size, such as llama-2-7b")
-    facts: dict[str, object] = {
-        "head_dim": row.facts["dim"] // row.facts["n_heads"],
-        **FAMILIES[row.family].facts}
-    facts |= {name: value for name, value in row.facts.items() if name in FIELDS}
-    facts["nope_layers"] = _nope_layers({}, FAMILIES[row.family], row.facts["n_layers"], "--model_type")
-    if facts.get("tied"):
-        facts["embedding_split_dim"] = 0  # as the output layer that it is too
-    return ModelConfig(**facts | {"family": row.family, "max_seq_len": max_seq_len})
+    facts = claimed_facts(row)
+    return ModelConfig(**facts, max_seq_len=max_seq_len, embedding_split_dim=0 if facts["tied"] else 1)
 
 
-def claimed_facts(row: Released, config: ModelConfig) -> dict[str, object]:
-    """Everything that a row says of a checkpoint of this config, by ModelConfig field."""
+def claimed_facts(row: Released) -> dict[str, object]:
+    """Everything that a row says of a checkpoint, by ModelConfig field."""
     family, facts = FAMILIES[row.family], dict(row.facts)
     if not facts:
         return {"family": row.family} | family.facts
@@ -104,10 +99,9 @@ def claimed_facts(row: Released, config: ModelConfig) -> dict[str, object]:
     claimed["windows"] = _windows(stated, family, facts["n_layers"], "--model_type")
     claimed["nope_layers"] = _nope_layers({}, family, facts["n_layers"], "--model_type")
     claimed |= family.facts
-    claimed |= {name: FIELDS[name].default for name in FIELDS.keys() - _UNCLAIMED - claimed.keys()}
-    if config.value_head:
-        del claimed["tied"]  # a value head has taken the output layer's place
-    return claimed
+    flagged = {field for field, _ in family.flags.values()}  # as each config of the family has it
+    defaults = FIELDS.keys() - _UNCLAIMED - flagged - claimed.keys()
+    return claimed | {name: FIELDS[name].default for name in defaults}
 
 
 def family_of(values: dict[str, object], source: str) -> Family:
@@ -147,8 +141,8 @@ def config_from_hf(stated: dict[str, object], source: str, dtype: str) -> ModelC
     except UserError as problem:
         raise UserError(f"{source}: {problem}") from None
     own = stated.get("splitrl", {})
-    if not isinstance(own, dict) or own.keys() - _OWN_FACTS:
-        raise UserError(f"{source}: splitrl={own!r}; expected an object with some of {', '.join(sorted(_OWN_FACTS))}")
+    if not isinstance(own, dict) or own.keys() - OWN_FACTS:
+        raise UserError(f"{source}: splitrl={own!r}; expected an object with some of {', '.join(sorted(OWN_FACTS))}")
     return dataclasses.replace(config, carried=_carried(stated, config, source), **own)
 
 
@@ -263,7 +257,7 @@ def _nope_layers(values: dict[str, object], family: Family, n_layers: int, sourc
 
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """The config.json of a solver, as transformers reads it. Raises UserError for what no config of its family says."""
-    own = {name: getattr(config, name) for name in sorted(_OWN_FACTS)}
+    own = {name: getattr(config, name) for name in sorted(OWN_FACTS)}
     own = {name: value for name, value in own.items() if value not in ({}, FIELDS[name].default)}
     values = config.carried | _hf_values(config) | ({"splitrl": own} if own or config.value_head else {})
     back = config_from_hf(values, "the exported config.json", config.dtype)

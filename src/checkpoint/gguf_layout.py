@@ -17,7 +17,7 @@ from torch import Tensor
 
 from src import runlog
 from src.checkpoint import convert, storage
-from src.checkpoint.foreign_config import config_from_hf, config_to_hf
+from src.checkpoint.foreign_config import OWN_FACTS, config_from_hf, config_to_hf
 from src.checkpoint.gguf import open_gguf
 from src.checkpoint.tensor_files import StoredTensor
 from src.checkpoint.weight_files import Source, check_counts, check_shapes
@@ -268,8 +268,7 @@ def _check_back(
     if config.norm_offset and not config.tied:  # llama.cpp's gemma takes the embedding, whatever else is there
         raise UserError(f"{description}: tied=False has no form in a GGUF file of architecture {architecture}")
     back = config_of(metadata, tensors, description)
-    free = {"family", "dtype", "carried", "embedding_split_dim", "n_added_tokens", "chat_template", "template_args",
-            "system_prompt", "objective", "score", "score_mean", "score_std", "step"}
+    free = OWN_FACTS | {"family", "dtype", "carried", "embedding_split_dim"}
     for field in (name for name in FIELDS if name not in free):
         ours, theirs = getattr(config, field), getattr(back, field)
         if ours != theirs and not (type(ours) is float and np.float32(ours) == np.float32(theirs)):

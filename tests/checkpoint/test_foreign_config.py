@@ -65,7 +65,7 @@ def test_sizes_are_the_published_ones() -> None:
     }
     assert len(rows) == 25
     for name, row in rows.items():
-        claimed = claimed_facts(released(name), CONFIG)
+        claimed = claimed_facts(released(name))
         for key, field in names.items():
             if key in row and (field in claimed or key != "norm_eps"):
                 assert claimed[field] == row[key], f"{name}: {key}"
@@ -74,7 +74,7 @@ def test_sizes_are_the_published_ones() -> None:
 @pytest.mark.parametrize("model_type", [name for name, row in MODEL_TYPES.items() if row.facts])
 def test_every_released_size_is_a_model_that_its_family_can_say(model_type: str) -> None:
     row = MODEL_TYPES[model_type]
-    facts = claimed_facts(row, CONFIG)
+    facts = claimed_facts(row)
     assert not {"dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "rope_theta"} - set(
         facts
     )
@@ -95,6 +95,18 @@ def test_model_type_must_not_contradict_the_checkpoint() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model_type", "open"),
+    [
+        ("llama-2-7b", {"value_head": True, "objective": "process", "score": "steps", "step": "line"}),
+        ("gemma-2b", {"value_head": True, "objective": "outcome", "tied": False}),
+        ("qwen-7b", {"rope_type": "dynamic", "logn_attention": True}),  # as published
+    ],
+)
+def test_a_released_model_may_differ_in_what_no_size_fixes(model_type: str, open: dict[str, object]) -> None:
+    check_model_type(dataclasses.replace(released_config(model_type, 2048), **open), model_type, "ckpt")
+
+
+@pytest.mark.parametrize(
     ("model_type", "wrong", "named"),
     [
         ("llama-3.1-8b", {"rope_type": "default", "rope_factor": 1.0}, "rope_type=default"),
@@ -111,7 +123,7 @@ def test_model_type_must_not_contradict_the_checkpoint() -> None:
 def test_each_fact_of_a_released_model_is_checked(
     model_type: str, wrong: dict[str, object], named: str
 ) -> None:
-    facts = claimed_facts(released(model_type), CONFIG)
+    facts = claimed_facts(released(model_type))
     facts = (
         (dataclasses.asdict(CONFIG) if len(facts) < 10 else {"max_seq_len": 4096})
         | facts
@@ -123,7 +135,7 @@ def test_each_fact_of_a_released_model_is_checked(
 
 
 def test_added_tokens_are_not_of_the_released_vocabulary() -> None:
-    facts = claimed_facts(released("llama-2-7b"), CONFIG) | {"vocab_size": 32003, "max_seq_len": 4096}
+    facts = claimed_facts(released("llama-2-7b")) | {"vocab_size": 32003, "max_seq_len": 4096}
     check_model_type(ModelConfig(**facts, n_added_tokens=3), "llama-2-7b", "ckpt")
     with pytest.raises(UserError, match="vocab_size=32003"):
         check_model_type(ModelConfig(**facts), "llama-2-7b", "ckpt")
@@ -252,6 +264,7 @@ def test_what_we_do_not_implement_is_refused_by_name(values: dict[str, object], 
 def test_every_released_size_can_be_planned(model_type: str) -> None:
     config = released_config(model_type, 128)
     assert config.dim == MODEL_TYPES[model_type].facts["dim"]
+    check_model_type(config, model_type, "its plan")
     assert config.embedding_split_dim == (0 if config.tied else 1)
 
 
