@@ -109,14 +109,14 @@ def learnt(parts: Sequence[Piece], what: Learnt, kept: Sequence[bool]) -> list[b
     """
     found, role, kind, answers, is_kept = [], None, None, iter(kept), True
     for part in parts:
-        if isinstance(part, Marker):
-            role = part if part in ROLES.values() else role
-            kind = part if part in KINDS.values() else kind
-            is_kept = next(answers) if part == Marker.ASSISTANT else is_kept or part in ROLES.values()
-        inside = role == Marker.ASSISTANT and part != Marker.ASSISTANT  # the role itself is part of the prompt
+        marker = part if isinstance(part, Marker) else None  # a content may spell one
+        role = marker if marker in ROLES.values() else role
+        kind = marker if marker in KINDS.values() else kind
+        is_kept = next(answers) if marker == Marker.ASSISTANT else is_kept or marker in ROLES.values()
+        inside = role == Marker.ASSISTANT and marker != Marker.ASSISTANT  # the role itself is part of the prompt
         chosen = what == "all" or (inside and (what == "assistant" or kind != Marker.EXECUTION))
         found.append(chosen and is_kept)
-        if part == Marker.END_OF_BLOCK:
+        if marker == Marker.END_OF_BLOCK:
             kind = None
     return found
 

@@ -10,6 +10,7 @@ from src.text.blocks import (
     SolutionBlock,
     ended_blocks,
     last_text,
+    learnt,
     message_pieces,
     prompt_pieces,
     split_text,
@@ -97,6 +98,14 @@ def test_a_printed_marker_survives_as_a_piece() -> None:
     parts = message_pieces([message(hostile)])
     assert [type(part) for part in parts] == [Marker, Marker, str, Marker, Marker]
     assert ended_blocks(parts) == [hostile]
+
+
+@pytest.mark.parametrize("content", list(map(str, Marker)))
+@pytest.mark.parametrize("kind", ["text", "execution"])
+def test_a_content_that_is_a_marker_by_its_letters_is_learnt_as_any_other(kind: str, content: str) -> None:
+    spelled, plain = (learnt(message_pieces([message(SolutionBlock(kind, text))]), "assistant_no_execution", [True])
+                      for text in (content, "5"))
+    assert spelled == plain
 
 
 def test_a_prompt_ends_where_the_assistant_begins() -> None:
