@@ -195,7 +195,7 @@ def _load(
 ) -> Decoder:
     """Lay the model out on the meta device, share it if it will be trained, and read what this rank keeps."""
     left_out = range(config.n_layers if n_layers is None else n_layers, config.n_layers)
-    config = dataclasses.replace(config, n_layers=left_out.start)
+    config = dataclasses.replace(config, n_layers=left_out.start, windows=config.windows[: left_out.start])
     dtype = parallel.compute_dtype(precision)
     rounded = {"": dtype, "bfloat16": torch.bfloat16}.get(quantize)  # codes have steps of their own
     stored = {name: read for name, read in _stored_tensors(folder, rounded).items()

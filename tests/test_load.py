@@ -45,6 +45,15 @@ def test_one_process_opens_any_number_of_shards(tmp_path: Path, hf_folder: Path,
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_the_first_layers_of_a_model_keep_their_windows(tmp_path: Path, hf_folder: Path) -> None:
+    source = open_source(str(hf_folder))
+    windows = (4, *[0] * (source.config.n_layers - 1))
+    split(source._replace(config=dataclasses.replace(source.config, windows=windows)), tmp_path / "1", 1, "windowed")
+    parallel.start()
+    config = load.load_solver(str(tmp_path / "1"), n_layers=1).config
+    assert (config.n_layers, config.windows) == (1, (4,))
+
+
 @pytest.mark.parametrize("file", ["consolidated.00.pth", "consolidated.01.pth"])
 def test_flipped_bit_is_found_by_whoever_loads(tmp_path: Path, hf_folder: Path, file: str) -> None:
     folder = Path(cut(hf_folder, tmp_path / "2", 2))
