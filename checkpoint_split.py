@@ -93,7 +93,7 @@ def main(config: SplitConfig) -> None:
         return
     files = [config.ckpt_file] if isinstance(config.ckpt_file, str) else config.ckpt_file
     described = ", ".join(files)
-    adapter = sources.open_adapter(Path(files[0]), config.base_dir) if files[0] else None
+    adapter = sources.open_adapter(Path(files[0]), config.base_dir) if described else None
     keep = adapter is not None and (config.format == "peft" or not config.merge_lora)
     refuse_contradictions(config, described, has_adapter=adapter is not None, keep=keep)
     if keep:

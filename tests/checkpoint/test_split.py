@@ -292,3 +292,8 @@ def test_verify_takes_what_rounding_makes_and_no_more(
     limit = {"": "0.001", "float16": "0.02", "bfloat16": "0.1"}[dtype]
     with pytest.raises(UserError, match=rf"wrong: largest difference .*; expected at most {limit} of the largest"):
         convert("wrong")
+
+
+def test_a_list_of_no_files_is_said_to_be_none(tmp_path: Path) -> None:  # as --config may have it
+    with pytest.raises(UserError, match="--ckpt_file and --save_path are needed"):
+        checkpoint_split.main(checkpoint_split.SplitConfig(ckpt_file=[], save_path=str(tmp_path)))
