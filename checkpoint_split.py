@@ -181,13 +181,16 @@ def refuse_without_effect(config: SplitConfig) -> None:
 
 def refuse_contradictions(config: SplitConfig, described: str, *, has_adapter: bool, keep: bool) -> None:
     """Raise UserError for flags that do not go together, or not with what was found. keep: an adapter stays one."""
-    changes = [name for name in ("num_added_tokens", "code_tokens", "dtype") if getattr(config, name)]
+    changes = [name for name in ("num_added_tokens", "code_tokens", "verifier_form", "dtype") if getattr(config, name)]
+    others = [name for name in changes if name != "dtype"]
     whole = config.format in ("hf", "gguf")
     for is_wrong, message in (
         (not described or not config.save_path,
          "--ckpt_file and --save_path are needed: what to read and where to write; or --inspect DIR"),
         (config.verify and config.num_added_tokens,
          "--verify compares logits over one vocabulary; leave it out with --num_added_tokens"),
+        (config.verify and has_adapter and others,
+         f"--verify compares with the adapter's own logits; leave it out with --{' --'.join(others)}"),
         (config.verify and parallel.world_size() > 1,
          "--verify computes with one process; start this script with python, not with torchrun"),
         (config.format == "peft" and not keep, f"--format peft: {described} is no adapter; write it with --format hf"),

@@ -470,6 +470,13 @@ def test_command_merges_keeps_and_verifies(
                 dtype="bfloat16",
             )
         )
+    for flags in ({"code_tokens": True}, {"verifier_form": "rlhflow"}):
+        with pytest.raises(UserError, match=f"--verify compares with the adapter.s own .* with --{[*flags][0]}"):
+            checkpoint_split.main(
+                checkpoint_split.SplitConfig(
+                    ckpt_file=str(tmp_path / "lora"), save_path=str(tmp_path / "x"), verify=True, **flags
+                )
+            )
     with pytest.raises(UserError, match="of ours but what adapter_config.json describes; bring it here with"):
         load.load_solver(str(adapter))
     with pytest.raises(UserError, match="--format hf holds whole weights: merge the adapter"):
