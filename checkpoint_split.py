@@ -109,10 +109,7 @@ def main(config: SplitConfig) -> None:
     if config.code_tokens:
         source = with_code_tokens(source, described)
     if config.verifier_form:
-        if keep or not storage.has_vocabulary(source.tokenizer_files):
-            raise UserError(f"--verifier_form needs whole weights and a tokenizer beside {described}; merge the "
-                            "adapter, or give --tokenizer_file")
-        source = as_verifier(source, config.verifier_form, Tokenizer(source.tokenizer_files[0]))
+        source = as_verifier(source, config.verifier_form, tokenizer_of(source, "verifier_form", described))
     if (source.folders[0] / saving.STATE).is_file():
         log.warning("%s is a training checkpoint: its weights are written, and its optimizer and place in the run are "
                     "left out. --resume opens it as it is, on any number of ranks", described)
@@ -220,13 +217,24 @@ def write_gguf(source: Source, target: Path, dtype: str, described: str) -> list
     return export.export_gguf(source, target, described, metadata, dtype=dtype)
 
 
-def with_code_tokens(source: Source, described: str) -> Source:
-    """A checkpoint whose vocabulary, of model and tokenizer, has the markers of solutions with code."""
+def tokenizer_of(source: Source, name: str, described: str) -> Tokenizer:
+    """The tokenizer beside a checkpoint, which the flag of this name needs. Raises UserError for none, or one of whose
+    tokens the checkpoint embeds but a part."""
     files = source.tokenizer_files
     if not storage.has_vocabulary(files):
-        raise UserError(f"--code_tokens extends a tokenizer, but none lies beside {described}; give --tokenizer_file")
-    folder = copy_of(files)
-    first = add_control_tokens(folder, list(Marker), files[0].parent)
+        raise UserError(f"--{name} needs a tokenizer, but none lies beside {described}; give --tokenizer_file")
+    tokenizer, rows = Tokenizer(files[0]), source.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces but {described} embeds {rows}; give the "
+                        "tokenizer that the checkpoint was trained with")
+    return tokenizer
+
+
+def with_code_tokens(source: Source, described: str) -> Source:
+    """A checkpoint whose vocabulary, of model and tokenizer, has the markers of solutions with code."""
+    tokenizer = tokenizer_of(source, "code_tokens", described)
+    folder = copy_of(source.tokenizer_files)
+    first = add_control_tokens(folder, list(Marker), tokenizer.path.parent)
     source = with_added_tokens(source, len(Marker), first)
     return source._replace(config=dataclasses.replace(source.config, chat_template=CODE_FORM),
                            tokenizer_files=storage.tokenizer_files(folder))

@@ -121,7 +121,7 @@ def test_what_stands_beside_a_tokenizer_is_none(
     assert "no tokenizer lies beside" in caplog.text
     checkpoint_split.main(checkpoint_split.SplitConfig(inspect=str(source)))
     assert "none: give --tokenizer_file" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--code_tokens extends a tokenizer, but none lies beside"):
+    with pytest.raises(UserError, match="--code_tokens needs a tokenizer, but none lies beside"):
         checkpoint_split.main(
             checkpoint_split.SplitConfig(ckpt_file=str(source), save_path=str(tmp_path / "code"), code_tokens=True)
         )

@@ -1,5 +1,6 @@
 """src/text/extend.py and checkpoint_split.py --code_tokens: tokens by id, rows for them, the same ids afterwards."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,15 @@ def test_tokens_that_are_there_are_not_added_again(tmp_path: Path, code_base: st
     files = [path for path in Path(code_base).iterdir() if path.name.startswith("tokenizer")]
     with pytest.raises(UserError, match="already"):
         add_control_tokens(Path(code_base), [Marker.CODE], files[0].parent)
+
+
+@pytest.mark.parametrize("flags", [{"code_tokens": True}, {"verifier_form": "rlhflow"}])
+def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(tmp_path: Path, flags: dict[str, object]) -> None:
+    shutil.copytree(TOY_BASE, tmp_path / "base")
+    write_json(tmp_path / "base/added_tokens.json", {"<pad>": 640})
+    config = checkpoint_split.SplitConfig(ckpt_file=str(tmp_path / "base"), save_path=str(tmp_path / "out"), **flags)
+    with pytest.raises(UserError, match="tokenizer.model has 641 pieces but .*base embeds 640; give the tokenizer"):
+        checkpoint_split.main(config)
 
 
 @pytest.mark.parametrize("kind", ["as Llama 2's", "the toy's", "as Llama 3's"])
