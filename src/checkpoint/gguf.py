@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 class GgufFile(NamedTuple):
     """An opened file, or the parts of a split one: metadata by key, and tensors by their names in the file."""
 
-    path: Path
+    files: list[Path]
     metadata: dict[str, object]
     tensors: dict[str, StoredTensor]
 
@@ -96,17 +96,18 @@ def open_gguf(path: Path) -> GgufFile:
     if count not in (0, 1, n) or index:
         raise UserError(f"{path} is part {file.metadata.get('split.no', index)} of {count or n} of a split file; name "
                         f"the first, ...-00001-of-{count or n:05d}.gguf, with the others beside it")
-    tensors = dict(file.tensors)
+    files, tensors = list(file.files), dict(file.tensors)
     for number in range(1, n if count == n else 1):
         part = _open_one(path.with_name(f"{_PART.fullmatch(path.name)[1]}-{number + 1:05d}-of-{n:05d}.gguf"))
         if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (number, n):
-            raise UserError(f"{part.path} does not say that it is part {number} of {n}; it is of another file")
+            raise UserError(f"{part.files[0]} does not say that it is part {number} of {n}; it is of another file")
         if twice := tensors.keys() & part.tensors.keys():
-            raise UserError(f"{part.path}: tensor {min(twice)!r} is in an earlier part too")
+            raise UserError(f"{part.files[0]}: tensor {min(twice)!r} is in an earlier part too")
+        files += part.files
         tensors |= part.tensors
     if file.metadata.get("split.tensors.count", len(tensors)) != len(tensors):
         raise UserError(f"{path}: split.tensors.count={file.metadata['split.tensors.count']}; found {len(tensors)}")
-    return file._replace(tensors=tensors)
+    return GgufFile(files, file.metadata, tensors)
 
 
 def _open_one(path: Path) -> GgufFile:
@@ -146,7 +147,7 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
     tensors = {name: StoredTensor(entry.shape, functools.partial(_load, data, start + entry.offset, entry),
                                   _PLAIN.get(entry.kind.name, torch.float32))
                for name, entry in entries.items()}
-    return GgufFile(path, metadata, tensors)
+    return GgufFile([path], metadata, tensors)
 
 
 class _Header:

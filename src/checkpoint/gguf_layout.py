@@ -88,7 +88,7 @@ _WAVELENGTH_CONTEXT = 8192
 def open_model(path: Path, own_tokenizer: bool) -> Source:
     """Open a GGUF file and put the tokenizer that it holds into files, which are gone when the process ends. Raises
     UserError that names what is wrong. own_tokenizer False leaves it unread, where another takes its place."""
-    _, metadata, tensors = open_gguf(path)
+    files, metadata, tensors = open_gguf(path)
     config = config_of(metadata, tensors, str(path))
     _, arch = architecture_of(metadata, str(path))
     ours = _our_tensors(tensors, str(path))
@@ -100,7 +100,7 @@ def open_model(path: Path, own_tokenizer: bool) -> Source:
     folder = storage.temporary_folder()
     if own_tokenizer:
         write_tokenizer(metadata, folder, config.vocab_size, str(path))
-    return Source(config, ours, storage.tokenizer_files(folder), [path.parent])
+    return Source(config, ours, storage.tokenizer_files(folder), files)
 
 
 def _our_tensors(tensors: Mapping[str, StoredTensor], source: str) -> dict[str, StoredTensor]:

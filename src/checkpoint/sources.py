@@ -60,6 +60,12 @@ class AdapterSource(NamedTuple):
     foreign: peft_layout.PeftAdapter | None = None
 
     @property
+    def files(self) -> list[Path]:
+        """Those that its tensors are read from."""
+        foreign = (self.folder / peft_layout.CONFIG).is_file()
+        return [peft_layout.weights_path(self.folder)] if foreign else storage.shard_paths(self.folder, storage.ADAPTER)
+
+    @property
     def folders(self) -> list[Path]:
         """The directories that it is read from."""
         return [self.folder, self.base]
@@ -149,20 +155,16 @@ def merge(adapter: AdapterSource, rounded: str = "", advice: str = "") -> Source
     tensors = {name: StoredTensor(shape, merged[name], base.tensors[name].dtype if name in base.tensors else dtype)
                for name, shape in expected_shapes(adapter.config).items()}
     tokenizer = adapter.tokenizer_files or base.tokenizer_files
-    return Source(adapter.config, tensors, tokenizer, [adapter.folder, *base.folders])
+    return Source(adapter.config, tensors, tokenizer, [*adapter.files, *base.files])
 
 
-def describe(ckpt_dir: str) -> tuple[Source, str, int]:
-    """A checkpoint, what kind of files it is stored in and how many they are. Raises UserError if it cannot be read."""
-    folder = Path(ckpt_dir)
+def describe(ckpt_dir: str) -> tuple[Source, str]:
+    """A checkpoint, and the kind and number of the files it is stored in. Raises UserError if it cannot be read."""
     source = open_source(ckpt_dir)
-    if gguf_file([folder]):
-        return source, "GGUF files", 1
-    n_files = sum(path.suffix in (".pth", ".safetensors", ".bin") and not path.name.startswith(f"{storage.OPTIMIZER}.")
-                  for read in source.folders for path in read.iterdir())
-    if open_adapter(folder):
-        return source, "files of the adapter and its base", n_files
-    return source, "shards" if storage.shard_paths(folder) else "Hugging Face files", n_files
+    kind = "shards" if source.files[0].suffix == ".pth" else "Hugging Face files"
+    kind = "GGUF files" if gguf_file([Path(ckpt_dir)]) else kind
+    kind = "files of the adapter and its base" if open_adapter(Path(ckpt_dir)) else kind
+    return source, f"{kind}: {len(source.files)}"
 
 
 def local_tensors(folder: Path, kind: str, config: ModelConfig, n: int, index: int) -> dict[str, Callable[[], Tensor]]:

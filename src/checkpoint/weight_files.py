@@ -34,12 +34,18 @@ _EXPERTS_STACKED = re.compile(r"\.experts\.\w+_stacked")
 
 
 class Source(NamedTuple):
-    """An opened checkpoint: what it is, its whole tensors in our names and layout, its tokenizer's files."""
+    """An opened checkpoint: what it is, its whole tensors in our names and layout, its tokenizer's files, and those
+    that the tensors are read from."""
 
     config: ModelConfig
     tensors: dict[str, StoredTensor]
     tokenizer_files: list[Path]
-    folders: list[Path]
+    files: list[Path]
+
+    @property
+    def folders(self) -> list[Path]:
+        """The directories that it is read from."""
+        return list(dict.fromkeys(path.parent for path in self.files))
 
 
 class OpenedFile(NamedTuple):
@@ -95,7 +101,7 @@ def open_weights(paths: list[Path], folder: Path, config_file: str = "") -> Sour
     if hf:
         tensors = convert.as_ours(tensors, config)
     check_shapes(tensors, config, described)
-    return Source(config, tensors, storage.tokenizer_files(folder), [folder])
+    return Source(config, tensors, storage.tokenizer_files(folder), [file.path for file in files])
 
 
 def weight_files(folder: Path) -> list[Path]:

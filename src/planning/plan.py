@@ -307,7 +307,7 @@ def adapting(config: ModelConfig, lora: LoraConfig, n: int = 1) -> str:
                    "disk": size(n * FLOAT32 * local_parameters(config, n, lora))})
 
 
-def inspection(source: Source, stored: str, n_files: int, ranks: Sequence[int] = (1, 2, 4, 8)) -> str:
+def inspection(source: Source, stored: str, ranks: Sequence[int] = (1, 2, 4, 8)) -> str:
     """What a checkpoint is, and what each number of tensor-parallel ranks would hold of it, or why it cannot."""
     config = source.config
     params = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
@@ -317,7 +317,7 @@ def inspection(source: Source, stored: str, n_files: int, ranks: Sequence[int] =
     facts = {
         "family": f"{config.family}, a {'verifier' if config.value_head else 'solver'}",
         "parameters": f"{params:,}",
-        "stored as": f"{', '.join(dtypes)}, {size(n_bytes)}; {stored}: {n_files}",
+        "stored as": f"{', '.join(dtypes)}, {size(n_bytes)}; {stored}",
         "layers": f"{config.n_layers} of width {config.dim}, {experts}{config.ffn_dim}",
         "heads": f"{config.n_heads} query, {config.n_kv_heads} key-value, of {config.head_dim}",
         "vocabulary": f"{config.vocab_size}, {'tied to' if config.tied else 'apart from'} the output layer",

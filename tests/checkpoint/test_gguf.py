@@ -474,6 +474,7 @@ def test_split_files(tmp_path: Path, parts: tuple[dict[str, object], dict[str, n
     paths = split_file(tmp_path / "parts", parts)
     for named in (paths[0], tmp_path / "parts"):
         opened: Source = open_source(str(named))
+        assert opened.files == paths
         assert opened.config == whole.config and opened.tensors.keys() == whole.tensors.keys()
         assert all(torch.equal(opened.tensors[name].load(), t.load()) for name, t in whole.tensors.items())
     with pytest.raises(UserError, match="is part 1 of 3 of a split file; name the first"):

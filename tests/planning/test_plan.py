@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -86,6 +87,21 @@ def test_inspection_says_what_each_number_of_ranks_would_hold(tmp_path: Path) ->
     assert "uneven: 2 to 4 query heads; 2 rows of padding in the vocabulary" in three
     assert "each key-value head lies on 2 ranks" in eight
     assert "n_heads=8 leaves nothing to do for shard" in nine
+
+
+def test_an_inspection_counts_the_files_that_are_read(tmp_path: Path, folders: Folders) -> None:
+    hf = Path(shutil.copytree(folders.hf, tmp_path / "hf"))
+    for name in ("training_args.bin", "other.safetensors", "pytorch_model.bin"):
+        (hf / name).write_bytes(b"")
+    assert sources.describe(str(hf))[1] == "Hugging Face files: 1"
+    assert sources.describe(str(hf / "model.safetensors"))[1] == "Hugging Face files: 1"
+    assert sources.describe(folders.two)[1] == "shards: 2"
+    lora = tmp_path / "lora"
+    parallel.start()
+    model = load.load_solver(folders.two)
+    load.put_lora_on(model, LORA, seed=1)
+    saving.begin_save(model, str(lora), folders.two, lora=LORA).complete()
+    assert sources.describe(str(lora))[1] == "files of the adapter and its base: 3"
 
 
 def test_a_split_s_plan_is_of_the_form_that_is_asked_for(
