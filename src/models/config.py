@@ -156,6 +156,8 @@ class ModelConfig:
                 raise UserError(f"{name}={list(factors)}: expected {pairs} numbers above 0 ({self.rope_type} rope)")
         if self.n_experts and not 0 < self.n_active_experts <= self.n_experts:
             raise UserError(f"n_active_experts={self.n_active_experts}: expected 1 to n_experts={self.n_experts}")
+        if self.n_experts and self.mlp_bias:
+            raise UserError(f"mlp_bias=True is not implemented with n_experts={self.n_experts}; expected false")
         for name in ("rope_factor", "rope_theta", "head_dim", "max_seq_len", "score_std", "logit_divisor"):
             if getattr(self, name) == 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected a number above 0")

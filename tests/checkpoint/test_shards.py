@@ -37,6 +37,11 @@ def test_parameter_that_the_config_lacks_is_refused() -> None:
         shards.cut_of("layers.0.attention.wk.bias", CONFIG, 2)
 
 
+def test_experts_with_biases_are_refused() -> None:
+    with pytest.raises(UserError, match="mlp_bias=True is not implemented with n_experts=3; expected false"):
+        dataclasses.replace(EXPERTS, mlp_bias=True)
+
+
 def test_a_cut_holds_no_more_memory_than_it_shows() -> None:
     piece = shards.cut(torch.randn(8, 6), shards.Cut(1, 6, (range(3), range(3, 6))), 1)
     assert piece.is_contiguous()
