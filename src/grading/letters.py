@@ -4,7 +4,7 @@ import re
 
 LETTERS = "ABCDEFGHIJ"  # of choices, in order
 CHOSEN = re.compile(  # one letter, perhaps after "Option"; small ones only where they can be no word
-    r"[\s$*\\_\"'`“‘<\[{]*(?:(?:text|mathrm|textbf|mathbf|bf)\s*\{)?\s*"
+    r"[\s$*\\_\"'`“‘<\[{]*(?:(?:text|mathrm|textbf|mathbf|bf)\s*\{\s*)?"
     r"(?:(?i:the |correct |option|choice|letter|answer|is|clearly|therefore|thus|hence|then|indeed|obviously|:)\s*)*"
     r"[\"'`“‘<\[{]?(?:\(([A-Za-z])\)|([A-Z])\)?(?![A-Za-z'+\d^])|([a-z])(?=\)|[.:](?:\s|$)|[\s}$*.]*$))"
 )
@@ -22,7 +22,8 @@ ALSO_POSSIBLE = re.compile(
 )
 QUOTED = re.compile("['‘]([A-Z])['’]")
 DENIED = re.compile(
-    r"[\s}$*)]*(?:is|are|was|would be|can|could|does|do)?\s*(?:not\b|n['’]t\b|cannot\b|false\b|wrong\b|incorrect\b)",
+    r"[\s}$*)]*(?:(?:is|are|was|would be|can|could|does|do)\s*)?"
+    r"(?:not\b|n['’]t\b|cannot\b|false\b|wrong\b|incorrect\b)",
     re.IGNORECASE,
 )
 

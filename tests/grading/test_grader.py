@@ -245,6 +245,13 @@ def test_extraction_is_linear(piece: str) -> None:
         assert time.process_time() - started < 5
 
 
+@pytest.mark.parametrize(("response", "letters"), [("Answer: ${}5", None), ("Answer: A{}or B", "A, B")])
+def test_blanks_next_to_letters_take_no_time(response: str, letters: str | None) -> None:
+    started = time.process_time()
+    assert extract("choice/letter@5", response.format(20_000 * " ")).answer == letters
+    assert time.process_time() - started < 1
+
+
 def labelled(name: str) -> list[dict[str, str | bool]]:
     return [json.loads(line) for line in (SHARED / "grading" / name).read_text().splitlines()]
 
