@@ -14,6 +14,8 @@ from src.inference.engine import Request, generate, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 
+WINDOW = 64  # tokens of a stream that are decoded at once: to decode all at each would be quadratic
+
 
 def converse(solver: LocalSolver, sampling: Sampling, task: Task, verifier: Decoder | None) -> None:
     r"""Answer problems until the input ends; in a problem \n is a new line. All ranks call this, rank 0 reads."""
@@ -59,23 +61,31 @@ class Stream:
         self, decode: Callable[[list[int]], str], stop: Sequence[str], say: Callable[[str], None]
     ) -> None:
         self.decode, self.stop, self.say = decode, stop, say
-        self.tokens: list[int] = []
-        self.said = 0  # characters
+        self.tokens: list[int] = []  # the newest
+        self.left = self.said = 0  # characters in front of theirs, and those that were said
 
     def add(self, token: int) -> None:
         """Take a token and say what is certain by now."""
         self.tokens.append(token)
-        text = self.decode(self.tokens).rstrip("\ufffd")
+        decoded = self.decode(self.tokens)
+        text = decoded.rstrip("\ufffd")
         places = [text.find(stop) for stop in self.stop if stop in text]
         # an end that a stop string begins with is withheld
         begun = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
         self._say_up_to(text, min(places) if places else len(text) - max(begun, default=0))
+        if len(self.tokens) > WINDOW:
+            kept = self.decode(self.tokens[-WINDOW // 2 :])
+            left = self.left + len(decoded) - len(kept)
+            # not within a character, or what is still to be said; a first token loses a space, which has been said
+            if kept and not kept.startswith("\ufffd") and decoded.endswith(kept) and left <= self.said:
+                self.tokens, self.left = self.tokens[-WINDOW // 2 :], left
 
     def finish(self, text: str) -> None:
         """Say the rest of the whole text."""
+        self.left = 0
         self._say_up_to(text, len(text))
 
     def _say_up_to(self, text: str, end: int) -> None:
-        if end > self.said:
-            self.say(text[self.said : end])
-            self.said = end
+        if self.left + end > self.said:
+            self.say(text[self.said - self.left : end])
+            self.said = self.left + end

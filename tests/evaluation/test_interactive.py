@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -93,6 +94,22 @@ def test_streamed_text_comes_in_pieces_and_stops_where_it_should() -> None:
         stream.add(token)
     stream.finish("abcQuexé\n")
     assert said == ["ab", "c", "Quex", "é", "\n"]  # nothing that may become the stop string is said too early
+
+
+def test_a_long_stream_decodes_its_newest_tokens_alone_and_says_the_same() -> None:
+    pieces = [b" a", *(bytes([byte]) for byte in "é \U0001f389".encode()), b" ", b"b", b"Quest", b"\xff"]
+    said, lengths = [], []
+
+    def decode(tokens: list[int]) -> str:
+        lengths.append(len(tokens))
+        return b"".join(map(pieces.__getitem__, tokens)).decode(errors="replace").removeprefix(" ")  # as sentencepiece
+
+    tokens = random.Random(0).choices(range(len(pieces)), k=500) + [*range(9)] * 50
+    stream = Stream(decode, ["Question"], said.append)
+    for count, token in enumerate(tokens, 1):
+        stream.add(token)
+        whole = decode(tokens[:count]).rstrip("\ufffd")
+        assert "".join(said) == whole.removesuffix("Quest") and lengths[-2] <= 80
 
 
 def test_a_solution_longer_than_the_verifier_s_context_has_no_score(
