@@ -32,10 +32,13 @@ def answer_problem(
     solver: LocalSolver, sampling: Sampling, task: Task, verifier: Decoder | None, instruction: str, name: str
 ) -> str:
     """Stream the solution of one problem to the screen; what is to be said of it as a whole, as lines."""
-    request = Request(name, 0, encode_prompt(solver.tokenizer, solver.prompting.text(instruction)))
+    prompt = encode_prompt(solver.tokenizer, solver.prompting.text(instruction))
+    if len(prompt) >= (context := solver.model.config.max_seq_len):
+        return f"no answer: the prompt has {len(prompt)} tokens, the model's context {context}; shorten the problem"
     stream = Stream(solver.tokenizer.decode, sampling.stop, runlog.say)
-    (completion,) = generate(solver.model, [request], sampling, vocabulary=vocabulary_of(solver.tokenizer),
-                             max_batch_size=1, on_token=lambda _, token: stream.add(token))
+    (completion,) = generate(
+        solver.model, [Request(name, 0, prompt)], sampling, vocabulary=vocabulary_of(solver.tokenizer),
+        max_batch_size=1, on_token=lambda _, token: stream.add(token))
     stream.finish(completion.text + "\n")
     lines = [] if completion.finish == "stop" else [f"cut at {len(completion.tokens)} tokens"]
     if task.graded:
