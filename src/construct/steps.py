@@ -268,8 +268,9 @@ def step_controlled_pairs(
 ) -> tuple[list[Row], Counter[str]]:
     """Make rows `{"instruction", "prefix", "chosen", "rejected"}`, a right and a wrong rest; count how branches end.
 
-    wrong_solutions have the ids of their jobs. Solutions of more steps, or with a longer step, are left out as noise
-    (Lu et al. 2024, section 3.2, filters of the released code).
+    temperatures: of the steps of the wrong rest that were sampled. wrong_solutions have the ids of their jobs.
+    Solutions of more steps, or with a longer step, are left out as noise (Lu et al. 2024, section 3.2, filters of the
+    released code).
     """
     solution_of = {sample.id: sample.response for sample in wrong_solutions}
     counts: Counter[str] = Counter()
@@ -286,7 +287,8 @@ def step_controlled_pairs(
             counts["with too long a step"] += 1
         else:
             counts["kept"] += 1
+            n_sampled = sum(not step.startswith(Marker.EXECUTION) for step in wrong)  # the others its code printed
             pairs.append({"id": job.prompt.id, "instruction": job.prompt.instruction, "prefix": job.prefix,
                           "chosen": job.rest, "rejected": rejected, "start_steps": job.k,
-                          "temperatures": [round(schedule.at(step), 6) for step in range(len(wrong))]})
+                          "temperatures": [round(schedule.at(step), 6) for step in range(n_sampled)]})
     return pairs, counts

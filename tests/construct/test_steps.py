@@ -375,6 +375,10 @@ def test_scdpo_15_branches_of_code_share_their_first_blocks(code_solver: str, tm
         assert row["prefix"] == "".join(split_into_steps(CODE_SOLUTION, Marker.END_OF_BLOCK)[: row["start_steps"]])
         assert row["prefix"] + row["chosen"] == CODE_SOLUTION
         assert coding.replays(row["prefix"] + row["rejected"])
+        rejected = split_into_steps(row["rejected"], Marker.END_OF_BLOCK)
+        sampled = [step for step in rejected if not step.startswith(Marker.EXECUTION)]
+        assert row["temperatures"] == [0.8, 0.82, 0.84, 0.86, 0.88, *[0.9] * 7][: len(sampled)]
+    assert any(Marker.EXECUTION in row["rejected"] for row in rows)
     save_file.write_text(json.dumps([rows[0], rows[0] | {"instruction": "Another?"}]))
     data, _ = open_preferences(str(save_file), "", 0.5, tokenizer, max_seq_len=512)
     chosen, rejected = data.samples[0]
