@@ -659,7 +659,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ),
     ("data_build select", {"split": "level=9"}, "no problem has level 9; found"),
     ("verifier_evaluate", {"split": "level=9"}, "no problem has level 9; found"),
-    ("data_build split", {"share": 0}, "train.json gives no rows: --share 0.0 leaves it none"),
+    ("data_build split", {"share": 0}, "--share 0.0 of 16 questions of train.json leaves one part none"),
     ("data_build split", {"share": 2}, "--share is 2.0, expected a number from 0 to 1"),
     ("data_build split", {"test_file": "train.json"}, "16 questions of train.json are in train.json"),
     ("data_build process", {"samples_file": "graded.json"}, "has no key 'label'; grade the file"),

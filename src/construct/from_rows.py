@@ -79,8 +79,11 @@ def split(config: SplitRowsConfig) -> None:
                      for is_first in (True, False))
     if test_file:
         runlog.logger().info("%d of %d rows left out: in the test file", len(rows) - len(kept), len(rows))
+    if not first or not second:  # before one of them is written
+        raise UserError(f"--share {config.share} of {len(questions)} questions of {train_file} leaves one part none; "
+                        "take another share")
     for part, file in ((first, config.first_file), (second, config.second_file)):
-        save(part, "rows", f"--share {config.share} leaves it none", train_file, file, config.dry_run)
+        save(part, "rows", "", train_file, file, config.dry_run)
 
 
 def _questions(rows: Iterable[Row]) -> set[str]:

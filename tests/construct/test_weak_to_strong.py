@@ -72,6 +72,10 @@ def test_w2s_02_a_split_has_no_question_in_common(tmp_path: Path) -> None:
     build.split(str(train), *map(str, parts))
     assert parts[0].read_bytes() == before
     build.split(str(train), *map(str, parts), seed=2)
+    for share in (0.0, 0.99, 1.0):
+        with pytest.raises(UserError, match=f"--share {share} of 20 questions of .* leaves one part none"):
+            build.split(str(train), *(str(tmp_path / name) for name in ("new.json", "none.json")), share=share)
+    assert not (tmp_path / "new.json").exists()
     assert parts[0].read_bytes() != before
     with pytest.raises(UserError, match="1 questions of .* are in .*test.json, such as 'how many 7"):
         build.split(str(train), *map(str, parts), test_file=str(test))
