@@ -9,10 +9,8 @@ verifier_base() {
     stage "the base, when it has read them" $dir-read/manifest.json \
         python solver_train.py --ckpt_dir "$RUN/base" --save_dir $dir-read --train_file $dir-sums.json \
         --max_batch_size 16 --lr 1e-3 --resume auto
-    stage "the same for make_deep.py" $dir-hf/manifest.json \
-        python checkpoint_split.py --ckpt_file $dir-read --save_path $dir-hf --format hf
     stage "two layers more" $dir-deep/manifest.json \
-        python dataset/toy/make_deep.py --base_dir $dir-hf --save_dir $dir-deep --layers 6
+        python dataset/toy/make_layers.py --base_dir $dir-read --save_dir $dir-deep --layers 6
     stage "sums to judge" $dir-judged.json \
         python dataset/toy/make_sums.py --save_file $dir-judged.json --judged --rows 45000
     stage "the verifiers' base, when it has judged them" $dir/manifest.json \

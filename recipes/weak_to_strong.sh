@@ -118,7 +118,7 @@ started_as_job "$@"
 begin "$RUN" "$@"
 if [ "$TASK" = toy ]; then
     stage "a small model: the toy's base without its last layer" "$RUN/weak-base/manifest.json" \
-        python dataset/toy/make_small.py --base_dir dataset/toy/base --save_dir "$RUN/weak-base" --layers 3
+        python dataset/toy/make_layers.py --base_dir dataset/toy/base --save_dir "$RUN/weak-base" --layers 3
     stage "the toy's base" "$RUN/base/manifest.json" \
         python checkpoint_split.py --ckpt_file dataset/toy/base --save_path "$RUN/base" --n 1
     stage "right sums, for the strong model alone" "$RUN/sums.json" \

@@ -192,12 +192,13 @@ def test_sums_are_right_or_judged(judged: bool, tmp_path: Path, monkeypatch: pyt
 def test_a_deep_model_says_what_its_base_says(tmp_path: Path) -> None:
     base, deep = str(tmp_path / "base"), str(tmp_path / "deep")
     checkpoint_split.main(checkpoint_split.SplitConfig(ckpt_file=os.path.join(TOY, "base"), save_path=base))
-    load_script("make_deep").main(os.path.join(TOY, "base"), deep, layers=6)
-    assert load.load_config(deep).n_layers == 6
+    load_script("make_layers").main(os.path.join(TOY, "base"), deep, layers=6)
+    load_script("make_layers").main(os.path.join(TOY, "base"), str(tmp_path / "weak"), layers=3)
+    assert [load.load_config(folder).n_layers for folder in (deep, str(tmp_path / "weak"))] == [6, 3]
     tokens = torch.tensor([[1, 5, 40, 100, 7, 300]])
     parallel.start()
     with torch.no_grad():
         said = [model.logits(model(tokens)) for model in map(load.load_solver, (base, deep))]
     torch.testing.assert_close(*said, rtol=0, atol=0)
-    with pytest.raises(UserError, match="--layers is 4, but .* has 4; expected more"):
-        load_script("make_deep").main(os.path.join(TOY, "base"), deep, layers=4)
+    with pytest.raises(UserError, match="--layers is 4, but .* has 4; expected fewer, at least 1, or more"):
+        load_script("make_layers").main(os.path.join(TOY, "base"), deep, layers=4)
