@@ -27,12 +27,12 @@ sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the repos
 
 from src.checkpoint import convert  # noqa: E402
 from src.checkpoint.export import export_hf  # noqa: E402
-from src.checkpoint.foreign_config import config_to_hf  # noqa: E402
 from src.checkpoint.shards import expected_shapes  # noqa: E402
 from src.checkpoint.sources import open_source  # noqa: E402
-from src.checkpoint.tensor_files import TensorSpec, digest_path, open_tensor_file  # noqa: E402
+from src.checkpoint.split import split  # noqa: E402
+from src.checkpoint.tensor_files import StoredTensor  # noqa: E402
+from src.checkpoint.weight_files import Source  # noqa: E402
 from src.command import cli  # noqa: E402
-from src.jsonfile import write_json  # noqa: E402
 from src.models.config import ModelConfig  # noqa: E402
 
 VOCAB_SIZE = 640
@@ -127,7 +127,7 @@ def train_tokenizer(seed: int) -> bytes:
 
 
 def write_scratch(folder: Path, seed: int) -> None:
-    """A Hugging Face directory of random weights: normal, residual outputs scaled down by depth (as GPT-2)."""
+    """A checkpoint of random weights: normal, residual outputs scaled down by depth (as GPT-2)."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in expected_shapes(CONFIG).items():
@@ -138,15 +138,12 @@ def write_scratch(folder: Path, seed: int) -> None:
         if name.endswith(("wo.weight", "w2.weight")):
             spread /= (2 * CONFIG.n_layers) ** 0.5
         tensors[name] = torch.empty(shape).normal_(0, spread, generator=generator)
-    folder.mkdir(parents=True)
-    tensors = {convert.to_hf_name(name): tensor for name, tensor in tensors.items()}
-    layout = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    with open_tensor_file(folder / "model.safetensors", layout) as file:
-        for name in file.names:
-            file.write(name, tensors[name])
-    digest_path(folder / "model.safetensors").unlink()
-    write_json(folder / "config.json", config_to_hf(CONFIG))
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(seed))
+    stored = {name: StoredTensor(tuple(whole.shape), lambda whole=whole: whole, whole.dtype)
+              for name, whole in tensors.items()}
+    vocabulary = folder.with_name("tokenizer.model")
+    vocabulary.write_bytes(train_tokenizer(seed))
+    # taken for Hugging Face's, as they were when the committed base was made
+    split(Source(CONFIG, convert.as_ours(stored, CONFIG), [vocabulary], []), folder, 1, "random weights")
 
 
 def main(save_dir: str, documents: int = 150_000, lr: float = 4e-3, seed: int = 1) -> None:
@@ -166,12 +163,9 @@ def main(save_dir: str, documents: int = 150_000, lr: float = 4e-3, seed: int = 
         texts = itertools.islice(corpus(seed, seen), documents)
         rows = [{"instruction": "", "output": text} for text in texts]
         (work / "corpus.json").write_text(json.dumps(rows), encoding="utf-8")
-        for command in (
-            ["checkpoint_split.py", "--ckpt_file", work / "random", "--save_path", work / "split", "--n", "1"],
-            ["solver_train.py", "--ckpt_dir", work / "split", "--save_dir", work / "trained", "--seed", seed,
-             "--train_file", work / "corpus.json", "--max_batch_size", "96", "--lr", lr, "--weight_decay", "0.05"],
-        ):
-            subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+        command = ["solver_train.py", "--ckpt_dir", work / "random", "--save_dir", work / "trained", "--seed", seed,
+                   "--train_file", work / "corpus.json", "--max_batch_size", "96", "--lr", lr, "--weight_decay", "0.05"]
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
         export_hf(open_source(str(work / "trained")), Path(save_dir), "make_base.py", dtype="bfloat16")
 
 
