@@ -170,9 +170,7 @@ FAMILIES: dict[str, Family] = {
                 "modeling_internlm2.InternLM2ForCausalLM"), classifiers=()),
 }
 
-# The family that every field's default describes, and what Meta's layout holds besides it: a checkpoint whose params
-# state hidden_dim and head_dim, and one with experts.
-PLAIN, META_OWN_HEAD_DIM, META_EXPERTS = "llama", "mistral", "mixtral"
+PLAIN = "llama"  # the family that every field's default describes
 
 # Families that are known and not computed: model_type -> the part that is missing.
 UNSUPPORTED = {
@@ -185,9 +183,6 @@ UNSUPPORTED = {
 }
 
 MAX_WINDOW_LAYERS = 28  # what transformers takes for a max_window_layers that is not there
-
-# Meta's use_scaled_rope states no factor: it is 8 in Llama 3.1 and 32 in the small models of 3.2, which are tied.
-META_ROPE_FACTOR, META_ROPE_FACTOR_TIED = 8.0, 32.0
 
 # rope_type of a config.json -> rope_type here, and its parameters: key -> (ModelConfig field, value of an absent key;
 # None means required).

@@ -1,14 +1,6 @@
 """Meta's params.json, or the model_args in a file, to ModelConfig. Mistral AI's first releases have one too."""
 
-from typing import NamedTuple
-
-from src.checkpoint.families import (
-    META_EXPERTS,
-    META_OWN_HEAD_DIM,
-    META_ROPE_FACTOR,
-    META_ROPE_FACTOR_TIED,
-    PLAIN,
-)
+from src.checkpoint.families import PLAIN
 from src.checkpoint.foreign_config import is_true
 from src.checkpoint.params import above_zero
 from src.errors import UserError
@@ -28,19 +20,11 @@ _PLAIN_VALUES: dict[str, tuple[object, ...]] = {
 _OFF: tuple[object, ...] = (None, False, "", [], {})
 
 
-class MetaWeights(NamedTuple):
-    """What Meta's params leave open and the tensors settle."""
-
-    ffn_dim: int
-    vocab_size: int
-    tied: bool
-    value_head: bool
-    embedding_split_dim: int
-    dtype: str
-
-
-def config_from_meta(values: dict[str, object], source: str, weights: MetaWeights) -> ModelConfig:
-    """Read a params.json or a file's model_args; the weights settle what the file leaves open.
+def config_from_meta(
+    values: dict[str, object], source: str, *, ffn_dim: int, vocab_size: int, tied: bool, value_head: bool,
+    embedding_split_dim: int, dtype: str,
+) -> ModelConfig:
+    """Read a params.json or a file's model_args; the weights settle what the file leaves open, ffn_dim to dtype.
 
     The FFN width and vocabulary are the tensors', because `multiple_of`, `ffn_dim_multiplier` and a
     vocab_size of -1 only describe them indirectly; values that disagree are an error.
@@ -57,23 +41,22 @@ def config_from_meta(values: dict[str, object], source: str, weights: MetaWeight
         raise UserError(f"{source}: moe={experts!r}; expected an object with num_experts and num_experts_per_tok")
     _check_keys(values, _READ, source)
     _check_keys(experts, _READ_OF_EXPERTS, f"{source}: moe")
-    if is_true(values, "tied_embeddings", source) and not weights.tied:
+    if is_true(values, "tied_embeddings", source) and not tied:
         raise UserError(f"{source}: tied_embeddings=True, but output and tok_embeddings differ; set it to false to "
                         "keep both")
     stated = number("hidden_dim", 0)
     if "multiple_of" in values and not stated:
         stated = meta_ffn_dim(dim, number("multiple_of", 1), number("ffn_dim_multiplier", 0.0, float))
-    if stated not in (0, weights.ffn_dim):
-        raise UserError(f"{source} means an FFN width of {stated}, but w1 has {weights.ffn_dim} rows")
-    if values.get("vocab_size", -1) not in (-1, weights.vocab_size):
-        raise UserError(f"{source}: vocab_size={values['vocab_size']!r}, but tok_embeddings has {weights.vocab_size} "
-                        "rows")
+    if stated not in (0, ffn_dim):
+        raise UserError(f"{source} means an FFN width of {stated}, but w1 has {ffn_dim} rows")
+    if values.get("vocab_size", -1) not in (-1, vocab_size):
+        raise UserError(f"{source}: vocab_size={values['vocab_size']!r}, but tok_embeddings has {vocab_size} rows")
     own_head_dim = "hidden_dim" in values and "head_dim" in values
-    family = META_EXPERTS if experts else META_OWN_HEAD_DIM if own_head_dim else PLAIN
+    family = "mixtral" if experts else "mistral" if own_head_dim else PLAIN
     window = number("sliding_window", 0)
     scaled: dict[str, object] = {}
     if is_true(values, "use_scaled_rope", source):
-        factor = META_ROPE_FACTOR_TIED if weights.tied else META_ROPE_FACTOR
+        factor = 32.0 if tied else 8.0  # of the small models of Llama 3.2, which are tied, and of 3.1
         scaled = {"rope_type": "wavelength", "rope_factor": number("rope_scaling_factor", factor, float),
                   "rope_high_freq_factor": number("rope_high_freq_factor", 4.0, float)}
     return ModelConfig(
@@ -90,7 +73,12 @@ def config_from_meta(values: dict[str, object], source: str, weights: MetaWeight
         n_experts=number("num_experts", 0, among=experts),
         n_active_experts=number("num_experts_per_tok", 0, among=experts),
         **scaled,
-        **weights._replace(embedding_split_dim=0 if weights.tied else weights.embedding_split_dim)._asdict())
+        ffn_dim=ffn_dim,
+        vocab_size=vocab_size,
+        tied=tied,
+        value_head=value_head,
+        embedding_split_dim=0 if tied else embedding_split_dim,
+        dtype=dtype)
 
 
 def _check_keys(values: dict[str, object], read: set[str], source: str) -> None:

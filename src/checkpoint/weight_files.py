@@ -15,7 +15,7 @@ from src import runlog
 from src.checkpoint import convert, storage
 from src.checkpoint.families import PLAIN
 from src.checkpoint.foreign_config import config_from_hf, family_of
-from src.checkpoint.meta_config import MetaWeights, config_from_meta
+from src.checkpoint.meta_config import config_from_meta
 from src.checkpoint.params import config_from_dict, refuse_infinities
 from src.checkpoint.shards import check_pieces, cut_of, expected_shapes, join
 from src.checkpoint.tensor_files import StoredTensor, as_stored, read_safetensors, read_torch
@@ -267,9 +267,9 @@ def _config(
     output, embedding = tensors.get("output.weight"), tensors["tok_embeddings.weight"]
     tied = "v_head.weight" not in tensors and (
         output is None or output.shape == embedding.shape and torch.equal(output.load(), embedding.load()))
-    weights = MetaWeights(ffn_dim=ffn_rows, vocab_size=vocab_rows, dtype=dtype, tied=tied,
-                          value_head="v_head.weight" in tensors, embedding_split_dim=embedding_dim)
-    return config_from_meta(values, described, weights)
+    return config_from_meta(
+        values, described, ffn_dim=ffn_rows, vocab_size=vocab_rows, tied=tied,
+        value_head="v_head.weight" in tensors, embedding_split_dim=embedding_dim, dtype=dtype)
 
 
 def _name_of(dtype: torch.dtype) -> str:

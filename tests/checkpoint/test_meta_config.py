@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.checkpoint.meta_config import MetaWeights, config_from_meta, meta_ffn_dim
+from src.checkpoint.meta_config import config_from_meta, meta_ffn_dim
 from src.checkpoint.released import MODEL_TYPES
 from src.errors import UserError
 from src.models.config import ModelConfig
@@ -10,10 +10,10 @@ from tests.checkpoint.weights import META
 
 
 def meta(values: dict[str, object], tied: bool = False) -> ModelConfig:
-    weights = MetaWeights(
-        ffn_dim=48, vocab_size=64, tied=tied, value_head=False, embedding_split_dim=0, dtype="bfloat16"
+    return config_from_meta(
+        values, "params.json",
+        ffn_dim=48, vocab_size=64, tied=tied, value_head=False, embedding_split_dim=0, dtype="bfloat16",
     )
-    return config_from_meta(values, "params.json", weights)
 
 
 def test_meta_rope_is_scaled_by_8_and_in_the_small_tied_models_by_32() -> None:
