@@ -53,18 +53,18 @@ def n_shards(ckpt_dir: str) -> int:
     return len(storage.shard_paths(folder, kind))
 
 
-def tensor_parallel_size(ckpt_dir: str, asked: int = -1) -> int:
+def tensor_parallel_size(ckpt_dir: str, asked: int = -1, *, planned: bool = False) -> int:
     """How many ranks share one model: as many as asked; else the directory's shards if they divide the ranks, else all.
 
-    Raises UserError when `asked` does not divide the number of ranks.
+    planned: of a dry run, which without torchrun is of the shards. Raises UserError when `asked` does not divide the
+    number of ranks.
     """
-    world, n = parallel.world_size(), n_shards(ckpt_dir)
-    if asked == -1:
-        return n if n and world % n == 0 else world
-    if world % asked:
-        raise UserError(f"--tensor_parallel_size {asked} does not divide the {world} processes that run; start a "
-                        "multiple of it")
-    return asked
+    world = parallel.world_size()
+    if asked != -1:
+        parallel.divided(world, "tensor_parallel_size", asked, "processes")
+        return asked
+    n = n_shards(ckpt_dir)
+    return n if (n and world % n == 0) or (planned and world == 1) else world
 
 
 def check_context_parallel(models: Mapping[str, ModelConfig], size: int, n: int) -> int:
@@ -79,18 +79,9 @@ def scoring_ranks(models: Mapping[str, ModelConfig], context_parallel_size: int,
     """How many tensor-parallel ranks share a model that scores rows: all that run, or those of each part of a row.
     planned: of a dry run, which without torchrun is of the shards. Raises UserError like check_context_parallel()."""
     world = parallel.world_size()
-    if world % context_parallel_size:
-        raise UserError(f"--context_parallel_size {context_parallel_size} does not divide the {world} processes that "
-                        f"run; start a multiple of it")
-    n = world // context_parallel_size
+    n = parallel.divided(world, "context_parallel_size", context_parallel_size, "processes")
     check_context_parallel(models, context_parallel_size, n)
     return n_shards(next(iter(models))) if planned and world == 1 else n
-
-
-def planned_ranks(ckpt_dir: str, asked: int = -1) -> int:
-    """How many ranks share one model in a dry run: those of the command, or without torchrun the shards."""
-    n_ranks = tensor_parallel_size(ckpt_dir, asked)
-    return n_ranks if parallel.world_size() > 1 or asked != -1 else n_shards(ckpt_dir)
 
 
 def load_tokenizer(ckpt_dir: str, flags: TokenizerFlags = TokenizerFlags()) -> Tokenizer:  # noqa: B008
@@ -237,8 +228,7 @@ def load_adapted(folder: str, base_dir: str, precision: str = "") -> Decoder:
         raise UserError(f"{folder} is a verifier's adapter (it has a value head); a solver's is needed here")
     with torch.device("meta"):
         model = Decoder(source.config, dtype)
-    place = {"device": parallel.device(), "dtype": dtype, "copy": True}
-    shards.assign(model, {name: stored.load().to(**place) for name, stored in source.tensors.items()}, folder)
+    shards.assign(model, _read({name: stored.load for name, stored in source.tensors.items()}, dtype), folder)
     return model
 
 

@@ -62,12 +62,11 @@ def start(seed: int = 1, tensor_parallel_size: int = -1, replicas: int = 1, cont
     seed_all(seed)
 
 
-def divided(data_parallel: int, flag: str, value: int) -> int:
-    """How many data-parallel ranks each part has of as many as a flag says. Raises UserError."""
-    if data_parallel % value:
-        raise UserError(f"--{flag} {value} does not divide the {data_parallel} data-parallel ranks that run; "
-                        f"start a multiple of it")
-    return data_parallel // value
+def divided(n: int, flag: str, value: int, what: str = "data-parallel ranks") -> int:
+    """How many of n ranks each part has of as many as a flag says. Raises UserError."""
+    if n % value:
+        raise UserError(f"--{flag} {value} does not divide the {n} {what} that run; start a multiple of it")
+    return n // value
 
 
 def _data_parallel_mesh(replicas: int) -> DeviceMesh:

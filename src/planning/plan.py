@@ -53,7 +53,7 @@ def training(
     data_parallel: int, *, summed: bool = True,
 ) -> str:
     """The plan of a trainer that takes these steps, of these samples. summed: its loss is a sum of log-probs."""
-    n = load.planned_ranks(config.ckpt_dir, config.tensor_parallel_size)
+    n = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size, planned=True)
     model.check_divides(n, "this checkpoint")
     parts = config.context_parallel_size
     passes, longest = [], 0
@@ -137,7 +137,7 @@ def ppo(
     config: PPOConfig, prompts: Sequence[Prompt], held_out: Sequence[Prompt], tokenizer: Tokenizer, n_buffers: int
 ) -> str:
     """The plan of ppo_train.py with these flags. Raises UserError."""
-    n = load.planned_ranks(config.actor_ckpt_dir, config.tensor_parallel_size)
+    n = load.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size, planned=True)
     ranks = parallel.world_size() // load.tensor_parallel_size(config.actor_ckpt_dir, config.tensor_parallel_size)
     models = ppo_models(config, n)
     ids, held_ids = ([encode_prompt(tokenizer, p.instruction) for p in some] for some in (prompts, held_out))
