@@ -11,28 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 
 from src.data.encoding import Encoded
+from src.data.examples import Chat, Instruction, Pair, StepLabels
 from src.errors import UserError, naming
 from src.jsonfile import telling_full_disk
 
 Sample = tuple[Encoded, ...]  # the sequences that stay together: one, or a chosen and a rejected one
 Truncation = Literal["error", "drop", "left", "right", "keep_end"]
 MAX_DROPPED_SHARE = 0.01  # more answers than this lost to the length limit is a wrong flag, not noise
-
-
-class Placed(Protocol):
-    """A row that says where it stands."""
-
-    @property
-    def where(self) -> str:
-        """File and row."""
-
-
-PlacedRow = TypeVar("PlacedRow", bound=Placed)
+PlacedRow = TypeVar("PlacedRow", Pair, StepLabels, Instruction | Chat)
 
 
 class EncodedRows(Sequence[Sample]):

@@ -67,21 +67,17 @@ def encode_prompt(tokenizer: Tokenizer, instruction: str, prefix: str = "", *, w
     changes; where: the place that it begins with.
     """
     with naming(where):
-        return _prompt_ids(tokenizer, instruction, prefix)
-
-
-def _prompt_ids(tokenizer: Tokenizer, instruction: str, prefix: str) -> list[int]:
-    if tokenizer.code:
-        partial_answer = blocks.answer_pieces(prefix) if prefix else []
-        return list(chain(*tokenizer.encode_pieces([*blocks.prompt_pieces(instruction), *partial_answer])))
-    if tokenizer.chat:
-        prompt = tokenizer.encode_rendered(tokenizer.chat.prompt([_message("user", instruction)]))
-        partial_answer = _partial_answer(tokenizer, instruction, prefix) if prefix else ""
-        return prompt + tokenizer.encode_rendered(partial_answer, start=tokenizer.begins_after(prompt))
-    prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(instruction)
-    if not prompt:
-        raise UserError(f"an instruction is empty and {tokenizer.path} has no BOS: the prompt would hold no token")
-    return prompt + (tokenizer.encode(prefix) if prefix else [])
+        if tokenizer.code:
+            partial_answer = blocks.answer_pieces(prefix) if prefix else []
+            return list(chain(*tokenizer.encode_pieces([*blocks.prompt_pieces(instruction), *partial_answer])))
+        if tokenizer.chat:
+            prompt = tokenizer.encode_rendered(tokenizer.chat.prompt([_message("user", instruction)]))
+            partial_answer = _partial_answer(tokenizer, instruction, prefix) if prefix else ""
+            return prompt + tokenizer.encode_rendered(partial_answer, start=tokenizer.begins_after(prompt))
+        prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(instruction)
+        if not prompt:
+            raise UserError(f"an instruction is empty and {tokenizer.path} has no BOS: the prompt would hold no token")
+        return prompt + (tokenizer.encode(prefix) if prefix else [])
 
 
 def encode_response(
