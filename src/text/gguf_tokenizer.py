@@ -16,7 +16,7 @@ from src.errors import UserError
 from src.jsonfile import parse, write_json
 from src.text.chat import find_source
 from src.text.tokenizer import Tokenizer, read_config, read_stops
-from src.text.vocabulary import CUT, GPT_2_CUT, PreTokenizer, SentencePiece, Tiktoken, byte_level_bpe
+from src.text.vocabulary import CUT, GPT_2_CUT, PreTokenizer, SentencePiece, Tiktoken, byte_level_bpe, steps
 
 _SPACE = "▁"  # what sentencepiece writes for one
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # its types of pieces
@@ -303,15 +303,10 @@ def _from_ranks(vocabulary: Tiktoken) -> tuple[dict[str, object], dict[int, _Tok
     return {f"{_G}model": "gpt2", f"{_G}pre": pre, f"{_G}merges": merges}, tokens
 
 
-def _steps(part: Mapping[str, object] | None, inner: str) -> list[Mapping[str, object]]:
-    """The steps of a tokenizer.json's normalizer or pre_tokenizer."""
-    return [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
-
-
 def _from_byte_level(document: Mapping[str, object], source: str) -> tuple[dict[str, object], dict[int, _Token]]:
     """Metadata and tokens of a tokenizer.json with byte-level BPE, whose pre-tokenizer llama.cpp knows by name."""
     patterns: list[str] = []
-    for step in _steps(document["pre_tokenizer"], "pretokenizers"):
+    for step in steps(document["pre_tokenizer"]):
         kind = step["type"]
         if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"] and "Regex" in step["pattern"]:
             patterns.append(step["pattern"]["Regex"])
@@ -321,7 +316,7 @@ def _from_byte_level(document: Mapping[str, object], source: str) -> tuple[dict[
             patterns += [GPT_2_CUT] if step["use_regex"] else []
         else:
             raise UserError(f"{source}: its pre-tokenizer's step {kind} has no form in a GGUF file")
-    model, normal = document["model"], [step["type"] for step in _steps(document["normalizer"], "normalizers")]
+    model, normal = document["model"], [step["type"] for step in steps(document["normalizer"])]
     names = [name for name, cut in _CUTS.items()
              if (cut.patterns, cut.ignore_merges) == (tuple(patterns), model["ignore_merges"])
              and (not normal or cut.nfc and normal == ["NFC"])]
@@ -335,7 +330,7 @@ def _from_byte_level(document: Mapping[str, object], source: str) -> tuple[dict[
 def _from_merged(document: Mapping[str, object], source: str) -> tuple[dict[str, object], dict[int, _Token]]:
     """Metadata and tokens of a tokenizer.json made of a sentencepiece model: scores are the ranks of its merges."""
     model = document["model"]
-    normal, cuts = _steps(document["normalizer"], "normalizers"), _steps(document["pre_tokenizer"], "pretokenizers")
+    normal, cuts = steps(document["normalizer"]), steps(document["pre_tokenizer"])
     kinds = {step["type"] for step in (*normal, *cuts)}
     if not kinds <= {"Prepend", "Replace", "Metaspace", "Split"}:
         raise UserError(f"{source}: {', '.join(sorted(kinds))} have no form in a GGUF file")

@@ -197,12 +197,12 @@ _SPACES = {"Prepend": {"prepend": ""}, "Metaspace": {"prepend_scheme": "never"},
            "ByteLevel": {"add_prefix_space": False}}
 
 
-def _steps(step: object) -> list[dict[str, object]]:
-    """A normalizer, pre-tokenizer or decoder of a tokenizer.json, or the parts of a sequence of them."""
-    if not isinstance(step, dict):
-        return []
-    parts = [part for key in ("normalizers", "pretokenizers", "decoders") for part in step.get(key, ())]
-    return [step, *(inner for part in parts for inner in _steps(part))]
+def steps(step: dict[str, object] | None) -> list[dict[str, object]]:
+    """The steps of a tokenizer.json's normalizer, pre-tokenizer or decoder."""
+    if step is None or step["type"] != "Sequence":
+        return [] if step is None else [step]
+    parts = (part for key in ("normalizers", "pretokenizers", "decoders") for part in step.get(key, ()))
+    return [inner for part in parts for inner in steps(part)]
 
 
 class HfTokenizers:
@@ -228,10 +228,10 @@ class HfTokenizers:
         self.puts_space = self.after_control = self.after_added = "".join(text).startswith(("▁", "Ġ"))
         if self.puts_space:
             document = json.loads(model.to_str())
-            steps = [each for key in ("normalizer", "pre_tokenizer", "decoder") for each in _steps(document[key])]
-            if any(step.get("prepend_scheme") == "first" for step in steps):
+            found = [each for key in ("normalizer", "pre_tokenizer", "decoder") for each in steps(document[key])]
+            if any(step.get("prepend_scheme") == "first" for step in found):
                 self.after_control = self.after_added = False
-            for step in steps:
+            for step in found:
                 without = _SPACES.get(str(step["type"]), {})
                 step |= {key: value for key, value in without.items() if key in step}
             self._continued = tokenizers.Tokenizer.from_str(json.dumps(document))
