@@ -145,8 +145,7 @@ def main(config: SolverEvaluateConfig) -> None:
     path, speed = Path(config.log_dir) / "samples.jsonl", None
     if config.samples_file:
         samples = match_samples(read_samples(config.samples_file), problems, config.samples_file)
-        ids = {prompt.id for prompt in prompts}
-        refuse_sampled(path, config.samples_file, sum(sample.id not in ids for sample in samples))
+        refuse_sampled(path)
     grades = parallel.rank() == 0 and benchmark.graded
     with BackgroundGrader(benchmark, prompts) if grades else nullcontext() as grading:
         if not config.samples_file:

@@ -80,13 +80,14 @@ def main(config: VerifierEvaluateConfig) -> None:
     if model_config.objective != "process":
         config.refuse(("aggregation",), f"{config.ckpt_dir} gives one score of a solution")
     n = load.scoring_ranks({config.ckpt_dir: model_config}, config.context_parallel_size, planned=config.dry_run)
-    prompts, matched, samples, labelled = [], [], [], []
+    prompts, samples, labelled = [], [], []
     if config.samples_file:
         problems = read_prompts(config.label_file, need_label=True)
         prompts = select_prompts(problems, config.split)
         asked = {prompt.id for prompt in prompts}
-        matched = match_samples(read_samples(config.samples_file), problems, config.samples_file)
-        samples, task = [sample for sample in matched if sample.id in asked], find_task(config.task)
+        samples = [sample for sample in match_samples(read_samples(config.samples_file), problems, config.samples_file)
+                   if sample.id in asked]
+        task = find_task(config.task)
         if not task.graded:
             raise UserError("--task none grades nothing; name the task of --samples_file")
         if not samples:
@@ -108,7 +109,7 @@ def main(config: VerifierEvaluateConfig) -> None:
         return
     storage.claim(Path(config.log_dir))
     if config.samples_file:
-        refuse_sampled(Path(config.log_dir) / "samples.jsonl", config.samples_file, len(matched) - len(samples))
+        refuse_sampled(Path(config.log_dir) / "samples.jsonl")
     parallel.start(tensor_parallel_size=n, context_parallel_size=config.context_parallel_size)
     verifier = load.load_verifier(config.ckpt_dir, precision=config.precision, quantize=config.quantize)
     log, folder = RunLog(config.log_dir, config.flags()), Path(config.log_dir)

@@ -139,14 +139,9 @@ def claim_samples(path: Path, identity: dict[str, object]) -> None:
         write_json(identity_file(path), identity)
 
 
-def refuse_sampled(path: Path, samples_file: str, n_left_out: int) -> None:
-    """Raise UserError if graded samples would take the place of samples that are lost then: of those of another file
-    those that were sampled here, in their own file the n whose problems are left out."""
-    if path.resolve() == Path(samples_file).resolve():
-        if n_left_out:
-            raise UserError(f"{path} would lose {n_left_out} of its samples, those of problems that --split or --limit "
-                            "leaves out; choose another --log_dir")
-    elif path.is_file() and identity_file(path).is_file():
+def refuse_sampled(path: Path) -> None:
+    """Raise UserError if graded samples of another file would take the place of those that were sampled here."""
+    if path.is_file() and identity_file(path).is_file():
         raise UserError(f"{path} was sampled here, and graded samples of another file would replace it; choose another "
                         "--log_dir")
 

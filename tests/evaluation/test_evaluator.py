@@ -278,23 +278,6 @@ def test_samples_of_another_checkpoint_or_of_unknown_origin_are_refused(
         evaluate(run, label_file, tmp_path / "theirs")
 
 
-def test_w2s_07_grading_again_in_place_keeps_the_directory_ours(
-    run: Run, label_file: str, tmp_path: Path
-) -> None:
-    lines = evaluate(run, label_file, tmp_path / "log")
-    path = str(tmp_path / "log/samples.jsonl")
-    assert evaluate(run, label_file, tmp_path / "log", samples_file=path) == lines
-    verified = {"ckpt_dir": run.verifier_dir, "task": "toy", "label_file": label_file, "samples_file": path}
-    for again in (
-        lambda **flags: evaluate(run, label_file, tmp_path / "log", samples_file=path, **flags),
-        lambda **flags: verifier_evaluate.main(verifier_evaluate.VerifierEvaluateConfig(
-            log_dir=str(tmp_path / "log"), **verified, **flags)),
-    ):
-        with pytest.raises(UserError, match="samples.jsonl would lose 3 of its samples, those of problems that --spl"):
-            again(split="level=2")
-    assert evaluate(run, label_file, tmp_path / "log") == lines
-
-
 def test_a_verifier_scores_nothing_that_cannot_be_reported(run: Run, label_file: str, tmp_path: Path) -> None:
     given = write_lines(tmp_path / "given.jsonl", [{"id": "0", "response": "#### 4"}])
     flags = {"task": "toy", "label_file": label_file, "samples_file": given, "log_dir": str(tmp_path / "log")}
