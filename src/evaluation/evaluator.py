@@ -93,7 +93,6 @@ class BackgroundGrader:
 
     def __init__(self, task: Task, prompts: Sequence[Prompt]) -> None:
         self.types = {prompt.id: type_of(prompt) for prompt in prompts}
-        self.task = task
         self.grader = Grader(task, workers=GRADING_THREADS)
         self.prompts = {prompt.id: prompt for prompt in prompts}
         self._threads = ThreadPoolExecutor(GRADING_THREADS)

@@ -52,7 +52,7 @@ def prompts(label_file: str) -> list[Prompt]:
 def grade(task: str, prompts: list[Prompt], samples: list[Sample], path: Path) -> dict[str, object]:
     """The results of these samples."""
     with evaluator.BackgroundGrader(find_task(task), prompts) as grading:
-        return summarize(grading.task, prompts, evaluator.grade_samples(grading, samples, path))
+        return summarize(grading.grader.task, prompts, evaluator.grade_samples(grading, samples, path))
 
 
 def sample(problem: int, number: int, answer: str | None, **values: object) -> Sample:
@@ -376,7 +376,7 @@ def test_grading_overlaps_sampling_and_never_holds_it_up(prompts: list[Prompt], 
             sampler, prompts, num_samples=2, path=path, log=RunLog(str(tmp_path), {}), grading=grading
         )
         problems = evaluator.grade_samples(grading, read_samples(str(path)), path)
-        results = summarize(grading.task, prompts, problems)
+        results = summarize(grading.grader.task, prompts, problems)
     assert finished == [True]
     assert results["outcomes"] == {"right": 3, "wrong": 0, "unparsed": 0, "timeout": 3, "error": 0}
 
