@@ -10,15 +10,8 @@ from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
 
 
-class Event(NamedTuple):
-    """What became of a request: a token was sampled, or it has ended."""
-
-    place: int  # of the request in its job
-    what: int | Completion
-
-
 class Job:
-    """Requests of one caller: `events` gets how each ends, and before it every token if the job streams.
+    """Requests of one caller: `events` gets the place and the end of each, before it every token if the job streams.
 
     Requests whose Sampling is the same decode in one batch; what seeds a request's randomness is its id. A caller that
     has lost interest sets `cancelled`.
@@ -29,7 +22,7 @@ class Job:
     ) -> None:
         self.model, self.requests, self.sampling, self.vocabulary = model, requests, sampling, vocabulary
         self.streams, self.cancelled = streams, False
-        self.events: SimpleQueue[Event] = SimpleQueue()
+        self.events: SimpleQueue[tuple[int, int | Completion]] = SimpleQueue()
 
 
 class _Place(NamedTuple):
@@ -63,7 +56,7 @@ class ServingEngine:
             for key, batch in list(self._batches.items()):
                 for done in batch.advance():
                     found = self._places.pop(id(done.request))
-                    found.job.events.put(Event(found.place, done))
+                    found.job.events.put((found.place, done))
                 if not batch.busy:
                     del self._batches[key]
 
@@ -91,4 +84,4 @@ class ServingEngine:
     def _sampled(self, request: Request, token: int) -> None:
         found = self._places[id(request)]
         if found.job.streams:
-            found.job.events.put(Event(found.place, token))
+            found.job.events.put((found.place, token))
