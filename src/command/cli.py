@@ -206,7 +206,7 @@ def usage(main: Callable[..., None], width: int) -> str:
 
 def _flag_help(flag: Flag, width: int) -> str:
     default = ",".join(map(str, flag.default)) if isinstance(flag.default, list) else str(flag.default)
-    default = default.lower() if isinstance(flag.default, bool | None) else default or "empty"
+    default = default.lower() if isinstance(flag.default, bool) else default or "empty"
     head = f"--{flag.name}  {flag.expects}" + ("" if flag.required else f"  (default: {default})")
     return "\n".join([_wrap(head, width, margin="  "), _wrap(flag.meaning or "?", width, margin=" " * 6)])
 

@@ -23,7 +23,7 @@ from src.command.config import Bounds, Config, check_bounds
 from src.command.hub import fetch
 from src.errors import UserError
 
-Scalar = str | int | float | bool | None
+Scalar = str | int | float | bool
 Value = Scalar | list[Scalar]
 
 
@@ -35,19 +35,17 @@ class Kind(NamedTuple):
     read: Callable[[str], Scalar]
 
 
-NONE = {"None": None, "none": None}
 TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 CONFIG = "json or yaml file of flags, or run.json of an earlier run; flags on the command line win"
 KINDS: dict[object, Kind] = {
-    types.NoneType: Kind("none", "none", NONE.__getitem__),
     bool: Kind("true|false", "true", lambda word: TRUTH[word.lower()]),
     int: Kind("whole number", "8", int),
     float: Kind("number", "1e-5", float),
     str: Kind("text", "VALUE", str),
 }
-# None and choices come first because anything is text; text comes before lists so that, where both are
-# allowed, one word stays text.
-TRY_ORDER: list[object] = [types.NoneType, Literal, bool, int, float, str, list]
+# Choices come first because anything is text; text comes before lists so that, where both are allowed, one word stays
+# text.
+TRY_ORDER: list[object] = [Literal, bool, int, float, str, list]
 
 
 # Flags of earlier versions, which command lines and run.json of then still have
@@ -94,7 +92,7 @@ def path_in(name: str, word: str) -> Path | None:
 
 
 class Flag(NamedTuple):
-    """A flag; `kinds` are the members of its annotation: (int, NoneType) for `int | None`."""
+    """A flag; `kinds` are the members of its annotation: (str, list[str]) for `str | list[str]`."""
 
     name: str
     kinds: tuple[object, ...]
@@ -242,7 +240,7 @@ def read_config(file: str, flags: dict[str, Flag]) -> dict[str, Value]:
 
 def _word(value: object, flag: Flag) -> str:
     """A value of a file as one would write it on the command line."""
-    if value is None and types.NoneType not in flag.kinds:
+    if value is None:
         raise UserError(f"{flag.name} is null, expected {flag.expects}; leave the line out for the default")
     if isinstance(value, dict | list):
         raise UserError(f"found {value!r}, expected a text, a number, true or false, or a list of such")

@@ -76,7 +76,7 @@ if __name__ == "__main__":
 def test_run_hands_over_the_parsed_values_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
 
-    def record(ckpt_dir: str, n: int = 8, files: list[str] | None = None) -> str:
+    def record(ckpt_dir: str, n: int = 8, files: list[str] = []) -> str:  # noqa: B006
         calls.append((ckpt_dir, n, files))
         return "not for stdout"
 
