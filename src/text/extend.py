@@ -1,6 +1,8 @@
 """A tokenizer's directory that says more than it came with: control tokens, the ends of responses, a template."""
 
+import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from src.jsonfile import read_json, write_json
 from src.text.chat import BUILT_IN
 from src.text.gguf_tokenizer import merges_of, spelled
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer, read_config
-from src.text.vocabulary import PreTokenizer, SentencePiece, Tiktoken, byte_level_bpe
+from src.text.vocabulary import SentencePiece, Tiktoken
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 
@@ -95,26 +97,81 @@ def say_ends(
 
 
 def _name_class(folder: Path, tokenizer: Tokenizer) -> None:
-    """Say in tokenizer_config.json what transformers is to open a sentencepiece or tiktoken file as that came without:
-    it would take the one for another kind, and give texts without BOS and without the space before their first word,
-    and the other without control tokens.
-
-    With `legacy` that space stands after control tokens too, as in Meta's code, but also after user-defined pieces, as
-    nobody else has it. A tiktoken file gets a tokenizer.json beside it, for it does not tell how text is cut.
-    """
+    """Write the tokenizer.json of a sentencepiece or tiktoken file that came without a class, and that it is to be
+    opened. By itself transformers would take the one for another kind, and give texts without BOS and without the space
+    before their first word, and the other without control tokens."""
     model, said = tokenizer.vocabulary, read_config(folder)
     ends = {"bos_token": model.bos, "eos_token": model.eos}
     config = {name: token for name, token in ends.items() if token and name not in said} | _config_of(folder)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if isinstance(model, SentencePiece):
-        config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.bos_id is not None,
-                   "add_prefix_space": model.puts_space, "legacy": not model.has_user_defined()}
-    else:
-        plain = {token: facts.id for token, facts in tokenizer.added.items() if not facts.control}
-        vocab = {spelled(token): rank for token, rank in model.ranks.items()} | tokenizer.control | plain
-        merges = [(spelled(left), spelled(right)) for left, right in merges_of(model.ranks)]
-        bos = next((token for token, index in tokenizer.control.items() if index == tokenizer.bos_id), None)
-        cut = PreTokenizer((model.pattern,), nfc=model.nfc, ignore_merges=True)
-        made = byte_level_bpe(vocab, merges, cut, list(tokenizer.control), list(plain), bos)
-        (folder / "tokenizer.json").write_text(made.to_str(), encoding="utf-8")
     _write_config(folder, config)
+    names = {facts.id: token for token, facts in tokenizer.added.items()}
+    names |= {index: token for token, index in tokenizer.control.items()}
+    never = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    added = [{"id": index, "content": token, **never, "special": token in tokenizer.control}
+             for index, token in sorted(names.items())]
+    parts = _parts_of_pieces(model, names) if isinstance(model, SentencePiece) else _parts_of_ranks(model, names)
+    begin = None if tokenizer.bos_id is None else _begin_with(names[tokenizer.bos_id], tokenizer.bos_id)
+    whole = {"version": "1.0", "added_tokens": added, "post_processor": begin} | parts
+    (folder / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+
+
+def _begin_with(token: str, index: int) -> dict[str, object]:
+    """The step of a tokenizer.json that puts a token before a sequence."""
+    begin, first, second = ({"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                            {"Sequence": {"id": "B", "type_id": 1}})
+    return {"type": "TemplateProcessing", "single": [begin, first], "pair": [begin, first, second],
+            "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}}}
+
+
+def _parts_of_ranks(model: Tiktoken, names: Mapping[int, str]) -> dict[str, object]:
+    """The parts of a tokenizer.json that differ by kind, of a tiktoken file. names: other tokens by id."""
+    vocab = {spelled(token): rank for token, rank in model.ranks.items()} | {text: at for at, text in names.items()}
+    merges = [(spelled(left), spelled(right)) for left, right in merges_of(model.ranks)]
+    in_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    cut = {"type": "Split", "pattern": {"Regex": model.pattern}, "behavior": "Isolated", "invert": False}
+    return {"normalizer": {"type": "NFC"} if model.nfc else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, in_bytes]}, "decoder": in_bytes,
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True}}
+
+
+def _parts_of_pieces(model: SentencePiece, names: Mapping[int, str]) -> dict[str, object]:
+    """_parts_of_ranks() of a sentencepiece model. Pieces merge by score; where a space is put before a text, it is put
+    after control tokens too, as Meta's code does, but not after user-defined pieces, which are only cut out."""
+    proto = model.proto()
+    spec, normal = proto.trainer_spec, proto.normalizer_spec
+    pieces = {index: one for index, one in enumerate(proto.pieces) if index not in names}
+    texts = {index: one.piece for index, one in pieces.items()} | names
+    vocab = {text: index for index, text in texts.items()}
+    steps: list[dict[str, object]] = []
+    if normal.precompiled_charsmap:
+        charsmap = base64.b64encode(normal.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if normal.remove_extra_whitespaces:
+        steps += [_replace({"Regex": r"\A +| +\z"}, ""), _replace({"Regex": " {2,}"}, " ")]
+    if normal.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": "▁"})
+    steps.append(_replace({"String": " "}, "▁"))
+    apart = sorted((one.piece for one in pieces.values() if one.type == one.USER_DEFINED), key=len, reverse=True)
+    pattern = "|".join(map(re.escape, apart))
+    back = [_replace({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    back += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if normal.add_dummy_prefix else []
+    if spec.model_type == spec.UNIGRAM:
+        table = [(texts.get(index, f"[PAD{index}]"), pieces[index].score if index in pieces else -1000.0)
+                 for index in range(max(texts) + 1)]
+        kind: dict[str, object] = {"type": "Unigram", "unk_id": spec.unk_id, "vocab": table}
+    else:
+        scores = {one.piece: one.score for one in pieces.values() if one.type == one.NORMAL}
+        halves = ((whole, whole[:at], whole[at:]) for whole in scores for at in range(1, len(whole)))
+        pairs = [(-scores[whole], -len(left), vocab[whole], left, right) for whole, left, right in halves
+                 if left in scores and right in scores]
+        kind = {"type": "BPE", "unk_token": texts[spec.unk_id], "fuse_unk": True, "vocab": vocab,
+                "merges": [pair[3:] for pair in sorted(pairs)], "ignore_merges": bool(apart)}
+    return {"normalizer": {"type": "Sequence", "normalizers": steps},
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            if apart else None,
+            "decoder": {"type": "Sequence", "decoders": back}, "model": kind | {"byte_fallback": spec.byte_fallback}}
+
+
+def _replace(pattern: Mapping[str, str], content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}

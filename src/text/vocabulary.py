@@ -72,10 +72,9 @@ class SentencePiece:
                               for index in (self._model.bos_id(), self._model.eos_id()))
         self.puts_space = self._model.encode("a") != self._continued.encode("a")
 
-    def has_user_defined(self) -> bool:
-        """Whether pieces are found in any text before the others are made."""
-        proto = ModelProto.FromString(self._model.serialized_model_proto())
-        return any(piece.type == piece.USER_DEFINED for piece in proto.pieces)
+    def proto(self) -> ModelProto:
+        """The file as a message, which says how pieces are made."""
+        return ModelProto.FromString(self._model.serialized_model_proto())
 
     def encode(self, text: str, *, start: bool) -> list[int]:
         """Ids of a text."""

@@ -15,8 +15,9 @@ from src.errors import UserError
 from src.text.blocks import CODE_FORM, Marker, answer_pieces, text_form
 from src.text.extend import add_control_tokens, say_ends
 from src.text.tokenizer import Tokenizer
+from tests import reference
 from tests.conftest import TOY_BASE
-from tests.text.files import write_json, write_ranks, write_sentencepiece
+from tests.text.files import CORPUS, TEXTS, write_json, write_ranks, write_sentencepiece
 
 TEXT = "What is <|text|> 6 x 7?\n\n#### 42"
 
@@ -90,10 +91,19 @@ def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(tmp_path: Path
         checkpoint_split.main(config)
 
 
-@pytest.mark.parametrize("kind", ["as Llama 2's", "the toy's", "as Llama 3's"])
+SENTENCEPIECE = {
+    "as Llama 2's": {"user_defined_symbols": []},
+    "as Gemma's": {"add_dummy_prefix": False},
+    "with pieces that are cut out": {"user_defined_symbols": ["\n\n", "####", " ="]},
+    "unigram": {"model_type": "unigram", "vocab_size": 330},
+    "normalised": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+}
+
+
+@pytest.mark.parametrize("kind", [*SENTENCEPIECE, "the toy's", "as Llama 3's"])
 def test_transformers_has_our_ids_where_nothing_names_a_class(tmp_path: Path, kind: str) -> None:
-    if kind == "as Llama 2's":
-        write_sentencepiece(tmp_path, user_defined_symbols=[])
+    if kind in SENTENCEPIECE:
+        write_sentencepiece(tmp_path, **SENTENCEPIECE[kind])
     elif kind == "the toy's":
         (tmp_path / "tokenizer.model").write_bytes((TOY_BASE / "tokenizer.model").read_bytes())
     else:
@@ -102,10 +112,22 @@ def test_transformers_has_our_ids_where_nothing_names_a_class(tmp_path: Path, ki
     say_ends(tmp_path, CODE_FORM, {})
     write_json(tmp_path / "config.json", {"model_type": "llama"})
     tokenizer, theirs = Tokenizer(tmp_path, CODE_FORM), AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("12+345 = 357.\n\n#### 357", "two\n\nthree", "é ü 中文 🙂 isn't", "x" * 40):
-        assert theirs(text).input_ids == [tokenizer.bos_id, *tokenizer.encode(text)]
-        assert theirs.decode(tokenizer.encode(text)) == text
-    parts = [*answer_pieces("So 6 x 7."), Marker.CODE, "print(6 * 7)", Marker.END_OF_BLOCK, Marker.END_OF_MESSAGE]
-    if kind != "the toy's":  # whose user-defined pieces have no space after them, where markers have one
-        ids = [index for piece in tokenizer.encode_pieces(parts) for index in piece]
-        assert theirs.encode(text_form(parts), add_special_tokens=False) == ids
+    for text in (*TEXTS, *CORPUS, "two\n\nthree", " = 5", "a####  =b\n\n\n c", "a       b    c"):
+        ids = tokenizer.encode(text)
+        assert theirs(text).input_ids == [tokenizer.bos_id, *ids], text
+        assert theirs.decode(ids) == tokenizer.decode(ids)
+    parts = [*answer_pieces("So\n\n#### 6 x 7."), Marker.CODE, "\n print(6 * 7)\n\n", Marker.END_OF_BLOCK]
+    ids = [index for piece in tokenizer.encode_pieces(parts) for index in piece]
+    assert theirs.encode(text_form(parts), add_special_tokens=False) == ids
+
+
+@pytest.mark.parametrize("kind", ["llama2", "mistral"])
+def test_transformers_has_our_ids_of_released_files(tmp_path: Path, kind: str) -> None:
+    folder = reference.shared("tokenizers")
+    shutil.copy(folder / kind / "tokenizer.model", tmp_path)
+    say_ends(tmp_path, "", {})
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    tokenizer, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    spaces = [f"1.{' ' * n}2" for n in range(40)]  # whose pieces merge in more than one way
+    for text in [*(folder / "cases.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n"), *spaces]:
+        assert theirs(text).input_ids == [tokenizer.bos_id, *tokenizer.encode(text)], text
