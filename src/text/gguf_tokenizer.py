@@ -130,16 +130,11 @@ def write_tokenizer(metadata: Mapping[str, object], folder: Path, n_rows: int, s
     else:
         adds_bos = said.get("add_bos_token", True, bool)
         (folder / "tokenizer.model").write_bytes(_sentencepiece(said, tokens, types, ids))
-    is_gemma = str(metadata.get("general.architecture")).startswith("gemma")
-    sentencepiece_class = "GemmaTokenizer" if is_gemma else "LlamaTokenizer"  # as transformers opens such a model
     config: dict[str, object] = {
-        "tokenizer_class": "PreTrainedTokenizerFast" if model == "gpt2" else sentencepiece_class,
         "add_bos_token": adds_bos, "add_eos_token": said.get("add_eos_token", False, bool),
         "clean_up_tokenization_spaces": False}
-    if model == "llama":
-        config["add_prefix_space"] = said.get("add_space_prefix", True, bool)
-        # with it the space is put after control tokens too, as in llama.cpp, but also after user-defined ones
-        config["legacy"] = USER_DEFINED not in types
+    if model == "gpt2":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # of the other an export has a tokenizer.json that is one
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     named_ids = {key: ids[name] for key, name in named.items() if ids[name] is not None}
     # sentencepiece knows its own; a name would make it a control token, which is not shown
