@@ -72,11 +72,14 @@ def test_whiten_by_hand() -> None:
     assert_close(found, torch.tensor([[-math.sqrt(1.5), 0.0, 0.0, math.sqrt(1.5)]]))
 
 
-@pytest.mark.parametrize("n", [1, 3, 7, 1000])
-@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 5.0])
-def test_whiten_gives_nothing_for_equal_entries(n: int, value: float) -> None:
+@pytest.mark.parametrize("n", [2, 3, 7, 8, 1000])
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 1.7, -100.1, 1000.1])
+def test_equal_rewards_have_exactly_no_advantages(n: int, value: float) -> None:
+    """Of any other, however small, Adam makes steps of the whole learning rate."""
     x = torch.full((1, n), value)
-    assert losses.whiten(x, torch.ones(1, n, dtype=torch.bool)).abs().max() < 0.02
+    for found in (losses.whiten(x, torch.ones(1, n, dtype=torch.bool)), losses.rloo_advantages(x),
+                  *(losses.grpo_advantages(x, divide_by_std=by_std) for by_std in (True, False))):
+        assert found.dtype == torch.float32 and not found.any()
 
 
 def test_probability_ratio_and_its_clamp() -> None:

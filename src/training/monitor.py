@@ -37,7 +37,7 @@ def rollout_metrics(buffer: PPOBuffer, config: PPOConfig, kl_scale: float = 1.0)
     kl = losses.kl_k1(logprobs, reference)
     found = {
         "reward": earned.mean().item(),
-        "reward_std": earned.std(unbiased=False).item(),
+        "reward_std": earned.double().std(unbiased=False).item(),  # equal rewards have exactly none
         **{f"reward_{name}": part.sum(1).mean().item() for name, part in scores.by_reward.items()},
         **{name: n / max(1, of) for name, (n, of) in scores.counts.items()},
         "kl": kl.mean().item(),
@@ -62,7 +62,7 @@ def rollout_metrics(buffer: PPOBuffer, config: PPOConfig, kl_scale: float = 1.0)
 
 def correlation(first: Tensor, second: Tensor) -> float:
     """Pearson's correlation of two [N] tensors; 0 where one of them is constant."""
-    first, second = first - first.mean(), second - second.mean()
+    first, second = (x.double() - x.double().mean() for x in (first, second))
     scale = (first.norm() * second.norm()).item()
     return (first @ second).item() / scale if scale > 1e-12 else 0.0
 

@@ -147,7 +147,7 @@ def compute_advantages(
     elif config.advantage == "reinforce++":
         advantages, returns = losses.discounted_returns(rewards, mask, config.gamma), None
         if config.group_size > 1:  # REINFORCE++-baseline
-            advantages -= groups.mean(1).repeat_interleave(config.group_size)[:, None]
+            advantages -= groups.double().mean(1).float().repeat_interleave(config.group_size)[:, None]
     elif config.advantage == "rloo":
         return losses.rloo_advantages(groups).view(-1, 1) * mask, None
     elif config.advantage == "gdpo":  # decoupled_rewards() has compared the groups
