@@ -14,7 +14,7 @@ from src import parallel
 from src.checkpoint import saving, storage
 from src.checkpoint.tensor_files import file_hash
 from src.command.config import Resume
-from src.command.flags import FREE_ON_RESUME, path_in
+from src.command.flags import FREE_ON_RESUME, is_path, path_in
 from src.errors import UserError, on_one_line
 from src.jsonfile import read_json
 from src.text.tokenizer import Tokenizer
@@ -41,13 +41,19 @@ def run_fingerprint(
 
 
 def _with_contents(name: str, value: object) -> object:
-    """A flag's value; what is a path, alone or in a list, with the hash of what lies there."""
-    words = value if isinstance(value, list) else [value]
-    paths = [path for word in words if isinstance(word, str) and (path := path_in(name, word)) and path.exists()]
-    if not paths:
+    """A flag's value; what is a path, alone or in a list, with the hash of what lies there, of the list's other words,
+    and of the function of FILE.py:FUNCTION."""
+    words, known = value if isinstance(value, list) else [value], []
+    for word in words:
+        path = path_in(name, word) if isinstance(word, str) else None
+        if path and path.exists():
+            found = content_hash(path, is_tokenizer=name == "tokenizer_file")
+            known.append(found if is_path(name) else f"{found}:{word.partition(':')[2]}")
+        else:
+            known.append(word)
+    if known == words:
         return value
-    hashes = [content_hash(path, is_tokenizer=name == "tokenizer_file") for path in paths]
-    return {"path": ", ".join(map(str, words)), "hash": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
+    return {"path": ", ".join(map(str, words)), "hash": hashlib.sha256(json.dumps(known).encode()).hexdigest()}
 
 
 def content_hash(path: Path, is_tokenizer: bool = False) -> str:

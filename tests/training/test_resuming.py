@@ -211,6 +211,19 @@ def test_help_lists_what_may_differ_and_every_other_flag_is_compared(
     assert set(FREE_ON_RESUME) <= set().union(*(flags_of(other.main) for other in TRAINERS))
 
 
+def test_rewards_are_compared_by_their_functions_and_their_order_too(
+    tmp_path: Path, toy_tokenizer: Tokenizer
+) -> None:
+    file = tmp_path / "m.py"
+    file.write_text("def f(completions): ...\n")
+    lists = [["rule", f"{file}:f"], ["rule", f"{file}:g"], ["code", f"{file}:f"], [f"{file}:f", "rule"], [f"{file}:f"]]
+    known = [resuming.run_fingerprint("ppo_train", {"reward": each}, toy_tokenizer)["reward"] for each in lists]
+    assert len({each["hash"] for each in known}) == len(lists)
+    file.rename(tmp_path / "moved.py")  # its contents count, not its name
+    moved = resuming.run_fingerprint("ppo_train", {"reward": ["rule", f"{tmp_path}/moved.py:f"]}, toy_tokenizer)
+    assert moved["reward"]["hash"] == known[0]["hash"]
+
+
 def test_a_flag_of_another_version_is_named(run: Path) -> None:
     path = run / "run/step-2/state.json"
     state = json.loads(path.read_text())
