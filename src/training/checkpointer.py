@@ -175,9 +175,11 @@ class Checkpointer:
             with model.here(), watchdog.patiently():
                 save.complete()
         for model in self._models:
-            # only now that the new one counts: a kill before it leaves the old one to resume from
-            older = sorted(complete_steps(model.folder))[: -self._flags.keep_last]
-            self._discard([step_folder(model.folder, step) for step in older])
+            # only now that the new one counts: a kill before it leaves the old one to resume from. Later ones were of
+            # this model alone, before the run was killed: it went on from one that all models have
+            found = complete_steps(model.folder)
+            kept = sorted(step for step in found if step <= self._saved_step)[-self._flags.keep_last :]
+            self._discard([step_folder(model.folder, step) for step in found - {*kept}])
         parallel.barrier()
         self._publish_due(self._saved_step)
 

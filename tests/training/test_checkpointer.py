@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -115,6 +116,17 @@ def test_what_is_kept(folders: Folders, tmp_path: Path) -> None:
     again = Run(folders.one, tmp_path, save_every=2)
     assert again.checkpointer.resume("auto") == STEPS
     assert json.loads((tmp_path / "step-6" / "state.json").read_text())["best"] == 0.7
+
+
+def test_a_save_counts_beside_a_later_one_from_before_a_kill(folders: Folders, tmp_path: Path) -> None:
+    """The actor's of step 4, say, whose critic was not written: the run went on from step 2, which both had."""
+    run = Run(folders.one, tmp_path, save_every=1, keep_last=2)
+    run.step()
+    shutil.copytree(tmp_path / "step-1", tmp_path / "step-5")
+    for _ in range(2):
+        run.step(0.5)
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-2", "step-3"}
+    storage.check_complete(tmp_path / "best")
 
 
 def test_a_run_that_is_replaced_leaves_no_weights_beside_those_of_the_new_one(folders: Folders, tmp_path: Path) -> None:
