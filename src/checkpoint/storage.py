@@ -42,6 +42,7 @@ DOCUMENTS = (
     "manifest.json", "params.json", "adapter.json", "state.json", "config.json", "adapter_config.json",
     "model.safetensors.index.json",
 )
+OF_OTHERS = ("config.json", "state.json")  # without a manifest these may be anybody's
 MANIFEST_FORMAT = 3  # 2 added the rotary layout, the tie and the cut of each parameter, 3 hashes by BLAKE3
 # A tokenizer is a vocabulary, one or two files, and files about special tokens and chats.
 _VOCABULARY = (*VOCABULARY_FILES, "merges.txt")
@@ -171,9 +172,10 @@ def finish(
 
 def _install(folder: Path, documents: Sequence[str]) -> None:
     """Move a complete staging directory into place, documents last; the checkpoint that was there ends first."""
-    old = [folder / name for name in manifest_files(folder)]
+    old, ours = [folder / name for name in manifest_files(folder)], (folder / "manifest.json").is_file()
     for name in DOCUMENTS:
-        (folder / name).unlink(missing_ok=True)
+        if ours or name not in OF_OTHERS:
+            (folder / name).unlink(missing_ok=True)
     flush(folder)
     for path in (*old, *folder.glob(f"{WEIGHTS}.*.pth"), *folder.glob(f"{ADAPTER}.*.pth")):
         path.unlink(missing_ok=True)

@@ -179,6 +179,17 @@ def test_publish_makes_the_same_checkpoint_and_survives_the_source(tmp_path: Pat
     assert storage.fingerprint(target) == fingerprint
 
 
+def test_files_of_others_beside_a_checkpoint_stay(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")  # of flags, say
+    save(tmp_path)
+    save(tmp_path / "two", n=2)
+    assert (tmp_path / "config.json").read_text() == "{}"
+    (tmp_path / "adapter.json").write_text("{}")  # of a save that was killed while it took an adapter's place
+    (tmp_path / "manifest.json").unlink()
+    save(tmp_path)
+    assert not (tmp_path / "adapter.json").exists()
+
+
 def test_unwritable_directory_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*; choose another directory"):
