@@ -184,7 +184,8 @@ def _multiplies_faster(dtype: torch.dtype) -> bool:
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Wait for all ranks: through the store first, for as long as one of them writes; a collective gives up."""
+    watchdog.await_all()
     dist.barrier()
 
 

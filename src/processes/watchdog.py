@@ -107,6 +107,17 @@ def turn(first: int, *, of_group: bool) -> Iterator[None]:
         _Signs.turns -= 1
 
 
+def await_all() -> None:
+    """Wait until every rank has called this, or has left: through the store, as in turn()."""
+    _Signs.turns += 1
+    try:
+        with contextlib.suppress(RuntimeError):
+            for dog in [thread for thread in threading.enumerate() if isinstance(thread, Watchdog)][-1:]:
+                dog.await_all()
+    finally:
+        _Signs.turns -= 1
+
+
 def after_lost_connection() -> str:
     """What a rank whose connection to another one broke has to say: which rank has gone without a word. Empty where
     one that has gone said why, or another rank tells this. Takes as long as a rank that lives may be silent."""
@@ -134,7 +145,7 @@ class Watchdog(threading.Thread):
         self._left = threading.Event()
         self._signs: dict[int, _Sign] = {}
         self._turns: Counter[bool] = Counter()  # by whether they were of a group alone
-        self._has_noticed = False
+        self._meetings, self._has_noticed = 0, False
 
     def leave(self) -> None:
         """Stop watching: this rank is done, and the others shall not miss it."""
@@ -155,6 +166,14 @@ class Watchdog(threading.Thread):
         while not (self._store.check([key]) and int(self._store.get(key)) >= self._turns[of_group]):
             if self._word(first) == LEFT:
                 return
+            time.sleep(min(0.05, max(0.0005, 0.1 * (time.monotonic() - start))))
+
+    def await_all(self) -> None:
+        """Wait until all ranks have called this as often as this one, or one has left."""
+        self._meetings += 1
+        key, start = f"watchdog/met/{self._meetings}", time.monotonic()
+        self._store.add(key, 1)
+        while self._store.add(key, 0) <= len(self._others) and LEFT not in self._words().values():
             time.sleep(min(0.05, max(0.0005, 0.1 * (time.monotonic() - start))))
 
     def run(self) -> None:

@@ -11,7 +11,6 @@ from src.errors import UserError
 from src.inference.engine import Completion, Request, Vocabulary, vocabulary_of
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
-from src.processes import watchdog
 from src.serving.server_client import RemoteCompletion, RemoteRequest, Reply, Server, api_key, call, complete
 from src.text.tokenizer import Tokenizer
 from src.training.ppo_config import PPOConfig
@@ -41,10 +40,9 @@ class PolicyServers:
         name, config, written = f"policy-{self.run}-{iteration}", self.config, self.folder / "adapter"
         if name == self.name:
             return
-        if self.ahead:
+        if config.rollout_ahead:
             # the servers still sample from the adapter that is about to go
-            with watchdog.patiently():
-                wait([self.ahead[1]])
+            parallel.from_first_rank(lambda: bool(self.ahead and wait([self.ahead[1]])))
         saving.begin_save(actor, str(written), config.actor_ckpt_dir, lora=load.lora_config(config)).complete()
         if parallel.rank() == 0:
             export.export_peft(sources.open_adapter(written), self.folder / name, str(written))

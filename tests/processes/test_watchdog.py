@@ -74,11 +74,11 @@ def test_a_stopped_rank_is_named_by_the_one_that_waits(folders: Folders, tmp_pat
     assert ranks[0].returncode == 1 and re.search(rf"^{line}\Z", told, re.MULTILINE), told
 
 
-@pytest.mark.parametrize("how, longer", [("slow", 10), ("asks", 7)])
+@pytest.mark.parametrize("how, longer", [("slow", 10), ("asks", 7), ("writes", 6)])
 def test_a_rank_that_computes_writes_or_asks_for_long_is_waited_for(
     folders: Folders, tmp_path: Path, how: str, longer: float
 ) -> None:
-    """Who asks does so for longer than a collective may take, or a rank may stand still."""
+    """Who asks, or writes, does so for longer than a collective may take, or a rank may stand still."""
     status, told, seconds = end_of(folders, tmp_path, how)
     assert status == 0 and seconds > longer, told
 

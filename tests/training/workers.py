@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import ppo_train
 from src import load, parallel
 from src.checkpoint import shards
+from src.checkpoint.saving import begin_save
 from src.code_solutions.tool_hook import Coding
 from src.command import cli
 from src.command.config import LoraFlags, OptimizerFlags, SavingFlags
@@ -429,6 +430,14 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
                 return "answer"
 
             assert parallel.from_first_rank(answer) == "answer"
+        elif step == 1 and how == "writes":
+            (Path(save_dir) / "since").write_text(str(time.time()), encoding="utf-8")
+            save = begin_save(model, f"{save_dir}/slowly", folder)
+            with watchdog.patiently():
+                for _ in range(70 * parallel.rank()):  # tensors, to a slow disk
+                    time.sleep(0.1)
+                    watchdog.got_on()
+                save.complete()
         elif step == 1 and parallel.rank() == 1:
             (Path(save_dir) / "since").write_text(str(time.time()), encoding="utf-8")
             if how == "hangs":
@@ -450,7 +459,7 @@ def interrupted(folder: str, save_dir: str, how: str) -> None:
 if __name__ == "__main__":  # a rank whose mistakes end as those of an entry script
     watchdog.LOOK_SECONDS, watchdog.SILENT_SECONDS, watchdog.STILL_SECONDS = 0.2, 3.0, 4.0
     watchdog.GRACE_SECONDS = 3.0
-    if "--how=asks" in sys.argv:
+    if {"--how=asks", "--how=writes"} & {*sys.argv}:
         watchdog.LONGEST_SECONDS = {"cpu": 3.0}
     parallel.start(1)
     cli.run(interrupted)
