@@ -591,7 +591,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     ("solver_train", {"seed": 10**30}, "--seed is 10+, expected a whole number of 64 bits"),
     ("ppo_train", {"max_buffer_size": 0}, "--max_buffer_size is 0, expected 1 or more"),
     ("ppo_train", {"max_steps": 0}, "--max_steps is 0, expected 1 or more, or -1"),
-    ("ppo_train", {"critic_warmup": 2}, "--critic_warmup 2 is more than the 1 buffers"),
+    ("ppo_train", {"critic_warmup": 1}, "--critic_warmup 1 leaves the actor none of 1 buffers"),
     (
         "ppo_train",
         {"share_base": "true"},

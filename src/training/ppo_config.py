@@ -138,8 +138,8 @@ class KlFlags(Config):
         weights stay fixed""")
     kl_horizon: Positive = flag(10_000.0, """episodes in which a KL twice the target multiplies the weights
         by 1.2""")
-    reference_refresh: CountOrOff = flag(-1, """buffers after which the reference becomes the actor as it is
-        saved then; -1 = it stays""")
+    reference_refresh: CountOrOff = flag(-1, """buffers after which the reference becomes the actor as it is saved
+        then, adapters merged and rounded to --precision, which may lose most of them; -1 = it stays""")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,8 +260,8 @@ class PPOConfig(
         """First iterations, in which only the critic learns. Raises UserError if there are no others."""
         if not self.has_critic:
             return 0
-        if self.critic_warmup > n_iterations:
-            raise UserError(f"--critic_warmup {self.critic_warmup} is more than the {n_iterations} buffers; lower it")
+        if self.critic_warmup >= n_iterations:
+            raise UserError(f"--critic_warmup {self.critic_warmup} leaves the actor none of {n_iterations} buffers")
         return min(10, n_iterations // 10) if self.critic_warmup < 0 else self.critic_warmup
 
     @property
@@ -392,7 +392,7 @@ class PPOConfig(
              "--filter_groups drops responses that --teacher_ckpt_dir teaches on; leave one of them out"),
             (self.share_base and self.lora_rank == -1, "--share_base is of weights below adapters; give --lora_rank"),
             (self.share_base and alone,
-             f"--share_base holds one base in float32 for the whole run; leave out --{''.join(alone[:1])}")]
+             f"--share_base holds one base in one type for the whole run; leave out --{''.join(alone[:1])}")]
 
 
 def short_name(reward: str) -> str:

@@ -87,10 +87,13 @@ def read_inputs(config: PPOConfig) -> Inputs:
     judge = config.reward_model_ckpt_dir
     foreign = bool(judge) and load.load_config(judge).verifier_form  # it comes with a tokenizer of its own
     load.check_tokenizer(tokenizer, config.critic_ckpt_dir, config.teacher_ckpt_dir, "" if foreign else judge)
-    prompts = fitting_prompts(prompts, config.train_file, tokenizer, contexts, config.max_new_tokens)
+    readers = [folder for folder in (config.critic_ckpt_dir, config.teacher_ckpt_dir) if folder]
+    prompts = fitting_prompts(
+        prompts, config.train_file, tokenizer, contexts, config.max_new_tokens, config.actor_ckpt_dir, readers)
     n_held_out, own = len(held_out), {config.actor_ckpt_dir: contexts[config.actor_ckpt_dir]}
     if held_out:
-        held_out = fitting_prompts(held_out, config.eval_file, tokenizer, own, config.max_new_tokens)
+        held_out = fitting_prompts(
+            held_out, config.eval_file, tokenizer, own, config.max_new_tokens, config.actor_ckpt_dir)
     if "verifier" in config.reward:
         load.check_step(judge, configs[judge], config.step)
         objective = configs[judge].objective
@@ -116,12 +119,14 @@ def _in_words_of(task: Task, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def fitting_prompts(
-    prompts: Sequence[Prompt], source: str, tokenizer: Tokenizer, contexts: Mapping[str, int], max_new_tokens: int
+    prompts: Sequence[Prompt], source: str, tokenizer: Tokenizer, contexts: Mapping[str, int], max_new_tokens: int,
+    policy: str, readers: Sequence[str] = (),
 ) -> list[Prompt]:
     """The prompts of the file `source` that leave every model a token of its context; warns of the others, by name.
 
-    contexts: tokens by checkpoint directory. Warns too where a response may be cut off before max_new_tokens. Raises
-    UserError if no prompt is left.
+    contexts: tokens by checkpoint directory, of which `policy` answers and `readers` read answers to their end. Warns
+    too where a response may be cut off before max_new_tokens. Raises UserError if no prompt is left, and where a
+    response may be longer than a reader's context: it has not learnt what such positions mean.
     """
     folder, context = min(contexts.items(), key=lambda item: item[1])
     n_tokens = [len(encode_prompt(tokenizer, prompt.instruction, where=prompt.where)) for prompt in prompts]
@@ -138,6 +143,13 @@ def fitting_prompts(
         runlog.logger().warning(
             "%s: %d of %d prompts leave less than --max_new_tokens %d in the context of %s, %d tokens",
             source, n_cut, len(prompts) - len(too_long), max_new_tokens, folder, context)
+    longest = contexts[policy]
+    if not tokenizer.code:  # what code prints comes on top of max_new_tokens
+        longest = min(max(n for n in n_tokens if n < context) + max_new_tokens, longest)
+    for reader in (reader for reader in readers if contexts[reader] < longest):
+        raise UserError(f"{source}: prompts with their responses may have {longest} tokens, more than the context of "
+                        f"{reader}, {contexts[reader]} tokens, which reads them whole; lower --max_new_tokens by "
+                        f"{longest - contexts[reader]}, or shorten the prompts")
     return [prompt for prompt, n in zip(prompts, n_tokens, strict=True) if n < context]
 
 
@@ -170,8 +182,8 @@ class PPOModels:
             yield
 
     def load_reference(self, config: PPOConfig, *, refreshed: bool) -> None:
-        """Make the actor as it started, or as it was last kept for this (refreshed), the reference. In the actor's own
-        precision their first KL is 0; a quantised one is somewhat off it."""
+        """Make the actor as it started, or as it was last kept for this (refreshed), the reference. Their first KL is
+        0, but for what rounds: a quantised reference, --save_dtype, and refreshed adapters, which are merged."""
         if config.lora_rank > 0 and not refreshed:
             return  # it is the actor without its adapters
         if self.frozen:

@@ -25,7 +25,7 @@ def test_prompts_that_leave_a_model_no_token_are_left_out_counted_and_named(
     def fitting(context: int) -> list[Prompt]:
         caplog.clear()
         contexts = {"actor": 99, "verifier": context}
-        return fitting_prompts(PROMPTS, "p.json", tokenizer, contexts, max_new_tokens=6)
+        return fitting_prompts(PROMPTS, "p.json", tokenizer, contexts, max_new_tokens=6, policy="actor")
 
     assert fitting(longest + 6) == PROMPTS and not caplog.records
     assert fitting(longest + 1) == PROMPTS
@@ -38,6 +38,19 @@ def test_prompts_that_leave_a_model_no_token_are_left_out_counted_and_named(
         assert all((f"(id {prompt.id!r}, " in caplog.text) == (prompt not in kept) for prompt in PROMPTS)
     with pytest.raises(UserError, match=r"p.json: 5 of 5 prompts fill .*; the first is row 1 \(id '0', \d+ tokens\)"):
         fitting(min(lengths))
+
+
+def test_a_critic_of_a_shorter_context_than_responses_is_refused(tokenizer: Tokenizer) -> None:
+    """Beyond it it would give values, of positions that it has never seen."""
+    longest = max(len(encode_prompt(tokenizer, prompt.instruction)) for prompt in PROMPTS)
+
+    def fitting(actor: int, critic: int) -> list[Prompt]:
+        contexts = {"actor": actor, "critic": critic}
+        return fitting_prompts(PROMPTS, "p.json", tokenizer, contexts, 6, "actor", readers=["critic"])
+
+    assert fitting(99, longest + 6) == fitting(longest + 2, longest + 2) == PROMPTS
+    with pytest.raises(UserError, match=f"critic, {longest + 4} tokens, which reads them whole; lower .* by 2"):
+        fitting(99, longest + 4)
 
 
 @pytest.mark.parametrize(("task", "row", "complaint"), [
