@@ -71,6 +71,8 @@ class SolverEvaluateConfig(SolverFlags, RoundsFlags, ColumnFlags):
         matched by id or row order""")
     max_batch_size: Count = flag(64, "sequences that decode at once; requests under way at a server")
     max_new_tokens: Count = flag(512, "longest response; of a solution with code the longest block")
+    tensor_parallel_size: CountOrOff = flag(-1, """ranks that share one model; the others sample other problems. -1 =
+        the shards of ckpt_dir, if they divide the ranks, else all ranks""")
     num_samples: Count = flag(1, "samples of each problem")
     temperature: NonNegative = flag(0.0, "0 = greedy")
     top_p: TopP = flag(1.0, "sample from the smallest set of tokens with this probability")
@@ -127,7 +129,7 @@ def main(config: SolverEvaluateConfig) -> None:
     if config.dry_run:
         model_config = load.load_config(config.ckpt_dir, config.model_type)
         tokenizer = load.load_tokenizer(config.ckpt_dir, config)
-        n = load.scoring_ranks({config.ckpt_dir: model_config}, 1, planned=True)
+        n = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size, planned=True)
         encoded = [encode_prompt(tokenizer, prompting.text(prompt.instruction), where=prompt.where)
                    for prompt in prompts]
         if config.choices:  # each a few tokens after its prompt
@@ -139,8 +141,11 @@ def main(config: SolverEvaluateConfig) -> None:
             n_rows=config.max_batch_size, quantize=config.quantize, half=plan.is_half(config)))
         return
     if not config.samples_file:
-        solver = open_solver(config, prompting, seed=config.seed, max_rounds=config.max_rounds,
-                             code=config, quantize=config.quantize, compiled=config.compile)
+        alone = not config.ckpt_dir or config.choices  # all ranks measure the choices of a problem together
+        solver = open_solver(
+            config, prompting, seed=config.seed, max_rounds=config.max_rounds, code=config, quantize=config.quantize,
+            compiled=config.compile, tensor_parallel_size=-1 if alone else load.tensor_parallel_size(
+                config.ckpt_dir, config.tensor_parallel_size))
     storage.claim(Path(config.log_dir))
     path, speed = Path(config.log_dir) / "samples.jsonl", None
     if config.samples_file:
@@ -188,6 +193,7 @@ def answer_typed(config: SolverEvaluateConfig, prompting: Prompting, sampling: S
 
 
 SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")
+OF_SAMPLING = ("num_samples", "compile", "max_rounds", "interactive", "tensor_parallel_size")
 SHOWN_BY = ("tokenizer_file", "chat_template", "template_args", "system_prompt")
 HELD_BY = ("ckpt_dir", "model_type", "precision", "quantize", *SHOWN_BY)
 SERVED_BY = ("serve", "max_batch_size", "compile", *HELD_BY)
@@ -246,7 +252,7 @@ def refuse_contradictions(config: SolverEvaluateConfig, benchmark: Task) -> None
         for name in config.changed(config.flags().keys() - set(GRADED_BY)):
             raise UserError(f"--{name} has no effect on samples that exist; leave it or --samples_file out")
     if config.choices:
-        for name in config.changed((*SAMPLED_BY, "num_samples", "compile", "max_rounds", "interactive")):
+        for name in config.changed((*SAMPLED_BY, *OF_SAMPLING)):
             raise UserError(f"--{name} has no effect on --choices, which samples nothing; leave it out")
         if benchmark.equality not in ("choice@5", "typed@5"):
             raise UserError(f"--choices gives the letter of a choice, but --task {config.task} compares by "

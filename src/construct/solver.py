@@ -72,10 +72,11 @@ def check_samples_differ(temperature: float, n: int, name: str) -> None:
 
 def open_solver(
     config: SolverFlags, prompting: Prompting, *, seed: int, max_rounds: int = 24,
-    code: CodeFlags | None = None, quantize: str = "", compiled: bool = False,
+    code: CodeFlags | None = None, quantize: str = "", compiled: bool = False, tensor_parallel_size: int = -1,
 ) -> LocalSolver | ServedSolver:
-    """Open what the flags name: a server, or the model of a checkpoint on this rank, with what runs its code."""
-    parallel.start(seed)
+    """Open what the flags name: a server, or the model of a checkpoint on this rank, with what runs its code.
+    tensor_parallel_size: ranks that share it; -1 = all."""
+    parallel.start(seed, tensor_parallel_size)
     if config.backend == "openai":
         return ServedSolver(config, prompting, config.max_batch_size)
     tokenizer, code = load.load_tokenizer(config.ckpt_dir, config), code or CodeFlags()

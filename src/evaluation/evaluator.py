@@ -64,7 +64,7 @@ class LocalSolver(NamedTuple):
     compiled: bool = False
 
     def sampler(self, sampling: Sampling) -> Sampler:
-        """Whole solutions, as sample_prompts() takes them; all ranks get the same ones in the same order."""
+        """Whole solutions, as sample_prompts() takes them; tensor-parallel ranks get the same in the same order."""
         coding, config = self.coding, self.model.config
         sampling = coding.sampling(sampling) if coding else sampling
         tool_hook = coding.tool_hook() if coding else None
@@ -75,14 +75,15 @@ class LocalSolver(NamedTuple):
                 Request(prompt.id, number, encode_prompt(
                     self.tokenizer, self.prompting.text(prompt.instruction), where=prompt.where))
                 for prompt, number in wanted]
-            for done in generate(self.model, requests, sampling, vocabulary=vocabulary_of(self.tokenizer),
-                                 max_batch_size=self.max_batch_size, compiled=self.compiled, tool_hook=tool_hook):
-                finish = coding.end(done, config.max_seq_len) if coding else done.finish
-                error = finish if finish.startswith(INFRASTRUCTURE) else ""
-                # a tenth of a nat: further digits depend on the rest of the batch, and a rerun would change the file
-                logprob = round(sum(done.logprobs), 1)
-                yield SamplerOutput(
-                    done.request.id, done.request.sample, done.text, len(done.tokens), finish, logprob, error)
+            with parallel.gathered(self.model):  # data-parallel ranks sample different numbers of tokens
+                for done in generate(self.model, requests, sampling, vocabulary=vocabulary_of(self.tokenizer),
+                                     max_batch_size=self.max_batch_size, compiled=self.compiled, tool_hook=tool_hook):
+                    finish = coding.end(done, config.max_seq_len) if coding else done.finish
+                    error = finish if finish.startswith(INFRASTRUCTURE) else ""
+                    # further digits depend on the rest of the batch, and a rerun would change the file
+                    logprob = round(sum(done.logprobs), 1)
+                    yield SamplerOutput(
+                        done.request.id, done.request.sample, done.text, len(done.tokens), finish, logprob, error)
 
         return sample
 
@@ -157,20 +158,25 @@ def sample_prompts(
     """Sample every prompt into samples.jsonl, a line as each sample finishes; what the file holds is not redone.
 
     In the end the file is sorted by prompt and sample. A sample that failed is in failures.jsonl instead, and is
-    tried again by a rerun. `grading` grades what is finished meanwhile. All ranks call this; rank 0 writes.
+    tried again by a rerun. `grading` grades what is finished meanwhile. All ranks call this. Data-parallel ranks share
+    the prompts; the first of each tensor-parallel group writes, into a part of its own until the end.
     """
     if not prompts:
         raise UserError(f"there is no prompt to sample for {path}; expected at least one")
+    _join_parts(path)
     done = _finished_samples(path, prompts, num_samples)
     parallel.barrier()  # nobody writes before all have read
-    wanted = [(prompt, number)
-              for prompt in prompts for number in range(num_samples) if (prompt.id, number) not in done]
+    index, n_groups = parallel.data_parallel_rank(), parallel.data_parallel_size()
+    missing = [[(prompt, number) for number in range(num_samples) if (prompt.id, number) not in done]
+               for prompt in prompts]
+    wanted = [request for of_prompt in list(filter(None, missing))[index::n_groups] for request in of_prompt]
     for (name, number), response in done.items() if grading else ():
         grading.submit(name, number, response)
     started, n_done, failed, tokens = time.monotonic(), 0, [], 0
     by_id = {prompt.id: prompt for prompt in prompts}
     log.progress(len(wanted), "sample")
-    with path.open("a", encoding="utf-8") if parallel.rank() == 0 else open(os.devnull, "w") as file:
+    part = path.with_name(f"{path.stem}.part-{index}.jsonl") if index else path
+    with part.open("a", encoding="utf-8") if parallel.tensor_parallel_rank() == 0 else open(os.devnull, "w") as file:
         for sample in sampler(wanted):
             log.advance(tokens=sample.token_count or 0)
             if sample.error:
@@ -186,6 +192,10 @@ def sample_prompts(
                 grading.submit(sample.id, sample.sample, sample.response)
             n_done, tokens = n_done + 1, tokens + (sample.token_count or 0)
     log.close_progress()
+    parallel.barrier()
+    n_done, tokens = (int(parallel.sum_over_data_parallel(n)) for n in (n_done, tokens))
+    failed = parallel.gather_over_data_parallel(failed)
+    _join_parts(path)
     speed = Speed(n_done, tokens, time.monotonic() - started)
     log.metrics(0, samples=n_done, tokens=tokens, tokens_per_second=tokens / max(speed.seconds, 1e-9))
     if parallel.rank() == 0:
@@ -197,6 +207,20 @@ def sample_prompts(
         write_samples(path, sorted(rows, key=lambda row: (place[row["id"]], row["sample"])))
     parallel.barrier()
     return speed
+
+
+def _join_parts(path: Path) -> None:
+    """Append what data-parallel ranks have written, perhaps of a run that was killed, to samples.jsonl. All ranks call
+    this."""
+    cut_torn_line(path)
+    parts = sorted(path.parent.glob(f"{path.stem}.part-*.jsonl")) if parallel.rank() == 0 else []
+    for part in parts:
+        known = set(path.read_bytes().splitlines()) if path.is_file() else set()  # a kill may fall before unlink()
+        lines = part.read_bytes().splitlines(keepends=True)
+        with path.open("ab") as file:
+            file.writelines(line for line in lines if line.endswith(b"\n") and line[:-1] not in known)
+        part.unlink()
+    parallel.barrier()
 
 
 def _report_failures(failed: Sequence[dict[str, object]], path: Path, log: RunLog) -> None:

@@ -3,11 +3,14 @@
 KILLS=10 python -m pytest tests/evaluation/test_kill.py tries more moments than the three of a plain run.
 """
 
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.tiny import split, write_hf_llama
@@ -92,3 +95,43 @@ def test_a_killed_evaluation_continues_to_the_same_files(tmp_path: Path) -> None
             # rounded, so equal but for a sum that another batch moved over the border of two tenths
             assert abs(row.pop("logprob") - other["logprob"]) < 0.11
             assert row == {key: value for key, value in other.items() if key != "logprob"}, kills[number]
+
+
+def test_ranks_that_share_problems_leave_the_files_of_one_also_when_they_are_killed(tmp_path: Path) -> None:
+    ckpt_dir = split(write_hf_llama(tmp_path / "hf"), tmp_path / "ckpt")  # one shard: two ranks hold two models
+    problems = [{"instruction": f"{n}+{n}=", "label": str(n), "level": 1 + n % 3} for n in range(60)]
+    (tmp_path / "labels.json").write_text(json.dumps(problems))
+    flags = ("--task=toy", "--label_file=labels.json", f"--ckpt_dir={ckpt_dir}", "--num_samples=2", "--temperature=1",
+             "--max_new_tokens=48", "--max_batch_size=4")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+    def start(log_dir: str, *launcher: str) -> subprocess.Popen[bytes]:
+        words = [sys.executable, *launcher, str(ROOT / "solver_evaluate.py"), *flags, f"--log_dir={log_dir}"]
+        return subprocess.Popen(words, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                stdout=subprocess.DEVNULL)
+
+    def files(log_dir: str) -> list[bytes]:
+        names = ("samples.jsonl", "results.json")
+        assert not list((tmp_path / log_dir).glob("samples.part*"))
+        return [(tmp_path / log_dir / name).read_bytes() for name in names]
+
+    assert start("one").wait(120) == 0
+    assert start("two", *torchrun).wait(120) == 0
+    assert files("two") == files("one")
+
+    job, part = start("killed", *torchrun), tmp_path / "killed/samples.part-1.jsonl"
+    while not (part.is_file() and part.read_bytes().count(b"\n") > 3):
+        assert job.poll() is None, "it ended before the kill"
+        time.sleep(0.001)
+    for place in Path("/proc").glob("[0-9]*/cmdline"):  # the ranks too, which have process groups of their own
+        with contextlib.suppress(OSError):
+            if f"--ckpt_dir={ckpt_dir}".encode() in place.read_bytes():
+                os.kill(int(place.parent.name), signal.SIGKILL)
+    job.wait()
+    joined = part.read_bytes().splitlines(keepends=True)[0]  # by a start that was killed before it removed the part
+    for name, end in (("samples.jsonl", joined), (part.name, b'{"id": "7", "sample": 1, "respo')):
+        path = tmp_path / "killed" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: whole.rfind(b"\n") + 1] + end)
+    assert start("killed").wait(120) == 0
+    assert files("killed") == files("one")
