@@ -600,7 +600,7 @@ MISTAKES: list[tuple[str, dict[str, object], str]] = [
     (
         "ppo_train",
         {"share_base": "true", "lora_rank": 2, "phases": "true"},
-        "one base in float32 for the whole run",
+        "one base in one type for the whole run",
     ),
     (
         "ppo_train",
