@@ -145,9 +145,11 @@ def compute_advantages(
         # An advantage and the value it is beyond are the lambda-return
         returns = (losses.gae(rewards, values, mask, config.gamma, config.critic_lambda) + values) * mask
     elif config.advantage == "reinforce++":
+        if config.group_size > 1:  # REINFORCE++-baseline: of the whole reward, before it is discounted
+            ends = (mask * torch.arange(mask.shape[1])).amax(1, keepdim=True)  # [B, 1]: the last token's place
+            means = groups.double().mean(1).float().repeat_interleave(config.group_size)[:, None]
+            rewards = rewards.scatter_add(1, ends, -means)
         advantages, returns = losses.discounted_returns(rewards, mask, config.gamma), None
-        if config.group_size > 1:  # REINFORCE++-baseline
-            advantages -= groups.double().mean(1).float().repeat_interleave(config.group_size)[:, None]
     elif config.advantage == "rloo":
         return losses.rloo_advantages(groups).view(-1, 1) * mask, None
     elif config.advantage == "gdpo":  # decoupled_rewards() has compared the groups

@@ -300,6 +300,17 @@ def test_critic_free_advantages_by_hand() -> None:
     assert_close(found[0, 0].item(), (-1 + 0.25) / scale, rtol=1e-5, atol=1e-5)
 
 
+def test_a_group_of_equals_learns_nothing_from_discounted_rewards_either() -> None:
+    rewards, mask = torch.zeros(4, 50), torch.ones(4, 50).bool()
+    mask[1, 30:] = False
+    rewards[0, 49] = rewards[1, 29] = rewards[2, 49] = 1.0
+    numbers = ppo_config(advantage="reinforce++", group_size=2, kl_coef=0.0, gamma=0.9, whiten_advantages=False)
+    found, _ = ppo.compute_advantages(rewards, None, mask, torch.arange(4), numbers)
+    assert not found[:2].any()
+    discounted = 0.5 * 0.9 ** torch.arange(49.0, -1.0, -1.0)
+    assert_close(found[2:], torch.stack((discounted, -discounted)))
+
+
 def test_whitening_is_over_the_kept_episodes_alone() -> None:
     # returns to go of the kept: 4 and 0
     found = estimates("reinforce++", 1, [2, 3])
