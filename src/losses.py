@@ -206,9 +206,12 @@ def process_rewards(probabilities: Tensor, shape: str) -> Tensor:
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over [N] entries; 0 for constant returns. -> scalar."""
+    values, returns = values.double(), returns.double()
     spread = returns.var(unbiased=False)
-    # where() computes both sides: the one that is not taken must not divide by 0
-    return torch.where(spread > 0, 1 - (returns - values).var(unbiased=False) / spread.clamp_min(1e-12), 0.0)
+    # float32 made the returns of values: constant ones differ by its rounding. where() computes both sides: the one
+    # that is not taken must not divide by 0
+    noise = 1e-12 * (values.square().mean() + returns.square().mean())
+    return torch.where(spread > noise, 1 - (returns - values).var(unbiased=False) / spread.clamp_min(1e-300), 0.0)
 
 
 def dpo_margins(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor) -> Tensor:
