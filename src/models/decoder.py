@@ -153,7 +153,10 @@ class Decoder(nn.Module):
         return self.tok_embeddings.weight if self.config.tied else self.output.weight
 
     def finish_logits(self, local: Tensor) -> Tensor:
-        """The output layer's products with what a family does to them, padding rows at -inf. [..., P] -> [..., P]."""
+        """The output layer's products with what a family does to them in float32, padding rows at -inf. [..., P] ->
+        [..., P]."""
+        if self.config.logit_divisor != 1 or self.config.logit_softcap:
+            local = local.float()
         if self.config.logit_divisor != 1:
             local = local / self.config.logit_divisor
         if self.config.logit_softcap:
