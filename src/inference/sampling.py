@@ -102,7 +102,8 @@ def choose(local_logits: Tensor, sampling: Sampling, u: Tensor, bias: Tensor | N
         if sampling.temperature == 0:
             parts.append(_greedy(plain, biased))
             continue
-        scaled = biased if sampling.temperature == 1 else biased / sampling.temperature
+        # float(): torch takes no integer of 2^64 or more, which a server may be asked for
+        scaled = biased if sampling.temperature == 1 else biased / float(sampling.temperature)
         parts.append(_sample_candidate(plain, scaled, sampling, draws) if sampling.truncates
                      else _sample_any(plain, scaled, draws))
     choice = Choice(*map(torch.cat, zip(*parts, strict=True)))

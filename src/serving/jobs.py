@@ -8,10 +8,12 @@ import torch
 from src.inference.engine import Completion, DecodingBatch, Request, Vocabulary
 from src.inference.sampling import Sampling
 from src.models.decoder import Decoder
+from src.runlog import logger
 
 
 class Job:
-    """Requests of one caller: `events` gets the place and the end of each, before it every token if the job streams.
+    """Requests of one caller: `events` gets the place and the end of each, or what kept it from ending, before it every
+    token if the job streams.
 
     Requests whose Sampling is the same decode in one batch; what seeds a request's randomness is its id. A caller that
     has lost interest sets `cancelled`.
@@ -22,7 +24,7 @@ class Job:
     ) -> None:
         self.model, self.requests, self.sampling, self.vocabulary = model, requests, sampling, vocabulary
         self.streams, self.cancelled = streams, False
-        self.events: SimpleQueue[tuple[int, int | Completion]] = SimpleQueue()
+        self.events: SimpleQueue[tuple[int, int | Completion | Exception]] = SimpleQueue()
 
 
 class _Place(NamedTuple):
@@ -54,9 +56,17 @@ class ServingEngine:
         while True:
             self._admit()
             for key, batch in list(self._batches.items()):
-                for done in batch.advance():
-                    found = self._places.pop(id(done.request))
-                    found.job.events.put((found.place, done))
+                try:
+                    for done in batch.advance():
+                        found = self._places.pop(id(done.request))
+                        found.job.events.put((found.place, done))
+                except Exception as trouble:  # of this model's adapter, or of memory: the other batches go on
+                    logger().warning("a batch ended with %s: %s", type(trouble).__name__, trouble)
+                    for name in [name for name, found in self._places.items() if found.batch is batch]:
+                        found = self._places.pop(name)
+                        found.job.events.put((found.place, trouble))
+                    del self._batches[key]
+                    continue
                 if not batch.busy:
                     del self._batches[key]
 

@@ -239,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path in pages:
             self._send(200, pages[self.path])
         else:
-            self._refuse(Refused(404, f"no page {self.path}; there are {', '.join(pages)}"))
+            self._send(404, _error(404, f"no page {self.path}; there are {', '.join(pages)}"))
 
     def do_POST(self) -> None:
         """Completions, and the adapters that they may ask for."""
@@ -259,9 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
             if found is not None:
                 self._send(200, found)
         except Refused as refused:
-            self._refuse(refused)
+            self._send(refused.status, _error(refused.status, str(refused)))
         except UserError as problem:
-            self._refuse(Refused(400, str(problem)))
+            self._send(400, _error(400, str(problem)))
         except OSError:  # the caller has gone
             self.close_connection = True
 
@@ -275,7 +275,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self.solver.reply(asked, [found[place] for place in sorted(found)])
 
     def _events(self, job: Job) -> Iterator[tuple[int, int | Completion]]:
-        """What becomes of a job until all of it has ended. Raises OSError, and cancels it, once the caller has gone."""
+        """What becomes of a job until all of it has ended. Raises OSError, and cancels it, once the caller has gone,
+        and Refused where it could not be decoded."""
         left, caller = len(job.requests), select.poll()
         caller.register(self.connection, select.POLLIN)
         try:
@@ -287,6 +288,8 @@ class _Handler(BaseHTTPRequestHandler):
                     if caller.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
                         raise ConnectionAbortedError from None
                     continue
+                if isinstance(what, Exception):
+                    raise Refused(500, f"{type(what).__name__}: {what}")
                 left -= isinstance(what, Completion)
                 yield place, what
         finally:
@@ -311,26 +314,25 @@ class _Handler(BaseHTTPRequestHandler):
                 choice = {"index": place, **part, "logprobs": None, "finish_reason": finish}
                 self._event(head | {"choices": [choice]})
 
-        for place, what in self._events(asked.job):
-            if isinstance(what, Completion):
-                found.append(what)
-                streams[place].finish(what.text)
-                chunk(place, what.finish)
-            else:
-                if what not in asked.job.vocabulary.eos_ids:
-                    streams[place].add(what)
-                chunk(place, None)
+        try:
+            for place, what in self._events(asked.job):
+                if isinstance(what, Completion):
+                    found.append(what)
+                    streams[place].finish(what.text)
+                    chunk(place, what.finish)
+                else:
+                    if what not in asked.job.vocabulary.eos_ids:
+                        streams[place].add(what)
+                    chunk(place, None)
+        except Refused as refused:  # the status has been sent
+            self._event(_error(refused.status, str(refused)))
+            return
         if asked.usage:
             self._event(head | {"choices": [], "usage": usage(asked, found)})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, values: Mapping[str, object]) -> None:
         self.wfile.write(f"data: {json.dumps(values)}\n\n".encode())
-
-    def _refuse(self, refused: Refused) -> None:
-        kind = "NotFoundError" if refused.status == 404 else "invalid_request_error"
-        error = {"message": str(refused), "type": kind, "param": None, "code": refused.status}
-        self._send(refused.status, {"error": error})
 
     def _send(self, status: int, values: object) -> None:
         data = values.encode() if isinstance(values, str) else json.dumps(values).encode()
@@ -342,6 +344,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *words: object) -> None:
         """Say nothing of each request."""
+
+
+def _error(status: int, message: str) -> dict[str, object]:
+    kind = {404: "NotFoundError", 500: "InternalServerError"}.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
 def usage(asked: Asked, found: Sequence[Completion]) -> dict[str, int]:

@@ -158,6 +158,26 @@ def test_what_is_not_understood_is_refused(name: str, base_url: str) -> None:
     assert (found[0], error["code"]) == (status, status) and reason in error["message"]
 
 
+def test_it_outlives_a_request_that_cannot_be_decoded(solver: str, base_url: str, tmp_path: Path) -> None:
+    model = load.load_solver(solver)
+    lora = LoraConfig(rank=2, alpha=8.0, dropout=0.0, targets=("wq", "w2"))
+    load.put_lora_on(model, lora, seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.fill_(1e30)  # their product is infinite
+    saving.begin_save(model, str(tmp_path / "ours"), solver, lora=lora).complete()
+    checkpoint_split.main(checkpoint_split.SplitConfig(
+        ckpt_file=str(tmp_path / "ours"), save_path=str(tmp_path / "peft"), format="peft"))
+    assert post(base_url, "/load_lora_adapter", lora_name="broken", lora_path=str(tmp_path / "peft"))[0] == 200
+    asked = {"prompt": "Ana has 7 pens.", "max_tokens": 4}
+    status, text = post(base_url, "/completions", **asked, model="broken")
+    assert status == 500 and "NaN" in json.loads(text)["error"]["message"]
+    status, text = post(base_url, "/completions", **asked, model="broken", stream=True)
+    assert status == 200 and json.loads(text.removeprefix("data: "))["error"]["code"] == 500
+    assert answer(base_url, **asked, temperature=10**20)["usage"]["completion_tokens"]  # more than an int64 holds
+    assert post(base_url, "/unload_lora_adapter", lora_name="broken")[0] == 200
+
+
 def test_flags_of_another_use_are_refused(solver: str) -> None:
     for flags, reason in (({"label_file": "rows.json"}, "--label_file has no effect on a server"),
                           ({"serve": "here"}, "needs a port"), ({"ckpt_dir": ""}, "--ckpt_dir")):
