@@ -127,7 +127,7 @@ def main(config: VerifierEvaluateConfig) -> None:
         return
     arithmetic = f"{config.quantize}{verifier.dtype}".removesuffix("torch.float32")
     facts = [*(getattr(model_config, name) for name in ("objective", "step", "verifier_form")), tokenizer.form(),
-             tokenizer.chat_facts()]
+             tokenizer.chat_facts(), model_config.identity()]
     form = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     identity = f"{storage.fingerprint(Path(config.ckpt_dir))[:12]}{arithmetic}{form}"
     scores = score_samples(verifier, tokenizer, samples, aggregation=config.aggregation,

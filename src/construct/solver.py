@@ -84,7 +84,8 @@ def open_solver(
         code.refuse(("isolation", "code_seconds", "max_rounds"), f"{config.ckpt_dir} answers in text alone")
     model = load.load_solver(config.ckpt_dir, model_type=config.model_type, precision=config.precision,
                              quantize=quantize)
-    source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)), "chat_template": tokenizer.chat_template,
+    source = {"checkpoint": storage.fingerprint(Path(config.ckpt_dir)), "config": model.config.identity(),
+              "chat_template": tokenizer.chat_template,
               "tokenizer": tokenizer.form() if config.tokenizer_file else None,  # else the checkpoint's own
               "template_args": tokenizer.template_args or None, "system_prompt": tokenizer.system_prompt or None,
               "precision": str(model.dtype).removeprefix("torch.").replace("float32", "") or None}

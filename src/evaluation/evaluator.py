@@ -131,7 +131,7 @@ def claim_samples(path: Path, identity: dict[str, object]) -> None:
                             "--log_dir or delete that file")
         found = read_json(identity_file(path))
         for name, value in identity.items():
-            if found.get(name) != value:
+            if found.get(name) != value and not (name == "config" and name not in found):  # of an earlier version
                 raise UserError(f"{path} holds samples with {name}={on_one_line(found.get(name))}, but this run has "
                                 f"{on_one_line(value)}; choose another --log_dir or delete that file")
     parallel.barrier()  # nobody writes before all have read

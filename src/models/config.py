@@ -1,6 +1,8 @@
 """What a decoder is made of: one frozen record of facts, as params.json holds it."""
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass, field
 
 from src.errors import UserError
@@ -231,7 +233,16 @@ class ModelConfig:
         """The contents of params.json."""
         return dataclasses.asdict(self)
 
+    def identity(self) -> str:
+        """One hash for what a model computes with besides its weights; fields at their defaults play no part, so that
+        another version with more of them gives the same."""
+        known = {name: value for name, value in self.to_dict().items()
+                 if name not in RECORDED and value != FIELDS[name].default}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
+
+# what is said of a checkpoint, and read where texts are made
+RECORDED = ("carried", "chat_template", "template_args", "system_prompt", "dtype")
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 TYPES = {name: field.type for name, field in FIELDS.items()}
 

@@ -450,3 +450,21 @@ def test_sampling_for_no_prompt_is_refused(tmp_path: Path) -> None:
     ):
         log = RunLog(str(tmp_path), {})
         evaluator.sample_prompts(iter, [], num_samples=1, path=tmp_path / "samples.jsonl", log=log)
+
+
+def test_samples_of_the_same_weights_under_another_config_are_not_gone_on_with(tmp_path: Path) -> None:
+    ckpt_dir = Path(split(write_hf_llama(tmp_path / "hf"), tmp_path / "ckpt"))
+    (tmp_path / "labels.json").write_text(json.dumps([{"instruction": "1+1=", "label": "2"}]))
+    config = solver_evaluate.SolverEvaluateConfig(
+        task="toy", label_file=str(tmp_path / "labels.json"), ckpt_dir=str(ckpt_dir), log_dir=str(tmp_path / "log"),
+        max_new_tokens=2)
+    solver_evaluate.main(config)
+    params = json.loads((ckpt_dir / "params.json").read_text())
+    (ckpt_dir / "params.json").write_text(json.dumps(params | {"chat_template": "none"}))
+    solver_evaluate.main(config)  # of what the prompt is made of, another key tells
+    (ckpt_dir / "params.json").write_text(json.dumps(params | {"rope_theta": 2 * params["rope_theta"]}))
+    with pytest.raises(UserError, match="holds samples with config=.*choose another --log_dir"):
+        solver_evaluate.main(config)
+    identity = tmp_path / "log/samples.identity.json"  # as an earlier version left it
+    identity.write_text(json.dumps({k: v for k, v in json.loads(identity.read_text()).items() if k != "config"}))
+    solver_evaluate.main(config)
