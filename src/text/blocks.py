@@ -79,14 +79,22 @@ def prompt_pieces(problem: str) -> list[Piece]:
 
 
 def answer_pieces(answer: str) -> list[Piece]:
-    """Split a response or its beginning, which may stop inside a block; without any marker it is a block of text."""
-    return split_text(answer) if ANY_MARKER.search(answer) else [Marker.TEXT, answer, Marker.END_OF_BLOCK]
+    """Split a response or its beginning, which may stop inside a block; without any marker it is a block of text.
+    Raises UserError for one that begins another message: what follows would not be the assistant's."""
+    if not ANY_MARKER.search(answer):
+        return [Marker.TEXT, answer, Marker.END_OF_BLOCK]
+    parts = split_text(answer)
+    for part in parts:
+        if isinstance(part, Marker) and part in ROLES.values():
+            raise UserError(f"a response holds {part}, which begins another message; make it a conversation "
+                            '("messages"), or break the marker')
+    return parts
 
 
 def pieces_of_steps(texts: Sequence[str]) -> list[list[Piece]]:
     """Split the steps of a response, none of them empty, which together are what answer_pieces() reads; blocks may go
     on from one step to the next."""
-    parts = [split_text(text) for text in texts]
+    parts = [answer_pieces(text) if ANY_MARKER.search(text) else [text] for text in texts]
     if not any(isinstance(part, Marker) for step in parts for part in step):
         parts[0].insert(0, Marker.TEXT)
         parts[-1].append(Marker.END_OF_BLOCK)

@@ -1,5 +1,7 @@
 """src/text/blocks.py: messages to pieces and the text form, literal markers."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,10 +10,12 @@ from src.errors import UserError
 from src.text.blocks import (
     Marker,
     SolutionBlock,
+    answer_pieces,
     ended_blocks,
     last_text,
     learnt,
     message_pieces,
+    pieces_of_steps,
     prompt_pieces,
     split_text,
     text_form,
@@ -142,3 +146,13 @@ def test_the_result_stands_in_the_last_block_of_text(answer: str, text: str) -> 
 def test_a_message_of_another_form_is_refused(row: dict[str, object], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         message_pieces([row])
+
+
+@pytest.mark.parametrize("marker", [Marker.USER, Marker.SYSTEM, Marker.ASSISTANT])
+def test_a_response_that_begins_another_message_is_refused(marker: Marker) -> None:
+    """What follows it would not be learnt, without a word."""
+    answer = f"<|text|>a<|endofblock|>{marker}<|text|>b<|endofblock|>"
+    for split in (answer_pieces, lambda text: pieces_of_steps([text])):
+        with pytest.raises(UserError, match=re.escape(f"a response holds {marker}, which begins another message")):
+            split(answer)
+    assert answer_pieces("<|text|>a<| user|>") == [Marker.TEXT, "a<| user|>"]
