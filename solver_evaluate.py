@@ -129,7 +129,8 @@ def main(config: SolverEvaluateConfig) -> None:
     if config.dry_run:
         model_config = load.load_config(config.ckpt_dir, config.model_type)
         tokenizer = load.load_tokenizer(config.ckpt_dir, config)
-        n = load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size, planned=True)
+        n = load.scoring_ranks({config.ckpt_dir: model_config}, 1, planned=True) if config.choices else (
+            load.tensor_parallel_size(config.ckpt_dir, config.tensor_parallel_size, planned=True))
         encoded = [encode_prompt(tokenizer, prompting.text(prompt.instruction), where=prompt.where)
                    for prompt in prompts]
         if config.choices:  # each a few tokens after its prompt

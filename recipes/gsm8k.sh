@@ -10,7 +10,7 @@
 #              --test_problems --sft_steps --lora_steps --problems --rollout_problems --rl_steps --buffer, --share of the
 #              training problems that are learnt from (the others choose the best checkpoint), and --levels, the steps
 #              that training problems have: 2 in the short form, of whose samples more are right; '' for all
-# --seeds "1 2"  --run runs/gsm8k  --precision auto  --nproc 1 (tensor-parallel processes)
+# --seeds "1 2"  --run runs/gsm8k  --precision auto  --nproc 1 (processes)
 # Finished stages are kept unless --fresh, and a run that was stopped goes on from its last checkpoint.
 set -euo pipefail
 

@@ -2,7 +2,8 @@
 # Question generation: a questioner writes new problems after old ones, the solver answers each several times, and where
 # most answers agree the solver learns from its own solutions. Beside it the same, with the old problems alone.
 # Usage: bash recipes/new_problems.sh [--fresh]     results in $RUN; finished stages are kept unless --fresh
-# The toy by default, 3 seeds; your own models and problems by variables: BASE SEED_FILE TEST TASK NPROC JOBS SEEDS RUN ...
+# The toy by default, 3 seeds; your own models and problems by variables: BASE SEED_FILE TEST TASK NPROC JOBS
+# SEEDS RUN, and TRAIN_FLAGS and DECODE_FLAGS, which are made for the toy
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
 

@@ -2,7 +2,8 @@
 # Revision: attempt, verdict, second attempt. A reviser learns from attempts, the word whether they are right, and right
 # solutions; a verifier gives the word where no answer is known. Beside it the same solutions, learnt without attempts.
 # Usage: bash recipes/revision.sh [--fresh]     results in $RUN; finished stages are kept unless --fresh
-# The toy by default, 3 seeds; your own model and problems by variables: SOLVER TRAIN TEST TASK NPROC JOBS SEEDS RUN ...
+# The toy by default, 3 seeds; your own model and problems by variables: SOLVER TRAIN TEST TASK NPROC JOBS SEEDS
+# RUN, and TRAIN_FLAGS and DECODE_FLAGS, which are made for the toy
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
 

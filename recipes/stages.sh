@@ -4,7 +4,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
 # A small model is fastest on one thread, and threads that wait for each other must not spin.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
 
-# many SCRIPT FLAGS: on NPROC tensor-parallel processes
+# many SCRIPT FLAGS: on NPROC processes, in groups of as many as the checkpoint has shards if that divides them
 many() {
     if [ "$NPROC" -gt 1 ]; then torchrun --standalone --nproc_per_node "$NPROC" "$@"; else python "$@"; fi
 }

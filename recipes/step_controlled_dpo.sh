@@ -7,6 +7,7 @@
 #   SOLVER=ckpt/sft TRAIN=dataset/GSM8K/train.json TEST=dataset/GSM8K/test.json TASK=GSM8K NPROC=8 JOBS=1 SEEDS=1 \
 #       STEPS= RUN=runs/gsm8k TEMPERATURE=1.0 BRANCH_FLAGS="--attempts 100" \
 #       DPO_FLAGS="--max_batch_size 4 --accumulation_steps 2 --lr 1e-7 --epochs 2" \
+#       DECODE_FLAGS="--max_batch_size 128 --max_new_tokens 512" \
 #       bash recipes/step_controlled_dpo.sh
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh

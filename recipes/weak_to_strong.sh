@@ -4,7 +4,10 @@
 #
 # The toy by default, 3 seeds, two at a time. Your own models and problems by variables, here with GSM8K:
 #   WEAK=ckpt/gemma-2b STRONG=ckpt/llama-2-70b TRAIN=dataset/GSM8K/train.json TEST=dataset/GSM8K/test.json TASK=GSM8K \
-#       SHOTS=4 NPROC=8 JOBS=1 SEEDS=1 RUN=runs/gsm8k bash recipes/weak_to_strong.sh
+#       SHOTS=4 NPROC=8 JOBS=1 SEEDS=1 RUN=runs/gsm8k DECODE_FLAGS="--max_batch_size 128 --max_new_tokens 512" \
+#       SOLVER_FLAGS="--max_batch_size 4 --lr 1e-5" WEAK_FLAGS="--max_batch_size 4 --lr 1e-5" \
+#       bash recipes/weak_to_strong.sh
+# The rates of this example were not tried; the toy's are a hundred times as high.
 source "$(dirname "$0")/environment.sh" requirements.txt
 source recipes/stages.sh
 

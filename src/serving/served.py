@@ -18,7 +18,7 @@ AT_SERVER = "server"  # the --chat_template that the server applies itself
 OWN = ("base_url", "model_name", "api_key_env")  # flags of a server alone
 # flags that a request has no word for, or a server decides
 WITHOUT_EFFECT = ("model_type", "top_k", "min_p", "precision", "quantize", "compile", "isolation", "max_rounds",
-                  "code_seconds", "choices")
+                  "code_seconds", "choices", "tensor_parallel_size")
 
 
 def check_flags(config: AskedFlags) -> bool:
