@@ -214,6 +214,8 @@ def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
         metadata, tokens = _from_ranks(vocabulary)
     else:
         document = parse(vocabulary.to_json(), str(tokenizer.path))
+        if (kind := document["model"]["type"]) != "BPE":
+            raise UserError(f"{tokenizer.path}: a model of type {kind} has no form in a GGUF file; expected BPE")
         convert = _from_merged if document["model"].get("byte_fallback") else _from_byte_level
         metadata, tokens = convert(document, str(tokenizer.path))
     is_spm = metadata[f"{_G}model"] == "llama"

@@ -198,7 +198,16 @@ def odd(folder: Path, **parts: object) -> None:
     write_json(folder / "tokenizer_config.json", {"eos_token": "</s>"})
 
 
+def unigram(folder: Path, byte_fallback: bool) -> None:
+    """A tokenizer.json of pieces with scores, which merges nothing."""
+    model = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)], 0, byte_fallback))
+    model.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"eos_token": "</s>"})
+
+
 UNKNOWN = {
+    "unigram of tokenizer.json": (lambda folder: unigram(folder, False), "type Unigram has no form"),
+    "unigram with byte_fallback": (lambda folder: unigram(folder, True), "type Unigram has no form"),
     "unigram": (lambda folder: write_sentencepiece(folder, model_type="unigram", vocab_size=330), "of type 1 has no"),
     "nfkc": (lambda folder: write_sentencepiece(folder, normalization_rule_name="nmt_nfkc"), "a table that replaces"),
     "spaces": (lambda folder: write_sentencepiece(folder, remove_extra_whitespaces=True), "the removal of repeated"),
