@@ -327,11 +327,24 @@ def _from_byte_level(document: Mapping[str, object], source: str) -> tuple[dict[
 def _from_merged(document: Mapping[str, object], source: str) -> tuple[dict[str, object], dict[int, _Token]]:
     """Metadata and tokens of a tokenizer.json made of a sentencepiece model: scores are the ranks of its merges."""
     model = document["model"]
-    normal, cuts = steps(document["normalizer"]), steps(document["pre_tokenizer"])
-    kinds = {step["type"] for step in (*normal, *cuts)}
-    if not kinds <= {"Prepend", "Replace", "Metaspace", "Split"}:
-        raise UserError(f"{source}: {', '.join(sorted(kinds))} have no form in a GGUF file")
-    prefix = "Prepend" in kinds or any(step.get("prepend_scheme", "never") != "never" for step in cuts)
+    found = [*steps(document["normalizer"]), *steps(document["pre_tokenizer"])]
+    kinds = {step["type"] for step in found}
+    of_space = {"String": " "}
+    in_words = not any(_SPACE in "".join(pair)[1:] for pair in model["merges"])  # cuts before spaces change nothing
+    for step in found:
+        is_known = {
+            "Prepend": step.get("prepend") == _SPACE,
+            "Replace": step.get("pattern") == of_space and step.get("content") == _SPACE,
+            "Metaspace": step.get("replacement") == _SPACE and (in_words or not step.get("split")),
+            "Split": "Replace" in kinds and step.get("pattern") == of_space and not step.get("invert"),  # Gemma's
+        }
+        if not is_known.get(str(step["type"])):
+            raise UserError(f"{source}: its step {str(step)[:100]} has no form in a GGUF file")
+    if not kinds & {"Replace", "Metaspace"}:
+        raise UserError(f"{source}: it keeps spaces, which llama.cpp replaces with {_SPACE}")
+    if model["ignore_merges"]:
+        raise UserError(f"{source}: its model's ignore_merges=true has no form in a GGUF file with byte_fallback")
+    prefix = "Prepend" in kinds or any(step.get("prepend_scheme", "never") != "never" for step in found)
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         ranks.setdefault("".join(pair), rank)

@@ -198,6 +198,20 @@ def odd(folder: Path, **parts: object) -> None:
     write_json(folder / "tokenizer_config.json", {"eos_token": "</s>"})
 
 
+def merged(folder: Path, *normalizer: normalizers.Normalizer, cut: pre_tokenizers.PreTokenizer | None = None,
+           **options: object) -> None:
+    """A tokenizer.json with byte_fallback that replaces spaces. normalizer: steps before that; cut: the one after."""
+    vocab = {text: index for index, text in enumerate(["<unk>", "</s>", "▁", "▁▁", "1", "2", "12"])}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    facts = {"vocab": vocab, "merges": [("1", "2")], "unk_token": "<unk>", "byte_fallback": True}
+    model = tokenizers.Tokenizer(models.BPE(**facts | options))
+    model.normalizer = normalizers.Sequence([*normalizer, normalizers.Replace(" ", "▁")])
+    model.pre_tokenizer = cut
+    model.add_special_tokens(["</s>"])
+    model.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"eos_token": "</s>"})
+
+
 def unigram(folder: Path, byte_fallback: bool) -> None:
     """A tokenizer.json of pieces with scores, which merges nothing."""
     model = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)], 0, byte_fallback))
@@ -208,6 +222,16 @@ def unigram(folder: Path, byte_fallback: bool) -> None:
 UNKNOWN = {
     "unigram of tokenizer.json": (lambda folder: unigram(folder, False), "type Unigram has no form"),
     "unigram with byte_fallback": (lambda folder: unigram(folder, True), "type Unigram has no form"),
+    "digits": (lambda folder: merged(folder, cut=pre_tokenizers.Split("1", "isolated")), "step .*'Split'.* has no form"),
+    "words of merged spaces": (
+        lambda folder: merged(folder, cut=pre_tokenizers.Metaspace(), merges=[("▁", "▁")]), "step .*'Metaspace'.* has"
+    ),
+    "letters": (lambda folder: merged(folder, normalizers.Replace("A", "a")), "step .*'Replace'.* has no form"),
+    "repeated spaces": (
+        lambda folder: merged(folder, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")), "step .*'Replace'.* has no"
+    ),
+    "another prefix": (lambda folder: merged(folder, normalizers.Prepend("a")), "step .*'Prepend'.* has no form"),
+    "whole pieces": (lambda folder: merged(folder, ignore_merges=True), "ignore_merges=true has no form"),
     "unigram": (lambda folder: write_sentencepiece(folder, model_type="unigram", vocab_size=330), "of type 1 has no"),
     "nfkc": (lambda folder: write_sentencepiece(folder, normalization_rule_name="nmt_nfkc"), "a table that replaces"),
     "spaces": (lambda folder: write_sentencepiece(folder, remove_extra_whitespaces=True), "the removal of repeated"),
@@ -221,6 +245,16 @@ UNKNOWN = {
         "ends responses at 4 tokens",
     ),
 }
+
+
+def test_spaces_that_are_kept_have_no_form(tmp_path: Path) -> None:
+    merged(tmp_path, cut=pre_tokenizers.Metaspace())
+    tokenizer_metadata(tmp_path, 512)
+    merged(tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text()) | {"normalizer": None}
+    write_json(tmp_path / "tokenizer.json", document)
+    with pytest.raises(UserError, match="keeps spaces"):
+        tokenizer_metadata(tmp_path, 512)
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
