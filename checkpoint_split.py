@@ -25,7 +25,7 @@ from src.planning import plan
 from src.text.blocks import CODE_FORM, Marker
 from src.text.chat import has_own_template
 from src.text.extend import GENERATION, add_control_tokens, say_ends
-from src.text.gguf_tokenizer import tokenizer_metadata
+from src.text.gguf_tokenizer import spaces_apart, tokenizer_metadata
 from src.text.tokenizer import Tokenizer
 from tools.certify import certify
 
@@ -213,7 +213,10 @@ def write_gguf(source: Source, target: Path, dtype: str, described: str) -> list
     """Write a checkpoint with its tokenizer for llama.cpp. -> the tensors with NaN or infinity."""
     if not storage.has_vocabulary(source.tokenizer_files):
         raise UserError(f"--format gguf holds a tokenizer, but none lies beside {described}; give --tokenizer_file")
-    metadata = tokenizer_metadata(source.tokenizer_files[0].parent, source.config.vocab_size)
+    folder = source.tokenizer_files[0].parent
+    metadata = tokenizer_metadata(folder, source.config.vocab_size)
+    if told := spaces_apart(folder):
+        runlog.logger().warning("the tokenizer of %s %s", described, told)
     return export.export_gguf(source, target, described, metadata, dtype=dtype)
 
 

@@ -250,6 +250,21 @@ def tokenizer_metadata(folder: Path, n_rows: int) -> dict[str, object]:
     return metadata
 
 
+def spaces_apart(folder: Path) -> str:
+    """Which spaces llama.cpp puts otherwise than the tokenizer in a directory; empty where it puts the same."""
+    vocabulary = Tokenizer(folder).vocabulary
+    if isinstance(vocabulary, SentencePiece | Tiktoken):
+        return ""
+    for step in steps(parse(vocabulary.to_json(), str(folder))["pre_tokenizer"]):
+        if step.get("prepend_scheme") == "first":
+            return ("puts a space before a text but none after a control token; llama.cpp does both or, as the file "
+                    "says, neither: chats have the same ids there, a plain prompt needs a space before it")
+        if step.get("prepend_scheme") == "always":
+            return ("puts no space before a text that begins with one, and llama.cpp does: there what begins with a "
+                    "space, at first or after a control token, has other ids")
+    return ""
+
+
 def _from_sentencepiece(model: bytes, source: str) -> tuple[dict[str, object], dict[int, _Token]]:
     """Metadata and tokens of a sentencepiece model."""
     proto = ModelProto.FromString(model)
@@ -344,7 +359,8 @@ def _from_merged(document: Mapping[str, object], source: str) -> tuple[dict[str,
         raise UserError(f"{source}: it keeps spaces, which llama.cpp replaces with {_SPACE}")
     if model["ignore_merges"]:
         raise UserError(f"{source}: its model's ignore_merges=true has no form in a GGUF file with byte_fallback")
-    prefix = "Prepend" in kinds or any(step.get("prepend_scheme", "never") != "never" for step in found)
+    # a prefix of llama.cpp stands after every control token, as that of "first" does not
+    prefix = "Prepend" in kinds or any(step.get("prepend_scheme") == "always" for step in found)
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         ranks.setdefault("".join(pair), rank)

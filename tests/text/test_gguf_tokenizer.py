@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from src.errors import UserError
 from src.text import gguf_tokenizer
 from src.text.extend import say_ends
-from src.text.gguf_tokenizer import tokenizer_metadata, write_tokenizer
+from src.text.gguf_tokenizer import spaces_apart, tokenizer_metadata, write_tokenizer
 from src.text.tokenizer import Tokenizer
 from tests import reference, tiny
 from tests.text.files import (
@@ -47,9 +47,7 @@ def assert_same(found: Tokenizer, expected: Tokenizer, texts: list[str]) -> None
         assert found.encode(text) == ids, text
         assert found.decode(ids) == expected.decode(ids), text
     for text in ("<|im_start|>user\nWhat?<|im_end|>\n", "<s> 12<think>34</s>"):
-        # transformers' form of a sentencepiece model puts no space after a control token, and no GGUF file says that
-        if expected.vocabulary.after_control or text.startswith("<s> ") or not expected.vocabulary.puts_space:
-            assert found.encode_rendered(text) == expected.encode_rendered(text)
+        assert found.encode_rendered(text) == expected.encode_rendered(text)
     assert (found.bos_id, found.eos_id, found.stop_ids) == (expected.bos_id, expected.eos_id, expected.stop_ids)
     assert expected.control.items() - {("<unk>", 0)} <= found.control.items()
 
@@ -91,16 +89,29 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
     (tmp_path / "first").mkdir()
     WRITERS[name](tmp_path / "first")
     found = back(metadata_of(tmp_path / "first"), tmp_path / "back")
-    # before a text that begins with a space sentencepiece puts another, transformers' form of it none
-    # and transformers reads control tokens in any text
-    texts = [text for text in MORE_TEXTS if not text.startswith(" ") and "<" not in text]
-    assert_same(found, Tokenizer(tmp_path / "first"), texts if name == "merged" else MORE_TEXTS)
+    first = Tokenizer(tmp_path / "first")
+    # transformers' form of a sentencepiece model puts a space before a text and none after a control token: no GGUF
+    # file says that, so what follows such a token has its ids
+    assert_same(found, first, [] if name == "merged" else MORE_TEXTS)
+    for text in MORE_TEXTS if name == "merged" else []:
+        ids = first.encode_rendered(f"<s>{text}")
+        assert found.encode_rendered(f"<s>{text}") == ids, text
+        assert found.decode(ids, show_control=True) == first.decode(ids, show_control=True), text
+    texts = [text for text in MORE_TEXTS if not text.startswith(" ") and "<" not in text]  # transformers reads "<s>"
     say_ends(tmp_path / "back", "", {})
     theirs = AutoTokenizer.from_pretrained(tmp_path / "back")  # an export of it is for transformers
     for text in texts:
         assert theirs(text, add_special_tokens=False).input_ids == found.encode(text), text
     assert theirs.encode("<s>a</s>b", add_special_tokens=False) == found.encode_rendered("<s>a</s>b")
     assert theirs.encode("ab") == [*([] if found.bos_id is None else [found.bos_id]), *found.encode("ab")]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_spaces_that_llama_cpp_puts_otherwise_are_told(tmp_path: Path, scheme: str) -> None:
+    merged(tmp_path, cut=pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False))
+    assert metadata_of(tmp_path)["tokenizer.ggml.add_space_prefix"] is (scheme == "always")
+    told = {"first": "but none after a control token", "always": "puts no space before a text that begins with one"}
+    assert told.get(scheme, "") in spaces_apart(tmp_path) and bool(spaces_apart(tmp_path)) is (scheme in told)
 
 
 def test_tiktoken_there_and_back(tmp_path: Path) -> None:
@@ -222,7 +233,7 @@ def unigram(folder: Path, byte_fallback: bool) -> None:
 UNKNOWN = {
     "unigram of tokenizer.json": (lambda folder: unigram(folder, False), "type Unigram has no form"),
     "unigram with byte_fallback": (lambda folder: unigram(folder, True), "type Unigram has no form"),
-    "digits": (lambda folder: merged(folder, cut=pre_tokenizers.Split("1", "isolated")), "step .*'Split'.* has no form"),
+    "digits": (lambda folder: merged(folder, cut=pre_tokenizers.Split("1", "isolated")), "step .*'Split'.* has no"),
     "words of merged spaces": (
         lambda folder: merged(folder, cut=pre_tokenizers.Metaspace(), merges=[("▁", "▁")]), "step .*'Metaspace'.* has"
     ),
