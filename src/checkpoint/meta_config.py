@@ -56,7 +56,8 @@ def config_from_meta(
     window = number("sliding_window", 0)
     scaled: dict[str, object] = {}
     if is_true(values, "use_scaled_rope", source):
-        factor = 32.0 if tied else 8.0  # of the small models of Llama 3.2, which are tied, and of 3.1
+        small = tied or (dim, n_layers) in ((2048, 16), (3072, 28))  # of Llama 3.2, also where its output is untied
+        factor = 32.0 if small else 8.0  # of Llama 3.1
         scaled = {"rope_type": "wavelength", "rope_factor": number("rope_scaling_factor", factor, float),
                   "rope_high_freq_factor": number("rope_high_freq_factor", 4.0, float)}
     return ModelConfig(

@@ -20,6 +20,8 @@ def test_meta_rope_is_scaled_by_8_and_in_the_small_tied_models_by_32() -> None:
     scaled = META | {"use_scaled_rope": True}
     assert (meta(scaled).rope_type, meta(scaled).rope_factor) == ("wavelength", 8.0)
     assert meta(scaled, tied=True).rope_factor == 32.0
+    for dim, n_layers, factor in ((2048, 16, 32.0), (3072, 28, 32.0), (4096, 32, 8.0)):  # output trained apart
+        assert meta(scaled | {"dim": dim, "n_layers": n_layers, "hidden_dim": 48}).rope_factor == factor
     assert meta(scaled | {"rope_scaling_factor": 16}).rope_factor == 16.0
     assert meta(META | {"use_scaled_rope": False}).rope_type == "default"
 
