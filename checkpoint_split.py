@@ -254,7 +254,7 @@ def with_ends(source: Source | AdapterSource, format: str) -> Source | AdapterSo
     folder = copy_of(files)
     chosen = "" if format == "shards" else source.config.chat_template
     facts = {name: getattr(source.config, name) for name in ("template_args", "system_prompt")} if chosen else {}
-    ids = say_ends(folder, chosen, ids, **facts)
+    ids = say_ends(folder, chosen, ids, **facts, for_llama_cpp=format == "gguf")
     return source._replace(config=dataclasses.replace(source.config, carried=carried | ids),
                            tokenizer_files=storage.tokenizer_files(folder))
 

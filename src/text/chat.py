@@ -215,20 +215,23 @@ def _has_words(made: str, given: str) -> bool:
     return given in made
 
 
-def find_source(name: str, folder: Path, control: Collection[str] = (), *, puts_space: bool = True) -> str:
+def find_source(
+    name: str, folder: Path, control: Collection[str] = (), *, puts_space: bool = True, gets_space: bool = False
+) -> str:
     """The jinja source of a built-in template, or with `file` of the one next to the tokenizer. Raises UserError.
 
     control, puts_space: the vocabulary's control tokens and whether it puts a space before a text, by which a format of
-    several versions is chosen.
+    several versions is chosen. gets_space: whoever reads the texts puts a space after control tokens besides.
     """
-    if name == "mistral" and "[INST]" in control:
-        # Tokenizers v2, v3 and v7 of mistral-common have control tokens instead of v1's words. v2 and v3 put the system
-        # message into the last user message, v7 has tokens for it. ␣ is a space where the vocabulary puts one before
-        # a text, nothing where it does not (tekken).
-        version = "mistral-system-block" if "[SYSTEM_PROMPT]" in control else "mistral-control"
-        return read_built_in(version).replace("␣", " " if puts_space else "")
     if name in BUILT_IN:
-        return read_built_in(name)
+        version, space = name, " "  # ␣, after a control token
+        if name == "mistral" and "[INST]" in control:
+            # Tokenizers v2, v3 and v7 of mistral-common have control tokens instead of v1's words. v2 and v3 put the
+            # system message into the last user message, v7 has tokens for it. ␣ is a space where the vocabulary puts
+            # one before a text, nothing where it does not (tekken).
+            version = "mistral-system-block" if "[SYSTEM_PROMPT]" in control else "mistral-control"
+            space = " " if puts_space else ""
+        return read_built_in(version).replace("␣", "" if gets_space else space)
     if name != FILE:
         raise UserError(f"--chat_template {name} is unknown; expected none, file (the tokenizer's own) or one of "
                         f"{', '.join(BUILT_IN)}")

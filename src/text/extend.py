@@ -8,7 +8,7 @@ from pathlib import Path
 
 from src.errors import UserError
 from src.jsonfile import read_json, write_json
-from src.text.chat import BUILT_IN
+from src.text.chat import BUILT_IN, find_source
 from src.text.gguf_tokenizer import merges_of, spelled
 from src.text.tokenizer import VOCABULARY_FILES, Tokenizer, read_config
 from src.text.vocabulary import SentencePiece, Tiktoken
@@ -46,14 +46,15 @@ def _write_config(folder: Path, config: Mapping[str, object]) -> None:
 
 def say_ends(
     folder: Path, chat_template: str, ids: Mapping[str, object],
-    template_args: Mapping[str, object] | None = None, system_prompt: str = "",
+    template_args: Mapping[str, object] | None = None, system_prompt: str = "", *, for_llama_cpp: bool = False,
 ) -> dict[str, object]:
     """Write what ends a response, and the template of training, where transformers looks for them.
 
     generation_config.json lists the ids of ends: those that it or, where it says none, the config (`ids`: bos_token_id,
     eos_token_id, pad_token_id) had, and those of training. chat_template and the rest: as in ModelConfig, empty where
     nothing was trained here; a built-in one becomes chat_template.jinja, and so does one with arguments or a system
-    prompt, which it then holds as defaults. -> the ids that the config is to have.
+    prompt, which it then holds as defaults. Whoever reads it, transformers or for_llama_cpp, may put a space after
+    control tokens, which a built-in template then leaves out. -> the ids that the config is to have.
     """
     path = folder / GENERATION
     tokenizer, ids = None, dict(ids)
@@ -92,8 +93,23 @@ def say_ends(
             first = {"role": "system", "content": system_prompt}
             defaults += "{% if not messages or messages[0]['role'] != 'system' %}"
             defaults += f"{{% set messages = [{first!r}] + messages %}}{{% endif %}}\n"
-        (folder / "chat_template.jinja").write_text(defaults + tokenizer.chat.source, encoding="utf-8")
+        source = tokenizer.chat.source
+        if chat_template in BUILT_IN and _gets_space(folder, tokenizer, for_llama_cpp):
+            source = find_source(chat_template, folder, tokenizer.control, gets_space=True)
+        (folder / "chat_template.jinja").write_text(defaults + source, encoding="utf-8")
     return ids
+
+
+def _gets_space(folder: Path, tokenizer: Tokenizer, for_llama_cpp: bool) -> bool:
+    """Whether llama.cpp, or else transformers, puts a space after control tokens of this tokenizer by itself; of
+    transformers' classes those do that take tokenizer.json as it is."""
+    vocabulary = tokenizer.vocabulary
+    if vocabulary.puts_space and not for_llama_cpp:
+        as_it_is = _config_of(folder).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        if not as_it_is or not (folder / "tokenizer.json").is_file():
+            return False
+        vocabulary = Tokenizer(folder / "tokenizer.json").vocabulary
+    return vocabulary.puts_space and vocabulary.after_control
 
 
 def _name_class(folder: Path, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ import transformers
 
 from src.data.encoding import Encoded, encode_conversation, encode_prompt, encode_response, encode_steps
 from src.errors import UserError
-from src.text.chat import BUILT_IN, read_built_in
+from src.text.chat import BUILT_IN, find_source
 from src.text.tokenizer import Tokenizer
 from tests.text.files import WRITERS, write_merges, write_tokenizer_json
 from tests.tiny import write_tokenizer
@@ -75,7 +75,7 @@ def test_steps_stand_in_the_template_as_the_whole_answer_does(tmp_path: Path, ki
 @pytest.mark.parametrize("name", ["llama-2", "mistral", "qwen", "deepseek", "gemma", "internlm2"])
 def test_an_unfinished_answer_ends_where_transformers_would_continue_it(tmp_path: Path, name: str) -> None:
     write_tokenizer_json(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, chat_template=read_built_in(name))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, chat_template=find_source(name, tmp_path))
     messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "It\n\nis"}]
     expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
     tokenizer = Tokenizer(tmp_path, name)

@@ -68,7 +68,7 @@ RENDERED: dict[str, tuple[str, str | None]] = {
 
 
 def builtin(name: str) -> ChatTemplate:
-    return ChatTemplate(name, read_built_in(name), NAMES, TOKENS)
+    return ChatTemplate(name, find_source(name, Path()), NAMES, TOKENS)
 
 
 def test_every_built_in_format_is_tested() -> None:

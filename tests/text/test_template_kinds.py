@@ -1,5 +1,6 @@
 """Templates of every kind that models came with, token for token as transformers puts conversations in them."""
 
+import re
 from datetime import date
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from src.data.encoding import (
     encode_steps,
 )
 from src.errors import UserError
+from src.text.extend import say_ends
 from src.text.tokenizer import Tokenizer, read_template_args
 from tests.reference import shared
 from tests.text.files import (
@@ -280,6 +282,27 @@ def test_mistral_by_its_vocabulary(tmp_path: Path, version: str, has_system: boo
     found = learnt(tokenizer, messages)
     assert [answer for _, answer in found] == [[*pieces.encode(t), pieces.eos_id()] for t in ("It is 2.", "So.")]
     assert len(encode_conversation(tokenizer, messages)) == 1 + (has_system and version == "v3")
+
+
+@pytest.mark.parametrize("version", CONTROLS)
+@pytest.mark.parametrize("reader", ["tokenizer.json", "LlamaTokenizer", "llama.cpp"])
+def test_an_export_of_mistral_s_template_gives_the_ids_of_training(tmp_path: Path, version: str, reader: str) -> None:
+    path = write_sentencepiece(tmp_path, control_symbols=CONTROLS[version], user_defined_symbols=[], vocab_size=430)
+    if reader != "tokenizer.json":  # transformers' own class puts no space after control tokens
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        write_json(tmp_path / "tokenizer_config.json", names | {"tokenizer_class": "LlamaTokenizer"})
+    tokenizer = Tokenizer(tmp_path, "mistral")
+    expected = tokenizer.encode_rendered(tokenizer.chat.prompt([SYSTEM, *CHAT[:3]]))
+    say_ends(tmp_path, "mistral", {}, for_llama_cpp=reader == "llama.cpp")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = theirs.apply_chat_template([SYSTEM, *CHAT[:3]], tokenize=False, add_generation_prompt=True)
+    if reader != "llama.cpp":
+        assert theirs.encode(text, add_special_tokens=False) == expected
+        return
+    pieces, ids = SentencePieceProcessor(model_file=str(path)), []
+    for part in re.split("|".join(map(re.escape, tokenizer.control)), text):  # it puts a space before each
+        ids += pieces.encode(part)
+    assert ids == [index for index in expected if index not in tokenizer.control.values()]
 
 
 def test_mistral_without_the_vocabulary_s_space(tmp_path: Path) -> None:
