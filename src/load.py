@@ -88,8 +88,8 @@ def load_tokenizer(ckpt_dir: str, flags: TokenizerFlags = TokenizerFlags()) -> T
     """The tokenizer that travels in the checkpoint directory, or the one named; it must fit.
 
     What the flags leave open of the chat template is as in training, which params.json says; without either, prompts
-    are raw. Warns of another form than in training, and of raw prompts where a template is there that nobody chose.
-    Raises UserError.
+    are raw. Warns of another form than in training, of raw prompts where a template is there that nobody chose,
+    and of a BOS token on which the tokenizer's files differ. Raises UserError.
     """
     config = load_config(ckpt_dir)
     name = flags.chat_template or config.chat_template or "none"
@@ -105,6 +105,12 @@ def load_tokenizer(ckpt_dir: str, flags: TokenizerFlags = TokenizerFlags()) -> T
     if not (config.chat_template or flags.chat_template) and has_own_template(tokenizer.path.parent):
         runlog.logger().warning("%s has a chat template, but its prompts are raw here; give --chat_template file, or "
                                 "none to say that it is meant", tokenizer.path.parent)
+    has_bos = tokenizer.bos_id is not None
+    if tokenizer.path.name == "tokenizer.json" and has_bos != tokenizer.vocabulary.adds_bos:
+        found, followed = ("no", "with") if has_bos else ("a", "without")
+        runlog.logger().warning("%s puts %s BOS token before a sequence, but tokenizer_config.json beside it says "
+                                "otherwise (add_bos_token, bos_token) and is followed: sequences begin %s one here, "
+                                "and perhaps not in transformers", tokenizer.path, found, followed)
     _tell_of_form(ckpt_dir, config, tokenizer)
     return tokenizer
 

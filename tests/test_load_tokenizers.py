@@ -1,6 +1,7 @@
 """src/load.py: tokenizers of every kind travel with checkpoints, and so does the chat template of training."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from src.checkpoint.export import export_hf
 from src.checkpoint.sources import open_source
 from src.data.examples import read_samples
 from src.errors import UserError
+from src.jsonfile import read_json
 from src.text.tokenizer import Tokenizer
+from tests import tiny
 from tests.text.files import TEXTS, WRITERS, write_json, write_merges, write_sentencepiece
 
 ROWS = [{"instruction": f"{a}+1=", "output": f"#### {a + 1}", "label": str(a + 1)} for a in range(6)]
@@ -105,6 +108,26 @@ def test_a_named_tokenizer_comes_with_its_own_files_and_replaces_the_old_one(tmp
         )
     )
     assert names(out) == {"qwen.tiktoken", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("adds_bos", [False, True, None])
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json and merges.txt"])
+def test_files_that_differ_on_bos_are_told_with_the_one_that_is_followed(
+    tmp_path: Path, warned: pytest.LogCaptureFixture, kind: str, adds_bos: bool | None
+) -> None:
+    folder = Path(tiny.split(write_model(tmp_path / "model", kind), tmp_path / "ours"))
+    config = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", config | {"bos_token": "<s>", "add_bos_token": adds_bos})
+    tokenizer = load.load_tokenizer(str(folder))
+    assert (tokenizer.bos_id is not None) == (kind == "tokenizer.json" if adds_bos is None else adds_bos)
+    differ = kind == "tokenizer.json" and adds_bos is False
+    told = "puts a BOS token before a sequence, but .* is followed: sequences begin without one"
+    assert bool(re.search(told, warned.text)) == differ == ("BOS" in warned.text)
+    if kind == "tokenizer.json" and adds_bos:
+        document = read_json(folder / kind)
+        write_json(folder / kind, document | {"post_processor": None})
+        assert load.load_tokenizer(str(folder)).bos_id is not None
+        assert re.search("puts no BOS token before .* is followed: sequences begin with one", warned.text)
 
 
 def test_ids_beyond_the_model_s_rows_are_refused(tmp_path: Path) -> None:
