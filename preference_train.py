@@ -87,12 +87,14 @@ def main(config: PreferenceTrainConfig) -> None:
     against = config.reference_dir(objective.needs_reference)
     tokenizer = load.load_tokenizer(config.ckpt_dir, config)
     model_config = load.load_config(config.ckpt_dir, config.model_type, "solver")
-    read_by = load.load_config(config.reference_ckpt_dir or config.ckpt_dir, kind="solver")  # all rows
+    readers = {config.ckpt_dir: model_config}  # of every row
+    if config.reference_ckpt_dir:
+        readers[config.reference_ckpt_dir] = load.load_config(config.reference_ckpt_dir, kind="solver")
     run = Run(config, "preference_train", tokenizer, model_config)
     data, held_out = open_preferences(
         config.train_file, config.label_file, config.held_out, tokenizer, config.renamed,
         single=config.objective == "kto", truncation=config.truncation, keeps=(run.keep("train"), run.keep("eval")),
-        max_seq_len=min(load.context_limit(config.max_seq_len, config.ckpt_dir, model_config), read_by.max_seq_len))
+        max_seq_len=min(load.context_limit(config.max_seq_len, *reader) for reader in readers.items()))
     run.begin(data)
     if config.dry_run:
         steps = run.planned_steps(data)

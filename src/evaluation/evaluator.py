@@ -80,7 +80,7 @@ class LocalSolver(NamedTuple):
                                      max_batch_size=self.max_batch_size, compiled=self.compiled, tool_hook=tool_hook):
                     finish = coding.end(done, config.max_seq_len) if coding else done.finish
                     error = finish if finish.startswith(INFRASTRUCTURE) else ""
-                    # further digits depend on the rest of the batch, and a rerun would change the file
+                    # to a tenth of a nat: further digits depend on the rest of the batch, and a rerun would differ
                     logprob = round(sum(done.logprobs), 1)
                     yield SamplerOutput(
                         done.request.id, done.request.sample, done.text, len(done.tokens), finish, logprob, error)

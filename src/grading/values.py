@@ -92,6 +92,7 @@ def near_value(value: Fraction, ours: Quantity, number: Fraction, theirs: Quanti
     """Whether an answer's number is within the tolerance of the label's, by the label's measure: as it is or in
     percent."""
     def near(value: Fraction) -> bool:
+        """Whether a number is within the tolerance of the label's."""
         return abs(value - number) <= tolerance
 
     if ours.scale == "percent" and not theirs.scale:  # the sign is optional where the label can be a percentage

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 import checkpoint_split
 import solver_evaluate
@@ -158,16 +159,21 @@ def test_what_is_not_understood_is_refused(name: str, base_url: str) -> None:
     assert (found[0], error["code"]) == (status, status) and reason in error["message"]
 
 
-def test_it_outlives_a_request_that_cannot_be_decoded(solver: str, base_url: str, tmp_path: Path) -> None:
+def write_adapter(solver: str, folder: Path, names: str, change: Callable[[Tensor], Tensor]) -> None:
+    """An adapter on a solver, the parameters of these names changed, as ours and as PEFT's."""
     model = load.load_solver(solver)
     lora = LoraConfig(rank=2, alpha=8.0, dropout=0.0, targets=("wq", "w2"))
     load.put_lora_on(model, lora, seed=1)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.fill_(1e30)  # their product is infinite
-    saving.begin_save(model, str(tmp_path / "ours"), solver, lora=lora).complete()
+        if names in name:
+            change(parameter.data)
+    saving.begin_save(model, str(folder / "ours"), solver, lora=lora).complete()
     checkpoint_split.main(checkpoint_split.SplitConfig(
-        ckpt_file=str(tmp_path / "ours"), save_path=str(tmp_path / "peft"), format="peft"))
+        ckpt_file=str(folder / "ours"), save_path=str(folder / "peft"), format="peft"))
+
+
+def test_it_outlives_a_request_that_cannot_be_decoded(solver: str, base_url: str, tmp_path: Path) -> None:
+    write_adapter(solver, tmp_path, "lora_", lambda weights: weights.fill_(1e30))  # their product is infinite
     assert post(base_url, "/load_lora_adapter", lora_name="broken", lora_path=str(tmp_path / "peft"))[0] == 200
     asked = {"prompt": "Ana has 7 pens.", "max_tokens": 4}
     status, text = post(base_url, "/completions", **asked, model="broken")
@@ -197,15 +203,7 @@ def test_a_caller_that_hangs_up_holds_no_slot(base_url: str) -> None:
 
 
 def test_an_adapter_of_peft_answers_under_its_own_name(solver: str, base_url: str, tmp_path: Path) -> None:
-    model = load.load_solver(solver)
-    lora = LoraConfig(rank=2, alpha=8.0, dropout=0.0, targets=("wq", "w2"))
-    load.put_lora_on(model, lora, seed=1)
-    for name, parameter in model.named_parameters():
-        if "lora_b" in name:
-            parameter.data.normal_(std=0.3)
-    saving.begin_save(model, str(tmp_path / "ours"), solver, lora=lora).complete()
-    checkpoint_split.main(checkpoint_split.SplitConfig(
-        ckpt_file=str(tmp_path / "ours"), save_path=str(tmp_path / "peft"), format="peft"))
+    write_adapter(solver, tmp_path, "lora_b", lambda weights: weights.normal_(std=0.3))
     assert post(base_url, "/load_lora_adapter", lora_name="tuned", lora_path=str(tmp_path / "peft"))[0] == 200
     asked = {"prompt": "Ana has 7 pens.", "max_tokens": 12, "temperature": 0, "logprobs": 1}
     with serving(str(tmp_path / "ours")) as alone:

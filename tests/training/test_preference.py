@@ -503,3 +503,22 @@ def test_dpo_loss_of_equal_margins_is_symmetric_under_smoothing() -> None:
     smoothed = losses.dpo_loss(margins, 1.0, 0.3)
     plain = losses.dpo_loss(margins, 1.0)
     assert_close(smoothed, 0.7 * plain + 0.3 * plain.flip(0))
+
+
+def test_rows_are_no_longer_than_the_references_context(
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = shutil.copytree(folders.one, tmp_path / "short")
+    write_json(short / "params.json", read_json(short / "params.json") | {"max_seq_len": 8})
+    rows = [{"instruction": f"{a}", "chosen": "1" * n, "rejected": "2"} for a, n in ((1, 1), (2, 1), (3, 1), (4, 40))]
+    write_json(tmp_path / "pairs.json", rows)
+
+    def train(max_seq_len: int) -> None:
+        preference_train.main(preference_train.PreferenceTrainConfig(
+            ckpt_dir=folders.one, reference_ckpt_dir=str(short), save_dir=str(tmp_path / "out"), held_out=0.4,
+            train_file=str(tmp_path / "pairs.json"), max_seq_len=max_seq_len, dry_run=True))
+
+    with pytest.raises(UserError, match="--max_seq_len 64 is more than the context of .*short, 8 tokens"):
+        train(64)
+    with pytest.raises(UserError, match="longer than --max_seq_len 8"):
+        train(-1)
